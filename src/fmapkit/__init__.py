@@ -1,0 +1,48 @@
+"""See inside a PyTorch model: `with capture(model) as maps:`."""
+
+from fmapkit.capture import capture
+from fmapkit.errors import (
+    AmbiguousMapError,
+    ArgumentError,
+    CaptureStateError,
+    CaptureWarning,
+    FilterRangeError,
+    FmapkitError,
+    KindNotCapturedError,
+    MapLookupError,
+    MapOverwrittenError,
+    MapReleasedError,
+    MapStateError,
+    NoActivationError,
+    NoPassError,
+    NotAModuleError,
+    UnknownLayerError,
+)
+from fmapkit.layers import register_layer
+from fmapkit.maps import FeatureMap, FeatureMaps
+from fmapkit.nonlinearities import register_nonlinearity
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AmbiguousMapError",
+    "ArgumentError",
+    "CaptureStateError",
+    "CaptureWarning",
+    "FeatureMap",
+    "FeatureMaps",
+    "FilterRangeError",
+    "FmapkitError",
+    "KindNotCapturedError",
+    "MapLookupError",
+    "MapOverwrittenError",
+    "MapReleasedError",
+    "MapStateError",
+    "NoActivationError",
+    "NoPassError",
+    "NotAModuleError",
+    "UnknownLayerError",
+    "capture",
+    "register_layer",
+    "register_nonlinearity",
+]

@@ -1,0 +1,161 @@
+"""Where a layer's filters lie in a tensor, through reshapes, permutes and slices.
+
+A layer makes its filters along one axis. Later operations move that axis, cut it, or split it over
+several (heads × head size). `Axes` keeps exactly which filter each index stands for; an operation
+that mixes filters with anything else gives None, and the tensor no longer has filters to speak of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+__all__ = ["Axes", "Part"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One axis of the tensor that counts filters: index i stands for filter i * stride."""
+
+    dim: int
+    size: int
+    stride: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """The filters of a tensor: filter = offset + sum of index * stride over the parts."""
+
+    parts: tuple[Part, ...]
+    offset: int = 0
+
+    @staticmethod
+    def single(dim: int, size: int) -> Axes:
+        """All filters along one axis."""
+        return Axes((Part(dim, size),))
+
+    @property
+    def dim(self) -> int | None:
+        """The filter axis, where it is one."""
+        return self.parts[0].dim if len(self.parts) == 1 else None
+
+    @property
+    def filters(self) -> range | None:
+        """The filters that stand along the axis, in order, where it is one axis."""
+        if len(self.parts) != 1:
+            return None
+        part = self.parts[0]
+        return range(self.offset, self.offset + part.size * part.stride, part.stride)
+
+    def _at(self, dim: int) -> Part | None:
+        return next((p for p in self.parts if p.dim == dim), None)
+
+    def _with(self, dim: int, part: Part | None, shift: int = 0) -> Axes:
+        kept = (p for p in self.parts if p.dim != dim)
+        parts = (*kept, part) if part is not None else tuple(kept)
+        return Axes(tuple(sorted(parts, key=lambda p: p.dim)), self.offset + shift)
+
+    def permute(self, order: Sequence[int]) -> Axes:
+        """The tensor's axis d becomes axis `order.index(d)`."""
+        moved = (replace(p, dim=order.index(p.dim)) for p in self.parts)
+        return Axes(tuple(sorted(moved, key=lambda p: p.dim)), self.offset)
+
+    def insert(self, dim: int, count: int = 1) -> Axes:
+        """New axes before axis `dim`."""
+        moved = (replace(p, dim=p.dim + count) if p.dim >= dim else p for p in self.parts)
+        return Axes(tuple(moved), self.offset)
+
+    def remove(self, dims: Sequence[int]) -> Axes | None:
+        """Axes that are summed, averaged or squeezed away; None if they counted filters."""
+        if any(p.dim in dims and p.size > 1 for p in self.parts):
+            return None
+        kept = (p for p in self.parts if p.dim not in dims)
+        moved = (replace(p, dim=p.dim - sum(d < p.dim for d in dims)) for p in kept)
+        return Axes(tuple(moved), self.offset)
+
+    def select(self, dim: int, index: int) -> Axes:
+        """One index of an axis, which goes."""
+        part = self._at(dim)
+        shift = 0
+        if part is not None:
+            shift = (index % part.size) * part.stride
+        cut = self._with(dim, None, shift)
+        moved = (replace(p, dim=p.dim - 1) if p.dim > dim else p for p in cut.parts)
+        return Axes(tuple(moved), cut.offset)
+
+    def slice(self, dim: int, start: int, size: int, step: int = 1) -> Axes:
+        """`size` indices of an axis from `start`, every `step`-th."""
+        part = self._at(dim)
+        if part is None:
+            return self
+        return self._with(dim, Part(dim, size, part.stride * step), start * part.stride)
+
+    def reshape(self, before: Sequence[int], after: Sequence[int]) -> Axes | None:
+        """The axes after a reshape, or None where it mixes filters with something else."""
+        if math.prod(before) == 0:
+            return self if tuple(before) == tuple(after) else None
+        parts: list[Part] = []
+        todo = {p.dim for p in self.parts if p.size > 1}
+        for old, new in _groups(before, after):
+            inside = [p for d in old for p in self.parts if p.dim == d and p.size > 1]
+            if not inside:
+                continue
+            todo -= {p.dim for p in inside}
+            wide_old = [d for d in old if before[d] > 1]
+            wide_new = [d for d in new if after[d] > 1]
+            if len(wide_old) != len(inside):  # mixed with an axis that counts no filters
+                if [before[d] for d in wide_old] != [after[d] for d in wide_new]:
+                    return None
+                parts += [
+                    replace(p, dim=wide_new[wide_old.index(p.dim)]) for p in inside
+                ]
+                continue
+            if any(a.stride != b.stride * b.size for a, b in zip(inside, inside[1:], strict=False)):
+                if [p.size for p in inside] != [after[d] for d in wide_new]:
+                    return None
+                parts += [replace(p, dim=d) for p, d in zip(inside, wide_new, strict=True)]
+                continue
+            stride = inside[-1].stride
+            for d in reversed(wide_new):
+                parts.append(Part(d, after[d], stride))
+                stride *= after[d]
+        if todo:
+            return None
+        if not parts and self.parts:  # a layer of one filter: any axis of size one will do
+            ones = [p.dim for p in self.parts if p.dim < len(after) and after[p.dim] == 1]
+            parts = [Part(ones[0], 1)] if ones else []
+        return Axes(tuple(sorted(parts, key=lambda p: p.dim)), self.offset)
+
+
+def _groups(
+    before: Sequence[int], after: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of old and new axes that hold the same elements."""
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        old, new, a, b = [], [], 1, 1
+        while True:
+            if a <= b and i < len(before) and (a < b or not old):
+                old.append(i)
+                a *= before[i]
+                i += 1
+            elif b <= a and j < len(after) and (b < a or not new):
+                new.append(j)
+                b *= after[j]
+                j += 1
+            elif a == b:
+                break
+            elif a < b and i < len(before):
+                old.append(i)
+                a *= before[i]
+                i += 1
+            elif j < len(after):
+                new.append(j)
+                b *= after[j]
+                j += 1
+            else:
+                break
+        groups.append((old, new))
+    return groups

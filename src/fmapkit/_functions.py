@@ -1,0 +1,134 @@
+"""What a torch function is, looked up once: its name, whether it is a σ, what it writes to."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmapkit import _flow, nonlinearities
+
+__all__ = ["Function", "describe"]
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """One torch function, as the tracer sees it.
+
+    Attributes:
+        name: without module, overload and the "_" of an in-place form.
+        sigma: the nonlinearity it is, if it is one.
+        in_place: it always writes to its first argument.
+        inplace_at: place of its `inplace` parameter, if it has one.
+        silent: it returns no data (`shape`, `size`, …).
+        opened: the same function with its inside visible, for functions made of others.
+    """
+
+    name: str
+    sigma: str | None
+    in_place: bool
+    inplace_at: int | None
+    silent: bool
+    opened: Any = None
+
+    def writes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
+        """The tensors that a call writes to."""
+        if self.in_place or self.asked_in_place(args, kwargs):
+            targets = args[0] if args else next(iter(kwargs.values()), None)
+            yield from _flow.tensors_in(targets)
+        if "out" in kwargs:
+            yield from _flow.tensors_in(kwargs["out"])
+
+    def asked_in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the call passes `inplace=True`."""
+        if self.inplace_at is None:
+            return False
+        if "inplace" in kwargs:
+            return bool(kwargs["inplace"])
+        return len(args) > self.inplace_at and bool(args[self.inplace_at])
+
+
+# In-place forms that change no data.
+_HARMLESS = {"requires_grad", "detach", "retain_grad", "rename", "share_memory", "pin_memory"}
+# In-place forms that change the shape: what the tensor carried before cannot be followed.
+RESHAPED_IN_PLACE = {
+    *("squeeze", "unsqueeze", "transpose", "t", "as_strided", "swapaxes", "swapdims", "resize"),
+    *("resize_as", "set"),
+}
+_known: dict[Any, Function] = {}
+_registered = -1
+
+
+def describe(function: Any) -> Function:
+    """The description of a torch function, made once."""
+    global _registered
+    if _registered != nonlinearities.version:
+        _known.clear()
+        _registered = nonlinearities.version
+    found = _known.get(function)
+    if found is None:
+        found = _known[function] = _describe(function)
+    return found
+
+
+def _describe(function: Any) -> Function:
+    raw = _flow.function_name(function)
+    in_place = (raw.endswith("_") and not raw.endswith("__")) or raw in ("__setitem__",)
+    in_place = in_place or (raw.startswith("__i") and raw not in ("__invert__", "__index__", "__int__"))
+    name = raw[:-1] if raw.endswith("_") and not raw.endswith("__") else raw
+    if raw.startswith("__i") and in_place:
+        name = raw[3:-2]
+    place = None
+    if isinstance(function, types.FunctionType):
+        parameters = list(inspect.signature(function).parameters)
+        place = parameters.index("inplace") if "inplace" in parameters else None
+    if name.startswith("__get__"):
+        tensors = ("T", "mT", "H", "mH", "data", "real", "imag", "grad")
+        silent = name.partition(".")[2] not in tensors
+    else:
+        silent = name in _flow.METADATA or name == "is_" or name.startswith("__set__")
+    return Function(
+        name=name,
+        sigma=nonlinearities.FUNCTIONS.get(function),
+        in_place=in_place and name not in _HARMLESS,
+        inplace_at=place,
+        silent=silent,
+        opened=_opened(function),
+    )
+
+
+def _opened(function: Any) -> Any:
+    """`multi_head_attention_forward` without its override check, so that its inside is seen.
+
+    torch hands the whole call to the mode and would do so again inside; the same code, with the
+    check answering no, runs its projections as ordinary calls.
+    """
+    if function is not F.multi_head_attention_forward:
+        return None
+    inside = dict(function.__globals__, has_torch_function=lambda *_: False)
+    opened = types.FunctionType(
+        function.__code__, inside, function.__name__, function.__defaults__, function.__closure__
+    )
+    opened.__kwdefaults__ = function.__kwdefaults__
+    return opened
+
+
+def out_of_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The same σ into fresh memory: (function, args, kwargs), or None where torch has no such form."""
+    known = describe(function)
+    if known.inplace_at is not None:
+        if "inplace" in kwargs:
+            return function, args, {**kwargs, "inplace": False}
+        place = known.inplace_at
+        return function, (*args[:place], False, *args[place + 1 :]), kwargs
+    for home in (torch, F, torch._C._nn, Tensor):
+        found = getattr(home, known.name, None)
+        if found is not None and nonlinearities.FUNCTIONS.get(found) == known.sigma:
+            return found, args, kwargs
+    return None

@@ -1,0 +1,82 @@
+"""The only place that registers hooks.
+
+Each hook is a method of the session wrapped in a small object that says whose it is, does not travel
+with a copy of the model (a deep copy or pickle gets a hook that does nothing), and lets go of the
+session once removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["Hook", "Hooks"]
+
+
+class Hook:
+    """A callable that belongs to one session."""
+
+    __slots__ = ("call", "owner")
+
+    def __init__(self, call: Callable[..., Any], owner: object) -> None:
+        self.call = call
+        self.owner = owner
+
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return nothing
+
+    def __reduce__(self) -> Any:
+        return "nothing"
+
+
+def nothing(*args: Any) -> None:
+    """What a hook of ours becomes in a copy of the model: nothing."""
+
+
+class Hooks:
+    """The hooks of one session, by role and module."""
+
+    def __init__(self, owner: object) -> None:
+        self._owner = owner
+        self._handles: dict[tuple[str, nn.Module], list[RemovableHandle]] = {}
+
+    def is_ours(self, hook: Any) -> bool:
+        """Whether this session registered it."""
+        return isinstance(hook, Hook) and hook.owner is self._owner
+
+    def around(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
+        """A pre and a post hook; the post hook also runs when forward raises an `Exception`."""
+        for module in modules:
+            key = ("around", module)
+            if key not in self._handles:
+                self._handles[key] = [
+                    module.register_forward_pre_hook(Hook(pre, self._owner), with_kwargs=True),
+                    module.register_forward_hook(
+                        Hook(post, self._owner), with_kwargs=True, always_call=True
+                    ),
+                ]
+
+    def after(self, modules: Iterable[nn.Module], post: Any) -> None:
+        """A plain post hook: the cheapest there is."""
+        for module in modules:
+            key = ("after", module)
+            if key not in self._handles and ("around", module) not in self._handles:
+                self._handles[key] = [module.register_forward_hook(Hook(post, self._owner))]
+
+    def has(self, role: str, module: nn.Module) -> bool:
+        """Whether the module has hooks of that role."""
+        return (role, module) in self._handles
+
+    def drop(self, role: str | None = None, keep: Iterable[nn.Module] = ()) -> None:
+        """Remove the hooks of a role (or all), but for those of some modules."""
+        kept = set(keep)
+        for key in [k for k in self._handles if role is None or k[0] == role]:
+            if key[1] not in kept:
+                for handle in self._handles.pop(key):
+                    handle.remove()

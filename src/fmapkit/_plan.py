@@ -1,0 +1,199 @@
+"""What a learned pass of a proven module boils down to: which hooks fire, and what each one holds.
+
+Frozen, and free of torch side effects. A plan speaks of origins by `Ref`, since the same module may
+be called at different places of a pass: an origin inside is "the n-th call of layer L from here",
+one that came in is "whatever the i-th tensor argument carries".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fmapkit._axes import Axes
+from fmapkit._flow import NOWHERE, Flow, Origin, Weight, tensors_in
+from fmapkit._functions import describe
+from fmapkit._trace import Event, Firing, Frame, Tracer, leaves
+
+__all__ = ["Emission", "Plan", "Ref", "Step", "make_plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """An origin, relative to the call of the planned module.
+
+    Attributes:
+        kind: of the origin, or "input".
+        name: the layer's label; empty for an input.
+        offset: which call of it, counted from the module's start; for an input, which tensor.
+        claimed: a nonlinearity inside the module has received it.
+    """
+
+    kind: str
+    name: str = ""
+    offset: int = 0
+    claimed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """One map that a step holds."""
+
+    slot: str  # "x", "y", or a path into a nested output after "y"
+    kind: str
+    ref: Ref
+    axes: Axes | None
+    sigma: str | None
+    path: str
+    copy: bool
+    before: bool  # copied before the call, since the call itself overwrites it
+    picked: tuple[int, ...] | None
+    pending: bool  # a preactivation only if no nonlinearity outside claims it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One firing of a tap: a module's call, or a function called by `scope`."""
+
+    module: nn.Module | None
+    scope: nn.Module
+    function: str
+    key: str | None
+    emissions: tuple[Emission, ...]
+    plain: bool  # holds references to x and y, both from their usual places, and nothing else
+    flip: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """How to read a proven module's later calls."""
+
+    steps: tuple[Step, ...]
+    taps: frozenset[nn.Module]
+    scopes: frozenset[nn.Module]  # run under the light mode: they call a σ themselves
+    toggles: frozenset[nn.Module]  # children of these, in which the light mode is off
+    before: frozenset[nn.Module]  # need a look before their call
+    flips: tuple[nn.Module, ...]
+    calls: tuple[tuple[str, int], ...]
+    outputs: tuple[Any, ...]  # per tensor of the output: (Ref, axes), "weight" or None
+    claims: tuple[int, ...]  # which inputs reach a nonlinearity inside
+
+
+def make_plan(tracer: Tracer, frame: Frame, output: Any, inputs: Sequence[Any]) -> Plan:
+    """Boil down what the tracer saw of one call.
+
+    Args:
+        tracer: which has just seen the call end.
+        frame: of the call.
+        output: what it returned.
+        inputs: what its tensor arguments carried.
+    """
+    by_origin: dict[int, Ref] = {}
+    for index, tag in enumerate(inputs):
+        if isinstance(tag, Flow) and tag.origin is not NOWHERE:
+            by_origin.setdefault(id(tag.origin), Ref("input", "", index))
+
+    def ref(origin: Origin) -> Ref:
+        if id(origin) in by_origin:
+            return by_origin[id(origin)]
+        base = frame.counts[f"{origin.name}()" if origin.kind == "output" else origin.name]
+        return Ref(origin.kind, origin.name, origin.call - base, origin.claimed)
+
+    returned = [tracer.tag(t) for _, t in leaves(output)] if output is not None else []
+    escaping = {id(t.origin) for t in returned if isinstance(t, Flow)}
+    firings = tracer.firings[frame.firing :]
+    tapped = {f.module for f in firings if f.module is not None and _emits(f)}
+    scopes = {f.scope for f in firings if f.module is None and _emits(f)}
+    steps = []
+    for firing in firings:
+        if firing.module is not None and firing.module not in tapped:
+            continue
+        if firing.module is None and (firing.scope not in scopes or not firing.events):
+            continue
+        steps.append(_step(firing, ref, escaping))
+    outputs = tuple(
+        (ref(t.origin) if t.origin is not NOWHERE else None, t.axes)
+        if isinstance(t, Flow)
+        else ("weight" if isinstance(t, Weight) else None)
+        for t in returned
+    )
+    return Plan(
+        steps=tuple(steps),
+        taps=frozenset(tapped),
+        scopes=frozenset(scopes),
+        toggles=frozenset(
+            f.module for f in firings if f.module is not None and f.parent in scopes
+        ),
+        before=frozenset(
+            s.module for s in steps if s.module and any(e.before for e in s.emissions)
+        ),
+        flips=tuple({s.module: None for s in steps if s.flip and s.module is not None}),
+        calls=tuple((n, c - frame.counts[n]) for n, c in tracer.counts.items()
+                    if c > frame.counts[n]),
+        outputs=outputs,
+        claims=tuple(
+            sorted(
+                {by_origin[i].offset for i in by_origin if _claimed_inside(tracer, frame, i)}
+            )
+        ),
+    )
+
+
+def _claimed_inside(tracer: Tracer, frame: Frame, origin: int) -> bool:
+    return any(e.kind == "sigma" and id(e.origin) == origin for e in tracer.events[frame.start :])
+
+
+def _emits(firing: Firing) -> bool:
+    return any(e.entries or e.flip for e in firing.events)
+
+
+def _step(firing: Firing, ref: Any, escaping: set[int]) -> Step:
+    emissions = []
+    for event in firing.events:
+        for slot, entry in event.entries:
+            held = event.x_held if slot == "x" else event.y_held
+            copied = entry.held is not None and (entry.held.copied or entry.held.lost)
+            if held is not None and slot in ("x", "y"):
+                copied = held.copied or held.lost
+            unsafe = event.in_place and not event.flip
+            emissions.append(
+                Emission(
+                    slot=slot,
+                    kind=entry.kind,
+                    ref=ref(entry.origin),
+                    axes=entry.axes,
+                    sigma=entry.sigma,
+                    path=entry.path,
+                    copy=copied or (slot == "x" and unsafe),
+                    before=slot == "x" and (unsafe or _lost_within(event)),
+                    picked=entry.picked,
+                    pending=(
+                        entry.kind == "preactivation"
+                        and event.kind == "layer"
+                        and id(entry.origin) in escaping
+                    ),
+                )
+            )
+    event0: Event | None = firing.events[0] if firing.events else None
+    plain = (
+        [e.slot for e in emissions] == ["x", "y"]
+        and not any(e.copy or e.before or e.picked for e in emissions)
+        and (event0 is None or event0.key is None)
+    )
+    return Step(
+        module=firing.module,
+        scope=firing.scope,
+        function=describe(firing.function).name if firing.function is not None else "",
+        key=event0.key if event0 is not None else None,
+        emissions=tuple(emissions),
+        plain=plain,
+        flip=any(e.flip for e in firing.events),
+    )
+
+
+def _lost_within(event: Event) -> bool:
+    """The module overwrote its own input: a hook after it would come too late."""
+    return event.in_place and not event.flip

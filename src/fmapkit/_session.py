@@ -1,0 +1,528 @@
+"""One capture at work: from the model's forward to the store.
+
+A pass begins with the model's pre hook and ends with its post hook. In between, each module is
+
+- a *unit*: the outermost proven module on its branch. Its first call of a kind is learned by the
+  tracer; later ones are replayed by a `Run`, with one tap per site;
+- a *scope*: an unproven module. The tracer watches its own forward in every pass, and leaves the
+  units in it alone;
+- inside a unit, where only taps are set.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
+
+from fmapkit import layers, nonlinearities
+from fmapkit._flow import STOP, Flow, Weight, tensors_in
+from fmapkit._hooks import Hooks
+from fmapkit._names import Names
+from fmapkit._plan import Plan, make_plan
+from fmapkit._proof import Guard, Proofs
+from fmapkit._replay import Run, tag_outputs
+from fmapkit._store import Pass, Store
+from fmapkit._trace import Frame, Tracer
+from fmapkit._wants import Wants
+from fmapkit.errors import CaptureWarning
+
+__all__ = ["Missed", "Session"]
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """Something that ran and was not captured.
+
+    Attributes:
+        layer: the module it ran in, by name.
+        reason: why it could not be captured.
+    """
+
+    layer: str
+    reason: str
+
+
+class _Unit:
+    """A proven module at the top of its branch: what its road depends on, and its plans."""
+
+    __slots__ = ("flags", "guards", "plans")
+
+    def __init__(self, module: nn.Module, guards: list[Guard]) -> None:
+        self.guards = guards
+        self.flags = [m.__dict__ for m in module.modules() if "inplace" in m.__dict__]
+        self.plans: dict[Any, Plan] = {}
+
+
+class Session:
+    """The life of one `with capture(model)` block."""
+
+    def __init__(
+        self, model: nn.Module, names: Names, wants: Wants, keep: int | None, every: int
+    ) -> None:
+        self.model = model
+        self.names = names
+        self.wants = wants
+        self.every = every
+        self.store = Store(keep)
+        self.hooks = Hooks(self)
+        self.missed: list[Missed] = []
+        self.thread = threading.get_ident()
+        self._warned = False
+        self._steps = 0
+        self._current: Pass | None = None
+        self._idle = False
+        self._frame: Any = None  # the stack frame of the running pass
+        self._depth = 0  # the model calling itself
+        self._tracer: Tracer | None = None
+        self._tracing = False  # the tracer is on torch's stack of modes
+        self._run: Run | None = None
+        self._learning: tuple[nn.Module, Frame, Any, list[Any]] | None = None
+        self._structure: list[tuple[dict[str, Any], list[Any]]] = []
+        self._units: dict[nn.Module, _Unit] = {}
+        self._proofs = Proofs(self.hooks.is_ours)
+        self._tapped: Plan | None = None
+        self._registered = (-1, -1)
+
+    # -- life cycle -------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Set the one hook pair that every pass goes through."""
+        self.thread = threading.get_ident()
+        self.hooks.around([self.model], self._pre, self._post)
+
+    def close(self) -> None:
+        """Remove everything, however the block ended."""
+        self._abandon()
+        self.hooks.drop()
+        self._units.clear()
+        self._warn()
+
+    def miss(self, layer: str, reason: str) -> None:
+        """Name something that was not captured; each once."""
+        entry = Missed(layer, reason)
+        if entry not in self.missed:
+            self.missed.append(entry)
+            self._warned = False
+
+    def _warn(self) -> None:
+        if self._warned or not self.missed:
+            return
+        self._warned = True
+        first = self.missed[0]
+        more = f" (and {len(self.missed) - 1} more)" if len(self.missed) > 1 else ""
+        warnings.warn(
+            f"not captured: {first.layer or type(self.model).__name__}: {first.reason}{more}; "
+            "see maps.missed",
+            CaptureWarning,
+            stacklevel=2,
+        )
+
+    # -- hooks --------------------------------------------------------------------------------------
+
+    def _pre(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread or torch._C._current_graph_task_id() != -1:
+            return
+        try:
+            if module is self.model and not self._running():
+                if not self._begin(args, kwargs):
+                    return
+            elif module is self.model:
+                self._depth += 1
+            if self._current is None:
+                if not self._idle:
+                    self._stray(module)
+                return
+            if self._run is not None:
+                self._pre_in_run(module, args, kwargs)
+            elif self._learning is None and self._is_unit(module):
+                self._enter_unit(module, args, kwargs)
+            elif self._tracer is not None:
+                self._tracer.push(module, args, kwargs)
+                self._trace_on()
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self._fault(module, error)
+
+    def _post(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if threading.get_ident() != self.thread or torch._C._current_graph_task_id() != -1:
+            return None
+        replaced = None
+        failed = output is None and sys.exc_info()[0] is not None
+        try:
+            if self._current is None:
+                if module is self.model:
+                    self._idle = False
+                return None
+            if self._run is not None and self._run.module is module:
+                self._leave_run(args, kwargs, output)
+            elif self._run is not None:
+                self._post_in_run(module, args, kwargs, output, failed)
+            elif self._learning is not None and self._learning[0] is module:
+                replaced = self._learned(module, output, failed)
+            elif self._tracer is not None:
+                replaced = self._tracer.pop(module, None if failed else output)
+            if module is self.model:
+                if self._depth:
+                    self._depth -= 1
+                else:
+                    self._end()
+        except Exception as error:
+            self._fault(module, error)
+            if module is self.model and not self._depth:
+                self._abandon()
+        return replaced
+
+    def _tap(self, module: nn.Module, args: Any, output: Any) -> None:
+        run = self._run
+        if run is None or threading.get_ident() != self.thread:
+            if threading.get_ident() == self.thread and self._current is None and not self._idle:
+                self._stray(module)
+            return
+        if torch._C._current_graph_task_id() != -1:
+            return
+        try:
+            run.tap(module, args, None, output)
+        except Exception as error:
+            self._fault(module, error)
+
+    def _fault(self, module: nn.Module, error: Exception) -> None:
+        self.miss(self.names.of(module), f"fmapkit failed here: {type(error).__name__}: {error}")
+        if self._run is not None:
+            self._run.stray(type(error).__name__)
+
+    def _stray(self, module: nn.Module) -> None:
+        if torch._C._current_graph_task_id() == -1:
+            self.miss(
+                self.names.of(module),
+                f"it was called outside {type(self.model).__name__}.forward, "
+                "and only what runs inside a forward pass of the captured model is captured",
+            )
+
+    # -- a pass -------------------------------------------------------------------------------------
+
+    def _running(self) -> bool:
+        """Whether a pass is under way; one that ended without its post hook is cleared away."""
+        if self._frame is None:
+            return False
+        at = sys._getframe(1)
+        while at is not None:
+            if at is self._frame:
+                return True
+            at = at.f_back  # type: ignore[assignment]
+        self._abandon()
+        return False
+
+    def _begin(self, args: Any, kwargs: Any) -> bool:
+        step = self._steps
+        self._steps += 1
+        if step % self.every:
+            self._idle = True
+            if self._tapped is not None or self._units:
+                self._drop_taps()
+            return False
+        self._idle = False
+        self._frame = sys._getframe(2)  # the call of the model: it is on the stack while it runs
+        if self._changed():
+            self._restart()
+        self._current = self.store.begin(step)
+        self.store.bytes_copied = 0
+        if not self._is_unit(self.model):
+            self._watch_scopes()
+            self._new_tracer().enter_inputs(args, kwargs)
+            self._trace_on()
+        return True
+
+    def _end(self) -> None:
+        tracer, current = self._tracer, self._current
+        self._trace_off()
+        if tracer is not None:
+            for event in tracer.events:
+                for held in (event.x_held, event.y_held):
+                    if held is not None:
+                        held.check()
+            tracer.events.clear()
+            tracer.firings.clear()
+        if current is not None:
+            current.closed = True
+        self._tracer = self._current = self._frame = self._run = self._learning = None
+        self._depth = 0
+        if self.missed and not self._warned:
+            try:
+                self._warn()
+            except CaptureWarning:  # warnings are errors: raise when the block ends, not in forward
+                self._warned = False
+
+    def _abandon(self) -> None:
+        """The pass ended without its post hook: leave no mode, flag or learning hook behind."""
+        if self._run is not None:
+            self._run.finish()
+        if self._learning is not None:
+            self._learning = None
+            self._unlearn()
+        self._trace_off()
+        if self._current is not None:
+            self._current.closed = True
+        self._tracer = self._current = self._frame = self._run = None
+        self._depth = 0
+        self._idle = False
+
+    def _changed(self) -> bool:
+        if self._registered != (layers.version, nonlinearities.version):
+            return True
+        return any(list(d.values()) != values for d, values in self._structure)
+
+    def _restart(self) -> None:
+        """The model has other modules than it had (or this is the first pass): learn it anew."""
+        self._registered = (layers.version, nonlinearities.version)
+        self.names.refresh()
+        self._units.clear()
+        self._proofs = Proofs(self.hooks.is_ours)
+        self._drop_taps()
+        self._structure = [
+            (m._modules, list(m._modules.values())) for m in self.model.modules() if m._modules
+        ]
+        for module, name in self.names.by_module.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                if "." not in name or not isinstance(
+                    self.names.by_name.get(name.rpartition(".")[0]), torch.jit.ScriptModule
+                ):
+                    self.miss(name, "it is scripted: torch runs it without Python, unseen by hooks")
+
+    # -- modes --------------------------------------------------------------------------------------
+
+    def _new_tracer(self) -> Tracer:
+        assert self._current is not None
+        self._tracer = Tracer(self.names, self.wants, self._current, self.miss)
+        return self._tracer
+
+    def _trace_on(self) -> None:
+        if not self._tracing and self._tracer is not None:
+            self._tracer.__enter__()
+            self._tracing = True
+
+    def _trace_off(self) -> bool:
+        """Take the tracer off the stack; not if a mode of the user's lies on top of it."""
+        if self._tracing and self._tracer is not None:
+            if _get_current_function_mode() is self._tracer:
+                self._tracer.__exit__(None, None, None)
+                self._tracing = False
+                return True
+        return False
+
+    # -- units --------------------------------------------------------------------------------------
+
+    def _is_unit(self, module: nn.Module) -> bool:
+        return self._proofs.proven(module)
+
+    def _unit(self, module: nn.Module) -> _Unit:
+        found = self._units.get(module)
+        if found is None:
+            found = self._units[module] = _Unit(module, self._proofs.guards(module))
+        return found
+
+    def _watch_scopes(self) -> None:
+        """Hooks on every module that is not inside a unit."""
+
+        def visit(module: nn.Module) -> None:
+            if module in seen:
+                return
+            seen.add(module)
+            outside.append(module)
+            if not self._is_unit(module):
+                for child in module.children():
+                    visit(child)
+
+        seen: set[nn.Module] = set()
+        outside: list[nn.Module] = []
+        visit(self.model)
+        self.hooks.around(outside, self._pre, self._post)
+
+    def _enter_unit(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        unit = self._unit(module)
+        tracer = self._tracer
+        inputs = (
+            [tracer.tag(t) for t in tensors_in((args, kwargs))]
+            if tracer is not None
+            else [STOP for t in tensors_in((args, kwargs))]
+        )
+        key = self._key(unit, args, kwargs, inputs)
+        plan = unit.plans.get(key)
+        if plan is None:
+            self._learn(module, key, args, kwargs, inputs)
+            return
+        if self._tapped is not plan:
+            self._set_taps(plan, module)
+        self._trace_off()
+        base = Counter(tracer.counts) if tracer is not None else None
+        self._run = Run(module, plan, self.wants, inputs, base)
+        if module in plan.before:
+            self._run.pre(module, args, kwargs)
+        self._run.start()
+
+    def _key(self, unit: _Unit, args: Any, kwargs: Any, inputs: list[Any]) -> Any:
+        origins: list[int] = []
+        carried = []
+        for tag in inputs:
+            if isinstance(tag, Flow):
+                if id(tag.origin) not in origins:
+                    origins.append(id(tag.origin))
+                place = origins.index(id(tag.origin))
+                carried.append((tag.origin.kind, tag.axes, place))
+            else:
+                carried.append("weight" if isinstance(tag, Weight) else None)
+        return (
+            _shape(args),
+            _shape(kwargs),
+            tuple(carried) if self._tracer is not None else None,
+            tuple([g.value() for g in unit.guards]),
+            tuple([d["inplace"] for d in unit.flags]),
+        )
+
+    def _learn(
+        self, module: nn.Module, key: Any, args: Any, kwargs: Any, inputs: list[Any]
+    ) -> None:
+        self._drop_taps()
+        tracer = self._tracer
+        if tracer is None:
+            tracer = self._new_tracer()
+            tracer.enter_inputs(args, kwargs)
+        self.hooks.around(module.modules(), self._pre, self._post)
+        tracer.trial += 1
+        frame = tracer.push(module, args, kwargs)
+        frame.storages = {
+            t.untyped_storage()._cdata for t in tensors_in((args, kwargs)) if _plain_storage(t)
+        }
+        self._learning = (module, frame, key, inputs)
+        self._trace_on()
+
+    def _learned(self, module: nn.Module, output: Any, failed: bool) -> Any:
+        assert self._learning is not None and self._tracer is not None
+        tracer = self._tracer
+        _, frame, key, inputs = self._learning
+        replaced = tracer.pop(module, None if failed else output)
+        tracer.trial -= 1
+        self._learning = None
+        self._unlearn()
+        if not failed and tracer.failed is None:
+            for event in tracer.events[frame.start :]:
+                for held in (event.x_held, event.y_held):
+                    if held is not None:
+                        held.check()
+            final = output if replaced is None else replaced
+            self._unit(module).plans[key] = make_plan(tracer, frame, final, inputs)
+        return replaced
+
+    def _unlearn(self) -> None:
+        """Back to the hooks of ordinary passes."""
+        if self._is_unit(self.model):
+            self.hooks.drop("around", keep=[self.model])
+        else:
+            self.hooks.drop("around", keep=[self.model])
+            self._watch_scopes()
+
+    def _set_taps(self, plan: Plan, module: nn.Module) -> None:
+        self._drop_taps()
+        around = plan.toggles | plan.scopes | plan.before | self._keyed(plan)
+        self.hooks.around(around - {module}, self._pre, self._post)
+        self.hooks.after(plan.taps - {module}, self._tap)
+        self._tapped = plan
+
+    def _keyed(self, plan: Plan) -> frozenset[nn.Module]:
+        """Taps whose input comes by keyword need the costlier hook."""
+        return frozenset(s.module for s in plan.steps if s.key is not None and s.module is not None)
+
+    def _drop_taps(self) -> None:
+        self.hooks.drop("after")
+        self._tapped = None
+        if self._proofs is not None and self._is_unit(self.model):
+            self.hooks.drop("around", keep=[self.model])
+
+    def _pre_in_run(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        run = self._run
+        assert run is not None
+        plan = run.plan
+        if module in plan.before:
+            run.pre(module, args, kwargs)
+        if plan.scopes:
+            if module in plan.toggles:
+                run.marks.append(run.light().pause())
+            if module in plan.scopes:
+                run.light().__enter__()
+
+    def _post_in_run(
+        self, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool
+    ) -> None:
+        run = self._run
+        assert run is not None
+        plan = run.plan
+        if plan.scopes:
+            if module in plan.scopes:
+                run.light().pause()
+            if module in plan.toggles:
+                if run.marks and run.marks.pop():
+                    run.light().__enter__()
+        if not failed and module in plan.taps:
+            run.tap(module, args, kwargs, output)
+
+    def _leave_run(self, args: Any, kwargs: Any, output: Any) -> None:
+        run = self._run
+        assert run is not None and self._current is not None
+        self._run = None
+        failed = output is None and sys.exc_info()[0] is not None
+        run.finish()
+        if run.module in run.plan.taps and not failed:
+            run.tap(run.module, args, kwargs, output)
+        if not failed and not run.lost and run.index != len(run.plan.steps):
+            run.lost = "fewer taps fired than were learned"
+        if run.lost:
+            self._units.pop(run.module, None)
+            self.miss(
+                self.names.of(run.module),
+                f"its pass left the road it was proven to take ({run.lost}); learned anew",
+            )
+        tracer = self._tracer
+        if tracer is None:
+            self._current.segments.append(run)
+            return
+        for entry, emission in zip(
+            run.entries(), (e for s in run.plan.steps for e in s.emissions), strict=False
+        ):
+            self._current.segments.append(entry)
+            if entry.held is not None:
+                tracer.aliases.watch(entry.held)
+            if emission.pending:
+                tracer.pending.setdefault(id(entry.origin), []).append(entry)
+        for name, count in run.plan.calls:
+            tracer.counts[name] += count
+        for index in run.plan.claims:
+            tag = run.inputs[index]
+            if isinstance(tag, Flow):
+                tracer.claim(tag.origin)
+        tag_outputs(output, run.output_tags(), tracer.set_tag)
+        self._trace_on()
+
+
+def _plain_storage(tensor: Tensor) -> bool:
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+def _shape(value: Any) -> Any:
+    """What kind of arguments these are: rank of tensors, types of the rest, by place."""
+    if isinstance(value, Tensor):
+        return value.dim()
+    if isinstance(value, (tuple, list)):
+        return tuple([_shape(v) for v in value])
+    if isinstance(value, dict):
+        return tuple([(k, _shape(v)) for k, v in value.items()])
+    return type(value)

@@ -1,0 +1,243 @@
+"""What is held of each map: a reference by default, a copy where an overwrite makes it needful.
+
+A reference is a detached alias of the model's own tensor. Its version counter, which torch shares
+among all aliases, tells whether anybody wrote to the memory since; a map that was written to raises
+when it is read.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmapkit._axes import Axes
+from fmapkit._flow import Origin
+from fmapkit.errors import MapOverwrittenError, MapReleasedError
+
+__all__ = ["Entry", "Held", "Pass", "Store", "version_of"]
+
+
+def version_of(tensor: Tensor) -> int:
+    """The version counter; -1 for inference tensors, which have none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def hold(tensor: Tensor) -> Tensor:
+    """An alias outside the graph, so that no map keeps a graph alive."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+class Held:
+    """One tensor in memory; several maps may share it."""
+
+    __slots__ = ("copied", "lost", "tensor", "version")
+
+    def __init__(self, tensor: Tensor | None, version: int, copied: bool = False) -> None:
+        self.tensor = tensor
+        self.version = version
+        self.copied = copied
+        self.lost = False
+
+    @classmethod
+    def reference(cls, tensor: Tensor) -> Held:
+        """Keep the model's own memory."""
+        alias = tensor.detach()
+        return cls(alias, version_of(alias))
+
+    @classmethod
+    def copy(cls, tensor: Tensor) -> Held:
+        """Keep the values as they are now."""
+        clone = tensor.detach().clone()
+        return cls(clone, version_of(clone), copied=True)
+
+    def snapshot(self) -> None:
+        """Turn the reference into a copy, just before the memory is written to."""
+        if self.tensor is not None and not self.copied:
+            if version_of(self.tensor) != self.version:
+                self.lost = True
+            self.tensor = self.tensor.clone()
+            self.version = version_of(self.tensor)
+            self.copied = True
+
+    def check(self) -> None:
+        """Notice a write that nobody announced; `read` will raise."""
+        if self.tensor is not None and version_of(self.tensor) != self.version:
+            self.lost = True
+
+    def read(self, what: str) -> Tensor:
+        """The tensor, if it still is what was captured.
+
+        Raises:
+            MapOverwrittenError: its memory was written to after it was captured.
+            MapReleasedError: it was let go.
+        """
+        if self.tensor is None:
+            raise MapReleasedError(
+                f"{what} was let go (a newer pass, or clear()); "
+                "capture(..., keep=n) keeps n passes readable"
+            )
+        self.check()
+        if self.lost:
+            raise MapOverwrittenError(
+                f"{what} was written to in place after it was captured, so its values are not "
+                "those of the pass any more; clone it inside the block, right after the pass, or "
+                "run the model again: a write inside the model is copied around from then on"
+            )
+        return self.tensor
+
+
+class Entry:
+    """One map: what it is, and where its values are held."""
+
+    __slots__ = ("axes", "held", "kind", "origin", "path", "picked", "sigma")
+
+    def __init__(
+        self,
+        kind: str,
+        origin: Origin,
+        held: Held | None,
+        axes: Axes | None = None,
+        sigma: str | None = None,
+        path: str = "",
+        picked: tuple[int, ...] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.origin = origin
+        self.held = held
+        self.axes = axes
+        self.sigma = sigma
+        self.path = path
+        self.picked = picked  # the filters held, in the order held, where not all are
+
+
+class Pass:
+    """The maps of one forward pass, in execution order.
+
+    `segments` holds entries, and objects with an `entries()` method: replays of a plan, whose
+    entries are made when somebody reads them and not while the model runs.
+    """
+
+    __slots__ = ("_entries", "closed", "segments", "step")
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.segments: list[Any] = []
+        self.closed = False
+        self._entries: list[Entry] | None = None
+
+    def entries(self) -> list[Entry]:
+        """Every map held, in execution order."""
+        if self._entries is not None:
+            return self._entries
+        found: list[Entry] = []
+        for segment in self.segments:
+            found.extend([segment] if isinstance(segment, Entry) else segment.entries())
+        found = [e for e in found if e.held is not None]
+        if self.closed:
+            self._entries = found
+        return found
+
+    def release(self) -> None:
+        """Let go of every tensor; maps read before keep theirs."""
+        for segment in self.segments:
+            if isinstance(segment, Entry):
+                if segment.held is not None:
+                    segment.held.tensor = None
+            else:
+                segment.release()
+        for entry in self._entries or ():
+            if entry.held is not None:
+                entry.held.tensor = None
+        self.segments.clear()
+        self._entries = []
+        self.closed = True
+
+
+class Store:
+    """The last passes, newest last."""
+
+    def __init__(self, keep: int | None) -> None:
+        self.passes: deque[Pass] = deque()
+        self.keep = keep  # None: all
+        self.steps = 0
+        self.bytes_copied = 0
+
+    def begin(self, step: int) -> Pass:
+        """Room for a new pass: the oldest is let go before the model allocates again."""
+        while self.keep is not None and len(self.passes) >= self.keep:
+            self.passes.popleft().release()
+        self.passes.append(Pass(step))
+        return self.passes[-1]
+
+    def clear(self) -> None:
+        """Let everything go."""
+        while self.passes:
+            self.passes.popleft().release()
+
+    def latest(self) -> Pass | None:
+        """The newest pass, which may still be running."""
+        return self.passes[-1] if self.passes else None
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+
+class Aliases:
+    """Which held tensors share memory with one that is about to be written to."""
+
+    def __init__(self) -> None:
+        self._new: list[Held] = []
+        self._by_storage: dict[int, list[Held]] = {}
+        self._by_id: dict[int, tuple[weakref.ref[Tensor], Held]] = {}
+
+    def reference(self, tensor: Tensor) -> Held:
+        """Hold a tensor, or share what is held of the same one already."""
+        found = self._by_id.get(id(tensor))
+        if found is not None and found[0]() is tensor:
+            held = found[1]
+            if held.tensor is not None and not held.copied and not held.lost:
+                if version_of(tensor) == held.version:
+                    return held
+        held = Held.reference(tensor)
+        self._by_id[id(tensor)] = (weakref.ref(tensor), held)
+        self._new.append(held)
+        return held
+
+    def watch(self, held: Held) -> None:
+        """Protect a tensor that was held elsewhere."""
+        self._new.append(held)
+
+    def of(self, tensor: Tensor) -> list[Held]:
+        """Held references into the same memory."""
+        for held in self._new:
+            if held.tensor is not None and not held.copied:
+                self._by_storage.setdefault(_storage(held.tensor), []).append(held)
+        self._new.clear()
+        found = self._by_storage.get(_storage(tensor), [])
+        return [h for h in found if h.tensor is not None and not h.copied]
+
+    def before_write(self, tensor: Tensor) -> None:
+        """Copy what the write would lose."""
+        for held in self.of(tensor):
+            held.snapshot()
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse, and other tensors without one storage
+        return id(tensor)
+
+
+def storage_users(tensor: Tensor) -> int:
+    """How many tensors, of Python or of autograd, share the storage; 0 if torch cannot tell."""
+    count: Any = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None:
+        return 0
+    storage = tensor.untyped_storage()
+    return int(count(storage._cdata)) - 1  # less the handle made here

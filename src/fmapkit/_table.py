@@ -1,0 +1,115 @@
+"""The table of maps, as text and as HTML."""
+
+from __future__ import annotations
+
+import html as _html
+from typing import TYPE_CHECKING
+
+from fmapkit.errors import MapStateError
+
+if TYPE_CHECKING:
+    from fmapkit.maps import FeatureMap, FeatureMaps
+
+__all__ = ["html", "map_line", "text"]
+
+HEADS = ("layer", "kind", "filters", "shape", "dtype", "device", "bytes", "σ")
+_RIGHT = {2, 6}
+
+
+def _size(nbytes: int) -> str:
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def _row(fm: FeatureMap) -> tuple[str, ...]:
+    name = fm.layer + fm.path + (f" #{fm.call}" if fm.call else "")
+    return (
+        name,
+        fm.kind,
+        str(len(fm.filters)) if fm.filters is not None else "–",
+        "×".join(map(str, fm.shape)) or "scalar",
+        str(fm.dtype).removeprefix("torch."),
+        str(fm.device),
+        _size(fm.nbytes),
+        fm.nonlinearity or "",
+    )
+
+
+def _rows(maps: FeatureMaps) -> list[tuple[str, ...]]:
+    from fmapkit.maps import _read
+
+    rows = []
+    for step, entry in maps._latest():
+        try:
+            rows.append(_row(_read(step, entry)))
+        except MapStateError as error:
+            state = type(error).__name__.removeprefix("Map").removesuffix("Error").lower()
+            rows.append((entry.origin.name, entry.kind, "–", state, "", "", "", entry.sigma or ""))
+    return rows
+
+
+def _summary(maps: FeatureMaps) -> str:
+    latest = maps._session.store.latest()
+    if latest is None:
+        return "FeatureMaps: no pass captured yet"
+    kept = len(maps._session.store.passes)
+    missed = f", {len(maps.missed)} missed (see maps.missed)" if maps.missed else ""
+    passes = f"step {latest.step}" + (f", {kept} passes kept" if kept > 1 else "")
+    return (
+        f"FeatureMaps: {len(maps)} maps of {len(maps.layers)} layers, "
+        f"{_size(maps.nbytes)} held, {passes}{missed}"
+    )
+
+
+def text(maps: FeatureMaps) -> str:
+    """One line for each map of the latest pass."""
+    rows = _rows(maps)
+    if not rows:
+        return _summary(maps)
+    widths = [max(len(r[i]) for r in (HEADS, *rows)) for i in range(len(HEADS))]
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = [
+            c.rjust(w) if i in _RIGHT else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    rule = "  ".join("─" * w for w in widths)
+    return "\n".join([line(HEADS), rule, *map(line, rows), _summary(maps)])
+
+
+def html(maps: FeatureMaps) -> str:
+    """The same table for notebooks."""
+
+    def cells(row: tuple[str, ...], tag: str) -> str:
+        return "".join(
+            f'<{tag} style="text-align:{"right" if i in _RIGHT else "left"}">'
+            f"{_html.escape(c)}</{tag}>"
+            for i, c in enumerate(row)
+        )
+
+    head = f"<thead><tr>{cells(HEADS, 'th')}</tr></thead>"
+    body = "".join(f"<tr>{cells(r, 'td')}</tr>" for r in _rows(maps))
+    caption = _html.escape(_summary(maps))
+    return f"<table><caption>{caption}</caption>{head}<tbody>{body}</tbody></table>"
+
+
+def map_line(fm: FeatureMap) -> str:
+    """`FeatureMap(layer='conv1', kind='activation', shape=8×16×32×32, float32, cpu, σ=relu)`."""
+    parts = [f"layer={fm.layer!r}", f"kind={fm.kind!r}"]
+    if fm.filter is not None:
+        parts.append(f"filter={fm.filter}")
+    if fm.path:
+        parts.append(f"path={fm.path!r}")
+    if fm.call:
+        parts.append(f"call={fm.call}")
+    _, _, _, shape, dtype, device, _, sigma = _row(fm)
+    parts += [f"step={fm.step}", f"shape={shape}", dtype, device]
+    if sigma:
+        parts.append(f"σ={sigma}")
+    return f"FeatureMap({', '.join(parts)})"

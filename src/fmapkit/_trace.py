@@ -1,0 +1,710 @@
+"""Learn: watch one pass, op by op, and know what ran, whose it is, and what gets overwritten.
+
+The tracer is a `TorchFunctionMode`: it sees each torch function before it runs, above autograd and
+whatever module it is called in. Module frames, pushed and popped by hooks, tell where. What it
+records are `Event`s (a nonlinearity, a layer, a wanted output), each with the maps held of it.
+
+In-place nonlinearities: while a proven module is learned, `relu_(x)` is tried out of place, so that
+x stays z. That is the same to the model only if nobody looks at the old x again. So the tracer
+keeps x under suspicion: whoever reads it gets the new tensor instead, which is what x would have
+become, and from then on that site gets a copy of z and its true in-place run.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fmapkit import _flow, layers, nonlinearities
+from fmapkit._axes import Axes
+from fmapkit._flow import NOWHERE, STOP, Flow, Origin, Tag, Weight, tensors_in
+from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, out_of_place
+from fmapkit._names import Names
+from fmapkit._store import Aliases, Entry, Held, Pass, storage_users, version_of
+from fmapkit._wants import Wants
+
+__all__ = ["Event", "Firing", "Frame", "Tracer", "leaves"]
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_LINEAR, _NONLINEAR = 1, 2
+
+
+class Event:
+    """Something that ran and has maps: a nonlinearity, a layer, or a wanted output."""
+
+    __slots__ = (
+        *("axes", "entries", "flip", "function", "key", "kind", "module", "origin", "scope"),
+        *("sigma", "x", "x_held", "y", "y_held", "in_place", "firing"),
+    )
+
+    def __init__(self, kind: str, scope: nn.Module, function: Any = None) -> None:
+        self.kind = kind  # "sigma", "layer" or "output"
+        self.scope = scope  # the module in whose own forward it ran
+        self.function = function
+        self.module: nn.Module | None = None  # the module whose call it is, if it is one
+        self.key: str | None = None  # the keyword under which that module got x
+        self.origin = NOWHERE
+        self.sigma: str | None = None
+        self.axes: Axes | None = None
+        self.x: Any = None  # until the frame ends, to see whether a module's call is this event
+        self.y: Any = None
+        self.x_held: Held | None = None
+        self.y_held: Held | None = None
+        self.flip = False  # an in-place σ that may run out of place
+        self.in_place = False
+        self.firing: Firing | None = None
+        self.entries: list[tuple[str, Entry]] = []  # ("x" | "y" | path, what is held)
+
+    def drop(self) -> None:
+        """The event turned out to be part of another one."""
+        if self.firing is not None and self in self.firing.events:
+            self.firing.events.remove(self)
+        for _, entry in self.entries:
+            entry.held = None
+        self.entries.clear()
+
+
+class Firing:
+    """A moment at which a tap would fire: the end of a module's call, or a function's."""
+
+    __slots__ = ("events", "function", "module", "parent", "scope")
+
+    def __init__(
+        self, module: nn.Module | None, scope: nn.Module, function: Any, parent: nn.Module | None
+    ) -> None:
+        self.module = module
+        self.scope = scope
+        self.function = function
+        self.parent = parent  # the module that called the module
+        self.events: list[Event] = []
+
+
+class Frame:
+    """One running call of a module."""
+
+    __slots__ = (
+        *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
+        *("pointwise", "random", "reduces", "in_place", "flip", "tags", "unit", "storages"),
+        *("counts", "firing"),
+    )
+
+    def __init__(self, module: nn.Module, args: Any, kwargs: Any, start: int) -> None:
+        self.module = module
+        self.args = args
+        self.kwargs = kwargs
+        self.kind = "plain"  # "sigma", "candidate", "layer" (a registered, opaque one)
+        self.start = start  # how many events there were
+        self.x: Tensor | None = None
+        self.key: str | None = None
+        self.x_held: Held | None = None
+        self.degrees: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self.pointwise = True
+        self.random = False
+        self.reduces = False
+        self.in_place = False
+        self.flip = False
+        self.tags: list[Tag] = []
+        self.unit = False
+        self.storages: set[int] = set()
+        self.counts: Counter[str] = Counter()
+        self.firing = 0
+
+
+class Tracer(TorchFunctionMode):
+    """Sees one pass; see the module's docstring."""
+
+    def __init__(
+        self, names: Names, wants: Wants, current: Pass, miss: Callable[[str, str], None]
+    ) -> None:
+        super().__init__()
+        self.names = names
+        self.wants = wants
+        self.current = current
+        self.miss = miss
+        self.events: list[Event] = []
+        self.firings: list[Firing] = []
+        self.frames: list[Frame] = []
+        self.counts: Counter[str] = Counter()
+        self.aliases = Aliases()
+        self.failed: BaseException | None = None
+        self.pending: dict[int, list[Entry]] = {}  # of replayed units, by origin
+        self.trial = 0  # > 0 while a proven module is learned
+        self._tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
+        self._suspects: dict[int, tuple[weakref.ref[Tensor], Tensor, Any]] = {}
+
+    # -- what a tensor carries --------------------------------------------------------------------
+
+    def tag(self, value: Any) -> Tag:
+        """Flow, weight, or None for a constant."""
+        if not isinstance(value, Tensor):
+            return None
+        found = self._tags.get(id(value))
+        if found is not None and found[0]() is value:
+            return found[1]
+        if self.names.is_parameter(value):
+            return Weight(value)
+        return None
+
+    def set_tag(self, value: Any, tag: Any) -> None:
+        """What a result carries; nested like the result."""
+        if isinstance(value, Tensor):
+            if isinstance(tag, (Flow, Weight)):
+                self._tags[id(value)] = (weakref.ref(value), tag)
+        elif isinstance(value, (tuple, list)) and isinstance(tag, list):
+            for v, t in zip(value, tag, strict=False):
+                self.set_tag(v, t)
+
+    def enter_inputs(self, args: Any, kwargs: Any) -> None:
+        """The pass begins: whatever comes in depends on the input, and has no layer yet."""
+        for tensor in tensors_in((args, kwargs)):
+            if self.tag(tensor) is None:
+                self.set_tag(tensor, STOP)
+
+    # -- every torch function ---------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        known = describe(func)
+        if known.silent or not self.frames or self.failed or _in_backward():
+            return func(*args, **kwargs)
+        if known.opened is not None:
+            with self:
+                return known.opened(*args, **kwargs)
+        try:
+            if self._suspects:
+                args, kwargs = self._substitute(args), self._substitute(kwargs)
+            if known.sigma is not None:
+                call = self._before_sigma(known, func, args, kwargs)
+                func, args, kwargs = call.function, call.args, call.kwargs
+            else:
+                call = None
+                for target in known.writes(args, kwargs):
+                    self.aliases.before_write(target)
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.fail(error)
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        try:
+            if call is not None:
+                self._after_sigma(known, call, out)
+            else:
+                self._after(known, func, args, kwargs, out)
+        except Exception as error:
+            self.fail(error)
+        return out
+
+    def fail(self, error: BaseException) -> None:
+        """A fault of our own: the rest of the pass is not captured, and `missed` says so."""
+        if self.failed is None:
+            self.failed = error
+            where = self.names.of(self.frames[-1].module) if self.frames else ""
+            self.miss(where, f"fmapkit failed here: {type(error).__name__}: {error}")
+
+    # -- nonlinearities ---------------------------------------------------------------------------
+
+    def _before_sigma(self, known: Function, func: Any, args: Any, kwargs: Any) -> _SigmaCall:
+        frame = self.frames[-1]
+        z = next(tensors_in((args, list(kwargs.values()))))
+        call = _SigmaCall(func, args, kwargs, z, self.tag(z))
+        in_place = known.in_place or known.asked_in_place(args, kwargs)
+        quiet = frame.kind in ("sigma", "layer") or any(
+            f.kind == "layer" for f in self.frames
+        )
+        if not in_place:
+            call.held = None if quiet else self.aliases.reference(z)
+            return call
+        call.in_place = True
+        other = out_of_place(func, args, kwargs) if self._may_try(z) else None
+        if other is not None:
+            call.function, call.args, call.kwargs = other
+            call.flip = True
+            if not quiet:
+                call.held = self.aliases.reference(z)
+            return call
+        self.aliases.before_write(z)
+        if not quiet:
+            call.held = Held.copy(z)
+        return call
+
+    def _may_try(self, z: Tensor) -> bool:
+        """Whether an in-place σ may run out of place, on probation.
+
+        Only while a proven module is learned; not on memory that came from outside of it, nor on
+        memory that another tensor shares (our own aliases excepted): those would see the write.
+        """
+        if not self.trial or z.is_leaf and z.requires_grad:
+            return False
+        storage = z.untyped_storage()._cdata
+        if any(storage in f.storages for f in self.frames):
+            return False
+        return storage_users(z) == 1 + len(self.aliases.of(z))
+
+    def _after_sigma(self, known: Function, call: _SigmaCall, out: Any) -> None:
+        frame = self.frames[-1]
+        z, a = call.z, out
+        flow = call.tag if isinstance(call.tag, Flow) else STOP
+        self._degrees(known.name, (z,), {}, out, nonlinear=True)
+        self.set_tag(out, Flow(NOWHERE, _sigma_axes(flow.axes, z, a)))
+        if call.flip:
+            frame.flip = frame.flip or z is frame.x
+        if call.in_place and z is frame.x:
+            frame.in_place = True
+        if call.held is None or not isinstance(a, Tensor):
+            if call.flip:
+                self._suspects[id(z)] = (weakref.ref(z), a, frame)
+            return
+        event = Event("sigma", frame.module, call.original)
+        event.sigma = known.sigma
+        event.flip = call.flip
+        event.in_place = call.in_place
+        if z is frame.x:
+            event.x, event.y, event.key = z, a, frame.key
+        if call.flip:
+            self._suspects[id(z)] = (weakref.ref(z), a, event)
+        self._site(event, flow, call.held, z, a, f"{self.names.of(frame.module)}:{known.sigma}")
+
+    def _site(
+        self, event: Event, flow: Flow, z_held: Held, z: Tensor, a: Tensor, own: str
+    ) -> None:
+        """One nonlinearity has run: name its layer, hold its pair."""
+        origin = flow.origin
+        if origin.kind == "none":
+            origin = Origin("own", own, self._count(own))
+        else:
+            self.claim(origin)
+        event.origin = origin
+        event.axes = flow.axes
+        event.x_held = z_held
+        event.y_held = self.aliases.reference(a)
+        self.events.append(event)
+        self._fire(event)
+        if self.wants.layer(origin.name):
+            a_axes = _sigma_axes(flow.axes, z, a)
+            self._hold(event, "x", "preactivation", origin, z_held, flow.axes, event.sigma)
+            self._hold(event, "y", "activation", origin, event.y_held, a_axes, event.sigma)
+
+    def claim(self, origin: Origin) -> None:
+        """The filters have reached a nonlinearity: what it receives is their preactivation."""
+        if origin.claimed:
+            return
+        origin.claimed = True
+        for event in reversed(self.events):
+            if event.origin is origin and event.kind == "layer":
+                for pair in [p for p in event.entries if p[1].kind == "preactivation"]:
+                    pair[1].held = None
+                    event.entries.remove(pair)
+                return
+        for entry in self.pending.pop(id(origin), ()):
+            entry.held = None
+
+    def _fire(self, event: Event) -> None:
+        """Note when a tap of this event would fire: now, unless a module's end is such a moment."""
+        if event.module is None:
+            firing = Firing(None, event.scope, event.function, None)
+            self.firings.append(firing)
+        else:
+            firing = self.firings[-1]
+        firing.events.append(event)
+        event.firing = firing
+
+    def _count(self, name: str) -> int:
+        self.counts[name] += 1
+        return self.counts[name] - 1
+
+    def _hold(
+        self,
+        event: Event,
+        slot: str,
+        kind: str,
+        origin: Origin,
+        held: Held,
+        axes: Axes | None,
+        sigma: str | None = None,
+        path: str = "",
+    ) -> None:
+        if not self.wants.kind(kind) and kind != "output":
+            return
+        picked = None
+        if self.wants.filters is not None and kind != "output":
+            picked = self.wants.pick(origin.name, axes)
+            if picked is None:
+                self.miss(origin.name, self.wants.why_not(origin.name, axes))
+                return
+            tensor = held.tensor
+            assert tensor is not None and axes is not None
+            held = Held(self.wants.take(tensor, axes, picked), 0, copied=True)
+            held.version = version_of(held.tensor) if held.tensor is not None else 0
+        entry = Entry(kind, origin, held, axes, sigma, path, picked)
+        event.entries.append((slot, entry))
+        self.current.segments.append(entry)
+
+    # -- everything else --------------------------------------------------------------------------
+
+    def _after(self, known: Function, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        name = known.name
+        frame = self.frames[-1]
+        if name in _flow.OPAQUE:
+            self.miss(self.names.of(frame.module), _flow.OPAQUE[name])
+        weight = _flow.weight_operand(name, args, kwargs, self.tag)
+        opaque = any(f.kind == "layer" for f in self.frames)
+        if isinstance(weight, Tensor) and isinstance(out, Tensor) and not opaque:
+            self._layer(known, func, args, kwargs, weight, out)
+        else:
+            tag = _flow.carried(name, args, kwargs, out, self.tag)
+            if known.in_place and name in RESHAPED_IN_PLACE and tag is not None:
+                tag = STOP
+            if name in _flow.NORM_AXIS and isinstance(tag, Flow) and isinstance(out, Tensor):
+                tag = self._through_norm(tag, out, _flow.NORM_AXIS[name])
+            if tag is not None:
+                if name == "__setitem__":
+                    self.set_tag(args[0], tag)
+                self.set_tag(out, tag)
+        self._degrees(name, args, kwargs, out)
+
+    def _through_norm(self, tag: Flow, out: Tensor, axis: int) -> Flow:
+        """A norm keeps the layer; where there is none, it is the nearest thing with filters."""
+        if tag.origin.kind == "layer" or out.dim() < 2:
+            return tag
+        dim = axis % out.dim()
+        name = self.names.of(self.frames[-1].module)
+        return Flow(Origin("norm", name, self._count(name)), Axes.single(dim, out.shape[dim]))
+
+    def _layer(
+        self, known: Function, func: Any, args: Any, kwargs: Any, weight: Tensor, out: Tensor
+    ) -> None:
+        frame = self.frames[-1]
+        tag = self.tag(weight)
+        owner = tag.parameter if isinstance(tag, Weight) else None
+        stack = [f.module for f in self.frames]
+        name = self.names.layer_of(owner, stack)
+        axes = _flow.layer_axes(known.name, args, weight, out)
+        x = next((t for t in tensors_in((args, list(kwargs.values()))) if t is not weight), None)
+        if known.name in ("addmm", "addbmm", "baddbmm", "addmv"):
+            x = next((t for t in tensors_in(args[1:]) if t is not weight), None)
+        event = Event("layer", frame.module, func)
+        if x is not None and x is frame.x:
+            event.x, event.y, event.key = x, out, frame.key
+        self._layer_event(event, name, x, out, axes)
+
+    def _layer_event(
+        self, event: Event, name: str, x: Tensor | None, out: Tensor, axes: Axes | None
+    ) -> None:
+        origin = Origin("layer", name, self._count(name))
+        event.origin = origin
+        event.axes = axes
+        self.set_tag(out, Flow(origin, axes))
+        self.events.append(event)
+        self._fire(event)
+        if not self.wants.layer(name):
+            return
+        if x is not None and self.wants.kind("input"):
+            flow = self.tag(x)
+            x_axes = flow.axes if isinstance(flow, Flow) else None
+            if x_axes is None and axes is not None and axes.dim is not None:
+                place = axes.dim - out.dim()
+                if x.dim() >= -place:
+                    x_axes = Axes.single(x.dim() + place, x.shape[place])
+            event.x_held = self.aliases.reference(x)
+            if self.wants.filters is None:
+                self._hold(event, "x", "input", origin, event.x_held, x_axes)
+        if self.wants.kind("response") or self.wants.kind("preactivation"):
+            event.y_held = self.aliases.reference(out)
+            self._hold(event, "y", "response", origin, event.y_held, axes)
+            self._hold(event, "y", "preactivation", origin, event.y_held, axes)
+
+    # -- which modules are one nonlinearity by hand ---------------------------------------------------
+
+    def _degrees(
+        self, name: str, args: Any, kwargs: Any, out: Any, nonlinear: bool = False
+    ) -> None:
+        """Follow, in a weightless module, what depends on its input: linearly or not."""
+        for frame in reversed(self.frames):
+            if frame.kind != "candidate":
+                return
+            _candidate_step(frame, name, args, kwargs, out, nonlinear)
+
+    # -- frames -----------------------------------------------------------------------------------
+
+    def push(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
+        """A module's forward begins."""
+        frame = Frame(module, args, kwargs, len(self.events))
+        frame.firing = len(self.firings)
+        frame.counts = Counter(self.counts) if self.trial else frame.counts
+        self.frames.append(frame)
+        frame.x, frame.key = _only_tensor(args, kwargs)
+        if layers.is_registered(module):
+            frame.kind = "layer"
+        elif nonlinearities.module_sigma(module) is not None:
+            frame.kind = "sigma"
+        elif frame.x is not None and _may_be_sigma(module, frame.x):
+            frame.kind = "candidate"
+            frame.degrees[id(frame.x)] = (weakref.ref(frame.x), _LINEAR)
+        if frame.kind in ("sigma", "candidate") and frame.x is not None:
+            frame.x_held = self.aliases.reference(frame.x)
+            frame.tags = [self.tag(frame.x)]
+        return frame
+
+    def pop(self, module: nn.Module, output: Any) -> Any:
+        """A module's forward has ended.
+
+        Returns:
+            The output, with a tensor that an in-place σ would have changed replaced by what it
+            would have become; None where nothing is to be replaced.
+        """
+        while self.frames and self.frames[-1].module is not module:
+            self.frames.pop()  # a forward that caught an exception of a child
+        if not self.frames:
+            return None
+        frame = self.frames.pop()
+        if self.failed:
+            return None
+        replaced = None
+        if self._suspects and any(id(t) in self._suspects for t in tensors_in(output)):
+            if frame.kind != "sigma" or self._suspect(output):
+                replaced = output = self._substitute(output)
+        parent = self.frames[-1].module if self.frames else None
+        self.firings.append(Firing(module, module, None, parent))
+        self._close(frame, output)
+        if self.wants.output(module):
+            self._output(module, output)
+        return replaced
+
+    def _suspect(self, output: Any) -> bool:
+        found = self._suspects.get(id(output))
+        return found is not None and found[0]() is output
+
+    def _close(self, frame: Frame, output: Any) -> None:
+        own = self.names.of(frame.module)
+        mine = [e for e in self.events[frame.start :] if e.scope is frame.module]
+        x, a = frame.x, output
+        if frame.kind == "layer":
+            for event in self.events[frame.start :]:
+                event.drop()
+            del self.events[frame.start :]
+            if isinstance(a, Tensor):
+                event = Event("layer", frame.module)
+                event.module, event.key = frame.module, frame.key
+                dim = (layers.layer_axis(frame.module) or 0) % max(a.dim(), 1)
+                axes = Axes.single(dim, a.shape[dim]) if a.dim() else None
+                self._layer_event(event, own, x, a, axes)
+            return
+        sigma = self._verdict(frame, output)
+        if sigma is not None and x is not None and frame.x_held is not None:
+            for event in self.events[frame.start :]:
+                event.drop()
+            del self.events[frame.start :]
+            event = Event("sigma", frame.module)
+            event.module, event.key, event.sigma = frame.module, frame.key, sigma
+            event.flip = frame.flip
+            event.in_place = frame.in_place or frame.x_held.copied
+            if frame.flip and id(x) in self._suspects:
+                self._suspects[id(x)] = (weakref.ref(x), a, event)
+            flow = frame.tags[0] if isinstance(frame.tags[0], Flow) else STOP
+            self._site(event, flow, frame.x_held, x, a, own)
+            self.set_tag(a, Flow(NOWHERE, _sigma_axes(flow.axes, x, a)))
+        elif frame.reduces and _norm_like(frame, output):
+            # A norm written out by hand: it names what no layer stands behind.
+            tag = self.tag(a)
+            if isinstance(tag, Flow):
+                axis = 1 if a.dim() == 4 and _per_channel(frame.module, a.shape[1]) else -1
+                self.set_tag(a, self._norm_tag(tag, a, axis, own))
+        for event in mine:
+            if event.y is not None and event.x is x and event.y is output:
+                event.module = frame.module
+                if event.firing is not None:
+                    event.firing.events.remove(event)
+                self._fire(event)
+            event.x = event.y = None
+
+    def _norm_tag(self, tag: Flow, out: Tensor, axis: int, name: str) -> Flow:
+        if tag.origin.kind == "layer" or out.dim() < 2:
+            return tag
+        dim = axis % out.dim()
+        return Flow(Origin("norm", name, self._count(name)), Axes.single(dim, out.shape[dim]))
+
+    def _verdict(self, frame: Frame, output: Any) -> str | None:
+        """The name of σ if this call of a module is one nonlinearity."""
+        if frame.kind == "sigma":
+            return nonlinearities.module_sigma(frame.module) if (
+                isinstance(output, Tensor) and frame.x is not None
+            ) else None
+        if frame.kind != "candidate" or frame.random or not frame.pointwise:
+            return None
+        if not isinstance(output, Tensor) or frame.x is None or output.shape != frame.x.shape:
+            return None
+        known = frame.degrees.get(id(output))
+        if known is None or known[0]() is not output or known[1] != _NONLINEAR:
+            return None
+        inner = [e for e in self.events[frame.start :] if e.kind == "sigma"]
+        if len(inner) == 1:
+            event = inner[0]
+            whole = event.x is frame.x and event.y is output
+            called = event.module is not None and event.y_held is not None
+            if whole:
+                return None  # a wrapper around one function: that function, at this module
+            same = event.x_held is frame.x_held
+            if called and same and event.y_held is self.aliases.reference(output):
+                return None  # a wrapper around one module
+        return type(frame.module).__name__
+
+    def _output(self, module: nn.Module, output: Any) -> None:
+        name = self.names.of(module)
+        event = Event("output", module)
+        event.module = module
+        event.origin = Origin("output", name, self._count(f"{name}()"))
+        for path, tensor in leaves(output):
+            flow = self.tag(tensor)
+            axes = flow.axes if isinstance(flow, Flow) else None
+            held = self.aliases.reference(tensor)
+            self._hold(event, path, "output", event.origin, held, axes, path=path)
+        self.events.append(event)
+        self._fire(event)
+
+    # -- in-place σ on probation --------------------------------------------------------------------
+
+    def _substitute(self, value: Any) -> Any:
+        """Whoever reads a tensor that an in-place σ would have changed gets the changed one."""
+        if isinstance(value, Tensor):
+            found = self._suspects.get(id(value))
+            if found is None:
+                return value
+            reference, became, culprit = found
+            if reference() is not value:
+                del self._suspects[id(value)]
+                return value
+            culprit.flip = False
+            return became
+        if type(value) in (tuple, list) and any(True for _ in tensors_in(value)):
+            return type(value)([self._substitute(v) for v in value])
+        if type(value) is dict and value:
+            return {k: self._substitute(v) for k, v in value.items()}
+        return value
+
+
+class _SigmaCall:
+    """A nonlinearity about to run."""
+
+    __slots__ = ("args", "flip", "function", "held", "in_place", "kwargs", "original", "tag", "z")
+
+    def __init__(self, function: Any, args: Any, kwargs: Any, z: Tensor, tag: Tag) -> None:
+        self.function = function
+        self.original = function
+        self.args = args
+        self.kwargs = kwargs
+        self.z = z
+        self.tag = tag
+        self.held: Held | None = None
+        self.in_place = False
+        self.flip = False
+
+
+def _in_backward() -> bool:
+    """Inside a backward pass: activation checkpointing runs the forward again there."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _sigma_axes(axes: Axes | None, z: Tensor, a: Any) -> Axes | None:
+    """σ keeps the filters; `glu` halves them."""
+    if axes is None or not isinstance(a, Tensor) or a.dim() != z.dim():
+        return None
+    for part in axes.parts:
+        if a.shape[part.dim] != part.size:
+            axes = axes.slice(part.dim, 0, a.shape[part.dim])
+    return axes
+
+
+def _only_tensor(args: Any, kwargs: Any) -> tuple[Tensor | None, str | None]:
+    """The first argument if it is a tensor, by place or by keyword."""
+    if args:
+        return (args[0], None) if isinstance(args[0], Tensor) else (None, None)
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return value, key
+    return None, None
+
+
+def leaves(value: Any, path: str = "") -> list[tuple[str, Tensor]]:
+    """Each tensor of a nested output with its path: `[0]`, `['w']`, `.logits`."""
+    if isinstance(value, Tensor):
+        return [(path, value)]
+    found: list[tuple[str, Tensor]] = []
+    fields = getattr(type(value), "__dataclass_fields__", None)
+    if fields is not None:
+        for name in fields:
+            found += leaves(getattr(value, name, None), f"{path}.{name}")
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        for name in value._fields:
+            found += leaves(getattr(value, name), f"{path}.{name}")
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            found += leaves(item, f"{path}[{index}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            found += leaves(item, f"{path}[{key!r}]")
+    return found
+
+
+# -- weightless modules -----------------------------------------------------------------------------
+
+
+def _may_be_sigma(module: nn.Module, x: Tensor) -> bool:
+    """No weights of its own, or only per-channel ones, and no mere container."""
+    if isinstance(module, _CONTAINERS) or not x.is_floating_point():
+        return False
+    counts = {1, *(x.shape[1:2]), *(x.shape[-1:])}
+    return all(p.numel() in counts for p in module.parameters())
+
+
+def _per_channel(module: nn.Module, channels: int) -> bool:
+    return any(p.numel() == channels for p in module.parameters())
+
+
+def _norm_like(frame: Frame, output: Any) -> bool:
+    same = isinstance(output, Tensor) and frame.x is not None and output.shape == frame.x.shape
+    return frame.kind == "candidate" and same
+
+
+def _candidate_step(
+    frame: Frame, name: str, args: Any, kwargs: Any, out: Any, nonlinear: bool
+) -> None:
+    """One function inside a module that may be a nonlinearity written out by hand."""
+
+    def degree(tensor: Tensor) -> int:
+        found = frame.degrees.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else 0
+
+    if name in _flow.DROPOUTS:
+        frame.random = True
+    operands = list(tensors_in((args, list(kwargs.values()))))
+    degrees = [degree(t) for t in operands]
+    highest = max(degrees, default=0)
+    if highest == 0:
+        return
+    dependent = sum(d > 0 for d in degrees)
+    if nonlinear or name in _flow.NONLINEAR_POINTWISE:
+        result = _NONLINEAR
+    elif name in _flow.PRODUCTS:
+        divisor = name in ("div", "divide", "true_divide") and len(degrees) > 1 and degrees[-1] > 0
+        result = _NONLINEAR if dependent > 1 or divisor else highest
+        if name.startswith("__r"):
+            result = _NONLINEAR
+    elif name in _flow.LINEAR_BINARY or name in _flow.LINEAR_KEEPERS or name == "copy":
+        result = highest
+    elif name in _flow.FRESH:
+        return
+    else:
+        frame.pointwise = False
+        frame.reduces = frame.reduces or name in _flow.REDUCTIONS or name in _flow.NORM_AXIS
+        result = highest
+    for tensor in tensors_in(out):
+        frame.degrees[id(tensor)] = (weakref.ref(tensor), result)
+    for tensor in tensors_in(args[:1] if name == "__setitem__" else ()):
+        frame.degrees[id(tensor)] = (weakref.ref(tensor), result)

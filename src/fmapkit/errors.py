@@ -1,0 +1,120 @@
+"""What can go wrong, as one tree.
+
+FmapkitError
+├── ArgumentError (ValueError)            an argument that cannot be meant
+│   ├── NotAModuleError (TypeError)       `capture` was given something that is no `nn.Module`
+│   └── UnknownLayerError (KeyError)      no layer of that name; also raised by look-ups
+├── MapLookupError (KeyError)             the question has no single answer
+│   ├── UnknownLayerError
+│   ├── NoActivationError                 no nonlinearity follows that layer
+│   ├── KindNotCapturedError              that kind was not asked for, or the layer has none
+│   ├── AmbiguousMapError                 several maps answer; the message lists them
+│   ├── FilterRangeError (IndexError)     the map has no such filter, or does not hold it
+│   └── NoPassError                       nothing has been captured yet
+├── MapStateError (RuntimeError)          the map was there, and no longer is what it was
+│   ├── MapOverwrittenError               its memory has been written to since
+│   └── MapReleasedError                  it was let go (`clear()`)
+└── CaptureStateError (RuntimeError)      a capture used out of turn, e.g. entered twice
+
+CaptureWarning (UserWarning)              something could not be captured; named in `maps.missed`
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "AmbiguousMapError",
+    "ArgumentError",
+    "CaptureStateError",
+    "CaptureWarning",
+    "FilterRangeError",
+    "FmapkitError",
+    "KindNotCapturedError",
+    "MapLookupError",
+    "MapOverwrittenError",
+    "MapReleasedError",
+    "MapStateError",
+    "NoActivationError",
+    "NoPassError",
+    "NotAModuleError",
+    "UnknownLayerError",
+]
+
+
+class FmapkitError(Exception):
+    """Base of every error that fmapkit raises."""
+
+    def __str__(self) -> str:
+        # KeyError would print the repr of the message, quotes and all.
+        return str(self.args[0]) if self.args else ""
+
+
+class ArgumentError(FmapkitError, ValueError):
+    """An argument is outside what is allowed; the message says what is."""
+
+
+class NotAModuleError(ArgumentError, TypeError):
+    """`capture` was given something that is not a `torch.nn.Module`."""
+
+
+class MapLookupError(FmapkitError, KeyError):
+    """A look-up in `FeatureMaps` has no single answer."""
+
+
+class UnknownLayerError(ArgumentError, MapLookupError):
+    """No layer of that name; the message suggests near ones."""
+
+
+class NoActivationError(MapLookupError):
+    """No nonlinearity follows the layer, so it has no activation."""
+
+
+class KindNotCapturedError(MapLookupError):
+    """The layer is known, but no map of that kind is held of it."""
+
+
+class AmbiguousMapError(MapLookupError):
+    """Several maps answer the look-up; the message names them."""
+
+
+class FilterRangeError(MapLookupError, IndexError):
+    """The filter index is outside the layer's filters, or outside those held."""
+
+
+class NoPassError(MapLookupError):
+    """A look-up before any forward pass was captured."""
+
+
+class MapStateError(FmapkitError, RuntimeError):
+    """The map cannot be read any more."""
+
+
+class MapOverwrittenError(MapStateError):
+    """The map's memory was written to after it was captured."""
+
+
+class MapReleasedError(MapStateError):
+    """The map was let go before it was read."""
+
+
+class CaptureStateError(FmapkitError, RuntimeError):
+    """A capture was used out of turn."""
+
+
+class CaptureWarning(UserWarning):
+    """Something that ran could not be captured; `maps.missed` names it."""
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'conv1' or 'conv2'?"`, or an empty string where nothing is near."""
+    near = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    """The first `limit` names, quoted, and how many more there are."""
+    names = list(names)
+    shown = ", ".join(map(repr, names[:limit]))
+    return shown + (f", … ({len(names)} in all)" if len(names) > limit else "")
