@@ -179,7 +179,8 @@ def _step(firing: Firing, ref: Any, escaping: set[int]) -> Step:
             )
     event0: Event | None = firing.events[0] if firing.events else None
     plain = (
-        [e.slot for e in emissions] == ["x", "y"]
+        firing.module is not None
+        and [e.slot for e in emissions] == ["x", "y"]
         and not any(e.copy or e.before or e.picked for e in emissions)
         and (event0 is None or event0.key is None)
     )

@@ -476,9 +476,9 @@ class Session:
         assert run is not None and self._current is not None
         self._run = None
         failed = output is None and sys.exc_info()[0] is not None
-        run.finish()
         if run.module in run.plan.taps and not failed:
             run.tap(run.module, args, kwargs, output)
+        run.finish()
         if not failed and not run.lost and run.index != len(run.plan.steps):
             run.lost = "fewer taps fired than were learned"
         if run.lost:

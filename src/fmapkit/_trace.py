@@ -32,7 +32,9 @@ from fmapkit._wants import Wants
 __all__ = ["Event", "Firing", "Frame", "Tracer", "leaves"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_LINEAR, _NONLINEAR = 1, 2
+# How a tensor depends on a module's input; a tensor that does not depend on it has 0. The last is
+# not pointwise, or random.
+_LINEAR, _NONLINEAR, _OTHER = 1, 2, 3
 
 
 class Event:
@@ -90,7 +92,7 @@ class Frame:
 
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
-        *("pointwise", "random", "reduces", "in_place", "flip", "tags", "unit", "storages"),
+        *("reduces", "in_place", "flip", "tags", "storages"),
         *("counts", "firing"),
     )
 
@@ -104,13 +106,10 @@ class Frame:
         self.key: str | None = None
         self.x_held: Held | None = None
         self.degrees: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self.pointwise = True
-        self.random = False
         self.reduces = False
         self.in_place = False
         self.flip = False
         self.tags: list[Tag] = []
-        self.unit = False
         self.storages: set[int] = set()
         self.counts: Counter[str] = Counter()
         self.firing = 0
@@ -536,7 +535,7 @@ class Tracer(TorchFunctionMode):
             return nonlinearities.module_sigma(frame.module) if (
                 isinstance(output, Tensor) and frame.x is not None
             ) else None
-        if frame.kind != "candidate" or frame.random or not frame.pointwise:
+        if frame.kind != "candidate":
             return None
         if not isinstance(output, Tensor) or frame.x is None or output.shape != frame.x.shape:
             return None
@@ -675,36 +674,32 @@ def _norm_like(frame: Frame, output: Any) -> bool:
 def _candidate_step(
     frame: Frame, name: str, args: Any, kwargs: Any, out: Any, nonlinear: bool
 ) -> None:
-    """One function inside a module that may be a nonlinearity written out by hand."""
+    """One function inside a module that may be a nonlinearity written out by hand.
+
+    Judged by tensor, not by module: what the user's own hooks compute on the side does not matter.
+    """
 
     def degree(tensor: Tensor) -> int:
         found = frame.degrees.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else 0
 
-    if name in _flow.DROPOUTS:
-        frame.random = True
-    operands = list(tensors_in((args, list(kwargs.values()))))
-    degrees = [degree(t) for t in operands]
+    degrees = [degree(t) for t in tensors_in((args, list(kwargs.values())))]
     highest = max(degrees, default=0)
-    if highest == 0:
+    if name in _flow.DROPOUTS:
+        result = _OTHER
+    elif highest == 0 or name in _flow.FRESH:
         return
-    dependent = sum(d > 0 for d in degrees)
-    if nonlinear or name in _flow.NONLINEAR_POINTWISE:
-        result = _NONLINEAR
+    elif nonlinear or name in _flow.NONLINEAR_POINTWISE:
+        result = max(highest, _NONLINEAR)
     elif name in _flow.PRODUCTS:
-        divisor = name in ("div", "divide", "true_divide") and len(degrees) > 1 and degrees[-1] > 0
-        result = _NONLINEAR if dependent > 1 or divisor else highest
-        if name.startswith("__r"):
-            result = _NONLINEAR
+        dividing = name in ("div", "divide", "true_divide") and len(degrees) > 1
+        by_input = sum(d > 0 for d in degrees) > 1 or (dividing and degrees[-1] > 0)
+        curved = by_input or name.startswith("__r")
+        result = max(highest, _NONLINEAR) if curved else highest
     elif name in _flow.LINEAR_BINARY or name in _flow.LINEAR_KEEPERS or name == "copy":
         result = highest
-    elif name in _flow.FRESH:
-        return
     else:
-        frame.pointwise = False
         frame.reduces = frame.reduces or name in _flow.REDUCTIONS or name in _flow.NORM_AXIS
-        result = highest
-    for tensor in tensors_in(out):
-        frame.degrees[id(tensor)] = (weakref.ref(tensor), result)
-    for tensor in tensors_in(args[:1] if name == "__setitem__" else ()):
+        result = _OTHER
+    for tensor in tensors_in((out, args[:1] if name == "__setitem__" else ())):
         frame.degrees[id(tensor)] = (weakref.ref(tensor), result)

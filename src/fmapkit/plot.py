@@ -122,7 +122,7 @@ def plot_maps(
     above = 0 if image is None else 1
     heights = [1.3] * above + heights
     total = sum(heights) + 0.3 * len(shown) + 0.6
-    figure = plt.figure(figsize=(_WIDTH, total), layout="constrained")
+    figure: Figure = plt.figure(figsize=(_WIDTH, total), layout="constrained")
     grid = figure.add_gridspec(len(heights), 2, width_ratios=(1, 0.012), height_ratios=heights)
     if image is not None:
         _draw_image(figure.add_subplot(grid[0, 0]), image)
