@@ -162,6 +162,7 @@ class _Reader:
         self._locals: set[str] = set()
         self._static: set[str] = set()
         self._callable: set[str] = set()
+        self._dirty: set[str] = set()
 
     def function(self, function: Any, bound: bool = True) -> None:
         """Prove a Python function; `bound` if its first argument is the module."""
@@ -173,15 +174,20 @@ class _Reader:
         node = _tree(function.__code__, function)
         if node is None:
             raise _UnprovenError("no source")
-        kept = (self._function, self._self, self._locals, self._static, self._callable)
+        kept = (
+            *(self._function, self._self, self._locals),
+            *(self._static, self._callable, self._dirty),
+        )
         names = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
         self._function = function
         self._self = names[0] if bound and names else ""
         self._locals = set(function.__code__.co_varnames) | set(function.__code__.co_cellvars)
         self._static, self._callable = set(), set()
+        self._dirty = _assigned_from_data(node, self._self)
         for statement in node.body:
             self._statement(statement)
-        self._function, self._self, self._locals, self._static, self._callable = kept
+        self._function, self._self, self._locals = kept[:3]
+        self._static, self._callable, self._dirty = kept[3:]
 
     # -- statements ---------------------------------------------------------------------------
 
@@ -221,8 +227,8 @@ class _Reader:
     def _target(self, node: ast.expr, static: bool) -> None:
         match node:
             case ast.Name(id=name):
-                # A name assigned twice may be static once and data once: then it is data.
                 self._callable.discard(name)
+                static = static and name not in self._dirty
                 (self._static.add if static else self._static.discard)(name)
             case ast.Tuple(elts=elements) | ast.List(elts=elements):
                 for element in elements:
@@ -249,8 +255,8 @@ class _Reader:
         names = [n.id for n in ast.walk(target) if isinstance(n, ast.Name)]
         if not modules:
             raise _UnprovenError("loops over data")
-        self._static.update(names)
-        self._callable.update(names)
+        self._static.update(n for n in names if n not in self._dirty)
+        self._callable.update(n for n in names if n not in self._dirty)
 
     def _iterates(self, node: ast.expr) -> bool:
         match node:
@@ -447,7 +453,7 @@ class _Reader:
                 return
         found = self._resolve(function)
         if found is not None:
-            self._callee(found, function)
+            self._callee(found, function, node)
             return
         if isinstance(function, ast.Attribute):
             self._expression(function.value)
@@ -461,7 +467,7 @@ class _Reader:
             return
         raise _UnprovenError("calls something unknown")
 
-    def _callee(self, found: Any, node: ast.expr) -> None:
+    def _callee(self, found: Any, node: ast.expr, call: ast.Call) -> None:
         if isinstance(found, nn.Module):
             return  # a child: proven for itself
         if isinstance(found, types.MethodType) and found.__self__ is self.module:
@@ -488,7 +494,9 @@ class _Reader:
         home = str(getattr(found, "__module__", None) or "")
         if isinstance(found, types.BuiltinFunctionType):
             if found is getattr(builtins, found.__name__, None):
-                if found.__name__ in _BUILTINS:
+                if found.__name__ in _BUILTINS or (
+                    found.__name__ in ("max", "min") and _with_number(call)
+                ):
                     return
             elif home.split(".")[0] in ("torch", "math") or found in _torch_builtins():
                 return
@@ -554,6 +562,35 @@ class _Reader:
         return found
 
 
+def _assigned_from_data(node: ast.FunctionDef, self_name: str) -> set[str]:
+    """Names that are bound, anywhere in the function, to more than constants and attributes.
+
+    Such a name is data everywhere: a loop may reach a use before or after the binding.
+    """
+    dirty: set[str] = set()
+    for n in ast.walk(node):
+        match n:
+            case ast.AugAssign(target=ast.Name(id=name)) | ast.NamedExpr(target=ast.Name(id=name)):
+                dirty.add(name)
+            case ast.Assign(targets=targets, value=value):
+                read = {m.id for m in ast.walk(value) if isinstance(m, ast.Name)}
+                calls = any(isinstance(m, (ast.Call, ast.Subscript)) for m in ast.walk(value))
+                for target in targets:
+                    stored = {
+                        m.id
+                        for m in ast.walk(target)
+                        if isinstance(m, ast.Name) and isinstance(m.ctx, ast.Store)
+                    }
+                    if calls or read - {self_name} or not isinstance(target, ast.Name):
+                        dirty |= stored
+    return dirty
+
+
+def _with_number(call: ast.Call) -> bool:
+    """`max(a, 0)` computes a size; `max(a, b)` may choose between tensors."""
+    return any(isinstance(a, ast.Constant) for a in call.args)
+
+
 def _is_context(found: type) -> bool:
     return found.__module__.startswith(("torch.autograd.grad_mode", "torch.amp")) or found in (
         torch.Size,
@@ -564,5 +601,5 @@ def _is_context(found: type) -> bool:
 @lru_cache(maxsize=1)
 def _torch_builtins() -> frozenset[Any]:
     places = (torch, torch._C._nn, torch.special, torch.fft, torch.linalg)
-    found = {getattr(p, n, None) for p in places for n in dir(p)}
+    found = [getattr(p, n, None) for p in places for n in dir(p)]
     return frozenset(f for f in found if isinstance(f, types.BuiltinFunctionType))
