@@ -7,7 +7,8 @@ session once removed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -72,6 +73,23 @@ class Hooks:
     def has(self, role: str, module: nn.Module) -> bool:
         """Whether the module has hooks of that role."""
         return (role, module) in self._handles
+
+    @contextmanager
+    def suspended(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """The modules without our hooks for a while, as bare code would see them."""
+        kept: list[tuple[dict[int, Any], dict[int, Any]]] = []
+        for module in modules:
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                if any(map(self.is_ours, hooks.values())):
+                    kept.append((hooks, dict(hooks)))
+                    for key in [k for k, h in hooks.items() if self.is_ours(h)]:
+                        del hooks[key]
+        try:
+            yield
+        finally:
+            for hooks, before in kept:  # in their old order
+                hooks.clear()
+                hooks.update(before)
 
     def drop(self, role: str | None = None, keep: Iterable[nn.Module] = ()) -> None:
         """Remove the hooks of a role (or all), but for those of some modules."""

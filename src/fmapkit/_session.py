@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
 from fmapkit import layers, nonlinearities
+from fmapkit._fused import REASON, fused_output, may_fuse
 from fmapkit._flow import STOP, Flow, Weight, tensors_in
 from fmapkit._hooks import Hooks
 from fmapkit._names import Names
@@ -30,7 +31,7 @@ from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
 from fmapkit._replay import Run, tag_outputs
 from fmapkit._store import Pass, Store
-from fmapkit._trace import Frame, Tracer
+from fmapkit._trace import Frame, Tracer, leaves
 from fmapkit._wants import Wants
 from fmapkit.errors import CaptureWarning
 
@@ -84,6 +85,8 @@ class Session:
         self._tracer: Tracer | None = None
         self._tracing = False  # the tracer is on torch's stack of modes
         self._run: Run | None = None
+        self._fused_in: nn.Module | None = None  # running unfused beside its fused path
+        self._fused: Any = None
         self._learning: tuple[nn.Module, Frame, Any, list[Any]] | None = None
         self._structure: list[tuple[dict[str, Any], list[Any]]] = []
         self._units: dict[nn.Module, _Unit] = {}
@@ -145,6 +148,8 @@ class Session:
             elif self._learning is None and self._is_unit(module):
                 self._enter_unit(module, args, kwargs)
             elif self._tracer is not None:
+                if may_fuse(module) and not self._fused_in:
+                    self._run_fused(module, args, kwargs)
                 self._tracer.push(module, args, kwargs)
                 self._trace_on()
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
@@ -168,6 +173,8 @@ class Session:
                 replaced = self._learned(module, output, failed)
             elif self._tracer is not None:
                 replaced = self._tracer.pop(module, None if failed else output)
+                if module is self._fused_in:
+                    replaced = self._take_fused(output)
             if module is self.model:
                 if self._depth:
                     self._depth -= 1
@@ -270,6 +277,7 @@ class Session:
         if self._current is not None:
             self._current.closed = True
         self._tracer = self._current = self._frame = self._run = None
+        self._fused_in = self._fused = None
         self._depth = 0
         self._idle = False
 
@@ -315,6 +323,30 @@ class Session:
                 self._tracing = False
                 return True
         return False
+
+    # -- torch's fused paths ------------------------------------------------------------------------
+
+    def _run_fused(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """What the fused path returns, if torch would take it: the output of the captured run."""
+        paused = self._trace_off()
+
+        def bare() -> Any:
+            with self.hooks.suspended(module.modules()):
+                return module.forward(*args, **kwargs)
+
+        fused, output = fused_output(module, args, kwargs, bare)
+        if paused:
+            self._trace_on()
+        if fused:
+            self._fused_in, self._fused = module, output
+            self.miss(self.names.of(module), REASON)
+
+    def _take_fused(self, output: Any) -> Any:
+        fused, self._fused_in, self._fused = self._fused, None, None
+        assert self._tracer is not None
+        for (_, ours), (_, theirs) in zip(leaves(output), leaves(fused), strict=False):
+            self._tracer.set_tag(theirs, self._tracer.tag(ours))
+        return fused
 
     # -- units --------------------------------------------------------------------------------------
 
@@ -383,6 +415,7 @@ class Session:
             tuple(carried) if self._tracer is not None else None,
             tuple([g.value() for g in unit.guards]),
             tuple([d["inplace"] for d in unit.flags]),
+            torch.is_grad_enabled(),
         )
 
     def _learn(

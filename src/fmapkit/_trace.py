@@ -31,6 +31,12 @@ from fmapkit._wants import Wants
 
 __all__ = ["Event", "Firing", "Frame", "Tracer", "leaves"]
 
+# Nonlinearities whose in-place form has the same derivative formula, bit for bit. That of the ELU and
+# leaky ReLU families is computed from a instead of z (torch, tools/autograd/derivatives.yaml).
+_SAME_GRADIENT = {
+    *("relu", "relu6", "hardtanh", "sigmoid", "tanh", "silu", "hardswish", "mish", "hardsigmoid"),
+    "threshold",
+}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # How a tensor depends on a module's input; a tensor that does not depend on it has 0. The last is
 # not pointwise, or random.
@@ -221,7 +227,7 @@ class Tracer(TorchFunctionMode):
             call.held = None if quiet else self.aliases.reference(z)
             return call
         call.in_place = True
-        other = out_of_place(func, args, kwargs) if self._may_try(z) else None
+        other = out_of_place(func, args, kwargs) if self._may_try(known, z) else None
         if other is not None:
             call.function, call.args, call.kwargs = other
             call.flip = True
@@ -233,13 +239,15 @@ class Tracer(TorchFunctionMode):
             call.held = Held.copy(z)
         return call
 
-    def _may_try(self, z: Tensor) -> bool:
+    def _may_try(self, known: Function, z: Tensor) -> bool:
         """Whether an in-place σ may run out of place, on probation.
 
         Only while a proven module is learned; not on memory that came from outside of it, nor on
         memory that another tensor shares (our own aliases excepted): those would see the write.
         """
-        if not self.trial or z.is_leaf and z.requires_grad:
+        if not self.trial or (z.is_leaf and z.requires_grad):
+            return False
+        if torch.is_grad_enabled() and known.sigma not in _SAME_GRADIENT:
             return False
         storage = z.untyped_storage()._cdata
         if any(storage in f.storages for f in self.frames):

@@ -108,6 +108,10 @@ class FeatureMap:
         """
         return len(self._along())
 
+    def __bool__(self) -> bool:
+        """A map is there, whether or not its filters can be counted."""
+        return True
+
     def __getitem__(self, index: int) -> FeatureMap:
         """The map of one filter, by the layer's own numbering: a view, never a copy.
 

@@ -1,0 +1,48 @@
+# Development tasks. Nothing is needed beforehand but Python >= 3.10, pip, make and git.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+.PHONY: help install demo test lint format bench clean
+
+help:
+	@echo "make demo    train a small net with capture in the loop, write demo.png (under a minute)"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  let ruff rewrite the code"
+	@echo "make bench   what capture costs on this machine; writes bench.json"
+	@echo "make clean   remove what the above made, the virtual environment included"
+
+install: $(STAMP)
+
+# torch goes first and pinned: left to the resolver it would pull gigabytes of CUDA packages.
+# The package's build backend comes with it, so that no isolated build has to fetch one.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt torch==2.13.0 setuptools
+	$(PY) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(PY) examples/demo.py
+
+test: $(STAMP)
+	$(PY) -m pytest
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(STAMP)
+	$(PY) -m benchmarks overhead --json bench.json
+
+clean:
+	rm -rf $(VENV) build dist demo.png bench.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf src/*.egg-info
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""What capture costs: `python -m benchmarks overhead`."""

@@ -1,0 +1,27 @@
+"""`python -m benchmarks overhead [--seconds S] [--case NAME] [--threads N] [--json FILE]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks import overhead
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What capture costs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("overhead", help="time, bytes held and bytes copied, by case")
+    command.add_argument(
+        "--seconds", type=float, default=5.0, help="for each contender in each case (default: 5)"
+    )
+    command.add_argument("--case", default="", help="only cases whose name contains this")
+    command.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    given = parser.parse_args()
+    overhead.run(given.seconds, given.case, given.threads, given.json)
+
+
+if __name__ == "__main__":
+    main()

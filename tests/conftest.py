@@ -1,0 +1,79 @@
+"""Fixtures of every test: nothing global may be left behind, whatever a test did."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import nn
+
+from tests.truth import modes
+
+# One thread: the models are small, and on a machine that others use too, threads that wait for
+# each other at every small kernel cost ten times what they bring. Also the sums keep their order.
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "default",
+    deadline=None,  # a first pass compiles kernels, and CI machines stall
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+    "_global_module_registration_hooks",
+    "_global_parameter_registration_hooks",
+    "_global_buffer_registration_hooks",
+)
+
+
+def _global_state() -> dict[str, object]:
+    hooks = {name: len(getattr(nn.modules.module, name, ())) for name in _GLOBAL_HOOKS}
+    return {
+        **hooks,
+        "modes": modes(),
+        "module call": nn.Module.__call__,
+        "module setattr": nn.Module.__setattr__,
+        "grad enabled": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "fast path": torch.backends.mha.get_fastpath_enabled(),
+        "saved tensor hooks": torch._C._autograd._saved_tensors_hooks_is_enabled(),  # type: ignore
+    }
+
+
+@pytest.fixture(autouse=True)
+def leak_guard() -> Iterator[None]:
+    """Fail a test that leaves a mode, a global hook, a patch or a switched flag behind."""
+    before = _global_state()
+    yield
+    after = _global_state()
+    changed = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+    assert not changed, f"left behind (before, after): {changed}"
+
+
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """Start and end with the garbage collected, for tests that count what is alive."""
+    gc.collect()
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def no_fast_path() -> Iterator[None]:
+    """nn.TransformerEncoderLayer's fused kernel off, so that a bare run rounds as a watched one."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
