@@ -14,8 +14,9 @@ from typing import Any
 from torch import nn
 
 from fmapkit._axes import Axes
-from fmapkit._flow import NOWHERE, Flow, Origin, Weight, tensors_in
+from fmapkit._flow import NOWHERE, Flow, Origin, Weight
 from fmapkit._functions import describe
+from fmapkit._store import storage_of as _storage
 from fmapkit._trace import Event, Firing, Frame, Tracer, leaves
 
 __all__ = ["Emission", "Plan", "Ref", "Step", "make_plan"]
@@ -105,6 +106,17 @@ def make_plan(tracer: Tracer, frame: Frame, output: Any, inputs: Sequence[Any]) 
     returned = [tracer.tag(t) for _, t in leaves(output)] if output is not None else []
     escaping = {id(t.origin) for t in returned if isinstance(t, Flow)}
     firings = tracer.firings[frame.firing :]
+    kept = {
+        _storage(e.held.tensor)
+        for event in tracer.events[frame.start :]
+        for _, e in event.entries
+        if e.held is not None and e.held.tensor is not None and not e.held.copied
+    }
+    for event in tracer.events[frame.start :]:
+        # An in-place σ goes on in place where nobody keeps what it overwrites.
+        if event.flip and not event.entries:
+            z = event.x_held.tensor if event.x_held is not None else None
+            event.flip = z is not None and _storage(z) in kept
     tapped = {f.module for f in firings if f.module is not None and _emits(f)}
     scopes = {f.scope for f in firings if f.module is None and _emits(f)}
     steps = []

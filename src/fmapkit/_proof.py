@@ -135,7 +135,10 @@ def _trusted(module: nn.Module) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _tree(code: types.CodeType, function: types.FunctionType) -> ast.FunctionDef | None:
+def _tree(
+    code: types.CodeType, function: types.FunctionType
+) -> tuple[ast.FunctionDef, set[str]] | None:
+    """The source of a function, and its names that are bound from data."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError, IndentationError):
@@ -147,7 +150,9 @@ def _tree(code: types.CodeType, function: types.FunctionType) -> ast.FunctionDef
     read = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
     read |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
     read |= {n.arg for n in ast.walk(node) if isinstance(n, (ast.arg, ast.keyword)) and n.arg}
-    return node if {*code.co_names, *code.co_varnames} - {"AssertionError"} <= read else None
+    if not {*code.co_names, *code.co_varnames} - {"AssertionError"} <= read:
+        return None
+    return node, _assigned_from_data(node)
 
 
 class _Reader:
@@ -171,9 +176,10 @@ class _Reader:
         if function.__code__ in self._seen:
             return
         self._seen.add(function.__code__)
-        node = _tree(function.__code__, function)
-        if node is None:
+        tree = _tree(function.__code__, function)
+        if tree is None:
             raise _UnprovenError("no source")
+        node, dirty = tree
         kept = (
             *(self._function, self._self, self._locals),
             *(self._static, self._callable, self._dirty),
@@ -183,7 +189,7 @@ class _Reader:
         self._self = names[0] if bound and names else ""
         self._locals = set(function.__code__.co_varnames) | set(function.__code__.co_cellvars)
         self._static, self._callable = set(), set()
-        self._dirty = _assigned_from_data(node, self._self)
+        self._dirty = dirty
         for statement in node.body:
             self._statement(statement)
         self._function, self._self, self._locals = kept[:3]
@@ -562,12 +568,14 @@ class _Reader:
         return found
 
 
-def _assigned_from_data(node: ast.FunctionDef, self_name: str) -> set[str]:
+def _assigned_from_data(node: ast.FunctionDef) -> set[str]:
     """Names that are bound, anywhere in the function, to more than constants and attributes.
 
     Such a name is data everywhere: a loop may reach a use before or after the binding.
     """
     dirty: set[str] = set()
+    arguments = node.args.posonlyargs + node.args.args
+    self_name = arguments[0].arg if arguments else ""
     for n in ast.walk(node):
         match n:
             case ast.AugAssign(target=ast.Name(id=name)) | ast.NamedExpr(target=ast.Name(id=name)):

@@ -216,9 +216,9 @@ class Aliases:
         """Held references into the same memory."""
         for held in self._new:
             if held.tensor is not None and not held.copied:
-                self._by_storage.setdefault(_storage(held.tensor), []).append(held)
+                self._by_storage.setdefault(storage_of(held.tensor), []).append(held)
         self._new.clear()
-        found = self._by_storage.get(_storage(tensor), [])
+        found = self._by_storage.get(storage_of(tensor), [])
         return [h for h in found if h.tensor is not None and not h.copied]
 
     def before_write(self, tensor: Tensor) -> None:
@@ -227,7 +227,8 @@ class Aliases:
             held.snapshot()
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """What tells one block of memory from another."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse, and other tensors without one storage

@@ -140,6 +140,7 @@ class Tracer(TorchFunctionMode):
         self.failed: BaseException | None = None
         self.pending: dict[int, list[Entry]] = {}  # of replayed units, by origin
         self.trial = 0  # > 0 while a proven module is learned
+        self._opaque = 0  # how many running modules are registered layers
         self._tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
         self._suspects: dict[int, tuple[weakref.ref[Tensor], Tensor, Any]] = {}
 
@@ -220,9 +221,7 @@ class Tracer(TorchFunctionMode):
         z = next(tensors_in((args, list(kwargs.values()))))
         call = _SigmaCall(func, args, kwargs, z, self.tag(z))
         in_place = known.in_place or known.asked_in_place(args, kwargs)
-        quiet = frame.kind in ("sigma", "layer") or any(
-            f.kind == "layer" for f in self.frames
-        )
+        quiet = frame.kind == "sigma" or self._opaque > 0
         if not in_place:
             call.held = None if quiet else self.aliases.reference(z)
             return call
@@ -266,7 +265,7 @@ class Tracer(TorchFunctionMode):
             frame.in_place = True
         if call.held is None or not isinstance(a, Tensor):
             if call.flip:
-                self._suspects[id(z)] = (weakref.ref(z), a, frame)
+                self._suspect(z, a, frame)
             return
         event = Event("sigma", frame.module, call.original)
         event.sigma = known.sigma
@@ -275,7 +274,7 @@ class Tracer(TorchFunctionMode):
         if z is frame.x:
             event.x, event.y, event.key = z, a, frame.key
         if call.flip:
-            self._suspects[id(z)] = (weakref.ref(z), a, event)
+            self._suspect(z, a, event)
         self._site(event, flow, call.held, z, a, f"{self.names.of(frame.module)}:{known.sigma}")
 
     def _site(
@@ -361,8 +360,7 @@ class Tracer(TorchFunctionMode):
         if name in _flow.OPAQUE:
             self.miss(self.names.of(frame.module), _flow.OPAQUE[name])
         weight = _flow.weight_operand(name, args, kwargs, self.tag)
-        opaque = any(f.kind == "layer" for f in self.frames)
-        if isinstance(weight, Tensor) and isinstance(out, Tensor) and not opaque:
+        if isinstance(weight, Tensor) and isinstance(out, Tensor) and not self._opaque:
             self._layer(known, func, args, kwargs, weight, out)
         else:
             tag = _flow.carried(name, args, kwargs, out, self.tag)
@@ -442,6 +440,10 @@ class Tracer(TorchFunctionMode):
 
     def push(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
         """A module's forward begins."""
+        with torch._C.DisableTorchFunction():  # what we look at ourselves is not the model's doing
+            return self._push(module, args, kwargs)
+
+    def _push(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
         frame = Frame(module, args, kwargs, len(self.events))
         frame.firing = len(self.firings)
         frame.counts = Counter(self.counts) if self.trial else frame.counts
@@ -449,6 +451,7 @@ class Tracer(TorchFunctionMode):
         frame.x, frame.key = _only_tensor(args, kwargs)
         if layers.is_registered(module):
             frame.kind = "layer"
+            self._opaque += 1
         elif nonlinearities.module_sigma(module) is not None:
             frame.kind = "sigma"
         elif frame.x is not None and _may_be_sigma(module, frame.x):
@@ -466,27 +469,28 @@ class Tracer(TorchFunctionMode):
             The output, with a tensor that an in-place σ would have changed replaced by what it
             would have become; None where nothing is to be replaced.
         """
-        while self.frames and self.frames[-1].module is not module:
-            self.frames.pop()  # a forward that caught an exception of a child
-        if not self.frames:
+        frame = None
+        while self.frames and (frame is None or frame.module is not module):
+            frame = self.frames.pop()  # several, where a forward caught an exception of a child
+            self._opaque -= frame.kind == "layer"
+        if frame is None or frame.module is not module:
             return None
-        frame = self.frames.pop()
         if self.failed:
             return None
+        with torch._C.DisableTorchFunction():
+            return self._pop(frame, output)
+
+    def _pop(self, frame: Frame, output: Any) -> Any:
+        module = frame.module
         replaced = None
         if self._suspects and any(id(t) in self._suspects for t in tensors_in(output)):
-            if frame.kind != "sigma" or self._suspect(output):
-                replaced = output = self._substitute(output)
+            replaced = output = self._substitute(output)
         parent = self.frames[-1].module if self.frames else None
         self.firings.append(Firing(module, module, None, parent))
         self._close(frame, output)
         if self.wants.output(module):
             self._output(module, output)
         return replaced
-
-    def _suspect(self, output: Any) -> bool:
-        found = self._suspects.get(id(output))
-        return found is not None and found[0]() is output
 
     def _close(self, frame: Frame, output: Any) -> None:
         own = self.names.of(frame.module)
@@ -513,7 +517,7 @@ class Tracer(TorchFunctionMode):
             event.flip = frame.flip
             event.in_place = frame.in_place or frame.x_held.copied
             if frame.flip and id(x) in self._suspects:
-                self._suspects[id(x)] = (weakref.ref(x), a, event)
+                self._suspect(x, a, event)
             flow = frame.tags[0] if isinstance(frame.tags[0], Flow) else STOP
             self._site(event, flow, frame.x_held, x, a, own)
             self.set_tag(a, Flow(NOWHERE, _sigma_axes(flow.axes, x, a)))
@@ -577,6 +581,16 @@ class Tracer(TorchFunctionMode):
 
     # -- in-place σ on probation --------------------------------------------------------------------
 
+    def _suspect(self, z: Tensor, became: Any, culprit: Event | Frame) -> None:
+        """From here on, z should not be read any more; it usually dies at once."""
+        key, suspects = id(z), self._suspects
+
+        def died(reference: Any) -> None:
+            if key in suspects and suspects[key][0] is reference:
+                del suspects[key]
+
+        suspects[key] = (weakref.ref(z, died), became, culprit)
+
     def _substitute(self, value: Any) -> Any:
         """Whoever reads a tensor that an in-place σ would have changed gets the changed one."""
         if isinstance(value, Tensor):
@@ -585,7 +599,6 @@ class Tracer(TorchFunctionMode):
                 return value
             reference, became, culprit = found
             if reference() is not value:
-                del self._suspects[id(value)]
                 return value
             culprit.flip = False
             return became
@@ -664,7 +677,9 @@ def leaves(value: Any, path: str = "") -> list[tuple[str, Tensor]]:
 
 def _may_be_sigma(module: nn.Module, x: Tensor) -> bool:
     """No weights of its own, or only per-channel ones, and no mere container."""
-    if isinstance(module, _CONTAINERS) or not x.is_floating_point():
+    if isinstance(module, _CONTAINERS) or type(module).__module__.startswith("torch.nn.modules."):
+        return False
+    if not x.is_floating_point():
         return False
     counts = {1, *(x.shape[1:2]), *(x.shape[-1:])}
     return all(p.numel() in counts for p in module.parameters())
