@@ -1,16 +1,22 @@
-"""`python -m benchmarks overhead [--seconds S] [--case NAME] [--threads N] [--json FILE]`."""
+"""What capture costs, and whether it is right.
+
+python -m benchmarks overhead [--seconds S] [--case NAME] [--threads N] [--json FILE]
+python -m benchmarks zoo [--out FILE] [--model NAME] [--threads N]
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from benchmarks import overhead
+from benchmarks import overhead, zoo
 
 
 def main() -> None:
     """Read the command line and run."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What capture costs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="What capture costs, and whether it is right."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("overhead", help="time, bytes held and bytes copied, by case")
     command.add_argument(
@@ -19,8 +25,17 @@ def main() -> None:
     command.add_argument("--case", default="", help="only cases whose name contains this")
     command.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    command = commands.add_parser("zoo", help="is every map right, on real architectures?")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the page there, e.g. docs/zoo.md"
+    )
+    command.add_argument("--model", default="", help="only models whose name contains this")
+    command.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     given = parser.parse_args()
-    overhead.run(given.seconds, given.case, given.threads, given.json)
+    if given.command == "zoo":
+        zoo.run(given.out, given.model, given.threads)
+    else:
+        overhead.run(given.seconds, given.case, given.threads, given.json)
 
 
 if __name__ == "__main__":

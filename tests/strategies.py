@@ -115,10 +115,9 @@ class _Source:
     def text(self, name: str) -> str:
         init = [f"        self.{n} = {c}" for n, c in self.parts.items()]
         body = [f"        {line}" for line in self.lines]
-        return "\n".join(
-            [f"class {name}(nn.Module):", "    def __init__(self):", "        super().__init__()"]
-            + [*init, "    def forward(self, x):", "        y = x", *body, "        return x", ""]
-        )
+        head = [f"class {name}(nn.Module):", "    def __init__(self):"]
+        head += ["        super().__init__()", *init, "    def forward(self, x):", "        y = x"]
+        return "\n".join([*head, *body, "        return x", ""])
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ def _statements(draw: st.DrawFn, source: _Source, depth: int, blocks: list[str])
             lines.append(f"x = {source.part(draw(st.sampled_from(blocks)) + '()')}(x)")
         elif kind == "road" and depth < 1:
             lines += draw(_road(source, depth, blocks))
-    return lines
+    return lines or ["pass"]
 
 
 @st.composite
@@ -264,7 +263,8 @@ def models(draw: st.DrawFn, roads: bool = True) -> Model:
     texts, names = [], []
     for n in range(draw(st.integers(0, 2))):
         block = _Source(family)
-        block.lines = draw(_statements(block, depth, list(names)))
+        # With a layer in it: a module without weights might be one nonlinearity as a whole.
+        block.lines = [*draw(_layer(block)), *draw(_statements(block, depth, list(names)))]
         names.append(f"Block{n}")
         texts.append(block.text(names[-1]))
     net = _Source(family)

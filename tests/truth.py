@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,11 +78,10 @@ class _Frame:
     inside: tuple[str, ...]
     first_run: int
     z: Tensor
-    ids: set[int]  # tensors that depend on the input, kept alive by `alive`
-    alive: list[Any] = field(default_factory=list)
+    touched: set[int]  # memory that depends on the input ...
+    curved: set[int] = field(default_factory=set)  # ... and not as a straight line
+    alive: list[Any] = field(default_factory=list)  # so that no memory is used again
     pointwise: bool = True
-    curved: bool = False
-    runs: int = 0
 
 
 class Witness(TorchDispatchMode):
@@ -119,21 +119,22 @@ class Witness(TorchDispatchMode):
         if self._could_be_activation(module) and len(args) == 1 and isinstance(args[0], Tensor):
             with _unwatched():
                 z = args[0].detach().clone()
-            frame = _Frame(
-                module, self._name(module), self._inside(), len(self.runs), z, {id(args[0])}
-            )
+            touched = {_memory(args[0])}
+            frame = _Frame(module, self._name(module), self._inside(), len(self.runs), z, touched)
         self._stack.append((module, frame))
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._stack or self._stack[-1][0] is not module:
             return  # a module of before this witness, or one whose pre-hook failed
         _, frame = self._stack.pop()
-        if frame is None or not (frame.pointwise and frame.curved):
+        if frame is None or not frame.pointwise or not isinstance(output, Tensor):
             return
-        if not isinstance(output, Tensor) or output.shape != frame.z.shape:
+        if output.shape != frame.z.shape or _memory(output) not in frame.curved:
             return
         with _unwatched():
-            a = output.detach().clone()
+            self._replace(frame, module, output.detach().clone())
+
+    def _replace(self, frame: _Frame, module: nn.Module, a: Tensor) -> None:
         # The whole module is one site; where it only wraps a function, (z, a) are the same anyway.
         inner = self.runs[frame.first_run :]
         if len(inner) == 1 and same_bits(inner[0].z, frame.z) and same_bits(inner[0].a, a):
@@ -182,17 +183,22 @@ class Witness(TorchDispatchMode):
 
 def _judge(frame: _Frame, name: str, args: Sequence[Any], output: Any) -> None:
     """Take one aten call into account: is all that runs here pointwise, is any of it curved?"""
-    touching = [a for a in args if isinstance(a, Tensor) and id(a) in frame.ids]
-    if name in _POINTWISE_CURVED:
-        frame.curved |= bool(touching)
-    elif name in _POINTWISE_LINEAR:
-        # x * f(x), x / f(x): a product of two tensors of the same input is not linear.
-        frame.curved |= name in ("mul", "div") and len(touching) >= 2
-    else:
+    given = {_memory(a) for a in args if isinstance(a, Tensor)}
+    touching = sum(isinstance(a, Tensor) and _memory(a) in frame.touched for a in args)
+    if name not in _POINTWISE_LINEAR | _POINTWISE_CURVED:
         frame.pointwise = False
     if isinstance(output, Tensor) and touching:
-        frame.ids.add(id(output))
+        frame.touched.add(_memory(output))
+        # x * f(x), x / f(x): a product of two tensors of the same input is not linear.
+        product = name in ("mul", "div") and touching >= 2
+        if name in _POINTWISE_CURVED or product or given & frame.curved:
+            frame.curved.add(_memory(output))
     frame.alive.append((args, output))
+
+
+def _memory(tensor: Tensor) -> int:
+    """The memory a tensor lies in: views and in-place results share it."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _unwatched() -> Any:
@@ -277,6 +283,18 @@ def run_pass(
     }
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     return Pass(outputs, grads, buffers, rng, watch.runs if watch else [])
+
+
+class _Probe:
+    """Something that can be weakly referenced, which nodes of the graph cannot."""
+
+
+def graph_of(output: Tensor) -> Callable[[], object | None]:
+    """A weak reference that dies with the autograd node that made `output`."""
+    probe = _Probe()
+    if output.grad_fn is not None:
+        output.grad_fn.metadata["probe"] = probe
+    return weakref.ref(probe)
 
 
 def run_with_truth(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, list[Run]]:
@@ -372,6 +390,7 @@ def assert_captured_exactly_once(maps: Any, truth: Sequence[Run], order: bool = 
     surplus = [pairs[i] for i in sorted(free)]
     if lost or surplus:
         lines = [f"{len(expected)} true runs, {len(pairs)} captured pairs"]
+        lines += [f"  missed: {m.layer!r}: {m.reason}" for m in maps.missed]
         for n, run in lost:
             lines.append(f"  not captured: #{n} {run}{_near(run, surplus)}")
         for p in surplus:
@@ -426,6 +445,13 @@ _HOOKS = (
 )
 
 
+def _whose(hooks: Any) -> tuple[str, ...]:
+    # By name: a model may set hooks anew in each pass (transformers does), under new ids.
+    if not isinstance(hooks, Mapping):
+        return ()
+    return tuple(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks.values())
+
+
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """All that capture could leave behind: hooks, flags, attributes, classes, tensor hooks."""
     marks: dict[str, Any] = {}
@@ -433,7 +459,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         marks[name] = (
             type(module),
             tuple(sorted(module.__dict__)),
-            tuple((h, tuple(getattr(module, h, {}) or ())) for h in _HOOKS),
+            tuple((h, _whose(getattr(module, h, {}))) for h in _HOOKS),
             module.training,
             getattr(module, "inplace", None),
             "forward" in module.__dict__ and module.__dict__["forward"],

@@ -108,8 +108,9 @@ _CV_64 = _words(
     irevnet301 xdensenet121_2
     """
 )
-_CV_128 = _words("darknet_ref selecsls42")
-_CV_96 = _words("dpn68 scnet50 xception inceptionv3 inceptionv4 inceptionresnetv2")
+_CV_128 = ["scnet50"]
+_CV_224 = _words("darknet_ref selecsls42")
+_CV_96 = _words("dpn68 xception inceptionv3 inceptionv4 inceptionresnetv2")
 _CV_32 = _words(
     """
     nin_cifar10 resnet20_cifar10 preresnet20_cifar10 resnext20_16x4d_cifar10 seresnet20_cifar10
@@ -450,10 +451,6 @@ _HF: dict[str, Callable[[], Built]] = {
         _hf, "FocalNetConfig", "FocalNetModel", _pixels(), image_size=32, embed_dim=8,
         depths=[1, 1], hidden_sizes=[8, 16], focal_levels=[2, 2], focal_windows=[3, 3],
     ),
-    "cvt": partial(
-        _hf, "CvtConfig", "CvtModel", _pixels(64), embed_dim=[8, 16, 32], num_heads=[1, 2, 4],
-        depth=[1, 1, 2],
-    ),
     "poolformer": partial(
         _hf, "PoolFormerConfig", "PoolFormerModel", _pixels(64), depths=[1, 1, 1, 1],
         hidden_sizes=[8, 16, 24, 32],
@@ -740,8 +737,9 @@ def available(module: str) -> bool:
 ZOO: list[Entry] = [Entry(name, build) for name, build in _OWN.items()]
 if available("pytorchcv"):
     ZOO += [Entry(name, partial(_cv, name)) for name in _CV_64]
-    ZOO += [Entry(name, partial(_cv, name, 96, batch=1)) for name in _CV_96]
+    ZOO += [Entry(name, partial(_cv, name, 96)) for name in _CV_96]
     ZOO += [Entry(name, partial(_cv, name, 128)) for name in _CV_128]
+    ZOO += [Entry(name, partial(_cv, name, 224)) for name in _CV_224]
     ZOO += [Entry(name, partial(_cv, name, 32)) for name in _CV_32]
     ZOO += [Entry(name, partial(_cv, name, 32, classes=False)) for name in _CV_RANDOM_DEPTH]
     ZOO += [

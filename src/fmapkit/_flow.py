@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit._axes import Axes
+from fmapkit._axes import Axes, Part
 
 __all__ = ["Flow", "Origin", "Weight", "function_name", "tensors_in"]
 
@@ -59,9 +59,13 @@ STOP = Flow(NOWHERE)
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A parameter, or a tensor computed from parameters only."""
+    """A parameter, or a tensor computed from parameters only.
+
+    `axes` follows the parameter's first axis: which of its rows a slice of it has.
+    """
 
     parameter: Tensor
+    axes: Axes | None = None
 
 
 def function_name(function: Any) -> str:
@@ -126,7 +130,7 @@ NONLINEAR_POINTWISE = _words(
     logical_not logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_not
     fake_quantize_per_tensor_affine fake_quantize_per_channel_affine"""
 )
-KEEP_SHAPE = _words("softmax log_softmax cumsum cumprod _softmax local_response_norm normalize")
+KEEP_SHAPE = _words("softmax log_softmax _softmax local_response_norm normalize")
 # Batch, group and instance norms count filters along axis 1, layer and rms norms along the last.
 NORM_AXIS = dict.fromkeys(
     """batch_norm group_norm instance_norm native_batch_norm native_group_norm
@@ -134,9 +138,8 @@ NORM_AXIS = dict.fromkeys(
     1,
 ) | dict.fromkeys("layer_norm rms_norm native_layer_norm fused_layer_norm".split(), -1)
 SPATIAL = re.compile(
-    r"(adaptive_|fractional_)?(max|avg|lp)_(un)?pool[123]d(_with_indices)?"
+    r"(adaptive_|fractional_)?(max|avg|lp)_(un)?pool(?P<axes>[123])d(_with_indices)?"
     r"|pad|constant_pad_nd|re(flect|plic)(ion|ation)_pad[123]d|interpolate|upsample\w*|grid_sample"
-    r"|(boolean_dispatch|fn)"
 )
 RESHAPES = _words(
     "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as _unsafe_view ravel"
@@ -188,7 +191,7 @@ def weight_operand(name: str, args: Sequence[Any], kwargs: dict[str, Any], tag: 
         if name in ("addmm", "addbmm", "baddbmm", "addmv"):
             factors = factors[1:]
         weights = [f for f in factors if isinstance(tag(f), Weight)]
-        if len(weights) == 1 and len(factors) > 1:
+        if len(weights) == 1 and any(isinstance(tag(f), Flow) for f in factors):
             return weights[0]
     return None
 
@@ -214,6 +217,20 @@ def layer_axes(name: str, args: Sequence[Any], weight: Any, out: Tensor) -> Axes
     if not 0 <= dim < out.dim():
         return None
     return Axes.single(dim, out.shape[dim])
+
+
+def weight_slice(tag: Weight, weight: Tensor, axes: Axes | None) -> Axes | None:
+    """The filters of a layer whose weight is a slice of a parameter, by the parameter's rows.
+
+    Where the weight has all of the parameter's values its filters are all of the parameter's; where
+    it is another part than a slice of rows, its filters cannot be told, and None says so.
+    """
+    if axes is None or weight.numel() == tag.parameter.numel():
+        return axes
+    rows, made = tag.axes, axes.parts[0]
+    if rows is None or rows.dim != 0 or rows.parts[0].size != made.size:
+        return None
+    return Axes((Part(made.dim, made.size, rows.parts[0].stride),), rows.offset)
 
 
 def _einsum_axis(args: Sequence[Any], weight: Any) -> int | None:
@@ -248,12 +265,11 @@ def carried(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any, ta
     operands = list(tensors_in((args, list(kwargs.values()))))
     flows = [(o, f) for o in operands if (f := _flow(tag, o)) is not None]
     if not flows:
-        weights = [w for o in operands if isinstance(w := tag(o), Weight)]
-        return _each(out, lambda _: weights[0]) if weights else None
+        return _of_weights(name, args, kwargs, out, operands, tag)
     x, flow = flows[0]
     rule = _RULES.get(name)
-    if rule is None and SPATIAL.fullmatch(name):
-        rule = _same_filters
+    if rule is None and (found := SPATIAL.fullmatch(name)):
+        rule = _spatial(found.group("axes"), pads="pad" in name)
     if rule is None:
         return _each(out, lambda _: STOP)
     if name in ("cat", "concat", "concatenate", "stack"):
@@ -261,6 +277,28 @@ def carried(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any, ta
     if flow.axes is None and name not in _CHOOSE_OPERAND:
         return _each(out, lambda _: Flow(flow.origin))
     return rule(flow, x, args, kwargs, out, tag)
+
+
+def _of_weights(
+    name: str, args: Any, kwargs: Any, out: Any, operands: list[Tensor], tag: Lookup
+) -> Any:
+    """What a function of parameters alone returns: a weight, its rows followed like filters."""
+    weights = [(o, w) for o in operands if isinstance(w := tag(o), Weight)]
+    if not weights:
+        return None
+    x, weight = weights[0]
+    rule = _RULES.get(name)
+    rows: Any = None
+    if weight.axes is not None and rule is not None and len(weights) == 1:
+        flow = Flow(NOWHERE, weight.axes)
+        rows = rule(flow, x, args, kwargs, out, lambda t: flow if t is x else None)
+
+    def one(found: Any) -> Weight:
+        return Weight(weight.parameter, found.axes if isinstance(found, Flow) else None)
+
+    if isinstance(rows, list):
+        return [one(r) for r in rows]
+    return _each(out, lambda _: one(rows))
 
 
 def _each(out: Any, make: Callable[[Tensor], Tag]) -> Any:
@@ -303,6 +341,22 @@ def _same_filters(
 ) -> Any:
     """Pooling, padding, resizing: other axes may change their size, filters stay."""
     return _each(out, lambda o: _aligned(flow, x, o) if o.dim() == x.dim() else STOP)
+
+
+def _spatial(axes: str | None, pads: bool) -> Any:
+    """The same, but filters that lie along an axis which is pooled, padded or resized mix."""
+
+    def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+        if axes is not None:
+            touched = int(axes)
+        else:
+            padding = _argument(args, kwargs, 1, "pad") if pads else None
+            touched = len(padding) // 2 if padding is not None else max(x.dim() - 2, 0)
+        if flow.axes is None or any(p.dim >= x.dim() - touched for p in flow.axes.parts):
+            return _each(out, lambda _: STOP)
+        return _same_filters(flow, x, args, kwargs, out, tag)
+
+    return rule
 
 
 def _reshape(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
@@ -412,7 +466,7 @@ def _along(name: str) -> Any:
     """Functions that change the order within the axes they name: filters stay if not among them."""
 
     def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-        place = 2 if name == "roll" else 1
+        place = 2 if name in ("roll", "take_along_dim") else 1
         dims = _argument(args, kwargs, place, "dims", "dim")
         dims = [dims] if isinstance(dims, int) else list(dims or range(x.dim()))
         touched = {int(d) % x.dim() for d in dims}
@@ -545,8 +599,10 @@ _RULES: dict[str, Any] = {
     "stack": _stack,
     "__getitem__": _getitem,
     "index_select": _index_select,
-    "gather": _index_select,
-    "take_along_dim": _index_select,
+    "gather": _along("gather"),
+    "take_along_dim": _along("take_along_dim"),
+    "cumsum": _along("cumsum"),
+    "cumprod": _along("cumprod"),
     "as_strided": None,
     **dict.fromkeys(
         "__setitem__ index_add index_copy index_put scatter scatter_add masked_scatter".split(),

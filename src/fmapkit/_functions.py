@@ -86,7 +86,10 @@ def _describe(function: Any) -> Function:
         name = raw[3:-2]
     place = None
     if isinstance(function, types.FunctionType):
-        parameters = list(inspect.signature(function).parameters)
+        try:
+            parameters = list(inspect.signature(function).parameters)
+        except ValueError:  # a wrapped builtin, as Tensor.__pow__ is: it takes no `inplace`
+            parameters = []
         place = parameters.index("inplace") if "inplace" in parameters else None
     if name.startswith("__get__"):
         tensors = ("T", "mT", "H", "mH", "data", "real", "imag", "grad")

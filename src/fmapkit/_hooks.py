@@ -56,6 +56,8 @@ class Hooks:
         for module in modules:
             key = ("around", module)
             if key not in self._handles:
+                for handle in self._handles.pop(("after", module), ()):
+                    handle.remove()
                 self._handles[key] = [
                     module.register_forward_pre_hook(Hook(pre, self._owner), with_kwargs=True),
                     module.register_forward_hook(
@@ -91,10 +93,19 @@ class Hooks:
                 hooks.clear()
                 hooks.update(before)
 
-    def drop(self, role: str | None = None, keep: Iterable[nn.Module] = ()) -> None:
-        """Remove the hooks of a role (or all), but for those of some modules."""
+    def drop(
+        self,
+        role: str | None = None,
+        keep: Iterable[nn.Module] = (),
+        only: Iterable[nn.Module] | None = None,
+    ) -> None:
+        """Remove the hooks of a role (or all): of all modules but some, or of some only."""
         kept = set(keep)
-        for key in [k for k in self._handles if role is None or k[0] == role]:
+        if only is not None:
+            keys = [(role, m) for m in only if role is not None and (role, m) in self._handles]
+        else:
+            keys = [k for k in self._handles if role is None or k[0] == role]
+        for key in keys:
             if key[1] not in kept:
                 for handle in self._handles.pop(key):
                     handle.remove()

@@ -13,11 +13,13 @@ from typing import Any
 
 from torch import nn
 
+from fmapkit import layers
 from fmapkit._axes import Axes
 from fmapkit._flow import NOWHERE, Flow, Origin, Weight
 from fmapkit._functions import describe
 from fmapkit._store import storage_of as _storage
 from fmapkit._trace import Event, Firing, Frame, Tracer, leaves
+from fmapkit.nonlinearities import module_sigma
 
 __all__ = ["Emission", "Plan", "Ref", "Step", "make_plan"]
 
@@ -126,6 +128,13 @@ def make_plan(tracer: Tracer, frame: Frame, output: Any, inputs: Sequence[Any]) 
         if firing.module is None and (firing.scope not in scopes or not firing.events):
             continue
         steps.append(_step(firing, ref, escaping))
+    # Where a function that a scope is tapped for is called by other modules, too.
+    tapped_names = {describe(f.function).name for f in firings if f.module is None and _emits(f)}
+    called = {
+        f.scope
+        for f in firings
+        if f.module is None and f.function and describe(f.function).name in tapped_names
+    }
     outputs = tuple(
         (ref(t.origin) if t.origin is not NOWHERE else None, t.axes)
         if isinstance(t, Flow)
@@ -137,7 +146,9 @@ def make_plan(tracer: Tracer, frame: Frame, output: Any, inputs: Sequence[Any]) 
         taps=frozenset(tapped),
         scopes=frozenset(scopes),
         toggles=frozenset(
-            f.module for f in firings if f.module is not None and f.parent in scopes
+            f.module
+            for f in firings
+            if f.module is not None and f.parent in scopes and _to_be_left_alone(f.module, called)
         ),
         before=frozenset(
             s.module for s in steps if s.module and any(e.before for e in s.emissions)
@@ -152,6 +163,16 @@ def make_plan(tracer: Tracer, frame: Frame, output: Any, inputs: Sequence[Any]) 
             )
         ),
     )
+
+
+def _to_be_left_alone(module: nn.Module, called: set[nn.Module]) -> bool:
+    """Whether the light mode must, or had better, be off in a child of a scope.
+
+    A leaf calls one function or two: letting them through costs less than two more hooks.
+    """
+    if module._modules or module_sigma(module) is not None or layers.is_registered(module):
+        return True
+    return module in called
 
 
 def _claimed_inside(tracer: Tracer, frame: Frame, origin: int) -> bool:

@@ -91,7 +91,9 @@ class Session:
         self._structure: list[tuple[dict[str, Any], list[Any]]] = []
         self._units: dict[nn.Module, _Unit] = {}
         self._proofs = Proofs(self.hooks.is_ours)
-        self._tapped: Plan | None = None
+        self._tapped: dict[nn.Module, Plan] = {}  # the plan that each unit's taps are set for
+        self._direct: set[nn.Module] = set()  # modules that a scope has called itself
+        self._all_hooked = False
         self._registered = (-1, -1)
 
     # -- life cycle -------------------------------------------------------------------------------
@@ -101,12 +103,13 @@ class Session:
         self.thread = threading.get_ident()
         self.hooks.around([self.model], self._pre, self._post)
 
-    def close(self) -> None:
-        """Remove everything, however the block ended."""
+    def close(self, failed: bool = False) -> None:
+        """Remove everything, however the block ended; a warning never replaces its exception."""
         self._abandon()
         self.hooks.drop()
         self._units.clear()
-        self._warn()
+        if not failed:
+            self._warn()
 
     def miss(self, layer: str, reason: str) -> None:
         """Name something that was not captured; each once."""
@@ -146,6 +149,7 @@ class Session:
             if self._run is not None:
                 self._pre_in_run(module, args, kwargs)
             elif self._learning is None and self._is_unit(module):
+                self._direct.add(module)
                 self._enter_unit(module, args, kwargs)
             elif self._tracer is not None:
                 if may_fuse(module) and not self._fused_in:
@@ -194,6 +198,8 @@ class Session:
             return
         if torch._C._current_graph_task_id() != -1:
             return
+        if module not in run.plan.taps:
+            return
         try:
             run.tap(module, args, None, output)
         except Exception as error:
@@ -231,8 +237,7 @@ class Session:
         self._steps += 1
         if step % self.every:
             self._idle = True
-            if self._tapped is not None or self._units:
-                self._drop_taps()
+            self._drop_hooks()
             return False
         self._idle = False
         self._frame = sys._getframe(2)  # the call of the model: it is on the stack while it runs
@@ -254,6 +259,14 @@ class Session:
                 for held in (event.x_held, event.y_held):
                     if held is not None:
                         held.check()
+            for module in tracer.unhooked:
+                self.miss(
+                    self.names.of(module),
+                    "it was called on its own, and so far only as a part of another module: in this "
+                    "pass it was seen by the functions it called; from the next one on as a module",
+                )
+                self._direct.update(self.model.modules())
+                self._all_hooked = False
             tracer.events.clear()
             tracer.firings.clear()
         if current is not None:
@@ -271,8 +284,8 @@ class Session:
         if self._run is not None:
             self._run.finish()
         if self._learning is not None:
-            self._learning = None
-            self._unlearn()
+            module, self._learning = self._learning[0], None
+            self._unlearn(module)
         self._trace_off()
         if self._current is not None:
             self._current.closed = True
@@ -292,7 +305,8 @@ class Session:
         self.names.refresh()
         self._units.clear()
         self._proofs = Proofs(self.hooks.is_ours)
-        self._drop_taps()
+        self._drop_hooks()
+        self._direct.clear()
         self._structure = [
             (m._modules, list(m._modules.values())) for m in self.model.modules() if m._modules
         ]
@@ -360,21 +374,15 @@ class Session:
         return found
 
     def _watch_scopes(self) -> None:
-        """Hooks on every module that is not inside a unit."""
-
-        def visit(module: nn.Module) -> None:
-            if module in seen:
-                return
-            seen.add(module)
-            outside.append(module)
-            if not self._is_unit(module):
-                for child in module.children():
-                    visit(child)
-
-        seen: set[nn.Module] = set()
-        outside: list[nn.Module] = []
-        visit(self.model)
-        self.hooks.around(outside, self._pre, self._post)
+        """Hooks on every module, but for those inside units that scopes have called as a whole."""
+        if self._all_hooked:
+            return
+        self._all_hooked = True
+        inside: set[nn.Module] = set()
+        for unit in self._direct:
+            inside.update(m for m in unit.modules() if m is not unit)
+        wanted = [m for m in self.model.modules() if m not in inside or m in self._direct]
+        self.hooks.around(wanted, self._pre, self._post)
 
     def _enter_unit(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         unit = self._unit(module)
@@ -389,7 +397,7 @@ class Session:
         if plan is None:
             self._learn(module, key, args, kwargs, inputs)
             return
-        if self._tapped is not plan:
+        if self._tapped.get(module) is not plan:
             self._set_taps(plan, module)
         self._trace_off()
         base = Counter(tracer.counts) if tracer is not None else None
@@ -421,7 +429,8 @@ class Session:
     def _learn(
         self, module: nn.Module, key: Any, args: Any, kwargs: Any, inputs: list[Any]
     ) -> None:
-        self._drop_taps()
+        self.hooks.drop("after")
+        self._tapped.clear()
         tracer = self._tracer
         if tracer is None:
             tracer = self._new_tracer()
@@ -442,7 +451,7 @@ class Session:
         replaced = tracer.pop(module, None if failed else output)
         tracer.trial -= 1
         self._learning = None
-        self._unlearn()
+        self._unlearn(module)
         if not failed and tracer.failed is None:
             for event in tracer.events[frame.start :]:
                 for held in (event.x_held, event.y_held):
@@ -452,30 +461,27 @@ class Session:
             self._unit(module).plans[key] = make_plan(tracer, frame, final, inputs)
         return replaced
 
-    def _unlearn(self) -> None:
-        """Back to the hooks of ordinary passes."""
-        if self._is_unit(self.model):
-            self.hooks.drop("around", keep=[self.model])
-        else:
-            self.hooks.drop("around", keep=[self.model])
-            self._watch_scopes()
+    def _unlearn(self, unit: nn.Module) -> None:
+        """Inside the unit, no hooks but taps from here on."""
+        self.hooks.drop("around", only=[m for m in unit.modules() if m not in self._direct])
 
     def _set_taps(self, plan: Plan, module: nn.Module) -> None:
-        self._drop_taps()
         around = plan.toggles | plan.scopes | plan.before | self._keyed(plan)
         self.hooks.around(around - {module}, self._pre, self._post)
         self.hooks.after(plan.taps - {module}, self._tap)
-        self._tapped = plan
+        self._tapped[module] = plan
 
     def _keyed(self, plan: Plan) -> frozenset[nn.Module]:
         """Taps whose input comes by keyword need the costlier hook."""
         return frozenset(s.module for s in plan.steps if s.key is not None and s.module is not None)
 
-    def _drop_taps(self) -> None:
-        self.hooks.drop("after")
-        self._tapped = None
-        if self._proofs is not None and self._is_unit(self.model):
+    def _drop_hooks(self) -> None:
+        """All but those that every pass goes through."""
+        if self._tapped or self._all_hooked:
+            self.hooks.drop("after")
             self.hooks.drop("around", keep=[self.model])
+            self._tapped.clear()
+            self._all_hooked = False
 
     def _pre_in_run(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         run = self._run

@@ -12,6 +12,7 @@ become, and from then on that site gets a copy of z and its true in-place run.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from fmapkit._wants import Wants
 
 __all__ = ["Event", "Firing", "Frame", "Tracer", "leaves"]
 
+_CALL = nn.Module._call_impl.__code__
 # Nonlinearities whose in-place form has the same derivative formula, bit for bit. That of the ELU and
 # leaky ReLU families is computed from a instead of z (torch, tools/autograd/derivatives.yaml).
 _SAME_GRADIENT = {
@@ -138,6 +140,7 @@ class Tracer(TorchFunctionMode):
         self.counts: Counter[str] = Counter()
         self.aliases = Aliases()
         self.failed: BaseException | None = None
+        self.unhooked: set[nn.Module] = set()  # modules that ran without hooks
         self.pending: dict[int, list[Entry]] = {}  # of replayed units, by origin
         self.trial = 0  # > 0 while a proven module is learned
         self._opaque = 0  # how many running modules are registered layers
@@ -154,7 +157,7 @@ class Tracer(TorchFunctionMode):
         if found is not None and found[0]() is value:
             return found[1]
         if self.names.is_parameter(value):
-            return Weight(value)
+            return Weight(value, Axes.single(0, value.shape[0]) if value.dim() else None)
         return None
 
     def set_tag(self, value: Any, tag: Any) -> None:
@@ -258,7 +261,7 @@ class Tracer(TorchFunctionMode):
         z, a = call.z, out
         flow = call.tag if isinstance(call.tag, Flow) else STOP
         self._degrees(known.name, (z,), {}, out, nonlinear=True)
-        self.set_tag(out, Flow(NOWHERE, _sigma_axes(flow.axes, z, a)))
+        self.set_tag(out, Flow(NOWHERE, _renumbered(_sigma_axes(flow.axes, z, a))))
         if call.flip:
             frame.flip = frame.flip or z is frame.x
         if call.in_place and z is frame.x:
@@ -267,7 +270,8 @@ class Tracer(TorchFunctionMode):
             if call.flip:
                 self._suspect(z, a, frame)
             return
-        event = Event("sigma", frame.module, call.original)
+        scope = self._scope()
+        event = Event("sigma", scope, call.original)
         event.sigma = known.sigma
         event.flip = call.flip
         event.in_place = call.in_place
@@ -275,7 +279,7 @@ class Tracer(TorchFunctionMode):
             event.x, event.y, event.key = z, a, frame.key
         if call.flip:
             self._suspect(z, a, event)
-        self._site(event, flow, call.held, z, a, f"{self.names.of(frame.module)}:{known.sigma}")
+        self._site(event, flow, call.held, z, a, f"{self.names.of(scope)}:{known.sigma}")
 
     def _site(
         self, event: Event, flow: Flow, z_held: Held, z: Tensor, a: Tensor, own: str
@@ -320,6 +324,24 @@ class Tracer(TorchFunctionMode):
             firing = self.firings[-1]
         firing.events.append(event)
         event.firing = firing
+
+    def _scope(self) -> nn.Module:
+        """The module that is running, from Python's own stack.
+
+        Modules inside a unit have no hooks. When a scope calls one of them past the unit, no frame
+        tells; its functions are seen all the same, and from the next pass on it has hooks.
+        """
+        module = self.frames[-1].module
+        if self.trial:  # every module is hooked
+            return module
+        at = sys._getframe(2)
+        while at is not None and at.f_code is not _CALL:
+            at = at.f_back  # type: ignore[assignment]
+        running = at.f_locals.get("self") if at is not None else None
+        if running is None or running is module or running not in self.names.by_module:
+            return module
+        self.unhooked.add(running)
+        return running
 
     def _count(self, name: str) -> int:
         self.counts[name] += 1
@@ -391,10 +413,12 @@ class Tracer(TorchFunctionMode):
         stack = [f.module for f in self.frames]
         name = self.names.layer_of(owner, stack)
         axes = _flow.layer_axes(known.name, args, weight, out)
+        if isinstance(tag, Weight):
+            axes = _flow.weight_slice(tag, weight, axes)
         x = next((t for t in tensors_in((args, list(kwargs.values()))) if t is not weight), None)
         if known.name in ("addmm", "addbmm", "baddbmm", "addmv"):
             x = next((t for t in tensors_in(args[1:]) if t is not weight), None)
-        event = Event("layer", frame.module, func)
+        event = Event("layer", self._scope(), func)
         if x is not None and x is frame.x:
             event.x, event.y, event.key = x, out, frame.key
         self._layer_event(event, name, x, out, axes)
@@ -431,10 +455,9 @@ class Tracer(TorchFunctionMode):
         self, name: str, args: Any, kwargs: Any, out: Any, nonlinear: bool = False
     ) -> None:
         """Follow, in a weightless module, what depends on its input: linearly or not."""
-        for frame in reversed(self.frames):
-            if frame.kind != "candidate":
-                return
-            _candidate_step(frame, name, args, kwargs, out, nonlinear)
+        for frame in self.frames:
+            if frame.kind == "candidate":
+                _candidate_step(frame, self.tag, name, args, kwargs, out, nonlinear)
 
     # -- frames -----------------------------------------------------------------------------------
 
@@ -448,13 +471,13 @@ class Tracer(TorchFunctionMode):
         frame.firing = len(self.firings)
         frame.counts = Counter(self.counts) if self.trial else frame.counts
         self.frames.append(frame)
-        frame.x, frame.key = _only_tensor(args, kwargs)
+        frame.x, frame.key = _first_tensor(args, kwargs)
         if layers.is_registered(module):
             frame.kind = "layer"
             self._opaque += 1
         elif nonlinearities.module_sigma(module) is not None:
             frame.kind = "sigma"
-        elif frame.x is not None and _may_be_sigma(module, frame.x):
+        elif frame.x is not None and _may_be_sigma(module, args, kwargs, frame.x):
             frame.kind = "candidate"
             frame.degrees[id(frame.x)] = (weakref.ref(frame.x), _LINEAR)
         if frame.kind in ("sigma", "candidate") and frame.x is not None:
@@ -520,7 +543,7 @@ class Tracer(TorchFunctionMode):
                 self._suspect(x, a, event)
             flow = frame.tags[0] if isinstance(frame.tags[0], Flow) else STOP
             self._site(event, flow, frame.x_held, x, a, own)
-            self.set_tag(a, Flow(NOWHERE, _sigma_axes(flow.axes, x, a)))
+            self.set_tag(a, Flow(NOWHERE, _renumbered(_sigma_axes(flow.axes, x, a))))
         elif frame.reduces and _norm_like(frame, output):
             # A norm written out by hand: it names what no layer stands behind.
             tag = self.tag(a)
@@ -528,7 +551,8 @@ class Tracer(TorchFunctionMode):
                 axis = 1 if a.dim() == 4 and _per_channel(frame.module, a.shape[1]) else -1
                 self.set_tag(a, self._norm_tag(tag, a, axis, own))
         for event in mine:
-            if event.y is not None and event.x is x and event.y is output:
+            whole = event.y is not None and event.x is x and event.y is output
+            if whole and (event.y_held is None or event.y_held is self.aliases.reference(output)):
                 event.module = frame.module
                 if event.firing is not None:
                     event.firing.events.remove(event)
@@ -557,13 +581,10 @@ class Tracer(TorchFunctionMode):
         inner = [e for e in self.events[frame.start :] if e.kind == "sigma"]
         if len(inner) == 1:
             event = inner[0]
-            whole = event.x is frame.x and event.y is output
-            called = event.module is not None and event.y_held is not None
-            if whole:
-                return None  # a wrapper around one function: that function, at this module
-            same = event.x_held is frame.x_held
-            if called and same and event.y_held is self.aliases.reference(output):
-                return None  # a wrapper around one module
+            # A wrapper around one function or module is no nonlinearity of its own.
+            same = event.x_held is frame.x_held or event.x is frame.x
+            if same and event.y_held is self.aliases.reference(output):
+                return None
         return type(frame.module).__name__
 
     def _output(self, module: nn.Module, output: Any) -> None:
@@ -641,7 +662,14 @@ def _sigma_axes(axes: Axes | None, z: Tensor, a: Any) -> Axes | None:
     return axes
 
 
-def _only_tensor(args: Any, kwargs: Any) -> tuple[Tensor | None, str | None]:
+def _renumbered(axes: Axes | None) -> Axes | None:
+    """Past a nonlinearity the filters are no layer's any more: count them from 0."""
+    if axes is None or axes.dim is None:
+        return None
+    return Axes.single(axes.dim, axes.parts[0].size)
+
+
+def _first_tensor(args: Any, kwargs: Any) -> tuple[Tensor | None, str | None]:
     """The first argument if it is a tensor, by place or by keyword."""
     if args:
         return (args[0], None) if isinstance(args[0], Tensor) else (None, None)
@@ -675,11 +703,11 @@ def leaves(value: Any, path: str = "") -> list[tuple[str, Tensor]]:
 # -- weightless modules -----------------------------------------------------------------------------
 
 
-def _may_be_sigma(module: nn.Module, x: Tensor) -> bool:
-    """No weights of its own, or only per-channel ones, and no mere container."""
+def _may_be_sigma(module: nn.Module, args: Any, kwargs: Any, x: Tensor) -> bool:
+    """One tensor goes in; no weights of its own, or only per-channel ones; no mere container."""
     if isinstance(module, _CONTAINERS) or type(module).__module__.startswith("torch.nn.modules."):
         return False
-    if not x.is_floating_point():
+    if not x.is_floating_point() or sum(1 for _ in tensors_in((args, kwargs))) != 1:
         return False
     counts = {1, *(x.shape[1:2]), *(x.shape[-1:])}
     return all(p.numel() in counts for p in module.parameters())
@@ -695,7 +723,13 @@ def _norm_like(frame: Frame, output: Any) -> bool:
 
 
 def _candidate_step(
-    frame: Frame, name: str, args: Any, kwargs: Any, out: Any, nonlinear: bool
+    frame: Frame,
+    tag: Callable[[Any], Tag],
+    name: str,
+    args: Any,
+    kwargs: Any,
+    out: Any,
+    nonlinear: bool,
 ) -> None:
     """One function inside a module that may be a nonlinearity written out by hand.
 
@@ -704,7 +738,10 @@ def _candidate_step(
 
     def degree(tensor: Tensor) -> int:
         found = frame.degrees.get(id(tensor))
-        return found[1] if found is not None and found[0]() is tensor else 0
+        if found is not None and found[0]() is tensor:
+            return found[1]
+        # Depends on the model's input, but did not come in through the module's argument.
+        return _OTHER if isinstance(tag(tensor), Flow) else 0
 
     degrees = [degree(t) for t in tensors_in((args, list(kwargs.values())))]
     highest = max(degrees, default=0)

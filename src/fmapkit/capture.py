@@ -89,7 +89,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         trace: TracebackType | None,
     ) -> None:
         self._state = "left"
-        self._session.close()
+        self._session.close(failed=kind is not None)
 
 
 def _positive(value: object) -> bool:

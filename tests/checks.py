@@ -1,0 +1,76 @@
+"""What every hand-written model is put through: a bare copy, a witness, several passes in one block."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fmapkit import CaptureWarning, capture
+from tests import truth
+
+Tag = tuple[str, int, str, range | None]
+
+
+def tags(maps: Any, kind: str = "activation") -> list[Tag]:
+    """(layer, call, σ, filters) of each map of the latest pass, in execution order."""
+    found = maps.select(kind=kind, step=-1)
+    return [(fm.layer, fm.call, fm.nonlinearity, fm.filters) for fm in found]
+
+
+def check(
+    model: nn.Module,
+    passes: Sequence[tuple[Any, ...]],
+    expected: Sequence[Tag] | Sequence[Sequence[Tag]] | None = None,
+    *,
+    train: bool = True,
+    missed: bool = False,
+    kwargs: dict[str, Any] | None = None,
+    order: bool = True,
+    **options: Any,
+) -> None:
+    """Run the passes in one block beside a bare copy, and compare all there is to compare.
+
+    Args:
+        model: in the mode (train or eval) it is to be run in.
+        passes: positional arguments of each pass.
+        expected: the tags of every pass, or a list of them for each pass; None: not compared.
+        train: with gradients and a backward pass, or without.
+        missed: whether `maps.missed` may name something (runs in what it names are excused).
+        kwargs: keyword arguments of each pass.
+        order: whether maps come in order of execution.
+        options: of `capture`.
+    """
+    bare = copy.deepcopy(model)
+    got = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if missed else "error", CaptureWarning)
+        with capture(model, **options) as maps:
+            for n, args in enumerate(passes):
+                true = truth.run_pass(bare, args, kwargs, train=train, seed_=n, witness=True)
+                seen = truth.run_pass(model, args, kwargs, train=train, seed_=n)
+                truth.assert_same_pass(true, seen)
+                truth.assert_captured_exactly_once(maps, true.truth, order=order)
+                got.append(tags(maps))
+                if not missed:
+                    assert maps.missed == [] or not list(maps.missed), maps.missed
+    truth.assert_nothing_left(truth.fingerprint(bare), model)
+    if expected is None:
+        return
+    each = expected if expected and isinstance(expected[0], list) else [expected] * len(passes)
+    for n, (tags_, wanted) in enumerate(zip(got, each, strict=True)):
+        assert tags_ == list(wanted), f"pass {n}"
+
+
+def images(
+    *shape: int, n: int = 3, offset: int = 0, requires_grad: bool = False
+) -> list[tuple[torch.Tensor]]:
+    """`n` passes' worth of inputs, each another one."""
+    return [
+        (torch.randn(*shape, generator=torch.Generator().manual_seed(offset + i)),)
+        for i in range(n)
+    ]
