@@ -1,4 +1,4 @@
-"""What every hand-written model is put through: a bare copy, a witness, several passes in one block."""
+"""What every hand-written model is put through: bare copy, witness, several passes in a block."""
 
 from __future__ import annotations
 

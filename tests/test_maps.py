@@ -77,7 +77,7 @@ def by_hand(model: Net, x: Tensor) -> dict[tuple[str, str], Tensor]:
     }
 
 
-# -- kinds ----------------------------------------------------------------------------------------
+# -- kinds ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -158,7 +158,7 @@ def test_copies_only_where_the_model_overwrites() -> None:
             assert maps["conv2", "response"].nbytes == want.numel() * 4 <= maps.bytes_copied
 
 
-# -- which layers -----------------------------------------------------------------------------------
+# -- which layers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,8 @@ def test_selecting_a_module_itself() -> None:
         for x in steps():
             model(x)
             assert maps.layers == ["conv2"]
-            assert maps.select(model.conv2) and not maps.select(model.conv1)
+            assert maps.select(model.conv2)
+            assert not maps.select(model.conv1)
 
 
 def test_select_by_everything() -> None:
@@ -203,15 +204,19 @@ def test_select_by_everything() -> None:
     assert len(maps.select()) == 3 * 5  # (z, a), (z, a), z in each of three passes
     assert [fm.step for fm in maps.select("conv1", "activation")] == [0, 1, 2]
     assert [fm.step for fm in maps.select(step=1)] == [1] * 5
-    assert maps.select(step=-1)[0].step == 2 and maps.select(step=-3)[0].step == 0
-    assert maps.select(step=7) == [] and maps.select(step=-4) == []
-    assert maps.select(call=1) == [] and len(maps.select(call=0)) == 15
+    assert maps.select(step=-1)[0].step == 2
+    assert maps.select(step=-3)[0].step == 0
+    assert maps.select(step=7) == []
+    assert maps.select(step=-4) == []
+    assert maps.select(call=1) == []
+    assert len(maps.select(call=0)) == 15
     assert len(maps.select(nonlinearity="relu")) == 12
     assert maps.select(nonlinearity="gelu") == []
     assert {fm.filter for fm in maps.select("conv*", filter=2)} == {2}
     assert len(maps.select(filter=4)) == 3  # only the head has a fifth
     one = maps.select("conv1", "activation", 1, 0, 2)
-    assert len(one) == 1 and one[0].shape == (2, 6, 6)
+    assert len(one) == 1
+    assert one[0].shape == (2, 6, 6)
     order = [(fm.layer, fm.kind) for fm in maps.select(step=0)]
     assert order == [
         ("conv1", "preactivation"),
@@ -225,19 +230,25 @@ def test_select_by_everything() -> None:
 def test_iteration_length_membership() -> None:
     model = net()
     with capture(model) as maps:
-        assert len(maps) == 0 and list(maps) == [] and maps.layers == [] and maps.nbytes == 0
+        assert len(maps) == 0
+        assert list(maps) == []
+        assert maps.layers == []
+        assert maps.nbytes == 0
         assert "conv1" not in maps
         for x in steps():
             model(x)
             assert len(maps) == len(list(maps)) == 5
             assert [fm.layer for fm in maps] == ["conv1"] * 2 + ["conv2"] * 2 + ["head"]
             assert maps.layers == ["conv1", "conv2", "head"]
-            assert "conv1" in maps and "bn1" not in maps and 3 not in maps
+            assert "conv1" in maps
+            assert "bn1" not in maps
+            assert 3 not in maps
             assert maps.nbytes == sum(fm.nbytes for fm in maps)
-    assert len(maps) == 5 and maps["conv1"].shape == (2, 4, 6, 6)  # readable after the block
+    assert len(maps) == 5
+    assert maps["conv1"].shape == (2, 4, 6, 6)
 
 
-# -- keep, every, clear -------------------------------------------------------------------------------
+# -- keep, every, clear --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, "all"])
@@ -278,10 +289,13 @@ def test_clear_lets_go() -> None:
         a = maps["conv1"]
         values = a.tensor.clone()
         maps.clear()
-        assert len(maps) == 0 and maps.nbytes == 0 and maps.layers == []
+        assert len(maps) == 0
+        assert maps.nbytes == 0
+        assert maps.layers == []
         assert torch.equal(a.tensor, values)  # one read before stays
         model(steps()[0])
-        assert len(maps) == 5 and maps["conv1"].step == 3
+        assert len(maps) == 5
+        assert maps["conv1"].step == 3
 
 
 def test_a_pass_that_was_let_go_frees_its_memory() -> None:
@@ -306,10 +320,12 @@ def test_no_graph_is_kept_alive() -> None:
         for x in steps():
             model(x).sum().backward()
             for fm in maps:
-                assert fm.tensor.grad_fn is None and not fm.tensor.requires_grad and fm.grad is None
+                assert fm.tensor.grad_fn is None
+                assert not fm.tensor.requires_grad
+                assert fm.grad is None
 
 
-# -- filters ------------------------------------------------------------------------------------------
+# -- filters -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -360,7 +376,8 @@ def test_negative_and_missing_filters_of_a_map() -> None:
         for x in steps():
             model(x)
             a = maps["conv1"]
-            assert a[-1].filter == 3 and a[np.int64(2)].filter == 2
+            assert a[-1].filter == 3
+            assert a[np.int64(2)].filter == 2
             for wrong in (4, -5):
                 with pytest.raises(FilterRangeError, match="4 filters"):
                     a[wrong]
@@ -368,7 +385,7 @@ def test_negative_and_missing_filters_of_a_map() -> None:
                 a[1][0]
 
 
-# -- views ----------------------------------------------------------------------------------------------
+# -- views ---------------------------------------------------------------------------------------
 
 
 def test_maps_of_filters_are_views() -> None:
@@ -377,12 +394,17 @@ def test_maps_of_filters_are_views() -> None:
         for x in steps():
             model(x)
             a = maps["conv1"]
-            assert a.filter_dim == 1 and a.filters == range(4) and len(a) == 4
+            assert a.filter_dim == 1
+            assert a.filters == range(4)
+            assert len(a) == 4
             for k, one in enumerate(a):
-                assert one.filter == k and one.filter_dim is None and one.filters is None
+                assert one.filter == k
+                assert one.filter_dim is None
+                assert one.filters is None
                 assert one.tensor.data_ptr() == a.tensor[:, k].data_ptr()
                 assert one.tensor._base is not None
-                assert one.shape == (2, 6, 6) and torch.equal(one.tensor, a.tensor[:, k])
+                assert one.shape == (2, 6, 6)
+                assert torch.equal(one.tensor, a.tensor[:, k])
             assert a[2].tensor.data_ptr() == maps["conv1", "activation", 2].tensor.data_ptr()
             assert maps["conv1"].tensor.data_ptr() == a.tensor.data_ptr()
 
@@ -394,7 +416,8 @@ def test_numpy() -> None:
             model(x)
             a = maps["conv1"]
             array = a.numpy()
-            assert array.dtype == np.float32 and array.shape == (2, 4, 6, 6)
+            assert array.dtype == np.float32
+            assert array.shape == (2, 4, 6, 6)
             assert array.ctypes.data == a.tensor.data_ptr()  # a view
             assert np.asarray(a).ctypes.data == a.tensor.data_ptr()
             assert np.asarray(a, dtype=np.float64).dtype == np.float64
@@ -409,7 +432,8 @@ def test_numpy_of_bfloat16_is_float32() -> None:
         for (x,) in images(2, 4):
             model(x.bfloat16())
             a = maps["0"]
-            assert a.dtype == torch.bfloat16 and a.nbytes == 2 * 10
+            assert a.dtype == torch.bfloat16
+            assert a.nbytes == 2 * 10
             assert a.numpy().dtype == np.float32
             assert np.array_equal(a.numpy(), a.tensor.float().numpy())
 
@@ -419,13 +443,16 @@ def test_a_map_is_frozen_and_small() -> None:
     with capture(model) as maps:
         model(steps()[0])
         a = maps["conv1"]
-    assert isinstance(a, FeatureMap) and not hasattr(a, "__dict__")
+    assert isinstance(a, FeatureMap)
+    assert not hasattr(a, "__dict__")
     with pytest.raises(AttributeError):
         a.layer = "other"  # type: ignore[misc]
-    assert bool(a) and a.device.type == "cpu" and a.nbytes == 2 * 4 * 36 * 4
+    assert bool(a)
+    assert a.device.type == "cpu"
+    assert a.nbytes == 2 * 4 * 36 * 4
 
 
-# -- outputs --------------------------------------------------------------------------------------------
+# -- outputs -------------------------------------------------------------------------------------
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -489,7 +516,8 @@ def test_nested_outputs_have_a_path(form: str, paths: list[str]) -> None:
                 assert torch.equal(fm.tensor, value)
                 assert fm.layer == "block"
                 found = every.select("block", path=fm.path)
-                assert len(found) == 1 and torch.equal(found[0].tensor, value)
+                assert len(found) == 1
+                assert torch.equal(found[0].tensor, value)
             if form == "tensor":
                 assert torch.equal(maps["block"].tensor, out)
 
@@ -497,8 +525,12 @@ def test_nested_outputs_have_a_path(form: str, paths: list[str]) -> None:
 def test_model_outputs_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
-        vocab_size=20, max_position_embeddings=16,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=12,
+        vocab_size=20,
+        max_position_embeddings=16,
     )
     torch.manual_seed(0)
     model = transformers.BertModel(config).eval()
@@ -514,13 +546,12 @@ def test_model_outputs_of_transformers() -> None:
 
 def test_an_lstm_has_outputs() -> None:
     model = nn.Sequential(nn.LSTM(4, 3))
-    with pytest.warns(UserWarning, match="lstm"):
-        with capture(model, "0") as maps:
-            for _ in range(3):
-                out, (h, c) = model(torch.randn(5, 2, 4))
-                assert [fm.path for fm in maps] == ["[0]", "[1][0]", "[1][1]"]
-                for fm, value in zip(maps, (out, h, c), strict=True):
-                    assert torch.equal(fm.tensor, value)
+    with pytest.warns(UserWarning, match="lstm"), capture(model, "0") as maps:  # noqa: PT031
+        for _ in range(3):
+            out, (h, c) = model(torch.randn(5, 2, 4))
+            assert [fm.path for fm in maps] == ["[0]", "[1][0]", "[1][1]"]
+            for fm, value in zip(maps, (out, h, c), strict=True):
+                assert torch.equal(fm.tensor, value)
 
 
 def test_a_blocks_output_is_not_held_twice() -> None:
@@ -534,22 +565,27 @@ def test_a_blocks_output_is_not_held_twice() -> None:
             assert maps.nbytes == 2 * 4 * 10
 
 
-# -- to look at -------------------------------------------------------------------------------------------
+# -- to look at ----------------------------------------------------------------------------------
 
 
 def test_repr_and_html() -> None:
     model = net()
     with capture(model) as maps:
-        assert isinstance(repr(maps), str) and isinstance(maps._repr_html_(), str)
+        assert isinstance(repr(maps), str)
+        assert isinstance(maps._repr_html_(), str)
         for x in steps():
             model(x)
         text, html = repr(maps), maps._repr_html_()
         for word in ("conv1", "conv2", "head", "preactivation", "activation", "relu", "float32"):
-            assert word in text and word in html
+            assert word in text
+            assert word in html
         assert "2×4×6×6" in text
-        assert html.count("<tr") >= 6 and html.count("<table") == html.count("</table")
+        assert html.count("<tr") >= 6
+        assert html.count("<table") == html.count("</table")
         line = repr(maps["conv1"])
-        assert "conv1" in line and "activation" in line and "\n" not in line
+        assert "conv1" in line
+        assert "activation" in line
+        assert "\n" not in line
         assert "filter=2" in repr(maps["conv1"][2])
         maps.clear()
         assert isinstance(repr(maps), str)
@@ -562,7 +598,8 @@ def test_html_escapes_names() -> None:
     seq.add_module("act", nn.ReLU())
     with capture(seq) as maps:
         seq(torch.randn(2, 4))
-    assert "<script>" not in maps._repr_html_() and "&lt;script&gt;" in maps._repr_html_()
+    assert "<script>" not in maps._repr_html_()
+    assert "&lt;script&gt;" in maps._repr_html_()
 
 
 def test_plot_gives_a_figure() -> None:
@@ -588,7 +625,7 @@ def test_plot_gives_a_figure() -> None:
         pyplot.close(figure)
 
 
-# -- copies of the model -----------------------------------------------------------------------------------
+# -- copies of the model -------------------------------------------------------------------------
 
 
 def test_pickling_and_copying_inside_the_block() -> None:
@@ -625,8 +662,10 @@ def test_maps_themselves_can_be_copied_and_pickled() -> None:
         model(steps()[0])
         a = maps["conv1"]
     for other in (copy.deepcopy(a), pickle.loads(pickle.dumps(a)), copy.copy(a)):
-        assert torch.equal(other.tensor, a.tensor) and other.layer == "conv1"
-        assert other.filters == range(4) and other[1].filter == 1
+        assert torch.equal(other.tensor, a.tensor)
+        assert other.layer == "conv1"
+        assert other.filters == range(4)
+        assert other[1].filter == 1
 
 
 def test_tags_of_the_whole_table() -> None:

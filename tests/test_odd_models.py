@@ -39,7 +39,7 @@ class Two(nn.Module):
         self.relu, self.tanh = nn.ReLU(inplace=True), nn.Tanh()
 
 
-# -- control flow -----------------------------------------------------------------------------------
+# -- control flow --------------------------------------------------------------------------------
 
 
 class Branch(Two):
@@ -91,8 +91,7 @@ class EarlyExit(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU(inplace=True))
-            for _ in range(4)
+            nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU(inplace=True)) for _ in range(4)
         )
         self.heads = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
 
@@ -158,8 +157,7 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = nn.Linear(4, 3)
         self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(4, 8), nn.SiLU(inplace=True), nn.Linear(8, 4))
-            for _ in range(3)
+            nn.Sequential(nn.Linear(4, 8), nn.SiLU(inplace=True), nn.Linear(8, 4)) for _ in range(3)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -417,7 +415,10 @@ def test_control_flow(kind: type[nn.Module], nested: bool, grad: bool) -> None:
     model = kind()
     if nested:
         model = nn.Sequential(nn.Linear(4, 4), nn.SiLU(inplace=True), model, nn.Linear(4, 4))
-    if kind in (Closure, FunctionalByFlag):  # state outside the model: bare and watched would differ
+    if kind in (
+        Closure,
+        FunctionalByFlag,
+    ):  # state outside the model: bare and watched would differ
         with capture(model) as maps:
             for (x,) in data():
                 before = copy.deepcopy((Closure.state, FunctionalByFlag.slope))
@@ -455,7 +456,7 @@ def test_shapes_that_change_each_pass() -> None:
     check(mlp, [(torch.randn(n, 4),) for n in (0, 3, 0)], train=False)  # an empty batch
 
 
-# -- aliasing -----------------------------------------------------------------------------------------
+# -- aliasing ------------------------------------------------------------------------------------
 
 
 class UsedAfterInPlace(Two):
@@ -714,6 +715,61 @@ def test_aliasing(kind: type[nn.Module], nested: bool, grad: bool) -> None:
     check(model, data(4), train=grad)
 
 
+def _by_hooks(model: nn.Module, x: Tensor) -> tuple[Any, dict[Any, Any], list[truth.Run]]:
+    """The output, each linear layer's (input, response) cloned by a hook, and the witness's runs."""
+    found: dict[Any, tuple[Tensor, Tensor]] = {}
+    calls: dict[str, int] = {}
+
+    def hook(name: str) -> Any:
+        def keep(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> None:
+            call = calls[name] = calls.get(name, -1) + 1
+            found[name, call] = ((args[0] if args else kwargs["input"]).clone(), out.clone())
+
+        return keep
+
+    handles = [
+        m.register_forward_hook(hook(n), with_kwargs=True)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear)
+    ]
+    try:
+        with truth.Witness(model) as witness:
+            out = model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return out, found, witness.runs
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", [*CONTROL, *ALIASING])
+def test_inputs_and_responses(kind: type[nn.Module], nested: bool, mode: Any) -> None:
+    # What was there when the layer ran, whatever was written over it afterwards.
+    if kind in (Closure, FunctionalByFlag, Unhooked):
+        return  # state outside the model; no hook of the linear layers fires
+    torch.manual_seed(0)
+    model = kind()
+    if nested:
+        model = nn.Sequential(nn.Linear(4, 4), nn.SiLU(inplace=True), model)
+    bare = copy.deepcopy(model)
+    kinds = ("input", "response", "preactivation", "activation", "output")
+    with capture(model, kinds=kinds) as maps, mode():
+        for n, (x,) in enumerate(data(4)):
+            truth.seed(n)
+            want, layers, runs = _by_hooks(bare, x.clone())
+            truth.seed(n)
+            got = model(x.clone())
+            for left, right in zip(truth.tensors_of(want), truth.tensors_of(got), strict=True):
+                assert torch.equal(left, right)
+            truth.assert_captured_exactly_once(maps, runs)
+            for (name, call), values in layers.items():
+                for which, value in zip(("input", "response"), values, strict=True):
+                    (fm,) = maps.select(name, which, call=call, step=-1)
+                    assert torch.equal(fm.tensor, value), (n, name, call, which)
+            assert len(maps.select(kind="response", step=-1)) == len(layers)
+
+
 def test_an_input_that_the_model_overwrites() -> None:
     # The witness clones; the caller's own tensor is overwritten, as without capture.
     model = InPlaceOnInput()
@@ -740,7 +796,7 @@ def test_a_map_overwritten_after_the_pass_raises() -> None:
             assert maps["0", "preactivation"].shape == (4, 4)
 
 
-# -- hooks, patches and wrappers of others ----------------------------------------------------------
+# -- hooks, patches and wrappers of others -------------------------------------------------------
 
 
 def test_hooks_of_others_that_change_outputs() -> None:
@@ -953,7 +1009,7 @@ def test_flags_that_change_between_passes() -> None:
     truth.assert_nothing_left(truth.fingerprint(bare), model)
 
 
-# -- modes of torch -----------------------------------------------------------------------------------
+# -- modes of torch ------------------------------------------------------------------------------
 
 
 def _net() -> nn.Sequential:
@@ -979,9 +1035,9 @@ def test_autocast() -> None:
     model = _net()
     with capture(model) as maps:
         for n, (x,) in enumerate(data(6)):
-            with torch.autocast("cpu", torch.bfloat16, enabled=n % 2 == 0):
-                with truth.Witness(model) as witness:
-                    model(x)
+            cast = torch.autocast("cpu", torch.bfloat16, enabled=n % 2 == 0)
+            with cast, truth.Witness(model) as witness:
+                model(x)
             truth.assert_captured_exactly_once(maps, witness.runs)
             assert maps["0"].dtype == (torch.bfloat16 if n % 2 == 0 else torch.float32)
 
@@ -997,9 +1053,7 @@ def test_checkpointing(reentrant: bool, seen: bool) -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             x = checkpoint(self.a, x, use_reentrant=reentrant)
-            return checkpoint(
-                lambda y: torch.sigmoid(self.b(y)), x, use_reentrant=reentrant
-            )
+            return checkpoint(lambda y: torch.sigmoid(self.b(y)), x, use_reentrant=reentrant)
 
     torch.manual_seed(0)
     # A reentrant checkpoint needs an input with gradients.
@@ -1077,8 +1131,10 @@ def test_meta_tensors() -> None:
         for _ in range(3):
             model(torch.randn(2, 4, device="meta"))
             assert [t[0] for t in tags(maps)] == ["0", "2.0", "2.3"]
-            assert maps["0"].device.type == "meta" and maps["0"].shape == (2, 8)
-            assert repr(maps) and repr(maps["0"])
+            assert maps["0"].device.type == "meta"
+            assert maps["0"].shape == (2, 8)
+            assert repr(maps)
+            assert repr(maps["0"])
 
 
 def test_complex_tensors() -> None:
@@ -1091,9 +1147,7 @@ def test_complex_tensors() -> None:
             z = self.fc(x.to(torch.complex64))
             return torch.tanh(z).real + torch.view_as_real(torch.sigmoid(z)).sum(-1)
 
-    check(
-        Complex(), data(3), [("fc", 0, "tanh", range(4)), ("fc", 0, "sigmoid", range(4))]
-    )
+    check(Complex(), data(3), [("fc", 0, "tanh", range(4)), ("fc", 0, "sigmoid", range(4))])
 
 
 def test_sparse_inputs() -> None:
@@ -1163,7 +1217,7 @@ def test_custom_sigma_module_with_memory_efficient_backward() -> None:
             assert found == [("0", 0, "SwishMe", range(4))] or maps.missed, found
 
 
-# -- captures, threads, endings -----------------------------------------------------------------------
+# -- captures, threads, endings ------------------------------------------------------------------
 
 
 def test_nested_captures_of_one_model() -> None:
@@ -1289,7 +1343,8 @@ def test_a_generator_that_is_closed_inside_the_block() -> None:
                 yield maps
 
     running = features()
-    assert len(next(running)) and len(next(running))
+    assert len(next(running))
+    assert len(next(running))
     running.close()
     truth.assert_nothing_left(truth.fingerprint(_net()), model)
     abandoned = features()
@@ -1325,13 +1380,13 @@ def test_the_model_called_inside_a_hook_of_its_own() -> None:
 def test_a_submodule_called_alone_inside_the_block() -> None:
     # No pass of the model: not captured, and said so.
     model = _net()
-    with pytest.warns(CaptureWarning, match="outside Sequential.forward"):
-        with capture(model) as maps:
-            for (x,) in data(3):
-                model(x)
-                first = maps["0"].tensor.clone()
-                model[2](torch.randn(2, 8))
-                assert torch.equal(maps["0"].tensor, first) and len(maps) == 6
+    with pytest.warns(CaptureWarning, match="outside Sequential.forward"), capture(model) as maps:  # noqa: PT031
+        for (x,) in data(3):
+            model(x)
+            first = maps["0"].tensor.clone()
+            model[2](torch.randn(2, 8))
+            assert torch.equal(maps["0"].tensor, first)
+            assert len(maps) == 6
     assert maps.missed
 
 
@@ -1342,11 +1397,10 @@ def test_scripted_and_traced_children_are_named() -> None:
         scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
         traced = torch.jit.trace(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(2, 4))
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), scripted, nn.Linear(4, 4), nn.Tanh(), traced)
-    with pytest.warns(CaptureWarning):
-        with capture(model) as maps:
-            for (x,) in data(3):
-                model(x)
-                assert [t[0] for t in tags(maps)] == ["0", "3"]
+    with pytest.warns(CaptureWarning), capture(model) as maps:  # noqa: PT031
+        for (x,) in data(3):
+            model(x)
+            assert [t[0] for t in tags(maps)] == ["0", "3"]
     assert {m.layer for m in maps.missed} == {"2", "5"}
 
 
@@ -1385,7 +1439,8 @@ def test_a_torch_function_subclass_as_input() -> None:
             with truth.Witness(bare) as witness:
                 want = bare(x)
             got = model(x.as_subclass(Named))
-            assert isinstance(got, Named) and torch.equal(got.as_subclass(Tensor), want)
+            assert isinstance(got, Named)
+            assert torch.equal(got.as_subclass(Tensor), want)
             truth.assert_captured_exactly_once(maps, witness.runs)
 
 

@@ -859,7 +859,7 @@ def test_18b_transformer_encoder_layer(fast: bool) -> None:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-# -- what cannot be captured is named ---------------------------------------------------------------
+# -- what cannot be captured is named --------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -350,9 +350,12 @@ def _spatial(axes: str | None, pads: bool) -> Any:
         if axes is not None:
             touched = int(axes)
         else:
-            padding = _argument(args, kwargs, 1, "pad") if pads else None
-            touched = len(padding) // 2 if padding is not None else max(x.dim() - 2, 0)
-        if flow.axes is None or any(p.dim >= x.dim() - touched for p in flow.axes.parts):
+            touched = max(x.dim() - 2, 0)
+        dims = set(range(x.dim() - touched, x.dim()))
+        padding = _argument(args, kwargs, 1, "pad") if pads else None
+        if padding is not None:
+            dims = {x.dim() - 1 - i // 2 for i, size in enumerate(padding) if size}
+        if flow.axes is None or any(p.dim in dims for p in flow.axes.parts):
             return _each(out, lambda _: STOP)
         return _same_filters(flow, x, args, kwargs, out, tag)
 

@@ -1,4 +1,4 @@
-"""The only place that registers hooks.
+"""The only place that registers hooks, or takes a mode off torch's stack.
 
 Each hook is a method of the session wrapped in a small object that says whose it is, does not travel
 with a copy of the model (a deep copy or pickle gets a hook that does nothing), and lets go of the
@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Hook", "Hooks"]
+__all__ = ["Hook", "Hooks", "leave_mode"]
 
 
 class Hook:
@@ -33,11 +35,30 @@ class Hook:
         return nothing
 
     def __reduce__(self) -> Any:
-        return "nothing"
+        return _make_nothing, ()
 
 
 def nothing(*args: Any) -> None:
-    """What a hook of ours becomes in a copy of the model: nothing."""
+    """What a hook of ours becomes in a copy of the model, or once it is removed: nothing.
+
+    torch may still call a hook that is removed while it goes through a module's hooks.
+    """
+
+
+def _make_nothing() -> Callable[..., None]:
+    return nothing
+
+
+def leave_mode(mode: TorchFunctionMode) -> None:
+    """Take a function mode off torch's stack, wherever it lies; those above it stay."""
+    above = []
+    while torch._C._len_torch_function_stack():
+        top = _pop_mode()
+        if top is mode:
+            break
+        above.append(top)
+    for other in reversed(above):
+        _push_mode(other)
 
 
 class Hooks:
@@ -45,7 +66,8 @@ class Hooks:
 
     def __init__(self, owner: object) -> None:
         self._owner = owner
-        self._handles: dict[tuple[str, nn.Module], list[RemovableHandle]] = {}
+        self._handles: dict[tuple[str, nn.Module], list[tuple[Hook, RemovableHandle]]] = {}
+        self.count: dict[nn.Module, int] = {}  # how many hooks of ours a module has
 
     def is_ours(self, hook: Any) -> bool:
         """Whether this session registered it."""
@@ -54,27 +76,30 @@ class Hooks:
     def around(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
         """A pre and a post hook; the post hook also runs when forward raises an `Exception`."""
         for module in modules:
-            key = ("around", module)
-            if key not in self._handles:
-                for handle in self._handles.pop(("after", module), ()):
-                    handle.remove()
-                self._handles[key] = [
-                    module.register_forward_pre_hook(Hook(pre, self._owner), with_kwargs=True),
-                    module.register_forward_hook(
-                        Hook(post, self._owner), with_kwargs=True, always_call=True
-                    ),
-                ]
+            if ("around", module) in self._handles or isinstance(module, torch.jit.ScriptModule):
+                continue
+            self._remove(("after", module))
+            first, last = Hook(pre, self._owner), Hook(post, self._owner)
+            self._handles["around", module] = [
+                (first, module.register_forward_pre_hook(first, with_kwargs=True)),
+                (last, module.register_forward_hook(last, with_kwargs=True, always_call=True)),
+            ]
+            self.count[module] = 2
 
     def after(self, modules: Iterable[nn.Module], post: Any) -> None:
         """A plain post hook: the cheapest there is."""
         for module in modules:
-            key = ("after", module)
-            if key not in self._handles and ("around", module) not in self._handles:
-                self._handles[key] = [module.register_forward_hook(Hook(post, self._owner))]
+            if module in self.count or isinstance(module, torch.jit.ScriptModule):
+                continue
+            hook = Hook(post, self._owner)
+            self._handles["after", module] = [(hook, module.register_forward_hook(hook))]
+            self.count[module] = 1
 
-    def has(self, role: str, module: nn.Module) -> bool:
-        """Whether the module has hooks of that role."""
-        return (role, module) in self._handles
+    def _remove(self, key: tuple[str, nn.Module]) -> None:
+        for hook, handle in self._handles.pop(key, ()):
+            hook.call = nothing
+            handle.remove()
+            self.count.pop(key[1], None)
 
     @contextmanager
     def suspended(self, modules: Iterable[nn.Module]) -> Iterator[None]:
@@ -107,5 +132,4 @@ class Hooks:
             keys = [k for k in self._handles if role is None or k[0] == role]
         for key in keys:
             if key[1] not in kept:
-                for handle in self._handles.pop(key):
-                    handle.remove()
+                self._remove(key)

@@ -460,6 +460,10 @@ class _Reader:
         found = self._resolve(function)
         if found is not None:
             self._callee(found, function, node)
+            path = self._path(function)
+            if path is not None and not isinstance(found, (nn.Module, types.MethodType)):
+                # A function kept as an attribute: another one would be another road.
+                self.guards.append(Guard(self.module, path, none_only=False))
             return
         if isinstance(function, ast.Attribute):
             self._expression(function.value)
@@ -475,6 +479,8 @@ class _Reader:
 
     def _callee(self, found: Any, node: ast.expr, call: ast.Call) -> None:
         if isinstance(found, nn.Module):
+            if found is self.module:
+                raise _UnprovenError("calls itself")
             return  # a child: proven for itself
         if isinstance(found, types.MethodType) and found.__self__ is self.module:
             if isinstance(getattr(nn.Module, node.attr, None), types.FunctionType) and (  # type: ignore[attr-defined]

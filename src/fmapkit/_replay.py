@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from fmapkit._flow import NOWHERE, Flow, Origin, Weight, tensors_in
 from fmapkit._functions import describe, out_of_place
+from fmapkit._hooks import leave_mode
 from fmapkit._plan import Plan, Ref, Step
 from fmapkit._store import Entry, Held, version_of
 from fmapkit._trace import leaves
@@ -60,14 +61,14 @@ class Run:
         for module in self.plan.flips:
             module.__dict__["inplace"] = False
         if self.module in self.plan.scopes:
-            self.light().__enter__()
+            self.light().resume()
 
     def finish(self) -> None:
         """Put back what `start` changed."""
         for module in self.plan.flips:
             module.__dict__["inplace"] = True
         if self.mode is not None:
-            self.mode.leave_all()
+            self.mode.leave()
         self.before.clear()
 
     def light(self) -> LightMode:
@@ -230,33 +231,42 @@ class LightMode(TorchFunctionMode):
         super().__init__()
         self.run = run
         self.names = {s.function for s in run.plan.steps if s.module is None}
-        self.depth = 0
+        self.on = False
+        self._pushed = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         known = describe(func)
-        if known.name in self.names and torch._C._current_graph_task_id() == -1:
+        if self.on and known.name in self.names and torch._C._current_graph_task_id() == -1:
             return self.run.call(known.name, func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
-    def __enter__(self) -> LightMode:
-        self.depth += 1
-        super().__enter__()
-        return self
+    def resume(self) -> None:
+        """From here on it sees what runs."""
+        self.on = True
+        if not self._pushed:
+            self._pushed = True
+            self.__enter__()
 
     def pause(self) -> bool:
-        """Leave the stack if on top of it; whether it was."""
-        if self.depth and _get_current_function_mode() is self:
-            self.__exit__(None, None, None)
-            self.depth -= 1
-            return True
-        return False
+        """From here on it sees nothing; whether it did.
 
-    def leave_all(self) -> None:
+        It leaves torch's stack, where it costs time, unless another mode lies on top of it: that
+        one expects to be taken off first.
+        """
+        was, self.on = self.on, False
+        if self._pushed and _get_current_function_mode() is self:
+            self._pushed = False
+            self.__exit__(None, None, None)
+        return was
+
+    def leave(self) -> None:
         """Leave the stack for good."""
-        while self.pause():
-            pass
+        self.on = False
+        if self._pushed:
+            self._pushed = False
+            leave_mode(self)
 
 
 def tag_outputs(output: Any, tags: list[Any], set_tag: Any) -> None:

@@ -25,7 +25,7 @@ from torch.overrides import _get_current_function_mode
 from fmapkit import layers, nonlinearities
 from fmapkit._fused import REASON, fused_output, may_fuse
 from fmapkit._flow import STOP, Flow, Weight, tensors_in
-from fmapkit._hooks import Hooks
+from fmapkit._hooks import Hooks, leave_mode
 from fmapkit._names import Names
 from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
@@ -89,6 +89,7 @@ class Session:
         self._fused: Any = None
         self._learning: tuple[nn.Module, Frame, Any, list[Any]] | None = None
         self._structure: list[tuple[dict[str, Any], list[Any]]] = []
+        self._marks: list[tuple[Any, ...]] = []
         self._units: dict[nn.Module, _Unit] = {}
         self._proofs = Proofs(self.hooks.is_ours)
         self._tapped: dict[nn.Module, Plan] = {}  # the plan that each unit's taps are set for
@@ -253,7 +254,7 @@ class Session:
 
     def _end(self) -> None:
         tracer, current = self._tracer, self._current
-        self._trace_off()
+        self._trace_out()
         if tracer is not None:
             for event in tracer.events:
                 for held in (event.x_held, event.y_held):
@@ -286,7 +287,7 @@ class Session:
         if self._learning is not None:
             module, self._learning = self._learning[0], None
             self._unlearn(module)
-        self._trace_off()
+        self._trace_out()
         if self._current is not None:
             self._current.closed = True
         self._tracer = self._current = self._frame = self._run = None
@@ -297,7 +298,17 @@ class Session:
     def _changed(self) -> bool:
         if self._registered != (layers.version, nonlinearities.version):
             return True
-        return any(list(d.values()) != values for d, values in self._structure)
+        if any(list(d.values()) != values for d, values in self._structure):
+            return True
+        ours = self.hooks.count
+        for module, kind, attributes, pre, post, theirs in self._marks:
+            if (
+                module.__class__ is not kind
+                or "forward" in attributes
+                or len(pre) + len(post) - ours.get(module, 0) != theirs
+            ):
+                return True
+        return False
 
     def _restart(self) -> None:
         """The model has other modules than it had (or this is the first pass): learn it anew."""
@@ -310,12 +321,22 @@ class Session:
         self._structure = [
             (m._modules, list(m._modules.values())) for m in self.model.modules() if m._modules
         ]
+        # What else a proof rests on: the class, its own forward, and nobody else's hooks.
+        self._marks = [
+            (m, type(m), m.__dict__, m._forward_pre_hooks, m._forward_hooks, self._foreign(m))
+            for m in self.model.modules()
+            if "forward" not in m.__dict__ and not isinstance(m, torch.jit.ScriptModule)
+        ]
         for module, name in self.names.by_module.items():
             if isinstance(module, torch.jit.ScriptModule):
                 if "." not in name or not isinstance(
                     self.names.by_name.get(name.rpartition(".")[0]), torch.jit.ScriptModule
                 ):
                     self.miss(name, "it is scripted: torch runs it without Python, unseen by hooks")
+
+    def _foreign(self, module: nn.Module) -> int:
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        return sum(not self.hooks.is_ours(h) for h in hooks)
 
     # -- modes --------------------------------------------------------------------------------------
 
@@ -325,18 +346,27 @@ class Session:
         return self._tracer
 
     def _trace_on(self) -> None:
-        if not self._tracing and self._tracer is not None:
-            self._tracer.__enter__()
-            self._tracing = True
+        if self._tracer is not None:
+            self._tracer.paused = False
+            if not self._tracing:
+                self._tracer.__enter__()
+                self._tracing = True
 
     def _trace_off(self) -> bool:
-        """Take the tracer off the stack; not if a mode of the user's lies on top of it."""
+        """Pause the tracer; it leaves the stack, unless another mode lies on top of it."""
+        if self._tracer is None or self._tracer.paused:
+            return False
+        self._tracer.paused = True
+        if self._tracing and _get_current_function_mode() is self._tracer:
+            self._tracer.__exit__(None, None, None)
+            self._tracing = False
+        return True
+
+    def _trace_out(self) -> None:
+        """The tracer leaves the stack for good."""
         if self._tracing and self._tracer is not None:
-            if _get_current_function_mode() is self._tracer:
-                self._tracer.__exit__(None, None, None)
-                self._tracing = False
-                return True
-        return False
+            leave_mode(self._tracer)
+        self._tracing = False
 
     # -- torch's fused paths ------------------------------------------------------------------------
 
@@ -493,7 +523,7 @@ class Session:
             if module in plan.toggles:
                 run.marks.append(run.light().pause())
             if module in plan.scopes:
-                run.light().__enter__()
+                run.light().resume()
 
     def _post_in_run(
         self, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool
@@ -506,7 +536,7 @@ class Session:
                 run.light().pause()
             if module in plan.toggles:
                 if run.marks and run.marks.pop():
-                    run.light().__enter__()
+                    run.light().resume()
         if not failed and module in plan.taps:
             run.tap(module, args, kwargs, output)
 

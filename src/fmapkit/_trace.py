@@ -142,6 +142,7 @@ class Tracer(TorchFunctionMode):
         self.failed: BaseException | None = None
         self.unhooked: set[nn.Module] = set()  # modules that ran without hooks
         self.pending: dict[int, list[Entry]] = {}  # of replayed units, by origin
+        self.paused = False  # while a unit is replayed
         self.trial = 0  # > 0 while a proven module is learned
         self._opaque = 0  # how many running modules are registered layers
         self._tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
@@ -182,7 +183,7 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         known = describe(func)
-        if known.silent or not self.frames or self.failed or _in_backward():
+        if known.silent or self.paused or not self.frames or self.failed or _in_backward():
             return func(*args, **kwargs)
         if known.opened is not None:
             with self:
@@ -225,6 +226,12 @@ class Tracer(TorchFunctionMode):
         call = _SigmaCall(func, args, kwargs, z, self.tag(z))
         in_place = known.in_place or known.asked_in_place(args, kwargs)
         quiet = frame.kind == "sigma" or self._opaque > 0
+        if "out" in kwargs:
+            for target in tensors_in(kwargs["out"]):
+                self.aliases.before_write(target)
+            call.in_place = any(target is z for target in tensors_in(kwargs["out"]))
+            call.held = None if quiet else Held.copy(z) if call.in_place else self.aliases.reference(z)
+            return call
         if not in_place:
             call.held = None if quiet else self.aliases.reference(z)
             return call
