@@ -398,12 +398,53 @@ class Unhooked(Two):
         return self.tanh.forward(self.b(self.relu.forward(self.a.forward(x))))
 
 
+class AsArgument(nn.Module):
+    """A function, its name, and a number of inputs, chosen by the parent."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, *inputs: Tensor, how: Any) -> Any:
+            if isinstance(how, str):
+                how = getattr(F, how)
+            return sum(how(self.fc(x)) for x in inputs)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.Inner()
+
+    def forward(self, x: Tensor) -> Any:
+        if x.mean() > 0:
+            return self.inner(*x.split(2), how=torch.tanh)
+        return self.inner(x, how="gelu" if x[0, 0] > -1 else "silu")
+
+
+class ByConfig(nn.Module):
+    """A plain object and a dict, changed by forward itself."""
+
+    class Config:
+        rounds = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.config, self.table = nn.Linear(4, 4), self.Config(), {"act": "relu"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.config.rounds):
+            x = torch.relu(self.fc(x)) if self.table["act"] == "relu" else F.gelu(self.fc(x))
+        self.config.rounds = self.config.rounds % 3 + 1
+        self.table["act"] = "gelu" if self.table["act"] == "relu" else "relu"
+        return x
+
+
 CONTROL = [
     *(Branch, BranchOnItem, PickFromList, Alternate, Closure, EarlyExit, StochasticDepth),
     *(WhileLoop, Recursive, CallsItself, MoE, CatchesErrors, Generator, ClosedGenerator),
     *(Comprehension, TrainEvalInside, Attribute, Match, BySubmodule, Swapping, Shuffled),
     *(SetOrder, GetattrByName, FunctionalByFlag, ShortCircuit, ZeroTimes, IsinstanceBranch),
-    *(DefaultArgument, IntArgument, Unhooked, Shapes),
+    *(DefaultArgument, IntArgument, Unhooked, Shapes, AsArgument, ByConfig),
 ]
 
 
@@ -696,11 +737,46 @@ class ExpandedZ(Two):
         return self.tanh(z) + torch.relu(z)
 
 
+class InPlaceOnActivation(Two):
+    """An in-place module writes over what another module's σ returned; the road depends on data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.hard(self.a(x)) if x.sum() > 1e9 else self.hard(self.b(x))
+        act = self.hard(self.a(a))
+        return self.relu(act)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hard = nn.Hardtanh()
+
+
+class BlockAddsInPlace(Two):
+    """A block that adds to its argument in place, behind a σ, in a parent that branches."""
+
+    class Position(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x += self.position
+            return x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hard, self.block = nn.Hardtanh(), self.Position()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.mean() > 0:
+            x = x * 2
+        return self.tanh(self.b(self.block(self.hard(self.a(x)))))
+
+
 ALIASING = [
     *(UsedAfterInPlace, ViewBeforeInPlace, ChunkThenInPlace, SliceInPlace, SetItem, Chain),
     *(InPlaceLater, ReturnsInput, ReturnsNothing, TwoNames, ListOfMaps, Detached),
     *(Numpy, Out, DataWrite, ReusedBuffer, HookOnTensor, KwargsOuter, Empty, InPlaceTransposed),
-    ExpandedZ,
+    *(ExpandedZ, InPlaceOnActivation, BlockAddsInPlace),
 ]
 
 
@@ -716,7 +792,7 @@ def test_aliasing(kind: type[nn.Module], nested: bool, grad: bool) -> None:
 
 
 def _by_hooks(model: nn.Module, x: Tensor) -> tuple[Any, dict[Any, Any], list[truth.Run]]:
-    """The output, each linear layer's (input, response) cloned by a hook, and the witness's runs."""
+    """The output, each linear layer's (input, response) cloned by a hook, the witness's runs."""
     found: dict[Any, tuple[Tensor, Tensor]] = {}
     calls: dict[str, int] = {}
 
@@ -921,6 +997,37 @@ def test_partial_and_lambda_forwards() -> None:
             model[2].function = (torch.relu, torch.sigmoid)[n % 2]
             model(x)
             assert maps["1"].nonlinearity == ("relu", "sigmoid")[n % 2]
+
+
+def test_functions_rebound_between_passes() -> None:
+    # On the instance, on the class: right, or named in missed; never under the old name.
+    class Method(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def act(self, x: Tensor) -> Tensor:
+            return torch.relu(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.fc(x))
+
+    model = Method()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CaptureWarning)
+        with capture(model) as maps:
+            for n, (x,) in enumerate(data(6)):
+                if n == 2:
+                    model.act = lambda x: torch.tanh(x)  # type: ignore[method-assign]
+                if n == 4:
+                    del model.act
+                    Method.act = lambda self, x: torch.sigmoid(x)  # type: ignore[method-assign]
+                with truth.Witness(model) as witness:
+                    model(x)
+                if not maps.missed or n % 2:  # a pass that was lost is learned anew
+                    truth.assert_captured_exactly_once(maps, witness.runs)
+                    wanted = ("relu", "relu", "tanh", "tanh", "sigmoid", "sigmoid")[n]
+                    assert maps["fc"].nonlinearity == wanted
 
 
 def test_modules_in_plain_python_containers() -> None:

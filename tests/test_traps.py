@@ -809,6 +809,7 @@ def test_17_copies_made_while_captured_work_and_are_not_captured(how: str) -> No
                 torch.save(model, file)
                 file.seek(0)
                 twin = torch.load(file, weights_only=False)
+            # What rode along is inert, and gone after the copy's first run.
             assert same_bits(twin(image(9)), Residual.forward(twin, image(9)))
             assert {fm.step for fm in maps} == {step}
             assert all(same_bits(h, fm.tensor) for h, fm in zip(held, maps, strict=True))

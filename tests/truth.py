@@ -449,7 +449,8 @@ def _whose(hooks: Any) -> tuple[str, ...]:
     # By name: a model may set hooks anew in each pass (transformers does), under new ids.
     if not isinstance(hooks, Mapping):
         return ()
-    return tuple(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks.values())
+    plain = [getattr(hook, "hook", hook) for hook in hooks.values()]  # torch wraps some
+    return tuple(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in plain)
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:

@@ -31,22 +31,30 @@ class Hook:
     def __call__(self, *args: Any) -> Any:
         return self.call(*args)
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        return nothing
+    def __deepcopy__(self, memo: Any) -> Inert:
+        return Inert()
 
     def __reduce__(self) -> Any:
-        return _make_nothing, ()
+        return Inert, ()
+
+
+class Inert:
+    """What a hook of ours is in a copy of the model: nothing, gone after the copy's first run."""
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, h in hooks.items() if isinstance(h, Inert)]:
+                del hooks[key]
+                for flags in (
+                    module._forward_pre_hooks_with_kwargs,
+                    module._forward_hooks_with_kwargs,
+                    module._forward_hooks_always_called,
+                ):
+                    flags.pop(key, None)
 
 
 def nothing(*args: Any) -> None:
-    """What a hook of ours becomes in a copy of the model, or once it is removed: nothing.
-
-    torch may still call a hook that is removed while it goes through a module's hooks.
-    """
-
-
-def _make_nothing() -> Callable[..., None]:
-    return nothing
+    """What a hook of ours becomes once it is removed; torch may be going through them just then."""
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:

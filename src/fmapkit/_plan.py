@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fmapkit import layers
 from fmapkit._axes import Axes
@@ -82,10 +82,13 @@ class Plan:
     flips: tuple[nn.Module, ...]
     calls: tuple[tuple[str, int], ...]
     outputs: tuple[Any, ...]  # per tensor of the output: (Ref, axes), "weight" or None
+    writes: tuple[int, ...]  # which tensor arguments are written to
     claims: tuple[int, ...]  # which inputs reach a nonlinearity inside
 
 
-def make_plan(tracer: Tracer, frame: Frame, output: Any, inputs: Sequence[Any]) -> Plan:
+def make_plan(
+    tracer: Tracer, frame: Frame, output: Any, inputs: Sequence[Any], arguments: Sequence[Tensor]
+) -> Plan:
     """Boil down what the tracer saw of one call.
 
     Args:
@@ -93,6 +96,7 @@ def make_plan(tracer: Tracer, frame: Frame, output: Any, inputs: Sequence[Any]) 
         frame: of the call.
         output: what it returned.
         inputs: what its tensor arguments carried.
+        arguments: its tensor arguments.
     """
     by_origin: dict[int, Ref] = {}
     for index, tag in enumerate(inputs):
@@ -157,6 +161,9 @@ def make_plan(tracer: Tracer, frame: Frame, output: Any, inputs: Sequence[Any]) 
         calls=tuple((n, c - frame.counts[n]) for n, c in tracer.counts.items()
                     if c > frame.counts[n]),
         outputs=outputs,
+        writes=tuple(
+            i for i, t in enumerate(arguments) if _storage(t) in tracer.aliases.written
+        ),
         claims=tuple(
             sorted(
                 {by_origin[i].offset for i in by_origin if _claimed_inside(tracer, frame, i)}

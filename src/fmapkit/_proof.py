@@ -109,6 +109,8 @@ class Proofs:
         if not all(map(self._is_ours, hooks)) or "forward" in module.__dict__:
             return False
         kind = type(module)
+        if kind.__getattr__ is not nn.Module.__getattr__:
+            return False  # reading an attribute may run anything
         if kind.__call__ is not nn.Module.__call__ or isinstance(module, torch.jit.ScriptModule):
             return False
         if _trusted(module):

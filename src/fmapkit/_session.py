@@ -30,7 +30,7 @@ from fmapkit._names import Names
 from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
 from fmapkit._replay import Run, tag_outputs
-from fmapkit._store import Pass, Store
+from fmapkit._store import Pass, Store, storage_of
 from fmapkit._trace import Frame, Tracer, leaves
 from fmapkit._wants import Wants
 from fmapkit.errors import CaptureWarning
@@ -184,7 +184,7 @@ class Session:
                 if self._depth:
                     self._depth -= 1
                 else:
-                    self._end()
+                    self._end(output if replaced is None else replaced)
         except Exception as error:
             self._fault(module, error)
             if module is self.model and not self._depth:
@@ -241,7 +241,7 @@ class Session:
             self._drop_hooks()
             return False
         self._idle = False
-        self._frame = sys._getframe(2)  # the call of the model: it is on the stack while it runs
+        self._frame = _call_frame()  # on Python's stack as long as the pass runs
         if self._changed():
             self._restart()
         self._current = self.store.begin(step)
@@ -252,7 +252,20 @@ class Session:
             self._trace_on()
         return True
 
-    def _end(self) -> None:
+    def _settle(self, current: Pass, output: Any) -> None:
+        """Inference tensors have no version counter: copy what a later write could reach unseen.
+
+        That is what the pass returned, and every map that outlives the next pass's start.
+        """
+        reached = {storage_of(t) for _, t in leaves(output)}
+        for entry in current.entries():
+            held = entry.held
+            if held is None or held.tensor is None or not held.tensor.is_inference():
+                continue
+            if self.store.keep != 1 or storage_of(held.tensor) in reached:
+                held.snapshot()
+
+    def _end(self, output: Any) -> None:
         tracer, current = self._tracer, self._current
         self._trace_out()
         if tracer is not None:
@@ -272,6 +285,8 @@ class Session:
             tracer.firings.clear()
         if current is not None:
             current.closed = True
+            if torch.is_inference_mode_enabled():
+                self._settle(current, output)
         self._tracer = self._current = self._frame = self._run = self._learning = None
         self._depth = 0
         if self.missed and not self._warned:
@@ -284,6 +299,8 @@ class Session:
         """The pass ended without its post hook: leave no mode, flag or learning hook behind."""
         if self._run is not None:
             self._run.finish()
+            if self._current is not None:  # what was captured so far stays readable
+                self._current.segments.append(self._run)
         if self._learning is not None:
             module, self._learning = self._learning[0], None
             self._unlearn(module)
@@ -429,6 +446,10 @@ class Session:
             return
         if self._tapped.get(module) is not plan:
             self._set_taps(plan, module)
+        if tracer is not None and plan.writes:
+            tensors = list(tensors_in((args, kwargs)))
+            for index in plan.writes:
+                tracer.aliases.before_write(tensors[index])
         self._trace_off()
         base = Counter(tracer.counts) if tracer is not None else None
         self._run = Run(module, plan, self.wants, inputs, base)
@@ -467,9 +488,10 @@ class Session:
             tracer.enter_inputs(args, kwargs)
         self.hooks.around(module.modules(), self._pre, self._post)
         tracer.trial += 1
+        tracer.aliases.written.clear()
         frame = tracer.push(module, args, kwargs)
         frame.storages = {
-            t.untyped_storage()._cdata for t in tensors_in((args, kwargs)) if _plain_storage(t)
+            storage_of(t) for t in tensors_in((args, kwargs))
         }
         self._learning = (module, frame, key, inputs)
         self._trace_on()
@@ -488,7 +510,8 @@ class Session:
                     if held is not None:
                         held.check()
             final = output if replaced is None else replaced
-            self._unit(module).plans[key] = make_plan(tracer, frame, final, inputs)
+            arguments = list(tensors_in((frame.args, frame.kwargs)))
+            self._unit(module).plans[key] = make_plan(tracer, frame, final, inputs, arguments)
         return replaced
 
     def _unlearn(self, unit: nn.Module) -> None:
@@ -578,12 +601,12 @@ class Session:
         self._trace_on()
 
 
-def _plain_storage(tensor: Tensor) -> bool:
-    try:
-        tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):
-        return False
-    return True
+def _call_frame() -> Any:
+    """Python's frame of the running `Module.__call__`."""
+    at = sys._getframe(1)
+    while at is not None and at.f_code is not nn.Module._call_impl.__code__:
+        at = at.f_back  # type: ignore[assignment]
+    return at
 
 
 def _shape(value: Any) -> Any:

@@ -191,6 +191,7 @@ class Aliases:
     """Which held tensors share memory with one that is about to be written to."""
 
     def __init__(self) -> None:
+        self.written: set[int] = set()  # storages that were written to
         self._new: list[Held] = []
         self._by_storage: dict[int, list[Held]] = {}
         self._by_id: dict[int, tuple[weakref.ref[Tensor], Held]] = {}
@@ -223,6 +224,7 @@ class Aliases:
 
     def before_write(self, tensor: Tensor) -> None:
         """Copy what the write would lose."""
+        self.written.add(storage_of(tensor))
         for held in self.of(tensor):
             held.snapshot()
 

@@ -84,16 +84,7 @@ class Wants:
     def _functional(self, selector: Selector, names: Names) -> None:
         """A label that only a pass can tell: `blocks.3.mlp:gelu`, `attn.in_proj`."""
         given = selector.given
-        if isinstance(given, str) and names.module_of(given) is not None:
-            if ":" in given or not selector.exact:
-                return
-            owner = names.module_of(given)
-            part = given.rpartition(".")[2]
-            if owner is not None and any(
-                k in (part, f"{part}_weight") for k in owner._parameters
-            ):
-                return
-        if isinstance(given, str) and (":" in given and given.startswith(":")):
+        if isinstance(given, str) and _only_a_pass_can_tell(names, given):
             return
         known = [n for n in names.by_name if n]
         hint = did_you_mean(given, known) if isinstance(given, str) else ""
@@ -121,7 +112,7 @@ class Wants:
                 )
         if isinstance(self.filters, Mapping):
             for name in self.filters:
-                if names.module_of(name) is None:
+                if name not in names.by_name and not _only_a_pass_can_tell(names, name):
                     raise UnknownLayerError(
                         f"filters names layer {name!r}, which the model does not have"
                         f"{did_you_mean(name, names.by_name)}"
@@ -159,6 +150,16 @@ class Wants:
         if index is None:
             index = self._index[key] = torch.tensor(key[0], device=tensor.device)
         return tensor.detach().index_select(dim, index)
+
+
+def _only_a_pass_can_tell(names: Names, label: str) -> bool:
+    """`blocks.3.mlp:gelu`, `attn.in_proj`: labels of a module that the model has."""
+    module, colon, _ = label.partition(":")
+    if colon:
+        return module in names.by_name or "*" in module
+    owner, _, part = label.rpartition(".")
+    keys = names.by_name[owner]._parameters if owner in names.by_name else {}
+    return any(k in (part, f"{part}_weight") for k in keys)
 
 
 def _kinds(kinds: Any) -> frozenset[str]:
