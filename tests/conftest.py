@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from torch import nn
 
 from tests.truth import modes
@@ -24,6 +24,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=1000)
+# For a first look at new failures: no shrinking, which takes minutes.
+settings.register_profile(
+    "quick", parent=settings.get_profile("default"), phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 _GLOBAL_HOOKS = (
@@ -64,10 +68,14 @@ def leak_guard() -> Iterator[None]:
 
 @pytest.fixture
 def collected() -> Iterator[None]:
-    """Start and end with the garbage collected, for tests that count what is alive."""
+    """Start with the garbage collected, for tests that count what is alive.
+
+    What lived before is set aside: it need not be counted again and again.
+    """
     gc.collect()
+    gc.freeze()
     yield
-    gc.collect()
+    gc.unfreeze()
 
 
 @pytest.fixture

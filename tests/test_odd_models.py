@@ -750,6 +750,18 @@ class InPlaceOnActivation(Two):
         self.hard = nn.Hardtanh()
 
 
+class SigmaOverSigma(Two):
+    """relu_ over the activation of another σ, used afterwards: the copy has to be of that too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hard = nn.Hardtanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.hard(self.a(x))
+        return self.relu(a) + a * 2
+
+
 class BlockAddsInPlace(Two):
     """A block that adds to its argument in place, behind a σ, in a parent that branches."""
 
@@ -776,7 +788,7 @@ ALIASING = [
     *(UsedAfterInPlace, ViewBeforeInPlace, ChunkThenInPlace, SliceInPlace, SetItem, Chain),
     *(InPlaceLater, ReturnsInput, ReturnsNothing, TwoNames, ListOfMaps, Detached),
     *(Numpy, Out, DataWrite, ReusedBuffer, HookOnTensor, KwargsOuter, Empty, InPlaceTransposed),
-    *(ExpandedZ, InPlaceOnActivation, BlockAddsInPlace),
+    *(ExpandedZ, InPlaceOnActivation, BlockAddsInPlace, SigmaOverSigma),
 ]
 
 

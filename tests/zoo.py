@@ -95,17 +95,13 @@ def _segmentation(name: str, size: int = 64) -> Built:
 
 _CV_64 = _words(
     """
-    bninception resnet10 resnetbc14b preresnet10 preresnetbc14b
-    resnext14_16x4d seresnet10 senet16 resnestabc14 ibn_resnet50 airnet50_1x64d_r2 bam_resnet18
-    cbam_resnet18 regnetx002 regnety002 diaresnet10 diapreresnet10
-    diracnet18v2 sharesnet18 densenet121 sparsenet121 peleenet drnc26
-    channelnet revnet38 dla34 dla46xc fishnet99 espnetv2_wd2 hrnet_w18_small_v1 vovnet27s
-    hardnet39ds squeezenet_v1_1 squeezeresnet_v1_1 sqnxt23_w1 shufflenet_g3_wd4
-    shufflenetv2_wd2 shufflenetv2b_wd2 menet108_8x1_g3 mobilenet_wd4 mobilenetv2_wd4
-    mobilenetv3_small_w7d20 mobilenetv3_large_w7d20 igcv3_wd4 ghostnet mnasnet_a1 darts
-    proxylessnas_cpu fbnet_cb spnasnet efficientnet_b0 efficientnet_b0b efficientnet_edge_small_b
-    mixnet_s isqrtcovresnet18 resneta10 octresnet10_ad2 nasnet_4a1056 dicenet_wd5
-
+    bninception resnet10 preresnet10 resnext14_16x4d seresnet10 senet16 resnestabc14
+    cbam_resnet18 regnetx002 diaresnet10 diracnet18v2 sharesnet18 densenet121 peleenet
+    condensenet74_c8_g8 channelnet revnet38 dla46xc fishnet99 espnetv2_wd2 hrnet_w18_small_v1
+    vovnet27s hardnet39ds squeezenet_v1_1 shufflenet_g3_wd4 shufflenetv2_wd2 shufflenetv2b_wd2
+    mobilenet_wd4 mobilenetv2_wd4 mobilenetv3_small_w7d20 igcv3_wd4 ghostnet mnasnet_a1 darts
+    proxylessnas_cpu efficientnet_b0 efficientnet_edge_small_b mixnet_s isqrtcovresnet18
+    resneta10 octresnet10_ad2 nasnet_4a1056 dicenet_wd5
     """
 )
 _CV_224 = ["darknet_ref"]
@@ -113,8 +109,7 @@ _CV_96 = _words("dpn68 xception inceptionv3 ")
 _CV_32 = _words(
     """
     nin_cifar10 resnet20_cifar10 preresnet20_cifar10 resnext20_16x4d_cifar10 seresnet20_cifar10
-    pyramidnet110_a48_cifar10 densenet40_k12_bc_cifar10 ror3_56_cifar10
-    rir_cifar10 msdnet22_cifar10
+    pyramidnet110_a48_cifar10 densenet40_k12_bc_cifar10 rir_cifar10 wrn16_10_cifar10
     """
 )
 # Their constructors set the number of classes themselves.
@@ -125,9 +120,7 @@ _CV_DENSE = _words(
     """
     fastscnn_cityscapes cgnet_cityscapes dabnet_cityscapes fpenet_cityscapes ctxnet_cityscapes
     lednet_cityscapes esnet_cityscapes edanet_cityscapes enet_cityscapes erfnet_cityscapes
-    sqnet_cityscapes bisenet_resnet18_celebamaskhq
-    simplepose_mobile_mobilenet_w1_coco centernet_resnet18_voc
-
+    bisenet_resnet18_celebamaskhq simplepose_mobile_mobilenet_w1_coco centernet_resnet18_voc
     """
 )
 

@@ -195,9 +195,9 @@ def _step(firing: Firing, ref: Any, escaping: set[int]) -> Step:
     for event in firing.events:
         for slot, entry in event.entries:
             held = event.x_held if slot == "x" else event.y_held
-            copied = entry.held is not None and (entry.held.copied or entry.held.lost)
+            copied = entry.held is not None and entry.held.needs_copy
             if held is not None and slot in ("x", "y"):
-                copied = held.copied or held.lost
+                copied = held.needs_copy
             unsafe = event.in_place and not event.flip
             emissions.append(
                 Emission(

@@ -345,11 +345,25 @@ class Session:
             if "forward" not in m.__dict__ and not isinstance(m, torch.jit.ScriptModule)
         ]
         for module, name in self.names.by_module.items():
+            self._name_scripted(module, name)
             if isinstance(module, torch.jit.ScriptModule):
                 if "." not in name or not isinstance(
                     self.names.by_name.get(name.rpartition(".")[0]), torch.jit.ScriptModule
                 ):
                     self.miss(name, "it is scripted: torch runs it without Python, unseen by hooks")
+
+    def _name_scripted(self, module: nn.Module, name: str) -> None:
+        """Scripted functions that a forward calls by name: no mode sees inside them."""
+        function = getattr(type(module), "forward", None)
+        code = getattr(function, "__code__", None)
+        if code is None:
+            return
+        known = function.__globals__  # type: ignore[union-attr]
+        cells = [c.cell_contents for c in function.__closure__ or ()]  # type: ignore[union-attr]
+        called = [*(known.get(n) for n in code.co_names), *cells, *module.__dict__.values()]
+        for value in called:
+            if isinstance(value, torch.jit.ScriptFunction):
+                self.miss(name, f"it calls {value.name}, which is scripted: unseen by Python")
 
     def _foreign(self, module: nn.Module) -> int:
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())

@@ -35,13 +35,14 @@ def hold(tensor: Tensor) -> Tensor:
 class Held:
     """One tensor in memory; several maps may share it."""
 
-    __slots__ = ("copied", "lost", "tensor", "version")
+    __slots__ = ("copied", "doomed", "lost", "tensor", "version")
 
     def __init__(self, tensor: Tensor | None, version: int, copied: bool = False) -> None:
         self.tensor = tensor
         self.version = version
         self.copied = copied
-        self.lost = False
+        self.lost = False  # overwritten before it could be copied
+        self.doomed = False  # spared this once; a later pass has to copy it
 
     @classmethod
     def reference(cls, tensor: Tensor) -> Held:
@@ -63,6 +64,11 @@ class Held:
             self.tensor = self.tensor.clone()
             self.version = version_of(self.tensor)
             self.copied = True
+
+    @property
+    def needs_copy(self) -> bool:
+        """Whether a later pass has to copy it."""
+        return self.copied or self.lost or self.doomed
 
     def check(self) -> None:
         """Notice a write that nobody announced; `read` will raise."""

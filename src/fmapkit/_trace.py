@@ -100,7 +100,7 @@ class Frame:
 
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
-        *("reduces", "in_place", "flip", "tags", "storages"),
+        *("reduces", "in_place", "flip", "tags", "storages", "a"),
         *("counts", "firing"),
     )
 
@@ -111,6 +111,7 @@ class Frame:
         self.kind = "plain"  # "sigma", "candidate", "layer" (a registered, opaque one)
         self.start = start  # how many events there were
         self.x: Tensor | None = None
+        self.a: Any = None  # what the σ function inside a registered σ module returned
         self.key: str | None = None
         self.x_held: Held | None = None
         self.degrees: dict[int, tuple[weakref.ref[Tensor], int]] = {}
@@ -273,6 +274,8 @@ class Tracer(TorchFunctionMode):
             frame.flip = frame.flip or z is frame.x
         if call.in_place and z is frame.x:
             frame.in_place = True
+        if frame.kind == "sigma" and z is frame.x:
+            frame.a = a
         if call.held is None or not isinstance(a, Tensor):
             if call.flip:
                 self._suspect(z, a, frame)
@@ -549,6 +552,10 @@ class Tracer(TorchFunctionMode):
             if frame.flip and id(x) in self._suspects:
                 self._suspect(x, a, event)
             flow = frame.tags[0] if isinstance(frame.tags[0], Flow) else STOP
+            if frame.a is not None and frame.a is not a and isinstance(frame.a, Tensor):
+                # A user's hook changed what the module returned: a is what σ gave.
+                self._site(event, flow, frame.x_held, x, frame.a, own)
+                return
             self._site(event, flow, frame.x_held, x, a, own)
             self.set_tag(a, Flow(NOWHERE, _renumbered(_sigma_axes(flow.axes, x, a))))
         elif frame.reduces and _norm_like(frame, output):
@@ -629,6 +636,8 @@ class Tracer(TorchFunctionMode):
             if reference() is not value:
                 return value
             culprit.flip = False
+            for held in self.aliases.of(value):
+                held.doomed = True  # from the next pass on, the σ runs in place
             return became
         if type(value) in (tuple, list) and any(True for _ in tensors_in(value)):
             return type(value)([self._substitute(v) for v in value])
