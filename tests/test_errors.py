@@ -134,7 +134,7 @@ def test_unknown_layer_without_a_near_one_lists_what_there_is(net: nn.Module) ->
 
 @pytest.mark.parametrize("layers", ["block*", nn.LSTM, nn.Linear(2, 2), re.compile("^z"), []])
 def test_selectors_that_match_nothing(net: nn.Module, layers: Any) -> None:
-    _refused(net, ArgumentError, "", layers=layers)
+    _refused(net, ArgumentError, "layers", layers=layers)
 
 
 @pytest.mark.parametrize("layers", [3, 1.5, object(), [None]])

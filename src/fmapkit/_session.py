@@ -281,8 +281,7 @@ class Session:
                 )
                 self._direct.update(self.model.modules())
                 self._all_hooked = False
-            tracer.events.clear()
-            tracer.firings.clear()
+            tracer.end()
         if current is not None:
             current.closed = True
             if torch.is_inference_mode_enabled():
@@ -305,6 +304,8 @@ class Session:
             module, self._learning = self._learning[0], None
             self._unlearn(module)
         self._trace_out()
+        if self._tracer is not None:
+            self._tracer.end()
         if self._current is not None:
             self._current.closed = True
         self._tracer = self._current = self._frame = self._run = None

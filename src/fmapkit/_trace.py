@@ -212,6 +212,15 @@ class Tracer(TorchFunctionMode):
             self.fail(error)
         return out
 
+    def end(self) -> None:
+        """Let go of all that could keep a tensor or a graph alive."""
+        self.events.clear()
+        self.firings.clear()
+        self.frames.clear()
+        self._suspects.clear()
+        self._tags.clear()
+        self.pending.clear()
+
     def fail(self, error: BaseException) -> None:
         """A fault of our own: the rest of the pass is not captured, and `missed` says so."""
         if self.failed is None:
@@ -638,7 +647,7 @@ class Tracer(TorchFunctionMode):
             culprit.flip = False
             for held in self.aliases.of(value):
                 held.doomed = True  # from the next pass on, the σ runs in place
-            return became
+            return self._substitute(became)  # which may have been overwritten in its turn
         if type(value) in (tuple, list) and any(True for _ in tensors_in(value)):
             return type(value)([self._substitute(v) for v in value])
         if type(value) is dict and value:
