@@ -118,11 +118,7 @@ def make_plan(
         for _, e in event.entries
         if e.held is not None and e.held.tensor is not None and not e.held.copied
     }
-    for event in tracer.events[frame.start :]:
-        # An in-place σ goes on in place where nobody keeps what it overwrites.
-        if event.flip and not event.entries:
-            z = event.x_held.tensor if event.x_held is not None else None
-            event.flip = z is not None and _storage(z) in kept
+    _settle_flips(tracer.events[frame.start :], kept)
     tapped = {f.module for f in firings if f.module is not None and _emits(f)}
     scopes = {f.scope for f in firings if f.module is None and _emits(f)}
     steps = []
@@ -170,6 +166,28 @@ def make_plan(
             )
         ),
     )
+
+
+def _settle_flips(events: Sequence[Event], kept: set[int]) -> None:
+    """Which in-place nonlinearities run out of place; a module does so in all its calls or none.
+
+    It goes on in place where nobody keeps what it overwrites, and where one of its calls must.
+    """
+    by_module: dict[nn.Module | int, list[Event]] = {}
+    for event in events:
+        if event.in_place:
+            by_module.setdefault(event.module or id(event), []).append(event)
+    for calls in by_module.values():
+        lost = [_storage(e.x_held.tensor) for e in calls if e.x_held and e.x_held.tensor is not None]
+        if all(e.flip for e in calls) and any(s in kept for s in lost):
+            continue
+        for event in calls:
+            if event.flip:
+                event.flip = False
+                z = event.x_held.tensor if event.x_held is not None else None
+                for held in (h for e in events for h in (e.x_held, e.y_held)):
+                    if held is not None and held.tensor is not None and z is not None:
+                        held.doomed = held.doomed or _storage(held.tensor) == _storage(z)
 
 
 def _to_be_left_alone(module: nn.Module, called: set[nn.Module]) -> bool:

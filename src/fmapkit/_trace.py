@@ -490,6 +490,8 @@ class Tracer(TorchFunctionMode):
         frame.firing = len(self.firings)
         frame.counts = Counter(self.counts) if self.trial else frame.counts
         self.frames.append(frame)
+        if self._suspects:  # what the module is given, it will read
+            args, kwargs = self._substitute(args), self._substitute(kwargs)
         frame.x, frame.key = _first_tensor(args, kwargs)
         if layers.is_registered(module):
             frame.kind = "layer"
@@ -556,7 +558,12 @@ class Tracer(TorchFunctionMode):
             del self.events[frame.start :]
             event = Event("sigma", frame.module)
             event.module, event.key, event.sigma = frame.module, frame.key, sigma
-            event.flip = frame.flip
+            # Only torch's own modules have a flag that makes the same σ run out of place.
+            own_flag = "inplace" in frame.module.__dict__ and _is_torchs(frame.module)
+            event.flip = frame.flip and own_flag
+            if frame.flip and not own_flag:
+                for held in self.aliases.of(x):
+                    held.doomed = True
             event.in_place = frame.in_place or frame.x_held.copied
             if frame.flip and id(x) in self._suspects:
                 self._suspect(x, a, event)
@@ -574,7 +581,9 @@ class Tracer(TorchFunctionMode):
                 axis = 1 if a.dim() == 4 and _per_channel(frame.module, a.shape[1]) else -1
                 self.set_tag(a, self._norm_tag(tag, a, axis, own))
         for event in mine:
+            # In place, it has to be seen as the function that it is, to run out of place.
             whole = event.y is not None and event.x is x and event.y is output
+            whole = whole and not event.in_place
             if whole and (event.y_held is None or event.y_held is self.aliases.reference(output)):
                 event.module = frame.module
                 if event.firing is not None:
@@ -730,12 +739,16 @@ def leaves(value: Any, path: str = "") -> list[tuple[str, Tensor]]:
 
 def _may_be_sigma(module: nn.Module, args: Any, kwargs: Any, x: Tensor) -> bool:
     """One tensor goes in; no weights of its own, or only per-channel ones; no mere container."""
-    if isinstance(module, _CONTAINERS) or type(module).__module__.startswith("torch.nn.modules."):
+    if isinstance(module, _CONTAINERS) or _is_torchs(module):
         return False
     if not x.is_floating_point() or sum(1 for _ in tensors_in((args, kwargs))) != 1:
         return False
     counts = {1, *(x.shape[1:2]), *(x.shape[-1:])}
     return all(p.numel() in counts for p in module.parameters())
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules.")
 
 
 def _per_channel(module: nn.Module, channels: int) -> bool:
