@@ -7,6 +7,7 @@ that mixes filters with anything else gives None, and the tensor no longer has f
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -107,11 +108,9 @@ class Axes:
             if len(wide_old) != len(inside):  # mixed with an axis that counts no filters
                 if [before[d] for d in wide_old] != [after[d] for d in wide_new]:
                     return None
-                parts += [
-                    replace(p, dim=wide_new[wide_old.index(p.dim)]) for p in inside
-                ]
+                parts += [replace(p, dim=wide_new[wide_old.index(p.dim)]) for p in inside]
                 continue
-            if any(a.stride != b.stride * b.size for a, b in zip(inside, inside[1:], strict=False)):
+            if any(a.stride != b.stride * b.size for a, b in itertools.pairwise(inside)):
                 if [p.size for p in inside] != [after[d] for d in wide_new]:
                     return None
                 parts += [replace(p, dim=d) for p, d in zip(inside, wide_new, strict=True)]
@@ -128,14 +127,14 @@ class Axes:
         return Axes(tuple(sorted(parts, key=lambda p: p.dim)), self.offset)
 
 
-def _groups(
-    before: Sequence[int], after: Sequence[int]
-) -> list[tuple[list[int], list[int]]]:
+def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The smallest runs of old and new axes that hold the same elements."""
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) or j < len(after):
-        old, new, a, b = [], [], 1, 1
+        old: list[int] = []
+        new: list[int] = []
+        a = b = 1
         while True:
             if a <= b and i < len(before) and (a < b or not old):
                 old.append(i)

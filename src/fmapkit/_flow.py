@@ -13,7 +13,7 @@ reshapes and permutes that keep the filters apart.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ class Weight:
 
 
 def function_name(function: Any) -> str:
-    """The name of a torch function: the same for `torch.relu`, `Tensor.relu`, `aten.relu.default`."""
+    """The name of a function: `torch.relu`, `Tensor.relu` and `aten.relu.default` share it."""
     name: str = getattr(function, "__name__", "")
     if name in ("__get__", "__set__"):
         owner = getattr(function, "__self__", None)
@@ -77,7 +77,7 @@ def function_name(function: Any) -> str:
     return name.split(".")[0]
 
 
-def tensors_in(value: Any) -> Iterable[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested tuples, lists and dicts, in order."""
     if isinstance(value, Tensor):
         yield value
@@ -133,10 +133,12 @@ NONLINEAR_POINTWISE = _words(
 KEEP_SHAPE = _words("softmax log_softmax _softmax local_response_norm normalize")
 # Batch, group and instance norms count filters along axis 1, layer and rms norms along the last.
 NORM_AXIS = dict.fromkeys(
-    """batch_norm group_norm instance_norm native_batch_norm native_group_norm
-    _batch_norm_impl_index cudnn_batch_norm local_response_norm sync_batch_norm""".split(),
+    _words(
+        """batch_norm group_norm instance_norm native_batch_norm native_group_norm
+        _batch_norm_impl_index cudnn_batch_norm local_response_norm sync_batch_norm"""
+    ),
     1,
-) | dict.fromkeys("layer_norm rms_norm native_layer_norm fused_layer_norm".split(), -1)
+) | dict.fromkeys(["layer_norm", "rms_norm", "native_layer_norm", "fused_layer_norm"], -1)
 SPATIAL = re.compile(
     r"(adaptive_|fractional_)?(max|avg|lp)_(un)?pool(?P<axes>[123])d(_with_indices)?"
     r"|pad|constant_pad_nd|re(flect|plic)(ion|ation)_pad[123]d|interpolate|upsample\w*|grid_sample"
@@ -314,9 +316,7 @@ def _lost_if_none(flow: Flow, axes: Axes | None) -> Flow:
     return Flow(flow.origin, axes) if axes is not None else STOP
 
 
-def _pointwise(
-    flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup
-) -> Any:
+def _pointwise(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     """The first operand that is as large as the result; a smaller one is broadcast: scale, bias."""
 
     def one(result: Tensor) -> Flow:
@@ -336,9 +336,7 @@ def _aligned(flow: Flow, x: Tensor, result: Tensor) -> Flow:
     return Flow(flow.origin, axes) if fits else STOP
 
 
-def _same_filters(
-    flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup
-) -> Any:
+def _same_filters(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     """Pooling, padding, resizing: other axes may change their size, filters stay."""
     return _each(out, lambda o: _aligned(flow, x, o) if o.dim() == x.dim() else STOP)
 
@@ -370,9 +368,9 @@ def _reshape(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Looku
 
 
 def _order(name: str, n: int, args: Any, kwargs: Any) -> list[int] | None:
-    order = list(range(n))
+    order: list[int] = list(range(n))
     if name in ("transpose", "swapaxes", "swapdims"):
-        values = [*args[1:], *kwargs.values()]
+        values: Sequence[Any] = [*args[1:], *kwargs.values()]
         a, b = (int(v) % n for v in values[:2])
         order[a], order[b] = order[b], order[a]
     elif name in ("permute",):
@@ -427,8 +425,10 @@ def _reduce(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup
         return _each(out, lambda _: STOP)
 
     def one(o: Tensor) -> Flow:
-        return Flow(flow.origin, axes) if o.dim() == x.dim() else _lost_if_none(
-            flow, axes.remove(reduced)
+        return (
+            Flow(flow.origin, axes)
+            if o.dim() == x.dim()
+            else _lost_if_none(flow, axes.remove(reduced))
         )
 
     return _each(out, one)
@@ -500,9 +500,7 @@ def _stack(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup)
 
 def _getitem(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     axes = _indexed(flow.axes, args[1], x) if flow.axes is not None else None
-    if axes is None or any(
-        p.dim >= out.dim() or out.shape[p.dim] != p.size for p in axes.parts
-    ):
+    if axes is None or any(p.dim >= out.dim() or out.shape[p.dim] != p.size for p in axes.parts):
         return STOP
     return Flow(flow.origin, axes)
 
@@ -569,9 +567,9 @@ def _write(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup)
     """copy_, index assignment and the like: what self carried, or else what is written into it."""
     target = args[0]
     own = _flow(tag, target)
-    return own if own is not None else _aligned(flow, x, target) if (
-        x.dim() <= target.dim()
-    ) else STOP
+    return (
+        own if own is not None else _aligned(flow, x, target) if (x.dim() <= target.dim()) else STOP
+    )
 
 
 def _copy(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
@@ -586,19 +584,23 @@ _RULES: dict[str, Any] = {
     **dict.fromkeys(RESHAPES, _reshape),
     **{
         name: _permute(name)
-        for name in """transpose swapaxes swapdims permute t __get__.T __get__.mT __get__.H
-        __get__.mH adjoint movedim moveaxis""".split()
+        for name in _words(
+            """transpose swapaxes swapdims permute t __get__.T __get__.mT __get__.H __get__.mH
+            adjoint movedim moveaxis"""
+        )
     },
     **dict.fromkeys(REDUCTIONS, _reduce),
     **{
         name: _cut(name)
-        for name in """chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split unbind
-        narrow select hsplit vsplit dsplit""".split()
+        for name in _words(
+            """chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split unbind narrow
+            select hsplit vsplit dsplit"""
+        )
     },
-    **dict.fromkeys("expand expand_as broadcast_to repeat tile repeat_interleave".split(), _expand),
+    **dict.fromkeys(_words("expand expand_as broadcast_to repeat tile repeat_interleave"), _expand),
     "roll": _along("roll"),
     "flip": _along("flip"),
-    **dict.fromkeys("cat concat concatenate".split(), _cat),
+    **dict.fromkeys(["cat", "concat", "concatenate"], _cat),
     "stack": _stack,
     "__getitem__": _getitem,
     "index_select": _index_select,
@@ -608,7 +610,7 @@ _RULES: dict[str, Any] = {
     "cumprod": _along("cumprod"),
     "as_strided": None,
     **dict.fromkeys(
-        "__setitem__ index_add index_copy index_put scatter scatter_add masked_scatter".split(),
+        _words("__setitem__ index_add index_copy index_put scatter scatter_add masked_scatter"),
         _write,
     ),
     "copy": _copy,

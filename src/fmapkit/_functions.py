@@ -39,6 +39,8 @@ class Function:
 
     def writes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
         """The tensors that a call writes to."""
+        if self.name in _ESCAPES:
+            yield from _flow.tensors_in(args[:1])
         if self.in_place or self.asked_in_place(args, kwargs):
             targets = args[0] if args else next(iter(kwargs.values()), None)
             yield from _flow.tensors_in(targets)
@@ -54,6 +56,8 @@ class Function:
         return len(args) > self.inplace_at and bool(args[self.inplace_at])
 
 
+# Hand the memory to code that torch does not see: it may be written to from there.
+_ESCAPES = {"numpy", "__array__", "__dlpack__"}
 # In-place forms that change no data.
 _HARMLESS = {"requires_grad", "detach", "retain_grad", "rename", "share_memory", "pin_memory"}
 # In-place forms that change the shape: what the tensor carried before cannot be followed.
@@ -80,7 +84,9 @@ def describe(function: Any) -> Function:
 def _describe(function: Any) -> Function:
     raw = _flow.function_name(function)
     in_place = (raw.endswith("_") and not raw.endswith("__")) or raw in ("__setitem__",)
-    in_place = in_place or (raw.startswith("__i") and raw not in ("__invert__", "__index__", "__int__"))
+    in_place = in_place or (
+        raw.startswith("__i") and raw not in ("__invert__", "__index__", "__int__")
+    )
     name = raw[:-1] if raw.endswith("_") and not raw.endswith("__") else raw
     if raw.startswith("__i") and in_place:
         name = raw[3:-2]
@@ -95,7 +101,11 @@ def _describe(function: Any) -> Function:
         tensors = ("T", "mT", "H", "mH", "data", "real", "imag", "grad")
         silent = name.partition(".")[2] not in tensors
     else:
-        silent = name in _flow.METADATA or name == "is_" or name.startswith("__set__")
+        silent = (
+            (name in _flow.METADATA and name not in _ESCAPES)
+            or name == "is_"
+            or name.startswith("__set__")
+        )
     return Function(
         name=name,
         sigma=nonlinearities.FUNCTIONS.get(function),
@@ -123,7 +133,7 @@ def _opened(function: Any) -> Any:
 
 
 def out_of_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The same σ into fresh memory: (function, args, kwargs), or None where torch has no such form."""
+    """The same σ into fresh memory: (function, args, kwargs); None where torch has no such form."""
     known = describe(function)
     if known.inplace_at is not None:
         if "inplace" in kwargs:

@@ -1,6 +1,6 @@
 """The only place that registers hooks, or takes a mode off torch's stack.
 
-Each hook is a method of the session wrapped in a small object that says whose it is, does not travel
+Each hook is a method of the session wrapped in a small object that says whose it is, does not go
 with a copy of the model (a deep copy or pickle gets a hook that does nothing), and lets go of the
 session once removed.
 """
@@ -61,12 +61,12 @@ def leave_mode(mode: TorchFunctionMode) -> None:
     """Take a function mode off torch's stack, wherever it lies; those above it stay."""
     above = []
     while torch._C._len_torch_function_stack():
-        top = _pop_mode()
+        top = _pop_mode()  # type: ignore[no-untyped-call]
         if top is mode:
             break
         above.append(top)
     for other in reversed(above):
-        _push_mode(other)
+        _push_mode(other)  # type: ignore[no-untyped-call]
 
 
 class Hooks:

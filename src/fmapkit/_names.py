@@ -45,7 +45,7 @@ class Names:
     def is_parameter(self, value: Any) -> bool:
         """Whether it is a parameter of the model."""
         found = self._owners.get(id(value))
-        return found is not None and found[0] is value or isinstance(value, nn.Parameter)
+        return (found is not None and found[0] is value) or isinstance(value, nn.Parameter)
 
     def layer_of(self, parameter: Tensor | None, stack: Sequence[nn.Module]) -> str:
         """The layer of a weighted function: the running layer module, or the weight's owner.
@@ -80,7 +80,7 @@ class Names:
         return head.lstrip(".") if found else name
 
     def module_of(self, label: str) -> nn.Module | None:
-        """The module that a layer's label belongs to: `a.b`, `a.b:gelu` and `a.b.in_proj` -> a.b."""
+        """The module a layer's label belongs to: `a.b`, `a.b:gelu` and `a.b.in_proj` -> a.b."""
         name = label.partition(":")[0]
         if name in self.by_name:
             return self.by_name[name]

@@ -154,16 +154,13 @@ def make_plan(
             s.module for s in steps if s.module and any(e.before for e in s.emissions)
         ),
         flips=tuple({s.module: None for s in steps if s.flip and s.module is not None}),
-        calls=tuple((n, c - frame.counts[n]) for n, c in tracer.counts.items()
-                    if c > frame.counts[n]),
-        outputs=outputs,
-        writes=tuple(
-            i for i, t in enumerate(arguments) if _storage(t) in tracer.aliases.written
+        calls=tuple(
+            (n, c - frame.counts[n]) for n, c in tracer.counts.items() if c > frame.counts[n]
         ),
+        outputs=outputs,
+        writes=tuple(i for i, t in enumerate(arguments) if _storage(t) in tracer.aliases.written),
         claims=tuple(
-            sorted(
-                {by_origin[i].offset for i in by_origin if _claimed_inside(tracer, frame, i)}
-            )
+            sorted({by_origin[i].offset for i in by_origin if _claimed_inside(tracer, frame, i)})
         ),
     )
 
@@ -178,7 +175,9 @@ def _settle_flips(events: Sequence[Event], kept: set[int]) -> None:
         if event.in_place:
             by_module.setdefault(event.module or id(event), []).append(event)
     for calls in by_module.values():
-        lost = [_storage(e.x_held.tensor) for e in calls if e.x_held and e.x_held.tensor is not None]
+        lost = [
+            _storage(e.x_held.tensor) for e in calls if e.x_held and e.x_held.tensor is not None
+        ]
         if all(e.flip for e in calls) and any(s in kept for s in lost):
             continue
         for event in calls:

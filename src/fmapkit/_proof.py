@@ -43,20 +43,25 @@ _LEAKS = {"item", "tolist", "numpy", "__bool__", "apply_", "map_", "map2_", "reg
 _FUNCTION_MODULES = {"torch.nn.functional", "torch.functional", "torch._jit_internal", "math"}
 
 
+_JIT_QUESTIONS = (torch.jit.is_scripting, torch.jit.is_tracing)  # type: ignore[attr-defined]
+
+
 class _UnprovenError(Exception):
     """Raised inside the proof at the first construct that could take another road."""
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """A plain value the road was learned under."""
+    """A plain value, or a function, the road was learned under."""
 
-    module: nn.Module
+    module: Any  # a module, or the namespace of a function's globals
     path: str
     none_only: bool
 
     def value(self) -> Any:
         """The value now; a changed one asks for a plan of its own."""
+        if isinstance(self.module, dict):
+            return id(self.module.get(self.path))
         try:
             found = operator.attrgetter(self.path)(self.module)
         except AttributeError:
@@ -288,7 +293,7 @@ class _Reader:
                 return all(self._iterates(e) or self._is_static(e) for e in elements)
         return False
 
-    # -- tests ----------------------------------------------------------------------------------
+    # -- tests --------------------------------------------------------------------------------
 
     def _structural(self, node: ast.expr) -> None:
         """A test on what a value is, not on what it holds: `x is None`, `isinstance(x, tuple)`."""
@@ -302,7 +307,9 @@ class _Reader:
             case ast.UnaryOp(op=ast.Not(), operand=operand):
                 self._structural(operand)
             case ast.Compare(
-                left=ast.Name(), ops=[ast.Is() | ast.IsNot()], comparators=[ast.Constant(value=None)]
+                left=ast.Name(),
+                ops=[ast.Is() | ast.IsNot()],
+                comparators=[ast.Constant(value=None)],
             ):
                 pass
             case ast.Call(func=ast.Name(id="isinstance"), args=[ast.Name(), _]):
@@ -333,7 +340,7 @@ class _Reader:
             case ast.Call(func=ast.Name(id="len"), args=[value]):
                 return isinstance(self._resolve(value), nn.Module) or self._is_static(value)
             case ast.Call(func=ast.Attribute() as function, args=[]):
-                return self._resolve(function) in (torch.jit.is_scripting, torch.jit.is_tracing)
+                return self._resolve(function) in _JIT_QUESTIONS
             case ast.Subscript(value=value, slice=index):
                 return self._is_static(value) and self._is_static(index)
         return False
@@ -387,7 +394,7 @@ class _Reader:
         code = compile(ast.Expression(node), "<guard>", "eval")
         return bool(eval(code, self._function.__globals__, {self._self: self.module}))
 
-    # -- expressions ----------------------------------------------------------------------------
+    # -- expressions --------------------------------------------------------------------------
 
     def _expression(self, node: ast.expr | None) -> None:
         match node:
@@ -416,8 +423,9 @@ class _Reader:
                 self._expression(value)
                 if not (isinstance(value, ast.Attribute) and value.attr == "shape"):
                     self._index(index)
-            case ast.ListComp(elt=element, generators=generators) | ast.GeneratorExp(
-                elt=element, generators=generators
+            case (
+                ast.ListComp(elt=element, generators=generators)
+                | ast.GeneratorExp(elt=element, generators=generators)
             ):
                 for generator in generators:
                     self._loop(generator.target, generator.iter)
@@ -461,7 +469,8 @@ class _Reader:
                 return
         found = self._resolve(function)
         if found is not None:
-            self._callee(found, function, node)
+            self._callee(found, node)
+            self._guard_function(function, found)
             path = self._path(function)
             if path is not None and not isinstance(found, (nn.Module, types.MethodType)):
                 # A function kept as an attribute: another one would be another road.
@@ -479,21 +488,32 @@ class _Reader:
             return
         raise _UnprovenError("calls something unknown")
 
-    def _callee(self, found: Any, node: ast.expr, call: ast.Call) -> None:
+    def _guard_function(self, node: ast.expr, found: Any) -> None:
+        """A Python function that was followed into may be bound to another one later."""
+        if not isinstance(found, types.FunctionType) or found.__module__ in _FUNCTION_MODULES:
+            return
+        names = ast.unparse(node).split(".")
+        if self._function is None or names[0] not in self._function.__globals__:
+            return
+        if len(names) == 1:
+            self.guards.append(Guard(self._function.__globals__, names[0], none_only=False))
+        else:
+            root = self._function.__globals__[names[0]]
+            self.guards.append(Guard(root, ".".join(names[1:]), none_only=False))
+
+    def _callee(self, found: Any, call: ast.Call) -> None:
         if isinstance(found, nn.Module):
             if found is self.module:
                 raise _UnprovenError("calls itself")
             return  # a child: proven for itself
         if isinstance(found, types.MethodType) and found.__self__ is self.module:
-            if isinstance(getattr(nn.Module, node.attr, None), types.FunctionType) and (  # type: ignore[attr-defined]
-                node.attr not in ("children", "named_children")  # type: ignore[attr-defined]
-            ):
-                raise _UnprovenError("calls the machinery of modules")
-            if node.attr in type(self.module).__dict__ or found.__func__ is getattr(  # type: ignore[attr-defined]
-                type(self.module), node.attr, None  # type: ignore[attr-defined]
-            ):
-                self.function(found.__func__)
+            name = found.__name__
+            if name in ("children", "named_children"):
                 return
+            if isinstance(getattr(nn.Module, name, None), types.FunctionType):
+                raise _UnprovenError("calls the machinery of modules")
+            self.function(found.__func__)
+            return
         if isinstance(found, types.MethodType) and isinstance(found.__self__, nn.Module):
             if found.__name__ in ("children", "named_children", "values", "items", "keys"):
                 return
@@ -507,10 +527,9 @@ class _Reader:
             return
         home = str(getattr(found, "__module__", None) or "")
         if isinstance(found, types.BuiltinFunctionType):
-            if found is getattr(builtins, found.__name__, None):
-                if found.__name__ in _BUILTINS or (
-                    found.__name__ in ("max", "min") and _with_number(call)
-                ):
+            name = str(getattr(found, "__name__", ""))
+            if found is getattr(builtins, name, None):
+                if name in _BUILTINS or (name in ("max", "min") and _with_number(call)):
                     return
             elif home.split(".")[0] in ("torch", "math") or found in _torch_builtins():
                 return
@@ -537,7 +556,7 @@ class _Reader:
                 return
         raise _UnprovenError("super() has no such method")
 
-    # -- names ----------------------------------------------------------------------------------
+    # -- names --------------------------------------------------------------------------------
 
     def _path(self, node: ast.expr) -> str | None:
         """`"a.b"` for `self.a.b`; None for anything else."""

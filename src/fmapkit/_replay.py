@@ -54,7 +54,7 @@ class Run:
         self.marks: list[bool] = []  # per running child: whether the mode was on around it
         self._origins: dict[Ref, Origin] = {}
 
-    # -- while the model runs ---------------------------------------------------------------------
+    # -- while the model runs -----------------------------------------------------------------
 
     def start(self) -> None:
         """In-place nonlinearities run out of place from here to `finish`."""
@@ -164,7 +164,7 @@ class Run:
             self.lost = what
             self.index = len(self.plan.steps) + 1
 
-    # -- when it is read --------------------------------------------------------------------------
+    # -- when it is read ----------------------------------------------------------------------
 
     def origin(self, ref: Ref) -> Origin:
         """The origin of this run that a plan speaks of."""
@@ -234,9 +234,7 @@ class LightMode(TorchFunctionMode):
         self.on = False
         self._pushed = False
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = describe(func)
         if self.on and known.name in self.names and torch._C._current_graph_task_id() == -1:
             return self.run.call(known.name, func, args, kwargs or {})
@@ -247,7 +245,7 @@ class LightMode(TorchFunctionMode):
         self.on = True
         if not self._pushed:
             self._pushed = True
-            self.__enter__()
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def pause(self) -> bool:
         """From here on it sees nothing; whether it did.
@@ -256,7 +254,7 @@ class LightMode(TorchFunctionMode):
         one expects to be taken off first.
         """
         was, self.on = self.on, False
-        if self._pushed and _get_current_function_mode() is self:
+        if self._pushed and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
             self._pushed = False
             self.__exit__(None, None, None)
         return was

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
 from fmapkit import layers, nonlinearities
-from fmapkit._fused import REASON, fused_output, may_fuse
 from fmapkit._flow import STOP, Flow, Weight, tensors_in
+from fmapkit._fused import REASON, fused_output, may_fuse
 from fmapkit._hooks import Hooks, leave_mode
 from fmapkit._names import Names
 from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
 from fmapkit._replay import Run, tag_outputs
 from fmapkit._store import Pass, Store, storage_of
-from fmapkit._trace import Frame, Tracer, leaves
+from fmapkit._trace import TRANSFORMED, Frame, Tracer, leaves, transformed
 from fmapkit._wants import Wants
 from fmapkit.errors import CaptureWarning
 
@@ -97,7 +97,7 @@ class Session:
         self._all_hooked = False
         self._registered = (-1, -1)
 
-    # -- life cycle -------------------------------------------------------------------------------
+    # -- life cycle ---------------------------------------------------------------------------
 
     def open(self) -> None:
         """Set the one hook pair that every pass goes through."""
@@ -132,7 +132,7 @@ class Session:
             stacklevel=2,
         )
 
-    # -- hooks --------------------------------------------------------------------------------------
+    # -- hooks --------------------------------------------------------------------------------
 
     def _pre(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread or torch._C._current_graph_task_id() != -1:
@@ -149,13 +149,13 @@ class Session:
                 return
             if self._run is not None:
                 self._pre_in_run(module, args, kwargs)
-            elif self._learning is None and self._is_unit(module):
+            elif self._learning is None and self._is_unit(module) and not _transformed(args):
                 self._direct.add(module)
                 self._enter_unit(module, args, kwargs)
             elif self._tracer is not None:
                 if may_fuse(module) and not self._fused_in:
                     self._run_fused(module, args, kwargs)
-                self._tracer.push(module, args, kwargs)
+                self._tracer.enter(module, args, kwargs)
                 self._trace_on()
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self._fault(module, error)
@@ -177,7 +177,7 @@ class Session:
             elif self._learning is not None and self._learning[0] is module:
                 replaced = self._learned(module, output, failed)
             elif self._tracer is not None:
-                replaced = self._tracer.pop(module, None if failed else output)
+                replaced = self._tracer.leave(module, None if failed else output)
                 if module is self._fused_in:
                     replaced = self._take_fused(output)
             if module is self.model:
@@ -219,7 +219,7 @@ class Session:
                 "and only what runs inside a forward pass of the captured model is captured",
             )
 
-    # -- a pass -------------------------------------------------------------------------------------
+    # -- a pass -------------------------------------------------------------------------------
 
     def _running(self) -> bool:
         """Whether a pass is under way; one that ended without its post hook is cleared away."""
@@ -241,6 +241,11 @@ class Session:
             self._drop_hooks()
             return False
         self._idle = False
+        if _transformed((args, kwargs)):
+            self.miss("", TRANSFORMED)
+            self._idle = True
+            self._drop_hooks()
+            return False
         self._frame = _call_frame()  # on Python's stack as long as the pass runs
         if self._changed():
             self._restart()
@@ -276,8 +281,8 @@ class Session:
             for module in tracer.unhooked:
                 self.miss(
                     self.names.of(module),
-                    "it was called on its own, and so far only as a part of another module: in this "
-                    "pass it was seen by the functions it called; from the next one on as a module",
+                    "it was called on its own, so far only as a part of another module: in "
+                    "this pass it was seen by the functions it called, later on as a module",
                 )
                 self._direct.update(self.model.modules())
                 self._all_hooked = False
@@ -370,7 +375,7 @@ class Session:
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         return sum(not self.hooks.is_ours(h) for h in hooks)
 
-    # -- modes --------------------------------------------------------------------------------------
+    # -- modes --------------------------------------------------------------------------------
 
     def _new_tracer(self) -> Tracer:
         assert self._current is not None
@@ -381,7 +386,7 @@ class Session:
         if self._tracer is not None:
             self._tracer.paused = False
             if not self._tracing:
-                self._tracer.__enter__()
+                self._tracer.__enter__()  # type: ignore[no-untyped-call]
                 self._tracing = True
 
     def _trace_off(self) -> bool:
@@ -389,7 +394,8 @@ class Session:
         if self._tracer is None or self._tracer.paused:
             return False
         self._tracer.paused = True
-        if self._tracing and _get_current_function_mode() is self._tracer:
+        top = _get_current_function_mode()  # type: ignore[no-untyped-call]
+        if self._tracing and top is self._tracer:
             self._tracer.__exit__(None, None, None)
             self._tracing = False
         return True
@@ -400,7 +406,7 @@ class Session:
             leave_mode(self._tracer)
         self._tracing = False
 
-    # -- torch's fused paths ------------------------------------------------------------------------
+    # -- torch's fused paths ------------------------------------------------------------------
 
     def _run_fused(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """What the fused path returns, if torch would take it: the output of the captured run."""
@@ -424,7 +430,7 @@ class Session:
             self._tracer.set_tag(theirs, self._tracer.tag(ours))
         return fused
 
-    # -- units --------------------------------------------------------------------------------------
+    # -- units --------------------------------------------------------------------------------
 
     def _is_unit(self, module: nn.Module) -> bool:
         return self._proofs.proven(module)
@@ -474,7 +480,7 @@ class Session:
 
     def _key(self, unit: _Unit, args: Any, kwargs: Any, inputs: list[Any]) -> Any:
         origins: list[int] = []
-        carried = []
+        carried: list[Any] = []
         for tag in inputs:
             if isinstance(tag, Flow):
                 if id(tag.origin) not in origins:
@@ -504,10 +510,8 @@ class Session:
         self.hooks.around(module.modules(), self._pre, self._post)
         tracer.trial += 1
         tracer.aliases.written.clear()
-        frame = tracer.push(module, args, kwargs)
-        frame.storages = {
-            storage_of(t) for t in tensors_in((args, kwargs))
-        }
+        frame = tracer.enter(module, args, kwargs)
+        frame.storages = {storage_of(t) for t in tensors_in((args, kwargs))}
         self._learning = (module, frame, key, inputs)
         self._trace_on()
 
@@ -515,7 +519,7 @@ class Session:
         assert self._learning is not None and self._tracer is not None
         tracer = self._tracer
         _, frame, key, inputs = self._learning
-        replaced = tracer.pop(module, None if failed else output)
+        replaced = tracer.leave(module, None if failed else output)
         tracer.trial -= 1
         self._learning = None
         self._unlearn(module)
@@ -614,6 +618,10 @@ class Session:
                 tracer.claim(tag.origin)
         tag_outputs(output, run.output_tags(), tracer.set_tag)
         self._trace_on()
+
+
+def _transformed(value: Any) -> bool:
+    return any(transformed(t) for t in tensors_in(value))
 
 
 def _call_frame() -> Any:

@@ -33,8 +33,8 @@ from fmapkit._wants import Wants
 __all__ = ["Event", "Firing", "Frame", "Tracer", "leaves"]
 
 _CALL = nn.Module._call_impl.__code__
-# Nonlinearities whose in-place form has the same derivative formula, bit for bit. That of the ELU and
-# leaky ReLU families is computed from a instead of z (torch, tools/autograd/derivatives.yaml).
+# Nonlinearities whose in-place form has the same derivative formula, bit for bit. That of the ELU
+# and leaky ReLU families is computed from a instead of z (torch, tools/autograd/derivatives.yaml).
 _SAME_GRADIENT = {
     *("relu", "relu6", "hardtanh", "sigmoid", "tanh", "silu", "hardswish", "mish", "hardsigmoid"),
     "threshold",
@@ -149,7 +149,7 @@ class Tracer(TorchFunctionMode):
         self._tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
         self._suspects: dict[int, tuple[weakref.ref[Tensor], Tensor, Any]] = {}
 
-    # -- what a tensor carries --------------------------------------------------------------------
+    # -- what a tensor carries ----------------------------------------------------------------
 
     def tag(self, value: Any) -> Tag:
         """Flow, weight, or None for a constant."""
@@ -177,11 +177,9 @@ class Tracer(TorchFunctionMode):
             if self.tag(tensor) is None:
                 self.set_tag(tensor, STOP)
 
-    # -- every torch function ---------------------------------------------------------------------
+    # -- every torch function -----------------------------------------------------------------
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         known = describe(func)
         if known.silent or self.paused or not self.frames or self.failed or _in_backward():
@@ -228,7 +226,7 @@ class Tracer(TorchFunctionMode):
             where = self.names.of(self.frames[-1].module) if self.frames else ""
             self.miss(where, f"fmapkit failed here: {type(error).__name__}: {error}")
 
-    # -- nonlinearities ---------------------------------------------------------------------------
+    # -- nonlinearities -----------------------------------------------------------------------
 
     def _before_sigma(self, known: Function, func: Any, args: Any, kwargs: Any) -> _SigmaCall:
         frame = self.frames[-1]
@@ -236,11 +234,16 @@ class Tracer(TorchFunctionMode):
         call = _SigmaCall(func, args, kwargs, z, self.tag(z))
         in_place = known.in_place or known.asked_in_place(args, kwargs)
         quiet = frame.kind == "sigma" or self._opaque > 0
+        if transformed(z):
+            quiet = True
+            self.miss(self.names.of(frame.module), TRANSFORMED)
         if "out" in kwargs:
             for target in tensors_in(kwargs["out"]):
                 self.aliases.before_write(target)
             call.in_place = any(target is z for target in tensors_in(kwargs["out"]))
-            call.held = None if quiet else Held.copy(z) if call.in_place else self.aliases.reference(z)
+            call.held = (
+                None if quiet else Held.copy(z) if call.in_place else self.aliases.reference(z)
+            )
             return call
         if not in_place:
             call.held = None if quiet else self.aliases.reference(z)
@@ -300,9 +303,7 @@ class Tracer(TorchFunctionMode):
             self._suspect(z, a, event)
         self._site(event, flow, call.held, z, a, f"{self.names.of(scope)}:{known.sigma}")
 
-    def _site(
-        self, event: Event, flow: Flow, z_held: Held, z: Tensor, a: Tensor, own: str
-    ) -> None:
+    def _site(self, event: Event, flow: Flow, z_held: Held, z: Tensor, a: Tensor, own: str) -> None:
         """One nonlinearity has run: name its layer, hold its pair."""
         origin = flow.origin
         if origin.kind == "none":
@@ -356,7 +357,7 @@ class Tracer(TorchFunctionMode):
         at = sys._getframe(2)
         while at is not None and at.f_code is not _CALL:
             at = at.f_back  # type: ignore[assignment]
-        running = at.f_locals.get("self") if at is not None else None
+        running: nn.Module | None = at.f_locals.get("self") if at is not None else None
         if running is None or running is module or running not in self.names.by_module:
             return module
         self.unhooked.add(running)
@@ -393,7 +394,7 @@ class Tracer(TorchFunctionMode):
         event.entries.append((slot, entry))
         self.current.segments.append(entry)
 
-    # -- everything else --------------------------------------------------------------------------
+    # -- everything else ----------------------------------------------------------------------
 
     def _after(self, known: Function, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = known.name
@@ -401,7 +402,8 @@ class Tracer(TorchFunctionMode):
         if name in _flow.OPAQUE:
             self.miss(self.names.of(frame.module), _flow.OPAQUE[name])
         weight = _flow.weight_operand(name, args, kwargs, self.tag)
-        if isinstance(weight, Tensor) and isinstance(out, Tensor) and not self._opaque:
+        seen = not self._opaque and not transformed(out)
+        if isinstance(weight, Tensor) and isinstance(out, Tensor) and seen:
             self._layer(known, func, args, kwargs, weight, out)
         else:
             tag = _flow.carried(name, args, kwargs, out, self.tag)
@@ -468,7 +470,7 @@ class Tracer(TorchFunctionMode):
             self._hold(event, "y", "response", origin, event.y_held, axes)
             self._hold(event, "y", "preactivation", origin, event.y_held, axes)
 
-    # -- which modules are one nonlinearity by hand ---------------------------------------------------
+    # -- which modules are one nonlinearity by hand -------------------------------------------
 
     def _degrees(
         self, name: str, args: Any, kwargs: Any, out: Any, nonlinear: bool = False
@@ -478,14 +480,14 @@ class Tracer(TorchFunctionMode):
             if frame.kind == "candidate":
                 _candidate_step(frame, self.tag, name, args, kwargs, out, nonlinear)
 
-    # -- frames -----------------------------------------------------------------------------------
+    # -- frames -------------------------------------------------------------------------------
 
-    def push(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
         """A module's forward begins."""
         with torch._C.DisableTorchFunction():  # what we look at ourselves is not the model's doing
-            return self._push(module, args, kwargs)
+            return self._enter(module, args, kwargs)
 
-    def _push(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
         frame = Frame(module, args, kwargs, len(self.events))
         frame.firing = len(self.firings)
         frame.counts = Counter(self.counts) if self.trial else frame.counts
@@ -493,7 +495,9 @@ class Tracer(TorchFunctionMode):
         if self._suspects:  # what the module is given, it will read
             args, kwargs = self._substitute(args), self._substitute(kwargs)
         frame.x, frame.key = _first_tensor(args, kwargs)
-        if layers.is_registered(module):
+        if transformed(frame.x):
+            self.miss(self.names.of(module), TRANSFORMED)
+        elif layers.is_registered(module):
             frame.kind = "layer"
             self._opaque += 1
         elif nonlinearities.module_sigma(module) is not None:
@@ -506,7 +510,7 @@ class Tracer(TorchFunctionMode):
             frame.tags = [self.tag(frame.x)]
         return frame
 
-    def pop(self, module: nn.Module, output: Any) -> Any:
+    def leave(self, module: nn.Module, output: Any) -> Any:
         """A module's forward has ended.
 
         Returns:
@@ -522,9 +526,9 @@ class Tracer(TorchFunctionMode):
         if self.failed:
             return None
         with torch._C.DisableTorchFunction():
-            return self._pop(frame, output)
+            return self._leave(frame, output)
 
-    def _pop(self, frame: Frame, output: Any) -> Any:
+    def _leave(self, frame: Frame, output: Any) -> Any:
         module = frame.module
         replaced = None
         if self._suspects and any(id(t) in self._suspects for t in tensors_in(output)):
@@ -600,9 +604,11 @@ class Tracer(TorchFunctionMode):
     def _verdict(self, frame: Frame, output: Any) -> str | None:
         """The name of σ if this call of a module is one nonlinearity."""
         if frame.kind == "sigma":
-            return nonlinearities.module_sigma(frame.module) if (
-                isinstance(output, Tensor) and frame.x is not None
-            ) else None
+            return (
+                nonlinearities.module_sigma(frame.module)
+                if (isinstance(output, Tensor) and frame.x is not None)
+                else None
+            )
         if frame.kind != "candidate":
             return None
         if not isinstance(output, Tensor) or frame.x is None or output.shape != frame.x.shape:
@@ -632,7 +638,7 @@ class Tracer(TorchFunctionMode):
         self.events.append(event)
         self._fire(event)
 
-    # -- in-place σ on probation --------------------------------------------------------------------
+    # -- in-place σ on probation --------------------------------------------------------------
 
     def _suspect(self, z: Tensor, became: Any, culprit: Event | Frame) -> None:
         """From here on, z should not be read any more; it usually dies at once."""
@@ -679,6 +685,18 @@ class _SigmaCall:
         self.held: Held | None = None
         self.in_place = False
         self.flip = False
+
+
+TRANSFORMED = (
+    "it runs under a torch.func transform (vmap, grad, …): its tensors live only inside the "
+    "transform, and cannot be held"
+)
+
+
+def transformed(value: Any) -> bool:
+    """Whether it is a tensor of a torch.func transform, which must not be kept."""
+    functorch = torch._C._functorch
+    return isinstance(value, Tensor) and bool(functorch.is_functorch_wrapped_tensor(value))
 
 
 def _in_backward() -> bool:
@@ -734,7 +752,7 @@ def leaves(value: Any, path: str = "") -> list[tuple[str, Tensor]]:
     return found
 
 
-# -- weightless modules -----------------------------------------------------------------------------
+# -- weightless modules ----------------------------------------------------------------------
 
 
 def _may_be_sigma(module: nn.Module, args: Any, kwargs: Any, x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What was asked for: which layers, kinds and filters; checked against the model before any hook."""
+"""What was asked for: which layers, kinds and filters; checked before any hook is set."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Wants:
             f"(its modules: {listed(known)})"
         )
 
-    # -- filters ----------------------------------------------------------------------------------
+    # -- filters ------------------------------------------------------------------------------
 
     def _check_filters(self, names: Names) -> None:
         if self.filters is None:
@@ -119,9 +119,10 @@ class Wants:
                     )
 
     def _chosen(self, name: str) -> tuple[int, ...] | None:
-        if isinstance(self.filters, Mapping):
-            return self.filters.get(name)
-        return self.filters
+        chosen: tuple[int, ...] | None = (
+            self.filters.get(name) if isinstance(self.filters, Mapping) else self.filters
+        )
+        return chosen
 
     def pick(self, name: str, axes: Axes | None) -> tuple[int, ...] | None:
         """The filters to hold of a layer, counted from 0; None if they cannot be told apart."""

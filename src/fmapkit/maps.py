@@ -25,6 +25,7 @@ from fmapkit.errors import (
     did_you_mean,
     listed,
 )
+from fmapkit.layers import layer_axis
 from fmapkit.selectors import selectors
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class FeatureMaps:
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    # -- the latest pass --------------------------------------------------------------------------
+    # -- the latest pass ----------------------------------------------------------------------
 
     def _latest(self) -> list[tuple[int, Entry]]:
         latest = self._session.store.latest()
@@ -217,22 +218,26 @@ class FeatureMaps:
         """
         layer, kind, index = _parse(key)
         entries = self._latest()
-        if not entries:
+        if not entries and self._session.store.latest() is None:
             self._nothing(layer)
         of_layer = [(s, e) for s, e in entries if e.origin.name == layer]
         if not of_layer:
             of_layer = self._owned(layer, entries)
         found = [(s, e) for s, e in of_layer if e.kind == kind]
         if kind is None:
-            found = [(s, e) for s, e in of_layer if e.kind == "activation"] or [
-                (s, e) for s, e in of_layer if e.kind == "output"
-            ]
+            found = [(s, e) for s, e in of_layer if e.kind == "activation"]
+            if not found and not self._is_layer(layer):
+                found = [(s, e) for s, e in of_layer if e.kind == "output"]
         if not found:
             self._missing(layer, kind, [e for _, e in of_layer])
         if len(found) > 1:
             raise AmbiguousMapError(_ambiguous(layer, kind, [e for _, e in found]))
         result = _read(*found[0])
         return result if index is None else result[index]
+
+    def _is_layer(self, name: str) -> bool:
+        module = self._session.names.by_name.get(name)
+        return module is not None and layer_axis(module) is not None
 
     def _owned(self, layer: str, entries: list[Any]) -> list[Any]:
         """Layers inside a module go by the module's name where that means one: `attn.in_proj`."""
@@ -255,6 +260,11 @@ class FeatureMaps:
                 raise UnknownLayerError(
                     f"layer {layer!r} was not selected in capture(layers=...); "
                     f"captured: {listed(known)}"
+                )
+            if self._is_layer(layer) and self._session.wants.kinds == {"activation"}:
+                raise NoActivationError(
+                    f"layer {layer!r} has no activation in the latest pass: no nonlinearity "
+                    "follows it, or it did not run; capture(kinds=...) asked for nothing else"
                 )
             raise UnknownLayerError(
                 f"no map of {layer!r} in the latest pass: either it did not run, or no filter of "
@@ -295,7 +305,7 @@ class FeatureMaps:
             f"layer {layer!r} has no {kind} in the latest pass; held of it: {listed(kinds)}"
         )
 
-    # -- every pass that is kept --------------------------------------------------------------------
+    # -- every pass that is kept --------------------------------------------------------------
 
     def select(
         self,
@@ -336,7 +346,9 @@ class FeatureMaps:
             name = entry.origin.name
             if kind is not None and entry.kind != kind:
                 continue
-            if step is not None and at != step or call is not None and entry.origin.call != call:
+            if step is not None and at != step:
+                continue
+            if call is not None and entry.origin.call != call:
                 continue
             if nonlinearity is not None and entry.sigma != nonlinearity:
                 continue
@@ -383,7 +395,7 @@ class FeatureMaps:
         """Let every map go; maps read before stay readable."""
         self._session.store.clear()
 
-    # -- to look at -----------------------------------------------------------------------------------
+    # -- to look at ---------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         return _table.text(self)
@@ -449,5 +461,3 @@ def _read(step: int, entry: Entry) -> FeatureMap:
         filter_dim=dim,
         filters=filters if dim is not None else None,
     )
-
-

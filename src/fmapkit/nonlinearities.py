@@ -108,7 +108,7 @@ def register_nonlinearity(
     if isinstance(nonlinearity, type) and issubclass(nonlinearity, nn.Module):
         MODULES[nonlinearity] = name or nonlinearity.__name__.lower()
     elif nonlinearity in _overridable():
-        FUNCTIONS[nonlinearity] = name or getattr(nonlinearity, "__name__", "?")
+        FUNCTIONS[nonlinearity] = name or str(getattr(nonlinearity, "__name__", "?"))
     else:
         raise ArgumentError(
             "register_nonlinearity takes an nn.Module subclass or a torch function, "
