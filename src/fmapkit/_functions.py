@@ -108,7 +108,7 @@ def _describe(function: Any) -> Function:
         )
     return Function(
         name=name,
-        sigma=nonlinearities.FUNCTIONS.get(function),
+        sigma=nonlinearities.function_sigma(function),
         in_place=in_place and name not in _HARMLESS,
         inplace_at=place,
         silent=silent,

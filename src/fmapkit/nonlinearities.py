@@ -77,11 +77,23 @@ def _faces() -> dict[Any, str]:
                 function = getattr(place, name, None)
                 if callable(function):
                     found[function] = sigma
-            packet = getattr(torch.ops.aten, name, None)
-            if packet is not None:
-                found[packet] = sigma
-                found.update({getattr(packet, o): sigma for o in packet.overloads()})
     return found
+
+
+_BY_NAME = {name: sigma for sigma, names in _NAMES.items() for name in names}
+
+
+def function_sigma(function: Any) -> str | None:
+    """The name of σ if a function is one, under any of its faces.
+
+    Those in `torch.ops.aten` are made on first use, so they are known by name and namespace.
+    """
+    if isinstance(function, torch._ops.OpOverload):
+        function = function.overloadpacket
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        space, _, name = function._qualified_op_name.partition("::")
+        return _BY_NAME.get(name) if space == "aten" else FUNCTIONS.get(function)
+    return FUNCTIONS.get(function)
 
 
 FUNCTIONS: dict[Any, str] = _faces()

@@ -1,0 +1,68 @@
+"""A fault of our own is never the user's: forward goes on, and `maps.missed` names it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fmapkit import capture
+from fmapkit._replay import Run
+from fmapkit._trace import Tracer
+
+
+class Branching(nn.Module):
+    """Unproven at the top, proven below: traced and replayed in the same pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            x = -x
+        return torch.tanh(self.head(self.body(x)))
+
+
+def _broken(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("a fault of our own")
+
+
+PLACES = [
+    *((Tracer, name) for name in ("_before_sigma", "_after_sigma", "_after", "_enter", "_close")),
+    *((Tracer, name) for name in ("_layer", "_site", "_hold")),
+    *((Run, name) for name in ("tap", "start", "entries")),
+]
+
+
+@pytest.mark.parametrize("proven", [True, False])
+@pytest.mark.parametrize(("where", "name"), PLACES, ids=lambda v: getattr(v, "__name__", v))
+@pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
+def test_a_fault_of_ours_goes_to_missed(
+    monkeypatch: pytest.MonkeyPatch, where: type, name: str, proven: bool
+) -> None:
+    model: nn.Module = Branching()
+    model = model.body if proven else model
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        expected = model(x)
+        with capture(model) as maps:
+            model(x)  # learned soundly, so that later passes are replayed
+            if where is Tracer:
+                model.train(False)
+                torch.set_grad_enabled(True)  # another plan: learned anew
+            monkeypatch.setattr(where, name, _broken)
+            assert torch.equal(model(x), expected)
+            assert torch.equal(model(x), expected)
+            if name != "entries":
+                assert any("a fault of our own" in m.reason for m in maps.missed) or (
+                    any("left the road" in m.reason for m in maps.missed)
+                )
+        monkeypatch.undo()
+    torch.set_grad_enabled(True)
+    assert torch._C._len_torch_function_stack() == 0
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(m.inplace for m in model.modules() if isinstance(m, nn.ReLU))
