@@ -87,10 +87,11 @@ class Run:
         self.index += 1
         if step.plain:
             x = args[0]
-            if x.requires_grad:
-                x = x.detach()
-            if output.requires_grad:
-                output = output.detach()
+            if self.wants.detach:
+                if x.requires_grad:
+                    x = x.detach()
+                if output.requires_grad:
+                    output = output.detach()
             if self.inference:
                 self.log.append((x, output, version_of(x), version_of(output)))
             else:
@@ -110,7 +111,7 @@ class Run:
             return
         x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
         if isinstance(x, Tensor):
-            self.before.setdefault(module, []).append(x.detach().clone())
+            self.before.setdefault(module, []).append(self._own(x).clone())
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """A nonlinearity or layer called by a scope itself."""
@@ -128,7 +129,7 @@ class Run:
             other = out_of_place(func, args, kwargs)
             func, args, kwargs = other if other is not None else (func, args, kwargs)
         elif x is not None and any(e.before for e in step.emissions):
-            held = x.detach().clone()
+            held = self._own(x).clone()
         out = func(*args, **kwargs)
         self.log.append(self._read(step, held, out))
         return out
@@ -151,12 +152,16 @@ class Run:
             elif emission.picked is not None and emission.axes is not None:
                 value = self.wants.take(value, emission.axes, emission.picked)
             else:
-                value = value.detach()
+                value = self._own(value)
                 if emission.copy and not emission.before:
                     value = value.clone()
             shared[slot] = value
             read.append((value, version_of(value)))
         return read
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """Outside the graph, unless asked otherwise."""
+        return tensor.detach() if self.wants.detach else tensor
 
     def stray(self, what: str) -> None:
         """The run does not follow its plan: what is held so far stays, the rest is not labelled."""

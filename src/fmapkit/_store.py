@@ -27,11 +27,6 @@ def version_of(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def hold(tensor: Tensor) -> Tensor:
-    """An alias outside the graph, so that no map keeps a graph alive."""
-    return tensor.detach() if tensor.requires_grad else tensor
-
-
 class Held:
     """One tensor in memory; several maps may share it."""
 
@@ -45,15 +40,15 @@ class Held:
         self.doomed = False  # spared this once; a later pass has to copy it
 
     @classmethod
-    def reference(cls, tensor: Tensor) -> Held:
-        """Keep the model's own memory."""
-        alias = tensor.detach()
+    def reference(cls, tensor: Tensor, detach: bool = True) -> Held:
+        """Keep the model's own memory; the model's own tensor, graph and all, if not detached."""
+        alias = tensor.detach() if detach else tensor
         return cls(alias, version_of(alias))
 
     @classmethod
-    def copy(cls, tensor: Tensor) -> Held:
+    def copy(cls, tensor: Tensor, detach: bool = True) -> Held:
         """Keep the values as they are now."""
-        clone = tensor.detach().clone()
+        clone = (tensor.detach() if detach else tensor).clone()
         return cls(clone, version_of(clone), copied=True)
 
     def snapshot(self) -> None:
@@ -196,7 +191,8 @@ class Store:
 class Aliases:
     """Which held tensors share memory with one that is about to be written to."""
 
-    def __init__(self) -> None:
+    def __init__(self, detach: bool = True) -> None:
+        self.detach = detach
         self.written: set[int] = set()  # storages that were written to
         self._new: list[Held] = []
         self._by_storage: dict[int, list[Held]] = {}
@@ -210,7 +206,7 @@ class Aliases:
             if held.tensor is not None and not held.copied and not held.lost:
                 if version_of(tensor) == held.version:
                     return held
-        held = Held.reference(tensor)
+        held = Held.reference(tensor, self.detach)
         self._by_id[id(tensor)] = (weakref.ref(tensor), held)
         self._new.append(held)
         return held

@@ -139,7 +139,7 @@ class Tracer(TorchFunctionMode):
         self.firings: list[Firing] = []
         self.frames: list[Frame] = []
         self.counts: Counter[str] = Counter()
-        self.aliases = Aliases()
+        self.aliases = Aliases(wants.detach)
         self.failed: BaseException | None = None
         self.unhooked: set[nn.Module] = set()  # modules that ran without hooks
         self.pending: dict[int, list[Entry]] = {}  # of replayed units, by origin
@@ -242,7 +242,11 @@ class Tracer(TorchFunctionMode):
                 self.aliases.before_write(target)
             call.in_place = any(target is z for target in tensors_in(kwargs["out"]))
             call.held = (
-                None if quiet else Held.copy(z) if call.in_place else self.aliases.reference(z)
+                None
+                if quiet
+                else Held.copy(z, self.wants.detach)
+                if call.in_place
+                else self.aliases.reference(z)
             )
             return call
         if not in_place:
@@ -258,7 +262,7 @@ class Tracer(TorchFunctionMode):
             return call
         self.aliases.before_write(z)
         if not quiet:
-            call.held = Held.copy(z)
+            call.held = Held.copy(z, self.wants.detach)
         return call
 
     def _may_try(self, known: Function, z: Tensor) -> bool:
@@ -274,7 +278,8 @@ class Tracer(TorchFunctionMode):
         storage = z.untyped_storage()._cdata
         if any(storage in f.storages for f in self.frames):
             return False
-        return storage_users(z) == 1 + len(self.aliases.of(z))
+        ours = len(self.aliases.of(z)) if self.wants.detach else 0
+        return storage_users(z) == 1 + ours
 
     def _after_sigma(self, known: Function, call: _SigmaCall, out: Any) -> None:
         frame = self.frames[-1]

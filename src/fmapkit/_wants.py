@@ -28,8 +28,11 @@ class Wants:
         FilterRangeError: a filter that a selected layer does not have.
     """
 
-    def __init__(self, names: Names, layers_given: Any, kinds: Any, filters: Any) -> None:
+    def __init__(
+        self, names: Names, layers_given: Any, kinds: Any, filters: Any, detach: bool = True
+    ) -> None:
         self._names = names
+        self.detach = detach
         self.kinds = _kinds(kinds)
         self._selectors = None if layers_given is None else selectors(layers_given)
         self._cache: dict[str, bool] = {}
@@ -150,7 +153,7 @@ class Wants:
         index = self._index.get(key)
         if index is None:
             index = self._index[key] = torch.tensor(key[0], device=tensor.device)
-        return tensor.detach().index_select(dim, index)
+        return (tensor.detach() if self.detach else tensor).index_select(dim, index)
 
 
 def _only_a_pass_can_tell(names: Names, label: str) -> bool:

@@ -1,0 +1,86 @@
+"""Trap 10: the graph is let go by default; the gradient of a map is to be had on request."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmapkit import capture
+
+
+class Net(nn.Module):
+    """conv → norm → in-place ReLU, a residual sum, a functional σ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        y = F.gelu(self.conv2(x) + x)
+        return self.fc(y.mean((2, 3)))
+
+
+def _by_hand(model: Net, x: Tensor) -> tuple[Tensor, dict[tuple[str, str], Tensor]]:
+    z1 = model.bn1(model.conv1(x))
+    a1 = torch.relu(z1)
+    z2 = model.conv2(a1) + a1
+    a2 = F.gelu(z2)
+    kinds = ("preactivation", "activation")
+    maps = {("conv1", kinds[0]): z1, ("conv1", kinds[1]): a1}
+    maps |= {("conv2", kinds[0]): z2, ("conv2", kinds[1]): a2}
+    return model.fc(a2.mean((2, 3))), maps
+
+
+def test_the_gradient_of_each_map_is_that_of_a_model_written_by_hand() -> None:
+    model = Net()
+    hand = copy.deepcopy(model)
+    with capture(model, detach=False) as maps:
+        for step in range(3):
+            x = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(step))
+            loss = model(x).square().sum()
+            true_out, true = _by_hand(hand, x)
+            for tensor in true.values():
+                tensor.retain_grad()
+            held = {key: maps[key] for key in true}
+            for fm in held.values():
+                fm.tensor.retain_grad()
+            loss.backward()
+            true_out.square().sum().backward()
+            for key, fm in held.items():
+                assert torch.equal(fm.tensor, true[key])
+                assert fm.grad is not None
+                assert torch.equal(fm.grad, true[key].grad), key
+    for mine, theirs in zip(model.parameters(), hand.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_a_loss_on_maps_trains_as_one_written_by_hand() -> None:
+    model = Net()
+    hand = copy.deepcopy(model)
+    with capture(model, detach=False) as maps:
+        for step in range(3):
+            x = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(step))
+            model(x)
+            maps["conv2"].tensor.abs().mean().backward()
+            _, true = _by_hand(hand, x)
+            true["conv2", "activation"].abs().mean().backward()
+            for mine, theirs in zip(model.parameters(), hand.parameters(), strict=True):
+                assert (mine.grad is None) == (theirs.grad is None)
+                assert mine.grad is None or torch.equal(mine.grad, theirs.grad)
+
+
+def test_by_default_no_map_is_part_of_a_graph() -> None:
+    model = Net()
+    with capture(model) as maps:
+        for _ in range(3):
+            model(torch.randn(2, 1, 6, 6))
+            assert not any(fm.tensor.requires_grad for fm in maps)
+            assert all(fm.grad is None for fm in maps)
