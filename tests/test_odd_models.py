@@ -1603,3 +1603,24 @@ def test_rnn_modules_are_named_in_missed() -> None:
     with pytest.warns(CaptureWarning), capture(model) as maps:
         model(data()[0][0])
     assert {m.layer for m in maps.missed} == {"rnn", "cell"}
+
+
+class BranchingHardSwish(nn.Module):
+    """One σ written out by hand, unproven itself, with a proven σ module inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu6 = nn.ReLU6()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            x = x * 1.0
+        return x * self.relu6(x + 3) / 6
+
+
+def test_an_unproven_sigma_with_a_proven_one_inside_is_one_site_in_every_pass() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), BranchingHardSwish())
+    with torch.no_grad(), capture(model, kinds="activation") as maps:
+        for _ in range(4):
+            model(torch.randn(3, 4))
+            assert [(fm.layer, fm.nonlinearity) for fm in maps] == [("0", "BranchingHardSwish")]

@@ -149,7 +149,7 @@ class Session:
                 return
             if self._run is not None:
                 self._pre_in_run(module, args, kwargs)
-            elif self._learning is None and self._is_unit(module) and not _transformed(args):
+            elif self._learning is None and self._stands_alone(module, args):
                 self._direct.add(module)
                 self._enter_unit(module, args, kwargs)
             elif self._tracer is not None:
@@ -434,6 +434,12 @@ class Session:
 
     def _is_unit(self, module: nn.Module) -> bool:
         return self._proofs.proven(module)
+
+    def _stands_alone(self, module: nn.Module, args: Any) -> bool:
+        """Whether this call is a unit: not inside a module that may be one σ, or layer, as a whole."""
+        if not self._is_unit(module) or _transformed(args):
+            return False
+        return self._tracer is None or all(f.kind == "plain" for f in self._tracer.frames)
 
     def _unit(self, module: nn.Module) -> _Unit:
         found = self._units.get(module)
