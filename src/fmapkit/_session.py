@@ -436,7 +436,7 @@ class Session:
         return self._proofs.proven(module)
 
     def _stands_alone(self, module: nn.Module, args: Any) -> bool:
-        """Whether this call is a unit: not inside a module that may be one σ, or layer, as a whole."""
+        """Whether this call is a unit: not inside a module that may be one σ or layer itself."""
         if not self._is_unit(module) or _transformed(args):
             return False
         return self._tracer is None or all(f.kind == "plain" for f in self._tracer.frames)
