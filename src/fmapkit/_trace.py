@@ -415,20 +415,13 @@ class Tracer(TorchFunctionMode):
             if known.in_place and name in RESHAPED_IN_PLACE and tag is not None:
                 tag = STOP
             if name in _flow.NORM_AXIS and isinstance(tag, Flow) and isinstance(out, Tensor):
-                tag = self._through_norm(tag, out, _flow.NORM_AXIS[name])
+                own = self.names.of(frame.module)
+                tag = self._norm_tag(tag, out, _flow.NORM_AXIS[name], own)
             if tag is not None:
                 if name == "__setitem__":
                     self.set_tag(args[0], tag)
                 self.set_tag(out, tag)
         self._degrees(name, args, kwargs, out)
-
-    def _through_norm(self, tag: Flow, out: Tensor, axis: int) -> Flow:
-        """A norm keeps the layer; where there is none, it is the nearest thing with filters."""
-        if tag.origin.kind == "layer" or out.dim() < 2:
-            return tag
-        dim = axis % out.dim()
-        name = self.names.of(self.frames[-1].module)
-        return Flow(Origin("norm", name, self._count(name)), Axes.single(dim, out.shape[dim]))
 
     def _layer(
         self, known: Function, func: Any, args: Any, kwargs: Any, weight: Tensor, out: Tensor
@@ -601,6 +594,7 @@ class Tracer(TorchFunctionMode):
             event.x = event.y = None
 
     def _norm_tag(self, tag: Flow, out: Tensor, axis: int, name: str) -> Flow:
+        """A norm keeps the layer; where there is none, it is the nearest thing with filters."""
         if tag.origin.kind == "layer" or out.dim() < 2:
             return tag
         dim = axis % out.dim()
