@@ -674,3 +674,21 @@ def test_tags_of_the_whole_table() -> None:
         for x in steps():
             model(x)
             assert tags(maps) == [("conv1", 0, "relu", range(4)), ("conv2", 0, "relu", range(4))]
+
+
+def test_the_input_of_a_product_with_its_weight_first_is_the_other_factor() -> None:
+    class Left(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 3))
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.weight @ x))
+
+    model = Left()
+    with torch.no_grad(), capture(model, kinds="input") as maps:
+        for _ in range(3):  # learned, then replayed
+            x = torch.randn(3, 4)
+            model(x)
+            assert torch.equal(maps.select(kind="input")[0].tensor, x)

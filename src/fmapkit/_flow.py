@@ -150,6 +150,7 @@ REDUCTIONS = _words(
     "mean sum amax amin max min std var logsumexp norm prod any all nanmean nansum median mode"
 )
 CONV = re.compile(r"_?conv(_transpose)?([123]d|olution)|conv_tbc|mkldnn_convolution")
+_BIAS_FIRST = ("addmm", "addbmm", "baddbmm", "addmv")  # products that take the bias first
 # Where a product may have its weight; the first operand that is one decides.
 MATMULS = _words("matmul mm bmm __matmul__ __rmatmul__ mv addmm addbmm baddbmm addmv")
 
@@ -190,12 +191,19 @@ def weight_operand(name: str, args: Sequence[Any], kwargs: dict[str, Any], tag: 
         return kwargs.get("weight", args[2] if len(args) > 2 else None)
     if name in MATMULS or name in ("einsum", "tensordot"):
         factors = list(tensors_in((args, list(kwargs.values()))))
-        if name in ("addmm", "addbmm", "baddbmm", "addmv"):
+        if name in _BIAS_FIRST:
             factors = factors[1:]
         weights = [f for f in factors if isinstance(tag(f), Weight)]
         if len(weights) == 1 and any(isinstance(tag(f), Flow) for f in factors):
             return weights[0]
     return None
+
+
+def input_place(name: str, args: Any, kwargs: dict[str, Any], weight: Any) -> int | None:
+    """Which of a weighted function's tensor arguments is its input; None if it has none."""
+    operands = list(tensors_in((args, list(kwargs.values()))))
+    places = range(1 if name in _BIAS_FIRST else 0, len(operands))
+    return next((i for i in places if operands[i] is not weight), None)
 
 
 def layer_axes(name: str, args: Sequence[Any], weight: Any, out: Tensor) -> Axes | None:

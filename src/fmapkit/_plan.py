@@ -59,11 +59,11 @@ class Emission:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """One firing of a tap: a module's call, or a function called by `scope`."""
+    """One firing of a tap: a module's call, or a function called by a scope."""
 
     module: nn.Module | None
-    scope: nn.Module
     function: str
+    place: int  # which of the function's tensor arguments is x
     key: str | None
     emissions: tuple[Emission, ...]
     plain: bool  # holds references to x and y, both from their usual places, and nothing else
@@ -243,8 +243,8 @@ def _step(firing: Firing, ref: Any, escaping: set[int]) -> Step:
     )
     return Step(
         module=firing.module,
-        scope=firing.scope,
         function=describe(firing.function).name if firing.function is not None else "",
+        place=event0.place if event0 is not None else 0,
         key=event0.key if event0 is not None else None,
         emissions=tuple(emissions),
         plain=plain,

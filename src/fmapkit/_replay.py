@@ -7,6 +7,7 @@ else: tags are made when somebody reads them.
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 from typing import Any
 
 import torch
@@ -121,9 +122,7 @@ class Run:
             self.stray(name)
             return func(*args, **kwargs)
         self.index += 1
-        x = next(tensors_in((args, list(kwargs.values()))), None)
-        if name in ("addmm", "addbmm", "baddbmm", "addmv"):
-            x = next(tensors_in(args[1:]), None)
+        x = next(islice(tensors_in((args, list(kwargs.values()))), step.place, None), None)
         held = x
         if step.flip:
             other = out_of_place(func, args, kwargs)

@@ -250,7 +250,6 @@ class Session:
         if self._changed():
             self._restart()
         self._current = self.store.begin(step)
-        self.store.bytes_copied = 0
         if not self._is_unit(self.model):
             self._watch_scopes()
             self._new_tracer().enter_inputs(args, kwargs)

@@ -166,7 +166,6 @@ class Store:
         self.passes: deque[Pass] = deque()
         self.keep = keep  # None: all
         self.steps = 0
-        self.bytes_copied = 0
 
     def begin(self, step: int) -> Pass:
         """Room for a new pass: the oldest is let go before the model allocates again."""

@@ -49,7 +49,18 @@ class Event:
     """Something that ran and has maps: a nonlinearity, a layer, or a wanted output."""
 
     __slots__ = (
-        *("axes", "entries", "flip", "function", "key", "kind", "module", "origin", "scope"),
+        *(
+            "axes",
+            "entries",
+            "flip",
+            "function",
+            "key",
+            "kind",
+            "module",
+            "origin",
+            "place",
+            "scope",
+        ),
         *("sigma", "x", "x_held", "y", "y_held", "in_place", "firing"),
     )
 
@@ -59,6 +70,7 @@ class Event:
         self.function = function
         self.module: nn.Module | None = None  # the module whose call it is, if it is one
         self.key: str | None = None  # the keyword under which that module got x
+        self.place = 0  # which of a function's tensor arguments x is
         self.origin = NOWHERE
         self.sigma: str | None = None
         self.axes: Axes | None = None
@@ -434,10 +446,11 @@ class Tracer(TorchFunctionMode):
         axes = _flow.layer_axes(known.name, args, weight, out)
         if isinstance(tag, Weight):
             axes = _flow.weight_slice(tag, weight, axes)
-        x = next((t for t in tensors_in((args, list(kwargs.values()))) if t is not weight), None)
-        if known.name in ("addmm", "addbmm", "baddbmm", "addmv"):
-            x = next((t for t in tensors_in(args[1:]) if t is not weight), None)
+        place = _flow.input_place(known.name, args, kwargs, weight)
+        operands = list(tensors_in((args, list(kwargs.values()))))
+        x = operands[place] if place is not None else None
         event = Event("layer", self._scope(), func)
+        event.place = place or 0
         if x is not None and x is frame.x:
             event.x, event.y, event.key = x, out, frame.key
         self._layer_event(event, name, x, out, axes)
