@@ -31,6 +31,10 @@ class Hook:
     def __call__(self, *args: Any) -> Any:
         return self.call(*args)
 
+    def disarm(self) -> None:
+        """Let go of the session; torch may be going through the module's hooks just then."""
+        self.call = nothing
+
     def __deepcopy__(self, memo: Any) -> Inert:
         return Inert()
 
@@ -54,7 +58,7 @@ class Inert:
 
 
 def nothing(*args: Any) -> None:
-    """What a hook of ours becomes once it is removed; torch may be going through them just then."""
+    """What a hook of ours becomes once it is removed."""
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:
@@ -94,18 +98,16 @@ class Hooks:
             ]
             self.count[module] = 2
 
-    def after(self, modules: Iterable[nn.Module], post: Any) -> None:
-        """A plain post hook: the cheapest there is."""
-        for module in modules:
-            if module in self.count or isinstance(module, torch.jit.ScriptModule):
-                continue
-            hook = Hook(post, self._owner)
-            self._handles["after", module] = [(hook, module.register_forward_hook(hook))]
-            self.count[module] = 1
+    def after(self, module: nn.Module, hook: Hook) -> None:
+        """A plain post hook, the cheapest kind there is, on a module that has none of ours."""
+        if module in self.count or isinstance(module, torch.jit.ScriptModule):
+            return
+        self._handles["after", module] = [(hook, module.register_forward_hook(hook))]
+        self.count[module] = 1
 
     def _remove(self, key: tuple[str, nn.Module]) -> None:
         for hook, handle in self._handles.pop(key, ()):
-            hook.call = nothing
+            hook.disarm()
             handle.remove()
             self.count.pop(key[1], None)
 

@@ -66,7 +66,7 @@ class Step:
     place: int  # which of the function's tensor arguments is x
     key: str | None
     emissions: tuple[Emission, ...]
-    plain: bool  # holds references to x and y, both from their usual places, and nothing else
+    plain: str  # "xy" or "y": it holds references to these, from their usual places, and no more
     flip: bool
 
 
@@ -75,7 +75,9 @@ class Plan:
     """How to read a proven module's later calls."""
 
     steps: tuple[Step, ...]
+    order: list[nn.Module | None]  # the steps' modules
     taps: frozenset[nn.Module]
+    direct: dict[nn.Module, str]  # taps all of whose steps are plain, in the same way
     scopes: frozenset[nn.Module]  # run under the light mode: they call a σ themselves
     toggles: frozenset[nn.Module]  # children of these, in which the light mode is off
     before: frozenset[nn.Module]  # need a look before their call
@@ -84,6 +86,7 @@ class Plan:
     outputs: tuple[Any, ...]  # per tensor of the output: (Ref, axes), "weight" or None
     writes: tuple[int, ...]  # which tensor arguments are written to
     claims: tuple[int, ...]  # which inputs reach a nonlinearity inside
+    graph: bool  # some map was part of a graph, even if gradients are off around the module
 
 
 def make_plan(
@@ -143,7 +146,9 @@ def make_plan(
     )
     return Plan(
         steps=tuple(steps),
+        order=[s.module for s in steps],
         taps=frozenset(tapped),
+        direct=_direct(steps),
         scopes=frozenset(scopes),
         toggles=frozenset(
             f.module
@@ -162,6 +167,7 @@ def make_plan(
         claims=tuple(
             sorted({by_origin[i].offset for i in by_origin if _claimed_inside(tracer, frame, i)})
         ),
+        graph=any(e.graph for e in tracer.events[frame.start :]),
     )
 
 
@@ -235,12 +241,15 @@ def _step(firing: Firing, ref: Any, escaping: set[int]) -> Step:
                 )
             )
     event0: Event | None = firing.events[0] if firing.events else None
-    plain = (
-        firing.module is not None
-        and [e.slot for e in emissions] == ["x", "y"]
-        and not any(e.copy or e.before or e.picked for e in emissions)
-        and (event0 is None or event0.key is None)
-    )
+    plain = "".join(sorted({e.slot for e in emissions}))
+    if (
+        plain not in ("xy", "y")
+        or firing.module is None
+        or any(e.copy or e.before or e.picked for e in emissions)
+        or any(e.key is not None for e in firing.events)
+        or any(e.kind == "output" for e in emissions)
+    ):
+        plain = ""
     return Step(
         module=firing.module,
         function=describe(firing.function).name if firing.function is not None else "",
@@ -250,6 +259,16 @@ def _step(firing: Firing, ref: Any, escaping: set[int]) -> Step:
         plain=plain,
         flip=any(e.flip for e in firing.events),
     )
+
+
+def _direct(steps: list[Step]) -> dict[nn.Module, str]:
+    found: dict[nn.Module, str] = {}
+    for step in steps:
+        if step.module is not None:
+            found[step.module] = (
+                step.plain if found.get(step.module, step.plain) == step.plain else ""
+            )
+    return {module: how for module, how in found.items() if how}
 
 
 def _lost_within(event: Event) -> bool:

@@ -70,6 +70,13 @@ class Guard:
             return found is None
         return _frozen(found)
 
+    def place(self) -> tuple[dict[str, Any], str] | None:
+        """The dict and key it reads, where the identity of what is there tells all."""
+        if isinstance(self.module, dict):
+            return self.module, self.path
+        own = self.module.__dict__
+        return (own, self.path) if isinstance(own.get(self.path), _SIMPLE) else None
+
 
 def _frozen(value: Any) -> Any:
     if isinstance(value, (list, tuple)):

@@ -1,13 +1,17 @@
 """Tap: read a later call of a proven module with one hook per site.
 
-A `Run` goes through the plan's steps as the taps fire. It holds what each step says, and nothing
-else: tags are made when somebody reads them.
+Taps note what they see in the log of the `Run` that is under way. Whether the log follows the plan
+is checked as a whole, when something depends on it and when the run ends; tags are made when
+somebody reads them.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,21 +20,99 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from fmapkit._flow import NOWHERE, Flow, Origin, Weight, tensors_in
 from fmapkit._functions import describe, out_of_place
-from fmapkit._hooks import leave_mode
+from fmapkit._hooks import Hook, leave_mode, nothing
 from fmapkit._plan import Plan, Ref, Step
 from fmapkit._store import Entry, Held, version_of
 from fmapkit._trace import leaves
 from fmapkit._wants import Wants
 
-__all__ = ["LightMode", "Run"]
+__all__ = ["LightMode", "Line", "OutputTap", "Run", "Tap"]
+
+_module = itemgetter(0)
+
+
+class Line(threading.local):
+    """Where taps write to: the run that is under way in this thread.
+
+    Per thread, so that a tap that fires in another one, which is not captured, finds nothing.
+
+    Attributes:
+        cell: the `append` of the run's log, and how tensors are to be read: 0 as they are, 1
+            outside the graph, 2 with inference tensors among them. None while no run is under way.
+    """
+
+    cell: tuple[Callable[[Any], None], int] | None = None
+
+
+class Tap(Hook):
+    """The hook of a site: notes z, a and their versions, and leaves all else for later.
+
+    Args:
+        line: to write to.
+        other: called with the hook's arguments when no run is under way.
+        fault: called with the module and the error, should we fail.
+        owner: the session.
+    """
+
+    __slots__ = ("fault", "line")
+
+    def __init__(self, line: Line, other: Any, fault: Any, owner: object) -> None:
+        super().__init__(other, owner)
+        self.line = line
+        self.fault = fault
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        cell = self.line.cell
+        if cell is None:
+            self.call(module, args, output)
+            return
+        note, how = cell
+        try:
+            x = args[0]
+            if how:
+                if how == 2:
+                    note((module, output, version_of(output), x, version_of(x)))
+                    return
+                if x.requires_grad:
+                    x = x.detach()
+                if output.requires_grad:
+                    output = output.detach()
+            note((module, output, output._version, x, x._version))
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.fault(module, error)
+
+    def disarm(self) -> None:
+        """Let go of the session and its run."""
+        super().disarm()
+        self.line = Line()
+        self.fault = nothing
+
+
+class OutputTap(Tap):
+    """The same for a site of which only what the module returns is held."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        cell = self.line.cell
+        if cell is None:
+            self.call(module, args, output)
+            return
+        note, how = cell
+        try:
+            if how and output.requires_grad:
+                output = output.detach()
+            note((module, output, version_of(output) if how == 2 else output._version))
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.fault(module, error)
 
 
 class Run:
     """One call of a proven module, read by its plan."""
 
     __slots__ = (
-        *("_origins", "base", "before", "index", "inference", "inputs"),
-        *("marks", "log", "lost", "mode", "module", "plan", "wants"),
+        *("_checked", "_origins", "base", "before", "how", "inputs", "line", "log", "lost"),
+        *("marks", "mode", "module", "plan", "wants"),
     )
 
     def __init__(
@@ -38,21 +120,25 @@ class Run:
         module: nn.Module,
         plan: Plan,
         wants: Wants,
+        line: Line,
         inputs: list[Any],
         base: Counter[str] | None,
     ) -> None:
         self.module = module
         self.plan = plan
         self.wants = wants
+        self.line = line
         self.inputs = inputs
         self.base = base
-        self.index = 0
-        self.log: list[Any] = []
+        self.log: list[Any] = []  # per step: its module, then what was read
         self.lost = ""  # why the run left its plan, if it did
         self.before: dict[nn.Module, list[Tensor]] = {}
-        self.inference = torch.is_inference_mode_enabled()
         self.mode: LightMode | None = None
         self.marks: list[bool] = []  # per running child: whether the mode was on around it
+        self.how = int(wants.detach and (plan.graph or torch.is_grad_enabled()))
+        if torch.is_inference_mode_enabled():
+            self.how = 2
+        self._checked = 0  # how many entries of the log are known to follow the plan
         self._origins: dict[Ref, Origin] = {}
 
     # -- while the model runs -----------------------------------------------------------------
@@ -63,9 +149,12 @@ class Run:
             module.__dict__["inplace"] = False
         if self.module in self.plan.scopes:
             self.light().resume()
+        self.line.cell = (self.log.append, self.how)
 
     def finish(self) -> None:
         """Put back what `start` changed."""
+        self.line.cell = None
+        self.follows()
         for module in self.plan.flips:
             module.__dict__["inplace"] = True
         if self.mode is not None:
@@ -78,36 +167,51 @@ class Run:
             self.mode = LightMode(self)
         return self.mode
 
+    def follows(self) -> bool:
+        """Whether every tap so far fired in the plan's order; if not, the run has strayed."""
+        log, order = self.log, self.plan.order
+        if self.lost:
+            return False
+        count = len(log)
+        if list(map(_module, log[self._checked :])) == order[self._checked : count]:
+            self._checked = count
+            return True
+        at = self._checked
+        while at < len(order) and log[at][0] is order[at]:
+            at += 1
+        module = log[at][0]
+        self.stray(type(module).__name__ if module is not None else "a function")
+        del log[at:]
+        return False
+
     def tap(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """A tapped module has run."""
-        steps = self.plan.steps
-        if self.index >= len(steps) or steps[self.index].module is not module:
-            self.stray(type(module).__name__)
+        """A tapped module has run, and more is to be done than a `Tap` does."""
+        if not self.follows():
             return
-        step = steps[self.index]
-        self.index += 1
-        if step.plain:
-            x = args[0]
-            if self.wants.detach:
-                if x.requires_grad:
-                    x = x.detach()
-                if output.requires_grad:
-                    output = output.detach()
-            if self.inference:
-                self.log.append((x, output, version_of(x), version_of(output)))
-            else:
-                self.log.append((x, output, x._version, output._version))
+        step = self._next()
+        if step is None or step.module is not module:
+            self.stray(type(module).__name__)
             return
         x = None
         if module in self.before and any(e.before for e in step.emissions):
             x = self.before[module].pop()
         elif step.emissions:
             x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
-        self.log.append(self._read(step, x, output))
+        if step.plain:
+            record: tuple[Any, ...] = (module, self._own(output), version_of(output))
+            if step.plain == "xy" and x is not None:
+                record = (*record, self._own(x), version_of(x))
+            self.log.append(record)
+        else:
+            self.log.append((module, self._read(step, x, output)))
+
+    def _next(self) -> Step | None:
+        at, steps = len(self.log), self.plan.steps
+        return steps[at] if at < len(steps) else None
 
     def pre(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module that overwrites its own input is about to run."""
-        step = next((s for s in self.plan.steps[self.index :] if s.module is module), None)
+        step = next((s for s in self.plan.steps[len(self.log) :] if s.module is module), None)
         if step is None or not any(e.before for e in step.emissions):
             return
         x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
@@ -116,12 +220,10 @@ class Run:
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """A nonlinearity or layer called by a scope itself."""
-        steps = self.plan.steps
-        step = steps[self.index] if self.index < len(steps) else None
+        step = self._next() if self.follows() else None
         if step is None or step.module is not None or step.function != name:
             self.stray(name)
             return func(*args, **kwargs)
-        self.index += 1
         x = next(islice(tensors_in((args, list(kwargs.values()))), step.place, None), None)
         held = x
         if step.flip:
@@ -130,7 +232,7 @@ class Run:
         elif x is not None and any(e.before for e in step.emissions):
             held = self._own(x).clone()
         out = func(*args, **kwargs)
-        self.log.append(self._read(step, held, out))
+        self.log.append((None, self._read(step, held, out)))
         return out
 
     def _read(self, step: Step, x: Any, output: Any) -> list[Any]:
@@ -160,20 +262,20 @@ class Run:
 
     def _own(self, tensor: Tensor) -> Tensor:
         """Outside the graph, unless asked otherwise."""
-        return tensor.detach() if self.wants.detach else tensor
+        return tensor.detach() if self.wants.detach and tensor.requires_grad else tensor
 
     def stray(self, what: str) -> None:
         """The run does not follow its plan: what is held so far stays, the rest is not labelled."""
         if not self.lost:
             self.lost = what
-            self.index = len(self.plan.steps) + 1
+            self.line.cell = None
 
     # -- when it is read ----------------------------------------------------------------------
 
     def origin(self, ref: Ref) -> Origin:
         """The origin of this run that a plan speaks of."""
         if ref.kind == "input":
-            tag = self.inputs[ref.offset]
+            tag = self.inputs[ref.offset] if self.inputs else None
             return tag.origin if isinstance(tag, Flow) else NOWHERE
         found = self._origins.get(ref)
         if found is None:
@@ -199,10 +301,14 @@ class Run:
         found: list[Entry] = []
         for record, step in zip(self.log, self.plan.steps, strict=False):
             if step.plain:
-                x, y, vx, vy = record
-                record = [(x, vx), (y, vy)]
+                slots = {"y": (self._own(record[1]), record[2])}
+                if step.plain == "xy":
+                    slots["x"] = (self._own(record[3]), record[4])
+                items = [slots[e.slot] for e in step.emissions]
+            else:
+                items = record[1]
             shared: dict[int, Held] = {}
-            for item, emission in zip(record, step.emissions, strict=True):
+            for item, emission in zip(items, step.emissions, strict=True):
                 if item is None:
                     continue
                 tensor, version = item

@@ -16,23 +16,24 @@ import threading
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
-from fmapkit import layers, nonlinearities
-from fmapkit._flow import STOP, Flow, Weight, tensors_in
+from fmapkit._flow import Flow, Weight, tensors_in
 from fmapkit._fused import REASON, fused_output, may_fuse
-from fmapkit._hooks import Hooks, leave_mode
+from fmapkit._hooks import Hook, Hooks, leave_mode
 from fmapkit._names import Names
 from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
-from fmapkit._replay import Run, tag_outputs
+from fmapkit._replay import Line, OutputTap, Run, Tap, tag_outputs
 from fmapkit._store import Pass, Store, storage_of
 from fmapkit._trace import TRANSFORMED, Frame, Tracer, leaves, transformed
 from fmapkit._wants import Wants
+from fmapkit._watch import Watch
 from fmapkit.errors import CaptureWarning
 
 __all__ = ["Missed", "Session"]
@@ -54,12 +55,40 @@ class Missed:
 class _Unit:
     """A proven module at the top of its branch: what its road depends on, and its plans."""
 
-    __slots__ = ("flags", "guards", "plans")
+    __slots__ = ("_flags", "_guards", "_latest", "_places", "_slow", "_values", "plans")
 
     def __init__(self, module: nn.Module, guards: list[Guard]) -> None:
-        self.guards = guards
-        self.flags = [m.__dict__ for m in module.modules() if "inplace" in m.__dict__]
         self.plans: dict[Any, Plan] = {}
+        self._guards = guards
+        self._flags = [m.__dict__ for m in module.modules() if "inplace" in m.__dict__]
+        # What a dict holds is compared by identity, all at once; the rest one by one.
+        places = [g.place() for g in guards]
+        self._places = [p for p in places if p is not None] + [(d, "inplace") for d in self._flags]
+        self._slow = [g for g, p in zip(guards, places, strict=True) if p is None]
+        self._values: list[Any] = []
+        self._latest: tuple[Plan, Any, list[Any]] | None = None
+
+    def state(self) -> Any:
+        """The values its road depends on."""
+        return tuple([g.value() for g in self._guards]), tuple([d["inplace"] for d in self._flags])
+
+    def same(self, shape: Any) -> Plan | None:
+        """The plan of the latest call, if this one is alike in all that the road depends on."""
+        if self._latest is None:
+            return None
+        plan, last, slow = self._latest
+        if shape != last or not all(map(is_, self._values, map(_get, self._places))):
+            return None
+        return plan if [g.value() for g in self._slow] == slow else None
+
+    def remember(self, plan: Plan, shape: Any) -> None:
+        """This call's plan, for `same`."""
+        self._values = list(map(_get, self._places))
+        # A list that took the place of a plain value may change and still be the same object.
+        if any(isinstance(v, (list, dict, set)) for v in self._values):
+            self._latest = None
+        else:
+            self._latest = (plan, shape, [g.value() for g in self._slow])
 
 
 class Session:
@@ -88,14 +117,13 @@ class Session:
         self._fused_in: nn.Module | None = None  # running unfused beside its fused path
         self._fused: Any = None
         self._learning: tuple[nn.Module, Frame, Any, list[Any]] | None = None
-        self._structure: list[tuple[dict[str, Any], list[Any]]] = []
-        self._marks: list[tuple[Any, ...]] = []
+        self._watch: Watch | None = None
+        self._line = Line()
         self._units: dict[nn.Module, _Unit] = {}
         self._proofs = Proofs(self.hooks.is_ours)
         self._tapped: dict[nn.Module, Plan] = {}  # the plan that each unit's taps are set for
         self._direct: set[nn.Module] = set()  # modules that a scope has called itself
         self._all_hooked = False
-        self._registered = (-1, -1)
 
     # -- life cycle ---------------------------------------------------------------------------
 
@@ -247,7 +275,7 @@ class Session:
             self._drop_hooks()
             return False
         self._frame = _call_frame()  # on Python's stack as long as the pass runs
-        if self._changed():
+        if self._watch is None or self._watch.changed():
             self._restart()
         self._current = self.store.begin(step)
         if not self._is_unit(self.model):
@@ -317,38 +345,14 @@ class Session:
         self._depth = 0
         self._idle = False
 
-    def _changed(self) -> bool:
-        if self._registered != (layers.version, nonlinearities.version):
-            return True
-        if any(list(d.values()) != values for d, values in self._structure):
-            return True
-        ours = self.hooks.count
-        for module, kind, attributes, pre, post, theirs in self._marks:
-            if (
-                module.__class__ is not kind
-                or "forward" in attributes
-                or len(pre) + len(post) - ours.get(module, 0) != theirs
-            ):
-                return True
-        return False
-
     def _restart(self) -> None:
         """The model has other modules than it had (or this is the first pass): learn it anew."""
-        self._registered = (layers.version, nonlinearities.version)
         self.names.refresh()
         self._units.clear()
         self._proofs = Proofs(self.hooks.is_ours)
         self._drop_hooks()
         self._direct.clear()
-        self._structure = [
-            (m._modules, list(m._modules.values())) for m in self.model.modules() if m._modules
-        ]
-        # What else a proof rests on: the class, its own forward, and nobody else's hooks.
-        self._marks = [
-            (m, type(m), m.__dict__, m._forward_pre_hooks, m._forward_hooks, self._foreign(m))
-            for m in self.model.modules()
-            if "forward" not in m.__dict__ and not isinstance(m, torch.jit.ScriptModule)
-        ]
+        self._watch = Watch(self.model, self.hooks)
         for module, name in self.names.by_module.items():
             self._name_scripted(module, name)
             if isinstance(module, torch.jit.ScriptModule):
@@ -369,10 +373,6 @@ class Session:
         for value in called:
             if isinstance(value, torch.jit.ScriptFunction):
                 self.miss(name, f"it calls {value.name}, which is scripted: unseen by Python")
-
-    def _foreign(self, module: nn.Module) -> int:
-        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        return sum(not self.hooks.is_ours(h) for h in hooks)
 
     # -- modes --------------------------------------------------------------------------------
 
@@ -460,30 +460,33 @@ class Session:
     def _enter_unit(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         unit = self._unit(module)
         tracer = self._tracer
-        inputs = (
-            [tracer.tag(t) for t in tensors_in((args, kwargs))]
-            if tracer is not None
-            else [STOP for t in tensors_in((args, kwargs))]
-        )
-        key = self._key(unit, args, kwargs, inputs)
-        plan = unit.plans.get(key)
+        inputs = [tracer.tag(t) for t in tensors_in((args, kwargs))] if tracer is not None else []
+        shape = (_shape(args), _shape(kwargs), self._carried(inputs), torch.is_grad_enabled())
+        plan = unit.same(shape)
         if plan is None:
-            self._learn(module, key, args, kwargs, inputs)
-            return
+            key = (shape, unit.state())
+            plan = unit.plans.get(key)
+            if plan is None:
+                self._learn(module, key, args, kwargs, inputs)
+                return
+            unit.remember(plan, shape)
         if self._tapped.get(module) is not plan:
             self._set_taps(plan, module)
         if tracer is not None and plan.writes:
-            tensors = list(tensors_in((args, kwargs)))
+            written = list(tensors_in((args, kwargs)))
             for index in plan.writes:
-                tracer.aliases.before_write(tensors[index])
+                tracer.aliases.before_write(written[index])
         self._trace_off()
         base = Counter(tracer.counts) if tracer is not None else None
-        self._run = Run(module, plan, self.wants, inputs, base)
+        self._run = Run(module, plan, self.wants, self._line, inputs, base)
         if module in plan.before:
             self._run.pre(module, args, kwargs)
         self._run.start()
 
-    def _key(self, unit: _Unit, args: Any, kwargs: Any, inputs: list[Any]) -> Any:
+    def _carried(self, inputs: list[Any]) -> Any:
+        """What the inputs carry, origins numbered in order of their first mention."""
+        if self._tracer is None:
+            return None
         origins: list[int] = []
         carried: list[Any] = []
         for tag in inputs:
@@ -494,14 +497,7 @@ class Session:
                 carried.append((tag.origin.kind, tag.axes, place))
             else:
                 carried.append("weight" if isinstance(tag, Weight) else None)
-        return (
-            _shape(args),
-            _shape(kwargs),
-            tuple(carried) if self._tracer is not None else None,
-            tuple([g.value() for g in unit.guards]),
-            tuple([d["inplace"] for d in unit.flags]),
-            torch.is_grad_enabled(),
-        )
+        return tuple(carried)
 
     def _learn(
         self, module: nn.Module, key: Any, args: Any, kwargs: Any, inputs: list[Any]
@@ -545,7 +541,13 @@ class Session:
     def _set_taps(self, plan: Plan, module: nn.Module) -> None:
         around = plan.toggles | plan.scopes | plan.before | self._keyed(plan)
         self.hooks.around(around - {module}, self._pre, self._post)
-        self.hooks.after(plan.taps - {module}, self._tap)
+        for tapped in plan.taps - {module}:
+            how = plan.direct.get(tapped)
+            if how is None:
+                self.hooks.after(tapped, Hook(self._tap, self))
+            else:
+                kind = Tap if how == "xy" else OutputTap
+                self.hooks.after(tapped, kind(self._line, self._tap, self._fault, self))
         self._tapped[module] = plan
 
     def _keyed(self, plan: Plan) -> frozenset[nn.Module]:
@@ -595,7 +597,7 @@ class Session:
         if run.module in run.plan.taps and not failed:
             run.tap(run.module, args, kwargs, output)
         run.finish()
-        if not failed and not run.lost and run.index != len(run.plan.steps):
+        if not failed and not run.lost and len(run.log) != len(run.plan.steps):
             run.lost = "fewer taps fired than were learned"
         if run.lost:
             self._units.pop(run.module, None)
@@ -625,7 +627,13 @@ class Session:
         self._trace_on()
 
 
+def _get(place: tuple[dict[str, Any], str]) -> Any:
+    return place[0].get(place[1])
+
+
 def _transformed(value: Any) -> bool:
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
     return any(transformed(t) for t in tensors_in(value))
 
 

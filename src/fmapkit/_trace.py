@@ -61,7 +61,7 @@ class Event:
             "place",
             "scope",
         ),
-        *("sigma", "x", "x_held", "y", "y_held", "in_place", "firing"),
+        *("sigma", "x", "x_held", "y", "y_held", "in_place", "firing", "graph"),
     )
 
     def __init__(self, kind: str, scope: nn.Module, function: Any = None) -> None:
@@ -80,6 +80,7 @@ class Event:
         self.y_held: Held | None = None
         self.flip = False  # an in-place σ that may run out of place
         self.in_place = False
+        self.graph = False  # its result is part of an autograd graph
         self.firing: Firing | None = None
         self.entries: list[tuple[str, Entry]] = []  # ("x" | "y" | path, what is held)
 
@@ -331,6 +332,7 @@ class Tracer(TorchFunctionMode):
         event.axes = flow.axes
         event.x_held = z_held
         event.y_held = self.aliases.reference(a)
+        event.graph = a.requires_grad
         self.events.append(event)
         self._fire(event)
         if self.wants.layer(origin.name):
@@ -461,6 +463,7 @@ class Tracer(TorchFunctionMode):
         origin = Origin("layer", name, self._count(name))
         event.origin = origin
         event.axes = axes
+        event.graph = out.requires_grad
         self.set_tag(out, Flow(origin, axes))
         self.events.append(event)
         self._fire(event)

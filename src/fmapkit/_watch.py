@@ -1,0 +1,78 @@
+"""Whether the model is still the one that was learned: asked before every pass, so cheaply.
+
+What it costs is memory: after a pass, nothing of the modules is in the processor's caches. So it
+looks at as little of each as will do, and compares whole lists at the speed of C.
+"""
+
+from __future__ import annotations
+
+from itertools import repeat
+from operator import contains
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from fmapkit import layers, nonlinearities
+from fmapkit._hooks import Hooks
+
+__all__ = ["Watch"]
+
+
+class Watch:
+    """What every proof rests on, as it was when the watch was set.
+
+    That is: which modules there are, under which names, in which order; their classes; that their
+    forward is their class's; that no hooks of others were added; and what is registered.
+    """
+
+    def __init__(self, model: nn.Module, hooks: Hooks) -> None:
+        modules = list(model.modules())
+        self._hooks = hooks
+        self._registered = (layers.version, nonlinearities.version)
+        self._parents = [m._modules for m in modules if m._modules or not _leaf(m)]
+        self._children = [dict(children) for children in self._parents]
+        self._order = list(map(list, self._parents))
+        self._watched = [
+            m
+            for m in modules
+            if "forward" not in m.__dict__ and not isinstance(m, torch.jit.ScriptModule)
+        ]
+        self._types = list(map(type, self._watched))
+        self._attributes = [m.__dict__ for m in self._watched]
+        self._theirs = self._foreign()
+        self._last_handle = RemovableHandle.next_id
+
+    def _foreign(self) -> list[int]:
+        """How many hooks of others each module has."""
+        return [
+            sum(
+                not self._hooks.is_ours(hook)
+                for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())
+            )
+            for m in self._watched
+        ]
+
+    def changed(self) -> bool:
+        """Whether anything is not as it was."""
+        return (
+            self._registered != (layers.version, nonlinearities.version)
+            or self._children != self._parents
+            or self._order != list(map(list, self._parents))
+            or self._types != list(map(type, self._watched))
+            or any(map(contains, self._attributes, repeat("forward")))
+            or self._hooked()
+        )
+
+    def _hooked(self) -> bool:
+        """Whether others have set hooks; every hook takes the next number of one counter."""
+        if RemovableHandle.next_id == self._last_handle:
+            return False
+        self._last_handle = RemovableHandle.next_id
+        return self._foreign() != self._theirs
+
+
+def _leaf(module: nn.Module) -> bool:
+    """torch's own modules without children: their forward would not run one that came later."""
+    home = type(module).__module__
+    return home.startswith("torch.nn.modules.") and not home.endswith(".container")
