@@ -34,7 +34,7 @@ def _broken(*args: Any, **kwargs: Any) -> Any:
 PLACES = [
     *((Tracer, name) for name in ("_before_sigma", "_after_sigma", "_after", "_enter", "_close")),
     *((Tracer, name) for name in ("_layer", "_site", "_hold")),
-    *((Run, name) for name in ("tap", "start", "entries")),
+    *((Run, name) for name in ("follows", "start", "entries")),
 ]
 
 
@@ -66,3 +66,21 @@ def test_a_fault_of_ours_goes_to_missed(
     assert torch._C._len_torch_function_stack() == 0
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(m.inplace for m in model.modules() if isinstance(m, nn.ReLU))
+
+
+@pytest.mark.parametrize("kinds", ["preactivation", ("preactivation", "activation")])
+@pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
+def test_a_fault_in_a_tap(monkeypatch: pytest.MonkeyPatch, kinds: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+    with torch.inference_mode():
+        expected = model(x)
+        with capture(model, kinds=kinds) as maps:
+            model(x)
+            monkeypatch.setattr("fmapkit._replay.version_of", _broken)
+            assert torch.equal(model(x), expected)
+            monkeypatch.undo()
+            assert any("a fault of our own" in m.reason for m in maps.missed)
+            assert torch.equal(model(x), expected)
+            assert torch.equal(maps["2", "preactivation"].tensor, expected)
+    assert model[1].inplace

@@ -154,12 +154,12 @@ class Run:
     def finish(self) -> None:
         """Put back what `start` changed."""
         self.line.cell = None
-        self.follows()
         for module in self.plan.flips:
             module.__dict__["inplace"] = True
         if self.mode is not None:
             self.mode.leave()
         self.before.clear()
+        self.follows()
 
     def light(self) -> LightMode:
         """The mode for modules that call a nonlinearity themselves."""

@@ -27,17 +27,13 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, hooks: Hooks) -> None:
-        modules = list(model.modules())
+        modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self._hooks = hooks
         self._registered = (layers.version, nonlinearities.version)
         self._parents = [m._modules for m in modules if m._modules or not _leaf(m)]
         self._children = [dict(children) for children in self._parents]
         self._order = list(map(list, self._parents))
-        self._watched = [
-            m
-            for m in modules
-            if "forward" not in m.__dict__ and not isinstance(m, torch.jit.ScriptModule)
-        ]
+        self._watched = [m for m in modules if "forward" not in m.__dict__]
         self._types = list(map(type, self._watched))
         self._attributes = [m.__dict__ for m in self._watched]
         self._theirs = self._foreign()
