@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
-from itertools import islice
 from operator import itemgetter
 from typing import Any
 
@@ -224,7 +223,7 @@ class Run:
         if step is None or step.module is not None or step.function != name:
             self.stray(name)
             return func(*args, **kwargs)
-        x = next(islice(tensors_in((args, list(kwargs.values()))), step.place, None), None)
+        x = next(iter(tensors_in(*args, kwargs)[step.place :]), None)
         held = x
         if step.flip:
             other = out_of_place(func, args, kwargs)

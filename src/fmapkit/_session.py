@@ -117,7 +117,7 @@ class Session:
         self._fused_in: nn.Module | None = None  # running unfused beside its fused path
         self._fused: Any = None
         self._learning: tuple[nn.Module, Frame, Any, list[Any]] | None = None
-        self._watch: Watch | None = None
+        self._watch = Watch(model, self.hooks)  # since `names` were read
         self._line = Line()
         self._units: dict[nn.Module, _Unit] = {}
         self._proofs = Proofs(self.hooks.is_ours)
@@ -130,6 +130,7 @@ class Session:
     def open(self) -> None:
         """Set the one hook pair that every pass goes through."""
         self.thread = threading.get_ident()
+        self._name_scripted()
         self.hooks.around([self.model], self._pre, self._post)
 
     def close(self, failed: bool = False) -> None:
@@ -275,7 +276,7 @@ class Session:
             self._drop_hooks()
             return False
         self._frame = _call_frame()  # on Python's stack as long as the pass runs
-        if self._watch is None or self._watch.changed():
+        if self._watch.changed():
             self._restart()
         self._current = self.store.begin(step)
         if not self._is_unit(self.model):
@@ -346,33 +347,26 @@ class Session:
         self._idle = False
 
     def _restart(self) -> None:
-        """The model has other modules than it had (or this is the first pass): learn it anew."""
+        """The model has other modules than it had: learn it anew."""
         self.names.refresh()
         self._units.clear()
         self._proofs = Proofs(self.hooks.is_ours)
         self._drop_hooks()
         self._direct.clear()
         self._watch = Watch(self.model, self.hooks)
-        for module, name in self.names.by_module.items():
-            self._name_scripted(module, name)
-            if isinstance(module, torch.jit.ScriptModule):
-                if "." not in name or not isinstance(
-                    self.names.by_name.get(name.rpartition(".")[0]), torch.jit.ScriptModule
-                ):
-                    self.miss(name, "it is scripted: torch runs it without Python, unseen by hooks")
+        self._name_scripted()
 
-    def _name_scripted(self, module: nn.Module, name: str) -> None:
-        """Scripted functions that a forward calls by name: no mode sees inside them."""
-        function = getattr(type(module), "forward", None)
-        code = getattr(function, "__code__", None)
-        if code is None:
-            return
-        known = function.__globals__  # type: ignore[union-attr]
-        cells = [c.cell_contents for c in function.__closure__ or ()]  # type: ignore[union-attr]
-        called = [*(known.get(n) for n in code.co_names), *cells, *module.__dict__.values()]
-        for value in called:
-            if isinstance(value, torch.jit.ScriptFunction):
-                self.miss(name, f"it calls {value.name}, which is scripted: unseen by Python")
+    def _name_scripted(self) -> None:
+        """Scripted modules, and scripted functions that a forward calls by name: all unseen."""
+        for module, name in self.names.by_module.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                outer = self.names.by_name.get(name.rpartition(".")[0]) if "." in name else None
+                if not isinstance(outer, torch.jit.ScriptModule):
+                    self.miss(name, "it is scripted: torch runs it without Python, unseen by hooks")
+            elif not type(module).__module__.startswith("torch.nn.modules."):
+                for function in _scripted(module):
+                    why = f"it calls {function.name}, which is scripted: unseen by Python"
+                    self.miss(name, why)
 
     # -- modes --------------------------------------------------------------------------------
 
@@ -460,7 +454,7 @@ class Session:
     def _enter_unit(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         unit = self._unit(module)
         tracer = self._tracer
-        inputs = [tracer.tag(t) for t in tensors_in((args, kwargs))] if tracer is not None else []
+        inputs = [tracer.tag(t) for t in tensors_in(*args, kwargs)] if tracer is not None else []
         shape = (_shape(args), _shape(kwargs), self._carried(inputs), torch.is_grad_enabled())
         plan = unit.same(shape)
         if plan is None:
@@ -473,7 +467,7 @@ class Session:
         if self._tapped.get(module) is not plan:
             self._set_taps(plan, module)
         if tracer is not None and plan.writes:
-            written = list(tensors_in((args, kwargs)))
+            written = tensors_in(*args, kwargs)
             for index in plan.writes:
                 tracer.aliases.before_write(written[index])
         self._trace_off()
@@ -512,7 +506,8 @@ class Session:
         tracer.trial += 1
         tracer.aliases.written.clear()
         frame = tracer.enter(module, args, kwargs)
-        frame.storages = {storage_of(t) for t in tensors_in((args, kwargs))}
+        frame.counts = Counter(tracer.counts)
+        frame.storages = {storage_of(t) for t in tensors_in(*args, kwargs)}
         self._learning = (module, frame, key, inputs)
         self._trace_on()
 
@@ -530,7 +525,7 @@ class Session:
                     if held is not None:
                         held.check()
             final = output if replaced is None else replaced
-            arguments = list(tensors_in((frame.args, frame.kwargs)))
+            arguments = tensors_in(*frame.args, frame.kwargs)
             self._unit(module).plans[key] = make_plan(tracer, frame, final, inputs, arguments)
         return replaced
 
@@ -635,6 +630,17 @@ def _transformed(value: Any) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is None:
         return False
     return any(transformed(t) for t in tensors_in(value))
+
+
+def _scripted(module: nn.Module) -> list[torch.jit.ScriptFunction[Any, Any]]:
+    """The scripted functions that a module's forward knows by name, or its attributes hold."""
+    forward = getattr(type(module), "forward", None)
+    code = getattr(forward, "__code__", None)
+    values = list(module.__dict__.values())
+    if forward is not None and code is not None:
+        values += [forward.__globals__.get(name) for name in code.co_names]
+        values += [cell.cell_contents for cell in forward.__closure__ or ()]
+    return [value for value in values if isinstance(value, torch.jit.ScriptFunction)]
 
 
 def _call_frame() -> Any:

@@ -186,7 +186,7 @@ class Tracer(TorchFunctionMode):
 
     def enter_inputs(self, args: Any, kwargs: Any) -> None:
         """The pass begins: whatever comes in depends on the input, and has no layer yet."""
-        for tensor in tensors_in((args, kwargs)):
+        for tensor in tensors_in(*args, kwargs):
             if self.tag(tensor) is None:
                 self.set_tag(tensor, STOP)
 
@@ -243,7 +243,7 @@ class Tracer(TorchFunctionMode):
 
     def _before_sigma(self, known: Function, func: Any, args: Any, kwargs: Any) -> _SigmaCall:
         frame = self.frames[-1]
-        z = next(tensors_in((args, list(kwargs.values()))))
+        z = tensors_in(*args, kwargs)[0]
         call = _SigmaCall(func, args, kwargs, z, self.tag(z))
         in_place = known.in_place or known.asked_in_place(args, kwargs)
         quiet = frame.kind == "sigma" or self._opaque > 0
@@ -449,7 +449,7 @@ class Tracer(TorchFunctionMode):
         if isinstance(tag, Weight):
             axes = _flow.weight_slice(tag, weight, axes)
         place = _flow.input_place(known.name, args, kwargs, weight)
-        operands = list(tensors_in((args, list(kwargs.values()))))
+        operands = tensors_in(*args, kwargs)
         x = operands[place] if place is not None else None
         event = Event("layer", self._scope(), func)
         event.place = place or 0
@@ -504,7 +504,6 @@ class Tracer(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
         frame = Frame(module, args, kwargs, len(self.events))
         frame.firing = len(self.firings)
-        frame.counts = Counter(self.counts) if self.trial else frame.counts
         self.frames.append(frame)
         if self._suspects:  # what the module is given, it will read
             args, kwargs = self._substitute(args), self._substitute(kwargs)
@@ -678,7 +677,7 @@ class Tracer(TorchFunctionMode):
             for held in self.aliases.of(value):
                 held.doomed = True  # from the next pass on, the σ runs in place
             return self._substitute(became)  # which may have been overwritten in its turn
-        if type(value) in (tuple, list) and any(True for _ in tensors_in(value)):
+        if type(value) in (tuple, list) and tensors_in(value):
             return type(value)([self._substitute(v) for v in value])
         if type(value) is dict and value:
             return {k: self._substitute(v) for k, v in value.items()}
@@ -774,7 +773,7 @@ def _may_be_sigma(module: nn.Module, args: Any, kwargs: Any, x: Tensor) -> bool:
     """One tensor goes in; no weights of its own, or only per-channel ones; no mere container."""
     if isinstance(module, _CONTAINERS) or _is_torchs(module):
         return False
-    if not x.is_floating_point() or sum(1 for _ in tensors_in((args, kwargs))) != 1:
+    if not x.is_floating_point() or len(tensors_in(*args, kwargs)) != 1:
         return False
     counts = {1, *(x.shape[1:2]), *(x.shape[-1:])}
     return all(p.numel() in counts for p in module.parameters())
@@ -814,7 +813,7 @@ def _candidate_step(
         # Depends on the model's input, but did not come in through the module's argument.
         return _OTHER if isinstance(tag(tensor), Flow) else 0
 
-    degrees = [degree(t) for t in tensors_in((args, list(kwargs.values())))]
+    degrees = [degree(t) for t in tensors_in(*args, kwargs)]
     highest = max(degrees, default=0)
     if name in _flow.DROPOUTS:
         result = _OTHER
@@ -832,5 +831,5 @@ def _candidate_step(
     else:
         frame.reduces = frame.reduces or name in _flow.REDUCTIONS or name in _flow.NORM_AXIS
         result = _OTHER
-    for tensor in tensors_in((out, args[:1] if name == "__setitem__" else ())):
+    for tensor in tensors_in(out, args[:1] if name == "__setitem__" else ()):
         frame.degrees[id(tensor)] = (weakref.ref(tensor), result)
