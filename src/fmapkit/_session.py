@@ -372,6 +372,7 @@ class Session:
 
     def _new_tracer(self) -> Tracer:
         assert self._current is not None
+        self.names.update()
         self._tracer = Tracer(self.names, self.wants, self._current, self.miss)
         return self._tracer
 
