@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
+from fmapkit._edit import Edits
 from fmapkit._flow import Flow, Weight, tensors_in
 from fmapkit._fused import REASON, fused_output, may_fuse
 from fmapkit._hooks import Hook, Hooks, leave_mode
@@ -95,11 +96,18 @@ class Session:
     """The life of one `with capture(model)` block."""
 
     def __init__(
-        self, model: nn.Module, names: Names, wants: Wants, keep: int | None, every: int
+        self,
+        model: nn.Module,
+        names: Names,
+        wants: Wants,
+        edits: Edits,
+        keep: int | None,
+        every: int,
     ) -> None:
         self.model = model
         self.names = names
         self.wants = wants
+        self.edits = edits
         self.every = every
         self.store = Store(keep)
         self.hooks = Hooks(self)
@@ -123,6 +131,7 @@ class Session:
         self._proofs = Proofs(self.hooks.is_ours)
         self._tapped: dict[nn.Module, Plan] = {}  # the plan that each unit's taps are set for
         self._direct: set[nn.Module] = set()  # modules that a scope has called itself
+        self._opened: set[nn.Module] = set()  # proven, but with something to edit in them
         self._all_hooked = False
 
     # -- life cycle ---------------------------------------------------------------------------
@@ -165,29 +174,31 @@ class Session:
 
     def _pre(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread or torch._C._current_graph_task_id() != -1:
-            return
+            return None
         try:
             if module is self.model and not self._running():
                 if not self._begin(args, kwargs):
-                    return
+                    return None
             elif module is self.model:
                 self._depth += 1
             if self._current is None:
                 if not self._idle:
                     self._stray(module)
-                return
+                return None
             if self._run is not None:
                 self._pre_in_run(module, args, kwargs)
             elif self._learning is None and self._stands_alone(module, args):
                 self._direct.add(module)
-                self._enter_unit(module, args, kwargs)
+                return self._enter_unit(module, args, kwargs)
             elif self._tracer is not None:
-                if may_fuse(module) and not self._fused_in:
+                if may_fuse(module) and not self._fused_in and not self.edits:
                     self._run_fused(module, args, kwargs)
-                self._tracer.enter(module, args, kwargs)
+                frame = self._tracer.enter(module, args, kwargs)
                 self._trace_on()
+                return frame.replaced
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self._fault(module, error)
+        return None
 
     def _post(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if threading.get_ident() != self.thread or torch._C._current_graph_task_id() != -1:
@@ -215,9 +226,9 @@ class Session:
                 else:
                     self._end(output if replaced is None else replaced)
         except Exception as error:
-            self._fault(module, error)
             if module is self.model and not self._depth:
                 self._abandon()
+            self._fault(module, error)
         return replaced
 
     def _tap(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -236,6 +247,8 @@ class Session:
             self._fault(module, error)
 
     def _fault(self, module: nn.Module, error: Exception) -> None:
+        if error is self.edits.raised:
+            raise error  # the user's own function
         self.miss(self.names.of(module), f"fmapkit failed here: {type(error).__name__}: {error}")
         if self._run is not None:
             self._run.stray(type(error).__name__)
@@ -279,6 +292,7 @@ class Session:
         if self._watch.changed():
             self._restart()
         self._current = self.store.begin(step)
+        self.edits.begin()
         if not self._is_unit(self.model):
             self._watch_scopes()
             self._new_tracer().enter_inputs(args, kwargs)
@@ -315,6 +329,8 @@ class Session:
                 self._direct.update(self.model.modules())
                 self._all_hooked = False
             tracer.end()
+        for layer, why in self.edits.unapplied():
+            self.miss(layer, why)
         if current is not None:
             current.closed = True
             if torch.is_inference_mode_enabled():
@@ -353,6 +369,7 @@ class Session:
         self._proofs = Proofs(self.hooks.is_ours)
         self._drop_hooks()
         self._direct.clear()
+        self._opened.clear()
         self._watch = Watch(self.model, self.hooks)
         self._name_scripted()
 
@@ -373,7 +390,7 @@ class Session:
     def _new_tracer(self) -> Tracer:
         assert self._current is not None
         self.names.update()
-        self._tracer = Tracer(self.names, self.wants, self._current, self.miss)
+        self._tracer = Tracer(self.names, self.wants, self.edits, self._current, self.miss)
         return self._tracer
 
     def _trace_on(self) -> None:
@@ -427,7 +444,7 @@ class Session:
     # -- units --------------------------------------------------------------------------------
 
     def _is_unit(self, module: nn.Module) -> bool:
-        return self._proofs.proven(module)
+        return module not in self._opened and self._proofs.proven(module)
 
     def _stands_alone(self, module: nn.Module, args: Any) -> bool:
         """Whether this call is a unit: not inside a module that may be one σ or layer itself."""
@@ -452,7 +469,7 @@ class Session:
         wanted = [m for m in self.model.modules() if m not in inside or m in self._direct]
         self.hooks.around(wanted, self._pre, self._post)
 
-    def _enter_unit(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter_unit(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         unit = self._unit(module)
         tracer = self._tracer
         inputs = [tracer.tag(t) for t in tensors_in(*args, kwargs)] if tracer is not None else []
@@ -462,9 +479,10 @@ class Session:
             key = (shape, unit.state())
             plan = unit.plans.get(key)
             if plan is None:
-                self._learn(module, key, args, kwargs, inputs)
-                return
+                return self._learn(module, key, args, kwargs, inputs)
             unit.remember(plan, shape)
+        if self.edits and self._edited_inside(plan, inputs):
+            return self._learn(module, None, args, kwargs, inputs)
         if self._tapped.get(module) is not plan:
             self._set_taps(plan, module)
         if tracer is not None and plan.writes:
@@ -477,6 +495,12 @@ class Session:
         if module in plan.before:
             self._run.pre(module, args, kwargs)
         self._run.start()
+        return None
+
+    def _edited_inside(self, plan: Plan, inputs: list[Any]) -> bool:
+        """Whether filters that an edit is for reach a nonlinearity inside."""
+        tags = (inputs[index] for index in plan.claims if index < len(inputs))
+        return any(isinstance(t, Flow) and self.edits.of(t.origin.name) for t in tags)
 
     def _carried(self, inputs: list[Any]) -> Any:
         """What the inputs carry, origins numbered in order of their first mention."""
@@ -494,9 +518,7 @@ class Session:
                 carried.append("weight" if isinstance(tag, Weight) else None)
         return tuple(carried)
 
-    def _learn(
-        self, module: nn.Module, key: Any, args: Any, kwargs: Any, inputs: list[Any]
-    ) -> None:
+    def _learn(self, module: nn.Module, key: Any, args: Any, kwargs: Any, inputs: list[Any]) -> Any:
         self.hooks.drop("after")
         self._tapped.clear()
         tracer = self._tracer
@@ -506,11 +528,13 @@ class Session:
         self.hooks.around(module.modules(), self._pre, self._post)
         tracer.trial += 1
         tracer.aliases.written.clear()
+        tracer.edited = False
         frame = tracer.enter(module, args, kwargs)
         frame.counts = Counter(tracer.counts)
         frame.storages = {storage_of(t) for t in tensors_in(*args, kwargs)}
         self._learning = (module, frame, key, inputs)
         self._trace_on()
+        return frame.replaced
 
     def _learned(self, module: nn.Module, output: Any, failed: bool) -> Any:
         assert self._learning is not None and self._tracer is not None
@@ -520,7 +544,11 @@ class Session:
         tracer.trial -= 1
         self._learning = None
         self._unlearn(module)
-        if not failed and tracer.failed is None:
+        if tracer.edited:  # from the next pass on, only the parts below that need it are traced
+            self._opened.add(module)
+            self._direct.discard(module)
+            self._all_hooked = False
+        elif not failed and tracer.failed is None:
             for event in tracer.events[frame.start :]:
                 for held in (event.x_held, event.y_held):
                     if held is not None:
