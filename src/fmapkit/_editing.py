@@ -209,7 +209,7 @@ class Editor:
                     output = module(*args, **kwargs)
             finally:
                 self.tracer.paused = paused
-            return tracer.verdict(trial, output) is not None, bool(given._version)
+            return tracer.verdict(trial, output) is not None, version_of(given) != 0
 
     # -- layers -------------------------------------------------------------------------------
 

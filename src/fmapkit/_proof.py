@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fmapkit._stop import has_own_forward
+
 __all__ = ["Guard", "Proofs"]
 
 _SIMPLE = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -119,7 +121,7 @@ class Proofs:
             *module._backward_hooks.values(),
             *module._backward_pre_hooks.values(),
         )
-        if not all(map(self._is_ours, hooks)) or "forward" in module.__dict__:
+        if not all(map(self._is_ours, hooks)) or has_own_forward(module):
             return False
         kind = type(module)
         if kind.__getattr__ is not nn.Module.__getattr__:

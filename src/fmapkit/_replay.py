@@ -21,6 +21,7 @@ from fmapkit._flow import NOWHERE, Flow, Origin, Weight, tensors_in
 from fmapkit._functions import describe, out_of_place
 from fmapkit._hooks import Hook, leave_mode, nothing
 from fmapkit._plan import Plan, Ref, Step
+from fmapkit._stop import Stop
 from fmapkit._store import Entry, Held, version_of
 from fmapkit._trace import leaves
 from fmapkit._wants import Wants
@@ -111,7 +112,7 @@ class Run:
 
     __slots__ = (
         *("_checked", "_origins", "base", "before", "how", "inputs", "line", "log", "lost"),
-        *("marks", "mode", "module", "plan", "wants"),
+        *("marks", "mode", "module", "plan", "stop", "wants"),
     )
 
     def __init__(
@@ -120,6 +121,7 @@ class Run:
         plan: Plan,
         wants: Wants,
         line: Line,
+        stop: Stop | None,
         inputs: list[Any],
         base: Counter[str] | None,
     ) -> None:
@@ -127,6 +129,7 @@ class Run:
         self.plan = plan
         self.wants = wants
         self.line = line
+        self.stop = stop  # what to end the pass by, after the last step
         self.inputs = inputs
         self.base = base
         self.log: list[Any] = []  # per step: its module, then what was read
@@ -203,6 +206,11 @@ class Run:
             self.log.append(record)
         else:
             self.log.append((module, self._read(step, x, output)))
+        self._may_stop()
+
+    def _may_stop(self) -> None:
+        if self.stop is not None and len(self.log) == len(self.plan.steps):
+            self.stop.end()
 
     def _next(self) -> Step | None:
         at, steps = len(self.log), self.plan.steps
@@ -232,6 +240,7 @@ class Run:
             held = self._own(x).clone()
         out = func(*args, **kwargs)
         self.log.append((None, self._read(step, held, out)))
+        self._may_stop()
         return out
 
     def _read(self, step: Step, x: Any, output: Any) -> list[Any]:

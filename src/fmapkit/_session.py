@@ -31,6 +31,7 @@ from fmapkit._names import Names
 from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
 from fmapkit._replay import Line, OutputTap, Run, Tap, tag_outputs
+from fmapkit._stop import Stop, StopForward
 from fmapkit._store import Pass, Store, storage_of
 from fmapkit._trace import TRANSFORMED, Frame, Tracer, leaves, transformed
 from fmapkit._wants import Wants
@@ -103,11 +104,14 @@ class Session:
         edits: Edits,
         keep: int | None,
         every: int,
+        stop: bool = False,
     ) -> None:
         self.model = model
         self.names = names
         self.wants = wants
         self.edits = edits
+        self.stop = Stop() if stop else None
+        self._forward = StopForward(model, self.stop) if self.stop is not None else None
         self.every = every
         self.store = Store(keep)
         self.hooks = Hooks(self)
@@ -141,11 +145,15 @@ class Session:
         self.thread = threading.get_ident()
         self._name_scripted()
         self.hooks.around([self.model], self._pre, self._post)
+        if self._forward is not None:
+            self._forward.install()
 
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""
         self._abandon()
         self.hooks.drop()
+        if self._forward is not None:
+            self._forward.remove()
         self._units.clear()
         if not failed:
             self._warn()
@@ -224,7 +232,9 @@ class Session:
                 if self._depth:
                     self._depth -= 1
                 else:
-                    self._end(output if replaced is None else replaced)
+                    self._end(output if replaced is None else replaced, failed)
+            elif self.stop is not None and self._run is None and self._learning is None:
+                self.stop.check()
         except Exception as error:
             if module is self.model and not self._depth:
                 self._abandon()
@@ -293,6 +303,8 @@ class Session:
             self._restart()
         self._current = self.store.begin(step)
         self.edits.begin()
+        if self.stop is not None:
+            self.stop.begin()
         if not self._is_unit(self.model):
             self._watch_scopes()
             self._new_tracer().enter_inputs(args, kwargs)
@@ -312,7 +324,7 @@ class Session:
             if self.store.keep != 1 or storage_of(held.tensor) in reached:
                 held.snapshot()
 
-    def _end(self, output: Any) -> None:
+    def _end(self, output: Any, failed: bool) -> None:
         tracer, current = self._tracer, self._current
         self._trace_out()
         if tracer is not None:
@@ -329,8 +341,11 @@ class Session:
                 self._direct.update(self.model.modules())
                 self._all_hooked = False
             tracer.end()
-        for layer, why in self.edits.unapplied():
+        stopped = self.stop is not None and self.stop.ended
+        for layer, why in self.edits.unapplied() if not failed and not stopped else ():
             self.miss(layer, why)
+        if current is not None and self.stop is not None and not failed:
+            self.stop.learn(current.entries())
         if current is not None:
             current.closed = True
             if torch.is_inference_mode_enabled():
@@ -370,6 +385,8 @@ class Session:
         self._drop_hooks()
         self._direct.clear()
         self._opened.clear()
+        if self.stop is not None:
+            self.stop.forget()
         self._watch = Watch(self.model, self.hooks)
         self._name_scripted()
 
@@ -390,7 +407,9 @@ class Session:
     def _new_tracer(self) -> Tracer:
         assert self._current is not None
         self.names.update()
-        self._tracer = Tracer(self.names, self.wants, self.edits, self._current, self.miss)
+        self._tracer = Tracer(
+            self.names, self.wants, self.edits, self.stop, self._current, self.miss
+        )
         return self._tracer
 
     def _trace_on(self) -> None:
@@ -491,7 +510,8 @@ class Session:
                 tracer.aliases.before_write(written[index])
         self._trace_off()
         base = Counter(tracer.counts) if tracer is not None else None
-        self._run = Run(module, plan, self.wants, self._line, inputs, base)
+        stop = self.stop if tracer is None else None
+        self._run = Run(module, plan, self.wants, self._line, stop, inputs, base)
         if module in plan.before:
             self._run.pre(module, args, kwargs)
         self._run.start()
@@ -513,7 +533,9 @@ class Session:
                 if id(tag.origin) not in origins:
                     origins.append(id(tag.origin))
                 place = origins.index(id(tag.origin))
-                carried.append((tag.origin.kind, tag.axes, place))
+                # Which of a layer's maps are held may differ from layer to layer.
+                asked = self.wants.of(tag.origin.name)
+                carried.append((tag.origin.kind, tag.axes, place, asked))
             else:
                 carried.append("weight" if isinstance(tag, Weight) else None)
         return tuple(carried)
@@ -565,8 +587,9 @@ class Session:
     def _set_taps(self, plan: Plan, module: nn.Module) -> None:
         around = plan.toggles | plan.scopes | plan.before | self._keyed(plan)
         self.hooks.around(around - {module}, self._pre, self._post)
+        last = plan.order[-1] if plan.order and self.stop is not None else None
         for tapped in plan.taps - {module}:
-            how = plan.direct.get(tapped)
+            how = plan.direct.get(tapped) if tapped is not last else None
             if how is None:
                 self.hooks.after(tapped, Hook(self._tap, self))
             else:
@@ -637,6 +660,8 @@ class Session:
             run.entries(), (e for s in run.plan.steps for e in s.emissions), strict=False
         ):
             self._current.segments.append(entry)
+            if self.stop is not None:
+                self.stop.saw(entry)
             if entry.held is not None:
                 tracer.aliases.watch(entry.held)
             if emission.pending:

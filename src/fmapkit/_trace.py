@@ -29,6 +29,7 @@ from fmapkit._editing import Editor, Site
 from fmapkit._flow import NOWHERE, STOP, Flow, Origin, Tag, Weight, tensors_in
 from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, out_of_place
 from fmapkit._names import Names
+from fmapkit._stop import Stop
 from fmapkit._store import Aliases, Entry, Held, Pass, storage_users, version_of
 from fmapkit._wants import Wants
 
@@ -155,6 +156,7 @@ class Tracer(TorchFunctionMode):
         names: Names,
         wants: Wants,
         edits: Edits,
+        stop: Stop | None,
         current: Pass,
         miss: Callable[[str, str], None],
     ) -> None:
@@ -164,6 +166,7 @@ class Tracer(TorchFunctionMode):
         self.current = current
         self.miss = miss
         self.edits = edits
+        self.stop = stop
         self.editor = Editor(self, edits, self._probe)
         self.edited = False  # something was, or might have been, edited
         self.events: list[Event] = []
@@ -182,7 +185,7 @@ class Tracer(TorchFunctionMode):
 
     def _probe(self) -> Tracer:
         """Another tracer, of which nothing is kept."""
-        return Tracer(self.names, self.wants, Edits.none(), Pass(-1), lambda *_: None)
+        return Tracer(self.names, self.wants, Edits.none(), None, Pass(-1), lambda *_: None)
 
     # -- what a tensor carries ----------------------------------------------------------------
 
@@ -243,6 +246,8 @@ class Tracer(TorchFunctionMode):
                 out = self._after(known, func, args, kwargs, out)
         except Exception as error:
             self.fail(error)
+        if self.stop is not None and not self.trial:
+            self.stop.check()
         return out
 
     def end(self) -> None:
@@ -464,6 +469,8 @@ class Tracer(TorchFunctionMode):
         entry = Entry(kind, origin, held, axes, sigma, path, picked)
         event.entries.append((slot, entry))
         self.current.segments.append(entry)
+        if self.stop is not None:
+            self.stop.saw(entry)
 
     def _same_filters(self, entry: Entry, held: Held | None) -> Held | None:
         """Of an edit, the filters that are held of the map."""

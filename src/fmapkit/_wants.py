@@ -104,6 +104,10 @@ class Wants:
         """Whether maps of the layer of this label were asked for."""
         return self._selection is None or self._selection.layer(name)
 
+    def of(self, name: str) -> Any:
+        """What was asked for of a layer: None, or its filters (empty for all of them)."""
+        return (self._chosen(name) or ()) if self.layer(name) else None
+
     def output(self, module: nn.Module) -> bool:
         """Whether what this module returns was asked for."""
         return module in self.outputs
@@ -149,9 +153,8 @@ class Wants:
                     )
 
     def _chosen(self, name: str) -> tuple[int, ...] | None:
-        chosen: tuple[int, ...] | None = (
-            self.filters.get(name) if isinstance(self.filters, Mapping) else self.filters
-        )
+        given: Any = self.filters
+        chosen: tuple[int, ...] | None = given.get(name) if isinstance(given, Mapping) else given
         return chosen
 
     def pick(self, name: str, axes: Axes | None) -> tuple[int, ...] | None:

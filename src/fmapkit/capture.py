@@ -50,6 +50,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             "preactivation" or "activation" (the default). `fm.tensor` is then what was, `fm.edited`
             what went on. `fmapkit.edits` has the usual functions. Whatever a function raises is
             raised by the model's call.
+        stop: from the second pass on, end the forward as soon as every map is there that the first
+            one had; the model's call then returns None. For the maps of early layers only.
 
     Raises:
         NotAModuleError: `model` is no `nn.Module`.
@@ -68,6 +70,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         keep: int | Literal["all"] = 1,
         every: int = 1,
         edit: Mapping[Any, Callable[[FeatureMap], Tensor]] | None = None,
+        stop: bool = False,
         detach: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -79,6 +82,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             raise ArgumentError(f"keep must be a positive int or 'all', not {keep!r}")
         if not _positive(every):
             raise ArgumentError(f"every must be a positive int, not {every!r}")
+        if stop and layers is None:
+            raise ArgumentError("stop=True ends a pass at the last wanted map: say layers=...")
         if not isinstance(detach, bool):
             raise ArgumentError(f"detach must be True or False, not {detach!r}")
         if edit and every != 1:
@@ -87,7 +92,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         wants = Wants(names, layers, kinds, filters, detach)
         edits = Edits(names, edit, FeatureMap)
         passes = None if keep == "all" else int(keep)
-        self._session = Session(model, names, wants, edits, passes, every)
+        self._session = Session(model, names, wants, edits, passes, every, stop)
         # Made, entered, left: a capture goes through these once, in this order.
         self._state: Literal["made", "entered", "left"] = "made"
 
