@@ -30,7 +30,7 @@ from fmapkit._hooks import Hook, Hooks, leave_mode
 from fmapkit._names import Names
 from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
-from fmapkit._replay import Line, OutputTap, Run, Tap, tag_outputs
+from fmapkit._replay import InputTap, Line, OutputTap, Run, Tap, tag_outputs
 from fmapkit._stop import Stop, StopForward
 from fmapkit._store import Pass, Store, storage_of
 from fmapkit._trace import TRANSFORMED, Frame, Tracer, leaves, transformed
@@ -253,6 +253,17 @@ class Session:
             return
         try:
             run.tap(module, args, None, output)
+        except Exception as error:
+            self._fault(module, error)
+
+    def _tap_before(self, module: nn.Module, args: Any) -> None:
+        run = self._run
+        if run is None or threading.get_ident() != self.thread:
+            return
+        if torch._C._current_graph_task_id() != -1 or module not in run.plan.inputs:
+            return
+        try:
+            run.before_call(module, args)
         except Exception as error:
             self._fault(module, error)
 
@@ -492,7 +503,8 @@ class Session:
         unit = self._unit(module)
         tracer = self._tracer
         inputs = [tracer.tag(t) for t in tensors_in(*args, kwargs)] if tracer is not None else []
-        shape = (_shape(args), _shape(kwargs), self._carried(inputs), torch.is_grad_enabled())
+        modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        shape = (_shape(args), _shape(kwargs), self._carried(inputs), modes)
         plan = unit.same(shape)
         if plan is None:
             key = (shape, unit.state())
@@ -542,6 +554,7 @@ class Session:
 
     def _learn(self, module: nn.Module, key: Any, args: Any, kwargs: Any, inputs: list[Any]) -> Any:
         self.hooks.drop("after")
+        self.hooks.drop("before")
         self._tapped.clear()
         tracer = self._tracer
         if tracer is None:
@@ -595,6 +608,12 @@ class Session:
             else:
                 kind = Tap if how == "xy" else OutputTap
                 self.hooks.after(tapped, kind(self._line, self._tap, self._fault, self))
+        for noted, key in plan.inputs.items():
+            if key is last:
+                self.hooks.before(noted, Hook(self._tap_before, self))
+            else:
+                tap = InputTap(key, self._line, self._tap_before, self._fault, self)
+                self.hooks.before(noted, tap)
         self._tapped[module] = plan
 
     def _keyed(self, plan: Plan) -> frozenset[nn.Module]:
@@ -605,6 +624,7 @@ class Session:
         """All but those that every pass goes through."""
         if self._tapped or self._all_hooked:
             self.hooks.drop("after")
+            self.hooks.drop("before")
             self.hooks.drop("around", keep=[self.model])
             self._tapped.clear()
             self._all_hooked = False
@@ -615,6 +635,8 @@ class Session:
         plan = run.plan
         if module in plan.before:
             run.pre(module, args, kwargs)
+        if module in plan.inputs:
+            run.before_call(module, args)
         if plan.scopes:
             if module in plan.toggles:
                 run.marks.append(run.light().pause())
@@ -644,7 +666,7 @@ class Session:
         if run.module in run.plan.taps and not failed:
             run.tap(run.module, args, kwargs, output)
         run.finish()
-        if not failed and not run.lost and len(run.log) != len(run.plan.steps):
+        if not failed and not run.lost and len(run.log) != len(run.plan.order):
             run.lost = "fewer taps fired than were learned"
         if run.lost:
             self._units.pop(run.module, None)

@@ -42,6 +42,8 @@ _SAME_GRADIENT = {
     *("relu", "relu6", "hardtanh", "sigmoid", "tanh", "silu", "hardswish", "mish", "hardsigmoid"),
     "threshold",
 }
+# How many firings back the operand of a function is looked for.
+_NEAR = 32
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # How a tensor depends on a module's input; a tensor that does not depend on it has 0. The last is
 # not pointwise, or random.
@@ -65,6 +67,7 @@ class Event:
             "scope",
         ),
         *("sigma", "x", "x_held", "y", "y_held", "in_place", "firing", "graph"),
+        *("delta", "sink", "source"),
     )
 
     def __init__(self, kind: str, scope: nn.Module, function: Any = None) -> None:
@@ -85,6 +88,11 @@ class Event:
         self.in_place = False
         self.graph = False  # its result is part of an autograd graph
         self.firing: Firing | None = None
+        # Of a function's x and y: the hooks that would see them, and how often x is written to
+        # between the first and the function.
+        self.source: Firing | None = None
+        self.sink: Firing | None = None
+        self.delta = 0
         self.entries: list[tuple[str, Entry]] = []  # ("x" | "y" | path, what is held)
 
     def drop(self) -> None:
@@ -97,18 +105,28 @@ class Event:
 
 
 class Firing:
-    """A moment at which a tap would fire: the end of a module's call, or a function's."""
+    """A moment at which a tap would fire: a module's call begins or ends, or a function's ends."""
 
-    __slots__ = ("events", "function", "module", "parent", "scope")
+    __slots__ = ("before", "events", "function", "module", "parent", "scope", "tensor", "version")
 
     def __init__(
-        self, module: nn.Module | None, scope: nn.Module, function: Any, parent: nn.Module | None
+        self,
+        module: nn.Module | None,
+        scope: nn.Module,
+        function: Any,
+        parent: nn.Module | None,
+        tensor: Any = None,
+        before: bool = False,
     ) -> None:
         self.module = module
         self.scope = scope
         self.function = function
         self.parent = parent  # the module that called the module
+        self.before = before
         self.events: list[Event] = []
+        # What the tap would see: the first argument, or the output.
+        self.tensor = weakref.ref(tensor) if isinstance(tensor, Tensor) else None
+        self.version = version_of(tensor) if isinstance(tensor, Tensor) else 0
 
 
 class Frame:
@@ -179,6 +197,7 @@ class Tracer(TorchFunctionMode):
         self.pending: dict[int, list[Entry]] = {}  # of replayed units, by origin
         self.paused = False  # while a unit is replayed
         self.trial = 0  # > 0 while a proven module is learned
+        self._awaited: dict[int, tuple[weakref.ref[Tensor], int, Event]] = {}
         self._opaque = 0  # how many running modules are registered layers
         self._tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
         self._suspects: dict[int, tuple[weakref.ref[Tensor], Tensor, Any]] = {}
@@ -254,6 +273,7 @@ class Tracer(TorchFunctionMode):
         """Let go of all that could keep a tensor or a graph alive."""
         self.events.clear()
         self.firings.clear()
+        self._awaited.clear()
         self.frames.clear()
         self._suspects.clear()
         self._tags.clear()
@@ -359,6 +379,8 @@ class Tracer(TorchFunctionMode):
         own = f"{self.names.of(scope)}:{known.sigma}"
         if call.site is None:
             self._site(event, flow, call.held, z, a, own)
+            if self.trial and not event.in_place:
+                self._between(event, z, a)
             return out
         out = self.editor.after(call.site, a, _sigma_axes(flow.axes, z, a))
         self._site(event, flow, call.held, z, a, own, call.site)
@@ -420,6 +442,22 @@ class Tracer(TorchFunctionMode):
             firing = self.firings[-1]
         firing.events.append(event)
         event.firing = firing
+
+    def _between(self, event: Event, z: Tensor, a: Tensor) -> None:
+        """A function between two modules: hooks on these would see its operand and its result."""
+        for firing in reversed(self.firings[-_NEAR:]):
+            if firing.tensor is not None and firing.tensor() is z:
+                event.source = firing
+                event.delta = version_of(z) - firing.version
+                self._awaited[id(a)] = (weakref.ref(a), version_of(a), event)
+                return
+
+    def _passes(self, firing: Firing, tensor: Any) -> None:
+        """A tap would fire; it may be the one that sees the result of a function."""
+        self.firings.append(firing)
+        found = self._awaited.pop(id(tensor), None) if self._awaited else None
+        if found is not None and found[0]() is tensor and firing.version == found[1]:
+            found[2].sink = firing
 
     def _scope(self) -> nn.Module:
         """The module that is running, from Python's own stack.
@@ -576,6 +614,10 @@ class Tracer(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
         frame = Frame(module, args, kwargs, len(self.events))
         frame.firing = len(self.firings)
+        if self.trial:
+            parent = self.frames[-1].module if self.frames else None
+            given = args[0] if args else None
+            self._passes(Firing(module, module, None, parent, given, before=True), given)
         self.frames.append(frame)
         if self._suspects:  # what the module is given, it will read
             args, kwargs = self._substitute(args), self._substitute(kwargs)
@@ -621,7 +663,7 @@ class Tracer(TorchFunctionMode):
         if self._suspects and any(id(t) in self._suspects for t in tensors_in(output)):
             replaced = output = self._substitute(output)
         parent = self.frames[-1].module if self.frames else None
-        self.firings.append(Firing(module, module, None, parent))
+        self._passes(Firing(module, module, None, parent, output), output)
         edited = self._close(frame, output)
         if edited is not None and edited is not output:
             replaced = output = edited
