@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Hook", "Hooks", "leave_mode"]
+__all__ = ["Hook", "Hooks", "Inert", "leave_mode"]
 
 
 class Hook:

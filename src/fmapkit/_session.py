@@ -30,7 +30,7 @@ from fmapkit._hooks import Hook, Hooks, leave_mode
 from fmapkit._names import Names
 from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
-from fmapkit._replay import InputTap, Line, OutputTap, Run, Tap, tag_outputs
+from fmapkit._replay import InputTap, LightMode, Line, OutputTap, Run, Tap, tag_outputs
 from fmapkit._stop import Stop, StopForward
 from fmapkit._store import Pass, Store, storage_of
 from fmapkit._trace import TRANSFORMED, Frame, Tracer, leaves, transformed
@@ -39,6 +39,15 @@ from fmapkit._watch import Watch
 from fmapkit.errors import CaptureWarning
 
 __all__ = ["Missed", "Session"]
+
+
+_RECORDED = (
+    "it was recorded into a CUDA graph: nothing has run yet, and replays of the graph run without "
+    "Python"
+)
+
+
+_MODES = (Tracer, LightMode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +208,7 @@ class Session:
                 self._direct.add(module)
                 return self._enter_unit(module, args, kwargs)
             elif self._tracer is not None:
-                if may_fuse(module) and not self._fused_in and not self.edits:
+                if may_fuse(module, _MODES) and not self._fused_in and not self.edits:
                     self._run_fused(module, args, kwargs)
                 frame = self._tracer.enter(module, args, kwargs)
                 self._trace_on()
@@ -306,6 +315,11 @@ class Session:
         self._idle = False
         if _transformed((args, kwargs)):
             self.miss("", TRANSFORMED)
+            self._idle = True
+            self._drop_hooks()
+            return False
+        if _recording():
+            self.miss("", _RECORDED)
             self._idle = True
             self._drop_hooks()
             return False
@@ -696,6 +710,12 @@ class Session:
                 tracer.claim(tag.origin)
         tag_outputs(output, run.output_tags(), tracer.set_tag)
         self._trace_on()
+
+
+def _recording() -> bool:
+    """Whether a CUDA graph is being recorded."""
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(started and torch.cuda.is_current_stream_capturing())
 
 
 def _get(place: tuple[dict[str, Any], str]) -> Any:

@@ -91,7 +91,6 @@ class Wants:
         self.kinds = _kinds(kinds)
         chosen = None if layers_given is None else Selection(names, layers_given, "layers")
         self._selection = chosen
-        self._index: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self.outputs = self._outputs(names)
         self.filters = _filters(filters)
         self._check_filters(names)
@@ -176,14 +175,21 @@ class Wants:
         return f"filters={self._chosen(name)} asks for filters outside {axes.filters}"
 
     def take(self, tensor: Tensor, axes: Axes, picked: tuple[int, ...]) -> Tensor:
-        """A copy of the picked filters alone."""
+        """A copy of the picked filters alone.
+
+        By slices: an index tensor would have to be sent to the device, which waits for it.
+        """
         there, dim = axes.filters, axes.dim
         assert there is not None and dim is not None
-        key = (tuple(there.index(f) for f in picked), tensor.device)
-        index = self._index.get(key)
-        if index is None:
-            index = self._index[key] = torch.tensor(key[0], device=tensor.device)
-        return (tensor.detach() if self.detach else tensor).index_select(dim, index)
+        source = tensor.detach() if self.detach else tensor
+        runs: list[list[int]] = []  # [first, length] of filters that lie side by side
+        for place in map(there.index, picked):
+            if runs and place == sum(runs[-1]):
+                runs[-1][1] += 1
+            else:
+                runs.append([place, 1])
+        pieces = [source.narrow(dim, first, length) for first, length in runs]
+        return pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 def _only_a_pass_can_tell(names: Names, label: str) -> bool:
