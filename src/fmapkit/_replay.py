@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
+from fmapkit._aside import clone
 from fmapkit._flow import NOWHERE, Flow, Origin, Weight, tensors_in
 from fmapkit._functions import describe, out_of_place
+from fmapkit._gradients import Gradient, watch
 from fmapkit._hooks import Hook, leave_mode, nothing
 from fmapkit._plan import Plan, Ref, Step
 from fmapkit._store import Entry, Held, version_of
@@ -132,7 +134,7 @@ class Run:
         self.base = base
         self.log: list[Any] = []  # per step: its module, then what was read
         self.lost = ""  # why the run left its plan, if it did
-        self.before: dict[nn.Module, list[Tensor]] = {}
+        self.before: dict[nn.Module, list[tuple[Tensor, Gradient | None]]] = {}
         self.mode: LightMode | None = None
         self.marks: list[bool] = []  # per running child: whether the mode was on around it
         self.how = int(wants.detach and (plan.graph or torch.is_grad_enabled()))
@@ -192,18 +194,21 @@ class Run:
         if step is None or step.module is not module:
             self.stray(type(module).__name__)
             return
-        x = None
+        x = x_grad = None
         if module in self.before and any(e.before for e in step.emissions):
-            x = self.before[module].pop()
+            x, x_grad = self.before[module].pop()
         elif step.emissions:
             x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
+            x_grad = self._watched(x)
         if step.plain:
             record: tuple[Any, ...] = (module, self._own(output), version_of(output))
             if step.plain == "xy" and x is not None:
                 record = (*record, self._own(x), version_of(x))
+            if self.wants.gradients:
+                record = (*record, self._watched(output), x_grad)
             self.log.append(record)
         else:
-            self.log.append((module, self._read(step, x, output)))
+            self.log.append((module, self._read(step, x, output, x_grad)))
 
     def _next(self) -> Step | None:
         at, steps = len(self.log), self.plan.steps
@@ -216,7 +221,8 @@ class Run:
             return
         x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
         if isinstance(x, Tensor):
-            self.before.setdefault(module, []).append(self._own(x).clone())
+            x_grad = self._watched(x)
+            self.before.setdefault(module, []).append((clone(self._own(x)), x_grad))
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """A nonlinearity or layer called by a scope itself."""
@@ -225,20 +231,22 @@ class Run:
             self.stray(name)
             return func(*args, **kwargs)
         x = next(islice(tensors_in((args, list(kwargs.values()))), step.place, None), None)
-        held = x
+        held, x_grad = x, self._watched(x)
         if step.flip:
             other = out_of_place(func, args, kwargs)
             func, args, kwargs = other if other is not None else (func, args, kwargs)
         elif x is not None and any(e.before for e in step.emissions):
-            held = self._own(x).clone()
+            held = clone(self._own(x))
         out = func(*args, **kwargs)
-        self.log.append((None, self._read(step, held, out)))
+        self.log.append((None, self._read(step, held, out, x_grad)))
         return out
 
-    def _read(self, step: Step, x: Any, output: Any) -> list[Any]:
+    def _read(
+        self, step: Step, x: Any, output: Any, x_grad: Gradient | None
+    ) -> list[tuple[Tensor, int, Gradient | None] | None]:
         read: list[Any] = []
         pieces = dict(leaves(output)) if any(e.kind == "output" for e in step.emissions) else {}
-        shared: dict[tuple[str, bool], Tensor] = {}
+        shared: dict[tuple[str, bool], tuple[Tensor, Gradient | None]] = {}
         for emission in step.emissions:
             if emission.kind == "output":
                 value = pieces.get(emission.path)
@@ -249,16 +257,27 @@ class Run:
                 continue
             slot = (emission.slot, emission.picked is not None)
             if slot in shared:
-                value = shared[slot]
-            elif emission.picked is not None and emission.axes is not None:
-                value = self.wants.take(value, emission.axes, emission.picked)
+                value, grad = shared[slot]
             else:
-                value = self._own(value)
-                if emission.copy and not emission.before:
-                    value = value.clone()
-            shared[slot] = value
-            read.append((value, version_of(value)))
+                grad = x_grad if emission.slot == "x" else self._watched(value)
+                picked, axes = emission.picked, emission.axes
+                if picked is not None and axes is not None:
+                    if grad is not None:
+                        grad = grad.picked(*self.wants.index(axes, picked, value.device))
+                    value = self.wants.take(value, axes, picked)
+                else:
+                    value = self._own(value)
+                    if emission.copy and not emission.before:
+                        value = clone(value)
+            shared[slot] = value, grad
+            read.append((value, version_of(value), grad))
         return read
+
+    def _watched(self, tensor: Any) -> Gradient | None:
+        """Where the tensor's gradient will arrive, if that was asked for."""
+        if self.wants.gradients and isinstance(tensor, Tensor):
+            return watch(tensor)
+        return None
 
     def _own(self, tensor: Tensor) -> Tensor:
         """Outside the graph, unless asked otherwise."""
@@ -301,9 +320,10 @@ class Run:
         found: list[Entry] = []
         for record, step in zip(self.log, self.plan.steps, strict=False):
             if step.plain:
-                slots = {"y": (self._own(record[1]), record[2])}
+                y_grad, x_grad = record[-2:] if self.wants.gradients else (None, None)
+                slots = {"y": (self._own(record[1]), record[2], y_grad)}
                 if step.plain == "xy":
-                    slots["x"] = (self._own(record[3]), record[4])
+                    slots["x"] = (self._own(record[3]), record[4], x_grad)
                 items = [slots[e.slot] for e in step.emissions]
             else:
                 items = record[1]
@@ -311,11 +331,11 @@ class Run:
             for item, emission in zip(items, step.emissions, strict=True):
                 if item is None:
                     continue
-                tensor, version = item
+                tensor, version, gradient = item
                 held = shared.get(id(tensor))
                 if held is None:
                     copied = emission.copy or emission.picked is not None
-                    held = shared[id(tensor)] = Held(tensor, version, copied)
+                    held = shared[id(tensor)] = Held(tensor, version, copied, gradient)
                 found.append(
                     Entry(
                         emission.kind,

@@ -25,6 +25,7 @@ from torch.overrides import _get_current_function_mode
 
 from fmapkit._flow import Flow, Weight, tensors_in
 from fmapkit._fused import REASON, fused_output, may_fuse
+from fmapkit._gradient_taps import GradientOutputTap, GradientTap
 from fmapkit._hooks import Hook, Hooks, leave_mode
 from fmapkit._names import Names
 from fmapkit._plan import Plan, make_plan
@@ -119,6 +120,9 @@ class Session:
         self._learning: tuple[nn.Module, Frame, Any, list[Any]] | None = None
         self._watch: Watch | None = None
         self._line = Line()
+        self._taps = {"xy": Tap, "y": OutputTap}
+        if wants.gradients:
+            self._taps = {"xy": GradientTap, "y": GradientOutputTap}
         self._units: dict[nn.Module, _Unit] = {}
         self._proofs = Proofs(self.hooks.is_ours)
         self._tapped: dict[nn.Module, Plan] = {}  # the plan that each unit's taps are set for
@@ -546,7 +550,7 @@ class Session:
             if how is None:
                 self.hooks.after(tapped, Hook(self._tap, self))
             else:
-                kind = Tap if how == "xy" else OutputTap
+                kind = self._taps[how]
                 self.hooks.after(tapped, kind(self._line, self._tap, self._fault, self))
         self._tapped[module] = plan
 

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmapkit._aside import clone
 from fmapkit._axes import Axes
 from fmapkit._flow import Origin
+from fmapkit._gradients import Gradient, watch
 from fmapkit.errors import MapOverwrittenError, MapReleasedError
 
 __all__ = ["Entry", "Held", "Pass", "Store", "version_of"]
@@ -30,33 +32,45 @@ def version_of(tensor: Tensor) -> int:
 class Held:
     """One tensor in memory; several maps may share it."""
 
-    __slots__ = ("copied", "doomed", "lost", "tensor", "version")
+    __slots__ = ("copied", "doomed", "gradient", "lost", "tensor", "version")
 
-    def __init__(self, tensor: Tensor | None, version: int, copied: bool = False) -> None:
+    def __init__(
+        self,
+        tensor: Tensor | None,
+        version: int,
+        copied: bool = False,
+        gradient: Gradient | None = None,
+    ) -> None:
         self.tensor = tensor
         self.version = version
         self.copied = copied
+        self.gradient = gradient
         self.lost = False  # overwritten before it could be copied
         self.doomed = False  # spared this once; a later pass has to copy it
 
     @classmethod
-    def reference(cls, tensor: Tensor, detach: bool = True) -> Held:
+    def reference(cls, tensor: Tensor, detach: bool = True, gradients: bool = False) -> Held:
         """Keep the model's own memory; the model's own tensor, graph and all, if not detached."""
         alias = tensor.detach() if detach else tensor
-        return cls(alias, version_of(alias))
+        return cls(alias, version_of(alias), gradient=watch(tensor) if gradients else None)
 
     @classmethod
-    def copy(cls, tensor: Tensor, detach: bool = True) -> Held:
+    def copy(cls, tensor: Tensor, detach: bool = True, gradients: bool = False) -> Held:
         """Keep the values as they are now."""
-        clone = (tensor.detach() if detach else tensor).clone()
-        return cls(clone, version_of(clone), copied=True)
+        gradient = watch(tensor) if gradients else None
+        copied = clone(tensor.detach() if detach else tensor)
+        return cls(copied, version_of(copied), copied=True, gradient=gradient)
+
+    def release(self) -> None:
+        """Let go of the values, and of their gradient."""
+        self.tensor = self.gradient = None
 
     def snapshot(self) -> None:
         """Turn the reference into a copy, just before the memory is written to."""
         if self.tensor is not None and not self.copied:
             if version_of(self.tensor) != self.version:
                 self.lost = True
-            self.tensor = self.tensor.clone()
+            self.tensor = clone(self.tensor)
             self.version = version_of(self.tensor)
             self.copied = True
 
@@ -148,12 +162,12 @@ class Pass:
         for segment in self.segments:
             if isinstance(segment, Entry):
                 if segment.held is not None:
-                    segment.held.tensor = None
+                    segment.held.release()
             else:
                 segment.release()
         for entry in self._entries or ():
             if entry.held is not None:
-                entry.held.tensor = None
+                entry.held.release()
         self.segments.clear()
         self._entries = []
         self.closed = True
@@ -190,8 +204,9 @@ class Store:
 class Aliases:
     """Which held tensors share memory with one that is about to be written to."""
 
-    def __init__(self, detach: bool = True) -> None:
+    def __init__(self, detach: bool = True, gradients: bool = False) -> None:
         self.detach = detach
+        self.gradients = gradients
         self.written: set[int] = set()  # storages that were written to
         self._new: list[Held] = []
         self._by_storage: dict[int, list[Held]] = {}
@@ -204,8 +219,11 @@ class Aliases:
             held = found[1]
             if held.tensor is not None and not held.copied and not held.lost:
                 if version_of(tensor) == held.version:
+                    if self.gradients and held.gradient is None:
+                        # What a torch.autograd.Function returned is in the graph only now.
+                        held.gradient = watch(tensor)
                     return held
-        held = Held.reference(tensor, self.detach)
+        held = Held.reference(tensor, self.detach, self.gradients)
         self._by_id[id(tensor)] = (weakref.ref(tensor), held)
         self._new.append(held)
         return held

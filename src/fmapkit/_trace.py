@@ -152,7 +152,7 @@ class Tracer(TorchFunctionMode):
         self.firings: list[Firing] = []
         self.frames: list[Frame] = []
         self.counts: Counter[str] = Counter()
-        self.aliases = Aliases(wants.detach)
+        self.aliases = Aliases(wants.detach, wants.gradients)
         self.failed: BaseException | None = None
         self.unhooked: set[nn.Module] = set()  # modules that ran without hooks
         self.pending: dict[int, list[Entry]] = {}  # of replayed units, by origin
@@ -257,7 +257,7 @@ class Tracer(TorchFunctionMode):
             call.held = (
                 None
                 if quiet
-                else Held.copy(z, self.wants.detach)
+                else Held.copy(z, self.wants.detach, self.wants.gradients)
                 if call.in_place
                 else self.aliases.reference(z)
             )
@@ -275,7 +275,7 @@ class Tracer(TorchFunctionMode):
             return call
         self.aliases.before_write(z)
         if not quiet:
-            call.held = Held.copy(z, self.wants.detach)
+            call.held = Held.copy(z, self.wants.detach, self.wants.gradients)
         return call
 
     def _may_try(self, known: Function, z: Tensor) -> bool:
@@ -407,7 +407,10 @@ class Tracer(TorchFunctionMode):
                 return
             tensor = held.tensor
             assert tensor is not None and axes is not None
-            held = Held(self.wants.take(tensor, axes, picked), 0, copied=True)
+            gradient = held.gradient
+            if gradient is not None:
+                gradient = gradient.picked(*self.wants.index(axes, picked, tensor.device))
+            held = Held(self.wants.take(tensor, axes, picked), 0, True, gradient)
             held.version = version_of(held.tensor) if held.tensor is not None else 0
         entry = Entry(kind, origin, held, axes, sigma, path, picked)
         event.entries.append((slot, entry))

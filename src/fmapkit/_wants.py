@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import layers
+from fmapkit._aside import index_of, select
 from fmapkit._axes import Axes
 from fmapkit._names import Names
 from fmapkit.errors import ArgumentError, FilterRangeError, UnknownLayerError, did_you_mean, listed
@@ -29,10 +30,17 @@ class Wants:
     """
 
     def __init__(
-        self, names: Names, layers_given: Any, kinds: Any, filters: Any, detach: bool = True
+        self,
+        names: Names,
+        layers_given: Any,
+        kinds: Any,
+        filters: Any,
+        detach: bool = True,
+        gradients: bool = False,
     ) -> None:
         self._names = names
         self.detach = detach
+        self.gradients = gradients
         self.kinds = _kinds(kinds)
         self._selectors = None if layers_given is None else selectors(layers_given)
         self._cache: dict[str, bool] = {}
@@ -147,13 +155,20 @@ class Wants:
 
     def take(self, tensor: Tensor, axes: Axes, picked: tuple[int, ...]) -> Tensor:
         """A copy of the picked filters alone."""
+        dim, index = self.index(axes, picked, tensor.device)
+        return select(tensor.detach() if self.detach else tensor, dim, index)
+
+    def index(
+        self, axes: Axes, picked: tuple[int, ...], device: torch.device
+    ) -> tuple[int, Tensor]:
+        """The filters' axis, and where on it the picked ones lie."""
         there, dim = axes.filters, axes.dim
         assert there is not None and dim is not None
-        key = (tuple(there.index(f) for f in picked), tensor.device)
+        key = (tuple(there.index(f) for f in picked), device)
         index = self._index.get(key)
         if index is None:
-            index = self._index[key] = torch.tensor(key[0], device=tensor.device)
-        return (tensor.detach() if self.detach else tensor).index_select(dim, index)
+            index = self._index[key] = index_of(key[0], device)
+        return dim, index
 
 
 def _only_a_pass_can_tell(names: Names, label: str) -> bool:

@@ -38,11 +38,11 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         filters: hold only these filters (copied out, so that the rest can be freed): an int,
             several, or a dict of layer -> these.
         keep: how many passes stay readable: an int, or "all".
-        detach: False keeps the maps in the autograd graph: for losses on them, and for their
-            gradients (`fm.tensor.retain_grad()` before backward, then `fm.grad`). The graph lives
-            as long as its maps do. A map that had to be copied is a branch off the graph: a loss on
-            it trains the layers before it, but it has no gradient of the model's own loss.
+        detach: False keeps the maps in the autograd graph, for losses on them. The graph lives as
+            long as its maps do.
         every: capture each n-th pass (the first one included); the others run bare.
+        gradients: True makes `fm.grad` the gradient of each map after backward, without keeping
+            the graph alive.
 
     Raises:
         NotAModuleError: `model` is no `nn.Module`.
@@ -61,6 +61,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         keep: int | Literal["all"] = 1,
         every: int = 1,
         detach: bool = True,
+        gradients: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             hint = " (a model class: make an instance first)" if isinstance(model, type) else ""
@@ -73,8 +74,10 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             raise ArgumentError(f"every must be a positive int, not {every!r}")
         if not isinstance(detach, bool):
             raise ArgumentError(f"detach must be True or False, not {detach!r}")
+        if not isinstance(gradients, bool):
+            raise ArgumentError(f"gradients must be True or False, not {gradients!r}")
         names = Names(model)
-        wants = Wants(names, layers, kinds, filters, detach)
+        wants = Wants(names, layers, kinds, filters, detach, gradients)
         self._session = Session(model, names, wants, None if keep == "all" else int(keep), every)
         # Made, entered, left: a capture goes through these once, in this order.
         self._state: Literal["made", "entered", "left"] = "made"
