@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
+from fmapkit._aside import operators_are_counted
 from fmapkit._flow import Flow, Weight, tensors_in
 from fmapkit._fused import REASON, fused_output, may_fuse
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
@@ -465,7 +466,8 @@ class Session:
         unit = self._unit(module)
         tracer = self._tracer
         inputs = [tracer.tag(t) for t in tensors_in((args, kwargs))] if tracer is not None else []
-        shape = (_shape(args), _shape(kwargs), self._carried(inputs), torch.is_grad_enabled())
+        modes = (torch.is_grad_enabled(), operators_are_counted())
+        shape = (_shape(args), _shape(kwargs), self._carried(inputs), modes)
         plan = unit.same(shape)
         if plan is None:
             key = (shape, unit.state())

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fmapkit import _flow, layers, nonlinearities
+from fmapkit._aside import operators_are_counted
 from fmapkit._axes import Axes
 from fmapkit._flow import NOWHERE, STOP, Flow, Origin, Tag, Weight, tensors_in
 from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, out_of_place
@@ -287,6 +288,8 @@ class Tracer(TorchFunctionMode):
         if not self.trial or (z.is_leaf and z.requires_grad):
             return False
         if torch.is_grad_enabled() and known.sigma not in _SAME_GRADIENT:
+            return False
+        if operators_are_counted():
             return False
         storage = z.untyped_storage()._cdata
         if any(storage in f.storages for f in self.frames):
