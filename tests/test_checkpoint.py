@@ -17,13 +17,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     checkpoint,
     checkpoint_sequential,
     create_selective_checkpoint_contexts,
     set_checkpoint_early_stop,
 )
-from torch.utils.flop_counter import FlopCounterMode
 
 from fmapkit import MapOverwrittenError, capture
 from tests import truth
@@ -41,7 +41,7 @@ def rows(step: int) -> Tensor:
 class Block(nn.Module):
     """Proven: dropout, σ in place as a module and as a function, a sum that overwrites."""
 
-    def __init__(self, σ: type[nn.Module] = nn.ReLU) -> None:  # noqa: PLC2401
+    def __init__(self, σ: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
         self.one = nn.Linear(6, 6)
         self.norm = nn.LayerNorm(6)
@@ -173,7 +173,9 @@ def check(model: nn.Module, **options: Any) -> None:
     truth.assert_nothing_left(truth.fingerprint(bare), model)
 
 
-@pytest.mark.parametrize("block", [Block, Unproven, lambda: Block(nn.Hardtanh), lambda: Block(nn.ELU)])
+@pytest.mark.parametrize(
+    "block", [Block, Unproven, lambda: Block(nn.Hardtanh), lambda: Block(nn.ELU)]
+)
 @pytest.mark.parametrize("how", HOWS)
 def test_the_forward_once_and_nothing_changed(how: str, block: Any) -> None:
     check(Regions(HOWS[how], block))
@@ -192,9 +194,7 @@ def test_copies_of_ours_shift_nothing(how: str) -> None:
     check(Regions(HOWS[how], Cloning), filters=[0, 3], layers=["*.one", "*.two"])
     if "reentrant" not in how:
         check(Regions(HOWS[how], Cloning), detach=False)
-        check(
-            Regions(HOWS[how], Cloning), filters=[0, 3], layers=["*.one", "*.two"], detach=False
-        )
+        check(Regions(HOWS[how], Cloning), filters=[0, 3], layers=["*.one", "*.two"], detach=False)
 
 
 def test_a_recomputation_that_writes_to_a_map_is_noticed() -> None:
@@ -213,3 +213,238 @@ def test_a_recomputation_that_writes_to_a_map_is_noticed() -> None:
                 except MapOverwrittenError:
                     raised += 1
             assert 0 < raised < len(before)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("segments", [1, 2])
+def test_checkpoint_sequential(segments: int, use_reentrant: bool, seen: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            act = nn.ReLU(inplace=True)  # shared
+            self.layers = nn.Sequential(
+                *(nn.Linear(6, 6), nn.Dropout(0.3), act, nn.Linear(6, 6), act, nn.Linear(6, 6)),
+                *(nn.LeakyReLU(inplace=True), Block()),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            if seen and x.isnan().any():
+                return x
+            return checkpoint_sequential(self.layers, segments, x, use_reentrant=use_reentrant)
+
+    check(Net())
+
+
+def test_every_pass_once_when_steps_are_interleaved() -> None:
+    # Two forwards, then both backwards: the recomputations come while no pass runs.
+    model = Regions(modern)
+    bare = copy.deepcopy(model)
+    with capture(model, keep="all") as maps:
+        for step in range(PASSES):
+            truth.seed(step)
+            outs = [model(rows(2 * step)), model(rows(2 * step + 1))]
+            truth.seed(step)
+            true = [bare(rows(2 * step)), bare(rows(2 * step + 1))]
+            for out, other in zip(outs, true, strict=True):
+                assert same_bits(out, other)
+                truth.loss_of(out).backward()
+                truth.loss_of(other).backward()
+            assert len({fm.step for fm in maps.select()}) == 2 * step + 2
+            per_pass = [len(maps.select(step=n)) for n in range(2 * step + 2)]
+            assert len(set(per_pass)) == 1
+        for p, q in zip(model.parameters(), bare.parameters(), strict=True):
+            assert same_bits(p.grad, q.grad)
+
+
+class Inner(nn.Module):
+    """Calls backward in its forward, over a region that was checkpointed before."""
+
+    def __init__(self, how: Callable[..., Tensor], by: str) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Tanh())
+        self.late = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True))
+        self.how = how
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        y = self.how(self.block, x)
+        if self.by == "method":
+            y.sum().backward(retain_graph=True)
+            force = x.grad
+        elif self.by == "grad":
+            (force,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        else:
+            torch.autograd.backward([y.sum()], retain_graph=True)
+            force = x.grad
+        return self.block(self.late(y + force))
+
+
+class Straight(Inner):
+    """The same without a branch, so that nothing but the backward call is unproven."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        y = self.how(self.block, x)
+        y.sum().backward(retain_graph=True)
+        return self.block(self.late(y + x.grad))
+
+
+class Unhidden(nn.Module):
+    """A region of the outer model, recomputed while an inner model's forward is under way."""
+
+    def __init__(self, how: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True))
+        self.inner = Reader(self.stem)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return self.inner(x, self.how(self.stem, x))
+
+
+class Reader(nn.Module):
+    """Its only questionable call is `.backward()`; it runs the region's own layers, too."""
+
+    def __init__(self, stem: nn.Module) -> None:
+        super().__init__()
+        self.stem = stem
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        a = self.stem(y)
+        y.sum().backward(retain_graph=True)
+        return self.stem(a * 2 + x.grad)
+
+
+@pytest.mark.parametrize("how", [modern, to_the_end, reentrant, lambda f, x: f(x)])
+@pytest.mark.parametrize(
+    "net",
+    [
+        *(functools.partial(Inner, by=by) for by in ("method", "grad", "function")),
+        functools.partial(Straight, by=""),
+        Unhidden,
+    ],
+)
+def test_a_recomputation_inside_a_pass_is_not_mixed_in(net: Any, how: Any) -> None:
+    if how is reentrant and getattr(net, "keywords", {}).get("by") == "grad":
+        pytest.skip("torch does not allow it")
+    model = net(how)
+    bare = copy.deepcopy(model)
+    with capture(model) as maps:
+        for step in range(PASSES + 1):
+            with _ForwardWitness(bare) as witness:
+                true = bare(rows(step))
+            out = model(rows(step))
+            assert same_bits(out, true)
+            truth.assert_captured_exactly_once(maps, witness.runs)
+            assert not maps.missed
+
+
+class _ForwardWitness(truth.Witness):
+    """The witness, blind during backward: it must not take the recomputation for the forward."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch._C._current_graph_task_id() != -1:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch._C._current_graph_task_id() == -1:
+            super()._before(module, args)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:
+            super()._after(module, args, output)
+
+
+# -- what is held ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [reentrant, modern])
+def test_no_graph_is_kept_alive(how: Any, collected: None) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return how(self.body, x)
+
+    model = Whole()
+    with capture(model) as maps:
+        for step in range(PASSES):
+            out = model(rows(step))  # the region's output is an activation
+            graph = graph_of(out)
+            del out
+            assert graph() is None
+            assert not maps["body.0"].tensor.requires_grad
+
+
+@pytest.mark.parametrize("how", [reentrant, modern])
+def test_the_captured_model_itself_is_checkpointed(how: Any, collected: None) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True))
+    with capture(model) as maps:
+        for step in range(PASSES):
+            out = how(model, rows(step))
+            kept = maps["0"].tensor.clone()
+            graph = graph_of(out)
+            out.sum().backward()
+            del out
+            assert graph() is None
+            assert {fm.step for fm in maps} == {step}
+            assert same_bits(maps["0"].tensor, kept)
+        assert len(maps) == 2
+        assert not maps.missed
+
+
+class _Alive(TorchDispatchMode):
+    """How many bytes of what was made inside are alive, at most and now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in truth.tensors_of(out):
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in self._seen:
+                continue
+            self._seen.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._freed, key, size)
+        return out
+
+    def _freed(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("block", [Block, Unproven])
+@pytest.mark.parametrize("how", [reentrant, modern, nested])
+def test_nothing_but_the_maps_is_kept(how: Any, block: Any, collected: None) -> None:
+    model = Regions(how, block)
+    passes = [rows(step) for step in range(PASSES)]
+
+    def alive(run: Callable[[Tensor], Tensor], x: Tensor) -> int:
+        gc.collect()
+        with _Alive() as memory:
+            out = run(x)
+            gc.collect()
+            now = memory.now
+        del out
+        return now
+
+    bare = [alive(model, x) for x in passes]
+    with capture(model, layers="head") as maps:  # one small map
+        watched = []
+        for x in passes:
+            watched.append(alive(model, x))
+            assert len(maps) == 1
+    assert watched == bare
+    assert maps["head", "preactivation"].nbytes == 4 * 4 * 3

@@ -193,7 +193,7 @@ def compare(
     loss: Callable[[Tensor], Tensor] = lambda out: out.square().sum(),
     **options: Any,
 ) -> None:
-    """The maps and their gradients, and the parameters' gradients, are those of the twin by hand."""
+    """Maps, their gradients and those of the parameters are those of the twin by hand."""
     twin = copy.deepcopy(model)
     by_hand: Hand = hand or (lambda m, x: m.by_hand(x))
     run = wrap(model) if wrap is not None else model

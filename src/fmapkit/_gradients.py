@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fmapkit.errors import MapOverwrittenError
 
-__all__ = ["Gradient", "in_function", "watch"]
+__all__ = ["NO_GRAPH", "Gradient", "in_function", "watch"]
 
 
 class _Post:
@@ -105,10 +105,16 @@ def watch(tensor: Tensor) -> Gradient | None:
     return Gradient(_Post(tensor)) if tensor.requires_grad else None
 
 
+NO_GRAPH = (
+    "it ran inside the forward of a torch.autograd.Function, as reentrant checkpointing runs it, "
+    "where no graph is recorded: its maps are right, but are not part of the graph and have no "
+    "gradient; checkpoint(..., use_reentrant=False) keeps both"
+)
+
+
 def in_function() -> bool:
     """Whether the forward of a `torch.autograd.Function` runs, as in reentrant checkpointing.
 
     No graph is recorded there. The tensors it returns become part of the graph only afterwards.
     """
     return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
-

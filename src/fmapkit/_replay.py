@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from fmapkit._aside import clone
 from fmapkit._flow import NOWHERE, Flow, Origin, Weight, tensors_in
 from fmapkit._functions import describe, out_of_place
-from fmapkit._gradients import Gradient, watch
+from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._hooks import Hook, leave_mode, nothing
 from fmapkit._plan import Plan, Ref, Step
 from fmapkit._store import Entry, Held, version_of
@@ -40,7 +40,8 @@ class Line(threading.local):
 
     Attributes:
         cell: the `append` of the run's log, and how tensors are to be read: 0 as they are, 1
-            outside the graph, 2 with inference tensors among them. None while no run is under way.
+            outside the graph, 2 with inference tensors among them, 3 outside of a graph that they
+            may become part of. None while no run is under way.
     """
 
     cell: tuple[Callable[[Any], None], int] | None = None
@@ -72,7 +73,9 @@ class Tap(Hook):
         try:
             x = args[0]
             if how:
-                if how == 2:
+                if how > 1:
+                    if how == 3:
+                        x, output = x.detach(), output.detach()
                     note((module, output, version_of(output), x, version_of(x)))
                     return
                 if x.requires_grad:
@@ -102,7 +105,7 @@ class OutputTap(Tap):
             return
         note, how = cell
         try:
-            if how and output.requires_grad:
+            if how and (output.requires_grad or how == 3):
                 output = output.detach()
             note((module, output, version_of(output) if how == 2 else output._version))
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
@@ -140,6 +143,8 @@ class Run:
         self.how = int(wants.detach and (plan.graph or torch.is_grad_enabled()))
         if torch.is_inference_mode_enabled():
             self.how = 2
+        elif wants.detach and in_function():
+            self.how = 3
         self._checked = 0  # how many entries of the log are known to follow the plan
         self._origins: dict[Ref, Origin] = {}
 
@@ -281,7 +286,8 @@ class Run:
 
     def _own(self, tensor: Tensor) -> Tensor:
         """Outside the graph, unless asked otherwise."""
-        return tensor.detach() if self.wants.detach and tensor.requires_grad else tensor
+        joins = tensor.requires_grad or self.how == 3
+        return tensor.detach() if self.wants.detach and joins else tensor
 
     def stray(self, what: str) -> None:
         """The run does not follow its plan: what is held so far stays, the rest is not labelled."""

@@ -27,6 +27,7 @@ from fmapkit._aside import operators_are_counted
 from fmapkit._flow import Flow, Weight, tensors_in
 from fmapkit._fused import REASON, fused_output, may_fuse
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
+from fmapkit._gradients import NO_GRAPH, in_function
 from fmapkit._hooks import Hook, Hooks, leave_mode
 from fmapkit._names import Names
 from fmapkit._plan import Plan, make_plan
@@ -485,6 +486,9 @@ class Session:
         self._trace_off()
         base = Counter(tracer.counts) if tracer is not None else None
         self._run = Run(module, plan, self.wants, self._line, inputs, base)
+        if self.wants.graph and self._current is not None and self._current.grads:
+            if in_function():
+                self.miss(self.names.of(module), NO_GRAPH)
         if module in plan.before:
             self._run.pre(module, args, kwargs)
         self._run.start()

@@ -137,10 +137,11 @@ class Pass:
     entries are made when somebody reads them and not while the model runs.
     """
 
-    __slots__ = ("_entries", "closed", "segments", "step")
+    __slots__ = ("_entries", "closed", "grads", "segments", "step")
 
     def __init__(self, step: int) -> None:
         self.step = step
+        self.grads = torch.is_grad_enabled()  # as it began
         self.segments: list[Any] = []
         self.closed = False
         self._entries: list[Entry] | None = None

@@ -27,6 +27,7 @@ from fmapkit._aside import operators_are_counted
 from fmapkit._axes import Axes
 from fmapkit._flow import NOWHERE, STOP, Flow, Origin, Tag, Weight, tensors_in
 from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, out_of_place
+from fmapkit._gradients import NO_GRAPH, in_function
 from fmapkit._names import Names
 from fmapkit._store import Aliases, Entry, Held, Pass, storage_users, version_of
 from fmapkit._wants import Wants
@@ -415,6 +416,8 @@ class Tracer(TorchFunctionMode):
                 gradient = gradient.picked(*self.wants.index(axes, picked, tensor.device))
             held = Held(self.wants.take(tensor, axes, picked), 0, True, gradient)
             held.version = version_of(held.tensor) if held.tensor is not None else 0
+        if self.wants.graph and self.current.grads and in_function():
+            self.miss(origin.name, NO_GRAPH)
         entry = Entry(kind, origin, held, axes, sigma, path, picked)
         event.entries.append((slot, entry))
         self.current.segments.append(entry)

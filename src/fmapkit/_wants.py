@@ -41,6 +41,7 @@ class Wants:
         self._names = names
         self.detach = detach
         self.gradients = gradients
+        self.graph = gradients or not detach  # what the model's graph is needed for
         self.kinds = _kinds(kinds)
         self._selectors = None if layers_given is None else selectors(layers_given)
         self._cache: dict[str, bool] = {}

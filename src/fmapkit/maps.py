@@ -152,9 +152,7 @@ class FeatureMap:
             )
         assert self.filter_dim is not None
         view = self.tensor.select(self.filter_dim, there.index(wanted))
-        return replace(
-            self, tensor=view, filter=wanted, filter_dim=None, filters=None, _whole=self
-        )
+        return replace(self, tensor=view, filter=wanted, filter_dim=None, filters=None, _whole=self)
 
     def __iter__(self) -> Iterator[FeatureMap]:
         """The map of each filter, in order."""
