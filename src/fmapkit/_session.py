@@ -542,6 +542,7 @@ class Session:
             final = output if replaced is None else replaced
             arguments = list(tensors_in((frame.args, frame.kwargs)))
             self._unit(module).plans[key] = make_plan(tracer, frame, final, inputs, arguments)
+            tracer.let_go(tracer.events[frame.start :])
         return replaced
 
     def _unlearn(self, unit: nn.Module) -> None:

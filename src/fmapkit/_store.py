@@ -32,7 +32,7 @@ def version_of(tensor: Tensor) -> int:
 class Held:
     """One tensor in memory; several maps may share it."""
 
-    __slots__ = ("copied", "doomed", "gradient", "lost", "tensor", "version")
+    __slots__ = ("copied", "doomed", "gradient", "lost", "tensor", "version", "wanted")
 
     def __init__(
         self,
@@ -47,6 +47,7 @@ class Held:
         self.gradient = gradient
         self.lost = False  # overwritten before it could be copied
         self.doomed = False  # spared this once; a later pass has to copy it
+        self.wanted = False  # some map holds it; else it is held for the tracer's own sake
 
     @classmethod
     def reference(cls, tensor: Tensor, detach: bool = True, gradients: bool = False) -> Held:

@@ -343,6 +343,19 @@ class Tracer(TorchFunctionMode):
             a_axes = _sigma_axes(flow.axes, z, a)
             self._hold(event, "x", "preactivation", origin, z_held, flow.axes, event.sigma)
             self._hold(event, "y", "activation", origin, event.y_held, a_axes, event.sigma)
+        self._spare(event)
+
+    def _spare(self, event: Event) -> None:
+        """Outside of units, what no map holds is let go at once: it may be a lot in the end."""
+        if not self.trial and all(f.kind == "plain" for f in self.frames):
+            self.let_go([event])
+
+    def let_go(self, events: list[Event]) -> None:
+        """Let go of the tensors that no map holds."""
+        for event in events:
+            for held in (event.x_held, event.y_held):
+                if held is not None and not held.wanted:
+                    held.release()
 
     def claim(self, origin: Origin) -> None:
         """The filters have reached a nonlinearity: what it receives is their preactivation."""
@@ -416,6 +429,7 @@ class Tracer(TorchFunctionMode):
                 gradient = gradient.picked(*self.wants.index(axes, picked, tensor.device))
             held = Held(self.wants.take(tensor, axes, picked), 0, True, gradient)
             held.version = version_of(held.tensor) if held.tensor is not None else 0
+        held.wanted = True
         if self.wants.graph and self.current.grads and in_function():
             self.miss(origin.name, NO_GRAPH)
         entry = Entry(kind, origin, held, axes, sigma, path, picked)
@@ -492,6 +506,7 @@ class Tracer(TorchFunctionMode):
             event.y_held = self.aliases.reference(out)
             self._hold(event, "y", "response", origin, event.y_held, axes)
             self._hold(event, "y", "preactivation", origin, event.y_held, axes)
+        self._spare(event)
 
     # -- which modules are one nonlinearity by hand -------------------------------------------
 
