@@ -41,7 +41,7 @@ class Line(threading.local):
     Attributes:
         cell: the `append` of the run's log, and how tensors are to be read: 0 as they are, 1
             outside the graph, 2 with inference tensors among them, 3 outside of a graph that they
-            may become part of. None while no run is under way.
+            may become part of, 4 both. None while no run is under way.
     """
 
     cell: tuple[Callable[[Any], None], int] | None = None
@@ -74,7 +74,7 @@ class Tap(Hook):
             x = args[0]
             if how:
                 if how > 1:
-                    if how == 3:
+                    if how > 2:
                         x, output = x.detach(), output.detach()
                     note((module, output, version_of(output), x, version_of(x)))
                     return
@@ -84,7 +84,16 @@ class Tap(Hook):
                     output = output.detach()
             note((module, output, output._version, x, x._version))
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.again(module, args, output, error)
+
+    def again(self, module: nn.Module, args: Any, output: Any, error: Exception) -> None:
+        """The quick look has failed: it is not made for inference tensors, which may turn up."""
+        cell = self.line.cell
+        if cell is None or cell[1] in (2, 4):
             self.fault(module, error)
+            return
+        self.line.cell = (cell[0], 4 if cell[1] else 2)
+        self(module, args, output)
 
     def disarm(self) -> None:
         """Let go of the session and its run."""
@@ -105,11 +114,11 @@ class OutputTap(Tap):
             return
         note, how = cell
         try:
-            if how and (output.requires_grad or how == 3):
+            if how and (output.requires_grad or how > 2):
                 output = output.detach()
-            note((module, output, version_of(output) if how == 2 else output._version))
+            note((module, output, version_of(output) if how > 1 else output._version))
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
-            self.fault(module, error)
+            self.again(module, args, output, error)
 
 
 class Run:
@@ -117,7 +126,7 @@ class Run:
 
     __slots__ = (
         *("_checked", "_origins", "base", "before", "how", "inputs", "line", "log", "lost"),
-        *("marks", "mode", "module", "plan", "wants"),
+        *("marks", "mode", "module", "plan", "uncounted", "wants"),
     )
 
     def __init__(
@@ -145,6 +154,7 @@ class Run:
             self.how = 2
         elif wants.detach and in_function():
             self.how = 3
+        self.uncounted = self.how == 2 or wants.gradients  # some tensor may have no version counter
         self._checked = 0  # how many entries of the log are known to follow the plan
         self._origins: dict[Ref, Origin] = {}
 
@@ -160,7 +170,7 @@ class Run:
 
     def finish(self) -> None:
         """Put back what `start` changed."""
-        self.line.cell = None
+        self._off()
         for module in self.plan.flips:
             module.__dict__["inplace"] = True
         if self.mode is not None:
@@ -206,9 +216,9 @@ class Run:
             x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
             x_grad = self._watched(x)
         if step.plain:
-            record: tuple[Any, ...] = (module, self._own(output), version_of(output))
+            record: tuple[Any, ...] = (module, self._own(output), self._version(output))
             if step.plain == "xy" and x is not None:
-                record = (*record, self._own(x), version_of(x))
+                record = (*record, self._own(x), self._version(x))
             if self.wants.gradients:
                 record = (*record, self._watched(output), x_grad)
             self.log.append(record)
@@ -275,8 +285,13 @@ class Run:
                     if emission.copy and not emission.before:
                         value = clone(value)
             shared[slot] = value, grad
-            read.append((value, version_of(value), grad))
+            read.append((value, self._version(value), grad))
         return read
+
+    def _version(self, tensor: Tensor) -> int:
+        version = version_of(tensor)
+        self.uncounted = self.uncounted or version < 0
+        return version
 
     def _watched(self, tensor: Any) -> Gradient | None:
         """Where the tensor's gradient will arrive, if that was asked for."""
@@ -293,7 +308,13 @@ class Run:
         """The run does not follow its plan: what is held so far stays, the rest is not labelled."""
         if not self.lost:
             self.lost = what
-            self.line.cell = None
+            self._off()
+
+    def _off(self) -> None:
+        """No tap writes to this run any more."""
+        if self.line.cell is not None and self.line.cell[1] in (2, 4):
+            self.uncounted = True
+        self.line.cell = None
 
     # -- when it is read ----------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from fmapkit._names import Names
 from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
 from fmapkit._replay import Line, OutputTap, Run, Tap, tag_outputs
+from fmapkit._settle import has_inference_tensors, settle
 from fmapkit._store import Pass, Store, storage_of
 from fmapkit._trace import TRANSFORMED, Frame, Tracer, leaves, transformed
 from fmapkit._wants import Wants
@@ -218,7 +219,7 @@ class Session:
                 if self._depth:
                     self._depth -= 1
                 else:
-                    self._end(output if replaced is None else replaced)
+                    self._end()
         except Exception as error:
             self._fault(module, error)
             if module is self.model and not self._depth:
@@ -290,20 +291,7 @@ class Session:
             self._trace_on()
         return True
 
-    def _settle(self, current: Pass, output: Any) -> None:
-        """Inference tensors have no version counter: copy what a later write could reach unseen.
-
-        That is what the pass returned, and every map that outlives the next pass's start.
-        """
-        reached = {storage_of(t) for _, t in leaves(output)}
-        for entry in current.entries():
-            held = entry.held
-            if held is None or held.tensor is None or not held.tensor.is_inference():
-                continue
-            if self.store.keep != 1 or storage_of(held.tensor) in reached:
-                held.snapshot()
-
-    def _end(self, output: Any) -> None:
+    def _end(self) -> None:
         tracer, current = self._tracer, self._current
         self._trace_out()
         if tracer is not None:
@@ -322,10 +310,11 @@ class Session:
             tracer.end()
         if current is not None:
             current.closed = True
-            if torch.is_inference_mode_enabled():
-                self._settle(current, output)
         self._tracer = self._current = self._frame = self._run = self._learning = None
         self._depth = 0
+        del tracer  # which holds tensors, too
+        if current is not None and has_inference_tensors(current):
+            settle(current)
         if self.missed and not self._warned:
             try:
                 self._warn()
@@ -344,9 +333,12 @@ class Session:
         self._trace_out()
         if self._tracer is not None:
             self._tracer.end()
-        if self._current is not None:
-            self._current.closed = True
+        current = self._current
         self._tracer = self._current = self._frame = self._run = None
+        if current is not None:
+            current.closed = True
+            if has_inference_tensors(current):
+                settle(current)
         self._fused_in = self._fused = None
         self._depth = 0
         self._idle = False

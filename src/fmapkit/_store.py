@@ -263,5 +263,8 @@ def storage_users(tensor: Tensor) -> int:
     count: Any = getattr(torch._C, "_storage_Use_Count", None)
     if count is None:
         return 0
-    storage = tensor.untyped_storage()
+    try:
+        storage = tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return 0
     return int(count(storage._cdata)) - 1  # less the handle made here
