@@ -40,9 +40,19 @@ def select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     """A copy of a few filters, with the same care."""
     if not tensor.requires_grad:
         with _unseen():
-            return tensor.index_select(dim, index)
+            return _laid_out(tensor.index_select(dim, index), tensor)
     with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is), _unseen():
-        return tensor.index_select(dim, index)
+        return _laid_out(tensor.index_select(dim, index), tensor)
+
+
+def _laid_out(copied: Tensor, like: Tensor) -> Tensor:
+    """`index_select` forgets that its input was channels-last."""
+    if like.is_contiguous():
+        return copied
+    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if like.dim() == dims and like.is_contiguous(memory_format=layout):
+            return copied.contiguous(memory_format=layout)
+    return copied
 
 
 def index_of(places: tuple[int, ...], device: torch.device) -> Tensor:

@@ -98,12 +98,24 @@ class Hooks:
             ]
             self.count[module] = 2
 
-    def after(self, module: nn.Module, hook: Hook) -> None:
-        """A plain post hook, the cheapest kind there is, on a module that has none of ours."""
-        if module in self.count or isinstance(module, torch.jit.ScriptModule):
-            return
+    def after(self, module: nn.Module, hook: Hook) -> bool:
+        """A plain post hook, the cheapest kind there is, on a module that is not hooked around.
+
+        Returns:
+            Whether it took the place of a hook of another type.
+        """
+        if isinstance(module, torch.jit.ScriptModule):
+            return False
+        before = self._handles.get(("after", module))
+        if before is None and module in self.count:
+            return False
+        if before is not None:
+            if type(before[0][0]) is type(hook):
+                return False
+            self._remove(("after", module))
         self._handles["after", module] = [(hook, module.register_forward_hook(hook))]
         self.count[module] = 1
+        return before is not None
 
     def _remove(self, key: tuple[str, nn.Module]) -> None:
         for hook, handle in self._handles.pop(key, ()):

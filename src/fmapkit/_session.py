@@ -25,6 +25,7 @@ from torch.overrides import _get_current_function_mode
 
 from fmapkit._aside import operators_are_counted
 from fmapkit._flow import Flow, Weight, tensors_in
+from fmapkit._form import casts, form_of, weights_of
 from fmapkit._fused import REASON, fused_output, may_fuse
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
 from fmapkit._gradients import NO_GRAPH, in_function
@@ -59,10 +60,11 @@ class Missed:
 class _Unit:
     """A proven module at the top of its branch: what its road depends on, and its plans."""
 
-    __slots__ = ("_flags", "_guards", "_latest", "_places", "_slow", "_values", "plans")
+    __slots__ = ("_flags", "_guards", "_latest", "_places", "_slow", "_values", "form", "plans")
 
     def __init__(self, module: nn.Module, guards: list[Guard]) -> None:
         self.plans: dict[Any, Plan] = {}
+        self.form = weights_of(module)
         self._guards = guards
         self._flags = [m.__dict__ for m in module.modules() if "inplace" in m.__dict__]
         # What a dict holds is compared by identity, all at once; the rest one by one.
@@ -459,7 +461,7 @@ class Session:
         unit = self._unit(module)
         tracer = self._tracer
         inputs = [tracer.tag(t) for t in tensors_in((args, kwargs))] if tracer is not None else []
-        modes = (torch.is_grad_enabled(), operators_are_counted())
+        modes = (torch.is_grad_enabled(), operators_are_counted(), casts(), *unit.form())
         shape = (_shape(args), _shape(kwargs), self._carried(inputs), modes)
         plan = unit.same(shape)
         if plan is None:
@@ -544,13 +546,17 @@ class Session:
     def _set_taps(self, plan: Plan, module: nn.Module) -> None:
         around = plan.toggles | plan.scopes | plan.before | self._keyed(plan)
         self.hooks.around(around - {module}, self._pre, self._post)
+        replaced = False
         for tapped in plan.taps - {module}:
             how = plan.direct.get(tapped)
             if how is None:
-                self.hooks.after(tapped, Hook(self._tap, self))
+                replaced |= self.hooks.after(tapped, Hook(self._tap, self))
             else:
                 kind = self._taps[how]
-                self.hooks.after(tapped, kind(self._line, self._tap, self._fault, self))
+                tap = kind(self._line, self._tap, self._fault, self)
+                replaced |= self.hooks.after(tapped, tap)
+        if replaced:  # other plans, of this unit or of one that shares a module, set theirs again
+            self._tapped.clear()
         self._tapped[module] = plan
 
     def _keyed(self, plan: Plan) -> frozenset[nn.Module]:
@@ -649,9 +655,9 @@ def _call_frame() -> Any:
 
 
 def _shape(value: Any) -> Any:
-    """What kind of arguments these are: rank of tensors, types of the rest, by place."""
+    """What kind of arguments these are: form of tensors, types of the rest, by place."""
     if isinstance(value, Tensor):
-        return value.dim()
+        return form_of(value)
     if isinstance(value, (tuple, list)):
         return tuple([_shape(v) for v in value])
     if isinstance(value, dict):
