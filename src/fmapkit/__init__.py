@@ -1,11 +1,13 @@
 """See inside a PyTorch model: `with capture(model) as maps:`."""
 
+from fmapkit import edits
 from fmapkit.capture import capture
 from fmapkit.errors import (
     AmbiguousMapError,
     ArgumentError,
     CaptureStateError,
     CaptureWarning,
+    EditError,
     FilterRangeError,
     FmapkitError,
     KindNotCapturedError,
@@ -29,6 +31,7 @@ __all__ = [
     "ArgumentError",
     "CaptureStateError",
     "CaptureWarning",
+    "EditError",
     "FeatureMap",
     "FeatureMaps",
     "FilterRangeError",
@@ -43,6 +46,7 @@ __all__ = [
     "NotAModuleError",
     "UnknownLayerError",
     "capture",
+    "edits",
     "register_layer",
     "register_nonlinearity",
 ]

@@ -20,18 +20,27 @@ class Names:
         self.by_module: dict[nn.Module, str] = {}
         self.by_name: dict[str, nn.Module] = {}
         self._owners: dict[int, tuple[Tensor, list[tuple[nn.Module, str]]]] = {}
+        self._parameters: list[list[int]] = []  # their ids, by module
         self.refresh()
 
     def refresh(self) -> None:
         """Read the model anew."""
         self.by_module.clear()
         self.by_name.clear()
-        self._owners.clear()
         for name, module in self.model.named_modules(remove_duplicate=False):
             self.by_name[name] = module
-            if module in self.by_module:
-                continue
-            self.by_module[module] = name
+            self.by_module.setdefault(module, name)
+        self._read_parameters()
+
+    def update(self) -> None:
+        """Notice parameters that were swapped, for good or for one call (`functional_call`)."""
+        if self._parameters != [list(map(id, m._parameters.values())) for m in self.by_module]:
+            self._read_parameters()
+
+    def _read_parameters(self) -> None:
+        self._owners.clear()
+        self._parameters = [list(map(id, m._parameters.values())) for m in self.by_module]
+        for module in self.by_module:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     owners = self._owners.setdefault(id(parameter), (parameter, []))[1]

@@ -20,12 +20,14 @@ import operator
 import textwrap
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
+
+from fmapkit._stop import has_own_forward
 
 __all__ = ["Guard", "Proofs"]
 
@@ -99,6 +101,7 @@ class Proofs:
     def __init__(self, is_ours: Callable[[Any], bool]) -> None:
         self._known: dict[int, bool] = {}
         self._guards: dict[int, list[Guard]] = {}
+        self._alike: dict[Any, _Reader] = {}  # by signature
         self._is_ours = is_ours
 
     def proven(self, module: nn.Module) -> bool:
@@ -121,7 +124,7 @@ class Proofs:
             *module._backward_hooks.values(),
             *module._backward_pre_hooks.values(),
         )
-        if not all(map(self._is_ours, hooks)) or "forward" in module.__dict__:
+        if not all(map(self._is_ours, hooks)) or has_own_forward(module):
             return False
         kind = type(module)
         if kind.__getattr__ is not nn.Module.__getattr__:
@@ -130,13 +133,36 @@ class Proofs:
             return False
         if _trusted(module):
             return True
-        reader = _Reader(module)
-        try:
-            reader.function(kind.forward)
-        except (_UnprovenError, RecursionError):
-            return False
-        self._guards[id(module)] = reader.guards
-        return True
+        alike = _signature(module)
+        read = self._alike.get(alike)
+        if read is None:
+            read = _Reader(module)
+            try:
+                read.function(kind.forward)
+            except (_UnprovenError, RecursionError):
+                read.proven = False
+            if not read.deep:
+                self._alike[alike] = read
+        self._guards[id(module)] = [
+            replace(g, module=module) if g.module is read.module else g for g in read.guards
+        ]
+        return read.proven
+
+
+# What every module has, whatever its class.
+_COMMON = frozenset(nn.Module().__dict__) - {"training"}
+
+
+def _signature(module: nn.Module) -> Any:
+    """What a proof can rest on that looks no deeper than the module's own attributes."""
+    own = tuple(
+        (name, type(value), value if isinstance(value, _SIMPLE) else id(value))
+        for name, value in module.__dict__.items()
+        if name not in _COMMON
+    )
+    children = tuple((name, type(child)) for name, child in module._modules.items())
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    return type(module), own, children, tuple((name, value is None) for name, value in tensors)
 
 
 def _trusted(module: nn.Module) -> bool:
@@ -178,6 +204,8 @@ class _Reader:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.guards: list[Guard] = []
+        self.proven = True
+        self.deep = False  # it looked at more than the module's own attributes
         self._seen: set[types.CodeType] = set()
         self._function: types.FunctionType | None = None
         self._self = ""
@@ -348,6 +376,7 @@ class _Reader:
             case ast.Tuple(elts=elements) | ast.List(elts=elements):
                 return all(map(self._is_static, elements))
             case ast.Call(func=ast.Name(id="len"), args=[value]):
+                self.deep = True
                 return isinstance(self._resolve(value), nn.Module) or self._is_static(value)
             case ast.Call(func=ast.Attribute() as function, args=[]):
                 return self._resolve(function) in _JIT_QUESTIONS
@@ -575,6 +604,7 @@ class _Reader:
             names.append(node.attr)
             node = node.value
         if isinstance(node, ast.Name) and node.id == self._self and names:
+            self.deep = self.deep or len(names) > 1
             return ".".join(reversed(names))
         return None
 
@@ -588,6 +618,7 @@ class _Reader:
             return None
         if node.id == self._self:
             found: Any = self.module
+            self.deep = self.deep or len(names) > 1
         elif node.id in self._locals:
             return None
         elif node.id in self._function.__globals__:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
-from itertools import islice
 from operator import itemgetter
 from typing import Any
 
@@ -24,6 +23,7 @@ from fmapkit._functions import describe, out_of_place
 from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._hooks import Hook, leave_mode, nothing
 from fmapkit._plan import Plan, Ref, Step
+from fmapkit._stop import Stop
 from fmapkit._store import Entry, Held, version_of
 from fmapkit._trace import leaves
 from fmapkit._wants import Wants
@@ -126,7 +126,7 @@ class Run:
 
     __slots__ = (
         *("_checked", "_origins", "base", "before", "how", "inputs", "line", "log", "lost"),
-        *("marks", "mode", "module", "plan", "uncounted", "wants"),
+        *("marks", "mode", "module", "plan", "stop", "uncounted", "wants"),
     )
 
     def __init__(
@@ -135,6 +135,7 @@ class Run:
         plan: Plan,
         wants: Wants,
         line: Line,
+        stop: Stop | None,
         inputs: list[Any],
         base: Counter[str] | None,
     ) -> None:
@@ -142,6 +143,7 @@ class Run:
         self.plan = plan
         self.wants = wants
         self.line = line
+        self.stop = stop  # what to end the pass by, after the last step
         self.inputs = inputs
         self.base = base
         self.log: list[Any] = []  # per step: its module, then what was read
@@ -224,6 +226,11 @@ class Run:
             self.log.append(record)
         else:
             self.log.append((module, self._read(step, x, output, x_grad)))
+        self._may_stop()
+
+    def _may_stop(self) -> None:
+        if self.stop is not None and len(self.log) == len(self.plan.steps):
+            self.stop.end()
 
     def _next(self) -> Step | None:
         at, steps = len(self.log), self.plan.steps
@@ -245,7 +252,7 @@ class Run:
         if step is None or step.module is not None or step.function != name:
             self.stray(name)
             return func(*args, **kwargs)
-        x = next(islice(tensors_in((args, list(kwargs.values()))), step.place, None), None)
+        x = next(iter(tensors_in(*args, kwargs)[step.place :]), None)
         held, x_grad = x, self._watched(x)
         if step.flip:
             other = out_of_place(func, args, kwargs)
@@ -254,6 +261,7 @@ class Run:
             held = clone(self._own(x))
         out = func(*args, **kwargs)
         self.log.append((None, self._read(step, held, out, x_grad)))
+        self._may_stop()
         return out
 
     def _read(

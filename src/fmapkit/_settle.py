@@ -27,7 +27,8 @@ def has_inference_tensors(current: Pass) -> bool:
 
 def settle(current: Pass) -> None:
     """Make the maps of a pass that has ended safe from writes that torch does not count."""
-    held = {id(e.held): e.held for e in current.entries() if e.held is not None}
+    both = [h for e in current.entries() for h in (e.held, e.edited)]
+    held = {id(h): h for h in both if h is not None}
     uncounted = [h for h in held.values() if h.tensor is not None and h.tensor.is_inference()]
     if not uncounted:
         return

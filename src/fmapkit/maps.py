@@ -53,6 +53,7 @@ class FeatureMap:
         path: place in a nested output, e.g. "[0]" or ".logits"; else "".
         filter_dim: axis of `tensor` that counts filters; None if there is none, or after `[k]`.
         filters: the filters that lie along that axis, in order; None if there is no such axis.
+        edited: what went on in the map's place, where `capture(edit=...)` changed it; else None.
     """
 
     tensor: Tensor = field(repr=False)
@@ -65,6 +66,7 @@ class FeatureMap:
     path: str = ""
     filter_dim: int | None = None
     filters: range | tuple[int, ...] | None = field(default=None, repr=False)
+    edited: Tensor | None = field(default=None, repr=False)
     _gradient: Gradient | None = field(default=None, repr=False)
     _whole: FeatureMap | None = field(default=None, repr=False)  # the map of all filters
 
@@ -151,8 +153,17 @@ class FeatureMap:
                 f"which holds {len(there)} filters ({_span(there)})"
             )
         assert self.filter_dim is not None
-        view = self.tensor.select(self.filter_dim, there.index(wanted))
-        return replace(self, tensor=view, filter=wanted, filter_dim=None, filters=None, _whole=self)
+        place = there.index(wanted)
+        edited = self.edited.select(self.filter_dim, place) if self.edited is not None else None
+        return replace(
+            self,
+            tensor=self.tensor.select(self.filter_dim, place),
+            edited=edited,
+            filter=wanted,
+            filter_dim=None,
+            filters=None,
+            _whole=self,
+        )
 
     def __iter__(self) -> Iterator[FeatureMap]:
         """The map of each filter, in order."""
@@ -481,5 +492,6 @@ def _read(step: int, entry: Entry) -> FeatureMap:
         path=entry.path,
         filter_dim=dim,
         filters=filters if dim is not None else None,
+        edited=entry.edited.read(f"the edit of {what}") if entry.edited is not None else None,
         _gradient=entry.held.gradient,
     )
