@@ -580,3 +580,191 @@ def test_a_look_before_backward_warns_of_nothing() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(ArgumentError, match="gradients must be True or False, not 'all'"):
         capture(Plain(), gradients="all")  # type: ignore[arg-type]
+
+
+# -- maps in the graph: losses on them -------------------------------------------------------------
+
+
+def _of_kinds(kinds: tuple[str, ...]) -> Hand:
+    def hand(model: Any, x: Tensor) -> Any:
+        out, maps = model.by_hand(x)
+        return out, {key: t for key, t in maps.items() if key[1] in kinds}
+
+    return hand
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("with_output", [True, False])
+@pytest.mark.parametrize(
+    ("net", "kinds"),
+    [(Plain, (Z, A)), (Plain, EVERY), (Scope, (Z, A)), (TrulyInPlace, (Z, A)), (Shared, (Z, A))],
+)
+def test_a_loss_on_each_map_trains_as_by_hand(
+    net: type[nn.Module], kinds: tuple[str, ...], with_output: bool, gradients: bool
+) -> None:
+    """Penalties on activations, perceptual losses and the like, one map at a time."""
+    model = net()
+    twin = copy.deepcopy(model)
+    shape = (4, 6) if net is Shared else (2, 3, 6, 6)
+    with capture(model, detach=False, kinds=kinds, gradients=gradients) as maps:
+        keys = list(_of_kinds(kinds)(twin, image(0, *shape))[1])
+        for step, key in enumerate(keys * 2):
+            x = image(step, *shape)
+            model.zero_grad()
+            twin.zero_grad()
+            out = model(x)
+            true_out, true = _of_kinds(kinds)(twin, x)
+            mine, theirs = _find(maps, key).tensor, true[key]
+            assert mine.requires_grad == theirs.requires_grad
+            if not mine.requires_grad and not with_output:
+                continue
+            loss, other = mine.abs().sum(), theirs.abs().sum()
+            if with_output:
+                loss, other = loss + out.square().sum(), other + true_out.square().sum()
+            loss.backward()
+            other.backward()
+            for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+                assert (p.grad is None) == (q.grad is None), (key, name)
+                assert p.grad is None or same_bits(p.grad, q.grad), (key, name)
+
+
+def test_distillation_from_a_teacher() -> None:
+    teacher, student = Plain().eval(), Plain()
+    twin = copy.deepcopy(student)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (student, twin)]
+    with capture(teacher) as taught, capture(student, detach=False) as learned:
+        for step in range(PASSES):
+            x = image(step)
+            with torch.no_grad():
+                teacher(x)
+                _, right = teacher.by_hand(x)
+            _, true = twin.by_hand(x)
+            student(x)
+            losses = []
+            for pairs in (
+                [(learned[k[0], k[1]].tensor, taught[k[0], k[1]].tensor) for k in CONVS],
+                [(true[k], right[k]) for k in CONVS],
+            ):
+                losses.append(torch.stack([F.mse_loss(s, t) for s, t in pairs]).sum())
+            for loss, optimizer in zip(losses, optimizers, strict=True):
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            assert same_bits(*losses)
+            for p, q in zip(student.parameters(), twin.parameters(), strict=True):
+                assert same_bits(p, q)
+
+
+CONVS = [("conv1", Z, 0), ("conv1", A, 0), ("conv2", Z, 0), ("conv2", A, 0)]
+
+
+def test_features_of_two_passes_in_one_loss() -> None:
+    # A perceptual loss: both images go through the same frozen net, and one of them is trained.
+    model = Plain().eval().requires_grad_(False)
+    with capture(model, detach=False, keep=2, layers="conv*", gradients=True) as maps:
+        for step in range(PASSES):
+            x, target = image(step).requires_grad_(), image(step + 10)
+            y = x.detach().clone().requires_grad_()
+            model(target)
+            model(x)
+            pairs = zip(
+                *(maps.select(kind=A, step=2 * step + n) for n in (0, 1)),
+                strict=True,
+            )
+            loss = sum(F.mse_loss(a.tensor, b.tensor) for a, b in pairs)
+            loss.backward()
+            _, wanted = model.by_hand(target)
+            _, true = model.by_hand(y)
+            other = sum(F.mse_loss(wanted[k], true[k]) for k in CONVS if k[1] == A)
+            other.backward()
+            assert same_bits(x.grad, y.grad)
+
+
+def test_a_map_of_the_graph_that_was_copied_is_right_where_gradients_are_off() -> None:
+    # The copy is made under no_grad, and still has to be a part of the graph.
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = torch.sigmoid(self.fc(x))
+            b = a * 1.0
+            with torch.no_grad():
+                a.zero_()
+            return b.detach()
+
+    model = Scaled()
+    with capture(model, detach=False) as maps:
+        for step in range(PASSES):
+            model.zero_grad()
+            model(image(step, 2, 4))
+            a = maps["fc"].tensor
+            assert same_bits(a.detach(), torch.sigmoid(model.fc(image(step, 2, 4))).detach())
+            assert a.requires_grad
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_data_parallel(detach: bool, tmp_path: Any) -> None:
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    if not distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = Plain()
+        twin = copy.deepcopy(model)
+        wrapped = DistributedDataParallel(model)
+        with capture(model, gradients=True, detach=detach) as maps:
+            for step in range(PASSES):
+                model.zero_grad()
+                twin.zero_grad()
+                out = wrapped(image(step))
+                true_out, true = twin.by_hand(image(step))
+                for key in CONVS:
+                    true[key].retain_grad()
+                out.square().sum().backward()
+                true_out.square().sum().backward()
+                for key in CONVS:
+                    assert same_bits(_find(maps, key).grad, true[key].grad)
+                for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                    assert same_bits(p.grad, q.grad)
+        with capture(wrapped, gradients=True, detach=detach) as maps:
+            for step in range(PASSES):
+                out = wrapped(image(step))
+                out.square().sum().backward()
+                ours = [fm.grad for fm in maps.select(kind=A)]
+                assert len(ours) == 2
+                assert all(g is not None for g in ours)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_outputs_with_a_path() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(4, 3, batch_first=True)
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, h = self.rnn(x)
+            return self.head(y) + h.sum()
+
+    model = Tagger()
+    twin = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with capture(model, layers=["rnn", "head"], kinds="output", gradients=True) as maps:
+            for step in range(PASSES):
+                model(image(step, 2, 5, 4)).square().sum().backward()
+                y, h = twin.rnn(image(step, 2, 5, 4))
+                out = twin.head(y) + h.sum()
+                for t in (y, h):
+                    t.retain_grad()
+                out.square().sum().backward()
+                assert same_bits(maps.select(layer="rnn", path="[0]")[0].grad, y.grad)
+                assert same_bits(maps.select(layer="rnn", path="[1]")[0].grad, h.grad)
+                assert maps["head", "output"].grad is not None
