@@ -536,6 +536,30 @@ def test_what_a_reentrant_region_cannot_give_is_named(asked: dict[str, bool]) ->
             assert all("use_reentrant=False" in m.reason for m in maps.missed)
 
 
+def test_what_a_reentrant_region_returns_has_its_gradient() -> None:
+    # Once it has returned, its output is part of the graph.
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(reentrant(lambda y: torch.sigmoid(self.fc(y)), x)))
+
+    model = Net()
+    twin = copy.deepcopy(model)
+    warnings.simplefilter("ignore", CaptureWarning)
+    with capture(model, gradients=True) as maps:
+        for step in range(PASSES):
+            model(rows(step)).square().sum().backward()
+            z = torch.sigmoid(twin.fc(rows(step)))
+            z.retain_grad()
+            twin.head(torch.tanh(z)).square().sum().backward()
+            (fm,) = maps.select(kind="preactivation", nonlinearity="tanh")
+            assert same_bits(fm.grad, z.grad)
+
+
 def test_nothing_is_named_where_gradients_are_off() -> None:
     model = Regions(reentrant)
     with capture(model, gradients=True) as maps, torch.no_grad():

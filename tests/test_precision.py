@@ -199,7 +199,7 @@ class Casts(nn.Module):
 
 
 @pytest.mark.parametrize("by", ["float", "to", "contiguous", "reshape", "σ"])
-@pytest.mark.parametrize("how", ["autocast", "input", "weights", "no grad"])
+@pytest.mark.parametrize("how", ["autocast", "input", "weights", "dtype", "no grad"])
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_cast_that_copies_in_one_pass_and_not_in_the_next(how: str, by: str, first: int) -> None:
     model = Casts(by).requires_grad_(False)
@@ -211,6 +211,7 @@ def test_a_cast_that_copies_in_one_pass_and_not_in_the_next(how: str, by: str, f
             for net in (model, bare):
                 if how == "weights":
                     net.to(memory_format=torch.channels_last if odd else torch.contiguous_format)
+                elif how == "dtype":
                     net.to(torch.bfloat16 if odd else torch.float32)
                     x = x.to(torch.bfloat16 if odd else torch.float32)
                 elif how == "input":
@@ -226,6 +227,66 @@ def test_a_cast_that_copies_in_one_pass_and_not_in_the_next(how: str, by: str, f
             z = maps.select(layer="conv", kind="response")[0].tensor
             with mode():
                 assert same_bits(z, bare.conv(x))
+
+
+def test_weights_of_another_dtype_below_inputs_of_the_same() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(5, 4)
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, words: Tensor) -> Tensor:
+            z = self.fc(self.embed(words))
+            a = torch.sigmoid(z)
+            z.float().mul_(2)
+            return a + z
+
+    model = Words()
+    bare = copy.deepcopy(model)
+    words = torch.arange(5).view(1, 5)
+    with capture(model) as maps:
+        for step in range(6):
+            for net in (model, bare):
+                net.to(torch.float32 if step % 2 else torch.bfloat16)
+            true = run(bare, words, torch.no_grad, step, False, True)
+            truth.assert_same_pass(true, run(model, words, torch.no_grad, step, False))
+            truth.assert_captured_exactly_once(maps, true.truth)
+
+
+def test_a_shared_activation_that_two_units_tap_differently() -> None:
+    class Overwrites(nn.Module):
+        def __init__(self, act: nn.Module) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.act = act
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.act(self.fc(x))
+            a += 1
+            return a
+
+    class Leaves(Overwrites):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.fc(x))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            act = nn.Tanh()
+            self.one, self.two = Overwrites(act), Leaves(act)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.two(self.one(x))
+            return x if x.isnan().any() else x * 2
+
+    model = Net()
+    with capture(model) as maps, torch.no_grad():
+        for step in range(PASSES + 1):
+            with truth.Witness(model) as witness:
+                model(torch.randn(2, 4, generator=torch.Generator().manual_seed(step)))
+            truth.assert_captured_exactly_once(maps, witness.runs)
+            assert not maps.missed
 
 
 # -- any model, any precision ----------------------------------------------------------------------

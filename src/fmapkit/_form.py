@@ -27,8 +27,8 @@ def form_of(tensor: Tensor) -> Any:
     """Rank, dtype and layout of an argument; not its shape, which may change freely."""
     if tensor.layout is not torch.strided:
         return tensor.dim(), tensor.dtype, tensor.layout
-    if tensor.is_contiguous():
-        return tensor.dim(), tensor.dtype
+    if tensor.is_contiguous():  # one pixel is channels-last, too, if its strides say so
+        return tensor.dim(), tensor.dtype, tensor.dim() > 3 and tensor.stride(-1)
     strides = tensor.stride()
     spans = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
     order = tuple(sorted(range(len(strides)), key=strides.__getitem__))
@@ -63,7 +63,7 @@ def weights_of(module: nn.Module) -> Callable[[], Any]:
         for held, name in looked_at:
             weight = held.get(name)
             if weight is not None:
-                found.append((weight.dtype, weight.is_contiguous()))
+                found.append((weight.dtype, weight.stride()))
         return found
 
     return form
