@@ -317,6 +317,18 @@ def test_picked_filters_have_their_part_of_the_gradient(filters: Any, detach: bo
     compare(Plain(), image, hand=hand, layers="conv*", filters=filters, detach=detach)
 
 
+def test_picked_filters_in_inference_mode_first_and_in_training_after() -> None:
+    model = Plain()
+    with capture(model, layers="conv*", filters=[1, 3], detach=False, gradients=True) as maps:
+        with torch.inference_mode():
+            model(image(0))
+        for step in range(PASSES):
+            loss = model(image(step)).sum() + maps["conv1"].tensor.sum()
+            loss.backward()
+            assert maps["conv1"].grad is not None
+            assert not maps.missed
+
+
 # -- leaves, and what has no gradient --------------------------------------------------------------
 
 

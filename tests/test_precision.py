@@ -458,18 +458,21 @@ def test_a_pass_that_failed_in_inference_mode() -> None:
             unharmed(maps, expected)
 
 
-def test_inference_mode_inside_a_forward() -> None:
+@pytest.mark.parametrize("quick", [True, False])
+def test_inference_mode_inside_a_forward(quick: bool) -> None:
     class Frozen(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.encoder = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
             self.act = nn.Tanh()
             self.head = nn.Linear(4, 4)
+            self.last = nn.Sigmoid()
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             with torch.inference_mode():
                 h = self.encoder(x)
-            return h, torch.sigmoid(self.head(self.act(h).clone()))
+            out = self.head(self.act(h).clone())
+            return h, self.last(out) if quick else torch.sigmoid(out)
 
     model = Frozen()
     for gradients in (False, True):
