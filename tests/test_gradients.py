@@ -19,9 +19,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, event, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fmapkit import ArgumentError, MapOverwrittenError, capture
+from tests import truth
+from tests.strategies import Model, models
 from tests.truth import graph_of, same_bits
 
 PASSES = 3
@@ -780,3 +785,105 @@ def test_outputs_with_a_path() -> None:
                 assert same_bits(maps.select(layer="rnn", path="[0]")[0].grad, y.grad)
                 assert same_bits(maps.select(layer="rnn", path="[1]")[0].grad, h.grad)
                 assert maps["head", "output"].grad is not None
+
+
+# -- any model -------------------------------------------------------------------------------------
+
+
+class Site:
+    """One σ as the bare model ran it: z and a, and what backward sends to each."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.z, self.grads = z.detach().clone(), {Z: [], A: []}
+        self.listen(Z, z)
+
+    def listen(self, kind: str, tensor: Tensor) -> None:
+        if tensor.requires_grad:
+            tensor.register_hook(lambda g: self.grads[kind].append(g.clone()))
+
+    def returned(self, a: Tensor) -> None:
+        self.a = a.detach().clone()
+        self.listen(A, a)
+
+
+class Listening(TorchFunctionMode):
+    """Listens at every σ of a bare model, just before it runs and just after."""
+
+    SIGMAS = (
+        *("relu", "relu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "gelu", "silu", "leaky_relu"),
+        *("elu", "softplus", "hardswish", "relu6", "mish", "celu", "prelu", "rrelu", "hardtanh"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: list[Site] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") not in self.SIGMAS:
+            return func(*args, **(kwargs or {}))
+        site = Site(args[0])
+        out = func(*args, **(kwargs or {}))
+        site.returned(out)
+        self.sites.append(site)
+        return out
+
+
+@settings(max_examples=60)
+@given(models(), st.booleans(), st.booleans())
+def test_gradients_of_any_model(drawn: Model, detach: bool, every_kind: bool) -> None:
+    model = drawn.build().train()
+    bare = copy.deepcopy(model)
+    kinds = EVERY if every_kind else (Z, A)
+    compared = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with capture(model, gradients=True, detach=detach, kinds=kinds) as maps:
+            for step in range(4):
+                x = drawn.inputs(step)
+                truth.seed(step)
+                bare.zero_grad()
+                listening = Listening()
+                with listening:
+                    out = bare(x.clone())
+                assume(out.requires_grad)
+                try:
+                    out.float().square().mean().backward()
+                except RuntimeError as error:  # the strategies write in place without asking
+                    if "inplace" not in str(error):
+                        raise
+                    assume(False)
+                truth.seed(step)
+                model.zero_grad()
+                model(x.clone()).float().square().mean().backward()
+                compared += _compare_sites(maps, listening.sites)
+                for p, q in zip(model.parameters(), bare.parameters(), strict=True):
+                    assert (p.grad is None) == (q.grad is None)
+                    assert p.grad is None or same_bits(p.grad, q.grad)
+    event("sites compared" if compared else "none")
+
+
+def _compare_sites(maps: Any, sites: list[Site]) -> int:
+    """Every pair that has a site with the same values has its gradients."""
+    for kind in (Z, A):
+        found = [fm for fm in maps.select(kind=kind, step=-1) if fm.nonlinearity is not None]
+        left = list(sites)
+        for fm in found:
+            values = fm.tensor.detach()
+            alike = [s for s in left if same_bits(values, s.z if kind == Z else s.a)]
+            if not alike:  # one that is written out by hand, as a module
+                continue
+            grads = [_sum(s.grads[kind]) for s in alike]
+            right = [i for i, g in enumerate(grads) if _same(fm.grad, g)]
+            assert right, (fm, fm.grad, grads)
+            left.remove(alike[right[0]])
+    return len(sites)
+
+
+def _sum(grads: list[Tensor]) -> Tensor | None:
+    return None if not grads else torch.stack(grads).sum(0) if len(grads) > 1 else grads[0]
+
+
+def _same(mine: Tensor | None, true: Tensor | None) -> bool:
+    if mine is None or true is None:
+        return mine is None and true is None
+    return same_bits(mine, true)
