@@ -36,12 +36,13 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Every aten overload packet that is one nonlinearity of its first argument. `relu6`, `selu`,
-# `prelu`, `rrelu` and `log_sigmoid` decompose to these before they get here.
+# Every aten overload packet that is one nonlinearity of its first argument. The last line's
+# decompose to others before they get here, but not in inference mode.
 SIGMAS = _words(
     """relu threshold hardtanh sigmoid tanh silu gelu elu celu selu leaky_relu mish hardswish
     hardsigmoid softplus log_sigmoid_forward glu hardshrink softshrink _prelu_kernel
-    rrelu_with_noise rrelu_with_noise_functional"""
+    rrelu_with_noise rrelu_with_noise_functional
+    prelu relu6 rrelu log_sigmoid"""
 )
 # Pointwise calls that leave a straight line straight, and those that do not.
 _POINTWISE_LINEAR = _words(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fmapkit import layers
+from fmapkit._aside import select
 from fmapkit._axes import Axes
 from fmapkit._names import Names
 from fmapkit.errors import ArgumentError, FilterRangeError, UnknownLayerError, did_you_mean, listed
@@ -84,10 +84,18 @@ class Wants:
     """
 
     def __init__(
-        self, names: Names, layers_given: Any, kinds: Any, filters: Any, detach: bool = True
+        self,
+        names: Names,
+        layers_given: Any,
+        kinds: Any,
+        filters: Any,
+        detach: bool = True,
+        gradients: bool = False,
     ) -> None:
         self._names = names
         self.detach = detach
+        self.gradients = gradients
+        self.graph = gradients or not detach  # what the model's graph is needed for
         self.kinds = _kinds(kinds)
         chosen = None if layers_given is None else Selection(names, layers_given, "layers")
         self._selection = chosen
@@ -175,21 +183,16 @@ class Wants:
         return f"filters={self._chosen(name)} asks for filters outside {axes.filters}"
 
     def take(self, tensor: Tensor, axes: Axes, picked: tuple[int, ...]) -> Tensor:
-        """A copy of the picked filters alone.
+        """A copy of the picked filters alone."""
+        source = tensor.detach() if self.detach else tensor
+        return select(source, *self.place(axes, picked))
 
-        By slices: an index tensor would have to be sent to the device, which waits for it.
-        """
+    @staticmethod
+    def place(axes: Axes, picked: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+        """The filters' axis, and where on it the picked ones lie."""
         there, dim = axes.filters, axes.dim
         assert there is not None and dim is not None
-        source = tensor.detach() if self.detach else tensor
-        runs: list[list[int]] = []  # [first, length] of filters that lie side by side
-        for place in map(there.index, picked):
-            if runs and place == sum(runs[-1]):
-                runs[-1][1] += 1
-            else:
-                runs.append([place, 1])
-        pieces = [source.narrow(dim, first, length) for first, length in runs]
-        return pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces, dim)
+        return dim, tuple(there.index(f) for f in picked)
 
 
 def _only_a_pass_can_tell(names: Names, label: str) -> bool:

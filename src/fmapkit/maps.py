@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import _table
+from fmapkit._gradients import Gradient
 from fmapkit._store import Entry
 from fmapkit._wants import KINDS
 from fmapkit.errors import (
@@ -66,6 +67,8 @@ class FeatureMap:
     filter_dim: int | None = None
     filters: range | tuple[int, ...] | None = field(default=None, repr=False)
     edited: Tensor | None = field(default=None, repr=False)
+    _gradient: Gradient | None = field(default=None, repr=False)
+    _whole: FeatureMap | None = field(default=None, repr=False)  # the map of all filters
 
     @property
     def shape(self) -> torch.Size:
@@ -89,8 +92,26 @@ class FeatureMap:
 
     @property
     def grad(self) -> Tensor | None:
-        """Gradient with respect to the map, where one was asked for; else None."""
-        return self.tensor.grad
+        """Gradient with respect to the map: dL/dz of a preactivation, dL/da of an activation.
+
+        Asked for with `capture(gradients=True)`, or `fm.tensor.retain_grad()` where the maps are in
+        the graph. It is the tensor that backward made, not a copy, and the sum over several
+        backward passes. None before backward, and where none gets to the map. Of one filter's map,
+        that filter's part, as a view.
+
+        Raises:
+            MapOverwrittenError: its memory was written to after backward.
+        """
+        if self._whole is not None:
+            whole, dim = self._whole.grad, self._whole.filter_dim
+            assert dim is not None and self.filter is not None
+            there = self._whole._along()
+            return None if whole is None else whole.select(dim, there.index(self.filter))
+        if self._gradient is not None:
+            return self._gradient.read(f"the {self.kind} of layer {self.layer!r}")
+        tensor = self.tensor
+        # torch warns of a look at the gradient of a tensor that was never going to have one.
+        return tensor.grad if tensor.is_leaf or tensor.retains_grad else None
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The values as a NumPy array; bfloat16, which NumPy lacks, as float32."""
@@ -141,6 +162,7 @@ class FeatureMap:
             filter=wanted,
             filter_dim=None,
             filters=None,
+            _whole=self,
         )
 
     def __iter__(self) -> Iterator[FeatureMap]:
@@ -471,4 +493,5 @@ def _read(step: int, entry: Entry) -> FeatureMap:
         filter_dim=dim,
         filters=filters if dim is not None else None,
         edited=entry.edited.read(f"the edit of {what}") if entry.edited is not None else None,
+        _gradient=entry.held.gradient,
     )
