@@ -1,13 +1,19 @@
-"""Who is who in a model: qualified names of modules, and whose parameter a weight is."""
+"""Who is who in a model: qualified names of modules, and whose parameter a weight is.
+
+The names are those of the plain model: a module that only carries another one
+(`DistributedDataParallel`) adds no level, and goes by the name of what it carries.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from fmapkit import layers
+from fmapkit._store import storage_of
+from fmapkit._wrappers import flat_handles, inner_key, lends_parameters
 
 __all__ = ["Names"]
 
@@ -19,19 +25,32 @@ class Names:
         self.model = model
         self.by_module: dict[nn.Module, str] = {}
         self.by_name: dict[str, nn.Module] = {}
+        self.wrappers: set[nn.Module] = set()
+        self.lent = False  # parameters that have memory only while their module runs (FSDP)
         self._owners: dict[int, tuple[Tensor, list[tuple[nn.Module, str]]]] = {}
+        self._flat: list[tuple[Any, list[tuple[nn.Module, str]]]] = []
         self.refresh()
 
     def refresh(self) -> None:
         """Read the model anew."""
         self.by_module.clear()
         self.by_name.clear()
+        self.wrappers.clear()
         self._owners.clear()
-        for name, module in self.model.named_modules(remove_duplicate=False):
-            self.by_name[name] = module
+        self._flat.clear()
+        self.lent = False
+        for name, module in _walk(self.model, ""):
+            self.by_name[name] = module  # of a wrapper, what it carries: that comes after it
             if module in self.by_module:
                 continue
             self.by_module[module] = name
+            if inner_key(module) is not None:
+                self.wrappers.add(module)
+            self.lent = self.lent or lends_parameters(module)
+            handle = flat_handles(module)
+            if handle is not None:
+                infos = (*handle.flat_param._param_infos, *handle.flat_param._shared_param_infos)
+                self._flat.append((handle, [(i.module, i.param_name) for i in infos]))
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     owners = self._owners.setdefault(id(parameter), (parameter, []))[1]
@@ -45,7 +64,39 @@ class Names:
     def is_parameter(self, value: Any) -> bool:
         """Whether it is a parameter of the model."""
         found = self._owners.get(id(value))
-        return (found is not None and found[0] is value) or isinstance(value, nn.Parameter)
+        if (found is not None and found[0] is value) or isinstance(value, nn.Parameter):
+            return True
+        return bool(self._flat) and bool(self._in_flat(value))
+
+    def _owned_by(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+        """The modules that have it, and as what."""
+        found = self._owners.get(id(parameter))
+        if found is not None and found[0] is parameter:
+            return found[1]
+        # FSDP puts other tensors in their place while a module runs.
+        return self._in_flat(parameter) or [
+            (module, key)
+            for module in self.by_module
+            for key, value in module._parameters.items()
+            if value is parameter
+        ]
+
+    def _in_flat(self, value: Tensor) -> list[tuple[nn.Module, str]]:
+        """Of a view into the one flat parameter that `FullyShardedDataParallel` makes of many."""
+        return [
+            place
+            for handle, places in self._flat
+            if storage_of(handle.flat_param) == storage_of(value)
+            for place in places
+            if getattr(*place, None) is value
+        ]
+
+    def parameters_of(self, module: nn.Module) -> dict[str, Tensor]:
+        """Its own parameters by key, those in a flat parameter included."""
+        found: dict[str, Tensor] = {k: p for k, p in module._parameters.items() if p is not None}
+        for _, places in self._flat:
+            found.update({k: getattr(m, k) for m, k in places if m is module})
+        return found
 
     def layer_of(self, parameter: Tensor | None, stack: Sequence[nn.Module]) -> str:
         """The layer of a weighted function: the running layer module, or the weight's owner.
@@ -60,7 +111,7 @@ class Names:
         inner = stack[-1]
         if parameter is None or layers.layer_axis(inner) is not None:
             return self._without_parametrization(self.of(inner))
-        owners = self._owners.get(id(parameter), (None, []))[1]
+        owners = self._owned_by(parameter)
         if not owners:
             return self.of(inner)
         running = [o for m in reversed(stack) for o in owners if o[0] is m]
@@ -68,7 +119,7 @@ class Names:
         name = self.of(module)
         if ".parametrizations." in f".{name}.":
             return self._without_parametrization(name)
-        weights = [p for p in module._parameters.values() if p is not None and p.dim() >= 2]
+        weights = [p for p in self.parameters_of(module).values() if p.dim() >= 2]
         if key == "weight" or (len(weights) <= 1 and not key.endswith("_weight")):
             return name
         part = key.removesuffix("_weight")
@@ -85,3 +136,13 @@ class Names:
         if name in self.by_name:
             return self.by_name[name]
         return self.by_name.get(name.rpartition(".")[0])
+
+
+def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules`, a module at each of its places, without the level of a wrapper."""
+    yield prefix, module
+    inner = inner_key(module)
+    for key, child in module._modules.items():
+        if child is not None:
+            place = key if not prefix else f"{prefix}.{key}"
+            yield from _walk(child, prefix if key == inner else place)

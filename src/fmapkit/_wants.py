@@ -68,7 +68,7 @@ class Wants:
         asked = "output" in self.kinds
         if self._selectors is None:
             if asked:
-                self.outputs.update(names.by_module)
+                self.outputs.update(m for m in names.by_module if m not in names.wrappers)
             return
         if not self._selectors:
             raise ArgumentError("layers=[] selects nothing; None, the default, means every layer")
@@ -162,7 +162,7 @@ def _only_a_pass_can_tell(names: Names, label: str) -> bool:
     if colon:
         return module in names.by_name or "*" in module
     owner, _, part = label.rpartition(".")
-    keys = names.by_name[owner]._parameters if owner in names.by_name else {}
+    keys = names.parameters_of(names.by_name[owner]) if owner in names.by_name else {}
     return any(k in (part, f"{part}_weight") for k in keys)
 
 

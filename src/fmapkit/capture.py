@@ -11,6 +11,7 @@ from torch import nn
 from fmapkit._names import Names
 from fmapkit._session import Session
 from fmapkit._wants import Wants
+from fmapkit._wrappers import unwrap
 from fmapkit.errors import ArgumentError, CaptureStateError, NotAModuleError
 from fmapkit.maps import FeatureMaps
 
@@ -73,6 +74,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             raise ArgumentError(f"every must be a positive int, not {every!r}")
         if not isinstance(detach, bool):
             raise ArgumentError(f"detach must be True or False, not {detach!r}")
+        model = unwrap(model)  # a pass is the plain model's, whoever called it
         names = Names(model)
         wants = Wants(names, layers, kinds, filters, detach)
         self._session = Session(model, names, wants, None if keep == "all" else int(keep), every)

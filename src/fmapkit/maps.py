@@ -245,7 +245,10 @@ class FeatureMaps:
         module = names.by_name.get(layer)
         found = []
         if module is not None:
-            mine = {f"{layer}.{k.removesuffix('_weight')}".lstrip(".") for k in module._parameters}
+            mine = {
+                f"{layer}.{k.removesuffix('_weight')}".lstrip(".")
+                for k in names.parameters_of(module)
+            }
             found = [
                 (s, e)
                 for s, e in entries
