@@ -98,6 +98,15 @@ class Hooks:
             ]
             self.count[module] = 2
 
+    def outside(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
+        """A pair that comes before the pre and the post hooks of others: what they were given."""
+        for module in modules:
+            first, last = Hook(pre, self._owner), Hook(post, self._owner)
+            self._handles["outside", module] = [
+                (first, module.register_forward_pre_hook(first, prepend=True, with_kwargs=True)),
+                (last, module.register_forward_hook(last, prepend=True)),
+            ]
+
     def after(self, module: nn.Module, hook: Hook) -> None:
         """A plain post hook, the cheapest kind there is, on a module that has none of ours."""
         if module in self.count or isinstance(module, torch.jit.ScriptModule):
@@ -109,7 +118,8 @@ class Hooks:
         for hook, handle in self._handles.pop(key, ()):
             hook.disarm()
             handle.remove()
-            self.count.pop(key[1], None)
+            if key[0] != "outside":
+                self.count.pop(key[1], None)
 
     @contextmanager
     def suspended(self, modules: Iterable[nn.Module]) -> Iterator[None]:

@@ -30,10 +30,12 @@ from fmapkit._names import Names
 from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
 from fmapkit._replay import Line, OutputTap, Run, Tap, tag_outputs
+from fmapkit._sharded import is_wrapped, moves_data
 from fmapkit._store import Pass, Store, storage_of
-from fmapkit._trace import TRANSFORMED, Frame, Tracer, leaves, transformed
+from fmapkit._trace import TRANSFORMED, Event, Frame, Tracer, leaves, transformed
 from fmapkit._wants import Wants
 from fmapkit._watch import Watch
+from fmapkit._wrappers import REPLICAS
 from fmapkit.errors import CaptureWarning
 
 __all__ = ["Missed", "Session"]
@@ -124,6 +126,7 @@ class Session:
         self._tapped: dict[nn.Module, Plan] = {}  # the plan that each unit's taps are set for
         self._direct: set[nn.Module] = set()  # modules that a scope has called itself
         self._all_hooked = False
+        self._given: list[tuple[nn.Module, Any]] = []  # what hooks that move data were given
 
     # -- life cycle ---------------------------------------------------------------------------
 
@@ -164,6 +167,8 @@ class Session:
 
     def _pre(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread or torch._C._current_graph_task_id() != -1:
+            if "_is_replica" in module.__dict__:
+                self.miss("", REPLICAS)
             return
         try:
             if module is self.model and not self._running():
@@ -183,6 +188,7 @@ class Session:
             elif self._tracer is not None:
                 if may_fuse(module) and not self._fused_in:
                     self._run_fused(module, args, kwargs)
+                self._moved(module, (args, kwargs))
                 self._tracer.enter(module, args, kwargs)
                 self._trace_on()
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
@@ -205,6 +211,7 @@ class Session:
             elif self._learning is not None and self._learning[0] is module:
                 replaced = self._learned(module, output, failed)
             elif self._tracer is not None:
+                self._moved(module, output)
                 replaced = self._tracer.leave(module, None if failed else output)
                 if module is self._fused_in:
                     replaced = self._take_fused(output)
@@ -218,6 +225,23 @@ class Session:
             if module is self.model and not self._depth:
                 self._abandon()
         return replaced
+
+    def _before_moving(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Hooks that only redistribute come next: note what they are given (see `_sharded.py`)."""
+        if self._tracer is not None and threading.get_ident() == self.thread:
+            self._given.append((module, (args, kwargs)))
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The same for hooks on what the module returns."""
+        if self._tracer is not None and threading.get_ident() == self.thread:
+            self._given.append((module, output))
+
+    def _moved(self, module: nn.Module, values: Any) -> None:
+        """What such hooks made of it carries what it carried."""
+        if self._given:
+            owner, given = self._given.pop()
+            if owner is module and self._tracer is not None:
+                self._tracer.moved(given, values)
 
     def _tap(self, module: nn.Module, args: Any, output: Any) -> None:
         run = self._run
@@ -318,6 +342,7 @@ class Session:
             current.closed = True
             if torch.is_inference_mode_enabled():
                 self._settle(current, output)
+        self._given.clear()
         self._tracer = self._current = self._frame = self._run = self._learning = None
         self._depth = 0
         if self.missed and not self._warned:
@@ -340,6 +365,7 @@ class Session:
             self._tracer.end()
         if self._current is not None:
             self._current.closed = True
+        self._given.clear()
         self._tracer = self._current = self._frame = self._run = None
         self._fused_in = self._fused = None
         self._depth = 0
@@ -456,6 +482,12 @@ class Session:
             inside.update(m for m in unit.modules() if m is not unit)
         wanted = [m for m in self.model.modules() if m not in inside or m in self._direct]
         self.hooks.around(wanted, self._pre, self._post)
+        moving = (
+            m
+            for m in wanted
+            if any(map(moves_data, (*m._forward_pre_hooks.values(), *m._forward_hooks.values())))
+        )
+        self.hooks.outside(moving, self._before_moving, self._after_forward)
 
     def _enter_unit(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         unit = self._unit(module)
@@ -531,7 +563,9 @@ class Session:
                         held.check()
             final = output if replaced is None else replaced
             arguments = list(tensors_in((frame.args, frame.kwargs)))
-            self._unit(module).plans[key] = make_plan(tracer, frame, final, inputs, arguments)
+            plan = make_plan(tracer, frame, final, inputs, arguments)
+            if not any(map(_sharded, tracer.events[frame.start :])):
+                self._unit(module).plans[key] = plan
         return replaced
 
     def _unlearn(self, unit: nn.Module) -> None:
@@ -558,6 +592,7 @@ class Session:
         """All but those that every pass goes through."""
         if self._tapped or self._all_hooked:
             self.hooks.drop("after")
+            self.hooks.drop("outside")
             self.hooks.drop("around", keep=[self.model])
             self._tapped.clear()
             self._all_hooked = False
@@ -631,6 +666,11 @@ def _get(place: tuple[dict[str, Any], str]) -> Any:
     return place[0].get(place[1])
 
 
+def _sharded(event: Event) -> bool:
+    """Whether a map of it is a wrapper, of whose writes a tap would see one half."""
+    return any(e.held is not None and is_wrapped(e.held.tensor) for _, e in event.entries)
+
+
 def _transformed(value: Any) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is None:
         return False
@@ -648,7 +688,7 @@ def _call_frame() -> Any:
 def _shape(value: Any) -> Any:
     """What kind of arguments these are: rank of tensors, types of the rest, by place."""
     if isinstance(value, Tensor):
-        return value.dim()
+        return value.dim() if type(value) is Tensor else (value.dim(), type(value))
     if isinstance(value, (tuple, list)):
         return tuple([_shape(v) for v in value])
     if isinstance(value, dict):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fmapkit._axes import Axes
 from fmapkit._flow import Origin
+from fmapkit._sharded import alias_of, ends_of, is_wrapped, settled
 from fmapkit.errors import MapOverwrittenError, MapReleasedError
 
 __all__ = ["Entry", "Held", "Pass", "Store", "version_of"]
@@ -24,7 +25,11 @@ __all__ = ["Entry", "Held", "Pass", "Store", "version_of"]
 
 def version_of(tensor: Tensor) -> int:
     """The version counter; -1 for inference tensors, which have none."""
-    return -1 if tensor.is_inference() else tensor._version
+    if tensor.is_inference():
+        return -1
+    if is_wrapped(tensor):
+        return sum(0 if t.is_inference() else t._version for t in ends_of(tensor))
+    return tensor._version
 
 
 class Held:
@@ -42,7 +47,7 @@ class Held:
     @classmethod
     def reference(cls, tensor: Tensor, detach: bool = True) -> Held:
         """Keep the model's own memory; the model's own tensor, graph and all, if not detached."""
-        alias = tensor.detach() if detach else tensor
+        alias = alias_of(tensor) if detach else tensor
         return cls(alias, version_of(alias))
 
     @classmethod
@@ -89,7 +94,7 @@ class Held:
                 "those of the pass any more; clone it inside the block, right after the pass, or "
                 "run the model again: a write inside the model is copied around from then on"
             )
-        return self.tensor
+        return settled(self.tensor)
 
 
 class Entry:
@@ -190,8 +195,11 @@ class Store:
 class Aliases:
     """Which held tensors share memory with one that is about to be written to."""
 
-    def __init__(self, detach: bool = True) -> None:
+    def __init__(
+        self, detach: bool = True, lent: Callable[[Tensor], bool] = lambda _: False
+    ) -> None:
         self.detach = detach
+        self._lent = lent  # whether a tensor's memory will be gone when its module has run
         self.written: set[int] = set()  # storages that were written to
         self._new: list[Held] = []
         self._by_storage: dict[int, list[Held]] = {}
@@ -205,7 +213,8 @@ class Aliases:
             if held.tensor is not None and not held.copied and not held.lost:
                 if version_of(tensor) == held.version:
                     return held
-        held = Held.reference(tensor, self.detach)
+        kind = Held.copy if self._lent(tensor) else Held.reference
+        held = kind(tensor, self.detach)
         self._by_id[id(tensor)] = (weakref.ref(tensor), held)
         self._new.append(held)
         return held
@@ -232,6 +241,8 @@ class Aliases:
 
 def storage_of(tensor: Tensor) -> int:
     """What tells one block of memory from another."""
+    if is_wrapped(tensor):
+        tensor = ends_of(tensor)[-1]
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse, and other tensors without one storage

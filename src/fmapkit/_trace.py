@@ -27,6 +27,7 @@ from fmapkit._axes import Axes
 from fmapkit._flow import NOWHERE, STOP, Flow, Origin, Tag, Weight, tensors_in
 from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, out_of_place
 from fmapkit._names import Names
+from fmapkit._sharded import is_dtensor, is_wrapped, local_axes
 from fmapkit._store import Aliases, Entry, Held, Pass, storage_users, version_of
 from fmapkit._wants import Wants
 
@@ -152,7 +153,7 @@ class Tracer(TorchFunctionMode):
         self.firings: list[Firing] = []
         self.frames: list[Frame] = []
         self.counts: Counter[str] = Counter()
-        self.aliases = Aliases(wants.detach)
+        self.aliases = Aliases(wants.detach, self._lent)
         self.failed: BaseException | None = None
         self.unhooked: set[nn.Module] = set()  # modules that ran without hooks
         self.pending: dict[int, list[Entry]] = {}  # of replayed units, by origin
@@ -173,7 +174,25 @@ class Tracer(TorchFunctionMode):
             return found[1]
         if self.names.is_parameter(value):
             return Weight(value, Axes.single(0, value.shape[0]) if value.dim() else None)
+        base = value._base
+        if base is not None and _same_place(value, base):
+            # An autograd function that returns what it was given (FSDP puts one before its
+            # modules): another object, the same tensor.
+            found = self._tags.get(id(base))
+            return found[1] if found is not None and found[0]() is base else None
         return None
+
+    def _lent(self, tensor: Tensor) -> bool:
+        """Whether its memory is gone once its module has run: a parameter's, under FSDP."""
+        return self.names.lent and isinstance(self.tag(tensor), Weight)
+
+    def moved(self, before: Any, after: Any) -> None:
+        """A hook of torch's redistributed tensors: what they carry goes along."""
+        for (_, old), (_, new) in zip(leaves(before), leaves(after), strict=False):
+            tag = self.tag(old)
+            if old is not new and isinstance(tag, Flow):
+                axes = local_axes(tag.axes, old, new)
+                self.set_tag(new, Flow(tag.origin, axes))
 
     def set_tag(self, value: Any, tag: Any) -> None:
         """What a result carries; nested like the result."""
@@ -284,7 +303,7 @@ class Tracer(TorchFunctionMode):
         Only while a proven module is learned; not on memory that came from outside of it, nor on
         memory that another tensor shares (our own aliases excepted): those would see the write.
         """
-        if not self.trial or (z.is_leaf and z.requires_grad):
+        if not self.trial or (z.is_leaf and z.requires_grad) or is_wrapped(z):
             return False
         if torch.is_grad_enabled() and known.sigma not in _SAME_GRADIENT:
             return False
@@ -401,6 +420,9 @@ class Tracer(TorchFunctionMode):
             return
         picked = None
         if self.wants.filters is not None and kind != "output":
+            if is_dtensor(held.tensor):
+                self.miss(origin.name, "filters= was given, and some may lie on another rank")
+                return
             picked = self.wants.pick(origin.name, axes)
             if picked is None:
                 self.miss(origin.name, self.wants.why_not(origin.name, axes))
@@ -712,6 +734,16 @@ def transformed(value: Any) -> bool:
     """Whether it is a tensor of a torch.func transform, which must not be kept."""
     functorch = torch._C._functorch
     return isinstance(value, Tensor) and bool(functorch.is_functorch_wrapped_tensor(value))
+
+
+def _same_place(view: Tensor, base: Tensor) -> bool:
+    """Whether a view is all of its base, in the same order."""
+    return (
+        view.shape == base.shape
+        and view.stride() == base.stride()
+        and view.storage_offset() == base.storage_offset()
+        and view.dtype == base.dtype
+    )
 
 
 def _in_backward() -> bool:

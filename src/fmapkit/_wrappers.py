@@ -11,8 +11,12 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["flat_handles", "inner_key", "lends_parameters", "unwrap"]
+__all__ = ["REPLICAS", "flat_handles", "inner_key", "lends_parameters", "unwrap"]
 
+REPLICAS = (
+    "nn.DataParallel runs copies of it in threads of their own, one for each device, and only the "
+    "thread that entered the block is captured; use DistributedDataParallel, or one device"
+)
 # Those that come with torch, and those that have to be imported first: where nobody has imported
 # them, no module can be one, and importing them here would take long.
 _TYPES: dict[type[nn.Module], str] = {

@@ -14,6 +14,7 @@ FmapkitError
 ├── MapStateError (RuntimeError)          the map was there, and no longer is what it was
 │   ├── MapOverwrittenError               its memory has been written to since
 │   └── MapReleasedError                  it was let go (`clear()`)
+├── DistributedError (RuntimeError)       ranks have nothing to put together, or do not agree
 └── CaptureStateError (RuntimeError)      a capture used out of turn, e.g. entered twice
 
 CaptureWarning (UserWarning)              something could not be captured; named in `maps.missed`
@@ -29,6 +30,7 @@ __all__ = [
     "ArgumentError",
     "CaptureStateError",
     "CaptureWarning",
+    "DistributedError",
     "FilterRangeError",
     "FmapkitError",
     "KindNotCapturedError",
@@ -97,6 +99,10 @@ class MapOverwrittenError(MapStateError):
 
 class MapReleasedError(MapStateError):
     """The map was let go before it was read."""
+
+
+class DistributedError(FmapkitError, RuntimeError):
+    """What several ranks hold cannot be put together, or is needed and has not been."""
 
 
 class CaptureStateError(FmapkitError, RuntimeError):
