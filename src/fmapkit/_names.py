@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from fmapkit import layers
 from fmapkit._store import storage_of
-from fmapkit._wrappers import flat_handles, inner_key, lends_parameters
+from fmapkit._wrappers import (
+    flat_parameters,
+    inner_key,
+    is_flat,
+    lends_parameters,
+    places_in,
+)
 
 __all__ = ["Names"]
 
@@ -28,7 +34,7 @@ class Names:
         self.wrappers: set[nn.Module] = set()
         self.lent = False  # parameters that have memory only while their module runs (FSDP)
         self._owners: dict[int, tuple[Tensor, list[tuple[nn.Module, str]]]] = {}
-        self._flat: list[tuple[Any, list[tuple[nn.Module, str]]]] = []
+        self._flat: list[Any] = []  # flat parameters of old FSDP
         self.refresh()
 
     def refresh(self) -> None:
@@ -47,10 +53,7 @@ class Names:
             if inner_key(module) is not None:
                 self.wrappers.add(module)
             self.lent = self.lent or lends_parameters(module)
-            handle = flat_handles(module)
-            if handle is not None:
-                infos = (*handle.flat_param._param_infos, *handle.flat_param._shared_param_infos)
-                self._flat.append((handle, [(i.module, i.param_name) for i in infos]))
+            self._flat += flat_parameters(module)
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     owners = self._owners.setdefault(id(parameter), (parameter, []))[1]
@@ -66,7 +69,7 @@ class Names:
         found = self._owners.get(id(value))
         if (found is not None and found[0] is value) or isinstance(value, nn.Parameter):
             return True
-        return bool(self._flat) and bool(self._in_flat(value))
+        return bool(self.in_flat(value))
 
     def _owned_by(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
         """The modules that have it, and as what."""
@@ -74,28 +77,25 @@ class Names:
         if found is not None and found[0] is parameter:
             return found[1]
         # FSDP puts other tensors in their place while a module runs.
-        return self._in_flat(parameter) or [
+        return self.in_flat(parameter) or [
             (module, key)
             for module in self.by_module
             for key, value in module._parameters.items()
             if value is parameter
         ]
 
-    def _in_flat(self, value: Tensor) -> list[tuple[nn.Module, str]]:
-        """Of a view into the one flat parameter that `FullyShardedDataParallel` makes of many."""
-        return [
-            place
-            for handle, places in self._flat
-            if storage_of(handle.flat_param) == storage_of(value)
-            for place in places
-            if getattr(*place, None) is value
-        ]
+    def in_flat(self, value: Tensor) -> list[tuple[nn.Module, str]]:
+        """Whose parameter, and which, a view into the flat one of old FSDP is."""
+        if is_flat(value._base) and all(f is not value._base for f in self._flat):
+            self._flat.append(value._base)  # of a wrapper around the captured model
+        flats = [f for f in self._flat if storage_of(f) == storage_of(value)]
+        return [place for f in flats for place in places_in(f) if getattr(*place, None) is value]
 
     def parameters_of(self, module: nn.Module) -> dict[str, Tensor]:
         """Its own parameters by key, those in a flat parameter included."""
         found: dict[str, Tensor] = {k: p for k, p in module._parameters.items() if p is not None}
-        for _, places in self._flat:
-            found.update({k: getattr(m, k) for m, k in places if m is module})
+        for flat in self._flat:
+            found.update({k: getattr(m, k) for m, k in places_in(flat) if m is module})
         return found
 
     def layer_of(self, parameter: Tensor | None, stack: Sequence[nn.Module]) -> str:

@@ -75,6 +75,16 @@ class Held:
         if self.tensor is not None and version_of(self.tensor) != self.version:
             self.lost = True
 
+    def _freed(self) -> bool:
+        """Whether there is no memory behind the tensor any more."""
+        if self.copied or self.tensor is None or not self.tensor.numel():
+            return False
+        tensor = ends_of(self.tensor)[-1]
+        try:
+            return tensor.numel() > 0 and not tensor.untyped_storage().nbytes()
+        except (NotImplementedError, RuntimeError):  # sparse, and others without one storage
+            return False
+
     def read(self, what: str) -> Tensor:
         """The tensor, if it still is what was captured.
 
@@ -88,6 +98,11 @@ class Held:
                 "capture(..., keep=n) keeps n passes readable"
             )
         self.check()
+        if self._freed():
+            raise MapReleasedError(
+                f"{what} lay in memory that was given back when the pass was over (FSDP does so "
+                "with parameters)"
+            )
         if self.lost:
             raise MapOverwrittenError(
                 f"{what} was written to in place after it was captured, so its values are not "

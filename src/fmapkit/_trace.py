@@ -171,7 +171,9 @@ class Tracer(TorchFunctionMode):
             return None
         found = self._tags.get(id(value))
         if found is not None and found[0]() is value:
-            return found[1]
+            # A piece of a flat parameter is the parameter that it was before.
+            if not (isinstance(found[1], Weight) and self.names.in_flat(value)):
+                return found[1]
         if self.names.is_parameter(value):
             return Weight(value, Axes.single(0, value.shape[0]) if value.dim() else None)
         base = value._base
@@ -184,7 +186,9 @@ class Tracer(TorchFunctionMode):
 
     def _lent(self, tensor: Tensor) -> bool:
         """Whether its memory is gone once its module has run: a parameter's, under FSDP."""
-        return self.names.lent and isinstance(self.tag(tensor), Weight)
+        if not isinstance(self.tag(tensor), Weight):
+            return False
+        return self.names.lent or bool(self.names.in_flat(tensor))
 
     def moved(self, before: Any, after: Any) -> None:
         """A hook of torch's redistributed tensors: what they carry goes along."""

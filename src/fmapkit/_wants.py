@@ -92,7 +92,7 @@ class Wants:
         known = [n for n in names.by_name if n]
         hint = did_you_mean(given, known) if isinstance(given, str) else ""
         raise UnknownLayerError(
-            f"layers={selector!r} matches no module of {type(names.model).__name__}{hint} "
+            f"layers={selector!r} matches no module of {type(names.by_name['']).__name__}{hint} "
             f"(its modules: {listed(known)})"
         )
 

@@ -11,7 +11,10 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["REPLICAS", "flat_handles", "inner_key", "lends_parameters", "unwrap"]
+__all__ = [
+    *("REPLICAS", "flat_parameters", "inner_key", "is_flat", "lends_parameters", "places_in"),
+    "unwrap",
+]
 
 REPLICAS = (
     "nn.DataParallel runs copies of it in threads of their own, one for each device, and only the "
@@ -76,12 +79,24 @@ def _plain(given: type[nn.Module], kind: type[nn.Module]) -> bool:
     return issubclass(home, kind) and home.__module__.startswith("torch.")
 
 
-def flat_handles(module: nn.Module) -> Any:
-    """Of a `FullyShardedDataParallel` module: what knows whose parameters lie in the flat one."""
+def flat_parameters(module: nn.Module) -> list[Any]:
+    """Of a `FullyShardedDataParallel` module: the one parameter that it made of many."""
     kind = _imported(*_LATER[0][:2])
-    if kind is None or not isinstance(module, kind):
-        return None
-    return module._handle
+    if kind is None or not isinstance(module, kind) or module._handle is None:
+        return []
+    return [module._handle.flat_param]
+
+
+def is_flat(value: Any) -> bool:
+    """Whether it is such a parameter."""
+    kind = _imported("torch.distributed.fsdp._flat_param", "FlatParameter")
+    return kind is not None and isinstance(value, kind)
+
+
+def places_in(flat: Any) -> list[tuple[nn.Module, str]]:
+    """The modules that had the parameters in it, and as what."""
+    infos = (*flat._param_infos, *flat._shared_param_infos)
+    return [(info.module, info.param_name) for info in infos]
 
 
 def lends_parameters(module: nn.Module) -> bool:
@@ -89,4 +104,4 @@ def lends_parameters(module: nn.Module) -> bool:
     kind = _imported("torch.distributed.fsdp", "FSDPModule")
     if kind is not None and isinstance(module, kind):
         return True
-    return flat_handles(module) is not None
+    return bool(flat_parameters(module))

@@ -74,9 +74,9 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             raise ArgumentError(f"every must be a positive int, not {every!r}")
         if not isinstance(detach, bool):
             raise ArgumentError(f"detach must be True or False, not {detach!r}")
-        model = unwrap(model)  # a pass is the plain model's, whoever called it
         names = Names(model)
         wants = Wants(names, layers, kinds, filters, detach)
+        model = unwrap(model)  # a pass is the plain model's, whoever called it
         self._session = Session(model, names, wants, None if keep == "all" else int(keep), every)
         # Made, entered, left: a capture goes through these once, in this order.
         self._state: Literal["made", "entered", "left"] = "made"

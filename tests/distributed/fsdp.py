@@ -12,7 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from fmapkit import capture
@@ -236,6 +241,26 @@ def old_fsdp_by_its_inner_module_and_selectors() -> None:
     assert_same_maps(maps, plain_maps(plain, x, kinds="output")[0])
 
 
+def old_fsdp_around_one_module_only() -> None:
+    """No wrapper inside: whose the parameters are, only the outermost one knows."""
+    for flat in (True, False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = FullyShardedDataParallel(
+                seeded(Wide),
+                device_id=CPU,
+                use_orig_params=not flat,
+                sharding_strategy=ShardingStrategy.FULL_SHARD,
+            )
+        plain, x = seeded(Wide), torch.randn(2, 4)
+        for target in (model, model.module):
+            for mode in (torch.enable_grad(), torch.no_grad()):
+                with mode, capture(target) as maps:
+                    for _ in range(2):
+                        model(x)
+                    assert_same_maps(maps, plain_maps(plain, x)[0])
+
+
 CASES = [
     fully_shard_is_right_under_plain_names,
     fully_shard_and_every_kind,
@@ -248,4 +273,5 @@ CASES = [
     old_fsdp_is_right_under_plain_names,
     old_fsdp_with_flat_parameters,
     old_fsdp_by_its_inner_module_and_selectors,
+    old_fsdp_around_one_module_only,
 ]
