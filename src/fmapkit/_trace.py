@@ -159,6 +159,7 @@ class Tracer(TorchFunctionMode):
         self.pending: dict[int, list[Entry]] = {}  # of replayed units, by origin
         self.paused = False  # while a unit is replayed
         self.trial = 0  # > 0 while a proven module is learned
+        self._unpicked: list[tuple[Origin, bool]] = []  # DTensors, whose filters are on all ranks
         self._opaque = 0  # how many running modules are registered layers
         self._tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
         self._suspects: dict[int, tuple[weakref.ref[Tensor], Tensor, Any]] = {}
@@ -248,6 +249,10 @@ class Tracer(TorchFunctionMode):
 
     def end(self) -> None:
         """Let go of all that could keep a tensor or a graph alive."""
+        for origin, unless_claimed in self._unpicked:
+            if not (unless_claimed and origin.claimed):
+                self.miss(origin.name, "filters= was given, and some may lie on another rank")
+        self._unpicked.clear()
         self.events.clear()
         self.firings.clear()
         self.frames.clear()
@@ -425,7 +430,7 @@ class Tracer(TorchFunctionMode):
         picked = None
         if self.wants.filters is not None and kind != "output":
             if is_dtensor(held.tensor):
-                self.miss(origin.name, "filters= was given, and some may lie on another rank")
+                self._unpicked.append((origin, event.kind == "layer" and kind == "preactivation"))
                 return
             picked = self.wants.pick(origin.name, axes)
             if picked is None:

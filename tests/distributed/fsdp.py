@@ -38,12 +38,17 @@ from tests.distributed.models import (
 CPU = torch.device("cpu")
 
 
+def any_shell(model: nn.Module) -> bool:
+    return any(isinstance(module, Shell) for module in model.modules())
+
+
 def sharded(make: Callable[[], nn.Module] = Net, **options: Any) -> nn.Module:
     """New FSDP on each part and on the whole; parameters of a part are freed when it has run."""
     model = seeded(make)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parts = (Block, PreActivation, Shell) if any_shell(model) else (Block, PreActivation, Mlp)
     for module in list(model.modules()):
-        if isinstance(module, (Block, PreActivation, Mlp)):
+        if isinstance(module, parts):
             fully_shard(module, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
@@ -111,12 +116,23 @@ def fully_shard_and_selectors() -> None:
     assert_same_maps(maps, plain_maps(plain, x, layers=plain.layer1[0])[0])
 
 
-class Wide(nn.Module):
-    """Parameters large enough that nobody can overlook them."""
+class Shell(nn.Module):
+    """FSDP is around it; what it holds is plain, and read by taps from the second pass on."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Mlp() for _ in range(3)])
+        self.mlp = Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+class Wide(nn.Module):
+    """Nothing but weights, used functionally."""
+
+    def __init__(self, block: type[nn.Module] = Mlp) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([block() for _ in range(3)])
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -177,32 +193,38 @@ def one_rank_captures_and_the_other_does_not() -> None:
 
 
 def nothing_keeps_parameters_or_a_graph_alive() -> None:
-    model = sharded(Wide)
-    x, seen = torch.randn(2, 4), []
+    for block in (Mlp, Shell):
+        model, plain = sharded(lambda block=block: Wide(block)), seeded(lambda b=block: Wide(b))
+        x = torch.randn(2, 4)
+        seen: list[Any] = []
 
-    def look(module: nn.Module, *_: Any) -> None:
-        seen.append(module.w1.untyped_storage())
+        def look(module: nn.Module, *_: Any, seen: list[Any] = seen) -> None:
+            seen.append(module.w1.untyped_storage())
 
-    handles = [block.register_forward_pre_hook(look) for block in model.blocks]
-    sizes = set()
-    with capture(model, kinds=("input", "response", "preactivation", "activation")) as maps:
-        for _ in range(3):
-            output = model(x)
-            # The unsharded weights have no memory any more, and that is all of them.
-            assert [s.nbytes() for s in seen[-3:]] == [0, 0, 0]
-            alive = truth.graph_of(output)
-            truth.loss_of(output).backward()
-            model.zero_grad()
-            del output
-            gc.collect()
-            assert alive() is None, "the graph lives on"
-            sizes.add(maps.nbytes)
-            for fm in maps:  # the gates are parameters: copied, since their memory goes
-                assert fm.tensor.untyped_storage().nbytes() >= fm.nbytes
-    assert len(sizes) == 1
-    assert len(maps.select(kind="preactivation", nonlinearity="sigmoid", step=-1)) == 3
-    for handle in handles:
-        handle.remove()
+        inner = [m for m in model.modules() if isinstance(m, Mlp)]
+        handles = [m.register_forward_pre_hook(look) for m in inner if block is Mlp]
+        sizes = set()
+        with capture(model, kinds=("input", "response", "preactivation", "activation")) as maps:
+            for _ in range(3):
+                output = model(x)
+                # The unsharded weights have no memory any more, and that is all of them.
+                assert [s.nbytes() for s in seen[-3:]] == [0] * len(handles)
+                alive = truth.graph_of(output)
+                truth.loss_of(output).backward()
+                model.zero_grad()
+                del output
+                gc.collect()
+                assert alive() is None, "the graph lives on"
+                sizes.add(maps.nbytes)
+                # The gates are parameters: copied, since their memory goes.
+                for fm in maps:
+                    assert fm.tensor.untyped_storage().nbytes() >= fm.nbytes
+                kinds = ("input", "response", "preactivation", "activation")
+                assert_same_maps(maps, plain_maps(plain, x, kinds=kinds)[0])
+        assert len(sizes) == 1
+        assert len(maps.select(kind="preactivation", nonlinearity="sigmoid", step=-1)) == 3
+        for handle in handles:
+            handle.remove()
 
 
 def gather_under_fully_shard() -> None:
