@@ -177,12 +177,6 @@ class Tracer(TorchFunctionMode):
                 return found[1]
         if self.names.is_parameter(value):
             return Weight(value, Axes.single(0, value.shape[0]) if value.dim() else None)
-        base = value._base
-        if base is not None and _same_place(value, base):
-            # An autograd function that returns what it was given (FSDP puts one before its
-            # modules): another object, the same tensor.
-            found = self._tags.get(id(base))
-            return found[1] if found is not None and found[0]() is base else None
         return None
 
     def _lent(self, tensor: Tensor) -> bool:
@@ -743,16 +737,6 @@ def transformed(value: Any) -> bool:
     """Whether it is a tensor of a torch.func transform, which must not be kept."""
     functorch = torch._C._functorch
     return isinstance(value, Tensor) and bool(functorch.is_functorch_wrapped_tensor(value))
-
-
-def _same_place(view: Tensor, base: Tensor) -> bool:
-    """Whether a view is all of its base, in the same order."""
-    return (
-        view.shape == base.shape
-        and view.stride() == base.stride()
-        and view.storage_offset() == base.storage_offset()
-        and view.dtype == base.dtype
-    )
 
 
 def _in_backward() -> bool:
