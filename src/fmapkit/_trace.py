@@ -27,8 +27,8 @@ from fmapkit._axes import Axes
 from fmapkit._flow import NOWHERE, STOP, Flow, Origin, Tag, Weight, tensors_in
 from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, out_of_place
 from fmapkit._names import Names
-from fmapkit._sharded import is_dtensor, is_wrapped, local_axes
-from fmapkit._store import Aliases, Entry, Held, Pass, storage_users, version_of
+from fmapkit._sharded import is_dtensor, local_axes
+from fmapkit._store import Aliases, Entry, Held, Pass, storage_of, storage_users, version_of
 from fmapkit._wants import Wants
 
 __all__ = ["Event", "Firing", "Frame", "Tracer", "leaves"]
@@ -306,11 +306,11 @@ class Tracer(TorchFunctionMode):
         Only while a proven module is learned; not on memory that came from outside of it, nor on
         memory that another tensor shares (our own aliases excepted): those would see the write.
         """
-        if not self.trial or (z.is_leaf and z.requires_grad) or is_wrapped(z):
+        if not self.trial or (z.is_leaf and z.requires_grad):
             return False
         if torch.is_grad_enabled() and known.sigma not in _SAME_GRADIENT:
             return False
-        storage = z.untyped_storage()._cdata
+        storage = storage_of(z)
         if any(storage in f.storages for f in self.frames):
             return False
         ours = len(self.aliases.of(z)) if self.wants.detach else 0

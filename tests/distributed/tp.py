@@ -234,13 +234,14 @@ class InPlace(nn.Module):
         self.act = nn.ReLU(inplace=True)
         self.w2 = nn.Linear(WIDTH, 4)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         h = self.w1(x)
         h.mul_(2)
         inside = _local(h)  # sees what is written to h
         out = self.w2(self.act(h))
+        seen = inside.clone()
         inside.add_(1)  # and h what is written to it
-        return out.sigmoid_() + 0 * self.w2(h)
+        return out.sigmoid_(), seen, self.w2(h)
 
 
 def overwritten_through_the_wrapper_or_inside() -> None:
@@ -265,7 +266,8 @@ def overwritten_through_the_wrapper_or_inside() -> None:
             for _ in range(3):
                 with torch.no_grad():
                     other, runs = truth.run_with_truth(bare, x)
-                    assert truth.same_bits(_local(model(x)), _local(other))
+                    for left, right in zip(model(x), other, strict=True):
+                        assert truth.same_bits(_local(left), _local(right))
                 pairs = [(_local(p.z), _local(p.a)) for p in truth.captured_pairs(maps)]
                 assert len(pairs) == len(runs) == 2
                 for (z, a), run in zip(pairs, runs, strict=True):
@@ -287,18 +289,42 @@ def a_later_write_is_noticed() -> None:
     spread = distribute_tensor(torch.randn(4, 4), mesh(), [Shard(0)])
     for write in (lambda t: t.add_(1), lambda t: t.to_local().add_(1)):
         module = nn.Sequential(nn.ReLU())
-        with capture(module) as maps, torch.no_grad():
-            for _ in range(3):
-                out = module(spread.clone())
-                a = maps["0"].tensor
-                assert truth.same_bits(_local(a), _local(spread).relu())
-            write(out)
-        with pytest.raises(RuntimeError, match="written to in place"):
-            _ = maps["0"]
+        for train in (True, False):
+            with capture(module) as maps, torch.set_grad_enabled(train):
+                for _ in range(3):
+                    out = module(spread.clone().requires_grad_(train))
+                    a = maps["0"].tensor
+                    assert truth.same_bits(_local(a), _local(spread).relu())
+                with torch.no_grad():
+                    write(out)
+            with pytest.raises(RuntimeError, match="written to in place"):
+                _ = maps["0"]
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Views(nn.Module):
+    """What it returns shares memory with what it overwrites, which only the parts inside show."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x * 2
+        v = y.t()
+        torch.relu_(y)
+        return v + 1, y
+
+
+def views_of_dtensors() -> None:
+    model, x = Views(), distribute_tensor(torch.randn(4, 4), mesh(), [Shard(0)])
+    with torch.no_grad(), capture(model) as maps:
+        for _ in range(3):
+            other, runs = truth.run_with_truth(Views(), x)
+            for left, right in zip(model(x), other, strict=True):
+                assert truth.same_bits(_local(left), _local(right))
+            pairs = truth.captured_pairs(maps)
+            assert truth.same_bits(_local(pairs[0].z), _local(runs[0].z))
+            assert truth.same_bits(_local(pairs[0].a), _local(runs[0].a))
 
 
 class Sequence(nn.Module):
@@ -356,5 +382,6 @@ CASES = [
     gather_is_not_for_dtensors,
     overwritten_through_the_wrapper_or_inside,
     a_later_write_is_noticed,
+    views_of_dtensors,
     sequence_parallel,
 ]
