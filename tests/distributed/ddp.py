@@ -249,8 +249,12 @@ def an_exception_leaves_nothing_behind() -> None:
 
 def gather_puts_the_batch_back_together() -> None:
     model, _, plain = pair()
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        for sizes in ((2, 2), (3, 1), (1, 4), (2, 0)):
+    for dtype, every in (
+        (torch.float32, ((2, 2), (1, 3), (2, 0))),
+        (torch.bfloat16, ((3, 1),)),
+        (torch.float64, ((1, 2),)),
+    ):
+        for sizes in every:
             parts = [torch.randn(n, 3, 8, 8, dtype=dtype) for n in sizes]
             dist.broadcast_object_list(parts, src=0)
             model.to(dtype)

@@ -1,9 +1,7 @@
-"""One rank of a suite: `torchrun --nproc-per-node 2 -m tests.distributed.worker SUITE FOLDER`.
+"""One rank: `torchrun --nproc-per-node 2 -m tests.distributed.worker FOLDER SUITE...`.
 
-With names of cases after that, only these run.
-
-Runs the suite's cases in order and notes each outcome in `FOLDER/<rank>.json`. The first failure
-ends it: the ranks are out of step from there on.
+Runs the suites' cases in order (`SUITE.CASE` means that one only) and notes each outcome in
+`FOLDER/<rank>.json`. The first failure ends it: the ranks are out of step from there on.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import json
 import os
 import sys
 import traceback
-import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,28 +22,31 @@ import torch.distributed as dist
 TIMEOUT = timedelta(seconds=20)
 
 
-def main(suite: str, folder: str, *only: str) -> int:
-    faulthandler.dump_traceback_later(80)
+def main(folder: str, *suites: str) -> int:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    warnings.filterwarnings("ignore", message=".*FSDP.*")
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    cases = importlib.import_module(f"tests.distributed.{suite}").CASES
     outcomes: dict[str, str] = {}
     note = Path(folder) / f"{dist.get_rank()}.json"
-    for case in cases:
-        if only and case.__name__ not in only:
-            continue
-        try:
-            case()
-            dist.barrier()
-            outcomes[case.__name__] = "ok"
-        except BaseException:
-            outcomes[case.__name__] = traceback.format_exc()
-        note.write_text(json.dumps(outcomes))
-        if outcomes[case.__name__] != "ok":
-            # Not by way of destructors, which may wait for the other rank.
-            os._exit(1)
+    for wanted in suites:
+        suite, _, only = wanted.partition(".")
+        for case in importlib.import_module(f"tests.distributed.{suite}").CASES:
+            if only and case.__name__ != only:
+                continue
+            name = f"{suite}.{case.__name__}"
+            # Where a rank hangs: should it wait for something else than a collective.
+            faulthandler.dump_traceback_later(3 * TIMEOUT.total_seconds(), exit=True)
+            try:
+                case()
+                dist.barrier()
+                outcomes[name] = "ok"
+            except BaseException:
+                outcomes[name] = traceback.format_exc()
+            note.write_text(json.dumps(outcomes))
+            if outcomes[name] != "ok":
+                # Not by way of destructors, which may wait for the other rank.
+                os._exit(1)
+    faulthandler.cancel_dump_traceback_later()
     dist.destroy_process_group()
     return 0
 
