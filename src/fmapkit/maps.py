@@ -494,8 +494,9 @@ class FeatureMaps:
         if not spread:
             return None
         weight: Any = spread[0]
-        if names.lent and weight.device_mesh.ndim == 1:
-            return None  # FSDP: between passes only; the layer runs with the whole weight
+        mesh = weight.device_mesh
+        if mesh.size() == 1 or (names.lent and mesh.ndim == 1):
+            return None  # FSDP spreads it between passes only: the layer runs with the whole weight
         mesh, total = splits(weight), weight.shape[0]
         cut = found.filters is not None and len(found.filters) < total
         if mesh is None or not cut or entry.picked is not None:
