@@ -33,8 +33,13 @@ from fmapkit import (
 from tests import truth
 
 ROOT = Path(__file__).parent.parent
-SUITES = ("ddp", "fsdp", "tp")
 RANKS = 2
+_VERSION = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+SUITES = (
+    *(("ddp",) if torch.distributed.is_available() else ()),
+    *(("fsdp", "tp") if torch.distributed.is_available() and _VERSION >= (2, 6) else ()),
+    *(("cuda",) if torch.cuda.device_count() >= RANKS else ()),
+)
 # For all suites, in seconds; a collective that waits in vain fails long before.
 LIMIT = 240
 

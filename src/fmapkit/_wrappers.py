@@ -101,7 +101,8 @@ def places_in(flat: Any) -> list[tuple[nn.Module, str]]:
 
 def lends_parameters(module: nn.Module) -> bool:
     """Whether parameters in it have memory only while it runs: FSDP, old and new."""
-    kind = _imported("torch.distributed.fsdp", "FSDPModule")
-    if kind is not None and isinstance(module, kind):
-        return True
+    for home in ("torch.distributed.fsdp", "torch.distributed._composable.fsdp"):  # until 2.5
+        kind = _imported(home, "FSDPModule")
+        if kind is not None and isinstance(module, kind):
+            return True
     return bool(flat_parameters(module))

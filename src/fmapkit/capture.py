@@ -32,7 +32,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
     Only passes of the thread that entered the block are captured.
 
     Args:
-        model: any `nn.Module`. Nothing is set on it before the block is entered.
+        model: any `nn.Module`. Nothing is set on it before the block is entered. A wrapper such as
+            `DistributedDataParallel` stands for what it carries, under the plain model's names.
         layers: which layers: a name, glob, regex, module, module type or callable, or several of
             these; None for all. A module that is no filter layer means what it returns.
         kinds: which of "input", "response", "preactivation", "activation", "output".

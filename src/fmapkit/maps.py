@@ -145,7 +145,8 @@ class FeatureMap:
         if is_dtensor(self.tensor):  # torch would ask the other ranks
             raise DistributedError(_of_several_ranks(self, "is not indexed here"))
         view = self.tensor.select(self.filter_dim, there.index(wanted))
-        return replace(self, tensor=view, filter=wanted, filter_dim=None, filters=None, parts=None)
+        parts = self.parts if self.parts is not None and self.parts.unknown else None
+        return replace(self, tensor=view, filter=wanted, filter_dim=None, filters=None, parts=parts)
 
     def __iter__(self) -> Iterator[FeatureMap]:
         """The map of each filter, in order."""

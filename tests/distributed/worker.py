@@ -25,7 +25,10 @@ TIMEOUT = timedelta(seconds=20)
 def main(folder: str, *suites: str) -> int:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    dist.init_process_group("gloo", timeout=TIMEOUT)
+    gpus = torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
+    if gpus:
+        torch.cuda.set_device(dist.get_rank())
     outcomes: dict[str, str] = {}
     note = Path(folder) / f"{dist.get_rank()}.json"
     for wanted in suites:
