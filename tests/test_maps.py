@@ -692,3 +692,30 @@ def test_the_input_of_a_product_with_its_weight_first_is_the_other_factor() -> N
             x = torch.randn(3, 4)
             model(x)
             assert torch.equal(maps.select(kind="input")[0].tensor, x)
+
+
+class _SharedAct(nn.Module):
+    """Unproven at the top, so that the one activation is a unit that all layers share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.a, self.b, self.c):
+            x = self.act(layer(x)) if x.sum() < 1e9 else x
+        return x
+
+
+@pytest.mark.parametrize("wanted", ["a", "b", "c"])
+def test_one_of_the_layers_that_share_an_activation(wanted: str) -> None:
+    model = _SharedAct()
+    with capture(model, wanted) as maps, capture(model, filters={wanted: [1]}) as one:
+        for _ in range(3):
+            model(torch.randn(2, 4))
+            assert [(fm.layer, fm.kind) for fm in maps] == [
+                (wanted, "preactivation"),
+                (wanted, "activation"),
+            ]
+            assert {fm.layer: len(fm) for fm in one} == {"a": 4, "b": 4, "c": 4} | {wanted: 1}

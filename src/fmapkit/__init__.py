@@ -1,5 +1,6 @@
 """See inside a PyTorch model: `with capture(model) as maps:`."""
 
+from fmapkit import edits
 from fmapkit.capture import capture
 from fmapkit.errors import (
     AmbiguousMapError,
@@ -7,6 +8,7 @@ from fmapkit.errors import (
     CaptureStateError,
     CaptureWarning,
     DistributedError,
+    EditError,
     FilterRangeError,
     FmapkitError,
     KindNotCapturedError,
@@ -31,6 +33,7 @@ __all__ = [
     "CaptureStateError",
     "CaptureWarning",
     "DistributedError",
+    "EditError",
     "FeatureMap",
     "FeatureMaps",
     "FilterRangeError",
@@ -45,6 +48,7 @@ __all__ = [
     "NotAModuleError",
     "UnknownLayerError",
     "capture",
+    "edits",
     "register_layer",
     "register_nonlinearity",
 ]

@@ -13,7 +13,7 @@ reshapes and permutes that keep the filters apart.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,16 +77,18 @@ def function_name(function: Any) -> str:
     return name.split(".")[0]
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(*values: Any) -> list[Tensor]:
     """Every tensor in nested tuples, lists and dicts, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            if value:
+                found += tensors_in(*value)
+        elif isinstance(value, dict) and value:
+            found += tensors_in(*value.values())
+    return found
 
 
 def _words(text: str) -> frozenset[str]:
@@ -190,7 +192,7 @@ def weight_operand(name: str, args: Sequence[Any], kwargs: dict[str, Any], tag: 
     if name == "bilinear":
         return kwargs.get("weight", args[2] if len(args) > 2 else None)
     if name in MATMULS or name in ("einsum", "tensordot"):
-        factors = list(tensors_in((args, list(kwargs.values()))))
+        factors = tensors_in(*args, kwargs)
         if name in _BIAS_FIRST:
             factors = factors[1:]
         weights = [f for f in factors if isinstance(tag(f), Weight)]
@@ -201,7 +203,7 @@ def weight_operand(name: str, args: Sequence[Any], kwargs: dict[str, Any], tag: 
 
 def input_place(name: str, args: Any, kwargs: dict[str, Any], weight: Any) -> int | None:
     """Which of a weighted function's tensor arguments is its input; None if it has none."""
-    operands = list(tensors_in((args, list(kwargs.values()))))
+    operands = tensors_in(*args, kwargs)
     places = range(1 if name in _BIAS_FIRST else 0, len(operands))
     return next((i for i in places if operands[i] is not weight), None)
 
@@ -247,7 +249,7 @@ def _einsum_axis(args: Sequence[Any], weight: Any) -> int | None:
     """The last index of the output that comes from the weight alone."""
     equation = args[0] if args and isinstance(args[0], str) else ""
     left, arrow, right = equation.replace(" ", "").partition("->")
-    operands = list(tensors_in(list(args[1:])))
+    operands = tensors_in(*args[1:])
     terms = left.split(",")
     if not arrow or "." in equation or len(terms) != len(operands):
         return None
@@ -272,7 +274,7 @@ def carried(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any, ta
     """
     if name in METADATA or name in FRESH:
         return None
-    operands = list(tensors_in((args, list(kwargs.values()))))
+    operands = tensors_in(*args, kwargs)
     flows = [(o, f) for o in operands if (f := _flow(tag, o)) is not None]
     if not flows:
         return _of_weights(name, args, kwargs, out, operands, tag)
@@ -328,7 +330,7 @@ def _pointwise(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Loo
     """The first operand that is as large as the result; a smaller one is broadcast: scale, bias."""
 
     def one(result: Tensor) -> Flow:
-        operands = [o for o in tensors_in((args, list(kwargs.values()))) if _flow(tag, o)]
+        operands = [o for o in tensors_in(*args, kwargs) if _flow(tag, o)]
         full = [o for o in operands if o.shape == result.shape] or operands
         return _aligned(_flow(tag, full[0]) or STOP, full[0], result)
 
@@ -493,7 +495,7 @@ def _cat(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -
     """Along another axis the first operand's filters go on; along the filter axis they mix."""
     dim = int(_argument(args, kwargs, 1, "dim", "axis") or 0) % out.dim()
     axes = flow.axes
-    pieces = list(tensors_in(args[0] if args else list(kwargs.values())))
+    pieces = tensors_in(args[0] if args else kwargs)
     if axes is None or len(pieces) == 1:
         return Flow(flow.origin, axes) if axes is not None else STOP
     if any(p.dim == dim for p in axes.parts):

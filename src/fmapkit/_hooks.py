@@ -79,7 +79,6 @@ class Hooks:
     def __init__(self, owner: object) -> None:
         self._owner = owner
         self._handles: dict[tuple[str, nn.Module], list[tuple[Hook, RemovableHandle]]] = {}
-        self.count: dict[nn.Module, int] = {}  # how many hooks of ours a module has
 
     def is_ours(self, hook: Any) -> bool:
         """Whether this session registered it."""
@@ -91,12 +90,12 @@ class Hooks:
             if ("around", module) in self._handles or isinstance(module, torch.jit.ScriptModule):
                 continue
             self._remove(("after", module))
+            self._remove(("before", module))
             first, last = Hook(pre, self._owner), Hook(post, self._owner)
             self._handles["around", module] = [
                 (first, module.register_forward_pre_hook(first, with_kwargs=True)),
                 (last, module.register_forward_hook(last, with_kwargs=True, always_call=True)),
             ]
-            self.count[module] = 2
 
     def outside(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
         """A pair that comes before the pre and the post hooks of others: what they were given."""
@@ -108,18 +107,26 @@ class Hooks:
             ]
 
     def after(self, module: nn.Module, hook: Hook) -> None:
-        """A plain post hook, the cheapest kind there is, on a module that has none of ours."""
-        if module in self.count or isinstance(module, torch.jit.ScriptModule):
-            return
-        self._handles["after", module] = [(hook, module.register_forward_hook(hook))]
-        self.count[module] = 1
+        """A plain post hook, the cheapest kind there is, unless others of ours serve."""
+        if not self._has("after", module):
+            self._handles["after", module] = [(hook, module.register_forward_hook(hook))]
+
+    def before(self, module: nn.Module, hook: Hook) -> None:
+        """A plain pre hook, unless others of ours serve."""
+        if not self._has("before", module):
+            self._handles["before", module] = [(hook, module.register_forward_pre_hook(hook))]
+
+    def _has(self, role: str, module: nn.Module) -> bool:
+        return (
+            ("around", module) in self._handles
+            or (role, module) in self._handles
+            or isinstance(module, torch.jit.ScriptModule)
+        )
 
     def _remove(self, key: tuple[str, nn.Module]) -> None:
         for hook, handle in self._handles.pop(key, ()):
             hook.disarm()
             handle.remove()
-            if key[0] != "outside":
-                self.count.pop(key[1], None)
 
     @contextmanager
     def suspended(self, modules: Iterable[nn.Module]) -> Iterator[None]:

@@ -35,6 +35,7 @@ class Names:
         self.lent = False  # parameters that have memory only while their module runs (FSDP)
         self._owners: dict[int, tuple[Tensor, list[tuple[nn.Module, str]]]] = {}
         self._flat: list[Any] = []  # flat parameters of old FSDP
+        self._parameters: list[list[int]] = []  # their ids, by module
         self.refresh()
 
     def refresh(self) -> None:
@@ -42,7 +43,6 @@ class Names:
         self.by_module.clear()
         self.by_name.clear()
         self.wrappers.clear()
-        self._owners.clear()
         self._flat.clear()
         self.lent = False
         for name, module in _walk(self.model, ""):
@@ -54,6 +54,17 @@ class Names:
                 self.wrappers.add(module)
             self.lent = self.lent or lends_parameters(module)
             self._flat += flat_parameters(module)
+        self._read_parameters()
+
+    def update(self) -> None:
+        """Notice parameters that were swapped, for good or for one call (`functional_call`)."""
+        if self._parameters != [list(map(id, m._parameters.values())) for m in self.by_module]:
+            self._read_parameters()
+
+    def _read_parameters(self) -> None:
+        self._owners.clear()
+        self._parameters = [list(map(id, m._parameters.values())) for m in self.by_module]
+        for module in self.by_module:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     owners = self._owners.setdefault(id(parameter), (parameter, []))[1]

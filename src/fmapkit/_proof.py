@@ -20,12 +20,14 @@ import operator
 import textwrap
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
+
+from fmapkit._stop import has_own_forward
 
 __all__ = ["Guard", "Proofs"]
 
@@ -54,14 +56,14 @@ class _UnprovenError(Exception):
 class Guard:
     """A plain value, or a function, the road was learned under."""
 
-    module: Any  # a module, or the namespace of a function's globals
+    module: Any  # a module or a class; or a dict: a function's globals, an instance's attributes
     path: str
     none_only: bool
 
     def value(self) -> Any:
         """The value now; a changed one asks for a plan of its own."""
         if isinstance(self.module, dict):
-            return id(self.module.get(self.path))
+            return _Same(self.module.get(self.path))
         try:
             found = operator.attrgetter(self.path)(self.module)
         except AttributeError:
@@ -78,10 +80,25 @@ class Guard:
         return (own, self.path) if isinstance(own.get(self.path), _SIMPLE) else None
 
 
+class _Same:
+    """Equal to itself alone, whatever the value's own idea of equality; keeps it alive."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 def _frozen(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_frozen(v) for v in value)
-    return value if isinstance(value, _SIMPLE) else id(value)
+    return value if isinstance(value, _SIMPLE) else _Same(value)
 
 
 def _plain(value: Any) -> bool:
@@ -96,6 +113,7 @@ class Proofs:
     def __init__(self, is_ours: Callable[[Any], bool]) -> None:
         self._known: dict[int, bool] = {}
         self._guards: dict[int, list[Guard]] = {}
+        self._alike: dict[Any, _Reader] = {}  # by signature
         self._is_ours = is_ours
 
     def proven(self, module: nn.Module) -> bool:
@@ -109,7 +127,8 @@ class Proofs:
 
     def guards(self, module: nn.Module) -> list[Guard]:
         """Every guard the proof of a module and those below it rests on."""
-        return [g for m in module.modules() for g in self._guards.get(id(m), ())]
+        guards = (g for m in module.modules() for g in self._guards.get(id(m), ()))
+        return list({(id(g.module), g.path, g.none_only): g for g in guards}.values())
 
     def _own(self, module: nn.Module) -> bool:
         hooks = (
@@ -118,7 +137,7 @@ class Proofs:
             *module._backward_hooks.values(),
             *module._backward_pre_hooks.values(),
         )
-        if not all(map(self._is_ours, hooks)) or "forward" in module.__dict__:
+        if not all(map(self._is_ours, hooks)) or has_own_forward(module):
             return False
         kind = type(module)
         if kind.__getattr__ is not nn.Module.__getattr__:
@@ -127,13 +146,38 @@ class Proofs:
             return False
         if _trusted(module):
             return True
-        reader = _Reader(module)
-        try:
-            reader.function(kind.forward)
-        except (_UnprovenError, RecursionError):
-            return False
-        self._guards[id(module)] = reader.guards
-        return True
+        alike = _signature(module)
+        read = self._alike.get(alike)
+        if read is None:
+            read = _Reader(module)
+            read.guards.append(Guard(kind, "forward", none_only=False))
+            try:
+                read.function(kind.forward)
+            except (_UnprovenError, RecursionError):
+                read.proven = False
+            if not read.deep:
+                self._alike[alike] = read
+        mine = {id(read.module): module, id(read.module.__dict__): module.__dict__}
+        self._guards[id(module)] = [
+            replace(g, module=mine.get(id(g.module), g.module)) for g in read.guards
+        ]
+        return read.proven
+
+
+# What every module has, whatever its class.
+_COMMON = frozenset(nn.Module().__dict__) - {"training"}
+
+
+def _signature(module: nn.Module) -> Any:
+    """What a proof can rest on that looks no deeper than the module's own attributes."""
+    own = tuple(
+        (name, type(value), value if isinstance(value, _SIMPLE) else id(value))
+        for name, value in module.__dict__.items()
+        if name not in _COMMON
+    )
+    children = tuple((name, type(child)) for name, child in module._modules.items())
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    return type(module), own, children, tuple((name, value is None) for name, value in tensors)
 
 
 def _trusted(module: nn.Module) -> bool:
@@ -175,6 +219,8 @@ class _Reader:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.guards: list[Guard] = []
+        self.proven = True
+        self.deep = False  # it looked at more than the module's own attributes
         self._seen: set[types.CodeType] = set()
         self._function: types.FunctionType | None = None
         self._self = ""
@@ -345,6 +391,7 @@ class _Reader:
             case ast.Tuple(elts=elements) | ast.List(elts=elements):
                 return all(map(self._is_static, elements))
             case ast.Call(func=ast.Name(id="len"), args=[value]):
+                self.deep = True
                 return isinstance(self._resolve(value), nn.Module) or self._is_static(value)
             case ast.Call(func=ast.Attribute() as function, args=[]):
                 return self._resolve(function) in _JIT_QUESTIONS
@@ -519,6 +566,10 @@ class _Reader:
                 return
             if isinstance(getattr(nn.Module, name, None), types.FunctionType):
                 raise _UnprovenError("calls the machinery of modules")
+            # Neither the instance nor the class may have another one later.
+            called = call.func.attr if isinstance(call.func, ast.Attribute) else name
+            self.guards.append(Guard(self.module.__dict__, called, none_only=False))
+            self.guards.append(Guard(type(self.module), called, none_only=False))
             self.function(found.__func__)
             return
         if isinstance(found, types.MethodType) and isinstance(found.__self__, nn.Module):
@@ -559,6 +610,7 @@ class _Reader:
             if name in base.__dict__:
                 if base.__module__.startswith("torch.nn.modules."):
                     return
+                self.guards.append(Guard(base, name, none_only=False))
                 self.function(base.__dict__[name])
                 return
         raise _UnprovenError("super() has no such method")
@@ -572,6 +624,7 @@ class _Reader:
             names.append(node.attr)
             node = node.value
         if isinstance(node, ast.Name) and node.id == self._self and names:
+            self.deep = self.deep or len(names) > 1
             return ".".join(reversed(names))
         return None
 
@@ -585,6 +638,7 @@ class _Reader:
             return None
         if node.id == self._self:
             found: Any = self.module
+            self.deep = self.deep or len(names) > 1
         elif node.id in self._locals:
             return None
         elif node.id in self._function.__globals__:

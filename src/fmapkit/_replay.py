@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
-from itertools import islice
 from operator import itemgetter
 from typing import Any
 
@@ -22,11 +21,12 @@ from fmapkit._flow import NOWHERE, Flow, Origin, Weight, tensors_in
 from fmapkit._functions import describe, out_of_place
 from fmapkit._hooks import Hook, leave_mode, nothing
 from fmapkit._plan import Plan, Ref, Step
+from fmapkit._stop import Stop
 from fmapkit._store import Entry, Held, version_of
 from fmapkit._trace import leaves
 from fmapkit._wants import Wants
 
-__all__ = ["LightMode", "Line", "OutputTap", "Run", "Tap"]
+__all__ = ["InputTap", "LightMode", "Line", "OutputTap", "Run", "Tap"]
 
 _module = itemgetter(0)
 
@@ -107,12 +107,44 @@ class OutputTap(Tap):
             self.fault(module, error)
 
 
+class InputTap(Tap):
+    """The same for a module of which only its first argument is to be seen, before it runs.
+
+    Args:
+        key: what it is called in the plan's order.
+        line: to write to.
+        other: called with the hook's arguments when no run is under way.
+        fault: called with the module and the error, should we fail.
+        owner: the session.
+    """
+
+    __slots__ = ("key",)
+
+    def __init__(self, key: Any, line: Line, other: Any, fault: Any, owner: object) -> None:
+        super().__init__(line, other, fault, owner)
+        self.key = key
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
+        cell = self.line.cell
+        if cell is None:
+            self.call(module, args)
+            return
+        note, how = cell
+        try:
+            x = args[0]
+            if how and x.requires_grad:
+                x = x.detach()
+            note((self.key, x, version_of(x) if how == 2 else x._version))
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.fault(module, error)
+
+
 class Run:
     """One call of a proven module, read by its plan."""
 
     __slots__ = (
         *("_checked", "_origins", "base", "before", "how", "inputs", "line", "log", "lost"),
-        *("marks", "mode", "module", "plan", "wants"),
+        *("marks", "mode", "module", "plan", "stop", "wants"),
     )
 
     def __init__(
@@ -121,6 +153,7 @@ class Run:
         plan: Plan,
         wants: Wants,
         line: Line,
+        stop: Stop | None,
         inputs: list[Any],
         base: Counter[str] | None,
     ) -> None:
@@ -128,6 +161,7 @@ class Run:
         self.plan = plan
         self.wants = wants
         self.line = line
+        self.stop = stop  # what to end the pass by, after the last step
         self.inputs = inputs
         self.base = base
         self.log: list[Any] = []  # per step: its module, then what was read
@@ -179,7 +213,8 @@ class Run:
         at = self._checked
         while at < len(order) and log[at][0] is order[at]:
             at += 1
-        module = log[at][0]
+        key = log[at][0]
+        module = key[1] if isinstance(key, tuple) else key
         self.stray(type(module).__name__ if module is not None else "a function")
         del log[at:]
         return False
@@ -188,9 +223,13 @@ class Run:
         """A tapped module has run, and more is to be done than a `Tap` does."""
         if not self.follows():
             return
-        step = self._next()
-        if step is None or step.module is not module:
+        if self._next_key() is not module:
             self.stray(type(module).__name__)
+            return
+        step = self.plan.at[len(self.log)]
+        if step is None:  # a function's operand or result
+            self.log.append((module, self._own(output), version_of(output)))
+            self._may_stop()
             return
         x = None
         if module in self.before and any(e.before for e in step.emissions):
@@ -204,14 +243,31 @@ class Run:
             self.log.append(record)
         else:
             self.log.append((module, self._read(step, x, output)))
+        self._may_stop()
 
-    def _next(self) -> Step | None:
-        at, steps = len(self.log), self.plan.steps
-        return steps[at] if at < len(steps) else None
+    def _may_stop(self) -> None:
+        if self.stop is not None and len(self.log) == len(self.plan.order):
+            self.stop.end()
+
+    def before_call(self, module: nn.Module, args: Any) -> None:
+        """A module whose first argument is to be seen is about to run; as an `InputTap` does."""
+        key = self.plan.inputs[module]
+        if not self.follows():
+            return
+        if self._next_key() != key:
+            self.stray(type(module).__name__)
+            return
+        self.log.append((key, self._own(args[0]), version_of(args[0])))
+        self._may_stop()
+
+    def _next_key(self) -> Any:
+        at, order = len(self.log), self.plan.order
+        return order[at] if at < len(order) else ()
 
     def pre(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module that overwrites its own input is about to run."""
-        step = next((s for s in self.plan.steps[len(self.log) :] if s.module is module), None)
+        later = self.plan.at[len(self.log) :]
+        step = next((s for s in later if s is not None and s.module is module), None)
         if step is None or not any(e.before for e in step.emissions):
             return
         x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
@@ -220,11 +276,13 @@ class Run:
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """A nonlinearity or layer called by a scope itself."""
-        step = self._next() if self.follows() else None
-        if step is None or step.module is not None or step.function != name:
+        step = None
+        if self.follows() and self._next_key() is None:
+            step = self.plan.at[len(self.log)]
+        if step is None or step.function != name:
             self.stray(name)
             return func(*args, **kwargs)
-        x = next(islice(tensors_in((args, list(kwargs.values()))), step.place, None), None)
+        x = next(iter(tensors_in(*args, kwargs)[step.place :]), None)
         held = x
         if step.flip:
             other = out_of_place(func, args, kwargs)
@@ -233,6 +291,7 @@ class Run:
             held = self._own(x).clone()
         out = func(*args, **kwargs)
         self.log.append((None, self._read(step, held, out)))
+        self._may_stop()
         return out
 
     def _read(self, step: Step, x: Any, output: Any) -> list[Any]:
@@ -299,8 +358,20 @@ class Run:
     def entries(self) -> list[Entry]:
         """The maps of this run, in execution order."""
         found: list[Entry] = []
-        for record, step in zip(self.log, self.plan.steps, strict=False):
-            if step.plain:
+        count = len(self.log)
+        for step in self.plan.steps:
+            if step.at >= count or step.sink >= count:
+                continue
+            record = self.log[step.at]
+            items: list[Any]
+            if step.sink >= 0:
+                result = self.log[step.sink]
+                slots = {
+                    "x": (self._own(record[1]), record[2] + step.delta),
+                    "y": (self._own(result[1]), result[2]),
+                }
+                items = [slots[e.slot] for e in step.emissions]
+            elif step.plain:
                 slots = {"y": (self._own(record[1]), record[2])}
                 if step.plain == "xy":
                     slots["x"] = (self._own(record[3]), record[4])
@@ -340,7 +411,7 @@ class LightMode(TorchFunctionMode):
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.run = run
-        self.names = {s.function for s in run.plan.steps if s.module is None}
+        self.names = {s.function for s in run.plan.at if s is not None and s.module is None}
         self.on = False
         self._pushed = False
 

@@ -23,14 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
+from fmapkit._edit import Edits
 from fmapkit._flow import Flow, Weight, tensors_in
 from fmapkit._fused import REASON, fused_output, may_fuse
 from fmapkit._hooks import Hook, Hooks, leave_mode
 from fmapkit._names import Names
 from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
-from fmapkit._replay import Line, OutputTap, Run, Tap, tag_outputs
+from fmapkit._replay import InputTap, Line, OutputTap, Run, Tap, tag_outputs
 from fmapkit._sharded import is_wrapped, moves_data
+from fmapkit._stop import Stop, StopForward
 from fmapkit._store import Pass, Store, storage_of
 from fmapkit._trace import TRANSFORMED, Event, Frame, Tracer, leaves, transformed
 from fmapkit._wants import Wants
@@ -97,11 +99,21 @@ class Session:
     """The life of one `with capture(model)` block."""
 
     def __init__(
-        self, model: nn.Module, names: Names, wants: Wants, keep: int | None, every: int
+        self,
+        model: nn.Module,
+        names: Names,
+        wants: Wants,
+        edits: Edits,
+        keep: int | None,
+        every: int,
+        stop: bool = False,
     ) -> None:
         self.model = model
         self.names = names
         self.wants = wants
+        self.edits = edits
+        self.stop = Stop() if stop else None
+        self._forward = StopForward(model, self.stop) if self.stop is not None else None
         self.every = every
         self.store = Store(keep)
         self.hooks = Hooks(self)
@@ -119,12 +131,13 @@ class Session:
         self._fused_in: nn.Module | None = None  # running unfused beside its fused path
         self._fused: Any = None
         self._learning: tuple[nn.Module, Frame, Any, list[Any]] | None = None
-        self._watch: Watch | None = None
+        self._watch = Watch(model, self.hooks)  # since `names` were read
         self._line = Line()
         self._units: dict[nn.Module, _Unit] = {}
         self._proofs = Proofs(self.hooks.is_ours)
         self._tapped: dict[nn.Module, Plan] = {}  # the plan that each unit's taps are set for
         self._direct: set[nn.Module] = set()  # modules that a scope has called itself
+        self._opened: set[nn.Module] = set()  # proven, but with something to edit in them
         self._all_hooked = False
         self._given: list[tuple[nn.Module, Any]] = []  # what hooks that move data were given
 
@@ -133,12 +146,17 @@ class Session:
     def open(self) -> None:
         """Set the one hook pair that every pass goes through."""
         self.thread = threading.get_ident()
+        self._name_scripted()
         self.hooks.around([self.model], self._pre, self._post)
+        if self._forward is not None:
+            self._forward.install()
 
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""
         self._abandon()
         self.hooks.drop()
+        if self._forward is not None:
+            self._forward.remove()
         self._units.clear()
         if not failed:
             self._warn()
@@ -169,30 +187,32 @@ class Session:
         if threading.get_ident() != self.thread or torch._C._current_graph_task_id() != -1:
             if "_is_replica" in module.__dict__:
                 self.miss("", REPLICAS)
-            return
+            return None
         try:
             if module is self.model and not self._running():
                 if not self._begin(args, kwargs):
-                    return
+                    return None
             elif module is self.model:
                 self._depth += 1
             if self._current is None:
                 if not self._idle:
                     self._stray(module)
-                return
+                return None
             if self._run is not None:
                 self._pre_in_run(module, args, kwargs)
             elif self._learning is None and self._stands_alone(module, args):
                 self._direct.add(module)
-                self._enter_unit(module, args, kwargs)
+                return self._enter_unit(module, args, kwargs)
             elif self._tracer is not None:
-                if may_fuse(module) and not self._fused_in:
+                if may_fuse(module) and not self._fused_in and not self.edits:
                     self._run_fused(module, args, kwargs)
                 self._moved(module, (args, kwargs))
-                self._tracer.enter(module, args, kwargs)
+                frame = self._tracer.enter(module, args, kwargs)
                 self._trace_on()
+                return frame.replaced
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self._fault(module, error)
+        return None
 
     def _post(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if threading.get_ident() != self.thread or torch._C._current_graph_task_id() != -1:
@@ -219,11 +239,13 @@ class Session:
                 if self._depth:
                     self._depth -= 1
                 else:
-                    self._end(output if replaced is None else replaced)
+                    self._end(output if replaced is None else replaced, failed)
+            elif self.stop is not None and self._run is None and self._learning is None:
+                self.stop.check()
         except Exception as error:
-            self._fault(module, error)
             if module is self.model and not self._depth:
                 self._abandon()
+            self._fault(module, error)
         return replaced
 
     def _before_moving(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -258,7 +280,20 @@ class Session:
         except Exception as error:
             self._fault(module, error)
 
+    def _tap_before(self, module: nn.Module, args: Any) -> None:
+        run = self._run
+        if run is None or threading.get_ident() != self.thread:
+            return
+        if torch._C._current_graph_task_id() != -1 or module not in run.plan.inputs:
+            return
+        try:
+            run.before_call(module, args)
+        except Exception as error:
+            self._fault(module, error)
+
     def _fault(self, module: nn.Module, error: Exception) -> None:
+        if error is self.edits.raised:
+            raise error  # the user's own function
         self.miss(self.names.of(module), f"fmapkit failed here: {type(error).__name__}: {error}")
         if self._run is not None:
             self._run.stray(type(error).__name__)
@@ -299,9 +334,12 @@ class Session:
             self._drop_hooks()
             return False
         self._frame = _call_frame()  # on Python's stack as long as the pass runs
-        if self._watch is None or self._watch.changed():
+        if self._watch.changed():
             self._restart()
         self._current = self.store.begin(step)
+        self.edits.begin()
+        if self.stop is not None:
+            self.stop.begin()
         if not self._is_unit(self.model):
             self._watch_scopes()
             self._new_tracer().enter_inputs(args, kwargs)
@@ -321,7 +359,7 @@ class Session:
             if self.store.keep != 1 or storage_of(held.tensor) in reached:
                 held.snapshot()
 
-    def _end(self, output: Any) -> None:
+    def _end(self, output: Any, failed: bool) -> None:
         tracer, current = self._tracer, self._current
         self._trace_out()
         if tracer is not None:
@@ -338,6 +376,11 @@ class Session:
                 self._direct.update(self.model.modules())
                 self._all_hooked = False
             tracer.end()
+        stopped = self.stop is not None and self.stop.ended
+        for layer, why in self.edits.unapplied() if not failed and not stopped else ():
+            self.miss(layer, why)
+        if current is not None and self.stop is not None and not failed:
+            self.stop.learn(current.entries())
         if current is not None:
             current.closed = True
             if torch.is_inference_mode_enabled():
@@ -372,39 +415,38 @@ class Session:
         self._idle = False
 
     def _restart(self) -> None:
-        """The model has other modules than it had (or this is the first pass): learn it anew."""
+        """The model has other modules than it had: learn it anew."""
         self.names.refresh()
         self._units.clear()
         self._proofs = Proofs(self.hooks.is_ours)
         self._drop_hooks()
         self._direct.clear()
+        self._opened.clear()
+        if self.stop is not None:
+            self.stop.forget()
         self._watch = Watch(self.model, self.hooks)
-        for module, name in self.names.by_module.items():
-            self._name_scripted(module, name)
-            if isinstance(module, torch.jit.ScriptModule):
-                if "." not in name or not isinstance(
-                    self.names.by_name.get(name.rpartition(".")[0]), torch.jit.ScriptModule
-                ):
-                    self.miss(name, "it is scripted: torch runs it without Python, unseen by hooks")
+        self._name_scripted()
 
-    def _name_scripted(self, module: nn.Module, name: str) -> None:
-        """Scripted functions that a forward calls by name: no mode sees inside them."""
-        function = getattr(type(module), "forward", None)
-        code = getattr(function, "__code__", None)
-        if code is None:
-            return
-        known = function.__globals__  # type: ignore[union-attr]
-        cells = [c.cell_contents for c in function.__closure__ or ()]  # type: ignore[union-attr]
-        called = [*(known.get(n) for n in code.co_names), *cells, *module.__dict__.values()]
-        for value in called:
-            if isinstance(value, torch.jit.ScriptFunction):
-                self.miss(name, f"it calls {value.name}, which is scripted: unseen by Python")
+    def _name_scripted(self) -> None:
+        """Scripted modules, and scripted functions that a forward calls by name: all unseen."""
+        for module, name in self.names.by_module.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                outer = self.names.by_name.get(name.rpartition(".")[0]) if "." in name else None
+                if not isinstance(outer, torch.jit.ScriptModule):
+                    self.miss(name, "it is scripted: torch runs it without Python, unseen by hooks")
+            elif not type(module).__module__.startswith("torch.nn.modules."):
+                for function in _scripted(module):
+                    why = f"it calls {function.name}, which is scripted: unseen by Python"
+                    self.miss(name, why)
 
     # -- modes --------------------------------------------------------------------------------
 
     def _new_tracer(self) -> Tracer:
         assert self._current is not None
-        self._tracer = Tracer(self.names, self.wants, self._current, self.miss)
+        self.names.update()
+        self._tracer = Tracer(
+            self.names, self.wants, self.edits, self.stop, self._current, self.miss
+        )
         return self._tracer
 
     def _trace_on(self) -> None:
@@ -458,7 +500,7 @@ class Session:
     # -- units --------------------------------------------------------------------------------
 
     def _is_unit(self, module: nn.Module) -> bool:
-        return self._proofs.proven(module)
+        return module not in self._opened and self._proofs.proven(module)
 
     def _stands_alone(self, module: nn.Module, args: Any) -> bool:
         """Whether this call is a unit: not inside a module that may be one σ or layer itself."""
@@ -489,31 +531,40 @@ class Session:
         )
         self.hooks.outside(moving, self._before_moving, self._after_forward)
 
-    def _enter_unit(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter_unit(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         unit = self._unit(module)
         tracer = self._tracer
-        inputs = [tracer.tag(t) for t in tensors_in((args, kwargs))] if tracer is not None else []
-        shape = (_shape(args), _shape(kwargs), self._carried(inputs), torch.is_grad_enabled())
+        inputs = [tracer.tag(t) for t in tensors_in(*args, kwargs)] if tracer is not None else []
+        modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        shape = (_shape(args), _shape(kwargs), self._carried(inputs), modes)
         plan = unit.same(shape)
         if plan is None:
             key = (shape, unit.state())
             plan = unit.plans.get(key)
             if plan is None:
-                self._learn(module, key, args, kwargs, inputs)
-                return
+                return self._learn(module, key, args, kwargs, inputs)
             unit.remember(plan, shape)
+        if self.edits and self._edited_inside(plan, inputs):
+            return self._learn(module, None, args, kwargs, inputs)
         if self._tapped.get(module) is not plan:
             self._set_taps(plan, module)
         if tracer is not None and plan.writes:
-            written = list(tensors_in((args, kwargs)))
+            written = tensors_in(*args, kwargs)
             for index in plan.writes:
                 tracer.aliases.before_write(written[index])
         self._trace_off()
         base = Counter(tracer.counts) if tracer is not None else None
-        self._run = Run(module, plan, self.wants, self._line, inputs, base)
+        stop = self.stop if tracer is None else None
+        self._run = Run(module, plan, self.wants, self._line, stop, inputs, base)
         if module in plan.before:
             self._run.pre(module, args, kwargs)
         self._run.start()
+        return None
+
+    def _edited_inside(self, plan: Plan, inputs: list[Any]) -> bool:
+        """Whether filters that an edit is for reach a nonlinearity inside."""
+        tags = (inputs[index] for index in plan.claims if index < len(inputs))
+        return any(isinstance(t, Flow) and self.edits.of(t.origin.name) for t in tags)
 
     def _carried(self, inputs: list[Any]) -> Any:
         """What the inputs carry, origins numbered in order of their first mention."""
@@ -526,15 +577,16 @@ class Session:
                 if id(tag.origin) not in origins:
                     origins.append(id(tag.origin))
                 place = origins.index(id(tag.origin))
-                carried.append((tag.origin.kind, tag.axes, place))
+                # Which of a layer's maps are held may differ from layer to layer.
+                asked = self.wants.of(tag.origin.name)
+                carried.append((tag.origin.kind, tag.axes, place, asked))
             else:
                 carried.append("weight" if isinstance(tag, Weight) else None)
         return tuple(carried)
 
-    def _learn(
-        self, module: nn.Module, key: Any, args: Any, kwargs: Any, inputs: list[Any]
-    ) -> None:
+    def _learn(self, module: nn.Module, key: Any, args: Any, kwargs: Any, inputs: list[Any]) -> Any:
         self.hooks.drop("after")
+        self.hooks.drop("before")
         self._tapped.clear()
         tracer = self._tracer
         if tracer is None:
@@ -543,10 +595,13 @@ class Session:
         self.hooks.around(module.modules(), self._pre, self._post)
         tracer.trial += 1
         tracer.aliases.written.clear()
+        tracer.edited = False
         frame = tracer.enter(module, args, kwargs)
-        frame.storages = {storage_of(t) for t in tensors_in((args, kwargs))}
+        frame.counts = Counter(tracer.counts)
+        frame.storages = {storage_of(t) for t in tensors_in(*args, kwargs)}
         self._learning = (module, frame, key, inputs)
         self._trace_on()
+        return frame.replaced
 
     def _learned(self, module: nn.Module, output: Any, failed: bool) -> Any:
         assert self._learning is not None and self._tracer is not None
@@ -556,13 +611,17 @@ class Session:
         tracer.trial -= 1
         self._learning = None
         self._unlearn(module)
-        if not failed and tracer.failed is None:
+        if tracer.edited:  # from the next pass on, only the parts below that need it are traced
+            self._opened.add(module)
+            self._direct.discard(module)
+            self._all_hooked = False
+        elif not failed and tracer.failed is None:
             for event in tracer.events[frame.start :]:
                 for held in (event.x_held, event.y_held):
                     if held is not None:
                         held.check()
             final = output if replaced is None else replaced
-            arguments = list(tensors_in((frame.args, frame.kwargs)))
+            arguments = tensors_in(*frame.args, frame.kwargs)
             plan = make_plan(tracer, frame, final, inputs, arguments)
             if not any(map(_sharded, tracer.events[frame.start :])):
                 self._unit(module).plans[key] = plan
@@ -575,13 +634,20 @@ class Session:
     def _set_taps(self, plan: Plan, module: nn.Module) -> None:
         around = plan.toggles | plan.scopes | plan.before | self._keyed(plan)
         self.hooks.around(around - {module}, self._pre, self._post)
+        last = plan.order[-1] if plan.order and self.stop is not None else None
         for tapped in plan.taps - {module}:
-            how = plan.direct.get(tapped)
+            how = plan.direct.get(tapped) if tapped is not last else None
             if how is None:
                 self.hooks.after(tapped, Hook(self._tap, self))
             else:
                 kind = Tap if how == "xy" else OutputTap
                 self.hooks.after(tapped, kind(self._line, self._tap, self._fault, self))
+        for noted, key in plan.inputs.items():
+            if key is last:
+                self.hooks.before(noted, Hook(self._tap_before, self))
+            else:
+                tap = InputTap(key, self._line, self._tap_before, self._fault, self)
+                self.hooks.before(noted, tap)
         self._tapped[module] = plan
 
     def _keyed(self, plan: Plan) -> frozenset[nn.Module]:
@@ -593,6 +659,7 @@ class Session:
         if self._tapped or self._all_hooked:
             self.hooks.drop("after")
             self.hooks.drop("outside")
+            self.hooks.drop("before")
             self.hooks.drop("around", keep=[self.model])
             self._tapped.clear()
             self._all_hooked = False
@@ -603,6 +670,8 @@ class Session:
         plan = run.plan
         if module in plan.before:
             run.pre(module, args, kwargs)
+        if module in plan.inputs:
+            run.before_call(module, args)
         if plan.scopes:
             if module in plan.toggles:
                 run.marks.append(run.light().pause())
@@ -632,7 +701,7 @@ class Session:
         if run.module in run.plan.taps and not failed:
             run.tap(run.module, args, kwargs, output)
         run.finish()
-        if not failed and not run.lost and len(run.log) != len(run.plan.steps):
+        if not failed and not run.lost and len(run.log) != len(run.plan.order):
             run.lost = "fewer taps fired than were learned"
         if run.lost:
             self._units.pop(run.module, None)
@@ -648,6 +717,8 @@ class Session:
             run.entries(), (e for s in run.plan.steps for e in s.emissions), strict=False
         ):
             self._current.segments.append(entry)
+            if self.stop is not None:
+                self.stop.saw(entry)
             if entry.held is not None:
                 tracer.aliases.watch(entry.held)
             if emission.pending:
@@ -675,6 +746,17 @@ def _transformed(value: Any) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is None:
         return False
     return any(transformed(t) for t in tensors_in(value))
+
+
+def _scripted(module: nn.Module) -> list[torch.jit.ScriptFunction[Any, Any]]:
+    """The scripted functions that a module's forward knows by name, or its attributes hold."""
+    forward = getattr(type(module), "forward", None)
+    code = getattr(forward, "__code__", None)
+    values = list(module.__dict__.values())
+    if forward is not None and code is not None:
+        values += [forward.__globals__.get(name) for name in code.co_names]
+        values += [cell.cell_contents for cell in forward.__closure__ or ()]
+    return [value for value in values if isinstance(value, torch.jit.ScriptFunction)]
 
 
 def _call_frame() -> Any:

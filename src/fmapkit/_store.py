@@ -115,7 +115,7 @@ class Held:
 class Entry:
     """One map: what it is, and where its values are held."""
 
-    __slots__ = ("axes", "held", "kind", "origin", "path", "picked", "sigma")
+    __slots__ = ("axes", "edited", "held", "kind", "origin", "path", "picked", "sigma")
 
     def __init__(
         self,
@@ -126,6 +126,7 @@ class Entry:
         sigma: str | None = None,
         path: str = "",
         picked: tuple[int, ...] | None = None,
+        edited: Held | None = None,
     ) -> None:
         self.kind = kind
         self.origin = origin
@@ -134,6 +135,13 @@ class Entry:
         self.sigma = sigma
         self.path = path
         self.picked = picked  # the filters held, in the order held, where not all are
+        self.edited = edited  # what went on in its place
+
+    def release(self) -> None:
+        """Let go of the tensors."""
+        for held in (self.held, self.edited):
+            if held is not None:
+                held.tensor = None
 
 
 class Pass:
@@ -166,14 +174,9 @@ class Pass:
     def release(self) -> None:
         """Let go of every tensor; maps read before keep theirs."""
         for segment in self.segments:
-            if isinstance(segment, Entry):
-                if segment.held is not None:
-                    segment.held.tensor = None
-            else:
-                segment.release()
+            segment.release()
         for entry in self._entries or ():
-            if entry.held is not None:
-                entry.held.tensor = None
+            entry.release()
         self.segments.clear()
         self._entries = []
         self.closed = True

@@ -24,14 +24,17 @@ from torch.overrides import TorchFunctionMode
 
 from fmapkit import _flow, layers, nonlinearities
 from fmapkit._axes import Axes
+from fmapkit._edit import Edits
+from fmapkit._editing import Editor, Site
 from fmapkit._flow import NOWHERE, STOP, Flow, Origin, Tag, Weight, tensors_in
 from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, out_of_place
 from fmapkit._names import Names
 from fmapkit._sharded import is_dtensor, local_axes
+from fmapkit._stop import Stop
 from fmapkit._store import Aliases, Entry, Held, Pass, storage_of, storage_users, version_of
 from fmapkit._wants import Wants
 
-__all__ = ["Event", "Firing", "Frame", "Tracer", "leaves"]
+__all__ = ["Event", "Firing", "Frame", "SigmaCall", "Tracer", "leaves"]
 
 _CALL = nn.Module._call_impl.__code__
 # Nonlinearities whose in-place form has the same derivative formula, bit for bit. That of the ELU
@@ -40,6 +43,8 @@ _SAME_GRADIENT = {
     *("relu", "relu6", "hardtanh", "sigmoid", "tanh", "silu", "hardswish", "mish", "hardsigmoid"),
     "threshold",
 }
+# How many firings back the operand of a function is looked for.
+_NEAR = 32
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # How a tensor depends on a module's input; a tensor that does not depend on it has 0. The last is
 # not pointwise, or random.
@@ -63,6 +68,7 @@ class Event:
             "scope",
         ),
         *("sigma", "x", "x_held", "y", "y_held", "in_place", "firing", "graph"),
+        *("delta", "sink", "source"),
     )
 
     def __init__(self, kind: str, scope: nn.Module, function: Any = None) -> None:
@@ -83,6 +89,11 @@ class Event:
         self.in_place = False
         self.graph = False  # its result is part of an autograd graph
         self.firing: Firing | None = None
+        # Of a function's x and y: the hooks that would see them, and how often x is written to
+        # between the first and the function.
+        self.source: Firing | None = None
+        self.sink: Firing | None = None
+        self.delta = 0
         self.entries: list[tuple[str, Entry]] = []  # ("x" | "y" | path, what is held)
 
     def drop(self) -> None:
@@ -95,18 +106,28 @@ class Event:
 
 
 class Firing:
-    """A moment at which a tap would fire: the end of a module's call, or a function's."""
+    """A moment at which a tap would fire: a module's call begins or ends, or a function's ends."""
 
-    __slots__ = ("events", "function", "module", "parent", "scope")
+    __slots__ = ("before", "events", "function", "module", "parent", "scope", "tensor", "version")
 
     def __init__(
-        self, module: nn.Module | None, scope: nn.Module, function: Any, parent: nn.Module | None
+        self,
+        module: nn.Module | None,
+        scope: nn.Module,
+        function: Any,
+        parent: nn.Module | None,
+        tensor: Any = None,
+        before: bool = False,
     ) -> None:
         self.module = module
         self.scope = scope
         self.function = function
         self.parent = parent  # the module that called the module
+        self.before = before
         self.events: list[Event] = []
+        # What the tap would see: the first argument, or the output.
+        self.tensor = weakref.ref(tensor) if isinstance(tensor, Tensor) else None
+        self.version = version_of(tensor) if isinstance(tensor, Tensor) else 0
 
 
 class Frame:
@@ -115,7 +136,7 @@ class Frame:
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
         *("reduces", "in_place", "flip", "tags", "storages", "a"),
-        *("counts", "firing"),
+        *("counts", "firing", "replaced", "site"),
     )
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any, start: int) -> None:
@@ -136,19 +157,37 @@ class Frame:
         self.storages: set[int] = set()
         self.counts: Counter[str] = Counter()
         self.firing = 0
+        self.site: Site | None = None  # something to edit
+        self.replaced: tuple[Any, Any] | None = None  # the arguments that it is to get instead
+
+    def take(self, x: Tensor) -> None:
+        """Another tensor came in."""
+        if self.x is not None and id(self.x) in self.degrees:
+            self.degrees[id(x)] = (weakref.ref(x), _LINEAR)
+        self.x = x
 
 
 class Tracer(TorchFunctionMode):
     """Sees one pass; see the module's docstring."""
 
     def __init__(
-        self, names: Names, wants: Wants, current: Pass, miss: Callable[[str, str], None]
+        self,
+        names: Names,
+        wants: Wants,
+        edits: Edits,
+        stop: Stop | None,
+        current: Pass,
+        miss: Callable[[str, str], None],
     ) -> None:
         super().__init__()
         self.names = names
         self.wants = wants
         self.current = current
         self.miss = miss
+        self.edits = edits
+        self.stop = stop
+        self.editor = Editor(self, edits, self._probe)
+        self.edited = False  # something was, or might have been, edited
         self.events: list[Event] = []
         self.firings: list[Firing] = []
         self.frames: list[Frame] = []
@@ -160,9 +199,14 @@ class Tracer(TorchFunctionMode):
         self.paused = False  # while a unit is replayed
         self.trial = 0  # > 0 while a proven module is learned
         self._unpicked: list[tuple[Origin, bool]] = []  # DTensors, whose filters are on all ranks
+        self._awaited: dict[int, tuple[weakref.ref[Tensor], int, Event]] = {}
         self._opaque = 0  # how many running modules are registered layers
         self._tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
         self._suspects: dict[int, tuple[weakref.ref[Tensor], Tensor, Any]] = {}
+
+    def _probe(self) -> Tracer:
+        """Another tracer, of which nothing is kept."""
+        return Tracer(self.names, self.wants, Edits.none(), None, Pass(-1), lambda *_: None)
 
     # -- what a tensor carries ----------------------------------------------------------------
 
@@ -204,7 +248,7 @@ class Tracer(TorchFunctionMode):
 
     def enter_inputs(self, args: Any, kwargs: Any) -> None:
         """The pass begins: whatever comes in depends on the input, and has no layer yet."""
-        for tensor in tensors_in((args, kwargs)):
+        for tensor in tensors_in(*args, kwargs):
             if self.tag(tensor) is None:
                 self.set_tag(tensor, STOP)
 
@@ -234,11 +278,13 @@ class Tracer(TorchFunctionMode):
         out = func(*args, **kwargs)
         try:
             if call is not None:
-                self._after_sigma(known, call, out)
+                out = self._after_sigma(known, call, out)
             else:
-                self._after(known, func, args, kwargs, out)
+                out = self._after(known, func, args, kwargs, out)
         except Exception as error:
             self.fail(error)
+        if self.stop is not None and not self.trial:
+            self.stop.check()
         return out
 
     def end(self) -> None:
@@ -249,6 +295,7 @@ class Tracer(TorchFunctionMode):
         self._unpicked.clear()
         self.events.clear()
         self.firings.clear()
+        self._awaited.clear()
         self.frames.clear()
         self._suspects.clear()
         self._tags.clear()
@@ -256,6 +303,8 @@ class Tracer(TorchFunctionMode):
 
     def fail(self, error: BaseException) -> None:
         """A fault of our own: the rest of the pass is not captured, and `missed` says so."""
+        if error is self.edits.raised:
+            raise error  # the user's own function
         if self.failed is None:
             self.failed = error
             where = self.names.of(self.frames[-1].module) if self.frames else ""
@@ -263,15 +312,21 @@ class Tracer(TorchFunctionMode):
 
     # -- nonlinearities -----------------------------------------------------------------------
 
-    def _before_sigma(self, known: Function, func: Any, args: Any, kwargs: Any) -> _SigmaCall:
+    def _before_sigma(self, known: Function, func: Any, args: Any, kwargs: Any) -> SigmaCall:
         frame = self.frames[-1]
-        z = next(tensors_in((args, list(kwargs.values()))))
-        call = _SigmaCall(func, args, kwargs, z, self.tag(z))
+        z = tensors_in(*args, kwargs)[0]
+        call = SigmaCall(func, args, kwargs, z, self.tag(z))
         in_place = known.in_place or known.asked_in_place(args, kwargs)
         quiet = frame.kind == "sigma" or self._opaque > 0
         if transformed(z):
             quiet = True
             self.miss(self.names.of(frame.module), TRANSFORMED)
+        if self.editor and not quiet and known.sigma is not None:
+            own = f"{self.names.of(frame.module)}:{known.sigma}"
+            self.editor.before(call, own, known.sigma, in_place)
+            if call.site is not None:
+                call.held = self.aliases.reference(z)
+                return call
         if "out" in kwargs:
             for target in tensors_in(kwargs["out"]):
                 self.aliases.before_write(target)
@@ -308,6 +363,8 @@ class Tracer(TorchFunctionMode):
         """
         if not self.trial or (z.is_leaf and z.requires_grad):
             return False
+        if any(f.site is not None for f in self.frames):
+            return False
         if torch.is_grad_enabled() and known.sigma not in _SAME_GRADIENT:
             return False
         storage = storage_of(z)
@@ -316,7 +373,7 @@ class Tracer(TorchFunctionMode):
         ours = len(self.aliases.of(z)) if self.wants.detach else 0
         return storage_users(z) == 1 + ours
 
-    def _after_sigma(self, known: Function, call: _SigmaCall, out: Any) -> None:
+    def _after_sigma(self, known: Function, call: SigmaCall, out: Any) -> Any:
         frame = self.frames[-1]
         z, a = call.z, out
         flow = call.tag if isinstance(call.tag, Flow) else STOP
@@ -331,7 +388,7 @@ class Tracer(TorchFunctionMode):
         if call.held is None or not isinstance(a, Tensor):
             if call.flip:
                 self._suspect(z, a, frame)
-            return
+            return out
         scope = self._scope()
         event = Event("sigma", scope, call.original)
         event.sigma = known.sigma
@@ -341,9 +398,27 @@ class Tracer(TorchFunctionMode):
             event.x, event.y, event.key = z, a, frame.key
         if call.flip:
             self._suspect(z, a, event)
-        self._site(event, flow, call.held, z, a, f"{self.names.of(scope)}:{known.sigma}")
+        own = f"{self.names.of(scope)}:{known.sigma}"
+        if call.site is None:
+            self._site(event, flow, call.held, z, a, own)
+            if self.trial and not event.in_place:
+                self._between(event, z, a)
+            return out
+        out = self.editor.after(call.site, a, _sigma_axes(flow.axes, z, a))
+        self._site(event, flow, call.held, z, a, own, call.site)
+        self.set_tag(out, self.tag(a))
+        return out
 
-    def _site(self, event: Event, flow: Flow, z_held: Held, z: Tensor, a: Tensor, own: str) -> None:
+    def _site(
+        self,
+        event: Event,
+        flow: Flow,
+        z_held: Held,
+        z: Tensor,
+        a: Tensor,
+        own: str,
+        edited: Site | None = None,
+    ) -> None:
         """One nonlinearity has run: name its layer, hold its pair."""
         origin = flow.origin
         if origin.kind == "none":
@@ -361,6 +436,10 @@ class Tracer(TorchFunctionMode):
             a_axes = _sigma_axes(flow.axes, z, a)
             self._hold(event, "x", "preactivation", origin, z_held, flow.axes, event.sigma)
             self._hold(event, "y", "activation", origin, event.y_held, a_axes, event.sigma)
+            if edited is not None:
+                for _, entry in event.entries:
+                    z_or_a = edited.z_edited if entry.kind == "preactivation" else edited.a_edited
+                    entry.edited = self._same_filters(entry, z_or_a)
 
     def claim(self, origin: Origin) -> None:
         """The filters have reached a nonlinearity: what it receives is their preactivation."""
@@ -385,6 +464,22 @@ class Tracer(TorchFunctionMode):
             firing = self.firings[-1]
         firing.events.append(event)
         event.firing = firing
+
+    def _between(self, event: Event, z: Tensor, a: Tensor) -> None:
+        """A function between two modules: hooks on these would see its operand and its result."""
+        for firing in reversed(self.firings[-_NEAR:]):
+            if firing.tensor is not None and firing.tensor() is z:
+                event.source = firing
+                event.delta = version_of(z) - firing.version
+                self._awaited[id(a)] = (weakref.ref(a), version_of(a), event)
+                return
+
+    def _passes(self, firing: Firing, tensor: Any) -> None:
+        """A tap would fire; it may be the one that sees the result of a function."""
+        self.firings.append(firing)
+        found = self._awaited.pop(id(tensor), None) if self._awaited else None
+        if found is not None and found[0]() is tensor and firing.version == found[1]:
+            found[2].sink = firing
 
     def _scope(self) -> nn.Module:
         """The module that is running, from Python's own stack.
@@ -437,10 +532,18 @@ class Tracer(TorchFunctionMode):
         entry = Entry(kind, origin, held, axes, sigma, path, picked)
         event.entries.append((slot, entry))
         self.current.segments.append(entry)
+        if self.stop is not None:
+            self.stop.saw(entry)
+
+    def _same_filters(self, entry: Entry, held: Held | None) -> Held | None:
+        """Of an edit, the filters that are held of the map."""
+        if held is None or held.tensor is None or entry.picked is None or entry.axes is None:
+            return held
+        return Held.copy(self.wants.take(held.tensor, entry.axes, entry.picked), False)
 
     # -- everything else ----------------------------------------------------------------------
 
-    def _after(self, known: Function, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _after(self, known: Function, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         name = known.name
         frame = self.frames[-1]
         if name in _flow.OPAQUE:
@@ -448,7 +551,7 @@ class Tracer(TorchFunctionMode):
         weight = _flow.weight_operand(name, args, kwargs, self.tag)
         seen = not self._opaque and not transformed(out)
         if isinstance(weight, Tensor) and isinstance(out, Tensor) and seen:
-            self._layer(known, func, args, kwargs, weight, out)
+            out = self._layer(known, func, args, kwargs, weight, out)
         else:
             tag = _flow.carried(name, args, kwargs, out, self.tag)
             if known.in_place and name in RESHAPED_IN_PLACE and tag is not None:
@@ -461,10 +564,11 @@ class Tracer(TorchFunctionMode):
                     self.set_tag(args[0], tag)
                 self.set_tag(out, tag)
         self._degrees(name, args, kwargs, out)
+        return out
 
     def _layer(
         self, known: Function, func: Any, args: Any, kwargs: Any, weight: Tensor, out: Tensor
-    ) -> None:
+    ) -> Tensor:
         frame = self.frames[-1]
         tag = self.tag(weight)
         owner = tag.parameter if isinstance(tag, Weight) else None
@@ -474,17 +578,18 @@ class Tracer(TorchFunctionMode):
         if isinstance(tag, Weight):
             axes = _flow.weight_slice(tag, weight, axes)
         place = _flow.input_place(known.name, args, kwargs, weight)
-        operands = list(tensors_in((args, list(kwargs.values()))))
+        operands = tensors_in(*args, kwargs)
         x = operands[place] if place is not None else None
         event = Event("layer", self._scope(), func)
         event.place = place or 0
         if x is not None and x is frame.x:
             event.x, event.y, event.key = x, out, frame.key
-        self._layer_event(event, name, x, out, axes)
+        return self._layer_event(event, name, x, out, axes)
 
     def _layer_event(
         self, event: Event, name: str, x: Tensor | None, out: Tensor, axes: Axes | None
-    ) -> None:
+    ) -> Tensor:
+        """Hold a layer's maps; what the layer is to return."""
         origin = Origin("layer", name, self._count(name))
         event.origin = origin
         event.axes = axes
@@ -492,8 +597,9 @@ class Tracer(TorchFunctionMode):
         self.set_tag(out, Flow(origin, axes))
         self.events.append(event)
         self._fire(event)
+        edit = self.editor.response(name, origin.call, out, axes) if self.editor else None
         if not self.wants.layer(name):
-            return
+            return out if edit is None else edit[0]
         if x is not None and self.wants.kind("input"):
             flow = self.tag(x)
             x_axes = flow.axes if isinstance(flow, Flow) else None
@@ -508,6 +614,10 @@ class Tracer(TorchFunctionMode):
             event.y_held = self.aliases.reference(out)
             self._hold(event, "y", "response", origin, event.y_held, axes)
             self._hold(event, "y", "preactivation", origin, event.y_held, axes)
+            for slot, entry in event.entries:
+                if edit is not None and slot == "y":
+                    entry.edited = self._same_filters(entry, edit[1])
+        return out if edit is None else edit[0]
 
     # -- which modules are one nonlinearity by hand -------------------------------------------
 
@@ -529,7 +639,10 @@ class Tracer(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
         frame = Frame(module, args, kwargs, len(self.events))
         frame.firing = len(self.firings)
-        frame.counts = Counter(self.counts) if self.trial else frame.counts
+        if self.trial:
+            parent = self.frames[-1].module if self.frames else None
+            given = args[0] if args else None
+            self._passes(Firing(module, module, None, parent, given, before=True), given)
         self.frames.append(frame)
         if self._suspects:  # what the module is given, it will read
             args, kwargs = self._substitute(args), self._substitute(kwargs)
@@ -547,6 +660,8 @@ class Tracer(TorchFunctionMode):
         if frame.kind in ("sigma", "candidate") and frame.x is not None:
             frame.x_held = self.aliases.reference(frame.x)
             frame.tags = [self.tag(frame.x)]
+            if self.editor and not self._opaque:
+                self.editor.enter(frame)
         return frame
 
     def leave(self, module: nn.Module, output: Any) -> Any:
@@ -573,13 +688,16 @@ class Tracer(TorchFunctionMode):
         if self._suspects and any(id(t) in self._suspects for t in tensors_in(output)):
             replaced = output = self._substitute(output)
         parent = self.frames[-1].module if self.frames else None
-        self.firings.append(Firing(module, module, None, parent))
-        self._close(frame, output)
+        self._passes(Firing(module, module, None, parent, output), output)
+        edited = self._close(frame, output)
+        if edited is not None and edited is not output:
+            replaced = output = edited
         if self.wants.output(module):
             self._output(module, output)
         return replaced
 
-    def _close(self, frame: Frame, output: Any) -> None:
+    def _close(self, frame: Frame, output: Any) -> Any:
+        """Make the module's call an event, if it is one; what it is to return, if edited."""
         own = self.names.of(frame.module)
         mine = [e for e in self.events[frame.start :] if e.scope is frame.module]
         x, a = frame.x, output
@@ -592,9 +710,9 @@ class Tracer(TorchFunctionMode):
                 event.module, event.key = frame.module, frame.key
                 dim = (layers.layer_axis(frame.module) or 0) % max(a.dim(), 1)
                 axes = Axes.single(dim, a.shape[dim]) if a.dim() else None
-                self._layer_event(event, own, x, a, axes)
-            return
-        sigma = self._verdict(frame, output)
+                return self._layer_event(event, own, x, a, axes)
+            return None
+        sigma = self.verdict(frame, output)
         if sigma is not None and x is not None and frame.x_held is not None:
             for event in self.events[frame.start :]:
                 event.drop()
@@ -611,10 +729,16 @@ class Tracer(TorchFunctionMode):
             if frame.flip and id(x) in self._suspects:
                 self._suspect(x, a, event)
             flow = frame.tags[0] if isinstance(frame.tags[0], Flow) else STOP
+            if frame.site is not None:
+                axes = _sigma_axes(flow.axes, x, a)
+                a, result = self.editor.leave(frame, a, axes)
+                self._site(event, flow, frame.x_held, x, a, own, frame.site)
+                self.set_tag(result, Flow(NOWHERE, _renumbered(axes)))
+                return result
             if frame.a is not None and frame.a is not a and isinstance(frame.a, Tensor):
                 # A user's hook changed what the module returned: a is what σ gave.
                 self._site(event, flow, frame.x_held, x, frame.a, own)
-                return
+                return None
             self._site(event, flow, frame.x_held, x, a, own)
             self.set_tag(a, Flow(NOWHERE, _renumbered(_sigma_axes(flow.axes, x, a))))
         elif frame.reduces and _norm_like(frame, output):
@@ -633,6 +757,7 @@ class Tracer(TorchFunctionMode):
                     event.firing.events.remove(event)
                 self._fire(event)
             event.x = event.y = None
+        return None
 
     def _norm_tag(self, tag: Flow, out: Tensor, axis: int, name: str) -> Flow:
         """A norm keeps the layer; where there is none, it is the nearest thing with filters."""
@@ -641,7 +766,7 @@ class Tracer(TorchFunctionMode):
         dim = axis % out.dim()
         return Flow(Origin("norm", name, self._count(name)), Axes.single(dim, out.shape[dim]))
 
-    def _verdict(self, frame: Frame, output: Any) -> str | None:
+    def verdict(self, frame: Frame, output: Any) -> str | None:
         """The name of σ if this call of a module is one nonlinearity."""
         if frame.kind == "sigma":
             return (
@@ -703,17 +828,20 @@ class Tracer(TorchFunctionMode):
             for held in self.aliases.of(value):
                 held.doomed = True  # from the next pass on, the σ runs in place
             return self._substitute(became)  # which may have been overwritten in its turn
-        if type(value) in (tuple, list) and any(True for _ in tensors_in(value)):
+        if type(value) in (tuple, list) and tensors_in(value):
             return type(value)([self._substitute(v) for v in value])
         if type(value) is dict and value:
             return {k: self._substitute(v) for k, v in value.items()}
         return value
 
 
-class _SigmaCall:
+class SigmaCall:
     """A nonlinearity about to run."""
 
-    __slots__ = ("args", "flip", "function", "held", "in_place", "kwargs", "original", "tag", "z")
+    __slots__ = (
+        *("args", "flip", "function", "held", "in_place", "kwargs", "original", "site", "tag"),
+        "z",
+    )
 
     def __init__(self, function: Any, args: Any, kwargs: Any, z: Tensor, tag: Tag) -> None:
         self.function = function
@@ -725,6 +853,7 @@ class _SigmaCall:
         self.held: Held | None = None
         self.in_place = False
         self.flip = False
+        self.site: Site | None = None  # something to edit
 
 
 TRANSFORMED = (
@@ -799,7 +928,7 @@ def _may_be_sigma(module: nn.Module, args: Any, kwargs: Any, x: Tensor) -> bool:
     """One tensor goes in; no weights of its own, or only per-channel ones; no mere container."""
     if isinstance(module, _CONTAINERS) or _is_torchs(module):
         return False
-    if not x.is_floating_point() or sum(1 for _ in tensors_in((args, kwargs))) != 1:
+    if not x.is_floating_point() or len(tensors_in(*args, kwargs)) != 1:
         return False
     counts = {1, *(x.shape[1:2]), *(x.shape[-1:])}
     return all(p.numel() in counts for p in module.parameters())
@@ -839,7 +968,7 @@ def _candidate_step(
         # Depends on the model's input, but did not come in through the module's argument.
         return _OTHER if isinstance(tag(tensor), Flow) else 0
 
-    degrees = [degree(t) for t in tensors_in((args, list(kwargs.values())))]
+    degrees = [degree(t) for t in tensors_in(*args, kwargs)]
     highest = max(degrees, default=0)
     if name in _flow.DROPOUTS:
         result = _OTHER
@@ -857,5 +986,5 @@ def _candidate_step(
     else:
         frame.reduces = frame.reduces or name in _flow.REDUCTIONS or name in _flow.NORM_AXIS
         result = _OTHER
-    for tensor in tensors_in((out, args[:1] if name == "__setitem__" else ())):
+    for tensor in tensors_in(out, args[:1] if name == "__setitem__" else ()):
         frame.degrees[id(tensor)] = (weakref.ref(tensor), result)

@@ -14,9 +14,65 @@ from fmapkit._names import Names
 from fmapkit.errors import ArgumentError, FilterRangeError, UnknownLayerError, did_you_mean, listed
 from fmapkit.selectors import Selector, selectors
 
-__all__ = ["KINDS", "Wants"]
+__all__ = ["KINDS", "Selection", "Wants", "indices"]
 
 KINDS = ("input", "response", "preactivation", "activation", "output")
+
+
+class Selection:
+    """Some layers of a model, by selectors.
+
+    Args:
+        names: of the model.
+        given: one selector or several.
+        argument: what to call them in an error.
+
+    Raises:
+        ArgumentError: a selector is of no allowed form, or there is none.
+        UnknownLayerError: a selector matches no module of the model.
+    """
+
+    def __init__(self, names: Names, given: Any, argument: str) -> None:
+        self._names = names
+        self._selectors = selectors(given)
+        self._cache: dict[str, bool] = {}
+        if not self._selectors:
+            raise ArgumentError(f"{argument}=[] selects nothing; None, the default, means all")
+        # Per selector, the modules that it matches.
+        self.modules = [
+            [m for n, m in names.by_name.items() if s.matches(n, m)] for s in self._selectors
+        ]
+        for selector, matched in zip(self._selectors, self.modules, strict=True):
+            if not matched:
+                self._only_in_a_pass(selector, argument)
+
+    def __str__(self) -> str:
+        return ", ".join(str(s.given) for s in self._selectors)
+
+    def layer(self, name: str) -> bool:
+        """Whether the layer of this label is among them."""
+        found = self._cache.get(name)
+        if found is None:
+            module = self._names.module_of(name)
+            plain = name.partition(":")[0]
+            found = self._cache[name] = any(
+                s.matches(name, module) or (s.exact and s.matches(plain, module))
+                for s in self._selectors
+            )
+        return found
+
+    def _only_in_a_pass(self, selector: Selector, argument: str) -> None:
+        """A label that only a pass can tell: `blocks.3.mlp:gelu`, `attn.in_proj`."""
+        given, names = selector.given, self._names
+        if isinstance(given, str) and _only_a_pass_can_tell(names, given):
+            return
+        known = [n for n in names.by_name if n]
+        hint = did_you_mean(given, known) if isinstance(given, str) else ""
+        model = type(names.by_name[""]).__name__
+        raise UnknownLayerError(
+            f"{argument}={selector!r} matches no module of {model}{hint} "
+            f"(its modules: {listed(known)})"
+        )
 
 
 class Wants:
@@ -34,11 +90,10 @@ class Wants:
         self._names = names
         self.detach = detach
         self.kinds = _kinds(kinds)
-        self._selectors = None if layers_given is None else selectors(layers_given)
-        self._cache: dict[str, bool] = {}
+        chosen = None if layers_given is None else Selection(names, layers_given, "layers")
+        self._selection = chosen
         self._index: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-        self.outputs: set[nn.Module] = set()
-        self._selected(names)
+        self.outputs = self._outputs(names)
         self.filters = _filters(filters)
         self._check_filters(names)
 
@@ -48,53 +103,30 @@ class Wants:
 
     def layer(self, name: str) -> bool:
         """Whether maps of the layer of this label were asked for."""
-        if self._selectors is None:
-            return True
-        found = self._cache.get(name)
-        if found is None:
-            module = self._names.module_of(name)
-            plain = name.partition(":")[0]
-            found = self._cache[name] = any(
-                s.matches(name, module) or (s.exact and s.matches(plain, module))
-                for s in self._selectors
-            )
-        return found
+        return self._selection is None or self._selection.layer(name)
+
+    def of(self, name: str) -> Any:
+        """What was asked for of a layer: None, or its filters (empty for all of them)."""
+        return (self._chosen(name) or ()) if self.layer(name) else None
 
     def output(self, module: nn.Module) -> bool:
         """Whether what this module returns was asked for."""
         return module in self.outputs
 
-    def _selected(self, names: Names) -> None:
-        asked = "output" in self.kinds
-        if self._selectors is None:
-            if asked:
-                self.outputs.update(m for m in names.by_module if m not in names.wrappers)
-            return
-        if not self._selectors:
-            raise ArgumentError("layers=[] selects nothing; None, the default, means every layer")
-        for selector in self._selectors:
-            matched = [m for n, m in names.by_name.items() if selector.matches(n, m)]
-            if not matched:
-                self._functional(selector, names)
-                continue
-            plain = [m for m in matched if layers.layer_axis(m) is None]
-            if asked:
-                self.outputs.update(matched)
-            elif len(plain) == len(matched):
-                # No filter layer among them: what is meant is what they return.
-                self.outputs.update(plain)
+    def _outputs(self, names: Names) -> set[nn.Module]:
+        """The modules whose output is wanted.
 
-    def _functional(self, selector: Selector, names: Names) -> None:
-        """A label that only a pass can tell: `blocks.3.mlp:gelu`, `attn.in_proj`."""
-        given = selector.given
-        if isinstance(given, str) and _only_a_pass_can_tell(names, given):
-            return
-        known = [n for n in names.by_name if n]
-        hint = did_you_mean(given, known) if isinstance(given, str) else ""
-        raise UnknownLayerError(
-            f"layers={selector!r} matches no module of {type(names.by_name['']).__name__}{hint} "
-            f"(its modules: {listed(known)})"
-        )
+        Where a selector matches no filter layer, what is meant is what the modules return.
+        """
+        asked = "output" in self.kinds
+        if self._selection is None:
+            return set(names.by_module) - names.wrappers if asked else set()
+        return {
+            module
+            for matched in self._selection.modules
+            if asked or all(layers.layer_axis(m) is None for m in matched)
+            for module in matched
+        }
 
     # -- filters ------------------------------------------------------------------------------
 
@@ -107,7 +139,7 @@ class Wants:
                 continue
             chosen = self._chosen(name)
             wrong = [f for f in chosen or () if not -count <= f < count]
-            explicit = self._selectors is not None or isinstance(self.filters, Mapping)
+            explicit = self._selection is not None or isinstance(self.filters, Mapping)
             if wrong and explicit:
                 raise FilterRangeError(
                     f"filters={wrong[0]} is out of range for layer {name!r}, which has {count} "
@@ -122,9 +154,8 @@ class Wants:
                     )
 
     def _chosen(self, name: str) -> tuple[int, ...] | None:
-        chosen: tuple[int, ...] | None = (
-            self.filters.get(name) if isinstance(self.filters, Mapping) else self.filters
-        )
+        given: Any = self.filters
+        chosen: tuple[int, ...] | None = given.get(name) if isinstance(given, Mapping) else given
         return chosen
 
     def pick(self, name: str, axes: Axes | None) -> tuple[int, ...] | None:
@@ -185,11 +216,16 @@ def _filters(filters: Any) -> Any:
     if filters is None:
         return None
     if isinstance(filters, Mapping):
-        return {str(k): _indices(v) for k, v in filters.items()}
-    return _indices(filters)
+        return {str(k): indices(v) for k, v in filters.items()}
+    return indices(filters)
 
 
-def _indices(value: Any) -> tuple[int, ...]:
+def indices(value: Any, argument: str = "filters") -> tuple[int, ...]:
+    """One index or several, as a tuple.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
     if isinstance(value, (Sequence, range, set)) and not isinstance(value, str):
@@ -197,5 +233,6 @@ def _indices(value: Any) -> tuple[int, ...]:
         if found and all(isinstance(v, int) and not isinstance(v, bool) for v in found):
             return found
     raise ArgumentError(
-        f"filters must be an int, several ints, a range, or a dict of layer -> these, not {value!r}"
+        f"{argument} must be an int, several ints, a range, or a dict of layer -> these, "
+        f"not {value!r}"
     )

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fmapkit import layers, nonlinearities
 from fmapkit._hooks import Hooks
+from fmapkit._stop import has_own_forward
 
 __all__ = ["Watch"]
 
@@ -33,9 +34,10 @@ class Watch:
         self._parents = [m._modules for m in modules if m._modules or not _leaf(m)]
         self._children = [dict(children) for children in self._parents]
         self._order = list(map(list, self._parents))
-        self._watched = [m for m in modules if "forward" not in m.__dict__]
+        self._watched = [m for m in modules if not has_own_forward(m)]
         self._types = list(map(type, self._watched))
-        self._attributes = [m.__dict__ for m in self._watched]
+        # A stopping capture puts a forward of its own on the model, and only there.
+        self._attributes = [m.__dict__ for m in self._watched if "forward" not in m.__dict__]
         self._theirs = self._foreign()
         self._last_handle = RemovableHandle.next_id
 

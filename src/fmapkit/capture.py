@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from fmapkit._edit import Edits
 from fmapkit._names import Names
 from fmapkit._session import Session
 from fmapkit._wants import Wants
 from fmapkit._wrappers import unwrap
 from fmapkit.errors import ArgumentError, CaptureStateError, NotAModuleError
-from fmapkit.maps import FeatureMaps
+from fmapkit.maps import FeatureMap, FeatureMaps
 
 __all__ = ["capture"]
 
@@ -45,6 +46,14 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             as long as its maps do. A map that had to be copied is a branch off the graph: a loss on
             it trains the layers before it, but it has no gradient of the model's own loss.
         every: capture each n-th pass (the first one included); the others run bare.
+        edit: change maps while they are made: a dict of layer, (layer, kind) or
+            (layer, kind, filters) -> a function that gets the map, still part of the graph, and
+            returns a tensor of its shape that goes on in its place. The kind is "response",
+            "preactivation" or "activation" (the default). `fm.tensor` is then what was, `fm.edited`
+            what went on. `fmapkit.edits` has the usual functions. Whatever a function raises is
+            raised by the model's call.
+        stop: from the second pass on, end the forward as soon as every map is there that the first
+            one had; the model's call then returns None. For the maps of early layers only.
 
     Raises:
         NotAModuleError: `model` is no `nn.Module`.
@@ -62,6 +71,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         filters: int | Iterable[int] | Mapping[str, int | Iterable[int]] | None = None,
         keep: int | Literal["all"] = 1,
         every: int = 1,
+        edit: Mapping[Any, Callable[[FeatureMap], Tensor]] | None = None,
+        stop: bool = False,
         detach: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -73,12 +84,18 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             raise ArgumentError(f"keep must be a positive int or 'all', not {keep!r}")
         if not _positive(every):
             raise ArgumentError(f"every must be a positive int, not {every!r}")
+        if stop and layers is None:
+            raise ArgumentError("stop=True ends a pass at the last wanted map: say layers=...")
         if not isinstance(detach, bool):
             raise ArgumentError(f"detach must be True or False, not {detach!r}")
+        if edit and every != 1:
+            raise ArgumentError("edit changes every pass, so it goes with every=1 only")
         names = Names(model)
         wants = Wants(names, layers, kinds, filters, detach)
+        edits = Edits(names, edit, FeatureMap)
+        passes = None if keep == "all" else int(keep)
         model = unwrap(model)  # a pass is the plain model's, whoever called it
-        self._session = Session(model, names, wants, None if keep == "all" else int(keep), every)
+        self._session = Session(model, names, wants, edits, passes, every, stop)
         # Made, entered, left: a capture goes through these once, in this order.
         self._state: Literal["made", "entered", "left"] = "made"
 

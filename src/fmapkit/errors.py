@@ -15,6 +15,7 @@ FmapkitError
 │   ├── MapOverwrittenError               its memory has been written to since
 │   └── MapReleasedError                  it was let go (`clear()`)
 ├── DistributedError (RuntimeError)       ranks have nothing to put together, or do not agree
+├── EditError (ValueError)                an edit gave something that cannot go on in the model
 └── CaptureStateError (RuntimeError)      a capture used out of turn, e.g. entered twice
 
 CaptureWarning (UserWarning)              something could not be captured; named in `maps.missed`
@@ -31,6 +32,7 @@ __all__ = [
     "CaptureStateError",
     "CaptureWarning",
     "DistributedError",
+    "EditError",
     "FilterRangeError",
     "FmapkitError",
     "KindNotCapturedError",
@@ -103,6 +105,10 @@ class MapReleasedError(MapStateError):
 
 class DistributedError(FmapkitError, RuntimeError):
     """What several ranks hold cannot be put together, or is needed and has not been."""
+
+
+class EditError(FmapkitError, ValueError):
+    """A function of `capture(edit=...)` gave something that cannot stand in for the map."""
 
 
 class CaptureStateError(FmapkitError, RuntimeError):

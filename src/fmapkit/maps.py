@@ -55,6 +55,7 @@ class FeatureMap:
         path: place in a nested output, e.g. "[0]" or ".logits"; else "".
         filter_dim: axis of `tensor` that counts filters; None if there is none, or after `[k]`.
         filters: the filters that lie along that axis, in order; None if there is no such axis.
+        edited: what went on in the map's place, where `capture(edit=...)` changed it; else None.
         parts: of a tensor that is one rank's part of the map, what `full()` needs.
     """
 
@@ -68,6 +69,7 @@ class FeatureMap:
     path: str = ""
     filter_dim: int | None = None
     filters: range | tuple[int, ...] | None = field(default=None, repr=False)
+    edited: Tensor | None = field(default=None, repr=False)
     parts: Parts | None = field(default=None, repr=False)
 
     @property
@@ -144,9 +146,17 @@ class FeatureMap:
         assert self.filter_dim is not None
         if is_dtensor(self.tensor):  # torch would ask the other ranks
             raise DistributedError(_of_several_ranks(self, "is not indexed here"))
-        view = self.tensor.select(self.filter_dim, there.index(wanted))
-        parts = self.parts if self.parts is not None and self.parts.unknown else None
-        return replace(self, tensor=view, filter=wanted, filter_dim=None, filters=None, parts=parts)
+        place = there.index(wanted)
+        edited = self.edited.select(self.filter_dim, place) if self.edited is not None else None
+        return replace(
+            self,
+            tensor=self.tensor.select(self.filter_dim, place),
+            edited=edited,
+            filter=wanted,
+            filter_dim=None,
+            filters=None,
+            parts=self.parts if self.parts is not None and self.parts.unknown else None,
+        )
 
     def __iter__(self) -> Iterator[FeatureMap]:
         """The map of each filter, in order."""
@@ -179,11 +189,15 @@ class FeatureMap:
                 "weight that is spread over ranks: whether other ranks hold other parts of it is "
                 "known to the model alone; use .tensor"
             )
-        tensor = whole(self.tensor, parts.mesh, self.filter_dim, parts.total)
+        tensor, edited = (
+            whole(t, parts.mesh, self.filter_dim, parts.total) if t is not None else None
+            for t in (self.tensor, self.edited)
+        )
+        assert tensor is not None
         filters = self.filters
         if parts.total and self.filter_dim is not None:
             filters = range(parts.total)
-        return replace(self, tensor=tensor, filters=filters, parts=None)
+        return replace(self, tensor=tensor, edited=edited, filters=filters, parts=None)
 
     def __repr__(self) -> str:
         return _table.map_line(self)
@@ -599,4 +613,5 @@ def _read(step: int, entry: Entry) -> FeatureMap:
         path=entry.path,
         filter_dim=dim,
         filters=filters if dim is not None else None,
+        edited=entry.edited.read(f"the edit of {what}") if entry.edited is not None else None,
     )

@@ -1,0 +1,218 @@
+"""`capture(stop=True)`: the forward ends at the last wanted map, and every wanted map is right."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmapkit import ArgumentError, capture
+from tests import truth
+
+
+class Counting(nn.Module):
+    """A linear layer that counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return F.linear(x, self.weight)
+
+
+class Stack(nn.Module):
+    """Proven; σ as a module, in place or not, or as a function."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.act = nn.ReLU(inplace=style == "module_")
+        self.style = style
+        self.tail = Counting()
+
+    def sigma(self, x: Tensor) -> Tensor:
+        return F.relu(x) if self.style == "function" else self.act(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.sigma(self.a(x))
+        x = self.sigma(self.b(x))
+        x = self.sigma(self.c(x))
+        return self.tail(x)
+
+
+class Branching(Stack):
+    """Unproven: traced in every pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        try:
+            return super().forward(x)
+        except Exception:  # must not swallow what ends the pass
+            return x
+
+
+class Blocks(nn.Module):
+    """Unproven at the top, proven below."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.body = Stack(style)
+        self.tail = Counting()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self.body(x) if x.sum() < 1e9 else x)
+
+
+@pytest.mark.parametrize("style", ["module", "module_", "function"])
+@pytest.mark.parametrize("kind", [Stack, Branching, Blocks])
+@pytest.mark.parametrize("layer", ["a", "b", "c"])
+@pytest.mark.parametrize("train", [False, True])
+def test_ends_after_the_last_wanted_map(
+    kind: type[nn.Module], style: str, layer: str, train: bool
+) -> None:
+    torch.manual_seed(0)
+    model = kind(style)
+    name = f"body.{layer}" if kind is Blocks else layer
+    bare = copy.deepcopy(model)
+    before = truth.fingerprint(model)
+    with torch.set_grad_enabled(train), capture(model, name, stop=True) as maps:
+        for n in range(4):
+            x = torch.randn(3, 4)
+            with capture(bare) as whole:
+                expected = bare(x)
+            got = model(x)
+            if n == 0:
+                assert torch.equal(got, expected)
+            else:
+                assert got is None
+            for kind_ in ("preactivation", "activation"):
+                assert torch.equal(maps[name, kind_].tensor, whole[name, kind_].tensor)
+            assert len(maps) == 2
+            assert maps.missed == []
+    assert model.tail.calls == 1
+    assert bare.tail.calls == 4
+    model.tail.calls = 0
+    truth.assert_nothing_left(before, model)
+    assert torch.equal(model(x), bare(x))
+
+
+def test_every_call_of_a_layer_is_waited_for() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.act, self.tail = nn.Linear(4, 4), nn.ReLU(), Counting()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tail(self.act(self.fc(self.act(self.fc(x)))))
+
+    model = Twice()
+    with capture(model, "fc", stop=True) as maps:
+        for _ in range(3):
+            model(torch.randn(2, 4))
+            assert [fm.call for fm in maps.select(kind="activation")] == [0, 1]
+    assert model.tail.calls == 1
+
+
+def test_what_a_norm_stands_before_is_waited_for() -> None:
+    # The convolution's own result is not yet its preactivation.
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU(inplace=True), Counting())
+    for options in ({"kinds": "preactivation"}, {"kinds": "activation"}, {}):
+        model[3].calls = 0
+        with capture(model, "0", stop=True, **options) as maps:
+            for _ in range(3):
+                x = torch.randn(2, 4)
+                model(x)
+                for fm in maps:
+                    z = model[1](model[0](x))
+                    assert torch.equal(fm.tensor, z if fm.kind == "preactivation" else z.relu())
+        assert model[3].calls == 1
+
+
+def test_outputs_of_blocks() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), Counting())
+    with capture(model, "0", stop=True) as maps:
+        for _ in range(3):
+            x = torch.randn(2, 4)
+            model(x)
+            assert torch.equal(maps["0"].tensor, F.relu(model[0][0](x)))
+    assert model[1].calls == 1
+
+
+def test_a_first_pass_that_fails_does_not_count() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh(), Counting())
+    with capture(model, ["0", "2"], stop=True) as maps:
+        handle = model[2].register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(torch.randn(2, 4))
+        handle.remove()
+        for _ in range(3):
+            model(torch.randn(2, 4))
+            assert len(maps) == 4
+    assert model[4].calls == 1
+
+
+def test_a_changed_model_runs_to_its_end_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Counting())
+    with capture(model, "0", stop=True) as maps:
+        for _ in range(2):
+            model(torch.randn(2, 4))
+        model[1] = nn.Tanh()
+        for _ in range(2):
+            model(torch.randn(2, 4))
+            assert maps["0"].nonlinearity == "tanh"
+    assert model[2].calls == 2
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_forward_of_the_instance_and_copies(own: bool) -> None:
+    model = Stack("module_")
+    if own:
+        model.forward = Other(model)
+    plain = dict(model.__dict__)
+    x = torch.randn(2, 4)
+    expected = model(x)
+    with capture(model, "a", stop=True) as maps:
+        for _ in range(3):
+            model(x)
+        twins: list[Any] = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        for twin in twins:
+            assert torch.equal(twin(x), expected)
+            twin.a.weight.data.zero_()  # its own, not the model's
+        assert torch.equal(maps["a"].tensor, F.relu(model.a(x)))
+    model.tail.calls = plain["tail"].calls if "tail" in plain else model.tail.calls
+    assert ("forward" in model.__dict__) == own
+    assert torch.equal(model(x), expected)
+
+
+class Other:
+    """A forward set on an instance."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return type(self.model).forward(self.model, x)
+
+
+def test_two_captures_on_one_model() -> None:
+    model, x = Stack("module"), torch.randn(2, 4)
+    with capture(model, "a", stop=True) as a, capture(model) as everything:
+        for _ in range(3):
+            model(x)
+        assert a.layers == ["a"]
+        assert everything.layers[0] == "a"
+    assert "forward" not in model.__dict__
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ArgumentError, match="say layers="):
+        capture(nn.ReLU(), stop=True)
