@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import (
+    ArgumentError,
     CaptureWarning,
     DistributedError,
     FeatureMaps,
@@ -276,6 +277,12 @@ def test_gather_needs_a_process_group() -> None:
             maps.gather(*arguments)
         assert isinstance(caught.value, (FmapkitError, RuntimeError))
         assert "init_process_group" in str(caught.value)
+
+
+def test_no_early_stop_where_other_ranks_would_wait() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.ReLU())
+    with pytest.raises(ArgumentError, match="'1' exchanges data with them while it runs"):
+        capture(model, layers="0", stop=True)
 
 
 def test_full_of_a_whole_map_is_the_map() -> None:

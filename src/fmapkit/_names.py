@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit import layers
+from fmapkit._sharded import is_dtensor
 from fmapkit._store import storage_of
 from fmapkit._wrappers import (
     flat_parameters,
@@ -101,6 +102,17 @@ class Names:
             self._flat.append(value._base)  # of a wrapper around the captured model
         flats = [f for f in self._flat if storage_of(f) == storage_of(value)]
         return [place for f in flats for place in places_in(f) if getattr(*place, None) is value]
+
+    def collective(self) -> str:
+        """Which module exchanges data with other ranks while it runs; empty if none is known."""
+        for module, name in self.by_module.items():
+            if (
+                lends_parameters(module)
+                or isinstance(module, nn.SyncBatchNorm)
+                or any(map(is_dtensor, module._parameters.values()))
+            ):
+                return name or type(module).__name__
+        return ""
 
     def parameters_of(self, module: nn.Module) -> dict[str, Tensor]:
         """Its own parameters by key, those in a flat parameter included."""

@@ -91,6 +91,11 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         if edit and every != 1:
             raise ArgumentError("edit changes every pass, so it goes with every=1 only")
         names = Names(model)
+        if stop and names.collective():
+            raise ArgumentError(
+                "stop=True ends a forward in the middle, where other ranks would wait for this "
+                f"one: {names.collective()!r} exchanges data with them while it runs"
+            )
         wants = Wants(names, layers, kinds, filters, detach)
         edits = Edits(names, edit, FeatureMap)
         passes = None if keep == "all" else int(keep)

@@ -203,6 +203,27 @@ def a_subclass_that_computes_is_not_left_out() -> None:
     assert maps["fc"].nonlinearity == "tanh"
 
 
+def an_early_stop_and_edits() -> None:
+    model, bare, plain = pair()
+    x = batch(0)
+    with capture(model, layers="stem", kinds="response", stop=True) as maps, torch.no_grad():
+        assert model(x) is not None
+        if dist.get_rank() == 0:  # without the other rank
+            assert model.module(x) is None
+            assert_same_maps(maps, plain_maps(plain, x, layers="stem", kinds="response")[0])
+    with capture(model, edit={"layer1.0.conv1": lambda fm: fm.tensor * 0}) as maps:
+        output = model(x)
+        expected = maps["layer1.0.conv1"]
+        assert expected.edited is not None
+        assert not expected.edited.any()
+        with capture(bare, edit={"layer1.0.conv1": lambda fm: fm.tensor * 0}):
+            other = bare.module(x)
+        assert truth.same_bits(output.detach(), other.detach())
+        whole = maps.gather("layer1.0.conv1")
+        assert whole is not None
+        assert whole.edited is None
+
+
 def no_graph_and_no_memory_are_kept() -> None:
     model, _, _ = pair()
     sizes = set()
@@ -397,6 +418,7 @@ CASES = [
     uneven_inputs_under_join,
     a_wrapper_inside_a_module,
     a_subclass_that_computes_is_not_left_out,
+    an_early_stop_and_edits,
     no_graph_and_no_memory_are_kept,
     an_exception_leaves_nothing_behind,
     gather_puts_the_batch_back_together,

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from fmapkit import capture
+from fmapkit import ArgumentError, capture
 from tests import truth
 from tests.distributed.models import (
     Block,
@@ -283,7 +284,15 @@ def old_fsdp_around_one_module_only() -> None:
                     assert_same_maps(maps, plain_maps(plain, x)[0])
 
 
+def no_early_stop() -> None:
+    """It would end the forward here, and leave the other rank waiting."""
+    for model in (sharded(), wrapped()):
+        with pytest.raises(ArgumentError, match="exchanges data with them"):
+            capture(model, layers="stem", stop=True)
+
+
 CASES = [
+    no_early_stop,
     fully_shard_is_right_under_plain_names,
     fully_shard_and_every_kind,
     fully_shard_and_selectors,

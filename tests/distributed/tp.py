@@ -375,7 +375,15 @@ def sequence_parallel() -> None:
         maps["mlp.w2"].full()
 
 
+def no_early_stop() -> None:
+    """It would end the forward here, and leave the other rank waiting."""
+    for model in (parallel(),):
+        with pytest.raises(ArgumentError, match="exchanges data with them"):
+            capture(model, layers="stem", stop=True)
+
+
 CASES = [
+    no_early_stop,
     plain_names_and_this_ranks_filters,
     full_is_the_whole,
     full_of_parts_that_differ_in_size,
