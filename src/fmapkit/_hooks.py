@@ -97,6 +97,15 @@ class Hooks:
                 (last, module.register_forward_hook(last, with_kwargs=True, always_call=True)),
             ]
 
+    def outside(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
+        """A pair that comes before the pre and the post hooks of others: what they were given."""
+        for module in modules:
+            first, last = Hook(pre, self._owner), Hook(post, self._owner)
+            self._handles["outside", module] = [
+                (first, module.register_forward_pre_hook(first, prepend=True, with_kwargs=True)),
+                (last, module.register_forward_hook(last, prepend=True)),
+            ]
+
     def after(self, module: nn.Module, hook: Hook) -> bool:
         """A plain post hook, the cheapest kind there is, unless others of ours serve.
 

@@ -36,11 +36,13 @@ from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
 from fmapkit._replay import InputTap, LightMode, Line, OutputTap, Run, Tap, tag_outputs
 from fmapkit._settle import has_inference_tensors, settle
+from fmapkit._sharded import is_wrapped, moves_data
 from fmapkit._stop import Stop, StopForward
 from fmapkit._store import Pass, Store, storage_of
-from fmapkit._trace import TRANSFORMED, Frame, Tracer, leaves, transformed
+from fmapkit._trace import TRANSFORMED, Event, Frame, Tracer, leaves, transformed
 from fmapkit._wants import Wants
 from fmapkit._watch import Watch
+from fmapkit._wrappers import REPLICAS
 from fmapkit.errors import CaptureWarning
 
 __all__ = ["Missed", "Session"]
@@ -155,6 +157,7 @@ class Session:
         self._direct: set[nn.Module] = set()  # modules that a scope has called itself
         self._opened: set[nn.Module] = set()  # proven, but with something to edit in them
         self._all_hooked = False
+        self._given: list[tuple[nn.Module, Any]] = []  # what hooks that move data were given
 
     # -- life cycle ---------------------------------------------------------------------------
 
@@ -200,6 +203,8 @@ class Session:
 
     def _pre(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread or torch._C._current_graph_task_id() != -1:
+            if "_is_replica" in module.__dict__:
+                self.miss("", REPLICAS)
             return None
         try:
             if module is self.model and not self._running():
@@ -219,6 +224,7 @@ class Session:
             elif self._tracer is not None:
                 if may_fuse(module, _MODES) and not self._fused_in and not self.edits:
                     self._run_fused(module, args, kwargs)
+                self._moved(module, (args, kwargs))
                 frame = self._tracer.enter(module, args, kwargs)
                 self._trace_on()
                 return frame.replaced
@@ -243,6 +249,7 @@ class Session:
             elif self._learning is not None and self._learning[0] is module:
                 replaced = self._learned(module, output, failed)
             elif self._tracer is not None:
+                self._moved(module, output)
                 replaced = self._tracer.leave(module, None if failed else output)
                 if module is self._fused_in:
                     replaced = self._take_fused(output)
@@ -258,6 +265,23 @@ class Session:
                 self._abandon()
             self._fault(module, error)
         return replaced
+
+    def _before_moving(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Hooks that only redistribute come next: note what they are given (see `_sharded.py`)."""
+        if self._tracer is not None and threading.get_ident() == self.thread:
+            self._given.append((module, (args, kwargs)))
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The same for hooks on what the module returns."""
+        if self._tracer is not None and threading.get_ident() == self.thread:
+            self._given.append((module, output))
+
+    def _moved(self, module: nn.Module, values: Any) -> None:
+        """What such hooks made of it carries what it carried."""
+        if self._given:
+            owner, given = self._given.pop()
+            if owner is module and self._tracer is not None:
+                self._tracer.moved(given, values)
 
     def _tap(self, module: nn.Module, args: Any, output: Any) -> None:
         run = self._run
@@ -369,6 +393,7 @@ class Session:
             self.stop.learn(current.entries())
         if current is not None:
             current.closed = True
+        self._given.clear()
         self._tracer = self._current = self._frame = self._run = self._learning = None
         self._depth = 0
         del tracer  # which holds tensors, too
@@ -392,6 +417,7 @@ class Session:
         self._trace_out()
         if self._tracer is not None:
             self._tracer.end()
+        self._given.clear()
         current = self._current
         self._tracer = self._current = self._frame = self._run = None
         if current is not None:
@@ -512,6 +538,12 @@ class Session:
             inside.update(m for m in unit.modules() if m is not unit)
         wanted = [m for m in self.model.modules() if m not in inside or m in self._direct]
         self.hooks.around(wanted, self._pre, self._post)
+        moving = (
+            m
+            for m in wanted
+            if any(map(moves_data, (*m._forward_pre_hooks.values(), *m._forward_hooks.values())))
+        )
+        self.hooks.outside(moving, self._before_moving, self._after_forward)
 
     def _enter_unit(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         unit = self._unit(module)
@@ -607,7 +639,9 @@ class Session:
                         held.check()
             final = output if replaced is None else replaced
             arguments = tensors_in(*frame.args, frame.kwargs)
-            self._unit(module).plans[key] = make_plan(tracer, frame, final, inputs, arguments)
+            plan = make_plan(tracer, frame, final, inputs, arguments)
+            if not any(map(_sharded, tracer.events[frame.start :])):
+                self._unit(module).plans[key] = plan
             tracer.let_go(tracer.events[frame.start :])
         return replaced
 
@@ -646,6 +680,7 @@ class Session:
         """All but those that every pass goes through."""
         if self._tapped or self._all_hooked:
             self.hooks.drop("after")
+            self.hooks.drop("outside")
             self.hooks.drop("before")
             self.hooks.drop("around", keep=[self.model])
             self._tapped.clear()
@@ -730,6 +765,11 @@ def _get(place: tuple[dict[str, Any], str]) -> Any:
     return place[0].get(place[1])
 
 
+def _sharded(event: Event) -> bool:
+    """Whether a map of it is a wrapper, of whose writes a tap would see one half."""
+    return any(e.held is not None and is_wrapped(e.held.tensor) for _, e in event.entries)
+
+
 def _transformed(value: Any) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is None:
         return False
@@ -758,7 +798,8 @@ def _call_frame() -> Any:
 def _shape(value: Any) -> Any:
     """What kind of arguments these are: form of tensors, types of the rest, by place."""
     if isinstance(value, Tensor):
-        return form_of(value)
+        form = form_of(value)
+        return form if type(value) is Tensor else (form, type(value))
     if isinstance(value, (tuple, list)):
         return tuple([_shape(v) for v in value])
     if isinstance(value, dict):

@@ -31,8 +31,9 @@ from fmapkit._flow import NOWHERE, STOP, Flow, Origin, Tag, Weight, tensors_in
 from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, out_of_place
 from fmapkit._gradients import NO_GRAPH, in_function
 from fmapkit._names import Names
+from fmapkit._sharded import is_dtensor, local_axes
 from fmapkit._stop import Stop
-from fmapkit._store import Aliases, Entry, Held, Pass, storage_users, version_of
+from fmapkit._store import Aliases, Entry, Held, Pass, storage_of, storage_users, version_of
 from fmapkit._wants import Wants
 
 __all__ = ["Event", "Firing", "Frame", "SigmaCall", "Tracer", "leaves"]
@@ -193,12 +194,13 @@ class Tracer(TorchFunctionMode):
         self.firings: list[Firing] = []
         self.frames: list[Frame] = []
         self.counts: Counter[str] = Counter()
-        self.aliases = Aliases(wants.detach, wants.gradients)
+        self.aliases = Aliases(wants.detach, wants.gradients, self._lent)
         self.failed: BaseException | None = None
         self.unhooked: set[nn.Module] = set()  # modules that ran without hooks
         self.pending: dict[int, list[Entry]] = {}  # of replayed units, by origin
         self.paused = False  # while a unit is replayed
         self.trial = 0  # > 0 while a proven module is learned
+        self._unpicked: list[tuple[Origin, bool]] = []  # DTensors, whose filters are on all ranks
         self._awaited: dict[int, tuple[weakref.ref[Tensor], int, Event]] = {}
         self._opaque = 0  # how many running modules are registered layers
         self._tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
@@ -216,10 +218,26 @@ class Tracer(TorchFunctionMode):
             return None
         found = self._tags.get(id(value))
         if found is not None and found[0]() is value:
-            return found[1]
+            # A piece of a flat parameter is the parameter that it was before.
+            if not (isinstance(found[1], Weight) and self.names.in_flat(value)):
+                return found[1]
         if self.names.is_parameter(value):
             return Weight(value, Axes.single(0, value.shape[0]) if value.dim() else None)
         return None
+
+    def _lent(self, tensor: Tensor) -> bool:
+        """Whether its memory is gone once its module has run: a parameter's, under FSDP."""
+        if not isinstance(self.tag(tensor), Weight):
+            return False
+        return self.names.lent or bool(self.names.in_flat(tensor))
+
+    def moved(self, before: Any, after: Any) -> None:
+        """A hook of torch's redistributed tensors: what they carry goes along."""
+        for (_, old), (_, new) in zip(leaves(before), leaves(after), strict=False):
+            tag = self.tag(old)
+            if old is not new and isinstance(tag, Flow):
+                axes = local_axes(tag.axes, old, new)
+                self.set_tag(new, Flow(tag.origin, axes))
 
     def set_tag(self, value: Any, tag: Any) -> None:
         """What a result carries; nested like the result."""
@@ -273,6 +291,10 @@ class Tracer(TorchFunctionMode):
 
     def end(self) -> None:
         """Let go of all that could keep a tensor or a graph alive."""
+        for origin, unless_claimed in self._unpicked:
+            if not (unless_claimed and origin.claimed):
+                self.miss(origin.name, "filters= was given, and some may lie on another rank")
+        self._unpicked.clear()
         self.events.clear()
         self.firings.clear()
         self._awaited.clear()
@@ -349,7 +371,7 @@ class Tracer(TorchFunctionMode):
             return False
         if operators_are_counted():
             return False
-        storage = z.untyped_storage()._cdata
+        storage = storage_of(z)
         if any(storage in f.storages for f in self.frames):
             return False
         ours = len(self.aliases.of(z)) if self.wants.detach else 0
@@ -513,6 +535,9 @@ class Tracer(TorchFunctionMode):
             return
         picked = None
         if self.wants.filters is not None and kind != "output":
+            if is_dtensor(held.tensor):
+                self._unpicked.append((origin, event.kind == "layer" and kind == "preactivation"))
+                return
             picked = self.wants.pick(origin.name, axes)
             if picked is None:
                 self.miss(origin.name, self.wants.why_not(origin.name, axes))

@@ -68,8 +68,9 @@ class Selection:
             return
         known = [n for n in names.by_name if n]
         hint = did_you_mean(given, known) if isinstance(given, str) else ""
+        model = type(names.by_name[""]).__name__
         raise UnknownLayerError(
-            f"{argument}={selector!r} matches no module of {type(names.model).__name__}{hint} "
+            f"{argument}={selector!r} matches no module of {model}{hint} "
             f"(its modules: {listed(known)})"
         )
 
@@ -126,7 +127,7 @@ class Wants:
         """
         asked = "output" in self.kinds
         if self._selection is None:
-            return set(names.by_module) if asked else set()
+            return set(names.by_module) - names.wrappers if asked else set()
         return {
             module
             for matched in self._selection.modules
@@ -201,7 +202,7 @@ def _only_a_pass_can_tell(names: Names, label: str) -> bool:
     if colon:
         return module in names.by_name or "*" in module
     owner, _, part = label.rpartition(".")
-    keys = names.by_name[owner]._parameters if owner in names.by_name else {}
+    keys = names.parameters_of(names.by_name[owner]) if owner in names.by_name else {}
     return any(k in (part, f"{part}_weight") for k in keys)
 
 
