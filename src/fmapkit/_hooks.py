@@ -79,6 +79,7 @@ class Hooks:
     def __init__(self, owner: object) -> None:
         self._owner = owner
         self._handles: dict[tuple[str, nn.Module], list[tuple[Hook, RemovableHandle]]] = {}
+        self.excluded: set[nn.Module] = set()  # modules in compiled code, where no hook runs
         self.count: dict[nn.Module, int] = {}  # how many hooks of ours a module has
 
     def is_ours(self, hook: Any) -> bool:
@@ -88,7 +89,7 @@ class Hooks:
     def around(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
         """A pre and a post hook; the post hook also runs when forward raises an `Exception`."""
         for module in modules:
-            if ("around", module) in self._handles or isinstance(module, torch.jit.ScriptModule):
+            if ("around", module) in self._handles or self._unhookable(module):
                 continue
             self._remove(("after", module))
             first, last = Hook(pre, self._owner), Hook(post, self._owner)
@@ -100,10 +101,13 @@ class Hooks:
 
     def after(self, module: nn.Module, hook: Hook) -> None:
         """A plain post hook, the cheapest kind there is, on a module that has none of ours."""
-        if module in self.count or isinstance(module, torch.jit.ScriptModule):
+        if module in self.count or self._unhookable(module):
             return
         self._handles["after", module] = [(hook, module.register_forward_hook(hook))]
         self.count[module] = 1
+
+    def _unhookable(self, module: nn.Module) -> bool:
+        return isinstance(module, torch.jit.ScriptModule) or module in self.excluded
 
     def _remove(self, key: tuple[str, nn.Module]) -> None:
         for hook, handle in self._handles.pop(key, ()):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit import layers
+from fmapkit._optimized import is_optimized
 
 __all__ = ["Names"]
 
@@ -20,6 +21,7 @@ class Names:
         self.by_module: dict[nn.Module, str] = {}
         self.by_name: dict[str, nn.Module] = {}
         self._owners: dict[int, tuple[Tensor, list[tuple[nn.Module, str]]]] = {}
+        self._around: dict[nn.Module, str] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -27,7 +29,14 @@ class Names:
         self.by_module.clear()
         self.by_name.clear()
         self._owners.clear()
-        for name, module in self.model.named_modules(remove_duplicate=False):
+        self._around.clear()
+        wrapped: set[str] = set()  # where torch.compile has put a module around another
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            name = _without(path, wrapped)
+            if is_optimized(module):
+                wrapped.add(path)
+                self._around[module] = name
+                continue
             self.by_name[name] = module
             if module in self.by_module:
                 continue
@@ -40,12 +49,19 @@ class Names:
     def of(self, module: nn.Module) -> str:
         """The module's qualified name; its class where it is not part of the model."""
         found = self.by_module.get(module)
+        if found is None:
+            found = self._around.get(module)
         return found if found is not None else type(module).__name__
 
     def is_parameter(self, value: Any) -> bool:
         """Whether it is a parameter of the model."""
         found = self._owners.get(id(value))
         return (found is not None and found[0] is value) or isinstance(value, nn.Parameter)
+
+    def owners(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+        """The modules that have a parameter, each with its key there."""
+        found = self._owners.get(id(parameter))
+        return found[1] if found is not None and found[0] is parameter else []
 
     def layer_of(self, parameter: Tensor | None, stack: Sequence[nn.Module]) -> str:
         """The layer of a weighted function: the running layer module, or the weight's owner.
@@ -85,3 +101,11 @@ class Names:
         if name in self.by_name:
             return self.by_name[name]
         return self.by_name.get(name.rpartition(".")[0])
+
+
+def _without(path: str, wrapped: set[str]) -> str:
+    """A path as it is in the plain model: without the name under which a wrapper has it."""
+    parts = path.split(".")
+    return ".".join(
+        part for i, part in enumerate(parts) if i == 0 or ".".join(parts[:i]) not in wrapped
+    )

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fmapkit._optimized import is_compiled
+
 __all__ = ["Guard", "Proofs"]
 
 _SIMPLE = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -119,6 +121,8 @@ class Proofs:
             *module._backward_pre_hooks.values(),
         )
         if not all(map(self._is_ours, hooks)) or "forward" in module.__dict__:
+            return False
+        if is_compiled(module):
             return False
         kind = type(module)
         if kind.__getattr__ is not nn.Module.__getattr__:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
+from fmapkit._compiled import Compiled
 from fmapkit._flow import Flow, Weight, tensors_in
 from fmapkit._fused import REASON, fused_output, may_fuse
 from fmapkit._hooks import Hook, Hooks, leave_mode
@@ -95,9 +96,16 @@ class Session:
     """The life of one `with capture(model)` block."""
 
     def __init__(
-        self, model: nn.Module, names: Names, wants: Wants, keep: int | None, every: int
+        self,
+        model: nn.Module,
+        names: Names,
+        wants: Wants,
+        keep: int | None,
+        every: int,
+        given: nn.Module | None = None,
     ) -> None:
         self.model = model
+        self.compiled = Compiled(self, model if given is None else given)
         self.names = names
         self.wants = wants
         self.every = every
@@ -131,10 +139,12 @@ class Session:
         """Set the one hook pair that every pass goes through."""
         self.thread = threading.get_ident()
         self.hooks.around([self.model], self._pre, self._post)
+        self.compiled.open()
 
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""
         self._abandon()
+        self.compiled.close()
         self.hooks.drop()
         self._units.clear()
         if not failed:
@@ -261,7 +271,7 @@ class Session:
         self._abandon()
         return False
 
-    def _begin(self, args: Any, kwargs: Any) -> bool:
+    def _begin(self, args: Any, kwargs: Any, compiled: bool = False) -> bool:
         step = self._steps
         self._steps += 1
         if step % self.every:
@@ -278,7 +288,9 @@ class Session:
         if self._watch is None or self._watch.changed():
             self._restart()
         self._current = self.store.begin(step)
-        if not self._is_unit(self.model):
+        if compiled:
+            self._new_tracer().enter_inputs(args, kwargs)
+        elif not self._is_unit(self.model):
             self._watch_scopes()
             self._new_tracer().enter_inputs(args, kwargs)
             self._trace_on()

@@ -41,6 +41,9 @@ class Wants:
         self._selected(names)
         self.filters = _filters(filters)
         self._check_filters(names)
+        # The same for two captures that ask for the same; a selector object is like no other.
+        chosen = layers_given if isinstance(layers_given, (str, type(None))) else id(self)
+        self.signature = (chosen, self.kinds, repr(self.filters), detach)
 
     def kind(self, kind: str) -> bool:
         """Whether maps of this kind were asked for."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from fmapkit._names import Names
+from fmapkit._optimized import plain
 from fmapkit._session import Session
 from fmapkit._wants import Wants
 from fmapkit.errors import ArgumentError, CaptureStateError, NotAModuleError
@@ -73,9 +74,11 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             raise ArgumentError(f"every must be a positive int, not {every!r}")
         if not isinstance(detach, bool):
             raise ArgumentError(f"detach must be True or False, not {detach!r}")
+        given, model = model, plain(model)
         names = Names(model)
         wants = Wants(names, layers, kinds, filters, detach)
-        self._session = Session(model, names, wants, None if keep == "all" else int(keep), every)
+        kept = None if keep == "all" else int(keep)
+        self._session = Session(model, names, wants, kept, every, given)
         # Made, entered, left: a capture goes through these once, in this order.
         self._state: Literal["made", "entered", "left"] = "made"
 
