@@ -151,6 +151,7 @@ class _Compiler:
         try:
             sites = []
             for sink in sinks:
+                sink.settle()
                 carried = graph.carried(inputs, sink)
                 traced = graph.trace(sink.session, inputs, carried, rewrite=True)
                 sites += [site for _, site, _ in traced.found]

@@ -110,7 +110,7 @@ class Sink:
 
     def before(self, graph: CompiledGraph, place: int, inputs: Sequence[Any]) -> Any:
         """A graph is about to run: what its inputs carry, and what its maps will be."""
-        self._settle()
+        self.settle()
         self.broken = self.broken or not graph.whole
         carried = graph.carried(inputs, self)
         labels = graph.labels(self, place, inputs, carried)
@@ -143,9 +143,9 @@ class Sink:
         self.session._current.segments.append(run)
         self._latest = (graph, labels, run, outputs)
         if not self.alone:
-            self._settle()
+            self.settle()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """More follows, which will ask what this graph's results carry, and may claim them."""
         if self._latest is None:
             return
@@ -179,7 +179,7 @@ class Sink:
         if self.alone and self.runs and not self.broken:
             self._latest = None
             return
-        self._settle()
+        self.settle()
         if not self.unread and any(self.tracer.tag(t) is None for _, t in leaves(output)):
             self.outside()
 
@@ -265,7 +265,15 @@ class CompiledGraph:
         self, session: Any, inputs: Sequence[Any], carried: Sequence[Any], rewrite: bool
     ) -> Traced:
         """What the graph's maps are."""
-        full = list(carried)
+        # Stand-ins: what the trace finds out about them is this graph's, not the pass's.
+        origins: dict[int, Origin] = {id(NOWHERE): NOWHERE}
+        full: list[Any] = []
+        for tag in carried:
+            if isinstance(tag, Flow):
+                o = tag.origin
+                own = origins.setdefault(id(o), Origin(o.kind, o.name, o.call))
+                tag = Flow(own, tag.axes)
+            full.append(tag)
         for i in self.weights:
             value = inputs[i]
             full[i] = Weight(value, Axes.single(0, value.shape[0]) if value.dim() else None)

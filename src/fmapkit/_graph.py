@@ -242,7 +242,12 @@ class _Fakes:
         if isinstance(value, Tensor):
             if any(not isinstance(n, int) for n in value.shape):
                 raise _UnreadableError("its graph was traced with symbolic inputs")
-            return self.mode.from_tensor(value, static_shapes=True)
+            fake = self.mode.from_tensor(value, static_shapes=True)
+            if value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad:
+                # A Python number that changes from call to call comes as a tensor, and is read.
+                fake.constant = value.detach().clone()
+                self.mode.fake_tensor_converter.add_constant_storage_mapping(fake)
+            return fake
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return value.node.hint
         return value
