@@ -177,11 +177,24 @@ class Sink:
     def finish(self, output: Any) -> None:
         """The compiled code has returned."""
         if self.alone and self.runs and not self.broken:
-            self._latest = None
+            if not self.session.wants.outputs:
+                self._latest = None
             return
         self.settle()
         if not self.unread and any(self.tracer.tag(t) is None for _, t in leaves(output)):
             self.outside()
+
+    def hold_output(self, module: nn.Module, output: Any) -> None:
+        """Keep what the model returns."""
+        self.settle()
+        origin = Origin("output", self.session.names.of(module))
+        for path, tensor in leaves(output):
+            tag = self.tracer.tag(tensor)
+            axes = tag.axes if isinstance(tag, Flow) else None
+            held = self.tracer.aliases.reference(tensor)
+            self.session._current.segments.append(
+                Entry("output", origin, held, axes, None, path)
+            )
 
     def outside(self) -> None:
         """Something was computed where nobody looked."""

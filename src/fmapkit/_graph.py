@@ -155,6 +155,8 @@ class _GraphTracer(Tracer):
         return call
 
     def _output(self, module: nn.Module, output: Any) -> None:
+        if module is self.names.model:
+            return  # held when it has returned
         self.miss(
             self.names.of(module),
             "what a module inside compiled code returns does not exist outside of its graph; "

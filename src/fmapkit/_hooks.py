@@ -16,7 +16,39 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Hook", "Hooks", "leave_mode"]
+__all__ = ["Hook", "Hooks", "leave_mode", "traced_as_nothing", "when_traced"]
+
+
+# Called when torch.compile traces code in which a hook of ours is set: each open session's own.
+when_traced: list[Callable[[], None]] = []
+
+
+def _note(context: Any) -> None:
+    for call in tuple(when_traced):
+        call()
+
+
+def _traced(hook: Hook, *args: Any) -> None:
+    """What dynamo traces in place of a hook: nothing, so that the compiled code is the user's.
+
+    The import and the call are run while it traces, and leave nothing in what it makes.
+    """
+    from torch._dynamo.comptime import comptime
+
+    comptime(_note)
+
+
+def traced_as_nothing(call: Callable[..., Any]) -> None:
+    """torch.compile leaves a hook's `__call__` out of what it compiles.
+
+    `torch.compile(module)` runs the module's own hooks outside of its graph, and would try to
+    compile them by themselves. Older versions of torch cannot be told; there it costs time.
+    """
+    call._torchdynamo_inline = _traced  # type: ignore[attr-defined]
+    dynamo = torch._C._dynamo.eval_frame
+    if hasattr(dynamo, "_FrameExecStrategy") and hasattr(dynamo, "set_code_exec_strategy"):
+        skip = dynamo._FrameAction.SKIP
+        dynamo.set_code_exec_strategy(call.__code__, dynamo._FrameExecStrategy(skip, skip))
 
 
 class Hook:
@@ -30,6 +62,8 @@ class Hook:
 
     def __call__(self, *args: Any) -> Any:
         return self.call(*args)
+
+    traced_as_nothing(__call__)
 
     def disarm(self) -> None:
         """Let go of the session; torch may be going through the module's hooks just then."""

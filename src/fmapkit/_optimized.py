@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import gc
 import sys
+import types
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
-__all__ = ["around", "compiled_roots", "is_compiled", "is_optimized", "plain"]
+__all__ = [
+    "around",
+    "compiled_roots",
+    "holds",
+    "in_compiled_code",
+    "is_compiled",
+    "is_optimized",
+    "plain",
+]
 
 
 def is_optimized(module: Any) -> bool:
@@ -49,8 +59,46 @@ def compiled_roots(model: nn.Module) -> list[nn.Module]:
 
 
 def around(model: nn.Module) -> list[nn.Module]:
-    """What `torch.compile(model)` has returned so far and is alive; the model does not know it."""
-    home = sys.modules.get("torch._dynamo.eval_frame")
-    if home is None:
+    """The compiled modules that have a model inside, which the model does not know of.
+
+    `torch.compile(model)` is one of them, and so is a compiled model of which it is a part.
+    """
+    if "torch._dynamo.eval_frame" not in sys.modules:
         return []
-    return [o for o in gc.get_objects() if type(o) is home.OptimizedModule and plain(o) is model]
+    found = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
+    return [o for o in found if "_modules" in o.__dict__ and is_compiled(o) and holds(o, model)]
+
+
+def holds(module: nn.Module, model: nn.Module) -> bool:
+    """Whether the model is a part of a module, or the module itself."""
+    return any(m is model for m in plain(module).modules())
+
+
+@lru_cache(maxsize=1)
+def _wrappers() -> tuple[frozenset[Any], frozenset[Any]]:
+    """The code of torch.compile's wrappers around functions, and that of torch.compiler.disable's.
+
+    All wrappers share their code, which is a constant of the function that makes them.
+    """
+    home = sys.modules["torch._dynamo.eval_frame"]
+    return (
+        frozenset(filter(_is_code, home._TorchDynamoContext.__call__.__code__.co_consts)),
+        frozenset(filter(_is_code, home.DisableContext.__call__.__code__.co_consts)),
+    )
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, types.CodeType)
+
+
+def in_compiled_code() -> bool:
+    """Whether a function compiled by torch.compile is what called us, and dynamo looks on."""
+    compiled, disabled = _wrappers()
+    at = sys._getframe(1)
+    while at is not None:
+        if at.f_code in disabled:
+            return False
+        if at.f_code in compiled:
+            return True
+        at = at.f_back  # type: ignore[assignment]
+    return False

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from fmapkit._flow import NOWHERE, Flow, Origin, Weight, tensors_in
 from fmapkit._functions import describe, out_of_place
-from fmapkit._hooks import Hook, leave_mode, nothing
+from fmapkit._hooks import Hook, leave_mode, nothing, traced_as_nothing
 from fmapkit._plan import Plan, Ref, Step
 from fmapkit._store import Entry, Held, version_of
 from fmapkit._trace import leaves
@@ -81,6 +81,8 @@ class Tap(Hook):
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fault(module, error)
 
+    traced_as_nothing(__call__)
+
     def disarm(self) -> None:
         """Let go of the session and its run."""
         super().disarm()
@@ -105,6 +107,8 @@ class OutputTap(Tap):
             note((module, output, version_of(output) if how == 2 else output._version))
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fault(module, error)
+
+    traced_as_nothing(__call__)
 
 
 class Run:

@@ -272,6 +272,11 @@ class Session:
         return False
 
     def _begin(self, args: Any, kwargs: Any, compiled: bool = False) -> bool:
+        if not compiled and self.compiled.unannounced():
+            self.compiled.noticed()
+            self._idle = True
+            self._drop_hooks()
+            return False
         step = self._steps
         self._steps += 1
         if step % self.every:
@@ -289,6 +294,7 @@ class Session:
             self._restart()
         self._current = self.store.begin(step)
         if compiled:
+            self._drop_hooks()
             self._new_tracer().enter_inputs(args, kwargs)
         elif not self._is_unit(self.model):
             self._watch_scopes()
@@ -363,6 +369,7 @@ class Session:
         self._units.clear()
         self._proofs = Proofs(self.hooks.is_ours)
         self._drop_hooks()
+        self.compiled.refresh()
         self._direct.clear()
         self._watch = Watch(self.model, self.hooks)
         for module, name in self.names.by_module.items():
