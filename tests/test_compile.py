@@ -111,7 +111,7 @@ def two_parts(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def check(make: Any, compile_: Any, inputs: list[Tensor], train: bool, warm: bool) -> Any:
-    """Passes of a compiled model in a block, beside a bare compiled copy and a watched eager one."""
+    """Passes in a block, beside a bare compiled copy and an eager one under the witness."""
     torch.manual_seed(0)
     model = make()
     bare, eager, plain = (copy.deepcopy(model) for _ in range(3))
@@ -145,21 +145,31 @@ def check(make: Any, compile_: Any, inputs: list[Tensor], train: bool, warm: boo
 # -- right, whatever was compiled and however ----------------------------------------------------
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "no grad"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("compile_", [whole, in_place, one_part, two_parts])
-def test_warm_compiled_models(compile_: Any, backend: str, train: bool) -> None:
-    check(Net, lambda m: compile_(m, backend=backend, fullgraph=True), images(2, 2, 2), train, True)
+def test_warm_compiled_models_in_training(compile_: Any, backend: str) -> None:
+    check(Net, lambda m: compile_(m, backend=backend, fullgraph=True), images(2, 2, 2), True, True)
+
+
+@pytest.mark.parametrize("compile_", [whole, one_part])
+def test_warm_compiled_models_without_gradients(compile_: Any) -> None:
+    check(Net, lambda m: compile_(m, backend="aot_eager"), images(2, 2), False, True)
 
 
 @pytest.mark.parametrize("compile_", [whole, in_place])
 def test_cold_compiled_models(compile_: Any) -> None:
-    check(Net, lambda m: compile_(m, backend="aot_eager"), images(2, 2), True, False)
+    check(Net, lambda m: compile_(m, backend="eager"), images(2, 2), True, False)
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_changing_shapes(dynamic: bool | None) -> None:
-    check(Net, lambda m: whole(m, backend="aot_eager", dynamic=dynamic), images(2, 3, 5), True, True)
+    check(
+        Net,
+        lambda m: whole(m, backend="aot_eager", dynamic=dynamic),
+        images(2, 3),
+        dynamic is None,
+        True,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -170,7 +180,9 @@ def test_graph_breaks_of_the_models_own(backend: str) -> None:
 
 def test_torchs_own_module_types() -> None:
     def make() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(True), nn.Conv2d(4, 2, 1), nn.Hardswish(True))
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 1), nn.ReLU(True), nn.Conv2d(4, 2, 1), nn.Hardswish(True)
+        )
 
     check(make, lambda m: whole(m, backend="aot_eager", fullgraph=True), images(2, 2), True, True)
 
@@ -267,8 +279,7 @@ def test_many_blocks_do_not_use_up_the_recompile_limit() -> None:
 
 
 def test_every_runs_the_users_code_in_between() -> None:
-    compiled = whole(Net(), backend="eager")
-    ran = []
+    ran: list[int] = []
 
     def backend(gm: Any, inputs: Any) -> Any:
         def run(*args: Any) -> Any:
@@ -340,13 +351,17 @@ def test_parts_compiled_inside_the_block() -> None:
 def test_model_compile_inside_the_block_names_its_first_call() -> None:
     model = Net().eval()
     (x,) = images(2)
-    with pytest.warns(CaptureWarning, match="compiled inside the block"), capture(model) as maps:
-        model.compile(backend="eager", fullgraph=True)
-        model(x)
-        with pytest.raises(NoPassError):
-            maps["fc"]
-        model(x)
-        assert maps["fc"].step == 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with capture(model) as maps:
+            model.compile(backend="eager", fullgraph=True)
+            model(x)
+            with pytest.raises(NoPassError):
+                maps["fc"]
+            model(x)
+            assert maps["fc"].step == 1
+    assert [w.category for w in caught] == [CaptureWarning]
+    assert "compiled inside the block" in maps.missed[0].reason
     assert len(maps.missed) == 1
 
 
@@ -549,26 +564,21 @@ def test_checkpointed_around_compiled_code(backend: str) -> None:
 @needs_compiler
 def test_inductor() -> None:
     torch.manual_seed(0)
-    model = Net()
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 2), nn.GELU())
     eager = copy.deepcopy(model)
-    model.drop.p = eager.drop.p = 0.0
-    compiled = whole(model)  # inductor is the default
-    (x,) = images(2)
-    truth.run_pass(compiled, (x,), train=True)
-    truth.run_pass(eager, (x,), train=True)
+    compiled = torch.compile(model)
+    x = torch.randn(3, 4)
     with capture(compiled) as maps:
         seen = truth.run_pass(compiled, (x,), train=True)
     true = truth.run_pass(eager, (x,), train=True, witness=True)
     pairs = truth.captured_pairs(maps)
-    assert [p.layer for p in pairs][:3] == ["stem", "blocks.0.conv1", "blocks.0.relu"]
-    assert len(pairs) == len(true.truth)
+    assert [(p.layer, p.sigma) for p in pairs] == [("0", "relu"), ("2", "gelu")]
     for pair, run in zip(pairs, true.truth, strict=True):  # inductor rounds its own way
-        torch.testing.assert_close(pair.z, run.z, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(pair.a, run.a, rtol=1e-4, atol=1e-5)
-        if pair.sigma == "relu":  # exact, however it is computed
-            assert torch.equal(F.relu(pair.z), pair.a)
-    for left, right in zip(seen.grads.values(), true.grads.values(), strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(pair.z, run.z)
+        torch.testing.assert_close(pair.a, run.a)
+    assert torch.equal(F.relu(pairs[0].z), pairs[0].a)  # exact, however it is computed
+    for name, grad in true.grads.items():
+        torch.testing.assert_close(seen.grads[name], grad)
     assert maps.missed == []
 
 

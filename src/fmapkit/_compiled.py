@@ -50,12 +50,12 @@ class _UnknownError(Exception):
     """The compiled function is of no known kind; the message says why."""
 
 
-def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)
 
 
-def _fresh(function: types.FunctionType) -> types.FunctionType:
-    """The same function with a code object of its own, which dynamo keeps a cache of its own for."""
+def _fresh(function: Any) -> types.FunctionType:
+    """The same function with a code object of its own, which dynamo caches for."""
     made = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
@@ -101,7 +101,7 @@ class Variant:
             self.code = self._bound.__code__
             self._run = compile_again(self._module._wrapped_call_impl)
         else:
-            function = _fresh(_forward)  # type: ignore[arg-type]
+            function = _fresh(_forward)
             self.code = function.__code__
             self._run = compile_again(function)
 
@@ -168,7 +168,8 @@ class _Compiler:
         names = sinks[0].session.names
         graph = CompiledGraph(gm, inputs, self._is_whole(), _is_volatile(self._backend), names)
         last = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
-        graph.own = len(last.args[0])  # type: ignore[arg-type]
+        returned: Any = last.args[0]
+        graph.own = len(returned)
         try:
             sites = []
             for sink in sinks:
@@ -340,8 +341,9 @@ class _Door:
         if torch._C._current_graph_task_id() != -1:
             # Activation checkpointing runs it once more, and expects what the forward saved.
             again = self._known(sessions)
-            bare = again is None or any(s._idle for s in sessions)
-            return self.original(*args, **kwargs) if bare else again((), args, kwargs)
+            if again is None or any(s._idle for s in sessions):
+                return self.original(*args, **kwargs)
+            return again((), args, kwargs)
         started: list[Any] = []
         sinks: list[Sink] = []
         for session in sessions:
@@ -448,7 +450,11 @@ class Compiled:
             door.close(self._session)
         self._doors.clear()
         session = self._session
-        if not session._steps and not session.missed and "torch._dynamo.convert_frame" in sys.modules:
+        if (
+            not session._steps
+            and not session.missed
+            and "torch._dynamo.convert_frame" in sys.modules
+        ):
             session.miss("", NOTHING_RAN)
 
     def _registered(self, module: nn.Module, name: str, submodule: nn.Module | None) -> None:

@@ -192,9 +192,7 @@ class Sink:
             tag = self.tracer.tag(tensor)
             axes = tag.axes if isinstance(tag, Flow) else None
             held = self.tracer.aliases.reference(tensor)
-            self.session._current.segments.append(
-                Entry("output", origin, held, axes, None, path)
-            )
+            self.session._current.segments.append(Entry("output", origin, held, axes, None, path))
 
     def outside(self) -> None:
         """Something was computed where nobody looked."""

@@ -342,12 +342,11 @@ def _run(
             if rewrite:
                 _rewrite(node, env, outside, grad)
             args, kwargs = load(node.args), load(node.kwargs)
-            function = node.target
+            function: Any = node.target
             if node.op == "call_method":
-                function = getattr(type(args[0]), str(node.target), None)
-                function = function or getattr(args[0], str(node.target))
+                function = getattr(type(args[0]), str(node.target))
             with tracer:
-                env[node] = function(*args, **kwargs)  # type: ignore[operator]
+                env[node] = function(*args, **kwargs)
             noted.made(env[node], node)
         elif node.op == "output":
             stacks.leave()
@@ -519,7 +518,8 @@ def add_outputs(gm: fx.GraphModule, sites: Sequence[Site], detach: bool) -> dict
     """
     graph = gm.graph
     last = next(n for n in reversed(graph.nodes) if n.op == "output")
-    outputs = list(last.args[0])  # type: ignore[arg-type]
+    returned: Any = last.args[0]
+    outputs = list(returned)
     inputs = {n: i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder")}
     places: dict[Any, int] = {}
     for site in sites:

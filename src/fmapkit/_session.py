@@ -272,11 +272,6 @@ class Session:
         return False
 
     def _begin(self, args: Any, kwargs: Any, compiled: bool = False) -> bool:
-        if not compiled and self.compiled.unannounced():
-            self.compiled.noticed()
-            self._idle = True
-            self._drop_hooks()
-            return False
         step = self._steps
         self._steps += 1
         if step % self.every:
@@ -284,8 +279,13 @@ class Session:
             self._drop_hooks()
             return False
         self._idle = False
-        if _transformed((args, kwargs)):
+        around = not compiled and self.compiled.unannounced()
+        if around:
+            self.compiled.noticed()
+        elif _transformed((args, kwargs)):
             self.miss("", TRANSFORMED)
+            around = True
+        if around:
             self._idle = True
             self._drop_hooks()
             return False
