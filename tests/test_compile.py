@@ -433,7 +433,7 @@ def test_a_frame_that_dynamo_gives_up_is_named() -> None:
 
 
 def test_a_graph_that_cannot_be_labelled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fmapkit import _compiled
+    from fmapkit import _variant
 
     def fail(*args: Any) -> Any:
         raise RuntimeError("no")
@@ -441,7 +441,7 @@ def test_a_graph_that_cannot_be_labelled_runs_as_it_is(monkeypatch: pytest.Monke
     model = Net().eval()
     (x,) = images(2)
     expected = model(x)
-    monkeypatch.setattr(_compiled, "add_outputs", fail)
+    monkeypatch.setattr(_variant, "add_outputs", fail)
     compiled = whole(model, backend="eager")
     with pytest.warns(CaptureWarning, match="RuntimeError: no"), capture(compiled) as maps:
         assert torch.equal(compiled(x), expected)
@@ -577,8 +577,8 @@ def test_inductor() -> None:
         torch.testing.assert_close(pair.z, run.z)
         torch.testing.assert_close(pair.a, run.a)
     assert torch.equal(F.relu(pairs[0].z), pairs[0].a)  # exact, however it is computed
-    for name, grad in true.grads.items():
-        torch.testing.assert_close(seen.grads[name], grad)
+    for seen_grad, grad in zip(seen.grads.values(), true.grads.values(), strict=True):
+        torch.testing.assert_close(seen_grad, grad)
     assert maps.missed == []
 
 

@@ -35,7 +35,7 @@ __all__ = ["Event", "Firing", "Frame", "Tracer", "leaves"]
 _CALL = nn.Module._call_impl.__code__
 # Nonlinearities whose in-place form has the same derivative formula, bit for bit. That of the ELU
 # and leaky ReLU families is computed from a instead of z (torch, tools/autograd/derivatives.yaml).
-_SAME_GRADIENT = {
+SAME_GRADIENT = {
     *("relu", "relu6", "hardtanh", "sigmoid", "tanh", "silu", "hardswish", "mish", "hardsigmoid"),
     "threshold",
 }
@@ -286,7 +286,7 @@ class Tracer(TorchFunctionMode):
         """
         if not self.trial or (z.is_leaf and z.requires_grad):
             return False
-        if torch.is_grad_enabled() and known.sigma not in _SAME_GRADIENT:
+        if torch.is_grad_enabled() and known.sigma not in SAME_GRADIENT:
             return False
         storage = z.untyped_storage()._cdata
         if any(storage in f.storages for f in self.frames):
