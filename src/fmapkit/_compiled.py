@@ -17,9 +17,17 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from fmapkit import layers, nonlinearities
 from fmapkit._compiled_run import Sink, running
 from fmapkit._hooks import when_traced
-from fmapkit._optimized import around, compiled_roots, holds, in_compiled_code, is_optimized, plain
+from fmapkit._optimized import (
+    around,
+    compiled_roots,
+    holds,
+    in_compiled_code,
+    is_optimized,
+    plain,
+)
 from fmapkit._variant import UnknownError, Variant
 
 __all__ = ["Compiled"]
@@ -88,15 +96,20 @@ class _Door:
         variant = self._known(sessions)
         if variant is None:
             variant = Variant(self.root, self.original)
-            asked = [s.wants.signature for s in sessions]
+            asked = self._asked(sessions)
             self.original.__dict__.setdefault(_KEPT, []).append((asked, variant))
         variant.sessions = list(sessions)
         return variant
 
     def _known(self, sessions: Sequence[Any]) -> Variant | None:
-        asked = [s.wants.signature for s in sessions]
+        asked = self._asked(sessions)
         kept = getattr(self.original, "__dict__", {}).get(_KEPT, ())
         return next((variant for signature, variant in kept if signature == asked), None)
+
+    def _asked(self, sessions: Sequence[Any]) -> list[Any]:
+        """What the graphs' outputs depend on; a selection by name on the root's own name, too."""
+        registered = (layers.version, nonlinearities.version)
+        return [(s.wants.signature, s.names.of(self.module), registered) for s in sessions]
 
     def _capture(self, sessions: Sequence[Any], args: Any, kwargs: Any) -> Any:
         """One call: a pass of its own, or a part of one."""
@@ -106,14 +119,11 @@ class _Door:
             if again is None or any(s._idle for s in sessions):
                 return self.original(*args, **kwargs)
             return again((), args, kwargs)
-        started: list[Any] = []
         sinks: list[Sink] = []
         for session in sessions:
             sink = session.compiled.enter(self.root, args, kwargs)
             if sink is not None:
                 sinks.append(sink)
-                if sink.alone:
-                    started.append(session)
         if not sinks:
             for session in sessions:
                 session.compiled.skip(self.root)
@@ -128,8 +138,8 @@ class _Door:
             try:
                 output = variant(sinks, args, kwargs)
             except BaseException:
-                for session in started:
-                    session._abandon()
+                for sink in sinks:
+                    sink.session.compiled.fail(sink)
                 raise
             for sink in sinks:
                 sink.finish(output)
@@ -278,6 +288,13 @@ class Compiled:
     def unseen(self, root: nn.Module, why: str) -> None:
         """The call ran as the user compiled it, and nobody could look into it."""
         self._session.miss(self._session.names.of(root), UNSEEN.format(why=why))
+
+    def fail(self, sink: Sink) -> None:
+        """It raised; the model around it may catch that and go on."""
+        if sink.alone:
+            self._session._abandon()
+        else:
+            self._session._trace_on()
 
     def leave(self, sink: Sink, output: Any) -> None:
         """A call of compiled code has ended."""
