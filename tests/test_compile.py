@@ -187,6 +187,17 @@ def test_torchs_own_module_types() -> None:
     check(make, lambda m: whole(m, backend="aot_eager", fullgraph=True), images(2, 2), True, True)
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_attention_that_dynamo_keeps_as_one_call(train: bool) -> None:
+    def make() -> nn.Module:
+        return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu")
+
+    draw = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 5, 8, generator=draw) for _ in range(2)]
+    maps = check(make, lambda m: whole(m, backend="aot_eager"), inputs, train, True)
+    assert {"self_attn.in_proj", "self_attn.out_proj"} <= set(maps.layers)
+
+
 class Branch(nn.Module):
     def __init__(self) -> None:
         super().__init__()

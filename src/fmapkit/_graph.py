@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fmapkit._axes import Axes
 from fmapkit._flow import NOWHERE, Flow, Origin, Weight, tensors_in
 from fmapkit._graph_edit import Site, run_out_of_place
+from fmapkit._graph_open import open_call, opens
 from fmapkit._names import Names
 from fmapkit._plan import Ref
 from fmapkit._store import Aliases, Entry, Held, Pass, storage_of, version_of
@@ -270,9 +271,11 @@ def trace_graph(
     tracer = _GraphTracer(names, wants, miss)
     grad = torch.is_grad_enabled()
     env: dict[fx.Node, Any] = {}
-    order = list(gm.graph.nodes)
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     with torch.inference_mode(False), torch.no_grad():
+        if rewrite and any(map(opens, gm.graph.nodes)):
+            _open_all(gm, _Fakes(inputs))
+        order = list(gm.graph.nodes)
         fakes = _Fakes(inputs)
         try:
             with fakes.mode:
@@ -282,6 +285,39 @@ def trace_graph(
     if tracer.failed is not None:
         raise tracer.failed
     return _traced(tracer, order, env, carried)
+
+
+def _open_all(gm: fx.GraphModule, fakes: _Fakes) -> None:
+    """Open what dynamo has kept as one call, where it can be opened."""
+    env: dict[fx.Node, Any] = {}
+    given = iter(fakes.values)
+    with fakes.mode:
+        for node in list(gm.graph.nodes):
+            if node.op == "placeholder":
+                env[node] = next(given)
+            elif node.op == "get_attr":
+                env[node] = fakes.of(_attribute(gm, node))
+            elif node.op in _CALLS and not node._erased:
+                args = fx.node.map_arg(node.args, env.__getitem__)
+                kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+                if opens(node) and open_call(node, args, kwargs, env):
+                    continue
+                env[node] = _call(node, args, kwargs)
+    gm.recompile()
+
+
+def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
+    value: Any = gm
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    function: Any = node.target
+    if node.op == "call_method":
+        function = getattr(type(args[0]), str(node.target))
+    return function(*args, **kwargs)
 
 
 def _run(
@@ -314,10 +350,7 @@ def _run(
             tracer.set_tag(env[node], tag)
             outside.update(map(storage_of, tensors_in(env[node])))
         elif node.op == "get_attr":
-            value: Any = gm
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-            env[node] = fakes.of(value)
+            env[node] = fakes.of(_attribute(gm, node))
             noted.made(env[node], node)
             outside.update(map(storage_of, tensors_in(env[node])))
         elif node.op in _CALLS:
@@ -325,11 +358,8 @@ def _run(
             if rewrite:
                 run_out_of_place(node, env, outside, grad)
             args, kwargs = load(node.args), load(node.kwargs)
-            function: Any = node.target
-            if node.op == "call_method":
-                function = getattr(type(args[0]), str(node.target))
             with tracer:
-                env[node] = function(*args, **kwargs)
+                env[node] = _call(node, args, kwargs)
             noted.made(env[node], node)
         elif node.op == "output":
             stacks.leave()
