@@ -121,6 +121,11 @@ class Names:
             found.update({k: getattr(m, k) for m, k in places_in(flat) if m is module})
         return found
 
+    def owners(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+        """The modules that have a parameter, each with its key there."""
+        found = self._owners.get(id(parameter))
+        return found[1] if found is not None and found[0] is parameter else []
+
     def layer_of(self, parameter: Tensor | None, stack: Sequence[nn.Module]) -> str:
         """The layer of a weighted function: the running layer module, or the weight's owner.
 

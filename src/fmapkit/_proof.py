@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fmapkit._optimized import is_compiled
 from fmapkit._stop import has_own_forward
 
 __all__ = ["Guard", "Proofs"]
@@ -141,6 +142,8 @@ class Proofs:
             *module._backward_pre_hooks.values(),
         )
         if not all(map(self._is_ours, hooks)) or has_own_forward(module):
+            return False
+        if is_compiled(module):
             return False
         kind = type(module)
         if kind.__getattr__ is not nn.Module.__getattr__:

@@ -21,7 +21,7 @@ from fmapkit._aside import clone
 from fmapkit._flow import NOWHERE, Flow, Origin, Weight, tensors_in
 from fmapkit._functions import describe, out_of_place
 from fmapkit._gradients import Gradient, in_function, watch
-from fmapkit._hooks import Hook, leave_mode, nothing
+from fmapkit._hooks import Hook, leave_mode, nothing, traced_as_nothing
 from fmapkit._plan import Plan, Ref, Step
 from fmapkit._stop import Stop
 from fmapkit._store import Entry, Held, version_of
@@ -103,6 +103,8 @@ class Tap(Hook):
         self.line.cell = (note, 4 if how else 2, ends, starts)
         self(module, args, output)
 
+    traced_as_nothing(__call__)
+
     def disarm(self) -> None:
         """Let go of the session and its run."""
         super().disarm()
@@ -163,6 +165,8 @@ class InputTap(Tap):
             note((self.key, x, version_of(x) if how > 1 else x._version))
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.again(module, args, None, error)
+
+    traced_as_nothing(__call__)
 
 
 class Run:

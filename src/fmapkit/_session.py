@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
 from fmapkit._aside import operators_are_counted
+from fmapkit._compiled import Compiled
 from fmapkit._edit import Edits
 from fmapkit._flow import Flow, Weight, tensors_in
 from fmapkit._form import casts, form_of, weights_of
@@ -122,8 +123,10 @@ class Session:
         keep: int | None,
         every: int,
         stop: bool = False,
+        given: nn.Module | None = None,
     ) -> None:
         self.model = model
+        self.compiled = Compiled(self, model if given is None else given)
         self.names = names
         self.wants = wants
         self.edits = edits
@@ -168,10 +171,12 @@ class Session:
         self.hooks.around([self.model], self._pre, self._post)
         if self._forward is not None:
             self._forward.install()
+        self.compiled.open()
 
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""
         self._abandon()
+        self.compiled.close()
         self.hooks.drop()
         if self._forward is not None:
             self._forward.remove()
@@ -338,7 +343,7 @@ class Session:
         self._abandon()
         return False
 
-    def _begin(self, args: Any, kwargs: Any) -> bool:
+    def _begin(self, args: Any, kwargs: Any, compiled: bool = False) -> bool:
         step = self._steps
         self._steps += 1
         if step % self.every:
@@ -346,8 +351,13 @@ class Session:
             self._drop_hooks()
             return False
         self._idle = False
-        if _transformed((args, kwargs)):
+        around = not compiled and self.compiled.unannounced()
+        if around:
+            self.compiled.noticed()
+        elif _transformed((args, kwargs)):
             self.miss("", TRANSFORMED)
+            around = True
+        if around:
             self._idle = True
             self._drop_hooks()
             return False
@@ -363,7 +373,10 @@ class Session:
         self.edits.begin()
         if self.stop is not None:
             self.stop.begin()
-        if not self._is_unit(self.model):
+        if compiled:
+            self._drop_hooks()
+            self._new_tracer().enter_inputs(args, kwargs)
+        elif not self._is_unit(self.model):
             self._watch_scopes()
             self._new_tracer().enter_inputs(args, kwargs)
             self._trace_on()
@@ -434,6 +447,7 @@ class Session:
         self._units.clear()
         self._proofs = Proofs(self.hooks.is_ours)
         self._drop_hooks()
+        self.compiled.refresh()
         self._direct.clear()
         self._opened.clear()
         if self.stop is not None:

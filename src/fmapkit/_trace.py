@@ -41,7 +41,7 @@ __all__ = ["Event", "Firing", "Frame", "SigmaCall", "Tracer", "leaves"]
 _CALL = nn.Module._call_impl.__code__
 # Nonlinearities whose in-place form has the same derivative formula, bit for bit. That of the ELU
 # and leaky ReLU families is computed from a instead of z (torch, tools/autograd/derivatives.yaml).
-_SAME_GRADIENT = {
+SAME_GRADIENT = {
     *("relu", "relu6", "hardtanh", "sigmoid", "tanh", "silu", "hardswish", "mish", "hardsigmoid"),
     "threshold",
 }
@@ -367,7 +367,7 @@ class Tracer(TorchFunctionMode):
             return False
         if any(f.site is not None for f in self.frames):
             return False
-        if torch.is_grad_enabled() and known.sigma not in _SAME_GRADIENT:
+        if torch.is_grad_enabled() and known.sigma not in SAME_GRADIENT:
             return False
         if operators_are_counted():
             return False

@@ -103,6 +103,9 @@ class Wants:
         self.outputs = self._outputs(names)
         self.filters = _filters(filters)
         self._check_filters(names)
+        # The same for two captures that ask for the same; a selector object is like no other.
+        given = layers_given if isinstance(layers_given, (str, type(None))) else id(self)
+        self.signature = (given, self.kinds, repr(self.filters), detach)
 
     def kind(self, kind: str) -> bool:
         """Whether maps of this kind were asked for."""

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from fmapkit._optimized import is_optimized
+
 __all__ = [
     *("REPLICAS", "flat_parameters", "inner_key", "is_flat", "lends_parameters", "places_in"),
     "unwrap",
@@ -45,6 +47,8 @@ def _imported(home: str, name: str) -> Any:
 
 
 def _wrapper(module: nn.Module) -> tuple[type[nn.Module], str] | None:
+    if is_optimized(module):
+        return type(module), "_orig_mod"
     later = ((_imported(home, name), key) for home, name, key in _LATER)
     for kind, key in (*_TYPES.items(), *later):
         if kind is not None and isinstance(module, kind):
