@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import random
 import weakref
 from collections import Counter
@@ -35,12 +36,13 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Every aten overload packet that is one nonlinearity of its first argument. `relu6`, `selu`,
-# `prelu`, `rrelu` and `log_sigmoid` decompose to these before they get here.
+# Every aten overload packet that is one nonlinearity of its first argument. The last line's
+# decompose to others before they get here, but not in inference mode.
 SIGMAS = _words(
     """relu threshold hardtanh sigmoid tanh silu gelu elu celu selu leaky_relu mish hardswish
     hardsigmoid softplus log_sigmoid_forward glu hardshrink softshrink _prelu_kernel
-    rrelu_with_noise rrelu_with_noise_functional"""
+    rrelu_with_noise rrelu_with_noise_functional
+    prelu relu6 rrelu log_sigmoid"""
 )
 # Pointwise calls that leave a straight line straight, and those that do not.
 _POINTWISE_LINEAR = _words(
@@ -477,6 +479,10 @@ def modes() -> tuple[int, int]:
         torch._C._len_torch_function_stack(),  # type: ignore[attr-defined]
         torch._C._len_torch_dispatch_stack(),  # type: ignore[attr-defined]
     )
+
+
+# A default device, if the suite runs on one, is a mode that is always there.
+NO_MODES = (int("FMAPKIT_DEVICE" in os.environ), 0)
 
 
 def assert_nothing_left(expected: dict[str, Any], model: nn.Module) -> None:

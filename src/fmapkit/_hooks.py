@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Hook", "Hooks", "leave_mode"]
+__all__ = ["Hook", "Hooks", "Inert", "leave_mode"]
 
 
 class Hook:
@@ -106,22 +106,30 @@ class Hooks:
                 (last, module.register_forward_hook(last, prepend=True)),
             ]
 
-    def after(self, module: nn.Module, hook: Hook) -> None:
-        """A plain post hook, the cheapest kind there is, unless others of ours serve."""
-        if not self._has("after", module):
-            self._handles["after", module] = [(hook, module.register_forward_hook(hook))]
+    def after(self, module: nn.Module, hook: Hook) -> bool:
+        """A plain post hook, the cheapest kind there is, unless others of ours serve.
 
-    def before(self, module: nn.Module, hook: Hook) -> None:
-        """A plain pre hook, unless others of ours serve."""
-        if not self._has("before", module):
-            self._handles["before", module] = [(hook, module.register_forward_pre_hook(hook))]
+        Returns:
+            Whether it took the place of a hook of another type.
+        """
+        return self._plain("after", module, hook)
 
-    def _has(self, role: str, module: nn.Module) -> bool:
-        return (
-            ("around", module) in self._handles
-            or (role, module) in self._handles
-            or isinstance(module, torch.jit.ScriptModule)
+    def before(self, module: nn.Module, hook: Hook) -> bool:
+        """A plain pre hook, with the same reserve."""
+        return self._plain("before", module, hook)
+
+    def _plain(self, role: str, module: nn.Module, hook: Hook) -> bool:
+        if ("around", module) in self._handles or isinstance(module, torch.jit.ScriptModule):
+            return False
+        before = self._handles.get((role, module))
+        if before is not None and type(before[0][0]) is type(hook):
+            return False
+        self._remove((role, module))
+        register = (
+            module.register_forward_hook if role == "after" else module.register_forward_pre_hook
         )
+        self._handles[role, module] = [(hook, register(hook))]
+        return before is not None
 
     def _remove(self, key: tuple[str, nn.Module]) -> None:
         for hook, handle in self._handles.pop(key, ()):

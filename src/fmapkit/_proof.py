@@ -40,8 +40,11 @@ _CONTAINER_METHODS = {
     *("append", "extend", "insert", "items", "values", "keys", "copy", "format", "reverse", "pop"),
     *("children", "named_children"),
 }
-# Tensor methods whose result is a Python value taken from the data.
-_LEAKS = {"item", "tolist", "numpy", "__bool__", "apply_", "map_", "map2_", "register_hook"}
+# Tensor methods whose result is a Python value taken from the data, or that run other code.
+_LEAKS = {
+    *("item", "tolist", "numpy", "__bool__", "apply_", "map_", "map2_", "register_hook"),
+    "backward",
+}
 _FUNCTION_MODULES = {"torch.nn.functional", "torch.functional", "torch._jit_internal", "math"}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from operator import itemgetter
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
+from fmapkit._aside import clone
 from fmapkit._flow import NOWHERE, Flow, Origin, Weight, tensors_in
 from fmapkit._functions import describe, out_of_place
+from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._hooks import Hook, leave_mode, nothing
 from fmapkit._plan import Plan, Ref, Step
 from fmapkit._stop import Stop
@@ -31,17 +33,23 @@ __all__ = ["InputTap", "LightMode", "Line", "OutputTap", "Run", "Tap"]
 _module = itemgetter(0)
 
 
+# The `append` of a run's log; how tensors are to be read; the modules whose end, and whose start,
+# the run's plan wants to see.
+Cell = tuple[Callable[[Any], None], int, Container[nn.Module], Container[nn.Module]]
+
+
 class Line(threading.local):
     """Where taps write to: the run that is under way in this thread.
 
     Per thread, so that a tap that fires in another one, which is not captured, finds nothing.
 
     Attributes:
-        cell: the `append` of the run's log, and how tensors are to be read: 0 as they are, 1
-            outside the graph, 2 with inference tensors among them. None while no run is under way.
+        cell: None while no run is under way. Tensors are to be read: 0 as they are, 1 outside the
+            graph, 2 with inference tensors among them, 3 outside of a graph that they may become
+            part of, 4 both.
     """
 
-    cell: tuple[Callable[[Any], None], int] | None = None
+    cell: Cell | None = None
 
 
 class Tap(Hook):
@@ -66,11 +74,15 @@ class Tap(Hook):
         if cell is None:
             self.call(module, args, output)
             return
-        note, how = cell
+        note, how, wanted, _ = cell
+        if module not in wanted:  # a tap of another plan
+            return
         try:
             x = args[0]
             if how:
-                if how == 2:
+                if how > 1:
+                    if how > 2:
+                        x, output = x.detach(), output.detach()
                     note((module, output, version_of(output), x, version_of(x)))
                     return
                 if x.requires_grad:
@@ -79,7 +91,17 @@ class Tap(Hook):
                     output = output.detach()
             note((module, output, output._version, x, x._version))
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.again(module, args, output, error)
+
+    def again(self, module: nn.Module, args: Any, output: Any, error: Exception) -> None:
+        """The quick look has failed: it is not made for inference tensors, which may turn up."""
+        cell = self.line.cell
+        if cell is None or cell[1] in (2, 4):
             self.fault(module, error)
+            return
+        note, how, ends, starts = cell
+        self.line.cell = (note, 4 if how else 2, ends, starts)
+        self(module, args, output)
 
     def disarm(self) -> None:
         """Let go of the session and its run."""
@@ -98,13 +120,15 @@ class OutputTap(Tap):
         if cell is None:
             self.call(module, args, output)
             return
-        note, how = cell
+        note, how, wanted, _ = cell
+        if module not in wanted:
+            return
         try:
-            if how and output.requires_grad:
+            if how and (output.requires_grad or how > 2):
                 output = output.detach()
-            note((module, output, version_of(output) if how == 2 else output._version))
+            note((module, output, version_of(output) if how > 1 else output._version))
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
-            self.fault(module, error)
+            self.again(module, args, output, error)
 
 
 class InputTap(Tap):
@@ -129,14 +153,16 @@ class InputTap(Tap):
         if cell is None:
             self.call(module, args)
             return
-        note, how = cell
+        note, how, _, wanted = cell
+        if module not in wanted:
+            return
         try:
             x = args[0]
-            if how and x.requires_grad:
+            if how and (x.requires_grad or how > 2):
                 x = x.detach()
-            note((self.key, x, version_of(x) if how == 2 else x._version))
+            note((self.key, x, version_of(x) if how > 1 else x._version))
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
-            self.fault(module, error)
+            self.again(module, args, None, error)
 
 
 class Run:
@@ -144,7 +170,7 @@ class Run:
 
     __slots__ = (
         *("_checked", "_origins", "base", "before", "how", "inputs", "line", "log", "lost"),
-        *("marks", "mode", "module", "plan", "stop", "wants"),
+        *("marks", "mode", "module", "plan", "stop", "uncounted", "wants"),
     )
 
     def __init__(
@@ -166,12 +192,15 @@ class Run:
         self.base = base
         self.log: list[Any] = []  # per step: its module, then what was read
         self.lost = ""  # why the run left its plan, if it did
-        self.before: dict[nn.Module, list[Tensor]] = {}
+        self.before: dict[nn.Module, list[tuple[Tensor, Gradient | None]]] = {}
         self.mode: LightMode | None = None
         self.marks: list[bool] = []  # per running child: whether the mode was on around it
         self.how = int(wants.detach and (plan.graph or torch.is_grad_enabled()))
         if torch.is_inference_mode_enabled():
             self.how = 2
+        elif wants.detach and in_function():
+            self.how = 3
+        self.uncounted = self.how == 2 or wants.gradients  # some tensor may have no version counter
         self._checked = 0  # how many entries of the log are known to follow the plan
         self._origins: dict[Ref, Origin] = {}
 
@@ -183,11 +212,11 @@ class Run:
             module.__dict__["inplace"] = False
         if self.module in self.plan.scopes:
             self.light().resume()
-        self.line.cell = (self.log.append, self.how)
+        self.line.cell = (self.log.append, self.how, self.plan.taps, self.plan.inputs)
 
     def finish(self) -> None:
         """Put back what `start` changed."""
-        self.line.cell = None
+        self._off()
         for module in self.plan.flips:
             module.__dict__["inplace"] = True
         if self.mode is not None:
@@ -228,21 +257,24 @@ class Run:
             return
         step = self.plan.at[len(self.log)]
         if step is None:  # a function's operand or result
-            self.log.append((module, self._own(output), version_of(output)))
+            self.log.append((module, self._own(output), self._version(output)))
             self._may_stop()
             return
-        x = None
+        x = x_grad = None
         if module in self.before and any(e.before for e in step.emissions):
-            x = self.before[module].pop()
+            x, x_grad = self.before[module].pop()
         elif step.emissions:
             x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
+            x_grad = self._watched(x)
         if step.plain:
-            record: tuple[Any, ...] = (module, self._own(output), version_of(output))
+            record: tuple[Any, ...] = (module, self._own(output), self._version(output))
             if step.plain == "xy" and x is not None:
-                record = (*record, self._own(x), version_of(x))
+                record = (*record, self._own(x), self._version(x))
+            if self.wants.gradients:
+                record = (*record, self._watched(output), x_grad)
             self.log.append(record)
         else:
-            self.log.append((module, self._read(step, x, output)))
+            self.log.append((module, self._read(step, x, output, x_grad)))
         self._may_stop()
 
     def _may_stop(self) -> None:
@@ -257,7 +289,7 @@ class Run:
         if self._next_key() != key:
             self.stray(type(module).__name__)
             return
-        self.log.append((key, self._own(args[0]), version_of(args[0])))
+        self.log.append((key, self._own(args[0]), self._version(args[0])))
         self._may_stop()
 
     def _next_key(self) -> Any:
@@ -272,7 +304,8 @@ class Run:
             return
         x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
         if isinstance(x, Tensor):
-            self.before.setdefault(module, []).append(self._own(x).clone())
+            x_grad = self._watched(x)
+            self.before.setdefault(module, []).append((clone(self._own(x)), x_grad))
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """A nonlinearity or layer called by a scope itself."""
@@ -283,21 +316,23 @@ class Run:
             self.stray(name)
             return func(*args, **kwargs)
         x = next(iter(tensors_in(*args, kwargs)[step.place :]), None)
-        held = x
+        held, x_grad = x, self._watched(x)
         if step.flip:
             other = out_of_place(func, args, kwargs)
             func, args, kwargs = other if other is not None else (func, args, kwargs)
         elif x is not None and any(e.before for e in step.emissions):
-            held = self._own(x).clone()
+            held = clone(self._own(x))
         out = func(*args, **kwargs)
-        self.log.append((None, self._read(step, held, out)))
+        self.log.append((None, self._read(step, held, out, x_grad)))
         self._may_stop()
         return out
 
-    def _read(self, step: Step, x: Any, output: Any) -> list[Any]:
+    def _read(
+        self, step: Step, x: Any, output: Any, x_grad: Gradient | None
+    ) -> list[tuple[Tensor, int, Gradient | None] | None]:
         read: list[Any] = []
         pieces = dict(leaves(output)) if any(e.kind == "output" for e in step.emissions) else {}
-        shared: dict[tuple[str, bool], Tensor] = {}
+        shared: dict[tuple[str, bool], tuple[Tensor, Gradient | None]] = {}
         for emission in step.emissions:
             if emission.kind == "output":
                 value = pieces.get(emission.path)
@@ -308,26 +343,49 @@ class Run:
                 continue
             slot = (emission.slot, emission.picked is not None)
             if slot in shared:
-                value = shared[slot]
-            elif emission.picked is not None and emission.axes is not None:
-                value = self.wants.take(value, emission.axes, emission.picked)
+                value, grad = shared[slot]
             else:
-                value = self._own(value)
-                if emission.copy and not emission.before:
-                    value = value.clone()
-            shared[slot] = value
-            read.append((value, version_of(value)))
+                grad = x_grad if emission.slot == "x" else self._watched(value)
+                picked, axes = emission.picked, emission.axes
+                if picked is not None and axes is not None:
+                    if grad is not None:
+                        grad = grad.picked(*self.wants.place(axes, picked))
+                    value = self.wants.take(value, axes, picked)
+                else:
+                    value = self._own(value)
+                    if emission.copy and not emission.before:
+                        value = clone(value)
+            shared[slot] = value, grad
+            read.append((value, self._version(value), grad))
         return read
+
+    def _version(self, tensor: Tensor) -> int:
+        version = version_of(tensor)
+        self.uncounted = self.uncounted or version < 0
+        return version
+
+    def _watched(self, tensor: Any) -> Gradient | None:
+        """Where the tensor's gradient will arrive, if that was asked for."""
+        if self.wants.gradients and isinstance(tensor, Tensor):
+            return watch(tensor)
+        return None
 
     def _own(self, tensor: Tensor) -> Tensor:
         """Outside the graph, unless asked otherwise."""
-        return tensor.detach() if self.wants.detach and tensor.requires_grad else tensor
+        joins = tensor.requires_grad or self.how == 3
+        return tensor.detach() if self.wants.detach and joins else tensor
 
     def stray(self, what: str) -> None:
         """The run does not follow its plan: what is held so far stays, the rest is not labelled."""
         if not self.lost:
             self.lost = what
-            self.line.cell = None
+            self._off()
+
+    def _off(self) -> None:
+        """No tap writes to this run any more."""
+        if self.line.cell is not None and self.line.cell[1] in (2, 4):
+            self.uncounted = True
+        self.line.cell = None
 
     # -- when it is read ----------------------------------------------------------------------
 
@@ -366,15 +424,17 @@ class Run:
             items: list[Any]
             if step.sink >= 0:
                 result = self.log[step.sink]
+                version = record[2] + step.delta if record[2] >= 0 else -1
                 slots = {
-                    "x": (self._own(record[1]), record[2] + step.delta),
-                    "y": (self._own(result[1]), result[2]),
+                    "x": (self._own(record[1]), version, None),
+                    "y": (self._own(result[1]), result[2], None),
                 }
                 items = [slots[e.slot] for e in step.emissions]
             elif step.plain:
-                slots = {"y": (self._own(record[1]), record[2])}
+                y_grad, x_grad = record[-2:] if self.wants.gradients else (None, None)
+                slots = {"y": (self._own(record[1]), record[2], y_grad)}
                 if step.plain == "xy":
-                    slots["x"] = (self._own(record[3]), record[4])
+                    slots["x"] = (self._own(record[3]), record[4], x_grad)
                 items = [slots[e.slot] for e in step.emissions]
             else:
                 items = record[1]
@@ -382,11 +442,11 @@ class Run:
             for item, emission in zip(items, step.emissions, strict=True):
                 if item is None:
                     continue
-                tensor, version = item
+                tensor, version, gradient = item
                 held = shared.get(id(tensor))
                 if held is None:
                     copied = emission.copy or emission.picked is not None
-                    held = shared[id(tensor)] = Held(tensor, version, copied)
+                    held = shared[id(tensor)] = Held(tensor, version, copied, gradient)
                 found.append(
                     Entry(
                         emission.kind,

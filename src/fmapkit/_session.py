@@ -23,14 +23,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
+from fmapkit._aside import operators_are_counted
 from fmapkit._edit import Edits
 from fmapkit._flow import Flow, Weight, tensors_in
+from fmapkit._form import casts, form_of, weights_of
 from fmapkit._fused import REASON, fused_output, may_fuse
+from fmapkit._gradient_taps import GradientOutputTap, GradientTap
+from fmapkit._gradients import NO_GRAPH, in_function
 from fmapkit._hooks import Hook, Hooks, leave_mode
 from fmapkit._names import Names
 from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
-from fmapkit._replay import InputTap, Line, OutputTap, Run, Tap, tag_outputs
+from fmapkit._replay import InputTap, LightMode, Line, OutputTap, Run, Tap, tag_outputs
+from fmapkit._settle import has_inference_tensors, settle
 from fmapkit._sharded import is_wrapped, moves_data
 from fmapkit._stop import Stop, StopForward
 from fmapkit._store import Pass, Store, storage_of
@@ -41,6 +46,15 @@ from fmapkit._wrappers import REPLICAS
 from fmapkit.errors import CaptureWarning
 
 __all__ = ["Missed", "Session"]
+
+
+_RECORDED = (
+    "it was recorded into a CUDA graph: nothing has run yet, and replays of the graph run without "
+    "Python"
+)
+
+
+_MODES = (Tracer, LightMode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +73,11 @@ class Missed:
 class _Unit:
     """A proven module at the top of its branch: what its road depends on, and its plans."""
 
-    __slots__ = ("_flags", "_guards", "_latest", "_places", "_slow", "_values", "plans")
+    __slots__ = ("_flags", "_guards", "_latest", "_places", "_slow", "_values", "form", "plans")
 
     def __init__(self, module: nn.Module, guards: list[Guard]) -> None:
         self.plans: dict[Any, Plan] = {}
+        self.form = weights_of(module)
         self._guards = guards
         self._flags = [m.__dict__ for m in module.modules() if "inplace" in m.__dict__]
         # What a dict holds is compared by identity, all at once; the rest one by one.
@@ -133,6 +148,9 @@ class Session:
         self._learning: tuple[nn.Module, Frame, Any, list[Any]] | None = None
         self._watch = Watch(model, self.hooks)  # since `names` were read
         self._line = Line()
+        self._taps = {"xy": Tap, "y": OutputTap}
+        if wants.gradients:
+            self._taps = {"xy": GradientTap, "y": GradientOutputTap}
         self._units: dict[nn.Module, _Unit] = {}
         self._proofs = Proofs(self.hooks.is_ours)
         self._tapped: dict[nn.Module, Plan] = {}  # the plan that each unit's taps are set for
@@ -204,7 +222,7 @@ class Session:
                 self._direct.add(module)
                 return self._enter_unit(module, args, kwargs)
             elif self._tracer is not None:
-                if may_fuse(module) and not self._fused_in and not self.edits:
+                if may_fuse(module, _MODES) and not self._fused_in and not self.edits:
                     self._run_fused(module, args, kwargs)
                 self._moved(module, (args, kwargs))
                 frame = self._tracer.enter(module, args, kwargs)
@@ -239,7 +257,7 @@ class Session:
                 if self._depth:
                     self._depth -= 1
                 else:
-                    self._end(output if replaced is None else replaced, failed)
+                    self._end(failed)
             elif self.stop is not None and self._run is None and self._learning is None:
                 self.stop.check()
         except Exception as error:
@@ -333,6 +351,11 @@ class Session:
             self._idle = True
             self._drop_hooks()
             return False
+        if _recording():
+            self.miss("", _RECORDED)
+            self._idle = True
+            self._drop_hooks()
+            return False
         self._frame = _call_frame()  # on Python's stack as long as the pass runs
         if self._watch.changed():
             self._restart()
@@ -346,20 +369,7 @@ class Session:
             self._trace_on()
         return True
 
-    def _settle(self, current: Pass, output: Any) -> None:
-        """Inference tensors have no version counter: copy what a later write could reach unseen.
-
-        That is what the pass returned, and every map that outlives the next pass's start.
-        """
-        reached = {storage_of(t) for _, t in leaves(output)}
-        for entry in current.entries():
-            held = entry.held
-            if held is None or held.tensor is None or not held.tensor.is_inference():
-                continue
-            if self.store.keep != 1 or storage_of(held.tensor) in reached:
-                held.snapshot()
-
-    def _end(self, output: Any, failed: bool) -> None:
+    def _end(self, failed: bool) -> None:
         tracer, current = self._tracer, self._current
         self._trace_out()
         if tracer is not None:
@@ -383,11 +393,12 @@ class Session:
             self.stop.learn(current.entries())
         if current is not None:
             current.closed = True
-            if torch.is_inference_mode_enabled():
-                self._settle(current, output)
         self._given.clear()
         self._tracer = self._current = self._frame = self._run = self._learning = None
         self._depth = 0
+        del tracer  # which holds tensors, too
+        if current is not None and has_inference_tensors(current):
+            settle(current)
         if self.missed and not self._warned:
             try:
                 self._warn()
@@ -406,10 +417,13 @@ class Session:
         self._trace_out()
         if self._tracer is not None:
             self._tracer.end()
-        if self._current is not None:
-            self._current.closed = True
         self._given.clear()
+        current = self._current
         self._tracer = self._current = self._frame = self._run = None
+        if current is not None:
+            current.closed = True
+            if has_inference_tensors(current):
+                settle(current)
         self._fused_in = self._fused = None
         self._depth = 0
         self._idle = False
@@ -535,7 +549,7 @@ class Session:
         unit = self._unit(module)
         tracer = self._tracer
         inputs = [tracer.tag(t) for t in tensors_in(*args, kwargs)] if tracer is not None else []
-        modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        modes = (torch.is_grad_enabled(), operators_are_counted(), casts(), *unit.form())
         shape = (_shape(args), _shape(kwargs), self._carried(inputs), modes)
         plan = unit.same(shape)
         if plan is None:
@@ -556,6 +570,9 @@ class Session:
         base = Counter(tracer.counts) if tracer is not None else None
         stop = self.stop if tracer is None else None
         self._run = Run(module, plan, self.wants, self._line, stop, inputs, base)
+        if self.wants.graph and self._current is not None and self._current.grads:
+            if in_function():
+                self.miss(self.names.of(module), NO_GRAPH)
         if module in plan.before:
             self._run.pre(module, args, kwargs)
         self._run.start()
@@ -625,6 +642,7 @@ class Session:
             plan = make_plan(tracer, frame, final, inputs, arguments)
             if not any(map(_sharded, tracer.events[frame.start :])):
                 self._unit(module).plans[key] = plan
+            tracer.let_go(tracer.events[frame.start :])
         return replaced
 
     def _unlearn(self, unit: nn.Module) -> None:
@@ -635,19 +653,23 @@ class Session:
         around = plan.toggles | plan.scopes | plan.before | self._keyed(plan)
         self.hooks.around(around - {module}, self._pre, self._post)
         last = plan.order[-1] if plan.order and self.stop is not None else None
+        replaced = False
         for tapped in plan.taps - {module}:
             how = plan.direct.get(tapped) if tapped is not last else None
             if how is None:
-                self.hooks.after(tapped, Hook(self._tap, self))
+                replaced |= self.hooks.after(tapped, Hook(self._tap, self))
             else:
-                kind = Tap if how == "xy" else OutputTap
-                self.hooks.after(tapped, kind(self._line, self._tap, self._fault, self))
+                kind = self._taps[how]
+                tap = kind(self._line, self._tap, self._fault, self)
+                replaced |= self.hooks.after(tapped, tap)
         for noted, key in plan.inputs.items():
             if key is last:
-                self.hooks.before(noted, Hook(self._tap_before, self))
+                replaced |= self.hooks.before(noted, Hook(self._tap_before, self))
             else:
-                tap = InputTap(key, self._line, self._tap_before, self._fault, self)
-                self.hooks.before(noted, tap)
+                noting = InputTap(key, self._line, self._tap_before, self._fault, self)
+                replaced |= self.hooks.before(noted, noting)
+        if replaced:  # other plans, of this unit or of one that shares a module, set theirs again
+            self._tapped.clear()
         self._tapped[module] = plan
 
     def _keyed(self, plan: Plan) -> frozenset[nn.Module]:
@@ -733,6 +755,12 @@ class Session:
         self._trace_on()
 
 
+def _recording() -> bool:
+    """Whether a CUDA graph is being recorded."""
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(started and torch.cuda.is_current_stream_capturing())
+
+
 def _get(place: tuple[dict[str, Any], str]) -> Any:
     return place[0].get(place[1])
 
@@ -768,9 +796,10 @@ def _call_frame() -> Any:
 
 
 def _shape(value: Any) -> Any:
-    """What kind of arguments these are: rank of tensors, types of the rest, by place."""
+    """What kind of arguments these are: form of tensors, types of the rest, by place."""
     if isinstance(value, Tensor):
-        return value.dim() if type(value) is Tensor else (value.dim(), type(value))
+        form = form_of(value)
+        return form if type(value) is Tensor else (form, type(value))
     if isinstance(value, (tuple, list)):
         return tuple([_shape(v) for v in value])
     if isinstance(value, dict):

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmapkit._aside import clone
 from fmapkit._axes import Axes
 from fmapkit._flow import Origin
+from fmapkit._gradients import Gradient, watch
 from fmapkit._sharded import alias_of, ends_of, is_wrapped, settled
 from fmapkit.errors import MapOverwrittenError, MapReleasedError
 
@@ -35,33 +37,46 @@ def version_of(tensor: Tensor) -> int:
 class Held:
     """One tensor in memory; several maps may share it."""
 
-    __slots__ = ("copied", "doomed", "lost", "tensor", "version")
+    __slots__ = ("copied", "doomed", "gradient", "lost", "tensor", "version", "wanted")
 
-    def __init__(self, tensor: Tensor | None, version: int, copied: bool = False) -> None:
+    def __init__(
+        self,
+        tensor: Tensor | None,
+        version: int,
+        copied: bool = False,
+        gradient: Gradient | None = None,
+    ) -> None:
         self.tensor = tensor
         self.version = version
         self.copied = copied
+        self.gradient = gradient
         self.lost = False  # overwritten before it could be copied
         self.doomed = False  # spared this once; a later pass has to copy it
+        self.wanted = False  # some map holds it; else it is held for the tracer's own sake
 
     @classmethod
-    def reference(cls, tensor: Tensor, detach: bool = True) -> Held:
+    def reference(cls, tensor: Tensor, detach: bool = True, gradients: bool = False) -> Held:
         """Keep the model's own memory; the model's own tensor, graph and all, if not detached."""
         alias = alias_of(tensor) if detach else tensor
-        return cls(alias, version_of(alias))
+        return cls(alias, version_of(alias), gradient=watch(tensor) if gradients else None)
 
     @classmethod
-    def copy(cls, tensor: Tensor, detach: bool = True) -> Held:
+    def copy(cls, tensor: Tensor, detach: bool = True, gradients: bool = False) -> Held:
         """Keep the values as they are now."""
-        clone = (tensor.detach() if detach else tensor).clone()
-        return cls(clone, version_of(clone), copied=True)
+        gradient = watch(tensor) if gradients else None
+        copied = clone(tensor.detach() if detach else tensor)
+        return cls(copied, version_of(copied), copied=True, gradient=gradient)
+
+    def release(self) -> None:
+        """Let go of the values, and of their gradient."""
+        self.tensor = self.gradient = None
 
     def snapshot(self) -> None:
         """Turn the reference into a copy, just before the memory is written to."""
         if self.tensor is not None and not self.copied:
             if version_of(self.tensor) != self.version:
                 self.lost = True
-            self.tensor = self.tensor.clone()
+            self.tensor = clone(self.tensor)
             self.version = version_of(self.tensor)
             self.copied = True
 
@@ -141,7 +156,7 @@ class Entry:
         """Let go of the tensors."""
         for held in (self.held, self.edited):
             if held is not None:
-                held.tensor = None
+                held.release()
 
 
 class Pass:
@@ -151,10 +166,11 @@ class Pass:
     entries are made when somebody reads them and not while the model runs.
     """
 
-    __slots__ = ("_entries", "closed", "segments", "step")
+    __slots__ = ("_entries", "closed", "grads", "segments", "step")
 
     def __init__(self, step: int) -> None:
         self.step = step
+        self.grads = torch.is_grad_enabled()  # as it began
         self.segments: list[Any] = []
         self.closed = False
         self._entries: list[Entry] | None = None
@@ -214,9 +230,13 @@ class Aliases:
     """Which held tensors share memory with one that is about to be written to."""
 
     def __init__(
-        self, detach: bool = True, lent: Callable[[Tensor], bool] = lambda _: False
+        self,
+        detach: bool = True,
+        gradients: bool = False,
+        lent: Callable[[Tensor], bool] = lambda _: False,
     ) -> None:
         self.detach = detach
+        self.gradients = gradients
         self._lent = lent  # whether a tensor's memory will be gone when its module has run
         self.written: set[int] = set()  # storages that were written to
         self._new: list[Held] = []
@@ -230,9 +250,12 @@ class Aliases:
             held = found[1]
             if held.tensor is not None and not held.copied and not held.lost:
                 if version_of(tensor) == held.version:
+                    if self.gradients and held.gradient is None:
+                        # What a torch.autograd.Function returned is in the graph only now.
+                        held.gradient = watch(tensor)
                     return held
         kind = Held.copy if self._lent(tensor) else Held.reference
-        held = kind(tensor, self.detach)
+        held = kind(tensor, self.detach, self.gradients)
         self._by_id[id(tensor)] = (weakref.ref(tensor), held)
         self._new.append(held)
         return held
@@ -272,5 +295,8 @@ def storage_users(tensor: Tensor) -> int:
     count: Any = getattr(torch._C, "_storage_Use_Count", None)
     if count is None:
         return 0
-    storage = tensor.untyped_storage()
+    try:
+        storage = tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return 0
     return int(count(storage._cdata)) - 1  # less the handle made here

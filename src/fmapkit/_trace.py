@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fmapkit import _flow, layers, nonlinearities
+from fmapkit._aside import operators_are_counted
 from fmapkit._axes import Axes
 from fmapkit._edit import Edits
 from fmapkit._editing import Editor, Site
 from fmapkit._flow import NOWHERE, STOP, Flow, Origin, Tag, Weight, tensors_in
 from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, out_of_place
+from fmapkit._gradients import NO_GRAPH, in_function
 from fmapkit._names import Names
 from fmapkit._sharded import is_dtensor, local_axes
 from fmapkit._stop import Stop
@@ -192,7 +194,7 @@ class Tracer(TorchFunctionMode):
         self.firings: list[Firing] = []
         self.frames: list[Frame] = []
         self.counts: Counter[str] = Counter()
-        self.aliases = Aliases(wants.detach, self._lent)
+        self.aliases = Aliases(wants.detach, wants.gradients, self._lent)
         self.failed: BaseException | None = None
         self.unhooked: set[nn.Module] = set()  # modules that ran without hooks
         self.pending: dict[int, list[Entry]] = {}  # of replayed units, by origin
@@ -334,7 +336,7 @@ class Tracer(TorchFunctionMode):
             call.held = (
                 None
                 if quiet
-                else Held.copy(z, self.wants.detach)
+                else Held.copy(z, self.wants.detach, self.wants.gradients)
                 if call.in_place
                 else self.aliases.reference(z)
             )
@@ -352,7 +354,7 @@ class Tracer(TorchFunctionMode):
             return call
         self.aliases.before_write(z)
         if not quiet:
-            call.held = Held.copy(z, self.wants.detach)
+            call.held = Held.copy(z, self.wants.detach, self.wants.gradients)
         return call
 
     def _may_try(self, known: Function, z: Tensor) -> bool:
@@ -366,6 +368,8 @@ class Tracer(TorchFunctionMode):
         if any(f.site is not None for f in self.frames):
             return False
         if torch.is_grad_enabled() and known.sigma not in _SAME_GRADIENT:
+            return False
+        if operators_are_counted():
             return False
         storage = storage_of(z)
         if any(storage in f.storages for f in self.frames):
@@ -401,7 +405,7 @@ class Tracer(TorchFunctionMode):
         own = f"{self.names.of(scope)}:{known.sigma}"
         if call.site is None:
             self._site(event, flow, call.held, z, a, own)
-            if self.trial and not event.in_place:
+            if self.trial and not event.in_place and not self.wants.gradients:
                 self._between(event, z, a)
             return out
         out = self.editor.after(call.site, a, _sigma_axes(flow.axes, z, a))
@@ -440,6 +444,19 @@ class Tracer(TorchFunctionMode):
                 for _, entry in event.entries:
                     z_or_a = edited.z_edited if entry.kind == "preactivation" else edited.a_edited
                     entry.edited = self._same_filters(entry, z_or_a)
+        self._spare(event)
+
+    def _spare(self, event: Event) -> None:
+        """Outside of units, what no map holds is let go at once: it may be a lot in the end."""
+        if not self.trial and all(f.kind == "plain" for f in self.frames):
+            self.let_go([event])
+
+    def let_go(self, events: list[Event]) -> None:
+        """Let go of the tensors that no map holds."""
+        for event in events:
+            for held in (event.x_held, event.y_held):
+                if held is not None and not held.wanted:
+                    held.release()
 
     def claim(self, origin: Origin) -> None:
         """The filters have reached a nonlinearity: what it receives is their preactivation."""
@@ -527,8 +544,14 @@ class Tracer(TorchFunctionMode):
                 return
             tensor = held.tensor
             assert tensor is not None and axes is not None
-            held = Held(self.wants.take(tensor, axes, picked), 0, copied=True)
+            gradient = held.gradient
+            if gradient is not None:
+                gradient = gradient.picked(*self.wants.place(axes, picked))
+            held = Held(self.wants.take(tensor, axes, picked), 0, True, gradient)
             held.version = version_of(held.tensor) if held.tensor is not None else 0
+        held.wanted = True
+        if self.wants.graph and self.current.grads and in_function():
+            self.miss(origin.name, NO_GRAPH)
         entry = Entry(kind, origin, held, axes, sigma, path, picked)
         event.entries.append((slot, entry))
         self.current.segments.append(entry)
@@ -538,6 +561,8 @@ class Tracer(TorchFunctionMode):
     def _same_filters(self, entry: Entry, held: Held | None) -> Held | None:
         """Of an edit, the filters that are held of the map."""
         if held is None or held.tensor is None or entry.picked is None or entry.axes is None:
+            if held is not None:
+                held.wanted = True
             return held
         return Held.copy(self.wants.take(held.tensor, entry.axes, entry.picked), False)
 
@@ -617,6 +642,7 @@ class Tracer(TorchFunctionMode):
             for slot, entry in event.entries:
                 if edit is not None and slot == "y":
                     entry.edited = self._same_filters(entry, edit[1])
+        self._spare(event)
         return out if edit is None else edit[0]
 
     # -- which modules are one nonlinearity by hand -------------------------------------------

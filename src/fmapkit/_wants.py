@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fmapkit import layers
+from fmapkit._aside import select
 from fmapkit._axes import Axes
 from fmapkit._names import Names
 from fmapkit.errors import ArgumentError, FilterRangeError, UnknownLayerError, did_you_mean, listed
@@ -85,14 +85,21 @@ class Wants:
     """
 
     def __init__(
-        self, names: Names, layers_given: Any, kinds: Any, filters: Any, detach: bool = True
+        self,
+        names: Names,
+        layers_given: Any,
+        kinds: Any,
+        filters: Any,
+        detach: bool = True,
+        gradients: bool = False,
     ) -> None:
         self._names = names
         self.detach = detach
+        self.gradients = gradients
+        self.graph = gradients or not detach  # what the model's graph is needed for
         self.kinds = _kinds(kinds)
         chosen = None if layers_given is None else Selection(names, layers_given, "layers")
         self._selection = chosen
-        self._index: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self.outputs = self._outputs(names)
         self.filters = _filters(filters)
         self._check_filters(names)
@@ -178,13 +185,15 @@ class Wants:
 
     def take(self, tensor: Tensor, axes: Axes, picked: tuple[int, ...]) -> Tensor:
         """A copy of the picked filters alone."""
+        source = tensor.detach() if self.detach else tensor
+        return select(source, *self.place(axes, picked))
+
+    @staticmethod
+    def place(axes: Axes, picked: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+        """The filters' axis, and where on it the picked ones lie."""
         there, dim = axes.filters, axes.dim
         assert there is not None and dim is not None
-        key = (tuple(there.index(f) for f in picked), tensor.device)
-        index = self._index.get(key)
-        if index is None:
-            index = self._index[key] = torch.tensor(key[0], device=tensor.device)
-        return (tensor.detach() if self.detach else tensor).index_select(dim, index)
+        return dim, tuple(there.index(f) for f in picked)
 
 
 def _only_a_pass_can_tell(names: Names, label: str) -> bool:

@@ -41,10 +41,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         filters: hold only these filters (copied out, so that the rest can be freed): an int,
             several, or a dict of layer -> these.
         keep: how many passes stay readable: an int, or "all".
-        detach: False keeps the maps in the autograd graph: for losses on them, and for their
-            gradients (`fm.tensor.retain_grad()` before backward, then `fm.grad`). The graph lives
-            as long as its maps do. A map that had to be copied is a branch off the graph: a loss on
-            it trains the layers before it, but it has no gradient of the model's own loss.
+        detach: False keeps the maps in the autograd graph, for losses on them. The graph lives as
+            long as its maps do.
         every: capture each n-th pass (the first one included); the others run bare.
         edit: change maps while they are made: a dict of layer, (layer, kind) or
             (layer, kind, filters) -> a function that gets the map, still part of the graph, and
@@ -54,6 +52,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             raised by the model's call.
         stop: from the second pass on, end the forward as soon as every map is there that the first
             one had; the model's call then returns None. For the maps of early layers only.
+        gradients: True makes `fm.grad` the gradient of each map after backward, without keeping
+            the graph alive.
 
     Raises:
         NotAModuleError: `model` is no `nn.Module`.
@@ -74,6 +74,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         edit: Mapping[Any, Callable[[FeatureMap], Tensor]] | None = None,
         stop: bool = False,
         detach: bool = True,
+        gradients: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             hint = " (a model class: make an instance first)" if isinstance(model, type) else ""
@@ -90,13 +91,15 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             raise ArgumentError(f"detach must be True or False, not {detach!r}")
         if edit and every != 1:
             raise ArgumentError("edit changes every pass, so it goes with every=1 only")
+        if not isinstance(gradients, bool):
+            raise ArgumentError(f"gradients must be True or False, not {gradients!r}")
         names = Names(model)
         if stop and names.collective():
             raise ArgumentError(
                 "stop=True ends a forward in the middle, where other ranks would wait for this "
                 f"one: {names.collective()!r} exchanges data with them while it runs"
             )
-        wants = Wants(names, layers, kinds, filters, detach)
+        wants = Wants(names, layers, kinds, filters, detach, gradients)
         edits = Edits(names, edit, FeatureMap)
         passes = None if keep == "all" else int(keep)
         model = unwrap(model)  # a pass is the plain model's, whoever called it

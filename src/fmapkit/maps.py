@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fmapkit import _table
 from fmapkit._gather import gather
+from fmapkit._gradients import Gradient
 from fmapkit._sharded import Parts, ends_of, is_dtensor, splits, whole
 from fmapkit._store import Entry
 from fmapkit._wants import KINDS
@@ -71,6 +72,8 @@ class FeatureMap:
     filters: range | tuple[int, ...] | None = field(default=None, repr=False)
     edited: Tensor | None = field(default=None, repr=False)
     parts: Parts | None = field(default=None, repr=False)
+    _gradient: Gradient | None = field(default=None, repr=False)
+    _whole: FeatureMap | None = field(default=None, repr=False)  # the map of all filters
 
     @property
     def shape(self) -> torch.Size:
@@ -94,8 +97,26 @@ class FeatureMap:
 
     @property
     def grad(self) -> Tensor | None:
-        """Gradient with respect to the map, where one was asked for; else None."""
-        return self.tensor.grad
+        """Gradient with respect to the map: dL/dz of a preactivation, dL/da of an activation.
+
+        Asked for with `capture(gradients=True)`, or `fm.tensor.retain_grad()` where the maps are in
+        the graph. It is the tensor that backward made, not a copy, and the sum over several
+        backward passes. None before backward, and where none gets to the map. Of one filter's map,
+        that filter's part, as a view.
+
+        Raises:
+            MapOverwrittenError: its memory was written to after backward.
+        """
+        if self._whole is not None:
+            whole, dim = self._whole.grad, self._whole.filter_dim
+            assert dim is not None and self.filter is not None
+            there = self._whole._along()
+            return None if whole is None else whole.select(dim, there.index(self.filter))
+        if self._gradient is not None:
+            return self._gradient.read(f"the {self.kind} of layer {self.layer!r}")
+        tensor = self.tensor
+        # torch warns of a look at the gradient of a tensor that was never going to have one.
+        return tensor.grad if tensor.is_leaf or tensor.retains_grad else None
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The values as a NumPy array; bfloat16, which NumPy lacks, as float32.
@@ -156,6 +177,7 @@ class FeatureMap:
             filter_dim=None,
             filters=None,
             parts=self.parts if self.parts is not None and self.parts.unknown else None,
+            _whole=self,
         )
 
     def __iter__(self) -> Iterator[FeatureMap]:
@@ -197,7 +219,15 @@ class FeatureMap:
         filters = self.filters
         if parts.total and self.filter_dim is not None:
             filters = range(parts.total)
-        return replace(self, tensor=tensor, edited=edited, filters=filters, parts=None)
+        return replace(
+            self,
+            tensor=tensor,
+            edited=edited,
+            filters=filters,
+            parts=None,
+            _gradient=None,
+            _whole=None,
+        )
 
     def __repr__(self) -> str:
         return _table.map_line(self)
@@ -614,4 +644,5 @@ def _read(step: int, entry: Entry) -> FeatureMap:
         filter_dim=dim,
         filters=filters if dim is not None else None,
         edited=entry.edited.read(f"the edit of {what}") if entry.edited is not None else None,
+        _gradient=entry.held.gradient,
     )

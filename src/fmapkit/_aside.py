@@ -1,0 +1,81 @@
+"""Operators of our own, run beside the model's: whoever counts the model's must not count them.
+
+Activation checkpointing does count. It matches the tensors that a region saves for backward with
+those of its recomputation by their order, and selective checkpointing matches every operator so. A
+copy of ours, made in the forward only, would shift all that follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+
+__all__ = ["clone", "operators_are_counted", "select"]
+
+# Selective checkpointing, while the forward runs.
+_COUNTING: Any = getattr(torch.utils.checkpoint, "_CachingTorchDispatchMode", ())
+
+
+def operators_are_counted() -> bool:
+    """Whether the model has to run the very operators that it runs without us."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(isinstance(m, _COUNTING) for m in _get_current_dispatch_mode_stack())
+
+
+def clone(tensor: Tensor) -> Tensor:
+    """A copy; of a tensor of the graph, one in the graph, even where the model turned that off."""
+    with torch.set_grad_enabled(tensor.requires_grad or torch.is_grad_enabled()), _unseen():
+        return tensor.clone()
+
+
+def select(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
+    """A copy of some indices of an axis, with the same care.
+
+    By slices: an index tensor would have to be sent to the device, which waits for it.
+    """
+    if not tensor.requires_grad:
+        with _unseen():
+            return _taken(tensor, dim, places)
+    with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is), _unseen():
+        return _taken(tensor, dim, places)
+
+
+def _taken(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
+    runs: list[list[int]] = []  # [first, length] of what lies side by side
+    for place in places:
+        if runs and place == sum(runs[-1]):
+            runs[-1][1] += 1
+        else:
+            runs.append([place, 1])
+    pieces = [tensor.narrow(dim, first, length) for first, length in runs]
+    taken = pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces, dim)
+    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if tensor.dim() == dims and not tensor.is_contiguous():
+            if tensor.is_contiguous(memory_format=layout):
+                return taken.contiguous(memory_format=layout)
+    return taken
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    if not operators_are_counted():
+        yield
+        return
+    modes = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor

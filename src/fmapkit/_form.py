@@ -1,0 +1,73 @@
+"""What decides whether a cast or a reshape copies: dtypes, layouts, and autocast.
+
+`x.float()`, `x.contiguous()` and `x.reshape(...)` return x itself, a view of it, or a copy, as the
+case may be; so a write to the result is a write to x, or it is not. Calls that differ here are of
+another kind, and are learned apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["casts", "form_of", "weights_of"]
+
+_DEVICES = ("cpu", "cuda")
+_any_autocast: Callable[[], bool] = getattr(
+    torch._C,
+    "_is_any_autocast_enabled",
+    lambda: any(torch.is_autocast_enabled(device) for device in _DEVICES),
+)
+
+
+def form_of(tensor: Tensor) -> Any:
+    """Rank, dtype and layout of an argument; not its shape, which may change freely."""
+    if tensor.layout is not torch.strided:
+        return tensor.dim(), tensor.dtype, tensor.layout
+    if tensor.is_contiguous():  # one pixel is channels-last, too, if its strides say so
+        return tensor.dim(), tensor.dtype, tensor.dim() > 3 and tensor.stride(-1)
+    strides = tensor.stride()
+    spans = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+    order = tuple(sorted(range(len(strides)), key=strides.__getitem__))
+    return tensor.dim(), tensor.dtype, order, 0 in strides, spans + 1 == tensor.numel()
+
+
+def casts() -> Any:
+    """What autocast does at the moment; None while it is off."""
+    if not _any_autocast():
+        return None
+    return tuple([(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES])
+
+
+def weights_of(module: nn.Module) -> Callable[[], Any]:
+    """Tells dtype and layout of the module's weights, by a few that stand for all.
+
+    Those are the first and the last, and the first and the last of a convolution's.
+    """
+    places = [
+        (owner._parameters, name)
+        for owner in module.modules()
+        for name, weight in owner._parameters.items()
+        if weight is not None and weight.is_floating_point()
+    ]
+    images = [(held, name) for held, name in places if _rank(held[name]) > 3]
+    chosen = {id(held): (held, name) for held, name in (*places[:1], *places[-1:])}
+    chosen |= {id(held): (held, name) for held, name in (*images[:1], *images[-1:])}
+    looked_at = list(chosen.values())
+
+    def form() -> Any:
+        found = []
+        for held, name in looked_at:
+            weight = held.get(name)
+            if weight is not None:
+                found.append((weight.dtype, weight.stride()))
+        return found
+
+    return form
+
+
+def _rank(weight: Tensor | None) -> int:
+    return 0 if weight is None else weight.dim()

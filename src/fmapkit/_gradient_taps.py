@@ -1,0 +1,58 @@
+"""Taps that also wait for gradients: those of `_replay.py`, for captures that ask for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fmapkit._gradients import watch
+from fmapkit._replay import Tap
+from fmapkit._store import version_of
+
+__all__ = ["GradientOutputTap", "GradientTap"]
+
+
+class GradientTap(Tap):
+    """Notes z, a, their versions, and where their gradients will arrive."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        cell = self.line.cell
+        if cell is None:
+            self.call(module, args, output)
+            return
+        note, how, wanted, _ = cell
+        if module not in wanted:
+            return
+        try:
+            x = args[0]
+            grads = watch(output), watch(x)
+            if how:
+                x, output = x.detach(), output.detach()
+            note((module, output, version_of(output), x, version_of(x), *grads))
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.fault(module, error)
+
+
+class GradientOutputTap(Tap):
+    """The same for a site of which only what the module returns is held."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        cell = self.line.cell
+        if cell is None:
+            self.call(module, args, output)
+            return
+        note, how, wanted, _ = cell
+        if module not in wanted:
+            return
+        try:
+            grad = watch(output)
+            if how:
+                output = output.detach()
+            note((module, output, version_of(output), grad, None))
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.fault(module, error)

@@ -1,0 +1,121 @@
+"""The gradient of a map: what backward sends to the model's own tensor, as it was when mapped.
+
+A hook on that tensor hands the gradient over. torch keeps a hook with the version of the tensor it
+was set on, so an in-place consumer does not disturb it. The graph holds the hook, the hook holds
+the `Gradient` weakly, and the map holds the `Gradient`: no cycle, no graph kept alive by it, and
+what arrives after the map was let go is let go, too.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from fmapkit._aside import select
+from fmapkit.errors import MapOverwrittenError
+
+__all__ = ["NO_GRAPH", "Gradient", "in_function", "watch"]
+
+
+class _Post:
+    """The hook: passes each gradient on to whoever still waits for it."""
+
+    __slots__ = ("_handle", "targets")
+    # torch warns when it pickles a tensor with a hook, unless the hook says that it may be lost.
+    __torch_unserializable__ = True
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.targets: list[weakref.ref[Gradient]] = []
+        handle = tensor.register_hook(self)  # type: ignore[no-untyped-call]
+        # Hooks of other tensors go with the graph; those of leaves have to be taken off.
+        self._handle = handle if tensor.is_leaf else None
+
+    def __call__(self, grad: Tensor | None) -> None:
+        if grad is None:  # a node ran that had nothing to pass on
+            return
+        for target in self.targets:
+            gradient = target()
+            if gradient is not None:
+                gradient.receive(grad)
+
+    def serve(self, gradient: Gradient) -> None:
+        """From here on the gradient receives what comes."""
+        self.targets.append(weakref.ref(gradient, self._gone))
+
+    def _gone(self, reference: weakref.ref[Gradient]) -> None:
+        self.targets.remove(reference)
+        if not self.targets and self._handle is not None:
+            self._handle.remove()
+
+
+class Gradient:
+    """Where the gradient of one held tensor arrives.
+
+    It is the tensor that backward made, not a copy; of several backward passes, their sum, as in
+    `.grad` of a tensor that retains it.
+    """
+
+    __slots__ = ("__weakref__", "_lost", "_pick", "_post", "_value", "_version")
+
+    def __init__(self, post: _Post, pick: tuple[int, tuple[int, ...]] | None = None) -> None:
+        self._post = post
+        self._pick = pick  # an axis, and the filters held along it
+        self._value: Tensor | None = None
+        self._version = 0
+        self._lost = False
+        post.serve(self)
+
+    def picked(self, dim: int, places: tuple[int, ...]) -> Gradient:
+        """The same for some filters alone."""
+        return Gradient(self._post, (dim, places))
+
+    def receive(self, grad: Tensor) -> None:
+        """One backward pass has reached the tensor."""
+        if self._pick is not None:
+            grad = select(grad, *self._pick)
+        if self._value is not None:
+            self._check()
+            grad = self._value + grad
+        self._value = grad
+        self._version = grad._version
+
+    def _check(self) -> None:
+        # What backward makes may be handed on: a view of it can become the `.grad` of a parameter.
+        if self._value is not None and self._value._version != self._version:
+            self._lost = True
+
+    def read(self, what: str) -> Tensor | None:
+        """The gradient so far; None before any backward pass, and where none gets there.
+
+        Raises:
+            MapOverwrittenError: its memory was written to since.
+        """
+        self._check()
+        if self._lost:
+            raise MapOverwrittenError(
+                f"the gradient of {what} was written to in place after backward (it shares memory "
+                "with the .grad of a parameter or input); read and clone it right after backward"
+            )
+        return self._value
+
+
+def watch(tensor: Tensor) -> Gradient | None:
+    """Where the gradient of the tensor as it is now will arrive; None if it can have none."""
+    return Gradient(_Post(tensor)) if tensor.requires_grad else None
+
+
+NO_GRAPH = (
+    "it ran inside the forward of a torch.autograd.Function, as reentrant checkpointing runs it, "
+    "where no graph is recorded: its maps are right, but are not part of the graph and have no "
+    "gradient; checkpoint(..., use_reentrant=False) keeps both"
+)
+
+
+def in_function() -> bool:
+    """Whether the forward of a `torch.autograd.Function` runs, as in reentrant checkpointing.
+
+    No graph is recorded there. The tensors it returns become part of the graph only afterwards.
+    """
+    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
