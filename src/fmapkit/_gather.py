@@ -78,7 +78,7 @@ def gather(
     pieces = _exchange(found.tensor.detach(), parts, dim, dst, group)
     if pieces is None:
         return None
-    return replace(found, tensor=torch.cat(pieces, dim), edited=None)
+    return replace(found, tensor=torch.cat(pieces, dim), edited=None, _gradient=None, _whole=None)
 
 
 def _check(found: FeatureMap, dim: int, dst: int | None, group: Any) -> None:

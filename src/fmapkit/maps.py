@@ -219,7 +219,15 @@ class FeatureMap:
         filters = self.filters
         if parts.total and self.filter_dim is not None:
             filters = range(parts.total)
-        return replace(self, tensor=tensor, edited=edited, filters=filters, parts=None)
+        return replace(
+            self,
+            tensor=tensor,
+            edited=edited,
+            filters=filters,
+            parts=None,
+            _gradient=None,
+            _whole=None,
+        )
 
     def __repr__(self) -> str:
         return _table.map_line(self)

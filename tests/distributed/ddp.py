@@ -383,6 +383,19 @@ def gather_never_leaves_a_rank_waiting() -> None:
     _raises(lambda: maps.gather("layer1.0.conv1"), FmapkitError, "no forward pass")
 
 
+def a_gathered_map_has_no_gradient_of_one_rank() -> None:
+    model, _, _ = pair()
+    with capture(model, gradients=True) as maps:
+        truth.loss_of(model(batch(0))).backward()
+    for filter_ in (None, 1):
+        mine = maps["mlp.w1"] if filter_ is None else maps["mlp.w1", "activation", filter_]
+        assert mine.grad is not None
+        whole = maps.gather("mlp.w1", "activation", filter_)
+        assert whole is not None
+        assert whole.shape[0] == 2 * mine.shape[0]
+        assert whole.grad is None
+
+
 def gather_in_a_group() -> None:
     model, _, _ = pair()
     alone = [dist.new_group([rank]) for rank in range(2)]
@@ -424,5 +437,6 @@ CASES = [
     gather_puts_the_batch_back_together,
     gather_by_call_step_and_axis,
     gather_never_leaves_a_rank_waiting,
+    a_gathered_map_has_no_gradient_of_one_rank,
     gather_in_a_group,
 ]

@@ -143,6 +143,16 @@ def full_is_the_whole() -> None:
     assert truth.same_bits(maps["stem"].full().tensor, maps["stem"].tensor)
 
 
+def the_whole_has_no_gradient_of_a_part() -> None:
+    model = parallel()
+    with capture(model, gradients=True) as maps:
+        truth.loss_of(model(same_input())).backward()
+    part = maps["blocks.0.w1"]
+    assert part.grad is not None
+    assert part.grad.shape == part.shape
+    assert part.full().grad is None
+
+
 class Uneven(nn.Module):
     """Seven filters on two ranks: four and three."""
 
@@ -386,6 +396,7 @@ CASES = [
     no_early_stop,
     plain_names_and_this_ranks_filters,
     full_is_the_whole,
+    the_whole_has_no_gradient_of_a_part,
     full_of_parts_that_differ_in_size,
     reading_never_communicates,
     gather_is_not_for_dtensors,
