@@ -458,7 +458,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     marks: dict[str, Any] = {}
     for name, module in model.named_modules():
         marks[name] = (
-            type(module),
+            type(module).__qualname__,
+            type(module).__bases__,  # parametrize makes a class of its own for each module
             tuple(sorted(module.__dict__)),
             tuple((h, _whose(getattr(module, h, {}))) for h in _HOOKS),
             module.training,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["REASON", "fused_output", "may_fuse"]
+__all__ = ["REASON", "fused_output", "has_fused_path", "may_fuse"]
 
 REASON = (
     "torch runs it as one fused kernel here, whose inside nobody can see: its output is the fused "
@@ -42,9 +42,14 @@ class _OrdinarySignal(Exception):  # noqa: N818
     """The ordinary path would be taken."""
 
 
+def has_fused_path(module: nn.Module) -> bool:
+    """Whether it is one of torch's modules with a fused path, which hooks would bar."""
+    return isinstance(module, _TYPES)
+
+
 def may_fuse(module: nn.Module) -> bool:
     """Whether it is one of torch's modules with a fused path, in eval mode."""
-    if not isinstance(module, _TYPES) or module.training:
+    if not has_fused_path(module) or module.training:
         return False
     home = next(t for t in _TYPES if isinstance(module, t))
     return type(module).forward is home.forward and bool(torch.backends.mha.get_fastpath_enabled())

@@ -15,17 +15,21 @@ import sys
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import _get_current_function_mode
 
+from fmapkit._doors import doors
 from fmapkit._edit import Edits
+from fmapkit._ending import Ending
 from fmapkit._flow import Flow, Weight, tensors_in
-from fmapkit._fused import REASON, fused_output, may_fuse
+from fmapkit._fused import REASON, fused_output, has_fused_path, may_fuse
 from fmapkit._hooks import Hook, Hooks, leave_mode
 from fmapkit._names import Names
 from fmapkit._plan import Plan, make_plan
@@ -141,10 +145,14 @@ class Session:
     # -- life cycle ---------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Set the one hook pair that every pass goes through."""
+        """Set the one hook pair that every pass goes through.
+
+        Until the first pass, there are hooks on all modules, to name what is called outside of one.
+        """
         self.thread = threading.get_ident()
         self._name_scripted()
-        self.hooks.around([self.model], self._pre, self._post)
+        self.hooks.around([self.model, *_unfused(self.model)], self._pre, self._post)
+        Ending.install(self.model, self._interrupted)
         if self._forward is not None:
             self._forward.install()
 
@@ -152,6 +160,7 @@ class Session:
         """Remove everything, however the block ended; a warning never replaces its exception."""
         self._abandon()
         self.hooks.drop()
+        Ending.remove(self.model, self._interrupted)
         if self._forward is not None:
             self._forward.remove()
         self._units.clear()
@@ -264,12 +273,24 @@ class Session:
             self._run.stray(type(error).__name__)
 
     def _stray(self, module: nn.Module) -> None:
-        if torch._C._current_graph_task_id() == -1:
-            self.miss(
-                self.names.of(module),
-                f"it was called outside {type(self.model).__name__}.forward, "
-                "and only what runs inside a forward pass of the captured model is captured",
-            )
+        """A module runs outside of a pass: name the outermost one that is running."""
+        if torch._C._current_graph_task_id() != -1:
+            return
+        at = sys._getframe(1)
+        while at is not None:
+            if at.f_code is nn.Module._call_impl.__code__:
+                running = at.f_locals["self"]
+                module = running if running in self.names.by_module else module
+            at = at.f_back  # type: ignore[assignment]
+        if isinstance(module, ParametrizationList):  # somebody has read a weight
+            return
+        name = self.names.of(module)
+        self.miss(
+            name,
+            f"it was called outside {type(self.model).__name__}.forward, "
+            "and only what runs inside a forward pass of the captured model is captured; "
+            f"for its own passes, capture that module: capture(model.{name})",
+        )
 
     # -- a pass -------------------------------------------------------------------------------
 
@@ -284,6 +305,11 @@ class Session:
             at = at.f_back  # type: ignore[assignment]
         self._abandon()
         return False
+
+    def _interrupted(self) -> None:
+        """A call of the model has ended, and no post hook has run."""
+        if threading.get_ident() == self.thread and not self._running():
+            self._idle = False
 
     def _begin(self, args: Any, kwargs: Any) -> bool:
         step = self._steps
@@ -301,7 +327,7 @@ class Session:
         self._frame = _call_frame()  # on Python's stack as long as the pass runs
         if self._watch.changed():
             self._restart()
-        self._current = self.store.begin(step)
+        self._current = self.store.begin(step, self.model.training)
         self.edits.begin()
         if self.stop is not None:
             self.stop.begin()
@@ -595,6 +621,8 @@ class Session:
             else:
                 kind = Tap if how == "xy" else OutputTap
                 self.hooks.after(tapped, kind(self._line, self._tap, self._fault, self))
+        for door in doors(module, self.hooks.count):
+            self.hooks.after(door, Hook(self._tap, self))
         self._tapped[module] = plan
 
     def _keyed(self, plan: Plan) -> frozenset[nn.Module]:
@@ -674,6 +702,14 @@ class Session:
                 tracer.claim(tag.origin)
         tag_outputs(output, run.output_tags(), tracer.set_tag)
         self._trace_on()
+
+
+def _unfused(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules but those whose fused path a hook would bar."""
+    if not has_fused_path(module):
+        yield module
+        for child in module.children():
+            yield from _unfused(child)
 
 
 def _get(place: tuple[dict[str, Any], str]) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import _table
-from fmapkit._store import Entry
+from fmapkit._store import Entry, Pass
 from fmapkit._wants import KINDS
 from fmapkit.errors import (
     AmbiguousMapError,
@@ -48,6 +48,7 @@ class FeatureMap:
         filter: index of the filter, or None for all of them.
         call: which call of the layer in the pass, from 0.
         step: which forward pass in the block, from 0.
+        training: whether the model was in training mode when that pass began.
         nonlinearity: σ, e.g. "relu"; None where there is none.
         path: place in a nested output, e.g. "[0]" or ".logits"; else "".
         filter_dim: axis of `tensor` that counts filters; None if there is none, or after `[k]`.
@@ -66,6 +67,7 @@ class FeatureMap:
     filter_dim: int | None = None
     filters: range | tuple[int, ...] | None = field(default=None, repr=False)
     edited: Tensor | None = field(default=None, repr=False)
+    training: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -187,17 +189,17 @@ class FeatureMaps:
 
     # -- the latest pass ----------------------------------------------------------------------
 
-    def _latest(self) -> list[tuple[int, Entry]]:
+    def _latest(self) -> list[tuple[Pass, Entry]]:
         latest = self._session.store.latest()
-        return [(latest.step, e) for e in latest.entries()] if latest is not None else []
+        return [(latest, e) for e in latest.entries()] if latest is not None else []
 
-    def _every(self) -> list[tuple[int, Entry]]:
-        return [(p.step, e) for p in self._session.store for e in p.entries()]
+    def _every(self) -> list[tuple[Pass, Entry]]:
+        return [(p, e) for p in self._session.store for e in p.entries()]
 
     def __iter__(self) -> Iterator[FeatureMap]:
         """Every map of the latest pass, in execution order."""
-        for step, entry in self._latest():
-            yield _read(step, entry)
+        for at, entry in self._latest():
+            yield _read(at, entry)
 
     def __len__(self) -> int:
         """How many maps the latest pass holds."""
@@ -327,6 +329,7 @@ class FeatureMaps:
         *,
         nonlinearity: str | None = None,
         path: str | None = None,
+        training: bool | None = None,
     ) -> list[FeatureMap]:
         """Every map that fits, over all passes that are kept, in execution order.
 
@@ -338,6 +341,7 @@ class FeatureMaps:
             step: only this pass; -1 is the latest.
             nonlinearity: only maps of this σ.
             path: only this place in a nested output.
+            training: only passes that began in training mode (True) or in eval mode (False).
 
         Raises:
             ArgumentError: an argument is of no allowed form.
@@ -345,6 +349,8 @@ class FeatureMaps:
         if kind is not None and kind not in KINDS:
             hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
             raise ArgumentError(f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}")
+        if training is not None and not isinstance(training, bool):
+            raise ArgumentError(f"training must be True, False or None, not {training!r}")
         names = self._session.names
         chosen = None if layer is None else selectors(layer)
         latest = self._session.store.latest()
@@ -356,7 +362,9 @@ class FeatureMaps:
             name = entry.origin.name
             if kind is not None and entry.kind != kind:
                 continue
-            if step is not None and at != step:
+            if step is not None and at.step != step:
+                continue
+            if training is not None and at.training != training:
                 continue
             if call is not None and entry.origin.call != call:
                 continue
@@ -451,9 +459,9 @@ def _ambiguous(layer: str, kind: str | None, entries: list[Entry]) -> str:
     )
 
 
-def _read(step: int, entry: Entry) -> FeatureMap:
+def _read(at: Pass, entry: Entry) -> FeatureMap:
     origin, axes = entry.origin, entry.axes
-    what = f"the {entry.kind} of layer {origin.name!r} (step {step}, call {origin.call})"
+    what = f"the {entry.kind} of layer {origin.name!r} (step {at.step}, call {origin.call})"
     assert entry.held is not None
     tensor = entry.held.read(what)
     dim = axes.dim if axes is not None else None
@@ -465,7 +473,8 @@ def _read(step: int, entry: Entry) -> FeatureMap:
         kind=entry.kind,
         layer=origin.name,
         call=origin.call,
-        step=step,
+        step=at.step,
+        training=at.training,
         nonlinearity=entry.sigma,
         path=entry.path,
         filter_dim=dim,
