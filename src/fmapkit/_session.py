@@ -319,7 +319,7 @@ class Session:
             self._drop_hooks()
             return False
         self._idle = False
-        if _transformed((args, kwargs)):
+        if _transformed(self.model, (args, kwargs)):
             self.miss("", TRANSFORMED)
             self._idle = True
             self._drop_hooks()
@@ -493,7 +493,7 @@ class Session:
 
     def _stands_alone(self, module: nn.Module, args: Any) -> bool:
         """Whether this call is a unit: not inside a module that may be one σ or layer itself."""
-        if not self._is_unit(module) or _transformed(args):
+        if not self._is_unit(module) or _transformed(module, args):
             return False
         return self._tracer is None or all(f.kind == "plain" for f in self._tracer.frames)
 
@@ -603,7 +603,9 @@ class Session:
                         held.check()
             final = output if replaced is None else replaced
             arguments = tensors_in(*frame.args, frame.kwargs)
-            self._unit(module).plans[key] = make_plan(tracer, frame, final, inputs, arguments)
+            plan = make_plan(tracer, frame, final, inputs, arguments)
+            self._unit(module).plans[key] = plan
+            self._set_taps(plan, module)
         return replaced
 
     def _unlearn(self, unit: nn.Module) -> None:
@@ -716,10 +718,16 @@ def _get(place: tuple[dict[str, Any], str]) -> Any:
     return place[0].get(place[1])
 
 
-def _transformed(value: Any) -> bool:
+def _transformed(module: nn.Module, value: Any) -> bool:
+    """Whether a torch.func transform is at work on a call: on what it is given, or its weights."""
     if torch._C._functorch.peek_interpreter_stack() is None:
         return False
-    return any(transformed(t) for t in tensors_in(value))
+    with torch._C.DisableTorchFunction():
+        # Under `grad` and its like, whatever runs gives a tensor of the transform.
+        if transformed(torch.empty(()).detach()):
+            return True
+        own = (*module.parameters(), *module.buffers())
+        return any(transformed(t) for t in (*tensors_in(value), *own))
 
 
 def _scripted(module: nn.Module) -> list[torch.jit.ScriptFunction[Any, Any]]:

@@ -287,12 +287,13 @@ class FeatureMaps:
 
     def _nothing(self, layer: str) -> None:
         session = self._session
+        missed = [f"{m.layer or 'the model'}: {m.reason}" for m in session.missed]
+        why = f"; missed: {listed(missed)}" if missed else ""
         if not session._steps:
             raise NoPassError(
                 f"no map of {layer!r} yet: no forward pass has run inside the capture block; "
-                "call the model inside `with capture(model) as maps:` first"
+                f"call the model inside `with capture(model) as maps:` first{why}"
             )
-        why = f"; missed: {listed(m.reason for m in session.missed)}" if session.missed else ""
         raise NoPassError(f"no maps are held{why} (clear() was called, or nothing was captured)")
 
     def _missing(self, layer: str, kind: str | None, there: list[Entry]) -> None:
