@@ -455,17 +455,23 @@ def _whose(hooks: Any) -> tuple[str, ...]:
     return tuple(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in plain)
 
 
+def _own_forward(module: nn.Module) -> str | None:
+    own = module.__dict__.get("forward")
+    return None if own is None else getattr(own, "__qualname__", type(own).__qualname__)
+
+
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """All that capture could leave behind: hooks, flags, attributes, classes, tensor hooks."""
     marks: dict[str, Any] = {}
     for name, module in model.named_modules():
         marks[name] = (
-            type(module),
+            type(module).__qualname__,
+            type(module).__bases__,  # parametrize makes a class of its own for each module
             tuple(sorted(module.__dict__)),
             tuple((h, _whose(getattr(module, h, {}))) for h in _HOOKS),
             module.training,
             getattr(module, "inplace", None),
-            "forward" in module.__dict__ and module.__dict__["forward"],
+            _own_forward(module),
         )
     for name, p in model.named_parameters():
         marks[f"parameter {name}"] = (type(p), p.requires_grad, bool(p._backward_hooks))

@@ -196,6 +196,7 @@ class Compiled:
 
     def add(self, root: nn.Module) -> None:
         """Set a door at a compiled module."""
+        self._session.uncover()
         there = root.__dict__.get(_place(root))
         door = there if isinstance(there, _Door) else _Door(root)
         if self._session not in door.sessions:

@@ -92,6 +92,7 @@ class Editor:
             site.name,
             call=site.call,
             step=self.tracer.current.step,
+            training=self.tracer.current.training,
             nonlinearity=site.sigma,
         )
 
@@ -220,8 +221,9 @@ class Editor:
         if not self.edits.of(name, "response"):
             return None
         self.tracer.edited = True
+        now = self.tracer.current
         new = self.edits.apply(
-            "response", out, axes, name, call=call, step=self.tracer.current.step
+            "response", out, axes, name, call=call, step=now.step, training=now.training
         )
         if new is None:
             return None

@@ -169,6 +169,10 @@ class Hooks:
         self._handles[role, module] = [(hook, register(hook))]
         return before is not None
 
+    def modules(self) -> set[nn.Module]:
+        """The modules with any hook of ours."""
+        return {module for _, module in self._handles}
+
     def on(self, module: nn.Module) -> bool:
         """Whether a module has any hook of ours."""
         return any((role, module) in self._handles for role in _ROLES)

@@ -10,9 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from fmapkit._ending import Ending
+
 __all__ = [
     "anything_compiled",
     "around",
+    "compiled_call",
     "compiled_roots",
     "holds",
     "in_compiled_code",
@@ -30,7 +33,13 @@ def is_optimized(module: Any) -> bool:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether calls of it run compiled code: after `torch.compile(module)`, `module.compile()`."""
-    return is_optimized(module) or module.__dict__.get("_compiled_call_impl") is not None
+    return is_optimized(module) or compiled_call(module.__dict__) is not None
+
+
+def compiled_call(attributes: dict[str, Any]) -> Any:
+    """What `module.compile()` has put among a module's attributes; None if it did not."""
+    call = attributes.get("_compiled_call_impl")
+    return None if isinstance(call, Ending) else call
 
 
 def plain(module: nn.Module) -> nn.Module:

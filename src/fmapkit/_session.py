@@ -15,24 +15,29 @@ import sys
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import _get_current_function_mode
 
 from fmapkit._aside import operators_are_counted
 from fmapkit._compiled import Compiled
+from fmapkit._doors import doors
 from fmapkit._edit import Edits
+from fmapkit._ending import Ending
 from fmapkit._flow import Flow, Weight, tensors_in
 from fmapkit._form import casts, form_of, weights_of
-from fmapkit._fused import REASON, fused_output, may_fuse
+from fmapkit._fused import REASON, fused_output, has_fused_path, may_fuse
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
 from fmapkit._gradients import NO_GRAPH, in_function
 from fmapkit._hooks import Hook, Hooks, leave_mode
 from fmapkit._names import Names
+from fmapkit._optimized import anything_compiled
 from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
 from fmapkit._replay import InputTap, LightMode, Line, OutputTap, Run, Tap, tag_outputs
@@ -165,19 +170,26 @@ class Session:
     # -- life cycle ---------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Set the one hook pair that every pass goes through."""
+        """Set the one hook pair that every pass goes through.
+
+        Until the first pass, there are hooks on all modules, to name what is called outside of one.
+        """
         self.thread = threading.get_ident()
         self._name_scripted()
         self.hooks.around([self.model], self._pre, self._post)
         if self._forward is not None:
             self._forward.install()
         self.compiled.open()
+        if not anything_compiled():  # dynamo compares hooks, and what stands before a call
+            self.hooks.around(_unfused(self.model), self._pre, self._post)
+            Ending.install(self.model, self._interrupted)
 
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""
         self._abandon()
         self.compiled.close()
         self.hooks.drop()
+        Ending.remove(self.model, self._interrupted)
         if self._forward is not None:
             self._forward.remove()
         self._units.clear()
@@ -322,12 +334,24 @@ class Session:
             self._run.stray(type(error).__name__)
 
     def _stray(self, module: nn.Module) -> None:
-        if torch._C._current_graph_task_id() == -1:
-            self.miss(
-                self.names.of(module),
-                f"it was called outside {type(self.model).__name__}.forward, "
-                "and only what runs inside a forward pass of the captured model is captured",
-            )
+        """A module runs outside of a pass: name the outermost one that is running."""
+        if torch._C._current_graph_task_id() != -1:
+            return
+        at = sys._getframe(1)
+        while at is not None:
+            if at.f_code is nn.Module._call_impl.__code__:
+                running = at.f_locals["self"]
+                module = running if running in self.names.by_module else module
+            at = at.f_back  # type: ignore[assignment]
+        if isinstance(module, ParametrizationList):  # somebody has read a weight
+            return
+        name = self.names.of(module)
+        self.miss(
+            name,
+            f"it was called outside {type(self.model).__name__}.forward, "
+            "and only what runs inside a forward pass of the captured model is captured; "
+            f"for its own passes, capture that module: capture(model.{name})",
+        )
 
     # -- a pass -------------------------------------------------------------------------------
 
@@ -343,6 +367,17 @@ class Session:
         self._abandon()
         return False
 
+    def uncover(self) -> None:
+        """The model is being compiled: no hooks inside, and nothing before its own call."""
+        Ending.remove(self.model, self._interrupted)
+        if not self._steps:
+            self.hooks.drop("around", keep=[self.model])
+
+    def _interrupted(self) -> None:
+        """A call of the model has ended, and no post hook has run."""
+        if threading.get_ident() == self.thread and not self._running():
+            self._idle = False
+
     def _begin(self, args: Any, kwargs: Any, compiled: bool = False) -> bool:
         step = self._steps
         self._steps += 1
@@ -354,7 +389,7 @@ class Session:
         around = not compiled and self.compiled.unannounced()
         if around:
             self.compiled.noticed()
-        elif _transformed((args, kwargs)):
+        elif _transformed(self.model, (args, kwargs)):
             self.miss("", TRANSFORMED)
             around = True
         if around:
@@ -369,7 +404,7 @@ class Session:
         self._frame = _call_frame()  # on Python's stack as long as the pass runs
         if self._watch.changed():
             self._restart()
-        self._current = self.store.begin(step)
+        self._current = self.store.begin(step, self.model.training)
         self.edits.begin()
         if self.stop is not None:
             self.stop.begin()
@@ -532,7 +567,7 @@ class Session:
 
     def _stands_alone(self, module: nn.Module, args: Any) -> bool:
         """Whether this call is a unit: not inside a module that may be one σ or layer itself."""
-        if not self._is_unit(module) or _transformed(args):
+        if not self._is_unit(module) or _transformed(module, args):
             return False
         return self._tracer is None or all(f.kind == "plain" for f in self._tracer.frames)
 
@@ -656,6 +691,7 @@ class Session:
             plan = make_plan(tracer, frame, final, inputs, arguments)
             if not any(map(_sharded, tracer.events[frame.start :])):
                 self._unit(module).plans[key] = plan
+                self._set_taps(plan, module)
             tracer.let_go(tracer.events[frame.start :])
         return replaced
 
@@ -684,6 +720,8 @@ class Session:
                 replaced |= self.hooks.before(noted, noting)
         if replaced:  # other plans, of this unit or of one that shares a module, set theirs again
             self._tapped.clear()
+        for door in doors(module, self.hooks.modules()):
+            self.hooks.after(door, Hook(self._tap, self))
         self._tapped[module] = plan
 
     def _keyed(self, plan: Plan) -> frozenset[nn.Module]:
@@ -775,6 +813,14 @@ def _recording() -> bool:
     return bool(started and torch.cuda.is_current_stream_capturing())
 
 
+def _unfused(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules but those whose fused path a hook would bar."""
+    if not has_fused_path(module):
+        yield module
+        for child in module.children():
+            yield from _unfused(child)
+
+
 def _get(place: tuple[dict[str, Any], str]) -> Any:
     return place[0].get(place[1])
 
@@ -784,10 +830,16 @@ def _sharded(event: Event) -> bool:
     return any(e.held is not None and is_wrapped(e.held.tensor) for _, e in event.entries)
 
 
-def _transformed(value: Any) -> bool:
+def _transformed(module: nn.Module, value: Any) -> bool:
+    """Whether a torch.func transform is at work on a call: on what it is given, or its weights."""
     if torch._C._functorch.peek_interpreter_stack() is None:
         return False
-    return any(transformed(t) for t in tensors_in(value))
+    with torch._C.DisableTorchFunction():
+        # Under `grad` and its like, whatever runs gives a tensor of the transform.
+        if transformed(torch.empty(()).detach()):
+            return True
+        own = (*module.parameters(), *module.buffers())
+        return any(transformed(t) for t in (*tensors_in(value), *own))
 
 
 def _scripted(module: nn.Module) -> list[torch.jit.ScriptFunction[Any, Any]]:

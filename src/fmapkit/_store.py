@@ -166,11 +166,12 @@ class Pass:
     entries are made when somebody reads them and not while the model runs.
     """
 
-    __slots__ = ("_entries", "closed", "grads", "segments", "step")
+    __slots__ = ("_entries", "closed", "grads", "segments", "step", "training")
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, training: bool = False) -> None:
         self.step = step
         self.grads = torch.is_grad_enabled()  # as it began
+        self.training = training  # the mode the model was in then
         self.segments: list[Any] = []
         self.closed = False
         self._entries: list[Entry] | None = None
@@ -206,11 +207,11 @@ class Store:
         self.keep = keep  # None: all
         self.steps = 0
 
-    def begin(self, step: int) -> Pass:
+    def begin(self, step: int, training: bool) -> Pass:
         """Room for a new pass: the oldest is let go before the model allocates again."""
         while self.keep is not None and len(self.passes) >= self.keep:
             self.passes.popleft().release()
-        self.passes.append(Pass(step))
+        self.passes.append(Pass(step, training))
         return self.passes[-1]
 
     def clear(self) -> None:

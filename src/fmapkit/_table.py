@@ -43,9 +43,9 @@ def _rows(maps: FeatureMaps) -> list[tuple[str, ...]]:
     from fmapkit.maps import _read
 
     rows = []
-    for step, entry in maps._latest():
+    for at, entry in maps._latest():
         try:
-            rows.append(_row(_read(step, entry)))
+            rows.append(_row(_read(at, entry)))
         except MapStateError as error:
             state = type(error).__name__.removeprefix("Map").removesuffix("Error").lower()
             rows.append((entry.origin.name, entry.kind, "–", state, "", "", "", entry.sigma or ""))

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fmapkit import layers, nonlinearities
 from fmapkit._hooks import Hooks
+from fmapkit._optimized import compiled_call
 from fmapkit._stop import has_own_forward
 
 __all__ = ["Watch"]
@@ -57,7 +58,7 @@ class Watch:
         """What `module.compile()` has set; nothing where torch.compile was never used."""
         if "torch._dynamo" not in sys.modules:
             return []
-        return [a.get("_compiled_call_impl") for a in self._attributes]
+        return list(map(compiled_call, self._attributes))
 
     def changed(self) -> bool:
         """Whether anything is not as it was."""

@@ -14,7 +14,7 @@ from fmapkit import _table
 from fmapkit._gather import gather
 from fmapkit._gradients import Gradient
 from fmapkit._sharded import Parts, ends_of, is_dtensor, splits, whole
-from fmapkit._store import Entry
+from fmapkit._store import Entry, Pass
 from fmapkit._wants import KINDS
 from fmapkit.errors import (
     AmbiguousMapError,
@@ -52,6 +52,7 @@ class FeatureMap:
         filter: index of the filter, or None for all of them.
         call: which call of the layer in the pass, from 0.
         step: which forward pass in the block, from 0.
+        training: whether the model was in training mode when that pass began.
         nonlinearity: σ, e.g. "relu"; None where there is none.
         path: place in a nested output, e.g. "[0]" or ".logits"; else "".
         filter_dim: axis of `tensor` that counts filters; None if there is none, or after `[k]`.
@@ -71,6 +72,7 @@ class FeatureMap:
     filter_dim: int | None = None
     filters: range | tuple[int, ...] | None = field(default=None, repr=False)
     edited: Tensor | None = field(default=None, repr=False)
+    training: bool = False
     parts: Parts | None = field(default=None, repr=False)
     _gradient: Gradient | None = field(default=None, repr=False)
     _whole: FeatureMap | None = field(default=None, repr=False)  # the map of all filters
@@ -273,17 +275,17 @@ class FeatureMaps:
 
     # -- the latest pass ----------------------------------------------------------------------
 
-    def _latest(self) -> list[tuple[int, Entry]]:
+    def _latest(self) -> list[tuple[Pass, Entry]]:
         latest = self._session.store.latest()
-        return [(latest.step, e) for e in latest.entries()] if latest is not None else []
+        return [(latest, e) for e in latest.entries()] if latest is not None else []
 
-    def _every(self) -> list[tuple[int, Entry]]:
-        return [(p.step, e) for p in self._session.store for e in p.entries()]
+    def _every(self) -> list[tuple[Pass, Entry]]:
+        return [(p, e) for p in self._session.store for e in p.entries()]
 
     def __iter__(self) -> Iterator[FeatureMap]:
         """Every map of the latest pass, in execution order."""
-        for step, entry in self._latest():
-            yield self._read(step, entry)
+        for at, entry in self._latest():
+            yield self._read(at, entry)
 
     def __len__(self) -> int:
         """How many maps the latest pass holds."""
@@ -316,7 +318,7 @@ class FeatureMaps:
         return self._find(layer, kind, index, self._latest())
 
     def _find(
-        self, layer: str, kind: str | None, index: int | None, entries: list[tuple[int, Entry]]
+        self, layer: str, kind: str | None, index: int | None, entries: list[tuple[Pass, Entry]]
     ) -> FeatureMap:
         """The one map of the entries that is meant."""
         if not entries and self._session.store.latest() is None:
@@ -379,12 +381,13 @@ class FeatureMaps:
 
     def _nothing(self, layer: str) -> None:
         session = self._session
+        missed = [f"{m.layer or 'the model'}: {m.reason}" for m in session.missed]
+        why = f"; missed: {listed(missed)}" if missed else ""
         if not session._steps:
             raise NoPassError(
                 f"no map of {layer!r} yet: no forward pass has run inside the capture block; "
-                "call the model inside `with capture(model) as maps:` first"
+                f"call the model inside `with capture(model) as maps:` first{why}"
             )
-        why = f"; missed: {listed(m.reason for m in session.missed)}" if session.missed else ""
         raise NoPassError(f"no maps are held{why} (clear() was called, or nothing was captured)")
 
     def _missing(self, layer: str, kind: str | None, there: list[Entry]) -> None:
@@ -421,6 +424,7 @@ class FeatureMaps:
         *,
         nonlinearity: str | None = None,
         path: str | None = None,
+        training: bool | None = None,
     ) -> list[FeatureMap]:
         """Every map that fits, over all passes that are kept, in execution order.
 
@@ -432,6 +436,7 @@ class FeatureMaps:
             step: only this pass; -1 is the latest.
             nonlinearity: only maps of this σ.
             path: only this place in a nested output.
+            training: only passes that began in training mode (True) or in eval mode (False).
 
         Raises:
             ArgumentError: an argument is of no allowed form.
@@ -439,6 +444,8 @@ class FeatureMaps:
         if kind is not None and kind not in KINDS:
             hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
             raise ArgumentError(f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}")
+        if training is not None and not isinstance(training, bool):
+            raise ArgumentError(f"training must be True, False or None, not {training!r}")
         names = self._session.names
         chosen = None if layer is None else selectors(layer)
         step = self._step(step)
@@ -447,7 +454,9 @@ class FeatureMaps:
             name = entry.origin.name
             if kind is not None and entry.kind != kind:
                 continue
-            if step is not None and at != step:
+            if step is not None and at.step != step:
+                continue
+            if training is not None and at.training != training:
                 continue
             if call is not None and entry.origin.call != call:
                 continue
@@ -516,7 +525,9 @@ class FeatureMaps:
             key = (layer,) if kind is None else (layer, kind)
             name, wanted, _ = _parse(key)
             at = self._step(step)
-            entries = self._latest() if at is None else [p for p in self._every() if p[0] == at]
+            entries = self._latest()
+            if at is not None:
+                entries = [p for p in self._every() if p[0].step == at]
             if call is not None:
                 entries = [p for p in entries if p[1].origin.call == call]
             return self._find(name, wanted, filter, entries)
@@ -524,8 +535,8 @@ class FeatureMaps:
         asked = ", ".join(repr(v) for v in (layer, kind, filter) if v is not None)
         return gather(find, dim, dst, group, asked)
 
-    def _read(self, step: int, entry: Entry) -> FeatureMap:
-        result = _read(step, entry)
+    def _read(self, at: Pass, entry: Entry) -> FeatureMap:
+        result = _read(at, entry)
         parts = self._parts(entry, result)
         return result if parts is None else replace(result, parts=parts)
 
@@ -624,9 +635,9 @@ def _ambiguous(layer: str, kind: str | None, entries: list[Entry]) -> str:
     )
 
 
-def _read(step: int, entry: Entry) -> FeatureMap:
+def _read(at: Pass, entry: Entry) -> FeatureMap:
     origin, axes = entry.origin, entry.axes
-    what = f"the {entry.kind} of layer {origin.name!r} (step {step}, call {origin.call})"
+    what = f"the {entry.kind} of layer {origin.name!r} (step {at.step}, call {origin.call})"
     assert entry.held is not None
     tensor = entry.held.read(what)
     dim = axes.dim if axes is not None else None
@@ -638,7 +649,8 @@ def _read(step: int, entry: Entry) -> FeatureMap:
         kind=entry.kind,
         layer=origin.name,
         call=origin.call,
-        step=step,
+        step=at.step,
+        training=at.training,
         nonlinearity=entry.sigma,
         path=entry.path,
         filter_dim=dim,
