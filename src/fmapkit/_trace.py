@@ -251,9 +251,16 @@ class Tracer(TorchFunctionMode):
         return out
 
     def end(self) -> None:
-        """Let go of all that could keep a tensor or a graph alive."""
+        """Let go of all that could keep a tensor or a graph alive, without waiting for Python's gc.
+
+        The tracer and its editor know each other, and so do events and firings.
+        """
+        for event in self.events:
+            event.x = event.y = event.x_held = event.y_held = event.firing = None
+            event.entries.clear()
         self.events.clear()
         self.firings.clear()
+        self.aliases = Aliases(self.wants.detach)
         self.frames.clear()
         self._suspects.clear()
         self._tags.clear()
