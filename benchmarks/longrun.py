@@ -144,12 +144,16 @@ def _draw(runs: list[Run], to: Path) -> None:
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 5))
     for r in runs:
         grey = {"color": "0.6", "zorder": 1} if r.contender == "bare" else {}
-        above.plot(r.steps, [b / 1e6 for b in r.resident], label=r.contender, **grey)
-        below.plot(r.steps, [n / 1e3 for n in r.objects], label=r.contender, **grey)
+        above.plot(
+            r.steps, [(b - r.resident[0]) / 1e6 for b in r.resident], label=r.contender, **grey
+        )
+        below.plot(r.steps, [n - r.objects[0] for n in r.objects], label=r.contender, **grey)
     above.set_ylabel("resident memory (MB)")
-    below.set_ylabel("gc objects (thousands)")
+    below.set_ylabel("objects")
+    above.set_title("growth since the first reading", loc="left", fontsize="medium")
+    above.set_ylim(-5, 20)
+    below.set_ylim(-50, 200)
     for axes in (above, below):
-        axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
     below.set_xlabel("training step")
     above.legend(frameon=False, ncols=len(runs))
