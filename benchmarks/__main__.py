@@ -2,6 +2,8 @@
 
 python -m benchmarks overhead [--seconds S] [--case NAME] [--threads N] [--json FILE]
 python -m benchmarks zoo [--out FILE] [--model NAME] [--threads N]
+python -m benchmarks memory [--device DEVICE]
+python -m benchmarks longrun [--steps N] [--figure FILE]
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import overhead, zoo
+from benchmarks import longrun, memory, overhead, zoo
 
 
 def main() -> None:
@@ -31,9 +33,18 @@ def main() -> None:
     )
     command.add_argument("--model", default="", help="only models whose name contains this")
     command.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    command = commands.add_parser("memory", help="bytes at the peak of a training step, counted")
+    command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    command = commands.add_parser("longrun", help="is memory flat over thousands of steps?")
+    command.add_argument("--steps", type=int, default=5000, help="of training (default: 5000)")
+    command.add_argument("--figure", type=Path, metavar="FILE", help="draw the curves there")
     given = parser.parse_args()
     if given.command == "zoo":
         zoo.run(given.out, given.model, given.threads)
+    elif given.command == "memory":
+        memory.run(given.device)
+    elif given.command == "longrun":
+        longrun.run(given.steps, given.figure)
     else:
         overhead.run(given.seconds, given.case, given.threads, given.json)
 

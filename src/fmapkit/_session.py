@@ -165,6 +165,7 @@ class Session:
         self._direct: set[nn.Module] = set()  # modules that a scope has called itself
         self._opened: set[nn.Module] = set()  # proven, but with something to edit in them
         self._all_hooked = False
+        self._early = False  # hooks on all modules, before the first pass
         self._given: list[tuple[nn.Module, Any]] = []  # what hooks that move data were given
 
     # -- life cycle ---------------------------------------------------------------------------
@@ -182,6 +183,7 @@ class Session:
         self.compiled.open()
         if not anything_compiled():  # dynamo compares hooks, and what stands before a call
             self.hooks.around(_unfused(self.model), self._pre, self._post)
+            self._early = True
             Ending.install(self.model, self._interrupted)
 
     def close(self, failed: bool = False) -> None:
@@ -730,7 +732,8 @@ class Session:
 
     def _drop_hooks(self) -> None:
         """All but those that every pass goes through."""
-        if self._tapped or self._all_hooked:
+        if self._tapped or self._all_hooked or self._early:
+            self._early = False
             self.hooks.drop("after")
             self.hooks.drop("outside")
             self.hooks.drop("before")

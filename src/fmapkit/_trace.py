@@ -290,14 +290,22 @@ class Tracer(TorchFunctionMode):
         return out
 
     def end(self) -> None:
-        """Let go of all that could keep a tensor or a graph alive."""
+        """Let go of all that could keep a tensor or a graph alive, without waiting for Python's gc.
+
+        The tracer and its editor know each other, and so do events and firings.
+        """
         for origin, unless_claimed in self._unpicked:
             if not (unless_claimed and origin.claimed):
                 self.miss(origin.name, "filters= was given, and some may lie on another rank")
         self._unpicked.clear()
+        for event in self.events:
+            event.x = event.y = event.x_held = event.y_held = event.firing = None
+            event.source = event.sink = None
+            event.entries.clear()
         self.events.clear()
         self.firings.clear()
         self._awaited.clear()
+        self.aliases = Aliases(self.wants.detach)
         self.frames.clear()
         self._suspects.clear()
         self._tags.clear()
