@@ -483,6 +483,7 @@ class Tracer(TorchFunctionMode):
             assert tensor is not None and axes is not None
             gradient = held.gradient
             if gradient is not None:
+                held.wanted = gradient.of_view  # to learn of a write to it
                 gradient = gradient.picked(*self.wants.index(axes, picked, tensor.device))
             held = Held(self.wants.take(tensor, axes, picked), 0, True, gradient)
             held.version = version_of(held.tensor) if held.tensor is not None else 0
