@@ -13,6 +13,7 @@ Contenders:
   wrong wherever the model overwrites what was kept; it sees no functional nonlinearity.
 - hooks, clones: the same, keeping clones.
 - idle: `capture(model, every=n)`, between two captured passes.
+- stop: `capture(model, layers=..., stop=True)` for the first of four parts of the filter layers.
 - learning: the first pass in a fresh `capture` of a model never seen before.
 - one-shot: entering a fresh `capture`, that pass, and leaving.
 """
@@ -141,6 +142,14 @@ def idle(model: nn.Module) -> Iterator[Account | None]:
 
 
 @contextmanager
+def stopped(model: nn.Module) -> Iterator[Account]:
+    """The maps of the first quarter of the layers; the forward ends there."""
+    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    with capture(model, layers[: max(1, len(layers) // 4)], stop=True) as maps:
+        yield lambda: (maps.nbytes, maps.bytes_copied)
+
+
+@contextmanager
 def hooked(model: nn.Module, *, clones: bool) -> Iterator[Account]:
     """What one writes by hand: a hook on every leaf module."""
     kept: dict[str, Tensor] = {}
@@ -171,6 +180,7 @@ CONTENDERS: dict[str, Callable[[nn.Module], AbstractContextManager[Account | Non
     "hooks, references": lambda model: hooked(model, clones=False),
     "hooks, clones": lambda model: hooked(model, clones=True),
     "idle": idle,
+    "stop": stopped,
 }
 
 
@@ -276,6 +286,8 @@ def run(budget: float, only: str, threads: int, json_file: Path | None) -> None:
     for case in chosen:
         bare = None
         for contender in (*CONTENDERS, "learning"):
+            if contender == "stop" and case.trains:
+                continue  # without an output there is no loss
             new = (
                 measure_first(case, budget)
                 if contender == "learning"

@@ -17,6 +17,10 @@ from tests.truth import modes
 # each other at every small kernel cost ten times what they bring. Also the sums keep their order.
 torch.set_num_threads(1)
 
+# Where tensors and modules are made unless a test says otherwise: the suite runs on any device.
+if "FMAPKIT_DEVICE" in os.environ:
+    torch.set_default_device(os.environ["FMAPKIT_DEVICE"])
+
 # The suite draws the same examples each time, so that a failure is due to the change. The others
 # explore.
 settings.register_profile(

@@ -719,3 +719,36 @@ def test_one_of_the_layers_that_share_an_activation(wanted: str) -> None:
                 (wanted, "activation"),
             ]
             assert {fm.layer: len(fm) for fm in one} == {"a": 4, "b": 4, "c": 4} | {wanted: 1}
+
+
+class _Switched(nn.Module):
+    """Proven: which road it takes is a plain attribute's doing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.act, self.other = nn.ReLU(), nn.Tanh()
+        self.deep = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(self.a(x))
+        if self.deep:
+            x = self.other(self.b(self.act(x)))
+        else:
+            x = self.b(self.act(x))
+        return self.c(x)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_plans_of_one_module_take_turns(gradients: bool) -> None:
+    model = _Switched()
+    with capture(model, gradients=gradients) as maps:
+        for n in range(9):
+            model.deep = n % 3 != 1
+            model(torch.randn(2, 4)).sum().backward()
+            found = [fm.nonlinearity for fm in maps.select(kind="activation", step=-1)]
+            assert found == ["sigmoid", "relu", *["tanh"] * model.deep]
+            for name in ("a", *["b"] * model.deep):
+                z, a = maps[name, "preactivation"].tensor, maps[name].tensor
+                assert torch.equal(z.sigmoid() if name == "a" else z.tanh(), a)
+            assert maps.missed == []

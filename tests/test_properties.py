@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fmapkit import CaptureWarning, capture
 from tests.strategies import Model, models
 from tests.truth import (
+    NO_MODES,
     Pass,
     assert_captured_exactly_once,
     assert_nothing_left,
@@ -187,7 +188,7 @@ def test_nothing_left_behind_however_it_ends(
                     handle.remove()
         except kind:
             pass
-    assert modes() == (0, 0)
+    assert modes() == NO_MODES
     assert_nothing_left(before, model)
     repr(maps)  # readable still, whatever was captured
     copy.deepcopy(model)

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from fmapkit import (
@@ -30,6 +31,7 @@ from fmapkit import (
     capture,
 )
 from tests.truth import (
+    NO_MODES,
     assert_nothing_left,
     fingerprint,
     graph_of,
@@ -445,7 +447,7 @@ def test_7_after_an_error_in_forward(error: BaseException, passes: int) -> None:
         pass  # as it must; `pytest.raises` would not do, it takes SystemExit for its own
     del bomb.error
     assert_nothing_left(before, model)
-    assert modes() == (0, 0)
+    assert modes() == NO_MODES
     if passes:  # what was captured before stays readable
         assert maps.layers
 
@@ -858,6 +860,32 @@ def test_18b_transformer_encoder_layer(fast: bool) -> None:
                 torch.testing.assert_close(z.view(2, 5, 8), layer.linear1(normed))
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+class _Nothing(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("watcher", ["hook", "mode"])
+def test_18b_somebody_else_watches(watcher: str) -> None:
+    # Then torch itself takes the ordinary path, and so does the captured model.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)).eval()
+    fused = copy.deepcopy(model)
+    if watcher == "hook":
+        model[0].linear1.register_forward_hook(lambda *_: None)
+    bare = copy.deepcopy(model)
+    differs = False
+    for step in range(PASSES):
+        x = torch.randn(4, 33, 64, generator=torch.Generator().manual_seed(step))
+        expected = fused(x)
+        with _Nothing() if watcher == "mode" else contextlib.nullcontext(), capture(model) as maps:
+            assert torch.equal(model(x), bare(x))
+            assert "0" not in {m.layer for m in maps.missed}
+            differs = differs or not torch.equal(bare(x), expected)
+    assert differs or watcher == "hook" or NO_MODES[0]  # so it does matter which path is taken
 
 
 # -- what cannot be captured is named --------------------------------------------------------------

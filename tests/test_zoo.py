@@ -13,6 +13,7 @@ import torch
 
 from fmapkit import CaptureWarning, capture
 from tests.truth import (
+    NO_MODES,
     assert_captured_exactly_once,
     assert_nothing_left,
     assert_same_pass,
@@ -45,7 +46,7 @@ def test_every_nonlinearity_captured_and_nothing_changed(entry: Entry, train: bo
                 assert {fm.step for fm in maps} <= {step}
                 assert not any(fm.tensor.requires_grad for fm in maps)
     assert_nothing_left(fingerprint(bare), model)
-    assert modes() == (0, 0)
+    assert modes() == NO_MODES
     # The block is over: the last pass is still there to read, and as it was.
     assert_captured_exactly_once(maps, expected.truth)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
-__all__ = ["clone", "index_of", "operators_are_counted", "select"]
+__all__ = ["clone", "operators_are_counted", "select"]
 
 # Selective checkpointing, while the forward runs.
 _COUNTING: Any = getattr(torch.utils.checkpoint, "_CachingTorchDispatchMode", ())
@@ -36,29 +36,32 @@ def clone(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
-def select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
-    """A copy of a few filters, with the same care."""
+def select(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
+    """A copy of some indices of an axis, with the same care.
+
+    By slices: an index tensor would have to be sent to the device, which waits for it.
+    """
     if not tensor.requires_grad:
         with _unseen():
-            return _laid_out(tensor.index_select(dim, index), tensor)
+            return _taken(tensor, dim, places)
     with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is), _unseen():
-        return _laid_out(tensor.index_select(dim, index), tensor)
+        return _taken(tensor, dim, places)
 
 
-def _laid_out(copied: Tensor, like: Tensor) -> Tensor:
-    """`index_select` forgets that its input was channels-last."""
-    if like.is_contiguous():
-        return copied
+def _taken(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
+    runs: list[list[int]] = []  # [first, length] of what lies side by side
+    for place in places:
+        if runs and place == sum(runs[-1]):
+            runs[-1][1] += 1
+        else:
+            runs.append([place, 1])
+    pieces = [tensor.narrow(dim, first, length) for first, length in runs]
+    taken = pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces, dim)
     for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if like.dim() == dims and like.is_contiguous(memory_format=layout):
-            return copied.contiguous(memory_format=layout)
-    return copied
-
-
-def index_of(places: tuple[int, ...], device: torch.device) -> Tensor:
-    """An index for `select`, fit for every pass to come, in whatever mode it is made."""
-    with torch.inference_mode(False), _unseen():
-        return torch.tensor(places, device=device)
+        if tensor.dim() == dims and not tensor.is_contiguous():
+            if tensor.is_contiguous(memory_format=layout):
+                return taken.contiguous(memory_format=layout)
+    return taken
 
 
 @contextmanager

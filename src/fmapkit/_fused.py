@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fmapkit._hooks import Hook, Inert
+
 __all__ = ["REASON", "fused_output", "may_fuse"]
 
 REASON = (
@@ -42,10 +44,18 @@ class _OrdinarySignal(Exception):  # noqa: N818
     """The ordinary path would be taken."""
 
 
-def may_fuse(module: nn.Module) -> bool:
-    """Whether it is one of torch's modules with a fused path, in eval mode."""
+def may_fuse(module: nn.Module, ours: tuple[type, ...]) -> bool:
+    """Whether it is one of torch's modules with a fused path, in eval mode.
+
+    Args:
+        module: about to run.
+        ours: the function modes that are not there without capture.
+    """
     if not isinstance(module, _TYPES) or module.training:
         return False
+    stack = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    if not all(isinstance(mode, ours) for mode in stack):
+        return False  # somebody else's mode watches: torch takes the ordinary path
     home = next(t for t in _TYPES if isinstance(module, t))
     return type(module).forward is home.forward and bool(torch.backends.mha.get_fastpath_enabled())
 
@@ -112,6 +122,13 @@ class _Namespace:
         return getattr(self._original, name)
 
 
+def _count(value: Any) -> int:
+    """The layers count hooks: ours do not count."""
+    if isinstance(value, dict):
+        return sum(not isinstance(v, (Hook, Inert)) for v in value.values())
+    return builtins.len(value)
+
+
 @lru_cache(maxsize=8)
 def _probe(forward: Any) -> Any:
     """The module's own forward, with the signals in place."""
@@ -136,8 +153,7 @@ def _probe(forward: Any) -> Any:
             torch, overrides=unwatched, **{n: fused(getattr(torch, n)) for n in names}
         ),
         F=_Namespace(nn.functional, multi_head_attention_forward=ordinary),
-        # The layers count hooks: ours do not count.
-        len=lambda value: 0 if isinstance(value, dict) else builtins.len(value),
+        len=_count,
     )
     opened = types.FunctionType(
         forward.__code__, inside, forward.__name__, forward.__defaults__, forward.__closure__

@@ -23,7 +23,9 @@ class GradientTap(Tap):
         if cell is None:
             self.call(module, args, output)
             return
-        note, how = cell
+        note, how, wanted, _ = cell
+        if module not in wanted:
+            return
         try:
             x = args[0]
             grads = watch(output), watch(x)
@@ -44,7 +46,9 @@ class GradientOutputTap(Tap):
         if cell is None:
             self.call(module, args, output)
             return
-        note, how = cell
+        note, how, wanted, _ = cell
+        if module not in wanted:
+            return
         try:
             grad = watch(output)
             if how:

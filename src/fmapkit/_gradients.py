@@ -13,6 +13,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from fmapkit._aside import select
 from fmapkit.errors import MapOverwrittenError
 
 __all__ = ["NO_GRAPH", "OF_VIEW", "Gradient", "in_function", "watch"]
@@ -63,7 +64,7 @@ class Gradient:
 
     __slots__ = ("__weakref__", "_lost", "_pick", "_post", "_value", "_version")
 
-    def __init__(self, post: _Post, pick: tuple[int, Tensor] | None = None) -> None:
+    def __init__(self, post: _Post, pick: tuple[int, tuple[int, ...]] | None = None) -> None:
         self._post = post
         self._pick = pick  # an axis, and the filters held along it
         self._value: Tensor | None = None
@@ -71,9 +72,9 @@ class Gradient:
         self._lost = False
         post.serve(self)
 
-    def picked(self, dim: int, index: Tensor) -> Gradient:
+    def picked(self, dim: int, places: tuple[int, ...]) -> Gradient:
         """The same for some filters alone."""
-        return Gradient(self._post, (dim, index))
+        return Gradient(self._post, (dim, places))
 
     def overwritten(self) -> None:
         """The tensor is about to be written to. What a view was has no gradient of its own then.
@@ -95,7 +96,7 @@ class Gradient:
     def receive(self, grad: Tensor) -> None:
         """One backward pass has reached the tensor."""
         if self._pick is not None:
-            grad = grad.index_select(*self._pick)
+            grad = select(grad, *self._pick)
         if self._value is not None:
             self._check()
             grad = self._value + grad

@@ -16,7 +16,39 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Hook", "Hooks", "leave_mode"]
+__all__ = ["Hook", "Hooks", "Inert", "leave_mode", "traced_as_nothing", "when_traced"]
+
+
+# Called when torch.compile traces code in which a hook of ours is set: each open session's own.
+when_traced: list[Callable[[], None]] = []
+
+
+def _note(context: Any) -> None:
+    for call in tuple(when_traced):
+        call()
+
+
+def _traced(hook: Hook, *args: Any) -> None:
+    """What dynamo traces in place of a hook: nothing, so that the compiled code is the user's.
+
+    The import and the call are run while it traces, and leave nothing in what it makes.
+    """
+    from torch._dynamo.comptime import comptime
+
+    comptime(_note)
+
+
+def traced_as_nothing(call: Callable[..., Any]) -> None:
+    """torch.compile leaves a hook's `__call__` out of what it compiles.
+
+    `torch.compile(module)` runs the module's own hooks outside of its graph, and would try to
+    compile them by themselves. Older versions of torch cannot be told; there it costs time.
+    """
+    call._torchdynamo_inline = _traced  # type: ignore[attr-defined]
+    dynamo = torch._C._dynamo.eval_frame
+    if hasattr(dynamo, "_FrameExecStrategy") and hasattr(dynamo, "set_code_exec_strategy"):
+        skip = dynamo._FrameAction.SKIP
+        dynamo.set_code_exec_strategy(call.__code__, dynamo._FrameExecStrategy(skip, skip))
 
 
 class Hook:
@@ -30,6 +62,8 @@ class Hook:
 
     def __call__(self, *args: Any) -> Any:
         return self.call(*args)
+
+    traced_as_nothing(__call__)
 
     def disarm(self) -> None:
         """Let go of the session; torch may be going through the module's hooks just then."""
@@ -73,13 +107,16 @@ def leave_mode(mode: TorchFunctionMode) -> None:
         _push_mode(other)  # type: ignore[no-untyped-call]
 
 
+_ROLES = ("around", "outside", "after", "before")
+
+
 class Hooks:
     """The hooks of one session, by role and module."""
 
     def __init__(self, owner: object) -> None:
         self._owner = owner
         self._handles: dict[tuple[str, nn.Module], list[tuple[Hook, RemovableHandle]]] = {}
-        self.count: dict[nn.Module, int] = {}  # how many hooks of ours a module has
+        self.excluded: set[nn.Module] = set()  # modules in compiled code, where no hook runs
 
     def is_ours(self, hook: Any) -> bool:
         """Whether this session registered it."""
@@ -88,40 +125,61 @@ class Hooks:
     def around(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
         """A pre and a post hook; the post hook also runs when forward raises an `Exception`."""
         for module in modules:
-            if ("around", module) in self._handles or isinstance(module, torch.jit.ScriptModule):
+            if ("around", module) in self._handles or self._unhookable(module):
                 continue
             self._remove(("after", module))
+            self._remove(("before", module))
             first, last = Hook(pre, self._owner), Hook(post, self._owner)
             self._handles["around", module] = [
                 (first, module.register_forward_pre_hook(first, with_kwargs=True)),
                 (last, module.register_forward_hook(last, with_kwargs=True, always_call=True)),
             ]
-            self.count[module] = 2
+
+    def outside(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
+        """A pair that comes before the pre and the post hooks of others: what they were given."""
+        for module in modules:
+            first, last = Hook(pre, self._owner), Hook(post, self._owner)
+            self._handles["outside", module] = [
+                (first, module.register_forward_pre_hook(first, prepend=True, with_kwargs=True)),
+                (last, module.register_forward_hook(last, prepend=True)),
+            ]
 
     def after(self, module: nn.Module, hook: Hook) -> bool:
-        """A plain post hook, the cheapest kind there is, on a module that is not hooked around.
+        """A plain post hook, the cheapest kind there is, unless others of ours serve.
 
         Returns:
             Whether it took the place of a hook of another type.
         """
-        if isinstance(module, torch.jit.ScriptModule):
+        return self._plain("after", module, hook)
+
+    def before(self, module: nn.Module, hook: Hook) -> bool:
+        """A plain pre hook, with the same reserve."""
+        return self._plain("before", module, hook)
+
+    def _plain(self, role: str, module: nn.Module, hook: Hook) -> bool:
+        if ("around", module) in self._handles or self._unhookable(module):
             return False
-        before = self._handles.get(("after", module))
-        if before is None and module in self.count:
+        before = self._handles.get((role, module))
+        if before is not None and type(before[0][0]) is type(hook):
             return False
-        if before is not None:
-            if type(before[0][0]) is type(hook):
-                return False
-            self._remove(("after", module))
-        self._handles["after", module] = [(hook, module.register_forward_hook(hook))]
-        self.count[module] = 1
+        self._remove((role, module))
+        register = (
+            module.register_forward_hook if role == "after" else module.register_forward_pre_hook
+        )
+        self._handles[role, module] = [(hook, register(hook))]
         return before is not None
+
+    def on(self, module: nn.Module) -> bool:
+        """Whether a module has any hook of ours."""
+        return any((role, module) in self._handles for role in _ROLES)
+
+    def _unhookable(self, module: nn.Module) -> bool:
+        return isinstance(module, torch.jit.ScriptModule) or module in self.excluded
 
     def _remove(self, key: tuple[str, nn.Module]) -> None:
         for hook, handle in self._handles.pop(key, ()):
             hook.disarm()
             handle.remove()
-            self.count.pop(key[1], None)
 
     @contextmanager
     def suspended(self, modules: Iterable[nn.Module]) -> Iterator[None]:

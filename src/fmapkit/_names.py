@@ -1,13 +1,26 @@
-"""Who is who in a model: qualified names of modules, and whose parameter a weight is."""
+"""Who is who in a model: qualified names of modules, and whose parameter a weight is.
+
+The names are those of the plain model: a module that only carries another one
+(`DistributedDataParallel`) adds no level, and goes by the name of what it carries.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from fmapkit import layers
+from fmapkit._sharded import is_dtensor
+from fmapkit._store import storage_of
+from fmapkit._wrappers import (
+    flat_parameters,
+    inner_key,
+    is_flat,
+    lends_parameters,
+    places_in,
+)
 
 __all__ = ["Names"]
 
@@ -19,7 +32,10 @@ class Names:
         self.model = model
         self.by_module: dict[nn.Module, str] = {}
         self.by_name: dict[str, nn.Module] = {}
+        self.wrappers: set[nn.Module] = set()
+        self.lent = False  # parameters that have memory only while their module runs (FSDP)
         self._owners: dict[int, tuple[Tensor, list[tuple[nn.Module, str]]]] = {}
+        self._flat: list[Any] = []  # flat parameters of old FSDP
         self._parameters: list[list[int]] = []  # their ids, by module
         self.refresh()
 
@@ -27,9 +43,18 @@ class Names:
         """Read the model anew."""
         self.by_module.clear()
         self.by_name.clear()
-        for name, module in self.model.named_modules(remove_duplicate=False):
-            self.by_name[name] = module
-            self.by_module.setdefault(module, name)
+        self.wrappers.clear()
+        self._flat.clear()
+        self.lent = False
+        for name, module in _walk(self.model, ""):
+            self.by_name[name] = module  # of a wrapper, what it carries: that comes after it
+            if module in self.by_module:
+                continue
+            self.by_module[module] = name
+            if inner_key(module) is not None:
+                self.wrappers.add(module)
+            self.lent = self.lent or lends_parameters(module)
+            self._flat += flat_parameters(module)
         self._read_parameters()
 
     def update(self) -> None:
@@ -54,7 +79,52 @@ class Names:
     def is_parameter(self, value: Any) -> bool:
         """Whether it is a parameter of the model."""
         found = self._owners.get(id(value))
-        return (found is not None and found[0] is value) or isinstance(value, nn.Parameter)
+        if (found is not None and found[0] is value) or isinstance(value, nn.Parameter):
+            return True
+        return bool(self.in_flat(value))
+
+    def _owned_by(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+        """The modules that have it, and as what."""
+        found = self._owners.get(id(parameter))
+        if found is not None and found[0] is parameter:
+            return found[1]
+        # FSDP puts other tensors in their place while a module runs.
+        return self.in_flat(parameter) or [
+            (module, key)
+            for module in self.by_module
+            for key, value in module._parameters.items()
+            if value is parameter
+        ]
+
+    def in_flat(self, value: Tensor) -> list[tuple[nn.Module, str]]:
+        """Whose parameter, and which, a view into the flat one of old FSDP is."""
+        if is_flat(value._base) and all(f is not value._base for f in self._flat):
+            self._flat.append(value._base)  # of a wrapper around the captured model
+        flats = [f for f in self._flat if storage_of(f) == storage_of(value)]
+        return [place for f in flats for place in places_in(f) if getattr(*place, None) is value]
+
+    def collective(self) -> str:
+        """Which module exchanges data with other ranks while it runs; empty if none is known."""
+        for module, name in self.by_module.items():
+            if (
+                lends_parameters(module)
+                or isinstance(module, nn.SyncBatchNorm)
+                or any(map(is_dtensor, module._parameters.values()))
+            ):
+                return name or type(module).__name__
+        return ""
+
+    def parameters_of(self, module: nn.Module) -> dict[str, Tensor]:
+        """Its own parameters by key, those in a flat parameter included."""
+        found: dict[str, Tensor] = {k: p for k, p in module._parameters.items() if p is not None}
+        for flat in self._flat:
+            found.update({k: getattr(m, k) for m, k in places_in(flat) if m is module})
+        return found
+
+    def owners(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+        """The modules that have a parameter, each with its key there."""
+        found = self._owners.get(id(parameter))
+        return found[1] if found is not None and found[0] is parameter else []
 
     def layer_of(self, parameter: Tensor | None, stack: Sequence[nn.Module]) -> str:
         """The layer of a weighted function: the running layer module, or the weight's owner.
@@ -69,7 +139,7 @@ class Names:
         inner = stack[-1]
         if parameter is None or layers.layer_axis(inner) is not None:
             return self._without_parametrization(self.of(inner))
-        owners = self._owners.get(id(parameter), (None, []))[1]
+        owners = self._owned_by(parameter)
         if not owners:
             return self.of(inner)
         running = [o for m in reversed(stack) for o in owners if o[0] is m]
@@ -77,7 +147,7 @@ class Names:
         name = self.of(module)
         if ".parametrizations." in f".{name}.":
             return self._without_parametrization(name)
-        weights = [p for p in module._parameters.values() if p is not None and p.dim() >= 2]
+        weights = [p for p in self.parameters_of(module).values() if p.dim() >= 2]
         if key == "weight" or (len(weights) <= 1 and not key.endswith("_weight")):
             return name
         part = key.removesuffix("_weight")
@@ -94,3 +164,13 @@ class Names:
         if name in self.by_name:
             return self.by_name[name]
         return self.by_name.get(name.rpartition(".")[0])
+
+
+def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules`, a module at each of its places, without the level of a wrapper."""
+    yield prefix, module
+    inner = inner_key(module)
+    for key, child in module._modules.items():
+        if child is not None:
+            place = key if not prefix else f"{prefix}.{key}"
+            yield from _walk(child, prefix if key == inner else place)

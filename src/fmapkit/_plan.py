@@ -8,7 +8,7 @@ one that came in is "whatever the i-th tensor argument carries".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,6 +68,9 @@ class Step:
     emissions: tuple[Emission, ...]
     plain: str  # "xy" or "y": it holds references to these, from their usual places, and no more
     flip: bool
+    at: int = 0  # which entry of the log it reads
+    sink: int = -1  # of a function between two modules: the entry that has its result
+    delta: int = 0  # and how often its operand was written to since the entry `at`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,9 +78,11 @@ class Plan:
     """How to read a proven module's later calls."""
 
     steps: tuple[Step, ...]
-    order: list[nn.Module | None]  # the steps' modules
+    order: list[Any]  # what fires: modules; pairs ("before", module); None for a function
+    at: list[Step | None]  # what is read there
     taps: frozenset[nn.Module]
     direct: dict[nn.Module, str]  # taps all of whose steps are plain, in the same way
+    inputs: dict[nn.Module, Any]  # modules whose first argument is noted: their key in `order`
     scopes: frozenset[nn.Module]  # run under the light mode: they call a σ themselves
     toggles: frozenset[nn.Module]  # children of these, in which the light mode is off
     before: frozenset[nn.Module]  # need a look before their call
@@ -122,17 +127,10 @@ def make_plan(
         if e.held is not None and e.held.tensor is not None and not e.held.copied
     }
     _settle_flips(tracer.events[frame.start :], kept)
-    tapped = {f.module for f in firings if f.module is not None and _emits(f)}
-    scopes = {f.scope for f in firings if f.module is None and _emits(f)}
-    steps = []
-    for firing in firings:
-        if firing.module is not None and firing.module not in tapped:
-            continue
-        if firing.module is None and (firing.scope not in scopes or not firing.events):
-            continue
-        steps.append(_step(firing, ref, escaping))
+    made = {f: _step(f, ref, escaping) for f in firings if not f.before}
+    read = _Reading(firings, made, frame.module)
     # Where a function that a scope is tapped for is called by other modules, too.
-    tapped_names = {describe(f.function).name for f in firings if f.module is None and _emits(f)}
+    tapped_names = {s.function for s in read.at if s is not None and s.module is None}
     called = {
         f.scope
         for f in firings
@@ -145,20 +143,24 @@ def make_plan(
         for t in returned
     )
     return Plan(
-        steps=tuple(steps),
-        order=[s.module for s in steps],
-        taps=frozenset(tapped),
-        direct=_direct(steps),
-        scopes=frozenset(scopes),
+        steps=tuple(read.steps),
+        order=read.order,
+        at=read.at,
+        taps=frozenset(read.tapped),
+        direct=read.direct,
+        inputs=read.inputs,
+        scopes=frozenset(read.scopes),
         toggles=frozenset(
             f.module
             for f in firings
-            if f.module is not None and f.parent in scopes and _to_be_left_alone(f.module, called)
+            if f.module is not None
+            and f.parent in read.scopes
+            and _to_be_left_alone(f.module, called)
         ),
         before=frozenset(
-            s.module for s in steps if s.module and any(e.before for e in s.emissions)
+            s.module for s in read.at if s and s.module and any(e.before for e in s.emissions)
         ),
-        flips=tuple({s.module: None for s in steps if s.flip and s.module is not None}),
+        flips=tuple({s.module: None for s in read.at if s and s.flip and s.module is not None}),
         calls=tuple(
             (n, c - frame.counts[n]) for n, c in tracer.counts.items() if c > frame.counts[n]
         ),
@@ -269,6 +271,101 @@ def _direct(steps: list[Step]) -> dict[nn.Module, str]:
                 step.plain if found.get(step.module, step.plain) == step.plain else ""
             )
     return {module: how for module, how in found.items() if how}
+
+
+class _Reading:
+    """Which firings are tapped, and what is read at each.
+
+    Args:
+        firings: all of the unit's.
+        made: a step for each, but for those before a call.
+        unit: the module that is planned.
+
+    Attributes:
+        tapped: modules whose end is tapped.
+        direct: those whose taps note tensors as they are, and which ones.
+        inputs: modules whose start is tapped, with their key.
+        scopes: modules watched by the light mode.
+        order: what fires, in order.
+        at: the step of each.
+        steps: all steps, in order of execution.
+    """
+
+    def __init__(
+        self, firings: Sequence[Firing], made: dict[Firing, Step], unit: nn.Module
+    ) -> None:
+        self._made = made
+        self._unit = unit
+        self._known = set(firings)
+        # A hook fires in each of its module's calls, and has to find a tensor each time.
+        self._blind = {(f.module, f.before) for f in firings if f.module and f.tensor is None}
+        functions = [f for f in firings if f.module is None and _emits(f)]
+        self.tapped = {f.module for f in firings if f.module is not None and _emits(f)}
+        self.direct = _direct([made[f] for f in firings if f.module in self.tapped and f in made])
+        between = self._between(functions)
+        self.scopes = {f.scope for f in functions} - {f.scope for f in between}
+        self.inputs: dict[nn.Module, Any] = {}
+        for firing in [f for pair in between.values() for f in pair]:
+            assert firing.module is not None
+            if firing.before:
+                self.inputs[firing.module] = ("before", firing.module)
+            elif firing.module not in self.tapped:
+                self.direct[firing.module] = "y"
+        emitting = {None, *self.tapped}
+        self.tapped |= set(self.direct)
+        self.order: list[Any] = []
+        self.at: list[Step | None] = []
+        self.steps: list[Step] = []
+        place: dict[Firing, int] = {}
+        for firing in firings:
+            key = self._key(firing)
+            if key is not None:
+                place[firing] = len(self.order)
+                self.order.append(key[0])
+                step = replace(made[firing], at=place[firing]) if firing in made else None
+                self.at.append(step if firing.module in emitting else None)
+        for firing in firings:
+            if firing in between:
+                source, sink = between[firing]
+                step, delta = made[firing], firing.events[0].delta
+                self.steps.append(replace(step, at=place[source], sink=place[sink], delta=delta))
+            elif firing in place:
+                found = self.at[place[firing]]
+                self.steps += [found] if found is not None else []
+
+    def _key(self, firing: Firing) -> tuple[Any] | None:
+        """What fires is called, if it is tapped."""
+        module = firing.module
+        if module is None:
+            return (None,) if firing.scope in self.scopes and firing.events else None
+        if firing.before:
+            return (self.inputs[module],) if module in self.inputs else None
+        return (module,) if module in self.tapped else None
+
+    def _between(self, functions: list[Firing]) -> dict[Firing, tuple[Firing, Firing]]:
+        """Functions whose operand and result hooks on modules see: all of a scope's, or none."""
+        seen = {f: self._ends(f) for f in functions}
+        unseen = {f.scope for f, ends in seen.items() if ends is None}
+        return {f: ends for f, ends in seen.items() if ends and f.scope not in unseen}
+
+    def _ends(self, firing: Firing) -> tuple[Firing, Firing] | None:
+        event, step = firing.events[0], self._made[firing]
+        source, sink = event.source, event.sink
+        if len(firing.events) > 1 or event.kind != "sigma" or step.flip:
+            return None
+        if any(e.copy or e.before or e.picked for e in step.emissions):
+            return None
+        if source is None or sink is None or not self._sees(source) or not self._sees(sink):
+            return None
+        return source, sink
+
+    def _sees(self, firing: Firing) -> bool:
+        module = firing.module
+        if firing not in self._known or (module, firing.before) in self._blind:
+            return False
+        if firing.before:
+            return module is not self._unit
+        return module not in self.tapped or module in self.direct
 
 
 def _lost_within(event: Event) -> bool:

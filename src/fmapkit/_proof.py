@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fmapkit._optimized import is_compiled
 from fmapkit._stop import has_own_forward
 
 __all__ = ["Guard", "Proofs"]
@@ -59,14 +60,14 @@ class _UnprovenError(Exception):
 class Guard:
     """A plain value, or a function, the road was learned under."""
 
-    module: Any  # a module, or the namespace of a function's globals
+    module: Any  # a module or a class; or a dict: a function's globals, an instance's attributes
     path: str
     none_only: bool
 
     def value(self) -> Any:
         """The value now; a changed one asks for a plan of its own."""
         if isinstance(self.module, dict):
-            return id(self.module.get(self.path))
+            return _Same(self.module.get(self.path))
         try:
             found = operator.attrgetter(self.path)(self.module)
         except AttributeError:
@@ -83,10 +84,25 @@ class Guard:
         return (own, self.path) if isinstance(own.get(self.path), _SIMPLE) else None
 
 
+class _Same:
+    """Equal to itself alone, whatever the value's own idea of equality; keeps it alive."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 def _frozen(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_frozen(v) for v in value)
-    return value if isinstance(value, _SIMPLE) else id(value)
+    return value if isinstance(value, _SIMPLE) else _Same(value)
 
 
 def _plain(value: Any) -> bool:
@@ -115,7 +131,8 @@ class Proofs:
 
     def guards(self, module: nn.Module) -> list[Guard]:
         """Every guard the proof of a module and those below it rests on."""
-        return [g for m in module.modules() for g in self._guards.get(id(m), ())]
+        guards = (g for m in module.modules() for g in self._guards.get(id(m), ()))
+        return list({(id(g.module), g.path, g.none_only): g for g in guards}.values())
 
     def _own(self, module: nn.Module) -> bool:
         hooks = (
@@ -125,6 +142,8 @@ class Proofs:
             *module._backward_pre_hooks.values(),
         )
         if not all(map(self._is_ours, hooks)) or has_own_forward(module):
+            return False
+        if is_compiled(module):
             return False
         kind = type(module)
         if kind.__getattr__ is not nn.Module.__getattr__:
@@ -137,14 +156,16 @@ class Proofs:
         read = self._alike.get(alike)
         if read is None:
             read = _Reader(module)
+            read.guards.append(Guard(kind, "forward", none_only=False))
             try:
                 read.function(kind.forward)
             except (_UnprovenError, RecursionError):
                 read.proven = False
             if not read.deep:
                 self._alike[alike] = read
+        mine = {id(read.module): module, id(read.module.__dict__): module.__dict__}
         self._guards[id(module)] = [
-            replace(g, module=module) if g.module is read.module else g for g in read.guards
+            replace(g, module=mine.get(id(g.module), g.module)) for g in read.guards
         ]
         return read.proven
 
@@ -551,6 +572,10 @@ class _Reader:
                 return
             if isinstance(getattr(nn.Module, name, None), types.FunctionType):
                 raise _UnprovenError("calls the machinery of modules")
+            # Neither the instance nor the class may have another one later.
+            called = call.func.attr if isinstance(call.func, ast.Attribute) else name
+            self.guards.append(Guard(self.module.__dict__, called, none_only=False))
+            self.guards.append(Guard(type(self.module), called, none_only=False))
             self.function(found.__func__)
             return
         if isinstance(found, types.MethodType) and isinstance(found.__self__, nn.Module):
@@ -591,6 +616,7 @@ class _Reader:
             if name in base.__dict__:
                 if base.__module__.startswith("torch.nn.modules."):
                     return
+                self.guards.append(Guard(base, name, none_only=False))
                 self.function(base.__dict__[name])
                 return
         raise _UnprovenError("super() has no such method")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from operator import itemgetter
 from typing import Any
 
@@ -21,16 +21,21 @@ from fmapkit._aside import clone
 from fmapkit._flow import NOWHERE, Flow, Origin, Weight, tensors_in
 from fmapkit._functions import describe, out_of_place
 from fmapkit._gradients import Gradient, in_function, watch
-from fmapkit._hooks import Hook, leave_mode, nothing
+from fmapkit._hooks import Hook, leave_mode, nothing, traced_as_nothing
 from fmapkit._plan import Plan, Ref, Step
 from fmapkit._stop import Stop
 from fmapkit._store import Entry, Held, version_of
 from fmapkit._trace import leaves
 from fmapkit._wants import Wants
 
-__all__ = ["LightMode", "Line", "OutputTap", "Run", "Tap"]
+__all__ = ["InputTap", "LightMode", "Line", "OutputTap", "Run", "Tap"]
 
 _module = itemgetter(0)
+
+
+# The `append` of a run's log; how tensors are to be read; the modules whose end, and whose start,
+# the run's plan wants to see.
+Cell = tuple[Callable[[Any], None], int, Container[nn.Module], Container[nn.Module]]
 
 
 class Line(threading.local):
@@ -39,12 +44,12 @@ class Line(threading.local):
     Per thread, so that a tap that fires in another one, which is not captured, finds nothing.
 
     Attributes:
-        cell: the `append` of the run's log, and how tensors are to be read: 0 as they are, 1
-            outside the graph, 2 with inference tensors among them, 3 outside of a graph that they
-            may become part of, 4 both. None while no run is under way.
+        cell: None while no run is under way. Tensors are to be read: 0 as they are, 1 outside the
+            graph, 2 with inference tensors among them, 3 outside of a graph that they may become
+            part of, 4 both.
     """
 
-    cell: tuple[Callable[[Any], None], int] | None = None
+    cell: Cell | None = None
 
 
 class Tap(Hook):
@@ -69,7 +74,9 @@ class Tap(Hook):
         if cell is None:
             self.call(module, args, output)
             return
-        note, how = cell
+        note, how, wanted, _ = cell
+        if module not in wanted:  # a tap of another plan
+            return
         try:
             x = args[0]
             if how:
@@ -92,8 +99,11 @@ class Tap(Hook):
         if cell is None or cell[1] in (2, 4):
             self.fault(module, error)
             return
-        self.line.cell = (cell[0], 4 if cell[1] else 2)
+        note, how, ends, starts = cell
+        self.line.cell = (note, 4 if how else 2, ends, starts)
         self(module, args, output)
+
+    traced_as_nothing(__call__)
 
     def disarm(self) -> None:
         """Let go of the session and its run."""
@@ -112,13 +122,51 @@ class OutputTap(Tap):
         if cell is None:
             self.call(module, args, output)
             return
-        note, how = cell
+        note, how, wanted, _ = cell
+        if module not in wanted:
+            return
         try:
             if how and (output.requires_grad or how > 2):
                 output = output.detach()
             note((module, output, version_of(output) if how > 1 else output._version))
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.again(module, args, output, error)
+
+
+class InputTap(Tap):
+    """The same for a module of which only its first argument is to be seen, before it runs.
+
+    Args:
+        key: what it is called in the plan's order.
+        line: to write to.
+        other: called with the hook's arguments when no run is under way.
+        fault: called with the module and the error, should we fail.
+        owner: the session.
+    """
+
+    __slots__ = ("key",)
+
+    def __init__(self, key: Any, line: Line, other: Any, fault: Any, owner: object) -> None:
+        super().__init__(line, other, fault, owner)
+        self.key = key
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
+        cell = self.line.cell
+        if cell is None:
+            self.call(module, args)
+            return
+        note, how, _, wanted = cell
+        if module not in wanted:
+            return
+        try:
+            x = args[0]
+            if how and (x.requires_grad or how > 2):
+                x = x.detach()
+            note((self.key, x, version_of(x) if how > 1 else x._version))
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.again(module, args, None, error)
+
+    traced_as_nothing(__call__)
 
 
 class Run:
@@ -168,7 +216,7 @@ class Run:
             module.__dict__["inplace"] = False
         if self.module in self.plan.scopes:
             self.light().resume()
-        self.line.cell = (self.log.append, self.how)
+        self.line.cell = (self.log.append, self.how, self.plan.taps, self.plan.inputs)
 
     def finish(self) -> None:
         """Put back what `start` changed."""
@@ -198,7 +246,8 @@ class Run:
         at = self._checked
         while at < len(order) and log[at][0] is order[at]:
             at += 1
-        module = log[at][0]
+        key = log[at][0]
+        module = key[1] if isinstance(key, tuple) else key
         self.stray(type(module).__name__ if module is not None else "a function")
         del log[at:]
         return False
@@ -207,9 +256,13 @@ class Run:
         """A tapped module has run, and more is to be done than a `Tap` does."""
         if not self.follows():
             return
-        step = self._next()
-        if step is None or step.module is not module:
+        if self._next_key() is not module:
             self.stray(type(module).__name__)
+            return
+        step = self.plan.at[len(self.log)]
+        if step is None:  # a function's operand or result
+            self.log.append((module, self._own(output), self._version(output)))
+            self._may_stop()
             return
         x = x_grad = None
         if module in self.before and any(e.before for e in step.emissions):
@@ -229,16 +282,28 @@ class Run:
         self._may_stop()
 
     def _may_stop(self) -> None:
-        if self.stop is not None and len(self.log) == len(self.plan.steps):
+        if self.stop is not None and len(self.log) == len(self.plan.order):
             self.stop.end()
 
-    def _next(self) -> Step | None:
-        at, steps = len(self.log), self.plan.steps
-        return steps[at] if at < len(steps) else None
+    def before_call(self, module: nn.Module, args: Any) -> None:
+        """A module whose first argument is to be seen is about to run; as an `InputTap` does."""
+        key = self.plan.inputs[module]
+        if not self.follows():
+            return
+        if self._next_key() != key:
+            self.stray(type(module).__name__)
+            return
+        self.log.append((key, self._own(args[0]), self._version(args[0])))
+        self._may_stop()
+
+    def _next_key(self) -> Any:
+        at, order = len(self.log), self.plan.order
+        return order[at] if at < len(order) else ()
 
     def pre(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module that overwrites its own input is about to run."""
-        step = next((s for s in self.plan.steps[len(self.log) :] if s.module is module), None)
+        later = self.plan.at[len(self.log) :]
+        step = next((s for s in later if s is not None and s.module is module), None)
         if step is None or not any(e.before for e in step.emissions):
             return
         x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
@@ -248,8 +313,10 @@ class Run:
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """A nonlinearity or layer called by a scope itself."""
-        step = self._next() if self.follows() else None
-        if step is None or step.module is not None or step.function != name:
+        step = None
+        if self.follows() and self._next_key() is None:
+            step = self.plan.at[len(self.log)]
+        if step is None or step.function != name:
             self.stray(name)
             return func(*args, **kwargs)
         x = next(iter(tensors_in(*args, kwargs)[step.place :]), None)
@@ -288,7 +355,7 @@ class Run:
                 picked, axes = emission.picked, emission.axes
                 if picked is not None and axes is not None:
                     if grad is not None:
-                        grad = grad.picked(*self.wants.index(axes, picked, value.device))
+                        grad = grad.picked(*self.wants.place(axes, picked))
                     value = self.wants.take(value, axes, picked)
                 else:
                     value = self._own(value)
@@ -355,8 +422,21 @@ class Run:
     def entries(self) -> list[Entry]:
         """The maps of this run, in execution order."""
         found: list[Entry] = []
-        for record, step in zip(self.log, self.plan.steps, strict=False):
-            if step.plain:
+        count = len(self.log)
+        for step in self.plan.steps:
+            if step.at >= count or step.sink >= count:
+                continue
+            record = self.log[step.at]
+            items: list[Any]
+            if step.sink >= 0:
+                result = self.log[step.sink]
+                version = record[2] + step.delta if record[2] >= 0 else -1
+                slots = {
+                    "x": (self._own(record[1]), version, None),
+                    "y": (self._own(result[1]), result[2], None),
+                }
+                items = [slots[e.slot] for e in step.emissions]
+            elif step.plain:
                 y_grad, x_grad = record[-2:] if self.wants.gradients else (None, None)
                 slots = {"y": (self._own(record[1]), record[2], y_grad)}
                 if step.plain == "xy":
@@ -397,7 +477,7 @@ class LightMode(TorchFunctionMode):
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.run = run
-        self.names = {s.function for s in run.plan.steps if s.module is None}
+        self.names = {s.function for s in run.plan.at if s is not None and s.module is None}
         self.on = False
         self._pushed = False
 

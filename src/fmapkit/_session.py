@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
 from fmapkit._aside import operators_are_counted
+from fmapkit._compiled import Compiled
 from fmapkit._edit import Edits
 from fmapkit._flow import Flow, Weight, tensors_in
 from fmapkit._form import casts, form_of, weights_of
@@ -34,16 +35,27 @@ from fmapkit._hooks import Hook, Hooks, leave_mode
 from fmapkit._names import Names
 from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
-from fmapkit._replay import Line, OutputTap, Run, Tap, tag_outputs
+from fmapkit._replay import InputTap, LightMode, Line, OutputTap, Run, Tap, tag_outputs
 from fmapkit._settle import has_inference_tensors, settle
+from fmapkit._sharded import is_wrapped, moves_data
 from fmapkit._stop import Stop, StopForward
 from fmapkit._store import Pass, Store, storage_of
-from fmapkit._trace import TRANSFORMED, Frame, Tracer, leaves, transformed
+from fmapkit._trace import TRANSFORMED, Event, Frame, Tracer, leaves, transformed
 from fmapkit._wants import Wants
 from fmapkit._watch import Watch
+from fmapkit._wrappers import REPLICAS
 from fmapkit.errors import CaptureWarning
 
 __all__ = ["Missed", "Session"]
+
+
+_RECORDED = (
+    "it was recorded into a CUDA graph: nothing has run yet, and replays of the graph run without "
+    "Python"
+)
+
+
+_MODES = (Tracer, LightMode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +123,10 @@ class Session:
         keep: int | None,
         every: int,
         stop: bool = False,
+        given: nn.Module | None = None,
     ) -> None:
         self.model = model
+        self.compiled = Compiled(self, model if given is None else given)
         self.names = names
         self.wants = wants
         self.edits = edits
@@ -146,6 +160,7 @@ class Session:
         self._direct: set[nn.Module] = set()  # modules that a scope has called itself
         self._opened: set[nn.Module] = set()  # proven, but with something to edit in them
         self._all_hooked = False
+        self._given: list[tuple[nn.Module, Any]] = []  # what hooks that move data were given
 
     # -- life cycle ---------------------------------------------------------------------------
 
@@ -156,10 +171,12 @@ class Session:
         self.hooks.around([self.model], self._pre, self._post)
         if self._forward is not None:
             self._forward.install()
+        self.compiled.open()
 
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""
         self._abandon()
+        self.compiled.close()
         self.hooks.drop()
         if self._forward is not None:
             self._forward.remove()
@@ -191,6 +208,8 @@ class Session:
 
     def _pre(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread or torch._C._current_graph_task_id() != -1:
+            if "_is_replica" in module.__dict__:
+                self.miss("", REPLICAS)
             return None
         try:
             if module is self.model and not self._running():
@@ -208,8 +227,9 @@ class Session:
                 self._direct.add(module)
                 return self._enter_unit(module, args, kwargs)
             elif self._tracer is not None:
-                if may_fuse(module) and not self._fused_in and not self.edits:
+                if may_fuse(module, _MODES) and not self._fused_in and not self.edits:
                     self._run_fused(module, args, kwargs)
+                self._moved(module, (args, kwargs))
                 frame = self._tracer.enter(module, args, kwargs)
                 self._trace_on()
                 return frame.replaced
@@ -234,6 +254,7 @@ class Session:
             elif self._learning is not None and self._learning[0] is module:
                 replaced = self._learned(module, output, failed)
             elif self._tracer is not None:
+                self._moved(module, output)
                 replaced = self._tracer.leave(module, None if failed else output)
                 if module is self._fused_in:
                     replaced = self._take_fused(output)
@@ -250,6 +271,23 @@ class Session:
             self._fault(module, error)
         return replaced
 
+    def _before_moving(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Hooks that only redistribute come next: note what they are given (see `_sharded.py`)."""
+        if self._tracer is not None and threading.get_ident() == self.thread:
+            self._given.append((module, (args, kwargs)))
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The same for hooks on what the module returns."""
+        if self._tracer is not None and threading.get_ident() == self.thread:
+            self._given.append((module, output))
+
+    def _moved(self, module: nn.Module, values: Any) -> None:
+        """What such hooks made of it carries what it carried."""
+        if self._given:
+            owner, given = self._given.pop()
+            if owner is module and self._tracer is not None:
+                self._tracer.moved(given, values)
+
     def _tap(self, module: nn.Module, args: Any, output: Any) -> None:
         run = self._run
         if run is None or threading.get_ident() != self.thread:
@@ -262,6 +300,17 @@ class Session:
             return
         try:
             run.tap(module, args, None, output)
+        except Exception as error:
+            self._fault(module, error)
+
+    def _tap_before(self, module: nn.Module, args: Any) -> None:
+        run = self._run
+        if run is None or threading.get_ident() != self.thread:
+            return
+        if torch._C._current_graph_task_id() != -1 or module not in run.plan.inputs:
+            return
+        try:
+            run.before_call(module, args)
         except Exception as error:
             self._fault(module, error)
 
@@ -294,7 +343,7 @@ class Session:
         self._abandon()
         return False
 
-    def _begin(self, args: Any, kwargs: Any) -> bool:
+    def _begin(self, args: Any, kwargs: Any, compiled: bool = False) -> bool:
         step = self._steps
         self._steps += 1
         if step % self.every:
@@ -302,8 +351,18 @@ class Session:
             self._drop_hooks()
             return False
         self._idle = False
-        if _transformed((args, kwargs)):
+        around = not compiled and self.compiled.unannounced()
+        if around:
+            self.compiled.noticed()
+        elif _transformed((args, kwargs)):
             self.miss("", TRANSFORMED)
+            around = True
+        if around:
+            self._idle = True
+            self._drop_hooks()
+            return False
+        if _recording():
+            self.miss("", _RECORDED)
             self._idle = True
             self._drop_hooks()
             return False
@@ -314,7 +373,10 @@ class Session:
         self.edits.begin()
         if self.stop is not None:
             self.stop.begin()
-        if not self._is_unit(self.model):
+        if compiled:
+            self._drop_hooks()
+            self._new_tracer().enter_inputs(args, kwargs)
+        elif not self._is_unit(self.model):
             self._watch_scopes()
             self._new_tracer().enter_inputs(args, kwargs)
             self._trace_on()
@@ -344,6 +406,7 @@ class Session:
             self.stop.learn(current.entries())
         if current is not None:
             current.closed = True
+        self._given.clear()
         self._tracer = self._current = self._frame = self._run = self._learning = None
         self._depth = 0
         del tracer  # which holds tensors, too
@@ -372,6 +435,7 @@ class Session:
         self._trace_out()
         if self._tracer is not None:
             self._tracer.end()
+        self._given.clear()
         current = self._current
         self._tracer = self._current = self._frame = self._run = None
         if current is not None:
@@ -388,6 +452,7 @@ class Session:
         self._units.clear()
         self._proofs = Proofs(self.hooks.is_ours)
         self._drop_hooks()
+        self.compiled.refresh()
         self._direct.clear()
         self._opened.clear()
         if self.stop is not None:
@@ -492,6 +557,12 @@ class Session:
             inside.update(m for m in unit.modules() if m is not unit)
         wanted = [m for m in self.model.modules() if m not in inside or m in self._direct]
         self.hooks.around(wanted, self._pre, self._post)
+        moving = (
+            m
+            for m in wanted
+            if any(map(moves_data, (*m._forward_pre_hooks.values(), *m._forward_hooks.values())))
+        )
+        self.hooks.outside(moving, self._before_moving, self._after_forward)
 
     def _enter_unit(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         unit = self._unit(module)
@@ -551,6 +622,7 @@ class Session:
 
     def _learn(self, module: nn.Module, key: Any, args: Any, kwargs: Any, inputs: list[Any]) -> Any:
         self.hooks.drop("after")
+        self.hooks.drop("before")
         self._tapped.clear()
         tracer = self._tracer
         if tracer is None:
@@ -586,7 +658,9 @@ class Session:
                         held.check()
             final = output if replaced is None else replaced
             arguments = tensors_in(*frame.args, frame.kwargs)
-            self._unit(module).plans[key] = make_plan(tracer, frame, final, inputs, arguments)
+            plan = make_plan(tracer, frame, final, inputs, arguments)
+            if not any(map(_sharded, tracer.events[frame.start :])):
+                self._unit(module).plans[key] = plan
             tracer.let_go(tracer.events[frame.start :])
         return replaced
 
@@ -607,6 +681,12 @@ class Session:
                 kind = self._taps[how]
                 tap = kind(self._line, self._tap, self._fault, self)
                 replaced |= self.hooks.after(tapped, tap)
+        for noted, key in plan.inputs.items():
+            if key is last:
+                replaced |= self.hooks.before(noted, Hook(self._tap_before, self))
+            else:
+                noting = InputTap(key, self._line, self._tap_before, self._fault, self)
+                replaced |= self.hooks.before(noted, noting)
         if replaced:  # other plans, of this unit or of one that shares a module, set theirs again
             self._tapped.clear()
         self._tapped[module] = plan
@@ -619,6 +699,8 @@ class Session:
         """All but those that every pass goes through."""
         if self._tapped or self._all_hooked:
             self.hooks.drop("after")
+            self.hooks.drop("outside")
+            self.hooks.drop("before")
             self.hooks.drop("around", keep=[self.model])
             self._tapped.clear()
             self._all_hooked = False
@@ -629,6 +711,8 @@ class Session:
         plan = run.plan
         if module in plan.before:
             run.pre(module, args, kwargs)
+        if module in plan.inputs:
+            run.before_call(module, args)
         if plan.scopes:
             if module in plan.toggles:
                 run.marks.append(run.light().pause())
@@ -658,7 +742,7 @@ class Session:
         if run.module in run.plan.taps and not failed:
             run.tap(run.module, args, kwargs, output)
         run.finish()
-        if not failed and not run.lost and len(run.log) != len(run.plan.steps):
+        if not failed and not run.lost and len(run.log) != len(run.plan.order):
             run.lost = "fewer taps fired than were learned"
         if run.lost:
             self._units.pop(run.module, None)
@@ -690,8 +774,19 @@ class Session:
         self._trace_on()
 
 
+def _recording() -> bool:
+    """Whether a CUDA graph is being recorded."""
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(started and torch.cuda.is_current_stream_capturing())
+
+
 def _get(place: tuple[dict[str, Any], str]) -> Any:
     return place[0].get(place[1])
+
+
+def _sharded(event: Event) -> bool:
+    """Whether a map of it is a wrapper, of whose writes a tap would see one half."""
+    return any(e.held is not None and is_wrapped(e.held.tensor) for _, e in event.entries)
 
 
 def _transformed(value: Any) -> bool:
@@ -722,7 +817,8 @@ def _call_frame() -> Any:
 def _shape(value: Any) -> Any:
     """What kind of arguments these are: form of tensors, types of the rest, by place."""
     if isinstance(value, Tensor):
-        return form_of(value)
+        form = form_of(value)
+        return form if type(value) is Tensor else (form, type(value))
     if isinstance(value, (tuple, list)):
         return tuple([_shape(v) for v in value])
     if isinstance(value, dict):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from fmapkit._aside import clone
 from fmapkit._axes import Axes
 from fmapkit._flow import Origin
 from fmapkit._gradients import Gradient, watch
+from fmapkit._sharded import alias_of, ends_of, is_wrapped, settled
 from fmapkit.errors import MapOverwrittenError, MapReleasedError
 
 __all__ = ["Entry", "Held", "Pass", "Store", "version_of"]
@@ -26,7 +27,11 @@ __all__ = ["Entry", "Held", "Pass", "Store", "version_of"]
 
 def version_of(tensor: Tensor) -> int:
     """The version counter; -1 for inference tensors, which have none."""
-    return -1 if tensor.is_inference() else tensor._version
+    if tensor.is_inference():
+        return -1
+    if is_wrapped(tensor):
+        return sum(0 if t.is_inference() else t._version for t in ends_of(tensor))
+    return tensor._version
 
 
 class Held:
@@ -52,7 +57,7 @@ class Held:
     @classmethod
     def reference(cls, tensor: Tensor, detach: bool = True, gradients: bool = False) -> Held:
         """Keep the model's own memory; the model's own tensor, graph and all, if not detached."""
-        alias = tensor.detach() if detach else tensor
+        alias = alias_of(tensor) if detach else tensor
         return cls(alias, version_of(alias), gradient=watch(tensor) if gradients else None)
 
     @classmethod
@@ -89,6 +94,16 @@ class Held:
         if self.tensor is not None and version_of(self.tensor) != self.version:
             self.lost = True
 
+    def _freed(self) -> bool:
+        """Whether there is no memory behind the tensor any more."""
+        if self.copied or self.tensor is None or not self.tensor.numel():
+            return False
+        tensor = ends_of(self.tensor)[-1]
+        try:
+            return tensor.numel() > 0 and not tensor.untyped_storage().nbytes()
+        except (NotImplementedError, RuntimeError):  # sparse, and others without one storage
+            return False
+
     def read(self, what: str) -> Tensor:
         """The tensor, if it still is what was captured.
 
@@ -102,13 +117,18 @@ class Held:
                 "capture(..., keep=n) keeps n passes readable"
             )
         self.check()
+        if self._freed():
+            raise MapReleasedError(
+                f"{what} lay in memory that was given back when the pass was over (FSDP does so "
+                "with parameters)"
+            )
         if self.lost:
             raise MapOverwrittenError(
                 f"{what} was written to in place after it was captured, so its values are not "
                 "those of the pass any more; clone it inside the block, right after the pass, or "
                 "run the model again: a write inside the model is copied around from then on"
             )
-        return self.tensor
+        return settled(self.tensor)
 
 
 class Entry:
@@ -213,9 +233,15 @@ class Store:
 class Aliases:
     """Which held tensors share memory with one that is about to be written to."""
 
-    def __init__(self, detach: bool = True, gradients: bool = False) -> None:
+    def __init__(
+        self,
+        detach: bool = True,
+        gradients: bool = False,
+        lent: Callable[[Tensor], bool] = lambda _: False,
+    ) -> None:
         self.detach = detach
         self.gradients = gradients
+        self._lent = lent  # whether a tensor's memory will be gone when its module has run
         self.written: set[int] = set()  # storages that were written to
         self._new: list[Held] = []
         self._by_storage: dict[int, list[Held]] = {}
@@ -232,7 +258,8 @@ class Aliases:
                         # What a torch.autograd.Function returned is in the graph only now.
                         held.gradient = watch(tensor)
                     return held
-        held = Held.reference(tensor, self.detach, self.gradients)
+        kind = Held.copy if self._lent(tensor) else Held.reference
+        held = kind(tensor, self.detach, self.gradients)
         self._by_id[id(tensor)] = (weakref.ref(tensor), held)
         self._new.append(held)
         return held
@@ -259,6 +286,8 @@ class Aliases:
 
 def storage_of(tensor: Tensor) -> int:
     """What tells one block of memory from another."""
+    if is_wrapped(tensor):
+        tensor = ends_of(tensor)[-1]
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse, and other tensors without one storage

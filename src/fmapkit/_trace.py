@@ -31,8 +31,9 @@ from fmapkit._flow import NOWHERE, STOP, Flow, Origin, Tag, Weight, tensors_in
 from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, out_of_place
 from fmapkit._gradients import NO_GRAPH, in_function
 from fmapkit._names import Names
+from fmapkit._sharded import is_dtensor, local_axes
 from fmapkit._stop import Stop
-from fmapkit._store import Aliases, Entry, Held, Pass, storage_users, version_of
+from fmapkit._store import Aliases, Entry, Held, Pass, storage_of, storage_users, version_of
 from fmapkit._wants import Wants
 
 __all__ = ["Event", "Firing", "Frame", "SigmaCall", "Tracer", "leaves"]
@@ -40,10 +41,12 @@ __all__ = ["Event", "Firing", "Frame", "SigmaCall", "Tracer", "leaves"]
 _CALL = nn.Module._call_impl.__code__
 # Nonlinearities whose in-place form has the same derivative formula, bit for bit. That of the ELU
 # and leaky ReLU families is computed from a instead of z (torch, tools/autograd/derivatives.yaml).
-_SAME_GRADIENT = {
+SAME_GRADIENT = {
     *("relu", "relu6", "hardtanh", "sigmoid", "tanh", "silu", "hardswish", "mish", "hardsigmoid"),
     "threshold",
 }
+# How many firings back the operand of a function is looked for.
+_NEAR = 32
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # How a tensor depends on a module's input; a tensor that does not depend on it has 0. The last is
 # not pointwise, or random.
@@ -67,6 +70,7 @@ class Event:
             "scope",
         ),
         *("sigma", "x", "x_held", "y", "y_held", "in_place", "firing", "graph"),
+        *("delta", "sink", "source"),
     )
 
     def __init__(self, kind: str, scope: nn.Module, function: Any = None) -> None:
@@ -87,6 +91,11 @@ class Event:
         self.in_place = False
         self.graph = False  # its result is part of an autograd graph
         self.firing: Firing | None = None
+        # Of a function's x and y: the hooks that would see them, and how often x is written to
+        # between the first and the function.
+        self.source: Firing | None = None
+        self.sink: Firing | None = None
+        self.delta = 0
         self.entries: list[tuple[str, Entry]] = []  # ("x" | "y" | path, what is held)
 
     def drop(self) -> None:
@@ -99,18 +108,28 @@ class Event:
 
 
 class Firing:
-    """A moment at which a tap would fire: the end of a module's call, or a function's."""
+    """A moment at which a tap would fire: a module's call begins or ends, or a function's ends."""
 
-    __slots__ = ("events", "function", "module", "parent", "scope")
+    __slots__ = ("before", "events", "function", "module", "parent", "scope", "tensor", "version")
 
     def __init__(
-        self, module: nn.Module | None, scope: nn.Module, function: Any, parent: nn.Module | None
+        self,
+        module: nn.Module | None,
+        scope: nn.Module,
+        function: Any,
+        parent: nn.Module | None,
+        tensor: Any = None,
+        before: bool = False,
     ) -> None:
         self.module = module
         self.scope = scope
         self.function = function
         self.parent = parent  # the module that called the module
+        self.before = before
         self.events: list[Event] = []
+        # What the tap would see: the first argument, or the output.
+        self.tensor = weakref.ref(tensor) if isinstance(tensor, Tensor) else None
+        self.version = version_of(tensor) if isinstance(tensor, Tensor) else 0
 
 
 class Frame:
@@ -175,12 +194,14 @@ class Tracer(TorchFunctionMode):
         self.firings: list[Firing] = []
         self.frames: list[Frame] = []
         self.counts: Counter[str] = Counter()
-        self.aliases = Aliases(wants.detach, wants.gradients)
+        self.aliases = Aliases(wants.detach, wants.gradients, self._lent)
         self.failed: BaseException | None = None
         self.unhooked: set[nn.Module] = set()  # modules that ran without hooks
         self.pending: dict[int, list[Entry]] = {}  # of replayed units, by origin
         self.paused = False  # while a unit is replayed
         self.trial = 0  # > 0 while a proven module is learned
+        self._unpicked: list[tuple[Origin, bool]] = []  # DTensors, whose filters are on all ranks
+        self._awaited: dict[int, tuple[weakref.ref[Tensor], int, Event]] = {}
         self._opaque = 0  # how many running modules are registered layers
         self._tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
         self._suspects: dict[int, tuple[weakref.ref[Tensor], Tensor, Any]] = {}
@@ -197,10 +218,26 @@ class Tracer(TorchFunctionMode):
             return None
         found = self._tags.get(id(value))
         if found is not None and found[0]() is value:
-            return found[1]
+            # A piece of a flat parameter is the parameter that it was before.
+            if not (isinstance(found[1], Weight) and self.names.in_flat(value)):
+                return found[1]
         if self.names.is_parameter(value):
             return Weight(value, Axes.single(0, value.shape[0]) if value.dim() else None)
         return None
+
+    def _lent(self, tensor: Tensor) -> bool:
+        """Whether its memory is gone once its module has run: a parameter's, under FSDP."""
+        if not isinstance(self.tag(tensor), Weight):
+            return False
+        return self.names.lent or bool(self.names.in_flat(tensor))
+
+    def moved(self, before: Any, after: Any) -> None:
+        """A hook of torch's redistributed tensors: what they carry goes along."""
+        for (_, old), (_, new) in zip(leaves(before), leaves(after), strict=False):
+            tag = self.tag(old)
+            if old is not new and isinstance(tag, Flow):
+                axes = local_axes(tag.axes, old, new)
+                self.set_tag(new, Flow(tag.origin, axes))
 
     def set_tag(self, value: Any, tag: Any) -> None:
         """What a result carries; nested like the result."""
@@ -254,8 +291,13 @@ class Tracer(TorchFunctionMode):
 
     def end(self) -> None:
         """Let go of all that could keep a tensor or a graph alive."""
+        for origin, unless_claimed in self._unpicked:
+            if not (unless_claimed and origin.claimed):
+                self.miss(origin.name, "filters= was given, and some may lie on another rank")
+        self._unpicked.clear()
         self.events.clear()
         self.firings.clear()
+        self._awaited.clear()
         self.frames.clear()
         self._suspects.clear()
         self._tags.clear()
@@ -325,11 +367,11 @@ class Tracer(TorchFunctionMode):
             return False
         if any(f.site is not None for f in self.frames):
             return False
-        if torch.is_grad_enabled() and known.sigma not in _SAME_GRADIENT:
+        if torch.is_grad_enabled() and known.sigma not in SAME_GRADIENT:
             return False
         if operators_are_counted():
             return False
-        storage = z.untyped_storage()._cdata
+        storage = storage_of(z)
         if any(storage in f.storages for f in self.frames):
             return False
         ours = len(self.aliases.of(z)) if self.wants.detach else 0
@@ -363,6 +405,8 @@ class Tracer(TorchFunctionMode):
         own = f"{self.names.of(scope)}:{known.sigma}"
         if call.site is None:
             self._site(event, flow, call.held, z, a, own)
+            if self.trial and not event.in_place and not self.wants.gradients:
+                self._between(event, z, a)
             return out
         out = self.editor.after(call.site, a, _sigma_axes(flow.axes, z, a))
         self._site(event, flow, call.held, z, a, own, call.site)
@@ -438,6 +482,22 @@ class Tracer(TorchFunctionMode):
         firing.events.append(event)
         event.firing = firing
 
+    def _between(self, event: Event, z: Tensor, a: Tensor) -> None:
+        """A function between two modules: hooks on these would see its operand and its result."""
+        for firing in reversed(self.firings[-_NEAR:]):
+            if firing.tensor is not None and firing.tensor() is z:
+                event.source = firing
+                event.delta = version_of(z) - firing.version
+                self._awaited[id(a)] = (weakref.ref(a), version_of(a), event)
+                return
+
+    def _passes(self, firing: Firing, tensor: Any) -> None:
+        """A tap would fire; it may be the one that sees the result of a function."""
+        self.firings.append(firing)
+        found = self._awaited.pop(id(tensor), None) if self._awaited else None
+        if found is not None and found[0]() is tensor and firing.version == found[1]:
+            found[2].sink = firing
+
     def _scope(self) -> nn.Module:
         """The module that is running, from Python's own stack.
 
@@ -475,6 +535,9 @@ class Tracer(TorchFunctionMode):
             return
         picked = None
         if self.wants.filters is not None and kind != "output":
+            if is_dtensor(held.tensor):
+                self._unpicked.append((origin, event.kind == "layer" and kind == "preactivation"))
+                return
             picked = self.wants.pick(origin.name, axes)
             if picked is None:
                 self.miss(origin.name, self.wants.why_not(origin.name, axes))
@@ -484,7 +547,7 @@ class Tracer(TorchFunctionMode):
             gradient = held.gradient
             if gradient is not None:
                 held.wanted = gradient.of_view  # to learn of a write to it
-                gradient = gradient.picked(*self.wants.index(axes, picked, tensor.device))
+                gradient = gradient.picked(*self.wants.place(axes, picked))
             held = Held(self.wants.take(tensor, axes, picked), 0, True, gradient)
             held.version = version_of(held.tensor) if held.tensor is not None else 0
         held.wanted = True
@@ -603,6 +666,10 @@ class Tracer(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
         frame = Frame(module, args, kwargs, len(self.events))
         frame.firing = len(self.firings)
+        if self.trial:
+            parent = self.frames[-1].module if self.frames else None
+            given = args[0] if args else None
+            self._passes(Firing(module, module, None, parent, given, before=True), given)
         self.frames.append(frame)
         if self._suspects:  # what the module is given, it will read
             args, kwargs = self._substitute(args), self._substitute(kwargs)
@@ -648,7 +715,7 @@ class Tracer(TorchFunctionMode):
         if self._suspects and any(id(t) in self._suspects for t in tensors_in(output)):
             replaced = output = self._substitute(output)
         parent = self.frames[-1].module if self.frames else None
-        self.firings.append(Firing(module, module, None, parent))
+        self._passes(Firing(module, module, None, parent, output), output)
         edited = self._close(frame, output)
         if edited is not None and edited is not output:
             replaced = output = edited

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fmapkit import layers
-from fmapkit._aside import index_of, select
+from fmapkit._aside import select
 from fmapkit._axes import Axes
 from fmapkit._names import Names
 from fmapkit.errors import ArgumentError, FilterRangeError, UnknownLayerError, did_you_mean, listed
@@ -69,8 +68,9 @@ class Selection:
             return
         known = [n for n in names.by_name if n]
         hint = did_you_mean(given, known) if isinstance(given, str) else ""
+        model = type(names.by_name[""]).__name__
         raise UnknownLayerError(
-            f"{argument}={selector!r} matches no module of {type(names.model).__name__}{hint} "
+            f"{argument}={selector!r} matches no module of {model}{hint} "
             f"(its modules: {listed(known)})"
         )
 
@@ -100,10 +100,12 @@ class Wants:
         self.kinds = _kinds(kinds)
         chosen = None if layers_given is None else Selection(names, layers_given, "layers")
         self._selection = chosen
-        self._index: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self.outputs = self._outputs(names)
         self.filters = _filters(filters)
         self._check_filters(names)
+        # The same for two captures that ask for the same; a selector object is like no other.
+        given = layers_given if isinstance(layers_given, (str, type(None))) else id(self)
+        self.signature = (given, self.kinds, repr(self.filters), detach)
 
     def kind(self, kind: str) -> bool:
         """Whether maps of this kind were asked for."""
@@ -128,7 +130,7 @@ class Wants:
         """
         asked = "output" in self.kinds
         if self._selection is None:
-            return set(names.by_module) if asked else set()
+            return set(names.by_module) - names.wrappers if asked else set()
         return {
             module
             for matched in self._selection.modules
@@ -186,20 +188,15 @@ class Wants:
 
     def take(self, tensor: Tensor, axes: Axes, picked: tuple[int, ...]) -> Tensor:
         """A copy of the picked filters alone."""
-        dim, index = self.index(axes, picked, tensor.device)
-        return select(tensor.detach() if self.detach else tensor, dim, index)
+        source = tensor.detach() if self.detach else tensor
+        return select(source, *self.place(axes, picked))
 
-    def index(
-        self, axes: Axes, picked: tuple[int, ...], device: torch.device
-    ) -> tuple[int, Tensor]:
+    @staticmethod
+    def place(axes: Axes, picked: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
         """The filters' axis, and where on it the picked ones lie."""
         there, dim = axes.filters, axes.dim
         assert there is not None and dim is not None
-        key = (tuple(there.index(f) for f in picked), device)
-        index = self._index.get(key)
-        if index is None:
-            index = self._index[key] = index_of(key[0], device)
-        return dim, index
+        return dim, tuple(there.index(f) for f in picked)
 
 
 def _only_a_pass_can_tell(names: Names, label: str) -> bool:
@@ -208,7 +205,7 @@ def _only_a_pass_can_tell(names: Names, label: str) -> bool:
     if colon:
         return module in names.by_name or "*" in module
     owner, _, part = label.rpartition(".")
-    keys = names.by_name[owner]._parameters if owner in names.by_name else {}
+    keys = names.parameters_of(names.by_name[owner]) if owner in names.by_name else {}
     return any(k in (part, f"{part}_weight") for k in keys)
 
 

@@ -6,6 +6,7 @@ looks at as little of each as will do, and compares whole lists at the speed of 
 
 from __future__ import annotations
 
+import sys
 from itertools import repeat
 from operator import contains
 
@@ -38,6 +39,7 @@ class Watch:
         self._types = list(map(type, self._watched))
         # A stopping capture puts a forward of its own on the model, and only there.
         self._attributes = [m.__dict__ for m in self._watched if "forward" not in m.__dict__]
+        self._compiled = self._compiled_calls()
         self._theirs = self._foreign()
         self._last_handle = RemovableHandle.next_id
 
@@ -51,6 +53,12 @@ class Watch:
             for m in self._watched
         ]
 
+    def _compiled_calls(self) -> list[object]:
+        """What `module.compile()` has set; nothing where torch.compile was never used."""
+        if "torch._dynamo" not in sys.modules:
+            return []
+        return [a.get("_compiled_call_impl") for a in self._attributes]
+
     def changed(self) -> bool:
         """Whether anything is not as it was."""
         return (
@@ -59,6 +67,7 @@ class Watch:
             or self._order != list(map(list, self._parents))
             or self._types != list(map(type, self._watched))
             or any(map(contains, self._attributes, repeat("forward")))
+            or self._compiled != self._compiled_calls()
             or self._hooked()
         )
 

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from fmapkit._edit import Edits
 from fmapkit._names import Names
+from fmapkit._optimized import compiled_roots, plain
 from fmapkit._session import Session
 from fmapkit._wants import Wants
+from fmapkit._wrappers import unwrap
 from fmapkit.errors import ArgumentError, CaptureStateError, NotAModuleError
 from fmapkit.maps import FeatureMap, FeatureMaps
 
@@ -32,7 +34,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
     Only passes of the thread that entered the block are captured.
 
     Args:
-        model: any `nn.Module`. Nothing is set on it before the block is entered.
+        model: any `nn.Module`. Nothing is set on it before the block is entered. A wrapper such as
+            `DistributedDataParallel` stands for what it carries, under the plain model's names.
         layers: which layers: a name, glob, regex, module, module type or callable, or several of
             these; None for all. A module that is no filter layer means what it returns.
         kinds: which of "input", "response", "preactivation", "activation", "output".
@@ -91,11 +94,24 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             raise ArgumentError("edit changes every pass, so it goes with every=1 only")
         if not isinstance(gradients, bool):
             raise ArgumentError(f"gradients must be True or False, not {gradients!r}")
+        given, model = model, plain(model)
         names = Names(model)
+        if (edit or stop or gradients) and (roots := compiled_roots(given)):
+            asked = "edit" if edit else "stop" if stop else "gradients"
+            raise ArgumentError(
+                f"{asked}= needs a model that runs eagerly, and "
+                f"{names.of(plain(roots[0])) or type(plain(roots[0])).__name__!r} is compiled"
+            )
+        if stop and names.collective():
+            raise ArgumentError(
+                "stop=True ends a forward in the middle, where other ranks would wait for this "
+                f"one: {names.collective()!r} exchanges data with them while it runs"
+            )
         wants = Wants(names, layers, kinds, filters, detach, gradients)
         edits = Edits(names, edit, FeatureMap)
         passes = None if keep == "all" else int(keep)
-        self._session = Session(model, names, wants, edits, passes, every, stop)
+        model = unwrap(model)  # a pass is the plain model's, whoever called it
+        self._session = Session(model, names, wants, edits, passes, every, stop, given)
         # Made, entered, left: a capture goes through these once, in this order.
         self._state: Literal["made", "entered", "left"] = "made"
 

@@ -14,6 +14,7 @@ FmapkitError
 ├── MapStateError (RuntimeError)          the map was there, and no longer is what it was
 │   ├── MapOverwrittenError               its memory has been written to since
 │   └── MapReleasedError                  it was let go (`clear()`)
+├── DistributedError (RuntimeError)       ranks have nothing to put together, or do not agree
 ├── EditError (ValueError)                an edit gave something that cannot go on in the model
 └── CaptureStateError (RuntimeError)      a capture used out of turn, e.g. entered twice
 
@@ -30,6 +31,7 @@ __all__ = [
     "ArgumentError",
     "CaptureStateError",
     "CaptureWarning",
+    "DistributedError",
     "EditError",
     "FilterRangeError",
     "FmapkitError",
@@ -99,6 +101,10 @@ class MapOverwrittenError(MapStateError):
 
 class MapReleasedError(MapStateError):
     """The map was let go before it was read."""
+
+
+class DistributedError(FmapkitError, RuntimeError):
+    """What several ranks hold cannot be put together, or is needed and has not been."""
 
 
 class EditError(FmapkitError, ValueError):

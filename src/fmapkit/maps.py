@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import _table
+from fmapkit._gather import gather
 from fmapkit._gradients import Gradient
+from fmapkit._sharded import Parts, ends_of, is_dtensor, splits, whole
 from fmapkit._store import Entry
 from fmapkit._wants import KINDS
 from fmapkit.errors import (
     AmbiguousMapError,
     ArgumentError,
+    DistributedError,
     FilterRangeError,
     KindNotCapturedError,
     MapLookupError,
@@ -54,6 +57,7 @@ class FeatureMap:
         filter_dim: axis of `tensor` that counts filters; None if there is none, or after `[k]`.
         filters: the filters that lie along that axis, in order; None if there is no such axis.
         edited: what went on in the map's place, where `capture(edit=...)` changed it; else None.
+        parts: of a tensor that is one rank's part of the map, what `full()` needs.
     """
 
     tensor: Tensor = field(repr=False)
@@ -67,6 +71,7 @@ class FeatureMap:
     filter_dim: int | None = None
     filters: range | tuple[int, ...] | None = field(default=None, repr=False)
     edited: Tensor | None = field(default=None, repr=False)
+    parts: Parts | None = field(default=None, repr=False)
     _gradient: Gradient | None = field(default=None, repr=False)
     _whole: FeatureMap | None = field(default=None, repr=False)  # the map of all filters
 
@@ -87,8 +92,8 @@ class FeatureMap:
 
     @property
     def nbytes(self) -> int:
-        """Size of the values in bytes."""
-        return self.tensor.numel() * self.tensor.element_size()
+        """Size of the values in bytes; of a `DTensor`, of this rank's part."""
+        return _nbytes(self.tensor)
 
     @property
     def grad(self) -> Tensor | None:
@@ -114,7 +119,13 @@ class FeatureMap:
         return tensor.grad if tensor.is_leaf or tensor.retains_grad else None
 
     def numpy(self) -> np.ndarray[Any, Any]:
-        """The values as a NumPy array; bfloat16, which NumPy lacks, as float32."""
+        """The values as a NumPy array; bfloat16, which NumPy lacks, as float32.
+
+        Raises:
+            DistributedError: the tensor is a `DTensor`.
+        """
+        if is_dtensor(self.tensor):
+            raise DistributedError(_of_several_ranks(self, "has no values of its own"))
         tensor = self.tensor.detach().cpu()
         return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
@@ -141,6 +152,7 @@ class FeatureMap:
 
         Raises:
             FilterRangeError: the map has no filter axis, or does not hold that filter.
+            DistributedError: the tensor is a `DTensor`, and the filter may be on another rank.
         """
         there = self._along()
         if isinstance(index, bool) or not isinstance(index, (int, np.integer)):
@@ -153,6 +165,8 @@ class FeatureMap:
                 f"which holds {len(there)} filters ({_span(there)})"
             )
         assert self.filter_dim is not None
+        if is_dtensor(self.tensor):  # torch would ask the other ranks
+            raise DistributedError(_of_several_ranks(self, "is not indexed here"))
         place = there.index(wanted)
         edited = self.edited.select(self.filter_dim, place) if self.edited is not None else None
         return replace(
@@ -162,6 +176,7 @@ class FeatureMap:
             filter=wanted,
             filter_dim=None,
             filters=None,
+            parts=self.parts if self.parts is not None and self.parts.unknown else None,
             _whole=self,
         )
 
@@ -178,6 +193,42 @@ class FeatureMap:
             )
         return self.filters
 
+    def full(self) -> FeatureMap:
+        """The whole map, where the tensor is one rank's part of it (tensor parallel).
+
+        A collective: every rank that has a part of the map has to call it. A map that is whole
+        already comes back as it is, without one.
+
+        Raises:
+            DistributedError: nobody knows whether the tensor is whole.
+        """
+        if self.parts is None and not is_dtensor(self.tensor):
+            return self
+        parts = self.parts or Parts()
+        if parts.unknown and not is_dtensor(self.tensor):
+            raise DistributedError(
+                f"the {self.kind} of layer {self.layer!r} is a plain tensor of this rank, behind a "
+                "weight that is spread over ranks: whether other ranks hold other parts of it is "
+                "known to the model alone; use .tensor"
+            )
+        tensor, edited = (
+            whole(t, parts.mesh, self.filter_dim, parts.total) if t is not None else None
+            for t in (self.tensor, self.edited)
+        )
+        assert tensor is not None
+        filters = self.filters
+        if parts.total and self.filter_dim is not None:
+            filters = range(parts.total)
+        return replace(
+            self,
+            tensor=tensor,
+            edited=edited,
+            filters=filters,
+            parts=None,
+            _gradient=None,
+            _whole=None,
+        )
+
     def __repr__(self) -> str:
         return _table.map_line(self)
 
@@ -186,6 +237,19 @@ class FeatureMap:
         from fmapkit import plot
 
         return plot.plot_map(self, **options)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    tensor = ends_of(tensor)[-1]
+    return tensor.numel() * tensor.element_size()
+
+
+def _of_several_ranks(fm: FeatureMap, why: str) -> str:
+    return (
+        f"the {fm.kind} of layer {fm.layer!r} is a DTensor over several ranks, and {why}: "
+        "full() puts it together (every rank has to call it), .tensor.to_local() is this rank's "
+        "part"
+    )
 
 
 def _span(filters: range | tuple[int, ...]) -> str:
@@ -219,7 +283,7 @@ class FeatureMaps:
     def __iter__(self) -> Iterator[FeatureMap]:
         """Every map of the latest pass, in execution order."""
         for step, entry in self._latest():
-            yield _read(step, entry)
+            yield self._read(step, entry)
 
     def __len__(self) -> int:
         """How many maps the latest pass holds."""
@@ -249,7 +313,12 @@ class FeatureMaps:
             FilterRangeError: it has no such filter.
         """
         layer, kind, index = _parse(key)
-        entries = self._latest()
+        return self._find(layer, kind, index, self._latest())
+
+    def _find(
+        self, layer: str, kind: str | None, index: int | None, entries: list[tuple[int, Entry]]
+    ) -> FeatureMap:
+        """The one map of the entries that is meant."""
         if not entries and self._session.store.latest() is None:
             self._nothing(layer)
         of_layer = [(s, e) for s, e in entries if e.origin.name == layer]
@@ -264,7 +333,7 @@ class FeatureMaps:
             self._missing(layer, kind, [e for _, e in of_layer])
         if len(found) > 1:
             raise AmbiguousMapError(_ambiguous(layer, kind, [e for _, e in found]))
-        result = _read(*found[0])
+        result = self._read(*found[0])
         return result if index is None else result[index]
 
     def _is_layer(self, name: str) -> bool:
@@ -277,7 +346,10 @@ class FeatureMaps:
         module = names.by_name.get(layer)
         found = []
         if module is not None:
-            mine = {f"{layer}.{k.removesuffix('_weight')}".lstrip(".") for k in module._parameters}
+            mine = {
+                f"{layer}.{k.removesuffix('_weight')}".lstrip(".")
+                for k in names.parameters_of(module)
+            }
             found = [
                 (s, e)
                 for s, e in entries
@@ -369,10 +441,7 @@ class FeatureMaps:
             raise ArgumentError(f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}")
         names = self._session.names
         chosen = None if layer is None else selectors(layer)
-        latest = self._session.store.latest()
-        if step is not None and step < 0:
-            held = [p.step for p in self._session.store]
-            step = held[step] if latest is not None and -step <= len(held) else -1
+        step = self._step(step)
         found = []
         for at, entry in self._every():
             name = entry.origin.name
@@ -389,13 +458,95 @@ class FeatureMaps:
             module: nn.Module | None = names.module_of(name)
             if chosen is not None and not any(s.matches(name, module) for s in chosen):
                 continue
-            result = _read(at, entry)
+            result = self._read(at, entry)
             if filter is not None:
                 if result.filters is None or filter not in result.filters:
                     continue
                 result = result[filter]
             found.append(result)
         return found
+
+    def _step(self, step: int | None) -> int | None:
+        """A pass by its number; -1 is the latest of those kept."""
+        held = [p.step for p in self._session.store]
+        if step is not None and step < 0:
+            return held[step] if -step <= len(held) else -1
+        return step
+
+    def gather(
+        self,
+        layer: str,
+        kind: str | None = None,
+        filter: int | None = None,
+        *,
+        call: int | None = None,
+        step: int | None = None,
+        dim: int = 0,
+        dst: int | None = None,
+        group: Any = None,
+    ) -> FeatureMap | None:
+        """One map of all ranks: their batches, one after the other in the order of ranks.
+
+        A collective: every rank of the group has to call it, with the same arguments. Batches may
+        be of different sizes. Should one rank have no such map, all raise. The result is a copy
+        outside the autograd graph, on the device of this rank's map; the maps that are held stay
+        as they are.
+
+        Args:
+            layer: its name, as in `maps[layer, kind, filter]`.
+            kind: one of the five kinds; by default as in `maps[layer]`.
+            filter: one filter only.
+            call: which call of the layer, where it has several.
+            step: which pass; by default the latest, and the ranks have to be at the same one.
+            dim: the batch axis.
+            dst: the rank that gets the result, by its global number; None for all.
+            group: the process group; None for the default one.
+
+        Returns:
+            The map; on ranks other than `dst`, None.
+
+        Raises:
+            DistributedError: torch.distributed is not initialised, the ranks do not agree, or
+                another rank has no such map.
+            MapLookupError: this rank has no such map, or several.
+            ArgumentError: `dim` or `dst` cannot be meant.
+        """
+
+        def find() -> FeatureMap:
+            key = (layer,) if kind is None else (layer, kind)
+            name, wanted, _ = _parse(key)
+            at = self._step(step)
+            entries = self._latest() if at is None else [p for p in self._every() if p[0] == at]
+            if call is not None:
+                entries = [p for p in entries if p[1].origin.call == call]
+            return self._find(name, wanted, filter, entries)
+
+        asked = ", ".join(repr(v) for v in (layer, kind, filter) if v is not None)
+        return gather(find, dim, dst, group, asked)
+
+    def _read(self, step: int, entry: Entry) -> FeatureMap:
+        result = _read(step, entry)
+        parts = self._parts(entry, result)
+        return result if parts is None else replace(result, parts=parts)
+
+    def _parts(self, entry: Entry, found: FeatureMap) -> Parts | None:
+        """Whether the tensor may be one rank's part: where the layer's weights are `DTensor`s."""
+        names = self._session.names
+        module = names.module_of(entry.origin.name)
+        if module is None or is_dtensor(found.tensor):
+            return None
+        spread = [p for p in names.parameters_of(module).values() if is_dtensor(p)]
+        if not spread:
+            return None
+        weight: Any = spread[0]
+        mesh = weight.device_mesh
+        if mesh.size() == 1 or (names.lent and mesh.ndim == 1):
+            return None  # FSDP spreads it between passes only: the layer runs with the whole weight
+        mesh, total = splits(weight), weight.shape[0]
+        cut = found.filters is not None and len(found.filters) < total
+        if mesh is None or not cut or entry.picked is not None:
+            return Parts(unknown=True)
+        return Parts(mesh, total)
 
     @property
     def nbytes(self) -> int:
@@ -404,7 +555,7 @@ class FeatureMaps:
         for _, entry in self._every():
             tensor = entry.held.tensor if entry.held is not None else None
             if tensor is not None:
-                storage = tensor.untyped_storage()
+                storage = ends_of(tensor)[-1].untyped_storage()
                 seen[storage._cdata] = storage.nbytes()
         return sum(seen.values())
 
@@ -412,7 +563,7 @@ class FeatureMaps:
     def bytes_copied(self) -> int:
         """Bytes that the latest pass copied, because the model overwrote a map."""
         copied = {
-            id(e.held.tensor): e.held.tensor.numel() * e.held.tensor.element_size()
+            id(e.held.tensor): _nbytes(e.held.tensor)
             for _, e in self._latest()
             if e.held is not None and e.held.copied and e.held.tensor is not None
         }

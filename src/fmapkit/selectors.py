@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import nn
 
+from fmapkit._wrappers import unwrap
 from fmapkit.errors import ArgumentError
 
 __all__ = ["Selector", "selectors"]
@@ -70,7 +71,8 @@ def _predicate(given: Any) -> Predicate:
     if isinstance(given, re.Pattern):
         return lambda name, _: given.search(name) is not None
     if isinstance(given, nn.Module):
-        return lambda name, module: module is given
+        meant = unwrap(given)
+        return lambda name, module: module is meant
     if isinstance(given, type) and issubclass(given, nn.Module):
         return lambda name, module: isinstance(module, given)
     if callable(given) and not isinstance(given, type):

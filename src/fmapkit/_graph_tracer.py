@@ -1,0 +1,127 @@
+"""The tracer of eager passes, on a graph: it labels, and notes where a map is to be read."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fmapkit._axes import Axes
+from fmapkit._edit import Edits
+from fmapkit._flow import Origin, tensors_in
+from fmapkit._graph_edit import Site
+from fmapkit._names import Names
+from fmapkit._store import Aliases, Entry, Held, Pass, version_of
+from fmapkit._trace import Event, Tracer
+from fmapkit._wants import Wants
+
+__all__ = ["GraphTracer", "NodeHeld"]
+
+
+class NodeHeld(Held):
+    """Stands for a tensor of the graph: where it is to be read."""
+
+    __slots__ = ("at", "node")
+
+    def __init__(self, tensor: Tensor, node: fx.Node | None, at: fx.Node) -> None:
+        super().__init__(tensor, version_of(tensor))
+        self.node = node  # None: the node at which it was noted makes it
+        self.at = at
+
+    def snapshot(self) -> None:
+        """It is about to be overwritten: the graph has to copy it."""
+        self.copied = True
+
+    def site(self) -> Site:
+        """Where to read it."""
+        made = self.node if self.node is not None else self.at
+        return Site(made, self.at, self.node is not None, self.copied)
+
+
+class NodeAliases(Aliases):
+    """Notes which node a tensor comes from, and holds no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now: fx.Node | None = None
+        self.nodes: dict[int, tuple[Tensor, int, fx.Node]] = {}
+
+    def made(self, value: Any, node: fx.Node) -> None:
+        """A node has given a tensor, or written to it."""
+        for tensor in tensors_in(value):
+            self.nodes[id(tensor)] = (tensor, version_of(tensor), node)
+
+    def note(self, tensor: Tensor) -> NodeHeld:
+        """Where the tensor, as it is now, is to be read."""
+        assert self.now is not None
+        found = self.nodes.get(id(tensor))
+        known = found is not None and found[1] == version_of(tensor)
+        return NodeHeld(tensor, found[2] if found is not None and known else None, self.now)
+
+    def reference(self, tensor: Tensor) -> Held:
+        found = self._by_id.get(id(tensor))
+        if found is not None and found[0]() is tensor:
+            held = found[1]
+            if not held.copied and version_of(tensor) == held.version:
+                return held
+        held = self.note(tensor)
+        self.watch(held)
+        self._by_id[id(tensor)] = (weakref.ref(tensor), held)
+        return held
+
+
+class GraphTracer(Tracer):
+    """The tracer of eager passes, on a graph: it labels, and holds where to read."""
+
+    def __init__(self, names: Names, wants: Wants, miss: Callable[[str, str], None]) -> None:
+        super().__init__(names, wants, Edits.none(), None, Pass(0), miss)
+        self.noted = NodeAliases()
+        self.aliases = self.noted
+        self.trial = 1  # every module is in `frames`
+        self.weights: dict[int, Tensor] = {}  # the parameter that a fake one stands for
+
+    def _may_try(self, known: Any, z: Tensor) -> bool:
+        return False  # rewritten before, where it can be
+
+    def _before_sigma(self, known: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        z = tensors_in(*args, kwargs)[0]
+        before = self.noted.note(z)
+        call = super()._before_sigma(known, func, args, kwargs)
+        if call.held is not None and not isinstance(call.held, NodeHeld):
+            before.copied = True
+            call.held = before
+        return call
+
+    def _output(self, module: nn.Module, output: Any) -> None:
+        if module is self.names.model:
+            return  # held when it has returned
+        self.miss(
+            self.names.of(module),
+            "what a module inside compiled code returns does not exist outside of its graph; "
+            "only its preactivations, activations, responses and inputs are captured",
+        )
+
+    def _hold(
+        self,
+        event: Event,
+        slot: str,
+        kind: str,
+        origin: Origin,
+        held: Held,
+        axes: Axes | None,
+        sigma: str | None = None,
+        path: str = "",
+    ) -> None:
+        if not self.wants.kind(kind):
+            return
+        picked = None
+        if self.wants.filters is not None:
+            picked = self.wants.pick(origin.name, axes)
+            if picked is None:
+                self.miss(origin.name, self.wants.why_not(origin.name, axes))
+                return
+        entry = Entry(kind, origin, held, axes, sigma, path, picked)
+        event.entries.append((slot, entry))
+        self.current.segments.append(entry)

@@ -1,0 +1,111 @@
+"""What torch.compile has compiled: which modules, and with what. Read off them, never guessed."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import types
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+__all__ = [
+    "anything_compiled",
+    "around",
+    "compiled_roots",
+    "holds",
+    "in_compiled_code",
+    "is_compiled",
+    "is_optimized",
+    "plain",
+]
+
+
+def is_optimized(module: Any) -> bool:
+    """Whether it is what `torch.compile(module)` returns: a module around the plain one."""
+    home = sys.modules.get("torch._dynamo.eval_frame")  # imported by the first torch.compile
+    return home is not None and isinstance(module, home.OptimizedModule)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of it run compiled code: after `torch.compile(module)`, `module.compile()`."""
+    return is_optimized(module) or module.__dict__.get("_compiled_call_impl") is not None
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The module inside `torch.compile(module)`; any other one as it is."""
+    while is_optimized(module):
+        module = module._orig_mod  # type: ignore[assignment]
+    return module
+
+
+def anything_compiled() -> bool:
+    """Whether torch.compile has compiled any code in this process."""
+    home = sys.modules.get("torch._dynamo.convert_frame")
+    return home is not None and bool(home.input_codes.seen)
+
+
+def compiled_roots(model: nn.Module) -> list[nn.Module]:
+    """The outermost compiled modules in a model, itself included, each once."""
+    found: dict[nn.Module, None] = {}
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        if is_compiled(module):
+            found[module] = None
+            return
+        for child in module.children():
+            walk(child)
+
+    walk(model)
+    return list(found)
+
+
+def around(model: nn.Module) -> list[nn.Module]:
+    """The compiled modules that have a model inside, which the model does not know of.
+
+    `torch.compile(model)` is one of them, and so is a compiled model of which it is a part.
+    """
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        return []
+    found = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
+    return [o for o in found if "_modules" in o.__dict__ and is_compiled(o) and holds(o, model)]
+
+
+def holds(module: nn.Module, model: nn.Module) -> bool:
+    """Whether the model is a part of a module, or the module itself."""
+    return any(m is model for m in plain(module).modules())
+
+
+@lru_cache(maxsize=1)
+def _wrappers() -> tuple[frozenset[Any], frozenset[Any]]:
+    """The code of torch.compile's wrappers around functions, and that of torch.compiler.disable's.
+
+    All wrappers share their code, which is a constant of the function that makes them.
+    """
+    home = sys.modules["torch._dynamo.eval_frame"]
+    return (
+        frozenset(filter(_is_code, home._TorchDynamoContext.__call__.__code__.co_consts)),
+        frozenset(filter(_is_code, home.DisableContext.__call__.__code__.co_consts)),
+    )
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, types.CodeType)
+
+
+def in_compiled_code() -> bool:
+    """Whether a function compiled by torch.compile is what called us, and dynamo looks on."""
+    compiled, disabled = _wrappers()
+    at = sys._getframe(1)
+    while at is not None:
+        if at.f_code in disabled:
+            return False
+        if at.f_code in compiled:
+            return True
+        at = at.f_back  # type: ignore[assignment]
+    return False

@@ -1,0 +1,112 @@
+"""Modules that only carry another one: `DistributedDataParallel` and its kin.
+
+They compute nothing of their own, and their level (`module.`, `_fsdp_wrapped_module.`) is no part
+of the plain model's names. What they are is told by their type, never by a name.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from fmapkit._optimized import is_optimized
+
+__all__ = [
+    *("REPLICAS", "flat_parameters", "inner_key", "is_flat", "lends_parameters", "places_in"),
+    "unwrap",
+]
+
+REPLICAS = (
+    "nn.DataParallel runs copies of it in threads of their own, one for each device, and only the "
+    "thread that entered the block is captured; use DistributedDataParallel, or one device"
+)
+# Those that come with torch, and those that have to be imported first: where nobody has imported
+# them, no module can be one, and importing them here would take long.
+_TYPES: dict[type[nn.Module], str] = {
+    nn.DataParallel: "module",
+    nn.parallel.DistributedDataParallel: "module",
+}
+_LATER = (
+    (
+        "torch.distributed.fsdp.fully_sharded_data_parallel",
+        "FullyShardedDataParallel",
+        "_fsdp_wrapped_module",
+    ),
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",
+        "_checkpoint_wrapped_module",
+    ),
+)
+
+
+def _imported(home: str, name: str) -> Any:
+    return getattr(sys.modules.get(home), name, None)
+
+
+def _wrapper(module: nn.Module) -> tuple[type[nn.Module], str] | None:
+    if is_optimized(module):
+        return type(module), "_orig_mod"
+    later = ((_imported(home, name), key) for home, name, key in _LATER)
+    for kind, key in (*_TYPES.items(), *later):
+        if kind is not None and isinstance(module, kind):
+            return kind, key
+    return None
+
+
+def inner_key(module: nn.Module) -> str | None:
+    """Under which key it holds the module that it carries; None if it is no wrapper."""
+    found = _wrapper(module)
+    return found[1] if found is not None and found[1] in module._modules else None
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module that a pass really begins with: the innermost one of nested wrappers.
+
+    A subclass with a forward of its own may do more than carry: it is left as it is.
+    """
+    while (found := _wrapper(module)) is not None:
+        kind, key = found
+        child = module._modules.get(key)
+        own = "forward" in module.__dict__ or not _plain(type(module), kind)
+        if child is None or own:
+            break
+        module = child
+    return module
+
+
+def _plain(given: type[nn.Module], kind: type[nn.Module]) -> bool:
+    """Whether its forward is torch's: the wrapper's, or that of a subclass that torch defines."""
+    home = next(base for base in given.__mro__ if "forward" in base.__dict__)
+    return issubclass(home, kind) and home.__module__.startswith("torch.")
+
+
+def flat_parameters(module: nn.Module) -> list[Any]:
+    """Of a `FullyShardedDataParallel` module: the one parameter that it made of many."""
+    kind = _imported(*_LATER[0][:2])
+    if kind is None or not isinstance(module, kind) or module._handle is None:
+        return []
+    return [module._handle.flat_param]
+
+
+def is_flat(value: Any) -> bool:
+    """Whether it is such a parameter."""
+    kind = _imported("torch.distributed.fsdp._flat_param", "FlatParameter")
+    return kind is not None and isinstance(value, kind)
+
+
+def places_in(flat: Any) -> list[tuple[nn.Module, str]]:
+    """The modules that had the parameters in it, and as what."""
+    infos = (*flat._param_infos, *flat._shared_param_infos)
+    return [(info.module, info.param_name) for info in infos]
+
+
+def lends_parameters(module: nn.Module) -> bool:
+    """Whether parameters in it have memory only while it runs: FSDP, old and new."""
+    for home in ("torch.distributed.fsdp", "torch.distributed._composable.fsdp"):  # until 2.5
+        kind = _imported(home, "FSDPModule")
+        if kind is not None and isinstance(module, kind):
+            return True
+    return bool(flat_parameters(module))

@@ -1,0 +1,1 @@
+"""What runs in several processes: each module is one suite of cases, run by `worker.py`."""

@@ -1,0 +1,606 @@
+"""torch.compile: the maps of compiled models, what is compiled again and what is not.
+
+The witness cannot look into compiled code. It watches an eager copy of the model; with the backends
+`eager` and `aot_eager` compiled code computes the same bits, and so must the maps be.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import shutil
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from fmapkit import CaptureWarning, NoPassError, capture
+from tests import truth
+
+BACKENDS = ["eager", "aot_eager"]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """No compiled code from another test, and every setting of torch.compile as it was."""
+    torch._dynamo.reset()
+    before = torch._dynamo.config.get_config_copy()
+    yield
+    assert torch._dynamo.config.get_config_copy() == before
+    torch._dynamo.reset()
+
+
+class Swish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class Block(nn.Module):
+    """In-place σ, a residual sum in place, an activation by hand, a functional σ."""
+
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.bn, self.relu, self.swish = nn.BatchNorm2d(4), nn.ReLU(inplace=True), Swish()
+        self.broken = broken
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn(self.conv1(x)))
+        y = self.relu(y - 0.1)
+        if self.broken:
+            torch._dynamo.graph_break()
+        y = self.swish(self.conv2(y))
+        y += x
+        return F.relu(y)
+
+
+class Net(nn.Module):
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.blocks = nn.Sequential(Block(broken), Block(broken))
+        self.drop, self.fc = nn.Dropout(0.5), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(torch.tanh(self.stem(x)))
+        return F.leaky_relu_(self.fc(self.drop(x).mean((2, 3))))
+
+
+def images(*sizes: int) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(n, 3, 6, 6, generator=draw) for n in sizes]
+
+
+def tags(maps: Any) -> list[tuple[Any, ...]]:
+    return [(fm.layer, fm.kind, fm.nonlinearity, fm.call, fm.filters) for fm in maps]
+
+
+def graphs() -> int:
+    """How many graphs torch.compile has compiled so far."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def whole(model: nn.Module, **options: Any) -> nn.Module:
+    return torch.compile(model, **options)  # type: ignore[return-value]
+
+
+def in_place(model: nn.Module, **options: Any) -> nn.Module:
+    model.compile(**options)
+    return model
+
+
+def one_part(model: nn.Module, **options: Any) -> nn.Module:
+    model.blocks = torch.compile(model.blocks, **options)  # type: ignore[assignment]
+    return model
+
+
+def two_parts(model: nn.Module, **options: Any) -> nn.Module:
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.compile(**options)
+    return model
+
+
+def check(make: Any, compile_: Any, inputs: list[Tensor], train: bool, warm: bool) -> Any:
+    """Passes in a block, beside a bare compiled copy and an eager one under the witness."""
+    torch.manual_seed(0)
+    model = make()
+    bare, eager, plain = (copy.deepcopy(model) for _ in range(3))
+    compiled, bare = compile_(model), compile_(bare)
+    mark = truth.fingerprint(model)
+    if warm:
+        for each in (compiled, bare, eager):
+            truth.run_pass(each, (inputs[0],), train=train)
+    plain.load_state_dict(eager.state_dict())
+    expected, got = [], []
+    with capture(plain) as maps:
+        for n, x in enumerate(inputs):
+            truth.run_pass(plain, (x,), train=train, seed_=n)
+            expected.append(tags(maps))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CaptureWarning)
+        with capture(compiled) as maps:
+            for n, x in enumerate(inputs):
+                true = truth.run_pass(eager, (x,), train=train, seed_=n, witness=True)
+                alone = truth.run_pass(bare, (x,), train=train, seed_=n)
+                seen = truth.run_pass(compiled, (x,), train=train, seed_=n)
+                truth.assert_same_pass(alone, seen)
+                truth.assert_captured_exactly_once(maps, true.truth)
+                got.append(tags(maps))
+    assert got == expected  # the plain model's names, no `_orig_mod`
+    assert maps.missed == []
+    truth.assert_nothing_left(mark, model)
+    return maps
+
+
+# -- right, whatever was compiled and however ----------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compile_", [whole, in_place, one_part, two_parts])
+def test_warm_compiled_models_in_training(compile_: Any, backend: str) -> None:
+    check(Net, lambda m: compile_(m, backend=backend, fullgraph=True), images(2, 2, 2), True, True)
+
+
+@pytest.mark.parametrize("compile_", [whole, one_part])
+def test_warm_compiled_models_without_gradients(compile_: Any) -> None:
+    check(Net, lambda m: compile_(m, backend="aot_eager"), images(2, 2), False, True)
+
+
+@pytest.mark.parametrize("compile_", [whole, in_place])
+def test_cold_compiled_models(compile_: Any) -> None:
+    check(Net, lambda m: compile_(m, backend="eager"), images(2, 2), True, False)
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_changing_shapes(dynamic: bool | None) -> None:
+    check(
+        Net,
+        lambda m: whole(m, backend="aot_eager", dynamic=dynamic),
+        images(2, 3),
+        dynamic is None,
+        True,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graph_breaks_of_the_models_own(backend: str) -> None:
+    # The code after the break is compiled once, and runs for both blocks.
+    check(lambda: Net(True), lambda m: whole(m, backend=backend), images(2, 2), True, True)
+
+
+def test_torchs_own_module_types() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 1), nn.ReLU(True), nn.Conv2d(4, 2, 1), nn.Hardswish(True)
+        )
+
+    check(make, lambda m: whole(m, backend="aot_eager", fullgraph=True), images(2, 2), True, True)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_attention_that_dynamo_keeps_as_one_call(train: bool) -> None:
+    def make() -> nn.Module:
+        return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu")
+
+    draw = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 5, 8, generator=draw) for _ in range(2)]
+    maps = check(make, lambda m: whole(m, backend="aot_eager"), inputs, train, True)
+    assert {"self_attn.in_proj", "self_attn.out_proj"} <= set(maps.layers)
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) if x.sum() > 0 else self.b(x)
+        torch._dynamo.graph_break()
+        return torch.relu(y)  # one compiled graph for either
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_labels_of_a_graph_are_those_of_the_pass(train: bool) -> None:
+    ones = torch.ones(2, 3, 4, 4)
+    inputs = [ones, -ones, ones, -ones]
+    maps = check(Branch, lambda m: whole(m, backend="aot_eager"), inputs, train, True)
+    assert maps.layers == ["b"]
+
+
+class Views(nn.Module):
+    """In-place σ on memory that has another name, that is an input's, and that is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = x + 0
+        torch.relu_(x[:, :1])
+        y = self.fc(x)
+        view = y[:, :2]
+        torch.relu_(y)
+        z = self.fc(y)
+        z.sigmoid_()
+        return view * 2, z, x
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_with_other_names(backend: str) -> None:
+    inputs = [torch.randn(2, 4, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    check(Views, lambda m: whole(m, backend=backend, fullgraph=True), inputs, False, True)
+
+
+def test_an_input_written_to_in_place() -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+    compiled = torch.compile(model, backend="aot_eager")
+    x = torch.randn(2, 4)
+    given = x.clone()
+    with capture(compiled) as maps, torch.no_grad():
+        compiled(given)
+    assert torch.equal(given, x.relu())  # as without capture
+    assert torch.equal(maps["0", "preactivation"].tensor, x)
+
+
+# -- what is compiled, and when -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compile_", [whole, in_place])
+def test_one_compilation_for_a_block_and_none_after_it(compile_: Any) -> None:
+    compiled = compile_(Net(), backend="eager")
+    (x,) = images(2)
+    compiled(x)
+    before = graphs()
+    with capture(compiled):
+        for _ in range(3):
+            compiled(x)
+    assert graphs() == before + 1
+    compiled(x)
+    assert graphs() == before + 1  # the user's code is back in use
+    for _ in range(2):
+        with capture(compiled) as maps:
+            compiled(x)
+        assert len(maps) == len(set(tags(maps))) > 0
+    assert graphs() == before + 1  # kept with the compiled function
+    with capture(compiled, kinds="response") as maps:
+        compiled(x)
+    assert graphs() == before + 2  # another graph, since it returns something else
+    assert {fm.kind for fm in maps} == {"response"}
+
+
+def test_many_blocks_do_not_use_up_the_recompile_limit() -> None:
+    compiled = whole(Net(), backend="eager", fullgraph=True)
+    (x,) = images(2)
+    compiled(x)
+    for n in range(torch._dynamo.config.recompile_limit + 2):
+        with capture(compiled, layers="blocks.*", filters=[n % 4], keep=n + 1):
+            compiled(x)
+    with torch.no_grad():
+        compiled(x)  # would fall back to eager, and fail with fullgraph
+
+
+def test_every_runs_the_users_code_in_between() -> None:
+    ran: list[int] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            out = gm(*args)
+            ran.append(len(out))
+            return out
+
+        return run
+
+    compiled = whole(Net(), backend=backend)
+    (x,) = images(2)
+    with capture(compiled, every=2) as maps:
+        steps = [(compiled(x), maps["fc"].step)[1] for _ in range(4)]
+    assert steps == [0, 0, 2, 2]
+    assert ran[1::2] == [1, 1]
+    assert min(ran[0::2]) > 1
+    assert maps.missed == []
+
+
+# -- compiled inside the block --------------------------------------------------------------------
+
+
+def test_compiled_inside_the_block() -> None:
+    model = Net().eval()
+    x, y = images(2, 2)
+    with capture(model) as maps:
+        model(x)
+        eager = tags(maps)
+        compiled = whole(model, backend="eager", fullgraph=True)
+        out = compiled(y)
+        assert (tags(maps), maps["fc"].step) == (eager, 1)
+        model(x)
+        assert (tags(maps), maps["fc"].step) == (eager, 2)
+    assert maps.missed == []
+    assert torch.equal(out, compiled(y))
+    assert "_compiled_call_impl" not in compiled.__dict__
+    assert type(compiled.__dict__["forward"]).__name__ == "function"
+
+
+def test_compiled_before_and_captured_by_the_plain_model() -> None:
+    model = Net()
+    compiled = whole(model, backend="eager")
+    (x,) = images(2)
+    compiled(x)
+    with capture(model) as maps:
+        compiled(x)
+        assert maps["fc"].step == 0
+        model(x)
+        assert maps["fc"].step == 1
+    assert maps.missed == []
+
+
+def test_parts_compiled_inside_the_block() -> None:
+    model = Net().eval()
+    (x,) = images(2)
+    with capture(model) as maps:
+        model(x)
+        expected = tags(maps)
+        model.blocks[0].compile(backend="eager")
+        model(x)
+        assert tags(maps) == expected
+        model.blocks[1] = torch.compile(model.blocks[1], backend="eager")  # type: ignore[assignment]
+        model(x)
+        assert tags(maps) == expected
+    assert maps.missed == []
+    assert type(model.blocks[0]._compiled_call_impl).__name__ == "function"
+
+
+def test_model_compile_inside_the_block_names_its_first_call() -> None:
+    model = Net().eval()
+    (x,) = images(2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with capture(model) as maps:
+            model.compile(backend="eager", fullgraph=True)
+            model(x)
+            with pytest.raises(NoPassError):
+                maps["fc"]
+            model(x)
+            assert maps["fc"].step == 1
+    assert [w.category for w in caught] == [CaptureWarning]
+    assert "compiled inside the block" in maps.missed[0].reason
+    assert len(maps.missed) == 1
+
+
+# -- never silent ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warm", [True, False])
+@pytest.mark.parametrize("what", ["function", "model around", "model.compile around"])
+def test_code_compiled_around_the_model_is_named(what: str, warm: bool) -> None:
+    model = Net().eval()
+    (x,) = images(2)
+    if what == "function":
+        run = torch.compile(lambda x: model(x) * 2, backend="eager", fullgraph=True)
+        part: nn.Module = model
+    else:
+        run = (whole if what == "model around" else in_place)(model, backend="eager")
+        part = model.blocks
+    if warm:
+        run(x)
+    with pytest.warns(CaptureWarning, match="compiled"), capture(part) as maps:
+        run(x)
+    assert [m.layer for m in maps.missed] == [""]
+    assert "compiled" in maps.missed[0].reason
+    run(x)
+    before = graphs()
+    run(x)
+    assert graphs() == before
+
+
+def test_eager_code_between_graphs_is_named() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        @torch.compiler.disable
+        def hidden(self, x: Tensor) -> Tensor:
+            return torch.sigmoid(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.b(self.hidden(self.a(x))))
+
+    compiled = whole(Hidden(), backend="eager")
+    with pytest.warns(CaptureWarning, match="between the graphs"), capture(compiled) as maps:
+        compiled(*images(2))
+    assert maps["b"].nonlinearity == "relu"
+    assert [m.layer for m in maps.missed] == [""]
+
+
+def test_a_frame_that_dynamo_gives_up_is_named() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList([nn.Conv2d(3, 3, 1) for _ in range(2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for conv in self.convs:
+                x = torch.relu(conv(x))
+                torch._dynamo.graph_break()  # in a loop: the whole frame runs eagerly
+            return x
+
+    compiled = whole(Loop(), backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CaptureWarning)
+        with capture(compiled) as maps:
+            compiled(*images(2))
+    true = truth.run_with_truth(Loop(), *images(2))[1]
+    assert len(maps.select(kind="activation")) == len(true) or maps.missed
+
+
+def test_a_graph_that_cannot_be_labelled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fmapkit import _variant
+
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("no")
+
+    model = Net().eval()
+    (x,) = images(2)
+    expected = model(x)
+    monkeypatch.setattr(_variant, "add_outputs", fail)
+    compiled = whole(model, backend="eager")
+    with pytest.warns(CaptureWarning, match="RuntimeError: no"), capture(compiled) as maps:
+        assert torch.equal(compiled(x), expected)
+    assert len(maps.missed) == 1
+
+
+# -- promises -------------------------------------------------------------------------------------
+
+
+def test_two_captures_at_once() -> None:
+    compiled = whole(Net().eval(), backend="eager")
+    (x,) = images(2)
+    with capture(compiled) as outer:
+        with capture(compiled, layers="fc", kinds="activation") as inner:
+            compiled(x)
+        compiled(x)
+    assert len(inner) == 1
+    assert len(outer) > 2
+    assert outer["fc"].step == 1
+    assert torch.equal(inner["fc"].tensor, outer["fc"].tensor)
+
+
+def test_other_threads_run_the_users_code() -> None:
+    compiled = whole(Net().eval(), backend="eager")
+    x, y = images(2, 2)
+    with capture(compiled) as maps:
+        compiled(x)
+        kept = maps["fc"].tensor.clone()
+        other = threading.Thread(target=lambda: compiled(y))
+        other.start()
+        other.join()
+        assert torch.equal(maps["fc"].tensor, kept)
+    assert maps["fc"].step == 0
+    assert maps.missed == []
+
+
+@pytest.mark.parametrize("compile_", [whole, in_place])
+def test_nothing_left_after_an_exception(compile_: Any) -> None:
+    model = Net()
+    compiled = compile_(model, backend="eager")
+    mark = truth.fingerprint(model)
+    with pytest.raises(Exception, match="channels"), capture(compiled):
+        compiled(torch.randn(2, 5, 6, 6))
+    truth.assert_nothing_left(mark, model)
+    with capture(compiled) as maps:
+        compiled(*images(2))
+    assert len(maps) > 0
+
+
+def test_copies_made_inside_are_not_captured() -> None:
+    compiled = whole(Net().eval(), backend="eager")
+    (x,) = images(2)
+    with capture(compiled) as maps:
+        out = compiled(x)
+        twin = copy.deepcopy(compiled)
+        assert torch.equal(twin(x), out)
+        pickle.loads(pickle.dumps(compiled._orig_mod))
+        assert maps["fc"].step == 0
+
+
+def test_memory_is_flat_and_no_graph_is_kept() -> None:
+    compiled = whole(Net(), backend="aot_eager")
+    (x,) = images(2)
+    with capture(compiled) as maps:
+        for _ in range(3):
+            out = compiled(x)
+            held = maps.nbytes
+            assert all(not fm.tensor.requires_grad for fm in maps)
+        probe = truth.graph_of(out)
+        del out
+        assert probe() is None
+        compiled(x)
+        assert maps.nbytes == held
+
+
+def test_a_loss_on_a_map_trains() -> None:
+    model = Net()
+    compiled = whole(model, backend="aot_eager")
+    with capture(compiled, detach=False) as maps:
+        compiled(*images(2))
+        maps["blocks.0.conv1"].tensor.square().sum().backward()
+    assert model.stem.weight.grad is not None
+    assert model.fc.weight.grad is None or not model.fc.weight.grad.any()
+
+
+def test_kinds_filters_and_outputs() -> None:
+    torch.manual_seed(0)
+    model = Net().eval()
+    compiled = whole(model, backend="eager")
+    (x,) = images(2)
+    with capture(model, kinds=("input", "response"), layers="stem") as plain:
+        model(x)
+    with capture(compiled, kinds=("input", "response"), layers="stem") as maps:
+        compiled(x)
+    assert tags(maps) == tags(plain)
+    assert torch.equal(maps["stem", "response"].tensor, model.stem(x))
+    with capture(compiled, layers="stem", filters=[3, 1]) as maps:
+        compiled(x)
+    assert maps["stem"].filters == (3, 1)
+    assert torch.equal(maps["stem"].tensor, torch.tanh(model.stem(x))[:, [3, 1]])
+    with capture(compiled, layers="", kinds="output") as maps:
+        out = compiled(x)
+    assert torch.equal(maps[""].tensor, out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpointed_around_compiled_code(backend: str) -> None:
+    model = Block()
+    compiled = whole(model, backend=backend)
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    with capture(compiled) as maps:
+        checkpoint(compiled, x, use_reentrant=False).sum().backward()
+        assert maps["conv1"].step == 0
+    assert maps.missed == []
+
+
+# -- inductor -------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_inductor() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 2), nn.GELU())
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model)
+    x = torch.randn(3, 4)
+    with capture(compiled) as maps:
+        seen = truth.run_pass(compiled, (x,), train=True)
+    true = truth.run_pass(eager, (x,), train=True, witness=True)
+    pairs = truth.captured_pairs(maps)
+    assert [(p.layer, p.sigma) for p in pairs] == [("0", "relu"), ("2", "gelu")]
+    for pair, run in zip(pairs, true.truth, strict=True):  # inductor rounds its own way
+        torch.testing.assert_close(pair.z, run.z)
+        torch.testing.assert_close(pair.a, run.a)
+    assert torch.equal(F.relu(pairs[0].z), pairs[0].a)  # exact, however it is computed
+    for seen_grad, grad in zip(seen.grads.values(), true.grads.values(), strict=True):
+        torch.testing.assert_close(seen_grad, grad)
+    assert maps.missed == []
+
+
+@needs_cuda
+def test_cuda_graphs() -> None:
+    model = Net().cuda().eval()
+    compiled = torch.compile(model, mode="reduce-overhead")
+    x, y = (i.cuda() for i in images(2, 2))
+    with torch.no_grad(), capture(compiled, keep="all") as maps:
+        for each in (x, y, x, y):
+            compiled(each)
+        first = maps.select(layer="stem", kind="activation")
+    for fm, each in zip(first, (x, y, x, y), strict=True):
+        torch.testing.assert_close(fm.tensor, torch.tanh(model.stem(each)), rtol=1e-3, atol=1e-3)
