@@ -16,18 +16,23 @@ from torch import Tensor
 from fmapkit._aside import select
 from fmapkit.errors import MapOverwrittenError
 
-__all__ = ["NO_GRAPH", "Gradient", "in_function", "watch"]
+__all__ = ["NO_GRAPH", "OF_VIEW", "Gradient", "in_function", "watch"]
 
 
 class _Post:
     """The hook: passes each gradient on to whoever still waits for it."""
 
-    __slots__ = ("_handle", "targets")
+    __slots__ = ("_handle", "of_view", "spoiled", "targets")
     # torch warns when it pickles a tensor with a hook, unless the hook says that it may be lost.
     __torch_unserializable__ = True
 
     def __init__(self, tensor: Tensor) -> None:
         self.targets: list[weakref.ref[Gradient]] = []
+        self.of_view = tensor._is_view()
+        self.spoiled = False
+        # A view that was written to through another tensor learns of it only when it is asked:
+        # until then a new hook goes to its former node, or crashes torch (2.13).
+        _ = tensor.grad_fn
         handle = tensor.register_hook(self)  # type: ignore[no-untyped-call]
         # Hooks of other tensors go with the graph; those of leaves have to be taken off.
         self._handle = handle if tensor.is_leaf else None
@@ -71,6 +76,23 @@ class Gradient:
         """The same for some filters alone."""
         return Gradient(self._post, (dim, places))
 
+    def overwritten(self) -> None:
+        """The tensor is about to be written to. What a view was has no gradient of its own then.
+
+        torch attaches the write to the base; a hook on the view would miss that part.
+        """
+        self._post.spoiled = self._post.of_view
+
+    @property
+    def of_view(self) -> bool:
+        """Whether a write to the tensor would leave none to be had."""
+        return self._post.of_view
+
+    @property
+    def spoiled(self) -> bool:
+        """Whether there is none to be had."""
+        return self._post.spoiled
+
     def receive(self, grad: Tensor) -> None:
         """One backward pass has reached the tensor."""
         if self._pick is not None:
@@ -92,6 +114,8 @@ class Gradient:
         Raises:
             MapOverwrittenError: its memory was written to since.
         """
+        if self.spoiled:
+            return None
         self._check()
         if self._lost:
             raise MapOverwrittenError(
@@ -110,6 +134,11 @@ NO_GRAPH = (
     "it ran inside the forward of a torch.autograd.Function, as reentrant checkpointing runs it, "
     "where no graph is recorded: its maps are right, but are not part of the graph and have no "
     "gradient; checkpoint(..., use_reentrant=False) keeps both"
+)
+
+OF_VIEW = (
+    "it is a view that the model writes to in place, and torch computes no gradient for what such "
+    "a view was before: the map is right, its gradient is None"
 )
 
 

@@ -350,6 +350,8 @@ class Run:
                 value, grad = shared[slot]
             else:
                 grad = x_grad if emission.slot == "x" else self._watched(value)
+                if emission.copy and grad is not None:
+                    grad.overwritten()
                 picked, axes = emission.picked, emission.axes
                 if picked is not None and axes is not None:
                     if grad is not None:

@@ -34,7 +34,7 @@ from fmapkit._flow import Flow, Weight, tensors_in
 from fmapkit._form import casts, form_of, weights_of
 from fmapkit._fused import REASON, fused_output, has_fused_path, may_fuse
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
-from fmapkit._gradients import NO_GRAPH, in_function
+from fmapkit._gradients import NO_GRAPH, OF_VIEW, in_function
 from fmapkit._hooks import Hook, Hooks, leave_mode
 from fmapkit._names import Names
 from fmapkit._optimized import anything_compiled
@@ -447,6 +447,11 @@ class Session:
         self._tracer = self._current = self._frame = self._run = self._learning = None
         self._depth = 0
         del tracer  # which holds tensors, too
+        if current is not None and self.wants.gradients:
+            for entry in current.entries():
+                gradient = entry.held.gradient if entry.held is not None else None
+                if gradient is not None and gradient.spoiled:
+                    self.miss(entry.origin.name, OF_VIEW)
         if current is not None and has_inference_tensors(current):
             settle(current)
         if self.missed and not self._warned:

@@ -64,6 +64,8 @@ class Held:
     def copy(cls, tensor: Tensor, detach: bool = True, gradients: bool = False) -> Held:
         """Keep the values as they are now."""
         gradient = watch(tensor) if gradients else None
+        if gradient is not None:
+            gradient.overwritten()
         copied = clone(tensor.detach() if detach else tensor)
         return cls(copied, version_of(copied), copied=True, gradient=gradient)
 
@@ -73,6 +75,8 @@ class Held:
 
     def snapshot(self) -> None:
         """Turn the reference into a copy, just before the memory is written to."""
+        if self.gradient is not None:
+            self.gradient.overwritten()
         if self.tensor is not None and not self.copied:
             if version_of(self.tensor) != self.version:
                 self.lost = True

@@ -554,6 +554,7 @@ class Tracer(TorchFunctionMode):
             assert tensor is not None and axes is not None
             gradient = held.gradient
             if gradient is not None:
+                held.wanted = gradient.of_view  # to learn of a write to it
                 gradient = gradient.picked(*self.wants.place(axes, picked))
             held = Held(self.wants.take(tensor, axes, picked), 0, True, gradient)
             held.version = version_of(held.tensor) if held.tensor is not None else 0
