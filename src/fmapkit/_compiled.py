@@ -185,6 +185,10 @@ class Compiled:
         self._late: list[_Late] = []
         self._watching: Any = None
 
+    def __bool__(self) -> bool:
+        """Whether anything compiled is known that runs the model or is a part of it."""
+        return bool(self._doors)
+
     def open(self) -> None:
         """Set a door at each compiled module in the model, or around it."""
         model = self._session.model

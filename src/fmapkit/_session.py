@@ -37,7 +37,6 @@ from fmapkit._gradient_taps import GradientOutputTap, GradientTap
 from fmapkit._gradients import NO_GRAPH, OF_VIEW, in_function
 from fmapkit._hooks import Hook, Hooks, leave_mode
 from fmapkit._names import Names
-from fmapkit._optimized import anything_compiled
 from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
 from fmapkit._replay import InputTap, LightMode, Line, OutputTap, Run, Tap, tag_outputs
@@ -181,7 +180,7 @@ class Session:
         if self._forward is not None:
             self._forward.install()
         self.compiled.open()
-        if not anything_compiled():  # dynamo compares hooks, and what stands before a call
+        if not self.compiled:  # dynamo compares hooks, and what stands before a call
             self.hooks.around(_unfused(self.model), self._pre, self._post)
             self._early = True
             Ending.install(self.model, self._interrupted)
