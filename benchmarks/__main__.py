@@ -3,6 +3,7 @@
 python -m benchmarks overhead [--seconds S] [--case NAME] [--threads N] [--json FILE]
 python -m benchmarks zoo [--out FILE] [--model NAME] [--threads N]
 python -m benchmarks memory [--device DEVICE]
+python -m benchmarks compiled [--backend NAME] [--seconds S] [--threads N]
 python -m benchmarks longrun [--steps N] [--figure FILE]
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import longrun, memory, overhead, zoo
+from benchmarks import compiled, longrun, memory, overhead, zoo
 
 
 def main() -> None:
@@ -35,6 +36,10 @@ def main() -> None:
     command.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     command = commands.add_parser("memory", help="bytes at the peak of a training step, counted")
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    command = commands.add_parser("compiled", help="time, beside a bare compiled model")
+    command.add_argument("--backend", default="inductor", help="of torch.compile")
+    command.add_argument("--seconds", type=float, default=10.0, help="for each model")
+    command.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
     command = commands.add_parser("longrun", help="is memory flat over thousands of steps?")
     command.add_argument("--steps", type=int, default=5000, help="of training (default: 5000)")
     command.add_argument("--figure", type=Path, metavar="FILE", help="draw the curves there")
@@ -43,6 +48,8 @@ def main() -> None:
         zoo.run(given.out, given.model, given.threads)
     elif given.command == "memory":
         memory.run(given.device)
+    elif given.command == "compiled":
+        compiled.run(given.backend, given.seconds, given.threads)
     elif given.command == "longrun":
         longrun.run(given.steps, given.figure)
     else:

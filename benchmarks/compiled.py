@@ -1,4 +1,4 @@
-"""What capture costs beside a bare compiled model: python -m benchmarks.compiled [--backend NAME].
+"""What capture costs beside a bare compiled model.
 
 Two copies of a model are compiled by the same backend; one is captured, all (z, a) of every layer.
 Their passes alternate, and the median of the ratios of each pair is what counts.
@@ -6,7 +6,6 @@ Their passes alternate, and the median of the ratios of each pair is what counts
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import time
@@ -69,17 +68,3 @@ def run(backend: str, budget: float, threads: int) -> None:
             f"{name}: {middle:.3f} ({low:.3f} to {high:.3f}) of {1000 * alone:.2f} ms, "
             f"{held} maps, {len(pairs)} pairs"
         )
-
-
-def main() -> None:
-    """Read the command line and run."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__)
-    parser.add_argument("--backend", default="inductor")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of passes for each case")
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
-    given = parser.parse_args()
-    run(given.backend, given.seconds, given.threads)
-
-
-if __name__ == "__main__":
-    main()
