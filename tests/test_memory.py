@@ -90,8 +90,7 @@ def test_between_the_steps_the_maps_are_held_and_not_a_byte_more(
     truth.seed(0)
     watched, held = _between(net(), options, steps)
     assert held > 0
-    # Which filters to pick is one index of 8 bytes, made once.
-    assert watched - bare == held + (8 if "filters" in options else 0)
+    assert watched - bare == held
 
 
 def test_at_its_peak_a_step_takes_what_autograd_does_not_hold_anyway() -> None:

@@ -69,8 +69,9 @@ class Step:
     plain: str  # "xy" or "y": it holds references to these, from their usual places, and no more
     flip: bool
     at: int = 0  # which entry of the log it reads
-    sink: int = -1  # of a function between two modules: the entry that has its result
-    delta: int = 0  # and how often its operand was written to since the entry `at`
+    between: bool = False  # a function between two modules: `at` has its operand, if it is held,
+    sink: int = -1  # this entry has its result, if that is held,
+    delta: int = 0  # and so often its operand was written to since the entry `at`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +81,7 @@ class Plan:
     steps: tuple[Step, ...]
     order: list[Any]  # what fires: modules; pairs ("before", module); None for a function
     at: list[Step | None]  # what is read there
+    spare: tuple[int, ...]  # what no step reads: another call of a module that is tapped
     taps: frozenset[nn.Module]
     direct: dict[nn.Module, str]  # taps all of whose steps are plain, in the same way
     inputs: dict[nn.Module, Any]  # modules whose first argument is noted: their key in `order`
@@ -146,6 +148,7 @@ def make_plan(
         steps=tuple(read.steps),
         order=read.order,
         at=read.at,
+        spare=tuple(set(range(len(read.order))) - {i for s in read.steps for i in (s.at, s.sink)}),
         taps=frozenset(read.tapped),
         direct=read.direct,
         inputs=read.inputs,
@@ -273,6 +276,9 @@ def _direct(steps: list[Step]) -> dict[nn.Module, str]:
     return {module: how for module, how in found.items() if how}
 
 
+_Ends = tuple[Firing | None, Firing | None]
+
+
 class _Reading:
     """Which firings are tapped, and what is read at each.
 
@@ -305,7 +311,7 @@ class _Reading:
         between = self._between(functions)
         self.scopes = {f.scope for f in functions} - {f.scope for f in between}
         self.inputs: dict[nn.Module, Any] = {}
-        for firing in [f for pair in between.values() for f in pair]:
+        for firing in [f for pair in between.values() for f in pair if f is not None]:
             assert firing.module is not None
             if firing.before:
                 self.inputs[firing.module] = ("before", firing.module)
@@ -326,9 +332,9 @@ class _Reading:
                 self.at.append(step if firing.module in emitting else None)
         for firing in firings:
             if firing in between:
-                source, sink = between[firing]
+                source, sink = (place[f] if f is not None else -1 for f in between[firing])
                 step, delta = made[firing], firing.events[0].delta
-                self.steps.append(replace(step, at=place[source], sink=place[sink], delta=delta))
+                self.steps.append(replace(step, at=source, between=True, sink=sink, delta=delta))
             elif firing in place:
                 found = self.at[place[firing]]
                 self.steps += [found] if found is not None else []
@@ -342,13 +348,13 @@ class _Reading:
             return (self.inputs[module],) if module in self.inputs else None
         return (module,) if module in self.tapped else None
 
-    def _between(self, functions: list[Firing]) -> dict[Firing, tuple[Firing, Firing]]:
+    def _between(self, functions: list[Firing]) -> dict[Firing, _Ends]:
         """Functions whose operand and result hooks on modules see: all of a scope's, or none."""
         seen = {f: self._ends(f) for f in functions}
         unseen = {f.scope for f, ends in seen.items() if ends is None}
         return {f: ends for f, ends in seen.items() if ends and f.scope not in unseen}
 
-    def _ends(self, firing: Firing) -> tuple[Firing, Firing] | None:
+    def _ends(self, firing: Firing) -> _Ends | None:
         event, step = firing.events[0], self._made[firing]
         source, sink = event.source, event.sink
         if len(firing.events) > 1 or event.kind != "sigma" or step.flip:
@@ -357,7 +363,8 @@ class _Reading:
             return None
         if source is None or sink is None or not self._sees(source) or not self._sees(sink):
             return None
-        return source, sink
+        slots = {e.slot for e in step.emissions}  # what is not held is not to be noted, either
+        return (source if "x" in slots else None, sink if "y" in slots else None)
 
     def _sees(self, firing: Firing) -> bool:
         module = firing.module

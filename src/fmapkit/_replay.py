@@ -227,6 +227,9 @@ class Run:
             self.mode.leave()
         self.before.clear()
         self.follows()
+        for index in self.plan.spare:
+            if index < len(self.log):
+                self.log[index] = self.log[index][:1]
 
     def light(self) -> LightMode:
         """The mode for modules that call a nonlinearity themselves."""
@@ -428,13 +431,14 @@ class Run:
                 continue
             record = self.log[step.at]
             items: list[Any]
-            if step.sink >= 0:
-                result = self.log[step.sink]
-                version = record[2] + step.delta if record[2] >= 0 else -1
-                slots = {
-                    "x": (self._own(record[1]), version, None),
-                    "y": (self._own(result[1]), result[2], None),
-                }
+            if step.between:
+                slots = {}
+                if step.at >= 0:
+                    version = record[2] + step.delta if record[2] >= 0 else -1
+                    slots["x"] = (self._own(record[1]), version, None)
+                if step.sink >= 0:
+                    result = self.log[step.sink]
+                    slots["y"] = (self._own(result[1]), result[2], None)
                 items = [slots[e.slot] for e in step.emissions]
             elif step.plain:
                 y_grad, x_grad = record[-2:] if self.wants.gradients else (None, None)
