@@ -346,12 +346,15 @@ class Session:
             at = at.f_back  # type: ignore[assignment]
         if isinstance(module, ParametrizationList):  # somebody has read a weight
             return
+        if module is self.model:  # a pass of its own that is not captured, and says why
+            return
         name = self.names.of(module)
+        hint = f": capture(model.{name})" if name else ""
         self.miss(
             name,
             f"it was called outside {type(self.model).__name__}.forward, "
             "and only what runs inside a forward pass of the captured model is captured; "
-            f"for its own passes, capture that module: capture(model.{name})",
+            f"for its own passes, capture that module{hint}",
         )
 
     # -- a pass -------------------------------------------------------------------------------
