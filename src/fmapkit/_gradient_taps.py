@@ -27,32 +27,27 @@ class GradientTap(Tap):
         if module not in wanted:
             return
         try:
-            x = args[0]
-            grads = watch(output), watch(x)
-            if how:
-                x, output = x.detach(), output.detach()
-            note((module, output, version_of(output), x, version_of(x), *grads))
+            note((module, *self.read(args, output, bool(how))))
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fault(module, error)
 
+    def read(self, args: Any, output: Any, detach: bool) -> tuple[Any, ...]:
+        """What is noted of a site. To watch a gradient costs more than this call."""
+        x = args[0]
+        grads = watch(output), watch(x)
+        if detach:
+            x, output = x.detach(), output.detach()
+        return output, version_of(output), x, version_of(x), *grads
 
-class GradientOutputTap(Tap):
+
+class GradientOutputTap(GradientTap):
     """The same for a site of which only what the module returns is held."""
 
     __slots__ = ()
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        cell = self.line.cell
-        if cell is None:
-            self.call(module, args, output)
-            return
-        note, how, wanted, _ = cell
-        if module not in wanted:
-            return
-        try:
-            grad = watch(output)
-            if how:
-                output = output.detach()
-            note((module, output, version_of(output), grad, None))
-        except Exception as error:  # ours, not the user's: named in `missed`, never raised
-            self.fault(module, error)
+    def read(self, args: Any, output: Any, detach: bool) -> tuple[Any, ...]:
+        """What is noted of a site."""
+        grad = watch(output)
+        if detach:
+            output = output.detach()
+        return output, version_of(output), grad, None

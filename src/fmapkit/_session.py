@@ -382,27 +382,24 @@ class Session:
         if threading.get_ident() == self.thread and not self._running():
             self._idle = False
 
-    def _begin(self, args: Any, kwargs: Any, compiled: bool = False) -> bool:
-        step = self._steps
-        self._steps += 1
-        if step % self.every:
-            self._idle = True
-            self._drop_hooks()
-            return False
+    def _refused(self, args: Any, kwargs: Any, compiled: bool) -> bool:
+        """Whether the pass cannot be captured as a whole; if so, it is named."""
         self._idle = False
-        around = not compiled and self.compiled.unannounced()
-        if around:
+        if not compiled and self.compiled.unannounced():
             self.compiled.noticed()
         elif _transformed(self.model, (args, kwargs)):
             self.miss("", TRANSFORMED)
-            around = True
-        if around:
-            self._idle = True
-            self._drop_hooks()
-            return False
-        if _recording():
+        elif _recording():
             self.miss("", _RECORDED)
-            self._idle = True
+        else:
+            return False
+        return True
+
+    def _begin(self, args: Any, kwargs: Any, compiled: bool = False) -> bool:
+        step = self._steps
+        self._steps += 1
+        self._idle = bool(step % self.every) or self._refused(args, kwargs, compiled)
+        if self._idle:
             self._drop_hooks()
             return False
         self._frame = _call_frame()  # on Python's stack as long as the pass runs
@@ -442,7 +439,7 @@ class Session:
         for layer, why in self.edits.unapplied() if not failed and not stopped else ():
             self.miss(layer, why)
         if current is not None and self.stop is not None and not failed:
-            self.stop.learn(current.entries())
+            self.stop.learn(current)
         if current is not None:
             current.closed = True
         self._given.clear()

@@ -7,13 +7,12 @@ own; the model's call then returns None.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from fmapkit._store import Entry
+from fmapkit._store import Entry, Pass
 
 __all__ = ["Stop", "StopForward", "StoppedError", "has_own_forward"]
 
@@ -52,10 +51,10 @@ class Stop:
         """Whether this pass was ended."""
         return self._ended
 
-    def learn(self, entries: Iterable[Entry]) -> None:
-        """A pass went through to its end."""
+    def learn(self, whole: Pass) -> None:
+        """A pass went through to its end; the first one's maps are what is wanted."""
         if self._wanted is None:
-            self._wanted = frozenset(map(_tag, entries))
+            self._wanted = frozenset(map(_tag, whole.entries()))
 
     def forget(self) -> None:
         """The model has changed: the next pass is a complete one."""
