@@ -79,6 +79,7 @@ def test_a_fault_in_a_tap(monkeypatch: pytest.MonkeyPatch, kinds: Any) -> None:
         with capture(model, kinds=kinds) as maps:
             model(x)
             monkeypatch.setattr("fmapkit._replay.version_of", _broken)
+            monkeypatch.setattr("fmapkit._taps.version_of", _broken)
             assert torch.equal(model(x), expected)
             monkeypatch.undo()
             assert any("a fault of our own" in m.reason for m in maps.missed)

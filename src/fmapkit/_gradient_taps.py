@@ -1,4 +1,4 @@
-"""Taps that also wait for gradients: those of `_replay.py`, for captures that ask for them."""
+"""Taps that also wait for gradients: those of `_taps.py`, for captures that ask for them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from fmapkit._gradients import watch
-from fmapkit._replay import Tap
 from fmapkit._store import version_of
+from fmapkit._taps import Tap
 
 __all__ = ["GradientOutputTap", "GradientTap"]
 
@@ -17,6 +17,8 @@ class GradientTap(Tap):
     """Notes z, a, their versions, and where their gradients will arrive."""
 
     __slots__ = ()
+
+    standing = None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         cell = self.line.cell

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
-from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Hook", "Hooks", "Inert", "leave_mode", "traced_as_nothing", "when_traced"]
+__all__ = ["Handle", "Hook", "Hooks", "Inert", "leave_mode", "traced_as_nothing", "when_traced"]
 
 
 # Called when torch.compile traces code in which a hook of ours is set: each open session's own.
@@ -51,6 +50,13 @@ def traced_as_nothing(call: Callable[..., Any]) -> None:
         dynamo.set_code_exec_strategy(call.__code__, dynamo._FrameExecStrategy(skip, skip))
 
 
+class Handle(Protocol):
+    """What undoes a registration."""
+
+    def remove(self) -> None:
+        """Undo it."""
+
+
 class Hook:
     """A callable that belongs to one session."""
 
@@ -64,6 +70,10 @@ class Hook:
         return self.call(*args)
 
     traced_as_nothing(__call__)
+
+    def after(self, module: nn.Module) -> Handle:
+        """Be called after each call of a module."""
+        return module.register_forward_hook(self)
 
     def disarm(self) -> None:
         """Let go of the session; torch may be going through the module's hooks just then."""
@@ -115,7 +125,7 @@ class Hooks:
 
     def __init__(self, owner: object) -> None:
         self._owner = owner
-        self._handles: dict[tuple[str, nn.Module], list[tuple[Hook, RemovableHandle]]] = {}
+        self._handles: dict[tuple[str, nn.Module], list[tuple[Hook, Handle]]] = {}
         self.excluded: set[nn.Module] = set()  # modules in compiled code, where no hook runs
 
     def is_ours(self, hook: Any) -> bool:
@@ -163,10 +173,8 @@ class Hooks:
         if before is not None and type(before[0][0]) is type(hook):
             return False
         self._remove((role, module))
-        register = (
-            module.register_forward_hook if role == "after" else module.register_forward_pre_hook
-        )
-        self._handles[role, module] = [(hook, register(hook))]
+        handle = hook.after(module) if role == "after" else module.register_forward_pre_hook(hook)
+        self._handles[role, module] = [(hook, handle)]
         return before is not None
 
     def modules(self) -> set[nn.Module]:

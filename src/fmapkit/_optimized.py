@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit._ending import Ending
+from fmapkit._standing import Standing
 
 __all__ = [
     "anything_compiled",
@@ -39,7 +39,7 @@ def is_compiled(module: nn.Module) -> bool:
 def compiled_call(attributes: dict[str, Any]) -> Any:
     """What `module.compile()` has put among a module's attributes; None if it did not."""
     call = attributes.get("_compiled_call_impl")
-    return None if isinstance(call, Ending) else call
+    return None if isinstance(call, Standing) else call
 
 
 def plain(module: nn.Module) -> nn.Module:

@@ -1,15 +1,13 @@
 """Tap: read a later call of a proven module with one hook per site.
 
-Taps note what they see in the log of the `Run` that is under way. Whether the log follows the plan
-is checked as a whole, when something depends on it and when the run ends; tags are made when
-somebody reads them.
+Taps (see `_taps.py`) note what they see in the log of the `Run` that is under way. Whether the log
+follows the plan is checked as a whole, when something depends on it and when the run ends; tags are
+made when somebody reads them.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Callable, Container
 from operator import itemgetter
 from typing import Any
 
@@ -21,152 +19,17 @@ from fmapkit._aside import clone
 from fmapkit._flow import NOWHERE, Flow, Origin, Weight, tensors_in
 from fmapkit._functions import describe, out_of_place
 from fmapkit._gradients import Gradient, in_function, watch
-from fmapkit._hooks import Hook, leave_mode, nothing, traced_as_nothing
+from fmapkit._hooks import leave_mode
 from fmapkit._plan import Plan, Ref, Step
 from fmapkit._stop import Stop
 from fmapkit._store import Entry, Held, version_of
+from fmapkit._taps import Line
 from fmapkit._trace import leaves
 from fmapkit._wants import Wants
 
-__all__ = ["InputTap", "LightMode", "Line", "OutputTap", "Run", "Tap"]
+__all__ = ["LightMode", "Run", "tag_outputs"]
 
 _module = itemgetter(0)
-
-
-# The `append` of a run's log; how tensors are to be read; the modules whose end, and whose start,
-# the run's plan wants to see.
-Cell = tuple[Callable[[Any], None], int, Container[nn.Module], Container[nn.Module]]
-
-
-class Line(threading.local):
-    """Where taps write to: the run that is under way in this thread.
-
-    Per thread, so that a tap that fires in another one, which is not captured, finds nothing.
-
-    Attributes:
-        cell: None while no run is under way. Tensors are to be read: 0 as they are, 1 outside the
-            graph, 2 with inference tensors among them, 3 outside of a graph that they may become
-            part of, 4 both.
-    """
-
-    cell: Cell | None = None
-
-
-class Tap(Hook):
-    """The hook of a site: notes z, a and their versions, and leaves all else for later.
-
-    Args:
-        line: to write to.
-        other: called with the hook's arguments when no run is under way.
-        fault: called with the module and the error, should we fail.
-        owner: the session.
-    """
-
-    __slots__ = ("fault", "line")
-
-    def __init__(self, line: Line, other: Any, fault: Any, owner: object) -> None:
-        super().__init__(other, owner)
-        self.line = line
-        self.fault = fault
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        cell = self.line.cell
-        if cell is None:
-            self.call(module, args, output)
-            return
-        note, how, wanted, _ = cell
-        if module not in wanted:  # a tap of another plan
-            return
-        try:
-            x = args[0]
-            if how:
-                if how > 1:
-                    if how > 2:
-                        x, output = x.detach(), output.detach()
-                    note((module, output, version_of(output), x, version_of(x)))
-                    return
-                if x.requires_grad:
-                    x = x.detach()
-                if output.requires_grad:
-                    output = output.detach()
-            note((module, output, output._version, x, x._version))
-        except Exception as error:  # ours, not the user's: named in `missed`, never raised
-            self.again(module, args, output, error)
-
-    def again(self, module: nn.Module, args: Any, output: Any, error: Exception) -> None:
-        """The quick look has failed: it is not made for inference tensors, which may turn up."""
-        cell = self.line.cell
-        if cell is None or cell[1] in (2, 4):
-            self.fault(module, error)
-            return
-        note, how, ends, starts = cell
-        self.line.cell = (note, 4 if how else 2, ends, starts)
-        self(module, args, output)
-
-    traced_as_nothing(__call__)
-
-    def disarm(self) -> None:
-        """Let go of the session and its run."""
-        super().disarm()
-        self.line = Line()
-        self.fault = nothing
-
-
-class OutputTap(Tap):
-    """The same for a site of which only what the module returns is held."""
-
-    __slots__ = ()
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        cell = self.line.cell
-        if cell is None:
-            self.call(module, args, output)
-            return
-        note, how, wanted, _ = cell
-        if module not in wanted:
-            return
-        try:
-            if how and (output.requires_grad or how > 2):
-                output = output.detach()
-            note((module, output, version_of(output) if how > 1 else output._version))
-        except Exception as error:  # ours, not the user's: named in `missed`, never raised
-            self.again(module, args, output, error)
-
-
-class InputTap(Tap):
-    """The same for a module of which only its first argument is to be seen, before it runs.
-
-    Args:
-        key: what it is called in the plan's order.
-        line: to write to.
-        other: called with the hook's arguments when no run is under way.
-        fault: called with the module and the error, should we fail.
-        owner: the session.
-    """
-
-    __slots__ = ("key",)
-
-    def __init__(self, key: Any, line: Line, other: Any, fault: Any, owner: object) -> None:
-        super().__init__(line, other, fault, owner)
-        self.key = key
-
-    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
-        cell = self.line.cell
-        if cell is None:
-            self.call(module, args)
-            return
-        note, how, _, wanted = cell
-        if module not in wanted:
-            return
-        try:
-            x = args[0]
-            if how and (x.requires_grad or how > 2):
-                x = x.detach()
-            note((self.key, x, version_of(x) if how > 1 else x._version))
-        except Exception as error:  # ours, not the user's: named in `missed`, never raised
-            self.again(module, args, None, error)
-
-    traced_as_nothing(__call__)
 
 
 class Run:

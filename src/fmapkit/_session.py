@@ -39,11 +39,12 @@ from fmapkit._hooks import Hook, Hooks, leave_mode
 from fmapkit._names import Names
 from fmapkit._plan import Plan, make_plan
 from fmapkit._proof import Guard, Proofs
-from fmapkit._replay import InputTap, LightMode, Line, OutputTap, Run, Tap, tag_outputs
+from fmapkit._replay import LightMode, Run, tag_outputs
 from fmapkit._settle import has_inference_tensors, settle
 from fmapkit._sharded import is_wrapped, moves_data
 from fmapkit._stop import Stop, StopForward
 from fmapkit._store import Pass, Store, storage_of
+from fmapkit._taps import InputTap, Line, OutputTap, Tap
 from fmapkit._trace import TRANSFORMED, Event, Frame, Tracer, leaves, transformed
 from fmapkit._wants import Wants
 from fmapkit._watch import Watch

@@ -12,6 +12,7 @@ from operator import contains
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
 from fmapkit import layers, nonlinearities
@@ -45,14 +46,16 @@ class Watch:
         self._last_handle = RemovableHandle.next_id
 
     def _foreign(self) -> list[int]:
-        """How many hooks of others each module has."""
-        return [
+        """How many hooks of others each module has, and all modules together."""
+        everywhere = len(_global_forward_pre_hooks) + len(_global_forward_hooks)
+        of_each = (
             sum(
                 not self._hooks.is_ours(hook)
                 for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())
             )
             for m in self._watched
-        ]
+        )
+        return [everywhere, *of_each]
 
     def _compiled_calls(self) -> list[object]:
         """What `module.compile()` has set; nothing where torch.compile was never used."""

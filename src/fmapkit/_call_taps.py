@@ -1,0 +1,130 @@
+"""Taps that stand before a module's call instead of being hooks: the same, at a fraction of a hook.
+
+A forward hook takes a module off torch's fast path. Most sites are small modules without weights,
+children or hooks of others (`nn.ReLU`), of which input and output are all there is to see; one that
+stands before the call (see `_standing.py`) sees both.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+from fmapkit._standing import Standing, called, free, lock
+
+if TYPE_CHECKING:
+    from fmapkit._taps import Tap
+
+__all__ = ["CallTap", "OutputCallTap", "stand"]
+
+
+def _call(tap: CallTap, *args: Any, **kwargs: Any) -> Any:
+    return tap.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+class CallTap(Standing):
+    """Does a `Tap`'s work in the usual case, and has that tap do it in any other.
+
+    Args:
+        module: to stand before.
+        tap: whose place it takes.
+    """
+
+    __slots__ = ("line", "module", "tap", "theirs")
+
+    def __init__(self, module: nn.Module, tap: Tap) -> None:
+        self.module = module
+        self.tap = tap
+        self.line = tap.line
+        self.theirs = module._forward_pre_hooks  # none yet; one that is set now changes what z is
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cell = self.line.cell
+        if cell is None or self.theirs or _global_forward_pre_hooks:
+            return self.otherwise(args, kwargs)
+        module = self.module
+        output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        note, how, wanted, _ = cell
+        if module not in wanted:  # a tap of another plan
+            return output
+        if how > 1:
+            self.tap(module, args, output)
+            return output
+        try:
+            x, a = args[0], output
+            if how:
+                if x.requires_grad:
+                    x = x.detach()
+                if a.requires_grad:
+                    a = a.detach()
+            note((module, a, a._version, x, x._version))
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.tap.again(module, args, output, error)
+        return output
+
+    def otherwise(self, args: Any, kwargs: Any) -> Any:
+        """No run is under way in this thread, or others have set hooks in the middle of one."""
+        module = called(self.module, 3)
+        output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if module is self.module and self.line.cell is None:
+            self.tap(module, args, output)  # which knows what to do then
+        return output
+
+    # What dynamo compiles in its place, where code around the module is compiled in the block.
+    __call__._torchdynamo_inline = _call  # type: ignore[attr-defined]
+
+    def remove(self) -> None:
+        """Stand there no more."""
+        with lock:
+            self.leave(self.module)
+
+
+class OutputCallTap(CallTap):
+    """The same for an `OutputTap`."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cell = self.line.cell
+        if cell is None or self.theirs or _global_forward_pre_hooks:
+            return self.otherwise(args, kwargs)
+        module = self.module
+        output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        note, how, wanted, _ = cell
+        if module not in wanted:
+            return output
+        if how > 1:
+            self.tap(module, args, output)
+            return output
+        try:
+            a = output.detach() if how and output.requires_grad else output
+            note((module, a, a._version))
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.tap.again(module, args, output, error)
+        return output
+
+    __call__._torchdynamo_inline = _call  # type: ignore[attr-defined]
+
+
+def stand(kind: type[CallTap], module: nn.Module, tap: Tap) -> CallTap | None:
+    """A tap before the module's call; None where only a hook will do.
+
+    Args:
+        kind: of tap.
+        module: to tap.
+        tap: whose place it takes.
+    """
+    if module._parameters or module._buffers or module._modules:
+        return None
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return None
+    with lock:
+        if not free(module):
+            return None
+        found = kind(module, tap)
+        found.stand(module)
+    return found
