@@ -604,3 +604,35 @@ def test_cuda_graphs() -> None:
         first = maps.select(layer="stem", kind="activation")
     for fm, each in zip(first, (x, y, x, y), strict=True):
         torch.testing.assert_close(fm.tensor, torch.tanh(model.stem(each)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("act", "sigma"),
+    [
+        (nn.ReLU(), "relu"),
+        (nn.ReLU(inplace=True), "relu"),
+        (nn.PReLU(4), "prelu"),
+        (Swish(), "Swish"),
+        (nn.Sequential(nn.GELU()), "gelu"),
+    ],
+)
+def test_a_compiled_module_that_is_one_nonlinearity(
+    act: nn.Module, sigma: str, backend: str
+) -> None:
+    """The graph is all of σ, so no module call inside of it says which layer's it is."""
+    net, x = nn.Sequential(nn.Linear(4, 4), copy.deepcopy(act), nn.Linear(4, 2)), torch.randn(3, 4)
+    z = net[0](x)
+    a, expected = act(z.clone()), net(x)
+    net[1].compile(backend=backend)
+    with capture(net) as maps:
+        for _ in range(3):
+            assert torch.equal(net(x), expected)
+            assert [(fm.layer, fm.kind, fm.nonlinearity) for fm in maps] == [
+                ("0", "preactivation", sigma),
+                ("0", "activation", sigma),
+                ("2", "preactivation", None),
+            ]
+            assert torch.equal(maps["0", "preactivation"].tensor, z)
+            assert torch.equal(maps["0"].tensor, a)
+            assert maps.missed == []

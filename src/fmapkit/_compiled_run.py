@@ -299,6 +299,7 @@ class CompiledGraph:
             session.miss,
             rewrite=rewrite,
             modules=self._translated(inputs, session.names),
+            arguments=sorted(self.local.intersection(self.data)) if self.whole else None,
         )
 
     def _label(self, sink: Sink, inputs: Sequence[Any], carried: list[Any]) -> Labels:

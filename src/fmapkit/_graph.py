@@ -27,7 +27,7 @@ from fmapkit._graph_tracer import GraphTracer, NodeHeld
 from fmapkit._names import Names
 from fmapkit._plan import Ref
 from fmapkit._store import Entry, storage_of
-from fmapkit._trace import leaves
+from fmapkit._trace import Frame, leaves
 from fmapkit._wants import Wants
 
 __all__ = ["GraphMap", "Labels", "Traced", "running_modules", "trace_graph"]
@@ -147,6 +147,7 @@ def trace_graph(
     *,
     rewrite: bool,
     modules: dict[int, nn.Module],
+    arguments: Sequence[int] | None,
 ) -> Traced:
     """Run a graph on fake tensors and say what its maps are.
 
@@ -160,6 +161,8 @@ def trace_graph(
         miss: to name what cannot be captured.
         rewrite: whether in-place nonlinearities may be rewritten: not once it is compiled.
         modules: by the id that the graph knows them by.
+        arguments: which inputs the innermost of `base` was given, where the graph is all of its
+            call, which may be one nonlinearity; else None.
     """
     tracer = GraphTracer(names, wants, miss)
     grad = torch.is_grad_enabled()
@@ -172,7 +175,9 @@ def trace_graph(
         fakes = _Fakes(inputs)
         try:
             with fakes.mode:
-                _run(gm, order, env, fakes, tracer, carried, base, modules, rewrite, grad)
+                _run(
+                    gm, order, env, fakes, tracer, carried, base, modules, rewrite, grad, arguments
+                )
         finally:
             torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
     if tracer.failed is not None:
@@ -224,6 +229,7 @@ def _run(
     modules: dict[int, nn.Module],
     rewrite: bool,
     grad: bool,
+    arguments: Sequence[int] | None,
 ) -> None:
     def load(value: Any) -> Any:
         return fx.node.map_arg(value, env.__getitem__)
@@ -231,14 +237,18 @@ def _run(
     stacks = _Stacks(order, modules, tracer, env)
     noted = tracer.noted
     noted.now = order[0]
-    for module in base:
+    for module in base[:-1]:
         tracer.enter(module, (), {})
-    given = iter(zip(fakes.values, carried, strict=True))
+    values = iter(zip(fakes.values, carried, strict=True))
     outside: set[int] = set()  # memory that was there before the graph
+    innermost: Frame | None = None
     for node in order:
         noted.now = node
+        if base and innermost is None and node.op != "placeholder":
+            given = tuple(fakes.values[i] for i in arguments or ())
+            innermost = tracer.enter(base[-1], given, {})
         if node.op == "placeholder":
-            env[node], tag = next(given)
+            env[node], tag = next(values)
             noted.made(env[node], node)
             tracer.set_tag(env[node], tag)
             outside.update(map(storage_of, tensors_in(env[node])))
@@ -256,6 +266,10 @@ def _run(
             noted.made(env[node], node)
         elif node.op == "output":
             stacks.leave()
+            if innermost is not None and innermost.kind != "plain" and arguments is not None:
+                results = load(node.args[0])
+                single = len(results) == 1
+                tracer.leave(innermost.module, results[0] if single else results)
         else:
             raise _UnreadableError(f"its graph has a node of another kind ({node.op})")
 

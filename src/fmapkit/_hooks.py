@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Handle", "Hook", "Hooks", "Inert", "leave_mode", "traced_as_nothing", "when_traced"]
 
@@ -164,7 +165,13 @@ class Hooks:
 
     def before(self, module: nn.Module, hook: Hook) -> bool:
         """A plain pre hook, with the same reserve."""
-        return self._plain("before", module, hook)
+        replaced = self._plain("before", module, hook)
+        # What stands before the call takes a pre hook for somebody else's, which may change z.
+        for tap, handle in self._handles.get(("after", module), ()):
+            if not isinstance(handle, RemovableHandle):
+                handle.remove()
+                self._handles["after", module] = [(tap, module.register_forward_hook(tap))]
+        return replaced
 
     def _plain(self, role: str, module: nn.Module, hook: Hook) -> bool:
         if ("around", module) in self._handles or self._unhookable(module):

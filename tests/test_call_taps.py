@@ -1,0 +1,182 @@
+"""Taps that stand before a module's call: what they are spared, and who else must not notice."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmapkit import capture
+from fmapkit._call_taps import CallTap
+from fmapkit._standing import there
+from tests import truth
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.relu, self.prelu = nn.ReLU(inplace=True), nn.PReLU(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.prelu(self.b(self.relu(self.a(x)))))
+
+
+def _right(net: Net, maps: Any, x: Tensor) -> None:
+    """By hand: z = a(x), a = max(z, 0); and the same for b with its own slope."""
+    z = F.linear(x, net.a.weight, net.a.bias)
+    assert torch.equal(maps["a", "preactivation"].tensor, z)
+    assert torch.equal(maps["a"].tensor, z.clamp(min=0))
+    z = F.linear(z.clamp(min=0), net.b.weight, net.b.bias)
+    assert torch.equal(maps["b", "preactivation"].tensor, z)
+    assert torch.equal(maps["b"].tensor, torch.where(z > 0, z, z * net.prelu.weight))
+    assert maps.missed == []
+
+
+def test_no_hook_where_none_is_needed() -> None:
+    net, x = Net(), torch.randn(3, 4)
+    bare = truth.fingerprint(net)
+    with capture(net) as maps:
+        net(x), net(x)
+        assert isinstance(there(net.relu), CallTap)
+        assert not net.relu._forward_hooks
+        assert there(net.prelu) is None  # a replica's weights are not ours to use
+        assert net.prelu._forward_hooks
+        _right(net, maps, x)
+    truth.assert_nothing_left(bare, net)
+    assert there(net.relu) is None
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+@pytest.mark.parametrize("hook", ["pre", "post", "global pre", "global post"])
+def test_hooks_of_others_have_their_say(when: str, hook: str) -> None:
+    """z is what σ received and a is what went on: after the pre hook, after the post hook."""
+    net, x = Net(), torch.randn(3, 4)
+    seen: list[Tensor] = []
+
+    def register() -> Any:
+        def pre(module: nn.Module, args: Any) -> Any:
+            return (args[0] + 1,) if module is net.relu else None
+
+        def post(module: nn.Module, args: Any, output: Tensor) -> Any:
+            return output * 2 if module is net.relu else None
+
+        every = nn.modules.module
+        return {
+            "pre": lambda: net.relu.register_forward_pre_hook(pre),
+            "post": lambda: net.relu.register_forward_hook(post),
+            "global pre": lambda: every.register_module_forward_pre_hook(pre),
+            "global post": lambda: every.register_module_forward_hook(post),
+        }[hook]()
+
+    net.b.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    handle = register() if when == "before" else None
+    try:
+        with capture(net, kinds=("preactivation", "activation")) as maps:
+            net(x), net(x)
+            if handle is None:
+                handle = register()
+            for _ in range(3):
+                net(x)
+                z = F.linear(x, net.a.weight, net.a.bias)
+                # What the pre hook returned is what σ got; a plain sum is no layer's filters less.
+                z = z + 1 if "pre" in hook else z
+                [got] = maps.select(kind="preactivation", layer="a", step=-1)
+                assert torch.equal(got.tensor, z)
+                a = z.clamp(min=0)
+                if "post" not in hook:
+                    assert torch.equal(maps["a"].tensor, a)
+                assert torch.equal(seen[-1], a * 2 if "post" in hook else a)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def test_another_thread_and_a_direct_call_of_forward() -> None:
+    net, x, other = Net(), torch.randn(3, 4), torch.randn(3, 4)
+    expected = net(other)
+    with capture(net) as maps:
+        net(x), net(x)
+        got: list[Tensor] = []
+        thread = threading.Thread(target=lambda: got.append(net(other)))
+        thread.start()
+        thread.join()
+        assert torch.equal(got[0], expected)
+        net.relu.forward(torch.zeros(1))  # as no hook would see it
+        _right(net, maps, x)
+
+
+def test_copies_are_not_captured() -> None:
+    net, x = Net(), torch.randn(3, 4)
+    with capture(net) as maps:
+        net(x), net(x)
+        twin = copy.deepcopy(net)
+        shallow = copy.copy(net.relu)
+        stream = io.BytesIO()
+        torch.save(net, stream)
+        stream.seek(0)
+        loaded = torch.load(stream, weights_only=False)
+        for model in (twin, loaded):
+            assert there(model.relu) is None
+            model(torch.randn(3, 4))
+        assert torch.equal(shallow(torch.tensor([-1.0, 1.0])), torch.tensor([0.0, 1.0]))
+        _right(net, maps, x)
+
+
+def test_what_copies_the_attributes_of_a_module_gets_its_own_call() -> None:
+    """`nn.parallel.replicate` makes modules with our attributes: the call is theirs."""
+
+    class Counting(nn.ReLU):
+        count = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            return super().forward(x)
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with capture(net) as maps:
+        net(torch.randn(3, 4)), net(torch.randn(3, 4))
+        replica = net[1]._replicate_for_data_parallel()
+        assert there(replica) is there(net[1])
+        replica.__class__ = Counting
+        assert torch.equal(replica(torch.tensor([-1.0, 2.0])), torch.tensor([0.0, 2.0]))
+        assert replica.count == 1
+        assert maps.missed == []
+
+
+def test_two_captures_take_turns() -> None:
+    net, x = Net(), torch.randn(3, 4)
+    with capture(net) as outer:
+        net(x), net(x)
+        with capture(net, kinds="activation") as inner:
+            for _ in range(3):
+                net(x)
+            _right(net, outer, x)
+            assert torch.equal(inner["a"].tensor, outer["a"].tensor)
+        net(x)
+        _right(net, outer, x)
+    assert there(net.relu) is None
+    assert not net.relu._forward_hooks
+
+
+def test_compiled_inside_of_the_block() -> None:
+    net, x = (
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)),
+        torch.ones(3, 4),
+    )
+    expected = net(x)
+    with capture(net) as maps:
+        net(x), net(x)
+        net[1].compile(backend="eager")
+        assert torch.equal(net(x), expected)
+        net(x)
+        z, a = maps["0", "preactivation"].tensor, maps["0"].tensor
+        assert torch.equal(z, F.linear(x, net[0].weight, net[0].bias))
+        assert torch.equal(a, z.clamp(min=0))
+    assert there(net[1]) is not None  # the user's compiled call stays
