@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fmapkit._axes import Axes
 from fmapkit._edit import Edits
-from fmapkit._flow import STOP, Flow
 from fmapkit._functions import out_of_place
+from fmapkit._origin import STOP, Flow
 from fmapkit._store import Held, version_of
 from fmapkit.nonlinearities import module_sigma
 

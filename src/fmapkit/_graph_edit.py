@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fmapkit._flow import tensors_in
 from fmapkit._functions import describe, out_of_place
+from fmapkit._nested import tensors_in
 from fmapkit._store import storage_of
 from fmapkit._trace import SAME_GRADIENT
 

@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 
 from fmapkit._axes import Axes
 from fmapkit._edit import Edits
-from fmapkit._flow import Origin, tensors_in
 from fmapkit._graph_edit import Site
 from fmapkit._names import Names
+from fmapkit._nested import tensors_in
+from fmapkit._origin import Origin
 from fmapkit._store import Aliases, Entry, Held, Pass, version_of
 from fmapkit._trace import Event, Tracer
 from fmapkit._wants import Wants

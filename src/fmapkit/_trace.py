@@ -22,21 +22,24 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fmapkit import _flow, layers, nonlinearities
+from fmapkit import _vocabulary as words
+from fmapkit import _weighted, layers, nonlinearities
 from fmapkit._aside import operators_are_counted
 from fmapkit._axes import Axes
 from fmapkit._edit import Edits
 from fmapkit._editing import Editor, Site
-from fmapkit._flow import NOWHERE, STOP, Flow, Origin, Tag, Weight, tensors_in
+from fmapkit._flow import carried
 from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, out_of_place
 from fmapkit._gradients import NO_GRAPH, in_function
 from fmapkit._names import Names
+from fmapkit._nested import leaves, tensors_in
+from fmapkit._origin import NOWHERE, STOP, Flow, Origin, Tag, Weight
 from fmapkit._sharded import is_dtensor, local_axes
 from fmapkit._stop import Stop
 from fmapkit._store import Aliases, Entry, Held, Pass, storage_of, storage_users, version_of
 from fmapkit._wants import Wants
 
-__all__ = ["Event", "Firing", "Frame", "SigmaCall", "Tracer", "leaves"]
+__all__ = ["Event", "Firing", "Frame", "SigmaCall", "Tracer"]
 
 _CALL = nn.Module._call_impl.__code__
 # Nonlinearities whose in-place form has the same derivative formula, bit for bit. That of the ELU
@@ -580,19 +583,19 @@ class Tracer(TorchFunctionMode):
     def _after(self, known: Function, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         name = known.name
         frame = self.frames[-1]
-        if name in _flow.OPAQUE:
-            self.miss(self.names.of(frame.module), _flow.OPAQUE[name])
-        weight = _flow.weight_operand(name, args, kwargs, self.tag)
+        if name in words.OPAQUE:
+            self.miss(self.names.of(frame.module), words.OPAQUE[name])
+        weight = _weighted.weight_operand(name, args, kwargs, self.tag)
         seen = not self._opaque and not transformed(out)
         if isinstance(weight, Tensor) and isinstance(out, Tensor) and seen:
             out = self._layer(known, func, args, kwargs, weight, out)
         else:
-            tag = _flow.carried(name, args, kwargs, out, self.tag)
+            tag = carried(name, args, kwargs, out, self.tag)
             if known.in_place and name in RESHAPED_IN_PLACE and tag is not None:
                 tag = STOP
-            if name in _flow.NORM_AXIS and isinstance(tag, Flow) and isinstance(out, Tensor):
+            if name in words.NORM_AXIS and isinstance(tag, Flow) and isinstance(out, Tensor):
                 own = self.names.of(frame.module)
-                tag = self._norm_tag(tag, out, _flow.NORM_AXIS[name], own)
+                tag = self._norm_tag(tag, out, words.NORM_AXIS[name], own)
             if tag is not None:
                 if name == "__setitem__":
                     self.set_tag(args[0], tag)
@@ -608,10 +611,10 @@ class Tracer(TorchFunctionMode):
         owner = tag.parameter if isinstance(tag, Weight) else None
         stack = [f.module for f in self.frames]
         name = self.names.layer_of(owner, stack)
-        axes = _flow.layer_axes(known.name, args, weight, out)
+        axes = _weighted.layer_axes(known.name, args, weight, out)
         if isinstance(tag, Weight):
-            axes = _flow.weight_slice(tag, weight, axes)
-        place = _flow.input_place(known.name, args, kwargs, weight)
+            axes = _weighted.weight_slice(tag, weight, axes)
+        place = _weighted.input_place(known.name, args, kwargs, weight)
         operands = tensors_in(*args, kwargs)
         x = operands[place] if place is not None else None
         event = Event("layer", self._scope(), func)
@@ -935,27 +938,6 @@ def _first_tensor(args: Any, kwargs: Any) -> tuple[Tensor | None, str | None]:
     return None, None
 
 
-def leaves(value: Any, path: str = "") -> list[tuple[str, Tensor]]:
-    """Each tensor of a nested output with its path: `[0]`, `['w']`, `.logits`."""
-    if isinstance(value, Tensor):
-        return [(path, value)]
-    found: list[tuple[str, Tensor]] = []
-    fields = getattr(type(value), "__dataclass_fields__", None)
-    if fields is not None:
-        for name in fields:
-            found += leaves(getattr(value, name, None), f"{path}.{name}")
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        for name in value._fields:
-            found += leaves(getattr(value, name), f"{path}.{name}")
-    elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            found += leaves(item, f"{path}[{index}]")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            found += leaves(item, f"{path}[{key!r}]")
-    return found
-
-
 # -- weightless modules ----------------------------------------------------------------------
 
 
@@ -1005,21 +987,21 @@ def _candidate_step(
 
     degrees = [degree(t) for t in tensors_in(*args, kwargs)]
     highest = max(degrees, default=0)
-    if name in _flow.DROPOUTS:
+    if name in words.DROPOUTS:
         result = _OTHER
-    elif highest == 0 or name in _flow.FRESH:
+    elif highest == 0 or name in words.FRESH:
         return
-    elif nonlinear or name in _flow.NONLINEAR_POINTWISE:
+    elif nonlinear or name in words.NONLINEAR_POINTWISE:
         result = max(highest, _NONLINEAR)
-    elif name in _flow.PRODUCTS:
+    elif name in words.PRODUCTS:
         dividing = name in ("div", "divide", "true_divide") and len(degrees) > 1
         by_input = sum(d > 0 for d in degrees) > 1 or (dividing and degrees[-1] > 0)
         curved = by_input or name.startswith("__r")
         result = max(highest, _NONLINEAR) if curved else highest
-    elif name in _flow.LINEAR_BINARY or name in _flow.LINEAR_KEEPERS or name == "copy":
+    elif name in words.LINEAR_BINARY or name in words.LINEAR_KEEPERS or name == "copy":
         result = highest
     else:
-        frame.reduces = frame.reduces or name in _flow.REDUCTIONS or name in _flow.NORM_AXIS
+        frame.reduces = frame.reduces or name in words.REDUCTIONS or name in words.NORM_AXIS
         result = _OTHER
     for tensor in tensors_in(out, args[:1] if name == "__setitem__" else ()):
         frame.degrees[id(tensor)] = (weakref.ref(tensor), result)
