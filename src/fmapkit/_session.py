@@ -34,12 +34,13 @@ from fmapkit._form import casts, form_of, weights_of
 from fmapkit._fused import REASON, fused_output, has_fused_path, may_fuse
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
 from fmapkit._gradients import NO_GRAPH, OF_VIEW, in_function
+from fmapkit._guards import Guard
 from fmapkit._hooks import Hook, Hooks, leave_mode
 from fmapkit._names import Names
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._origin import Flow, Weight
 from fmapkit._plan import Plan, make_plan
-from fmapkit._proof import Guard, Proofs
+from fmapkit._proof import Proofs
 from fmapkit._replay import InputTap, LightMode, Line, OutputTap, Run, Tap, tag_outputs
 from fmapkit._settle import has_inference_tensors, settle
 from fmapkit._sharded import is_wrapped, moves_data
