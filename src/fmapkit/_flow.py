@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fmapkit._axes import Axes
 from fmapkit._flow_rules import RULES, each, spatial
 from fmapkit._nested import tensors_in
 from fmapkit._origin import NOWHERE, STOP, Flow, Lookup, Weight, flow_of
@@ -25,7 +26,7 @@ from fmapkit._vocabulary import (
     SPATIAL,
 )
 
-__all__ = ["carried"]
+__all__ = ["carried", "past_sigma", "sigma_axes"]
 
 # The rules of these say themselves which operand's filters go on.
 _CHOOSE_OPERAND = (
@@ -85,3 +86,20 @@ def _of_weights(
     if isinstance(rows, list):
         return [one(r) for r in rows]
     return each(out, lambda _: one(rows))
+
+
+def sigma_axes(axes: Axes | None, z: Tensor, a: Any) -> Axes | None:
+    """σ keeps the filters; `glu` halves them."""
+    if axes is None or not isinstance(a, Tensor) or a.dim() != z.dim():
+        return None
+    for part in axes.parts:
+        if a.shape[part.dim] != part.size:
+            axes = axes.slice(part.dim, 0, a.shape[part.dim])
+    return axes
+
+
+def past_sigma(axes: Axes | None) -> Flow:
+    """Past a nonlinearity the filters are no layer's any more: count them from 0."""
+    if axes is None or axes.dim is None:
+        return Flow(NOWHERE)
+    return Flow(NOWHERE, Axes.single(axes.dim, axes.parts[0].size))

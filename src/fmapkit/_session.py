@@ -30,7 +30,9 @@ from fmapkit._compiled import Compiled
 from fmapkit._doors import doors
 from fmapkit._edit import Edits
 from fmapkit._ending import Ending
+from fmapkit._events import Event
 from fmapkit._form import casts, form_of, weights_of
+from fmapkit._frames import Frame
 from fmapkit._fused import REASON, fused_output, has_fused_path, may_fuse
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
 from fmapkit._gradients import NO_GRAPH, OF_VIEW, in_function
@@ -46,7 +48,8 @@ from fmapkit._settle import has_inference_tensors, settle
 from fmapkit._sharded import is_wrapped, moves_data
 from fmapkit._stop import Stop, StopForward
 from fmapkit._store import Pass, Store, storage_of
-from fmapkit._trace import TRANSFORMED, Event, Frame, Tracer, transformed
+from fmapkit._trace import Tracer
+from fmapkit._transforms import TRANSFORMED, transformed
 from fmapkit._wants import Wants
 from fmapkit._watch import Watch
 from fmapkit._wrappers import REPLICAS
