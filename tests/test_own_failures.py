@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fmapkit import capture
+from fmapkit import _trace, capture
+from fmapkit._record import Record
 from fmapkit._replay import Run
 from fmapkit._trace import Tracer
 from tests import truth
@@ -33,8 +34,9 @@ def _broken(*args: Any, **kwargs: Any) -> Any:
 
 
 PLACES = [
-    *((Tracer, name) for name in ("_before_sigma", "_after_sigma", "_after", "_enter", "_close")),
-    *((Tracer, name) for name in ("_layer", "_site", "_hold")),
+    *((_trace, name) for name in ("before_sigma", "after_sigma", "close")),
+    *((Tracer, name) for name in ("_after", "_enter", "_layer")),
+    *((Record, name) for name in ("sigma", "hold")),
     *((Run, name) for name in ("follows", "start", "entries")),
 ]
 
@@ -43,7 +45,7 @@ PLACES = [
 @pytest.mark.parametrize(("where", "name"), PLACES, ids=lambda v: getattr(v, "__name__", v))
 @pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
 def test_a_fault_of_ours_goes_to_missed(
-    monkeypatch: pytest.MonkeyPatch, where: type, name: str, proven: bool
+    monkeypatch: pytest.MonkeyPatch, where: Any, name: str, proven: bool
 ) -> None:
     model: nn.Module = Branching()
     model = model.body if proven else model
@@ -52,7 +54,7 @@ def test_a_fault_of_ours_goes_to_missed(
         expected = model(x)
         with capture(model) as maps:
             model(x)  # learned soundly, so that later passes are replayed
-            if where is Tracer:
+            if where is not Run:
                 model.train(False)
                 torch.set_grad_enabled(True)  # another plan: learned anew
             monkeypatch.setattr(where, name, _broken)

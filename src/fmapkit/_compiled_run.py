@@ -15,12 +15,13 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fmapkit._axes import Axes
-from fmapkit._flow import NOWHERE, STOP, Flow, Origin, Weight
 from fmapkit._graph import GraphMap, Labels, Traced, running_modules, trace_graph
 from fmapkit._names import Names
+from fmapkit._nested import leaves
+from fmapkit._origin import NOWHERE, STOP, Flow, Origin, Weight
 from fmapkit._plan import Ref
 from fmapkit._store import Entry, Held, version_of
-from fmapkit._trace import Tracer, leaves
+from fmapkit._trace import Tracer
 
 __all__ = ["CompiledGraph", "GraphRun", "Sink", "running"]
 

@@ -17,41 +17,16 @@ from torch import Tensor
 
 from fmapkit._axes import Axes
 from fmapkit._edit import Edits
-from fmapkit._flow import STOP, Flow
+from fmapkit._frames import Frame, SigmaCall, Site
 from fmapkit._functions import out_of_place
+from fmapkit._origin import STOP, Flow
 from fmapkit._store import Held, version_of
 from fmapkit.nonlinearities import module_sigma
 
 if TYPE_CHECKING:
-    from fmapkit._trace import Frame, SigmaCall, Tracer
+    from fmapkit._trace import Tracer
 
-__all__ = ["Editor", "Site"]
-
-
-class Site:
-    """A nonlinearity with something to edit, while it runs.
-
-    Attributes:
-        name: the layer's label.
-        call: which call of it.
-        z: what came in.
-        z_edited: what σ got in its place.
-        a_edited: what goes on in the place of σ's result.
-        base: memory that the model will read the result from, where that is not the result's own.
-    """
-
-    __slots__ = ("a_edited", "axes", "base", "call", "name", "sigma", "version", "z", "z_edited")
-
-    def __init__(self, name: str, call: int, sigma: str, axes: Axes | None, z: Tensor) -> None:
-        self.name = name
-        self.call = call
-        self.sigma = sigma
-        self.axes = axes
-        self.z = z
-        self.z_edited: Held | None = None
-        self.a_edited: Held | None = None
-        self.base: Tensor | None = None
-        self.version = 0
+__all__ = ["Editor"]
 
 
 class Editor:

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmapkit import _flow, nonlinearities
+from fmapkit import nonlinearities
+from fmapkit._nested import tensors_in
+from fmapkit._vocabulary import METADATA
 
 __all__ = ["Function", "describe"]
 
@@ -40,12 +42,12 @@ class Function:
     def writes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
         """The tensors that a call writes to."""
         if self.name in _ESCAPES:
-            yield from _flow.tensors_in(args[:1])
+            yield from tensors_in(args[:1])
         if self.in_place or self.asked_in_place(args, kwargs):
             targets = args[0] if args else next(iter(kwargs.values()), None)
-            yield from _flow.tensors_in(targets)
+            yield from tensors_in(targets)
         if "out" in kwargs:
-            yield from _flow.tensors_in(kwargs["out"])
+            yield from tensors_in(kwargs["out"])
 
     def asked_in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the call passes `inplace=True`."""
@@ -81,8 +83,17 @@ def describe(function: Any) -> Function:
     return found
 
 
+def _raw_name(function: Any) -> str:
+    """Its name in torch: `torch.relu`, `Tensor.relu` and `aten.relu.default` share it."""
+    name: str = getattr(function, "__name__", "")
+    if name in ("__get__", "__set__"):
+        owner = getattr(function, "__self__", None)
+        return f"{name}.{getattr(owner, '__name__', '')}"
+    return name.split(".")[0]
+
+
 def _describe(function: Any) -> Function:
-    raw = _flow.function_name(function)
+    raw = _raw_name(function)
     in_place = (raw.endswith("_") and not raw.endswith("__")) or raw in ("__setitem__",)
     in_place = in_place or (
         raw.startswith("__i") and raw not in ("__invert__", "__index__", "__int__")
@@ -102,7 +113,7 @@ def _describe(function: Any) -> Function:
         silent = name.partition(".")[2] not in tensors
     else:
         silent = (
-            (name in _flow.METADATA and name not in _ESCAPES)
+            (name in METADATA and name not in _ESCAPES)
             or name == "is_"
             or name.startswith("__set__")
         )

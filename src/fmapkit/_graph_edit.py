@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fmapkit._flow import tensors_in
 from fmapkit._functions import describe, out_of_place
+from fmapkit._nested import tensors_in
+from fmapkit._probation import SAME_GRADIENT
 from fmapkit._store import storage_of
-from fmapkit._trace import SAME_GRADIENT
 
 __all__ = ["Site", "add_outputs", "run_out_of_place"]
 

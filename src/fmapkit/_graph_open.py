@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-from fmapkit._flow import tensors_in
 from fmapkit._functions import describe
+from fmapkit._nested import tensors_in
 
 __all__ = ["open_call", "opens"]
 

@@ -10,11 +10,14 @@ from torch import Tensor, fx, nn
 
 from fmapkit._axes import Axes
 from fmapkit._edit import Edits
-from fmapkit._flow import Origin, tensors_in
+from fmapkit._events import Event
 from fmapkit._graph_edit import Site
 from fmapkit._names import Names
+from fmapkit._nested import tensors_in
+from fmapkit._record import Record
 from fmapkit._store import Aliases, Entry, Held, Pass, version_of
-from fmapkit._trace import Event, Tracer
+from fmapkit._tags import Tags
+from fmapkit._trace import Tracer
 from fmapkit._wants import Wants
 
 __all__ = ["GraphTracer", "NodeHeld"]
@@ -72,27 +75,50 @@ class NodeAliases(Aliases):
         return held
 
 
+class GraphRecord(Record):
+    """Holds where a map is to be read.
+
+    Args:
+        noted: which node each tensor comes from.
+    """
+
+    def __init__(
+        self,
+        wants: Wants,
+        current: Pass,
+        tags: Tags,
+        noted: NodeAliases,
+        miss: Callable[[str, str], None],
+    ) -> None:
+        super().__init__(wants, current, tags, noted, None, miss)
+        self.noted = noted
+
+    def copy(self, tensor: Tensor) -> Held:
+        held = self.noted.note(tensor)
+        held.copied = True
+        return held
+
+    def _taken(self, held: Held, axes: Axes | None, picked: tuple[int, ...]) -> Held:
+        return held  # its filters are taken when the graph has run
+
+    def _keep(self, event: Event, slot: str, entry: Entry) -> None:
+        event.entries.append((slot, entry))
+        self.current.segments.append(entry)
+
+
 class GraphTracer(Tracer):
     """The tracer of eager passes, on a graph: it labels, and holds where to read."""
 
     def __init__(self, names: Names, wants: Wants, miss: Callable[[str, str], None]) -> None:
-        super().__init__(names, wants, Edits.none(), None, Pass(0), miss)
         self.noted = NodeAliases()
-        self.aliases = self.noted
+        super().__init__(names, wants, Edits.none(), None, Pass(0), miss)
         self.trial = 1  # every module is in `frames`
-        self.weights: dict[int, Tensor] = {}  # the parameter that a fake one stands for
 
-    def _may_try(self, known: Any, z: Tensor) -> bool:
+    def _new_record(self) -> Record:
+        return GraphRecord(self.wants, self.current, self.tags, self.noted, self.miss)
+
+    def may_try(self, known: Any, z: Tensor) -> bool:
         return False  # rewritten before, where it can be
-
-    def _before_sigma(self, known: Any, func: Any, args: Any, kwargs: Any) -> Any:
-        z = tensors_in(*args, kwargs)[0]
-        before = self.noted.note(z)
-        call = super()._before_sigma(known, func, args, kwargs)
-        if call.held is not None and not isinstance(call.held, NodeHeld):
-            before.copied = True
-            call.held = before
-        return call
 
     def _output(self, module: nn.Module, output: Any) -> None:
         if module is self.names.model:
@@ -102,26 +128,3 @@ class GraphTracer(Tracer):
             "what a module inside compiled code returns does not exist outside of its graph; "
             "only its preactivations, activations, responses and inputs are captured",
         )
-
-    def _hold(
-        self,
-        event: Event,
-        slot: str,
-        kind: str,
-        origin: Origin,
-        held: Held,
-        axes: Axes | None,
-        sigma: str | None = None,
-        path: str = "",
-    ) -> None:
-        if not self.wants.kind(kind):
-            return
-        picked = None
-        if self.wants.filters is not None:
-            picked = self.wants.pick(origin.name, axes)
-            if picked is None:
-                self.miss(origin.name, self.wants.why_not(origin.name, axes))
-                return
-        entry = Entry(kind, origin, held, axes, sigma, path, picked)
-        event.entries.append((slot, entry))
-        self.current.segments.append(entry)

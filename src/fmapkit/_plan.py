@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from fmapkit import layers
 from fmapkit._axes import Axes
-from fmapkit._flow import NOWHERE, Flow, Origin, Weight
+from fmapkit._events import Event, Firing
+from fmapkit._frames import Frame
 from fmapkit._functions import describe
+from fmapkit._nested import leaves
+from fmapkit._origin import NOWHERE, Flow, Origin, Weight
 from fmapkit._store import storage_of as _storage
-from fmapkit._trace import Event, Firing, Frame, Tracer, leaves
+from fmapkit._trace import Tracer
 from fmapkit.nonlinearities import module_sigma
 
 __all__ = ["Emission", "Plan", "Ref", "Step", "make_plan"]

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from fmapkit._aside import clone
-from fmapkit._flow import NOWHERE, Flow, Origin, Weight, tensors_in
 from fmapkit._functions import describe, out_of_place
 from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._hooks import leave_mode
+from fmapkit._nested import leaves, tensors_in
+from fmapkit._origin import NOWHERE, Flow, Origin, Weight
 from fmapkit._plan import Plan, Ref, Step
 from fmapkit._stop import Stop
 from fmapkit._store import Entry, Held, version_of
 from fmapkit._taps import Line
-from fmapkit._trace import leaves
 from fmapkit._wants import Wants
 
 __all__ = ["LightMode", "Run", "tag_outputs"]

@@ -30,22 +30,27 @@ from fmapkit._compiled import Compiled
 from fmapkit._doors import doors
 from fmapkit._edit import Edits
 from fmapkit._ending import Ending
-from fmapkit._flow import Flow, Weight, tensors_in
+from fmapkit._events import Event
 from fmapkit._form import casts, form_of, weights_of
+from fmapkit._frames import Frame
 from fmapkit._fused import REASON, fused_output, has_fused_path, may_fuse
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
 from fmapkit._gradients import NO_GRAPH, OF_VIEW, in_function
+from fmapkit._guards import Guard
 from fmapkit._hooks import Hook, Hooks, leave_mode
 from fmapkit._names import Names
+from fmapkit._nested import leaves, tensors_in
+from fmapkit._origin import Flow, Weight
 from fmapkit._plan import Plan, make_plan
-from fmapkit._proof import Guard, Proofs
+from fmapkit._proof import Proofs
 from fmapkit._replay import LightMode, Run, tag_outputs
 from fmapkit._settle import has_inference_tensors, settle
 from fmapkit._sharded import is_wrapped, moves_data
 from fmapkit._stop import Stop, StopForward
 from fmapkit._store import Pass, Store, storage_of
 from fmapkit._taps import InputTap, Line, OutputTap, Tap
-from fmapkit._trace import TRANSFORMED, Event, Frame, Tracer, leaves, transformed
+from fmapkit._trace import Tracer
+from fmapkit._transforms import TRANSFORMED, transformed
 from fmapkit._wants import Wants
 from fmapkit._watch import Watch
 from fmapkit._wrappers import REPLICAS

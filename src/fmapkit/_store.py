@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fmapkit._aside import clone
 from fmapkit._axes import Axes
-from fmapkit._flow import Origin
 from fmapkit._gradients import Gradient, watch
+from fmapkit._origin import Origin
 from fmapkit._sharded import alias_of, ends_of, is_wrapped, settled
 from fmapkit.errors import MapOverwrittenError, MapReleasedError
 

@@ -40,12 +40,10 @@ def _row(fm: FeatureMap) -> tuple[str, ...]:
 
 
 def _rows(maps: FeatureMaps) -> list[tuple[str, ...]]:
-    from fmapkit.maps import _read
-
     rows = []
     for at, entry in maps._latest():
         try:
-            rows.append(_row(_read(at, entry)))
+            rows.append(_row(maps._read(at, entry)))
         except MapStateError as error:
             state = type(error).__name__.removeprefix("Map").removesuffix("Error").lower()
             rows.append((entry.origin.name, entry.kind, "–", state, "", "", "", entry.sigma or ""))

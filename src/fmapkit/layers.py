@@ -1,8 +1,8 @@
 """What counts as a layer: module types with filters, and the axis of their output that counts them.
 
-Functional weights need no entry: `_flow.py` follows a convolution or a product with a parameter to
-the parameter's owner. `register_layer` is for modules whose weighting torch does not show, such as
-a layer around a custom kernel.
+Functional weights need no entry: `_weighted.py` finds the weight of a convolution or a product, and
+the tracer its owner. `register_layer` is for modules whose weighting torch does not show, such as a
+layer around a custom kernel.
 """
 
 from __future__ import annotations

@@ -1,0 +1,73 @@
+"""Weightless modules: which may be one nonlinearity written out by hand, and which are.
+
+Pure: asked when a module's call begins, and answered when it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fmapkit._events import Event
+from fmapkit._frames import Frame
+from fmapkit._nested import tensors_in
+from fmapkit._store import Aliases
+from fmapkit.nonlinearities import module_sigma
+
+__all__ = ["is_torchs", "may_be_sigma", "norm_axis", "verdict"]
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def may_be_sigma(module: nn.Module, args: Any, kwargs: Any, x: Tensor) -> bool:
+    """One tensor goes in; no weights of its own, or only per-channel ones; no mere container."""
+    if isinstance(module, _CONTAINERS) or is_torchs(module):
+        return False
+    if not x.is_floating_point() or len(tensors_in(*args, kwargs)) != 1:
+        return False
+    counts = {1, *(x.shape[1:2]), *(x.shape[-1:])}
+    return all(p.numel() in counts for p in module.parameters())
+
+
+def is_torchs(module: nn.Module) -> bool:
+    """Whether it is one of torch's own modules."""
+    return type(module).__module__.startswith("torch.nn.modules.")
+
+
+def verdict(frame: Frame, output: Any, events: Sequence[Event], aliases: Aliases) -> str | None:
+    """The name of σ if a call of a module is one nonlinearity.
+
+    Args:
+        frame: the call.
+        output: what it returned.
+        events: of the pass.
+        aliases: what is held of its tensors.
+    """
+    if not isinstance(output, Tensor) or frame.x is None:
+        return None
+    if frame.kind == "sigma":
+        return module_sigma(frame.module)
+    if frame.degrees is None or output.shape != frame.x.shape:
+        return None
+    if not frame.degrees.is_nonlinear(output):
+        return None
+    inner = [e for e in events[frame.start :] if e.kind == "sigma"]
+    if len(inner) == 1:
+        event = inner[0]
+        # A wrapper around one function or module is no nonlinearity of its own.
+        same = event.x_held is frame.x_held or event.x is frame.x
+        if same and event.y_held is aliases.reference(output):
+            return None
+    return type(frame.module).__name__
+
+
+def norm_axis(frame: Frame, output: Any) -> int | None:
+    """The filter axis if a call is a norm written out by hand; else None."""
+    if frame.degrees is None or not frame.degrees.reduces or frame.x is None:
+        return None
+    if not isinstance(output, Tensor) or output.shape != frame.x.shape:
+        return None
+    channels = output.shape[1] if output.dim() == 4 else None
+    return 1 if any(p.numel() == channels for p in frame.module.parameters()) else -1

@@ -1,0 +1,87 @@
+"""What a module's call turns out to have been, when it ends in a traced pass.
+
+A registered layer, one nonlinearity, a norm written out by hand, or the only function in it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fmapkit import layers
+from fmapkit._axes import Axes
+from fmapkit._candidates import is_torchs, norm_axis
+from fmapkit._events import Event
+from fmapkit._flow import past_sigma, sigma_axes
+from fmapkit._frames import Frame
+from fmapkit._origin import STOP, Flow
+
+if TYPE_CHECKING:
+    from fmapkit._trace import Tracer
+
+__all__ = ["close"]
+
+
+def close(tracer: Tracer, frame: Frame, output: Any) -> Any:
+    """Make the module's call an event, if it is one; what it is to return, if edited."""
+    if frame.kind == "layer":
+        tracer.record.drop_since(frame.start)
+        return _close_layer(tracer, frame, output) if isinstance(output, Tensor) else None
+    sigma = tracer.verdict(frame, output)
+    if sigma is not None:
+        tracer.record.drop_since(frame.start)
+        return _close_sigma(tracer, frame, output, sigma)
+    axis = norm_axis(frame, output)
+    tag = tracer.tag(output) if axis is not None else None
+    if axis is not None and isinstance(tag, Flow):  # it names what no layer stands behind
+        own = tracer.names.of(frame.module)
+        tracer.set_tag(output, tracer.record.norm(tag, output, axis, own))
+    for event in tracer.events[frame.start :]:
+        if event.scope is not frame.module:
+            continue
+        # In place, it has to be seen as the function that it is, to run out of place.
+        whole = event.y is not None and event.x is frame.x and event.y is output
+        whole = whole and not event.in_place
+        if whole and (event.y_held is None or event.y_held is tracer.aliases.reference(output)):
+            event.module = frame.module
+            tracer.firings.refire(event)
+        event.x = event.y = None
+    return None
+
+
+def _close_layer(tracer: Tracer, frame: Frame, out: Tensor) -> Tensor:
+    """A registered layer has run."""
+    event = Event("layer", frame.module)
+    event.module, event.key = frame.module, frame.key
+    dim = (layers.layer_axis(frame.module) or 0) % max(out.dim(), 1)
+    axes = Axes.single(dim, out.shape[dim]) if out.dim() else None
+    return tracer.layer_event(event, tracer.names.of(frame.module), frame.x, out, axes)
+
+
+def _close_sigma(tracer: Tracer, frame: Frame, a: Tensor, sigma: str) -> Tensor | None:
+    """A module that is one nonlinearity has run."""
+    module, x = frame.module, frame.x
+    assert x is not None and frame.x_held is not None
+    event = Event("sigma", module)
+    event.module, event.key, event.sigma = module, frame.key, sigma
+    # Only torch's own modules have a flag that makes the same σ run out of place.
+    own_flag = "inplace" in module.__dict__ and is_torchs(module)
+    event.flip = frame.flip and own_flag
+    if frame.flip and not own_flag:
+        for held in tracer.aliases.of(x):
+            held.doomed = True
+    event.in_place = frame.in_place or frame.x_held.copied
+    if frame.flip and id(x) in tracer.suspects.known:
+        tracer.suspects.add(x, a, event)
+    flow = frame.tag if isinstance(frame.tag, Flow) else STOP
+    axes, result = sigma_axes(flow.axes, x, a), a
+    if frame.site is not None:
+        a, result = tracer.editor.leave(frame, a, axes)
+    elif isinstance(frame.a, Tensor):
+        a = frame.a  # what σ gave, where a user's hook changed what the module returned
+    tracer.record.sigma(event, flow, frame.x_held, x, a, tracer.names.of(module), frame.site)
+    tracer.spare(event)
+    if result is a or frame.site is not None:
+        tracer.set_tag(result, past_sigma(axes))
+    return result if frame.site is not None else None

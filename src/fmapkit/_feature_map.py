@@ -1,0 +1,273 @@
+"""One feature map: `FeatureMap`, a tensor with its tags, and how it is read from what is held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fmapkit import _table
+from fmapkit._gradients import Gradient
+from fmapkit._sharded import Parts, ends_of, is_dtensor, whole
+from fmapkit._store import Entry, Pass
+from fmapkit.errors import DistributedError, FilterRangeError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["FeatureMap", "nbytes_of", "read_map"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FeatureMap:
+    """One feature map: a tensor and what it is.
+
+    Attributes:
+        tensor: the values, on the model's device, outside the autograd graph. It is the model's own
+            memory wherever that was not overwritten: clone it before you write to it.
+        kind: "input", "response", "preactivation" (z), "activation" (a = σ(z)) or "output".
+        layer: qualified name of the module whose filters made the map.
+        filter: index of the filter, or None for all of them.
+        call: which call of the layer in the pass, from 0.
+        step: which forward pass in the block, from 0.
+        training: whether the model was in training mode when that pass began.
+        nonlinearity: σ, e.g. "relu"; None where there is none.
+        path: place in a nested output, e.g. "[0]" or ".logits"; else "".
+        filter_dim: axis of `tensor` that counts filters; None if there is none, or after `[k]`.
+        filters: the filters that lie along that axis, in order; None if there is no such axis.
+        edited: what went on in the map's place, where `capture(edit=...)` changed it; else None.
+        parts: of a tensor that is one rank's part of the map, what `full()` needs.
+    """
+
+    tensor: Tensor = field(repr=False)
+    kind: str
+    layer: str
+    filter: int | None = None
+    call: int = 0
+    step: int = 0
+    nonlinearity: str | None = None
+    path: str = ""
+    filter_dim: int | None = None
+    filters: range | tuple[int, ...] | None = field(default=None, repr=False)
+    edited: Tensor | None = field(default=None, repr=False)
+    training: bool = False
+    parts: Parts | None = field(default=None, repr=False)
+    _gradient: Gradient | None = field(default=None, repr=False)
+    _whole: FeatureMap | None = field(default=None, repr=False)  # the map of all filters
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor."""
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the values, as the model made them."""
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values are."""
+        return self.tensor.device
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values in bytes; of a `DTensor`, of this rank's part."""
+        return nbytes_of(self.tensor)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """Gradient with respect to the map: dL/dz of a preactivation, dL/da of an activation.
+
+        Asked for with `capture(gradients=True)`, or `fm.tensor.retain_grad()` where the maps are in
+        the graph. It is the tensor that backward made, not a copy, and the sum over several
+        backward passes. None before backward, and where none gets to the map. Of one filter's map,
+        that filter's part, as a view.
+
+        Raises:
+            MapOverwrittenError: its memory was written to after backward.
+        """
+        if self._whole is not None:
+            whole, dim = self._whole.grad, self._whole.filter_dim
+            assert dim is not None and self.filter is not None
+            there = self._whole._along()
+            return None if whole is None else whole.select(dim, there.index(self.filter))
+        if self._gradient is not None:
+            return self._gradient.read(f"the {self.kind} of layer {self.layer!r}")
+        tensor = self.tensor
+        # torch warns of a look at the gradient of a tensor that was never going to have one.
+        return tensor.grad if tensor.is_leaf or tensor.retains_grad else None
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """The values as a NumPy array; bfloat16, which NumPy lacks, as float32.
+
+        Raises:
+            DistributedError: the tensor is a `DTensor`.
+        """
+        if is_dtensor(self.tensor):
+            raise DistributedError(_of_several_ranks(self, "has no values of its own"))
+        tensor = self.tensor.detach().cpu()
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        array = self.numpy()
+        if dtype is not None and array.dtype != dtype:
+            return array.astype(dtype)
+        return array.copy() if copy else array
+
+    def __len__(self) -> int:
+        """Number of filters held.
+
+        Raises:
+            FilterRangeError: the map has no filter axis.
+        """
+        return len(self._along())
+
+    def __bool__(self) -> bool:
+        """A map is there, whether or not its filters can be counted."""
+        return True
+
+    def __getitem__(self, index: int) -> FeatureMap:
+        """The map of one filter, by the layer's own numbering: a view, never a copy.
+
+        Raises:
+            FilterRangeError: the map has no filter axis, or does not hold that filter.
+            DistributedError: the tensor is a `DTensor`, and the filter may be on another rank.
+        """
+        there = self._along()
+        if isinstance(index, bool) or not isinstance(index, (int, np.integer)):
+            raise FilterRangeError(f"a filter is an int, not {index!r}; use .tensor to slice")
+        index = int(index)
+        wanted = index if index >= 0 else there[-1] + 1 + index
+        if wanted not in there:
+            raise FilterRangeError(
+                f"filter {index} is out of range for the {self.kind} of layer {self.layer!r}, "
+                f"which holds {len(there)} filters ({_span(there)})"
+            )
+        assert self.filter_dim is not None
+        if is_dtensor(self.tensor):  # torch would ask the other ranks
+            raise DistributedError(_of_several_ranks(self, "is not indexed here"))
+        place = there.index(wanted)
+        edited = self.edited.select(self.filter_dim, place) if self.edited is not None else None
+        return replace(
+            self,
+            tensor=self.tensor.select(self.filter_dim, place),
+            edited=edited,
+            filter=wanted,
+            filter_dim=None,
+            filters=None,
+            parts=self.parts if self.parts is not None and self.parts.unknown else None,
+            _whole=self,
+        )
+
+    def __iter__(self) -> Iterator[FeatureMap]:
+        """The map of each filter, in order."""
+        for index in self._along():
+            yield self[index]
+
+    def _along(self) -> range | tuple[int, ...]:
+        if self.filters is None or self.filter_dim is None:
+            raise FilterRangeError(
+                f"the {self.kind} of layer {self.layer!r} has no single filter axis"
+                + (f"; it is filter {self.filter} already" if self.filter is not None else "")
+            )
+        return self.filters
+
+    def full(self) -> FeatureMap:
+        """The whole map, where the tensor is one rank's part of it (tensor parallel).
+
+        A collective: every rank that has a part of the map has to call it. A map that is whole
+        already comes back as it is, without one.
+
+        Raises:
+            DistributedError: nobody knows whether the tensor is whole.
+        """
+        if self.parts is None and not is_dtensor(self.tensor):
+            return self
+        parts = self.parts or Parts()
+        if parts.unknown and not is_dtensor(self.tensor):
+            raise DistributedError(
+                f"the {self.kind} of layer {self.layer!r} is a plain tensor of this rank, behind a "
+                "weight that is spread over ranks: whether other ranks hold other parts of it is "
+                "known to the model alone; use .tensor"
+            )
+        tensor, edited = (
+            whole(t, parts.mesh, self.filter_dim, parts.total) if t is not None else None
+            for t in (self.tensor, self.edited)
+        )
+        assert tensor is not None
+        filters = self.filters
+        if parts.total and self.filter_dim is not None:
+            filters = range(parts.total)
+        return replace(
+            self,
+            tensor=tensor,
+            edited=edited,
+            filters=filters,
+            parts=None,
+            _gradient=None,
+            _whole=None,
+        )
+
+    def __repr__(self) -> str:
+        return _table.map_line(self)
+
+    def plot(self, **options: Any) -> Figure:
+        """Draw the map, a picture for each filter (extra: `plot`); see `fmapkit.plot.plot_map`."""
+        from fmapkit import plot
+
+        return plot.plot_map(self, **options)
+
+
+def nbytes_of(tensor: Tensor) -> int:
+    """Size of the values in bytes; of a `DTensor`, of this rank's part."""
+    tensor = ends_of(tensor)[-1]
+    return tensor.numel() * tensor.element_size()
+
+
+def _of_several_ranks(fm: FeatureMap, why: str) -> str:
+    return (
+        f"the {fm.kind} of layer {fm.layer!r} is a DTensor over several ranks, and {why}: "
+        "full() puts it together (every rank has to call it), .tensor.to_local() is this rank's "
+        "part"
+    )
+
+
+def _span(filters: range | tuple[int, ...]) -> str:
+    if isinstance(filters, range) and filters.step == 1:
+        return f"{filters[0]} to {filters[-1]}"
+    return ", ".join(map(str, filters))
+
+
+def read_map(at: Pass, entry: Entry) -> FeatureMap:
+    """The map that an entry of a pass holds.
+
+    Raises:
+        MapStateError: its memory was written to, or let go.
+    """
+    origin, axes = entry.origin, entry.axes
+    what = f"the {entry.kind} of layer {origin.name!r} (step {at.step}, call {origin.call})"
+    assert entry.held is not None
+    tensor = entry.held.read(what)
+    dim = axes.dim if axes is not None else None
+    filters: range | tuple[int, ...] | None = axes.filters if axes is not None else None
+    if entry.picked is not None:
+        filters = entry.picked
+    return FeatureMap(
+        tensor=tensor,
+        kind=entry.kind,
+        layer=origin.name,
+        call=origin.call,
+        step=at.step,
+        training=at.training,
+        nonlinearity=entry.sigma,
+        path=entry.path,
+        filter_dim=dim,
+        filters=filters if dim is not None else None,
+        edited=entry.edited.read(f"the edit of {what}") if entry.edited is not None else None,
+        _gradient=entry.held.gradient,
+    )

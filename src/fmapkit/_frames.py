@@ -1,0 +1,113 @@
+"""What is running right now: calls of modules, and one nonlinearity, with what may be edited of it.
+
+Data only: the tracer fills it in and reads it again when the call ends.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import Any
+
+from torch import Tensor, nn
+
+from fmapkit._axes import Axes
+from fmapkit._degrees import Degrees
+from fmapkit._origin import Tag
+from fmapkit._store import Held
+
+__all__ = ["Frame", "SigmaCall", "Site", "running_module"]
+
+_CALL = nn.Module._call_impl.__code__
+
+
+class Frame:
+    """One running call of a module."""
+
+    __slots__ = (
+        *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
+        *("in_place", "flip", "tag", "storages", "a"),
+        *("counts", "firing", "replaced", "site"),
+    )
+
+    def __init__(self, module: nn.Module, args: Any, kwargs: Any, start: int) -> None:
+        self.module = module
+        self.args = args
+        self.kwargs = kwargs
+        self.kind = "plain"  # "sigma", "candidate", "layer" (a registered, opaque one)
+        self.start = start  # how many events there were
+        self.x: Tensor | None = None
+        self.a: Any = None  # what the σ function inside a registered σ module returned
+        self.key: str | None = None
+        self.x_held: Held | None = None
+        self.degrees: Degrees | None = None  # of a candidate
+        self.in_place = False
+        self.flip = False
+        self.tag: Tag = None  # what x carries
+        self.storages: set[int] = set()
+        self.counts: Counter[str] = Counter()
+        self.firing = 0
+        self.site: Site | None = None  # something to edit
+        self.replaced: tuple[Any, Any] | None = None  # the arguments that it is to get instead
+
+    def take(self, x: Tensor) -> None:
+        """Another tensor came in."""
+        if self.degrees is not None:
+            self.degrees.enter(x)
+        self.x = x
+
+
+class SigmaCall:
+    """A nonlinearity about to run."""
+
+    __slots__ = (
+        *("args", "flip", "function", "held", "in_place", "kwargs", "original", "site", "tag"),
+        "z",
+    )
+
+    def __init__(self, function: Any, args: Any, kwargs: Any, z: Tensor, tag: Tag) -> None:
+        self.function = function
+        self.original = function
+        self.args = args
+        self.kwargs = kwargs
+        self.z = z
+        self.tag = tag
+        self.held: Held | None = None
+        self.in_place = False
+        self.flip = False
+        self.site: Site | None = None  # something to edit
+
+
+class Site:
+    """A nonlinearity with something to edit, while it runs.
+
+    Attributes:
+        name: the layer's label.
+        call: which call of it.
+        z: what came in.
+        z_edited: what σ got in its place.
+        a_edited: what goes on in the place of σ's result.
+        base: memory that the model will read the result from, where that is not the result's own.
+    """
+
+    __slots__ = ("a_edited", "axes", "base", "call", "name", "sigma", "version", "z", "z_edited")
+
+    def __init__(self, name: str, call: int, sigma: str, axes: Axes | None, z: Tensor) -> None:
+        self.name = name
+        self.call = call
+        self.sigma = sigma
+        self.axes = axes
+        self.z = z
+        self.z_edited: Held | None = None
+        self.a_edited: Held | None = None
+        self.base: Tensor | None = None
+        self.version = 0
+
+
+def running_module() -> nn.Module | None:
+    """The module whose call is the innermost on Python's own stack."""
+    at = sys._getframe(1)
+    while at is not None and at.f_code is not _CALL:
+        at = at.f_back  # type: ignore[assignment]
+    running: nn.Module | None = at.f_locals.get("self") if at is not None else None
+    return running

@@ -1,0 +1,287 @@
+"""Keep what a traced pass shows: its events, whose filters they have, and the maps held of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fmapkit._axes import Axes
+from fmapkit._events import Event, Firings
+from fmapkit._flow import sigma_axes
+from fmapkit._frames import Site
+from fmapkit._gradients import NO_GRAPH, in_function
+from fmapkit._nested import leaves
+from fmapkit._origin import Flow, Origin
+from fmapkit._sharded import is_dtensor
+from fmapkit._stop import Stop
+from fmapkit._store import Aliases, Entry, Held, Pass, version_of
+from fmapkit._tags import Tags
+from fmapkit._wants import Wants
+
+__all__ = ["Record"]
+
+
+class Record:
+    """The events of one pass.
+
+    Args:
+        wants: of the capture: which maps are to be held.
+        current: the pass, which gets their entries.
+        tags: what its tensors carry.
+        aliases: what is held of its tensors.
+        stop: to tell of each map; None if the pass is to run to its end.
+        miss: names what cannot be captured.
+
+    Attributes:
+        counts: how many calls there were of each layer, by its label.
+        pending: preactivations of replayed units that a nonlinearity may still claim, by origin.
+    """
+
+    def __init__(
+        self,
+        wants: Wants,
+        current: Pass,
+        tags: Tags,
+        aliases: Aliases,
+        stop: Stop | None,
+        miss: Callable[[str, str], None],
+    ) -> None:
+        self.wants = wants
+        self.current = current
+        self.tags = tags
+        self.aliases = aliases
+        self.stop = stop
+        self.miss = miss
+        self.events: list[Event] = []
+        self.firings = Firings()
+        self.counts: Counter[str] = Counter()
+        self.pending: dict[int, list[Entry]] = {}
+        self._unpicked: list[tuple[Origin, bool]] = []  # DTensors, whose filters are on all ranks
+
+    def end(self) -> None:
+        """Let go of all that could keep a tensor or a graph alive.
+
+        Without waiting for Python's gc: events and firings know each other.
+        """
+        for origin, unless_claimed in self._unpicked:
+            if not (unless_claimed and origin.claimed):
+                self.miss(origin.name, "filters= was given, and some may lie on another rank")
+        self._unpicked.clear()
+        for event in self.events:
+            event.x = event.y = event.x_held = event.y_held = event.firing = None
+            event.source = event.sink = None
+            event.entries.clear()
+        self.events.clear()
+        self.firings.end()
+        self.pending.clear()
+        self.aliases = Aliases(self.wants.detach)
+
+    # -- what ran -----------------------------------------------------------------------------
+
+    def sigma(
+        self,
+        event: Event,
+        flow: Flow,
+        z_held: Held,
+        z: Tensor,
+        a: Tensor,
+        own: str,
+        edited: Site | None = None,
+    ) -> None:
+        """One nonlinearity has run: name its layer, hold its pair.
+
+        Args:
+            event: made for it.
+            flow: what z carries.
+            z_held: what is held of z.
+            z: what came in, which may have been overwritten.
+            a: what it gave.
+            own: its own name, where no layer stands behind it.
+            edited: what was edited of it.
+        """
+        origin = flow.origin
+        if origin.kind == "none":
+            origin = self._next("own", own)
+        else:
+            self.claim(origin)
+        event.axes = flow.axes
+        event.x_held = z_held
+        event.y_held = self.aliases.reference(a)
+        self._add(event, origin, a)
+        if self.wants.layer(origin.name):
+            a_axes = sigma_axes(flow.axes, z, a)
+            self.hold(event, "x", "preactivation", origin, z_held, flow.axes, event.sigma)
+            self.hold(event, "y", "activation", origin, event.y_held, a_axes, event.sigma)
+            if edited is not None:
+                for _, entry in event.entries:
+                    z_or_a = edited.z_edited if entry.kind == "preactivation" else edited.a_edited
+                    entry.edited = self._same_filters(entry, z_or_a)
+
+    def layer(self, event: Event, name: str, out: Tensor, axes: Axes | None) -> Origin:
+        """A layer has run: where the filters of what it returned come from."""
+        origin = self._next("layer", name)
+        event.axes = axes
+        self.tags.put(out, Flow(origin, axes))
+        self._add(event, origin, out)
+        return origin
+
+    def layer_maps(
+        self, event: Event, x: Tensor | None, out: Tensor, edited: Held | None = None
+    ) -> None:
+        """Hold a layer's maps.
+
+        Args:
+            event: of the layer.
+            x: its input, if it has one.
+            out: what it returned.
+            edited: what goes on in the place of that.
+        """
+        origin, axes = event.origin, event.axes
+        if x is not None and self.wants.kind("input"):
+            event.x_held = self.aliases.reference(x)
+            if self.wants.filters is None:
+                self.hold(event, "x", "input", origin, event.x_held, self._input_axes(x, out, axes))
+        if self.wants.kind("response") or self.wants.kind("preactivation"):
+            event.y_held = self.aliases.reference(out)
+            self.hold(event, "y", "response", origin, event.y_held, axes)
+            self.hold(event, "y", "preactivation", origin, event.y_held, axes)
+            for slot, entry in event.entries:
+                if edited is not None and slot == "y":
+                    entry.edited = self._same_filters(entry, edited)
+
+    def _input_axes(self, x: Tensor, out: Tensor, axes: Axes | None) -> Axes | None:
+        """Where the filters of a layer's input lie; unknown, they lie as those of its output."""
+        flow = self.tags.of(x)
+        if isinstance(flow, Flow) and flow.axes is not None:
+            return flow.axes
+        if axes is None or axes.dim is None:
+            return None
+        place = axes.dim - out.dim()
+        return Axes.single(x.dim() + place, x.shape[place]) if x.dim() >= -place else None
+
+    def output(self, module: nn.Module, name: str, output: Any) -> None:
+        """A module has returned what is wanted as its output."""
+        event = Event("output", module)
+        event.module = module
+        origin = Origin("output", name, self._count(f"{name}()"))
+        event.origin = origin
+        for path, tensor in leaves(output):
+            flow = self.tags.of(tensor)
+            axes = flow.axes if isinstance(flow, Flow) else None
+            held = self.aliases.reference(tensor)
+            self.hold(event, path, "output", origin, held, axes, path=path)
+        self.events.append(event)
+        self.firings.fire(event)
+
+    def norm(self, tag: Flow, out: Tensor, axis: int, name: str) -> Flow:
+        """A norm keeps the layer; where there is none, it is the nearest thing with filters."""
+        if tag.origin.kind == "layer" or out.dim() < 2:
+            return tag
+        dim = axis % out.dim()
+        return Flow(self._next("norm", name), Axes.single(dim, out.shape[dim]))
+
+    def _add(self, event: Event, origin: Origin, result: Tensor) -> None:
+        event.origin = origin
+        event.graph = result.requires_grad
+        self.events.append(event)
+        self.firings.fire(event)
+
+    def _next(self, kind: str, name: str) -> Origin:
+        return Origin(kind, name, self._count(name))
+
+    def _count(self, name: str) -> int:
+        self.counts[name] += 1
+        return self.counts[name] - 1
+
+    # -- what turns out later -----------------------------------------------------------------
+
+    def claim(self, origin: Origin) -> None:
+        """The filters have reached a nonlinearity: what it receives is their preactivation."""
+        if origin.claimed:
+            return
+        origin.claimed = True
+        for event in reversed(self.events):
+            if event.origin is origin and event.kind == "layer":
+                for pair in [p for p in event.entries if p[1].kind == "preactivation"]:
+                    pair[1].held = None
+                    event.entries.remove(pair)
+                return
+        for entry in self.pending.pop(id(origin), ()):
+            entry.held = None
+
+    def drop_since(self, start: int) -> None:
+        """All events from there on were parts of one that is to come."""
+        for event in self.events[start:]:
+            event.drop()
+        del self.events[start:]
+
+    def let_go(self, events: list[Event]) -> None:
+        """Let go of the tensors that no map holds."""
+        for event in events:
+            for held in (event.x_held, event.y_held):
+                if held is not None and not held.wanted:
+                    held.release()
+
+    def copy(self, tensor: Tensor) -> Held:
+        """Hold the values as they are now, before a write that makes an event itself."""
+        return Held.copy(tensor, self.wants.detach, self.wants.gradients)
+
+    # -- maps ---------------------------------------------------------------------------------
+
+    def hold(
+        self,
+        event: Event,
+        slot: str,
+        kind: str,
+        origin: Origin,
+        held: Held,
+        axes: Axes | None,
+        sigma: str | None = None,
+        path: str = "",
+    ) -> None:
+        """Hold one map of an event, if it is wanted."""
+        if not self.wants.kind(kind) and kind != "output":
+            return
+        picked = None
+        if self.wants.filters is not None and kind != "output":
+            if is_dtensor(held.tensor):
+                self._unpicked.append((origin, event.kind == "layer" and kind == "preactivation"))
+                return
+            picked = self.wants.pick(origin.name, axes)
+            if picked is None:
+                self.miss(origin.name, self.wants.why_not(origin.name, axes))
+                return
+            held = self._taken(held, axes, picked)
+        self._keep(event, slot, Entry(kind, origin, held, axes, sigma, path, picked))
+
+    def _taken(self, held: Held, axes: Axes | None, picked: tuple[int, ...]) -> Held:
+        """A copy of some filters."""
+        tensor, gradient = held.tensor, held.gradient
+        assert tensor is not None and axes is not None
+        if gradient is not None:
+            held.wanted = gradient.of_view  # to learn of a write to it
+            gradient = gradient.picked(*self.wants.place(axes, picked))
+        taken = Held(self.wants.take(tensor, axes, picked), 0, True, gradient)
+        taken.version = version_of(taken.tensor) if taken.tensor is not None else 0
+        return taken
+
+    def _keep(self, event: Event, slot: str, entry: Entry) -> None:
+        assert entry.held is not None
+        entry.held.wanted = True
+        if self.wants.graph and self.current.grads and in_function():
+            self.miss(entry.origin.name, NO_GRAPH)
+        event.entries.append((slot, entry))
+        self.current.segments.append(entry)
+        if self.stop is not None:
+            self.stop.saw(entry)
+
+    def _same_filters(self, entry: Entry, held: Held | None) -> Held | None:
+        """Of an edit, the filters that are held of the map."""
+        if held is None or held.tensor is None or entry.picked is None or entry.axes is None:
+            if held is not None:
+                held.wanted = True
+            return held
+        return Held.copy(self.wants.take(held.tensor, entry.axes, entry.picked), False)

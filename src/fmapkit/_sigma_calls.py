@@ -1,0 +1,100 @@
+"""One nonlinearity, called as a function in a traced pass: before it runs, and after."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fmapkit._events import Event
+from fmapkit._flow import past_sigma, sigma_axes
+from fmapkit._frames import SigmaCall
+from fmapkit._functions import Function, out_of_place
+from fmapkit._nested import tensors_in
+from fmapkit._origin import STOP, Flow
+from fmapkit._transforms import TRANSFORMED, transformed
+
+if TYPE_CHECKING:
+    from fmapkit._trace import Tracer
+
+__all__ = ["after_sigma", "before_sigma"]
+
+
+def before_sigma(tracer: Tracer, known: Function, func: Any, args: Any, kwargs: Any) -> SigmaCall:
+    """A nonlinearity is about to run: hold its operand, and say what is to run.
+
+    In place, it runs out of place where that may be tried; else z is copied.
+    """
+    frame = tracer.frames[-1]
+    z = tensors_in(*args, kwargs)[0]
+    call = SigmaCall(func, args, kwargs, z, tracer.tag(z))
+    in_place = known.in_place or known.asked_in_place(args, kwargs)
+    quiet = frame.kind == "sigma" or tracer.opaque > 0
+    if transformed(z):
+        quiet = True
+        tracer.miss(tracer.names.of(frame.module), TRANSFORMED)
+    if tracer.editor and not quiet and known.sigma is not None:
+        own = f"{tracer.names.of(frame.module)}:{known.sigma}"
+        tracer.editor.before(call, own, known.sigma, in_place)
+        if call.site is not None:
+            call.held = tracer.aliases.reference(z)
+            return call
+    if "out" in kwargs:
+        targets = tensors_in(kwargs["out"])
+        call.in_place = any(target is z for target in targets)
+    elif in_place:
+        targets = [z]
+        call.in_place = True
+        other = out_of_place(func, args, kwargs) if tracer.may_try(known, z) else None
+        if other is not None:
+            call.function, call.args, call.kwargs = other
+            call.flip = True
+            targets = []
+    else:
+        targets = []
+    for target in targets:
+        tracer.aliases.before_write(target)
+    if not quiet and call.in_place and not call.flip:
+        call.held = tracer.record.copy(z)
+    elif not quiet:
+        call.held = tracer.aliases.reference(z)
+    return call
+
+
+def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> Any:
+    """It has run: what it is to return."""
+    frame = tracer.frames[-1]
+    z, a = call.z, out
+    flow = call.tag if isinstance(call.tag, Flow) else STOP
+    tracer.follow(known.name, (z,), {}, out, nonlinear=True)
+    axes = sigma_axes(flow.axes, z, a)
+    tracer.set_tag(out, past_sigma(axes))
+    if call.flip:
+        frame.flip = frame.flip or z is frame.x
+    if call.in_place and z is frame.x:
+        frame.in_place = True
+    if frame.kind == "sigma" and z is frame.x:
+        frame.a = a
+    if call.held is None or not isinstance(a, Tensor):
+        if call.flip:
+            tracer.suspects.add(z, a, frame)
+        return out
+    scope = tracer.scope()
+    event = Event("sigma", scope, call.original)
+    event.sigma = known.sigma
+    event.flip = call.flip
+    event.in_place = call.in_place
+    if z is frame.x:
+        event.x, event.y, event.key = z, a, frame.key
+    if call.flip:
+        tracer.suspects.add(z, a, event)
+    own = f"{tracer.names.of(scope)}:{known.sigma}"
+    if call.site is not None:
+        out = tracer.editor.after(call.site, a, axes)
+    tracer.record.sigma(event, flow, call.held, z, a, own, call.site)
+    tracer.spare(event)
+    if call.site is not None:
+        tracer.set_tag(out, tracer.tag(a))
+    elif tracer.trial and not event.in_place and not tracer.wants.gradients:
+        tracer.firings.between(event, z, a)
+    return out

@@ -1,0 +1,69 @@
+"""What each tensor of a traced pass carries: a flow, a weight, or nothing."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+
+from fmapkit._axes import Axes
+from fmapkit._names import Names
+from fmapkit._nested import leaves, tensors_in
+from fmapkit._origin import STOP, Flow, Tag, Weight
+from fmapkit._sharded import local_axes
+
+__all__ = ["Tags"]
+
+
+class Tags:
+    """The tags of one pass; they keep no tensor alive."""
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+        self._known: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
+
+    def of(self, value: Any) -> Tag:
+        """Flow, weight, or None for a constant."""
+        if not isinstance(value, Tensor):
+            return None
+        found = self._known.get(id(value))
+        if found is not None and found[0]() is value:
+            # A piece of a flat parameter is the parameter that it was before.
+            if not (isinstance(found[1], Weight) and self._names.in_flat(value)):
+                return found[1]
+        if self._names.is_parameter(value):
+            return Weight(value, Axes.single(0, value.shape[0]) if value.dim() else None)
+        return None
+
+    def put(self, value: Any, tag: Any) -> None:
+        """What a result carries; nested like the result."""
+        if isinstance(value, Tensor):
+            if isinstance(tag, (Flow, Weight)):
+                self._known[id(value)] = (weakref.ref(value), tag)
+        elif isinstance(value, (tuple, list)) and isinstance(tag, list):
+            for v, t in zip(value, tag, strict=False):
+                self.put(v, t)
+
+    def enter(self, args: Any, kwargs: Any) -> None:
+        """The pass begins: whatever comes in depends on the input, and has no layer yet."""
+        for tensor in tensors_in(*args, kwargs):
+            if self.of(tensor) is None:
+                self.put(tensor, STOP)
+
+    def moved(self, before: Any, after: Any) -> None:
+        """A hook of torch's redistributed tensors: what they carry goes along."""
+        for (_, old), (_, new) in zip(leaves(before), leaves(after), strict=False):
+            tag = self.of(old)
+            if old is not new and isinstance(tag, Flow):
+                self.put(new, Flow(tag.origin, local_axes(tag.axes, old, new)))
+
+    def lent(self, tensor: Tensor) -> bool:
+        """Whether its memory is gone once its module has run: a parameter's, under FSDP."""
+        if not isinstance(self.of(tensor), Weight):
+            return False
+        return self._names.lent or bool(self._names.in_flat(tensor))
+
+    def end(self) -> None:
+        """Forget them."""
+        self._known.clear()
