@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
-__all__ = ["clone", "operators_are_counted", "select"]
+__all__ = ["clone", "operators_are_counted", "runs", "select", "unseen"]
 
 # Selective checkpointing, while the forward runs.
 _COUNTING: Any = getattr(torch.utils.checkpoint, "_CachingTorchDispatchMode", ())
@@ -32,7 +32,7 @@ def operators_are_counted() -> bool:
 
 def clone(tensor: Tensor) -> Tensor:
     """A copy; of a tensor of the graph, one in the graph, even where the model turned that off."""
-    with torch.set_grad_enabled(tensor.requires_grad or torch.is_grad_enabled()), _unseen():
+    with torch.set_grad_enabled(tensor.requires_grad or torch.is_grad_enabled()), unseen():
         return tensor.clone()
 
 
@@ -42,20 +42,25 @@ def select(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
     By slices: an index tensor would have to be sent to the device, which waits for it.
     """
     if not tensor.requires_grad:
-        with _unseen():
+        with unseen():
             return _taken(tensor, dim, places)
-    with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is), _unseen():
+    with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is), unseen():
         return _taken(tensor, dim, places)
 
 
-def _taken(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
-    runs: list[list[int]] = []  # [first, length] of what lies side by side
+def runs(places: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(first, length) of what lies side by side."""
+    found: list[tuple[int, int]] = []
     for place in places:
-        if runs and place == sum(runs[-1]):
-            runs[-1][1] += 1
+        if found and place == sum(found[-1]):
+            found[-1] = (found[-1][0], found[-1][1] + 1)
         else:
-            runs.append([place, 1])
-    pieces = [tensor.narrow(dim, first, length) for first, length in runs]
+            found.append((place, 1))
+    return found
+
+
+def _taken(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
+    pieces = [tensor.narrow(dim, first, length) for first, length in runs(places)]
     taken = pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces, dim)
     for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if tensor.dim() == dims and not tensor.is_contiguous():
@@ -65,7 +70,8 @@ def _taken(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
 
 
 @contextmanager
-def _unseen() -> Iterator[None]:
+def unseen() -> Iterator[None]:
+    """What runs here is not counted as the model's."""
     if not operators_are_counted():
         yield
         return

@@ -48,12 +48,12 @@ class GraphRun:
     __slots__ = ("_base", "_maps", "_origins", "_tensors", "carried", "uncounted")
 
     def __init__(
-        self, maps: Sequence[GraphMap], tensors: list[tuple[Tensor, int]], carried: list[Any]
+        self, maps: Sequence[GraphMap], tensors: list[tuple[Tensor, int, bool]], carried: list[Any]
     ) -> None:
         self._maps = maps
         self._tensors = tensors
         self.carried = carried
-        self.uncounted = any(version < 0 for _, version in tensors)  # no version counter
+        self.uncounted = any(version < 0 for _, version, _ in tensors)  # no version counter
         self._base: dict[str, int] = {}
         self._origins: dict[Ref, Origin] = {}
 
@@ -79,9 +79,9 @@ class GraphRun:
         """Every map, in execution order."""
         found = []
         shared: dict[int, Held] = {}
-        for (tensor, version), m in zip(self._tensors, self._maps, strict=False):
+        for (tensor, version, copied), m in zip(self._tensors, self._maps, strict=False):
             if id(tensor) not in shared:
-                shared[id(tensor)] = Held(tensor, version, m.copied or m.picked is not None)
+                shared[id(tensor)] = Held(tensor, version, m.copied or copied)
             held = shared[id(tensor)]
             found.append(Entry(m.kind, self.origin(m.ref), held, m.axes, m.sigma, "", m.picked))
         return found
@@ -126,19 +126,22 @@ class Sink:
         """It has run: keep its maps."""
         carried, labels = known
         wants = self.session.wants
-        tensors: list[tuple[Tensor, int]] = []
-        made: dict[Any, tuple[Tensor, int]] = {}
+        tensors: list[tuple[Tensor, int, bool]] = []
+        made: dict[Any, tuple[Tensor, int, bool]] = {}
         for m in labels.maps:
             key = (m.place, m.picked)
             if key not in made:
                 tensor = outputs[m.place] if m.place >= 0 else inputs[-1 - m.place]
                 if m.picked is not None:
-                    tensor = wants.take(tensor, m.axes, m.picked)
-                elif wants.detach and tensor.requires_grad:
-                    tensor = tensor.detach()
-                if graph.volatile and m.picked is None and tensor.is_cuda:
-                    tensor = tensor.clone()
-                made[key] = (tensor, version_of(tensor))
+                    stored = wants.take(tensor, m.axes, m.picked, graph.volatile)
+                else:
+                    stored = wants.store(tensor, graph.volatile)
+                copied = stored is not tensor
+                if not copied and wants.detach and tensor.requires_grad:
+                    stored = tensor.detach()
+                if graph.volatile and not copied and tensor.is_cuda:
+                    stored = stored.clone()
+                made[key] = (stored, version_of(stored), copied)
             tensors.append(made[key])
         run = GraphRun(labels.maps, tensors, carried)
         self.runs += 1

@@ -57,6 +57,7 @@ class Emission:
     copy: bool
     before: bool  # copied before the call, since the call itself overwrites it
     picked: tuple[int, ...] | None
+    stored: bool  # in another form than the model's own tensor
     pending: bool  # a preactivation only if no nonlinearity outside claims it
 
 
@@ -84,7 +85,8 @@ class Plan:
     steps: tuple[Step, ...]
     order: list[Any]  # what fires: modules; pairs ("before", module); None for a function
     at: list[Step | None]  # what is read there
-    spare: tuple[int, ...]  # what no step reads: another call of a module that is tapped
+    spare: frozenset[int]  # what no step reads: another call of a module that is tapped
+    last: tuple[tuple[int, ...], ...]  # per step: what is read by it for the last time
     taps: frozenset[nn.Module]
     direct: dict[nn.Module, str]  # taps all of whose steps are plain, in the same way
     inputs: dict[nn.Module, Any]  # modules whose first argument is noted: their key in `order`
@@ -132,7 +134,8 @@ def make_plan(
         if e.held is not None and e.held.tensor is not None and not e.held.copied
     }
     _settle_flips(tracer.events[frame.start :], kept)
-    made = {f: _step(f, ref, escaping) for f in firings if not f.before}
+    stored = bool(tracer.wants.retention)
+    made = {f: _step(f, ref, escaping, stored) for f in firings if not f.before}
     read = _Reading(firings, made, frame.module)
     # Where a function that a scope is tapped for is called by other modules, too.
     tapped_names = {s.function for s in read.at if s is not None and s.module is None}
@@ -151,7 +154,8 @@ def make_plan(
         steps=tuple(read.steps),
         order=read.order,
         at=read.at,
-        spare=tuple(set(range(len(read.order))) - {i for s in read.steps for i in (s.at, s.sink)}),
+        spare=frozenset(range(len(read.order))).difference(*((s.at, s.sink) for s in read.steps)),
+        last=_last(read.steps),
         taps=frozenset(read.tapped),
         direct=read.direct,
         inputs=read.inputs,
@@ -221,7 +225,7 @@ def _emits(firing: Firing) -> bool:
     return any(e.entries or e.flip for e in firing.events)
 
 
-def _step(firing: Firing, ref: Any, escaping: set[int]) -> Step:
+def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool) -> Step:
     emissions = []
     for event in firing.events:
         for slot, entry in event.entries:
@@ -241,6 +245,7 @@ def _step(firing: Firing, ref: Any, escaping: set[int]) -> Step:
                     copy=copied or (slot == "x" and unsafe),
                     before=slot == "x" and (unsafe or _lost_within(event)),
                     picked=entry.picked,
+                    stored=stored or entry.picked is not None,
                     pending=(
                         entry.kind == "preactivation"
                         and event.kind == "layer"
@@ -253,7 +258,7 @@ def _step(firing: Firing, ref: Any, escaping: set[int]) -> Step:
     if (
         plain not in ("xy", "y")
         or firing.module is None
-        or any(e.copy or e.before or e.picked for e in emissions)
+        or any(e.copy or e.before or e.stored for e in emissions)
         or any(e.key is not None for e in firing.events)
         or any(e.kind == "output" for e in emissions)
     ):
@@ -362,7 +367,7 @@ class _Reading:
         source, sink = event.source, event.sink
         if len(firing.events) > 1 or event.kind != "sigma" or step.flip:
             return None
-        if any(e.copy or e.before or e.picked for e in step.emissions):
+        if any(e.copy or e.before or e.stored for e in step.emissions):
             return None
         if source is None or sink is None or not self._sees(source) or not self._sees(sink):
             return None
@@ -376,6 +381,14 @@ class _Reading:
         if firing.before:
             return module is not self._unit
         return module not in self.tapped or module in self.direct
+
+
+def _last(steps: Sequence[Step]) -> tuple[tuple[int, ...], ...]:
+    by_place = {place: n for n, s in enumerate(steps) for place in (s.at, s.sink) if place >= 0}
+    found: list[list[int]] = [[] for _ in steps]
+    for place, n in by_place.items():
+        found[n].append(place)
+    return tuple(map(tuple, found))
 
 
 def _lost_within(event: Event) -> bool:

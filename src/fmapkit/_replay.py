@@ -8,6 +8,7 @@ made when somebody reads them.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any
 
@@ -21,7 +22,7 @@ from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._hooks import leave_mode
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._origin import NOWHERE, Flow, Origin, Weight
-from fmapkit._plan import Plan, Ref, Step
+from fmapkit._plan import Emission, Plan, Ref, Step
 from fmapkit._stop import Stop
 from fmapkit._store import Entry, Held, version_of
 from fmapkit._taps import Line
@@ -31,13 +32,17 @@ __all__ = ["LightMode", "Run", "tag_outputs"]
 
 _module = itemgetter(0)
 
+# A tensor, its version, where its gradient will arrive, and whether it is a copy.
+Item = tuple[Tensor, int, Gradient | None, bool]
+
 
 class Run:
     """One call of a proven module, read by its plan."""
 
     __slots__ = (
-        *("_checked", "_origins", "base", "before", "how", "inputs", "line", "log", "lost"),
-        *("marks", "mode", "module", "plan", "stop", "uncounted", "wants"),
+        *("_checked", "_let_go", "_origins", "_seen", "analyses", "base", "before", "how"),
+        *("inputs", "line", "log", "lost", "marks", "mode", "module", "plan", "stop"),
+        *("uncounted", "wants"),
     )
 
     def __init__(
@@ -49,12 +54,16 @@ class Run:
         stop: Stop | None,
         inputs: list[Any],
         base: Counter[str] | None,
+        analyses: Callable[[Run], None] | None = None,
     ) -> None:
         self.module = module
         self.plan = plan
         self.wants = wants
         self.line = line
         self.stop = stop  # what to end the pass by, after the last step
+        self.analyses = analyses  # to be shown each map as soon as it is there
+        self._seen = 0  # how many steps they were shown
+        self._let_go = False  # of what they have seen
         self.inputs = inputs
         self.base = base
         self.log: list[Any] = []  # per step: its module, then what was read
@@ -128,7 +137,7 @@ class Run:
         step = self.plan.at[len(self.log)]
         if step is None:  # a function's operand or result
             self.log.append((module, self._own(output), self._version(output)))
-            self._may_stop()
+            self._noted()
             return
         x = x_grad = None
         if module in self.before and any(e.before for e in step.emissions):
@@ -145,9 +154,12 @@ class Run:
             self.log.append(record)
         else:
             self.log.append((module, self._read(step, x, output, x_grad)))
-        self._may_stop()
+        self._noted()
 
-    def _may_stop(self) -> None:
+    def _noted(self) -> None:
+        """One more entry of the log is there."""
+        if self.analyses is not None:
+            self.analyses(self)
         if self.stop is not None and len(self.log) == len(self.plan.order):
             self.stop.end()
 
@@ -160,7 +172,7 @@ class Run:
             self.stray(type(module).__name__)
             return
         self.log.append((key, self._own(args[0]), self._version(args[0])))
-        self._may_stop()
+        self._noted()
 
     def _next_key(self) -> Any:
         at, order = len(self.log), self.plan.order
@@ -194,15 +206,13 @@ class Run:
             held = clone(self._own(x))
         out = func(*args, **kwargs)
         self.log.append((None, self._read(step, held, out, x_grad)))
-        self._may_stop()
+        self._noted()
         return out
 
-    def _read(
-        self, step: Step, x: Any, output: Any, x_grad: Gradient | None
-    ) -> list[tuple[Tensor, int, Gradient | None] | None]:
+    def _read(self, step: Step, x: Any, output: Any, x_grad: Gradient | None) -> list[Item | None]:
         read: list[Any] = []
         pieces = dict(leaves(output)) if any(e.kind == "output" for e in step.emissions) else {}
-        shared: dict[tuple[str, bool], tuple[Tensor, Gradient | None]] = {}
+        shared: dict[tuple[str, bool], Item] = {}
         for emission in step.emissions:
             if emission.kind == "output":
                 value = pieces.get(emission.path)
@@ -212,24 +222,29 @@ class Run:
                 read.append(None)
                 continue
             slot = (emission.slot, emission.picked is not None)
-            if slot in shared:
-                value, grad = shared[slot]
-            else:
+            if slot not in shared:
                 grad = x_grad if emission.slot == "x" else self._watched(value)
-                if emission.copy and grad is not None:
-                    grad.overwritten()
-                picked, axes = emission.picked, emission.axes
-                if picked is not None and axes is not None:
-                    if grad is not None:
-                        grad = grad.picked(*self.wants.place(axes, picked))
-                    value = self.wants.take(value, axes, picked)
-                else:
-                    value = self._own(value)
-                    if emission.copy and not emission.before:
-                        value = clone(value)
-            shared[slot] = value, grad
-            read.append((value, self._version(value), grad))
+                shared[slot] = self._stored(emission, value, grad)
+            read.append(shared[slot])
         return read
+
+    def _stored(self, emission: Emission, value: Tensor, grad: Gradient | None) -> Item:
+        """What is stored of a tensor."""
+        if emission.copy and grad is not None:
+            grad.overwritten()
+        picked, axes, doomed = emission.picked, emission.axes, emission.copy and not emission.before
+        if picked is not None and axes is not None:
+            if grad is not None:
+                grad = grad.picked(*self.wants.place(axes, picked))
+            stored, copied = self.wants.take(value, axes, picked, doomed), True
+        else:
+            stored = self.wants.store(value, doomed) if emission.stored else value
+            copied = emission.copy or stored is not value
+            if stored is value:
+                stored = self._own(value)
+                if doomed:
+                    stored = clone(stored)
+        return stored, self._version(stored), grad, copied
 
     def _version(self, tensor: Tensor) -> int:
         version = version_of(tensor)
@@ -287,51 +302,74 @@ class Run:
 
     def entries(self) -> list[Entry]:
         """The maps of this run, in execution order."""
+        steps = self.plan.steps[self._seen :] if self._let_go else self.plan.steps
+        return [e for step in steps if self._there(step) for e in self._entries_of(step)]
+
+    def fresh(self, let_go: bool) -> Iterator[Entry]:
+        """The maps that have come since the last time, in execution order.
+
+        Args:
+            let_go: of each once it was seen.
+        """
+        self._let_go = let_go
+        steps, log = self.plan.steps, self.log
+        if let_go and len(log) - 1 in self.plan.spare:
+            log[-1] = log[-1][:1]
+        while self._seen < len(steps) and self._there(steps[self._seen]):
+            step = steps[self._seen]
+            self._seen += 1
+            yield from self._entries_of(step)
+            if let_go:
+                for place in self.plan.last[self._seen - 1]:
+                    log[place] = log[place][:1]
+
+    def _there(self, step: Step) -> bool:
+        return max(step.at, step.sink) < len(self.log)
+
+    def _entries_of(self, step: Step) -> list[Entry]:
         found: list[Entry] = []
-        count = len(self.log)
-        for step in self.plan.steps:
-            if step.at >= count or step.sink >= count:
+        shared: dict[int, Held] = {}
+        for item, emission in zip(self._items(step), step.emissions, strict=True):
+            if item is None:
                 continue
-            record = self.log[step.at]
-            items: list[Any]
-            if step.between:
-                slots = {}
-                if step.at >= 0:
-                    version = record[2] + step.delta if record[2] >= 0 else -1
-                    slots["x"] = (self._own(record[1]), version, None)
-                if step.sink >= 0:
-                    result = self.log[step.sink]
-                    slots["y"] = (self._own(result[1]), result[2], None)
-                items = [slots[e.slot] for e in step.emissions]
-            elif step.plain:
-                y_grad, x_grad = record[-2:] if self.wants.gradients else (None, None)
-                slots = {"y": (self._own(record[1]), record[2], y_grad)}
-                if step.plain == "xy":
-                    slots["x"] = (self._own(record[3]), record[4], x_grad)
-                items = [slots[e.slot] for e in step.emissions]
-            else:
-                items = record[1]
-            shared: dict[int, Held] = {}
-            for item, emission in zip(items, step.emissions, strict=True):
-                if item is None:
-                    continue
-                tensor, version, gradient = item
-                held = shared.get(id(tensor))
-                if held is None:
-                    copied = emission.copy or emission.picked is not None
-                    held = shared[id(tensor)] = Held(tensor, version, copied, gradient)
-                found.append(
-                    Entry(
-                        emission.kind,
-                        self.origin(emission.ref),
-                        held,
-                        emission.axes,
-                        emission.sigma,
-                        emission.path,
-                        emission.picked,
-                    )
+            tensor, version, gradient, copied = item
+            held = shared.get(id(tensor))
+            if held is None:
+                held = shared[id(tensor)] = Held(tensor, version, copied, gradient)
+                held.arrival = self.wants.retention.arrival(tensor)
+            found.append(
+                Entry(
+                    emission.kind,
+                    self.origin(emission.ref),
+                    held,
+                    emission.axes,
+                    emission.sigma,
+                    emission.path,
+                    emission.picked,
                 )
+            )
         return found
+
+    def _items(self, step: Step) -> list[Item | None]:
+        """What was read for each emission of a step."""
+        record = self.log[step.at]
+        if not step.between and not step.plain:
+            read: list[Item | None] = record[1]
+            return read
+        slots: dict[str, Item] = {}
+        if step.between:
+            if step.at >= 0:
+                version = record[2] + step.delta if record[2] >= 0 else -1
+                slots["x"] = (self._own(record[1]), version, None, False)
+            if step.sink >= 0:
+                result = self.log[step.sink]
+                slots["y"] = (self._own(result[1]), result[2], None, False)
+        else:
+            y_grad, x_grad = record[-2:] if self.wants.gradients else (None, None)
+            slots["y"] = (self._own(record[1]), record[2], y_grad, False)
+            if step.plain == "xy":
+                slots["x"] = (self._own(record[3]), record[4], x_grad, False)
+        return [slots[e.slot] for e in step.emissions]
 
     def release(self) -> None:
         """Let go of every tensor."""

@@ -15,7 +15,7 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import _get_current_function_mode
 
+from fmapkit._analyses import Analyses
 from fmapkit._aside import operators_are_counted
+from fmapkit._budget import Budget
 from fmapkit._compiled import Compiled
 from fmapkit._doors import doors
 from fmapkit._edit import Edits
@@ -47,14 +49,14 @@ from fmapkit._replay import LightMode, Run, tag_outputs
 from fmapkit._settle import has_inference_tensors, settle
 from fmapkit._sharded import is_wrapped, moves_data
 from fmapkit._stop import Stop, StopForward
-from fmapkit._store import Pass, Store, storage_of
+from fmapkit._store import Entry, Pass, Store, storage_of
 from fmapkit._taps import InputTap, Line, OutputTap, Tap
 from fmapkit._trace import Tracer
 from fmapkit._transforms import TRANSFORMED, transformed
 from fmapkit._wants import Wants
 from fmapkit._watch import Watch
 from fmapkit._wrappers import REPLICAS
-from fmapkit.errors import CaptureWarning
+from fmapkit.errors import BudgetError, CaptureWarning
 
 __all__ = ["Missed", "Session"]
 
@@ -134,6 +136,8 @@ class Session:
         every: int,
         stop: bool = False,
         given: nn.Module | None = None,
+        analyses: Analyses | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.model = model
         self.compiled = Compiled(self, model if given is None else given)
@@ -144,6 +148,8 @@ class Session:
         self._forward = StopForward(model, self.stop) if self.stop is not None else None
         self.every = every
         self.store = Store(keep)
+        self.analyses = analyses or Analyses(())
+        self._budget = budget
         self.hooks = Hooks(self)
         self.missed: list[Missed] = []
         self.thread = threading.get_ident()
@@ -200,6 +206,8 @@ class Session:
         if self._forward is not None:
             self._forward.remove()
         self._units.clear()
+        self.wants.retention.close()
+        self.analyses.view = None
         if not failed:
             self._warn()
 
@@ -334,8 +342,8 @@ class Session:
             self._fault(module, error)
 
     def _fault(self, module: nn.Module, error: Exception) -> None:
-        if error is self.edits.raised:
-            raise error  # the user's own function
+        if error in (self.edits.raised, self.analyses.raised) or isinstance(error, BudgetError):
+            raise error  # the user's own function, or what the user has asked for
         self.miss(self.names.of(module), f"fmapkit failed here: {type(error).__name__}: {error}")
         if self._run is not None:
             self._run.stray(type(error).__name__)
@@ -413,6 +421,7 @@ class Session:
             self._restart()
         self._current = self.store.begin(step, self.model.training)
         self.edits.begin()
+        self.wants.retention.begin()
         if self.stop is not None:
             self.stop.begin()
         if compiled:
@@ -457,13 +466,44 @@ class Session:
                 gradient = entry.held.gradient if entry.held is not None else None
                 if gradient is not None and gradient.spoiled:
                     self.miss(entry.origin.name, OF_VIEW)
-        if current is not None and has_inference_tensors(current):
-            settle(current)
+        if current is not None:
+            self._keep(current, failed)
         if self.missed and not self._warned:
             try:
                 self._warn()
             except CaptureWarning:  # warnings are errors: raise when the block ends, not in forward
                 self._warned = False
+
+    def _keep(self, current: Pass, failed: bool) -> None:
+        """The pass has ended: what becomes of its maps."""
+        if self.wants.retention:
+            for held in current.held():
+                if held.tensor is not None and not held.lost:
+                    stored = self.wants.store(held.tensor)
+                    held.stored(stored, self.wants.retention.arrival(stored))
+        self.wants.retention.settle()
+        if self.analyses and not failed:
+            runs = [s for s in current.segments if isinstance(s, Run) and s.analyses is not None]
+            for run in runs:  # of which they have seen most, or all
+                self._show(current, run.fresh(self.store.fleeting))
+            if not runs:
+                self._show(current, current.entries())
+        if self.store.fleeting:
+            current.release()
+        elif has_inference_tensors(current):
+            settle(current)
+        if self._budget is not None and not failed:
+            self._budget.check(self.store)
+
+    def _show(self, current: Pass, entries: Iterable[Entry]) -> None:
+        """Have the analyses see some maps."""
+        for layer, why in self.analyses.see(current, entries):
+            self.miss(layer, why)
+
+    def _stream(self, run: Run) -> None:
+        """The same, while the model runs: with keep=0, a map lives no longer than that."""
+        assert self._current is not None
+        self._show(self._current, run.fresh(self.store.fleeting))
 
     def _abandon(self) -> None:
         """The pass ended without its post hook: leave no mode, flag or learning hook behind."""
@@ -482,8 +522,7 @@ class Session:
         self._tracer = self._current = self._frame = self._run = None
         if current is not None:
             current.closed = True
-            if has_inference_tensors(current):
-                settle(current)
+            self._keep(current, failed=True)
         self._fused_in = self._fused = None
         self._depth = 0
         self._idle = False
@@ -630,7 +669,8 @@ class Session:
         self._trace_off()
         base = Counter(tracer.counts) if tracer is not None else None
         stop = self.stop if tracer is None else None
-        self._run = Run(module, plan, self.wants, self._line, stop, inputs, base)
+        analyses = self._stream if self.analyses and tracer is None else None
+        self._run = Run(module, plan, self.wants, self._line, stop, inputs, base, analyses)
         if self.wants.graph and self._current is not None and self._current.grads:
             if in_function():
                 self.miss(self.names.of(module), NO_GRAPH)
@@ -717,7 +757,7 @@ class Session:
         last = plan.order[-1] if plan.order and self.stop is not None else None
         replaced = False
         for tapped in plan.taps - {module}:
-            how = plan.direct.get(tapped) if tapped is not last else None
+            how = plan.direct.get(tapped) if tapped is not last and not self.analyses else None
             if how is None:
                 replaced |= self.hooks.after(tapped, Hook(self._tap, self))
             else:
@@ -725,7 +765,7 @@ class Session:
                 tap = kind(self._line, self._tap, self._fault, self)
                 replaced |= self.hooks.after(tapped, tap)
         for noted, key in plan.inputs.items():
-            if key is last:
+            if key is last or self.analyses:
                 replaced |= self.hooks.before(noted, Hook(self._tap_before, self))
             else:
                 noting = InputTap(key, self._line, self._tap_before, self._fault, self)

@@ -27,9 +27,7 @@ def has_inference_tensors(current: Pass) -> bool:
 
 def settle(current: Pass) -> None:
     """Make the maps of a pass that has ended safe from writes that torch does not count."""
-    both = [h for e in current.entries() for h in (e.held, e.edited)]
-    held = {id(h): h for h in both if h is not None}
-    uncounted = [h for h in held.values() if h.tensor is not None and h.tensor.is_inference()]
+    uncounted = [h for h in current.held() if h.tensor is not None and h.tensor.is_inference()]
     if not uncounted:
         return
     for segment in current.segments:  # their entries are made, and they hold the model's tensors

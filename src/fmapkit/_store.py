@@ -37,7 +37,7 @@ def version_of(tensor: Tensor) -> int:
 class Held:
     """One tensor in memory; several maps may share it."""
 
-    __slots__ = ("copied", "doomed", "gradient", "lost", "tensor", "version", "wanted")
+    __slots__ = ("arrival", "copied", "doomed", "gradient", "lost", "tensor", "version", "wanted")
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class Held:
         self.version = version
         self.copied = copied
         self.gradient = gradient
+        self.arrival: Any = None  # of a copy from another device, to be waited for
         self.lost = False  # overwritten before it could be copied
         self.doomed = False  # spared this once; a later pass has to copy it
         self.wanted = False  # some map holds it; else it is held for the tracer's own sake
@@ -71,7 +72,7 @@ class Held:
 
     def release(self) -> None:
         """Let go of the values, and of their gradient."""
-        self.tensor = self.gradient = None
+        self.tensor = self.gradient = self.arrival = None
 
     def snapshot(self) -> None:
         """Turn the reference into a copy, just before the memory is written to."""
@@ -83,6 +84,12 @@ class Held:
             self.tensor = clone(self.tensor)
             self.version = version_of(self.tensor)
             self.copied = True
+
+    def stored(self, tensor: Tensor, arrival: Any) -> None:
+        """Hold what is stored of the tensor in its place: a copy, or the tensor itself."""
+        if tensor is not self.tensor:
+            self.tensor, self.version, self.copied = tensor, version_of(tensor), True
+        self.arrival = arrival
 
     @property
     def needs_copy(self) -> bool:
@@ -128,6 +135,9 @@ class Held:
                 "those of the pass any more; clone it inside the block, right after the pass, or "
                 "run the model again: a write inside the model is copied around from then on"
             )
+        if self.arrival is not None:
+            self.arrival.synchronize()
+            self.arrival = None
         return settled(self.tensor)
 
 
@@ -192,6 +202,11 @@ class Pass:
             self._entries = found
         return found
 
+    def held(self) -> list[Held]:
+        """What is held in memory, each once."""
+        both = [h for e in self.entries() for h in (e.held, e.edited)]
+        return list({id(h): h for h in both if h is not None}.values())
+
     def release(self) -> None:
         """Let go of every tensor; maps read before keep theirs."""
         for segment in self.segments:
@@ -204,11 +219,16 @@ class Pass:
 
 
 class Store:
-    """The last passes, newest last."""
+    """The last passes, newest last.
+
+    Args:
+        keep: how many; None for all of them. Of 0, there is one while it runs.
+    """
 
     def __init__(self, keep: int | None) -> None:
         self.passes: deque[Pass] = deque()
-        self.keep = keep  # None: all
+        self.fleeting = keep == 0
+        self.keep = 1 if self.fleeting else keep
         self.steps = 0
 
     def begin(self, step: int, training: bool) -> Pass:
@@ -217,6 +237,16 @@ class Store:
             self.passes.popleft().release()
         self.passes.append(Pass(step, training))
         return self.passes[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that all passes hold; shared memory counts once."""
+        seen: dict[int, int] = {}
+        for held in (h for p in self.passes for h in p.held()):
+            if held.tensor is not None:
+                storage = ends_of(held.tensor)[-1].untyped_storage()
+                seen[storage._cdata] = storage.nbytes()
+        return sum(seen.values())
 
     def clear(self) -> None:
         """Let everything go."""

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit import layers
-from fmapkit._aside import select
 from fmapkit._axes import Axes
 from fmapkit._names import Names
+from fmapkit._retain import Retention
 from fmapkit.errors import ArgumentError, FilterRangeError, UnknownLayerError, did_you_mean, listed
 from fmapkit.selectors import Selector, selectors
 
@@ -92,8 +92,10 @@ class Wants:
         filters: Any,
         detach: bool = True,
         gradients: bool = False,
+        retention: Retention | None = None,
     ) -> None:
         self._names = names
+        self.retention = retention or Retention(None, None)
         self.detach = detach
         self.gradients = gradients
         self.graph = gradients or not detach  # what the model's graph is needed for
@@ -177,7 +179,7 @@ class Wants:
         if chosen is None:
             return tuple(there)
         total = len(there)
-        picked = tuple(f + total if f < 0 else f for f in chosen)
+        picked = tuple(dict.fromkeys(f + total if f < 0 else f for f in chosen))
         return picked if all(f in there for f in picked) else None
 
     def why_not(self, name: str, axes: Axes | None) -> str:
@@ -186,10 +188,16 @@ class Wants:
             return "filters= was given, but its filters do not lie along one axis"
         return f"filters={self._chosen(name)} asks for filters outside {axes.filters}"
 
-    def take(self, tensor: Tensor, axes: Axes, picked: tuple[int, ...]) -> Tensor:
-        """A copy of the picked filters alone."""
-        source = tensor.detach() if self.detach else tensor
-        return select(source, *self.place(axes, picked))
+    def take(
+        self, tensor: Tensor, axes: Axes, picked: tuple[int, ...], doomed: bool = False
+    ) -> Tensor:
+        """A copy of the picked filters alone, as it is to be stored."""
+        dim, places = self.place(axes, picked)
+        return self.retention.keep(tensor, dim, places, detach=self.detach, doomed=doomed)
+
+    def store(self, tensor: Tensor, doomed: bool = False) -> Tensor:
+        """What is to be stored of a tensor: often itself."""
+        return self.retention.keep(tensor, detach=self.detach, doomed=doomed)
 
     @staticmethod
     def place(axes: Axes, picked: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:

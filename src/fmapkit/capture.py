@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from fmapkit._analyses import Analyses
+from fmapkit._budget import Budget, policy
 from fmapkit._edit import Edits
 from fmapkit._names import Names
 from fmapkit._optimized import compiled_roots, plain
+from fmapkit._retain import Retention
 from fmapkit._session import Session
 from fmapkit._wants import Wants
 from fmapkit._wrappers import unwrap
@@ -41,7 +45,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         kinds: which of "input", "response", "preactivation", "activation", "output".
         filters: hold only these filters (copied out, so that the rest can be freed): an int,
             several, or a dict of layer -> these.
-        keep: how many passes stay readable: an int, or "all".
+        keep: how many passes stay readable: an int, or "all". 0 goes with `analyses`: they see
+            each map, and it is let go.
         detach: False keeps the maps in the autograd graph, for losses on them. The graph lives as
             long as its maps do.
         every: capture each n-th pass (the first one included); the others run bare.
@@ -53,6 +58,16 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             raised by the model's call.
         stop: from the second pass on, end the forward as soon as every map is there that the first
             one had; the model's call then returns None. For the maps of early layers only.
+        analyses: running analyses, each an object with `update(fm)`, which is called with each map
+            of each captured pass, without gradients, in execution order: as the map is made where
+            the model's road is known beforehand, else when the pass ends. `fmapkit.analysis` has
+            some. What `update` raises is raised by the model's call.
+        dtype: store floating-point maps in this dtype: a copy, in buffers that are used again.
+        device: store maps there. From a GPU to "cpu", copies travel beside the model's work, and
+            reading a map waits for its own. Where a map is there already, nothing is copied.
+        max_bytes: how many bytes the maps may take, looked at as each pass ends.
+        when_full: "error" makes the model's call raise `BudgetError` after a pass that went over
+            `max_bytes`, and lets that pass's maps go; "oldest" lets the oldest kept passes go first.
         gradients: True makes `fm.grad` the gradient of each map after backward, without keeping
             the graph alive.
 
@@ -76,13 +91,25 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         stop: bool = False,
         detach: bool = True,
         gradients: bool = False,
+        analyses: Analysis | Iterable[Analysis] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        max_bytes: int | None = None,
+        when_full: Literal["error", "oldest"] = "error",
     ) -> None:
         if not isinstance(model, nn.Module):
             hint = " (a model class: make an instance first)" if isinstance(model, type) else ""
             raise NotAModuleError(
                 f"capture takes a torch.nn.Module, not {type(model).__name__}{hint}"
             )
-        if keep != "all" and not _positive(keep):
+        seen_by = Analyses(analyses)
+        fleeting = isinstance(keep, int) and not isinstance(keep, bool) and keep == 0
+        if fleeting and not seen_by:
+            raise ArgumentError(
+                "keep=0 lets go of each map at once, which takes analyses=... to see it before; "
+                "keep must be a positive int or 'all' otherwise"
+            )
+        if keep != "all" and not _positive(keep) and not fleeting:
             raise ArgumentError(f"keep must be a positive int or 'all', not {keep!r}")
         if not _positive(every):
             raise ArgumentError(f"every must be a positive int, not {every!r}")
@@ -94,6 +121,14 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             raise ArgumentError("edit changes every pass, so it goes with every=1 only")
         if not isinstance(gradients, bool):
             raise ArgumentError(f"gradients must be True or False, not {gradients!r}")
+        retention = Retention(_dtype(dtype), _device(device))
+        if retention and not detach:
+            raise ArgumentError(
+                "dtype= and device= store copies outside of the graph, and detach=False keeps maps "
+                "in it; convert them in the loss instead"
+            )
+        when_full = policy(when_full)
+        budget = None if max_bytes is None else Budget(max_bytes, when_full)
         given, model = model, plain(model)
         names = Names(model)
         if (edit or stop or gradients) and (roots := compiled_roots(given)):
@@ -107,11 +142,13 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 "stop=True ends a forward in the middle, where other ranks would wait for this "
                 f"one: {names.collective()!r} exchanges data with them while it runs"
             )
-        wants = Wants(names, layers, kinds, filters, detach, gradients)
+        wants = Wants(names, layers, kinds, filters, detach, gradients, retention)
         edits = Edits(names, edit, FeatureMap)
         passes = None if keep == "all" else int(keep)
         model = unwrap(model)  # a pass is the plain model's, whoever called it
-        self._session = Session(model, names, wants, edits, passes, every, stop, given)
+        self._session = Session(
+            model, names, wants, edits, passes, every, stop, given, seen_by, budget
+        )
         # Made, entered, left: a capture goes through these once, in this order.
         self._state: Literal["made", "entered", "left"] = "made"
 
@@ -123,7 +160,9 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             )
         self._session.open()
         self._state = "entered"
-        return FeatureMaps(self._session)
+        maps = FeatureMaps(self._session)
+        self._session.analyses.view = maps._read
+        return maps
 
     def __exit__(
         self,
@@ -133,6 +172,27 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
     ) -> None:
         self._state = "left"
         self._session.close(failed=kind is not None)
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    if value is None or (isinstance(value, torch.dtype) and value.is_floating_point):
+        return value
+    raise ArgumentError(
+        f"dtype must be a floating-point torch.dtype such as torch.bfloat16, not {value!r}; "
+        "maps of other types are stored as they are"
+    )
+
+
+def _device(value: Any) -> torch.device | None:
+    if value is None:
+        return None
+    try:
+        found = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"device must name a torch device, not {value!r}: {error}") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError(f"device={value!r}: torch sees no CUDA device here")
+    return found
 
 
 def _positive(value: object) -> bool:

@@ -15,6 +15,7 @@ FmapkitError
 │   ├── MapOverwrittenError               its memory has been written to since
 │   └── MapReleasedError                  it was let go (`clear()`)
 ├── DistributedError (RuntimeError)       ranks have nothing to put together, or do not agree
+├── BudgetError (RuntimeError)            a pass holds more than `capture(max_bytes=...)` allows
 ├── EditError (ValueError)                an edit gave something that cannot go on in the model
 └── CaptureStateError (RuntimeError)      a capture used out of turn, e.g. entered twice
 
@@ -29,6 +30,7 @@ from collections.abc import Iterable
 __all__ = [
     "AmbiguousMapError",
     "ArgumentError",
+    "BudgetError",
     "CaptureStateError",
     "CaptureWarning",
     "DistributedError",
@@ -105,6 +107,10 @@ class MapReleasedError(MapStateError):
 
 class DistributedError(FmapkitError, RuntimeError):
     """What several ranks hold cannot be put together, or is needed and has not been."""
+
+
+class BudgetError(FmapkitError, RuntimeError):
+    """The maps of a capture take more memory than it was allowed."""
 
 
 class EditError(FmapkitError, ValueError):

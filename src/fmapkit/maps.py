@@ -12,7 +12,7 @@ from fmapkit import _table
 from fmapkit._feature_map import FeatureMap, nbytes_of, read_map
 from fmapkit._gather import gather
 from fmapkit._lookup import Found, find, parse
-from fmapkit._sharded import Parts, ends_of, is_dtensor, splits
+from fmapkit._sharded import Parts, is_dtensor, splits
 from fmapkit._store import Entry, Pass
 from fmapkit._wants import KINDS
 from fmapkit.errors import ArgumentError, did_you_mean, listed
@@ -235,13 +235,7 @@ class FeatureMaps:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the maps of all kept passes hold; shared memory counts once."""
-        seen: dict[int, int] = {}
-        for _, entry in self._every():
-            tensor = entry.held.tensor if entry.held is not None else None
-            if tensor is not None:
-                storage = ends_of(tensor)[-1].untyped_storage()
-                seen[storage._cdata] = storage.nbytes()
-        return sum(seen.values())
+        return self._session.store.nbytes
 
     @property
     def bytes_copied(self) -> int:

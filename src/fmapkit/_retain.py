@@ -1,0 +1,155 @@
+"""What is stored of a map: itself, or a copy of some filters, in another dtype, on another device.
+
+A reference costs nothing and is the default. A copy goes to a buffer that is used again, pass by
+pass (see `_buffers.py`); one that leaves a GPU travels beside the model's work (`_offload.py`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmapkit._aside import runs, select, unseen
+from fmapkit._buffers import Buffers
+from fmapkit._offload import Arrival, Cuda, Offload
+from fmapkit._sharded import is_wrapped
+
+__all__ = ["Retention"]
+
+
+class Retention:
+    """How one capture stores its maps.
+
+    Args:
+        dtype: of what is stored of floating-point maps; None for the map's own.
+        device: where it is stored; None for the map's own.
+    """
+
+    def __init__(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.buffers = Buffers()
+        self._offloads: dict[torch.device, Offload] = {}
+        self._arrivals: dict[int, Arrival] = {}  # by the buffer's storage
+        self._known: dict[Any, tuple[weakref.ref[Tensor], Tensor]] = {}  # stored in this pass
+
+    def __bool__(self) -> bool:
+        """Whether anything but filters may turn a reference into a copy."""
+        return self.dtype is not None or self.device is not None
+
+    def begin(self) -> None:
+        """A pass begins."""
+        self._known.clear()
+
+    def settle(self) -> None:
+        """The pass has ended: from here on others may write to the model's memory."""
+        self._known.clear()
+        for offload in self._offloads.values():
+            offload.settle()
+
+    def close(self) -> None:
+        """The block has ended; maps stay readable."""
+        self._known.clear()
+        self.buffers.clear()
+
+    def arrival(self, stored: Tensor) -> Arrival | None:
+        """What to wait for before a stored tensor is read."""
+        if not self._arrivals or stored.device.type != "cpu":
+            return None
+        return self._arrivals.get(stored.untyped_storage()._cdata)
+
+    def keep(
+        self,
+        tensor: Tensor,
+        dim: int | None = None,
+        places: tuple[int, ...] | None = None,
+        *,
+        detach: bool = True,
+        doomed: bool = False,
+    ) -> Tensor:
+        """What is stored of a tensor; the tensor itself, where nothing about it is to change.
+
+        Args:
+            tensor: the map.
+            dim: the axis to pick from.
+            places: what to pick from it; None for all.
+            detach: outside of the graph.
+            doomed: the model is about to overwrite the tensor.
+        """
+        dtype = self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
+        device = tensor.device if self._at_home(tensor) else self.device
+        assert device is not None
+        in_graph = tensor.requires_grad and not detach
+        if places is None and dtype == tensor.dtype and device == tensor.device:
+            return tensor
+        if in_graph or is_wrapped(tensor) or tensor.layout is not torch.strided:
+            if places is not None and dim is not None:
+                tensor = select(tensor if in_graph else tensor.detach(), dim, places)
+            with unseen():
+                return (tensor if in_graph else tensor.detach()).to(device, dtype)
+        counted = not tensor.is_inference()  # else a write in between would go unnoticed
+        key = (id(tensor), tensor._version if counted else 0, places)
+        found = self._known.get(key)
+        if found is not None and found[0]() is tensor:
+            return found[1]
+        with torch.no_grad(), unseen():
+            if tensor.is_cuda and device.type == "cpu":
+                stored = self._sent(tensor, dim, places, dtype, doomed)
+            else:
+                stored = self._copied(tensor, dim, places, dtype, device)
+        if counted:
+            self._known[key] = (weakref.ref(tensor), stored)
+        return stored
+
+    def _at_home(self, tensor: Tensor) -> bool:
+        wanted, there = self.device, tensor.device
+        if wanted is None or wanted.type != there.type:
+            return wanted is None
+        return wanted.index in (None, there.index)
+
+    def _copied(
+        self,
+        tensor: Tensor,
+        dim: int | None,
+        places: tuple[int, ...] | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        if places is None or dim is None:
+            return self.buffers.like(tensor, dtype, device).copy_(tensor)
+        stored = self.buffers.like(tensor.narrow(dim, 0, len(places)), dtype, device)
+        at = 0
+        for first, count in runs(places):
+            stored.narrow(dim, at, count).copy_(tensor.narrow(dim, first, count))
+            at += count
+        return stored
+
+    def _sent(
+        self,
+        tensor: Tensor,
+        dim: int | None,
+        places: tuple[int, ...] | None,
+        dtype: torch.dtype,
+        doomed: bool,
+    ) -> Tensor:
+        """The same from a GPU to the host.
+
+        What is made for the way is new each time: the copy reads it while the model goes on.
+        """
+        made = tensor
+        if places is not None and dim is not None:
+            made = select(made, dim, places)
+        if made.dtype != dtype:
+            made = made.to(dtype)
+        if doomed and made is tensor:
+            made = made.clone()
+        tensor = made
+        home = tensor.device
+        if home not in self._offloads:
+            self._offloads[home] = Offload(Cuda(home))
+        stored = self.buffers.like(tensor, tensor.dtype, torch.device("cpu"), pin=True)
+        self._arrivals[stored.untyped_storage()._cdata] = self._offloads[home].send(tensor, stored)
+        return stored
