@@ -11,7 +11,8 @@ values, (p - mean)² <= M2, and so S1²/n <= n·M2: the subtraction loses a fact
 Statistician 37, 1983.)
 
 Two maps: the pairwise rule of Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for
-computing sample variances", Stanford CS-79-773, 1979.
+computing sample variances", Stanford CS-79-773, 1979. Means are kept as differences to a fixed
+value near them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ class Moments:
 
     Attributes:
         count: values of each filter.
-        mean: (C,), float64 where the device has it, else float32; so the next three.
+        shift: (C,), float64 where the device has it, else float32; so the next four. A value near
+            the others, finite; it never changes.
+        offset: (C,), mean - shift. Far from 0 the mean's last digit is coarse beside the spread of
+            the values, and differences of means would be too.
         m2: (C,), the sum of (x - mean)².
         minimum: (C,); +inf of no value.
         maximum: (C,); -inf of no value.
@@ -49,22 +53,33 @@ class Moments:
     """
 
     count: int
-    mean: Tensor
+    shift: Tensor
+    offset: Tensor
     m2: Tensor
     minimum: Tensor
     maximum: Tensor
     counts: Tensor
     histogram: Tensor | None = None
 
+    @property
+    def mean(self) -> Tensor:
+        """(C,)."""
+        return self.shift + self.offset
+
+    @property
+    def device(self) -> torch.device:
+        """Of all tensors."""
+        return self.m2.device
+
     def on(self, device: torch.device) -> Moments:
         """The same on a device."""
-        if self.mean.device == device:
+        if self.device == device:
             return self
         return Moments(self.count, **{k: placed(t, device) for k, t in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name."""
-        names = ("mean", "m2", "minimum", "maximum", "counts", "histogram")
+        names = ("shift", "offset", "m2", "minimum", "maximum", "counts", "histogram")
         found = {name: getattr(self, name) for name in names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -121,7 +136,7 @@ def empty(filters: int, device: torch.device, edges: Tensor | None) -> Moments:
     if edges is not None:
         shape = (filters, edges.numel() + 1)
         histogram = torch.zeros(shape, dtype=torch.int64, device=device)
-    return Moments(0, zeros, zeros, limit, -limit, counts, histogram)
+    return Moments(0, zeros, zeros, zeros, limit, -limit, counts, histogram)
 
 
 def moments(
@@ -153,7 +168,7 @@ def moments(
     m2 = (s2 - s1 * away).clamp_min(0)
     counts = torch.stack(counted).to(torch.int64)
     histogram = None if edges is None else _histogram(values, edges)
-    return Moments(count, pilot + away, m2, minimum, maximum, counts, histogram)
+    return Moments(count, pilot, away, m2, minimum, maximum, counts, histogram)
 
 
 def _pilot(values: Tensor, kind: torch.dtype) -> Tensor:
@@ -176,7 +191,7 @@ def sums(values: Tensor, pilot: Tensor, bounds: tuple[float, float] | None) -> t
         wide.amin(over),
         wide.amax(over),
         zero,
-        (wide * 0 != 0).sum(over),
+        (~wide.isfinite()).sum(over),
         ((wide <= bounds[0]) | (wide >= bounds[1])).sum(over) if bounds else torch.zeros_like(zero),
     )
 
@@ -283,17 +298,18 @@ def merge(a: Moments, b: Moments) -> Moments:
     if not a.count:
         return b
     count = a.count + b.count
-    delta = b.mean - a.mean
-    mean = a.mean + delta * (b.count / count)
+    delta = (b.shift - a.shift) + (b.offset - a.offset)
+    offset = a.offset + delta * (b.count / count)
     # Infinite already: so it stays, as in NumPy, though inf - inf above is not a number.
-    mean = torch.where(a.mean.isinf(), a.mean + b.mean, mean)
+    offset = torch.where(a.offset.isinf(), a.offset + b.offset, offset)
     m2 = a.m2 + b.m2 + delta.square() * (a.count / count * b.count)
     histogram = None
     if a.histogram is not None and b.histogram is not None:
         histogram = a.histogram + b.histogram
     return Moments(
         count,
-        mean,
+        a.shift,
+        offset,
         m2,
         torch.minimum(a.minimum, b.minimum),
         torch.maximum(a.maximum, b.maximum),

@@ -125,7 +125,7 @@ class Statistics:
                 group = _Group(new, bounds is not None, fm.parts is not None)
                 self._groups.names[name][filters] = group
                 return
-            if group.moments.mean.device != tensor.device:
+            if group.moments.device != tensor.device:
                 group.moments = group.moments.on(tensor.device)
             group.moments = merge(group.moments, new)
             group.local |= fm.parts is not None
@@ -274,7 +274,7 @@ class Statistics:
             return
         group = mine[filters]
         with torch.no_grad():
-            group.moments = merge(group.moments, new.on(group.moments.mean.device))
+            group.moments = merge(group.moments, new.on(group.moments.device))
         group.local |= local
 
     def reduce(self, group: Any = None) -> Statistics:
@@ -312,7 +312,7 @@ class Statistics:
                 result._load({**entry, "tensors": found})
         for name, of in result._groups.names.items():
             for filters, one in of.items():
-                one.moments = one.moments.on(self._groups.names[name][filters].moments.mean.device)
+                one.moments = one.moments.on(self._groups.names[name][filters].moments.device)
         return result
 
     # -- keeping -------------------------------------------------------------------------------

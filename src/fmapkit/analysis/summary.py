@@ -79,10 +79,6 @@ class LayerStatistics:
         return "\n".join([*table(heads, rows, 0), last])
 
 
-_FIGURES = (
-    *("count", "mean", "variance", "minimum", "maximum"),
-    *("zero_fraction", "saturated_fraction", "nonfinite"),
-)
 _HEADS = ("values", "mean", "std", "min", "max", "zero", "saturated")
 
 
@@ -128,10 +124,10 @@ def summarise(
     """
     columns: list[dict[str, Tensor]] = []
     for _, m, saturates in parts:
-        count = m.counts.new_full((m.mean.numel(),), m.count)
-        undefined = torch.full_like(m.mean, torch.nan)
+        count = m.counts.new_full((m.m2.numel(),), m.count)
+        undefined = torch.full_like(m.m2, torch.nan)
         known = m.count > 0
-        shares = m.counts.to(m.mean.dtype) / m.count if known else None
+        shares = m.counts.to(m.m2.dtype) / m.count if known else None
         column = {
             "count": count,
             "mean": m.mean if known else undefined,
@@ -156,8 +152,19 @@ def summarise(
 
     histogram = joined("histogram") if "histogram" in columns[0] else None
     return LayerStatistics(
-        *(name.layer, name.kind, name.nonlinearity, name.path, filters),
-        *map(joined, _FIGURES),
+        name.layer,
+        name.kind,
+        name.nonlinearity,
+        name.path,
+        filters,
+        count=joined("count"),
+        mean=joined("mean"),
+        variance=joined("variance"),
+        minimum=joined("minimum"),
+        maximum=joined("maximum"),
+        zero_fraction=joined("zero_fraction"),
+        saturated_fraction=joined("saturated_fraction"),
+        nonfinite=joined("nonfinite"),
         histogram=histogram,
         edges=edges if histogram is not None else None,
     )
