@@ -257,8 +257,12 @@ def test_without_float64() -> None:
     x = torch.randn(64, 3, 200) + 1e4
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_moments, "accumulator", lambda device: torch.float32)
-        s = fed(*x.split(16))["conv"]
+        s = fed(*x.split(16), bins="log2")["conv"]
     true = rows([x], 1)
+    assert s.edges is not None
+    assert s.histogram is not None
+    expected = [np.bincount(np.digitize(row, s.edges.numpy()), minlength=62) for row in true]
+    np.testing.assert_array_equal(s.histogram.numpy(), expected)
     assert s.mean.dtype == torch.float32
     np.testing.assert_allclose(s.mean.numpy(), true.mean(1), rtol=1e-6)
     np.testing.assert_allclose(s.variance.numpy(), true.var(1), rtol=1e-5)
@@ -328,6 +332,10 @@ def test_saturation_is_not_guessed(sigma: str | None) -> None:
 def test_histogram(bins: Any, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.randn(200, 3, 7).mul(2).round(decimals=1).to(dtype)
+    # On the edges, beside them, and beyond.
+    special = [0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30]
+    special += [s * 2.0**k * f for s in (1, -1) for k in range(-17, 18) for f in (1, 0.996, 1.008)]
+    x.view(-1)[10 : 10 + len(special)] = torch.tensor(special).to(dtype)
     x[0, 0, 0], x[1, 1, 1], x[2, 1, 2] = torch.nan, torch.inf, -torch.inf
     s = fed(*x.split(70), bins=bins)["conv"]
     assert s.edges is not None

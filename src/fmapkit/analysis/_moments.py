@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "accumulator", "by_filter", "empty", "merge", "moments", "placed", "sums"]
+from fmapkit.analysis._bins import Edges, placed
+
+__all__ = ["Moments", "accumulator", "by_filter", "empty", "merge", "moments", "sums"]
 
 # Values that are worked on at a time. On a CPU a block and its float64 copy have to stay in the
 # cache, as they are read some ten times; elsewhere it bounds the memory that the copy takes.
@@ -89,17 +91,6 @@ def accumulator(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def placed(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device, without waiting for it."""
-    if tensor.device == device:
-        return tensor
-    if device.type == "mps" and tensor.dtype == torch.float64:
-        tensor = tensor.float()
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 def by_filter(tensor: Tensor, dim: int | None) -> Tensor:
     """The values as (outer, filters, inner), in the order of memory: a view wherever there is one.
 
@@ -126,7 +117,7 @@ def by_filter(tensor: Tensor, dim: int | None) -> Tensor:
     return tensor.permute(*order, *dropped).reshape(outer, count, size // (outer * count))
 
 
-def empty(filters: int, device: torch.device, edges: Tensor | None) -> Moments:
+def empty(filters: int, device: torch.device, edges: Edges | None) -> Moments:
     """Moments of no value."""
     kind = accumulator(device)
     zeros = torch.zeros(filters, dtype=kind, device=device)
@@ -134,7 +125,7 @@ def empty(filters: int, device: torch.device, edges: Tensor | None) -> Moments:
     counts = torch.zeros(3, filters, dtype=torch.int64, device=device)
     histogram = None
     if edges is not None:
-        shape = (filters, edges.numel() + 1)
+        shape = (filters, edges.columns)
         histogram = torch.zeros(shape, dtype=torch.int64, device=device)
     return Moments(0, zeros, zeros, zeros, limit, -limit, counts, histogram)
 
@@ -142,7 +133,7 @@ def empty(filters: int, device: torch.device, edges: Tensor | None) -> Moments:
 def moments(
     values: Tensor,
     bounds: tuple[float, float] | None = None,
-    edges: Tensor | None = None,
+    edges: Edges | None = None,
     compiled: Callable[..., Any] | None = None,
 ) -> Moments:
     """The moments of one map.
@@ -150,8 +141,7 @@ def moments(
     Args:
         values: (outer, filters, inner), real, integer or bool.
         bounds: at or below the first and at or above the second a value is saturated.
-        edges: increasing, of the accumulator's dtype; a value x falls in column
-            i of the histogram where edges[i - 1] <= x < edges[i]. NaN falls in none.
+        edges: of the histogram; NaN falls in none of its columns.
         compiled: `sums`, compiled; None works block by block.
     """
     outer, filters, inner = values.shape
@@ -275,18 +265,18 @@ def _along(op: Any, block: Tensor) -> Tensor:
     return reduced
 
 
-def _histogram(values: Tensor, edges: Tensor) -> Tensor:
+def _histogram(values: Tensor, edges: Edges) -> Tensor:
     """(C, edges + 1) int64; block by block, as the place of each value takes 8 bytes."""
     outer, filters, inner = values.shape
-    width = edges.numel() + 2  # the last column is for NaN, and is dropped
+    width = edges.columns + 1  # the last column is for NaN, and is dropped
     counts = torch.zeros(filters * width, dtype=torch.int64, device=values.device)
     first = torch.arange(filters, device=values.device)[:, None] * width
     one = torch.ones((), dtype=torch.int64, device=values.device)
-    step = max(1, _BLOCK_ELSEWHERE // (filters * inner))
+    size = _BLOCK.get(values.device.type, _BLOCK_ELSEWHERE)
+    step = max(1, size // (filters * inner))
     for o in range(0, outer, step):
-        wide = values[o : o + step].to(edges.dtype)
-        place = torch.bucketize(wide, edges, right=True)
-        place = torch.where(wide.isnan(), width - 1, place).add_(first).flatten()
+        wide = values[o : o + step].to(accumulator(values.device))
+        place = torch.where(wide.isnan(), width - 1, edges.column_of(wide)).add_(first).flatten()
         counts.scatter_add_(0, place, one.expand_as(place))
     return counts.view(filters, width)[:, :-1]
 

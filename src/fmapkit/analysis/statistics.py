@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fmapkit.analysis import _moments
-from fmapkit.analysis._bins import edges_of
+from fmapkit.analysis._bins import Edges
 from fmapkit.analysis._keys import Filters, Groups, Name, readable, table
-from fmapkit.analysis._moments import Moments, by_filter, merge, moments, placed
+from fmapkit.analysis._moments import Moments, by_filter, merge, moments
 from fmapkit.analysis._ranks import agree, exchange
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
 from fmapkit.analysis.summary import _HEADS, LayerStatistics, _columns, overall, summarise
@@ -96,10 +96,9 @@ class Statistics:
     ) -> None:
         if not isinstance(compile, bool):
             raise ArgumentError(f"compile must be True or False, not {compile!r}")
-        self._edges = edges_of(bins)
+        self._edges = Edges.of(bins)
         self._bounds = checked(saturation)
         self._compile = compile
-        self._edges_on: dict[torch.device, Tensor] = {}
         self._groups: Groups[_Group] = Groups("stats")
 
     # -- taking in -----------------------------------------------------------------------------
@@ -131,10 +130,9 @@ class Statistics:
             group.local |= fm.parts is not None
 
     def _moments(self, values: Tensor, bounds: Bounds | None) -> Moments:
-        edges = self._edges_for(values.device)
         if self._compile:
             try:
-                return moments(values, bounds, edges, _compiled())
+                return moments(values, bounds, self._edges, _compiled())
             except Exception as error:  # of whatever backend there is, or is not
                 self._compile = False
                 warnings.warn(
@@ -143,14 +141,7 @@ class Statistics:
                     CaptureWarning,
                     stacklevel=2,
                 )
-        return moments(values, bounds, edges)
-
-    def _edges_for(self, device: torch.device) -> Tensor | None:
-        if self._edges is None:
-            return None
-        if device not in self._edges_on:
-            self._edges_on[device] = placed(self._edges, device)
-        return self._edges_on[device]
+        return moments(values, bounds, self._edges)
 
     def _leave_out(self, fm: FeatureMap, reason: str) -> None:
         if (fm.layer, fm.kind) not in self._groups.missed:
@@ -206,7 +197,7 @@ class Statistics:
 
     def _read(self, name: Name) -> LayerStatistics:
         parts = [(f, g.moments, g.saturates) for f, g in self._groups.parts(name)]
-        return summarise(name, parts, self._edges)
+        return summarise(name, parts, self._edges.tensor if self._edges is not None else None)
 
     @property
     def layers(self) -> list[str]:
@@ -318,7 +309,7 @@ class Statistics:
     # -- keeping -------------------------------------------------------------------------------
 
     def _options(self) -> dict[str, Any]:
-        edges = None if self._edges is None else self._edges.tolist()
+        edges = None if self._edges is None else list(self._edges.edges)
         return {"edges": edges, "saturation": {k: list(v) for k, v in self._bounds.items()}}
 
     def _check_options(self, theirs: dict[str, Any], doing: str) -> None:
