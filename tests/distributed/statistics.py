@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,22 +32,21 @@ def batches(filters: int) -> list[list[Tensor]]:
     ]
 
 
+def _watched(seen: list[str], name: str, run: Any, *args: Any, **options: Any) -> Any:
+    seen.append(name)
+    return run(*args, **options)
+
+
 @contextmanager
 def collectives() -> Iterator[list[str]]:
     """Names of the collectives that run."""
     seen: list[str] = []
-    names = [n for n in ("all_gather", "all_reduce", "broadcast", "barrier", "gather") if n]
+    names = ["all_gather", "all_reduce", "broadcast", "barrier", "gather", "all_to_all"]
     names += ["all_gather_object", "all_gather_into_tensor", "broadcast_object_list"]
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
-
-            def watched(
-                *args: Any, name: str = name, run: Any = getattr(dist, name), **kw: Any
-            ) -> Any:
-                seen.append(name)
-                return run(*args, **kw)
-
-            patch.setattr(dist, name, watched)
+            run = getattr(dist, name)
+            patch.setattr(dist, name, partial(_watched, seen, name, run))
         yield seen
 
 

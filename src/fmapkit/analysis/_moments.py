@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fmapkit.analysis._bins import Edges, placed
 
-__all__ = ["Moments", "accumulator", "by_filter", "empty", "merge", "moments", "sums"]
+__all__ = ["Moments", "accumulator", "along", "by_filter", "empty", "merge", "moments", "sums"]
 
 # Values that are worked on at a time. On a CPU a block and its float64 copy have to stay in the
 # cache, as they are read some ten times; elsewhere it bounds the memory that the copy takes.
@@ -241,7 +241,7 @@ def _block(
     flags = mask[: block.numel()].view(block.shape)
     wide.copy_(block)
     raw = block if native else wide
-    low, high = (_along(op, raw).to(wide.dtype) for op in (torch.amin, torch.amax))
+    low, high = (along(op, raw).to(wide.dtype) for op in (torch.amin, torch.amax))
     zero = _counted(torch.eq(raw, 0, out=flags), wide.dtype)
     nonfinite = _counted(torch.mul(raw, 0, out=flags).ne_(0), wide.dtype)
     if bounds is None:
@@ -249,16 +249,16 @@ def _block(
     else:  # in the wider type, in which the bounds are what the user wrote
         saturated = _counted(torch.le(wide, bounds[0]).logical_or_(wide >= bounds[1]), wide.dtype)
     wide.sub_(shift)
-    s1 = _along(torch.sum, wide)
-    s2 = _along(torch.sum, wide.square_())
+    s1 = along(torch.sum, wide)
+    s2 = along(torch.sum, wide.square_())
     return s1, s2, low, high, zero, nonfinite, saturated
 
 
 def _counted(flags: Tensor, kind: torch.dtype) -> Tensor:
-    return _along(torch.sum, flags).to(kind)
+    return along(torch.sum, flags).to(kind)
 
 
-def _along(op: Any, block: Tensor) -> Tensor:
+def along(op: Any, block: Tensor) -> Tensor:
     """A reduction to (C,), in the order of axes that keeps the inner loop long."""
     first, last = (2, 0) if block.shape[2] >= _LONG or block.shape[0] == 1 else (0, 1)
     reduced: Tensor = op(op(block, first), last)
