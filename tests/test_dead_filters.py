@@ -93,7 +93,7 @@ def test_since_when_and_revivals() -> None:
 )
 def test_what_an_input_is(shape: tuple[int, ...], dim: int, inputs: int) -> None:
     x = torch.zeros(shape)
-    x.select(dim, 1).view(-1)[-1] = 1
+    x.select(dim, 1)[(-1,) * (len(shape) - 1)] = 1
     dead = DeadFilters(after=1)
     dead.update(fmap(x, dim, nonlinearity="relu"))
     assert dead["conv"].inputs.tolist() == [inputs] * 3
@@ -371,7 +371,9 @@ def test_resumed_is_the_same(again: Callable[[DeadFilters], DeadFilters]) -> Non
     assert a["span"] == b["span"] == 2
     assert all(torch.equal(a["tensors"][key], b["tensors"][key]) for key in a["tensors"])
     assert first.report() == whole.report()
-    assert first["fc"].dead_filters == [1, 2]
+    # Filter 0 last fired in pass 56, and 9 inputs came after it.
+    assert first["fc"].dead_filters == [0, 1, 2]
+    assert first["fc"].last_input.tolist() == [3 * 57, 3 * 4, 0]
 
 
 def test_states_that_do_not_fit() -> None:

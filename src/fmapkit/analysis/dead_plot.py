@@ -115,7 +115,7 @@ def _draw(ax: Axes, s: LayerFirings, max_filters: int) -> None:
     )
     ax.set_xlim(0, max(inputs, 1))
     names = s.filters if s.filters is not None else (0,)
-    stride = max(1, -(-len(order) // 8))
+    stride = max(1, -(-len(order) // (8 if len(order) > 8 else 4)))
     at = range(0, len(order), stride)
     ax.set_yticks(list(at), [str(names[order[i]]) for i in at])
     ax.tick_params(labelsize="x-small")
