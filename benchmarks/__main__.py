@@ -5,6 +5,7 @@ python -m benchmarks zoo [--out FILE] [--model NAME] [--threads N]
 python -m benchmarks memory [--device DEVICE]
 python -m benchmarks compiled [--backend NAME] [--seconds S] [--threads N]
 python -m benchmarks longrun [--steps N] [--figure FILE]
+python -m benchmarks statistics [--device DEVICE] [--seconds S] [--threads N] [--no-compile]
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import compiled, longrun, memory, overhead, zoo
+from benchmarks import compiled, longrun, memory, overhead, statistics, zoo
 
 
 def main() -> None:
@@ -43,6 +44,11 @@ def main() -> None:
     command = commands.add_parser("longrun", help="is memory flat over thousands of steps?")
     command.add_argument("--steps", type=int, default=5000, help="of training (default: 5000)")
     command.add_argument("--figure", type=Path, metavar="FILE", help="draw the curves there")
+    command = commands.add_parser("statistics", help="beside one read of each map")
+    command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    command.add_argument("--seconds", type=float, default=1.0, help="for each figure (default: 1)")
+    command.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+    command.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     given = parser.parse_args()
     if given.command == "zoo":
         zoo.run(given.out, given.model, given.threads)
@@ -52,6 +58,8 @@ def main() -> None:
         compiled.run(given.backend, given.seconds, given.threads)
     elif given.command == "longrun":
         longrun.run(given.steps, given.figure)
+    elif given.command == "statistics":
+        statistics.run(given.device, given.threads, given.seconds, not given.no_compile)
     else:
         overhead.run(given.seconds, given.case, given.threads, given.json)
 

@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 RANKS = 2
 _VERSION = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
 SUITES = (
-    *(("ddp",) if torch.distributed.is_available() else ()),
+    *(("ddp", "statistics") if torch.distributed.is_available() else ()),
     *(("fsdp", "tp") if torch.distributed.is_available() and _VERSION >= (2, 6) else ()),
     *(("cuda",) if torch.cuda.device_count() >= RANKS else ()),
 )

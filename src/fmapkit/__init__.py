@@ -1,6 +1,7 @@
 """See inside a PyTorch model: `with capture(model) as maps:`."""
 
 from fmapkit import edits
+from fmapkit.analysis.protocol import Analysis
 from fmapkit.capture import capture
 from fmapkit.errors import (
     AmbiguousMapError,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AmbiguousMapError",
+    "Analysis",
     "ArgumentError",
     "CaptureStateError",
     "CaptureWarning",

@@ -1,0 +1,257 @@
+"""Which maps belong together, and how they are looked up: what the analyses here have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from fmapkit._sharded import ends_of, is_dtensor
+from fmapkit._wants import KINDS
+from fmapkit.errors import (
+    AmbiguousMapError,
+    ArgumentError,
+    KindNotCapturedError,
+    MapLookupError,
+    NoActivationError,
+    NoPassError,
+    UnknownLayerError,
+    did_you_mean,
+    listed,
+)
+from fmapkit.selectors import selectors
+
+if TYPE_CHECKING:
+    from fmapkit.maps import FeatureMap
+
+__all__ = ["Groups", "Name", "readable", "table"]
+
+Filters = tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """What maps have in common that are taken together, whatever their pass and call."""
+
+    layer: str
+    kind: str
+    nonlinearity: str | None = None
+    path: str = ""
+
+    def __str__(self) -> str:
+        return f"the {self.kind} of layer {self.layer!r}" + (f" at {self.path}" * bool(self.path))
+
+
+G = TypeVar("G")
+
+
+class Groups(Generic[G]):
+    """What is known of each name, and of each set of filters under it.
+
+    A layer's output that is split has a map for each part. Parts with no filter in common are kept
+    apart; those with some in common but not all are an error, since a filter that is counted in
+    one place only would look as if it had run less often.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what  # "stats", for messages
+        self.names: dict[Name, dict[Filters, G]] = {}
+        self.missed: dict[tuple[str, str], str] = {}
+        self._known: dict[Any, tuple[Name, Filters]] = {}
+
+    def place(self, fm: FeatureMap) -> tuple[Name, Filters]:
+        """Where a map belongs.
+
+        Raises:
+            ArgumentError: its filters are not those that the layer had before.
+        """
+        tags = (fm.layer, fm.kind, fm.nonlinearity, fm.path, fm.filters, fm.filter, fm.filter_dim)
+        found = self._known.get(tags)
+        # The number of filters along the axis can only be another if `filters` does not say it.
+        if found is not None and (fm.filters is not None or fm.filter_dim is None):
+            return found
+        name = Name(fm.layer, fm.kind, fm.nonlinearity, fm.path)
+        filters: Filters = None
+        if fm.filters is not None and fm.filter_dim is not None:
+            filters = tuple(fm.filters)
+        elif fm.filter_dim is not None:
+            filters = tuple(range(fm.shape[fm.filter_dim]))
+        elif fm.filter is not None:
+            filters = (fm.filter,)
+        self.check(name, filters)
+        self._known[tags] = (name, filters)
+        return name, filters
+
+    def check(self, name: Name, filters: Filters) -> None:
+        """Whether filters go with those that the name has.
+
+        Raises:
+            ArgumentError: they are partly the same.
+        """
+        groups = self.names.get(name, {})
+        if filters in groups:
+            return
+        for other in groups:
+            if other is None or filters is None or set(other) & set(filters):
+                raise ArgumentError(
+                    f"{name} had {_said(other)} before and has {_said(filters)} now: maps are "
+                    f"taken together filter by filter; {self.what}.reset() begins anew"
+                )
+
+    def note(self, fm: FeatureMap, reason: str) -> None:
+        """A map that cannot be taken in."""
+        self.missed.setdefault((fm.layer, fm.kind), reason)
+
+    # -- look-ups ------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> list[str]:
+        return list(dict.fromkeys(name.layer for name in self.names))
+
+    def find(self, key: Any) -> Name:
+        """The one name that a key means: a layer, (layer, kind) or (layer, kind, path).
+
+        Raises:
+            NoPassError: nothing has been seen yet.
+            UnknownLayerError: nothing of such a layer.
+            NoActivationError: it has no activation.
+            KindNotCapturedError: it has nothing of that kind.
+            AmbiguousMapError: several names answer.
+        """
+        layer, kind, path = self._parse(key)
+        of_layer = [n for n in self.names if n.layer == layer]
+        if not of_layer:
+            self._unknown(layer, kind)
+        found = [n for n in of_layer if n.kind == (kind or "activation")]
+        if kind is None and not found and all(n.kind == "output" for n in of_layer):
+            found = of_layer
+        if not found:
+            self._missing(layer, kind, of_layer)
+        if path is not None:
+            fitting = [n for n in found if n.path == path]
+            if not fitting:
+                raise MapLookupError(
+                    f"{found[0]} has no path {path!r}; seen: {listed(n.path for n in found)}"
+                )
+            found = fitting
+        if len(found) > 1:
+            choices = ", ".join(
+                f"(kind={n.kind!r}, nonlinearity={n.nonlinearity!r}, path={n.path!r})"
+                for n in found[:8]
+            )
+            raise AmbiguousMapError(
+                f"{self.what}[{key!r}] could mean {len(found)}: {choices}; choose with "
+                f"{self.what}.select(layer={layer!r}, nonlinearity=…, path=…)"
+            )
+        return found[0]
+
+    def _parse(self, key: Any) -> tuple[str, str | None, str | None]:
+        parts = key if isinstance(key, tuple) else (key,)
+        if not 1 <= len(parts) <= 3 or not all(isinstance(p, str) for p in (parts[0], *parts[2:])):
+            raise MapLookupError(
+                f"{self.what}[{key!r}]: the key is a layer's name, (layer, kind) or "
+                "(layer, kind, path)"
+            )
+        kind = parts[1] if len(parts) > 1 else None
+        if kind is not None and kind not in KINDS:
+            hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
+            raise KindNotCapturedError(
+                f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}"
+            )
+        return parts[0], kind, parts[2] if len(parts) > 2 else None
+
+    def _unknown(self, layer: str, kind: str | None) -> None:
+        for (other, its), reason in self.missed.items():
+            if other == layer and kind in (None, its):
+                raise UnknownLayerError(f"the {its} of layer {layer!r} was left out: {reason}")
+        if not self.names:
+            raise NoPassError(
+                f"nothing of {layer!r} yet: no map has been seen; call the model inside "
+                f"`with capture(model, analyses=[{self.what}])` first"
+            )
+        known = self.layers
+        raise UnknownLayerError(
+            f"no layer {layer!r}{did_you_mean(layer, known)} (seen: {listed(known)})"
+        )
+
+    def _missing(self, layer: str, kind: str | None, there: list[Name]) -> None:
+        kinds = list(dict.fromkeys(n.kind for n in there))
+        if kind is None or kind == "activation":
+            raise NoActivationError(
+                f"no activation of layer {layer!r} has been seen: no nonlinearity follows it, or "
+                f"it was not captured; ask for {self.what}[{layer!r}, {kinds[0]!r}]"
+            )
+        raise KindNotCapturedError(
+            f"no {kind} of layer {layer!r} has been seen; seen of it: {listed(kinds)}"
+        )
+
+    def select(
+        self, layer: Any, kind: str | None, nonlinearity: str | None, path: str | None
+    ) -> list[Name]:
+        """Every name that fits.
+
+        Raises:
+            ArgumentError: an argument is of no allowed form.
+        """
+        if kind is not None and kind not in KINDS:
+            hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
+            raise ArgumentError(f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}")
+        chosen = None if layer is None else selectors(layer)
+        return [
+            n
+            for n in self.names
+            if (chosen is None or any(s.matches(n.layer, None) for s in chosen))
+            and kind in (None, n.kind)
+            and nonlinearity in (None, n.nonlinearity)
+            and path in (None, n.path)
+        ]
+
+    def parts(self, name: Name) -> list[tuple[Filters, G]]:
+        """Its sets of filters, the one with the lowest filter first."""
+        return sorted(self.names[name].items(), key=lambda item: item[0] or ())
+
+
+def _said(filters: Filters) -> str:
+    if filters is None:
+        return "no filter axis"
+    if len(filters) == 1:
+        return f"1 filter ({filters[0]})"
+    if filters == tuple(range(filters[0], filters[-1] + 1)):
+        return f"{len(filters)} filters ({filters[0]} to {filters[-1]})"
+    return (
+        f"{len(filters)} filters ({', '.join(map(str, filters[:8]))}{', …' * (len(filters) > 8)})"
+    )
+
+
+def readable(fm: FeatureMap) -> tuple[Tensor | None, str]:
+    """The map's plain tensor; or None, and the reason why there are no values to speak of."""
+    tensor = fm.tensor
+    if is_dtensor(tensor):
+        if not all(p.is_replicate() for p in tensor.placements):  # type: ignore[attr-defined]
+            return None, "it is a DTensor, of which this rank has a part"
+        tensor = ends_of(tensor)[-1]
+    if tensor.is_complex():
+        return None, "it is complex, and complex numbers have no order; analyse its abs()"
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        return None, "it is sparse, quantized or nested"
+    if tensor.device.type == "meta":
+        return None, "it is on the meta device, without values"
+    return tensor, ""
+
+
+def table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]], left: int) -> list[str]:
+    """Lines of text in columns, the first `left` of them to the left, the others to the right."""
+    rows = list(rows)
+    widths = [max(len(r[i]) for r in (heads, *rows)) for i in range(len(heads))]
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = [
+            c.ljust(w) if i < left else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return [line(heads), "  ".join("─" * w for w in widths), *map(line, rows)]

@@ -1,0 +1,338 @@
+"""`DeadFilters`: which filters have not fired over many inputs, and since when."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fmapkit.analysis._bins import placed
+from fmapkit.analysis._keys import Groups, Name, readable, table
+from fmapkit.analysis._moments import along, by_filter
+from fmapkit.analysis._saturation import Bounds, bounds_of, checked
+from fmapkit.analysis.firings import HEADS, LayerFirings, row
+from fmapkit.errors import ArgumentError, CaptureWarning
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fmapkit.maps import FeatureMap
+
+__all__ = ["DeadFilters"]
+
+SPANS = 128  # of the history; when they are full, every two become one
+# Of those with bounds, what is zero at one of them as a ReLU is.
+_BY_ZEROS = {"relu6"}
+
+
+class _Watch:
+    """Of one set of filters: when each last fired."""
+
+    __slots__ = ("history", "inputs", "last_input", "last_step", "revivals", "rule", "span")
+
+    def __init__(self, filters: int, device: torch.device, rule: str) -> None:
+        self.rule = rule
+        self.inputs = 0
+        self.span = 1
+        self.last_input = torch.zeros(filters, dtype=torch.int64, device=device)
+        self.last_step = self.last_input - 1
+        self.revivals = self.last_input.clone()
+        self.history = torch.zeros(SPANS, filters, dtype=torch.bool, device=device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = ("last_input", "last_step", "revivals", "history")
+        return {name: getattr(self, name) for name in names}
+
+    def see(self, fired: Tensor, inputs: int, step: int, after: int) -> None:
+        """Take in which filters fired over so many inputs; waits for nothing."""
+        if self.history.device != fired.device:
+            for name, tensor in self.tensors().items():
+                setattr(self, name, placed(tensor, fired.device))
+        before, self.inputs = self.inputs, self.inputs + inputs
+        self.revivals = self.revivals + (fired & (before - self.last_input >= after))
+        self.last_input = torch.where(fired, self.inputs, self.last_input)
+        self.last_step = torch.where(fired, step, self.last_step)
+        while (self.inputs - 1) // self.span >= SPANS:
+            pairs = self.history.view(SPANS // 2, 2, -1).any(1)
+            self.history = torch.cat([pairs, torch.zeros_like(pairs)])
+            self.span *= 2
+        self.history[before // self.span : (self.inputs - 1) // self.span + 1] |= fired
+
+
+class DeadFilters:
+    """Which filters never fired over the last inputs, since when, by layer; an `Analysis`.
+
+    ```python
+    dead = DeadFilters(after=10_000)
+    with capture(model, analyses=[dead]):
+        train(model)
+    print(dead)                            # a table
+    dead["layer1.0.conv1"].dead_filters    # [3, 17]
+    ```
+
+    An activation map "all zero for many different inputs [...] can indicate dead filters" (Stanford
+    CS231n, "Visualizing what ConvNets learn"). A filter *fires* on a map where any of its values
+    is not zero (further from 0 than `threshold`). It is *dead* when it has not over `after` inputs.
+    Only activations count; maps of other kinds are passed over.
+
+    σ that cannot give zeros have another way to die: a sigmoid or tanh that is always at its
+    bounds passes no gradient either. So where σ has bounds, by the rule of `Statistics`, a filter
+    fires where any of its values is not saturated. That is for sigmoid, tanh, softsign,
+    hardsigmoid, and what `saturation` names. relu6 goes by zeros. A σ with neither (GELU, ELU,
+    leaky ReLU) goes by zeros too, which it gives only if its filter is switched off; with a
+    `threshold`, of a few values close to zero. A NaN is not silence: it counts as firing.
+
+    An input is one entry of the map's first axis, or one map where that is the filter axis
+    (unbatched). Of a layer that is called several times, every call's inputs count. Each rank
+    counts its own. `last_step` is the step that the map had: in another block it begins at 0.
+
+    Memory is fixed: a few numbers and 128 bits of history for each filter. `update` never waits
+    for the device; reading does.
+
+    Args:
+        after: for so many inputs a filter has to be silent to be dead.
+        threshold: values up to it, on both sides of 0, count as zeros.
+        saturation: bounds by σ, as in `Statistics`.
+
+    Raises:
+        ArgumentError: an argument is outside what is allowed.
+    """
+
+    def __init__(
+        self,
+        after: int = 1000,
+        *,
+        threshold: float = 0.0,
+        saturation: Mapping[str, Bounds] | None = None,
+    ) -> None:
+        if isinstance(after, bool) or not isinstance(after, int) or after < 1:
+            raise ArgumentError(f"after must be a positive number of inputs, not {after!r}")
+        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+        if not number or not threshold >= 0:
+            raise ArgumentError(f"threshold must be a number of at least 0, not {threshold!r}")
+        self.after = after
+        self.threshold = float(threshold)
+        self._bounds = {k: b for k, b in checked(saturation).items() if k not in _BY_ZEROS}
+        self._groups: Groups[_Watch] = Groups("dead")
+
+    # -- taking in -----------------------------------------------------------------------------
+
+    def update(self, fm: FeatureMap) -> None:
+        """Take one map in.
+
+        Raises:
+            ArgumentError: the layer has other filters than before.
+        """
+        if fm.kind != "activation":
+            return
+        # State made in inference mode could not be used out of it.
+        with torch.inference_mode(False), torch.no_grad():
+            tensor, reason = readable(fm)
+            if tensor is None:
+                self._leave_out(fm, reason)
+                return
+            name, filters = self._groups.place(fm)
+            dim = fm.filter_dim if filters is not None else None
+            values = by_filter(tensor.detach(), dim)
+            bounds = bounds_of(fm, self._bounds)
+            groups = self._groups.names.setdefault(name, {})
+            if filters not in groups:
+                rule = "zeros" if bounds is None else "saturation"
+                groups[filters] = _Watch(values.shape[1], values.device, rule)
+            if values.numel():
+                fired = _fired(values, self.threshold, bounds)
+                groups[filters].see(fired, _inputs(tensor, dim), fm.step, self.after)
+
+    def _leave_out(self, fm: FeatureMap, reason: str) -> None:
+        if (fm.layer, fm.kind) not in self._groups.missed:
+            self._groups.note(fm, reason)
+            warnings.warn(
+                f"DeadFilters leaves out layer {fm.layer!r}: {reason}", CaptureWarning, stacklevel=3
+            )
+
+    def reset(self) -> None:
+        """Forget all that was seen."""
+        self._groups = Groups("dead")
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def __getitem__(self, key: str | tuple[str, ...]) -> LayerFirings:
+        """When the filters of a layer last fired.
+
+        Args:
+            key: a layer, or (layer, "activation", path) for nested outputs.
+
+        Raises:
+            NoPassError: no activation has been seen yet.
+            UnknownLayerError: none of such a layer.
+            AmbiguousMapError: several σ of it; choose with `select`.
+        """
+        return self._read(self._groups.find(key))
+
+    def select(
+        self, layer: Any = None, *, nonlinearity: str | None = None, path: str | None = None
+    ) -> list[LayerFirings]:
+        """All that fit, in the order in which they were first seen; as `Statistics.select`.
+
+        Raises:
+            ArgumentError: an argument is of no allowed form.
+        """
+        return [self._read(n) for n in self._groups.select(layer, None, nonlinearity, path)]
+
+    def _read(self, name: Name) -> LayerFirings:
+        parts = self._groups.parts(name)
+        filters = None
+        if parts[0][0] is not None:
+            filters = tuple(f for part, _ in parts for f in part or ())
+        # Parts of one layer see the same inputs, unless a branch leaves one out.
+        span = max(watch.span for _, watch in parts)
+        return LayerFirings(
+            layer=name.layer,
+            nonlinearity=name.nonlinearity,
+            path=name.path,
+            filters=filters,
+            rule=parts[0][1].rule,
+            after=self.after,
+            inputs=torch.cat([torch.full_like(w.last_input, w.inputs) for _, w in parts]),
+            last_input=torch.cat([w.last_input for _, w in parts]),
+            last_step=torch.cat([w.last_step for _, w in parts]),
+            revivals=torch.cat([w.revivals for _, w in parts]),
+            history=torch.cat([_folded(w, span) for _, w in parts], 1),
+            span=span,
+        )
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers seen, in the order in which they first were."""
+        return self._groups.layers
+
+    @property
+    def missed(self) -> dict[tuple[str, str], str]:
+        """What was left out: the reason by (layer, kind)."""
+        return dict(self._groups.missed)
+
+    def __contains__(self, layer: object) -> bool:
+        return any(name.layer == layer for name in self._groups.names)
+
+    def __iter__(self) -> Iterator[LayerFirings]:
+        """Every layer and σ, in the order in which they were first seen."""
+        return iter(self.select())
+
+    def __len__(self) -> int:
+        """How many that is."""
+        return len(self._groups.names)
+
+    def __bool__(self) -> bool:
+        """It is there, also when nothing has been seen."""
+        return True
+
+    def report(self) -> str:
+        """A table: a line for each layer.
+
+        "since" is when the filter last fired that has been dead for longest; "never fired" counts
+        those of the dead that have not fired since the beginning.
+        """
+        rows = [row(s) for s in self]
+        if not rows:
+            return "DeadFilters: no activation seen yet"
+        dead, filters = (sum(int(r[i]) for r in rows if r[i] != "–") for i in (5, 4))
+        missed = f", {len(self.missed)} missed (see dead.missed)" if self.missed else ""
+        last = f"DeadFilters: {dead} of {filters} filters silent over {self.after} inputs{missed}"
+        return "\n".join([*table(HEADS, rows, 3), last])
+
+    def __repr__(self) -> str:
+        return self.report()
+
+    def plot(self, layers: Any = None, **options: Any) -> Figure:
+        """Draw a strip for each layer, filters × inputs (extra: `plot`).
+
+        See `fmapkit.analysis.dead_plot.plot_dead`.
+        """
+        from fmapkit.analysis.dead_plot import plot_dead
+
+        return plot_dead(self, layers, **options)
+
+    # -- keeping -------------------------------------------------------------------------------
+
+    def _options(self) -> dict[str, Any]:
+        bounds = {k: list(v) for k, v in self._bounds.items()}
+        return {"after": self.after, "threshold": self.threshold, "saturation": bounds}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is known, as copied tensors and built-in types.
+
+        Loads with `weights_only=True`.
+        """
+        groups = []
+        for name, of in self._groups.names.items():
+            for filters, watch in of.items():
+                groups.append(
+                    {
+                        "layer": name.layer,
+                        "nonlinearity": name.nonlinearity,
+                        "path": name.path,
+                        "filters": None if filters is None else list(filters),
+                        "rule": watch.rule,
+                        "inputs": watch.inputs,
+                        "span": watch.span,
+                        "tensors": {k: t.clone() for k, t in watch.tensors().items()},
+                    }
+                )
+        return {"version": 1, "options": self._options(), "groups": groups}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict()`; what was known before is forgotten.
+
+        Raises:
+            ArgumentError: it is of another kind or version, or was made with other arguments.
+        """
+        if not isinstance(state, Mapping) or state.get("version") != 1 or "groups" not in state:
+            raise ArgumentError(
+                "load_state_dict takes what DeadFilters.state_dict() gave, of version 1"
+            )
+        theirs, mine = state["options"], self._options()
+        for key in mine:
+            if theirs.get(key) != mine[key]:
+                raise ArgumentError(
+                    f"load_state_dict: the state was made with {key}={theirs.get(key)!r}, this "
+                    f"has {mine[key]!r}"
+                )
+        self.reset()
+        for entry in state["groups"]:
+            name = Name(entry["layer"], "activation", entry["nonlinearity"], entry["path"])
+            filters = None if entry["filters"] is None else tuple(entry["filters"])
+            tensors = {k: t.clone() for k, t in entry["tensors"].items()}
+            last = tensors["last_input"]
+            watch = _Watch(last.numel(), last.device, entry["rule"])
+            watch.inputs, watch.span = entry["inputs"], entry["span"]
+            for key, tensor in tensors.items():
+                setattr(watch, key, tensor)
+            self._groups.names.setdefault(name, {})[filters] = watch
+
+
+def _fired(values: Tensor, threshold: float, bounds: Bounds | None) -> Tensor:
+    """(C,) bool: whether any value is no zero, or is not saturated. A NaN is neither."""
+    if bounds is None:
+        low, high = along(torch.amin, values), along(torch.amax, values)
+        return ~((low >= -threshold) & (high <= threshold))
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()  # in which the bounds are nearer to what was written
+    return ~along(torch.all, (values <= bounds[0]) | (values >= bounds[1]))
+
+
+def _inputs(tensor: Tensor, dim: int | None) -> int:
+    """How many inputs a map is of."""
+    unbatched = not tensor.dim() or (dim is not None and dim % tensor.dim() == 0)
+    return 1 if unbatched else tensor.shape[0]
+
+
+def _folded(watch: _Watch, span: int) -> Tensor:
+    """The history in longer spans."""
+    history, own = watch.history, watch.span
+    while own < span:
+        pairs = history.view(SPANS // 2, 2, -1).any(1)
+        history, own = torch.cat([pairs, torch.zeros_like(pairs)]), own * 2
+    return history

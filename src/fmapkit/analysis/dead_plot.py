@@ -1,0 +1,139 @@
+"""Draw when filters fired (extra: `plot`); what `DeadFilters.plot()` calls."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fmapkit.errors import MapLookupError, NoPassError, listed
+from fmapkit.plot import _check_positive, _pyplot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fmapkit.analysis.dead import DeadFilters
+    from fmapkit.analysis.firings import LayerFirings
+
+__all__ = ["plot_dead"]
+
+_WIDTH = 10.0  # of a figure, in inches
+_FIRED, _SILENT, _DEAD, _UNSEEN = range(4)
+_COLOURS = ("#fcd9a0", "0.45", "#b11226", "white")
+_WORDS = ("fired", "silent", "silent until now, and dead")
+
+
+def plot_dead(
+    dead: DeadFilters,
+    layers: Any = None,
+    *,
+    max_filters: int = 64,
+    max_layers: int = 16,
+    title: str | None = None,
+) -> Figure:
+    """Draw a strip for each layer: a row for each filter, inputs from left to right.
+
+    Those that have been silent for longest stand on top, so that of a layer with many filters the
+    dead ones are seen.
+
+    Args:
+        dead: what saw the maps.
+        layers: which layers: names, globs or regexes; None for all.
+        max_filters: how many rows a strip has at most; its title says how many filters there are.
+        max_layers: how many layers are drawn at most; the figure says if there are more.
+        title: stands above the figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        NoPassError: no activation has been seen yet.
+        MapLookupError: `layers` selects none of those seen.
+        ArgumentError: a number is not positive.
+    """
+    plt = _pyplot()
+    _check_positive(max_filters=max_filters, max_layers=max_layers)
+    if not len(dead):
+        raise NoPassError("nothing to plot: no activation has been seen yet")
+    found = dead.select(layers)
+    if not found:
+        raise MapLookupError(f"nothing to plot: {layers!r} is none of {listed(dead.layers)}")
+    shown = found[:max_layers]
+    heights = [float(np.clip(0.06 * min(len(s), max_filters), 0.5, 2.0)) for s in shown]
+    figure: Figure
+    figure, rows = plt.subplots(
+        len(shown),
+        1,
+        figsize=(_WIDTH, sum(heights) + 0.5 * len(shown) + 0.8),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax, s in zip(rows[:, 0], shown, strict=True):
+        _draw(ax, s, max_filters)
+    rows[-1, 0].set_xlabel("inputs")
+    _legend(figure)
+    more = len(found) - len(shown)
+    if more:
+        note = f"{more} more layers are not drawn; choose with layers=… or raise max_layers"
+        title = f"{title}\n{note}" if title else note
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def states(s: LayerFirings) -> np.ndarray[Any, Any]:
+    """(filters, spans): what each filter did in each span; the spans that have begun."""
+    inputs = int(s.inputs.max())
+    spans = max(1, -(-inputs // s.span))
+    fired = s.history[:spans].T.cpu().numpy()
+    last = s.last_input.cpu().numpy()[:, None]
+    dead = s.dead.cpu().numpy()[:, None]
+    begins = np.arange(spans)[None] * s.span
+    picture = np.where(fired, _FIRED, _SILENT)
+    picture[dead & (begins >= last) & ~fired] = _DEAD
+    picture[begins >= s.inputs.cpu().numpy()[:, None]] = _UNSEEN
+    return picture
+
+
+def _draw(ax: Axes, s: LayerFirings, max_filters: int) -> None:
+    from matplotlib.colors import ListedColormap
+
+    order = np.argsort(s.last_input.cpu().numpy(), kind="stable")[:max_filters]
+    picture = states(s)[order]
+    inputs = int(s.inputs.max())
+    ax.imshow(
+        picture,
+        cmap=ListedColormap(_COLOURS),
+        vmin=-0.5,
+        vmax=len(_COLOURS) - 0.5,
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0, picture.shape[1] * s.span, len(order) - 0.5, -0.5),
+    )
+    ax.set_xlim(0, max(inputs, 1))
+    names = s.filters if s.filters is not None else (0,)
+    stride = max(1, -(-len(order) // (8 if len(order) > 8 else 4)))
+    at = range(0, len(order), stride)
+    ax.set_yticks(list(at), [str(names[order[i]]) for i in at])
+    ax.tick_params(labelsize="x-small")
+    count = int(s.dead.sum())
+    some = f", {len(order)} drawn, the longest silent first" if len(order) < len(s) else ""
+    ax.set_title(
+        f"{(s.layer or '(model)') + s.path} · {s.nonlinearity or 'σ'} · {count} of {len(s)} "
+        f"filters dead ({count / len(s):.0%}, by {s.rule}){some}",
+        loc="left",
+        fontsize="medium",
+        fontweight="bold",
+    )
+
+
+def _legend(figure: Figure) -> None:
+    from matplotlib.patches import Patch
+
+    patches = [
+        Patch(facecolor=c, label=w) for c, w in zip(_COLOURS[: len(_WORDS)], _WORDS, strict=True)
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(_WORDS), frameon=False)

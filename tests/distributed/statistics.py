@@ -1,0 +1,180 @@
+"""Statistics over ranks: one collective, the same result everywhere, no rank left waiting."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fmapkit import DistributedError, FeatureMap, capture
+from fmapkit.analysis import LayerStatistics, Statistics, _ranks
+
+
+def fmap(tensor: Tensor, layer: str = "fc", **tags: Any) -> FeatureMap:
+    known = {"filter_dim": 1, "filters": range(tensor.shape[1]), **tags}
+    return FeatureMap(tensor, "activation", layer, **known)
+
+
+def batches(filters: int) -> list[list[Tensor]]:
+    """Of each rank its batches, known to all; of other sizes, scales and offsets."""
+    generator = torch.Generator().manual_seed(filters)
+    return [
+        [torch.randn(n, filters, 4, generator=generator) * 10.0**rank + 5 * rank for n in sizes]
+        for rank, sizes in enumerate(((3, 2), (7,)))
+    ]
+
+
+def _watched(seen: list[str], name: str, run: Any, *args: Any, **options: Any) -> Any:
+    seen.append(name)
+    return run(*args, **options)
+
+
+@contextmanager
+def collectives() -> Iterator[list[str]]:
+    """Names of the collectives that run."""
+    seen: list[str] = []
+    names = ["all_gather", "all_reduce", "broadcast", "barrier", "gather", "all_to_all"]
+    names += ["all_gather_object", "all_gather_into_tensor", "broadcast_object_list"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            run = getattr(dist, name)
+            patch.setattr(dist, name, partial(_watched, seen, name, run))
+        yield seen
+
+
+def assert_right(s: LayerStatistics, parts: list[Tensor]) -> None:
+    x = torch.cat(parts).double().transpose(0, 1).flatten(1).numpy()
+    assert s.count.tolist() == [x.shape[1]] * len(x)
+    np.testing.assert_allclose(s.mean.numpy(), x.mean(1), rtol=1e-12)
+    np.testing.assert_allclose(s.variance.numpy(), x.var(1), rtol=1e-9)
+    np.testing.assert_array_equal(s.minimum.numpy(), x.min(1))
+    np.testing.assert_array_equal(s.maximum.numpy(), x.max(1))
+    np.testing.assert_array_equal(s.zero_fraction.numpy(), (x == 0).mean(1))
+
+
+def one_collective_and_the_same_everywhere() -> None:
+    rank, data = dist.get_rank(), batches(5)
+    stats = Statistics(bins="log2")
+    for x in data[rank]:
+        stats.update(fmap(x.relu(), nonlinearity="relu"))
+        stats.update(fmap(x.tanh(), "other", nonlinearity="tanh"))
+    own = stats["fc"].count.tolist()
+    with collectives() as seen:
+        whole = stats.reduce()
+    assert seen == ["all_gather"]
+    assert stats["fc"].count.tolist() == own
+    everything = [x for part in data for x in part]
+    assert_right(whole["fc"], [x.relu() for x in everything])
+    assert_right(whole["other"], [x.tanh() for x in everything])
+    tanh = torch.cat(everything).tanh().double()
+    share = ((tanh <= -0.98) | (tanh >= 0.98)).double().mean((0, 2))
+    assert torch.equal(whole["other"].saturated_fraction, share)
+    histogram = whole["fc"].histogram
+    assert histogram is not None
+    assert histogram.sum(1).tolist() == whole["fc"].count.tolist()
+    # Ranks hold the same bits.
+    for s in whole:
+        for tensor in (s.mean, s.variance):
+            theirs = [torch.empty_like(tensor) for _ in range(2)]
+            dist.all_gather(theirs, tensor.contiguous())
+            assert torch.equal(theirs[0], theirs[1])
+    # And it goes on from there.
+    whole.update(fmap(torch.ones(1, 5, 4), nonlinearity="relu"))
+    assert_right(whole["fc"], [x.relu() for x in everything] + [torch.ones(1, 5, 4)])
+
+
+def more_than_a_mib_takes_a_second_one() -> None:
+    rank, filters = dist.get_rank(), 40_000
+    stats = Statistics()
+    parts = [torch.full((2, filters), 1.0 + r) for r in range(2)]
+    stats.update(fmap(parts[rank]))
+    with collectives() as seen:
+        whole = stats.reduce()
+    assert seen == ["all_gather", "all_gather"]
+    assert_right(whole["fc"], [p[:, :, None] for p in parts])
+    with pytest.MonkeyPatch.context() as patch:  # only one rank has more
+        patch.setattr(_ranks, "FIRST", 4096)
+        stats = Statistics()
+        for n in range(1 if rank else 200):
+            stats.update(fmap(torch.ones(1, 2), f"layer {n}"))
+        with collectives() as seen:
+            raises(stats.reduce, "ranks have seen different maps: 'layer 1 activation'")
+        assert seen == ["all_gather", "all_gather"]
+
+
+def different_layers_are_named_on_every_rank() -> None:
+    rank, x = dist.get_rank(), torch.ones(2, 3)
+    stats = Statistics()
+    raises_nothing = stats.reduce()
+    assert len(raises_nothing) == 0
+    stats.update(fmap(x))
+    if rank == 1:
+        stats.update(fmap(x, "head"))
+    raises(stats.reduce, "'head activation' on rank 1 of the group, and not, or of other filters")
+    stats = Statistics()
+    stats.update(fmap(x[:, : 2 + rank]))
+    raises(stats.reduce, "ranks have seen different maps: 'fc activation'")
+    stats = Statistics(bins=[0.0, 1.0 + rank])
+    raises(stats.reduce, "bins or saturation on rank 1 of the group are not those on rank 0")
+    stats = Statistics()
+    if rank == 0:
+        stats.update(fmap(x))
+    raises(stats.reduce, "'fc activation' on rank 0 of the group")
+    assert len(Statistics().reduce()) == 0  # nobody is out of step
+
+
+def one_ranks_part_of_a_layer_is_refused() -> None:
+    from fmapkit._sharded import Parts
+
+    stats = Statistics()
+    stats.update(fmap(torch.ones(2, 3), parts=Parts(unknown=True) if dist.get_rank() else None))
+    raises(stats.reduce, "the activation of layer 'fc' is one rank's part of it on rank 1")
+
+
+def in_a_group() -> None:
+    rank = dist.get_rank()
+    alone = [dist.new_group([r]) for r in range(2)]
+    stats = Statistics()
+    stats.update(fmap(torch.full((2, 3), float(rank))))
+    assert stats.reduce(alone[rank])["fc"].mean.tolist() == [rank] * 3
+    assert stats.reduce()["fc"].mean.tolist() == [0.5] * 3
+    raises(lambda: stats.reduce(alone[1 - rank]), "is not in the group it was given")
+
+
+def of_a_model() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    images = torch.randn(6, 1, 6, 6)
+    stats, alone = Statistics(), Statistics()
+    for into, mine in ((stats, images.chunk(2)[dist.get_rank()]), (alone, images)):
+        with capture(model) as maps, torch.no_grad():
+            model(mine)
+            for fm in maps:
+                into.update(fm)
+    for s, t in zip(stats.reduce(), alone, strict=True):
+        assert (s.layer, s.kind, s.filters) == (t.layer, t.kind, t.filters)
+        assert torch.allclose(s.mean, t.mean, rtol=1e-5)
+        assert torch.allclose(s.variance, t.variance, rtol=1e-5)
+
+
+def raises(run: Callable[[], Any], says: str) -> None:
+    with pytest.raises(DistributedError, match=re.escape(says)):
+        run()
+
+
+CASES = [
+    one_collective_and_the_same_everywhere,
+    more_than_a_mib_takes_a_second_one,
+    different_layers_are_named_on_every_rank,
+    one_ranks_part_of_a_layer_is_refused,
+    in_a_group,
+    of_a_model,
+]
