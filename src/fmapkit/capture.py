@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from fmapkit._wants import Wants
 from fmapkit._wrappers import unwrap
 from fmapkit.errors import ArgumentError, CaptureStateError, NotAModuleError
 from fmapkit.maps import FeatureMap, FeatureMaps
+
+if TYPE_CHECKING:
+    from fmapkit.analysis import Analysis
 
 __all__ = ["capture"]
 
@@ -67,7 +70,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             reading a map waits for its own. Where a map is there already, nothing is copied.
         max_bytes: how many bytes the maps may take, looked at as each pass ends.
         when_full: "error" makes the model's call raise `BudgetError` after a pass that went over
-            `max_bytes`, and lets that pass's maps go; "oldest" lets the oldest kept passes go first.
+            `max_bytes`, and lets go of that pass's maps; "oldest" lets older kept passes go first.
         gradients: True makes `fm.grad` the gradient of each map after backward, without keeping
             the graph alive.
 
