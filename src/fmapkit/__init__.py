@@ -6,6 +6,7 @@ from fmapkit.capture import capture
 from fmapkit.errors import (
     AmbiguousMapError,
     ArgumentError,
+    BudgetError,
     CaptureStateError,
     CaptureWarning,
     DistributedError,
@@ -32,6 +33,7 @@ __all__ = [
     "AmbiguousMapError",
     "Analysis",
     "ArgumentError",
+    "BudgetError",
     "CaptureStateError",
     "CaptureWarning",
     "DistributedError",

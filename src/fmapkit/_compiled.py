@@ -309,4 +309,5 @@ class Compiled:
                 sink.hold_output(session.model, output)
             session._end(failed=False)
         else:
+            session.wants.retention.fence()
             session._trace_on()

@@ -14,6 +14,7 @@ from fmapkit.errors import (
     AmbiguousMapError,
     KindNotCapturedError,
     MapLookupError,
+    MapReleasedError,
     NoActivationError,
     NoPassError,
     UnknownLayerError,
@@ -60,9 +61,15 @@ def find(session: Session, layer: str, kind: str | None, entries: Sequence[Found
 
     Raises:
         MapLookupError: none answers, or several do.
+        MapReleasedError: no map is kept.
     """
     if not entries and session.store.latest() is None:
         _nothing_held(session, layer)
+    if session.store.fleeting:
+        raise MapReleasedError(
+            f"maps[{layer!r}] was let go: keep=0 leaves each map to the analyses alone; "
+            "capture(..., keep=1) keeps the latest pass"
+        )
     of_layer = [(p, e) for p, e in entries if e.origin.name == layer]
     if not of_layer:
         of_layer = _owned(session, layer, entries)

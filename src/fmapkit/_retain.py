@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmapkit._aside import runs, select, unseen
 from fmapkit._buffers import Buffers
-from fmapkit._offload import Arrival, Cuda, Offload
+from fmapkit._offload import Arrival, Cuda, Device, Offload
 from fmapkit._sharded import is_wrapped
 
 __all__ = ["Retention"]
@@ -44,11 +44,15 @@ class Retention:
         """A pass begins."""
         self._known.clear()
 
-    def settle(self) -> None:
-        """The pass has ended: from here on others may write to the model's memory."""
-        self._known.clear()
+    def fence(self) -> None:
+        """From here on others may write to what was stored so far: copies come first."""
         for offload in self._offloads.values():
             offload.settle()
+
+    def end(self) -> None:
+        """The pass has ended."""
+        self._known.clear()
+        self.fence()
 
     def close(self) -> None:
         """The block has ended; maps stay readable."""
@@ -80,11 +84,11 @@ class Retention:
             doomed: the model is about to overwrite the tensor.
         """
         dtype = self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
-        device = tensor.device if self._at_home(tensor) else self.device
-        assert device is not None
-        in_graph = tensor.requires_grad and not detach
-        if places is None and dtype == tensor.dtype and device == tensor.device:
+        moves = self._moves(tensor)
+        if places is None and dtype == tensor.dtype and not moves:
             return tensor
+        device = self.device if moves and self.device is not None else tensor.device
+        in_graph = tensor.requires_grad and not detach
         if in_graph or is_wrapped(tensor) or tensor.layout is not torch.strided:
             if places is not None and dim is not None:
                 tensor = select(tensor if in_graph else tensor.detach(), dim, places)
@@ -96,7 +100,7 @@ class Retention:
         if found is not None and found[0]() is tensor:
             return found[1]
         with torch.no_grad(), unseen():
-            if tensor.is_cuda and device.type == "cpu":
+            if self._leaves(tensor, device):
                 stored = self._sent(tensor, dim, places, dtype, doomed)
             else:
                 stored = self._copied(tensor, dim, places, dtype, device)
@@ -104,11 +108,20 @@ class Retention:
             self._known[key] = (weakref.ref(tensor), stored)
         return stored
 
-    def _at_home(self, tensor: Tensor) -> bool:
+    def _moves(self, tensor: Tensor) -> bool:
+        """Whether it is to be stored on another device."""
         wanted, there = self.device, tensor.device
-        if wanted is None or wanted.type != there.type:
-            return wanted is None
-        return wanted.index in (None, there.index)
+        if wanted is None:
+            return False
+        return wanted.type != there.type or wanted.index not in (None, there.index)
+
+    @staticmethod
+    def _leaves(tensor: Tensor, device: torch.device) -> bool:
+        return tensor.is_cuda and device.type == "cpu"
+
+    @staticmethod
+    def _carrier(home: torch.device) -> Device:
+        return Cuda(home)
 
     def _copied(
         self,
@@ -149,7 +162,7 @@ class Retention:
         tensor = made
         home = tensor.device
         if home not in self._offloads:
-            self._offloads[home] = Offload(Cuda(home))
+            self._offloads[home] = Offload(self._carrier(home))
         stored = self.buffers.like(tensor, tensor.dtype, torch.device("cpu"), pin=True)
         self._arrivals[stored.untyped_storage()._cdata] = self._offloads[home].send(tensor, stored)
         return stored

@@ -481,7 +481,7 @@ class Session:
                 if held.tensor is not None and not held.lost:
                     stored = self.wants.store(held.tensor)
                     held.stored(stored, self.wants.retention.arrival(stored))
-        self.wants.retention.settle()
+        self.wants.retention.end()
         if self.analyses and not failed:
             runs = [s for s in current.segments if isinstance(s, Run) and s.analyses is not None]
             for run in runs:  # of which they have seen most, or all
@@ -852,6 +852,7 @@ class Session:
                 tracer.pending.setdefault(id(entry.origin), []).append(entry)
         for name, count in run.plan.calls:
             tracer.counts[name] += count
+        self.wants.retention.fence()
         for index in run.plan.claims:
             tag = run.inputs[index]
             if isinstance(tag, Flow):

@@ -1,0 +1,399 @@
+"""What is stored of a map beyond a reference: filters, dtype=, device=, a budget; and buffers."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fmapkit import (
+    ArgumentError,
+    BudgetError,
+    CaptureWarning,
+    FeatureMap,
+    MapReleasedError,
+    capture,
+)
+from fmapkit._offload import Offload
+from tests.late import Late, late
+from tests.strategies import Model, models
+from tests.truth import (
+    assert_captured_exactly_once,
+    assert_nothing_left,
+    assert_same_pass,
+    bare_copy,
+    fingerprint,
+    run_pass,
+)
+
+KINDS = ("input", "response", "preactivation", "activation")
+
+
+class Net(nn.Module):
+    """In-place σ, a residual sum in place, a functional σ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        y = self.conv2(x)
+        y += x
+        return self.fc(F.relu(y).mean((2, 3)))
+
+
+def image(step: int = 0) -> Tensor:
+    return torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+
+
+def _drawn(drawn: Model, train: bool, **options: Any) -> None:
+    """Every pass of a drawn model under `options` beside a bare one under the witness."""
+    model = drawn.build().train(train)
+    bare = bare_copy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CaptureWarning)
+        with capture(model, **options) as maps:
+            for step in range(4):
+                x = drawn.inputs(step)
+                try:
+                    expected = run_pass(bare, (x.clone(),), train=train, seed_=step, witness=True)
+                except RuntimeError:  # in-place code that autograd refuses, capture or not
+                    assume(False)
+                watched = run_pass(model, (x.clone(),), train=train, seed_=step)
+                assert_same_pass(expected, watched)
+                assert_captured_exactly_once(maps, expected.truth)
+    assert_nothing_left(fingerprint(bare), model)
+    assert_captured_exactly_once(maps, expected.truth)
+
+
+# -- dtype= and filters= --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("filters", [None, [3, 1], [-1, 7, 0]])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float64])
+def test_dtype_and_filters(dtype: Any, filters: Any, train: bool) -> None:
+    """Against hand-written clones at the moment, cast and indexed by NumPy's rules."""
+    net = Net().train(train)
+    clones: dict[tuple[str, str], Tensor] = {}
+    net.bn1.register_forward_hook(
+        lambda m, a, out: clones.__setitem__(("conv1", "preactivation"), out.detach().clone())
+    )
+    net.conv2.register_forward_pre_hook(
+        lambda m, a: clones.__setitem__(("conv1", "activation"), a[0].detach().clone())
+    )
+    with capture(net, ["conv1"], filters=filters, dtype=dtype) as maps:
+        for step in range(4):
+            with torch.set_grad_enabled(train):
+                net(image(step))
+            for (layer, kind), clone in clones.items():
+                fm = maps[layer, kind]
+                places = range(8) if filters is None else [f % 8 for f in filters]
+                places = list(dict.fromkeys(places))
+                expected = clone[:, places].to(dtype or clone.dtype)
+                assert fm.tensor.dtype == expected.dtype
+                assert not fm.tensor.requires_grad
+                assert torch.equal(fm.tensor, expected)
+                assert list(fm.filters or ()) == places
+    assert maps.missed == []
+
+
+def test_what_is_no_float_stays_as_it_is() -> None:
+    class Mixed(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x > 0, x.argmax(1)
+
+    model = nn.Sequential(nn.Linear(3, 3), Mixed())
+    with capture(model, "1", dtype=torch.float16) as maps:
+        for _ in range(2):
+            model(torch.randn(2, 3))
+        assert [fm.tensor.dtype for fm in maps] == [torch.bool, torch.int64]
+
+
+def test_channels_last_stays_channels_last() -> None:
+    net = Net().eval().to(memory_format=torch.channels_last)
+    with torch.no_grad(), capture(net, dtype=torch.bfloat16, filters=[0, 1, 5]) as maps:
+        for step in range(3):
+            net(image(step).to(memory_format=torch.channels_last))
+        assert maps["conv1"].tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+@settings(max_examples=25)
+@given(models(), st.booleans())
+def test_float64_holds_float32_maps_of_any_model(drawn: Model, train: bool) -> None:
+    """A wider dtype keeps every bit: cast back, each map is the witness's."""
+
+    class Back:
+        def __init__(self, maps: Any) -> None:
+            self.maps = maps
+
+        @property
+        def missed(self) -> Any:
+            return self.maps.missed
+
+        def select(self, **given: Any) -> list[Any]:
+            found = self.maps.select(**given)
+            assert all(fm.dtype == torch.float64 for fm in found)
+            return [_Cast(fm) for fm in found]
+
+    class _Cast:
+        def __init__(self, fm: FeatureMap) -> None:
+            self.layer, self.call, self.nonlinearity = fm.layer, fm.call, fm.nonlinearity
+            self.tensor = fm.tensor.float()
+
+    model = drawn.build().train(train)
+    bare = bare_copy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CaptureWarning)
+        with capture(model, dtype=torch.float64) as maps:
+            for step in range(3):
+                x = drawn.inputs(step)
+                try:
+                    expected = run_pass(bare, (x.clone(),), train=train, seed_=step, witness=True)
+                except RuntimeError:
+                    assume(False)
+                assert_same_pass(expected, run_pass(model, (x.clone(),), train=train, seed_=step))
+                assert_captured_exactly_once(Back(maps), expected.truth)
+
+
+# -- buffers --------------------------------------------------------------------------------------
+
+
+def test_buffers_are_made_once() -> None:
+    net = Net().eval()
+    with torch.no_grad(), capture(net, filters=range(4)) as maps:
+        made = []
+        for step in range(6):
+            net(image(step))
+            made.append(maps._session.wants.retention.buffers.made)
+        # By hand: z, a of two convolutions, 2x4x6x6 floats each; z of fc, 2x4.
+        assert maps.nbytes == 4 * (4 * 2 * 4 * 6 * 6 + 2 * 4)
+        assert made == [maps.nbytes] * 6
+
+
+@pytest.mark.parametrize("how", ["map", "numpy", "view", "one filter"])
+def test_a_map_that_somebody_still_has_is_not_written_to(how: str) -> None:
+    """`keep=1` lets a pass go; a map read before stays what it was, buffers or not."""
+    net = Net().eval()
+    read = {
+        "map": lambda fm: fm.tensor,
+        "numpy": lambda fm: fm.numpy(),
+        "view": lambda fm: fm.tensor[0, :, 2],
+        "one filter": lambda fm: fm[1].tensor,
+    }[how]
+    kept: list[tuple[Any, Any]] = []
+    with torch.no_grad(), capture(net, filters=range(4), dtype=torch.float64) as maps:
+        for step in range(6):
+            net(image(step))
+            found = read(maps["conv1"])
+            kept.append((found, found.copy() if how == "numpy" else found.clone()))
+            del found
+    for now, then in kept:
+        assert np.array_equal(np.asarray(now), np.asarray(then))
+
+
+# -- keep=0 and max_bytes -------------------------------------------------------------------------
+
+
+def test_a_budget_refuses_the_pass_that_exceeds_it() -> None:
+    net = Net().eval()
+    with torch.no_grad(), capture(net, "conv1", keep="all", max_bytes=2 * 4 * 2 * 8 * 36) as maps:
+        net(image())  # z and a, 2x8x6x6 floats each: just what is allowed
+        assert maps.nbytes == 2 * 4 * 2 * 8 * 36
+        with pytest.raises(BudgetError) as caught:
+            net(image(1))
+        assert str(caught.value) == (
+            "the maps of step 1, with 1 older ones take 9,216 bytes, more than max_bytes=4,608; "
+            "capture fewer layers, kinds or filters, a narrower dtype=, or use when_full='oldest' "
+            "to let older passes go first"
+        )
+        assert [fm.step for fm in maps.select()] == [0, 0]
+        assert torch.equal(F.relu(maps["conv1", "preactivation"].tensor), maps["conv1"].tensor)
+    assert not net.relu._forward_hooks
+    assert net.relu.inplace
+
+
+def test_a_budget_lets_the_oldest_go() -> None:
+    net = Net().eval()
+    one = 2 * 4 * 2 * 8 * 36
+    with (
+        torch.no_grad(),
+        capture(net, "conv1", keep="all", max_bytes=3 * one, when_full="oldest") as maps,
+    ):
+        for step in range(5):
+            net(image(step))
+            assert maps.nbytes <= 3 * one
+        assert [fm.step for fm in maps.select(kind="activation")] == [2, 3, 4]
+    with torch.no_grad(), capture(net, max_bytes=10, when_full="oldest") as maps:
+        with pytest.raises(BudgetError, match="the maps of step 0 take"):
+            net(image())
+
+
+def test_keep_0_holds_nothing() -> None:
+    class Peak:
+        """The bytes of maps that are alive while each is seen, by the storages' own count."""
+
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+
+        def update(self, fm: FeatureMap) -> None:
+            self.seen.append(f"{fm.layer} {fm.kind}")
+
+    net, peak = Net().eval(), Peak()
+    with torch.no_grad(), capture(net, keep=0, analyses=peak) as maps:
+        for step in range(3):
+            net(image(step))
+            assert maps.nbytes == 0
+            assert len(maps) == 0
+        with pytest.raises(MapReleasedError) as caught:
+            maps["conv1"]
+    assert str(caught.value) == (
+        "maps['conv1'] was let go: keep=0 leaves each map to the analyses alone; "
+        "capture(..., keep=1) keeps the latest pass"
+    )
+    one = [f"{x} {k}" for x in ("conv1", "conv2") for k in ("preactivation", "activation")]
+    assert peak.seen == [*one, "fc preactivation"] * 3
+
+
+# -- device= --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(models(), st.booleans())
+def test_copies_that_are_late_are_right_all_the_same(drawn: Model, train: bool) -> None:
+    """Whatever the model overwrites while a copy has yet to read it."""
+    with late():
+        _drawn(drawn, train, device="cpu")
+
+
+@settings(max_examples=20, deadline=None)
+@given(models())
+def test_late_copies_of_some_filters_in_another_dtype(drawn: Model) -> None:
+    with late():
+        _drawn(
+            drawn, False, device="cpu", dtype=torch.float32, kinds=("preactivation", "activation")
+        )
+
+
+def test_what_the_caller_writes_after_the_pass_waits_for_the_copy() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    with late(0.01), torch.no_grad(), capture(net, device="cpu") as maps:
+        for step in range(5):
+            out = net(torch.randn(3, 4))
+            expected = out.clone()
+            out.zero_()
+            assert torch.equal(maps["2", "preactivation"].tensor, expected)
+
+
+def test_buffers_are_not_used_again_while_a_map_is_on_its_way() -> None:
+    net = Net().eval()
+    with late(0.003) as device, torch.no_grad():
+        with capture(net, device="cpu", keep=2) as maps, capture(net, keep=2) as plain:
+            for step in range(8):
+                net(image(step))
+                if step % 3 == 2:
+                    for one, other in zip(maps.select(), plain.select(), strict=True):
+                        assert (one.layer, one.kind, one.step) == (
+                            other.layer,
+                            other.kind,
+                            other.step,
+                        )
+                        assert torch.equal(one.tensor, other.tensor)
+        assert device.copies == 8 * 5
+
+
+def test_back_pressure() -> None:
+    """No more than the limit is on its way: the model's stream waits, and for the oldest only."""
+    device = Late(0.0)
+    held = torch.ones(100)
+    gate: list[Any] = []
+    device._random.random = lambda: 0.0  # type: ignore[method-assign]
+    offload = Offload(device, limit=1000)  # bytes; a copy has 400
+    for _ in range(2):
+        gate.append(offload.send(held, torch.empty(100)))
+    assert device.waits == 0
+    sent = 0
+    for _ in range(10):
+        offload.send(held, torch.empty(100))
+        sent += 400
+        assert offload._bytes <= 1000
+    offload.settle()
+    assert all(arrival.query() for arrival in gate)
+    assert offload._bytes == 0
+    device.stop()
+
+
+def test_on_a_cpu_it_is_no_copy() -> None:
+    net = Net().eval()
+    with torch.no_grad(), capture(net, device="cpu") as maps:
+        net(image())
+        net(image())
+        assert maps.bytes_copied == 0
+        assert maps._session.wants.retention.buffers.made == 0
+
+
+# -- arguments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"dtype": torch.int8},
+            "dtype must be a floating-point torch.dtype such as torch.bfloat16, not torch.int8; "
+            "maps of other types are stored as they are",
+        ),
+        (
+            {"dtype": "half"},
+            "dtype must be a floating-point torch.dtype such as torch.bfloat16, not 'half'; "
+            "maps of other types are stored as they are",
+        ),
+        (
+            {"dtype": torch.float16, "detach": False},
+            "dtype= and device= store copies outside of the graph, and detach=False keeps maps in "
+            "it; convert them in the loss instead",
+        ),
+        ({"max_bytes": 0}, "max_bytes must be a positive int (bytes), not 0"),
+        ({"max_bytes": True}, "max_bytes must be a positive int (bytes), not True"),
+        ({"when_full": "newest"}, "when_full must be 'error' or 'oldest', not 'newest'"),
+        (
+            {"keep": 0},
+            "keep=0 lets go of each map at once, which takes analyses=... to see it before; "
+            "keep must be a positive int or 'all' otherwise",
+        ),
+        (
+            {"analyses": [object]},
+            "analyses must be objects with an update(fm: FeatureMap), such as "
+            "fmapkit.analysis.Statistics(), not <class 'object'> (a class: make an instance first)",
+        ),
+        (
+            {"analyses": 3},
+            "analyses must be objects with an update(fm: FeatureMap), such as "
+            "fmapkit.analysis.Statistics(), not 3",
+        ),
+    ],
+)
+def test_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        capture(Net(), **options)
+    assert str(caught.value) == message
+
+
+def test_a_device_that_is_none() -> None:
+    with pytest.raises(ArgumentError, match="device must name a torch device, not 'gpu'"):
+        capture(Net(), device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ArgumentError, match="device='cuda': torch sees no CUDA device here"):
+            capture(Net(), device="cuda")
