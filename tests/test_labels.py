@@ -1343,10 +1343,16 @@ class FReLUish(nn.Module):
         return F.prelu(x, self.weight) + 0.0
 
 
+class Probing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.sigmoid(x)  # looked at, and not used
+        return torch.relu(x)
+
+
 BY_HAND = [
     *(Swish, SwishInPlace, SwishWithModule, BetaSwish, HSwish, HSwishModule),
     *(HSigmoid, Square, SquaredReLU, Snake, Gelu, TanhGelu, MishByHand, Sine, Gaussian, Clamp),
-    *(WhereAct, MaxAct, StarReLU, FReLUish),
+    *(WhereAct, MaxAct, StarReLU, FReLUish, Probing),
 ]
 
 

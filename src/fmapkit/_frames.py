@@ -104,9 +104,13 @@ class Site:
         self.version = 0
 
 
-def running_module() -> nn.Module | None:
-    """The module whose call is the innermost on Python's own stack."""
-    at = sys._getframe(1)
+def running_module(ours: int) -> nn.Module | None:
+    """The module whose call is the innermost on Python's own stack.
+
+    Args:
+        ours: so many callers are not looked at: each look makes a frame object.
+    """
+    at = sys._getframe(ours + 1)
     while at is not None and at.f_code is not _CALL:
         at = at.f_back  # type: ignore[assignment]
     running: nn.Module | None = at.f_locals.get("self") if at is not None else None

@@ -10,12 +10,11 @@ from torch import Tensor, fx, nn
 
 from fmapkit._axes import Axes
 from fmapkit._edit import Edits
-from fmapkit._events import Event
 from fmapkit._graph_edit import Site
 from fmapkit._names import Names
 from fmapkit._nested import tensors_in
 from fmapkit._record import Record
-from fmapkit._store import Aliases, Entry, Held, Pass, version_of
+from fmapkit._store import Aliases, Held, Pass, version_of
 from fmapkit._tags import Tags
 from fmapkit._trace import Tracer
 from fmapkit._wants import Wants
@@ -91,6 +90,7 @@ class GraphRecord(Record):
         miss: Callable[[str, str], None],
     ) -> None:
         super().__init__(wants, current, tags, noted, None, miss)
+        self.graph = False  # what the graph returns is part of it
         self.noted = noted
 
     def copy(self, tensor: Tensor) -> Held:
@@ -100,10 +100,6 @@ class GraphRecord(Record):
 
     def _taken(self, held: Held, axes: Axes | None, picked: tuple[int, ...]) -> Held:
         return held  # its filters are taken when the graph has run
-
-    def _keep(self, event: Event, slot: str, entry: Entry) -> None:
-        event.entries.append((slot, entry))
-        self.current.segments.append(entry)
 
 
 class GraphTracer(Tracer):

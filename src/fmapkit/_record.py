@@ -36,6 +36,7 @@ class Record:
         miss: names what cannot be captured.
 
     Attributes:
+        graph: its maps are to be part of the autograd graph.
         counts: how many calls there were of each layer, by its label.
         pending: preactivations of replayed units that a nonlinearity may still claim, by origin.
     """
@@ -55,6 +56,7 @@ class Record:
         self.aliases = aliases
         self.stop = stop
         self.miss = miss
+        self.graph = wants.graph and current.grads
         self.events: list[Event] = []
         self.firings = Firings()
         self.counts: Counter[str] = Counter()
@@ -166,7 +168,7 @@ class Record:
         """A module has returned what is wanted as its output."""
         event = Event("output", module)
         event.module = module
-        origin = Origin("output", name, self._count(f"{name}()"))
+        origin = self._next("output", name, f"{name}()")
         event.origin = origin
         for path, tensor in leaves(output):
             flow = self.tags.of(tensor)
@@ -189,12 +191,11 @@ class Record:
         self.events.append(event)
         self.firings.fire(event)
 
-    def _next(self, kind: str, name: str) -> Origin:
-        return Origin(kind, name, self._count(name))
-
-    def _count(self, name: str) -> int:
-        self.counts[name] += 1
-        return self.counts[name] - 1
+    def _next(self, kind: str, name: str, counted: str = "") -> Origin:
+        """The next call of what goes by the name, or is counted by another one."""
+        call = self.counts.get(counted or name, 0)
+        self.counts[counted or name] = call + 1
+        return Origin(kind, name, call)
 
     # -- what turns out later -----------------------------------------------------------------
 
@@ -255,7 +256,14 @@ class Record:
                 self.miss(origin.name, self.wants.why_not(origin.name, axes))
                 return
             held = self._taken(held, axes, picked)
-        self._keep(event, slot, Entry(kind, origin, held, axes, sigma, path, picked))
+        held.wanted = True
+        if self.graph and in_function():
+            self.miss(origin.name, NO_GRAPH)
+        entry = Entry(kind, origin, held, axes, sigma, path, picked)
+        event.entries.append((slot, entry))
+        self.current.segments.append(entry)
+        if self.stop is not None:
+            self.stop.saw(entry)
 
     def _taken(self, held: Held, axes: Axes | None, picked: tuple[int, ...]) -> Held:
         """A copy of some filters."""
@@ -267,16 +275,6 @@ class Record:
         taken = Held(self.wants.take(tensor, axes, picked), 0, True, gradient)
         taken.version = version_of(taken.tensor) if taken.tensor is not None else 0
         return taken
-
-    def _keep(self, event: Event, slot: str, entry: Entry) -> None:
-        assert entry.held is not None
-        entry.held.wanted = True
-        if self.wants.graph and self.current.grads and in_function():
-            self.miss(entry.origin.name, NO_GRAPH)
-        event.entries.append((slot, entry))
-        self.current.segments.append(entry)
-        if self.stop is not None:
-            self.stop.saw(entry)
 
     def _same_filters(self, entry: Entry, held: Held | None) -> Held | None:
         """Of an edit, the filters that are held of the map."""

@@ -232,7 +232,7 @@ class Tracer(TorchFunctionMode):
         module = self.frames[-1].module
         if self.trial:  # every module is hooked
             return module
-        running = running_module()
+        running = running_module(2)
         if running is None or running is module or running not in self.names.by_module:
             return module
         self.unhooked.add(running)
