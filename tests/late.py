@@ -50,7 +50,7 @@ class Late:
             source, target, arrival = job
             time.sleep(self._random.random() * self.delay)
             with torch.no_grad():
-                target.copy_(source)
+                target.data.copy_(source)  # on a GPU, the version was counted when it was sent
             del source, job
             arrival.event.set()
 
