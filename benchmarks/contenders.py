@@ -61,7 +61,7 @@ def _training(case: Case) -> str:
 
 
 def _short(case: Case) -> str:
-    return "a round of it takes too long" if case.heavy or case.trains or case.compiled else ""
+    return "a round of it takes too long" if case.heavy else _eager(case)
 
 
 def _eager(case: Case) -> str:

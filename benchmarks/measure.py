@@ -1,9 +1,10 @@
 """Times that can be compared on a machine that drifts, and what machine it was.
 
 Nothing here compares a time with one taken later. A contender's pass and a bare one run back to
-back, in alternating order: a pair. All contenders of a case take turns in one run: the one that has
-had least time so far goes next, so that a slow one has few pairs, spread over the whole run. Of the
-pairs' ratios the median is told, with its quartiles.
+back, in alternating order: a pair. All contenders of a case take turns in one run. A turn is 0.1 s of
+pairs after one that does not count, or one long pair; the contender that has had least time so far is
+next, so that a slow one has few pairs, spread over the whole run. Of the pairs' ratios the median is
+told, with its quartiles.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 WARM_UP = 3  # pairs that do not count
+TURN = 0.1  # seconds of pairs in a row
 LEAST_PAIRS = 5
 _GARBAGE = 10_000  # young objects between two pairs that are worth a collection
 
@@ -90,15 +92,21 @@ def seconds(function: Callable[[], object], device: str = "cpu") -> float:
 
 
 def interleave(
-    timed: Mapping[str, Timed], budget: float, device: str = "cpu", warm_up: int = WARM_UP
+    timed: Mapping[str, Timed],
+    budget: float,
+    device: str = "cpu",
+    *,
+    warm_up: int = WARM_UP,
+    least: int = LEAST_PAIRS,
 ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, str]]:
     """Let all take turns until each has had `budget` seconds, pairs included.
 
     Args:
         timed: by name.
-        budget: seconds for each; each has at least `LEAST_PAIRS` pairs.
+        budget: seconds for each.
         device: where the passes run.
         warm_up: pairs of each that do not count.
+        least: pairs that each has, whatever time they take.
 
     Returns:
         The (contender, bare) times of each, and the errors of those that failed on the way.
@@ -145,13 +153,23 @@ def interleave(
     with _between_pairs() as collect:
         while spent:
             name = min(spent, key=spent.__getitem__)
-            if spent[name] >= budget and len(times[name]) >= LEAST_PAIRS:
+            begin = spent[name]
+            if begin >= budget and len(times[name]) >= least:
                 del spent[name]
                 continue
+            # The bare model has just run; a contender's objects have not, while all others had
+            # their turns. In a short pass that tells, so the first pair of a turn does not count.
             done = attempt(name, first=len(times[name]) % 2 == 1)
-            if done is not None:
+            end = spent.get(name, begin) + TURN
+            if done is not None and end - begin > 2 * TURN:
                 times[name].append(done)
-            collect()
+                collect()
+                continue
+            while spent.get(name, end) < end:
+                done = attempt(name, first=len(times[name]) % 2 == 1)
+                if done is not None:
+                    times[name].append(done)
+                collect()
     return {name: pairs for name, pairs in times.items() if name not in failed}, failed
 
 

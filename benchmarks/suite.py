@@ -182,7 +182,8 @@ def _alone(bench: Bench, contender: Contender, truth: Sequence[Site]) -> Row:
             warm_up = 2 if contender.passes == 1 else contender.passes
             count = counted(lambda: once(bench.run), bench.state, warm_up, bench.device)
             row |= {"peak_bytes": count.peak, "copied_bytes": count.copied}
-        once(bench.rehearse)
+        for _ in range(contender.passes):  # so that the last one is a captured one
+            once(bench.rehearse)
         if opened.read is not None:
             handed = opened.read()
             row["held_bytes"] = handed.nbytes
