@@ -75,7 +75,14 @@ class Bench:
         """The model as the case runs it: compiled, if it is a compiled case."""
         if not self.case.compiled:
             return model
-        compiled: nn.Module = torch.compile(model, backend=self.backend)  # type: ignore[assignment]
+        # Copies share code, and torch keeps what it compiled by code and backend, without a look
+        # at hooks: with one backend for all, a hooked copy would run the bare one's graph.
+        compiler = torch._dynamo.lookup_backend(self.backend)
+
+        def own(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+            return compiler(graph, inputs)
+
+        compiled: nn.Module = torch.compile(model, backend=own)  # type: ignore[assignment]
         return compiled
 
     def run(self, call: Call) -> None:

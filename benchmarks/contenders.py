@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
@@ -231,9 +230,7 @@ CONTENDERS = [
     Contender("filters=range(8)", "eight filters of every (z, a)", mode(filters=range(8)), _eager),
     Contender("detach=False", "in the graph", mode(detach=False), _training),
     Contender("gradients=True", "and their gradients", mode(gradients=True), _training),
-    Contender(
-        "every=10", "per pass, over rounds of ten passes", mode(every=10), _short, passes=10
-    ),
+    Contender("every=10", "per pass, over rounds of ten passes", mode(every=10), _short, passes=10),
     Contender("idle", "the passes between two captured ones of `every=n`", idle, _eager),
     Contender(
         "stop",
@@ -254,7 +251,7 @@ CONTENDERS = [
     ),
 ]
 
-# Those of `python -m benchmarks overhead`: no peers, and fmapkit's modes that cost least to measure.
+# Those of `python -m benchmarks overhead`.
 OWN = [
     *(CONTROL, "fmapkit", "hooks, references", "hooks, clones"),
     *("idle", "stop", "learning", "one-shot"),

@@ -1,10 +1,10 @@
 """Times that can be compared on a machine that drifts, and what machine it was.
 
 Nothing here compares a time with one taken later. A contender's pass and a bare one run back to
-back, in alternating order: a pair. All contenders of a case take turns in one run. A turn is 0.1 s of
-pairs after one that does not count, or one long pair; the contender that has had least time so far is
-next, so that a slow one has few pairs, spread over the whole run. Of the pairs' ratios the median is
-told, with its quartiles.
+back, in alternating order: a pair. All contenders of a case take turns in one run. A turn is 0.1 s
+of pairs after one that does not count, or one long pair; the contender that has had least time so
+far is next, so that a slow one has few pairs, spread over the whole run. Of the pairs' ratios the
+median is told, with its quartiles.
 """
 
 from __future__ import annotations

@@ -105,7 +105,8 @@ def nnsight(bench: Bench) -> Iterator[Peer]:
 
     def read() -> Handed:
         (cache,) = latest
-        return Handed(outputs={paths[key]: _tensors(cache[key].output) for key in cache.keys()})
+        keys = cache.keys()  # it does not iterate by itself
+        return Handed(outputs={paths[key]: _tensors(cache[key].output) for key in keys})
 
     yield call, read
 

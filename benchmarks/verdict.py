@@ -5,9 +5,9 @@ nonlinearity at the moment it runs, and its output right after. Hooks on the sam
 every leaf module returns, and so tell which module's output z was, and which module σ was.
 
 A contender that hands out modules' outputs is asked as its user would ask it: for the z of a
-nonlinearity it gives the output of the module whose output z was, for the a that of σ's module. Where
-there is no such module (z is a sum, σ is a function), the run is not seen. One that hands out z and
-a by name is taken at its word, in order of execution. All is read after the pass.
+nonlinearity it gives the output of the module whose output z was, for the a that of σ's module.
+Where there is no such module (z is a sum, σ is a function), the run is not seen. One that hands out
+z and a by name is taken at its word, in order of execution. All is read after the pass.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def sites(bench: Bench) -> list[Site]:
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                with _disable_current_modes():  # type: ignore[no-untyped-call]
+                with _disable_current_modes():
                     kept = output.detach().clone()
                 returned.append((len(witness.runs), (name, calls[name]), kept))
             calls[name] += 1
@@ -134,7 +134,7 @@ def judge(truth: Sequence[Site], handed: Handed, *, exact: bool) -> dict[str, Ve
     Args:
         truth: of the same inputs and weights.
         handed: after the pass.
-        exact: bit for bit; else to a few digits, where kernels may round otherwise (compiled, CUDA).
+        exact: bit for bit; else to a few digits, for kernels that round otherwise.
 
     Returns:
         A verdict for "z" and one for "a"; None for what was not asked for.
