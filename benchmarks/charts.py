@@ -12,12 +12,13 @@ _COLORS = {
     "fmapkit": "#0072b2",
     "hooks, references": "#999999",
     "hooks, clones": "#e69f00",
+    "hooks on σ, clones": "#b8a100",
     "captum": "#009e73",
     "nnsight": "#cc79a7",
     "torchlens": "#d55e00",
     "torchvision": "#56b4e9",
 }
-_EDGE = 1.8  # what costs more is told in words at this edge
+_EDGE = 2.2  # what costs more is told in words at this edge
 
 
 def suite(given: dict[str, Any], to: Path) -> None:
@@ -36,6 +37,7 @@ def suite(given: dict[str, Any], to: Path) -> None:
         control = rows["nothing"]
         axes.fill_betweenx([at - 0.42, at + 0.42], control["low"], control["high"], color="0.92")
         names = [name for name in _COLORS if name in rows]
+        beyond = 0
         for k, name in enumerate(names):
             row, color = rows[name], _COLORS[name]
             y = at - 0.3 + 0.6 * k / max(len(names) - 1, 1)
@@ -47,8 +49,10 @@ def suite(given: dict[str, Any], to: Path) -> None:
                 ends = [row["low"], min(row["high"], _EDGE)]
                 axes.plot(ends, [y, y], color=color, linewidth=1)
             else:
+                place = (6 + 26 * beyond, 0)  # side by side
+                beyond += 1
                 axes.annotate(
-                    f"{row['ratio']:.1f}", (_EDGE, y), (6, 0), textcoords="offset points",
+                    f"{row['ratio']:.1f}", (_EDGE, y), place, textcoords="offset points",
                     va="center", fontsize=7, color=color,
                 )  # fmt: skip
             axes.plot(
@@ -56,7 +60,7 @@ def suite(given: dict[str, Any], to: Path) -> None:
                 markersize=5, markerfacecolor=color if right else "white",
             )  # fmt: skip
     axes.axvline(1, color="0.5", linewidth=0.8)
-    axes.set_xlim(0.9, _EDGE + 0.1)
+    axes.set_xlim(0.9, _EDGE + 0.3)
     axes.set_yticks(range(len(cases)), [f"{c['case']}\n{c['sites']} sites" for c in cases])
     axes.tick_params(axis="y", labelsize=8, length=0)
     axes.invert_yaxis()
@@ -69,7 +73,7 @@ def suite(given: dict[str, Any], to: Path) -> None:
     order = sorted(range(len(labels)), key=lambda n: list(_COLORS).index(labels[n]))
     legend = axes.legend(
         [handles[n] for n in order], [labels[n] for n in order],
-        frameon=False, ncols=len(labels), loc="lower left", bbox_to_anchor=(0, 1.0),
+        frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0),
         fontsize=8, handletextpad=0.2, columnspacing=1.0,
     )  # fmt: skip
     for handle, n in zip(legend.legend_handles, order, strict=True):

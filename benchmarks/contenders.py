@@ -197,6 +197,35 @@ def hooks(keep: Callable[[Tensor], Tensor]) -> Open:
     return opened
 
 
+@contextmanager
+def sigma_hooks(bench: Bench) -> Iterator[Opened]:
+    """What one writes by hand who knows of the traps: clones on both sides of each σ module."""
+    model = bench.copy()
+    z: list[Tensor] = []
+    a: list[Tensor] = []
+
+    def begin(_module: nn.Module, _inputs: Any) -> None:
+        z.clear()
+        a.clear()
+
+    def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        z.append(inputs[0].detach().clone())
+
+    def after(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        a.append(output.detach().clone())
+
+    home = nn.ReLU.__module__
+    sigmas = [m for m in model.modules() if type(m).__module__ == home and not any(m.children())]
+    handles: list[Any] = [model.register_forward_pre_hook(begin)]
+    handles += [m.register_forward_pre_hook(before) for m in sigmas]
+    handles += [m.register_forward_hook(after) for m in sigmas]
+    try:
+        yield Opened(model, lambda: Handed(z=[Piece(t) for t in z], a=[Piece(t) for t in a]))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _detached(output: Tensor) -> Tensor:
     return output.detach()
 
@@ -242,6 +271,12 @@ CONTENDERS = [
     Contender("one-shot", "that pass, with entering and leaving", first(whole=True), _eager),
     Contender("hooks, references", f"detach(): {_LEAVES}", hooks(_detached)),
     Contender("hooks, clones", f"detach().clone(): {_LEAVES}", hooks(_cloned)),
+    Contender(
+        "hooks on σ, clones",
+        "clones of what each σ module gets and returns, call by call; no other layer",
+        sigma_hooks,
+        _eager,
+    ),
     Contender("hooks, .cpu()", f"detach().cpu(): {_LEAVES}", hooks(_on_cpu), _eager),
     Contender("captum", peers.CAPTUM, _peer(peers.captum), _eager_inference, package="captum"),
     Contender("nnsight", peers.NNSIGHT, _peer(peers.nnsight), _eager, package="nnsight"),
@@ -253,6 +288,6 @@ CONTENDERS = [
 
 # Those of `python -m benchmarks overhead`.
 OWN = [
-    *(CONTROL, "fmapkit", "hooks, references", "hooks, clones"),
+    *(CONTROL, "fmapkit", "hooks, references", "hooks, clones", "hooks on σ, clones"),
     *("idle", "stop", "learning", "one-shot"),
 ]

@@ -20,7 +20,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGE = "benchmarks.md"
 # Columns of the summary.
 MAIN = (
-    *("nothing", "fmapkit", "hooks, references", "hooks, clones"),
+    *("nothing", "fmapkit", "hooks, references", "hooks, clones", "hooks on σ, clones"),
     *("captum", "nnsight", "torchlens", "torchvision"),
 )
 

@@ -104,6 +104,9 @@ def test_verdicts(rows: dict[str, dict[str, Any]], training: dict[str, dict[str,
         # The second call of relu takes the place of the first; F.gelu is no module.
         for name in ("references", "clones", ".cpu()"):
             assert _counts(found[f"hooks, {name}"], "a") == (1, 1, 1)
+        # What is before and behind a module is right; F.gelu is none.
+        assert _counts(found["hooks on σ, clones"], "z") == (2, 0, 1)
+        assert _counts(found["hooks on σ, clones"], "a") == (2, 0, 1)
     # A quarter of three layers: conv1 alone.
     assert _counts(rows["stop"], "z") == _counts(rows["stop"], "a") == (1, 0, 2)
     for name in ("detach=False", "gradients=True"):
