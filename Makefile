@@ -11,7 +11,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the code"
-	@echo "make bench   what capture costs on this machine; writes bench.json"
+	@echo "make bench   what capture costs on this machine (a quarter of an hour); writes bench.json"
 	@echo "make clean   remove what the above made, the virtual environment included"
 
 install: $(STAMP)
@@ -40,9 +40,9 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 bench: $(STAMP)
-	$(PY) -m benchmarks overhead --json bench.json
+	$(PY) -m benchmarks suite --json bench.json
 
 clean:
-	rm -rf $(VENV) build dist demo.png bench.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo.png bench.json growth.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf src/*.egg-info
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,1 +1,1 @@
-"""What capture costs: `python -m benchmarks overhead`."""
+"""What capture costs, and whether it is right: `python -m benchmarks`."""

@@ -1,9 +1,12 @@
 """What capture costs, and whether it is right.
 
+python -m benchmarks [suite] [--seconds S] [--case NAME] [--contender NAME] [--json FILE]
+python -m benchmarks growth [--json FILE]
+python -m benchmarks render FILE [FILE]
 python -m benchmarks overhead [--seconds S] [--case NAME] [--threads N] [--json FILE]
+python -m benchmarks compiled [--backend NAME] [--seconds S] [--threads N]
 python -m benchmarks zoo [--out FILE] [--model NAME] [--threads N]
 python -m benchmarks memory [--device DEVICE]
-python -m benchmarks compiled [--backend NAME] [--seconds S] [--threads N]
 python -m benchmarks longrun [--steps N] [--figure FILE]
 python -m benchmarks statistics [--device DEVICE] [--seconds S] [--threads N] [--no-compile]
 """
@@ -13,55 +16,118 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import compiled, longrun, memory, overhead, statistics, zoo
+from benchmarks import contenders, growth, longrun, memory, report, statistics, suite, zoo
+from benchmarks.cases import CASES, chosen
 
 
-def main() -> None:
-    """Read the command line and run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="What capture costs, and whether it is right."
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="What capture costs, and whether it is right. "
+        "Without a command, the whole suite runs.",
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("overhead", help="time, bytes held and bytes copied, by case")
+    commands = top.add_subparsers(dest="command")
+
+    def add(name: str, about: str, seconds: float | None = None) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about, description=about)
+        if seconds is not None:
+            command.add_argument(
+                "--seconds",
+                type=float,
+                default=seconds,
+                metavar="S",
+                help=f"for each contender in each case (default: {seconds:g})",
+            )
+            command.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+        return command
+
+    def add_cases(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--case", default="", metavar="NAME", help="only cases whose name contains this"
+        )
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+
+    command = add("suite", "all contenders, peers included, on all cases", 3.0)
+    add_cases(command)
     command.add_argument(
-        "--seconds", type=float, default=5.0, help="for each contender in each case (default: 5)"
+        "--contender",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only contenders whose name contains this; may be given again",
     )
-    command.add_argument("--case", default="", help="only cases whose name contains this")
-    command.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    command = commands.add_parser("zoo", help="is every map right, on real architectures?")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command = add("growth", "cost against number of sites, batch and steps", 1.0)
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    command = add("render", "write tables and charts into docs/ from the JSON of suite and growth")
+    command.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    command.add_argument("--docs", type=Path, default=report.DOCS, help=argparse.SUPPRESS)
+    add_cases(add("overhead", "the suite without peers, for a look before and after a change", 5.0))
+    command = add("compiled", "the suite's compiled cases", 10.0)
+    command.add_argument("--backend", default="inductor", help="of torch.compile")
+    command = add("zoo", "is every map right, on real architectures?")
     command.add_argument(
         "--out", type=Path, metavar="FILE", help="write the page there, e.g. docs/zoo.md"
     )
     command.add_argument("--model", default="", help="only models whose name contains this")
     command.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
-    command = commands.add_parser("memory", help="bytes at the peak of a training step, counted")
+    command = add("memory", "bytes at the peak of a training step, counted")
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    command = commands.add_parser("compiled", help="time, beside a bare compiled model")
-    command.add_argument("--backend", default="inductor", help="of torch.compile")
-    command.add_argument("--seconds", type=float, default=10.0, help="for each model")
-    command.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
-    command = commands.add_parser("longrun", help="is memory flat over thousands of steps?")
+    command = add("longrun", "is memory flat over thousands of steps?")
     command.add_argument("--steps", type=int, default=5000, help="of training (default: 5000)")
     command.add_argument("--figure", type=Path, metavar="FILE", help="draw the curves there")
-    command = commands.add_parser("statistics", help="beside one read of each map")
+    command = add("statistics", "running statistics beside one read of each map", 1.0)
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    command.add_argument("--seconds", type=float, default=1.0, help="for each figure (default: 1)")
-    command.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
     command.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    given = parser.parse_args()
-    if given.command == "zoo":
+    return top
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line and run."""
+    top = parser()
+    given = top.parse_args(arguments)
+    if given.command is None:
+        given = top.parse_args(["suite"])
+    if given.command == "suite":
+        suite.run(
+            given.seconds,
+            chosen(given.case, given.device),
+            suite.select(given.contender),
+            device=given.device,
+            threads=given.threads,
+            json_file=given.json,
+        )
+    elif given.command == "growth":
+        growth.run(given.seconds, given.threads, given.json)
+    elif given.command == "render":
+        report.render(given.files, given.docs)
+    elif given.command == "overhead":
+        cases = [c for c in CASES if not c.compiled]
+        own = [c for c in contenders.CONTENDERS if c.name in contenders.OWN]
+        suite.run(
+            given.seconds,
+            chosen(given.case, "cpu", cases),
+            own,
+            threads=given.threads,
+            json_file=given.json,
+        )
+    elif given.command == "compiled":
+        suite.run(
+            given.seconds,
+            [c for c in CASES if c.compiled],
+            contenders.CONTENDERS,
+            threads=given.threads,
+            backend=given.backend,
+        )
+    elif given.command == "zoo":
         zoo.run(given.out, given.model, given.threads)
     elif given.command == "memory":
         memory.run(given.device)
-    elif given.command == "compiled":
-        compiled.run(given.backend, given.seconds, given.threads)
-    elif given.command == "longrun":
-        longrun.run(given.steps, given.figure)
     elif given.command == "statistics":
         statistics.run(given.device, given.threads, given.seconds, not given.no_compile)
     else:
-        overhead.run(given.seconds, given.case, given.threads, given.json)
+        longrun.run(given.steps, given.figure)
 
 
 if __name__ == "__main__":

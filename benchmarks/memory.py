@@ -24,18 +24,28 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.models import GPT, ResNet
 from fmapkit import capture
 
-__all__ = ["CASES", "CONTENDERS", "Case", "Live", "peak", "run"]
+__all__ = ["CASES", "CONTENDERS", "Case", "Count", "Live", "counted", "peak", "run"]
+
+aten = torch.ops.aten
+_COPIES = {aten.clone, aten.copy_, aten._to_copy, aten.index_select}
 
 WARM_UP = 3  # steps before the one that counts: learned, then replayed
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all memory that was made, or shown to it, and is still alive."""
+    """Counts the bytes of all memory that was made, or shown to it, and is still alive.
+
+    Attributes:
+        bytes: alive now.
+        peak: most that were alive at once.
+        copied: bytes that the calls whose whole purpose is a copy have written.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
         self.peak = 0
+        self.copied = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def see(self, value: Any) -> None:
@@ -66,6 +76,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         self.see(output)
+        if func._overloadpacket in _COPIES:
+            self.copied += sum(t.nbytes for t in tree_leaves(output) if isinstance(t, Tensor))
         return output
 
 
@@ -125,21 +137,43 @@ def peak(case: Case, around: Around, device: str = "cpu") -> int:
         optimizer.step()
 
     with around(model):
-        if device != "cpu":
-            for _ in range(WARM_UP):
-                step()
-            torch.cuda.reset_peak_memory_stats()
+        state = [*model.parameters(), *model.buffers()]
+        return counted(step, state, WARM_UP, device).peak
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of one pass: bytes alive at its peak, and bytes copied."""
+
+    peak: int
+    copied: int
+
+
+def counted(
+    step: Callable[[], object], state: Sequence[Tensor], warm_up: int, device: str = "cpu"
+) -> Count:
+    """Count a pass, after some that only settle what is held.
+
+    Args:
+        step: the pass.
+        state: what was there before: weights.
+        warm_up: passes before the one that counts.
+        device: on CUDA the peak is the allocator's.
+    """
+    gc.collect()
+    live = Live()
+    live.see(state)
+    with live:
+        for _ in range(warm_up):
             step()
-            return torch.cuda.max_memory_allocated()
-        gc.collect()
-        live = Live()
-        live.see([*model.parameters(), *model.buffers()])
-        with live:
-            for _ in range(WARM_UP):
-                step()
-            live.peak = live.bytes
-            step()
-        return live.peak
+        live.peak = live.bytes
+        live.copied = 0
+        step()
+    if device == "cpu":
+        return Count(live.peak, live.copied)
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return Count(torch.cuda.max_memory_allocated(), live.copied)
 
 
 def run(device: str = "cpu") -> None:

@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GPT", "ResNet"]
+__all__ = ["GPT", "ConvNet", "ResNet", "ViT", "deep_mlp", "small_cnn"]
 
 
 class BasicBlock(nn.Module):
     """torchvision's block: one in-place ReLU used twice, the sum written into bn2's output."""
+
+    expansion = 1
 
     def __init__(self, inplanes: int, planes: int, stride: int, functional: bool) -> None:
         super().__init__()
@@ -35,28 +37,63 @@ class BasicBlock(nn.Module):
         return self.relu(out)
 
 
-class ResNet(nn.Module):
-    """ResNet-18; with `functional`, every ReLU is a call of `F.relu` that no module hook sees."""
+class Bottleneck(nn.Module):
+    """torchvision's deeper block: one in-place ReLU used three times."""
 
-    def __init__(self, *, functional: bool = False) -> None:
+    expansion = 4
+
+    def __init__(self, inplanes: int, planes: int, stride: int, functional: bool) -> None:
         super().__init__()
+        wide = planes * self.expansion
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, wide, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(wide)
+        self.relu = F.relu if functional else nn.ReLU(inplace=True)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or inplanes != wide:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inplanes, wide, 1, stride, bias=False), nn.BatchNorm2d(wide)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+class ResNet(nn.Module):
+    """ResNet-18, or ResNet-50 with `deep`.
+
+    With `functional`, every ReLU is a call of `F.relu` that no module hook sees.
+    """
+
+    def __init__(self, *, functional: bool = False, deep: bool = False) -> None:
+        super().__init__()
+        block = Bottleneck if deep else BasicBlock
+        counts = (3, 4, 6, 3) if deep else (2, 2, 2, 2)
         self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = F.relu if functional else nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        self.layer1 = self._stage(64, 64, 1, functional)
-        self.layer2 = self._stage(64, 128, 2, functional)
-        self.layer3 = self._stage(128, 256, 2, functional)
-        self.layer4 = self._stage(256, 512, 2, functional)
+        inplanes, stages = 64, []
+        for n, count in enumerate(counts):
+            planes, blocks = 64 * 2**n, []
+            for k in range(count):
+                stride = 2 if n and not k else 1
+                blocks.append(block(inplanes, planes, stride, functional))
+                inplanes = planes * block.expansion
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(512, 1000)
-
-    @staticmethod
-    def _stage(inplanes: int, planes: int, stride: int, functional: bool) -> nn.Sequential:
-        return nn.Sequential(
-            BasicBlock(inplanes, planes, stride, functional),
-            BasicBlock(planes, planes, 1, functional),
-        )
+        self.fc = nn.Linear(inplanes, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -66,18 +103,19 @@ class ResNet(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with a fused qkv projection."""
+    """Self-attention with a fused qkv projection."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, width = x.shape
         q, k, v = self.qkv(x).view(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         out: Tensor = self.proj(x.transpose(1, 2).reshape(n, t, width))
         return out
 
@@ -85,10 +123,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A transformer block, norms first."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, causal)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width),
@@ -121,3 +159,64 @@ class GPT(nn.Module):
             x = block(x)
         logits: Tensor = self.lm_head(self.ln_f(x))
         return logits
+
+
+class ViT(nn.Module):
+    """A vision transformer's layout, small: patches, a class token, blocks with norms first."""
+
+    def __init__(
+        self, *, size: int = 64, patch: int = 8, layers: int = 6, width: int = 192, heads: int = 3
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.randn(1, (size // patch) ** 2 + 1, width) * 0.02)
+        self.blocks = nn.Sequential(*(Block(width, heads, causal=False) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions
+        logits: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
+        return logits
+
+
+class ConvNet(nn.Module):
+    """No nonlinearity is a module: functions, a method, one in place, one behind a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.conv2, self.bn2 = nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
+        self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
+        self.conv4 = nn.Conv2d(64, 64, 3, padding=1)
+        self.conv5 = nn.Conv2d(64, 128, 3, padding=1)
+        self.fc1, self.fc2 = nn.Linear(128, 64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 2)
+        x = F.max_pool2d(F.relu(self.bn2(self.conv2(x)), inplace=True), 2)
+        x = F.gelu(self.conv3(x))
+        x = torch.tanh(self.conv4(x) + x)
+        x = self.conv5(x).relu_()
+        x = F.silu(self.fc1(x.mean((2, 3))))
+        logits: Tensor = self.fc2(x)
+        return logits
+
+
+def deep_mlp(layers: int = 200, width: int = 16) -> nn.Module:
+    """So many tiny linear layers, each with a ReLU of its own: nothing but dispatch."""
+    parts = (part for _ in range(layers) for part in (nn.Linear(width, width), nn.ReLU()))
+    return nn.Sequential(*parts)
+
+
+def small_cnn() -> nn.Module:
+    """Six convolutions with norms and in-place ReLUs."""
+    layers: list[nn.Module] = []
+    width = 3
+    for wider in (16, 16, 32, 32, 64, 64):
+        layers += [nn.Conv2d(width, wider, 3, padding=1, stride=1 + (wider > width > 3))]
+        layers += [nn.BatchNorm2d(wider), nn.ReLU(inplace=True)]
+        width = wider
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))

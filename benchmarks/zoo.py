@@ -17,13 +17,12 @@ import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.overhead import environment
+from benchmarks.measure import environment, package
 from fmapkit import CaptureWarning, capture
 
 __all__ = ["run"]
@@ -230,7 +229,7 @@ def _summary(rows: list[Row]) -> list[str]:
 def _page(rows: list[Row]) -> str:
     about = environment()
     about.pop("machine"), about.pop("threads")
-    about |= {name: _version(name) for name in ("pytorchcv", "transformers")}
+    about |= {name: package(name) for name in ("pytorchcv", "transformers")}
     versions = ", ".join(f"{key} {value}" for key, value in about.items())
     lines = [
         "# Real architectures",
@@ -269,10 +268,3 @@ def _page(rows: list[Row]) -> str:
 def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
     align = ["---", *["--:"] * (len(HEADS) - 2), "---"]
     return ["| " + " | ".join(cells) + " |" for cells in (HEADS, align, *rows)]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

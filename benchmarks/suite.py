@@ -1,0 +1,238 @@
+"""All contenders on each case, in one interleaved run: time, bytes, and whose maps are right.
+
+First each contender is alone with the model. Bytes are counted there (below autograd on a CPU, by
+the allocator on CUDA), and what it hands out after a pass is judged against the truth. Then all of
+them are open at once and take turns beside the bare model, timed (see `measure.py`).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import peers
+from benchmarks.cases import Bench, Case
+from benchmarks.contenders import CONTENDERS, CONTROL, Contender, Opened
+from benchmarks.measure import Figures, Timed, environment, interleave, load, reason
+from benchmarks.memory import counted
+from benchmarks.verdict import Site, judge, sites
+
+__all__ = ["measure", "run", "select"]
+
+Row = dict[str, Any]
+
+
+def select(names: Sequence[str]) -> list[Contender]:
+    """The control, and the contenders of which a name contains one of these; all if there is none.
+
+    Raises:
+        SystemExit: a name fits none.
+    """
+    for name in names:
+        if not any(name in c.name for c in CONTENDERS):
+            known = [c.name for c in CONTENDERS]
+            raise SystemExit(f"no contender has {name!r} in its name: {known}")
+    return [
+        c for c in CONTENDERS if not names or c.name == CONTROL or any(n in c.name for n in names)
+    ]
+
+
+def run(
+    budget: float,
+    cases: list[Case],
+    contenders: list[Contender],
+    *,
+    device: str = "cpu",
+    threads: int = 2,
+    json_file: Path | None = None,
+    backend: str = "inductor",
+) -> dict[str, Any]:
+    """Measure, print a table for each case, and write all as JSON if asked to.
+
+    Args:
+        budget: seconds for each contender in each case.
+        cases: in this order.
+        contenders: in this order; the control has to be among them.
+        device: "cpu" or "cuda".
+        threads: of torch.
+        json_file: where to write, anew after each case; None for nowhere.
+        backend: of torch.compile, for compiled cases.
+
+    Raises:
+        SystemExit: there is no CUDA device.
+    """
+    if device != "cpu" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device is there")
+    torch.set_num_threads(threads)
+    about = environment(device) | peers.versions()
+    about["load at the start"] = load()
+    about["seconds per contender"] = f"{budget:g}"
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    notes = {c.name: c.note for c in contenders}
+    result: dict[str, Any] = {"kind": "suite", "environment": about, "notes": notes, "cases": []}
+    began = time.perf_counter()
+    for case in cases:
+        with torch._dynamo.config.patch(recompile_limit=64):  # one for each copy of a model
+            found = measure(case, contenders, budget, device, backend)
+        result["cases"].append(found)
+        _print(found)
+        about["took"] = f"{time.perf_counter() - began:.0f} s"
+        if json_file is not None:
+            json_file.write_text(json.dumps(result, indent=1) + "\n")
+        gc.collect()
+    print(f"\n{about['took']}" + ("" if json_file is None else f", written to {json_file}"))
+    return result
+
+
+def measure(
+    case: Case,
+    contenders: Sequence[Contender],
+    budget: float,
+    device: str = "cpu",
+    backend: str = "inductor",
+) -> dict[str, Any]:
+    """One case, as it stands in the JSON."""
+    bench = Bench(case, device, backend)
+    bench.run(bench.model)  # the optimizer's state is there before anybody counts
+    truth = sites(bench)
+    rows: dict[str, Row] = {}
+    for contender in contenders:
+        why = peers.missing(contender.package) or contender.unfit(case)
+        rows[contender.name] = {"error": why} if why else _attempt(bench, contender, truth)
+    open_to = [c for c in contenders if "error" not in rows[c.name]]
+    with warnings.catch_warnings(), ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        bare = bench.ready(bench.copy())
+        timed: dict[str, Timed] = {}
+        for contender in open_to:
+            opened = stack.enter_context(contender.open(bench))
+            timed[contender.name] = _timed(bench, contender, opened, bare)
+        times, failed = interleave(timed, budget, device)
+    for name, error in failed.items():
+        rows[name] = {"error": error}
+    for name, pairs in times.items():
+        rows[name] |= vars(Figures.of(pairs))
+    return {
+        "case": case.name,
+        "device": device,
+        "training": case.trains,
+        "compiled": case.compiled,
+        "sites": len(truth),
+        "bare_seconds": rows[CONTROL].get("bare"),
+        "rows": [{"contender": name, **row} for name, row in rows.items()],
+    }
+
+
+def _timed(bench: Bench, contender: Contender, opened: Opened, bare: Any) -> Timed:
+    def run() -> None:
+        with opened.around():
+            bench.run(opened.call)
+
+    def plain() -> None:
+        bench.run(bare)
+
+    def repeated(once: Callable[[], None]) -> Callable[[], None]:
+        def several() -> None:
+            for _ in range(contender.passes):
+                once()
+
+        return several
+
+    if contender.passes == 1:
+        return Timed(run, plain, opened.before, opened.after)
+    return Timed(repeated(run), repeated(plain), opened.before, opened.after)
+
+
+def _attempt(bench: Bench, contender: Contender, truth: Sequence[Site]) -> Row:
+    """What can be said of a contender alone with the model; its error if it has one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are about the model, and the verdict says more
+        try:
+            return _alone(bench, contender, truth)
+        except Exception as error:
+            return {"error": reason(error)}
+
+
+def _alone(bench: Bench, contender: Contender, truth: Sequence[Site]) -> Row:
+    row: Row = {}
+    with contender.open(bench) as opened:
+
+        def once(run: Callable[[Any], None]) -> None:
+            if opened.before is not None:
+                opened.before()
+            try:
+                with opened.around():
+                    run(opened.call)
+            finally:
+                if opened.after is not None:
+                    opened.after()
+
+        judged = opened.read is not None or contender.name == CONTROL
+        # A graph that inductor made calls nothing that could be counted from Python.
+        if judged and not (bench.case.compiled and bench.device == "cpu"):
+            warm_up = 2 if contender.passes == 1 else contender.passes
+            count = counted(lambda: once(bench.run), bench.state, warm_up, bench.device)
+            row |= {"peak_bytes": count.peak, "copied_bytes": count.copied}
+        for _ in range(contender.passes):  # so that the last one is a captured one
+            once(bench.rehearse)
+        if opened.read is not None:
+            handed = opened.read()
+            row["held_bytes"] = handed.nbytes
+            exact = bench.device == "cpu" and not bench.case.compiled
+            for kind, verdict in judge(truth, handed, exact=exact).items():
+                row[kind] = None if verdict is None else verdict.as_dict()
+    return row
+
+
+def _print(found: dict[str, Any]) -> None:
+    bare = found["bare_seconds"]
+    print(
+        f"\n{found['case']} ({found['device']}): a bare pass takes {1e3 * bare:.2f} ms, "
+        f"{found['sites']} sites"
+    )
+    print(f"  {'':18} {'ratio':>7} {'quartiles':>15} {'pairs':>6} {'held':>8} {'peak':>8}", end="")
+    print(f" {'copied':>8}  z and a: right/wrong/not seen")
+    control = found["rows"][0]
+    for row in found["rows"]:
+        name = f"  {row['contender']:18}"
+        if "error" in row:
+            print(f"{name} {row['error']}")
+            continue
+        quartiles = f"{row['low']:.3f}-{row['high']:.3f}"
+        sizes = [
+            _megabytes(row.get("held_bytes")),
+            _megabytes(above(row, control, "peak_bytes"), "+"),
+            _megabytes(above(row, control, "copied_bytes")),
+        ]
+        verdicts = "  ".join(counts(row[kind]) for kind in ("z", "a") if kind in row)
+        print(
+            f"{name} {row['ratio']:7.3f} {quartiles:>15} {row['pairs']:6} "
+            + " ".join(f"{size:>8}" for size in sizes)
+            + f"  {verdicts}",
+            flush=True,
+        )
+
+
+def above(row: Row, control: Row, key: str) -> int | None:
+    """Bytes more than the bare pass."""
+    mine, bare = row.get(key), control.get(key)
+    return None if mine is None or bare is None else mine - bare
+
+
+def counts(verdict: dict[str, int] | None) -> str:
+    """A verdict in three numbers."""
+    if verdict is None:
+        return "not asked"
+    return f"{verdict['right']}/{verdict['wrong']}/{verdict['unseen']}"
+
+
+def _megabytes(count: int | None, sign: str = "") -> str:
+    return "-" if count is None else f"{count / 1e6:{sign}.2f}"
