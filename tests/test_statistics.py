@@ -274,11 +274,35 @@ def test_compiled_gives_the_same() -> None:
     images, tall = torch.randn(4, 3, 8, 8).relu(), torch.randn(7, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", CaptureWarning)
-        for x in (images, tall, images[:2] * 1e20, images.half()):
-            assert_right(fed(x, x, compile=True)["conv"], rows([x, x], 1))
+        for x in (images, tall, images[:2] * 1e20, images.half(), images + 1e8):
+            parts = [x, x * 3, x[:0], -x, x[1:]]
+            assert_right(fed(*parts, compile=True, bins="log2")["conv"], rows(parts, 1))
         s = Statistics(compile=True)
-        s.update(fmap(torch.tensor([[0.995], [0.5]]), nonlinearity="sigmoid"))
-    assert s["conv"].saturated_fraction.tolist() == [0.5]
+        for value in (0.5, 0.005, 0.3, 0.2):
+            s.update(fmap(torch.tensor([[0.995], [value]]), nonlinearity="sigmoid"))
+        assert s["conv"].saturated_fraction.tolist() == [5 / 8]
+    histograms = [
+        fed(images, images, compile=c, bins="log2")["conv"].histogram for c in (False, True)
+    ]
+    assert histograms[0] is not None
+    assert histograms[1] is not None
+    assert torch.equal(*histograms)
+
+
+def test_the_number_of_compilations_does_not_grow() -> None:
+    """Neither with the values seen nor with the shapes: what is compiled is general."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    stats = Statistics(compile=True)
+    for n in range(3, 12):
+        for shape in ((n, 4, 5, n), (2 * n, n)):
+            x = torch.randn(shape)
+            for _ in range(3):
+                stats.update(fmap(x, layer=f"{shape}"))
+        if n == 5:
+            assert counters["stats"]["unique_graphs"] > 0
+            counters.clear()
+    assert counters["stats"]["unique_graphs"] == 0
 
 
 def test_a_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

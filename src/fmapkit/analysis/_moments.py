@@ -17,7 +17,7 @@ value near them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fmapkit.analysis._bins import Edges, placed
 
-__all__ = ["Moments", "accumulator", "along", "by_filter", "empty", "merge", "moments", "sums"]
+__all__ = ["Moments", "absorb", "accumulator", "along", "by_filter", "fused", "merge", "moments"]
 
 # Values that are worked on at a time. On a CPU a block and its float64 copy have to stay in the
 # cache, as they are read some ten times; elsewhere it bounds the memory that the copy takes.
@@ -62,6 +62,17 @@ class Moments:
     maximum: Tensor
     counts: Tensor
     histogram: Tensor | None = None
+
+    @staticmethod
+    def of(count: int, state: Sequence[Tensor], histogram: Tensor | None = None) -> Moments:
+        """From shift, offset, m2, minimum, maximum and counts."""
+        shift, offset, m2, minimum, maximum, counts = state
+        return Moments(count, shift, offset, m2, minimum, maximum, counts, histogram)
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """Shift, offset, m2, minimum, maximum and counts."""
+        return self.shift, self.offset, self.m2, self.minimum, self.maximum, self.counts
 
     @property
     def mean(self) -> Tensor:
@@ -117,7 +128,7 @@ def by_filter(tensor: Tensor, dim: int | None) -> Tensor:
     return tensor.permute(*order, *dropped).reshape(outer, count, size // (outer * count))
 
 
-def empty(filters: int, device: torch.device, edges: Edges | None) -> Moments:
+def _empty(filters: int, device: torch.device, edges: Edges | None) -> Moments:
     """Moments of no value."""
     kind = accumulator(device)
     zeros = torch.zeros(filters, dtype=kind, device=device)
@@ -131,10 +142,7 @@ def empty(filters: int, device: torch.device, edges: Edges | None) -> Moments:
 
 
 def moments(
-    values: Tensor,
-    bounds: tuple[float, float] | None = None,
-    edges: Edges | None = None,
-    compiled: Callable[..., Any] | None = None,
+    values: Tensor, bounds: tuple[float, float] | None = None, edges: Edges | None = None
 ) -> Moments:
     """The moments of one map.
 
@@ -142,23 +150,22 @@ def moments(
         values: (outer, filters, inner), real, integer or bool.
         bounds: at or below the first and at or above the second a value is saturated.
         edges: of the histogram; NaN falls in none of its columns.
-        compiled: `sums`, compiled; None works block by block.
     """
     outer, filters, inner = values.shape
     if not values.numel():
-        return empty(filters, values.device, edges)
-    count = outer * inner
+        return _empty(filters, values.device, edges)
     pilot = _pilot(values, accumulator(values.device))
-    if compiled is not None:
-        parts = compiled(values, pilot, bounds)
-    else:
-        parts = _blockwise(values, pilot, bounds)
-    s1, s2, minimum, maximum, *counted = parts
-    away = s1 / count
-    m2 = (s2 - s1 * away).clamp_min(0)
-    counts = torch.stack(counted).to(torch.int64)
+    found = _finished(outer * inner, *_blockwise(values, pilot, bounds))
     histogram = None if edges is None else _histogram(values, edges)
-    return Moments(count, pilot, away, m2, minimum, maximum, counts, histogram)
+    return Moments.of(outer * inner, (pilot, *found), histogram)
+
+
+def _finished(
+    count: int, s1: Tensor, s2: Tensor, low: Tensor, high: Tensor, *counted: Tensor
+) -> tuple[Tensor, ...]:
+    """Offset, m2, minimum, maximum and counts of the sums."""
+    offset = s1 / count
+    return offset, (s2 - s1 * offset).clamp_min(0), low, high, torch.stack(counted).to(torch.int64)
 
 
 def _pilot(values: Tensor, kind: torch.dtype) -> Tensor:
@@ -169,8 +176,8 @@ def _pilot(values: Tensor, kind: torch.dtype) -> Tensor:
     return torch.where(pilot.isfinite(), pilot, 0)
 
 
-def sums(values: Tensor, pilot: Tensor, bounds: tuple[float, float] | None) -> tuple[Tensor, ...]:
-    """S1, S2, minimum, maximum, and the three counts: one expression, for a compiler to fuse."""
+def _sums(values: Tensor, pilot: Tensor, bounds: tuple[float, float] | None) -> tuple[Tensor, ...]:
+    """S1, S2, minimum, maximum, and the three counts, written for a compiler to fuse."""
     wide = values.to(pilot.dtype)
     shifted = wide - pilot[:, None]
     over = (0, 2)
@@ -186,12 +193,47 @@ def sums(values: Tensor, pilot: Tensor, bounds: tuple[float, float] | None) -> t
     )
 
 
+def absorb(
+    values: Tensor, bounds: tuple[float, float] | None, seen: int, *state: Tensor
+) -> tuple[Tensor, ...]:
+    """`merge(state, moments(values))` as one expression for a compiler to fuse, histogram apart.
+
+    Args:
+        values: as in `moments`, at least one of each filter.
+        bounds: as there.
+        seen: values of each filter that the state knows.
+        state: shift, offset, m2, minimum, maximum, counts.
+
+    Returns:
+        The state after it.
+    """
+    outer, _, inner = values.shape
+    pilot = _pilot(values, state[0].dtype)
+    found = _finished(outer * inner, *_sums(values, pilot, bounds))
+    return _chan(seen, state, outer * inner, (pilot, *found))
+
+
+def fused(
+    a: Moments,
+    values: Tensor,
+    bounds: tuple[float, float] | None,
+    edges: Edges | None,
+    compiled: Callable[..., tuple[Tensor, ...]],
+) -> Moments:
+    """`merge(a, moments(values))` by `absorb`, compiled."""
+    after = (a.shift, *compiled(values, bounds, a.count, *a.state)[1:])
+    histogram = a.histogram
+    if edges is not None and histogram is not None:
+        histogram = histogram + _histogram(values, edges)
+    return Moments.of(a.count + values.shape[0] * values.shape[2], after, histogram)
+
+
 def _blockwise(
     values: Tensor, pilot: Tensor, bounds: tuple[float, float] | None
 ) -> tuple[Tensor, ...]:
-    """The same as `sums`, a block at a time: one read from memory, the others from the cache."""
+    """The same as `_sums`, a block at a time: one read from memory, the others from the cache."""
     _, filters, inner = values.shape
-    size = _BLOCK.get(values.device.type, _BLOCK_ELSEWHERE)
+    size = _block_size(values.device)
     if filters > 1 and filters * inner > size:
         step = max(1, size // inner)
         parts = [
@@ -215,6 +257,12 @@ def _blockwise(
         *(low.amin(0), high.amax(0)),
         *(c.sum(0) for c in counted),
     )
+
+
+def _block_size(device: torch.device) -> int:
+    size = _BLOCK.get(device.type)
+    # Each thread works on its share of a block, in a cache of its own.
+    return _BLOCK_ELSEWHERE if size is None else size * min(torch.get_num_threads(), 16)
 
 
 def _blocks(values: Tensor, size: int) -> Iterator[Tensor]:
@@ -272,7 +320,7 @@ def _histogram(values: Tensor, edges: Edges) -> Tensor:
     counts = torch.zeros(filters * width, dtype=torch.int64, device=values.device)
     first = torch.arange(filters, device=values.device)[:, None] * width
     one = torch.ones((), dtype=torch.int64, device=values.device)
-    size = _BLOCK.get(values.device.type, _BLOCK_ELSEWHERE)
+    size = _block_size(values.device)
     step = max(1, size // (filters * inner))
     for o in range(0, outer, step):
         wide = values[o : o + step].to(accumulator(values.device))
@@ -287,22 +335,25 @@ def merge(a: Moments, b: Moments) -> Moments:
         return a
     if not a.count:
         return b
-    count = a.count + b.count
-    delta = (b.shift - a.shift) + (b.offset - a.offset)
-    offset = a.offset + delta * (b.count / count)
-    # Infinite already: so it stays, as in NumPy, though inf - inf above is not a number.
-    offset = torch.where(a.offset.isinf(), a.offset + b.offset, offset)
-    m2 = a.m2 + b.m2 + delta.square() * (a.count / count * b.count)
+    after = _chan(a.count, a.state, b.count, b.state)
     histogram = None
     if a.histogram is not None and b.histogram is not None:
         histogram = a.histogram + b.histogram
-    return Moments(
-        count,
-        a.shift,
-        offset,
-        m2,
-        torch.minimum(a.minimum, b.minimum),
-        torch.maximum(a.maximum, b.maximum),
-        a.counts + b.counts,
-        histogram,
+    return Moments.of(a.count + b.count, after, histogram)
+
+
+def _chan(n: int, a: Sequence[Tensor], m: int, b: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The pairwise rule; of each side shift, offset, m2, minimum, maximum, counts."""
+    shift, offset, m2, low, high, counts = a
+    its_shift, its_offset, its_m2, its_low, its_high, its_counts = b
+    delta = (its_shift - shift) + (its_offset - offset)
+    between = offset + delta * (m / (n + m))
+    # Infinite already: so it stays, as in NumPy, though inf - inf above is not a number.
+    return (
+        shift,
+        torch.where(offset.isinf(), offset + its_offset, between),
+        m2 + its_m2 + delta.square() * (n / (n + m) * m),
+        torch.minimum(low, its_low),
+        torch.maximum(high, its_high),
+        counts + its_counts,
     )
