@@ -6,6 +6,8 @@ import copy
 import io
 import pickle
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -765,3 +767,14 @@ def test_merges_that_cannot_be_meant() -> None:
 def test_reduce_needs_a_process_group() -> None:
     with pytest.raises(DistributedError, match="init_process_group first"):
         fed(torch.randn(2, 3)).reduce()
+
+
+def test_import_of_the_library_does_not_pay_for_it() -> None:
+    code = "import sys, fmapkit; print(sorted(m for m in sys.modules if 'fmapkit.analysis' in m))"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.strip() == "['fmapkit.analysis', 'fmapkit.analysis.protocol']"
+    assert {"Statistics", "Analysis"} <= set(dir(fmapkit.analysis))
+    with pytest.raises(AttributeError, match=r"'fmapkit\.analysis' has no attribute 'Statistic'"):
+        _ = fmapkit.analysis.Statistic

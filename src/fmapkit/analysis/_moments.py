@@ -309,8 +309,11 @@ def _counted(flags: Tensor, kind: torch.dtype) -> Tensor:
 def along(op: Any, block: Tensor) -> Tensor:
     """A reduction to (C,), in the order of axes that keeps the inner loop long."""
     first, last = (2, 0) if block.shape[2] >= _LONG or block.shape[0] == 1 else (0, 1)
-    reduced: Tensor = op(op(block, first), last)
-    return reduced
+    reduced: Tensor = op(block, first)
+    if reduced.shape[last] == 1:
+        return reduced.squeeze(last)
+    whole: Tensor = op(reduced, last)
+    return whole
 
 
 def _histogram(values: Tensor, edges: Edges) -> Tensor:
