@@ -138,12 +138,15 @@ def test_equal_to_numpy_at_any_scale(drawn: tuple[list[Tensor], int]) -> None:
     assert_right(fed(*tensors, dim=dim)["conv"], rows(tensors, dim))
 
 
-@given(data(), st.integers(3, 64))
-def test_equal_to_numpy_over_many_blocks(drawn: tuple[list[Tensor], int], size: int) -> None:
+@given(data(), st.integers(3, 64), st.sampled_from([1, 2, 8]))
+def test_equal_to_numpy_over_many_blocks(
+    drawn: tuple[list[Tensor], int], size: int, long: int
+) -> None:
     """Blocks that split the batch, the filters, and the rows of one filter."""
     tensors, dim = drawn
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(_moments._BLOCK, "cpu", size)
+        patch.setattr(_moments, "_LONG", long)
         assert_right(fed(*tensors, dim=dim)["conv"], rows(tensors, dim))
 
 

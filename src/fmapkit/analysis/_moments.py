@@ -32,7 +32,7 @@ __all__ = ["Moments", "absorb", "accumulator", "along", "by_filter", "fused", "m
 # cache, as they are read some ten times; elsewhere it bounds the memory that the copy takes.
 _BLOCK = {"cpu": 2**17}
 _BLOCK_ELSEWHERE = 2**24  # a sum of so many ones is still exact in float32
-_LONG = 128  # rows of so many values are summed up along themselves, shorter ones across
+_LONG = 128  # rows of so many values are summed up along themselves, shorter ones across them
 
 ZERO, NONFINITE, SATURATED = range(3)  # rows of `Moments.counts`
 
@@ -165,7 +165,11 @@ def _finished(
 ) -> tuple[Tensor, ...]:
     """Offset, m2, minimum, maximum and counts of the sums."""
     offset = s1 / count
-    return offset, (s2 - s1 * offset).clamp_min(0), low, high, torch.stack(counted).to(torch.int64)
+    counts = [c.to(torch.int64) for c in counted]
+    if len(counts) == SATURATED:  # no bounds
+        counts.append(torch.zeros_like(counts[0]))
+    m2 = (s2 - s1 * offset).clamp_min(0)
+    return offset, m2, low.to(s1.dtype), high.to(s1.dtype), torch.stack(counts)
 
 
 def _pilot(values: Tensor, kind: torch.dtype) -> Tensor:
@@ -177,20 +181,21 @@ def _pilot(values: Tensor, kind: torch.dtype) -> Tensor:
 
 
 def _sums(values: Tensor, pilot: Tensor, bounds: tuple[float, float] | None) -> tuple[Tensor, ...]:
-    """S1, S2, minimum, maximum, and the three counts, written for a compiler to fuse."""
+    """S1, S2, minimum, maximum, and the counts, the last if there are bounds; to be fused."""
     wide = values.to(pilot.dtype)
     shifted = wide - pilot[:, None]
     over = (0, 2)
-    zero = (values == 0).sum(over)
-    return (
+    found = (
         shifted.sum(over),
         (shifted * shifted).sum(over),
         wide.amin(over),
         wide.amax(over),
-        zero,
+        (values == 0).sum(over),
         (~wide.isfinite()).sum(over),
-        ((wide <= bounds[0]) | (wide >= bounds[1])).sum(over) if bounds else torch.zeros_like(zero),
     )
+    if bounds is None:
+        return found
+    return *found, ((wide <= bounds[0]) | (wide >= bounds[1])).sum(over)
 
 
 def absorb(
@@ -232,30 +237,37 @@ def _blockwise(
     values: Tensor, pilot: Tensor, bounds: tuple[float, float] | None
 ) -> tuple[Tensor, ...]:
     """The same as `_sums`, a block at a time: one read from memory, the others from the cache."""
-    _, filters, inner = values.shape
+    outer, filters, inner = values.shape
     size = _block_size(values.device)
-    if filters > 1 and filters * inner > size:
-        step = max(1, size // inner)
-        parts = [
-            _blockwise(values[:, c : c + step], pilot[c : c + step], bounds)
-            for c in range(0, filters, step)
-        ]
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-    blocks = list(_blocks(values, size))
-    largest = max(block.numel() for block in blocks)
+    # What is summed up across has to be tall, or the sums are as many as the values.
+    rows = 1 if inner >= _LONG else min(outer, _LONG)
+    step = min(filters, max(size // (inner * rows), -(-_LONG // inner)))
+    largest = min(values.numel(), max(size, step * min(inner, size)))
     scratch = torch.empty(largest, dtype=pilot.dtype, device=values.device)
     # Arithmetic on these is fast as they are; the others are worked on in their wider copy.
     native = values.dtype in (torch.float32, torch.float64)
     mask = torch.empty(largest, dtype=values.dtype if native else pilot.dtype, device=values.device)
-    shift = pilot[:, None]
-    rows = [_block(block, shift, bounds, scratch, mask, native) for block in blocks]
-    if len(rows) == 1:
-        return rows[0]
-    s1, s2, low, high, *counted = (torch.stack(column) for column in zip(*rows, strict=True))
+    strips = []
+    for c in range(0, filters, step):
+        shift = pilot[c : c + step, None]
+        found = [
+            _block(block, shift, bounds, scratch, mask, native)
+            for block in _blocks(values[:, c : c + step], size)
+        ]
+        strips.append(_together(found))
+    if len(strips) == 1:
+        return strips[0]
+    return tuple(torch.cat(column) for column in zip(*strips, strict=True))
+
+
+def _together(blocks: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The sums over several blocks of the same filters."""
+    if len(blocks) == 1:
+        return blocks[0]
+    s1, s2, low, high, *counted = (torch.stack(column) for column in zip(*blocks, strict=True))
     return (
-        *(s.sum(0) for s in (s1, s2)),
-        *(low.amin(0), high.amax(0)),
-        *(c.sum(0) for c in counted),
+        *(s1.sum(0), s2.sum(0), low.amin(0), high.amax(0)),
+        *(c.sum(0, dtype=torch.int64) for c in counted),
     )
 
 
@@ -289,21 +301,18 @@ def _block(
     flags = mask[: block.numel()].view(block.shape)
     wide.copy_(block)
     raw = block if native else wide
-    low, high = (along(op, raw).to(wide.dtype) for op in (torch.amin, torch.amax))
-    zero = _counted(torch.eq(raw, 0, out=flags), wide.dtype)
-    nonfinite = _counted(torch.mul(raw, 0, out=flags).ne_(0), wide.dtype)
-    if bounds is None:
-        saturated = torch.zeros_like(zero)
-    else:  # in the wider type, in which the bounds are what the user wrote
-        saturated = _counted(torch.le(wide, bounds[0]).logical_or_(wide >= bounds[1]), wide.dtype)
+    low, high = along(torch.amin, raw), along(torch.amax, raw)
+    counted = [
+        along(torch.sum, torch.eq(raw, 0, out=flags)),
+        along(torch.sum, torch.mul(raw, 0, out=flags).ne_(0)),
+    ]
+    if bounds is not None:  # in the wider type, in which the bounds are what the user wrote
+        beyond = torch.le(wide, bounds[0]).logical_or_(wide >= bounds[1])
+        counted.append(along(torch.sum, beyond))
     wide.sub_(shift)
     s1 = along(torch.sum, wide)
     s2 = along(torch.sum, wide.square_())
-    return s1, s2, low, high, zero, nonfinite, saturated
-
-
-def _counted(flags: Tensor, kind: torch.dtype) -> Tensor:
-    return along(torch.sum, flags).to(kind)
+    return s1, s2, low, high, *counted
 
 
 def along(op: Any, block: Tensor) -> Tensor:
