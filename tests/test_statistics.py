@@ -339,6 +339,11 @@ def test_a_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_saturated(sigma: str, low: float, high: float, dtype: torch.dtype) -> None:
     near = torch.linspace(-0.03, 0.03, 601, dtype=torch.float64)
     x = torch.stack([low + near, high + near, torch.full_like(near, (low + high) / 2)], 1).to(dtype)
+    # Next to the bounds, where their rounding to the map's type would tell.
+    for column, bound in enumerate((low, high)):
+        x[0, column] = bound
+        x[1, column] = torch.nextafter(x[0, column], torch.tensor(9.0, dtype=dtype))
+        x[2, column] = torch.nextafter(x[0, column], torch.tensor(-9.0, dtype=dtype))
     stats = Statistics(saturation={"mine": (-2.0, 0.5)})
     stats.update(fmap(x, nonlinearity=sigma))
     stats.update(fmap(x, nonlinearity=sigma, kind="preactivation"))

@@ -19,8 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,7 +179,7 @@ def _pilot(values: Tensor, kind: torch.dtype) -> Tensor:
     pilot = values[0, :, 0].to(kind)
     if kind == torch.float32:
         pilot = pilot + (values.to(kind) - pilot[:, None]).mean((0, 2))
-    return torch.where(pilot.isfinite(), pilot, 0)
+    return torch.nan_to_num(pilot, 0.0, 0.0, 0.0)
 
 
 def _sums(values: Tensor, pilot: Tensor, bounds: tuple[float, float] | None) -> tuple[Tensor, ...]:
@@ -306,13 +308,25 @@ def _block(
         along(torch.sum, torch.eq(raw, 0, out=flags)),
         along(torch.sum, torch.mul(raw, 0, out=flags).ne_(0)),
     ]
-    if bounds is not None:  # in the wider type, in which the bounds are what the user wrote
-        beyond = torch.le(wide, bounds[0]).logical_or_(wide >= bounds[1])
-        counted.append(along(torch.sum, beyond))
+    if bounds is not None:
+        least, most = _rounded(*bounds) if raw.dtype == torch.float32 else bounds
+        below = along(torch.sum, torch.le(raw, least, out=flags))
+        counted.append(below + along(torch.sum, torch.ge(raw, most, out=flags)))
     wide.sub_(shift)
     s1 = along(torch.sum, wide)
     s2 = along(torch.sum, wide.square_())
     return s1, s2, low, high, *counted
+
+
+@cache
+def _rounded(low: float, high: float) -> tuple[float, float]:
+    """The float32 numbers that a float32 is at or below, or above, just when it is the given."""
+    least, most = np.float32(low), np.float32(high)
+    if float(least) > low:
+        least = np.nextafter(least, np.float32(-np.inf))
+    if float(most) < high:
+        most = np.nextafter(most, np.float32(np.inf))
+    return float(least), float(most)
 
 
 def along(op: Any, block: Tensor) -> Tensor:
