@@ -77,13 +77,13 @@ def assert_right(s: LayerStatistics, x: Array) -> None:
         return
     with np.errstate(invalid="ignore"):
         mean, variance = x.mean(1), x.var(1)
-    np.testing.assert_array_equal(s.minimum.numpy(), x.min(1))
-    np.testing.assert_array_equal(s.maximum.numpy(), x.max(1))
-    np.testing.assert_array_equal(s.zero_fraction.numpy(), (x == 0).sum(1) / x.shape[1])
+    np.testing.assert_array_equal(s.minimum.cpu().numpy(), x.min(1))
+    np.testing.assert_array_equal(s.maximum.cpu().numpy(), x.max(1))
+    np.testing.assert_array_equal(s.zero_fraction.cpu().numpy(), (x == 0).sum(1) / x.shape[1])
     assert s.nonfinite.tolist() == (~np.isfinite(x)).sum(1).tolist()
     for got, true, allowed in (
-        (s.mean.numpy(), mean, 1e-12 * (np.abs(mean) + np.sqrt(variance))),
-        (s.variance.numpy(), variance, 1e-9 * variance + (1e-15 * mean) ** 2),
+        (s.mean.cpu().numpy(), mean, 1e-12 * (np.abs(mean) + np.sqrt(variance))),
+        (s.variance.cpu().numpy(), variance, 1e-9 * variance + (1e-15 * mean) ** 2),
     ):
         finite = np.isfinite(true)
         np.testing.assert_array_equal(got[~finite], true[~finite])
@@ -266,12 +266,12 @@ def test_without_float64() -> None:
     true = rows([x], 1)
     assert s.edges is not None
     assert s.histogram is not None
-    expected = [np.bincount(np.digitize(row, s.edges.numpy()), minlength=62) for row in true]
-    np.testing.assert_array_equal(s.histogram.numpy(), expected)
+    expected = [np.bincount(np.digitize(row, s.edges.cpu().numpy()), minlength=62) for row in true]
+    np.testing.assert_array_equal(s.histogram.cpu().numpy(), expected)
     assert s.mean.dtype == torch.float32
-    np.testing.assert_allclose(s.mean.numpy(), true.mean(1), rtol=1e-6)
-    np.testing.assert_allclose(s.variance.numpy(), true.var(1), rtol=1e-5)
-    np.testing.assert_array_equal(s.maximum.numpy(), true.max(1))
+    np.testing.assert_allclose(s.mean.cpu().numpy(), true.mean(1), rtol=1e-6)
+    np.testing.assert_allclose(s.variance.cpu().numpy(), true.var(1), rtol=1e-5)
+    np.testing.assert_array_equal(s.maximum.cpu().numpy(), true.max(1))
 
 
 def test_compiled_gives_the_same() -> None:
@@ -349,7 +349,7 @@ def test_saturated(sigma: str, low: float, high: float, dtype: torch.dtype) -> N
     stats.update(fmap(x, nonlinearity=sigma, kind="preactivation"))
     true = rows([x], 1)
     expected = ((true <= low) | (true >= high)).mean(1)
-    np.testing.assert_array_equal(stats["conv"].saturated_fraction.numpy(), expected)
+    np.testing.assert_array_equal(stats["conv"].saturated_fraction.cpu().numpy(), expected)
     assert stats["conv", "preactivation"].saturated_fraction.isnan().all()
 
 
@@ -374,7 +374,7 @@ def test_histogram(bins: Any, dtype: torch.dtype) -> None:
     s = fed(*x.split(70), bins=bins)["conv"]
     assert s.edges is not None
     assert s.histogram is not None
-    edges = s.edges.numpy()
+    edges = s.edges.cpu().numpy()
     if bins == "log2":
         powers = 2.0 ** np.arange(-14, 16)
         np.testing.assert_array_equal(edges, np.concatenate([-powers[::-1], [0], powers]))
@@ -385,7 +385,7 @@ def test_histogram(bins: Any, dtype: torch.dtype) -> None:
         np.bincount(np.digitize(row[~np.isnan(row)], edges), minlength=len(edges) + 1)
         for row in true
     ]
-    np.testing.assert_array_equal(s.histogram.numpy(), expected)
+    np.testing.assert_array_equal(s.histogram.cpu().numpy(), expected)
     assert s.histogram.sum(1).tolist() == [1399, 1400, 1400]  # all values but the NaN
 
 
