@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.models import ResNet
 from fmapkit import FeatureMap, capture
-from fmapkit.analysis import Statistics
+from fmapkit.analysis import Analysis, DeadFilters, Statistics
 
 __all__ = ["CASES", "Case", "bandwidth", "run", "time_of"]
 
@@ -43,10 +43,11 @@ CASES = [
     Case("saturating 8x64x56x56", (8, 64, 56, 56), sigma="tanh"),
     Case("bfloat16 8x64x56x56", (8, 64, 56, 56), dtype=torch.bfloat16),
 ]
-CONTENDERS: dict[str, Callable[[], Statistics]] = {
+CONTENDERS: dict[str, Callable[[], Analysis]] = {
     "all but a histogram": Statistics,
     "compiled": lambda: Statistics(compile=True),
     'bins="log2"': lambda: Statistics(bins="log2"),
+    "DeadFilters": DeadFilters,
 }
 
 
@@ -95,12 +96,12 @@ def _maps(case: Case, device: str) -> list[FeatureMap]:
     return maps
 
 
-def _turn(stats: Statistics, maps: list[FeatureMap]) -> Callable[[], None]:
+def _turn(analysis: Analysis, maps: list[FeatureMap]) -> Callable[[], None]:
     at = 0
 
     def call() -> None:
         nonlocal at
-        stats.update(maps[at])
+        analysis.update(maps[at])
         at = (at + 1) % len(maps)
 
     return call

@@ -399,7 +399,9 @@ def test_the_picture() -> None:
     assert states(dead["fc"]).tolist() == expected
     dead.update(fmap(torch.ones(6, 200), layer="wide", nonlinearity="gelu"))
     figure = dead.plot(title="all of them", max_filters=20)
-    strip, wide = figure.axes
+    strip, wide, below = figure.axes
+    words = [t.get_text() for t in below.get_legend().get_texts()]
+    assert words == ["fired", "silent", "silent until now, and dead"]
     # The longest silent on top: 2, 1, 0.
     (image,) = strip.get_images()
     np.testing.assert_array_equal(image.get_array(), np.array(expected)[::-1])
@@ -408,9 +410,9 @@ def test_the_picture() -> None:
     assert "20 drawn" in wide.get_title(loc="left")
     figure.draw_without_rendering()
     figure = dead.plot("f*", max_layers=1)
-    assert len(figure.axes) == 1
+    assert len(figure.axes) == 2
     note = "1 more layers are not drawn; choose with layers=… or raise max_layers"
-    assert dead.plot(max_layers=1).get_suptitle() == note
+    assert [t.get_text() for t in dead.plot(max_layers=1).texts] == [note]
     plt.close("all")
 
 

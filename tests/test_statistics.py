@@ -6,6 +6,8 @@ import copy
 import io
 import pickle
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -75,13 +77,13 @@ def assert_right(s: LayerStatistics, x: Array) -> None:
         return
     with np.errstate(invalid="ignore"):
         mean, variance = x.mean(1), x.var(1)
-    np.testing.assert_array_equal(s.minimum.numpy(), x.min(1))
-    np.testing.assert_array_equal(s.maximum.numpy(), x.max(1))
-    np.testing.assert_array_equal(s.zero_fraction.numpy(), (x == 0).sum(1) / x.shape[1])
+    np.testing.assert_array_equal(s.minimum.cpu().numpy(), x.min(1))
+    np.testing.assert_array_equal(s.maximum.cpu().numpy(), x.max(1))
+    np.testing.assert_array_equal(s.zero_fraction.cpu().numpy(), (x == 0).sum(1) / x.shape[1])
     assert s.nonfinite.tolist() == (~np.isfinite(x)).sum(1).tolist()
     for got, true, allowed in (
-        (s.mean.numpy(), mean, 1e-12 * (np.abs(mean) + np.sqrt(variance))),
-        (s.variance.numpy(), variance, 1e-9 * variance + (1e-15 * mean) ** 2),
+        (s.mean.cpu().numpy(), mean, 1e-12 * (np.abs(mean) + np.sqrt(variance))),
+        (s.variance.cpu().numpy(), variance, 1e-9 * variance + (1e-15 * mean) ** 2),
     ):
         finite = np.isfinite(true)
         np.testing.assert_array_equal(got[~finite], true[~finite])
@@ -136,12 +138,15 @@ def test_equal_to_numpy_at_any_scale(drawn: tuple[list[Tensor], int]) -> None:
     assert_right(fed(*tensors, dim=dim)["conv"], rows(tensors, dim))
 
 
-@given(data(), st.integers(3, 64))
-def test_equal_to_numpy_over_many_blocks(drawn: tuple[list[Tensor], int], size: int) -> None:
+@given(data(), st.integers(3, 64), st.sampled_from([1, 2, 8]))
+def test_equal_to_numpy_over_many_blocks(
+    drawn: tuple[list[Tensor], int], size: int, long: int
+) -> None:
     """Blocks that split the batch, the filters, and the rows of one filter."""
     tensors, dim = drawn
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(_moments._BLOCK, "cpu", size)
+        patch.setattr(_moments, "_LONG", long)
         assert_right(fed(*tensors, dim=dim)["conv"], rows(tensors, dim))
 
 
@@ -261,12 +266,12 @@ def test_without_float64() -> None:
     true = rows([x], 1)
     assert s.edges is not None
     assert s.histogram is not None
-    expected = [np.bincount(np.digitize(row, s.edges.numpy()), minlength=62) for row in true]
-    np.testing.assert_array_equal(s.histogram.numpy(), expected)
+    expected = [np.bincount(np.digitize(row, s.edges.cpu().numpy()), minlength=62) for row in true]
+    np.testing.assert_array_equal(s.histogram.cpu().numpy(), expected)
     assert s.mean.dtype == torch.float32
-    np.testing.assert_allclose(s.mean.numpy(), true.mean(1), rtol=1e-6)
-    np.testing.assert_allclose(s.variance.numpy(), true.var(1), rtol=1e-5)
-    np.testing.assert_array_equal(s.maximum.numpy(), true.max(1))
+    np.testing.assert_allclose(s.mean.cpu().numpy(), true.mean(1), rtol=1e-6)
+    np.testing.assert_allclose(s.variance.cpu().numpy(), true.var(1), rtol=1e-5)
+    np.testing.assert_array_equal(s.maximum.cpu().numpy(), true.max(1))
 
 
 def test_compiled_gives_the_same() -> None:
@@ -274,11 +279,35 @@ def test_compiled_gives_the_same() -> None:
     images, tall = torch.randn(4, 3, 8, 8).relu(), torch.randn(7, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", CaptureWarning)
-        for x in (images, tall, images[:2] * 1e20, images.half()):
-            assert_right(fed(x, x, compile=True)["conv"], rows([x, x], 1))
+        for x in (images, tall, images[:2] * 1e20, images.half(), images + 1e8):
+            parts = [x, x * 3, x[:0], -x, x[1:]]
+            assert_right(fed(*parts, compile=True, bins="log2")["conv"], rows(parts, 1))
         s = Statistics(compile=True)
-        s.update(fmap(torch.tensor([[0.995], [0.5]]), nonlinearity="sigmoid"))
-    assert s["conv"].saturated_fraction.tolist() == [0.5]
+        for value in (0.5, 0.005, 0.3, 0.2):
+            s.update(fmap(torch.tensor([[0.995], [value]]), nonlinearity="sigmoid"))
+        assert s["conv"].saturated_fraction.tolist() == [5 / 8]
+    histograms = [
+        fed(images, images, compile=c, bins="log2")["conv"].histogram for c in (False, True)
+    ]
+    assert histograms[0] is not None
+    assert histograms[1] is not None
+    assert torch.equal(*histograms)
+
+
+def test_the_number_of_compilations_does_not_grow() -> None:
+    """Neither with the values seen nor with the shapes: what is compiled is general."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    stats = Statistics(compile=True)
+    for n in range(3, 12):
+        for shape in ((n, 4, 5, n), (2 * n, n)):
+            x = torch.randn(shape)
+            for _ in range(3):
+                stats.update(fmap(x, layer=f"{shape}"))
+        if n == 5:
+            assert counters["stats"]["unique_graphs"] > 0
+            counters.clear()
+    assert counters["stats"]["unique_graphs"] == 0
 
 
 def test_a_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,18 +333,23 @@ def test_a_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ("softsign", -0.98, 0.98),
         ("hardsigmoid", 0.0, 1.0),
         ("relu6", 0.0, 6.0),
-        ("mine", -2.0, 0.5),
+        ("mine", 0.1, 0.9),
     ],
 )
 def test_saturated(sigma: str, low: float, high: float, dtype: torch.dtype) -> None:
     near = torch.linspace(-0.03, 0.03, 601, dtype=torch.float64)
     x = torch.stack([low + near, high + near, torch.full_like(near, (low + high) / 2)], 1).to(dtype)
-    stats = Statistics(saturation={"mine": (-2.0, 0.5)})
+    # Next to the bounds, where their rounding to the map's type would tell.
+    for column, bound in enumerate((low, high)):
+        x[0, column] = bound
+        x[1, column] = torch.nextafter(x[0, column], torch.tensor(9.0, dtype=dtype))
+        x[2, column] = torch.nextafter(x[0, column], torch.tensor(-9.0, dtype=dtype))
+    stats = Statistics(saturation={"mine": (0.1, 0.9)})
     stats.update(fmap(x, nonlinearity=sigma))
     stats.update(fmap(x, nonlinearity=sigma, kind="preactivation"))
     true = rows([x], 1)
     expected = ((true <= low) | (true >= high)).mean(1)
-    np.testing.assert_array_equal(stats["conv"].saturated_fraction.numpy(), expected)
+    np.testing.assert_array_equal(stats["conv"].saturated_fraction.cpu().numpy(), expected)
     assert stats["conv", "preactivation"].saturated_fraction.isnan().all()
 
 
@@ -340,7 +374,7 @@ def test_histogram(bins: Any, dtype: torch.dtype) -> None:
     s = fed(*x.split(70), bins=bins)["conv"]
     assert s.edges is not None
     assert s.histogram is not None
-    edges = s.edges.numpy()
+    edges = s.edges.cpu().numpy()
     if bins == "log2":
         powers = 2.0 ** np.arange(-14, 16)
         np.testing.assert_array_equal(edges, np.concatenate([-powers[::-1], [0], powers]))
@@ -351,7 +385,7 @@ def test_histogram(bins: Any, dtype: torch.dtype) -> None:
         np.bincount(np.digitize(row[~np.isnan(row)], edges), minlength=len(edges) + 1)
         for row in true
     ]
-    np.testing.assert_array_equal(s.histogram.numpy(), expected)
+    np.testing.assert_array_equal(s.histogram.cpu().numpy(), expected)
     assert s.histogram.sum(1).tolist() == [1399, 1400, 1400]  # all values but the NaN
 
 
@@ -445,9 +479,10 @@ def test_in_inference_mode_and_out_of_it() -> None:
             x = torch.randn(4, 3, requires_grad=mode is torch.enable_grad)
             stats.update(fmap(x))
             batches.append(x.detach())
+        (group,) = stats.state_dict()["groups"]
+        assert not any(t.is_inference() for t in group["tensors"].values())
     assert_right(stats["conv"], rows(batches, 1))
     assert not stats["conv"].mean.requires_grad
-    assert not stats["conv"].mean.is_inference()
     assert not batches[1].requires_grad
 
 
@@ -741,3 +776,14 @@ def test_merges_that_cannot_be_meant() -> None:
 def test_reduce_needs_a_process_group() -> None:
     with pytest.raises(DistributedError, match="init_process_group first"):
         fed(torch.randn(2, 3)).reduce()
+
+
+def test_import_of_the_library_does_not_pay_for_it() -> None:
+    code = "import sys, fmapkit; print(sorted(m for m in sys.modules if 'fmapkit.analysis' in m))"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.strip() == "['fmapkit.analysis', 'fmapkit.analysis.protocol']"
+    assert {"Statistics", "Analysis"} <= set(dir(fmapkit.analysis))
+    with pytest.raises(AttributeError, match=r"'fmapkit\.analysis' has no attribute 'Statistic'"):
+        _ = fmapkit.analysis.Statistic

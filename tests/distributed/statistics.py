@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.tensor as tensors
 from torch import Tensor, nn
 
-from fmapkit import DistributedError, FeatureMap, capture
+from fmapkit import CaptureWarning, DistributedError, FeatureMap, capture
 from fmapkit.analysis import LayerStatistics, Statistics, _ranks
 
 
@@ -113,8 +114,7 @@ def more_than_a_mib_takes_a_second_one() -> None:
 def different_layers_are_named_on_every_rank() -> None:
     rank, x = dist.get_rank(), torch.ones(2, 3)
     stats = Statistics()
-    raises_nothing = stats.reduce()
-    assert len(raises_nothing) == 0
+    assert len(stats.reduce()) == 0
     stats.update(fmap(x))
     if rank == 1:
         stats.update(fmap(x, "head"))
@@ -137,6 +137,20 @@ def one_ranks_part_of_a_layer_is_refused() -> None:
     stats = Statistics()
     stats.update(fmap(torch.ones(2, 3), parts=Parts(unknown=True) if dist.get_rank() else None))
     raises(stats.reduce, "the activation of layer 'fc' is one rank's part of it on rank 1")
+
+
+def of_dtensors_whole_ones_only() -> None:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    x = torch.arange(12.0).reshape(4, 3)
+    stats = Statistics()
+    stats.update(fmap(tensors.distribute_tensor(x, mesh, [tensors.Replicate()])))
+    assert_right(stats["fc"], [x[:, :, None]])
+    for n, placement in enumerate((tensors.Shard(0), tensors.Shard(1))):
+        part = tensors.distribute_tensor(x, mesh, [placement])
+        with pytest.warns(CaptureWarning, match="it is a DTensor, of which this rank has a part"):
+            stats.update(fmap(part, f"part {n}"))
+    assert stats.layers == ["fc"]
+    assert list(stats.missed) == [("part 0", "activation"), ("part 1", "activation")]
 
 
 def in_a_group() -> None:
@@ -175,6 +189,7 @@ CASES = [
     more_than_a_mib_takes_a_second_one,
     different_layers_are_named_on_every_rank,
     one_ranks_part_of_a_layer_is_refused,
+    *([of_dtensors_whole_ones_only] if hasattr(tensors, "Shard") else []),
     in_a_group,
     of_a_model,
 ]

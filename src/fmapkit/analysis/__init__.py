@@ -3,10 +3,33 @@
 Pass them to `capture(model, analyses=[...])`. Anything with `update(fm)` is one: see `Analysis`.
 """
 
-from fmapkit.analysis.dead import DeadFilters
-from fmapkit.analysis.firings import LayerFirings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from fmapkit.analysis.protocol import Analysis
-from fmapkit.analysis.statistics import Statistics
-from fmapkit.analysis.summary import LayerStatistics
+
+if TYPE_CHECKING:
+    from fmapkit.analysis.dead import DeadFilters
+    from fmapkit.analysis.firings import LayerFirings
+    from fmapkit.analysis.statistics import Statistics
+    from fmapkit.analysis.summary import LayerStatistics
 
 __all__ = ["Analysis", "DeadFilters", "LayerFirings", "LayerStatistics", "Statistics"]
+
+# Imported when asked for: `import fmapkit` needs the protocol only, and should not pay for them.
+_HOMES = {
+    "DeadFilters": "dead",
+    "LayerFirings": "firings",
+    "LayerStatistics": "summary",
+    "Statistics": "statistics",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,22 +17,24 @@ value near them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fmapkit.analysis._bins import Edges, placed
 
-__all__ = ["Moments", "accumulator", "along", "by_filter", "empty", "merge", "moments", "sums"]
+__all__ = ["Moments", "absorb", "accumulator", "along", "by_filter", "fused", "merge", "moments"]
 
 # Values that are worked on at a time. On a CPU a block and its float64 copy have to stay in the
 # cache, as they are read some ten times; elsewhere it bounds the memory that the copy takes.
 _BLOCK = {"cpu": 2**17}
 _BLOCK_ELSEWHERE = 2**24  # a sum of so many ones is still exact in float32
-_LONG = 128  # rows of so many values are summed up along themselves, shorter ones across
+_LONG = 128  # rows of so many values are summed up along themselves, shorter ones across them
 
 ZERO, NONFINITE, SATURATED = range(3)  # rows of `Moments.counts`
 
@@ -62,6 +64,17 @@ class Moments:
     maximum: Tensor
     counts: Tensor
     histogram: Tensor | None = None
+
+    @staticmethod
+    def of(count: int, state: Sequence[Tensor], histogram: Tensor | None = None) -> Moments:
+        """From shift, offset, m2, minimum, maximum and counts."""
+        shift, offset, m2, minimum, maximum, counts = state
+        return Moments(count, shift, offset, m2, minimum, maximum, counts, histogram)
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """Shift, offset, m2, minimum, maximum and counts."""
+        return self.shift, self.offset, self.m2, self.minimum, self.maximum, self.counts
 
     @property
     def mean(self) -> Tensor:
@@ -117,7 +130,7 @@ def by_filter(tensor: Tensor, dim: int | None) -> Tensor:
     return tensor.permute(*order, *dropped).reshape(outer, count, size // (outer * count))
 
 
-def empty(filters: int, device: torch.device, edges: Edges | None) -> Moments:
+def _empty(filters: int, device: torch.device, edges: Edges | None) -> Moments:
     """Moments of no value."""
     kind = accumulator(device)
     zeros = torch.zeros(filters, dtype=kind, device=device)
@@ -131,10 +144,7 @@ def empty(filters: int, device: torch.device, edges: Edges | None) -> Moments:
 
 
 def moments(
-    values: Tensor,
-    bounds: tuple[float, float] | None = None,
-    edges: Edges | None = None,
-    compiled: Callable[..., Any] | None = None,
+    values: Tensor, bounds: tuple[float, float] | None = None, edges: Edges | None = None
 ) -> Moments:
     """The moments of one map.
 
@@ -142,23 +152,26 @@ def moments(
         values: (outer, filters, inner), real, integer or bool.
         bounds: at or below the first and at or above the second a value is saturated.
         edges: of the histogram; NaN falls in none of its columns.
-        compiled: `sums`, compiled; None works block by block.
     """
     outer, filters, inner = values.shape
     if not values.numel():
-        return empty(filters, values.device, edges)
-    count = outer * inner
+        return _empty(filters, values.device, edges)
     pilot = _pilot(values, accumulator(values.device))
-    if compiled is not None:
-        parts = compiled(values, pilot, bounds)
-    else:
-        parts = _blockwise(values, pilot, bounds)
-    s1, s2, minimum, maximum, *counted = parts
-    away = s1 / count
-    m2 = (s2 - s1 * away).clamp_min(0)
-    counts = torch.stack(counted).to(torch.int64)
+    found = _finished(outer * inner, *_blockwise(values, pilot, bounds))
     histogram = None if edges is None else _histogram(values, edges)
-    return Moments(count, pilot, away, m2, minimum, maximum, counts, histogram)
+    return Moments.of(outer * inner, (pilot, *found), histogram)
+
+
+def _finished(
+    count: int, s1: Tensor, s2: Tensor, low: Tensor, high: Tensor, *counted: Tensor
+) -> tuple[Tensor, ...]:
+    """Offset, m2, minimum, maximum and counts of the sums."""
+    offset = s1 / count
+    counts = [c.to(torch.int64) for c in counted]
+    if len(counts) == SATURATED:  # no bounds
+        counts.append(torch.zeros_like(counts[0]))
+    m2 = (s2 - s1 * offset).clamp_min(0)
+    return offset, m2, low.to(s1.dtype), high.to(s1.dtype), torch.stack(counts)
 
 
 def _pilot(values: Tensor, kind: torch.dtype) -> Tensor:
@@ -166,55 +179,104 @@ def _pilot(values: Tensor, kind: torch.dtype) -> Tensor:
     pilot = values[0, :, 0].to(kind)
     if kind == torch.float32:
         pilot = pilot + (values.to(kind) - pilot[:, None]).mean((0, 2))
-    return torch.where(pilot.isfinite(), pilot, 0)
+    return torch.nan_to_num(pilot, 0.0, 0.0, 0.0)
 
 
-def sums(values: Tensor, pilot: Tensor, bounds: tuple[float, float] | None) -> tuple[Tensor, ...]:
-    """S1, S2, minimum, maximum, and the three counts: one expression, for a compiler to fuse."""
+def _sums(values: Tensor, pilot: Tensor, bounds: tuple[float, float] | None) -> tuple[Tensor, ...]:
+    """S1, S2, minimum, maximum, and the counts, the last if there are bounds; to be fused."""
     wide = values.to(pilot.dtype)
     shifted = wide - pilot[:, None]
     over = (0, 2)
-    zero = (values == 0).sum(over)
-    return (
+    found = (
         shifted.sum(over),
         (shifted * shifted).sum(over),
         wide.amin(over),
         wide.amax(over),
-        zero,
+        (values == 0).sum(over),
         (~wide.isfinite()).sum(over),
-        ((wide <= bounds[0]) | (wide >= bounds[1])).sum(over) if bounds else torch.zeros_like(zero),
     )
+    if bounds is None:
+        return found
+    return *found, ((wide <= bounds[0]) | (wide >= bounds[1])).sum(over)
+
+
+def absorb(
+    values: Tensor, bounds: tuple[float, float] | None, seen: int, *state: Tensor
+) -> tuple[Tensor, ...]:
+    """`merge(state, moments(values))` as one expression for a compiler to fuse, histogram apart.
+
+    Args:
+        values: as in `moments`, at least one of each filter.
+        bounds: as there.
+        seen: values of each filter that the state knows.
+        state: shift, offset, m2, minimum, maximum, counts.
+
+    Returns:
+        The state after it.
+    """
+    outer, _, inner = values.shape
+    pilot = _pilot(values, state[0].dtype)
+    found = _finished(outer * inner, *_sums(values, pilot, bounds))
+    return _chan(seen, state, outer * inner, (pilot, *found))
+
+
+def fused(
+    a: Moments,
+    values: Tensor,
+    bounds: tuple[float, float] | None,
+    edges: Edges | None,
+    compiled: Callable[..., tuple[Tensor, ...]],
+) -> Moments:
+    """`merge(a, moments(values))` by `absorb`, compiled."""
+    after = (a.shift, *compiled(values, bounds, a.count, *a.state)[1:])
+    histogram = a.histogram
+    if edges is not None and histogram is not None:
+        histogram = histogram + _histogram(values, edges)
+    return Moments.of(a.count + values.shape[0] * values.shape[2], after, histogram)
 
 
 def _blockwise(
     values: Tensor, pilot: Tensor, bounds: tuple[float, float] | None
 ) -> tuple[Tensor, ...]:
-    """The same as `sums`, a block at a time: one read from memory, the others from the cache."""
-    _, filters, inner = values.shape
-    size = _BLOCK.get(values.device.type, _BLOCK_ELSEWHERE)
-    if filters > 1 and filters * inner > size:
-        step = max(1, size // inner)
-        parts = [
-            _blockwise(values[:, c : c + step], pilot[c : c + step], bounds)
-            for c in range(0, filters, step)
-        ]
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-    blocks = list(_blocks(values, size))
-    largest = max(block.numel() for block in blocks)
+    """The same as `_sums`, a block at a time: one read from memory, the others from the cache."""
+    outer, filters, inner = values.shape
+    size = _block_size(values.device)
+    # What is summed up across has to be tall, or the sums are as many as the values.
+    rows = 1 if inner >= _LONG else min(outer, _LONG)
+    step = min(filters, max(size // (inner * rows), -(-_LONG // inner)))
+    largest = min(values.numel(), max(size, step * min(inner, size)))
     scratch = torch.empty(largest, dtype=pilot.dtype, device=values.device)
     # Arithmetic on these is fast as they are; the others are worked on in their wider copy.
     native = values.dtype in (torch.float32, torch.float64)
     mask = torch.empty(largest, dtype=values.dtype if native else pilot.dtype, device=values.device)
-    shift = pilot[:, None]
-    rows = [_block(block, shift, bounds, scratch, mask, native) for block in blocks]
-    if len(rows) == 1:
-        return rows[0]
-    s1, s2, low, high, *counted = (torch.stack(column) for column in zip(*rows, strict=True))
+    strips = []
+    for c in range(0, filters, step):
+        shift = pilot[c : c + step, None]
+        found = [
+            _block(block, shift, bounds, scratch, mask, native)
+            for block in _blocks(values[:, c : c + step], size)
+        ]
+        strips.append(_together(found))
+    if len(strips) == 1:
+        return strips[0]
+    return tuple(torch.cat(column) for column in zip(*strips, strict=True))
+
+
+def _together(blocks: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The sums over several blocks of the same filters."""
+    if len(blocks) == 1:
+        return blocks[0]
+    s1, s2, low, high, *counted = (torch.stack(column) for column in zip(*blocks, strict=True))
     return (
-        *(s.sum(0) for s in (s1, s2)),
-        *(low.amin(0), high.amax(0)),
-        *(c.sum(0) for c in counted),
+        *(s1.sum(0), s2.sum(0), low.amin(0), high.amax(0)),
+        *(c.sum(0, dtype=torch.int64) for c in counted),
     )
+
+
+def _block_size(device: torch.device) -> int:
+    size = _BLOCK.get(device.type)
+    # Each thread works on its share of a block, in a cache of its own.
+    return _BLOCK_ELSEWHERE if size is None else size * min(torch.get_num_threads(), 16)
 
 
 def _blocks(values: Tensor, size: int) -> Iterator[Tensor]:
@@ -241,28 +303,40 @@ def _block(
     flags = mask[: block.numel()].view(block.shape)
     wide.copy_(block)
     raw = block if native else wide
-    low, high = (along(op, raw).to(wide.dtype) for op in (torch.amin, torch.amax))
-    zero = _counted(torch.eq(raw, 0, out=flags), wide.dtype)
-    nonfinite = _counted(torch.mul(raw, 0, out=flags).ne_(0), wide.dtype)
-    if bounds is None:
-        saturated = torch.zeros_like(zero)
-    else:  # in the wider type, in which the bounds are what the user wrote
-        saturated = _counted(torch.le(wide, bounds[0]).logical_or_(wide >= bounds[1]), wide.dtype)
+    low, high = along(torch.amin, raw), along(torch.amax, raw)
+    counted = [
+        along(torch.sum, torch.eq(raw, 0, out=flags)),
+        along(torch.sum, torch.mul(raw, 0, out=flags).ne_(0)),
+    ]
+    if bounds is not None:
+        least, most = _rounded(*bounds) if raw.dtype == torch.float32 else bounds
+        below = along(torch.sum, torch.le(raw, least, out=flags))
+        counted.append(below + along(torch.sum, torch.ge(raw, most, out=flags)))
     wide.sub_(shift)
     s1 = along(torch.sum, wide)
     s2 = along(torch.sum, wide.square_())
-    return s1, s2, low, high, zero, nonfinite, saturated
+    return s1, s2, low, high, *counted
 
 
-def _counted(flags: Tensor, kind: torch.dtype) -> Tensor:
-    return along(torch.sum, flags).to(kind)
+@cache
+def _rounded(low: float, high: float) -> tuple[float, float]:
+    """The float32 numbers that a float32 is at or below, or above, just when it is the given."""
+    least, most = np.float32(low), np.float32(high)
+    if float(least) > low:
+        least = np.nextafter(least, np.float32(-np.inf))
+    if float(most) < high:
+        most = np.nextafter(most, np.float32(np.inf))
+    return float(least), float(most)
 
 
 def along(op: Any, block: Tensor) -> Tensor:
     """A reduction to (C,), in the order of axes that keeps the inner loop long."""
     first, last = (2, 0) if block.shape[2] >= _LONG or block.shape[0] == 1 else (0, 1)
-    reduced: Tensor = op(op(block, first), last)
-    return reduced
+    reduced: Tensor = op(block, first)
+    if reduced.shape[last] == 1:
+        return reduced.squeeze(last)
+    whole: Tensor = op(reduced, last)
+    return whole
 
 
 def _histogram(values: Tensor, edges: Edges) -> Tensor:
@@ -272,7 +346,7 @@ def _histogram(values: Tensor, edges: Edges) -> Tensor:
     counts = torch.zeros(filters * width, dtype=torch.int64, device=values.device)
     first = torch.arange(filters, device=values.device)[:, None] * width
     one = torch.ones((), dtype=torch.int64, device=values.device)
-    size = _BLOCK.get(values.device.type, _BLOCK_ELSEWHERE)
+    size = _block_size(values.device)
     step = max(1, size // (filters * inner))
     for o in range(0, outer, step):
         wide = values[o : o + step].to(accumulator(values.device))
@@ -287,22 +361,25 @@ def merge(a: Moments, b: Moments) -> Moments:
         return a
     if not a.count:
         return b
-    count = a.count + b.count
-    delta = (b.shift - a.shift) + (b.offset - a.offset)
-    offset = a.offset + delta * (b.count / count)
-    # Infinite already: so it stays, as in NumPy, though inf - inf above is not a number.
-    offset = torch.where(a.offset.isinf(), a.offset + b.offset, offset)
-    m2 = a.m2 + b.m2 + delta.square() * (a.count / count * b.count)
+    after = _chan(a.count, a.state, b.count, b.state)
     histogram = None
     if a.histogram is not None and b.histogram is not None:
         histogram = a.histogram + b.histogram
-    return Moments(
-        count,
-        a.shift,
-        offset,
-        m2,
-        torch.minimum(a.minimum, b.minimum),
-        torch.maximum(a.maximum, b.maximum),
-        a.counts + b.counts,
-        histogram,
+    return Moments.of(a.count + b.count, after, histogram)
+
+
+def _chan(n: int, a: Sequence[Tensor], m: int, b: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The pairwise rule; of each side shift, offset, m2, minimum, maximum, counts."""
+    shift, offset, m2, low, high, counts = a
+    its_shift, its_offset, its_m2, its_low, its_high, its_counts = b
+    delta = (its_shift - shift) + (its_offset - offset)
+    between = offset + delta * (m / (n + m))
+    # Infinite already: so it stays, as in NumPy, though inf - inf above is not a number.
+    return (
+        shift,
+        torch.where(offset.isinf(), offset + its_offset, between),
+        m2 + its_m2 + delta.square() * (n / (n + m) * m),
+        torch.minimum(low, its_low),
+        torch.maximum(high, its_high),
+        counts + its_counts,
     )

@@ -50,7 +50,7 @@ def exchange(
     if dist.get_rank(group) < 0:
         raise DistributedError(f"{what}: rank {dist.get_rank()} is not in the group it was given")
     mine = _pack(text, tensors)
-    device = _device(tensors[0] if tensors else torch.empty(0), group)
+    device = _device(tensors[0] if tensors else torch.empty(0, device="cpu"), group)
     parts = _gathered(mine, FIRST, device, group)
     sizes = [_numbers(part)[1] for part in parts]
     if max(sizes) > FIRST:
@@ -62,7 +62,7 @@ def exchange(
 def _gathered(mine: Tensor, size: int, device: torch.device, group: Any) -> list[Tensor]:
     import torch.distributed as dist
 
-    padded = torch.zeros(size, dtype=torch.uint8)
+    padded = torch.zeros(size, dtype=torch.uint8, device="cpu")
     padded[: mine.numel()] = mine[:size]
     padded = padded.to(device)
     received = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
@@ -83,7 +83,7 @@ def _pack(text: Any, tensors: Sequence[Tensor]) -> Tensor:
     letters = json.dumps([text, forms]).encode()
     written = torch.frombuffer(bytearray(letters), dtype=torch.uint8)
     body = torch.cat([written, *map(_bytes, tensors)])
-    head = torch.tensor([len(letters), _HEAD + body.numel()])
+    head = torch.tensor([len(letters), _HEAD + body.numel()], device="cpu")
     return torch.cat([_bytes(head), body])
 
 

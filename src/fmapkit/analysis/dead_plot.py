@@ -64,17 +64,18 @@ def plot_dead(
     heights = [float(np.clip(0.06 * min(len(s), max_filters), 0.5, 2.0)) for s in shown]
     figure: Figure
     figure, rows = plt.subplots(
-        len(shown),
+        len(shown) + 1,  # the last one for the legend
         1,
-        figsize=(_WIDTH, sum(heights) + 0.5 * len(shown) + 0.8),
-        height_ratios=heights,
+        figsize=(_WIDTH, sum(heights) + 0.5 * len(shown) + 0.9),
+        height_ratios=[*heights, 0.25],
         squeeze=False,
         layout="constrained",
     )
-    for ax, s in zip(rows[:, 0], shown, strict=True):
+    *strips, below = rows[:, 0]
+    for ax, s in zip(strips, shown, strict=True):
         _draw(ax, s, max_filters)
-    rows[-1, 0].set_xlabel("inputs")
-    _legend(figure)
+    strips[-1].set_xlabel("inputs")
+    _legend(below)
     more = len(found) - len(shown)
     if more:
         note = f"{more} more layers are not drawn; choose with layers=… or raise max_layers"
@@ -130,10 +131,10 @@ def _draw(ax: Axes, s: LayerFirings, max_filters: int) -> None:
     )
 
 
-def _legend(figure: Figure) -> None:
+def _legend(ax: Axes) -> None:
     from matplotlib.patches import Patch
 
-    patches = [
-        Patch(facecolor=c, label=w) for c, w in zip(_COLOURS[: len(_WORDS)], _WORDS, strict=True)
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(_WORDS), frameon=False)
+    colours = _COLOURS[: len(_WORDS)]
+    patches = [Patch(facecolor=c, label=w) for c, w in zip(colours, _WORDS, strict=True)]
+    ax.legend(handles=patches, loc="center", ncol=len(_WORDS), frameon=False)
+    ax.set_axis_off()

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fmapkit.analysis import _moments
 from fmapkit.analysis._bins import Edges
 from fmapkit.analysis._keys import Filters, Groups, Name, readable, table
-from fmapkit.analysis._moments import Moments, by_filter, merge, moments
+from fmapkit.analysis._moments import Moments, absorb, by_filter, fused, merge, moments
 from fmapkit.analysis._ranks import agree, exchange
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
 from fmapkit.analysis.summary import _HEADS, LayerStatistics, _columns, overall, summarise
@@ -118,30 +117,28 @@ class Statistics:
             name, filters = self._groups.place(fm)
             values = by_filter(tensor.detach(), fm.filter_dim if filters is not None else None)
             bounds = bounds_of(fm, self._bounds)
-            new = self._moments(values, bounds)
             group = self._groups.names.setdefault(name, {}).get(filters)
             if group is None:
-                group = _Group(new, bounds is not None, fm.parts is not None)
+                first = moments(values, bounds, self._edges)
+                group = _Group(first, bounds is not None, fm.parts is not None)
                 self._groups.names[name][filters] = group
                 return
-            if group.moments.device != tensor.device:
-                group.moments = group.moments.on(tensor.device)
-            group.moments = merge(group.moments, new)
+            group.moments = self._after(group.moments.on(tensor.device), values, bounds)
             group.local |= fm.parts is not None
 
-    def _moments(self, values: Tensor, bounds: Bounds | None) -> Moments:
-        if self._compile:
+    def _after(self, before: Moments, values: Tensor, bounds: Bounds | None) -> Moments:
+        if self._compile and before.count and values.numel():
             try:
-                return moments(values, bounds, self._edges, _compiled())
+                return fused(before, values, bounds, self._edges, _compiled())
             except Exception as error:  # of whatever backend there is, or is not
                 self._compile = False
                 warnings.warn(
                     "Statistics(compile=True): torch.compile failed, so statistics go on without "
                     f"it ({type(error).__name__}: {str(error).strip().splitlines()[:1]})",
                     CaptureWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-        return moments(values, bounds, self._edges)
+        return merge(before, moments(values, bounds, self._edges))
 
     def _leave_out(self, fm: FeatureMap, reason: str) -> None:
         if (fm.layer, fm.kind) not in self._groups.missed:
@@ -372,7 +369,7 @@ class Statistics:
 @cache
 def _compiled() -> Callable[..., Any]:
     # By dynamic shapes: a map of another size should not be compiled again.
-    return torch.compile(_moments.sums, dynamic=True)
+    return torch.compile(absorb, dynamic=True)
 
 
 def _short(value: Any) -> str:
