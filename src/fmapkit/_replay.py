@@ -34,6 +34,8 @@ _module = itemgetter(0)
 
 # A tensor, its version, where its gradient will arrive, and whether it is a copy.
 Item = tuple[Tensor, int, Gradient | None, bool]
+# By slot, and whether some filters were picked.
+Slots = dict[tuple[str, bool], Item]
 
 
 class Run:
@@ -68,7 +70,7 @@ class Run:
         self.base = base
         self.log: list[Any] = []  # per step: its module, then what was read
         self.lost = ""  # why the run left its plan, if it did
-        self.before: dict[nn.Module, list[tuple[Tensor, Gradient | None]]] = {}
+        self.before: dict[nn.Module, list[Slots]] = {}  # read before the call that overwrites it
         self.mode: LightMode | None = None
         self.marks: list[bool] = []  # per running child: whether the mode was on around it
         self.how = int(wants.detach and (plan.graph or torch.is_grad_enabled()))
@@ -139,9 +141,9 @@ class Run:
             self.log.append((module, self._own(output), self._version(output)))
             self._noted()
             return
-        x = x_grad = None
+        x = x_grad = before = None
         if module in self.before and any(e.before for e in step.emissions):
-            x, x_grad = self.before[module].pop()
+            before = self.before[module].pop()
         elif step.emissions:
             x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
             x_grad = self._watched(x)
@@ -153,7 +155,7 @@ class Run:
                 record = (*record, self._watched(output), x_grad)
             self.log.append(record)
         else:
-            self.log.append((module, self._read(step, x, output, x_grad)))
+            self.log.append((module, self._read(step, x, output, x_grad, before)))
         self._noted()
 
     def _noted(self) -> None:
@@ -186,8 +188,7 @@ class Run:
             return
         x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
         if isinstance(x, Tensor):
-            x_grad = self._watched(x)
-            self.before.setdefault(module, []).append((clone(self._own(x)), x_grad))
+            self.before.setdefault(module, []).append(self._read_before(step, x))
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """A nonlinearity or layer called by a scope itself."""
@@ -198,31 +199,42 @@ class Run:
             self.stray(name)
             return func(*args, **kwargs)
         x = next(iter(tensors_in(*args, kwargs)[step.place :]), None)
-        held, x_grad = x, self._watched(x)
+        x_grad, before = self._watched(x), None
         if step.flip:
             other = out_of_place(func, args, kwargs)
             func, args, kwargs = other if other is not None else (func, args, kwargs)
         elif x is not None and any(e.before for e in step.emissions):
-            held = clone(self._own(x))
+            before = self._read_before(step, x)
         out = func(*args, **kwargs)
-        self.log.append((None, self._read(step, held, out, x_grad)))
+        self.log.append((None, self._read(step, x, out, x_grad, before)))
         self._noted()
         return out
 
-    def _read(self, step: Step, x: Any, output: Any, x_grad: Gradient | None) -> list[Item | None]:
-        read: list[Any] = []
-        pieces = dict(leaves(output)) if any(e.kind == "output" for e in step.emissions) else {}
-        shared: dict[tuple[str, bool], Item] = {}
+    def _read_before(self, step: Step, x: Tensor) -> Slots:
+        """What is stored of x, which the call is about to overwrite."""
+        grad, found = self._watched(x), {}
         for emission in step.emissions:
-            if emission.kind == "output":
-                value = pieces.get(emission.path)
-            else:
-                value = x if emission.slot == "x" else output
-            if not isinstance(value, Tensor):
-                read.append(None)
-                continue
-            slot = (emission.slot, emission.picked is not None)
+            slot = _slot(emission)
+            if emission.slot == "x" and slot not in found:
+                found[slot] = self._stored(emission, x, grad)
+        return found
+
+    def _read(
+        self, step: Step, x: Any, output: Any, x_grad: Gradient | None, before: Slots | None
+    ) -> list[Item | None]:
+        read: list[Item | None] = []
+        pieces = dict(leaves(output)) if any(e.kind == "output" for e in step.emissions) else {}
+        shared = before or {}
+        for emission in step.emissions:
+            slot = _slot(emission)
             if slot not in shared:
+                if emission.kind == "output":
+                    value = pieces.get(emission.path)
+                else:
+                    value = x if emission.slot == "x" else output
+                if not isinstance(value, Tensor):
+                    read.append(None)
+                    continue
                 grad = x_grad if emission.slot == "x" else self._watched(value)
                 shared[slot] = self._stored(emission, value, grad)
             read.append(shared[slot])
@@ -232,7 +244,7 @@ class Run:
         """What is stored of a tensor."""
         if emission.copy and grad is not None:
             grad.overwritten()
-        picked, axes, doomed = emission.picked, emission.axes, emission.copy and not emission.before
+        picked, axes, doomed = emission.picked, emission.axes, emission.copy
         if picked is not None and axes is not None:
             if grad is not None:
                 grad = grad.picked(*self.wants.place(axes, picked))
@@ -374,6 +386,10 @@ class Run:
     def release(self) -> None:
         """Let go of every tensor."""
         self.log.clear()
+
+
+def _slot(emission: Emission) -> tuple[str, bool]:
+    return emission.slot, emission.picked is not None
 
 
 class LightMode(TorchFunctionMode):
