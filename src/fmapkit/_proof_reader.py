@@ -11,6 +11,7 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from fmapkit._guards import Evidence
@@ -255,6 +256,10 @@ class _Reader:
                 return
         found = scope.resolve(function)
         path = scope.path(function)
+        if isinstance(getattr(found, "__self__", None), torch.Tensor):
+            if not is_trusted_method(str(found.__name__)):
+                raise UnprovenError(f"calls .{found.__name__} of a tensor")
+            return  # of a parameter or a buffer, whichever it is then
         if found is not None:
             self._callee(found, node)
             self._guard_function(function, found)
