@@ -1,0 +1,191 @@
+"""What a captured pass costs, counted and not timed: hooks, Python calls, torch calls, bytes.
+
+A ResNet-18 as torchvision lays it out, from the second pass on. The budgets are what the design
+comes to, derived by hand; whoever exceeds one has made every pass of every user dearer.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fmapkit
+from benchmarks.memory import Live
+from benchmarks.models import GPT, ResNet
+from fmapkit import capture
+from fmapkit._standing import there
+from fmapkit.analysis import Statistics
+
+HOME = str(Path(fmapkit.__file__).parent)
+
+# Blocks: 8 with one ReLU each, called twice, and the stem's: 9 modules, 17 calls.
+SIGMAS, SITES = 9, 17
+# Layers without a nonlinearity: 3 convolutions in the shortcuts, and the classifier.
+ALONE = 4
+
+
+@pytest.fixture(autouse=True)
+def _without_gc() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def image() -> Tensor:
+    return torch.ones(1, 3, 64, 64)
+
+
+def python_calls(run: Callable[[], object]) -> Counter[str]:
+    """The Python functions of fmapkit that are called meanwhile, by name."""
+    found: Counter[str] = Counter()
+
+    def look(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(HOME):
+            found[frame.f_code.co_qualname] += 1
+
+    sys.setprofile(look)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def operators(model: nn.Module, given: Tensor) -> Counter[str]:
+    with Calls() as calls:
+        model(given)
+    return calls.count
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_hooks() -> None:
+    model = ResNet().eval()
+    with torch.no_grad(), capture(model):
+        model(image())
+        model(image())
+        # The model's own pair; a hook on each layer that no nonlinearity follows.
+        assert hooks(model) == 2 + ALONE
+        assert sum(there(m) is not None for m in model.modules()) == 1 + SIGMAS
+
+
+def test_python_calls() -> None:
+    model = ResNet().eval()
+    with torch.no_grad(), capture(model):
+        for _ in range(3):
+            model(image())
+        calls = python_calls(lambda: model(image()))
+    taps = {k: n for k, n in calls.items() if k.endswith("Tap.__call__")}
+    assert taps == {"CallTap.__call__": SITES, "OutputTap.__call__": ALONE}
+    # A site is one call of ours, whatever the rest of the pass takes.
+    assert calls.total() - sum(taps.values()) <= 75, calls.most_common(20)
+
+
+def test_a_pass_that_is_not_captured() -> None:
+    model = ResNet().eval()
+    with torch.no_grad(), capture(model, every=100):
+        for _ in range(3):
+            model(image())
+        assert hooks(model) == 2
+        assert python_calls(lambda: model(image())).total() <= 16
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_operators(train: bool) -> None:
+    """In inference none but a ReLU out of place for one in place; in training, detached aliases."""
+    model = ResNet().eval()
+    with torch.set_grad_enabled(train):
+        bare = operators(model, image())
+        with capture(model):
+            for _ in range(3):
+                model(image())
+            watched = operators(model, image())
+    assert bare["relu_"] == SITES
+    expected = bare.copy()
+    del expected["relu_"]
+    expected["relu"] = SITES
+    if train:
+        expected["detach"] += 2 * SITES + ALONE
+    assert watched == expected
+
+
+@pytest.mark.parametrize(("model", "given"), [(ResNet, image()), (GPT, torch.ones(1, 8).long())])
+def test_bytes(model: Callable[[], nn.Module], given: Tensor) -> None:
+    """After a pass, what is alive is the maps; nothing was copied."""
+    net = model().eval()
+    with torch.no_grad(), capture(net) as maps, Live() as live:
+        live.see([*net.parameters(), *net.buffers(), given])
+        before = live.bytes
+        for _ in range(3):
+            net(given)
+        assert live.bytes - before == maps.nbytes
+        assert maps.bytes_copied == 0
+
+
+def test_tensors_alive_do_not_grow() -> None:
+    model = ResNet().eval()
+
+    def alive() -> int:
+        return sum(isinstance(o, Tensor) for o in gc.get_objects())
+
+    with torch.no_grad(), capture(model) as maps:
+        counts = []
+        for _ in range(5):
+            model(image())
+            counts.append(alive())
+        assert len(set(counts[1:])) == 1
+        # Two for a site, one for a layer alone; the parameters were there before.
+        assert len(maps) == 2 * SITES + ALONE
+
+
+def test_filters_copy_what_was_asked_for() -> None:
+    model = ResNet().eval()
+    with torch.no_grad(), capture(model, filters=range(8)) as maps:
+        for _ in range(3):
+            model(image())
+        made = maps._session.wants.retention.buffers.made
+        with Calls() as calls:
+            model(image())
+        assert maps._session.wants.retention.buffers.made == made
+        assert calls.count["copy_"] == len(maps) == 2 * SITES + ALONE
+        assert calls.count["clone"] == 0
+        assert maps.bytes_copied == maps.nbytes
+
+
+def test_keep_0_holds_one_map_at_a_time() -> None:
+    model = ResNet().eval()
+    with torch.no_grad():
+        with Live() as live:
+            model(image())
+        bare = live.peak
+        with capture(model, analyses=Statistics(), keep=0), Live() as live:
+            for _ in range(3):
+                model(image())
+            live.peak = live.bytes
+            model(image())
+        largest = 64 * 32 * 32 * 4  # bytes of the stem's z
+        assert live.peak - live.bytes <= bare + 3 * largest
