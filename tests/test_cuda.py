@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmapkit import CaptureWarning, capture, edits
+from fmapkit.analysis import Statistics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -61,6 +62,11 @@ OPTIONS: list[dict[str, Any]] = [
     {"detach": False},
     {"edit": {"conv1": edits.scale(2.0)}},
     {"keep": 3},
+    {"dtype": torch.bfloat16},
+    {"filters": [1], "dtype": torch.bfloat16},
+    {"device": "cpu"},
+    {"analyses": "statistics"},
+    {"analyses": "statistics", "keep": 0},
 ]
 
 
@@ -73,13 +79,17 @@ def test_never_waits_for_the_device(
     model = Net(branch).cuda().train(train)
     x = torch.randn(2, 3, 16, 16, device="cuda")
     model(x)
+    options = dict(options)
+    if "analyses" in options:
+        options["analyses"] = Statistics()
     with no_waiting, capture(model, **options) as maps, torch.set_grad_enabled(train):
         for _ in range(4):
             out = model(x)
             if train:
                 out.sum().backward()
-        assert all(fm.device.type == "cuda" for fm in maps)
-        assert maps.nbytes > 0
+        if "device" not in options:  # to read what is on its way is to wait for it
+            assert all(fm.device.type == "cuda" for fm in maps)
+        assert (maps.nbytes > 0) == (options.get("keep") != 0)
 
 
 @pytest.mark.parametrize("branch", [False, True])
@@ -138,6 +148,42 @@ def test_memory_is_flat() -> None:
             model.zero_grad()
             peaks.append(torch.cuda.max_memory_allocated())
     assert len(set(peaks[3:])) == 1, peaks
+
+
+@pytest.mark.parametrize("filters", [None, [0, 3]])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("branch", [False, True])
+def test_offload(branch: bool, dtype: Any, filters: Any) -> None:
+    """Copies that begin late, the model overwriting its memory meanwhile, several passes kept."""
+    model = Net(branch).cuda().eval()
+    bare = copy.deepcopy(model)
+    expected: list[Tensor] = []
+    options: dict[str, Any] = {"filters": filters, "dtype": dtype, "device": "cpu", "keep": 3}
+    kinds = ("response", "preactivation", "activation")
+    with torch.no_grad(), capture(model, kinds=kinds, **options) as maps:
+        for n in range(12):
+            x = torch.randn(8, 3, 64, 64, device="cuda", generator=_seeded(n))
+            torch.cuda._sleep(2_000_000)
+            out = model(x)
+            z = bare.norm(bare.conv1(x))
+            expected.append(z if filters is None else z[:, filters])
+            out.zero_()  # as soon as the pass has ended
+        for fm in maps.select(layer="conv1", kind="preactivation"):
+            assert fm.device.type == "cpu"
+            assert fm.tensor.is_pinned()
+            wanted = expected[fm.step].to(dtype or torch.float32).cpu()
+            assert torch.equal(fm.tensor, wanted)
+        assert not torch.equal(maps["head", "preactivation"].tensor, out.cpu())
+
+
+def test_offload_uses_its_pinned_buffers_again() -> None:
+    model = Net(branch=False).cuda().eval()
+    with torch.no_grad(), capture(model, device="cpu") as maps:
+        made = []
+        for n in range(6):
+            model(torch.randn(8, 3, 64, 64, device="cuda", generator=_seeded(n)))
+            made.append(maps._session.wants.retention.buffers.made)
+        assert len(set(made[2:])) == 1
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
