@@ -43,6 +43,6 @@ bench: $(STAMP)
 	$(PY) -m benchmarks suite --json bench.json
 
 clean:
-	rm -rf $(VENV) build dist demo.png bench.json growth.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo.png demo_dead.png bench.json growth.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf src/*.egg-info
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,9 @@
 """Train a small net on handwritten digits and watch it from inside: `make demo`, under a minute.
 
-One `with capture(model)` stands around the training loop. A twin that nobody watches is trained
-beside it, step by step on the same batches: the difference in time is what capture costs, and at
-the end the two must be equal to the last bit.
+One `with capture(model)` stands around the training loop; in its second half, an analysis sees
+every map as well. A twin that nobody watches is trained beside it, step by step on the same
+batches: the difference in time is what capture costs, and at the end the two must be equal to the
+last bit.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from fmapkit import FeatureMaps, capture
+from fmapkit import Analysis, FeatureMaps, capture
+from fmapkit.analysis import DeadFilters, Statistics
 
 PICTURE = Path("demo.png")
+DEAD_PICTURE = Path("demo_dead.png")
 EPOCHS = 8
 BATCH = 64
 
@@ -54,7 +57,7 @@ class Trainee:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        self.times: list[float] = []
+        self.times: list[float] = []  # of all steps so far
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """One training step."""
@@ -75,16 +78,15 @@ def main() -> None:
     bare = Trainee(copy.deepcopy(watched.model))
     model = watched.model
 
-    heading(f"Training {EPOCHS} epochs, with capture around the loop")
-    with capture(model) as maps:
-        for epoch in range(EPOCHS):
-            for at, (images, labels) in enumerate(batches(*train, shuffle=True)):
-                # Whoever goes second has the warmer caches: take turns.
-                for trainee in (watched, bare) if at % 2 else (bare, watched):
-                    trainee.step(images, labels)
-            if epoch % 2:
-                dead = int((maps["conv3"].tensor == 0).all(dim=0).all(-1).all(-1).sum())
-                print(f"epoch {epoch + 1:2}: {dead} filters of conv3 silent on the last batch")
+    heading(f"Training {EPOCHS // 2} epochs, with capture around the loop")
+    maps = fit(watched, bare, train, [])
+    half = len(watched.times)
+
+    heading(f"{EPOCHS - EPOCHS // 2} epochs more, with an analysis that sees every map")
+    dead = DeadFilters(after=len(train[0]))  # silent for a whole epoch
+    maps = fit(watched, bare, train, [dead])
+    print(dead)
+    dead.plot(title="Which filters fired, over the last epochs").savefig(DEAD_PICTURE, dpi=110)
 
     heading("What is there to read: the maps of the last training step")
     print(maps)
@@ -95,14 +97,12 @@ def main() -> None:
     prove(maps)
 
     heading("What it cost")
-    report_cost(watched, bare, maps)
+    report_cost(watched, bare, maps, half)
 
-    heading("The test set, watched")
-    accuracy, dead_filters = examine(model.eval(), test)
+    heading("The test set, watched: statistics of every layer, and no map kept")
+    accuracy, stats = examine(model.eval(), test)
     print(f"accuracy {accuracy:.1%}")
-    for layer, (dead_of_layer, count) in dead_filters.items():
-        says = f"dead: {', '.join(map(str, dead_of_layer))}" if dead_of_layer else "none died"
-        print(f"  {layer:6} {len(dead_of_layer):2} of {count} filters never fired ({says})")
+    print(stats)
 
     heading("A picture")
     digit = test[0][:1]
@@ -113,6 +113,7 @@ def main() -> None:
     )
     figure.savefig(PICTURE, dpi=110)
     print(f"{PICTURE}: a digit, and per layer its z and a, filter by filter")
+    print(f"{DEAD_PICTURE}: which filters fired in training, layer by layer")
     print(f"\nDone in {time.perf_counter() - began:.0f} s.")
     if accuracy <= 0.95:
         raise SystemExit(f"accuracy {accuracy:.1%} is not above 95%")
@@ -148,16 +149,31 @@ def prove(maps: FeatureMaps) -> None:
         print(f"  {a.layer:6} {a.nonlinearity}(z) == a over {a.tensor.numel():,} values")
 
 
-def report_cost(watched: Trainee, bare: Trainee, maps: FeatureMaps) -> None:
-    """Compare the watched trainee with its twin."""
-    # The first step learns where the maps are, and is not one of the many.
-    ratios = [w / b for w, b in zip(watched.times[1:], bare.times[1:], strict=True)]
+def fit(
+    watched: Trainee, bare: Trainee, train: tuple[Tensor, Tensor], analyses: list[Analysis]
+) -> FeatureMaps:
+    """Train both for half of the epochs, one of them captured."""
+    with capture(watched.model, analyses=analyses) as maps:
+        for _ in range(EPOCHS // 2):
+            for at, (images, labels) in enumerate(batches(*train, shuffle=True)):
+                # Whoever goes second has the warmer caches: take turns.
+                for trainee in (watched, bare) if at % 2 else (bare, watched):
+                    trainee.step(images, labels)
+    return maps
+
+
+def report_cost(watched: Trainee, bare: Trainee, maps: FeatureMaps, half: int) -> None:
+    """Compare the watched trainee with its twin, in each half of the training."""
     step = statistics.median(bare.times) * 1e3
-    overhead = (statistics.median(ratios) - 1) * 100
-    print(
-        f"time:   {overhead:+.1f}% a step (median of {len(ratios)} interleaved pairs; "
-        f"a bare step takes {step:.1f} ms)"
-    )
+    pairs = list(zip(watched.times, bare.times, strict=True))
+    for what, some in (("time:   ", pairs[:half]), ("  with DeadFilters: ", pairs[half:])):
+        # The first step learns where the maps are, and is not one of the many.
+        ratios = [w / b for w, b in some[1:]]
+        overhead = (statistics.median(ratios) - 1) * 100
+        print(
+            f"{what}{overhead:+.1f}% a step (median of {len(ratios)} interleaved pairs; "
+            f"a bare step takes {step:.1f} ms)"
+        )
     print(
         f"memory: {maps.nbytes / 1e6:.2f} MB of maps held (bare: 0), of which "
         f"{maps.bytes_copied / 1e6:.2f} MB had to be copied"
@@ -168,20 +184,13 @@ def report_cost(watched: Trainee, bare: Trainee, maps: FeatureMaps) -> None:
     print("model:  all weights and buffers equal those of the unwatched twin, bit for bit")
 
 
-def examine(
-    model: nn.Module, test: tuple[Tensor, Tensor]
-) -> tuple[float, dict[str, tuple[list[int], int]]]:
-    """Accuracy on the test set, and per layer the filters that stayed at zero all through it."""
-    correct = 0
-    fired: dict[str, Tensor] = {}
-    with capture(model, kinds="activation") as maps, torch.no_grad():
+def examine(model: nn.Module, test: tuple[Tensor, Tensor]) -> tuple[float, Statistics]:
+    """Accuracy on the test set, and statistics of every activation on the way."""
+    correct, stats = 0, Statistics()
+    with capture(model, kinds="activation", analyses=stats, keep=0), torch.no_grad():
         for images, labels in batches(*test):
             correct += int((model(images).argmax(1) == labels).sum())
-            for a in maps:
-                on = (a.tensor != 0).transpose(0, a.filter_dim or 0).flatten(1).any(1)
-                fired[a.layer] = fired.get(a.layer, torch.zeros_like(on)) | on
-    dead = {layer: ((~on).nonzero().flatten().tolist(), len(on)) for layer, on in fired.items()}
-    return correct / len(test[0]), dead
+    return correct / len(test[0]), stats
 
 
 def heading(text: str) -> None:
