@@ -147,7 +147,7 @@ class _Reader:
                 ),
                 args=[],
             ):
-                return isinstance(self._scope.resolve(value), nn.Module)
+                return self._is_structure(value)
             case ast.Name() | ast.Attribute():
                 found = self._scope.resolve(node)
                 if isinstance(found, nn.Module):
@@ -156,6 +156,12 @@ class _Reader:
             case ast.List(elts=elements) | ast.Tuple(elts=elements):
                 return all(self._iterates(e) or self._scope.is_static(e) for e in elements)
         return False
+
+    def _is_structure(self, node: ast.expr) -> bool:
+        """A module, or its `_modules`: what is in there is compared before each pass."""
+        if isinstance(node, ast.Attribute) and node.attr == "_modules":
+            node = node.value
+        return isinstance(self._scope.resolve(node), nn.Module)
 
     # -- tests --------------------------------------------------------------------------------
 
@@ -253,6 +259,9 @@ class _Reader:
         if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Call):
             if isinstance(function.value.func, ast.Name) and function.value.func.id == "super":
                 self._super(function.attr)
+                return
+        if isinstance(function, ast.Attribute) and function.attr in ("values", "items", "keys"):
+            if self._is_structure(function.value):
                 return
         found = scope.resolve(function)
         path = scope.path(function)

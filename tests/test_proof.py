@@ -1,0 +1,108 @@
+"""What is proven to take one road is replayed; what is not is watched in every pass."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmapkit import capture
+from fmapkit._proof import Proofs
+from tests.checks import check, images
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.act = nn.ReLU(inplace=True)
+        self.token = nn.Parameter(torch.zeros(1, 4))
+        self.register_buffer("shift", torch.ones(4))
+        self.deep = True
+
+
+class OfAParameter(Base):
+    """A method of a parameter or a buffer is the tensor's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(x.shape[0], -1), x], 1)[:, 4:] + self.shift.relu()
+        return self.b(self.act(self.a(x)))
+
+
+class OfTheStructure(Base):
+    """`_modules` is compared as a whole before each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts._modules.values():
+            x = part(x)
+        for _, child in self.parts._modules.items():
+            x = child(x)
+        return x
+
+
+class ByAttribute(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.a(x)) if self.deep else self.a(x)
+        return F.gelu(self.b(x))
+
+
+class ByData(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.a(x)) if x.sum() > 0 else torch.tanh(self.b(x))
+
+
+class ByABuffer(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.a(x)) if self.shift.sum().item() > 2 else torch.tanh(self.b(x))
+
+
+class ByAnItem(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        layers = [self.a, self.b]
+        return self.act(layers[int(x.sum() > 0)](x))
+
+
+class ByPopping(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        layers = {"a": self.a, "b": self.b}
+        return self.act(layers.pop("a" if x.sum() > 0 else "b")(x))
+
+
+def _proven(model: nn.Module) -> bool:
+    return Proofs(lambda hook: False).proven(model)
+
+
+@pytest.mark.parametrize("kind", [OfAParameter, OfTheStructure, ByAttribute])
+def test_one_road(kind: type[Base]) -> None:
+    model = kind()
+    assert _proven(model)
+    check(model.eval(), images(3, 4), train=False)
+    check(model.train(), images(3, 4))
+
+
+@pytest.mark.parametrize("kind", [ByData, ByABuffer, ByAnItem, ByPopping])
+def test_roads_that_depend_on_data(kind: type[Base]) -> None:
+    model = kind()
+    assert not _proven(model)
+    passes = [(x[0] + sign,) for x, sign in zip(images(3, 4, n=6), [2, -2] * 3, strict=True)]
+    check(model.eval(), passes, train=False)
+
+
+def test_what_is_swapped_in_a_loop_over_the_structure() -> None:
+    model = OfTheStructure().eval()
+    x = torch.randn(3, 4)
+    with torch.no_grad(), capture(model) as maps:
+        model(x), model(x)
+        model.parts[1] = nn.Sigmoid()
+        bare = copy.deepcopy(model)
+        assert torch.equal(model(x), bare(x))
+        assert [fm.nonlinearity for fm in maps.select(kind="activation", step=-1)] == [
+            "sigmoid"
+        ] * 2
