@@ -11,14 +11,14 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from fmapkit import layers, nonlinearities
-from fmapkit._compiled_run import Sink, running
+from fmapkit._compiled_run import Sink, UnknownError, running
 from fmapkit._hooks import when_traced
 from fmapkit._optimized import (
     around,
@@ -28,7 +28,9 @@ from fmapkit._optimized import (
     is_optimized,
     plain,
 )
-from fmapkit._variant import UnknownError, Variant
+
+if TYPE_CHECKING:
+    from fmapkit._variant import Variant
 
 __all__ = ["Compiled"]
 
@@ -95,6 +97,9 @@ class _Door:
         """
         variant = self._known(sessions)
         if variant is None:
+            # Here, for torch's tracing tools take a quarter of a second to import.
+            from fmapkit._variant import Variant
+
             variant = Variant(self.root, self.original)
             asked = self._asked(sessions)
             self.original.__dict__.setdefault(_KEPT, []).append((asked, variant))

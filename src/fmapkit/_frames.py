@@ -16,7 +16,7 @@ from fmapkit._degrees import Degrees
 from fmapkit._origin import Tag
 from fmapkit._store import Held
 
-__all__ = ["Frame", "SigmaCall", "Site", "running_module"]
+__all__ = ["Frame", "SigmaCall", "Site", "running_module", "running_modules"]
 
 _CALL = nn.Module._call_impl.__code__
 
@@ -115,3 +115,14 @@ def running_module(ours: int) -> nn.Module | None:
         at = at.f_back  # type: ignore[assignment]
     running: nn.Module | None = at.f_locals.get("self") if at is not None else None
     return running
+
+
+def running_modules(stop: Any) -> list[nn.Module]:
+    """The modules whose calls are on Python's stack up to a frame's code, outermost first."""
+    found: list[nn.Module] = []
+    at = sys._getframe(1)
+    while at is not None and at.f_code is not stop:
+        if at.f_code is _CALL:
+            found.append(at.f_locals["self"])
+        at = at.f_back  # type: ignore[assignment]
+    return found[::-1]

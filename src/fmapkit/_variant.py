@@ -14,17 +14,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fmapkit._compiled_run import CompiledGraph, Sink, running
+from fmapkit._compiled_graph import CompiledGraph
+from fmapkit._compiled_run import Sink, UnknownError, running
 from fmapkit._graph_edit import add_outputs
 from fmapkit._optimized import plain
 
-__all__ = ["UnknownError", "Variant"]
+__all__ = ["Variant"]
 
 UNLABELLED = "fmapkit cannot read its compiled graph: {why}"
-
-
-class UnknownError(Exception):
-    """The compiled function is of no known kind; the message says why."""
 
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
