@@ -9,7 +9,7 @@ the graph is labelled anew; it is not compiled anew.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
@@ -19,6 +19,10 @@ from fmapkit._frames import running_modules
 from fmapkit._graph import Labels, Traced, trace_graph
 from fmapkit._names import Names
 from fmapkit._origin import NOWHERE, STOP, Flow, Origin, Weight
+from fmapkit._units import carried as carried_by
+
+if TYPE_CHECKING:
+    from fmapkit._session import Session
 
 __all__ = ["CompiledGraph"]
 
@@ -77,15 +81,15 @@ class CompiledGraph:
         """The labels that fit what comes in."""
         session = sink.session
         watch, known = self._known.get(place, (None, {}))
-        if watch is not session._watch:  # another block, or another structure of the model
+        if watch is not session.watch:  # another block, or another structure of the model
             known = {}
-            self._known[place] = (session._watch, known)
+            self._known[place] = (session.watch, known)
         weights = [inputs[i] for i in self.weights]
         tags = [carried[i] for i in self.data]
         plain = all(t is STOP or t is None for t in tags)
         key = (
             tuple(map(id, weights)),
-            tuple([t is None for t in tags]) if plain else session._carried(tags),
+            tuple([t is None for t in tags]) if plain else carried_by(tags, session.wants.of),
             None if self.whole else tuple(map(id, running_modules(running.stop))),
         )
         found = known.get(key)
@@ -94,7 +98,7 @@ class CompiledGraph:
         return found[0]
 
     def trace(
-        self, session: Any, inputs: Sequence[Any], carried: Sequence[Any], rewrite: bool
+        self, session: Session, inputs: Sequence[Any], carried: Sequence[Any], rewrite: bool
     ) -> Traced:
         """What the graph's maps are."""
         # Stand-ins: what the trace finds out about them is this graph's, not the pass's.

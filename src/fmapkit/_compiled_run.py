@@ -22,6 +22,7 @@ from fmapkit._trace import Tracer
 if TYPE_CHECKING:
     from fmapkit._compiled_graph import CompiledGraph
     from fmapkit._graph import GraphMap, Labels
+    from fmapkit._session import Session
 
 __all__ = ["GraphRun", "Sink", "UnknownError", "running"]
 
@@ -105,8 +106,10 @@ class Sink:
         alone: compiled code is all that the pass runs.
     """
 
-    def __init__(self, session: Any, tracer: Tracer, alone: bool) -> None:
+    def __init__(self, session: Session, tracer: Tracer, alone: bool) -> None:
+        assert session.live.current is not None
         self.session = session
+        self._segments = session.live.current.segments  # of the pass
         self.tracer = tracer
         self.alone = alone
         self.runs = 0
@@ -149,7 +152,7 @@ class Sink:
             tensors.append(made[key])
         run = GraphRun(labels.maps, tensors, carried)
         self.runs += 1
-        self.session._current.segments.append(run)
+        self._segments.append(run)
         self._latest = (graph, labels, run, outputs)
         if not self.alone:
             self.settle()
@@ -161,7 +164,7 @@ class Sink:
         (graph, labels, run, outputs), self._latest = self._latest, None
         tracer = self.tracer
         run.start_at(labels, tracer.counts)
-        segments = self.session._current.segments
+        segments = self._segments
         segments.remove(run)
         watched: set[int] = set()
         for entry, m in zip(run.entries(), labels.maps, strict=True):
@@ -201,7 +204,7 @@ class Sink:
             tag = self.tracer.tag(tensor)
             axes = tag.axes if isinstance(tag, Flow) else None
             held = self.tracer.aliases.reference(tensor)
-            self.session._current.segments.append(Entry("output", origin, held, axes, None, path))
+            self._segments.append(Entry("output", origin, held, axes, None, path))
 
     def outside(self) -> None:
         """Something was computed where nobody looked."""

@@ -21,7 +21,8 @@ from fmapkit.selectors import selectors
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fmapkit._session import Missed, Session
+    from fmapkit._missed import Missed
+    from fmapkit._session import Session
 
 __all__ = ["FeatureMap", "FeatureMaps"]
 

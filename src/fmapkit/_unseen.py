@@ -1,0 +1,87 @@
+"""What runs where no hook of a pass sees it, and the words it is named with.
+
+That is code without Python (scripted, or recorded into a CUDA graph), and modules that somebody
+calls outside of the captured model's forward.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from fmapkit._names import Names
+
+__all__ = ["RECORDED", "recording", "scripted", "stray"]
+
+RECORDED = (
+    "it was recorded into a CUDA graph: nothing has run yet, and replays of the graph run without "
+    "Python"
+)
+
+
+def recording() -> bool:
+    """Whether a CUDA graph is being recorded."""
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(started and torch.cuda.is_current_stream_capturing())
+
+
+def stray(module: nn.Module, model: nn.Module, names: Names) -> tuple[str, str] | None:
+    """A module runs outside of a pass.
+
+    Args:
+        module: it.
+        model: which is captured.
+        names: of the model.
+
+    Returns:
+        The outermost module of the model that is running, by name, and the reason; None where
+        nothing is missed.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        return None
+    at: Any = sys._getframe(1)
+    while at is not None:
+        if at.f_code is nn.Module._call_impl.__code__:
+            running = at.f_locals["self"]
+            module = running if running in names.by_module else module
+        at = at.f_back
+    if isinstance(module, ParametrizationList):  # somebody has read a weight
+        return None
+    if module is model:  # a pass of its own that is not captured, and says why
+        return None
+    name = names.of(module)
+    hint = f": capture(model.{name})" if name else ""
+    return (
+        name,
+        f"it was called outside {type(model).__name__}.forward, "
+        "and only what runs inside a forward pass of the captured model is captured; "
+        f"for its own passes, capture that module{hint}",
+    )
+
+
+def scripted(names: Names) -> Iterator[tuple[str, str]]:
+    """Scripted modules, and scripted functions that a forward calls by name: (name, reason)."""
+    for module, name in names.by_module.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            outer = names.by_name.get(name.rpartition(".")[0]) if "." in name else None
+            if not isinstance(outer, torch.jit.ScriptModule):
+                yield name, "it is scripted: torch runs it without Python, unseen by hooks"
+        elif not type(module).__module__.startswith("torch.nn.modules."):
+            for function in _functions(module):
+                yield name, f"it calls {function.name}, which is scripted: unseen by Python"
+
+
+def _functions(module: nn.Module) -> list[torch.jit.ScriptFunction[Any, Any]]:
+    """The scripted functions that a module's forward knows by name, or its attributes hold."""
+    forward = getattr(type(module), "forward", None)
+    code = getattr(forward, "__code__", None)
+    values = list(module.__dict__.values())
+    if forward is not None and code is not None:
+        values += [forward.__globals__.get(name) for name in code.co_names]
+        values += [cell.cell_contents for cell in forward.__closure__ or ()]
+    return [value for value in values if isinstance(value, torch.jit.ScriptFunction)]
