@@ -286,7 +286,7 @@ class Compiled:
             if holds(model, session.model):
                 session.miss("", AROUND)
             elif not session.live.idle:
-                session.stray(root)
+                session.unseen.stray(root)
             return None
         if session.live.run is not None or session.live.tracer is None:
             session.miss(session.names.of(root), UNSEEN.format(why="inside a replayed module"))

@@ -1,6 +1,7 @@
 """Learn: the first call of a kind that a unit gets runs under the tracer, and leaves a plan.
 
-What the tracer sees is a matter of `_trace.py`, what a plan is, of `_plan.py`.
+What the tracer sees is a matter of `_trace.py`, what a plan is, of `_plan.py`. The end of a pass
+that was traced, or a part of it, is here, too.
 """
 
 from __future__ import annotations
@@ -10,29 +11,39 @@ from typing import Any
 
 from torch import nn
 
+from fmapkit._asked import Asked
 from fmapkit._events import Event
 from fmapkit._live import Lesson, Live
+from fmapkit._missed import Misses
 from fmapkit._nested import tensors_in
 from fmapkit._placing import Placing
 from fmapkit._plan import make_plan
 from fmapkit._sharded import is_wrapped
 from fmapkit._store import storage_of
+from fmapkit._trace import Tracer
 from fmapkit._units import Units
 
-__all__ = ["Learning", "check_held"]
+__all__ = ["Learning"]
 
 
 class Learning:
     """Learns units.
 
     Args:
+        asked: by the capture.
         live: what is under way.
+        misses: of the capture.
         units: of the model.
         placing: of its hooks.
     """
 
-    def __init__(self, live: Live, units: Units, placing: Placing) -> None:
+    def __init__(
+        self, asked: Asked, live: Live, misses: Misses, units: Units, placing: Placing
+    ) -> None:
+        self._model = asked.model
+        self._names = asked.names
         self._live = live
+        self._misses = misses
         self._units = units
         self._placing = placing
 
@@ -88,7 +99,7 @@ class Learning:
             self._placing.scopes_changed()
         elif not failed and tracer.failed is None:
             events = tracer.events[frame.start :]
-            check_held(events)
+            _check_held(events)
             final = output if replaced is None else replaced
             arguments = tensors_in(*frame.args, frame.kwargs)
             plan = make_plan(tracer, frame, final, lesson.inputs, arguments)
@@ -98,14 +109,32 @@ class Learning:
             tracer.let_go(events)
         return replaced
 
+    def finish(self, tracer: Tracer) -> None:
+        """The traced pass has ended."""
+        self._live.trace_out()
+        _check_held(tracer.events)
+        for module in tracer.unhooked:
+            self._misses.add(
+                self._names.of(module),
+                "it was called on its own, so far only as a part of another module: in "
+                "this pass it was seen by the functions it called, later on as a module",
+            )
+            self._units.direct.update(self._model.modules())
+            self._placing.scopes_changed()
+        tracer.end()
+
     def drop(self) -> None:
-        """The pass has ended in the middle of a lesson, if there was one."""
-        if self._live.lesson is not None:
-            module, self._live.lesson = self._live.lesson.module, None
+        """The pass has broken off, perhaps in the middle of a lesson."""
+        live = self._live
+        if live.lesson is not None:
+            module, live.lesson = live.lesson.module, None
             self._placing.after_lesson(module)
+        live.trace_out()
+        if live.tracer is not None:
+            live.tracer.end()
 
 
-def check_held(events: list[Event]) -> None:
+def _check_held(events: list[Event]) -> None:
     """Notice writes, to what is held of what ran, that nobody announced."""
     for event in events:
         for held in (event.x_held, event.y_held):

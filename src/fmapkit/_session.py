@@ -32,7 +32,7 @@ from fmapkit._frames import call_frame, on_stack
 from fmapkit._fused import may_fuse
 from fmapkit._hooks import Hooks
 from fmapkit._keeping import Keeping
-from fmapkit._learning import Learning, check_held
+from fmapkit._learning import Learning
 from fmapkit._live import MODES, Live
 from fmapkit._missed import Misses
 from fmapkit._moves import Moves
@@ -40,10 +40,9 @@ from fmapkit._placing import Calls, Placing
 from fmapkit._replaying import Replaying
 from fmapkit._stop import StopForward
 from fmapkit._store import Store
-from fmapkit._trace import Tracer
 from fmapkit._transforms import TRANSFORMED, under_transform
 from fmapkit._units import Units
-from fmapkit._unseen import RECORDED, recording, scripted, stray
+from fmapkit._unseen import RECORDED, Unseen, recording
 from fmapkit._watch import Watch
 from fmapkit._wrappers import REPLICAS
 from fmapkit.errors import BudgetError
@@ -67,6 +66,7 @@ class Session:
         missed: what ran and was not captured.
         steps: how many passes have begun, captured or not.
         store: where passes are kept.
+        unseen: names what runs outside of passes.
         watch: whether the model is still the one that was learned.
     """
 
@@ -89,6 +89,7 @@ class Session:
         self._misses = Misses(self.model)
         self.missed, self.miss = self._misses.entries, self._misses.add
         self.hooks = Hooks(self)
+        self.unseen = Unseen(asked, self._misses)
         self.live = Live(asked, self._misses)
         self.compiled = Compiled(self, given)
         self.watch = Watch(self.model, self.hooks)  # since `names` were read
@@ -100,7 +101,7 @@ class Session:
             *(self._moves.before, self._moves.after),
         )
         self._placing = Placing(asked, self.hooks, self._units, calls)
-        self._learning = Learning(self.live, self._units, self._placing)
+        self._learning = Learning(asked, self.live, self._misses, self._units, self._placing)
         self._keeping = Keeping(asked, self.live, self._misses, self.store, budget)
         self._replaying = Replaying(
             *(asked, self.live, self._misses, self._units),
@@ -115,7 +116,7 @@ class Session:
         Until the first pass, there are hooks on all modules, to name what is called outside of one.
         """
         self.live.thread = threading.get_ident()
-        self._name_scripted()
+        self.unseen.scripted()
         self._placing.on_model()
         if self._forward is not None:
             self._forward.install()
@@ -160,7 +161,7 @@ class Session:
                 live.depth += 1
             if live.current is None:
                 if not live.idle:
-                    self.stray(module)
+                    self.unseen.stray(module)
                 return None
             if live.run is not None:
                 self._replaying.before(live.run, module, args, kwargs)
@@ -218,7 +219,7 @@ class Session:
         run = live.run
         if run is None or threading.get_ident() != live.thread:
             if threading.get_ident() == live.thread and live.current is None and not live.idle:
-                self.stray(module)
+                self.unseen.stray(module)
             return
         if torch._C._current_graph_task_id() != -1:
             return
@@ -320,15 +321,14 @@ class Session:
         """
         live, stop, misses = self.live, self._stop, self._misses
         current = live.current
-        live.trace_out()
         if live.tracer is not None:
-            self._end_trace(live.tracer)
+            self._learning.finish(live.tracer)
+            self._moves.clear()
         stopped = stop is not None and stop.ended
         for layer, why in self._edits.unapplied() if not failed and not stopped else ():
             self.miss(layer, why)
         if current is not None and stop is not None and not failed:
             stop.learn(current)
-        self._moves.clear()
         live.clear()
         if current is not None:
             current.closed = True
@@ -338,19 +338,6 @@ class Session:
         if misses.entries and not misses.warned:
             misses.warn_in_forward()
 
-    def _end_trace(self, tracer: Tracer) -> None:
-        """The pass was traced, or a part of it."""
-        check_held(tracer.events)
-        for module in tracer.unhooked:
-            self.miss(
-                self.names.of(module),
-                "it was called on its own, so far only as a part of another module: in "
-                "this pass it was seen by the functions it called, later on as a module",
-            )
-            self._units.direct.update(self.model.modules())
-            self._placing.scopes_changed()
-        tracer.end()
-
     def abandon(self) -> None:
         """The pass ended without its post hook: leave no mode, flag or learning hook behind."""
         live = self.live
@@ -359,9 +346,6 @@ class Session:
             if live.current is not None:  # what was captured so far stays readable
                 live.current.segments.append(live.run)
         self._learning.drop()
-        live.trace_out()
-        if live.tracer is not None:
-            live.tracer.end()
         self._moves.clear()
         current = live.current
         live.clear()
@@ -380,16 +364,4 @@ class Session:
         if self._stop is not None:
             self._stop.forget()
         self.watch = Watch(self.model, self.hooks)
-        self._name_scripted()
-
-    # -- what no pass sees --------------------------------------------------------------------
-
-    def stray(self, module: nn.Module) -> None:
-        """A module runs outside of a pass: name the outermost one that is running."""
-        found = stray(module, self.model, self.names)
-        if found is not None:
-            self.miss(*found)
-
-    def _name_scripted(self) -> None:
-        for name, reason in scripted(self.names):
-            self.miss(name, reason)
+        self.unseen.scripted()

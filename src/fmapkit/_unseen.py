@@ -7,16 +7,16 @@ calls outside of the captured model's forward.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fmapkit._names import Names
+from fmapkit._asked import Asked
+from fmapkit._missed import Misses
 
-__all__ = ["RECORDED", "recording", "scripted", "stray"]
+__all__ = ["RECORDED", "Unseen", "recording"]
 
 RECORDED = (
     "it was recorded into a CUDA graph: nothing has run yet, and replays of the graph run without "
@@ -30,50 +30,53 @@ def recording() -> bool:
     return bool(started and torch.cuda.is_current_stream_capturing())
 
 
-def stray(module: nn.Module, model: nn.Module, names: Names) -> tuple[str, str] | None:
-    """A module runs outside of a pass.
+class Unseen:
+    """Names what runs unseen.
 
     Args:
-        module: it.
-        model: which is captured.
-        names: of the model.
-
-    Returns:
-        The outermost module of the model that is running, by name, and the reason; None where
-        nothing is missed.
+        asked: by the capture.
+        misses: of the capture.
     """
-    if torch._C._current_graph_task_id() != -1:
-        return None
-    at: Any = sys._getframe(1)
-    while at is not None:
-        if at.f_code is nn.Module._call_impl.__code__:
-            running = at.f_locals["self"]
-            module = running if running in names.by_module else module
-        at = at.f_back
-    if isinstance(module, ParametrizationList):  # somebody has read a weight
-        return None
-    if module is model:  # a pass of its own that is not captured, and says why
-        return None
-    name = names.of(module)
-    hint = f": capture(model.{name})" if name else ""
-    return (
-        name,
-        f"it was called outside {type(model).__name__}.forward, "
-        "and only what runs inside a forward pass of the captured model is captured; "
-        f"for its own passes, capture that module{hint}",
-    )
 
+    def __init__(self, asked: Asked, misses: Misses) -> None:
+        self._model = asked.model
+        self._names = asked.names
+        self._misses = misses
 
-def scripted(names: Names) -> Iterator[tuple[str, str]]:
-    """Scripted modules, and scripted functions that a forward calls by name: (name, reason)."""
-    for module, name in names.by_module.items():
-        if isinstance(module, torch.jit.ScriptModule):
-            outer = names.by_name.get(name.rpartition(".")[0]) if "." in name else None
-            if not isinstance(outer, torch.jit.ScriptModule):
-                yield name, "it is scripted: torch runs it without Python, unseen by hooks"
-        elif not type(module).__module__.startswith("torch.nn.modules."):
-            for function in _functions(module):
-                yield name, f"it calls {function.name}, which is scripted: unseen by Python"
+    def stray(self, module: nn.Module) -> None:
+        """A module runs outside of a pass: name the outermost one of the model that is running."""
+        if torch._C._current_graph_task_id() != -1:
+            return
+        at: Any = sys._getframe(1)
+        while at is not None:
+            if at.f_code is nn.Module._call_impl.__code__:
+                running = at.f_locals["self"]
+                module = running if running in self._names.by_module else module
+            at = at.f_back
+        if isinstance(module, ParametrizationList):  # somebody has read a weight
+            return
+        if module is self._model:  # a pass of its own that is not captured, and says why
+            return
+        name = self._names.of(module)
+        hint = f": capture(model.{name})" if name else ""
+        self._misses.add(
+            name,
+            f"it was called outside {type(self._model).__name__}.forward, "
+            "and only what runs inside a forward pass of the captured model is captured; "
+            f"for its own passes, capture that module{hint}",
+        )
+
+    def scripted(self) -> None:
+        """Name scripted modules, and scripted functions that a forward calls by name."""
+        names, miss = self._names, self._misses.add
+        for module, name in names.by_module.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                outer = names.by_name.get(name.rpartition(".")[0]) if "." in name else None
+                if not isinstance(outer, torch.jit.ScriptModule):
+                    miss(name, "it is scripted: torch runs it without Python, unseen by hooks")
+            elif not type(module).__module__.startswith("torch.nn.modules."):
+                for function in _functions(module):
+                    miss(name, f"it calls {function.name}, which is scripted: unseen by Python")
 
 
 def _functions(module: nn.Module) -> list[torch.jit.ScriptFunction[Any, Any]]:
