@@ -19,6 +19,7 @@ from fmapkit._doors import doors
 from fmapkit._fused import without_fused_path
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
 from fmapkit._hooks import Hook, Hooks
+from fmapkit._moves import Moves
 from fmapkit._plan import Plan
 from fmapkit._sharded import moves_data
 from fmapkit._taps import InputTap, Line, OutputTap, Tap
@@ -37,8 +38,6 @@ class Calls:
         tap: a module that carries a site has run: (module, args, output).
         tap_before: a module whose first argument is a site's is about to run: (module, args).
         fault: a tap has failed: (module, error).
-        moving: others' hooks that only move data are about to run, before forward.
-        moving_after: the same for those after it.
     """
 
     pre: Callable[..., Any]
@@ -46,8 +45,6 @@ class Calls:
     tap: Callable[..., Any]
     tap_before: Callable[..., Any]
     fault: Callable[..., Any]
-    moving: Callable[..., Any]
-    moving_after: Callable[..., Any]
 
 
 class Placing:
@@ -57,6 +54,7 @@ class Placing:
         asked: by the capture.
         hooks: of the capture.
         units: of the model.
+        moves: is told what hooks of others are given that only move data.
         calls: what the hooks call.
 
     Attributes:
@@ -64,12 +62,15 @@ class Placing:
         line: what the taps write to.
     """
 
-    def __init__(self, asked: Asked, hooks: Hooks, units: Units, calls: Calls) -> None:
+    def __init__(
+        self, asked: Asked, hooks: Hooks, units: Units, moves: Moves, calls: Calls
+    ) -> None:
         self.tapped: dict[nn.Module, Plan] = {}
         self.line = Line()
         self._model = asked.model
         self._hooks = hooks
         self._units = units
+        self._moves = moves
         self._calls = calls
         self._stops = asked.stop is not None
         self._shown = bool(asked.analyses)
@@ -118,7 +119,7 @@ class Placing:
             for m in wanted
             if any(map(moves_data, (*m._forward_pre_hooks.values(), *m._forward_hooks.values())))
         )
-        self._hooks.outside(moving, self._calls.moving, self._calls.moving_after)
+        self._hooks.outside(moving, self._moves.before, self._moves.after)
 
     def scopes_changed(self) -> None:
         """Units have become scopes, or are called by others: the next pass sets hooks again."""

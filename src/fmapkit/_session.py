@@ -96,16 +96,18 @@ class Session:
         self._moves = Moves(self.live)
         self._beside = Beside(asked, self.live, self.hooks, self._misses)
         self._units = Units(self.hooks.is_ours)
-        calls = Calls(
-            *(self._pre, self._post, self._tap, self._tap_before, self._fault),
-            *(self._moves.before, self._moves.after),
-        )
-        self._placing = Placing(asked, self.hooks, self._units, calls)
+        calls = Calls(self._pre, self._post, self._tap, self._tap_before, self._fault)
+        self._placing = Placing(asked, self.hooks, self._units, self._moves, calls)
         self._learning = Learning(asked, self.live, self._misses, self._units, self._placing)
         self._keeping = Keeping(asked, self.live, self._misses, self.store, budget)
         self._replaying = Replaying(
-            *(asked, self.live, self._misses, self._units),
-            *(self._placing, self._learning, self._keeping),
+            asked,
+            self.live,
+            self._misses,
+            self._units,
+            self._placing,
+            self._learning,
+            self._keeping,
         )
 
     # -- life cycle ---------------------------------------------------------------------------
