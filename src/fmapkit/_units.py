@@ -73,7 +73,7 @@ class Units:
     """The units of one model.
 
     Args:
-        is_ours: whether a hook is of this capture, and so proves nothing.
+        is_ours: tells hooks of this capture, which a proof leaves out, from others.
 
     Attributes:
         direct: modules that a scope has called itself.
