@@ -175,17 +175,18 @@ def _compare(row: Row, truth: Any, maps: Any, expected: Any, watched: Any) -> No
 def _count_ways(maps: Any) -> list[str]:
     """A list that gets "hook" or "light" for each site read from a plan; the rest is traced."""
     session = maps._session
-    leave = session._leave_run
+    replaying = session._replaying
+    leave = replaying.leave
     read: list[str] = []
 
     def counted(*args: Any) -> None:
-        steps = session._run.plan.steps
+        steps = session.live.run.plan.steps
         leave(*args)
         for step in steps:
             way = "light" if step.module is None else "hook"
             read.extend(way for e in step.emissions if e.kind == "activation")
 
-    session._leave_run = counted
+    replaying.leave = counted
     return read
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -441,6 +443,26 @@ def test_a_frame_that_dynamo_gives_up_is_named() -> None:
             compiled(*images(2))
     true = truth.run_with_truth(Loop(), *images(2))[1]
     assert len(maps.select(kind="activation")) == len(true) or maps.missed
+
+
+PLAIN = """
+import sys, torch
+before = set(sys.modules)
+from fmapkit import capture
+model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+with capture(model) as maps:
+    for _ in range(2):
+        model(torch.ones(1, 3))
+assert len(maps) == 2
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_a_model_that_is_not_compiled_needs_no_tracing_tools_of_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert "fmapkit._session" in imported
+    assert not imported & {"fmapkit._graph", "sympy", "torch.fx.experimental.symbolic_shapes"}
 
 
 def test_a_graph_that_cannot_be_labelled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import re
+import sys
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fmapkit.maps
 from fmapkit import FeatureMap, FilterRangeError, MapReleasedError, capture
 from tests import truth
 from tests.checks import images, tags
@@ -450,6 +453,16 @@ def test_a_map_is_frozen_and_small() -> None:
     assert bool(a)
     assert a.device.type == "cpu"
     assert a.nbytes == 2 * 4 * 36 * 4
+
+
+def test_python_finds_the_source_and_the_types_of_a_map() -> None:
+    assert inspect.getsource(FeatureMap).startswith("@dataclass")
+    hints = get_type_hints(FeatureMap)
+    assert hints["tensor"] is Tensor
+    assert hints["filters"] == range | tuple[int, ...] | None
+    assert hints["_whole"] == FeatureMap | None
+    assert sys.modules[FeatureMap.__module__].FeatureMap is FeatureMap
+    assert fmapkit.maps.FeatureMap is FeatureMap
 
 
 # -- outputs -------------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from fmapkit import layers, nonlinearities
-from fmapkit._compiled_run import Sink, running
+from fmapkit._compiled_run import Sink, UnknownError, running
 from fmapkit._hooks import when_traced
 from fmapkit._optimized import (
     around,
@@ -28,7 +28,10 @@ from fmapkit._optimized import (
     is_optimized,
     plain,
 )
-from fmapkit._variant import UnknownError, Variant
+
+if TYPE_CHECKING:
+    from fmapkit._session import Session
+    from fmapkit._variant import Variant
 
 __all__ = ["Compiled"]
 
@@ -61,14 +64,14 @@ class _Door:
         self.module = plain(root)
         self.place = _place(root)
         self.original = root.__dict__[self.place]
-        self.sessions: list[Any] = []
+        self.sessions: list[Session] = []
         root.__dict__[self.place] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.original(*args, **kwargs)
         thread = threading.get_ident()
-        here = [s for s in self.sessions if s.thread == thread]
+        here = [s for s in self.sessions if s.live.thread == thread]
         if not here or running.sinks:
             return self.original(*args, **kwargs)
         with ExitStack() as stack:
@@ -78,7 +81,7 @@ class _Door:
                     stack.enter_context(session.hooks.suspended([self.module]))
             return self._capture(here, args, kwargs)
 
-    def close(self, session: Any) -> None:
+    def close(self, session: Session) -> None:
         """The session ends; with the last one goes the door."""
         self.sessions.remove(session)
         for _, variant in getattr(self.original, "__dict__", {}).get(_KEPT, ()):
@@ -87,7 +90,7 @@ class _Door:
         if not self.sessions and self.root.__dict__.get(self.place) is self:
             self.root.__dict__[self.place] = self.original
 
-    def _variant(self, sessions: Sequence[Any]) -> Variant:
+    def _variant(self, sessions: Sequence[Session]) -> Variant:
         """The variant for what these sessions ask; compiled in an earlier block, if there was one.
 
         Raises:
@@ -95,28 +98,31 @@ class _Door:
         """
         variant = self._known(sessions)
         if variant is None:
+            # Here, for torch's tracing tools take a quarter of a second to import.
+            from fmapkit._variant import Variant
+
             variant = Variant(self.root, self.original)
             asked = self._asked(sessions)
             self.original.__dict__.setdefault(_KEPT, []).append((asked, variant))
         variant.sessions = list(sessions)
         return variant
 
-    def _known(self, sessions: Sequence[Any]) -> Variant | None:
+    def _known(self, sessions: Sequence[Session]) -> Variant | None:
         asked = self._asked(sessions)
         kept = getattr(self.original, "__dict__", {}).get(_KEPT, ())
         return next((variant for signature, variant in kept if signature == asked), None)
 
-    def _asked(self, sessions: Sequence[Any]) -> list[Any]:
+    def _asked(self, sessions: Sequence[Session]) -> list[Any]:
         """What the graphs' outputs depend on; a selection by name on the root's own name, too."""
         registered = (layers.version, nonlinearities.version)
         return [(s.wants.signature, s.names.of(self.module), registered) for s in sessions]
 
-    def _capture(self, sessions: Sequence[Any], args: Any, kwargs: Any) -> Any:
+    def _capture(self, sessions: Sequence[Session], args: Any, kwargs: Any) -> Any:
         """One call: a pass of its own, or a part of one."""
         if torch._C._current_graph_task_id() != -1:
             # Activation checkpointing runs it once more, and expects what the forward saved.
             again = self._known(sessions)
-            if again is None or any(s._idle for s in sessions):
+            if again is None or any(s.live.idle for s in sessions):
                 return self.original(*args, **kwargs)
             return again((), args, kwargs)
         sinks: list[Sink] = []
@@ -178,7 +184,7 @@ class Compiled:
         given: the model as it was given; what `torch.compile` returned, or a plain one.
     """
 
-    def __init__(self, session: Any, given: nn.Module) -> None:
+    def __init__(self, session: Session, given: nn.Module) -> None:
         self._session = session
         self._given = given
         self._doors: list[_Door] = []
@@ -228,7 +234,7 @@ class Compiled:
         self._doors.clear()
         session = self._session
         if (
-            not session._steps
+            not session.steps
             and not session.missed
             and "torch._dynamo.convert_frame" in sys.modules
         ):
@@ -237,13 +243,15 @@ class Compiled:
     def _registered(self, module: nn.Module, name: str, submodule: nn.Module | None) -> None:
         if name != "_orig_mod" or not is_optimized(module) or submodule is None:
             return
-        if threading.get_ident() == self._session.thread and holds(submodule, self._session.model):
+        if threading.get_ident() == self._session.live.thread and holds(
+            submodule, self._session.model
+        ):
             self._late.append(_Late(module, self))
 
     def _traced(self) -> None:
         """torch.compile traces code with a hook of ours in it: code that nobody had announced."""
-        if threading.get_ident() == self._session.thread and not running.sinks:
-            if not self._session._idle:
+        if threading.get_ident() == self._session.live.thread and not running.sinks:
+            if not self._session.live.idle:
                 self.noticed()
 
     def unannounced(self) -> bool:
@@ -269,26 +277,27 @@ class Compiled:
         """A call of compiled code begins; None if it is not captured."""
         session = self._session
         model = plain(root)
-        if session._current is None:
+        if session.live.current is None:
             if model is session.model:
-                if not session._begin(args, kwargs, compiled=True):
+                if not session.begin(args, kwargs, compiled=True):
                     return None
-                return Sink(session, session._tracer, alone=True)
+                assert session.live.tracer is not None
+                return Sink(session, session.live.tracer, alone=True)
             if holds(model, session.model):
                 session.miss("", AROUND)
-            elif not session._idle:
-                session._stray(root)
+            elif not session.live.idle:
+                session.unseen.stray(root)
             return None
-        if session._run is not None or session._tracer is None:
+        if session.live.run is not None or session.live.tracer is None:
             session.miss(session.names.of(root), UNSEEN.format(why="inside a replayed module"))
             return None
-        session._trace_off()
-        return Sink(session, session._tracer, alone=False)
+        session.live.trace_off()
+        return Sink(session, session.live.tracer, alone=False)
 
     def skip(self, root: nn.Module) -> None:
         """The call is not captured."""
         if plain(root) is self._session.model:
-            self._session._idle = False
+            self._session.live.idle = False
 
     def unseen(self, root: nn.Module, why: str) -> None:
         """The call ran as the user compiled it, and nobody could look into it."""
@@ -297,9 +306,9 @@ class Compiled:
     def fail(self, sink: Sink) -> None:
         """It raised; the model around it may catch that and go on."""
         if sink.alone:
-            self._session._abandon()
+            self._session.abandon()
         else:
-            self._session._trace_on()
+            self._session.live.trace_on()
 
     def leave(self, sink: Sink, output: Any) -> None:
         """A call of compiled code has ended."""
@@ -307,7 +316,7 @@ class Compiled:
         if sink.alone:
             if session.model in session.wants.outputs:
                 sink.hold_output(session.model, output)
-            session._end(failed=False)
+            session.end(failed=False)
         else:
             session.wants.retention.fence()
-            session._trace_on()
+            session.live.trace_on()

@@ -1,6 +1,7 @@
 """What is running right now: calls of modules, and one nonlinearity, with what may be edited of it.
 
-Data only: the tracer fills it in and reads it again when the call ends.
+The tracer fills it in and reads it again when the call ends. Which modules run where no hook of
+ours tells, Python's own stack does.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from fmapkit._degrees import Degrees
 from fmapkit._origin import Tag
 from fmapkit._store import Held
 
-__all__ = ["Frame", "SigmaCall", "Site", "running_module"]
+__all__ = [
+    *("Frame", "SigmaCall", "Site", "call_frame", "on_stack", "running_module", "running_modules"),
+]
 
 _CALL = nn.Module._call_impl.__code__
 
@@ -104,6 +107,22 @@ class Site:
         self.version = 0
 
 
+def call_frame() -> Any:
+    """Python's own frame of the innermost running call of a module."""
+    at: Any = sys._getframe(1)
+    while at is not None and at.f_code is not _CALL:
+        at = at.f_back
+    return at
+
+
+def on_stack(frame: Any) -> bool:
+    """Whether a frame of Python's is still running."""
+    at: Any = sys._getframe(1)
+    while at is not None and at is not frame:
+        at = at.f_back
+    return at is not None
+
+
 def running_module(ours: int) -> nn.Module | None:
     """The module whose call is the innermost on Python's own stack.
 
@@ -115,3 +134,14 @@ def running_module(ours: int) -> nn.Module | None:
         at = at.f_back  # type: ignore[assignment]
     running: nn.Module | None = at.f_locals.get("self") if at is not None else None
     return running
+
+
+def running_modules(stop: Any) -> list[nn.Module]:
+    """The modules whose calls are on Python's stack up to a frame's code, outermost first."""
+    found: list[nn.Module] = []
+    at = sys._getframe(1)
+    while at is not None and at.f_code is not stop:
+        if at.f_code is _CALL:
+            found.append(at.f_locals["self"])
+        at = at.f_back  # type: ignore[assignment]
+    return found[::-1]

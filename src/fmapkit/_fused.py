@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import builtins
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import nn
 
 from fmapkit._hooks import Hook, Inert
 
-__all__ = ["REASON", "fused_output", "has_fused_path", "may_fuse"]
+__all__ = ["REASON", "fused_output", "may_fuse", "without_fused_path"]
 
 REASON = (
     "torch runs it as one fused kernel here, whose inside nobody can see: its output is the fused "
@@ -44,9 +44,12 @@ class _OrdinarySignal(Exception):  # noqa: N818
     """The ordinary path would be taken."""
 
 
-def has_fused_path(module: nn.Module) -> bool:
-    """Whether it is one of torch's modules with a fused path, which hooks would bar."""
-    return isinstance(module, _TYPES)
+def without_fused_path(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all in it, but for those whose fused path a hook would bar."""
+    if not isinstance(module, _TYPES):
+        yield module
+        for child in module.children():
+            yield from without_fused_path(child)
 
 
 def may_fuse(module: nn.Module, ours: tuple[type, ...]) -> bool:
@@ -56,7 +59,7 @@ def may_fuse(module: nn.Module, ours: tuple[type, ...]) -> bool:
         module: about to run.
         ours: the function modes that are not there without capture.
     """
-    if not has_fused_path(module) or module.training:
+    if not isinstance(module, _TYPES) or module.training:
         return False
     stack = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     if not all(isinstance(mode, ours) for mode in stack):

@@ -9,7 +9,6 @@ same conditions as in eager mode.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,7 @@ from fmapkit._plan import Ref
 from fmapkit._store import Entry, storage_of
 from fmapkit._wants import Wants
 
-__all__ = ["GraphMap", "Labels", "Traced", "running_modules", "trace_graph"]
+__all__ = ["GraphMap", "Labels", "Traced", "trace_graph"]
 
 _CALLS = ("call_function", "call_method")
 
@@ -97,18 +96,6 @@ class Traced:
             self.claims,
             self.writes,
         )
-
-
-def running_modules(stop: Any) -> list[nn.Module]:
-    """The modules whose calls are on Python's stack up to a frame's code, outermost first."""
-    call = nn.Module._call_impl.__code__
-    found: list[nn.Module] = []
-    at = sys._getframe(1)
-    while at is not None and at.f_code is not stop:
-        if at.f_code is call:
-            found.append(at.f_locals["self"])
-        at = at.f_back  # type: ignore[assignment]
-    return found[::-1]
 
 
 class _Fakes:

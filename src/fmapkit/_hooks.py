@@ -122,16 +122,21 @@ _ROLES = ("around", "outside", "after", "before")
 
 
 class Hooks:
-    """The hooks of one session, by role and module."""
+    """The hooks of one session, by role and module.
+
+    Attributes:
+        owner: the session.
+        excluded: modules in compiled code, where no hook runs.
+    """
 
     def __init__(self, owner: object) -> None:
-        self._owner = owner
+        self.owner = owner
         self._handles: dict[tuple[str, nn.Module], list[tuple[Hook, Handle]]] = {}
-        self.excluded: set[nn.Module] = set()  # modules in compiled code, where no hook runs
+        self.excluded: set[nn.Module] = set()
 
     def is_ours(self, hook: Any) -> bool:
         """Whether this session registered it."""
-        return isinstance(hook, Hook) and hook.owner is self._owner
+        return isinstance(hook, Hook) and hook.owner is self.owner
 
     def around(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
         """A pre and a post hook; the post hook also runs when forward raises an `Exception`."""
@@ -140,7 +145,7 @@ class Hooks:
                 continue
             self._remove(("after", module))
             self._remove(("before", module))
-            first, last = Hook(pre, self._owner), Hook(post, self._owner)
+            first, last = Hook(pre, self.owner), Hook(post, self.owner)
             self._handles["around", module] = [
                 (first, module.register_forward_pre_hook(first, with_kwargs=True)),
                 (last, module.register_forward_hook(last, with_kwargs=True, always_call=True)),
@@ -149,7 +154,7 @@ class Hooks:
     def outside(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
         """A pair that comes before the pre and the post hooks of others: what they were given."""
         for module in modules:
-            first, last = Hook(pre, self._owner), Hook(post, self._owner)
+            first, last = Hook(pre, self.owner), Hook(post, self.owner)
             self._handles["outside", module] = [
                 (first, module.register_forward_pre_hook(first, prepend=True, with_kwargs=True)),
                 (last, module.register_forward_hook(last, prepend=True)),

@@ -128,7 +128,7 @@ def _owned(session: Session, layer: str, entries: Sequence[Found]) -> list[Found
 def _nothing_held(session: Session, layer: str) -> NoReturn:
     missed = [f"{m.layer or 'the model'}: {m.reason}" for m in session.missed]
     why = f"; missed: {listed(missed)}" if missed else ""
-    if not session._steps:
+    if not session.steps:
         raise NoPassError(
             f"no map of {layer!r} yet: no forward pass has run inside the capture block; "
             f"call the model inside `with capture(model) as maps:` first{why}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["TRANSFORMED", "transformed"]
+from fmapkit._nested import tensors_in
+
+__all__ = ["TRANSFORMED", "transformed", "under_transform"]
 
 TRANSFORMED = (
     "it runs under a torch.func transform (vmap, grad, …): its tensors live only inside the "
@@ -19,3 +21,15 @@ def transformed(value: Any) -> bool:
     """Whether it is a tensor of a torch.func transform, which must not be kept."""
     functorch = torch._C._functorch
     return isinstance(value, Tensor) and bool(functorch.is_functorch_wrapped_tensor(value))
+
+
+def under_transform(module: nn.Module, value: Any) -> bool:
+    """Whether a torch.func transform is at work on a call: on what it is given, or its weights."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    with torch._C.DisableTorchFunction():
+        # Under `grad` and its like, whatever runs gives a tensor of the transform.
+        if transformed(torch.empty(()).detach()):
+            return True
+        own = (*module.parameters(), *module.buffers())
+        return any(transformed(t) for t in (*tensors_in(value), *own))

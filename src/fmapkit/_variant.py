@@ -9,22 +9,22 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
-from fmapkit._compiled_run import CompiledGraph, Sink, running
+from fmapkit._compiled_graph import CompiledGraph
+from fmapkit._compiled_run import Sink, UnknownError, running
 from fmapkit._graph_edit import add_outputs
 from fmapkit._optimized import plain
 
-__all__ = ["UnknownError", "Variant"]
+if TYPE_CHECKING:
+    from fmapkit._session import Session
+
+__all__ = ["Variant"]
 
 UNLABELLED = "fmapkit cannot read its compiled graph: {why}"
-
-
-class UnknownError(Exception):
-    """The compiled function is of no known kind; the message says why."""
 
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +57,7 @@ class Variant:
     """
 
     def __init__(self, root: nn.Module, original: Any) -> None:
-        self.sessions: list[Any] = []  # whose maps
+        self.sessions: list[Session] = []  # whose maps
         self.graphs: list[CompiledGraph] = []
         self._module = plain(root)
         context, inner = _context(original)

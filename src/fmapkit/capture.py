@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit._analyses import Analyses
+from fmapkit._asked import Asked
 from fmapkit._budget import Budget, policy
 from fmapkit._edit import Edits
 from fmapkit._names import Names
 from fmapkit._optimized import compiled_roots, plain
 from fmapkit._retain import Retention
 from fmapkit._session import Session
+from fmapkit._stop import Stop
 from fmapkit._wants import Wants
 from fmapkit._wrappers import unwrap
 from fmapkit.errors import ArgumentError, CaptureStateError, NotAModuleError
@@ -149,9 +151,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         edits = Edits(names, edit, FeatureMap)
         passes = None if keep == "all" else int(keep)
         model = unwrap(model)  # a pass is the plain model's, whoever called it
-        self._session = Session(
-            model, names, wants, edits, passes, every, stop, given, seen_by, budget
-        )
+        wanted = Asked(model, names, wants, edits, seen_by, Stop() if stop else None)
+        self._session = Session(wanted, given, passes, every, budget)
         # Made, entered, left: a capture goes through these once, in this order.
         self._state: Literal["made", "entered", "left"] = "made"
 
@@ -164,7 +165,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         self._session.open()
         self._state = "entered"
         maps = FeatureMaps(self._session)
-        self._session.analyses.view = maps._read
+        self._session.asked.analyses.view = maps._read
         return maps
 
     def __exit__(

@@ -9,23 +9,22 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fmapkit import _table
-from fmapkit._feature_map import FeatureMap, nbytes_of, read_map
 from fmapkit._gather import gather
 from fmapkit._lookup import Found, find, parse
 from fmapkit._sharded import Parts, is_dtensor, splits
 from fmapkit._store import Entry, Pass
 from fmapkit._wants import KINDS
 from fmapkit.errors import ArgumentError, did_you_mean, listed
+from fmapkit.feature_map import FeatureMap, nbytes_of, read_map
 from fmapkit.selectors import selectors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fmapkit._session import Missed, Session
+    from fmapkit._missed import Missed
+    from fmapkit._session import Session
 
 __all__ = ["FeatureMap", "FeatureMaps"]
-
-FeatureMap.__module__ = __name__  # its public address: what docs show and pickles name
 
 Key = str | tuple[str, str] | tuple[str, str, int]
 
@@ -34,7 +33,8 @@ class FeatureMaps:
     """The maps of a capture; readable during the block and after it.
 
     A look-up (`maps[layer]`, `maps[layer, kind]`, `maps[layer, kind, filter]`) and iteration read
-    the latest pass; `select` reads every pass that is kept.
+    the latest pass; `select` reads every pass that is kept. With `keep=0` none is: all that was
+    captured went to the analyses.
     """
 
     def __init__(self, session: Session) -> None:
@@ -75,6 +75,8 @@ class FeatureMaps:
 
         Raises:
             NoPassError: nothing has been captured yet.
+            MapReleasedError: `keep=0` has let go of it.
+            MapOverwrittenError: its memory was written to since.
             UnknownLayerError: no map of such a layer.
             NoActivationError: no nonlinearity follows it.
             KindNotCapturedError: it has no map of that kind.
@@ -239,7 +241,10 @@ class FeatureMaps:
 
     @property
     def bytes_copied(self) -> int:
-        """Bytes that the latest pass copied, because the model overwrote a map."""
+        """Bytes of the latest pass's maps that are copies, not the model's own memory.
+
+        Copied because the model overwrote the map, or for `filters=`, `dtype=` or `device=`.
+        """
         copied = {
             id(e.held.tensor): nbytes_of(e.held.tensor)
             for _, e in self._latest()

@@ -27,8 +27,9 @@ class FeatureMap:
     """One feature map: a tensor and what it is.
 
     Attributes:
-        tensor: the values, on the model's device, outside the autograd graph. It is the model's own
-            memory wherever that was not overwritten: clone it before you write to it.
+        tensor: the values, outside the autograd graph unless `detach=False` was asked for. It is
+            the model's own memory, so clone it before you write to it; a copy where the model
+            overwrote that, or where `filters=`, `dtype=` or `device=` ask for one.
         kind: "input", "response", "preactivation" (z), "activation" (a = σ(z)) or "output".
         layer: qualified name of the module whose filters made the map.
         filter: index of the filter, or None for all of them.
@@ -66,12 +67,12 @@ class FeatureMap:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the values, as the model made them."""
+        """Type of the values: the model's own, or what `capture(dtype=...)` asked for."""
         return self.tensor.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the values are."""
+        """Where the values are: with the model, or where `capture(device=...)` put them."""
         return self.tensor.device
 
     @property
@@ -86,7 +87,7 @@ class FeatureMap:
         Asked for with `capture(gradients=True)`, or `fm.tensor.retain_grad()` where the maps are in
         the graph. It is the tensor that backward made, not a copy, and the sum over several
         backward passes. None before backward, and where none gets to the map. Of one filter's map,
-        that filter's part, as a view.
+        that filter's part, as a view. `capture(dtype=..., device=...)` leave it as it was made.
 
         Raises:
             MapOverwrittenError: its memory was written to after backward.

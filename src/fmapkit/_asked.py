@@ -1,0 +1,36 @@
+"""What one capture was asked for, checked: what every stage of it reads, and none writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fmapkit._analyses import Analyses
+from fmapkit._edit import Edits
+from fmapkit._names import Names
+from fmapkit._stop import Stop
+from fmapkit._wants import Wants
+
+__all__ = ["Asked"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What one capture was asked for.
+
+    Attributes:
+        model: to be captured.
+        names: of its modules.
+        wants: which maps to hold, and how.
+        edits: what to change while the model runs.
+        analyses: who sees each map.
+        stop: ends a pass early; None where none is to be ended.
+    """
+
+    model: nn.Module
+    names: Names
+    wants: Wants
+    edits: Edits
+    analyses: Analyses
+    stop: Stop | None = None

@@ -1,0 +1,73 @@
+"""A module with a fused path runs twice: fused for its output, and beside it, watched, for maps.
+
+Which modules these are, and what the fused path returns, is a matter of `_fused.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fmapkit._asked import Asked
+from fmapkit._fused import REASON, fused_output
+from fmapkit._hooks import Hooks
+from fmapkit._live import Live
+from fmapkit._missed import Misses
+from fmapkit._nested import leaves
+
+__all__ = ["Beside"]
+
+
+class Beside:
+    """The module that runs unfused beside its fused path.
+
+    Args:
+        asked: by the capture.
+        live: what is under way.
+        hooks: of the capture, which would bar the fused path.
+        misses: of the capture.
+
+    Attributes:
+        module: it; None while there is none.
+    """
+
+    def __init__(self, asked: Asked, live: Live, hooks: Hooks, misses: Misses) -> None:
+        self.module: nn.Module | None = None
+        self._output: Any = None
+        self._edits = asked.edits
+        self._names = asked.names
+        self._live = live
+        self._hooks = hooks
+        self._misses = misses
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A module that `may_fuse` is about to run: run its fused path first, if torch would."""
+        if self.module is not None or self._edits:
+            return
+        paused = self._live.trace_off()
+
+        def bare() -> Any:
+            with self._hooks.suspended(module.modules()):
+                return module.forward(*args, **kwargs)
+
+        fused, output = fused_output(module, args, kwargs, bare)
+        if paused:
+            self._live.trace_on()
+        if fused:
+            self.module, self._output = module, output
+            self._misses.add(self._names.of(module), REASON)
+
+    def leave(self, output: Any) -> Any:
+        """The watched run has ended: the fused output is to be returned, tagged as its own."""
+        fused = self._output
+        self.clear()
+        tracer = self._live.tracer
+        assert tracer is not None
+        for (_, ours), (_, theirs) in zip(leaves(output), leaves(fused), strict=False):
+            tracer.set_tag(theirs, tracer.tag(ours))
+        return fused
+
+    def clear(self) -> None:
+        """Nothing runs twice."""
+        self.module = self._output = None

@@ -1,0 +1,196 @@
+"""A compiled graph in use: which labels its maps have this time.
+
+A compiled graph may run for other modules than those it was traced with (dynamo reuses code where
+its guards hold), and its inputs may carry something else. So its labels belong to what came in:
+the weights, by identity, what the data carry, and the modules around it. Where one of these is new,
+the graph is labelled anew; it is not compiled anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx, nn
+
+from fmapkit._axes import Axes
+from fmapkit._compiled_run import Sink, running
+from fmapkit._frames import running_modules
+from fmapkit._graph import Labels, Traced, trace_graph
+from fmapkit._names import Names
+from fmapkit._origin import NOWHERE, STOP, Flow, Origin, Weight
+from fmapkit._units import carried as carried_by
+
+if TYPE_CHECKING:
+    from fmapkit._session import Session
+
+__all__ = ["CompiledGraph"]
+
+
+class CompiledGraph:
+    """A compiled graph, as its sessions see it; `place` says which of them.
+
+    Args:
+        gm: the graph, rewritten but without the outputs that were added.
+        inputs: the real ones it was traced with.
+        whole: it is all of what was compiled, so that the same modules run it always.
+        volatile: its outputs' memory is reused by its next run.
+        names: of the captured model.
+
+    Attributes:
+        data: which inputs are tensors that are no parameters.
+        local: which of these are no attributes of a module.
+        own: how many outputs are the model's.
+        places: where the graph returns what is read at a site.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], whole: bool, volatile: bool, names: Names
+    ) -> None:
+        self.gm = gm
+        self.whole = whole
+        self.volatile = volatile
+        tensors = [i for i, v in enumerate(inputs) if isinstance(v, Tensor)]
+        self.weights = [i for i in tensors if names.is_parameter(inputs[i])]
+        self.data = [i for i in tensors if i not in self.weights]
+        self.local = {i for i, n in enumerate(placeholders(gm)) if not from_module(n)}
+        self.own = 0
+        self.places: dict[Any, int] = {}
+        # How the graph knows modules and weights: by what they were when it was traced.
+        self._modules = {id(m): m for m in names.by_module}
+        self._owners = [names.owners(inputs[i]) for i in self.weights]
+        self._base = _base(names)
+        self._known: dict[int, tuple[Any, dict[Any, tuple[Labels, list[Any]]]]] = {}
+
+    def forget(self) -> None:
+        """The block has ended."""
+        self._known.clear()
+
+    def carried(self, inputs: Sequence[Any], sink: Sink) -> list[Any]:
+        """What the data that come in carry, by place among the inputs."""
+        tag = sink.tracer.tag
+        found: list[Any] = [None] * len(inputs)
+        for i in self.data:
+            found[i] = tag(inputs[i])
+            if found[i] is None and i in self.local:
+                found[i] = STOP
+                sink.outside()
+        return found
+
+    def labels(self, sink: Sink, place: int, inputs: Sequence[Any], carried: list[Any]) -> Labels:
+        """The labels that fit what comes in."""
+        session = sink.session
+        watch, known = self._known.get(place, (None, {}))
+        if watch is not session.watch:  # another block, or another structure of the model
+            known = {}
+            self._known[place] = (session.watch, known)
+        weights = [inputs[i] for i in self.weights]
+        tags = [carried[i] for i in self.data]
+        plain = all(t is STOP or t is None for t in tags)
+        key = (
+            tuple(map(id, weights)),
+            tuple([t is None for t in tags]) if plain else carried_by(tags, session.wants.of),
+            None if self.whole else tuple(map(id, running_modules(running.stop))),
+        )
+        found = known.get(key)
+        if found is None:  # kept with the weights, so that their ids stay theirs
+            found = known[key] = (self._label(sink, inputs, carried), weights)
+        return found[0]
+
+    def trace(
+        self, session: Session, inputs: Sequence[Any], carried: Sequence[Any], rewrite: bool
+    ) -> Traced:
+        """What the graph's maps are."""
+        # Stand-ins: what the trace finds out about them is this graph's, not the pass's.
+        origins: dict[int, Origin] = {id(NOWHERE): NOWHERE}
+        full: list[Any] = []
+        for tag in carried:
+            if isinstance(tag, Flow):
+                o = tag.origin
+                own = origins.setdefault(id(o), Origin(o.kind, o.name, o.call))
+                tag = Flow(own, tag.axes)
+            full.append(tag)
+        for i in self.weights:
+            value = inputs[i]
+            full[i] = Weight(value, Axes.single(0, value.shape[0]) if value.dim() else None)
+        return trace_graph(
+            self.gm,
+            inputs,
+            full,
+            _base(session.names),
+            session.names,
+            session.wants,
+            session.miss,
+            rewrite=rewrite,
+            modules=self._translated(inputs, session.names),
+            arguments=sorted(self.local.intersection(self.data)) if self.whole else None,
+        )
+
+    def _label(self, sink: Sink, inputs: Sequence[Any], carried: list[Any]) -> Labels:
+        session = sink.session
+        traced = self.trace(session, inputs, carried, rewrite=False)
+        lacking = [e for e, site, _ in traced.found if site.key not in self.places]
+        for entry in lacking:
+            session.miss(entry.origin.name, "its graph was compiled without this map")
+        traced.found = [f for f in traced.found if f[1].key in self.places]
+        return traced.labels(self.places)
+
+    def _translated(self, inputs: Sequence[Any], names: Names) -> dict[int, nn.Module]:
+        """The modules that run now, by the ids of those that the graph was traced with.
+
+        Told by the weights that come in: their owners, and what lies above and below these.
+        """
+        now = _base(names)
+        pairs = [(b, n) for b, n in zip(self._base[-1:], now[-1:], strict=False)]
+        for before, i in zip(self._owners, self.weights, strict=True):
+            after = names.owners(inputs[i])
+            if len(before) == 1 and len(after) == 1 and before[0][1] == after[0][1]:
+                pairs.append((before[0][0], after[0][0]))
+        if all(b is n for b, n in pairs):
+            return self._modules
+        moved: dict[str, set[str]] = {}
+        for b, n in pairs:
+            old, new = names.of(b), names.of(n)
+            while True:
+                moved.setdefault(old, set()).add(new)
+                head, _, last = old.rpartition(".")
+                new_head, _, new_last = new.rpartition(".")
+                if not old or not new or last != new_last:
+                    break
+                old, new = head, new_head
+        found = {}
+        for key, module in self._modules.items():
+            name, below = names.of(module), ""
+            while name not in moved and name:
+                name, _, last = name.rpartition(".")
+                below = f".{last}{below}"
+            targets = moved.get(name, {name})
+            target = names.by_name.get(f"{next(iter(targets))}{below}".lstrip("."))
+            if len(targets) == 1 and target is not None:
+                found[key] = target
+        return found
+
+
+def _base(names: Names) -> list[nn.Module]:
+    """The modules of the model that run around compiled code, outermost first."""
+    found = [m for m in running_modules(running.stop) if m in names.by_module]
+    if running.root is not None and running.root not in found:
+        found.append(running.root)
+    return found
+
+
+def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes of a graph's inputs."""
+    return [n for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def from_module(node: fx.Node) -> bool:
+    """Whether an input of a graph is an attribute of a module, or a global, and no datum."""
+    from torch._dynamo import source
+
+    at: Any = getattr(node, "_dynamo_source", None)
+    while at is not None:
+        if isinstance(at, (source.NNModuleSource, source.GlobalSource)):
+            return True
+        at = getattr(at, "base", None)
+    return False

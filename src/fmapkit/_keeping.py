@@ -1,0 +1,90 @@
+"""The end of a pass: what becomes of its maps, and who is shown them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fmapkit._asked import Asked
+from fmapkit._budget import Budget
+from fmapkit._gradients import OF_VIEW
+from fmapkit._live import Live
+from fmapkit._missed import Misses
+from fmapkit._replay import Run
+from fmapkit._settle import has_inference_tensors, settle
+from fmapkit._store import Entry, Pass, Store
+
+__all__ = ["Keeping"]
+
+
+class Keeping:
+    """Keeps the maps of the passes that have ended.
+
+    Args:
+        asked: by the capture.
+        live: what is under way.
+        misses: of the capture.
+        store: where passes are kept.
+        budget: how many bytes they may take; None for any.
+    """
+
+    def __init__(
+        self, asked: Asked, live: Live, misses: Misses, store: Store, budget: Budget | None
+    ) -> None:
+        self._wants = asked.wants
+        self._analyses = asked.analyses
+        self._live = live
+        self._misses = misses
+        self._store = store
+        self._budget = budget
+
+    def keep(self, current: Pass, failed: bool) -> None:
+        """A pass has ended.
+
+        Args:
+            current: it.
+            failed: by an exception.
+
+        Raises:
+            BudgetError: its maps are more than was allowed.
+            Exception: whatever an analysis raises.
+        """
+        retention = self._wants.retention
+        if retention:
+            for held in current.held():
+                if held.tensor is not None and not held.lost:
+                    stored = self._wants.store(held.tensor)
+                    held.stored(stored, retention.arrival(stored))
+        retention.end()
+        if self._analyses and not failed:
+            runs = [s for s in current.segments if isinstance(s, Run) and s.analyses is not None]
+            for run in runs:  # of which they have seen most, or all
+                self._show(current, run.fresh(self._store.fleeting))
+            if not runs:
+                self._show(current, current.entries())
+        if self._store.fleeting:
+            current.release()
+        elif has_inference_tensors(current):
+            settle(current)
+        if self._budget is not None and not failed:
+            self._budget.check(self._store)
+
+    def stream(self, run: Run) -> None:
+        """Show the latest maps of a run while the model runs.
+
+        With keep=0, a map lives no longer than that.
+        """
+        current = self._live.current
+        assert current is not None
+        self._show(current, run.fresh(self._store.fleeting))
+
+    def _show(self, current: Pass, entries: Iterable[Entry]) -> None:
+        """Have the analyses see some maps."""
+        for layer, why in self._analyses.see(current, entries):
+            self._misses.add(layer, why)
+
+    def name_spoiled(self, current: Pass) -> None:
+        """Name the maps whose gradient nobody can tell."""
+        for entry in current.entries():
+            gradient = entry.held.gradient if entry.held is not None else None
+            if gradient is not None and gradient.spoiled:
+                self._misses.add(entry.origin.name, OF_VIEW)

@@ -1,0 +1,119 @@
+"""What is under way in a capture: a pass, and in it what is traced, replayed or learned.
+
+The stages above share it, and each changes what is its own. The tracer's place on torch's stack of
+modes is kept here: it is there only while it has something to see.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.overrides import _get_current_function_mode
+
+from fmapkit._asked import Asked
+from fmapkit._frames import Frame
+from fmapkit._hooks import leave_mode
+from fmapkit._missed import Misses
+from fmapkit._replay import LightMode, Run
+from fmapkit._store import Pass
+from fmapkit._trace import Tracer
+
+__all__ = ["MODES", "Lesson", "Live"]
+
+MODES = (Tracer, LightMode)  # ours, among torch's function modes
+
+
+@dataclass(slots=True)
+class Lesson:
+    """A call of a unit that is being learned.
+
+    Attributes:
+        module: the unit.
+        frame: of the call.
+        key: which kind of call it is; None if it can be replayed never.
+        inputs: what its tensors carry.
+    """
+
+    module: nn.Module
+    frame: Frame
+    key: Any
+    inputs: list[Any]
+
+
+class Live:
+    """What is under way.
+
+    Args:
+        asked: by the capture.
+        misses: of the capture.
+
+    Attributes:
+        thread: the one that is captured.
+        current: the pass; None outside of one.
+        idle: the model runs a pass that is not captured.
+        frame: of the stack: the call of the model that is the pass.
+        depth: how often the model is calling itself.
+        tracer: of the pass; None where nothing of it is traced.
+        run: the unit that is being replayed.
+        lesson: the unit that is being learned.
+    """
+
+    def __init__(self, asked: Asked, misses: Misses) -> None:
+        self.thread = threading.get_ident()
+        self.current: Pass | None = None
+        self.idle = False
+        self.frame: Any = None
+        self.depth = 0
+        self.tracer: Tracer | None = None
+        self.run: Run | None = None
+        self.lesson: Lesson | None = None
+        self._asked = asked
+        self._misses = misses
+        self._stacked = False  # the tracer is on torch's stack of modes
+
+    def clear(self) -> None:
+        """Nothing is under way any more."""
+        self.tracer = self.current = self.frame = self.run = self.lesson = None
+        self.depth = 0
+
+    def new_tracer(self) -> Tracer:
+        """A tracer for the rest of the pass."""
+        asked = self._asked
+        assert self.current is not None
+        asked.names.update()
+        self.tracer = Tracer(
+            asked.names, asked.wants, asked.edits, asked.stop, self.current, self._misses.add
+        )
+        return self.tracer
+
+    def trace_on(self) -> None:
+        """From here on the tracer, if there is one, sees what runs."""
+        if self.tracer is not None:
+            self.tracer.paused = False
+            if not self._stacked:
+                self.tracer.__enter__()  # type: ignore[no-untyped-call]
+                self._stacked = True
+
+    def trace_off(self) -> bool:
+        """Pause the tracer; it leaves the stack, unless another mode lies on top of it.
+
+        Returns:
+            Whether it was on.
+        """
+        if self.tracer is None or self.tracer.paused:
+            return False
+        self.tracer.paused = True
+        top = _get_current_function_mode()  # type: ignore[no-untyped-call]
+        if self._stacked and top is self.tracer:
+            self.tracer.__exit__(None, None, None)
+            self._stacked = False
+        return True
+
+    def trace_out(self) -> None:
+        """The tracer leaves the stack for good."""
+        if self._stacked and self.tracer is not None:
+            leave_mode(self.tracer)
+        self._stacked = False

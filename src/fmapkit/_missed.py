@@ -1,0 +1,69 @@
+"""What ran and was not captured: `maps.missed`, and the warning that names the first of it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+from torch import nn
+
+from fmapkit.errors import CaptureWarning
+
+__all__ = ["Missed", "Misses"]
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """Something that ran and was not captured.
+
+    Attributes:
+        layer: the module it ran in, by name.
+        reason: why it could not be captured.
+    """
+
+    layer: str
+    reason: str
+
+
+class Misses:
+    """What one capture has missed so far.
+
+    Args:
+        model: which it captures.
+
+    Attributes:
+        entries: each once, in the order in which they were noticed.
+        warned: the user was told, and nothing has come since.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.entries: list[Missed] = []
+        self.warned = False
+        self._model = type(model).__name__
+
+    def add(self, layer: str, reason: str) -> None:
+        """Name something that was not captured; each once."""
+        entry = Missed(layer, reason)
+        if entry not in self.entries:
+            self.entries.append(entry)
+            self.warned = False
+
+    def warn(self) -> None:
+        """Tell the user, if there is anything new."""
+        if self.warned or not self.entries:
+            return
+        self.warned = True
+        first = self.entries[0]
+        more = f" (and {len(self.entries) - 1} more)" if len(self.entries) > 1 else ""
+        warnings.warn(
+            f"not captured: {first.layer or self._model}: {first.reason}{more}; see maps.missed",
+            CaptureWarning,
+            stacklevel=2,
+        )
+
+    def warn_in_forward(self) -> None:
+        """The same as a pass ends; where warnings are errors, they wait until the block ends."""
+        try:
+            self.warn()
+        except CaptureWarning:
+            self.warned = False

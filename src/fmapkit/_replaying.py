@@ -1,0 +1,187 @@
+"""A call of a unit, from its first hook to its last: read by its plan, or else learned.
+
+How a run is read is a matter of `_replay.py`; here it is fitted into the pass around it, which may
+be traced.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from fmapkit._aside import operators_are_counted
+from fmapkit._asked import Asked
+from fmapkit._form import casts
+from fmapkit._gradients import NO_GRAPH, in_function
+from fmapkit._keeping import Keeping
+from fmapkit._learning import Learning
+from fmapkit._live import Live
+from fmapkit._missed import Misses
+from fmapkit._nested import tensors_in
+from fmapkit._origin import Flow
+from fmapkit._placing import Placing
+from fmapkit._plan import Plan
+from fmapkit._replay import Run, tag_outputs
+from fmapkit._units import Units, carried, shape_of
+
+__all__ = ["Replaying"]
+
+
+class Replaying:
+    """Replays units.
+
+    Args:
+        asked: by the capture.
+        live: what is under way.
+        misses: of the capture.
+        units: of the model.
+        placing: of its hooks.
+        learning: for the calls that there is no plan for.
+        keeping: shows maps to the analyses.
+    """
+
+    def __init__(
+        self,
+        asked: Asked,
+        live: Live,
+        misses: Misses,
+        units: Units,
+        placing: Placing,
+        learning: Learning,
+        keeping: Keeping,
+    ) -> None:
+        self._names = asked.names
+        self._wants = asked.wants
+        self._edits = asked.edits
+        self._stop = asked.stop
+        self._analyses = asked.analyses
+        self._live = live
+        self._misses = misses
+        self._units = units
+        self._placing = placing
+        self._learning = learning
+        self._keeping = keeping
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A call of a unit begins.
+
+        Returns:
+            The arguments that it is to get instead; None for its own.
+        """
+        live, wants = self._live, self._wants
+        unit, tracer = self._units.of(module), live.tracer
+        inputs: list[Any] = []
+        origins = None
+        if tracer is not None:
+            inputs = [tracer.tag(t) for t in tensors_in(*args, kwargs)]
+            origins = carried(inputs, wants.of)
+        modes = (torch.is_grad_enabled(), operators_are_counted(), casts(), *unit.form())
+        shape = (shape_of(args), shape_of(kwargs), origins, modes)
+        plan = unit.same(shape)
+        if plan is None:
+            key = (shape, unit.state())
+            plan = unit.plans.get(key)
+            if plan is None:
+                return self._learning.enter(module, key, args, kwargs, inputs)
+            unit.remember(plan, shape)
+        if self._edits and self._edited_inside(plan, inputs):
+            return self._learning.enter(module, None, args, kwargs, inputs)
+        if self._placing.tapped.get(module) is not plan:
+            self._placing.taps(module, plan)
+        base = stop = analyses = None
+        if tracer is None:
+            stop = self._stop
+            analyses = self._keeping.stream if self._analyses else None
+        else:
+            if plan.writes:
+                written = tensors_in(*args, kwargs)
+                for index in plan.writes:
+                    tracer.aliases.before_write(written[index])
+            live.trace_off()
+            base = Counter(tracer.counts)
+        run = Run(module, plan, wants, self._placing.line, stop, inputs, base, analyses)
+        live.run = run
+        if wants.graph and live.current is not None and live.current.grads:
+            if in_function():
+                self._misses.add(self._names.of(module), NO_GRAPH)
+        if module in plan.before:
+            run.pre(module, args, kwargs)
+        run.start()
+        return None
+
+    def _edited_inside(self, plan: Plan, inputs: list[Any]) -> bool:
+        """Whether filters that an edit is for reach a nonlinearity inside."""
+        tags = (inputs[index] for index in plan.claims if index < len(inputs))
+        return any(isinstance(t, Flow) and self._edits.of(t.origin.name) for t in tags)
+
+    def before(self, run: Run, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A module inside the unit is about to run."""
+        plan = run.plan
+        if module in plan.before:
+            run.pre(module, args, kwargs)
+        if module in plan.inputs:
+            run.before_call(module, args)
+        if plan.scopes:
+            if module in plan.toggles:
+                run.marks.append(run.light().pause())
+            if module in plan.scopes:
+                run.light().resume()
+
+    def after(
+        self, run: Run, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool
+    ) -> None:
+        """A module inside the unit has run."""
+        plan = run.plan
+        if plan.scopes:
+            if module in plan.scopes:
+                run.light().pause()
+            if module in plan.toggles:
+                if run.marks and run.marks.pop():
+                    run.light().resume()
+        if not failed and module in plan.taps:
+            run.tap(module, args, kwargs, output)
+
+    def leave(self, args: Any, kwargs: Any, output: Any) -> None:
+        """The call has ended: its maps become a part of the pass."""
+        live = self._live
+        run, current, tracer = live.run, live.current, live.tracer
+        assert run is not None and current is not None
+        live.run = None
+        failed = output is None and sys.exc_info()[0] is not None
+        if run.module in run.plan.taps and not failed:
+            run.tap(run.module, args, kwargs, output)
+        run.finish()
+        if not failed and not run.lost and len(run.log) != len(run.plan.order):
+            run.lost = "fewer taps fired than were learned"
+        if run.lost:
+            self._units.forget(run.module)
+            self._misses.add(
+                self._names.of(run.module),
+                f"its pass left the road it was proven to take ({run.lost}); learned anew",
+            )
+        if tracer is None:
+            current.segments.append(run)
+            return
+        # The pass around the unit is traced: tell the tracer what it would have seen.
+        emissions = (e for s in run.plan.steps for e in s.emissions)
+        for entry, emission in zip(run.entries(), emissions, strict=False):
+            current.segments.append(entry)
+            if self._stop is not None:
+                self._stop.saw(entry)
+            if entry.held is not None:
+                tracer.aliases.watch(entry.held)
+            if emission.pending:
+                tracer.pending.setdefault(id(entry.origin), []).append(entry)
+        for name, count in run.plan.calls:
+            tracer.counts[name] += count
+        self._wants.retention.fence()
+        for index in run.plan.claims:
+            tag = run.inputs[index]
+            if isinstance(tag, Flow):
+                tracer.claim(tag.origin)
+        tag_outputs(output, run.output_tags(), tracer.set_tag)
+        live.trace_on()

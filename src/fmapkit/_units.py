@@ -1,0 +1,156 @@
+"""Units: which modules are replayed as a whole, and what tells their calls apart.
+
+A unit is the outermost proven module on its branch. Two calls of it are of one kind if their
+arguments have the same form and carry the same, and nothing has changed that its road depends on
+(its guards, `inplace` flags, dtypes of weights, modes). Each kind has a plan of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import is_
+from typing import Any
+
+from torch import Tensor, nn
+
+from fmapkit._form import form_of, weights_of
+from fmapkit._guards import Guard
+from fmapkit._origin import Flow, Weight
+from fmapkit._plan import Plan
+from fmapkit._proof import Proofs
+from fmapkit._trace import Tracer
+from fmapkit._transforms import under_transform
+
+__all__ = ["Unit", "Units", "carried", "shape_of"]
+
+
+class Unit:
+    """One unit: what its road depends on, and its plans.
+
+    Attributes:
+        plans: by the kind of call, and the unit's state.
+        form: tells dtype and layout of its weights.
+    """
+
+    __slots__ = ("_flags", "_guards", "_latest", "_places", "_slow", "_values", "form", "plans")
+
+    def __init__(self, module: nn.Module, guards: list[Guard]) -> None:
+        self.plans: dict[Any, Plan] = {}
+        self.form = weights_of(module)
+        self._guards = guards
+        self._flags = [m.__dict__ for m in module.modules() if "inplace" in m.__dict__]
+        # What a dict holds is compared by identity, all at once; the rest one by one.
+        places = [g.place() for g in guards]
+        self._places = [p for p in places if p is not None] + [(d, "inplace") for d in self._flags]
+        self._slow = [g for g, p in zip(guards, places, strict=True) if p is None]
+        self._values: list[Any] = []
+        self._latest: tuple[Plan, Any, list[Any]] | None = None
+
+    def state(self) -> Any:
+        """The values its road depends on."""
+        return tuple([g.value() for g in self._guards]), tuple([d["inplace"] for d in self._flags])
+
+    def same(self, shape: Any) -> Plan | None:
+        """The plan of the latest call, if this one is alike in all that the road depends on."""
+        if self._latest is None:
+            return None
+        plan, last, slow = self._latest
+        if shape != last or not all(map(is_, self._values, map(_get, self._places))):
+            return None
+        return plan if [g.value() for g in self._slow] == slow else None
+
+    def remember(self, plan: Plan, shape: Any) -> None:
+        """This call's plan, for `same`."""
+        self._values = list(map(_get, self._places))
+        # A list that took the place of a plain value may change and still be the same object.
+        if any(isinstance(v, (list, dict, set)) for v in self._values):
+            self._latest = None
+        else:
+            self._latest = (plan, shape, [g.value() for g in self._slow])
+
+
+class Units:
+    """The units of one model.
+
+    Args:
+        is_ours: tells hooks of this capture, which a proof leaves out, from others.
+
+    Attributes:
+        direct: modules that a scope has called itself.
+    """
+
+    def __init__(self, is_ours: Callable[[Any], bool]) -> None:
+        self.direct: set[nn.Module] = set()
+        self._is_ours = is_ours
+        self._opened: set[nn.Module] = set()  # proven, but with something to edit in them
+        self._known: dict[nn.Module, Unit] = {}
+        self._proofs = Proofs(is_ours)
+
+    def proven(self, module: nn.Module) -> bool:
+        """Whether a module may be replayed as a whole."""
+        return module not in self._opened and self._proofs.proven(module)
+
+    def stands_alone(self, module: nn.Module, args: Any, tracer: Tracer | None) -> bool:
+        """Whether this call is a unit: not inside a module that may be one σ or layer itself."""
+        if not self.proven(module) or under_transform(module, args):
+            return False
+        return tracer is None or all(f.kind == "plain" for f in tracer.frames)
+
+    def of(self, module: nn.Module) -> Unit:
+        """The unit that a proven module is."""
+        found = self._known.get(module)
+        if found is None:
+            found = self._known[module] = Unit(module, self._proofs.guards(module))
+        return found
+
+    def forget(self, module: nn.Module) -> None:
+        """It left the road it was proven to take: learn it anew."""
+        self._known.pop(module, None)
+
+    def open(self, module: nn.Module) -> None:
+        """From the next pass on, only the parts of it are units."""
+        self._opened.add(module)
+        self.direct.discard(module)
+
+    def clear(self) -> None:
+        """The model has other modules than it had, or the block has ended."""
+        self.direct.clear()
+        self._opened.clear()
+        self._known.clear()
+        self._proofs = Proofs(self._is_ours)
+
+
+def _get(place: tuple[dict[str, Any], str]) -> Any:
+    return place[0].get(place[1])
+
+
+def shape_of(value: Any) -> Any:
+    """What kind of arguments these are: form of tensors, types of the rest, by place."""
+    if isinstance(value, Tensor):
+        form = form_of(value)
+        return form if type(value) is Tensor else (form, type(value))
+    if isinstance(value, (tuple, list)):
+        return tuple([shape_of(v) for v in value])
+    if isinstance(value, dict):
+        return tuple([(k, shape_of(v)) for k, v in value.items()])
+    return type(value)
+
+
+def carried(inputs: list[Any], asked: Callable[[str], Any]) -> Any:
+    """What the inputs carry, origins numbered in order of their first mention.
+
+    Args:
+        inputs: the tags of all tensors that come in.
+        asked: what was asked for of a layer: which of its maps are held may differ from another's.
+    """
+    origins: list[int] = []
+    found: list[Any] = []
+    for tag in inputs:
+        if isinstance(tag, Flow):
+            if id(tag.origin) not in origins:
+                origins.append(id(tag.origin))
+            place = origins.index(id(tag.origin))
+            found.append((tag.origin.kind, tag.axes, place, asked(tag.origin.name)))
+        else:
+            found.append("weight" if isinstance(tag, Weight) else None)
+    return tuple(found)
