@@ -102,7 +102,7 @@ def test_python_calls() -> None:
     taps = {k: n for k, n in calls.items() if k.endswith("Tap.__call__")}
     assert taps == {"CallTap.__call__": SITES, "OutputTap.__call__": ALONE}
     # A site is one call of ours, whatever the rest of the pass takes.
-    assert calls.total() - sum(taps.values()) <= 75, calls.most_common(20)
+    assert calls.total() - sum(taps.values()) <= 64, calls.most_common(20)
 
 
 def test_a_pass_that_is_not_captured() -> None:

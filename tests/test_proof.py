@@ -106,3 +106,49 @@ def test_what_is_swapped_in_a_loop_over_the_structure() -> None:
         assert [fm.nonlinearity for fm in maps.select(kind="activation", step=-1)] == [
             "sigmoid"
         ] * 2
+
+
+class Gated(Base):
+    """Its road depends on an attribute of a child, and on a parameter that may be None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Base()
+        self.first: nn.Module | None = None
+        self.register_parameter("gate", None)
+        self.scale = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The same modules run, whichever way it goes: no tap tells.
+        x = self.act(self.a(x)) if self.inner.deep else self.act(self.b(x))
+        if self.gate is not None:
+            x = self.act(x * self.gate)
+        if self.scale is not None:
+            x = torch.tanh(x * self.scale)
+        return x
+
+
+def test_what_a_road_depends_on_may_lie_anywhere() -> None:
+    model, x = Gated().eval(), torch.randn(3, 4)
+    assert _proven(model)
+
+    def deeper(deep: bool) -> None:
+        model.inner.deep = deep
+
+    changes = [
+        (lambda: deeper(False), ["b"]),
+        (lambda: deeper(True), ["a"]),
+        (lambda: setattr(model, "gate", nn.Parameter(torch.ones(4))), ["a", "act"]),
+        (lambda: setattr(model, "scale", nn.Parameter(torch.ones(4))), ["a", "act", ":tanh"]),
+        (lambda: setattr(model, "gate", None), ["a", ":tanh"]),
+        (lambda: setattr(model, "scale", None), ["a"]),
+    ]
+    with torch.no_grad(), capture(model) as maps:
+        model(x), model(x)
+        for change, layers in changes:
+            change()
+            for _ in range(2):
+                model(x)
+                found = maps.select(kind="activation", step=-1)
+                assert [fm.layer for fm in found] == layers
+        assert maps.missed == []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -35,12 +37,23 @@ class Guard:
             return found is None
         return _frozen(found)
 
-    def place(self) -> tuple[dict[str, Any], str] | None:
-        """The dict and key it reads, where the identity of what is there tells all."""
+    def place(self) -> tuple[Mapping[str, Any], str] | None:
+        """Where it reads, if the identity of what is there tells all.
+
+        torch moves an attribute from one of these dicts to another when a parameter or a module
+        takes the place of None: it is not there any more then.
+        """
         if isinstance(self.module, dict):
             return self.module, self.path
-        own = self.module.__dict__
-        return (own, self.path) if isinstance(own.get(self.path), SIMPLE) else None
+        *owners, name = self.path.split(".")
+        at = self.module
+        for owner in owners:  # through modules only: the structure is compared as a whole
+            at = getattr(at, "_modules", {}).get(owner)
+        for place in ("__dict__", "_parameters", "_buffers"):
+            held: Mapping[str, Any] = getattr(at, place, {})
+            if name in held:
+                return (held, name) if isinstance(held[name], (*SIMPLE, FunctionType)) else None
+        return None
 
 
 class _Same:

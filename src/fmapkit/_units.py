@@ -24,6 +24,9 @@ from fmapkit._transforms import under_transform
 __all__ = ["Unit", "Units", "carried", "shape_of"]
 
 
+_GONE = object()
+
+
 class Unit:
     """One unit: what its road depends on, and its plans.
 
@@ -32,18 +35,18 @@ class Unit:
         form: tells dtype and layout of its weights.
     """
 
-    __slots__ = ("_flags", "_guards", "_latest", "_places", "_slow", "_values", "form", "plans")
+    __slots__ = ("_flags", "_guards", "_latest", "_reads", "_slow", "_values", "form", "plans")
 
     def __init__(self, module: nn.Module, guards: list[Guard]) -> None:
         self.plans: dict[Any, Plan] = {}
         self.form = weights_of(module)
         self._guards = guards
         self._flags = [m.__dict__ for m in module.modules() if "inplace" in m.__dict__]
-        # What a dict holds is compared by identity, all at once; the rest one by one.
-        places = [g.place() for g in guards]
-        self._places = [p for p in places if p is not None] + [(d, "inplace") for d in self._flags]
-        self._slow = [g for g, p in zip(guards, places, strict=True) if p is None]
+        # Of the latest call: what dicts hold is compared by identity, all at once; the rest one by
+        # one.
+        self._reads: list[tuple[Callable[[str, Any], Any], str]] = []
         self._values: list[Any] = []
+        self._slow: list[Guard] = []
         self._latest: tuple[Plan, Any, list[Any]] | None = None
 
     def state(self) -> Any:
@@ -55,13 +58,19 @@ class Unit:
         if self._latest is None:
             return None
         plan, last, slow = self._latest
-        if shape != last or not all(map(is_, self._values, map(_get, self._places))):
+        if shape != last:
             return None
-        return plan if [g.value() for g in self._slow] == slow else None
+        if not all(map(is_, self._values, [get(key, _GONE) for get, key in self._reads])):
+            return None
+        return plan if not slow or [g.value() for g in self._slow] == slow else None
 
     def remember(self, plan: Plan, shape: Any) -> None:
         """This call's plan, for `same`."""
-        self._values = list(map(_get, self._places))
+        places = [g.place() for g in self._guards]
+        self._slow = [g for g, p in zip(self._guards, places, strict=True) if p is None]
+        at_once = [p for p in places if p is not None] + [(d, "inplace") for d in self._flags]
+        self._reads = [(held.get, key) for held, key in at_once]
+        self._values = [get(key, _GONE) for get, key in self._reads]
         # A list that took the place of a plain value may change and still be the same object.
         if any(isinstance(v, (list, dict, set)) for v in self._values):
             self._latest = None
@@ -118,10 +127,6 @@ class Units:
         self._opened.clear()
         self._known.clear()
         self._proofs = Proofs(self._is_ours)
-
-
-def _get(place: tuple[dict[str, Any], str]) -> Any:
-    return place[0].get(place[1])
 
 
 def shape_of(value: Any) -> Any:
