@@ -68,6 +68,18 @@ def _global_state() -> dict[str, object]:
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """Set aside what lives as a file begins: a million objects of torch, transformers and pytest.
+
+    Every block looks through all objects for compiled models around its own (once torch._dynamo is
+    there), and so does the garbage collector: a tenth of a second each time, in thousands of tests.
+    A test makes its own models, so it finds what it looks for among what is left.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def leak_guard() -> Iterator[None]:
     """Fail a test that leaves a mode, a global hook, a patch or a switched flag behind."""
@@ -87,7 +99,6 @@ def collected() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     yield
-    gc.unfreeze()
 
 
 @pytest.fixture
