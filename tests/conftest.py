@@ -6,6 +6,9 @@ import gc
 import os
 from collections.abc import Iterator
 
+# Before torch is imported: also for the processes that tests start, and for other libraries.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
@@ -68,6 +71,23 @@ def _global_state() -> dict[str, object]:
     }
 
 
+def _set_aside() -> None:
+    """Take all that lives out of what the garbage collector, and `gc.get_objects`, look through."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """Start a file with the million objects of torch, transformers and pytest set aside.
+
+    Once torch._dynamo is there, every block looks through all objects for compiled models around
+    its own: a tenth of a second, in thousands of tests. A test makes its own models, so what is to
+    be found is among what is left.
+    """
+    _set_aside()
+
+
 @pytest.fixture(autouse=True)
 def leak_guard() -> Iterator[None]:
     """Fail a test that leaves a mode, a global hook, a patch or a switched flag behind."""
@@ -79,15 +99,9 @@ def leak_guard() -> Iterator[None]:
 
 
 @pytest.fixture
-def collected() -> Iterator[None]:
-    """Start with the garbage collected, for tests that count what is alive.
-
-    What lived before is set aside: it need not be counted again and again.
-    """
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+def collected() -> None:
+    """For tests that count what is alive: what lived before is set aside, and not counted."""
+    _set_aside()
 
 
 @pytest.fixture

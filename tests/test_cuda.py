@@ -70,7 +70,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ", ".join(options))
 @pytest.mark.parametrize("branch", [False, True])
 @pytest.mark.parametrize("train", [False, True])
 def test_never_waits_for_the_device(

@@ -301,6 +301,7 @@ def test_clear_lets_go() -> None:
         assert maps["conv1"].step == 3
 
 
+@pytest.mark.usefixtures("collected")
 def test_a_pass_that_was_let_go_frees_its_memory() -> None:
     model = net().eval()
     with capture(model) as maps, torch.no_grad():
