@@ -1624,3 +1624,54 @@ def test_an_unproven_sigma_with_a_proven_one_inside_is_one_site_in_every_pass() 
         for _ in range(4):
             model(torch.randn(3, 4))
             assert [(fm.layer, fm.nonlinearity) for fm in maps] == [("0", "BranchingHardSwish")]
+
+
+class ProductsOfBothKinds(nn.Module):
+    """The same function is a layer where a parameter weights, and none where data meet data."""
+
+    def __init__(self, product: str) -> None:
+        super().__init__()
+        self.q, self.v = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+        self.product = product
+
+    def weigh(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.product == "einsum":
+            return torch.einsum("ik,kj->ij", x, y)
+        return torch.mm(x, y) if self.product == "mm" else x @ y
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.weigh(x, self.q)
+        mix = self.weigh(q, x.t()).softmax(-1)  # no parameter: no layer
+        return F.relu(self.weigh(self.weigh(mix, x), self.v))
+
+
+@pytest.mark.parametrize("product", ["matmul", "mm", "einsum"])
+def test_products_with_and_without_a_parameter_in_one_forward(product: str) -> None:
+    torch.manual_seed(0)
+    model = ProductsOfBothKinds(product)
+    # y_ij = sum_k x_ik w_kj: the filters of q and v are their columns, along the last axis.
+    check(model, images(3, 4, n=4), [("v", 0, "relu", range(4))])
+    with torch.no_grad(), capture(model, kinds="response") as maps:
+        for (x,) in images(3, 4, n=4):
+            model(x)
+            assert torch.equal(maps["q", "response"].tensor, model.weigh(x, model.q))
+            assert maps.layers == ["q", "v"]
+
+
+class Clipped(nn.Module):
+    """A σ by `torch.min` of two tensors (xIELU does so), over another σ of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("limit", torch.tensor(-1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        alpha = F.softplus(self.alpha)
+        return torch.where(x > 0, alpha * x, torch.expm1(torch.min(x, self.limit)) - x)
+
+
+def test_min_of_two_tensors_is_pointwise() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), Clipped())
+    check(model, images(3, 4), [("0", 0, "Clipped", range(6))])

@@ -73,7 +73,7 @@ class Degrees:
             result = _OTHER
         elif highest == 0 or name in words.FRESH:
             return
-        elif nonlinear or name in words.NONLINEAR_POINTWISE:
+        elif nonlinear or name in words.NONLINEAR_POINTWISE or _of_two(name, args, kwargs):
             result = max(highest, _NONLINEAR)
         elif name in words.PRODUCTS:
             dividing = name in ("div", "divide", "true_divide") and len(degrees) > 1
@@ -87,3 +87,8 @@ class Degrees:
             result = _OTHER
         for tensor in tensors_in(out, args[:1] if name == "__setitem__" else ()):
             self._known[id(tensor)] = (weakref.ref(tensor), result)
+
+
+def _of_two(name: str, args: Any, kwargs: Any) -> bool:
+    """`torch.max` and `min` of two tensors are pointwise; of one, they reduce it."""
+    return name in ("max", "min") and len(tensors_in(*args, kwargs)) > 1

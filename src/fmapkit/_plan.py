@@ -140,9 +140,7 @@ def make_plan(
     # Where a function that a scope is tapped for is called by other modules, too.
     tapped_names = {s.function for s in read.at if s is not None and s.module is None}
     called = {
-        f.scope
-        for f in firings
-        if f.module is None and f.function and describe(f.function).name in tapped_names
+        f.scope for f in firings if f.module is None and f.function and _name(f) in tapped_names
     }
     outputs = tuple(
         (ref(t.origin) if t.origin is not NOWHERE else None, t.axes)
@@ -225,6 +223,11 @@ def _emits(firing: Firing) -> bool:
     return any(e.entries or e.flip for e in firing.events)
 
 
+def _name(firing: Firing) -> str:
+    """Of the function that ran; empty for a module."""
+    return describe(firing.function).name if firing.module is None else ""
+
+
 def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool) -> Step:
     emissions = []
     for event in firing.events:
@@ -265,7 +268,7 @@ def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool) -> Step:
         plain = ""
     return Step(
         module=firing.module,
-        function=describe(firing.function).name if firing.function is not None else "",
+        function=_name(firing),
         place=event0.place if event0 is not None else 0,
         key=event0.key if event0 is not None else None,
         emissions=tuple(emissions),
@@ -318,6 +321,7 @@ class _Reading:
         self.direct = _direct([made[f] for f in firings if f.module in self.tapped and f in made])
         between = self._between(functions)
         self.scopes = {f.scope for f in functions} - {f.scope for f in between}
+        self._called = {_name(f) for f in firings if f.events and self._in_scope(f)}
         self.inputs: dict[nn.Module, Any] = {}
         for firing in [f for pair in between.values() for f in pair if f is not None]:
             assert firing.module is not None
@@ -351,10 +355,14 @@ class _Reading:
         """What fires is called, if it is tapped."""
         module = firing.module
         if module is None:
-            return (None,) if firing.scope in self.scopes and firing.events else None
+            # The light mode knows functions by name: it sees a product that is no layer, too.
+            return (None,) if self._in_scope(firing) and _name(firing) in self._called else None
         if firing.before:
             return (self.inputs[module],) if module in self.inputs else None
         return (module,) if module in self.tapped else None
+
+    def _in_scope(self, firing: Firing) -> bool:
+        return firing.module is None and firing.scope in self.scopes
 
     def _between(self, functions: list[Firing]) -> dict[Firing, _Ends]:
         """Functions whose operand and result hooks on modules see: all of a scope's, or none."""

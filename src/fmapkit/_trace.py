@@ -167,6 +167,9 @@ class Tracer(TorchFunctionMode):
         if isinstance(weight, Tensor) and isinstance(out, Tensor) and seen:
             out = self._layer(known, func, args, kwargs, weight, out)
         else:
+            if self.trial and not self.opaque and _weighted.may_weigh(name):
+                # No layer this time; but who waits for layers by this name will see it, too.
+                self.firings.append(Firing(None, self.scope(), func, None))
             tag = carried(name, args, kwargs, out, self.tag)
             if known.in_place and name in RESHAPED_IN_PLACE and tag is not None:
                 tag = STOP

@@ -12,7 +12,14 @@ from fmapkit._nested import tensors_in
 from fmapkit._origin import Flow, Lookup, Weight
 from fmapkit._vocabulary import BIAS_FIRST, CONV, MATMULS
 
-__all__ = ["input_place", "layer_axes", "weight_operand", "weight_slice"]
+__all__ = ["input_place", "layer_axes", "may_weigh", "weight_operand", "weight_slice"]
+
+_PRODUCTS = MATMULS | {"einsum", "tensordot"}
+
+
+def may_weigh(name: str) -> bool:
+    """Whether some calls of a function are a layer."""
+    return name in _PRODUCTS or name in ("linear", "bilinear") or bool(CONV.fullmatch(name))
 
 
 def weight_operand(name: str, args: Sequence[Any], kwargs: dict[str, Any], tag: Lookup) -> Any:
@@ -25,7 +32,7 @@ def weight_operand(name: str, args: Sequence[Any], kwargs: dict[str, Any], tag: 
         return kwargs.get("weight", args[1] if len(args) > 1 else None)
     if name == "bilinear":
         return kwargs.get("weight", args[2] if len(args) > 2 else None)
-    if name in MATMULS or name in ("einsum", "tensordot"):
+    if name in _PRODUCTS:
         factors = tensors_in(*args, kwargs)
         if name in BIAS_FIRST:
             factors = factors[1:]
