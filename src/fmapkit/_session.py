@@ -343,6 +343,7 @@ class Session:
 
     def _fault(self, module: nn.Module, error: Exception) -> None:
         if error in (self.edits.raised, self.analyses.raised) or isinstance(error, BudgetError):
+            self.edits.raised = self.analyses.raised = None  # whose traceback holds tensors
             raise error  # the user's own function, or what the user has asked for
         self.miss(self.names.of(module), f"fmapkit failed here: {type(error).__name__}: {error}")
         if self._run is not None:
@@ -496,9 +497,13 @@ class Session:
             self._budget.check(self.store)
 
     def _show(self, current: Pass, entries: Iterable[Entry]) -> None:
-        """Have the analyses see some maps."""
-        for layer, why in self.analyses.see(current, entries):
-            self.miss(layer, why)
+        """Have the analyses see some maps; should they call the model, we look away."""
+        thread, self.thread = self.thread, 0
+        try:
+            for layer, why in self.analyses.see(current, entries):
+                self.miss(layer, why)
+        finally:
+            self.thread = thread
 
     def _stream(self, run: Run) -> None:
         """The same, while the model runs: with keep=0, a map lives no longer than that."""
