@@ -145,12 +145,12 @@ def test_an_error_of_its_own_keeps_nothing_alive(kind: type[Net]) -> None:
 def test_outputs_are_there_beside_some_filters_gradients_and_all() -> None:
     """The output of a module is held whole, whatever is held of the same tensor beside it."""
     net, x = Net(), torch.randn(3, 4)
-    with capture(net, kinds=("activation", "output"), filters=[0], gradients=True) as maps:
+    with capture(net, kinds=("preactivation", "output"), filters=[0], gradients=True) as maps:
         for _ in range(3):
             net(x)
             z = F.linear(x, net.a.weight, net.a.bias)
             a = z.clamp(min=0)
-            assert torch.equal(maps["a"].tensor, a[:, :1])
+            assert torch.equal(maps["a", "preactivation"].tensor, z[:, :1])
             assert torch.equal(maps["relu", "output"].tensor, a)
             assert torch.equal(maps["a", "output"].tensor, z)
     assert maps.missed == []
