@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from fmapkit._aside import unseen
+from fmapkit._form import autocasting
+from fmapkit._hooks import without_modes
 from fmapkit._store import Entry, Pass
 from fmapkit.errors import ArgumentError, MapStateError
 
@@ -54,16 +57,17 @@ class Analyses:
         Raises:
             Exception: whatever an analysis raises.
         """
+        self.raised = None  # its traceback holds what ran then
         if self.view is None:
             return
         for entry in entries:
-            with torch.inference_mode(False), torch.no_grad(), unseen():
+            with torch.inference_mode(False), torch.no_grad(), _no_autocast(), unseen():
                 try:
                     fm = self.view(current, entry)
                 except MapStateError as error:
                     yield entry.origin.name, f"analyses did not see it: {error}"
                     continue
-                with torch._C.DisableTorchFunction():
+                with without_modes():
                     self._update(fm)
 
     def _update(self, fm: Any) -> None:
@@ -73,3 +77,11 @@ class Analyses:
             except Exception as error:
                 self.raised = error
                 raise
+
+
+def _no_autocast() -> ExitStack:
+    """What analyses compute has the type that they ask for."""
+    off = ExitStack()
+    for device in autocasting():
+        off.enter_context(torch.autocast(device, enabled=False))
+    return off

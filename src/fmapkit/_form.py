@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["casts", "form_of", "weights_of"]
+__all__ = ["autocasting", "casts", "form_of", "weights_of"]
 
 _DEVICES = ("cpu", "cuda")
 _any_autocast: Callable[[], bool] = getattr(
@@ -40,6 +40,11 @@ def casts() -> Any:
     if not _any_autocast():
         return None
     return tuple([(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES])
+
+
+def autocasting() -> list[str]:
+    """The devices for which autocast is on."""
+    return [d for d in _DEVICES if torch.is_autocast_enabled(d)] if _any_autocast() else []
 
 
 def weights_of(module: nn.Module) -> Callable[[], Any]:

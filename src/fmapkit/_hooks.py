@@ -16,7 +16,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Handle", "Hook", "Hooks", "Inert", "leave_mode", "traced_as_nothing", "when_traced"]
+__all__ = [
+    *("Handle", "Hook", "Hooks", "Inert", "leave_mode", "traced_as_nothing", "when_traced"),
+    "without_modes",
+]
 
 
 # Called when torch.compile traces code in which a hook of ours is set: each open session's own.
@@ -116,6 +119,18 @@ def leave_mode(mode: TorchFunctionMode) -> None:
         above.append(top)
     for other in reversed(above):
         _push_mode(other)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def without_modes() -> Iterator[None]:
+    """Torch's stack of function modes, empty for a while; what is put on it there works."""
+    count = torch._C._len_torch_function_stack()
+    modes = [_pop_mode() for _ in range(count)]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
 _ROLES = ("around", "outside", "after", "before")

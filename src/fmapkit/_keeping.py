@@ -78,9 +78,13 @@ class Keeping:
         self._show(current, run.fresh(self._store.fleeting))
 
     def _show(self, current: Pass, entries: Iterable[Entry]) -> None:
-        """Have the analyses see some maps."""
-        for layer, why in self._analyses.see(current, entries):
-            self._misses.add(layer, why)
+        """Have the analyses see some maps; should they call the model, we look away."""
+        thread, self._live.thread = self._live.thread, 0
+        try:
+            for layer, why in self._analyses.see(current, entries):
+                self._misses.add(layer, why)
+        finally:
+            self._live.thread = thread
 
     def name_spoiled(self, current: Pass) -> None:
         """Name the maps whose gradient nobody can tell."""

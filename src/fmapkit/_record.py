@@ -270,7 +270,7 @@ class Record:
         tensor, gradient = held.tensor, held.gradient
         assert tensor is not None and axes is not None
         if gradient is not None:
-            held.wanted = gradient.of_view  # to learn of a write to it
+            held.wanted = held.wanted or gradient.of_view  # to learn of a write to it
             gradient = gradient.picked(*self.wants.place(axes, picked))
         taken = Held(self.wants.take(tensor, axes, picked), 0, True, gradient)
         taken.version = version_of(taken.tensor) if taken.tensor is not None else 0

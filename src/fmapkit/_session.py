@@ -244,10 +244,10 @@ class Session:
             self._fault(module, error)
 
     def _fault(self, module: nn.Module, error: Exception) -> None:
-        if error in (self._edits.raised, self.asked.analyses.raised):
-            raise error  # the user's own function
-        if isinstance(error, BudgetError):
-            raise error  # what the user has asked for
+        edits, analyses = self._edits, self.asked.analyses
+        if error in (edits.raised, analyses.raised) or isinstance(error, BudgetError):
+            edits.raised = analyses.raised = None  # whose traceback holds tensors
+            raise error  # the user's own function, or what the user has asked for
         self.miss(self.names.of(module), f"fmapkit failed here: {type(error).__name__}: {error}")
         if self.live.run is not None:
             self.live.run.stray(type(error).__name__)
