@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from itertools import repeat
-from operator import contains
+from operator import contains, is_
 
 import torch
 from torch import nn
@@ -41,6 +41,8 @@ class Watch:
         self._types = list(map(type, self._watched))
         # A stopping capture puts a forward of its own on the model, and only there.
         self._attributes = [m.__dict__ for m in self._watched if "forward" not in m.__dict__]
+        self._there: list[object] = []  # what stood before each module's call, when last looked
+        self._calls: list[object] = []  # and what of that is torch.compile's
         self._compiled = self._compiled_calls()
         self._theirs = self._foreign()
         self._last_handle = RemovableHandle.next_id
@@ -61,7 +63,11 @@ class Watch:
         """What `module.compile()` has set; nothing where torch.compile was never used."""
         if "torch._dynamo" not in sys.modules:
             return []
-        return list(map(compiled_call, self._attributes))
+        there = [attributes.get("_compiled_call_impl") for attributes in self._attributes]
+        if len(there) != len(self._there) or not all(map(is_, there, self._there)):
+            self._there = there  # ours, perhaps, which come and go
+            self._calls = list(map(compiled_call, self._attributes))
+        return self._calls
 
     def changed(self) -> bool:
         """Whether anything is not as it was."""
