@@ -152,3 +152,41 @@ def test_what_a_road_depends_on_may_lie_anywhere() -> None:
                 found = maps.select(kind="activation", step=-1)
                 assert [fm.layer for fm in found] == layers
         assert maps.missed == []
+
+
+class Kept(Base):
+    """What σ overwrites is there in the next pass: a buffer, an attribute, one of a list."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.randn(4))
+        self.plain = torch.randn(4)
+        self.several = [torch.randn(4)]
+        self.where = where
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.where == "buffer":
+            F.relu(self.memory, inplace=True)
+        elif self.where == "attribute":
+            torch.relu_(self.plain)
+        elif self.where == "list":
+            torch.relu_(self.several[0])
+        else:
+            torch.relu_(self.memory.copy_(x[0]))
+        return self.b(self.act(self.a(x + self.memory + self.plain + self.several[0])))
+
+
+@pytest.mark.parametrize("where", ["buffer", "attribute", "list", "method"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_a_module_keeps_is_overwritten_all_the_same(where: str, inside: bool) -> None:
+    model: nn.Module = Kept(where).eval()
+    if inside:
+        model = nn.Sequential(nn.Linear(4, 4), model)
+    bare = copy.deepcopy(model)
+    with torch.no_grad(), capture(model) as maps:
+        for x in torch.randn(4, 3, 4):
+            assert torch.equal(model(x), bare(x))
+            for kept in ("memory", "plain"):
+                twins = [getattr(m[1] if inside else m, kept) for m in (model, bare)]
+                assert torch.equal(*twins)
+        assert maps.missed == []

@@ -7,9 +7,10 @@ that was traced, or a part of it, is here, too.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fmapkit._asked import Asked
 from fmapkit._events import Event
@@ -71,7 +72,7 @@ class Learning:
         tracer.edited = False
         frame = tracer.enter(module, args, kwargs)
         frame.counts = Counter(tracer.counts)
-        frame.storages = {storage_of(t) for t in tensors_in(*args, kwargs)}
+        frame.storages = {storage_of(t) for t in (*tensors_in(*args, kwargs), *_own(module))}
         self._live.lesson = Lesson(module, frame, key, inputs)
         self._live.trace_on()
         return frame.replaced
@@ -145,3 +146,12 @@ def _check_held(events: list[Event]) -> None:
 def _sharded(event: Event) -> bool:
     """Whether a map of it is a wrapper, of whose writes a tap would see one half."""
     return any(e.held is not None and is_wrapped(e.held.tensor) for _, e in event.entries)
+
+
+def _own(unit: nn.Module) -> Iterator[Tensor]:
+    """The tensors that a unit keeps from pass to pass: weights, buffers and plain attributes."""
+    for value in (v for m in unit.modules() for v in vars(m).values()):
+        several = value.values() if isinstance(value, dict) else value
+        for item in several if isinstance(value, (dict, list, tuple)) else (value,):
+            if isinstance(item, Tensor):
+                yield item

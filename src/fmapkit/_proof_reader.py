@@ -266,8 +266,9 @@ class _Reader:
         found = scope.resolve(function)
         path = scope.path(function)
         if isinstance(getattr(found, "__self__", None), torch.Tensor):
-            if not is_trusted_method(str(found.__name__)):
-                raise UnprovenError(f"calls .{found.__name__} of a tensor")
+            name = str(found.__name__)
+            if not is_trusted_method(name) or name.endswith("_"):
+                raise UnprovenError(f"calls .{name} of a tensor of its own")
             return  # of a parameter or a buffer, whichever it is then
         if found is not None:
             self._callee(found, node)

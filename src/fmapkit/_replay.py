@@ -7,7 +7,6 @@ made when somebody reads them.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any
@@ -55,7 +54,7 @@ class Run:
         line: Line,
         stop: Stop | None,
         inputs: list[Any],
-        base: Counter[str] | None,
+        base: dict[str, int] | None,
         analyses: Callable[[Run], None] | None = None,
     ) -> None:
         self.module = module
@@ -296,7 +295,7 @@ class Run:
         found = self._origins.get(ref)
         if found is None:
             key = f"{ref.name}()" if ref.kind == "output" else ref.name
-            base = self.base[key] if self.base is not None else 0
+            base = self.base.get(key, 0) if self.base is not None else 0
             found = self._origins[ref] = Origin(ref.kind, ref.name, base + ref.offset)
             found.claimed = ref.claimed
         return found

@@ -7,7 +7,6 @@ be traced.
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from typing import Any
 
 import torch
@@ -102,7 +101,7 @@ class Replaying:
                 for index in plan.writes:
                     tracer.aliases.before_write(written[index])
             live.trace_off()
-            base = Counter(tracer.counts)
+            base = {name: tracer.counts[name] for name, _ in plan.calls}
         run = Run(module, plan, wants, self._placing.line, stop, inputs, base, analyses)
         live.run = run
         if wants.graph and live.current is not None and live.current.grads:
