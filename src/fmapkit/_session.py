@@ -44,12 +44,13 @@ from fmapkit._names import Names
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._origin import Flow, Weight
 from fmapkit._plan import Plan, make_plan
+from fmapkit._probation import outside
 from fmapkit._proof import Proofs
 from fmapkit._replay import LightMode, Run, tag_outputs
 from fmapkit._settle import has_inference_tensors, settle
 from fmapkit._sharded import is_wrapped, moves_data
 from fmapkit._stop import Stop, StopForward
-from fmapkit._store import Entry, Pass, Store, storage_of
+from fmapkit._store import Entry, Pass, Store
 from fmapkit._taps import InputTap, Line, OutputTap, Tap
 from fmapkit._trace import Tracer
 from fmapkit._transforms import TRANSFORMED, transformed
@@ -716,7 +717,7 @@ class Session:
         tracer.edited = False
         frame = tracer.enter(module, args, kwargs)
         frame.counts = Counter(tracer.counts)
-        frame.storages = {storage_of(t) for t in tensors_in(*args, kwargs)}
+        frame.storages = outside(module, args, kwargs)
         self._learning = (module, frame, key, inputs)
         self._trace_on()
         return frame.replaced
