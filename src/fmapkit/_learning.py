@@ -7,10 +7,9 @@ that was traced, or a part of it, is here, too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fmapkit._asked import Asked
 from fmapkit._events import Event
@@ -19,8 +18,8 @@ from fmapkit._missed import Misses
 from fmapkit._nested import tensors_in
 from fmapkit._placing import Placing
 from fmapkit._plan import make_plan
+from fmapkit._probation import outside
 from fmapkit._sharded import is_wrapped
-from fmapkit._store import storage_of
 from fmapkit._trace import Tracer
 from fmapkit._units import Units
 
@@ -72,7 +71,7 @@ class Learning:
         tracer.edited = False
         frame = tracer.enter(module, args, kwargs)
         frame.counts = Counter(tracer.counts)
-        frame.storages = {storage_of(t) for t in (*tensors_in(*args, kwargs), *_own(module))}
+        frame.storages = outside(module, args, kwargs)
         self._live.lesson = Lesson(module, frame, key, inputs)
         self._live.trace_on()
         return frame.replaced
@@ -146,12 +145,3 @@ def _check_held(events: list[Event]) -> None:
 def _sharded(event: Event) -> bool:
     """Whether a map of it is a wrapper, of whose writes a tap would see one half."""
     return any(e.held is not None and is_wrapped(e.held.tensor) for _, e in event.entries)
-
-
-def _own(unit: nn.Module) -> Iterator[Tensor]:
-    """The tensors that a unit keeps from pass to pass: weights, buffers and plain attributes."""
-    for value in (v for m in unit.modules() for v in vars(m).values()):
-        several = value.values() if isinstance(value, dict) else value
-        for item in several if isinstance(value, (dict, list, tuple)) else (value,):
-            if isinstance(item, Tensor):
-                yield item

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmapkit._aside import operators_are_counted
 from fmapkit._events import Event
@@ -21,7 +21,7 @@ from fmapkit._frames import Frame
 from fmapkit._nested import tensors_in
 from fmapkit._store import Aliases, storage_of, storage_users
 
-__all__ = ["SAME_GRADIENT", "Suspects", "may_try"]
+__all__ = ["SAME_GRADIENT", "Suspects", "may_try", "outside"]
 
 # Nonlinearities whose in-place form has the same derivative formula, bit for bit. That of the ELU
 # and leaky ReLU families is computed from a instead of z (torch, tools/autograd/derivatives.yaml).
@@ -50,6 +50,15 @@ def may_try(sigma: str | None, z: Tensor, frames: Sequence[Frame], aliases: Alia
         return False
     ours = len(aliases.of(z)) if aliases.detach else 0
     return storage_users(z) == 1 + ours
+
+
+def outside(module: nn.Module, args: Any, kwargs: Any) -> set[int]:
+    """Memory that is there before a module's call and after it: what it is given, and what it has.
+
+    Not its parameters and buffers only: models keep tensors as plain attributes, too.
+    """
+    kept = (t for m in module.modules() for t in tensors_in(m.__dict__))
+    return {storage_of(t) for t in (*tensors_in(*args, kwargs), *kept)}
 
 
 class Suspects:
