@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.models import GPT, ConvNet, ResNet, ViT, deep_mlp, small_cnn
+from benchmarks.models import GPT, BranchingGPT, ConvNet, ResNet, ViT, deep_mlp, small_cnn
 
 __all__ = ["CASES", "Bench", "Case", "chosen", "classify"]
 
@@ -141,6 +141,7 @@ CASES = [
     Case("convnet 8x3x32x32", ConvNet, _images(8, 3, 32, 32)),
     Case("vit 2x3x64x64", ViT, _images(2, 3, 64, 64)),
     Case("gpt 4x64 tokens", GPT, _tokens(4, 64)),
+    Case("gpt 4x64 tokens, branches on data", BranchingGPT, _tokens(4, 64)),
     Case("gpt training 4x64 tokens", GPT, _tokens(4, 64), _predict),
     Case("resnet18 training 8x3x64x64", ResNet, _images(8, 3, 64, 64), classify, heavy=True),
     Case("resnet18 8x3x160x160", ResNet, _images(8, 3, 160, 160), heavy=True),

@@ -13,12 +13,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
 from benchmarks.cases import Bench, Call, Case
 from benchmarks.verdict import Handed, Piece
 from fmapkit import FeatureMaps, capture
+from fmapkit.analysis import Statistics
 
 __all__ = ["CONTENDERS", "CONTROL", "OWN", "Contender", "Opened"]
 
@@ -106,6 +108,18 @@ def mode(**options: Any) -> Open:
         model = bench.ready(bench.copy())
         with capture(model, **options) as maps:
             yield Opened(model, lambda: handed(maps))
+
+    return opened
+
+
+def unjudged(options: Callable[[], dict[str, Any]]) -> Open:
+    """The same, where what is handed out is not z and a to the last bit, or nothing."""
+
+    @contextmanager
+    def opened(bench: Bench) -> Iterator[Opened]:
+        model = bench.ready(bench.copy())
+        with capture(model, **options()):
+            yield Opened(model)
 
     return opened
 
@@ -257,6 +271,18 @@ CONTENDERS = [
     Contender("fmapkit", f"every (z, a); {_BLOCK}", mode()),
     Contender('kinds="activation"', "every a", mode(kinds="activation")),
     Contender("filters=range(8)", "eight filters of every (z, a)", mode(filters=range(8)), _eager),
+    Contender(
+        "dtype=bfloat16",
+        "every (z, a), in half the bytes",
+        unjudged(lambda: {"dtype": torch.bfloat16}),
+        _eager,
+    ),
+    Contender(
+        "Statistics, keep=0",
+        "sees every (z, a), keeps none",
+        unjudged(lambda: {"analyses": Statistics(), "keep": 0}),
+        _eager,
+    ),
     Contender("detach=False", "in the graph", mode(detach=False), _training),
     Contender("gradients=True", "and their gradients", mode(gradients=True), _training),
     Contender("every=10", "per pass, over rounds of ten passes", mode(every=10), _short, passes=10),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GPT", "ConvNet", "ResNet", "ViT", "deep_mlp", "small_cnn"]
+__all__ = ["GPT", "BranchingGPT", "ConvNet", "ResNet", "ViT", "deep_mlp", "small_cnn"]
 
 
 class BasicBlock(nn.Module):
@@ -159,6 +159,36 @@ class GPT(nn.Module):
             x = block(x)
         logits: Tensor = self.lm_head(self.ln_f(x))
         return logits
+
+
+class BranchingAttention(Attention):
+    """The same, behind a branch that nobody can know beforehand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.isnan(x[0, 0, 0]):
+            x = torch.zeros_like(x)
+        return super().forward(x)
+
+
+class BranchingBlock(Block):
+    """The same, behind a branch that nobody can know beforehand."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads)
+        self.attn = BranchingAttention(width, heads, causal=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.isnan(x[0, 0, 0]):
+            x = torch.zeros_like(x)
+        return super().forward(x)
+
+
+class BranchingGPT(GPT):
+    """GPT with a branch on its data in each block and attention; `transformers` has such code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = nn.ModuleList(BranchingBlock(256, 4) for _ in range(6))
 
 
 class ViT(nn.Module):
