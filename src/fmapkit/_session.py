@@ -479,9 +479,7 @@ class Session:
         """The pass has ended: what becomes of its maps."""
         if self.wants.retention:
             for held in current.held():
-                if held.tensor is not None and not held.lost:
-                    stored = self.wants.store(held.tensor)
-                    held.stored(stored, self.wants.retention.arrival(stored))
+                self.wants.put_away(held)
         self.wants.retention.end()
         if self.analyses and not failed:
             runs = [s for s in current.segments if isinstance(s, Run) and s.analyses is not None]
@@ -491,6 +489,7 @@ class Session:
                 self._show(current, current.entries())
         if self.store.fleeting:
             current.release()
+            self.wants.retention.buffers.drop()
         elif has_inference_tensors(current):
             settle(current)
         if self._budget is not None and not failed:
