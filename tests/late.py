@@ -71,7 +71,8 @@ class Late:
 
 
 def _is_the_models(self: Retention, tensor: Tensor) -> bool:
-    return self.device is not None and (tensor.untyped_storage()._cdata not in self._arrivals)
+    lent = {one.buffer.untyped_storage()._cdata for one in self.buffers._lent.values()}
+    return self.device is not None and tensor.untyped_storage()._cdata not in lent
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -135,7 +135,7 @@ def test_an_error_of_its_own_keeps_nothing_alive(kind: type[Net]) -> None:
 
     with capture(net, keep=0, analyses=Doing(fail)):
         for _ in range(3):
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 net(torch.randn(3, 4))
             gc.collect()  # torch's own frames around hooks know each other
             assert held.pop()() is None

@@ -78,6 +78,8 @@ def _between(model: nn.Module, options: dict[str, Any] | None, steps: int) -> tu
         {"every": 2},
         {"kinds": "activation"},
         {"filters": 0},
+        {"filters": (0, 2), "keep": 2},
+        {"dtype": torch.float16},
         {"kinds": ("input", "response", "preactivation", "activation")},
     ],
     ids=str,

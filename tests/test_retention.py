@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +15,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks.memory import Live
 from fmapkit import (
     ArgumentError,
     BudgetError,
     CaptureWarning,
     FeatureMap,
+    MapOverwrittenError,
     MapReleasedError,
     capture,
 )
@@ -140,6 +143,31 @@ def test_what_is_no_float_stays_as_it_is() -> None:
         assert [fm.tensor.dtype for fm in maps] == [torch.bool, torch.int64]
 
 
+@pytest.mark.parametrize("error", [None, ValueError(), KeyboardInterrupt()], ids=repr)
+def test_a_write_that_nobody_announced_is_not_stored(error: BaseException | None) -> None:
+    """By what no mode sees; however the pass ends, the map is not taken for what it was."""
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.fc(x)
+            a = torch.relu(z)
+            with torch._C.DisableTorchFunction():
+                z.detach().zero_()
+            if error is not None:
+                raise error
+            return a
+
+    with capture(model := Writes(), dtype=torch.float64) as maps:
+        with suppress(ValueError, KeyboardInterrupt):
+            model(torch.randn(3, 4))
+        with pytest.raises(MapOverwrittenError):
+            maps["fc", "preactivation"]
+
+
 def test_channels_last_stays_channels_last() -> None:
     net = Net().eval().to(memory_format=torch.channels_last)
     with torch.no_grad(), capture(net, dtype=torch.bfloat16, filters=[0, 1, 5]) as maps:
@@ -189,6 +217,66 @@ def test_a_map_that_somebody_still_has_is_not_written_to(how: str) -> None:
             del found
     for now, then in kept:
         assert np.array_equal(np.asarray(now), np.asarray(then))
+
+
+def _live(net: nn.Module) -> tuple[Live, int]:
+    """A count, and the bytes of the model in it."""
+    live = Live()
+    live.see([*net.parameters(), *net.buffers()])
+    return live, live.bytes
+
+
+COPIES = [{"filters": [0, 2]}, {"dtype": torch.float64}]
+
+
+@pytest.mark.parametrize("options", COPIES, ids=str)
+def test_shapes_that_change_leave_no_buffers_behind(options: dict[str, Any]) -> None:
+    net = Net().eval()
+    live, own = _live(net)
+    with torch.no_grad(), capture(net, **options) as maps, live:
+        for step in range(12):
+            net(torch.randn(2, 3, 4 + step, 6))
+            assert live.bytes - own == maps.nbytes
+        maps.clear()
+        assert live.bytes == own
+
+
+@pytest.mark.parametrize("options", COPIES, ids=str)
+def test_a_map_that_is_kept_for_good_costs_its_own_bytes(options: dict[str, Any]) -> None:
+    net, kept = Net().eval(), []
+    live, own = _live(net)
+    with torch.no_grad(), capture(net, **options) as maps, live:
+        for step in range(12):
+            net(image(step))
+            if step in (0, 5):
+                kept.append(maps["conv1"].tensor)
+            else:
+                assert live.bytes - own == maps.nbytes + sum(t.nbytes for t in kept)
+
+
+@pytest.mark.parametrize("options", COPIES, ids=str)
+@pytest.mark.parametrize("inference", [False, True])
+def test_keep_0_takes_no_more_than_a_map_at_a_time(
+    options: dict[str, Any], inference: bool
+) -> None:
+    """Of a proven model: at its peak there are two maps of the model, and copies of one pair."""
+    layers = [m for _ in range(6) for m in (nn.Linear(32, 32), nn.ReLU(inplace=True))]
+    net, x = nn.Sequential(*layers).eval(), torch.randn(100, 32)
+    live, own = _live(net)
+
+    class Nothing:
+        def update(self, fm: FeatureMap) -> None:
+            pass
+
+    mode = torch.inference_mode() if inference else torch.no_grad()
+    with mode, capture(net, keep=0, analyses=Nothing(), **options), live:
+        live.see(x)
+        net(x)
+        live.peak = before = live.bytes
+        assert before == own + x.nbytes
+        net(x)
+        copies = 2 * 100 * (2 * 4 if "filters" in options else 32 * 8)
+        assert live.peak <= before + 2 * x.nbytes + copies
 
 
 # -- keep=0 and max_bytes -------------------------------------------------------------------------

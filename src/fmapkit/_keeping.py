@@ -51,9 +51,7 @@ class Keeping:
         retention = self._wants.retention
         if retention:
             for held in current.held():
-                if held.tensor is not None and not held.lost:
-                    stored = self._wants.store(held.tensor)
-                    held.stored(stored, retention.arrival(stored))
+                self._wants.put_away(held)
         retention.end()
         if self._analyses and not failed:
             runs = [s for s in current.segments if isinstance(s, Run) and s.analyses is not None]
@@ -63,6 +61,7 @@ class Keeping:
                 self._show(current, current.entries())
         if self._store.fleeting:
             current.release()
+            retention.buffers.drop()
         elif has_inference_tensors(current):
             settle(current)
         if self._budget is not None and not failed:

@@ -333,6 +333,7 @@ class Run:
             if let_go:
                 for place in self.plan.last[self._seen - 1]:
                     log[place] = log[place][:1]
+                self.wants.retention.forget()
 
     def _there(self, step: Step) -> bool:
         return max(step.at, step.sink) < len(self.log)

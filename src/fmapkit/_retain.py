@@ -19,6 +19,8 @@ from fmapkit._sharded import is_wrapped
 
 __all__ = ["Retention"]
 
+_MANY = 10_000
+
 
 class Retention:
     """How one capture stores its maps.
@@ -34,7 +36,8 @@ class Retention:
         self.buffers = Buffers()
         self._offloads: dict[torch.device, Offload] = {}
         self._arrivals: dict[int, Arrival] = {}  # by the buffer's storage
-        self._known: dict[Any, tuple[weakref.ref[Tensor], Tensor]] = {}  # stored in this pass
+        # Stored in this pass: the map, and what is stored of it.
+        self._known: dict[Any, tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def __bool__(self) -> bool:
         """Whether anything but filters may turn a reference into a copy."""
@@ -42,6 +45,10 @@ class Retention:
 
     def begin(self) -> None:
         """A pass begins."""
+        self.forget()
+
+    def forget(self) -> None:
+        """Hold nothing for the sake of maps that may come."""
         self._known.clear()
 
     def fence(self) -> None:
@@ -51,12 +58,15 @@ class Retention:
 
     def end(self) -> None:
         """The pass has ended."""
-        self._known.clear()
+        self.forget()
+        self.buffers.drop()
+        if len(self._arrivals) > _MANY:  # of buffers that are gone by now, most of them
+            self._arrivals = {k: a for k, a in self._arrivals.items() if not a.query()}
         self.fence()
 
     def close(self) -> None:
         """The block has ended; maps stay readable."""
-        self._known.clear()
+        self.forget()
         self.buffers.clear()
 
     def arrival(self, stored: Tensor) -> Arrival | None:
@@ -95,7 +105,7 @@ class Retention:
             with unseen():
                 return (tensor if in_graph else tensor.detach()).to(device, dtype)
         counted = not tensor.is_inference()  # else a write in between would go unnoticed
-        key = (id(tensor), tensor._version if counted else 0, places)
+        key = (id(tensor), tensor._version if counted else 0, dim, places)
         found = self._known.get(key)
         if found is not None and found[0]() is tensor:
             return found[1]

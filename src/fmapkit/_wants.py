@@ -11,6 +11,7 @@ from fmapkit import layers
 from fmapkit._axes import Axes
 from fmapkit._names import Names
 from fmapkit._retain import Retention
+from fmapkit._store import Held
 from fmapkit.errors import ArgumentError, FilterRangeError, UnknownLayerError, did_you_mean, listed
 from fmapkit.selectors import Selector, selectors
 
@@ -198,6 +199,13 @@ class Wants:
     def store(self, tensor: Tensor, doomed: bool = False) -> Tensor:
         """What is to be stored of a tensor: often itself."""
         return self.retention.keep(tensor, detach=self.detach, doomed=doomed)
+
+    def put_away(self, held: Held) -> None:
+        """Hold what is to be stored of a map in its place; not if it was written to since."""
+        held.check()
+        if held.tensor is not None and not held.lost:
+            stored = self.store(held.tensor)
+            held.stored(stored, self.retention.arrival(stored))
 
     @staticmethod
     def place(axes: Axes, picked: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:

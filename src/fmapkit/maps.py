@@ -260,6 +260,7 @@ class FeatureMaps:
     def clear(self) -> None:
         """Let every map go; maps read before stay readable."""
         self._session.store.clear()
+        self._session.wants.retention.buffers.drop()
 
     # -- to look at ---------------------------------------------------------------------------
 
