@@ -1569,3 +1569,63 @@ def test_register_nonlinearity_and_register_layer() -> None:
             assert maps["0"].filters == range(6)
             z, a = maps["2", "preactivation"].tensor, maps["2"].tensor
             assert torch.equal(Maxout()(z), a)
+
+
+class Halve(nn.Module):
+    """Of what it is given, the first half of the rows."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        return w[: len(w) // 2]
+
+
+class WeightsOfChildren(nn.Module):
+    """Unproven, and what it weights with comes from proven children: rows of tables, a slice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.near = nn.Linear(4, 4), nn.Embedding(5, 4)
+        self.w1, self.w2 = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(10, 3))
+        self.halve = Halve()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        n = torch.arange(x.shape[1])
+        q = self.q(x)
+        near = torch.einsum("bld,lrd->blr", q, self.near((n[:, None] - n).abs())).relu()
+        first = torch.tanh(q @ self.halve(self.w1).t())
+        return near.sum() + torch.tanh(first @ self.halve(self.w2).t()[:3])
+
+
+def test_a_weight_that_a_child_returns_is_one_in_every_pass() -> None:
+    # Rows of a table, looked up, stand for no filters: their map goes by the table's owner.
+    torch.manual_seed(0)
+    model = WeightsOfChildren().eval()
+    with torch.no_grad(), capture(model) as maps:
+        for (x,) in images(2, 3, 4, n=4):
+            model(x)
+            layers = [t[0] for t in tags(maps)]
+            assert layers == ["near", "w1", "w2"]
+
+
+def test_sigma_of_a_parameter_is_a_weight() -> None:
+    # softplus(rho) of a Bayesian layer; x @ w has its filters along w's last axis.
+    class Positive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rho = nn.Parameter(torch.randn(4, 6))
+            self.act, self.sigma = nn.ReLU(), nn.Softplus()
+            self.tau = nn.Parameter(torch.randn(6, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.act(x @ F.softplus(self.rho))
+            return torch.tanh(x @ self.sigma(self.tau))
+
+    torch.manual_seed(0)
+    model = Positive()
+    check(model, images(3, 4))
+    with capture(model) as maps:
+        for (x,) in images(3, 4):
+            model(x)
+            assert ("rho", 0, "relu", range(6)) in tags(maps)
+            assert ("tau", 0, "tanh", range(5)) in tags(maps)

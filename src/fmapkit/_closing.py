@@ -83,5 +83,5 @@ def _close_sigma(tracer: Tracer, frame: Frame, a: Tensor, sigma: str) -> Tensor 
     tracer.record.sigma(event, flow, frame.x_held, x, a, tracer.names.of(module), frame.site)
     tracer.spare(event)
     if result is a or frame.site is not None:
-        tracer.set_tag(result, past_sigma(axes))
+        tracer.set_tag(result, past_sigma(frame.tag, x, a))
     return result if frame.site is not None else None

@@ -16,7 +16,7 @@ from torch import Tensor
 from fmapkit._axes import Axes
 from fmapkit._flow_rules import RULES, each, spatial
 from fmapkit._nested import tensors_in
-from fmapkit._origin import NOWHERE, STOP, Flow, Lookup, Weight, flow_of
+from fmapkit._origin import NOWHERE, STOP, Flow, Lookup, Tag, Weight, flow_of
 from fmapkit._vocabulary import (
     FRESH,
     LINEAR_BINARY,
@@ -98,8 +98,14 @@ def sigma_axes(axes: Axes | None, z: Tensor, a: Any) -> Axes | None:
     return axes
 
 
-def past_sigma(axes: Axes | None) -> Flow:
-    """Past a nonlinearity the filters are no layer's any more: count them from 0."""
+def past_sigma(tag: Tag, z: Tensor, a: Any) -> Flow | Weight:
+    """What a = σ(z) carries, given what z does: filters that are no layer's, counted from 0.
+
+    Of a parameter, it is as much a weight as the parameter itself.
+    """
+    axes = sigma_axes(tag.axes, z, a) if tag is not None else None
+    if isinstance(tag, Weight):
+        return Weight(tag.parameter, axes)
     if axes is None or axes.dim is None:
         return Flow(NOWHERE)
     return Flow(NOWHERE, Axes.single(axes.dim, axes.parts[0].size))

@@ -5,15 +5,15 @@ Data only. `_flow.py` says what each torch function makes of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmapkit._axes import Axes
 
-__all__ = ["NOWHERE", "STOP", "Flow", "Lookup", "Origin", "Tag", "Weight", "flow_of"]
+__all__ = ["NOWHERE", "STOP", "Flow", "Lookup", "Origin", "Tag", "Weight", "WeightRef", "flow_of"]
 
 
 class Origin:
@@ -57,6 +57,31 @@ class Weight:
 
     parameter: Tensor
     axes: Axes | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightRef:
+    """A weight that a planned module returns: made of what it is given, or of a parameter's place.
+
+    Attributes:
+        given: which tensor argument; -1 if it is none.
+        owner: the module that has the parameter.
+        key: what it is called there.
+        axes: as of a `Weight`; unknown of what is given, which may be another slice each time.
+    """
+
+    given: int = -1
+    owner: nn.Module | None = None
+    key: str = ""
+    axes: Axes | None = None
+
+    def weight(self, inputs: Sequence[Any]) -> Weight | None:
+        """The weight in a call that is given tensors which carry `inputs`."""
+        if self.owner is not None:
+            parameter = self.owner._parameters.get(self.key)
+            return Weight(parameter, self.axes) if parameter is not None else None
+        found = inputs[self.given] if self.given < len(inputs) else None
+        return Weight(found.parameter) if isinstance(found, Weight) else None
 
 
 Tag = Flow | Weight | None

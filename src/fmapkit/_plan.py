@@ -18,8 +18,9 @@ from fmapkit._axes import Axes
 from fmapkit._events import Event, Firing
 from fmapkit._frames import Frame
 from fmapkit._functions import describe
+from fmapkit._names import Names
 from fmapkit._nested import leaves
-from fmapkit._origin import NOWHERE, Flow, Origin, Weight
+from fmapkit._origin import NOWHERE, Flow, Origin, Weight, WeightRef
 from fmapkit._store import storage_of as _storage
 from fmapkit._trace import Tracer
 from fmapkit.nonlinearities import module_sigma
@@ -95,7 +96,7 @@ class Plan:
     before: frozenset[nn.Module]  # need a look before their call
     flips: tuple[nn.Module, ...]
     calls: tuple[tuple[str, int], ...]
-    outputs: tuple[Any, ...]  # per tensor of the output: (Ref, axes), "weight" or None
+    outputs: tuple[Any, ...]  # per tensor of the output: (Ref, axes), `WeightRef` or None
     writes: tuple[int, ...]  # which tensor arguments are written to
     claims: tuple[int, ...]  # which inputs reach a nonlinearity inside
     graph: bool  # some map was part of a graph, even if gradients are off around the module
@@ -145,7 +146,7 @@ def make_plan(
     outputs = tuple(
         (ref(t.origin) if t.origin is not NOWHERE else None, t.axes)
         if isinstance(t, Flow)
-        else ("weight" if isinstance(t, Weight) else None)
+        else (_weight_ref(t, inputs, tracer.names) if isinstance(t, Weight) else None)
         for t in returned
     )
     return Plan(
@@ -179,6 +180,14 @@ def make_plan(
         ),
         graph=any(e.graph for e in tracer.events[frame.start :]),
     )
+
+
+def _weight_ref(tag: Weight, inputs: Sequence[Any], names: Names) -> WeightRef | None:
+    for place, given in enumerate(inputs):
+        if isinstance(given, Weight) and given.parameter is tag.parameter:
+            return WeightRef(given=place)
+    owners = names.owners(tag.parameter)
+    return WeightRef(-1, *owners[0], tag.axes) if owners else None
 
 
 def _settle_flips(events: Sequence[Event], kept: set[int]) -> None:

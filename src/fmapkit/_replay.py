@@ -20,7 +20,7 @@ from fmapkit._functions import describe, out_of_place
 from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._hooks import leave_mode
 from fmapkit._nested import leaves, tensors_in
-from fmapkit._origin import NOWHERE, Flow, Origin, Weight
+from fmapkit._origin import NOWHERE, Flow, Origin
 from fmapkit._plan import Emission, Plan, Ref, Step
 from fmapkit._stop import Stop
 from fmapkit._store import Entry, Held, version_of
@@ -308,7 +308,7 @@ class Run:
                 ref, axes = item
                 tags.append(Flow(self.origin(ref) if ref is not None else NOWHERE, axes))
             else:
-                tags.append(item)
+                tags.append(item.weight(self.inputs) if item is not None else None)
         return tags
 
     def entries(self) -> list[Entry]:
@@ -438,5 +438,5 @@ class LightMode(TorchFunctionMode):
 def tag_outputs(output: Any, tags: list[Any], set_tag: Any) -> None:
     """Put a run's tags on the tensors it returned."""
     for (_, tensor), tag in zip(leaves(output), tags, strict=False):
-        if isinstance(tag, (Flow, Weight)):
+        if tag is not None:
             set_tag(tensor, tag)

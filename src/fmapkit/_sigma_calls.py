@@ -11,7 +11,7 @@ from fmapkit._flow import past_sigma, sigma_axes
 from fmapkit._frames import SigmaCall
 from fmapkit._functions import Function, out_of_place
 from fmapkit._nested import tensors_in
-from fmapkit._origin import STOP, Flow, Weight
+from fmapkit._origin import STOP, Flow
 from fmapkit._transforms import TRANSFORMED, transformed
 
 if TYPE_CHECKING:
@@ -68,10 +68,7 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
     flow = call.tag if isinstance(call.tag, Flow) else STOP
     tracer.follow(known.name, (z,), {}, out, nonlinear=True)
     axes = sigma_axes(flow.axes, z, a)
-    if isinstance(call.tag, Weight):
-        tracer.set_tag(out, Weight(call.tag.parameter, sigma_axes(call.tag.axes, z, a)))
-    else:
-        tracer.set_tag(out, past_sigma(axes))
+    tracer.set_tag(out, past_sigma(call.tag, z, a))
     if call.flip:
         frame.flip = frame.flip or z is frame.x
     if call.in_place and z is frame.x:
