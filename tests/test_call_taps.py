@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 import threading
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fmapkit import capture
 from fmapkit._call_taps import CallTap
+from fmapkit._hooks import Hooks
 from fmapkit._standing import there
 from tests import truth
 
@@ -180,3 +182,54 @@ def test_compiled_inside_of_the_block() -> None:
         assert torch.equal(z, F.linear(x, net[0].weight, net[0].bias))
         assert torch.equal(a, z.clamp(min=0))
     assert there(net[1]) is not None  # the user's compiled call stays
+
+
+def test_a_block_that_another_thread_opens_in_the_middle_of_a_pass() -> None:
+    """Its hooks come onto the same modules, and do nothing here."""
+    net, x = Net(), torch.randn(3, 4)
+    opened, over = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with capture(net):
+            opened.set()
+            over.wait(60)
+            net(x)
+
+    def profile(frame: Any, event: str, arg: Any) -> None:
+        if frame.f_code is nn.Linear.forward.__code__ and frame.f_locals["self"] is net.a:
+            sys.setprofile(None)
+            thread.start()
+            opened.wait(60)
+
+    thread = threading.Thread(target=other)
+    with capture(net) as maps:
+        net(x), net(x)
+        before = sys.getprofile()
+        sys.setprofile(profile)
+        try:
+            net(x)
+        finally:
+            sys.setprofile(before)
+        assert isinstance(there(net.relu), CallTap)
+        assert net.relu._forward_pre_hooks  # the other's
+        _right(net, maps, x)
+        assert maps["a"].step == 2
+        over.set()
+        thread.join()
+        net(x)
+        _right(net, maps, x)
+
+
+def test_hooks_that_other_threads_set_and_remove_meanwhile_stay_so() -> None:
+    """While our hooks step aside (see `Hooks.suspended`), those of others come and go."""
+    relu = nn.ReLU()
+    hooks = Hooks(object())
+    gone = relu.register_forward_hook(lambda *args: None)
+    hooks.around([relu], lambda *args: None, lambda *args: None)
+    ours = [key for key, hook in relu._forward_hooks.items() if hooks.is_ours(hook)]
+    kept = relu.register_forward_hook(lambda *args: None)
+    with hooks.suspended([relu]):
+        assert list(relu._forward_hooks) == [gone.id, kept.id]
+        gone.remove()
+        new = relu.register_forward_hook(lambda *args: None)
+    assert list(relu._forward_hooks) == [*ours, kept.id, new.id]

@@ -7,11 +7,13 @@ stands before the call (see `_standing.py`) sees both.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from fmapkit._hooks import Hook
 from fmapkit._standing import Standing, called, free, lock
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class CallTap(Standing):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cell = self.line.cell
-        if cell is None or self.theirs or _global_forward_pre_hooks:
+        if cell is None or ((self.theirs or _global_forward_pre_hooks) and self.moved()):
             return self.otherwise(args, kwargs)
         module = self.module
         output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -63,6 +65,17 @@ class CallTap(Standing):
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.tap.again(module, args, output, error)
         return output
+
+    def moved(self) -> bool:
+        """Whether hooks that others have set may change what the module is given, in this thread.
+
+        A block in another thread sets its own on the same modules; here they do nothing.
+        """
+        thread = threading.get_ident()
+        return bool(_global_forward_pre_hooks) or not all(
+            isinstance(hook, Hook) and getattr(hook.owner, "thread", thread) != thread
+            for hook in tuple(self.theirs.values())
+        )
 
     def otherwise(self, args: Any, kwargs: Any) -> Any:
         """No run is under way in this thread, or others have set hooks in the middle of one."""
@@ -88,7 +101,7 @@ class OutputCallTap(CallTap):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cell = self.line.cell
-        if cell is None or self.theirs or _global_forward_pre_hooks:
+        if cell is None or ((self.theirs or _global_forward_pre_hooks) and self.moved()):
             return self.otherwise(args, kwargs)
         module = self.module
         output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]

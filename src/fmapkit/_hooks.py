@@ -7,9 +7,10 @@ session once removed.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -223,19 +224,24 @@ class Hooks:
     @contextmanager
     def suspended(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """The modules without our hooks for a while, as bare code would see them."""
-        kept: list[tuple[dict[int, Any], dict[int, Any]]] = []
+        kept: list[tuple[OrderedDict[int, Any], dict[int, Any]]] = []
         for module in modules:
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 if any(map(self.is_ours, hooks.values())):
-                    kept.append((hooks, dict(hooks)))
+                    kept.append((cast("OrderedDict[int, Any]", hooks), dict(hooks)))
                     for key in [k for k, h in hooks.items() if self.is_ours(h)]:
                         del hooks[key]
         try:
             yield
         finally:
-            for hooks, before in kept:  # in their old order
-                hooks.clear()
-                hooks.update(before)
+            # In their old order, one by one: other threads set hooks meanwhile, and run them.
+            for hooks, before in kept:
+                new = [key for key in tuple(hooks) if key not in before]
+                for key in (*before, *new):
+                    if key in before and self.is_ours(before[key]):
+                        hooks[key] = before[key]
+                    if key in hooks:
+                        hooks.move_to_end(key)
 
     def drop(
         self,
