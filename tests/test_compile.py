@@ -658,3 +658,45 @@ def test_a_compiled_module_that_is_one_nonlinearity(
             assert torch.equal(maps["0", "preactivation"].tensor, z)
             assert torch.equal(maps["0"].tensor, a)
             assert maps.missed == []
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "torch.compile(model, backend='eager')",
+        "torch.compile(model)",
+        "torch.compile(model, backend=lambda graph, inputs: graph.forward)",
+        "model.compile(backend='eager')",
+    ],
+)
+def test_what_tells_that_something_was_compiled(how: str) -> None:
+    """A block looks for compiled modules around its model only where torch.compile was called."""
+    code = f"""
+import sys, torch, torch._dynamo
+from fmapkit import capture
+from fmapkit._optimized import _ever_compiled, around
+model = torch.nn.Linear(2, 2)
+with capture(model):
+    model(torch.ones(1, 2))
+assert not _ever_compiled()
+made = {how}
+assert _ever_compiled()
+assert any(m is made or m is model for m in around(model))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("given", ["plain", "disabled"])
+def test_what_runs_eagerly_by_request(given: str) -> None:
+    """`torch.compiler.disable(module)` is of the class of a compiled module, and is none."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), torch.randn(2, 4)
+    disabled = torch.compiler.disable(model)
+    torch.compile(nn.Linear(1, 1), backend="eager")
+    with capture(model if given == "plain" else disabled) as maps:
+        for _ in range(3):
+            disabled(x)
+            z = F.linear(x, model[0].weight, model[0].bias)
+            assert torch.equal(maps["0", "preactivation"].tensor, z)
+            assert torch.equal(maps["0"].tensor, z.clamp(min=0))
+        assert maps.missed == []

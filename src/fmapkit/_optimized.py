@@ -32,8 +32,14 @@ def is_optimized(module: Any) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether calls of it run compiled code: after `torch.compile(module)`, `module.compile()`."""
-    return is_optimized(module) or compiled_call(module.__dict__) is not None
+    """Whether calls of it run compiled code: after `torch.compile(module)`, `module.compile()`.
+
+    What `torch.compiler.disable(module)` returns is of the same class, and runs eagerly.
+    """
+    if is_optimized(module):
+        disabled = sys.modules["torch._dynamo.eval_frame"].DisableContext
+        return not isinstance(getattr(module, "dynamo_ctx", None), disabled)
+    return compiled_call(module.__dict__) is not None
 
 
 def compiled_call(attributes: dict[str, Any]) -> Any:
@@ -79,10 +85,18 @@ def around(model: nn.Module) -> list[nn.Module]:
 
     `torch.compile(model)` is one of them, and so is a compiled model of which it is a part.
     """
-    if "torch._dynamo.eval_frame" not in sys.modules:
+    if not _ever_compiled():  # to look through all objects takes a while
         return []
     found = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
     return [o for o in found if "_modules" in o.__dict__ and is_compiled(o) and holds(o, model)]
+
+
+def _ever_compiled() -> bool:
+    """Whether torch.compile was ever called: it imports this on its way, and nothing else does.
+
+    `torch._dynamo` itself is imported by other libraries, too. A test sees to it that this holds.
+    """
+    return "torch._dynamo.repro.after_dynamo" in sys.modules
 
 
 def holds(module: nn.Module, model: nn.Module) -> bool:
