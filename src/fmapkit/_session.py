@@ -110,6 +110,11 @@ class Session:
             self._keeping,
         )
 
+    @property
+    def thread(self) -> int:
+        """The one whose passes are captured."""
+        return self.live.thread
+
     # -- life cycle ---------------------------------------------------------------------------
 
     def open(self) -> None:
