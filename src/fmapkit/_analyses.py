@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -61,14 +61,13 @@ class Analyses:
         if self.view is None:
             return
         for entry in entries:
-            with torch.inference_mode(False), torch.no_grad(), _no_autocast(), unseen():
+            with without_modes(), _without_the_models():
                 try:
                     fm = self.view(current, entry)
                 except MapStateError as error:
                     yield entry.origin.name, f"analyses did not see it: {error}"
                     continue
-                with without_modes():
-                    self._update(fm)
+                self._update(fm)
 
     def _update(self, fm: Any) -> None:
         for analysis in self._all:
@@ -79,9 +78,9 @@ class Analyses:
                 raise
 
 
-def _no_autocast() -> ExitStack:
-    """What analyses compute has the type that they ask for."""
-    off = ExitStack()
-    for device in autocasting():
-        off.enter_context(torch.autocast(device, enabled=False))
-    return off
+@contextmanager
+def _without_the_models() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad(), unseen(), ExitStack() as off:
+        for device in autocasting():
+            off.enter_context(torch.autocast(device, enabled=False))
+        yield

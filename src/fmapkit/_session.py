@@ -39,7 +39,7 @@ from fmapkit._fused import REASON, fused_output, has_fused_path, may_fuse
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
 from fmapkit._gradients import NO_GRAPH, OF_VIEW, in_function
 from fmapkit._guards import Guard
-from fmapkit._hooks import Hook, Hooks, leave_mode
+from fmapkit._hooks import Hook, Hooks, leave_mode, without_modes
 from fmapkit._names import Names
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._origin import Flow, Weight
@@ -468,7 +468,8 @@ class Session:
                 if gradient is not None and gradient.spoiled:
                     self.miss(entry.origin.name, OF_VIEW)
         if current is not None:
-            self._keep(current, failed)
+            with without_modes():  # another capture's tracer may be on
+                self._keep(current, failed)
         if self.missed and not self._warned:
             try:
                 self._warn()
@@ -526,7 +527,8 @@ class Session:
         self._tracer = self._current = self._frame = self._run = None
         if current is not None:
             current.closed = True
-            self._keep(current, failed=True)
+            with without_modes():
+                self._keep(current, failed=True)
         self._fused_in = self._fused = None
         self._depth = 0
         self._idle = False
