@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,10 +28,11 @@ class Analyses:
     """
 
     def __init__(self, given: Any) -> None:
-        one = hasattr(given, "update") or isinstance(given, type)
+        one = (hasattr(given, "update") and not isinstance(given, Set)) or isinstance(given, type)
         several = list(given) if isinstance(given, Iterable) and not one else [given]
         for analysis in several:
-            if isinstance(analysis, type) or not callable(getattr(analysis, "update", None)):
+            wrong = isinstance(analysis, (type, Mapping, Set))  # of which some have an `update`
+            if wrong or not callable(getattr(analysis, "update", None)):
                 hint = " (a class: make an instance first)" if isinstance(analysis, type) else ""
                 raise ArgumentError(
                     "analyses must be objects with an update(fm: FeatureMap), such as "
