@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fmapkit import FeatureMap, capture
+from fmapkit.analysis import DeadFilters, Statistics
 from tests.truth import assert_nothing_left, fingerprint
 
 
@@ -153,3 +155,26 @@ def test_outputs_are_there_beside_some_filters_gradients_and_all() -> None:
             assert torch.equal(maps["relu", "output"].tensor, a)
             assert torch.equal(maps["a", "output"].tensor, z)
     assert maps.missed == []
+
+
+def test_a_set_of_analyses_is_several() -> None:
+    """`set.update` would take a map apart, and nobody would see any."""
+    one, other = Doing(lambda fm: None), Doing(lambda fm: None)
+    net = Net()
+    with capture(net, analyses={one, other}):
+        net(torch.randn(3, 4))
+    assert one.seen == other.seen == TAGS
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_maps_in_eight_bits(dtype: torch.dtype) -> None:
+    net, x, stats, dead = Net(), torch.randn(3, 4), Statistics(), DeadFilters()
+    with capture(net, dtype=dtype, analyses=[stats, dead]) as maps:
+        for _ in range(3):
+            net(x)
+        expected = F.linear(x, net.a.weight, net.a.bias).detach().clamp(min=0)
+        expected = expected.to(dtype).double()
+        assert np.array_equal(maps["a"].numpy(), expected.numpy())
+        assert np.array_equal(maps["a"][1].numpy(), expected[:, 1].numpy())
+    np.testing.assert_allclose(stats["a"].mean.numpy(), expected.mean(0).numpy(), rtol=1e-12)
+    assert dead["a"].last_input.tolist() == [9 if any(c) else 0 for c in expected.T.tolist()]

@@ -168,6 +168,15 @@ def test_a_write_that_nobody_announced_is_not_stored(error: BaseException | None
             maps["fc", "preactivation"]
 
 
+def test_an_input_has_not_the_filters_of_its_layer() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with pytest.warns(CaptureWarning), capture(net, kinds="input", filters=0) as maps:
+        net(torch.randn(3, 4)), net(torch.randn(3, 4))
+    assert [(m.layer, m.reason) for m in maps.missed] == [
+        ("0", "filters= was given, and its input is not of its own filters")
+    ]
+
+
 def test_channels_last_stays_channels_last() -> None:
     net = Net().eval().to(memory_format=torch.channels_last)
     with torch.no_grad(), capture(net, dtype=torch.bfloat16, filters=[0, 1, 5]) as maps:
@@ -451,6 +460,16 @@ def test_on_a_cpu_it_is_no_copy() -> None:
             {"analyses": [object]},
             "analyses must be objects with an update(fm: FeatureMap), such as "
             "fmapkit.analysis.Statistics(), not <class 'object'> (a class: make an instance first)",
+        ),
+        (
+            {"when_full": "oldest"},
+            "when_full='oldest' says what goes when max_bytes= is reached: give both",
+        ),
+        ({"device": "meta"}, "device='meta' has no memory: nothing would be held of any map"),
+        (
+            {"analyses": {"mine": 1}},
+            "analyses must be objects with an update(fm: FeatureMap), such as "
+            "fmapkit.analysis.Statistics(), not {'mine': 1}",
         ),
         (
             {"analyses": 3},

@@ -213,6 +213,51 @@ def test_two_captures_on_one_model() -> None:
     assert "forward" not in model.__dict__
 
 
+@pytest.mark.parametrize("outer_first", [True, False])
+def test_captures_made_before_the_first_is_entered(outer_first: bool) -> None:
+    """Each stands before what is there when it is entered, and nothing of either stays."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    bare, x = truth.fingerprint(net), torch.randn(3, 4)
+    first, second = (capture(net, "0", stop=True) for _ in range(2))
+    maps, others = first.__enter__(), second.__enter__()
+    net(x)
+    for _ in range(3):
+        assert net(x) is None
+        for each in (maps, others):
+            z = each["0", "preactivation"].tensor
+            assert torch.equal(z, F.linear(x, net[0].weight, net[0].bias))
+    for one in (first, second) if outer_first else (second, first):
+        one.__exit__(None, None, None)
+    assert torch.equal(net(x), copy.deepcopy(net)(x))
+    truth.assert_nothing_left(bare, net)
+
+
+class _Nothing:
+    def update(self, fm: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": torch.float64}, {"filters": 0}, {"keep": 0, "analyses": _Nothing()}],
+    ids=str,
+)
+def test_what_another_capture_does_for_itself_ends_no_pass(
+    options: dict[str, Any], first: bool, mode: Any
+) -> None:
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(3, 4)
+    both = [options, {"layers": "0", "stop": True}]
+    one, other = both if first else both[::-1]
+    with mode(), capture(net, **one):
+        net(x), net(x)
+        with capture(net, **other):
+            assert net(x) is not None
+            for _ in range(3):
+                assert net(x) is None
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ArgumentError, match="say layers="):
         capture(nn.ReLU(), stop=True)

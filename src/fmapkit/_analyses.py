@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -28,10 +28,11 @@ class Analyses:
     """
 
     def __init__(self, given: Any) -> None:
-        one = hasattr(given, "update") or isinstance(given, type)
+        one = (hasattr(given, "update") and not isinstance(given, Set)) or isinstance(given, type)
         several = list(given) if isinstance(given, Iterable) and not one else [given]
         for analysis in several:
-            if isinstance(analysis, type) or not callable(getattr(analysis, "update", None)):
+            wrong = isinstance(analysis, (type, Mapping, Set))  # of which some have an `update`
+            if wrong or not callable(getattr(analysis, "update", None)):
                 hint = " (a class: make an instance first)" if isinstance(analysis, type) else ""
                 raise ArgumentError(
                     "analyses must be objects with an update(fm: FeatureMap), such as "
@@ -61,14 +62,13 @@ class Analyses:
         if self.view is None:
             return
         for entry in entries:
-            with torch.inference_mode(False), torch.no_grad(), _no_autocast(), unseen():
+            with without_modes(), _without_the_models():
                 try:
                     fm = self.view(current, entry)
                 except MapStateError as error:
                     yield entry.origin.name, f"analyses did not see it: {error}"
                     continue
-                with without_modes():
-                    self._update(fm)
+                self._update(fm)
 
     def _update(self, fm: Any) -> None:
         for analysis in self._all:
@@ -79,9 +79,9 @@ class Analyses:
                 raise
 
 
-def _no_autocast() -> ExitStack:
-    """What analyses compute has the type that they ask for."""
-    off = ExitStack()
-    for device in autocasting():
-        off.enter_context(torch.autocast(device, enabled=False))
-    return off
+@contextmanager
+def _without_the_models() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad(), unseen(), ExitStack() as off:
+        for device in autocasting():
+            off.enter_context(torch.autocast(device, enabled=False))
+        yield

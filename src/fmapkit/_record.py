@@ -146,6 +146,10 @@ class Record:
             event.x_held = self.aliases.reference(x)
             if self.wants.filters is None:
                 self.hold(event, "x", "input", origin, event.x_held, self._input_axes(x, out, axes))
+            else:
+                self.miss(
+                    origin.name, "filters= was given, and its input is not of its own filters"
+                )
         if self.wants.kind("response") or self.wants.kind("preactivation"):
             event.y_held = self.aliases.reference(out)
             self.hold(event, "y", "response", origin, event.y_held, axes)

@@ -98,6 +98,19 @@ class Retention:
         if places is None and dtype == tensor.dtype and not moves:
             return tensor
         device = self.device if moves and self.device is not None else tensor.device
+        with torch._C.DisableTorchFunction():  # another capture's tracer may be on: not the model's
+            return self._stored(tensor, dim, places, dtype, device, detach, doomed)
+
+    def _stored(
+        self,
+        tensor: Tensor,
+        dim: int | None,
+        places: tuple[int, ...] | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        detach: bool,
+        doomed: bool,
+    ) -> Tensor:
         in_graph = tensor.requires_grad and not detach
         if in_graph or is_wrapped(tensor) or tensor.layout is not torch.strided:
             if places is not None and dim is not None:

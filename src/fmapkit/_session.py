@@ -30,7 +30,7 @@ from fmapkit._compiled import Compiled
 from fmapkit._ending import Ending
 from fmapkit._frames import call_frame, on_stack
 from fmapkit._fused import may_fuse
-from fmapkit._hooks import Hooks
+from fmapkit._hooks import Hooks, without_modes
 from fmapkit._keeping import Keeping
 from fmapkit._learning import Learning
 from fmapkit._live import MODES, Live
@@ -341,7 +341,8 @@ class Session:
             current.closed = True
             if self.wants.gradients:
                 self._keeping.name_spoiled(current)
-            self._keeping.keep(current, failed)
+            with without_modes():  # another capture's tracer may be on
+                self._keeping.keep(current, failed)
         if misses.entries and not misses.warned:
             misses.warn_in_forward()
 
@@ -358,7 +359,8 @@ class Session:
         live.clear()
         if current is not None:
             current.closed = True
-            self._keeping.keep(current, failed=True)
+            with without_modes():
+                self._keeping.keep(current, failed=True)
         self._beside.clear()
         live.idle = False
 

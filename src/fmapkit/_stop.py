@@ -86,11 +86,13 @@ class StopForward:
     def __init__(self, model: nn.Module, stop: Stop) -> None:
         self.model = model
         self.stop: Stop | None = stop
-        self.theirs = "forward" in model.__dict__  # the instance has a forward of its own
-        self.forward = model.forward
+        self.theirs = False  # whether the instance has a forward of its own
+        self.forward: Any = None
 
     def install(self) -> None:
-        """Stand before the model's own forward."""
+        """Stand before the model's own forward, or that of another capture."""
+        self.theirs = "forward" in self.model.__dict__
+        self.forward = self.model.forward
         self.model.__dict__["forward"] = self
 
     def remove(self) -> None:
@@ -98,8 +100,11 @@ class StopForward:
         self.stop = None
         if self.model.__dict__.get("forward") is self:
             del self.model.__dict__["forward"]
-            if self.theirs:
-                self.model.__dict__["forward"] = self.forward
+            below = self
+            while isinstance(below.forward, StopForward) and below.forward.stop is None:
+                below = below.forward  # of a capture that has ended before us
+            if below.theirs:
+                self.model.__dict__["forward"] = below.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:

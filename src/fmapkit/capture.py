@@ -133,6 +133,10 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 "in it; convert them in the loss instead"
             )
         when_full = policy(when_full)
+        if when_full != "error" and max_bytes is None:
+            raise ArgumentError(
+                f"when_full={when_full!r} says what goes when max_bytes= is reached: give both"
+            )
         budget = None if max_bytes is None else Budget(max_bytes, when_full)
         given, model = model, plain(model)
         names = Names(model)
@@ -194,6 +198,8 @@ def _device(value: Any) -> torch.device | None:
         found = torch.device(value)
     except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"device must name a torch device, not {value!r}: {error}") from None
+    if found.type == "meta":
+        raise ArgumentError("device='meta' has no memory: nothing would be held of any map")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(f"device={value!r}: torch sees no CUDA device here")
     return found

@@ -104,7 +104,7 @@ class FeatureMap:
         return tensor.grad if tensor.is_leaf or tensor.retains_grad else None
 
     def numpy(self) -> np.ndarray[Any, Any]:
-        """The values as a NumPy array; bfloat16, which NumPy lacks, as float32.
+        """The values as a NumPy array; bfloat16 and float8, which NumPy lacks, as float32.
 
         Raises:
             DistributedError: the tensor is a `DTensor`.
@@ -112,7 +112,8 @@ class FeatureMap:
         if is_dtensor(self.tensor):
             raise DistributedError(_of_several_ranks(self, "has no values of its own"))
         tensor = self.tensor.detach().cpu()
-        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        lacking = tensor.dtype == torch.bfloat16 or tensor.element_size() == 1
+        return (tensor.float() if tensor.is_floating_point() and lacking else tensor).numpy()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         array = self.numpy()

@@ -239,6 +239,8 @@ def readable(fm: FeatureMap) -> tuple[Tensor | None, str]:
         return None, "it is sparse, quantized or nested"
     if tensor.device.type == "meta":
         return None, "it is on the meta device, without values"
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = tensor.float()  # torch computes nothing in eight bits
     return tensor, ""
 
 

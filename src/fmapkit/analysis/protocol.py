@@ -18,7 +18,8 @@ class Analysis(Protocol):
     gradients. The model may overwrite the map's memory as soon as `update` returns: work out what
     is needed, and keep no reference to `fm.tensor`. What `update` raises is raised by the model's
     call. An `update` that reads a value on the host (`.item()`, a branch on a tensor) makes the
-    model wait for its device.
+    model wait for its device. The model's modes (autocast, inference, function modes) are off in
+    it, and its own calls of the captured model are not captured.
     """
 
     def update(self, fm: FeatureMap) -> None:
