@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from fmapkit._asked import Asked
 from fmapkit._budget import Budget
 from fmapkit._gradients import OF_VIEW
+from fmapkit._hooks import without_modes
 from fmapkit._live import Live
 from fmapkit._missed import Misses
 from fmapkit._replay import Run
@@ -36,6 +37,9 @@ class Keeping:
         self._misses = misses
         self._store = store
         self._budget = budget
+        wants = asked.wants
+        copies = bool(wants.retention) or wants.filters is not None
+        self._only_references = not (copies or self._analyses or store.fleeting or budget)
 
     def keep(self, current: Pass, failed: bool) -> None:
         """A pass has ended.
@@ -48,6 +52,11 @@ class Keeping:
             BudgetError: its maps are more than was allowed.
             Exception: whatever an analysis raises.
         """
+        if not self._only_references or has_inference_tensors(current):
+            with without_modes():  # another capture's tracer may be on
+                self._put_away(current, failed)
+
+    def _put_away(self, current: Pass, failed: bool) -> None:
         retention = self._wants.retention
         if retention:
             for held in current.held():

@@ -43,10 +43,6 @@ class Retention:
         """Whether anything but filters may turn a reference into a copy."""
         return self.dtype is not None or self.device is not None
 
-    def begin(self) -> None:
-        """A pass begins."""
-        self.forget()
-
     def forget(self) -> None:
         """Hold nothing for the sake of maps that may come."""
         self._known.clear()

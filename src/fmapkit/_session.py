@@ -30,7 +30,7 @@ from fmapkit._compiled import Compiled
 from fmapkit._ending import Ending
 from fmapkit._frames import call_frame, on_stack
 from fmapkit._fused import may_fuse
-from fmapkit._hooks import Hooks, without_modes
+from fmapkit._hooks import Hooks
 from fmapkit._keeping import Keeping
 from fmapkit._learning import Learning
 from fmapkit._live import MODES, Live
@@ -308,7 +308,6 @@ class Session:
             self._restart()
         live.current = self.store.begin(step, self.model.training)
         self._edits.begin()
-        self.wants.retention.begin()
         if self._stop is not None:
             self._stop.begin()
         if compiled:
@@ -341,8 +340,7 @@ class Session:
             current.closed = True
             if self.wants.gradients:
                 self._keeping.name_spoiled(current)
-            with without_modes():  # another capture's tracer may be on
-                self._keeping.keep(current, failed)
+            self._keeping.keep(current, failed)
         if misses.entries and not misses.warned:
             misses.warn_in_forward()
 
@@ -359,8 +357,7 @@ class Session:
         live.clear()
         if current is not None:
             current.closed = True
-            with without_modes():
-                self._keeping.keep(current, failed=True)
+            self._keeping.keep(current, failed=True)
         self._beside.clear()
         live.idle = False
 
