@@ -1676,7 +1676,7 @@ class Fourier(nn.Module):
             return F.gelu(torch.fft.fft(x, dim=1).real)
         if self.along == "all":
             return F.gelu(torch.fft.fftn(x).real)
-        return F.gelu(torch.fft.irfft(torch.fft.rfft(x, n=9)[..., :4], n=8))
+        return F.gelu(torch.fft.irfft(torch.fft.rfft(x, 9)[..., :4], n=8))
 
 
 @pytest.mark.parametrize(

@@ -249,11 +249,12 @@ def _fft(name: str) -> Rule:
     """Fourier transforms mix along the axes they name, by default the last one, two or all."""
 
     def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-        sizes = _argument(args, kwargs, 1, "s")
         dims = _argument(args, kwargs, 2, "dim")
-        if dims is None:
-            last = {"t": 1, "2": 2}.get(name[-1], len(sizes) if sizes else x.dim())
-            dims = range(-last, 0)
+        if dims is None and name == "fftn":
+            sizes = _argument(args, kwargs, 1, "s")
+            dims = range(-(x.dim() if sizes is None else len(sizes)), 0)
+        elif dims is None:
+            dims = (-1,) if name == "fft" else (-2, -1)
         touched = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
         if flow.axes is None or any(p.dim in touched for p in flow.axes.parts):
             return each(out, lambda _: STOP)
