@@ -1691,3 +1691,24 @@ class Fourier(nn.Module):
 def test_a_fourier_transform_keeps_the_filters_it_does_not_mix(along: str, tag: Any) -> None:
     torch.manual_seed(0)
     check(Fourier(along), images(*IMAGE), [(tag[0], 0, "gelu", tag[1])])
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch has it from 2.10 on")
+def test_a_grouped_product_is_a_layer() -> None:
+    # Rows 0-3 by expert 0, rows 4-7 by expert 1: the filters are the last axis of each.
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = (
+                nn.Parameter(torch.randn(2, 16, 8)),
+                nn.Parameter(torch.randn(2, 8, 8)),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            ends = torch.tensor([4, 8], dtype=torch.int32)
+            gate, up = F.grouped_mm(x, self.up.transpose(-2, -1), offs=ends).chunk(2, -1)
+            return torch.tanh(F.grouped_mm(F.silu(gate) * up, self.down, offs=ends))
+
+    torch.manual_seed(0)
+    expected = [("up", 0, "silu", range(8)), ("down", 0, "tanh", range(8))]
+    check(Experts(), images(8, 8), expected)
