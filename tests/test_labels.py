@@ -1629,3 +1629,86 @@ def test_sigma_of_a_parameter_is_a_weight() -> None:
             model(x)
             assert ("rho", 0, "relu", range(6)) in tags(maps)
             assert ("tau", 0, "tanh", range(5)) in tags(maps)
+
+
+class IBN(nn.Module):
+    """IBN-Net: one half of a layer's filters through an instance norm, the other through a batch
+    norm, and together again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1)
+        self.instance, self.batch = nn.InstanceNorm2d(2, affine=True), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = torch.split(self.a(x), [2, 4], 1)
+        x = F.relu(torch.cat([self.instance(one.contiguous()), self.batch(two)], 1))
+        y = self.b(x)
+        swapped = torch.tanh(torch.cat([y[:, 3:], y[:, :3]], 1))  # no order to count filters by
+        return swapped + torch.sigmoid(torch.cat([y, y], 1)[:, :6])
+
+
+def test_filters_that_were_split_and_joined_again_are_their_layers() -> None:
+    torch.manual_seed(0)
+    expected = [("a", 0, "relu", range(6)), (":tanh", 0, "tanh", None)]
+    check(IBN(), images(*IMAGE), [*expected, (":sigmoid", 0, "sigmoid", None)])
+
+
+class Fourier(nn.Module):
+    """A Fourier layer: its filters are the last index of a complex weight."""
+
+    def __init__(self, along: str) -> None:
+        super().__init__()
+        self.stem, self.skip = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1)
+        self.w = nn.Parameter(torch.randn(4, 5, 3, 3, dtype=torch.cfloat))
+        self.along = along
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.along == "positions":
+            seen = torch.fft.rfft2(x)
+            low = torch.einsum("nixy,ioxy->noxy", seen[:, :, :3, :3], self.w)
+            full = seen.new_zeros(len(x), 5, *seen.shape[2:])
+            full[:, :, :3, :3] = low
+            return F.gelu(torch.fft.irfft2(full, s=x.shape[-2:]) + self.skip(x))
+        if self.along == "filters":
+            return F.gelu(torch.fft.fft(x, dim=1).real)
+        if self.along == "all":
+            return F.gelu(torch.fft.fftn(x).real)
+        return F.gelu(torch.fft.irfft(torch.fft.rfft(x, 9)[..., :4], n=8))
+
+
+@pytest.mark.parametrize(
+    ("along", "tag"),
+    [
+        ("positions", ("", range(5))),  # the model itself owns the one weight
+        ("last", ("stem", range(4))),
+        ("filters", (":gelu", None)),
+        ("all", (":gelu", None)),
+    ],
+)
+def test_a_fourier_transform_keeps_the_filters_it_does_not_mix(along: str, tag: Any) -> None:
+    torch.manual_seed(0)
+    check(Fourier(along), images(*IMAGE), [(tag[0], 0, "gelu", tag[1])])
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch has it from 2.10 on")
+def test_a_grouped_product_is_a_layer() -> None:
+    # Rows 0-3 by expert 0, rows 4-7 by expert 1: the filters are the last axis of each.
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = (
+                nn.Parameter(torch.randn(2, 16, 8)),
+                nn.Parameter(torch.randn(2, 8, 8)),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            ends = torch.tensor([4, 8], dtype=torch.int32)
+            gate, up = F.grouped_mm(x, self.up.transpose(-2, -1), offs=ends).chunk(2, -1)
+            return torch.tanh(F.grouped_mm(F.silu(gate) * up, self.down, offs=ends))
+
+    torch.manual_seed(0)
+    expected = [("up", 0, "silu", range(8)), ("down", 0, "tanh", range(8))]
+    check(Experts(), images(8, 8), expected)

@@ -1675,3 +1675,35 @@ def test_min_of_two_tensors_is_pointwise() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), Clipped())
     check(model, images(3, 4), [("0", 0, "Clipped", range(6))])
+
+
+class FunctionalAttention(nn.Module):
+    """WavLM's: torch's attention function, given the weights of plain linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.out, self.gate = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = F.multi_head_attention_forward(
+            *(x, x, x, 4, 2, None),
+            torch.cat((self.q.bias, self.k.bias, self.v.bias)),
+            *(None, None, False, 0.0, self.out.weight, self.out.bias),
+            use_separate_proj_weight=True,
+            q_proj_weight=self.q.weight,
+            k_proj_weight=self.k.weight,
+            v_proj_weight=self.v.weight,
+        )
+        return y * torch.sigmoid(self.gate(x))
+
+
+def test_the_attention_function_in_a_proven_forward() -> None:
+    torch.manual_seed(0)
+    model = FunctionalAttention()
+    check(model, images(3, 2, 4), [("gate", 0, "sigmoid", range(4))])
+    with torch.no_grad(), capture(model, kinds="response") as maps:
+        for (x,) in images(3, 2, 4):
+            model(x)
+            assert maps.layers == ["q", "k", "v", "out", "gate"]
+            assert torch.equal(maps["k", "response"].tensor, model.k(x))

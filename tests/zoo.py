@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.truth import seed
+from tests.zoo_research import RESEARCH
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -458,6 +459,32 @@ _HF: dict[str, Callable[[], Built]] = {
     "clip": partial(_two_towers, "CLIPConfig", "CLIPModel"),
     "siglip": partial(_two_towers, "SiglipConfig", "SiglipModel"),
     "sam": _sam,
+    **{
+        name.lower(): partial(_hf, f"{name}Config", f"{name}Model", _text(), **_KV, **more)
+        for name, more in {
+            "Apertus": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+            "GptOss": {"head_dim": 8, "num_local_experts": 4, **_MOE},
+            "Olmoe": {"num_experts": 4, **_MOE},
+            "NanoChat": {},
+            "BitNet": {},
+        }.items()
+    },
+    "wav2vec2_bert": partial(
+        _hf, "Wav2Vec2BertConfig", "Wav2Vec2BertModel",
+        lambda: {"input_features": torch.randn(2, 12, 16)},
+        **_without(_TEXT, "vocab_size", "max_position_embeddings"), feature_projection_input_dim=16,
+        conv_depthwise_kernel_size=5, mask_time_prob=0.0,
+    ),
+    "canine": partial(_hf, "CanineConfig", "CanineModel", _text(), **_without(_TEXT, "vocab_size")),
+    "funnel": partial(
+        _hf, "FunnelConfig", "FunnelModel", _text(), vocab_size=64, block_sizes=[1, 1],
+        num_decoder_layers=1, d_model=32, n_head=4, d_head=8, d_inner=48,
+    ),
+    "vilt": partial(
+        _hf, "ViltConfig", "ViltModel",
+        lambda: {"input_ids": _ids(2, 8), "pixel_values": torch.randn(2, 3, 32, 32)},
+        **{**_TEXT, **_VISION},
+    ),
 }  # fmt: skip
 
 
@@ -726,7 +753,7 @@ def available(module: str) -> bool:
     return True
 
 
-ZOO: list[Entry] = [Entry(name, build) for name, build in _OWN.items()]
+ZOO: list[Entry] = [Entry(name, build) for name, build in (_OWN | RESEARCH).items()]
 if available("pytorchcv"):
     ZOO += [Entry(name, partial(_cv, name)) for name in _CV_64]
     ZOO += [Entry(name, partial(_cv, name, 96)) for name in _CV_96]

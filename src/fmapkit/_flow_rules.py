@@ -215,15 +215,52 @@ def _along(name: str) -> Rule:
 
 
 def _cat(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-    """Along another axis the first operand's filters go on; along the filter axis they mix."""
+    """Along another axis the first operand's filters go on; along the filter axis they mix.
+
+    But not where the pieces of one layer's filters are put together again as they were.
+    """
     dim = int(_argument(args, kwargs, 1, "dim", "axis") or 0) % out.dim()
     axes = flow.axes
     pieces = tensors_in(args[0] if args else kwargs)
     if axes is None or len(pieces) == 1:
         return Flow(flow.origin, axes) if axes is not None else STOP
     if any(p.dim == dim for p in axes.parts):
-        return STOP
+        return _rejoined([flow_of(tag, piece) for piece in pieces], dim)
     return _aligned(flow, x, out)
+
+
+def _rejoined(pieces: Sequence[Flow | None], dim: int) -> Flow:
+    """Filters that were split, and lie one after the other again."""
+    first, size = pieces[0], 0
+    for piece in pieces:
+        if first is None or first.axes is None or piece is None or piece.axes is None:
+            return STOP
+        part = next((p for p in piece.axes.parts if p.dim == dim), None)
+        if part is None or first.origin.kind == "none" or piece.origin is not first.origin:
+            return STOP
+        if piece.axes != first.axes.slice(dim, size, part.size):
+            return STOP
+        size += part.size
+    assert first is not None and first.axes is not None
+    return Flow(first.origin, first.axes.slice(dim, 0, size))
+
+
+def _fft(name: str) -> Rule:
+    """Fourier transforms mix along the axes they name, by default the last one, two or all."""
+
+    def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+        dims = _argument(args, kwargs, 2, "dim")
+        if dims is None and name == "fftn":
+            sizes = _argument(args, kwargs, 1, "s")
+            dims = range(-(x.dim() if sizes is None else len(sizes)), 0)
+        elif dims is None:
+            dims = (-1,) if name == "fft" else (-2, -1)
+        touched = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
+        if flow.axes is None or any(p.dim in touched for p in flow.axes.parts):
+            return each(out, lambda _: STOP)
+        return _same_filters(flow, x, args, kwargs, out, tag)
+
+    return rule
 
 
 def _stack(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
@@ -339,6 +376,11 @@ RULES: dict[str, Rule] = {
     "index_select": _index_select,
     "gather": _along("gather"),
     "take_along_dim": _along("take_along_dim"),
+    **{
+        f"fft_{kind}fft{n}": _fft(f"fft{n}")
+        for kind in ("", "i", "r", "ir", "h", "ih")
+        for n in ("", "2", "n")
+    },
     "cumsum": _along("cumsum"),
     "cumprod": _along("cumprod"),
     **dict.fromkeys(

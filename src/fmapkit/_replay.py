@@ -404,7 +404,12 @@ class LightMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = describe(func)
-        if self.on and known.name in self.names and torch._C._current_graph_task_id() == -1:
+        if not self.on or torch._C._current_graph_task_id() != -1:
+            return func(*args, **(kwargs or {}))
+        if known.opened is not None:  # as the tracer saw its inside
+            with self:
+                return known.opened(*args, **(kwargs or {}))
+        if known.name in self.names:
             return self.run.call(known.name, func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 

@@ -71,7 +71,10 @@ REDUCTIONS = words(
 CONV = re.compile(r"_?conv(_transpose)?([123]d|olution)|conv_tbc|mkldnn_convolution")
 BIAS_FIRST = ("addmm", "addbmm", "baddbmm", "addmv")  # products that take the bias first
 # Where a product may have its weight; the first operand that is one decides.
-MATMULS = words("matmul mm bmm __matmul__ __rmatmul__ mv addmm addbmm baddbmm addmv")
+MATMULS = words(
+    "matmul mm bmm __matmul__ __rmatmul__ mv addmm addbmm baddbmm addmv grouped_mm _grouped_mm"
+)
+GROUPED = ("grouped_mm", "_grouped_mm")  # whose other arguments are no factors
 
 # What runs several nonlinearities in one call that nobody can look into.
 OPAQUE = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from fmapkit._axes import Axes, Part
 from fmapkit._nested import tensors_in
 from fmapkit._origin import Flow, Lookup, Weight
-from fmapkit._vocabulary import BIAS_FIRST, CONV, MATMULS
+from fmapkit._vocabulary import BIAS_FIRST, CONV, GROUPED, MATMULS
 
 __all__ = ["input_place", "layer_axes", "may_weigh", "weight_operand", "weight_slice"]
 
@@ -33,13 +33,18 @@ def weight_operand(name: str, args: Sequence[Any], kwargs: dict[str, Any], tag: 
     if name == "bilinear":
         return kwargs.get("weight", args[2] if len(args) > 2 else None)
     if name in _PRODUCTS:
-        factors = tensors_in(*args, kwargs)
-        if name in BIAS_FIRST:
-            factors = factors[1:]
+        factors = _factors(name, args, kwargs)
         weights = [f for f in factors if isinstance(tag(f), Weight)]
         if len(weights) == 1 and any(isinstance(tag(f), Flow) for f in factors):
             return weights[0]
     return None
+
+
+def _factors(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    factors = tensors_in(*args, kwargs)
+    if name in GROUPED:
+        return factors[:2]
+    return factors[1:] if name in BIAS_FIRST else factors
 
 
 def input_place(name: str, args: Any, kwargs: dict[str, Any], weight: Any) -> int | None:
@@ -61,7 +66,8 @@ def layer_axes(name: str, args: Sequence[Any], weight: Any, out: Tensor) -> Axes
     elif name == "tensordot":
         dim = out.dim() - 1
     elif name in MATMULS and weight.dim() >= 2 and out.dim() >= 2:
-        factors = [a for a in args if isinstance(a, Tensor)][-2:]
+        factors = [a for a in args if isinstance(a, Tensor)]
+        factors = factors[:2] if name in GROUPED else factors[-2:]
         if name == "__rmatmul__":
             factors.reverse()
         dim = out.dim() - 1 if factors and factors[-1] is weight else out.dim() - 2
