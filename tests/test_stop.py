@@ -233,6 +233,9 @@ def test_captures_made_before_the_first_is_entered(outer_first: bool) -> None:
 
 
 class _Nothing:
+    def __repr__(self) -> str:
+        return "nothing"
+
     def update(self, fm: Any) -> None:
         pass
 
