@@ -6,6 +6,7 @@ the witness (tests/truth.py) for the values, and for the same tags in each pass.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -1712,3 +1713,20 @@ def test_a_grouped_product_is_a_layer() -> None:
     torch.manual_seed(0)
     expected = [("up", 0, "silu", range(8)), ("down", 0, "tanh", range(8))]
     check(Experts(), images(8, 8), expected)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "circular", "replicate"])
+@pytest.mark.parametrize("normed", [False, True])
+def test_what_enters_a_convolution_that_pads_by_itself(mode: str, normed: bool) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode)
+    if normed:
+        conv = parametrizations.weight_norm(conv)
+    bare = copy.deepcopy(conv)
+    model = nn.Sequential(conv, nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
+    check(model, images(*IMAGE), [("0", 0, "relu", range(4))])
+    with torch.no_grad(), capture(model, kinds=("input", "response")) as maps:
+        for (x,) in images(*IMAGE):
+            model(x)
+            assert torch.equal(maps["0", "input"].tensor, x)
+            assert torch.equal(maps["0", "response"].tensor, bare(x))

@@ -683,6 +683,15 @@ class ReusedBuffer(Two):
         return self.tanh(self.b(self.memory))
 
 
+class ReusedTensor(ReusedBuffer):
+    """The same with a tensor that is a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.memory
+        self.memory = torch.zeros(4, 4)
+
+
 class HookOnTensor(Two):
     """register_hook on z, retain_grad on a."""
 
@@ -787,7 +796,17 @@ class BlockAddsInPlace(Two):
 ALIASING = [
     *(UsedAfterInPlace, ViewBeforeInPlace, ChunkThenInPlace, SliceInPlace, SetItem, Chain),
     *(InPlaceLater, ReturnsInput, ReturnsNothing, TwoNames, ListOfMaps, Detached),
-    *(Numpy, Out, DataWrite, ReusedBuffer, HookOnTensor, KwargsOuter, Empty, InPlaceTransposed),
+    *(
+        Numpy,
+        Out,
+        DataWrite,
+        ReusedBuffer,
+        ReusedTensor,
+        HookOnTensor,
+        KwargsOuter,
+        Empty,
+        InPlaceTransposed,
+    ),
     *(ExpandedZ, InPlaceOnActivation, BlockAddsInPlace, SigmaOverSigma),
 ]
 

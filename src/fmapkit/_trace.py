@@ -197,6 +197,8 @@ class Tracer(TorchFunctionMode):
         place = _weighted.input_place(known.name, args, kwargs, weight)
         operands = tensors_in(*args, kwargs)
         x = operands[place] if place is not None else None
+        if frame.x is not None and _weighted.pads_first(frame.module):
+            x = frame.x
         event = Event("layer", self.scope(), func)
         event.place = place or 0
         if x is not None and x is frame.x:

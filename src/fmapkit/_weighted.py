@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmapkit._axes import Axes, Part
 from fmapkit._nested import tensors_in
 from fmapkit._origin import Flow, Lookup, Weight
 from fmapkit._vocabulary import BIAS_FIRST, CONV, GROUPED, MATMULS
 
-__all__ = ["input_place", "layer_axes", "may_weigh", "weight_operand", "weight_slice"]
+__all__ = ["input_place", "layer_axes", "may_weigh", "pads_first", "weight_operand", "weight_slice"]
 
 _PRODUCTS = MATMULS | {"einsum", "tensordot"}
 
@@ -52,6 +52,15 @@ def input_place(name: str, args: Any, kwargs: dict[str, Any], weight: Any) -> in
     operands = tensors_in(*args, kwargs)
     places = range(1 if name in BIAS_FIRST else 0, len(operands))
     return next((i for i in places if operands[i] is not weight), None)
+
+
+def pads_first(module: nn.Module) -> bool:
+    """Whether its forward is that of torch's convolutions, with a call of `pad` before the other.
+
+    What enters such a layer is what the module is given, not what its convolution is.
+    """
+    padded = getattr(module, "padding_mode", "zeros") != "zeros"
+    return padded and type(module).forward.__module__ == "torch.nn.modules.conv"
 
 
 def layer_axes(name: str, args: Sequence[Any], weight: Any, out: Tensor) -> Axes | None:
