@@ -2,6 +2,7 @@
 
 python -m benchmarks [suite] [--seconds S] [--case NAME] [--contender NAME] [--json FILE]
 python -m benchmarks growth [--json FILE]
+python -m benchmarks taps [--seconds S] [--threads N]
 python -m benchmarks render FILE [FILE]
 python -m benchmarks overhead [--seconds S] [--case NAME] [--threads N] [--json FILE]
 python -m benchmarks compiled [--backend NAME] [--seconds S] [--threads N]
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import contenders, growth, longrun, memory, report, statistics, suite, zoo
+from benchmarks import contenders, growth, longrun, memory, report, statistics, suite, taps, zoo
 from benchmarks.cases import CASES, chosen
 
 
@@ -60,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     command = add("growth", "cost against number of sites, batch and steps", 1.0)
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    command = add("taps", "what one site costs, beside a hook that does nothing", 10.0)
+    command.set_defaults(threads=1)
     command = add("render", "write tables and charts into docs/ from the JSON of suite and growth")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--docs", type=Path, default=report.DOCS, help=argparse.SUPPRESS)
@@ -100,6 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     elif given.command == "growth":
         growth.run(given.seconds, given.threads, given.json)
+    elif given.command == "taps":
+        taps.run(given.seconds, given.threads)
     elif given.command == "render":
         report.render(given.files, given.docs)
     elif given.command == "overhead":
