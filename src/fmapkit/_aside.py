@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ def select(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
         return _taken(tensor, dim, places)
 
 
-def runs(places: tuple[int, ...]) -> list[tuple[int, int]]:
+@lru_cache(maxsize=1024)
+def runs(places: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """(first, length) of what lies side by side."""
     found: list[tuple[int, int]] = []
     for place in places:
@@ -56,7 +58,7 @@ def runs(places: tuple[int, ...]) -> list[tuple[int, int]]:
             found[-1] = (found[-1][0], found[-1][1] + 1)
         else:
             found.append((place, 1))
-    return found
+    return tuple(found)
 
 
 def _taken(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:

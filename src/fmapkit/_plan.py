@@ -21,8 +21,10 @@ from fmapkit._functions import describe
 from fmapkit._names import Names
 from fmapkit._nested import leaves
 from fmapkit._origin import NOWHERE, Flow, Origin, Weight, WeightRef
+from fmapkit._store import Entry
 from fmapkit._store import storage_of as _storage
 from fmapkit._trace import Tracer
+from fmapkit._wants import Wants
 from fmapkit.nonlinearities import module_sigma
 
 __all__ = ["Emission", "Plan", "Ref", "Step", "make_plan"]
@@ -58,6 +60,7 @@ class Emission:
     copy: bool
     before: bool  # copied before the call, since the call itself overwrites it
     picked: tuple[int, ...] | None
+    place: tuple[int, tuple[int, ...]] | None  # their axis, and where they lie along it
     stored: bool  # in another form than the model's own tensor
     pending: bool  # a preactivation only if no nonlinearity outside claims it
 
@@ -257,6 +260,7 @@ def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool) -> Step:
                     copy=copied or (slot == "x" and unsafe),
                     before=slot == "x" and (unsafe or _lost_within(event)),
                     picked=entry.picked,
+                    place=_place(entry),
                     stored=stored or entry.picked is not None,
                     pending=(
                         entry.kind == "preactivation"
@@ -406,6 +410,12 @@ def _last(steps: Sequence[Step]) -> tuple[tuple[int, ...], ...]:
     for place, n in by_place.items():
         found[n].append(place)
     return tuple(map(tuple, found))
+
+
+def _place(entry: Entry) -> tuple[int, tuple[int, ...]] | None:
+    if entry.axes is None or entry.picked is None:
+        return None
+    return Wants.place(entry.axes, entry.picked)
 
 
 def _lost_within(event: Event) -> bool:

@@ -243,11 +243,11 @@ class Run:
         """What is stored of a tensor."""
         if emission.copy and grad is not None:
             grad.overwritten()
-        picked, axes, doomed = emission.picked, emission.axes, emission.copy
-        if picked is not None and axes is not None:
+        doomed = emission.copy
+        if emission.place is not None:
             if grad is not None:
-                grad = grad.picked(*self.wants.place(axes, picked))
-            stored, copied = self.wants.take(value, axes, picked, doomed), True
+                grad = grad.picked(*emission.place)
+            stored, copied = self.wants.take_at(value, emission.place, doomed), True
         else:
             stored = self.wants.store(value, doomed) if emission.stored else value
             copied = emission.copy or stored is not value

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit._aside import runs, select, unseen
+from fmapkit._aside import operators_are_counted, runs, select, unseen
 from fmapkit._buffers import Buffers
 from fmapkit._offload import Arrival, Cuda, Device, Offload
 from fmapkit._sharded import is_wrapped
@@ -118,14 +118,27 @@ class Retention:
         found = self._known.get(key)
         if found is not None and found[0]() is tensor:
             return found[1]
-        with torch.no_grad(), unseen():
-            if self._leaves(tensor, device):
-                stored = self._sent(tensor, dim, places, dtype, doomed)
-            else:
-                stored = self._copied(tensor, dim, places, dtype, device)
+        if torch.is_grad_enabled() or operators_are_counted():
+            with torch.no_grad(), unseen():
+                stored = self._made(tensor, dim, places, dtype, device, doomed)
+        else:
+            stored = self._made(tensor, dim, places, dtype, device, doomed)
         if counted:
             self._known[key] = (weakref.ref(tensor), stored)
         return stored
+
+    def _made(
+        self,
+        tensor: Tensor,
+        dim: int | None,
+        places: tuple[int, ...] | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        doomed: bool,
+    ) -> Tensor:
+        if self._leaves(tensor, device):
+            return self._sent(tensor, dim, places, dtype, doomed)
+        return self._copied(tensor, dim, places, dtype, device)
 
     def _moves(self, tensor: Tensor) -> bool:
         """Whether it is to be stored on another device."""
@@ -150,11 +163,14 @@ class Retention:
         dtype: torch.dtype,
         device: torch.device,
     ) -> Tensor:
-        if places is None or dim is None:
+        pieces = runs(places) if places is not None else ()
+        if places is None or dim is None or len(pieces) == 1:
+            if dim is not None and pieces:
+                tensor = tensor.narrow(dim, *pieces[0])
             return self.buffers.like(tensor, dtype, device).copy_(tensor)
         stored = self.buffers.like(tensor.narrow(dim, 0, len(places)), dtype, device)
         at = 0
-        for first, count in runs(places):
+        for first, count in pieces:
             stored.narrow(dim, at, count).copy_(tensor.narrow(dim, first, count))
             at += count
         return stored

@@ -193,8 +193,13 @@ class Wants:
         self, tensor: Tensor, axes: Axes, picked: tuple[int, ...], doomed: bool = False
     ) -> Tensor:
         """A copy of the picked filters alone, as it is to be stored."""
-        dim, places = self.place(axes, picked)
-        return self.retention.keep(tensor, dim, places, detach=self.detach, doomed=doomed)
+        return self.take_at(tensor, self.place(axes, picked), doomed)
+
+    def take_at(
+        self, tensor: Tensor, place: tuple[int, tuple[int, ...]], doomed: bool = False
+    ) -> Tensor:
+        """The same, where their place is known."""
+        return self.retention.keep(tensor, *place, detach=self.detach, doomed=doomed)
 
     def store(self, tensor: Tensor, doomed: bool = False) -> Tensor:
         """What is to be stored of a tensor: often itself."""

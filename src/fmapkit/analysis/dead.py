@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fmapkit.analysis._bins import placed
+from fmapkit.analysis._by_layer import ByLayer
 from fmapkit.analysis._keys import Groups, Name, readable, table
 from fmapkit.analysis._moments import along, by_filter
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
 from fmapkit.analysis.firings import HEADS, LayerFirings, row
-from fmapkit.errors import ArgumentError, CaptureWarning
+from fmapkit.errors import ArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,7 +62,7 @@ class _Watch:
         self.history[before // self.span : (self.inputs - 1) // self.span + 1] |= fired
 
 
-class DeadFilters:
+class DeadFilters(ByLayer[_Watch, LayerFirings]):
     """Which filters never fired over the last inputs, since when, by layer; an `Analysis`.
 
     ```python
@@ -132,7 +132,7 @@ class DeadFilters:
         with torch.inference_mode(False), torch.no_grad():
             tensor, reason = readable(fm)
             if tensor is None:
-                self._leave_out(fm, reason)
+                self._leave_out(fm, f"layer {fm.layer!r}", reason)
                 return
             name, filters = self._groups.place(fm)
             dim = fm.filter_dim if filters is not None else None
@@ -145,13 +145,6 @@ class DeadFilters:
             if values.numel():
                 fired = _fired(values, self.threshold, bounds)
                 groups[filters].see(fired, _inputs(tensor, dim), fm.step, self.after)
-
-    def _leave_out(self, fm: FeatureMap, reason: str) -> None:
-        if (fm.layer, fm.kind) not in self._groups.missed:
-            self._groups.note(fm, reason)
-            warnings.warn(
-                f"DeadFilters leaves out layer {fm.layer!r}: {reason}", CaptureWarning, stacklevel=3
-            )
 
     def reset(self) -> None:
         """Forget all that was seen."""
@@ -203,31 +196,6 @@ class DeadFilters:
             history=torch.cat([_folded(w, span) for _, w in parts], 1),
             span=span,
         )
-
-    @property
-    def layers(self) -> list[str]:
-        """The layers seen, in the order in which they first were."""
-        return self._groups.layers
-
-    @property
-    def missed(self) -> dict[tuple[str, str], str]:
-        """What was left out: the reason by (layer, kind)."""
-        return dict(self._groups.missed)
-
-    def __contains__(self, layer: object) -> bool:
-        return any(name.layer == layer for name in self._groups.names)
-
-    def __iter__(self) -> Iterator[LayerFirings]:
-        """Every layer and σ, in the order in which they were first seen."""
-        return iter(self.select())
-
-    def __len__(self) -> int:
-        """How many that is."""
-        return len(self._groups.names)
-
-    def __bool__(self) -> bool:
-        """It is there, also when nothing has been seen."""
-        return True
 
     def report(self) -> str:
         """A table: a line for each layer.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.analysis._bins import Edges
+from fmapkit.analysis._by_layer import ByLayer
 from fmapkit.analysis._keys import Filters, Groups, Name, readable, table
 from fmapkit.analysis._moments import Moments, absorb, by_filter, fused, merge, moments
 from fmapkit.analysis._ranks import agree, exchange
@@ -35,7 +36,7 @@ class _Group:
         self.local = local  # other ranks have other filters under the same numbers
 
 
-class Statistics:
+class Statistics(ByLayer[_Group, LayerStatistics]):
     """Running statistics of every captured layer, filter by filter; an `Analysis`.
 
     ```python
@@ -112,7 +113,7 @@ class Statistics:
         with torch.inference_mode(False), torch.no_grad():
             tensor, reason = readable(fm)
             if tensor is None:
-                self._leave_out(fm, reason)
+                self._leave_out(fm, f"the {fm.kind} of layer {fm.layer!r}", reason)
                 return
             name, filters = self._groups.place(fm)
             values = by_filter(tensor.detach(), fm.filter_dim if filters is not None else None)
@@ -139,15 +140,6 @@ class Statistics:
                     stacklevel=3,
                 )
         return merge(before, moments(values, bounds, self._edges))
-
-    def _leave_out(self, fm: FeatureMap, reason: str) -> None:
-        if (fm.layer, fm.kind) not in self._groups.missed:
-            self._groups.note(fm, reason)
-            warnings.warn(
-                f"Statistics leaves out the {fm.kind} of layer {fm.layer!r}: {reason}",
-                CaptureWarning,
-                stacklevel=3,
-            )
 
     def reset(self) -> None:
         """Forget every value."""
@@ -195,31 +187,6 @@ class Statistics:
     def _read(self, name: Name) -> LayerStatistics:
         parts = [(f, g.moments, g.saturates) for f, g in self._groups.parts(name)]
         return summarise(name, parts, self._edges.tensor if self._edges is not None else None)
-
-    @property
-    def layers(self) -> list[str]:
-        """The layers seen, in the order in which they first were."""
-        return self._groups.layers
-
-    @property
-    def missed(self) -> dict[tuple[str, str], str]:
-        """What was left out: the reason by (layer, kind)."""
-        return dict(self._groups.missed)
-
-    def __contains__(self, layer: object) -> bool:
-        return any(name.layer == layer for name in self._groups.names)
-
-    def __iter__(self) -> Iterator[LayerStatistics]:
-        """The statistics of every layer and kind, in the order in which they were first seen."""
-        return iter(self.select())
-
-    def __len__(self) -> int:
-        """How many that is."""
-        return len(self._groups.names)
-
-    def __bool__(self) -> bool:
-        """Statistics are there, also when nothing has been seen."""
-        return True
 
     def __repr__(self) -> str:
         heads = ("layer", "kind", "σ", "filters", *_HEADS)
