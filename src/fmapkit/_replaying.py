@@ -76,6 +76,7 @@ class Replaying:
         inputs: list[Any] = []
         origins = None
         if tracer is not None:
+            live.trace_off()  # first of all: it would see what we look at
             inputs = [tracer.tag(t) for t in tensors_in(*args, kwargs)]
             origins = carried(inputs, wants.of)
         modes = (torch.is_grad_enabled(), operators_are_counted(), casts(), *unit.form())
@@ -100,7 +101,6 @@ class Replaying:
                 written = tensors_in(*args, kwargs)
                 for index in plan.writes:
                     tracer.aliases.before_write(written[index])
-            live.trace_off()
             base = {name: tracer.counts[name] for name, _ in plan.calls}
         run = Run(module, plan, wants, self._placing.line, stop, inputs, base, analyses)
         live.run = run
