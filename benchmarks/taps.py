@@ -11,12 +11,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.measure import environment
+from benchmarks.measure import environment, seconds
 from fmapkit import capture
 
 __all__ = ["run"]
@@ -57,12 +58,6 @@ def _chain(sites: int, inplace: bool) -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
-def _seconds(model: nn.Module, given: Tensor) -> float:
-    start = time.perf_counter()
-    model(given)
-    return time.perf_counter() - start
-
-
 def extra(sites: int, inplace: bool, budget: float) -> dict[str, float]:
     """Seconds that each contender adds to a pass of a chain: median of interleaved pairs."""
     given, bare = torch.randn(4, 16), _chain(sites, inplace)
@@ -80,11 +75,12 @@ def extra(sites: int, inplace: bool, budget: float) -> dict[str, float]:
             while time.perf_counter() < end:
                 for name, model in models.items():
                     model(given), bare(given)  # whoever had the turn before has left the caches
+                    ours, theirs = partial(model, given), partial(bare, given)
                     for n in range(ROUND):
                         if n % 2:
-                            one, other = _seconds(model, given), _seconds(bare, given)
+                            one, other = seconds(ours), seconds(theirs)
                         else:
-                            other, one = _seconds(bare, given), _seconds(model, given)
+                            other, one = seconds(theirs), seconds(ours)
                         found[name].append(one - other)
         finally:
             gc.enable()

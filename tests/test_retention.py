@@ -326,6 +326,16 @@ def test_a_budget_lets_the_oldest_go() -> None:
             net(image())
 
 
+def test_a_budget_tells_what_the_newest_pass_takes_once_the_older_are_gone() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+    # z and a, 4 floats for each input: 32 bytes an input.
+    with torch.no_grad(), capture(net, keep="all", max_bytes=100, when_full="oldest") as maps:
+        net(torch.ones(2, 4))
+        with pytest.raises(BudgetError, match="the maps of step 1 take 128 bytes, more than"):
+            net(torch.ones(4, 4))
+        assert maps.nbytes == 0
+
+
 def test_keep_0_holds_nothing() -> None:
     class Peak:
         """The bytes of maps that are alive while each is seen, by the storages' own count."""

@@ -41,7 +41,8 @@ class Budget:
             return
         while self._policy == "oldest" and len(store.passes) > 1:
             store.passes.popleft().release()
-            if store.nbytes <= self._max:
+            held = store.nbytes
+            if held <= self._max:
                 return
         newest = store.passes.pop()
         newest.release()

@@ -13,7 +13,6 @@ from torch import nn
 from fmapkit._standing import Standing
 
 __all__ = [
-    "anything_compiled",
     "around",
     "compiled_call",
     "compiled_roots",
@@ -53,12 +52,6 @@ def plain(module: nn.Module) -> nn.Module:
     while is_optimized(module):
         module = module._orig_mod  # type: ignore[assignment]
     return module
-
-
-def anything_compiled() -> bool:
-    """Whether torch.compile has compiled any code in this process."""
-    home = sys.modules.get("torch._dynamo.convert_frame")
-    return home is not None and bool(home.input_codes.seen)
 
 
 def compiled_roots(model: nn.Module) -> list[nn.Module]:

@@ -21,6 +21,7 @@ from fmapkit._functions import describe
 from fmapkit._names import Names
 from fmapkit._nested import leaves
 from fmapkit._origin import NOWHERE, Flow, Origin, Weight, WeightRef
+from fmapkit._retain import Place
 from fmapkit._store import Entry
 from fmapkit._store import storage_of as _storage
 from fmapkit._trace import Tracer
@@ -60,7 +61,7 @@ class Emission:
     copy: bool
     before: bool  # copied before the call, since the call itself overwrites it
     picked: tuple[int, ...] | None
-    place: tuple[int, tuple[int, ...]] | None  # their axis, and where they lie along it
+    place: Place | None  # their axis, and where they lie along it
     stored: bool  # in another form than the model's own tensor
     pending: bool  # a preactivation only if no nonlinearity outside claims it
 
@@ -412,7 +413,7 @@ def _last(steps: Sequence[Step]) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, found))
 
 
-def _place(entry: Entry) -> tuple[int, tuple[int, ...]] | None:
+def _place(entry: Entry) -> Place | None:
     if entry.axes is None or entry.picked is None:
         return None
     return Wants.place(entry.axes, entry.picked)

@@ -7,6 +7,8 @@ pass (see `_buffers.py`); one that leaves a GPU travels beside the model's work 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,9 +19,12 @@ from fmapkit._buffers import Buffers
 from fmapkit._offload import Arrival, Cuda, Device, Offload
 from fmapkit._sharded import is_wrapped
 
-__all__ = ["Retention"]
+__all__ = ["Place", "Retention"]
 
 _MANY = 10_000
+
+# An axis, and where on it the picked filters lie.
+Place = tuple[int, tuple[int, ...]]
 
 
 class Retention:
@@ -74,8 +79,7 @@ class Retention:
     def keep(
         self,
         tensor: Tensor,
-        dim: int | None = None,
-        places: tuple[int, ...] | None = None,
+        place: Place | None = None,
         *,
         detach: bool = True,
         doomed: bool = False,
@@ -84,24 +88,22 @@ class Retention:
 
         Args:
             tensor: the map.
-            dim: the axis to pick from.
-            places: what to pick from it; None for all.
+            place: the axis to pick from, and what to pick; None for all.
             detach: outside of the graph.
             doomed: the model is about to overwrite the tensor.
         """
         dtype = self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
         moves = self._moves(tensor)
-        if places is None and dtype == tensor.dtype and not moves:
+        if place is None and dtype == tensor.dtype and not moves:
             return tensor
         device = self.device if moves and self.device is not None else tensor.device
         with torch._C.DisableTorchFunction():  # another capture's tracer may be on: not the model's
-            return self._stored(tensor, dim, places, dtype, device, detach, doomed)
+            return self._stored(tensor, place, dtype, device, detach, doomed)
 
     def _stored(
         self,
         tensor: Tensor,
-        dim: int | None,
-        places: tuple[int, ...] | None,
+        place: Place | None,
         dtype: torch.dtype,
         device: torch.device,
         detach: bool,
@@ -109,36 +111,25 @@ class Retention:
     ) -> Tensor:
         in_graph = tensor.requires_grad and not detach
         if in_graph or is_wrapped(tensor) or tensor.layout is not torch.strided:
-            if places is not None and dim is not None:
-                tensor = select(tensor if in_graph else tensor.detach(), dim, places)
+            source = tensor if in_graph else tensor.detach()
+            if place is not None:
+                source = select(source, *place)
             with unseen():
-                return (tensor if in_graph else tensor.detach()).to(device, dtype)
+                return source.to(device, dtype)
         counted = not tensor.is_inference()  # else a write in between would go unnoticed
-        key = (id(tensor), tensor._version if counted else 0, dim, places)
+        key = (id(tensor), tensor._version if counted else 0, place)
         found = self._known.get(key)
         if found is not None and found[0]() is tensor:
             return found[1]
-        if torch.is_grad_enabled() or operators_are_counted():
-            with torch.no_grad(), unseen():
-                stored = self._made(tensor, dim, places, dtype, device, doomed)
-        else:
-            stored = self._made(tensor, dim, places, dtype, device, doomed)
+        quiet = not torch.is_grad_enabled() and not operators_are_counted()
+        with nullcontext() if quiet else _not_the_models():
+            if self._leaves(tensor, device):
+                stored = self._sent(tensor, place, dtype, doomed)
+            else:
+                stored = self._copied(tensor, place, dtype, device)
         if counted:
             self._known[key] = (weakref.ref(tensor), stored)
         return stored
-
-    def _made(
-        self,
-        tensor: Tensor,
-        dim: int | None,
-        places: tuple[int, ...] | None,
-        dtype: torch.dtype,
-        device: torch.device,
-        doomed: bool,
-    ) -> Tensor:
-        if self._leaves(tensor, device):
-            return self._sent(tensor, dim, places, dtype, doomed)
-        return self._copied(tensor, dim, places, dtype, device)
 
     def _moves(self, tensor: Tensor) -> bool:
         """Whether it is to be stored on another device."""
@@ -156,18 +147,15 @@ class Retention:
         return Cuda(home)
 
     def _copied(
-        self,
-        tensor: Tensor,
-        dim: int | None,
-        places: tuple[int, ...] | None,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, tensor: Tensor, place: Place | None, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        pieces = runs(places) if places is not None else ()
-        if places is None or dim is None or len(pieces) == 1:
-            if dim is not None and pieces:
-                tensor = tensor.narrow(dim, *pieces[0])
+        if place is None:
             return self.buffers.like(tensor, dtype, device).copy_(tensor)
+        dim, places = place
+        pieces = runs(places)
+        if len(pieces) == 1:
+            piece = tensor.narrow(dim, *pieces[0])
+            return self.buffers.like(piece, dtype, device).copy_(piece)
         stored = self.buffers.like(tensor.narrow(dim, 0, len(places)), dtype, device)
         at = 0
         for first, count in pieces:
@@ -176,28 +164,26 @@ class Retention:
         return stored
 
     def _sent(
-        self,
-        tensor: Tensor,
-        dim: int | None,
-        places: tuple[int, ...] | None,
-        dtype: torch.dtype,
-        doomed: bool,
+        self, tensor: Tensor, place: Place | None, dtype: torch.dtype, doomed: bool
     ) -> Tensor:
         """The same from a GPU to the host.
 
         What is made for the way is new each time: the copy reads it while the model goes on.
         """
-        made = tensor
-        if places is not None and dim is not None:
-            made = select(made, dim, places)
+        made = tensor if place is None else select(tensor, *place)
         if made.dtype != dtype:
             made = made.to(dtype)
         if doomed and made is tensor:
             made = made.clone()
-        tensor = made
-        home = tensor.device
+        home = made.device
         if home not in self._offloads:
             self._offloads[home] = Offload(self._carrier(home))
-        stored = self.buffers.like(tensor, tensor.dtype, torch.device("cpu"), pin=True)
-        self._arrivals[stored.untyped_storage()._cdata] = self._offloads[home].send(tensor, stored)
+        stored = self.buffers.like(made, made.dtype, torch.device("cpu"), pin=True)
+        self._arrivals[stored.untyped_storage()._cdata] = self._offloads[home].send(made, stored)
         return stored
+
+
+@contextmanager
+def _not_the_models() -> Iterator[None]:
+    with torch.no_grad(), unseen():
+        yield

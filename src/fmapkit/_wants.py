@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fmapkit import layers
 from fmapkit._axes import Axes
 from fmapkit._names import Names
-from fmapkit._retain import Retention
+from fmapkit._retain import Place, Retention
 from fmapkit._store import Held
 from fmapkit.errors import ArgumentError, FilterRangeError, UnknownLayerError, did_you_mean, listed
 from fmapkit.selectors import Selector, selectors
@@ -195,11 +195,9 @@ class Wants:
         """A copy of the picked filters alone, as it is to be stored."""
         return self.take_at(tensor, self.place(axes, picked), doomed)
 
-    def take_at(
-        self, tensor: Tensor, place: tuple[int, tuple[int, ...]], doomed: bool = False
-    ) -> Tensor:
+    def take_at(self, tensor: Tensor, place: Place, doomed: bool = False) -> Tensor:
         """The same, where their place is known."""
-        return self.retention.keep(tensor, *place, detach=self.detach, doomed=doomed)
+        return self.retention.keep(tensor, place, detach=self.detach, doomed=doomed)
 
     def store(self, tensor: Tensor, doomed: bool = False) -> Tensor:
         """What is to be stored of a tensor: often itself."""
@@ -213,7 +211,7 @@ class Wants:
             held.stored(stored, self.retention.arrival(stored))
 
     @staticmethod
-    def place(axes: Axes, picked: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    def place(axes: Axes, picked: tuple[int, ...]) -> Place:
         """The filters' axis, and where on it the picked ones lie."""
         there, dim = axes.filters, axes.dim
         assert there is not None and dim is not None

@@ -139,13 +139,17 @@ def plot_maps(
             )
         if drawn is not None:
             figure.colorbar(drawn, cax=figure.add_subplot(grid[at, 1]))
-    more = len(groups) - len(shown)
+    _entitle(figure, title, len(groups) - len(shown))
+    return figure
+
+
+def _entitle(figure: Figure, title: str | None, more: int) -> None:
+    """Say above a figure what it shows, and how many layers it does not."""
     if more:
         note = f"{more} more layers are not drawn; choose with layers=… or raise max_layers"
         title = f"{title}\n{note}" if title else note
     if title:
         figure.suptitle(title)
-    return figure
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Generic, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fmapkit.analysis._keys import Groups, Name
-from fmapkit.errors import CaptureWarning
+from fmapkit.errors import ArgumentError, CaptureWarning
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
@@ -52,6 +52,17 @@ class ByLayer(ABC, Generic[G, S]):
     def __bool__(self) -> bool:
         """It is there, also when nothing has been seen."""
         return True
+
+    def _check_state(self, state: Any) -> None:
+        """Whether `load_state_dict` can take it.
+
+        Raises:
+            ArgumentError: it is of another kind or version.
+        """
+        if not isinstance(state, Mapping) or state.get("version") != 1 or "groups" not in state:
+            raise ArgumentError(
+                f"load_state_dict takes what {type(self).__name__}.state_dict() gave, of version 1"
+            )
 
     def _leave_out(self, fm: FeatureMap, what: str, reason: str) -> None:
         """Name a map that cannot be taken in, once."""

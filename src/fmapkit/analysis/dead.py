@@ -257,10 +257,7 @@ class DeadFilters(ByLayer[_Watch, LayerFirings]):
         Raises:
             ArgumentError: it is of another kind or version, or was made with other arguments.
         """
-        if not isinstance(state, Mapping) or state.get("version") != 1 or "groups" not in state:
-            raise ArgumentError(
-                "load_state_dict takes what DeadFilters.state_dict() gave, of version 1"
-            )
+        self._check_state(state)
         theirs, mine = state["options"], self._options()
         for key in mine:
             if theirs.get(key) != mine[key]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fmapkit.errors import MapLookupError, NoPassError, listed
-from fmapkit.plot import _check_positive, _pyplot
+from fmapkit.plot import _check_positive, _entitle, _pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,12 +76,7 @@ def plot_dead(
         _draw(ax, s, max_filters)
     strips[-1].set_xlabel("inputs")
     _legend(below)
-    more = len(found) - len(shown)
-    if more:
-        note = f"{more} more layers are not drawn; choose with layers=… or raise max_layers"
-        title = f"{title}\n{note}" if title else note
-    if title:
-        figure.suptitle(title)
+    _entitle(figure, title, len(found) - len(shown))
     return figure
 
 

@@ -316,10 +316,7 @@ class Statistics(ByLayer[_Group, LayerStatistics]):
         Raises:
             ArgumentError: it is of another kind or version, or of other bins or bounds.
         """
-        if not isinstance(state, Mapping) or state.get("version") != 1 or "groups" not in state:
-            raise ArgumentError(
-                "load_state_dict takes what Statistics.state_dict() gave, of version 1"
-            )
+        self._check_state(state)
         self._check_options(state["options"], "load_state_dict")
         self.reset()
         for entry in state["groups"]:
