@@ -6,15 +6,16 @@ Data, and the order of the moments. Plans are made of these.
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from fmapkit._axes import Axes
-from fmapkit._origin import NOWHERE
+from fmapkit._origin import NOWHERE, Origin
 from fmapkit._store import Entry, Held, version_of
 
-__all__ = ["Event", "Firing", "Firings"]
+__all__ = ["Doings", "Event", "Firing", "Firings"]
 
 # How many firings back the operand of a function is looked for.
 _NEAR = 32
@@ -143,3 +144,31 @@ class Firings(list[Firing]):
         """Let go of everything."""
         self.clear()
         self._awaited.clear()
+
+
+@dataclass(slots=True)
+class Doings:
+    """What the record of a pass did since it was last asked.
+
+    Attributes:
+        made: maps, with their slot, and what was held of the model's own tensor.
+        dropped: maps that turned out not to be what they were taken for.
+        claimed: origins that a nonlinearity has received.
+        counted: layers that were called.
+    """
+
+    made: list[tuple[str, Entry, Held]] = field(default_factory=list)
+    dropped: list[Entry] = field(default_factory=list)
+    claimed: list[Origin] = field(default_factory=list)
+    counted: list[str] = field(default_factory=list)
+
+    def any(self) -> bool:
+        """Whether it did anything."""
+        return bool(self.made or self.dropped or self.claimed or self.counted)
+
+    def clear(self) -> None:
+        """It was asked."""
+        self.made.clear()
+        self.dropped.clear()
+        self.claimed.clear()
+        self.counted.clear()

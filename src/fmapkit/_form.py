@@ -55,6 +55,7 @@ def weights_of(module: nn.Module) -> Callable[[], Any]:
     places = [
         (owner._parameters, name)
         for owner in module.modules()
+        if not isinstance(owner, torch.jit.ScriptModule)  # what it runs nobody sees
         for name, weight in owner._parameters.items()
         if weight is not None and weight.is_floating_point()
     ]

@@ -18,7 +18,8 @@ from fmapkit._origin import Tag
 from fmapkit._store import Held
 
 __all__ = [
-    *("Frame", "SigmaCall", "Site", "call_frame", "on_stack", "running_module", "running_modules"),
+    *("Frame", "SigmaCall", "Site", "call_frame", "first_tensor", "on_stack", "running_module"),
+    "running_modules",
 ]
 
 _CALL = nn.Module._call_impl.__code__
@@ -52,6 +53,13 @@ class Frame:
         self.firing = 0
         self.site: Site | None = None  # something to edit
         self.replaced: tuple[Any, Any] | None = None  # the arguments that it is to get instead
+
+    @classmethod
+    def of(cls, module: nn.Module, args: Any, kwargs: Any, start: int) -> Frame:
+        """A running call that is no more than that."""
+        frame = cls(module, args, kwargs, start)
+        frame.x, frame.key = first_tensor(args, kwargs)
+        return frame
 
     def take(self, x: Tensor) -> None:
         """Another tensor came in."""
@@ -105,6 +113,16 @@ class Site:
         self.a_edited: Held | None = None
         self.base: Tensor | None = None
         self.version = 0
+
+
+def first_tensor(args: Any, kwargs: Any) -> tuple[Tensor | None, str | None]:
+    """The first argument if it is a tensor, by place or by keyword."""
+    if args:
+        return (args[0], None) if isinstance(args[0], Tensor) else (None, None)
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return value, key
+    return None, None
 
 
 def call_frame() -> Any:

@@ -39,6 +39,11 @@ class Function:
     silent: bool
     opened: Any = None
 
+    @property
+    def never_writes(self) -> bool:
+        """Whether no argument but `out` can make it write."""
+        return not self.in_place and self.inplace_at is None and self.name not in _ESCAPES
+
     def writes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
         """The tensors that a call writes to."""
         if self.name in _ESCAPES:

@@ -66,6 +66,8 @@ class Learning:
             tracer = self._live.new_tracer()
             tracer.enter_inputs(args, kwargs)
         self._placing.in_lesson(module)
+        if tracer.noter is not None:
+            tracer.noter.stop()
         tracer.trial += 1
         tracer.aliases.written.clear()
         tracer.edited = False

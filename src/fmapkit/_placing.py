@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ class Placing:
     Attributes:
         tapped: the plan that each unit's taps are set for.
         line: what the taps write to.
+        moving: hooks of others on scopes move data.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class Placing:
             "y": GradientOutputTap if gradients else OutputTap,
         }
         self._scopes = False  # there are hooks on all scopes
+        self._through: list[nn.Module] = []  # but for these, for now
+        self.moving = False
         self._early = False  # hooks on all modules, before the first pass
 
     def on_model(self) -> None:
@@ -100,6 +103,7 @@ class Placing:
             self._hooks.drop("before")
             self._hooks.drop("around", keep=[self._model])
             self.tapped.clear()
+            self._through.clear()
             self._scopes = False
 
     # -- scopes -------------------------------------------------------------------------------
@@ -109,17 +113,30 @@ class Placing:
         if self._scopes:
             return
         self._scopes = True
+        self._through.clear()
         inside: set[nn.Module] = set()
         for unit in self._units.direct:
             inside.update(m for m in unit.modules() if m is not unit)
         wanted = [m for m in self._model.modules() if m not in inside or m in self._units.direct]
         self._hooks.around(wanted, self._calls.pre, self._calls.post)
-        moving = (
+        moving = [
             m
             for m in wanted
             if any(map(moves_data, (*m._forward_pre_hooks.values(), *m._forward_hooks.values())))
-        )
+        ]
+        self.moving = bool(moving)
         self._hooks.outside(moving, self._moves.before, self._moves.after)
+
+    def look_through(self, modules: Iterable[nn.Module]) -> None:
+        """No hooks on these scopes: what they call tells all that is to be told of them."""
+        if not self._through:
+            self._through = [m for m in modules if self._hooks.on(m)]
+            self._hooks.drop("around", only=self._through)
+
+    def look_at_all(self) -> None:
+        """Hooks on these, too."""
+        self._hooks.around(self._through, self._calls.pre, self._calls.post)
+        self._through = []
 
     def scopes_changed(self) -> None:
         """Units have become scopes, or are called by others: the next pass sets hooks again."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit._axes import Axes
-from fmapkit._events import Event, Firings
+from fmapkit._events import Doings, Event, Firings
 from fmapkit._flow import sigma_axes
 from fmapkit._frames import Site
 from fmapkit._gradients import NO_GRAPH, in_function
@@ -39,6 +39,7 @@ class Record:
         graph: its maps are to be part of the autograd graph.
         counts: how many calls there were of each layer, by its label.
         pending: preactivations of replayed units that a nonlinearity may still claim, by origin.
+        doings: what it does, for who notes that; None where nobody does.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Record:
         self.firings = Firings()
         self.counts: Counter[str] = Counter()
         self.pending: dict[int, list[Entry]] = {}
+        self.doings: Doings | None = None
         self._unpicked: list[tuple[Origin, bool]] = []  # DTensors, whose filters are on all ranks
 
     def end(self) -> None:
@@ -199,6 +201,8 @@ class Record:
         """The next call of what goes by the name, or is counted by another one."""
         call = self.counts.get(counted or name, 0)
         self.counts[counted or name] = call + 1
+        if self.doings is not None:
+            self.doings.counted.append(counted or name)
         return Origin(kind, name, call)
 
     # -- what turns out later -----------------------------------------------------------------
@@ -208,14 +212,19 @@ class Record:
         if origin.claimed:
             return
         origin.claimed = True
+        dropped = self.pending.pop(id(origin), [])
         for event in reversed(self.events):
             if event.origin is origin and event.kind == "layer":
-                for pair in [p for p in event.entries if p[1].kind == "preactivation"]:
-                    pair[1].held = None
+                pairs = [p for p in event.entries if p[1].kind == "preactivation"]
+                for pair in pairs:
                     event.entries.remove(pair)
-                return
-        for entry in self.pending.pop(id(origin), ()):
+                dropped = [entry for _, entry in pairs]
+                break
+        for entry in dropped:
             entry.held = None
+        if self.doings is not None:
+            self.doings.claimed.append(origin)
+            self.doings.dropped += dropped
 
     def drop_since(self, start: int) -> None:
         """All events from there on were parts of one that is to come."""
@@ -250,7 +259,7 @@ class Record:
         """Hold one map of an event, if it is wanted."""
         if not self.wants.kind(kind) and kind != "output":
             return
-        picked = None
+        picked, own = None, held
         if self.wants.filters is not None and kind != "output":
             if is_dtensor(held.tensor):
                 self._unpicked.append((origin, event.kind == "layer" and kind == "preactivation"))
@@ -259,17 +268,19 @@ class Record:
             if picked is None:
                 self.miss(origin.name, self.wants.why_not(origin.name, axes))
                 return
-            held = self._taken(held, axes, picked)
+            held = self.taken(held, axes, picked)
         held.wanted = True
         if self.graph and in_function():
             self.miss(origin.name, NO_GRAPH)
         entry = Entry(kind, origin, held, axes, sigma, path, picked)
         event.entries.append((slot, entry))
+        if self.doings is not None:
+            self.doings.made.append((slot, entry, own))
         self.current.segments.append(entry)
         if self.stop is not None:
             self.stop.saw(entry)
 
-    def _taken(self, held: Held, axes: Axes | None, picked: tuple[int, ...]) -> Held:
+    def taken(self, held: Held, axes: Axes | None, picked: tuple[int, ...]) -> Held:
         """A copy of some filters."""
         tensor, gradient = held.tensor, held.gradient
         assert tensor is not None and axes is not None

@@ -300,6 +300,15 @@ class Run:
             found.claimed = ref.claimed
         return found
 
+    @property
+    def origins(self) -> dict[Ref, Origin]:
+        """The origins of its maps and results, by the plan's names for them, as far as asked for."""
+        return self._origins
+
+    def know(self, origins: dict[Ref, Origin]) -> None:
+        """Its origins are these, of an earlier run that was alike."""
+        self._origins = origins
+
     def output_tags(self) -> list[Any]:
         """What the tensors of the output carry."""
         tags: list[Any] = []

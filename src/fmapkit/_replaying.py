@@ -25,6 +25,7 @@ from fmapkit._origin import Flow
 from fmapkit._placing import Placing
 from fmapkit._plan import Plan
 from fmapkit._replay import Run, tag_outputs
+from fmapkit._store import Entry
 from fmapkit._units import Units, carried, shape_of
 
 __all__ = ["Replaying"]
@@ -74,11 +75,15 @@ class Replaying:
         live, wants = self._live, self._wants
         unit, tracer = self._units.of(module), live.tracer
         inputs: list[Any] = []
-        origins = None
+        origins = base = step = None
         if tracer is not None:
             live.trace_off()  # first of all: it would see what we look at
-            inputs = [tracer.tag(t) for t in tensors_in(*args, kwargs)]
-            origins = carried(inputs, wants.of)
+            step = tracer.follower.unit if tracer.follower is not None else None
+            if step is not None:
+                inputs, origins, base = step.inputs, step.carried, step.base
+            else:
+                inputs = [tracer.tag(t) for t in tensors_in(*args, kwargs)]
+                origins = carried(inputs, wants.of)
         modes = (torch.is_grad_enabled(), operators_are_counted(), casts(), *unit.form())
         shape = (shape_of(args), shape_of(kwargs), origins, modes)
         plan = unit.same(shape)
@@ -86,13 +91,17 @@ class Replaying:
             key = (shape, unit.state())
             plan = unit.plans.get(key)
             if plan is None:
+                if step is not None:
+                    return self._departed(module, args, kwargs)
                 return self._learning.enter(module, key, args, kwargs, inputs)
             unit.remember(plan, shape)
         if self._edits and self._edited_inside(plan, inputs):
             return self._learning.enter(module, None, args, kwargs, inputs)
         if self._placing.tapped.get(module) is not plan:
             self._placing.taps(module, plan)
-        base = stop = analyses = None
+        if step is not None and plan is not step.plan:
+            return self._departed(module, args, kwargs)
+        stop = analyses = None
         if tracer is None:
             stop = self._stop
             analyses = self._keeping.stream if self._analyses else None
@@ -101,9 +110,12 @@ class Replaying:
                 written = tensors_in(*args, kwargs)
                 for index in plan.writes:
                     tracer.aliases.before_write(written[index])
-            base = {name: tracer.counts[name] for name, _ in plan.calls}
+            if base is None:
+                base = {name: tracer.counts[name] for name, _ in plan.calls}
         run = Run(module, plan, wants, self._placing.line, stop, inputs, base, analyses)
         live.run = run
+        if tracer is not None and tracer.noter is not None:
+            tracer.noter.unit(run, origins, args, kwargs)
         if wants.graph and live.current is not None and live.current.grads:
             if in_function():
                 self._misses.add(self._names.of(module), NO_GRAPH)
@@ -111,6 +123,13 @@ class Replaying:
             run.pre(module, args, kwargs)
         run.start()
         return None
+
+    def _departed(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """It is called as before, but will not run as before."""
+        tracer = self._live.tracer
+        assert tracer is not None and tracer.follower is not None
+        tracer.follower.depart()
+        return self.enter(module, args, kwargs)
 
     def _edited_inside(self, plan: Plan, inputs: list[Any]) -> bool:
         """Whether filters that an edit is for reach a nonlinearity inside."""
@@ -165,10 +184,16 @@ class Replaying:
         if tracer is None:
             current.segments.append(run)
             return
+        if tracer.follower is not None and tracer.follower.unit_left(run, output):
+            self._wants.retention.fence()
+            live.trace_on()
+            return
         # The pass around the unit is traced: tell the tracer what it would have seen.
+        entries: list[tuple[Entry, bool]] = []
         emissions = (e for s in run.plan.steps for e in s.emissions)
         for entry, emission in zip(run.entries(), emissions, strict=False):
             current.segments.append(entry)
+            entries.append((entry, emission.pending))
             if self._stop is not None:
                 self._stop.saw(entry)
             if entry.held is not None:
@@ -183,4 +208,6 @@ class Replaying:
             if isinstance(tag, Flow):
                 tracer.claim(tag.origin)
         tag_outputs(output, run.output_tags(), tracer.set_tag)
+        if tracer.noter is not None:
+            tracer.noter.unit_left(run, entries, output)
         live.trace_on()

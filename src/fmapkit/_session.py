@@ -38,6 +38,7 @@ from fmapkit._missed import Misses
 from fmapkit._moves import Moves
 from fmapkit._placing import Calls, Placing
 from fmapkit._replaying import Replaying
+from fmapkit._scripts import Scripts
 from fmapkit._stop import StopForward
 from fmapkit._store import Store
 from fmapkit._transforms import TRANSFORMED, under_transform
@@ -98,6 +99,7 @@ class Session:
         self._units = Units(self.hooks.is_ours)
         calls = Calls(self._pre, self._post, self._tap, self._tap_before, self._fault)
         self._placing = Placing(asked, self.hooks, self._units, self._moves, calls)
+        self._scripts = Scripts(asked, self.live, self._units, self._placing)
         self._learning = Learning(asked, self.live, self._misses, self._units, self._placing)
         self._keeping = Keeping(asked, self.live, self._misses, self.store, budget)
         self._replaying = Replaying(
@@ -141,6 +143,7 @@ class Session:
         if self._forward is not None:
             self._forward.remove()
         self._units.clear()
+        self._scripts.clear()
         self.wants.retention.close()
         self.asked.analyses.view = None
         if not failed:
@@ -172,11 +175,14 @@ class Session:
                 return None
             if live.run is not None:
                 self._replaying.before(live.run, module, args, kwargs)
+            elif (how := self._scripts.enter(module, args, kwargs)) is not None:
+                return self._replaying.enter(module, args, kwargs) if how == "unit" else None
             elif live.lesson is None and self._units.stands_alone(module, args, live.tracer):
                 self._units.direct.add(module)
                 return self._replaying.enter(module, args, kwargs)
             elif live.tracer is not None:
                 if may_fuse(module, MODES):
+                    self._scripts.stop()
                     self._beside.enter(module, args, kwargs)
                 self._moves.made(module, (args, kwargs))
                 frame = live.tracer.enter(module, args, kwargs)
@@ -203,9 +209,9 @@ class Session:
                 self._replaying.after(live.run, module, args, kwargs, output, failed)
             elif live.lesson is not None and live.lesson.module is module:
                 replaced = self._learning.leave(module, output, failed)
-            elif live.tracer is not None:
+            elif live.tracer is not None and not self._scripts.leave(module, output, failed):
                 self._moves.made(module, output)
-                replaced = live.tracer.leave(module, None if failed else output)
+                replaced = live.tracer.leave(module, None if failed else output, failed)
                 if module is self._beside.module:
                     replaced = self._beside.leave(output)
             if module is self.model:
@@ -315,7 +321,7 @@ class Session:
             live.new_tracer().enter_inputs(args, kwargs)
         elif not self._units.proven(self.model):
             self._placing.on_scopes()
-            live.new_tracer().enter_inputs(args, kwargs)
+            self._scripts.begin(args, kwargs)
             live.trace_on()
         return True
 
@@ -328,6 +334,7 @@ class Session:
         live, stop, misses = self.live, self._stop, self._misses
         current = live.current
         if live.tracer is not None:
+            self._scripts.end(failed)
             self._learning.finish(live.tracer)
             self._moves.clear()
         stopped = stop is not None and stop.ended
@@ -365,6 +372,7 @@ class Session:
         """The model has other modules than it had: learn it anew."""
         self.names.refresh()
         self._units.clear()
+        self._scripts.clear()
         self._placing.only_on_model()
         self.compiled.refresh()
         if self._stop is not None:

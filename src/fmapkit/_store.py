@@ -295,6 +295,11 @@ class Aliases:
         self._new.append(held)
         return held
 
+    def holds(self, tensor: Tensor, held: Held) -> bool:
+        """Whether that is what is held of the tensor."""
+        found = self._by_id.get(id(tensor))
+        return found is not None and found[1] is held and found[0]() is tensor
+
     def watch(self, held: Held) -> None:
         """Protect a tensor that was held elsewhere."""
         self._new.append(held)

@@ -36,6 +36,10 @@ class Tags:
             return Weight(value, Axes.single(0, value.shape[0]) if value.dim() else None)
         return None
 
+    def owns(self, value: Tensor) -> bool:
+        """Whether it is a parameter of the model."""
+        return self._names.is_parameter(value)
+
     def put(self, value: Any, tag: Any) -> None:
         """What a result carries; nested like the result."""
         if isinstance(value, Tensor):

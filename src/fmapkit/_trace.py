@@ -10,7 +10,7 @@ what a module's call turns out to have been, of `_closing.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from fmapkit._edit import Edits
 from fmapkit._editing import Editor
 from fmapkit._events import Event, Firing
 from fmapkit._flow import carried
-from fmapkit._frames import Frame, running_module
+from fmapkit._frames import Frame, SigmaCall, first_tensor, running_module
 from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe
 from fmapkit._names import Names
 from fmapkit._nested import tensors_in
@@ -39,6 +39,10 @@ from fmapkit._store import Aliases, Pass
 from fmapkit._tags import Tags
 from fmapkit._transforms import TRANSFORMED, transformed
 from fmapkit._wants import Wants
+
+if TYPE_CHECKING:
+    from fmapkit._following import Follower
+    from fmapkit._noting import Noter
 
 __all__ = ["Tracer"]
 
@@ -54,6 +58,9 @@ class Tracer(TorchFunctionMode):
         paused: while a unit is replayed.
         trial: > 0 while a proven module is learned.
         opaque: how many running modules are registered layers.
+        follower: does the work as long as the pass does what an earlier one did.
+        noter: is told what is traced; None where nothing is to be compared with it.
+        see_through: modules that are one call of a torch function, and need no hooks to be told.
     """
 
     def __init__(
@@ -88,6 +95,9 @@ class Tracer(TorchFunctionMode):
         self.paused = False
         self.trial = 0
         self.opaque = 0
+        self.follower: Follower | None = None
+        self.noter: Noter | None = None
+        self.see_through: frozenset[nn.Module] = frozenset()
         self.suspects = Suspects()
 
     def _new_record(self) -> Record:
@@ -104,6 +114,7 @@ class Tracer(TorchFunctionMode):
 
         The tracer and its editor know each other.
         """
+        self.follower = self.noter = None
         self.record.end()
         self.aliases = self.record.aliases
         self.frames.clear()
@@ -124,11 +135,15 @@ class Tracer(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         known = describe(func)
-        if known.silent or self.paused or not self.frames or self.failed or _in_backward():
+        if known.silent or self.paused or self.failed or _in_backward():
             return func(*args, **kwargs)
         if known.opened is not None:
             with self:
                 return known.opened(*args, **kwargs)
+        if self.follower is not None:
+            return self.follower.call(known, func, args, kwargs)
+        if not self.frames:
+            return func(*args, **kwargs)
         try:
             if self.suspects.known:
                 args = self.suspects.exchange(args, self.aliases)
@@ -143,12 +158,37 @@ class Tracer(TorchFunctionMode):
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fail(error)
             return func(*args, **kwargs)
-        out = func(*args, **kwargs)
+        return self.traced(known, func, args, kwargs, func(*args, **kwargs), call)
+
+    def traced(
+        self,
+        known: Function,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        out: Any,
+        call: SigmaCall | None = None,
+    ) -> Any:
+        """A function has run.
+
+        Args:
+            known: what it is.
+            func: it.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            out: what it returned.
+            call: what was held before, if it is a nonlinearity.
+
+        Returns:
+            What it is to return.
+        """
         try:
             if call is not None:
                 out = after_sigma(self, known, call, out)
             else:
                 out = self._after(known, func, args, kwargs, out)
+            if self.noter is not None:
+                self.noter.call(known, func, args, kwargs, out)
         except Exception as error:
             self.fail(error)
         if self.stop is not None and not self.trial:
@@ -253,7 +293,10 @@ class Tracer(TorchFunctionMode):
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
         """A module's forward begins."""
         with torch._C.DisableTorchFunction():  # what we look at ourselves is not the model's doing
-            return self._enter(module, args, kwargs)
+            frame = self._enter(module, args, kwargs)
+            if self.noter is not None:
+                self.noter.enter(frame)
+            return frame
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
         frame = Frame(module, args, kwargs, len(self.events))
@@ -266,7 +309,7 @@ class Tracer(TorchFunctionMode):
         if self.suspects.known:  # what the module is given, it will read
             args = self.suspects.exchange(args, self.aliases)
             kwargs = self.suspects.exchange(kwargs, self.aliases)
-        frame.x, frame.key = _first_tensor(args, kwargs)
+        frame.x, frame.key = first_tensor(args, kwargs)
         if transformed(frame.x):
             self.miss(self.names.of(module), TRANSFORMED)
         elif layers.is_registered(module):
@@ -284,8 +327,13 @@ class Tracer(TorchFunctionMode):
                 self.editor.enter(frame)
         return frame
 
-    def leave(self, module: nn.Module, output: Any) -> Any:
+    def leave(self, module: nn.Module, output: Any, failed: bool = False) -> Any:
         """A module's forward has ended.
+
+        Args:
+            module: the module.
+            output: what it returns.
+            failed: by an exception, and returns nothing.
 
         Returns:
             The output, with a tensor that an in-place σ would have changed replaced by what it
@@ -300,7 +348,10 @@ class Tracer(TorchFunctionMode):
         if self.failed:
             return None
         with torch._C.DisableTorchFunction():
-            return self._leave(frame, output)
+            replaced = self._leave(frame, output)
+            if self.noter is not None:
+                self.noter.leave(module, output, failed)
+            return replaced
 
     def _leave(self, frame: Frame, output: Any) -> Any:
         module, known = frame.module, self.suspects.known
@@ -327,13 +378,3 @@ class Tracer(TorchFunctionMode):
 def _in_backward() -> bool:
     """Inside a backward pass: activation checkpointing runs the forward again there."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _first_tensor(args: Any, kwargs: Any) -> tuple[Tensor | None, str | None]:
-    """The first argument if it is a tensor, by place or by keyword."""
-    if args:
-        return (args[0], None) if isinstance(args[0], Tensor) else (None, None)
-    for key, value in kwargs.items():
-        if isinstance(value, Tensor):
-            return value, key
-    return None, None

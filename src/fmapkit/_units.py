@@ -103,6 +103,8 @@ class Units:
         """Whether this call is a unit: not inside a module that may be one σ or layer itself."""
         if not self.proven(module) or under_transform(module, args):
             return False
+        if tracer is not None and module in tracer.see_through:
+            return False
         return tracer is None or all(f.kind == "plain" for f in tracer.frames)
 
     def of(self, module: nn.Module) -> Unit:

@@ -1,0 +1,235 @@
+"""Note: what a traced pass does becomes a road of its script.
+
+The tracer tells of each call of a torch function by a scope, of each scope that begins or ends, and
+of each unit that was replayed. What cannot be compared later ends the road there; passes that come
+so far are traced from then on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fmapkit._events import Doings
+from fmapkit._frames import Frame
+from fmapkit._functions import RESHAPED_IN_PLACE, Function
+from fmapkit._nested import leaves, tensors_in
+from fmapkit._operands import FREE, Operands, Source
+from fmapkit._origin import Tag, Weight
+from fmapkit._script import Making, Script, Step
+from fmapkit._seen import Seen
+from fmapkit._sharded import is_wrapped
+from fmapkit._store import Entry, Held
+from fmapkit._transforms import transformed
+from fmapkit._vocabulary import FRESH, METADATA, NORM_AXIS, OPAQUE
+from fmapkit._weighted import may_weigh
+
+if TYPE_CHECKING:
+    from fmapkit._replay import Run
+    from fmapkit._trace import Tracer
+
+__all__ = ["Noter", "alike", "beside_the_point", "results_of"]
+
+
+def beside_the_point(known: Function, args: Any, kwargs: Any, source: Source) -> bool:
+    """Whether no map and no label can depend on a call: nothing that it is given carries any."""
+    name = known.name
+    if name in METADATA or name in FRESH:
+        return True
+    if known.sigma is not None or may_weigh(name) or name in OPAQUE:
+        return False
+    return all(source(t) == FREE for t in tensors_in(*args, kwargs))
+
+
+def results_of(known: Function, args: Any, out: Any) -> list[Tensor]:
+    """The tensors that may carry something else after a call."""
+    return tensors_in(args[0] if known.name == "__setitem__" else out)
+
+
+def alike(one: Tag, other: Tag) -> bool:
+    """Whether two tags say the same."""
+    if isinstance(one, Weight) and isinstance(other, Weight):
+        return one.parameter is other.parameter and one.axes == other.axes
+    return type(one) is type(other) and one == other
+
+
+class Noter:
+    """Notes a pass, from its start or from where it left the known roads.
+
+    Args:
+        tracer: of the pass.
+        script: to add to.
+        at: the step that was the last to be known.
+        seen: the pass's tensors.
+        entries: its maps so far.
+    """
+
+    def __init__(
+        self, tracer: Tracer, script: Script, at: Step, seen: Seen, entries: list[Entry]
+    ) -> None:
+        self._tracer = tracer
+        self._script = script
+        self._at = at
+        self._seen = seen
+        self._places = {id(entry): place for place, entry in enumerate(entries)}
+        self._entries = entries  # kept, so that no other entry gets the same id
+        self._unit: Step | None = None
+        self._doings = tracer.record.doings = Doings()
+
+    def start(self, given: list[Tensor]) -> None:
+        """The first pass of its kind begins: what came in carries what it was found to carry."""
+        self._script.start.results = tuple(map(self._tracer.tag, given))
+        for tensor, tag in zip(given, self._script.start.results, strict=True):
+            if tag is not None:
+                self._seen.put(tensor, tag)
+
+    def stop(self) -> None:
+        """What comes now cannot be compared later."""
+        self._tracer.noter = self._tracer.record.doings = None
+        self._seen.clear()
+
+    # -- what the pass does -------------------------------------------------------------------
+
+    def call(self, known: Function, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """A scope has called a torch function."""
+        tracer, seen = self._tracer, self._seen
+        results = results_of(known, args, out)
+        tags = tuple(map(tracer.tag, results))
+        if beside_the_point(known, args, kwargs, seen.source):
+            if self._doings.any() or any(
+                tag is not None and not alike(tag, seen.tag(t))
+                for t, tag in zip(results, tags, strict=True)
+            ):
+                self.stop()
+            return
+        operands = tensors_in(*args, kwargs)
+        if tracer.trial or any(transformed(t) or is_wrapped(t) for t in (*operands, *results)):
+            self.stop()
+            return
+        step = Step("call", self._at)
+        step.known, step.function = known, func
+        step.operands = Operands(args, kwargs, seen.source)
+        step.loose = not (
+            self._doings.any()
+            or known.sigma is not None
+            or may_weigh(known.name)
+            or known.name in NORM_AXIS
+            or (known.in_place and known.name in RESHAPED_IN_PLACE)
+        )
+        makings = []
+        for slot, entry, held in self._doings.made:
+            source = self._source(slot, held, operands, results)
+            if source is None:
+                self.stop()
+                return
+            makings.append(_making(entry, *source))
+        step.makings = tuple(makings)
+        step.results = tags
+        if isinstance(out, Tensor) and known.name != "__setitem__" and tags[0] is not None:
+            step.dims = out.dim()
+        self._add(step)
+        for tensor, tag in zip(results, tags, strict=True):
+            if tag is not None:
+                seen.put(tensor, tag)
+
+    def _source(
+        self, slot: str, held: Held, operands: list[Tensor], results: list[Tensor]
+    ) -> tuple[int, bool] | None:
+        """Which tensor of a call is held, and whether it was copied before; None if none is."""
+        aliases = self._tracer.aliases
+        if slot == "y":
+            places = [-1 - i for i, t in enumerate(results) if aliases.holds(t, held)]
+        else:
+            places = [i for i, t in enumerate(operands) if aliases.holds(t, held)]
+            if not places and held.copied:  # an in-place σ's, which is its first
+                return 0, True
+        return (places[0], False) if places else None
+
+    def enter(self, frame: Frame) -> None:
+        """A module begins, and is traced."""
+        if frame.module in self._tracer.see_through:
+            return
+        if frame.kind != "plain" or self._doings.any():
+            self.stop()
+            return
+        step = Step("begin", self._at)
+        step.module = frame.module
+        self._add(step)
+
+    def leave(self, module: nn.Module, output: Any, failed: bool) -> None:
+        """A traced module has ended."""
+        changed = any(
+            not alike(self._tracer.tag(t), self._seen.tag(t)) for t in tensors_in(output)
+        )
+        if failed or changed or (module in self._tracer.see_through and self._doings.any()):
+            self.stop()
+        elif module not in self._tracer.see_through:
+            step = Step("end", self._at)
+            step.module = module
+            step.makings = tuple(_making(entry, 0, False) for _, entry, _ in self._doings.made)
+            self._add(step)
+
+    # -- units --------------------------------------------------------------------------------
+
+    def unit(self, run: Run, carried: Any, args: Any, kwargs: Any) -> None:
+        """A unit is about to be replayed."""
+        step = self._unit = Step("unit", self._at)
+        step.module, step.plan = run.module, run.plan
+        step.operands = Operands(args, kwargs, self._seen.source)
+        step.inputs, step.carried, step.base = run.inputs, carried, run.base or {}
+
+    def unit_left(self, run: Run, entries: list[tuple[Entry, bool]], output: Any) -> None:
+        """It was, and the tracer was told.
+
+        Args:
+            run: of the unit.
+            entries: its maps, and whether each may yet turn out to be something else.
+            output: what it returned.
+        """
+        step, self._unit = self._unit, None
+        if step is None or run.lost or self._doings.made:
+            self.stop()
+            return
+        step.pending = tuple(pending for _, pending in entries)
+        step.origins = run.origins
+        step.counted = tuple(name for name, count in run.plan.calls for _ in range(count))
+        results = [t for _, t in leaves(output)]
+        step.results = tuple(map(self._tracer.tag, results))
+        self._add(step, [entry for entry, _ in entries])
+        for tensor, tag in zip(results, step.results, strict=True):
+            if tag is not None:
+                self._seen.put(tensor, tag)
+
+    # -- the road -----------------------------------------------------------------------------
+
+    def _add(self, step: Step, entries: list[Entry] | None = None) -> None:
+        doings = self._doings
+        made = [entry for _, entry, _ in doings.made] if entries is None else entries
+        for entry in made:
+            self._places[id(entry)] = len(self._entries)
+            self._entries.append(entry)
+        if any(id(entry) not in self._places for entry in doings.dropped):
+            self.stop()
+            return
+        step.dropped = tuple(self._places[id(entry)] for entry in doings.dropped)
+        step.claimed = tuple(doings.claimed)
+        step.counted += tuple(doings.counted)
+        doings.clear()
+        self._script.add(step)
+        self._at = step
+
+
+def _making(entry: Entry, source: int, before: bool) -> Making:
+    return Making(
+        source,
+        before,
+        entry.kind,
+        entry.origin,
+        entry.axes,
+        entry.sigma,
+        entry.path,
+        entry.picked,
+    )
+
+

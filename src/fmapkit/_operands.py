@@ -1,0 +1,125 @@
+"""What a torch function is given in one call, and whether another call is given the same.
+
+The same tensors of the pass, by their slots; the same parameters; tensors that carry nothing where
+such were; and, of all else, equal plain values. What else differs may not matter: the call has
+*varied*.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmapkit._nested import tensors_in
+
+__all__ = ["FREE", "NO", "OWN", "SAME", "VARIED", "Operands", "Source"]
+
+NO, SAME, VARIED = 0, 1, 2
+
+# Where a tensor is from: its slot in the pass, or one of these.
+OWN, FREE = -1, -2  # a parameter of the model; something that carries nothing
+Source = Callable[[Tensor], int]
+_Refs = Sequence["weakref.ref[Tensor]"]
+
+_PLAIN = (
+    *(type(None), bool, int, float, complex, str, type(Ellipsis)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
+
+class Operands:
+    """The arguments of one call.
+
+    Args:
+        args: by place.
+        kwargs: by keyword.
+        source: tells where a tensor is from.
+    """
+
+    __slots__ = ("_free", "_nested", "_odd", "_own", "_plain", "_slots", "count", "names")
+
+    def __init__(self, args: Any, kwargs: dict[str, Any], source: Source) -> None:
+        values = (*args, *kwargs.values())
+        self.count = len(values)
+        self.names = tuple(kwargs)
+        slots, own, free, plain, nested = [], [], [], [], []
+        self._odd = False  # something that cannot be compared
+        for place, value in enumerate(values):
+            if isinstance(value, Tensor):
+                found = source(value)
+                if found >= 0:
+                    slots.append((place, found))
+                elif found == OWN:
+                    own.append((place, value))
+                else:
+                    free.append(place)
+            elif _is_plain(value):
+                plain.append((place, value))
+            elif type(value) in (tuple, list, dict):
+                inner = _values(value)
+                nested.append((place, type(value), Operands(inner, {}, source)))
+            else:
+                self._odd = True
+        self._slots, self._own, self._free = tuple(slots), tuple(own), tuple(free)
+        self._plain, self._nested = tuple(plain), tuple(nested)
+
+    def match(self, args: Any, kwargs: dict[str, Any], refs: _Refs, source: Source) -> int:
+        """NO, SAME or VARIED.
+
+        Args:
+            args: of the other call, by place.
+            kwargs: by keyword.
+            refs: the tensor in each slot of the other pass.
+            source: tells where a tensor of it is from.
+        """
+        if kwargs:
+            if tuple(kwargs) != self.names:
+                return NO
+            args = (*args, *kwargs.values())
+        elif self.names:
+            return NO
+        if len(args) != self.count:
+            return NO
+        for place, slot in self._slots:
+            if refs[slot]() is not args[place]:
+                return NO
+        for place, parameter in self._own:
+            if args[place] is not parameter:
+                return NO
+        for place in self._free:
+            if not isinstance(args[place], Tensor) or source(args[place]) != FREE:
+                return NO
+        found = SAME
+        for place, plain in self._plain:
+            value = args[place]
+            if value is not plain and (type(value) is not type(plain) or value != plain):
+                if isinstance(value, Tensor) or tensors_in(value):
+                    return NO
+                found = VARIED
+        for place, kind, inside in self._nested:
+            value = args[place]
+            if type(value) is not kind:
+                return NO
+            inner = inside.match(_values(value), {}, refs, source)
+            if inner == NO:
+                return NO
+            found = max(found, inner)
+        return VARIED if self._odd else found
+
+
+def _values(value: Any) -> Any:
+    return tuple(value.values()) if type(value) is dict else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, _PLAIN):
+        return True
+    if type(value) is slice:
+        return all(type(v) in (int, type(None)) for v in (value.start, value.stop, value.step))
+    if type(value) in (tuple, list, torch.Size):
+        return all(map(_is_plain, value))
+    return False

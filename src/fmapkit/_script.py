@@ -1,0 +1,155 @@
+"""What a watched pass was seen to do, step by step: what later passes are compared with.
+
+A pass of a model that is not proven may take any road. But mostly it takes one that was seen
+before. So each traced pass leaves a script: the torch functions that its scopes called, on which
+tensors of the pass; the modules that began and ended; the units that were replayed; and, with each
+of these, what it meant: which maps were held then, under which labels, and what the results carry.
+A later pass follows the script as long as it does the same, which costs a comparison where tracing
+would work all of it out anew. Where it departs, the tracer goes on, and its steps become another
+branch.
+
+Data only: `_following.py` compares, `_noting.py` writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fmapkit._axes import Axes
+from fmapkit._operands import Operands
+from fmapkit._origin import Origin, Tag
+
+__all__ = ["Making", "Script", "Step"]
+
+# How many passes in a row may leave the known roads before nobody follows them any more, and how
+# many steps all roads together may have.
+_PATIENCE = 12
+_MOST_STEPS = 50_000
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """One map that is held at a step.
+
+    Attributes:
+        source: which of the call's tensors it is, counted over its arguments; from -1 down, which
+            of its results.
+        before: it is copied before the call, which overwrites it.
+        path: into a module's nested output.
+    """
+
+    source: int
+    before: bool
+    kind: str
+    origin: Origin
+    axes: Axes | None
+    sigma: str | None
+    path: str
+    picked: tuple[int, ...] | None
+
+
+class Step:
+    """Something that a pass did.
+
+    Attributes:
+        kind: "call" of a torch function, "begin" or "end" of a module, "unit", or "start".
+        known: what the function is.
+        function: it.
+        module: the module, or the unit.
+        operands: what the function or the unit was given.
+        loose: where it is given other numbers than then, what its results carry tells whether it is
+            the same step; else it is another one.
+        results: per tensor of its result, what that carries; None for nothing.
+        dims: of its result, if that is one tensor that carries something; else -1.
+        makings: the maps held.
+        dropped: maps, counted from the start of the pass, that turned out not to be what they
+            were taken for.
+        pending: of each map of a unit, whether it may yet turn out so.
+        claimed: origins that a nonlinearity has received.
+        counted: layers of which this was another call.
+        plan: of the unit.
+        inputs: what the unit's tensors carried.
+        carried: the same, as a part of what tells the unit's calls apart.
+        base: how many calls of each of its layers there had been.
+        origins: of the unit's maps, by the plan's own names for them.
+        then: the step after it that was seen first.
+        instead: another one in this one's place.
+        before: the step before it.
+    """
+
+    __slots__ = (
+        *("base", "before", "carried", "claimed", "counted", "dims", "dropped", "function"),
+        *("inputs", "instead", "kind", "known", "loose", "makings", "module", "operands"),
+        *("origins", "pending", "plan", "results", "then"),
+    )
+
+    def __init__(self, kind: str, before: Step | None) -> None:
+        self.kind = kind
+        self.before = before
+        self.then: Step | None = None
+        self.instead: Step | None = None
+        self.known: Any = None
+        self.function: Any = None
+        self.module: nn.Module | None = None
+        self.operands: Operands | None = None
+        self.loose = False
+        self.results: tuple[Tag, ...] = ()
+        self.dims = -1
+        self.makings: tuple[Making, ...] = ()
+        self.dropped: tuple[int, ...] = ()
+        self.pending: tuple[bool, ...] = ()
+        self.claimed: tuple[Origin, ...] = ()
+        self.counted: tuple[str, ...] = ()
+        self.plan: Any = None
+        self.inputs: list[Tag] = []
+        self.carried: Any = None
+        self.base: dict[str, int] = {}
+        self.origins: Any = None
+
+    def path(self) -> list[Step]:
+        """From the start to here."""
+        found: list[Step] = [self]
+        while found[-1].before is not None:
+            found.append(found[-1].before)
+        return found[::-1]
+
+
+class Script:
+    """The known roads of the passes of one kind.
+
+    Attributes:
+        start: where all of them begin; its results are what comes into the pass.
+    """
+
+    def __init__(self) -> None:
+        self.start = Step("start", None)
+        self._steps = 0
+        self._strayed = 0
+
+    @property
+    def worth_it(self) -> bool:
+        """Whether passes mostly do what an earlier one did."""
+        return self._strayed < _PATIENCE and self._steps < _MOST_STEPS
+
+    def add(self, step: Step) -> None:
+        """A step that was not seen there before."""
+        assert step.before is not None
+        self._steps += 1
+        if step.before.then is None:
+            step.before.then = step
+            return
+        other = step.before.then
+        while other.instead is not None:
+            other = other.instead
+        other.instead = step
+
+    def ended(self, strayed: bool) -> None:
+        """A pass has ended.
+
+        Args:
+            strayed: it has left the known roads.
+        """
+        self._strayed = self._strayed + 1 if strayed else 0
