@@ -155,16 +155,18 @@ class Doings:
         dropped: maps that turned out not to be what they were taken for.
         claimed: origins that a nonlinearity has received.
         counted: layers that were called.
+        whole: the module that has just ended is one nonlinearity, or one layer.
     """
 
     made: list[tuple[str, Entry, Held]] = field(default_factory=list)
     dropped: list[Entry] = field(default_factory=list)
     claimed: list[Origin] = field(default_factory=list)
     counted: list[str] = field(default_factory=list)
+    whole: bool = False
 
     def any(self) -> bool:
         """Whether it did anything."""
-        return bool(self.made or self.dropped or self.claimed or self.counted)
+        return bool(self.made or self.dropped or self.claimed or self.counted or self.whole)
 
     def clear(self) -> None:
         """It was asked."""
@@ -172,3 +174,4 @@ class Doings:
         self.dropped.clear()
         self.claimed.clear()
         self.counted.clear()
+        self.whole = False

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fmapkit._candidates import may_be_sigma
+from fmapkit._degrees import Degrees
 from fmapkit._events import Event
 from fmapkit._flow import carried
 from fmapkit._frames import Frame, running_module
@@ -25,6 +27,7 @@ from fmapkit._replay import Run
 from fmapkit._script import Making, Script, Step
 from fmapkit._seen import Seen
 from fmapkit._store import Entry, Held
+from fmapkit.nonlinearities import module_sigma
 
 if TYPE_CHECKING:
     from fmapkit._trace import Tracer
@@ -52,7 +55,8 @@ class Follower:
         self._seen = Seen(tracer.tags)
         self._put, self._refs = self._seen.put, self._seen.refs
         self._entries: list[Entry] = []  # each that a step has made, in order
-        self._running: list[tuple[nn.Module, Any, Any]] = []  # scopes, outermost first
+        self._running: list[Frame] = []  # scopes, outermost first
+        self._watched: list[Frame] = []  # those that may be one nonlinearity
         self._unit: Step | None = None
         for tensor, tag in zip(given, script.start.results, strict=True):
             if tag is not None:
@@ -73,10 +77,14 @@ class Follower:
         for target in known.writes(args, kwargs):
             tracer.aliases.before_write(target)
         if step is None:
-            if beside_the_point(known, args, kwargs, seen.source):
-                return func(*args, **kwargs)
-            return self._otherwise(func, args, kwargs)
+            if not beside_the_point(known, args, kwargs, seen.source):
+                return self._otherwise(func, args, kwargs)
+            out = func(*args, **kwargs)
+            for frame in self._watched:
+                frame.step(known.name, args, kwargs, out, seen.tag)
+            return out
         held = self._before(step, args, kwargs) if step.makings else None
+        event = self._sigma(step, args, kwargs, held) if self._watched else None
         out = func(*args, **kwargs)
         if step.dims >= 0:
             if not isinstance(out, Tensor) or out.dim() != step.dims:
@@ -98,6 +106,8 @@ class Follower:
             self._made(step, held, out)
         if step.dropped:
             self._drop(step)
+        if self._watched:
+            self._watch(step, event, args, kwargs, out)
         return out
 
     def _otherwise(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -121,6 +131,77 @@ class Follower:
         """Whether a call with other numbers results in the same."""
         tags = carried(step.known.name, args, kwargs, out, self._seen.tag)
         return _same(tags, step.results)
+
+    # -- in a module that may be one nonlinearity ---------------------------------------------
+    #
+    # Whether it is one is known from the script; what the tracer would have to know of it, should
+    # it take over here, is kept up to date.
+
+    def _sigma(self, step: Step, args: Any, kwargs: Any, held: Any) -> Event | None:
+        """A call is about to run; the tracer's event of it, if it is a nonlinearity."""
+        frame = self._running[-1]
+        if step.known.sigma is None or frame.kind == "sigma":
+            return None
+        z = tensors_in(*args, kwargs)[0]
+        event = Event("sigma", frame.module, step.function)
+        event.sigma = step.known.sigma
+        event.in_place = step.known.in_place or step.known.asked_in_place(args, kwargs)
+        event.x_held = held[0] if held else self._tracer.aliases.reference(z)
+        if z is frame.x:
+            event.x, event.key = z, frame.key
+            frame.in_place = frame.in_place or event.in_place
+        return event
+
+    def _watch(self, step: Step, event: Event | None, args: Any, kwargs: Any, out: Any) -> None:
+        """It has run."""
+        known, tag = step.known, self._seen.tag
+        if known.sigma is not None:
+            z = tensors_in(*args, kwargs)[0]
+            inner = self._running[-1]
+            if inner.kind == "sigma" and z is inner.x:
+                inner.a = out
+            for frame in self._watched:
+                frame.step(known.name, (z,), {}, out, tag, nonlinear=True)
+        else:
+            for frame in self._watched:
+                frame.step(known.name, args, kwargs, out, tag)
+        if event is not None and isinstance(out, Tensor):
+            event.y = out if event.x is not None else None
+            event.y_held = self._tracer.aliases.reference(out)
+            self._event(event, step)
+
+    def _event(self, event: Event, step: Step) -> None:
+        """The tracer's event of a step whose maps have just been held."""
+        made = self._entries[len(self._entries) - len(step.makings) :]
+        for making, entry in zip(step.makings, made, strict=True):
+            event.origin = making.origin
+            event.entries.append(("x" if making.source >= 0 else "y", entry))
+        self._tracer.events.append(event)
+
+    def _open(self, step: Step, frame: Frame) -> None:
+        """A module that may be one nonlinearity begins."""
+        assert frame.x is not None
+        frame.kind = step.scope
+        frame.degrees = Degrees(frame.x) if step.scope == "candidate" else None
+        frame.x_held = self._tracer.aliases.reference(frame.x)
+        frame.tag = self._seen.tag(frame.x)
+        self._watched.append(frame)
+
+    def _close(self, step: Step, frame: Frame, output: Any) -> None:
+        """It ends."""
+        tracer = self._tracer
+        self._watched.pop()
+        if step.whole:
+            del tracer.events[frame.start :]
+        held = [frame.x_held if m.source >= 0 else None for m in step.makings]
+        self._made(step, held, output)
+        if not self._watched:
+            tracer.events.clear()
+        elif step.whole:  # one in another one
+            event = Event("sigma", frame.module)
+            event.module, event.key, event.sigma = frame.module, frame.key, step.scope
+            event.x_held, event.y_held = frame.x_held, tracer.aliases.reference(output)
+            self._event(event, step)
 
     # -- maps ---------------------------------------------------------------------------------
 
@@ -181,38 +262,79 @@ class Follower:
         step = self._at.then
         while step is not None:
             if step.module is module and step.kind != "end":
-                if step.kind == "begin":
-                    self._running.append((module, args, kwargs))
-                    self._at = step
-                    return "begin"
-                assert step.operands is not None
-                found = step.operands.match(args, kwargs, self._refs, self._seen.source)
-                if found:
-                    self._unit = step
-                    return "unit"
+                if step.kind == "unit":
+                    assert step.operands is not None
+                    if step.operands.match(args, kwargs, self._refs, self._seen.source):
+                        self._unit = step
+                        return "unit"
+                else:
+                    frame = Frame.of(module, args, kwargs, len(self._tracer.events))
+                    if not step.asks or self._of_its_kind(step, frame):
+                        self._running.append(frame)
+                        if step.scope != "plain":
+                            with torch._C.DisableTorchFunction():
+                                self._open(step, frame)
+                        self._at = step
+                        return "begin"
             step = step.instead
         self.depart()
         return ""
 
+    def _of_its_kind(self, step: Step, frame: Frame) -> bool:
+        """Whether the tracer would take a module for what it took it for then."""
+        x = frame.x
+        with torch._C.DisableTorchFunction():
+            kind = "plain"
+            if module_sigma(frame.module) is not None:
+                kind = "sigma"
+            elif x is not None and may_be_sigma(frame.module, frame.args, frame.kwargs, x):
+                kind = "candidate"
+            if kind == "plain" or step.operands is None:
+                return kind == step.scope
+            return kind == step.scope and self._matches(step, x)
+
+    def _matches(self, step: Step, value: Any) -> bool:
+        assert step.operands is not None
+        return step.operands.match((value,), {}, self._refs, self._seen.source) == SAME
+
     def leave(self, module: nn.Module, output: Any) -> bool:
         """A module ends; whether a known road goes on so."""
-        step = self._at.then
+        frame = self._running[-1] if self._running else None
+        step = self._at.then if frame is not None and frame.module is module else None
         while step is not None:
-            if step.kind == "end" and step.module is module and self._runs(module):
-                pieces = dict(leaves(output)) if step.makings else {}
-                if all(m.path in pieces for m in step.makings):
-                    self._running.pop()
-                    self._at = step
-                    with torch._C.DisableTorchFunction():
-                        for making in step.makings:
-                            self._hold(making, self._tracer.aliases.reference(pieces[making.path]))
-                    return True
+            if step.kind == "end" and step.module is module and self._ends(step, output):
+                assert frame is not None
+                self._running.pop()
+                self._at = step
+                with torch._C.DisableTorchFunction():
+                    self._left(step, frame, output)
+                return True
             step = step.instead
         self.depart()
         return False
 
-    def _runs(self, module: nn.Module) -> bool:
-        return bool(self._running) and self._running[-1][0] is module
+    def _ends(self, step: Step, output: Any) -> bool:
+        """Whether a module returns what it returned before."""
+        if step.scope != "plain" and not self._matches(step, output):
+            return False
+        if step.results and len(tensors_in(output)) != len(step.results):
+            return False
+        if any(m.kind == "output" for m in step.makings):
+            return {p for p, _ in leaves(output)} >= {m.path for m in step.makings}
+        return True
+
+    def _left(self, step: Step, frame: Frame, output: Any) -> None:
+        if step.scope != "plain":
+            self._close(step, frame, output)
+        elif step.makings:
+            pieces = dict(leaves(output))
+            for making in step.makings:
+                self._hold(making, self._tracer.aliases.reference(pieces[making.path]))
+        self._drop(step)
+        if step.results:
+            for tensor, tag in zip(tensors_in(output), step.results, strict=True):
+                if tag is not None:
+                    self._put(tensor, tag)
 
     # -- units --------------------------------------------------------------------------------
 
@@ -255,8 +377,7 @@ class Follower:
         tracer.follower = self._unit = None
         with torch._C.DisableTorchFunction():
             self._tell(path)
-            for module, args, kwargs in self._running:
-                tracer.frames.append(Frame.of(module, args, kwargs, len(tracer.events)))
+            tracer.frames += self._running
             tracer.noter = Noter(tracer, self._script, self._at, self._seen, self._entries)
             self._departed()
             running = running_module(2)
@@ -273,11 +394,17 @@ class Follower:
             if tensor is not None:
                 tracer.set_tag(tensor, tag)
         _unclaim(path)
-        entries = iter(self._entries)
+        watched = list(tracer.events)  # since the outermost module that may be one nonlinearity
+        tracer.events.clear()
+        entries, starts = iter(self._entries), []
         for step in path:
             tracer.counts.update(step.counted)
             for origin in step.claimed:
                 origin.claimed = True
+            if step.kind == "begin":
+                starts.append(len(tracer.events))
+            elif step.kind == "end":
+                starts.pop()
             if step.kind == "unit":
                 for pending in step.pending:
                     entry = next(entries)
@@ -289,13 +416,24 @@ class Follower:
                 entry = next(entries)
                 kind = "sigma" if making.sigma is not None else "layer"
                 if id(making.origin) not in events:
-                    scope = self._running[-1][0] if self._running else tracer.names.model
-                    event = events[id(making.origin)] = Event(kind, scope, step.function)
+                    event = events[id(making.origin)] = Event(kind, tracer.names.model)
                     event.origin = making.origin
                     tracer.events.append(event)
                 if entry.held is not None:
                     slot = "x" if making.source >= 0 else "y"
                     events[id(making.origin)].entries.append((slot, entry))
+        if not self._watched:
+            for frame, start in zip(self._running, starts, strict=True):
+                frame.start = start
+            return
+        outer = self._running.index(self._watched[0])
+        offset = starts[outer]
+        for frame, start in zip(self._running[:outer], starts, strict=False):
+            frame.start = start
+        layers = [e for e in tracer.events[offset:] if e.kind == "layer"]
+        tracer.events[offset:] = [*layers, *watched]
+        for frame in self._running[outer:]:
+            frame.start += offset + (len(layers) if frame.start else 0)
 
 
 def _unclaim(path: list[Step]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fmapkit._axes import Axes
 from fmapkit._degrees import Degrees
-from fmapkit._origin import Tag
+from fmapkit._origin import Lookup, Tag
 from fmapkit._store import Held
 
 __all__ = [
@@ -60,6 +60,13 @@ class Frame:
         frame = cls(module, args, kwargs, start)
         frame.x, frame.key = first_tensor(args, kwargs)
         return frame
+
+    def step(
+        self, name: str, args: Any, kwargs: Any, out: Any, tag: Lookup, nonlinear: bool = False
+    ) -> None:
+        """A function has run inside: follow what depends on the input, linearly or not."""
+        if self.degrees is not None:
+            self.degrees.step(name, args, kwargs, out, tag, nonlinear)
 
     def take(self, x: Tensor) -> None:
         """Another tensor came in."""

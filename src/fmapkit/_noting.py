@@ -22,7 +22,7 @@ from fmapkit._seen import Seen
 from fmapkit._sharded import is_wrapped
 from fmapkit._store import Entry, Held
 from fmapkit._transforms import transformed
-from fmapkit._vocabulary import FRESH, METADATA, NORM_AXIS, OPAQUE
+from fmapkit._vocabulary import DROPOUTS, FRESH, METADATA, NORM_AXIS, OPAQUE
 from fmapkit._weighted import may_weigh
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ __all__ = ["Noter", "alike", "beside_the_point", "results_of"]
 def beside_the_point(known: Function, args: Any, kwargs: Any, source: Source) -> bool:
     """Whether no map and no label can depend on a call: nothing that it is given carries any."""
     name = known.name
-    if name in METADATA or name in FRESH:
+    if name in METADATA or (name in FRESH and name not in DROPOUTS):
         return True
     if known.sigma is not None or may_weigh(name) or name in OPAQUE:
         return False
@@ -45,6 +45,12 @@ def beside_the_point(known: Function, args: Any, kwargs: Any, source: Source) ->
 def results_of(known: Function, args: Any, out: Any) -> list[Tensor]:
     """The tensors that may carry something else after a call."""
     return tensors_in(args[0] if known.name == "__setitem__" else out)
+
+
+def depends(module: nn.Module) -> bool:
+    """Whether a module may be taken for one nonlinearity, given one tensor or another."""
+    counts = {p.numel() for p in module.parameters()} - {1}
+    return len(counts) <= 2  # as long as its channels, first or last
 
 
 def alike(one: Tag, other: Tag) -> bool:
@@ -150,25 +156,48 @@ class Noter:
         """A module begins, and is traced."""
         if frame.module in self._tracer.see_through:
             return
-        if frame.kind != "plain" or self._doings.any():
+        if frame.kind == "layer" or self._doings.any():
             self.stop()
             return
         step = Step("begin", self._at)
-        step.module = frame.module
+        step.module, step.scope = frame.module, frame.kind
+        step.asks = depends(frame.module)
+        if frame.kind != "plain":
+            step.operands = Operands((frame.x,), {}, self._seen.source)
         self._add(step)
 
-    def leave(self, module: nn.Module, output: Any, failed: bool) -> None:
+    def leave(self, frame: Frame, output: Any, failed: bool) -> None:
         """A traced module has ended."""
-        changed = any(
-            not alike(self._tracer.tag(t), self._seen.tag(t)) for t in tensors_in(output)
-        )
-        if failed or changed or (module in self._tracer.see_through and self._doings.any()):
+        tracer, seen = self._tracer, self._seen
+        module, results = frame.module, tensors_in(output)
+        tags = tuple(map(tracer.tag, results))
+        changed = not all(map(alike, tags, map(seen.tag, results)))
+        if module in tracer.see_through:
+            if failed or changed or self._doings.any():
+                self.stop()
+            return
+        step = Step("end", self._at)
+        step.module, step.scope, step.whole = module, frame.kind, self._doings.whole
+        makings = []
+        for slot, entry, held in self._doings.made:
+            if entry.kind == "output" or (slot == "x" and held is frame.x_held):
+                makings.append(_making(entry, 0, False))
+            elif slot == "y" and len(results) == 1 and tracer.aliases.holds(results[0], held):
+                makings.append(_making(entry, -1, False))
+            else:
+                failed = True
+        if failed:
             self.stop()
-        elif module not in self._tracer.see_through:
-            step = Step("end", self._at)
-            step.module = module
-            step.makings = tuple(_making(entry, 0, False) for _, entry, _ in self._doings.made)
-            self._add(step)
+            return
+        step.makings = tuple(makings)
+        if frame.kind != "plain":
+            step.operands = Operands((output,), {}, seen.source)
+        if changed:
+            step.results = tags
+        self._add(step)
+        for tensor, tag in zip(results, step.results, strict=False):
+            if tag is not None:
+                seen.put(tensor, tag)
 
     # -- units --------------------------------------------------------------------------------
 

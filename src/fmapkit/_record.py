@@ -228,6 +228,9 @@ class Record:
 
     def drop_since(self, start: int) -> None:
         """All events from there on were parts of one that is to come."""
+        if self.doings is not None:
+            self.doings.whole = True
+            self.doings.dropped += [e for event in self.events[start:] for _, e in event.entries]
         for event in self.events[start:]:
             event.drop()
         del self.events[start:]

@@ -36,7 +36,7 @@ class Making:
 
     Attributes:
         source: which of the call's tensors it is, counted over its arguments; from -1 down, which
-            of its results.
+            of its results. Of a module, 0 is its first argument.
         before: it is copied before the call, which overwrites it.
         path: into a module's nested output.
     """
@@ -59,7 +59,11 @@ class Step:
         known: what the function is.
         function: it.
         module: the module, or the unit.
-        operands: what the function or the unit was given.
+        scope: what kind of frame the module's is, as it begins.
+        asks: of a module that begins, whether its kind depends on what it is given.
+        whole: the module that ends is one nonlinearity.
+        operands: what the function, the unit, or a module that may be one nonlinearity was given;
+            what such a module returned.
         loose: where it is given other numbers than then, what its results carry tells whether it is
             the same step; else it is another one.
         results: per tensor of its result, what that carries; None for nothing.
@@ -81,8 +85,9 @@ class Step:
     """
 
     __slots__ = (
-        *("base", "before", "carried", "claimed", "counted", "dims", "dropped", "function"),
+        *("asks", "base", "before", "carried", "claimed", "counted", "dims", "dropped", "function"),
         *("inputs", "instead", "kind", "known", "loose", "makings", "module", "operands"),
+        *("scope", "whole"),
         *("origins", "pending", "plan", "results", "then"),
     )
 
@@ -96,6 +101,9 @@ class Step:
         self.module: nn.Module | None = None
         self.operands: Operands | None = None
         self.loose = False
+        self.scope = "plain"
+        self.asks = False
+        self.whole = False
         self.results: tuple[Tag, ...] = ()
         self.dims = -1
         self.makings: tuple[Making, ...] = ()

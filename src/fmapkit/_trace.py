@@ -259,8 +259,7 @@ class Tracer(TorchFunctionMode):
     def follow(self, name: str, args: Any, kwargs: Any, out: Any, nonlinear: bool = False) -> None:
         """Follow, in a weightless module, what depends on its input: linearly or not."""
         for frame in self.frames:
-            if frame.degrees is not None:
-                frame.degrees.step(name, args, kwargs, out, self.tag, nonlinear)
+            frame.step(name, args, kwargs, out, self.tag, nonlinear)
 
     # -- as a function is seen ----------------------------------------------------------------
 
@@ -350,7 +349,7 @@ class Tracer(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             replaced = self._leave(frame, output)
             if self.noter is not None:
-                self.noter.leave(module, output, failed)
+                self.noter.leave(frame, output, failed)
             return replaced
 
     def _leave(self, frame: Frame, output: Any) -> Any:
