@@ -193,8 +193,6 @@ class Follower:
         self._watched.pop()
         if step.whole:
             del tracer.events[frame.start :]
-        held = [frame.x_held if m.source >= 0 else None for m in step.makings]
-        self._made(step, held, output)
         if not self._watched:
             tracer.events.clear()
         elif step.whole:  # one in another one
@@ -319,17 +317,17 @@ class Follower:
             return False
         if step.results and len(tensors_in(output)) != len(step.results):
             return False
-        if any(m.kind == "output" for m in step.makings):
+        if step.makings:
             return {p for p, _ in leaves(output)} >= {m.path for m in step.makings}
         return True
 
     def _left(self, step: Step, frame: Frame, output: Any) -> None:
+        pieces = dict(leaves(output)) if step.makings else {}
+        for making in step.makings:
+            held = frame.x_held if making.source >= 0 else None
+            self._hold(making, held or self._tracer.aliases.reference(pieces[making.path]))
         if step.scope != "plain":
             self._close(step, frame, output)
-        elif step.makings:
-            pieces = dict(leaves(output))
-            for making in step.makings:
-                self._hold(making, self._tracer.aliases.reference(pieces[making.path]))
         self._drop(step)
         if step.results:
             for tensor, tag in zip(tensors_in(output), step.results, strict=True):

@@ -180,12 +180,11 @@ class Noter:
         step.module, step.scope, step.whole = module, frame.kind, self._doings.whole
         makings = []
         for slot, entry, held in self._doings.made:
-            if entry.kind == "output" or (slot == "x" and held is frame.x_held):
+            if slot == "x" and held is frame.x_held and entry.kind != "output":
                 makings.append(_making(entry, 0, False))
-            elif slot == "y" and len(results) == 1 and tracer.aliases.holds(results[0], held):
-                makings.append(_making(entry, -1, False))
             else:
-                failed = True
+                makings.append(_making(entry, -1, False))
+                failed |= not any(tracer.aliases.holds(t, held) for t in results)
         if failed:
             self.stop()
             return
