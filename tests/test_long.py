@@ -787,7 +787,7 @@ def test_hundreds_of_steps_make_no_object_that_stays(
             optimizer.step()
 
     with capture(model, **options) as maps:
-        steps(70)
+        steps(210)
         _objects()  # what counting itself makes once
         before = _objects()
         steps(350)  # ends with the same image, and at the same place of `every`

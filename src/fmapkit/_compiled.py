@@ -291,6 +291,7 @@ class Compiled:
         if session.live.run is not None or session.live.tracer is None:
             session.miss(session.names.of(root), UNSEEN.format(why="inside a replayed module"))
             return None
+        session.scripts.stop()
         session.live.trace_off()
         return Sink(session, session.live.tracer, alone=False)
 

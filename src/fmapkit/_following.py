@@ -376,7 +376,8 @@ class Follower:
         with torch._C.DisableTorchFunction():
             self._tell(path)
             tracer.frames += self._running
-            tracer.noter = Noter(tracer, self._script, self._at, self._seen, self._entries)
+            if self._script.open:
+                tracer.noter = Noter(tracer, self._script, self._at, self._seen, self._entries)
             self._departed()
             running = running_module(2)
             if running is not None and running in tracer.see_through:

@@ -98,7 +98,7 @@ class GraphRecord(Record):
         held.copied = True
         return held
 
-    def _taken(self, held: Held, axes: Axes | None, picked: tuple[int, ...]) -> Held:
+    def taken(self, held: Held, axes: Axes | None, picked: tuple[int, ...]) -> Held:
         return held  # its filters are taken when the graph has run
 
 

@@ -259,5 +259,3 @@ def _making(entry: Entry, source: int, before: bool) -> Making:
         entry.path,
         entry.picked,
     )
-
-

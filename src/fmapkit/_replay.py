@@ -302,7 +302,7 @@ class Run:
 
     @property
     def origins(self) -> dict[Ref, Origin]:
-        """The origins of its maps and results, by the plan's names for them, as far as asked for."""
+        """The origins of its maps and results, by the plan's names for them."""
         return self._origins
 
     def know(self, origins: dict[Ref, Origin]) -> None:

@@ -25,9 +25,9 @@ from fmapkit._origin import Origin, Tag
 __all__ = ["Making", "Script", "Step"]
 
 # How many passes in a row may leave the known roads before nobody follows them any more, and how
-# many steps all roads together may have.
+# many may do so before no more roads are noted.
 _PATIENCE = 12
-_MOST_STEPS = 50_000
+_MOST_ROADS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,18 +134,22 @@ class Script:
 
     def __init__(self) -> None:
         self.start = Step("start", None)
-        self._steps = 0
+        self._in_a_row = 0
         self._strayed = 0
 
     @property
     def worth_it(self) -> bool:
         """Whether passes mostly do what an earlier one did."""
-        return self._strayed < _PATIENCE and self._steps < _MOST_STEPS
+        return self._in_a_row < _PATIENCE
+
+    @property
+    def open(self) -> bool:
+        """Whether more roads are to be noted."""
+        return self._strayed < _MOST_ROADS
 
     def add(self, step: Step) -> None:
         """A step that was not seen there before."""
         assert step.before is not None
-        self._steps += 1
         if step.before.then is None:
             step.before.then = step
             return
@@ -160,4 +164,5 @@ class Script:
         Args:
             strayed: it has left the known roads.
         """
-        self._strayed = self._strayed + 1 if strayed else 0
+        self._strayed += strayed
+        self._in_a_row = self._in_a_row + 1 if strayed else 0

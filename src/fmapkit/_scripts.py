@@ -30,7 +30,7 @@ from fmapkit._weighted import pads_first
 
 __all__ = ["Scripts"]
 
-_MOST_KINDS = 64
+_MOST_KINDS = 32
 
 # One call of one torch function, whose weight tells whose it is.
 _WEIGHTED = (
@@ -111,7 +111,7 @@ class Scripts:
         if tracer is None or tracer.follower is None or tracer.failed:
             return None
         if may_fuse(module, MODES):
-            tracer.follower.depart()
+            self.stop()
             return None
         return tracer.follower.enter(module, args, kwargs) or None
 
@@ -126,8 +126,10 @@ class Scripts:
         return tracer.follower.leave(module, output)
 
     def stop(self) -> None:
-        """Nothing can be compared with this pass from here on."""
+        """Nothing of this pass can be compared with others from here on."""
         tracer = self._live.tracer
+        if tracer is not None and tracer.follower is not None:
+            tracer.follower.depart()
         if tracer is not None and tracer.noter is not None:
             tracer.noter.stop()
 
@@ -139,6 +141,7 @@ class Scripts:
         if asked.edits or asked.stop is not None or asked.names.lent or self._placing.moving:
             return None
         key = (
+            asked.model.training,
             shape_of(args),
             shape_of(kwargs),
             torch.is_grad_enabled(),

@@ -67,6 +67,7 @@ class Session:
         missed: what ran and was not captured.
         steps: how many passes have begun, captured or not.
         store: where passes are kept.
+        scripts: what watched passes are compared with.
         unseen: names what runs outside of passes.
         watch: whether the model is still the one that was learned.
     """
@@ -99,7 +100,7 @@ class Session:
         self._units = Units(self.hooks.is_ours)
         calls = Calls(self._pre, self._post, self._tap, self._tap_before, self._fault)
         self._placing = Placing(asked, self.hooks, self._units, self._moves, calls)
-        self._scripts = Scripts(asked, self.live, self._units, self._placing)
+        self.scripts = Scripts(asked, self.live, self._units, self._placing)
         self._learning = Learning(asked, self.live, self._misses, self._units, self._placing)
         self._keeping = Keeping(asked, self.live, self._misses, self.store, budget)
         self._replaying = Replaying(
@@ -143,7 +144,7 @@ class Session:
         if self._forward is not None:
             self._forward.remove()
         self._units.clear()
-        self._scripts.clear()
+        self.scripts.clear()
         self.wants.retention.close()
         self.asked.analyses.view = None
         if not failed:
@@ -175,14 +176,14 @@ class Session:
                 return None
             if live.run is not None:
                 self._replaying.before(live.run, module, args, kwargs)
-            elif (how := self._scripts.enter(module, args, kwargs)) is not None:
+            elif (how := self.scripts.enter(module, args, kwargs)) is not None:
                 return self._replaying.enter(module, args, kwargs) if how == "unit" else None
             elif live.lesson is None and self._units.stands_alone(module, args, live.tracer):
                 self._units.direct.add(module)
                 return self._replaying.enter(module, args, kwargs)
             elif live.tracer is not None:
                 if may_fuse(module, MODES):
-                    self._scripts.stop()
+                    self.scripts.stop()
                     self._beside.enter(module, args, kwargs)
                 self._moves.made(module, (args, kwargs))
                 frame = live.tracer.enter(module, args, kwargs)
@@ -209,7 +210,7 @@ class Session:
                 self._replaying.after(live.run, module, args, kwargs, output, failed)
             elif live.lesson is not None and live.lesson.module is module:
                 replaced = self._learning.leave(module, output, failed)
-            elif live.tracer is not None and not self._scripts.leave(module, output, failed):
+            elif live.tracer is not None and not self.scripts.leave(module, output, failed):
                 self._moves.made(module, output)
                 replaced = live.tracer.leave(module, None if failed else output, failed)
                 if module is self._beside.module:
@@ -321,7 +322,7 @@ class Session:
             live.new_tracer().enter_inputs(args, kwargs)
         elif not self._units.proven(self.model):
             self._placing.on_scopes()
-            self._scripts.begin(args, kwargs)
+            self.scripts.begin(args, kwargs)
             live.trace_on()
         return True
 
@@ -334,7 +335,7 @@ class Session:
         live, stop, misses = self.live, self._stop, self._misses
         current = live.current
         if live.tracer is not None:
-            self._scripts.end(failed)
+            self.scripts.end(failed)
             self._learning.finish(live.tracer)
             self._moves.clear()
         stopped = stop is not None and stop.ended
@@ -372,7 +373,7 @@ class Session:
         """The model has other modules than it had: learn it anew."""
         self.names.refresh()
         self._units.clear()
-        self._scripts.clear()
+        self.scripts.clear()
         self._placing.only_on_model()
         self.compiled.refresh()
         if self._stop is not None:
