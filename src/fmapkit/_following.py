@@ -7,6 +7,7 @@ the pass from its start.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,10 @@ from fmapkit._degrees import Degrees
 from fmapkit._events import Event
 from fmapkit._flow import carried
 from fmapkit._frames import Frame, running_module
-from fmapkit._functions import Function
+from fmapkit._functions import Function, describe
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._noting import Noter, alike, beside_the_point, results_of
-from fmapkit._operands import SAME, VARIED
+from fmapkit._operands import NO, SAME, VARIED
 from fmapkit._origin import NOWHERE, Flow, Origin, Tag
 from fmapkit._replay import Run
 from fmapkit._script import Making, Script, Step
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from fmapkit._trace import Tracer
 
 __all__ = ["Follower"]
+
+# Other than -1 in a backward pass: activation checkpointing runs the forward again there.
+_graph_task = torch._C._current_graph_task_id
 
 
 class Follower:
@@ -52,63 +56,123 @@ class Follower:
         self._departed = departed
         self._script = script
         self._at = script.start
+        self._told: Step | None = None  # up to here, what tensors carry was looked up
         self._seen = Seen(tracer.tags)
-        self._put, self._refs = self._seen.put, self._seen.refs
+        self._refs = self._seen.refs
+        self._note = self._refs.append
         self._entries: list[Entry] = []  # each that a step has made, in order
         self._running: list[Frame] = []  # scopes, outermost first
         self._watched: list[Frame] = []  # those that may be one nonlinearity
         self._unit: Step | None = None
         for tensor, tag in zip(given, script.start.results, strict=True):
             if tag is not None:
-                self._put(tensor, tag)
+                self._note(weakref.ref(tensor))
 
     # -- torch functions ----------------------------------------------------------------------
 
-    def call(self, known: Function, func: Any, args: Any, kwargs: Any) -> Any:
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A scope calls a torch function: run it."""
-        step, seen, tracer = self._at.then, self._seen, self._tracer
+        step = self._at.then
+        if step is not None and step.function is func and _graph_task() == -1:
+            assert step.operands is not None
+            if step.operands.match(args, kwargs, self._refs, self._seen.source) == SAME:
+                if not step.simple or self._watched:
+                    return self._follow(step, SAME, func, args, kwargs)
+                out = func(*args, **kwargs)
+                if not isinstance(out, Tensor) or out.dim() != step.dims:
+                    return self._after_all(step.known, func, args, kwargs, out)
+                self._note(weakref.ref(out))
+                self._at = step
+                return out
+        return self._look(func, args, kwargs)
+
+    def _look(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The same, where it is not just what comes next."""
+        known, tracer = describe(func), self._tracer
+        if known.silent or _graph_task() != -1:
+            return func(*args, **kwargs)
+        if known.opened is not None:
+            with tracer:
+                return known.opened(*args, **kwargs)
+        source, step, found = self._seen.source, self._at.then, NO
         while step is not None:
             if step.function == func:
                 assert step.operands is not None
-                found = step.operands.match(args, kwargs, self._refs, seen.source)
+                found = step.operands.match(args, kwargs, self._refs, source)
                 if found == SAME or (found == VARIED and step.loose):
-                    break
+                    return self._follow(step, found, func, args, kwargs)
             step = step.instead
-        for target in known.writes(args, kwargs):
-            tracer.aliases.before_write(target)
-        if step is None:
-            if not beside_the_point(known, args, kwargs, seen.source):
-                return self._otherwise(func, args, kwargs)
-            out = func(*args, **kwargs)
-            for frame in self._watched:
-                frame.step(known.name, args, kwargs, out, seen.tag)
-            return out
-        held = self._before(step, args, kwargs) if step.makings else None
-        event = self._sigma(step, args, kwargs, held) if self._watched else None
+        if not known.never_writes or "out" in kwargs:
+            self._written(known, args, kwargs)
+        if not beside_the_point(known, args, kwargs, source):
+            return self._otherwise(func, args, kwargs)
         out = func(*args, **kwargs)
+        if self._watched:
+            self._catch_up()
+        for frame in self._watched:
+            frame.step(known.name, args, kwargs, out, self._seen.tag)
+        return out
+
+    def _follow(self, step: Step, found: int, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call that is a known step."""
+        tracer, event, held = self._tracer, None, None
+        try:
+            if step.writes:
+                self._written(step.known, args, kwargs)
+            if step.makings:
+                held = self._before(step, args, kwargs)
+            if self._watched:
+                event = self._sigma(step, args, kwargs, held)
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            tracer.fail(error)
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        try:
+            if self._gives(step, found, args, kwargs, out):
+                self._at = step
+                if held is not None:
+                    self._made(step, held, out)
+                if step.dropped:
+                    self._drop(step)
+                if self._watched:
+                    self._watch(step, event, args, kwargs, out)
+                return out
+        except Exception as error:
+            tracer.fail(error)
+            return out
+        return self._after_all(step.known, func, args, kwargs, out)
+
+    def _gives(self, step: Step, found: int, args: Any, kwargs: Any, out: Any) -> bool:
+        """Whether a call results in what it did then; if so, its results get their slots."""
+        if found == VARIED and not self._carries(step, args, kwargs, out):
+            return False
         if step.dims >= 0:
             if not isinstance(out, Tensor) or out.dim() != step.dims:
-                return self._after_all(known, func, args, kwargs, out)
-            if found == VARIED and not self._carries(step, args, kwargs, out):
-                return self._after_all(known, func, args, kwargs, out)
-            self._put(out, step.results[0])
-        else:
-            results = results_of(known, args, out)
-            if len(results) != len(step.results) or (
-                found == VARIED and not self._carries(step, args, kwargs, out)
-            ):
-                return self._after_all(known, func, args, kwargs, out)
-            for tensor, tag in zip(results, step.results, strict=True):
-                if tag is not None:
-                    self._put(tensor, tag)
-        self._at = step
-        if held is not None:
-            self._made(step, held, out)
-        if step.dropped:
-            self._drop(step)
-        if self._watched:
-            self._watch(step, event, args, kwargs, out)
-        return out
+                return False
+            self._note(weakref.ref(out))
+            return True
+        results = results_of(step.known, args, out)
+        if len(results) != len(step.results):
+            return False
+        for tensor, tag in zip(results, step.results, strict=True):
+            if tag is not None:
+                self._note(weakref.ref(tensor))
+        return True
+
+    def _written(self, known: Function, args: Any, kwargs: Any) -> None:
+        for target in known.writes(args, kwargs):
+            self._tracer.aliases.before_write(target)
+
+    def _catch_up(self) -> None:
+        """What each tensor carries, as far as the pass has come."""
+        behind: list[Step] = []
+        at: Step | None = self._at
+        while at is not None and at is not self._told:
+            behind.append(at)
+            at = at.before
+        for step in reversed(behind):
+            self._seen.carry += [tag for tag in step.results if tag is not None]
+        self._told = self._at
 
     def _otherwise(self, func: Any, args: Any, kwargs: Any) -> Any:
         """No known road goes on with this call."""
@@ -129,6 +193,7 @@ class Follower:
 
     def _carries(self, step: Step, args: Any, kwargs: Any, out: Any) -> bool:
         """Whether a call with other numbers results in the same."""
+        self._catch_up()
         tags = carried(step.known.name, args, kwargs, out, self._seen.tag)
         return _same(tags, step.results)
 
@@ -154,6 +219,7 @@ class Follower:
 
     def _watch(self, step: Step, event: Event | None, args: Any, kwargs: Any, out: Any) -> None:
         """It has run."""
+        self._catch_up()
         known, tag = step.known, self._seen.tag
         if known.sigma is not None:
             z = tensors_in(*args, kwargs)[0]
@@ -184,6 +250,7 @@ class Follower:
         frame.kind = step.scope
         frame.degrees = Degrees(frame.x) if step.scope == "candidate" else None
         frame.x_held = self._tracer.aliases.reference(frame.x)
+        self._catch_up()
         frame.tag = self._seen.tag(frame.x)
         self._watched.append(frame)
 
@@ -332,7 +399,7 @@ class Follower:
         if step.results:
             for tensor, tag in zip(tensors_in(output), step.results, strict=True):
                 if tag is not None:
-                    self._put(tensor, tag)
+                    self._note(weakref.ref(tensor))
 
     # -- units --------------------------------------------------------------------------------
 
@@ -358,7 +425,7 @@ class Follower:
                 self._tracer.aliases.watch(entry.held)
         for tensor, tag in zip(results, step.results, strict=True):
             if tag is not None:
-                self._put(tensor, tag)
+                self._note(weakref.ref(tensor))
         self._at = step
         self._drop(step)
         return True
@@ -388,6 +455,7 @@ class Follower:
     def _tell(self, path: list[Step]) -> None:
         """Tell the tracer what it would have seen."""
         tracer, seen = self._tracer, self._seen
+        self._catch_up()
         for reference, tag in zip(seen.refs, seen.carry, strict=True):
             tensor = reference()
             if tensor is not None:

@@ -28,6 +28,7 @@ class Function:
         sigma: the nonlinearity it is, if it is one.
         in_place: it always writes to its first argument.
         inplace_at: place of its `inplace` parameter, if it has one.
+        never_writes: no argument but `out` can make it write.
         silent: it returns no data (`shape`, `size`, …).
         opened: the same function with its inside visible, for functions made of others.
     """
@@ -37,12 +38,8 @@ class Function:
     in_place: bool
     inplace_at: int | None
     silent: bool
+    never_writes: bool
     opened: Any = None
-
-    @property
-    def never_writes(self) -> bool:
-        """Whether no argument but `out` can make it write."""
-        return not self.in_place and self.inplace_at is None and self.name not in _ESCAPES
 
     def writes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
         """The tensors that a call writes to."""
@@ -122,12 +119,14 @@ def _describe(function: Any) -> Function:
             or name == "is_"
             or name.startswith("__set__")
         )
+    writes = in_place and name not in _HARMLESS
     return Function(
         name=name,
         sigma=nonlinearities.function_sigma(function),
-        in_place=in_place and name not in _HARMLESS,
+        in_place=writes,
         inplace_at=place,
         silent=silent,
+        never_writes=not writes and place is None and name not in _ESCAPES,
         opened=_opened(function),
     )
 

@@ -57,6 +57,11 @@ class Names:
             self._flat += flat_parameters(module)
         self._read_parameters()
 
+    @property
+    def lends(self) -> bool:
+        """Whether some parameters, as far as is known, may have memory for a while only."""
+        return self.lent or bool(self._flat)
+
     def update(self) -> None:
         """Notice parameters that were swapped, for good or for one call (`functional_call`)."""
         if self._parameters != [list(map(id, m._parameters.values())) for m in self.by_module]:

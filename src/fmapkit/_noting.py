@@ -134,6 +134,10 @@ class Noter:
         step.results = tags
         if isinstance(out, Tensor) and known.name != "__setitem__" and tags[0] is not None:
             step.dims = out.dim()
+        step.writes = not known.never_writes or "out" in kwargs
+        step.simple = (
+            step.dims >= 0 and not step.writes and not (step.makings or self._doings.dropped)
+        )
         self._add(step)
         for tensor, tag in zip(results, tags, strict=True):
             if tag is not None:

@@ -66,6 +66,8 @@ class Step:
             what such a module returned.
         loose: where it is given other numbers than then, what its results carry tells whether it is
             the same step; else it is another one.
+        writes: it may write to what it is given.
+        simple: one tensor comes of it, and that is all.
         results: per tensor of its result, what that carries; None for nothing.
         dims: of its result, if that is one tensor that carries something; else -1.
         makings: the maps held.
@@ -87,7 +89,7 @@ class Step:
     __slots__ = (
         *("asks", "base", "before", "carried", "claimed", "counted", "dims", "dropped", "function"),
         *("inputs", "instead", "kind", "known", "loose", "makings", "module", "operands"),
-        *("scope", "whole"),
+        *("scope", "simple", "whole", "writes"),
         *("origins", "pending", "plan", "results", "then"),
     )
 
@@ -100,7 +102,7 @@ class Step:
         self.function: Any = None
         self.module: nn.Module | None = None
         self.operands: Operands | None = None
-        self.loose = False
+        self.loose = self.writes = self.simple = False
         self.scope = "plain"
         self.asks = False
         self.whole = False

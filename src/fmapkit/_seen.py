@@ -21,29 +21,34 @@ class Seen:
         tags: of the pass; they know its parameters.
 
     Attributes:
-        refs: the tensor in each slot.
+        refs: the tensor in each slot; one that now carries something else gets another one.
         carry: what it carries.
-        ids: the latest slot of each, by the tensor's id.
     """
 
-    __slots__ = ("_tags", "carry", "ids", "refs")
+    __slots__ = ("_indexed", "_latest", "_tags", "carry", "refs")
 
     def __init__(self, tags: Tags) -> None:
         self._tags = tags
         self.refs: list[weakref.ref[Tensor]] = []
         self.carry: list[Tag] = []
-        self.ids: dict[int, int] = {}
+        self._latest: dict[int, int] = {}  # the latest slot of each, by the tensor's id,
+        self._indexed = 0  # as far as somebody has asked
 
     def put(self, tensor: Tensor, tag: Tag) -> None:
-        """The next slot; a tensor that now carries something else gets another one."""
-        self.ids[id(tensor)] = len(self.refs)
+        """The next slot."""
         self.refs.append(weakref.ref(tensor))
         self.carry.append(tag)
 
     def slot(self, tensor: Tensor) -> int:
         """The latest slot of a tensor; FREE if it has none."""
-        found = self.ids.get(id(tensor), FREE)
-        return found if found >= 0 and self.refs[found]() is tensor else FREE
+        refs, latest = self.refs, self._latest
+        for place in range(self._indexed, len(refs)):
+            known = refs[place]()
+            if known is not None:
+                latest[id(known)] = place
+        self._indexed = len(refs)
+        found = latest.get(id(tensor), FREE)
+        return found if found >= 0 and refs[found]() is tensor else FREE
 
     def source(self, tensor: Tensor) -> int:
         """Its slot, OWN or FREE."""
@@ -61,4 +66,5 @@ class Seen:
         """The pass has ended."""
         self.refs.clear()
         self.carry.clear()
-        self.ids.clear()
+        self._latest.clear()
+        self._indexed = 0

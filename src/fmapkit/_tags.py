@@ -64,7 +64,7 @@ class Tags:
 
     def lent(self, tensor: Tensor) -> bool:
         """Whether its memory is gone once its module has run: a parameter's, under FSDP."""
-        if not isinstance(self.of(tensor), Weight):
+        if not self._names.lends or not isinstance(self.of(tensor), Weight):
             return False
         return self._names.lent or bool(self._names.in_flat(tensor))
 

@@ -125,6 +125,7 @@ class Tracer(TorchFunctionMode):
         """A fault of our own: the rest of the pass is not captured, and `missed` says so."""
         if error is self.edits.raised:
             raise error  # the user's own function
+        self.follower = None
         if self.failed is None:
             self.failed = error
             where = self.names.of(self.frames[-1].module) if self.frames else ""
@@ -134,14 +135,14 @@ class Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.follower is not None and not self.paused:
+            return self.follower.call(func, args, kwargs)
         known = describe(func)
         if known.silent or self.paused or self.failed or _in_backward():
             return func(*args, **kwargs)
         if known.opened is not None:
             with self:
                 return known.opened(*args, **kwargs)
-        if self.follower is not None:
-            return self.follower.call(known, func, args, kwargs)
         if not self.frames:
             return func(*args, **kwargs)
         try:
