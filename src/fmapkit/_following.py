@@ -18,7 +18,7 @@ from fmapkit._candidates import may_be_sigma
 from fmapkit._degrees import Degrees
 from fmapkit._events import Event
 from fmapkit._flow import carried
-from fmapkit._frames import Frame, running_module
+from fmapkit._frames import Frame
 from fmapkit._functions import Function, describe
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._noting import Noter, alike, beside_the_point, results_of
@@ -31,6 +31,8 @@ from fmapkit._store import Entry, Held
 from fmapkit.nonlinearities import module_sigma
 
 if TYPE_CHECKING:
+    from fmapkit._live import Live
+    from fmapkit._stands import Way
     from fmapkit._trace import Tracer
 
 __all__ = ["Follower"]
@@ -46,13 +48,23 @@ class Follower:
         tracer: of the pass, which takes over where it departs.
         script: the known roads.
         given: the tensors that came in.
+        live: what is under way.
+        way: by which the stands find us.
         departed: called when the tracer takes over.
     """
 
     def __init__(
-        self, tracer: Tracer, script: Script, given: list[Tensor], departed: Callable[[], None]
+        self,
+        tracer: Tracer,
+        script: Script,
+        given: list[Tensor],
+        live: Live,
+        way: Way,
+        departed: Callable[[], None],
     ) -> None:
         self._tracer = tracer
+        self._live = live
+        self._way = way
         self._departed = departed
         self._script = script
         self._at = script.start
@@ -176,20 +188,13 @@ class Follower:
 
     def _otherwise(self, func: Any, args: Any, kwargs: Any) -> Any:
         """No known road goes on with this call."""
-        tracer = self._tracer
-        inner = self.depart()
-        out = tracer.__torch_function__(func, (), args, kwargs)
-        if inner is not None and tracer.frames and tracer.frames[-1] is inner:
-            tracer.frames.pop()  # it has no hooks to tell of its end
-        return out
+        self.depart()
+        return self._tracer.__torch_function__(func, (), args, kwargs)
 
     def _after_all(self, known: Function, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         """The call looked as before, but what it returned does not."""
-        inner = self.depart()
-        out = self._tracer.traced(known, func, args, kwargs, out)
-        if inner is not None and self._tracer.frames[-1] is inner:
-            self._tracer.frames.pop()
-        return out
+        self.depart()
+        return self._tracer.traced(known, func, args, kwargs, out)
 
     def _carries(self, step: Step, args: Any, kwargs: Any, out: Any) -> bool:
         """Whether a call with other numbers results in the same."""
@@ -326,7 +331,7 @@ class Follower:
         """A module begins: "begin" or "unit" if a known road goes on so; "" if none does."""
         step = self._at.then
         while step is not None:
-            if step.module is module and step.kind != "end":
+            if step.module is module and step.kind in ("begin", "unit"):
                 if step.kind == "unit":
                     assert step.operands is not None
                     if step.operands.match(args, kwargs, self._refs, self._seen.source):
@@ -401,6 +406,40 @@ class Follower:
                 if tag is not None:
                     self._note(weakref.ref(tensor))
 
+    def leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A module is called that is not looked into: call it."""
+        step = self._at.then
+        while step is not None:
+            if step.module is module and step.kind == "leaf":
+                assert step.operands is not None
+                if step.operands.match(args, kwargs, self._refs, self._seen.source) == SAME:
+                    if step.state is None or step.state == step.unit.state():
+                        break
+            step = step.instead
+        if step is None:
+            self.depart()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        held = None
+        self._live.trace_off()
+        try:
+            if step.makings:
+                held = self._before(step, args, kwargs)
+            out = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+            if step.dims >= 0:
+                self._note(weakref.ref(out))
+            else:
+                for tensor, tag in zip(tensors_in(out), step.results, strict=True):
+                    if tag is not None:
+                        self._note(weakref.ref(tensor))
+            self._at = step
+            if held is not None:
+                self._made(step, held, out)
+            if step.dropped:
+                self._drop(step)
+        finally:
+            self._live.trace_on()
+        return out
+
     # -- units --------------------------------------------------------------------------------
 
     @property
@@ -432,25 +471,16 @@ class Follower:
 
     # -- where it departs ---------------------------------------------------------------------
 
-    def depart(self) -> Frame | None:
-        """The tracer takes over, as if it had seen the pass from its start.
-
-        Returns:
-            The frame of a module that runs without hooks of ours.
-        """
+    def depart(self) -> None:
+        """The tracer takes over, as if it had seen the pass from its start."""
         tracer, path = self._tracer, self._at.path()
-        tracer.follower = self._unit = None
+        tracer.follower = self._unit = self._way.follower = None
         with torch._C.DisableTorchFunction():
             self._tell(path)
             tracer.frames += self._running
             if self._script.open:
                 tracer.noter = Noter(tracer, self._script, self._at, self._seen, self._entries)
             self._departed()
-            running = running_module(2)
-            if running is not None and running in tracer.see_through:
-                tracer.frames.append(Frame(running, (), {}, len(tracer.events)))
-                return tracer.frames[-1]
-        return None
 
     def _tell(self, path: list[Step]) -> None:
         """Tell the tracer what it would have seen."""

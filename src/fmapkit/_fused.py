@@ -23,7 +23,7 @@ from torch import nn
 
 from fmapkit._hooks import Hook, Inert
 
-__all__ = ["REASON", "fused_output", "may_fuse", "without_fused_path"]
+__all__ = ["REASON", "fused_output", "fuses", "may_fuse", "without_fused_path"]
 
 REASON = (
     "torch runs it as one fused kernel here, whose inside nobody can see: its output is the fused "
@@ -50,6 +50,11 @@ def without_fused_path(module: nn.Module) -> Iterator[nn.Module]:
         yield module
         for child in module.children():
             yield from without_fused_path(child)
+
+
+def fuses(module: nn.Module) -> bool:
+    """Whether it is one of torch's modules with a fused path."""
+    return isinstance(module, _TYPES)
 
 
 def may_fuse(module: nn.Module, ours: tuple[type, ...]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
@@ -212,6 +213,18 @@ class Hooks:
     def on(self, module: nn.Module) -> bool:
         """Whether a module has any hook of ours."""
         return any((role, module) in self._handles for role in _ROLES)
+
+    def alone_on(self, module: nn.Module) -> bool:
+        """Whether nobody else has hooks on a module, or on all of them."""
+        if _global_forward_hooks or _global_forward_pre_hooks:
+            return False
+        hooks = (
+            *module._forward_hooks.values(),
+            *module._forward_pre_hooks.values(),
+            *module._backward_hooks.values(),
+            *module._backward_pre_hooks.values(),
+        )
+        return all(map(self.is_ours, hooks)) and not self._unhookable(module)
 
     def _unhookable(self, module: nn.Module) -> bool:
         return isinstance(module, torch.jit.ScriptModule) or module in self.excluded

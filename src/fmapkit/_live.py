@@ -7,11 +7,12 @@ modes is kept here: it is there only while it has something to see.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
-from torch.overrides import _get_current_function_mode
 
 from fmapkit._asked import Asked
 from fmapkit._frames import Frame
@@ -22,6 +23,11 @@ from fmapkit._store import Pass
 from fmapkit._trace import Tracer
 
 __all__ = ["MODES", "Lesson", "Live"]
+
+# A mode's `with` does no more than this, several calls deeper.
+_push: Callable[[Any], None] = torch._C._push_on_torch_function_stack
+_pop: Callable[[], Any] = torch._C._pop_torch_function_stack
+_depth: Callable[[], int] = torch._C._len_torch_function_stack
 
 MODES = (Tracer, LightMode)  # ours, among torch's function modes
 
@@ -94,7 +100,7 @@ class Live:
         if self.tracer is not None:
             self.tracer.paused = False
             if not self._stacked:
-                self.tracer.__enter__()  # type: ignore[no-untyped-call]
+                _push(self.tracer)
                 self._stacked = True
 
     def trace_off(self) -> bool:
@@ -106,10 +112,11 @@ class Live:
         if self.tracer is None or self.tracer.paused:
             return False
         self.tracer.paused = True
-        top = _get_current_function_mode()  # type: ignore[no-untyped-call]
-        if self._stacked and top is self.tracer:
-            self.tracer.__exit__(None, None, None)
-            self._stacked = False
+        if self._stacked and _depth():
+            top = _pop()
+            self._stacked = top is not self.tracer
+            if self._stacked:
+                _push(top)
         return True
 
     def trace_out(self) -> None:

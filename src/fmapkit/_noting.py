@@ -81,6 +81,7 @@ class Noter:
         self._places = {id(entry): place for place, entry in enumerate(entries)}
         self._entries = entries  # kept, so that no other entry gets the same id
         self._unit: Step | None = None
+        self._leaf: Step | None = None  # the module that is running, and not looked into
         self._doings = tracer.record.doings = Doings()
 
     def start(self, given: list[Tensor]) -> None:
@@ -100,6 +101,10 @@ class Noter:
     def call(self, known: Function, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """A scope has called a torch function."""
         tracer, seen = self._tracer, self._seen
+        if self._leaf is not None:
+            if any(seen.source(t) != FREE for t in known.writes(args, kwargs)):
+                self._no_leaf()
+            return
         results = results_of(known, args, out)
         tags = tuple(map(tracer.tag, results))
         if beside_the_point(known, args, kwargs, seen.source):
@@ -158,10 +163,13 @@ class Noter:
 
     def enter(self, frame: Frame) -> None:
         """A module begins, and is traced."""
-        if frame.module in self._tracer.see_through:
-            return
-        if frame.kind == "layer" or self._doings.any():
+        if frame.kind == "layer" or self._doings.any() or self._leaf is not None:
             self.stop()
+            return
+        if frame.module in self._tracer.leaves:
+            step = self._leaf = Step("leaf", self._at)
+            step.module = frame.module
+            step.operands = Operands(frame.args, frame.kwargs, self._seen.source)
             return
         step = Step("begin", self._at)
         step.module, step.scope = frame.module, frame.kind
@@ -176,9 +184,8 @@ class Noter:
         module, results = frame.module, tensors_in(output)
         tags = tuple(map(tracer.tag, results))
         changed = not all(map(alike, tags, map(seen.tag, results)))
-        if module in tracer.see_through:
-            if failed or changed or self._doings.any():
-                self.stop()
+        if self._leaf is not None:
+            self._leaf_left(frame, output, tags, failed)
             return
         step = Step("end", self._at)
         step.module, step.scope, step.whole = module, frame.kind, self._doings.whole
@@ -201,6 +208,51 @@ class Noter:
         for tensor, tag in zip(results, step.results, strict=False):
             if tag is not None:
                 seen.put(tensor, tag)
+
+    def _leaf_left(self, frame: Frame, output: Any, tags: tuple[Tag, ...], failed: bool) -> None:
+        """A module has ended that is not looked into."""
+        results = tensors_in(output)
+        step, self._leaf = self._leaf, None
+        assert step is not None
+        self._forget_what_came_and_went()
+        operands = tensors_in(*frame.args, frame.kwargs)
+        makings = []
+        for slot, entry, held in self._doings.made:
+            if slot == "x" and held is frame.x_held and frame.x is not None:
+                source = next(i for i, t in enumerate(operands) if t is frame.x), False
+            else:
+                source = self._source(slot, held, operands, results) or (0, True)
+            if source[1]:  # something inside, or of memory that it writes to
+                self._no_leaf(step)
+                return
+            makings.append(_making(entry, *source))
+        if failed or any(transformed(t) or is_wrapped(t) for t in (*operands, *results)):
+            self.stop()
+            return
+        step.makings, step.results = tuple(makings), tags
+        if isinstance(output, Tensor) and tags[0] is not None:
+            step.dims = results[0].dim()
+        step.unit = self._tracer.leaf_unit(frame.module)
+        step.state = step.unit.state() if step.unit.depends else None
+        self._add(step)
+        for tensor, tag in zip(results, tags, strict=True):
+            if tag is not None:
+                self._seen.put(tensor, tag)
+
+    def _forget_what_came_and_went(self) -> None:
+        """Maps that were made and dropped inside: parts of what turned out to be one thing."""
+        doings = self._doings
+        gone = {id(entry) for entry in doings.dropped}
+        inside = {id(entry) for _, entry, _ in doings.made} & gone
+        doings.made = [made for made in doings.made if id(made[1]) not in inside]
+        doings.dropped = [entry for entry in doings.dropped if id(entry) not in inside]
+
+    def _no_leaf(self, step: Step | None = None) -> None:
+        """It has to be looked into; from the next pass on, it is."""
+        step = step or self._leaf
+        assert step is not None and step.module is not None
+        self._tracer.no_leaf(step.module)
+        self.stop()
 
     # -- units --------------------------------------------------------------------------------
 

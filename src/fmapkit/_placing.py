@@ -22,6 +22,8 @@ from fmapkit._hooks import Hook, Hooks
 from fmapkit._moves import Moves
 from fmapkit._plan import Plan
 from fmapkit._sharded import moves_data
+from fmapkit._standing import free, lock
+from fmapkit._stands import Leaf, Scope, Way
 from fmapkit._taps import InputTap, Line, OutputTap, Tap
 from fmapkit._units import Units
 
@@ -38,6 +40,7 @@ class Calls:
         tap: a module that carries a site has run: (module, args, output).
         tap_before: a module whose first argument is a site's is about to run: (module, args).
         fault: a tap has failed: (module, error).
+        outside: a module that we stand before is called while nobody follows: (module).
     """
 
     pre: Callable[..., Any]
@@ -45,6 +48,7 @@ class Calls:
     tap: Callable[..., Any]
     tap_before: Callable[..., Any]
     fault: Callable[..., Any]
+    outside: Callable[..., Any]
 
 
 class Placing:
@@ -61,6 +65,7 @@ class Placing:
         tapped: the plan that each unit's taps are set for.
         line: what the taps write to.
         moving: hooks of others on scopes move data.
+        way: by which what stands before calls finds who follows.
     """
 
     def __init__(
@@ -81,8 +86,10 @@ class Placing:
             "y": GradientOutputTap if gradients else OutputTap,
         }
         self._scopes = False  # there are hooks on all scopes
-        self._through: list[nn.Module] = []  # but for these, for now
+        self._stands: dict[nn.Module, Leaf | Scope] = {}
+        self._bare: list[nn.Module] = []  # scopes without hooks, for now
         self.moving = False
+        self.way = Way()
         self._early = False  # hooks on all modules, before the first pass
 
     def on_model(self) -> None:
@@ -103,7 +110,7 @@ class Placing:
             self._hooks.drop("before")
             self._hooks.drop("around", keep=[self._model])
             self.tapped.clear()
-            self._through.clear()
+            self._no_stands()
             self._scopes = False
 
     # -- scopes -------------------------------------------------------------------------------
@@ -113,7 +120,7 @@ class Placing:
         if self._scopes:
             return
         self._scopes = True
-        self._through.clear()
+        self._bare.clear()
         inside: set[nn.Module] = set()
         for unit in self._units.direct:
             inside.update(m for m in unit.modules() if m is not unit)
@@ -127,16 +134,48 @@ class Placing:
         self.moving = bool(moving)
         self._hooks.outside(moving, self._moves.before, self._moves.after)
 
-    def look_through(self, modules: Iterable[nn.Module]) -> None:
-        """No hooks on these scopes: what they call tells all that is to be told of them."""
-        if not self._through:
-            self._through = [m for m in modules if self._hooks.on(m)]
-            self._hooks.drop("around", only=self._through)
+    def stand(self, leaves: Iterable[nn.Module], scopes: Iterable[nn.Module]) -> set[nn.Module]:
+        """Stand before the calls of modules, so that they need no hooks while passes are followed.
+
+        Returns:
+            Those of them that somebody else stands before, or has hooks on.
+        """
+        outside = self._calls.outside
+        left: set[nn.Module] = set()
+        for kind, modules in ((Leaf, leaves), (Scope, scopes)):
+            for module in modules:
+                if module in self._stands:
+                    continue
+                with lock:
+                    if not self._hooks.alone_on(module) or not free(module):
+                        left.add(module)
+                        continue
+                    made = self._stands[module] = kind(module, self.way, self._calls.post, outside)
+                    made.stand(module)
+        return left
+
+    def stand_aside(self, module: nn.Module) -> None:
+        """Stand before this one no more."""
+        stand = self._stands.pop(module, None)
+        if stand is not None:
+            stand.remove()
+
+    def only_stands(self) -> None:
+        """No hooks where we stand before the call."""
+        if not self._bare:
+            self._bare = [m for m in self._stands if self._hooks.on(m)]
+            self._hooks.drop("around", only=self._bare)
 
     def look_at_all(self) -> None:
-        """Hooks on these, too."""
-        self._hooks.around(self._through, self._calls.pre, self._calls.post)
-        self._through = []
+        """Hooks there, too."""
+        self._hooks.around(self._bare, self._calls.pre, self._calls.post)
+        self._bare = []
+
+    def _no_stands(self) -> None:
+        for stand in self._stands.values():
+            stand.remove()
+        self._stands.clear()
+        self._bare.clear()
 
     def scopes_changed(self) -> None:
         """Units have become scopes, or are called by others: the next pass sets hooks again."""

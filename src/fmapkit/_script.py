@@ -55,7 +55,8 @@ class Step:
     """Something that a pass did.
 
     Attributes:
-        kind: "call" of a torch function, "begin" or "end" of a module, "unit", or "start".
+        kind: "call" of a torch function, "begin" or "end" of a module, "leaf" (a module that is not
+            looked into), "unit", or "start".
         known: what the function is.
         function: it.
         module: the module, or the unit.
@@ -77,6 +78,8 @@ class Step:
         claimed: origins that a nonlinearity has received.
         counted: layers of which this was another call.
         plan: of the unit.
+        unit: tells what a leaf's road depends on.
+        state: what that was; None where it depends on nothing.
         inputs: what the unit's tensors carried.
         carried: the same, as a part of what tells the unit's calls apart.
         base: how many calls of each of its layers there had been.
@@ -89,7 +92,7 @@ class Step:
     __slots__ = (
         *("asks", "base", "before", "carried", "claimed", "counted", "dims", "dropped", "function"),
         *("inputs", "instead", "kind", "known", "loose", "makings", "module", "operands"),
-        *("scope", "simple", "whole", "writes"),
+        *("scope", "simple", "state", "unit", "whole", "writes"),
         *("origins", "pending", "plan", "results", "then"),
     )
 
@@ -114,6 +117,8 @@ class Step:
         self.claimed: tuple[Origin, ...] = ()
         self.counted: tuple[str, ...] = ()
         self.plan: Any = None
+        self.unit: Any = None
+        self.state: Any = None
         self.inputs: list[Tag] = []
         self.carried: Any = None
         self.base: dict[str, int] = {}

@@ -16,34 +16,18 @@ from fmapkit._aside import operators_are_counted
 from fmapkit._asked import Asked
 from fmapkit._following import Follower
 from fmapkit._form import casts, weights_of
-from fmapkit._fused import may_fuse
+from fmapkit._fused import fuses, may_fuse
 from fmapkit._live import MODES, Live
 from fmapkit._nested import tensors_in
 from fmapkit._noting import Noter
-from fmapkit._optimized import is_compiled
 from fmapkit._placing import Placing
 from fmapkit._script import Script
 from fmapkit._seen import Seen
-from fmapkit._stop import has_own_forward
 from fmapkit._units import Units, shape_of
-from fmapkit._weighted import pads_first
 
 __all__ = ["Scripts"]
 
 _MOST_KINDS = 32
-
-# One call of one torch function, whose weight tells whose it is.
-_WEIGHTED = (
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.RMSNorm),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.GroupNorm),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
-)
-# The same, and no map or label comes of it.
-_WEIGHTLESS = (
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten),
-    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-)
 
 
 class Scripts:
@@ -63,13 +47,16 @@ class Scripts:
         self._placing = placing
         self._known: dict[Any, Script] = {}
         self._script: Script | None = None  # of this pass, which began by following it
-        self._through: frozenset[nn.Module] | None = None
+        self._leaves: frozenset[nn.Module] = frozenset()
+        self._sorted = False
         self._form = weights_of(asked.model)
 
     def clear(self) -> None:
         """The model has other modules than it had, or the block has ended."""
         self._known.clear()
-        self._script = self._through = None
+        self._script = None
+        self._leaves = frozenset()
+        self._sorted = False
         self._form = weights_of(self._asked.model)
 
     # -- a pass -------------------------------------------------------------------------------
@@ -82,12 +69,17 @@ class Scripts:
             self._placing.look_at_all()
             tracer.enter_inputs(args, kwargs)
             return
-        tracer.see_through = self._seen_through()
-        given = tensors_in(*args, kwargs)
+        if not self._sorted:
+            self._sort()
+        tracer.leaves, tracer.leaf_unit = self._leaves, self._units.of
+        tracer.no_leaf = self._look_into
+        given, placing = tensors_in(*args, kwargs), self._placing
         if script.start.then is not None:
-            self._placing.look_through(tracer.see_through)
+            placing.only_stands()
             self._script = script
-            tracer.follower = Follower(tracer, script, given, self._placing.look_at_all)
+            tracer.follower = placing.way.follower = Follower(
+                tracer, script, given, self._live, placing.way, placing.look_at_all
+            )
         else:
             self._placing.look_at_all()
             tracer.enter_inputs(args, kwargs)
@@ -103,7 +95,7 @@ class Scripts:
         tracer = self._live.tracer
         if self._script is not None and tracer is not None and not failed:
             self._script.ended(strayed=tracer.follower is None)
-        self._script = None
+        self._script = self._placing.way.follower = None
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> str | None:
         """A module begins: "begin" or "unit" in a pass that follows its script; else None."""
@@ -155,32 +147,35 @@ class Scripts:
             found = self._known[key] = Script()
         return found if found is not None and found.worth_it else None
 
-    def _seen_through(self) -> frozenset[nn.Module]:
-        """The modules of one function each that only scopes call."""
-        if self._through is None:
-            inside: set[nn.Module] = set()
-            for module in self._asked.model.modules():
-                if self._units.proven(module):
-                    inside.update(m for m in module.modules() if m is not module)
-            self._through = frozenset(
-                m for m in self._asked.model.modules() if m not in inside and self._is_call(m)
-            )
-        return self._through
+    def _sort(self) -> None:
+        """Which modules need not be looked into, and which are scopes."""
+        inside: set[nn.Module] = set()
+        for module in self._asked.model.modules():
+            if self._units.proven(module):
+                inside.update(m for m in module.modules() if m is not module)
+        outside = [m for m in self._asked.model.modules() if m not in inside]
+        self._leaves = frozenset(m for m in outside if self._is_leaf(m))
+        scopes = [
+            m
+            for m in outside
+            if m is not self._asked.model and not self._units.proven(m) and not fuses(m)
+        ]
+        self._leaves -= self._placing.stand(self._leaves, scopes)
+        self._sorted = True
 
-    def _is_call(self, module: nn.Module) -> bool:
-        """Whether its call is that of one torch function, and no more."""
-        names, wants = self._asked.names, self._asked.wants
-        if type(module) not in _WEIGHTED and type(module) not in _WEIGHTLESS:
-            return False
-        if has_own_forward(module) or is_compiled(module) or not self._units.proven(module):
-            return False
-        if wants.output(module) or layers.is_registered(module) or pads_first(module):
-            return False
-        if type(module) in _WEIGHTLESS:
-            return True
-        if getattr(module, "max_norm", None) is not None:
-            return False
-        own = [p for p in module._parameters.values() if p is not None]
-        return module._parameters.get("weight") is not None and all(
-            len(names.owners(p)) == 1 for p in own
+    def _is_leaf(self, module: nn.Module) -> bool:
+        """Whether it does the same in each call, to what it is given and nothing else."""
+        return (
+            self._units.proven(module)
+            and not module._modules
+            and not module.__dict__.get("inplace")
+            and not self._asked.wants.output(module)
+            and not layers.is_registered(module)
         )
+
+    def _look_into(self, module: nn.Module) -> None:
+        """It has to be looked into, and so do others of its class."""
+        alike = {m for m in self._leaves if type(m) is type(module)}
+        self._leaves -= alike
+        for other in alike:
+            self._placing.stand_aside(other)

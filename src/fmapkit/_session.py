@@ -98,7 +98,9 @@ class Session:
         self._moves = Moves(self.live)
         self._beside = Beside(asked, self.live, self.hooks, self._misses)
         self._units = Units(self.hooks.is_ours)
-        calls = Calls(self._pre, self._post, self._tap, self._tap_before, self._fault)
+        calls = Calls(
+            self._pre, self._post, self._tap, self._tap_before, self._fault, self._outside
+        )
         self._placing = Placing(asked, self.hooks, self._units, self._moves, calls)
         self.scripts = Scripts(asked, self.live, self._units, self._placing)
         self._learning = Learning(asked, self.live, self._misses, self._units, self._placing)
@@ -254,6 +256,11 @@ class Session:
             run.before_call(module, args)
         except Exception as error:
             self._fault(module, error)
+
+    def _outside(self, module: nn.Module) -> None:
+        live = self.live
+        if threading.get_ident() == live.thread and live.current is None and not live.idle:
+            self.unseen.stray(module)
 
     def _fault(self, module: nn.Module, error: Exception) -> None:
         edits, analyses = self._edits, self.asked.analyses

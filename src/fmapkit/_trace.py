@@ -60,7 +60,9 @@ class Tracer(TorchFunctionMode):
         opaque: how many running modules are registered layers.
         follower: does the work as long as the pass does what an earlier one did.
         noter: is told what is traced; None where nothing is to be compared with it.
-        see_through: modules that are one call of a torch function, and need no hooks to be told.
+        leaves: modules that need not be looked into; as scopes, while they are noted.
+        leaf_unit: what the road of one of them depends on.
+        no_leaf: is told of one that has to be looked into.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class Tracer(TorchFunctionMode):
         self.opaque = 0
         self.follower: Follower | None = None
         self.noter: Noter | None = None
-        self.see_through: frozenset[nn.Module] = frozenset()
+        self.leaves: frozenset[nn.Module] = frozenset()
+        self.leaf_unit: Callable[[nn.Module], Any] = lambda _: None
+        self.no_leaf: Callable[[nn.Module], None] = lambda _: None
         self.suspects = Suspects()
 
     def _new_record(self) -> Record:

@@ -49,6 +49,11 @@ class Unit:
         self._slow: list[Guard] = []
         self._latest: tuple[Plan, Any, list[Any]] | None = None
 
+    @property
+    def depends(self) -> bool:
+        """Whether its road depends on anything but what it is given."""
+        return bool(self._guards or self._flags)
+
     def state(self) -> Any:
         """The values its road depends on."""
         return tuple([g.value() for g in self._guards]), tuple([d["inplace"] for d in self._flags])
@@ -103,7 +108,7 @@ class Units:
         """Whether this call is a unit: not inside a module that may be one σ or layer itself."""
         if not self.proven(module) or under_transform(module, args):
             return False
-        if tracer is not None and module in tracer.see_through:
+        if tracer is not None and module in tracer.leaves:
             return False
         return tracer is None or all(f.kind == "plain" for f in tracer.frames)
 

@@ -1,0 +1,112 @@
+"""What stands before the calls of modules while a pass follows its script, in the place of hooks.
+
+A hook takes a module off torch's fast path, and a torch function mode sees each function inside of
+it, which costs more. A module that is bound to do the same each time need not be looked into: where
+it is given what it was given, it returns what it returned. So before its call stands a `Leaf`. A
+`Scope` stands before a module whose inside is followed, and tells only where that begins and ends.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fmapkit._standing import Standing, called, lock
+
+if TYPE_CHECKING:
+    from fmapkit._following import Follower
+
+__all__ = ["Leaf", "Scope", "Way"]
+
+_graph_task = torch._C._current_graph_task_id
+
+
+class Way(threading.local):
+    """Who follows in this thread.
+
+    Attributes:
+        follower: None where nobody does.
+    """
+
+    follower: Follower | None = None
+
+
+class Stand(Standing):
+    """Stands before a module's call.
+
+    Args:
+        module: the module.
+        way: who follows.
+        post: the session's hook for the end of a call.
+        outside: is told of calls while nobody follows.
+    """
+
+    __slots__ = ("module", "outside", "post", "way")
+
+    def __init__(
+        self, module: nn.Module, way: Way, post: Callable[..., Any], outside: Callable[..., Any]
+    ) -> None:
+        self.module = module
+        self.way = way
+        self.post = post
+        self.outside = outside
+
+    def otherwise(self, args: Any, kwargs: Any) -> Any:
+        """Nobody follows, or torch runs the forward again for a backward pass."""
+        module = called(self.module, 3)
+        if module is self.module and self.way.follower is None:
+            self.outside(module)
+        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def remove(self) -> None:
+        """Stand there no more."""
+        with lock:
+            self.leave(self.module)
+
+
+def _call(stand: Stand, *args: Any, **kwargs: Any) -> Any:
+    return stand.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+class Leaf(Stand):
+    """Before a module that is not looked into."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        follower = self.way.follower
+        if follower is None or _graph_task() != -1:
+            return self.otherwise(args, kwargs)
+        return follower.leaf(self.module, args, kwargs)
+
+    # What dynamo compiles in its place, where code around the module is compiled in the block.
+    __call__._torchdynamo_inline = _call  # type: ignore[attr-defined]
+
+
+class Scope(Stand):
+    """Before a module whose inside is followed."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        follower = self.way.follower
+        if follower is None or _graph_task() != -1:
+            return self.otherwise(args, kwargs)
+        module = self.module
+        if not follower.enter(module, args, kwargs):  # the tracer has taken over: it set hooks
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        try:
+            output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        except Exception:
+            self.post(module, args, kwargs, None)
+            raise
+        if self.way.follower is follower and follower.leave(module, output):
+            return output
+        replaced = self.post(module, args, kwargs, output)
+        return output if replaced is None else replaced
+
+    __call__._torchdynamo_inline = _call  # type: ignore[attr-defined]
