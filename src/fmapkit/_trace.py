@@ -31,7 +31,7 @@ from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe
 from fmapkit._names import Names
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow, Weight
-from fmapkit._probation import Suspects, may_try
+from fmapkit._probation import Born, Suspects, may_try
 from fmapkit._record import Record
 from fmapkit._sigma_calls import after_sigma, before_sigma
 from fmapkit._stop import Stop
@@ -89,6 +89,7 @@ class Tracer(TorchFunctionMode):
         self.trial = 0
         self.opaque = 0
         self.suspects = Suspects()
+        self.born = Born()
 
     def _new_record(self) -> Record:
         wants = self.wants
@@ -145,6 +146,8 @@ class Tracer(TorchFunctionMode):
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
         try:
+            if self.trial:
+                self.born.made(known, args, kwargs, out)
             if call is not None:
                 out = after_sigma(self, known, call, out)
             else:
@@ -226,7 +229,7 @@ class Tracer(TorchFunctionMode):
 
     def may_try(self, known: Function, z: Tensor) -> bool:
         """Whether an in-place σ may run out of place, on probation."""
-        return bool(self.trial) and may_try(known.sigma, z, self.frames, self.aliases)
+        return bool(self.trial) and may_try(known.sigma, z, self.frames, self.aliases, self.born)
 
     def scope(self) -> nn.Module:
         """The module in whose forward a function runs.
