@@ -31,6 +31,10 @@ class Case:
     proven: bool = True
 
 
+def _nothing(value: Tensor) -> None:
+    """There is nothing to set."""
+
+
 class OfModule(nn.Module):
     """A tensor of the Python module."""
 
@@ -111,7 +115,125 @@ def of_grad() -> Case:
     return Case(OfGrad(), leaf.grad.copy_, lambda: leaf.grad)
 
 
-CASES = [of_module, of_closure, returned, of_object, of_numpy, of_grad]
+def of_list() -> Case:
+    kept: list[Tensor] = []
+
+    class OfList(OfModule):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            kept.append(y)
+            F.relu_(y)
+            return self.a(x)
+
+    return Case(OfList(), _nothing, lambda: kept[-1], proven=False)
+
+
+def of_dict() -> Case:
+    kept: dict[str, Tensor] = {}
+
+    class OfDict(OfModule):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            kept["y"] = y
+            F.relu_(y)
+            return self.a(x)
+
+    return Case(OfDict(), _nothing, lambda: kept["y"], proven=False)
+
+
+def of_unpacked() -> Case:
+    kept: list[Tensor] = []
+
+    class OfUnpacked(OfModule):
+        def forward(self, x: Tensor) -> Tensor:
+            both = [x, kept]
+            mine, other = both
+            y = self.a(mine)
+            other.append(y)
+            F.relu_(y)
+            return self.a(x)
+
+    return Case(OfUnpacked(), _nothing, lambda: kept[-1], proven=False)
+
+
+class OfAttribute(OfModule):
+    """A list that the module has, by another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lists: list[list[Tensor]] = [[]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.lists
+        kept = both[0] if self.training else []
+        y = self.a(x)
+        kept.append(y)
+        F.relu_(y)
+        return self.a(x)
+
+
+def of_attribute() -> Case:
+    model = OfAttribute()
+    return Case(model, _nothing, lambda: model.lists[0][-1], proven=False)
+
+
+def added() -> Case:
+    class Added(OfAttribute):
+        def forward(self, x: Tensor) -> Tensor:
+            kept = self.lists[0]
+            y = self.a(x)
+            kept += [y]
+            F.relu_(y)
+            return self.a(x)
+
+    model = Added()
+    return Case(model, _nothing, lambda: model.lists[0][-1], proven=False)
+
+
+def given() -> Case:
+    """A list of the caller's."""
+    kept: list[Tensor] = []
+
+    class Inner(OfModule):
+        def forward(self, x: Tensor, skips: list[Tensor]) -> Tensor:
+            y = self.a(x)
+            skips.append(y)
+            F.relu_(y)
+            return self.a(x)
+
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, kept)
+
+    return Case(Given(), _nothing, lambda: kept[-1], proven=False)
+
+
+def of_its_own() -> Case:
+    """A list that is made in the call: whoever reads it reads it from the output."""
+
+    class OfItsOwn(OfModule):
+        def forward(self, x: Tensor) -> Tensor:
+            skips = [x]
+            skips.append(self.a(x))
+            shortcut = x
+            shortcut += self.a(x)
+            y = torch.zeros(8, 4)
+            y[:4] = shortcut
+            F.relu_(skips[1])
+            F.relu_(y)
+            return torch.cat([*skips, y])
+
+    return Case(OfItsOwn(), _nothing, lambda: torch.zeros(1))
+
+
+CASES = [
+    *(of_module, of_closure, returned, of_object, of_numpy, of_grad),
+    *(of_list, of_dict, of_unpacked, of_attribute, added, given, of_its_own),
+]
 
 
 def run(case: Case, passes: int, grad: bool) -> list[tuple[Any, Any]]:
