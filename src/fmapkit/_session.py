@@ -36,6 +36,7 @@ from fmapkit._learning import Learning
 from fmapkit._live import MODES, Live
 from fmapkit._missed import Misses
 from fmapkit._moves import Moves
+from fmapkit._others import entered, left
 from fmapkit._placing import Calls, Placing
 from fmapkit._replaying import Replaying
 from fmapkit._stop import StopForward
@@ -121,8 +122,12 @@ class Session:
         """Set the one hook pair that every pass goes through.
 
         Until the first pass, there are hooks on all modules, to name what is called outside of one.
+
+        Raises:
+            CaptureStateError: another capture is open, and one of the two edits.
         """
         self.live.thread = threading.get_ident()
+        entered(self)
         self.unseen.scripted()
         self._placing.on_model()
         if self._forward is not None:
@@ -134,6 +139,7 @@ class Session:
 
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""
+        left(self)
         self.abandon()
         self.compiled.close()
         self.hooks.drop()
