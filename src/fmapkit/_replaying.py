@@ -166,8 +166,7 @@ class Replaying:
             current.segments.append(run)
             return
         # The pass around the unit is traced: tell the tracer what it would have seen.
-        emissions = (e for s in run.plan.steps for e in s.emissions)
-        for entry, emission in zip(run.entries(), emissions, strict=False):
+        for entry, emission in run.emitted():
             current.segments.append(entry)
             if self._stop is not None:
                 self._stop.saw(entry)
