@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 import warnings
 from contextlib import suppress
 from dataclasses import replace
@@ -334,6 +336,105 @@ def test_a_budget_tells_what_the_newest_pass_takes_once_the_older_are_gone() -> 
         with pytest.raises(BudgetError, match="the maps of step 1 take 128 bytes, more than"):
             net(torch.ones(4, 4))
         assert maps.nbytes == 0
+
+
+class Hoards(nn.Module):
+    """What it returns lies in memory that passes share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pages = torch.zeros(3, 4, 8)
+        self.a = nn.Linear(8, 8)
+        self.page: Tensor = self.pages[0]
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.relu(self.a(x))
+        if self.fails:
+            raise ValueError("it fails")
+        return self.page
+
+
+@pytest.mark.parametrize("options", [{}, {"filters": range(3)}, {"dtype": torch.float64}])
+@pytest.mark.parametrize("policy", ["error", "oldest"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_budget_is_exact(options: dict[str, Any], policy: Any, seed: int) -> None:
+    """Shared memory counts once; passes that were let go, or refused, count no more.
+
+    Another capture keeps everything: what steps take is read off the addresses of its maps.
+    """
+    drawn = random.Random(seed)
+    options = {**options, "kinds": ("preactivation", "activation", "output"), "keep": "all"}
+    limit = drawn.choice([1000, 2000, 4000])
+    model = Hoards().eval()
+    refused = let_go = 0
+    with (
+        torch.no_grad(),
+        capture(model, **options) as everything,
+        capture(model, max_bytes=limit, when_full=policy, **options) as maps,
+    ):
+
+        def taken(steps: list[int]) -> int:
+            kept = [fm.tensor for fm in everything.select() if fm.step in steps]
+            storages = [t.untyped_storage() for t in kept]
+            return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+        expected: list[int] = []
+        for step in range(40):
+            rows = drawn.choice([1, 2, 3, 4])
+            model.page = model.pages[drawn.randrange(3)][:rows]
+            model.fails = drawn.random() < 0.2
+            if drawn.random() < 0.05:
+                maps.clear()
+                expected.clear()
+            expected.append(step)
+            error: Any = None
+            try:
+                model(torch.ones(rows, 8))
+            except (ValueError, BudgetError) as raised:
+                error = raised
+            if model.fails:  # its maps are looked at with the next pass
+                assert isinstance(error, ValueError)
+                continue
+            while policy == "oldest" and len(expected) > 1 and taken(expected) > limit:
+                expected.pop(0)
+                let_go += 1
+            if taken(expected) > limit:
+                refused += 1
+                assert f"take {taken(expected):,} bytes, more than" in str(error)
+                expected.pop()
+            else:
+                assert error is None
+                assert maps.nbytes == taken(expected)
+            assert sorted({fm.step for fm in maps.select()}) == expected
+    assert let_go if policy == "oldest" else refused
+
+
+def test_what_a_budget_costs_does_not_grow() -> None:
+    """Each pass is counted once, however many are kept."""
+    net = Net().eval()
+
+    def looks() -> int:
+        found = 0
+
+        def look(frame: Any, event: str, _: Any) -> None:
+            nonlocal found
+            found += event in ("call", "c_call")
+
+        sys.setprofile(look)
+        try:
+            net(image())
+        finally:
+            sys.setprofile(None)
+        return found
+
+    with torch.no_grad(), capture(net, keep="all", max_bytes=10**9):
+        for _ in range(3):
+            net(image())
+        few = looks()
+        for _ in range(20):
+            net(image())
+        assert looks() == few
 
 
 def test_keep_0_holds_nothing() -> None:
