@@ -253,6 +253,54 @@ def test_shapes_that_change_leave_no_buffers_behind(options: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("options", COPIES, ids=str)
+@pytest.mark.parametrize("keep", [1, 3])
+@pytest.mark.parametrize("shapes", [(4, 6), (4, 6, 8), (4, 4, 6, 8), (4, 6, 8, 10)])
+def test_shapes_that_alternate_have_buffers_of_their_own(
+    options: dict[str, Any], keep: int, shapes: tuple[int, ...]
+) -> None:
+    """Once each shape has come back, nothing is allocated any more."""
+    net = Net().eval()
+    bare = bare_copy(net)
+    live, own = _live(net)
+    of_shape: dict[int, int] = {}
+    passes: list[Tensor] = []
+    with torch.no_grad(), capture(net, keep=keep, **options) as maps, live:
+        buffers = maps._session.wants.retention.buffers
+        for turn in range(6):
+            made = buffers.made
+            for rows in shapes:
+                x = torch.randn(2, 3, rows, 6)
+                net(x)
+                of_shape[rows] = sum(fm.tensor.nbytes for fm in maps)
+                passes = [*passes, bare.bn1(bare.conv1(x))][-keep:]
+                for fm, z in zip(maps.select("conv1", "preactivation"), passes, strict=True):
+                    picked = z[:, options["filters"]] if "filters" in options else z
+                    assert torch.equal(fm.tensor, picked.to(fm.dtype))
+                del fm, picked  # whoever has a map has its buffer
+            if turn > 2 + keep:
+                assert buffers.made == made
+            # No more than the maps, and one set for each shape of the last four passes.
+            given = sum(t.nbytes for t in (*passes, x))
+            idle = live.bytes - own - maps.nbytes - given
+            assert idle <= sum(of_shape[rows] for rows in set(shapes))
+        maps.clear()
+        assert live.bytes == own + given
+
+
+@pytest.mark.parametrize("options", COPIES, ids=str)
+def test_a_shape_that_went_away_is_not_waited_for(options: dict[str, Any]) -> None:
+    net = Net().eval()
+    live, own = _live(net)
+    with torch.no_grad(), capture(net, **options) as maps, live:
+        for rows in (4, 6, 4, 6, 4):
+            net(torch.randn(2, 3, rows, 6))
+        assert live.bytes - own > maps.nbytes  # the buffers for 6 rows
+        for _ in range(5):
+            net(torch.randn(2, 3, 4, 6))
+        assert live.bytes - own == maps.nbytes
+
+
+@pytest.mark.parametrize("options", COPIES, ids=str)
 def test_a_map_that_is_kept_for_good_costs_its_own_bytes(options: dict[str, Any]) -> None:
     net, kept = Net().eval(), []
     live, own = _live(net)
