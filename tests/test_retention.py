@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import warnings
+from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -179,6 +180,28 @@ def test_an_input_has_not_the_filters_of_its_layer() -> None:
     ]
 
 
+@pytest.mark.parametrize("layers", ["block", "block.act", None])
+def test_filters_without_a_map_to_pick_from_are_named(layers: str | None) -> None:
+    """Of a module that is no layer, there is only what it returns; a layer may have no map."""
+    block = nn.Sequential(OrderedDict(fc=nn.Linear(4, 4), act=nn.ReLU()))
+    net = nn.Sequential(OrderedDict(block=block, last=nn.Linear(4, 3)))
+    whole = "filters= was given, and what a module returns is held whole"
+    none = "filters= was given for it, and this pass had no map of it"
+    filters: Any = 0 if layers else {"block": 0, "block.fc": 0, "last": 0, "block.act": 0}
+    expected = [(layers, whole)] if layers else [(n, none) for n in ("block", "block.act", "last")]
+    x = torch.randn(3, 4)
+    out = bare_copy(block)(x)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with capture(net, layers, kinds="activation", filters=filters) as maps:
+            for _ in range(3):
+                net(x)
+                assert [(m.layer, m.reason) for m in maps.missed] == expected
+                (fm,) = maps
+                assert torch.equal(fm.tensor, out if layers else out[:, :1])
+    assert [w.category for w in warned] == [CaptureWarning]
+
+
 def test_channels_last_stays_channels_last() -> None:
     net = Net().eval().to(memory_format=torch.channels_last)
     with torch.no_grad(), capture(net, dtype=torch.bfloat16, filters=[0, 1, 5]) as maps:
@@ -235,6 +258,11 @@ def _live(net: nn.Module) -> tuple[Live, int]:
     live = Live()
     live.see([*net.parameters(), *net.buffers()])
     return live, live.bytes
+
+
+class Nothing:
+    def update(self, fm: FeatureMap) -> None:
+        pass
 
 
 COPIES = [{"filters": [0, 2]}, {"dtype": torch.float64}]
@@ -322,10 +350,6 @@ def test_keep_0_takes_no_more_than_a_map_at_a_time(
     layers = [m for _ in range(6) for m in (nn.Linear(32, 32), nn.ReLU(inplace=True))]
     net, x = nn.Sequential(*layers).eval(), torch.randn(100, 32)
     live, own = _live(net)
-
-    class Nothing:
-        def update(self, fm: FeatureMap) -> None:
-            pass
 
     mode = torch.inference_mode() if inference else torch.no_grad()
     with mode, capture(net, keep=0, analyses=Nothing(), **options), live:
@@ -614,6 +638,21 @@ def test_on_a_cpu_it_is_no_copy() -> None:
             {"keep": 0},
             "keep=0 lets go of each map at once, which takes analyses=... to see it before; "
             "keep must be a positive int or 'all' otherwise",
+        ),
+        (
+            {"keep": 0, "max_bytes": 10, "analyses": Nothing()},
+            "keep=0 lets go of each map at once, so there is nothing for max_bytes= to limit: give "
+            "one of them",
+        ),
+        (
+            {"layers": ["conv1", "fc"], "filters": {"conv1": 0, "conv2": 0}},
+            "filters names layer 'conv2', which layers= does not ask for (it asks for conv1, fc)",
+        ),
+        ({"filters": {}}, "filters={} picks nothing; None, the default, means all"),
+        (
+            {"filters": 0, "kinds": "output"},
+            "filters= picks from the maps of a layer, and what a module returns is held whole: "
+            "kinds='output' leaves nothing to pick from",
         ),
         (
             {"analyses": [object]},

@@ -40,7 +40,7 @@ from fmapkit._others import entered, left
 from fmapkit._placing import Calls, Placing
 from fmapkit._replaying import Replaying
 from fmapkit._stop import StopForward
-from fmapkit._store import Store
+from fmapkit._store import Pass, Store
 from fmapkit._transforms import TRANSFORMED, under_transform
 from fmapkit._units import Units
 from fmapkit._unseen import RECORDED, Unseen, recording
@@ -339,8 +339,11 @@ class Session:
         stopped = stop is not None and stop.ended
         for layer, why in self._edits.unapplied() if not failed and not stopped else ():
             self.miss(layer, why)
-        if current is not None and stop is not None and not failed:
-            stop.learn(current)
+        if current is not None and not failed:
+            if self.wants.picks and not self.store.fleeting:
+                self._name_unpicked(current)
+            if stop is not None:
+                stop.learn(current)
         live.clear()
         if current is not None:
             current.closed = True
@@ -349,6 +352,11 @@ class Session:
             self._keeping.keep(current, failed)
         if misses.entries and not misses.warned:
             misses.warn_in_forward()
+
+    def _name_unpicked(self, current: Pass) -> None:
+        named = {entry.layer for entry in self.missed}
+        for layer in self.wants.without_maps({e.origin.name for e in current.entries()} | named):
+            self.miss(layer, "filters= was given for it, and this pass had no map of it")
 
     def abandon(self) -> None:
         """The pass ended without its post hook: leave no mode, flag or learning hook behind."""
