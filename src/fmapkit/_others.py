@@ -2,7 +2,7 @@
 
 Two that only read go together. One that edits changes what runs: where its edit falls among the
 looks of another one, before it, after it or in between, would depend on how a nonlinearity is
-written, and the other one's z and a would be no pair.
+written, and the other one's z and a would be no pair. One that ends a pass ends it for all.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ class Open(Protocol):
     @property
     def thread(self) -> int:
         """The one whose passes are captured."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is to end the pass that is under way, and wants more of it yet."""
+
+    def cut(self) -> None:
+        """Another capture has ended the forward of its model, or of a part of it."""
 
 
 _open: weakref.WeakSet[Open] = weakref.WeakSet()

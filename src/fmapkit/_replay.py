@@ -161,7 +161,7 @@ class Run:
         """One more entry of the log is there."""
         if self.analyses is not None:
             self.analyses(self)
-        if self.stop is not None and len(self.log) == len(self.plan.order):
+        if self.stop is not None and self.complete:
             self.stop.end()
 
     def before_call(self, module: nn.Module, args: Any) -> None:
@@ -287,6 +287,11 @@ class Run:
         if self.line.cell is not None and self.line.cell[1] in (2, 4):
             self.uncounted = True
         self.line.cell = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tap has fired."""
+        return len(self.log) == len(self.plan.order)
 
     # -- when it is read ----------------------------------------------------------------------
 

@@ -154,7 +154,7 @@ class Replaying:
         if run.module in run.plan.taps and not failed:
             run.tap(run.module, args, kwargs, output)
         run.finish()
-        if not failed and not run.lost and len(run.log) != len(run.plan.order):
+        if not failed and not run.lost and not run.complete:
             run.lost = "fewer taps fired than were learned"
         if run.lost:
             self._units.forget(run.module)

@@ -36,10 +36,10 @@ from fmapkit._learning import Learning
 from fmapkit._live import MODES, Live
 from fmapkit._missed import Misses
 from fmapkit._moves import Moves
-from fmapkit._others import entered, left
+from fmapkit._others import entered, left, others
 from fmapkit._placing import Calls, Placing
 from fmapkit._replaying import Replaying
-from fmapkit._stop import StopForward
+from fmapkit._stop import CUT, StopForward
 from fmapkit._store import Pass, Store
 from fmapkit._transforms import TRANSFORMED, under_transform
 from fmapkit._units import Units
@@ -84,7 +84,10 @@ class Session:
         self.model, self.names, self.wants = asked.model, asked.names, asked.wants
         self._edits, self._stop = asked.edits, asked.stop
         self._every = every
-        self._forward = StopForward(self.model, asked.stop) if asked.stop is not None else None
+        self._forward: StopForward | None = None
+        if asked.stop is not None:
+            self._forward = StopForward(self.model, asked.stop, self._ended_early)
+            asked.stop.awaited = lambda: any(o.waits for o in others(self))
         self.steps = 0
         self.store = Store(keep)
         self._misses = Misses(self.model)
@@ -374,6 +377,32 @@ class Session:
             self._keeping.keep(current, failed=True)
         self._beside.clear()
         live.idle = False
+
+    def _ended_early(self) -> None:
+        """Our stop has ended a pass, for whoever captures it, too."""
+        for other in others(self):
+            other.cut()
+
+    @property
+    def waits(self) -> bool:
+        """Whether we are to end the pass that is under way, and want more of it yet."""
+        live, stop = self.live, self._stop
+        if stop is None or live.current is None or stop.complete:
+            return False
+        return live.tracer is not None or live.run is None or not live.run.complete
+
+    def cut(self) -> None:
+        """Another capture has ended this pass, or a part of it: nothing more is captured of it."""
+        live = self.live
+        if live.current is None:
+            return
+        if self._stop is None or self.waits:
+            self.miss("", CUT)
+        around = on_stack(live.frame)  # our model goes on, or its post hook is to come
+        self.abandon()
+        live.idle = around
+        if not self._misses.warned:
+            self._misses.warn_in_forward()
 
     def _restart(self) -> None:
         """The model has other modules than it had: learn it anew."""
