@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fmapkit._aside import clone
 from fmapkit._axes import Axes
-from fmapkit._gradients import Gradient, watch
+from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._origin import Origin
 from fmapkit._sharded import alias_of, ends_of, is_wrapped, settled
 from fmapkit.errors import MapOverwrittenError, MapReleasedError
@@ -184,7 +184,8 @@ class Pass:
 
     def __init__(self, step: int, training: bool = False) -> None:
         self.step = step
-        self.grads = torch.is_grad_enabled()  # as it began
+        # As it began; the forward of an autograd Function, a reentrant checkpoint's, has them off.
+        self.grads = torch.is_grad_enabled() or in_function()
         self.training = training  # the mode the model was in then
         self.segments: list[Any] = []
         self.closed = False
