@@ -7,6 +7,7 @@ written, and the other one's z and a would be no pair. One that ends a pass ends
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Protocol
@@ -37,6 +38,7 @@ class Open(Protocol):
 
 
 _open: weakref.WeakSet[Open] = weakref.WeakSet()
+_lock = threading.Lock()  # other threads enter and leave blocks of their own
 
 
 def entered(session: Open) -> None:
@@ -54,18 +56,22 @@ def entered(session: Open) -> None:
                 f"{_name(other)} is open: an edit changes what the other one would see. Put all "
                 "edits into one edit={...}; fm.tensor is what was, fm.edited what went on"
             )
-    _open.add(session)
+    with _lock:
+        _open.add(session)
 
 
 def left(session: Open) -> None:
     """It has ended."""
-    _open.discard(session)
+    with _lock:
+        _open.discard(session)
 
 
 def others(session: Open) -> Iterator[Open]:
     """The other captures that are open in its thread on its model, a part of it, or around it."""
     mine = session.asked.model
-    for other in tuple(_open):
+    with _lock:
+        every = tuple(_open)
+    for other in every:
         if other is not session and other.thread == session.thread:
             if _within(mine, other.asked.model) or _within(other.asked.model, mine):
                 yield other
