@@ -102,3 +102,32 @@ def test_a_new_tensor_is_named_once_and_there_from_the_next_pass_on() -> None:
             paths = [fm.path for fm in maps.select("")]
             assert paths == ["['extra']"] * (n > 1) + ["['a']", "['b']"]
         assert [m.layer for m in maps.missed] == [""]
+
+
+class Moving(Block):
+    """As many tensors in each pass, at other places."""
+
+    def __init__(self) -> None:
+        super().__init__(first=True)
+        self.more: Any = None
+
+    def forward(self, x: Tensor) -> Any:
+        return {"extra": self.extra, "a": self.a(x), "b": self.b(x), "more": self.more}
+
+
+@pytest.mark.parametrize("there", ROADS)
+def test_labels_stay_where_a_tensor_moves(there: tuple[bool, ...]) -> None:
+    torch.manual_seed(0)
+    model = Outer(first=True)
+    block = model.block = Moving()
+    x = torch.randn(2, 4)
+    with capture(model) as maps, torch.no_grad():
+        for before in there:
+            block.extra, block.more = (x, None) if before else (None, x)
+            model(x)
+            a, b = (x @ m.weight.T + m.bias for m in (block.a, block.b))
+            found = {(fm.layer, fm.kind): fm.tensor for fm in maps}
+            assert len(found) == len(maps) == 3
+            torch.testing.assert_close(found["block.a", "preactivation"], a)
+            torch.testing.assert_close(found["block.a", "activation"], a.relu())
+            torch.testing.assert_close(found["block.b", "preactivation"], b)
