@@ -536,6 +536,60 @@ def test_what_a_reentrant_region_cannot_give_is_named(asked: dict[str, bool]) ->
             assert all("use_reentrant=False" in m.reason for m in maps.missed)
 
 
+@pytest.mark.parametrize("asked", [{"gradients": True}, {"detach": False}])
+@pytest.mark.parametrize("how", ["reentrant", "nested reentrant", "modern", "nested"])
+@pytest.mark.parametrize("proven", [True, False])
+def test_a_model_that_is_run_in_a_region_as_a_whole(
+    proven: bool, how: str, asked: dict[str, bool]
+) -> None:
+    """Its gradients are right, or each map without one is named, by its layer or by the unit."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.tanh(self.fc(x)))
+
+    class Branch(Inner):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if not x.isnan().any() else x
+
+    model = Inner() if proven else Branch()
+    twin = copy.deepcopy(model)
+    warnings.simplefilter("ignore", CaptureWarning)
+    with capture(model, **asked) as maps:
+        for step in range(PASSES):
+            out = HOWS[how](model, rows(step))
+            z = twin.fc(rows(step))
+            a = torch.tanh(z)
+            y = twin.out(a)
+            true = {
+                ("fc", "preactivation"): z,
+                ("fc", "activation"): a,
+                ("out", "preactivation"): y,
+            }
+            for tensor in true.values():
+                tensor.retain_grad()
+            out.square().sum().backward()
+            y.square().sum().backward()
+            assert [(fm.layer, fm.kind) for fm in maps] == list(true)
+            for fm in maps:
+                assert same_bits(fm.tensor.detach(), true[fm.layer, fm.kind].detach())
+            if "reentrant" in how:
+                named = {m.layer for m in maps.missed}
+                assert "" in named or {"fc", "out"} <= named
+                assert all("use_reentrant=False" in m.reason for m in maps.missed)
+                assert all(fm.grad is None for fm in maps if fm.layer == "fc")
+                continue
+            assert not maps.missed
+            for fm in maps:
+                if asked.get("gradients"):
+                    assert torch.equal(fm.grad, true[fm.layer, fm.kind].grad)
+                assert fm.tensor.requires_grad == ("detach" in asked)
+
+
 def test_what_a_reentrant_region_returns_has_its_gradient() -> None:
     # Once it has returned, its output is part of the graph.
     class Net(nn.Module):

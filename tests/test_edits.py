@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from fmapkit import (
     ArgumentError,
+    CaptureStateError,
     CaptureWarning,
     EditError,
     FeatureMap,
@@ -318,6 +321,57 @@ def test_what_an_edit_raises_is_raised_as_it_is(kind: type[Net], style: str, at:
             assert maps.missed == []
             truth.assert_nothing_left(before, net)
         assert torch.equal(net(x), hand(x))
+
+
+def test_an_edit_and_another_capture_do_not_go_together() -> None:
+    """Where one would fall among the other's looks depends on how σ is written."""
+    net, hand = pair(Net, "module_", a=lambda x: x * 2 + 1)
+    whole = nn.Sequential(net)
+    before = truth.fingerprint(whole)
+    change = {("conv", "activation"): double}
+    text = (
+        "a capture with edit= of Net cannot be entered while one of Sequential is open: an edit "
+        "changes what the other one would see. Put all edits into one edit="
+    )
+    with capture(whole), pytest.raises(CaptureStateError, match=re.escape(text)):
+        capture(net, edit=change).__enter__()
+    waiting = capture(net)
+    with capture(net, edit=change) as maps:
+        with pytest.raises(CaptureStateError, match="while one with edit= of Net is open"):
+            waiting.__enter__()
+        with pytest.raises(CaptureStateError, match="with edit= of Net cannot be entered while"):
+            capture(net, edit=change).__enter__()
+        compare(net, hand, maps, train=False)  # as if nobody had tried
+        with capture(hand) as other:  # another model
+            hand(torch.ones(1, 3, 6, 6))
+            assert "conv" in other
+    with waiting as maps:  # it can be entered still
+        net(torch.ones(1, 3, 6, 6))
+        assert "conv" in maps
+    truth.assert_nothing_left(before, whole)
+
+
+def test_an_edit_in_one_thread_and_a_capture_in_another_go_together() -> None:
+    net, hand = pair(Net, "module_")
+    x = torch.randn(2, 3, 6, 6)
+    net.eval()
+    hand.eval()
+    found: list[Tensor] = []
+
+    def look() -> None:
+        with torch.no_grad(), capture(net) as maps:
+            net(x)
+            found.append(maps["conv"].tensor.clone())
+
+    with torch.no_grad(), capture(net, edit={"conv": edits.zero()}) as edited:
+        net(x)
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        net(x)
+        assert not edited["conv"].edited.any()
+    with torch.no_grad():
+        assert torch.equal(found[0], torch.relu(hand.norm(hand.conv(x))))
 
 
 def test_bad_arguments() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmapkit import capture
+from fmapkit._hooks import Hooks
 from fmapkit._proof import Proofs
+from fmapkit._watch import Watch
 from tests.checks import check, images
 
 
@@ -190,3 +194,17 @@ def test_what_a_module_keeps_is_overwritten_all_the_same(where: str, inside: boo
                 twins = [getattr(m[1] if inside else m, kept) for m in (model, bare)]
                 assert torch.equal(*twins)
         assert maps.missed == []
+
+
+def test_that_dynamo_was_imported_is_no_change_of_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch imports it by itself, in the middle of somebody's first block, say."""
+    there = sys.modules.get("torch._dynamo", types.ModuleType("torch._dynamo"))
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    model = ByAttribute()
+    watch = Watch(model, Hooks(object()))
+    monkeypatch.setitem(sys.modules, "torch._dynamo", there)
+    assert not watch.changed()
+    model.act.compile()
+    assert watch.changed()

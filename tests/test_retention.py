@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import sys
 import warnings
+from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -177,6 +180,28 @@ def test_an_input_has_not_the_filters_of_its_layer() -> None:
     ]
 
 
+@pytest.mark.parametrize("layers", ["block", "block.act", None])
+def test_filters_without_a_map_to_pick_from_are_named(layers: str | None) -> None:
+    """Of a module that is no layer, there is only what it returns; a layer may have no map."""
+    block = nn.Sequential(OrderedDict(fc=nn.Linear(4, 4), act=nn.ReLU()))
+    net = nn.Sequential(OrderedDict(block=block, last=nn.Linear(4, 3)))
+    whole = "filters= was given, and what a module returns is held whole"
+    none = "filters= was given for it, and this pass had no map of it"
+    filters: Any = 0 if layers else {"block": 0, "block.fc": 0, "last": 0, "block.act": 0}
+    expected = [(layers, whole)] if layers else [(n, none) for n in ("block", "block.act", "last")]
+    x = torch.randn(3, 4)
+    out = bare_copy(block)(x)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with capture(net, layers, kinds="activation", filters=filters) as maps:
+            for _ in range(3):
+                net(x)
+                assert [(m.layer, m.reason) for m in maps.missed] == expected
+                (fm,) = maps
+                assert torch.equal(fm.tensor, out if layers else out[:, :1])
+    assert [w.category for w in warned] == [CaptureWarning]
+
+
 def test_channels_last_stays_channels_last() -> None:
     net = Net().eval().to(memory_format=torch.channels_last)
     with torch.no_grad(), capture(net, dtype=torch.bfloat16, filters=[0, 1, 5]) as maps:
@@ -235,6 +260,11 @@ def _live(net: nn.Module) -> tuple[Live, int]:
     return live, live.bytes
 
 
+class Nothing:
+    def update(self, fm: FeatureMap) -> None:
+        pass
+
+
 COPIES = [{"filters": [0, 2]}, {"dtype": torch.float64}]
 
 
@@ -248,6 +278,54 @@ def test_shapes_that_change_leave_no_buffers_behind(options: dict[str, Any]) -> 
             assert live.bytes - own == maps.nbytes
         maps.clear()
         assert live.bytes == own
+
+
+@pytest.mark.parametrize("options", COPIES, ids=str)
+@pytest.mark.parametrize("keep", [1, 3])
+@pytest.mark.parametrize("shapes", [(4, 6), (4, 6, 8), (4, 4, 6, 8), (4, 6, 8, 10)])
+def test_shapes_that_alternate_have_buffers_of_their_own(
+    options: dict[str, Any], keep: int, shapes: tuple[int, ...]
+) -> None:
+    """Once each shape has come back, nothing is allocated any more."""
+    net = Net().eval()
+    bare = bare_copy(net)
+    live, own = _live(net)
+    of_shape: dict[int, int] = {}
+    passes: list[Tensor] = []
+    with torch.no_grad(), capture(net, keep=keep, **options) as maps, live:
+        buffers = maps._session.wants.retention.buffers
+        for turn in range(6):
+            made = buffers.made
+            for rows in shapes:
+                x = torch.randn(2, 3, rows, 6)
+                net(x)
+                of_shape[rows] = sum(fm.tensor.nbytes for fm in maps)
+                passes = [*passes, bare.bn1(bare.conv1(x))][-keep:]
+                for fm, z in zip(maps.select("conv1", "preactivation"), passes, strict=True):
+                    picked = z[:, options["filters"]] if "filters" in options else z
+                    assert torch.equal(fm.tensor, picked.to(fm.dtype))
+                del fm, picked  # whoever has a map has its buffer
+            if turn > 2 + keep:
+                assert buffers.made == made
+            # No more than the maps, and one set for each shape of the last four passes.
+            given = sum(t.nbytes for t in (*passes, x))
+            idle = live.bytes - own - maps.nbytes - given
+            assert idle <= sum(of_shape[rows] for rows in set(shapes))
+        maps.clear()
+        assert live.bytes == own + given
+
+
+@pytest.mark.parametrize("options", COPIES, ids=str)
+def test_a_shape_that_went_away_is_not_waited_for(options: dict[str, Any]) -> None:
+    net = Net().eval()
+    live, own = _live(net)
+    with torch.no_grad(), capture(net, **options) as maps, live:
+        for rows in (4, 6, 4, 6, 4):
+            net(torch.randn(2, 3, rows, 6))
+        assert live.bytes - own > maps.nbytes  # the buffers for 6 rows
+        for _ in range(5):
+            net(torch.randn(2, 3, 4, 6))
+        assert live.bytes - own == maps.nbytes
 
 
 @pytest.mark.parametrize("options", COPIES, ids=str)
@@ -272,10 +350,6 @@ def test_keep_0_takes_no_more_than_a_map_at_a_time(
     layers = [m for _ in range(6) for m in (nn.Linear(32, 32), nn.ReLU(inplace=True))]
     net, x = nn.Sequential(*layers).eval(), torch.randn(100, 32)
     live, own = _live(net)
-
-    class Nothing:
-        def update(self, fm: FeatureMap) -> None:
-            pass
 
     mode = torch.inference_mode() if inference else torch.no_grad()
     with mode, capture(net, keep=0, analyses=Nothing(), **options), live:
@@ -334,6 +408,105 @@ def test_a_budget_tells_what_the_newest_pass_takes_once_the_older_are_gone() -> 
         with pytest.raises(BudgetError, match="the maps of step 1 take 128 bytes, more than"):
             net(torch.ones(4, 4))
         assert maps.nbytes == 0
+
+
+class Hoards(nn.Module):
+    """What it returns lies in memory that passes share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pages = torch.zeros(3, 4, 8)
+        self.a = nn.Linear(8, 8)
+        self.page: Tensor = self.pages[0]
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.relu(self.a(x))
+        if self.fails:
+            raise ValueError("it fails")
+        return self.page
+
+
+@pytest.mark.parametrize("options", [{}, {"filters": range(3)}, {"dtype": torch.float64}])
+@pytest.mark.parametrize("policy", ["error", "oldest"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_budget_is_exact(options: dict[str, Any], policy: Any, seed: int) -> None:
+    """Shared memory counts once; passes that were let go, or refused, count no more.
+
+    Another capture keeps everything: what steps take is read off the addresses of its maps.
+    """
+    drawn = random.Random(seed)
+    options = {**options, "kinds": ("preactivation", "activation", "output"), "keep": "all"}
+    limit = drawn.choice([1000, 2000, 4000])
+    model = Hoards().eval()
+    refused = let_go = 0
+    with (
+        torch.no_grad(),
+        capture(model, **options) as everything,
+        capture(model, max_bytes=limit, when_full=policy, **options) as maps,
+    ):
+
+        def taken(steps: list[int]) -> int:
+            kept = [fm.tensor for fm in everything.select() if fm.step in steps]
+            storages = [t.untyped_storage() for t in kept]
+            return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+        expected: list[int] = []
+        for step in range(40):
+            rows = drawn.choice([1, 2, 3, 4])
+            model.page = model.pages[drawn.randrange(3)][:rows]
+            model.fails = drawn.random() < 0.2
+            if drawn.random() < 0.05:
+                maps.clear()
+                expected.clear()
+            expected.append(step)
+            error: Any = None
+            try:
+                model(torch.ones(rows, 8))
+            except (ValueError, BudgetError) as raised:
+                error = raised
+            if model.fails:  # its maps are looked at with the next pass
+                assert isinstance(error, ValueError)
+                continue
+            while policy == "oldest" and len(expected) > 1 and taken(expected) > limit:
+                expected.pop(0)
+                let_go += 1
+            if taken(expected) > limit:
+                refused += 1
+                assert f"take {taken(expected):,} bytes, more than" in str(error)
+                expected.pop()
+            else:
+                assert error is None
+                assert maps.nbytes == taken(expected)
+            assert sorted({fm.step for fm in maps.select()}) == expected
+    assert let_go if policy == "oldest" else refused
+
+
+def test_what_a_budget_costs_does_not_grow() -> None:
+    """Each pass is counted once, however many are kept."""
+    net = Net().eval()
+
+    def looks() -> int:
+        found = 0
+
+        def look(frame: Any, event: str, _: Any) -> None:
+            nonlocal found
+            found += event in ("call", "c_call")
+
+        sys.setprofile(look)
+        try:
+            net(image())
+        finally:
+            sys.setprofile(None)
+        return found
+
+    with torch.no_grad(), capture(net, keep="all", max_bytes=10**9):
+        for _ in range(3):
+            net(image())
+        few = looks()
+        for _ in range(20):
+            net(image())
+        assert looks() == few
 
 
 def test_keep_0_holds_nothing() -> None:
@@ -465,6 +638,21 @@ def test_on_a_cpu_it_is_no_copy() -> None:
             {"keep": 0},
             "keep=0 lets go of each map at once, which takes analyses=... to see it before; "
             "keep must be a positive int or 'all' otherwise",
+        ),
+        (
+            {"keep": 0, "max_bytes": 10, "analyses": Nothing()},
+            "keep=0 lets go of each map at once, so there is nothing for max_bytes= to limit: give "
+            "one of them",
+        ),
+        (
+            {"layers": ["conv1", "fc"], "filters": {"conv1": 0, "conv2": 0}},
+            "filters names layer 'conv2', which layers= does not ask for (it asks for conv1, fc)",
+        ),
+        ({"filters": {}}, "filters={} picks nothing; None, the default, means all"),
+        (
+            {"filters": 0, "kinds": "output"},
+            "filters= picks from the maps of a layer, and what a module returns is held whole: "
+            "kinds='output' leaves nothing to pick from",
         ),
         (
             {"analyses": [object]},

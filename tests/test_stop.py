@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmapkit import ArgumentError, capture
+from fmapkit import ArgumentError, CaptureWarning, capture
 from tests import truth
 
 
@@ -222,14 +224,151 @@ def test_captures_made_before_the_first_is_entered(outer_first: bool) -> None:
     maps, others = first.__enter__(), second.__enter__()
     net(x)
     for _ in range(3):
+        x = torch.randn(3, 4)
         assert net(x) is None
         for each in (maps, others):
             z = each["0", "preactivation"].tensor
             assert torch.equal(z, F.linear(x, net[0].weight, net[0].bias))
+            assert each.missed == []  # it has all that it wants
     for one in (first, second) if outer_first else (second, first):
         one.__exit__(None, None, None)
     assert torch.equal(net(x), copy.deepcopy(net)(x))
     truth.assert_nothing_left(bare, net)
+
+
+CUT = "another capture, with stop=True, ended the pass"
+
+
+@pytest.mark.parametrize("style", ["module", "module_", "function"])
+@pytest.mark.parametrize("kind", [Stack, Branching, Blocks])
+@pytest.mark.parametrize("layer", ["a", "b", "c"])
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("warm", [0, 2])
+@pytest.mark.parametrize("train", [False, True])
+def test_the_end_of_a_pass_is_named_by_other_captures(
+    kind: type[nn.Module], style: str, layer: str, outer: bool, warm: int, train: bool
+) -> None:
+    """Once. What they hold of such a pass is right, and so is all of the next whole one."""
+    torch.manual_seed(0)
+    model = kind(style)
+    bare = copy.deepcopy(model)
+    before = truth.fingerprint(model)
+    name = f"body.{layer}" if kind is Blocks else layer
+    stopping = capture(model, name, stop=True)
+    with torch.set_grad_enabled(train), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with ExitStack() as rest, ExitStack() as stops:
+            if not outer:
+                stopped = stops.enter_context(stopping)
+            maps = rest.enter_context(capture(model))
+            for _ in range(warm):
+                model(torch.randn(3, 4))
+            if outer:
+                stopped = stops.enter_context(stopping)
+            whole_ones = 1 if outer or not warm else 0
+            for n in range(4):
+                x = torch.randn(3, 4)
+                with capture(copy.deepcopy(bare)) as whole:
+                    whole._session.model(x)
+                ended = model(x) is None
+                assert ended == (n >= whole_ones)
+                flags = [m.inplace for m in model.modules() if hasattr(m, "inplace")]
+                assert flags == [style == "module_"]
+                truth.modes()
+                expected = {(fm.layer, fm.kind): fm.tensor for fm in whole}
+                found = {(fm.layer, fm.kind): fm.tensor for fm in maps}
+                assert len(found) == len(maps)
+                for key, tensor in found.items():
+                    assert torch.equal(tensor, expected[key])
+                if not ended:
+                    assert found.keys() == expected.keys()
+                    assert maps.missed == []
+                else:
+                    assert (name, "preactivation") in found
+                    assert found.keys() < expected.keys()
+                    assert [m.layer for m in maps.missed] == [""]
+                    assert CUT in maps.missed[0].reason
+                assert torch.equal(stopped[name].tensor, expected[name, "activation"])
+                assert stopped.missed == []
+            stops.close()
+            for _ in range(3):
+                x = torch.randn(3, 4)
+                with capture(copy.deepcopy(bare)) as whole:
+                    out = whole._session.model(x)
+                assert torch.equal(model(x), out)
+                expected = {(fm.layer, fm.kind): fm.tensor for fm in whole}
+                found = {(fm.layer, fm.kind): fm.tensor for fm in maps}
+                assert found.keys() == expected.keys()
+                for key, tensor in found.items():
+                    assert torch.equal(tensor, expected[key])
+            assert len(maps.missed) == 1
+    assert len([w for w in warned if CUT in str(w.message)]) == 1
+    for part in model.modules():
+        if isinstance(part, Counting):
+            part.calls = 0
+    truth.assert_nothing_left(before, model)
+
+
+def test_the_end_of_a_part_is_named_by_a_capture_around_it() -> None:
+    """The part returns None, and whatever the rest makes of it is not captured."""
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.last = Stack("module_"), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.part(x)
+            return self.last(x if out is None else out)
+
+    model = Around()
+    x = torch.randn(3, 4)
+    with pytest.warns(CaptureWarning, match=CUT):
+        _end_of_a_part(model, x)
+
+
+def _end_of_a_part(model: Any, x: Tensor) -> None:
+    with capture(model) as maps, torch.no_grad():
+        with capture(model.part, "a", stop=True):
+            model(x)
+            assert maps.missed == []
+            for _ in range(3):
+                assert torch.equal(model(x), F.linear(x, model.last.weight, model.last.bias))
+                assert maps.layers == ["part.a"]
+        assert [(m.layer, CUT in m.reason) for m in maps.missed] == [("", True)]
+        model(x)
+        assert maps.layers == ["part.a", "part.b", "part.c", "part.tail", "last"]
+
+
+@pytest.mark.parametrize("style", ["module", "module_", "function"])
+@pytest.mark.parametrize("kind", [Stack, Branching, Blocks])
+@pytest.mark.parametrize("layers", [("a", "b"), ("b", "a"), ("b", "b")])
+@pytest.mark.parametrize("late", [False, True])
+def test_the_last_of_several_ends_the_pass(
+    kind: type[nn.Module], style: str, layers: tuple[str, str], late: bool
+) -> None:
+    torch.manual_seed(0)
+    model = kind(style)
+    bare = copy.deepcopy(model)
+    names = [f"body.{layer}" if kind is Blocks else layer for layer in layers]
+    with torch.no_grad(), capture(model, names[0], stop=True) as first:
+        if late:
+            model(torch.randn(3, 4))
+            assert model(torch.randn(3, 4)) is None
+        with capture(model, names[1], stop=True) as second:
+            for n in range(4):
+                x = torch.randn(3, 4)
+                with capture(copy.deepcopy(bare)) as whole:
+                    whole._session.model(x)
+                assert (model(x) is None) == (n > 0)  # the first pass of each is a whole one
+                for name, maps in zip(names, (first, second), strict=True):
+                    for kind_ in ("preactivation", "activation"):
+                        assert torch.equal(maps[name, kind_].tensor, whole[name, kind_].tensor)
+                    assert maps.missed == []
+        tail: Any = model.tail
+        calls = tail.calls
+        model(torch.randn(3, 4))
+        assert tail.calls == calls == 1 + late
 
 
 class _Nothing:

@@ -36,16 +36,13 @@ class Budget:
             BudgetError: the newest pass alone does not fit, or no pass is to be let go. Its maps
                 are let go; those of older passes stay.
         """
-        held = store.nbytes
+        held = store.count()
+        while held > self._max and self._policy == "oldest" and len(store.passes) > 1:
+            store.let_go()
+            held = store.count()
         if held <= self._max:
             return
-        while self._policy == "oldest" and len(store.passes) > 1:
-            store.passes.popleft().release()
-            held = store.nbytes
-            if held <= self._max:
-                return
-        newest = store.passes.pop()
-        newest.release()
+        newest = store.let_go(newest=True)
         older = f", with {len(store.passes)} older ones" if store.passes else ""
         raise BudgetError(
             f"the maps of step {newest.step}{older} take {held:,} bytes, more than "

@@ -451,10 +451,12 @@ class Follower:
         """A unit has run; whether it gave what it gave before."""
         step = self._unit
         assert step is not None
-        results = [t for _, t in leaves(output)]
+        pieces = leaves(output)
+        results, paths = [t for _, t in pieces], tuple(path for path, _ in pieces)
         run.know(step.origins)
         entries = run.entries()
-        if run.lost or len(results) != len(step.results) or len(entries) != len(step.pending):
+        if run.lost or paths != step.paths or len(entries) != len(step.pending):
+            run.know({})  # its own, which nothing has claimed yet
             self.depart()
             return False
         self._unit = None

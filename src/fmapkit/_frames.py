@@ -30,7 +30,7 @@ class Frame:
 
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
-        *("in_place", "flip", "tag", "storages", "a"),
+        *("in_place", "flip", "tag", "a"),
         *("counts", "firing", "replaced", "site"),
     )
 
@@ -48,7 +48,6 @@ class Frame:
         self.in_place = False
         self.flip = False
         self.tag: Tag = None  # what x carries
-        self.storages: set[int] = set()
         self.counts: Counter[str] = Counter()
         self.firing = 0
         self.site: Site | None = None  # something to edit

@@ -18,7 +18,6 @@ from fmapkit._missed import Misses
 from fmapkit._nested import tensors_in
 from fmapkit._placing import Placing
 from fmapkit._plan import make_plan
-from fmapkit._probation import outside
 from fmapkit._sharded import is_wrapped
 from fmapkit._trace import Tracer
 from fmapkit._units import Units
@@ -70,10 +69,10 @@ class Learning:
             tracer.noter.stop()
         tracer.trial += 1
         tracer.aliases.written.clear()
+        tracer.born.clear()
         tracer.edited = False
         frame = tracer.enter(module, args, kwargs)
         frame.counts = Counter(tracer.counts)
-        frame.storages = outside(module, args, kwargs)
         self._live.lesson = Lesson(module, frame, key, inputs)
         self._live.trace_on()
         return frame.replaced

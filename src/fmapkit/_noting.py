@@ -279,6 +279,7 @@ class Noter:
         step.origins = run.origins
         step.counted = tuple(name for name, count in run.plan.calls for _ in range(count))
         results = [t for _, t in leaves(output)]
+        step.paths = tuple(path for path, _ in leaves(output))
         step.results = tuple(map(self._tracer.tag, results))
         self._add(step, [entry for entry, _ in entries])
         for tensor, tag in zip(results, step.results, strict=True):

@@ -100,7 +100,8 @@ class Plan:
     before: frozenset[nn.Module]  # need a look before their call
     flips: tuple[nn.Module, ...]
     calls: tuple[tuple[str, int], ...]
-    outputs: tuple[Any, ...]  # per tensor of the output: (Ref, axes), `WeightRef` or None
+    # By path, per tensor of the output: (Ref, axes), `WeightRef` or None.
+    outputs: tuple[tuple[str, Any], ...]
     writes: tuple[int, ...]  # which tensor arguments are written to
     claims: tuple[int, ...]  # which inputs reach a nonlinearity inside
     graph: bool  # some map was part of a graph, even if gradients are off around the module
@@ -129,8 +130,8 @@ def make_plan(
         base = frame.counts[f"{origin.name}()" if origin.kind == "output" else origin.name]
         return Ref(origin.kind, origin.name, origin.call - base, origin.claimed)
 
-    returned = [tracer.tag(t) for _, t in leaves(output)] if output is not None else []
-    escaping = {id(t.origin) for t in returned if isinstance(t, Flow)}
+    returned = [(path, tracer.tag(t)) for path, t in leaves(output)]
+    escaping = {id(t.origin) for _, t in returned if isinstance(t, Flow)}
     firings = tracer.firings[frame.firing :]
     kept = {
         _storage(e.held.tensor)
@@ -148,10 +149,10 @@ def make_plan(
         f.scope for f in firings if f.module is None and f.function and _name(f) in tapped_names
     }
     outputs = tuple(
-        (ref(t.origin) if t.origin is not NOWHERE else None, t.axes)
+        (path, (ref(t.origin) if t.origin is not NOWHERE else None, t.axes))
         if isinstance(t, Flow)
-        else (_weight_ref(t, inputs, tracer.names) if isinstance(t, Weight) else None)
-        for t in returned
+        else (path, _weight_ref(t, inputs, tracer.names) if isinstance(t, Weight) else None)
+        for path, t in returned
     )
     return Plan(
         steps=tuple(read.steps),

@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmapkit._aside import operators_are_counted
 from fmapkit._events import Event
 from fmapkit._frames import Frame
+from fmapkit._functions import Function
 from fmapkit._nested import tensors_in
 from fmapkit._store import Aliases, storage_of, storage_users
 
-__all__ = ["SAME_GRADIENT", "Suspects", "may_try", "outside"]
+__all__ = ["SAME_GRADIENT", "Born", "Suspects", "may_try"]
 
 # Nonlinearities whose in-place form has the same derivative formula, bit for bit. That of the ELU
 # and leaky ReLU families is computed from a instead of z (torch, tools/autograd/derivatives.yaml).
@@ -31,11 +32,43 @@ SAME_GRADIENT = {
 }
 
 
-def may_try(sigma: str | None, z: Tensor, frames: Sequence[Frame], aliases: Aliases) -> bool:
+class Born:
+    """Memory that was made while a module is learned, by functions that the tracer saw.
+
+    All other was there before and may be there afterwards, whoever has it: arguments, buffers,
+    attributes, tensors of a closure, a class or a Python module.
+    """
+
+    def __init__(self) -> None:
+        self._storages: set[int] = set()
+
+    def clear(self) -> None:
+        """Another module is about to be learned."""
+        self._storages.clear()
+
+    def made(self, known: Function, args: Any, kwargs: Any, out: Any) -> None:
+        """A function has run: what it returns is new, unless it is its operands' memory."""
+        if known.name.startswith("__get__"):  # `.data`, `.T`, `.grad`
+            return
+        for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
+            storage = storage_of(tensor)
+            if storage not in self._storages:
+                if all(storage_of(t) != storage for t in tensors_in(*args, kwargs)):
+                    self._storages.add(storage)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        # What is not torch's own (NumPy's, say) may lie where a tensor was that died meanwhile.
+        storage = storage_of(tensor)
+        return storage in self._storages and tensor.untyped_storage().resizable()
+
+
+def may_try(
+    sigma: str | None, z: Tensor, frames: Sequence[Frame], aliases: Aliases, born: Born
+) -> bool:
     """Whether an in-place σ may run out of place.
 
-    Not on memory that came from outside of the module that is learned, nor on memory that another
-    tensor shares (our own aliases excepted): those would see the write.
+    Not on memory that was not born in the module that is learned, nor on memory that another tensor
+    shares (our own aliases excepted): those would see the write.
     """
     if z.is_leaf and z.requires_grad:
         return False
@@ -45,20 +78,8 @@ def may_try(sigma: str | None, z: Tensor, frames: Sequence[Frame], aliases: Alia
         return False
     if operators_are_counted():
         return False
-    storage = storage_of(z)
-    if any(storage in f.storages for f in frames):
-        return False
     ours = len(aliases.of(z)) if aliases.detach else 0
-    return storage_users(z) == 1 + ours
-
-
-def outside(module: nn.Module, args: Any, kwargs: Any) -> set[int]:
-    """Memory that is there before a module's call and after it: what it is given, and what it has.
-
-    Not its parameters and buffers only: models keep tensors as plain attributes, too.
-    """
-    kept = (t for m in module.modules() for t in tensors_in(m.__dict__))
-    return {storage_of(t) for t in (*tensors_in(*args, kwargs), *kept)}
+    return storage_users(z) == 1 + ours and z in born
 
 
 class Suspects:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fmapkit._guards import Evidence
+from fmapkit._proof_escape import Lasting
 from fmapkit._proof_scope import Scope, UnprovenError
 from fmapkit._proof_source import source_of
 from fmapkit._proof_trusted import (
@@ -53,14 +54,16 @@ def read_function(
     node, dirty = source
     names = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
     self_name = names[0] if bound and names else ""
-    _Reader(Scope(evidence, function, self_name, dirty), seen).body(node.body)
+    scope, lasting = Scope(evidence, function, self_name, dirty), Lasting(node, self_name)
+    _Reader(scope, lasting, seen).body(node.body)
 
 
 class _Reader:
     """Reads the body of one function."""
 
-    def __init__(self, scope: Scope, seen: set[types.CodeType]) -> None:
+    def __init__(self, scope: Scope, lasting: Lasting, seen: set[types.CodeType]) -> None:
         self._scope = scope
+        self._lasting = lasting
         self._evidence = scope.evidence
         self._seen = seen
 
@@ -89,6 +92,8 @@ class _Reader:
                 self._expression(value)
                 self._target(target, static=value is not None and self._scope.is_static(value))
             case ast.AugAssign(target=target, value=value):
+                if self._lasting.put_by_adding(target, value):
+                    raise UnprovenError("adds to what outlives the call")
                 self._expression(value)
                 self._target(target, static=False)
             case ast.If(test=test, body=body, orelse=orelse):
@@ -114,7 +119,7 @@ class _Reader:
                     self._target(element, static=False)
             case ast.Starred(value=value):
                 self._target(value, static=False)
-            case ast.Subscript(value=ast.Name(), slice=index):
+            case ast.Subscript(value=ast.Name(), slice=index) if not self._lasting.put_at(node):
                 self._index(index)
             case _:
                 raise UnprovenError("assigns to state")
@@ -280,6 +285,8 @@ class _Reader:
         if isinstance(function, ast.Attribute):
             self._expression(function.value)
             name = function.attr
+            if self._lasting.put_by(function):
+                raise UnprovenError("puts something into what outlives the call")
             if name == "pop" and not all(map(scope.is_static, node.args)):
                 raise UnprovenError("pops by data")
             if path is not None or not is_trusted_method(name):

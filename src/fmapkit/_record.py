@@ -172,6 +172,8 @@ class Record:
 
     def output(self, module: nn.Module, name: str, output: Any) -> None:
         """A module has returned what is wanted as its output."""
+        if self.wants.filters is not None and not self.wants.kind("output"):
+            self.miss(name, "filters= was given, and what a module returns is held whole")
         event = Event("output", module)
         event.module = module
         origin = self._next("output", name, f"{name}()")

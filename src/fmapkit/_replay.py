@@ -161,7 +161,7 @@ class Run:
         """One more entry of the log is there."""
         if self.analyses is not None:
             self.analyses(self)
-        if self.stop is not None and len(self.log) == len(self.plan.order):
+        if self.stop is not None and self.complete:
             self.stop.end()
 
     def before_call(self, module: nn.Module, args: Any) -> None:
@@ -222,7 +222,10 @@ class Run:
         self, step: Step, x: Any, output: Any, x_grad: Gradient | None, before: Slots | None
     ) -> list[Item | None]:
         read: list[Item | None] = []
-        pieces = dict(leaves(output)) if any(e.kind == "output" for e in step.emissions) else {}
+        known = {e.path for e in step.emissions if e.kind == "output"}
+        pieces = dict(leaves(output)) if known else {}
+        if new := pieces.keys() - known:
+            self.stray(f"it returned a tensor at {min(new)}, which was not there before")
         shared = before or {}
         for emission in step.emissions:
             slot = _slot(emission)
@@ -285,6 +288,11 @@ class Run:
             self.uncounted = True
         self.line.cell = None
 
+    @property
+    def complete(self) -> bool:
+        """Whether every tap has fired."""
+        return len(self.log) == len(self.plan.order)
+
     # -- when it is read ----------------------------------------------------------------------
 
     def origin(self, ref: Ref) -> Origin:
@@ -309,21 +317,25 @@ class Run:
         """Its origins are these, of an earlier run that was alike."""
         self._origins = origins
 
-    def output_tags(self) -> list[Any]:
-        """What the tensors of the output carry."""
-        tags: list[Any] = []
-        for item in self.plan.outputs:
+    def output_tags(self) -> dict[str, Any]:
+        """What the tensors of the output carry, by their path."""
+        tags: dict[str, Any] = {}
+        for path, item in self.plan.outputs:
             if isinstance(item, tuple):
                 ref, axes = item
-                tags.append(Flow(self.origin(ref) if ref is not None else NOWHERE, axes))
+                tags[path] = Flow(self.origin(ref) if ref is not None else NOWHERE, axes)
             else:
-                tags.append(item.weight(self.inputs) if item is not None else None)
+                tags[path] = item.weight(self.inputs) if item is not None else None
         return tags
 
     def entries(self) -> list[Entry]:
         """The maps of this run, in execution order."""
+        return [entry for entry, _ in self.emitted()]
+
+    def emitted(self) -> list[tuple[Entry, Emission]]:
+        """The same, each with what the plan says of it."""
         steps = self.plan.steps[self._seen :] if self._let_go else self.plan.steps
-        return [e for step in steps if self._there(step) for e in self._entries_of(step)]
+        return [pair for step in steps if self._there(step) for pair in self._entries_of(step)]
 
     def fresh(self, let_go: bool) -> Iterator[Entry]:
         """The maps that have come since the last time, in execution order.
@@ -338,7 +350,8 @@ class Run:
         while self._seen < len(steps) and self._there(steps[self._seen]):
             step = steps[self._seen]
             self._seen += 1
-            yield from self._entries_of(step)
+            for entry, _ in self._entries_of(step):
+                yield entry
             if let_go:
                 for place in self.plan.last[self._seen - 1]:
                     log[place] = log[place][:1]
@@ -347,8 +360,8 @@ class Run:
     def _there(self, step: Step) -> bool:
         return max(step.at, step.sink) < len(self.log)
 
-    def _entries_of(self, step: Step) -> list[Entry]:
-        found: list[Entry] = []
+    def _entries_of(self, step: Step) -> list[tuple[Entry, Emission]]:
+        found: list[tuple[Entry, Emission]] = []
         shared: dict[int, Held] = {}
         for item, emission in zip(self._items(step), step.emissions, strict=True):
             if item is None:
@@ -358,17 +371,16 @@ class Run:
             if held is None:
                 held = shared[id(tensor)] = Held(tensor, version, copied, gradient)
                 held.arrival = self.wants.retention.arrival(tensor)
-            found.append(
-                Entry(
-                    emission.kind,
-                    self.origin(emission.ref),
-                    held,
-                    emission.axes,
-                    emission.sigma,
-                    emission.path,
-                    emission.picked,
-                )
+            entry = Entry(
+                emission.kind,
+                self.origin(emission.ref),
+                held,
+                emission.axes,
+                emission.sigma,
+                emission.path,
+                emission.picked,
             )
+            found.append((entry, emission))
         return found
 
     def _items(self, step: Step) -> list[Item | None]:
@@ -449,8 +461,8 @@ class LightMode(TorchFunctionMode):
             leave_mode(self)
 
 
-def tag_outputs(output: Any, tags: list[Any], set_tag: Any) -> None:
-    """Put a run's tags on the tensors it returned."""
-    for (_, tensor), tag in zip(leaves(output), tags, strict=False):
-        if tag is not None:
-            set_tag(tensor, tag)
+def tag_outputs(output: Any, tags: dict[str, Any], set_tag: Any) -> None:
+    """Put a run's tags on the tensors it returned; one at a new place keeps its own."""
+    for path, tensor in leaves(output):
+        if tags.get(path) is not None:
+            set_tag(tensor, tags[path])

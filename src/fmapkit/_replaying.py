@@ -173,7 +173,7 @@ class Replaying:
         if run.module in run.plan.taps and not failed:
             run.tap(run.module, args, kwargs, output)
         run.finish()
-        if not failed and not run.lost and len(run.log) != len(run.plan.order):
+        if not failed and not run.lost and not run.complete:
             run.lost = "fewer taps fired than were learned"
         if run.lost:
             self._units.forget(run.module)
@@ -190,8 +190,7 @@ class Replaying:
             return
         # The pass around the unit is traced: tell the tracer what it would have seen.
         entries: list[tuple[Entry, bool]] = []
-        emissions = (e for s in run.plan.steps for e in s.emissions)
-        for entry, emission in zip(run.entries(), emissions, strict=False):
+        for entry, emission in run.emitted():
             current.segments.append(entry)
             entries.append((entry, emission.pending))
             if self._stop is not None:

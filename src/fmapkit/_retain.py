@@ -60,7 +60,7 @@ class Retention:
     def end(self) -> None:
         """The pass has ended."""
         self.forget()
-        self.buffers.drop()
+        self.buffers.end()
         if len(self._arrivals) > _MANY:  # of buffers that are gone by now, most of them
             self._arrivals = {k: a for k, a in self._arrivals.items() if not a.query()}
         self.fence()

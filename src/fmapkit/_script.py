@@ -70,6 +70,7 @@ class Step:
         writes: it may write to what it is given.
         simple: one tensor comes of it, and that is all.
         results: per tensor of its result, what that carries; None for nothing.
+        paths: where in a unit's output these are.
         dims: of its result, if that is one tensor that carries something; else -1.
         makings: the maps held.
         dropped: maps, counted from the start of the pass, that turned out not to be what they
@@ -93,7 +94,7 @@ class Step:
         *("asks", "base", "before", "carried", "claimed", "counted", "dims", "dropped", "function"),
         *("inputs", "instead", "kind", "known", "loose", "makings", "module", "operands"),
         *("scope", "simple", "state", "unit", "whole", "writes"),
-        *("origins", "pending", "plan", "results", "then"),
+        *("origins", "paths", "pending", "plan", "results", "then"),
     )
 
     def __init__(self, kind: str, before: Step | None) -> None:
@@ -110,6 +111,7 @@ class Step:
         self.asks = False
         self.whole = False
         self.results: tuple[Tag, ...] = ()
+        self.paths: tuple[str, ...] = ()
         self.dims = -1
         self.makings: tuple[Making, ...] = ()
         self.dropped: tuple[int, ...] = ()

@@ -36,11 +36,12 @@ from fmapkit._learning import Learning
 from fmapkit._live import MODES, Live
 from fmapkit._missed import Misses
 from fmapkit._moves import Moves
+from fmapkit._others import entered, left, others
 from fmapkit._placing import Calls, Placing
 from fmapkit._replaying import Replaying
 from fmapkit._scripts import Scripts
-from fmapkit._stop import StopForward
-from fmapkit._store import Store
+from fmapkit._stop import CUT, StopForward
+from fmapkit._store import Pass, Store
 from fmapkit._transforms import TRANSFORMED, under_transform
 from fmapkit._units import Units
 from fmapkit._unseen import RECORDED, Unseen, recording
@@ -85,7 +86,10 @@ class Session:
         self.model, self.names, self.wants = asked.model, asked.names, asked.wants
         self._edits, self._stop = asked.edits, asked.stop
         self._every = every
-        self._forward = StopForward(self.model, asked.stop) if asked.stop is not None else None
+        self._forward: StopForward | None = None
+        if asked.stop is not None:
+            self._forward = StopForward(self.model, asked.stop, self._ended_early)
+            asked.stop.awaited = lambda: any(o.waits for o in others(self))
         self.steps = 0
         self.store = Store(keep)
         self._misses = Misses(self.model)
@@ -126,8 +130,12 @@ class Session:
         """Set the one hook pair that every pass goes through.
 
         Until the first pass, there are hooks on all modules, to name what is called outside of one.
+
+        Raises:
+            CaptureStateError: another capture is open, and one of the two edits.
         """
         self.live.thread = threading.get_ident()
+        entered(self)
         self.unseen.scripted()
         self._placing.on_model()
         if self._forward is not None:
@@ -139,6 +147,7 @@ class Session:
 
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""
+        left(self)
         self.abandon()
         self.compiled.close()
         self.hooks.drop()
@@ -348,8 +357,11 @@ class Session:
         stopped = stop is not None and stop.ended
         for layer, why in self._edits.unapplied() if not failed and not stopped else ():
             self.miss(layer, why)
-        if current is not None and stop is not None and not failed:
-            stop.learn(current)
+        if current is not None and not failed:
+            if self.wants.picks and not self.store.fleeting:
+                self._name_unpicked(current)
+            if stop is not None:
+                stop.learn(current)
         live.clear()
         if current is not None:
             current.closed = True
@@ -358,6 +370,11 @@ class Session:
             self._keeping.keep(current, failed)
         if misses.entries and not misses.warned:
             misses.warn_in_forward()
+
+    def _name_unpicked(self, current: Pass) -> None:
+        named = {entry.layer for entry in self.missed}
+        for layer in self.wants.without_maps({e.origin.name for e in current.entries()} | named):
+            self.miss(layer, "filters= was given for it, and this pass had no map of it")
 
     def abandon(self) -> None:
         """The pass ended without its post hook: leave no mode, flag or learning hook behind."""
@@ -375,6 +392,32 @@ class Session:
             self._keeping.keep(current, failed=True)
         self._beside.clear()
         live.idle = False
+
+    def _ended_early(self) -> None:
+        """Our stop has ended a pass, for whoever captures it, too."""
+        for other in others(self):
+            other.cut()
+
+    @property
+    def waits(self) -> bool:
+        """Whether we are to end the pass that is under way, and want more of it yet."""
+        live, stop = self.live, self._stop
+        if stop is None or live.current is None or stop.complete:
+            return False
+        return live.tracer is not None or live.run is None or not live.run.complete
+
+    def cut(self) -> None:
+        """Another capture has ended this pass, or a part of it: nothing more is captured of it."""
+        live = self.live
+        if live.current is None:
+            return
+        if self._stop is None or self.waits:
+            self.miss("", CUT)
+        around = on_stack(live.frame)  # our model goes on, or its post hook is to come
+        self.abandon()
+        live.idle = around
+        if not self._misses.warned:
+            self._misses.warn_in_forward()
 
     def _restart(self) -> None:
         """The model has other modules than it had: learn it anew."""

@@ -7,6 +7,7 @@ own; the model's call then returns None.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -14,7 +15,13 @@ from torch import nn
 
 from fmapkit._store import Entry, Pass
 
-__all__ = ["Stop", "StopForward", "StoppedError", "has_own_forward"]
+__all__ = ["CUT", "Stop", "StopForward", "StoppedError", "has_own_forward"]
+
+
+CUT = (
+    "another capture, with stop=True, ended the pass at the last map that it wants: what comes "
+    "after that does not run, so it is not captured here either"
+)
 
 
 class StoppedError(BaseException):
@@ -30,9 +37,14 @@ def _tag(entry: Entry) -> Any:
 
 
 class Stop:
-    """Knows what is still wanted in a pass."""
+    """Knows what is still wanted in a pass.
+
+    Attributes:
+        awaited: whether another capture that ends passes still wants something of this one.
+    """
 
     def __init__(self) -> None:
+        self.awaited: Callable[[], bool] = bool
         self._wanted: frozenset[Any] | None = None  # by the first complete pass
         self._missing: set[Any] = set()
         self._ended = False
@@ -51,6 +63,11 @@ class Stop:
         """Whether this pass was ended."""
         return self._ended
 
+    @property
+    def complete(self) -> bool:
+        """Whether all that the first one had is there."""
+        return bool(self._wanted) and not self._missing
+
     def learn(self, whole: Pass) -> None:
         """A pass went through to its end; the first one's maps are what is wanted."""
         if self._wanted is None:
@@ -65,27 +82,37 @@ class Stop:
         """End the pass if all that the first one had is there.
 
         Raises:
-            StoppedError: it is.
+            StoppedError: it is, and no other capture that ends passes waits for more.
         """
-        if self._wanted and not self._missing:
+        if self.complete:
             self.end()
 
     def end(self) -> None:
         """End the pass.
 
         Raises:
-            StoppedError: always.
+            StoppedError: no other capture that ends passes waits for more; if one does, it will end
+                this one.
         """
+        if self.awaited():
+            return
         self._ended = True
         raise StoppedError(self)
 
 
 class StopForward:
-    """The model's forward, until it is stopped."""
+    """The model's forward, until it is stopped.
 
-    def __init__(self, model: nn.Module, stop: Stop) -> None:
+    Args:
+        model: whose forward it is.
+        stop: ends it.
+        tell: called when that has happened.
+    """
+
+    def __init__(self, model: nn.Module, stop: Stop, tell: Callable[[], None]) -> None:
         self.model = model
         self.stop: Stop | None = stop
+        self._tell: Callable[[], None] | None = tell
         self.theirs = False  # whether the instance has a forward of its own
         self.forward: Any = None
 
@@ -97,7 +124,7 @@ class StopForward:
 
     def remove(self) -> None:
         """Put back what was there; if another stands before us, be transparent."""
-        self.stop = None
+        self.stop = self._tell = None
         if self.model.__dict__.get("forward") is self:
             del self.model.__dict__["forward"]
             below = self
@@ -112,6 +139,8 @@ class StopForward:
         except StoppedError as stopped:
             if stopped.stop is not self.stop:
                 raise
+            if self._tell is not None:
+                self._tell()
             return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

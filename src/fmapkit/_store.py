@@ -8,8 +8,8 @@ when it is read.
 from __future__ import annotations
 
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fmapkit._aside import clone
 from fmapkit._axes import Axes
-from fmapkit._gradients import Gradient, watch
+from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._origin import Origin
 from fmapkit._sharded import alias_of, ends_of, is_wrapped, settled
 from fmapkit.errors import MapOverwrittenError, MapReleasedError
@@ -180,14 +180,16 @@ class Pass:
     entries are made when somebody reads them and not while the model runs.
     """
 
-    __slots__ = ("_entries", "closed", "grads", "segments", "step", "training")
+    __slots__ = ("_entries", "closed", "grads", "memory", "segments", "step", "training")
 
     def __init__(self, step: int, training: bool = False) -> None:
         self.step = step
-        self.grads = torch.is_grad_enabled()  # as it began
+        # As it began; the forward of an autograd Function, a reentrant checkpoint's, has them off.
+        self.grads = torch.is_grad_enabled() or in_function()
         self.training = training  # the mode the model was in then
         self.segments: list[Any] = []
         self.closed = False
+        self.memory: dict[int, int] | None = None  # as the store has counted it, in bytes
         self._entries: list[Entry] | None = None
 
     def entries(self) -> list[Entry]:
@@ -229,29 +231,48 @@ class Store:
         self.passes: deque[Pass] = deque()
         self.fleeting = keep == 0
         self.keep = 1 if self.fleeting else keep
-        self.steps = 0
+        self._users: Counter[int] = Counter()  # by storage: how many counted passes hold it
+        self._total = 0
 
     def begin(self, step: int, training: bool) -> Pass:
         """Room for a new pass: the oldest is let go before the model allocates again."""
         while self.keep is not None and len(self.passes) >= self.keep:
-            self.passes.popleft().release()
+            self.let_go()
         self.passes.append(Pass(step, training))
         return self.passes[-1]
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that all passes hold; shared memory counts once."""
-        seen: dict[int, int] = {}
-        for held in (h for p in self.passes for h in p.held()):
-            if held.tensor is not None:
-                storage = ends_of(held.tensor)[-1].untyped_storage()
-                seen[storage._cdata] = storage.nbytes()
-        return sum(seen.values())
+        return sum(_memory(h for p in self.passes for h in p.held()).values())
+
+    def count(self) -> int:
+        """The same of passes that have ended: each is looked at once, when it is the newest."""
+        for ended in reversed(self.passes):
+            if ended.memory is not None:
+                break
+            ended.memory = _memory(ended.held())
+            for storage, size in ended.memory.items():
+                if not self._users[storage]:
+                    self._total += size
+                self._users[storage] += 1
+        return self._total
+
+    def let_go(self, newest: bool = False) -> Pass:
+        """Let the oldest pass go, or the newest one."""
+        gone = self.passes.pop() if newest else self.passes.popleft()
+        for storage, size in (gone.memory or {}).items():
+            self._users[storage] -= 1
+            if not self._users[storage]:
+                del self._users[storage]
+                self._total -= size
+        gone.release()
+        return gone
 
     def clear(self) -> None:
         """Let everything go."""
         while self.passes:
-            self.passes.popleft().release()
+            self.let_go()
 
     def latest(self) -> Pass | None:
         """The newest pass, which may still be running."""
@@ -259,6 +280,12 @@ class Store:
 
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)
+
+
+def _memory(held: Iterable[Held]) -> dict[int, int]:
+    """The storages in which these lie, and their bytes."""
+    tensors = (ends_of(h.tensor)[-1] for h in held if h.tensor is not None)
+    return {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}
 
 
 class Aliases:

@@ -31,7 +31,7 @@ from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe
 from fmapkit._names import Names
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow, Weight
-from fmapkit._probation import Suspects, may_try
+from fmapkit._probation import Born, Suspects, may_try
 from fmapkit._record import Record
 from fmapkit._sigma_calls import after_sigma, before_sigma
 from fmapkit._stop import Stop
@@ -103,6 +103,7 @@ class Tracer(TorchFunctionMode):
         self.leaf_unit: Callable[[nn.Module], Any] = lambda _: None
         self.no_leaf: Callable[[nn.Module], None] = lambda _: None
         self.suspects = Suspects()
+        self.born = Born()
 
     def _new_record(self) -> Record:
         wants = self.wants
@@ -188,6 +189,8 @@ class Tracer(TorchFunctionMode):
             What it is to return.
         """
         try:
+            if self.trial:
+                self.born.made(known, args, kwargs, out)
             if call is not None:
                 out = after_sigma(self, known, call, out)
             else:
@@ -270,7 +273,7 @@ class Tracer(TorchFunctionMode):
 
     def may_try(self, known: Function, z: Tensor) -> bool:
         """Whether an in-place σ may run out of place, on probation."""
-        return bool(self.trial) and may_try(known.sigma, z, self.frames, self.aliases)
+        return bool(self.trial) and may_try(known.sigma, z, self.frames, self.aliases, self.born)
 
     def scope(self) -> nn.Module:
         """The module in whose forward a function runs.

@@ -105,6 +105,8 @@ class Wants:
         self._selection = chosen
         self.outputs = self._outputs(names)
         self.filters = _filters(filters)
+        # Layers that filters were given for, until the first pass has shown which have maps.
+        self._to_be_picked = set(self.filters) if isinstance(self.filters, Mapping) else set()
         self._check_filters(names)
         # The same for two captures that ask for the same; a selector object is like no other.
         given = layers_given if isinstance(layers_given, (str, type(None))) else id(self)
@@ -146,6 +148,11 @@ class Wants:
     def _check_filters(self, names: Names) -> None:
         if self.filters is None:
             return
+        if self.kinds == {"output"}:
+            raise ArgumentError(
+                "filters= picks from the maps of a layer, and what a module returns is held whole: "
+                "kinds='output' leaves nothing to pick from"
+            )
         for name, module in names.by_name.items():
             count = layers.filter_count(module)
             if layers.layer_axis(module) is None or count is None or not self.layer(name):
@@ -165,6 +172,26 @@ class Wants:
                         f"filters names layer {name!r}, which the model does not have"
                         f"{did_you_mean(name, names.by_name)}"
                     )
+                if not self.layer(name):
+                    raise ArgumentError(
+                        f"filters names layer {name!r}, which layers= does not ask for "
+                        f"(it asks for {self._selection})"
+                    )
+
+    def without_maps(self, layers_seen: set[str]) -> list[str]:
+        """The layers that filters were given for in vain; asked for after a complete pass, once.
+
+        Args:
+            layers_seen: those that had maps in it.
+        """
+        found = sorted(self._to_be_picked - layers_seen)
+        self._to_be_picked.clear()
+        return found
+
+    @property
+    def picks(self) -> bool:
+        """Whether `without_maps` is still to be asked."""
+        return bool(self._to_be_picked)
 
     def _chosen(self, name: str) -> tuple[int, ...] | None:
         given: Any = self.filters
@@ -247,6 +274,8 @@ def _filters(filters: Any) -> Any:
     if filters is None:
         return None
     if isinstance(filters, Mapping):
+        if not filters:
+            raise ArgumentError("filters={} picks nothing; None, the default, means all")
         return {str(k): indices(v) for k, v in filters.items()}
     return indices(filters)
 

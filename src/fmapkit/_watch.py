@@ -66,7 +66,9 @@ class Watch:
         there = [attributes.get("_compiled_call_impl") for attributes in self._attributes]
         if len(there) != len(self._there) or not all(map(is_, there, self._there)):
             self._there = there  # ours, perhaps, which come and go
-            self._calls = list(map(compiled_call, self._attributes))
+            calls = list(map(compiled_call, self._attributes))
+            # None at all is what it was before torch.compile was there.
+            self._calls = calls if any(c is not None for c in calls) else []
         return self._calls
 
     def changed(self) -> bool:

@@ -114,6 +114,11 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 "keep=0 lets go of each map at once, which takes analyses=... to see it before; "
                 "keep must be a positive int or 'all' otherwise"
             )
+        if fleeting and max_bytes is not None:
+            raise ArgumentError(
+                "keep=0 lets go of each map at once, so there is nothing for max_bytes= to limit: "
+                "give one of them"
+            )
         if keep != "all" and not _positive(keep) and not fleeting:
             raise ArgumentError(f"keep must be a positive int or 'all', not {keep!r}")
         if not _positive(every):

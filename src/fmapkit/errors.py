@@ -17,7 +17,7 @@ FmapkitError
 ├── DistributedError (RuntimeError)       ranks have nothing to put together, or do not agree
 ├── BudgetError (RuntimeError)            a pass holds more than `capture(max_bytes=...)` allows
 ├── EditError (ValueError)                an edit gave something that cannot go on in the model
-└── CaptureStateError (RuntimeError)      a capture used out of turn, e.g. entered twice
+└── CaptureStateError (RuntimeError)      a capture used out of turn: entered twice, beside an edit
 
 CaptureWarning (UserWarning)              something could not be captured; named in `maps.missed`
 """

@@ -1,0 +1,280 @@
+"""State that a model keeps outside of itself: an in-place σ must change it as if nobody watched.
+
+Each case is made twice from one seed. One twin runs bare, the other one is captured; what they
+return, what they keep and what a hand-made copy of z says must be equal, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmapkit import capture
+
+STATE = torch.empty(4, 4)
+
+
+@dataclass
+class Case:
+    """A model, how to set and read what it keeps elsewhere, and whether it is proven."""
+
+    model: nn.Module
+    keep: Callable[[Tensor], object]
+    kept: Callable[[], Any]
+    proven: bool = True
+
+
+def _nothing(value: Tensor) -> None:
+    """There is nothing to set."""
+
+
+class OfModule(nn.Module):
+    """A tensor of the Python module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        F.relu_(STATE)
+        return self.a(x + STATE)
+
+
+def of_module() -> Case:
+    return Case(OfModule(), STATE.copy_, lambda: STATE)
+
+
+def of_closure() -> Case:
+    memory = torch.empty(4, 4)
+
+    class OfClosure(OfModule):
+        def forward(self, x: Tensor) -> Tensor:
+            memory.add_(x)
+            return self.a(torch.tanh_(memory))
+
+    return Case(OfClosure(), memory.copy_, lambda: memory)
+
+
+def returned() -> Case:
+    memory = torch.empty(4, 4)
+
+    class Returned(OfModule):
+        def forward(self, x: Tensor) -> Tensor:
+            self.a(x)
+            return torch.relu_(memory)  # the caller may go on writing to it
+
+    return Case(Returned(), memory.copy_, lambda: memory)
+
+
+def of_object() -> Case:
+    class Holder:
+        memory = torch.empty(4, 4)
+
+    class OfObject(OfModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.holder = Holder()
+
+        def forward(self, x: Tensor) -> Tensor:
+            memory = self.holder.memory
+            F.hardtanh_(memory)
+            return self.a(x + memory)
+
+    return Case(OfObject(), Holder.memory.copy_, lambda: Holder.memory)
+
+
+def of_numpy() -> Case:
+    array = np.empty((4, 4), np.float32)
+
+    class OfNumPy(OfModule):
+        def forward(self, x: Tensor) -> Tensor:
+            memory = torch.from_numpy(array)
+            F.relu_(memory)
+            return self.a(x)
+
+    return Case(OfNumPy(), lambda t: np.copyto(array, t.numpy()), lambda: torch.tensor(array))
+
+
+def of_grad() -> Case:
+    leaf = torch.empty(4, 4, requires_grad=True)
+    leaf.grad = torch.empty(4, 4)
+
+    class OfGrad(OfModule):
+        def forward(self, x: Tensor) -> Tensor:
+            memory = leaf.grad
+            torch.sigmoid_(memory)
+            return self.a(x)
+
+    return Case(OfGrad(), leaf.grad.copy_, lambda: leaf.grad)
+
+
+def of_list() -> Case:
+    kept: list[Tensor] = []
+
+    class OfList(OfModule):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            kept.append(y)
+            F.relu_(y)
+            return self.a(x)
+
+    return Case(OfList(), _nothing, lambda: kept[-1], proven=False)
+
+
+def of_dict() -> Case:
+    kept: dict[str, Tensor] = {}
+
+    class OfDict(OfModule):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            kept["y"] = y
+            F.relu_(y)
+            return self.a(x)
+
+    return Case(OfDict(), _nothing, lambda: kept["y"], proven=False)
+
+
+def of_unpacked() -> Case:
+    kept: list[Tensor] = []
+
+    class OfUnpacked(OfModule):
+        def forward(self, x: Tensor) -> Tensor:
+            both = [x, kept]
+            mine, other = both
+            y = self.a(mine)
+            other.append(y)
+            F.relu_(y)
+            return self.a(x)
+
+    return Case(OfUnpacked(), _nothing, lambda: kept[-1], proven=False)
+
+
+class OfAttribute(OfModule):
+    """A list that the module has, by another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lists: list[list[Tensor]] = [[]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.lists
+        kept = both[0] if self.training else []
+        y = self.a(x)
+        kept.append(y)
+        F.relu_(y)
+        return self.a(x)
+
+
+def of_attribute() -> Case:
+    model = OfAttribute()
+    return Case(model, _nothing, lambda: model.lists[0][-1], proven=False)
+
+
+def added() -> Case:
+    class Added(OfAttribute):
+        def forward(self, x: Tensor) -> Tensor:
+            kept = self.lists[0]
+            y = self.a(x)
+            kept += [y]
+            F.relu_(y)
+            return self.a(x)
+
+    model = Added()
+    return Case(model, _nothing, lambda: model.lists[0][-1], proven=False)
+
+
+def given() -> Case:
+    """A list of the caller's."""
+    kept: list[Tensor] = []
+
+    class Inner(OfModule):
+        def forward(self, x: Tensor, skips: list[Tensor]) -> Tensor:
+            y = self.a(x)
+            skips.append(y)
+            F.relu_(y)
+            return self.a(x)
+
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, kept)
+
+    return Case(Given(), _nothing, lambda: kept[-1], proven=False)
+
+
+def of_its_own() -> Case:
+    """A list that is made in the call: whoever reads it reads it from the output."""
+
+    class OfItsOwn(OfModule):
+        def forward(self, x: Tensor) -> Tensor:
+            skips = [x]
+            skips.append(self.a(x))
+            shortcut = x
+            shortcut += self.a(x)
+            y = torch.zeros(8, 4)
+            y[:4] = shortcut
+            F.relu_(skips[1])
+            F.relu_(y)
+            return torch.cat([*skips, y])
+
+    return Case(OfItsOwn(), _nothing, lambda: torch.zeros(1))
+
+
+CASES = [
+    *(of_module, of_closure, returned, of_object, of_numpy, of_grad),
+    *(of_list, of_dict, of_unpacked, of_attribute, added, given, of_its_own),
+]
+
+
+def run(case: Case, passes: int, grad: bool) -> list[tuple[Any, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    case.keep(torch.randn(4, 4, generator=generator))
+    found = []
+    for _ in range(passes):
+        with torch.set_grad_enabled(grad):
+            out = case.model(torch.randn(4, 4, generator=generator))
+        found.append((out.detach().clone(), case.kept().detach().clone()))
+        case.keep(case.kept().detach() - 0.5)  # so that σ has something to change in each pass
+    return found
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("make", CASES)
+def test_state_is_what_it_would_have_been(make: Callable[[], Case], grad: bool) -> None:
+    torch.manual_seed(0)
+    bare = run(make(), 4, grad)
+    torch.manual_seed(0)
+    case = make()
+    with capture(case.model) as maps:
+        seen = run(case, 4, grad)
+        assert maps._session._units.proven(case.model) == case.proven
+    assert maps.missed == []
+    for (out, kept), (out_seen, kept_seen) in zip(bare, seen, strict=True):
+        assert torch.equal(out, out_seen)
+        assert torch.equal(kept, kept_seen)
+
+
+def test_what_is_held_of_it() -> None:
+    """z is a copy, since σ overwrites it; a is the state itself."""
+    case = of_closure()
+    before = torch.randn(4, 4)
+    x = torch.randn(4, 4)
+    with torch.no_grad(), capture(case.model) as maps:
+        for _ in range(3):
+            case.keep(before)
+            case.model(x)
+            (z,) = maps.select(kind="preactivation", nonlinearity="tanh")
+            (a,) = maps.select(kind="activation", nonlinearity="tanh")
+            assert torch.equal(z.tensor, before + x)
+            assert torch.equal(a.tensor, torch.tanh(before + x))
+            assert a.tensor.data_ptr() == case.kept().data_ptr()
