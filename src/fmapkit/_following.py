@@ -383,6 +383,14 @@ class Follower:
         self.depart()
         return False
 
+    def broken_off(self, module: nn.Module) -> None:
+        """A module's call was left by what runs no hooks."""
+        places = [i for i, frame in enumerate(self._running) if frame.module is module]
+        if self._tracer.follower is self and places:
+            del self._running[places[-1] :]
+            self._watched = [f for f in self._watched if f in self._running]
+            self.depart()
+
     def _ends(self, step: Step, output: Any) -> bool:
         """Whether a module returns what it returned before."""
         if step.scope != "plain" and not self._matches(step, output):
@@ -522,7 +530,7 @@ class Follower:
                     slot = "x" if making.source >= 0 else "y"
                     events[id(making.origin)].entries.append((slot, entry))
         if not self._watched:
-            for frame, start in zip(self._running, starts, strict=True):
+            for frame, start in zip(self._running, starts, strict=False):
                 frame.start = start
             return
         outer = self._running.index(self._watched[0])

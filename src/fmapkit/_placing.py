@@ -110,7 +110,7 @@ class Placing:
             self._hooks.drop("before")
             self._hooks.drop("around", keep=[self._model])
             self.tapped.clear()
-            self._no_stands()
+            self.no_stands()
             self._scopes = False
 
     # -- scopes -------------------------------------------------------------------------------
@@ -171,7 +171,8 @@ class Placing:
         self._hooks.around(self._bare, self._calls.pre, self._calls.post)
         self._bare = []
 
-    def _no_stands(self) -> None:
+    def no_stands(self) -> None:
+        """Stand before no call any more."""
         for stand in self._stands.values():
             stand.remove()
         self._stands.clear()

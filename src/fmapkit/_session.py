@@ -150,6 +150,7 @@ class Session:
         left(self)
         self.abandon()
         self.compiled.close()
+        self._placing.no_stands()
         self.hooks.drop()
         Ending.remove(self.model, self._interrupted)
         if self._forward is not None:

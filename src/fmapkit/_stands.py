@@ -104,6 +104,9 @@ class Scope(Stand):
         except Exception:
             self.post(module, args, kwargs, None)
             raise
+        except BaseException:  # an interrupt, which the forward around it may catch
+            follower.broken_off(module)
+            raise
         if self.way.follower is follower and follower.leave(module, output):
             return output
         replaced = self.post(module, args, kwargs, output)

@@ -287,6 +287,11 @@ class Tracer(TorchFunctionMode):
         running = running_module(2)
         if running is None or running is module or running not in self.names.by_module:
             return module
+        if any(f.module is running for f in self.frames):
+            # Calls inside of it were broken off by what runs no hooks, and it caught that.
+            while self.frames[-1].module is not running:
+                self.opaque -= self.frames.pop().kind == "layer"
+            return running
         self.unhooked.add(running)
         return running
 
