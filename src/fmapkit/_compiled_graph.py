@@ -41,6 +41,7 @@ class CompiledGraph:
         data: which inputs are tensors that are no parameters.
         local: which of these are no attributes of a module.
         own: how many outputs are the model's.
+        returned: how many outputs there are.
         places: where the graph returns what is read at a site.
     """
 
@@ -54,7 +55,7 @@ class CompiledGraph:
         self.weights = [i for i in tensors if names.is_parameter(inputs[i])]
         self.data = [i for i in tensors if i not in self.weights]
         self.local = {i for i, n in enumerate(placeholders(gm)) if not from_module(n)}
-        self.own = 0
+        self.own = self.returned = 0
         self.places: dict[Any, int] = {}
         # How the graph knows modules and weights: by what they were when it was traced.
         self._modules = {id(m): m for m in names.by_module}

@@ -347,13 +347,14 @@ def _traced(
     tags = [tracer.tag(t) for _, t in leaves(returned)]
     escaping = {id(t.origin) for t in tags if isinstance(t, Flow)}
     kind_of = {id(e): event.kind for event in tracer.events for _, e in event.entries}
+    own = {storage_of(t) for _, t in leaves(returned)}
     found = []
     for entry in tracer.current.segments:
         held = entry.held
         if held is None:
             continue
         assert isinstance(held, NodeHeld)
-        site = held.site()
+        site = held.site(own)
         value = env.get(site.node)
         if value is not held.tensor:
             name = str(site.node.target).rpartition(".")[2]

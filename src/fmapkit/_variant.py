@@ -17,6 +17,7 @@ from torch import fx, nn
 from fmapkit._compiled_graph import CompiledGraph
 from fmapkit._compiled_run import Sink, UnknownError, running
 from fmapkit._graph_edit import add_outputs
+from fmapkit._layouts import free_layouts
 from fmapkit._optimized import plain
 
 if TYPE_CHECKING:
@@ -136,7 +137,9 @@ class _Compiler:
                 sink.unread += 1
             return self._backend(gm, inputs, **options)
         self._variant.graphs.append(graph)
-        return _runner(graph, self._backend(gm, inputs, **options))
+        with free_layouts(graph.own, graph.returned):
+            compiled = self._backend(gm, inputs, **options)
+        return _runner(graph, compiled)
 
     def _instrument(
         self, gm: fx.GraphModule, inputs: list[Any], sinks: Sequence[Sink]
@@ -156,6 +159,7 @@ class _Compiler:
                 sites += [site for _, site, _ in traced.found]
             graph.gm = _copy(gm)
             graph.places = add_outputs(gm, sites, sinks[0].session.wants.detach)
+            graph.returned = len(last.args[0])
         except Exception:
             gm.graph = untouched.graph
             gm.recompile()
