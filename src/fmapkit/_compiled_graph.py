@@ -9,6 +9,7 @@ the graph is labelled anew; it is not compiled anew.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
@@ -19,12 +20,45 @@ from fmapkit._frames import running_modules
 from fmapkit._graph import Labels, Traced, trace_graph
 from fmapkit._names import Names
 from fmapkit._origin import NOWHERE, STOP, Flow, Origin, Weight
+from fmapkit._tags import Tags
 from fmapkit._units import carried as carried_by
 
 if TYPE_CHECKING:
     from fmapkit._session import Session
 
 __all__ = ["CompiledGraph"]
+
+
+class _Latest:
+    """The latest run of a graph that was all of a pass.
+
+    Args:
+        state: what was known of the model.
+        fixed: its weights and buffers.
+        arguments: at which places data came in that had no layer yet.
+        carried: what all that came in carried.
+        labels: of its maps.
+    """
+
+    __slots__ = ("_arguments", "_fixed", "_ids", "carried", "labels", "state")
+
+    def __init__(
+        self, state: Any, fixed: list[Any], arguments: list[int], carried: list[Any], labels: Labels
+    ) -> None:
+        self.state = state
+        self.carried = carried
+        self.labels = labels
+        self._fixed = fixed
+        self._ids = frozenset(map(id, fixed))
+        self._arguments = arguments
+
+    def fits(self, tags: Tags, fixed: list[Any], inputs: Sequence[Any]) -> bool:
+        """Whether what comes in carries the same as then."""
+        return (
+            all(map(is_, fixed, self._fixed))
+            and tags.none_of(self._ids)
+            and all(tags.of(inputs[i]) is STOP for i in self._arguments)
+        )
 
 
 class CompiledGraph:
@@ -62,10 +96,31 @@ class CompiledGraph:
         self._owners = [names.owners(inputs[i]) for i in self.weights]
         self._base = _base(names)
         self._known: dict[int, tuple[Any, dict[Any, tuple[Labels, list[Any]]]]] = {}
+        # Of the latest run: a graph that is all of a pass has nothing new to ask in the next one,
+        # where the same weights and buffers come in, and other data.
+        self._fixed = [i for i in tensors if i not in self.local]
+        self._latest: dict[int, _Latest] = {}
 
     def forget(self) -> None:
         """The block has ended."""
         self._known.clear()
+        self._latest.clear()
+
+    def ready(self, sink: Sink, place: int, inputs: Sequence[Any]) -> tuple[list[Any], Labels]:
+        """What the data that come in carry, by place among the inputs, and the labels that fit."""
+        alone = self.whole and sink.alone and not sink.runs
+        state = (sink.session.watch, sink.session.names.version)
+        latest = self._latest.get(place)
+        if alone and latest is not None and latest.state == state:
+            if latest.fits(sink.tracer.tags, [inputs[i] for i in self._fixed], inputs):
+                return latest.carried, latest.labels
+        carried = self.carried(inputs, sink)
+        labels = self.labels(sink, place, inputs, carried)
+        arguments = [i for i in self.data if i in self.local]
+        if alone and all(carried[i] is STOP for i in arguments) and not sink.session.names.lent:
+            fixed = [inputs[i] for i in self._fixed]
+            self._latest[place] = _Latest(state, fixed, arguments, carried, labels)
+        return carried, labels
 
     def carried(self, inputs: Sequence[Any], sink: Sink) -> list[Any]:
         """What the data that come in carry, by place among the inputs."""

@@ -224,22 +224,24 @@ class Hooks:
     @contextmanager
     def suspended(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """The modules without our hooks for a while, as bare code would see them."""
-        kept: list[tuple[OrderedDict[int, Any], dict[int, Any]]] = []
+        kept: list[tuple[OrderedDict[int, Any], tuple[int, ...], dict[int, Any]]] = []
         for module in modules:
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                if any(map(self.is_ours, hooks.values())):
-                    kept.append((cast("OrderedDict[int, Any]", hooks), dict(hooks)))
-                    for key in [k for k, h in hooks.items() if self.is_ours(h)]:
+                ours = {k: h for k, h in hooks.items() if self.is_ours(h)}
+                if ours:
+                    order = tuple(hooks)
+                    kept.append((cast("OrderedDict[int, Any]", hooks), order, ours))
+                    for key in ours:
                         del hooks[key]
         try:
             yield
         finally:
             # In their old order, one by one: other threads set hooks meanwhile, and run them.
-            for hooks, before in kept:
-                new = [key for key in tuple(hooks) if key not in before]
-                for key in (*before, *new):
-                    if key in before and self.is_ours(before[key]):
-                        hooks[key] = before[key]
+            for hooks, order, ours in kept:
+                others = tuple(hooks)
+                hooks.update(ours)
+                new = [key for key in others if key not in order]
+                for key in (*order, *new) if others else ():
                     if key in hooks:
                         hooks.move_to_end(key)
 

@@ -73,7 +73,8 @@ if CustomGraphPass is not None:
             known = getattr(context, "fw_metadata", None)
             outputs = getattr(known, "output_info", ())
             # What a graph writes to may be returned first, which shifts all places.
-            if len(outputs) != self._count or getattr(known, "num_mutated_inp_runtime_indices", 1):
+            shift: Any = getattr(known, "num_mutated_inp_runtime_indices", None)
+            if len(outputs) != self._count or shift != 0:
                 return set()
             return {
                 place

@@ -36,6 +36,10 @@ class Tags:
             return Weight(value, Axes.single(0, value.shape[0]) if value.dim() else None)
         return None
 
+    def none_of(self, ids: frozenset[int]) -> bool:
+        """Whether none of these tensors, told by their ids, has been given a tag in this pass."""
+        return ids.isdisjoint(self._known)
+
     def put(self, value: Any, tag: Any) -> None:
         """What a result carries; nested like the result."""
         if isinstance(value, Tensor):

@@ -158,7 +158,8 @@ class _Compiler:
                 traced = graph.trace(sink.session, inputs, carried, rewrite=True)
                 sites += [site for _, site, _ in traced.found]
             graph.gm = _copy(gm)
-            graph.places = add_outputs(gm, sites, sinks[0].session.wants.detach)
+            detach = sinks[0].session.wants.detach and _may_need_gradients(gm)
+            graph.places = add_outputs(gm, sites, detach)
             graph.returned = len(last.args[0])
         except Exception:
             gm.graph = untouched.graph
@@ -175,6 +176,12 @@ class _Compiler:
             return False
         reason = at.output.compile_subgraph_reason
         return reason is not None and not reason.graph_break
+
+
+def _may_need_gradients(gm: fx.GraphModule) -> bool:
+    """Whether anything in a graph may be in an autograd graph."""
+    switch = torch._C._set_grad_enabled
+    return torch.is_grad_enabled() or any(n.target is switch for n in gm.graph.nodes)
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
