@@ -6,7 +6,6 @@ import gc
 import sys
 import types
 from functools import lru_cache
-from itertools import compress
 from typing import Any
 
 from torch import nn
@@ -81,9 +80,7 @@ def around(model: nn.Module) -> list[nn.Module]:
     """
     if not _ever_compiled():  # to look through all objects takes a while
         return []
-    everything = gc.get_objects()  # some 100,000: not one by one in Python
-    kinds = {kind for kind in set(map(type, everything)) if issubclass(kind, nn.Module)}
-    found = compress(everything, map(kinds.__contains__, map(type, everything)))
+    found = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
     return [o for o in found if "_modules" in o.__dict__ and is_compiled(o) and holds(o, model)]
 
 

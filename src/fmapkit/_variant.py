@@ -155,7 +155,7 @@ class _Compiler:
             for sink in sinks:
                 sink.settle()
                 carried = graph.carried(inputs, sink)
-                traced = graph.trace(sink.session, inputs, carried, rewrite=True)
+                traced = graph.trace(sink.session, inputs, carried, sink.session.miss, rewrite=True)
                 sites += [site for _, site, _ in traced.found]
             graph.gm = _copy(gm)
             detach = sinks[0].session.wants.detach and _may_need_gradients(gm)
