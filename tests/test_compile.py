@@ -329,6 +329,49 @@ def test_labels_follow_weights_that_are_swapped(blocks: int) -> None:
                     assert maps["b"].nonlinearity == "tanh"
 
 
+class Listed(Two):
+    """Runs what is in a list, by which dynamo does not tell one module of a type from another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running = [self.a]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.running[0](x))
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_labels_of_one_graph_that_runs_another_module(blocks: int) -> None:
+    model, x = Listed(), torch.randn(2, 4)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    seen = []
+    for _ in range(blocks):
+        with capture(compiled) as maps:
+            for module in (model.a, model.b) if blocks == 1 else (model.running[0],):
+                model.running[0] = module
+                compiled(x)
+                seen += maps.layers
+        if blocks == 2:
+            model.running[0] = model.b
+    assert seen == ["a", "b"]
+
+
+def test_labels_of_a_module_that_has_another_name_in_the_next_block() -> None:
+    model, x = Listed(), torch.randn(2, 4)
+    compiled = torch.compile(model, backend="eager")
+    with capture(compiled) as maps:
+        compiled(x)
+    assert maps.layers == ["a"]
+    model.c = model.a
+    del model.a
+    before = graphs()
+    with capture(compiled) as maps:
+        compiled(x)
+    assert maps.layers == ["c"]
+    assert graphs() == before
+
+
 def test_what_is_known_of_a_graph_keeps_no_weights() -> None:
     model = Two()
     compiled = torch.compile(model, backend="eager")
