@@ -49,6 +49,11 @@ class _Labelled:
         self._missed = missed
         self._told: Any = None
 
+    @property
+    def alive(self) -> bool:
+        """Whether the weights are still there, and may come in again."""
+        return all(ref() is not None for ref in self._weights)
+
     def of(self, weights: list[Tensor]) -> bool:
         """Whether these are the weights."""
         return all(ref() is weight for ref, weight in zip(self._weights, weights, strict=True))
@@ -154,6 +159,10 @@ class CompiledGraph:
     def forget(self) -> None:
         """The block has ended: what is kept for the next one keeps no tensor alive."""
         self._latest.clear()
+        for known in list(self._known.values()):  # which another thread may be adding to
+            for key, found in list(known.labels.items()):
+                if not found.alive:
+                    known.labels.pop(key, None)
 
     def ready(self, sink: Sink, place: int, inputs: Sequence[Any]) -> tuple[list[Any], Labels]:
         """What the data that come in carry, by place among the inputs, and the labels that fit."""

@@ -42,7 +42,7 @@ class Names:
         self.lent = False  # parameters that have memory only while their module runs (FSDP)
         self._owners: dict[int, tuple[Tensor, list[tuple[nn.Module, str]]]] = {}
         self._flat: list[Any] = []  # flat parameters of old FSDP
-        self._dicts: list[dict[str, Any]] = []  # where modules have their parameters
+        self._dicts: list[Any] = []  # where modules have their parameters
         self._parameters: list[Any] = []  # what is there, one after the other
         self._counts: list[int] = []  # and how many are whose
         self.version = 0
@@ -68,7 +68,7 @@ class Names:
 
     def update(self) -> None:
         """Notice parameters that were swapped, for good or for one call (`functional_call`)."""
-        now = list(chain.from_iterable(map(dict.values, self._dicts)))
+        now = list(chain.from_iterable([there.values() for there in self._dicts]))
         same = len(now) == len(self._parameters) and all(map(is_, now, self._parameters))
         if not same or list(map(len, self._dicts)) != self._counts:
             self._read_parameters()
