@@ -134,9 +134,6 @@ def without_modes() -> Iterator[None]:
             _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
-_ROLES = ("around", "outside", "after", "before")
-
-
 class Hooks:
     """The hooks of one session, by role and module.
 
@@ -208,10 +205,6 @@ class Hooks:
     def modules(self) -> set[nn.Module]:
         """The modules with any hook of ours."""
         return {module for _, module in self._handles}
-
-    def on(self, module: nn.Module) -> bool:
-        """Whether a module has any hook of ours."""
-        return any((role, module) in self._handles for role in _ROLES)
 
     def _unhookable(self, module: nn.Module) -> bool:
         return isinstance(module, torch.jit.ScriptModule) or module in self.excluded
