@@ -7,12 +7,14 @@ The witness cannot look into compiled code. It watches an eager copy of the mode
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import shutil
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +30,7 @@ from fmapkit import CaptureWarning, NoPassError, capture
 from tests import truth
 
 BACKENDS = ["eager", "aot_eager"]
+TORCH = tuple(int(n) for n in torch.__version__.split(".")[:2])
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -289,6 +292,110 @@ def test_many_blocks_do_not_use_up_the_recompile_limit() -> None:
             compiled(x)
     with torch.no_grad():
         compiled(x)  # would fall back to eager, and fail with fullgraph
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.b(torch.relu(self.a(x))))
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_labels_follow_weights_that_are_swapped(blocks: int) -> None:
+    torch.manual_seed(0)
+    model, x = Two(), torch.randn(2, 4)
+    compiled = torch.compile(model, backend="eager")
+
+    def exchange() -> None:
+        model.a, model.b = model.b, model.a
+
+    def renew() -> None:
+        model.a.weight = nn.Parameter(torch.randn(4, 4))
+
+    changes = [lambda: None, exchange, renew]
+    for n in range(blocks):
+        with torch.no_grad(), capture(compiled, keep="all") as maps:
+            for change in changes[n : n + 1] if blocks > 1 else changes:
+                change()
+                for _ in range(2):
+                    compiled(x)
+                    z = F.linear(x, model.a.weight, model.a.bias)
+                    last = F.linear(z.relu(), model.b.weight, model.b.bias)
+                    assert torch.equal(maps["a", "preactivation"].tensor, z)
+                    assert torch.equal(maps["b", "preactivation"].tensor, last)
+                    assert maps["b"].nonlinearity == "tanh"
+
+
+class Listed(Two):
+    """Runs what is in a list, by which dynamo does not tell one module of a type from another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running = [self.a]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.running[0](x))
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_labels_of_one_graph_that_runs_another_module(blocks: int) -> None:
+    model, x = Listed(), torch.randn(2, 4)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    seen = []
+    for _ in range(blocks):
+        with capture(compiled) as maps:
+            for module in (model.a, model.b) if blocks == 1 else (model.running[0],):
+                model.running[0] = module
+                compiled(x)
+                seen += maps.layers
+        if blocks == 2:
+            model.running[0] = model.b
+    assert seen == ["a", "b"]
+
+
+def test_labels_of_a_module_that_has_another_name_in_the_next_block() -> None:
+    model, x = Listed(), torch.randn(2, 4)
+    compiled = torch.compile(model, backend="eager")
+    with capture(compiled) as maps:
+        compiled(x)
+    assert maps.layers == ["a"]
+    model.c = model.a
+    del model.a
+    before = graphs()
+    with capture(compiled) as maps:
+        compiled(x)
+    assert maps.layers == ["c"]
+    assert graphs() == before
+
+
+def test_what_is_known_of_a_graph_keeps_no_weights() -> None:
+    model = Two()
+    compiled = torch.compile(model, backend="eager")
+    with capture(compiled):
+        for _ in range(2):
+            compiled(torch.randn(2, 4))
+    weight = weakref.ref(model.a.weight)
+    model.a.weight = nn.Parameter(torch.randn(4, 4))
+    gc.collect()
+    assert weight() is None
+
+
+def test_what_is_missed_is_named_in_each_block() -> None:
+    compiled = torch.compile(Two(), backend="eager")
+    reasons = []
+    for _ in range(3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CaptureWarning)
+            with capture(compiled, kinds=("output", "activation")) as maps:
+                compiled(torch.randn(2, 4))
+        assert [fm.layer for fm in maps.select(kind="activation")] == ["a", "b"]
+        reasons.append([(m.layer, m.reason) for m in maps.missed])
+    assert {layer for layer, _ in reasons[0]} == {"a", "b"}
+    assert reasons[0] == reasons[1] == reasons[2]
 
 
 def test_every_runs_the_users_code_in_between() -> None:
@@ -613,6 +720,65 @@ def test_inductor() -> None:
     for seen_grad, grad in zip(seen.grads.values(), true.grads.values(), strict=True):
         torch.testing.assert_close(seen_grad, grad)
     assert maps.missed == []
+
+
+@needs_compiler
+@pytest.mark.parametrize("train", [False, True])
+def test_inductor_leaves_maps_in_the_layout_that_it_has_chosen(train: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(inplace=True)),
+    )
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model)
+    x = torch.randn(2, 3, 16, 16)
+    with capture(compiled) as maps:
+        seen = truth.run_pass(compiled, (x,), train=train)
+    true = truth.run_pass(eager, (x,), train=train, witness=True)
+    assert seen.outputs[0].stride() == true.outputs[0].stride()  # the model's own are as they were
+    for pair, run in zip(truth.captured_pairs(maps), true.truth, strict=True):
+        torch.testing.assert_close(pair.z, run.z)
+        torch.testing.assert_close(pair.a, run.a)
+        assert torch.equal(F.relu(pair.z), pair.a)
+    for seen_grad, grad in zip(seen.grads.values(), true.grads.values(), strict=True):
+        torch.testing.assert_close(seen_grad, grad, rtol=1e-4, atol=1e-4)
+    # Convolutions run channels-last, where oneDNN is there; nothing is copied into another layout.
+    if torch.backends.mkldnn.is_available() and TORCH >= (2, 7):
+        z = maps["0", "preactivation"].tensor
+        assert z.is_contiguous(memory_format=torch.channels_last)
+
+
+class Sharing(nn.Module):
+    """What it returns shares memory with a map."""
+
+    def __init__(self, view: str) -> None:
+        super().__init__()
+        self.fc, self.last, self.view = nn.Linear(4, 6), nn.Linear(6, 8), view
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(F.relu(self.fc(x)))
+        return {"t": y.t, "flat": y.flatten, "part": lambda: y[:, 2:], "same": lambda: y}[
+            self.view
+        ]()
+
+
+@needs_compiler
+@pytest.mark.parametrize("view", ["t", "flat", "part", "same"])
+def test_inductor_and_an_output_that_shares_memory_with_a_map(view: str) -> None:
+    torch.manual_seed(0)
+    model, x = Sharing(view), torch.randn(3, 4)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model)
+    with capture(compiled) as maps:
+        output = compiled(x)
+        output.square().sum().backward()
+    eager(x).square().sum().backward()
+    for parameter, other in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad)
+    held = maps["last", "preactivation"].tensor
+    assert not held.requires_grad
+    torch.testing.assert_close(held, eager.last(F.relu(eager.fc(x))).detach())
 
 
 @needs_cuda

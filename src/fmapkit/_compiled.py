@@ -74,11 +74,10 @@ class _Door:
         here = [s for s in self.sessions if s.live.thread == thread]
         if not here or running.sinks:
             return self.original(*args, **kwargs)
+        # torch.compile(module) runs the module's own hooks, and ours are for its eager calls.
         with ExitStack() as stack:
-            # torch.compile(module) runs the module's own hooks, and ours are for its eager calls.
             for session in here:
-                if session.hooks.on(self.module):
-                    stack.enter_context(session.hooks.suspended([self.module]))
+                stack.enter_context(session.hooks.suspended([self.module]))
             return self._capture(here, args, kwargs)
 
     def close(self, session: Session) -> None:

@@ -8,7 +8,9 @@ the graph is labelled anew; it is not compiled anew.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
@@ -19,12 +21,99 @@ from fmapkit._frames import running_modules
 from fmapkit._graph import Labels, Traced, trace_graph
 from fmapkit._names import Names
 from fmapkit._origin import NOWHERE, STOP, Flow, Origin, Weight
+from fmapkit._tags import Tags
 from fmapkit._units import carried as carried_by
 
 if TYPE_CHECKING:
     from fmapkit._session import Session
 
 __all__ = ["CompiledGraph"]
+
+
+class _Labelled:
+    """The labels of a graph's maps, and what was not captured, of one kind of run.
+
+    Args:
+        labels: of the maps.
+        weights: that came in. Their ids tell the kind of run, as long as it is still they.
+        missed: the layer and the reason of each entry.
+    """
+
+    __slots__ = ("_missed", "_told", "_weights", "labels")
+
+    def __init__(
+        self, labels: Labels, weights: list[Tensor], missed: list[tuple[str, str]]
+    ) -> None:
+        self.labels = labels
+        self._weights = list(map(weakref.ref, weights))
+        self._missed = missed
+        self._told: Any = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the weights are still there, and may come in again."""
+        return all(ref() is not None for ref in self._weights)
+
+    def of(self, weights: list[Tensor]) -> bool:
+        """Whether these are the weights."""
+        return all(ref() is weight for ref, weight in zip(self._weights, weights, strict=True))
+
+    def tell(self, session: Session) -> None:
+        """Name what was not captured, once in each block."""
+        if self._missed and (self._told is None or self._told() is not session):
+            self._told = weakref.ref(session)
+            for layer, why in self._missed:
+                session.miss(layer, why)
+
+
+class _Known:
+    """The labels of a graph's maps for a session, and for later ones with the same names."""
+
+    __slots__ = ("_names", "_watch", "labels")
+
+    def __init__(self, session: Session) -> None:
+        self._watch: Any = weakref.ref(session.watch)
+        self._names = dict(session.names.by_name)
+        self.labels: dict[Any, _Labelled] = {}
+
+    def holds(self, session: Session) -> bool:
+        """Whether the model still has these modules, under these names."""
+        if self._watch() is session.watch:
+            return True
+        self._watch = weakref.ref(session.watch)  # another block, or the structure has changed
+        return session.names.by_name == self._names
+
+
+class _Latest:
+    """The latest run of a graph that was all of a pass.
+
+    Args:
+        state: what was known of the model.
+        fixed: its weights and buffers.
+        arguments: at which places data came in that had no layer yet.
+        carried: what all that came in carried.
+        labels: of its maps.
+    """
+
+    __slots__ = ("_arguments", "_fixed", "_ids", "carried", "labels", "state")
+
+    def __init__(
+        self, state: Any, fixed: list[Any], arguments: list[int], carried: list[Any], labels: Labels
+    ) -> None:
+        self.state = state
+        self.carried = carried
+        self.labels = labels
+        self._fixed = fixed
+        self._ids = frozenset(map(id, fixed))
+        self._arguments = arguments
+
+    def fits(self, tags: Tags, fixed: list[Any], inputs: Sequence[Any]) -> bool:
+        """Whether what comes in carries the same as then."""
+        return (
+            all(map(is_, fixed, self._fixed))
+            and tags.none_of(self._ids)
+            and all(tags.of(inputs[i]) is STOP for i in self._arguments)
+        )
 
 
 class CompiledGraph:
@@ -41,6 +130,7 @@ class CompiledGraph:
         data: which inputs are tensors that are no parameters.
         local: which of these are no attributes of a module.
         own: how many outputs are the model's.
+        returned: how many outputs there are.
         places: where the graph returns what is read at a site.
     """
 
@@ -54,17 +144,41 @@ class CompiledGraph:
         self.weights = [i for i in tensors if names.is_parameter(inputs[i])]
         self.data = [i for i in tensors if i not in self.weights]
         self.local = {i for i, n in enumerate(placeholders(gm)) if not from_module(n)}
-        self.own = 0
+        self.own = self.returned = 0
         self.places: dict[Any, int] = {}
         # How the graph knows modules and weights: by what they were when it was traced.
         self._modules = {id(m): m for m in names.by_module}
         self._owners = [names.owners(inputs[i]) for i in self.weights]
         self._base = _base(names)
-        self._known: dict[int, tuple[Any, dict[Any, tuple[Labels, list[Any]]]]] = {}
+        self._known: dict[int, _Known] = {}
+        # Of the latest run: a graph that is all of a pass has nothing new to ask in the next one,
+        # where the same weights and buffers come in, and other data.
+        self._fixed = [i for i in tensors if i not in self.local]
+        self._latest: dict[int, _Latest] = {}
 
     def forget(self) -> None:
-        """The block has ended."""
-        self._known.clear()
+        """The block has ended: what is kept for the next one keeps no tensor alive."""
+        self._latest.clear()
+        for known in list(self._known.values()):  # which another thread may be adding to
+            for key, found in list(known.labels.items()):
+                if not found.alive:
+                    known.labels.pop(key, None)
+
+    def ready(self, sink: Sink, place: int, inputs: Sequence[Any]) -> tuple[list[Any], Labels]:
+        """What the data that come in carry, by place among the inputs, and the labels that fit."""
+        alone = self.whole and sink.alone and not sink.runs
+        state = (sink.session.watch, sink.session.names.version)
+        latest = self._latest.get(place)
+        if alone and latest is not None and latest.state == state:
+            if latest.fits(sink.tracer.tags, [inputs[i] for i in self._fixed], inputs):
+                return latest.carried, latest.labels
+        carried = self.carried(inputs, sink)
+        labels = self.labels(sink, place, inputs, carried)
+        arguments = [i for i in self.data if i in self.local]
+        if alone and all(carried[i] is STOP for i in arguments) and not sink.session.names.lent:
+            fixed = [inputs[i] for i in self._fixed]
+            self._latest[place] = _Latest(state, fixed, arguments, carried, labels)
+        return carried, labels
 
     def carried(self, inputs: Sequence[Any], sink: Sink) -> list[Any]:
         """What the data that come in carry, by place among the inputs."""
@@ -80,10 +194,9 @@ class CompiledGraph:
     def labels(self, sink: Sink, place: int, inputs: Sequence[Any], carried: list[Any]) -> Labels:
         """The labels that fit what comes in."""
         session = sink.session
-        watch, known = self._known.get(place, (None, {}))
-        if watch is not session.watch:  # another block, or another structure of the model
-            known = {}
-            self._known[place] = (session.watch, known)
+        state = self._known.get(place)
+        if state is None or not state.holds(session):
+            state = self._known[place] = _Known(session)
         weights = [inputs[i] for i in self.weights]
         tags = [carried[i] for i in self.data]
         plain = all(t is STOP or t is None for t in tags)
@@ -92,15 +205,21 @@ class CompiledGraph:
             tuple([t is None for t in tags]) if plain else carried_by(tags, session.wants.of),
             None if self.whole else tuple(map(id, running_modules(running.stop))),
         )
-        found = known.get(key)
-        if found is None:  # kept with the weights, so that their ids stay theirs
-            found = known[key] = (self._label(sink, inputs, carried), weights)
-        return found[0]
+        found = state.labels.get(key)
+        if found is None or not found.of(weights):
+            found = state.labels[key] = self._label(sink, inputs, carried, weights)
+        found.tell(session)
+        return found.labels
 
     def trace(
-        self, session: Session, inputs: Sequence[Any], carried: Sequence[Any], rewrite: bool
+        self,
+        session: Session,
+        inputs: Sequence[Any],
+        carried: Sequence[Any],
+        miss: Callable[[str, str], None],
+        rewrite: bool,
     ) -> Traced:
-        """What the graph's maps are."""
+        """What the graph's maps are; what cannot be captured goes to `miss`."""
         # Stand-ins: what the trace finds out about them is this graph's, not the pass's.
         origins: dict[int, Origin] = {id(NOWHERE): NOWHERE}
         full: list[Any] = []
@@ -120,20 +239,26 @@ class CompiledGraph:
             _base(session.names),
             session.names,
             session.wants,
-            session.miss,
+            miss,
             rewrite=rewrite,
             modules=self._translated(inputs, session.names),
             arguments=sorted(self.local.intersection(self.data)) if self.whole else None,
         )
 
-    def _label(self, sink: Sink, inputs: Sequence[Any], carried: list[Any]) -> Labels:
-        session = sink.session
-        traced = self.trace(session, inputs, carried, rewrite=False)
-        lacking = [e for e, site, _ in traced.found if site.key not in self.places]
-        for entry in lacking:
-            session.miss(entry.origin.name, "its graph was compiled without this map")
+    def _label(
+        self, sink: Sink, inputs: Sequence[Any], carried: list[Any], weights: list[Tensor]
+    ) -> _Labelled:
+        missed: list[tuple[str, str]] = []
+
+        def miss(layer: str, why: str) -> None:
+            missed.append((layer, why))
+
+        traced = self.trace(sink.session, inputs, carried, miss, rewrite=False)
+        for entry, site, _ in traced.found:
+            if site.key not in self.places:
+                miss(entry.origin.name, "its graph was compiled without this map")
         traced.found = [f for f in traced.found if f[1].key in self.places]
-        return traced.labels(self.places)
+        return _Labelled(traced.labels(self.places), weights, missed)
 
     def _translated(self, inputs: Sequence[Any], names: Names) -> dict[int, nn.Module]:
         """The modules that run now, by the ids of those that the graph was traced with.

@@ -21,7 +21,7 @@ from fmapkit._trace import Tracer
 
 if TYPE_CHECKING:
     from fmapkit._compiled_graph import CompiledGraph
-    from fmapkit._graph import GraphMap, Labels
+    from fmapkit._graph import Labels
     from fmapkit._session import Session
 
 __all__ = ["GraphRun", "Sink", "UnknownError", "running"]
@@ -48,19 +48,32 @@ running = Running()
 
 
 class GraphRun:
-    """The maps of one run of a compiled graph."""
+    """The maps of one run of a compiled graph.
 
-    __slots__ = ("_base", "_maps", "_origins", "_tensors", "carried", "uncounted")
+    Args:
+        labels: of the maps.
+        tensors: what is held, by slot.
+        copied: which of them are copies; None for none.
+        carried: what the graph's inputs carried.
+    """
+
+    __slots__ = ("_base", "_copied", "_labels", "_origins", "_tensors", "_versions", "carried")
 
     def __init__(
-        self, maps: Sequence[GraphMap], tensors: list[tuple[Tensor, int, bool]], carried: list[Any]
+        self, labels: Labels, tensors: list[Tensor], copied: list[bool] | None, carried: list[Any]
     ) -> None:
-        self._maps = maps
+        self._labels = labels
         self._tensors = tensors
+        self._versions = list(map(version_of, tensors))
+        self._copied = copied
         self.carried = carried
-        self.uncounted = any(version < 0 for _, version, _ in tensors)  # no version counter
         self._base: dict[str, int] = {}
         self._origins: dict[Ref, Origin] = {}
+
+    @property
+    def uncounted(self) -> bool:
+        """Whether some tensor has no version counter."""
+        return bool(self._tensors) and min(self._versions, default=0) < 0
 
     def start_at(self, labels: Labels, counts: Any) -> None:
         """How many calls of each layer there were before."""
@@ -82,14 +95,21 @@ class GraphRun:
 
     def entries(self) -> list[Entry]:
         """Every map, in execution order."""
-        found = []
-        shared: dict[int, Held] = {}
-        for (tensor, version, copied), m in zip(self._tensors, self._maps, strict=False):
+        if not self._tensors:
+            return []
+        copied = self._copied or [False] * len(self._tensors)
+        shared: dict[int, Held] = {}  # inductor returns one tensor at several places
+        held = []
+        for tensor, version, copy, m in zip(
+            self._tensors, self._versions, copied, self._labels.sources, strict=True
+        ):
             if id(tensor) not in shared:
-                shared[id(tensor)] = Held(tensor, version, m.copied or copied)
-            held = shared[id(tensor)]
-            found.append(Entry(m.kind, self.origin(m.ref), held, m.axes, m.sigma, "", m.picked))
-        return found
+                shared[id(tensor)] = Held(tensor, version, m.copied or copy)
+            held.append(shared[id(tensor)])
+        return [
+            Entry(m.kind, self.origin(m.ref), held[slot], m.axes, m.sigma, "", m.picked)
+            for m, slot in zip(self._labels.maps, self._labels.slots, strict=True)
+        ]
 
     def release(self) -> None:
         """Let go of every tensor."""
@@ -121,41 +141,44 @@ class Sink:
         """A graph is about to run: what its inputs carry, and what its maps will be."""
         self.settle()
         self.broken = self.broken or not graph.whole
-        carried = graph.carried(inputs, self)
-        labels = graph.labels(self, place, inputs, carried)
+        carried, labels = graph.ready(self, place, inputs)
         for index in labels.writes:
             self.tracer.aliases.before_write(inputs[index])
         return carried, labels
 
     def after(
-        self, graph: CompiledGraph, known: Any, inputs: Sequence[Any], outputs: Sequence[Any]
+        self, graph: CompiledGraph, ready: Any, inputs: Sequence[Any], outputs: Sequence[Any]
     ) -> None:
         """It has run: keep its maps."""
-        carried, labels = known
+        carried, labels = ready
         wants = self.session.wants
-        tensors: list[tuple[Tensor, int, bool]] = []
-        made: dict[Any, tuple[Tensor, int, bool]] = {}
-        for m in labels.maps:
-            key = (m.place, m.picked)
-            if key not in made:
-                tensor = outputs[m.place] if m.place >= 0 else inputs[-1 - m.place]
-                if m.picked is not None:
-                    stored = wants.take(tensor, m.axes, m.picked, graph.volatile)
-                else:
-                    stored = wants.store(tensor, graph.volatile)
-                copied = stored is not tensor
-                if not copied and wants.detach and tensor.requires_grad:
-                    stored = tensor.detach()
-                if graph.volatile and not copied and tensor.is_cuda:
-                    stored = stored.clone()
-                made[key] = (stored, version_of(stored), copied)
-            tensors.append(made[key])
-        run = GraphRun(labels.maps, tensors, carried)
+        tensors = [outputs[p] if p >= 0 else inputs[-1 - p] for p in labels.places]
+        copied = None
+        if labels.picking or graph.volatile or wants.retention:
+            read, tensors = tensors, self._stored(tensors, labels, graph.volatile)
+            copied = [stored is not tensor for stored, tensor in zip(tensors, read, strict=True)]
+        if wants.detach and any(t.requires_grad for t in tensors):
+            tensors = [t.detach() if t.requires_grad else t for t in tensors]
+        run = GraphRun(labels, tensors, copied, carried)
         self.runs += 1
         self._segments.append(run)
         self._latest = (graph, labels, run, outputs)
         if not self.alone:
             self.settle()
+
+    def _stored(self, tensors: list[Tensor], labels: Labels, volatile: bool) -> list[Tensor]:
+        """What is to be stored of what a graph has returned, by slot."""
+        wants = self.session.wants
+        found = []
+        for tensor, m in zip(tensors, labels.sources, strict=True):
+            if m.picked is not None and m.axes is not None:
+                stored = wants.take(tensor, m.axes, m.picked, volatile)
+            else:
+                stored = wants.store(tensor, volatile)
+            if volatile and stored is tensor and tensor.is_cuda:
+                stored = stored.detach().clone() if wants.detach else stored.clone()
+            found.append(stored)
+        return found
 
     def settle(self) -> None:
         """More follows, which will ask what this graph's results carry, and may claim them."""

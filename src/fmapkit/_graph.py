@@ -10,7 +10,7 @@ same conditions as in eager mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,13 +55,34 @@ class GraphMap:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What a graph's maps are, given what its inputs carry."""
+    """What a graph's maps are, given what its inputs carry.
+
+    Attributes:
+        sources: the map that tells of each tensor to be held; maps may share one.
+        places: of these tensors, as in `GraphMap`.
+        slots: of each map, which tensor it is.
+        picking: of some map, only some filters are held.
+    """
 
     maps: tuple[GraphMap, ...]
     calls: tuple[tuple[str, int], ...]
     outputs: tuple[Any, ...]  # per output of the model's own: (Ref, axes), "weight" or None
     claims: tuple[int, ...]
     writes: tuple[int, ...]  # which inputs are written to
+    sources: tuple[GraphMap, ...] = field(init=False)
+    places: tuple[int, ...] = field(init=False)
+    slots: tuple[int, ...] = field(init=False)
+    picking: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        keys = [(m.place, m.picked) for m in self.maps]
+        first = dict(zip(reversed(keys), reversed(self.maps), strict=True))
+        order = list(dict.fromkeys(keys))
+        put = object.__setattr__  # as frozen dataclasses do
+        put(self, "sources", tuple([first[key] for key in order]))
+        put(self, "places", tuple([place for place, _ in order]))
+        put(self, "slots", tuple(map(order.index, keys)))
+        put(self, "picking", any(picked is not None for _, picked in order))
 
 
 @dataclass(slots=True)
@@ -347,13 +368,14 @@ def _traced(
     tags = [tracer.tag(t) for _, t in leaves(returned)]
     escaping = {id(t.origin) for t in tags if isinstance(t, Flow)}
     kind_of = {id(e): event.kind for event in tracer.events for _, e in event.entries}
+    own = {storage_of(t) for _, t in leaves(returned)}
     found = []
     for entry in tracer.current.segments:
         held = entry.held
         if held is None:
             continue
         assert isinstance(held, NodeHeld)
-        site = held.site()
+        site = held.site(own)
         value = env.get(site.node)
         if value is not held.tensor:
             name = str(site.node.target).rpartition(".")[2]

@@ -18,12 +18,17 @@ __all__ = ["Site", "add_outputs", "run_out_of_place"]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where in a graph a value is to be read: what a node gave, before or after another runs."""
+    """Where in a graph a value is to be read: what a node gave, before or after another runs.
+
+    Attributes:
+        shared: an output of the model's own lies in the same memory.
+    """
 
     node: fx.Node
     at: fx.Node
     before: bool
     copied: bool
+    shared: bool = False
 
     @property
     def key(self) -> Any:
@@ -67,7 +72,9 @@ def run_out_of_place(node: fx.Node, env: dict[fx.Node, Any], outside: set[int], 
 def add_outputs(gm: fx.GraphModule, sites: Sequence[Site], detach: bool) -> dict[Any, int]:
     """Make a graph return what its sites read, beside its own outputs.
 
-    Outside of the autograd graph, as `detach`ed outputs are, they take no part in the backward.
+    Outside of the autograd graph, as `detach`ed outputs are, they take no part in the backward. Not
+    those that share memory with an output of the model's own: inductor returns one tensor for both,
+    and autograd would take the model's output out of its graph, too.
 
     Returns:
         Where each is, by its key: its place among the outputs, or -1 - that among the inputs.
@@ -100,7 +107,8 @@ def _read(graph: fx.Graph, site: Site, last: fx.Node, detach: bool) -> fx.Node:
         at = site.at if site.before else site.at.next
     node = site.node
     with graph.inserting_before(at):
-        for method in ("detach",) * detach + ("clone",) * site.copied:
+        detached = detach and (site.copied or not site.shared)
+        for method in ("detach",) * detached + ("clone",) * site.copied:
             read = graph.call_method(method, (node,))
             # Some passes of backends ask for it; its shape and type are those of the value read.
             read.meta.update({k: v for k, v in node.meta.items() if k == "example_value"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -14,7 +14,7 @@ from fmapkit._graph_edit import Site
 from fmapkit._names import Names
 from fmapkit._nested import tensors_in
 from fmapkit._record import Record
-from fmapkit._store import Aliases, Held, Pass, version_of
+from fmapkit._store import Aliases, Held, Pass, storage_of, version_of
 from fmapkit._tags import Tags
 from fmapkit._trace import Tracer
 from fmapkit._wants import Wants
@@ -36,10 +36,15 @@ class NodeHeld(Held):
         """It is about to be overwritten: the graph has to copy it."""
         self.copied = True
 
-    def site(self) -> Site:
-        """Where to read it."""
+    def site(self, own: Container[int]) -> Site:
+        """Where to read it.
+
+        Args:
+            own: the memory that the model's own outputs lie in.
+        """
         made = self.node if self.node is not None else self.at
-        return Site(made, self.at, self.node is not None, self.copied)
+        shared = self.tensor is not None and storage_of(self.tensor) in own
+        return Site(made, self.at, self.node is not None, self.copied, shared)
 
 
 class NodeAliases(Aliases):

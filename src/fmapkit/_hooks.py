@@ -135,9 +135,6 @@ def without_modes() -> Iterator[None]:
             _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
-_ROLES = ("around", "outside", "after", "before")
-
-
 class Hooks:
     """The hooks of one session, by role and module.
 
@@ -210,9 +207,9 @@ class Hooks:
         """The modules with any hook of ours."""
         return {module for _, module in self._handles}
 
-    def on(self, module: nn.Module) -> bool:
-        """Whether a module has any hook of ours."""
-        return any((role, module) in self._handles for role in _ROLES)
+    def is_around(self, module: nn.Module) -> bool:
+        """Whether a module has a pair of ours."""
+        return ("around", module) in self._handles
 
     def alone_on(self, module: nn.Module) -> bool:
         """Whether nobody else has hooks on a module, or on all of them."""
@@ -237,22 +234,24 @@ class Hooks:
     @contextmanager
     def suspended(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """The modules without our hooks for a while, as bare code would see them."""
-        kept: list[tuple[OrderedDict[int, Any], dict[int, Any]]] = []
+        kept: list[tuple[OrderedDict[int, Any], tuple[int, ...], dict[int, Any]]] = []
         for module in modules:
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                if any(map(self.is_ours, hooks.values())):
-                    kept.append((cast("OrderedDict[int, Any]", hooks), dict(hooks)))
-                    for key in [k for k, h in hooks.items() if self.is_ours(h)]:
+                ours = {k: h for k, h in hooks.items() if self.is_ours(h)}
+                if ours:
+                    order = tuple(hooks)
+                    kept.append((cast("OrderedDict[int, Any]", hooks), order, ours))
+                    for key in ours:
                         del hooks[key]
         try:
             yield
         finally:
             # In their old order, one by one: other threads set hooks meanwhile, and run them.
-            for hooks, before in kept:
-                new = [key for key in tuple(hooks) if key not in before]
-                for key in (*before, *new):
-                    if key in before and self.is_ours(before[key]):
-                        hooks[key] = before[key]
+            for hooks, order, ours in kept:
+                others = tuple(hooks)
+                hooks.update(ours)
+                new = [key for key in others if key not in order]
+                for key in (*order, *new) if others else ():
                     if key in hooks:
                         hooks.move_to_end(key)
 

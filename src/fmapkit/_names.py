@@ -7,6 +7,8 @@ The names are those of the plain model: a module that only carries another one
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +28,11 @@ __all__ = ["Names"]
 
 
 class Names:
-    """The names of one model's modules and parameters, read once and again when it changes."""
+    """The names of one model's modules and parameters, read once and again when it changes.
+
+    Attributes:
+        version: another one whenever other parameters are known than before.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -36,7 +42,10 @@ class Names:
         self.lent = False  # parameters that have memory only while their module runs (FSDP)
         self._owners: dict[int, tuple[Tensor, list[tuple[nn.Module, str]]]] = {}
         self._flat: list[Any] = []  # flat parameters of old FSDP
-        self._parameters: list[list[int]] = []  # their ids, by module
+        self._dicts: list[Any] = []  # where modules have their parameters
+        self._parameters: list[Any] = []  # what is there, one after the other
+        self._counts: list[int] = []  # and how many are whose
+        self.version = 0
         self.refresh()
 
     def refresh(self) -> None:
@@ -64,12 +73,17 @@ class Names:
 
     def update(self) -> None:
         """Notice parameters that were swapped, for good or for one call (`functional_call`)."""
-        if self._parameters != [list(map(id, m._parameters.values())) for m in self.by_module]:
+        now = list(chain.from_iterable([there.values() for there in self._dicts]))
+        same = len(now) == len(self._parameters) and all(map(is_, now, self._parameters))
+        if not same or list(map(len, self._dicts)) != self._counts:
             self._read_parameters()
 
     def _read_parameters(self) -> None:
+        self.version += 1
         self._owners.clear()
-        self._parameters = [list(map(id, m._parameters.values())) for m in self.by_module]
+        self._dicts = [m._parameters for m in self.by_module]
+        self._parameters = [p for there in self._dicts for p in there.values()]
+        self._counts = list(map(len, self._dicts))
         for module in self.by_module:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
@@ -84,7 +98,9 @@ class Names:
     def is_parameter(self, value: Any) -> bool:
         """Whether it is a parameter of the model."""
         found = self._owners.get(id(value))
-        if (found is not None and found[0] is value) or isinstance(value, nn.Parameter):
+        if found is not None and found[0] is value:
+            return True
+        if type(value) is not Tensor and isinstance(value, nn.Parameter):
             return True
         return bool(self.in_flat(value))
 
@@ -103,8 +119,11 @@ class Names:
 
     def in_flat(self, value: Tensor) -> list[tuple[nn.Module, str]]:
         """Whose parameter, and which, a view into the flat one of old FSDP is."""
-        if is_flat(value._base) and all(f is not value._base for f in self._flat):
-            self._flat.append(value._base)  # of a wrapper around the captured model
+        base = value._base
+        if base is not None and is_flat(base) and all(f is not base for f in self._flat):
+            self._flat.append(base)  # of a wrapper around the captured model
+        if not self._flat:
+            return []
         flats = [f for f in self._flat if storage_of(f) == storage_of(value)]
         return [place for f in flats for place in places_in(f) if getattr(*place, None) is value]
 

@@ -163,7 +163,7 @@ class Placing:
     def only_stands(self) -> None:
         """No hooks where we stand before the call."""
         if not self._bare:
-            self._bare = [m for m in self._stands if self._hooks.on(m)]
+            self._bare = [m for m in self._stands if self._hooks.is_around(m)]
             self._hooks.drop("around", only=self._bare)
 
     def look_at_all(self) -> None:

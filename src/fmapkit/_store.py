@@ -29,7 +29,7 @@ def version_of(tensor: Tensor) -> int:
     """The version counter; -1 for inference tensors, which have none."""
     if tensor.is_inference():
         return -1
-    if is_wrapped(tensor):
+    if type(tensor) is not Tensor and is_wrapped(tensor):
         return sum(0 if t.is_inference() else t._version for t in ends_of(tensor))
     return tensor._version
 

@@ -40,6 +40,10 @@ class Tags:
         """Whether it is a parameter of the model."""
         return self._names.is_parameter(value)
 
+    def none_of(self, ids: frozenset[int]) -> bool:
+        """Whether none of these tensors, told by their ids, has been given a tag in this pass."""
+        return ids.isdisjoint(self._known)
+
     def put(self, value: Any, tag: Any) -> None:
         """What a result carries; nested like the result."""
         if isinstance(value, Tensor):

@@ -17,6 +17,7 @@ from torch import fx, nn
 from fmapkit._compiled_graph import CompiledGraph
 from fmapkit._compiled_run import Sink, UnknownError, running
 from fmapkit._graph_edit import add_outputs
+from fmapkit._layouts import free_layouts
 from fmapkit._optimized import plain
 
 if TYPE_CHECKING:
@@ -136,7 +137,9 @@ class _Compiler:
                 sink.unread += 1
             return self._backend(gm, inputs, **options)
         self._variant.graphs.append(graph)
-        return _runner(graph, self._backend(gm, inputs, **options))
+        with free_layouts(graph.own, graph.returned):
+            compiled = self._backend(gm, inputs, **options)
+        return _runner(graph, compiled)
 
     def _instrument(
         self, gm: fx.GraphModule, inputs: list[Any], sinks: Sequence[Sink]
@@ -152,10 +155,12 @@ class _Compiler:
             for sink in sinks:
                 sink.settle()
                 carried = graph.carried(inputs, sink)
-                traced = graph.trace(sink.session, inputs, carried, rewrite=True)
+                traced = graph.trace(sink.session, inputs, carried, sink.session.miss, rewrite=True)
                 sites += [site for _, site, _ in traced.found]
             graph.gm = _copy(gm)
-            graph.places = add_outputs(gm, sites, sinks[0].session.wants.detach)
+            detach = sinks[0].session.wants.detach and _may_need_gradients(gm)
+            graph.places = add_outputs(gm, sites, detach)
+            graph.returned = len(last.args[0])
         except Exception:
             gm.graph = untouched.graph
             gm.recompile()
@@ -171,6 +176,12 @@ class _Compiler:
             return False
         reason = at.output.compile_subgraph_reason
         return reason is not None and not reason.graph_break
+
+
+def _may_need_gradients(gm: fx.GraphModule) -> bool:
+    """Whether anything in a graph may be in an autograd graph."""
+    switch = torch._C._set_grad_enabled
+    return torch.is_grad_enabled() or any(n.target is switch for n in gm.graph.nodes)
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
