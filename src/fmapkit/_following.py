@@ -339,7 +339,7 @@ class Follower:
                         return "unit"
                 else:
                     frame = Frame.of(module, args, kwargs, len(self._tracer.events))
-                    if not step.asks or self._of_its_kind(step, frame):
+                    if step.sizes is None or self._of_its_kind(step, frame):
                         self._running.append(frame)
                         if step.scope != "plain":
                             with torch._C.DisableTorchFunction():
@@ -354,6 +354,8 @@ class Follower:
         """Whether the tracer would take a module for what it took it for then."""
         x = frame.x
         with torch._C.DisableTorchFunction():
+            if step.scope == "plain" and (x is None or not _fits(x, step.sizes)):
+                return True
             kind = "plain"
             if module_sigma(frame.module) is not None:
                 kind = "sigma"
@@ -541,6 +543,12 @@ class Follower:
         tracer.events[offset:] = [*layers, *watched]
         for frame in self._running[outer:]:
             frame.start += offset + (len(layers) if frame.start else 0)
+
+
+def _fits(x: Tensor, sizes: frozenset[int] | None) -> bool:
+    """Whether the channels of x, first or last, are of these sizes."""
+    shape = x.shape
+    return sizes is not None and (not sizes or sizes <= {*shape[1:2], *shape[-1:]})
 
 
 def _unclaim(path: list[Step]) -> None:

@@ -47,10 +47,13 @@ def results_of(known: Function, args: Any, out: Any) -> list[Tensor]:
     return tensors_in(args[0] if known.name == "__setitem__" else out)
 
 
-def depends(module: nn.Module) -> bool:
-    """Whether a module may be taken for one nonlinearity, given one tensor or another."""
-    counts = {p.numel() for p in module.parameters()} - {1}
-    return len(counts) <= 2  # as long as its channels, first or last
+def sizes(module: nn.Module) -> frozenset[int] | None:
+    """How long an input's channels, first or last, have to be for a module to be taken for a σ.
+
+    None where no input would do.
+    """
+    counts = frozenset(p.numel() for p in module.parameters()) - {1}
+    return counts if len(counts) <= 2 else None
 
 
 def alike(one: Tag, other: Tag) -> bool:
@@ -173,7 +176,7 @@ class Noter:
             return
         step = Step("begin", self._at)
         step.module, step.scope = frame.module, frame.kind
-        step.asks = depends(frame.module)
+        step.sizes = sizes(frame.module)
         if frame.kind != "plain":
             step.operands = Operands((frame.x,), {}, self._seen.source)
         self._add(step)

@@ -61,7 +61,7 @@ class Step:
         function: it.
         module: the module, or the unit.
         scope: what kind of frame the module's is, as it begins.
-        asks: of a module that begins, whether its kind depends on what it is given.
+        sizes: of a module that begins, those of an input that would make it another kind.
         whole: the module that ends is one nonlinearity.
         operands: what the function, the unit, or a module that may be one nonlinearity was given;
             what such a module returned.
@@ -91,9 +91,9 @@ class Step:
     """
 
     __slots__ = (
-        *("asks", "base", "before", "carried", "claimed", "counted", "dims", "dropped", "function"),
+        *("base", "before", "carried", "claimed", "counted", "dims", "dropped", "function"),
         *("inputs", "instead", "kind", "known", "loose", "makings", "module", "operands"),
-        *("scope", "simple", "state", "unit", "whole", "writes"),
+        *("scope", "simple", "sizes", "state", "unit", "whole", "writes"),
         *("origins", "paths", "pending", "plan", "results", "then"),
     )
 
@@ -108,7 +108,7 @@ class Step:
         self.operands: Operands | None = None
         self.loose = self.writes = self.simple = False
         self.scope = "plain"
-        self.asks = False
+        self.sizes: frozenset[int] | None = None
         self.whole = False
         self.results: tuple[Tag, ...] = ()
         self.paths: tuple[str, ...] = ()
