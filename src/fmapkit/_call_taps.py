@@ -48,7 +48,7 @@ class CallTap(Standing):
             return self.otherwise(args, kwargs)
         module = self.module
         output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        note, how, wanted, _ = cell
+        note, how, wanted, _, drop = cell
         if module not in wanted:  # a tap of another plan
             return output
         if how > 1:
@@ -62,6 +62,7 @@ class CallTap(Standing):
                 if a.requires_grad:
                     a = a.detach()
             note((module, a, a._version, x, x._version))
+            drop(None)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.tap.again(module, args, output, error)
         return output
@@ -105,7 +106,7 @@ class OutputCallTap(CallTap):
             return self.otherwise(args, kwargs)
         module = self.module
         output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        note, how, wanted, _ = cell
+        note, how, wanted, _, drop = cell
         if module not in wanted:
             return output
         if how > 1:
@@ -114,6 +115,7 @@ class OutputCallTap(CallTap):
         try:
             a = output.detach() if how and output.requires_grad else output
             note((module, a, a._version))
+            drop(None)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.tap.again(module, args, output, error)
         return output

@@ -111,10 +111,12 @@ class GraphRun:
             for m, slot in zip(self._labels.maps, self._labels.slots, strict=True)
         ]
 
-    def release(self) -> None:
-        """Let go of every tensor."""
+    def release(self) -> list[Any]:
+        """Let go of every tensor; what holds them still."""
+        tensors: list[Any] = self._tensors
         self._tensors = []
         self.carried = []
+        return tensors
 
 
 class Sink:

@@ -76,6 +76,8 @@ class Follower:
         self._running: list[Frame] = []  # scopes, outermost first
         self._watched: list[Frame] = []  # those that may be one nonlinearity
         self._unit: Step | None = None
+        self._segments = tracer.current.segments
+        self._drop_old = tracer.current.drop
         for tensor, tag in zip(given, script.start.results, strict=True):
             if tag is not None:
                 self._note(weakref.ref(tensor))
@@ -319,7 +321,8 @@ class Follower:
 
     def _add(self, entry: Entry) -> None:
         self._entries.append(entry)
-        self._tracer.current.segments.append(entry)
+        self._segments.append(entry)
+        self._drop_old(None)
 
     def _drop(self, step: Step) -> None:
         for place in step.dropped:

@@ -25,11 +25,12 @@ class GradientTap(Tap):
         if cell is None:
             self.call(module, args, output)
             return
-        note, how, wanted, _ = cell
+        note, how, wanted, _, drop = cell
         if module not in wanted:
             return
         try:
             note((module, *self.read(args, output, bool(how))))
+            drop(None)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fault(module, error)
 

@@ -279,6 +279,7 @@ class Record:
             self.miss(origin.name, NO_GRAPH)
         entry = Entry(kind, origin, held, axes, sigma, path, picked)
         event.entries.append((slot, entry))
+        self.current.drop(None)
         if self.doings is not None:
             self.doings.made.append((slot, entry, own))
         self.current.segments.append(entry)

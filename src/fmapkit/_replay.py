@@ -41,7 +41,7 @@ class Run:
     """One call of a proven module, read by its plan."""
 
     __slots__ = (
-        *("_checked", "_let_go", "_origins", "_seen", "analyses", "base", "before", "how"),
+        *("_checked", "_let_go", "_origins", "_seen", "analyses", "base", "before", "drop", "how"),
         *("inputs", "line", "log", "lost", "marks", "mode", "module", "plan", "stop"),
         *("uncounted", "wants"),
     )
@@ -55,6 +55,7 @@ class Run:
         stop: Stop | None,
         inputs: list[Any],
         base: dict[str, int] | None,
+        drop: Callable[[Any], None],
         analyses: Callable[[Run], None] | None = None,
     ) -> None:
         self.module = module
@@ -62,6 +63,7 @@ class Run:
         self.wants = wants
         self.line = line
         self.stop = stop  # what to end the pass by, after the last step
+        self.drop = drop  # lets go of an older map
         self.analyses = analyses  # to be shown each map as soon as it is there
         self._seen = 0  # how many steps they were shown
         self._let_go = False  # of what they have seen
@@ -89,7 +91,13 @@ class Run:
             module.__dict__["inplace"] = False
         if self.module in self.plan.scopes:
             self.light().resume()
-        self.line.cell = (self.log.append, self.how, self.plan.taps, self.plan.inputs)
+        self.line.cell = (
+            self.log.append,
+            self.how,
+            self.plan.taps,
+            self.plan.inputs,
+            self.drop,
+        )
 
     def finish(self) -> None:
         """Put back what `start` changed."""
@@ -159,6 +167,7 @@ class Run:
 
     def _noted(self) -> None:
         """One more entry of the log is there."""
+        self.drop(None)
         if self.analyses is not None:
             self.analyses(self)
         if self.stop is not None and self.complete:
@@ -404,9 +413,10 @@ class Run:
                 slots["x"] = (self._own(record[3]), record[4], x_grad, False)
         return [slots[e.slot] for e in step.emissions]
 
-    def release(self) -> None:
-        """Let go of every tensor."""
-        self.log.clear()
+    def release(self) -> list[Any]:
+        """Let go of every tensor; what holds them still."""
+        log, self.log = self.log, []
+        return log
 
 
 def _slot(emission: Emission) -> tuple[str, bool]:

@@ -112,7 +112,9 @@ class Replaying:
                     tracer.aliases.before_write(written[index])
             if base is None:
                 base = {name: tracer.counts[name] for name, _ in plan.calls}
-        run = Run(module, plan, wants, self._placing.line, stop, inputs, base, analyses)
+        assert live.current is not None
+        drop = live.current.drop
+        run = Run(module, plan, wants, self._placing.line, stop, inputs, base, drop, analyses)
         live.run = run
         if tracer is not None and tracer.noter is not None:
             tracer.noter.unit(run, origins, args, kwargs)

@@ -86,6 +86,11 @@ class Session:
         self.model, self.names, self.wants = asked.model, asked.names, asked.wants
         self._edits, self._stop = asked.edits, asked.stop
         self._every = every
+        # Copies have memory that is made once; graphs are to go as soon as they can.
+        wants = self.wants
+        self._gradually = wants.detach and not (
+            wants.gradients or wants.retention or wants.filters is not None
+        )
         self._forward: StopForward | None = None
         if asked.stop is not None:
             self._forward = StopForward(self.model, asked.stop, self._ended_early)
@@ -330,7 +335,9 @@ class Session:
         live.frame = call_frame()  # on Python's stack as long as the pass runs
         if self.watch.changed():
             self._restart()
-        live.current = self.store.begin(step, self.model.training)
+        live.current = self.store.begin(
+            step, self.model.training, gradually=self._gradually and not compiled
+        )
         self._edits.begin()
         if self._stop is not None:
             self._stop.begin()
@@ -364,6 +371,7 @@ class Session:
             if stop is not None:
                 stop.learn(current)
         live.clear()
+        self.store.end()
         if current is not None:
             current.closed = True
             if self.wants.gradients:
@@ -388,6 +396,7 @@ class Session:
         self._moves.clear()
         current = live.current
         live.clear()
+        self.store.end()
         if current is not None:
             current.closed = True
             self._keeping.keep(current, failed=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fmapkit._aside import clone
 from fmapkit._axes import Axes
 from fmapkit._gradients import Gradient, in_function, watch
+from fmapkit._nested import tensors_in
 from fmapkit._origin import Origin
 from fmapkit._sharded import alias_of, ends_of, is_wrapped, settled
 from fmapkit.errors import MapOverwrittenError, MapReleasedError
@@ -166,11 +167,13 @@ class Entry:
         self.picked = picked  # the filters held, in the order held, where not all are
         self.edited = edited  # what went on in its place
 
-    def release(self) -> None:
-        """Let go of the tensors."""
-        for held in (self.held, self.edited):
-            if held is not None:
-                held.release()
+    def release(self) -> list[Tensor | None]:
+        """Let go of the tensors; what they were."""
+        both = [held for held in (self.held, self.edited) if held is not None]
+        tensors = [held.tensor for held in both]
+        for held in both:
+            held.release()
+        return tensors
 
 
 class Pass:
@@ -178,9 +181,13 @@ class Pass:
 
     `segments` holds entries, and objects with an `entries()` method: replays of a plan, whose
     entries are made when somebody reads them and not while the model runs.
+
+    Attributes:
+        drop: to be called, with anything, for each map that comes: it lets go of one of the oldest
+            pass's. All at once, their memory would go back to the system, to be asked for anew.
     """
 
-    __slots__ = ("_entries", "closed", "grads", "memory", "segments", "step", "training")
+    __slots__ = ("_entries", "closed", "drop", "grads", "memory", "segments", "step", "training")
 
     def __init__(self, step: int, training: bool = False) -> None:
         self.step = step
@@ -189,6 +196,7 @@ class Pass:
         self.training = training  # the mode the model was in then
         self.segments: list[Any] = []
         self.closed = False
+        self.drop: Callable[[Any], None] = _NOTHING.append
         self.memory: dict[int, int] | None = None  # as the store has counted it, in bytes
         self._entries: list[Entry] | None = None
 
@@ -209,15 +217,25 @@ class Pass:
         both = [h for e in self.entries() for h in (e.held, e.edited)]
         return list({id(h): h for h in both if h is not None}.values())
 
-    def release(self) -> None:
-        """Let go of every tensor; maps read before keep theirs."""
-        for segment in self.segments:
-            segment.release()
-        for entry in self._entries or ():
-            entry.release()
+    def release(self) -> list[Any]:
+        """Let go of every tensor; maps read before keep theirs.
+
+        Returns:
+            What holds them still, in execution order.
+        """
+        tensors = [t for entry in self._entries or () for t in entry.release()]
+        held = [piece for segment in self.segments for piece in segment.release()]
+        if tensors and held:  # some were read: what the segments have is the same
+            size = -(-len(tensors) // len(held))
+            held = [tensors[at : at + size] for at in range(0, len(tensors), size)]
         self.segments.clear()
         self._entries = []
         self.closed = True
+        return held
+
+
+# Of no length: whatever is put there is gone.
+_NOTHING: deque[Any] = deque(maxlen=0)
 
 
 class Store:
@@ -233,13 +251,31 @@ class Store:
         self.keep = 1 if self.fleeting else keep
         self._users: Counter[int] = Counter()  # by storage: how many counted passes hold it
         self._total = 0
+        self._going: deque[Any] = _NOTHING
 
-    def begin(self, step: int, training: bool) -> Pass:
-        """Room for a new pass: the oldest is let go before the model allocates again."""
+    def begin(self, step: int, training: bool, gradually: bool = False) -> Pass:
+        """Room for a new pass: the oldest is let go before the model allocates again.
+
+        Args:
+            step: how many passes there were before.
+            training: the model's mode.
+            gradually: its maps go one by one, as the new ones come.
+        """
+        new = Pass(step, training)
         while self.keep is not None and len(self.passes) >= self.keep:
-            self.let_go()
-        self.passes.append(Pass(step, training))
-        return self.passes[-1]
+            _, held = self._let_go()
+            if gradually and _in_main_memory(held):
+                self._going = deque(held, maxlen=len(held))
+                new.drop = self._going.append
+            del held
+        self.passes.append(new)
+        return new
+
+    def end(self) -> None:
+        """A pass has ended: what is left of the oldest one goes."""
+        self._going = _NOTHING
+        if self.passes:
+            self.passes[-1].drop = _NOTHING.append
 
     @property
     def nbytes(self) -> int:
@@ -260,14 +296,17 @@ class Store:
 
     def let_go(self, newest: bool = False) -> Pass:
         """Let the oldest pass go, or the newest one."""
+        return self._let_go(newest)[0]
+
+    def _let_go(self, newest: bool = False) -> tuple[Pass, list[Any]]:
+        """And what holds its tensors still."""
         gone = self.passes.pop() if newest else self.passes.popleft()
         for storage, size in (gone.memory or {}).items():
             self._users[storage] -= 1
             if not self._users[storage]:
                 del self._users[storage]
                 self._total -= size
-        gone.release()
-        return gone
+        return gone, gone.release()
 
     def clear(self) -> None:
         """Let everything go."""
@@ -280,6 +319,12 @@ class Store:
 
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)
+
+
+def _in_main_memory(pieces: list[Any]) -> bool:
+    """Whether these are tensors of the CPU; other devices' allocators keep what is given back."""
+    first = next(iter(tensors_in(*pieces[:1])), None)
+    return first is not None and first.is_cpu
 
 
 def _memory(held: Iterable[Held]) -> dict[int, int]:

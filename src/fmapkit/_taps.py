@@ -18,8 +18,14 @@ from fmapkit._store import version_of
 __all__ = ["Cell", "InputTap", "Line", "OutputTap", "Tap"]
 
 # The `append` of a run's log; how tensors are to be read; the modules whose end, and whose start,
-# the run's plan wants to see.
-Cell = tuple[Callable[[Any], None], int, Container[nn.Module], Container[nn.Module]]
+# the run's plan wants to see; what lets go of an older map (see `Pass.drop`).
+Cell = tuple[
+    Callable[[Any], None],
+    int,
+    Container[nn.Module],
+    Container[nn.Module],
+    Callable[[Any], None],
+]
 
 
 class Line(threading.local):
@@ -65,7 +71,7 @@ class Tap(Hook):
         if cell is None:
             self.call(module, args, output)
             return
-        note, how, wanted, _ = cell
+        note, how, wanted, _, drop = cell
         if module not in wanted:  # a tap of another plan
             return
         try:
@@ -75,12 +81,14 @@ class Tap(Hook):
                     if how > 2:
                         x, output = x.detach(), output.detach()
                     note((module, output, version_of(output), x, version_of(x)))
+                    drop(None)
                     return
                 if x.requires_grad:
                     x = x.detach()
                 if output.requires_grad:
                     output = output.detach()
             note((module, output, output._version, x, x._version))
+            drop(None)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.again(module, args, output, error)
 
@@ -90,8 +98,8 @@ class Tap(Hook):
         if cell is None or cell[1] in (2, 4):
             self.fault(module, error)
             return
-        note, how, ends, starts = cell
-        self.line.cell = (note, 4 if how else 2, ends, starts)
+        note, how, ends, starts, drop = cell
+        self.line.cell = (note, 4 if how else 2, ends, starts, drop)
         self(module, args, output)
 
     traced_as_nothing(__call__)
@@ -115,13 +123,14 @@ class OutputTap(Tap):
         if cell is None:
             self.call(module, args, output)
             return
-        note, how, wanted, _ = cell
+        note, how, wanted, _, drop = cell
         if module not in wanted:
             return
         try:
             if how and (output.requires_grad or how > 2):
                 output = output.detach()
             note((module, output, version_of(output) if how > 1 else output._version))
+            drop(None)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.again(module, args, output, error)
 
@@ -148,7 +157,7 @@ class InputTap(Tap):
         if cell is None:
             self.call(module, args)
             return
-        note, how, _, wanted = cell
+        note, how, _, wanted, drop = cell
         if module not in wanted:
             return
         try:
@@ -156,6 +165,7 @@ class InputTap(Tap):
             if how and (x.requires_grad or how > 2):
                 x = x.detach()
             note((self.key, x, version_of(x) if how > 1 else x._version))
+            drop(None)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.again(module, args, None, error)
 
