@@ -45,11 +45,24 @@ from fmapkit._store import Pass, Store
 from fmapkit._transforms import TRANSFORMED, under_transform
 from fmapkit._units import Units
 from fmapkit._unseen import RECORDED, Unseen, recording
+from fmapkit._wants import Wants
 from fmapkit._watch import Watch
 from fmapkit._wrappers import REPLICAS
 from fmapkit.errors import BudgetError
 
 __all__ = ["Session"]
+
+
+def _goes_gradually(model: nn.Module, wants: Wants) -> bool:
+    """Whether the oldest pass goes map by map, as the new ones come.
+
+    Copies have memory that is made once, and graphs are to go as soon as they can. The CPU's
+    allocator alone gives memory back to the system.
+    """
+    if wants.graph or wants.retention or wants.filters is not None:
+        return False
+    first = next(model.parameters(), None)
+    return first is None or first.is_cpu
 
 
 class Session:
@@ -86,11 +99,7 @@ class Session:
         self.model, self.names, self.wants = asked.model, asked.names, asked.wants
         self._edits, self._stop = asked.edits, asked.stop
         self._every = every
-        # Copies have memory that is made once; graphs are to go as soon as they can.
-        wants = self.wants
-        self._gradually = wants.detach and not (
-            wants.gradients or wants.retention or wants.filters is not None
-        )
+        self._gradually = _goes_gradually(self.model, self.wants)
         self._forward: StopForward | None = None
         if asked.stop is not None:
             self._forward = StopForward(self.model, asked.stop, self._ended_early)

@@ -18,7 +18,6 @@ from torch import Tensor
 from fmapkit._aside import clone
 from fmapkit._axes import Axes
 from fmapkit._gradients import Gradient, in_function, watch
-from fmapkit._nested import tensors_in
 from fmapkit._origin import Origin
 from fmapkit._sharded import alias_of, ends_of, is_wrapped, settled
 from fmapkit.errors import MapOverwrittenError, MapReleasedError
@@ -264,7 +263,7 @@ class Store:
         new = Pass(step, training)
         while self.keep is not None and len(self.passes) >= self.keep:
             _, held = self._let_go()
-            if gradually and _in_main_memory(held):
+            if gradually:
                 self._going = deque(held, maxlen=len(held))
                 new.drop = self._going.append
             del held
@@ -273,6 +272,7 @@ class Store:
 
     def end(self) -> None:
         """A pass has ended: what is left of the oldest one goes."""
+        self._going.clear()
         self._going = _NOTHING
         if self.passes:
             self.passes[-1].drop = _NOTHING.append
@@ -319,12 +319,6 @@ class Store:
 
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)
-
-
-def _in_main_memory(pieces: list[Any]) -> bool:
-    """Whether these are tensors of the CPU; other devices' allocators keep what is given back."""
-    first = next(iter(tensors_in(*pieces[:1])), None)
-    return first is not None and first.is_cpu
 
 
 def _memory(held: Iterable[Held]) -> dict[int, int]:
