@@ -22,7 +22,7 @@ from fmapkit._frames import Frame
 from fmapkit._functions import Function, describe
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._noting import Noter, alike, beside_the_point, results_of
-from fmapkit._operands import NO, SAME, VARIED
+from fmapkit._operands import SAME, VARIED
 from fmapkit._origin import NOWHERE, Flow, Origin, Tag
 from fmapkit._replay import Run
 from fmapkit._script import Making, Script, Step
@@ -91,7 +91,7 @@ class Follower:
             assert step.operands is not None
             if step.operands.match(args, kwargs, self._refs, self._seen.source) == SAME:
                 if not step.simple or self._watched:
-                    return self._follow(step, SAME, func, args, kwargs)
+                    return self._follow([step], False, func, args, kwargs)
                 out = func(*args, **kwargs)
                 if not isinstance(out, Tensor) or out.dim() != step.dims:
                     return self._after_all(step.known, func, args, kwargs, out)
@@ -108,14 +108,19 @@ class Follower:
         if known.opened is not None:
             with tracer:
                 return known.opened(*args, **kwargs)
-        source, step, found = self._seen.source, self._at.then, NO
+        source, step = self._seen.source, self._at.then
+        varied: list[Step] = []
         while step is not None:
             if step.function == func:
                 assert step.operands is not None
                 found = step.operands.match(args, kwargs, self._refs, source)
-                if found == SAME or (found == VARIED and step.loose):
-                    return self._follow(step, found, func, args, kwargs)
+                if found == SAME:
+                    return self._follow([step], False, func, args, kwargs)
+                if found == VARIED and step.loose:
+                    varied.append(step)
             step = step.instead
+        if varied:
+            return self._follow(varied, True, func, args, kwargs)
         if not known.never_writes or "out" in kwargs:
             self._written(known, args, kwargs)
         if not beside_the_point(known, args, kwargs, source):
@@ -127,9 +132,17 @@ class Follower:
             frame.step(known.name, args, kwargs, out, self._seen.tag)
         return out
 
-    def _follow(self, step: Step, found: int, func: Any, args: Any, kwargs: Any) -> Any:
-        """A call that is a known step."""
-        tracer, event, held = self._tracer, None, None
+    def _follow(self, steps: list[Step], varied: bool, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call that is a known step.
+
+        Args:
+            steps: which it may be; what comes of it tells.
+            varied: it is given other numbers than then.
+            func: the function.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+        """
+        tracer, event, held, step = self._tracer, None, None, steps[0]
         try:
             if step.writes:
                 self._written(step.known, args, kwargs)
@@ -142,23 +155,24 @@ class Follower:
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
         try:
-            if self._gives(step, found, args, kwargs, out):
-                self._at = step
-                if held is not None:
-                    self._made(step, held, out)
-                if step.dropped:
-                    self._drop(step)
-                if self._watched:
-                    self._watch(step, event, args, kwargs, out)
-                return out
+            for step in steps:
+                if self._gives(step, varied, args, kwargs, out):
+                    self._at = step
+                    if held is not None:
+                        self._made(step, held, out)
+                    if step.dropped:
+                        self._drop(step)
+                    if self._watched:
+                        self._watch(step, event, args, kwargs, out)
+                    return out
         except Exception as error:
             tracer.fail(error)
             return out
         return self._after_all(step.known, func, args, kwargs, out)
 
-    def _gives(self, step: Step, found: int, args: Any, kwargs: Any, out: Any) -> bool:
+    def _gives(self, step: Step, varied: bool, args: Any, kwargs: Any, out: Any) -> bool:
         """Whether a call results in what it did then; if so, its results get their slots."""
-        if found == VARIED and not self._carries(step, args, kwargs, out):
+        if varied and not self._carries(step, args, kwargs, out):
             return False
         if step.dims >= 0:
             if not isinstance(out, Tensor) or out.dim() != step.dims:
