@@ -41,6 +41,7 @@ class Calls:
         tap_before: a module whose first argument is a site's is about to run: (module, args).
         fault: a tap has failed: (module, error).
         outside: a module that we stand before is called while nobody follows: (module).
+        replay: a unit that we stand before is to be replayed: (module, args, kwargs).
     """
 
     pre: Callable[..., Any]
@@ -49,6 +50,7 @@ class Calls:
     tap_before: Callable[..., Any]
     fault: Callable[..., Any]
     outside: Callable[..., Any]
+    replay: Callable[..., bool]
 
 
 class Placing:
@@ -140,7 +142,7 @@ class Placing:
         Returns:
             Those of them that somebody else stands before, or has hooks on.
         """
-        outside = self._calls.outside
+        calls = self._calls
         left: set[nn.Module] = set()
         for kind, modules in ((Leaf, leaves), (Scope, scopes)):
             for module in modules:
@@ -150,7 +152,7 @@ class Placing:
                     if not self._hooks.alone_on(module) or not free(module):
                         left.add(module)
                         continue
-                    made = self._stands[module] = kind(module, self.way, self._calls.post, outside)
+                    made = self._stands[module] = kind(module, self.way, calls)
                     made.stand(module)
         return left
 

@@ -26,7 +26,7 @@ from fmapkit._placing import Placing
 from fmapkit._plan import Plan
 from fmapkit._replay import Run, tag_outputs
 from fmapkit._store import Entry
-from fmapkit._units import Units, carried, shape_of
+from fmapkit._units import Unit, Units, carried, shape_of
 
 __all__ = ["Replaying"]
 
@@ -72,35 +72,56 @@ class Replaying:
         Returns:
             The arguments that it is to get instead; None for its own.
         """
-        live, wants = self._live, self._wants
-        unit, tracer = self._units.of(module), live.tracer
+        tracer = self._live.tracer
         inputs: list[Any] = []
-        origins = base = step = None
+        origins = None
         if tracer is not None:
-            live.trace_off()  # first of all: it would see what we look at
-            step = tracer.follower.unit if tracer.follower is not None else None
-            if step is not None:
-                inputs, origins, base = step.inputs, step.carried, step.base
-            else:
-                inputs = [tracer.tag(t) for t in tensors_in(*args, kwargs)]
-                origins = carried(inputs, wants.of)
-        modes = (torch.is_grad_enabled(), operators_are_counted(), casts(), *unit.form())
-        shape = (shape_of(args), shape_of(kwargs), origins, modes)
-        plan = unit.same(shape)
-        if plan is None:
-            key = (shape, unit.state())
-            plan = unit.plans.get(key)
-            if plan is None:
-                if step is not None:
-                    return self._departed(module, args, kwargs)
-                return self._learning.enter(module, key, args, kwargs, inputs)
-            unit.remember(plan, shape)
-        if self._edits and self._edited_inside(plan, inputs):
-            return self._learning.enter(module, None, args, kwargs, inputs)
+            if tracer.follower is not None and self.follow(module, args, kwargs):
+                return None
+            self._live.trace_off()  # first of all: it would see what we look at
+            inputs = [tracer.tag(t) for t in tensors_in(*args, kwargs)]
+            origins = carried(inputs, self._wants.of)
+        unit = self._units.of(module)
+        shape = _shape(unit, args, kwargs, origins)
+        plan = _plan(unit, shape)
+        if plan is None or (self._edits and self._edited_inside(plan, inputs)):
+            key = (shape, unit.state()) if plan is None else None
+            return self._learning.enter(module, key, args, kwargs, inputs)
+        self._start(module, plan, args, kwargs, inputs)
+        if tracer is not None and tracer.noter is not None:
+            assert self._live.run is not None
+            tracer.noter.unit(self._live.run, origins, args, kwargs)
+        return None
+
+    def follow(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
+        """A call of a unit begins, in a pass that follows its script; False where it departs."""
+        live = self._live
+        assert live.tracer is not None and live.tracer.follower is not None
+        step = live.tracer.follower.unit
+        assert step is not None
+        live.trace_off()
+        unit = self._units.of(module)
+        plan = _plan(unit, _shape(unit, args, kwargs, step.carried))
+        if plan is None or plan is not step.plan:  # it is called as before, but will run otherwise
+            live.trace_on()
+            live.tracer.follower.depart()
+            return False
+        self._start(module, plan, args, kwargs, step.inputs, step.base)
+        return True
+
+    def _start(
+        self,
+        module: nn.Module,
+        plan: Plan,
+        args: Any,
+        kwargs: Any,
+        inputs: list[Any],
+        base: dict[str, int] | None = None,
+    ) -> None:
+        """A unit is replayed by its plan."""
+        live, wants, tracer = self._live, self._wants, self._live.tracer
         if self._placing.tapped.get(module) is not plan:
             self._placing.taps(module, plan)
-        if step is not None and plan is not step.plan:
-            return self._departed(module, args, kwargs)
         stop = analyses = None
         if tracer is None:
             stop = self._stop
@@ -116,22 +137,11 @@ class Replaying:
         drop = live.current.drop
         run = Run(module, plan, wants, self._placing.line, stop, inputs, base, drop, analyses)
         live.run = run
-        if tracer is not None and tracer.noter is not None:
-            tracer.noter.unit(run, origins, args, kwargs)
-        if wants.graph and live.current is not None and live.current.grads:
-            if in_function():
-                self._misses.add(self._names.of(module), NO_GRAPH)
+        if wants.graph and live.current.grads and in_function():
+            self._misses.add(self._names.of(module), NO_GRAPH)
         if module in plan.before:
             run.pre(module, args, kwargs)
         run.start()
-        return None
-
-    def _departed(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """It is called as before, but will not run as before."""
-        tracer = self._live.tracer
-        assert tracer is not None and tracer.follower is not None
-        tracer.follower.depart()
-        return self.enter(module, args, kwargs)
 
     def _edited_inside(self, plan: Plan, inputs: list[Any]) -> bool:
         """Whether filters that an edit is for reach a nonlinearity inside."""
@@ -212,3 +222,19 @@ class Replaying:
         if tracer.noter is not None:
             tracer.noter.unit_left(run, entries, output)
         live.trace_on()
+
+
+def _shape(unit: Unit, args: Any, kwargs: Any, carried: Any) -> Any:
+    """What kind of call it is."""
+    modes = (torch.is_grad_enabled(), operators_are_counted(), casts(), *unit.form())
+    return shape_of(args), shape_of(kwargs), carried, modes
+
+
+def _plan(unit: Unit, shape: Any) -> Plan | None:
+    """The plan for a call; None if there is none yet."""
+    plan = unit.same(shape)
+    if plan is None:
+        plan = unit.plans.get((shape, unit.state()))
+        if plan is not None:
+            unit.remember(plan, shape)
+    return plan

@@ -158,7 +158,7 @@ class Scripts:
         scopes = [
             m
             for m in outside
-            if m is not self._asked.model and not self._units.proven(m) and not fuses(m)
+            if m is not self._asked.model and m not in self._leaves and not fuses(m)
         ]
         self._leaves -= self._placing.stand(self._leaves, scopes)
         self._sorted = True
@@ -179,3 +179,4 @@ class Scripts:
         self._leaves -= alike
         for other in alike:
             self._placing.stand_aside(other)
+        self._placing.stand((), alike)

@@ -117,7 +117,13 @@ class Session:
         self._beside = Beside(asked, self.live, self.hooks, self._misses)
         self._units = Units(self.hooks.is_ours)
         calls = Calls(
-            self._pre, self._post, self._tap, self._tap_before, self._fault, self._outside
+            self._pre,
+            self._post,
+            self._tap,
+            self._tap_before,
+            self._fault,
+            self._outside,
+            self._replay,
         )
         self._placing = Placing(asked, self.hooks, self._units, self._moves, calls)
         self.scripts = Scripts(asked, self.live, self._units, self._placing)
@@ -280,6 +286,9 @@ class Session:
             run.before_call(module, args)
         except Exception as error:
             self._fault(module, error)
+
+    def _replay(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
+        return self._replaying.follow(module, args, kwargs)
 
     def _outside(self, module: nn.Module) -> None:
         live = self.live

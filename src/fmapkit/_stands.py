@@ -9,7 +9,6 @@ it is given what it was given, it returns what it returned. So before its call s
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from fmapkit._standing import Standing, called, lock
 
 if TYPE_CHECKING:
     from fmapkit._following import Follower
+    from fmapkit._placing import Calls
 
 __all__ = ["Leaf", "Scope", "Way"]
 
@@ -41,25 +41,21 @@ class Stand(Standing):
     Args:
         module: the module.
         way: who follows.
-        post: the session's hook for the end of a call.
-        outside: is told of calls while nobody follows.
+        calls: what the session's hooks call.
     """
 
-    __slots__ = ("module", "outside", "post", "way")
+    __slots__ = ("calls", "module", "way")
 
-    def __init__(
-        self, module: nn.Module, way: Way, post: Callable[..., Any], outside: Callable[..., Any]
-    ) -> None:
+    def __init__(self, module: nn.Module, way: Way, calls: Calls) -> None:
         self.module = module
         self.way = way
-        self.post = post
-        self.outside = outside
+        self.calls = calls
 
     def otherwise(self, args: Any, kwargs: Any) -> Any:
         """Nobody follows, or torch runs the forward again for a backward pass."""
         module = called(self.module, 3)
         if module is self.module and self.way.follower is None:
-            self.outside(module)
+            self.calls.outside(module)
         return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
@@ -88,7 +84,7 @@ class Leaf(Stand):
 
 
 class Scope(Stand):
-    """Before a module whose inside is followed."""
+    """Before a module whose inside is followed, or replayed."""
 
     __slots__ = ()
 
@@ -97,19 +93,22 @@ class Scope(Stand):
         if follower is None or _graph_task() != -1:
             return self.otherwise(args, kwargs)
         module = self.module
-        if not follower.enter(module, args, kwargs):  # the tracer has taken over: it set hooks
+        how = follower.enter(module, args, kwargs)
+        if how == "unit" and not self.calls.replay(module, args, kwargs):
+            how = ""
+        if not how:  # the tracer has taken over: it has set hooks
             return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         try:
             output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         except Exception:
-            self.post(module, args, kwargs, None)
+            self.calls.post(module, args, kwargs, None)
             raise
         except BaseException:  # an interrupt, which the forward around it may catch
             follower.broken_off(module)
             raise
-        if self.way.follower is follower and follower.leave(module, output):
+        if how == "begin" and self.way.follower is follower and follower.leave(module, output):
             return output
-        replaced = self.post(module, args, kwargs, output)
+        replaced = self.calls.post(module, args, kwargs, output)
         return output if replaced is None else replaced
 
     __call__._torchdynamo_inline = _call  # type: ignore[attr-defined]
