@@ -374,6 +374,72 @@ def test_who_never_does_the_same_is_not_followed_for_ever(monkeypatch: pytest.Mo
         assert script._strayed <= _MOST_ROADS
 
 
+class Generated(nn.Module):
+    """Its weights are other tensors in each pass, and one is used transposed, by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.one(x))
+        x = torch.tanh(x @ self.two.weight.t())
+        return torch.sigmoid(self.one(x)) if x.sum() < 1e6 else x
+
+
+@pytest.mark.parametrize("how", ["functional_call", "assigned"])
+def test_parameters_that_others_take_the_place_of(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = Generated().eval()
+    died: list[weakref.ref[Tensor]] = []
+    with torch.no_grad(), capture(model) as maps, watch(monkeypatch) as counts:
+        for _ in range(6):
+            new = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+            died += map(weakref.ref, new.values())
+            x = torch.randn(3, 4)
+            if how == "functional_call":
+                torch.func.functional_call(model, new, (x,))
+            else:
+                model.one.weight = nn.Parameter(new["one.weight"])
+                model.two.weight = nn.Parameter(new["two.weight"])
+                new |= dict(model.named_parameters())
+                model(x)
+            assert [fm.layer for fm in maps.select(kind="activation")] == ["one", "two", "one"]
+            z = F.linear(x, new["one.weight"], new["one.bias"])
+            first = maps.select(layer="one", kind="preactivation", call=0)
+            assert [torch.equal(fm.tensor, z) for fm in first] == [True]
+        assert counts["departures"] == 0
+    assert not list(maps.missed)
+    del new
+    gc.collect()
+    assert sum(ref() is not None for ref in died) <= 4  # the latest ones
+
+
+class Ties(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.one(x))
+        return torch.tanh(self.two(x)) if x.sum() < 1e6 else x
+
+
+def test_weights_that_are_tied_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Ties().eval()
+    with torch.no_grad(), capture(model) as maps:
+        for n in range(9):
+            if n == 3:
+                model.two.weight = model.one.weight
+            if n == 6:
+                model.two.weight = nn.Parameter(torch.randn(4, 4))
+            model(torch.randn(2, 4))
+            assert maps.layers == ["one", "two"]
+
+
 # -- what stands before calls ---------------------------------------------------------------------
 
 

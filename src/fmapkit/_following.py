@@ -23,7 +23,7 @@ from fmapkit._functions import Function, describe
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._noting import Noter, alike, beside_the_point, results_of
 from fmapkit._operands import SAME, VARIED
-from fmapkit._origin import NOWHERE, Flow, Origin, Tag
+from fmapkit._origin import NOWHERE, Flow, Origin, Tag, given
 from fmapkit._replay import Run
 from fmapkit._script import Making, Script, Step
 from fmapkit._seen import Seen
@@ -199,7 +199,7 @@ class Follower:
             behind.append(at)
             at = at.before
         for step in reversed(behind):
-            self._seen.carry += [tag for tag in step.results if tag is not None]
+            self._seen.carry += [given(tag) for tag in step.results if tag is not None]
         self._told = self._at
 
     def _otherwise(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -583,4 +583,4 @@ def _unclaim(path: list[Step]) -> None:
 def _same(tags: Any, results: tuple[Tag, ...]) -> bool:
     """Whether that is what the results of a call carried."""
     found = tags if isinstance(tags, list) else [tags] if results else []
-    return len(found) == len(results) and all(map(alike, found, results))
+    return len(found) == len(results) and all(map(alike, found, map(given, results)))

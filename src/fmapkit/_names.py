@@ -44,6 +44,8 @@ class Names:
         self._flat: list[Any] = []  # flat parameters of old FSDP
         self._dicts: list[Any] = []  # where modules have their parameters
         self._parameters: list[Any] = []  # what is there, one after the other
+        self._arrangements: dict[tuple[int, ...], int] = {}
+        self._sharing = (-1, 0)  # at which version, and which arrangement
         self._counts: list[int] = []  # and how many are whose
         self.version = 0
         self.refresh()
@@ -77,6 +79,15 @@ class Names:
         same = len(now) == len(self._parameters) and all(map(is_, now, self._parameters))
         if not same or list(map(len, self._dicts)) != self._counts:
             self._read_parameters()
+
+    def sharing(self) -> int:
+        """Tells which places have one parameter together: the number of that arrangement."""
+        if self._sharing[0] != self.version:
+            first: dict[int, int] = {}
+            shape = tuple([first.setdefault(id(p), at) for at, p in enumerate(self._parameters)])
+            number = self._arrangements.setdefault(shape, len(self._arrangements))
+            self._sharing = self.version, number
+        return self._sharing[1]
 
     def _read_parameters(self) -> None:
         self.version += 1

@@ -16,7 +16,7 @@ from fmapkit._frames import Frame
 from fmapkit._functions import RESHAPED_IN_PLACE, Function
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._operands import FREE, Operands, Source
-from fmapkit._origin import Tag, Weight
+from fmapkit._origin import Tag, Weight, WeightRef
 from fmapkit._script import Making, Script, Step
 from fmapkit._seen import Seen
 from fmapkit._sharded import is_wrapped
@@ -89,10 +89,13 @@ class Noter:
 
     def start(self, given: list[Tensor]) -> None:
         """The first pass of its kind begins: what came in carries what it was found to carry."""
-        self._script.start.results = tuple(map(self._tracer.tag, given))
-        for tensor, tag in zip(given, self._script.start.results, strict=True):
+        tags = tuple(map(self._tracer.tag, given))
+        self._script.start.results = self._kept(tags)
+        for tensor, tag in zip(given, tags, strict=True):
             if tag is not None:
                 self._seen.put(tensor, tag)
+        if any(map(_homeless, self._script.start.results)):
+            self.stop()
 
     def stop(self) -> None:
         """What comes now cannot be compared later."""
@@ -123,7 +126,7 @@ class Noter:
             return
         step = Step("call", self._at)
         step.known, step.function = known, func
-        step.operands = Operands(args, kwargs, seen.source)
+        step.operands = Operands(args, kwargs, seen.source, self._home)
         step.loose = not (
             self._doings.any()
             or known.sigma is not None
@@ -139,7 +142,7 @@ class Noter:
                 return
             makings.append(_making(entry, *source))
         step.makings = tuple(makings)
-        step.results = tags
+        step.results = self._kept(tags)
         if isinstance(out, Tensor) and known.name != "__setitem__" and tags[0] is not None:
             step.dims = out.dim()
         step.writes = not known.never_writes or "out" in kwargs
@@ -172,13 +175,13 @@ class Noter:
         if frame.module in self._tracer.leaves:
             step = self._leaf = Step("leaf", self._at)
             step.module = frame.module
-            step.operands = Operands(frame.args, frame.kwargs, self._seen.source)
+            step.operands = Operands(frame.args, frame.kwargs, self._seen.source, self._home)
             return
         step = Step("begin", self._at)
         step.module, step.scope = frame.module, frame.kind
         step.sizes = sizes(frame.module)
         if frame.kind != "plain":
-            step.operands = Operands((frame.x,), {}, self._seen.source)
+            step.operands = Operands((frame.x,), {}, self._seen.source, self._home)
         self._add(step)
 
     def leave(self, frame: Frame, output: Any, failed: bool) -> None:
@@ -204,11 +207,11 @@ class Noter:
             return
         step.makings = tuple(makings)
         if frame.kind != "plain":
-            step.operands = Operands((output,), {}, seen.source)
+            step.operands = Operands((output,), {}, seen.source, self._home)
         if changed:
-            step.results = tags
+            step.results = self._kept(tags)
         self._add(step)
-        for tensor, tag in zip(results, step.results, strict=False):
+        for tensor, tag in zip(results, tags if changed else (), strict=False):
             if tag is not None:
                 seen.put(tensor, tag)
 
@@ -232,7 +235,7 @@ class Noter:
         if failed or any(transformed(t) or is_wrapped(t) for t in (*operands, *results)):
             self.stop()
             return
-        step.makings, step.results = tuple(makings), tags
+        step.makings, step.results = tuple(makings), self._kept(tags)
         if isinstance(output, Tensor) and tags[0] is not None:
             step.dims = results[0].dim()
         step.unit = self._tracer.leaf_unit(frame.module)
@@ -263,8 +266,9 @@ class Noter:
         """A unit is about to be replayed."""
         step = self._unit = Step("unit", self._at)
         step.module, step.plan = run.module, run.plan
-        step.operands = Operands(args, kwargs, self._seen.source)
-        step.inputs, step.carried, step.base = run.inputs, carried, run.base or {}
+        step.operands = Operands(args, kwargs, self._seen.source, self._home)
+        step.inputs = list(self._kept(tuple(run.inputs)))
+        step.carried, step.base = carried, run.base or {}
 
     def unit_left(self, run: Run, entries: list[tuple[Entry, bool]], output: Any) -> None:
         """It was, and the tracer was told.
@@ -283,11 +287,26 @@ class Noter:
         step.counted = tuple(name for name, count in run.plan.calls for _ in range(count))
         results = [t for _, t in leaves(output)]
         step.paths = tuple(path for path, _ in leaves(output))
-        step.results = tuple(map(self._tracer.tag, results))
+        tags = tuple(map(self._tracer.tag, results))
+        step.results = self._kept(tags)
         self._add(step, [entry for entry, _ in entries])
-        for tensor, tag in zip(results, step.results, strict=True):
+        for tensor, tag in zip(results, tags, strict=True):
             if tag is not None:
                 self._seen.put(tensor, tag)
+
+    # -- parameters: by their place in the model, since others may take it --------------------
+
+    def _home(self, parameter: Tensor) -> tuple[nn.Module, str] | None:
+        owners = self._tracer.names.owners(parameter)
+        return owners[0] if owners else None
+
+    def _kept(self, tags: tuple[Tag, ...]) -> tuple[Any, ...]:
+        """What tensors carry, as it can be kept from pass to pass."""
+        return tuple([self._placed(t) if isinstance(t, Weight) else t for t in tags])
+
+    def _placed(self, weight: Weight) -> WeightRef:
+        home = self._home(weight.parameter)
+        return WeightRef(-1, *home, weight.axes) if home is not None else WeightRef()
 
     # -- the road -----------------------------------------------------------------------------
 
@@ -297,7 +316,8 @@ class Noter:
         for entry in made:
             self._places[id(entry)] = len(self._entries)
             self._entries.append(entry)
-        if any(id(entry) not in self._places for entry in doings.dropped):
+        unknown = any(id(entry) not in self._places for entry in doings.dropped)
+        if unknown or any(map(_homeless, (*step.results, *step.inputs))):
             self.stop()
             return
         step.dropped = tuple(self._places[id(entry)] for entry in doings.dropped)
@@ -306,6 +326,11 @@ class Noter:
         doings.clear()
         self._script.add(step)
         self._at = step
+
+
+def _homeless(tag: Any) -> bool:
+    """Whether it is of a parameter that is nowhere in the model."""
+    return isinstance(tag, WeightRef) and tag.owner is None
 
 
 def _making(entry: Entry, source: int, before: bool) -> Making:

@@ -1,8 +1,8 @@
 """What a torch function is given in one call, and whether another call is given the same.
 
-The same tensors of the pass, by their slots; the same parameters; tensors that carry nothing where
-such were; and, of all else, equal plain values. What else differs may not matter: the call has
-*varied*.
+The same tensors of the pass, by their slots; the parameters at the same places of the model;
+tensors that carry nothing where such were; and, of all else, equal plain values. What else differs
+may not matter: the call has *varied*.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmapkit._nested import tensors_in
 
-__all__ = ["FREE", "NO", "OWN", "SAME", "VARIED", "Operands", "Source"]
+__all__ = ["FREE", "NO", "OWN", "SAME", "VARIED", "Home", "Operands", "Source"]
 
 NO, SAME, VARIED = 0, 1, 2
 
 # Where a tensor is from: its slot in the pass, or one of these.
 OWN, FREE = -1, -2  # a parameter of the model; something that carries nothing
 Source = Callable[[Tensor], int]
+Home = Callable[[Tensor], "tuple[nn.Module, str] | None"]
 _Refs = Sequence["weakref.ref[Tensor]"]
 
 _PLAIN = (
@@ -38,33 +39,39 @@ class Operands:
         args: by place.
         kwargs: by keyword.
         source: tells where a tensor is from.
+        home: tells where in the model a parameter is.
     """
 
-    __slots__ = ("_free", "_nested", "_odd", "_own", "_plain", "_slots", "count", "names")
+    __slots__ = (
+        *("_alien", "_free", "_nested", "_odd", "_own", "_plain", "_slots", "count", "names"),
+    )
 
-    def __init__(self, args: Any, kwargs: dict[str, Any], source: Source) -> None:
+    def __init__(self, args: Any, kwargs: dict[str, Any], source: Source, home: Home) -> None:
         values = (*args, *kwargs.values())
         self.count = len(values)
         self.names = tuple(kwargs)
-        slots, own, free, plain, nested = [], [], [], [], []
+        slots, own, alien, free, plain, nested = [], [], [], [], [], []
         self._odd = False  # something that cannot be compared
         for place, value in enumerate(values):
             if isinstance(value, Tensor):
                 found = source(value)
                 if found >= 0:
                     slots.append((place, found))
-                elif found == OWN:
-                    own.append((place, value))
+                elif found == OWN and (at := home(value)) is not None:
+                    own.append((place, at[0]._parameters, at[1]))
+                elif found == OWN:  # nobody's that we know of
+                    alien.append((place, weakref.ref(value)))
                 else:
                     free.append(place)
             elif _is_plain(value):
                 plain.append((place, value))
             elif type(value) in (tuple, list, dict):
                 inner = _values(value)
-                nested.append((place, type(value), Operands(inner, {}, source)))
+                nested.append((place, type(value), Operands(inner, {}, source, home)))
             else:
                 self._odd = True
         self._slots, self._own, self._free = tuple(slots), tuple(own), tuple(free)
+        self._alien = tuple(alien)
         self._plain, self._nested = tuple(plain), tuple(nested)
 
     def match(self, args: Any, kwargs: dict[str, Any], refs: _Refs, source: Source) -> int:
@@ -87,8 +94,11 @@ class Operands:
         for place, slot in self._slots:
             if refs[slot]() is not args[place]:
                 return NO
-        for place, parameter in self._own:
-            if args[place] is not parameter:
+        for place, held, key in self._own:
+            if args[place] is not held.get(key):
+                return NO
+        for place, parameter in self._alien:
+            if args[place] is not parameter():
                 return NO
         for place in self._free:
             if not isinstance(args[place], Tensor) or source(args[place]) != FREE:

@@ -13,7 +13,18 @@ from torch import Tensor, nn
 
 from fmapkit._axes import Axes
 
-__all__ = ["NOWHERE", "STOP", "Flow", "Lookup", "Origin", "Tag", "Weight", "WeightRef", "flow_of"]
+__all__ = [
+    "NOWHERE",
+    "STOP",
+    "Flow",
+    "Lookup",
+    "Origin",
+    "Tag",
+    "Weight",
+    "WeightRef",
+    "flow_of",
+    "given",
+]
 
 
 class Origin:
@@ -85,6 +96,14 @@ class WeightRef:
 
 
 Tag = Flow | Weight | None
+
+
+def given(tag: Any) -> Tag:
+    """What a tensor carries in this pass, of what one in its place carried in another."""
+    found: Tag = tag.weight(()) if isinstance(tag, WeightRef) else tag
+    return found
+
+
 Lookup = Callable[[Any], Tag]
 
 

@@ -21,7 +21,7 @@ from fmapkit._learning import Learning
 from fmapkit._live import Live
 from fmapkit._missed import Misses
 from fmapkit._nested import tensors_in
-from fmapkit._origin import Flow
+from fmapkit._origin import Flow, given
 from fmapkit._placing import Placing
 from fmapkit._plan import Plan
 from fmapkit._replay import Run, tag_outputs
@@ -106,7 +106,7 @@ class Replaying:
             live.trace_on()
             live.tracer.follower.depart()
             return False
-        self._start(module, plan, args, kwargs, step.inputs, step.base)
+        self._start(module, plan, args, kwargs, list(map(given, step.inputs)), step.base)
         return True
 
     def _start(

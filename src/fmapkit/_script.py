@@ -20,7 +20,7 @@ from torch import nn
 
 from fmapkit._axes import Axes
 from fmapkit._operands import Operands
-from fmapkit._origin import Origin, Tag
+from fmapkit._origin import Origin
 
 __all__ = ["Making", "Script", "Step"]
 
@@ -69,7 +69,8 @@ class Step:
             the same step; else it is another one.
         writes: it may write to what it is given.
         simple: one tensor comes of it, and that is all.
-        results: per tensor of its result, what that carries; None for nothing.
+        results: per tensor of its result, what that carries, a weight by its place in the model
+            (`given` tells of it in another pass); None for nothing.
         paths: where in a unit's output these are.
         dims: of its result, if that is one tensor that carries something; else -1.
         makings: the maps held.
@@ -81,7 +82,7 @@ class Step:
         plan: of the unit.
         unit: tells what a leaf's road depends on.
         state: what that was; None where it depends on nothing.
-        inputs: what the unit's tensors carried.
+        inputs: what the unit's tensors carried, in the same way.
         carried: the same, as a part of what tells the unit's calls apart.
         base: how many calls of each of its layers there had been.
         origins: of the unit's maps, by the plan's own names for them.
@@ -110,7 +111,7 @@ class Step:
         self.scope = "plain"
         self.sizes: frozenset[int] | None = None
         self.whole = False
-        self.results: tuple[Tag, ...] = ()
+        self.results: tuple[Any, ...] = ()
         self.paths: tuple[str, ...] = ()
         self.dims = -1
         self.makings: tuple[Making, ...] = ()
@@ -121,7 +122,7 @@ class Step:
         self.plan: Any = None
         self.unit: Any = None
         self.state: Any = None
-        self.inputs: list[Tag] = []
+        self.inputs: list[Any] = []
         self.carried: Any = None
         self.base: dict[str, int] = {}
         self.origins: Any = None

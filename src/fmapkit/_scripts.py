@@ -134,6 +134,7 @@ class Scripts:
             return None
         key = (
             asked.model.training,
+            asked.names.sharing(),
             shape_of(args),
             shape_of(kwargs),
             torch.is_grad_enabled(),
