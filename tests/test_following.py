@@ -471,6 +471,41 @@ def test_a_hook_that_is_set_while_passes_are_followed_has_its_say() -> None:
             assert maps["first", "preactivation"].tensor.count_nonzero()
 
 
+class Stops(Plain):
+    error: BaseException | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        if self.error is not None:
+            raise self.error
+        return x
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
+def test_a_pass_that_breaks_off_is_followed_no_further(error: type[BaseException]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Stops(), nn.Linear(3, 3)).eval()
+    inner: Any = model[0]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", CaptureWarning)
+        with capture(model) as maps:
+            for _ in range(4):
+                model(torch.randn(2, 4))
+            inner.error = error()
+            with pytest.raises(error):
+                model(torch.randn(2, 4))
+            inner.error = None
+            way = maps._session._placing.way
+            assert way.follower is None
+            bare = inner.first(torch.ones(2, 4))  # by itself, before the next pass
+            assert torch.equal(
+                bare, F.linear(torch.ones(2, 4), inner.first.weight, inner.first.bias)
+            )
+            for _ in range(3):
+                model(torch.randn(2, 4))
+                assert len(maps.select(layer="0.first", step=-1)) == 2
+
+
 # -- memory ---------------------------------------------------------------------------------------
 
 
