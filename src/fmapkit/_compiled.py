@@ -23,6 +23,7 @@ from fmapkit._hooks import when_traced
 from fmapkit._optimized import (
     around,
     compiled_roots,
+    ever_compiled,
     holds,
     in_compiled_code,
     is_optimized,
@@ -255,7 +256,7 @@ class Compiled:
 
     def unannounced(self) -> bool:
         """Whether the eager call that begins is a part of compiled code that has no door."""
-        return "torch._dynamo.eval_frame" in sys.modules and in_compiled_code()
+        return ever_compiled() and in_compiled_code()
 
     def noticed(self) -> None:
         """Something compiled calls the model, or will: give it a door if it is known what."""

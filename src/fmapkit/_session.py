@@ -180,6 +180,9 @@ class Session:
             if module is self.model and not self._running():
                 if not self.begin(args, kwargs):
                     return None
+                if live.tracer is None:  # it is a unit, and `begin` has looked at what it is given
+                    self._units.direct.add(module)
+                    return self._replaying.enter(module, args, kwargs)
             elif module is self.model:
                 live.depth += 1
             if live.current is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ TRANSFORMED = (
     "transform, and cannot be held"
 )
 
+_innermost: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+
 
 def transformed(value: Any) -> bool:
     """Whether it is a tensor of a torch.func transform, which must not be kept."""
@@ -25,7 +28,7 @@ def transformed(value: Any) -> bool:
 
 def under_transform(module: nn.Module, value: Any) -> bool:
     """Whether a torch.func transform is at work on a call: on what it is given, or its weights."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
+    if _innermost() is None:
         return False
     with torch._C.DisableTorchFunction():
         # Under `grad` and its like, whatever runs gives a tensor of the transform.

@@ -1,14 +1,12 @@
 """Whether the model is still the one that was learned: asked before every pass, so cheaply.
 
 What it costs is memory: after a pass, nothing of the modules is in the processor's caches. So it
-looks at as little of each as will do, and compares whole lists at the speed of C.
+looks at as little of each as will do, and makes nothing on its way.
 """
 
 from __future__ import annotations
 
-import sys
-from itertools import repeat
-from operator import contains, is_
+from operator import is_
 
 import torch
 from torch import nn
@@ -17,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fmapkit import layers, nonlinearities
 from fmapkit._hooks import Hooks
-from fmapkit._optimized import compiled_call
+from fmapkit._optimized import compiled_call, ever_compiled
 from fmapkit._stop import has_own_forward
 
 __all__ = ["Watch"]
@@ -35,8 +33,8 @@ class Watch:
         self._hooks = hooks
         self._registered = (layers.version, nonlinearities.version)
         self._parents = [m._modules for m in modules if m._modules or not _leaf(m)]
-        self._children = [dict(children) for children in self._parents]
-        self._order = list(map(list, self._parents))
+        self._keys = list(map(list, self._parents))
+        self._children = [list(children.values()) for children in self._parents]
         self._watched = [m for m in modules if not has_own_forward(m)]
         self._types = list(map(type, self._watched))
         # A stopping capture puts a forward of its own on the model, and only there.
@@ -61,7 +59,7 @@ class Watch:
 
     def _compiled_calls(self) -> list[object]:
         """What `module.compile()` has set; nothing where torch.compile was never used."""
-        if "torch._dynamo" not in sys.modules:
+        if not ever_compiled():
             return []
         there = [attributes.get("_compiled_call_impl") for attributes in self._attributes]
         if len(there) != len(self._there) or not all(map(is_, there, self._there)):
@@ -73,12 +71,17 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether anything is not as it was."""
+        for there, keys, children in zip(self._parents, self._keys, self._children, strict=True):
+            if [*there] != keys or [*there.values()] != children:
+                return True
+        for module, kind in zip(self._watched, self._types, strict=True):
+            if type(module) is not kind:
+                return True
+        for attributes in self._attributes:
+            if "forward" in attributes:
+                return True
         return (
             self._registered != (layers.version, nonlinearities.version)
-            or self._children != self._parents
-            or self._order != list(map(list, self._parents))
-            or self._types != list(map(type, self._watched))
-            or any(map(contains, self._attributes, repeat("forward")))
             or self._compiled != self._compiled_calls()
             or self._hooked()
         )
