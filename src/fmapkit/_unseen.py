@@ -26,11 +26,8 @@ RECORDED = (
 
 def recording() -> bool:
     """Whether a CUDA graph is being recorded."""
-    cuda = torch.cuda
-    if not cuda._initialized:  # where it is, this process may yet be a fork, which may not ask
-        return False
-    started = cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return bool(started and cuda.is_current_stream_capturing())
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(started and torch.cuda.is_current_stream_capturing())
 
 
 class Unseen:

@@ -82,14 +82,13 @@ class Watch:
                 return True
         return (
             self._registered != (layers.version, nonlinearities.version)
-            or self._compiled != self._compiled_calls()
-            or self._hooked()
+            or (ever_compiled() and self._compiled != self._compiled_calls())
+            # Every hook takes the next number of one counter.
+            or (RemovableHandle.next_id != self._last_handle and self._hooked())
         )
 
     def _hooked(self) -> bool:
-        """Whether others have set hooks; every hook takes the next number of one counter."""
-        if RemovableHandle.next_id == self._last_handle:
-            return False
+        """Whether it is others who have set hooks."""
         self._last_handle = RemovableHandle.next_id
         return self._foreign() != self._theirs
 
