@@ -6,8 +6,6 @@ looks at as little of each as will do, and makes nothing on its way.
 
 from __future__ import annotations
 
-from operator import is_
-
 import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
@@ -61,13 +59,22 @@ class Watch:
         """What `module.compile()` has set; nothing where torch.compile was never used."""
         if not ever_compiled():
             return []
-        there = [attributes.get("_compiled_call_impl") for attributes in self._attributes]
-        if len(there) != len(self._there) or not all(map(is_, there, self._there)):
-            self._there = there  # ours, perhaps, which come and go
+        if self._exchanged():
+            # Ours, perhaps, which come and go.
+            self._there = [there.get("_compiled_call_impl") for there in self._attributes]
             calls = list(map(compiled_call, self._attributes))
             # None at all is what it was before torch.compile was there.
             self._calls = calls if any(c is not None for c in calls) else []
         return self._calls
+
+    def _exchanged(self) -> bool:
+        """Whether something else stands before some module's call than when last looked."""
+        if not self._there:
+            return True
+        for attributes, there in zip(self._attributes, self._there, strict=True):
+            if attributes.get("_compiled_call_impl") is not there:
+                return True
+        return False
 
     def changed(self) -> bool:
         """Whether anything is not as it was."""
