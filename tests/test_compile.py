@@ -840,13 +840,13 @@ def test_what_tells_that_something_was_compiled(how: str) -> None:
     code = f"""
 import sys, torch, torch._dynamo
 from fmapkit import capture
-from fmapkit._optimized import _ever_compiled, around
+from fmapkit._optimized import ever_compiled, around
 model = torch.nn.Linear(2, 2)
 with capture(model):
     model(torch.ones(1, 2))
-assert not _ever_compiled()
+assert not ever_compiled()
 made = {how}
-assert _ever_compiled()
+assert ever_compiled()
 assert any(m is made or m is model for m in around(model))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -76,7 +76,7 @@ def _close_sigma(tracer: Tracer, frame: Frame, a: Tensor, sigma: str) -> Tensor 
         tracer.suspects.add(x, a, event)
     flow = frame.tag if isinstance(frame.tag, Flow) else STOP
     axes, result = sigma_axes(flow.axes, x, a), a
-    if frame.site is not None:
+    if frame.site is not None and tracer.editor is not None:
         a, result = tracer.editor.leave(frame, a, axes)
     elif isinstance(frame.a, Tensor):
         a = frame.a  # what σ gave, where a user's hook changed what the module returned

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,6 @@ from fmapkit._optimized import (
     around,
     compiled_roots,
     holds,
-    in_compiled_code,
     is_optimized,
     plain,
 )
@@ -75,10 +73,12 @@ class _Door:
         if not here or running.sinks:
             return self.original(*args, **kwargs)
         # torch.compile(module) runs the module's own hooks, and ours are for its eager calls.
-        with ExitStack() as stack:
-            for session in here:
-                stack.enter_context(session.hooks.suspended([self.module]))
+        off = [session.hooks.take_off(self.module) for session in here]
+        try:
             return self._capture(here, args, kwargs)
+        finally:
+            for hooks in reversed(off):
+                hooks.put_back()
 
     def close(self, session: Session) -> None:
         """The session ends; with the last one goes the door."""
@@ -253,12 +253,8 @@ class Compiled:
             if not self._session.live.idle:
                 self.noticed()
 
-    def unannounced(self) -> bool:
-        """Whether the eager call that begins is a part of compiled code that has no door."""
-        return "torch._dynamo.eval_frame" in sys.modules and in_compiled_code()
-
     def noticed(self) -> None:
-        """Something compiled calls the model, or will: give it a door if it is known what."""
+        """Compiled code without a door calls the model, or will: give it one if it is known."""
         session = self._session
         doors = {door.root for door in self._doors}
         new = [r for r in compiled_roots(session.model) if r not in doors]
@@ -280,19 +276,18 @@ class Compiled:
             if model is session.model:
                 if not session.begin(args, kwargs, compiled=True):
                     return None
-                assert session.live.tracer is not None
-                return Sink(session, session.live.tracer, alone=True)
+                return Sink(session, alone=True)
             if holds(model, session.model):
                 session.miss("", AROUND)
             elif not session.live.idle:
                 session.unseen.stray(root)
             return None
-        if session.live.run is not None or session.live.tracer is None:
+        if session.live.run is not None or session.live.traced() is None:
             session.miss(session.names.of(root), UNSEEN.format(why="inside a replayed module"))
             return None
         session.scripts.stop()
         session.live.trace_off()
-        return Sink(session, session.live.tracer, alone=False)
+        return Sink(session, alone=False)
 
     def skip(self, root: nn.Module) -> None:
         """The call is not captured."""

@@ -170,7 +170,7 @@ class CompiledGraph:
         state = (sink.session.watch, sink.session.names.version)
         latest = self._latest.get(place)
         if alone and latest is not None and latest.state == state:
-            if latest.fits(sink.tracer.tags, [inputs[i] for i in self._fixed], inputs):
+            if latest.fits(sink.tags, [inputs[i] for i in self._fixed], inputs):
                 return latest.carried, latest.labels
         carried = self.carried(inputs, sink)
         labels = self.labels(sink, place, inputs, carried)
@@ -182,7 +182,7 @@ class CompiledGraph:
 
     def carried(self, inputs: Sequence[Any], sink: Sink) -> list[Any]:
         """What the data that come in carry, by place among the inputs."""
-        tag = sink.tracer.tag
+        tag = sink.tags.of
         found: list[Any] = [None] * len(inputs)
         for i in self.data:
             found[i] = tag(inputs[i])

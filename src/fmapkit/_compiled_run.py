@@ -17,6 +17,7 @@ from fmapkit._nested import leaves
 from fmapkit._origin import NOWHERE, STOP, Flow, Origin
 from fmapkit._plan import Ref
 from fmapkit._store import Entry, Held, version_of
+from fmapkit._tags import Tags
 from fmapkit._trace import Tracer
 
 if TYPE_CHECKING:
@@ -124,28 +125,42 @@ class Sink:
 
     Args:
         session: that captures.
-        tracer: of the pass; it knows what tensors carry.
         alone: compiled code is all that the pass runs.
     """
 
-    def __init__(self, session: Session, tracer: Tracer, alone: bool) -> None:
-        assert session.live.current is not None
+    def __init__(self, session: Session, alone: bool) -> None:
+        live = self._live = session.live
+        assert live.current is not None
         self.session = session
-        self._segments = session.live.current.segments  # of the pass
-        self.tracer = tracer
+        self._segments = live.current.segments  # of the pass
         self.alone = alone
         self.runs = 0
         self.unread = 0  # graphs that could not be labelled, and are named already
         self.broken = False  # some graph was not the whole of what was compiled
         self._latest: tuple[CompiledGraph, Labels, GraphRun, Sequence[Any]] | None = None
 
+    @property
+    def tracer(self) -> Tracer:
+        """Of the pass."""
+        found = self._live.traced()
+        assert found is not None
+        return found
+
+    @property
+    def tags(self) -> Tags:
+        """What the tensors of the pass carry; to ask these takes no tracer."""
+        live = self._live
+        return live.tags if live.tags is not None else self.tracer.tags
+
     def before(self, graph: CompiledGraph, place: int, inputs: Sequence[Any]) -> Any:
         """A graph is about to run: what its inputs carry, and what its maps will be."""
         self.settle()
         self.broken = self.broken or not graph.whole
         carried, labels = graph.ready(self, place, inputs)
-        for index in labels.writes:
-            self.tracer.aliases.before_write(inputs[index])
+        tracer = self._live.tracer  # where there is none yet, nothing is held that could be lost
+        if tracer is not None:
+            for index in labels.writes:
+                tracer.aliases.before_write(inputs[index])
         return carried, labels
 
     def after(
@@ -218,7 +233,7 @@ class Sink:
                 self._latest = None
             return
         self.settle()
-        if not self.unread and any(self.tracer.tag(t) is None for _, t in leaves(output)):
+        if not self.unread and any(self.tags.of(t) is None for _, t in leaves(output)):
             self.outside()
 
     def hold_output(self, module: nn.Module, output: Any) -> None:

@@ -104,6 +104,8 @@ class Firing:
 class Firings(list[Firing]):
     """Every moment of a pass at which a tap would fire, in order."""
 
+    __slots__ = ("_awaited",)
+
     def __init__(self) -> None:
         super().__init__()
         self._awaited: dict[int, tuple[weakref.ref[Tensor], int, Event]] = {}

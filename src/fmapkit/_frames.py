@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 _CALL = nn.Module._call_impl.__code__
+_NONE: Counter[str] = Counter()
 
 
 class Frame:
@@ -48,7 +49,7 @@ class Frame:
         self.in_place = False
         self.flip = False
         self.tag: Tag = None  # what x carries
-        self.counts: Counter[str] = Counter()
+        self.counts = _NONE  # as it began; of a unit that is learned
         self.firing = 0
         self.site: Site | None = None  # something to edit
         self.replaced: tuple[Any, Any] | None = None  # the arguments that it is to get instead

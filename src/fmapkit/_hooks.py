@@ -135,6 +135,36 @@ def without_modes() -> Iterator[None]:
             _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
+class Off:
+    """The hooks that were taken off a module for a while.
+
+    Args:
+        module: whose they are.
+        wanted: tells them from the others.
+    """
+
+    __slots__ = ("_kept",)
+
+    def __init__(self, module: nn.Module, wanted: Callable[[Any], bool]) -> None:
+        self._kept: list[tuple[OrderedDict[int, Any], tuple[int, ...], dict[int, Any]]] = []
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            ours = {k: h for k, h in hooks.items() if wanted(h)} if hooks else None
+            if ours:
+                self._kept.append((cast("OrderedDict[int, Any]", hooks), tuple(hooks), ours))
+                for key in ours:
+                    del hooks[key]
+
+    def put_back(self) -> None:
+        """In their old order, one by one: other threads set hooks meanwhile, and run them."""
+        for hooks, order, ours in self._kept:
+            others = tuple(hooks)
+            hooks.update(ours)
+            new = [key for key in others if key not in order]
+            for key in (*order, *new) if others else ():
+                if key in hooks:
+                    hooks.move_to_end(key)
+
+
 class Hooks:
     """The hooks of one session, by role and module.
 
@@ -234,26 +264,16 @@ class Hooks:
     @contextmanager
     def suspended(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """The modules without our hooks for a while, as bare code would see them."""
-        kept: list[tuple[OrderedDict[int, Any], tuple[int, ...], dict[int, Any]]] = []
-        for module in modules:
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                ours = {k: h for k, h in hooks.items() if self.is_ours(h)}
-                if ours:
-                    order = tuple(hooks)
-                    kept.append((cast("OrderedDict[int, Any]", hooks), order, ours))
-                    for key in ours:
-                        del hooks[key]
+        kept = [self.take_off(module) for module in modules]
         try:
             yield
         finally:
-            # In their old order, one by one: other threads set hooks meanwhile, and run them.
-            for hooks, order, ours in kept:
-                others = tuple(hooks)
-                hooks.update(ours)
-                new = [key for key in others if key not in order]
-                for key in (*order, *new) if others else ():
-                    if key in hooks:
-                        hooks.move_to_end(key)
+            for off in kept:
+                off.put_back()
+
+    def take_off(self, module: nn.Module) -> Off:
+        """Take our hooks off a module, to be put back soon."""
+        return Off(module, self.is_ours)
 
     def drop(
         self,

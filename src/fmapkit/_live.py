@@ -20,6 +20,7 @@ from fmapkit._hooks import leave_mode
 from fmapkit._missed import Misses
 from fmapkit._replay import LightMode, Run
 from fmapkit._store import Pass
+from fmapkit._tags import Tags
 from fmapkit._trace import Tracer
 
 __all__ = ["MODES", "Lesson", "Live"]
@@ -65,6 +66,7 @@ class Live:
         tracer: of the pass; None where nothing of it is traced.
         run: the unit that is being replayed.
         lesson: the unit that is being learned.
+        tags: of a pass of compiled code, which needs a tracer only where it does not do as before.
     """
 
     def __init__(self, asked: Asked, misses: Misses) -> None:
@@ -76,23 +78,37 @@ class Live:
         self.tracer: Tracer | None = None
         self.run: Run | None = None
         self.lesson: Lesson | None = None
+        self.tags: Tags | None = None
         self._asked = asked
         self._misses = misses
         self._stacked = False  # the tracer is on torch's stack of modes
 
     def clear(self) -> None:
         """Nothing is under way any more."""
-        self.tracer = self.current = self.frame = self.run = self.lesson = None
+        self.tracer = self.current = self.frame = self.run = self.lesson = self.tags = None
         self.depth = 0
 
     def new_tracer(self) -> Tracer:
         """A tracer for the rest of the pass."""
-        asked = self._asked
+        asked, tags = self._asked, self.tags
         assert self.current is not None
-        asked.names.update()
+        if tags is None:
+            asked.names.update()
         self.tracer = Tracer(
-            asked.names, asked.wants, asked.edits, asked.stop, self.current, self._misses.add
+            asked.names, asked.wants, asked.edits, asked.stop, self.current, self._misses.add, tags
         )
+        return self.tracer
+
+    def enter_compiled(self, args: Any, kwargs: Any) -> None:
+        """A pass of compiled code begins: note what it is given."""
+        self._asked.names.update()
+        self.tags = Tags(self._asked.names)
+        self.tags.enter(args, kwargs)
+
+    def traced(self) -> Tracer | None:
+        """The tracer, made now if compiled code has none yet; None where nothing is traced."""
+        if self.tracer is None and self.tags is not None:
+            return self.new_tracer()
         return self.tracer
 
     def trace_on(self) -> None:

@@ -7,8 +7,6 @@ The names are those of the plain model: a module that only carries another one
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
-from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,11 +40,12 @@ class Names:
         self.lent = False  # parameters that have memory only while their module runs (FSDP)
         self._owners: dict[int, tuple[Tensor, list[tuple[nn.Module, str]]]] = {}
         self._flat: list[Any] = []  # flat parameters of old FSDP
-        self._dicts: list[Any] = []  # where modules have their parameters
-        self._parameters: list[Any] = []  # what is there, one after the other
+        self._empty: list[Any] = []  # where modules without parameters would have them
+        self._full: list[Any] = []  # where the others do
+        self._counts: list[int] = []  # how many there are each time
+        self._parameters: list[Any] = []  # and what they are, one after the other
         self._arrangements: dict[tuple[int, ...], int] = {}
         self._sharing = (-1, 0)  # at which version, and which arrangement
-        self._counts: list[int] = []  # and how many are whose
         self.version = 0
         self.refresh()
 
@@ -75,9 +74,7 @@ class Names:
 
     def update(self) -> None:
         """Notice parameters that were swapped, for good or for one call (`functional_call`)."""
-        now = list(chain.from_iterable([there.values() for there in self._dicts]))
-        same = len(now) == len(self._parameters) and all(map(is_, now, self._parameters))
-        if not same or list(map(len, self._dicts)) != self._counts:
+        if self._swapped():
             self._read_parameters()
 
     def sharing(self) -> int:
@@ -89,12 +86,27 @@ class Names:
             self._sharing = self.version, number
         return self._sharing[1]
 
+    def _swapped(self) -> bool:
+        """Nothing is made on the way: after a pass, what it costs is memory to look at."""
+        for there in self._empty:
+            if there:
+                return True
+        known = iter(self._parameters)
+        for there, count in zip(self._full, self._counts, strict=True):
+            if len(there) != count:
+                return True
+            for parameter in there.values():
+                if parameter is not next(known):
+                    return True
+        return False
+
     def _read_parameters(self) -> None:
         self.version += 1
         self._owners.clear()
-        self._dicts = [m._parameters for m in self.by_module]
-        self._parameters = [p for there in self._dicts for p in there.values()]
-        self._counts = list(map(len, self._dicts))
+        self._empty = [m._parameters for m in self.by_module if not m._parameters]
+        self._full = [m._parameters for m in self.by_module if m._parameters]
+        self._counts = list(map(len, self._full))
+        self._parameters = [p for there in self._full for p in there.values()]
         for module in self.by_module:
             for key, parameter in module._parameters.items():
                 if parameter is not None:

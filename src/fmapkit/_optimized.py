@@ -16,6 +16,7 @@ __all__ = [
     "around",
     "compiled_call",
     "compiled_roots",
+    "ever_compiled",
     "holds",
     "in_compiled_code",
     "is_compiled",
@@ -78,16 +79,17 @@ def around(model: nn.Module) -> list[nn.Module]:
 
     `torch.compile(model)` is one of them, and so is a compiled model of which it is a part.
     """
-    if not _ever_compiled():  # to look through all objects takes a while
+    if not ever_compiled():  # to look through all objects takes a while
         return []
     found = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
     return [o for o in found if "_modules" in o.__dict__ and is_compiled(o) and holds(o, model)]
 
 
-def _ever_compiled() -> bool:
+def ever_compiled() -> bool:
     """Whether torch.compile was ever called: it imports this on its way, and nothing else does.
 
-    `torch._dynamo` itself is imported by other libraries, too. A test sees to it that this holds.
+    `torch._dynamo` itself is imported by other libraries, too, and by `torch.optim`. A test sees to
+    it that this holds.
     """
     return "torch._dynamo.repro.after_dynamo" in sys.modules
 
@@ -98,16 +100,16 @@ def holds(module: nn.Module, model: nn.Module) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _wrappers() -> tuple[frozenset[Any], frozenset[Any]]:
+def _wrappers() -> tuple[dict[int, Any], dict[int, Any]]:
     """The code of torch.compile's wrappers around functions, and that of torch.compiler.disable's.
 
-    All wrappers share their code, which is a constant of the function that makes them.
+    All wrappers share their code, which is a constant of the function that makes them. By its id:
+    to hash code, Python goes through all of its instructions.
     """
     home = sys.modules["torch._dynamo.eval_frame"]
-    return (
-        frozenset(filter(_is_code, home._TorchDynamoContext.__call__.__code__.co_consts)),
-        frozenset(filter(_is_code, home.DisableContext.__call__.__code__.co_consts)),
-    )
+    compiled = filter(_is_code, home._TorchDynamoContext.__call__.__code__.co_consts)
+    disabled = filter(_is_code, home.DisableContext.__call__.__code__.co_consts)
+    return {id(code): code for code in compiled}, {id(code): code for code in disabled}
 
 
 def _is_code(value: Any) -> bool:
@@ -119,9 +121,10 @@ def in_compiled_code() -> bool:
     compiled, disabled = _wrappers()
     at = sys._getframe(1)
     while at is not None:
-        if at.f_code in disabled:
+        code = id(at.f_code)
+        if code in disabled:
             return False
-        if at.f_code in compiled:
+        if code in compiled:
             return True
         at = at.f_back  # type: ignore[assignment]
     return False

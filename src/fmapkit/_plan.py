@@ -7,7 +7,7 @@ one that came in is "whatever the i-th tensor argument carries".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,11 +124,15 @@ def make_plan(
         if isinstance(tag, Flow) and tag.origin is not NOWHERE:
             by_origin.setdefault(id(tag.origin), Ref("input", "", index))
 
+    known = dict(by_origin)
+
     def ref(origin: Origin) -> Ref:
-        if id(origin) in by_origin:
-            return by_origin[id(origin)]
-        base = frame.counts[f"{origin.name}()" if origin.kind == "output" else origin.name]
-        return Ref(origin.kind, origin.name, origin.call - base, origin.claimed)
+        found = known.get(id(origin))
+        if found is None:
+            base = frame.counts[f"{origin.name}()" if origin.kind == "output" else origin.name]
+            found = Ref(origin.kind, origin.name, origin.call - base, origin.claimed)
+            known[id(origin)] = found
+        return found
 
     returned = [(path, tracer.tag(t)) for path, t in leaves(output)]
     escaping = {id(t.origin) for _, t in returned if isinstance(t, Flow)}
@@ -141,7 +145,7 @@ def make_plan(
     }
     _settle_flips(tracer.events[frame.start :], kept)
     stored = bool(tracer.wants.retention)
-    made = {f: _step(f, ref, escaping, stored) for f in firings if not f.before}
+    made = _Made(lambda firing: _step(firing, ref, escaping, stored))
     read = _Reading(firings, made, frame.module)
     # Where a function that a scope is tapped for is called by other modules, too.
     tapped_names = {s.function for s in read.at if s is not None and s.module is None}
@@ -305,12 +309,28 @@ def _direct(steps: list[Step]) -> dict[nn.Module, str]:
 _Ends = tuple[Firing | None, Firing | None]
 
 
+class _Made(dict[Firing, Step]):
+    """The steps of firings, each made when it is asked for: most modules are not tapped.
+
+    Args:
+        make: a firing's step.
+    """
+
+    def __init__(self, make: Callable[[Firing], Step]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, firing: Firing) -> Step:
+        step = self[firing] = self._make(firing)
+        return step
+
+
 class _Reading:
     """Which firings are tapped, and what is read at each.
 
     Args:
         firings: all of the unit's.
-        made: a step for each, but for those before a call.
+        made: the step of each, but for those before a call.
         unit: the module that is planned.
 
     Attributes:
@@ -323,9 +343,7 @@ class _Reading:
         steps: all steps, in order of execution.
     """
 
-    def __init__(
-        self, firings: Sequence[Firing], made: dict[Firing, Step], unit: nn.Module
-    ) -> None:
+    def __init__(self, firings: Sequence[Firing], made: _Made, unit: nn.Module) -> None:
         self._made = made
         self._unit = unit
         self._known = set(firings)
@@ -333,7 +351,9 @@ class _Reading:
         self._blind = {(f.module, f.before) for f in firings if f.module and f.tensor is None}
         functions = [f for f in firings if f.module is None and _emits(f)]
         self.tapped = {f.module for f in firings if f.module is not None and _emits(f)}
-        self.direct = _direct([made[f] for f in firings if f.module in self.tapped and f in made])
+        self.direct = _direct(
+            [made[f] for f in firings if f.module in self.tapped and not f.before]
+        )
         between = self._between(functions)
         self.scopes = {f.scope for f in functions} - {f.scope for f in between}
         self._called = {_name(f) for f in firings if f.events and self._in_scope(f)}
@@ -355,8 +375,8 @@ class _Reading:
             if key is not None:
                 place[firing] = len(self.order)
                 self.order.append(key[0])
-                step = replace(made[firing], at=place[firing]) if firing in made else None
-                self.at.append(step if firing.module in emitting else None)
+                emits = firing.module in emitting and not firing.before
+                self.at.append(replace(made[firing], at=place[firing]) if emits else None)
         for firing in firings:
             if firing in between:
                 source, sink = (place[f] if f is not None else -1 for f in between[firing])

@@ -39,6 +39,8 @@ class Born:
     attributes, tensors of a closure, a class or a Python module.
     """
 
+    __slots__ = ("_storages",)
+
     def __init__(self) -> None:
         self._storages: set[int] = set()
 
@@ -88,6 +90,8 @@ class Suspects:
     Attributes:
         known: by id, each with what it would have become, and the event or frame to blame.
     """
+
+    __slots__ = ("known",)
 
     def __init__(self) -> None:
         self.known: dict[int, tuple[weakref.ref[Tensor], Tensor, Event | Frame]] = {}

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import lru_cache
 
-__all__ = ["Lasting"]
+__all__ = ["Lasting", "lasting_of"]
 
 # Methods of containers that put something in.
 _PUTS = {"append", "extend", "insert"}
@@ -45,6 +46,12 @@ class Lasting:
         """Whether `target += value` may: an argument is a tensor, unless a list is added to it."""
         a_list = isinstance(value, (ast.List, ast.ListComp, ast.Tuple))
         return not (self._fresh if a_list else self._not_kept).allow(target)
+
+
+@lru_cache(maxsize=4096)
+def lasting_of(node: ast.FunctionDef, self_name: str) -> Lasting:
+    """The same for a function that may have been read before: it takes two walks over its tree."""
+    return Lasting(node, self_name)
 
 
 # A name, its value, and whether it is bound to a part of that.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fmapkit._guards import Evidence
-from fmapkit._proof_escape import Lasting
+from fmapkit._proof_escape import Lasting, lasting_of
 from fmapkit._proof_scope import Scope, UnprovenError
 from fmapkit._proof_source import source_of
 from fmapkit._proof_trusted import (
@@ -54,7 +54,7 @@ def read_function(
     node, dirty = source
     names = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
     self_name = names[0] if bound and names else ""
-    scope, lasting = Scope(evidence, function, self_name, dirty), Lasting(node, self_name)
+    scope, lasting = Scope(evidence, function, self_name, dirty), lasting_of(node, self_name)
     _Reader(scope, lasting, seen).body(node.body)
 
 

@@ -81,7 +81,7 @@ class Record:
         self.events.clear()
         self.firings.end()
         self.pending.clear()
-        self.aliases = Aliases(self.wants.detach)
+        self.aliases.end()
 
     # -- what ran -----------------------------------------------------------------------------
 

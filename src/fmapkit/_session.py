@@ -36,13 +36,14 @@ from fmapkit._learning import Learning
 from fmapkit._live import MODES, Live
 from fmapkit._missed import Misses
 from fmapkit._moves import Moves
+from fmapkit._optimized import ever_compiled, in_compiled_code
 from fmapkit._others import entered, left, others
 from fmapkit._placing import Calls, Placing
 from fmapkit._replaying import Replaying
 from fmapkit._scripts import Scripts
 from fmapkit._stop import CUT, StopForward
 from fmapkit._store import Pass, Store
-from fmapkit._transforms import TRANSFORMED, under_transform
+from fmapkit._transforms import TRANSFORMED, transforming, under_transform
 from fmapkit._units import Units
 from fmapkit._unseen import RECORDED, Unseen, recording
 from fmapkit._wants import Wants
@@ -97,7 +98,7 @@ class Session:
         self.asked = asked
         # What is read at each turn is here at first hand.
         self.model, self.names, self.wants = asked.model, asked.names, asked.wants
-        self._edits, self._stop = asked.edits, asked.stop
+        self._edits, self._stop = asked.edits or None, asked.stop
         self._every = every
         self._gradually = _goes_gradually(self.model, self.wants)
         self._forward: StopForward | None = None
@@ -200,6 +201,9 @@ class Session:
             if module is self.model and not self._running():
                 if not self.begin(args, kwargs):
                     return None
+                if live.tracer is None:  # it is a unit, and `begin` has looked at what it is given
+                    self._units.direct.add(module)
+                    return self._replaying.enter(module, args, kwargs)
             elif module is self.model:
                 live.depth += 1
             if live.current is None:
@@ -296,7 +300,7 @@ class Session:
             self.unseen.stray(module)
 
     def _fault(self, module: nn.Module, error: Exception) -> None:
-        edits, analyses = self._edits, self.asked.analyses
+        edits, analyses = self.asked.edits, self.asked.analyses
         if error in (edits.raised, analyses.raised) or isinstance(error, BudgetError):
             edits.raised = analyses.raised = None  # whose traceback holds tensors
             raise error  # the user's own function, or what the user has asked for
@@ -323,11 +327,11 @@ class Session:
     def _refused(self, args: Any, kwargs: Any, compiled: bool) -> bool:
         """Whether the pass cannot be captured as a whole; if so, it is named."""
         self.live.idle = False
-        if not compiled and self.compiled.unannounced():
+        if not compiled and ever_compiled() and in_compiled_code():
             self.compiled.noticed()
-        elif under_transform(self.model, (args, kwargs)):
+        elif transforming() and under_transform(self.model, (args, kwargs)):
             self.miss("", TRANSFORMED)
-        elif recording():
+        elif torch.cuda._initialized and recording():
             self.miss("", RECORDED)
         else:
             return False
@@ -356,12 +360,13 @@ class Session:
         live.current = self.store.begin(
             step, self.model.training, gradually=self._gradually and not compiled
         )
-        self._edits.begin()
+        if self._edits:
+            self._edits.begin()
         if self._stop is not None:
             self._stop.begin()
         if compiled:
             self._placing.only_on_model()
-            live.new_tracer().enter_inputs(args, kwargs)
+            live.enter_compiled(args, kwargs)
         elif not self._units.proven(self.model):
             self._placing.on_scopes()
             self.scripts.begin(args, kwargs)
@@ -380,9 +385,9 @@ class Session:
             self.scripts.end(failed)
             self._learning.finish(live.tracer)
             self._moves.clear()
-        stopped = stop is not None and stop.ended
-        for layer, why in self._edits.unapplied() if not failed and not stopped else ():
-            self.miss(layer, why)
+        if self._edits and not failed and not (stop is not None and stop.ended):
+            for layer, why in self._edits.unapplied():
+                self.miss(layer, why)
         if current is not None and not failed:
             if self.wants.picks and not self.store.fleeting:
                 self._name_unpicked(current)

@@ -89,7 +89,7 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
     if call.flip:
         tracer.suspects.add(z, a, event)
     own = f"{tracer.names.of(scope)}:{known.sigma}"
-    if call.site is not None:
+    if call.site is not None and tracer.editor is not None:
         out = tracer.editor.after(call.site, a, axes)
     tracer.record.sigma(event, flow, call.held, z, a, own, call.site)
     tracer.spare(event)

@@ -330,6 +330,8 @@ def _memory(held: Iterable[Held]) -> dict[int, int]:
 class Aliases:
     """Which held tensors share memory with one that is about to be written to."""
 
+    __slots__ = ("_by_id", "_by_storage", "_lent", "_new", "detach", "gradients", "written")
+
     def __init__(
         self,
         detach: bool = True,
@@ -343,6 +345,13 @@ class Aliases:
         self._new: list[Held] = []
         self._by_storage: dict[int, list[Held]] = {}
         self._by_id: dict[int, tuple[weakref.ref[Tensor], Held]] = {}
+
+    def end(self) -> None:
+        """Let go of all that is held."""
+        self.written.clear()
+        self._new.clear()
+        self._by_storage.clear()
+        self._by_id.clear()
 
     def reference(self, tensor: Tensor) -> Held:
         """Hold a tensor, or share what is held of the same one already."""

@@ -19,6 +19,8 @@ __all__ = ["Tags"]
 class Tags:
     """The tags of one pass; they keep no tensor alive."""
 
+    __slots__ = ("_known", "_names")
+
     def __init__(self, names: Names) -> None:
         self._names = names
         self._known: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}

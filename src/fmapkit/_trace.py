@@ -47,6 +47,10 @@ if TYPE_CHECKING:
 __all__ = ["Tracer"]
 
 
+def _nothing(module: nn.Module) -> None:
+    return None
+
+
 class Tracer(TorchFunctionMode):
     """Sees one pass; see the module's docstring.
 
@@ -65,6 +69,16 @@ class Tracer(TorchFunctionMode):
         no_leaf: is told of one that has to be looked into.
     """
 
+    # As each pass begins.
+    edited = paused = False
+    failed: BaseException | None = None
+    trial = opaque = 0
+    follower: Follower | None = None
+    noter: Noter | None = None
+    leaves: frozenset[nn.Module] = frozenset()
+    leaf_unit: Callable[[nn.Module], Any] = staticmethod(_nothing)
+    no_leaf: Callable[[nn.Module], None] = staticmethod(_nothing)
+
     def __init__(
         self,
         names: Names,
@@ -73,6 +87,7 @@ class Tracer(TorchFunctionMode):
         stop: Stop | None,
         current: Pass,
         miss: Callable[[str, str], None],
+        tags: Tags | None = None,
     ) -> None:
         super().__init__()
         self.names = names
@@ -82,26 +97,17 @@ class Tracer(TorchFunctionMode):
         self.edits = edits
         self.stop = stop
         # What is asked for at each turn is here at first hand.
-        tags = self.tags = Tags(names)
+        tags = self.tags = Tags(names) if tags is None else tags
         self.tag, self.set_tag = tags.of, tags.put
         self.enter_inputs, self.moved = tags.enter, tags.moved
         record = self.record = self._new_record()
         self.aliases = record.aliases
         self.events, self.firings, self.counts = record.events, record.firings, record.counts
         self.pending, self.claim, self.let_go = record.pending, record.claim, record.let_go
-        self.editor = Editor(self, edits, self._probe)
+        # They know each other: where there is nothing to edit, no cycle is left to Python's gc.
+        self.editor = Editor(self, edits, self._probe) if edits else None
         self.frames: list[Frame] = []
         self.unhooked: set[nn.Module] = set()
-        self.edited = False
-        self.failed: BaseException | None = None
-        self.paused = False
-        self.trial = 0
-        self.opaque = 0
-        self.follower: Follower | None = None
-        self.noter: Noter | None = None
-        self.leaves: frozenset[nn.Module] = frozenset()
-        self.leaf_unit: Callable[[nn.Module], Any] = lambda _: None
-        self.no_leaf: Callable[[nn.Module], None] = lambda _: None
         self.suspects = Suspects()
         self.born = Born()
 
@@ -117,11 +123,10 @@ class Tracer(TorchFunctionMode):
     def end(self) -> None:
         """Let go of all that could keep a tensor or a graph alive, without waiting for Python's gc.
 
-        The tracer and its editor know each other.
+        The tracer and its editor, if there is one, know each other.
         """
         self.follower = self.noter = None
         self.record.end()
-        self.aliases = self.record.aliases
         self.frames.clear()
         self.suspects.known.clear()
         self.tags.end()

@@ -7,8 +7,7 @@ arguments have the same form and carry the same, and nothing has changed that it
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import is_
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,16 +34,19 @@ class Unit:
         form: tells dtype and layout of its weights.
     """
 
-    __slots__ = ("_flags", "_guards", "_latest", "_reads", "_slow", "_values", "form", "plans")
+    __slots__ = (
+        *("_flags", "_guards", "_held", "_keys", "_latest", "_slow", "_values"),
+        *("form", "plans"),
+    )
 
     def __init__(self, module: nn.Module, guards: list[Guard]) -> None:
         self.plans: dict[Any, Plan] = {}
         self.form = weights_of(module)
         self._guards = guards
         self._flags = [m.__dict__ for m in module.modules() if "inplace" in m.__dict__]
-        # Of the latest call: what dicts hold is compared by identity, all at once; the rest one by
-        # one.
-        self._reads: list[tuple[Callable[[str, Any], Any], str]] = []
+        # Of the latest call: what dicts hold is compared by identity, before all the rest.
+        self._held: list[Mapping[str, Any]] = []
+        self._keys: list[str] = []
         self._values: list[Any] = []
         self._slow: list[Guard] = []
         self._latest: tuple[Plan, Any, list[Any]] | None = None
@@ -65,8 +67,9 @@ class Unit:
         plan, last, slow = self._latest
         if shape != last:
             return None
-        if not all(map(is_, self._values, [get(key, _GONE) for get, key in self._reads])):
-            return None
+        for held, key, value in zip(self._held, self._keys, self._values, strict=True):
+            if held.get(key, _GONE) is not value:
+                return None
         return plan if not slow or [g.value() for g in self._slow] == slow else None
 
     def remember(self, plan: Plan, shape: Any) -> None:
@@ -74,8 +77,9 @@ class Unit:
         places = [g.place() for g in self._guards]
         self._slow = [g for g, p in zip(self._guards, places, strict=True) if p is None]
         at_once = [p for p in places if p is not None] + [(d, "inplace") for d in self._flags]
-        self._reads = [(held.get, key) for held, key in at_once]
-        self._values = [get(key, _GONE) for get, key in self._reads]
+        self._held = [held for held, _ in at_once]
+        self._keys = [key for _, key in at_once]
+        self._values = [held.get(key, _GONE) for held, key in at_once]
         # A list that took the place of a plain value may change and still be the same object.
         if any(isinstance(v, (list, dict, set)) for v in self._values):
             self._latest = None
@@ -97,12 +101,17 @@ class Units:
         self.direct: set[nn.Module] = set()
         self._is_ours = is_ours
         self._opened: set[nn.Module] = set()  # proven, but with something to edit in them
+        self._proven: dict[nn.Module, bool] = {}
         self._known: dict[nn.Module, Unit] = {}
         self._proofs = Proofs(is_ours)
 
     def proven(self, module: nn.Module) -> bool:
         """Whether a module may be replayed as a whole."""
-        return module not in self._opened and self._proofs.proven(module)
+        found = self._proven.get(module)
+        if found is None:
+            found = module not in self._opened and self._proofs.proven(module)
+            self._proven[module] = found
+        return found
 
     def stands_alone(self, module: nn.Module, args: Any, tracer: Tracer | None) -> bool:
         """Whether this call is a unit: not inside a module that may be one σ or layer itself."""
@@ -126,12 +135,14 @@ class Units:
     def open(self, module: nn.Module) -> None:
         """From the next pass on, only the parts of it are units."""
         self._opened.add(module)
+        self._proven.pop(module, None)
         self.direct.discard(module)
 
     def clear(self) -> None:
         """The model has other modules than it had, or the block has ended."""
         self.direct.clear()
         self._opened.clear()
+        self._proven.clear()
         self._known.clear()
         self._proofs = Proofs(self._is_ours)
 
@@ -144,7 +155,7 @@ def shape_of(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple([shape_of(v) for v in value])
     if isinstance(value, dict):
-        return tuple([(k, shape_of(v)) for k, v in value.items()])
+        return tuple([(k, shape_of(v)) for k, v in value.items()]) if value else ()
     return type(value)
 
 

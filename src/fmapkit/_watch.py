@@ -1,14 +1,10 @@
 """Whether the model is still the one that was learned: asked before every pass, so cheaply.
 
 What it costs is memory: after a pass, nothing of the modules is in the processor's caches. So it
-looks at as little of each as will do, and compares whole lists at the speed of C.
+looks at as little of each as will do, and makes nothing on its way.
 """
 
 from __future__ import annotations
-
-import sys
-from itertools import repeat
-from operator import contains, is_
 
 import torch
 from torch import nn
@@ -17,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fmapkit import layers, nonlinearities
 from fmapkit._hooks import Hooks
-from fmapkit._optimized import compiled_call
+from fmapkit._optimized import compiled_call, ever_compiled
 from fmapkit._stop import has_own_forward
 
 __all__ = ["Watch"]
@@ -35,8 +31,8 @@ class Watch:
         self._hooks = hooks
         self._registered = (layers.version, nonlinearities.version)
         self._parents = [m._modules for m in modules if m._modules or not _leaf(m)]
-        self._children = [dict(children) for children in self._parents]
-        self._order = list(map(list, self._parents))
+        self._keys = list(map(list, self._parents))
+        self._children = [list(children.values()) for children in self._parents]
         self._watched = [m for m in modules if not has_own_forward(m)]
         self._types = list(map(type, self._watched))
         # A stopping capture puts a forward of its own on the model, and only there.
@@ -61,32 +57,45 @@ class Watch:
 
     def _compiled_calls(self) -> list[object]:
         """What `module.compile()` has set; nothing where torch.compile was never used."""
-        if "torch._dynamo" not in sys.modules:
+        if not ever_compiled():
             return []
-        there = [attributes.get("_compiled_call_impl") for attributes in self._attributes]
-        if len(there) != len(self._there) or not all(map(is_, there, self._there)):
-            self._there = there  # ours, perhaps, which come and go
+        if self._exchanged():
+            # Ours, perhaps, which come and go.
+            self._there = [there.get("_compiled_call_impl") for there in self._attributes]
             calls = list(map(compiled_call, self._attributes))
             # None at all is what it was before torch.compile was there.
             self._calls = calls if any(c is not None for c in calls) else []
         return self._calls
 
+    def _exchanged(self) -> bool:
+        """Whether something else stands before some module's call than when last looked."""
+        if not self._there:
+            return True
+        for attributes, there in zip(self._attributes, self._there, strict=True):
+            if attributes.get("_compiled_call_impl") is not there:
+                return True
+        return False
+
     def changed(self) -> bool:
         """Whether anything is not as it was."""
+        for there, keys, children in zip(self._parents, self._keys, self._children, strict=True):
+            if [*there] != keys or [*there.values()] != children:
+                return True
+        for module, kind in zip(self._watched, self._types, strict=True):
+            if type(module) is not kind:
+                return True
+        for attributes in self._attributes:
+            if "forward" in attributes:
+                return True
         return (
             self._registered != (layers.version, nonlinearities.version)
-            or self._children != self._parents
-            or self._order != list(map(list, self._parents))
-            or self._types != list(map(type, self._watched))
-            or any(map(contains, self._attributes, repeat("forward")))
-            or self._compiled != self._compiled_calls()
-            or self._hooked()
+            or (ever_compiled() and self._compiled != self._compiled_calls())
+            # Every hook takes the next number of one counter.
+            or (RemovableHandle.next_id != self._last_handle and self._hooked())
         )
 
     def _hooked(self) -> bool:
-        """Whether others have set hooks; every hook takes the next number of one counter."""
-        if RemovableHandle.next_id == self._last_handle:
-            return False
+        """Whether it is others who have set hooks."""
         self._last_handle = RemovableHandle.next_id
         return self._foreign() != self._theirs
 
