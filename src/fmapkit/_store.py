@@ -22,7 +22,7 @@ from fmapkit._origin import Origin
 from fmapkit._sharded import alias_of, ends_of, is_wrapped, settled
 from fmapkit.errors import MapOverwrittenError, MapReleasedError
 
-__all__ = ["Entry", "Held", "Pass", "Store", "version_of"]
+__all__ = ["Entry", "Held", "Pass", "Store", "version_of", "versions_of"]
 
 
 def version_of(tensor: Tensor) -> int:
@@ -32,6 +32,14 @@ def version_of(tensor: Tensor) -> int:
     if type(tensor) is not Tensor and is_wrapped(tensor):
         return sum(0 if t.is_inference() else t._version for t in ends_of(tensor))
     return tensor._version
+
+
+def versions_of(tensors: list[Tensor]) -> list[int]:
+    """The same of many."""
+    try:
+        return [t._version if type(t) is Tensor else version_of(t) for t in tensors]
+    except RuntimeError:  # there is an inference tensor among them
+        return list(map(version_of, tensors))
 
 
 class Held:
