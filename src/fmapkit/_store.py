@@ -25,6 +25,9 @@ from fmapkit.errors import MapOverwrittenError, MapReleasedError
 __all__ = ["Entry", "Held", "Pass", "Store", "version_of", "versions_of"]
 
 
+_grads: Callable[[], bool] = torch.is_grad_enabled
+
+
 def version_of(tensor: Tensor) -> int:
     """The version counter; -1 for inference tensors, which have none."""
     if tensor.is_inference():
@@ -193,7 +196,7 @@ class Pass:
     def __init__(self, step: int, training: bool = False) -> None:
         self.step = step
         # As it began; the forward of an autograd Function, a reentrant checkpoint's, has them off.
-        self.grads = torch.is_grad_enabled() or in_function()
+        self.grads = _grads() or in_function()
         self.training = training  # the mode the model was in then
         self.segments: list[Any] = []
         self.closed = False
@@ -269,11 +272,12 @@ class Store:
     def let_go(self, newest: bool = False) -> Pass:
         """Let the oldest pass go, or the newest one."""
         gone = self.passes.pop() if newest else self.passes.popleft()
-        for storage, size in (gone.memory or {}).items():
-            self._users[storage] -= 1
-            if not self._users[storage]:
-                del self._users[storage]
-                self._total -= size
+        if gone.memory:
+            for storage, size in gone.memory.items():
+                self._users[storage] -= 1
+                if not self._users[storage]:
+                    del self._users[storage]
+                    self._total -= size
         gone.release()
         return gone
 
