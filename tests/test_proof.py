@@ -217,6 +217,11 @@ def _put_last(model: nn.Sequential) -> None:
     model._modules["0"] = model._modules.pop("0")
 
 
+def _rename(model: nn.Sequential) -> None:
+    """The last of its parent: children and their order stay."""
+    model[0]._modules["last"] = model[0]._modules.pop("2")
+
+
 def _move_over(model: nn.Sequential) -> None:
     """The same children under the same names, one after the other, of other parents."""
     first, second = model[0]._modules, model[1]._modules
@@ -238,6 +243,7 @@ def _own_forward(model: nn.Sequential) -> None:
     "change",
     [
         _put_last,
+        _rename,
         _move_over,
         _other_class,
         _own_forward,
