@@ -272,12 +272,11 @@ class Store:
     def let_go(self, newest: bool = False) -> Pass:
         """Let the oldest pass go, or the newest one."""
         gone = self.passes.pop() if newest else self.passes.popleft()
-        if gone.memory:
-            for storage, size in gone.memory.items():
-                self._users[storage] -= 1
-                if not self._users[storage]:
-                    del self._users[storage]
-                    self._total -= size
+        for storage, size in (gone.memory or {}).items():
+            self._users[storage] -= 1
+            if not self._users[storage]:
+                del self._users[storage]
+                self._total -= size
         gone.release()
         return gone
 
