@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
-import types
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from fmapkit import capture
 from fmapkit._hooks import Hooks
+from fmapkit._names import Names
 from fmapkit._proof import Proofs
 from fmapkit._watch import Watch
 from tests.checks import check, images
@@ -200,11 +202,121 @@ def test_that_dynamo_was_imported_is_no_change_of_the_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """torch imports it by itself, in the middle of somebody's first block, say."""
-    there = sys.modules.get("torch._dynamo", types.ModuleType("torch._dynamo"))
-    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    mark = "torch._dynamo.repro.after_dynamo"  # what the first torch.compile imports
+    there = importlib.import_module(mark)
+    monkeypatch.delitem(sys.modules, mark)
     model = ByAttribute()
     watch = Watch(model, Hooks(object()))
-    monkeypatch.setitem(sys.modules, "torch._dynamo", there)
+    monkeypatch.setitem(sys.modules, mark, there)
     assert not watch.changed()
     model.act.compile()
     assert watch.changed()
+
+
+def _put_last(model: nn.Sequential) -> None:
+    model._modules["0"] = model._modules.pop("0")
+
+
+def _rename(model: nn.Sequential) -> None:
+    """The last of its parent: children and their order stay."""
+    model[0]._modules["last"] = model[0]._modules.pop("2")
+
+
+def _move_over(model: nn.Sequential) -> None:
+    """The same children under the same names, one after the other, of other parents."""
+    first, second = model[0]._modules, model[1]._modules
+    kept = dict(second)
+    second.clear()
+    second["2"] = first.pop("2")
+    second.update(kept)
+
+
+def _other_class(model: nn.Sequential) -> None:
+    model[0][1].__class__ = nn.GELU
+
+
+def _own_forward(model: nn.Sequential) -> None:
+    model[1][0].forward = lambda x: x
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _put_last,
+        _rename,
+        _move_over,
+        _other_class,
+        _own_forward,
+        lambda model: model.append(nn.Tanh()),
+        lambda model: model[0].__setitem__(1, nn.ReLU()),
+        lambda model: model[0].pop(2),
+        lambda model: model[0]._modules.update({"1": None}),
+        lambda model: model[1][0].add_module("child", nn.ReLU()),
+        lambda model: model[0][0].register_forward_hook(lambda *_: None),
+    ],
+)
+def test_what_a_watch_sees(change: Callable[[nn.Sequential], object]) -> None:
+    """Whatever a proof rests on; and nothing while nothing changes."""
+
+    class Held(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), nn.Sequential(Held())
+    )
+    watch = Watch(model, Hooks(object()))
+    assert not watch.changed()
+    model(torch.ones(1, 4))
+    model.double().eval()
+    assert not watch.changed()
+    change(model)
+    assert watch.changed()
+
+
+def _swap(model: nn.Sequential) -> None:
+    model[0].weight = nn.Parameter(torch.zeros(4, 4))
+
+
+def _exchange(model: nn.Sequential) -> None:
+    mine, other = model[0]._parameters, model[2]._parameters
+    mine["bias"], other["bias"] = other["bias"], mine["bias"]
+
+
+def _hand_over(model: nn.Sequential) -> None:
+    """The same parameters in the same order, the last of one module now the first of another."""
+    mine, other = model[0]._parameters, model[2]._parameters
+    kept = dict(other)
+    other.clear()
+    other["first"] = mine.pop("bias")
+    other.update(kept)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _swap,
+        _exchange,
+        _hand_over,
+        lambda model: model[1].register_parameter("gate", nn.Parameter(torch.ones(1))),
+        lambda model: model[2].register_parameter("gate", nn.Parameter(torch.ones(1))),
+        lambda model: model[2].register_parameter("bias", None),
+        lambda model: model[0]._parameters.clear(),
+    ],
+)
+def test_parameters_that_are_not_what_they_were(change: Callable[[nn.Sequential], object]) -> None:
+    """They are read again before the next pass, and only then."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    names = Names(model)
+    before = names.version
+    names.update()
+    assert names.version == before
+    change(model)
+    names.update()
+    assert names.version == before + 1
+    for module in model:
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                assert names.owners(parameter) == [(module, key)]
+    names.update()
+    assert names.version == before + 1

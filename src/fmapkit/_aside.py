@@ -7,7 +7,7 @@ copy of ours, made in the forward only, would shift all that follow.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -20,13 +20,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_
 
 __all__ = ["clone", "operators_are_counted", "runs", "select", "unseen"]
 
+_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 # Selective checkpointing, while the forward runs.
 _COUNTING: Any = getattr(torch.utils.checkpoint, "_CachingTorchDispatchMode", ())
 
 
 def operators_are_counted() -> bool:
     """Whether the model has to run the very operators that it runs without us."""
-    if not torch._C._len_torch_dispatch_stack():
+    if not _modes():
         return False
     return any(isinstance(m, _COUNTING) for m in _get_current_dispatch_mode_stack())
 

@@ -63,6 +63,7 @@ class _Door:
         self.place = _place(root)
         self.original = root.__dict__[self.place]
         self.sessions: list[Session] = []
+        self._latest: tuple[Any, Variant] | None = None  # what the latest one was chosen by
         root.__dict__[self.place] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,6 +84,7 @@ class _Door:
     def close(self, session: Session) -> None:
         """The session ends; with the last one goes the door."""
         self.sessions.remove(session)
+        self._latest = None
         for _, variant in getattr(self.original, "__dict__", {}).get(_KEPT, ()):
             if session in variant.sessions:
                 variant.rest()
@@ -95,6 +97,11 @@ class _Door:
         Raises:
             UnknownError: torch.compile has made it in a way that is not known.
         """
+        # A session's names change with its watch.
+        state = [(s, s.watch, layers.version, nonlinearities.version) for s in sessions]
+        latest = self._latest
+        if latest is not None and latest[0] == state:
+            return latest[1]
         variant = self._known(sessions)
         if variant is None:
             # Here, for torch's tracing tools take a quarter of a second to import.
@@ -104,6 +111,7 @@ class _Door:
             asked = self._asked(sessions)
             self.original.__dict__.setdefault(_KEPT, []).append((asked, variant))
         variant.sessions = list(sessions)
+        self._latest = (state, variant)
         return variant
 
     def _known(self, sessions: Sequence[Session]) -> Variant | None:
@@ -126,7 +134,7 @@ class _Door:
             return again((), args, kwargs)
         sinks: list[Sink] = []
         for session in sessions:
-            sink = session.compiled.enter(self.root, args, kwargs)
+            sink = session.compiled.enter(self.root, self.module, args, kwargs)
             if sink is not None:
                 sinks.append(sink)
         if not sinks:
@@ -268,10 +276,9 @@ class Compiled:
         if not new:
             session.miss("", AROUND)
 
-    def enter(self, root: nn.Module, args: Any, kwargs: Any) -> Sink | None:
-        """A call of compiled code begins; None if it is not captured."""
+    def enter(self, root: nn.Module, model: nn.Module, args: Any, kwargs: Any) -> Sink | None:
+        """A call of compiled code begins, of a plain module; None if it is not captured."""
         session = self._session
-        model = plain(root)
         if session.live.current is None:
             if model is session.model:
                 if not session.begin(args, kwargs, compiled=True):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from operator import is_
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
@@ -107,13 +106,15 @@ class _Latest:
         self._ids = frozenset(map(id, fixed))
         self._arguments = arguments
 
-    def fits(self, tags: Tags, fixed: list[Any], inputs: Sequence[Any]) -> bool:
+    def fits(self, tags: Tags, fixed: list[int], inputs: Sequence[Any]) -> bool:
         """Whether what comes in carries the same as then."""
-        return (
-            all(map(is_, fixed, self._fixed))
-            and tags.none_of(self._ids)
-            and all(tags.of(inputs[i]) is STOP for i in self._arguments)
-        )
+        for i, known in zip(fixed, self._fixed, strict=True):
+            if inputs[i] is not known:
+                return False
+        for i in self._arguments:
+            if tags.of(inputs[i]) is not STOP:
+                return False
+        return tags.none_of(self._ids)
 
 
 class CompiledGraph:
@@ -170,7 +171,7 @@ class CompiledGraph:
         state = (sink.session.watch, sink.session.names.version)
         latest = self._latest.get(place)
         if alone and latest is not None and latest.state == state:
-            if latest.fits(sink.tags, [inputs[i] for i in self._fixed], inputs):
+            if latest.fits(sink.tags, self._fixed, inputs):
                 return latest.carried, latest.labels
         carried = self.carried(inputs, sink)
         labels = self.labels(sink, place, inputs, carried)

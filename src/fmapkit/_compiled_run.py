@@ -16,7 +16,7 @@ from fmapkit._frames import running_modules
 from fmapkit._nested import leaves
 from fmapkit._origin import NOWHERE, STOP, Flow, Origin
 from fmapkit._plan import Ref
-from fmapkit._store import Entry, Held, version_of
+from fmapkit._store import Entry, Held, versions_of
 from fmapkit._tags import Tags
 from fmapkit._trace import Tracer
 
@@ -65,7 +65,7 @@ class GraphRun:
     ) -> None:
         self._labels = labels
         self._tensors = tensors
-        self._versions = list(map(version_of, tensors))
+        self._versions = versions_of(tensors)
         self._copied = copied
         self.carried = carried
         self._base: dict[str, int] = {}
@@ -174,7 +174,7 @@ class Sink:
         if labels.picking or graph.volatile or wants.retention:
             read, tensors = tensors, self._stored(tensors, labels, graph.volatile)
             copied = [stored is not tensor for stored, tensor in zip(tensors, read, strict=True)]
-        if wants.detach and any(t.requires_grad for t in tensors):
+        if wants.detach:
             tensors = [t.detach() if t.requires_grad else t for t in tensors]
         run = GraphRun(labels, tensors, copied, carried)
         self.runs += 1

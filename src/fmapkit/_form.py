@@ -16,6 +16,7 @@ from torch import Tensor, nn
 __all__ = ["autocasting", "casts", "form_of", "weights_of"]
 
 _DEVICES = ("cpu", "cuda")
+_strided = torch.strided
 _any_autocast: Callable[[], bool] = getattr(
     torch._C,
     "_is_any_autocast_enabled",
@@ -25,7 +26,7 @@ _any_autocast: Callable[[], bool] = getattr(
 
 def form_of(tensor: Tensor) -> Any:
     """Rank, dtype and layout of an argument; not its shape, which may change freely."""
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not _strided:
         return tensor.dim(), tensor.dtype, tensor.layout
     if tensor.is_contiguous():  # one pixel is channels-last, too, if its strides say so
         return tensor.dim(), tensor.dtype, tensor.dim() > 3 and tensor.stride(-1)

@@ -9,6 +9,7 @@ what arrives after the map was let go is let go, too.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from fmapkit._aside import select
 from fmapkit.errors import MapOverwrittenError
 
 __all__ = ["NO_GRAPH", "OF_VIEW", "Gradient", "in_function", "watch"]
+
+_forward_grads: Callable[[], bool] = torch._C._is_fwd_grad_enabled
+_inference: Callable[[], bool] = torch.is_inference_mode_enabled
 
 
 class _Post:
@@ -147,4 +151,4 @@ def in_function() -> bool:
 
     No graph is recorded there. The tensors it returns become part of the graph only afterwards.
     """
-    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+    return not (_forward_grads() or _inference())

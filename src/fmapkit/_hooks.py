@@ -159,10 +159,11 @@ class Off:
         for hooks, order, ours in self._kept:
             others = tuple(hooks)
             hooks.update(ours)
-            new = [key for key in others if key not in order]
-            for key in (*order, *new) if others else ():
-                if key in hooks:
-                    hooks.move_to_end(key)
+            if others:
+                new = [key for key in others if key not in order]
+                for key in (*order, *new):
+                    if key in hooks:
+                        hooks.move_to_end(key)
 
 
 class Hooks:

@@ -30,6 +30,8 @@ from fmapkit._wants import Wants
 __all__ = ["LightMode", "Run", "tag_outputs"]
 
 _module = itemgetter(0)
+_grads: Callable[[], bool] = torch.is_grad_enabled
+_inference: Callable[[], bool] = torch.is_inference_mode_enabled
 
 # A tensor, its version, where its gradient will arrive, and whether it is a copy.
 Item = tuple[Tensor, int, Gradient | None, bool]
@@ -74,8 +76,8 @@ class Run:
         self.before: dict[nn.Module, list[Slots]] = {}  # read before the call that overwrites it
         self.mode: LightMode | None = None
         self.marks: list[bool] = []  # per running child: whether the mode was on around it
-        self.how = int(wants.detach and (plan.graph or torch.is_grad_enabled()))
-        if torch.is_inference_mode_enabled():
+        self.how = int(wants.detach and (plan.graph or _grads()))
+        if _inference():
             self.how = 2
         elif wants.detach and in_function():
             self.how = 3

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,6 +53,11 @@ from fmapkit._wrappers import REPLICAS
 from fmapkit.errors import BudgetError
 
 __all__ = ["Session"]
+
+# Modules with thousands of names are memory to go through: what each pass asks is found here.
+_cuda = torch.cuda
+_graph_task: Callable[[], int] = torch._C._current_graph_task_id
+_thread: Callable[[], int] = threading.get_ident
 
 
 def _goes_gradually(model: nn.Module, wants: Wants) -> bool:
@@ -155,7 +161,7 @@ class Session:
         Raises:
             CaptureStateError: another capture is open, and one of the two edits.
         """
-        self.live.thread = threading.get_ident()
+        self.live.thread = _thread()
         entered(self)
         self.unseen.scripted()
         self._placing.on_model()
@@ -193,7 +199,7 @@ class Session:
 
     def _pre(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         live = self.live
-        if threading.get_ident() != live.thread or torch._C._current_graph_task_id() != -1:
+        if _thread() != live.thread or _graph_task() != -1:
             if "_is_replica" in module.__dict__:
                 self.miss("", REPLICAS)
             return None
@@ -231,7 +237,7 @@ class Session:
 
     def _post(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         live = self.live
-        if threading.get_ident() != live.thread or torch._C._current_graph_task_id() != -1:
+        if _thread() != live.thread or _graph_task() != -1:
             return None
         replaced = None
         failed = output is None and sys.exc_info()[0] is not None
@@ -267,11 +273,11 @@ class Session:
     def _tap(self, module: nn.Module, args: Any, output: Any) -> None:
         live = self.live
         run = live.run
-        if run is None or threading.get_ident() != live.thread:
-            if threading.get_ident() == live.thread and live.current is None and not live.idle:
+        if run is None or _thread() != live.thread:
+            if _thread() == live.thread and live.current is None and not live.idle:
                 self.unseen.stray(module)
             return
-        if torch._C._current_graph_task_id() != -1:
+        if _graph_task() != -1:
             return
         if module not in run.plan.taps:
             return
@@ -282,9 +288,9 @@ class Session:
 
     def _tap_before(self, module: nn.Module, args: Any) -> None:
         run = self.live.run
-        if run is None or threading.get_ident() != self.live.thread:
+        if run is None or _thread() != self.live.thread:
             return
-        if torch._C._current_graph_task_id() != -1 or module not in run.plan.inputs:
+        if _graph_task() != -1 or module not in run.plan.inputs:
             return
         try:
             run.before_call(module, args)
@@ -296,7 +302,7 @@ class Session:
 
     def _outside(self, module: nn.Module) -> None:
         live = self.live
-        if threading.get_ident() == live.thread and live.current is None and not live.idle:
+        if _thread() == live.thread and live.current is None and not live.idle:
             self.unseen.stray(module)
 
     def _fault(self, module: nn.Module, error: Exception) -> None:
@@ -321,7 +327,7 @@ class Session:
 
     def _interrupted(self) -> None:
         """A call of the model has ended, and no post hook has run."""
-        if threading.get_ident() == self.live.thread and not self._running():
+        if _thread() == self.live.thread and not self._running():
             self.live.idle = False
 
     def _refused(self, args: Any, kwargs: Any, compiled: bool) -> bool:
@@ -331,7 +337,7 @@ class Session:
             self.compiled.noticed()
         elif transforming() and under_transform(self.model, (args, kwargs)):
             self.miss("", TRANSFORMED)
-        elif torch.cuda._initialized and recording():
+        elif _cuda._initialized and recording():
             self.miss("", RECORDED)
         else:
             return False

@@ -22,7 +22,10 @@ from fmapkit._origin import Origin
 from fmapkit._sharded import alias_of, ends_of, is_wrapped, settled
 from fmapkit.errors import MapOverwrittenError, MapReleasedError
 
-__all__ = ["Entry", "Held", "Pass", "Store", "version_of"]
+__all__ = ["Entry", "Held", "Pass", "Store", "version_of", "versions_of"]
+
+
+_grads: Callable[[], bool] = torch.is_grad_enabled
 
 
 def version_of(tensor: Tensor) -> int:
@@ -32,6 +35,14 @@ def version_of(tensor: Tensor) -> int:
     if type(tensor) is not Tensor and is_wrapped(tensor):
         return sum(0 if t.is_inference() else t._version for t in ends_of(tensor))
     return tensor._version
+
+
+def versions_of(tensors: list[Tensor]) -> list[int]:
+    """The same of many."""
+    try:
+        return [t._version if type(t) is Tensor else version_of(t) for t in tensors]
+    except RuntimeError:  # there is an inference tensor among them
+        return list(map(version_of, tensors))
 
 
 class Held:
@@ -191,7 +202,7 @@ class Pass:
     def __init__(self, step: int, training: bool = False) -> None:
         self.step = step
         # As it began; the forward of an autograd Function, a reentrant checkpoint's, has them off.
-        self.grads = torch.is_grad_enabled() or in_function()
+        self.grads = _grads() or in_function()
         self.training = training  # the mode the model was in then
         self.segments: list[Any] = []
         self.closed = False

@@ -149,9 +149,10 @@ class Units:
 
 def shape_of(value: Any) -> Any:
     """What kind of arguments these are: form of tensors, types of the rest, by place."""
+    if type(value) is Tensor:
+        return form_of(value)
     if isinstance(value, Tensor):
-        form = form_of(value)
-        return form if type(value) is Tensor else (form, type(value))
+        return form_of(value), type(value)
     if isinstance(value, (tuple, list)):
         return tuple([shape_of(v) for v in value])
     if isinstance(value, dict):
