@@ -20,14 +20,23 @@ from fmapkit._events import Event
 from fmapkit._flow import carried
 from fmapkit._frames import Frame
 from fmapkit._functions import Function, describe
+from fmapkit._gradients import NO_GRAPH, in_function
 from fmapkit._nested import leaves, tensors_in
-from fmapkit._noting import Noter, alike, beside_the_point, results_of
+from fmapkit._noting import (
+    Noter,
+    alike,
+    beside_the_point,
+    results_of,
+    returned,
+    same_shape,
+)
 from fmapkit._operands import NO, SAME, VARIED
 from fmapkit._origin import NOWHERE, Flow, Origin, Tag
 from fmapkit._replay import Run
 from fmapkit._script import Making, Script, Step
 from fmapkit._seen import Seen
 from fmapkit._store import Entry, Held
+from fmapkit._transforms import transformed
 from fmapkit.nonlinearities import module_sigma
 
 if TYPE_CHECKING:
@@ -36,6 +45,8 @@ if TYPE_CHECKING:
     from fmapkit._trace import Tracer
 
 __all__ = ["Follower"]
+
+ASTRAY = "it returned something of another form than before; it is looked into from now on"
 
 # Other than -1 in a backward pass: activation checkpointing runs the forward again there.
 _graph_task = torch._C._current_graph_task_id
@@ -76,6 +87,7 @@ class Follower:
         self._running: list[Frame] = []  # scopes, outermost first
         self._watched: list[Frame] = []  # those that may be one nonlinearity
         self._unit: Step | None = None
+        self._given: list[Tensor] = []  # to the unit that is running
         for tensor, tag in zip(given, script.start.results, strict=True):
             if tag is not None:
                 self._note(weakref.ref(tensor))
@@ -92,6 +104,8 @@ class Follower:
                     return self._follow(step, SAME, func, args, kwargs)
                 out = func(*args, **kwargs)
                 if not isinstance(out, Tensor) or out.dim() != step.dims:
+                    return self._after_all(step.known, func, args, kwargs, out)
+                if (out is args[0]) is not step.itself:
                     return self._after_all(step.known, func, args, kwargs, out)
                 self._note(weakref.ref(out))
                 self._at = step
@@ -133,6 +147,8 @@ class Follower:
                 self._written(step.known, args, kwargs)
             if step.makings:
                 held = self._before(step, args, kwargs)
+                if held is None:
+                    return self._otherwise(func, args, kwargs)
             if self._watched:
                 event = self._sigma(step, args, kwargs, held)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
@@ -156,16 +172,20 @@ class Follower:
 
     def _gives(self, step: Step, found: int, args: Any, kwargs: Any, out: Any) -> bool:
         """Whether a call results in what it did then; if so, its results get their slots."""
+        operands, results = tensors_in(*args, kwargs), results_of(step.known, args, out)
+        if step.ranks != tuple([t.dim() for t in results]) or (
+            step.itself is not returned(operands, results)
+        ):
+            return False
+        if step.rests is not None and not step.rests.hold([*operands, *results]):
+            if not step.loose:
+                return False
+            found = VARIED
         if found == VARIED and not self._carries(step, args, kwargs, out):
             return False
         if step.dims >= 0:
-            if not isinstance(out, Tensor) or out.dim() != step.dims:
-                return False
             self._note(weakref.ref(out))
             return True
-        results = results_of(step.known, args, out)
-        if len(results) != len(step.results):
-            return False
         for tensor, tag in zip(results, step.results, strict=True):
             if tag is not None:
                 self._note(weakref.ref(tensor))
@@ -193,8 +213,26 @@ class Follower:
 
     def _after_all(self, known: Function, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         """The call looked as before, but what it returned does not."""
+        step = self._at.then
+        while step is not None:  # perhaps as it did in yet another pass
+            if step.function == func and self._did(step, args, kwargs, out):
+                self._at = step
+                if step.makings:
+                    self._made(step, [None] * len(step.makings), out)
+                return out
+            step = step.instead
+        if known.sigma is not None:  # what it was given may be overwritten
+            self._tracer.miss(self._tracer.names.of(self._running[-1].module), ASTRAY)
         self.depart()
         return self._tracer.traced(known, func, args, kwargs, out)
+
+    def _did(self, step: Step, args: Any, kwargs: Any, out: Any) -> bool:
+        """Whether a call that has run is that step, of which nothing had to be held before."""
+        if self._watched or step.writes or step.dropped or any(m.source >= 0 for m in step.makings):
+            return False
+        assert step.operands is not None
+        found = step.operands.match(args, kwargs, self._refs, self._seen.source)
+        return found == SAME and self._gives(step, SAME, args, kwargs, out)
 
     def _carries(self, step: Step, args: Any, kwargs: Any, out: Any) -> bool:
         """Whether a call with other numbers results in the same."""
@@ -275,10 +313,12 @@ class Follower:
 
     # -- maps ---------------------------------------------------------------------------------
 
-    def _before(self, step: Step, args: Any, kwargs: Any) -> list[Held | None]:
-        """Hold what the maps of a call need of its arguments."""
+    def _before(self, step: Step, args: Any, kwargs: Any) -> list[Held | None] | None:
+        """Hold what the maps of a call need of its arguments; None where that cannot be."""
         tracer = self._tracer
         operands = tensors_in(*args, kwargs)
+        if any(map(transformed, operands)):
+            return None
         found: list[Held | None] = []
         with torch._C.DisableTorchFunction():  # another capture's tracer may look
             for making in step.makings:
@@ -305,6 +345,9 @@ class Follower:
             assert making.axes is not None
             held = self._tracer.record.taken(held, making.axes, making.picked)
         held.wanted = True
+        record = self._tracer.record
+        if record.graph and in_function():
+            record.miss(making.origin.name, NO_GRAPH)
         self._add(
             Entry(
                 making.kind,
@@ -336,6 +379,7 @@ class Follower:
                     assert step.operands is not None
                     if step.operands.match(args, kwargs, self._refs, self._seen.source):
                         self._unit = step
+                        self._given = tensors_in(*args, kwargs)
                         return "unit"
                 else:
                     frame = Frame.of(module, args, kwargs, len(self._tracer.events))
@@ -393,9 +437,12 @@ class Follower:
 
     def _ends(self, step: Step, output: Any) -> bool:
         """Whether a module returns what it returned before."""
-        if step.scope != "plain" and not self._matches(step, output):
-            return False
-        if step.results and len(tensors_in(output)) != len(step.results):
+        if step.scope != "plain":
+            if not self._matches(step, output):
+                return False
+            if step.kept is not same_shape(self._running[-1].x, output):
+                return False
+        if step.results and step.ranks != tuple([t.dim() for t in tensors_in(output)]):
             return False
         if step.makings:
             return {p for p, _ in leaves(output)} >= {m.path for m in step.makings}
@@ -422,17 +469,22 @@ class Follower:
                 assert step.operands is not None
                 if step.operands.match(args, kwargs, self._refs, self._seen.source) == SAME:
                     if step.state is None or step.state == step.unit.state():
-                        break
+                        if step.rests is None or step.rests.hold(tensors_in(*args, kwargs)):
+                            break
             step = step.instead
+        held = None
+        if step is not None and step.makings:
+            held = self._before(step, args, kwargs)
+            step = step if held is not None else None
         if step is None:
             self.depart()
             return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        held = None
         self._live.trace_off()
         try:
-            if step.makings:
-                held = self._before(step, args, kwargs)
             out = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+            if not self._as_known(step, args, kwargs, out):
+                self._leaf_astray(step, out)
+                return out
             if step.dims >= 0:
                 self._note(weakref.ref(out))
             else:
@@ -447,6 +499,34 @@ class Follower:
         finally:
             self._live.trace_on()
         return out
+
+    def _as_known(self, step: Step, args: Any, kwargs: Any, out: Any) -> bool:
+        """Whether what a module returned is of the form that it had."""
+        if step.dims >= 0 and not kwargs and len(args) == 1:
+            if not isinstance(out, Tensor) or out.dim() != step.dims:
+                return False
+            return (out is args[0]) is step.itself
+        results = tensors_in(out)
+        if step.ranks != tuple([t.dim() for t in results]):
+            return False
+        return returned(tensors_in(*args, kwargs), results) is step.itself
+
+    def _leaf_astray(self, step: Step, out: Any) -> None:
+        """A module that is not looked into has run, and returned something of another form."""
+        tracer, results = self._tracer, tensors_in(out)
+        assert step.module is not None
+        self.depart()
+        if tracer.noter is not None:
+            tracer.noter.stop()
+        ranks = tuple([t.dim() for t in results])
+        seen_through = not (step.makings or step.dropped or step.counted or step.claimed)
+        if not seen_through or step.ranks != ranks:
+            tracer.no_leaf(step.module)
+            tracer.miss(tracer.names.of(step.module), ASTRAY)
+            tracer.enter_inputs(results, {})
+            return
+        for tensor, tag in zip(results, step.results, strict=True):
+            tracer.set_tag(tensor, tag)
 
     # -- units --------------------------------------------------------------------------------
 
@@ -463,11 +543,19 @@ class Follower:
         results, paths = [t for _, t in pieces], tuple(path for path, _ in pieces)
         run.know(step.origins)
         entries = run.entries()
-        if run.lost or paths != step.paths or len(entries) != len(step.pending):
+        ranks = tuple([t.dim() for t in results])
+        if (
+            run.lost
+            or paths != step.paths
+            or ranks != step.ranks
+            or len(entries) != len(step.pending)
+            or returned(self._given, results) is not step.itself
+        ):
             run.know({})  # its own, which nothing has claimed yet
             self.depart()
             return False
         self._unit = None
+        self._given = []
         for entry in entries:
             self._add(entry)
             if entry.held is not None:

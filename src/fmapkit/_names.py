@@ -26,7 +26,11 @@ __all__ = ["Names"]
 
 
 class Names:
-    """The names of one model's modules and parameters, read once and again when it changes."""
+    """The names of one model's modules and parameters, read once and again when it changes.
+
+    Attributes:
+        version: another one whenever other parameters are known than before.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -37,6 +41,7 @@ class Names:
         self._owners: dict[int, tuple[Tensor, list[tuple[nn.Module, str]]]] = {}
         self._flat: list[Any] = []  # flat parameters of old FSDP
         self._parameters: list[list[int]] = []  # their ids, by module
+        self.version = 0
         self.refresh()
 
     def refresh(self) -> None:
@@ -68,6 +73,7 @@ class Names:
             self._read_parameters()
 
     def _read_parameters(self) -> None:
+        self.version += 1
         self._owners.clear()
         self._parameters = [list(map(id, m._parameters.values())) for m in self.by_module]
         for module in self.by_module:

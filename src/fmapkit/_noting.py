@@ -20,6 +20,7 @@ from fmapkit._origin import Tag, Weight
 from fmapkit._script import Making, Script, Step
 from fmapkit._seen import Seen
 from fmapkit._sharded import is_wrapped
+from fmapkit._sizes import POINTWISE, Ones, Sizes, rests_on
 from fmapkit._store import Entry, Held
 from fmapkit._transforms import transformed
 from fmapkit._vocabulary import DROPOUTS, FRESH, METADATA, NORM_AXIS, OPAQUE
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from fmapkit._replay import Run
     from fmapkit._trace import Tracer
 
-__all__ = ["Noter", "alike", "beside_the_point", "results_of"]
+__all__ = ["Noter", "alike", "beside_the_point", "results_of", "returned", "same_shape"]
 
 
 def beside_the_point(known: Function, args: Any, kwargs: Any, source: Source) -> bool:
@@ -45,6 +46,16 @@ def beside_the_point(known: Function, args: Any, kwargs: Any, source: Source) ->
 def results_of(known: Function, args: Any, out: Any) -> list[Tensor]:
     """The tensors that may carry something else after a call."""
     return tensors_in(args[0] if known.name == "__setitem__" else out)
+
+
+def returned(operands: list[Tensor], results: list[Tensor]) -> bool:
+    """Whether a call returned something that it was given."""
+    return any(result is operand for result in results for operand in operands)
+
+
+def same_shape(x: Tensor | None, output: Any) -> bool:
+    """Whether a module returned a tensor of its input's shape."""
+    return x is not None and isinstance(output, Tensor) and output.shape == x.shape
 
 
 def depends(module: nn.Module) -> bool:
@@ -81,7 +92,9 @@ class Noter:
         self._places = {id(entry): place for place, entry in enumerate(entries)}
         self._entries = entries  # kept, so that no other entry gets the same id
         self._unit: Step | None = None
+        self._given: list[Tensor] = []  # to the unit that is running
         self._leaf: Step | None = None  # the module that is running, and not looked into
+        self._pointwise = True  # all that it has called so far
         self._doings = tracer.record.doings = Doings()
 
     def start(self, given: list[Tensor]) -> None:
@@ -95,6 +108,7 @@ class Noter:
         """What comes now cannot be compared later."""
         self._tracer.noter = self._tracer.record.doings = None
         self._seen.clear()
+        self._given = []
 
     # -- what the pass does -------------------------------------------------------------------
 
@@ -104,6 +118,8 @@ class Noter:
         if self._leaf is not None:
             if any(seen.source(t) != FREE for t in known.writes(args, kwargs)):
                 self._no_leaf()
+            else:
+                self._in_leaf(known, args, kwargs, out)
             return
         results = results_of(known, args, out)
         tags = tuple(map(tracer.tag, results))
@@ -117,6 +133,9 @@ class Noter:
         operands = tensors_in(*args, kwargs)
         if tracer.trial or any(transformed(t) or is_wrapped(t) for t in (*operands, *results)):
             self.stop()
+            return
+        if any(isinstance(t, Weight) and not tracer.names.owners(t.parameter) for t in tags):
+            self.stop()  # somebody else's parameter, which we must not keep
             return
         step = Step("call", self._at)
         step.known, step.function = known, func
@@ -139,9 +158,15 @@ class Noter:
         step.results = tags
         if isinstance(out, Tensor) and known.name != "__setitem__" and tags[0] is not None:
             step.dims = out.dim()
+        step.ranks = tuple(t.dim() for t in results)
+        step.itself = returned(operands, results)
+        step.rests = rests_on(known, operands, results, tags, seen.tag, seen.source)
         step.writes = not known.never_writes or "out" in kwargs
         step.simple = (
-            step.dims >= 0 and not step.writes and not (step.makings or self._doings.dropped)
+            step.dims >= 0
+            and bool(args)
+            and step.itself == (out is args[0])
+            and not (step.writes or step.makings or self._doings.dropped or step.rests)
         )
         self._add(step)
         for tensor, tag in zip(results, tags, strict=True):
@@ -169,6 +194,7 @@ class Noter:
         if frame.module in self._tracer.leaves:
             step = self._leaf = Step("leaf", self._at)
             step.module = frame.module
+            self._pointwise = True
             step.operands = Operands(frame.args, frame.kwargs, self._seen.source)
             return
         step = Step("begin", self._at)
@@ -202,12 +228,26 @@ class Noter:
         step.makings = tuple(makings)
         if frame.kind != "plain":
             step.operands = Operands((output,), {}, seen.source)
+            step.kept = same_shape(frame.x, output)
         if changed:
             step.results = tags
+            step.ranks = tuple(t.dim() for t in results)
         self._add(step)
         for tensor, tag in zip(results, step.results, strict=False):
             if tag is not None:
                 seen.put(tensor, tag)
+
+    def _in_leaf(self, known: Function, args: Any, kwargs: Any, out: Any) -> None:
+        """A module that is not looked into has called a torch function."""
+        assert self._leaf is not None
+        tag, operands = self._tracer.tag, tensors_in(*args, kwargs)
+        results = results_of(known, args, out)
+        if known.sigma is None and known.name not in POINTWISE:
+            self._pointwise = False
+        if self._leaf.rests is None:
+            tags = list(map(tag, results))
+            source = self._seen.source
+            self._leaf.rests = rests_on(known, operands, results, tags, tag, source)
 
     def _leaf_left(self, frame: Frame, output: Any, tags: tuple[Tag, ...], failed: bool) -> None:
         """A module has ended that is not looked into."""
@@ -230,6 +270,10 @@ class Noter:
             self.stop()
             return
         step.makings, step.results = tuple(makings), tags
+        step.ranks = tuple(t.dim() for t in results)
+        step.itself = returned(operands, results)
+        if step.rests is not None:
+            step.rests = (Ones if self._pointwise else Sizes)(operands)
         if isinstance(output, Tensor) and tags[0] is not None:
             step.dims = results[0].dim()
         step.unit = self._tracer.leaf_unit(frame.module)
@@ -261,6 +305,7 @@ class Noter:
         step = self._unit = Step("unit", self._at)
         step.module, step.plan = run.module, run.plan
         step.operands = Operands(args, kwargs, self._seen.source)
+        self._given = tensors_in(*args, kwargs)
         step.inputs, step.carried, step.base = run.inputs, carried, run.base or {}
 
     def unit_left(self, run: Run, entries: list[tuple[Entry, bool]], output: Any) -> None:
@@ -281,6 +326,9 @@ class Noter:
         results = [t for _, t in leaves(output)]
         step.paths = tuple(path for path, _ in leaves(output))
         step.results = tuple(map(self._tracer.tag, results))
+        step.ranks = tuple(t.dim() for t in results)
+        step.itself = returned(self._given, results)
+        self._given = []
         self._add(step, [entry for entry, _ in entries])
         for tensor, tag in zip(results, step.results, strict=True):
             if tag is not None:

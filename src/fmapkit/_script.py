@@ -72,6 +72,10 @@ class Step:
         results: per tensor of its result, what that carries; None for nothing.
         paths: where in a unit's output these are.
         dims: of its result, if that is one tensor that carries something; else -1.
+        ranks: how many axes each tensor of its result had.
+        itself: it returned what it was given: a cast that casts nothing.
+        rests: the sizes that what its results carry rests on; None where none has a say.
+        kept: the module that ends returned a tensor of its input's shape.
         makings: the maps held.
         dropped: maps, counted from the start of the pass, that turned out not to be what they
             were taken for.
@@ -92,8 +96,8 @@ class Step:
 
     __slots__ = (
         *("asks", "base", "before", "carried", "claimed", "counted", "dims", "dropped", "function"),
-        *("inputs", "instead", "kind", "known", "loose", "makings", "module", "operands"),
-        *("scope", "simple", "state", "unit", "whole", "writes"),
+        *("inputs", "instead", "itself", "kept", "kind", "known", "loose", "makings", "module"),
+        *("operands", "ranks", "rests", "scope", "simple", "state", "unit", "whole", "writes"),
         *("origins", "paths", "pending", "plan", "results", "then"),
     )
 
@@ -113,6 +117,10 @@ class Step:
         self.results: tuple[Tag, ...] = ()
         self.paths: tuple[str, ...] = ()
         self.dims = -1
+        self.ranks: tuple[int, ...] = ()
+        self.itself = False
+        self.rests: Any = None
+        self.kept = False
         self.makings: tuple[Making, ...] = ()
         self.dropped: tuple[int, ...] = ()
         self.pending: tuple[bool, ...] = ()

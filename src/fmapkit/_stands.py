@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fmapkit._hooks import Hook
 from fmapkit._standing import Standing, called, lock
 
 if TYPE_CHECKING:
@@ -62,6 +63,20 @@ class Stand(Standing):
             self.outside(module)
         return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
+    def hooked(self) -> bool:
+        """Whether others have set hooks on the module in the middle of the pass."""
+        module = self.module
+        if not (module._forward_hooks or module._forward_pre_hooks):
+            return False
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        return not all(isinstance(hook, Hook) for hook in hooks)
+
+    def departing(self, follower: Follower, args: Any, kwargs: Any) -> Any:
+        """It is a copy that is called, or hooks may change what the module gets and gives."""
+        module = called(self.module, 3)
+        follower.depart()
+        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def remove(self) -> None:
         """Stand there no more."""
         with lock:
@@ -81,7 +96,10 @@ class Leaf(Stand):
         follower = self.way.follower
         if follower is None or _graph_task() != -1:
             return self.otherwise(args, kwargs)
-        return follower.leaf(self.module, args, kwargs)
+        module = self.module
+        if called(module) is not module or self.hooked():
+            return self.departing(follower, args, kwargs)
+        return follower.leaf(module, args, kwargs)
 
     # What dynamo compiles in its place, where code around the module is compiled in the block.
     __call__._torchdynamo_inline = _call  # type: ignore[attr-defined]
@@ -97,6 +115,8 @@ class Scope(Stand):
         if follower is None or _graph_task() != -1:
             return self.otherwise(args, kwargs)
         module = self.module
+        if called(module) is not module or self.hooked():
+            return self.departing(follower, args, kwargs)
         if not follower.enter(module, args, kwargs):  # the tracer has taken over: it set hooks
             return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         try:
