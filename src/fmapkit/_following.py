@@ -36,7 +36,7 @@ from fmapkit._replay import Run
 from fmapkit._script import Making, Script, Step
 from fmapkit._seen import Seen
 from fmapkit._store import Entry, Held
-from fmapkit._transforms import transformed
+from fmapkit._transforms import transformed, transforming
 from fmapkit.nonlinearities import module_sigma
 
 if TYPE_CHECKING:
@@ -103,11 +103,16 @@ class Follower:
                 if not step.simple or self._watched:
                     return self._follow(step, SAME, func, args, kwargs)
                 out = func(*args, **kwargs)
-                if not isinstance(out, Tensor) or out.dim() != step.dims:
-                    return self._after_all(step.known, func, args, kwargs, out)
-                if (out is args[0]) is not step.itself:
-                    return self._after_all(step.known, func, args, kwargs, out)
-                self._note(weakref.ref(out))
+                if (
+                    not isinstance(out, Tensor)
+                    or out.dim() != step.dims
+                    or (out is args[0]) is not step.itself
+                    or (step.rests is not None and not step.rests.hold((*args, out)))
+                ):
+                    if not self._gives(step, SAME, args, kwargs, out):
+                        return self._after_all(step.known, func, args, kwargs, out)
+                else:
+                    self._note(weakref.ref(out))
                 self._at = step
                 return out
         return self._look(func, args, kwargs)
@@ -172,15 +177,17 @@ class Follower:
 
     def _gives(self, step: Step, found: int, args: Any, kwargs: Any, out: Any) -> bool:
         """Whether a call results in what it did then; if so, its results get their slots."""
-        operands, results = tensors_in(*args, kwargs), results_of(step.known, args, out)
-        if step.ranks != tuple([t.dim() for t in results]) or (
-            step.itself is not returned(operands, results)
-        ):
+        results = results_of(step.known, args, out)
+        if step.ranks != tuple([t.dim() for t in results]):
             return False
-        if step.rests is not None and not step.rests.hold([*operands, *results]):
-            if not step.loose:
+        if (bool(args) and out is args[0]) is not step.itself:
+            if returned(tensors_in(*args, kwargs), results) is not step.itself:
                 return False
-            found = VARIED
+        if step.rests is not None:
+            if not step.rests.hold([*tensors_in(*args, kwargs), *results]):
+                if not step.loose:
+                    return False
+                found = VARIED
         if found == VARIED and not self._carries(step, args, kwargs, out):
             return False
         if step.dims >= 0:
@@ -317,7 +324,7 @@ class Follower:
         """Hold what the maps of a call need of its arguments; None where that cannot be."""
         tracer = self._tracer
         operands = tensors_in(*args, kwargs)
-        if any(map(transformed, operands)):
+        if transforming() is not None and any(map(transformed, operands)):
             return None
         found: list[Held | None] = []
         with torch._C.DisableTorchFunction():  # another capture's tracer may look
@@ -482,7 +489,12 @@ class Follower:
         self._live.trace_off()
         try:
             out = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-            if not self._as_known(step, args, kwargs, out):
+            if step.dims >= 0 and args:
+                known = isinstance(out, Tensor) and out.dim() == step.dims
+                known = known and (out is args[0]) is step.itself
+            else:
+                known = self._as_known(step, args, kwargs, out)
+            if not known:
                 self._leaf_astray(step, out)
                 return out
             if step.dims >= 0:
@@ -502,10 +514,6 @@ class Follower:
 
     def _as_known(self, step: Step, args: Any, kwargs: Any, out: Any) -> bool:
         """Whether what a module returned is of the form that it had."""
-        if step.dims >= 0 and not kwargs and len(args) == 1:
-            if not isinstance(out, Tensor) or out.dim() != step.dims:
-                return False
-            return (out is args[0]) is step.itself
         results = tensors_in(out)
         if step.ranks != tuple([t.dim() for t in results]):
             return False

@@ -166,7 +166,8 @@ class Noter:
             step.dims >= 0
             and bool(args)
             and step.itself == (out is args[0])
-            and not (step.writes or step.makings or self._doings.dropped or step.rests)
+            and not (step.writes or step.makings or self._doings.dropped)
+            and (step.rests is None or (not kwargs and len(operands) == len(args)))
         )
         self._add(step)
         for tensor, tag in zip(results, tags, strict=True):

@@ -384,6 +384,7 @@ class Session:
             live.run.finish()
             if live.current is not None:  # what was captured so far stays readable
                 live.current.segments.append(live.run)
+        self.scripts.end(failed=True)
         self._learning.drop()
         self._moves.clear()
         current = live.current

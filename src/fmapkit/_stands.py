@@ -46,12 +46,14 @@ class Stand(Standing):
         outside: is told of calls while nobody follows.
     """
 
-    __slots__ = ("module", "outside", "post", "way")
+    __slots__ = ("after", "before", "module", "outside", "post", "way")
 
     def __init__(
         self, module: nn.Module, way: Way, post: Callable[..., Any], outside: Callable[..., Any]
     ) -> None:
         self.module = module
+        self.before = module._forward_pre_hooks
+        self.after = module._forward_hooks
         self.way = way
         self.post = post
         self.outside = outside
@@ -65,10 +67,7 @@ class Stand(Standing):
 
     def hooked(self) -> bool:
         """Whether others have set hooks on the module in the middle of the pass."""
-        module = self.module
-        if not (module._forward_hooks or module._forward_pre_hooks):
-            return False
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        hooks = (*self.before.values(), *self.after.values())
         return not all(isinstance(hook, Hook) for hook in hooks)
 
     def departing(self, follower: Follower, args: Any, kwargs: Any) -> Any:
@@ -97,7 +96,7 @@ class Leaf(Stand):
         if follower is None or _graph_task() != -1:
             return self.otherwise(args, kwargs)
         module = self.module
-        if called(module) is not module or self.hooked():
+        if called(module) is not module or ((self.before or self.after) and self.hooked()):
             return self.departing(follower, args, kwargs)
         return follower.leaf(module, args, kwargs)
 
@@ -115,7 +114,7 @@ class Scope(Stand):
         if follower is None or _graph_task() != -1:
             return self.otherwise(args, kwargs)
         module = self.module
-        if called(module) is not module or self.hooked():
+        if called(module) is not module or ((self.before or self.after) and self.hooked()):
             return self.departing(follower, args, kwargs)
         if not follower.enter(module, args, kwargs):  # the tracer has taken over: it set hooks
             return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]

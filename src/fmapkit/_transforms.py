@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from fmapkit._nested import tensors_in
 
-__all__ = ["TRANSFORMED", "transformed", "under_transform"]
+__all__ = ["TRANSFORMED", "transformed", "transforming", "under_transform"]
+
+# The innermost transform that is at work; None if none is.
+transforming = torch._C._functorch.peek_interpreter_stack
 
 TRANSFORMED = (
     "it runs under a torch.func transform (vmap, grad, …): its tensors live only inside the "
@@ -25,7 +28,7 @@ def transformed(value: Any) -> bool:
 
 def under_transform(module: nn.Module, value: Any) -> bool:
     """Whether a torch.func transform is at work on a call: on what it is given, or its weights."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
+    if transforming() is None:
         return False
     with torch._C.DisableTorchFunction():
         # Under `grad` and its like, whatever runs gives a tensor of the transform.
