@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fmapkit import CaptureWarning, capture
 from fmapkit._following import Follower
+from fmapkit._functions import describe
 from fmapkit._scripts import Scripts
 from tests import truth
 
@@ -694,7 +695,7 @@ class _Force:
         kept = {name: getattr(Follower, name) for name in ("call", "enter", "leave", "leaf")}
 
         def call(this: Any, func: Any, args: Any, kwargs: Any) -> Any:
-            if self.now():
+            if not describe(func).silent and self.now():
                 this.depart()
                 return this._tracer.__torch_function__(func, (), args, kwargs)
             return kept["call"](this, func, args, kwargs)

@@ -384,7 +384,9 @@ class Follower:
             if step.module is module and step.kind in ("begin", "unit"):
                 if step.kind == "unit":
                     assert step.operands is not None
-                    if step.operands.match(args, kwargs, self._refs, self._seen.source):
+                    with torch._C.DisableTorchFunction():
+                        match = step.operands.match(args, kwargs, self._refs, self._seen.source)
+                    if match != NO:
                         self._unit = step
                         self._given = tensors_in(*args, kwargs)
                         return "unit"
@@ -444,13 +446,14 @@ class Follower:
 
     def _ends(self, step: Step, output: Any) -> bool:
         """Whether a module returns what it returned before."""
-        if step.scope != "plain":
-            if not self._matches(step, output):
+        with torch._C.DisableTorchFunction():
+            if step.scope != "plain":
+                if not self._matches(step, output):
+                    return False
+                if step.kept is not same_shape(self._running[-1].x, output):
+                    return False
+            if step.results and step.ranks != tuple([t.dim() for t in tensors_in(output)]):
                 return False
-            if step.kept is not same_shape(self._running[-1].x, output):
-                return False
-        if step.results and step.ranks != tuple([t.dim() for t in tensors_in(output)]):
-            return False
         if step.makings:
             return {p for p, _ in leaves(output)} >= {m.path for m in step.makings}
         return True
@@ -470,6 +473,24 @@ class Follower:
 
     def leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A module is called that is not looked into: call it."""
+        live, held = self._live, None
+        live.trace_off()  # first of all: it would see what we look at
+        try:
+            step = self._leaf(module, args, kwargs)
+            if step is not None and step.makings:
+                held = self._before(step, args, kwargs)
+                step = step if held is not None else None
+            if step is not None:
+                out = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+                self._leaf_left(step, args, kwargs, out, held)
+                return out
+            self.depart()
+        finally:
+            live.trace_on()
+        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Step | None:
+        """The step that such a call is."""
         step = self._at.then
         while step is not None:
             if step.module is module and step.kind == "leaf":
@@ -477,40 +498,31 @@ class Follower:
                 if step.operands.match(args, kwargs, self._refs, self._seen.source) == SAME:
                     if step.state is None or step.state == step.unit.state():
                         if step.rests is None or step.rests.hold(tensors_in(*args, kwargs)):
-                            break
+                            return step
             step = step.instead
-        held = None
-        if step is not None and step.makings:
-            held = self._before(step, args, kwargs)
-            step = step if held is not None else None
-        if step is None:
-            self.depart()
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        self._live.trace_off()
-        try:
-            out = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-            if step.dims >= 0 and args:
-                known = isinstance(out, Tensor) and out.dim() == step.dims
-                known = known and (out is args[0]) is step.itself
-            else:
-                known = self._as_known(step, args, kwargs, out)
-            if not known:
-                self._leaf_astray(step, out)
-                return out
-            if step.dims >= 0:
-                self._note(weakref.ref(out))
-            else:
-                for tensor, tag in zip(tensors_in(out), step.results, strict=True):
-                    if tag is not None:
-                        self._note(weakref.ref(tensor))
-            self._at = step
-            if held is not None:
-                self._made(step, held, out)
-            if step.dropped:
-                self._drop(step)
-        finally:
-            self._live.trace_on()
-        return out
+        return None
+
+    def _leaf_left(self, step: Step, args: Any, kwargs: Any, out: Any, held: Any) -> None:
+        """It has run."""
+        if step.dims >= 0 and args:
+            known = isinstance(out, Tensor) and out.dim() == step.dims
+            known = known and (out is args[0]) is step.itself
+        else:
+            known = self._as_known(step, args, kwargs, out)
+        if not known:
+            self._leaf_astray(step, out)
+            return
+        if step.dims >= 0:
+            self._note(weakref.ref(out))
+        else:
+            for tensor, tag in zip(tensors_in(out), step.results, strict=True):
+                if tag is not None:
+                    self._note(weakref.ref(tensor))
+        self._at = step
+        if held is not None:
+            self._made(step, held, out)
+        if step.dropped:
+            self._drop(step)
 
     def _as_known(self, step: Step, args: Any, kwargs: Any, out: Any) -> bool:
         """Whether what a module returned is of the form that it had."""
