@@ -603,6 +603,54 @@ def test_a_vmap_from_some_pass_on_is_named() -> None:
     assert got == [{"relu"}, {"relu"}]
 
 
+@pytest.mark.parametrize(
+    "place", ["enter", "leave", "_leaf", "_before", "_leaf_left", "_made", "_open", "_tell"]
+)
+def test_a_fault_of_ours_while_a_pass_is_followed_is_named(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.relu = nn.Linear(4, 4), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.sum() > 1e9:
+                x = x * 2
+            return torch.tanh(self.relu(self.layer(x)))
+
+    class Model(Unproven):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.hand = Block(), Hand()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.hand(self.block(self.one(self.look(x))))
+            return F.gelu(self.next(h)) if self.way else torch.tanh(self.next(h))
+
+    def fails(*_: Any) -> Any:
+        raise ZeroDivisionError("of ours")
+
+    model = Model().eval()
+    bare, x = copy.deepcopy(model), torch.zeros(2, 3)
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(4):
+            model(x)
+        assert not maps.missed
+        with monkeypatch.context() as patch:
+            patch.setattr(Follower, place, fails)
+            model.way = bare.way = int(place == "_tell")
+            assert torch.equal(model(x), bare(x))
+        assert any("ZeroDivisionError: of ours" in m.reason for m in maps.missed)
+        model.way = bare.way = 0
+        true = truth.run_pass(bare, (x,), train=False, witness=True)
+        for _ in range(2):
+            assert torch.equal(model(x), true.outputs[0])
+            truth.assert_captured_exactly_once(maps, true.truth)
+    truth.assert_nothing_left(truth.fingerprint(bare), model)
+    assert truth.modes() == truth.NO_MODES
+
+
 # -- any unproven model -----------------------------------------------------------------------
 
 

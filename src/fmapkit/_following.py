@@ -146,7 +146,7 @@ class Follower:
 
     def _follow(self, step: Step, found: int, func: Any, args: Any, kwargs: Any) -> Any:
         """A call that is a known step."""
-        tracer, event, held = self._tracer, None, None
+        event, held = None, None
         try:
             if step.writes:
                 self._written(step.known, args, kwargs)
@@ -157,7 +157,7 @@ class Follower:
             if self._watched:
                 event = self._sigma(step, args, kwargs, held)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
-            tracer.fail(error)
+            self.fail(error)
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
         try:
@@ -171,7 +171,7 @@ class Follower:
                     self._watch(step, event, args, kwargs, out)
                 return out
         except Exception as error:
-            tracer.fail(error)
+            self.fail(error)
             return out
         return self._after_all(step.known, func, args, kwargs, out)
 
@@ -476,15 +476,23 @@ class Follower:
         live, held = self._live, None
         live.trace_off()  # first of all: it would see what we look at
         try:
-            step = self._leaf(module, args, kwargs)
-            if step is not None and step.makings:
-                held = self._before(step, args, kwargs)
-                step = step if held is not None else None
+            try:
+                step = self._leaf(module, args, kwargs)
+                if step is not None and step.makings:
+                    held = self._before(step, args, kwargs)
+                    step = step if held is not None else None
+                if step is None:
+                    self.depart()
+            except Exception as error:  # ours, not the user's: named in `missed`, never raised
+                step = None
+                self.fail(error)
             if step is not None:
                 out = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-                self._leaf_left(step, args, kwargs, out, held)
+                try:
+                    self._leaf_left(step, args, kwargs, out, held)
+                except Exception as error:
+                    self.fail(error)
                 return out
-            self.depart()
         finally:
             live.trace_on()
         return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -587,6 +595,11 @@ class Follower:
         self._drop(step)
         return True
 
+    def fail(self, error: Exception) -> None:
+        """A fault of our own: nothing of the pass is captured any more, and `missed` says so."""
+        self._way.follower = None
+        self._tracer.fail(error)
+
     # -- where it departs ---------------------------------------------------------------------
 
     def depart(self) -> None:
@@ -594,10 +607,13 @@ class Follower:
         tracer, path = self._tracer, self._at.path()
         tracer.follower = self._unit = self._way.follower = None
         with torch._C.DisableTorchFunction():
-            self._tell(path)
-            tracer.frames += self._running
-            if self._script.open:
-                tracer.noter = Noter(tracer, self._script, self._at, self._seen, self._entries)
+            try:
+                self._tell(path)
+                tracer.frames += self._running
+                if self._script.open:
+                    tracer.noter = Noter(tracer, self._script, self._at, self._seen, self._entries)
+            except Exception as error:  # ours, not the user's: named in `missed`, never raised
+                self.fail(error)
             self._departed()
 
     def _tell(self, path: list[Step]) -> None:

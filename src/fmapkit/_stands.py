@@ -116,7 +116,12 @@ class Scope(Stand):
         module = self.module
         if called(module) is not module or ((self.before or self.after) and self.hooked()):
             return self.departing(follower, args, kwargs)
-        if not follower.enter(module, args, kwargs):  # the tracer has taken over: it set hooks
+        try:
+            known = follower.enter(module, args, kwargs)
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            follower.fail(error)
+            known = ""
+        if not known:  # the tracer has taken over: it set hooks
             return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         try:
             output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -126,7 +131,11 @@ class Scope(Stand):
         except BaseException:  # an interrupt, which the forward around it may catch
             follower.broken_off(module)
             raise
-        if self.way.follower is follower and follower.leave(module, output):
+        try:
+            if self.way.follower is follower and follower.leave(module, output):
+                return output
+        except Exception as error:
+            follower.fail(error)
             return output
         replaced = self.post(module, args, kwargs, output)
         return output if replaced is None else replaced
