@@ -476,6 +476,63 @@ def test_a_script_keeps_no_weights_alive() -> None:
     assert names == [name for name, _ in model.named_parameters()]
 
 
+# -- outputs, and who calls ---------------------------------------------------------------------
+
+
+def test_a_module_returns_another_tensor_that_was_there_anyway() -> None:
+    class Pick(nn.Module):
+        def forward(self, way: int, *given: Tensor) -> Any:
+            if given[0].sum() > 1e9:
+                return given
+            return given[way] if way < 2 else given
+
+    class Model(Unproven):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pick = Pick()
+
+        def forward(self, x: Tensor) -> Any:
+            h = self.one(self.look(x))
+            return self.pick(self.way, h, h.t())
+
+    passes = [t for way in (0, 1, 2, 0, 1, 2) for t in turns(*[(4, 3)] * 2, before=put(way=way))]
+    seen = hold(Model(), passes, kinds=("output", "activation"), layers=["pick", "one"])
+    dims = [[t[4] for t in each if t[0] == "pick"] for each in seen.labels]
+    assert dims == [[1]] * 2 + [[0]] * 2 + [[1, 0]] * 2 + [[1]] * 2 + [[0]] * 2 + [[1, 0]] * 2
+
+
+def test_the_same_function_by_a_module_that_has_no_hooks() -> None:
+    """Inside a unit there are none; a scope may call a part of it all the same."""
+
+    class Model(Unproven):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unit = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.unit(self.look(x))
+            return y + (self.unit[1](x) if self.way else F.relu(x))
+
+    shapes = [(2, 3)] * 3
+    seen = hold(Model(), turns(*shapes) + turns(*shapes, before=put(way=1)) + turns(*shapes))
+    layers = [layer for layer, *_ in of(seen, "relu")]
+    assert layers == [":relu"] * 3 + ["unit.1:relu"] + ["unit.1"] * 5
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_tensor_is_given_other_memory(first: int) -> None:
+    class Moved(Unproven):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.one(self.look(x))
+            y = F.relu(h)
+            if self.way:
+                h.data = torch.ones(2, 4)
+            return torch.tanh(h) + y
+
+    shapes = [(2, 3)] * 3
+    hold(Moved(), turns(*shapes, before=put(way=first)) + turns(*shapes, before=put(way=1 - first)))
+
+
 # -- what stands before a call ----------------------------------------------------------------
 
 

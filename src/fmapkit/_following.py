@@ -147,6 +147,9 @@ class Follower:
     def _follow(self, step: Step, found: int, func: Any, args: Any, kwargs: Any) -> Any:
         """A call that is a known step."""
         event, held = None, None
+        if step.caller is not None:
+            if self._tracer.caller(self._running[-1].module) is not step.caller:
+                return self._otherwise(func, args, kwargs)
         try:
             if step.writes:
                 self._written(step.known, args, kwargs)
@@ -452,10 +455,16 @@ class Follower:
                     return False
                 if step.kept is not same_shape(self._running[-1].x, output):
                     return False
+            elif step.makings:
+                pieces = leaves(output)
+                if step.paths != tuple([path for path, _ in pieces]):
+                    return False
+                assert step.operands is not None
+                tensors, source = [t for _, t in pieces], self._seen.source
+                if step.operands.match(tensors, {}, self._refs, source) != SAME:
+                    return False
             if step.results and step.ranks != tuple([t.dim() for t in tensors_in(output)]):
                 return False
-        if step.makings:
-            return {p for p, _ in leaves(output)} >= {m.path for m in step.makings}
         return True
 
     def _left(self, step: Step, frame: Frame, output: Any) -> None:

@@ -156,6 +156,8 @@ class Noter:
             makings.append(_making(entry, *source))
         step.makings = tuple(makings)
         step.results = tags
+        if any(making.origin.kind == "own" for making in makings):
+            step.caller = tracer.caller(tracer.frames[-1].module)
         if isinstance(out, Tensor) and known.name != "__setitem__" and tags[0] is not None:
             step.dims = out.dim()
         step.ranks = tuple(t.dim() for t in results)
@@ -227,7 +229,10 @@ class Noter:
             self.stop()
             return
         step.makings = tuple(makings)
-        if frame.kind != "plain":
+        if frame.kind == "plain" and makings:
+            step.paths = tuple(path for path, _ in leaves(output))
+            step.operands = Operands([t for _, t in leaves(output)], {}, seen.source)
+        elif frame.kind != "plain":
             step.operands = Operands((output,), {}, seen.source)
             step.kept = same_shape(frame.x, output)
         if changed:

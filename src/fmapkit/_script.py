@@ -70,7 +70,8 @@ class Step:
         writes: it may write to what it is given.
         simple: one tensor comes of it, and that is all.
         results: per tensor of its result, what that carries; None for nothing.
-        paths: where in a unit's output these are.
+        paths: where in a unit's output these are; where a module's output has tensors.
+        caller: the module whose name is a part of a map's label; None where none is.
         dims: of its result, if that is one tensor that carries something; else -1.
         ranks: how many axes each tensor of its result had.
         itself: it returned what it was given: a cast that casts nothing.
@@ -95,7 +96,8 @@ class Step:
     """
 
     __slots__ = (
-        *("asks", "base", "before", "carried", "claimed", "counted", "dims", "dropped", "function"),
+        *("asks", "base", "before", "caller", "carried", "claimed", "counted", "dims", "dropped"),
+        "function",
         *("inputs", "instead", "itself", "kept", "kind", "known", "loose", "makings", "module"),
         *("operands", "ranks", "rests", "scope", "simple", "state", "unit", "whole", "writes"),
         *("origins", "paths", "pending", "plan", "results", "then"),
@@ -109,6 +111,7 @@ class Step:
         self.known: Any = None
         self.function: Any = None
         self.module: nn.Module | None = None
+        self.caller: nn.Module | None = None
         self.operands: Operands | None = None
         self.loose = self.writes = self.simple = False
         self.scope = "plain"
