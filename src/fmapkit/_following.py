@@ -20,14 +20,23 @@ from fmapkit._events import Event
 from fmapkit._flow import carried
 from fmapkit._frames import Frame
 from fmapkit._functions import Function, describe
+from fmapkit._gradients import NO_GRAPH, in_function
 from fmapkit._nested import leaves, tensors_in
-from fmapkit._noting import Noter, alike, beside_the_point, results_of
-from fmapkit._operands import SAME, VARIED
+from fmapkit._noting import (
+    Noter,
+    alike,
+    beside_the_point,
+    results_of,
+    returned,
+    same_shape,
+)
+from fmapkit._operands import NO, SAME, VARIED
 from fmapkit._origin import NOWHERE, Flow, Origin, Tag, given
 from fmapkit._replay import Run
 from fmapkit._script import Making, Script, Step
 from fmapkit._seen import Seen
 from fmapkit._store import Entry, Held
+from fmapkit._transforms import transformed, transforming
 from fmapkit.nonlinearities import module_sigma
 
 if TYPE_CHECKING:
@@ -36,6 +45,8 @@ if TYPE_CHECKING:
     from fmapkit._trace import Tracer
 
 __all__ = ["Follower"]
+
+ASTRAY = "it returned something of another form than before; it is looked into from now on"
 
 # Other than -1 in a backward pass: activation checkpointing runs the forward again there.
 _graph_task = torch._C._current_graph_task_id
@@ -78,6 +89,7 @@ class Follower:
         self._unit: Step | None = None
         self._segments = tracer.current.segments
         self._drop_old = tracer.current.drop
+        self._given: list[Tensor] = []  # to the unit that is running
         for tensor, tag in zip(given, script.start.results, strict=True):
             if tag is not None:
                 self._note(weakref.ref(tensor))
@@ -93,9 +105,16 @@ class Follower:
                 if not step.simple or self._watched:
                     return self._follow([step], False, func, args, kwargs)
                 out = func(*args, **kwargs)
-                if not isinstance(out, Tensor) or out.dim() != step.dims:
-                    return self._after_all(step.known, func, args, kwargs, out)
-                self._note(weakref.ref(out))
+                if (
+                    not isinstance(out, Tensor)
+                    or out.dim() != step.dims
+                    or (out is args[0]) is not step.itself
+                    or (step.rests is not None and not step.rests.hold((*args, out)))
+                ):
+                    if not self._gives(step, False, args, kwargs, out):
+                        return self._after_all(step.known, func, args, kwargs, out)
+                else:
+                    self._note(weakref.ref(out))
                 self._at = step
                 return out
         return self._look(func, args, kwargs)
@@ -142,16 +161,21 @@ class Follower:
             args: its positional arguments.
             kwargs: its keyword arguments.
         """
-        tracer, event, held, step = self._tracer, None, None, steps[0]
+        event, held, step = None, None, steps[0]
+        if step.caller is not None:
+            if self._tracer.caller(self._running[-1].module) is not step.caller:
+                return self._otherwise(func, args, kwargs)
         try:
             if step.writes:
                 self._written(step.known, args, kwargs)
             if step.makings:
                 held = self._before(step, args, kwargs)
+                if held is None:
+                    return self._otherwise(func, args, kwargs)
             if self._watched:
                 event = self._sigma(step, args, kwargs, held)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
-            tracer.fail(error)
+            self.fail(error)
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
         try:
@@ -166,22 +190,28 @@ class Follower:
                         self._watch(step, event, args, kwargs, out)
                     return out
         except Exception as error:
-            tracer.fail(error)
+            self.fail(error)
             return out
         return self._after_all(step.known, func, args, kwargs, out)
 
     def _gives(self, step: Step, varied: bool, args: Any, kwargs: Any, out: Any) -> bool:
         """Whether a call results in what it did then; if so, its results get their slots."""
+        results = results_of(step.known, args, out)
+        if step.ranks != tuple([t.dim() for t in results]):
+            return False
+        if (bool(args) and out is args[0]) is not step.itself:
+            if returned(tensors_in(*args, kwargs), results) is not step.itself:
+                return False
+        if step.rests is not None:
+            if not step.rests.hold([*tensors_in(*args, kwargs), *results]):
+                if not step.loose:
+                    return False
+                varied = True
         if varied and not self._carries(step, args, kwargs, out):
             return False
         if step.dims >= 0:
-            if not isinstance(out, Tensor) or out.dim() != step.dims:
-                return False
             self._note(weakref.ref(out))
             return True
-        results = results_of(step.known, args, out)
-        if len(results) != len(step.results):
-            return False
         for tensor, tag in zip(results, step.results, strict=True):
             if tag is not None:
                 self._note(weakref.ref(tensor))
@@ -209,8 +239,26 @@ class Follower:
 
     def _after_all(self, known: Function, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         """The call looked as before, but what it returned does not."""
+        step = self._at.then
+        while step is not None:  # perhaps as it did in yet another pass
+            if step.function == func and self._did(step, args, kwargs, out):
+                self._at = step
+                if step.makings:
+                    self._made(step, [None] * len(step.makings), out)
+                return out
+            step = step.instead
+        if known.sigma is not None:  # what it was given may be overwritten
+            self._tracer.miss(self._tracer.names.of(self._running[-1].module), ASTRAY)
         self.depart()
         return self._tracer.traced(known, func, args, kwargs, out)
+
+    def _did(self, step: Step, args: Any, kwargs: Any, out: Any) -> bool:
+        """Whether a call that has run is that step, of which nothing had to be held before."""
+        if self._watched or step.writes or step.dropped or any(m.source >= 0 for m in step.makings):
+            return False
+        assert step.operands is not None
+        found = step.operands.match(args, kwargs, self._refs, self._seen.source)
+        return found == SAME and self._gives(step, False, args, kwargs, out)
 
     def _carries(self, step: Step, args: Any, kwargs: Any, out: Any) -> bool:
         """Whether a call with other numbers results in the same."""
@@ -291,10 +339,12 @@ class Follower:
 
     # -- maps ---------------------------------------------------------------------------------
 
-    def _before(self, step: Step, args: Any, kwargs: Any) -> list[Held | None]:
-        """Hold what the maps of a call need of its arguments."""
+    def _before(self, step: Step, args: Any, kwargs: Any) -> list[Held | None] | None:
+        """Hold what the maps of a call need of its arguments; None where that cannot be."""
         tracer = self._tracer
         operands = tensors_in(*args, kwargs)
+        if transforming() is not None and any(map(transformed, operands)):
+            return None
         found: list[Held | None] = []
         with torch._C.DisableTorchFunction():  # another capture's tracer may look
             for making in step.makings:
@@ -321,6 +371,9 @@ class Follower:
             assert making.axes is not None
             held = self._tracer.record.taken(held, making.axes, making.picked)
         held.wanted = True
+        record = self._tracer.record
+        if record.graph and in_function():
+            record.miss(making.origin.name, NO_GRAPH)
         self._add(
             Entry(
                 making.kind,
@@ -351,8 +404,11 @@ class Follower:
             if step.module is module and step.kind in ("begin", "unit"):
                 if step.kind == "unit":
                     assert step.operands is not None
-                    if step.operands.match(args, kwargs, self._refs, self._seen.source):
+                    with torch._C.DisableTorchFunction():
+                        match = step.operands.match(args, kwargs, self._refs, self._seen.source)
+                    if match != NO:
                         self._unit = step
+                        self._given = tensors_in(*args, kwargs)
                         return "unit"
                 else:
                     frame = Frame.of(module, args, kwargs, len(self._tracer.events))
@@ -412,12 +468,22 @@ class Follower:
 
     def _ends(self, step: Step, output: Any) -> bool:
         """Whether a module returns what it returned before."""
-        if step.scope != "plain" and not self._matches(step, output):
-            return False
-        if step.results and len(tensors_in(output)) != len(step.results):
-            return False
-        if step.makings:
-            return {p for p, _ in leaves(output)} >= {m.path for m in step.makings}
+        with torch._C.DisableTorchFunction():
+            if step.scope != "plain":
+                if not self._matches(step, output):
+                    return False
+                if step.kept is not same_shape(self._running[-1].x, output):
+                    return False
+            elif step.makings:
+                pieces = leaves(output)
+                if step.paths != tuple([path for path, _ in pieces]):
+                    return False
+                assert step.operands is not None
+                tensors, source = [t for _, t in pieces], self._seen.source
+                if step.operands.match(tensors, {}, self._refs, source) != SAME:
+                    return False
+            if step.results and step.ranks != tuple([t.dim() for t in tensors_in(output)]):
+                return False
         return True
 
     def _left(self, step: Step, frame: Frame, output: Any) -> None:
@@ -435,37 +501,88 @@ class Follower:
 
     def leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A module is called that is not looked into: call it."""
+        live, held = self._live, None
+        live.trace_off()  # first of all: it would see what we look at
+        try:
+            try:
+                step = self._leaf(module, args, kwargs)
+                if step is not None and step.makings:
+                    held = self._before(step, args, kwargs)
+                    step = step if held is not None else None
+                if step is None:
+                    self.depart()
+            except Exception as error:  # ours, not the user's: named in `missed`, never raised
+                step = None
+                self.fail(error)
+            if step is not None:
+                out = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+                try:
+                    self._leaf_left(step, args, kwargs, out, held)
+                except Exception as error:
+                    self.fail(error)
+                return out
+        finally:
+            live.trace_on()
+        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Step | None:
+        """The step that such a call is."""
         step = self._at.then
         while step is not None:
             if step.module is module and step.kind == "leaf":
                 assert step.operands is not None
                 if step.operands.match(args, kwargs, self._refs, self._seen.source) == SAME:
                     if step.state is None or step.state == step.unit.state():
-                        break
+                        if step.rests is None or step.rests.hold(tensors_in(*args, kwargs)):
+                            return step
             step = step.instead
-        if step is None:
-            self.depart()
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        held = None
-        self._live.trace_off()
-        try:
-            if step.makings:
-                held = self._before(step, args, kwargs)
-            out = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-            if step.dims >= 0:
-                self._note(weakref.ref(out))
-            else:
-                for tensor, tag in zip(tensors_in(out), step.results, strict=True):
-                    if tag is not None:
-                        self._note(weakref.ref(tensor))
-            self._at = step
-            if held is not None:
-                self._made(step, held, out)
-            if step.dropped:
-                self._drop(step)
-        finally:
-            self._live.trace_on()
-        return out
+        return None
+
+    def _leaf_left(self, step: Step, args: Any, kwargs: Any, out: Any, held: Any) -> None:
+        """It has run."""
+        if step.dims >= 0 and args:
+            known = isinstance(out, Tensor) and out.dim() == step.dims
+            known = known and (out is args[0]) is step.itself
+        else:
+            known = self._as_known(step, args, kwargs, out)
+        if not known:
+            self._leaf_astray(step, out)
+            return
+        if step.dims >= 0:
+            self._note(weakref.ref(out))
+        else:
+            for tensor, tag in zip(tensors_in(out), step.results, strict=True):
+                if tag is not None:
+                    self._note(weakref.ref(tensor))
+        self._at = step
+        if held is not None:
+            self._made(step, held, out)
+        if step.dropped:
+            self._drop(step)
+
+    def _as_known(self, step: Step, args: Any, kwargs: Any, out: Any) -> bool:
+        """Whether what a module returned is of the form that it had."""
+        results = tensors_in(out)
+        if step.ranks != tuple([t.dim() for t in results]):
+            return False
+        return returned(tensors_in(*args, kwargs), results) is step.itself
+
+    def _leaf_astray(self, step: Step, out: Any) -> None:
+        """A module that is not looked into has run, and returned something of another form."""
+        tracer, results = self._tracer, tensors_in(out)
+        assert step.module is not None
+        self.depart()
+        if tracer.noter is not None:
+            tracer.noter.stop()
+        ranks = tuple([t.dim() for t in results])
+        seen_through = not (step.makings or step.dropped or step.counted or step.claimed)
+        if not seen_through or step.ranks != ranks:
+            tracer.no_leaf(step.module)
+            tracer.miss(tracer.names.of(step.module), ASTRAY)
+            tracer.enter_inputs(results, {})
+            return
+        for tensor, tag in zip(results, step.results, strict=True):
+            tracer.set_tag(tensor, tag)
 
     # -- units --------------------------------------------------------------------------------
 
@@ -482,11 +599,19 @@ class Follower:
         results, paths = [t for _, t in pieces], tuple(path for path, _ in pieces)
         run.know(step.origins)
         entries = run.entries()
-        if run.lost or paths != step.paths or len(entries) != len(step.pending):
+        ranks = tuple([t.dim() for t in results])
+        if (
+            run.lost
+            or paths != step.paths
+            or ranks != step.ranks
+            or len(entries) != len(step.pending)
+            or returned(self._given, results) is not step.itself
+        ):
             run.know({})  # its own, which nothing has claimed yet
             self.depart()
             return False
         self._unit = None
+        self._given = []
         for entry in entries:
             self._add(entry)
             if entry.held is not None:
@@ -498,6 +623,11 @@ class Follower:
         self._drop(step)
         return True
 
+    def fail(self, error: Exception) -> None:
+        """A fault of our own: nothing of the pass is captured any more, and `missed` says so."""
+        self._way.follower = None
+        self._tracer.fail(error)
+
     # -- where it departs ---------------------------------------------------------------------
 
     def depart(self) -> None:
@@ -505,10 +635,13 @@ class Follower:
         tracer, path = self._tracer, self._at.path()
         tracer.follower = self._unit = self._way.follower = None
         with torch._C.DisableTorchFunction():
-            self._tell(path)
-            tracer.frames += self._running
-            if self._script.open:
-                tracer.noter = Noter(tracer, self._script, self._at, self._seen, self._entries)
+            try:
+                self._tell(path)
+                tracer.frames += self._running
+                if self._script.open:
+                    tracer.noter = Noter(tracer, self._script, self._at, self._seen, self._entries)
+            except Exception as error:  # ours, not the user's: named in `missed`, never raised
+                self.fail(error)
             self._departed()
 
     def _tell(self, path: list[Step]) -> None:

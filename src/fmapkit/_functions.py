@@ -43,7 +43,7 @@ class Function:
 
     def writes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
         """The tensors that a call writes to."""
-        if self.name in _ESCAPES:
+        if self.name in _ESCAPES or self.name in _MOVES:
             yield from tensors_in(args[:1])
         if self.in_place or self.asked_in_place(args, kwargs):
             targets = args[0] if args else next(iter(kwargs.values()), None)
@@ -62,6 +62,8 @@ class Function:
 
 # Hand the memory to code that torch does not see: it may be written to from there.
 _ESCAPES = {"numpy", "__array__", "__dlpack__"}
+# Gives a tensor other memory: what was held of it as the same tensor is no longer that.
+_MOVES = {"__set__.data"}
 # In-place forms that change no data.
 _HARMLESS = {"requires_grad", "detach", "retain_grad", "rename", "share_memory", "pin_memory"}
 # In-place forms that change the shape: what the tensor carried before cannot be followed.
@@ -117,7 +119,7 @@ def _describe(function: Any) -> Function:
         silent = (
             (name in METADATA and name not in _ESCAPES)
             or name == "is_"
-            or name.startswith("__set__")
+            or (name.startswith("__set__") and name not in _MOVES)
         )
     writes = in_place and name not in _HARMLESS
     return Function(
@@ -126,7 +128,7 @@ def _describe(function: Any) -> Function:
         in_place=writes,
         inplace_at=place,
         silent=silent,
-        never_writes=not writes and place is None and name not in _ESCAPES,
+        never_writes=not writes and place is None and name not in _ESCAPES | _MOVES,
         opened=_opened(function),
     )
 

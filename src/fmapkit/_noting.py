@@ -20,6 +20,7 @@ from fmapkit._origin import Tag, Weight, WeightRef
 from fmapkit._script import Making, Script, Step
 from fmapkit._seen import Seen
 from fmapkit._sharded import is_wrapped
+from fmapkit._sizes import POINTWISE, Ones, Sizes, rests_on
 from fmapkit._store import Entry, Held
 from fmapkit._transforms import transformed
 from fmapkit._vocabulary import DROPOUTS, FRESH, METADATA, NORM_AXIS, OPAQUE
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from fmapkit._replay import Run
     from fmapkit._trace import Tracer
 
-__all__ = ["Noter", "alike", "beside_the_point", "results_of"]
+__all__ = ["Noter", "alike", "beside_the_point", "results_of", "returned", "same_shape"]
 
 
 def beside_the_point(known: Function, args: Any, kwargs: Any, source: Source) -> bool:
@@ -54,6 +55,16 @@ def sizes(module: nn.Module) -> frozenset[int] | None:
     """
     counts = frozenset(p.numel() for p in module.parameters()) - {1}
     return counts if len(counts) <= 2 else None
+
+
+def returned(operands: list[Tensor], results: list[Tensor]) -> bool:
+    """Whether a call returned something that it was given."""
+    return any(result is operand for result in results for operand in operands)
+
+
+def same_shape(x: Tensor | None, output: Any) -> bool:
+    """Whether a module returned a tensor of its input's shape."""
+    return x is not None and isinstance(output, Tensor) and output.shape == x.shape
 
 
 def alike(one: Tag, other: Tag) -> bool:
@@ -84,7 +95,9 @@ class Noter:
         self._places = {id(entry): place for place, entry in enumerate(entries)}
         self._entries = entries  # kept, so that no other entry gets the same id
         self._unit: Step | None = None
+        self._given: list[Tensor] = []  # to the unit that is running
         self._leaf: Step | None = None  # the module that is running, and not looked into
+        self._pointwise = True  # all that it has called so far
         self._doings = tracer.record.doings = Doings()
 
     def start(self, given: list[Tensor]) -> None:
@@ -101,6 +114,7 @@ class Noter:
         """What comes now cannot be compared later."""
         self._tracer.noter = self._tracer.record.doings = None
         self._seen.clear()
+        self._given = []
 
     # -- what the pass does -------------------------------------------------------------------
 
@@ -110,6 +124,8 @@ class Noter:
         if self._leaf is not None:
             if any(seen.source(t) != FREE for t in known.writes(args, kwargs)):
                 self._no_leaf()
+            else:
+                self._in_leaf(known, args, kwargs, out)
             return
         results = results_of(known, args, out)
         tags = tuple(map(tracer.tag, results))
@@ -123,6 +139,9 @@ class Noter:
         operands = tensors_in(*args, kwargs)
         if tracer.trial or any(transformed(t) or is_wrapped(t) for t in (*operands, *results)):
             self.stop()
+            return
+        if any(isinstance(t, Weight) and not tracer.names.owners(t.parameter) for t in tags):
+            self.stop()  # somebody else's parameter, which we must not keep
             return
         step = Step("call", self._at)
         step.known, step.function = known, func
@@ -143,11 +162,20 @@ class Noter:
             makings.append(_making(entry, *source))
         step.makings = tuple(makings)
         step.results = self._kept(tags)
+        if any(making.origin.kind == "own" for making in makings):
+            step.caller = tracer.caller(tracer.frames[-1].module)
         if isinstance(out, Tensor) and known.name != "__setitem__" and tags[0] is not None:
             step.dims = out.dim()
+        step.ranks = tuple(t.dim() for t in results)
+        step.itself = returned(operands, results)
+        step.rests = rests_on(known, operands, results, tags, seen.tag, seen.source)
         step.writes = not known.never_writes or "out" in kwargs
         step.simple = (
-            step.dims >= 0 and not step.writes and not (step.makings or self._doings.dropped)
+            step.dims >= 0
+            and bool(args)
+            and step.itself == (out is args[0])
+            and not (step.writes or step.makings or self._doings.dropped)
+            and (step.rests is None or (not kwargs and len(operands) == len(args)))
         )
         self._add(step)
         for tensor, tag in zip(results, tags, strict=True):
@@ -175,6 +203,7 @@ class Noter:
         if frame.module in self._tracer.leaves:
             step = self._leaf = Step("leaf", self._at)
             step.module = frame.module
+            self._pointwise = True
             step.operands = Operands(frame.args, frame.kwargs, self._seen.source, self._home)
             return
         step = Step("begin", self._at)
@@ -206,14 +235,31 @@ class Noter:
             self.stop()
             return
         step.makings = tuple(makings)
-        if frame.kind != "plain":
+        if frame.kind == "plain" and makings:
+            step.paths = tuple(path for path, _ in leaves(output))
+            step.operands = Operands([t for _, t in leaves(output)], {}, seen.source, self._home)
+        elif frame.kind != "plain":
             step.operands = Operands((output,), {}, seen.source, self._home)
+            step.kept = same_shape(frame.x, output)
         if changed:
             step.results = self._kept(tags)
+            step.ranks = tuple(t.dim() for t in results)
         self._add(step)
         for tensor, tag in zip(results, tags if changed else (), strict=False):
             if tag is not None:
                 seen.put(tensor, tag)
+
+    def _in_leaf(self, known: Function, args: Any, kwargs: Any, out: Any) -> None:
+        """A module that is not looked into has called a torch function."""
+        assert self._leaf is not None
+        tag, operands = self._tracer.tag, tensors_in(*args, kwargs)
+        results = results_of(known, args, out)
+        if known.sigma is None and known.name not in POINTWISE:
+            self._pointwise = False
+        if self._leaf.rests is None:
+            tags = list(map(tag, results))
+            source = self._seen.source
+            self._leaf.rests = rests_on(known, operands, results, tags, tag, source)
 
     def _leaf_left(self, frame: Frame, output: Any, tags: tuple[Tag, ...], failed: bool) -> None:
         """A module has ended that is not looked into."""
@@ -236,6 +282,10 @@ class Noter:
             self.stop()
             return
         step.makings, step.results = tuple(makings), self._kept(tags)
+        step.ranks = tuple(t.dim() for t in results)
+        step.itself = returned(operands, results)
+        if step.rests is not None:
+            step.rests = (Ones if self._pointwise else Sizes)(operands)
         if isinstance(output, Tensor) and tags[0] is not None:
             step.dims = results[0].dim()
         step.unit = self._tracer.leaf_unit(frame.module)
@@ -267,6 +317,7 @@ class Noter:
         step = self._unit = Step("unit", self._at)
         step.module, step.plan = run.module, run.plan
         step.operands = Operands(args, kwargs, self._seen.source, self._home)
+        self._given = tensors_in(*args, kwargs)
         step.inputs = list(self._kept(tuple(run.inputs)))
         step.carried, step.base = carried, run.base or {}
 
@@ -289,6 +340,9 @@ class Noter:
         step.paths = tuple(path for path, _ in leaves(output))
         tags = tuple(map(self._tracer.tag, results))
         step.results = self._kept(tags)
+        step.ranks = tuple(t.dim() for t in results)
+        step.itself = returned(self._given, results)
+        self._given = []
         self._add(step, [entry for entry, _ in entries])
         for tensor, tag in zip(results, tags, strict=True):
             if tag is not None:

@@ -1,8 +1,8 @@
 """What a torch function is given in one call, and whether another call is given the same.
 
 The same tensors of the pass, by their slots; the parameters at the same places of the model;
-tensors that carry nothing where such were; and, of all else, equal plain values. What else differs
-may not matter: the call has *varied*.
+tensors that carry nothing where such were, with as many axes; and, of all else, equal plain values.
+What else differs may not matter: the call has *varied*.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Operands:
         values = (*args, *kwargs.values())
         self.count = len(values)
         self.names = tuple(kwargs)
-        slots, own, alien, free, plain, nested = [], [], [], [], [], []
+        slots, alien, free, plain, nested = [], [], [], [], []
+        own: list[Any] = []
         self._odd = False  # something that cannot be compared
         for place, value in enumerate(values):
             if isinstance(value, Tensor):
@@ -58,16 +59,15 @@ class Operands:
                 if found >= 0:
                     slots.append((place, found))
                 elif found == OWN and (at := home(value)) is not None:
-                    own.append((place, at[0]._parameters, at[1]))
+                    own.append((place, at[0]._parameters, at[1], value.dim()))
                 elif found == OWN:  # nobody's that we know of
-                    alien.append((place, weakref.ref(value)))
+                    alien.append((place, weakref.ref(value), value.dim()))
                 else:
-                    free.append(place)
+                    free.append((place, value.dim(), value.dtype is torch.bool))
             elif _is_plain(value):
-                plain.append((place, value))
+                plain.append((place, _as_it_is(value)))
             elif type(value) in (tuple, list, dict):
-                inner = _values(value)
-                nested.append((place, type(value), Operands(inner, {}, source, home)))
+                nested.append((place, type(value), Operands(*_inside(value), source, home)))
             else:
                 self._odd = True
         self._slots, self._own, self._free = tuple(slots), tuple(own), tuple(free)
@@ -94,14 +94,19 @@ class Operands:
         for place, slot in self._slots:
             if refs[slot]() is not args[place]:
                 return NO
-        for place, held, key in self._own:
-            if args[place] is not held.get(key):
+        for place, held, key, dims in self._own:
+            value = args[place]
+            if not isinstance(value, Tensor) or held.get(key) is not value or value.dim() != dims:
                 return NO
-        for place, parameter in self._alien:
-            if args[place] is not parameter():
+        for place, parameter, dims in self._alien:
+            value = args[place]
+            if not isinstance(value, Tensor) or parameter() is not value or value.dim() != dims:
                 return NO
-        for place in self._free:
-            if not isinstance(args[place], Tensor) or source(args[place]) != FREE:
+        for place, dims, mask in self._free:
+            value = args[place]
+            if not isinstance(value, Tensor) or source(value) != FREE:
+                return NO
+            if value.dim() != dims or (value.dtype is torch.bool) is not mask:
                 return NO
         found = SAME
         for place, plain in self._plain:
@@ -114,15 +119,22 @@ class Operands:
             value = args[place]
             if type(value) is not kind:
                 return NO
-            inner = inside.match(_values(value), {}, refs, source)
+            inner = inside.match(*_inside(value), refs, source)
             if inner == NO:
                 return NO
             found = max(found, inner)
         return VARIED if self._odd else found
 
 
-def _values(value: Any) -> Any:
-    return tuple(value.values()) if type(value) is dict else value
+def _inside(value: Any) -> tuple[Any, dict[Any, Any]]:
+    return ((), value) if type(value) is dict else (value, {})
+
+
+def _as_it_is(value: Any) -> Any:
+    """The same value, which nobody can change."""
+    if type(value) in (tuple, list):
+        return type(value)(map(_as_it_is, value))
+    return value
 
 
 def _is_plain(value: Any) -> bool:

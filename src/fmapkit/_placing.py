@@ -67,6 +67,7 @@ class Placing:
         tapped: the plan that each unit's taps are set for.
         line: what the taps write to.
         moving: hooks of others on scopes move data.
+        standing: we stand before the calls that we were told to; not after a bare pass.
         way: by which what stands before calls finds who follows.
     """
 
@@ -89,6 +90,7 @@ class Placing:
         }
         self._scopes = False  # there are hooks on all scopes
         self._stands: dict[nn.Module, Leaf | Scope] = {}
+        self.standing = False
         self._bare: list[nn.Module] = []  # scopes without hooks, for now
         self.moving = False
         self.way = Way()
@@ -143,6 +145,7 @@ class Placing:
             Those of them that somebody else stands before, or has hooks on.
         """
         calls = self._calls
+        self.standing = True
         left: set[nn.Module] = set()
         for kind, modules in ((Leaf, leaves), (Scope, scopes)):
             for module in modules:
@@ -179,6 +182,7 @@ class Placing:
             stand.remove()
         self._stands.clear()
         self._bare.clear()
+        self.standing = False
 
     def scopes_changed(self) -> None:
         """Units have become scopes, or are called by others: the next pass sets hooks again."""

@@ -71,8 +71,13 @@ class Step:
         simple: one tensor comes of it, and that is all.
         results: per tensor of its result, what that carries, a weight by its place in the model
             (`given` tells of it in another pass); None for nothing.
-        paths: where in a unit's output these are.
+        paths: where in a unit's output these are; where a module's output has tensors.
+        caller: the module whose name is a part of a map's label; None where none is.
         dims: of its result, if that is one tensor that carries something; else -1.
+        ranks: how many axes each tensor of its result had.
+        itself: it returned what it was given: a cast that casts nothing.
+        rests: the sizes that what its results carry rests on; None where none has a say.
+        kept: the module that ends returned a tensor of its input's shape.
         makings: the maps held.
         dropped: maps, counted from the start of the pass, that turned out not to be what they
             were taken for.
@@ -92,9 +97,11 @@ class Step:
     """
 
     __slots__ = (
-        *("base", "before", "carried", "claimed", "counted", "dims", "dropped", "function"),
-        *("inputs", "instead", "kind", "known", "loose", "makings", "module", "operands"),
-        *("scope", "simple", "sizes", "state", "unit", "whole", "writes"),
+        *("base", "before", "caller", "carried", "claimed", "counted", "dims", "dropped"),
+        "function",
+        *("inputs", "instead", "itself", "kept", "kind", "known", "loose", "makings", "module"),
+        *("operands", "ranks", "rests", "scope", "simple", "sizes", "state", "unit", "whole"),
+        "writes",
         *("origins", "paths", "pending", "plan", "results", "then"),
     )
 
@@ -106,6 +113,7 @@ class Step:
         self.known: Any = None
         self.function: Any = None
         self.module: nn.Module | None = None
+        self.caller: nn.Module | None = None
         self.operands: Operands | None = None
         self.loose = self.writes = self.simple = False
         self.scope = "plain"
@@ -114,6 +122,10 @@ class Step:
         self.results: tuple[Any, ...] = ()
         self.paths: tuple[str, ...] = ()
         self.dims = -1
+        self.ranks: tuple[int, ...] = ()
+        self.itself = False
+        self.rests: Any = None
+        self.kept = False
         self.makings: tuple[Making, ...] = ()
         self.dropped: tuple[int, ...] = ()
         self.pending: tuple[bool, ...] = ()

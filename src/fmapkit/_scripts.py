@@ -20,6 +20,7 @@ from fmapkit._fused import fuses, may_fuse
 from fmapkit._live import MODES, Live
 from fmapkit._nested import tensors_in
 from fmapkit._noting import Noter
+from fmapkit._origin import Tag
 from fmapkit._placing import Placing
 from fmapkit._script import Script
 from fmapkit._seen import Seen
@@ -50,12 +51,15 @@ class Scripts:
         self._leaves: frozenset[nn.Module] = frozenset()
         self._sorted = False
         self._form = weights_of(asked.model)
+        self._version = asked.names.version
+        self._looked_into: set[nn.Module] = set()
 
     def clear(self) -> None:
         """The model has other modules than it had, or the block has ended."""
         self._known.clear()
         self._script = None
         self._leaves = frozenset()
+        self._looked_into.clear()
         self._sorted = False
         self._form = weights_of(self._asked.model)
 
@@ -64,16 +68,23 @@ class Scripts:
     def begin(self, args: Any, kwargs: Any) -> None:
         """A pass begins that is to be watched."""
         tracer = self._live.new_tracer()
-        script = self._of(args, kwargs)
+        given = tensors_in(*args, kwargs)
+        if self._version != self._asked.names.version:
+            # Whose parameter is whose is part of every label; some may be for this pass only.
+            self._version = self._asked.names.version
+            self._known.clear()
+            script = None
+        else:
+            script = self._of(args, kwargs, list(map(tracer.tag, given)))
         if script is None:
             self._placing.look_at_all()
             tracer.enter_inputs(args, kwargs)
             return
-        if not self._sorted:
+        if not self._sorted or not self._placing.standing:
             self._sort()
         tracer.leaves, tracer.leaf_unit = self._leaves, self._units.of
         tracer.no_leaf = self._look_into
-        given, placing = tensors_in(*args, kwargs), self._placing
+        placing = self._placing
         if script.start.then is not None:
             placing.only_stands()
             self._script = script
@@ -127,9 +138,11 @@ class Scripts:
 
     # -- what is compared ---------------------------------------------------------------------
 
-    def _of(self, args: Any, kwargs: Any) -> Script | None:
+    def _of(self, args: Any, kwargs: Any, tags: list[Tag]) -> Script | None:
         """The script of such a pass; None where it cannot be compared, or is not worth it."""
         asked = self._asked
+        if any(tag is not None for tag in tags):  # somebody gave it a parameter
+            return None
         if asked.edits or asked.stop is not None or asked.names.lent or self._placing.moving:
             return None
         key = (
@@ -168,6 +181,7 @@ class Scripts:
         """Whether it does the same in each call, to what it is given and nothing else."""
         return (
             self._units.proven(module)
+            and module not in self._looked_into
             and not module._modules
             and not module.__dict__.get("inplace")
             and not self._asked.wants.output(module)
@@ -178,6 +192,7 @@ class Scripts:
         """It has to be looked into, and so do others of its class."""
         alike = {m for m in self._leaves if type(m) is type(module)}
         self._leaves -= alike
+        self._looked_into |= alike
         for other in alike:
             self._placing.stand_aside(other)
         self._placing.stand((), alike)

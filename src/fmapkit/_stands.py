@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fmapkit._hooks import Hook
 from fmapkit._standing import Standing, called, lock
 
 if TYPE_CHECKING:
@@ -44,10 +45,12 @@ class Stand(Standing):
         calls: what the session's hooks call.
     """
 
-    __slots__ = ("calls", "module", "way")
+    __slots__ = ("after", "before", "calls", "module", "way")
 
     def __init__(self, module: nn.Module, way: Way, calls: Calls) -> None:
         self.module = module
+        self.before = module._forward_pre_hooks
+        self.after = module._forward_hooks
         self.way = way
         self.calls = calls
 
@@ -56,6 +59,17 @@ class Stand(Standing):
         module = called(self.module, 3)
         if module is self.module and self.way.follower is None:
             self.calls.outside(module)
+        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def hooked(self) -> bool:
+        """Whether others have set hooks on the module in the middle of the pass."""
+        hooks = (*self.before.values(), *self.after.values())
+        return not all(isinstance(hook, Hook) for hook in hooks)
+
+    def departing(self, follower: Follower, args: Any, kwargs: Any) -> Any:
+        """It is a copy that is called, or hooks may change what the module gets and gives."""
+        module = called(self.module, 3)
+        follower.depart()
         return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
@@ -77,7 +91,10 @@ class Leaf(Stand):
         follower = self.way.follower
         if follower is None or _graph_task() != -1:
             return self.otherwise(args, kwargs)
-        return follower.leaf(self.module, args, kwargs)
+        module = self.module
+        if called(module) is not module or ((self.before or self.after) and self.hooked()):
+            return self.departing(follower, args, kwargs)
+        return follower.leaf(module, args, kwargs)
 
     # What dynamo compiles in its place, where code around the module is compiled in the block.
     __call__._torchdynamo_inline = _call  # type: ignore[attr-defined]
@@ -93,10 +110,16 @@ class Scope(Stand):
         if follower is None or _graph_task() != -1:
             return self.otherwise(args, kwargs)
         module = self.module
-        how = follower.enter(module, args, kwargs)
-        if how == "unit" and not self.calls.replay(module, args, kwargs):
+        if called(module) is not module or ((self.before or self.after) and self.hooked()):
+            return self.departing(follower, args, kwargs)
+        try:
+            how = follower.enter(module, args, kwargs)
+            if how == "unit" and not self.calls.replay(module, args, kwargs):
+                how = ""
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            follower.fail(error)
             how = ""
-        if not how:  # the tracer has taken over: it has set hooks
+        if not how:  # the tracer has taken over: it set hooks
             return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         try:
             output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -106,7 +129,11 @@ class Scope(Stand):
         except BaseException:  # an interrupt, which the forward around it may catch
             follower.broken_off(module)
             raise
-        if how == "begin" and self.way.follower is follower and follower.leave(module, output):
+        try:
+            if how == "begin" and self.way.follower is follower and follower.leave(module, output):
+                return output
+        except Exception as error:
+            follower.fail(error)
             return output
         replaced = self.calls.post(module, args, kwargs, output)
         return output if replaced is None else replaced

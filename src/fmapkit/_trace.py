@@ -300,6 +300,15 @@ class Tracer(TorchFunctionMode):
         self.unhooked.add(running)
         return running
 
+    def caller(self, hooked: nn.Module) -> nn.Module:
+        """The module of the model whose call is the innermost, which need not have hooks.
+
+        Args:
+            hooked: the innermost that has.
+        """
+        running = running_module(2)
+        return running if running is not None and running in self.names.by_module else hooked
+
     def spare(self, event: Event) -> None:
         """Outside of units, what no map holds is let go at once: it may be a lot in the end."""
         if not self.trial and all(f.kind == "plain" for f in self.frames):
