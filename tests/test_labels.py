@@ -1730,3 +1730,19 @@ def test_what_enters_a_convolution_that_pads_by_itself(mode: str, normed: bool) 
             model(x)
             assert torch.equal(maps["0", "input"].tensor, x)
             assert torch.equal(maps["0", "response"].tensor, bare(x))
+
+
+def test_of_two_summands_the_one_that_is_not_broadcast_names_the_sum() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return torch.relu(self.a(x) + self.b(y))
+
+    model = Sum().eval()
+    rows = [(4, 1), (4, 1), (1, 4), (5, 1), (1, 7), (1, 4)]
+    passes = [(torch.randn(n, 3), torch.randn(m, 3)) for n, m in rows]
+    expected = [[("a" if n > m else "b", 0, "relu", range(4))] for n, m in rows]
+    check(model, passes, expected, train=False)

@@ -105,16 +105,22 @@ class Follower:
                 if not step.simple or self._watched:
                     return self._follow([step], False, func, args, kwargs)
                 out = func(*args, **kwargs)
-                if (
-                    not isinstance(out, Tensor)
-                    or out.dim() != step.dims
-                    or (out is args[0]) is not step.itself
-                    or (step.rests is not None and not step.rests.hold((*args, out)))
-                ):
-                    if not self._gives(step, False, args, kwargs, out):
-                        return self._after_all(step.known, func, args, kwargs, out)
-                else:
-                    self._note(weakref.ref(out))
+                try:
+                    if (
+                        isinstance(out, Tensor)
+                        and out.dim() == step.dims
+                        and (out is args[0]) is step.itself
+                        and (step.rests is None or step.rests.hold((*args, out)))
+                    ):
+                        self._note(weakref.ref(out))
+                        known = True
+                    else:
+                        known = self._gives(step, False, args, kwargs, out)
+                except Exception as error:  # ours, not the user's: named in `missed`, never raised
+                    self.fail(error)
+                    return out
+                if not known:
+                    return self._after_all(step.known, func, args, kwargs, out)
                 self._at = step
                 return out
         return self._look(func, args, kwargs)

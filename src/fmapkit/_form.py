@@ -25,15 +25,21 @@ _any_autocast: Callable[[], bool] = getattr(
 
 
 def form_of(tensor: Tensor) -> Any:
-    """Rank, dtype and layout of an argument; not its shape, which may change freely."""
+    """Rank, dtype and layout of an argument, and which axes have no length.
+
+    Not its shape, which may change freely: but where it is 1, the tensor may be broadcast, and the
+    filters of a sum are those of the operand that is not.
+    """
     if tensor.layout is not _strided:
         return tensor.dim(), tensor.dtype, tensor.layout
+    shape = tensor.shape
+    short = tuple([size < 2 for size in shape]) if 1 in shape or 0 in shape else len(shape)
     if tensor.is_contiguous():  # one pixel is channels-last, too, if its strides say so
-        return tensor.dim(), tensor.dtype, tensor.dim() > 3 and tensor.stride(-1)
+        return short, tensor.dtype, len(shape) > 3 and tensor.stride(-1)
     strides = tensor.stride()
-    spans = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+    spans = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     order = tuple(sorted(range(len(strides)), key=strides.__getitem__))
-    return tensor.dim(), tensor.dtype, order, 0 in strides, spans + 1 == tensor.numel()
+    return short, tensor.dtype, order, 0 in strides, spans + 1 == tensor.numel()
 
 
 def casts() -> Any:
