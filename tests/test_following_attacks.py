@@ -708,6 +708,64 @@ def test_a_fault_of_ours_while_a_pass_is_followed_is_named(
     assert truth.modes() == truth.NO_MODES
 
 
+# -- what it costs ----------------------------------------------------------------------------
+
+
+class Early(Unproven):
+    """Leaves the known roads at its first step whenever the number is another one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.leaky_relu(self.look(x), 0.01 * self.way)
+        refs = self.__dict__.setdefault("refs", [])
+        for layer in (self.one, self.next, self.next, self.next):
+            h = self.relu(layer(h))
+            refs.append(weakref.ref(h))
+        return torch.tanh(h)
+
+
+@pytest.mark.parametrize("same", [1, 6, 12, 10**6])
+def test_passes_that_mostly_leave_the_known_roads_are_not_followed_for_long(
+    same: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed = []
+    kept = Follower.__init__
+
+    def begins(this: Any, *given: Any) -> None:
+        followed.append(this)
+        kept(this, *given)
+
+    monkeypatch.setattr(Follower, "__init__", begins)
+    model, x, count = Early().eval(), torch.randn(2, 3), 300
+    with capture(model) as maps, torch.no_grad():
+        for n in range(count):
+            model.way = 0 if n % same == 0 else n
+            model(x)
+        steps = [script.start for script in maps._session.scripts._known.values()]
+        for step in steps:
+            steps += [other for other in (step.then, step.instead) if other is not None]
+    assert len(steps) < 33 * 20
+    if same == 1:
+        assert len(followed) > 0.9 * count
+    else:
+        assert len(followed) < 0.3 * count
+
+
+@pytest.mark.parametrize("same", [1, 2])
+def test_no_tensor_of_a_pass_outlives_its_maps(same: int) -> None:
+    model, x = Early().eval(), torch.randn(2, 3)
+    gc.collect()
+    gc.disable()
+    try:
+        with capture(model) as maps:
+            for n in range(20):
+                model.way = 0 if n % same == 0 else n
+                model(x)
+                maps.clear()
+                assert not [ref for ref in model.refs if ref() is not None]
+    finally:
+        gc.enable()
+
+
 # -- any unproven model -----------------------------------------------------------------------
 
 
