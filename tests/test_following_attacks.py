@@ -708,6 +708,165 @@ def test_a_fault_of_ours_while_a_pass_is_followed_is_named(
     assert truth.modes() == truth.NO_MODES
 
 
+# -- not a matter of following: plans, and what no pass shows ------------------------------------
+
+
+class _Proven(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.conv = nn.Linear(3, 4), nn.Linear(3, 4), nn.Conv1d(3, 4, 1)
+
+
+class _Sum(_Proven):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.one(x[:1]) + self.two(x))
+
+
+class _Squeeze(_Proven):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x).squeeze())
+
+
+class _Flat(_Proven):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x).flatten(1))
+
+
+class _Slice(_Proven):
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        return F.relu(self.one(x)[:, start : start + 2])
+
+
+class _Given(_Proven):
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.relu(F.linear(x, weight))
+
+
+class _Norm(_Proven):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.instance_norm(x))
+
+
+@pytest.mark.xfail(strict=True, reason="a unit's plan is not told of sizes, numbers or weights")
+@pytest.mark.parametrize(
+    ("kind", "first", "later"),
+    [
+        (_Sum, (torch.ones(1, 3),), (torch.ones(2, 3),)),
+        (_Squeeze, (torch.ones(1, 3, 5),), (torch.ones(5, 3, 1),)),
+        (_Flat, (torch.ones(2, 3, 1),), (torch.ones(2, 3, 2),)),
+        (_Slice, (torch.ones(2, 3), 0), (torch.ones(2, 3), 2)),
+        (_Given, (torch.ones(2, 3), "one"), (torch.ones(2, 3), "two")),
+        (_Norm, (torch.ones(2, 3, 4),), (torch.ones(2, 5, 4),)),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_a_proven_model_is_given_what_makes_other_labels(
+    kind: type[nn.Module], first: tuple[Any, ...], later: tuple[Any, ...]
+) -> None:
+    def run(model: nn.Module, given: tuple[Any, ...]) -> None:
+        model(*(model.get_submodule(g).weight if isinstance(g, str) else g for g in given))
+
+    model = kind().eval()
+    with capture(model) as maps, torch.no_grad():
+        run(model, later)
+        right = labels(maps)
+    with capture(model) as maps, torch.no_grad():
+        for given in (first, first, later):
+            run(model, given)
+        assert labels(maps) == right
+
+
+@pytest.mark.xfail(strict=True, reason="the tracer takes what runs in a σ's module for that σ")
+def test_a_nonlinearity_in_a_users_hook_on_a_nonlinearity() -> None:
+    class Model(Unproven):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu.register_forward_hook(lambda *given: torch.tanh(given[-1]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.one(self.look(x)))
+
+    hold(Model(), turns(*[(2, 3)] * 3))
+
+
+@pytest.mark.xfail(strict=True, reason="dtype and stride of the weights are compared, not sizes")
+@pytest.mark.parametrize("proven", [True, False])
+def test_a_layer_gets_more_filters_by_its_data(proven: bool) -> None:
+    class Grows(Unproven):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.one(self.look(x)))
+
+    model: Any = nn.Sequential()
+    if proven:
+        model.one, model.relu = nn.Linear(3, 4), nn.ReLU()
+    else:
+        model = Grows()
+    x = torch.randn(2, 3)
+    with capture(model.eval()) as maps, torch.no_grad():
+        for rows in (4, 4, 4, 6):
+            model.one.weight.data, model.one.bias.data = torch.ones(rows, 3), torch.ones(rows)
+            model(x)
+            assert len(maps["one"]) == rows
+
+
+# -- what it costs ----------------------------------------------------------------------------
+
+
+class Early(Unproven):
+    """Leaves the known roads at its first step whenever the number is another one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.leaky_relu(self.look(x), 0.01 * self.way)
+        refs = self.__dict__.setdefault("refs", [])
+        for layer in (self.one, self.next, self.next, self.next):
+            h = self.relu(layer(h))
+            refs.append(weakref.ref(h))
+        return torch.tanh(h)
+
+
+@pytest.mark.parametrize("same", [1, 6, 12, 10**6])
+def test_passes_that_mostly_leave_the_known_roads_are_not_followed_for_long(
+    same: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed = []
+    kept = Follower.__init__
+
+    def begins(this: Any, *given: Any) -> None:
+        followed.append(this)
+        kept(this, *given)
+
+    monkeypatch.setattr(Follower, "__init__", begins)
+    model, x, count = Early().eval(), torch.randn(2, 3), 300
+    with capture(model) as maps, torch.no_grad():
+        for n in range(count):
+            model.way = 0 if n % same == 0 else n
+            model(x)
+        steps = [script.start for script in maps._session.scripts._known.values()]
+        for step in steps:
+            steps += [other for other in (step.then, step.instead) if other is not None]
+    assert len(steps) < 33 * 20
+    if same == 1:
+        assert len(followed) > 0.9 * count
+    else:
+        assert len(followed) < 0.3 * count
+
+
+@pytest.mark.parametrize("same", [1, 2])
+def test_no_tensor_of_a_pass_outlives_its_maps(same: int) -> None:
+    model, x = Early().eval(), torch.randn(2, 3)
+    gc.collect()
+    gc.disable()
+    try:
+        with capture(model) as maps:
+            for n in range(20):
+                model.way = 0 if n % same == 0 else n
+                model(x)
+                maps.clear()
+                assert not [ref for ref in model.refs if ref() is not None]
+    finally:
+        gc.enable()
+
+
 # -- any unproven model -----------------------------------------------------------------------
 
 

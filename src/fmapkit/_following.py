@@ -636,10 +636,16 @@ class Follower:
 
     # -- where it departs ---------------------------------------------------------------------
 
+    @property
+    def come(self) -> int:
+        """How far the pass has followed: so many tensors have got their slots."""
+        return len(self._refs)
+
     def depart(self) -> None:
         """The tracer takes over, as if it had seen the pass from its start."""
         tracer, path = self._tracer, self._at.path()
         tracer.follower = self._unit = self._way.follower = None
+        self._script.left_at = self.come
         with torch._C.DisableTorchFunction():
             try:
                 self._tell(path)

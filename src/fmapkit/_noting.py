@@ -20,7 +20,7 @@ from fmapkit._origin import Tag, Weight, WeightRef
 from fmapkit._script import Making, Script, Step
 from fmapkit._seen import Seen
 from fmapkit._sharded import is_wrapped
-from fmapkit._sizes import POINTWISE, Ones, Sizes, rests_on
+from fmapkit._sizes import Ones, Sizes, makes_sizes, rests_on
 from fmapkit._store import Entry, Held
 from fmapkit._transforms import transformed
 from fmapkit._vocabulary import DROPOUTS, FRESH, METADATA, NORM_AXIS, OPAQUE
@@ -97,7 +97,7 @@ class Noter:
         self._unit: Step | None = None
         self._given: list[Tensor] = []  # to the unit that is running
         self._leaf: Step | None = None  # the module that is running, and not looked into
-        self._pointwise = True  # all that it has called so far
+        self._new_sizes = False  # something in it has
         self._doings = tracer.record.doings = Doings()
 
     def start(self, given: list[Tensor]) -> None:
@@ -203,7 +203,7 @@ class Noter:
         if frame.module in self._tracer.leaves:
             step = self._leaf = Step("leaf", self._at)
             step.module = frame.module
-            self._pointwise = True
+            self._new_sizes = False
             step.operands = Operands(frame.args, frame.kwargs, self._seen.source, self._home)
             return
         step = Step("begin", self._at)
@@ -254,12 +254,10 @@ class Noter:
         assert self._leaf is not None
         tag, operands = self._tracer.tag, tensors_in(*args, kwargs)
         results = results_of(known, args, out)
-        if known.sigma is None and known.name not in POINTWISE:
-            self._pointwise = False
-        if self._leaf.rests is None:
-            tags = list(map(tag, results))
-            source = self._seen.source
-            self._leaf.rests = rests_on(known, operands, results, tags, tag, source)
+        tags = list(map(tag, results))
+        rests = rests_on(known, operands, results, tags, tag, self._seen.source)
+        self._new_sizes = self._new_sizes or makes_sizes(known, rests)
+        self._leaf.rests = self._leaf.rests or rests
 
     def _leaf_left(self, frame: Frame, output: Any, tags: tuple[Tag, ...], failed: bool) -> None:
         """A module has ended that is not looked into."""
@@ -285,7 +283,7 @@ class Noter:
         step.ranks = tuple(t.dim() for t in results)
         step.itself = returned(operands, results)
         if step.rests is not None:
-            step.rests = (Ones if self._pointwise else Sizes)(operands)
+            step.rests = (Sizes if self._new_sizes else Ones)(operands)
         if isinstance(output, Tensor) and tags[0] is not None:
             step.dims = results[0].dim()
         step.unit = self._tracer.leaf_unit(frame.module)

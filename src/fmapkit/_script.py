@@ -28,6 +28,9 @@ __all__ = ["Making", "Script", "Step"]
 # many may do so before no more roads are noted.
 _PATIENCE = 12
 _MOST_ROADS = 32
+# A pass that leaves them early costs more than one that nobody follows, about as much as one that
+# keeps to them saves: how many more of the former than of the latter there may be.
+_MOST_EARLY = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,17 +155,21 @@ class Script:
 
     Attributes:
         start: where all of them begin; its results are what comes into the pass.
+        left_at: how far the latest pass had come when it left them.
     """
 
     def __init__(self) -> None:
         self.start = Step("start", None)
+        self.left_at = 0
+        self._longest = 0
+        self._early = 0
         self._in_a_row = 0
         self._strayed = 0
 
     @property
     def worth_it(self) -> bool:
         """Whether passes mostly do what an earlier one did."""
-        return self._in_a_row < _PATIENCE
+        return self._in_a_row < _PATIENCE and self._early < _MOST_EARLY
 
     @property
     def open(self) -> bool:
@@ -180,11 +187,17 @@ class Script:
             other = other.instead
         other.instead = step
 
-    def ended(self, strayed: bool) -> None:
+    def ended(self, come: int | None) -> None:
         """A pass has ended.
 
         Args:
-            strayed: it has left the known roads.
+            come: how far it had come on the known roads; None if it has left them.
         """
+        strayed = come is None
         self._strayed += strayed
+        if come is not None:
+            self._longest = come
+            self._early = max(self._early - 1, 0)
+        elif 2 * self.left_at < self._longest:
+            self._early += 1
         self._in_a_row = self._in_a_row + 1 if strayed else 0

@@ -78,6 +78,8 @@ class Scripts:
             script = self._of(args, kwargs, list(map(tracer.tag, given)))
         if script is None:
             self._placing.look_at_all()
+            if self._known and not any(known.worth_it for known in self._known.values()):
+                self._placing.no_stands()  # nobody would find us by them
             tracer.enter_inputs(args, kwargs)
             return
         if not self._sorted or not self._placing.standing:
@@ -105,7 +107,8 @@ class Scripts:
         """
         tracer = self._live.tracer
         if self._script is not None and tracer is not None and not failed:
-            self._script.ended(strayed=tracer.follower is None)
+            follower = tracer.follower
+            self._script.ended(None if follower is None else follower.come)
         self._script = self._placing.way.follower = None
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> str | None:

@@ -17,23 +17,31 @@ from fmapkit._functions import Function
 from fmapkit._operands import FREE, Source
 from fmapkit._origin import Flow, Lookup, Tag
 from fmapkit._vocabulary import (
+    KEEP_SHAPE,
     LINEAR_BINARY,
     LINEAR_KEEPERS,
+    METADATA,
     NONLINEAR_POINTWISE,
     NORM_AXIS,
     PRODUCTS,
+    REDUCTIONS,
     RESHAPES,
     words,
 )
 from fmapkit._weighted import may_weigh
 
-__all__ = ["POINTWISE", "Ones", "Sizes", "rests_on"]
+__all__ = ["Ones", "Sizes", "makes_sizes", "rests_on"]
 
 POINTWISE = LINEAR_KEEPERS | LINEAR_BINARY | PRODUCTS | NONLINEAR_POINTWISE | {"max", "min"}
 _SIZED = RESHAPES | words(
     """expand expand_as broadcast_to repeat tile repeat_interleave copy __setitem__ index_add
     index_copy index_put scatter scatter_add masked_scatter"""
 )
+
+
+# Sized by what they are given beside the filters.
+_INDEXED = words("__getitem__ gather take_along_dim tensor_split")
+_NO_NEW_SIZES = POINTWISE | REDUCTIONS | KEEP_SHAPE | frozenset(NORM_AXIS) | METADATA
 
 
 class Sizes:
@@ -141,11 +149,23 @@ def rests_on(
         if len(results) != 1 or not full:
             return Sizes([*operands, *results])
         return _Largest(carrying[: carrying.index(full[0]) + 1])
-    if name not in _SIZED and all(source(t) != FREE for t in operands):
+    if name not in _SIZED and not (name in _INDEXED and any(source(t) == FREE for t in operands)):
         return None
     if all(getattr(tag(operands[i]), "axes", None) is None for i in carrying):
         return None
     return Sizes([*operands, *results])
+
+
+def makes_sizes(known: Function, rests: Any) -> bool:
+    """Whether a call may give a size to a result that is neither 1 nor of what it was given.
+
+    Args:
+        known: the function.
+        rests: what `rests_on` said of it.
+    """
+    if rests is not None and not isinstance(rests, _Largest):
+        return True
+    return known.sigma is None and known.name not in _NO_NEW_SIZES
 
 
 def _stays(tensor: Tensor, name: str, source: Source) -> bool:
