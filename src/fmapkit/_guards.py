@@ -91,14 +91,15 @@ class Evidence:
         module: whose forward is read.
         guards: the values that were read.
         deep: more than the module's own attributes was looked at.
+        numbers: whole numbers that it is given may pick filters, or axes.
     """
 
-    __slots__ = ("deep", "guards", "module")
+    __slots__ = ("deep", "guards", "module", "numbers")
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.guards: list[Guard] = []
-        self.deep = False
+        self.deep = self.numbers = False
 
     def add(self, place: Any, path: str, none_only: bool = False) -> None:
         """The proof rests on this value."""

@@ -105,7 +105,7 @@ class Learning:
             arguments = tensors_in(*frame.args, frame.kwargs)
             plan = make_plan(tracer, frame, final, lesson.inputs, arguments)
             if not any(map(_sharded, events)):
-                self._units.of(module).plans[lesson.key] = plan
+                self._units.of(module).learned(lesson.key, plan)
                 self._placing.taps(module, plan)
             tracer.let_go(events)
         return replaced

@@ -34,6 +34,7 @@ class Proofs:
 
     def __init__(self, is_ours: Callable[[Any], bool]) -> None:
         self._known: dict[int, bool] = {}
+        self._numbers: set[int] = set()  # modules, by id, that make something of numbers
         self._guards: dict[int, list[Guard]] = {}
         self._alike: dict[Any, tuple[bool, Evidence]] = {}  # by signature
         self._is_ours = is_ours
@@ -51,6 +52,10 @@ class Proofs:
         """Every guard the proof of a module and those below it rests on."""
         guards = (g for m in module.modules() for g in self._guards.get(id(m), ()))
         return list({(id(g.module), g.path, g.none_only): g for g in guards}.values())
+
+    def numbers(self, module: nn.Module) -> bool:
+        """Whether numbers that a proven module is given may pick filters, or axes."""
+        return any(id(m) in self._numbers for m in module.modules())
 
     def _own(self, module: nn.Module) -> bool:
         hooks = (
@@ -77,6 +82,8 @@ class Proofs:
             if not known[1].deep:
                 self._alike[alike] = known
         proven, evidence = known
+        if evidence.numbers:
+            self._numbers.add(id(module))
         read = evidence.module  # another one of the same form, perhaps
         mine = {id(read): module, id(read.__dict__): module.__dict__}
         self._guards[id(module)] = [

@@ -86,11 +86,13 @@ class _Reader:
                 self._expression(value)
             case ast.Assign(targets=targets, value=value):
                 self._expression(value)
+                given = self._scope.is_given(value)
                 for target in targets:
-                    self._target(target, static=self._scope.is_static(value))
+                    self._target(target, self._scope.is_static(value), given)
             case ast.AnnAssign(target=target, value=value):
                 self._expression(value)
-                self._target(target, static=value is not None and self._scope.is_static(value))
+                given = self._scope.is_given(value)
+                self._target(target, value is not None and self._scope.is_static(value), given)
             case ast.AugAssign(target=target, value=value):
                 if self._lasting.put_by_adding(target, value):
                     raise UnprovenError("adds to what outlives the call")
@@ -110,15 +112,15 @@ class _Reader:
             case _:
                 raise UnprovenError(type(node).__name__)
 
-    def _target(self, node: ast.expr, static: bool) -> None:
+    def _target(self, node: ast.expr, static: bool, given: bool = True) -> None:
         match node:
             case ast.Name(id=name):
-                self._scope.assign(name, static)
+                self._scope.assign(name, static, given)
             case ast.Tuple(elts=elements) | ast.List(elts=elements):
                 for element in elements:
-                    self._target(element, static=False)
+                    self._target(element, False, given)
             case ast.Starred(value=value):
-                self._target(value, static=False)
+                self._target(value, False, given)
             case ast.Subscript(value=ast.Name(), slice=index) if not self._lasting.put_at(node):
                 self._index(index)
             case _:
@@ -237,6 +239,7 @@ class _Reader:
 
     def _index(self, node: ast.expr) -> None:
         """A tuple indexes a tensor, whatever it holds; a bare index may pick from a list."""
+        self._evidence.numbers |= self._scope.is_given(node)
         if isinstance(node, ast.Tuple):
             return
         if isinstance(node, ast.Slice):
@@ -252,6 +255,9 @@ class _Reader:
         for keyword in node.keywords:
             self._expression(keyword.value)
         function, scope = node.func, self._scope
+        operands = node.args[1:] if isinstance(function, ast.Name) else node.args
+        operands = [*operands, *(keyword.value for keyword in node.keywords)]
+        self._evidence.numbers |= any(map(scope.is_given, operands))
         if isinstance(function, ast.Name) and function.id in scope.locals:
             if function.id not in scope.callable:
                 raise UnprovenError("calls a value")

@@ -51,13 +51,20 @@ class Scope:
         self.locals = {*function.__code__.co_varnames, *function.__code__.co_cellvars}
         self.callable: set[str] = set()
         self._static: set[str] = set()
+        code = function.__code__
+        count = code.co_argcount + code.co_kwonlyargcount
+        self._given = set(code.co_varnames[:count]) - {self_name}
         self._dirty = dirty
 
     # -- names that the function binds --------------------------------------------------------
 
-    def assign(self, name: str, static: bool) -> None:
+    def assign(self, name: str, static: bool, given: bool = True) -> None:
         """A name is bound."""
         self.callable.discard(name)
+        if given:
+            self._given.add(name)
+        else:
+            self._given.discard(name)
         if static and name not in self._dirty:
             self._static.add(name)
         else:
@@ -68,6 +75,23 @@ class Scope:
         clean = set(names) - self._dirty
         self._static |= clean
         self.callable |= clean
+
+    def is_given(self, node: ast.expr | None) -> bool:
+        """Whether it may be a number that the function was given, or was computed of one."""
+        match node:
+            case ast.Name(id=name):
+                return name in self._given
+            case ast.BinOp(left=left, right=right):
+                return self.is_given(left) or self.is_given(right)
+            case ast.UnaryOp(operand=value) | ast.Starred(value=value):
+                return self.is_given(value)
+            case ast.IfExp(body=body, orelse=orelse):
+                return self.is_given(body) or self.is_given(orelse)
+            case ast.Tuple(elts=elements) | ast.List(elts=elements):
+                return any(map(self.is_given, elements))
+            case ast.Slice(lower=lower, upper=upper, step=step):
+                return any(map(self.is_given, (lower, upper, step)))
+        return False
 
     # -- static values ------------------------------------------------------------------------
 

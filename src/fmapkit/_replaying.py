@@ -26,7 +26,7 @@ from fmapkit._placing import Placing
 from fmapkit._plan import Plan
 from fmapkit._replay import Run, tag_outputs
 from fmapkit._store import Entry
-from fmapkit._units import Unit, Units, carried, shape_of
+from fmapkit._units import Unit, Units, carried, numbers_in, shape_of
 
 __all__ = ["Replaying"]
 
@@ -227,7 +227,8 @@ class Replaying:
 def _shape(unit: Unit, args: Any, kwargs: Any, carried: Any) -> Any:
     """What kind of call it is."""
     modes = (torch.is_grad_enabled(), operators_are_counted(), casts(), *unit.form())
-    return shape_of(args), shape_of(kwargs), carried, modes
+    numbers = numbers_in(args, kwargs) if unit.numbers else None
+    return shape_of(args), shape_of(kwargs), carried, modes, numbers
 
 
 def _plan(unit: Unit, shape: Any) -> Plan | None:

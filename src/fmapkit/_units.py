@@ -20,10 +20,11 @@ from fmapkit._proof import Proofs
 from fmapkit._trace import Tracer
 from fmapkit._transforms import under_transform
 
-__all__ = ["Unit", "Units", "carried", "shape_of"]
+__all__ = ["Unit", "Units", "carried", "numbers_in", "shape_of"]
 
 
 _GONE = object()
+_MOST_PLANS = 64
 
 
 class Unit:
@@ -32,15 +33,17 @@ class Unit:
     Attributes:
         plans: by the kind of call, and the unit's state.
         form: tells dtype and layout of its weights.
+        numbers: those that it is given tell its calls apart.
     """
 
     __slots__ = (
         *("_flags", "_guards", "_held", "_keys", "_latest", "_slow", "_values"),
-        *("form", "plans"),
+        *("form", "numbers", "plans"),
     )
 
-    def __init__(self, module: nn.Module, guards: list[Guard]) -> None:
+    def __init__(self, module: nn.Module, guards: list[Guard], numbers: bool = False) -> None:
         self.plans: dict[Any, Plan] = {}
+        self.numbers = numbers
         self.form = weights_of(module)
         self._guards = guards
         self._flags = [m.__dict__ for m in module.modules() if "inplace" in m.__dict__]
@@ -55,6 +58,12 @@ class Unit:
     def depends(self) -> bool:
         """Whether its road depends on anything but what it is given."""
         return bool(self._guards or self._flags)
+
+    def learned(self, kind: Any, plan: Plan) -> None:
+        """The plan for a kind of call; where ever new numbers come, not for all of them."""
+        if len(self.plans) >= _MOST_PLANS:
+            self.plans.clear()
+        self.plans[kind] = plan
 
     def state(self) -> Any:
         """The values its road depends on."""
@@ -125,7 +134,8 @@ class Units:
         """The unit that a proven module is."""
         found = self._known.get(module)
         if found is None:
-            found = self._known[module] = Unit(module, self._proofs.guards(module))
+            guards, numbers = self._proofs.guards(module), self._proofs.numbers(module)
+            found = self._known[module] = Unit(module, guards, numbers)
         return found
 
     def forget(self, module: nn.Module) -> None:
@@ -151,6 +161,8 @@ def shape_of(value: Any) -> Any:
     """What kind of arguments these are: form of tensors, types of the rest, by place."""
     if type(value) is Tensor:
         return form_of(value)
+    if isinstance(value, nn.Parameter):  # whose it is says whose the maps are
+        return form_of(value), type(value), id(value)
     if isinstance(value, Tensor):
         return form_of(value), type(value)
     if isinstance(value, (tuple, list)):
@@ -158,6 +170,19 @@ def shape_of(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple([(k, shape_of(v)) for k, v in value.items()]) if value else ()
     return type(value)
+
+
+def numbers_in(*values: Any) -> tuple[int, ...]:
+    """Every whole number in nested arguments, in order."""
+    found: list[int] = []
+    for value in values:
+        if isinstance(value, int):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += numbers_in(*value)
+        elif isinstance(value, dict):
+            found += numbers_in(*value.values())
+    return tuple(found)
 
 
 def carried(inputs: list[Any], asked: Callable[[str], Any]) -> Any:
