@@ -49,6 +49,21 @@ class Axes:
         part = self.parts[0]
         return range(self.offset, self.offset + part.size * part.stride, part.stride)
 
+    def fitted(self, shape: Sequence[int]) -> Axes | None:
+        """The same on a tensor with more of them, or fewer; None where they cannot be told then.
+
+        A layer without weights has as many filters as it is given, a norm for one.
+        """
+        if all(p.dim < len(shape) and shape[p.dim] == p.size for p in self.parts):
+            return self
+        if (
+            self.dim is None
+            or self.dim >= len(shape)
+            or self != Axes.single(self.dim, self.parts[0].size)
+        ):
+            return None
+        return Axes.single(self.dim, shape[self.dim])
+
     def _at(self, dim: int) -> Part | None:
         return next((p for p in self.parts if p.dim == dim), None)
 

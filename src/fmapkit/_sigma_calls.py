@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fmapkit._candidates import is_torchs
 from fmapkit._events import Event
 from fmapkit._flow import past_sigma, sigma_axes
 from fmapkit._frames import SigmaCall
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["after_sigma", "before_sigma"]
 
+IN_A_HOOK = (
+    "a hook on it applies another nonlinearity ({sigma}) to its result, whose maps are missing"
+)
+
 
 def before_sigma(tracer: Tracer, known: Function, func: Any, args: Any, kwargs: Any) -> SigmaCall:
     """A nonlinearity is about to run: hold its operand, and say what is to run.
@@ -30,6 +35,8 @@ def before_sigma(tracer: Tracer, known: Function, func: Any, args: Any, kwargs: 
     call = SigmaCall(func, args, kwargs, z, tracer.tag(z))
     in_place = known.in_place or known.asked_in_place(args, kwargs)
     quiet = frame.kind == "sigma" or tracer.opaque > 0
+    if frame.kind == "sigma" and frame.a is not None and is_torchs(frame.module):
+        tracer.miss(tracer.names.of(frame.module), IN_A_HOOK.format(sigma=known.sigma))
     if transformed(z):
         quiet = True
         tracer.miss(tracer.names.of(frame.module), TRANSFORMED)

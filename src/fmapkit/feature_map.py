@@ -255,6 +255,8 @@ def read_map(at: Pass, entry: Entry) -> FeatureMap:
     what = f"the {entry.kind} of layer {origin.name!r} (step {at.step}, call {origin.call})"
     assert entry.held is not None
     tensor = entry.held.read(what)
+    if axes is not None and entry.picked is None and type(tensor) is Tensor:
+        axes = axes.fitted(tensor.shape)
     dim = axes.dim if axes is not None else None
     filters: range | tuple[int, ...] | None = axes.filters if axes is not None else None
     if entry.picked is not None:
