@@ -82,7 +82,15 @@ def around(model: nn.Module) -> list[nn.Module]:
     if not ever_compiled():  # to look through all objects takes a while
         return []
     found = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
-    return [o for o in found if "_modules" in o.__dict__ and is_compiled(o) and holds(o, model)]
+    return [o for o in found if _is_whole(o) and is_compiled(o) and holds(o, model)]
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether it was made to its end, and its attributes can be read: it may be anybody's."""
+    try:
+        return "_modules" in module.__dict__
+    except AttributeError:
+        return False
 
 
 def ever_compiled() -> bool:
