@@ -169,7 +169,7 @@ class Noter:
             and bool(args)
             and step.itself == (out is args[0])
             and not (step.writes or step.makings or self._doings.dropped)
-            and (step.rests is None or (not kwargs and len(operands) == len(args)))
+            and (step.rests is None or (not kwargs and all(isinstance(a, Tensor) for a in args)))
         )
         self._add(step)
         for tensor, tag in zip(results, tags, strict=True):
