@@ -892,6 +892,7 @@ _WHATS = (
     *("x = x + y", "x += y", "x = y + x", "x = x * y", "y[:, 0] = 0", "x[:1].tanh_()"),
     *("x = torch.cat([p for p in x.split(2, 1)], 1)", "x = torch.cat(x.chunk(2, 1)[::-1], 1)"),
     *("x = x.reshape(-1, 2, 2).flatten(1)", "x = x.t().contiguous().t()", "x = self.norm(x)"),
+    *("x = x[..., torch.tensor([1, 0, 3, 2])]", "x = x[torch.arange(len(x))]"),
     *("x = x[:, self.picks]", "x = x + self.kept", "self.kept = x.detach().mean(0)"),
     *("x = x + self.a(x[:1])", "x = F.linear(x, self.a.weight)", "x = x.permute(self.order)"),
     *("x = self.drop(x)", "self.slope = 0.3 - self.slope", "self.order.reverse()"),

@@ -113,16 +113,15 @@ class Follower:
                         and (step.rests is None or step.rests.hold((*args, out)))
                     ):
                         self._note(weakref.ref(out))
-                        known = True
-                    else:
-                        known = self._gives(step, False, args, kwargs, out)
+                        self._at = step
+                        return out
+                    if self._gives(step, False, args, kwargs, out):
+                        self._at = step
+                        return out
                 except Exception as error:  # ours, not the user's: named in `missed`, never raised
                     self.fail(error)
                     return out
-                if not known:
-                    return self._after_all(step.known, func, args, kwargs, out)
-                self._at = step
-                return out
+                return self._after_all(step.known, func, args, kwargs, out)
         return self._look(func, args, kwargs)
 
     def _look(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -175,7 +175,7 @@ class Noter:
             and bool(args)
             and step.itself == (out is args[0])
             and not (step.writes or step.makings or self._doings.dropped)
-            and (step.rests is None or (not kwargs and _only_tensors(args)))
+            and (step.rests is None or (not kwargs and all(isinstance(a, Tensor) for a in args)))
         )
         self._add(step)
         for tensor, tag in zip(results, tags, strict=True):
@@ -378,10 +378,6 @@ class Noter:
         doings.clear()
         self._script.add(step)
         self._at = step
-
-
-def _only_tensors(args: Any) -> bool:
-    return all(isinstance(a, Tensor) for a in args)
 
 
 def _homeless(tag: Any) -> bool:
