@@ -51,7 +51,6 @@ class Scripts:
         self._leaves: frozenset[nn.Module] = frozenset()
         self._sorted = False
         self._form = weights_of(asked.model)
-        self._version = asked.names.version
         self._looked_into: set[nn.Module] = set()
 
     def clear(self) -> None:
@@ -69,13 +68,7 @@ class Scripts:
         """A pass begins that is to be watched."""
         tracer = self._live.new_tracer()
         given = tensors_in(*args, kwargs)
-        if self._version != self._asked.names.version:
-            # Whose parameter is whose is part of every label; some may be for this pass only.
-            self._version = self._asked.names.version
-            self._known.clear()
-            script = None
-        else:
-            script = self._of(args, kwargs, list(map(tracer.tag, given)))
+        script = self._of(args, kwargs, list(map(tracer.tag, given)))
         if script is None:
             self._placing.look_at_all()
             if self._known and not any(known.worth_it for known in self._known.values()):
