@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit._candidates import may_be_sigma
-from fmapkit._degrees import Degrees
-from fmapkit._events import Event
+from fmapkit._departing import tell
 from fmapkit._flow import carried
+from fmapkit._following_maps import FollowedMaps
+from fmapkit._following_suspects import FollowedSuspects
 from fmapkit._frames import Frame
 from fmapkit._functions import Function, describe
-from fmapkit._gradients import NO_GRAPH, in_function
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._noting import (
     Noter,
@@ -31,12 +31,10 @@ from fmapkit._noting import (
     same_shape,
 )
 from fmapkit._operands import NO, SAME, VARIED
-from fmapkit._origin import NOWHERE, Flow, Origin, Tag, given
+from fmapkit._origin import Tag, given
 from fmapkit._replay import Run
-from fmapkit._script import Making, Script, Step
+from fmapkit._script import Script, Step
 from fmapkit._seen import Seen
-from fmapkit._store import Entry, Held
-from fmapkit._transforms import transformed, transforming
 from fmapkit.nonlinearities import module_sigma
 
 if TYPE_CHECKING:
@@ -83,12 +81,11 @@ class Follower:
         self._seen = Seen(tracer.tags)
         self._refs = self._seen.refs
         self._note = self._refs.append
-        self._entries: list[Entry] = []  # each that a step has made, in order
+        self._maps = FollowedMaps(tracer)
         self._running: list[Frame] = []  # scopes, outermost first
-        self._watched: list[Frame] = []  # those that may be one nonlinearity
+        self._suspects = FollowedSuspects(tracer, self._maps, self._tag)
+        self._watched = self._suspects.frames  # those of them that may be one nonlinearity
         self._unit: Step | None = None
-        self._segments = tracer.current.segments
-        self._drop_old = tracer.current.drop
         self._given: list[Tensor] = []  # to the unit that is running
         for tensor, tag in zip(given, script.start.results, strict=True):
             if tag is not None:
@@ -150,10 +147,8 @@ class Follower:
         if not beside_the_point(known, args, kwargs, source):
             return self._otherwise(func, args, kwargs)
         out = func(*args, **kwargs)
-        if self._watched:
-            self._catch_up()
         for frame in self._watched:
-            frame.step(known.name, args, kwargs, out, self._seen.tag)
+            frame.step(known.name, args, kwargs, out, self._tag)
         return out
 
     def _follow(self, steps: list[Step], varied: bool, func: Any, args: Any, kwargs: Any) -> Any:
@@ -174,11 +169,11 @@ class Follower:
             if step.writes:
                 self._written(step.known, args, kwargs)
             if step.makings:
-                held = self._before(step, args, kwargs)
+                held = self._maps.before(step, args, kwargs)
                 if held is None:
                     return self._otherwise(func, args, kwargs)
             if self._watched:
-                event = self._sigma(step, args, kwargs, held)
+                event = self._suspects.sigma(step, self._running[-1], args, kwargs, held)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fail(error)
             return func(*args, **kwargs)
@@ -188,11 +183,11 @@ class Follower:
                 if self._gives(step, varied, args, kwargs, out):
                     self._at = step
                     if held is not None:
-                        self._made(step, held, out)
+                        self._maps.made(step, held, out)
                     if step.dropped:
-                        self._drop(step)
+                        self._maps.drop(step)
                     if self._watched:
-                        self._watch(step, event, args, kwargs, out)
+                        self._suspects.ran(step, self._running[-1], event, args, kwargs, out)
                     return out
         except Exception as error:
             self.fail(error)
@@ -237,6 +232,11 @@ class Follower:
             self._seen.carry += [given(tag) for tag in step.results if tag is not None]
         self._told = self._at
 
+    def _tag(self, value: Any) -> Tag:
+        """What a value carries."""
+        self._catch_up()
+        return self._seen.tag(value)
+
     def _otherwise(self, func: Any, args: Any, kwargs: Any) -> Any:
         """No known road goes on with this call."""
         self.depart()
@@ -249,7 +249,7 @@ class Follower:
             if step.function == func and self._did(step, args, kwargs, out):
                 self._at = step
                 if step.makings:
-                    self._made(step, [None] * len(step.makings), out)
+                    self._maps.made(step, [None] * len(step.makings), out)
                 return out
             step = step.instead
         if known.sigma is not None:  # what it was given may be overwritten
@@ -267,138 +267,8 @@ class Follower:
 
     def _carries(self, step: Step, args: Any, kwargs: Any, out: Any) -> bool:
         """Whether a call with other numbers results in the same."""
-        self._catch_up()
-        tags = carried(step.known.name, args, kwargs, out, self._seen.tag)
+        tags = carried(step.known.name, args, kwargs, out, self._tag)
         return _same(tags, step.results)
-
-    # -- in a module that may be one nonlinearity ---------------------------------------------
-    #
-    # Whether it is one is known from the script; what the tracer would have to know of it, should
-    # it take over here, is kept up to date.
-
-    def _sigma(self, step: Step, args: Any, kwargs: Any, held: Any) -> Event | None:
-        """A call is about to run; the tracer's event of it, if it is a nonlinearity."""
-        frame = self._running[-1]
-        if step.known.sigma is None or frame.kind == "sigma":
-            return None
-        z = tensors_in(*args, kwargs)[0]
-        event = Event("sigma", frame.module, step.function)
-        event.sigma = step.known.sigma
-        event.in_place = step.known.in_place or step.known.asked_in_place(args, kwargs)
-        event.x_held = held[0] if held else self._tracer.aliases.reference(z)
-        if z is frame.x:
-            event.x, event.key = z, frame.key
-            frame.in_place = frame.in_place or event.in_place
-        return event
-
-    def _watch(self, step: Step, event: Event | None, args: Any, kwargs: Any, out: Any) -> None:
-        """It has run."""
-        self._catch_up()
-        known, tag = step.known, self._seen.tag
-        if known.sigma is not None:
-            z = tensors_in(*args, kwargs)[0]
-            inner = self._running[-1]
-            if inner.kind == "sigma" and z is inner.x:
-                inner.a = out
-            for frame in self._watched:
-                frame.step(known.name, (z,), {}, out, tag, nonlinear=True)
-        else:
-            for frame in self._watched:
-                frame.step(known.name, args, kwargs, out, tag)
-        if event is not None and isinstance(out, Tensor):
-            event.y = out if event.x is not None else None
-            event.y_held = self._tracer.aliases.reference(out)
-            self._event(event, step)
-
-    def _event(self, event: Event, step: Step) -> None:
-        """The tracer's event of a step whose maps have just been held."""
-        made = self._entries[len(self._entries) - len(step.makings) :]
-        for making, entry in zip(step.makings, made, strict=True):
-            event.origin = making.origin
-            event.entries.append(("x" if making.source >= 0 else "y", entry))
-        self._tracer.events.append(event)
-
-    def _open(self, step: Step, frame: Frame) -> None:
-        """A module that may be one nonlinearity begins."""
-        assert frame.x is not None
-        frame.kind = step.scope
-        frame.degrees = Degrees(frame.x) if step.scope == "candidate" else None
-        frame.x_held = self._tracer.aliases.reference(frame.x)
-        self._catch_up()
-        frame.tag = self._seen.tag(frame.x)
-        self._watched.append(frame)
-
-    def _close(self, step: Step, frame: Frame, output: Any) -> None:
-        """It ends."""
-        tracer = self._tracer
-        self._watched.pop()
-        if step.whole:
-            del tracer.events[frame.start :]
-        if not self._watched:
-            tracer.events.clear()
-        elif step.whole:  # one in another one
-            event = Event("sigma", frame.module)
-            event.module, event.key, event.sigma = frame.module, frame.key, step.scope
-            event.x_held, event.y_held = frame.x_held, tracer.aliases.reference(output)
-            self._event(event, step)
-
-    # -- maps ---------------------------------------------------------------------------------
-
-    def _before(self, step: Step, args: Any, kwargs: Any) -> list[Held | None] | None:
-        """Hold what the maps of a call need of its arguments; None where that cannot be."""
-        tracer = self._tracer
-        operands = tensors_in(*args, kwargs)
-        if transforming() is not None and any(map(transformed, operands)):
-            return None
-        found: list[Held | None] = []
-        with torch._C.DisableTorchFunction():  # another capture's tracer may look
-            for making in step.makings:
-                if making.source < 0:
-                    found.append(None)
-                elif making.before:
-                    found.append(tracer.record.copy(operands[making.source]))
-                else:
-                    found.append(tracer.aliases.reference(operands[making.source]))
-        return found
-
-    def _made(self, step: Step, held: list[Held | None], out: Any) -> None:
-        """The maps of a step, of which some tensors are held already."""
-        aliases = self._tracer.aliases
-        with torch._C.DisableTorchFunction():
-            for making, one in zip(step.makings, held, strict=True):
-                if one is None:
-                    whole = isinstance(out, Tensor)
-                    one = aliases.reference(out if whole else tensors_in(out)[-1 - making.source])
-                self._hold(making, one)
-
-    def _hold(self, making: Making, held: Held) -> None:
-        if making.picked is not None:
-            assert making.axes is not None
-            held = self._tracer.record.taken(held, making.axes, making.picked)
-        held.wanted = True
-        record = self._tracer.record
-        if record.graph and in_function():
-            record.miss(making.origin.name, NO_GRAPH)
-        self._add(
-            Entry(
-                making.kind,
-                making.origin,
-                held,
-                making.axes,
-                making.sigma,
-                making.path,
-                making.picked,
-            )
-        )
-
-    def _add(self, entry: Entry) -> None:
-        self._entries.append(entry)
-        self._segments.append(entry)
-        self._drop_old(None)
-
-    def _drop(self, step: Step) -> None:
-        for place in step.dropped:
-            self._entries[place].held = None
 
     # -- modules ------------------------------------------------------------------------------
 
@@ -421,7 +291,7 @@ class Follower:
                         self._running.append(frame)
                         if step.scope != "plain":
                             with torch._C.DisableTorchFunction():
-                                self._open(step, frame)
+                                self._suspects.open(step, frame)
                         self._at = step
                         return "begin"
             step = step.instead
@@ -468,7 +338,7 @@ class Follower:
         places = [i for i, frame in enumerate(self._running) if frame.module is module]
         if self._tracer.follower is self and places:
             del self._running[places[-1] :]
-            self._watched = [f for f in self._watched if f in self._running]
+            self._watched[:] = [f for f in self._watched if f in self._running]
             self.depart()
 
     def _ends(self, step: Step, output: Any) -> bool:
@@ -495,10 +365,10 @@ class Follower:
         pieces = dict(leaves(output)) if step.makings else {}
         for making in step.makings:
             held = frame.x_held if making.source >= 0 else None
-            self._hold(making, held or self._tracer.aliases.reference(pieces[making.path]))
+            self._maps.hold(making, held or self._tracer.aliases.reference(pieces[making.path]))
         if step.scope != "plain":
-            self._close(step, frame, output)
-        self._drop(step)
+            self._suspects.close(step, frame, output)
+        self._maps.drop(step)
         if step.results:
             for tensor, tag in zip(tensors_in(output), step.results, strict=True):
                 if tag is not None:
@@ -512,7 +382,7 @@ class Follower:
             try:
                 step = self._leaf(module, args, kwargs)
                 if step is not None and step.makings:
-                    held = self._before(step, args, kwargs)
+                    held = self._maps.before(step, args, kwargs)
                     step = step if held is not None else None
                 if step is None:
                     self.depart()
@@ -561,9 +431,9 @@ class Follower:
                     self._note(weakref.ref(tensor))
         self._at = step
         if held is not None:
-            self._made(step, held, out)
+            self._maps.made(step, held, out)
         if step.dropped:
-            self._drop(step)
+            self._maps.drop(step)
 
     def _as_known(self, step: Step, args: Any, kwargs: Any, out: Any) -> bool:
         """Whether what a module returned is of the form that it had."""
@@ -618,14 +488,14 @@ class Follower:
         self._unit = None
         self._given = []
         for entry in entries:
-            self._add(entry)
+            self._maps.add(entry)
             if entry.held is not None:
                 self._tracer.aliases.watch(entry.held)
         for tensor, tag in zip(results, step.results, strict=True):
             if tag is not None:
                 self._note(weakref.ref(tensor))
         self._at = step
-        self._drop(step)
+        self._maps.drop(step)
         return True
 
     def fail(self, error: Exception) -> None:
@@ -647,81 +517,21 @@ class Follower:
         self._script.left_at = self.come
         with torch._C.DisableTorchFunction():
             try:
-                self._tell(path)
+                self._catch_up()
+                entries = self._maps.entries
+                tell(tracer, path, self._seen, entries, self._running, self._watched)
                 tracer.frames += self._running
                 if self._script.open:
-                    tracer.noter = Noter(tracer, self._script, self._at, self._seen, self._entries)
+                    tracer.noter = Noter(tracer, self._script, self._at, self._seen, entries)
             except Exception as error:  # ours, not the user's: named in `missed`, never raised
                 self.fail(error)
             self._departed()
-
-    def _tell(self, path: list[Step]) -> None:
-        """Tell the tracer what it would have seen."""
-        tracer, seen = self._tracer, self._seen
-        self._catch_up()
-        for reference, tag in zip(seen.refs, seen.carry, strict=True):
-            tensor = reference()
-            if tensor is not None:
-                tracer.set_tag(tensor, tag)
-        _unclaim(path)
-        watched = list(tracer.events)  # since the outermost module that may be one nonlinearity
-        tracer.events.clear()
-        entries, starts = iter(self._entries), []
-        for step in path:
-            tracer.counts.update(step.counted)
-            for origin in step.claimed:
-                origin.claimed = True
-            if step.kind == "begin":
-                starts.append(len(tracer.events))
-            elif step.kind == "end":
-                starts.pop()
-            if step.kind == "unit":
-                for pending in step.pending:
-                    entry = next(entries)
-                    if pending and entry.held is not None:
-                        tracer.pending.setdefault(id(entry.origin), []).append(entry)
-                continue
-            events: dict[int, Event] = {}
-            for making in step.makings:
-                entry = next(entries)
-                kind = "sigma" if making.sigma is not None else "layer"
-                if id(making.origin) not in events:
-                    event = events[id(making.origin)] = Event(kind, tracer.names.model)
-                    event.origin = making.origin
-                    tracer.events.append(event)
-                if entry.held is not None:
-                    slot = "x" if making.source >= 0 else "y"
-                    events[id(making.origin)].entries.append((slot, entry))
-        if not self._watched:
-            for frame, start in zip(self._running, starts, strict=False):
-                frame.start = start
-            return
-        outer = self._running.index(self._watched[0])
-        offset = starts[outer]
-        for frame, start in zip(self._running[:outer], starts, strict=False):
-            frame.start = start
-        layers = [e for e in tracer.events[offset:] if e.kind == "layer"]
-        tracer.events[offset:] = [*layers, *watched]
-        for frame in self._running[outer:]:
-            frame.start += offset + (len(layers) if frame.start else 0)
 
 
 def _fits(x: Tensor, sizes: frozenset[int] | None) -> bool:
     """Whether the channels of x, first or last, are of these sizes."""
     shape = x.shape
     return sizes is not None and (not sizes or sizes <= {*shape[1:2], *shape[-1:]})
-
-
-def _unclaim(path: list[Step]) -> None:
-    """Take back what the pass that was noted came to know of its origins later."""
-    origins: list[Origin] = [m.origin for s in path for m in s.makings]
-    origins += [t.origin for s in path for t in s.results if isinstance(t, Flow)]
-    for origin in origins:
-        if origin is not NOWHERE:
-            origin.claimed = False
-    for step in path:
-        for ref, origin in (step.origins or {}).items():
-            origin.claimed = ref.claimed
 
 
 def _same(tags: Any, results: tuple[Tag, ...]) -> bool:
