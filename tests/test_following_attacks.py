@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from fmapkit import CaptureWarning, capture
+from fmapkit import CaptureWarning, _following, capture
 from fmapkit._following import Follower
+from fmapkit._following_maps import FollowedMaps
+from fmapkit._following_suspects import FollowedSuspects
 from fmapkit._functions import describe
 from fmapkit._scripts import Scripts
 from tests import truth
@@ -660,10 +662,17 @@ def test_a_vmap_from_some_pass_on_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["enter", "leave", "_leaf", "_before", "_leaf_left", "_made", "_open", "_tell"]
+    "place",
+    [
+        *((Follower, name) for name in ("enter", "leave", "_leaf", "_leaf_left")),
+        *((FollowedMaps, name) for name in ("before", "made")),
+        (FollowedSuspects, "open"),
+        (_following, "tell"),
+    ],
+    ids=lambda place: place[1],
 )
 def test_a_fault_of_ours_while_a_pass_is_followed_is_named(
-    place: str, monkeypatch: pytest.MonkeyPatch
+    place: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -694,8 +703,8 @@ def test_a_fault_of_ours_while_a_pass_is_followed_is_named(
             model(x)
         assert not maps.missed
         with monkeypatch.context() as patch:
-            patch.setattr(Follower, place, fails)
-            model.way = bare.way = int(place == "_tell")
+            patch.setattr(*place, fails)
+            model.way = bare.way = int(place[1] == "tell")
             assert torch.equal(model(x), bare(x))
         assert any("ZeroDivisionError: of ours" in m.reason for m in maps.missed)
         model.way = bare.way = 0

@@ -83,7 +83,7 @@ class Follower:
         self._note = self._refs.append
         self._maps = FollowedMaps(tracer)
         self._running: list[Frame] = []  # scopes, outermost first
-        self._suspects = FollowedSuspects(tracer, self._maps, self._tag)
+        self._suspects = FollowedSuspects(tracer, self._maps)
         self._watched = self._suspects.frames  # those of them that may be one nonlinearity
         self._unit: Step | None = None
         self._given: list[Tensor] = []  # to the unit that is running
@@ -187,7 +187,9 @@ class Follower:
                     if step.dropped:
                         self._maps.drop(step)
                     if self._watched:
-                        self._suspects.ran(step, self._running[-1], event, args, kwargs, out)
+                        self._suspects.ran(
+                            step, self._running[-1], event, args, kwargs, out, self._tag
+                        )
                     return out
         except Exception as error:
             self.fail(error)
@@ -291,7 +293,7 @@ class Follower:
                         self._running.append(frame)
                         if step.scope != "plain":
                             with torch._C.DisableTorchFunction():
-                                self._suspects.open(step, frame)
+                                self._suspects.open(step, frame, self._tag)
                         self._at = step
                         return "begin"
             step = step.instead

@@ -7,7 +7,6 @@ nonlinearities it has called.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,7 +16,7 @@ from fmapkit._events import Event
 from fmapkit._following_maps import FollowedMaps
 from fmapkit._frames import Frame
 from fmapkit._nested import tensors_in
-from fmapkit._origin import Tag
+from fmapkit._origin import Lookup
 from fmapkit._script import Step
 
 if TYPE_CHECKING:
@@ -32,16 +31,14 @@ class FollowedSuspects:
     Args:
         tracer: of the pass.
         maps: of the pass.
-        tag: what a tensor carries.
 
     Attributes:
         frames: of their calls, outermost first.
     """
 
-    def __init__(self, tracer: Tracer, maps: FollowedMaps, tag: Callable[[Any], Tag]) -> None:
+    def __init__(self, tracer: Tracer, maps: FollowedMaps) -> None:
         self._tracer = tracer
         self._maps = maps
-        self._tag = tag
         self.frames: list[Frame] = []
 
     def sigma(self, step: Step, frame: Frame, args: Any, kwargs: Any, held: Any) -> Event | None:
@@ -66,9 +63,10 @@ class FollowedSuspects:
         args: Any,
         kwargs: Any,
         out: Any,
+        tag: Lookup,
     ) -> None:
         """It has run."""
-        known, tag = step.known, self._tag
+        known = step.known
         if known.sigma is not None:
             z = tensors_in(*args, kwargs)[0]
             if inner.kind == "sigma" and z is inner.x:
@@ -91,13 +89,13 @@ class FollowedSuspects:
             event.entries.append(("x" if making.source >= 0 else "y", entry))
         self._tracer.events.append(event)
 
-    def open(self, step: Step, frame: Frame) -> None:
+    def open(self, step: Step, frame: Frame, tag: Lookup) -> None:
         """A module that may be one nonlinearity begins."""
         assert frame.x is not None
         frame.kind = step.scope
         frame.degrees = Degrees(frame.x) if step.scope == "candidate" else None
         frame.x_held = self._tracer.aliases.reference(frame.x)
-        frame.tag = self._tag(frame.x)
+        frame.tag = tag(frame.x)
         self.frames.append(frame)
 
     def close(self, step: Step, frame: Frame, output: Any) -> None:
