@@ -14,16 +14,12 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from fmapkit._hooks import Hook
-from fmapkit._standing import Standing, called, free, lock
+from fmapkit._standing import Standing, bare_call, called, free, lock
 
 if TYPE_CHECKING:
     from fmapkit._taps import Tap
 
 __all__ = ["CallTap", "OutputCallTap", "stand"]
-
-
-def _call(tap: CallTap, *args: Any, **kwargs: Any) -> Any:
-    return tap.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 class CallTap(Standing):
@@ -34,7 +30,7 @@ class CallTap(Standing):
         tap: whose place it takes.
     """
 
-    __slots__ = ("line", "module", "tap", "theirs")
+    __slots__ = ("line", "tap", "theirs")
 
     def __init__(self, module: nn.Module, tap: Tap) -> None:
         self.module = module
@@ -86,8 +82,7 @@ class CallTap(Standing):
             self.tap(module, args, output)  # which knows what to do then
         return output
 
-    # What dynamo compiles in its place, where code around the module is compiled in the block.
-    __call__._torchdynamo_inline = _call  # type: ignore[attr-defined]
+    __call__._torchdynamo_inline = bare_call  # type: ignore[attr-defined]
 
     def remove(self) -> None:
         """Stand there no more."""
@@ -120,7 +115,7 @@ class OutputCallTap(CallTap):
             self.tap.again(module, args, output, error)
         return output
 
-    __call__._torchdynamo_inline = _call  # type: ignore[attr-defined]
+    __call__._torchdynamo_inline = bare_call  # type: ignore[attr-defined]
 
 
 def stand(kind: type[CallTap], module: nn.Module, tap: Tap) -> CallTap | None:

@@ -12,19 +12,15 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit._standing import Standing, called, free, lock, there
+from fmapkit._standing import Standing, bare_call, called, free, lock, there
 
 __all__ = ["Ending"]
-
-
-def _call(ending: Ending, *args: Any, **kwargs: Any) -> Any:
-    return ending.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 class Ending(Standing):
     """Stands around the calls of one module, for all the sessions that capture it."""
 
-    __slots__ = ("interrupted", "module")
+    __slots__ = ("interrupted",)
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -41,8 +37,7 @@ class Ending(Standing):
                 notify()
             raise
 
-    # What dynamo compiles in its place, where code around the module is compiled in the block.
-    __call__._torchdynamo_inline = _call  # type: ignore[attr-defined]
+    __call__._torchdynamo_inline = bare_call  # type: ignore[attr-defined]
 
     @classmethod
     def install(cls, module: nn.Module, interrupted: Callable[[], None]) -> None:

@@ -87,9 +87,7 @@ class Follower:
         self._watched = self._suspects.frames  # those of them that may be one nonlinearity
         self._unit: Step | None = None
         self._given: list[Tensor] = []  # to the unit that is running
-        for tensor, tag in zip(given, script.start.results, strict=True):
-            if tag is not None:
-                self._note(weakref.ref(tensor))
+        self._seen.note(given, script.start.results)
 
     # -- torch functions ----------------------------------------------------------------------
 
@@ -214,9 +212,7 @@ class Follower:
         if step.dims >= 0:
             self._note(weakref.ref(out))
             return True
-        for tensor, tag in zip(results, step.results, strict=True):
-            if tag is not None:
-                self._note(weakref.ref(tensor))
+        self._seen.note(results, step.results)
         return True
 
     def _written(self, known: Function, args: Any, kwargs: Any) -> None:
@@ -372,9 +368,7 @@ class Follower:
             self._suspects.close(step, frame, output)
         self._maps.drop(step)
         if step.results:
-            for tensor, tag in zip(tensors_in(output), step.results, strict=True):
-                if tag is not None:
-                    self._note(weakref.ref(tensor))
+            self._seen.note(tensors_in(output), step.results)
 
     def leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A module is called that is not looked into: call it."""
@@ -428,9 +422,7 @@ class Follower:
         if step.dims >= 0:
             self._note(weakref.ref(out))
         else:
-            for tensor, tag in zip(tensors_in(out), step.results, strict=True):
-                if tag is not None:
-                    self._note(weakref.ref(tensor))
+            self._seen.note(tensors_in(out), step.results)
         self._at = step
         if held is not None:
             self._maps.made(step, held, out)
@@ -493,9 +485,7 @@ class Follower:
             self._maps.add(entry)
             if entry.held is not None:
                 self._tracer.aliases.watch(entry.held)
-        for tensor, tag in zip(results, step.results, strict=True):
-            if tag is not None:
-                self._note(weakref.ref(tensor))
+        self._seen.note(results, step.results)
         self._at = step
         self._maps.drop(step)
         return True

@@ -7,13 +7,13 @@ another kind, and are learned apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["autocasting", "casts", "form_of", "weights_of"]
+__all__ = ["autocasting", "casts", "form_of", "ones", "weights_of"]
 
 _DEVICES = ("cpu", "cuda")
 _strided = torch.strided
@@ -22,6 +22,11 @@ _any_autocast: Callable[[], bool] = getattr(
     "_is_any_autocast_enabled",
     lambda: any(torch.is_autocast_enabled(device) for device in _DEVICES),
 )
+
+
+def ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """Which axes are of size 1, and which of 0; all others are alike."""
+    return tuple([min(size, 2) for size in shape])
 
 
 def form_of(tensor: Tensor) -> Any:
@@ -33,7 +38,7 @@ def form_of(tensor: Tensor) -> Any:
     if tensor.layout is not _strided:
         return tensor.dim(), tensor.dtype, tensor.layout
     shape = tensor.shape
-    short = tuple([size < 2 for size in shape]) if 1 in shape or 0 in shape else len(shape)
+    short = ones(shape) if 1 in shape or 0 in shape else len(shape)
     if tensor.is_contiguous():  # one pixel is channels-last, too, if its strides say so
         return short, tensor.dtype, len(shape) > 3 and tensor.stride(-1)
     strides = tensor.stride()

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
 __all__ = [
-    *("Handle", "Hook", "Hooks", "Inert", "leave_mode", "traced_as_nothing", "when_traced"),
-    "without_modes",
+    *("Handle", "Hook", "Hooks", "Inert", "hooks_on", "leave_mode", "traced_as_nothing"),
+    *("when_traced", "without_modes"),
 ]
 
 
@@ -135,6 +135,16 @@ def without_modes() -> Iterator[None]:
             _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
+def hooks_on(module: nn.Module) -> tuple[Any, ...]:
+    """All hooks on a module, of whoever set them."""
+    return (
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+    )
+
+
 class Off:
     """The hooks that were taken off a module for a while.
 
@@ -246,13 +256,7 @@ class Hooks:
         """Whether nobody else has hooks on a module, or on all of them."""
         if _global_forward_hooks or _global_forward_pre_hooks:
             return False
-        hooks = (
-            *module._forward_hooks.values(),
-            *module._forward_pre_hooks.values(),
-            *module._backward_hooks.values(),
-            *module._backward_pre_hooks.values(),
-        )
-        return all(map(self.is_ours, hooks)) and not self._unhookable(module)
+        return all(map(self.is_ours, hooks_on(module))) and not self._unhookable(module)
 
     def _unhookable(self, module: nn.Module) -> bool:
         return isinstance(module, torch.jit.ScriptModule) or module in self.excluded

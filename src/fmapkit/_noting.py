@@ -104,9 +104,7 @@ class Noter:
         """The first pass of its kind begins: what came in carries what it was found to carry."""
         tags = tuple(map(self._tracer.tag, given))
         self._script.start.results = self._kept(tags)
-        for tensor, tag in zip(given, tags, strict=True):
-            if tag is not None:
-                self._seen.put(tensor, tag)
+        self._seen.put(given, tags)
         if any(map(_homeless, self._script.start.results)):
             self.stop()
 
@@ -137,11 +135,8 @@ class Noter:
                 self.stop()
             return
         operands = tensors_in(*args, kwargs)
-        if tracer.trial or any(transformed(t) or is_wrapped(t) for t in (*operands, *results)):
+        if any(transformed(t) or is_wrapped(t) for t in (*operands, *results)):
             self.stop()
-            return
-        if any(isinstance(t, Weight) and not tracer.names.owners(t.parameter) for t in tags):
-            self.stop()  # somebody else's parameter, which we must not keep
             return
         step = Step("call", self._at)
         step.known, step.function = known, func
@@ -178,9 +173,7 @@ class Noter:
             and (step.rests is None or (not kwargs and all(isinstance(a, Tensor) for a in args)))
         )
         self._add(step)
-        for tensor, tag in zip(results, tags, strict=True):
-            if tag is not None:
-                seen.put(tensor, tag)
+        seen.put(results, tags)
 
     def _source(
         self, slot: str, held: Held, operands: list[Tensor], results: list[Tensor]
@@ -218,10 +211,10 @@ class Noter:
         tracer, seen = self._tracer, self._seen
         module, results = frame.module, tensors_in(output)
         tags = tuple(map(tracer.tag, results))
-        changed = not all(map(alike, tags, map(seen.tag, results)))
         if self._leaf is not None:
             self._leaf_left(frame, output, tags, failed)
             return
+        changed = not all(map(alike, tags, map(seen.tag, results)))
         step = Step("end", self._at)
         step.module, step.scope, step.whole = module, frame.kind, self._doings.whole
         makings = []
@@ -245,9 +238,8 @@ class Noter:
             step.results = self._kept(tags)
             step.ranks = tuple(t.dim() for t in results)
         self._add(step)
-        for tensor, tag in zip(results, tags if changed else (), strict=False):
-            if tag is not None:
-                seen.put(tensor, tag)
+        if changed:
+            seen.put(results, tags)
 
     def _in_leaf(self, known: Function, args: Any, kwargs: Any, out: Any) -> None:
         """A module that is not looked into has called a torch function."""
@@ -289,9 +281,7 @@ class Noter:
         step.unit = self._tracer.leaf_unit(frame.module)
         step.state = step.unit.state() if step.unit.depends else None
         self._add(step)
-        for tensor, tag in zip(results, tags, strict=True):
-            if tag is not None:
-                self._seen.put(tensor, tag)
+        self._seen.put(results, tags)
 
     def _forget_what_came_and_went(self) -> None:
         """Maps that were made and dropped inside: parts of what turned out to be one thing."""
@@ -342,9 +332,7 @@ class Noter:
         step.itself = returned(self._given, results)
         self._given = []
         self._add(step, [entry for entry, _ in entries])
-        for tensor, tag in zip(results, tags, strict=True):
-            if tag is not None:
-                self._seen.put(tensor, tag)
+        self._seen.put(results, tags)
 
     # -- parameters: by their place in the model, since others may take it --------------------
 

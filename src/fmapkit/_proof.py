@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fmapkit._guards import SIMPLE, Evidence, Guard
+from fmapkit._hooks import hooks_on
 from fmapkit._optimized import is_compiled
 from fmapkit._proof_reader import read_function
 from fmapkit._proof_scope import UnprovenError
@@ -58,13 +59,7 @@ class Proofs:
         return any(id(m) in self._numbers for m in module.modules())
 
     def _own(self, module: nn.Module) -> bool:
-        hooks = (
-            *module._forward_hooks.values(),
-            *module._forward_pre_hooks.values(),
-            *module._backward_hooks.values(),
-            *module._backward_pre_hooks.values(),
-        )
-        if not all(map(self._is_ours, hooks)) or has_own_forward(module):
+        if not all(map(self._is_ours, hooks_on(module))) or has_own_forward(module):
             return False
         if is_compiled(module):
             return False

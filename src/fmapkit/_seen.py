@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -34,10 +35,16 @@ class Seen:
         self._latest: dict[int, int] = {}  # the latest slot of each, by the tensor's id,
         self._indexed = 0  # as far as somebody has asked
 
-    def put(self, tensor: Tensor, tag: Tag) -> None:
-        """The next slot."""
-        self.refs.append(weakref.ref(tensor))
-        self.carry.append(tag)
+    def note(self, tensors: Sequence[Tensor], tags: Sequence[Any]) -> None:
+        """The next slots: for those of the tensors that carry something."""
+        for tensor, tag in zip(tensors, tags, strict=True):
+            if tag is not None:
+                self.refs.append(weakref.ref(tensor))
+
+    def put(self, tensors: Sequence[Tensor], tags: Sequence[Tag]) -> None:
+        """The same, and what they carry."""
+        self.note(tensors, tags)
+        self.carry += [tag for tag in tags if tag is not None]
 
     def slot(self, tensor: Tensor) -> int:
         """The latest slot of a tensor; FREE if it has none."""

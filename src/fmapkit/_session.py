@@ -274,8 +274,7 @@ class Session:
         live = self.live
         run = live.run
         if run is None or _thread() != live.thread:
-            if _thread() == live.thread and live.current is None and not live.idle:
-                self.unseen.stray(module)
+            self._outside(module)
             return
         if _graph_task() != -1:
             return

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fmapkit._form import ones
 from fmapkit._functions import Function
 from fmapkit._operands import FREE, Source
 from fmapkit._origin import Flow, Lookup, Tag
@@ -67,15 +68,11 @@ class Ones:
     __slots__ = ("_ones",)
 
     def __init__(self, given: Sequence[Tensor]) -> None:
-        self._ones = [_ones(t) for t in given]
+        self._ones = [ones(t.shape) for t in given]
 
     def hold(self, given: Sequence[Tensor]) -> bool:
         """Whether the same axes of these are of size 1."""
-        return [_ones(t) for t in given] == self._ones
-
-
-def _ones(tensor: Tensor) -> list[int]:
-    return [min(size, 2) for size in tensor.shape]
+        return [ones(t.shape) for t in given] == self._ones
 
 
 class _Largest:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Standing", "called", "free", "lock", "there"]
+__all__ = ["Standing", "bare_call", "called", "free", "lock", "there"]
 
 _PLACE = "_compiled_call_impl"
 _CALL = nn.Module._wrapped_call_impl.__code__
@@ -23,10 +23,21 @@ _CALL = nn.Module._wrapped_call_impl.__code__
 lock = threading.Lock()
 
 
-class Standing:
-    """Whoever of ours stands before a module's call."""
+def bare_call(standing: Any, *args: Any, **kwargs: Any) -> Any:
+    """What dynamo compiles in its place, where code around the module is compiled in the block."""
+    return standing.module._call_impl(*args, **kwargs)
 
-    __slots__ = ()
+
+class Standing:
+    """Whoever of ours stands before a module's call.
+
+    Attributes:
+        module: the module.
+    """
+
+    __slots__ = ("module",)
+
+    module: nn.Module
 
     def stand(self, module: nn.Module) -> None:
         """Take the place, which has to be free."""

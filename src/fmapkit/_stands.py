@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fmapkit._hooks import Hook
-from fmapkit._standing import Standing, called, lock
+from fmapkit._standing import Standing, bare_call, called, lock
 
 if TYPE_CHECKING:
     from fmapkit._following import Follower
@@ -45,7 +45,7 @@ class Stand(Standing):
         calls: what the session's hooks call.
     """
 
-    __slots__ = ("after", "before", "calls", "module", "way")
+    __slots__ = ("after", "before", "calls", "way")
 
     def __init__(self, module: nn.Module, way: Way, calls: Calls) -> None:
         self.module = module
@@ -53,6 +53,21 @@ class Stand(Standing):
         self.after = module._forward_hooks
         self.way = way
         self.calls = calls
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        follower = self.way.follower
+        if follower is None or _graph_task() != -1:
+            return self.otherwise(args, kwargs)
+        module = self.module
+        if called(module) is not module or ((self.before or self.after) and self.hooked()):
+            return self.departing(follower, args, kwargs)
+        return self.followed(follower, module, args, kwargs)
+
+    __call__._torchdynamo_inline = bare_call  # type: ignore[attr-defined]
+
+    def followed(self, follower: Follower, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The pass is followed: call the module."""
+        raise NotImplementedError
 
     def otherwise(self, args: Any, kwargs: Any) -> Any:
         """Nobody follows, or torch runs the forward again for a backward pass."""
@@ -78,26 +93,14 @@ class Stand(Standing):
             self.leave(self.module)
 
 
-def _call(stand: Stand, *args: Any, **kwargs: Any) -> Any:
-    return stand.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-
 class Leaf(Stand):
     """Before a module that is not looked into."""
 
     __slots__ = ()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        follower = self.way.follower
-        if follower is None or _graph_task() != -1:
-            return self.otherwise(args, kwargs)
-        module = self.module
-        if called(module) is not module or ((self.before or self.after) and self.hooked()):
-            return self.departing(follower, args, kwargs)
+    def followed(self, follower: Follower, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Call it; whether it is a known step, the follower knows."""
         return follower.leaf(module, args, kwargs)
-
-    # What dynamo compiles in its place, where code around the module is compiled in the block.
-    __call__._torchdynamo_inline = _call  # type: ignore[attr-defined]
 
 
 class Scope(Stand):
@@ -105,13 +108,8 @@ class Scope(Stand):
 
     __slots__ = ()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        follower = self.way.follower
-        if follower is None or _graph_task() != -1:
-            return self.otherwise(args, kwargs)
-        module = self.module
-        if called(module) is not module or ((self.before or self.after) and self.hooked()):
-            return self.departing(follower, args, kwargs)
+    def followed(self, follower: Follower, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Tell where it begins and ends, and call it in between."""
         try:
             how = follower.enter(module, args, kwargs)
             if how == "unit" and not self.calls.replay(module, args, kwargs):
@@ -137,5 +135,3 @@ class Scope(Stand):
             return output
         replaced = self.calls.post(module, args, kwargs, output)
         return output if replaced is None else replaced
-
-    __call__._torchdynamo_inline = _call  # type: ignore[attr-defined]
