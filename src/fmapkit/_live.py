@@ -22,6 +22,7 @@ from fmapkit._replay import LightMode, Run
 from fmapkit._store import Pass
 from fmapkit._tags import Tags
 from fmapkit._trace import Tracer
+from fmapkit.paths import ControlPaths, Sizes
 
 __all__ = ["MODES", "Lesson", "Live"]
 
@@ -41,12 +42,14 @@ class Lesson:
         module: the unit.
         frame: of the call.
         key: which kind of call it is; None if it can be replayed never.
+        sizes: of its inputs.
         inputs: what its tensors carry.
     """
 
     module: nn.Module
     frame: Frame
     key: Any
+    sizes: Sizes
     inputs: list[Any]
 
 
@@ -56,6 +59,7 @@ class Live:
     Args:
         asked: by the capture.
         misses: of the capture.
+        paths: of its passes.
 
     Attributes:
         thread: the one that is captured.
@@ -69,7 +73,7 @@ class Live:
         tags: of a pass of compiled code, which needs a tracer only where it does not do as before.
     """
 
-    def __init__(self, asked: Asked, misses: Misses) -> None:
+    def __init__(self, asked: Asked, misses: Misses, paths: ControlPaths) -> None:
         self.thread = threading.get_ident()
         self.current: Pass | None = None
         self.idle = False
@@ -81,6 +85,7 @@ class Live:
         self.tags: Tags | None = None
         self._asked = asked
         self._misses = misses
+        self._paths = paths
         self._stacked = False  # the tracer is on torch's stack of modes
 
     def clear(self) -> None:
@@ -90,13 +95,14 @@ class Live:
 
     def new_tracer(self) -> Tracer:
         """A tracer for the rest of the pass."""
-        asked, tags = self._asked, self.tags
+        asked, tags, paths = self._asked, self.tags, self._paths
         assert self.current is not None
         if tags is None:
             asked.names.update()
         self.tracer = Tracer(
             asked.names, asked.wants, asked.edits, asked.stop, self.current, self._misses.add, tags
         )
+        self.tracer.firings.clock = lambda: paths.position
         return self.tracer
 
     def enter_compiled(self, args: Any, kwargs: Any) -> None:

@@ -2,15 +2,14 @@
 
 The tracer is a `TorchFunctionMode`: it sees each torch function before it runs, above autograd and
 whatever module it is called in. Module frames, pushed and popped by hooks, tell where. What ran is
-kept in a `Record`; what its tensors carry, in `Tags`; in-place nonlinearities that are tried out of
-place, in `Suspects`. A nonlinearity that is called as a function is a matter of `_sigma_calls.py`,
-what a module's call turns out to have been, of `_closing.py`.
+kept in a `Record`; what its tensors carry, in `Tags`. A nonlinearity that is called as a function is
+a matter of `_sigma_calls.py`, what a module's call turns out to have been, of `_closing.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,6 @@ from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe
 from fmapkit._names import Names
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow, Weight
-from fmapkit._probation import Born, Suspects, may_try
 from fmapkit._record import Record
 from fmapkit._sigma_calls import after_sigma, before_sigma
 from fmapkit._stop import Stop
@@ -40,15 +38,7 @@ from fmapkit._tags import Tags
 from fmapkit._transforms import TRANSFORMED, transformed
 from fmapkit._wants import Wants
 
-if TYPE_CHECKING:
-    from fmapkit._following import Follower
-    from fmapkit._noting import Noter
-
 __all__ = ["Tracer"]
-
-
-def _nothing(module: nn.Module) -> None:
-    return None
 
 
 class Tracer(TorchFunctionMode):
@@ -60,24 +50,18 @@ class Tracer(TorchFunctionMode):
         edited: something was, or might have been, edited.
         failed: a fault of our own, after which nothing is captured.
         paused: while a unit is replayed.
-        trial: > 0 while a proven module is learned.
+        lost: the pass has left the known paths.
+        learning: > 0 while a unit is learned.
         opaque: how many running modules are registered layers.
-        follower: does the work as long as the pass does what an earlier one did.
-        noter: is told what is traced; None where nothing is to be compared with it.
-        leaves: modules that need not be looked into; as scopes, while they are noted.
-        leaf_unit: what the road of one of them depends on.
-        no_leaf: is told of one that has to be looked into.
+        deciding: modules that were seen to turn data into numbers of Python's, or to let it decide
+            what runs.
+        moments: after how many decisions modules began; None where one ended.
     """
 
     # As each pass begins.
-    edited = paused = False
+    edited = paused = lost = False
     failed: BaseException | None = None
-    trial = opaque = 0
-    follower: Follower | None = None
-    noter: Noter | None = None
-    leaves: frozenset[nn.Module] = frozenset()
-    leaf_unit: Callable[[nn.Module], Any] = staticmethod(_nothing)
-    no_leaf: Callable[[nn.Module], None] = staticmethod(_nothing)
+    learning = opaque = 0
 
     def __init__(
         self,
@@ -108,8 +92,8 @@ class Tracer(TorchFunctionMode):
         self.editor = Editor(self, edits, self._probe) if edits else None
         self.frames: list[Frame] = []
         self.unhooked: set[nn.Module] = set()
-        self.suspects = Suspects()
-        self.born = Born()
+        self.deciding: set[nn.Module] = set()
+        self.moments: list[tuple[int, nn.Module | None]] = []
 
     def _new_record(self) -> Record:
         wants = self.wants
@@ -125,29 +109,30 @@ class Tracer(TorchFunctionMode):
 
         The tracer and its editor, if there is one, know each other.
         """
-        self.follower = self.noter = None
         self.record.end()
         self.frames.clear()
-        self.suspects.known.clear()
         self.tags.end()
 
     def fail(self, error: BaseException) -> None:
         """A fault of our own: the rest of the pass is not captured, and `missed` says so."""
         if error is self.edits.raised:
             raise error  # the user's own function
-        self.follower = None
         if self.failed is None:
             self.failed = error
             where = self.names.of(self.frames[-1].module) if self.frames else ""
             self.miss(where, f"fmapkit failed here: {type(error).__name__}: {error}")
 
+    def give_up(self) -> None:
+        """What the tensors of the pass carry is not known any more: no more of it is captured."""
+        self.lost = True
+
     # -- every torch function -----------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.follower is not None and not self.paused:
-            return self.follower.call(func, args, kwargs)
         known = describe(func)
+        if known.reads and not self.paused and known.reads(args, kwargs):
+            self.deciding.update([f.module for f in self.frames])
         if known.silent or self.paused or self.failed or _in_backward():
             return func(*args, **kwargs)
         if known.opened is not None:
@@ -156,9 +141,6 @@ class Tracer(TorchFunctionMode):
         if not self.frames:
             return func(*args, **kwargs)
         try:
-            if self.suspects.known:
-                args = self.suspects.exchange(args, self.aliases)
-                kwargs = self.suspects.exchange(kwargs, self.aliases)
             if known.sigma is not None:
                 call = before_sigma(self, known, func, args, kwargs)
                 func, args, kwargs = call.function, call.args, call.kwargs
@@ -194,17 +176,13 @@ class Tracer(TorchFunctionMode):
             What it is to return.
         """
         try:
-            if self.trial:
-                self.born.made(known, args, kwargs, out)
             if call is not None:
                 out = after_sigma(self, known, call, out)
             else:
                 out = self._after(known, func, args, kwargs, out)
-            if self.noter is not None:
-                self.noter.call(known, func, args, kwargs, out)
         except Exception as error:
             self.fail(error)
-        if self.stop is not None and not self.trial:
+        if self.stop is not None and not self.learning:
             self.stop.check()
         return out
 
@@ -220,7 +198,7 @@ class Tracer(TorchFunctionMode):
         if isinstance(weight, Tensor) and isinstance(out, Tensor) and seen:
             out = self._layer(known, func, args, kwargs, weight, out)
         else:
-            if self.trial and not self.opaque and _weighted.may_weigh(name):
+            if self.learning and not self.opaque and _weighted.may_weigh(name):
                 # No layer this time; but who waits for layers by this name will see it, too.
                 self.firings.append(Firing(None, self.scope(), func, None))
             tag = carried(name, args, kwargs, out, self.tag)
@@ -276,10 +254,6 @@ class Tracer(TorchFunctionMode):
 
     # -- as a function is seen ----------------------------------------------------------------
 
-    def may_try(self, known: Function, z: Tensor) -> bool:
-        """Whether an in-place σ may run out of place, on probation."""
-        return bool(self.trial) and may_try(known.sigma, z, self.frames, self.aliases, self.born)
-
     def scope(self) -> nn.Module:
         """The module in whose forward a function runs.
 
@@ -287,7 +261,7 @@ class Tracer(TorchFunctionMode):
         tells; its functions are seen all the same, and from the next pass on it has hooks.
         """
         module = self.frames[-1].module
-        if self.trial:  # every module is hooked
+        if self.learning:  # every module is hooked
             return module
         running = running_module(2)
         if running is None or running is module or running not in self.names.by_module:
@@ -311,7 +285,7 @@ class Tracer(TorchFunctionMode):
 
     def spare(self, event: Event) -> None:
         """Outside of units, what no map holds is let go at once: it may be a lot in the end."""
-        if not self.trial and all(f.kind == "plain" for f in self.frames):
+        if not self.learning and all(f.kind == "plain" for f in self.frames):
             self.let_go([event])
 
     # -- modules ------------------------------------------------------------------------------
@@ -319,22 +293,17 @@ class Tracer(TorchFunctionMode):
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
         """A module's forward begins."""
         with torch._C.DisableTorchFunction():  # what we look at ourselves is not the model's doing
-            frame = self._enter(module, args, kwargs)
-            if self.noter is not None:
-                self.noter.enter(frame)
-            return frame
+            return self._enter(module, args, kwargs)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
         frame = Frame(module, args, kwargs, len(self.events))
         frame.firing = len(self.firings)
-        if self.trial:
+        if self.learning:
+            self.moments.append((self.firings.clock(), module))
             parent = self.frames[-1].module if self.frames else None
             given = args[0] if args else None
             self.firings.passes(Firing(module, module, None, parent, given, before=True), given)
         self.frames.append(frame)
-        if self.suspects.known:  # what the module is given, it will read
-            args = self.suspects.exchange(args, self.aliases)
-            kwargs = self.suspects.exchange(kwargs, self.aliases)
         frame.x, frame.key = first_tensor(args, kwargs)
         if transformed(frame.x):
             self.miss(self.names.of(module), TRANSFORMED)
@@ -353,17 +322,15 @@ class Tracer(TorchFunctionMode):
                 self.editor.enter(frame)
         return frame
 
-    def leave(self, module: nn.Module, output: Any, failed: bool = False) -> Any:
+    def leave(self, module: nn.Module, output: Any) -> Any:
         """A module's forward has ended.
 
         Args:
             module: the module.
             output: what it returns.
-            failed: by an exception, and returns nothing.
 
         Returns:
-            The output, with a tensor that an in-place σ would have changed replaced by what it
-            would have become; None where nothing is to be replaced.
+            What it is to return, if something was edited; None for its own.
         """
         frame = None
         while self.frames and (frame is None or frame.module is not module):
@@ -374,16 +341,12 @@ class Tracer(TorchFunctionMode):
         if self.failed:
             return None
         with torch._C.DisableTorchFunction():
-            replaced = self._leave(frame, output)
-            if self.noter is not None:
-                self.noter.leave(frame, output, failed)
-            return replaced
+            return self._leave(frame, output)
 
     def _leave(self, frame: Frame, output: Any) -> Any:
-        module, known = frame.module, self.suspects.known
-        replaced = None
-        if known and any(id(t) in known for t in tensors_in(output)):
-            replaced = output = self.suspects.exchange(output, self.aliases)
+        module, replaced = frame.module, None
+        if self.learning:
+            self.moments.append((self.firings.clock(), None))
         parent = self.frames[-1].module if self.frames else None
         self.firings.passes(Firing(module, module, None, parent, output), output)
         edited = close(self, frame, output)
