@@ -7,7 +7,7 @@ made when somebody reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any
@@ -231,46 +231,48 @@ class Run:
         Returns:
             None where it may not be; what is held of the memory is to be copied then.
         """
-        ours: list[tuple[int, int]] = []
-        if type(x) is Tensor and (self.plan.shares or self.how > 1):
-            ours = self._aliases_of(x)
-        if not self.wants.detach or self.wants.gradients or not is_alone(x, self._others(x, ours)):
+        others = 0
+        looks = type(x) is Tensor and (self.plan.shares or self.how > 1)
+        if looks:
+            others = sum(t is not x for t in self._held_of(x))
+        if not self.wants.detach or self.wants.gradients or not is_alone(x, others):
             return None
-        for index, at in ours:
-            record = list(self.log[index])
-            record[at] = record[at].data
-            record[at + 1] = version_of(record[at])
-            self.log[index] = tuple(record)
+        if looks:
+            self._exchange(x, lambda t: t.data)
         z: Tensor = x.data
         return z
 
     def copied(self, x: Tensor) -> Tensor:
         """A copy of what an in-place σ is about to overwrite; other maps of it are copied, too."""
         if self.plan.shares or self.how > 1:
-            self._copy_all_of(x)
+            self._exchange(x, clone)
         return clone(self._own(x))
 
-    def _aliases_of(self, x: Tensor) -> list[tuple[int, int]]:
-        """Where the log has tensors in the memory of x."""
+    def _held_of(self, x: Tensor) -> list[Tensor]:
+        """What the log has in the memory of x."""
         memory = storage_of(x)
-        return [
-            (index, at)
-            for index, record in enumerate(self.log)
-            for at, t in enumerate(record)
-            if isinstance(t, Tensor) and storage_of(t) == memory
-        ]
+        found = [t for record in self.log for piece in _pieces(record) for t in piece or ()]
+        return [t for t in found if isinstance(t, Tensor) and storage_of(t) == memory]
 
-    def _others(self, x: Any, ours: list[tuple[int, int]]) -> int:
-        """How many of these are not x itself."""
-        return sum(self.log[index][at] is not x for index, at in ours)
+    def _exchange(self, x: Tensor, make: Callable[[Tensor], Tensor]) -> None:
+        """Have the log hold something else of what it has in the memory of x."""
+        memory = storage_of(x)
 
-    def _copy_all_of(self, x: Tensor) -> None:
-        """Copy what is held of the memory of a tensor that is about to be written to."""
-        for index, at in self._aliases_of(x):
-            record = list(self.log[index])
-            record[at] = clone(record[at])
-            record[at + 1] = version_of(record[at])
-            self.log[index] = tuple(record)
+        def exchanged(piece: Any) -> Any:
+            found = list(piece)
+            for at, t in enumerate(piece):
+                if isinstance(t, Tensor) and storage_of(t) == memory:
+                    found[at] = make(t)
+                    found[at + 1] = version_of(found[at])
+            same = all(a is b for a, b in zip(found, piece, strict=True))
+            return piece if same else _Exchanged(found)
+
+        for index, record in enumerate(self.log):
+            if len(record) > 1 and type(record[1]) is list:
+                read = [item if item is None else exchanged(item) for item in record[1]]
+                self.log[index] = (record[0], read)
+            else:
+                self.log[index] = exchanged(record)
 
     def _kept(self, step: Step, z: Tensor) -> Slots:
         """What is stored of z, whose memory nobody else has any more."""
@@ -284,7 +286,7 @@ class Run:
     def _read_before(self, step: Step, x: Tensor) -> Slots:
         """What is stored of x, which the call is about to overwrite."""
         if step.shared:
-            self._copy_all_of(x)
+            self._exchange(x, clone)
         grad, found = self._watched(x), {}
         for emission in step.emissions:
             slot = _slot(emission)
@@ -472,7 +474,8 @@ class Run:
         slots: dict[str, Item] = {}
         if step.between:
             if step.at >= 0:
-                version = record[2] + step.delta if record[2] >= 0 else -1
+                delta = 0 if type(record) is _Exchanged else step.delta
+                version = record[2] + delta if record[2] >= 0 else -1
                 slots["x"] = (self._own(record[1]), version, None, False)
             if step.sink >= 0:
                 result = self.log[step.sink]
@@ -489,6 +492,19 @@ class Run:
         """Let go of every tensor; what holds them still."""
         log, self.log = self.log, []
         return log
+
+
+class _Exchanged(tuple[Any, ...]):
+    """A record whose tensors nobody else writes to."""
+
+    __slots__ = ()
+
+
+def _pieces(record: Any) -> Sequence[Any]:
+    """Where a record of the log has tensors: in itself, or in what was read of each map."""
+    if len(record) > 1 and type(record[1]) is list:
+        return record[1]  # type: ignore[no-any-return]
+    return (record,)
 
 
 def _slot(emission: Emission) -> tuple[str, bool]:

@@ -138,7 +138,7 @@ class Replaying:
         live.run = run
         if wants.graph and live.current.grads and in_function():
             self._misses.add(self._names.of(module), NO_GRAPH)
-        if module in plan.before:
+        if module in plan.before or module in plan.keeping:  # its own call is under way already
             run.pre(module, args, kwargs)
         run.start()
 
