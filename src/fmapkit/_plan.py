@@ -178,7 +178,9 @@ def make_plan(
             and _to_be_left_alone(f.module, called)
         ),
         before=frozenset(
-            s.module for s in read.at if s and s.module and any(e.before for e in s.emissions)
+            s.module
+            for s in read.at
+            if s and s.module and (s.shared or any(e.before for e in s.emissions))
         )
         - keeping,
         keeping=keeping,
@@ -218,7 +220,7 @@ def _claimed_inside(tracer: Tracer, frame: Frame, origin: int) -> bool:
 
 
 def _emits(firing: Firing) -> bool:
-    return any(e.entries for e in firing.events)
+    return any(e.entries for e in firing.events) or _is_shared(firing)
 
 
 def _name(firing: Firing) -> str:
@@ -257,7 +259,7 @@ def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool, start: int
             )
     event0: Event | None = firing.events[0] if firing.events else None
     keeps = any(e.kept for e in firing.events)
-    plain = "".join(sorted({e.slot for e in emissions}))
+    plain = "xy" if keeps else "".join(sorted({e.slot for e in emissions}))
     if (
         plain not in ("xy", "y")
         or firing.module is None
@@ -274,7 +276,7 @@ def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool, start: int
         emissions=tuple(emissions),
         plain=plain,
         keeps=keeps,
-        shared=keeps and _is_shared(firing),
+        shared=_is_shared(firing),
         position=firing.position - start,
     )
 
@@ -424,8 +426,8 @@ def _place(entry: Entry) -> Place | None:
 
 
 def _is_shared(firing: Firing) -> bool:
-    """Whether what a σ got is held as part of another event, too."""
-    return any(e.x_held is not None and e.x_held.shared for e in firing.events)
+    """Whether a σ leaves memory to us that is held as part of another event, too."""
+    return any(e.kept and e.x_held is not None and e.x_held.shared for e in firing.events)
 
 
 _COMPARED = [f.name for f in fields(Plan)]

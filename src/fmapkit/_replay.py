@@ -194,7 +194,7 @@ class Run:
         """A module that overwrites its own input is about to run."""
         later = self.plan.at[len(self.log) :]
         step = next((s for s in later if s is not None and s.module is module), None)
-        if step is None or not any(e.before for e in step.emissions):
+        if step is None or not (step.shared or any(e.before for e in step.emissions)):
             return
         x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
         if isinstance(x, Tensor):
@@ -218,7 +218,7 @@ class Run:
             if z is not None and with_new_memory(x, lambda: function(*its_args, **its_kwargs)):
                 out, before = x, self._kept(step, z)
         if out is None:
-            if x is not None and any(e.before for e in step.emissions):
+            if x is not None and (step.shared or any(e.before for e in step.emissions)):
                 before = self._read_before(step, x)
             out = func(*args, **kwargs)
         self.log.append((None, self._read(step, x, out, x_grad, before)))

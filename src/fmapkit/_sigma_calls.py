@@ -14,6 +14,7 @@ from fmapkit._functions import Function, out_of_place
 from fmapkit._in_place import is_alone, with_new_memory
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow
+from fmapkit._store import storage_of
 from fmapkit._transforms import TRANSFORMED, transformed
 
 if TYPE_CHECKING:
@@ -80,10 +81,12 @@ def _apart(tracer: Tracer, func: Any, args: Any, kwargs: Any, z: Tensor) -> Any:
     if other is None:
         return None
     function, its_args, its_kwargs = other
+    aliases.written.add(storage_of(z))  # where z cannot be given other memory, it will be
 
     def run(*given: Any, **named: Any) -> Any:
         holders = aliases.of(z)
         if with_new_memory(z, lambda: function(*its_args, **its_kwargs)):
+            aliases.forget(z)
             for held in holders:
                 held.own_memory()
             return z

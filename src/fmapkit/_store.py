@@ -389,6 +389,10 @@ class Aliases:
         self._new.append(held)
         return held
 
+    def forget(self, tensor: Tensor) -> None:
+        """A tensor has other memory than it had: what was held of it is not this tensor's."""
+        self._by_id.pop(id(tensor), None)
+
     def holds(self, tensor: Tensor, held: Held) -> bool:
         """Whether that is what is held of the tensor."""
         found = self._by_id.get(id(tensor))

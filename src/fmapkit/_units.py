@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit._form import form_of, weights_of
+from fmapkit._fused import fuses
 from fmapkit._hooks import hooks_on
 from fmapkit._optimized import is_compiled
 from fmapkit._origin import Flow, Weight
@@ -116,6 +117,8 @@ class Units:
     def _own(self, module: nn.Module) -> bool:
         """The same of its own code."""
         if module in self._opened or has_own_forward(module) or is_compiled(module):
+            return False
+        if fuses(module):
             return False
         if type(module).__call__ is not nn.Module.__call__:
             return False
