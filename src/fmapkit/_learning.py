@@ -59,6 +59,7 @@ class Learning:
         self,
         module: nn.Module,
         key: Any,
+        state: int,
         sizes: Sizes,
         args: Any,
         kwargs: Any,
@@ -69,6 +70,7 @@ class Learning:
         Args:
             module: the unit.
             key: the kind of call; None if it can be replayed never.
+            state: that the unit is in.
             sizes: of its inputs.
             args: its positional arguments.
             kwargs: its keyword arguments.
@@ -91,7 +93,8 @@ class Learning:
         frame = tracer.enter(module, args, kwargs)
         frame.position = position
         frame.counts = Counter(tracer.counts)
-        self._live.lesson = Lesson(module, frame, key, sizes, inputs)
+        self._live.lesson = Lesson(module, frame, key, state, sizes, inputs)
+        self._paths.begin_lesson(module)
         self._live.trace_on()
         return frame.replaced
 
@@ -112,15 +115,19 @@ class Learning:
         replaced = tracer.leave(module, None if failed else output)
         tracer.learning -= 1
         self._live.lesson = None
+        items = self._paths.since(frame.position)
+        complete, hopeless = self._paths.end_lesson(items, module)
         self._placing.after_lesson(module)
+        if hopeless:
+            self._open(*hopeless)
         if tracer.edited:  # from the next pass on, only the parts below that need it are traced
-            self._units.open(module)
-            self._placing.scopes_changed()
+            self._open(module)
         elif not failed and tracer.failed is None:
             events = tracer.events[frame.start :]
             _check_held(events)
-            if not self._decides(module, tracer) and not any(map(_sharded, events)):
-                self._keep(lesson, output if replaced is None else replaced, tracer)
+            useful = complete and lesson.key is not None and not hopeless
+            if not self._decides(module, tracer) and useful and not any(map(_sharded, events)):
+                self._keep(lesson, output if replaced is None else replaced, tracer, items)
             tracer.let_go(events)
         return replaced
 
@@ -128,19 +135,27 @@ class Learning:
         """Whether parts of the unit are to be traced in every pass, since they decide by data."""
         deciding = tracer.deciding.intersection(module.modules())
         if deciding:
-            self._units.open(*deciding)
-            self._placing.scopes_changed()
+            self._open(*deciding)
         return bool(deciding)
 
-    def _keep(self, lesson: Lesson, output: Any, tracer: Tracer) -> None:
+    def _open(self, *modules: nn.Module) -> None:
+        """From the next pass on, these are traced in every pass."""
+        self._units.open(*modules)
+        self._placing.scopes_changed()
+
+    def _keep(self, lesson: Lesson, output: Any, tracer: Tracer, items: list[Any]) -> None:
         """Keep the plan of a call, for others that take its path."""
         module, frame = lesson.module, lesson.frame
-        items = self._paths.since(frame.position)
-        if lesson.key is None or not self._paths.is_complete(items, module):
-            return
         arguments = tensors_in(*frame.args, frame.kwargs)
         plan = make_plan(tracer, frame, output, lesson.inputs, arguments)
-        known = self._units.of(module).paths(lesson.key)
+        unit = self._units.of(module)
+        if unit.decided_by_state(items, lesson.key, lesson.state, lesson.sizes):
+            self._open(module, *unit.differing(items, lesson.key, lesson.sizes))
+            return
+        known = unit.paths(lesson.key, unit.state())
+        if known.wavers(items, lesson.sizes):
+            self._open(module, *known.leaves_at(items, lesson.sizes)[1])
+            return
         moments = [(at - frame.position, m) for at, m in tracer.moments]
         self._placing.taps(module, known.learn(items, lesson.sizes, plan, moments))
 

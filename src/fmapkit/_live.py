@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fmapkit._asked import Asked
 from fmapkit._frames import Frame
@@ -24,14 +26,25 @@ from fmapkit._tags import Tags
 from fmapkit._trace import Tracer
 from fmapkit.paths import ControlPaths, Sizes
 
-__all__ = ["MODES", "Lesson", "Live"]
+__all__ = ["MODES", "Lesson", "Live", "someone_watches"]
 
 # A mode's `with` does no more than this, several calls deeper.
 _push: Callable[[Any], None] = torch._C._push_on_torch_function_stack
 _pop: Callable[[], Any] = torch._C._pop_torch_function_stack
 _depth: Callable[[], int] = torch._C._len_torch_function_stack
+_dispatch_depth: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 MODES = (Tracer, LightMode)  # ours, among torch's function modes
+
+
+def someone_watches() -> bool:
+    """Whether a mode of the user's sees every function, or every operator."""
+    if not _depth() and not _dispatch_depth():
+        return False
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]  # type: ignore[no-untyped-call]
+    return not all(
+        isinstance(mode, MODES) or type(mode).__module__.startswith("torch.") for mode in modes
+    )
 
 
 @dataclass(slots=True)
@@ -42,6 +55,7 @@ class Lesson:
         module: the unit.
         frame: of the call.
         key: which kind of call it is; None if it can be replayed never.
+        state: that the unit is in.
         sizes: of its inputs.
         inputs: what its tensors carry.
     """
@@ -49,6 +63,7 @@ class Lesson:
     module: nn.Module
     frame: Frame
     key: Any
+    state: int
     sizes: Sizes
     inputs: list[Any]
 

@@ -18,7 +18,7 @@ from fmapkit._form import casts
 from fmapkit._gradients import NO_GRAPH, in_function
 from fmapkit._keeping import Keeping
 from fmapkit._learning import Learning
-from fmapkit._live import Live
+from fmapkit._live import Live, someone_watches
 from fmapkit._missed import Misses
 from fmapkit._nested import tensors_in
 from fmapkit._origin import Flow
@@ -94,12 +94,15 @@ class Replaying:
         unit = self._units.of(module)
         kind = self._kind(unit, args, kwargs, origins)
         sizes = sizes_of(tensors, args, kwargs)
-        known = unit.known.get(kind)
+        state = unit.state()
+        known = unit.known(kind, state)
         plan = known.plan(sizes) if known is not None else None
+        if someone_watches():  # and sees our looks, too, of which there are more in a traced pass
+            return self._learning.enter(module, None, 0, sizes, args, kwargs, inputs)
         if known is None or plan is None:
-            return self._learning.enter(module, kind, sizes, args, kwargs, inputs)
+            return self._learning.enter(module, kind, state, sizes, args, kwargs, inputs)
         if self._edits and self._edited_inside(plan, inputs):
-            return self._learning.enter(module, None, sizes, args, kwargs, inputs)
+            return self._learning.enter(module, None, 0, sizes, args, kwargs, inputs)
         self._start(module, plan, args, kwargs, inputs)
         self._taking = (known, sizes, self._paths.position)
         return None
@@ -108,7 +111,7 @@ class Replaying:
         """What kind of call it is."""
         modes = (torch.is_grad_enabled(), operators_are_counted(), casts(), *unit.form())
         renamed = self._paths.renamed()
-        return shape_of(args), shape_of(kwargs), origins, modes, unit.state(), renamed
+        return shape_of(args), shape_of(kwargs), origins, modes, renamed
 
     def _start(
         self,
@@ -226,7 +229,7 @@ class Replaying:
         run.stray(run.lost or "it decided otherwise")
         known.lost = True
         run.until, deciding = known.leaves_at(items, sizes)
-        if known.strayed(sizes):  # what decides here is traced from now on
+        if known.strayed(items, sizes):  # what decides here is traced from now on
             self._units.open(run.module, *deciding)
             self._placing.scopes_changed()
         self._misses.add(self._names.of(run.module), OTHER_PATH)

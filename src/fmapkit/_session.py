@@ -373,7 +373,7 @@ class Session:
             self._placing.only_on_model()
             live.enter_compiled(args, kwargs)
             return True
-        self.paths.begin(traced=True)
+        self.paths.begin()
         if not self._units.static(self.model):
             self._placing.on_scopes()
             live.new_tracer().enter_inputs(args, kwargs)
@@ -388,7 +388,7 @@ class Session:
         """
         live, stop, misses = self.live, self._stop, self._misses
         current = live.current
-        self._end_path()
+        self.paths.end()
         if live.tracer is not None:
             self._learning.finish(live.tracer)
             self._moves.clear()
@@ -410,13 +410,6 @@ class Session:
         if misses.entries and not misses.warned:
             misses.warn_in_forward()
 
-    def _end_path(self) -> None:
-        """Record no more; what ran and could not record is traced in every pass."""
-        hopeless = self.paths.end()
-        if hopeless:
-            self._units.open(*hopeless)
-            self._placing.scopes_changed()
-
     def _name_unpicked(self, current: Pass) -> None:
         named = {entry.layer for entry in self.missed}
         for layer in self.wants.without_maps({e.origin.name for e in current.entries()} | named):
@@ -429,7 +422,7 @@ class Session:
             live.run.finish()
             if live.current is not None:  # what was captured so far stays readable
                 live.current.segments.append(live.run)
-        self._end_path()
+        self.paths.end()
         self._learning.drop()
         self._moves.clear()
         current = live.current

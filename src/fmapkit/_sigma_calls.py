@@ -87,6 +87,7 @@ def _apart(tracer: Tracer, func: Any, args: Any, kwargs: Any, z: Tensor) -> Any:
         holders = aliases.of(z)
         if with_new_memory(z, lambda: function(*its_args, **its_kwargs)):
             aliases.forget(z)
+            aliases.written.add(storage_of(z))
             for held in holders:
                 held.own_memory()
             return z

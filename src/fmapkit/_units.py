@@ -8,6 +8,7 @@ modules, dtypes of weights, modes. Each kind has paths of its own, and a plan fo
 
 from __future__ import annotations
 
+import functools
 import operator
 import types
 from collections.abc import Callable
@@ -31,61 +32,123 @@ __all__ = ["Unit", "Units", "carried", "shape_of", "sizes_of"]
 
 
 _MOST_KINDS = 64
-# How many calls of a unit may take a new path before those of its parts that differ are traced.
-_MOST_DEPARTURES = 2
+_MOST_STATES = 4  # in which a kind of call is known while it is not clear which attributes decide
 _TOLD = frozenset({bool, str, type(None), torch.dtype, torch.device})
-_PLAIN = (bool, int, float, str, type(None), tuple, torch.dtype, types.FunctionType, type)
+_PLAIN = frozenset(
+    {
+        *(bool, int, float, str, type(None), tuple, torch.dtype, torch.device, type),
+        *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
+    }
+)
 
 
 class Unit:
     """One unit.
 
     Attributes:
-        known: the paths of each kind of call.
         form: tells dtype and layout of its weights.
     """
 
-    __slots__ = ("_looked_at", "_states", "_values", "form", "known")
+    __slots__ = ("_known", "_looked_at", "_modules", "_states", "_values", "form")
 
     def __init__(self, module: nn.Module) -> None:
-        self.known: dict[Any, KnownPaths[Plan]] = {}
+        self._known: dict[tuple[Any, int], KnownPaths[Plan]] = {}
         self.form = weights_of(module)
-        self._looked_at = [
-            (operator.itemgetter(*names), m.__dict__)
-            for m in module.modules()
-            if (names := _plain_attributes(m))
-        ]
-        self._values = [get(there) for get, there in self._looked_at]
+        self._modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._look_at({id(m): _plain_attributes(m) for m in self._modules})
+
+    def _look_at(self, names: dict[int, list[str]]) -> None:
+        """Compare these attributes of each module, told by its id, before each call."""
+        places = [(names[id(m)], m.__dict__) for m in self._modules if names[id(m)]]
+        self._looked_at = [(operator.itemgetter(*keys), there, keys) for keys, there in places]
+        self._values = [get(there) for get, there, _ in self._looked_at]
         self._states: list[list[Any]] = [self._values]
 
-    def paths(self, kind: Any) -> KnownPaths[Plan]:
-        """Those of a kind of call."""
-        found = self.known.get(kind)
-        if found is None:
-            if len(self.known) >= _MOST_KINDS:
-                self.known.clear()
-            found = self.known[kind] = KnownPaths(alike)
-        return found
-
     def state(self) -> int:
-        """Which of the states it has been in: attributes that torch's own code decides by."""
+        """Which of the states it has been in: plain attributes of its modules.
+
+        Torch's own code may decide by them, and it does not record. All other code does; but where
+        an attribute is another one than before, it is better to know that beforehand.
+        """
         try:
-            now = [get(there) for get, there in self._looked_at]
+            now = [get(there) for get, there, _ in self._looked_at]
         except KeyError:  # one was deleted
-            return -1
+            self._known.clear()
+            self._look_at({id(m): _plain_attributes(m) for m in self._modules})
+            return 0
         if now == self._values:
             return 0
         if now not in self._states:
+            if len(self._states) >= _MOST_KINDS:
+                del self._states[1:]
+                self._known = {key: paths for key, paths in self._known.items() if not key[1]}
             self._states.append(now)
         return self._states.index(now)
 
+    def known(self, kind: Any, state: int) -> KnownPaths[Plan] | None:
+        """The paths of a kind of call; None if there was none yet."""
+        return self._known.get((kind, state))
+
+    def paths(self, kind: Any, state: int) -> KnownPaths[Plan]:
+        """The same, made if there are none."""
+        found = self._known.get((kind, state))
+        if found is None:
+            if len(self._known) >= _MOST_KINDS:
+                self._known.clear()
+            found = self._known[kind, state] = KnownPaths(alike)
+        return found
+
+    def decided_by_state(self, items: list[Any], kind: Any, state: int, sizes: Sizes) -> bool:
+        """Attributes change from call to call, and the path with them: who takes it is to be traced.
+
+        Attributes that change while the path does not are not compared from now on.
+
+        Args:
+            items: of the path of a call that was traced.
+            kind: of the call.
+            state: in which it was.
+            sizes: of its inputs.
+        """
+        others = {s: p for (k, s), p in self._known.items() if k == kind and s != state}
+        same = [s for s, paths in others.items() if paths.has(items, sizes)]
+        if len(same) < len(others):
+            return len(others) >= _MOST_STATES
+        if same:
+            self._look_less(self._states[same[0]], self._states[state])
+        return False
+
+    def _look_less(self, before: list[Any], now: list[Any]) -> None:
+        """Compare no more what differs, but for attributes that torch's own code may decide by."""
+        names: dict[int, list[str]] = {id(m): [] for m in self._modules}
+        owners = {id(m.__dict__): m for m in self._modules}
+        for (_, there, keys), old, new in zip(self._looked_at, before, now, strict=True):
+            module = owners[id(there)]
+            pairs = zip(keys, old, new, strict=True) if len(keys) > 1 else [(keys[0], old, new)]
+            names[id(module)] = [k for k, a, b in pairs if a == b or _is_torchs(module)]
+        self._known.clear()
+        self._look_at(names)
+
+    def differing(self, items: list[Any], kind: Any, sizes: Sizes) -> tuple[Any, ...]:
+        """The modules that were deciding where a path differs from others."""
+        found: dict[Any, None] = {}
+        for (other, _), paths in self._known.items():
+            if other == kind:
+                found.update(dict.fromkeys(paths.leaves_at(items, sizes)[1]))
+        return tuple(found)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    forward = type(module).forward
+    return type(forward) is types.FunctionType and forward.__module__.startswith("torch.")
+
+
+# What every module has, whatever its class.
+_COMMON = frozenset(nn.Module().__dict__) - {"training"}
+
 
 def _plain_attributes(module: nn.Module) -> list[str]:
-    """What a module has that torch's own code may decide by; other code tells what it reads."""
-    home = getattr(type(module).forward, "__module__", None) or ""
-    if not home.startswith("torch."):
-        return []
-    return [k for k, v in module.__dict__.items() if k[:1] != "_" and isinstance(v, _PLAIN)]
+    """What code may decide by, of a kind that can be compared."""
+    return [k for k, v in module.__dict__.items() if k not in _COMMON and type(v) in _PLAIN]
 
 
 class Units:

@@ -29,7 +29,7 @@ __all__ = ["ControlPaths", "KnownPaths", "Sizes"]
 
 # Paths, told by the hash of their items, in which every function that ran has recorded.
 _complete: set[int] = set()
-_surveyed: set[type] = set()  # classes of models of which there is one
+_surveyed: set[type] = set()  # classes of modules of which there is one
 
 
 class ControlPaths:
@@ -52,62 +52,88 @@ class ControlPaths:
         self._running = running
         self._sink: recorders.Sink | None = None
         self._survey: Survey | None = None
-        self._cold = type(model) not in _surveyed
         self._tried: set[types.CodeType] = set()
+        self._doubted: set[nn.Module] = set()
+        self.twins = Twins()
         self.refresh()
 
     def refresh(self) -> None:
         """The model has other modules than it had."""
         self._modules = set(self._model.modules())
-        if hasattr(self, "twins"):
-            self.twins.clear()
+        self.twins.clear()
         self.twins = Twins(FixedAttributes(self._modules))
+        self._doubted.clear()
         self._ready = False
 
     # -- a pass -------------------------------------------------------------------------------
 
-    def begin(self, traced: bool) -> None:
-        """A pass begins: record.
-
-        Args:
-            traced: some of it will be traced, and may become known.
-        """
+    def begin(self) -> None:
+        """A pass begins: record."""
         if not self._ready:
             self._ready = True
             for kind in {type(m) for m in self._modules}:
                 self._set_class(kind)
         self._sink = recorders.start(self._place_of, self._modules)
-        if traced and self._cold:
+
+    def _set_class(self, kind: type) -> None:
+        """Have the forward of a class record."""
+        forward = getattr(kind, "forward", None)
+        if type(forward) is types.FunctionType and not is_trusted(forward.__code__):
+            self.twins.exchange(forward)
+
+    def end(self) -> None:
+        """The pass has ended."""
+        self._end_survey()
+        if self._sink is not None:
+            self._sink = None
+            recorders.stop()
+
+    # -- a call that is traced ----------------------------------------------------------------
+
+    def begin_lesson(self, module: nn.Module) -> None:
+        """A call of a module is traced, to know its path.
+
+        Where such a path was complete in another capture, it is taken to be complete now, and its
+        items tell in the end whether that was right: to look at each function costs time.
+        """
+        known = type(module) in _surveyed and module not in self._doubted
+        self._doubted.add(module)
+        if not known:
             self._survey = Survey(lambda: tuple(self._running()))
             self._survey.start()
 
-    def _set_class(self, kind: type) -> None:
-        """Have the forward of a class record, and what was seen to run in its place."""
-        forward = kind.forward
-        if isinstance(forward, types.FunctionType) and not is_trusted(forward.__code__):
-            self.twins.set(forward)
+    def end_lesson(self, items: list[Any], module: nn.Module) -> tuple[bool, set[nn.Module]]:
+        """The call has ended.
 
-    def end(self) -> set[nn.Module]:
-        """The pass has ended.
+        Args:
+            items: its path.
+            module: that was called.
 
         Returns:
-            Modules in which code ran that cannot record: these are to be traced in every pass.
+            Whether every function that ran has recorded; and the modules in which code ran that
+            cannot record, which are to be traced in every pass.
         """
-        if self._sink is None:
-            return set()
-        self._sink = None
-        recorders.stop()
-        survey, self._survey = self._survey, None
+        told = hash(tuple(map(_lasting, items)))
+        survey = self._end_survey()
         if survey is None:
-            return set()
-        survey.stop()
+            return told in _complete, set()
         hopeless: set[nn.Module] = set()
         for code, (_, who) in survey.found.items():
             if code in self._tried:
                 hopeless.update(m for modules in who for m in modules)
         self._tried.update(survey.found)
-        self.twins.set_all(survey.found)
-        return hopeless
+        self.twins.exchange_all(survey.found)
+        if survey.complete and not survey.found:
+            _complete.add(told)
+            _surveyed.add(type(module))
+            return True, set()
+        return False, hopeless
+
+    def _end_survey(self) -> Survey | None:
+        survey, self._survey = self._survey, None
+        if survey is not None:
+            survey.stop()
+        return survey
 
     def renamed(self) -> bool:
         """Whether a name in one of torch's modules stands for something else than it did."""
@@ -121,27 +147,6 @@ class ControlPaths:
     def since(self, position: int) -> list[Any]:
         """The decisions from a position on."""
         return self._sink.items[position:] if self._sink is not None else []
-
-    def is_complete(self, items: list[Any], module: nn.Module) -> bool:
-        """Whether every function that ran in a call of a module has recorded.
-
-        Args:
-            items: the path of the call, which has just ended.
-            module: that was called.
-        """
-        told = hash(tuple(map(_lasting, items)))
-        if self._survey is None:
-            self._cold = self._cold or told not in _complete
-            return told in _complete
-        if not self._survey.complete:
-            return False
-        if any(module in modules for _, who in self._survey.found.values() for modules in who):
-            return False
-        _complete.add(told)
-        if module is self._model:
-            _surveyed.add(type(module))
-            self._cold = False
-        return True
 
     def clear(self) -> None:
         """The block has ended: every function has its own code again."""

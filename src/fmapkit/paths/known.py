@@ -124,13 +124,14 @@ class KnownPaths(Generic[_Plan]):
         lost: the latest call took a path that nobody has seen: the next one is to be traced.
     """
 
-    __slots__ = ("_alike", "_paths", "_strays", "_unruly", "lost")
+    __slots__ = ("_alike", "_astray", "_paths", "_strays", "_unruly", "lost")
 
     def __init__(self, alike: Callable[[_Plan, _Plan], bool]) -> None:
         self._alike = alike
         self._paths: list[_Path[_Plan]] = []
         self._unruly = False  # numbers have followed no rule: each size is traced
         self._strays = 0
+        self._astray: tuple[list[Any], Sizes] | None = None  # the latest call that left its path
         self.lost = False
 
     def plan(self, sizes: Sizes) -> _Plan | None:
@@ -159,6 +160,15 @@ class KnownPaths(Generic[_Plan]):
         self.lost = True
         return False
 
+    def has(self, items: list[Any], sizes: Sizes) -> bool:
+        """Whether a call on such inputs took this very path."""
+        return any(path.by_sizes.get(sizes) == items for path in self._paths)
+
+    def wavers(self, items: list[Any], sizes: Sizes) -> bool:
+        """Whether a traced call, after one that left its path, took a third one."""
+        astray, self._astray = self._astray, None
+        return astray is not None and astray[1] == sizes and astray[0] != items
+
     def leaves_at(self, items: list[Any], sizes: Sizes) -> tuple[int, tuple[Any, ...]]:
         """Where a call has left its path: after so many items, and who was deciding there."""
         path = self._path_before(sizes)
@@ -177,12 +187,13 @@ class KnownPaths(Generic[_Plan]):
         exact = (p for p in self._paths if sizes in p.by_sizes)
         return next(exact, None) or next((p for p in self._paths if p.general), None)
 
-    def strayed(self, sizes: Sizes) -> bool:
+    def strayed(self, items: list[Any], sizes: Sizes) -> bool:
         """A call has left its path: whether it is in the module's nature to do so.
 
         Code that does something once only, as to fill a cache, does it in the first calls.
         """
         self._strays += 1
+        self._astray = items, sizes
         path = self._path_before(sizes)
         return self._strays > 1 or (path is not None and path.seen)
 

@@ -98,7 +98,7 @@ class Twins:
         self._mine: dict[types.FunctionType, None] = {}
         self.watched: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
 
-    def set(self, function: types.FunctionType) -> bool:
+    def exchange(self, function: types.FunctionType) -> bool:
         """Have a function run its twin; False if it has none."""
         if function in self._mine:
             return True
@@ -123,28 +123,16 @@ class Twins:
     def set_known(self, code: types.CodeType) -> None:
         """Have the functions run their twins that are known to run a piece of code."""
         for function in tuple(_functions.get(code, ())):
-            self.set(function)
+            self.exchange(function)
 
-    def set_all(self, codes: Iterable[types.CodeType]) -> set[types.CodeType]:
-        """The same for whatever functions there are that run some code.
-
-        Returns:
-            Code for which that cannot be done.
-        """
-        wanted = set(codes)
-        failed = set(wanted)
-        for function in functions_of(wanted):
-            original = function.__code__
-            if self.set(function):
-                failed.discard(original)
-        return failed
+    def exchange_all(self, codes: Iterable[types.CodeType]) -> None:
+        """The same for whatever functions there are that run some code."""
+        for function in list(functions_of(set(codes))):
+            self.exchange(function)
 
     def renamed(self) -> bool:
         """Whether a name in one of torch's modules stands for something else than it did."""
-        for space, name, what in self.watched.values():
-            if space.get(name) is not what:
-                return True
-        return False
+        return any(space.get(name) is not what for space, name, what in self.watched.values())
 
     def loads(self, codes: Iterable[types.CodeType]) -> set[str]:
         """The names that some code reads."""
