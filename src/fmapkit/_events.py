@@ -38,7 +38,7 @@ class Event:
             "scope",
         ),
         *("sigma", "x", "x_held", "y", "y_held", "in_place", "firing", "graph"),
-        *("delta", "kept", "sink", "source"),
+        *("delta", "kept", "shared", "sink", "source"),
     )
 
     def __init__(self, kind: str, scope: nn.Module, function: Any = None) -> None:
@@ -56,6 +56,7 @@ class Event:
         self.x_held: Held | None = None
         self.y_held: Held | None = None
         self.kept = False  # it is in place, and z kept its memory
+        self.shared = False  # in which other maps lie, too
         self.in_place = False
         self.graph = False  # its result is part of an autograd graph
         self.firing: Firing | None = None

@@ -141,6 +141,7 @@ def make_plan(
     returned = [(path, tracer.tag(t)) for path, t in leaves(output)]
     escaping = {id(t.origin) for _, t in returned if isinstance(t, Flow)}
     firings = tracer.firings[frame.firing :]
+    _mark_shared(tracer.events[frame.start :])
     stored = bool(tracer.wants.retention)
     made = _Made(lambda firing: _step(firing, ref, escaping, stored, frame.position))
     read = _Reading(firings, made, frame.module)
@@ -425,9 +426,20 @@ def _place(entry: Entry) -> Place | None:
     return Wants.place(entry.axes, entry.picked)
 
 
+def _mark_shared(events: Sequence[Event]) -> None:
+    """Note of each σ that leaves memory to us whether other maps lie in it, too."""
+    holders: dict[int, set[int]] = {}
+    for number, event in enumerate(events):
+        for _, entry in event.entries:
+            if entry.held is not None and entry.held.tensor is not None:
+                holders.setdefault(_storage(entry.held.tensor), set()).add(number)
+    for number, event in enumerate(events):
+        z = event.x_held.tensor if event.kept and event.x_held is not None else None
+        event.shared = z is not None and bool(holders.get(_storage(z), set()) - {number})
+
+
 def _is_shared(firing: Firing) -> bool:
-    """Whether a σ leaves memory to us that is held as part of another event, too."""
-    return any(e.kept and e.x_held is not None and e.x_held.shared for e in firing.events)
+    return any(e.shared for e in firing.events)
 
 
 _COMPARED = [f.name for f in fields(Plan)]

@@ -48,7 +48,7 @@ def versions_of(tensors: list[Tensor]) -> list[int]:
 class Held:
     """One tensor in memory; several maps may share it."""
 
-    __slots__ = ("arrival", "copied", "doomed", "gradient", "lost", "shared", "tensor", "version", "wanted")
+    __slots__ = ("arrival", "copied", "doomed", "gradient", "lost", "tensor", "version", "wanted")
 
     def __init__(
         self,
@@ -65,7 +65,6 @@ class Held:
         self.lost = False  # overwritten before it could be copied
         self.doomed = False  # spared this once; a later pass has to copy it
         self.wanted = False  # some map holds it; else it is held for the tracer's own sake
-        self.shared = False  # it was held already when it was held again
 
     @classmethod
     def reference(cls, tensor: Tensor, detach: bool = True, gradients: bool = False) -> Held:
@@ -381,7 +380,6 @@ class Aliases:
                     if self.gradients and held.gradient is None:
                         # What a torch.autograd.Function returned is in the graph only now.
                         held.gradient = watch(tensor)
-                    held.shared = held.wanted
                     return held
         kind = Held.copy if self._lent(tensor) else Held.reference
         held = kind(tensor, self.detach, self.gradients)
