@@ -21,8 +21,6 @@ _users_of: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count",
 _function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _strided = torch.strided
-# Where tensors have memory of their own that they can be given anew.
-_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 
 
 def is_alone(z: Any, ours: int = 0) -> bool:
@@ -36,7 +34,7 @@ def is_alone(z: Any, ours: int = 0) -> bool:
         return False
     if _function_modes() or _dispatch_modes() or _users_of is None:  # they see what runs
         return False
-    if z.is_complex() or z.is_quantized or z.device.type not in _DEVICES:
+    if not (z.is_cpu or z.is_cuda or z.is_mps) or z.is_quantized or z.is_complex():
         return False
     storage = z.untyped_storage()
     # The handle just made is one of the users. NumPy's memory, say, is not resizable.
