@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fmapkit._nested import modules_in
+
 __all__ = ["autocasting", "casts", "form_of", "ones", "weights_of"]
 
 _DEVICES = ("cpu", "cuda")
@@ -66,7 +68,7 @@ def weights_of(module: nn.Module) -> Callable[[], Any]:
     """
     places = [
         (owner._parameters, name)
-        for owner in module.modules()
+        for owner in modules_in(module)
         if not isinstance(owner, torch.jit.ScriptModule)  # what it runs nobody sees
         for name, weight in owner._parameters.items()
         if weight is not None and weight.is_floating_point()

@@ -176,6 +176,46 @@ class Off:
                         hooks.move_to_end(key)
 
 
+class Pair:
+    """A pre and a post hook, the same on all modules that have them; the latter runs always.
+
+    It sets what `register_forward_pre_hook` and `register_forward_hook` set, under one key for
+    each: to make two handles for every module takes longer than a small module's call.
+    """
+
+    __slots__ = ("_post", "_pre")
+
+    def __init__(self, pre: Callable[..., Any], post: Callable[..., Any], owner: object) -> None:
+        # Torch counts what it hands out, for all modules together: these are nobody else's.
+        self._pre = RemovableHandle(OrderedDict()).id, Hook(pre, owner)
+        self._post = RemovableHandle(OrderedDict()).id, Hook(post, owner)
+
+    def set_on(self, module: nn.Module) -> None:
+        """Both come last among the module's hooks."""
+        key, hook = self._pre
+        module._forward_pre_hooks[key] = hook
+        module._forward_pre_hooks_with_kwargs[key] = True
+        key, hook = self._post
+        module._forward_hooks[key] = hook
+        module._forward_hooks_with_kwargs[key] = True
+        module._forward_hooks_always_called[key] = True
+
+    def remove_from(self, module: nn.Module) -> None:
+        """Take them off."""
+        key = self._pre[0]
+        module._forward_pre_hooks.pop(key, None)
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+        key = self._post[0]
+        module._forward_hooks.pop(key, None)
+        module._forward_hooks_with_kwargs.pop(key, None)
+        module._forward_hooks_always_called.pop(key, None)
+
+    def disarm(self) -> None:
+        """No module has them any more."""
+        self._pre[1].disarm()
+        self._post[1].disarm()
+
+
 class Hooks:
     """The hooks of one session, by role and module.
 
@@ -187,6 +227,8 @@ class Hooks:
     def __init__(self, owner: object) -> None:
         self.owner = owner
         self._handles: dict[tuple[str, nn.Module], list[tuple[Hook, Handle]]] = {}
+        self._pair: Pair | None = None  # the one that is around modules,
+        self._around: dict[nn.Module, None] = {}  # and these
         self.excluded: set[nn.Module] = set()
 
     def is_ours(self, hook: Any) -> bool:
@@ -194,17 +236,21 @@ class Hooks:
         return isinstance(hook, Hook) and hook.owner is self.owner
 
     def around(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
-        """A pre and a post hook; the post hook also runs when forward raises an `Exception`."""
+        """A pre and a post hook; the post hook also runs when forward raises an `Exception`.
+
+        They are the same on all modules, and each time.
+        """
+        pair = self._pair
+        if pair is None:
+            pair = self._pair = Pair(pre, post, self.owner)
         for module in modules:
-            if ("around", module) in self._handles or self._unhookable(module):
+            if module in self._around or self._unhookable(module):
                 continue
-            self._remove(("after", module))
-            self._remove(("before", module))
-            first, last = Hook(pre, self.owner), Hook(post, self.owner)
-            self._handles["around", module] = [
-                (first, module.register_forward_pre_hook(first, with_kwargs=True)),
-                (last, module.register_forward_hook(last, with_kwargs=True, always_call=True)),
-            ]
+            if self._handles:
+                self._remove(("after", module))
+                self._remove(("before", module))
+            self._around[module] = None
+            pair.set_on(module)
 
     def outside(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
         """A pair that comes before the pre and the post hooks of others: what they were given."""
@@ -234,7 +280,7 @@ class Hooks:
         return replaced
 
     def _plain(self, role: str, module: nn.Module, hook: Hook) -> bool:
-        if ("around", module) in self._handles or self._unhookable(module):
+        if module in self._around or self._unhookable(module):
             return False
         before = self._handles.get((role, module))
         if before is not None and type(before[0][0]) is type(hook):
@@ -246,11 +292,11 @@ class Hooks:
 
     def modules(self) -> set[nn.Module]:
         """The modules with any hook of ours."""
-        return {module for _, module in self._handles}
+        return {*self._around, *(module for _, module in self._handles)}
 
     def is_around(self, module: nn.Module) -> bool:
         """Whether a module has a pair of ours."""
-        return ("around", module) in self._handles
+        return module in self._around
 
     def alone_on(self, module: nn.Module) -> bool:
         """Whether nobody else has hooks on a module, or on all of them."""
@@ -288,10 +334,23 @@ class Hooks:
     ) -> None:
         """Remove the hooks of a role (or all): of all modules but some, or of some only."""
         kept = set(keep)
-        if only is not None:
-            keys = [(role, m) for m in only if role is not None and (role, m) in self._handles]
-        else:
-            keys = [k for k in self._handles if role is None or k[0] == role]
-        for key in keys:
-            if key[1] not in kept:
-                self._remove(key)
+        if role in (None, "around"):
+            self._drop_around(kept, only)
+        if role != "around":
+            modules = None if only is None else set(only)
+            for key in list(self._handles):
+                if role in (None, key[0]) and key[1] not in kept:
+                    if modules is None or key[1] in modules:
+                        self._remove(key)
+
+    def _drop_around(self, kept: set[nn.Module], only: Iterable[nn.Module] | None) -> None:
+        pair = self._pair
+        if pair is None:
+            return
+        for module in list(self._around) if only is None else only:
+            if module in self._around and module not in kept:
+                del self._around[module]
+                pair.remove_from(module)
+        if not self._around:
+            pair.disarm()
+            self._pair = None

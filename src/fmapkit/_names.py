@@ -6,7 +6,7 @@ The names are those of the plain model: a module that only carries another one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,7 +56,9 @@ class Names:
         self.wrappers.clear()
         self._flat.clear()
         self.lent = False
-        for name, module in _walk(self.model, ""):
+        places: list[tuple[str, nn.Module]] = []
+        _walk(self.model, "", places)
+        for name, module in places:
             self.by_name[name] = module  # of a wrapper, what it carries: that comes after it
             if module in self.by_module:
                 continue
@@ -213,11 +215,13 @@ class Names:
         return self.by_name.get(name.rpartition(".")[0])
 
 
-def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def _walk(module: nn.Module, prefix: str, places: list[tuple[str, nn.Module]]) -> None:
     """`named_modules`, a module at each of its places, without the level of a wrapper."""
-    yield prefix, module
-    inner = inner_key(module)
-    for key, child in module._modules.items():
-        if child is not None:
-            place = key if not prefix else f"{prefix}.{key}"
-            yield from _walk(child, prefix if key == inner else place)
+    places.append((prefix, module))
+    children = module._modules
+    if children:
+        inner = inner_key(module)
+        for key, child in children.items():
+            if child is not None:
+                place = key if not prefix else f"{prefix}.{key}"
+                _walk(child, prefix if key == inner else place, places)

@@ -1,12 +1,12 @@
-"""Tensors in nested arguments and outputs."""
+"""Tensors in nested arguments and outputs, and modules in modules."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["leaves", "tensors_in"]
+__all__ = ["leaves", "modules_in", "tensors_in"]
 
 
 def tensors_in(*values: Any) -> list[Tensor]:
@@ -21,6 +21,23 @@ def tensors_in(*values: Any) -> list[Tensor]:
         elif isinstance(value, dict) and value:
             found += tensors_in(*value.values())
     return found
+
+
+def modules_in(module: nn.Module) -> list[nn.Module]:
+    """What `module.modules()` gives: itself and all in it, each once, outermost first.
+
+    That is a generator for each level, each of which hands on what those below it give.
+    """
+    found: dict[nn.Module, None] = {}
+    _collect(module, found)
+    return list(found)
+
+
+def _collect(module: nn.Module, found: dict[nn.Module, None]) -> None:
+    found[module] = None
+    for child in module._modules.values():
+        if child is not None and child not in found:
+            _collect(child, found)
 
 
 def leaves(value: Any, path: str = "") -> list[tuple[str, Tensor]]:

@@ -20,6 +20,7 @@ from fmapkit._fused import without_fused_path
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
 from fmapkit._hooks import Hook, Hooks
 from fmapkit._moves import Moves
+from fmapkit._nested import modules_in
 from fmapkit._plan import Plan
 from fmapkit._sharded import moves_data
 from fmapkit._standing import free, lock
@@ -127,8 +128,8 @@ class Placing:
         self._bare.clear()
         inside: set[nn.Module] = set()
         for unit in self._units.direct:
-            inside.update(m for m in unit.modules() if m is not unit)
-        wanted = [m for m in self._model.modules() if m not in inside or m in self._units.direct]
+            inside.update(m for m in modules_in(unit) if m is not unit)
+        wanted = [m for m in modules_in(self._model) if m not in inside or m in self._units.direct]
         self._hooks.around(wanted, self._calls.pre, self._calls.post)
         moving = [
             m
@@ -198,11 +199,11 @@ class Placing:
 
     def in_lesson(self, unit: nn.Module) -> None:
         """On every module in a unit, while it is learned."""
-        self._hooks.around(unit.modules(), self._calls.pre, self._calls.post)
+        self._hooks.around(modules_in(unit), self._calls.pre, self._calls.post)
 
     def after_lesson(self, unit: nn.Module) -> None:
         """Inside the unit, no hooks but taps from here on."""
-        self._hooks.drop("around", only=[m for m in unit.modules() if m not in self._units.direct])
+        self._hooks.drop("around", only=[m for m in modules_in(unit) if m not in self._units.direct])
 
     def taps(self, unit: nn.Module, plan: Plan) -> None:
         """The taps of a plan, each of the cheapest kind that will do."""

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fmapkit import layers, nonlinearities
 from fmapkit._hooks import Hooks
+from fmapkit._nested import modules_in
 from fmapkit._optimized import compiled_call, ever_compiled
 from fmapkit._stop import has_own_forward
 
@@ -27,7 +28,7 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, hooks: Hooks) -> None:
-        modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        modules = [m for m in modules_in(model) if not isinstance(m, torch.jit.ScriptModule)]
         self._hooks = hooks
         self._registered = (layers.version, nonlinearities.version)
         self._parents = [m._modules for m in modules if m._modules or not _leaf(m)]
@@ -45,15 +46,15 @@ class Watch:
 
     def _foreign(self) -> list[int]:
         """How many hooks of others each module has, and all modules together."""
-        everywhere = len(_global_forward_pre_hooks) + len(_global_forward_hooks)
-        of_each = (
-            sum(
-                not self._hooks.is_ours(hook)
-                for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())
-            )
-            for m in self._watched
-        )
-        return [everywhere, *of_each]
+        found = [len(_global_forward_pre_hooks) + len(_global_forward_hooks)]
+        is_ours = self._hooks.is_ours
+        for module in self._watched:
+            count = 0
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for hook in hooks.values():
+                    count += not is_ours(hook)
+            found.append(count)
+        return found
 
     def _compiled_calls(self) -> list[object]:
         """What `module.compile()` has set; nothing where torch.compile was never used."""
