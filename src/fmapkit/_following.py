@@ -146,7 +146,7 @@ class Follower:
             return self._otherwise(func, args, kwargs)
         out = func(*args, **kwargs)
         for frame in self._watched:
-            frame.step(known.name, args, kwargs, out, self._tag)
+            frame.step(known.name, tensors_in(*args, kwargs), out, self._tag)
         return out
 
     def _follow(self, steps: list[Step], varied: bool, func: Any, args: Any, kwargs: Any) -> Any:
@@ -265,7 +265,8 @@ class Follower:
 
     def _carries(self, step: Step, args: Any, kwargs: Any, out: Any) -> bool:
         """Whether a call with other numbers results in the same."""
-        tags = carried(step.known.name, args, kwargs, out, self._tag)
+        operands = tensors_in(*args, kwargs)
+        tags = carried(step.known.name, operands, args, kwargs, out, self._tag)
         return _same(tags, step.results)
 
     # -- modules ------------------------------------------------------------------------------

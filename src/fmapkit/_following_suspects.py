@@ -72,10 +72,10 @@ class FollowedSuspects:
             if inner.kind == "sigma" and z is inner.x:
                 inner.a = out
             for frame in self.frames:
-                frame.step(known.name, (z,), {}, out, tag, nonlinear=True)
+                frame.step(known.name, [z], out, tag, nonlinear=True)
         else:
             for frame in self.frames:
-                frame.step(known.name, args, kwargs, out, tag)
+                frame.step(known.name, tensors_in(*args, kwargs), out, tag)
         if event is not None and isinstance(out, Tensor):
             event.y = out if event.x is not None else None
             event.y_held = self._tracer.aliases.reference(out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,11 +63,16 @@ class Frame:
         return frame
 
     def step(
-        self, name: str, args: Any, kwargs: Any, out: Any, tag: Lookup, nonlinear: bool = False
+        self,
+        name: str,
+        operands: Sequence[Tensor],
+        out: Any,
+        tag: Lookup,
+        nonlinear: bool = False,
     ) -> None:
         """A function has run inside: follow what depends on the input, linearly or not."""
         if self.degrees is not None:
-            self.degrees.step(name, args, kwargs, out, tag, nonlinear)
+            self.degrees.step(name, operands, out, tag, nonlinear)
 
     def take(self, x: Tensor) -> None:
         """Another tensor came in."""

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["leaves", "modules_in", "tensors_in"]
 
 
+# What most arguments are: `isinstance(value, Tensor)` asks a metaclass of all that is not a Tensor.
+_TENSORS = frozenset({Tensor, nn.Parameter})
+_OTHERS = frozenset(
+    {type(None), bool, int, float, str, slice, torch.Size, torch.dtype, torch.device}
+)
+
+
 def tensors_in(*values: Any) -> list[Tensor]:
     """Every tensor in nested tuples, lists and dicts, in order."""
     found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (tuple, list)):
-            if value:
-                found += tensors_in(*value)
-        elif isinstance(value, dict) and value:
-            found += tensors_in(*value.values())
+    _gather(values, found)
     return found
+
+
+def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
+    for value in values:
+        kind = type(value)
+        if kind in _TENSORS:
+            found.append(value)
+        elif kind in _OTHERS:
+            continue
+        elif isinstance(value, (tuple, list)):
+            _gather(value, found)
+        elif isinstance(value, dict):
+            _gather(value.values(), found)
+        elif isinstance(value, Tensor):
+            found.append(value)
 
 
 def modules_in(module: nn.Module) -> list[nn.Module]:

@@ -73,7 +73,7 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
     frame = tracer.frames[-1]
     z, a = call.z, out
     flow = call.tag if isinstance(call.tag, Flow) else STOP
-    tracer.follow(known.name, (z,), {}, out, nonlinear=True)
+    tracer.follow(known.name, [z], out, nonlinear=True)
     axes = sigma_axes(flow.axes, z, a)
     tracer.set_tag(out, past_sigma(call.tag, z, a))
     if call.flip:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fmapkit import _vocabulary as words
-from fmapkit import _weighted, layers, nonlinearities
+from fmapkit import _weighted
 from fmapkit._axes import Axes
-from fmapkit._candidates import may_be_sigma, verdict
+from fmapkit._candidates import may_be_sigma, role_of, verdict
 from fmapkit._closing import close
 from fmapkit._degrees import Degrees
 from fmapkit._edit import Edits
@@ -164,8 +164,9 @@ class Tracer(TorchFunctionMode):
                 func, args, kwargs = call.function, call.args, call.kwargs
             else:
                 call = None
-                for target in known.writes(args, kwargs):
-                    self.aliases.before_write(target)
+                if not known.never_writes or "out" in kwargs:
+                    for target in known.writes(args, kwargs):
+                        self.aliases.before_write(target)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fail(error)
             return func(*args, **kwargs)
@@ -215,15 +216,18 @@ class Tracer(TorchFunctionMode):
         frame = self.frames[-1]
         if name in words.OPAQUE:
             self.miss(self.names.of(frame.module), words.OPAQUE[name])
-        weight = _weighted.weight_operand(name, args, kwargs, self.tag)
+        operands = tensors_in(*args, kwargs)
+        if not operands:
+            return out
+        weight = _weighted.weight_operand(name, operands, args, kwargs, self.tag)
         seen = not self.opaque and not transformed(out)
         if isinstance(weight, Tensor) and isinstance(out, Tensor) and seen:
-            out = self._layer(known, func, args, kwargs, weight, out)
+            out = self._layer(known, func, operands, args, weight, out)
         else:
             if self.trial and not self.opaque and _weighted.may_weigh(name):
                 # No layer this time; but who waits for layers by this name will see it, too.
                 self.firings.append(Firing(None, self.scope(), func, None))
-            tag = carried(name, args, kwargs, out, self.tag)
+            tag = carried(name, operands, args, kwargs, out, self.tag)
             if known.in_place and name in RESHAPED_IN_PLACE and tag is not None:
                 tag = STOP
             if name in words.NORM_AXIS and isinstance(tag, Flow) and isinstance(out, Tensor):
@@ -233,22 +237,26 @@ class Tracer(TorchFunctionMode):
                 if name == "__setitem__":
                     self.set_tag(args[0], tag)
                 self.set_tag(out, tag)
-        self.follow(name, args, kwargs, out)
+        self.follow(name, operands, out)
         return out
 
     def _layer(
-        self, known: Function, func: Any, args: Any, kwargs: Any, weight: Tensor, out: Tensor
+        self,
+        known: Function,
+        func: Any,
+        operands: list[Tensor],
+        args: Any,
+        weight: Tensor,
+        out: Tensor,
     ) -> Tensor:
         frame = self.frames[-1]
         tag = self.tag(weight)
         owner = tag.parameter if isinstance(tag, Weight) else None
-        stack = [f.module for f in self.frames]
-        name = self.names.layer_of(owner, stack)
+        name = self.names.layer_of(owner, [f.module for f in self.frames])
         axes = _weighted.layer_axes(known.name, args, weight, out)
         if isinstance(tag, Weight):
             axes = _weighted.weight_slice(tag, weight, axes)
-        place = _weighted.input_place(known.name, args, kwargs, weight)
-        operands = tensors_in(*args, kwargs)
+        place = _weighted.input_place(known.name, operands, weight)
         x = operands[place] if place is not None else None
         if frame.x is not None and _weighted.pads_first(frame.module):
             x = frame.x
@@ -269,10 +277,13 @@ class Tracer(TorchFunctionMode):
             self.spare(event)
         return out if edit is None else edit[0]
 
-    def follow(self, name: str, args: Any, kwargs: Any, out: Any, nonlinear: bool = False) -> None:
+    def follow(
+        self, name: str, operands: list[Tensor], out: Any, nonlinear: bool = False
+    ) -> None:
         """Follow, in a weightless module, what depends on its input: linearly or not."""
         for frame in self.frames:
-            frame.step(name, args, kwargs, out, self.tag, nonlinear)
+            if frame.degrees is not None:
+                frame.degrees.step(name, operands, out, self.tag, nonlinear)
 
     # -- as a function is seen ----------------------------------------------------------------
 
@@ -311,8 +322,12 @@ class Tracer(TorchFunctionMode):
 
     def spare(self, event: Event) -> None:
         """Outside of units, what no map holds is let go at once: it may be a lot in the end."""
-        if not self.trial and all(f.kind == "plain" for f in self.frames):
-            self.let_go([event])
+        if self.trial:
+            return
+        for frame in self.frames:
+            if frame.kind != "plain":
+                return
+        self.let_go([event])
 
     # -- modules ------------------------------------------------------------------------------
 
@@ -335,20 +350,21 @@ class Tracer(TorchFunctionMode):
         if self.suspects.known:  # what the module is given, it will read
             args = self.suspects.exchange(args, self.aliases)
             kwargs = self.suspects.exchange(kwargs, self.aliases)
-        frame.x, frame.key = first_tensor(args, kwargs)
-        if transformed(frame.x):
+        frame.x, frame.key = x, key = first_tensor(args, kwargs)
+        kind = role_of(module)
+        if x is not None and transformed(x):
             self.miss(self.names.of(module), TRANSFORMED)
-        elif layers.is_registered(module):
-            frame.kind = "layer"
+        elif kind == "layer":
+            frame.kind = kind
             self.opaque += 1
-        elif nonlinearities.module_sigma(module) is not None:
-            frame.kind = "sigma"
-        elif frame.x is not None and may_be_sigma(module, args, kwargs, frame.x):
+        elif kind == "sigma":
+            frame.kind = kind
+        elif kind == "open" and x is not None and may_be_sigma(module, args, kwargs, x):
             frame.kind = "candidate"
-            frame.degrees = Degrees(frame.x)
-        if frame.kind in ("sigma", "candidate") and frame.x is not None:
-            frame.x_held = self.aliases.reference(frame.x)
-            frame.tag = self.tag(frame.x)
+            frame.degrees = Degrees(x)
+        if x is not None and frame.kind in ("sigma", "candidate"):
+            frame.x_held = self.aliases.reference(x)
+            frame.tag = self.tag(x)
             if self.editor and not self.opaque:
                 self.editor.enter(frame)
         return frame
