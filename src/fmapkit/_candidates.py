@@ -31,11 +31,11 @@ def role_of(module: nn.Module) -> str:
         "layer" if it is registered as one; "sigma"; "plain": neither, as torch's own modules and
         mere containers are; "open": that depends on the call, see `may_be_sigma`.
     """
-    return _role(type(module), layers.version, nonlinearities.version)
+    return _role(type(module), layers.version + nonlinearities.version)
 
 
 @lru_cache(maxsize=4096)
-def _role(kind: type[nn.Module], *registered: int) -> str:
+def _role(kind: type[nn.Module], registered: int) -> str:
     if not layers.REGISTERED.keys().isdisjoint(kind.__mro__):
         return "layer"
     if not nonlinearities.MODULES.keys().isdisjoint(kind.__mro__):

@@ -28,15 +28,16 @@ def close(tracer: Tracer, frame: Frame, output: Any) -> Any:
     if frame.kind == "layer":
         tracer.record.drop_since(frame.start)
         return _close_layer(tracer, frame, output) if isinstance(output, Tensor) else None
-    sigma = tracer.verdict(frame, output)
-    if sigma is not None:
-        tracer.record.drop_since(frame.start)
-        return _close_sigma(tracer, frame, output, sigma)
-    axis = norm_axis(frame, output)
-    tag = tracer.tag(output) if axis is not None else None
-    if axis is not None and isinstance(tag, Flow):  # it names what no layer stands behind
-        own = tracer.names.of(frame.module)
-        tracer.set_tag(output, tracer.record.norm(tag, output, axis, own))
+    if frame.kind != "plain":
+        sigma = tracer.verdict(frame, output)
+        if sigma is not None:
+            tracer.record.drop_since(frame.start)
+            return _close_sigma(tracer, frame, output, sigma)
+        axis = norm_axis(frame, output)
+        tag = tracer.tag(output) if axis is not None else None
+        if axis is not None and isinstance(tag, Flow):  # it names what no layer stands behind
+            own = tracer.names.of(frame.module)
+            tracer.set_tag(output, tracer.record.norm(tag, output, axis, own))
     for event in tracer.events[frame.start :]:
         if event.scope is not frame.module:
             continue

@@ -185,10 +185,9 @@ class Pair:
 
     __slots__ = ("_post", "_pre")
 
-    def __init__(self, pre: Callable[..., Any], post: Callable[..., Any], owner: object) -> None:
-        # Torch counts what it hands out, for all modules together: these are nobody else's.
-        self._pre = RemovableHandle(OrderedDict()).id, Hook(pre, owner)
-        self._post = RemovableHandle(OrderedDict()).id, Hook(post, owner)
+    def __init__(self, keys: tuple[int, int], pre: Hook, post: Hook) -> None:
+        self._pre = keys[0], pre
+        self._post = keys[1], post
 
     def set_on(self, module: nn.Module) -> None:
         """Both come last among the module's hooks."""
@@ -227,8 +226,10 @@ class Hooks:
     def __init__(self, owner: object) -> None:
         self.owner = owner
         self._handles: dict[tuple[str, nn.Module], list[tuple[Hook, Handle]]] = {}
-        self._pair: Pair | None = None  # the one that is around modules,
-        self._around: dict[nn.Module, None] = {}  # and these
+        # Torch counts what it hands out, for all modules together: these are nobody else's.
+        self._keys = RemovableHandle(OrderedDict()).id, RemovableHandle(OrderedDict()).id
+        self._pair: Pair | None = None  # under these keys, around
+        self._around: dict[nn.Module, None] = {}  # these modules
         self.excluded: set[nn.Module] = set()
 
     def is_ours(self, hook: Any) -> bool:
@@ -242,7 +243,8 @@ class Hooks:
         """
         pair = self._pair
         if pair is None:
-            pair = self._pair = Pair(pre, post, self.owner)
+            pair = Pair(self._keys, Hook(pre, self.owner), Hook(post, self.owner))
+            self._pair = pair
         for module in modules:
             if module in self._around or self._unhookable(module):
                 continue

@@ -196,14 +196,18 @@ class Names:
         name = self.of(module)
         if ".parametrizations." in f".{name}.":
             return self._without_parametrization(name)
+        if key == "weight":
+            return name
         weights = [p for p in self.parameters_of(module).values() if p.dim() >= 2]
-        if key == "weight" or (len(weights) <= 1 and not key.endswith("_weight")):
+        if len(weights) <= 1 and not key.endswith("_weight"):
             return name
         part = key.removesuffix("_weight")
         return f"{name}.{part}" if name else part
 
     @staticmethod
     def _without_parametrization(name: str) -> str:
+        if "parametrizations." not in name:
+            return name
         head, found, _ = f".{name}".partition(".parametrizations.")
         return head.lstrip(".") if found else name
 

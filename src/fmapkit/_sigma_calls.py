@@ -74,7 +74,6 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
     z, a = call.z, out
     flow = call.tag if isinstance(call.tag, Flow) else STOP
     tracer.follow(known.name, [z], out, nonlinear=True)
-    axes = sigma_axes(flow.axes, z, a)
     tracer.set_tag(out, past_sigma(call.tag, z, a))
     if call.flip:
         frame.flip = frame.flip or z is frame.x
@@ -97,7 +96,7 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
         tracer.suspects.add(z, a, event)
     own = f"{tracer.names.of(scope)}:{known.sigma}"
     if call.site is not None and tracer.editor is not None:
-        out = tracer.editor.after(call.site, a, axes)
+        out = tracer.editor.after(call.site, a, sigma_axes(flow.axes, z, a))
     tracer.record.sigma(event, flow, call.held, z, a, own, call.site)
     tracer.spare(event)
     if call.site is not None:

@@ -36,6 +36,13 @@ class Tags:
             return Weight(value, Axes.single(0, value.shape[0]) if value.dim() else None)
         return None
 
+    def flow(self, value: Any) -> Flow | None:
+        """The flow alone: for who does not ask whether it is a weight."""
+        found = self._known.get(id(value))
+        if found is None or found[0]() is not value:
+            return None
+        return found[1] if isinstance(found[1], Flow) else None
+
     def owns(self, value: Tensor) -> bool:
         """Whether it is a parameter of the model."""
         return self._names.is_parameter(value)

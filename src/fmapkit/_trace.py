@@ -47,6 +47,10 @@ if TYPE_CHECKING:
 __all__ = ["Tracer"]
 
 
+# The backward pass that is running, or -1: activation checkpointing runs the forward again there.
+_backward: Callable[[], int] = torch._C._current_graph_task_id
+
+
 def _nothing(module: nn.Module) -> None:
     return None
 
@@ -98,7 +102,7 @@ class Tracer(TorchFunctionMode):
         self.stop = stop
         # What is asked for at each turn is here at first hand.
         tags = self.tags = Tags(names) if tags is None else tags
-        self.tag, self.set_tag = tags.of, tags.put
+        self.tag, self.flow, self.set_tag = tags.of, tags.flow, tags.put
         self.enter_inputs, self.moved = tags.enter, tags.moved
         record = self.record = self._new_record()
         self.aliases = record.aliases
@@ -148,7 +152,7 @@ class Tracer(TorchFunctionMode):
         if self.follower is not None and not self.paused:
             return self.follower.call(func, args, kwargs)
         known = describe(func)
-        if known.silent or self.paused or self.failed or _in_backward():
+        if known.silent or self.paused or self.failed or _backward() != -1:
             return func(*args, **kwargs)
         if known.opened is not None:
             with self:
@@ -283,7 +287,7 @@ class Tracer(TorchFunctionMode):
         """Follow, in a weightless module, what depends on its input: linearly or not."""
         for frame in self.frames:
             if frame.degrees is not None:
-                frame.degrees.step(name, operands, out, self.tag, nonlinear)
+                frame.degrees.step(name, operands, out, self.flow, nonlinear)
 
     # -- as a function is seen ----------------------------------------------------------------
 
@@ -415,8 +419,3 @@ class Tracer(TorchFunctionMode):
     def verdict(self, frame: Frame, output: Any) -> str | None:
         """The name of σ if this call of a module is one nonlinearity."""
         return verdict(frame, output, self.events, self.aliases)
-
-
-def _in_backward() -> bool:
-    """Inside a backward pass: activation checkpointing runs the forward again there."""
-    return torch._C._current_graph_task_id() != -1

@@ -17,14 +17,14 @@ TRANSFORMED = (
     "transform, and cannot be held"
 )
 
+_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 # The innermost transform that is at work; None where none is.
 transforming: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
 
 def transformed(value: Any) -> bool:
     """Whether it is a tensor of a torch.func transform, which must not be kept."""
-    functorch = torch._C._functorch
-    return isinstance(value, Tensor) and bool(functorch.is_functorch_wrapped_tensor(value))
+    return isinstance(value, Tensor) and _wrapped(value)
 
 
 def under_transform(module: nn.Module, value: Any) -> bool:

@@ -7,6 +7,8 @@ layer around a custom kernel.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import nn
 
 from fmapkit.errors import ArgumentError
@@ -53,7 +55,12 @@ def register_layer(module_type: type[nn.Module], filter_axis: int) -> None:
 
 def layer_axis(module: nn.Module) -> int | None:
     """The filter axis if the module's type, or a base of it, is a layer."""
-    for base in type(module).__mro__:
+    return _axis_of(type(module), version)
+
+
+@lru_cache(maxsize=4096)
+def _axis_of(kind: type[nn.Module], registered: int) -> int | None:
+    for base in kind.__mro__:
         if base in REGISTERED:
             return REGISTERED[base]
         if base in MODULES:
