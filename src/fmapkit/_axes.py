@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 __all__ = ["Axes", "Part"]
@@ -38,7 +39,7 @@ class Axes:
     @staticmethod
     def single(dim: int, size: int) -> Axes:
         """All filters along one axis."""
-        return Axes((Part(dim, size),))
+        return _single(dim, size) if type(size) is int else Axes((Part(dim, size),))
 
     def fit(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape has them all."""
@@ -152,6 +153,11 @@ class Axes:
             ones = [p.dim for p in self.parts if p.dim < len(after) and after[p.dim] == 1]
             parts = [Part(ones[0], 1)] if ones else []
         return Axes(tuple(sorted(parts, key=lambda p: p.dim)), self.offset)
+
+
+@lru_cache(maxsize=1024)
+def _single(dim: int, size: int) -> Axes:
+    return Axes((Part(dim, size),))
 
 
 def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:

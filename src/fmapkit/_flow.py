@@ -124,6 +124,7 @@ def past_sigma(tag: Tag, z: Tensor, a: Any) -> Flow | Weight:
     axes = sigma_axes(tag.axes, z, a) if tag is not None else None
     if isinstance(tag, Weight):
         return Weight(tag.parameter, axes)
-    if axes is None or axes.dim is None:
-        return Flow(NOWHERE)
-    return Flow(NOWHERE, Axes.single(axes.dim, axes.parts[0].size))
+    if axes is None or len(axes.parts) != 1:
+        return STOP
+    part = axes.parts[0]
+    return Flow(NOWHERE, Axes.single(part.dim, part.size))

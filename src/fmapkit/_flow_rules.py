@@ -78,6 +78,8 @@ def _aligned(flow: Flow, x: Tensor, result: Tensor) -> Flow:
 
 def _same_filters(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     """Pooling, padding, resizing: other axes may change their size, filters stay."""
+    if isinstance(out, Tensor):
+        return _aligned(flow, x, out) if out.dim() == x.dim() else STOP
     return each(out, lambda o: _aligned(flow, x, o) if o.dim() == x.dim() else STOP)
 
 

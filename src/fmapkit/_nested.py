@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,11 +20,6 @@ _OTHERS = frozenset(
 def tensors_in(*values: Any) -> list[Tensor]:
     """Every tensor in nested tuples, lists and dicts, in order."""
     found: list[Tensor] = []
-    _gather(values, found)
-    return found
-
-
-def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
     for value in values:
         kind = type(value)
         if kind in _TENSORS:
@@ -33,11 +27,14 @@ def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
         elif kind in _OTHERS:
             continue
         elif isinstance(value, (tuple, list)):
-            _gather(value, found)
+            if not _OTHERS.issuperset(map(type, value)):
+                found += tensors_in(*value)
         elif isinstance(value, dict):
-            _gather(value.values(), found)
+            if value:
+                found += tensors_in(*value.values())
         elif isinstance(value, Tensor):
             found.append(value)
+    return found
 
 
 def modules_in(module: nn.Module) -> list[nn.Module]:

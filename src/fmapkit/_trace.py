@@ -223,9 +223,15 @@ class Tracer(TorchFunctionMode):
         operands = tensors_in(*args, kwargs)
         if not operands:
             return out
-        weight = _weighted.weight_operand(name, operands, args, kwargs, self.tag)
-        seen = not self.opaque and not transformed(out)
-        if isinstance(weight, Tensor) and isinstance(out, Tensor) and seen:
+        weight = None
+        if _weighted.may_weigh(name):
+            weight = _weighted.weight_operand(name, operands, args, kwargs, self.tag)
+        if (
+            isinstance(weight, Tensor)
+            and isinstance(out, Tensor)
+            and not self.opaque
+            and not transformed(out)
+        ):
             out = self._layer(known, func, operands, args, weight, out)
         else:
             if self.trial and not self.opaque and _weighted.may_weigh(name):
@@ -234,7 +240,12 @@ class Tracer(TorchFunctionMode):
             tag = carried(name, operands, args, kwargs, out, self.tag)
             if known.in_place and name in RESHAPED_IN_PLACE and tag is not None:
                 tag = STOP
-            if name in words.NORM_AXIS and isinstance(tag, Flow) and isinstance(out, Tensor):
+            if (
+                name in words.NORM_AXIS
+                and isinstance(tag, Flow)
+                and tag.origin.kind != "layer"
+                and isinstance(out, Tensor)
+            ):
                 own = self.names.of(frame.module)
                 tag = self.record.norm(tag, out, words.NORM_AXIS[name], own)
             if tag is not None:
@@ -256,13 +267,14 @@ class Tracer(TorchFunctionMode):
         frame = self.frames[-1]
         tag = self.tag(weight)
         owner = tag.parameter if isinstance(tag, Weight) else None
-        name = self.names.layer_of(owner, [f.module for f in self.frames])
+        running = (f.module for f in reversed(self.frames))
+        name = self.names.layer_of(owner, frame.module, running)
         axes = _weighted.layer_axes(known.name, args, weight, out)
-        if isinstance(tag, Weight):
+        if isinstance(tag, Weight) and owner is not weight:
             axes = _weighted.weight_slice(tag, weight, axes)
         place = _weighted.input_place(known.name, operands, weight)
         x = operands[place] if place is not None else None
-        if frame.x is not None and _weighted.pads_first(frame.module):
+        if frame.x is not None and frame.x is not x and _weighted.pads_first(frame.module):
             x = frame.x
         event = Event("layer", self.scope(), func)
         event.place = place or 0
@@ -409,7 +421,7 @@ class Tracer(TorchFunctionMode):
         edited = close(self, frame, output)
         if edited is not None and edited is not output:
             replaced = output = edited
-        if self.wants.output(module):
+        if module in self.wants.outputs:
             self._output(module, output)
         return replaced
 
