@@ -44,8 +44,8 @@ class Axes:
     def fit(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape has them all."""
         rank = len(shape)
-        for part in self.parts:
-            if part.dim >= rank or shape[part.dim] != part.size:
+        for dim, size, _ in self.parts:  # noqa: SIM110  (a generator costs more than the question)
+            if dim >= rank or shape[dim] != size:
                 return False
         return True
 
@@ -120,10 +120,15 @@ class Axes:
             return self
         return self._with(dim, Part(dim, size, part.stride * step), start * part.stride)
 
-    def reshape(self, before: Sequence[int], after: Sequence[int]) -> Axes | None:
+    def reshape(self, before: tuple[int, ...], after: tuple[int, ...]) -> Axes | None:
         """The axes after a reshape, or None where it mixes filters with something else."""
+        if _INT.issuperset(map(type, before)) and _INT.issuperset(map(type, after)):
+            return _reshaped(self, before, after)
+        return self._reshape(before, after)  # sizes that are symbols, which have no hash
+
+    def _reshape(self, before: tuple[int, ...], after: tuple[int, ...]) -> Axes | None:
         if math.prod(before) == 0:
-            return self if tuple(before) == tuple(after) else None
+            return self if before == after else None
         parts: list[Part] = []
         todo = {p.dim for p in self.parts if p.size > 1}
         for old, new in _groups(before, after):
@@ -153,6 +158,15 @@ class Axes:
             ones = [p.dim for p in self.parts if p.dim < len(after) and after[p.dim] == 1]
             parts = [Part(ones[0], 1)] if ones else []
         return Axes(tuple(sorted(parts, key=lambda p: p.dim)), self.offset)
+
+
+_INT = frozenset({int})
+
+
+@lru_cache(maxsize=4096)
+def _reshaped(axes: Axes, before: tuple[int, ...], after: tuple[int, ...]) -> Axes | None:
+    """Once for all blocks of a model, which reshape alike."""
+    return axes._reshape(before, after)
 
 
 @lru_cache(maxsize=1024)

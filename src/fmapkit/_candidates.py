@@ -6,7 +6,6 @@ Pure: asked when a module's call begins, and answered when it ends.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,10 +14,11 @@ from fmapkit import layers, nonlinearities
 from fmapkit._events import Event
 from fmapkit._frames import Frame
 from fmapkit._nested import tensors_in
+from fmapkit._remembered import remembered
 from fmapkit._store import Aliases
 from fmapkit.nonlinearities import module_sigma
 
-__all__ = ["is_torchs", "may_be_sigma", "norm_axis", "role_of", "verdict"]
+__all__ = ["is_norm", "is_torchs", "may_be_sigma", "norm_axis", "role_of", "verdict"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _TORCHS = "torch.nn.modules."
@@ -34,8 +34,8 @@ def role_of(module: nn.Module) -> str:
     return _role(type(module), layers.version + nonlinearities.version)
 
 
-@lru_cache(maxsize=4096)
-def _role(kind: type[nn.Module], registered: int) -> str:
+@remembered
+def _role(kind: type, registered: int) -> str:
     if not layers.REGISTERED.keys().isdisjoint(kind.__mro__):
         return "layer"
     if not nonlinearities.MODULES.keys().isdisjoint(kind.__mro__):
@@ -96,11 +96,14 @@ def verdict(frame: Frame, output: Any, events: Sequence[Event], aliases: Aliases
     return type(frame.module).__name__
 
 
-def norm_axis(frame: Frame, output: Any) -> int | None:
-    """The filter axis if a call is a norm written out by hand; else None."""
+def is_norm(frame: Frame, output: Any) -> bool:
+    """Whether a call may be a norm written out by hand."""
     if frame.degrees is None or not frame.degrees.reduces or frame.x is None:
-        return None
-    if not isinstance(output, Tensor) or output.shape != frame.x.shape:
-        return None
+        return False
+    return isinstance(output, Tensor) and output.shape == frame.x.shape
+
+
+def norm_axis(module: nn.Module, output: Tensor) -> int:
+    """The filter axis of such a norm."""
     channels = output.shape[1] if output.dim() == 4 else None
-    return 1 if any(p.numel() == channels for p in frame.module.parameters()) else -1
+    return 1 if any(p.numel() == channels for p in module.parameters()) else -1

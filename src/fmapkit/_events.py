@@ -97,8 +97,11 @@ class Firing:
         self.before = before
         self.events: list[Event] = []
         # What the tap would see: the first argument, or the output.
-        self.tensor = weakref.ref(tensor) if isinstance(tensor, Tensor) else None
-        self.version = version_of(tensor) if isinstance(tensor, Tensor) else 0
+        self.tensor: weakref.ref[Tensor] | None = None
+        self.version = 0
+        if isinstance(tensor, Tensor):
+            self.tensor = weakref.ref(tensor)
+            self.version = version_of(tensor)
 
 
 class Firings(list[Firing]):

@@ -103,10 +103,12 @@ def spatial(axes: str | None, pads: bool) -> Rule:
 
 
 def _reshape(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-    axes = flow.axes
-    return each(
-        out, lambda o: _lost_if_none(flow, axes and axes.reshape(tuple(x.shape), tuple(o.shape)))
-    )
+    axes, shape = flow.axes, tuple(x.shape)
+
+    def one(o: Tensor) -> Flow:
+        return _lost_if_none(flow, axes and axes.reshape(shape, tuple(o.shape)))
+
+    return one(out) if isinstance(out, Tensor) else each(out, one)
 
 
 def _order(name: str, n: int, args: Any, kwargs: Any) -> list[int] | None:

@@ -201,13 +201,16 @@ class Pair:
 
     def remove_from(self, module: nn.Module) -> None:
         """Take them off."""
-        key = self._pre[0]
-        module._forward_pre_hooks.pop(key, None)
-        module._forward_pre_hooks_with_kwargs.pop(key, None)
-        key = self._post[0]
-        module._forward_hooks.pop(key, None)
-        module._forward_hooks_with_kwargs.pop(key, None)
-        module._forward_hooks_always_called.pop(key, None)
+        before, after = self._pre[0], self._post[0]
+        for key, there in (
+            (before, module._forward_pre_hooks),
+            (before, module._forward_pre_hooks_with_kwargs),
+            (after, module._forward_hooks),
+            (after, module._forward_hooks_with_kwargs),
+            (after, module._forward_hooks_always_called),
+        ):
+            if key in there:
+                del there[key]
 
     def disarm(self) -> None:
         """No module has them any more."""

@@ -24,7 +24,7 @@ from fmapkit._sizes import Ones, Sizes, makes_sizes, rests_on
 from fmapkit._store import Entry, Held
 from fmapkit._transforms import transformed
 from fmapkit._vocabulary import DROPOUTS, FRESH, METADATA, NORM_AXIS, OPAQUE
-from fmapkit._weighted import may_weigh
+from fmapkit._weighted import weighs
 
 if TYPE_CHECKING:
     from fmapkit._replay import Run
@@ -38,7 +38,7 @@ def beside_the_point(known: Function, args: Any, kwargs: Any, source: Source) ->
     name = known.name
     if name in METADATA or (name in FRESH and name not in DROPOUTS):
         return True
-    if known.sigma is not None or may_weigh(name) or name in OPAQUE:
+    if known.sigma is not None or weighs(name) or name in OPAQUE:
         return False
     return all(source(t) == FREE for t in tensors_in(*args, kwargs))
 
@@ -144,7 +144,7 @@ class Noter:
         step.loose = not (
             self._doings.any()
             or known.sigma is not None
-            or may_weigh(known.name)
+            or weighs(known.name)
             or known.name in NORM_AXIS
             or (known.in_place and known.name in RESHAPED_IN_PLACE)
         )

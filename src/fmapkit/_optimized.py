@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fmapkit._remembered import remembered
 from fmapkit._standing import Standing
 
 __all__ = [
@@ -31,7 +32,7 @@ def is_optimized(module: Any) -> bool:
     return is_optimized_type(type(module))
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def is_optimized_type(kind: type) -> bool:
     """Whether its class is that of what `torch.compile(module)` returns."""
     home = sys.modules.get("torch._dynamo.eval_frame")  # imported by the first torch.compile

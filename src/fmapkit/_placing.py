@@ -203,7 +203,8 @@ class Placing:
 
     def after_lesson(self, unit: nn.Module) -> None:
         """Inside the unit, no hooks but taps from here on."""
-        self._hooks.drop("around", only=[m for m in modules_in(unit) if m not in self._units.direct])
+        direct = self._units.direct
+        self._hooks.drop("around", only=[m for m in modules_in(unit) if m not in direct])
 
     def taps(self, unit: nn.Module, plan: Plan) -> None:
         """The taps of a plan, each of the cheapest kind that will do."""

@@ -29,7 +29,7 @@ from fmapkit._vocabulary import (
     RESHAPES,
     words,
 )
-from fmapkit._weighted import may_weigh
+from fmapkit._weighted import weighs
 
 __all__ = ["Ones", "Sizes", "makes_sizes", "rests_on"]
 
@@ -134,7 +134,7 @@ def rests_on(
     if known.sigma is not None or not any(t is not None for t in tags):
         return None
     carrying = [i for i, t in enumerate(operands) if tag(t) is not None]
-    if name in NORM_AXIS or may_weigh(name):
+    if name in NORM_AXIS or weighs(name):
         found = _Filters(tags)
         sizes = {p.size for t in tags if isinstance(t, Flow) and t.axes for p in t.axes.parts}
         fixed = {t.shape[0] for t in operands if t.dim() and _stays(t, name, source)}

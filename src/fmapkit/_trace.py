@@ -224,7 +224,7 @@ class Tracer(TorchFunctionMode):
         if not operands:
             return out
         weight = None
-        if _weighted.may_weigh(name):
+        if _weighted.weighs(name):
             weight = _weighted.weight_operand(name, operands, args, kwargs, self.tag)
         if (
             isinstance(weight, Tensor)
@@ -234,7 +234,7 @@ class Tracer(TorchFunctionMode):
         ):
             out = self._layer(known, func, operands, args, weight, out)
         else:
-            if self.trial and not self.opaque and _weighted.may_weigh(name):
+            if self.trial and not self.opaque and _weighted.weighs(name):
                 # No layer this time; but who waits for layers by this name will see it, too.
                 self.firings.append(Firing(None, self.scope(), func, None))
             tag = carried(name, operands, args, kwargs, out, self.tag)
@@ -293,9 +293,7 @@ class Tracer(TorchFunctionMode):
             self.spare(event)
         return out if edit is None else edit[0]
 
-    def follow(
-        self, name: str, operands: list[Tensor], out: Any, nonlinear: bool = False
-    ) -> None:
+    def follow(self, name: str, operands: list[Tensor], out: Any, nonlinear: bool = False) -> None:
         """Follow, in a weightless module, what depends on its input: linearly or not."""
         for frame in self.frames:
             if frame.degrees is not None:
@@ -366,7 +364,8 @@ class Tracer(TorchFunctionMode):
         if self.suspects.known:  # what the module is given, it will read
             args = self.suspects.exchange(args, self.aliases)
             kwargs = self.suspects.exchange(kwargs, self.aliases)
-        frame.x, frame.key = x, key = first_tensor(args, kwargs)
+        frame.x, frame.key = first_tensor(args, kwargs)
+        x = frame.x
         kind = role_of(module)
         if x is not None and transformed(x):
             self.miss(self.names.of(module), TRANSFORMED)

@@ -13,19 +13,14 @@ from fmapkit._nested import tensors_in
 from fmapkit._origin import Flow, Lookup, Weight
 from fmapkit._vocabulary import BIAS_FIRST, CONV, GROUPED, MATMULS
 
-__all__ = ["input_place", "layer_axes", "may_weigh", "pads_first", "weight_operand", "weight_slice"]
+__all__ = ["input_place", "layer_axes", "pads_first", "weighs", "weight_operand", "weight_slice"]
 
 _PRODUCTS = MATMULS | {"einsum", "tensordot"}
 
 
-def may_weigh(name: str) -> bool:
-    """Whether some calls of a function are a layer."""
-    return bool(_how(name))
-
-
 @cache
-def _how(name: str) -> str:
-    """In which form a function takes its weight; empty if it never has one."""
+def weighs(name: str) -> str:
+    """In which form a function takes its weight; empty where no call of it is a layer."""
     if name in _PRODUCTS:
         return "product"
     if name in ("linear", "bilinear"):
@@ -45,9 +40,7 @@ def weight_operand(
     Convolutions, `linear` and `bilinear` always have one. A product has one where exactly one of
     its factors is computed from parameters and another one is not.
     """
-    how = _how(name)
-    if not how:
-        return None
+    how = weighs(name)
     if how == "product":
         factors = _factors(name, operands)
         weights = [f for f in factors if isinstance(tag(f), Weight)]
@@ -55,7 +48,7 @@ def weight_operand(
             return weights[0]
         return None
     place = 2 if how == "bilinear" else 1
-    return kwargs.get("weight", args[place] if len(args) > place else None)
+    return kwargs.get("weight", args[place] if len(args) > place else None) if how else None
 
 
 def _factors(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -84,7 +77,7 @@ def pads_first(module: nn.Module) -> bool:
 
 def layer_axes(name: str, args: Sequence[Any], weight: Any, out: Tensor) -> Axes | None:
     """The filter axis of what a weighted function returns."""
-    how = _how(name)
+    how = weighs(name)
     if how == "conv":
         dim = out.dim() - (weight.dim() - 2) - 1
     elif how == "linear":

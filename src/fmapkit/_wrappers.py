@@ -7,12 +7,12 @@ of the plain model's names. What they are is told by their type, never by a name
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
 from fmapkit._optimized import is_optimized_type
+from fmapkit._remembered import remembered
 
 __all__ = [
     *("REPLICAS", "flat_parameters", "inner_key", "is_flat", "lends_parameters", "places_in"),
@@ -48,8 +48,8 @@ def _imported(home: str, name: str) -> Any:
 
 
 # By type: what is not imported yet is no base of a class that is there already.
-@lru_cache(maxsize=4096)
-def _wrapper(given: type[nn.Module]) -> tuple[type[nn.Module], str] | None:
+@remembered
+def _wrapper(given: type) -> tuple[type[nn.Module], str] | None:
     """Which kind of wrapper a class is, and its key for what it carries; None if it is none."""
     if is_optimized_type(given):
         return given, "_orig_mod"
@@ -112,8 +112,8 @@ def lends_parameters(module: nn.Module) -> bool:
     return _shards(type(module)) or bool(flat_parameters(module))
 
 
-@lru_cache(maxsize=4096)
-def _shards(given: type[nn.Module]) -> bool:
+@remembered
+def _shards(given: type) -> bool:
     homes = ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")  # the latter until 2.5
     kinds = [_imported(home, "FSDPModule") for home in homes]
     return any(kind is not None and issubclass(given, kind) for kind in kinds)

@@ -7,10 +7,9 @@ layer around a custom kernel.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from torch import nn
 
+from fmapkit._remembered import remembered
 from fmapkit.errors import ArgumentError
 
 __all__ = ["register_layer"]
@@ -58,8 +57,8 @@ def layer_axis(module: nn.Module) -> int | None:
     return _axis_of(type(module), version)
 
 
-@lru_cache(maxsize=4096)
-def _axis_of(kind: type[nn.Module], registered: int) -> int | None:
+@remembered
+def _axis_of(kind: type, registered: int) -> int | None:
     for base in kind.__mro__:
         if base in REGISTERED:
             return REGISTERED[base]
