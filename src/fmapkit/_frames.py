@@ -33,7 +33,7 @@ class Frame:
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
         *("in_place", "flip", "tag", "a"),
-        *("counts", "firing", "replaced", "site"),
+        *("counts", "firing", "replaced", "site", "watched"),
     )
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any, start: int) -> None:
@@ -47,6 +47,7 @@ class Frame:
         self.key: str | None = None
         self.x_held: Held | None = None
         self.degrees: Degrees | None = None  # of a candidate
+        self.watched = False  # it is in a candidate, or is one
         self.in_place = False
         self.flip = False
         self.tag: Tag = None  # what x carries

@@ -24,6 +24,8 @@ from fmapkit._wrappers import (
 
 __all__ = ["Names"]
 
+_PARAMETRIZED = "parametrizations."
+
 
 class Names:
     """The names of one model's modules and parameters, read once and again when it changes.
@@ -188,7 +190,8 @@ class Names:
             running: all that run, innermost first.
         """
         if parameter is None or layers.layer_axis(inner) is not None:
-            return self._without_parametrization(self.of(inner))
+            name = self.of(inner)
+            return self._without_parametrization(name) if _PARAMETRIZED in name else name
         owners = self._owned_by(parameter)
         if not owners:
             return self.of(inner)
@@ -207,8 +210,6 @@ class Names:
 
     @staticmethod
     def _without_parametrization(name: str) -> str:
-        if "parametrizations." not in name:
-            return name
         head, found, _ = f".{name}".partition(".parametrizations.")
         return head.lstrip(".") if found else name
 

@@ -154,8 +154,9 @@ class Record:
                 )
         if "response" in kinds or "preactivation" in kinds:
             event.y_held = self.aliases.reference(out)
-            self.hold(event, "y", "response", origin, event.y_held, axes)
-            self.hold(event, "y", "preactivation", origin, event.y_held, axes)
+            for kind in ("response", "preactivation"):
+                if kind in kinds:
+                    self.hold(event, "y", kind, origin, event.y_held, axes)
             for slot, entry in event.entries:
                 if edited is not None and slot == "y":
                     entry.edited = self._same_filters(entry, edited)

@@ -13,7 +13,7 @@ from fmapkit._frames import SigmaCall
 from fmapkit._functions import Function, out_of_place
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow
-from fmapkit._transforms import TRANSFORMED, transformed
+from fmapkit._transforms import TRANSFORMED, wrapped
 
 if TYPE_CHECKING:
     from fmapkit._trace import Tracer
@@ -37,7 +37,7 @@ def before_sigma(tracer: Tracer, known: Function, func: Any, args: Any, kwargs: 
     quiet = frame.kind == "sigma" or tracer.opaque > 0
     if frame.kind == "sigma" and frame.a is not None and is_torchs(frame.module):
         tracer.miss(tracer.names.of(frame.module), IN_A_HOOK.format(sigma=known.sigma))
-    if transformed(z):
+    if wrapped(z):
         quiet = True
         tracer.miss(tracer.names.of(frame.module), TRANSFORMED)
     if tracer.editor and not quiet and known.sigma is not None:
@@ -73,7 +73,8 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
     frame = tracer.frames[-1]
     z, a = call.z, out
     flow = call.tag if isinstance(call.tag, Flow) else STOP
-    tracer.follow(known.name, [z], out, nonlinear=True)
+    if frame.watched:
+        tracer.follow(known.name, [z], out, nonlinear=True)
     tracer.set_tag(out, past_sigma(call.tag, z, a))
     if call.flip:
         frame.flip = frame.flip or z is frame.x

@@ -27,7 +27,7 @@ from fmapkit._editing import Editor
 from fmapkit._events import Event, Firing
 from fmapkit._flow import carried
 from fmapkit._frames import Frame, SigmaCall, first_tensor, running_module
-from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe
+from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, described
 from fmapkit._names import Names
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow, Weight
@@ -37,7 +37,7 @@ from fmapkit._sigma_calls import after_sigma, before_sigma
 from fmapkit._stop import Stop
 from fmapkit._store import Aliases, Pass
 from fmapkit._tags import Tags
-from fmapkit._transforms import TRANSFORMED, transformed
+from fmapkit._transforms import TRANSFORMED, wrapped
 from fmapkit._wants import Wants
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class Tracer(TorchFunctionMode):
         # They know each other: where there is nothing to edit, no cycle is left to Python's gc.
         self.editor = Editor(self, edits, self._probe) if edits else None
         self.frames: list[Frame] = []
+        self.described = described()
         self.unhooked: set[nn.Module] = set()
         self.suspects = Suspects()
         self.born = Born()
@@ -151,7 +152,7 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.follower is not None and not self.paused:
             return self.follower.call(func, args, kwargs)
-        known = describe(func)
+        known = self.described.get(func) or describe(func)
         if known.silent or self.paused or self.failed or _backward() != -1:
             return func(*args, **kwargs)
         if known.opened is not None:
@@ -230,7 +231,7 @@ class Tracer(TorchFunctionMode):
             isinstance(weight, Tensor)
             and isinstance(out, Tensor)
             and not self.opaque
-            and not transformed(out)
+            and not wrapped(out)
         ):
             out = self._layer(known, func, operands, args, weight, out)
         else:
@@ -252,7 +253,8 @@ class Tracer(TorchFunctionMode):
                 if name == "__setitem__":
                     self.set_tag(args[0], tag)
                 self.set_tag(out, tag)
-        self.follow(name, operands, out)
+        if frame.watched:
+            self.follow(name, operands, out)
         return out
 
     def _layer(
@@ -348,41 +350,47 @@ class Tracer(TorchFunctionMode):
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
         """A module's forward begins."""
         with torch._C.DisableTorchFunction():  # what we look at ourselves is not the model's doing
-            frame = self._enter(module, args, kwargs)
+            frame = Frame(module, args, kwargs, len(self.events))
+            frame.firing = len(self.firings)
+            parent = self.frames[-1] if self.frames else None
+            if self.trial:
+                caller = parent.module if parent is not None else None
+                given = args[0] if args else None
+                firing = Firing(module, module, None, caller, given, before=True)
+                self.firings.passes(firing, given)
+            self.frames.append(frame)
+            if self.suspects.known:  # what the module is given, it will read
+                args = self.suspects.exchange(args, self.aliases)
+                kwargs = self.suspects.exchange(kwargs, self.aliases)
+            frame.x, frame.key = first_tensor(args, kwargs)
+            self._sort(frame, role_of(module), args, kwargs)
+            if parent is not None and parent.watched:
+                frame.watched = True
             if self.noter is not None:
                 self.noter.enter(frame)
             return frame
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
-        frame = Frame(module, args, kwargs, len(self.events))
-        frame.firing = len(self.firings)
-        if self.trial:
-            parent = self.frames[-1].module if self.frames else None
-            given = args[0] if args else None
-            self.firings.passes(Firing(module, module, None, parent, given, before=True), given)
-        self.frames.append(frame)
-        if self.suspects.known:  # what the module is given, it will read
-            args = self.suspects.exchange(args, self.aliases)
-            kwargs = self.suspects.exchange(kwargs, self.aliases)
-        frame.x, frame.key = first_tensor(args, kwargs)
+    def _sort(self, frame: Frame, role: str, args: Any, kwargs: Any) -> None:
+        """What kind of call it may be."""
         x = frame.x
-        kind = role_of(module)
-        if x is not None and transformed(x):
-            self.miss(self.names.of(module), TRANSFORMED)
-        elif kind == "layer":
-            frame.kind = kind
+        if x is not None and wrapped(x):
+            self.miss(self.names.of(frame.module), TRANSFORMED)
+        elif role == "plain":
+            return
+        elif role == "layer":
+            frame.kind = role
             self.opaque += 1
-        elif kind == "sigma":
-            frame.kind = kind
-        elif kind == "open" and x is not None and may_be_sigma(module, args, kwargs, x):
+        elif role == "sigma":
+            frame.kind = role
+        elif x is not None and may_be_sigma(frame.module, args, kwargs, x):
             frame.kind = "candidate"
             frame.degrees = Degrees(x)
+            frame.watched = True
         if x is not None and frame.kind in ("sigma", "candidate"):
             frame.x_held = self.aliases.reference(x)
             frame.tag = self.tag(x)
             if self.editor and not self.opaque:
                 self.editor.enter(frame)
-        return frame
 
     def leave(self, module: nn.Module, output: Any, failed: bool = False) -> Any:
         """A module's forward has ended.
@@ -400,28 +408,21 @@ class Tracer(TorchFunctionMode):
         while self.frames and (frame is None or frame.module is not module):
             frame = self.frames.pop()  # several, where a forward caught an exception of a child
             self.opaque -= frame.kind == "layer"
-        if frame is None or frame.module is not module:
+        if frame is None or frame.module is not module or self.failed:
             return None
-        if self.failed:
-            return None
+        replaced, known = None, self.suspects.known
         with torch._C.DisableTorchFunction():
-            replaced = self._leave(frame, output)
+            if known and any(id(t) in known for t in tensors_in(output)):
+                replaced = output = self.suspects.exchange(output, self.aliases)
+            parent = self.frames[-1].module if self.frames else None
+            self.firings.passes(Firing(module, module, None, parent, output), output)
+            edited = close(self, frame, output)
+            if edited is not None and edited is not output:
+                replaced = output = edited
+            if module in self.wants.outputs:
+                self._output(module, output)
             if self.noter is not None:
                 self.noter.leave(frame, output, failed)
-            return replaced
-
-    def _leave(self, frame: Frame, output: Any) -> Any:
-        module, known = frame.module, self.suspects.known
-        replaced = None
-        if known and any(id(t) in known for t in tensors_in(output)):
-            replaced = output = self.suspects.exchange(output, self.aliases)
-        parent = self.frames[-1].module if self.frames else None
-        self.firings.passes(Firing(module, module, None, parent, output), output)
-        edited = close(self, frame, output)
-        if edited is not None and edited is not output:
-            replaced = output = edited
-        if module in self.wants.outputs:
-            self._output(module, output)
         return replaced
 
     def _output(self, module: nn.Module, output: Any) -> None:
