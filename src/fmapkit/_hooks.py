@@ -189,28 +189,29 @@ class Pair:
         self._pre = keys[0], pre
         self._post = keys[1], post
 
-    def set_on(self, module: nn.Module) -> None:
-        """Both come last among the module's hooks."""
-        key, hook = self._pre
-        module._forward_pre_hooks[key] = hook
-        module._forward_pre_hooks_with_kwargs[key] = True
-        key, hook = self._post
-        module._forward_hooks[key] = hook
-        module._forward_hooks_with_kwargs[key] = True
-        module._forward_hooks_always_called[key] = True
+    def set_on(self, modules: Iterable[nn.Module]) -> None:
+        """Both come last among a module's hooks."""
+        (before, pre), (after, post) = self._pre, self._post
+        for module in modules:
+            module._forward_pre_hooks[before] = pre
+            module._forward_pre_hooks_with_kwargs[before] = True
+            module._forward_hooks[after] = post
+            module._forward_hooks_with_kwargs[after] = True
+            module._forward_hooks_always_called[after] = True
 
-    def remove_from(self, module: nn.Module) -> None:
+    def remove_from(self, modules: Iterable[nn.Module]) -> None:
         """Take them off."""
         before, after = self._pre[0], self._post[0]
-        for key, there in (
-            (before, module._forward_pre_hooks),
-            (before, module._forward_pre_hooks_with_kwargs),
-            (after, module._forward_hooks),
-            (after, module._forward_hooks_with_kwargs),
-            (after, module._forward_hooks_always_called),
-        ):
-            if key in there:
-                del there[key]
+        for module in modules:
+            for key, there in (
+                (before, module._forward_pre_hooks),
+                (before, module._forward_pre_hooks_with_kwargs),
+                (after, module._forward_hooks),
+                (after, module._forward_hooks_with_kwargs),
+                (after, module._forward_hooks_always_called),
+            ):
+                if key in there:
+                    del there[key]
 
     def disarm(self) -> None:
         """No module has them any more."""
@@ -248,14 +249,13 @@ class Hooks:
         if pair is None:
             pair = Pair(self._keys, Hook(pre, self.owner), Hook(post, self.owner))
             self._pair = pair
-        for module in modules:
-            if module in self._around or self._unhookable(module):
-                continue
-            if self._handles:
+        new = [m for m in modules if m not in self._around and not self._unhookable(m)]
+        if self._handles:
+            for module in new:
                 self._remove(("after", module))
                 self._remove(("before", module))
-            self._around[module] = None
-            pair.set_on(module)
+        self._around.update(dict.fromkeys(new))
+        pair.set_on(new)
 
     def outside(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
         """A pair that comes before the pre and the post hooks of others: what they were given."""
@@ -352,10 +352,11 @@ class Hooks:
         pair = self._pair
         if pair is None:
             return
-        for module in list(self._around) if only is None else only:
-            if module in self._around and module not in kept:
-                del self._around[module]
-                pair.remove_from(module)
+        around = self._around
+        gone = [m for m in (around if only is None else only) if m in around and m not in kept]
+        for module in gone:
+            around.pop(module, None)
+        pair.remove_from(gone)
         if not self._around:
             pair.disarm()
             self._pair = None

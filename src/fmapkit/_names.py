@@ -18,6 +18,7 @@ from fmapkit._wrappers import (
     flat_parameters,
     inner_key,
     is_flat,
+    is_special,
     lends_parameters,
     places_in,
 )
@@ -67,6 +68,8 @@ class Names:
             if module in self.by_module:
                 continue
             self.by_module[module] = name
+            if not is_special(type(module)):
+                continue
             if inner_key(module) is not None:
                 self.wrappers.add(module)
             self.lent = self.lent or lends_parameters(module)
@@ -230,4 +233,8 @@ def _walk(module: nn.Module, prefix: str, places: list[tuple[str, nn.Module]]) -
         for key, child in children.items():
             if child is not None:
                 place = key if not prefix else f"{prefix}.{key}"
-                _walk(child, prefix if key == inner else place, places)
+                place = prefix if key == inner else place
+                if child._modules:
+                    _walk(child, place, places)
+                else:
+                    places.append((place, child))

@@ -51,7 +51,10 @@ def _collect(module: nn.Module, found: dict[nn.Module, None]) -> None:
     found[module] = None
     for child in module._modules.values():
         if child is not None and child not in found:
-            _collect(child, found)
+            if child._modules:
+                _collect(child, found)
+            else:
+                found[child] = None
 
 
 def leaves(value: Any, path: str = "") -> list[tuple[str, Tensor]]:

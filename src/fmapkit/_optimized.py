@@ -72,7 +72,8 @@ def compiled_roots(model: nn.Module) -> list[nn.Module]:
         if module in seen:
             return
         seen.add(module)
-        if is_compiled(module):
+        marked = "_compiled_call_impl" in module.__dict__ or is_optimized_type(type(module))
+        if marked and is_compiled(module):
             found[module] = None
             return
         for child in module._modules.values():

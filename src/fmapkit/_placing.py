@@ -131,11 +131,12 @@ class Placing:
             inside.update(m for m in modules_in(unit) if m is not unit)
         wanted = [m for m in modules_in(self._model) if m not in inside or m in self._units.direct]
         self._hooks.around(wanted, self._calls.pre, self._calls.post)
-        moving = [
-            m
-            for m in wanted
-            if any(map(moves_data, (*m._forward_pre_hooks.values(), *m._forward_hooks.values())))
-        ]
+        moving = []
+        for module in wanted:
+            hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+            theirs = [hook for hook in hooks if not isinstance(hook, Hook)]
+            if theirs and any(map(moves_data, theirs)):
+                moving.append(module)
         self.moving = bool(moving)
         self._hooks.outside(moving, self._moves.before, self._moves.after)
 

@@ -363,7 +363,11 @@ class Tracer(TorchFunctionMode):
                 args = self.suspects.exchange(args, self.aliases)
                 kwargs = self.suspects.exchange(kwargs, self.aliases)
             frame.x, frame.key = first_tensor(args, kwargs)
-            self._sort(frame, role_of(module), args, kwargs)
+            role = role_of(module)
+            if frame.x is not None and wrapped(frame.x):
+                self.miss(self.names.of(module), TRANSFORMED)
+            elif role != "plain":
+                self._sort(frame, role, args, kwargs)
             if parent is not None and parent.watched:
                 frame.watched = True
             if self.noter is not None:
@@ -373,11 +377,7 @@ class Tracer(TorchFunctionMode):
     def _sort(self, frame: Frame, role: str, args: Any, kwargs: Any) -> None:
         """What kind of call it may be."""
         x = frame.x
-        if x is not None and wrapped(x):
-            self.miss(self.names.of(frame.module), TRANSFORMED)
-        elif role == "plain":
-            return
-        elif role == "layer":
+        if role == "layer":
             frame.kind = role
             self.opaque += 1
         elif role == "sigma":

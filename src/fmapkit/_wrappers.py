@@ -15,8 +15,8 @@ from fmapkit._optimized import is_optimized_type
 from fmapkit._remembered import remembered
 
 __all__ = [
-    *("REPLICAS", "flat_parameters", "inner_key", "is_flat", "lends_parameters", "places_in"),
-    "unwrap",
+    *("REPLICAS", "flat_parameters", "inner_key", "is_flat", "is_special", "lends_parameters"),
+    *("places_in", "unwrap"),
 ]
 
 REPLICAS = (
@@ -58,6 +58,12 @@ def _wrapper(given: type) -> tuple[type[nn.Module], str] | None:
         if kind is not None and issubclass(given, kind):
             return kind, key
     return None
+
+
+@remembered
+def is_special(given: type) -> bool:
+    """Whether modules of a class may be wrappers, or lend their parameters."""
+    return _wrapper(given) is not None or _shards(given)
 
 
 def inner_key(module: nn.Module) -> str | None:
