@@ -286,6 +286,7 @@ class Follower:
                         return "unit"
                 else:
                     frame = Frame.of(module, args, kwargs, len(self._tracer.events))
+                    frame.watched = bool(self._watched)
                     if step.sizes is None or self._of_its_kind(step, frame):
                         self._running.append(frame)
                         if step.scope != "plain":

@@ -94,6 +94,7 @@ class FollowedSuspects:
         assert frame.x is not None
         frame.kind = step.scope
         frame.degrees = Degrees(frame.x) if step.scope == "candidate" else None
+        frame.watched = frame.watched or frame.degrees is not None
         frame.x_held = self._tracer.aliases.reference(frame.x)
         frame.tag = tag(frame.x)
         self.frames.append(frame)
