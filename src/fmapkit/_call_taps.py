@@ -14,12 +14,14 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from fmapkit._hooks import Hook
+from fmapkit._in_place import with_new_memory
 from fmapkit._standing import Standing, bare_call, called, free, lock
+from fmapkit._store import version_of
 
 if TYPE_CHECKING:
     from fmapkit._taps import Tap
 
-__all__ = ["CallTap", "OutputCallTap", "stand"]
+__all__ = ["CallTap", "KeepingCallTap", "OutputCallTap", "can_stand", "stand"]
 
 
 class CallTap(Standing):
@@ -118,6 +120,46 @@ class OutputCallTap(CallTap):
     __call__._torchdynamo_inline = bare_call  # type: ignore[attr-defined]
 
 
+class KeepingCallTap(CallTap):
+    """The same for a module that is an in-place nonlinearity: z is kept as it was."""
+
+    __slots__ = ("apart",)
+
+    def __init__(self, module: nn.Module, tap: Tap) -> None:
+        super().__init__(module, tap)
+        # The same module, out of place. It is never called, so no hook is asked.
+        apart = self.apart = type(module).__new__(type(module))
+        apart.__dict__.update(module.__dict__, inplace=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cell = self.line.cell
+        if cell is None or ((self.theirs or _global_forward_pre_hooks) and self.moved()):
+            return self.otherwise(args, kwargs)
+        module = self.module
+        note, how, wanted, _, drop = cell
+        if module not in wanted:
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        x = args[0]
+        try:
+            z = self.line.run.before_in_place(x)
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.tap.fault(module, error)
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        kept = z is not None and with_new_memory(x, lambda: self.apart.forward(x))
+        if not kept:
+            z = self.line.run.copied(x)
+        output = x if kept else module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        try:
+            a = output.detach() if how and (output.requires_grad or how > 2) else output
+            note((module, a, version_of(a), z, version_of(z), not kept))
+            drop(None)
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.tap.fault(module, error)
+        return output
+
+    __call__._torchdynamo_inline = bare_call  # type: ignore[attr-defined]
+
+
 def stand(kind: type[CallTap], module: nn.Module, tap: Tap) -> CallTap | None:
     """A tap before the module's call; None where only a hook will do.
 
@@ -126,15 +168,20 @@ def stand(kind: type[CallTap], module: nn.Module, tap: Tap) -> CallTap | None:
         module: to tap.
         tap: whose place it takes.
     """
-    if module._parameters or module._buffers or module._modules:
-        return None
-    if module._forward_hooks or module._forward_pre_hooks:
-        return None
-    if _global_forward_hooks or _global_forward_pre_hooks:
-        return None
     with lock:
-        if not free(module):
+        if not can_stand(module):
             return None
         found = kind(module, tap)
         found.stand(module)
     return found
+
+
+def can_stand(module: nn.Module) -> bool:
+    """Whether a tap may stand before a module's call."""
+    if module._parameters or module._buffers or module._modules:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return False
+    return free(module)

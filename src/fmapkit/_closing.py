@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmapkit import layers
 from fmapkit._axes import Axes
-from fmapkit._candidates import is_norm, is_torchs, norm_axis
+from fmapkit._candidates import is_norm, norm_axis
 from fmapkit._events import Event
 from fmapkit._flow import past_sigma, sigma_axes
 from fmapkit._frames import Frame
@@ -67,15 +67,8 @@ def _close_sigma(tracer: Tracer, frame: Frame, a: Tensor, sigma: str) -> Tensor 
     assert x is not None and frame.x_held is not None
     event = Event("sigma", module)
     event.module, event.key, event.sigma = module, frame.key, sigma
-    # Only torch's own modules have a flag that makes the same σ run out of place.
-    own_flag = "inplace" in module.__dict__ and is_torchs(module)
-    event.flip = frame.flip and own_flag
-    if frame.flip and not own_flag:
-        for held in tracer.aliases.of(x):
-            held.doomed = True
     event.in_place = frame.in_place or frame.x_held.copied
-    if frame.flip and id(x) in tracer.suspects.known:
-        tracer.suspects.add(x, a, event)
+    event.kept = frame.kept
     flow = frame.tag if isinstance(frame.tag, Flow) else STOP
     axes, result = sigma_axes(flow.axes, x, a), a
     if frame.site is not None and tracer.editor is not None:

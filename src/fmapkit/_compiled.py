@@ -295,7 +295,6 @@ class Compiled:
         if session.live.run is not None or session.live.traced() is None:
             session.miss(session.names.of(root), UNSEEN.format(why="inside a replayed module"))
             return None
-        session.scripts.stop()
         session.live.trace_off()
         return Sink(session, alone=False)
 

@@ -6,6 +6,7 @@ Data, and the order of the moments. Plans are made of these.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,6 @@ class Event:
         *(
             "axes",
             "entries",
-            "flip",
             "function",
             "key",
             "kind",
@@ -38,7 +38,7 @@ class Event:
             "scope",
         ),
         *("sigma", "x", "x_held", "y", "y_held", "in_place", "firing", "graph"),
-        *("delta", "sink", "source"),
+        *("delta", "kept", "shared", "sink", "source"),
     )
 
     def __init__(self, kind: str, scope: nn.Module, function: Any = None) -> None:
@@ -55,7 +55,8 @@ class Event:
         self.y: Any = None
         self.x_held: Held | None = None
         self.y_held: Held | None = None
-        self.flip = False  # an in-place σ that may run out of place
+        self.kept = False  # it is in place, and z kept its memory
+        self.shared = False  # in which other maps lie, too
         self.in_place = False
         self.graph = False  # its result is part of an autograd graph
         self.firing: Firing | None = None
@@ -79,7 +80,10 @@ class Event:
 class Firing:
     """A moment at which a tap would fire: a module's call begins or ends, or a function's ends."""
 
-    __slots__ = ("before", "events", "function", "module", "parent", "scope", "tensor", "version")
+    __slots__ = (
+        *("before", "events", "function", "module", "parent", "position", "scope", "tensor"),
+        "version",
+    )
 
     def __init__(
         self,
@@ -95,6 +99,7 @@ class Firing:
         self.function = function
         self.parent = parent  # the module that called the module
         self.before = before
+        self.position = 0  # how many decisions of the pass had been taken
         self.events: list[Event] = []
         # What the tap would see: the first argument, or the output.
         self.tensor: weakref.ref[Tensor] | None = None
@@ -107,11 +112,17 @@ class Firing:
 class Firings(list[Firing]):
     """Every moment of a pass at which a tap would fire, in order."""
 
-    __slots__ = ("_awaited",)
+    __slots__ = ("_awaited", "clock")
 
     def __init__(self) -> None:
         super().__init__()
+        self.clock: Callable[[], int] = int  # how many decisions have been taken
         self._awaited: dict[int, tuple[weakref.ref[Tensor], int, Event]] = {}
+
+    def append(self, firing: Firing) -> None:
+        """One more moment, now."""
+        firing.position = self.clock()
+        super().append(firing)
 
     def fire(self, event: Event) -> None:
         """A tap of this event would fire: now, unless the end of a module is such a moment."""

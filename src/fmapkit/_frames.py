@@ -32,8 +32,8 @@ class Frame:
 
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
-        *("in_place", "flip", "tag", "a"),
-        *("counts", "firing", "replaced", "site", "watched"),
+        *("in_place", "kept", "tag", "a", "watched"),
+        *("counts", "firing", "position", "replaced", "site"),
     )
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any, start: int) -> None:
@@ -49,10 +49,11 @@ class Frame:
         self.degrees: Degrees | None = None  # of a candidate
         self.watched = False  # it is in a candidate, or is one
         self.in_place = False
-        self.flip = False
+        self.kept = False  # it left the memory of x as it was
         self.tag: Tag = None  # what x carries
         self.counts = _NONE  # as it began; of a unit that is learned
         self.firing = 0
+        self.position = 0  # how many decisions of the pass had been taken
         self.site: Site | None = None  # something to edit
         self.replaced: tuple[Any, Any] | None = None  # the arguments that it is to get instead
 
@@ -86,7 +87,7 @@ class SigmaCall:
     """A nonlinearity about to run."""
 
     __slots__ = (
-        *("args", "flip", "function", "held", "in_place", "kwargs", "original", "site", "tag"),
+        *("args", "function", "held", "in_place", "kept", "kwargs", "original", "site", "tag"),
         "z",
     )
 
@@ -99,7 +100,7 @@ class SigmaCall:
         self.tag = tag
         self.held: Held | None = None
         self.in_place = False
-        self.flip = False
+        self.kept = False  # σ leaves the memory of z as it was
         self.site: Site | None = None  # something to edit
 
 

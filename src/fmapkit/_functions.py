@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmapkit import nonlinearities
 from fmapkit._nested import tensors_in
-from fmapkit._vocabulary import METADATA
+from fmapkit._vocabulary import DATA_TO_PYTHON, DATA_TO_SIZES, METADATA
 
 __all__ = ["Function", "describe", "described"]
 
@@ -30,6 +30,8 @@ class Function:
         inplace_at: place of its `inplace` parameter, if it has one.
         never_writes: no argument but `out` can make it write.
         silent: it returns no data (`shape`, `size`, …).
+        reads: tells of a call whether it lets data become a number of Python's, or a size; None if
+            none does.
         opened: the same function with its inside visible, for functions made of others.
     """
 
@@ -40,6 +42,7 @@ class Function:
     silent: bool
     never_writes: bool
     opened: Any = None
+    reads: Callable[[Any, Any], bool] | None = None
 
     def writes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
         """The tensors that a call writes to."""
@@ -136,7 +139,26 @@ def _describe(function: Any) -> Function:
         silent=silent,
         never_writes=not writes and place is None and name not in _ESCAPES | _MOVES,
         opened=_opened(function),
+        reads=_reads(name),
     )
+
+
+def _reads(name: str) -> Callable[[Any, Any], bool] | None:
+    if name in DATA_TO_PYTHON or name in DATA_TO_SIZES:
+        return lambda args, kwargs: True
+    return _SOMETIMES_READS.get(name)
+
+
+def _has_mask(args: Any, kwargs: Any) -> bool:
+    return any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(*args[1:], kwargs))
+
+
+# A mask picks as many as it has of true; so does `where` of a condition alone.
+_SOMETIMES_READS: dict[str, Callable[[Any, Any], bool]] = {
+    "__getitem__": _has_mask,
+    "where": lambda args, kwargs: len(args) + len(kwargs) == 1,
+    "repeat_interleave": lambda args, kwargs: bool(tensors_in(*args[1:], kwargs)),
+}
 
 
 def _opened(function: Any) -> Any:

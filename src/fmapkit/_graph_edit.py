@@ -10,10 +10,16 @@ from torch import Tensor, fx
 
 from fmapkit._functions import describe, out_of_place
 from fmapkit._nested import tensors_in
-from fmapkit._probation import SAME_GRADIENT
 from fmapkit._store import storage_of
 
 __all__ = ["Site", "add_outputs", "run_out_of_place"]
+
+# Nonlinearities whose in-place form has the same derivative formula, bit for bit. That of the ELU
+# and leaky ReLU families is computed from a instead of z (torch, tools/autograd/derivatives.yaml).
+SAME_GRADIENT = {
+    *("relu", "relu6", "hardtanh", "sigmoid", "tanh", "silu", "hardswish", "mish", "hardsigmoid"),
+    "threshold",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from fmapkit._plan import make_plan
 from fmapkit._sharded import is_wrapped
 from fmapkit._trace import Tracer
 from fmapkit._units import Units
+from fmapkit.paths import ControlPaths, Sizes
 
 __all__ = ["Learning"]
 
@@ -34,10 +35,17 @@ class Learning:
         misses: of the capture.
         units: of the model.
         placing: of its hooks.
+        paths: of its passes.
     """
 
     def __init__(
-        self, asked: Asked, live: Live, misses: Misses, units: Units, placing: Placing
+        self,
+        asked: Asked,
+        live: Live,
+        misses: Misses,
+        units: Units,
+        placing: Placing,
+        paths: ControlPaths,
     ) -> None:
         self._model = asked.model
         self._names = asked.names
@@ -45,13 +53,25 @@ class Learning:
         self._misses = misses
         self._units = units
         self._placing = placing
+        self._paths = paths
 
-    def enter(self, module: nn.Module, key: Any, args: Any, kwargs: Any, inputs: list[Any]) -> Any:
+    def enter(
+        self,
+        module: nn.Module,
+        key: Any,
+        state: int,
+        sizes: Sizes,
+        args: Any,
+        kwargs: Any,
+        inputs: list[Any],
+    ) -> Any:
         """A call of a unit begins that there is no plan for.
 
         Args:
             module: the unit.
             key: the kind of call; None if it can be replayed never.
+            state: that the unit is in.
+            sizes: of its inputs.
             args: its positional arguments.
             kwargs: its keyword arguments.
             inputs: what its tensors carry; empty where nothing around it is traced.
@@ -65,15 +85,16 @@ class Learning:
             tracer = self._live.new_tracer()
             tracer.enter_inputs(args, kwargs)
         self._placing.in_lesson(module)
-        if tracer.noter is not None:
-            tracer.noter.stop()
-        tracer.trial += 1
+        tracer.learning += 1
         tracer.aliases.written.clear()
-        tracer.born.clear()
         tracer.edited = False
+        position = tracer.firings.clock()
+        tracer.moments.clear()
         frame = tracer.enter(module, args, kwargs)
+        frame.position = position
         frame.counts = Counter(tracer.counts)
-        self._live.lesson = Lesson(module, frame, key, inputs)
+        self._live.lesson = Lesson(module, frame, key, state, sizes, inputs)
+        self._paths.begin_lesson(module)
         self._live.trace_on()
         return frame.replaced
 
@@ -92,23 +113,51 @@ class Learning:
         assert lesson is not None and tracer is not None
         frame = lesson.frame
         replaced = tracer.leave(module, None if failed else output)
-        tracer.trial -= 1
+        tracer.learning -= 1
         self._live.lesson = None
+        items = self._paths.since(frame.position)
+        complete, hopeless = self._paths.end_lesson(items, module)
         self._placing.after_lesson(module)
+        if hopeless:
+            self._open(*hopeless)
         if tracer.edited:  # from the next pass on, only the parts below that need it are traced
-            self._units.open(module)
-            self._placing.scopes_changed()
+            self._open(module)
         elif not failed and tracer.failed is None:
             events = tracer.events[frame.start :]
             _check_held(events)
-            final = output if replaced is None else replaced
-            arguments = tensors_in(*frame.args, frame.kwargs)
-            plan = make_plan(tracer, frame, final, lesson.inputs, arguments)
-            if not any(map(_sharded, events)):
-                self._units.of(module).learned(lesson.key, plan)
-                self._placing.taps(module, plan)
+            useful = complete and lesson.key is not None and not hopeless
+            if not self._decides(module, tracer) and useful and not any(map(_sharded, events)):
+                self._keep(lesson, output if replaced is None else replaced, tracer, items)
             tracer.let_go(events)
         return replaced
+
+    def _decides(self, module: nn.Module, tracer: Tracer) -> bool:
+        """Whether parts of the unit are to be traced in every pass, since they decide by data."""
+        deciding = tracer.deciding.intersection(module.modules())
+        if deciding:
+            self._open(*deciding)
+        return bool(deciding)
+
+    def _open(self, *modules: nn.Module) -> None:
+        """From the next pass on, these are traced in every pass."""
+        self._units.open(*modules)
+        self._placing.scopes_changed()
+
+    def _keep(self, lesson: Lesson, output: Any, tracer: Tracer, items: list[Any]) -> None:
+        """Keep the plan of a call, for others that take its path."""
+        module, frame = lesson.module, lesson.frame
+        arguments = tensors_in(*frame.args, frame.kwargs)
+        plan = make_plan(tracer, frame, output, lesson.inputs, arguments)
+        unit = self._units.of(module)
+        if unit.decided_by_state(items, lesson.key, lesson.state, lesson.sizes):
+            self._open(module, *unit.differing(items, lesson.key, lesson.sizes))
+            return
+        known = unit.paths(lesson.key, unit.state())
+        if known.wavers(items, lesson.sizes):
+            self._open(module, *known.leaves_at(items, lesson.sizes)[1])
+            return
+        moments = [(at - frame.position, m) for at, m in tracer.moments]
+        self._placing.taps(module, known.learn(items, lesson.sizes, plan, moments))
 
     def finish(self, tracer: Tracer) -> None:
         """The traced pass has ended."""

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fmapkit._asked import Asked
 from fmapkit._frames import Frame
@@ -22,15 +24,27 @@ from fmapkit._replay import LightMode, Run
 from fmapkit._store import Pass
 from fmapkit._tags import Tags
 from fmapkit._trace import Tracer
+from fmapkit.paths import ControlPaths, Sizes
 
-__all__ = ["MODES", "Lesson", "Live"]
+__all__ = ["MODES", "Lesson", "Live", "someone_watches"]
 
 # A mode's `with` does no more than this, several calls deeper.
 _push: Callable[[Any], None] = torch._C._push_on_torch_function_stack
 _pop: Callable[[], Any] = torch._C._pop_torch_function_stack
 _depth: Callable[[], int] = torch._C._len_torch_function_stack
+_dispatch_depth: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 MODES = (Tracer, LightMode)  # ours, among torch's function modes
+
+
+def someone_watches() -> bool:
+    """Whether a mode of the user's sees every function, or every operator."""
+    if not _depth() and not _dispatch_depth():
+        return False
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]  # type: ignore[no-untyped-call]
+    return not all(
+        isinstance(mode, MODES) or type(mode).__module__.startswith("torch.") for mode in modes
+    )
 
 
 @dataclass(slots=True)
@@ -41,12 +55,16 @@ class Lesson:
         module: the unit.
         frame: of the call.
         key: which kind of call it is; None if it can be replayed never.
+        state: that the unit is in.
+        sizes: of its inputs.
         inputs: what its tensors carry.
     """
 
     module: nn.Module
     frame: Frame
     key: Any
+    state: int
+    sizes: Sizes
     inputs: list[Any]
 
 
@@ -56,6 +74,7 @@ class Live:
     Args:
         asked: by the capture.
         misses: of the capture.
+        paths: of its passes.
 
     Attributes:
         thread: the one that is captured.
@@ -69,7 +88,7 @@ class Live:
         tags: of a pass of compiled code, which needs a tracer only where it does not do as before.
     """
 
-    def __init__(self, asked: Asked, misses: Misses) -> None:
+    def __init__(self, asked: Asked, misses: Misses, paths: ControlPaths) -> None:
         self.thread = threading.get_ident()
         self.current: Pass | None = None
         self.idle = False
@@ -81,6 +100,7 @@ class Live:
         self.tags: Tags | None = None
         self._asked = asked
         self._misses = misses
+        self._paths = paths
         self._stacked = False  # the tracer is on torch's stack of modes
 
     def clear(self) -> None:
@@ -90,13 +110,14 @@ class Live:
 
     def new_tracer(self) -> Tracer:
         """A tracer for the rest of the pass."""
-        asked, tags = self._asked, self.tags
+        asked, tags, paths = self._asked, self.tags, self._paths
         assert self.current is not None
         if tags is None:
             asked.names.update()
         self.tracer = Tracer(
             asked.names, asked.wants, asked.edits, asked.stop, self.current, self._misses.add, tags
         )
+        self.tracer.firings.clock = lambda: paths.position
         return self.tracer
 
     def enter_compiled(self, args: Any, kwargs: Any) -> None:

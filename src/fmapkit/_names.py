@@ -174,6 +174,14 @@ class Names:
             found.update({k: getattr(m, k) for m, k in places_in(flat) if m is module})
         return found
 
+    def place_of(self, parameter: Tensor) -> str | None:
+        """The first place of a parameter in the model; None if it has none."""
+        found = self._owners.get(id(parameter))
+        if found is None or found[0] is not parameter:
+            return None
+        module, key = found[1][0]
+        return f"{self.by_module[module]}.{key}"
+
     def owners(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
         """The modules that have a parameter, each with its key there."""
         found = self._owners.get(id(parameter))

@@ -70,7 +70,7 @@ class Weight:
     axes: Axes | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class WeightRef:
     """A weight that a planned module returns: made of what it is given, or of a parameter's place.
 

@@ -8,13 +8,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from fmapkit._asked import Asked
+from fmapkit._call_taps import can_stand
 from fmapkit._doors import doors
 from fmapkit._fused import without_fused_path
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
@@ -23,9 +24,7 @@ from fmapkit._moves import Moves
 from fmapkit._nested import modules_in
 from fmapkit._plan import Plan
 from fmapkit._sharded import moves_data
-from fmapkit._standing import free, lock
-from fmapkit._stands import Leaf, Scope, Way
-from fmapkit._taps import InputTap, Line, OutputTap, Tap
+from fmapkit._taps import InputTap, KeepingTap, Line, OutputTap, Tap
 from fmapkit._units import Units
 
 __all__ = ["Calls", "Placing"]
@@ -41,8 +40,6 @@ class Calls:
         tap: a module that carries a site has run: (module, args, output).
         tap_before: a module whose first argument is a site's is about to run: (module, args).
         fault: a tap has failed: (module, error).
-        outside: a module that we stand before is called while nobody follows: (module).
-        replay: a unit that we stand before is to be replayed: (module, args, kwargs).
     """
 
     pre: Callable[..., Any]
@@ -50,8 +47,6 @@ class Calls:
     tap: Callable[..., Any]
     tap_before: Callable[..., Any]
     fault: Callable[..., Any]
-    outside: Callable[..., Any]
-    replay: Callable[..., bool]
 
 
 class Placing:
@@ -68,8 +63,6 @@ class Placing:
         tapped: the plan that each unit's taps are set for.
         line: what the taps write to.
         moving: hooks of others on scopes move data.
-        standing: we stand before the calls that we were told to; not after a bare pass.
-        way: by which what stands before calls finds who follows.
     """
 
     def __init__(
@@ -90,11 +83,7 @@ class Placing:
             "y": GradientOutputTap if gradients else OutputTap,
         }
         self._scopes = False  # there are hooks on all scopes
-        self._stands: dict[nn.Module, Leaf | Scope] = {}
-        self.standing = False
-        self._bare: list[nn.Module] = []  # scopes without hooks, for now
         self.moving = False
-        self.way = Way()
         self._early = False  # hooks on all modules, before the first pass
 
     def on_model(self) -> None:
@@ -115,7 +104,6 @@ class Placing:
             self._hooks.drop("before")
             self._hooks.drop("around", keep=[self._model])
             self.tapped.clear()
-            self.no_stands()
             self._scopes = False
 
     # -- scopes -------------------------------------------------------------------------------
@@ -125,7 +113,6 @@ class Placing:
         if self._scopes:
             return
         self._scopes = True
-        self._bare.clear()
         inside: set[nn.Module] = set()
         for unit in self._units.direct:
             inside.update(m for m in modules_in(unit) if m is not unit)
@@ -139,52 +126,6 @@ class Placing:
                 moving.append(module)
         self.moving = bool(moving)
         self._hooks.outside(moving, self._moves.before, self._moves.after)
-
-    def stand(self, leaves: Iterable[nn.Module], scopes: Iterable[nn.Module]) -> set[nn.Module]:
-        """Stand before the calls of modules, so that they need no hooks while passes are followed.
-
-        Returns:
-            Those of them that somebody else stands before, or has hooks on.
-        """
-        calls = self._calls
-        self.standing = True
-        left: set[nn.Module] = set()
-        for kind, modules in ((Leaf, leaves), (Scope, scopes)):
-            for module in modules:
-                if module in self._stands:
-                    continue
-                with lock:
-                    if not self._hooks.alone_on(module) or not free(module):
-                        left.add(module)
-                        continue
-                    made = self._stands[module] = kind(module, self.way, calls)
-                    made.stand(module)
-        return left
-
-    def stand_aside(self, module: nn.Module) -> None:
-        """Stand before this one no more."""
-        stand = self._stands.pop(module, None)
-        if stand is not None:
-            stand.remove()
-
-    def only_stands(self) -> None:
-        """No hooks where we stand before the call."""
-        if not self._bare:
-            self._bare = [m for m in self._stands if self._hooks.is_around(m)]
-            self._hooks.drop("around", only=self._bare)
-
-    def look_at_all(self) -> None:
-        """Hooks there, too."""
-        self._hooks.around(self._bare, self._calls.pre, self._calls.post)
-        self._bare = []
-
-    def no_stands(self) -> None:
-        """Stand before no call any more."""
-        for stand in self._stands.values():
-            stand.remove()
-        self._stands.clear()
-        self._bare.clear()
-        self.standing = False
 
     def scopes_changed(self) -> None:
         """Units have become scopes, or are called by others: the next pass sets hooks again."""
@@ -210,13 +151,18 @@ class Placing:
     def taps(self, unit: nn.Module, plan: Plan) -> None:
         """The taps of a plan, each of the cheapest kind that will do."""
         hooks, calls = self._hooks, self._calls
-        around = plan.toggles | plan.scopes | plan.before | _keyed(plan)
+        keeping = {m for m in plan.keeping if not self._stops and not self._shown and can_stand(m)}
+        before = plan.before | (plan.keeping - keeping)
+        around = plan.toggles | plan.scopes | before | _keyed(plan)
         hooks.around(around - {unit}, calls.pre, calls.post)
         last = plan.order[-1] if plan.order and self._stops else None
         replaced = False
         for tapped in plan.taps - {unit}:
             how = plan.direct.get(tapped) if tapped is not last and not self._shown else None
-            if how is None:
+            if tapped in keeping:
+                keeper = KeepingTap(self.line, calls.tap, calls.fault, hooks.owner)
+                replaced |= hooks.after(tapped, keeper)
+            elif how is None or tapped in before:
                 replaced |= hooks.after(tapped, self._slow(calls.tap))
             else:
                 tap = self._kinds[how](self.line, calls.tap, calls.fault, hooks.owner)

@@ -8,7 +8,7 @@ one that came in is "whatever the i-th tensor argument carries".
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from fmapkit._trace import Tracer
 from fmapkit._wants import Wants
 from fmapkit.nonlinearities import module_sigma
 
-__all__ = ["Emission", "Plan", "Ref", "Step", "make_plan"]
+__all__ = ["Emission", "Plan", "Ref", "Step", "alike", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Emission:
     pending: bool  # a preactivation only if no nonlinearity outside claims it
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One firing of a tap: a module's call, or a function called by a scope."""
 
@@ -76,7 +76,10 @@ class Step:
     key: str | None
     emissions: tuple[Emission, ...]
     plain: str  # "xy" or "y": it holds references to these, from their usual places, and no more
-    flip: bool
+    keeps: bool  # an in-place σ that leaves the memory of x to us, where it can
+    shared: bool  # what x was is held by an earlier step, too
+    # How many decisions had been taken when it fired, since the unit began.
+    position: int = field(compare=False)
     at: int = 0  # which entry of the log it reads
     between: bool = False  # a function between two modules: `at` has its operand, if it is held,
     sink: int = -1  # this entry has its result, if that is held,
@@ -98,12 +101,13 @@ class Plan:
     scopes: frozenset[nn.Module]  # run under the light mode: they call a σ themselves
     toggles: frozenset[nn.Module]  # children of these, in which the light mode is off
     before: frozenset[nn.Module]  # need a look before their call
-    flips: tuple[nn.Module, ...]
     calls: tuple[tuple[str, int], ...]
     # By path, per tensor of the output: (Ref, axes), `WeightRef` or None.
     outputs: tuple[tuple[str, Any], ...]
     writes: tuple[int, ...]  # which tensor arguments are written to
     claims: tuple[int, ...]  # which inputs reach a nonlinearity inside
+    keeping: frozenset[nn.Module]  # in-place nonlinearities that leave z's memory to us, if they can
+    shares: bool  # some z is held as another map, too
     graph: bool  # some map was part of a graph, even if gradients are off around the module
 
 
@@ -137,15 +141,9 @@ def make_plan(
     returned = [(path, tracer.tag(t)) for path, t in leaves(output)]
     escaping = {id(t.origin) for _, t in returned if isinstance(t, Flow)}
     firings = tracer.firings[frame.firing :]
-    kept = {
-        _storage(e.held.tensor)
-        for event in tracer.events[frame.start :]
-        for _, e in event.entries
-        if e.held is not None and e.held.tensor is not None and not e.held.copied
-    }
-    _settle_flips(tracer.events[frame.start :], kept)
+    _mark_shared(tracer.events[frame.start :])
     stored = bool(tracer.wants.retention)
-    made = _Made(lambda firing: _step(firing, ref, escaping, stored))
+    made = _Made(lambda firing: _step(firing, ref, escaping, stored, frame.position))
     read = _Reading(firings, made, frame.module)
     # Where a function that a scope is tapped for is called by other modules, too.
     tapped_names = {s.function for s in read.at if s is not None and s.module is None}
@@ -157,6 +155,11 @@ def make_plan(
         if isinstance(t, Flow)
         else (path, _weight_ref(t, inputs, tracer.names) if isinstance(t, Weight) else None)
         for path, t in returned
+    )
+    keeping = frozenset(
+        module
+        for module in read.direct
+        if module not in read.inputs and any(s and s.keeps and s.module is module for s in read.at)
     )
     return Plan(
         steps=tuple(read.steps),
@@ -176,9 +179,13 @@ def make_plan(
             and _to_be_left_alone(f.module, called)
         ),
         before=frozenset(
-            s.module for s in read.at if s and s.module and any(e.before for e in s.emissions)
-        ),
-        flips=tuple({s.module: None for s in read.at if s and s.flip and s.module is not None}),
+            s.module
+            for s in read.at
+            if s and s.module and (s.shared or any(e.before for e in s.emissions))
+        )
+        - keeping,
+        keeping=keeping,
+        shares=any(s.shared for s in read.steps),
         calls=tuple(
             (n, c - frame.counts[n]) for n, c in tracer.counts.items() if c > frame.counts[n]
         ),
@@ -199,30 +206,6 @@ def _weight_ref(tag: Weight, inputs: Sequence[Any], names: Names) -> WeightRef |
     return WeightRef(-1, *owners[0], tag.axes) if owners else None
 
 
-def _settle_flips(events: Sequence[Event], kept: set[int]) -> None:
-    """Which in-place nonlinearities run out of place; a module does so in all its calls or none.
-
-    It goes on in place where nobody keeps what it overwrites, and where one of its calls must.
-    """
-    by_module: dict[nn.Module | int, list[Event]] = {}
-    for event in events:
-        if event.in_place:
-            by_module.setdefault(event.module or id(event), []).append(event)
-    for calls in by_module.values():
-        lost = [
-            _storage(e.x_held.tensor) for e in calls if e.x_held and e.x_held.tensor is not None
-        ]
-        if all(e.flip for e in calls) and any(s in kept for s in lost):
-            continue
-        for event in calls:
-            if event.flip:
-                event.flip = False
-                z = event.x_held.tensor if event.x_held is not None else None
-                for held in (h for e in events for h in (e.x_held, e.y_held)):
-                    if held is not None and held.tensor is not None and z is not None:
-                        held.doomed = held.doomed or _storage(held.tensor) == _storage(z)
-
-
 def _to_be_left_alone(module: nn.Module, called: set[nn.Module]) -> bool:
     """Whether the light mode must, or had better, be off in a child of a scope.
 
@@ -238,7 +221,7 @@ def _claimed_inside(tracer: Tracer, frame: Frame, origin: int) -> bool:
 
 
 def _emits(firing: Firing) -> bool:
-    return any(e.entries or e.flip for e in firing.events)
+    return any(e.entries for e in firing.events) or _is_shared(firing)
 
 
 def _name(firing: Firing) -> str:
@@ -246,7 +229,7 @@ def _name(firing: Firing) -> str:
     return describe(firing.function).name if firing.module is None else ""
 
 
-def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool) -> Step:
+def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool, start: int) -> Step:
     emissions = []
     for event in firing.events:
         for slot, entry in event.entries:
@@ -254,7 +237,7 @@ def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool) -> Step:
             copied = entry.held is not None and entry.held.needs_copy
             if held is not None and slot in ("x", "y"):
                 copied = held.needs_copy
-            unsafe = event.in_place and not event.flip
+            lost = slot == "x" and event.in_place
             emissions.append(
                 Emission(
                     slot=slot,
@@ -263,8 +246,8 @@ def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool) -> Step:
                     axes=entry.axes,
                     sigma=entry.sigma,
                     path=entry.path,
-                    copy=copied or (slot == "x" and unsafe),
-                    before=slot == "x" and (unsafe or _lost_within(event)),
+                    copy=copied or lost,
+                    before=lost,  # where its memory cannot be kept
                     picked=entry.picked,
                     place=_place(entry),
                     stored=stored or entry.picked is not None,
@@ -276,11 +259,12 @@ def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool) -> Step:
                 )
             )
     event0: Event | None = firing.events[0] if firing.events else None
-    plain = "".join(sorted({e.slot for e in emissions}))
+    keeps = any(e.kept for e in firing.events)
+    plain = "xy" if keeps else "".join(sorted({e.slot for e in emissions}))
     if (
         plain not in ("xy", "y")
         or firing.module is None
-        or any(e.copy or e.before or e.stored for e in emissions)
+        or any(e.stored or ((e.copy or e.before) and not (keeps and e.before)) for e in emissions)
         or any(e.key is not None for e in firing.events)
         or any(e.kind == "output" for e in emissions)
     ):
@@ -292,7 +276,9 @@ def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool) -> Step:
         key=event0.key if event0 is not None else None,
         emissions=tuple(emissions),
         plain=plain,
-        flip=any(e.flip for e in firing.events),
+        keeps=keeps,
+        shared=_is_shared(firing),
+        position=firing.position - start,
     )
 
 
@@ -408,7 +394,7 @@ class _Reading:
     def _ends(self, firing: Firing) -> _Ends | None:
         event, step = firing.events[0], self._made[firing]
         source, sink = event.source, event.sink
-        if len(firing.events) > 1 or event.kind != "sigma" or step.flip:
+        if len(firing.events) > 1 or event.kind != "sigma" or step.keeps:
             return None
         if any(e.copy or e.before or e.stored for e in step.emissions):
             return None
@@ -440,6 +426,25 @@ def _place(entry: Entry) -> Place | None:
     return Wants.place(entry.axes, entry.picked)
 
 
-def _lost_within(event: Event) -> bool:
-    """The module overwrote its own input: a hook after it would come too late."""
-    return event.in_place and not event.flip
+def _mark_shared(events: Sequence[Event]) -> None:
+    """Note of each σ that leaves memory to us whether other maps lie in it, too."""
+    holders: dict[int, set[int]] = {}
+    for number, event in enumerate(events):
+        for _, entry in event.entries:
+            if entry.held is not None and entry.held.tensor is not None:
+                holders.setdefault(_storage(entry.held.tensor), set()).add(number)
+    for number, event in enumerate(events):
+        z = event.x_held.tensor if event.kept and event.x_held is not None else None
+        event.shared = z is not None and bool(holders.get(_storage(z), set()) - {number})
+
+
+def _is_shared(firing: Firing) -> bool:
+    return any(e.shared for e in firing.events)
+
+
+_COMPARED = [f.name for f in fields(Plan)]
+
+
+def alike(a: Plan, b: Plan) -> bool:
+    """Whether two plans, made on inputs of other sizes, say the same."""
+    return all(getattr(a, name) == getattr(b, name) for name in _COMPARED)

@@ -7,7 +7,8 @@ made when somebody reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -19,11 +20,12 @@ from fmapkit._aside import clone
 from fmapkit._functions import describe, out_of_place
 from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._hooks import leave_mode
+from fmapkit._in_place import is_alone, with_new_memory
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._origin import NOWHERE, Flow, Origin
 from fmapkit._plan import Emission, Plan, Ref, Step
 from fmapkit._stop import Stop
-from fmapkit._store import Entry, Held, version_of
+from fmapkit._store import Entry, Held, storage_of, version_of
 from fmapkit._taps import Line
 from fmapkit._wants import Wants
 
@@ -45,7 +47,7 @@ class Run:
     __slots__ = (
         *("_checked", "_let_go", "_origins", "_seen", "analyses", "base", "before", "drop", "how"),
         *("inputs", "line", "log", "lost", "marks", "mode", "module", "plan", "stop"),
-        *("uncounted", "wants"),
+        *("uncounted", "until", "wants"),
     )
 
     def __init__(
@@ -73,6 +75,7 @@ class Run:
         self.base = base
         self.log: list[Any] = []  # per step: its module, then what was read
         self.lost = ""  # why the run left its plan, if it did
+        self.until: int | None = None  # after so many decisions it did
         self.before: dict[nn.Module, list[Slots]] = {}  # read before the call that overwrites it
         self.mode: LightMode | None = None
         self.marks: list[bool] = []  # per running child: whether the mode was on around it
@@ -88,11 +91,10 @@ class Run:
     # -- while the model runs -----------------------------------------------------------------
 
     def start(self) -> None:
-        """In-place nonlinearities run out of place from here to `finish`."""
-        for module in self.plan.flips:
-            module.__dict__["inplace"] = False
+        """From here to `finish`, taps write to this run."""
         if self.module in self.plan.scopes:
             self.light().resume()
+        self.line.run = self
         self.line.cell = (
             self.log.append,
             self.how,
@@ -104,8 +106,6 @@ class Run:
     def finish(self) -> None:
         """Put back what `start` changed."""
         self._off()
-        for module in self.plan.flips:
-            module.__dict__["inplace"] = True
         if self.mode is not None:
             self.mode.leave()
         self.before.clear()
@@ -151,12 +151,12 @@ class Run:
             self._noted()
             return
         x = x_grad = before = None
-        if module in self.before and any(e.before for e in step.emissions):
+        if self.before.get(module) and any(e.before for e in step.emissions):
             before = self.before[module].pop()
         elif step.emissions:
             x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
             x_grad = self._watched(x)
-        if step.plain:
+        if step.plain and before is None:
             record: tuple[Any, ...] = (module, self._own(output), self._version(output))
             if step.plain == "xy" and x is not None:
                 record = (*record, self._own(x), self._version(x))
@@ -194,7 +194,7 @@ class Run:
         """A module that overwrites its own input is about to run."""
         later = self.plan.at[len(self.log) :]
         step = next((s for s in later if s is not None and s.module is module), None)
-        if step is None or not any(e.before for e in step.emissions):
+        if step is None or not (step.shared or any(e.before for e in step.emissions)):
             return
         x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
         if isinstance(x, Tensor):
@@ -210,18 +210,83 @@ class Run:
             return func(*args, **kwargs)
         x = next(iter(tensors_in(*args, kwargs)[step.place :]), None)
         x_grad, before = self._watched(x), None
-        if step.flip:
-            other = out_of_place(func, args, kwargs)
-            func, args, kwargs = other if other is not None else (func, args, kwargs)
-        elif x is not None and any(e.before for e in step.emissions):
-            before = self._read_before(step, x)
-        out = func(*args, **kwargs)
+        out = None
+        other = out_of_place(func, args, kwargs) if step.keeps else None
+        if other is not None and x is not None:
+            function, its_args, its_kwargs = other
+            z = self.before_in_place(x)
+            if z is not None and with_new_memory(x, lambda: function(*its_args, **its_kwargs)):
+                out, before = x, self._kept(step, z)
+        if out is None:
+            if x is not None and (step.shared or any(e.before for e in step.emissions)):
+                before = self._read_before(step, x)
+            out = func(*args, **kwargs)
         self.log.append((None, self._read(step, x, out, x_grad, before)))
         self._noted()
         return out
 
+    def before_in_place(self, x: Any) -> Tensor | None:
+        """An in-place σ is about to overwrite x: what will hold z if x is given new memory.
+
+        Returns:
+            None where it may not be; what is held of the memory is to be copied then.
+        """
+        others = 0
+        looks = type(x) is Tensor and (self.plan.shares or self.how > 1)
+        if looks:
+            others = sum(t is not x for t in self._held_of(x))
+        if not self.wants.detach or self.wants.gradients or not is_alone(x, others):
+            return None
+        if looks:
+            self._exchange(x, lambda t: t.data)
+        z: Tensor = x.data
+        return z
+
+    def copied(self, x: Tensor) -> Tensor:
+        """A copy of what an in-place σ is about to overwrite; other maps of it are copied, too."""
+        if self.plan.shares or self.how > 1:
+            self._exchange(x, clone)
+        return clone(self._own(x))
+
+    def _held_of(self, x: Tensor) -> list[Tensor]:
+        """What the log has in the memory of x."""
+        memory = storage_of(x)
+        found = [t for record in self.log for piece in _pieces(record) for t in piece or ()]
+        return [t for t in found if isinstance(t, Tensor) and storage_of(t) == memory]
+
+    def _exchange(self, x: Tensor, make: Callable[[Tensor], Tensor]) -> None:
+        """Have the log hold something else of what it has in the memory of x."""
+        memory = storage_of(x)
+
+        def exchanged(piece: Any) -> Any:
+            found = list(piece)
+            for at, t in enumerate(piece):
+                if isinstance(t, Tensor) and storage_of(t) == memory:
+                    found[at] = make(t)
+                    found[at + 1] = version_of(found[at])
+            same = all(a is b for a, b in zip(found, piece, strict=True))
+            return piece if same else _Exchanged(found)
+
+        for index, record in enumerate(self.log):
+            if len(record) > 1 and type(record[1]) is list:
+                read = [item if item is None else exchanged(item) for item in record[1]]
+                self.log[index] = (record[0], read)
+            else:
+                self.log[index] = exchanged(record)
+
+    def _kept(self, step: Step, z: Tensor) -> Slots:
+        """What is stored of z, whose memory nobody else has any more."""
+        found: Slots = {}
+        for emission in step.emissions:
+            slot = _slot(emission)
+            if emission.slot == "x" and slot not in found:
+                found[slot] = self._stored(replace(emission, copy=False), z, None)
+        return found
+
     def _read_before(self, step: Step, x: Tensor) -> Slots:
         """What is stored of x, which the call is about to overwrite."""
+        if step.shared:
+            self._exchange(x, clone)
         grad, found = self._watched(x), {}
         for emission in step.emissions:
             slot = _slot(emission)
@@ -297,7 +362,7 @@ class Run:
         """No tap writes to this run any more."""
         if self.line.cell is not None and self.line.cell[1] in (2, 4):
             self.uncounted = True
-        self.line.cell = None
+        self.line.cell = self.line.run = None
 
     @property
     def complete(self) -> bool:
@@ -346,7 +411,11 @@ class Run:
     def emitted(self) -> list[tuple[Entry, Emission]]:
         """The same, each with what the plan says of it."""
         steps = self.plan.steps[self._seen :] if self._let_go else self.plan.steps
-        return [pair for step in steps if self._there(step) for pair in self._entries_of(step)]
+        found = [pair for step in steps if self._there(step) for pair in self._entries_of(step)]
+        if self.until is None:
+            return found
+        # Whether a nonlinearity would have followed is not known.
+        return [(e, m) for e, m in found if e.kind != "preactivation" or e.sigma is not None]
 
     def fresh(self, let_go: bool) -> Iterator[Entry]:
         """The maps that have come since the last time, in execution order.
@@ -369,6 +438,8 @@ class Run:
                 self.wants.retention.forget()
 
     def _there(self, step: Step) -> bool:
+        if self.until is not None and step.position > self.until:
+            return False
         return max(step.at, step.sink) < len(self.log)
 
     def _entries_of(self, step: Step) -> list[tuple[Entry, Emission]]:
@@ -397,13 +468,14 @@ class Run:
     def _items(self, step: Step) -> list[Item | None]:
         """What was read for each emission of a step."""
         record = self.log[step.at]
-        if not step.between and not step.plain:
+        if not step.between and (not step.plain or type(record[1]) is list):
             read: list[Item | None] = record[1]
             return read
         slots: dict[str, Item] = {}
         if step.between:
             if step.at >= 0:
-                version = record[2] + step.delta if record[2] >= 0 else -1
+                delta = 0 if type(record) is _Exchanged else step.delta
+                version = record[2] + delta if record[2] >= 0 else -1
                 slots["x"] = (self._own(record[1]), version, None, False)
             if step.sink >= 0:
                 result = self.log[step.sink]
@@ -412,13 +484,27 @@ class Run:
             y_grad, x_grad = record[-2:] if self.wants.gradients else (None, None)
             slots["y"] = (self._own(record[1]), record[2], y_grad, False)
             if step.plain == "xy":
-                slots["x"] = (self._own(record[3]), record[4], x_grad, False)
+                copied = len(record) == 6 and record[5] is True
+                slots["x"] = (self._own(record[3]), record[4], x_grad, copied)
         return [slots[e.slot] for e in step.emissions]
 
     def release(self) -> list[Any]:
         """Let go of every tensor; what holds them still."""
         log, self.log = self.log, []
         return log
+
+
+class _Exchanged(tuple[Any, ...]):
+    """A record whose tensors nobody else writes to."""
+
+    __slots__ = ()
+
+
+def _pieces(record: Any) -> Sequence[Any]:
+    """Where a record of the log has tensors: in itself, or in what was read of each map."""
+    if len(record) > 1 and type(record[1]) is list:
+        return record[1]  # type: ignore[no-any-return]
+    return (record,)
 
 
 def _slot(emission: Emission) -> tuple[str, bool]:

@@ -18,17 +18,23 @@ from fmapkit._form import casts
 from fmapkit._gradients import NO_GRAPH, in_function
 from fmapkit._keeping import Keeping
 from fmapkit._learning import Learning
-from fmapkit._live import Live
+from fmapkit._live import Live, someone_watches
 from fmapkit._missed import Misses
 from fmapkit._nested import tensors_in
-from fmapkit._origin import Flow, given
+from fmapkit._origin import Flow
 from fmapkit._placing import Placing
 from fmapkit._plan import Plan
 from fmapkit._replay import Run, tag_outputs
 from fmapkit._store import Entry
-from fmapkit._units import Unit, Units, carried, numbers_in, shape_of
+from fmapkit._units import Unit, Units, carried, shape_of, sizes_of
+from fmapkit.paths import ControlPaths, KnownPaths, Sizes
 
 __all__ = ["Replaying"]
+
+OTHER_PATH = (
+    "in a pass, it took a way through its code that no earlier pass had taken; the maps made from "
+    "there on are not captured in that pass, and the next one is traced"
+)
 
 
 class Replaying:
@@ -42,6 +48,7 @@ class Replaying:
         placing: of its hooks.
         learning: for the calls that there is no plan for.
         keeping: shows maps to the analyses.
+        paths: of its passes.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class Replaying:
         placing: Placing,
         learning: Learning,
         keeping: Keeping,
+        paths: ControlPaths,
     ) -> None:
         self._names = asked.names
         self._wants = asked.wants
@@ -65,6 +73,9 @@ class Replaying:
         self._placing = placing
         self._learning = learning
         self._keeping = keeping
+        self._paths = paths
+        # Of the run that is under way: the paths of its kind, its sizes, where its path begins.
+        self._taking: tuple[KnownPaths[Plan], Sizes, int] | None = None
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A call of a unit begins.
@@ -75,39 +86,32 @@ class Replaying:
         tracer = self._live.tracer
         inputs: list[Any] = []
         origins = None
+        tensors = tensors_in(*args, kwargs)
         if tracer is not None:
-            if tracer.follower is not None and self.follow(module, args, kwargs):
-                return None
             self._live.trace_off()  # first of all: it would see what we look at
-            inputs = [tracer.tag(t) for t in tensors_in(*args, kwargs)]
+            inputs = [tracer.tag(t) for t in tensors]
             origins = carried(inputs, self._wants.of)
         unit = self._units.of(module)
-        shape = _shape(unit, args, kwargs, origins)
-        plan = _plan(unit, shape)
-        if plan is None or (self._edits and self._edited_inside(plan, inputs)):
-            key = (shape, unit.state()) if plan is None else None
-            return self._learning.enter(module, key, args, kwargs, inputs)
+        kind = self._kind(unit, args, kwargs, origins)
+        sizes = sizes_of(tensors, args, kwargs)
+        state = unit.state()
+        known = unit.known(kind, state)
+        plan = known.plan(sizes) if known is not None else None
+        if someone_watches():  # and sees our looks, too, of which there are more in a traced pass
+            return self._learning.enter(module, None, 0, sizes, args, kwargs, inputs)
+        if known is None or plan is None:
+            return self._learning.enter(module, kind, state, sizes, args, kwargs, inputs)
+        if self._edits and self._edited_inside(plan, inputs):
+            return self._learning.enter(module, None, 0, sizes, args, kwargs, inputs)
         self._start(module, plan, args, kwargs, inputs)
-        if tracer is not None and tracer.noter is not None:
-            assert self._live.run is not None
-            tracer.noter.unit(self._live.run, origins, args, kwargs)
+        self._taking = (known, sizes, self._paths.position)
         return None
 
-    def follow(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
-        """A call of a unit begins, in a pass that follows its script; False where it departs."""
-        live = self._live
-        assert live.tracer is not None and live.tracer.follower is not None
-        step = live.tracer.follower.unit
-        assert step is not None
-        live.trace_off()
-        unit = self._units.of(module)
-        plan = _plan(unit, _shape(unit, args, kwargs, step.carried))
-        if plan is None or plan is not step.plan:  # it is called as before, but will run otherwise
-            live.trace_on()
-            live.tracer.follower.depart()
-            return False
-        self._start(module, plan, args, kwargs, list(map(given, step.inputs)), step.base)
-        return True
+    def _kind(self, unit: Unit, args: Any, kwargs: Any, origins: Any) -> Any:
+        """What kind of call it is."""
+        modes = (torch.is_grad_enabled(), operators_are_counted(), casts(), *unit.form())
+        renamed = self._paths.renamed()
+        return shape_of(args), shape_of(kwargs), origins, modes, renamed
 
     def _start(
         self,
@@ -116,13 +120,12 @@ class Replaying:
         args: Any,
         kwargs: Any,
         inputs: list[Any],
-        base: dict[str, int] | None = None,
     ) -> None:
         """A unit is replayed by its plan."""
         live, wants, tracer = self._live, self._wants, self._live.tracer
         if self._placing.tapped.get(module) is not plan:
             self._placing.taps(module, plan)
-        stop = analyses = None
+        stop = analyses = base = None
         if tracer is None:
             stop = self._stop
             analyses = self._keeping.stream if self._analyses else None
@@ -131,15 +134,14 @@ class Replaying:
                 written = tensors_in(*args, kwargs)
                 for index in plan.writes:
                     tracer.aliases.before_write(written[index])
-            if base is None:
-                base = {name: tracer.counts[name] for name, _ in plan.calls}
+            base = {name: tracer.counts[name] for name, _ in plan.calls}
         assert live.current is not None
         drop = live.current.drop
         run = Run(module, plan, wants, self._placing.line, stop, inputs, base, drop, analyses)
         live.run = run
         if wants.graph and live.current.grads and in_function():
             self._misses.add(self._names.of(module), NO_GRAPH)
-        if module in plan.before:
+        if module in plan.before or module in plan.keeping:  # its own call is under way already
             run.pre(module, args, kwargs)
         run.start()
 
@@ -187,18 +189,14 @@ class Replaying:
         run.finish()
         if not failed and not run.lost and not run.complete:
             run.lost = "fewer taps fired than were learned"
-        if run.lost:
-            self._units.forget(run.module)
-            self._misses.add(
-                self._names.of(run.module),
-                f"its pass left the road it was proven to take ({run.lost}); learned anew",
-            )
+        if not failed:
+            self._check_path(run)
         if tracer is None:
             current.segments.append(run)
             return
-        if tracer.follower is not None and tracer.follower.unit_left(run, output):
-            self._wants.retention.fence()
-            live.trace_on()
+        if run.lost:
+            current.segments.append(run)
+            tracer.give_up()
             return
         # The pass around the unit is traced: tell the tracer what it would have seen.
         entries: list[tuple[Entry, bool]] = []
@@ -219,23 +217,19 @@ class Replaying:
             if isinstance(tag, Flow):
                 tracer.claim(tag.origin)
         tag_outputs(output, run.output_tags(), tracer.set_tag)
-        if tracer.noter is not None:
-            tracer.noter.unit_left(run, entries, output)
         live.trace_on()
 
-
-def _shape(unit: Unit, args: Any, kwargs: Any, carried: Any) -> Any:
-    """What kind of call it is."""
-    modes = (torch.is_grad_enabled(), operators_are_counted(), casts(), *unit.form())
-    numbers = numbers_in(args, kwargs) if unit.numbers else None
-    return shape_of(args), shape_of(kwargs), carried, modes, numbers
-
-
-def _plan(unit: Unit, shape: Any) -> Plan | None:
-    """The plan for a call; None if there is none yet."""
-    plan = unit.same(shape)
-    if plan is None:
-        plan = unit.plans.get((shape, unit.state()))
-        if plan is not None:
-            unit.remember(plan, shape)
-    return plan
+    def _check_path(self, run: Run) -> None:
+        """Compare the path that a unit's call took with that of its plan."""
+        assert self._taking is not None
+        known, sizes, start = self._taking
+        items = self._paths.since(start)
+        if known.taken(items, sizes) and not run.lost:
+            return
+        run.stray(run.lost or "it decided otherwise")
+        known.lost = True
+        run.until, deciding = known.leaves_at(items, sizes)
+        if known.strayed(items, sizes):  # what decides here is traced from now on
+            self._units.open(run.module, *deciding)
+            self._placing.scopes_changed()
+        self._misses.add(self._names.of(run.module), OTHER_PATH)

@@ -41,7 +41,6 @@ from fmapkit._optimized import ever_compiled, in_compiled_code
 from fmapkit._others import entered, left, others
 from fmapkit._placing import Calls, Placing
 from fmapkit._replaying import Replaying
-from fmapkit._scripts import Scripts
 from fmapkit._stop import CUT, StopForward
 from fmapkit._store import Pass, Store
 from fmapkit._transforms import TRANSFORMED, transforming, under_transform
@@ -51,6 +50,7 @@ from fmapkit._wants import Wants
 from fmapkit._watch import Watch
 from fmapkit._wrappers import REPLICAS
 from fmapkit.errors import BudgetError
+from fmapkit.paths import ControlPaths
 
 __all__ = ["Session"]
 
@@ -88,7 +88,7 @@ class Session:
         missed: what ran and was not captured.
         steps: how many passes have begun, captured or not.
         store: where passes are kept.
-        scripts: what watched passes are compared with.
+        paths: which decisions passes take.
         unseen: names what runs outside of passes.
         watch: whether the model is still the one that was learned.
     """
@@ -117,7 +117,8 @@ class Session:
         self.missed, self.miss = self._misses.entries, self._misses.add
         self.hooks = Hooks(self)
         self.unseen = Unseen(asked, self._misses)
-        self.live = Live(asked, self._misses)
+        self.paths = ControlPaths(self.model, self.names.place_of, self._who_runs)
+        self.live = Live(asked, self._misses, self.paths)
         self.compiled = Compiled(self, given)
         self.watch = Watch(self.model, self.hooks)  # since `names` were read
         self._moves = Moves(self.live)
@@ -129,12 +130,11 @@ class Session:
             self._tap,
             self._tap_before,
             self._fault,
-            self._outside,
-            self._replay,
         )
         self._placing = Placing(asked, self.hooks, self._units, self._moves, calls)
-        self.scripts = Scripts(asked, self.live, self._units, self._placing)
-        self._learning = Learning(asked, self.live, self._misses, self._units, self._placing)
+        self._learning = Learning(
+            asked, self.live, self._misses, self._units, self._placing, self.paths
+        )
         self._keeping = Keeping(asked, self.live, self._misses, self.store, budget)
         self._replaying = Replaying(
             asked,
@@ -144,7 +144,12 @@ class Session:
             self._placing,
             self._learning,
             self._keeping,
+            self.paths,
         )
+
+    def _who_runs(self) -> list[nn.Module]:
+        tracer = self.live.tracer
+        return [frame.module for frame in tracer.frames] if tracer is not None else []
 
     @property
     def thread(self) -> int:
@@ -177,13 +182,12 @@ class Session:
         left(self)
         self.abandon()
         self.compiled.close()
-        self._placing.no_stands()
         self.hooks.drop()
         Ending.remove(self.model, self._interrupted)
         if self._forward is not None:
             self._forward.remove()
         self._units.clear()
-        self.scripts.clear()
+        self.paths.clear()
         self.wants.retention.close()
         self.asked.analyses.view = None
         if not failed:
@@ -218,14 +222,13 @@ class Session:
                 return None
             if live.run is not None:
                 self._replaying.before(live.run, module, args, kwargs)
-            elif (how := self.scripts.enter(module, args, kwargs)) is not None:
-                return self._replaying.enter(module, args, kwargs) if how == "unit" else None
+            elif live.tracer is not None and live.tracer.lost:
+                return None
             elif live.lesson is None and self._units.stands_alone(module, args, live.tracer):
                 self._units.direct.add(module)
                 return self._replaying.enter(module, args, kwargs)
             elif live.tracer is not None:
                 if may_fuse(module, MODES):
-                    self.scripts.stop()
                     self._beside.enter(module, args, kwargs)
                 self._moves.made(module, (args, kwargs))
                 frame = live.tracer.enter(module, args, kwargs)
@@ -252,9 +255,9 @@ class Session:
                 self._replaying.after(live.run, module, args, kwargs, output, failed)
             elif live.lesson is not None and live.lesson.module is module:
                 replaced = self._learning.leave(module, output, failed)
-            elif live.tracer is not None and not self.scripts.leave(module, output, failed):
+            elif live.tracer is not None:
                 self._moves.made(module, output)
-                replaced = live.tracer.leave(module, None if failed else output, failed)
+                replaced = live.tracer.leave(module, None if failed else output)
                 if module is self._beside.module:
                     replaced = self._beside.leave(output)
             if module is self.model:
@@ -295,9 +298,6 @@ class Session:
             run.before_call(module, args)
         except Exception as error:
             self._fault(module, error)
-
-    def _replay(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
-        return self._replaying.follow(module, args, kwargs)
 
     def _outside(self, module: nn.Module) -> None:
         live = self.live
@@ -372,9 +372,11 @@ class Session:
         if compiled:
             self._placing.only_on_model()
             live.enter_compiled(args, kwargs)
-        elif not self._units.proven(self.model):
+            return True
+        self.paths.begin()
+        if not self._units.static(self.model):
             self._placing.on_scopes()
-            self.scripts.begin(args, kwargs)
+            live.new_tracer().enter_inputs(args, kwargs)
             live.trace_on()
         return True
 
@@ -386,8 +388,8 @@ class Session:
         """
         live, stop, misses = self.live, self._stop, self._misses
         current = live.current
+        self.paths.end()
         if live.tracer is not None:
-            self.scripts.end(failed)
             self._learning.finish(live.tracer)
             self._moves.clear()
         if self._edits and not failed and not (stop is not None and stop.ended):
@@ -420,7 +422,7 @@ class Session:
             live.run.finish()
             if live.current is not None:  # what was captured so far stays readable
                 live.current.segments.append(live.run)
-        self.scripts.end(failed=True)
+        self.paths.end()
         self._learning.drop()
         self._moves.clear()
         current = live.current
@@ -461,8 +463,8 @@ class Session:
     def _restart(self) -> None:
         """The model has other modules than it had: learn it anew."""
         self.names.refresh()
+        self.paths.refresh()
         self._units.clear()
-        self.scripts.clear()
         self._placing.only_on_model()
         self.compiled.refresh()
         if self._stop is not None:

@@ -11,8 +11,10 @@ from fmapkit._events import Event
 from fmapkit._flow import past_sigma, sigma_axes
 from fmapkit._frames import SigmaCall
 from fmapkit._functions import Function, out_of_place
+from fmapkit._in_place import is_alone, with_new_memory
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow
+from fmapkit._store import storage_of
 from fmapkit._transforms import TRANSFORMED, wrapped
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ IN_A_HOOK = (
 def before_sigma(tracer: Tracer, known: Function, func: Any, args: Any, kwargs: Any) -> SigmaCall:
     """A nonlinearity is about to run: hold its operand, and say what is to run.
 
-    In place, it runs out of place where that may be tried; else z is copied.
+    In place, z keeps its memory where it can (see `_in_place.py`); else it is copied.
     """
     frame = tracer.frames[-1]
     z = tensors_in(*args, kwargs)[0]
@@ -52,20 +54,47 @@ def before_sigma(tracer: Tracer, known: Function, func: Any, args: Any, kwargs: 
     elif in_place:
         targets = [z]
         call.in_place = True
-        other = out_of_place(func, args, kwargs) if tracer.may_try(known, z) else None
-        if other is not None:
-            call.function, call.args, call.kwargs = other
-            call.flip = True
-            targets = []
+        apart = _apart(tracer, func, args, kwargs, z)
+        if apart is not None:
+            call.held = tracer.aliases.reference(z)
+            call.function, call.kept = apart, True
+            return call
     else:
         targets = []
     for target in targets:
         tracer.aliases.before_write(target)
-    if not quiet and call.in_place and not call.flip:
+    if not quiet and call.in_place:
         call.held = tracer.record.copy(z)
     elif not quiet:
         call.held = tracer.aliases.reference(z)
     return call
+
+
+def _apart(tracer: Tracer, func: Any, args: Any, kwargs: Any, z: Tensor) -> Any:
+    """The same σ into new memory, which becomes z's; None where z cannot be given any."""
+    aliases = tracer.aliases
+    if tracer.opaque or not aliases.detach or aliases.gradients or wrapped(z):
+        return None
+    if not is_alone(z, len(aliases.of(z))):
+        return None
+    other = out_of_place(func, args, kwargs)
+    if other is None:
+        return None
+    function, its_args, its_kwargs = other
+    aliases.written.add(storage_of(z))  # where z cannot be given other memory, it will be
+
+    def run(*given: Any, **named: Any) -> Any:
+        holders = aliases.of(z)
+        if with_new_memory(z, lambda: function(*its_args, **its_kwargs)):
+            aliases.forget(z)
+            aliases.written.add(storage_of(z))
+            for held in holders:
+                held.own_memory()
+            return z
+        tracer.aliases.before_write(z)
+        return func(*args, **kwargs)
+
+    return run
 
 
 def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> Any:
@@ -76,25 +105,22 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
     if frame.watched:
         tracer.follow(known.name, [z], out, nonlinear=True)
     tracer.set_tag(out, past_sigma(call.tag, z, a))
-    if call.flip:
-        frame.flip = frame.flip or z is frame.x
+    if call.kept and z is frame.x:
+        frame.kept = True
     if call.in_place and z is frame.x:
         frame.in_place = True
     if frame.kind == "sigma" and z is frame.x:
         frame.a = a
-    if call.held is None or not isinstance(a, Tensor):
-        if call.flip:
-            tracer.suspects.add(z, a, frame)
+    quiet = frame.kind == "sigma" or tracer.opaque > 0
+    if call.held is None or quiet or not isinstance(a, Tensor):
         return out
     scope = tracer.scope()
     event = Event("sigma", scope, call.original)
     event.sigma = known.sigma
-    event.flip = call.flip
+    event.kept = call.kept
     event.in_place = call.in_place
     if z is frame.x:
         event.x, event.y, event.key = z, a, frame.key
-    if call.flip:
-        tracer.suspects.add(z, a, event)
     own = f"{tracer.names.of(scope)}:{known.sigma}"
     if call.site is not None and tracer.editor is not None:
         out = tracer.editor.after(call.site, a, sigma_axes(flow.axes, z, a))
@@ -102,6 +128,6 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
     tracer.spare(event)
     if call.site is not None:
         tracer.set_tag(out, tracer.tag(a))
-    elif tracer.trial and not event.in_place and not tracer.wants.gradients:
+    elif tracer.learning and not event.in_place and not tracer.wants.gradients:
         tracer.firings.between(event, z, a)
     return out

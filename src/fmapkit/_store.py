@@ -96,6 +96,12 @@ class Held:
             self.version = version_of(self.tensor)
             self.copied = True
 
+    def own_memory(self) -> None:
+        """The memory is nobody else's any more: what is written to its former owner is elsewhere."""
+        if self.tensor is not None:
+            self.tensor = self.tensor.data
+            self.version = version_of(self.tensor)
+
     def stored(self, tensor: Tensor, arrival: Any) -> None:
         """Hold what is stored of the tensor in its place: a copy, or the tensor itself."""
         if tensor is not self.tensor:
@@ -380,6 +386,10 @@ class Aliases:
         self._by_id[id(tensor)] = (weakref.ref(tensor), held)
         self._new.append(held)
         return held
+
+    def forget(self, tensor: Tensor) -> None:
+        """A tensor has other memory than it had: what was held of it is not this tensor's."""
+        self._by_id.pop(id(tensor), None)
 
     def holds(self, tensor: Tensor, held: Held) -> bool:
         """Whether that is what is held of the tensor."""

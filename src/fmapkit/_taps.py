@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit._call_taps import CallTap, OutputCallTap, stand
+from fmapkit._call_taps import CallTap, KeepingCallTap, OutputCallTap, stand
 from fmapkit._hooks import Handle, Hook, nothing, traced_as_nothing
 from fmapkit._store import version_of
 
-__all__ = ["Cell", "InputTap", "Line", "OutputTap", "Tap"]
+__all__ = ["Cell", "InputTap", "KeepingTap", "Line", "OutputTap", "Tap"]
 
 # The `append` of a run's log; how tensors are to be read; the modules whose end, and whose start,
 # the run's plan wants to see; what lets go of an older map (see `Pass.drop`).
@@ -37,9 +37,11 @@ class Line(threading.local):
         cell: None while no run is under way. Tensors are to be read: 0 as they are, 1 outside the
             graph, 2 with inference tensors among them, 3 outside of a graph that they may become
             part of, 4 both.
+        run: that the cell is of.
     """
 
     cell: Cell | None = None
+    run: Any = None
 
 
 class Tap(Hook):
@@ -133,6 +135,23 @@ class OutputTap(Tap):
             drop(None)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.again(module, args, output, error)
+
+
+class KeepingTap(Tap):
+    """The same for an in-place nonlinearity: z is kept before it is overwritten.
+
+    Only what stands before the call can do so.
+    """
+
+    __slots__ = ()
+
+    standing = KeepingCallTap
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.line.cell is None:
+            self.call(module, args, output)
+        elif module in self.line.cell[2]:
+            self.fault(module, RuntimeError("a hook saw z after it was overwritten"))
 
 
 class InputTap(Tap):

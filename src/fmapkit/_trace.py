@@ -2,15 +2,14 @@
 
 The tracer is a `TorchFunctionMode`: it sees each torch function before it runs, above autograd and
 whatever module it is called in. Module frames, pushed and popped by hooks, tell where. What ran is
-kept in a `Record`; what its tensors carry, in `Tags`; in-place nonlinearities that are tried out of
-place, in `Suspects`. A nonlinearity that is called as a function is a matter of `_sigma_calls.py`,
-what a module's call turns out to have been, of `_closing.py`.
+kept in a `Record`; what its tensors carry, in `Tags`. A nonlinearity that is called as a function is
+a matter of `_sigma_calls.py`, what a module's call turns out to have been, of `_closing.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,6 @@ from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, described
 from fmapkit._names import Names
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow, Weight
-from fmapkit._probation import Born, Suspects, may_try
 from fmapkit._record import Record
 from fmapkit._sigma_calls import after_sigma, before_sigma
 from fmapkit._stop import Stop
@@ -40,19 +38,11 @@ from fmapkit._tags import Tags
 from fmapkit._transforms import TRANSFORMED, wrapped
 from fmapkit._wants import Wants
 
-if TYPE_CHECKING:
-    from fmapkit._following import Follower
-    from fmapkit._noting import Noter
-
 __all__ = ["Tracer"]
 
 
 # The backward pass that is running, or -1: activation checkpointing runs the forward again there.
 _backward: Callable[[], int] = torch._C._current_graph_task_id
-
-
-def _nothing(module: nn.Module) -> None:
-    return None
 
 
 class Tracer(TorchFunctionMode):
@@ -64,24 +54,18 @@ class Tracer(TorchFunctionMode):
         edited: something was, or might have been, edited.
         failed: a fault of our own, after which nothing is captured.
         paused: while a unit is replayed.
-        trial: > 0 while a proven module is learned.
+        lost: the pass has left the known paths.
+        learning: > 0 while a unit is learned.
         opaque: how many running modules are registered layers.
-        follower: does the work as long as the pass does what an earlier one did.
-        noter: is told what is traced; None where nothing is to be compared with it.
-        leaves: modules that need not be looked into; as scopes, while they are noted.
-        leaf_unit: what the road of one of them depends on.
-        no_leaf: is told of one that has to be looked into.
+        deciding: modules that were seen to turn data into numbers of Python's, or to let it decide
+            what runs.
+        moments: after how many decisions modules began; None where one ended.
     """
 
     # As each pass begins.
-    edited = paused = False
+    edited = paused = lost = False
     failed: BaseException | None = None
-    trial = opaque = 0
-    follower: Follower | None = None
-    noter: Noter | None = None
-    leaves: frozenset[nn.Module] = frozenset()
-    leaf_unit: Callable[[nn.Module], Any] = staticmethod(_nothing)
-    no_leaf: Callable[[nn.Module], None] = staticmethod(_nothing)
+    learning = opaque = 0
 
     def __init__(
         self,
@@ -113,8 +97,8 @@ class Tracer(TorchFunctionMode):
         self.frames: list[Frame] = []
         self.described = described()
         self.unhooked: set[nn.Module] = set()
-        self.suspects = Suspects()
-        self.born = Born()
+        self.deciding: set[nn.Module] = set()
+        self.moments: list[tuple[int, nn.Module | None]] = []
 
     def _new_record(self) -> Record:
         wants = self.wants
@@ -130,29 +114,30 @@ class Tracer(TorchFunctionMode):
 
         The tracer and its editor, if there is one, know each other.
         """
-        self.follower = self.noter = None
         self.record.end()
         self.frames.clear()
-        self.suspects.known.clear()
         self.tags.end()
 
     def fail(self, error: BaseException) -> None:
         """A fault of our own: the rest of the pass is not captured, and `missed` says so."""
         if error is self.edits.raised:
             raise error  # the user's own function
-        self.follower = None
         if self.failed is None:
             self.failed = error
             where = self.names.of(self.frames[-1].module) if self.frames else ""
             self.miss(where, f"fmapkit failed here: {type(error).__name__}: {error}")
 
+    def give_up(self) -> None:
+        """What the tensors of the pass carry is not known any more: no more of it is captured."""
+        self.lost = True
+
     # -- every torch function -----------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.follower is not None and not self.paused:
-            return self.follower.call(func, args, kwargs)
         known = self.described.get(func) or describe(func)
+        if known.reads and not self.paused and known.reads(args, kwargs):
+            self.deciding.update([f.module for f in self.frames])
         if known.silent or self.paused or self.failed or _backward() != -1:
             return func(*args, **kwargs)
         if known.opened is not None:
@@ -161,9 +146,6 @@ class Tracer(TorchFunctionMode):
         if not self.frames:
             return func(*args, **kwargs)
         try:
-            if self.suspects.known:
-                args = self.suspects.exchange(args, self.aliases)
-                kwargs = self.suspects.exchange(kwargs, self.aliases)
             if known.sigma is not None:
                 call = before_sigma(self, known, func, args, kwargs)
                 func, args, kwargs = call.function, call.args, call.kwargs
@@ -200,17 +182,13 @@ class Tracer(TorchFunctionMode):
             What it is to return.
         """
         try:
-            if self.trial:
-                self.born.made(known, args, kwargs, out)
             if call is not None:
                 out = after_sigma(self, known, call, out)
             else:
                 out = self._after(known, func, args, kwargs, out)
-            if self.noter is not None:
-                self.noter.call(known, func, args, kwargs, out)
         except Exception as error:
             self.fail(error)
-        if self.stop is not None and not self.trial:
+        if self.stop is not None and not self.learning:
             self.stop.check()
         return out
 
@@ -235,7 +213,7 @@ class Tracer(TorchFunctionMode):
         ):
             out = self._layer(known, func, operands, args, weight, out)
         else:
-            if self.trial and not self.opaque and _weighted.weighs(name):
+            if self.learning and not self.opaque and _weighted.weighs(name):
                 # No layer this time; but who waits for layers by this name will see it, too.
                 self.firings.append(Firing(None, self.scope(), func, None))
             tag = carried(name, operands, args, kwargs, out, self.tag)
@@ -303,10 +281,6 @@ class Tracer(TorchFunctionMode):
 
     # -- as a function is seen ----------------------------------------------------------------
 
-    def may_try(self, known: Function, z: Tensor) -> bool:
-        """Whether an in-place σ may run out of place, on probation."""
-        return bool(self.trial) and may_try(known.sigma, z, self.frames, self.aliases, self.born)
-
     def scope(self) -> nn.Module:
         """The module in whose forward a function runs.
 
@@ -314,7 +288,7 @@ class Tracer(TorchFunctionMode):
         tells; its functions are seen all the same, and from the next pass on it has hooks.
         """
         module = self.frames[-1].module
-        if self.trial:  # every module is hooked
+        if self.learning:  # every module is hooked
             return module
         running = running_module(2)
         if running is None or running is module or running not in self.names.by_module:
@@ -338,7 +312,7 @@ class Tracer(TorchFunctionMode):
 
     def spare(self, event: Event) -> None:
         """Outside of units, what no map holds is let go at once: it may be a lot in the end."""
-        if self.trial:
+        if self.learning:
             return
         for frame in self.frames:
             if frame.kind != "plain":
@@ -353,15 +327,13 @@ class Tracer(TorchFunctionMode):
             frame = Frame(module, args, kwargs, len(self.events))
             frame.firing = len(self.firings)
             parent = self.frames[-1] if self.frames else None
-            if self.trial:
+            if self.learning:
+                self.moments.append((self.firings.clock(), module))
                 caller = parent.module if parent is not None else None
                 given = args[0] if args else None
                 firing = Firing(module, module, None, caller, given, before=True)
                 self.firings.passes(firing, given)
             self.frames.append(frame)
-            if self.suspects.known:  # what the module is given, it will read
-                args = self.suspects.exchange(args, self.aliases)
-                kwargs = self.suspects.exchange(kwargs, self.aliases)
             frame.x, frame.key = first_tensor(args, kwargs)
             role = role_of(module)
             if frame.x is not None and wrapped(frame.x):
@@ -370,8 +342,6 @@ class Tracer(TorchFunctionMode):
                 self._sort(frame, role, args, kwargs)
             if parent is not None and parent.watched:
                 frame.watched = True
-            if self.noter is not None:
-                self.noter.enter(frame)
             return frame
 
     def _sort(self, frame: Frame, role: str, args: Any, kwargs: Any) -> None:
@@ -392,17 +362,15 @@ class Tracer(TorchFunctionMode):
             if self.editor and not self.opaque:
                 self.editor.enter(frame)
 
-    def leave(self, module: nn.Module, output: Any, failed: bool = False) -> Any:
+    def leave(self, module: nn.Module, output: Any) -> Any:
         """A module's forward has ended.
 
         Args:
             module: the module.
             output: what it returns.
-            failed: by an exception, and returns nothing.
 
         Returns:
-            The output, with a tensor that an in-place σ would have changed replaced by what it
-            would have become; None where nothing is to be replaced.
+            What it is to return, if something was edited; None for its own.
         """
         frame = None
         while self.frames and (frame is None or frame.module is not module):
@@ -410,10 +378,10 @@ class Tracer(TorchFunctionMode):
             self.opaque -= frame.kind == "layer"
         if frame is None or frame.module is not module or self.failed:
             return None
-        replaced, known = None, self.suspects.known
+        replaced = None
         with torch._C.DisableTorchFunction():
-            if known and any(id(t) in known for t in tensors_in(output)):
-                replaced = output = self.suspects.exchange(output, self.aliases)
+            if self.learning:
+                self.moments.append((self.firings.clock(), None))
             parent = self.frames[-1].module if self.frames else None
             self.firings.passes(Firing(module, module, None, parent, output), output)
             edited = close(self, frame, output)
@@ -421,8 +389,6 @@ class Tracer(TorchFunctionMode):
                 replaced = output = edited
             if module in self.wants.outputs:
                 self._output(module, output)
-            if self.noter is not None:
-                self.noter.leave(frame, output, failed)
         return replaced
 
     def _output(self, module: nn.Module, output: Any) -> None:

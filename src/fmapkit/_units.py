@@ -1,106 +1,161 @@
 """Units: which modules are replayed as a whole, and what tells their calls apart.
 
-A unit is the outermost proven module on its branch. Two calls of it are of one kind if their
-arguments have the same form and carry the same, and nothing has changed that its road depends on
-(its guards, `inplace` flags, dtypes of weights, modes). Each kind has a plan of its own.
+A unit is the outermost module on its branch whose decisions, and those of all modules in it, are
+recorded and do not come from data. Two calls of it are of one kind if their arguments have the same
+form and carry the same, and nothing has changed that no path tells: attributes of torch's own
+modules, dtypes of weights, modes. Each kind has paths of its own, and a plan for each of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import operator
+import types
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fmapkit._form import form_of, weights_of
-from fmapkit._guards import Guard
+from fmapkit._fused import fuses
+from fmapkit._hooks import hooks_on
+from fmapkit._optimized import is_compiled
 from fmapkit._origin import Flow, Weight
-from fmapkit._plan import Plan
-from fmapkit._proof import Proofs
+from fmapkit._plan import Plan, alike
+from fmapkit._stop import has_own_forward
 from fmapkit._trace import Tracer
 from fmapkit._transforms import under_transform
+from fmapkit.paths import KnownPaths, Sizes
 
-__all__ = ["Unit", "Units", "carried", "numbers_in", "shape_of"]
+__all__ = ["Unit", "Units", "carried", "shape_of", "sizes_of"]
 
 
-_GONE = object()
-_MOST_PLANS = 64
+_MOST_KINDS = 64
+_MOST_STATES = 4  # in which a kind of call is known while it is not clear which attributes decide
+_TOLD = frozenset({bool, str, type(None), torch.dtype, torch.device})
+_PLAIN = frozenset(
+    {
+        *(bool, int, float, str, type(None), tuple, torch.dtype, torch.device, type),
+        *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
+    }
+)
 
 
 class Unit:
-    """One unit: what its road depends on, and its plans.
+    """One unit.
 
     Attributes:
-        plans: by the kind of call, and the unit's state.
         form: tells dtype and layout of its weights.
-        numbers: those that it is given tell its calls apart.
     """
 
-    __slots__ = (
-        *("_flags", "_guards", "_held", "_keys", "_latest", "_slow", "_values"),
-        *("form", "numbers", "plans"),
-    )
+    __slots__ = ("_known", "_looked_at", "_modules", "_states", "_values", "form")
 
-    def __init__(self, module: nn.Module, guards: list[Guard], numbers: bool = False) -> None:
-        self.plans: dict[Any, Plan] = {}
-        self.numbers = numbers
+    def __init__(self, module: nn.Module) -> None:
+        self._known: dict[tuple[Any, int], KnownPaths[Plan]] = {}
         self.form = weights_of(module)
-        self._guards = guards
-        self._flags = [m.__dict__ for m in module.modules() if "inplace" in m.__dict__]
-        # Of the latest call: what dicts hold is compared by identity, before all the rest.
-        self._held: list[Mapping[str, Any]] = []
-        self._keys: list[str] = []
-        self._values: list[Any] = []
-        self._slow: list[Guard] = []
-        self._latest: tuple[Plan, Any, list[Any]] | None = None
+        self._modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._look_at({id(m): _plain_attributes(m) for m in self._modules})
 
-    @property
-    def depends(self) -> bool:
-        """Whether its road depends on anything but what it is given."""
-        return bool(self._guards or self._flags)
+    def _look_at(self, names: dict[int, list[str]]) -> None:
+        """Compare these attributes of each module, told by its id, before each call."""
+        places = [(names[id(m)], m.__dict__) for m in self._modules if names[id(m)]]
+        self._looked_at = [(operator.itemgetter(*keys), there, keys) for keys, there in places]
+        self._values = [get(there) for get, there, _ in self._looked_at]
+        self._states: list[list[Any]] = [self._values]
 
-    def learned(self, kind: Any, plan: Plan) -> None:
-        """The plan for a kind of call; where ever new numbers come, not for all of them."""
-        if len(self.plans) >= _MOST_PLANS:
-            self.plans.clear()
-        self.plans[kind] = plan
+    def state(self) -> int:
+        """Which of the states it has been in: plain attributes of its modules.
 
-    def state(self) -> Any:
-        """The values its road depends on."""
-        return tuple([g.value() for g in self._guards]), tuple([d["inplace"] for d in self._flags])
+        Torch's own code may decide by them, and it does not record. All other code does; but where
+        an attribute is another one than before, it is better to know that beforehand.
+        """
+        try:
+            now = [get(there) for get, there, _ in self._looked_at]
+        except KeyError:  # one was deleted
+            self._known.clear()
+            self._look_at({id(m): _plain_attributes(m) for m in self._modules})
+            return 0
+        if now == self._values:
+            return 0
+        if now not in self._states:
+            if len(self._states) >= _MOST_KINDS:
+                del self._states[1:]
+                self._known = {key: paths for key, paths in self._known.items() if not key[1]}
+            self._states.append(now)
+        return self._states.index(now)
 
-    def same(self, shape: Any) -> Plan | None:
-        """The plan of the latest call, if this one is alike in all that the road depends on."""
-        if self._latest is None:
-            return None
-        plan, last, slow = self._latest
-        if shape != last:
-            return None
-        for held, key, value in zip(self._held, self._keys, self._values, strict=True):
-            if held.get(key, _GONE) is not value:
-                return None
-        return plan if not slow or [g.value() for g in self._slow] == slow else None
+    def known(self, kind: Any, state: int) -> KnownPaths[Plan] | None:
+        """The paths of a kind of call; None if there was none yet."""
+        return self._known.get((kind, state))
 
-    def remember(self, plan: Plan, shape: Any) -> None:
-        """This call's plan, for `same`."""
-        places = [g.place() for g in self._guards]
-        self._slow = [g for g, p in zip(self._guards, places, strict=True) if p is None]
-        at_once = [p for p in places if p is not None] + [(d, "inplace") for d in self._flags]
-        self._held = [held for held, _ in at_once]
-        self._keys = [key for _, key in at_once]
-        self._values = [held.get(key, _GONE) for held, key in at_once]
-        # A list that took the place of a plain value may change and still be the same object.
-        if any(isinstance(v, (list, dict, set)) for v in self._values):
-            self._latest = None
-        else:
-            self._latest = (plan, shape, [g.value() for g in self._slow])
+    def paths(self, kind: Any, state: int) -> KnownPaths[Plan]:
+        """The same, made if there are none."""
+        found = self._known.get((kind, state))
+        if found is None:
+            if len(self._known) >= _MOST_KINDS:
+                self._known.clear()
+            found = self._known[kind, state] = KnownPaths(alike)
+        return found
+
+    def decided_by_state(self, items: list[Any], kind: Any, state: int, sizes: Sizes) -> bool:
+        """Attributes change from call to call, and the path with them: who takes it is to be traced.
+
+        Attributes that change while the path does not are not compared from now on.
+
+        Args:
+            items: of the path of a call that was traced.
+            kind: of the call.
+            state: in which it was.
+            sizes: of its inputs.
+        """
+        others = {s: p for (k, s), p in self._known.items() if k == kind and s != state}
+        same = [s for s, paths in others.items() if paths.has(items, sizes)]
+        if len(same) < len(others):
+            return len(others) >= _MOST_STATES
+        if same:
+            self._look_less(self._states[same[0]], self._states[state])
+        return False
+
+    def _look_less(self, before: list[Any], now: list[Any]) -> None:
+        """Compare no more what differs, but for attributes that torch's own code may decide by."""
+        names: dict[int, list[str]] = {id(m): [] for m in self._modules}
+        owners = {id(m.__dict__): m for m in self._modules}
+        for (_, there, keys), old, new in zip(self._looked_at, before, now, strict=True):
+            module = owners[id(there)]
+            pairs = zip(keys, old, new, strict=True) if len(keys) > 1 else [(keys[0], old, new)]
+            names[id(module)] = [k for k, a, b in pairs if a == b or _is_torchs(module)]
+        self._known.clear()
+        self._look_at(names)
+
+    def differing(self, items: list[Any], kind: Any, sizes: Sizes) -> tuple[Any, ...]:
+        """The modules that were deciding where a path differs from others."""
+        found: dict[Any, None] = {}
+        for (other, _), paths in self._known.items():
+            if other == kind:
+                found.update(dict.fromkeys(paths.leaves_at(items, sizes)[1]))
+        return tuple(found)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    forward = type(module).forward
+    return type(forward) is types.FunctionType and forward.__module__.startswith("torch.")
+
+
+# What every module has, whatever its class.
+_COMMON = frozenset(nn.Module().__dict__) - {"training"}
+
+
+def _plain_attributes(module: nn.Module) -> list[str]:
+    """What code may decide by, of a kind that can be compared."""
+    return [k for k, v in module.__dict__.items() if k not in _COMMON and type(v) in _PLAIN]
 
 
 class Units:
     """The units of one model.
 
     Args:
-        is_ours: tells hooks of this capture, which a proof leaves out, from others.
+        is_ours: tells hooks of this capture from others.
 
     Attributes:
         direct: modules that a scope has called itself.
@@ -109,52 +164,58 @@ class Units:
     def __init__(self, is_ours: Callable[[Any], bool]) -> None:
         self.direct: set[nn.Module] = set()
         self._is_ours = is_ours
-        self._opened: set[nn.Module] = set()  # proven, but with something to edit in them
-        self._proven: dict[nn.Module, bool] = {}
+        self._opened: set[nn.Module] = set()
+        self._static: dict[nn.Module, bool] = {}
         self._known: dict[nn.Module, Unit] = {}
-        self._proofs = Proofs(is_ours)
 
-    def proven(self, module: nn.Module) -> bool:
-        """Whether a module may be replayed as a whole."""
-        found = self._proven.get(module)
+    def static(self, module: nn.Module) -> bool:
+        """Whether a module may be replayed as a whole: nothing in it has to be traced each time."""
+        found = self._static.get(module)
         if found is None:
-            found = module not in self._opened and self._proofs.proven(module)
-            self._proven[module] = found
+            self._static[module] = False  # a module inside itself
+            found = self._own(module) and all(map(self.static, module.children()))
+            self._static[module] = found
         return found
+
+    def _own(self, module: nn.Module) -> bool:
+        """The same of its own code."""
+        if module in self._opened or has_own_forward(module) or is_compiled(module):
+            return False
+        if fuses(module):
+            return False
+        if type(module).__call__ is not nn.Module.__call__:
+            return False
+        if isinstance(module, torch.jit.ScriptModule):
+            return False
+        return all(map(self._is_ours, hooks_on(module)))
 
     def stands_alone(self, module: nn.Module, args: Any, tracer: Tracer | None) -> bool:
         """Whether this call is a unit: not inside a module that may be one σ or layer itself."""
-        if not self.proven(module) or under_transform(module, args):
-            return False
-        if tracer is not None and module in tracer.leaves:
+        if not self.static(module) or under_transform(module, args):
             return False
         return tracer is None or all(f.kind == "plain" for f in tracer.frames)
 
     def of(self, module: nn.Module) -> Unit:
-        """The unit that a proven module is."""
+        """The unit that a module is."""
         found = self._known.get(module)
         if found is None:
-            guards, numbers = self._proofs.guards(module), self._proofs.numbers(module)
-            found = self._known[module] = Unit(module, guards, numbers)
+            found = self._known[module] = Unit(module)
         return found
 
-    def forget(self, module: nn.Module) -> None:
-        """It left the road it was proven to take: learn it anew."""
-        self._known.pop(module, None)
-
-    def open(self, module: nn.Module) -> None:
-        """From the next pass on, only the parts of it are units."""
-        self._opened.add(module)
-        self._proven.pop(module, None)
-        self.direct.discard(module)
+    def open(self, *modules: nn.Module) -> None:
+        """From the next pass on, these are traced in every pass, and the parts of them are units."""
+        self._opened.update(modules)
+        self._static.clear()
+        for module in modules:
+            self._known.pop(module, None)
+            self.direct.discard(module)
 
     def clear(self) -> None:
         """The model has other modules than it had, or the block has ended."""
         self.direct.clear()
         self._opened.clear()
-        self._proven.clear()
+        self._static.clear()
         self._known.clear()
-        self._proofs = Proofs(self._is_ours)
 
 
 def shape_of(value: Any) -> Any:
@@ -169,20 +230,27 @@ def shape_of(value: Any) -> Any:
         return tuple([shape_of(v) for v in value])
     if isinstance(value, dict):
         return tuple([(k, shape_of(v)) for k, v in value.items()]) if value else ()
-    return type(value)
+    return value if type(value) in _TOLD else type(value)
 
 
-def numbers_in(*values: Any) -> tuple[int, ...]:
-    """Every whole number in nested arguments, in order."""
-    found: list[int] = []
-    for value in values:
-        if isinstance(value, int):
-            found.append(value)
-        elif isinstance(value, (tuple, list)):
-            found += numbers_in(*value)
-        elif isinstance(value, dict):
-            found += numbers_in(*value.values())
-    return tuple(found)
+def sizes_of(tensors: list[Tensor], args: Any, kwargs: Any) -> Sizes:
+    """The sizes of tensors, one after the other, and the whole numbers that a module is given."""
+    sizes = [size for tensor in tensors for size in tensor.shape]
+    _numbers_in(sizes, args)
+    if kwargs:
+        _numbers_in(sizes, kwargs)
+    return tuple(sizes)
+
+
+def _numbers_in(found: list[int], value: Any) -> None:
+    if isinstance(value, int):
+        found.append(value)
+    elif isinstance(value, (tuple, list)):
+        for inner in value:
+            _numbers_in(found, inner)
+    elif isinstance(value, dict):
+        for inner in value.values():
+            _numbers_in(found, inner)
 
 
 def carried(inputs: list[Any], asked: Callable[[str], Any]) -> Any:

@@ -22,6 +22,16 @@ METADATA = words(
     __deepcopy__ __reduce_ex__ __array__ numpy allclose equal is_set_to
     _is_view is_signed result_type finfo iinfo"""
 )
+# Data that becomes something of Python's: what code does next may depend on it.
+DATA_TO_PYTHON = words(
+    """item tolist numpy __array__ __bool__ __int__ __float__ __complex__ __index__ __contains__
+    __repr__ __format__ is_nonzero equal allclose __dlpack__"""
+)
+# Data that becomes the size of a tensor.
+DATA_TO_SIZES = words(
+    """nonzero argwhere masked_select unique unique_consecutive unique_dim _unique _unique2 bincount
+    segment_reduce"""
+)
 FRESH = words(
     """zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros
     new_ones new_empty new_full new_tensor zeros ones empty full rand randn randint arange

@@ -1,0 +1,66 @@
+"""In-place nonlinearities: how z stays what it was, without a copy where that can be.
+
+`relu_(x)` overwrites z. Where x alone has its memory, σ writes its result into fresh memory, and that
+becomes x's: x is the same tensor as ever, holds what it would hold, and the old memory keeps z. That
+costs what σ out of place costs. Whether x is alone is asked at each call; where it is not, or where
+the tensor is part of an autograd graph, z is copied, and σ runs as the model has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+__all__ = ["is_alone", "with_new_memory"]
+
+_users_of: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_strided = torch.strided
+# Where tensors have memory of their own that they can be given anew.
+_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
+
+
+def is_alone(z: Any, ours: int = 0) -> bool:
+    """Whether a tensor may be given other memory without anybody noticing.
+
+    Args:
+        z: what an in-place σ is about to overwrite.
+        ours: how many aliases of it we hold ourselves.
+    """
+    if type(z) is not Tensor or z.requires_grad or z.layout is not _strided:
+        return False
+    if _function_modes() or _dispatch_modes() or _users_of is None:  # they see what runs
+        return False
+    if z.is_complex() or z.is_quantized or z.device.type not in _DEVICES:
+        return False
+    storage = z.untyped_storage()
+    # The handle just made is one of the users. NumPy's memory, say, is not resizable.
+    if _users_of(storage._cdata) != 2 + ours:
+        return False
+    return storage.resizable() and not storage.is_shared()
+
+
+def with_new_memory(z: Tensor, sigma: Callable[[], Tensor]) -> bool:
+    """Have a tensor hold σ of what it held, in other memory; an alias made before still holds z.
+
+    Args:
+        z: which is alone.
+        sigma: gives a = σ(z) in fresh memory.
+
+    Returns:
+        Whether that could be; if not, nothing has changed.
+    """
+    a = sigma()
+    if type(a) is not Tensor or a.stride() != z.stride() or a.dtype is not z.dtype:
+        return False
+    if a.shape != z.shape or a.requires_grad:
+        return False
+    z.data = a
+    if not z.is_inference():
+        increment_version(z)
+    return True

@@ -1,0 +1,161 @@
+"""Control paths: which decisions a pass took, and whether another pass took the same ones.
+
+    ControlPaths                    what one capture knows, and what it has set
+        twins.Twins                 functions run twins of their code while the block is open
+            rewrite.Rewriter        … the same code with a recorder at each decision
+        recorders.Sink              where the decisions of this thread's pass go
+        survey.Survey               which functions ran that do not record yet
+    known.KnownPaths                the paths of one kind of call, each with its plan
+
+If a pass takes the decisions of an earlier one, on inputs of the same form, in the same modes, of a
+model of the same structure, it makes the same calls of torch on the same tensors.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fmapkit.paths import recorders
+from fmapkit.paths.fixed import FixedAttributes
+from fmapkit.paths.known import KnownPaths, Sizes
+from fmapkit.paths.survey import Survey, is_trusted
+from fmapkit.paths.twins import Twins
+
+__all__ = ["ControlPaths", "KnownPaths", "Sizes"]
+
+# Paths, told by the hash of their items, in which every function that ran has recorded.
+_complete: set[int] = set()
+_surveyed: set[type] = set()  # classes of modules of which there is one
+
+
+class ControlPaths:
+    """The control paths of one capture's passes.
+
+    Args:
+        model: the captured one.
+        place_of: names the place of a parameter in the model; None for any other tensor.
+        running: the modules whose calls are under way, outermost first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        place_of: Callable[[Tensor], str | None],
+        running: Callable[[], Iterable[nn.Module]],
+    ) -> None:
+        self._model = model
+        self._place_of = place_of
+        self._running = running
+        self._sink: recorders.Sink | None = None
+        self._survey: Survey | None = None
+        self._tried: set[types.CodeType] = set()
+        self._doubted: set[nn.Module] = set()
+        self.twins = Twins()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """The model has other modules than it had."""
+        self._modules = set(self._model.modules())
+        self.twins.clear()
+        self.twins = Twins(FixedAttributes(self._modules))
+        self._doubted.clear()
+        self._ready = False
+
+    # -- a pass -------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A pass begins: record."""
+        if not self._ready:
+            self._ready = True
+            for kind in {type(m) for m in self._modules}:
+                self._set_class(kind)
+        self._sink = recorders.start(self._place_of, self._modules)
+
+    def _set_class(self, kind: type) -> None:
+        """Have the forward of a class record."""
+        forward = getattr(kind, "forward", None)
+        if type(forward) is types.FunctionType and not is_trusted(forward.__code__):
+            self.twins.exchange(forward)
+
+    def end(self) -> None:
+        """The pass has ended."""
+        self._end_survey()
+        if self._sink is not None:
+            self._sink = None
+            recorders.stop()
+
+    # -- a call that is traced ----------------------------------------------------------------
+
+    def begin_lesson(self, module: nn.Module) -> None:
+        """A call of a module is traced, to know its path.
+
+        Where such a path was complete in another capture, it is taken to be complete now, and its
+        items tell in the end whether that was right: to look at each function costs time.
+        """
+        known = type(module) in _surveyed and module not in self._doubted
+        self._doubted.add(module)
+        if not known:
+            self._survey = Survey(lambda: tuple(self._running()))
+            self._survey.start()
+
+    def end_lesson(self, items: list[Any], module: nn.Module) -> tuple[bool, set[nn.Module]]:
+        """The call has ended.
+
+        Args:
+            items: its path.
+            module: that was called.
+
+        Returns:
+            Whether every function that ran has recorded; and the modules in which code ran that
+            cannot record, which are to be traced in every pass.
+        """
+        told = hash(tuple(map(_lasting, items)))
+        survey = self._end_survey()
+        if survey is None:
+            return told in _complete, set()
+        hopeless: set[nn.Module] = set()
+        for code, (_, who) in survey.found.items():
+            if code in self._tried:
+                hopeless.update(m for modules in who for m in modules)
+        self._tried.update(survey.found)
+        self.twins.exchange_all(survey.found)
+        if survey.complete and not survey.found:
+            _complete.add(told)
+            _surveyed.add(type(module))
+            return True, set()
+        return False, hopeless
+
+    def _end_survey(self) -> Survey | None:
+        survey, self._survey = self._survey, None
+        if survey is not None:
+            survey.stop()
+        return survey
+
+    def renamed(self) -> bool:
+        """Whether a name in one of torch's modules stands for something else than it did."""
+        return self.twins.renamed()
+
+    @property
+    def position(self) -> int:
+        """How many decisions were recorded so far."""
+        return len(self._sink.items) if self._sink is not None else 0
+
+    def since(self, position: int) -> list[Any]:
+        """The decisions from a position on."""
+        return self._sink.items[position:] if self._sink is not None else []
+
+    def clear(self) -> None:
+        """The block has ended: every function has its own code again."""
+        self.end()
+        self.twins.clear()
+
+
+def _lasting(item: Any) -> Any:
+    """The same of an item that is of one model alone."""
+    if isinstance(item, tuple):
+        return tuple(map(_lasting, item))
+    return type(item) if isinstance(item, nn.Module) else item

@@ -1,0 +1,55 @@
+"""Which attributes of modules are compared as a whole before each pass.
+
+In `self.conv(x)`, what is called need not be recorded where `conv` is a child of every module that
+the method may belong to: the model's structure is compared before each pass. The same holds for
+functions of a module's class, which mark where they begin.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+
+from torch import nn
+
+__all__ = ["FixedAttributes"]
+
+
+class FixedAttributes:
+    """Tells them, for the methods of one model's modules.
+
+    Args:
+        modules: those of the model.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._of_class: dict[str, frozenset[str]] = {}
+        for module in modules:
+            own = _fixed(module)
+            for base in type(module).__mro__:
+                if base is nn.Module:
+                    break
+                name = base.__qualname__
+                known = self._of_class.get(name)
+                self._of_class[name] = own if known is None else known & own
+
+    def __call__(self, code: types.CodeType) -> frozenset[str]:
+        """Those of the first argument of a method, told by its qualified name."""
+        owner = code.co_qualname.partition(".<locals>")[0].rpartition(".")[0]
+        return self._of_class.get(owner, frozenset())
+
+
+_functions: dict[type, frozenset[str]] = {}
+
+
+def _fixed(module: nn.Module) -> frozenset[str]:
+    kind = type(module)
+    functions = _functions.get(kind)
+    if functions is None:
+        found: dict[str, object] = {}
+        for base in reversed(kind.__mro__):
+            found.update(vars(base))
+        functions = frozenset(n for n, v in found.items() if type(v) is types.FunctionType)
+        _functions[kind] = functions
+    children = {name for name, child in module._modules.items() if child is not None}
+    return (functions | children).difference(module.__dict__)

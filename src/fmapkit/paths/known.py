@@ -1,0 +1,283 @@
+"""The paths that calls of a module have taken, and the plan that holds for each.
+
+A path is a list of items (see `recorders.py`). Two calls on inputs of the same sizes take the same
+path if their items are equal. On inputs of other sizes, numbers in the path may follow the sizes
+(`x.view(batch, length, -1)`): after two calls whose paths differ in such numbers alone, and whose
+plans say the same, a rule is known for each of these numbers, and a third call is held to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, Generic, TypeVar
+
+__all__ = ["KnownPaths", "Sizes"]
+
+_Plan = TypeVar("_Plan")
+Sizes = tuple[int, ...]
+
+_MOST_SIZES = 32  # per path: how many sizes its items are kept for
+_MOST_PATHS = 16
+
+
+class _Path(Generic[_Plan]):
+    """One path: its items for some sizes, and the rules that its numbers follow.
+
+    Attributes:
+        plan: that holds on it.
+        by_sizes: its items.
+        rules: of the numbers in it that follow the sizes: those that all calls have kept to.
+        general: holds for any sizes, as far as is known.
+        seen: a call that was not traced took it.
+    """
+
+    __slots__ = ("_moments", "by_sizes", "general", "plan", "rules", "seen")
+
+    def __init__(
+        self, items: list[Any], sizes: Sizes, plan: _Plan, moments: list[tuple[int, Any]]
+    ) -> None:
+        self.plan = plan
+        self._moments = moments
+        self.seen = False
+        self.by_sizes: dict[Sizes, list[Any]] = {sizes: items}
+        self.rules: dict[tuple[int, ...], set[_Rule]] = {}
+        self.general = False
+
+    def fits(self, items: list[Any], sizes: Sizes) -> bool:
+        """Whether a call took this path, with the numbers that follow its sizes."""
+        if not self.general:
+            return False
+        before = next(iter(self.by_sizes.values()))
+        found = _differences(before, items)
+        if found is None or any(place not in self.rules for place, _, _ in found):
+            return False
+        values = {place: new for place, _, new in found}
+        kept: dict[tuple[int, ...], set[_Rule]] = {}
+        for place, rules in self.rules.items():
+            value = values.get(place)
+            if value is None:
+                value = _at(items, place)
+            kept[place] = {rule for rule in rules if _holds(rule, value, sizes)}
+            if not kept[place]:
+                return False
+        self.rules = kept
+        self._keep(items, sizes)
+        return True
+
+    def takes(self, items: list[Any], sizes: Sizes, alike: bool) -> bool:
+        """A call on other sizes was traced: whether it took this path, too.
+
+        Args:
+            items: of its path.
+            sizes: of its inputs.
+            alike: its plan says the same.
+        """
+        if not alike:
+            return False
+        before, known = next((s, i) for s, i in self.by_sizes.items())
+        found = _differences(known, items)
+        if found is None:
+            return False
+        rules = dict(self.rules)
+        for place, old, new in found:
+            both = _rules(old, before) & _rules(new, sizes)
+            rules[place] = rules[place] & both if place in rules else both
+        for place in rules:
+            value = _at(items, place)
+            rules[place] = {rule for rule in rules[place] if _holds(rule, value, sizes)}
+        if not all(rules.values()):
+            return False
+        self.rules = rules
+        self.general = True
+        self._keep(items, sizes)
+        return True
+
+    def deciding(self, at: int) -> tuple[Any, ...]:
+        """The modules whose calls were under way after so many items."""
+        running: list[Any] = []
+        for position, module in self._moments:
+            if position > at:
+                break
+            if module is not None:
+                running.append(module)
+            elif running and position < at:
+                running.pop()
+        return tuple(running)
+
+    def _keep(self, items: list[Any], sizes: Sizes) -> None:
+        if len(self.by_sizes) >= _MOST_SIZES:  # the first one stays: the others are compared with it
+            self.by_sizes = dict(list(self.by_sizes.items())[:1])
+        self.by_sizes[sizes] = items
+
+
+class KnownPaths(Generic[_Plan]):
+    """What is known of one kind of call: for inputs of some sizes, one path.
+
+    A module that takes several is to be traced in each pass, so that its parts, which take one each,
+    can be read by their plans.
+
+    Args:
+        alike: whether two plans say the same.
+
+    Attributes:
+        lost: the latest call took a path that nobody has seen: the next one is to be traced.
+    """
+
+    __slots__ = ("_alike", "_astray", "_paths", "_strays", "_unruly", "lost")
+
+    def __init__(self, alike: Callable[[_Plan, _Plan], bool]) -> None:
+        self._alike = alike
+        self._paths: list[_Path[_Plan]] = []
+        self._unruly = False  # numbers have followed no rule: each size is traced
+        self._strays = 0
+        self._astray: tuple[list[Any], Sizes] | None = None  # the latest call that left its path
+        self.lost = False
+
+    def plan(self, sizes: Sizes) -> _Plan | None:
+        """The plan by which a call may be read; None if it is to be traced."""
+        path = None if self.lost else self._path(sizes)
+        return path.plan if path is not None else None
+
+    def _path(self, sizes: Sizes) -> _Path[_Plan] | None:
+        for path in self._paths:
+            if sizes in path.by_sizes:
+                return path
+        if self._unruly:
+            return None
+        return next((p for p in self._paths if p.general), None)
+
+    def taken(self, items: list[Any], sizes: Sizes) -> bool:
+        """Whether a call that was read by a plan took the path of that plan."""
+        path = self._path(sizes)
+        if path is None:
+            return False
+        known = path.by_sizes.get(sizes)
+        if known == items or (known is None and path.fits(items, sizes)):
+            path.seen = True
+            return True
+        self._unruly = self._unruly or known is None
+        self.lost = True
+        return False
+
+    def has(self, items: list[Any], sizes: Sizes) -> bool:
+        """Whether a call on such inputs took this very path."""
+        return any(path.by_sizes.get(sizes) == items for path in self._paths)
+
+    def wavers(self, items: list[Any], sizes: Sizes) -> bool:
+        """Whether a traced call, after one that left its path, took a third one."""
+        astray, self._astray = self._astray, None
+        return astray is not None and astray[1] == sizes and astray[0] != items
+
+    def leaves_at(self, items: list[Any], sizes: Sizes) -> tuple[int, tuple[Any, ...]]:
+        """Where a call has left its path: after so many items, and who was deciding there."""
+        path = self._path_before(sizes)
+        if path is None:
+            return 0, ()
+        known = path.by_sizes.get(sizes) or next(iter(path.by_sizes.values()))
+        numbers = sizes not in path.by_sizes
+        at = 0
+        for a, b in zip(known, items, strict=False):
+            if a != b and not (numbers and type(a) is int and type(b) is int):
+                break
+            at += 1
+        return at, path.deciding(at)
+
+    def _path_before(self, sizes: Sizes) -> _Path[_Plan] | None:
+        exact = (p for p in self._paths if sizes in p.by_sizes)
+        return next(exact, None) or next((p for p in self._paths if p.general), None)
+
+    def strayed(self, items: list[Any], sizes: Sizes) -> bool:
+        """A call has left its path: whether it is in the module's nature to do so.
+
+        Code that does something once only, as to fill a cache, does it in the first calls.
+        """
+        self._strays += 1
+        self._astray = items, sizes
+        path = self._path_before(sizes)
+        return self._strays > 1 or (path is not None and path.seen)
+
+    def learn(
+        self, items: list[Any], sizes: Sizes, plan: _Plan, moments: list[tuple[int, Any]]
+    ) -> _Plan:
+        """A call was traced; the plan that is to be kept for it.
+
+        Args:
+            items: of its path.
+            sizes: of its inputs.
+            plan: made of it.
+            moments: after how many items which module began (and None: some module ended).
+        """
+        self.lost = False
+        for path in list(self._paths):
+            if sizes in path.by_sizes:
+                if path.by_sizes[sizes] == items and self._alike(path.plan, plan):
+                    return path.plan
+                del path.by_sizes[sizes]
+                if not path.by_sizes:
+                    self._paths.remove(path)
+        for path in self._paths:
+            if path.takes(items, sizes, self._alike(path.plan, plan)):
+                return path.plan
+        if len(self._paths) >= _MOST_PATHS:
+            self._paths.pop(0)
+        self._paths.append(_Path(items, sizes, plan, moments))
+        return plan
+
+
+# -- rules of numbers -------------------------------------------------------------------------
+
+_Rule = tuple[Any, ...]
+
+
+def _rules(value: Any, sizes: Sizes) -> set[_Rule]:
+    """What a number may be of the inputs' sizes: one of them and a bit, a multiple, a product."""
+    found: set[_Rule] = set()
+    for at, size in enumerate(sizes):
+        found.add(("more", at, value - size))
+        if size:
+            found.add(("times", at, Fraction(value, size)))
+        for other in range(at, len(sizes)):
+            if size and sizes[other]:
+                found.add(("product", at, other, Fraction(value, size * sizes[other])))
+    return found
+
+
+def _holds(rule: _Rule, value: Any, sizes: Sizes) -> bool:
+    kind, at, *rest = rule
+    if kind == "more":
+        return bool(value == sizes[at] + rest[0])
+    if kind == "times":
+        return bool(value == sizes[at] * rest[0])
+    return bool(value == sizes[at] * sizes[rest[0]] * rest[1])
+
+
+def _differences(
+    known: Sequence[Any], items: Sequence[Any], place: tuple[int, ...] = ()
+) -> list[tuple[tuple[int, ...], int, int]] | None:
+    """Where two paths differ, in whole numbers alone; None if they differ otherwise."""
+    if len(known) != len(items):
+        return None
+    found: list[tuple[tuple[int, ...], int, int]] = []
+    for at, (a, b) in enumerate(zip(known, items, strict=True)):
+        if a is b or a == b:
+            continue
+        if type(a) is not type(b):
+            return None
+        if type(a) is int:
+            found.append(((*place, at), a, b))
+        elif type(a) is tuple:
+            inner = _differences(a, b, (*place, at))
+            if inner is None:
+                return None
+            found += inner
+        else:
+            return None
+    return found
+
+
+def _at(items: Sequence[Any], place: tuple[int, ...]) -> Any:
+    found: Any = items
+    for at in place:
+        found = found[at]
+    return found

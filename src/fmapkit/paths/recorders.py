@@ -1,0 +1,235 @@
+"""What a twin calls at each decision (see `rewrite.py`), and where the decisions go.
+
+An item of a path is a mark (a string that names a place in the source), a plain value, or the
+callable that a call went to. Items are compared by equality and type, so each is of a kind for which
+that is cheap and runs no code of the model: tensors are never items.
+
+Recorders run in whatever thread runs a twin. They write only where that thread records.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Container
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MARK", "RECORDERS", "Sink", "start", "stop"]
+
+_T = TypeVar("_T")
+
+# What marks begin with: no string of a model does.
+MARK = "\0"
+_ident: Callable[[], int] = threading.get_ident
+_PLAIN: frozenset[type] = frozenset(
+    {
+        *(int, str, bytes, complex, type(None), type(...), range),
+        *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+    }
+)
+_NESTED: frozenset[type] = frozenset({tuple, list, dict, set, frozenset, slice, torch.Size})
+_FUNCTION = types.FunctionType
+_BUILTIN = types.BuiltinFunctionType
+_METHOD = types.MethodType
+_CALLABLES = frozenset({_FUNCTION, _BUILTIN, _METHOD, functools.partial})
+_SHARED = frozenset({type(None), types.ModuleType})
+_NOTHING: Callable[[Any], None] = deque(maxlen=0).append
+_TRUE, _FALSE = f"{MARK}True", f"{MARK}False"
+
+
+class Sink:
+    """Where one thread's items go while it records.
+
+    Args:
+        place_of: names the place of a parameter in the model; None for any other tensor.
+        modules: those of the model.
+
+    Attributes:
+        items: the decisions taken so far.
+        users: how many captures record.
+    """
+
+    __slots__ = ("items", "modules", "place_of", "users")
+
+    def __init__(
+        self, place_of: Callable[[Tensor], str | None], modules: Container[nn.Module]
+    ) -> None:
+        self.items: list[Any] = []
+        self.place_of = place_of
+        self.modules = modules
+        self.users = 0
+
+
+# By thread: the `append` of its list of items, and what it belongs to.
+_appends: dict[int, Callable[[Any], None]] = {}
+_append_of: Any = _appends.get
+sinks: dict[int, Sink] = {}
+
+
+def start(place_of: Callable[[Tensor], str | None], modules: Container[nn.Module]) -> Sink:
+    """Record in this thread; where that is done already, go on with it."""
+    thread = _ident()
+    sink = sinks.get(thread)
+    if sink is None:
+        sink = sinks[thread] = Sink(place_of, modules)
+        _appends[thread] = sink.items.append
+    sink.users += 1
+    return sink
+
+
+def stop() -> None:
+    """Record no more in this thread, unless somebody else does."""
+    thread = _ident()
+    sink = sinks.get(thread)
+    if sink is not None:
+        sink.users -= 1
+        if not sink.users:
+            del _appends[thread], sinks[thread]
+
+
+def enter(site: str) -> Callable[[Any], None]:
+    """A function begins; what its marks are to be given to while it runs."""
+    append = _append_of(_ident(), _NOTHING)
+    append(site)
+    return append
+
+
+def mark(site: str) -> None:
+    """A place in the source is passed."""
+    append = _append_of(_ident())
+    if append is not None:
+        append(site)
+
+
+def value(given: _T) -> _T:
+    """A value becomes an argument, an index or an exponent."""
+    kind = type(given)
+    if kind is not Tensor:
+        append = _append_of(_ident())
+        if append is not None:
+            if kind in _PLAIN:
+                append(given)
+            else:
+                _other(append, given, kind)
+    return given
+
+
+# What follows asks for types, and never for `isinstance`: that may run code of the model's.
+
+
+def _other(append: Callable[[Any], None], given: Any, kind: type) -> None:
+    """An argument that is not to be recorded as it is: 1, 1.0 and True are equal."""
+    if kind is bool:
+        append(_TRUE if given else _FALSE)
+    elif kind is float:
+        append((float, given))
+    elif kind in _NESTED:
+        append(_flat(given))
+    elif issubclass(kind, Tensor):
+        append(_tensor(given, kind))
+    elif issubclass(kind, (int, float, str, np.generic)):
+        append((kind, str(given)))
+    elif kind in _CALLABLES:
+        append(_callable(given))
+
+
+def _tensor(given: Any, kind: type) -> Any:
+    """Whose parameter a tensor is; its type, if it is none."""
+    sink = sinks.get(_ident())
+    place = sink.place_of(given) if sink is not None else None
+    return kind if place is None else place
+
+
+def _flat(given: Any, depth: int = 0) -> Any:
+    """What is plain in a container, with the types of the rest: a copy, which stays as it is."""
+    kind = type(given)
+    if kind in _PLAIN:
+        return given
+    if kind is bool or kind is float:
+        return kind, given
+    if kind in _NESTED and depth < 8:
+        if kind is slice:
+            return (slice, *(_flat(v, depth + 1) for v in (given.start, given.stop, given.step)))
+        if kind is dict:
+            return (dict, *((_flat(k, depth + 1), _flat(v, depth + 1)) for k, v in given.items()))
+        if kind in (set, frozenset):
+            return (kind, len(given))
+        return (kind, *[_flat(v, depth + 1) for v in given])
+    if kind is Tensor:
+        return Tensor
+    if issubclass(kind, Tensor):
+        return _tensor(given, kind)
+    if issubclass(kind, np.generic):
+        return kind, str(given)
+    return kind
+
+
+def called(function: _T) -> _T:
+    """A callable is about to be called."""
+    append = _append_of(_ident())
+    if append is not None:
+        append(_callable(function))
+    return function
+
+
+def _callable(function: Any) -> Any:
+    """What tells a callable from others, in every pass alike.
+
+    Functions of the model's own code may be made anew in each pass: they go by their name, and tell
+    by their first mark which they are. So do modules and other objects that were made in the pass.
+    """
+    kind = type(function)
+    if kind is _BUILTIN:
+        owner = type(function.__self__)
+        return function if owner in _SHARED or issubclass(owner, type) else function.__name__
+    if kind is _FUNCTION:
+        home = function.__module__
+        return function if type(home) is str and home.startswith("torch.") else function.__qualname__
+    if kind is _METHOD:
+        inner = function.__func__
+        name = inner.__qualname__ if type(inner) is _FUNCTION else type(inner)
+        return (_callable(function.__self__), name)
+    if issubclass(kind, nn.Module):
+        # Those of the model, and others that are kept, are compared by identity.
+        sink = sinks.get(_ident())
+        return function if sink is not None and function in sink.modules else kind
+    if kind is functools.partial:
+        return kind, _callable(function.func), _flat(function.args), _flat(function.keywords)
+    return function if issubclass(kind, type) else kind
+
+
+def caught(site: str) -> None:
+    """An exception is handled, or leaves a `with` block: where it came from is a decision, too."""
+    append = _append_of(_ident())
+    if append is not None:
+        trace = sys.exc_info()[2]
+        places = []
+        while trace is not None:
+            places.append((trace.tb_frame.f_code.co_name, trace.tb_lasti))
+            trace = trace.tb_next
+        append((site, *places))
+
+
+# By the names that stand for them in a twin before it is finished.
+RECORDERS: dict[str, Any] = {
+    f"{MARK}{f.__name__}": f for f in (enter, mark, value, called, caught, type, Tensor)
+}
+
+
+def _traced_as(recorder: Callable[..., Any], instead: Callable[..., Any]) -> None:
+    """Have torch.compile see something else where it traces a twin."""
+    recorder._torchdynamo_inline = instead  # type: ignore[attr-defined]
+
+
+_traced_as(enter, lambda site: _NOTHING)
+_traced_as(mark, lambda site: None)
+_traced_as(caught, lambda site: None)
+_traced_as(value, lambda given: given)
+_traced_as(called, lambda function: function)

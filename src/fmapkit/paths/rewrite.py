@@ -1,0 +1,395 @@
+"""Twins of functions: the same code with a recorder at each decision that it takes.
+
+A decision is whatever can make two runs of the same code do different things: a branch taken, a
+turn of a loop, a later operand of `and` or `or`, a handler entered; the callable that a call goes
+to; a plain value that is an argument or an index. Of the two ways a branch may go, one is marked:
+every loop and every function marks its own beginning, so what comes next tells the other.
+
+Line numbers, names, closures and defaults stay as they are. Nothing is bound that was not.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import types
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from fmapkit.paths.recorders import MARK
+
+__all__ = ["Rewriter"]
+
+_Node = TypeVar("_Node", bound=ast.AST)
+# Builtins whose arguments need no look: what they return is looked at where it is used.
+_HARMLESS = {
+    *("abs", "all", "any", "bool", "callable", "dict", "enumerate", "float", "hasattr", "id"),
+    *("int", "isinstance", "issubclass", "iter", "len", "list", "max", "min", "print", "range"),
+    *("repr", "reversed", "round", "set", "str", "sum", "super", "tuple", "type", "zip"),
+}
+
+
+# What a function's marks are given to, while it runs. No identifier of a model's can be that.
+_APPEND = f"{MARK}append"
+# A function that may look at its own variables has none of ours.
+_LOOKS_AT_LOCALS = {"locals", "vars", "dir", "eval", "exec"}
+# Functions of torch's whose plain arguments decide neither what runs nor whose filters come out.
+_PLAIN_ARGUMENTS_ARE_IDLE = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
+
+
+class Rewriter(ast.NodeTransformer):
+    """Puts recorders into one function.
+
+    Args:
+        place: names the function, for its marks.
+        names: its globals.
+        node: the function.
+        fixed: attributes of its first argument that are compared before each pass: children, and
+            functions of its class.
+    """
+
+    def __init__(
+        self, place: str, names: dict[str, Any], node: ast.AST, fixed: frozenset[str]
+    ) -> None:
+        self._place = place
+        self._names = names
+        self._local = names_bound(node)
+        self._fixed = fixed
+        self._self = _first_argument(node) if fixed else None
+        self._count = 0
+        self._quick = False  # the code at hand has a variable that its marks are given to
+
+    # -- what is put in -----------------------------------------------------------------------
+
+    def _site(self, node: ast.AST) -> ast.Constant:
+        self._count += 1
+        line = getattr(node, "lineno", 0)
+        return ast.Constant(f"{MARK}{self._place}:{line}:{self._count}")
+
+    def _call(self, recorder: str, argument: ast.expr, at: ast.AST) -> ast.expr:
+        call = ast.Call(ast.Constant(f"{MARK}{recorder}"), [argument], [])
+        return ast.fix_missing_locations(ast.copy_location(call, at))
+
+    def _marking(self, at: ast.AST) -> ast.expr:
+        if not self._quick:
+            return self._call("mark", self._site(at), at)
+        call = ast.Call(ast.Name(_APPEND, ast.Load()), [self._site(at)], [])
+        return ast.fix_missing_locations(ast.copy_location(call, at))
+
+    def _mark(self, at: ast.AST) -> ast.stmt:
+        return ast.copy_location(ast.Expr(self._marking(at)), at)
+
+    def _caught(self, at: ast.AST) -> ast.stmt:
+        return ast.copy_location(ast.Expr(self._call("caught", self._site(at), at)), at)
+
+    def _marked(self, node: ast.expr) -> ast.expr:
+        """`node`, after a mark: marking returns None."""
+        return ast.copy_location(ast.BoolOp(ast.Or(), [self._marking(node), node]), node)
+
+    def _unless_tensor(self, name: str, node: ast.expr, otherwise: ast.expr) -> ast.expr:
+        """`node` where a variable is a plain tensor: asked without a call into Python."""
+        kind = self._call("type", ast.Name(name, ast.Load()), node)
+        test = ast.Compare(kind, [ast.Is()], [ast.Constant(f"{MARK}Tensor")])
+        choice = ast.IfExp(test, node, otherwise)
+        return ast.fix_missing_locations(ast.copy_location(choice, node))
+
+    def _value(self, node: ast.expr) -> ast.expr:
+        """An argument or an index, looked at; in a display, each of its elements."""
+        if isinstance(node, ast.Constant | ast.Lambda | ast.GeneratorExp):
+            return node
+        if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):
+            return node
+        if isinstance(node, ast.Tuple | ast.List):
+            node.elts = [self._value(e) for e in node.elts]
+            return node
+        if isinstance(node, ast.Dict):
+            node.values = [self._value(v) for v in node.values]
+            return node
+        if isinstance(node, ast.Slice):
+            for part in ("lower", "upper", "step"):
+                bound = getattr(node, part)
+                if bound is not None:
+                    setattr(node, part, self._value(bound))
+            return node
+        if isinstance(node, ast.Starred):
+            node.value = self._value(node.value)
+            return node
+        looked_at = self._call("value", node, node)
+        if isinstance(node, ast.Name):
+            return self._unless_tensor(node.id, ast.Name(node.id, ast.Load()), looked_at)
+        return looked_at
+
+    # -- statements ---------------------------------------------------------------------------
+
+    def _body(self, node: _Node) -> _Node:
+        self.generic_visit(node)
+        node.body.insert(0, self._mark(node.body[0]))  # type: ignore[attr-defined]
+        return node
+
+    visit_If = visit_match_case = _body  # noqa: N815
+
+    def _loop(self, node: ast.For | ast.While) -> ast.AST:
+        self._body(node)
+        if node.orelse:
+            node.orelse.insert(0, self._mark(node.orelse[0]))
+        return node
+
+    visit_For = visit_While = _loop  # noqa: N815
+
+    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> ast.AST:
+        self.generic_visit(node)
+        node.body.insert(0, self._caught(node.body[0]))
+        return node
+
+    def visit_With(self, node: ast.With) -> ast.AST:
+        """A context manager may swallow an exception: where that came from is told first."""
+        self.generic_visit(node)
+        at = node.body[0]
+        again = ast.copy_location(ast.Raise(), at)
+        every = ast.copy_location(ast.Name("BaseException", ast.Load()), at)
+        handler = ast.copy_location(ast.ExceptHandler(every, None, [self._caught(at), again]), at)
+        if "BaseException" in self._local or "BaseException" in self._names:
+            handler.type = None
+        node.body = [ast.copy_location(ast.Try(node.body, [handler], [], []), at)]
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        """Annotations are left alone: of locals they are not evaluated."""
+        node.target = self.visit(node.target)
+        if node.value is not None:
+            node.value = self.visit(node.value)
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """A function marks where it begins, after its docstring."""
+        node.args = self.visit(node.args)
+        node.decorator_list = [self.visit(d) for d in node.decorator_list]
+        documented = ast.get_docstring(node, clean=False) is not None
+        head, rest = node.body[:documented], node.body[documented:]
+        before, self._quick = self._quick, _is_quick(node)
+        body = [self.visit(statement) for statement in rest]
+        at = rest[0] if rest else head[0]
+        if self._quick:
+            target = ast.Name(_APPEND, ast.Store())
+            begin: ast.stmt = ast.Assign([target], self._call("enter", self._site(at), at))
+            ast.fix_missing_locations(ast.copy_location(begin, at))
+        else:
+            begin = self._mark(at)
+        self._quick = before
+        node.body = [*head, begin, *body]
+        return node
+
+    def _elsewhere(self, node: _Node) -> _Node:
+        """Code with variables of its own."""
+        before, self._quick = self._quick, False
+        self.generic_visit(node)
+        self._quick = before
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        return self._elsewhere(node)
+
+    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
+        node.args = self.visit(node.args)
+        before, self._quick = self._quick, False
+        node.body = self._marked(self.visit(node.body))
+        self._quick = before
+        return node
+
+    def visit_arguments(self, node: ast.arguments) -> ast.AST:
+        """Defaults are evaluated where the function is made; annotations are left alone."""
+        node.defaults = [self.visit(d) for d in node.defaults]
+        node.kw_defaults = [None if d is None else self.visit(d) for d in node.kw_defaults]
+        return node
+
+    # -- expressions --------------------------------------------------------------------------
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        self.generic_visit(node)
+        node.body = self._marked(node.body)
+        return node
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
+        self.generic_visit(node)
+        node.values[1:] = map(self._marked, node.values[1:])
+        return node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        """`a < b < c` looks at c only where a < b."""
+        self.generic_visit(node)
+        node.comparators[1:] = map(self._marked, node.comparators[1:])
+        return node
+
+    def visit_comprehension(self, node: ast.comprehension) -> ast.AST:
+        self.generic_visit(node)
+        node.ifs = [self._passed(test) for test in node.ifs]
+        return node
+
+    def _passed(self, test: ast.expr) -> ast.expr:
+        """The same condition, with a mark where it holds."""
+        holds = self._marked(ast.copy_location(ast.Constant(True), test))
+        return ast.copy_location(ast.BoolOp(ast.And(), [test, holds]), test)
+
+    def _elements(self, node: Any) -> Any:
+        before, self._quick = self._quick, False
+        self.generic_visit(node)
+        node.elt = self._marked(node.elt)
+        self._quick = before
+        return node
+
+    visit_ListComp = visit_SetComp = visit_GeneratorExp = _elements  # noqa: N815
+
+    def visit_DictComp(self, node: ast.DictComp) -> ast.AST:
+        before, self._quick = self._quick, False
+        self.generic_visit(node)
+        node.key = self._marked(node.key)
+        self._quick = before
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        function = node.func
+        fixed = self._is_fixed(function)
+        of_torch = torch_name(function, self._names, self._local)
+        self.generic_visit(node)
+        if isinstance(function, ast.Name) and self._is_harmless(function.id):
+            return node
+        if of_torch is not None and of_torch[1] in _PLAIN_ARGUMENTS_ARE_IDLE:
+            return node
+        # What a module of the model is given first is its input.
+        first = node.args[:1] if fixed and node.args and isinstance(node.args[0], ast.Name) else []
+        node.args = [*first, *map(self._value, node.args[len(first) :])]
+        for keyword in node.keywords:
+            keyword.value = self._value(keyword.value)
+        if not fixed and of_torch is None:
+            node.func = self._callee(node.func)
+        return node
+
+    def _callee(self, function: ast.expr) -> ast.expr:
+        """What is called, looked at; a tensor's method is what its name says."""
+        looked_at = self._call("called", function, function)
+        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
+            owner = ast.Name(function.value.id, ast.Load())
+            method = ast.copy_location(ast.Attribute(owner, function.attr, ast.Load()), function)
+            return self._unless_tensor(owner.id, method, looked_at)
+        return looked_at
+
+    def _is_fixed(self, function: ast.expr) -> bool:
+        return (
+            isinstance(function, ast.Attribute)
+            and function.attr in self._fixed
+            and isinstance(function.value, ast.Name)
+            and function.value.id == self._self
+        )
+
+    def _is_harmless(self, name: str) -> bool:
+        if name in self._local or name in self._names:
+            return False
+        return name in _HARMLESS and hasattr(builtins, name)
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        self.generic_visit(node)
+        node.slice = self._value(node.slice)
+        return node
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        """Products may be layers, and powers may be nonlinear: it depends on what is given."""
+        self.generic_visit(node)
+        if isinstance(node.op, ast.MatMult):
+            node.left, node.right = self._value(node.left), self._value(node.right)
+        elif isinstance(node.op, ast.Pow):
+            node.right = self._value(node.right)
+        return node
+
+
+def _first_argument(node: ast.AST) -> str | None:
+    """The name of a method's first argument, if nothing else is ever bound to it there."""
+    arguments = getattr(node, "args", None)
+    if not isinstance(arguments, ast.arguments):
+        return None
+    first = [*arguments.posonlyargs, *arguments.args][:1]
+    if not first:
+        return None
+    name, times = first[0].arg, 0
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.arg):
+            times += inner.arg == name
+        elif isinstance(inner, ast.Name) and inner.id == name:
+            times += not isinstance(inner.ctx, ast.Load)
+        elif isinstance(inner, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)):
+            times += inner.name == name
+    return name if times == 1 else None
+
+
+def _is_quick(node: ast.FunctionDef) -> bool:
+    """Whether a function may have a variable of ours: one call runs it, and none looks."""
+    for inner in ast.walk(node):
+        if isinstance(inner, (ast.Yield, ast.YieldFrom, ast.Await)):
+            return False
+        if isinstance(inner, ast.Name) and inner.id in _LOOKS_AT_LOCALS:
+            return False
+    return True
+
+
+def torch_name(
+    function: ast.expr, names: dict[str, Any], local: frozenset[str]
+) -> tuple[dict[str, Any], str] | None:
+    """The namespace and the name of a function of torch's that an expression stands for.
+
+    Args:
+        function: the expression.
+        names: globals of the code it is in.
+        local: names that are bound in that code.
+    """
+    path: list[str] = []
+    while isinstance(function, ast.Attribute):
+        path.append(function.attr)
+        function = function.value
+    if not path or not isinstance(function, ast.Name) or function.id in local:
+        return None
+    home = names.get(function.id)
+    for name in reversed(path[1:]):
+        if not isinstance(home, types.ModuleType):
+            return None
+        home = vars(home).get(name)
+    if not isinstance(home, types.ModuleType) or home.__name__.partition(".")[0] != "torch":
+        return None
+    found = vars(home).get(path[0])
+    if isinstance(found, (types.FunctionType, types.BuiltinFunctionType)):
+        return vars(home), path[0]
+    return None
+
+
+def watched_names(
+    nodes: Iterable[ast.AST], names: dict[str, Any], local: frozenset[str]
+) -> list[tuple[dict[str, Any], str, Any]]:
+    """The functions of torch's that code calls by a name, each with where it was found."""
+    found: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+    for node in nodes:
+        if isinstance(node, ast.Call):
+            place = torch_name(node.func, names, local)
+            if place is not None:
+                space, name = place
+                found[id(space), name] = (space, name, space[name])
+    return list(found.values())
+
+
+def names_bound(node: ast.AST) -> frozenset[str]:
+    """Every name that is bound somewhere in code, or declared global there."""
+    found: set[str] = set()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Name) and not isinstance(inner.ctx, ast.Load):
+            found.add(inner.id)
+        elif isinstance(inner, ast.arg):
+            found.add(inner.arg)
+        elif isinstance(inner, ast.Global | ast.Nonlocal):
+            found.update(inner.names)
+        elif isinstance(inner, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            found.add(inner.name)
+        elif isinstance(inner, ast.alias):
+            found.add((inner.asname or inner.name).partition(".")[0])
+        elif (isinstance(inner, ast.ExceptHandler) and inner.name) or (isinstance(inner, (ast.MatchAs, ast.MatchStar)) and inner.name):
+            found.add(inner.name)
+        elif isinstance(inner, ast.MatchMapping) and inner.rest:
+            found.add(inner.rest)
+    return frozenset(found)
+

@@ -1,0 +1,117 @@
+"""Which Python functions run in a pass: all of them have to record, but for trusted ones.
+
+Trusted is what decides nothing by itself that is not known otherwise: torch, Python's own library,
+NumPy and fmapkit. What they are given, and what they give back, is recorded where it is used.
+"""
+
+from __future__ import annotations
+
+import dis
+import os
+import sys
+import sysconfig
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from fmapkit.paths.twins import is_twin
+
+__all__ = ["Survey", "is_trusted"]
+
+_SEPARATOR = os.sep
+_STDLIB = {sysconfig.get_paths()[k] + _SEPARATOR for k in ("stdlib", "platstdlib")}
+_SITE = {sysconfig.get_paths()[k] + _SEPARATOR for k in ("purelib", "platlib")}
+_HOMES = tuple(
+    os.path.dirname(os.path.abspath(file)) + _SEPARATOR
+    for file in (torch.__file__, np.__file__, os.path.dirname(__file__))
+    if file is not None
+)
+_JUMPS = frozenset(dis.hasjrel) | frozenset(dis.hasjabs)
+# Plain data of libraries, which call nothing of a model's: attributes of a configuration, and the
+# containers that hold a model's results.
+_PLAIN_DATA = (
+    ("/transformers/", "configuration_utils.py", ""),
+    ("/transformers/", "/utils/generic.py", "ModelOutput."),
+)
+# What dataclasses, named tuples and enumerations write by themselves.
+_GENERATED = {"__init__", "__new__", "__eq__", "__hash__", "__repr__", "__setattr__", "_make"}
+_verdicts: dict[types.CodeType, bool] = {}
+
+
+def is_trusted(code: types.CodeType) -> bool:
+    """Whether code need not record, by where it comes from."""
+    found = _verdicts.get(code)
+    if found is None:
+        found = _verdicts[code] = _is_trusted(code)
+    return found
+
+
+def _is_trusted(code: types.CodeType) -> bool:
+    file = code.co_filename
+    if file.startswith(_HOMES) or file.startswith("<frozen "):
+        return True
+    if any(map(file.startswith, _SITE)):
+        place = file.replace(_SEPARATOR, "/")
+        return any(
+            home in place and place.endswith(end) and _qualified(code).startswith(name)
+            for home, end, name in _PLAIN_DATA
+        )
+    if any(map(file.startswith, _STDLIB)):
+        return True
+    if file.startswith("<") and code.co_name in _GENERATED:
+        return not any(i.opcode in _JUMPS for i in dis.get_instructions(code))
+    return False
+
+
+def _qualified(code: types.CodeType) -> str:
+    """The qualified name of code; its plain name in Python 3.10, which keeps no other."""
+    found: str = getattr(code, "co_qualname", code.co_name)
+    return found
+
+
+class Survey:
+    """Notes, for a while, which code runs in this thread that does not record and is not trusted.
+
+    Args:
+        where: tells who runs it.
+
+    Attributes:
+        found: that code, with the globals it ran with and who ran it.
+        complete: nothing can have gone unseen.
+    """
+
+    def __init__(self, where: Callable[[], Any]) -> None:
+        self.found: dict[types.CodeType, tuple[dict[str, Any], list[Any]]] = {}
+        self.complete = False
+        self._where = where
+        self._on = False
+
+    def start(self) -> None:
+        """Look from here on; not where somebody else has a profiler."""
+        if sys.getprofile() is None:
+            self._on = self.complete = True
+            sys.setprofile(self._see)
+
+    def stop(self) -> None:
+        """Look no more."""
+        if self._on:
+            self._on = False
+            if sys.getprofile() == self._see:
+                sys.setprofile(None)
+            else:
+                self.complete = False
+
+    def _see(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        if event != "call":
+            return
+        code = frame.f_code
+        if _verdicts.get(code) or is_twin(code) or is_trusted(code):
+            return
+        who = self._where()
+        if code not in self.found:
+            self.found[code] = (frame.f_globals, [who])
+        elif who not in self.found[code][1]:
+            self.found[code][1].append(who)

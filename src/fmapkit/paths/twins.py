@@ -1,0 +1,346 @@
+"""Twins in the place of code: made once for each piece of source, set while a block is open.
+
+A function runs its twin because its `__code__` is exchanged: whoever calls it, by whatever way (a
+property, an operator, a callback from C), runs the twin then. Other threads and other models may run
+it, too: it does the same, and records nothing there.
+
+A piece of code has a twin only if its source, compiled again, gives the very same code.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import gc
+import linecache
+import sys
+import threading
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fmapkit.paths.recorders import RECORDERS
+from fmapkit.paths.rewrite import Rewriter, names_bound, watched_names
+
+__all__ = ["Twin", "Twins", "is_twin", "twin_of"]
+
+_Outermost = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+_FUTURE = 0x1FF0000  # the flags that `from __future__ import …` sets in a code object
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Twin:
+    """Code with recorders in it.
+
+    Attributes:
+        code: to run in the place of the original.
+        watched: functions of torch's that it calls by a name: where that is, the name, and what it
+            stood for.
+        loads: names of attributes that are read in the source around it, or globals.
+    """
+
+    code: types.CodeType
+    watched: tuple[tuple[dict[str, Any], str, Any], ...]
+    loads: frozenset[str]
+
+
+_lock = threading.RLock()
+# By the original, and the attributes that are known to be fixed; None where there is no twin.
+_twins: dict[tuple[types.CodeType, frozenset[str]], Twin | None] = {}
+_made: set[types.CodeType] = set()  # the code of twins
+_functions: dict[types.CodeType, weakref.WeakSet[types.FunctionType]] = {}
+_set: weakref.WeakKeyDictionary[types.FunctionType, list[Any]] = weakref.WeakKeyDictionary()
+
+
+def is_twin(code: types.CodeType) -> bool:
+    """Whether code is a twin, or a part of one."""
+    return code in _made
+
+
+def twin_of(code: types.CodeType, names: dict[str, Any], fixed: Fixed) -> Twin | None:
+    """The twin of a piece of code; None where its source is not to be had.
+
+    Args:
+        code: the original.
+        names: globals of the function that runs it.
+        fixed: see `Twins`.
+    """
+    with _lock:
+        attributes = fixed(code)
+        if (code, attributes) not in _twins:
+            found = _make(code, names, attributes)
+            _twins.update({(inner, attributes): twin for inner, twin in found.items()})
+            _twins.setdefault((code, attributes), None)
+            _made.update(t.code for t in found.values())
+        return _twins[code, attributes]
+
+
+# Tells which attributes of a method's first argument need no look where they are called.
+Fixed = Callable[[types.CodeType], frozenset[str]]
+
+
+class Twins:
+    """The twins that one capture has set.
+
+    Args:
+        fixed: of a method's code: the attributes of its first argument that are compared before each
+            pass by other means, for every module that the method may belong to.
+
+    Attributes:
+        watched: functions of torch's that these call by a name (see `Twin`), by place.
+    """
+
+    def __init__(self, fixed: Fixed = lambda code: frozenset()) -> None:
+        self._fixed = fixed
+        self._mine: dict[types.FunctionType, None] = {}
+        self.watched: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+
+    def exchange(self, function: types.FunctionType) -> bool:
+        """Have a function run its twin; False if it has none."""
+        if function in self._mine:
+            return True
+        with _lock:
+            known = _set.get(function)
+            original = function.__code__ if known is None else known[1]
+            twin = twin_of(original, function.__globals__, self._fixed)
+            if twin is None or twin.code.co_freevars != original.co_freevars:
+                return False
+            if known is None:
+                known = _set[function] = [0, original]
+                function.__code__ = twin.code
+            elif function.__code__ is not twin.code:
+                return False  # somebody has given it other code meanwhile
+            known[0] += 1
+            _functions.setdefault(original, weakref.WeakSet()).add(function)
+        self._mine[function] = None
+        for space, name, what in twin.watched:
+            self.watched.setdefault((id(space), name), (space, name, what))
+        return True
+
+    def set_known(self, code: types.CodeType) -> None:
+        """Have the functions run their twins that are known to run a piece of code."""
+        for function in tuple(_functions.get(code, ())):
+            self.exchange(function)
+
+    def exchange_all(self, codes: Iterable[types.CodeType]) -> None:
+        """The same for whatever functions there are that run some code."""
+        for function in list(functions_of(set(codes))):
+            self.exchange(function)
+
+    def renamed(self) -> bool:
+        """Whether a name in one of torch's modules stands for something else than it did."""
+        return any(space.get(name) is not what for space, name, what in self.watched.values())
+
+    def loads(self, codes: Iterable[types.CodeType]) -> set[str]:
+        """The names that some code reads."""
+        found: set[str] = set()
+        for code in codes:
+            twin = _twins.get((code, self._fixed(code)))
+            if twin is not None:
+                found |= twin.loads
+        return found
+
+    def functions(self) -> list[types.FunctionType]:
+        """Those that run twins for this capture."""
+        return list(self._mine)
+
+    def clear(self) -> None:
+        """Give every function its own code back, unless another capture wants its twin."""
+        with _lock:
+            for function in self._mine:
+                known = _set.get(function)
+                if known is None:
+                    continue
+                known[0] -= 1
+                if not known[0]:
+                    del _set[function]
+                    if function.__code__ in _made:
+                        function.__code__ = known[1]
+        self._mine.clear()
+        self.watched.clear()
+
+
+def functions_of(codes: set[types.CodeType]) -> Iterator[types.FunctionType]:
+    """Every function that runs some code; it takes a look at all objects that there are."""
+    seen = set()
+    for holder in gc.get_referrers(*codes) if codes else ():
+        if isinstance(holder, types.FunctionType) and holder.__code__ in codes:
+            if id(holder) not in seen:
+                seen.add(id(holder))
+                yield holder
+
+
+# -- from source to twin ----------------------------------------------------------------------
+
+
+class _File:
+    """The functions of one source file that are inside no other, with the classes around them."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        # The compiler treats attributes of what a file imports in a way of its own.
+        self.imports: list[ast.alias] = []
+        self.outermost: list[tuple[int, int, _Outermost, tuple[str, ...]]] = []
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError):
+            return
+        self._walk(tree, ())
+
+    def _walk(self, node: ast.AST, classes: tuple[str, ...]) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                lines = [n.lineno for n in getattr(child, "decorator_list", ())]
+                first = min([child.lineno, *lines])
+                self.outermost.append((first, child.end_lineno or first, child, classes))
+            elif isinstance(child, ast.ClassDef):
+                self._walk(child, (*classes, child.name))
+            elif isinstance(child, (ast.Import, ast.ImportFrom)):
+                if not classes and not any(a.name == "*" for a in child.names):
+                    self.imports += [
+                        ast.alias((a.asname or a.name).partition(".")[0]) for a in child.names
+                    ]
+            else:
+                self._walk(child, classes)
+
+    def around(self, line: int) -> list[tuple[_Outermost, tuple[str, ...]]]:
+        """The functions that a line is in."""
+        return [(node, classes) for a, b, node, classes in self.outermost if a <= line <= b]
+
+
+_files: dict[str, _File] = {}
+
+
+def _make(
+    code: types.CodeType, names: dict[str, Any], fixed: frozenset[str]
+) -> dict[types.CodeType, Twin]:
+    """Twins of a piece of code, and of all code in the same outermost function."""
+    lines = linecache.getlines(code.co_filename, names)
+    source = "".join(lines)
+    if not source:
+        return {}
+    file = _files.get(code.co_filename)
+    if file is None or file.source != source:
+        file = _files[code.co_filename] = _File(source)
+    for node, classes in file.around(code.co_firstlineno):
+        plain = _compiled(node, classes, file.imports, code)
+        if plain is None:
+            continue
+        originals = list(_inside(plain))
+        if not any(map(_same_as(code), originals)):
+            continue
+        if isinstance(node, ast.AsyncFunctionDef):
+            return {}
+        twins = _twins_in(node, classes, file.imports, code, names, fixed)
+        if twins is None or len(twins) != len(originals):
+            return {}
+        watched, loads = _looked_up(node, names)
+        found: dict[types.CodeType, Twin] = {}
+        for original, twin in zip(originals, twins, strict=True):
+            if (original.co_name, original.co_firstlineno) != (twin.co_name, twin.co_firstlineno):
+                return {}
+            # What stands in a function's constants is compared by value: this is its equal.
+            real = code if _same_as(code)(original) else original
+            found[real] = Twin(twin, watched, loads)
+        return found
+    return {}
+
+
+def _looked_up(
+    node: _Outermost, names: dict[str, Any]
+) -> tuple[tuple[tuple[dict[str, Any], str, Any], ...], frozenset[str]]:
+    inner = list(ast.walk(node))
+    attributes = {
+        n.attr for n in inner if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
+    }
+    strings = {n.value for n in inner if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    globals_ = {n.id for n in inner if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    watched = watched_names(inner, names, names_bound(node))
+    return tuple(watched), frozenset(attributes | strings | globals_)
+
+
+def _twins_in(
+    node: _Outermost,
+    classes: tuple[str, ...],
+    imports: list[ast.alias],
+    like: types.CodeType,
+    names: dict[str, Any],
+    fixed: frozenset[str],
+) -> list[types.CodeType] | None:
+    """The finished code of all twins in an outermost function, in order."""
+    place = f"{like.co_filename}:{'.'.join(classes)}"
+    rewritten = Rewriter(place, names, node, fixed).visit(copy.deepcopy(node))
+    compiled = _compiled(rewritten, classes, imports, like)
+    if compiled is None:
+        return None
+    return list(_inside(_finished(compiled)))
+
+
+def _finished(code: types.CodeType) -> types.CodeType:
+    """The same with recorders in the place of the names that stand for them."""
+    constants: list[Any] = []
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            constant = _finished(constant)
+        elif isinstance(constant, str):
+            constant = RECORDERS.get(constant, constant)
+        constants.append(constant)
+    return code.replace(co_consts=tuple(constants))
+
+
+def _compiled(
+    node: _Outermost, classes: tuple[str, ...], imports: list[ast.alias], like: types.CodeType
+) -> types.CodeType | None:
+    """An outermost function, compiled where it stands: in its classes, on its lines."""
+    inner: ast.stmt = node if not isinstance(node, ast.Lambda) else ast.Expr(node)
+    for name in reversed(classes):
+        inner = ast.ClassDef(name, [], [], [inner], [])
+        if sys.version_info >= (3, 12):
+            inner.type_params = []
+    made: ast.stmt = inner
+    while made is not node and not hasattr(made, "lineno"):  # those made here have no place yet
+        ast.copy_location(made, node)
+        if not isinstance(made, ast.ClassDef):
+            break
+        made = made.body[0]
+    known = [ast.fix_missing_locations(ast.Import(imports))] if imports else []
+    module = ast.Module([*known, inner], [])
+    flags = like.co_flags & _FUTURE
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a constant that is called: a recorder, later on
+            found = compile(module, like.co_filename, "exec", flags=flags, dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+    for _ in range(len(classes) + 1):
+        found = next((c for c in found.co_consts if isinstance(c, types.CodeType)), None)
+        if found is None:
+            return None
+    return found
+
+
+def _inside(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A piece of code and all code in it, outermost first."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _inside(constant)
+
+
+def _same_as(code: types.CodeType) -> Any:
+    """Tells the equals of a piece of code."""
+    key = _key(code)
+    return lambda other: _key(other) == key
+
+
+def _key(code: types.CodeType) -> Any:
+    constants = tuple(
+        (type(c), _key(c) if isinstance(c, types.CodeType) else c) for c in code.co_consts
+    )
+    return (
+        *(code.co_name, code.co_firstlineno, code.co_code, code.co_names, code.co_varnames),
+        *(code.co_freevars, code.co_cellvars, code.co_flags, repr(constants)),
+    )
