@@ -35,7 +35,7 @@ def _broken(*args: Any, **kwargs: Any) -> Any:
 
 PLACES = [
     *((_trace, name) for name in ("before_sigma", "after_sigma", "close")),
-    *((Tracer, name) for name in ("_after", "_enter", "_layer")),
+    *((Tracer, name) for name in ("_after", "_layer", "_sort")),
     *((Record, name) for name in ("sigma", "hold")),
     *((Run, name) for name in ("follows", "start", "entries")),
 ]

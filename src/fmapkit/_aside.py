@@ -34,6 +34,8 @@ def operators_are_counted() -> bool:
 
 def clone(tensor: Tensor) -> Tensor:
     """A copy; of a tensor of the graph, one in the graph, even where the model turned that off."""
+    if not _modes() and (torch.is_grad_enabled() or not tensor.requires_grad):
+        return tensor.clone()
     with torch.set_grad_enabled(tensor.requires_grad or torch.is_grad_enabled()), unseen():
         return tensor.clone()
 

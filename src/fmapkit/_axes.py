@@ -10,18 +10,23 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 __all__ = ["Axes", "Part"]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """One axis of the tensor that counts filters: index i stands for filter i * stride."""
 
     dim: int
     size: int
     stride: int = 1
+
+    def at(self, dim: int) -> Part:
+        """The same along another axis."""
+        return Part(dim, self.size, self.stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,15 @@ class Axes:
     @staticmethod
     def single(dim: int, size: int) -> Axes:
         """All filters along one axis."""
-        return Axes((Part(dim, size),))
+        return _single(dim, size) if type(size) is int else Axes((Part(dim, size),))
+
+    def fit(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this shape has them all."""
+        rank = len(shape)
+        for dim, size, _ in self.parts:  # noqa: SIM110  (a generator costs more than the question)
+            if dim >= rank or shape[dim] != size:
+                return False
+        return True
 
     @property
     def dim(self) -> int | None:
@@ -54,7 +67,7 @@ class Axes:
 
         A layer without weights has as many filters as it is given, a norm for one.
         """
-        if all(p.dim < len(shape) and shape[p.dim] == p.size for p in self.parts):
+        if self.fit(shape):
             return self
         if (
             self.dim is None
@@ -74,12 +87,12 @@ class Axes:
 
     def permute(self, order: Sequence[int]) -> Axes:
         """The tensor's axis d becomes axis `order.index(d)`."""
-        moved = (replace(p, dim=order.index(p.dim)) for p in self.parts)
+        moved = (p.at(order.index(p.dim)) for p in self.parts)
         return Axes(tuple(sorted(moved, key=lambda p: p.dim)), self.offset)
 
     def insert(self, dim: int, count: int = 1) -> Axes:
         """New axes before axis `dim`."""
-        moved = (replace(p, dim=p.dim + count) if p.dim >= dim else p for p in self.parts)
+        moved = (p.at(p.dim + count) if p.dim >= dim else p for p in self.parts)
         return Axes(tuple(moved), self.offset)
 
     def remove(self, dims: Sequence[int]) -> Axes | None:
@@ -87,7 +100,7 @@ class Axes:
         if any(p.dim in dims and p.size > 1 for p in self.parts):
             return None
         kept = (p for p in self.parts if p.dim not in dims)
-        moved = (replace(p, dim=p.dim - sum(d < p.dim for d in dims)) for p in kept)
+        moved = (p.at(p.dim - sum(d < p.dim for d in dims)) for p in kept)
         return Axes(tuple(moved), self.offset)
 
     def select(self, dim: int, index: int) -> Axes:
@@ -97,7 +110,7 @@ class Axes:
         if part is not None:
             shift = (index % part.size) * part.stride
         cut = self._with(dim, None, shift)
-        moved = (replace(p, dim=p.dim - 1) if p.dim > dim else p for p in cut.parts)
+        moved = (p.at(p.dim - 1) if p.dim > dim else p for p in cut.parts)
         return Axes(tuple(moved), cut.offset)
 
     def slice(self, dim: int, start: int, size: int, step: int = 1) -> Axes:
@@ -107,10 +120,15 @@ class Axes:
             return self
         return self._with(dim, Part(dim, size, part.stride * step), start * part.stride)
 
-    def reshape(self, before: Sequence[int], after: Sequence[int]) -> Axes | None:
+    def reshape(self, before: tuple[int, ...], after: tuple[int, ...]) -> Axes | None:
         """The axes after a reshape, or None where it mixes filters with something else."""
+        if _INT.issuperset(map(type, before)) and _INT.issuperset(map(type, after)):
+            return _reshaped(self, before, after)
+        return self._reshape(before, after)  # sizes that are symbols, which have no hash
+
+    def _reshape(self, before: tuple[int, ...], after: tuple[int, ...]) -> Axes | None:
         if math.prod(before) == 0:
-            return self if tuple(before) == tuple(after) else None
+            return self if before == after else None
         parts: list[Part] = []
         todo = {p.dim for p in self.parts if p.size > 1}
         for old, new in _groups(before, after):
@@ -123,12 +141,12 @@ class Axes:
             if len(wide_old) != len(inside):  # mixed with an axis that counts no filters
                 if [before[d] for d in wide_old] != [after[d] for d in wide_new]:
                     return None
-                parts += [replace(p, dim=wide_new[wide_old.index(p.dim)]) for p in inside]
+                parts += [p.at(wide_new[wide_old.index(p.dim)]) for p in inside]
                 continue
             if any(a.stride != b.stride * b.size for a, b in itertools.pairwise(inside)):
                 if [p.size for p in inside] != [after[d] for d in wide_new]:
                     return None
-                parts += [replace(p, dim=d) for p, d in zip(inside, wide_new, strict=True)]
+                parts += [p.at(d) for p, d in zip(inside, wide_new, strict=True)]
                 continue
             stride = inside[-1].stride
             for d in reversed(wide_new):
@@ -140,6 +158,20 @@ class Axes:
             ones = [p.dim for p in self.parts if p.dim < len(after) and after[p.dim] == 1]
             parts = [Part(ones[0], 1)] if ones else []
         return Axes(tuple(sorted(parts, key=lambda p: p.dim)), self.offset)
+
+
+_INT = frozenset({int})
+
+
+@lru_cache(maxsize=4096)
+def _reshaped(axes: Axes, before: tuple[int, ...], after: tuple[int, ...]) -> Axes | None:
+    """Once for all blocks of a model, which reshape alike."""
+    return axes._reshape(before, after)
+
+
+@lru_cache(maxsize=1024)
+def _single(dim: int, size: int) -> Axes:
+    return Axes((Part(dim, size),))
 
 
 def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmapkit import layers
 from fmapkit._axes import Axes
-from fmapkit._candidates import norm_axis
+from fmapkit._candidates import is_norm, norm_axis
 from fmapkit._events import Event
 from fmapkit._flow import past_sigma, sigma_axes
 from fmapkit._frames import Frame
@@ -28,15 +28,17 @@ def close(tracer: Tracer, frame: Frame, output: Any) -> Any:
     if frame.kind == "layer":
         tracer.record.drop_since(frame.start)
         return _close_layer(tracer, frame, output) if isinstance(output, Tensor) else None
-    sigma = tracer.verdict(frame, output)
-    if sigma is not None:
-        tracer.record.drop_since(frame.start)
-        return _close_sigma(tracer, frame, output, sigma)
-    axis = norm_axis(frame, output)
-    tag = tracer.tag(output) if axis is not None else None
-    if axis is not None and isinstance(tag, Flow):  # it names what no layer stands behind
-        own = tracer.names.of(frame.module)
-        tracer.set_tag(output, tracer.record.norm(tag, output, axis, own))
+    if frame.kind != "plain":
+        sigma = tracer.verdict(frame, output)
+        if sigma is not None:
+            tracer.record.drop_since(frame.start)
+            return _close_sigma(tracer, frame, output, sigma)
+        flow = tracer.flow(output) if is_norm(frame, output) else None
+        if flow is not None and flow.origin.kind != "layer":  # it names what no layer stands behind
+            axis, own = norm_axis(frame.module, output), tracer.names.of(frame.module)
+            tracer.set_tag(output, tracer.record.norm(flow, output, axis, own))
+    if len(tracer.events) == frame.start:
+        return None
     for event in tracer.events[frame.start :]:
         if event.scope is not frame.module:
             continue

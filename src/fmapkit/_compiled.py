@@ -205,7 +205,10 @@ class Compiled:
     def open(self) -> None:
         """Set a door at each compiled module in the model, or around it."""
         model = self._session.model
-        for root in [*compiled_roots(self._given), *around(model), *compiled_roots(model)]:
+        roots = [*compiled_roots(self._given), *around(model)]
+        if self._given is not model:
+            roots += compiled_roots(model)
+        for root in roots:
             self.add(root)
         # torch.compile(module) makes a module around it, which is when torch calls this.
         self._watching = register_module_module_registration_hook(self._registered)

@@ -7,6 +7,7 @@ hooks compute on the side does not matter.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -55,25 +56,29 @@ class Degrees:
         return _OTHER if isinstance(tag(tensor), Flow) else 0
 
     def step(
-        self, name: str, args: Any, kwargs: Any, out: Any, tag: Lookup, nonlinear: bool = False
+        self,
+        name: str,
+        operands: Sequence[Tensor],
+        out: Any,
+        tag: Lookup,
+        nonlinear: bool = False,
     ) -> None:
         """One function has run inside the module.
 
         Args:
             name: of the function.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
+            operands: all tensors among its arguments.
             out: what it returned.
             tag: what a tensor carries.
             nonlinear: it is a nonlinearity.
         """
-        degrees = [self._of(t, tag) for t in tensors_in(*args, kwargs)]
+        degrees = [self._of(t, tag) for t in operands]
         highest = max(degrees, default=0)
         if name in words.DROPOUTS:
             result = _OTHER
         elif highest == 0 or name in words.FRESH:
             return
-        elif nonlinear or name in words.NONLINEAR_POINTWISE or _of_two(name, args, kwargs):
+        elif nonlinear or name in words.NONLINEAR_POINTWISE or _of_two(name, operands):
             result = max(highest, _NONLINEAR)
         elif name in words.PRODUCTS:
             dividing = name in ("div", "divide", "true_divide") and len(degrees) > 1
@@ -85,10 +90,11 @@ class Degrees:
         else:
             self.reduces = self.reduces or name in words.REDUCTIONS or name in words.NORM_AXIS
             result = _OTHER
-        for tensor in tensors_in(out, args[:1] if name == "__setitem__" else ()):
+        # It returns nothing, and writes to its first operand.
+        for tensor in operands[:1] if name == "__setitem__" else tensors_in(out):
             self._known[id(tensor)] = (weakref.ref(tensor), result)
 
 
-def _of_two(name: str, args: Any, kwargs: Any) -> bool:
+def _of_two(name: str, operands: Sequence[Tensor]) -> bool:
     """`torch.max` and `min` of two tensors are pointwise; of one, they reduce it."""
-    return name in ("max", "min") and len(tensors_in(*args, kwargs)) > 1
+    return name in ("max", "min") and len(operands) > 1

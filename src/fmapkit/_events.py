@@ -102,8 +102,11 @@ class Firing:
         self.position = 0  # how many decisions of the pass had been taken
         self.events: list[Event] = []
         # What the tap would see: the first argument, or the output.
-        self.tensor = weakref.ref(tensor) if isinstance(tensor, Tensor) else None
-        self.version = version_of(tensor) if isinstance(tensor, Tensor) else 0
+        self.tensor: weakref.ref[Tensor] | None = None
+        self.version = 0
+        if isinstance(tensor, Tensor):
+            self.tensor = weakref.ref(tensor)
+            self.version = version_of(tensor)
 
 
 class Firings(list[Firing]):

@@ -9,14 +9,14 @@ rule stops the flow: its result has no layer behind it. A label is never guessed
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from fmapkit._axes import Axes
-from fmapkit._flow_rules import RULES, each, spatial
-from fmapkit._nested import tensors_in
-from fmapkit._origin import NOWHERE, STOP, Flow, Lookup, Tag, Weight, flow_of
+from fmapkit._flow_rules import RULES, Rule, each, spatial
+from fmapkit._origin import NOWHERE, STOP, Flow, Lookup, Tag, Weight
 from fmapkit._vocabulary import (
     FRESH,
     LINEAR_BINARY,
@@ -28,6 +28,8 @@ from fmapkit._vocabulary import (
 
 __all__ = ["carried", "past_sigma", "sigma_axes"]
 
+# Their results are numbers, or as good as new.
+_NO_CHANGE = METADATA | FRESH
 # The rules of these say themselves which operand's filters go on.
 _CHOOSE_OPERAND = (
     (LINEAR_BINARY | PRODUCTS | NONLINEAR_POINTWISE)
@@ -36,11 +38,19 @@ _CHOOSE_OPERAND = (
 )
 
 
-def carried(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any, tag: Lookup) -> Any:
+def carried(
+    name: str,
+    operands: Sequence[Tensor],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    out: Any,
+    tag: Lookup,
+) -> Any:
     """What the results of an unweighted function carry.
 
     Args:
         name: of the function, without the "_" of an in-place form.
+        operands: all tensors among its arguments.
         args: its positional arguments.
         kwargs: its keyword arguments.
         out: what it returned.
@@ -49,30 +59,38 @@ def carried(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any, ta
     Returns:
         For a tensor, its tag; for a tuple or list of them, a list of tags; None for no change.
     """
-    if name in METADATA or name in FRESH:
+    if name in _NO_CHANGE:
         return None
-    operands = tensors_in(*args, kwargs)
-    flows = [(o, f) for o in operands if (f := flow_of(tag, o)) is not None]
-    if not flows:
-        return _of_weights(name, args, kwargs, out, operands, tag)
-    x, flow = flows[0]
-    rule = RULES.get(name)
-    if rule is None and (found := SPATIAL.fullmatch(name)):
-        rule = spatial(found.group("axes"), pads="pad" in name)
+    weights: list[tuple[Tensor, Weight]] = []
+    for x in operands:
+        flow = tag(x)
+        if isinstance(flow, Flow):
+            break
+        if flow is not None:
+            weights.append((x, flow))
+    else:
+        return _of_weights(name, args, kwargs, out, weights) if weights else None
+    rule = _rule(name)
     if rule is None:
         return each(out, lambda _: STOP)
     if flow.axes is None and name not in _CHOOSE_OPERAND:
-        return each(out, lambda _: Flow(flow.origin))
+        return each(out, lambda _: flow)
     return rule(flow, x, args, kwargs, out, tag)
 
 
+@cache
+def _rule(name: str) -> Rule | None:
+    """The rule of a function; None where there is none."""
+    found = SPATIAL.fullmatch(name)
+    if found is not None and name not in RULES:
+        return spatial(found.group("axes"), pads="pad" in name)
+    return RULES.get(name)
+
+
 def _of_weights(
-    name: str, args: Any, kwargs: Any, out: Any, operands: list[Tensor], tag: Lookup
+    name: str, args: Any, kwargs: Any, out: Any, weights: list[tuple[Tensor, Weight]]
 ) -> Any:
     """What a function of parameters alone returns: a weight, its rows followed like filters."""
-    weights = [(o, w) for o in operands if isinstance(w := tag(o), Weight)]
-    if not weights:
-        return None
     x, weight = weights[0]
     rule = RULES.get(name)
     rows: Any = None
@@ -106,6 +124,7 @@ def past_sigma(tag: Tag, z: Tensor, a: Any) -> Flow | Weight:
     axes = sigma_axes(tag.axes, z, a) if tag is not None else None
     if isinstance(tag, Weight):
         return Weight(tag.parameter, axes)
-    if axes is None or axes.dim is None:
-        return Flow(NOWHERE)
-    return Flow(NOWHERE, Axes.single(axes.dim, axes.parts[0].size))
+    if axes is None or len(axes.parts) != 1:
+        return STOP
+    part = axes.parts[0]
+    return Flow(NOWHERE, Axes.single(part.dim, part.size))

@@ -51,6 +51,8 @@ def _lost_if_none(flow: Flow, axes: Axes | None) -> Flow:
 
 def _pointwise(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     """The first operand that is as large as the result; a smaller one is broadcast: scale, bias."""
+    if isinstance(out, Tensor) and x.shape == out.shape:
+        return _aligned(flow, x, out)
 
     def one(result: Tensor) -> Flow:
         operands = [o for o in tensors_in(*args, kwargs) if flow_of(tag, o)]
@@ -62,15 +64,22 @@ def _pointwise(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Loo
 
 def _aligned(flow: Flow, x: Tensor, result: Tensor) -> Flow:
     """Broadcasting aligns axes at the end; the filters must not be broadcast themselves."""
-    if flow.axes is None:
+    axes = flow.axes
+    if axes is None:
         return flow
-    axes = flow.axes.insert(0, result.dim() - x.dim()) if result.dim() > x.dim() else flow.axes
-    fits = all(p.dim < result.dim() and result.shape[p.dim] == p.size for p in axes.parts)
-    return Flow(flow.origin, axes) if fits else STOP
+    shape = result.shape
+    more = len(shape) - x.dim()
+    if more > 0:
+        axes = axes.insert(0, more)
+    if not axes.fit(shape):
+        return STOP
+    return flow if axes is flow.axes else Flow(flow.origin, axes)
 
 
 def _same_filters(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     """Pooling, padding, resizing: other axes may change their size, filters stay."""
+    if isinstance(out, Tensor):
+        return _aligned(flow, x, out) if out.dim() == x.dim() else STOP
     return each(out, lambda o: _aligned(flow, x, o) if o.dim() == x.dim() else STOP)
 
 
@@ -94,10 +103,12 @@ def spatial(axes: str | None, pads: bool) -> Rule:
 
 
 def _reshape(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-    axes = flow.axes
-    return each(
-        out, lambda o: _lost_if_none(flow, axes and axes.reshape(tuple(x.shape), tuple(o.shape)))
-    )
+    axes, shape = flow.axes, tuple(x.shape)
+
+    def one(o: Tensor) -> Flow:
+        return _lost_if_none(flow, axes and axes.reshape(shape, tuple(o.shape)))
+
+    return one(out) if isinstance(out, Tensor) else each(out, one)
 
 
 def _order(name: str, n: int, args: Any, kwargs: Any) -> list[int] | None:
@@ -270,7 +281,7 @@ def _stack(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup)
 
 def _getitem(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     axes = _indexed(flow.axes, args[1], x) if flow.axes is not None else None
-    if axes is None or any(p.dim >= out.dim() or out.shape[p.dim] != p.size for p in axes.parts):
+    if axes is None or not axes.fit(out.shape):
         return STOP
     return Flow(flow.origin, axes)
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fmapkit._nested import modules_in
+
 __all__ = ["autocasting", "casts", "form_of", "ones", "weights_of"]
 
 _DEVICES = ("cpu", "cuda")
@@ -64,14 +66,16 @@ def weights_of(module: nn.Module) -> Callable[[], Any]:
 
     Those are the first and the last, and the first and the last of a convolution's.
     """
-    places = [
-        (owner._parameters, name)
-        for owner in module.modules()
-        if not isinstance(owner, torch.jit.ScriptModule)  # what it runs nobody sees
-        for name, weight in owner._parameters.items()
-        if weight is not None and weight.is_floating_point()
-    ]
-    images = [(held, name) for held, name in places if _rank(held[name]) > 3]
+    places, images = [], []
+    for owner in modules_in(module):
+        held = owner._parameters
+        if not held or isinstance(owner, torch.jit.ScriptModule):  # what it runs nobody sees
+            continue
+        for name, weight in held.items():
+            if weight is not None and weight.is_floating_point():
+                places.append((held, name))
+                if weight.dim() > 3:
+                    images.append((held, name))
     chosen = {id(held): (held, name) for held, name in (*places[:1], *places[-1:])}
     chosen |= {id(held): (held, name) for held, name in (*images[:1], *images[-1:])}
     looked_at = list(chosen.values())
@@ -85,7 +89,3 @@ def weights_of(module: nn.Module) -> Callable[[], Any]:
         return found
 
     return form
-
-
-def _rank(weight: Tensor | None) -> int:
-    return 0 if weight is None else weight.dim()

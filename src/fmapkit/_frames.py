@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class Frame:
 
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
-        *("in_place", "kept", "tag", "a"),
+        *("in_place", "kept", "tag", "a", "watched"),
         *("counts", "firing", "position", "replaced", "site"),
     )
 
@@ -46,6 +47,7 @@ class Frame:
         self.key: str | None = None
         self.x_held: Held | None = None
         self.degrees: Degrees | None = None  # of a candidate
+        self.watched = False  # it is in a candidate, or is one
         self.in_place = False
         self.kept = False  # it left the memory of x as it was
         self.tag: Tag = None  # what x carries
@@ -63,11 +65,16 @@ class Frame:
         return frame
 
     def step(
-        self, name: str, args: Any, kwargs: Any, out: Any, tag: Lookup, nonlinear: bool = False
+        self,
+        name: str,
+        operands: Sequence[Tensor],
+        out: Any,
+        tag: Lookup,
+        nonlinear: bool = False,
     ) -> None:
         """A function has run inside: follow what depends on the input, linearly or not."""
         if self.degrees is not None:
-            self.degrees.step(name, args, kwargs, out, tag, nonlinear)
+            self.degrees.step(name, operands, out, tag, nonlinear)
 
     def take(self, x: Tensor) -> None:
         """Another tensor came in."""

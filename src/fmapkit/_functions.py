@@ -16,7 +16,7 @@ from fmapkit import nonlinearities
 from fmapkit._nested import tensors_in
 from fmapkit._vocabulary import DATA_TO_PYTHON, DATA_TO_SIZES, METADATA
 
-__all__ = ["Function", "describe"]
+__all__ = ["Function", "describe", "described"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +78,21 @@ _known: dict[Any, Function] = {}
 _registered = -1
 
 
-def describe(function: Any) -> Function:
-    """The description of a torch function, made once."""
+def described() -> dict[Any, Function]:
+    """The functions that are described already; to be asked for anew when a pass begins."""
     global _registered
     if _registered != nonlinearities.version:
         _known.clear()
         _registered = nonlinearities.version
-    found = _known.get(function)
+    return _known
+
+
+def describe(function: Any) -> Function:
+    """The description of a torch function, made once."""
+    known = described()
+    found = known.get(function)
     if found is None:
-        found = _known[function] = _describe(function)
+        found = known[function] = _describe(function)
     return found
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import builtins
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -44,12 +44,19 @@ class _OrdinarySignal(Exception):  # noqa: N818
     """The ordinary path would be taken."""
 
 
-def without_fused_path(module: nn.Module) -> Iterator[nn.Module]:
+def without_fused_path(module: nn.Module) -> dict[nn.Module, None]:
     """A module and all in it, but for those whose fused path a hook would bar."""
-    if not isinstance(module, _TYPES):
-        yield module
-        for child in module.children():
-            yield from without_fused_path(child)
+    found: dict[nn.Module, None] = {}
+
+    def collect(module: nn.Module) -> None:
+        if module not in found and not isinstance(module, _TYPES):
+            found[module] = None
+            for child in module._modules.values():
+                if child is not None:
+                    collect(child)
+
+    collect(module)
+    return found
 
 
 def fuses(module: nn.Module) -> bool:

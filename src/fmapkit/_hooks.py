@@ -176,6 +176,49 @@ class Off:
                         hooks.move_to_end(key)
 
 
+class Pair:
+    """A pre and a post hook, the same on all modules that have them; the latter runs always.
+
+    It sets what `register_forward_pre_hook` and `register_forward_hook` set, under one key for
+    each: to make two handles for every module takes longer than a small module's call.
+    """
+
+    __slots__ = ("_post", "_pre")
+
+    def __init__(self, keys: tuple[int, int], pre: Hook, post: Hook) -> None:
+        self._pre = keys[0], pre
+        self._post = keys[1], post
+
+    def set_on(self, modules: Iterable[nn.Module]) -> None:
+        """Both come last among a module's hooks."""
+        (before, pre), (after, post) = self._pre, self._post
+        for module in modules:
+            module._forward_pre_hooks[before] = pre
+            module._forward_pre_hooks_with_kwargs[before] = True
+            module._forward_hooks[after] = post
+            module._forward_hooks_with_kwargs[after] = True
+            module._forward_hooks_always_called[after] = True
+
+    def remove_from(self, modules: Iterable[nn.Module]) -> None:
+        """Take them off."""
+        before, after = self._pre[0], self._post[0]
+        for module in modules:
+            for key, there in (
+                (before, module._forward_pre_hooks),
+                (before, module._forward_pre_hooks_with_kwargs),
+                (after, module._forward_hooks),
+                (after, module._forward_hooks_with_kwargs),
+                (after, module._forward_hooks_always_called),
+            ):
+                if key in there:
+                    del there[key]
+
+    def disarm(self) -> None:
+        """No module has them any more."""
+        self._pre[1].disarm()
+        self._post[1].disarm()
+
+
 class Hooks:
     """The hooks of one session, by role and module.
 
@@ -187,6 +230,10 @@ class Hooks:
     def __init__(self, owner: object) -> None:
         self.owner = owner
         self._handles: dict[tuple[str, nn.Module], list[tuple[Hook, Handle]]] = {}
+        # Torch counts what it hands out, for all modules together: these are nobody else's.
+        self._keys = RemovableHandle(OrderedDict()).id, RemovableHandle(OrderedDict()).id
+        self._pair: Pair | None = None  # under these keys, around
+        self._around: dict[nn.Module, None] = {}  # these modules
         self.excluded: set[nn.Module] = set()
 
     def is_ours(self, hook: Any) -> bool:
@@ -194,17 +241,21 @@ class Hooks:
         return isinstance(hook, Hook) and hook.owner is self.owner
 
     def around(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
-        """A pre and a post hook; the post hook also runs when forward raises an `Exception`."""
-        for module in modules:
-            if ("around", module) in self._handles or self._unhookable(module):
-                continue
-            self._remove(("after", module))
-            self._remove(("before", module))
-            first, last = Hook(pre, self.owner), Hook(post, self.owner)
-            self._handles["around", module] = [
-                (first, module.register_forward_pre_hook(first, with_kwargs=True)),
-                (last, module.register_forward_hook(last, with_kwargs=True, always_call=True)),
-            ]
+        """A pre and a post hook; the post hook also runs when forward raises an `Exception`.
+
+        They are the same on all modules, and each time.
+        """
+        pair = self._pair
+        if pair is None:
+            pair = Pair(self._keys, Hook(pre, self.owner), Hook(post, self.owner))
+            self._pair = pair
+        new = [m for m in modules if m not in self._around and not self._unhookable(m)]
+        if self._handles:
+            for module in new:
+                self._remove(("after", module))
+                self._remove(("before", module))
+        self._around.update(dict.fromkeys(new))
+        pair.set_on(new)
 
     def outside(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
         """A pair that comes before the pre and the post hooks of others: what they were given."""
@@ -234,7 +285,7 @@ class Hooks:
         return replaced
 
     def _plain(self, role: str, module: nn.Module, hook: Hook) -> bool:
-        if ("around", module) in self._handles or self._unhookable(module):
+        if module in self._around or self._unhookable(module):
             return False
         before = self._handles.get((role, module))
         if before is not None and type(before[0][0]) is type(hook):
@@ -246,11 +297,11 @@ class Hooks:
 
     def modules(self) -> set[nn.Module]:
         """The modules with any hook of ours."""
-        return {module for _, module in self._handles}
+        return {*self._around, *(module for _, module in self._handles)}
 
     def is_around(self, module: nn.Module) -> bool:
         """Whether a module has a pair of ours."""
-        return ("around", module) in self._handles
+        return module in self._around
 
     def alone_on(self, module: nn.Module) -> bool:
         """Whether nobody else has hooks on a module, or on all of them."""
@@ -288,10 +339,24 @@ class Hooks:
     ) -> None:
         """Remove the hooks of a role (or all): of all modules but some, or of some only."""
         kept = set(keep)
-        if only is not None:
-            keys = [(role, m) for m in only if role is not None and (role, m) in self._handles]
-        else:
-            keys = [k for k in self._handles if role is None or k[0] == role]
-        for key in keys:
-            if key[1] not in kept:
-                self._remove(key)
+        if role in (None, "around"):
+            self._drop_around(kept, only)
+        if role != "around":
+            modules = None if only is None else set(only)
+            for key in list(self._handles):
+                if role in (None, key[0]) and key[1] not in kept:
+                    if modules is None or key[1] in modules:
+                        self._remove(key)
+
+    def _drop_around(self, kept: set[nn.Module], only: Iterable[nn.Module] | None) -> None:
+        pair = self._pair
+        if pair is None:
+            return
+        around = self._around
+        gone = [m for m in (around if only is None else only) if m in around and m not in kept]
+        for module in gone:
+            around.pop(module, None)
+        pair.remove_from(gone)
+        if not self._around:
+            pair.disarm()
+            self._pair = None

@@ -6,7 +6,7 @@ The names are those of the plain model: a module that only carries another one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,17 +18,21 @@ from fmapkit._wrappers import (
     flat_parameters,
     inner_key,
     is_flat,
+    is_special,
     lends_parameters,
     places_in,
 )
 
 __all__ = ["Names"]
 
+_PARAMETRIZED = "parametrizations."
+
 
 class Names:
     """The names of one model's modules and parameters, read once and again when it changes.
 
     Attributes:
+        lends: some parameters, as far as is known, may have memory for a while only.
         version: another one whenever other parameters are known than before.
     """
 
@@ -38,6 +42,7 @@ class Names:
         self.by_name: dict[str, nn.Module] = {}
         self.wrappers: set[nn.Module] = set()
         self.lent = False  # parameters that have memory only while their module runs (FSDP)
+        self.lends = False
         self._owners: dict[int, tuple[Tensor, list[tuple[nn.Module, str]]]] = {}
         self._flat: list[Any] = []  # flat parameters of old FSDP
         self._empty: list[Any] = []  # where modules without parameters would have them
@@ -56,21 +61,21 @@ class Names:
         self.wrappers.clear()
         self._flat.clear()
         self.lent = False
-        for name, module in _walk(self.model, ""):
+        places: list[tuple[str, nn.Module]] = []
+        _walk(self.model, "", places)
+        for name, module in places:
             self.by_name[name] = module  # of a wrapper, what it carries: that comes after it
             if module in self.by_module:
                 continue
             self.by_module[module] = name
+            if not is_special(type(module)):
+                continue
             if inner_key(module) is not None:
                 self.wrappers.add(module)
             self.lent = self.lent or lends_parameters(module)
             self._flat += flat_parameters(module)
+        self.lends = self.lent or bool(self._flat)
         self._read_parameters()
-
-    @property
-    def lends(self) -> bool:
-        """Whether some parameters, as far as is known, may have memory for a while only."""
-        return self.lent or bool(self._flat)
 
     def update(self) -> None:
         """Notice parameters that were swapped, for good or for one call (`functional_call`)."""
@@ -145,6 +150,7 @@ class Names:
         base = value._base
         if base is not None and is_flat(base) and all(f is not base for f in self._flat):
             self._flat.append(base)  # of a wrapper around the captured model
+            self.lends = True
         if not self._flat:
             return []
         flats = [f for f in self._flat if storage_of(f) == storage_of(value)]
@@ -181,7 +187,9 @@ class Names:
         found = self._owners.get(id(parameter))
         return found[1] if found is not None and found[0] is parameter else []
 
-    def layer_of(self, parameter: Tensor | None, stack: Sequence[nn.Module]) -> str:
+    def layer_of(
+        self, parameter: Tensor | None, inner: nn.Module, running: Iterable[nn.Module]
+    ) -> str:
         """The layer of a weighted function: the running layer module, or the weight's owner.
 
         A weight that is called `weight`, or is its owner's only one, goes by the owner's name.
@@ -189,21 +197,24 @@ class Names:
 
         Args:
             parameter: the parameter that is, or that made, the weight; None if there is none.
-            stack: the running modules, outermost first.
+            inner: the innermost module that runs.
+            running: all that run, innermost first.
         """
-        inner = stack[-1]
         if parameter is None or layers.layer_axis(inner) is not None:
-            return self._without_parametrization(self.of(inner))
+            name = self.of(inner)
+            return self._without_parametrization(name) if _PARAMETRIZED in name else name
         owners = self._owned_by(parameter)
         if not owners:
             return self.of(inner)
-        running = [o for m in reversed(stack) for o in owners if o[0] is m]
-        module, key = (running or owners)[0]
+        there = (o for m in running for o in owners if o[0] is m)
+        module, key = next(there, owners[0])
         name = self.of(module)
         if ".parametrizations." in f".{name}.":
             return self._without_parametrization(name)
+        if key == "weight":
+            return name
         weights = [p for p in self.parameters_of(module).values() if p.dim() >= 2]
-        if key == "weight" or (len(weights) <= 1 and not key.endswith("_weight")):
+        if len(weights) <= 1 and not key.endswith("_weight"):
             return name
         part = key.removesuffix("_weight")
         return f"{name}.{part}" if name else part
@@ -221,11 +232,17 @@ class Names:
         return self.by_name.get(name.rpartition(".")[0])
 
 
-def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def _walk(module: nn.Module, prefix: str, places: list[tuple[str, nn.Module]]) -> None:
     """`named_modules`, a module at each of its places, without the level of a wrapper."""
-    yield prefix, module
-    inner = inner_key(module)
-    for key, child in module._modules.items():
-        if child is not None:
-            place = key if not prefix else f"{prefix}.{key}"
-            yield from _walk(child, prefix if key == inner else place)
+    places.append((prefix, module))
+    children = module._modules
+    if children:
+        inner = inner_key(module)
+        for key, child in children.items():
+            if child is not None:
+                place = key if not prefix else f"{prefix}.{key}"
+                place = prefix if key == inner else place
+                if child._modules:
+                    _walk(child, place, places)
+                else:
+                    places.append((place, child))

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fmapkit._remembered import remembered
 from fmapkit._standing import Standing
 
 __all__ = [
@@ -21,14 +22,21 @@ __all__ = [
     "in_compiled_code",
     "is_compiled",
     "is_optimized",
+    "is_optimized_type",
     "plain",
 ]
 
 
 def is_optimized(module: Any) -> bool:
     """Whether it is what `torch.compile(module)` returns: a module around the plain one."""
+    return is_optimized_type(type(module))
+
+
+@remembered
+def is_optimized_type(kind: type) -> bool:
+    """Whether its class is that of what `torch.compile(module)` returns."""
     home = sys.modules.get("torch._dynamo.eval_frame")  # imported by the first torch.compile
-    return home is not None and isinstance(module, home.OptimizedModule)
+    return home is not None and issubclass(kind, home.OptimizedModule)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -64,11 +72,13 @@ def compiled_roots(model: nn.Module) -> list[nn.Module]:
         if module in seen:
             return
         seen.add(module)
-        if is_compiled(module):
+        marked = "_compiled_call_impl" in module.__dict__ or is_optimized_type(type(module))
+        if marked and is_compiled(module):
             found[module] = None
             return
-        for child in module.children():
-            walk(child)
+        for child in module._modules.values():
+            if child is not None:
+                walk(child)
 
     walk(model)
     return list(found)

@@ -21,6 +21,7 @@ from fmapkit._fused import without_fused_path
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
 from fmapkit._hooks import Hook, Hooks
 from fmapkit._moves import Moves
+from fmapkit._nested import modules_in
 from fmapkit._plan import Plan
 from fmapkit._sharded import moves_data
 from fmapkit._taps import InputTap, KeepingTap, Line, OutputTap, Tap
@@ -114,14 +115,15 @@ class Placing:
         self._scopes = True
         inside: set[nn.Module] = set()
         for unit in self._units.direct:
-            inside.update(m for m in unit.modules() if m is not unit)
-        wanted = [m for m in self._model.modules() if m not in inside or m in self._units.direct]
+            inside.update(m for m in modules_in(unit) if m is not unit)
+        wanted = [m for m in modules_in(self._model) if m not in inside or m in self._units.direct]
         self._hooks.around(wanted, self._calls.pre, self._calls.post)
-        moving = [
-            m
-            for m in wanted
-            if any(map(moves_data, (*m._forward_pre_hooks.values(), *m._forward_hooks.values())))
-        ]
+        moving = []
+        for module in wanted:
+            hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+            theirs = [hook for hook in hooks if not isinstance(hook, Hook)]
+            if theirs and any(map(moves_data, theirs)):
+                moving.append(module)
         self.moving = bool(moving)
         self._hooks.outside(moving, self._moves.before, self._moves.after)
 
@@ -139,11 +141,12 @@ class Placing:
 
     def in_lesson(self, unit: nn.Module) -> None:
         """On every module in a unit, while it is learned."""
-        self._hooks.around(unit.modules(), self._calls.pre, self._calls.post)
+        self._hooks.around(modules_in(unit), self._calls.pre, self._calls.post)
 
     def after_lesson(self, unit: nn.Module) -> None:
         """Inside the unit, no hooks but taps from here on."""
-        self._hooks.drop("around", only=[m for m in unit.modules() if m not in self._units.direct])
+        direct = self._units.direct
+        self._hooks.drop("around", only=[m for m in modules_in(unit) if m not in direct])
 
     def taps(self, unit: nn.Module, plan: Plan) -> None:
         """The taps of a plan, each of the cheapest kind that will do."""

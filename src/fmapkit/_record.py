@@ -143,8 +143,8 @@ class Record:
             out: what it returned.
             edited: what goes on in the place of that.
         """
-        origin, axes = event.origin, event.axes
-        if x is not None and self.wants.kind("input"):
+        origin, axes, kinds = event.origin, event.axes, self.wants.kinds
+        if x is not None and "input" in kinds:
             event.x_held = self.aliases.reference(x)
             if self.wants.filters is None:
                 self.hold(event, "x", "input", origin, event.x_held, self._input_axes(x, out, axes))
@@ -152,10 +152,11 @@ class Record:
                 self.miss(
                     origin.name, "filters= was given, and its input is not of its own filters"
                 )
-        if self.wants.kind("response") or self.wants.kind("preactivation"):
+        if "response" in kinds or "preactivation" in kinds:
             event.y_held = self.aliases.reference(out)
-            self.hold(event, "y", "response", origin, event.y_held, axes)
-            self.hold(event, "y", "preactivation", origin, event.y_held, axes)
+            for kind in ("response", "preactivation"):
+                if kind in kinds:
+                    self.hold(event, "y", kind, origin, event.y_held, axes)
             for slot, entry in event.entries:
                 if edited is not None and slot == "y":
                     entry.edited = self._same_filters(entry, edited)
@@ -262,7 +263,7 @@ class Record:
         path: str = "",
     ) -> None:
         """Hold one map of an event, if it is wanted."""
-        if not self.wants.kind(kind) and kind != "output":
+        if kind not in self.wants.kinds and kind != "output":
             return
         picked, own = None, held
         if self.wants.filters is not None and kind != "output":

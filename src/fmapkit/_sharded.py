@@ -84,6 +84,8 @@ def ends_of(tensor: Tensor) -> list[Tensor]:
 def alias_of(tensor: Tensor) -> Tensor:
     """`detach()`; what is inside shares its version counter with what is inside the original."""
     alias = tensor.detach()
+    if type(tensor) in _PLAIN:
+        return alias
     key = _inside(tensor)
     if key is not None and _inside(alias) == key:
         # `detach` on a wrapper makes the inner alias below autograd, where no counter is shared.

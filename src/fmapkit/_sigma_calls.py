@@ -15,7 +15,7 @@ from fmapkit._in_place import is_alone, with_new_memory
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow
 from fmapkit._store import storage_of
-from fmapkit._transforms import TRANSFORMED, transformed
+from fmapkit._transforms import TRANSFORMED, wrapped
 
 if TYPE_CHECKING:
     from fmapkit._trace import Tracer
@@ -39,7 +39,7 @@ def before_sigma(tracer: Tracer, known: Function, func: Any, args: Any, kwargs: 
     quiet = frame.kind == "sigma" or tracer.opaque > 0
     if frame.kind == "sigma" and frame.a is not None and is_torchs(frame.module):
         tracer.miss(tracer.names.of(frame.module), IN_A_HOOK.format(sigma=known.sigma))
-    if transformed(z):
+    if wrapped(z):
         quiet = True
         tracer.miss(tracer.names.of(frame.module), TRANSFORMED)
     if tracer.editor and not quiet and known.sigma is not None:
@@ -73,7 +73,7 @@ def before_sigma(tracer: Tracer, known: Function, func: Any, args: Any, kwargs: 
 def _apart(tracer: Tracer, func: Any, args: Any, kwargs: Any, z: Tensor) -> Any:
     """The same σ into new memory, which becomes z's; None where z cannot be given any."""
     aliases = tracer.aliases
-    if tracer.opaque or not aliases.detach or aliases.gradients or transformed(z):
+    if tracer.opaque or not aliases.detach or aliases.gradients or wrapped(z):
         return None
     if not is_alone(z, len(aliases.of(z))):
         return None
@@ -102,8 +102,8 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
     frame = tracer.frames[-1]
     z, a = call.z, out
     flow = call.tag if isinstance(call.tag, Flow) else STOP
-    tracer.follow(known.name, (z,), {}, out, nonlinear=True)
-    axes = sigma_axes(flow.axes, z, a)
+    if frame.watched:
+        tracer.follow(known.name, [z], out, nonlinear=True)
     tracer.set_tag(out, past_sigma(call.tag, z, a))
     if call.kept and z is frame.x:
         frame.kept = True
@@ -123,7 +123,7 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
         event.x, event.y, event.key = z, a, frame.key
     own = f"{tracer.names.of(scope)}:{known.sigma}"
     if call.site is not None and tracer.editor is not None:
-        out = tracer.editor.after(call.site, a, axes)
+        out = tracer.editor.after(call.site, a, sigma_axes(flow.axes, z, a))
     tracer.record.sigma(event, flow, call.held, z, a, own, call.site)
     tracer.spare(event)
     if call.site is not None:

@@ -27,16 +27,22 @@ class Tags:
 
     def of(self, value: Any) -> Tag:
         """Flow, weight, or None for a constant."""
-        if not isinstance(value, Tensor):
-            return None
         found = self._known.get(id(value))
-        if found is not None and found[0]() is value:
+        if found is not None and found[0]() is value and isinstance(value, Tensor):
             # A piece of a flat parameter is the parameter that it was before.
-            if not (isinstance(found[1], Weight) and self._names.in_flat(value)):
-                return found[1]
-        if self._names.is_parameter(value):
+            tag = found[1]
+            if not (isinstance(tag, Weight) and self._names.in_flat(value)):
+                return tag
+        if isinstance(value, Tensor) and self._names.is_parameter(value):
             return Weight(value, Axes.single(0, value.shape[0]) if value.dim() else None)
         return None
+
+    def flow(self, value: Any) -> Flow | None:
+        """The flow alone: for who does not ask whether it is a weight."""
+        found = self._known.get(id(value))
+        if found is None or found[0]() is not value:
+            return None
+        return found[1] if isinstance(found[1], Flow) else None
 
     def owns(self, value: Tensor) -> bool:
         """Whether it is a parameter of the model."""

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fmapkit import _vocabulary as words
-from fmapkit import _weighted, layers, nonlinearities
+from fmapkit import _weighted
 from fmapkit._axes import Axes
-from fmapkit._candidates import may_be_sigma, verdict
+from fmapkit._candidates import may_be_sigma, role_of, verdict
 from fmapkit._closing import close
 from fmapkit._degrees import Degrees
 from fmapkit._edit import Edits
@@ -26,7 +26,7 @@ from fmapkit._editing import Editor
 from fmapkit._events import Event, Firing
 from fmapkit._flow import carried
 from fmapkit._frames import Frame, SigmaCall, first_tensor, running_module
-from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe
+from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, described
 from fmapkit._names import Names
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow, Weight
@@ -35,10 +35,14 @@ from fmapkit._sigma_calls import after_sigma, before_sigma
 from fmapkit._stop import Stop
 from fmapkit._store import Aliases, Pass
 from fmapkit._tags import Tags
-from fmapkit._transforms import TRANSFORMED, transformed
+from fmapkit._transforms import TRANSFORMED, wrapped
 from fmapkit._wants import Wants
 
 __all__ = ["Tracer"]
+
+
+# The backward pass that is running, or -1: activation checkpointing runs the forward again there.
+_backward: Callable[[], int] = torch._C._current_graph_task_id
 
 
 class Tracer(TorchFunctionMode):
@@ -82,7 +86,7 @@ class Tracer(TorchFunctionMode):
         self.stop = stop
         # What is asked for at each turn is here at first hand.
         tags = self.tags = Tags(names) if tags is None else tags
-        self.tag, self.set_tag = tags.of, tags.put
+        self.tag, self.flow, self.set_tag = tags.of, tags.flow, tags.put
         self.enter_inputs, self.moved = tags.enter, tags.moved
         record = self.record = self._new_record()
         self.aliases = record.aliases
@@ -91,6 +95,7 @@ class Tracer(TorchFunctionMode):
         # They know each other: where there is nothing to edit, no cycle is left to Python's gc.
         self.editor = Editor(self, edits, self._probe) if edits else None
         self.frames: list[Frame] = []
+        self.described = described()
         self.unhooked: set[nn.Module] = set()
         self.deciding: set[nn.Module] = set()
         self.moments: list[tuple[int, nn.Module | None]] = []
@@ -130,10 +135,10 @@ class Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = describe(func)
+        known = self.described.get(func) or describe(func)
         if known.reads and not self.paused and known.reads(args, kwargs):
             self.deciding.update([f.module for f in self.frames])
-        if known.silent or self.paused or self.failed or _in_backward():
+        if known.silent or self.paused or self.failed or _backward() != -1:
             return func(*args, **kwargs)
         if known.opened is not None:
             with self:
@@ -146,8 +151,9 @@ class Tracer(TorchFunctionMode):
                 func, args, kwargs = call.function, call.args, call.kwargs
             else:
                 call = None
-                for target in known.writes(args, kwargs):
-                    self.aliases.before_write(target)
+                if not known.never_writes or "out" in kwargs:
+                    for target in known.writes(args, kwargs):
+                        self.aliases.before_write(target)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fail(error)
             return func(*args, **kwargs)
@@ -193,42 +199,62 @@ class Tracer(TorchFunctionMode):
         frame = self.frames[-1]
         if name in words.OPAQUE:
             self.miss(self.names.of(frame.module), words.OPAQUE[name])
-        weight = _weighted.weight_operand(name, args, kwargs, self.tag)
-        seen = not self.opaque and not transformed(out)
-        if isinstance(weight, Tensor) and isinstance(out, Tensor) and seen:
-            out = self._layer(known, func, args, kwargs, weight, out)
+        operands = tensors_in(*args, kwargs)
+        if not operands:
+            return out
+        weight = None
+        if _weighted.weighs(name):
+            weight = _weighted.weight_operand(name, operands, args, kwargs, self.tag)
+        if (
+            isinstance(weight, Tensor)
+            and isinstance(out, Tensor)
+            and not self.opaque
+            and not wrapped(out)
+        ):
+            out = self._layer(known, func, operands, args, weight, out)
         else:
-            if self.learning and not self.opaque and _weighted.may_weigh(name):
+            if self.learning and not self.opaque and _weighted.weighs(name):
                 # No layer this time; but who waits for layers by this name will see it, too.
                 self.firings.append(Firing(None, self.scope(), func, None))
-            tag = carried(name, args, kwargs, out, self.tag)
+            tag = carried(name, operands, args, kwargs, out, self.tag)
             if known.in_place and name in RESHAPED_IN_PLACE and tag is not None:
                 tag = STOP
-            if name in words.NORM_AXIS and isinstance(tag, Flow) and isinstance(out, Tensor):
+            if (
+                name in words.NORM_AXIS
+                and isinstance(tag, Flow)
+                and tag.origin.kind != "layer"
+                and isinstance(out, Tensor)
+            ):
                 own = self.names.of(frame.module)
                 tag = self.record.norm(tag, out, words.NORM_AXIS[name], own)
             if tag is not None:
                 if name == "__setitem__":
                     self.set_tag(args[0], tag)
                 self.set_tag(out, tag)
-        self.follow(name, args, kwargs, out)
+        if frame.watched:
+            self.follow(name, operands, out)
         return out
 
     def _layer(
-        self, known: Function, func: Any, args: Any, kwargs: Any, weight: Tensor, out: Tensor
+        self,
+        known: Function,
+        func: Any,
+        operands: list[Tensor],
+        args: Any,
+        weight: Tensor,
+        out: Tensor,
     ) -> Tensor:
         frame = self.frames[-1]
         tag = self.tag(weight)
         owner = tag.parameter if isinstance(tag, Weight) else None
-        stack = [f.module for f in self.frames]
-        name = self.names.layer_of(owner, stack)
+        running = (f.module for f in reversed(self.frames))
+        name = self.names.layer_of(owner, frame.module, running)
         axes = _weighted.layer_axes(known.name, args, weight, out)
-        if isinstance(tag, Weight):
+        if isinstance(tag, Weight) and owner is not weight:
             axes = _weighted.weight_slice(tag, weight, axes)
-        place = _weighted.input_place(known.name, args, kwargs, weight)
-        operands = tensors_in(*args, kwargs)
+        place = _weighted.input_place(known.name, operands, weight)
         x = operands[place] if place is not None else None
-        if frame.x is not None and _weighted.pads_first(frame.module):
+        if frame.x is not None and frame.x is not x and _weighted.pads_first(frame.module):
             x = frame.x
         event = Event("layer", self.scope(), func)
         event.place = place or 0
@@ -247,10 +273,11 @@ class Tracer(TorchFunctionMode):
             self.spare(event)
         return out if edit is None else edit[0]
 
-    def follow(self, name: str, args: Any, kwargs: Any, out: Any, nonlinear: bool = False) -> None:
+    def follow(self, name: str, operands: list[Tensor], out: Any, nonlinear: bool = False) -> None:
         """Follow, in a weightless module, what depends on its input: linearly or not."""
         for frame in self.frames:
-            frame.step(name, args, kwargs, out, self.tag, nonlinear)
+            if frame.degrees is not None:
+                frame.degrees.step(name, operands, out, self.flow, nonlinear)
 
     # -- as a function is seen ----------------------------------------------------------------
 
@@ -285,42 +312,55 @@ class Tracer(TorchFunctionMode):
 
     def spare(self, event: Event) -> None:
         """Outside of units, what no map holds is let go at once: it may be a lot in the end."""
-        if not self.learning and all(f.kind == "plain" for f in self.frames):
-            self.let_go([event])
+        if self.learning:
+            return
+        for frame in self.frames:
+            if frame.kind != "plain":
+                return
+        self.let_go([event])
 
     # -- modules ------------------------------------------------------------------------------
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
         """A module's forward begins."""
         with torch._C.DisableTorchFunction():  # what we look at ourselves is not the model's doing
-            return self._enter(module, args, kwargs)
+            frame = Frame(module, args, kwargs, len(self.events))
+            frame.firing = len(self.firings)
+            parent = self.frames[-1] if self.frames else None
+            if self.learning:
+                self.moments.append((self.firings.clock(), module))
+                caller = parent.module if parent is not None else None
+                given = args[0] if args else None
+                firing = Firing(module, module, None, caller, given, before=True)
+                self.firings.passes(firing, given)
+            self.frames.append(frame)
+            frame.x, frame.key = first_tensor(args, kwargs)
+            role = role_of(module)
+            if frame.x is not None and wrapped(frame.x):
+                self.miss(self.names.of(module), TRANSFORMED)
+            elif role != "plain":
+                self._sort(frame, role, args, kwargs)
+            if parent is not None and parent.watched:
+                frame.watched = True
+            return frame
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
-        frame = Frame(module, args, kwargs, len(self.events))
-        frame.firing = len(self.firings)
-        if self.learning:
-            self.moments.append((self.firings.clock(), module))
-            parent = self.frames[-1].module if self.frames else None
-            given = args[0] if args else None
-            self.firings.passes(Firing(module, module, None, parent, given, before=True), given)
-        self.frames.append(frame)
-        frame.x, frame.key = first_tensor(args, kwargs)
-        if transformed(frame.x):
-            self.miss(self.names.of(module), TRANSFORMED)
-        elif layers.is_registered(module):
-            frame.kind = "layer"
+    def _sort(self, frame: Frame, role: str, args: Any, kwargs: Any) -> None:
+        """What kind of call it may be."""
+        x = frame.x
+        if role == "layer":
+            frame.kind = role
             self.opaque += 1
-        elif nonlinearities.module_sigma(module) is not None:
-            frame.kind = "sigma"
-        elif frame.x is not None and may_be_sigma(module, args, kwargs, frame.x):
+        elif role == "sigma":
+            frame.kind = role
+        elif x is not None and may_be_sigma(frame.module, args, kwargs, x):
             frame.kind = "candidate"
-            frame.degrees = Degrees(frame.x)
-        if frame.kind in ("sigma", "candidate") and frame.x is not None:
-            frame.x_held = self.aliases.reference(frame.x)
-            frame.tag = self.tag(frame.x)
+            frame.degrees = Degrees(x)
+            frame.watched = True
+        if x is not None and frame.kind in ("sigma", "candidate"):
+            frame.x_held = self.aliases.reference(x)
+            frame.tag = self.tag(x)
             if self.editor and not self.opaque:
                 self.editor.enter(frame)
-        return frame
 
     def leave(self, module: nn.Module, output: Any) -> Any:
         """A module's forward has ended.
@@ -336,24 +376,19 @@ class Tracer(TorchFunctionMode):
         while self.frames and (frame is None or frame.module is not module):
             frame = self.frames.pop()  # several, where a forward caught an exception of a child
             self.opaque -= frame.kind == "layer"
-        if frame is None or frame.module is not module:
+        if frame is None or frame.module is not module or self.failed:
             return None
-        if self.failed:
-            return None
+        replaced = None
         with torch._C.DisableTorchFunction():
-            return self._leave(frame, output)
-
-    def _leave(self, frame: Frame, output: Any) -> Any:
-        module, replaced = frame.module, None
-        if self.learning:
-            self.moments.append((self.firings.clock(), None))
-        parent = self.frames[-1].module if self.frames else None
-        self.firings.passes(Firing(module, module, None, parent, output), output)
-        edited = close(self, frame, output)
-        if edited is not None and edited is not output:
-            replaced = output = edited
-        if self.wants.output(module):
-            self._output(module, output)
+            if self.learning:
+                self.moments.append((self.firings.clock(), None))
+            parent = self.frames[-1].module if self.frames else None
+            self.firings.passes(Firing(module, module, None, parent, output), output)
+            edited = close(self, frame, output)
+            if edited is not None and edited is not output:
+                replaced = output = edited
+            if module in self.wants.outputs:
+                self._output(module, output)
         return replaced
 
     def _output(self, module: nn.Module, output: Any) -> None:
@@ -362,8 +397,3 @@ class Tracer(TorchFunctionMode):
     def verdict(self, frame: Frame, output: Any) -> str | None:
         """The name of σ if this call of a module is one nonlinearity."""
         return verdict(frame, output, self.events, self.aliases)
-
-
-def _in_backward() -> bool:
-    """Inside a backward pass: activation checkpointing runs the forward again there."""
-    return torch._C._current_graph_task_id() != -1

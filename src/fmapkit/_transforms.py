@@ -10,21 +10,22 @@ from torch import Tensor, nn
 
 from fmapkit._nested import tensors_in
 
-__all__ = ["TRANSFORMED", "transformed", "transforming", "under_transform"]
+__all__ = ["TRANSFORMED", "transformed", "transforming", "under_transform", "wrapped"]
 
 TRANSFORMED = (
     "it runs under a torch.func transform (vmap, grad, …): its tensors live only inside the "
     "transform, and cannot be held"
 )
 
+# The same of what is known to be a tensor.
+wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 # The innermost transform that is at work; None where none is.
 transforming: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
 
 def transformed(value: Any) -> bool:
     """Whether it is a tensor of a torch.func transform, which must not be kept."""
-    functorch = torch._C._functorch
-    return isinstance(value, Tensor) and bool(functorch.is_functorch_wrapped_tensor(value))
+    return isinstance(value, Tensor) and wrapped(value)
 
 
 def under_transform(module: nn.Module, value: Any) -> bool:

@@ -7,6 +7,7 @@ calls outside of the captured model's forward.
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -69,22 +70,31 @@ class Unseen:
     def scripted(self) -> None:
         """Name scripted modules, and scripted functions that a forward calls by name."""
         names, miss = self._names, self._misses.add
+        by_kind: dict[type[nn.Module], list[torch.jit.ScriptFunction[Any, Any]]] = {}
         for module, name in names.by_module.items():
             if isinstance(module, torch.jit.ScriptModule):
                 outer = names.by_name.get(name.rpartition(".")[0]) if "." in name else None
                 if not isinstance(outer, torch.jit.ScriptModule):
                     miss(name, "it is scripted: torch runs it without Python, unseen by hooks")
             elif not type(module).__module__.startswith("torch.nn.modules."):
-                for function in _functions(module):
+                kind = type(module)
+                if kind not in by_kind:
+                    by_kind[kind] = _scripted(_known_by_name(kind))
+                for function in _scripted(module.__dict__.values()) + by_kind[kind]:
                     miss(name, f"it calls {function.name}, which is scripted: unseen by Python")
 
 
-def _functions(module: nn.Module) -> list[torch.jit.ScriptFunction[Any, Any]]:
-    """The scripted functions that a module's forward knows by name, or its attributes hold."""
-    forward = getattr(type(module), "forward", None)
+def _scripted(values: Collection[Any]) -> list[torch.jit.ScriptFunction[Any, Any]]:
+    if torch.jit.ScriptFunction not in set(map(type, values)):
+        return []
+    return [value for value in values if type(value) is torch.jit.ScriptFunction]
+
+
+def _known_by_name(kind: type[nn.Module]) -> list[Any]:
+    """What the forward of a class knows by name."""
+    forward = getattr(kind, "forward", None)
     code = getattr(forward, "__code__", None)
-    values = list(module.__dict__.values())
-    if forward is not None and code is not None:
-        values += [forward.__globals__.get(name) for name in code.co_names]
-        values += [cell.cell_contents for cell in forward.__closure__ or ()]
-    return [value for value in values if isinstance(value, torch.jit.ScriptFunction)]
+    if forward is None or code is None:
+        return []
+    values = [forward.__globals__.get(name) for name in code.co_names]
+    return values + [cell.cell_contents for cell in forward.__closure__ or ()]

@@ -12,8 +12,10 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils.hooks import RemovableHandle
 
 from fmapkit import layers, nonlinearities
-from fmapkit._hooks import Hooks
+from fmapkit._hooks import Hook, Hooks
+from fmapkit._nested import modules_in
 from fmapkit._optimized import compiled_call, ever_compiled
+from fmapkit._remembered import remembered
 from fmapkit._stop import has_own_forward
 
 __all__ = ["Watch"]
@@ -27,13 +29,15 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, hooks: Hooks) -> None:
-        modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        modules = [m for m in modules_in(model) if not isinstance(m, torch.jit.ScriptModule)]
         self._hooks = hooks
         self._registered = (layers.version, nonlinearities.version)
-        self._parents = [m._modules for m in modules if m._modules or not _leaf(m)]
+        self._parents = [m._modules for m in modules if m._modules or not _leaf(type(m))]
         self._keys = list(map(list, self._parents))
         self._children = [list(children.values()) for children in self._parents]
-        self._watched = [m for m in modules if not has_own_forward(m)]
+        self._watched = [
+            m for m in modules if "forward" not in m.__dict__ or not has_own_forward(m)
+        ]
         self._types = list(map(type, self._watched))
         # A stopping capture puts a forward of its own on the model, and only there.
         self._attributes = [m.__dict__ for m in self._watched if "forward" not in m.__dict__]
@@ -45,15 +49,15 @@ class Watch:
 
     def _foreign(self) -> list[int]:
         """How many hooks of others each module has, and all modules together."""
-        everywhere = len(_global_forward_pre_hooks) + len(_global_forward_hooks)
-        of_each = (
-            sum(
-                not self._hooks.is_ours(hook)
-                for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())
-            )
-            for m in self._watched
-        )
-        return [everywhere, *of_each]
+        found = [len(_global_forward_pre_hooks) + len(_global_forward_hooks)]
+        owner = self._hooks.owner
+        for module in self._watched:
+            count = 0
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for hook in hooks.values():
+                    count += not (isinstance(hook, Hook) and hook.owner is owner)
+            found.append(count)
+        return found
 
     def _compiled_calls(self) -> list[object]:
         """What `module.compile()` has set; nothing where torch.compile was never used."""
@@ -100,7 +104,8 @@ class Watch:
         return self._foreign() != self._theirs
 
 
-def _leaf(module: nn.Module) -> bool:
+@remembered
+def _leaf(kind: type) -> bool:
     """torch's own modules without children: their forward would not run one that came later."""
-    home = type(module).__module__
+    home = kind.__module__
     return home.startswith("torch.nn.modules.") and not home.endswith(".container")

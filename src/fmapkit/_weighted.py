@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,46 +13,56 @@ from fmapkit._nested import tensors_in
 from fmapkit._origin import Flow, Lookup, Weight
 from fmapkit._vocabulary import BIAS_FIRST, CONV, GROUPED, MATMULS
 
-__all__ = ["input_place", "layer_axes", "may_weigh", "pads_first", "weight_operand", "weight_slice"]
+__all__ = ["input_place", "layer_axes", "pads_first", "weighs", "weight_operand", "weight_slice"]
 
 _PRODUCTS = MATMULS | {"einsum", "tensordot"}
 
 
-def may_weigh(name: str) -> bool:
-    """Whether some calls of a function are a layer."""
-    return name in _PRODUCTS or name in ("linear", "bilinear") or bool(CONV.fullmatch(name))
+@cache
+def weighs(name: str) -> str:
+    """In which form a function takes its weight; empty where no call of it is a layer."""
+    if name in _PRODUCTS:
+        return "product"
+    if name in ("linear", "bilinear"):
+        return name
+    return "conv" if CONV.fullmatch(name) else ""
 
 
-def weight_operand(name: str, args: Sequence[Any], kwargs: dict[str, Any], tag: Lookup) -> Any:
+def weight_operand(
+    name: str,
+    operands: Sequence[Tensor],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    tag: Lookup,
+) -> Any:
     """The weight of a weighted function; None where the function weights nothing.
 
     Convolutions, `linear` and `bilinear` always have one. A product has one where exactly one of
     its factors is computed from parameters and another one is not.
     """
-    if CONV.fullmatch(name) or name == "linear":
-        return kwargs.get("weight", args[1] if len(args) > 1 else None)
-    if name == "bilinear":
-        return kwargs.get("weight", args[2] if len(args) > 2 else None)
-    if name in _PRODUCTS:
-        factors = _factors(name, args, kwargs)
+    how = weighs(name)
+    if how == "product":
+        factors = _factors(name, operands)
         weights = [f for f in factors if isinstance(tag(f), Weight)]
         if len(weights) == 1 and any(isinstance(tag(f), Flow) for f in factors):
             return weights[0]
-    return None
+        return None
+    place = 2 if how == "bilinear" else 1
+    return kwargs.get("weight", args[place] if len(args) > place else None) if how else None
 
 
-def _factors(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    factors = tensors_in(*args, kwargs)
+def _factors(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
     if name in GROUPED:
-        return factors[:2]
-    return factors[1:] if name in BIAS_FIRST else factors
+        return operands[:2]
+    return operands[1:] if name in BIAS_FIRST else operands
 
 
-def input_place(name: str, args: Any, kwargs: dict[str, Any], weight: Any) -> int | None:
+def input_place(name: str, operands: Sequence[Tensor], weight: Any) -> int | None:
     """Which of a weighted function's tensor arguments is its input; None if it has none."""
-    operands = tensors_in(*args, kwargs)
-    places = range(1 if name in BIAS_FIRST else 0, len(operands))
-    return next((i for i in places if operands[i] is not weight), None)
+    for place in range(1 if name in BIAS_FIRST else 0, len(operands)):
+        if operands[place] is not weight:
+            return place
+    return None
 
 
 def pads_first(module: nn.Module) -> bool:
@@ -59,14 +70,18 @@ def pads_first(module: nn.Module) -> bool:
 
     What enters such a layer is what the module is given, not what its convolution is.
     """
-    padded = getattr(module, "padding_mode", "zeros") != "zeros"
-    return padded and type(module).forward.__module__ == "torch.nn.modules.conv"
+    if type(module).forward.__module__ != "torch.nn.modules.conv":
+        return False
+    return bool(module.padding_mode != "zeros")
 
 
 def layer_axes(name: str, args: Sequence[Any], weight: Any, out: Tensor) -> Axes | None:
     """The filter axis of what a weighted function returns."""
-    if CONV.fullmatch(name):
+    how = weighs(name)
+    if how == "conv":
         dim = out.dim() - (weight.dim() - 2) - 1
+    elif how == "linear":
+        dim = out.dim() - 1
     elif name == "einsum":
         found = _einsum_axis(args, weight)
         if found is None:

@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit._optimized import is_optimized
+from fmapkit._optimized import is_optimized_type
+from fmapkit._remembered import remembered
 
 __all__ = [
-    *("REPLICAS", "flat_parameters", "inner_key", "is_flat", "lends_parameters", "places_in"),
-    "unwrap",
+    *("REPLICAS", "flat_parameters", "inner_key", "is_flat", "is_special", "lends_parameters"),
+    *("places_in", "unwrap"),
 ]
 
 REPLICAS = (
@@ -46,19 +47,28 @@ def _imported(home: str, name: str) -> Any:
     return getattr(sys.modules.get(home), name, None)
 
 
-def _wrapper(module: nn.Module) -> tuple[type[nn.Module], str] | None:
-    if is_optimized(module):
-        return type(module), "_orig_mod"
+# By type: what is not imported yet is no base of a class that is there already.
+@remembered
+def _wrapper(given: type) -> tuple[type[nn.Module], str] | None:
+    """Which kind of wrapper a class is, and its key for what it carries; None if it is none."""
+    if is_optimized_type(given):
+        return given, "_orig_mod"
     later = ((_imported(home, name), key) for home, name, key in _LATER)
     for kind, key in (*_TYPES.items(), *later):
-        if kind is not None and isinstance(module, kind):
+        if kind is not None and issubclass(given, kind):
             return kind, key
     return None
 
 
+@remembered
+def is_special(given: type) -> bool:
+    """Whether modules of a class may be wrappers, or lend their parameters."""
+    return _wrapper(given) is not None or _shards(given)
+
+
 def inner_key(module: nn.Module) -> str | None:
     """Under which key it holds the module that it carries; None if it is no wrapper."""
-    found = _wrapper(module)
+    found = _wrapper(type(module))
     return found[1] if found is not None and found[1] in module._modules else None
 
 
@@ -67,7 +77,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
     A subclass with a forward of its own may do more than carry: it is left as it is.
     """
-    while (found := _wrapper(module)) is not None:
+    while (found := _wrapper(type(module))) is not None:
         kind, key = found
         child = module._modules.get(key)
         own = "forward" in module.__dict__ or not _plain(type(module), kind)
@@ -85,10 +95,10 @@ def _plain(given: type[nn.Module], kind: type[nn.Module]) -> bool:
 
 def flat_parameters(module: nn.Module) -> list[Any]:
     """Of a `FullyShardedDataParallel` module: the one parameter that it made of many."""
-    kind = _imported(*_LATER[0][:2])
-    if kind is None or not isinstance(module, kind) or module._handle is None:
+    found = _wrapper(type(module))
+    if found is None or found[1] != _LATER[0][2] or module._handle is None:
         return []
-    return [module._handle.flat_param]
+    return [module._handle.flat_param]  # type: ignore[union-attr]
 
 
 def is_flat(value: Any) -> bool:
@@ -105,8 +115,11 @@ def places_in(flat: Any) -> list[tuple[nn.Module, str]]:
 
 def lends_parameters(module: nn.Module) -> bool:
     """Whether parameters in it have memory only while it runs: FSDP, old and new."""
-    for home in ("torch.distributed.fsdp", "torch.distributed._composable.fsdp"):  # until 2.5
-        kind = _imported(home, "FSDPModule")
-        if kind is not None and isinstance(module, kind):
-            return True
-    return bool(flat_parameters(module))
+    return _shards(type(module)) or bool(flat_parameters(module))
+
+
+@remembered
+def _shards(given: type) -> bool:
+    homes = ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")  # the latter until 2.5
+    kinds = [_imported(home, "FSDPModule") for home in homes]
+    return any(kind is not None and issubclass(given, kind) for kind in kinds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from fmapkit._remembered import remembered
 from fmapkit.errors import ArgumentError
 
 __all__ = ["register_layer"]
@@ -53,7 +54,12 @@ def register_layer(module_type: type[nn.Module], filter_axis: int) -> None:
 
 def layer_axis(module: nn.Module) -> int | None:
     """The filter axis if the module's type, or a base of it, is a layer."""
-    for base in type(module).__mro__:
+    return _axis_of(type(module), version)
+
+
+@remembered
+def _axis_of(kind: type, registered: int) -> int | None:
+    for base in kind.__mro__:
         if base in REGISTERED:
             return REGISTERED[base]
         if base in MODULES:
