@@ -64,6 +64,9 @@ def _is_trusted(code: types.CodeType) -> bool:
     if file.startswith("<") and code.co_name in _GENERATED:
         if code.co_name == "__eq__":  # of a dataclass: whether the other is of its class
             return True
+    if file.startswith("<") and code.co_names == ("_tuple_new",):  # `__new__` of a named tuple
+        return True
+    if file.startswith("<") and code.co_name in _GENERATED:
         return not any(i.opcode in _JUMPS for i in dis.get_instructions(code))
     return False
 
