@@ -13,14 +13,14 @@ import tempfile
 import types
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fmapkit import CaptureWarning, capture
+from fmapkit import capture
 from tests.fuzz.programs import PassPlan, Program
 from tests.fuzz.told import LOOSE, STRICT, VAGUE, Response, Site, Told
 from tests.truth import fingerprint, same_bits, seed, tensors_of
@@ -28,7 +28,7 @@ from tests.truth import fingerprint, same_bits, seed, tensors_of
 __all__ = ["Failure", "Report", "check"]
 
 
-class Failure(AssertionError):
+class Failure(AssertionError):  # noqa: N818
     """What is wrong.
 
     Args:
@@ -53,7 +53,7 @@ class Failure(AssertionError):
         return f"{self.kind} {when} ({how}): {self.detail}"
 
 
-class Invalid(Exception):
+class InvalidError(Exception):
     """The program itself fails when it runs bare."""
 
 
@@ -89,7 +89,7 @@ def check(program: Program) -> Report:
         report = Report()
         try:
             _run(version, report)
-        except Invalid as error:
+        except InvalidError as error:
             report.invalid = str(error)
             continue
         except Failure as failure:
@@ -108,7 +108,7 @@ def _fails_when_traced(program: Program, failure: Failure) -> bool:
         _run(program, Report(), begin=failure.at, end=failure.at + 1)
     except Failure as other:
         return other.kind == failure.kind
-    except Invalid:
+    except InvalidError:
         pass
     return False
 
@@ -127,7 +127,8 @@ def _imported(text: str, told: Told | None) -> Iterator[types.ModuleType]:
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         if told is not None:
             module.T = told  # type: ignore[attr-defined]
@@ -150,6 +151,7 @@ class _Ran:
     grads: dict[str, Tensor | None]
     buffers: dict[str, Tensor]
     random: tuple[Any, ...]
+    raised: str = ""  # what ended it
 
 
 def _pass(space: types.ModuleType, model: nn.Module, plan: PassPlan, x: Tensor, told: Any) -> _Ran:
@@ -168,20 +170,23 @@ def _pass(space: types.ModuleType, model: nn.Module, plan: PassPlan, x: Tensor, 
         if told is not None:
             told.begin(model)
             told.enter(x)
+        output, raised = None, ""
         try:
             output = model(x, **kwargs)
+        except space.Odd as error:
+            raised = repr(error)
         finally:
             if told is not None:
                 told.end()
         outputs = [t.detach().clone() for t in tensors_of(output)]
-        if plan.grad == "grad" and output.requires_grad:
+        if plan.grad == "grad" and output is not None and output.requires_grad:
             output.square().mean().backward()
     grads = {
         n: None if p.grad is None else p.grad.detach().clone() for n, p in model.named_parameters()
     }
     buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
     drawn = (torch.rand(4).tolist(), np.random.rand(2).tolist(), random.random())
-    return _Ran(outputs, grads, buffers, drawn)
+    return _Ran(outputs, grads, buffers, drawn, raised)
 
 
 def _input(program: Program, plan: PassPlan) -> Tensor:
@@ -208,7 +213,7 @@ def _run(program: Program, report: Report, begin: int = 0, end: int | None = Non
             seed(0)
             model = plain_space.build()
         except Exception as error:
-            raise Invalid(f"{type(error).__name__}: {error}") from error
+            raise InvalidError(f"{type(error).__name__}: {error}") from error
         plans = program.passes[:end]
         for plan in plans[:begin]:
             _told_pass(told_space, bare, program, plan, told)
@@ -231,7 +236,8 @@ def _nothing_left(bare: nn.Module, model: nn.Module) -> None:
                 bases = tuple(getattr(b, "__qualname__", b) for b in value[1])
                 mark[name] = (value[0], bases, *value[2:])
     changed = [name for name in marks[0] if marks[0][name] != marks[1].get(name)]
-    assert marks[0].keys() == marks[1].keys() and not changed, f"at {changed or marks[1].keys()}"
+    assert marks[0].keys() == marks[1].keys()
+    assert not changed, f"at {changed}"
 
 
 def _told_pass(
@@ -240,7 +246,7 @@ def _told_pass(
     try:
         return _pass(space, bare, plan, _input(program, plan), told)
     except Exception as error:
-        raise Invalid(f"{type(error).__name__}: {error}") from error
+        raise InvalidError(f"{type(error).__name__}: {error}") from error
 
 
 def _block(
@@ -256,6 +262,7 @@ def _block(
     truths: list[tuple[list[Site], list[Response]]] = []
     with contextlib.ExitStack() as inner_stack, capture(model, **program.options) as maps:
         inner: Any = None
+        raised = False
         for n, plan in enumerate(plans, first):
             try:
                 expected = _told_pass(told_space, bare, program, plan, told)
@@ -270,6 +277,9 @@ def _block(
                 except Exception as error:
                     raise Failure("raised", f"{type(error).__name__}: {error}") from error
                 _compare(expected, got)
+                raised = raised or bool(expected.raised)
+                if expected.raised:  # what was held of a pass that failed is not promised
+                    continue
                 for each in [maps] if inner is None else [maps, inner]:
                     responses = each is maps and "response" in program.options.get("kinds", ())
                     named = _compare_maps(each, *truths[-1], responses_too=responses)
@@ -283,7 +293,7 @@ def _block(
             except Failure as failure:
                 failure.at = n
                 raise
-        kept = program.options.get("keep", 1)
+        kept = 1 if raised else program.options.get("keep", 1)
         for step in range(0 if kept == "all" else max(0, len(plans) - kept), len(plans) - 1):
             try:
                 _compare_maps(maps, *truths[step], step=step)
@@ -304,6 +314,8 @@ def _same_road(*truths: tuple[list[Site], list[Response]]) -> bool:
 
 
 def _compare(expected: _Ran, got: _Ran) -> None:
+    if expected.raised != got.raised:
+        raise Failure("raised", f"{expected.raised or 'nothing'} bare, {got.raised or 'nothing'}")
     if len(expected.outputs) != len(got.outputs):
         raise Failure("outputs", "another number of them")
     for left, right in zip(expected.outputs, got.outputs, strict=True):

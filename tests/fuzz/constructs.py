@@ -15,7 +15,6 @@ from tests.fuzz.operations import (
     operation,
     sigma,
     sigma_callable,
-    sigma_module,
 )
 from tests.fuzz.source import Code, Unit
 from tests.fuzz.writer import ClassWriter
@@ -312,7 +311,7 @@ def sent(c: ClassWriter, depth: int) -> Code:
     return [*before, f"g = self.g{n}(x)", "next(g)", f"x = g.send({expr})", "g.close()"]
 
 
-# -- between a few calls ----------------------------------------------------------------------------
+# -- between a few calls ------------------------------------------------------------------------
 
 
 def _then(c: ClassWriter, code: Code, x: str = "x") -> Code:
@@ -834,12 +833,12 @@ def filters_by_number(c: ClassWriter, depth: int) -> Code:
             f"T.loose(lambda t: t.index_select({axis}, torch.tensor([v, 5])), h)",
             f"T.loose(lambda t: torch.roll(t, v, {axis}), h)",
             f"T.loose(lambda t: t.flip({axis}) if v else t, h)",
-            f"T.view(lambda t: t.unsqueeze(v), h)",
-            f"T.view(lambda t: t.movedim(0, v % t.dim()), h)",
+            "T.view(lambda t: t.unsqueeze(v), h)",
+            "T.view(lambda t: t.movedim(0, v % t.dim()), h)",
             f"T.view(lambda t: t.transpose({axis}, v % t.dim()), h)",
-            f"T.view(lambda t: t[[v % t.shape[0]]], h)",
-            f"T.view(lambda t: t[v % t.shape[0]], h)",
-            f"T.view(lambda t: t[... if v else slice(None)], h)",
+            "T.view(lambda t: t[[v % t.shape[0]]], h)",
+            "T.view(lambda t: t[v % t.shape[0]], h)",
+            "T.view(lambda t: t[... if v else slice(None)], h)",
         )
     )
     if c.program.family == "vec":
@@ -963,3 +962,237 @@ def tensor_dispatch(c: ClassWriter, depth: int) -> Code:
         )
     )
     return [f"h = {layer(c)}", *_lines(c, [], line), "x = T.call(act, h)"]
+
+
+@flat
+def reentrant(c: ClassWriter, depth: int) -> Code:
+    """A module that calls itself."""
+    if c.name == "Net":
+        return recursion(c, depth)
+    n = c.program.fresh()
+    c.init.append(f"self.deep{n} = 0")
+    return [
+        f"self.deep{n} += 1",
+        *_lines(c, [], f"if self.deep{n} < 3 and self.deep{n} <= NUMBER:"),
+        ["x = T.call(self, x)"],
+        f"self.deep{n} -= 1",
+    ]
+
+
+@flat
+def swapped_parts(c: ClassWriter, depth: int) -> Code:
+    """Two parts that change their names between passes."""
+    a, b = _two(c)
+    slot = c.program.slot()
+    inner = f"{a.replace('self', 'm')}, {b.replace('self', 'm')}"
+    other = f"{b.replace('self', 'm')}, {a.replace('self', 'm')}"
+    c.program.prepare += [f"for m in of(model, {c.name}):", [f"if k[{slot}]: {inner} = {other}"]]
+    return _then(c, [f"x = T.call({a}, x)"])
+
+
+@flat
+def set_between_passes(c: ClassWriter, depth: int) -> Code:
+    """Flags and numbers of torch's own modules."""
+    slot = c.program.slot()
+    constructor, line = c.program.pick(
+        (
+            ("nn.ReLU()", "inplace = bool(k[{}])"),
+            ("nn.SiLU()", "inplace = k[{}] > 1"),
+            ("nn.GELU()", "approximate = 'tanh' if k[{}] else 'none'"),
+            ("nn.LeakyReLU(0.1)", "negative_slope = 0.1 + k[{}]"),
+            ("nn.PReLU()", "weight.requires_grad = not k[{}]"),
+        )
+    )
+    act = c.part(constructor)
+    c.program.prepare += [
+        f"for m in of(model, {c.name}):",
+        [f"{act.replace('self', 'm')}.{line.format(f'{slot}')}"],
+    ]
+    return [f"h = {layer(c)}", f"x = T.call({act}, h)"]
+
+
+@flat
+def dropout_flag(c: ClassWriter, depth: int) -> Code:
+    """What comes back is a copy in one pass and the very tensor in another."""
+    drop = c.part(c.program.pick(("nn.Dropout(0.3)", "nn.Dropout(0.0)", "nn.Identity()")))
+    return [
+        *_lines(c, [], f"{drop}.train(bool(TEST))"),
+        f"h = {layer(c)}",
+        f"p = T.call({drop}, h)",
+        f"x = {nonlinearity(c, 'p', fresh=False)}",
+    ]
+
+
+@flat
+def aliased(c: ClassWriter, depth: int) -> Code:
+    """σ in place of what is, or is not, the same memory as something else."""
+    line = c.program.pick(
+        (
+            "p = T.keep(lambda t: t.contiguous() if v else t.clone(), h)",
+            "p = T.keep(lambda t: t if v else t.clone(), h)",
+            "p = T.keep(lambda t: t.to(torch.float32 if v else torch.float64), h)",
+            "p = T.view(lambda t: t.reshape(t.shape), h) if v else T.keep(lambda t: t + 0, h)",
+            "p = T.view(lambda t: t[:], h) if v else T.keep(lambda t: t * 1, h)",
+        )
+    )
+    act = c.program.pick(("T.sig('relu', lambda t: t.relu_(), p)", "T.call(ACT, p)"))
+    act = act.replace("ACT", c.part("nn.ReLU(inplace=True)")) if "ACT" in act else act
+    return [
+        *_lines(c, [], "v = TEST"),
+        f"h = {layer(c)}",
+        line,
+        f"p = {act}",
+        "x = T.vague(lambda a, b: a + b.float(), h, p)",
+    ]
+
+
+@flat
+def autocast_part(c: ClassWriter, depth: int) -> Code:
+    method = _method(c)
+    line = "with torch.autocast('cpu', torch.bfloat16, enabled=bool(TEST)):"
+    return [*_lines(c, [], line), [f"x = {method}(x)"], "x = T.keep(lambda t: t.float(), x)"]
+
+
+@flat
+def hook_in_forward(c: ClassWriter, depth: int) -> Code:
+    """A hook of the user's, set within the forward and taken off again."""
+    program, n = c.program, c.program.fresh()
+    part = ClassWriter(program, f"Hooked{n}")
+    part.body += [f"x = {layer(part)}", f"x = {nonlinearity(part)}", f"x = {layer(part)}"]
+    program.top += part.code()
+    made = c.part(f"Hooked{n}()")
+    hook = c.program.pick(
+        (
+            f"{made}.register_forward_hook(lambda m, a, o: T.keep(lambda t: t * 0.5, o))",
+            f"{made}.register_forward_pre_hook(lambda m, a: (T.keep(lambda t: t * 0.5, a[0]),))",
+        )
+    )
+    return [
+        "handle = None",
+        *_lines(c, [], "if TEST:"),
+        [f"handle = {hook}"],
+        f"x = T.call({made}, x)",
+        "if handle is not None: handle.remove()",
+        f"x = {nonlinearity(c)}",
+    ]
+
+
+@flat
+def stacked_weights(c: ClassWriter, depth: int) -> Code:
+    """Weights of experts in one parameter; what they are called is not for us to say."""
+    if c.program.family == "img":
+        return weights_by_number(c, depth)
+    n = c.program.fresh()
+    c.init.append(f"self.w{n} = nn.Parameter(torch.randn(3, 6, 6) * 0.3)")
+    line = f"h = T.vague(lambda t: F.linear(t, self.w{n}[NUMBER]), x)"
+    return [*_lines(c, [], line), f"x = {nonlinearity(c, 'h')}"]
+
+
+@flat
+def tied(c: ClassWriter, depth: int) -> Code:
+    """One layer under two names."""
+    a, b = _two(c)
+    n = c.program.fresh()
+    c.init.append(f"self.tied{n} = {a}")
+    return _then(c, _lines(c, [], f"x = T.call(self.tied{n} if TEST else {b}, x)"))
+
+
+@flat
+def escaping(c: ClassWriter, depth: int) -> Code:
+    """An exception that ends the pass; the next one goes on."""
+    if not c.program.chance(0.4):
+        return try_raise(c, 2)
+    before: Code = []
+    expr = decide(c, before)
+    return [*before, f"check(({expr}) == 2)"]
+
+
+@flat
+def dynamic_module(c: ClassWriter, depth: int) -> Code:
+    """A part whose class looks up attributes itself."""
+    program, n, slot = c.program, c.program.fresh(), c.program.slot()
+    part = ClassWriter(program, f"Looked{n}")
+    a, b = (p.removeprefix("self.") for p in _two(part))
+    part.methods += [
+        "def __getattr__(self, name):",
+        [
+            "if name == 'chosen':",
+            [f"return self.{b} if self.__dict__.get('second') else self.{a}"],
+            "return super().__getattr__(name)",
+        ],
+    ]
+    part.body += ["x = T.call(self.chosen, x)", f"x = {nonlinearity(part)}"]
+    program.top += part.code()
+    program.prepare += [f"for m in of(model, Looked{n}):", [f"m.second = k[{slot}] > 0"]]
+    return [f"x = T.call({c.part(f'Looked{n}()')}, x)"]
+
+
+@flat
+def passed_arguments(c: ClassWriter, depth: int) -> Code:
+    """What a part does is told by what it is given."""
+    program, n = c.program, c.program.fresh()
+    part = ClassWriter(program, f"Given{n}")
+    a, b = _two(part)
+    act = nonlinearity(part)
+    before: Code = []
+    expr = decide(c, before)
+    given, used = program.pick(
+        (
+            ("{}", "m = {a} if v else {b}"),
+            ("None if {} else 1", "m = {a} if v is None else {b}"),
+            ("('on', 'off')[{} % 2]", "m = {a} if v == 'on' else {b}"),
+            ("[0] * {}", "m = {a} if len(v) else {b}"),
+            ("x if {} else None", "m = {a} if v is not None else {b}"),
+            ("torch.tensor({})", "m = {a} if v.item() else {b}"),
+            ("np.int64({})", "m = ({a}, {b}, {a})[v]"),
+            ("{{'k': {}}}", "m = {a} if v['k'] else {b}"),
+            ("lambda: {}", "m = {a} if v() else {b}"),
+            ("(x, {})", "m = {a} if v[1] else {b}"),
+            ("slice({})", "m = ({a}, {b}, {a})[v][-1] if v.stop else {b}"),
+        )
+    )
+    part.body += [
+        used.format(a=a, b=b),
+        "x = T.call(m, x)",
+        f"x = {act}",
+    ]
+    head, inner = part.code()
+    assert isinstance(inner, list)
+    place = inner.index("def forward(self, x):")
+    inner[place] = "def forward(self, x, v=None):"
+    program.top += [head, inner]
+    made = c.part(f"Given{n}()")
+    keyword = program.pick(("", "v="))
+    return [*before, f"x = T.call({made}, x, {keyword}{given.format(expr)})"]
+
+
+@flat
+def several_results(c: ClassWriter, depth: int) -> Code:
+    """A method that gives a tuple, a dict or None, as it likes."""
+    n = c.program.fresh()
+    a, b = _two(c)
+    before: Code = []
+    expr = decide(c, before)
+    c.methods += [
+        f"def s{n}(self, x):",
+        [
+            *before,
+            f"v = {expr}",
+            f"p, q = T.call({a}, x), T.call({b}, x)",
+            "if v == 0:",
+            ["return p, q"],
+            "if v == 1:",
+            ["return dict(q=q)"],
+            "return None",
+        ],
+    ]
+    return [
+        f"r = self.s{n}(x)",
+        "if isinstance(r, tuple):",
+        ["h, _ = r"],
+        "elif r:",
+        ["h = r['q']"],
+        "else:",
+        ["h = x"],
+        f"x = {nonlinearity(c, 'h', fresh=False)}",
+    ]

@@ -135,6 +135,74 @@ DECISIONS: dict[str, Decision] = {
     ),
     "training": _D("int(self.training)"),
     "grad mode": _D("int(torch.is_grad_enabled())"),
+    "attribute of a part": _D(
+        "getattr(self.i{n}, 'k', 0)", init="self.i{n} = nn.Identity()", each="m.i{n}.k = k[{k}]"
+    ),
+    "number of parts": _D(
+        "len(self.l{n})",
+        init="self.l{n} = nn.ModuleList()",
+        each="m.l{n} = nn.ModuleList(nn.Identity() for _ in range(k[{k}]))",
+    ),
+    "parameter": _D(
+        "int(self.w{n}[0])",
+        init="self.w{n} = nn.Parameter(torch.zeros(3))",
+        each="m.w{n}.data.fill_(k[{k}])",
+    ),
+    "frozen parameter": _D(
+        "int(self.w{n}.requires_grad)",
+        init="self.w{n} = nn.Parameter(torch.zeros(3))",
+        each="m.w{n}.requires_grad_(k[{k}] > 0)",
+    ),
+    "attrgetter": _D(
+        "operator.attrgetter('k{n}')(self)", init="self.k{n} = 0", each="m.k{n} = k[{k}]"
+    ),
+    "vars": _D("vars(self)['k{n}']", init="self.k{n} = 0", each="m.k{n} = k[{k}]"),
+    "dict order": _D(
+        "next(iter(self.d{n}))",
+        init="self.d{n} = {{0: 1, 1: 0}}",
+        each="m.d{n} = dict(sorted({{0: 1, 1: 0}}.items(), reverse=k[{k}] > 0))",
+    ),
+    "missing key": _D(
+        "self.d{n}['other']", init="self.d{n} = Missing()", each="m.d{n}.other = k[{k}]"
+    ),
+    "default of a dict": _D(
+        "defaultdict(lambda: self.k{n})['k']", init="self.k{n} = 0", each="m.k{n} = k[{k}]"
+    ),
+    "cached property": _D(
+        "self.p{n}",
+        init="self.k{n} = 0",
+        fields="@functools.cached_property\ndef p{n}(self):\n    return self.k{n}",
+        each="m.k{n} = k[{k}]; m.__dict__.pop('p{n}', None)",
+    ),
+    "class of the module": _D(
+        "int(isinstance(self, tuple(C{n})))",
+        top="C{n} = []",
+        prepare="C{n}[:] = [{C}] if k[{k}] else []",
+    ),
+    "instance check": _D(
+        "int(isinstance(self, Checked))", prepare="type(Checked).answer = k[{k}] > 0"
+    ),
+    "single dispatch": _D(
+        "kind_of(self.k{n})",
+        init="self.k{n} = Left()",
+        each="m.k{n} = (Left(), Right(), 0)[k[{k}]]",
+    ),
+    "weak reference": _D(
+        "int(self.r{n}() is None)",
+        init="self.r{n} = weakref.ref(Left)",
+        each="m.r{n} = weakref.ref(Left() if k[{k}] else Left)",
+    ),
+    "json": _D(
+        "json.loads(self.k{n})['k']",
+        init="self.k{n} = json.dumps(dict(k=0))",
+        each="m.k{n} = json.dumps(dict(k=k[{k}]))",
+    ),
+    "slice": _D(
+        "len((0, 0, 0)[self.k{n}]) % 3",
+        init="self.k{n} = slice(0)",
+        each="m.k{n} = slice(k[{k}])",
+    ),
+    "inference mode": _D("int(torch.is_inference_mode_enabled())"),
     # -- operators of a user's class ------------------------------------------------------------
     "bool": _D("int(bool(self.v{n}))", init="self.v{n} = Value(0)", each="m.v{n}.v = k[{k}]"),
     "len": _D("len(self.v{n})", init="self.v{n} = Value(0)", each="m.v{n}.v = k[{k}]"),
@@ -217,6 +285,12 @@ DECISIONS: dict[str, Decision] = {
         init="self.q{n} = deque()",
         each="m.q{n}.append(k[{k}])",
     ),
+    "cached function": _D(
+        "f{n}(x.shape[0])",
+        top="N{n} = []\n@functools.lru_cache(None)\ndef f{n}(a):\n    N{n}.append(a)\n"
+        "    return len(N{n}) % 3",
+    ),
+    "kept generator": _D("next(self.g{n})", init="self.g{n} = (v % 3 for v in itertools.count())"),
     # -- state that the passes themselves change ------------------------------------------------
     "counter": _D("self.n{n} % 3", init="self.n{n} = 0", before="self.n{n} += 1"),
     "counter of two": _D("self.n{n} // 2 % 2", init="self.n{n} = 0", before="self.n{n} += 1"),
@@ -244,6 +318,8 @@ DECISIONS: dict[str, Decision] = {
     "torch random": _D("int(torch.rand(()).item() < 0.5)"),
     "torch randint": _D("int(torch.randint(0, 3, (1,)))"),
     "torch randperm": _D("torch.randperm(3).tolist()[0]"),
+    "seed": _D("torch.initial_seed() % 3"),
+    "random state": _D("int(torch.get_rng_state().sum()) % 2"),
     # -- data -----------------------------------------------------------------------------------
     "mean": _D("int(x.mean() > 0)"),
     "bool of tensor": _D("1 if (x.sum() > 0) else 0"),
@@ -269,6 +345,15 @@ DECISIONS: dict[str, Decision] = {
     "dtype": _D("int(x.dtype == torch.float32)"),
     "requires grad": _D("int(x.requires_grad)"),
     "contiguous": _D("int(x.is_contiguous())"),
+    "graph": _D("int(x.grad_fn is None)"),
+    "leaf": _D("int(x.is_leaf)"),
+    "stride": _D("x.stride(-1) % 3"),
+    "complex comparison": _D("int(bool((x > -9).all()) and x.amax().item() > 0.5)"),
+    "cpu numbers": _D("sum(v > 1 for v in x.detach().flatten()[:5].tolist()) % 3"),
+    "min over rows": _D("min(range(len(x)), key=lambda i: x[i].sum().item()) % 3"),
+    "sorted rows": _D("x.detach().flatten(1).sum(1).argsort().tolist()[0] % 3"),
+    "in tensor": _D("int(1 in (x.detach() > 2).long())"),
+    "string of tensor": _D("len(str(x.detach().flatten()[0].item() > 0)) % 2"),
     "global data": _D(
         "int(G{n}.sum() > 0)", top="G{n} = torch.zeros(2)", prepare="G{n}.fill_(k[{k}])"
     ),

@@ -8,13 +8,14 @@ import contextvars
 import enum
 import functools
 import itertools
+import json
 import operator
 import os
 import random
 import threading
 import types
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from functools import partial, reduce
 from types import SimpleNamespace
@@ -223,6 +224,39 @@ class HandSwish(nn.Module):
 class Bent(nn.Module):
     def forward(self, x):
         return torch.where(x > 0, x, 0.1 * x)
+
+
+class Missing(dict):
+    other = 0
+
+    def __missing__(self, key):
+        return self.other
+
+
+class Checks(type):
+    answer = False
+
+    def __instancecheck__(cls, obj):
+        return cls.answer
+
+
+class Checked(metaclass=Checks):
+    pass
+
+
+@functools.singledispatch
+def kind_of(v):
+    return 2
+
+
+@kind_of.register
+def _(v: Left):
+    return 0
+
+
+@kind_of.register
+def _(v: Right):
+    return 1
 
 
 def twice(f):

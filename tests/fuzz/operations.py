@@ -308,7 +308,7 @@ def _mixed(c: ClassWriter) -> Code:
             both = f"T.view(lambda t: torch.cat([t, t.flip(0)], 0), {layer(c)})"
             return [f"h = {both}", f"h = {act}", "x = T.keep(lambda a, b: a + b.mean(), x, h)"]
         case _:  # a mean over positions or the batch
-            over = c.program.pick([d for d in range({"vec": 2, "seq": 3, "img": 4}[family])])
+            over = c.program.pick(list(range({"vec": 2, "seq": 3, "img": 4}[family])))
             if over == axis:
                 h = f"T.lose(lambda t: t.mean({over}), {layer(c)})"
             else:

@@ -72,7 +72,8 @@ def write(seed: int) -> Program:
     program = ProgramWriter(rng, family, in_place=rng.random() < 0.3)
     classes: Code = []
     names: list[str] = []
-    for n in range(rng.randint(0, 2)):
+    lone = rng.random() < 0.3  # one decision alone, with nothing to hide behind
+    for n in range(0 if lone else rng.randint(0, 2)):
         block = ClassWriter(program, f"Block{n}", blocks=list(names))
         block.body += [Unit([f"x = {layer(block)}", f"x = {nonlinearity(block)}"])]
         block.body += statements(block, 1)
@@ -83,10 +84,11 @@ def write(seed: int) -> Program:
     # It starts with a layer: nobody's first statement writes into the user's input.
     net.body += [f"x = {layer(net)}", "y = x"]
     net.body += ["self.flag = flag"] if net.arguments else []
-    net.body += [construct(net, 0) for _ in range(rng.randint(1, 3))]
+    net.body += [construct(net, 2 if lone else 0) for _ in range(1 if lone else rng.randint(1, 3))]
     net.body += [Unit([f"x = T.call({net.part(f'{name}()')}, x)"]) for name in names]
-    net.body += statements(net, 0, most=3)
-    net.body += [Unit([f"x = {layer(net)}", f"x = {nonlinearity(net)}"])]
+    if not lone:
+        net.body += statements(net, 0, most=3)
+        net.body += [Unit([f"x = {layer(net)}", f"x = {nonlinearity(net)}"])]
     classes += net.code()
     prepare: Code = ["def prepare(model, k):", separate(program.prepare)]
     code: Code = [HEADER, *program.top, *classes, *prepare, "def build():", ["return Net()"]]

@@ -23,7 +23,7 @@ __all__ = ["Code", "Unit", "plain", "separate", "text", "units"]
 Code = list[Union[str, "Unit", list[Any]]]
 
 # What the outside calls.
-ENTRIES = ("build", "prepare")
+ENTRIES = ("build", "prepare", "Odd")
 _ids = itertools.count()
 
 
@@ -54,18 +54,17 @@ def separate(code: Code) -> Code:
 def text(code: Code, dropped: Collection[int] = ()) -> str:
     """The told text, without the units that are dropped, and definitions that nobody uses."""
     tree = ast.parse("\n".join(_lines(code, 0, dropped)) + "\n")
-    while True:
-        used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
-        kept = [
-            n
-            for n in tree.body
-            if not isinstance(n, (ast.FunctionDef, ast.ClassDef))
-            or n.name in used
-            or n.name in ENTRIES
-        ]
-        if len(kept) == len(tree.body):
-            return ast.unparse(tree) + "\n"
-        tree.body = kept
+    defined = {n.name: n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    todo: list[ast.AST] = [n for n in tree.body if getattr(n, "name", "") not in defined]
+    todo += [defined[name] for name in ENTRIES]
+    used = set(todo)
+    while todo:
+        names = {n.id for n in ast.walk(todo.pop()) if isinstance(n, ast.Name)}
+        found = {defined[name] for name in names & defined.keys()} - used
+        used |= found
+        todo += found
+    tree.body = [n for n in tree.body if n in used]
+    return ast.unparse(tree) + "\n"
 
 
 def _lines(code: Code, depth: int, dropped: Collection[int]) -> Iterator[str]:
@@ -98,27 +97,29 @@ def plain(told: str) -> str:
 class _Plain(ast.NodeTransformer):
     """Replaces each call of `T` by what it calls."""
 
-    def visit_Expr(self, node: ast.Expr) -> ast.AST:  # noqa: N802
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
         if _of_t(node.value) == "note":  # tells, and does nothing
             return ast.Pass()
         return self.generic_visit(node)
 
-    def visit_Assign(self, node: ast.Assign) -> ast.AST:  # noqa: N802
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
         if _of_t(node.value) == "aug":  # x = T.aug("+", x, y) is x += y
             assert isinstance(node.value, ast.Call)
             sign, target, operand = node.value.args
-            assert isinstance(sign, ast.Constant) and isinstance(target, ast.Name)
+            assert isinstance(sign, ast.Constant)
+            assert isinstance(target, ast.Name)
             line = f"{target.id} {sign.value}= {ast.unparse(self.visit(operand))}"
             return ast.parse(line).body[0]
         return self.generic_visit(node)
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802
+    def visit_Call(self, node: ast.Call) -> ast.AST:
         name = _of_t(node)
         if name is None:
             return self.generic_visit(node)
         if name == "source":  # code that the program compiles itself
             (code,) = node.args
-            assert isinstance(code, ast.Constant) and isinstance(code.value, str)
+            assert isinstance(code, ast.Constant)
+            assert isinstance(code.value, str)
             return ast.Constant(plain(code.value))
         if name == "call":
             return self.generic_visit(ast.Call(node.args[0], node.args[1:], node.keywords))
@@ -131,7 +132,9 @@ class _Plain(ast.NodeTransformer):
         given = [self.visit(a) for a in node.args[place + 1 :]]
         names = [a.arg for a in function.args.args]
         uses = Counter(n.id for n in ast.walk(function.body) if isinstance(n, ast.Name))
-        if any(uses[n] > 1 and not isinstance(a, ast.Name) for n, a in zip(names, given)):
+        if any(
+            uses[n] > 1 and not isinstance(a, ast.Name) for n, a in zip(names, given, strict=True)
+        ):
             return ast.Call(self.generic_visit(function), given, [])  # each argument runs once
         return _Substituted(dict(zip(names, given, strict=True))).visit(self.visit(function.body))
 
@@ -142,7 +145,7 @@ class _Substituted(ast.NodeTransformer):
     def __init__(self, values: dict[str, ast.expr]) -> None:
         self.values = values
 
-    def visit_Name(self, node: ast.Name) -> ast.AST:  # noqa: N802
+    def visit_Name(self, node: ast.Name) -> ast.AST:
         return self.values.get(node.id, node)
 
 

@@ -126,7 +126,7 @@ class ClassWriter:
         return [
             f"class {self.name}(nn.Module):",
             [
-                *self.fields,
+                *separate(self.fields),
                 "def __init__(self):",
                 ["super().__init__()", *separate(self.init)],
                 *separate(self.methods),
