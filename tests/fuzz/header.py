@@ -259,6 +259,15 @@ def _(v: Right):
     return 1
 
 
+class RootMeanSquare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return x * x.pow(2).mean(-1, keepdim=True).add(0.1).rsqrt() * self.weight
+
+
 def twice(f):
     @functools.wraps(f)
     def run(self, x):

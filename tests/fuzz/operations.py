@@ -25,6 +25,20 @@ _FUNCTIONS = (
     ("relu6", "F.relu6({})"),
     ("mish", "F.mish({})"),
     ("softsign", "F.softsign({})"),
+    ("hardtanh", "F.hardtanh({})"),
+    ("hardsigmoid", "F.hardsigmoid({})"),
+    ("celu", "F.celu({})"),
+    ("selu", "torch.selu({})"),
+    ("logsigmoid", "F.logsigmoid({})"),
+    ("tanhshrink", "F.tanhshrink({})"),
+    ("softshrink", "F.softshrink({}, 0.1)"),
+    ("hardshrink", "{}.hardshrink(0.1)"),
+    ("threshold", "F.threshold({}, 0.1, 0.0)"),
+    ("relu", "torch.ops.aten.relu({})"),
+    ("relu", "torch.ops.aten.relu.default({})"),
+    ("sigmoid", "torch.special.expit({})"),
+    ("relu", "getattr(torch, 'relu')({})"),
+    ("relu", "torch.Tensor.relu({})"),
 )
 _IN_PLACE = (
     ("relu", "F.relu({}, inplace=True)"),
@@ -36,6 +50,12 @@ _IN_PLACE = (
     ("leaky_relu", "F.leaky_relu({}, 0.1, inplace=True)"),
     ("elu", "F.elu({}, inplace=True)"),
     ("relu6", "F.relu6({}, inplace=True)"),
+    ("elu", "F.elu_({})"),
+    ("hardtanh", "F.hardtanh_({})"),
+    ("celu", "torch.celu_({})"),
+    ("selu", "F.selu({}, inplace=True)"),
+    ("relu", "torch.ops.aten.relu_({})"),
+    ("mish", "F.mish({}, inplace=True)"),
 )
 _MODULES = (
     "nn.ReLU()",
@@ -107,6 +127,7 @@ def operation(c: ClassWriter) -> Unit:
     """A statement or two that leave `x` of the shape that it has."""
     program = c.program
     kinds = [_plain, _plain, _plain, _residual, _gate, _quiet, _quiet, _views, _mixed, _kept]
+    kinds += [_odd, _odd, _weights, _attention]
     if program.in_place:
         kinds += [_writes, _writes]
     if c.blocks:
@@ -194,8 +215,8 @@ def _quiet(c: ClassWriter) -> Code:
             "x = T.keep(lambda t: t / (t.detach().abs().max() + 1), x)",
         )
     )
-    if "self.g" in line and "self.g = nn.Parameter(torch.ones(6))" not in c.init:
-        c.init.append("self.g = nn.Parameter(torch.ones(6))")
+    if "self.g" in line:
+        c.parameter()
     return [line]
 
 
@@ -363,6 +384,138 @@ def _kept(c: ClassWriter) -> Code:
         case _:
             act = nonlinearity(c, "box['h']")
             return [f"box = dict(h={layer(c)})", f"x = {act}", "box.clear()"]
+
+
+def _odd(c: ClassWriter) -> Code:
+    """What is seldom between a layer and σ, or how σ is seldom called."""
+    family, axis = c.program.family, c.program.axis
+    wide = {"img": "nn.Conv2d(6, 12, 1)"}.get(family, "nn.Linear(6, 12)")
+    lead = ":, " * axis
+    whole = [  # `h` keeps its shape
+        "h = T.keep(lambda t: t.masked_fill(t > 2, 0.5), h)",
+        "h = T.keep(lambda a, b: torch.where(torch.rand(a.shape) > 0.5, a, b), h, y)",
+        "h = T.keep(lambda a, b: torch.addcmul(a, b, b), h, y)",
+        "h = T.keep(lambda a, b: sum([a, b]), h, y)",
+        "h = T.keep(lambda a, b: torch.stack([a, b]).sum(0), h, y)",
+        "h = T.view(lambda t: t[torch.arange(len(t) - 1, -1, -1)], h)",
+        f"h = T.vague(lambda t: t.softmax({axis}), h)",
+        sigma(c, "h", fresh=False),
+    ]
+    other = [  # it does not
+        "h = T.view(lambda t: t.expand(2, *t.shape), h)",
+        "h = T.view(lambda t: t.index_select(0, torch.arange(1)), h)",
+        "h = T.view(lambda t: t[0], h)",
+        "h = T.reduce(0, lambda t: t.amax(0), h)",
+        "h = T.loose(lambda t: t.repeat_interleave(2, 0), h)",
+    ]
+    if family == "img":
+        whole += [
+            "h = T.loose(lambda t: t.unflatten(1, (2, 3)).transpose(1, 2).flatten(1, 2), h)",
+            "h = T.keep(lambda t: t.contiguous(memory_format=torch.channels_last), h)",
+        ]
+    else:
+        whole += [
+            "h = T.keep(lambda t: F.layer_norm(t, (6,)), h)",
+            "h = T.keep(lambda t: F.normalize(t, dim=-1), h)",
+        ]
+    if family == "seq":
+        whole += ["h = T.loose(lambda t: t.cumsum(1) * 0 + t, h)"]
+        other += ["h = T.view(lambda t: t.unflatten(-1, (2, 3)).permute(2, 0, 1, 3), h)"]
+    mean = "x = T.keep(lambda a, b: a + b.mean(), x, h)"
+    match c.program.rng.randrange(12):
+        case 0 | 1 | 2 | 3:
+            return [f"h = {layer(c)}", c.program.pick(whole), f"x = {nonlinearity(c, 'h')}"]
+        case 4 | 5:
+            line = c.program.pick(other)
+            return [f"h = {layer(c)}", line, f"h = {nonlinearity(c, 'h', fresh=False)}", mean]
+        case 6:
+            made = f"T.call({c.part(wide)}, x)"
+            if c.program.chance(0.5):
+                return [f"x = T.call({c.part(f'nn.GLU({axis})')}, {made})"]
+            return [f"x = T.sig('glu', lambda t: F.glu(t, {axis}), {made})"]
+        case 7:  # without a batch
+            line = f"h = T.call({c.layer()}, T.view(lambda t: t[0], x))"
+            return [line, f"h = {nonlinearity(c, 'h', fresh=False)}", mean]
+        case 8:
+            return [f"x = T.call({c.layer()}, input=x)", f"x = {nonlinearity(c)}"]
+        case 9:  # in place, of a part
+            part = f"T.view(lambda t: t[{lead}:3], h)"
+            line = f"T.sig('relu', lambda t: t.relu_(), {part})"
+            return [f"h = {layer(c)}", line, "T.note(h)", f"x = {nonlinearity(c, 'h')}"]
+        case 10:  # of a parameter
+            line = f"h = T.sig('softplus', lambda t: F.softplus(t), {c.parameter()})"
+            return [line, "x = T.keep(lambda a, b: a * b.mean(), x, h)"]
+        case _:
+            return _of_family(c, wide, mean)
+
+
+def _of_family(c: ClassWriter, wide: str, mean: str) -> Code:
+    act = nonlinearity(c, "h")
+    if c.program.family == "vec":
+        return [f"h = T.call({c.part('nn.Bilinear(6, 6, 6)')}, x, y)", f"x = {act}"]
+    if c.program.family == "seq":
+        made = f"T.call({c.part('nn.Conv1d(6, 6, 3, padding=1)')}, h)"
+        return [
+            "h = T.view(lambda t: t.transpose(1, 2), x)",
+            f"h = {made}",
+            f"h = {act}",
+            "x = T.view(lambda t: t.transpose(1, 2), h)",
+        ]
+    if c.program.chance(0.3):
+        made = f"T.call({c.part(wide)}, x)"
+        return [f"h = T.lose(lambda t: F.pixel_shuffle(t, 2), {made})", f"h = {act}", mean]
+    narrow, widen = c.part("nn.Conv2d(6, 2, 1)"), c.part("nn.Conv2d(2, 6, 1)")
+    return [
+        "s = T.resize(lambda t: t.mean((2, 3), keepdim=True), x)",
+        f"s = T.sig('relu', lambda t: F.relu(t), T.call({narrow}, s))",
+        f"s = T.sig('sigmoid', lambda t: t.sigmoid(), T.call({widen}, s))",
+        "x = T.keep(lambda a, b: a * b, s, x)",
+        f"x = {nonlinearity(c)}",
+    ]
+
+
+def _weights(c: ClassWriter) -> Code:
+    """Weights used by functions, whole and in part."""
+    if c.program.family == "img":
+        return _plain(c)
+    part = c.layer()
+    letters = "nc,oc->no" if c.program.family == "vec" else "ntc,oc->nto"
+    match c.program.rng.randrange(4):
+        case 0:
+            call = f"torch.einsum('{letters}', t, {part}.weight)"
+        case 1:
+            call = f"torch.matmul(t, {part}.weight.mT)"
+        case 2:
+            return [
+                f"h = T.rows({part}, 2, -1, lambda t: F.linear(t, {part}.weight[2:5]), x)",
+                f"h = {nonlinearity(c, 'h')}",
+                "x = T.keep(lambda a, b: a + b.mean(), x, h)",
+            ]
+        case _:
+            wrapped = c.part("nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))")
+            return [f"x = T.call({wrapped}, x)", f"x = {nonlinearity(c)}"]
+    return [f"h = T.weigh({part}, -1, lambda t: {call}, x)", f"x = {nonlinearity(c, 'h')}"]
+
+
+def _attention(c: ClassWriter) -> Code:
+    """Queries, keys and values of one layer; products of data are no one's maps."""
+    if c.program.family != "seq":
+        return _gate(c)
+    qkv, out = c.part("nn.Linear(6, 18)"), c.part("nn.Linear(6, 6)")
+    cut = c.program.pick(("t.chunk(3, -1)", "t.split(6, -1)", "t.unflatten(-1, (3, 6)).unbind(-2)"))
+    lines: Code = [f"p, q, r = T.view(lambda t: {cut}, T.call({qkv}, x))"]
+    if c.program.chance(0.5):
+        lines += [f"p = {sigma(c, 'p', fresh=False)}", f"q = {sigma(c, 'q', fresh=False)}"]
+    mixed = c.program.pick(
+        (
+            "T.lose(lambda a, b, d: (a @ b.transpose(1, 2)).softmax(-1) @ d, p, q, r)",
+            "T.vague(lambda a, b, d: F.scaled_dot_product_attention(a, b, d), p, q, r)",
+        )
+    )
+    lines += [f"h = {mixed}"]
+    if c.program.chance(0.5):
+        lines += [f"h = {nonlinearity(c, 'h')}"]
+    return [*lines, f"x = T.keep(lambda a, b: a + b, x, T.call({out}, h))"]
 
 
 def _writes(c: ClassWriter) -> Code:

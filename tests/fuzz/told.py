@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 __all__ = ["Owner", "Response", "Site", "Tag", "Told"]
 
@@ -27,6 +28,7 @@ STRICT, LOOSE, VAGUE = _TRUST = ("strict", "loose", "vague")
 
 _LAYERS: dict[type, int] = {
     nn.Linear: -1,
+    nn.Bilinear: -1,
     nn.Conv1d: -2,
     nn.Conv2d: -3,
     nn.ConvTranspose2d: -3,
@@ -76,7 +78,8 @@ _SIGMA_FUNCTIONS: dict[Any, str] = {
 }
 _KEEPERS = (nn.Dropout, nn.Identity, nn.Dropout2d)
 _RESIZERS = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.ZeroPad2d, nn.Upsample)
-# Activations that a program writes out by hand, by their class names.
+# Norms and activations that a program writes out by hand, by their class names.
+HAND_NORMS = frozenset({"RootMeanSquare"})
 HAND_SIGMAS = frozenset({"Swish", "HandSwish", "Bent"})
 
 
@@ -202,6 +205,8 @@ class Told:
 
     def _module(self, module: nn.Module, function: Any, args: Any, kwargs: Any) -> Any:
         kind = type(module)
+        if parametrize.is_parametrized(module):  # torch has made a class of its own for it
+            kind = kind.__bases__[0]
         if kind in _LAYERS:
             return self._layer(module, lambda: function(*args, **kwargs), _LAYERS[kind])
         self._stack.append(module)
@@ -211,8 +216,8 @@ class Told:
                 for part in module:  # type: ignore[attr-defined]
                     x = self.call(part, x)
                 return x
-            if kind in _NORMS:
-                return self._norm(module, function, args[0], _NORMS[kind])
+            if kind in _NORMS or kind.__name__ in HAND_NORMS:
+                return self._norm(module, function, args[0], _NORMS.get(kind, -1))
             sigma = kind.__name__ if kind.__name__ in HAND_SIGMAS else _SIGMA_MODULES.get(kind)
             if sigma is not None:
                 self._stack.pop()
@@ -281,10 +286,10 @@ class Told:
             self._stack.pop()
         return self._responds(module, out, axis)
 
-    def _responds(self, module: nn.Module, out: Tensor, axis: int) -> Tensor:
+    def _responds(self, module: nn.Module, out: Tensor, axis: int, first: int = 0) -> Tensor:
         name = self._name(module)
         owner = Owner(name, self._next(name))
-        shadow = _along(out, axis)
+        shadow = _along(out, axis) + first
         inside = (*self._inside(), name)
         self.responses.append(Response(owner, out.detach().clone(), shadow, inside))
         self._put(out, Tag(owner, shadow))
@@ -294,6 +299,11 @@ class Told:
         """A function of torch's weighs with a parameter of `module`."""
         out: Tensor = function(*args)
         return self._responds(module, out, axis) if self.told else out
+
+    def rows(self, module: nn.Module, first: int, axis: int, function: Any, *args: Any) -> Tensor:
+        """The same, with some rows of its weight, the first of which is given."""
+        out: Tensor = function(*args)
+        return self._responds(module, out, axis, first) if self.told else out
 
     def _norm(self, module: nn.Module, function: Any, x: Tensor, axis: int) -> Tensor:
         out: Tensor = function(x)

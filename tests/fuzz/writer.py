@@ -26,8 +26,8 @@ _CONSTRUCTORS = {
         ),
     },
     "norm": {
-        "vec": ("nn.LayerNorm(6)", "nn.BatchNorm1d(6)"),
-        "seq": ("nn.LayerNorm(6)",),
+        "vec": ("nn.LayerNorm(6)", "nn.BatchNorm1d(6)", "RootMeanSquare()"),
+        "seq": ("nn.LayerNorm(6)", "RootMeanSquare()"),
         "img": ("nn.BatchNorm2d(6)", "nn.GroupNorm(2, 6)", "nn.InstanceNorm2d(6, affine=True)"),
     },
 }
@@ -109,6 +109,13 @@ class ClassWriter:
     def norm(self) -> str:
         """A norm; perhaps one that there is."""
         return self._some("norm", False)
+
+    def parameter(self) -> str:
+        """A number for each filter."""
+        line = "self.g = nn.Parameter(torch.ones(6))"
+        if line not in self.init:
+            self.init.append(line)
+        return "self.g"
 
     def constructor(self, kind: str) -> str:
         return self.program.pick(_CONSTRUCTORS[kind][self.program.family])
