@@ -170,8 +170,9 @@ def suppressed(c: ClassWriter, depth: int) -> Code:
     before: Code = []
     expr = decide(c, before)
     with_ = c.program.pick(("contextlib.suppress(Odd)", "Swallow()", "quiet()", "self.quiet"))
-    if with_ == "self.quiet" and "self.quiet = Swallow()" not in c.init:
-        c.init.append("self.quiet = Swallow()")
+    if with_ == "self.quiet" and not any("self.quiet" in str(line) for line in c.init):
+        made = c.program.pick(("Swallow()", "contextlib.suppress(Odd)"))
+        c.init.append(f"self.quiet = {made}")
     return [*before, f"with {with_}:", [*_body(c, depth), f"check({expr})", *_body(c, depth)]]
 
 

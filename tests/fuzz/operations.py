@@ -340,7 +340,7 @@ def _mixed(c: ClassWriter) -> Code:
 def _kept(c: ClassWriter) -> Code:
     """Tensors kept on self: within a pass, and from one to the next."""
     n = c.program.fresh()
-    match c.program.rng.randrange(5):
+    match c.program.rng.randrange(9):
         case 0:
             return [f"self.x{n} = x", f"x = {layer(c)}", f"x = {nonlinearity(c)}", f"y = self.x{n}"]
         case 1:  # from the pass before: a constant of this one
@@ -372,7 +372,34 @@ def _kept(c: ClassWriter) -> Code:
                 f"h = {nonlinearity(c, 'h', fresh=False)}",
                 "x = T.keep(lambda a, b: a + b.mean(), x, h)",
             ]
-        case 3:  # a list of tensors of this pass
+        case 3:  # a buffer of its own
+            c.init.append(f"self.x{n} = torch.zeros(0)")
+            return [
+                f"if self.x{n}.shape != x.shape:",
+                [f"self.x{n} = torch.zeros_like(x)"],
+                f"h = T.takes(lambda a, b: a.copy_(b), self.x{n}, {layer(c)})",
+                f"h = {sigma(c, 'h')}",
+                "x = T.keep(lambda a, b: a + b, x, h)",
+            ]
+        case 4:  # layers that are no parts: what they are called is not for us to say
+            c.init.append(f"self.x{n} = [{c.constructor('layer')}, {c.constructor('layer')}]")
+            return [f"for m in self.x{n}:", ["x = T.call(m, x)", f"x = {nonlinearity(c)}"]]
+        case 5:  # one that is made when it is first needed
+            c.init.append(f"self.x{n} = None")
+            return [
+                f"if self.x{n} is None:",
+                [f"self.x{n} = {c.constructor('layer')}"],
+                f"x = T.call(self.x{n}, x)",
+                f"x = {nonlinearity(c)}",
+            ]
+        case 6:  # messages between rows
+            return [
+                f"h = {layer(c)}",
+                "i = torch.arange(len(h)).flip(0)",
+                "h = T.loose(lambda t: torch.zeros_like(t).index_add(0, i, t), h)",
+                f"x = {nonlinearity(c, 'h')}",
+            ]
+        case 7:  # a list of tensors of this pass
             return [
                 "hs = []",
                 "hs.append(x)",

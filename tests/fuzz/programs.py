@@ -84,7 +84,7 @@ def write(seed: int) -> Program:
     # It starts with a layer: nobody's first statement writes into the user's input.
     net.body += [f"x = {layer(net)}", "y = x"]
     net.body += ["self.flag = flag"] if net.arguments else []
-    net.body += [construct(net, 2 if lone else 0) for _ in range(1 if lone else rng.randint(1, 3))]
+    net.body += [construct(net, 1 if lone else 0) for _ in range(1 if lone else rng.randint(1, 3))]
     net.body += [Unit([f"x = T.call({net.part(f'{name}()')}, x)"]) for name in names]
     if not lone:
         net.body += statements(net, 0, most=3)
@@ -105,6 +105,7 @@ def _options(rng: random.Random) -> dict[str, Any]:
             {},
             {"keep": "all"},
             {"keep": 2},
+            {"every": 2},
             {"detach": False},
             {"gradients": True},
             {"kinds": ("response", "preactivation", "activation")},

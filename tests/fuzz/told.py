@@ -115,6 +115,9 @@ class Site:
     own: tuple[str, ...]  # by which names it may go if it has no layer
     own_call: int | None  # None: not known
     inside: tuple[str, ...]  # names of the modules it ran in, outermost first
+    # What backward brought: dL/dz and dL/da; empty where it did not get there.
+    z_grad: list[Tensor] | None  # None: a leaf's, which is not asked for
+    a_grad: list[Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -254,6 +257,7 @@ class Told:
     ) -> Tensor:
         tag = self._of(z) or Tag(None)
         before = z.detach().clone()
+        z_grad = _gradient(z)
         told, self.told = self.told, False
         try:
             a: Tensor = function(z)
@@ -273,7 +277,8 @@ class Told:
                 tag.owner.claimed = True
             else:
                 tag.owner.maybe = True
-        site = Site(sigma, before, a.detach().clone(), tag, shadow, own, own_call, inside)
+        after, a_grad = a.detach().clone(), _gradient(a)
+        site = Site(sigma, before, after, tag, shadow, own, own_call, inside, z_grad, a_grad)
         self.sites.append(site)
         self._put(a, Tag(None))
         return a
@@ -288,6 +293,9 @@ class Told:
 
     def _responds(self, module: nn.Module, out: Tensor, axis: int, first: int = 0) -> Tensor:
         name = self._name(module)
+        if name == _NAMELESS:
+            self._put(out, Tag(None, None, VAGUE))
+            return out
         owner = Owner(name, self._next(name))
         shadow = _along(out, axis) + first
         inside = (*self._inside(), name)
@@ -363,6 +371,14 @@ class Told:
         how = {"+": operator.iadd, "*": operator.imul, "-": operator.isub}[sign]
         return self.keep(how, x, y) if isinstance(x, Tensor) else how(x, y)
 
+    def takes(self, function: Any, target: Tensor, source: Tensor) -> Tensor:
+        """Writes one tensor over another, which then is a map of the first one's."""
+        tag = self._of(source)
+        out: Tensor = function(target, source)
+        if self.told:
+            self._put(out, tag)
+        return out
+
     def resize(self, function: Any, x: Tensor) -> Tensor:
         """Changes the size of other axes than that of the filters, and keeps their number."""
         tag = self._of(x)
@@ -430,6 +446,16 @@ def _function_sigma(function: Any) -> str | None:
         return _SIGMA_FUNCTIONS.get(function)
     except TypeError:  # not hashable
         return None
+
+
+def _gradient(tensor: Tensor) -> list[Tensor] | None:
+    """A list that gets the gradient when backward has made it."""
+    found: list[Tensor] = []
+    if tensor.requires_grad and tensor.is_leaf:
+        return None
+    if tensor.requires_grad:
+        tensor.register_hook(lambda grad: found.append(grad.detach().clone()))
+    return found
 
 
 def _along(out: Tensor, axis: int) -> Tensor:
