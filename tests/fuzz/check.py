@@ -28,7 +28,7 @@ from tests.fuzz.programs import PassPlan, Program
 from tests.fuzz.told import LOOSE, STRICT, VAGUE, Response, Site, Told
 from tests.truth import fingerprint, same_bits, seed, tensors_of
 
-__all__ = ["Failure", "Report", "check"]
+__all__ = ["Failure", "Report", "check", "input_of"]
 
 
 class Failure(AssertionError):  # noqa: N818
@@ -215,13 +215,14 @@ def _pass(space: types.ModuleType, model: nn.Module, plan: PassPlan, x: Tensor, 
     return _Ran(outputs, grads, buffers, drawn, raised)
 
 
-def _input(program: Program, plan: PassPlan) -> Tensor:
+def input_of(family: str, plan: PassPlan) -> Tensor:
+    """What the model is given in a pass."""
     generator = torch.Generator().manual_seed(plan.seed)
     shape = {
         "vec": (plan.batch, 6),
         "seq": (plan.batch, plan.length, 6),
         "img": (plan.batch, 6, plan.length, plan.length),
-    }[program.family]
+    }[family]
     return torch.randn(shape, generator=generator) * (1 + plan.seed % 3)
 
 
@@ -243,20 +244,22 @@ def _run(program: Program, report: Report, begin: int = 0, end: int | None = Non
         plans = program.passes[:end]
         for plan in plans[:begin]:
             expected = _told_pass(told_space, bare, program, plan, told)
-            _compare(expected, _pass(plain_space, model, plan, _input(program, plan), None))
+            _compare(
+                expected, _pass(plain_space, model, plan, input_of(program.family, plan), None)
+            )
         _block(
             program, report, plans[begin:], begin, (told_space, bare, told), (plain_space, model)
         )
         changed = _left(bare, model)
         if changed:
-            gc.collect()  # a map that waits for its gradient holds a hook, and the maps are gone now
+            gc.collect()  # a map that waits for its gradient holds a hook; the maps are gone now
             changed = _left(bare, model)
         if changed:
             raise Failure("left behind", f"at {changed}")
 
 
 def _left(bare: nn.Module, model: nn.Module) -> list[str]:
-    """Where the two differ from outside. Their classes are of two modules, and go by their names."""
+    """Where the two differ from outside; classes, which are of two modules, go by their names."""
     marks = [fingerprint(m) for m in (bare, model)]
     for mark in marks:
         for name, value in mark.items():
@@ -271,7 +274,7 @@ def _told_pass(
     space: types.ModuleType, bare: nn.Module, program: Program, plan: PassPlan, told: Told
 ) -> _Ran:
     try:
-        return _pass(space, bare, plan, _input(program, plan), told)
+        return _pass(space, bare, plan, input_of(program.family, plan), told)
     except Exception as error:
         raise InvalidError(f"{type(error).__name__}: {error}") from error
 
@@ -300,7 +303,7 @@ def _block(
                     inner_stack.close()
                     inner = None
                 try:
-                    got = _pass(plain_space, model, plan, _input(program, plan), None)
+                    got = _pass(plain_space, model, plan, input_of(program.family, plan), None)
                 except Exception as error:
                     raise Failure("raised", f"{type(error).__name__}: {error}") from error
                 _compare(expected, got)

@@ -78,5 +78,41 @@ def saved(program: Program, report: Report, folder: pathlib.Path, seconds: float
     lines = [f"# seed {program.seed}, options {program.options if small.options else {}}"]
     lines += [f"# {p}" for p in small.passes]
     lines += [f"# {line}" for line in str(found.failure).splitlines()]
-    path.write_text("\n".join(lines) + "\n\n" + small.texts()[1], encoding="utf-8")
+    footer = _FOOTER.format(
+        options=small.options, family=small.family, passes=",\n    ".join(map(repr, small.passes))
+    )
+    path.write_text("\n".join(lines) + "\n\n" + small.texts()[1] + footer, encoding="utf-8")
     return path
+
+
+# Makes a saved program one that can be run by itself: it prints the maps of each pass.
+_FOOTER = """
+
+if __name__ == "__main__":
+    from fmapkit import capture
+    from tests.fuzz.check import input_of
+    from tests.fuzz.programs import PassPlan
+    from tests.truth import seed
+
+    passes = [
+    {passes}
+    ]
+    modes = dict(grad=torch.enable_grad, no_grad=torch.no_grad, inference=torch.inference_mode)
+    seed(0)
+    model = build()
+    with capture(model, **{options!r}) as maps:
+        for plan in passes:
+            prepare(model, plan.k)
+            model.train(plan.train)
+            seed(plan.seed)
+            kwargs = dict() if plan.flag is None else dict(flag=plan.flag)
+            with modes[plan.grad]():
+                try:
+                    model(input_of({family!r}, plan), **kwargs)
+                except Odd as error:
+                    print("raised", repr(error))
+            print(plan)
+            for fm in maps.select(step=-1):
+                print("  ", fm.layer, fm.call, fm.kind, fm.nonlinearity, fm.filters, fm.filter_dim)
+    print(*maps.missed, sep="\\n")
+"""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections import Counter
 from dataclasses import replace
 
 from tests.fuzz.check import Report, check
@@ -41,6 +43,9 @@ def shrink(program: Program, report: Report, seconds: float = 20.0) -> tuple[Pro
     changed = True
     while changed:
         changed = False
+        unused = _unused(program)
+        if unused:
+            better(replace(program, dropped=program.dropped | unused))
         for n in reversed(range(len(program.passes) - 1)):
             changed |= better(replace(program, passes=program.passes[:n] + program.passes[n + 1 :]))
         for unit in units(program.code):
@@ -48,3 +53,16 @@ def shrink(program: Program, report: Report, seconds: float = 20.0) -> tuple[Pro
                 inside = {u.id for u in units(unit.code)}
                 changed |= better(replace(program, dropped={*program.dropped, unit.id, *inside}))
     return program, report
+
+
+def _unused(program: Program) -> set[int]:
+    """Definitions, attributes and settings of names that occur but once."""
+    words = Counter(re.findall(r"\w+", program.texts()[1]))
+    found = set()
+    for unit in units(program.code):
+        first = unit.code[0] if unit.code else ""
+        if unit.id not in program.dropped and isinstance(first, str):
+            name = re.match(r"(?:self\.|def |class )(\w+)", first)
+            if name is not None and words[name[1]] == 1:
+                found.add(unit.id)
+    return found
