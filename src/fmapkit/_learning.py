@@ -95,6 +95,7 @@ class Learning:
         frame.counts = Counter(tracer.counts)
         self._live.lesson = Lesson(module, frame, key, state, sizes, inputs)
         self._paths.begin_lesson(module)
+        tracer.firings.site_of = self._paths.site_of
         self._live.trace_on()
         return frame.replaced
 
@@ -114,6 +115,7 @@ class Learning:
         frame = lesson.frame
         replaced = tracer.leave(module, None if failed else output)
         tracer.learning -= 1
+        tracer.firings.site_of = None
         self._live.lesson = None
         items = self._paths.since(frame.position)
         complete, hopeless = self._paths.end_lesson(items, module)
@@ -156,6 +158,7 @@ class Learning:
         if known.wavers(items, lesson.sizes):
             self._open(module, *known.leaves_at(items, lesson.sizes)[1])
             return
+        self._paths.twins.tap(plan.sites)
         moments = [(at - frame.position, m) for at, m in tracer.moments]
         self._placing.taps(module, known.learn(items, lesson.sizes, plan, moments))
 

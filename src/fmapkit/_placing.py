@@ -24,7 +24,7 @@ from fmapkit._moves import Moves
 from fmapkit._nested import modules_in
 from fmapkit._plan import Plan
 from fmapkit._sharded import moves_data
-from fmapkit._taps import InputTap, KeepingTap, Line, OutputTap, Tap
+from fmapkit._taps import KeepingTap, Line, OutputTap, Tap
 from fmapkit._units import Units
 
 __all__ = ["Calls", "Placing"]
@@ -38,14 +38,12 @@ class Calls:
         pre: as a module's forward begins: (module, args, kwargs).
         post: as it ends: (module, args, kwargs, output).
         tap: a module that carries a site has run: (module, args, output).
-        tap_before: a module whose first argument is a site's is about to run: (module, args).
         fault: a tap has failed: (module, error).
     """
 
     pre: Callable[..., Any]
     post: Callable[..., Any]
     tap: Callable[..., Any]
-    tap_before: Callable[..., Any]
     fault: Callable[..., Any]
 
 
@@ -167,12 +165,6 @@ class Placing:
             else:
                 tap = self._kinds[how](self.line, calls.tap, calls.fault, hooks.owner)
                 replaced |= hooks.after(tapped, tap)
-        for noted, key in plan.inputs.items():
-            if key is last or self._shown:
-                replaced |= hooks.before(noted, self._slow(calls.tap_before))
-            else:
-                noting = InputTap(key, self.line, calls.tap_before, calls.fault, hooks.owner)
-                replaced |= hooks.before(noted, noting)
         if replaced:  # other plans, of this unit or of one that shares a module, set theirs again
             self.tapped.clear()
         for door in doors(unit, hooks.modules()):

@@ -155,8 +155,6 @@ class Replaying:
         plan = run.plan
         if module in plan.before:
             run.pre(module, args, kwargs)
-        if module in plan.inputs:
-            run.before_call(module, args)
         if plan.scopes:
             if module in plan.toggles:
                 run.marks.append(run.light().pause())

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MARK", "RECORDERS", "Sink", "start", "stop"]
+__all__ = ["MARK", "RECORDERS", "Sink", "start", "stop", "taps"]
 
 _T = TypeVar("_T")
 
@@ -205,6 +205,17 @@ def _callable(function: Any) -> Any:
     return function if issubclass(kind, type) else kind
 
 
+# By thread: what is told of calls of tapped functions, and gives what is called in their place.
+taps: dict[int, Callable[[str, Any], Any]] = {}
+_tap_of = taps.get
+
+
+def tapped(site: str, function: Any) -> Any:
+    """A function is about to be called at a place whose maps are wanted."""
+    tap = _tap_of(_ident())
+    return function if tap is None else tap(site, function)
+
+
 def caught(site: str) -> None:
     """An exception is handled, or leaves a `with` block: where it came from is a decision, too."""
     append = _append_of(_ident())
@@ -219,7 +230,7 @@ def caught(site: str) -> None:
 
 # By the names that stand for them in a twin before it is finished.
 RECORDERS: dict[str, Any] = {
-    f"{MARK}{f.__name__}": f for f in (enter, mark, value, called, caught, type, Tensor)
+    f"{MARK}{f.__name__}": f for f in (enter, mark, value, called, tapped, caught, type, Tensor)
 }
 
 
@@ -233,3 +244,4 @@ _traced_as(mark, lambda site: None)
 _traced_as(caught, lambda site: None)
 _traced_as(value, lambda given: given)
 _traced_as(called, lambda function: function)
+_traced_as(tapped, lambda site, function: function)
