@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from fmapkit._asked import Asked
-from fmapkit._call_taps import can_stand
+from fmapkit._call_taps import KeepingCallTap, can_stand
 from fmapkit._doors import doors
 from fmapkit._fused import without_fused_path
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
@@ -24,6 +24,7 @@ from fmapkit._moves import Moves
 from fmapkit._nested import modules_in
 from fmapkit._plan import Plan
 from fmapkit._sharded import moves_data
+from fmapkit._standing import there
 from fmapkit._taps import KeepingTap, Line, OutputTap, Tap
 from fmapkit._units import Units
 
@@ -149,7 +150,8 @@ class Placing:
     def taps(self, unit: nn.Module, plan: Plan) -> None:
         """The taps of a plan, each of the cheapest kind that will do."""
         hooks, calls = self._hooks, self._calls
-        keeping = {m for m in plan.keeping if not self._stops and not self._shown and can_stand(m)}
+        at_once = self._stops or self._shown  # which no tap before a call does
+        keeping = set() if at_once else set(filter(self._can_keep, plan.keeping))
         before = plan.before | (plan.keeping - keeping)
         around = plan.toggles | plan.scopes | before | _keyed(plan)
         hooks.around(around - {unit}, calls.pre, calls.post)
@@ -170,6 +172,13 @@ class Placing:
         for door in doors(unit, hooks.modules()):
             hooks.after(door, self._slow(calls.tap))
         self.tapped[unit] = plan
+
+    def _can_keep(self, module: nn.Module) -> bool:
+        """Whether a tap that keeps z may stand before the module's call, or does so already."""
+        standing = there(module)
+        if isinstance(standing, KeepingCallTap) and standing.line is self.line:
+            return True
+        return can_stand(module)
 
     def _slow(self, call: Callable[..., Any]) -> Hook:
         """A tap that does all there is to do at once: the pass may end with it, or be shown."""

@@ -58,7 +58,7 @@ class ControlPaths:
         self._running = running
         self._sink: recorders.Sink | None = None
         self._survey: Survey | None = None
-        self._tried: set[types.CodeType] = set()
+        self._tried: dict[int, types.CodeType] = {}
         self._doubted: set[nn.Module] = set()
         self.twins = Twins()
         self.refresh()
@@ -124,11 +124,11 @@ class ControlPaths:
         if survey is None:
             return told in _complete, set()
         hopeless: set[nn.Module] = set()
-        for code, (_, who) in survey.found.items():
-            if code in self._tried:
+        for told_by, (_, who) in survey.found.items():
+            if told_by in self._tried:
                 hopeless.update(m for modules in who for m in modules)
-        self._tried.update(survey.found)
-        self.twins.exchange_all(survey.found)
+        self._tried.update({at: code for at, (code, _) in survey.found.items()})
+        self.twins.exchange_all(code for code, _ in survey.found.values())
         if survey.complete and not survey.found:
             _complete.add(told)
             _surveyed.add(type(module))

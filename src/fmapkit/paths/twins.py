@@ -32,6 +32,15 @@ _Outermost = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 _FUTURE = 0x1FF0000  # the flags that `from __future__ import …` sets in a code object
 
 
+# Code of two files may be equal: the name of the file tells them apart.
+_Code = tuple[types.CodeType, str]
+
+
+def known_as(code: types.CodeType) -> _Code:
+    """What tells a piece of code from all others."""
+    return code, code.co_filename
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Twin:
     """Code with recorders in it.
@@ -56,17 +65,16 @@ class Twin:
 
 _lock = threading.RLock()
 # By the original, and the attributes that are known to be fixed; None where there is no twin.
-_twins: dict[tuple[types.CodeType, frozenset[str], frozenset[str]], Twin | None] = {}
-_made: dict[types.CodeType, Twin] = {}  # by the code of the twin
+_twins: dict[tuple[_Code, frozenset[str], frozenset[str]], Twin | None] = {}
+_made: dict[_Code, Twin] = {}  # by the code of the twin
 # By file: places of calls at which some capture has set a tap. It may do so again.
 _tapped: dict[str, frozenset[str]] = {}
-_functions: dict[types.CodeType, weakref.WeakSet[types.FunctionType]] = {}
 _set: weakref.WeakKeyDictionary[types.FunctionType, list[Any]] = weakref.WeakKeyDictionary()
 
 
 def is_twin(code: types.CodeType) -> bool:
     """Whether code is a twin, or a part of one."""
-    return code in _made
+    return known_as(code) in _made
 
 
 def twin_of(code: types.CodeType, names: dict[str, Any], fixed: Fixed) -> Twin | None:
@@ -80,12 +88,13 @@ def twin_of(code: types.CodeType, names: dict[str, Any], fixed: Fixed) -> Twin |
     with _lock:
         attributes = fixed(code)
         tapped = _tapped.get(code.co_filename, frozenset())
-        key = (code, attributes, tapped)
+        key = (known_as(code), attributes, tapped)
         if key not in _twins:
             found = _make(code, names, attributes, tapped)
-            _twins.update({(inner, attributes, tapped): twin for inner, twin in found.items()})
+            for inner, twin in found.items():
+                _twins[known_as(inner), attributes, tapped] = twin
             _twins.setdefault(key, None)
-            _made.update({t.code: t for t in found.values()})
+            _made.update({known_as(t.code): t for t in found.values()})
         return _twins[key]
 
 
@@ -98,7 +107,7 @@ def call_site(frame: types.FrameType | None, function: Any) -> str | None:
     """
     while frame is not None and frame.f_code is getattr(function, "__code__", None):
         frame = frame.f_back
-    twin = _made.get(frame.f_code) if frame is not None else None
+    twin = _made.get(known_as(frame.f_code)) if frame is not None else None
     if frame is None or twin is None or not hasattr(frame.f_code, "co_positions"):
         return None
     position = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
@@ -144,7 +153,6 @@ class Twins:
             elif function.__code__ is not twin.code:
                 return False  # somebody has given it other code meanwhile
             known[0] += 1
-            _functions.setdefault(original, weakref.WeakSet()).add(function)
         self._mine[function] = None
         for space, name, what in twin.watched:
             self.watched.setdefault((id(space), name), (space, name, what))
@@ -152,7 +160,7 @@ class Twins:
 
     def _agreed(self, function: types.FunctionType, twin: Twin) -> Twin | None:
         """Another capture has set a twin: one that taps more may take its place."""
-        theirs = _made.get(function.__code__)
+        theirs = _made.get(known_as(function.__code__))
         if theirs is None or theirs.fixed != twin.fixed:
             return twin
         function.__code__ = twin.code
@@ -174,14 +182,9 @@ class Twins:
                 original = _set[function][1]
                 if original.co_filename in added:
                     twin = twin_of(original, function.__globals__, self._fixed)
-                    theirs = _made.get(function.__code__)
+                    theirs = _made.get(known_as(function.__code__))
                     if twin is not None and theirs is not None and theirs.fixed == twin.fixed:
                         function.__code__ = twin.code
-
-    def set_known(self, code: types.CodeType) -> None:
-        """Have the functions run their twins that are known to run a piece of code."""
-        for function in tuple(_functions.get(code, ())):
-            self.exchange(function)
 
     def exchange_all(self, codes: Iterable[types.CodeType]) -> None:
         """The same for whatever functions there are that run some code."""
@@ -196,7 +199,7 @@ class Twins:
         """The names that some code reads."""
         found: set[str] = set()
         for code in codes:
-            twin = next((t for (c, _, _), t in _twins.items() if c is code), None)
+            twin = next((t for (c, _, _), t in _twins.items() if c == known_as(code)), None)
             if twin is not None:
                 found |= twin.loads
         return found
@@ -215,7 +218,7 @@ class Twins:
                 known[0] -= 1
                 if not known[0]:
                     del _set[function]
-                    if function.__code__ in _made:
+                    if known_as(function.__code__) in _made:
                         function.__code__ = known[1]
         self._mine.clear()
         self.watched.clear()
@@ -223,9 +226,10 @@ class Twins:
 
 def functions_of(codes: set[types.CodeType]) -> Iterator[types.FunctionType]:
     """Every function that runs some code; it takes a look at all objects that there are."""
+    wanted = {id(code) for code in codes}
     seen = set()
     for holder in gc.get_referrers(*codes) if codes else ():
-        if isinstance(holder, types.FunctionType) and holder.__code__ in codes:
+        if isinstance(holder, types.FunctionType) and id(holder.__code__) in wanted:
             if id(holder) not in seen:
                 seen.add(id(holder))
                 yield holder
@@ -276,6 +280,7 @@ def _make(
     code: types.CodeType, names: dict[str, Any], fixed: frozenset[str], tapped: frozenset[str]
 ) -> dict[types.CodeType, Twin]:
     """Twins of a piece of code, and of all code in the same outermost function."""
+    linecache.checkcache(code.co_filename)
     lines = linecache.getlines(code.co_filename, names)
     source = "".join(lines)
     if not source:
