@@ -153,7 +153,7 @@ class Replaying:
     def before(self, run: Run, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module inside the unit is about to run."""
         plan = run.plan
-        if module in plan.before:
+        if module in plan.before or module in plan.keeping:  # no tap stands before this call
             run.pre(module, args, kwargs)
         if module in plan.inputs:
             run.before_call(module, args)
