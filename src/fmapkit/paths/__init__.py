@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from fmapkit.paths import recorders
 from fmapkit.paths.fixed import FixedAttributes
 from fmapkit.paths.known import KnownPaths, Sizes
+from fmapkit.paths.recorders import unrecorded
 from fmapkit.paths.survey import Survey, is_trusted
 from fmapkit.paths.twins import Twins
 
-__all__ = ["ControlPaths", "KnownPaths", "Sizes"]
+__all__ = ["ControlPaths", "KnownPaths", "Sizes", "unrecorded"]
 
 # Paths, told by the hash of their items, in which every function that ran has recorded.
 _complete: set[int] = set()
