@@ -117,7 +117,6 @@ class Learning:
         self._live.lesson = None
         items = self._paths.since(frame.position)
         complete, hopeless = self._paths.end_lesson(items, module)
-        self._placing.after_lesson(module)
         if hopeless:
             self._open(*hopeless)
         if tracer.edited:  # from the next pass on, only the parts below that need it are traced
@@ -176,9 +175,7 @@ class Learning:
     def drop(self) -> None:
         """The pass has broken off, perhaps in the middle of a lesson."""
         live = self._live
-        if live.lesson is not None:
-            module, live.lesson = live.lesson.module, None
-            self._placing.after_lesson(module)
+        live.lesson = None
         live.trace_out()
         if live.tracer is not None:
             live.tracer.end()
