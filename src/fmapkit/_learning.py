@@ -148,10 +148,11 @@ class Learning:
         arguments = tensors_in(*frame.args, frame.kwargs)
         plan = make_plan(tracer, frame, output, lesson.inputs, arguments)
         unit = self._units.of(module)
-        if unit.decided_by_state(items, lesson.key, lesson.state, lesson.sizes):
+        state = unit.state_of(items, lesson.key, lesson.state, lesson.sizes)
+        if state is None:
             self._open(module, *unit.differing(items, lesson.key, lesson.sizes))
             return
-        known = unit.paths(lesson.key, unit.state())
+        known = unit.paths(lesson.key, state)
         if known.wavers(items, lesson.sizes):
             self._open(module, *known.leaves_at(items, lesson.sizes)[1])
             return
