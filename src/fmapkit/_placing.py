@@ -3,7 +3,7 @@
 - On the model, always: every pass goes through them.
 - Before the first pass, on all its modules, to name what is called outside of one.
 - While scopes are watched, on every module that is not inside a unit.
-- While a unit is learned, on every module in it; from then on, on its taps only.
+- While a unit is learned, on every module in it; once there is a plan, on its taps only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from fmapkit._asked import Asked
-from fmapkit._call_taps import KeepingCallTap, can_stand
+from fmapkit._call_taps import can_stand
 from fmapkit._doors import doors
 from fmapkit._fused import without_fused_path
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
@@ -24,7 +24,6 @@ from fmapkit._moves import Moves
 from fmapkit._nested import modules_in
 from fmapkit._plan import Plan
 from fmapkit._sharded import moves_data
-from fmapkit._standing import there
 from fmapkit._taps import KeepingTap, Line, OutputTap, Tap
 from fmapkit._units import Units
 
@@ -139,21 +138,23 @@ class Placing:
         self.tapped.clear()
 
     def in_lesson(self, unit: nn.Module) -> None:
-        """On every module in a unit, while it is learned."""
+        """On every module in a unit, while it is learned, and until there is a plan for it."""
         self._hooks.around(modules_in(unit), self._calls.pre, self._calls.post)
-
-    def after_lesson(self, unit: nn.Module) -> None:
-        """Inside the unit, no hooks but taps from here on."""
-        direct = self._units.direct
-        self._hooks.drop("around", only=[m for m in modules_in(unit) if m not in direct])
 
     def taps(self, unit: nn.Module, plan: Plan) -> None:
         """The taps of a plan, each of the cheapest kind that will do."""
         hooks, calls = self._hooks, self._calls
-        at_once = self._stops or self._shown  # which no tap before a call does
-        keeping = set() if at_once else set(filter(self._can_keep, plan.keeping))
+        around = plan.toggles | plan.scopes | plan.before | _keyed(plan)
+        left = [m for m in modules_in(unit) if hooks.is_around(m) and m not in around]
+        left = [m for m in left if m not in self._units.direct]
+        if left:  # by another plan, or by a lesson that left none
+            hooks.drop("around", only=left)
+            self.tapped.clear()
+        keeping = set()
+        if not self._stops and not self._shown:
+            keeping = {m for m in plan.keeping if self._can_keep(m)}
         before = plan.before | (plan.keeping - keeping)
-        around = plan.toggles | plan.scopes | before | _keyed(plan)
+        around |= before
         hooks.around(around - {unit}, calls.pre, calls.post)
         last = plan.order[-1] if plan.order and self._stops else None
         replaced = False
@@ -174,10 +175,11 @@ class Placing:
         self.tapped[unit] = plan
 
     def _can_keep(self, module: nn.Module) -> bool:
-        """Whether a tap that keeps z may stand before the module's call, or does so already."""
-        standing = there(module)
-        if isinstance(standing, KeepingCallTap) and standing.line is self.line:
+        """Whether what keeps z can stand before the call of an in-place nonlinearity."""
+        if self._hooks.has(module, KeepingTap):
             return True
+        if self._hooks.clear(module):
+            self.tapped.clear()
         return can_stand(module)
 
     def _slow(self, call: Callable[..., Any]) -> Hook:

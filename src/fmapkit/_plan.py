@@ -21,8 +21,8 @@ from fmapkit._functions import describe
 from fmapkit._names import Names
 from fmapkit._nested import leaves
 from fmapkit._origin import NOWHERE, Flow, Origin, Weight, WeightRef
-from fmapkit._retain import Place
-from fmapkit._store import Entry
+from fmapkit._retain import Place, Retention
+from fmapkit._store import Entry, Held
 from fmapkit._store import storage_of as _storage
 from fmapkit._trace import Tracer
 from fmapkit._wants import Wants
@@ -103,7 +103,9 @@ class Plan:
     outputs: tuple[tuple[str, Any], ...]
     writes: tuple[int, ...]  # which tensor arguments are written to
     claims: tuple[int, ...]  # which inputs reach a nonlinearity inside
-    keeping: frozenset[nn.Module]  # in-place nonlinearities that leave z's memory to us, if they can
+    keeping: frozenset[
+        nn.Module
+    ]  # in-place nonlinearities that leave z's memory to us, if they can
     shares: bool  # some z is held as another map, too
     graph: bool  # some map was part of a graph, even if gradients are off around the module
 
@@ -138,9 +140,9 @@ def make_plan(
     returned = [(path, tracer.tag(t)) for path, t in leaves(output)]
     escaping = {id(t.origin) for _, t in returned if isinstance(t, Flow)}
     firings = tracer.firings[frame.firing :]
-    _mark_shared(tracer.events[frame.start :])
-    stored = bool(tracer.wants.retention)
-    made = _Made(lambda firing: _step(firing, ref, escaping, stored, frame.position))
+    retention = tracer.wants.retention
+    _mark_shared(tracer.events[frame.start :], bool(retention))
+    made = _Made(lambda firing: _step(firing, ref, escaping, retention, frame.position))
     read = _Reading(firings, made)
     # Where a function that a scope is tapped for is called by other modules, too.
     tapped_names = {s.function for s in read.at if s is not None and s.module is None}
@@ -226,7 +228,7 @@ def _name(firing: Firing) -> str:
     return describe(firing.function).name if firing.module is None else ""
 
 
-def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool, start: int) -> Step:
+def _step(firing: Firing, ref: Any, escaping: set[int], retention: Retention, start: int) -> Step:
     emissions = []
     for event in firing.events:
         for slot, entry in event.entries:
@@ -247,7 +249,7 @@ def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool, start: int
                     before=lost,  # where its memory cannot be kept
                     picked=entry.picked,
                     place=_place(entry),
-                    stored=stored or entry.picked is not None,
+                    stored=entry.picked is not None or _is_changed(entry, retention),
                     pending=(
                         entry.kind == "preactivation"
                         and event.kind == "layer"
@@ -277,6 +279,13 @@ def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool, start: int
         shared=_is_shared(firing),
         position=firing.position - start,
     )
+
+
+def _is_changed(entry: Entry, retention: Retention) -> bool:
+    """Whether a map is stored in another form than the model's own."""
+    if not retention or entry.held is None or entry.held.tensor is None:
+        return bool(retention)
+    return retention.changes(entry.held.tensor)
 
 
 def _direct(steps: list[Step]) -> dict[nn.Module, str]:
@@ -366,16 +375,24 @@ def _place(entry: Entry) -> Place | None:
     return Wants.place(entry.axes, entry.picked)
 
 
-def _mark_shared(events: Sequence[Event]) -> None:
-    """Note of each σ that leaves memory to us whether other maps lie in it, too."""
-    holders: dict[int, set[int]] = {}
+def _mark_shared(events: Sequence[Event], stored: bool) -> None:
+    """Note of each σ that leaves memory to us whether other maps lie in it, too.
+
+    What is stored in another form may still be read from there by then.
+    """
+    holders: dict[int, dict[int, list[Held]]] = {}
     for number, event in enumerate(events):
         for _, entry in event.entries:
             if entry.held is not None and entry.held.tensor is not None:
-                holders.setdefault(_storage(entry.held.tensor), set()).add(number)
+                there = holders.setdefault(_storage(entry.held.tensor), {})
+                there.setdefault(number, []).append(entry.held)
     for number, event in enumerate(events):
         z = event.x_held.tensor if event.kept and event.x_held is not None else None
-        event.shared = z is not None and bool(holders.get(_storage(z), set()) - {number})
+        others = {} if z is None else holders.get(_storage(z), {})
+        event.shared = any(n != number for n in others)
+        if event.shared and stored:
+            for held in [h for each in others.values() for h in each]:
+                held.doomed = True
 
 
 def _is_shared(firing: Firing) -> bool:

@@ -158,7 +158,7 @@ class Replaying:
     def before(self, run: Run, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module inside the unit is about to run."""
         plan = run.plan
-        if module in plan.before or module in plan.keeping:
+        if module in plan.before or module in plan.keeping:  # no tap stands before this call
             run.pre(module, args, kwargs)
         if plan.scopes:
             if module in plan.toggles:

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from fmapkit.paths import recorders
 from fmapkit.paths.fixed import FixedAttributes
 from fmapkit.paths.known import KnownPaths, Sizes
-from fmapkit.paths.recorders import taps
+from fmapkit.paths.recorders import taps, unrecorded
 from fmapkit.paths.survey import Survey, is_trusted
 from fmapkit.paths.twins import Twins, call_site
 
-__all__ = ["ControlPaths", "KnownPaths", "Sizes", "taps"]
+__all__ = ["ControlPaths", "KnownPaths", "Sizes", "taps", "unrecorded"]
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _HANDLER = torch.overrides.handle_torch_function.__code__

@@ -14,14 +14,15 @@ import sys
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MARK", "RECORDERS", "Sink", "start", "stop", "taps"]
+__all__ = ["MARK", "RECORDERS", "Sink", "start", "stop", "taps", "unrecorded"]
 
 _T = TypeVar("_T")
 
@@ -92,6 +93,18 @@ def stop() -> None:
         sink.users -= 1
         if not sink.users:
             del _appends[thread], sinks[thread]
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """What runs here in this thread is no part of the pass that is under way."""
+    thread = _ident()
+    sink, append = sinks.pop(thread, None), _appends.pop(thread, None)
+    try:
+        yield
+    finally:
+        if sink is not None and append is not None:
+            sinks[thread], _appends[thread] = sink, append
 
 
 def enter(site: str) -> Callable[[Any], None]:
