@@ -106,6 +106,7 @@ class Plan:
     keeping: frozenset[
         nn.Module
     ]  # in-place nonlinearities that leave z's memory to us, if they can
+    keeps: bool  # some in-place nonlinearity does so
     shares: bool  # some z is held as another map, too
     graph: bool  # some map was part of a graph, even if gradients are off around the module
 
@@ -184,6 +185,7 @@ def make_plan(
         )
         - keeping,
         keeping=keeping,
+        keeps=any(s.keeps for s in read.steps),
         shares=any(s.shared for s in read.steps),
         calls=tuple(
             (n, c - frame.counts[n]) for n, c in tracer.counts.items() if c > frame.counts[n]

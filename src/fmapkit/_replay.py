@@ -89,7 +89,9 @@ class Run:
             self.how = 2
         elif wants.detach and in_function():
             self.how = 3
-        self.uncounted = self.how == 2 or wants.gradients  # some tensor may have no version counter
+        if wants.detach and (plan.shares or (plan.keeps and _inference())):
+            self.how = 4 if _inference() else 3
+        self.uncounted = self.how in (2, 4) or wants.gradients  # some tensor may have no version counter
         self._checked = 0  # how many entries of the log are known to follow the plan
         self._origins: dict[Ref, Origin] = {}
 
@@ -244,20 +246,18 @@ class Run:
         Returns:
             None where it may not be; what is held of the memory is to be copied then.
         """
-        others = 0
-        looks = type(x) is Tensor and (self.plan.shares or self.how > 1)
-        if looks:
-            others = sum(t is not x for t in self._held_of(x))
-        if not self.wants.detach or self.wants.gradients or not is_alone(x, others):
+        # Where other maps lie in the memory of a z, all that the log has are aliases of our own.
+        ours = len(self._held_of(x)) if self.plan.shares and type(x) is Tensor else 0
+        if not self.wants.detach or self.wants.gradients or not is_alone(x, ours):
             return None
-        if looks:
+        if ours:
             self._exchange(x, lambda t: t.data)
         z: Tensor = x.data
         return z
 
     def copied(self, x: Tensor) -> Tensor:
         """A copy of what an in-place σ is about to overwrite; other maps of it are copied, too."""
-        if self.plan.shares or self.how > 1:
+        if self.plan.shares:
             self._exchange(x, clone)
         return clone(self._own(x))
 
@@ -362,7 +362,7 @@ class Run:
 
     def _own(self, tensor: Tensor) -> Tensor:
         """Outside the graph, unless asked otherwise."""
-        joins = tensor.requires_grad or self.how == 3
+        joins = tensor.requires_grad or self.how > 2
         return tensor.detach() if self.wants.detach and joins else tensor
 
     def stray(self, what: str) -> None:
@@ -451,7 +451,9 @@ class Run:
                 self.wants.retention.forget()
 
     def _there(self, step: Step) -> bool:
-        if self.until is not None and step.position > self.until:
+        # Of two ways that a branch may go, one leaves no mark: what fired after the last decision
+        # in common may have done so on the other way.
+        if self.until is not None and step.position >= self.until:
             return False
         return step.at < len(self.log)
 
