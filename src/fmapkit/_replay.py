@@ -119,13 +119,13 @@ class Run:
             function = outer(site, function)
         if site not in self.plan.sites or self.lost or torch._C._current_graph_task_id() != -1:
             return function
-        return partial(self._called_at_site, function)
+        return partial(self._called_at_site, site, function)
 
-    def _called_at_site(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def _called_at_site(self, site: str, function: Any, *args: Any, **kwargs: Any) -> Any:
         if type(function) is BuiltinMethodType and isinstance(function.__self__, Tensor):
             args = (function.__self__, *args)
             function = getattr(type(function.__self__), function.__name__)
-        return self.call(describe(function).name, function, args, kwargs)
+        return self.call(describe(function).name, function, args, kwargs, site)
 
     def finish(self) -> None:
         """Put back what `start` changed."""
@@ -159,7 +159,7 @@ class Run:
             self._checked = count
             return True
         at = self._checked
-        while at < len(order) and log[at][0] is order[at]:
+        while at < len(order) and log[at][0] == order[at]:
             at += 1
         module = log[at][0]
         self.stray(type(module).__name__ if module is not None else "a function")
@@ -215,10 +215,12 @@ class Run:
         if isinstance(x, Tensor):
             self.before.setdefault(module, []).append(self._read_before(step, x))
 
-    def call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        """A nonlinearity or layer called by a scope itself."""
+    def call(
+        self, name: str, func: Any, args: Any, kwargs: Any, site: str | None = None
+    ) -> Any:
+        """A nonlinearity or layer called by a scope itself, at a site if that is known."""
         step = None
-        if self.follows() and self._next_key() is None:
+        if self.follows() and self._next_key() == site:
             step = self.plan.at[len(self.log)]
         if step is None or step.function != name:
             self.stray(name)
@@ -236,7 +238,7 @@ class Run:
             if x is not None and (step.shared or any(e.before for e in step.emissions)):
                 before = self._read_before(step, x)
             out = func(*args, **kwargs)
-        self.log.append((None, self._read(step, x, out, x_grad, before)))
+        self.log.append((site, self._read(step, x, out, x_grad, before)))
         self._noted()
         return out
 
