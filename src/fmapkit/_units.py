@@ -85,6 +85,10 @@ class Unit:
             return 0
         if now == self._values:
             return 0
+        if not all(map(_are_plain, now)):  # a tensor, say, has come in the place of None
+            self._known.clear()
+            self._look_at({id(m): _plain_attributes(m) for m in self._modules})
+            return 0
         if now not in self._states:
             if len(self._states) >= _MOST_KINDS:
                 del self._states[1:]
@@ -156,6 +160,13 @@ class Unit:
 def _is_torchs(module: nn.Module) -> bool:
     forward = type(module).forward
     return type(forward) is types.FunctionType and forward.__module__.startswith("torch.")
+
+
+def _are_plain(values: Any) -> bool:
+    """Whether what was read of a module, one value or a tuple of several, can be compared."""
+    return type(values) in _PLAIN and (
+        type(values) is not tuple or all(type(v) in _PLAIN for v in values)
+    )
 
 
 # What every module has, whatever its class.
