@@ -123,7 +123,7 @@ class ControlPaths:
             if code in self._tried:
                 hopeless.update(m for modules in who for m in modules)
         self._tried.update(survey.found)
-        self.twins.exchange_all(survey.found)
+        self.twins.exchange_all({code: names for code, (names, _) in survey.found.items()})
         if survey.complete and not survey.found:
             _complete.add(told)
             _surveyed.add(type(module))

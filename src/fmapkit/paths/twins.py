@@ -18,7 +18,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,8 +125,16 @@ class Twins:
         for function in tuple(_functions.get(code, ())):
             self.exchange(function)
 
-    def exchange_all(self, codes: Iterable[types.CodeType]) -> None:
-        """The same for whatever functions there are that run some code."""
+    def exchange_all(self, codes: Mapping[types.CodeType, dict[str, Any]]) -> None:
+        """The same for whatever functions there are that run some code.
+
+        Args:
+            codes: each with the globals that it runs with.
+        """
+        for code, names in codes.items():
+            function = _named(code, names)
+            if function is not None:
+                self.exchange(function)
         for function in list(functions_of(set(codes))):
             self.exchange(function)
 
@@ -171,6 +179,21 @@ def functions_of(codes: set[types.CodeType]) -> Iterator[types.FunctionType]:
             if id(holder) not in seen:
                 seen.add(id(holder))
                 yield holder
+
+
+def _named(code: types.CodeType, names: dict[str, Any]) -> types.FunctionType | None:
+    """The function that runs some code, if it is there by its name: `gc.freeze` hides it."""
+    first, *rest = getattr(code, "co_qualname", code.co_name).split(".")
+    found: Any = names.get(first)
+    for part in rest:
+        found = vars(found).get(part) if isinstance(found, type) else None
+    if isinstance(found, property):
+        found = found.fget
+    elif isinstance(found, (staticmethod, classmethod)):
+        found = found.__func__
+    while type(found) is types.FunctionType and found.__code__ is not code:
+        found = found.__dict__.get("__wrapped__")
+    return found if type(found) is types.FunctionType else None
 
 
 # -- from source to twin ----------------------------------------------------------------------
