@@ -30,6 +30,7 @@ class Case:
         compiled: by `torch.compile`.
         heavy: a pass takes 0.1 s or so on a CPU: for contenders that need few passes.
         device: "cuda" for a case that is too large for a CPU; "" for any.
+        package: that has the model; "" for none.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     compiled: bool = False
     heavy: bool = False
     device: str = ""
+    package: str = ""
 
     @property
     def trains(self) -> bool:
@@ -96,7 +98,11 @@ class Bench:
         self._optimizer.step()
 
     def rehearse(self, call: Call) -> None:
-        """A pass with the weights of the beginning; a training step ends before the optimizer's."""
+        """A pass with the weights and the random state of the beginning.
+
+        A training step ends before the optimizer's.
+        """
+        torch.manual_seed(0)
         with torch.no_grad():
             for tensor, initial in zip(self._state, self._initial, strict=True):
                 tensor.copy_(initial)

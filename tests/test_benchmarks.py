@@ -52,9 +52,9 @@ def _image() -> tuple[Tensor, ...]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _single_pairs() -> Iterator[None]:
-    """A turn is one pair: as short as can be."""
+    """A half of a pair is one pass: as short as can be."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "TURN", 0.0)
+        patch.setattr(measure, "BLOCK", 0.0)
         yield
 
 
@@ -174,10 +174,10 @@ def test_a_wrong_tensor_is_called_wrong() -> None:
     assert judge(truth, Handed(z=z, a=a), exact=True) == judge(truth, Handed(z=z, a=a), exact=False)
     off = Piece(truth[1].z + 1e-6)
     swapped = judge(truth, Handed(z=[z[0], off, z[2]], a=[a[1], a[0], a[2]]), exact=True)
-    assert vars(swapped["z"]) == {"right": 2, "wrong": 1, "unseen": 0}
-    assert vars(swapped["a"]) == {"right": 2, "wrong": 1, "unseen": 0}  # out of order
+    assert swapped["z"].as_dict() == {"right": 2, "wrong": 1, "unseen": 0}
+    assert swapped["a"].as_dict() == {"right": 2, "wrong": 1, "unseen": 0}  # out of order
     fewer = judge(truth, Handed(z=z[:2]), exact=True)
-    assert vars(fewer["z"]) == {"right": 2, "wrong": 0, "unseen": 1}
+    assert fewer["z"].as_dict() == {"right": 2, "wrong": 0, "unseen": 1}
     part = [Piece(s.z[:, :4], 1, range(4)) for s in truth]
     assert judge(truth, Handed(z=part), exact=True)["z"].right == 3
     part[0] = Piece(truth[0].z[:, 4:], 1, range(4))
@@ -359,4 +359,4 @@ def test_fmapkit_is_right_in_every_case(case: Case) -> None:
         verdicts = judge(truth, handed(maps), exact=True)
     assert truth
     for verdict in verdicts.values():
-        assert vars(verdict) == {"right": len(truth), "wrong": 0, "unseen": 0}
+        assert verdict.as_dict() == {"right": len(truth), "wrong": 0, "unseen": 0}
