@@ -43,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command")
 
-    def add(name: str, about: str, seconds: float | None = None) -> argparse.ArgumentParser:
+    def add(
+        name: str, about: str, seconds: float | None = None, threads: int = 2
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about, description=about)
         if seconds is not None:
             command.add_argument(
@@ -54,7 +56,10 @@ def parser() -> argparse.ArgumentParser:
                 help=f"for each contender in each case (default: {seconds:g})",
             )
             command.add_argument(
-                "--threads", type=int, default=2, metavar="N", help="of torch (default: %(default)s)"
+                "--threads",
+                type=int,
+                default=threads,
+                help=f"of torch (default: {threads})",
             )
         return command
 
@@ -77,8 +82,8 @@ def parser() -> argparse.ArgumentParser:
     add_cases(command)
     add_contenders(command)
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    command = add("real", "beside hooks and peers, on models as their packages build them", 1.5)
-    command.set_defaults(threads=1)
+    about = "beside hooks and peers, on models as their packages build them"
+    command = add("real", about, 1.5, threads=1)
     modes = command.add_mutually_exclusive_group()
     for mode, what in real.MODES.items():
         if mode != "inference":
@@ -103,9 +108,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--docs", type=Path, default=report.DOCS, help=argparse.SUPPRESS)
     command = add("growth", "cost against number of sites, batch and steps", 1.0)
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    command = add("taps", "what one site costs, beside a hook that does nothing", 10.0)
-    command.set_defaults(threads=1)
-    command = add("render", "write tables and charts into docs/ from JSON of suite, real and growth")
+    add("taps", "what one site costs, beside a hook that does nothing", 10.0, threads=1)
+    command = add("render", "write tables and charts from the JSON of suite, real and growth")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--docs", type=Path, default=report.DOCS, help=argparse.SUPPRESS)
     add_cases(add("overhead", "the suite without peers, for a look before and after a change", 5.0))

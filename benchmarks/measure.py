@@ -22,7 +22,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -153,8 +153,8 @@ def interleave(
         device: where the passes run.
         warm_up: pairs of each that do not count.
         least: pairs that each has, whatever time they take.
-        block: seconds of passes in a row, in each half of a pair; 0 for one pass, which counts; None
-            for `BLOCK`.
+        block: seconds of passes in a row, in each half of a pair; None for `BLOCK`, 0 for one
+            pass, which counts.
 
     Returns:
         The pairs of each, and the errors of those that failed on the way.
@@ -176,10 +176,9 @@ def interleave(
 
     def several(run: Callable[[], Taken]) -> Taken:
         first = run()
-        more = [run() for _ in range(int(block / first.wall))] or [first]
-        return Taken(
-            statistics.fmean(each.wall for each in more), statistics.fmean(each.cpu for each in more)
-        )
+        those = [run() for _ in range(int(block / first.wall))] or [first]
+        wall, cpu = (statistics.fmean(times) for times in zip(*map(astuple, those), strict=True))
+        return Taken(wall, cpu)
 
     def pair(one: Timed, first: bool) -> Pair:
         if first:

@@ -24,7 +24,7 @@ from benchmarks.cases import Case
 from benchmarks.contenders import CONTROL, Contender
 from benchmarks.real_models import BRANCHING, COMPUTE, MODELS, PACKAGES, RealModel
 
-__all__ = ["MODES", "Mode", "Summary", "cases", "run", "summary"]
+__all__ = ["KINDS", "MODES", "Mode", "Summary", "cases", "cast", "run", "summary"]
 
 CAST = (
     *(CONTROL, "fmapkit", "fmapkit, compiled", "learning", "hooks, references", "hooks, clones"),
@@ -55,6 +55,10 @@ MODES = {
     "compute": Mode("no gradients, eight images of 160 pixels", COMPUTE, 8),
     "data-dependent": Mode("no gradients, with and without branches on data", BRANCHING),
 }
+
+
+# Of the JSON, and the names of the markers in the page.
+KINDS = {mode: "real" if mode == "inference" else f"real-{mode}" for mode in MODES}
 
 
 def cases(mode: Mode, pattern: str = "*") -> list[Case]:
@@ -120,7 +124,7 @@ def run(
         budget,
         cases(MODES[mode], pattern),
         contenders or cast(),
-        kind="real" if mode == "inference" else f"real-{mode}",
+        kind=KINDS[mode],
         packages=("captum", "nnsight", *PACKAGES),
         count=False,
         threads=threads,

@@ -136,10 +136,9 @@ def _to_and_from(batch: int) -> tuple[Tensor, ...]:
     return text, torch.ones_like(text), written
 
 
-def _transformers(model: str, inputs: Inputs, config: str = "", **sizes: Any) -> RealModel:
-    config = config or model.replace("Model", "Config")
-    build = partial(_of_transformers, model, config, **sizes)
+def _transformers(model: str, inputs: Inputs, **sizes: Any) -> RealModel:
     name = model.removesuffix("Model")
+    build = partial(_of_transformers, model, f"{name}Config", **sizes)
     return RealModel(f"transformers/{name}", build, inputs, "transformers")
 
 
@@ -211,13 +210,12 @@ MODELS = [
     ),
 ]  # fmt: skip
 
-# Where the kernels take the time: batches of eight, 160 pixels.
+# Where the kernels take the time: images of 160 pixels, for batches of eight.
 COMPUTE = [
-    RealModel(model.name, model.build, images(160), model.package)
-    for model in MODELS
-    if model.name
-    in ("torchvision/resnet18", "torchvision/densenet121", "timm/efficientnet_b0")
-    + ("timm/convnext_atto",)
+    _torchvision("resnet18", size=160),
+    _torchvision("densenet121", size=160),
+    _timm("efficientnet_b0", size=160),
+    _timm("convnext_atto", size=160),
 ]
 
 # No package has them: each block branches on its data, beside the same without the branches.

@@ -132,8 +132,8 @@ def measure(
             opened = stack.enter_context(contender.open(bench))
             timed[contender.name] = _timed(bench, contender, opened, bare)
         times, failed = interleave(timed, budget, device)
-    for name, error in failed.items():
-        rows[name] = {"error": error}
+    for name, why in failed.items():
+        rows[name] = {"error": why}
     for name, pairs in times.items():
         rows[name] |= vars(Figures.of(pairs))
     return {

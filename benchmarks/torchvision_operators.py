@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,14 +20,14 @@ _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_declared: list[torch.library.Library] = []  # they are gone with it
+_declared: list[object] = []  # what declares them: they are gone with it
 
 
 def declare() -> None:
     """Declare the operators, before torchvision is imported, unless its own library has them."""
     if _declared or _loads():
         return
-    library = torch.library.Library("torchvision", "DEF")
+    library: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for schema in _SCHEMAS:
         library.define(schema)
     _declared.append(library)
@@ -34,12 +35,13 @@ def declare() -> None:
 
 def _loads() -> bool:
     """Whether torchvision is not there at all, or its library loads, as it does at import."""
+    operators: Any = torch.ops
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return True
     for file in Path(spec.origin).parent.glob("_C.*"):
         try:
-            torch.ops.load_library(file)
+            operators.load_library(file)
         except OSError:
             return False
-    return hasattr(torch.ops.torchvision, "nms")
+    return hasattr(operators.torchvision, "nms")
