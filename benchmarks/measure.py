@@ -81,6 +81,7 @@ class Figures:
         cpu_high: upper quartile.
         pairs: how many there were.
         bare: median time of the bare pass.
+        bare_cpu: median CPU time of the bare pass.
         extra: median of what the contender took more than the bare pass.
     """
 
@@ -92,6 +93,7 @@ class Figures:
     cpu_high: float
     pairs: int
     bare: float
+    bare_cpu: float
     extra: float
 
     @staticmethod
@@ -110,6 +112,7 @@ class Figures:
             cpu_high=cpu_high,
             pairs=len(pairs),
             bare=statistics.median(bare.wall for _, bare in pairs),
+            bare_cpu=statistics.median(bare.cpu for _, bare in pairs),
             extra=statistics.median(with_.wall - bare.wall for with_, bare in pairs),
         )
 

@@ -159,7 +159,11 @@ def _real(given: dict[str, Any]) -> list[str]:
     names = list(dict.fromkeys(r["contender"] for case in measured for r in case["rows"]))
     ran = [n for n in names if any(n == row.contender for row in real.summary(given))]
     lines = [_environment(given), "", *_over_all(given), ""]
-    lines += ["Model by model; of how many runs both z and a were right, in brackets.", ""]
+    lines += [
+        "Model by model, CPU time: of the bare pass, and as ratios to it, of fmapkit with the "
+        "quartiles; in brackets, of how many runs both z and a were right.",
+        "",
+    ]
     heads = ("model", "bare", "runs", *ran)
     lines += _table(heads, (_model(case, ran) for case in measured))
     absent = [f"{case['case']} ({case['error']})" for case in given["cases"] if "error" in case]
@@ -194,9 +198,11 @@ def _model(case: dict[str, Any], names: list[str]) -> tuple[str, ...]:
         if "error" in row:
             return "–"
         right = "" if row.get("both") is None else f" ({row['both']})"
-        return f"{row['cpu']:.2f}{right}"
+        quartiles = f", {row['cpu_low']:.2f}–{row['cpu_high']:.2f}" if name == "fmapkit" else ""
+        return f"{row['cpu']:.2f}{quartiles}{right}"
 
-    return (_name(case), _milliseconds(case), str(case["sites"]), *map(cell, names))
+    bare = f"{1e3 * case['bare_cpu_seconds']:.2f} ms"
+    return (_name(case), bare, str(case["sites"]), *map(cell, names))
 
 
 def _growth(given: dict[str, Any]) -> list[str]:

@@ -143,6 +143,7 @@ def measure(
         "compiled": case.compiled,
         "sites": len(truth),
         "bare_seconds": rows[CONTROL].get("bare"),
+        "bare_cpu_seconds": rows[CONTROL].get("bare_cpu"),
         "rows": [{"contender": name, **row} for name, row in rows.items()],
     }
 
@@ -223,8 +224,8 @@ def _print(found: dict[str, Any]) -> None:
         return
     bare = found["bare_seconds"]
     print(
-        f"\n{found['case']} ({found['device']}): a bare pass takes {1e3 * bare:.2f} ms, "
-        f"{found['sites']} sites"
+        f"\n{found['case']} ({found['device']}): a bare pass takes {1e3 * bare:.2f} ms "
+        f"({1e3 * found['bare_cpu_seconds']:.2f} of the CPU), {found['sites']} sites"
     )
     control = found["rows"][0]
     counted = "peak_bytes" in control

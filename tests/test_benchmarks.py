@@ -251,7 +251,8 @@ def test_a_pass_counts_that_follows_one_of_its_own_kind(monkeypatch: pytest.Monk
     times, _ = interleave(timed, 0.0, warm_up=0, least=4, block=0.0)
     assert sorted(with_.wall for with_, _ in times["a"]) == [2.0, 2.0, 10.0, 10.0]
     figures = Figures.of([(Taken(2.0, 1.5), Taken(1.0, 0.5))] * 4)
-    assert (figures.ratio, figures.cpu, figures.bare, figures.extra) == (2.0, 3.0, 1.0, 1.0)
+    assert (figures.ratio, figures.cpu, figures.extra) == (2.0, 3.0, 1.0)
+    assert (figures.bare, figures.bare_cpu) == (1.0, 0.5)
 
 
 def test_every_judged_pass_draws_the_same() -> None:
