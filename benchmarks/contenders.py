@@ -85,6 +85,7 @@ class Contender:
         passes: of a timed round; the bare model's round has as many.
         package: that has to be imported; "" for none.
         counted: whether its bytes can be counted below autograd.
+        own_kernels: whether it may run other kernels than the model does, that round otherwise.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Contender:
     passes: int = 1
     package: str = ""
     counted: bool = True
+    own_kernels: bool = False
 
 
 @contextmanager
@@ -295,6 +297,7 @@ CONTENDERS = [
         compiled,
         _eager,
         counted=False,
+        own_kernels=True,  # without torch's fused path of attention
     ),
     Contender('kinds="activation"', "every a", mode(kinds="activation")),
     Contender("filters=range(8)", "eight filters of every (z, a)", mode(filters=range(8)), _eager),

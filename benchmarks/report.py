@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import charts, real
-from benchmarks.suite import above, counts
+from benchmarks.suite import above, both, counts
 
 __all__ = ["DOCS", "render", "write"]
 
@@ -197,7 +197,7 @@ def _model(case: dict[str, Any], names: list[str]) -> tuple[str, ...]:
         row = rows.get(name, {"error": ""})
         if "error" in row:
             return "–"
-        right = "" if row.get("both") is None else f" ({row['both']})"
+        right = f" ({both(row)})" if both(row) else ""
         quartiles = f", {row['cpu_low']:.2f}–{row['cpu_high']:.2f}" if name == "fmapkit" else ""
         return f"{row['cpu']:.2f}{quartiles}{right}"
 

@@ -109,6 +109,7 @@ def test_verdicts(rows: dict[str, dict[str, Any]], training: dict[str, dict[str,
         for name in mine:
             assert (_counts(found[name], "z"), _counts(found[name], "a")) == ((3, 0, 0),) * 2, name
             assert found[name]["both"] == 3
+            assert found[name]["exact"]
         assert _counts(found['kinds="activation"'], "z") is None
         assert found['kinds="activation"']["both"] is None
         assert _counts(found['kinds="activation"'], "a") == (3, 0, 0)
@@ -132,6 +133,30 @@ def test_verdicts(rows: dict[str, dict[str, Any]], training: dict[str, dict[str,
         assert _counts(training[name], "z") == (3, 0, 0)
         assert rows[name] == {"contender": name, "error": "for training"}
     assert "error" in training["stop"]
+
+
+def test_kernels_of_its_own_may_round_otherwise() -> None:
+    class Attention(nn.Module):
+        """In eval mode torch runs it as one kernel; in what dynamo makes of it, as several."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = nn.MultiheadAttention(64, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.gelu(self.attend(x, x, x, need_weights=False)[0])
+
+    case = Case("attention", Attention, lambda: (torch.randn(2, 16, 64),))
+    found = suite.measure(case, suite.select(["fmapkit"]), budget=0.0, count=False)
+    rows = {row["contender"]: row for row in found["rows"]}
+    assert suite.both(rows["fmapkit"]) == "1"
+    bench = Bench(case)
+    with torch.no_grad():
+        outputs = [
+            m(*bench.inputs) for m in (bench.model, torch.compile(bench.model, backend="eager"))
+        ]
+    mark = "" if torch.equal(*outputs) else "≈"  # that is the processor's to say
+    assert suite.both(rows["fmapkit, compiled"]) == f"{mark}1"
 
 
 def test_bytes(rows: dict[str, dict[str, Any]]) -> None:
