@@ -1,0 +1,54 @@
+"""Programs that nobody has run before: `tests/fuzz` writes some anew for each run of the suite.
+
+The seed is drawn and printed. To run the same programs again: `FMAPKIT_FUZZ_SEED=<seed>`; more of
+them: `FMAPKIT_FUZZ_PROGRAMS=<number>`, or `python -m tests.fuzz`.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from tests.fuzz.check import check
+from tests.fuzz.programs import write
+from tests.fuzz.runs import Totals, saved
+
+PROGRAMS = int(os.environ.get("FMAPKIT_FUZZ_PROGRAMS", "150"))
+SEED = int(os.environ.get("FMAPKIT_FUZZ_SEED", random.SystemRandom().randrange(10**9)))
+
+
+@pytest.fixture
+def environment() -> Iterator[None]:
+    """Some programs decide by environment variables; none is left behind."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.usefixtures("environment")
+def test_fresh_programs(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    totals, failing = Totals(), []
+    with capsys.disabled():
+        print(f"\nFMAPKIT_FUZZ_SEED={SEED} ({PROGRAMS} programs)")
+    for seed in range(SEED, SEED + PROGRAMS):
+        program = write(seed)
+        report = check(program)
+        totals.add(program, report)
+        if report.failure is not None:
+            failing.append(f"seed {seed}: {report.failure}")
+            if len(failing) == 1:  # in full, and as small as a quarter of a minute makes it
+                path = saved(program, report, tmp_path, seconds=15)
+                failing.append(path.read_text(encoding="utf-8"))
+    with capsys.disabled():
+        print(totals)
+    if failing:
+        pytest.fail(f"FMAPKIT_FUZZ_SEED={SEED}\n" + "\n\n".join(failing), pytrace=False)
+    # Most programs run, and what they do is known.
+    assert sum(totals.invalid.values()) < 0.1 * PROGRAMS + 3
+    assert totals.sites > 10 * PROGRAMS
+    assert totals.vague < 0.1 * totals.sites
