@@ -14,24 +14,28 @@ from typing import Any
 from torch import Tensor
 
 from fmapkit._axes import Axes
-from fmapkit._flow_rules import RULES, each, spatial
+from fmapkit._flow_basics import Rule, each
+from fmapkit._flow_rules import RULES, spatial
 from fmapkit._nested import tensors_in
 from fmapkit._origin import NOWHERE, STOP, Flow, Lookup, Tag, Weight, flow_of
 from fmapkit._vocabulary import (
     FRESH,
     LINEAR_BINARY,
+    MATMULS,
     METADATA,
     NONLINEAR_POINTWISE,
+    PICKS,
     PRODUCTS,
     SPATIAL,
+    WRITES,
 )
 
 __all__ = ["carried", "past_sigma", "sigma_axes"]
 
 # The rules of these say themselves which operand's filters go on.
 _CHOOSE_OPERAND = (
-    (LINEAR_BINARY | PRODUCTS | NONLINEAR_POINTWISE)
-    | {"copy", "__setitem__", "max", "min"}
+    (LINEAR_BINARY | PRODUCTS | NONLINEAR_POINTWISE | WRITES | MATMULS)
+    | {"copy", "max", "min", "einsum"}
     | {"cat", "concat", "concatenate", "stack"}
 )
 
@@ -52,13 +56,16 @@ def carried(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any, ta
     if name in METADATA or name in FRESH:
         return None
     operands = tensors_in(*args, kwargs)
+    if name in PICKS:
+        source, others = operands[:1], operands[1:]
+        if not flow_of(tag, source[0]) and any(flow_of(tag, o) for o in others):
+            return _picked_by_data(name, args, kwargs, out, source, tag)
+        operands = source
     flows = [(o, f) for o in operands if (f := flow_of(tag, o)) is not None]
     if not flows:
         return _of_weights(name, args, kwargs, out, operands, tag)
     x, flow = flows[0]
-    rule = RULES.get(name)
-    if rule is None and (found := SPATIAL.fullmatch(name)):
-        rule = spatial(found.group("axes"), pads="pad" in name)
+    rule = _rule(name)
     if rule is None:
         return each(out, lambda _: STOP)
     if flow.axes is None and name not in _CHOOSE_OPERAND:
@@ -66,26 +73,57 @@ def carried(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any, ta
     return rule(flow, x, args, kwargs, out, tag)
 
 
+def _rule(name: str) -> Rule | None:
+    rule = RULES.get(name)
+    if rule is None and (found := SPATIAL.fullmatch(name)):
+        rule = spatial(found.group("axes"), pads="pad" in name)
+    return rule
+
+
 def _of_weights(
     name: str, args: Any, kwargs: Any, out: Any, operands: list[Tensor], tag: Lookup
 ) -> Any:
-    """What a function of parameters alone returns: a weight, its rows followed like filters."""
+    """What a function of parameters alone returns: a weight, its axes followed like filters."""
     weights = [(o, w) for o in operands if isinstance(w := tag(o), Weight)]
     if not weights:
         return None
     x, weight = weights[0]
-    rule = RULES.get(name)
-    rows: Any = None
-    if weight.axes is not None and rule is not None and len(weights) == 1:
-        flow = Flow(NOWHERE, weight.axes)
-        rows = rule(flow, x, args, kwargs, out, lambda t: flow if t is x else None)
+    rule = _rule(name)
 
-    def one(found: Any) -> Weight:
-        return Weight(weight.parameter, found.axes if isinstance(found, Flow) else None)
+    def followed(axes: Axes | None) -> Any:
+        if axes is None or rule is None:
+            return None
+        flow = Flow(NOWHERE, axes)
+        return rule(flow, x, args, kwargs, out, lambda t: flow if t is x else None)
 
-    if isinstance(rows, list):
-        return [one(r) for r in rows]
-    return each(out, lambda _: one(rows))
+    found = [followed(axes) for axes in weight.axes]
+
+    def one(place: int | None) -> Weight:
+        of = [f[place] if isinstance(f, list) and place is not None else f for f in found]
+        return Weight(
+            weight.parameter, tuple([f.axes if isinstance(f, Flow) else None for f in of])
+        )
+
+    if isinstance(out, (tuple, list)):
+        return [one(i) for i in range(len(out))]
+    return each(out, lambda _: one(None))
+
+
+def _picked_by_data(
+    name: str, args: Any, kwargs: Any, out: Any, source: list[Tensor], tag: Lookup
+) -> Any:
+    """What data has picked: rows of a table are data themselves, one of many weights is a weight.
+
+    Weights are stacked along the first axis of a parameter that has an axis more than they have.
+    """
+    weight = tag(source[0])
+    if isinstance(weight, Weight) and isinstance(out, Tensor) and out.dim() >= 2:
+        shape = weight.parameter.shape
+        found = _of_weights(name, args, kwargs, out, source, tag)
+        stacked = len(shape) > 2 and shape[0] > 1 and isinstance(found, Weight)
+        if stacked and len(found.axes) == len(shape) and None not in found.axes[1:]:
+            return found
+    return each(out, lambda _: STOP)
 
 
 def sigma_axes(axes: Axes | None, z: Tensor, a: Any) -> Axes | None:
@@ -103,9 +141,9 @@ def past_sigma(tag: Tag, z: Tensor, a: Any) -> Flow | Weight:
 
     Of a parameter, it is as much a weight as the parameter itself.
     """
-    axes = sigma_axes(tag.axes, z, a) if tag is not None else None
     if isinstance(tag, Weight):
-        return Weight(tag.parameter, axes)
+        return Weight(tag.parameter, tuple([sigma_axes(axes, z, a) for axes in tag.axes]))
+    axes = sigma_axes(tag.axes, z, a) if tag is not None else None
     if axes is None or axes.dim is None:
         return Flow(NOWHERE)
     return Flow(NOWHERE, Axes.single(axes.dim, axes.parts[0].size))

@@ -6,12 +6,14 @@ The names are those of the plain model: a module that only carries another one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from fmapkit import layers
+from fmapkit._elsewhere import Elsewhere, Unnamed
 from fmapkit._sharded import is_dtensor
 from fmapkit._store import storage_of
 from fmapkit._wrappers import (
@@ -22,7 +24,36 @@ from fmapkit._wrappers import (
     places_in,
 )
 
-__all__ = ["Names"]
+__all__ = ["Names", "Use"]
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A weight that a function uses: all that tells whose it is.
+
+    Attributes:
+        weight: the parameter that it is, or is made of; itself if there is none.
+        picked: which of the weights that are stacked in the parameter it is: `[3]`.
+        stack: the running modules, outermost first.
+        is_module: the innermost is a layer.
+        scope: the innermost that is registered.
+        function: what uses it.
+        kept: somebody may hold it: it is no result of this pass.
+        endures: it is a parameter that was there before the pass.
+        source: of a weight that data made, its layer.
+        turn: how many such weights the function has used before in this call of the module.
+    """
+
+    weight: Tensor
+    picked: str
+    stack: Sequence[nn.Module]
+    is_module: bool
+    scope: nn.Module
+    function: str
+    kept: bool
+    endures: bool
+    source: Hashable
+    turn: int
 
 
 class Names:
@@ -46,6 +77,9 @@ class Names:
         self._parameters: list[Any] = []  # and what they are, one after the other
         self._arrangements: dict[tuple[int, ...], int] = {}
         self._sharing = (-1, 0)  # at which version, and which arrangement
+        self._places: dict[nn.Module, list[str]] = {}  # all names of each module
+        self.elsewhere = Elsewhere(lambda: _walk(self.model, ""))
+        self.unnamed = Unnamed()
         self.version = 0
         self.refresh()
 
@@ -54,10 +88,12 @@ class Names:
         self.by_module.clear()
         self.by_name.clear()
         self.wrappers.clear()
+        self._places.clear()
         self._flat.clear()
         self.lent = False
         for name, module in _walk(self.model, ""):
             self.by_name[name] = module  # of a wrapper, what it carries: that comes after it
+            self._places.setdefault(module, []).append(name)
             if module in self.by_module:
                 continue
             self.by_module[module] = name
@@ -136,7 +172,8 @@ class Names:
         return self.in_flat(parameter) or [
             (module, key)
             for module in self.by_module
-            for key, value in module._parameters.items()
+            for registered in (module._parameters, module._buffers)
+            for key, value in registered.items()
             if value is parameter
         ]
 
@@ -173,32 +210,70 @@ class Names:
         found = self._owners.get(id(parameter))
         return found[1] if found is not None and found[0] is parameter else []
 
-    def layer_of(self, parameter: Tensor | None, stack: Sequence[nn.Module]) -> str:
+    def layer_of(self, use: Use) -> str:
         """The layer of a weighted function: the running layer module, or the weight's owner.
 
         A weight that is called `weight`, or is its owner's only one, goes by the owner's name.
-        Where an owner has several, the parameter tells them apart: `attn.in_proj`, `mlp.w1`.
-
-        Args:
-            parameter: the parameter that is, or that made, the weight; None if there is none.
-            stack: the running modules, outermost first.
+        Where an owner has several, the parameter tells them apart: `attn.in_proj`, `mlp.w1`. One
+        of several weights that are stacked in a parameter goes by parameter and index:
+        `experts.up[3]`. Owners that are not registered go by how Python gets at them, `layers[0]`,
+        and what nothing leads to by the module that uses it and the function: `decoder:linear`.
         """
-        inner = stack[-1]
-        if parameter is None or layers.layer_axis(inner) is not None:
-            return self._without_parametrization(self.of(inner))
-        owners = self._owned_by(parameter)
-        if not owners:
-            return self.of(inner)
-        running = [o for m in reversed(stack) for o in owners if o[0] is m]
-        module, key = (running or owners)[0]
-        name = self.of(module)
+        inner = use.stack[-1]
+        owners = self._owned_by(use.weight)
+        picked_here = use.picked and any(module is inner for module, _ in owners)
+        if use.is_module and not picked_here:
+            place = self.place(inner)
+            if place is not None:
+                return self._without_parametrization(place)
+        name = self.unnamed.known(use.weight)
+        if name is not None:
+            return name + use.picked
+        running = [o for m in reversed(use.stack) for o in owners if o[0] is m]
+        if owners:
+            module, key = (running or owners)[0]
+            return self._of_key(self.of(module), module, key, use.picked)
+        found = self.elsewhere.find(use.weight, again=use.endures) if use.kept else None
+        if found is not None:
+            name = found.path
+            if found.module is not None:
+                name = self._of_key(name, found.module, found.key, "")
+            self.unnamed.keep(use.weight, name)
+            return name + use.picked
+        name = self.of(use.scope)
+        numbered = itertools.count(1)
+        names = itertools.chain(
+            [f"{name}:{use.function}"], (f"{name}:{use.function}#{n}" for n in numbered)
+        )
+        if use.endures:
+            return self.unnamed.of(use.weight, names) + use.picked
+        if not use.kept and not use.scope._modules and not self._weights(use.scope):
+            names = itertools.chain([name], names)
+        return self.unnamed.at((name, use.function, use.source, use.turn), names) + use.picked
+
+    def place(self, module: nn.Module) -> str | None:
+        """A module's name, or how Python gets at it; None if nothing leads there."""
+        name = self.by_module.get(module)
+        if name is None:
+            found = self.elsewhere.find(module)
+            name = found.path if found is not None else None
+        return name
+
+    def _of_key(self, name: str, module: nn.Module, key: str, picked: str) -> str:
+        """The name of a layer whose weight is a module's, called so there."""
         if ".parametrizations." in f".{name}.":
             return self._without_parametrization(name)
-        weights = [p for p in self.parameters_of(module).values() if p.dim() >= 2]
+        if picked:
+            return f"{name}.{key}{picked}".lstrip(".")
+        weights = self._weights(module)
         if key == "weight" or (len(weights) <= 1 and not key.endswith("_weight")):
             return name
         part = key.removesuffix("_weight")
         return f"{name}.{part}" if name else part
+
+    def _weights(self, module: nn.Module) -> list[str]:
+        """What may be weights of a module."""
+        return [key for key, p in self.parameters_of(module).items() if p.dim() >= 2]
 
     @staticmethod
     def _without_parametrization(name: str) -> str:
@@ -207,10 +282,37 @@ class Names:
 
     def module_of(self, label: str) -> nn.Module | None:
         """The module a layer's label belongs to: `a.b`, `a.b:gelu` and `a.b.in_proj` -> a.b."""
-        name = label.partition(":")[0]
-        if name in self.by_name:
-            return self.by_name[name]
-        return self.by_name.get(name.rpartition(".")[0])
+        found = self._head(label)
+        return self.by_name[found] if found is not None else self.elsewhere.module_at(label)
+
+    def _head(self, label: str) -> str | None:
+        """The name of the registered module that a label begins with; None if there is none."""
+        for name in (label, label.partition(":")[0]):
+            if name in self.by_name:
+                return name
+        name = label.partition(":")[0].partition("[")[0].rpartition(".")[0]
+        return name if name in self.by_name else None
+
+    def other_names(self, label: str) -> list[str]:
+        """The same label by the other names of its module, if it is registered more than once."""
+        head = self._head(label)
+        if head is None:
+            return []
+        rest = label[len(head) :]
+        module = self.by_name[head]
+        rest = rest if head else f".{rest}" if rest and rest[0] not in ":[." else rest
+        return [
+            f"{name}{rest}".lstrip(".")
+            for name in self._places[module]
+            if name != self.by_module[module] or name != head
+        ]
+
+    def canonical(self, label: str) -> str:
+        """A label by the name that its maps have."""
+        head = self._head(label)
+        if not head:
+            return label
+        return f"{self.by_module[self.by_name[head]]}{label[len(head) :]}"
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

@@ -28,14 +28,14 @@ from fmapkit._events import Event, Firing
 from fmapkit._flow import carried
 from fmapkit._frames import Frame, SigmaCall, first_tensor, running_module
 from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe
-from fmapkit._names import Names
+from fmapkit._names import Names, Use
 from fmapkit._nested import tensors_in
-from fmapkit._origin import STOP, Flow, Weight
+from fmapkit._origin import STOP, Flow, Tag, Weight
 from fmapkit._probation import Born, Suspects, may_try
 from fmapkit._record import Record
 from fmapkit._sigma_calls import after_sigma, before_sigma
 from fmapkit._stop import Stop
-from fmapkit._store import Aliases, Pass
+from fmapkit._store import Aliases, Pass, storage_of
 from fmapkit._tags import Tags
 from fmapkit._transforms import TRANSFORMED, transformed
 from fmapkit._wants import Wants
@@ -108,6 +108,7 @@ class Tracer(TorchFunctionMode):
         self.editor = Editor(self, edits, self._probe) if edits else None
         self.frames: list[Frame] = []
         self.unhooked: set[nn.Module] = set()
+        self.made: set[int] = set()  # memory of tensors that were made from nothing in this pass
         self.suspects = Suspects()
         self.born = Born()
 
@@ -224,10 +225,12 @@ class Tracer(TorchFunctionMode):
                 # No layer this time; but who waits for layers by this name will see it, too.
                 self.firings.append(Firing(None, self.scope(), func, None))
             tag = carried(name, args, kwargs, out, self.tag)
+            if name in words.FRESH and isinstance(out, Tensor):
+                self.made.add(storage_of(out))
             if known.in_place and name in RESHAPED_IN_PLACE and tag is not None:
                 tag = STOP
             if name in words.NORM_AXIS and isinstance(tag, Flow) and isinstance(out, Tensor):
-                own = self.names.of(frame.module)
+                own = self.names.place(self.running()) or self.names.of(frame.module)
                 tag = self.record.norm(tag, out, words.NORM_AXIS[name], own)
             if tag is not None:
                 if name == "__setitem__":
@@ -241,12 +244,11 @@ class Tracer(TorchFunctionMode):
     ) -> Tensor:
         frame = self.frames[-1]
         tag = self.tag(weight)
-        owner = tag.parameter if isinstance(tag, Weight) else None
-        stack = [f.module for f in self.frames]
-        name = self.names.layer_of(owner, stack)
-        axes = _weighted.layer_axes(known.name, args, weight, out)
-        if isinstance(tag, Weight):
-            axes = _weighted.weight_slice(tag, weight, axes)
+        use = self._use(known.name, weight, tag)
+        name = self.names.layer_of(use)
+        axes = _weighted.layer_axes(known.name, args, kwargs, weight, out, tag)
+        if axes is None and use.is_module and weight.numel() == use.weight.numel():
+            axes = _weighted.layer_axes(known.name, args, kwargs, weight, out, None)
         place = _weighted.input_place(known.name, args, kwargs, weight)
         operands = tensors_in(*args, kwargs)
         x = operands[place] if place is not None else None
@@ -257,6 +259,37 @@ class Tracer(TorchFunctionMode):
         if x is not None and x is frame.x:
             event.x, event.y, event.key = x, out, frame.key
         return self.layer_event(event, name, x, out, axes)
+
+    def _use(self, function: str, weight: Tensor, tag: Tag) -> Use:
+        """Whose weight is used here, as far as the pass can tell."""
+        frame, running = self.frames[-1], self.running()
+        stack = [f.module for f in self.frames]
+        if running is not stack[-1]:
+            stack.append(running)
+        made_of = tag.parameter if isinstance(tag, Weight) else weight
+        kept = not isinstance(tag, Flow) and storage_of(made_of) not in self.made
+        endures = kept and isinstance(made_of, nn.Parameter)
+        turn = 0
+        source = tag.origin.name if isinstance(tag, Flow) else ""
+        if not endures:
+            turn = frame.unnamed[function, source]
+            frame.unnamed[function, source] += 1
+        return Use(
+            weight=made_of,
+            picked=_weighted.picked(function, tag, weight) if isinstance(tag, Weight) else "",
+            stack=stack,
+            is_module=layers.layer_axis(running) is not None,
+            scope=self.scope(),
+            function=function,
+            kept=kept,
+            endures=endures,
+            source=source,
+            turn=turn,
+        )
+
+    def running(self) -> nn.Module:
+        """The innermost module that runs, registered or not."""
+        return running_module(2) or self.frames[-1].module
 
     def layer_event(
         self, event: Event, name: str, x: Tensor | None, out: Tensor, axes: Axes | None

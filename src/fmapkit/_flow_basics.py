@@ -1,0 +1,74 @@
+"""What rules for torch's functions are made of: a rule's form, and what most of them do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmapkit._axes import Axes
+from fmapkit._nested import tensors_in
+from fmapkit._origin import STOP, Flow, Lookup, Tag, flow_of
+
+__all__ = ["Rule", "aligned", "argument", "each", "lost_if_none", "pointwise", "same_filters", "where"]
+
+# Given the flow of the first operand that has one, that operand, the call's arguments, its result
+# and what any tensor carries.
+Rule = Callable[[Flow, Tensor, Any, Any, Any, Lookup], Any]
+
+
+def each(out: Any, make: Callable[[Tensor], Tag]) -> Any:
+    """What each tensor of a result carries, nested like the result."""
+    if isinstance(out, Tensor):
+        return make(out)
+    if isinstance(out, (tuple, list)):
+        return [each(o, make) for o in out]
+    return None
+
+
+def lost_if_none(flow: Flow, axes: Axes | None) -> Flow:
+    """Filters mixed with something else have no layer any more."""
+    return Flow(flow.origin, axes) if axes is not None else STOP
+
+
+def pointwise(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    """The first operand that is as large as the result; a smaller one is broadcast: scale, bias."""
+
+    def one(result: Tensor) -> Flow:
+        operands = [o for o in tensors_in(*args, kwargs) if flow_of(tag, o)]
+        full = [o for o in operands if o.shape == result.shape] or operands
+        return aligned(flow_of(tag, full[0]) or STOP, full[0], result)
+
+    return each(out, one)
+
+
+def where(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    """The values go on, not the condition, unless that alone depends on the data."""
+    operands = tensors_in(*args, kwargs)
+    condition = next((o for o in operands if o.dtype == torch.bool), None)
+    values = [o for o in operands if o is not condition and flow_of(tag, o)]
+    return pointwise(flow, x, values or args, {} if values else kwargs, out, tag)
+
+
+def aligned(flow: Flow, x: Tensor, result: Tensor) -> Flow:
+    """Broadcasting aligns axes at the end; the filters must not be broadcast themselves."""
+    if flow.axes is None:
+        return flow
+    axes = flow.axes.insert(0, result.dim() - x.dim()) if result.dim() > x.dim() else flow.axes
+    fits = all(p.dim < result.dim() and result.shape[p.dim] == p.size for p in axes.parts)
+    return Flow(flow.origin, axes) if fits else STOP
+
+
+def same_filters(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    """Pooling, padding, resizing: other axes may change their size, filters stay."""
+    return each(out, lambda o: aligned(flow, x, o) if o.dim() == x.dim() else STOP)
+
+
+def argument(args: Sequence[Any], kwargs: dict[str, Any], place: int, *names: str) -> Any:
+    """An argument of a call, by one of its names or by its place; None where it is not given."""
+    for name in names:
+        if name in kwargs:
+            return kwargs[name]
+    return args[place] if len(args) > place else None
