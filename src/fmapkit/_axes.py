@@ -36,6 +36,33 @@ class Axes:
         """All filters along one axis."""
         return Axes((Part(dim, size),))
 
+    @staticmethod
+    def of_all(shape: Sequence[int]) -> Axes:
+        """Every value of a tensor of this shape, by its place in row-major order."""
+        stride, parts = 1, []
+        for dim in reversed(range(len(shape))):
+            parts.append(Part(dim, shape[dim], stride))
+            stride *= shape[dim]
+        return Axes(tuple(reversed(parts)))
+
+    def split(self, shape: Sequence[int]) -> tuple[Axes | None, ...]:
+        """Of places in a tensor of this shape (`of_all`): the indices along each of its axes.
+
+        None for all of them where one part runs along several.
+        """
+        offset, found = self.offset, []
+        left = [p for p in self.parts if p.size > 1]
+        for part in Axes.of_all(shape).parts:
+            first, offset = divmod(offset, part.stride)
+            mine = [p for p in left if part.stride <= p.stride < part.stride * part.size]
+            left = [p for p in left if p not in mine]
+            steps = [replace(p, stride=p.stride // part.stride) for p in mine]
+            fits = all(p.stride % part.stride == 0 for p in mine)
+            if not fits or first + sum((p.size - 1) * p.stride for p in steps) >= part.size:
+                return (None,) * len(shape)
+            found.append(Axes(tuple(steps), first))
+        return tuple(found) if not left else (None,) * len(shape)
+
     @property
     def dim(self) -> int | None:
         """The filter axis, where it is one."""

@@ -68,6 +68,18 @@ class Elsewhere:
                 return value
         return None
 
+    def paths(self) -> dict[str, nn.Module | None]:
+        """The paths of all modules, and of tensors that no module has registered."""
+        self._look()
+        found: dict[str, nn.Module | None] = {}
+        for ref, place in self._known.values():
+            value = ref()
+            if isinstance(value, nn.Module):
+                found[place.path] = value
+            elif value is not None and place.module is None:
+                found[place.path] = None
+        return found
+
     def _at(self, value: Any) -> Found | None:
         found = self._known.get(id(value))
         return found[1] if found is not None and found[0]() is value else None
@@ -137,7 +149,8 @@ def _attributes(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _items(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """What a container has, whatever its own methods say; else the attributes of an object."""
-    for kind in (list, tuple, deque):
+    kinds: tuple[Any, ...] = (list, tuple, deque)
+    for kind in kinds:
         if isinstance(value, kind):
             for place, held in enumerate(list(kind.__iter__(value))):
                 yield f"{path}[{place}]", held

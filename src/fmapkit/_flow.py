@@ -96,13 +96,15 @@ def _of_weights(
         flow = Flow(NOWHERE, axes)
         return rule(flow, x, args, kwargs, out, lambda t: flow if t is x else None)
 
-    found = [followed(axes) for axes in weight.axes]
+    found = [followed(axes) for axes in (*weight.axes, weight.values)]
+    shape = tuple(weight.parameter.shape)
 
     def one(place: int | None) -> Weight:
         of = [f[place] if isinstance(f, list) and place is not None else f for f in found]
-        return Weight(
-            weight.parameter, tuple([f.axes if isinstance(f, Flow) else None for f in of])
-        )
+        *axes, values = [f.axes if isinstance(f, Flow) else None for f in of]
+        if None in axes and values is not None:
+            return Weight(weight.parameter, values.split(shape), values)
+        return Weight(weight.parameter, tuple(axes), values)
 
     if isinstance(out, (tuple, list)):
         return [one(i) for i in range(len(out))]
@@ -142,7 +144,8 @@ def past_sigma(tag: Tag, z: Tensor, a: Any) -> Flow | Weight:
     Of a parameter, it is as much a weight as the parameter itself.
     """
     if isinstance(tag, Weight):
-        return Weight(tag.parameter, tuple([sigma_axes(axes, z, a) for axes in tag.axes]))
+        of_each = tuple([sigma_axes(axes, z, a) for axes in tag.axes])
+        return Weight(tag.parameter, of_each, sigma_axes(tag.values, z, a))
     axes = sigma_axes(tag.axes, z, a) if tag is not None else None
     if axes is None or axes.dim is None:
         return Flow(NOWHERE)

@@ -12,7 +12,16 @@ from fmapkit._axes import Axes
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow, Lookup, Tag, flow_of
 
-__all__ = ["Rule", "aligned", "argument", "each", "lost_if_none", "pointwise", "same_filters", "where"]
+__all__ = [
+    "Rule",
+    "aligned",
+    "argument",
+    "each",
+    "lost_if_none",
+    "pointwise",
+    "same_filters",
+    "where",
+]
 
 # Given the flow of the first operand that has one, that operand, the call's arguments, its result
 # and what any tensor carries.

@@ -35,29 +35,34 @@ def _is_number(item: Any) -> bool:
 
 
 def _numbered(index: Any, x: Tensor, out: Tensor) -> list[Any]:
-    """The items of an index; a tensor that is one number replaced by that, where it is the only.
+    """The items of an index; tensors that are one number each replaced by what they are.
 
-    Nobody waits for the device: where the result begins in the memory of `x` tells the number.
+    Nobody waits for the device: where the result begins in the memory of `x` tells the numbers.
     """
     items = list(index) if isinstance(index, tuple) else [index]
     tensors = [i for i in items if isinstance(i, (Tensor, list))]
-    if len(tensors) != 1 or not _is_number(tensors[0]) or not _views(out, x):
+    if not tensors or not all(map(_is_number, tensors)) or not _views(out, x):
         return items
-    begins, at, dim, number = out.storage_offset() - x.storage_offset(), 0, 0, 0
+    begins, dim = out.storage_offset() - x.storage_offset(), 0
+    numbers: dict[int, int] = {}  # the axis of each: its place in the index
     for place, item in enumerate(items):
         if item is Ellipsis:
             dim = x.dim() - sum(i is not None for i in items[place + 1 :])
         elif _is_number(item):
-            at, number = place, dim
+            numbers[dim] = place
             dim += 1
         elif item is not None:
             first = item.indices(x.shape[dim])[0] if isinstance(item, slice) else int(item)
             begins -= first % x.shape[dim] * x.stride(dim)
             dim += 1
-    stride = x.stride(number)
-    if isinstance(begins, int) and isinstance(stride, int) and stride:
-        items[at] = begins // stride
-    return items
+    if not all(isinstance(n, int) for n in (begins, *x.stride())):
+        return items  # of a fake tensor
+    found = list(items)
+    for dim in sorted(numbers, key=x.stride, reverse=True):
+        last = x.shape[dim] - 1
+        found[numbers[dim]] = min(begins // x.stride(dim), last) if x.stride(dim) else 0
+        begins -= found[numbers[dim]] * x.stride(dim)
+    return found if not begins else items
 
 
 def _views(out: Any, x: Tensor) -> bool:

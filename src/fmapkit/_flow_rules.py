@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fmapkit._axes import Axes
 from fmapkit._flow_basics import (
     Rule,
     aligned,
@@ -106,7 +105,6 @@ def _permute(name: str) -> Rule:
         return Flow(flow.origin, flow.axes.permute(order))
 
     return rule
-
 
 
 def _reduce(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:

@@ -24,7 +24,7 @@ from fmapkit._wrappers import (
     places_in,
 )
 
-__all__ = ["Names", "Use"]
+__all__ = ["Names", "Use", "never_called"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,10 +282,10 @@ class Names:
 
     def module_of(self, label: str) -> nn.Module | None:
         """The module a layer's label belongs to: `a.b`, `a.b:gelu` and `a.b.in_proj` -> a.b."""
-        found = self._head(label)
+        found = self.head(label)
         return self.by_name[found] if found is not None else self.elsewhere.module_at(label)
 
-    def _head(self, label: str) -> str | None:
+    def head(self, label: str) -> str | None:
         """The name of the registered module that a label begins with; None if there is none."""
         for name in (label, label.partition(":")[0]):
             if name in self.by_name:
@@ -295,24 +295,31 @@ class Names:
 
     def other_names(self, label: str) -> list[str]:
         """The same label by the other names of its module, if it is registered more than once."""
-        head = self._head(label)
+        head = self.head(label)
         if head is None:
             return []
         rest = label[len(head) :]
-        module = self.by_name[head]
-        rest = rest if head else f".{rest}" if rest and rest[0] not in ":[." else rest
-        return [
-            f"{name}{rest}".lstrip(".")
-            for name in self._places[module]
-            if name != self.by_module[module] or name != head
-        ]
+        return [f"{name}{rest}" for name in self._places[self.by_name[head]] if name != head]
+
+    def children(self, module: nn.Module) -> list[nn.Module]:
+        """Its children, those in a wrapper in its place."""
+        name = self.by_module[module]
+        places = (f"{name}.{key}" if name else key for key in module._modules)
+        return [self.by_name[place] for place in places if place in self.by_name]
 
     def canonical(self, label: str) -> str:
         """A label by the name that its maps have."""
-        head = self._head(label)
+        head = self.head(label)
         if not head:
             return label
         return f"{self.by_module[self.by_name[head]]}{label[len(head) :]}"
+
+
+def never_called(module: nn.Module) -> bool:
+    """Whether a module only holds others, or parameters: it has no forward (`nn.ModuleList`)."""
+    kind = type(module)
+    plain = kind.forward is nn.Module.forward and kind.__call__ is nn.Module.__call__
+    return plain and "forward" not in module.__dict__
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

@@ -70,17 +70,20 @@ class Weight:
 
     `axes` follows each axis of the parameter, one after the other: which of its indices the tensor
     has, and where. Of an axis that an index was picked from, no part is left, and the offset is
-    that index. None where they are not known.
+    that index. None where they are not known. `values` follows all of them as one, by the place of
+    each value in the parameter: through a reshape, say, that puts two axes together.
     """
 
     parameter: Tensor
     axes: tuple[Axes | None, ...] = ()
+    values: Axes | None = None
 
     @staticmethod
     def whole(parameter: Tensor) -> Weight:
         """A parameter as it is."""
         shape = tuple(parameter.shape)
-        return Weight(parameter, tuple([Axes.single(d, size) for d, size in enumerate(shape)]))
+        axes = tuple([Axes.single(d, size) for d, size in enumerate(shape)])
+        return Weight(parameter, axes, Axes.of_all(shape))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -249,6 +249,8 @@ class Tracer(TorchFunctionMode):
         axes = _weighted.layer_axes(known.name, args, kwargs, weight, out, tag)
         if axes is None and use.is_module and weight.numel() == use.weight.numel():
             axes = _weighted.layer_axes(known.name, args, kwargs, weight, out, None)
+        if not (use.kept or use.is_module):
+            axes = None  # another weight in the next pass: nobody knows what its rows stand for
         place = _weighted.input_place(known.name, args, kwargs, weight)
         operands = tensors_in(*args, kwargs)
         x = operands[place] if place is not None else None
