@@ -19,7 +19,8 @@ from torch import Tensor, nn
 __all__ = ["Elsewhere", "Found", "Unnamed"]
 
 _MOST = 100_000  # objects that are looked at: a data set of a million numbers has no layers
-_REGISTERED = ("_parameters", "_buffers", "_modules")
+# What every module has for itself: what it has registered, hooks, flags; and what a capture sets.
+_OWN = frozenset(nn.Module().__dict__) | {"_compiled_call_impl", "forward"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class Elsewhere:
     def __init__(self, walk: Callable[[], Iterator[tuple[str, nn.Module]]]) -> None:
         self._walk = walk
         self._known: dict[int, tuple[weakref.ref[Any], Found]] = {}
+        self._modules: dict[str, weakref.ref[nn.Module]] = {}
 
     def find(self, value: Tensor | nn.Module, again: bool = True) -> Found | None:
         """Where it is; None if nothing leads there.
@@ -63,10 +65,8 @@ class Elsewhere:
 
     def module_at(self, path: str) -> nn.Module | None:
         """The module of a path that was found."""
-        for ref, found in self._known.values():
-            if found.path == path and isinstance(value := ref(), nn.Module):
-                return value
-        return None
+        found = self._modules.get(path)
+        return found() if found is not None else None
 
     def paths(self) -> dict[str, nn.Module | None]:
         """The paths of all modules, and of tensors that no module has registered."""
@@ -112,6 +112,7 @@ class Elsewhere:
 
     def _module(self, path: str, module: nn.Module) -> None:
         self._put(module, Found(path))
+        self._modules.setdefault(path, weakref.ref(module))
         for registered in (module._parameters, module._buffers):
             for key, tensor in list(registered.items()):
                 if tensor is not None:
@@ -132,10 +133,10 @@ def _attributes(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """What an object has, read without a look at what its class makes of it."""
     own = getattr(value, "__dict__", {})
     for key, held in list(own.items()) if isinstance(own, dict) else []:
-        if key not in _REGISTERED:
+        if key not in _OWN:
             yield f"{path}.{key}".lstrip("."), held
     for base in type(value).__mro__:
-        if base.__module__.partition(".")[0] in ("torch", "builtins"):
+        if _is_of(base, "torch", "builtins"):
             continue
         for key, held in list(vars(base).items()):
             if isinstance(held, types.MemberDescriptorType):  # a slot
@@ -158,8 +159,12 @@ def _items(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         for key, held in list(dict.items(value)):
             if isinstance(key, (str, int)):
                 yield f"{path}[{key!r}]", held
-    if type(value).__module__.partition(".")[0] != "torch":
+    if not _is_of(type(value), "torch", "fmapkit"):
         yield from _attributes(path, value)
+
+
+def _is_of(kind: type, *packages: str) -> bool:
+    return kind.__module__.partition(".")[0] in packages
 
 
 class Unnamed:

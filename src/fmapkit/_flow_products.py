@@ -85,9 +85,14 @@ def einsum(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup)
 
 def einsum_terms(args: Sequence[Any]) -> tuple[list[str], str]:
     """The letters of each operand of an einsum, and of its result; none where they are not said."""
-    equation = args[0] if args and isinstance(args[0], str) else ""
+    equation = args[0] if args and isinstance(args[0], str) else "."
     left, arrow, right = equation.replace(" ", "").partition("->")
-    return (left.split(","), right) if arrow and "." not in equation else ([], "")
+    if "." in equation:
+        return [], ""
+    if not arrow:  # those that come once, in the order of the alphabet
+        letters = left.replace(",", "")
+        right = "".join(sorted(i for i in letters if letters.count(i) == 1))
+    return left.split(","), right
 
 
 def segments(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:

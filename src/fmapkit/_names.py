@@ -219,6 +219,9 @@ class Names:
         `experts.up[3]`. Owners that are not registered go by how Python gets at them, `layers[0]`,
         and what nothing leads to by the module that uses it and the function: `decoder:linear`.
         """
+        name = self.unnamed.known(use.weight)
+        if name is not None:
+            return name + use.picked
         inner = use.stack[-1]
         owners = self._owned_by(use.weight)
         picked_here = use.picked and any(module is inner for module, _ in owners)
@@ -226,9 +229,6 @@ class Names:
             place = self.place(inner)
             if place is not None:
                 return self._without_parametrization(place)
-        name = self.unnamed.known(use.weight)
-        if name is not None:
-            return name + use.picked
         running = [o for m in reversed(use.stack) for o in owners if o[0] is m]
         if owners:
             module, key = (running or owners)[0]
@@ -247,15 +247,24 @@ class Names:
         )
         if use.endures:
             return self.unnamed.of(use.weight, names) + use.picked
-        if not use.kept and not use.scope._modules and not self._weights(use.scope):
+        made = isinstance(use.weight, nn.Parameter)
+        if not made and not use.scope._modules and not self._weights(use.scope):
             names = itertools.chain([name], names)
-        return self.unnamed.at((name, use.function, use.source, use.turn), names) + use.picked
+        name = self.unnamed.at((name, use.function, use.source, use.turn), names)
+        if made:
+            self.unnamed.keep(use.weight, name)  # it may be registered later on
+        return name + use.picked
 
-    def place(self, module: nn.Module) -> str | None:
-        """A module's name, or how Python gets at it; None if nothing leads there."""
+    def place(self, module: nn.Module, again: bool = True) -> str | None:
+        """A module's name, or how Python gets at it; None if nothing leads there.
+
+        Args:
+            module: registered or not.
+            again: look once more, if it was not there when last looked.
+        """
         name = self.by_module.get(module)
         if name is None:
-            found = self.elsewhere.find(module)
+            found = self.elsewhere.find(module, again)
             name = found.path if found is not None else None
         return name
 
@@ -266,6 +275,8 @@ class Names:
         if picked:
             return f"{name}.{key}{picked}".lstrip(".")
         weights = self._weights(module)
+        if key in module._buffers:
+            weights += [k for k, b in module._buffers.items() if b is not None and b.dim() >= 2]
         if key == "weight" or (len(weights) <= 1 and not key.endswith("_weight")):
             return name
         part = key.removesuffix("_weight")
@@ -282,8 +293,11 @@ class Names:
 
     def module_of(self, label: str) -> nn.Module | None:
         """The module a layer's label belongs to: `a.b`, `a.b:gelu` and `a.b.in_proj` -> a.b."""
+        plain = label.partition(":")[0]
+        if plain not in self.by_name and (beside := self.elsewhere.module_at(plain)) is not None:
+            return beside
         found = self.head(label)
-        return self.by_name[found] if found is not None else self.elsewhere.module_at(label)
+        return self.by_name[found] if found is not None else None
 
     def head(self, label: str) -> str | None:
         """The name of the registered module that a label begins with; None if there is none."""

@@ -41,7 +41,7 @@ def before_sigma(tracer: Tracer, known: Function, func: Any, args: Any, kwargs: 
         quiet = True
         tracer.miss(tracer.names.of(frame.module), TRANSFORMED)
     if tracer.editor and not quiet and known.sigma is not None:
-        own = f"{tracer.names.of(frame.module)}:{known.sigma}"
+        own = tracer.own_name(frame.module, known.sigma)
         tracer.editor.before(call, own, known.sigma, in_place)
         if call.site is not None:
             call.held = tracer.aliases.reference(z)
@@ -95,7 +95,7 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
         event.x, event.y, event.key = z, a, frame.key
     if call.flip:
         tracer.suspects.add(z, a, event)
-    own = f"{tracer.names.of(scope)}:{known.sigma}"
+    own = tracer.own_name(scope, known.sigma)
     if call.site is not None and tracer.editor is not None:
         out = tracer.editor.after(call.site, a, axes)
     tracer.record.sigma(event, flow, call.held, z, a, own, call.site)

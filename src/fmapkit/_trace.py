@@ -249,7 +249,7 @@ class Tracer(TorchFunctionMode):
         axes = _weighted.layer_axes(known.name, args, kwargs, weight, out, tag)
         if axes is None and use.is_module and weight.numel() == use.weight.numel():
             axes = _weighted.layer_axes(known.name, args, kwargs, weight, out, None)
-        if not (use.kept or use.is_module):
+        if not (use.kept or use.is_module or isinstance(use.weight, nn.Parameter)):
             axes = None  # another weight in the next pass: nobody knows what its rows stand for
         place = _weighted.input_place(known.name, args, kwargs, weight)
         operands = tensors_in(*args, kwargs)
@@ -292,6 +292,15 @@ class Tracer(TorchFunctionMode):
     def running(self) -> nn.Module:
         """The innermost module that runs, registered or not."""
         return running_module(2) or self.frames[-1].module
+
+    def own_name(self, scope: nn.Module, sigma: str | None) -> str:
+        """What a nonlinearity goes by that no layer stands before: its module, and itself."""
+        running = self.running()
+        if running not in self.names.by_module:
+            place = self.names.place(running, again=False)
+            if place is not None:
+                return place if nonlinearities.module_sigma(running) else f"{place}:{sigma}"
+        return f"{self.names.of(scope)}:{sigma}"
 
     def layer_event(
         self, event: Event, name: str, x: Tensor | None, out: Tensor, axes: Axes | None
