@@ -9,12 +9,14 @@ rule stops the flow: its result has no layer behind it. A label is never guessed
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from fmapkit._axes import Axes
 from fmapkit._flow_basics import Rule, each
+from fmapkit._flow_index import is_number
 from fmapkit._flow_rules import RULES, spatial
 from fmapkit._nested import tensors_in
 from fmapkit._origin import NOWHERE, STOP, Flow, Lookup, Tag, Weight, flow_of
@@ -98,13 +100,14 @@ def _of_weights(
 
     found = [followed(axes) for axes in (*weight.axes, weight.values)]
     shape = tuple(weight.parameter.shape)
+    by_value = weight.by_value or (name in PICKS and any(map(is_number, tensors_in(*args, kwargs))))
 
     def one(place: int | None) -> Weight:
         of = [f[place] if isinstance(f, list) and place is not None else f for f in found]
         *axes, values = [f.axes if isinstance(f, Flow) else None for f in of]
         if None in axes and values is not None:
-            return Weight(weight.parameter, values.split(shape), values)
-        return Weight(weight.parameter, tuple(axes), values)
+            return Weight(weight.parameter, values.split(shape), values, by_value)
+        return Weight(weight.parameter, tuple(axes), values, by_value)
 
     if isinstance(out, (tuple, list)):
         return [one(i) for i in range(len(out))]
@@ -145,7 +148,7 @@ def past_sigma(tag: Tag, z: Tensor, a: Any) -> Flow | Weight:
     """
     if isinstance(tag, Weight):
         of_each = tuple([sigma_axes(axes, z, a) for axes in tag.axes])
-        return Weight(tag.parameter, of_each, sigma_axes(tag.values, z, a))
+        return replace(tag, axes=of_each, values=sigma_axes(tag.values, z, a))
     axes = sigma_axes(tag.axes, z, a) if tag is not None else None
     if axes is None or axes.dim is None:
         return Flow(NOWHERE)

@@ -15,7 +15,7 @@ from fmapkit._origin import NOWHERE, STOP, Flow, Lookup, flow_of
 from fmapkit._store import storage_of
 from fmapkit._vocabulary import ADDING_WRITES
 
-__all__ = ["getitem", "index_select", "write"]
+__all__ = ["getitem", "index_select", "is_number", "write"]
 
 
 def getitem(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
@@ -28,7 +28,7 @@ def getitem(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup
     return Flow(flow.origin, axes)
 
 
-def _is_number(item: Any) -> bool:
+def is_number(item: Any) -> bool:
     """A tensor that is one whole number: torch takes it as it takes an int."""
     whole = isinstance(item, Tensor) and not item.dim() and not item.is_floating_point()
     return whole and item.dtype not in (torch.bool, torch.uint8)
@@ -41,14 +41,14 @@ def _numbered(index: Any, x: Tensor, out: Tensor) -> list[Any]:
     """
     items = list(index) if isinstance(index, tuple) else [index]
     tensors = [i for i in items if isinstance(i, (Tensor, list))]
-    if not tensors or not all(map(_is_number, tensors)) or not _views(out, x):
+    if not tensors or not all(map(is_number, tensors)) or not _views(out, x):
         return items
     begins, dim = out.storage_offset() - x.storage_offset(), 0
     numbers: dict[int, int] = {}  # the axis of each: its place in the index
     for place, item in enumerate(items):
         if item is Ellipsis:
             dim = x.dim() - sum(i is not None for i in items[place + 1 :])
-        elif _is_number(item):
+        elif is_number(item):
             numbers[dim] = place
             dim += 1
         elif item is not None:
@@ -105,7 +105,7 @@ def _indexed(axes: Axes | None, index: Sequence[Any], shape: Sequence[int]) -> A
             removed = axes.remove(gone)
             axes = removed.insert(at, rank) if removed is not None else None
             at += rank
-        elif _is_number(item):  # which, nobody knows
+        elif is_number(item):  # which, nobody knows
             axes = None if any(p.dim == at for p in axes.parts) else axes.remove([at])
         elif isinstance(item, bool):
             return None
@@ -115,7 +115,7 @@ def _indexed(axes: Axes | None, index: Sequence[Any], shape: Sequence[int]) -> A
 
 
 def _is_advanced(item: Any) -> bool:
-    return isinstance(item, (Tensor, list)) and not _is_number(item)
+    return isinstance(item, (Tensor, list)) and not is_number(item)
 
 
 def _width(item: Any) -> int:

@@ -70,7 +70,7 @@ class Learning:
         tracer.trial += 1
         tracer.aliases.written.clear()
         tracer.born.clear()
-        tracer.edited = False
+        tracer.edited = tracer.by_value = False
         frame = tracer.enter(module, args, kwargs)
         frame.counts = Counter(tracer.counts)
         self._live.lesson = Lesson(module, frame, key, inputs)
@@ -95,7 +95,9 @@ class Learning:
         tracer.trial -= 1
         self._live.lesson = None
         self._placing.after_lesson(module)
-        if tracer.edited:  # from the next pass on, only the parts below that need it are traced
+        if (
+            tracer.edited or tracer.by_value
+        ):  # from the next pass on, only the parts below that need it are traced
             self._units.open(module)
             self._placing.scopes_changed()
         elif not failed and tracer.failed is None:

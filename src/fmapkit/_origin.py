@@ -71,12 +71,14 @@ class Weight:
     `axes` follows each axis of the parameter, one after the other: which of its indices the tensor
     has, and where. Of an axis that an index was picked from, no part is left, and the offset is
     that index. None where they are not known. `values` follows all of them as one, by the place of
-    each value in the parameter: through a reshape, say, that puts two axes together.
+    each value in the parameter: through a reshape, say, that puts two axes together. `by_value`: a
+    tensor's value has picked the index, so the next pass may pick another one.
     """
 
     parameter: Tensor
     axes: tuple[Axes | None, ...] = ()
     values: Axes | None = None
+    by_value: bool = False
 
     @staticmethod
     def whole(parameter: Tensor) -> Weight:

@@ -58,6 +58,7 @@ class Tracer(TorchFunctionMode):
         frames: the modules that are running, outermost first.
         unhooked: modules that ran without hooks.
         edited: something was, or might have been, edited.
+        by_value: a label depends on a tensor's value, which nobody can know beforehand.
         failed: a fault of our own, after which nothing is captured.
         paused: while a unit is replayed.
         trial: > 0 while a proven module is learned.
@@ -70,7 +71,7 @@ class Tracer(TorchFunctionMode):
     """
 
     # As each pass begins.
-    edited = paused = False
+    edited = by_value = paused = False
     failed: BaseException | None = None
     trial = opaque = 0
     follower: Follower | None = None
@@ -232,6 +233,10 @@ class Tracer(TorchFunctionMode):
             if name in words.NORM_AXIS and isinstance(tag, Flow) and isinstance(out, Tensor):
                 own = self.names.place(self.running()) or self.names.of(frame.module)
                 tag = self.record.norm(tag, out, words.NORM_AXIS[name], own)
+            if isinstance(tag, Weight) and tag.by_value:
+                self.by_value = True
+                if self.noter is not None:
+                    self.noter.stop()
             if tag is not None:
                 if name == "__setitem__":
                     self.set_tag(args[0], tag)
