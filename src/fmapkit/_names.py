@@ -274,10 +274,12 @@ class Names:
             return self._without_parametrization(name)
         if picked:
             return f"{name}.{key}{picked}".lstrip(".")
-        weights = self._weights(module)
+        others = [k for k in self._weights(module) if k != key]
         if key in module._buffers:
-            weights += [k for k, b in module._buffers.items() if b is not None and b.dim() >= 2]
-        if key == "weight" or (len(weights) <= 1 and not key.endswith("_weight")):
+            others += [
+                k for k, b in module._buffers.items() if b is not None and b.dim() > 1 and k != key
+            ]
+        if key == "weight" or not (others or key.endswith("_weight")):
             return name
         part = key.removesuffix("_weight")
         return f"{name}.{part}" if name else part
@@ -331,9 +333,9 @@ class Names:
 
 def never_called(module: nn.Module) -> bool:
     """Whether a module only holds others, or parameters: it has no forward (`nn.ModuleList`)."""
-    kind = type(module)
-    plain = kind.forward is nn.Module.forward and kind.__call__ is nn.Module.__call__
-    return plain and "forward" not in module.__dict__
+    kind: Any = type(module)
+    plain = kind.__call__.__module__.startswith("torch.")  # that of a `ParameterList` only raises
+    return plain and kind.forward is nn.Module.forward and "forward" not in module.__dict__
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
