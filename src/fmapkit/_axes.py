@@ -50,6 +50,8 @@ class Axes:
 
         None for all of them where one part runs along several.
         """
+        if 0 in shape:
+            return (None,) * len(shape)
         offset, found = self.offset, []
         left = [p for p in self.parts if p.size > 1]
         for part in Axes.of_all(shape).parts:

@@ -188,13 +188,16 @@ class Unnamed:
         found = self._values.get(id(value))
         return found[1] if found is not None and found[0]() is value else None
 
-    def of(self, value: Tensor, names: Iterator[str]) -> str:
-        """The name of a tensor that endures, and is found nowhere."""
-        name = self.known(value)
-        if name is None:
-            self._values = {k: v for k, v in self._values.items() if v[0]() is not None}
+    def of(self, value: Tensor, place: Hashable, names: Iterator[str]) -> str:
+        """The name of a tensor that endures, or was made unseen, and is found nowhere.
+
+        The name of the place where it is used, if what that was given to is gone.
+        """
+        self._values = {k: v for k, v in self._values.items() if v[0]() is not None}
+        name = self._places.get(place)
+        if name is None or any(name == other for _, other in self._values.values()):
             name = self._free(names)
-            self.keep(value, name)
+        self.keep(value, name)
         return name
 
     def keep(self, value: Tensor, name: str) -> None:

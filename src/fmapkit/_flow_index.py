@@ -22,7 +22,7 @@ def getitem(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup
     """Some places of a tensor, by an index."""
     axes = flow.axes
     if axes is not None:
-        axes = _indexed(axes, _numbered(args[1], x, out), tuple(x.shape))
+        axes = _indexed(axes, _numbered(args[1], x, out), x.dim())
     if axes is None or any(p.dim >= out.dim() or out.shape[p.dim] != p.size for p in axes.parts):
         return STOP
     return Flow(flow.origin, axes)
@@ -52,8 +52,9 @@ def _numbered(index: Any, x: Tensor, out: Tensor) -> list[Any]:
             numbers[dim] = place
             dim += 1
         elif item is not None:
-            first = item.indices(x.shape[dim])[0] if isinstance(item, slice) else int(item)
-            begins -= first % x.shape[dim] * x.stride(dim)
+            size = x.shape[dim]
+            first = item.indices(size)[0] if isinstance(item, slice) else int(item) % size
+            begins -= first * x.stride(dim)
             dim += 1
     if not all(isinstance(n, int) for n in (begins, *x.stride())):
         return items  # of a fake tensor
@@ -68,11 +69,11 @@ def _numbered(index: Any, x: Tensor, out: Tensor) -> list[Any]:
 def _views(out: Any, x: Tensor) -> bool:
     """Whether a result lies in the memory of the operand."""
     plain = isinstance(out, Tensor) and out.layout == x.layout == torch.strided
-    return plain and storage_of(out) == storage_of(x)
+    return plain and not x.is_nested and storage_of(out) == storage_of(x)
 
 
-def _indexed(axes: Axes | None, index: Sequence[Any], shape: Sequence[int]) -> Axes | None:
-    """Where the filters of a tensor of this shape lie after it is indexed; None if nobody knows."""
+def _indexed(axes: Axes | None, index: Sequence[Any], rank: int) -> Axes | None:
+    """Where the filters of a tensor with so many axes lie when it is indexed; None if unknown."""
     items = list(index)
     advanced = [i for i, item in enumerate(items) if _is_advanced(item)]
     if advanced and advanced != list(range(advanced[0], advanced[-1] + 1)):
@@ -87,7 +88,7 @@ def _indexed(axes: Axes | None, index: Sequence[Any], shape: Sequence[int]) -> A
             axes = axes.insert(at)
             at += 1
         elif item is Ellipsis:
-            at += len(shape) - sum(map(_width, items))
+            at += rank - sum(map(_width, items))
         elif isinstance(item, slice):
             part = next((p for p in axes.parts if p.dim == at), None)
             if part is not None:
@@ -101,10 +102,10 @@ def _indexed(axes: Axes | None, index: Sequence[Any], shape: Sequence[int]) -> A
             gone = list(range(at, at + sum(map(_width, together))))
             if any(p.dim in gone for p in axes.parts):
                 return None
-            rank = max(map(_rank, together))
+            made = max(map(_rank, together))
             removed = axes.remove(gone)
-            axes = removed.insert(at, rank) if removed is not None else None
-            at += rank
+            axes = removed.insert(at, made) if removed is not None else None
+            at += made
         elif is_number(item):  # which, nobody knows
             axes = None if any(p.dim == at for p in axes.parts) else axes.remove([at])
         elif isinstance(item, bool):
@@ -190,7 +191,7 @@ def _put(axes: Axes, source: Tensor, index: Any, shape: Sequence[int]) -> Axes |
         return None
     there = {}
     for dim, size in enumerate(shape):
-        found = _indexed(Axes.single(dim, size), items, shape)
+        found = _indexed(Axes.single(dim, size), items, len(shape))
         if found is not None and found.parts and found == Axes.single(found.parts[0].dim, size):
             there[found.parts[0].dim] = dim
     advanced = [i for i in items if _is_advanced(i)]

@@ -32,7 +32,7 @@ class Frame:
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
         *("in_place", "flip", "tag", "a"),
-        *("counts", "firing", "replaced", "site", "unnamed"),
+        *("counts", "firing", "replaced", "site", "turns"),
     )
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any, start: int) -> None:
@@ -51,8 +51,8 @@ class Frame:
         self.tag: Tag = None  # what x carries
         self.counts = _NONE  # as it began; of a unit that is learned
         self.firing = 0
-        # How many weights each function has used that have no name: by the layer that made them.
-        self.unnamed: Counter[tuple[str, str]] = Counter()
+        # How often each function was given a weight, by the layer that made that.
+        self.turns: Counter[tuple[str, str | None]] = Counter()
         self.site: Site | None = None  # something to edit
         self.replaced: tuple[Any, Any] | None = None  # the arguments that it is to get instead
 

@@ -7,7 +7,7 @@ The names are those of the plain model: a module that only carries another one
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +38,9 @@ class Use:
         is_module: the innermost is a layer.
         scope: the innermost that is registered.
         function: what uses it.
-        kept: somebody may hold it: it is no result of this pass.
-        endures: it is a parameter that was there before the pass.
-        source: of a weight that data made, its layer.
-        turn: how many such weights the function has used before in this call of the module.
+        made: it was made from nothing in this pass.
+        source: of a weight that data made, the layer that did; else None.
+        turn: how many such weights the function was given before in this call of the module.
     """
 
     weight: Tensor
@@ -50,10 +49,14 @@ class Use:
     is_module: bool
     scope: nn.Module
     function: str
-    kept: bool
-    endures: bool
-    source: Hashable
+    made: bool
+    source: str | None
     turn: int
+
+    @property
+    def fleeting(self) -> bool:
+        """Whether the next pass makes another one."""
+        return self.made or self.source is not None
 
 
 class Names:
@@ -210,7 +213,7 @@ class Names:
         found = self._owners.get(id(parameter))
         return found[1] if found is not None and found[0] is parameter else []
 
-    def layer_of(self, use: Use) -> str:
+    def layer_of(self, use: Use) -> tuple[str, bool]:
         """The layer of a weighted function: the running layer module, or the weight's owner.
 
         A weight that is called `weight`, or is its owner's only one, goes by the owner's name.
@@ -218,42 +221,49 @@ class Names:
         of several weights that are stacked in a parameter goes by parameter and index:
         `experts.up[3]`. Owners that are not registered go by how Python gets at them, `layers[0]`,
         and what nothing leads to by the module that uses it and the function: `decoder:linear`.
+
+        Returns:
+            Its label; and whether the rows of such a weight mean the same in each pass.
         """
+        parameter = isinstance(use.weight, nn.Parameter)
         name = self.unnamed.known(use.weight)
         if name is not None:
-            return name + use.picked
+            return name + use.picked, True
         inner = use.stack[-1]
-        owners = self._owned_by(use.weight)
+        owners = self._owned_by(use.weight) if use.source is None else []
         picked_here = use.picked and any(module is inner for module, _ in owners)
         if use.is_module and not picked_here:
             place = self.place(inner)
             if place is not None:
-                return self._without_parametrization(place)
+                return self._without_parametrization(place), True
         running = [o for m in reversed(use.stack) for o in owners if o[0] is m]
         if owners:
             module, key = (running or owners)[0]
-            return self._of_key(self.of(module), module, key, use.picked)
-        found = self.elsewhere.find(use.weight, again=use.endures) if use.kept else None
-        if found is not None:
-            name = found.path
-            if found.module is not None:
-                name = self._of_key(name, found.module, found.key, "")
-            self.unnamed.keep(use.weight, name)
-            return name + use.picked
+            return self._of_key(self.of(module), module, key, use.picked), True
+        if use.source is None:
+            found = self.elsewhere.find(use.weight, again=parameter or use.made)
+            if found is not None:
+                name = found.path
+                if found.module is not None:
+                    name = self._of_key(name, found.module, found.key, "")
+                self.unnamed.keep(use.weight, name)
+                return name + use.picked, True
+        return self._unnamed(use, parameter) + use.picked, parameter or not use.fleeting
+
+    def _unnamed(self, use: Use, parameter: bool) -> str:
+        """A name for a weight that nothing leads to."""
         name = self.of(use.scope)
-        numbered = itertools.count(1)
-        names = itertools.chain(
-            [f"{name}:{use.function}"], (f"{name}:{use.function}#{n}" for n in numbered)
-        )
-        if use.endures:
-            return self.unnamed.of(use.weight, names) + use.picked
-        made = isinstance(use.weight, nn.Parameter)
-        if not made and not use.scope._modules and not self._weights(use.scope):
+        called = f"{name}:{use.function}"
+        names = itertools.chain([called], (f"{called}#{n}" for n in itertools.count(1)))
+        place = (name, use.function, use.source, use.turn)
+        if parameter and not use.made:
+            return self.unnamed.of(use.weight, place, names)
+        if not parameter and not use.scope._modules and not self._weights(use.scope):
             names = itertools.chain([name], names)
-        name = self.unnamed.at((name, use.function, use.source, use.turn), names)
-        if made:
+        name = self.unnamed.at(place, names)
+        if parameter:
             self.unnamed.keep(use.weight, name)  # it may be registered later on
-        return name + use.picked
+        return name
 
     def place(self, module: nn.Module, again: bool = True) -> str | None:
         """A module's name, or how Python gets at it; None if nothing leads there.

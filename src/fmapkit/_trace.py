@@ -233,10 +233,8 @@ class Tracer(TorchFunctionMode):
             if name in words.NORM_AXIS and isinstance(tag, Flow) and isinstance(out, Tensor):
                 own = self.names.place(self.running()) or self.names.of(frame.module)
                 tag = self.record.norm(tag, out, words.NORM_AXIS[name], own)
-            if isinstance(tag, Weight) and tag.by_value:
-                self.by_value = True
-                if self.noter is not None:
-                    self.noter.stop()
+            if isinstance(tag, Weight) and tag.by_value and self.noter is not None:
+                self.noter.stop()
             if tag is not None:
                 if name == "__setitem__":
                     self.set_tag(args[0], tag)
@@ -250,12 +248,13 @@ class Tracer(TorchFunctionMode):
         frame = self.frames[-1]
         tag = self.tag(weight)
         use = self._use(known.name, weight, tag)
-        name = self.names.layer_of(use)
+        name, known_rows = self.names.layer_of(use)
         axes = _weighted.layer_axes(known.name, args, kwargs, weight, out, tag)
         if axes is None and use.is_module and weight.numel() == use.weight.numel():
             axes = _weighted.layer_axes(known.name, args, kwargs, weight, out, None)
-        if not (use.kept or use.is_module or isinstance(use.weight, nn.Parameter)):
+        if not known_rows:
             axes = None  # another weight in the next pass: nobody knows what its rows stand for
+        self.by_value = self.by_value or (isinstance(tag, Weight) and tag.by_value)
         place = _weighted.input_place(known.name, args, kwargs, weight)
         operands = tensors_in(*args, kwargs)
         x = operands[place] if place is not None else None
@@ -274,13 +273,10 @@ class Tracer(TorchFunctionMode):
         if running is not stack[-1]:
             stack.append(running)
         made_of = tag.parameter if isinstance(tag, Weight) else weight
-        kept = not isinstance(tag, Flow) and storage_of(made_of) not in self.made
-        endures = kept and isinstance(made_of, nn.Parameter)
-        turn = 0
-        source = tag.origin.name if isinstance(tag, Flow) else ""
-        if not endures:
-            turn = frame.unnamed[function, source]
-            frame.unnamed[function, source] += 1
+        made = storage_of(made_of) in self.made
+        source = tag.origin.name if isinstance(tag, Flow) else None
+        turn = frame.turns[function, source]
+        frame.turns[function, source] += 1
         return Use(
             weight=made_of,
             picked=_weighted.picked(function, tag, weight) if isinstance(tag, Weight) else "",
@@ -288,8 +284,7 @@ class Tracer(TorchFunctionMode):
             is_module=layers.layer_axis(running) is not None,
             scope=self.scope(),
             function=function,
-            kept=kept,
-            endures=endures,
+            made=made,
             source=source,
             turn=turn,
         )
