@@ -101,7 +101,7 @@ class Selection:
         beside = names.elsewhere.paths()
         if any(selector.matches(path, module) for path, module in beside.items()):
             return
-        known = [n for n in (*names.by_name, *beside) if n]
+        known = [n for n in dict.fromkeys((*names.by_name, *beside)) if n]
         hint = did_you_mean(given, known) if isinstance(given, str) else ""
         model = type(names.by_name[""]).__name__
         raise UnknownLayerError(
