@@ -327,7 +327,7 @@ def test_weights_that_a_forward_makes_are_not_one_layer() -> None:
         model(torch.randn(5, 4))
         found = labels(maps)
     assert len({layer for layer, _, _ in found}) == 4
-    assert [filters for _, _, filters in found] == [None, None, None, range(3)]
+    assert [filters for _, _, filters in found] == [None, None, range(4), range(3)]
     assert all(layer.startswith(":linear") for layer, _, _ in found)
 
 

@@ -53,11 +53,6 @@ class Use:
     source: str | None
     turn: int
 
-    @property
-    def fleeting(self) -> bool:
-        """Whether the next pass makes another one."""
-        return self.made or self.source is not None
-
 
 class Names:
     """The names of one model's modules and parameters, read once and again when it changes.
@@ -248,7 +243,7 @@ class Names:
                     name = self._of_key(name, found.module, found.key, "")
                 self.unnamed.keep(use.weight, name)
                 return name + use.picked, True
-        return self._unnamed(use, parameter) + use.picked, parameter or not use.fleeting
+        return self._unnamed(use, parameter) + use.picked, use.source is None
 
     def _unnamed(self, use: Use, parameter: bool) -> str:
         """A name for a weight that nothing leads to."""

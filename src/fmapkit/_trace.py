@@ -248,12 +248,12 @@ class Tracer(TorchFunctionMode):
         frame = self.frames[-1]
         tag = self.tag(weight)
         use = self._use(known.name, weight, tag)
-        name, known_rows = self.names.layer_of(use)
+        name, same_rows = self.names.layer_of(use)
         axes = _weighted.layer_axes(known.name, args, kwargs, weight, out, tag)
         if axes is None and use.is_module and weight.numel() == use.weight.numel():
             axes = _weighted.layer_axes(known.name, args, kwargs, weight, out, None)
-        if not known_rows:
-            axes = None  # another weight in the next pass: nobody knows what its rows stand for
+        if not same_rows:
+            axes = None  # data may make, or pick, another weight each time
         self.by_value = self.by_value or (isinstance(tag, Weight) and tag.by_value)
         place = _weighted.input_place(known.name, args, kwargs, weight)
         operands = tensors_in(*args, kwargs)
