@@ -5,7 +5,9 @@ message passing, quantisers, other names of a module, containers.
 from __future__ import annotations
 
 import re
+import sys
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -670,3 +672,26 @@ def test_nothing_of_a_capture_is_taken_for_a_part_of_the_model() -> None:
             for _ in range(3):
                 model(torch.randn(2, 4))
                 assert all(layer.startswith(":linear") for layer in maps.layers)
+
+
+class Hostile:
+    """Nothing of it may be asked while a pass runs."""
+
+    def __init__(self) -> None:
+        self.layers = [nn.Linear(4, 4)]
+
+    def __getattribute__(self, name: str) -> Any:
+        asks = sys._getframe(1).f_globals["__name__"]
+        if asks.startswith("fmapkit") and name != "__class__":  # which `isinstance` asks for
+            raise AssertionError(f"{name} was asked for")
+        return super().__getattribute__(name)
+
+    @property
+    def other(self) -> Any:
+        raise AssertionError("a property was asked for")
+
+
+def test_the_way_to_a_layer_runs_none_of_the_model_s_own_code() -> None:
+    model = Body(chain(lambda m: m.at.layers), at=Hostile())
+    model.beside = [list(range(10**6)), weakref.ref(model), model, torch.optim.SGD]
+    check(model, images(2, 4), [("at.layers[0]", 0, "relu", range(4))], train=False)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 __all__ = ["Elsewhere", "Found", "Unnamed"]
 
-_MOST = 100_000  # objects that are looked at: a data set of a million numbers has no layers
+_MOST = 100_000  # objects that are looked at
+_LONGEST = 10_000  # items of a container: a data set has no layers
 # What every module has for itself: what it has registered, hooks, flags; and what a capture sets.
 _OWN = frozenset(nn.Module().__dict__) | {"_compiled_call_impl", "forward"}
 
@@ -94,14 +95,17 @@ class Elsewhere:
                 seen[id(module)] = module
                 self._module(name, module)
                 ways.extend(_attributes(name, module))
-        while ways and len(seen) < _MOST:
+        for _ in range(_MOST):
+            if not ways:
+                break
             path, value = ways.popleft()
-            if id(value) in seen or isinstance(value, _PLAIN):
+            kind = type(value)  # not what an object says that it is
+            if id(value) in seen or issubclass(kind, _PLAIN):
                 continue
             seen[id(value)] = value
-            if isinstance(value, Tensor):
+            if issubclass(kind, Tensor):
                 self._put(value, Found(path))
-            elif isinstance(value, nn.Module):
+            elif issubclass(kind, nn.Module):
                 for key, child in list(value._modules.items()):
                     if child is not None:
                         ways.append((f"{path}.{key}", child))
@@ -131,8 +135,11 @@ _PLAIN = (
 
 def _attributes(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """What an object has, read without a look at what its class makes of it."""
-    own = getattr(value, "__dict__", {})
-    for key, held in list(own.items()) if isinstance(own, dict) else []:
+    try:
+        own = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        own = {}
+    for key, held in list(own.items()) if type(own) is dict else []:
         if key not in _OWN:
             yield f"{path}.{key}".lstrip("."), held
     for base in type(value).__mro__:
@@ -144,22 +151,22 @@ def _attributes(path: str, value: Any) -> Iterator[tuple[str, Any]]:
                     yield f"{path}.{key}".lstrip("."), held.__get__(value)
                 except AttributeError:  # it is empty
                     continue
-            elif isinstance(held, (nn.Module, Tensor, list, tuple, dict)) and key[:2] != "__":
+            elif issubclass(type(held), (nn.Module, Tensor, list, tuple, dict)) and key[:2] != "__":
                 yield f"{path}.{key}".lstrip("."), held
 
 
 def _items(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """What a container has, whatever its own methods say; else the attributes of an object."""
-    kinds: tuple[Any, ...] = (list, tuple, deque)
-    for kind in kinds:
-        if isinstance(value, kind):
-            for place, held in enumerate(list(kind.__iter__(value))):
-                yield f"{path}[{place}]", held
-    if isinstance(value, dict):
+    kind, kinds = type(value), (list, tuple, deque, dict)
+    base: Any = next((k for k in kinds if issubclass(kind, k)), None)
+    if base is dict and dict.__len__(value) <= _LONGEST:
         for key, held in list(dict.items(value)):
             if isinstance(key, (str, int)):
                 yield f"{path}[{key!r}]", held
-    if not _is_of(type(value), "torch", "fmapkit"):
+    elif base is not None and base is not dict and base.__len__(value) <= _LONGEST:
+        for place, held in enumerate(list(base.__iter__(value))):
+            yield f"{path}[{place}]", held
+    if not _is_of(kind, "torch", "fmapkit"):
         yield from _attributes(path, value)
 
 
