@@ -33,7 +33,7 @@ class Frame:
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
         *("in_place", "kept", "tag", "a", "watched"),
-        *("counts", "firing", "position", "replaced", "site"),
+        *("counts", "firing", "position", "replaced", "site", "turns"),
     )
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any, start: int) -> None:
@@ -54,6 +54,8 @@ class Frame:
         self.counts = _NONE  # as it began; of a unit that is learned
         self.firing = 0
         self.position = 0  # how many decisions of the pass had been taken
+        # How often each function was given a weight, by the layer that made that.
+        self.turns: Counter[tuple[str, str | None]] | None = None
         self.site: Site | None = None  # something to edit
         self.replaced: tuple[Any, Any] | None = None  # the arguments that it is to get instead
 

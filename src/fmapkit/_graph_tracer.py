@@ -121,6 +121,9 @@ class GraphTracer(Tracer):
     def may_try(self, known: Any, z: Tensor) -> bool:
         return False  # rewritten before, where it can be
 
+    def running(self) -> nn.Module:
+        return self.frames[-1].module  # Python runs the graph, not the model
+
     def _output(self, module: nn.Module, output: Any) -> None:
         if module is self.names.model:
             return  # held when it has returned

@@ -43,7 +43,7 @@ def before_sigma(tracer: Tracer, known: Function, func: Any, args: Any, kwargs: 
         quiet = True
         tracer.miss(tracer.names.of(frame.module), TRANSFORMED)
     if tracer.editor and not quiet and known.sigma is not None:
-        own = f"{tracer.names.of(frame.module)}:{known.sigma}"
+        own = tracer.own_name(frame.module, known.sigma)
         tracer.editor.before(call, own, known.sigma, in_place)
         if call.site is not None:
             call.held = tracer.aliases.reference(z)
@@ -121,7 +121,7 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
     event.in_place = call.in_place
     if z is frame.x:
         event.x, event.y, event.key = z, a, frame.key
-    own = f"{tracer.names.of(scope)}:{known.sigma}"
+    own = tracer.own_name(scope, known.sigma)
     if call.site is not None and tracer.editor is not None:
         out = tracer.editor.after(call.site, a, sigma_axes(flow.axes, z, a))
     tracer.record.sigma(event, flow, call.held, z, a, own, call.site)

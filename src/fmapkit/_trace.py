@@ -8,6 +8,7 @@ a matter of `_sigma_calls.py`, what a module's call turns out to have been, of `
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fmapkit import _vocabulary as words
-from fmapkit import _weighted
+from fmapkit import _weighted, layers, nonlinearities
 from fmapkit._axes import Axes
 from fmapkit._candidates import may_be_sigma, role_of, verdict
 from fmapkit._closing import close
@@ -27,13 +28,13 @@ from fmapkit._events import Event, Firing
 from fmapkit._flow import carried
 from fmapkit._frames import Frame, SigmaCall, first_tensor, running_module
 from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, described
-from fmapkit._names import Names
+from fmapkit._names import Names, Use
 from fmapkit._nested import tensors_in
-from fmapkit._origin import STOP, Flow, Weight
+from fmapkit._origin import STOP, Flow, Tag, Weight
 from fmapkit._record import Record
 from fmapkit._sigma_calls import after_sigma, before_sigma
 from fmapkit._stop import Stop
-from fmapkit._store import Aliases, Pass
+from fmapkit._store import Aliases, Pass, storage_of
 from fmapkit._tags import Tags
 from fmapkit._transforms import TRANSFORMED, wrapped
 from fmapkit._wants import Wants
@@ -58,7 +59,7 @@ class Tracer(TorchFunctionMode):
         learning: > 0 while a unit is learned.
         opaque: how many running modules are registered layers.
         deciding: modules that were seen to turn data into numbers of Python's, or to let it decide
-            what runs.
+            what runs, or whose weight is used.
         moments: after how many decisions modules began; None where one ended.
     """
 
@@ -99,6 +100,7 @@ class Tracer(TorchFunctionMode):
         self.unhooked: set[nn.Module] = set()
         self.deciding: set[nn.Module] = set()
         self.moments: list[tuple[int, nn.Module | None]] = []
+        self.made: set[int] = set()  # memory of tensors that were made from nothing in this pass
 
     def _new_record(self) -> Record:
         wants = self.wants
@@ -199,6 +201,8 @@ class Tracer(TorchFunctionMode):
         frame = self.frames[-1]
         if name in words.OPAQUE:
             self.miss(self.names.of(frame.module), words.OPAQUE[name])
+        if name in words.FRESH and isinstance(out, Tensor):
+            self.made.add(storage_of(out))
         operands = tensors_in(*args, kwargs)
         if not operands:
             return out
@@ -211,7 +215,7 @@ class Tracer(TorchFunctionMode):
             and not self.opaque
             and not wrapped(out)
         ):
-            out = self._layer(known, func, operands, args, weight, out)
+            out = self._layer(known, func, operands, args, kwargs, weight, out)
         else:
             if self.learning and not self.opaque and _weighted.weighs(name):
                 # No layer this time; but who waits for layers by this name will see it, too.
@@ -225,7 +229,7 @@ class Tracer(TorchFunctionMode):
                 and tag.origin.kind != "layer"
                 and isinstance(out, Tensor)
             ):
-                own = self.names.of(frame.module)
+                own = self.names.place(self.running()) or self.names.of(frame.module)
                 tag = self.record.norm(tag, out, words.NORM_AXIS[name], own)
             if tag is not None:
                 if name == "__setitem__":
@@ -241,26 +245,73 @@ class Tracer(TorchFunctionMode):
         func: Any,
         operands: list[Tensor],
         args: Any,
+        kwargs: Any,
         weight: Tensor,
         out: Tensor,
     ) -> Tensor:
+        scope = self.scope()
         frame = self.frames[-1]
         tag = self.tag(weight)
-        owner = tag.parameter if isinstance(tag, Weight) else None
-        running = (f.module for f in reversed(self.frames))
-        name = self.names.layer_of(owner, frame.module, running)
-        axes = _weighted.layer_axes(known.name, args, weight, out)
-        if isinstance(tag, Weight) and owner is not weight:
-            axes = _weighted.weight_slice(tag, weight, axes)
+        name = self.names.of_its_own(weight, frame.module)
+        if name is not None:
+            whole, same_rows = True, True
+        else:
+            use = self._use(known.name, weight, tag, scope)
+            name, same_rows = self.names.layer_of(use)
+            whole = use.is_module and weight.numel() == use.weight.numel()
+        axes = _weighted.layer_axes(known.name, operands, args, kwargs, weight, out, tag)
+        if axes is None and whole:
+            axes = _weighted.layer_axes(known.name, operands, args, kwargs, weight, out, None)
+        if not same_rows:
+            axes = None  # data may make, or pick, another weight each time
+        if isinstance(tag, Weight) and tag.by_value:
+            self.deciding.update([f.module for f in self.frames])
         place = _weighted.input_place(known.name, operands, weight)
         x = operands[place] if place is not None else None
         if frame.x is not None and frame.x is not x and _weighted.pads_first(frame.module):
             x = frame.x
-        event = Event("layer", self.scope(), func)
+        event = Event("layer", scope, func)
         event.place = place or 0
         if x is not None and x is frame.x:
             event.x, event.y, event.key = x, out, frame.key
         return self.layer_event(event, name, x, out, axes)
+
+    def _use(self, function: str, weight: Tensor, tag: Tag, scope: nn.Module) -> Use:
+        """Whose weight is used here, as far as the pass can tell."""
+        frame, running = self.frames[-1], self.running()
+        stack = [f.module for f in self.frames]
+        if running is not stack[-1]:
+            stack.append(running)
+        made_of = tag.parameter if isinstance(tag, Weight) else weight
+        made = storage_of(made_of) in self.made
+        source = tag.origin.name if isinstance(tag, Flow) else None
+        turns = frame.turns = Counter() if frame.turns is None else frame.turns
+        turn = turns[function, source]
+        turns[function, source] += 1
+        return Use(
+            weight=made_of,
+            picked=_weighted.picked(function, tag, weight) if isinstance(tag, Weight) else "",
+            stack=stack,
+            is_module=layers.layer_axis(running) is not None,
+            scope=scope,
+            function=function,
+            made=made,
+            source=source,
+            turn=turn,
+        )
+
+    def running(self) -> nn.Module:
+        """The innermost module that runs, registered or not."""
+        return running_module(2) or self.frames[-1].module
+
+    def own_name(self, scope: nn.Module, sigma: str | None) -> str:
+        """What a nonlinearity goes by that no layer stands before: its module, and itself."""
+        running = self.running()
+        if running not in self.names.by_module:
+            place = self.names.place(running, again=False)
+            if place is not None:
+                return place if nonlinearities.module_sigma(running) else f"{place}:{sigma}"
+        return f"{self.names.of(scope)}:{sigma}"
 
     def layer_event(
         self, event: Event, name: str, x: Tensor | None, out: Tensor, axes: Axes | None
