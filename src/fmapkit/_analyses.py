@@ -13,6 +13,7 @@ from fmapkit._form import autocasting
 from fmapkit._hooks import without_modes
 from fmapkit._store import Entry, Pass
 from fmapkit.errors import ArgumentError, MapStateError
+from fmapkit.paths import unrecorded
 
 __all__ = ["Analyses"]
 
@@ -81,7 +82,7 @@ class Analyses:
 
 @contextmanager
 def _without_the_models() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad(), unseen(), ExitStack() as off:
+    with torch.inference_mode(False), torch.no_grad(), unseen(), unrecorded(), ExitStack() as off:
         for device in autocasting():
             off.enter_context(torch.autocast(device, enabled=False))
         yield

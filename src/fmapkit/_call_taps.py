@@ -46,7 +46,7 @@ class CallTap(Standing):
             return self.otherwise(args, kwargs)
         module = self.module
         output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        note, how, wanted, _, drop = cell
+        note, how, wanted, drop = cell
         if module not in wanted:  # a tap of another plan
             return output
         if how > 1:
@@ -103,7 +103,7 @@ class OutputCallTap(CallTap):
             return self.otherwise(args, kwargs)
         module = self.module
         output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        note, how, wanted, _, drop = cell
+        note, how, wanted, drop = cell
         if module not in wanted:
             return output
         if how > 1:
@@ -136,7 +136,7 @@ class KeepingCallTap(CallTap):
         if cell is None or ((self.theirs or _global_forward_pre_hooks) and self.moved()):
             return self.otherwise(args, kwargs)
         module = self.module
-        note, how, wanted, _, drop = cell
+        note, how, wanted, drop = cell
         if module not in wanted:
             return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         x = args[0]

@@ -25,7 +25,7 @@ class GradientTap(Tap):
         if cell is None:
             self.call(module, args, output)
             return
-        note, how, wanted, _, drop = cell
+        note, how, wanted, drop = cell
         if module not in wanted:
             return
         try:

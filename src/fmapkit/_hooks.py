@@ -295,6 +295,17 @@ class Hooks:
         self._handles[role, module] = [(hook, handle)]
         return before is not None
 
+    def has(self, module: nn.Module, kind: type[Hook]) -> bool:
+        """Whether a plain post hook of ours on a module is of a type."""
+        return any(type(hook) is kind for hook, _ in self._handles.get(("after", module), ()))
+
+    def clear(self, module: nn.Module) -> bool:
+        """Take our plain hooks off a module; whether there was one."""
+        roles = [role for role in ("after", "before") if (role, module) in self._handles]
+        for role in roles:
+            self._remove((role, module))
+        return bool(roles)
+
     def modules(self) -> set[nn.Module]:
         """The modules with any hook of ours."""
         return {*self._around, *(module for _, module in self._handles)}

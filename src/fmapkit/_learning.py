@@ -95,6 +95,7 @@ class Learning:
         frame.counts = Counter(tracer.counts)
         self._live.lesson = Lesson(module, frame, key, state, sizes, inputs)
         self._paths.begin_lesson(module)
+        tracer.firings.site_of = self._paths.site_of
         self._live.trace_on()
         return frame.replaced
 
@@ -114,10 +115,10 @@ class Learning:
         frame = lesson.frame
         replaced = tracer.leave(module, None if failed else output)
         tracer.learning -= 1
+        tracer.firings.site_of = None
         self._live.lesson = None
         items = self._paths.since(frame.position)
         complete, hopeless = self._paths.end_lesson(items, module)
-        self._placing.after_lesson(module)
         if hopeless:
             self._open(*hopeless)
         if tracer.edited:  # from the next pass on, only the parts below that need it are traced
@@ -149,13 +150,15 @@ class Learning:
         arguments = tensors_in(*frame.args, frame.kwargs)
         plan = make_plan(tracer, frame, output, lesson.inputs, arguments)
         unit = self._units.of(module)
-        if unit.decided_by_state(items, lesson.key, lesson.state, lesson.sizes):
+        state = unit.state_of(items, lesson.key, lesson.state, lesson.sizes)
+        if state is None:
             self._open(module, *unit.differing(items, lesson.key, lesson.sizes))
             return
-        known = unit.paths(lesson.key, unit.state())
+        known = unit.paths(lesson.key, state)
         if known.wavers(items, lesson.sizes):
             self._open(module, *known.leaves_at(items, lesson.sizes)[1])
             return
+        self._paths.twins.tap(plan.sites)
         moments = [(at - frame.position, m) for at, m in tracer.moments]
         self._placing.taps(module, known.learn(items, lesson.sizes, plan, moments))
 
@@ -176,9 +179,7 @@ class Learning:
     def drop(self) -> None:
         """The pass has broken off, perhaps in the middle of a lesson."""
         live = self._live
-        if live.lesson is not None:
-            module, live.lesson = live.lesson.module, None
-            self._placing.after_lesson(module)
+        live.lesson = None
         live.trace_out()
         if live.tracer is not None:
             live.tracer.end()

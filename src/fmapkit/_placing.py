@@ -3,7 +3,7 @@
 - On the model, always: every pass goes through them.
 - Before the first pass, on all its modules, to name what is called outside of one.
 - While scopes are watched, on every module that is not inside a unit.
-- While a unit is learned, on every module in it; from then on, on its taps only.
+- While a unit is learned, on every module in it; once there is a plan, on its taps only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fmapkit._moves import Moves
 from fmapkit._nested import modules_in
 from fmapkit._plan import Plan
 from fmapkit._sharded import moves_data
-from fmapkit._taps import InputTap, KeepingTap, Line, OutputTap, Tap
+from fmapkit._taps import KeepingTap, Line, OutputTap, Tap
 from fmapkit._units import Units
 
 __all__ = ["Calls", "Placing"]
@@ -38,14 +38,12 @@ class Calls:
         pre: as a module's forward begins: (module, args, kwargs).
         post: as it ends: (module, args, kwargs, output).
         tap: a module that carries a site has run: (module, args, output).
-        tap_before: a module whose first argument is a site's is about to run: (module, args).
         fault: a tap has failed: (module, error).
     """
 
     pre: Callable[..., Any]
     post: Callable[..., Any]
     tap: Callable[..., Any]
-    tap_before: Callable[..., Any]
     fault: Callable[..., Any]
 
 
@@ -140,20 +138,23 @@ class Placing:
         self.tapped.clear()
 
     def in_lesson(self, unit: nn.Module) -> None:
-        """On every module in a unit, while it is learned."""
+        """On every module in a unit, while it is learned, and until there is a plan for it."""
         self._hooks.around(modules_in(unit), self._calls.pre, self._calls.post)
-
-    def after_lesson(self, unit: nn.Module) -> None:
-        """Inside the unit, no hooks but taps from here on."""
-        direct = self._units.direct
-        self._hooks.drop("around", only=[m for m in modules_in(unit) if m not in direct])
 
     def taps(self, unit: nn.Module, plan: Plan) -> None:
         """The taps of a plan, each of the cheapest kind that will do."""
         hooks, calls = self._hooks, self._calls
-        keeping = {m for m in plan.keeping if not self._stops and not self._shown and can_stand(m)}
+        around = plan.toggles | plan.scopes | plan.before | _keyed(plan)
+        left = [m for m in modules_in(unit) if hooks.is_around(m) and m not in around]
+        left = [m for m in left if m not in self._units.direct]
+        if left:  # by another plan, or by a lesson that left none
+            hooks.drop("around", only=left)
+            self.tapped.clear()
+        keeping = set()
+        if not self._stops and not self._shown:
+            keeping = {m for m in plan.keeping if self._can_keep(m)}
         before = plan.before | (plan.keeping - keeping)
-        around = plan.toggles | plan.scopes | before | _keyed(plan)
+        around |= before
         hooks.around(around - {unit}, calls.pre, calls.post)
         last = plan.order[-1] if plan.order and self._stops else None
         replaced = False
@@ -167,17 +168,19 @@ class Placing:
             else:
                 tap = self._kinds[how](self.line, calls.tap, calls.fault, hooks.owner)
                 replaced |= hooks.after(tapped, tap)
-        for noted, key in plan.inputs.items():
-            if key is last or self._shown:
-                replaced |= hooks.before(noted, self._slow(calls.tap_before))
-            else:
-                noting = InputTap(key, self.line, calls.tap_before, calls.fault, hooks.owner)
-                replaced |= hooks.before(noted, noting)
         if replaced:  # other plans, of this unit or of one that shares a module, set theirs again
             self.tapped.clear()
         for door in doors(unit, hooks.modules()):
             hooks.after(door, self._slow(calls.tap))
         self.tapped[unit] = plan
+
+    def _can_keep(self, module: nn.Module) -> bool:
+        """Whether what keeps z can stand before the call of an in-place nonlinearity."""
+        if self._hooks.has(module, KeepingTap):
+            return True
+        if self._hooks.clear(module):
+            self.tapped.clear()
+        return can_stand(module)
 
     def _slow(self, call: Callable[..., Any]) -> Hook:
         """A tap that does all there is to do at once: the pass may end with it, or be shown."""

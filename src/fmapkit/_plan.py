@@ -21,8 +21,8 @@ from fmapkit._functions import describe
 from fmapkit._names import Names
 from fmapkit._nested import leaves
 from fmapkit._origin import NOWHERE, Flow, Origin, Weight, WeightRef
-from fmapkit._retain import Place
-from fmapkit._store import Entry
+from fmapkit._retain import Place, Retention
+from fmapkit._store import Entry, Held
 from fmapkit._store import storage_of as _storage
 from fmapkit._trace import Tracer
 from fmapkit._wants import Wants
@@ -81,9 +81,6 @@ class Step:
     # How many decisions had been taken when it fired, since the unit began.
     position: int = field(compare=False)
     at: int = 0  # which entry of the log it reads
-    between: bool = False  # a function between two modules: `at` has its operand, if it is held,
-    sink: int = -1  # this entry has its result, if that is held,
-    delta: int = 0  # and so often its operand was written to since the entry `at`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,13 +88,13 @@ class Plan:
     """How to read a proven module's later calls."""
 
     steps: tuple[Step, ...]
-    order: list[Any]  # what fires: modules; pairs ("before", module); None for a function
+    order: list[Any]  # what fires: modules; None for a function
     at: list[Step | None]  # what is read there
     spare: frozenset[int]  # what no step reads: another call of a module that is tapped
     last: tuple[tuple[int, ...], ...]  # per step: what is read by it for the last time
     taps: frozenset[nn.Module]
     direct: dict[nn.Module, str]  # taps all of whose steps are plain, in the same way
-    inputs: dict[nn.Module, Any]  # modules whose first argument is noted: their key in `order`
+    sites: frozenset[str]  # of calls of functions that are tapped where they are written
     scopes: frozenset[nn.Module]  # run under the light mode: they call a σ themselves
     toggles: frozenset[nn.Module]  # children of these, in which the light mode is off
     before: frozenset[nn.Module]  # need a look before their call
@@ -106,7 +103,9 @@ class Plan:
     outputs: tuple[tuple[str, Any], ...]
     writes: tuple[int, ...]  # which tensor arguments are written to
     claims: tuple[int, ...]  # which inputs reach a nonlinearity inside
-    keeping: frozenset[nn.Module]  # in-place nonlinearities that leave z's memory to us, if they can
+    keeping: frozenset[
+        nn.Module
+    ]  # in-place nonlinearities that leave z's memory to us, if they can
     shares: bool  # some z is held as another map, too
     graph: bool  # some map was part of a graph, even if gradients are off around the module
 
@@ -141,10 +140,10 @@ def make_plan(
     returned = [(path, tracer.tag(t)) for path, t in leaves(output)]
     escaping = {id(t.origin) for _, t in returned if isinstance(t, Flow)}
     firings = tracer.firings[frame.firing :]
-    _mark_shared(tracer.events[frame.start :])
-    stored = bool(tracer.wants.retention)
-    made = _Made(lambda firing: _step(firing, ref, escaping, stored, frame.position))
-    read = _Reading(firings, made, frame.module)
+    retention = tracer.wants.retention
+    _mark_shared(tracer.events[frame.start :], bool(retention))
+    made = _Made(lambda firing: _step(firing, ref, escaping, retention, frame.position))
+    read = _Reading(firings, made)
     # Where a function that a scope is tapped for is called by other modules, too.
     tapped_names = {s.function for s in read.at if s is not None and s.module is None}
     called = {
@@ -159,17 +158,17 @@ def make_plan(
     keeping = frozenset(
         module
         for module in read.direct
-        if module not in read.inputs and any(s and s.keeps and s.module is module for s in read.at)
+        if any(s and s.keeps and s.module is module for s in read.at)
     )
     return Plan(
         steps=tuple(read.steps),
         order=read.order,
         at=read.at,
-        spare=frozenset(range(len(read.order))).difference(*((s.at, s.sink) for s in read.steps)),
+        spare=frozenset(range(len(read.order))).difference(s.at for s in read.steps),
         last=_last(read.steps),
         taps=frozenset(read.tapped),
         direct=read.direct,
-        inputs=read.inputs,
+        sites=read.sites,
         scopes=frozenset(read.scopes),
         toggles=frozenset(
             f.module
@@ -229,7 +228,7 @@ def _name(firing: Firing) -> str:
     return describe(firing.function).name if firing.module is None else ""
 
 
-def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool, start: int) -> Step:
+def _step(firing: Firing, ref: Any, escaping: set[int], retention: Retention, start: int) -> Step:
     emissions = []
     for event in firing.events:
         for slot, entry in event.entries:
@@ -250,7 +249,7 @@ def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool, start: int
                     before=lost,  # where its memory cannot be kept
                     picked=entry.picked,
                     place=_place(entry),
-                    stored=stored or entry.picked is not None,
+                    stored=entry.picked is not None or _is_changed(entry, retention),
                     pending=(
                         entry.kind == "preactivation"
                         and event.kind == "layer"
@@ -282,6 +281,13 @@ def _step(firing: Firing, ref: Any, escaping: set[int], stored: bool, start: int
     )
 
 
+def _is_changed(entry: Entry, retention: Retention) -> bool:
+    """Whether a map is stored in another form than the model's own."""
+    if not retention or entry.held is None or entry.held.tensor is None:
+        return bool(retention)
+    return retention.changes(entry.held.tensor)
+
+
 def _direct(steps: list[Step]) -> dict[nn.Module, str]:
     found: dict[nn.Module, str] = {}
     for step in steps:
@@ -290,9 +296,6 @@ def _direct(steps: list[Step]) -> dict[nn.Module, str]:
                 step.plain if found.get(step.module, step.plain) == step.plain else ""
             )
     return {module: how for module, how in found.items() if how}
-
-
-_Ends = tuple[Firing | None, Firing | None]
 
 
 class _Made(dict[Firing, Step]):
@@ -316,104 +319,50 @@ class _Reading:
 
     Args:
         firings: all of the unit's.
-        made: the step of each, but for those before a call.
-        unit: the module that is planned.
+        made: the step of each.
 
     Attributes:
         tapped: modules whose end is tapped.
         direct: those whose taps note tensors as they are, and which ones.
-        inputs: modules whose start is tapped, with their key.
-        scopes: modules watched by the light mode.
+        sites: of calls of functions that are tapped where they are written.
+        scopes: modules in which such a place is not to be had, watched by the light mode.
         order: what fires, in order.
         at: the step of each.
         steps: all steps, in order of execution.
     """
 
-    def __init__(self, firings: Sequence[Firing], made: _Made, unit: nn.Module) -> None:
-        self._made = made
-        self._unit = unit
-        self._known = set(firings)
-        # A hook fires in each of its module's calls, and has to find a tensor each time.
-        self._blind = {(f.module, f.before) for f in firings if f.module and f.tensor is None}
+    def __init__(self, firings: Sequence[Firing], made: _Made) -> None:
         functions = [f for f in firings if f.module is None and _emits(f)]
         self.tapped = {f.module for f in firings if f.module is not None and _emits(f)}
-        self.direct = _direct(
-            [made[f] for f in firings if f.module in self.tapped and not f.before]
-        )
-        between = self._between(functions)
-        self.scopes = {f.scope for f in functions} - {f.scope for f in between}
+        self.direct = _direct([made[f] for f in firings if f.module in self.tapped])
+        self.sites: frozenset[str] = frozenset(f.site for f in functions if f.site is not None)
+        self.scopes: set[nn.Module] = set()
+        if any(f.site is None for f in functions):
+            self.sites = frozenset()
+            self.scopes = {f.scope for f in functions}
         self._called = {_name(f) for f in firings if f.events and self._in_scope(f)}
-        self.inputs: dict[nn.Module, Any] = {}
-        for firing in [f for pair in between.values() for f in pair if f is not None]:
-            assert firing.module is not None
-            if firing.before:
-                self.inputs[firing.module] = ("before", firing.module)
-            elif firing.module not in self.tapped:
-                self.direct[firing.module] = "y"
-        emitting = {None, *self.tapped}
-        self.tapped |= set(self.direct)
         self.order: list[Any] = []
         self.at: list[Step | None] = []
-        self.steps: list[Step] = []
-        place: dict[Firing, int] = {}
         for firing in firings:
-            key = self._key(firing)
-            if key is not None:
-                place[firing] = len(self.order)
-                self.order.append(key[0])
-                emits = firing.module in emitting and not firing.before
-                self.at.append(replace(made[firing], at=place[firing]) if emits else None)
-        for firing in firings:
-            if firing in between:
-                source, sink = (place[f] if f is not None else -1 for f in between[firing])
-                step, delta = made[firing], firing.events[0].delta
-                self.steps.append(replace(step, at=source, between=True, sink=sink, delta=delta))
-            elif firing in place:
-                found = self.at[place[firing]]
-                self.steps += [found] if found is not None else []
+            if self._fires(firing):
+                self.at.append(replace(made[firing], at=len(self.order)))
+                self.order.append(firing.module)
+        self.steps = [step for step in self.at if step is not None]
 
-    def _key(self, firing: Firing) -> tuple[Any] | None:
-        """What fires is called, if it is tapped."""
-        module = firing.module
-        if module is None:
-            # The light mode knows functions by name: it sees a product that is no layer, too.
-            return (None,) if self._in_scope(firing) and _name(firing) in self._called else None
-        if firing.before:
-            return (self.inputs[module],) if module in self.inputs else None
-        return (module,) if module in self.tapped else None
+    def _fires(self, firing: Firing) -> bool:
+        if firing.module is not None:
+            return firing.module in self.tapped
+        if self.sites:
+            return firing.site in self.sites
+        # The light mode knows functions by name: it sees a product that is no layer, too.
+        return self._in_scope(firing) and _name(firing) in self._called
 
     def _in_scope(self, firing: Firing) -> bool:
         return firing.module is None and firing.scope in self.scopes
 
-    def _between(self, functions: list[Firing]) -> dict[Firing, _Ends]:
-        """Functions whose operand and result hooks on modules see: all of a scope's, or none."""
-        seen = {f: self._ends(f) for f in functions}
-        unseen = {f.scope for f, ends in seen.items() if ends is None}
-        return {f: ends for f, ends in seen.items() if ends and f.scope not in unseen}
-
-    def _ends(self, firing: Firing) -> _Ends | None:
-        event, step = firing.events[0], self._made[firing]
-        source, sink = event.source, event.sink
-        if len(firing.events) > 1 or event.kind != "sigma" or step.keeps:
-            return None
-        if any(e.copy or e.before or e.stored for e in step.emissions):
-            return None
-        if source is None or sink is None or not self._sees(source) or not self._sees(sink):
-            return None
-        slots = {e.slot for e in step.emissions}  # what is not held is not to be noted, either
-        return (source if "x" in slots else None, sink if "y" in slots else None)
-
-    def _sees(self, firing: Firing) -> bool:
-        module = firing.module
-        if firing not in self._known or (module, firing.before) in self._blind:
-            return False
-        if firing.before:
-            return module is not self._unit
-        return module not in self.tapped or module in self.direct
-
 
 def _last(steps: Sequence[Step]) -> tuple[tuple[int, ...], ...]:
-    by_place = {place: n for n, s in enumerate(steps) for place in (s.at, s.sink) if place >= 0}
+    by_place = {s.at: n for n, s in enumerate(steps)}
     found: list[list[int]] = [[] for _ in steps]
     for place, n in by_place.items():
         found[n].append(place)
@@ -426,16 +375,24 @@ def _place(entry: Entry) -> Place | None:
     return Wants.place(entry.axes, entry.picked)
 
 
-def _mark_shared(events: Sequence[Event]) -> None:
-    """Note of each σ that leaves memory to us whether other maps lie in it, too."""
-    holders: dict[int, set[int]] = {}
+def _mark_shared(events: Sequence[Event], stored: bool) -> None:
+    """Note of each σ that leaves memory to us whether other maps lie in it, too.
+
+    What is stored in another form may still be read from there by then.
+    """
+    holders: dict[int, dict[int, list[Held]]] = {}
     for number, event in enumerate(events):
         for _, entry in event.entries:
             if entry.held is not None and entry.held.tensor is not None:
-                holders.setdefault(_storage(entry.held.tensor), set()).add(number)
+                there = holders.setdefault(_storage(entry.held.tensor), {})
+                there.setdefault(number, []).append(entry.held)
     for number, event in enumerate(events):
         z = event.x_held.tensor if event.kept and event.x_held is not None else None
-        event.shared = z is not None and bool(holders.get(_storage(z), set()) - {number})
+        others = {} if z is None else holders.get(_storage(z), {})
+        event.shared = any(n != number for n in others)
+        if event.shared and stored:
+            for held in [h for each in others.values() for h in each]:
+                held.doomed = True
 
 
 def _is_shared(firing: Firing) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit._axes import Axes
-from fmapkit._events import Doings, Event, Firings
+from fmapkit._events import Event, Firings
 from fmapkit._flow import sigma_axes
 from fmapkit._frames import Site
 from fmapkit._gradients import NO_GRAPH, in_function
@@ -39,7 +39,6 @@ class Record:
         graph: its maps are to be part of the autograd graph.
         counts: how many calls there were of each layer, by its label.
         pending: preactivations of replayed units that a nonlinearity may still claim, by origin.
-        doings: what it does, for who notes that; None where nobody does.
     """
 
     def __init__(
@@ -62,7 +61,6 @@ class Record:
         self.firings = Firings()
         self.counts: Counter[str] = Counter()
         self.pending: dict[int, list[Entry]] = {}
-        self.doings: Doings | None = None
         self._unpicked: list[tuple[Origin, bool]] = []  # DTensors, whose filters are on all ranks
 
     def end(self) -> None:
@@ -76,10 +74,9 @@ class Record:
         self._unpicked.clear()
         for event in self.events:
             event.x = event.y = event.x_held = event.y_held = event.firing = None
-            event.source = event.sink = None
             event.entries.clear()
         self.events.clear()
-        self.firings.end()
+        self.firings.clear()
         self.pending.clear()
         self.aliases.end()
 
@@ -204,8 +201,6 @@ class Record:
         """The next call of what goes by the name, or is counted by another one."""
         call = self.counts.get(counted or name, 0)
         self.counts[counted or name] = call + 1
-        if self.doings is not None:
-            self.doings.counted.append(counted or name)
         return Origin(kind, name, call)
 
     # -- what turns out later -----------------------------------------------------------------
@@ -225,15 +220,9 @@ class Record:
                 break
         for entry in dropped:
             entry.held = None
-        if self.doings is not None:
-            self.doings.claimed.append(origin)
-            self.doings.dropped += dropped
 
     def drop_since(self, start: int) -> None:
         """All events from there on were parts of one that is to come."""
-        if self.doings is not None:
-            self.doings.whole = True
-            self.doings.dropped += [e for event in self.events[start:] for _, e in event.entries]
         for event in self.events[start:]:
             event.drop()
         del self.events[start:]
@@ -265,7 +254,7 @@ class Record:
         """Hold one map of an event, if it is wanted."""
         if kind not in self.wants.kinds and kind != "output":
             return
-        picked, own = None, held
+        picked = None
         if self.wants.filters is not None and kind != "output":
             if is_dtensor(held.tensor):
                 self._unpicked.append((origin, event.kind == "layer" and kind == "preactivation"))
@@ -281,8 +270,6 @@ class Record:
         entry = Entry(kind, origin, held, axes, sigma, path, picked)
         event.entries.append((slot, entry))
         self.current.drop(None)
-        if self.doings is not None:
-            self.doings.made.append((slot, entry, own))
         self.current.segments.append(entry)
         if self.stop is not None:
             self.stop.saw(entry)

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
+from threading import get_ident
+from types import BuiltinMethodType
 from typing import Any
 
 import torch
@@ -28,6 +31,7 @@ from fmapkit._stop import Stop
 from fmapkit._store import Entry, Held, storage_of, version_of
 from fmapkit._taps import Line
 from fmapkit._wants import Wants
+from fmapkit.paths import taps
 
 __all__ = ["LightMode", "Run", "tag_outputs"]
 
@@ -45,7 +49,7 @@ class Run:
     """One call of a proven module, read by its plan."""
 
     __slots__ = (
-        *("_checked", "_let_go", "_origins", "_seen", "analyses", "base", "before", "drop", "how"),
+        *("_checked", "_let_go", "_origins", "_outer", "_seen", "analyses", "base", "before", "drop", "how"),
         *("inputs", "line", "log", "lost", "marks", "mode", "module", "plan", "stop"),
         *("uncounted", "until", "wants"),
     )
@@ -77,6 +81,7 @@ class Run:
         self.lost = ""  # why the run left its plan, if it did
         self.until: int | None = None  # after so many decisions it did
         self.before: dict[nn.Module, list[Slots]] = {}  # read before the call that overwrites it
+        self._outer: Callable[[str, Any], Any] | None = None  # what another capture's run has tapped
         self.mode: LightMode | None = None
         self.marks: list[bool] = []  # per running child: whether the mode was on around it
         self.how = int(wants.detach and (plan.graph or _grads()))
@@ -99,13 +104,35 @@ class Run:
             self.log.append,
             self.how,
             self.plan.taps,
-            self.plan.inputs,
             self.drop,
         )
+        if self.plan.sites:
+            self._outer = taps.get(get_ident())
+            taps[get_ident()] = self.at_site
+
+    def at_site(self, site: str, function: Any) -> Any:
+        """A function is about to be called where it may be tapped: what to call in its place."""
+        outer = self._outer
+        if outer is not None:  # of another capture
+            function = outer(site, function)
+        if site not in self.plan.sites or self.lost or torch._C._current_graph_task_id() != -1:
+            return function
+        return partial(self._called_at_site, function)
+
+    def _called_at_site(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(function) is BuiltinMethodType and isinstance(function.__self__, Tensor):
+            args = (function.__self__, *args)
+            function = getattr(type(function.__self__), function.__name__)
+        return self.call(describe(function).name, function, args, kwargs)
 
     def finish(self) -> None:
         """Put back what `start` changed."""
         self._off()
+        if self.plan.sites:
+            if self._outer is None:
+                taps.pop(get_ident(), None)
+            else:
+                taps[get_ident()] = self._outer
         if self.mode is not None:
             self.mode.leave()
         self.before.clear()
@@ -132,8 +159,7 @@ class Run:
         at = self._checked
         while at < len(order) and log[at][0] is order[at]:
             at += 1
-        key = log[at][0]
-        module = key[1] if isinstance(key, tuple) else key
+        module = log[at][0]
         self.stray(type(module).__name__ if module is not None else "a function")
         del log[at:]
         return False
@@ -146,9 +172,7 @@ class Run:
             self.stray(type(module).__name__)
             return
         step = self.plan.at[len(self.log)]
-        if step is None:  # a function's operand or result
-            self.log.append((module, self._own(output), self._version(output)))
-            self._noted()
+        if step is None:
             return
         x = x_grad = before = None
         if self.before.get(module) and any(e.before for e in step.emissions):
@@ -174,17 +198,6 @@ class Run:
             self.analyses(self)
         if self.stop is not None and self.complete:
             self.stop.end()
-
-    def before_call(self, module: nn.Module, args: Any) -> None:
-        """A module whose first argument is to be seen is about to run; as an `InputTap` does."""
-        key = self.plan.inputs[module]
-        if not self.follows():
-            return
-        if self._next_key() != key:
-            self.stray(type(module).__name__)
-            return
-        self.log.append((key, self._own(args[0]), self._version(args[0])))
-        self._noted()
 
     def _next_key(self) -> Any:
         at, order = len(self.log), self.plan.order
@@ -440,7 +453,7 @@ class Run:
     def _there(self, step: Step) -> bool:
         if self.until is not None and step.position > self.until:
             return False
-        return max(step.at, step.sink) < len(self.log)
+        return step.at < len(self.log)
 
     def _entries_of(self, step: Step) -> list[tuple[Entry, Emission]]:
         found: list[tuple[Entry, Emission]] = []
@@ -468,24 +481,15 @@ class Run:
     def _items(self, step: Step) -> list[Item | None]:
         """What was read for each emission of a step."""
         record = self.log[step.at]
-        if not step.between and (not step.plain or type(record[1]) is list):
+        if not step.plain or type(record[1]) is list:
             read: list[Item | None] = record[1]
             return read
         slots: dict[str, Item] = {}
-        if step.between:
-            if step.at >= 0:
-                delta = 0 if type(record) is _Exchanged else step.delta
-                version = record[2] + delta if record[2] >= 0 else -1
-                slots["x"] = (self._own(record[1]), version, None, False)
-            if step.sink >= 0:
-                result = self.log[step.sink]
-                slots["y"] = (self._own(result[1]), result[2], None, False)
-        else:
-            y_grad, x_grad = record[-2:] if self.wants.gradients else (None, None)
-            slots["y"] = (self._own(record[1]), record[2], y_grad, False)
-            if step.plain == "xy":
-                copied = len(record) == 6 and record[5] is True
-                slots["x"] = (self._own(record[3]), record[4], x_grad, copied)
+        y_grad, x_grad = record[-2:] if self.wants.gradients else (None, None)
+        slots["y"] = (self._own(record[1]), record[2], y_grad, False)
+        if step.plain == "xy":
+            copied = len(record) == 6 and record[5] is True
+            slots["x"] = (self._own(record[3]), record[4], x_grad, copied)
         return [slots[e.slot] for e in step.emissions]
 
     def release(self) -> list[Any]:

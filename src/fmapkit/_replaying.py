@@ -31,6 +31,10 @@ from fmapkit.paths import ControlPaths, KnownPaths, Sizes
 
 __all__ = ["Replaying"]
 
+REST = (
+    "a part of it took a way through its code that no earlier pass had taken, so what its results "
+    "carry was not known; the maps made from there on are not captured in that pass"
+)
 OTHER_PATH = (
     "in a pass, it took a way through its code that no earlier pass had taken; the maps made from "
     "there on are not captured in that pass, and the next one is traced"
@@ -62,6 +66,7 @@ class Replaying:
         keeping: Keeping,
         paths: ControlPaths,
     ) -> None:
+        self._model = asked.model
         self._names = asked.names
         self._wants = asked.wants
         self._edits = asked.edits
@@ -153,10 +158,8 @@ class Replaying:
     def before(self, run: Run, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module inside the unit is about to run."""
         plan = run.plan
-        if module in plan.before:
+        if module in plan.before or module in plan.keeping:  # no tap stands before this call
             run.pre(module, args, kwargs)
-        if module in plan.inputs:
-            run.before_call(module, args)
         if plan.scopes:
             if module in plan.toggles:
                 run.marks.append(run.light().pause())
@@ -197,6 +200,7 @@ class Replaying:
         if run.lost:
             current.segments.append(run)
             tracer.give_up()
+            self._misses.add(self._names.of(self._model), REST)
             return
         # The pass around the unit is traced: tell the tracer what it would have seen.
         entries: list[tuple[Entry, bool]] = []

@@ -92,13 +92,19 @@ class Retention:
             detach: outside of the graph.
             doomed: the model is about to overwrite the tensor.
         """
-        dtype = self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
-        moves = self._moves(tensor)
-        if place is None and dtype == tensor.dtype and not moves:
+        if place is None and not self.changes(tensor):
             return tensor
+        dtype, moves = self._dtype_of(tensor), self._moves(tensor)
         device = self.device if moves and self.device is not None else tensor.device
         with torch._C.DisableTorchFunction():  # another capture's tracer may be on: not the model's
             return self._stored(tensor, place, dtype, device, detach, doomed)
+
+    def changes(self, tensor: Tensor) -> bool:
+        """Whether a tensor is stored in another form than its own."""
+        return self._dtype_of(tensor) != tensor.dtype or self._moves(tensor)
+
+    def _dtype_of(self, tensor: Tensor) -> torch.dtype:
+        return self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
 
     def _stored(
         self,

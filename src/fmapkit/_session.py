@@ -128,7 +128,6 @@ class Session:
             self._pre,
             self._post,
             self._tap,
-            self._tap_before,
             self._fault,
         )
         self._placing = Placing(asked, self.hooks, self._units, self._moves, calls)
@@ -285,17 +284,6 @@ class Session:
             return
         try:
             run.tap(module, args, None, output)
-        except Exception as error:
-            self._fault(module, error)
-
-    def _tap_before(self, module: nn.Module, args: Any) -> None:
-        run = self.live.run
-        if run is None or _thread() != self.live.thread:
-            return
-        if _graph_task() != -1 or module not in run.plan.inputs:
-            return
-        try:
-            run.before_call(module, args)
         except Exception as error:
             self._fault(module, error)
 

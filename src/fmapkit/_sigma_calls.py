@@ -128,6 +128,4 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
     tracer.spare(event)
     if call.site is not None:
         tracer.set_tag(out, tracer.tag(a))
-    elif tracer.learning and not event.in_place and not tracer.wants.gradients:
-        tracer.firings.between(event, z, a)
     return out

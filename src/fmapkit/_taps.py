@@ -15,14 +15,13 @@ from fmapkit._call_taps import CallTap, KeepingCallTap, OutputCallTap, stand
 from fmapkit._hooks import Handle, Hook, nothing, traced_as_nothing
 from fmapkit._store import version_of
 
-__all__ = ["Cell", "InputTap", "KeepingTap", "Line", "OutputTap", "Tap"]
+__all__ = ["Cell", "KeepingTap", "Line", "OutputTap", "Tap"]
 
-# The `append` of a run's log; how tensors are to be read; the modules whose end, and whose start,
-# the run's plan wants to see; what lets go of an older map (see `Pass.drop`).
+# The `append` of a run's log; how tensors are to be read; the modules whose end the run's plan
+# wants to see; what lets go of an older map (see `Pass.drop`).
 Cell = tuple[
     Callable[[Any], None],
     int,
-    Container[nn.Module],
     Container[nn.Module],
     Callable[[Any], None],
 ]
@@ -73,7 +72,7 @@ class Tap(Hook):
         if cell is None:
             self.call(module, args, output)
             return
-        note, how, wanted, _, drop = cell
+        note, how, wanted, drop = cell
         if module not in wanted:  # a tap of another plan
             return
         try:
@@ -100,8 +99,8 @@ class Tap(Hook):
         if cell is None or cell[1] in (2, 4):
             self.fault(module, error)
             return
-        note, how, ends, starts, drop = cell
-        self.line.cell = (note, 4 if how else 2, ends, starts, drop)
+        note, how, ends, drop = cell
+        self.line.cell = (note, 4 if how else 2, ends, drop)
         self(module, args, output)
 
     traced_as_nothing(__call__)
@@ -125,7 +124,7 @@ class OutputTap(Tap):
         if cell is None:
             self.call(module, args, output)
             return
-        note, how, wanted, _, drop = cell
+        note, how, wanted, drop = cell
         if module not in wanted:
             return
         try:
@@ -152,40 +151,3 @@ class KeepingTap(Tap):
             self.call(module, args, output)
         elif module in self.line.cell[2]:
             self.fault(module, RuntimeError("a hook saw z after it was overwritten"))
-
-
-class InputTap(Tap):
-    """The same for a module of which only its first argument is to be seen, before it runs.
-
-    Args:
-        key: what it is called in the plan's order.
-        line: to write to.
-        other: called with the hook's arguments when no run is under way.
-        fault: called with the module and the error, should we fail.
-        owner: the session.
-    """
-
-    __slots__ = ("key",)
-
-    def __init__(self, key: Any, line: Line, other: Any, fault: Any, owner: object) -> None:
-        super().__init__(line, other, fault, owner)
-        self.key = key
-
-    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
-        cell = self.line.cell
-        if cell is None:
-            self.call(module, args)
-            return
-        note, how, _, wanted, drop = cell
-        if module not in wanted:
-            return
-        try:
-            x = args[0]
-            if how and (x.requires_grad or how > 2):
-                x = x.detach()
-            note((self.key, x, version_of(x) if how > 1 else x._version))
-            drop(None)
-        except Exception as error:  # ours, not the user's: named in `missed`, never raised
-            self.again(module, args, None, error)
-
-    traced_as_nothing(__call__)

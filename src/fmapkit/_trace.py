@@ -219,7 +219,7 @@ class Tracer(TorchFunctionMode):
         else:
             if self.learning and not self.opaque and _weighted.weighs(name):
                 # No layer this time; but who waits for layers by this name will see it, too.
-                self.firings.append(Firing(None, self.scope(), func, None))
+                self.firings.append(Firing(None, self.scope(), func))
             tag = carried(name, operands, args, kwargs, out, self.tag)
             if known.in_place and name in RESHAPED_IN_PLACE and tag is not None:
                 tag = STOP
@@ -380,10 +380,6 @@ class Tracer(TorchFunctionMode):
             parent = self.frames[-1] if self.frames else None
             if self.learning:
                 self.moments.append((self.firings.clock(), module))
-                caller = parent.module if parent is not None else None
-                given = args[0] if args else None
-                firing = Firing(module, module, None, caller, given, before=True)
-                self.firings.passes(firing, given)
             self.frames.append(frame)
             frame.x, frame.key = first_tensor(args, kwargs)
             role = role_of(module)
@@ -434,7 +430,7 @@ class Tracer(TorchFunctionMode):
             if self.learning:
                 self.moments.append((self.firings.clock(), None))
             parent = self.frames[-1].module if self.frames else None
-            self.firings.passes(Firing(module, module, None, parent, output), output)
+            self.firings.append(Firing(module, module, None, parent))
             edited = close(self, frame, output)
             if edited is not None and edited is not output:
                 replaced = output = edited

@@ -57,12 +57,19 @@ class Unit:
         self._modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self._look_at({id(m): _plain_attributes(m) for m in self._modules})
 
-    def _look_at(self, names: dict[int, list[str]]) -> None:
-        """Compare these attributes of each module, told by its id, before each call."""
+    def _look_at(self, names: dict[int, list[str]], values: list[Any] | None = None) -> None:
+        """Compare these attributes of each module, told by its id, before each call.
+
+        Args:
+            names: of the attributes.
+            values: what they were before the latest call; what they are, if there was none.
+        """
         places = [(names[id(m)], m.__dict__) for m in self._modules if names[id(m)]]
         self._looked_at = [(operator.itemgetter(*keys), there, keys) for keys, there in places]
-        self._values = [get(there) for get, there, _ in self._looked_at]
-        self._states: list[list[Any]] = [self._values]
+        if values is None:
+            values = [get(there) for get, there, _ in self._looked_at]
+        self._values = values
+        self._states: list[list[Any]] = [values]
 
     def state(self) -> int:
         """Which of the states it has been in: plain attributes of its modules.
@@ -98,35 +105,44 @@ class Unit:
             found = self._known[kind, state] = KnownPaths(alike)
         return found
 
-    def decided_by_state(self, items: list[Any], kind: Any, state: int, sizes: Sizes) -> bool:
-        """Attributes change from call to call, and the path with them: who takes it is to be traced.
+    def state_of(self, items: list[Any], kind: Any, state: int, sizes: Sizes) -> int | None:
+        """The state to which what is known of a call belongs.
 
         Attributes that change while the path does not are not compared from now on.
 
         Args:
             items: of the path of a call that was traced.
             kind: of the call.
-            state: in which it was.
+            state: in which it began.
             sizes: of its inputs.
+
+        Returns:
+            The state; None if attributes change from call to call, and the path with them: who
+            takes it is to be traced.
         """
         others = {s: p for (k, s), p in self._known.items() if k == kind and s != state}
         same = [s for s, paths in others.items() if paths.has(items, sizes)]
         if len(same) < len(others):
-            return len(others) >= _MOST_STATES
+            return state if len(others) < _MOST_STATES else None
         if same:
             self._look_less(self._states[same[0]], self._states[state])
-        return False
+            return 0
+        return state
 
     def _look_less(self, before: list[Any], now: list[Any]) -> None:
         """Compare no more what differs, but for attributes that torch's own code may decide by."""
         names: dict[int, list[str]] = {id(m): [] for m in self._modules}
+        values: list[Any] = []
         owners = {id(m.__dict__): m for m in self._modules}
         for (_, there, keys), old, new in zip(self._looked_at, before, now, strict=True):
             module = owners[id(there)]
             pairs = zip(keys, old, new, strict=True) if len(keys) > 1 else [(keys[0], old, new)]
-            names[id(module)] = [k for k, a, b in pairs if a == b or _is_torchs(module)]
+            kept = {k: b for k, a, b in pairs if a == b or _is_torchs(module)}
+            names[id(module)] = list(kept)
+            if kept:
+                values.append(tuple(kept.values()) if len(kept) > 1 else kept.popitem()[1])
         self._known.clear()
-        self._look_at(names)
+        self._look_at(names, values)
 
     def differing(self, items: list[Any], kind: Any, sizes: Sizes) -> tuple[Any, ...]:
         """The modules that were deciding where a path differs from others."""

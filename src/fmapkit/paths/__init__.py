@@ -13,20 +13,26 @@ model of the same structure, it makes the same calls of torch on the same tensor
 
 from __future__ import annotations
 
+import os
+import sys
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fmapkit.paths import recorders
 from fmapkit.paths.fixed import FixedAttributes
 from fmapkit.paths.known import KnownPaths, Sizes
+from fmapkit.paths.recorders import taps, unrecorded
 from fmapkit.paths.survey import Survey, is_trusted
-from fmapkit.paths.twins import Twins
+from fmapkit.paths.twins import Twins, call_site
 
-__all__ = ["ControlPaths", "KnownPaths", "Sizes"]
+__all__ = ["ControlPaths", "KnownPaths", "Sizes", "taps", "unrecorded"]
 
+_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_HANDLER = torch.overrides.handle_torch_function.__code__
 # Paths, told by the hash of their items, in which every function that ran has recorded.
 _complete: set[int] = set()
 _surveyed: set[type] = set()  # classes of modules of which there is one
@@ -52,7 +58,7 @@ class ControlPaths:
         self._running = running
         self._sink: recorders.Sink | None = None
         self._survey: Survey | None = None
-        self._tried: set[types.CodeType] = set()
+        self._tried: dict[int, types.CodeType] = {}
         self._doubted: set[nn.Module] = set()
         self.twins = Twins()
         self.refresh()
@@ -118,11 +124,11 @@ class ControlPaths:
         if survey is None:
             return told in _complete, set()
         hopeless: set[nn.Module] = set()
-        for code, (_, who) in survey.found.items():
-            if code in self._tried:
+        for told_by, (_, who) in survey.found.items():
+            if told_by in self._tried:
                 hopeless.update(m for modules in who for m in modules)
-        self._tried.update(survey.found)
-        self.twins.exchange_all(survey.found)
+        self._tried.update({at: code for at, (code, _) in survey.found.items()})
+        self.twins.exchange_all(code for code, _ in survey.found.values())
         if survey.complete and not survey.found:
             _complete.add(told)
             _surveyed.add(type(module))
@@ -147,6 +153,15 @@ class ControlPaths:
     def since(self, position: int) -> list[Any]:
         """The decisions from a position on."""
         return self._sink.items[position:] if self._sink is not None else []
+
+    def site_of(self, function: Any) -> str | None:
+        """Where in the model's source a torch function was called that is under way."""
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+            frame = frame.f_back
+        while frame is not None and frame.f_code is _HANDLER:
+            frame = frame.f_back
+        return call_site(frame, function)
 
     def clear(self) -> None:
         """The block has ended: every function has its own code again."""

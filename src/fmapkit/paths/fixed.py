@@ -35,7 +35,9 @@ class FixedAttributes:
 
     def __call__(self, code: types.CodeType) -> frozenset[str]:
         """Those of the first argument of a method, told by its qualified name."""
-        owner = code.co_qualname.partition(".<locals>")[0].rpartition(".")[0]
+        # Python 3.10 keeps no qualified name.
+        name: str = getattr(code, "co_qualname", "")
+        owner = name.partition(".<locals>")[0].rpartition(".")[0]
         return self._of_class.get(owner, frozenset())
 
 

@@ -14,14 +14,15 @@ import sys
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MARK", "RECORDERS", "Sink", "start", "stop"]
+__all__ = ["MARK", "RECORDERS", "Sink", "start", "stop", "taps", "unrecorded"]
 
 _T = TypeVar("_T")
 
@@ -92,6 +93,18 @@ def stop() -> None:
         sink.users -= 1
         if not sink.users:
             del _appends[thread], sinks[thread]
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """What runs here in this thread is no part of the pass that is under way."""
+    thread = _ident()
+    sink, append = sinks.pop(thread, None), _appends.pop(thread, None)
+    try:
+        yield
+    finally:
+        if sink is not None and append is not None:
+            sinks[thread], _appends[thread] = sink, append
 
 
 def enter(site: str) -> Callable[[Any], None]:
@@ -205,6 +218,17 @@ def _callable(function: Any) -> Any:
     return function if issubclass(kind, type) else kind
 
 
+# By thread: what is told of calls of tapped functions, and gives what is called in their place.
+taps: dict[int, Callable[[str, Any], Any]] = {}
+_tap_of = taps.get
+
+
+def tapped(site: str, function: Any) -> Any:
+    """A function is about to be called at a place whose maps are wanted."""
+    tap = _tap_of(_ident())
+    return function if tap is None else tap(site, function)
+
+
 def caught(site: str) -> None:
     """An exception is handled, or leaves a `with` block: where it came from is a decision, too."""
     append = _append_of(_ident())
@@ -219,7 +243,7 @@ def caught(site: str) -> None:
 
 # By the names that stand for them in a twin before it is finished.
 RECORDERS: dict[str, Any] = {
-    f"{MARK}{f.__name__}": f for f in (enter, mark, value, called, caught, type, Tensor)
+    f"{MARK}{f.__name__}": f for f in (enter, mark, value, called, tapped, caught, type, Tensor)
 }
 
 
@@ -233,3 +257,4 @@ _traced_as(mark, lambda site: None)
 _traced_as(caught, lambda site: None)
 _traced_as(value, lambda given: given)
 _traced_as(called, lambda function: function)
+_traced_as(tapped, lambda site, function: function)

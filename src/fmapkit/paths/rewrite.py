@@ -46,15 +46,22 @@ class Rewriter(ast.NodeTransformer):
         node: the function.
         fixed: attributes of its first argument that are compared before each pass: children, and
             functions of its class.
+        tapped: the places of calls at which a tap may be set.
     """
 
     def __init__(
-        self, place: str, names: dict[str, Any], node: ast.AST, fixed: frozenset[str]
+        self,
+        place: str,
+        names: dict[str, Any],
+        node: ast.AST,
+        fixed: frozenset[str],
+        tapped: frozenset[str],
     ) -> None:
         self._place = place
         self._names = names
         self._local = names_bound(node)
         self._fixed = fixed
+        self._tapped = tapped
         self._self = _first_argument(node) if fixed else None
         self._count = 0
         self._quick = False  # the code at hand has a variable that its marks are given to
@@ -66,8 +73,10 @@ class Rewriter(ast.NodeTransformer):
         line = getattr(node, "lineno", 0)
         return ast.Constant(f"{MARK}{self._place}:{line}:{self._count}")
 
-    def _call(self, recorder: str, argument: ast.expr, at: ast.AST) -> ast.expr:
-        call = ast.Call(ast.Constant(f"{MARK}{recorder}"), [argument], [])
+    def _call(
+        self, recorder: str, argument: ast.expr, at: ast.AST, *first: ast.expr
+    ) -> ast.expr:
+        call = ast.Call(ast.Constant(f"{MARK}{recorder}"), [*first, argument], [])
         return ast.fix_missing_locations(ast.copy_location(call, at))
 
     def _marking(self, at: ast.AST) -> ast.expr:
@@ -253,15 +262,19 @@ class Rewriter(ast.NodeTransformer):
         self.generic_visit(node)
         if isinstance(function, ast.Name) and self._is_harmless(function.id):
             return node
-        if of_torch is not None and of_torch[1] in _PLAIN_ARGUMENTS_ARE_IDLE:
-            return node
-        # What a module of the model is given first is its input.
-        first = node.args[:1] if fixed and node.args and isinstance(node.args[0], ast.Name) else []
-        node.args = [*first, *map(self._value, node.args[len(first) :])]
-        for keyword in node.keywords:
-            keyword.value = self._value(keyword.value)
+        if of_torch is None or of_torch[1] not in _PLAIN_ARGUMENTS_ARE_IDLE:
+            # What a module of the model is given first is its input.
+            first = node.args[:1] if fixed and _is_name(node.args) else []
+            node.args = [*first, *map(self._value, node.args[len(first) :])]
+            for keyword in node.keywords:
+                keyword.value = self._value(keyword.value)
         if not fixed and of_torch is None:
             node.func = self._callee(node.func)
+        if self._tapped:
+            site = site_at(position_of(node))
+            if site in self._tapped:
+                name = ast.Constant(f"{self._place.rpartition(':')[0]}|{site}")
+                node.func = self._call("tapped", node.func, node.func, name)
         return node
 
     def _callee(self, function: ast.expr) -> ast.expr:
@@ -328,6 +341,23 @@ def _is_quick(node: ast.FunctionDef) -> bool:
         if isinstance(inner, ast.Name) and inner.id in _LOOKS_AT_LOCALS:
             return False
     return True
+
+
+def _is_name(arguments: list[ast.expr]) -> bool:
+    return bool(arguments) and isinstance(arguments[0], ast.Name)
+
+
+Position = tuple[int | None, int | None, int | None, int | None]
+
+
+def position_of(node: ast.expr) -> Position:
+    """Where an expression begins and ends: lines, then columns, as code objects have it."""
+    return node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
+
+
+def site_at(position: Position) -> str:
+    """The name of a place in a file."""
+    return "{}-{}:{}-{}".format(*position)
 
 
 def torch_name(

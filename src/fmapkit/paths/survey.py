@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmapkit.paths.twins import is_twin
+from fmapkit.paths.twins import is_twin, known_as
 
 __all__ = ["Survey", "is_trusted"]
 
@@ -38,14 +38,14 @@ _PLAIN_DATA = (
 )
 # What dataclasses, named tuples and enumerations write by themselves.
 _GENERATED = {"__init__", "__new__", "__eq__", "__hash__", "__repr__", "__setattr__", "_make"}
-_verdicts: dict[types.CodeType, bool] = {}
+_verdicts: dict[tuple[types.CodeType, str], bool] = {}
 
 
 def is_trusted(code: types.CodeType) -> bool:
     """Whether code need not record, by where it comes from."""
-    found = _verdicts.get(code)
+    found = _verdicts.get(known_as(code))
     if found is None:
-        found = _verdicts[code] = _is_trusted(code)
+        found = _verdicts[known_as(code)] = _is_trusted(code)
     return found
 
 
@@ -84,12 +84,12 @@ class Survey:
         where: tells who runs it.
 
     Attributes:
-        found: that code, with the globals it ran with and who ran it.
+        found: that code, told by its identity, and who ran it.
         complete: nothing can have gone unseen.
     """
 
     def __init__(self, where: Callable[[], Any]) -> None:
-        self.found: dict[types.CodeType, tuple[dict[str, Any], list[Any]]] = {}
+        self.found: dict[int, tuple[types.CodeType, list[Any]]] = {}
         self.complete = False
         self._where = where
         self._on = False
@@ -113,10 +113,9 @@ class Survey:
         if event != "call":
             return
         code = frame.f_code
-        if _verdicts.get(code) or is_twin(code) or is_trusted(code):
+        if is_trusted(code) or is_twin(code):
             return
         who = self._where()
-        if code not in self.found:
-            self.found[code] = (frame.f_globals, [who])
-        elif who not in self.found[code][1]:
-            self.found[code][1].append(who)
+        runners = self.found.setdefault(id(code), (code, []))[1]
+        if who not in runners:
+            runners.append(who)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import copy
 import gc
+import itertools
 import linecache
 import sys
 import threading
@@ -23,12 +24,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from fmapkit.paths.recorders import RECORDERS
-from fmapkit.paths.rewrite import Rewriter, names_bound, watched_names
+from fmapkit.paths.rewrite import Rewriter, names_bound, position_of, site_at, watched_names
 
 __all__ = ["Twin", "Twins", "is_twin", "twin_of"]
 
 _Outermost = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 _FUTURE = 0x1FF0000  # the flags that `from __future__ import …` sets in a code object
+
+
+# Code of two files may be equal: the name of the file tells them apart.
+_Code = tuple[types.CodeType, str]
+
+
+def known_as(code: types.CodeType) -> _Code:
+    """What tells a piece of code from all others."""
+    return code, code.co_filename
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,24 +50,31 @@ class Twin:
         watched: functions of torch's that it calls by a name: where that is, the name, and what it
             stood for.
         loads: names of attributes that are read in the source around it, or globals.
+        original: what it is the twin of.
+        fixed: attributes that it takes to be compared by other means (see `Twins`).
+        calls: the places of the calls in it.
     """
 
     code: types.CodeType
+    original: types.CodeType
+    fixed: frozenset[str]
+    calls: frozenset[str]
     watched: tuple[tuple[dict[str, Any], str, Any], ...]
     loads: frozenset[str]
 
 
 _lock = threading.RLock()
 # By the original, and the attributes that are known to be fixed; None where there is no twin.
-_twins: dict[tuple[types.CodeType, frozenset[str]], Twin | None] = {}
-_made: set[types.CodeType] = set()  # the code of twins
-_functions: dict[types.CodeType, weakref.WeakSet[types.FunctionType]] = {}
+_twins: dict[tuple[_Code, frozenset[str], frozenset[str]], Twin | None] = {}
+_made: dict[_Code, Twin] = {}  # by the code of the twin
+# By file: places of calls at which some capture has set a tap. It may do so again.
+_tapped: dict[str, frozenset[str]] = {}
 _set: weakref.WeakKeyDictionary[types.FunctionType, list[Any]] = weakref.WeakKeyDictionary()
 
 
 def is_twin(code: types.CodeType) -> bool:
     """Whether code is a twin, or a part of one."""
-    return code in _made
+    return known_as(code) in _made
 
 
 def twin_of(code: types.CodeType, names: dict[str, Any], fixed: Fixed) -> Twin | None:
@@ -70,12 +87,32 @@ def twin_of(code: types.CodeType, names: dict[str, Any], fixed: Fixed) -> Twin |
     """
     with _lock:
         attributes = fixed(code)
-        if (code, attributes) not in _twins:
-            found = _make(code, names, attributes)
-            _twins.update({(inner, attributes): twin for inner, twin in found.items()})
-            _twins.setdefault((code, attributes), None)
-            _made.update(t.code for t in found.values())
-        return _twins[code, attributes]
+        tapped = _tapped.get(code.co_filename, frozenset())
+        key = (known_as(code), attributes, tapped)
+        if key not in _twins:
+            found = _make(code, names, attributes, tapped)
+            for inner, twin in found.items():
+                _twins[known_as(inner), attributes, tapped] = twin
+            _twins.setdefault(key, None)
+            _made.update({known_as(t.code): t for t in found.values()})
+        return _twins[key]
+
+
+def call_site(frame: types.FrameType | None, function: Any) -> str | None:
+    """The site of the call of a torch function that is under way; None if no tap can be set there.
+
+    Args:
+        frame: the one that the function was called from, or the function's own.
+        function: it.
+    """
+    while frame is not None and frame.f_code is getattr(function, "__code__", None):
+        frame = frame.f_back
+    twin = _made.get(known_as(frame.f_code)) if frame is not None else None
+    if frame is None or twin is None or not hasattr(frame.f_code, "co_positions"):
+        return None
+    position = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    site = site_at(position)
+    return f"{frame.f_code.co_filename}|{site}" if site in twin.calls else None
 
 
 # Tells which attributes of a method's first argument need no look where they are called.
@@ -106,6 +143,8 @@ class Twins:
             known = _set.get(function)
             original = function.__code__ if known is None else known[1]
             twin = twin_of(original, function.__globals__, self._fixed)
+            if known is not None and twin is not None and function.__code__ is not twin.code:
+                twin = self._agreed(function, twin)
             if twin is None or twin.code.co_freevars != original.co_freevars:
                 return False
             if known is None:
@@ -114,16 +153,38 @@ class Twins:
             elif function.__code__ is not twin.code:
                 return False  # somebody has given it other code meanwhile
             known[0] += 1
-            _functions.setdefault(original, weakref.WeakSet()).add(function)
         self._mine[function] = None
         for space, name, what in twin.watched:
             self.watched.setdefault((id(space), name), (space, name, what))
         return True
 
-    def set_known(self, code: types.CodeType) -> None:
-        """Have the functions run their twins that are known to run a piece of code."""
-        for function in tuple(_functions.get(code, ())):
-            self.exchange(function)
+    def _agreed(self, function: types.FunctionType, twin: Twin) -> Twin | None:
+        """Another capture has set a twin: one that taps more may take its place."""
+        theirs = _made.get(known_as(function.__code__))
+        if theirs is None or theirs.fixed != twin.fixed:
+            return twin
+        function.__code__ = twin.code
+        return twin
+
+    def tap(self, sites: Iterable[str]) -> None:
+        """Have calls at some places ask for a tap (see `recorders.tapped`)."""
+        added: dict[str, set[str]] = {}
+        for site in sites:
+            file, _, place = site.rpartition("|")
+            if place not in _tapped.get(file, ()):
+                added.setdefault(file, set()).add(place)
+        if not added:
+            return
+        with _lock:
+            for file, places in added.items():
+                _tapped[file] = _tapped.get(file, frozenset()) | places
+            for function in self._mine:
+                original = _set[function][1]
+                if original.co_filename in added:
+                    twin = twin_of(original, function.__globals__, self._fixed)
+                    theirs = _made.get(known_as(function.__code__))
+                    if twin is not None and theirs is not None and theirs.fixed == twin.fixed:
+                        function.__code__ = twin.code
 
     def exchange_all(self, codes: Iterable[types.CodeType]) -> None:
         """The same for whatever functions there are that run some code."""
@@ -138,7 +199,7 @@ class Twins:
         """The names that some code reads."""
         found: set[str] = set()
         for code in codes:
-            twin = _twins.get((code, self._fixed(code)))
+            twin = next((t for (c, _, _), t in _twins.items() if c == known_as(code)), None)
             if twin is not None:
                 found |= twin.loads
         return found
@@ -157,7 +218,7 @@ class Twins:
                 known[0] -= 1
                 if not known[0]:
                     del _set[function]
-                    if function.__code__ in _made:
+                    if known_as(function.__code__) in _made:
                         function.__code__ = known[1]
         self._mine.clear()
         self.watched.clear()
@@ -165,9 +226,10 @@ class Twins:
 
 def functions_of(codes: set[types.CodeType]) -> Iterator[types.FunctionType]:
     """Every function that runs some code; it takes a look at all objects that there are."""
+    wanted = {id(code) for code in codes}
     seen = set()
     for holder in gc.get_referrers(*codes) if codes else ():
-        if isinstance(holder, types.FunctionType) and holder.__code__ in codes:
+        if isinstance(holder, types.FunctionType) and id(holder.__code__) in wanted:
             if id(holder) not in seen:
                 seen.add(id(holder))
                 yield holder
@@ -215,9 +277,10 @@ _files: dict[str, _File] = {}
 
 
 def _make(
-    code: types.CodeType, names: dict[str, Any], fixed: frozenset[str]
+    code: types.CodeType, names: dict[str, Any], fixed: frozenset[str], tapped: frozenset[str]
 ) -> dict[types.CodeType, Twin]:
     """Twins of a piece of code, and of all code in the same outermost function."""
+    linecache.checkcache(code.co_filename)
     lines = linecache.getlines(code.co_filename, names)
     source = "".join(lines)
     if not source:
@@ -234,24 +297,24 @@ def _make(
             continue
         if isinstance(node, ast.AsyncFunctionDef):
             return {}
-        twins = _twins_in(node, classes, file.imports, code, names, fixed)
+        twins = _twins_in(node, classes, file.imports, code, names, fixed, tapped)
         if twins is None or len(twins) != len(originals):
             return {}
-        watched, loads = _looked_up(node, names)
+        watched, loads, calls = _looked_up(node, names)
         found: dict[types.CodeType, Twin] = {}
         for original, twin in zip(originals, twins, strict=True):
             if (original.co_name, original.co_firstlineno) != (twin.co_name, twin.co_firstlineno):
                 return {}
             # What stands in a function's constants is compared by value: this is its equal.
             real = code if _same_as(code)(original) else original
-            found[real] = Twin(twin, watched, loads)
+            found[real] = Twin(twin, real, fixed, calls, watched, loads)
         return found
     return {}
 
 
 def _looked_up(
     node: _Outermost, names: dict[str, Any]
-) -> tuple[tuple[tuple[dict[str, Any], str, Any], ...], frozenset[str]]:
+) -> tuple[tuple[tuple[dict[str, Any], str, Any], ...], frozenset[str], frozenset[str]]:
     inner = list(ast.walk(node))
     attributes = {
         n.attr for n in inner if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
@@ -259,7 +322,8 @@ def _looked_up(
     strings = {n.value for n in inner if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     globals_ = {n.id for n in inner if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     watched = watched_names(inner, names, names_bound(node))
-    return tuple(watched), frozenset(attributes | strings | globals_)
+    calls = frozenset(site_at(position_of(n)) for n in inner if isinstance(n, ast.Call))
+    return tuple(watched), frozenset(attributes | strings | globals_), calls
 
 
 def _twins_in(
@@ -269,10 +333,11 @@ def _twins_in(
     like: types.CodeType,
     names: dict[str, Any],
     fixed: frozenset[str],
+    tapped: frozenset[str],
 ) -> list[types.CodeType] | None:
     """The finished code of all twins in an outermost function, in order."""
     place = f"{like.co_filename}:{'.'.join(classes)}"
-    rewritten = Rewriter(place, names, node, fixed).visit(copy.deepcopy(node))
+    rewritten = Rewriter(place, names, node, fixed, tapped).visit(copy.deepcopy(node))
     compiled = _compiled(rewritten, classes, imports, like)
     if compiled is None:
         return None
