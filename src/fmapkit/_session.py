@@ -41,6 +41,7 @@ from fmapkit._optimized import ever_compiled, in_compiled_code
 from fmapkit._others import entered, left, others
 from fmapkit._placing import Calls, Placing
 from fmapkit._replaying import Replaying
+from fmapkit._scripted import tell, tell_no_more
 from fmapkit._scripts import Scripts
 from fmapkit._stop import CUT, StopForward
 from fmapkit._store import Pass, Store
@@ -164,6 +165,7 @@ class Session:
         self.live.thread = _thread()
         entered(self)
         self.unseen.scripted()
+        tell(self._scripted)
         self._placing.on_model()
         if self._forward is not None:
             self._forward.install()
@@ -175,6 +177,7 @@ class Session:
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""
         left(self)
+        tell_no_more(self._scripted)
         self.abandon()
         self.compiled.close()
         self._placing.no_stands()
@@ -303,6 +306,10 @@ class Session:
         live = self.live
         if _thread() == live.thread and live.current is None and not live.idle:
             self.unseen.stray(module)
+
+    def _scripted(self, function: str) -> None:
+        if self.live.current is not None and _thread() == self.live.thread and _graph_task() == -1:
+            self.unseen.scripted_call(function)
 
     def _fault(self, module: nn.Module, error: Exception) -> None:
         edits, analyses = self.asked.edits, self.asked.analyses

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fmapkit._asked import Asked
+from fmapkit._frames import running_modules
 from fmapkit._missed import Misses
 
 __all__ = ["RECORDED", "Unseen", "recording"]
@@ -67,24 +68,23 @@ class Unseen:
         )
 
     def scripted(self) -> None:
-        """Name scripted modules, and scripted functions that a forward calls by name."""
-        names, miss = self._names, self._misses.add
+        """Name scripted modules."""
+        names = self._names
         for module, name in names.by_module.items():
             if isinstance(module, torch.jit.ScriptModule):
                 outer = names.by_name.get(name.rpartition(".")[0]) if "." in name else None
                 if not isinstance(outer, torch.jit.ScriptModule):
-                    miss(name, "it is scripted: torch runs it without Python, unseen by hooks")
-            elif not type(module).__module__.startswith("torch.nn.modules."):
-                for function in _functions(module):
-                    miss(name, f"it calls {function.name}, which is scripted: unseen by Python")
+                    reason = "it is scripted: torch runs it without Python, unseen by hooks"
+                    self._misses.add(name, reason)
 
+    def scripted_call(self, function: str) -> None:
+        """A scripted function is called in a pass: name it, at the module of the model it runs in.
 
-def _functions(module: nn.Module) -> list[torch.jit.ScriptFunction[Any, Any]]:
-    """The scripted functions that a module's forward knows by name, or its attributes hold."""
-    forward = getattr(type(module), "forward", None)
-    code = getattr(forward, "__code__", None)
-    values = list(module.__dict__.values())
-    if forward is not None and code is not None:
-        values += [forward.__globals__.get(name) for name in code.co_names]
-        values += [cell.cell_contents for cell in forward.__closure__ or ()]
-    return [value for value in values if isinstance(value, torch.jit.ScriptFunction)]
+        Args:
+            function: its name.
+        """
+        inside = [m for m in running_modules(stop=None) if m in self._names.by_module]
+        if inside and isinstance(inside[-1], torch.jit.ScriptModule):  # which is named itself
+            return
+        reason = f"it calls {function}, which is scripted: unseen by Python"
+        self._misses.add(self._names.of(inside[-1] if inside else self._model), reason)
