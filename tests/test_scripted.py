@@ -46,7 +46,7 @@ REACHES: dict[str, Callable[[Tensor], Tensor]] = {
     "helper": by_helper,
     "table": lambda x: TABLE["squash"][0](x, 3.0),
     "map": lambda x: next(map(squash, [x], [3.0])),
-    "getattr": lambda x: getattr(__import__("sys").modules[__name__], "squash")(x, 3.0),
+    "namespace": lambda x: globals()["squash"](x, 3.0),
     "traced": torch.jit.trace(lambda x: x.tanh(), torch.ones(2, 4), check_trace=False),
 }
 

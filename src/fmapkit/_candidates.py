@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fmapkit import layers
 from fmapkit._events import Event
 from fmapkit._frames import Frame
 from fmapkit._nested import tensors_in
 from fmapkit._store import Aliases
 from fmapkit.nonlinearities import module_sigma
 
-__all__ = ["is_torchs", "may_be_sigma", "norm_axis", "verdict"]
+__all__ = ["is_torchs", "is_whole", "may_be_sigma", "norm_axis", "verdict"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -29,6 +30,15 @@ def may_be_sigma(module: nn.Module, args: Any, kwargs: Any, x: Tensor) -> bool:
         return False
     counts = {1, *(x.shape[1:2]), *(x.shape[-1:])}
     return all(p.numel() in counts for p in module.parameters())
+
+
+def is_whole(module: nn.Module) -> bool:
+    """Whether a module may go by itself alone: registered, or a nonlinearity written by hand."""
+    if is_torchs(module) or isinstance(module, _CONTAINERS):
+        return False
+    if layers.is_registered(module) or module_sigma(module) is not None:
+        return True
+    return not module._modules and all(p.dim() <= 1 for p in module.parameters())
 
 
 def is_torchs(module: nn.Module) -> bool:

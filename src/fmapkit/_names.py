@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit import layers
+from fmapkit._past_hooks import PastHooks
 from fmapkit._sharded import is_dtensor
 from fmapkit._store import storage_of
 from fmapkit._wrappers import (
@@ -30,6 +31,7 @@ class Names:
 
     Attributes:
         version: another one whenever other parameters are known than before.
+        past_hooks: finds modules of the model that run without their hooks.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -65,6 +67,7 @@ class Names:
                 self.wrappers.add(module)
             self.lent = self.lent or lends_parameters(module)
             self._flat += flat_parameters(module)
+        self.past_hooks = PastHooks(self.by_module)
         self._read_parameters()
 
     @property

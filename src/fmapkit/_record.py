@@ -13,7 +13,7 @@ from fmapkit._events import Doings, Event, Firings
 from fmapkit._flow import sigma_axes
 from fmapkit._frames import Site
 from fmapkit._gradients import NO_GRAPH, in_function
-from fmapkit._nested import leaves
+from fmapkit._nested import closed_parts, leaves
 from fmapkit._origin import Flow, Origin
 from fmapkit._sharded import is_dtensor
 from fmapkit._stop import Stop
@@ -178,7 +178,14 @@ class Record:
         event.module = module
         origin = self._next("output", name, f"{name}()")
         event.origin = origin
-        for path, tensor in leaves(output):
+        found = leaves(output)
+        closed = closed_parts(output)
+        for path, part in closed:
+            place = f" at {path}" if path else ""
+            self.miss(name, f"it returned a {part}{place}, which cannot be looked into for tensors")
+        if not found and not closed and self.wants.some:
+            self.miss(name, f"it returned no tensor, but a {type(output).__name__}")
+        for path, tensor in found:
             flow = self.tags.of(tensor)
             axes = flow.axes if isinstance(flow, Flow) else None
             held = self.aliases.reference(tensor)

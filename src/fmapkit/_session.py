@@ -189,6 +189,8 @@ class Session:
         self.scripts.clear()
         self.wants.retention.close()
         self.asked.analyses.view = None
+        if not self.steps:
+            self.unseen.no_pass()
         if not failed:
             self._misses.warn()
 

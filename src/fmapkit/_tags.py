@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fmapkit._axes import Axes
 from fmapkit._names import Names
-from fmapkit._nested import leaves, tensors_in
+from fmapkit._nested import leaves
 from fmapkit._origin import STOP, Flow, Tag, Weight
 from fmapkit._sharded import local_axes
 
@@ -57,7 +57,7 @@ class Tags:
 
     def enter(self, args: Any, kwargs: Any) -> None:
         """The pass begins: whatever comes in depends on the input, and has no layer yet."""
-        for tensor in tensors_in(*args, kwargs):
+        for _, tensor in leaves((args, kwargs)):
             if self.of(tensor) is None:
                 self.put(tensor, STOP)
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from fmapkit import _vocabulary as words
 from fmapkit import _weighted, layers, nonlinearities
 from fmapkit._axes import Axes
-from fmapkit._candidates import may_be_sigma, verdict
+from fmapkit._candidates import is_whole, may_be_sigma, verdict
 from fmapkit._closing import close
 from fmapkit._degrees import Degrees
 from fmapkit._edit import Edits
@@ -31,6 +31,7 @@ from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe
 from fmapkit._names import Names
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow, Weight
+from fmapkit._past_hooks import HOW
 from fmapkit._probation import Born, Suspects, may_try
 from fmapkit._record import Record
 from fmapkit._sigma_calls import after_sigma, before_sigma
@@ -194,6 +195,7 @@ class Tracer(TorchFunctionMode):
             What it is to return.
         """
         try:
+            self.past_hooks()
             if self.trial:
                 self.born.made(known, args, kwargs, out)
             if call is not None:
@@ -207,6 +209,21 @@ class Tracer(TorchFunctionMode):
         if self.stop is not None and not self.trial:
             self.stop.check()
         return out
+
+    def past_hooks(self, entered: nn.Module | None = None) -> None:
+        """Name the modules that run without their hooks, where that keeps something from us.
+
+        Args:
+            entered: a module whose call has just begun.
+        """
+        for module, method in self.names.past_hooks.running(entered):
+            name = self.names.by_module.get(module)
+            if name is None:
+                continue
+            if self.wants.output(module):
+                self.miss(name, f"{HOW[method]}: what it returns is not seen")
+            elif is_whole(module):
+                self.miss(name, f"{HOW[method]}: what it is as a whole is not seen")
 
     # -- functions ----------------------------------------------------------------------------
 
@@ -325,6 +342,8 @@ class Tracer(TorchFunctionMode):
             return frame
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
+        if self.frames:
+            self.past_hooks(module)
         frame = Frame(module, args, kwargs, len(self.events))
         frame.firing = len(self.firings)
         if self.trial:

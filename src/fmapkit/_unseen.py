@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from fmapkit._asked import Asked
 from fmapkit._frames import running_modules
 from fmapkit._missed import Misses
+from fmapkit._past_hooks import HOW, has_own_call
 
 __all__ = ["RECORDED", "Unseen", "recording"]
 
@@ -58,6 +59,10 @@ class Unseen:
             return
         if module is self._model:  # a pass of its own that is not captured, and says why
             return
+        method = self._names.past_hooks.method_of(self._model)
+        if method is not None:
+            self._misses.add("", f"{HOW[method]}, and without these there is no pass to capture")
+            return
         name = self._names.of(module)
         hint = f": capture(model.{name})" if name else ""
         self._misses.add(
@@ -66,6 +71,12 @@ class Unseen:
             "and only what runs inside a forward pass of the captured model is captured; "
             f"for its own passes, capture that module{hint}",
         )
+
+    def no_pass(self) -> None:
+        """The block has ended and nobody has seen a pass: say so where one may have run."""
+        if has_own_call(self._model) and not isinstance(self._model, torch.jit.ScriptModule):
+            reason = f"{HOW['__call__']}, and without these there is no pass to capture"
+            self._misses.add("", reason)
 
     def scripted(self) -> None:
         """Name scripted modules."""
