@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fmapkit import layers
 from fmapkit._events import Event
 from fmapkit._frames import Frame
+from fmapkit._functions import describe
 from fmapkit._nested import tensors_in
 from fmapkit._store import Aliases
 from fmapkit.nonlinearities import module_sigma
@@ -64,13 +65,18 @@ def verdict(frame: Frame, output: Any, events: Sequence[Event], aliases: Aliases
     if not frame.degrees.is_nonlinear(output):
         return None
     inner = [e for e in events[frame.start :] if e.kind == "sigma"]
-    if len(inner) == 1:
+    if len(inner) == 1 and not _written_by_hand(inner[0]):
         event = inner[0]
         # A wrapper around one function or module is no nonlinearity of its own.
         same = event.x_held is frame.x_held or event.x is frame.x
         if same and event.y_held is aliases.reference(output):
             return None
     return type(frame.module).__name__
+
+
+def _written_by_hand(event: Event) -> bool:
+    """Whether it is a function that is a nonlinearity in some of its calls."""
+    return event.function is not None and describe(event.function).sigma is None
 
 
 def norm_axis(frame: Frame, output: Any) -> int | None:

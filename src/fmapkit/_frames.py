@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fmapkit._axes import Axes
 from fmapkit._degrees import Degrees
 from fmapkit._origin import Lookup, Tag
+from fmapkit._sometimes import Pointwise
 from fmapkit._store import Held
 
 __all__ = [
@@ -32,7 +33,7 @@ class Frame:
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
         *("in_place", "flip", "tag", "a"),
-        *("counts", "firing", "replaced", "site"),
+        *("counts", "firing", "pointwise", "replaced", "site"),
     )
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any, start: int) -> None:
@@ -53,6 +54,7 @@ class Frame:
         self.firing = 0
         self.site: Site | None = None  # something to edit
         self.replaced: tuple[Any, Any] | None = None  # the arguments that it is to get instead
+        self.pointwise = Pointwise()
 
     @classmethod
     def of(cls, module: nn.Module, args: Any, kwargs: Any, start: int) -> Frame:
@@ -79,11 +81,15 @@ class SigmaCall:
     """A nonlinearity about to run."""
 
     __slots__ = (
-        *("args", "flip", "function", "held", "in_place", "kwargs", "original", "site", "tag"),
-        "z",
+        *("args", "flip", "function", "held", "in_place", "kwargs", "original", "place", "sigma"),
+        *("site", "tag", "z"),
     )
 
-    def __init__(self, function: Any, args: Any, kwargs: Any, z: Tensor, tag: Tag) -> None:
+    def __init__(
+        self, function: Any, args: Any, kwargs: Any, sigma: str, z: Tensor, tag: Tag
+    ) -> None:
+        self.sigma = sigma
+        self.place = 0  # which of the tensor arguments z is
         self.function = function
         self.original = function
         self.args = args

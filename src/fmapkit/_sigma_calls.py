@@ -13,41 +13,61 @@ from fmapkit._frames import SigmaCall
 from fmapkit._functions import Function, out_of_place
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow
+from fmapkit._sometimes import SOMETIMES, operand_of_sigma
 from fmapkit._transforms import TRANSFORMED, transformed
 
 if TYPE_CHECKING:
     from fmapkit._trace import Tracer
 
-__all__ = ["after_sigma", "before_sigma"]
+__all__ = ["after_sigma", "before_sigma", "sigma_call"]
 
 IN_A_HOOK = (
     "a hook on it applies another nonlinearity ({sigma}) to its result, whose maps are missing"
 )
 
 
-def before_sigma(tracer: Tracer, known: Function, func: Any, args: Any, kwargs: Any) -> SigmaCall:
+def sigma_call(
+    tracer: Tracer, known: Function, func: Any, args: Any, kwargs: Any
+) -> SigmaCall | None:
+    """A function is about to run: what it is as a nonlinearity; None if this call is none."""
+    if known.sigma is not None:
+        z = tensors_in(*args, kwargs)[0]
+        return SigmaCall(func, args, kwargs, known.sigma, z, tracer.tag(z))
+    if known.name not in SOMETIMES or tracer.frames[-1].kind == "sigma":
+        return None
+    found = operand_of_sigma(known.name, args, kwargs, tracer.tag, tracer.frames[-1].pointwise)
+    if found is None:
+        return None
+    call = SigmaCall(func, args, kwargs, known.name.strip("_"), found, tracer.tag(found))
+    call.place = next(i for i, t in enumerate(tensors_in(*args, kwargs)) if t is found)
+    return call
+
+
+def before_sigma(tracer: Tracer, known: Function, call: SigmaCall) -> None:
     """A nonlinearity is about to run: hold its operand, and say what is to run.
 
     In place, it runs out of place where that may be tried; else z is copied.
     """
-    frame = tracer.frames[-1]
-    z = tensors_in(*args, kwargs)[0]
-    call = SigmaCall(func, args, kwargs, z, tracer.tag(z))
+    frame, z = tracer.frames[-1], call.z
+    func, args, kwargs = call.function, call.args, call.kwargs
     in_place = known.in_place or known.asked_in_place(args, kwargs)
     quiet = frame.kind == "sigma" or tracer.opaque > 0
     if frame.kind == "sigma" and frame.a is not None and is_torchs(frame.module):
-        tracer.miss(tracer.names.of(frame.module), IN_A_HOOK.format(sigma=known.sigma))
+        tracer.miss(tracer.names.of(frame.module), IN_A_HOOK.format(sigma=call.sigma))
     if transformed(z):
         quiet = True
         tracer.miss(tracer.names.of(frame.module), TRANSFORMED)
-    if tracer.editor and not quiet and known.sigma is not None:
-        own = f"{tracer.names.of(frame.module)}:{known.sigma}"
-        tracer.editor.before(call, own, known.sigma, in_place)
+    if tracer.editor and not quiet:
+        own = f"{tracer.names.of(frame.module)}:{call.sigma}"
+        tracer.editor.before(call, own, in_place)
         if call.site is not None:
             call.held = tracer.aliases.reference(z)
-            return call
+            return
     if "out" in kwargs:
         targets = tensors_in(kwargs["out"])
+        call.in_place = any(target is z for target in targets)
+    elif in_place and known.sigma is None:
+        targets = list(known.writes(args, kwargs))
         call.in_place = any(target is z for target in targets)
     elif in_place:
         targets = [z]
@@ -65,17 +85,19 @@ def before_sigma(tracer: Tracer, known: Function, func: Any, args: Any, kwargs: 
         call.held = tracer.record.copy(z)
     elif not quiet:
         call.held = tracer.aliases.reference(z)
-    return call
 
 
 def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> Any:
     """It has run: what it is to return."""
     frame = tracer.frames[-1]
-    z, a = call.z, out
+    z, a = call.z, call.args[0] if known.name == "__setitem__" else out
     flow = call.tag if isinstance(call.tag, Flow) else STOP
-    tracer.follow(known.name, (z,), {}, out, nonlinear=True)
+    if known.sigma is not None:
+        tracer.follow(known.name, (z,), {}, out, nonlinear=True)
+    else:
+        tracer.follow(known.name, call.args, call.kwargs, out, nonlinear=True)
     axes = sigma_axes(flow.axes, z, a)
-    tracer.set_tag(out, past_sigma(call.tag, z, a))
+    tracer.set_tag(a, past_sigma(call.tag, z, a))
     if call.flip:
         frame.flip = frame.flip or z is frame.x
     if call.in_place and z is frame.x:
@@ -88,20 +110,21 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
         return out
     scope = tracer.scope()
     event = Event("sigma", scope, call.original)
-    event.sigma = known.sigma
+    event.sigma, event.place = call.sigma, call.place
     event.flip = call.flip
     event.in_place = call.in_place
     if z is frame.x:
         event.x, event.y, event.key = z, a, frame.key
     if call.flip:
         tracer.suspects.add(z, a, event)
-    own = f"{tracer.names.of(scope)}:{known.sigma}"
+    own = f"{tracer.names.of(scope)}:{call.sigma}"
     if call.site is not None and tracer.editor is not None:
-        out = tracer.editor.after(call.site, a, axes)
+        result = tracer.editor.after(call.site, a, axes)
+        out = result if isinstance(out, Tensor) else out
     tracer.record.sigma(event, flow, call.held, z, a, own, call.site)
     tracer.spare(event)
     if call.site is not None:
-        tracer.set_tag(out, tracer.tag(a))
+        tracer.set_tag(result, tracer.tag(a))
     elif tracer.trial and not event.in_place and not tracer.wants.gradients:
         tracer.firings.between(event, z, a)
     return out

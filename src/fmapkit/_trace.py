@@ -34,7 +34,8 @@ from fmapkit._origin import STOP, Flow, Weight
 from fmapkit._past_hooks import HOW
 from fmapkit._probation import Born, Suspects, may_try
 from fmapkit._record import Record
-from fmapkit._sigma_calls import after_sigma, before_sigma
+from fmapkit._sigma_calls import after_sigma, before_sigma, sigma_call
+from fmapkit._sometimes import SOMETIMES
 from fmapkit._stop import Stop
 from fmapkit._store import Aliases, Pass
 from fmapkit._tags import Tags
@@ -160,11 +161,11 @@ class Tracer(TorchFunctionMode):
             if self.suspects.known:
                 args = self.suspects.exchange(args, self.aliases)
                 kwargs = self.suspects.exchange(kwargs, self.aliases)
-            if known.sigma is not None:
-                call = before_sigma(self, known, func, args, kwargs)
+            call = sigma_call(self, known, func, args, kwargs)
+            if call is not None:
+                before_sigma(self, known, call)
                 func, args, kwargs = call.function, call.args, call.kwargs
             else:
-                call = None
                 for target in known.writes(args, kwargs):
                     self.aliases.before_write(target)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
@@ -237,8 +238,8 @@ class Tracer(TorchFunctionMode):
         if isinstance(weight, Tensor) and isinstance(out, Tensor) and seen:
             out = self._layer(known, func, args, kwargs, weight, out)
         else:
-            if self.trial and not self.opaque and _weighted.may_weigh(name):
-                # No layer this time; but who waits for layers by this name will see it, too.
+            if self.trial and not self.opaque and (_weighted.may_weigh(name) or name in SOMETIMES):
+                # Nothing this time; but who waits for what goes by this name will see it, too.
                 self.firings.append(Firing(None, self.scope(), func, None))
             tag = carried(name, args, kwargs, out, self.tag)
             if known.in_place and name in RESHAPED_IN_PLACE and tag is not None:
@@ -288,6 +289,7 @@ class Tracer(TorchFunctionMode):
 
     def follow(self, name: str, args: Any, kwargs: Any, out: Any, nonlinear: bool = False) -> None:
         """Follow, in a weightless module, what depends on its input: linearly or not."""
+        self.frames[-1].pointwise.step(name, args, kwargs, out, self.tag, nonlinear)
         for frame in self.frames:
             frame.step(name, args, kwargs, out, self.tag, nonlinear)
 

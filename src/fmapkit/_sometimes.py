@@ -1,0 +1,217 @@
+"""torch functions that are a nonlinearity in some of their calls: in which, and of which operand.
+
+`z.clamp(min=0)` is a ReLU, `norm.clamp(min=1e-6)` keeps a division from going wrong. What a call is
+depends on its bounds, on whether layers' filters reach it, and on whether it compares its operand
+with itself (`z * (z > 0)`, `torch.where(z > 0, z, 0.1 * z)`, `z[z < 0] = 0`). For the last, the
+values of a running module that are computed from one another point by point are known here.
+
+- A ReLU in other words counts wherever `relu` does: one bound of zero, or a choice by a comparison
+  of the operand itself.
+- What has other uses (a maximum with a constant, symmetric bounds, sin, cos, erf) counts where the
+  operand carries the filters of a layer, or a norm's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmapkit import _vocabulary as words
+from fmapkit._nested import tensors_in
+from fmapkit._origin import Flow, Lookup
+from fmapkit._store import version_of
+from fmapkit._transforms import transformed
+
+__all__ = ["SOMETIMES", "Pointwise", "operand_of_sigma"]
+
+_BOUNDED = words.words("clamp clip clamp_min clamp_max")
+_EXTREMES = words.words("maximum minimum fmax fmin max min")
+_CHOICES = words.words("where masked_fill mul multiply __setitem__")
+_WAVES = words.words("sin cos erf")
+SOMETIMES = _BOUNDED | _EXTREMES | _CHOICES | _WAVES
+
+_COMPARISONS = words.words("gt lt ge le greater less greater_equal less_equal")
+# What a comparison may go through before something is chosen by it.
+_MASKS = words.words(
+    """logical_not logical_and logical_or logical_xor bitwise_not bitwise_and bitwise_or
+    bitwise_xor __invert__ __and__ __or__ __xor__ to type type_as float half bfloat16 double"""
+)
+_POINTWISE = (
+    words.NONLINEAR_POINTWISE | words.LINEAR_BINARY | words.PRODUCTS | words.LINEAR_KEEPERS | _MASKS
+) - words.DROPOUTS
+_FAR = 256  # how many values an operand is looked for in
+
+
+class _Value:
+    """A tensor, by what it is computed from.
+
+    Attributes:
+        of: the values it is computed from, point by point; none if it came from elsewhere.
+        mask: it says where a comparison holds.
+    """
+
+    __slots__ = ("mask", "of")
+
+    def __init__(self, of: tuple[_Value, ...] = (), mask: bool = False) -> None:
+        self.of = of
+        self.mask = mask
+
+    def depends_on(self, other: _Value) -> bool:
+        """Whether it is the other one, or computed from that alone."""
+        left, seen = [self], {id(other)}
+        while left:
+            value = left.pop()
+            if id(value) in seen:
+                continue
+            if not value.of or len(seen) > _FAR:
+                return False
+            seen.add(id(value))
+            left += value.of
+        return True
+
+
+class Pointwise:
+    """The values of one running module that are computed from one another point by point."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, _Value]] = {}
+
+    def value(self, tensor: Tensor, written: int = 0) -> _Value:
+        """What is known of a tensor.
+
+        Args:
+            tensor: the tensor.
+            written: how often it was written to since its value was.
+        """
+        found = self._known.get(id(tensor))
+        if found is not None and found[0]() is tensor:
+            if found[1] + written == version_of(tensor):
+                return found[2]
+        return self._put(tensor, _Value())
+
+    def _put(self, tensor: Tensor, value: _Value) -> _Value:
+        self._known[id(tensor)] = weakref.ref(tensor), version_of(tensor), value
+        return value
+
+    def step(self, name: str, args: Any, kwargs: Any, out: Any, tag: Lookup, sigma: bool) -> None:
+        """A function has run in the module itself.
+
+        Args:
+            name: of the function.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            out: what it returned.
+            tag: what a tensor carries.
+            sigma: it is a nonlinearity.
+        """
+        operands = [t for t in tensors_in(*args, kwargs) if isinstance(tag(t), Flow)]
+        if not isinstance(out, Tensor) or not operands:
+            return
+        values = tuple([self.value(t, written=t is out) for t in operands])
+        picked = name == "__getitem__" and len(values) > 1 and values[1].mask
+        if not (name in _POINTWISE or sigma or picked):
+            return
+        mask = name in _COMPARISONS or (name in _MASKS and all(v.mask for v in values))
+        self._put(out, _Value(values, mask))
+
+
+def operand_of_sigma(
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], tag: Lookup, inside: Pointwise
+) -> Tensor | None:
+    """What a call receives as a nonlinearity: z; None if it is none.
+
+    Args:
+        name: of the function, one of `SOMETIMES`.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        tag: what a tensor carries.
+        inside: what the running module has computed.
+    """
+    given = {k: v for k, v in kwargs.items() if k != "out"}
+    operands = tensors_in(*args, given)
+    flows = [t for t in operands if isinstance(tag(t), Flow)]
+    if not flows:
+        return None
+    if name in _CHOICES or (name in _EXTREMES and len(flows) > 1):
+        z = _compared(name, args, operands, flows, inside)
+    elif name in _BOUNDED:
+        z = _bounded(name, args, kwargs, flows, tag)
+    elif name in _EXTREMES:
+        z = flows[0] if _is_extreme(operands, flows[0]) and _has_filters(tag(flows[0])) else None
+    else:
+        z = flows[0] if _has_filters(tag(flows[0])) else None
+    if z is None or not (z.is_floating_point() or z.is_complex()):
+        return None
+    return z if name == "__setitem__" or all(_fits(t, z) for t in operands) else None
+
+
+def _compared(
+    name: str, args: Any, operands: list[Tensor], flows: list[Tensor], inside: Pointwise
+) -> Tensor | None:
+    """The operand that all others are computed from, where some comparison of it chooses."""
+    if name == "__setitem__" and not (len(args) == 3 and isinstance(args[1], Tensor)):
+        return None
+    values = list(map(inside.value, flows))
+    if name in _CHOICES and not any(v.mask for v in values):
+        return None
+    for z, value in zip(flows, values, strict=True):
+        if not value.mask and all(v.depends_on(value) for v in values):
+            return z
+    return None
+
+
+def _bounded(
+    name: str, args: Any, kwargs: dict[str, Any], flows: list[Tensor], tag: Lookup
+) -> Tensor | None:
+    """The operand of `clamp`, if its bounds make it a ReLU or a hard tanh."""
+    if len(flows) > 1:
+        return None
+    bounds = [kwargs.get(k, args[i] if len(args) > i else None) for i, k in _places(name)]
+    if any(isinstance(b, (int, float)) and b == 0 for b in bounds):
+        return flows[0]
+    given = [b for b in bounds if b is not None]
+    if len(given) == 2 and all(isinstance(b, (int, float)) for b in given):
+        symmetric = given[0] == -given[1]
+    else:
+        symmetric = len(given) == 1 and isinstance(given[0], Tensor) and _may_be_zero(given[0])
+    return flows[0] if symmetric and _has_filters(tag(flows[0])) else None
+
+
+def _places(name: str) -> list[tuple[int, str]]:
+    if name in ("clamp_min", "clamp_max"):
+        return [(1, name.removeprefix("clamp_"))]
+    return [(1, "min"), (2, "max")]
+
+
+def _is_extreme(operands: list[Tensor], z: Tensor) -> bool:
+    """Whether it is taken of two tensors, the other of which may be zero."""
+    others = [t for t in operands if t is not z]
+    return len(others) == 1 and _may_be_zero(others[0])
+
+
+def _may_be_zero(constant: Tensor) -> bool:
+    """Whether a tensor is not known to be another number: no device is waited for."""
+    if type(constant) is not Tensor or transformed(constant) or constant.is_nested:
+        return True
+    if constant.device.type != "cpu" or constant.numel() != 1:
+        return True
+    with torch._C.DisableTorchFunction():
+        return float(constant) == 0
+
+
+def _has_filters(tag: Any) -> bool:
+    return isinstance(tag, Flow) and tag.origin.kind != "none"
+
+
+def _fits(operand: Tensor, z: Tensor) -> bool:
+    """Whether the result has the shape of z, whatever else is broadcast to it."""
+    if operand.dim() > z.dim():
+        return False
+    pairs = zip(reversed(operand.shape), reversed(z.shape), strict=False)
+    return all(n in (1, m) for n, m in pairs)
