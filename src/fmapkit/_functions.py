@@ -88,12 +88,12 @@ def describe(function: Any) -> Function:
 
 
 def _raw_name(function: Any) -> str:
-    """Its name in torch: `torch.relu`, `Tensor.relu` and `aten.relu.default` share it."""
+    """Its name in torch: `torch.erf`, `torch.special.erf` and `aten.erf.default` share it."""
     name: str = getattr(function, "__name__", "")
     if name in ("__get__", "__set__"):
         owner = getattr(function, "__self__", None)
         return f"{name}.{getattr(owner, '__name__', '')}"
-    return name.split(".")[0]
+    return name.split(".")[0].removeprefix("special_")
 
 
 def _describe(function: Any) -> Function:

@@ -9,12 +9,12 @@ Softmax is none by default: it normalises over a group of values and is not poin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fmapkit.errors import ArgumentError
 
@@ -68,18 +68,52 @@ _NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
+# Other names that torch has for a function, beside those of `torch.special`.
+_ALIASES = {
+    "absolute": "abs",
+    **{f"arc{name}": f"a{name}" for name in ("cos", "cosh", "sin", "sinh", "tan", "tanh")},
+    "clip": "clamp",
+    "divide": "div",
+    "expit": "sigmoid",
+    "fix": "trunc",
+    "gammaln": "lgamma",
+    "multigammaln": "mvlgamma",
+    "multiply": "mul",
+    "negative": "neg",
+    "psi": "digamma",
+    "subtract": "sub",
+    "true_divide": "div",
+}
+_OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_PLACES = (torch, Tensor, F, torch._C._nn, torch.special, torch._C._VariableFunctions)
+
+
+def _with_these_names(names: Iterable[str]) -> set[Any]:
+    found = (getattr(place, name, None) for name in names for place in _PLACES)
+    return {function for function in found if callable(function)}
+
+
+def _plain(name: str) -> str:
+    """A function's one name, for all that do the same: methods, in-place forms and aliases."""
+    name = name.partition(".")[0]
+    if name.startswith("__") and name.endswith("__"):  # an operator: `z ** 2`, `abs(z)`
+        name = name[2:-2]
+    name = name.removesuffix("_").removeprefix("special_")
+    return _ALIASES.get(name, name)
+
+
+def _names_of(plain: str) -> list[str]:
+    every = [plain, *(alias for alias, name in _ALIASES.items() if name == plain)]
+    return [form for name in every for form in (name, f"{name}_", f"__{name}__", f"__i{name}__")]
+
+
 def _faces() -> dict[Any, str]:
-    places = (torch, torch.Tensor, F, torch._C._nn, torch.special, torch._C._VariableFunctions)
-    found: dict[Any, str] = {}
-    for sigma, names in _NAMES.items():
-        for name in names:
-            for place in places:
-                function = getattr(place, name, None)
-                if callable(function):
-                    found[function] = sigma
-    return found
+    return {
+        function: sigma for sigma, names in _NAMES.items() for function in _with_these_names(names)
+    }
 
 
+# The names of functions that count, as `torch.ops.aten` has them.
 _BY_NAME = {name: sigma for sigma, names in _NAMES.items() for name in names}
 
 
@@ -88,12 +122,31 @@ def function_sigma(function: Any) -> str | None:
 
     Those in `torch.ops.aten` are made on first use, so they are known by name and namespace.
     """
-    if isinstance(function, torch._ops.OpOverload):
-        function = function.overloadpacket
-    if isinstance(function, torch._ops.OpOverloadPacket):
-        space, _, name = function._qualified_op_name.partition("::")
-        return _BY_NAME.get(name) if space == "aten" else FUNCTIONS.get(function)
+    if isinstance(function, _OPS):
+        function = _packet(function)
+        if _space(function) == "aten":
+            return _BY_NAME.get(_plain(function.__name__))
     return FUNCTIONS.get(function)
+
+
+def _packet(function: Any) -> Any:
+    """All overloads of one of `torch.ops`."""
+    return getattr(function, "overloadpacket", function)
+
+
+def _space(function: Any) -> str:
+    """The namespace of one of `torch.ops`."""
+    space: str = _packet(function)._qualified_op_name.partition("::")[0]
+    return space
+
+
+def _same(function: Any) -> set[Any]:
+    """A torch function with all that do the same; nothing if it is none that can be seen."""
+    if isinstance(function, _OPS) and _space(function) != "aten":
+        return {_packet(function)}
+    if isinstance(function, _OPS) or (callable(function) and function in _overridable()):
+        return {function} | _with_these_names(_names_of(_plain(function.__name__)))
+    return set()
 
 
 FUNCTIONS: dict[Any, str] = _faces()
@@ -109,8 +162,10 @@ def register_nonlinearity(
 
     Args:
         nonlinearity: an `nn.Module` subclass (its first tensor argument is z, its output a), or
-            a torch function taking z first. A plain Python function that torch does not dispatch
-            on cannot be seen from outside: wrap it in a module.
+            a torch function taking z first. With a function come its method, its in-place form
+            and its other names (`torch.special.expit` is `Tensor.sigmoid_`), in all their calls. A
+            plain Python function that torch does not dispatch on cannot be seen from outside: wrap
+            it in a module.
         name: what `FeatureMap.nonlinearity` says; by default its own name in lower case.
 
     Raises:
@@ -119,8 +174,12 @@ def register_nonlinearity(
     global version
     if isinstance(nonlinearity, type) and issubclass(nonlinearity, nn.Module):
         MODULES[nonlinearity] = name or nonlinearity.__name__.lower()
-    elif nonlinearity in _overridable():
-        FUNCTIONS[nonlinearity] = name or str(getattr(nonlinearity, "__name__", "?"))
+    elif functions := _same(nonlinearity):
+        plain = _plain(nonlinearity.__name__)
+        sigma = name or plain
+        FUNCTIONS.update(dict.fromkeys(functions, sigma))
+        if not isinstance(nonlinearity, _OPS) or _space(nonlinearity) == "aten":
+            _BY_NAME.update(dict.fromkeys(_names_of(plain), sigma))
     else:
         raise ArgumentError(
             "register_nonlinearity takes an nn.Module subclass or a torch function, "
