@@ -1,4 +1,4 @@
-"""What counts as a nonlinearity: functions that are one in some calls, by hand, registered, patched."""
+"""What counts as a nonlinearity: functions in some of their calls, modules by hand, registered."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ COUNTS: dict[str, tuple[str, Function]] = {
     "elu": ("where", lambda z: torch.where(z > 0, z, z.exp() - 1)),
     "selu": ("where", lambda z: torch.where((z > -1) & ~(z > 1), z, torch.tanh(z) * 2)),
     "mask": ("mul", lambda z: z * (z > 0)),
-    "mask first": ("mul", lambda z: (0 < z) * z),
+    "mask first": ("mul", lambda z: z.gt(0) * z),
     "mask of numbers": ("mul", lambda z: z.mul((z > 0).to(z.dtype))),
     "mul_": ("mul", on_a_copy(lambda z: z.mul_(z > 0))),
     "masked_fill": ("masked_fill", lambda z: z.masked_fill(z < 0, 0.0)),

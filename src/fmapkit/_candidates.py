@@ -16,9 +16,9 @@ from fmapkit._frames import Frame
 from fmapkit._functions import describe
 from fmapkit._nested import tensors_in
 from fmapkit._store import Aliases
-from fmapkit.nonlinearities import module_sigma
+from fmapkit.nonlinearities import module_sigma, patched_name, runs_torchs_forward
 
-__all__ = ["is_torchs", "is_whole", "may_be_sigma", "norm_axis", "verdict"]
+__all__ = ["is_torchs", "is_whole", "may_be_sigma", "name_by_hand", "norm_axis", "verdict"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -27,7 +27,7 @@ def may_be_sigma(module: nn.Module, args: Any, kwargs: Any, x: Tensor) -> bool:
     """One tensor goes in; no weights of its own, or only per-channel ones; no mere container."""
     if isinstance(module, _CONTAINERS) or is_torchs(module):
         return False
-    if not x.is_floating_point() or len(tensors_in(*args, kwargs)) != 1:
+    if not (x.is_floating_point() or x.is_complex()) or len(tensors_in(*args, kwargs)) != 1:
         return False
     counts = {1, *(x.shape[1:2]), *(x.shape[-1:])}
     return all(p.numel() in counts for p in module.parameters())
@@ -43,8 +43,9 @@ def is_whole(module: nn.Module) -> bool:
 
 
 def is_torchs(module: nn.Module) -> bool:
-    """Whether it is one of torch's own modules."""
-    return type(module).__module__.startswith("torch.nn.modules.")
+    """Whether it is one of torch's own modules, and runs as torch has written it."""
+    ours = type(module).__module__.startswith("torch.nn.modules.")
+    return ours and runs_torchs_forward(module)
 
 
 def verdict(frame: Frame, output: Any, events: Sequence[Event], aliases: Aliases) -> str | None:
@@ -59,7 +60,10 @@ def verdict(frame: Frame, output: Any, events: Sequence[Event], aliases: Aliases
     if not isinstance(output, Tensor) or frame.x is None:
         return None
     if frame.kind == "sigma":
-        return module_sigma(frame.module)
+        if frame.ran:
+            return module_sigma(frame.module)
+        whole = frame.inner is not None and frame.inner[1] is output
+        return frame.inner[0] if frame.inner and whole else patched_name(frame.module)
     if frame.degrees is None or output.shape != frame.x.shape:
         return None
     if not frame.degrees.is_nonlinear(output):
@@ -71,7 +75,16 @@ def verdict(frame: Frame, output: Any, events: Sequence[Event], aliases: Aliases
         same = event.x_held is frame.x_held or event.x is frame.x
         if same and event.y_held is aliases.reference(output):
             return None
-    return type(frame.module).__name__
+    return name_by_hand(frame.module)
+
+
+def name_by_hand(module: nn.Module) -> str:
+    """What a nonlinearity written by hand goes by: its class, or the forward put into another."""
+    kind = type(module).__name__
+    if not type(module).__module__.startswith("torch.nn.modules."):
+        return kind
+    name = getattr(module.forward, "__name__", "forward")
+    return kind if name == "forward" else str(name)
 
 
 def _written_by_hand(event: Event) -> bool:

@@ -82,6 +82,8 @@ class Degrees:
             result = max(highest, _NONLINEAR) if curved else highest
         elif name in words.LINEAR_BINARY or name in words.LINEAR_KEEPERS or name == "copy":
             result = highest
+        elif name == "stack" and _as_pairs(args, kwargs, out):
+            result = highest
         else:
             self.reduces = self.reduces or name in words.REDUCTIONS or name in words.NORM_AXIS
             result = _OTHER
@@ -92,3 +94,9 @@ class Degrees:
 def _of_two(name: str, args: Any, kwargs: Any) -> bool:
     """`torch.max` and `min` of two tensors are pointwise; of one, they reduce it."""
     return name in ("max", "min") and len(tensors_in(*args, kwargs)) > 1
+
+
+def _as_pairs(args: Any, kwargs: Any, out: Any) -> bool:
+    """A new last axis, which `view_as_complex` alone turns back into points."""
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    return isinstance(out, Tensor) and dim in (-1, out.dim() - 1)

@@ -55,7 +55,7 @@ def tell(
     if not suspects:
         return
     offset = starts[outer]
-    layers = [e for e in tracer.events[offset:] if e.kind == "layer"]
+    layers = [e for e in tracer.events[offset:] if e.kind in ("layer", "output")]
     tracer.events[offset:] = [*layers, *since]
     for frame in running[outer:]:
         frame.start += offset + (len(layers) if frame.start else 0)
@@ -83,6 +83,7 @@ def _tell_steps(tracer: Tracer, path: Sequence[Step], entries: Sequence[Entry]) 
             entry = next(left)
             if id(making.origin) not in events:
                 kind = "sigma" if making.sigma is not None else "layer"
+                kind = "output" if making.kind == "output" else kind
                 event = events[id(making.origin)] = Event(kind, tracer.names.model)
                 event.origin = making.origin
                 tracer.events.append(event)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fmapkit._axes import Axes
+from fmapkit._candidates import name_by_hand
 from fmapkit._edit import Edits
 from fmapkit._frames import Frame, SigmaCall, Site
 from fmapkit._functions import out_of_place
@@ -136,7 +137,7 @@ class Editor:
         if x is None or any(f.site is not None or f.kind == "sigma" for f in self._outer(frame)):
             return
         own = self.tracer.names.of(frame.module)
-        sigma = module_sigma(frame.module) or type(frame.module).__name__
+        sigma = module_sigma(frame.module) or name_by_hand(frame.module)
         known = self.tracer.edited
         site = self._site(own, sigma, x)
         if site is None:

@@ -93,6 +93,14 @@ def spatial(axes: str | None, pads: bool) -> Rule:
     return rule
 
 
+def _pairs(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    """Complex numbers as pairs along a last axis, and back: all other axes stay where they are."""
+    axes, last = flow.axes, min(x.dim(), out.dim())
+    if axes is None or any(p.dim >= last for p in axes.parts):
+        return STOP
+    return flow
+
+
 def _reshape(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     axes = flow.axes
     return each(
@@ -350,6 +358,7 @@ def _copy(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) 
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(LINEAR_KEEPERS | LINEAR_BINARY | PRODUCTS | NONLINEAR_POINTWISE, _pointwise),
+    **dict.fromkeys(["view_as_real", "view_as_complex"], _pairs),
     **dict.fromkeys(KEEP_SHAPE | frozenset(NORM_AXIS), _same_filters),
     **dict.fromkeys(RESHAPES, _reshape),
     **{

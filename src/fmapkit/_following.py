@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit._candidates import may_be_sigma
 from fmapkit._departing import tell
 from fmapkit._flow import carried
 from fmapkit._following_maps import FollowedMaps
@@ -305,7 +304,7 @@ class Follower:
             kind = "plain"
             if module_sigma(frame.module) is not None:
                 kind = "sigma"
-            elif x is not None and may_be_sigma(frame.module, frame.args, frame.kwargs, x):
+            elif self._tracer.may_be_sigma(frame.module, frame.args, frame.kwargs, x):
                 kind = "candidate"
             if kind == "plain" or step.operands is None:
                 return kind == step.scope

@@ -85,6 +85,8 @@ class FollowedSuspects:
         """The tracer's event of a step whose maps have just been held."""
         made = self._maps.entries[len(self._maps.entries) - len(step.makings) :]
         for making, entry in zip(step.makings, made, strict=True):
+            if making.kind == "output":  # stays, whatever the module around it turns out to be
+                continue
             event.origin = making.origin
             event.entries.append(("x" if making.source >= 0 else "y", entry))
         self._tracer.events.append(event)

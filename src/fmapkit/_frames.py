@@ -33,7 +33,7 @@ class Frame:
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
         *("in_place", "flip", "tag", "a"),
-        *("counts", "firing", "pointwise", "replaced", "site"),
+        *("counts", "firing", "inner", "pointwise", "ran", "replaced", "site"),
     )
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any, start: int) -> None:
@@ -55,6 +55,8 @@ class Frame:
         self.site: Site | None = None  # something to edit
         self.replaced: tuple[Any, Any] | None = None  # the arguments that it is to get instead
         self.pointwise = Pointwise()
+        self.ran = False  # the function inside that a registered σ module is
+        self.inner: tuple[str, Any] | None = None  # another one that got x, and its result
 
     @classmethod
     def of(cls, module: nn.Module, args: Any, kwargs: Any, start: int) -> Frame:

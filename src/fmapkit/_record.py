@@ -236,13 +236,14 @@ class Record:
             self.doings.dropped += dropped
 
     def drop_since(self, start: int) -> None:
-        """All events from there on were parts of one that is to come."""
+        """All events from there on, but outputs asked for, were parts of one that is to come."""
+        parts = [event for event in self.events[start:] if event.kind != "output"]
         if self.doings is not None:
             self.doings.whole = True
-            self.doings.dropped += [e for event in self.events[start:] for _, e in event.entries]
-        for event in self.events[start:]:
+            self.doings.dropped += [e for event in parts for _, e in event.entries]
+        for event in parts:
             event.drop()
-        del self.events[start:]
+        self.events[start:] = [event for event in self.events[start:] if event.kind == "output"]
 
     def let_go(self, events: list[Event]) -> None:
         """Let go of the tensors that no map holds."""

@@ -13,8 +13,9 @@ from fmapkit._frames import SigmaCall
 from fmapkit._functions import Function, out_of_place
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow
-from fmapkit._sometimes import SOMETIMES, operand_of_sigma
+from fmapkit._sometimes import SOMETIMES, chooses_unseen, operand_of_sigma
 from fmapkit._transforms import TRANSFORMED, transformed
+from fmapkit.nonlinearities import is_call_of
 
 if TYPE_CHECKING:
     from fmapkit._trace import Tracer
@@ -23,6 +24,11 @@ __all__ = ["after_sigma", "before_sigma", "sigma_call"]
 
 IN_A_HOOK = (
     "a hook on it applies another nonlinearity ({sigma}) to its result, whose maps are missing"
+)
+UNSEEN = (
+    "a nonlinearity of it is written by hand, by a comparison of what it computes: torch.{} "
+    "chooses between values of it and is not given the one that was compared; in a module of its "
+    "own it would be captured"
 )
 
 
@@ -35,8 +41,12 @@ def sigma_call(
         return SigmaCall(func, args, kwargs, known.sigma, z, tracer.tag(z))
     if known.name not in SOMETIMES or tracer.frames[-1].kind == "sigma":
         return None
-    found = operand_of_sigma(known.name, args, kwargs, tracer.tag, tracer.frames[-1].pointwise)
+    asked = known.name, args, kwargs, tracer.tag, tracer.frames[-1].pointwise
+    found = operand_of_sigma(*asked)
     if found is None:
+        unseen = chooses_unseen(*asked)
+        if unseen is not None and all(frame.degrees is None for frame in tracer.frames):
+            tracer.miss(unseen.origin.name, UNSEEN.format(known.name))
         return None
     call = SigmaCall(func, args, kwargs, known.name.strip("_"), found, tracer.tag(found))
     call.place = next(i for i, t in enumerate(tensors_in(*args, kwargs)) if t is found)
@@ -102,8 +112,11 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
         frame.flip = frame.flip or z is frame.x
     if call.in_place and z is frame.x:
         frame.in_place = True
-    if frame.kind == "sigma" and z is frame.x:
-        frame.a = a
+    if frame.kind == "sigma" and is_call_of(frame.module, call.original):
+        frame.ran = True
+        frame.a = a if z is frame.x else frame.a
+    elif frame.kind == "sigma" and z is frame.x:
+        frame.inner = call.sigma, a
     if call.held is None or not isinstance(a, Tensor):
         if call.flip:
             tracer.suspects.add(z, a, frame)

@@ -14,6 +14,7 @@ values of a running module that are computed from one another point by point are
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +23,11 @@ from torch import Tensor
 
 from fmapkit import _vocabulary as words
 from fmapkit._nested import tensors_in
-from fmapkit._origin import Flow, Lookup
+from fmapkit._origin import Flow, Lookup, flow_of
 from fmapkit._store import version_of
 from fmapkit._transforms import transformed
 
-__all__ = ["SOMETIMES", "Pointwise", "operand_of_sigma"]
+__all__ = ["SOMETIMES", "Pointwise", "chooses_unseen", "operand_of_sigma"]
 
 _BOUNDED = words.words("clamp clip clamp_min clamp_max")
 _EXTREMES = words.words("maximum minimum fmax fmin max min")
@@ -40,6 +41,7 @@ _MASKS = words.words(
     """logical_not logical_and logical_or logical_xor bitwise_not bitwise_and bitwise_or
     bitwise_xor __invert__ __and__ __or__ __xor__ to type type_as float half bfloat16 double"""
 )
+_OF_MASKS = _MASKS | {"mul", "multiply"}
 _POINTWISE = (
     words.NONLINEAR_POINTWISE | words.LINEAR_BINARY | words.PRODUCTS | words.LINEAR_KEEPERS | _MASKS
 ) - words.DROPOUTS
@@ -62,16 +64,23 @@ class _Value:
 
     def depends_on(self, other: _Value) -> bool:
         """Whether it is the other one, or computed from that alone."""
-        left, seen = [self], {id(other)}
-        while left:
-            value = left.pop()
-            if id(value) in seen:
-                continue
-            if not value.of or len(seen) > _FAR:
-                return False
-            seen.add(id(value))
-            left += value.of
-        return True
+        sources = self._sources(other)
+        return len(sources) < _FAR and all(v.of or v is other for v in sources)
+
+    def common(self, others: Sequence[_Value]) -> bool:
+        """Whether it and others are computed from one value alone."""
+        return any(all(v.depends_on(s) for v in (self, *others)) for s in self._sources())
+
+    def _sources(self, stop: _Value | None = None) -> list[_Value]:
+        """It and what it is computed from, the nearest first; of one value, no further back."""
+        found: dict[int, _Value] = {}
+        left = deque([self])
+        while left and len(found) < _FAR:
+            value = left.popleft()
+            if id(value) not in found:
+                found[id(value)] = value
+                left += value.of if value is not stop else ()
+        return list(found.values())
 
 
 class Pointwise:
@@ -117,7 +126,7 @@ class Pointwise:
         picked = name == "__getitem__" and len(values) > 1 and values[1].mask
         if not (name in _POINTWISE or sigma or picked):
             return
-        mask = name in _COMPARISONS or (name in _MASKS and all(v.mask for v in values))
+        mask = name in _COMPARISONS or (name in _OF_MASKS and all(v.mask for v in values))
         self._put(out, _Value(values, mask))
 
 
@@ -149,6 +158,26 @@ def operand_of_sigma(
     if z is None or not (z.is_floating_point() or z.is_complex()):
         return None
     return z if name == "__setitem__" or all(_fits(t, z) for t in operands) else None
+
+
+def chooses_unseen(
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], tag: Lookup, inside: Pointwise
+) -> Flow | None:
+    """What a call carries that is a nonlinearity of a value which it is not given itself.
+
+    As in `torch.where(z > 0, 2 * z, 3 * z)`. The arguments are those of `operand_of_sigma`.
+
+    Returns:
+        None where it is none, or no filters of a layer reach it.
+    """
+    flows = [t for t in tensors_in(*args, kwargs) if isinstance(tag(t), Flow)]
+    carried = [found for t in flows if (found := flow_of(tag, t)) and _has_filters(found)]
+    if name not in _CHOICES or name == "__setitem__" or not carried:
+        return None
+    values = list(map(inside.value, flows))
+    if not any(v.mask for v in values) or (name != "where" and all(v.mask for v in values)):
+        return None
+    return carried[0] if values[0].common(values[1:]) else None
 
 
 def _compared(

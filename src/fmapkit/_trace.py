@@ -364,7 +364,9 @@ class Tracer(TorchFunctionMode):
             self.opaque += 1
         elif nonlinearities.module_sigma(module) is not None:
             frame.kind = "sigma"
-        elif frame.x is not None and may_be_sigma(module, args, kwargs, frame.x):
+            frame.ran = nonlinearities.runs_as(module) is None
+        elif self.may_be_sigma(module, args, kwargs, frame.x):
+            assert frame.x is not None
             frame.kind = "candidate"
             frame.degrees = Degrees(frame.x)
         if frame.kind in ("sigma", "candidate") and frame.x is not None:
@@ -373,6 +375,12 @@ class Tracer(TorchFunctionMode):
             if self.editor and not self.opaque:
                 self.editor.enter(frame)
         return frame
+
+    def may_be_sigma(self, module: nn.Module, args: Any, kwargs: Any, x: Tensor | None) -> bool:
+        """Whether a module's call may be one nonlinearity; what is captured is never one itself."""
+        if x is None or not self.names.of(module):
+            return False
+        return may_be_sigma(module, args, kwargs, x)
 
     def leave(self, module: nn.Module, output: Any, failed: bool = False) -> Any:
         """A module's forward has ended.

@@ -30,22 +30,22 @@ FRESH = words(
 LINEAR_KEEPERS = words(
     """to type float half bfloat16 double contiguous clone detach alias requires_grad type_as
     positive neg negative cpu cuda native_dropout dropout alpha_dropout feature_dropout
-    feature_alpha_dropout dropout1d dropout2d dropout3d view_as_real conj resolve_conj
-    resolve_neg lift_fresh pin_memory nan_to_num _to_copy __get__.data __get__.real
-    checkpoint_name"""
+    feature_alpha_dropout dropout1d dropout2d dropout3d conj conj_physical resolve_conj
+    resolve_neg lift_fresh pin_memory nan_to_num _to_copy __get__.data __get__.real __get__.imag
+    real imag view_as_real view_as_complex checkpoint_name"""
 )
 DROPOUTS = words(
     """dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout dropout1d
     dropout2d dropout3d bernoulli rand_like randn_like"""
 )
-LINEAR_BINARY = words("add sub subtract rsub __rsub__ lerp")
+LINEAR_BINARY = words("add sub subtract rsub __rsub__ lerp complex")
 PRODUCTS = words("mul multiply div divide true_divide __rdiv__ __rtruediv__ addcmul addcdiv")
 NONLINEAR_POINTWISE = words(
     """abs absolute exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square pow __pow__ __rpow__
     reciprocal sign sgn floor ceil round trunc frac clamp clamp_min clamp_max clip erf erfc erfinv
     sin cos tan asin acos atan sinh cosh asinh acosh atan2 maximum minimum fmax fmin where
     masked_fill fmod remainder floor_divide heaviside logit logaddexp logaddexp2 hypot xlogy
-    float_power gt lt ge le eq ne greater less greater_equal less_equal isnan isinf isfinite
+    float_power angle polar gt lt ge le eq ne greater less greater_equal less_equal isnan isinf isfinite
     logical_not logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor bitwise_not
     __and__ __or__ __xor__ __invert__
     fake_quantize_per_tensor_affine fake_quantize_per_channel_affine"""

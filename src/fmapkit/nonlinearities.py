@@ -47,6 +47,8 @@ MODULES: dict[type[nn.Module], str] = {
     nn.Threshold: "threshold",
 }
 
+_TORCHS = set(MODULES)
+
 # The name of σ, and the names under which torch has it (an in-place form ends in "_").
 _NAMES: dict[str, tuple[str, ...]] = {
     name: (name, name + "_")
@@ -151,6 +153,8 @@ def _same(function: Any) -> set[Any]:
 
 FUNCTIONS: dict[Any, str] = _faces()
 
+_OWN = dict(FUNCTIONS)  # torch's, as it came
+
 # Bumped by every registration, so that plans made before it are made anew.
 version = 0
 
@@ -174,6 +178,7 @@ def register_nonlinearity(
     global version
     if isinstance(nonlinearity, type) and issubclass(nonlinearity, nn.Module):
         MODULES[nonlinearity] = name or nonlinearity.__name__.lower()
+        _TORCHS.discard(nonlinearity)
     elif functions := _same(nonlinearity):
         plain = _plain(nonlinearity.__name__)
         sigma = name or plain
@@ -189,11 +194,44 @@ def register_nonlinearity(
 
 
 def module_sigma(module: nn.Module) -> str | None:
-    """The name of σ if the module's type, or the nearest base of it, is registered."""
+    """The name of σ if the module's type, or the nearest base of it, is registered.
+
+    One of torch's is that only as long as torch's own forward runs.
+    """
     for base in type(module).__mro__:
         if base in MODULES:
-            return MODULES[base]
+            return None if base in _TORCHS and not runs_torchs_forward(module) else MODULES[base]
     return None
+
+
+def runs_torchs_forward(module: nn.Module) -> bool:
+    """Whether nobody has put another forward in the place of torch's, in a subclass or by hand."""
+    forward: Any = module.__dict__.get("forward", type(module).forward)
+    return str(getattr(forward, "__module__", "")).startswith("torch.nn.modules.")
+
+
+def runs_as(module: nn.Module) -> str | None:
+    """The σ of the function that torch's own module calls; None of what users have registered."""
+    base = next((base for base in type(module).__mro__ if base in MODULES), None)
+    if base is None or base not in _TORCHS:
+        return None
+    return "hardtanh" if base is nn.ReLU6 else MODULES[base]
+
+
+def is_call_of(module: nn.Module, function: Any) -> bool:
+    """Whether a function is what a module that is a registered σ calls; any is of a user's."""
+    expected = runs_as(module)
+    return expected is None or _OWN.get(function) == expected
+
+
+def patched_name(module: nn.Module) -> str:
+    """What stands in torch's namespaces in the place of the function that its own module calls."""
+    expected = runs_as(module)
+    for place in (F, torch):
+        function = getattr(place, expected or "", None)
+        if callable(function) and _OWN.get(function) != expected:
+            return str(getattr(function, "__name__", type(function).__name__))
+    return type(module).__name__
 
 
 def _overridable() -> set[Any]:
