@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmapkit import ArgumentError, capture, nonlinearities, register_nonlinearity
+from fmapkit import (
+    ArgumentError,
+    CaptureWarning,
+    capture,
+    nonlinearities,
+    register_nonlinearity,
+)
 
 Function = Callable[[Tensor], Tensor]
 
@@ -312,3 +319,263 @@ def test_names_of_registered_functions() -> None:
     for wrong in (lambda z: z, 3, [torch.exp], nn.ReLU()):
         with pytest.raises(ArgumentError, match="or a torch function"):
             register_nonlinearity(wrong)  # type: ignore[arg-type]
+
+
+# -- written by hand -----------------------------------------------------------------------------
+
+
+class Soft(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (1 + x.abs())
+
+
+class OfModules(nn.Module):
+    """Activations and arithmetic alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.soft = nn.ReLU(), Soft()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(x) * 2 - self.soft(x)
+
+
+def test_the_captured_model_is_never_one_nonlinearity() -> None:
+    model, x = OfModules(), torch.randn(3, 4)
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(3):
+            model(x)
+            assert [(fm.layer, fm.nonlinearity) for fm in maps.select(kind="activation")] == [
+                ("relu", "relu"),
+                ("soft", "Soft"),
+            ]
+            assert torch.equal(maps["relu"].tensor, x.relu())
+            assert torch.equal(maps["soft"].tensor, x / (1 + x.abs()))
+
+
+@pytest.mark.parametrize("asked", ["act.soft", "act.*", None])
+@pytest.mark.parametrize("branches", [False, True])
+def test_what_runs_inside_one_written_by_hand_can_be_asked_for(
+    asked: str | None, branches: bool
+) -> None:
+    class Whole(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda z: self.act(z), branches)
+            self.act = OfModules()
+
+    torch.manual_seed(0)
+    model = Whole()
+    weight, bias = model.first.weight, model.first.bias
+    kinds = ("preactivation", "activation", "output")
+    with capture(model, layers=asked, kinds=kinds) as maps, torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(3, 5)
+            model(x)
+            z = F.linear(x, weight, bias)
+            found = {(fm.layer, fm.kind): fm.tensor for fm in maps}
+            assert torch.equal(found["act.soft", "output"], z / (1 + z.abs()))
+            if asked != "act.soft":
+                assert torch.equal(found["act.relu", "output"], z.relu())
+            if asked is None:
+                assert maps["first"].nonlinearity == "OfModules"
+                a = z.relu() * 2 - z / (1 + z.abs())
+                assert torch.equal(found["first", "activation"], a)
+
+
+Complex = Callable[[Tensor, Tensor], Tensor]
+QUARTER = 3.141592653589793 / 2
+
+
+def mod_relu(z: Tensor, b: Tensor) -> Tensor:
+    return F.relu(z.abs() + b) * z / (z.abs() + 1e-6)
+
+
+def mod_relu_polar(z: Tensor, b: Tensor) -> Tensor:
+    return torch.polar(F.relu(z.abs() + b), z.angle())
+
+
+def mod_relu_where(z: Tensor, b: Tensor) -> Tensor:
+    size = z.abs()
+    return torch.where(size + b > 0, (size + b) * z / size, torch.zeros_like(z))
+
+
+def z_relu(z: Tensor, b: Tensor) -> Tensor:
+    return z * ((z.angle() >= 0) & (z.angle() <= QUARTER))
+
+
+def z_relu_where(z: Tensor, b: Tensor) -> Tensor:
+    return torch.where((z.real > 0) & (z.imag > 0), z, torch.zeros_like(z))
+
+
+def z_relu_product(z: Tensor, b: Tensor) -> Tensor:
+    return z * ((z.real > 0) * (z.imag > 0)).to(z.dtype)
+
+
+def cardioid(z: Tensor, b: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.cos(z.angle())) * z
+
+
+def cardioid_real(z: Tensor, b: Tensor) -> Tensor:
+    return 0.5 * (1 + z.real / (z.abs() + 1e-6)) * z
+
+
+def c_relu(z: Tensor, b: Tensor) -> Tensor:
+    return torch.complex(F.relu(z.real), F.relu(z.imag))
+
+
+def c_relu_stacked(z: Tensor, b: Tensor) -> Tensor:
+    return torch.view_as_complex(torch.stack([F.relu(z.real), F.relu(z.imag)], -1))
+
+
+def c_relu_pairs(z: Tensor, b: Tensor) -> Tensor:
+    return torch.view_as_complex(F.relu(torch.view_as_real(z)))
+
+
+# As a function in a forward: what is captured of it, by name; or that it is named.
+COMPLEX: dict[Complex, list[str]] = {
+    mod_relu: ["relu"],
+    mod_relu_polar: ["relu"],
+    mod_relu_where: [],
+    z_relu: ["mul"],
+    z_relu_where: ["where"],
+    z_relu_product: ["mul"],
+    cardioid: ["cos"],
+    c_relu: ["relu", "relu"],
+    c_relu_stacked: ["relu", "relu"],
+    c_relu_pairs: ["relu"],
+}
+
+
+class OfComplex(nn.Module):
+    def __init__(self, function: Complex) -> None:
+        super().__init__()
+        self.function, self.bias = function, nn.Parameter(torch.tensor([-0.2, 0.1, 0.0, -0.1]))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.function(z, self.bias)
+
+
+@pytest.mark.parametrize("function", [*COMPLEX, cardioid_real])
+def test_complex_modules_written_by_hand(function: Complex) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, dtype=torch.cfloat), OfComplex(function))
+    bare = copy.deepcopy(model)
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(5, 3, dtype=torch.cfloat)
+            model(x)
+            assert [(fm.layer, fm.nonlinearity) for fm in maps] == [("0", "OfComplex")] * 2
+            assert torch.equal(maps["0", "preactivation"].tensor, bare[0](x))
+            assert torch.equal(maps["0"].tensor, bare(x))
+    assert maps.missed == []
+
+
+@pytest.mark.parametrize("function", COMPLEX)
+def test_complex_functions_in_a_forward(function: Complex) -> None:
+    class Inline(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 4, dtype=torch.cfloat)
+            self.bias = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(self.fc(x), self.bias)
+
+    model, expected = Inline(), COMPLEX[function]
+    with warnings.catch_warnings(), capture(model) as maps, torch.no_grad():
+        warnings.simplefilter("ignore", CaptureWarning)
+        for _ in range(3):
+            model(torch.randn(5, 3, dtype=torch.cfloat))
+            found = maps.select(kind="activation")
+            assert [(fm.layer, fm.nonlinearity) for fm in found] == [("fc", n) for n in expected]
+            assert all(fm.filter_dim == 1 for fm in found)
+        assert [m.layer for m in maps.missed] == ([] if expected else ["fc"])
+
+
+@pytest.mark.parametrize("channels", [2, 3])
+def test_pairs_of_numbers_do_not_move_the_filters(channels: int) -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, channels, 1, dtype=torch.cfloat)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(torch.view_as_real(self.conv(x)))
+
+    model = Pairs()
+    with capture(model) as maps, torch.no_grad():
+        model(torch.randn(1, 2, channels, channels, dtype=torch.cfloat))  # as many rows
+        assert maps["conv"].filter_dim == 1
+
+
+# -- patched, or subclassed ----------------------------------------------------------------------
+
+
+class OtherForward(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class AnotherFunction(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+
+class MoreThanTorchs(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class TorchsOwn(nn.ReLU):
+    pass
+
+
+def with_forward(forward: Function) -> nn.Module:
+    act = nn.ReLU()
+    act.forward = forward  # type: ignore[method-assign]
+    return act
+
+
+def squash(z: Tensor) -> Tensor:
+    return z / (1 + z.abs())
+
+
+@pytest.mark.parametrize(
+    ("act", "sigma"),
+    [
+        (TorchsOwn(), "relu"),
+        (nn.ReLU6(), "relu6"),
+        (OtherForward(), "OtherForward"),
+        (OtherForward(inplace=True), "OtherForward"),
+        (AnotherFunction(), "tanh"),
+        (MoreThanTorchs(), "MoreThanTorchs"),
+        (with_forward(torch.tanh), "tanh"),
+        (with_forward(squash), "squash"),
+        (with_forward(nn.GELU().forward), "gelu"),
+    ],
+)
+def test_what_ran_gives_the_name_and_not_the_class(act: nn.Module, sigma: str) -> None:
+    model = nn.Sequential(nn.Linear(5, 4), act)
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(3, 5)
+            out = model(x)
+            assert maps["0"].nonlinearity == sigma
+            assert torch.equal(maps["0"].tensor, out)
+
+
+def test_torch_s_own_function_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def relu(input: Tensor, inplace: bool = False) -> Tensor:
+        return torch.tanh(input)
+
+    def hidden(input: Tensor, inplace: bool = False) -> Tensor:
+        return input / (1 + input.abs())
+
+    for patch, sigma in ((relu, "tanh"), (hidden, "hidden")):
+        monkeypatch.setattr(F, "relu", patch)
+        model = nn.Sequential(nn.Linear(5, 4), nn.ReLU())
+        with capture(model) as maps, torch.no_grad():
+            for _ in range(2):
+                out = model(torch.randn(3, 5))
+                assert maps["0"].nonlinearity == sigma
+                assert torch.equal(maps["0"].tensor, out)

@@ -80,9 +80,7 @@ class Degrees:
             by_input = sum(d > 0 for d in degrees) > 1 or (dividing and degrees[-1] > 0)
             curved = by_input or name.startswith("__r")
             result = max(highest, _NONLINEAR) if curved else highest
-        elif name in words.LINEAR_BINARY or name in words.LINEAR_KEEPERS or name == "copy":
-            result = highest
-        elif name == "stack" and _as_pairs(args, kwargs, out):
+        elif _is_linear(name, args, kwargs, out):
             result = highest
         else:
             self.reduces = self.reduces or name in words.REDUCTIONS or name in words.NORM_AXIS
@@ -96,7 +94,9 @@ def _of_two(name: str, args: Any, kwargs: Any) -> bool:
     return name in ("max", "min") and len(tensors_in(*args, kwargs)) > 1
 
 
-def _as_pairs(args: Any, kwargs: Any, out: Any) -> bool:
-    """A new last axis, which `view_as_complex` alone turns back into points."""
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-    return isinstance(out, Tensor) and dim in (-1, out.dim() - 1)
+def _is_linear(name: str, args: Any, kwargs: Any, out: Any) -> bool:
+    """Whether each point of the result is one of the operands', or a sum of such."""
+    if name == "stack":  # along a new last axis, which `view_as_complex` alone takes away again
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        return isinstance(out, Tensor) and dim in (-1, out.dim() - 1)
+    return name in words.LINEAR_BINARY or name in words.LINEAR_KEEPERS or name == "copy"

@@ -45,8 +45,8 @@ NONLINEAR_POINTWISE = words(
     reciprocal sign sgn floor ceil round trunc frac clamp clamp_min clamp_max clip erf erfc erfinv
     sin cos tan asin acos atan sinh cosh asinh acosh atan2 maximum minimum fmax fmin where
     masked_fill fmod remainder floor_divide heaviside logit logaddexp logaddexp2 hypot xlogy
-    float_power angle polar gt lt ge le eq ne greater less greater_equal less_equal isnan isinf isfinite
-    logical_not logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor bitwise_not
+    float_power angle polar gt lt ge le eq ne greater less greater_equal less_equal isnan isinf
+    isfinite logical_not logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor bitwise_not
     __and__ __or__ __xor__ __invert__
     fake_quantize_per_tensor_affine fake_quantize_per_channel_affine"""
 )
