@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fmapkit import nonlinearities
 from fmapkit._nested import tensors_in
+from fmapkit._quantized import is_fused, is_weighted
 from fmapkit._vocabulary import METADATA
 
 __all__ = ["Function", "describe"]
@@ -30,6 +31,8 @@ class Function:
         inplace_at: place of its `inplace` parameter, if it has one.
         never_writes: no argument but `out` can make it write.
         silent: it returns no data (`shape`, `size`, …).
+        packed: it is a quantised layer.
+        fused: it is a quantised function with a nonlinearity inside.
         opened: the same function with its inside visible, for functions made of others.
     """
 
@@ -39,6 +42,8 @@ class Function:
     inplace_at: int | None
     silent: bool
     never_writes: bool
+    packed: bool
+    fused: bool
     opened: Any = None
 
     def writes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
@@ -129,6 +134,8 @@ def _describe(function: Any) -> Function:
         inplace_at=place,
         silent=silent,
         never_writes=not writes and place is None and name not in _ESCAPES | _MOVES,
+        packed=is_weighted(function),
+        fused=is_fused(function),
         opened=_opened(function),
     )
 

@@ -155,7 +155,7 @@ def operand_of_sigma(
         z = flows[0] if _is_extreme(operands, flows[0]) and _has_filters(tag(flows[0])) else None
     else:
         z = flows[0] if _has_filters(tag(flows[0])) else None
-    if z is None or not (z.is_floating_point() or z.is_complex()):
+    if z is None or not (z.is_floating_point() or z.is_complex() or z.is_quantized):
         return None
     return z if name == "__setitem__" or all(_fits(t, z) for t in operands) else None
 

@@ -33,6 +33,7 @@ from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow, Weight
 from fmapkit._past_hooks import HOW
 from fmapkit._probation import Born, Suspects, may_try
+from fmapkit._quantized import FUSED, packed_axes, packed_key
 from fmapkit._record import Record
 from fmapkit._sigma_calls import after_sigma, before_sigma, sigma_call
 from fmapkit._sometimes import SOMETIMES
@@ -233,10 +234,14 @@ class Tracer(TorchFunctionMode):
         frame = self.frames[-1]
         if name in words.OPAQUE:
             self.miss(self.names.of(frame.module), words.OPAQUE[name])
+        if known.fused and not self.opaque:
+            self.miss(self.names.of(frame.module), FUSED.format(func))
         weight = _weighted.weight_operand(name, args, kwargs, self.tag)
         seen = not self.opaque and not transformed(out)
         if isinstance(weight, Tensor) and isinstance(out, Tensor) and seen:
             out = self._layer(known, func, args, kwargs, weight, out)
+        elif known.packed and isinstance(out, Tensor) and seen:
+            out = self._packed_layer(func, args, out)
         else:
             if self.trial and not self.opaque and (_weighted.may_weigh(name) or name in SOMETIMES):
                 # Nothing this time; but who waits for what goes by this name will see it, too.
@@ -275,6 +280,21 @@ class Tracer(TorchFunctionMode):
         if x is not None and x is frame.x:
             event.x, event.y, event.key = x, out, frame.key
         return self.layer_event(event, name, x, out, axes)
+
+    def _packed_layer(self, func: Any, args: Any, out: Tensor) -> Tensor:
+        """A quantised layer has run, whose weight is no tensor."""
+        frame, x = self.frames[-1], args[0]
+        owner = self.names.of(frame.module)
+        key = packed_key(frame.module, args[1])
+        if key is None:
+            self.miss(owner, f"{func}: its weight belongs to no module, so it has no name")
+            self.set_tag(out, STOP)
+            return out
+        event = Event("layer", self.scope(), func)
+        if x is frame.x:
+            event.x, event.y, event.key = x, out, frame.key
+        name = f"{owner}.{key}".strip(".")
+        return self.layer_event(event, name, x, out, packed_axes(func, out))
 
     def layer_event(
         self, event: Event, name: str, x: Tensor | None, out: Tensor, axes: Axes | None

@@ -126,7 +126,7 @@ def function_sigma(function: Any) -> str | None:
     """
     if isinstance(function, _OPS):
         function = _packet(function)
-        if _space(function) == "aten":
+        if _space(function) in ("aten", "quantized"):
             return _BY_NAME.get(_plain(function.__name__))
     return FUNCTIONS.get(function)
 
