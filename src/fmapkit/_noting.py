@@ -22,7 +22,7 @@ from fmapkit._seen import Seen
 from fmapkit._sharded import is_wrapped
 from fmapkit._sizes import Ones, Sizes, makes_sizes, rests_on
 from fmapkit._store import Entry, Held
-from fmapkit._transforms import transformed
+from fmapkit._transforms import unheld
 from fmapkit._vocabulary import DROPOUTS, FRESH, METADATA, NORM_AXIS, OPAQUE
 from fmapkit._weighted import may_weigh
 
@@ -135,7 +135,7 @@ class Noter:
                 self.stop()
             return
         operands = tensors_in(*args, kwargs)
-        if any(transformed(t) or is_wrapped(t) for t in (*operands, *results)):
+        if any(unheld(t) or is_wrapped(t) for t in (*operands, *results)):
             self.stop()
             return
         step = Step("call", self._at)
@@ -190,7 +190,8 @@ class Noter:
 
     def enter(self, frame: Frame) -> None:
         """A module begins, and is traced."""
-        if frame.kind == "layer" or self._doings.any() or self._leaf is not None:
+        given = self._doings.any() or unheld(frame.x) is not None
+        if frame.kind == "layer" or given or self._leaf is not None:
             self.stop()
             return
         if frame.module in self._tracer.leaves:
@@ -268,7 +269,7 @@ class Noter:
                 self._no_leaf(step)
                 return
             makings.append(_making(entry, *source))
-        if failed or any(transformed(t) or is_wrapped(t) for t in (*operands, *results)):
+        if failed or any(unheld(t) or is_wrapped(t) for t in (*operands, *results)):
             self.stop()
             return
         step.makings, step.results = tuple(makings), self._kept(tags)

@@ -13,12 +13,14 @@ from fmapkit._events import Doings, Event, Firings
 from fmapkit._flow import sigma_axes
 from fmapkit._frames import Site
 from fmapkit._gradients import NO_GRAPH, in_function
+from fmapkit._missed import NotSupportedError
 from fmapkit._nested import closed_parts, leaves
 from fmapkit._origin import Flow, Origin
 from fmapkit._sharded import is_dtensor
 from fmapkit._stop import Stop
 from fmapkit._store import Aliases, Entry, Held, Pass, version_of
 from fmapkit._tags import Tags
+from fmapkit._transforms import unheld
 from fmapkit._wants import Wants
 
 __all__ = ["Record"]
@@ -186,6 +188,10 @@ class Record:
         if not found and not closed and self.wants.some:
             self.miss(name, f"it returned no tensor, but a {type(output).__name__}")
         for path, tensor in found:
+            why = unheld(tensor)
+            if why is not None:
+                self.miss(name, why)
+                continue
             flow = self.tags.of(tensor)
             axes = flow.axes if isinstance(flow, Flow) else None
             held = self.aliases.reference(tensor)
@@ -281,7 +287,11 @@ class Record:
             if picked is None:
                 self.miss(origin.name, self.wants.why_not(origin.name, axes))
                 return
-            held = self.taken(held, axes, picked)
+            try:
+                held = self.taken(held, axes, picked)
+            except NotSupportedError as error:
+                self.miss(origin.name, str(error))
+                return
         held.wanted = True
         if self.graph and in_function():
             self.miss(origin.name, NO_GRAPH)

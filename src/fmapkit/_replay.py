@@ -19,6 +19,7 @@ from fmapkit._aside import clone
 from fmapkit._functions import describe, out_of_place
 from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._hooks import leave_mode
+from fmapkit._missed import NotSupportedError
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._origin import NOWHERE, Flow, Origin
 from fmapkit._plan import Emission, Plan, Ref, Step
@@ -250,7 +251,11 @@ class Run:
                     read.append(None)
                     continue
                 grad = x_grad if emission.slot == "x" else self._watched(value)
-                shared[slot] = self._stored(emission, value, grad)
+                try:
+                    shared[slot] = self._stored(emission, value, grad)
+                except NotSupportedError:  # which was named in the pass that was learned
+                    read.append(None)
+                    continue
             read.append(shared[slot])
         return read
 

@@ -35,7 +35,7 @@ from fmapkit._hooks import Hooks
 from fmapkit._keeping import Keeping
 from fmapkit._learning import Learning
 from fmapkit._live import MODES, Live
-from fmapkit._missed import Misses
+from fmapkit._missed import Misses, reason
 from fmapkit._moves import Moves
 from fmapkit._optimized import ever_compiled, in_compiled_code
 from fmapkit._others import entered, left, others
@@ -318,7 +318,7 @@ class Session:
         if error in (edits.raised, analyses.raised) or isinstance(error, BudgetError):
             edits.raised = analyses.raised = None  # whose traceback holds tensors
             raise error  # the user's own function, or what the user has asked for
-        self.miss(self.names.of(module), f"fmapkit failed here: {type(error).__name__}: {error}")
+        self.miss(self.names.of(module), reason(error))
         if self.live.run is not None:
             self.live.run.stray(type(error).__name__)
 

@@ -14,7 +14,7 @@ from fmapkit._functions import Function, out_of_place
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow
 from fmapkit._sometimes import SOMETIMES, chooses_unseen, operand_of_sigma
-from fmapkit._transforms import TRANSFORMED, transformed
+from fmapkit._transforms import unheld
 from fmapkit.nonlinearities import is_call_of
 
 if TYPE_CHECKING:
@@ -64,9 +64,10 @@ def before_sigma(tracer: Tracer, known: Function, call: SigmaCall) -> None:
     quiet = frame.kind == "sigma" or tracer.opaque > 0
     if frame.kind == "sigma" and frame.a is not None and is_torchs(frame.module):
         tracer.miss(tracer.names.of(frame.module), IN_A_HOOK.format(sigma=call.sigma))
-    if transformed(z):
+    why = unheld(z)
+    if why is not None:
         quiet = True
-        tracer.miss(tracer.names.of(frame.module), TRANSFORMED)
+        tracer.miss(tracer.names.of(frame.module), why)
     if tracer.editor and not quiet:
         own = f"{tracer.names.of(frame.module)}:{call.sigma}"
         tracer.editor.before(call, own, in_place)
@@ -106,8 +107,9 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
         tracer.follow(known.name, (z,), {}, out, nonlinear=True)
     else:
         tracer.follow(known.name, call.args, call.kwargs, out, nonlinear=True)
-    axes = sigma_axes(flow.axes, z, a)
-    tracer.set_tag(a, past_sigma(call.tag, z, a))
+    axes = sigma_axes(flow.axes, z, a) if unheld(z) is None else None
+    if unheld(z) is None:
+        tracer.set_tag(a, past_sigma(call.tag, z, a))
     if call.flip:
         frame.flip = frame.flip or z is frame.x
     if call.in_place and z is frame.x:

@@ -25,7 +25,7 @@ from fmapkit import _vocabulary as words
 from fmapkit._nested import tensors_in
 from fmapkit._origin import Flow, Lookup, flow_of
 from fmapkit._store import version_of
-from fmapkit._transforms import transformed
+from fmapkit._transforms import unheld
 
 __all__ = ["SOMETIMES", "Pointwise", "chooses_unseen", "operand_of_sigma"]
 
@@ -145,7 +145,7 @@ def operand_of_sigma(
     given = {k: v for k, v in kwargs.items() if k != "out"}
     operands = tensors_in(*args, given)
     flows = [t for t in operands if isinstance(tag(t), Flow)]
-    if not flows:
+    if not flows or any(map(unheld, operands)):
         return None
     if name in _CHOICES or (name in _EXTREMES and len(flows) > 1):
         z = _compared(name, args, operands, flows, inside)
@@ -226,7 +226,7 @@ def _is_extreme(operands: list[Tensor], z: Tensor) -> bool:
 
 def _may_be_zero(constant: Tensor) -> bool:
     """Whether a tensor is not known to be another number: no device is waited for."""
-    if type(constant) is not Tensor or transformed(constant) or constant.is_nested:
+    if type(constant) is not Tensor or unheld(constant):
         return True
     if constant.device.type != "cpu" or constant.numel() != 1:
         return True

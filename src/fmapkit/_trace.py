@@ -28,6 +28,7 @@ from fmapkit._events import Event, Firing
 from fmapkit._flow import carried
 from fmapkit._frames import Frame, SigmaCall, first_tensor, running_module
 from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe
+from fmapkit._missed import reason
 from fmapkit._names import Names
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow, Weight
@@ -40,7 +41,7 @@ from fmapkit._sometimes import SOMETIMES
 from fmapkit._stop import Stop
 from fmapkit._store import Aliases, Pass
 from fmapkit._tags import Tags
-from fmapkit._transforms import TRANSFORMED, transformed
+from fmapkit._transforms import TRANSFORMED, unheld
 from fmapkit._wants import Wants
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class Tracer(TorchFunctionMode):
         if self.failed is None:
             self.failed = error
             where = self.names.of(self.frames[-1].module) if self.frames else ""
-            self.miss(where, f"fmapkit failed here: {type(error).__name__}: {error}")
+            self.miss(where, reason(error))
 
     # -- every torch function -----------------------------------------------------------------
 
@@ -237,7 +238,11 @@ class Tracer(TorchFunctionMode):
         if known.fused and not self.opaque:
             self.miss(self.names.of(frame.module), FUSED.format(func))
         weight = _weighted.weight_operand(name, args, kwargs, self.tag)
-        seen = not self.opaque and not transformed(out)
+        why = next(filter(None, map(unheld, (out, *tensors_in(*args, kwargs)))), None)
+        if why is not None and why is not TRANSFORMED:
+            self._not_held(why, weight, out)
+            return out
+        seen = not self.opaque and why is None
         if isinstance(weight, Tensor) and isinstance(out, Tensor) and seen:
             out = self._layer(known, func, args, kwargs, weight, out)
         elif known.packed and isinstance(out, Tensor) and seen:
@@ -258,6 +263,18 @@ class Tracer(TorchFunctionMode):
                 self.set_tag(out, tag)
         self.follow(name, args, kwargs, out)
         return out
+
+    def _not_held(self, why: str, weight: Any, out: Any) -> None:
+        """A function has run on tensors that have no shape: whose filters they are is not told."""
+        module = self.frames[-1].module
+        if isinstance(weight, Tensor) and not self.opaque:
+            tag = self.tag(weight)
+            owner = tag.parameter if isinstance(tag, Weight) else None
+            self.miss(self.names.layer_of(owner, [f.module for f in self.frames]), why)
+        elif any(unheld(t) for t in tensors_in(out)):
+            self.miss(self.names.of(module), why)
+        for tensor in tensors_in(out):
+            self.set_tag(tensor, STOP)
 
     def _layer(
         self, known: Function, func: Any, args: Any, kwargs: Any, weight: Tensor, out: Tensor
@@ -377,8 +394,9 @@ class Tracer(TorchFunctionMode):
             args = self.suspects.exchange(args, self.aliases)
             kwargs = self.suspects.exchange(kwargs, self.aliases)
         frame.x, frame.key = first_tensor(args, kwargs)
-        if transformed(frame.x):
-            self.miss(self.names.of(module), TRANSFORMED)
+        why = unheld(frame.x)
+        if why is not None:
+            self.miss(self.names.of(module), why)
         elif layers.is_registered(module):
             frame.kind = "layer"
             self.opaque += 1

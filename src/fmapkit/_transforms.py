@@ -1,4 +1,4 @@
-"""Tensors of torch.func transforms: they must not be kept."""
+"""Tensors that are not held: of torch.func transforms, and such that have no shape."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from torch import Tensor, nn
 
 from fmapkit._nested import tensors_in
 
-__all__ = ["TRANSFORMED", "transformed", "transforming", "under_transform"]
+__all__ = ["TRANSFORMED", "transformed", "transforming", "under_transform", "unheld"]
 
 TRANSFORMED = (
     "it runs under a torch.func transform (vmap, grad, …): its tensors live only inside the "
     "transform, and cannot be held"
+)
+
+NESTED = (
+    "it runs on nested tensors of the strided layout, which have no shape, and maps of them are "
+    "not supported; those of layout=torch.jagged are"
 )
 
 # The innermost transform that is at work; None where none is.
@@ -25,6 +30,15 @@ def transformed(value: Any) -> bool:
     """Whether it is a tensor of a torch.func transform, which must not be kept."""
     functorch = torch._C._functorch
     return isinstance(value, Tensor) and bool(functorch.is_functorch_wrapped_tensor(value))
+
+
+def unheld(value: Any) -> str | None:
+    """Why a tensor is not held; None if it may be."""
+    if not isinstance(value, Tensor):
+        return None
+    if value.is_nested and value.layout is torch.strided:
+        return NESTED
+    return TRANSFORMED if transformed(value) else None
 
 
 def under_transform(module: nn.Module, value: Any) -> bool:

@@ -39,7 +39,9 @@ DROPOUTS = words(
     dropout2d dropout3d bernoulli rand_like randn_like"""
 )
 LINEAR_BINARY = words("add sub subtract rsub __rsub__ lerp complex add_scalar")
-PRODUCTS = words("mul multiply div divide true_divide __rdiv__ __rtruediv__ addcmul addcdiv mul_scalar")
+PRODUCTS = words(
+    "mul multiply div divide true_divide __rdiv__ __rtruediv__ addcmul addcdiv mul_scalar"
+)
 NONLINEAR_POINTWISE = words(
     """abs absolute exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square pow __pow__ __rpow__
     reciprocal sign sgn floor ceil round trunc frac clamp clamp_min clamp_max clip erf erfc erfinv
@@ -56,7 +58,8 @@ KEEP_SHAPE = words("softmax log_softmax _softmax local_response_norm normalize")
 NORM_AXIS = dict.fromkeys(
     words(
         """batch_norm group_norm instance_norm native_batch_norm native_group_norm
-        batch_norm1d batch_norm2d batch_norm3d _batch_norm_impl_index cudnn_batch_norm local_response_norm sync_batch_norm"""
+        batch_norm1d batch_norm2d batch_norm3d _batch_norm_impl_index cudnn_batch_norm
+        local_response_norm sync_batch_norm"""
     ),
     1,
 ) | dict.fromkeys(["layer_norm", "rms_norm", "native_layer_norm", "fused_layer_norm"], -1)
