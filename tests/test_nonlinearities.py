@@ -161,6 +161,8 @@ DOES_NOT_COUNT: dict[str, Function] = {
     "missing values": lambda z: torch.where(z.isnan(), 0.0, z),
     "the largest ones": lambda z: z.masked_fill(z < z.topk(2, -1).values[:, 1:], 0.0),
     "two layers": lambda z: torch.maximum(z, z.roll(1, -1)),
+    "places": lambda z: z.index_fill(0, torch.where(z[:, 0] > 9)[0], 0.0),
+    "places of itself": lambda z: z.index_put(torch.where(z > 9), torch.zeros(())),
     "one axis": lambda z: z.max(-1, keepdim=True).values + z,
     "an old mask": lambda z: (z.add(0), z > 0)[1] * z.mul(2).roll(1, 0),
 }

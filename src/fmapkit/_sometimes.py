@@ -174,6 +174,8 @@ def chooses_unseen(
     carried = [found for t in flows if (found := flow_of(tag, t)) and _has_filters(found)]
     if name not in _CHOICES or name == "__setitem__" or not carried:
         return None
+    if name == "where" and len(args) + len(kwargs) < 3:  # places, and no choice
+        return None
     values = list(map(inside.value, flows))
     if not any(v.mask for v in values) or (name != "where" and all(v.mask for v in values)):
         return None
