@@ -540,7 +540,7 @@ class SetItem(Two):
     def forward(self, x: Tensor) -> Tensor:
         z = self.a(x) * 1
         z[:, 0] = torch.relu(z[:, 0].clone())
-        z[x[:, :1].expand_as(z) < 0] = 0
+        z[z < 0] = 0
         return self.tanh(z)
 
 

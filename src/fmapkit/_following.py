@@ -180,7 +180,7 @@ class Follower:
                 if self._gives(step, varied, args, kwargs, out):
                     self._at = step
                     if held is not None:
-                        self._maps.made(step, held, results_of(step.known, args, out))
+                        self._maps.made(step, held, out)
                     if step.dropped:
                         self._maps.drop(step)
                     if self._watched:

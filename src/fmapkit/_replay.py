@@ -217,8 +217,7 @@ class Run:
         elif x is not None and any(e.before for e in step.emissions):
             before = self._read_before(step, x)
         out = func(*args, **kwargs)
-        a = args[0] if name == "__setitem__" else out
-        self.log.append((None, self._read(step, x, a, x_grad, before)))
+        self.log.append((None, self._read(step, x, out, x_grad, before)))
         self._noted()
         return out
 

@@ -48,7 +48,7 @@ def sigma_call(
         if unseen is not None and all(frame.degrees is None for frame in tracer.frames):
             tracer.miss(unseen.origin.name, UNSEEN.format(known.name))
         return None
-    call = SigmaCall(func, args, kwargs, known.name.strip("_"), found, tracer.tag(found))
+    call = SigmaCall(func, args, kwargs, known.name, found, tracer.tag(found))
     call.place = next(i for i, t in enumerate(tensors_in(*args, kwargs)) if t is found)
     return call
 
@@ -101,7 +101,7 @@ def before_sigma(tracer: Tracer, known: Function, call: SigmaCall) -> None:
 def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> Any:
     """It has run: what it is to return."""
     frame = tracer.frames[-1]
-    z, a = call.z, call.args[0] if known.name == "__setitem__" else out
+    z, a = call.z, out
     flow = call.tag if isinstance(call.tag, Flow) else STOP
     if known.sigma is not None:
         tracer.follow(known.name, (z,), {}, out, nonlinear=True)
@@ -134,12 +134,11 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
         tracer.suspects.add(z, a, event)
     own = f"{tracer.names.of(scope)}:{call.sigma}"
     if call.site is not None and tracer.editor is not None:
-        result = tracer.editor.after(call.site, a, axes)
-        out = result if isinstance(out, Tensor) else out
+        out = tracer.editor.after(call.site, a, axes)
     tracer.record.sigma(event, flow, call.held, z, a, own, call.site)
     tracer.spare(event)
     if call.site is not None:
-        tracer.set_tag(result, tracer.tag(a))
+        tracer.set_tag(out, tracer.tag(a))
     elif tracer.trial and not event.in_place and not tracer.wants.gradients:
         tracer.firings.between(event, z, a)
     return out

@@ -1,14 +1,10 @@
 """torch functions that are a nonlinearity in some of their calls: in which, and of which operand.
 
-`z.clamp(min=0)` is a ReLU, `norm.clamp(min=1e-6)` keeps a division from going wrong. What a call is
-depends on its bounds, on whether layers' filters reach it, and on whether it compares its operand
-with itself (`z * (z > 0)`, `torch.where(z > 0, z, 0.1 * z)`, `z[z < 0] = 0`). For the last, the
-values of a running module that are computed from one another point by point are known here.
-
-- A ReLU in other words counts wherever `relu` does: one bound of zero, or a choice by a comparison
-  of the operand itself.
-- What has other uses (a maximum with a constant, symmetric bounds, sin, cos, erf) counts where the
-  operand carries the filters of a layer, or a norm's.
+`z.clamp(min=0)` is a ReLU, `norm.clamp(min=1e-6)` keeps a division from going wrong, and a mask may
+be anything. So what counts is a ReLU in other words: a bound of zero, or a choice by a comparison
+of the operand itself with zero (`z * (z > 0)`, `torch.where(z > 0, z, 0.1 * z)`). For that, the
+values of a running module that are computed from one another point by point are known here. `erf`
+counts where its operand carries the filters of a layer, or a norm's: it is what a GELU by hand has.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmapkit import _vocabulary as words
 from fmapkit._nested import tensors_in
@@ -31,9 +27,9 @@ __all__ = ["SOMETIMES", "Pointwise", "chooses_unseen", "operand_of_sigma"]
 
 _BOUNDED = words.words("clamp clip clamp_min clamp_max")
 _EXTREMES = words.words("maximum minimum fmax fmin max min")
-_CHOICES = words.words("where masked_fill mul multiply __setitem__")
-_WAVES = words.words("sin cos erf")
-SOMETIMES = _BOUNDED | _EXTREMES | _CHOICES | _WAVES
+_CHOICES = words.words("where masked_fill mul multiply")
+SOMETIMES = _BOUNDED | _EXTREMES | _CHOICES | {"erf"}
+_ZEROS = words.words("zeros zeros_like new_zeros")
 
 _COMPARISONS = words.words("gt lt ge le greater less greater_equal less_equal")
 # What a comparison may go through before something is chosen by it.
@@ -54,13 +50,15 @@ class _Value:
     Attributes:
         of: the values it is computed from, point by point; none if it came from elsewhere.
         mask: it says where a comparison holds.
+        zero: it is nothing but zeros; of a mask: something was compared with zero.
     """
 
-    __slots__ = ("mask", "of")
+    __slots__ = ("mask", "of", "zero")
 
-    def __init__(self, of: tuple[_Value, ...] = (), mask: bool = False) -> None:
+    def __init__(self, of: tuple[_Value, ...] = (), mask: bool = False, zero: bool = False) -> None:
         self.of = of
         self.mask = mask
+        self.zero = zero
 
     def depends_on(self, other: _Value) -> bool:
         """Whether it is the other one, or computed from that alone."""
@@ -119,15 +117,40 @@ class Pointwise:
             tag: what a tensor carries.
             sigma: it is a nonlinearity.
         """
+        if name in _ZEROS and isinstance(out, Tensor):
+            self._put(out, _Value(zero=True))
         operands = [t for t in tensors_in(*args, kwargs) if isinstance(tag(t), Flow)]
         if not isinstance(out, Tensor) or not operands:
             return
         values = tuple([self.value(t, written=t is out) for t in operands])
-        picked = name == "__getitem__" and len(values) > 1 and values[1].mask
-        if not (name in _POINTWISE or sigma or picked):
+        if not (name in _POINTWISE or sigma):
             return
-        mask = name in _COMPARISONS or (name in _OF_MASKS and all(v.mask for v in values))
-        self._put(out, _Value(values, mask))
+        compared = name in _COMPARISONS
+        mask = compared or (name in _OF_MASKS and all(v.mask for v in values))
+        if compared:
+            zero = any(self.is_zero(a) for a in (*args, *kwargs.values()))
+        else:
+            zero = mask and any(v.zero for v in values)
+        self._put(out, _Value(values, mask, zero))
+
+    def is_zero(self, value: Any, else_: bool = False) -> bool:
+        """Whether a number is zero, or a tensor nothing but zeros; no device is waited for.
+
+        Args:
+            value: the number or tensor.
+            else_: the answer for a single number on another device.
+        """
+        if not isinstance(value, Tensor):
+            return isinstance(value, (int, float)) and value == 0
+        found = self._known.get(id(value))
+        if found is not None and found[0]() is value and found[1] == version_of(value):
+            return found[2].zero and not found[2].mask
+        if unheld(value) or value.numel() != 1:
+            return False
+        if type(value) not in (Tensor, nn.Parameter) or value.device.type != "cpu":
+            return else_
+        with torch._C.DisableTorchFunction():
+            return bool(value == 0)
 
 
 def operand_of_sigma(
@@ -148,16 +171,16 @@ def operand_of_sigma(
     if not flows or any(map(unheld, operands)):
         return None
     if name in _CHOICES or (name in _EXTREMES and len(flows) > 1):
-        z = _compared(name, args, operands, flows, inside)
+        z = _compared(name, flows, inside)
     elif name in _BOUNDED:
-        z = _bounded(name, args, kwargs, flows, tag)
+        z = _bounded(name, args, kwargs, flows, inside)
     elif name in _EXTREMES:
-        z = flows[0] if _is_extreme(operands, flows[0]) and _has_filters(tag(flows[0])) else None
+        z = _extreme(operands, flows[0], tag, inside)
     else:
         z = flows[0] if _has_filters(tag(flows[0])) else None
     if z is None or not (z.is_floating_point() or z.is_complex() or z.is_quantized):
         return None
-    return z if name == "__setitem__" or all(_fits(t, z) for t in operands) else None
+    return z if all(_fits(t, z) for t in operands) else None
 
 
 def chooses_unseen(
@@ -172,24 +195,22 @@ def chooses_unseen(
     """
     flows = [t for t in tensors_in(*args, kwargs) if isinstance(tag(t), Flow)]
     carried = [found for t in flows if (found := flow_of(tag, t)) and _has_filters(found)]
-    if name not in _CHOICES or name == "__setitem__" or not carried:
+    if name not in _CHOICES or not carried:
         return None
     if name == "where" and len(args) + len(kwargs) < 3:  # places, and no choice
         return None
     values = list(map(inside.value, flows))
-    if not any(v.mask for v in values) or (name != "where" and all(v.mask for v in values)):
+    if not any(v.mask and v.zero for v in values) or (
+        name != "where" and all(v.mask for v in values)
+    ):
         return None
     return carried[0] if values[0].common(values[1:]) else None
 
 
-def _compared(
-    name: str, args: Any, operands: list[Tensor], flows: list[Tensor], inside: Pointwise
-) -> Tensor | None:
+def _compared(name: str, flows: list[Tensor], inside: Pointwise) -> Tensor | None:
     """The operand that all others are computed from, where some comparison of it chooses."""
-    if name == "__setitem__" and not (len(args) == 3 and isinstance(args[1], Tensor)):
-        return None
     values = list(map(inside.value, flows))
-    if name in _CHOICES and not any(v.mask for v in values):
+    if name in _CHOICES and not any(v.mask and v.zero for v in values):
         return None
     for z, value in zip(flows, values, strict=True):
         if not value.mask and all(v.depends_on(value) for v in values):
@@ -198,42 +219,23 @@ def _compared(
 
 
 def _bounded(
-    name: str, args: Any, kwargs: dict[str, Any], flows: list[Tensor], tag: Lookup
+    name: str, args: Any, kwargs: dict[str, Any], flows: list[Tensor], inside: Pointwise
 ) -> Tensor | None:
-    """The operand of `clamp`, if its bounds make it a ReLU or a hard tanh."""
+    """The operand of `clamp`, if a bound of it is zero."""
     if len(flows) > 1:
         return None
-    bounds = [kwargs.get(k, args[i] if len(args) > i else None) for i, k in _places(name)]
-    if any(isinstance(b, (int, float)) and b == 0 for b in bounds):
-        return flows[0]
-    given = [b for b in bounds if b is not None]
-    if len(given) == 2 and all(isinstance(b, (int, float)) for b in given):
-        symmetric = given[0] == -given[1]
-    else:
-        symmetric = len(given) == 1 and isinstance(given[0], Tensor) and _may_be_zero(given[0])
-    return flows[0] if symmetric and _has_filters(tag(flows[0])) else None
-
-
-def _places(name: str) -> list[tuple[int, str]]:
+    places = [(1, "min"), (2, "max")]
     if name in ("clamp_min", "clamp_max"):
-        return [(1, name.removeprefix("clamp_"))]
-    return [(1, "min"), (2, "max")]
+        places = [(1, name.removeprefix("clamp_"))]
+    bounds = [kwargs.get(key, args[at] if len(args) > at else None) for at, key in places]
+    return flows[0] if any(map(inside.is_zero, bounds)) else None
 
 
-def _is_extreme(operands: list[Tensor], z: Tensor) -> bool:
-    """Whether it is taken of two tensors, the other of which may be zero."""
+def _extreme(operands: list[Tensor], z: Tensor, tag: Lookup, inside: Pointwise) -> Tensor | None:
+    """The operand of a maximum or minimum with zero."""
     others = [t for t in operands if t is not z]
-    return len(others) == 1 and _may_be_zero(others[0])
-
-
-def _may_be_zero(constant: Tensor) -> bool:
-    """Whether a tensor is not known to be another number: no device is waited for."""
-    if type(constant) is not Tensor or unheld(constant):
-        return True
-    if constant.device.type != "cpu" or constant.numel() != 1:
-        return True
-    with torch._C.DisableTorchFunction():
-        return float(constant) == 0
+    zero = len(others) == 1 and inside.is_zero(others[0], else_=_has_filters(tag(z)))
+    return z if zero else None
 
 
 def _has_filters(tag: Any) -> bool:
