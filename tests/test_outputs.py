@@ -320,9 +320,10 @@ class OfFunctions(nn.Module):
 def test_a_captured_model_with_a_call_of_its_own_says_why_there_is_no_pass(
     kind: type[nn.Module],
 ) -> None:
-    (entry,) = missed(kind(), torch.ones(2, 4))
-    assert entry[0] == ""
-    assert entry[1].startswith("its class has a __call__ of its own")
+    entries = missed(kind(), torch.ones(2, 4))
+    assert {layer for layer, _ in entries} == {""}
+    # Where something was compiled before, that is named as another reason there may be.
+    assert any(reason.startswith("its class has a __call__ of its own") for _, reason in entries)
 
 
 def test_a_captured_model_whose_forward_is_called_says_why_there_is_no_pass() -> None:

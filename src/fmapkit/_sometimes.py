@@ -117,7 +117,8 @@ class Pointwise:
             tag: what a tensor carries.
             sigma: it is a nonlinearity.
         """
-        if name in _ZEROS and isinstance(out, Tensor):
+        zeros = name in _ZEROS or (name == "tensor" and bool(args) and self.is_zero(args[0]))
+        if zeros and isinstance(out, Tensor):
             self._put(out, _Value(zero=True))
         operands = [t for t in tensors_in(*args, kwargs) if isinstance(tag(t), Flow)]
         if not isinstance(out, Tensor) or not operands:
