@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fmapkit import layers
 from fmapkit._elsewhere import Elsewhere, Unnamed
+from fmapkit._past_hooks import PastHooks
 from fmapkit._sharded import is_dtensor
 from fmapkit._store import storage_of
 from fmapkit._wrappers import (
@@ -64,6 +65,7 @@ class Names:
     Attributes:
         lends: some parameters, as far as is known, may have memory for a while only.
         version: another one whenever other parameters are known than before.
+        past_hooks: finds modules of the model that run without their hooks.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -108,6 +110,7 @@ class Names:
             self.lent = self.lent or lends_parameters(module)
             self._flat += flat_parameters(module)
         self.lends = self.lent or bool(self._flat)
+        self.past_hooks = PastHooks(self.by_module)
         self._read_parameters()
 
     def update(self) -> None:

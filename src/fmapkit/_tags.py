@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fmapkit._names import Names
-from fmapkit._nested import leaves, tensors_in
+from fmapkit._nested import leaves
 from fmapkit._origin import STOP, Flow, Tag, Weight
 from fmapkit._sharded import local_axes
 
@@ -62,7 +62,7 @@ class Tags:
 
     def enter(self, args: Any, kwargs: Any) -> None:
         """The pass begins: whatever comes in depends on the input, and has no layer yet."""
-        for tensor in tensors_in(*args, kwargs):
+        for _, tensor in leaves((args, kwargs)):
             if self.of(tensor) is None:
                 self.put(tensor, STOP)
 

@@ -25,7 +25,7 @@ from fmapkit._origin import Flow, Weight
 from fmapkit._plan import Plan, alike
 from fmapkit._stop import has_own_forward
 from fmapkit._trace import Tracer
-from fmapkit._transforms import under_transform
+from fmapkit._transforms import is_shapeless, under_transform
 from fmapkit.paths import KnownPaths, Sizes
 
 __all__ = ["Unit", "Units", "carried", "shape_of", "sizes_of"]
@@ -251,7 +251,7 @@ def shape_of(value: Any) -> Any:
 
 def sizes_of(tensors: list[Tensor], args: Any, kwargs: Any) -> Sizes:
     """The sizes of tensors, one after the other, and the whole numbers that a module is given."""
-    sizes = [size for tensor in tensors for size in tensor.shape]
+    sizes = [size for t in tensors if not is_shapeless(t) for size in t.shape]
     _numbers_in(sizes, args)
     if kwargs:
         _numbers_in(sizes, kwargs)

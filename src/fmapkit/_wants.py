@@ -148,6 +148,11 @@ class Wants:
         given = layers_given if isinstance(layers_given, (str, type(None))) else id(self)
         self.signature = (given, self.kinds, repr(self.filters), detach)
 
+    @property
+    def some(self) -> bool:
+        """Whether layers were asked for by name, and not just all of them."""
+        return self._selection is not None
+
     def kind(self, kind: str) -> bool:
         """Whether maps of this kind were asked for."""
         return kind in self.kinds
