@@ -1,6 +1,8 @@
 """What capture costs, and whether it is right.
 
 python -m benchmarks [suite] [--seconds S] [--case NAME] [--contender NAME] [--json FILE]
+python -m benchmarks real [--training | --compute | --data-dependent] [--models GLOB] [--seconds S]
+    [--threads N] [--contender NAME] [--json FILE] [--markdown]
 python -m benchmarks growth [--json FILE]
 python -m benchmarks taps [--seconds S] [--threads N]
 python -m benchmarks render FILE [FILE]
@@ -17,7 +19,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import contenders, growth, longrun, memory, report, statistics, suite, taps, zoo
+from benchmarks import (
+    contenders,
+    growth,
+    longrun,
+    memory,
+    real,
+    report,
+    statistics,
+    suite,
+    taps,
+    zoo,
+)
 from benchmarks.cases import CASES, chosen
 
 
@@ -30,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command")
 
-    def add(name: str, about: str, seconds: float | None = None) -> argparse.ArgumentParser:
+    def add(
+        name: str, about: str, seconds: float | None = None, threads: int = 2
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about, description=about)
         if seconds is not None:
             command.add_argument(
@@ -40,7 +55,12 @@ def parser() -> argparse.ArgumentParser:
                 metavar="S",
                 help=f"for each contender in each case (default: {seconds:g})",
             )
-            command.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
+            command.add_argument(
+                "--threads",
+                type=int,
+                default=threads,
+                help=f"of torch (default: {threads})",
+            )
         return command
 
     def add_cases(command: argparse.ArgumentParser) -> None:
@@ -49,21 +69,47 @@ def parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
 
+    def add_contenders(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--contender",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="only contenders whose name contains this; may be given again",
+        )
+
     command = add("suite", "all contenders, peers included, on all cases", 3.0)
     add_cases(command)
-    command.add_argument(
-        "--contender",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="only contenders whose name contains this; may be given again",
-    )
+    add_contenders(command)
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    about = "beside hooks and peers, on models as their packages build them"
+    command = add("real", about, 1.5, threads=1)
+    modes = command.add_mutually_exclusive_group()
+    for mode, what in real.MODES.items():
+        if mode != "inference":
+            modes.add_argument(
+                f"--{mode}",
+                action="store_const",
+                dest="mode",
+                const=mode,
+                default="inference",
+                help=what.title,
+            )
+    command.add_argument(
+        "--models", default="*", metavar="GLOB", help="only models whose name fits, e.g. 'timm/*'"
+    )
+    add_contenders(command)
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    command.add_argument(
+        "--markdown",
+        action="store_true",
+        help="write the tables into docs/benchmarks.md and README.md, as `render` does of the JSON",
+    )
+    command.add_argument("--docs", type=Path, default=report.DOCS, help=argparse.SUPPRESS)
     command = add("growth", "cost against number of sites, batch and steps", 1.0)
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    command = add("taps", "what one site costs, beside a hook that does nothing", 10.0)
-    command.set_defaults(threads=1)
-    command = add("render", "write tables and charts into docs/ from the JSON of suite and growth")
+    add("taps", "what one site costs, beside a hook that does nothing", 10.0, threads=1)
+    command = add("render", "write tables and charts from the JSON of suite, real and growth")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
     command.add_argument("--docs", type=Path, default=report.DOCS, help=argparse.SUPPRESS)
     add_cases(add("overhead", "the suite without peers, for a look before and after a change", 5.0))
@@ -101,6 +147,17 @@ def main(arguments: list[str] | None = None) -> None:
             threads=given.threads,
             json_file=given.json,
         )
+    elif given.command == "real":
+        found = real.run(
+            given.seconds,
+            given.mode,
+            given.models,
+            real.cast(given.contender),
+            threads=given.threads,
+            json_file=given.json,
+        )
+        if given.markdown:
+            report.write(found, given.docs)
     elif given.command == "growth":
         growth.run(given.seconds, given.threads, given.json)
     elif given.command == "taps":

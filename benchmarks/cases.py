@@ -1,4 +1,4 @@
-"""The cases: a model, what goes in, and what a pass of it is."""
+"""A case: a model, what goes in, and what a pass of it is. The suite's own are listed here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.models import GPT, BranchingGPT, ConvNet, ResNet, ViT, deep_mlp, small_cnn
+from benchmarks.models import GPT, ConvNet, ResNet, deep_mlp, small_cnn
 
 __all__ = ["CASES", "Bench", "Case", "chosen", "classify"]
 
@@ -30,6 +30,7 @@ class Case:
         compiled: by `torch.compile`.
         heavy: a pass takes 0.1 s or so on a CPU: for contenders that need few passes.
         device: "cuda" for a case that is too large for a CPU; "" for any.
+        package: that has the model; "" for none.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     compiled: bool = False
     heavy: bool = False
     device: str = ""
+    package: str = ""
 
     @property
     def trains(self) -> bool:
@@ -96,7 +98,11 @@ class Bench:
         self._optimizer.step()
 
     def rehearse(self, call: Call) -> None:
-        """A pass with the weights of the beginning; a training step ends before the optimizer's."""
+        """A pass with the weights and the random state of the beginning.
+
+        A training step ends before the optimizer's.
+        """
+        torch.manual_seed(0)
         with torch.no_grad():
             for tensor, initial in zip(self._state, self._initial, strict=True):
                 tensor.copy_(initial)
@@ -133,19 +139,15 @@ def _deep() -> nn.Module:
     return ResNet(deep=True)
 
 
+# For what no package has, for bytes, for modes of fmapkit, for compilers and GPUs. What capture
+# costs on models as people use them is measured on those: `real_models.py`.
 CASES = [
     Case("mlp of 200 layers 4x16", deep_mlp, _images(4, 16)),
-    Case("resnet18 1x3x64x64", ResNet, _images(1, 3, 64, 64)),
     Case("resnet18 1x3x64x64, F.relu", _functional, _images(1, 3, 64, 64)),
-    Case("resnet50 1x3x64x64", _deep, _images(1, 3, 64, 64)),
     Case("convnet 8x3x32x32", ConvNet, _images(8, 3, 32, 32)),
-    Case("vit 2x3x64x64", ViT, _images(2, 3, 64, 64)),
     Case("gpt 4x64 tokens", GPT, _tokens(4, 64)),
-    Case("gpt 4x64 tokens, branches on data", BranchingGPT, _tokens(4, 64)),
     Case("gpt training 4x64 tokens", GPT, _tokens(4, 64), _predict),
     Case("resnet18 training 8x3x64x64", ResNet, _images(8, 3, 64, 64), classify, heavy=True),
-    Case("resnet18 8x3x160x160", ResNet, _images(8, 3, 160, 160), heavy=True),
-    Case("resnet18 8x3x160x160, F.relu", _functional, _images(8, 3, 160, 160), heavy=True),
     Case("small CNN 4x3x64x64, compiled", small_cnn, _images(4, 3, 64, 64), compiled=True),
     Case("gpt 4x64 tokens, compiled", GPT, _tokens(4, 64), compiled=True),
     Case("resnet50 64x3x224x224", _deep, _images(64, 3, 224, 224), device="cuda"),

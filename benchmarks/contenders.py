@@ -84,6 +84,8 @@ class Contender:
         unfit: why it takes no part in a case; "" if it does.
         passes: of a timed round; the bare model's round has as many.
         package: that has to be imported; "" for none.
+        counted: whether its bytes can be counted below autograd.
+        own_kernels: whether it may run other kernels than the model does, that round otherwise.
     """
 
     name: str
@@ -92,6 +94,8 @@ class Contender:
     unfit: Callable[[Case], str] = _anywhere
     passes: int = 1
     package: str = ""
+    counted: bool = True
+    own_kernels: bool = False
 
 
 @contextmanager
@@ -151,6 +155,14 @@ def stopped(bench: Bench) -> Iterator[Opened]:
         yield Opened(model, lambda: handed(maps))
 
 
+@contextmanager
+def compiled(bench: Bench) -> Iterator[Opened]:
+    """A graph of the model's own operations, called in their order, that returns its maps."""
+    model: Any = torch.compile(bench.copy(), backend="eager")
+    with capture(model) as maps:
+        yield Opened(model, lambda: handed(maps))
+
+
 def first(*, whole: bool) -> Open:
     """Each pass is the first in a fresh capture of a model that none has seen.
 
@@ -161,14 +173,15 @@ def first(*, whole: bool) -> Open:
     def opened(bench: Bench) -> Iterator[Opened]:
         model = bench.copy()
         block = capture(model)
+        maps: FeatureMaps | None = None
 
         def before() -> None:
-            nonlocal model, block
+            nonlocal model, block, maps
             model = bench.copy()
             bench.run(model)  # its own first pass is dear for reasons that are not capture's
             block = capture(model)
             if not whole:
-                block.__enter__()
+                maps = block.__enter__()
 
         def after() -> None:
             if not whole:
@@ -177,8 +190,15 @@ def first(*, whole: bool) -> Open:
         def call(*inputs: Tensor) -> Any:
             return model(*inputs)
 
+        def read() -> Handed:
+            return Handed() if maps is None else handed(maps)
+
         yield Opened(
-            call, before=before, after=after, around=lambda: block if whole else nullcontext()
+            call,
+            None if whole else read,
+            before,
+            after,
+            around=lambda: block if whole else nullcontext(),
         )
 
     return opened
@@ -189,11 +209,12 @@ def hooks(keep: Callable[[Tensor], Tensor]) -> Open:
 
     @contextmanager
     def opened(bench: Bench) -> Iterator[Opened]:
-        kept: dict[str, Tensor] = {}
+        kept: dict[str, Any] = {}
 
         def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            def note(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-                kept[name] = keep(output)
+            def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                one = isinstance(output, Tensor)
+                kept[name] = keep(output) if one else [keep(t) for t in peers.tensors(output)]
 
             return note
 
@@ -202,7 +223,8 @@ def hooks(keep: Callable[[Tensor], Tensor]) -> Open:
         handles = [m.register_forward_hook(hook(n)) for n, m in leaves.items()]
         try:
             yield Opened(
-                bench.ready(model), lambda: Handed(outputs={n: [t] for n, t in kept.items()})
+                bench.ready(model),
+                lambda: Handed(outputs={n: peers.tensors(t) for n, t in kept.items()}),
             )
         finally:
             for handle in handles:
@@ -269,6 +291,14 @@ CONTROL = "nothing"
 CONTENDERS = [
     Contender(CONTROL, "the bare model again: how far from 1.00 chance goes", nothing),
     Contender("fmapkit", f"every (z, a); {_BLOCK}", mode()),
+    Contender(
+        "fmapkit, compiled",
+        f'every (z, a) of `torch.compile(model, backend="eager")`; {_BLOCK}, compiled before',
+        compiled,
+        _eager,
+        counted=False,
+        own_kernels=True,  # without torch's fused path of attention
+    ),
     Contender('kinds="activation"', "every a", mode(kinds="activation")),
     Contender("filters=range(8)", "eight filters of every (z, a)", mode(filters=range(8)), _eager),
     Contender(
@@ -293,7 +323,9 @@ CONTENDERS = [
         stopped,
         _eager_inference,
     ),
-    Contender("learning", "the first pass on a new model", first(whole=False), _eager),
+    Contender(
+        "learning", "the first pass on a new model", first(whole=False), _eager, counted=False
+    ),
     Contender("one-shot", "that pass, with entering and leaving", first(whole=True), _eager),
     Contender("hooks, references", f"detach(): {_LEAVES}", hooks(_detached)),
     Contender("hooks, clones", f"detach().clone(): {_LEAVES}", hooks(_cloned)),

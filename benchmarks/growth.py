@@ -123,7 +123,7 @@ def _steps(steps: int) -> dict[str, Any]:
 
         timed = {"fmapkit": Timed(step, lambda: bench.run(bare))}
         while done < steps:
-            times, failed = interleave(timed, 0.0, least=max(2, steps // WINDOWS))
+            times, failed = interleave(timed, 0.0, least=max(2, steps // WINDOWS), block=0.0)
             if failed:
                 raise SystemExit(f"a step failed: {failed['fmapkit']}")
             windows.append({"step": done, "ratio": Figures.of(times["fmapkit"]).ratio})

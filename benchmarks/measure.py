@@ -1,23 +1,28 @@
 """Times that can be compared on a machine that drifts, and what machine it was.
 
-Nothing here compares a time with one taken later. A contender's pass and a bare one run back to
-back, in alternating order: a pair. All contenders of a case take turns in one run. A turn is 0.1 s
-of pairs after one that does not count, or one long pair; the contender that has had least time so
-far is next, so that a slow one has few pairs, spread over the whole run. Of the pairs' ratios the
-median is told, with its quartiles.
+Nothing here compares a time with one taken later. Some passes of a contender and some of the bare
+model run back to back, in alternating order: a pair. The first pass of each half finds the caches
+full of what ran before, and does not count if there is time for more, 20 ms; of these the mean
+counts. So a contender's figure is that of its passes in a row, and so is the bare model's. All
+contenders of a case take turns in one run: next is one of those that have had least time so far,
+drawn by lot, so that a slow one has few pairs, spread over the whole run, and none follows the same
+neighbour each time. Of the pairs' ratios the median is told, with its quartiles: of wall-clock
+time, and of CPU time, which does not count what other processes take.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,12 +31,13 @@ import torch
 import fmapkit
 
 __all__ = [
-    *("LEAST_PAIRS", "Figures", "Timed", "environment", "interleave", "load", "package"),
-    *("reason", "seconds"),
+    *("LEAST_PAIRS", "Figures", "Pair", "Taken", "Timed", "environment", "interleave", "load"),
+    *("package", "reason", "seconds", "taken"),
 ]
 
-WARM_UP = 3  # pairs that do not count
-TURN = 0.1  # seconds of pairs in a row
+WARM_UP = 2  # pairs that do not count
+BLOCK = 0.02  # seconds of passes in a row, in each half of a pair
+AHEAD = 0.1  # seconds that one contender may have had more than another
 LEAST_PAIRS = 5
 _GARBAGE = 10_000  # young objects between two pairs that are worth a collection
 
@@ -47,48 +53,90 @@ class Timed:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """What one call took, in seconds.
+
+    Attributes:
+        wall: from its beginning to its end.
+        cpu: of the CPU: of this thread, or of the whole process where torch has more threads.
+    """
+
+    wall: float
+    cpu: float
+
+
+Pair = tuple[Taken, Taken]  # of a contender, and of the bare model beside it
+
+
+@dataclass(frozen=True)
 class Figures:
-    """Of a contender's pairs; times in seconds.
+    """Of a contender's pairs; times in seconds, by the wall clock if nothing else is said.
 
     Attributes:
         ratio: median of contender to bare.
         low: lower quartile.
         high: upper quartile.
+        cpu: median of contender to bare, in CPU time.
+        cpu_low: lower quartile.
+        cpu_high: upper quartile.
         pairs: how many there were.
         bare: median time of the bare pass.
+        bare_cpu: median CPU time of the bare pass.
         extra: median of what the contender took more than the bare pass.
     """
 
     ratio: float
     low: float
     high: float
+    cpu: float
+    cpu_low: float
+    cpu_high: float
     pairs: int
     bare: float
+    bare_cpu: float
     extra: float
 
     @staticmethod
-    def of(pairs: list[tuple[float, float]]) -> Figures:
-        """From (contender, bare) times of at least two pairs."""
-        low, middle, high = statistics.quantiles([with_ / bare for with_, bare in pairs], n=4)
+    def of(pairs: Sequence[Pair]) -> Figures:
+        """Of two pairs or more."""
+        low, middle, high = _quartiles([with_.wall / bare.wall for with_, bare in pairs])
+        # Some systems' clock of CPU time stands still for the length of a short pass.
+        cpus = [with_.cpu / bare.cpu if bare.cpu else math.nan for with_, bare in pairs]
+        cpu_low, cpu, cpu_high = _quartiles(cpus)
         return Figures(
-            ratio=round(middle, 4),
-            low=round(low, 4),
-            high=round(high, 4),
+            ratio=middle,
+            low=low,
+            high=high,
+            cpu=cpu,
+            cpu_low=cpu_low,
+            cpu_high=cpu_high,
             pairs=len(pairs),
-            bare=statistics.median(bare for _, bare in pairs),
-            extra=statistics.median(with_ - bare for with_, bare in pairs),
+            bare=statistics.median(bare.wall for _, bare in pairs),
+            bare_cpu=statistics.median(bare.cpu for _, bare in pairs),
+            extra=statistics.median(with_.wall - bare.wall for with_, bare in pairs),
         )
 
 
-def seconds(function: Callable[[], object], device: str = "cpu") -> float:
-    """How long a call takes, the device's share of it included."""
+def _quartiles(ratios: Sequence[float]) -> list[float]:
+    return [round(value, 4) for value in statistics.quantiles(ratios, n=4)]
+
+
+def taken(function: Callable[[], object], device: str = "cpu") -> Taken:
+    """What a call takes, the device's share of it included."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.process_time
     if device != "cpu":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), clock()
     function()
     if device != "cpu":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    cpu = clock() - cpu
+    return Taken(time.perf_counter() - start, cpu)
+
+
+def seconds(function: Callable[[], object], device: str = "cpu") -> float:
+    """How long a call takes by the wall clock, the device's share of it included."""
+    return taken(function, device).wall
 
 
 def interleave(
@@ -98,51 +146,60 @@ def interleave(
     *,
     warm_up: int = WARM_UP,
     least: int = LEAST_PAIRS,
-) -> tuple[dict[str, list[tuple[float, float]]], dict[str, str]]:
-    """Let all take turns until each has had `budget` seconds, pairs included.
+    block: float | None = None,
+) -> tuple[dict[str, list[Pair]], dict[str, str]]:
+    """Let all take turns until each has had `budget` seconds.
 
     Args:
         timed: by name.
-        budget: seconds for each.
+        budget: seconds for each, bare passes included.
         device: where the passes run.
         warm_up: pairs of each that do not count.
         least: pairs that each has, whatever time they take.
+        block: seconds of passes in a row, in each half of a pair; None for `BLOCK`, 0 for one
+            pass, which counts.
 
     Returns:
-        The (contender, bare) times of each, and the errors of those that failed on the way.
+        The pairs of each, and the errors of those that failed on the way.
     """
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in timed}
+    block = BLOCK if block is None else block
+    lot = random.Random(0)  # its own: what the models draw stays as it is
+    times: dict[str, list[Pair]] = {name: [] for name in timed}
     spent = dict.fromkeys(timed, 0.0)
     failed: dict[str, str] = {}
 
-    def alone(one: Timed) -> float:
+    def once(one: Timed) -> Taken:
         if one.before is not None:
             one.before()
         try:
-            return seconds(one.run, device)
+            return taken(one.run, device)
         finally:
             if one.after is not None:
                 one.after()
 
-    def pair(name: str, first: bool) -> tuple[float, float]:
-        one = timed[name]
-        if first:
-            with_ = alone(one)
-            return with_, seconds(one.bare, device)
-        bare = seconds(one.bare, device)
-        return alone(one), bare
+    def several(run: Callable[[], Taken]) -> Taken:
+        first = run()
+        those = [run() for _ in range(int(block / first.wall))] or [first]
+        wall, cpu = (statistics.fmean(times) for times in zip(*map(astuple, those), strict=True))
+        return Taken(wall, cpu)
 
-    def attempt(name: str, first: bool) -> tuple[float, float] | None:
+    def pair(one: Timed, first: bool) -> Pair:
+        if first:
+            with_ = several(lambda: once(one))
+            return with_, several(lambda: taken(one.bare, device))
+        bare = several(lambda: taken(one.bare, device))
+        return several(lambda: once(one)), bare
+
+    def attempt(name: str, first: bool) -> Pair | None:
         start = time.perf_counter()
         try:
-            return pair(name, first)
+            done = pair(timed[name], first)
         except Exception as error:
             failed[name] = reason(error)
             del spent[name]
             return None
-        finally:
-            if name in spent:
-                spent[name] += time.perf_counter() - start
+        spent[name] += time.perf_counter() - start
+        return done
 
     # The contender first: the first pass of `every=n` is a captured one.
     for name in list(spent):
@@ -152,24 +209,15 @@ def interleave(
     spent = dict.fromkeys(spent, 0.0)
     with _between_pairs() as collect:
         while spent:
-            name = min(spent, key=spent.__getitem__)
-            begin = spent[name]
-            if begin >= budget and len(times[name]) >= least:
+            behind = min(spent.values()) + AHEAD
+            name = lot.choice([n for n, seconds_ in spent.items() if seconds_ <= behind])
+            if spent[name] >= budget and len(times[name]) >= least:
                 del spent[name]
                 continue
-            # The bare model has just run; a contender's objects have not, while all others had
-            # their turns. In a short pass that tells, so the first pair of a turn does not count.
             done = attempt(name, first=len(times[name]) % 2 == 1)
-            end = spent.get(name, begin) + TURN
-            if done is not None and end - begin > 2 * TURN:
+            if done is not None:
                 times[name].append(done)
-                collect()
-                continue
-            while spent.get(name, end) < end:
-                done = attempt(name, first=len(times[name]) % 2 == 1)
-                if done is not None:
-                    times[name].append(done)
-                collect()
+            collect()
     return {name: pairs for name, pairs in times.items() if name not in failed}, failed
 
 

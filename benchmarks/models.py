@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GPT", "BranchingGPT", "ConvNet", "ResNet", "ViT", "deep_mlp", "small_cnn"]
+__all__ = [
+    *("GPT", "BranchingGPT", "BranchingResNet", "ConvNet", "ResNet", "deep_mlp", "small_cnn"),
+]
 
 
 class BasicBlock(nn.Module):
@@ -75,9 +77,11 @@ class ResNet(nn.Module):
     With `functional`, every ReLU is a call of `F.relu` that no module hook sees.
     """
 
+    basic = BasicBlock
+
     def __init__(self, *, functional: bool = False, deep: bool = False) -> None:
         super().__init__()
-        block = Bottleneck if deep else BasicBlock
+        block = Bottleneck if deep else self.basic
         counts = (3, 4, 6, 3) if deep else (2, 2, 2, 2)
         self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -102,20 +106,34 @@ class ResNet(nn.Module):
         return logits
 
 
-class Attention(nn.Module):
-    """Self-attention with a fused qkv projection."""
+class BranchingBasicBlock(BasicBlock):
+    """The same, behind a branch that nobody can know beforehand."""
 
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.isnan(x[0, 0, 0, 0]):
+            x = torch.zeros_like(x)
+        return super().forward(x)
+
+
+class BranchingResNet(ResNet):
+    """ResNet-18 with a branch on its data in each block."""
+
+    basic = BranchingBasicBlock
+
+
+class Attention(nn.Module):
+    """Causal self-attention with a fused qkv projection."""
+
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.causal = causal
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, width = x.shape
         q, k, v = self.qkv(x).view(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         out: Tensor = self.proj(x.transpose(1, 2).reshape(n, t, width))
         return out
 
@@ -123,10 +141,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A transformer block, norms first."""
 
-    def __init__(self, width: int, heads: int, causal: bool = True) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads, causal)
+        self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width),
@@ -175,7 +193,7 @@ class BranchingBlock(Block):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, heads)
-        self.attn = BranchingAttention(width, heads, causal=True)
+        self.attn = BranchingAttention(width, heads)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.isnan(x[0, 0, 0]):
@@ -189,27 +207,6 @@ class BranchingGPT(GPT):
     def __init__(self) -> None:
         super().__init__()
         self.h = nn.ModuleList(BranchingBlock(256, 4) for _ in range(6))
-
-
-class ViT(nn.Module):
-    """A vision transformer's layout, small: patches, a class token, blocks with norms first."""
-
-    def __init__(
-        self, *, size: int = 64, patch: int = 8, layers: int = 6, width: int = 192, heads: int = 3
-    ) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, width, patch, patch)
-        self.token = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = nn.Parameter(torch.randn(1, (size // patch) ** 2 + 1, width) * 0.02)
-        self.blocks = nn.Sequential(*(Block(width, heads, causal=False) for _ in range(layers)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 1000)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions
-        logits: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
-        return logits
 
 
 class ConvNet(nn.Module):

@@ -8,17 +8,21 @@ has to be kept from its neighbours, what comes before and after each pass, untim
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from benchmarks import torchvision_operators
 from benchmarks.cases import Bench, Call
 from benchmarks.measure import package, reason
 from benchmarks.verdict import Handed, Piece
 
-__all__ = ["PACKAGES", "captum", "missing", "nnsight", "torchlens", "torchvision", "versions"]
+__all__ = [
+    *("PACKAGES", "captum", "missing", "nnsight", "tensors", "torchlens", "torchvision"),
+    "versions",
+]
 
 PACKAGES = ("captum", "nnsight", "torchlens", "torchvision")
 
@@ -47,6 +51,8 @@ def missing(name: str) -> str:
         return ""
     if package(name) == "not installed":
         return "not installed"
+    if name in ("timm", "torchvision"):
+        torchvision_operators.declare()
     try:
         importlib.import_module(name)
     except Exception as error:
@@ -54,16 +60,17 @@ def missing(name: str) -> str:
     return ""
 
 
-def versions() -> dict[str, str]:
-    """Of each peer, or why it takes no part."""
-    return {name: missing(name) or package(name) for name in PACKAGES}
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Of each package, or why it takes no part."""
+    return {name: missing(name) or package(name) for name in packages}
 
 
 def _leaves(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if not any(m.children())}
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
+    """What a module returned, tensor by tensor."""
     return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if _is(v)]
 
 
@@ -71,18 +78,27 @@ def _is(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
+def _called(bench: Bench) -> list[str]:
+    """The leaf modules that a pass calls, by name: captum fails on any other."""
+    model = bench.copy()
+    called: set[str] = set()
+    for name, module in _leaves(model).items():
+        module.register_forward_pre_hook(lambda _module, _args, name=name: called.add(name))
+    bench.rehearse(model)
+    return [name for name in _leaves(model) if name in called]
+
+
 @contextmanager
 def captum(bench: Bench) -> Iterator[Peer]:
     """captum's layer activations."""
     attr: Any = importlib.import_module("captum.attr")
-    model = bench.copy()
-    leaves = _leaves(model)
-    layers = attr.LayerActivation(model, list(leaves.values()))
+    model, leaves = bench.copy(), _called(bench)
+    layers = attr.LayerActivation(model, [model.get_submodule(name) for name in leaves])
     kept: dict[str, list[Tensor]] = {}
 
     def call(*inputs: Tensor) -> None:
         found = layers.attribute(inputs)
-        kept.update((name, _tensors(each)) for name, each in zip(leaves, found, strict=True))
+        kept.update((name, tensors(each)) for name, each in zip(leaves, found, strict=True))
 
     yield call, lambda: Handed(outputs=dict(kept))
 
@@ -91,9 +107,8 @@ def captum(bench: Bench) -> Iterator[Peer]:
 def nnsight(bench: Bench) -> Iterator[Peer]:
     """nnsight's cache."""
     library: Any = importlib.import_module("nnsight")
-    model = bench.copy()
-    wrapped = library.NNsight(model)
-    paths = {f"model.{name}": name for name in _leaves(model)}
+    wrapped = library.NNsight(bench.copy())
+    paths = {f"model.{name}": name for name in _called(bench)}
     latest: list[Any] = []
 
     def call(*inputs: Tensor) -> Any:
@@ -106,7 +121,7 @@ def nnsight(bench: Bench) -> Iterator[Peer]:
     def read() -> Handed:
         (cache,) = latest
         keys = cache.keys()  # it does not iterate by itself
-        return Handed(outputs={paths[key]: _tensors(cache[key].output) for key in keys})
+        return Handed(outputs={paths[key]: tensors(cache[key].output) for key in keys})
 
     yield call, read
 

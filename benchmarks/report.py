@@ -1,7 +1,7 @@
-"""Tables and charts in docs/ from the JSON of `suite` and `growth`: `python -m benchmarks render`.
+"""Tables and charts from the JSON of `suite`, `real` and `growth`: `python -m benchmarks render`.
 
-The page is written by hand but for what stands between markers, `<!-- begin NAME -->` and
-`<!-- end NAME -->`. That is written anew.
+The page in docs/ is written by hand but for what stands between markers, `<!-- begin NAME -->` and
+`<!-- end NAME -->`. That is written anew; in README.md too, the summary of real models.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import charts
-from benchmarks.suite import above, counts
+from benchmarks import charts, real
+from benchmarks.suite import above, both, counts
 
-__all__ = ["DOCS", "render"]
+__all__ = ["DOCS", "render", "write"]
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = "benchmarks.md"
@@ -29,7 +29,7 @@ def render(files: Sequence[Path], docs: Path = DOCS) -> None:
     """Write the generated parts of the page, and the charts beside it.
 
     Args:
-        files: JSON of `suite`, of `growth`, or both.
+        files: JSON of `suite`, of `real` and of `growth`.
         docs: the folder of the page.
 
     Raises:
@@ -38,15 +38,40 @@ def render(files: Sequence[Path], docs: Path = DOCS) -> None:
     for file in files:
         given = json.loads(file.read_text())
         kind = given.get("kind")
-        if kind not in ("suite", "growth"):
-            raise SystemExit(f"{file} is no JSON of `suite` or `growth`: its kind is {kind!r}")
-        text = "\n".join(_suite(given) if kind == "suite" else _growth(given))
-        page = docs / PAGE
-        page.write_text(replaced(page.read_text(), kind, text))
-        (docs / "images").mkdir(exist_ok=True)
-        chart = docs / "images" / f"benchmarks-{kind}.png"
-        (charts.suite if kind == "suite" else charts.growth)(given, chart)
-        print(f"{kind}: written to {page} and {chart}")
+        if kind not in ("suite", "growth", *real.KINDS.values()):
+            known = "`suite`, `real` or `growth`"
+            raise SystemExit(f"{file} is no JSON of {known}: its kind is {kind!r}")
+        write(given, docs)
+
+
+def write(given: dict[str, Any], docs: Path = DOCS) -> None:
+    """Write what one JSON says.
+
+    Args:
+        given: the JSON, as `suite`, `real` and `growth` return it too.
+        docs: the folder of the page; what is said of real models goes into the README beside that
+            folder too, if it has the marker.
+
+    Raises:
+        SystemExit: the page lacks a marker.
+    """
+    kind, page, readme = given["kind"], docs / PAGE, docs.parent / "README.md"
+    if kind in real.KINDS.values():
+        page.write_text(replaced(page.read_text(), kind, "\n".join(_real(given))))
+        print(f"{kind}: written to {page}")
+        if readme.exists() and f"<!-- begin {kind} -->" in readme.read_text():
+            text = "\n".join(_over_all(given))
+            readme.write_text(replaced(readme.read_text(), kind, text))
+            print(f"{kind}: written to {readme}")
+        return
+    if kind == "suite":
+        given = given | {"cases": [case for case in given["cases"] if "error" not in case]}
+    text = "\n".join(_suite(given) if kind == "suite" else _growth(given))
+    page.write_text(replaced(page.read_text(), kind, text))
+    (docs / "images").mkdir(exist_ok=True)
+    chart = docs / "images" / f"benchmarks-{kind}.png"
+    (charts.suite if kind == "suite" else charts.growth)(given, chart)
+    print(f"{kind}: written to {page} and {chart}")
 
 
 def replaced(page: str, name: str, text: str) -> str:
@@ -59,7 +84,7 @@ def replaced(page: str, name: str, text: str) -> str:
     before, found, rest = page.partition(begin)
     _, also, after = rest.partition(end)
     if not (found and also):
-        raise SystemExit(f"{PAGE} has no {begin} and {end}")
+        raise SystemExit(f"the page has no {begin} and {end}")
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
@@ -127,6 +152,57 @@ def _cells(row: dict[str, Any], control: dict[str, Any]) -> tuple[str, ...]:
         _megabytes(above(row, control, "copied_bytes")),
         *verdicts,
     )
+
+
+def _real(given: dict[str, Any]) -> list[str]:
+    measured = [case for case in given["cases"] if "error" not in case]
+    names = list(dict.fromkeys(r["contender"] for case in measured for r in case["rows"]))
+    ran = [n for n in names if any(n == row.contender for row in real.summary(given))]
+    lines = [_environment(given), "", *_over_all(given), ""]
+    lines += [
+        "Model by model, CPU time: of the bare pass, and as ratios to it, of fmapkit with the "
+        "quartiles; in brackets, of how many runs both z and a were right.",
+        "",
+    ]
+    heads = ("model", "bare", "runs", *ran)
+    lines += _table(heads, (_model(case, ran) for case in measured))
+    absent = [f"{case['case']} ({case['error']})" for case in given["cases"] if "error" in case]
+    if absent:
+        lines += ["", f"Not here: {'; '.join(absent)}."]
+    return lines
+
+
+def _over_all(given: dict[str, Any]) -> list[str]:
+    """The summary of real models, contender by contender."""
+    heads = ("contender", "models", "CPU time", "quartiles", "worst", "wall", "z and a right")
+    rows = (
+        (
+            row.contender,
+            str(row.models),
+            f"{row.cpu:.2f}",
+            f"{row.low:.2f}–{row.high:.2f}",
+            f"{row.worst:.2f} ({row.worst_model})",
+            f"{row.wall:.2f}",
+            row.verdict,
+        )
+        for row in real.summary(given)
+    )
+    return _table(heads, rows)
+
+
+def _model(case: dict[str, Any], names: list[str]) -> tuple[str, ...]:
+    rows = {row["contender"]: row for row in case["rows"]}
+
+    def cell(name: str) -> str:
+        row = rows.get(name, {"error": ""})
+        if "error" in row:
+            return "–"
+        right = f" ({both(row)})" if both(row) else ""
+        quartiles = f", {row['cpu_low']:.2f}–{row['cpu_high']:.2f}" if name == "fmapkit" else ""
+        return f"{row['cpu']:.2f}{quartiles}{right}"
+
+    bare = f"{1e3 * case['bare_cpu_seconds']:.2f} ms"
+    return (_name(case), bare, str(case["sites"]), *map(cell, names))
 
 
 def _growth(given: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -84,15 +84,20 @@ class Handed:
 
 @dataclass
 class Verdict:
-    """How many of a case's true runs were handed out right, wrong, or not at all."""
+    """Which of a case's true runs were handed out right; how many wrong, or not at all."""
 
-    right: int = 0
+    runs: set[int] = field(default_factory=set)
     wrong: int = 0
     unseen: int = 0
 
+    @property
+    def right(self) -> int:
+        """How many."""
+        return len(self.runs)
+
     def as_dict(self) -> dict[str, int]:
         """For JSON."""
-        return asdict(self)
+        return {"right": self.right, "wrong": self.wrong, "unseen": self.unseen}
 
 
 def sites(bench: Bench) -> list[Site]:
@@ -159,12 +164,12 @@ def _by_module(
     true: list[tuple[Tensor, Place | None]], outputs: dict[str, list[Tensor]], same: Same
 ) -> Verdict:
     verdict = Verdict()
-    for tensor, place in true:
+    for k, (tensor, place) in enumerate(true):
         kept = outputs.get(place[0]) if place is not None else None
         if place is None or not kept:
             verdict.unseen += 1
         elif same(kept[min(place[1], len(kept) - 1)].detach(), tensor):
-            verdict.right += 1
+            verdict.runs.add(k)
         else:
             verdict.wrong += 1
     return verdict
@@ -173,10 +178,11 @@ def _by_module(
 def _in_order(true: list[Tensor], pieces: list[Piece], same: Same) -> Verdict:
     """Each true one takes the next piece that equals it; the rest of the pieces are wrong."""
     verdict, at = Verdict(), 0
-    for tensor in true:
+    for k, tensor in enumerate(true):
         for n in range(at, len(pieces)):
             if same(pieces[n].tensor.detach(), pieces[n].of(tensor)):
-                verdict.right, at = verdict.right + 1, n + 1
+                verdict.runs.add(k)
+                at = n + 1
                 break
     verdict.wrong = len(pieces) - verdict.right
     verdict.unseen = max(0, len(true) - len(pieces))

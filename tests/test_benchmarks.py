@@ -5,7 +5,10 @@ Nothing is timed here: budgets are zero, and no figure of time is looked at.
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import __main__ as command
-from benchmarks import growth, measure, peers, report, suite
+from benchmarks import (
+    growth,
+    measure,
+    peers,
+    real,
+    real_models,
+    report,
+    suite,
+    torchvision_operators,
+)
 from benchmarks.cases import CASES, Bench, Case, chosen, classify
 from benchmarks.contenders import CONTENDERS, CONTROL, OWN, handed
-from benchmarks.measure import Timed, interleave
+from benchmarks.measure import Figures, Taken, Timed, interleave
 from benchmarks.memory import Live, counted
 from benchmarks.verdict import Handed, Piece, judge, sites
 from fmapkit import capture
@@ -52,9 +64,9 @@ def _image() -> tuple[Tensor, ...]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _single_pairs() -> Iterator[None]:
-    """A turn is one pair: as short as can be."""
+    """A half of a pair is one pass: as short as can be."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "TURN", 0.0)
+        patch.setattr(measure, "BLOCK", 0.0)
         yield
 
 
@@ -93,9 +105,13 @@ def test_the_truth_says_which_module_returned_z_and_which_was_sigma() -> None:
 
 def test_verdicts(rows: dict[str, dict[str, Any]], training: dict[str, dict[str, Any]]) -> None:
     for found in (rows, training):
-        for name in ("fmapkit", "filters=range(8)", "every=10"):
+        mine = ("fmapkit", "fmapkit, compiled", "learning", "filters=range(8)", "every=10")
+        for name in mine:
             assert (_counts(found[name], "z"), _counts(found[name], "a")) == ((3, 0, 0),) * 2, name
+            assert found[name]["both"] == 3
+            assert found[name]["exact"]
         assert _counts(found['kinds="activation"'], "z") is None
+        assert found['kinds="activation"']["both"] is None
         assert _counts(found['kinds="activation"'], "a") == (3, 0, 0)
         # conv1's output is overwritten; the sum is no module's; the output of fc stays.
         assert _counts(found["hooks, references"], "z") == (1, 1, 1)
@@ -107,12 +123,40 @@ def test_verdicts(rows: dict[str, dict[str, Any]], training: dict[str, dict[str,
         # What is before and behind a module is right; F.gelu is none.
         assert _counts(found["hooks on σ, clones"], "z") == (2, 0, 1)
         assert _counts(found["hooks on σ, clones"], "a") == (2, 0, 1)
+        # References: z of fc alone, and a of the second relu. No run has both.
+        assert found["hooks, references"]["both"] == 0
+        assert found["hooks, clones"]["both"] == 0  # z of conv1 and of fc
+        assert found["hooks on σ, clones"]["both"] == 2
     # A quarter of three layers: conv1 alone.
     assert _counts(rows["stop"], "z") == _counts(rows["stop"], "a") == (1, 0, 2)
     for name in ("detach=False", "gradients=True"):
         assert _counts(training[name], "z") == (3, 0, 0)
         assert rows[name] == {"contender": name, "error": "for training"}
     assert "error" in training["stop"]
+
+
+def test_kernels_of_its_own_may_round_otherwise() -> None:
+    class Attention(nn.Module):
+        """In eval mode torch runs it as one kernel; in what dynamo makes of it, as several."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = nn.MultiheadAttention(64, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.gelu(self.attend(x, x, x, need_weights=False)[0])
+
+    case = Case("attention", Attention, lambda: (torch.randn(2, 16, 64),))
+    found = suite.measure(case, suite.select(["fmapkit"]), budget=0.0, count=False)
+    rows = {row["contender"]: row for row in found["rows"]}
+    assert suite.both(rows["fmapkit"]) == "1"
+    bench = Bench(case)
+    with torch.no_grad():
+        outputs = [
+            m(*bench.inputs) for m in (bench.model, torch.compile(bench.model, backend="eager"))
+        ]
+    mark = "" if torch.equal(*outputs) else "≈"  # that is the processor's to say
+    assert suite.both(rows["fmapkit, compiled"]) == f"{mark}1"
 
 
 def test_bytes(rows: dict[str, dict[str, Any]]) -> None:
@@ -126,6 +170,8 @@ def test_bytes(rows: dict[str, dict[str, Any]]) -> None:
     bare = rows[CONTROL]["copied_bytes"]
     # One clone at each of four leaf calls of conv maps, and of fc's.
     assert rows["hooks, clones"]["copied_bytes"] - bare == 4 * maps + logits
+    for name in ("fmapkit, compiled", "learning"):  # not below autograd, or the first pass
+        assert "copied_bytes" not in rows[name]
     for name in ("hooks, references", "hooks, .cpu()"):
         assert rows[name]["copied_bytes"] == bare, name
     # Where a mode counts operators, z of each in-place σ is copied: of conv1's and of the sum's.
@@ -176,10 +222,10 @@ def test_a_wrong_tensor_is_called_wrong() -> None:
     assert judge(truth, Handed(z=z, a=a), exact=True) == judge(truth, Handed(z=z, a=a), exact=False)
     off = Piece(truth[1].z + 1e-6)
     swapped = judge(truth, Handed(z=[z[0], off, z[2]], a=[a[1], a[0], a[2]]), exact=True)
-    assert vars(swapped["z"]) == {"right": 2, "wrong": 1, "unseen": 0}
-    assert vars(swapped["a"]) == {"right": 2, "wrong": 1, "unseen": 0}  # out of order
+    assert swapped["z"].as_dict() == {"right": 2, "wrong": 1, "unseen": 0}
+    assert swapped["a"].as_dict() == {"right": 2, "wrong": 1, "unseen": 0}  # out of order
     fewer = judge(truth, Handed(z=z[:2]), exact=True)
-    assert vars(fewer["z"]) == {"right": 2, "wrong": 0, "unseen": 1}
+    assert fewer["z"].as_dict() == {"right": 2, "wrong": 0, "unseen": 1}
     part = [Piece(s.z[:, :4], 1, range(4)) for s in truth]
     assert judge(truth, Handed(z=part), exact=True)["z"].right == 3
     part[0] = Piece(truth[0].z[:, 4:], 1, range(4))
@@ -209,6 +255,46 @@ def test_turns() -> None:
     assert log.count("a") + log.count("b") == log.count("bare")
     where = [n for n, what in enumerate(log) if what == "a"]
     assert all(log[n - 1] == "before" and log[n + 1] == "after" for n in where)
+
+
+def test_a_pass_counts_that_follows_one_of_its_own_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of its own: a cold pass takes 10 s, others 2 s; the bare model's a second each."""
+    log: list[str] = []
+
+    def taken(function: Any, device: str) -> Taken:
+        before = log[-1:]
+        function()
+        if log[-1] == "bare":
+            return Taken(1.0, 0.5)
+        return Taken(2.0, 1.5) if log[-1:] == before else Taken(10.0, 9.0)
+
+    monkeypatch.setattr(measure, "taken", taken)
+    timed = {"a": Timed(lambda: log.append("a"), lambda: log.append("bare"))}
+    times, _ = interleave(timed, 0.0, warm_up=0, least=4, block=30.0)
+    # 30 s: three passes after one of 10 s. The last half of a pair and the first of the next are of
+    # one kind: then the first pass takes 2 s, and fifteen follow.
+    assert times["a"] == [(Taken(2.0, 1.5), Taken(1.0, 0.5))] * 4
+    assert [len(list(row)) for kind, row in itertools.groupby(log) if kind == "a"] == [20, 20]
+    times, _ = interleave(timed, 0.0, warm_up=0, least=4, block=0.0)
+    assert sorted(with_.wall for with_, _ in times["a"]) == [2.0, 2.0, 10.0, 10.0]
+    figures = Figures.of([(Taken(2.0, 1.5), Taken(1.0, 0.5))] * 4)
+    assert (figures.ratio, figures.cpu, figures.extra) == (2.0, 3.0, 1.0)
+    assert (figures.bare, figures.bare_cpu) == (1.0, 0.5)
+
+
+def test_every_judged_pass_draws_the_same() -> None:
+    """Dropout in the truth is dropout in what is compared with it."""
+    bench = Bench(Case("dropout", lambda: nn.Sequential(Tiny(), nn.Dropout()), _image, classify))
+    model, seen = bench.copy(), []
+
+    def call(*inputs: Tensor) -> Tensor:
+        seen.append(model(*inputs))
+        return seen[-1]
+
+    for _ in range(2):
+        bench.rehearse(call)
+    assert torch.equal(*seen)
+    assert (seen[0] == 0).any()
 
 
 def test_a_package_that_is_not_there_or_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +328,116 @@ def test_a_peer_that_is_installed(name: str) -> None:
         "torchlens": ((3, 0, 0), (3, 0, 0)),
     }
     assert (_counts(row, "z"), _counts(row, "a")) == expected[name]
+
+
+# -- real models ----------------------------------------------------------------------------------
+
+
+def test_torchvisions_operators_are_declared_where_its_library_does_not_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "torchvision" in sys.modules:
+        pytest.skip("the true one is there")
+    declared: list[object] = []
+    monkeypatch.setattr(torchvision_operators, "_declared", declared)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        torchvision_operators.declare()
+    assert not declared  # no torchvision at all
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "_C.so").write_text("built for another torch")
+    monkeypatch.syspath_prepend(tmp_path)
+    for _ in range(2):
+        torchvision_operators.declare()
+        assert len(declared) == 1
+        assert torch.ops.torchvision.nms.default._schema.name == "torchvision::nms"
+
+
+def test_the_real_models_that_are_installed_can_be_run() -> None:
+    names = [model.name for model in real_models.MODELS]
+    assert len(set(names)) == len(names) >= 34
+    assert {model.package for model in real_models.MODELS} == {*real_models.PACKAGES}
+    assert len(real.cases(real.MODES["compute"])) == 4
+    for case in real.cases(real.MODES["inference"]):
+        if not peers.missing(case.package):
+            bench = Bench(case)
+            bench.run(bench.model)
+
+
+def test_a_glob_of_real_models() -> None:
+    def found(pattern: str) -> list[str]:
+        return [case.name for case in real.cases(real.MODES["training"], pattern)]
+
+    assert found("resnet18") == ["timm/resnet18", "torchvision/resnet18"]
+    assert found("pytorchcv/*net18") == ["pytorchcv/preresnet18"]
+    with pytest.raises(SystemExit, match="no model fits 'vgg'"):
+        found("vgg")
+    assert {c.name for c in real.cast()} == {*real.CAST}
+    assert [c.name for c in real.cast(["torchlens"])] == [CONTROL, "torchlens"]
+    for case in real.cases(real.MODES["data-dependent"]):
+        assert sites(Bench(case))
+
+
+def test_real_models_are_measured_summed_and_written(
+    tmp_path: Path, page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def images(batch: int) -> tuple[Tensor, ...]:
+        return (torch.randn(batch, 3, 6, 6),)
+
+    def broken() -> nn.Module:
+        raise ValueError("no such model")
+
+    def small() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.Tanh())
+
+    models = [
+        real_models.RealModel("own/tiny", Tiny, images),
+        real_models.RealModel("own/small", small, images),
+        real_models.RealModel("own/broken", broken, images),
+        real_models.RealModel("absent/tiny", Tiny, images, "absent"),
+    ]
+    monkeypatch.setitem(real.MODES, "training", real.Mode("training", models, 2, trains=True))
+    readme = tmp_path / "README.md"
+    readme.write_text("head\n<!-- begin real-training -->\nold\n<!-- end real-training -->\n")
+    text = (page / "benchmarks.md").read_text()
+    (page / "benchmarks.md").write_text(text + readme.read_text())
+    file = tmp_path / "real.json"
+    given = ["--training", "--seconds", "0", "--contender", "fmapkit", "--contender", "references"]
+    command.main(["real", *given, "--json", str(file), "--markdown", "--docs", str(page)])
+
+    result = json.loads(file.read_text())
+    assert result["kind"] == "real-training"
+    assert result["environment"]["threads"] == "1"
+    first, second, *rest = result["cases"]
+    assert (first["sites"], second["sites"]) == (3, 1)
+    assert rest == [
+        {"case": "own/broken", "error": "ValueError: no such model"},
+        {"case": "absent/tiny", "error": "absent not installed"},
+    ]
+    summed = {row.contender: row for row in real.summary(result)}
+    assert [*summed] == [CONTROL, "fmapkit", "fmapkit, compiled", "hooks, references"]
+    ratios = [case["rows"][1]["cpu"] for case in (first, second)]
+    assert summed["fmapkit"].models == 2
+    assert summed["fmapkit"].cpu == pytest.approx(sum(ratios) / 2)
+    assert summed["fmapkit"].worst == max(ratios)
+    assert summed["fmapkit"].verdict == "4 of 4"
+    assert summed["hooks, references"].verdict == "1 of 4"  # that of the small one
+    assert summed[CONTROL].verdict == "–"
+
+    printed = capsys.readouterr().out
+    assert "absent/tiny: absent not installed" in printed
+    row = next(line for line in printed.splitlines() if "4 of 4" in line and "worst:" in line)
+    assert row.split()[:2] == ["fmapkit", "2"]
+    written, told = (page / "benchmarks.md").read_text(), readme.read_text()
+    assert written.startswith(text)
+    assert written.count("4 of 4") == told.count("4 of 4") == 2
+    assert "| own/tiny | " in written
+    assert "own/tiny |" not in told
+    assert "Not here: own/broken (ValueError: no such model); absent/tiny (absent not" in written
+    command.main(["render", str(file), "--docs", str(page)])  # the same from the file
+    assert ((page / "benchmarks.md").read_text(), readme.read_text()) == (written, told)
 
 
 # -- commands, JSON and pages -------------------------------------------------------------------
@@ -319,9 +515,9 @@ def test_a_straight_line_is_fitted_by_hand() -> None:
 def test_render_says_what_it_lacks(tmp_path: Path, page: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text("{}")
-    with pytest.raises(SystemExit, match=r"other\.json is no JSON of `suite` or `growth`"):
+    with pytest.raises(SystemExit, match=r"other\.json is no JSON of `suite`, `real` or `growth`"):
         report.render([other], page)
-    with pytest.raises(SystemExit, match=r"benchmarks\.md has no <!-- begin more -->"):
+    with pytest.raises(SystemExit, match="the page has no <!-- begin more -->"):
         report.replaced("text", "more", "")
 
 
@@ -361,4 +557,4 @@ def test_fmapkit_is_right_in_every_case(case: Case) -> None:
         verdicts = judge(truth, handed(maps), exact=True)
     assert truth
     for verdict in verdicts.values():
-        assert vars(verdict) == {"right": len(truth), "wrong": 0, "unseen": 0}
+        assert verdict.as_dict() == {"right": len(truth), "wrong": 0, "unseen": 0}

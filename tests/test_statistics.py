@@ -587,14 +587,16 @@ def test_parts_of_one_layer_are_put_together() -> None:
 )
 def test_other_filters_than_before(dim: int | None, shape: tuple[int, ...], says: str) -> None:
     stats = fed(torch.randn(4, 3))
-    with pytest.raises(ArgumentError, match=re.escape(says)):
+    with pytest.warns(CaptureWarning, match=re.escape(says)):
         stats.update(fmap(torch.randn(shape), dim))
-    with pytest.raises(ArgumentError, match=re.escape("stats.reset() begins anew")):
-        stats.update(fmap(torch.randn(4, 4), filters=None))
+    stats.update(fmap(torch.randn(4, 4), filters=None))  # named already
     assert stats["conv"].count.tolist() == [4, 4, 4]
+    assert list(stats.missed) == [("conv", "activation")]
+    assert "stats.reset() begins anew" in stats.missed["conv", "activation"]
     stats.reset()
     stats.update(fmap(torch.randn(4, 6)))
     assert len(stats["conv"]) == 6
+    assert stats.missed == {}
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,40 @@ class Axes:
                 return False
         return True
 
+    @staticmethod
+    def of_all(shape: Sequence[int]) -> Axes:
+        """Every value of a tensor of this shape, by its place in row-major order."""
+        stride, parts = 1, []
+        for dim in reversed(range(len(shape))):
+            parts.append(Part(dim, shape[dim], stride))
+            stride *= shape[dim]
+        return Axes(tuple(reversed(parts)))
+
+    @staticmethod
+    def of_each(shape: tuple[int, ...]) -> tuple[tuple[Axes, ...], Axes]:
+        """Every axis of a tensor of this shape alone, and all of its values (`of_all`)."""
+        return _of_each(shape) if _INT.issuperset(map(type, shape)) else _of_each.__wrapped__(shape)
+
+    def split(self, shape: Sequence[int]) -> tuple[Axes | None, ...]:
+        """Of places in a tensor of this shape (`of_all`): the indices along each of its axes.
+
+        None for all of them where one part runs along several.
+        """
+        if 0 in shape:
+            return (None,) * len(shape)
+        offset, found = self.offset, []
+        left = [p for p in self.parts if p.size > 1]
+        for part in Axes.of_all(shape).parts:
+            first, offset = divmod(offset, part.stride)
+            mine = [p for p in left if part.stride <= p.stride < part.stride * part.size]
+            left = [p for p in left if p not in mine]
+            steps = [p._replace(stride=p.stride // part.stride) for p in mine]
+            fits = all(p.stride % part.stride == 0 for p in mine)
+            if not fits or first + sum((p.size - 1) * p.stride for p in steps) >= part.size:
+                return (None,) * len(shape)
+            found.append(Axes(tuple(steps), first))
+        return tuple(found) if not left else (None,) * len(shape)
+
     @property
     def dim(self) -> int | None:
         """The filter axis, where it is one."""
@@ -172,6 +206,11 @@ def _reshaped(axes: Axes, before: tuple[int, ...], after: tuple[int, ...]) -> Ax
 @lru_cache(maxsize=1024)
 def _single(dim: int, size: int) -> Axes:
     return Axes((Part(dim, size),))
+
+
+@lru_cache(maxsize=1024)
+def _of_each(shape: tuple[int, ...]) -> tuple[tuple[Axes, ...], Axes]:
+    return tuple([Axes.single(d, size) for d, size in enumerate(shape)]), Axes.of_all(shape)
 
 
 def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -13,41 +13,52 @@ from torch import Tensor, nn
 from fmapkit import layers, nonlinearities
 from fmapkit._events import Event
 from fmapkit._frames import Frame
+from fmapkit._functions import describe
 from fmapkit._nested import tensors_in
 from fmapkit._remembered import remembered
 from fmapkit._store import Aliases
-from fmapkit.nonlinearities import module_sigma
+from fmapkit.nonlinearities import (
+    class_sigma,
+    module_sigma,
+    patched_name,
+    runs_torchs_forward,
+)
 
-__all__ = ["is_norm", "is_torchs", "may_be_sigma", "norm_axis", "role_of", "verdict"]
+__all__ = [
+    *("is_norm", "is_torchs", "is_whole", "may_be_sigma", "name_by_hand", "norm_axis", "role_of"),
+    "verdict",
+]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _TORCHS = "torch.nn.modules."
 
 
 def role_of(module: nn.Module) -> str:
-    """What a module's class tells of its calls.
+    """What a module's class tells of its calls, and whether it runs as torch has written it.
 
     Returns:
         "layer" if it is registered as one; "sigma"; "plain": neither, as torch's own modules and
         mere containers are; "open": that depends on the call, see `may_be_sigma`.
     """
-    return _role(type(module), layers.version + nonlinearities.version)
+    registered = layers.version + nonlinearities.version
+    return _role(type(module), runs_torchs_forward(module), registered)
 
 
 @remembered
-def _role(kind: type, registered: int) -> str:
+def _role(kind: type[nn.Module], as_torch_has_it: bool, registered: int) -> str:
     if not layers.REGISTERED.keys().isdisjoint(kind.__mro__):
         return "layer"
-    if not nonlinearities.MODULES.keys().isdisjoint(kind.__mro__):
+    if class_sigma(kind, as_torch_has_it) is not None:
         return "sigma"
-    if issubclass(kind, _CONTAINERS) or kind.__module__.startswith(_TORCHS):
+    torchs = kind.__module__.startswith(_TORCHS) and as_torch_has_it
+    if torchs or issubclass(kind, _CONTAINERS):
         return "plain"
     return "open"
 
 
 def may_be_sigma(module: nn.Module, args: Any, kwargs: Any, x: Tensor) -> bool:
     """Of an "open" one: one tensor goes in, and it has no weights or only per-channel ones."""
-    if not x.is_floating_point() or len(tensors_in(*args, kwargs)) != 1:
+    if not (x.is_floating_point() or x.is_complex()) or len(tensors_in(*args, kwargs)) != 1:
         return False
     shape = x.shape
     return _has_only(module, {1, *shape[1:2], *shape[-1:]})
@@ -64,9 +75,18 @@ def _has_only(module: nn.Module, counts: set[int]) -> bool:
     return True
 
 
+def is_whole(module: nn.Module) -> bool:
+    """Whether a module may go by itself alone: registered, or a nonlinearity written by hand."""
+    if is_torchs(module) or isinstance(module, _CONTAINERS):
+        return False
+    if layers.is_registered(module) or module_sigma(module) is not None:
+        return True
+    return not module._modules and all(p.dim() <= 1 for p in module.parameters())
+
+
 def is_torchs(module: nn.Module) -> bool:
-    """Whether it is one of torch's own modules."""
-    return type(module).__module__.startswith(_TORCHS)
+    """Whether it is one of torch's own modules, and runs as torch has written it."""
+    return type(module).__module__.startswith(_TORCHS) and runs_torchs_forward(module)
 
 
 def verdict(frame: Frame, output: Any, events: Sequence[Event], aliases: Aliases) -> str | None:
@@ -81,19 +101,36 @@ def verdict(frame: Frame, output: Any, events: Sequence[Event], aliases: Aliases
     if not isinstance(output, Tensor) or frame.x is None:
         return None
     if frame.kind == "sigma":
-        return module_sigma(frame.module)
+        if frame.ran:
+            return module_sigma(frame.module)
+        whole = frame.inner is not None and frame.inner[1] is output
+        return frame.inner[0] if frame.inner and whole else patched_name(frame.module)
     if frame.degrees is None or output.shape != frame.x.shape:
         return None
     if not frame.degrees.is_nonlinear(output):
         return None
     inner = [e for e in events[frame.start :] if e.kind == "sigma"]
-    if len(inner) == 1:
+    if len(inner) == 1 and not _written_by_hand(inner[0]):
         event = inner[0]
         # A wrapper around one function or module is no nonlinearity of its own.
         same = event.x_held is frame.x_held or event.x is frame.x
         if same and event.y_held is aliases.reference(output):
             return None
-    return type(frame.module).__name__
+    return name_by_hand(frame.module)
+
+
+def name_by_hand(module: nn.Module) -> str:
+    """What a nonlinearity written by hand goes by: its class, or the forward put into another."""
+    kind = type(module).__name__
+    if not type(module).__module__.startswith(_TORCHS):
+        return kind
+    name = getattr(module.forward, "__name__", "forward")
+    return kind if name == "forward" else str(name)
+
+
+def _written_by_hand(event: Event) -> bool:
+    """Whether it is a function that is a nonlinearity in some of its calls."""
+    return event.function is not None and describe(event.function).sigma is None
 
 
 def is_norm(frame: Frame, output: Any) -> bool:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
-from fmapkit._axes import Axes
 from fmapkit._compiled_run import Sink, running
 from fmapkit._frames import running_modules
 from fmapkit._graph import Labels, Traced, trace_graph
@@ -231,8 +230,7 @@ class CompiledGraph:
                 tag = Flow(own, tag.axes)
             full.append(tag)
         for i in self.weights:
-            value = inputs[i]
-            full[i] = Weight(value, Axes.single(0, value.shape[0]) if value.dim() else None)
+            full[i] = Weight.whole(inputs[i])
         return trace_graph(
             self.gm,
             inputs,

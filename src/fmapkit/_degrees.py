@@ -59,6 +59,8 @@ class Degrees:
         self,
         name: str,
         operands: Sequence[Tensor],
+        args: Any,
+        kwargs: Any,
         out: Any,
         tag: Lookup,
         nonlinear: bool = False,
@@ -68,6 +70,8 @@ class Degrees:
         Args:
             name: of the function.
             operands: all tensors among its arguments.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
             out: what it returned.
             tag: what a tensor carries.
             nonlinear: it is a nonlinearity.
@@ -85,7 +89,7 @@ class Degrees:
             by_input = sum(d > 0 for d in degrees) > 1 or (dividing and degrees[-1] > 0)
             curved = by_input or name.startswith("__r")
             result = max(highest, _NONLINEAR) if curved else highest
-        elif name in words.LINEAR_BINARY or name in words.LINEAR_KEEPERS or name == "copy":
+        elif _is_linear(name, args, kwargs, out):
             result = highest
         else:
             self.reduces = self.reduces or name in words.REDUCTIONS or name in words.NORM_AXIS
@@ -98,3 +102,11 @@ class Degrees:
 def _of_two(name: str, operands: Sequence[Tensor]) -> bool:
     """`torch.max` and `min` of two tensors are pointwise; of one, they reduce it."""
     return name in ("max", "min") and len(operands) > 1
+
+
+def _is_linear(name: str, args: Any, kwargs: Any, out: Any) -> bool:
+    """Whether each point of the result is one of the operands', or a sum of such."""
+    if name == "stack":  # along a new last axis, which `view_as_complex` alone takes away again
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        return isinstance(out, Tensor) and dim in (-1, out.dim() - 1)
+    return name in words.LINEAR_BINARY or name in words.LINEAR_KEEPERS or name == "copy"

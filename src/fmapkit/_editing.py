@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from fmapkit._axes import Axes
+from fmapkit._candidates import name_by_hand
 from fmapkit._edit import Edits
 from fmapkit._frames import Frame, SigmaCall, Site
 from fmapkit._functions import out_of_place
-from fmapkit._origin import STOP, Flow
+from fmapkit._nested import tensors_in
+from fmapkit._origin import STOP, Flow, flow_of
 from fmapkit._store import Held, version_of
 from fmapkit.nonlinearities import module_sigma
 
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
     from fmapkit._trace import Tracer
 
 __all__ = ["Editor"]
+
+COMPARED = (
+    "its preactivation is compared before the nonlinearity ({}) runs that chooses by that, and "
+    "another one cannot be put in its place; its activation may be edited"
+)
 
 
 class Editor:
@@ -73,14 +80,19 @@ class Editor:
 
     # -- functions ----------------------------------------------------------------------------
 
-    def before(self, call: SigmaCall, own: str, sigma: str, in_place: bool) -> None:
+    def before(self, call: SigmaCall, own: str, in_place: bool) -> None:
         """A function is about to run; it may get another z."""
         if any(f.site is not None for f in self.tracer.frames):
             return  # a part of a module that is one σ
-        site = self._site(own, sigma, call.z)
+        if in_place and call.args[0] is not call.z:
+            return  # it writes to what its operand is compared by
+        site = self._site(own, call.sigma, call.z)
         if site is None:
             return
         call.site = site
+        flows = [t for t in tensors_in(*call.args, call.kwargs) if flow_of(self.tracer.tag, t)]
+        if len(flows) > 1 and self.edits.of(site.name, "preactivation"):
+            self.tracer.miss(site.name, COMPARED.format(call.sigma))
         stand_in = call.z
         call.kwargs = dict(call.kwargs)
         if "out" in call.kwargs:
@@ -89,7 +101,8 @@ class Editor:
             site.base = call.z
         if site.base is call.z:  # which will be overwritten: an edit may have to keep what it got
             stand_in = call.z.clone()
-        new = self._apply(site, "preactivation", stand_in, site.axes)
+        alone = len(flows) == 1
+        new = self._apply(site, "preactivation", stand_in, site.axes) if alone else None
         if new is not None:
             self._follow(new, call.z)
             site.z_edited = self.tracer.aliases.reference(new)
@@ -124,7 +137,7 @@ class Editor:
         if x is None or any(f.site is not None or f.kind == "sigma" for f in self._outer(frame)):
             return
         own = self.tracer.names.of(frame.module)
-        sigma = module_sigma(frame.module) or type(frame.module).__name__
+        sigma = module_sigma(frame.module) or name_by_hand(frame.module)
         known = self.tracer.edited
         site = self._site(own, sigma, x)
         if site is None:

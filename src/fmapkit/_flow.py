@@ -9,21 +9,28 @@ rule stops the flow: its result has no layer behind it. A label is never guessed
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from fmapkit._axes import Axes
-from fmapkit._flow_rules import RULES, Rule, each, spatial
-from fmapkit._origin import NOWHERE, STOP, Flow, Lookup, Tag, Weight
+from fmapkit._flow_basics import Rule, each
+from fmapkit._flow_index import is_number
+from fmapkit._flow_rules import RULES, spatial
+from fmapkit._nested import tensors_in
+from fmapkit._origin import NOWHERE, STOP, Flow, Lookup, Tag, Weight, flow_of
 from fmapkit._vocabulary import (
     FRESH,
     LINEAR_BINARY,
+    MATMULS,
     METADATA,
     NONLINEAR_POINTWISE,
+    PICKS,
     PRODUCTS,
     SPATIAL,
+    WRITES,
 )
 
 __all__ = ["carried", "past_sigma", "sigma_axes"]
@@ -32,8 +39,8 @@ __all__ = ["carried", "past_sigma", "sigma_axes"]
 _NO_CHANGE = METADATA | FRESH
 # The rules of these say themselves which operand's filters go on.
 _CHOOSE_OPERAND = (
-    (LINEAR_BINARY | PRODUCTS | NONLINEAR_POINTWISE)
-    | {"copy", "__setitem__", "max", "min"}
+    (LINEAR_BINARY | PRODUCTS | NONLINEAR_POINTWISE | WRITES | MATMULS)
+    | {"copy", "max", "min", "einsum"}
     | {"cat", "concat", "concatenate", "stack"}
 )
 
@@ -61,6 +68,11 @@ def carried(
     """
     if name in _NO_CHANGE:
         return None
+    if name in PICKS:
+        source, others = operands[:1], operands[1:]
+        if others and not flow_of(tag, source[0]) and any(flow_of(tag, o) for o in others):
+            return _picked_by_data(name, args, kwargs, out, source[0], tag)
+        operands = source
     weights: list[tuple[Tensor, Weight]] = []
     for x in operands:
         flow = tag(x)
@@ -74,7 +86,8 @@ def carried(
     if rule is None:
         return each(out, lambda _: STOP)
     if flow.axes is None and name not in _CHOOSE_OPERAND:
-        return each(out, lambda _: flow)
+        kept = Flow(flow.origin) if flow.gathered else flow
+        return each(out, lambda _: kept)
     return rule(flow, x, args, kwargs, out, tag)
 
 
@@ -90,20 +103,47 @@ def _rule(name: str) -> Rule | None:
 def _of_weights(
     name: str, args: Any, kwargs: Any, out: Any, weights: list[tuple[Tensor, Weight]]
 ) -> Any:
-    """What a function of parameters alone returns: a weight, its rows followed like filters."""
+    """What a function of parameters alone returns: a weight, its axes followed like filters."""
     x, weight = weights[0]
-    rule = RULES.get(name)
-    rows: Any = None
-    if weight.axes is not None and rule is not None and len(weights) == 1:
-        flow = Flow(NOWHERE, weight.axes)
-        rows = rule(flow, x, args, kwargs, out, lambda t: flow if t is x else None)
+    rule = _rule(name)
 
-    def one(found: Any) -> Weight:
-        return Weight(weight.parameter, found.axes if isinstance(found, Flow) else None)
+    def followed(axes: Axes | None) -> Any:
+        if axes is None or rule is None:
+            return None
+        flow = Flow(NOWHERE, axes)
+        return rule(flow, x, args, kwargs, out, lambda t: flow if t is x else None)
 
-    if isinstance(rows, list):
-        return [one(r) for r in rows]
-    return each(out, lambda _: one(rows))
+    found = [followed(axes) for axes in (*weight.axes, weight.values)]
+    shape = tuple(weight.parameter.shape)
+    by_value = weight.by_value or (name in PICKS and any(map(is_number, tensors_in(*args, kwargs))))
+
+    def one(place: int | None) -> Weight:
+        of = [f[place] if isinstance(f, list) and place is not None else f for f in found]
+        *axes, values = [f.axes if isinstance(f, Flow) else None for f in of]
+        if None in axes and values is not None:
+            return Weight(weight.parameter, values.split(shape), values, by_value)
+        return Weight(weight.parameter, tuple(axes), values, by_value)
+
+    if isinstance(out, (tuple, list)):
+        return [one(i) for i in range(len(out))]
+    return each(out, lambda _: one(None))
+
+
+def _picked_by_data(
+    name: str, args: Any, kwargs: Any, out: Any, source: Tensor, tag: Lookup
+) -> Any:
+    """What data has picked: rows of a table are data themselves, one of many weights is a weight.
+
+    Weights are stacked along the first axis of a parameter that has an axis more than they have.
+    """
+    weight = tag(source)
+    if isinstance(weight, Weight) and isinstance(out, Tensor) and out.dim() >= 2:
+        shape = weight.parameter.shape
+        found = _of_weights(name, args, kwargs, out, [(source, weight)])
+        stacked = len(shape) > 2 and shape[0] > 1 and isinstance(found, Weight)
+        if stacked and len(found.axes) == len(shape) and None not in found.axes[1:]:
+            return found
+    return each(out, lambda _: STOP)
 
 
 def sigma_axes(axes: Axes | None, z: Tensor, a: Any) -> Axes | None:
@@ -121,9 +161,10 @@ def past_sigma(tag: Tag, z: Tensor, a: Any) -> Flow | Weight:
 
     Of a parameter, it is as much a weight as the parameter itself.
     """
-    axes = sigma_axes(tag.axes, z, a) if tag is not None else None
     if isinstance(tag, Weight):
-        return Weight(tag.parameter, axes)
+        of_each = tuple([sigma_axes(axes, z, a) for axes in tag.axes])
+        return replace(tag, axes=of_each, values=sigma_axes(tag.values, z, a))
+    axes = sigma_axes(tag.axes, z, a) if tag is not None else None
     if axes is None or len(axes.parts) != 1:
         return STOP
     part = axes.parts[0]

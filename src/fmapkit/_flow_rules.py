@@ -7,80 +7,41 @@ reshapes and permutes that keep the filters apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fmapkit._axes import Axes
+from fmapkit._flow_basics import (
+    Rule,
+    aligned,
+    argument,
+    each,
+    lost_if_none,
+    pointwise,
+    same_filters,
+    where,
+)
+from fmapkit._flow_index import getitem, index_select, write
+from fmapkit._flow_products import einsum, product, segments
 from fmapkit._nested import tensors_in
-from fmapkit._origin import STOP, Flow, Lookup, Tag, flow_of
+from fmapkit._origin import STOP, Flow, Lookup, flow_of
 from fmapkit._vocabulary import (
+    GROUPED,
     KEEP_SHAPE,
     LINEAR_BINARY,
     LINEAR_KEEPERS,
+    MATMULS,
     NONLINEAR_POINTWISE,
     NORM_AXIS,
     PRODUCTS,
     REDUCTIONS,
     RESHAPES,
+    WRITES,
     words,
 )
 
-__all__ = ["RULES", "Rule", "each", "spatial"]
-
-# Given the flow of the first operand that has one, that operand, the call's arguments, its result
-# and what any tensor carries.
-Rule = Callable[[Flow, Tensor, Any, Any, Any, Lookup], Any]
-
-
-def each(out: Any, make: Callable[[Tensor], Tag]) -> Any:
-    """What each tensor of a result carries, nested like the result."""
-    if isinstance(out, Tensor):
-        return make(out)
-    if isinstance(out, (tuple, list)):
-        return [each(o, make) for o in out]
-    return None
-
-
-def _lost_if_none(flow: Flow, axes: Axes | None) -> Flow:
-    """Filters mixed with something else have no layer any more."""
-    return Flow(flow.origin, axes) if axes is not None else STOP
-
-
-def _pointwise(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-    """The first operand that is as large as the result; a smaller one is broadcast: scale, bias."""
-    if isinstance(out, Tensor) and x.shape == out.shape:
-        return _aligned(flow, x, out)
-
-    def one(result: Tensor) -> Flow:
-        operands = [o for o in tensors_in(*args, kwargs) if flow_of(tag, o)]
-        full = [o for o in operands if o.shape == result.shape] or operands
-        return _aligned(flow_of(tag, full[0]) or STOP, full[0], result)
-
-    return each(out, one)
-
-
-def _aligned(flow: Flow, x: Tensor, result: Tensor) -> Flow:
-    """Broadcasting aligns axes at the end; the filters must not be broadcast themselves."""
-    axes = flow.axes
-    if axes is None:
-        return flow
-    shape = result.shape
-    more = len(shape) - x.dim()
-    if more > 0:
-        axes = axes.insert(0, more)
-    if not axes.fit(shape):
-        return STOP
-    return flow if axes is flow.axes else Flow(flow.origin, axes)
-
-
-def _same_filters(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-    """Pooling, padding, resizing: other axes may change their size, filters stay."""
-    if isinstance(out, Tensor):
-        return _aligned(flow, x, out) if out.dim() == x.dim() else STOP
-    return each(out, lambda o: _aligned(flow, x, o) if o.dim() == x.dim() else STOP)
+__all__ = ["RULES", "spatial"]
 
 
 def spatial(axes: str | None, pads: bool) -> Rule:
@@ -92,12 +53,12 @@ def spatial(axes: str | None, pads: bool) -> Rule:
         else:
             touched = max(x.dim() - 2, 0)
         dims = set(range(x.dim() - touched, x.dim()))
-        padding = _argument(args, kwargs, 1, "pad") if pads else None
+        padding = argument(args, kwargs, 1, "pad") if pads else None
         if padding is not None:
             dims = {x.dim() - 1 - i // 2 for i, size in enumerate(padding) if size}
         if flow.axes is None or any(p.dim in dims for p in flow.axes.parts):
             return each(out, lambda _: STOP)
-        return _same_filters(flow, x, args, kwargs, out, tag)
+        return same_filters(flow, x, args, kwargs, out, tag)
 
     return rule
 
@@ -106,7 +67,7 @@ def _reshape(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Looku
     axes, shape = flow.axes, tuple(x.shape)
 
     def one(o: Tensor) -> Flow:
-        return _lost_if_none(flow, axes and axes.reshape(shape, tuple(o.shape)))
+        return lost_if_none(flow, axes and axes.reshape(shape, tuple(o.shape)))
 
     return one(out) if isinstance(out, Tensor) else each(out, one)
 
@@ -148,17 +109,10 @@ def _permute(name: str) -> Rule:
     return rule
 
 
-def _argument(args: Sequence[Any], kwargs: dict[str, Any], place: int, *names: str) -> Any:
-    for name in names:
-        if name in kwargs:
-            return kwargs[name]
-    return args[place] if len(args) > place else None
-
-
 def _reduce(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-    dims = _argument(args, kwargs, 1, "dim", "axis")
+    dims = argument(args, kwargs, 1, "dim", "axis")
     if isinstance(dims, Tensor):  # torch.max(a, b), elementwise
-        return _pointwise(flow, x, args, kwargs, out, tag)
+        return pointwise(flow, x, args, kwargs, out, tag)
     if isinstance(dims, int) and not isinstance(dims, bool):
         dims = [dims]
     if not isinstance(dims, (tuple, list)) or not dims:
@@ -172,7 +126,7 @@ def _reduce(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup
         return (
             Flow(flow.origin, axes)
             if o.dim() == x.dim()
-            else _lost_if_none(flow, axes.remove(reduced))
+            else lost_if_none(flow, axes.remove(reduced))
         )
 
     return each(out, one)
@@ -186,13 +140,13 @@ def _cut(name: str) -> Rule:
         assert axes is not None
         place = {"unbind": 1, "narrow": 1, "select": 1}.get(name, 2)
         default = {"vsplit": 0, "dsplit": 2, "hsplit": 1 if x.dim() > 1 else 0}.get(name, 0)
-        dim = _argument(args, kwargs, place, "dim", "axis")
+        dim = argument(args, kwargs, place, "dim", "axis")
         dim = (default if dim is None else int(dim)) % x.dim()
         if name == "select":
-            index = int(_argument(args, kwargs, 2, "index"))
+            index = int(argument(args, kwargs, 2, "index"))
             return Flow(flow.origin, axes.select(dim, index % x.shape[dim]))
         if name == "narrow":
-            start = int(_argument(args, kwargs, 2, "start"))
+            start = int(argument(args, kwargs, 2, "start"))
             return Flow(flow.origin, axes.slice(dim, start % x.shape[dim], out.shape[dim]))
         if name == "unbind":
             return [Flow(flow.origin, axes.select(dim, i)) for i in range(len(out))]
@@ -206,7 +160,7 @@ def _cut(name: str) -> Rule:
 
 
 def _expand(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-    return each(out, lambda o: _aligned(flow, x, o))
+    return each(out, lambda o: aligned(flow, x, o))
 
 
 def _along(name: str) -> Rule:
@@ -214,13 +168,13 @@ def _along(name: str) -> Rule:
 
     def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
         place = 2 if name in ("roll", "take_along_dim") else 1
-        dims = _argument(args, kwargs, place, "dims", "dim")
+        dims = argument(args, kwargs, place, "dims", "dim")
         dims = [dims] if isinstance(dims, int) else list(dims or range(x.dim()))
         touched = {int(d) % x.dim() for d in dims}
         axes = flow.axes
         if axes is None or any(p.dim in touched for p in axes.parts):
             return each(out, lambda _: STOP)
-        return _same_filters(flow, x, args, kwargs, out, tag)
+        return same_filters(flow, x, args, kwargs, out, tag)
 
     return rule
 
@@ -230,14 +184,14 @@ def _cat(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -
 
     But not where the pieces of one layer's filters are put together again as they were.
     """
-    dim = int(_argument(args, kwargs, 1, "dim", "axis") or 0) % out.dim()
+    dim = int(argument(args, kwargs, 1, "dim", "axis") or 0) % out.dim()
     axes = flow.axes
     pieces = tensors_in(args[0] if args else kwargs)
     if axes is None or len(pieces) == 1:
         return Flow(flow.origin, axes) if axes is not None else STOP
     if any(p.dim == dim for p in axes.parts):
         return _rejoined([flow_of(tag, piece) for piece in pieces], dim)
-    return _aligned(flow, x, out)
+    return aligned(flow, x, out)
 
 
 def _rejoined(pieces: Sequence[Flow | None], dim: int) -> Flow:
@@ -260,108 +214,40 @@ def _fft(name: str) -> Rule:
     """Fourier transforms mix along the axes they name, by default the last one, two or all."""
 
     def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-        dims = _argument(args, kwargs, 2, "dim")
+        dims = argument(args, kwargs, 2, "dim")
         if dims is None and name == "fftn":
-            sizes = _argument(args, kwargs, 1, "s")
+            sizes = argument(args, kwargs, 1, "s")
             dims = range(-(x.dim() if sizes is None else len(sizes)), 0)
         elif dims is None:
             dims = (-1,) if name == "fft" else (-2, -1)
         touched = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
         if flow.axes is None or any(p.dim in touched for p in flow.axes.parts):
             return each(out, lambda _: STOP)
-        return _same_filters(flow, x, args, kwargs, out, tag)
+        return same_filters(flow, x, args, kwargs, out, tag)
 
     return rule
 
 
 def _stack(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-    dim = int(_argument(args, kwargs, 1, "dim", "axis") or 0) % out.dim()
+    dim = int(argument(args, kwargs, 1, "dim", "axis") or 0) % out.dim()
     return Flow(flow.origin, flow.axes.insert(dim)) if flow.axes is not None else STOP
 
 
-def _getitem(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-    axes = _indexed(flow.axes, args[1], x) if flow.axes is not None else None
-    if axes is None or not axes.fit(out.shape):
-        return STOP
-    return Flow(flow.origin, axes)
-
-
-def _indexed(axes: Axes | None, index: Any, x: Tensor) -> Axes | None:
-    items = list(index) if isinstance(index, tuple) else [index]
-
-    def width(item: Any) -> int:
-        if item is None or item is Ellipsis:
-            return 0
-        return item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
-
-    advanced = [i for i in items if isinstance(i, (Tensor, list))]
-    if len(advanced) > 1:
-        return None
-    at = 0  # the axis of the result that the next item makes
-    if Ellipsis not in [i for i in items if not isinstance(i, Tensor)]:
-        items.append(Ellipsis)
-    for item in items:
-        if axes is None:
-            return None
-        if item is None:
-            axes = axes.insert(at)
-            at += 1
-        elif item is Ellipsis:
-            at += x.dim() - sum(width(i) for i in items)
-        elif isinstance(item, slice):
-            part = next((p for p in axes.parts if p.dim == at), None)
-            if part is not None:
-                start, stop, step = item.indices(part.size)
-                size = len(range(start, stop, step))
-                axes = axes.slice(at, start, size, step)
-            at += 1
-        elif isinstance(item, Tensor) and item.dtype == torch.bool:
-            gone = list(range(at, at + item.dim()))
-            if any(p.dim in gone for p in axes.parts):
-                return None
-            removed = axes.remove(gone)
-            axes = removed.insert(at) if removed is not None else None
-            at += 1
-        elif isinstance(item, (Tensor, list)):
-            rank = item.dim() if isinstance(item, Tensor) else 1
-            if any(p.dim == at for p in axes.parts):
-                return None
-            removed = axes.remove([at])
-            axes = removed.insert(at, rank) if removed is not None else None
-            at += rank
-        elif isinstance(item, bool):
-            return None
-        else:
-            axes = axes.select(at, int(item))
-    return axes
-
-
-def _index_select(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-    dim = int(_argument(args, kwargs, 1, "dim")) % x.dim()
-    axes = flow.axes
-    if axes is None or any(p.dim == dim for p in axes.parts):
-        return STOP
-    return _same_filters(flow, x, args, kwargs, out, tag)
-
-
-def _write(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-    """copy_, index assignment and the like: what self carried, or else what is written into it."""
-    target = args[0]
-    own = flow_of(tag, target)
-    return (
-        own if own is not None else _aligned(flow, x, target) if (x.dim() <= target.dim()) else STOP
-    )
-
-
 def _copy(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-    source = _argument(args, kwargs, 1, "src", "source")
+    source = argument(args, kwargs, 1, "src", "source")
     found = flow_of(tag, source)
-    return _aligned(found, source, args[0]) if found is not None else None
+    return aligned(found, source, args[0]) if found is not None else None
+
+
+def _pairs(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    """Complex numbers as pairs of real ones, and back: an axis at the end comes or goes."""
+    axes = flow.axes
+    return STOP if axes is None or any(p.dim >= out.dim() for p in axes.parts) else flow
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(LINEAR_KEEPERS | LINEAR_BINARY | PRODUCTS | NONLINEAR_POINTWISE, _pointwise),
-    **dict.fromkeys(KEEP_SHAPE | frozenset(NORM_AXIS), _same_filters),
+    **dict.fromkeys(LINEAR_KEEPERS | LINEAR_BINARY | PRODUCTS | NONLINEAR_POINTWISE, pointwise),
+    **dict.fromkeys(KEEP_SHAPE | frozenset(NORM_AXIS), same_filters),
     **dict.fromkeys(RESHAPES, _reshape),
     **{
         name: _permute(name)
@@ -383,8 +269,8 @@ RULES: dict[str, Rule] = {
     "flip": _along("flip"),
     **dict.fromkeys(["cat", "concat", "concatenate"], _cat),
     "stack": _stack,
-    "__getitem__": _getitem,
-    "index_select": _index_select,
+    "__getitem__": getitem,
+    "index_select": index_select,
     "gather": _along("gather"),
     "take_along_dim": _along("take_along_dim"),
     **{
@@ -394,9 +280,12 @@ RULES: dict[str, Rule] = {
     },
     "cumsum": _along("cumsum"),
     "cumprod": _along("cumprod"),
-    **dict.fromkeys(
-        words("__setitem__ index_add index_copy index_put scatter scatter_add masked_scatter"),
-        _write,
-    ),
+    **{name: write(name) for name in WRITES},
     "copy": _copy,
+    **{name: product(name) for name in MATMULS - {*GROUPED, "addbmm"}},
+    "einsum": einsum,
+    "segment_reduce": segments,
+    "where": where,
+    **dict.fromkeys(words("tril triu _weight_norm"), pointwise),
+    **dict.fromkeys(words("view_as_real view_as_complex"), _pairs),
 }

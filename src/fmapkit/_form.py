@@ -37,7 +37,7 @@ def form_of(tensor: Tensor) -> Any:
     Not its shape, which may change freely: but where it is 1, the tensor may be broadcast, and the
     filters of a sum are those of the operand that is not.
     """
-    if tensor.layout is not _strided:
+    if tensor.layout is not _strided or tensor.is_nested:
         return tensor.dim(), tensor.dtype, tensor.layout
     shape = tensor.shape
     short = ones(shape) if 1 in shape or 0 in shape else len(shape)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fmapkit._axes import Axes
 from fmapkit._degrees import Degrees
 from fmapkit._origin import Lookup, Tag
+from fmapkit._sometimes import Pointwise
 from fmapkit._store import Held
 
 __all__ = [
@@ -32,8 +33,8 @@ class Frame:
 
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
-        *("in_place", "kept", "tag", "a", "watched"),
-        *("counts", "firing", "position", "replaced", "site"),
+        *("in_place", "kept", "tag", "a", "watched", "inner", "pointwise", "ran"),
+        *("counts", "firing", "position", "replaced", "site", "turns"),
     )
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any, start: int) -> None:
@@ -54,8 +55,13 @@ class Frame:
         self.counts = _NONE  # as it began; of a unit that is learned
         self.firing = 0
         self.position = 0  # how many decisions of the pass had been taken
+        # How often each function was given a weight, by the layer that made that.
+        self.turns: Counter[tuple[str, str | None]] | None = None
         self.site: Site | None = None  # something to edit
         self.replaced: tuple[Any, Any] | None = None  # the arguments that it is to get instead
+        self.pointwise = Pointwise()
+        self.ran = False  # the function inside that a registered σ module is
+        self.inner: tuple[str, Any] | None = None  # another one that got x, and its result
 
     @classmethod
     def of(cls, module: nn.Module, args: Any, kwargs: Any, start: int) -> Frame:
@@ -68,13 +74,15 @@ class Frame:
         self,
         name: str,
         operands: Sequence[Tensor],
+        args: Any,
+        kwargs: Any,
         out: Any,
         tag: Lookup,
         nonlinear: bool = False,
     ) -> None:
         """A function has run inside: follow what depends on the input, linearly or not."""
         if self.degrees is not None:
-            self.degrees.step(name, operands, out, tag, nonlinear)
+            self.degrees.step(name, operands, args, kwargs, out, tag, nonlinear)
 
     def take(self, x: Tensor) -> None:
         """Another tensor came in."""
@@ -87,11 +95,16 @@ class SigmaCall:
     """A nonlinearity about to run."""
 
     __slots__ = (
-        *("args", "function", "held", "in_place", "kept", "kwargs", "original", "site", "tag"),
-        "z",
+        *("args", "function", "held", "in_place", "kept", "kwargs", "original", "place", "sigma"),
+        *("site", "tag", "unheld", "z"),
     )
 
-    def __init__(self, function: Any, args: Any, kwargs: Any, z: Tensor, tag: Tag) -> None:
+    def __init__(
+        self, function: Any, args: Any, kwargs: Any, sigma: str, z: Tensor, tag: Tag
+    ) -> None:
+        self.sigma = sigma
+        self.place = 0  # which of the tensor arguments z is
+        self.unheld: str | None = None  # why z cannot be held
         self.function = function
         self.original = function
         self.args = args

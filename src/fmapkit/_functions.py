@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fmapkit import nonlinearities
 from fmapkit._nested import tensors_in
+from fmapkit._quantized import is_fused, is_weighted
 from fmapkit._vocabulary import DATA_TO_PYTHON, DATA_TO_SIZES, METADATA
 
 __all__ = ["Function", "describe", "described"]
@@ -32,6 +33,8 @@ class Function:
         silent: it returns no data (`shape`, `size`, …).
         reads: tells of a call whether it lets data become a number of Python's, or a size; None if
             none does.
+        packed: it is a quantised layer.
+        fused: it is a quantised function with a nonlinearity inside.
         opened: the same function with its inside visible, for functions made of others.
     """
 
@@ -41,6 +44,8 @@ class Function:
     inplace_at: int | None
     silent: bool
     never_writes: bool
+    packed: bool
+    fused: bool
     opened: Any = None
     reads: Callable[[Any, Any], bool] | None = None
 
@@ -97,12 +102,12 @@ def describe(function: Any) -> Function:
 
 
 def _raw_name(function: Any) -> str:
-    """Its name in torch: `torch.relu`, `Tensor.relu` and `aten.relu.default` share it."""
+    """Its name in torch: `torch.erf`, `torch.special.erf` and `aten.erf.default` share it."""
     name: str = getattr(function, "__name__", "")
     if name in ("__get__", "__set__"):
         owner = getattr(function, "__self__", None)
         return f"{name}.{getattr(owner, '__name__', '')}"
-    return name.split(".")[0]
+    return name.split(".")[0].removeprefix("special_")
 
 
 def _describe(function: Any) -> Function:
@@ -138,6 +143,8 @@ def _describe(function: Any) -> Function:
         inplace_at=place,
         silent=silent,
         never_writes=not writes and place is None and name not in _ESCAPES | _MOVES,
+        packed=is_weighted(function),
+        fused=is_fused(function),
         opened=_opened(function),
         reads=_reads(name),
     )

@@ -118,8 +118,14 @@ class GraphTracer(Tracer):
     def _new_record(self) -> Record:
         return GraphRecord(self.wants, self.current, self.tags, self.noted, self.miss)
 
+    def past_hooks(self, entered: nn.Module | None = None) -> None:
+        pass  # its functions are not called by the model
+
     def may_try(self, known: Any, z: Tensor) -> bool:
         return False  # rewritten before, where it can be
+
+    def running(self) -> nn.Module:
+        return self.frames[-1].module  # Python runs the graph, not the model
 
     def _output(self, module: nn.Module, output: Any) -> None:
         if module is self.names.model:

@@ -9,7 +9,7 @@ from fmapkit._budget import Budget
 from fmapkit._gradients import OF_VIEW
 from fmapkit._hooks import without_modes
 from fmapkit._live import Live
-from fmapkit._missed import Misses
+from fmapkit._missed import Misses, NotSupportedError
 from fmapkit._replay import Run
 from fmapkit._settle import has_inference_tensors, settle
 from fmapkit._store import Entry, Pass, Store
@@ -59,8 +59,7 @@ class Keeping:
     def _put_away(self, current: Pass, failed: bool) -> None:
         retention = self._wants.retention
         if retention:
-            for held in current.held():
-                self._wants.put_away(held)
+            self._store_as_asked(current)
         retention.end()
         if self._analyses and not failed:
             runs = [s for s in current.segments if isinstance(s, Run) and s.analyses is not None]
@@ -75,6 +74,18 @@ class Keeping:
             settle(current)
         if self._budget is not None and not failed:
             self._budget.check(self._store)
+
+    def _store_as_asked(self, current: Pass) -> None:
+        """Another form for each map, as asked; one that cannot have it is named, and let go."""
+        refused: dict[int, str] = {}
+        for held in current.held():
+            try:
+                self._wants.put_away(held)
+            except NotSupportedError as error:
+                refused[id(held)] = str(error)
+        for entry in current.without(refused) if refused else ():
+            why = refused.get(id(entry.held)) or refused[id(entry.edited)]
+            self._misses.add(entry.origin.name, why)
 
     def stream(self, run: Run) -> None:
         """Show the latest maps of a run while the model runs.

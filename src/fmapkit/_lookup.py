@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fmapkit._names import never_called
 from fmapkit._store import Entry, Pass
 from fmapkit._wants import KINDS
 from fmapkit.errors import (
@@ -70,6 +71,7 @@ def find(session: Session, layer: str, kind: str | None, entries: Sequence[Found
             f"maps[{layer!r}] was let go: keep=0 leaves each map to the analyses alone; "
             "capture(..., keep=1) keeps the latest pass"
         )
+    layer = session.names.canonical(layer)
     of_layer = [(p, e) for p, e in entries if e.origin.name == layer]
     if not of_layer:
         of_layer = _owned(session, layer, entries)
@@ -95,13 +97,14 @@ def _owned(session: Session, layer: str, entries: Sequence[Found]) -> list[Found
     module = session.names.by_name.get(layer)
     if module is not None:
         mine = {
-            f"{layer}.{k.removesuffix('_weight')}".lstrip(".")
+            f"{layer}.{name}".lstrip(".")
             for k in session.names.parameters_of(module)
+            for name in (k, k.removesuffix("_weight"))
         }
         found = [
             (p, e)
             for p, e in entries
-            if e.origin.name in mine or e.origin.name.startswith(f"{layer}:")
+            if e.origin.name.partition("[")[0] in mine or e.origin.name.startswith(f"{layer}:")
         ]
         if found:
             return found
@@ -109,6 +112,12 @@ def _owned(session: Session, layer: str, entries: Sequence[Found]) -> list[Found
     hint = did_you_mean(layer, known)
     if module is None:
         raise UnknownLayerError(f"no layer {layer!r}{hint} (captured: {listed(known)})")
+    if never_called(module):
+        held = [session.names.by_module[m] for m in session.names.children(module)]
+        raise UnknownLayerError(
+            f"{layer!r} is a {type(module).__name__}, which is never called and has no map of its "
+            f"own; ask for what it holds: {listed(held)}{hint} (captured: {listed(known)})"
+        )
     if not session.wants.layer(layer):
         raise UnknownLayerError(
             f"layer {layer!r} was not selected in capture(layers=...); captured: {listed(known)}"

@@ -9,7 +9,18 @@ from torch import nn
 
 from fmapkit.errors import CaptureWarning
 
-__all__ = ["Missed", "Misses"]
+__all__ = ["Missed", "Misses", "NotSupportedError", "reason"]
+
+
+class NotSupportedError(Exception):
+    """Something cannot be captured; the message is what `maps.missed` says of it."""
+
+
+def reason(error: BaseException) -> str:
+    """What `maps.missed` says of an error that came up in our own code."""
+    if isinstance(error, NotSupportedError):
+        return str(error)
+    return f"fmapkit failed here: {type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import types
+import weakref
+from collections import UserDict, UserList, deque
+from collections.abc import Iterator
+from contextlib import suppress
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["leaves", "modules_in", "tensors_in"]
-
+__all__ = ["closed_parts", "leaves", "modules_in", "tensors_in"]
 
 # What most arguments are: `isinstance(value, Tensor)` asks a metaclass of all that is not a Tensor.
 _TENSORS = frozenset({Tensor, nn.Parameter})
 _OTHERS = frozenset(
     {type(None), bool, int, float, str, slice, torch.Size, torch.dtype, torch.device}
+)
+_PLAIN = (tuple, list, dict)
+_CONSTANT = (
+    *(type(None), bool, int, float, complex, str, bytes, slice, range, Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+# Have tensors that are not theirs, or none.
+_NOT_ENTERED = (
+    *(nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType),
+    *(types.BuiltinFunctionType, weakref.ProxyType, weakref.CallableProxyType),
 )
 
 
@@ -58,21 +73,102 @@ def _collect(module: nn.Module, found: dict[nn.Module, None]) -> None:
 
 
 def leaves(value: Any, path: str = "") -> list[tuple[str, Tensor]]:
-    """Each tensor of a nested output with its path: `[0]`, `['w']`, `.logits`."""
+    """Each tensor of a nested output with its path: `[0]`, `['w']`, `.logits`, `[1].box.corners`.
+
+    Objects of any class are looked into, by the attributes that they have themselves: nothing of
+    theirs is called. What an attribute repeats of the same object is not told twice.
+    """
     if isinstance(value, Tensor):
         return [(path, value)]
-    found: list[tuple[str, Tensor]] = []
+    return [(p, v) for p, v in _ends(value, path, {}) if isinstance(v, Tensor)]
+
+
+def closed_parts(value: Any) -> list[tuple[str, str]]:
+    """The parts of an output that may have tensors and cannot be looked into: path and type.
+
+    Generators and other iterators would be used up, the members of a set have no places. Of what
+    has no tensor at all it is every part but plain constants.
+    """
+    ends = list(_ends(value, "", {}))
+    kinds: Any = (Iterator, set, frozenset)
+    if not any(isinstance(v, Tensor) for _, v in ends):
+        kinds = object
+    return [
+        (path, type(part).__name__)
+        for path, part in ends
+        if isinstance(part, kinds) and not isinstance(part, (*_CONSTANT, *_PLAIN, deque, Tensor))
+    ]
+
+
+def _ends(value: Any, path: str, entered: dict[int, Any]) -> Iterator[tuple[str, Any]]:
+    """Whatever has no parts of its own.
+
+    Args:
+        value: to look into.
+        path: of it.
+        entered: by id, what is being looked into, and the objects that were.
+    """
+    if isinstance(value, Tensor) or id(value) in entered:
+        if isinstance(value, Tensor):
+            yield path, value
+        return
+    parts = list(_parts(value, path))
+    own = list(_attributes(value, path)) if type(value) not in _PLAIN else []
+    if not parts and not own:
+        yield path, value
+        return
+    entered[id(value)] = value
+    told: set[int] = set()
+    for place, part in parts:
+        for end in _ends(part, place, entered):
+            told.add(id(end[1]))
+            yield end
+    for place, part in own:
+        for end in _ends(part, place, entered):
+            if id(end[1]) not in told or not isinstance(end[1], Tensor):
+                told.add(id(end[1]))
+                yield end
+    if not own:  # two places of a tuple may have the same list
+        del entered[id(value)]
+
+
+def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """What a container has in its places."""
+    if isinstance(value, (UserDict, UserList)):
+        value = value.data
     fields = getattr(type(value), "__dataclass_fields__", None)
     if fields is not None:
         for name in fields:
-            found += leaves(getattr(value, name, None), f"{path}.{name}")
+            yield f"{path}.{name}", getattr(value, name, None)
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         for name in value._fields:
-            found += leaves(getattr(value, name), f"{path}.{name}")
-    elif isinstance(value, (tuple, list)):
+            yield f"{path}.{name}", getattr(value, name)
+    elif isinstance(value, (tuple, list, deque)):
         for index, item in enumerate(value):
-            found += leaves(item, f"{path}[{index}]")
-    elif isinstance(value, dict):
+            yield f"{path}[{index}]", item
+    elif isinstance(value, (dict, types.MappingProxyType)):
         for key, item in value.items():
-            found += leaves(item, f"{path}[{key!r}]")
-    return found
+            yield f"{path}[{key!r}]", item
+
+
+def _attributes(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The attributes that an object has itself, public ones first, but for fields and contents."""
+    if isinstance(value, _NOT_ENTERED):
+        return
+    kind = type(value)
+    found: dict[str, Any] = {}
+    for base in kind.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            mangled = name.startswith("__") and not name.endswith("__")
+            name = f"_{base.__name__.lstrip('_')}{name}" if mangled else name
+            with suppress(AttributeError):  # a slot that was never filled
+                found[name] = object.__getattribute__(value, name)
+    with suppress(AttributeError):  # it has slots alone, or nothing
+        found.update(object.__getattribute__(value, "__dict__"))
+    for name in getattr(kind, "__dataclass_fields__", ()):
+        found.pop(name, None)
+    if isinstance(value, (UserDict, UserList)):
+        found.pop("data", None)
+    for name in sorted(found, key=lambda name: name.startswith("_")):
+        yield f"{path}.{name}", found[name]

@@ -50,10 +50,15 @@ NOWHERE = Origin("none")
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """What a tensor carries: filters of `origin`, lying along `axes`."""
+    """What a tensor carries: filters of `origin`, lying along `axes`.
+
+    `gathered`: they were written into memory that had none. What is written there next, of another
+    layer, is no summand of theirs: the tensor then has parts of several layers.
+    """
 
     origin: Origin
     axes: Axes | None = None
+    gathered: bool = False
 
 
 STOP = Flow(NOWHERE)
@@ -63,11 +68,22 @@ STOP = Flow(NOWHERE)
 class Weight:
     """A parameter, or a tensor computed from parameters only.
 
-    `axes` follows the parameter's first axis: which of its rows a slice of it has.
+    `axes` follows each axis of the parameter, one after the other: which of its indices the tensor
+    has, and where. Of an axis that an index was picked from, no part is left, and the offset is
+    that index. None where they are not known. `values` follows all of them as one, by the place of
+    each value in the parameter: through a reshape, say, that puts two axes together. `by_value`: a
+    tensor's value has picked the index, so the next pass may pick another one.
     """
 
     parameter: Tensor
-    axes: Axes | None = None
+    axes: tuple[Axes | None, ...] = ()
+    values: Axes | None = None
+    by_value: bool = False
+
+    @staticmethod
+    def whole(parameter: Tensor) -> Weight:
+        """A parameter as it is."""
+        return Weight(parameter, *Axes.of_each(tuple(parameter.shape)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +100,7 @@ class WeightRef:
     given: int = -1
     owner: nn.Module | None = None
     key: str = ""
-    axes: Axes | None = None
+    axes: tuple[Axes | None, ...] = ()
 
     def weight(self, inputs: Sequence[Any]) -> Weight | None:
         """The weight in a call that is given tensors which carry `inputs`."""

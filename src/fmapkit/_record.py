@@ -13,12 +13,14 @@ from fmapkit._events import Event, Firings
 from fmapkit._flow import sigma_axes
 from fmapkit._frames import Site
 from fmapkit._gradients import NO_GRAPH, in_function
-from fmapkit._nested import leaves
+from fmapkit._missed import NotSupportedError
+from fmapkit._nested import closed_parts, leaves
 from fmapkit._origin import Flow, Origin
 from fmapkit._sharded import is_dtensor
 from fmapkit._stop import Stop
 from fmapkit._store import Aliases, Entry, Held, Pass, version_of
 from fmapkit._tags import Tags
+from fmapkit._transforms import unheld
 from fmapkit._wants import Wants
 
 __all__ = ["Record"]
@@ -176,7 +178,18 @@ class Record:
         event.module = module
         origin = self._next("output", name, f"{name}()")
         event.origin = origin
-        for path, tensor in leaves(output):
+        found = leaves(output)
+        closed = closed_parts(output)
+        for path, part in closed:
+            place = f" at {path}" if path else ""
+            self.miss(name, f"it returned a {part}{place}, which cannot be looked into for tensors")
+        if not found and not closed and self.wants.some:
+            self.miss(name, f"it returned no tensor, but a {type(output).__name__}")
+        for path, tensor in found:
+            why = unheld(tensor)
+            if why is not None:
+                self.miss(name, why)
+                continue
             flow = self.tags.of(tensor)
             axes = flow.axes if isinstance(flow, Flow) else None
             held = self.aliases.reference(tensor)
@@ -222,10 +235,11 @@ class Record:
             entry.held = None
 
     def drop_since(self, start: int) -> None:
-        """All events from there on were parts of one that is to come."""
-        for event in self.events[start:]:
+        """All events from there on, but outputs asked for, were parts of one that is to come."""
+        parts = [event for event in self.events[start:] if event.kind != "output"]
+        for event in parts:
             event.drop()
-        del self.events[start:]
+        self.events[start:] = [event for event in self.events[start:] if event.kind == "output"]
 
     def let_go(self, events: list[Event]) -> None:
         """Let go of the tensors that no map holds."""
@@ -263,7 +277,11 @@ class Record:
             if picked is None:
                 self.miss(origin.name, self.wants.why_not(origin.name, axes))
                 return
-            held = self.taken(held, axes, picked)
+            try:
+                held = self.taken(held, axes, picked)
+            except NotSupportedError as error:
+                self.miss(origin.name, str(error))
+                return
         held.wanted = True
         if self.graph and in_function():
             self.miss(origin.name, NO_GRAPH)

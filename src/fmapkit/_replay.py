@@ -24,6 +24,7 @@ from fmapkit._functions import describe, out_of_place
 from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._hooks import leave_mode
 from fmapkit._in_place import is_alone, with_new_memory
+from fmapkit._missed import NotSupportedError
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._origin import NOWHERE, Flow, Origin
 from fmapkit._plan import Emission, Plan, Ref, Step
@@ -49,7 +50,18 @@ class Run:
     """One call of a proven module, read by its plan."""
 
     __slots__ = (
-        *("_checked", "_let_go", "_origins", "_outer", "_seen", "analyses", "base", "before", "drop", "how"),
+        *(
+            "_checked",
+            "_let_go",
+            "_origins",
+            "_outer",
+            "_seen",
+            "analyses",
+            "base",
+            "before",
+            "drop",
+            "how",
+        ),
         *("inputs", "line", "log", "lost", "marks", "mode", "module", "plan", "stop"),
         *("uncounted", "until", "wants"),
     )
@@ -81,7 +93,9 @@ class Run:
         self.lost = ""  # why the run left its plan, if it did
         self.until: int | None = None  # after so many decisions it did
         self.before: dict[nn.Module, list[Slots]] = {}  # read before the call that overwrites it
-        self._outer: Callable[[str, Any], Any] | None = None  # what another capture's run has tapped
+        self._outer: Callable[[str, Any], Any] | None = (
+            None  # what another capture's run has tapped
+        )
         self.mode: LightMode | None = None
         self.marks: list[bool] = []  # per running child: whether the mode was on around it
         self.how = int(wants.detach and (plan.graph or _grads()))
@@ -329,7 +343,11 @@ class Run:
                     read.append(None)
                     continue
                 grad = x_grad if emission.slot == "x" else self._watched(value)
-                shared[slot] = self._stored(emission, value, grad)
+                try:
+                    shared[slot] = self._stored(emission, value, grad)
+                except NotSupportedError:  # which was named in the pass that was learned
+                    read.append(None)
+                    continue
             read.append(shared[slot])
         return read
 
@@ -511,7 +529,7 @@ class _Exchanged(tuple[Any, ...]):
 def _pieces(record: Any) -> Sequence[Any]:
     """Where a record of the log has tensors: in itself, or in what was read of each map."""
     if len(record) > 1 and type(record[1]) is list:
-        return record[1]  # type: ignore[no-any-return]
+        return record[1]
     return (record,)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fmapkit._aside import operators_are_counted, runs, select, unseen
 from fmapkit._buffers import Buffers
+from fmapkit._missed import NotSupportedError
 from fmapkit._offload import Arrival, Cuda, Device, Offload
 from fmapkit._sharded import is_wrapped
 
@@ -96,8 +97,14 @@ class Retention:
             return tensor
         dtype, moves = self._dtype_of(tensor), self._moves(tensor)
         device = self.device if moves and self.device is not None else tensor.device
-        with torch._C.DisableTorchFunction():  # another capture's tracer may be on: not the model's
-            return self._stored(tensor, place, dtype, device, detach, doomed)
+        try:
+            with torch._C.DisableTorchFunction():  # another capture's tracer may be on
+                return self._stored(tensor, place, dtype, device, detach, doomed)
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            raise NotSupportedError(
+                f"torch cannot store this {_kind(tensor)} as asked (filters=, dtype=, device=): "
+                f"{_first_sentence(error)}"
+            ) from error
 
     def changes(self, tensor: Tensor) -> bool:
         """Whether a tensor is stored in another form than its own."""
@@ -187,6 +194,19 @@ class Retention:
         stored = self.buffers.like(made, made.dtype, torch.device("cpu"), pin=True)
         self._arrivals[stored.untyped_storage()._cdata] = self._offloads[home].send(made, stored)
         return stored
+
+
+def _first_sentence(error: BaseException) -> str:
+    return str(error).partition("\n")[0].partition(". ")[0]
+
+
+def _kind(tensor: Tensor) -> str:
+    """What a tensor is called where it is no plain one."""
+    if type(tensor) is not Tensor:
+        return type(tensor).__name__
+    if tensor.is_meta:
+        return "meta tensor"
+    return f"tensor of {'quantized ' if tensor.is_quantized else ''}{tensor.layout}"
 
 
 @contextmanager

@@ -35,12 +35,13 @@ from fmapkit._hooks import Hooks
 from fmapkit._keeping import Keeping
 from fmapkit._learning import Learning
 from fmapkit._live import MODES, Live
-from fmapkit._missed import Misses
+from fmapkit._missed import Misses, reason
 from fmapkit._moves import Moves
 from fmapkit._optimized import ever_compiled, in_compiled_code
 from fmapkit._others import entered, left, others
 from fmapkit._placing import Calls, Placing
 from fmapkit._replaying import Replaying
+from fmapkit._scripted import tell, tell_no_more
 from fmapkit._stop import CUT, StopForward
 from fmapkit._store import Pass, Store
 from fmapkit._transforms import TRANSFORMED, transforming, under_transform
@@ -168,6 +169,7 @@ class Session:
         self.live.thread = _thread()
         entered(self)
         self.unseen.scripted()
+        tell(self._scripted)
         self._placing.on_model()
         if self._forward is not None:
             self._forward.install()
@@ -179,6 +181,7 @@ class Session:
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""
         left(self)
+        tell_no_more(self._scripted)
         self.abandon()
         self.compiled.close()
         self.hooks.drop()
@@ -189,6 +192,8 @@ class Session:
         self.paths.clear()
         self.wants.retention.close()
         self.asked.analyses.view = None
+        if not self.steps:
+            self.unseen.no_pass()
         if not failed:
             self._misses.warn()
 
@@ -292,12 +297,16 @@ class Session:
         if _thread() == live.thread and live.current is None and not live.idle:
             self.unseen.stray(module)
 
+    def _scripted(self, function: str) -> None:
+        if self.live.current is not None and _thread() == self.live.thread and _graph_task() == -1:
+            self.unseen.scripted_call(function)
+
     def _fault(self, module: nn.Module, error: Exception) -> None:
         edits, analyses = self.asked.edits, self.asked.analyses
         if error in (edits.raised, analyses.raised) or isinstance(error, BudgetError):
             edits.raised = analyses.raised = None  # whose traceback holds tensors
             raise error  # the user's own function, or what the user has asked for
-        self.miss(self.names.of(module), f"fmapkit failed here: {type(error).__name__}: {error}")
+        self.miss(self.names.of(module), reason(error))
         if self.live.run is not None:
             self.live.run.stray(type(error).__name__)
 

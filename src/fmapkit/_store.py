@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fmapkit._aside import clone
 from fmapkit._axes import Axes
@@ -233,6 +234,13 @@ class Pass:
         both = [h for e in self.entries() for h in (e.held, e.edited)]
         return list({id(h): h for h in both if h is not None}.values())
 
+    def without(self, refused: Container[int]) -> list[Entry]:
+        """Leave out the entries of a closed pass that hold any of these, by id; which they were."""
+        every = self.entries()
+        gone = [e for e in every if id(e.held) in refused or id(e.edited) in refused]
+        self._entries = [entry for entry in every if entry not in gone]
+        return gone
+
     def release(self) -> list[Any]:
         """Let go of every tensor; maps read before keep theirs.
 
@@ -340,8 +348,34 @@ class Store:
 
 def _memory(held: Iterable[Held]) -> dict[int, int]:
     """The storages in which these lie, and their bytes."""
-    tensors = (ends_of(h.tensor)[-1] for h in held if h.tensor is not None)
-    return {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    tensors = [t for h in held if h.tensor is not None for t in parts_of(h.tensor)]
+    return dict(map(_block, tensors))
+
+
+def _block(tensor: Tensor) -> tuple[int, int]:
+    """A tensor's block of memory, and its bytes; if torch shows none, that of its values alone."""
+    try:
+        storage = tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return id(tensor), tensor.numel() * tensor.element_size()
+    return storage._cdata, storage.nbytes()
+
+
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """The tensors that have the memory: itself, as a rule; of a sparse one, those it is made of."""
+    tensor = ends_of(tensor)[-1]
+    if is_traceable_wrapper_subclass(tensor):
+        inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        return [part for t in inner for part in parts_of(t)]
+    with torch._C.DisableTorchFunction():
+        tensor = tensor.detach()
+        if tensor.layout is torch.sparse_coo:
+            return [tensor._indices(), tensor._values()]
+        if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+            return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+        if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+            return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
 
 
 class Aliases:
@@ -425,6 +459,8 @@ def storage_of(tensor: Tensor) -> int:
     """What tells one block of memory from another."""
     if is_wrapped(tensor):
         tensor = ends_of(tensor)[-1]
+    if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
+        return storage_of(parts_of(tensor)[0])
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse, and other tensors without one storage

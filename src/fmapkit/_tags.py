@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fmapkit._axes import Axes
 from fmapkit._names import Names
-from fmapkit._nested import leaves, tensors_in
+from fmapkit._nested import leaves
 from fmapkit._origin import STOP, Flow, Tag, Weight
 from fmapkit._sharded import local_axes
 
@@ -34,7 +33,7 @@ class Tags:
             if not (isinstance(tag, Weight) and self._names.in_flat(value)):
                 return tag
         if isinstance(value, Tensor) and self._names.is_parameter(value):
-            return Weight(value, Axes.single(0, value.shape[0]) if value.dim() else None)
+            return Weight.whole(value)
         return None
 
     def flow(self, value: Any) -> Flow | None:
@@ -63,7 +62,7 @@ class Tags:
 
     def enter(self, args: Any, kwargs: Any) -> None:
         """The pass begins: whatever comes in depends on the input, and has no layer yet."""
-        for tensor in tensors_in(*args, kwargs):
+        for _, tensor in leaves((args, kwargs)):
             if self.of(tensor) is None:
                 self.put(tensor, STOP)
 

@@ -8,6 +8,7 @@ a matter of `_sigma_calls.py`, what a module's call turns out to have been, of `
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fmapkit import _vocabulary as words
-from fmapkit import _weighted
+from fmapkit import _weighted, layers, nonlinearities
 from fmapkit._axes import Axes
-from fmapkit._candidates import may_be_sigma, role_of, verdict
+from fmapkit._candidates import is_whole, may_be_sigma, role_of, verdict
 from fmapkit._closing import close
 from fmapkit._degrees import Degrees
 from fmapkit._edit import Edits
@@ -27,15 +28,19 @@ from fmapkit._events import Event, Firing
 from fmapkit._flow import carried
 from fmapkit._frames import Frame, SigmaCall, first_tensor, running_module
 from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, described
-from fmapkit._names import Names
+from fmapkit._missed import reason
+from fmapkit._names import Names, Use
 from fmapkit._nested import tensors_in
-from fmapkit._origin import STOP, Flow, Weight
+from fmapkit._origin import STOP, Flow, Tag, Weight
+from fmapkit._past_hooks import HOW
+from fmapkit._quantized import FUSED, packed_axes, packed_key
 from fmapkit._record import Record
-from fmapkit._sigma_calls import after_sigma, before_sigma
+from fmapkit._sigma_calls import after_sigma, before_sigma, sigma_call
+from fmapkit._sometimes import FOLLOWED, SOMETIMES
 from fmapkit._stop import Stop
-from fmapkit._store import Aliases, Pass
+from fmapkit._store import Aliases, Pass, storage_of
 from fmapkit._tags import Tags
-from fmapkit._transforms import TRANSFORMED, wrapped
+from fmapkit._transforms import NESTED, is_shapeless, unheld, wrapped
 from fmapkit._wants import Wants
 
 __all__ = ["Tracer"]
@@ -58,7 +63,7 @@ class Tracer(TorchFunctionMode):
         learning: > 0 while a unit is learned.
         opaque: how many running modules are registered layers.
         deciding: modules that were seen to turn data into numbers of Python's, or to let it decide
-            what runs.
+            what runs, or whose weight is used.
         moments: after how many decisions modules began; None where one ended.
     """
 
@@ -99,6 +104,7 @@ class Tracer(TorchFunctionMode):
         self.unhooked: set[nn.Module] = set()
         self.deciding: set[nn.Module] = set()
         self.moments: list[tuple[int, nn.Module | None]] = []
+        self.made: set[int] = set()  # memory of tensors that were made from nothing in this pass
 
     def _new_record(self) -> Record:
         wants = self.wants
@@ -125,7 +131,7 @@ class Tracer(TorchFunctionMode):
         if self.failed is None:
             self.failed = error
             where = self.names.of(self.frames[-1].module) if self.frames else ""
-            self.miss(where, f"fmapkit failed here: {type(error).__name__}: {error}")
+            self.miss(where, reason(error))
 
     def give_up(self) -> None:
         """What the tensors of the pass carry is not known any more: no more of it is captured."""
@@ -146,11 +152,13 @@ class Tracer(TorchFunctionMode):
         if not self.frames:
             return func(*args, **kwargs)
         try:
-            if known.sigma is not None:
-                call = before_sigma(self, known, func, args, kwargs)
+            call = None
+            if known.sigma is not None or known.name in SOMETIMES:
+                call = sigma_call(self, known, func, args, kwargs)
+            if call is not None:
+                before_sigma(self, known, call)
                 func, args, kwargs = call.function, call.args, call.kwargs
             else:
-                call = None
                 if not known.never_writes or "out" in kwargs:
                     for target in known.writes(args, kwargs):
                         self.aliases.before_write(target)
@@ -182,6 +190,7 @@ class Tracer(TorchFunctionMode):
             What it is to return.
         """
         try:
+            self.past_hooks()
             if call is not None:
                 out = after_sigma(self, known, call, out)
             else:
@@ -192,6 +201,21 @@ class Tracer(TorchFunctionMode):
             self.stop.check()
         return out
 
+    def past_hooks(self, entered: nn.Module | None = None) -> None:
+        """Name the modules that run without their hooks, where that keeps something from us.
+
+        Args:
+            entered: a module whose call has just begun.
+        """
+        for module, method in self.names.past_hooks.running(entered):
+            name = self.names.by_module.get(module)
+            if name is None:
+                continue
+            if self.wants.output(module):
+                self.miss(name, f"{HOW[method]}: what it returns is not seen")
+            elif is_whole(module):
+                self.miss(name, f"{HOW[method]}: what it is as a whole is not seen")
+
     # -- functions ----------------------------------------------------------------------------
 
     def _after(self, known: Function, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
@@ -199,22 +223,29 @@ class Tracer(TorchFunctionMode):
         frame = self.frames[-1]
         if name in words.OPAQUE:
             self.miss(self.names.of(frame.module), words.OPAQUE[name])
+        if known.fused and not self.opaque:
+            self.miss(self.names.of(frame.module), FUSED.format(func))
+        if name in words.FRESH and isinstance(out, Tensor):
+            self.made.add(storage_of(out))
         operands = tensors_in(*args, kwargs)
         if not operands:
+            self.follow(name, operands, args, kwargs, out)
             return out
         weight = None
         if _weighted.weighs(name):
             weight = _weighted.weight_operand(name, operands, args, kwargs, self.tag)
-        if (
-            isinstance(weight, Tensor)
-            and isinstance(out, Tensor)
-            and not self.opaque
-            and not wrapped(out)
-        ):
-            out = self._layer(known, func, operands, args, weight, out)
+        one = isinstance(out, Tensor)
+        if any(map(is_shapeless, operands)) or (one and is_shapeless(out)):
+            self._not_held(name, weight, out)
+            return out
+        seen = one and not self.opaque and not wrapped(out)
+        if seen and isinstance(weight, Tensor):
+            out = self._layer(known, func, operands, args, kwargs, weight, out)
+        elif seen and known.packed:
+            out = self._packed_layer(func, args, out)
         else:
-            if self.learning and not self.opaque and _weighted.weighs(name):
-                # No layer this time; but who waits for layers by this name will see it, too.
+            if self.learning and not self.opaque and (_weighted.weighs(name) or name in SOMETIMES):
+                # Nothing this time; but who waits for what goes by this name will see it, too.
                 self.firings.append(Firing(None, self.scope(), func))
             tag = carried(name, operands, args, kwargs, out, self.tag)
             if known.in_place and name in RESHAPED_IN_PLACE and tag is not None:
@@ -225,15 +256,24 @@ class Tracer(TorchFunctionMode):
                 and tag.origin.kind != "layer"
                 and isinstance(out, Tensor)
             ):
-                own = self.names.of(frame.module)
+                own = self.names.place(self.running()) or self.names.of(frame.module)
                 tag = self.record.norm(tag, out, words.NORM_AXIS[name], own)
             if tag is not None:
                 if name == "__setitem__":
                     self.set_tag(args[0], tag)
                 self.set_tag(out, tag)
-        if frame.watched:
-            self.follow(name, operands, out)
+        self.follow(name, operands, args, kwargs, out)
         return out
+
+    def _not_held(self, function: str, weight: Any, out: Any) -> None:
+        """A function has run on tensors that have no shape: whose filters they are is not told."""
+        if isinstance(weight, Tensor) and not self.opaque:
+            use = self._use(function, weight, self.tag(weight), self.scope())
+            self.miss(self.names.layer_of(use)[0], NESTED)
+        elif any(map(is_shapeless, tensors_in(out))):
+            self.miss(self.names.of(self.frames[-1].module), NESTED)
+        for tensor in tensors_in(out):
+            self.set_tag(tensor, STOP)
 
     def _layer(
         self,
@@ -241,26 +281,88 @@ class Tracer(TorchFunctionMode):
         func: Any,
         operands: list[Tensor],
         args: Any,
+        kwargs: Any,
         weight: Tensor,
         out: Tensor,
     ) -> Tensor:
+        scope = self.scope()
         frame = self.frames[-1]
         tag = self.tag(weight)
-        owner = tag.parameter if isinstance(tag, Weight) else None
-        running = (f.module for f in reversed(self.frames))
-        name = self.names.layer_of(owner, frame.module, running)
-        axes = _weighted.layer_axes(known.name, args, weight, out)
-        if isinstance(tag, Weight) and owner is not weight:
-            axes = _weighted.weight_slice(tag, weight, axes)
+        name = self.names.of_its_own(weight, frame.module)
+        if name is not None:
+            whole, same_rows = True, True
+        else:
+            use = self._use(known.name, weight, tag, scope)
+            name, same_rows = self.names.layer_of(use)
+            whole = use.is_module and weight.numel() == use.weight.numel()
+        axes = _weighted.layer_axes(known.name, operands, args, kwargs, weight, out, tag)
+        if axes is None and whole:
+            axes = _weighted.layer_axes(known.name, operands, args, kwargs, weight, out, None)
+        if not same_rows:
+            axes = None  # data may make, or pick, another weight each time
+        if isinstance(tag, Weight) and tag.by_value:
+            self.deciding.update([f.module for f in self.frames])
         place = _weighted.input_place(known.name, operands, weight)
         x = operands[place] if place is not None else None
         if frame.x is not None and frame.x is not x and _weighted.pads_first(frame.module):
             x = frame.x
-        event = Event("layer", self.scope(), func)
+        event = Event("layer", scope, func)
         event.place = place or 0
         if x is not None and x is frame.x:
             event.x, event.y, event.key = x, out, frame.key
         return self.layer_event(event, name, x, out, axes)
+
+    def _packed_layer(self, func: Any, args: Any, out: Tensor) -> Tensor:
+        """A quantised layer has run, whose weight is no tensor."""
+        frame, x = self.frames[-1], args[0]
+        owner = self.names.of(frame.module)
+        key = packed_key(frame.module, args[1])
+        if key is None:
+            self.miss(owner, f"{func}: its weight belongs to no module, so it has no name")
+            self.set_tag(out, STOP)
+            return out
+        event = Event("layer", self.scope(), func)
+        if x is frame.x:
+            event.x, event.y, event.key = x, out, frame.key
+        name = f"{owner}.{key}".strip(".")
+        return self.layer_event(event, name, x, out, packed_axes(func, out))
+
+    def _use(self, function: str, weight: Tensor, tag: Tag, scope: nn.Module) -> Use:
+        """Whose weight is used here, as far as the pass can tell."""
+        frame, running = self.frames[-1], self.running()
+        stack = [f.module for f in self.frames]
+        if running is not stack[-1]:
+            stack.append(running)
+        made_of = tag.parameter if isinstance(tag, Weight) else weight
+        made = storage_of(made_of) in self.made
+        source = tag.origin.name if isinstance(tag, Flow) else None
+        turns = frame.turns = Counter() if frame.turns is None else frame.turns
+        turn = turns[function, source]
+        turns[function, source] += 1
+        return Use(
+            weight=made_of,
+            picked=_weighted.picked(function, tag, weight) if isinstance(tag, Weight) else "",
+            stack=stack,
+            is_module=layers.layer_axis(running) is not None,
+            scope=scope,
+            function=function,
+            made=made,
+            source=source,
+            turn=turn,
+        )
+
+    def running(self) -> nn.Module:
+        """The innermost module that runs, registered or not."""
+        return running_module(2) or self.frames[-1].module
+
+    def own_name(self, scope: nn.Module, sigma: str | None) -> str:
+        """What a nonlinearity goes by that no layer stands before: its module, and itself."""
+        running = self.running()
+        if running not in self.names.by_module:
+            place = self.names.place(running, again=False)
+            if place is not None:
+                return place if nonlinearities.module_sigma(running) else f"{place}:{sigma}"
+        return f"{self.names.of(scope)}:{sigma}"
 
     def layer_event(
         self, event: Event, name: str, x: Tensor | None, out: Tensor, axes: Axes | None
@@ -273,11 +375,24 @@ class Tracer(TorchFunctionMode):
             self.spare(event)
         return out if edit is None else edit[0]
 
-    def follow(self, name: str, operands: list[Tensor], out: Any, nonlinear: bool = False) -> None:
-        """Follow, in a weightless module, what depends on its input: linearly or not."""
+    def follow(
+        self,
+        name: str,
+        operands: list[Tensor],
+        args: Any,
+        kwargs: Any,
+        out: Any,
+        nonlinear: bool = False,
+    ) -> None:
+        """Follow what is computed point by point, in a weightless module from its input alone."""
+        frame = self.frames[-1]
+        if nonlinear or name in FOLLOWED:
+            frame.pointwise.step(name, operands, args, kwargs, out, self.flow, nonlinear)
+        if not frame.watched:
+            return
         for frame in self.frames:
             if frame.degrees is not None:
-                frame.degrees.step(name, operands, out, self.flow, nonlinear)
+                frame.degrees.step(name, operands, args, kwargs, out, self.flow, nonlinear)
 
     # -- as a function is seen ----------------------------------------------------------------
 
@@ -324,6 +439,8 @@ class Tracer(TorchFunctionMode):
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
         """A module's forward begins."""
         with torch._C.DisableTorchFunction():  # what we look at ourselves is not the model's doing
+            if self.frames:
+                self.past_hooks(module)
             frame = Frame(module, args, kwargs, len(self.events))
             frame.firing = len(self.firings)
             parent = self.frames[-1] if self.frames else None
@@ -332,8 +449,9 @@ class Tracer(TorchFunctionMode):
             self.frames.append(frame)
             frame.x, frame.key = first_tensor(args, kwargs)
             role = role_of(module)
-            if frame.x is not None and wrapped(frame.x):
-                self.miss(self.names.of(module), TRANSFORMED)
+            why = unheld(frame.x) if frame.x is not None else None
+            if why is not None:
+                self.miss(self.names.of(module), why)
             elif role != "plain":
                 self._sort(frame, role, args, kwargs)
             if parent is not None and parent.watched:
@@ -348,7 +466,11 @@ class Tracer(TorchFunctionMode):
             self.opaque += 1
         elif role == "sigma":
             frame.kind = role
-        elif x is not None and may_be_sigma(frame.module, args, kwargs, x):
+            frame.ran = nonlinearities.runs_as(frame.module) is None
+        # What is captured is never one nonlinearity itself.
+        elif x is None or not self.names.of(frame.module):
+            return
+        elif may_be_sigma(frame.module, args, kwargs, x):
             frame.kind = "candidate"
             frame.degrees = Degrees(x)
             frame.watched = True

@@ -1,4 +1,4 @@
-"""Tensors of torch.func transforms: they must not be kept."""
+"""Tensors that are not held: of torch.func transforms, and such that have no shape."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from torch import Tensor, nn
 
 from fmapkit._nested import tensors_in
 
-__all__ = ["TRANSFORMED", "transformed", "transforming", "under_transform", "wrapped"]
+__all__ = [
+    *("NESTED", "TRANSFORMED", "is_shapeless", "transformed", "transforming", "under_transform"),
+    *("unheld", "wrapped"),
+]
 
 TRANSFORMED = (
     "it runs under a torch.func transform (vmap, grad, …): its tensors live only inside the "
     "transform, and cannot be held"
 )
 
-# The same of what is known to be a tensor.
+NESTED = (
+    "it runs on nested tensors of the strided layout, which have no shape, and maps of them are "
+    "not supported; those of layout=torch.jagged are"
+)
+
+# Whether what is known to be a tensor is one of a transform.
 wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 # The innermost transform that is at work; None where none is.
 transforming: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
@@ -26,6 +34,18 @@ transforming: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 def transformed(value: Any) -> bool:
     """Whether it is a tensor of a torch.func transform, which must not be kept."""
     return isinstance(value, Tensor) and wrapped(value)
+
+
+def is_shapeless(tensor: Tensor) -> bool:
+    """Whether it is a nested one of the strided layout."""
+    return tensor.is_nested and tensor.layout is torch.strided
+
+
+def unheld(tensor: Tensor) -> str | None:
+    """Why a tensor is not held; None if it may be."""
+    if is_shapeless(tensor):
+        return NESTED
+    return TRANSFORMED if wrapped(tensor) else None
 
 
 def under_transform(module: nn.Module, value: Any) -> bool:

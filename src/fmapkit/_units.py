@@ -25,7 +25,7 @@ from fmapkit._origin import Flow, Weight
 from fmapkit._plan import Plan, alike
 from fmapkit._stop import has_own_forward
 from fmapkit._trace import Tracer
-from fmapkit._transforms import under_transform
+from fmapkit._transforms import is_shapeless, under_transform
 from fmapkit.paths import KnownPaths, Sizes
 
 __all__ = ["Unit", "Units", "carried", "shape_of", "sizes_of"]
@@ -173,8 +173,19 @@ def _are_plain(values: Any) -> bool:
 _COMMON = frozenset(nn.Module().__dict__) - {"training"}
 
 
+# Modules of torch's that make the same calls whatever their attributes are, but for the mode.
+_STEADY = (
+    *(nn.Linear, nn.Identity, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.Flatten),
+    *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase),
+    *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd),
+    *(nn.modules.pooling._AdaptiveAvgPoolNd,),
+)
+
+
 def _plain_attributes(module: nn.Module) -> list[str]:
     """What code may decide by, of a kind that can be compared."""
+    if isinstance(module, _STEADY) and _is_torchs(module):
+        return ["padding_mode"] if "padding_mode" in module.__dict__ else []
     return [k for k, v in module.__dict__.items() if k not in _COMMON and type(v) in _PLAIN]
 
 
@@ -262,7 +273,7 @@ def shape_of(value: Any) -> Any:
 
 def sizes_of(tensors: list[Tensor], args: Any, kwargs: Any) -> Sizes:
     """The sizes of tensors, one after the other, and the whole numbers that a module is given."""
-    sizes = [size for tensor in tensors for size in tensor.shape]
+    sizes = [size for t in tensors if not is_shapeless(t) for size in t.shape]
     _numbers_in(sizes, args)
     if kwargs:
         _numbers_in(sizes, kwargs)

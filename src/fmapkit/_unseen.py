@@ -7,7 +7,6 @@ calls outside of the captured model's forward.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,7 +14,9 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fmapkit._asked import Asked
+from fmapkit._frames import running_modules
 from fmapkit._missed import Misses
+from fmapkit._past_hooks import HOW, has_own_call
 
 __all__ = ["RECORDED", "Unseen", "recording"]
 
@@ -58,6 +59,10 @@ class Unseen:
             return
         if module is self._model:  # a pass of its own that is not captured, and says why
             return
+        method = self._names.past_hooks.method_of(self._model)
+        if method is not None:
+            self._misses.add("", f"{HOW[method]}, and without these there is no pass to capture")
+            return
         name = self._names.of(module)
         hint = f": capture(model.{name})" if name else ""
         self._misses.add(
@@ -67,34 +72,30 @@ class Unseen:
             f"for its own passes, capture that module{hint}",
         )
 
+    def no_pass(self) -> None:
+        """The block has ended and nobody has seen a pass: say so where one may have run."""
+        if has_own_call(self._model) and not isinstance(self._model, torch.jit.ScriptModule):
+            reason = f"{HOW['__call__']}, and without these there is no pass to capture"
+            self._misses.add("", reason)
+
     def scripted(self) -> None:
-        """Name scripted modules, and scripted functions that a forward calls by name."""
-        names, miss = self._names, self._misses.add
-        by_kind: dict[type[nn.Module], list[torch.jit.ScriptFunction[Any, Any]]] = {}
+        """Name scripted modules."""
+        names = self._names
         for module, name in names.by_module.items():
             if isinstance(module, torch.jit.ScriptModule):
                 outer = names.by_name.get(name.rpartition(".")[0]) if "." in name else None
                 if not isinstance(outer, torch.jit.ScriptModule):
-                    miss(name, "it is scripted: torch runs it without Python, unseen by hooks")
-            elif not type(module).__module__.startswith("torch.nn.modules."):
-                kind = type(module)
-                if kind not in by_kind:
-                    by_kind[kind] = _scripted(_known_by_name(kind))
-                for function in _scripted(module.__dict__.values()) + by_kind[kind]:
-                    miss(name, f"it calls {function.name}, which is scripted: unseen by Python")
+                    reason = "it is scripted: torch runs it without Python, unseen by hooks"
+                    self._misses.add(name, reason)
 
+    def scripted_call(self, function: str) -> None:
+        """A scripted function is called in a pass: name it, at the module of the model it runs in.
 
-def _scripted(values: Collection[Any]) -> list[torch.jit.ScriptFunction[Any, Any]]:
-    if torch.jit.ScriptFunction not in set(map(type, values)):
-        return []
-    return [value for value in values if type(value) is torch.jit.ScriptFunction]
-
-
-def _known_by_name(kind: type[nn.Module]) -> list[Any]:
-    """What the forward of a class knows by name."""
-    forward = getattr(kind, "forward", None)
-    code = getattr(forward, "__code__", None)
-    if forward is None or code is None:
-        return []
-    values = [forward.__globals__.get(name) for name in code.co_names]
-    return values + [cell.cell_contents for cell in forward.__closure__ or ()]
+        Args:
+            function: its name.
+        """
+        inside = [m for m in running_modules(stop=None) if m in self._names.by_module]
+        if inside and isinstance(inside[-1], torch.jit.ScriptModule):  # which is named itself
+            return
+        reason = f"it calls {function}, which is scripted: unseen by Python"
+        self._misses.add(self._names.of(inside[-1] if inside else self._model), reason)

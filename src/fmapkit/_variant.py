@@ -18,6 +18,7 @@ from fmapkit._compiled_graph import CompiledGraph
 from fmapkit._compiled_run import Sink, UnknownError, running
 from fmapkit._graph_edit import add_outputs
 from fmapkit._layouts import free_layouts
+from fmapkit._missed import reason
 from fmapkit._optimized import plain
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ def _guarded(sink: Sink, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     except Exception as error:
         name = sink.session.names.of(running.root) if running.root is not None else ""
-        sink.session.miss(name, f"fmapkit failed here: {type(error).__name__}: {error}")
+        sink.session.miss(name, reason(error))
         sink.unread += 1
         return None
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fmapkit import layers
 from fmapkit._axes import Axes
-from fmapkit._names import Names
+from fmapkit._names import Names, never_called
 from fmapkit._retain import Place, Retention
 from fmapkit._store import Held
 from fmapkit.errors import ArgumentError, FilterRangeError, UnknownLayerError, did_you_mean, listed
@@ -23,28 +23,37 @@ KINDS = ("input", "response", "preactivation", "activation", "output")
 class Selection:
     """Some layers of a model, by selectors.
 
+    A module that is registered at several places may be meant by any of its names. A container
+    that is never called (`nn.ModuleList`) stands for the modules that it holds, each as if it had
+    been named, and for the layers whose weights it holds itself.
+
     Args:
         names: of the model.
         given: one selector or several.
-        argument: what to call them in an error.
+        argument: what to call them in an error; empty where what is not there is no error.
 
     Raises:
         ArgumentError: a selector is of no allowed form, or there is none.
         UnknownLayerError: a selector matches no module of the model.
     """
 
-    def __init__(self, names: Names, given: Any, argument: str) -> None:
+    def __init__(self, names: Names, given: Any, argument: str = "") -> None:
         self._names = names
         self._selectors = selectors(given)
+        self._by_part = bool(argument)
         self._cache: dict[str, bool] = {}
-        if not self._selectors:
+        self._containers: set[str] = set()
+        self._held: set[str] = set()
+        # What the selectors match, in groups: each is of layers with filters, or is not.
+        self.groups: list[list[nn.Module]] = []
+        if not self._selectors and argument:
             raise ArgumentError(f"{argument}=[] selects nothing; None, the default, means all")
-        # Per selector, the modules that it matches.
-        self.modules = [
-            [m for n, m in names.by_name.items() if s.matches(n, m)] for s in self._selectors
-        ]
-        for selector, matched in zip(self._selectors, self.modules, strict=True):
-            if not matched:
+        for selector in self._selectors:
+            matched = [m for n, m in names.by_name.items() if selector.matches(n, m)]
+            held = [m for one in matched if never_called(one) for m in self._open(one)]
+            called = [m for m in matched if not never_called(m)]
+            self.groups += [[*called, *held]] if called else [[m] for m in held]
+            if not matched and argument:
                 self._only_in_a_pass(selector, argument)
 
     def __str__(self) -> str:
@@ -54,12 +63,34 @@ class Selection:
         """Whether the layer of this label is among them."""
         found = self._cache.get(name)
         if found is None:
-            module = self._names.module_of(name)
-            plain = name.partition(":")[0]
-            found = self._cache[name] = any(
-                s.matches(name, module) or (s.exact and s.matches(plain, module))
-                for s in self._selectors
-            )
+            found = self._cache[name] = self._matches(name)
+        return found
+
+    def _matches(self, name: str) -> bool:
+        names = self._names
+        module, canonical = names.module_of(name), names.canonical(name)
+        if names.head(canonical) in self._containers or canonical.partition(":")[0] in self._held:
+            return True
+        for label in (name, *names.other_names(name)):
+            plain = label.partition(":")[0] if self._by_part else label
+            for s in self._selectors:
+                if s.matches(label, module) or (s.exact and s.matches(plain, module)):
+                    return True
+        return False
+
+    def _open(self, container: nn.Module) -> list[nn.Module]:
+        """The modules in a container, and in those in it."""
+        name = self._names.of(container)
+        if name in self._containers:
+            return []
+        self._containers.add(name)
+        found: list[nn.Module] = []
+        for child in self._names.children(container):
+            if never_called(child):
+                found += self._open(child)
+            else:
+                found.append(child)
+                self._held.add(self._names.of(child))
         return found
 
     def _only_in_a_pass(self, selector: Selector, argument: str) -> None:
@@ -67,7 +98,10 @@ class Selection:
         given, names = selector.given, self._names
         if isinstance(given, str) and _only_a_pass_can_tell(names, given):
             return
-        known = [n for n in names.by_name if n]
+        beside = names.elsewhere.paths()
+        if any(selector.matches(path, module) for path, module in beside.items()):
+            return
+        known = [n for n in dict.fromkeys((*names.by_name, *beside)) if n]
         hint = did_you_mean(given, known) if isinstance(given, str) else ""
         model = type(names.by_name[""]).__name__
         raise UnknownLayerError(
@@ -105,12 +139,19 @@ class Wants:
         self._selection = chosen
         self.outputs = self._outputs(names)
         self.filters = _filters(filters)
+        if isinstance(self.filters, Mapping):
+            self.filters = {names.canonical(name): of for name, of in self.filters.items()}
         # Layers that filters were given for, until the first pass has shown which have maps.
         self._to_be_picked = set(self.filters) if isinstance(self.filters, Mapping) else set()
         self._check_filters(names)
         # The same for two captures that ask for the same; a selector object is like no other.
         given = layers_given if isinstance(layers_given, (str, type(None))) else id(self)
         self.signature = (given, self.kinds, repr(self.filters), detach)
+
+    @property
+    def some(self) -> bool:
+        """Whether layers were asked for by name, and not just all of them."""
+        return self._selection is not None
 
     def kind(self, kind: str) -> bool:
         """Whether maps of this kind were asked for."""
@@ -138,9 +179,9 @@ class Wants:
             return set(names.by_module) - names.wrappers if asked else set()
         return {
             module
-            for matched in self._selection.modules
-            if asked or all(layers.layer_axis(m) is None for m in matched)
-            for module in matched
+            for group in self._selection.groups
+            if asked or all(layers.layer_axis(m) is None for m in group)
+            for module in group
         }
 
     # -- filters ------------------------------------------------------------------------------
@@ -167,7 +208,8 @@ class Wants:
                 )
         if isinstance(self.filters, Mapping):
             for name in self.filters:
-                if name not in names.by_name and not _only_a_pass_can_tell(names, name):
+                there = name in names.by_name or _only_a_pass_can_tell(names, name)
+                if not there and name not in names.elsewhere.paths():
                     raise UnknownLayerError(
                         f"filters names layer {name!r}, which the model does not have"
                         f"{did_you_mean(name, names.by_name)}"
@@ -250,7 +292,7 @@ def _only_a_pass_can_tell(names: Names, label: str) -> bool:
     module, colon, _ = label.partition(":")
     if colon:
         return module in names.by_name or "*" in module
-    owner, _, part = label.rpartition(".")
+    owner, _, part = label.partition("[")[0].rpartition(".")
     keys = names.parameters_of(names.by_name[owner]) if owner in names.by_name else {}
     return any(k in (part, f"{part}_weight") for k in keys)
 

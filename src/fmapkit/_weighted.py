@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -9,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit._axes import Axes, Part
-from fmapkit._nested import tensors_in
-from fmapkit._origin import Flow, Lookup, Weight
+from fmapkit._flow_basics import argument
+from fmapkit._flow_products import einsum_terms
+from fmapkit._origin import Flow, Lookup, Tag, Weight
 from fmapkit._vocabulary import BIAS_FIRST, CONV, GROUPED, MATMULS
 
-__all__ = ["input_place", "layer_axes", "pads_first", "weighs", "weight_operand", "weight_slice"]
+__all__ = ["input_place", "layer_axes", "pads_first", "picked", "weighs", "weight_operand"]
 
 _PRODUCTS = MATMULS | {"einsum", "tensordot"}
 
@@ -75,56 +78,160 @@ def pads_first(module: nn.Module) -> bool:
     return bool(module.padding_mode != "zeros")
 
 
-def layer_axes(name: str, args: Sequence[Any], weight: Any, out: Tensor) -> Axes | None:
-    """The filter axis of what a weighted function returns."""
+def layer_axes(
+    name: str,
+    operands: Sequence[Tensor],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    weight: Tensor,
+    out: Tensor,
+    tag: Tag,
+) -> Axes | None:
+    """Where the filters lie in what a weighted function returns, by the parameter's numbering.
+
+    Args:
+        name: of the function.
+        operands: all tensors among its arguments.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        weight: which of them is its weight.
+        out: what it returned.
+        tag: what the weight carries. Of a slice of a parameter, the filters are that slice's; they
+            cannot be told where it is not known which slice it is, or where rows of several layers
+            lie together.
+    """
+    places = _places(name, operands, args, kwargs, weight, out)
+    if not places:
+        return None
+    if isinstance(tag, Weight) and not (tag.parameter is weight and len(places) == 1):
+        return _of_parameter(tag, weight, out, places)
+    return Axes.single(places[0][0], out.shape[places[0][0]]) if len(places) == 1 else None
+
+
+def _of_parameter(
+    tag: Weight, weight: Tensor, out: Tensor, places: Sequence[tuple[int, int]]
+) -> Axes | None:
+    """The filters of a layer whose weight is made of a parameter.
+
+    Args:
+        tag: what the weight carries.
+        weight: it.
+        out: what the layer returned.
+        places: axes of the result that count filters, and which axes of the weight they are.
+    """
+    shape = tuple(tag.parameter.shape)
+    unknown = len(tag.axes) < len(shape) or None in tag.axes
+    if unknown and not _complete(tag, weight, [w for _, w in places]):
+        return None
+    parts: list[Part] = []
+    offset, stride = 0, 1
+    for size, axes in zip(reversed(shape), reversed(tag.axes), strict=False):
+        mine = [(o, p) for p in axes.parts for o, w in places if w == p.dim] if axes else []
+        if mine and axes is not None:
+            parts += [Part(o, p.size, p.stride * stride) for o, p in mine]
+            offset += axes.offset * stride
+            stride *= size
+    there = {p.dim: p.size for p in parts}
+    if not all(there.get(o, 1) == out.shape[o] for o, _ in places):
+        # Of a transposed convolution with groups, or a part on this rank.
+        whole = weight.numel() == tag.parameter.numel() and len(there) == len(places) == 1
+        return Axes.single(places[0][0], out.shape[places[0][0]]) if whole else None
+    return Axes(tuple(sorted(parts, key=lambda p: p.dim)), offset) if parts else None
+
+
+def _complete(tag: Weight, weight: Tensor, used: Sequence[int]) -> bool:
+    """Whether what is not known of a weight leaves its filters what they are.
+
+    Nothing is left out of the parameter, or only along an axis that is summed.
+    """
+    rest, seen = tag.parameter.numel(), set(used)
+    for size, axes in zip(tag.parameter.shape, tag.axes, strict=False):
+        if axes is not None:
+            seen.update(p.dim for p in axes.parts)
+            rest = rest // max(size, 1) * math.prod(p.size for p in axes.parts)
+    return rest == weight.numel() or len(seen) < weight.dim()
+
+
+def picked(name: str, tag: Weight, weight: Tensor) -> str:
+    """Which of the weights that are stacked in a parameter this is, as an index: `[3]`, `[:, 2]`.
+
+    Empty where it is no such pick.
+    """
+    found = []
+    for size, axes in zip(tag.parameter.shape, tag.axes, strict=False):
+        one = axes is not None and math.prod(p.size for p in axes.parts) == 1 < size
+        # A slice of one: of a stack, that is one of its weights; else it is one filter.
+        stacked = axes is not None and all(
+            name in MATMULS and p.dim < weight.dim() - 2 for p in axes.parts
+        )
+        found.append(str(axes.offset) if axes is not None and one and stacked else ":")
+    while found and found[-1] == ":":
+        found.pop()
+    return f"[{', '.join(found)}]" if found else ""
+
+
+def _places(
+    name: str,
+    operands: Sequence[Tensor],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    weight: Tensor,
+    out: Tensor,
+) -> list[tuple[int, int]]:
+    """The axes of a weighted function's result that count filters: pairs with the weight's axes.
+
+    These are the axes that the weight alone has; and before them, of a stack of weights, the one
+    that tells these apart. Empty where the filters cannot be told.
+    """
+    n, m = out.dim(), weight.dim()
     how = weighs(name)
     if how == "conv":
-        dim = out.dim() - (weight.dim() - 2) - 1
-    elif how == "linear":
-        dim = out.dim() - 1
-    elif name == "einsum":
-        found = _einsum_axis(args, weight)
-        if found is None:
-            return None
-        dim = found
-    elif name == "tensordot":
-        dim = out.dim() - 1
-    elif name in MATMULS and weight.dim() >= 2 and out.dim() >= 2:
-        factors = [a for a in args if isinstance(a, Tensor)]
-        factors = factors[:2] if name in GROUPED else factors[-2:]
-        if name == "__rmatmul__":
-            factors.reverse()
-        dim = out.dim() - 1 if factors and factors[-1] is weight else out.dim() - 2
+        dim = n - (m - 2) - 1
+        return [(dim, 1 if "transpose" in name else 0)] if dim >= 0 else []
+    if how in ("linear", "bilinear"):
+        return [(n - 1, 0)] if n and m > 1 else []
+    if name == "einsum":
+        return _einsum_places(operands, args, weight)
+    factors = _factors(name, operands)[:2]
+    if name == "tensordot":
+        return _tensordot_places(args, kwargs, weight, out) if factors[-1] is weight else []
+    if m < 2 or (name in GROUPED and weight.shape[0] > 1):
+        return []  # a vector; rows of several layers one after the other
+    right = (factors[-1] is weight) != (name == "__rmatmul__")
+    other = factors[0] if factors[-1] is weight else factors[-1]
+    vector = other.dim() == 1  # for which the result has no axis
+    at = n - 1 if right or vector else n - 2
+    if name == "addbmm" or at < 0:
+        return []
+    stack = [(n - 2 + vector - i, m - 2 - i) for i in range(1, m - 1)]
+    stack = [(o, w) for o, w in stack if o >= 0 and weight.shape[w] > 1]
+    return [*stack, (at, m - 1 if right else m - 2)] if name not in GROUPED else [(at, m - 1)]
+
+
+def _tensordot_places(
+    args: Sequence[Any], kwargs: dict[str, Any], weight: Tensor, out: Tensor
+) -> list[tuple[int, int]]:
+    """What is left of the weight comes last."""
+    dims = argument(args, kwargs, 2, "dims")
+    if isinstance(dims, int):
+        left = list(range(dims, weight.dim()))
+    elif isinstance(dims, (tuple, list)) and isinstance(dims[1], (tuple, list)):
+        gone = {d % weight.dim() for d in dims[1]}
+        left = [d for d in range(weight.dim()) if d not in gone]
     else:
-        dim = out.dim() - 1
-    if not 0 <= dim < out.dim():
-        return None
-    return Axes.single(dim, out.shape[dim])
+        return []
+    return [(out.dim() - len(left) + i, d) for i, d in enumerate(left)]
 
 
-def weight_slice(tag: Weight, weight: Tensor, axes: Axes | None) -> Axes | None:
-    """The filters of a layer whose weight is a slice of a parameter, by the parameter's rows.
-
-    Where the weight has all of the parameter's values its filters are all of the parameter's; where
-    it is another part than a slice of rows, its filters cannot be told, and None says so.
-    """
-    if axes is None or weight.numel() == tag.parameter.numel():
-        return axes
-    rows, made = tag.axes, axes.parts[0]
-    if rows is None or rows.dim != 0 or rows.parts[0].size != made.size:
-        return None
-    return Axes((Part(made.dim, made.size, rows.parts[0].stride),), rows.offset)
-
-
-def _einsum_axis(args: Sequence[Any], weight: Any) -> int | None:
-    """The last index of the output that comes from the weight alone."""
-    equation = args[0] if args and isinstance(args[0], str) else ""
-    left, arrow, right = equation.replace(" ", "").partition("->")
-    operands = tensors_in(*args[1:])
-    terms = left.split(",")
-    if not arrow or "." in equation or len(terms) != len(operands):
-        return None
-    of_weight = {i for t, o in zip(terms, operands, strict=True) if o is weight for i in t}
-    of_others = {i for t, o in zip(terms, operands, strict=True) if o is not weight for i in t}
-    own = [d for d, i in enumerate(right) if i in of_weight - of_others]
-    return own[-1] if len(own) == 1 else None
+def _einsum_places(
+    operands: Sequence[Tensor], args: Sequence[Any], weight: Tensor
+) -> list[tuple[int, int]]:
+    """The letters that the result has of the weight alone, and those of a stack that begin it."""
+    terms, right = einsum_terms(args)
+    if len(terms) != len(operands):
+        return []
+    term = next((t for t, o in zip(terms, operands, strict=True) if o is weight), "")
+    others = "".join([t for t, o in zip(terms, operands, strict=True) if o is not weight])
+    own = [i for i in term if i in right and i not in others]
+    stack = list(itertools.takewhile(lambda i: i in right and i in others, term))
+    return [(right.index(i), term.index(i)) for i in (*stack, *own)] if own else []

@@ -46,7 +46,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         model: any `nn.Module`. Nothing is set on it before the block is entered. A wrapper such as
             `DistributedDataParallel` stands for what it carries, under the plain model's names.
         layers: which layers: a name, glob, regex, module, module type or callable, or several of
-            these; None for all. A module that is no filter layer means what it returns.
+            these; None for all. A module that is no filter layer means what it returns, a
+            container that is never called (`nn.ModuleList`) the modules that it holds.
         kinds: which of "input", "response", "preactivation", "activation", "output".
         filters: hold only these filters (copied out, so that the rest can be freed): an int,
             several, or a dict of layer -> these.

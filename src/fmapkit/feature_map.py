@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fmapkit import _table
 from fmapkit._gradients import Gradient
-from fmapkit._sharded import Parts, ends_of, is_dtensor, whole
-from fmapkit._store import Entry, Pass
+from fmapkit._sharded import Parts, is_dtensor, whole
+from fmapkit._store import Entry, Pass, parts_of
 from fmapkit.errors import DistributedError, FilterRangeError
 
 if TYPE_CHECKING:
@@ -227,8 +227,7 @@ class FeatureMap:
 
 def nbytes_of(tensor: Tensor) -> int:
     """Size of the values in bytes; of a `DTensor`, of this rank's part."""
-    tensor = ends_of(tensor)[-1]
-    return tensor.numel() * tensor.element_size()
+    return sum(part.numel() * part.element_size() for part in parts_of(tensor))
 
 
 def _of_several_ranks(fm: FeatureMap, why: str) -> str:

@@ -27,6 +27,16 @@ MODULES: dict[type[nn.Module], int] = {
     nn.ConvTranspose3d: -4,
 }
 
+try:  # torch is to give its quantised modules up one day
+    from torch.ao.nn import quantized
+except ImportError:
+    pass
+else:
+    MODULES[quantized.Linear] = -1
+    for dim in (1, 2, 3):
+        MODULES[getattr(quantized, f"Conv{dim}d")] = -1 - dim
+        MODULES[getattr(quantized, f"ConvTranspose{dim}d")] = -1 - dim
+
 # Types registered by users: opaque, their output is the response whatever runs inside.
 REGISTERED: dict[type[nn.Module], int] = {}
 

@@ -6,17 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from fmapkit import _table
 from fmapkit._gather import gather
 from fmapkit._lookup import Found, find, parse
 from fmapkit._sharded import Parts, is_dtensor, splits
 from fmapkit._store import Entry, Pass
-from fmapkit._wants import KINDS
+from fmapkit._wants import KINDS, Selection
 from fmapkit.errors import ArgumentError, did_you_mean, listed
 from fmapkit.feature_map import FeatureMap, nbytes_of, read_map
-from fmapkit.selectors import selectors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +61,8 @@ class FeatureMaps:
         return list(dict.fromkeys(e.origin.name for _, e in self._latest()))
 
     def __contains__(self, layer: object) -> bool:
-        return any(e.origin.name == layer for _, e in self._latest())
+        name = self._session.names.canonical(layer) if isinstance(layer, str) else layer
+        return any(e.origin.name == name for _, e in self._latest())
 
     def __getitem__(self, key: Key) -> FeatureMap:
         """One map of the latest pass.
@@ -121,8 +119,7 @@ class FeatureMaps:
             raise ArgumentError(f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}")
         if training is not None and not isinstance(training, bool):
             raise ArgumentError(f"training must be True, False or None, not {training!r}")
-        names = self._session.names
-        chosen = None if layer is None else selectors(layer)
+        chosen = None if layer is None else Selection(self._session.names, layer)
         step = self._step(step)
         found = []
         for at, entry in self._every():
@@ -139,8 +136,7 @@ class FeatureMaps:
                 continue
             if path is not None and entry.path != path:
                 continue
-            module: nn.Module | None = names.module_of(name)
-            if chosen is not None and not any(s.matches(name, module) for s in chosen):
+            if chosen is not None and not chosen.layer(name):
                 continue
             result = self._read(at, entry)
             if filter is not None:

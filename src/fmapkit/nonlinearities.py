@@ -9,12 +9,12 @@ Softmax is none by default: it normalises over a group of values and is not poin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fmapkit.errors import ArgumentError
 
@@ -47,6 +47,8 @@ MODULES: dict[type[nn.Module], str] = {
     nn.Threshold: "threshold",
 }
 
+_TORCHS = set(MODULES)
+
 # The name of σ, and the names under which torch has it (an in-place form ends in "_").
 _NAMES: dict[str, tuple[str, ...]] = {
     name: (name, name + "_")
@@ -68,18 +70,52 @@ _NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
+# Other names that torch has for a function, beside those of `torch.special`.
+_ALIASES = {
+    "absolute": "abs",
+    **{f"arc{name}": f"a{name}" for name in ("cos", "cosh", "sin", "sinh", "tan", "tanh")},
+    "clip": "clamp",
+    "divide": "div",
+    "expit": "sigmoid",
+    "fix": "trunc",
+    "gammaln": "lgamma",
+    "multigammaln": "mvlgamma",
+    "multiply": "mul",
+    "negative": "neg",
+    "psi": "digamma",
+    "subtract": "sub",
+    "true_divide": "div",
+}
+_OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_PLACES = (torch, Tensor, F, torch._C._nn, torch.special, torch._C._VariableFunctions)
+
+
+def _with_these_names(names: Iterable[str]) -> set[Any]:
+    found = (getattr(place, name, None) for name in names for place in _PLACES)
+    return {function for function in found if callable(function)}
+
+
+def _plain(name: str) -> str:
+    """A function's one name, for all that do the same: methods, in-place forms and aliases."""
+    name = name.partition(".")[0]
+    if name.startswith("__") and name.endswith("__"):  # an operator: `z ** 2`, `abs(z)`
+        name = name[2:-2]
+    name = name.removesuffix("_").removeprefix("special_")
+    return _ALIASES.get(name, name)
+
+
+def _names_of(plain: str) -> list[str]:
+    every = [plain, *(alias for alias, name in _ALIASES.items() if name == plain)]
+    return [form for name in every for form in (name, f"{name}_", f"__{name}__", f"__i{name}__")]
+
+
 def _faces() -> dict[Any, str]:
-    places = (torch, torch.Tensor, F, torch._C._nn, torch.special, torch._C._VariableFunctions)
-    found: dict[Any, str] = {}
-    for sigma, names in _NAMES.items():
-        for name in names:
-            for place in places:
-                function = getattr(place, name, None)
-                if callable(function):
-                    found[function] = sigma
-    return found
+    return {
+        function: sigma for sigma, names in _NAMES.items() for function in _with_these_names(names)
+    }
 
 
+# The names of functions that count, as `torch.ops.aten` has them.
 _BY_NAME = {name: sigma for sigma, names in _NAMES.items() for name in names}
 
 
@@ -88,15 +124,36 @@ def function_sigma(function: Any) -> str | None:
 
     Those in `torch.ops.aten` are made on first use, so they are known by name and namespace.
     """
-    if isinstance(function, torch._ops.OpOverload):
-        function = function.overloadpacket
-    if isinstance(function, torch._ops.OpOverloadPacket):
-        space, _, name = function._qualified_op_name.partition("::")
-        return _BY_NAME.get(name) if space == "aten" else FUNCTIONS.get(function)
+    if isinstance(function, _OPS):
+        function = _packet(function)
+        if _space(function) in ("aten", "quantized"):
+            return _BY_NAME.get(_plain(function.__name__))
     return FUNCTIONS.get(function)
 
 
+def _packet(function: Any) -> Any:
+    """All overloads of one of `torch.ops`."""
+    return getattr(function, "overloadpacket", function)
+
+
+def _space(function: Any) -> str:
+    """The namespace of one of `torch.ops`."""
+    space: str = _packet(function)._qualified_op_name.partition("::")[0]
+    return space
+
+
+def _same(function: Any) -> set[Any]:
+    """A torch function with all that do the same; nothing if it is none that can be seen."""
+    if isinstance(function, _OPS) and _space(function) != "aten":
+        return {_packet(function)}
+    if isinstance(function, _OPS) or (callable(function) and function in _overridable()):
+        return {function} | _with_these_names(_names_of(_plain(function.__name__)))
+    return set()
+
+
 FUNCTIONS: dict[Any, str] = _faces()
+
+_OWN = dict(FUNCTIONS)  # torch's, as it came
 
 # Bumped by every registration, so that plans made before it are made anew.
 version = 0
@@ -109,8 +166,10 @@ def register_nonlinearity(
 
     Args:
         nonlinearity: an `nn.Module` subclass (its first tensor argument is z, its output a), or
-            a torch function taking z first. A plain Python function that torch does not dispatch
-            on cannot be seen from outside: wrap it in a module.
+            a torch function taking z first. With a function come its method, its in-place form
+            and its other names (`torch.special.expit` is `Tensor.sigmoid_`), in all their calls. A
+            plain Python function that torch does not dispatch on cannot be seen from outside: wrap
+            it in a module.
         name: what `FeatureMap.nonlinearity` says; by default its own name in lower case.
 
     Raises:
@@ -119,8 +178,13 @@ def register_nonlinearity(
     global version
     if isinstance(nonlinearity, type) and issubclass(nonlinearity, nn.Module):
         MODULES[nonlinearity] = name or nonlinearity.__name__.lower()
-    elif nonlinearity in _overridable():
-        FUNCTIONS[nonlinearity] = name or str(getattr(nonlinearity, "__name__", "?"))
+        _TORCHS.discard(nonlinearity)
+    elif functions := _same(nonlinearity):
+        plain = _plain(nonlinearity.__name__)
+        sigma = name or plain
+        FUNCTIONS.update(dict.fromkeys(functions, sigma))
+        if not isinstance(nonlinearity, _OPS) or _space(nonlinearity) == "aten":
+            _BY_NAME.update(dict.fromkeys(_names_of(plain), sigma))
     else:
         raise ArgumentError(
             "register_nonlinearity takes an nn.Module subclass or a torch function, "
@@ -130,11 +194,54 @@ def register_nonlinearity(
 
 
 def module_sigma(module: nn.Module) -> str | None:
-    """The name of σ if the module's type, or the nearest base of it, is registered."""
-    for base in type(module).__mro__:
-        if base in MODULES:
-            return MODULES[base]
-    return None
+    """The name of σ if the module's type, or the nearest base of it, is registered.
+
+    One of torch's is that only as long as torch's own forward runs.
+    """
+    return class_sigma(type(module), runs_torchs_forward(module))
+
+
+def class_sigma(kind: type[nn.Module], as_torch_has_it: bool) -> str | None:
+    """The same of all modules of a class.
+
+    Args:
+        kind: the class.
+        as_torch_has_it: torch's own forward runs (see `runs_torchs_forward`).
+    """
+    base = next((base for base in kind.__mro__ if base in MODULES), None)
+    if base is None or (base in _TORCHS and not as_torch_has_it):
+        return None
+    return MODULES[base]
+
+
+def runs_torchs_forward(module: nn.Module) -> bool:
+    """Whether nobody has put another forward in the place of torch's, in a subclass or by hand."""
+    forward: Any = module.__dict__.get("forward", type(module).forward)
+    return str(getattr(forward, "__module__", "")).startswith("torch.nn.modules.")
+
+
+def runs_as(module: nn.Module) -> str | None:
+    """The σ of the function that torch's own module calls; None of what users have registered."""
+    base = next((base for base in type(module).__mro__ if base in MODULES), None)
+    if base is None or base not in _TORCHS:
+        return None
+    return "hardtanh" if base is nn.ReLU6 else MODULES[base]
+
+
+def is_call_of(module: nn.Module, function: Any) -> bool:
+    """Whether a function is what a module that is a registered σ calls; any is of a user's."""
+    expected = runs_as(module)
+    return expected is None or _OWN.get(function) == expected
+
+
+def patched_name(module: nn.Module) -> str:
+    """What stands in torch's namespaces in the place of the function that its own module calls."""
+    expected = runs_as(module)
+    for place in (F, torch):
+        function = getattr(place, expected or "", None)
+        if callable(function) and _OWN.get(function) != expected:
+            return str(getattr(function, "__name__", type(function).__name__))
+    return type(module).__name__
 
 
 def _overridable() -> set[Any]:

@@ -3,12 +3,14 @@
 | given | means |
 | --- | --- |
 | `"layer1.0.conv1"` | that name |
-| `"layer3.*"` | a glob over names |
+| `"layer3.*"` | a glob over names; `"experts.up[3]"` and `"experts.up[*]"` mean these labels, too |
 | `re.compile(...)` | names in which the pattern is found |
 | `model.layer3` | that module |
 | `nn.Conv2d` | modules of that type |
 | a callable | `callable(name, module)`, or `callable(name)`, true |
 | several of these | any of them |
+
+A module that is registered at several places goes by the first of its names, and is found by any.
 """
 
 from __future__ import annotations
@@ -65,8 +67,11 @@ def _is_glob(text: str) -> bool:
 def _predicate(given: Any) -> Predicate:
     if isinstance(given, str):
         if _is_glob(given):
-            pattern = re.compile(fnmatch.translate(given))
-            return lambda name, _: name == given or pattern.match(name) is not None
+            # A bracket may be a glob's, or that of a label: `experts.up[3]`.
+            patterns = [
+                re.compile(fnmatch.translate(text)) for text in (given, given.replace("[", "[[]"))
+            ]
+            return lambda name, _: any(p.match(name) is not None for p in patterns)
         return lambda name, _: name == given
     if isinstance(given, re.Pattern):
         return lambda name, _: given.search(name) is not None

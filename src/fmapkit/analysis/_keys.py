@@ -52,7 +52,7 @@ class Groups(Generic[G]):
     """What is known of each name, and of each set of filters under it.
 
     A layer's output that is split has a map for each part. Parts with no filter in common are kept
-    apart; those with some in common but not all are an error, since a filter that is counted in
+    apart; those with some in common but not all are left out, since a filter that is counted in
     one place only would look as if it had run less often.
     """
 
@@ -63,11 +63,7 @@ class Groups(Generic[G]):
         self._known: dict[Any, tuple[Name, Filters]] = {}
 
     def place(self, fm: FeatureMap) -> tuple[Name, Filters]:
-        """Where a map belongs.
-
-        Raises:
-            ArgumentError: its filters are not those that the layer had before.
-        """
+        """Where a map belongs."""
         tags = (fm.layer, fm.kind, fm.nonlinearity, fm.path, fm.filters, fm.filter, fm.filter_dim)
         found = self._known.get(tags)
         # The number of filters along the axis can only be another if `filters` does not say it.
@@ -81,9 +77,21 @@ class Groups(Generic[G]):
             filters = tuple(range(fm.shape[fm.filter_dim]))
         elif fm.filter is not None:
             filters = (fm.filter,)
-        self.check(name, filters)
         self._known[tags] = (name, filters)
         return name, filters
+
+    def clash(self, name: Name, filters: Filters) -> str:
+        """Why filters do not go with those that the name has; empty where they do."""
+        groups = self.names.get(name, {})
+        if filters in groups:
+            return ""
+        for other in groups:
+            if other is None or filters is None or set(other) & set(filters):
+                return (
+                    f"{name} had {_said(other)} before and has {_said(filters)} now: maps are "
+                    f"taken together filter by filter; {self.what}.reset() begins anew"
+                )
+        return ""
 
     def check(self, name: Name, filters: Filters) -> None:
         """Whether filters go with those that the name has.
@@ -91,15 +99,9 @@ class Groups(Generic[G]):
         Raises:
             ArgumentError: they are partly the same.
         """
-        groups = self.names.get(name, {})
-        if filters in groups:
-            return
-        for other in groups:
-            if other is None or filters is None or set(other) & set(filters):
-                raise ArgumentError(
-                    f"{name} had {_said(other)} before and has {_said(filters)} now: maps are "
-                    f"taken together filter by filter; {self.what}.reset() begins anew"
-                )
+        why = self.clash(name, filters)
+        if why:
+            raise ArgumentError(why)
 
     def note(self, fm: FeatureMap, reason: str) -> None:
         """A map that cannot be taken in."""

@@ -104,18 +104,15 @@ class Statistics(ByLayer[_Group, LayerStatistics]):
     # -- taking in -----------------------------------------------------------------------------
 
     def update(self, fm: FeatureMap) -> None:
-        """Take one map in.
-
-        Raises:
-            ArgumentError: the layer has other filters than before.
-        """
+        """Take one map in; of a layer that has other filters than before, name it in `missed`."""
         # State made in inference mode could not be used out of it.
         with torch.inference_mode(False), torch.no_grad():
             tensor, reason = readable(fm)
-            if tensor is None:
+            name, filters = self._groups.place(fm)
+            reason = reason or self._groups.clash(name, filters)
+            if tensor is None or reason:
                 self._leave_out(fm, f"the {fm.kind} of layer {fm.layer!r}", reason)
                 return
-            name, filters = self._groups.place(fm)
             values = by_filter(tensor.detach(), fm.filter_dim if filters is not None else None)
             bounds = bounds_of(fm, self._bounds)
             group = self._groups.names.setdefault(name, {}).get(filters)

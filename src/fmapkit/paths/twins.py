@@ -400,13 +400,12 @@ def _compiled(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a constant that is called: a recorder, later on
-            found = compile(module, like.co_filename, "exec", flags=flags, dont_inherit=True)
+            found: types.CodeType | None = compile(module, like.co_filename, "exec", flags=flags, dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError):
         return None
     for _ in range(len(classes) + 1):
-        found = next((c for c in found.co_consts if isinstance(c, types.CodeType)), None)
-        if found is None:
-            return None
+        inside = found.co_consts if found is not None else ()
+        found = next((c for c in inside if isinstance(c, types.CodeType)), None)
     return found
 
 

@@ -1,0 +1,126 @@
+"""Modules that run without a call that torch knows of, so that no hook of theirs runs.
+
+That is `child.forward(x)`, and a class with a `__call__` of its own. Python's stack tells.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Collection
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["HOW", "PastHooks", "has_own_call"]
+
+_WRAPPED = nn.Module._wrapped_call_impl.__code__
+_CALL = nn.Module._call_impl.__code__
+# What calls the forward where a module has hooks.
+_INNER = next((c for c in _CALL.co_consts if isinstance(c, CodeType)), _CALL)
+
+_Place = tuple[str, int, str]
+
+# How a module is called past its hooks: by which method, and what that means for it.
+HOW = {
+    "forward": "its forward was called directly, which runs no hooks",
+    "__call__": "its class has a __call__ of its own, which runs without hooks",
+}
+
+
+class PastHooks:
+    """Finds such modules.
+
+    Args:
+        modules: of a model.
+    """
+
+    def __init__(self, modules: Collection[nn.Module]) -> None:
+        self._modules = modules
+        self._known: dict[_Place, str] | None = None
+        self._names: set[str] = set()
+        self._lent = False  # some module may run the forward of another one
+
+    def _places(self) -> dict[_Place, str]:
+        """Where the code begins that runs in such a call; read when first asked for."""
+        if self._known is None:
+            self._known = {}
+            for kind in {type(module) for module in self._modules}:
+                if not issubclass(kind, torch.jit.ScriptModule):
+                    self._known.update(_places(kind))
+            self._names = {name for _, _, name in self._known}
+            self._lent = any("forward" in module.__dict__ for module in self._modules)
+        return self._known
+
+    def running(self, entered: nn.Module | None = None) -> list[tuple[nn.Module, str]]:
+        """Those inside the innermost call that torch knows of, each with the method.
+
+        Args:
+            entered: a module whose call has just begun: what is meant is what called it.
+        """
+        places, names = self._places(), self._names
+        at: Any = sys._getframe(1)
+        if entered is not None:
+            while at is not None and at.f_code is not _WRAPPED:
+                at = at.f_back
+            at = at.f_back if at is not None else None
+        found = []
+        while at is not None and at.f_code is not _CALL:
+            if at.f_code.co_name in names and _place(at.f_code) in places:
+                found.append(at)
+            at = at.f_back
+        if not found or (len(found) == 1 and not self._lent and _is_called_by_torch(found[0])):
+            return []
+        around = at.f_locals.get("self") if at is not None else None
+        modules = [
+            (f.f_locals.get(f.f_code.co_varnames[0]), places[_place(f.f_code)]) for f in found
+        ]
+        return [
+            (module, method)
+            for module, method in modules
+            if isinstance(module, nn.Module) and module is not around and module is not entered
+        ]
+
+    def method_of(self, module: nn.Module) -> str | None:
+        """The method by which a module that is running was called past its hooks, if it was."""
+        places = self._places()
+        at: Any = sys._getframe(1)
+        method = None
+        while at is not None:
+            if at.f_code is _CALL and at.f_locals.get("self") is module:
+                return None
+            how = places.get(_place(at.f_code))
+            if how is not None and at.f_locals.get(at.f_code.co_varnames[0]) is module:
+                method = how
+            at = at.f_back
+        return method
+
+
+def has_own_call(module: nn.Module) -> bool:
+    """Whether its class has a `__call__` of its own; torch's own go on to `nn.Module`'s."""
+    call: Any = type(module).__call__
+    return call is not nn.Module.__call__ and not call.__module__.startswith("torch.")
+
+
+def _place(code: CodeType) -> _Place:
+    """Where code begins, and its name: while it records, other code of that place runs for it."""
+    return code.co_filename, code.co_firstlineno, code.co_name
+
+
+def _is_called_by_torch(frame: FrameType) -> bool:
+    """Whether it is the forward of the module whose call torch is in."""
+    caller = frame.f_back
+    return caller is not None and (caller.f_code is _CALL or caller.f_code is _INNER)
+
+
+def _places(kind: type[nn.Module]) -> dict[_Place, str]:
+    """The code that runs where a class's module is called past its hooks, and by which method."""
+    found: dict[_Place, str] = {}
+    for method in HOW:
+        function = getattr(kind, method)
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        if code is not None and code.co_argcount and function is not getattr(nn.Module, method):
+            found[_place(code)] = method
+    return found
