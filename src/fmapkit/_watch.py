@@ -22,6 +22,8 @@ from fmapkit._stop import has_own_forward
 
 __all__ = ["Watch"]
 
+_FORWARD = repeat("forward")
+
 
 class Watch:
     """What every proof rests on, as it was when the watch was set.
