@@ -37,7 +37,7 @@ class Event:
             "place",
             "scope",
         ),
-        *("sigma", "x", "x_held", "y", "y_held", "in_place", "firing", "graph"),
+        *("sigma", "x", "x_held", "y", "y_held", "in_place", "firing", "graph", "joins"),
         *("delta", "kept", "shared", "sink", "source"),
     )
 
@@ -59,6 +59,7 @@ class Event:
         self.shared = False  # in which other maps lie, too
         self.in_place = False
         self.graph = False  # its result is part of an autograd graph
+        self.joins = False  # its result may become part of one
         self.firing: Firing | None = None
         # Of a function's x and y: the hooks that would see them, and how often x is written to
         # between the first and the function.

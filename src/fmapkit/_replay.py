@@ -82,7 +82,7 @@ class Run:
         self.how = int(wants.detach and (plan.graph or _grads()))
         if _inference():
             self.how = 2
-        elif wants.detach and in_function():
+        elif wants.detach and (plan.joins or in_function()):
             self.how = 3
         self.uncounted = self.how == 2 or wants.gradients  # some tensor may have no version counter
         self._checked = 0  # how many entries of the log are known to follow the plan
