@@ -11,9 +11,17 @@ import torch
 from torch import nn
 
 from fmapkit import CaptureWarning, capture
+from fmapkit._replaying import OTHER_PATH
 from tests import truth
 
 Tag = tuple[str, int, str, range | None]
+
+
+def strayed(maps: Any) -> bool:
+    """Whether a pass was named that left the known ways; nothing else may be."""
+    reasons = {m.reason for m in maps.missed}
+    assert reasons <= {OTHER_PATH}, reasons
+    return bool(reasons)
 
 
 def tags(maps: Any, kind: str = "activation") -> list[Tag]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fmapkit.paths.recorders import RECORDERS
+from fmapkit.paths.recorders import twins as _made
 from fmapkit.paths.rewrite import Rewriter, names_bound, watched_names
 
 __all__ = ["Twin", "Twins", "is_twin", "twin_of"]
@@ -50,7 +51,6 @@ class Twin:
 _lock = threading.RLock()
 # By the original, and the attributes that are known to be fixed; None where there is no twin.
 _twins: dict[tuple[types.CodeType, frozenset[str]], Twin | None] = {}
-_made: set[types.CodeType] = set()  # the code of twins
 _functions: dict[types.CodeType, weakref.WeakSet[types.FunctionType]] = {}
 _set: weakref.WeakKeyDictionary[types.FunctionType, list[Any]] = weakref.WeakKeyDictionary()
 
