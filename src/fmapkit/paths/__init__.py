@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from fmapkit.paths import recorders
 from fmapkit.paths.fixed import FixedAttributes
-from fmapkit.paths.known import KnownPaths, Sizes
+from fmapkit.paths.known import Expected, KnownPaths, Sizes
 from fmapkit.paths.recorders import taps, unrecorded
 from fmapkit.paths.survey import Survey, is_trusted
 from fmapkit.paths.twins import Twins, call_site
 
-__all__ = ["ControlPaths", "KnownPaths", "Sizes", "taps", "unrecorded"]
+__all__ = ["ControlPaths", "Expected", "KnownPaths", "Sizes", "taps", "unrecorded"]
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _HANDLER = torch.overrides.handle_torch_function.__code__
@@ -144,6 +144,10 @@ class ControlPaths:
     def renamed(self) -> bool:
         """Whether a name in one of torch's modules stands for something else than it did."""
         return self.twins.renamed()
+
+    def expect(self, path: list[Any] | None) -> Expected:
+        """A call begins that is taken to take a path."""
+        return Expected(self._sink.items if self._sink is not None else [], self.position, path)
 
     @property
     def position(self) -> int:
