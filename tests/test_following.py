@@ -189,11 +189,11 @@ def watch(monkeypatch: pytest.MonkeyPatch, depart: int = -1) -> Iterator[dict[st
             return False
         return originals["leave"](self, module, output)
 
-    def leaf(self: Any, module: Any, args: Any, kwargs: Any) -> Any:
+    def leaf(self: Any, stand: Any, args: Any, kwargs: Any) -> Any:
         if due():
             self.depart()
-            return module._call_impl(*args, **kwargs)
-        return originals["leaf"](self, module, args, kwargs)
+            return stand.inner(*args, **kwargs)
+        return originals["leaf"](self, stand, args, kwargs)
 
     def unit_left(self: Any, run: Any, output: Any) -> Any:
         if due():

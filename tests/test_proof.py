@@ -206,7 +206,7 @@ def test_that_dynamo_was_imported_is_no_change_of_the_model(
     there = importlib.import_module(mark)
     monkeypatch.delitem(sys.modules, mark)
     model = ByAttribute()
-    watch = Watch(model, Hooks(object()))
+    watch = Watch(model, Hooks(object(), lambda *args: None))
     monkeypatch.setitem(sys.modules, mark, there)
     assert not watch.changed()
     model.act.compile()
@@ -265,7 +265,7 @@ def test_what_a_watch_sees(change: Callable[[nn.Sequential], object]) -> None:
     model = nn.Sequential(
         nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), nn.Sequential(Held())
     )
-    watch = Watch(model, Hooks(object()))
+    watch = Watch(model, Hooks(object(), lambda *args: None))
     assert not watch.changed()
     model(torch.ones(1, 4))
     model.double().eval()

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from fmapkit._hooks import Hook
-from fmapkit._standing import Standing, bare_call, called, free, lock
+from fmapkit._standing import Standing, called, compiled_as_bare, free, lock
 
 if TYPE_CHECKING:
     from fmapkit._taps import Tap
@@ -35,6 +35,7 @@ class CallTap(Standing):
     def __init__(self, module: nn.Module, tap: Tap) -> None:
         self.module = module
         self.tap = tap
+        self.owner = tap.owner
         self.line = tap.line
         self.theirs = module._forward_pre_hooks  # none yet; one that is set now changes what z is
 
@@ -43,7 +44,7 @@ class CallTap(Standing):
         if cell is None or ((self.theirs or _global_forward_pre_hooks) and self.moved()):
             return self.otherwise(args, kwargs)
         module = self.module
-        output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        output = self.inner(*args, **kwargs)
         note, how, wanted, _, drop = cell
         if module not in wanted:  # a tap of another plan
             return output
@@ -77,17 +78,14 @@ class CallTap(Standing):
     def otherwise(self, args: Any, kwargs: Any) -> Any:
         """No run is under way in this thread, or others have set hooks in the middle of one."""
         module = called(self.module, 3)
-        output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        if module is self.module and self.line.cell is None:
+        if module is not self.module:
+            return self.of_copy(module, args, kwargs)
+        output = self.inner(*args, **kwargs)
+        if self.line.cell is None:
             self.tap(module, args, output)  # which knows what to do then
         return output
 
-    __call__._torchdynamo_inline = bare_call  # type: ignore[attr-defined]
-
-    def remove(self) -> None:
-        """Stand there no more."""
-        with lock:
-            self.leave(self.module)
+    compiled_as_bare(__call__)
 
 
 class OutputCallTap(CallTap):
@@ -100,7 +98,7 @@ class OutputCallTap(CallTap):
         if cell is None or ((self.theirs or _global_forward_pre_hooks) and self.moved()):
             return self.otherwise(args, kwargs)
         module = self.module
-        output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        output = self.inner(*args, **kwargs)
         note, how, wanted, _, drop = cell
         if module not in wanted:
             return output
@@ -115,7 +113,7 @@ class OutputCallTap(CallTap):
             self.tap.again(module, args, output, error)
         return output
 
-    __call__._torchdynamo_inline = bare_call  # type: ignore[attr-defined]
+    compiled_as_bare(__call__)
 
 
 def stand(kind: type[CallTap], module: nn.Module, tap: Tap) -> CallTap | None:

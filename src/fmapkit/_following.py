@@ -35,6 +35,7 @@ from fmapkit._origin import Tag, given
 from fmapkit._replay import Run
 from fmapkit._script import Script, Step
 from fmapkit._seen import Seen
+from fmapkit._standing import Standing
 from fmapkit.nonlinearities import module_sigma
 
 if TYPE_CHECKING:
@@ -370,9 +371,9 @@ class Follower:
         if step.results:
             self._seen.note(tensors_in(output), step.results)
 
-    def leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def leaf(self, stand: Standing, args: Any, kwargs: Any) -> Any:
         """A module is called that is not looked into: call it."""
-        live, held = self._live, None
+        module, live, held = stand.module, self._live, None
         live.trace_off()  # first of all: it would see what we look at
         try:
             try:
@@ -386,7 +387,7 @@ class Follower:
                 step = None
                 self.fail(error)
             if step is not None:
-                out = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+                out = stand.inner(*args, **kwargs)
                 try:
                     self._leaf_left(step, args, kwargs, out, held)
                 except Exception as error:
@@ -394,7 +395,7 @@ class Follower:
                 return out
         finally:
             live.trace_on()
-        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return stand.inner(*args, **kwargs)
 
     def _leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Step | None:
         """The step that such a call is."""

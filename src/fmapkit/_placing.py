@@ -16,7 +16,6 @@ from torch import nn
 
 from fmapkit._asked import Asked
 from fmapkit._doors import doors
-from fmapkit._fused import without_fused_path
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
 from fmapkit._hooks import Hook, Hooks
 from fmapkit._moves import Moves
@@ -40,6 +39,7 @@ class Calls:
         tap: a module that carries a site has run: (module, args, output).
         tap_before: a module whose first argument is a site's is about to run: (module, args).
         fault: a tap has failed: (module, error).
+        overwritten: `module.compile()` has taken the place before the model's own call: ().
         outside: a module that we stand before is called while nobody follows: (module).
         replay: a unit that we stand before is to be replayed: (module, args, kwargs).
     """
@@ -49,6 +49,7 @@ class Calls:
     tap: Callable[..., Any]
     tap_before: Callable[..., Any]
     fault: Callable[..., Any]
+    overwritten: Callable[[], None]
     outside: Callable[..., Any]
     replay: Callable[..., bool]
 
@@ -98,11 +99,12 @@ class Placing:
 
     def on_model(self) -> None:
         """Those that every pass goes through."""
-        self._hooks.around([self._model], self._calls.pre, self._calls.post)
+        calls = self._calls
+        self._hooks.watched_around(self._model, calls.pre, calls.post, calls.overwritten)
 
     def early(self) -> None:
-        """Those on all modules; not where they would bar a fused path, outside of a pass."""
-        self._hooks.around(without_fused_path(self._model), self._calls.pre, self._calls.post)
+        """Those on all modules."""
+        self._hooks.around(self._model.modules(), self._calls.pre, self._calls.post)
         self._early = True
 
     def only_on_model(self) -> None:
@@ -155,7 +157,7 @@ class Placing:
                     if not self._hooks.alone_on(module) or not free(module):
                         left.add(module)
                         continue
-                    made = self._stands[module] = kind(module, self.way, calls)
+                    made = self._stands[module] = kind(module, self.way, calls, self._hooks.owner)
                     made.stand(module)
         return left
 
@@ -163,7 +165,7 @@ class Placing:
         """Stand before this one no more."""
         stand = self._stands.pop(module, None)
         if stand is not None:
-            stand.remove()
+            stand.leave()
 
     def only_stands(self) -> None:
         """No hooks where we stand before the call."""
@@ -179,7 +181,7 @@ class Placing:
     def no_stands(self) -> None:
         """Stand before no call any more."""
         for stand in self._stands.values():
-            stand.remove()
+            stand.leave()
         self._stands.clear()
         self._bare.clear()
         self.standing = False

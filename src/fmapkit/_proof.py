@@ -25,7 +25,6 @@ from fmapkit._optimized import is_compiled
 from fmapkit._proof_reader import read_function
 from fmapkit._proof_scope import UnprovenError
 from fmapkit._proof_trusted import is_trusted_module
-from fmapkit._stop import has_own_forward
 
 __all__ = ["Proofs"]
 
@@ -59,7 +58,7 @@ class Proofs:
         return any(id(m) in self._numbers for m in module.modules())
 
     def _own(self, module: nn.Module) -> bool:
-        if not all(map(self._is_ours, hooks_on(module))) or has_own_forward(module):
+        if not all(map(self._is_ours, hooks_on(module))) or "forward" in module.__dict__:
             return False
         if is_compiled(module):
             return False

@@ -16,7 +16,6 @@ way (`_live.py`).
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -28,10 +27,9 @@ from fmapkit._asked import Asked
 from fmapkit._beside import Beside
 from fmapkit._budget import Budget
 from fmapkit._compiled import Compiled
-from fmapkit._ending import Ending
 from fmapkit._frames import call_frame, on_stack
 from fmapkit._fused import may_fuse
-from fmapkit._hooks import Hooks
+from fmapkit._hooks import FAILED, Hooks
 from fmapkit._keeping import Keeping
 from fmapkit._learning import Learning
 from fmapkit._live import MODES, Live
@@ -42,7 +40,8 @@ from fmapkit._others import entered, left, others
 from fmapkit._placing import Calls, Placing
 from fmapkit._replaying import Replaying
 from fmapkit._scripts import Scripts
-from fmapkit._stop import CUT, StopForward
+from fmapkit._standing import hide_from_scripting, show_to_scripting
+from fmapkit._stop import CUT, StoppedError
 from fmapkit._store import Pass, Store
 from fmapkit._transforms import TRANSFORMED, transforming, under_transform
 from fmapkit._units import Units
@@ -107,15 +106,13 @@ class Session:
         self._edits, self._stop = asked.edits or None, asked.stop
         self._every = every
         self._gradually = _goes_gradually(self.model, self.wants)
-        self._forward: StopForward | None = None
         if asked.stop is not None:
-            self._forward = StopForward(self.model, asked.stop, self._ended_early)
             asked.stop.awaited = lambda: any(o.waits for o in others(self))
         self.steps = 0
         self.store = Store(keep)
         self._misses = Misses(self.model)
         self.missed, self.miss = self._misses.entries, self._misses.add
-        self.hooks = Hooks(self)
+        self.hooks = Hooks(self, self._broken_off)
         self.unseen = Unseen(asked, self._misses)
         self.live = Live(asked, self._misses)
         self.compiled = Compiled(self, given)
@@ -129,6 +126,7 @@ class Session:
             self._tap,
             self._tap_before,
             self._fault,
+            self._overwritten,
             self._outside,
             self._replay,
         )
@@ -165,12 +163,10 @@ class Session:
         entered(self)
         self.unseen.scripted()
         self._placing.on_model()
-        if self._forward is not None:
-            self._forward.install()
+        hide_from_scripting()
         self.compiled.open()
-        if not self.compiled:  # dynamo compares hooks, and what stands before a call
+        if not self.compiled:  # dynamo compares what stands before a call
             self._placing.early()
-            Ending.install(self.model, self._interrupted)
 
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""
@@ -179,9 +175,7 @@ class Session:
         self.compiled.close()
         self._placing.no_stands()
         self.hooks.drop()
-        Ending.remove(self.model, self._interrupted)
-        if self._forward is not None:
-            self._forward.remove()
+        show_to_scripting()
         self._units.clear()
         self.scripts.clear()
         self.wants.retention.close()
@@ -190,8 +184,7 @@ class Session:
             self._misses.warn()
 
     def uncover(self) -> None:
-        """The model is being compiled: no hooks inside, and nothing before its own call."""
-        Ending.remove(self.model, self._interrupted)
+        """The model is being compiled: nothing of ours inside."""
         if not self.steps:
             self.hooks.drop("around", keep=[self.model])
 
@@ -240,7 +233,9 @@ class Session:
         if _thread() != live.thread or _graph_task() != -1:
             return None
         replaced = None
-        failed = output is None and sys.exc_info()[0] is not None
+        failed = output is FAILED
+        if failed:
+            output = None
         try:
             if live.current is None:
                 if module is self.model:
@@ -304,6 +299,12 @@ class Session:
         if _thread() == live.thread and live.current is None and not live.idle:
             self.unseen.stray(module)
 
+    def _overwritten(self) -> None:
+        try:
+            self.compiled.compiled_inside()
+        except Exception as error:  # raised here, it would be printed and lost
+            self._fault(self.model, error)
+
     def _fault(self, module: nn.Module, error: Exception) -> None:
         edits, analyses = self.asked.edits, self.asked.analyses
         if error in (edits.raised, analyses.raised) or isinstance(error, BudgetError):
@@ -324,10 +325,29 @@ class Session:
         self.abandon()
         return False
 
-    def _interrupted(self) -> None:
-        """A call of the model has ended, and no post hook has run."""
-        if _thread() == self.live.thread and not self._running():
-            self.live.idle = False
+    def _broken_off(self, module: nn.Module, error: BaseException) -> bool:
+        """A call has ended, by what is no `Exception`: an interrupt, or an early stop.
+
+        The user's code may catch an interrupt inside the block, to save the model for instance: our
+        modes and flags must be off before it does.
+
+        Returns:
+            Whether the call returns None in place of raising that.
+        """
+        if module is not self.model or _thread() != self.live.thread:
+            return False
+        if self.live.depth:  # it was called by itself, which may go on
+            self.live.depth -= 1
+            return False
+        if isinstance(error, StoppedError):
+            if error.stop is self._stop:
+                self._ended_early()
+                return True
+            self.cut()
+        elif self.live.current is not None:
+            self.abandon()
+        self.live.idle = False
+        return False
 
     def _refused(self, args: Any, kwargs: Any, compiled: bool) -> bool:
         """Whether the pass cannot be captured as a whole; if so, it is named."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fmapkit._hooks import Hook
-from fmapkit._standing import Standing, bare_call, called, lock
+from fmapkit._standing import Standing, called, compiled_as_bare
 
 if TYPE_CHECKING:
     from fmapkit._following import Follower
@@ -43,12 +43,14 @@ class Stand(Standing):
         module: the module.
         way: who follows.
         calls: what the session's hooks call.
+        owner: the session.
     """
 
     __slots__ = ("after", "before", "calls", "way")
 
-    def __init__(self, module: nn.Module, way: Way, calls: Calls) -> None:
+    def __init__(self, module: nn.Module, way: Way, calls: Calls, owner: object) -> None:
         self.module = module
+        self.owner = owner
         self.before = module._forward_pre_hooks
         self.after = module._forward_hooks
         self.way = way
@@ -63,7 +65,7 @@ class Stand(Standing):
             return self.departing(follower, args, kwargs)
         return self.followed(follower, module, args, kwargs)
 
-    __call__._torchdynamo_inline = bare_call  # type: ignore[attr-defined]
+    compiled_as_bare(__call__)
 
     def followed(self, follower: Follower, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """The pass is followed: call the module."""
@@ -72,9 +74,11 @@ class Stand(Standing):
     def otherwise(self, args: Any, kwargs: Any) -> Any:
         """Nobody follows, or torch runs the forward again for a backward pass."""
         module = called(self.module, 3)
-        if module is self.module and self.way.follower is None:
-            self.calls.outside(module)
-        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if module is self.module:
+            if self.way.follower is None:
+                self.calls.outside(module)
+            return self.inner(*args, **kwargs)
+        return self.of_copy(module, args, kwargs)
 
     def hooked(self) -> bool:
         """Whether others have set hooks on the module in the middle of the pass."""
@@ -85,12 +89,9 @@ class Stand(Standing):
         """It is a copy that is called, or hooks may change what the module gets and gives."""
         module = called(self.module, 3)
         follower.depart()
-        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def remove(self) -> None:
-        """Stand there no more."""
-        with lock:
-            self.leave(self.module)
+        if module is self.module:
+            return self.inner(*args, **kwargs)
+        return self.of_copy(module, args, kwargs)
 
 
 class Leaf(Stand):
@@ -100,7 +101,7 @@ class Leaf(Stand):
 
     def followed(self, follower: Follower, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Call it; whether it is a known step, the follower knows."""
-        return follower.leaf(module, args, kwargs)
+        return follower.leaf(self, args, kwargs)
 
 
 class Scope(Stand):
@@ -118,9 +119,9 @@ class Scope(Stand):
             follower.fail(error)
             how = ""
         if not how:  # the tracer has taken over: it set hooks
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return self.inner(*args, **kwargs)
         try:
-            output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+            output = self.inner(*args, **kwargs)
         except Exception:
             self.calls.post(module, args, kwargs, None)
             raise

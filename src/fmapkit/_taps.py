@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from fmapkit._call_taps import CallTap, OutputCallTap, stand
-from fmapkit._hooks import Handle, Hook, nothing, traced_as_nothing
+from fmapkit._hooks import Hook, nothing
+from fmapkit._standing import Standing
 from fmapkit._store import version_of
 
 __all__ = ["Cell", "InputTap", "Line", "OutputTap", "Tap"]
@@ -61,7 +62,7 @@ class Tap(Hook):
         self.line = line
         self.fault = fault
 
-    def after(self, module: nn.Module) -> Handle:
+    def after(self, module: nn.Module) -> Standing:
         """Read the module's calls, at the least cost."""
         standing = stand(self.standing, module, self) if self.standing is not None else None
         return standing if standing is not None else super().after(module)
@@ -101,8 +102,6 @@ class Tap(Hook):
         note, how, ends, starts, drop = cell
         self.line.cell = (note, 4 if how else 2, ends, starts, drop)
         self(module, args, output)
-
-    traced_as_nothing(__call__)
 
     def disarm(self) -> None:
         """Let go of the session and its run."""
@@ -168,5 +167,3 @@ class InputTap(Tap):
             drop(None)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.again(module, args, None, error)
-
-    traced_as_nothing(__call__)
