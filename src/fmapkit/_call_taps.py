@@ -14,7 +14,16 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from fmapkit._hooks import Hook
-from fmapkit._standing import Standing, called, compiled_as_bare, free, lock
+from fmapkit._standing import (
+    Standing,
+    called,
+    compiled_as_bare,
+    dynamo,
+    free,
+    lock,
+    note,
+    passed_over,
+)
 
 if TYPE_CHECKING:
     from fmapkit._taps import Tap
@@ -75,9 +84,13 @@ class CallTap(Standing):
             for hook in tuple(self.theirs.values())
         )
 
+    @passed_over
     def otherwise(self, args: Any, kwargs: Any) -> Any:
         """No run is under way in this thread, or others have set hooks in the middle of one."""
         module = called(self.module, 3)
+        if dynamo() is not None:
+            note()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         if module is not self.module:
             return self.of_copy(module, args, kwargs)
         output = self.inner(*args, **kwargs)

@@ -18,7 +18,16 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from fmapkit._standing import Standing, called, compiled_as_bare, free, standing_before
+from fmapkit._standing import (
+    Standing,
+    called,
+    compiled_as_bare,
+    dynamo,
+    free,
+    not_compiled,
+    note,
+    standing_before,
+)
 
 __all__ = ["FAILED", "Hook", "Hooks", "hooks_on", "leave_mode", "nothing", "without_modes"]
 
@@ -35,6 +44,7 @@ class Hook:
         self.call = call
         self.owner = owner
 
+    @not_compiled
     def __call__(self, *args: Any) -> Any:
         return self.call(*args)
 
@@ -137,6 +147,9 @@ class Pair(Standing):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = called(self.module)
+        if dynamo() is not None:
+            note()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         if module is not self.module:
             return self.of_copy(module, args, kwargs)
         return self._around(module, self.inner, args, kwargs)
@@ -192,6 +205,9 @@ class _After(Standing):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = called(self.module)
+        if dynamo() is not None:
+            note()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         if module is not self.module:
             return self.of_copy(module, args, kwargs)
         if not (module._forward_pre_hooks or _global_forward_pre_hooks):
@@ -225,6 +241,9 @@ class _Before(Standing):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = called(self.module)
+        if dynamo() is not None:
+            note()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         if module is not self.module:
             return self.of_copy(module, args, kwargs)
         given = _Given(self.owner, module, args, kwargs)
@@ -258,6 +277,9 @@ class _Outside(Standing):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = called(self.module)
+        if dynamo() is not None:
+            note()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         if module is not self.module:
             return self.of_copy(module, args, kwargs)
         self.pre(module, args, kwargs)

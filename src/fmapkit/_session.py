@@ -45,7 +45,7 @@ from fmapkit._stop import CUT, StoppedError
 from fmapkit._store import Pass, Store
 from fmapkit._transforms import TRANSFORMED, transforming, under_transform
 from fmapkit._units import Units
-from fmapkit._unseen import RECORDED, Unseen, recording
+from fmapkit._unseen import Unseen, recorded
 from fmapkit._wants import Wants
 from fmapkit._watch import Watch
 from fmapkit._wrappers import REPLICAS
@@ -54,7 +54,6 @@ from fmapkit.errors import BudgetError
 __all__ = ["Session"]
 
 # Modules with thousands of names are memory to go through: what each pass asks is found here.
-_cuda = torch.cuda
 _graph_task: Callable[[], int] = torch._C._current_graph_task_id
 _thread: Callable[[], int] = threading.get_ident
 
@@ -356,8 +355,8 @@ class Session:
             self.compiled.noticed()
         elif transforming() and under_transform(self.model, (args, kwargs)):
             self.miss("", TRANSFORMED)
-        elif _cuda._initialized and recording():
-            self.miss("", RECORDED)
+        elif why := recorded():
+            self.miss("", why)
         else:
             return False
         return True
@@ -377,7 +376,9 @@ class Session:
         self.steps += 1
         live.idle = bool(step % self._every) or self._refused(args, kwargs, compiled)
         if live.idle:
-            self._placing.only_on_model()
+            # torch.export sees to it that the model has the same attributes before and after.
+            if not torch.compiler.is_compiling():
+                self._placing.only_on_model()
             return False
         live.frame = call_frame()  # on Python's stack as long as the pass runs
         if self.watch.changed():

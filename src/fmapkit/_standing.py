@@ -13,16 +13,28 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.jit import _recursive as _scripting
 
 __all__ = [
-    *("Standing", "called", "compiled_as_bare", "free", "hide_from_scripting", "lock"),
-    *("show_to_scripting", "standing_before", "there", "when_traced"),
+    *("Standing", "called", "compiled_as_bare", "free", "hide_from_scripting"),
+    *(
+        "dynamo",
+        "lock",
+        "not_compiled",
+        "note",
+        "passed_over",
+        "show_to_scripting",
+        "standing_before",
+        "there",
+    ),
+    "when_traced",
 ]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _PLACE = "_compiled_call_impl"
 _CALL = nn.Module._wrapped_call_impl.__code__
@@ -37,34 +49,60 @@ changes = 0
 when_traced: list[Callable[[], None]] = []
 
 
-def _note(context: Any) -> None:
-    for call in tuple(when_traced):
-        call()
+def _strategy(function: Callable[..., Any], inside: bool) -> None:
+    dynamo = torch._C._dynamo.eval_frame
+    if hasattr(dynamo, "_FrameExecStrategy") and hasattr(dynamo, "set_code_exec_strategy"):
+        action = dynamo._FrameAction
+        then = action.DEFAULT if inside else action.SKIP
+        strategy = dynamo._FrameExecStrategy(action.SKIP, then)
+        dynamo.set_code_exec_strategy(function.__code__, strategy)
 
 
-def bare_call(standing: Any, *args: Any, **kwargs: Any) -> Any:
-    """What dynamo compiles in its place: the call alone, so that the compiled code is the user's.
+def not_compiled(function: F) -> F:
+    """torch.compile leaves a function of ours alone, and all that it calls.
 
-    The import and the note are run while it traces, and leave nothing in what it makes.
+    Older versions of torch cannot be told that; there it costs time.
     """
-    from torch._dynamo.comptime import comptime
+    _strategy(function, inside=False)
+    return function
 
-    comptime(_note)
-    return standing.module._call_impl(*args, **kwargs)
+
+def passed_over(function: F) -> F:
+    """torch.compile leaves a function of ours alone, but not what it calls."""
+    _strategy(function, inside=True)
+    return function
 
 
 def compiled_as_bare(call: Callable[..., Any]) -> None:
     """torch.compile takes a `__call__` of what stands there for the module's own call.
 
     Where dynamo comes by it with no code around it that it compiles, it goes on with what is
-    inside. Older versions of torch cannot be told that; there it costs time.
+    inside.
     """
-    call._torchdynamo_inline = bare_call  # type: ignore[attr-defined]
-    dynamo = torch._C._dynamo.eval_frame
-    if hasattr(dynamo, "_FrameExecStrategy") and hasattr(dynamo, "set_code_exec_strategy"):
-        action = dynamo._FrameAction
-        strategy = dynamo._FrameExecStrategy(action.SKIP, action.DEFAULT)
-        dynamo.set_code_exec_strategy(call.__code__, strategy)
+    call._torchdynamo_inline = _bare_call  # type: ignore[attr-defined]
+    _strategy(call, inside=True)
+
+
+def _bare_call(standing: Any, *args: Any, **kwargs: Any) -> Any:
+    """The note is made while dynamo traces, and leaves nothing in what it makes."""
+    from torch._dynamo.comptime import comptime
+
+    comptime(note)
+    return standing.module._call_impl(*args, **kwargs)
+
+
+@not_compiled
+def note(context: Any = None) -> None:
+    """torch.compile compiles what we stand before, or runs what it has compiled."""
+    for call in tuple(when_traced):
+        call()
+
+
+# None where torch.compile has nothing to do with what runs in this frame. Where it has, what stands
+# there notes that and steps aside.
+dynamo: Callable[[], Any] = getattr(
+    torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None
+)
 
 
 class Standing:
@@ -151,6 +189,7 @@ def free(module: nn.Module) -> bool:
     )
 
 
+@not_compiled
 def called(module: nn.Module, depth: int = 2) -> nn.Module:
     """The module that is being called.
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from fmapkit._call_taps import CallTap, OutputCallTap, stand
 from fmapkit._hooks import Hook, nothing
-from fmapkit._standing import Standing
+from fmapkit._standing import Standing, not_compiled
 from fmapkit._store import version_of
 
 __all__ = ["Cell", "InputTap", "Line", "OutputTap", "Tap"]
@@ -67,6 +67,7 @@ class Tap(Hook):
         standing = stand(self.standing, module, self) if self.standing is not None else None
         return standing if standing is not None else super().after(module)
 
+    @not_compiled
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         cell = self.line.cell
         if cell is None:
@@ -117,6 +118,7 @@ class OutputTap(Tap):
 
     standing = OutputCallTap
 
+    @not_compiled
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         cell = self.line.cell
         if cell is None:
@@ -151,6 +153,7 @@ class InputTap(Tap):
         super().__init__(line, other, fault, owner)
         self.key = key
 
+    @not_compiled
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
         cell = self.line.cell
         if cell is None:
