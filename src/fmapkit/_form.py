@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["autocasting", "casts", "form_of", "ones", "weights_of"]
 
@@ -62,7 +63,8 @@ def autocasting() -> list[str]:
 def weights_of(module: nn.Module) -> Callable[[], Any]:
     """Tells dtype and layout of the module's weights, by a few that stand for all.
 
-    Those are the first and the last, and the first and the last of a convolution's.
+    Those are the first and the last, and the first and the last of a convolution's. A lazy module
+    has none before its first call.
     """
     places = [
         (owner._parameters, name)
@@ -80,7 +82,7 @@ def weights_of(module: nn.Module) -> Callable[[], Any]:
         found = []
         for held, name in looked_at:
             weight = held.get(name)
-            if weight is not None:
+            if weight is not None and not is_lazy(weight):
                 found.append((weight.dtype, weight.stride()))
         return found
 
@@ -88,4 +90,4 @@ def weights_of(module: nn.Module) -> Callable[[], Any]:
 
 
 def _rank(weight: Tensor | None) -> int:
-    return 0 if weight is None else weight.dim()
+    return 0 if weight is None or is_lazy(weight) else weight.dim()

@@ -95,9 +95,10 @@ class Learning:
         tracer.trial -= 1
         self._live.lesson = None
         self._placing.after_lesson(module)
-        if tracer.edited:  # from the next pass on, only the parts below that need it are traced
+        if tracer.edited:  # from its next call on, only the parts below that need it are traced
             self._units.open(module)
             self._placing.scopes_changed()
+            self._placing.on_scopes()
         elif not failed and tracer.failed is None:
             events = tracer.events[frame.start :]
             _check_held(events)

@@ -250,7 +250,7 @@ class Session:
                 self._moves.made(module, output)
                 replaced = live.tracer.leave(module, None if failed else output, failed)
                 if module is self._beside.module:
-                    replaced = self._beside.leave(output)
+                    replaced = self._beside.leave(output, replaced)
             if module is self.model:
                 if live.depth:
                     live.depth -= 1

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from fmapkit import _vocabulary as words
@@ -45,6 +46,11 @@ if TYPE_CHECKING:
     from fmapkit._noting import Noter
 
 __all__ = ["Tracer"]
+
+
+def _is_lazy(kind: type) -> bool:
+    """Whether tensors of a type have no shape yet: a lazy module is just making its weights."""
+    return issubclass(kind, (UninitializedParameter, UninitializedBuffer))
 
 
 def _nothing(module: nn.Module) -> None:
@@ -153,7 +159,7 @@ class Tracer(TorchFunctionMode):
         if known.opened is not None:
             with self:
                 return known.opened(*args, **kwargs)
-        if not self.frames:
+        if not self.frames or (types and any(map(_is_lazy, types))):
             return func(*args, **kwargs)
         try:
             if self.suspects.known:
