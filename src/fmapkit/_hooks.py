@@ -407,7 +407,7 @@ class Hooks:
                 overwritten()
 
         pair = Pair(self.owner, pre, post, self._broken_off)
-        pair.stand(module)
+        pair.stand(module, first=True)  # what it raises as a pass ends is nothing to older blocks
         # What was there is held by nobody else, and so goes when something else is put there.
         self._watched = weakref.ref(pair, gone)
 

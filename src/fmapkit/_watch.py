@@ -15,8 +15,9 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils.hooks import RemovableHandle
 
 from fmapkit import _standing, layers, nonlinearities
-from fmapkit._hooks import Hooks, hooks_on
+from fmapkit._hooks import Hook, Hooks
 from fmapkit._optimized import compiled_call, ever_compiled
+from fmapkit._standing import standing_before
 
 __all__ = ["Watch"]
 
@@ -49,13 +50,23 @@ class Watch:
         """Goes up with every hook of anybody's, and with whatever of ours stands before a call."""
         return RemovableHandle.next_id, _standing.changes
 
-    def _foreign(self) -> list[int]:
-        """How many hooks of others each module has, and all modules together."""
+    def _foreign(self) -> tuple[set[int], list[int]]:
+        """Which other sessions there are, and how many hooks of others each module has."""
         everywhere = len(_global_forward_pre_hooks) + len(_global_forward_hooks)
+        sessions = {
+            id(standing.owner)
+            for module in self._watched
+            for standing in standing_before(module)
+            if not self._hooks.is_ours(standing)
+        }
         of_each = (
-            sum(not self._hooks.is_ours(hook) for hook in hooks_on(m)) for m in self._watched
+            sum(
+                not isinstance(h, Hook)
+                for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())
+            )
+            for m in self._watched
         )
-        return [everywhere, *of_each]
+        return sessions, [everywhere, *of_each]
 
     def _compiled_calls(self) -> list[object]:
         """What `module.compile()` has set; nothing where torch.compile was never used."""
