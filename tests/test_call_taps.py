@@ -244,3 +244,76 @@ def test_what_others_set_while_ours_steps_aside_stays() -> None:
     second.drop()
     third.drop()
     assert [s.owner for s in standing_before(relu)] not in ([], [second.owner])
+
+
+class _HooksItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        handle = self.fc.register_forward_hook(lambda module, args, output: output - 1)
+        x = self.fc(x)
+        handle.remove()
+        return F.relu(x)
+
+
+def test_a_hook_that_the_forward_sets_for_one_call() -> None:
+    """The response is what the weights gave, the output what the call of `fc` gave."""
+    net = _HooksItself()
+    kinds = ("response", "preactivation", "activation", "output")
+    with capture(net, kinds=kinds) as maps, torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(2, 4)
+            net(x)
+            y = F.linear(x, net.fc.weight, net.fc.bias)
+            assert torch.equal(maps["fc", "response"].tensor, y)
+            assert torch.equal(maps["fc", "output"].tensor, y - 1)
+            assert torch.equal(maps["fc", "preactivation"].tensor, y - 1)
+            assert torch.equal(maps["fc"].tensor, (y - 1).relu())
+    assert maps.missed == []
+
+
+class _Caught(nn.Module):
+    """A part raises after a nonlinearity; what handles that calls one that returns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict, self.quiet, self.last = _Strict(), _Quiet(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.strict(x)
+        except ValueError:
+            self.quiet(x)
+            return F.relu(self.last(x))
+
+
+class _Strict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        F.silu(self.fc(x))
+        raise ValueError
+
+
+class _Quiet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> None:
+        F.gelu(self.fc(x))
+
+
+def test_what_ran_before_a_caught_error_and_while_it_is_handled() -> None:
+    net, x = _Caught(), torch.randn(2, 4)
+    with capture(net) as maps, torch.no_grad():
+        net(x)
+        found = [(fm.layer, fm.nonlinearity) for fm in maps.select(kind="activation")]
+        assert found == [("strict.fc", "silu"), ("quiet.fc", "gelu"), ("last", "relu")]
+        z = F.linear(x, net.strict.fc.weight, net.strict.fc.bias)
+        assert torch.equal(maps["strict.fc"].tensor, F.silu(z))
+    assert maps.missed == []
