@@ -94,9 +94,9 @@ def test_hooks() -> None:
     with torch.no_grad(), capture(model):
         model(image())
         model(image())
-        # The model's own pair; a hook on each layer that no nonlinearity follows.
-        assert hooks(model) == 2 + ALONE
-        assert sum(there(m) is not None for m in model.modules()) == 1 + SIGMAS
+        assert hooks(model) == 0
+        # Before the model's own call; those of its sites; of layers that no nonlinearity follows.
+        assert sum(there(m) is not None for m in model.modules()) == 1 + SIGMAS + ALONE
 
 
 @by_name
@@ -106,10 +106,11 @@ def test_python_calls() -> None:
         for _ in range(3):
             model(image())
         calls = python_calls(lambda: model(image()))
-    taps = {k: n for k, n in calls.items() if k.endswith("Tap.__call__")}
-    assert taps == {"CallTap.__call__": SITES, "OutputTap.__call__": ALONE}
+    taps = {k: n for k, n in calls.items() if k.endswith(("Tap.__call__", "_After.__call__"))}
+    alone = {"_After.__call__": ALONE, "OutputTap.__call__": ALONE}
+    assert taps == {"CallTap.__call__": SITES, **alone}
     # A site is one call of ours, whatever the rest of the pass takes.
-    assert calls.total() - sum(taps.values()) <= 64, calls.most_common(20)
+    assert calls.total() - sum(taps.values()) <= 70, calls.most_common(20)
 
 
 def test_a_pass_that_is_not_captured() -> None:
@@ -117,7 +118,7 @@ def test_a_pass_that_is_not_captured() -> None:
     with torch.no_grad(), capture(model, every=100):
         for _ in range(3):
             model(image())
-        assert hooks(model) == 2
+        assert sum(there(m) is not None for m in model.modules()) == 1
         assert python_calls(lambda: model(image())).total() <= 16
 
 

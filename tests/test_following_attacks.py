@@ -992,11 +992,11 @@ class _Force:
                 return False
             return bool(kept["leave"](this, module, output))
 
-        def leaf(this: Any, module: Any, args: Any, kwargs: Any) -> Any:
+        def leaf(this: Any, stand: Any, args: Any, kwargs: Any) -> Any:
             if self.now():
                 this.depart()
-                return module._call_impl(*args, **kwargs)
-            return kept["leaf"](this, module, args, kwargs)
+                return stand.inner(*args, **kwargs)
+            return kept["leaf"](this, stand, args, kwargs)
 
         for made in (call, enter, leave, leaf):
             setattr(Follower, made.__name__, made)
