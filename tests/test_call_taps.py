@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fmapkit import capture
 from fmapkit._call_taps import CallTap
 from fmapkit._hooks import Hooks
-from fmapkit._standing import there
+from fmapkit._standing import standing_before, there
 from tests import truth
 
 
@@ -50,8 +50,8 @@ def test_no_hook_where_none_is_needed(inplace: bool) -> None:
         net(x), net(x)
         assert isinstance(there(net.relu), CallTap)
         assert not net.relu._forward_hooks
-        assert there(net.prelu) is None  # a replica's weights are not ours to use
-        assert net.prelu._forward_hooks
+        assert not isinstance(there(net.prelu), CallTap)  # a replica's weights are not ours to use
+        assert not net.prelu._forward_hooks
         _right(net, maps, x)
     truth.assert_nothing_left(bare, net)
     assert there(net.relu) is None
@@ -213,7 +213,7 @@ def test_a_block_that_another_thread_opens_in_the_middle_of_a_pass() -> None:
         finally:
             sys.setprofile(before)
         assert isinstance(there(net.relu), CallTap)
-        assert net.relu._forward_pre_hooks  # the other's
+        assert len(standing_before(net.relu)) == 2  # the other's, too
         _right(net, maps, x)
         assert maps["a"].step == 2
         over.set()
@@ -222,16 +222,100 @@ def test_a_block_that_another_thread_opens_in_the_middle_of_a_pass() -> None:
         _right(net, maps, x)
 
 
-def test_hooks_that_other_threads_set_and_remove_meanwhile_stay_so() -> None:
-    """While our hooks step aside (see `Hooks.suspended`), those of others come and go."""
-    relu = nn.ReLU()
-    hooks = Hooks(object())
-    gone = relu.register_forward_hook(lambda *args: None)
-    hooks.around([relu], lambda *args: None, lambda *args: None)
-    ours = [key for key, hook in relu._forward_hooks.items() if hooks.is_ours(hook)]
-    kept = relu.register_forward_hook(lambda *args: None)
-    with hooks.suspended([relu]):
-        assert list(relu._forward_hooks) == [gone.id, kept.id]
-        gone.remove()
-        new = relu.register_forward_hook(lambda *args: None)
-    assert list(relu._forward_hooks) == [*ours, kept.id, new.id]
+def test_what_others_set_while_ours_steps_aside_stays() -> None:
+    """See `Hooks.suspended`: another session comes meanwhile, and a third one goes."""
+    relu, calls = nn.ReLU(), []
+
+    def session(name: str) -> Hooks:
+        hooks = Hooks(object(), lambda *args: None)
+        hooks.around([relu], lambda *args: calls.append(name), lambda *args: None)
+        return hooks
+
+    first, second, third = map(session, "abc")
+    relu(torch.ones(1))
+    assert "".join(calls) == "abc"
+    calls.clear()
+    with second.suspended([relu]):
+        first.drop()
+        session("d")
+        relu(torch.ones(1))
+        assert "".join(calls) == "cd"
+    calls.clear()
+    relu(torch.ones(1))
+    assert "".join(calls) == "bcd"
+    second.drop()
+    third.drop()
+    assert [s.owner for s in standing_before(relu)] not in ([], [second.owner])
+
+
+class _HooksItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        handle = self.fc.register_forward_hook(lambda module, args, output: output - 1)
+        x = self.fc(x)
+        handle.remove()
+        return F.relu(x)
+
+
+def test_a_hook_that_the_forward_sets_for_one_call() -> None:
+    """The response is what the weights gave, the output what the call of `fc` gave."""
+    net = _HooksItself()
+    kinds = ("response", "preactivation", "activation", "output")
+    with capture(net, kinds=kinds) as maps, torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(2, 4)
+            net(x)
+            y = F.linear(x, net.fc.weight, net.fc.bias)
+            assert torch.equal(maps["fc", "response"].tensor, y)
+            assert torch.equal(maps["fc", "output"].tensor, y - 1)
+            assert torch.equal(maps["fc", "preactivation"].tensor, y - 1)
+            assert torch.equal(maps["fc"].tensor, (y - 1).relu())
+    assert maps.missed == []
+
+
+class _Caught(nn.Module):
+    """A part raises after a nonlinearity; what handles that calls one that returns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict, self.quiet, self.last = _Strict(), _Quiet(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.strict(x)
+        except ValueError:
+            self.quiet(x)
+            return F.relu(self.last(x))
+
+
+class _Strict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        F.silu(self.fc(x))
+        raise ValueError
+
+
+class _Quiet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> None:
+        F.gelu(self.fc(x))
+
+
+def test_what_ran_before_a_caught_error_and_while_it_is_handled() -> None:
+    net, x = _Caught(), torch.randn(2, 4)
+    with capture(net) as maps, torch.no_grad():
+        net(x)
+        found = [(fm.layer, fm.nonlinearity) for fm in maps.select(kind="activation")]
+        assert found == [("strict.fc", "silu"), ("quiet.fc", "gelu"), ("last", "relu")]
+        z = F.linear(x, net.strict.fc.weight, net.strict.fc.bias)
+        assert torch.equal(maps["strict.fc"].tensor, F.silu(z))
+    assert maps.missed == []

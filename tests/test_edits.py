@@ -401,3 +401,66 @@ def test_bad_arguments() -> None:
     for module in net.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
+
+
+class _Wave(nn.Module):
+    """One nonlinearity, written out by hand around others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.7 * x) + 0.1 * torch.sin(x)
+
+
+class _Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 4), _Wave())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.block(x))
+
+
+@pytest.mark.parametrize("kind", ["preactivation", "activation"])
+def test_a_hand_written_nonlinearity_that_runs_twice_in_each_pass(kind: str) -> None:
+    model, wave = _Twice(), _Wave().forward
+    first: Any = model.block[0]
+
+    def once(x: Tensor) -> Tensor:
+        z = F.linear(x, first.weight, first.bias)
+        return wave(z * 3) if kind == "preactivation" else wave(z) * 3
+
+    with capture(model, edit={("block.0", kind): lambda fm: fm.tensor * 3}) as maps:
+        for _ in range(4):
+            x = torch.randn(2, 4)
+            assert torch.equal(model(x), once(once(x)))
+            calls = [(fm.nonlinearity, fm.call) for fm in maps.select(kind="activation")]
+            assert calls == [("_Wave", 0), ("_Wave", 1)]
+    assert maps.missed == []
+
+
+class _Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.head = nn.Sequential(nn.Linear(16, 8), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.fused(x))
+
+
+@pytest.mark.parametrize("edited", ["head.0", "fused.linear1"])
+@pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
+@torch.no_grad()
+def test_an_edit_elsewhere_leaves_the_fused_path(edited: str) -> None:
+    torch.manual_seed(0)
+    model, x = _Encoder().eval(), torch.randn(2, 5, 16)
+    bare = model(x)
+    with capture(model, edit={edited: lambda fm: fm.tensor * 1}) as maps:
+        for _ in range(3):
+            out = model(x)
+            assert torch.allclose(out, bare, atol=1e-6)
+            if edited == "head.0":  # torch's own output, bit for bit
+                assert torch.equal(out, bare)
+            assert maps[edited].edited is not None
+    [missed] = maps.missed
+    assert missed.layer == "fused"
+    assert ("nothing can be edited" in missed.reason) == (edited != "head.0")

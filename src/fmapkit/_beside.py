@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fmapkit._asked import Asked
-from fmapkit._fused import REASON, fused_output
+from fmapkit._fused import EDITED, REASON, fused_output
 from fmapkit._hooks import Hooks
 from fmapkit._live import Live
 from fmapkit._missed import Misses
@@ -35,6 +35,7 @@ class Beside:
     def __init__(self, asked: Asked, live: Live, hooks: Hooks, misses: Misses) -> None:
         self.module: nn.Module | None = None
         self._output: Any = None
+        self._runs = 0  # of edits, before
         self._edits = asked.edits
         self._names = asked.names
         self._live = live
@@ -43,7 +44,7 @@ class Beside:
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module that `may_fuse` is about to run: run its fused path first, if torch would."""
-        if self.module is not None or self._edits:
+        if self.module is not None:
             return
         paused = self._live.trace_off()
 
@@ -56,12 +57,26 @@ class Beside:
             self._live.trace_on()
         if fused:
             self.module, self._output = module, output
-            self._misses.add(self._names.of(module), REASON)
+            self._runs = self._edits.runs
 
-    def leave(self, output: Any) -> Any:
-        """The watched run has ended: the fused output is to be returned, tagged as its own."""
-        fused = self._output
+    def leave(self, output: Any, replaced: Any) -> Any:
+        """The watched run has ended.
+
+        Args:
+            output: what it returned.
+            replaced: what the tracer would have returned instead; None for the output.
+
+        Returns:
+            What is to be returned instead: the fused output, tagged as the watched run's own,
+            unless something was edited in that.
+        """
+        module, fused = self.module, self._output
         self.clear()
+        assert module is not None
+        edited = self._edits.runs != self._runs
+        self._misses.add(self._names.of(module), EDITED if edited else REASON)
+        if edited:
+            return replaced
         tracer = self._live.tracer
         assert tracer is not None
         for (_, ours), (_, theirs) in zip(leaves(output), leaves(fused), strict=False):

@@ -15,7 +15,16 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from fmapkit._hooks import Hook
 from fmapkit._in_place import with_new_memory
-from fmapkit._standing import Standing, bare_call, called, free, lock
+from fmapkit._standing import (
+    Standing,
+    called,
+    compiled_as_bare,
+    dynamo,
+    free,
+    lock,
+    note,
+    passed_over,
+)
 from fmapkit._store import version_of
 
 if TYPE_CHECKING:
@@ -37,6 +46,7 @@ class CallTap(Standing):
     def __init__(self, module: nn.Module, tap: Tap) -> None:
         self.module = module
         self.tap = tap
+        self.owner = tap.owner
         self.line = tap.line
         self.theirs = module._forward_pre_hooks  # none yet; one that is set now changes what z is
 
@@ -45,7 +55,7 @@ class CallTap(Standing):
         if cell is None or ((self.theirs or _global_forward_pre_hooks) and self.moved()):
             return self.otherwise(args, kwargs)
         module = self.module
-        output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        output = self.inner(*args, **kwargs)
         note, how, wanted, drop = cell
         if module not in wanted:  # a tap of another plan
             return output
@@ -76,20 +86,21 @@ class CallTap(Standing):
             for hook in tuple(self.theirs.values())
         )
 
+    @passed_over
     def otherwise(self, args: Any, kwargs: Any) -> Any:
         """No run is under way in this thread, or others have set hooks in the middle of one."""
         module = called(self.module, 3)
-        output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        if module is self.module and self.line.cell is None:
+        if dynamo() is not None:
+            note()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if module is not self.module:
+            return self.of_copy(module, args, kwargs)
+        output = self.inner(*args, **kwargs)
+        if self.line.cell is None:
             self.tap(module, args, output)  # which knows what to do then
         return output
 
-    __call__._torchdynamo_inline = bare_call  # type: ignore[attr-defined]
-
-    def remove(self) -> None:
-        """Stand there no more."""
-        with lock:
-            self.leave(self.module)
+    compiled_as_bare(__call__)
 
 
 class OutputCallTap(CallTap):
@@ -102,7 +113,7 @@ class OutputCallTap(CallTap):
         if cell is None or ((self.theirs or _global_forward_pre_hooks) and self.moved()):
             return self.otherwise(args, kwargs)
         module = self.module
-        output = module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        output = self.inner(*args, **kwargs)
         note, how, wanted, drop = cell
         if module not in wanted:
             return output
@@ -117,7 +128,7 @@ class OutputCallTap(CallTap):
             self.tap.again(module, args, output, error)
         return output
 
-    __call__._torchdynamo_inline = bare_call  # type: ignore[attr-defined]
+    compiled_as_bare(__call__)
 
 
 class KeepingCallTap(CallTap):
@@ -129,7 +140,7 @@ class KeepingCallTap(CallTap):
         super().__init__(module, tap)
         # The same module, out of place. It is never called, so no hook is asked.
         apart = self.apart = type(module).__new__(type(module))
-        apart.__dict__.update(module.__dict__, inplace=False)
+        apart.__dict__.update(module.__dict__, inplace=False, _compiled_call_impl=None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cell = self.line.cell
@@ -138,17 +149,19 @@ class KeepingCallTap(CallTap):
         module = self.module
         note, how, wanted, drop = cell
         if module not in wanted:
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return self.inner(*args, **kwargs)
         x = args[0]
+        # Where another capture stands behind us, it is to see the module's own call.
+        alone = not isinstance(self.inner, Standing)
         try:
-            z = self.line.run.before_in_place(x)
+            z: Any = self.line.run.before_in_place(x) if alone else None
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.tap.fault(module, error)
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return self.inner(*args, **kwargs)
         kept = z is not None and with_new_memory(x, lambda: self.apart.forward(x))
         if not kept:
             z = self.line.run.copied(x)
-        output = x if kept else module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        output = x if kept else self.inner(*args, **kwargs)
         try:
             a = output.detach() if how and (output.requires_grad or how > 2) else output
             note((module, a, version_of(a), z, version_of(z), not kept))
@@ -157,7 +170,7 @@ class KeepingCallTap(CallTap):
             self.tap.fault(module, error)
         return output
 
-    __call__._torchdynamo_inline = bare_call  # type: ignore[attr-defined]
+    compiled_as_bare(__call__)
 
 
 def stand(kind: type[CallTap], module: nn.Module, tap: Tap) -> CallTap | None:

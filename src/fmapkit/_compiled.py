@@ -18,7 +18,6 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from fmapkit import layers, nonlinearities
 from fmapkit._compiled_run import Sink, UnknownError, running
-from fmapkit._hooks import when_traced
 from fmapkit._optimized import (
     around,
     compiled_roots,
@@ -26,6 +25,7 @@ from fmapkit._optimized import (
     is_optimized,
     plain,
 )
+from fmapkit._standing import when_traced
 
 if TYPE_CHECKING:
     from fmapkit._session import Session
@@ -229,6 +229,13 @@ class Compiled:
         """The model has other modules than it had: some may be compiled."""
         for root in compiled_roots(self._session.model):
             if plain(root) is not self._session.model:
+                self.add(root)
+
+    def compiled_inside(self) -> None:
+        """The model has been compiled in place, inside of the block."""
+        doors = {door.root for door in self._doors}
+        for root in compiled_roots(self._session.model):
+            if root not in doors:
                 self.add(root)
 
     def close(self) -> None:

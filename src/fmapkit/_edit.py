@@ -60,12 +60,13 @@ class Edits:
         self._all = [_Edit(key, function, names) for key, function in (given or {}).items()]
         self._view = view
         self.raised: BaseException | None = None  # by an edit; no fault of ours
+        self.runs = 0  # how often a map was given to an edit
 
     @classmethod
     def none(cls) -> Edits:
         """No edits at all."""
         made = cls.__new__(cls)
-        made._all, made.raised = [], None
+        made._all, made.raised, made.runs = [], None, 0
         return made
 
     def __bool__(self) -> bool:
@@ -115,6 +116,7 @@ class Edits:
         result = tensor
         for edit in self.of(layer, kind):
             edit.applied = True
+            self.runs += 1
             fm = self._view(
                 tensor=result,
                 kind=kind,

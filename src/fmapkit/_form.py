@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fmapkit._nested import modules_in
 
@@ -64,7 +65,8 @@ def autocasting() -> list[str]:
 def weights_of(module: nn.Module) -> Callable[[], Any]:
     """Tells dtype and layout of the module's weights, by a few that stand for all.
 
-    Those are the first and the last, and the first and the last of a convolution's.
+    Those are the first and the last, and the first and the last of a convolution's. A lazy module
+    has none before its first call.
     """
     places, images = [], []
     for owner in modules_in(module):
@@ -74,7 +76,7 @@ def weights_of(module: nn.Module) -> Callable[[], Any]:
         for name, weight in held.items():
             if weight is not None and weight.is_floating_point():
                 places.append((held, name))
-                if weight.dim() > 3:
+                if not is_lazy(weight) and weight.dim() > 3:
                     images.append((held, name))
     chosen = {id(held): (held, name) for held, name in (*places[:1], *places[-1:])}
     chosen |= {id(held): (held, name) for held, name in (*images[:1], *images[-1:])}
@@ -84,7 +86,7 @@ def weights_of(module: nn.Module) -> Callable[[], Any]:
         found = []
         for held, name in looked_at:
             weight = held.get(name)
-            if weight is not None:
+            if weight is not None and not is_lazy(weight):
                 found.append((weight.dtype, weight.stride()))
         return found
 

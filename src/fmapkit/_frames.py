@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 _CALL = nn.Module._call_impl.__code__
+_ABOUT = nn.Module._wrapped_call_impl.__code__
 _NONE: Counter[str] = Counter()
 
 
@@ -154,9 +155,9 @@ def first_tensor(args: Any, kwargs: Any) -> tuple[Tensor | None, str | None]:
 
 
 def call_frame() -> Any:
-    """Python's own frame of the innermost running call of a module."""
+    """Python's own frame of the innermost call of a module, running or about to run."""
     at: Any = sys._getframe(1)
-    while at is not None and at.f_code is not _CALL:
+    while at is not None and at.f_code is not _CALL and at.f_code is not _ABOUT:
         at = at.f_back
     return at
 

@@ -12,7 +12,6 @@ checks for watchers answering no, and the fused call and the ordinary path repla
 
 from __future__ import annotations
 
-import builtins
 import types
 from collections.abc import Callable
 from functools import lru_cache
@@ -21,13 +20,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmapkit._hooks import Hook, Inert
-
-__all__ = ["REASON", "fused_output", "fuses", "may_fuse", "without_fused_path"]
+__all__ = ["EDITED", "REASON", "fused_output", "fuses", "may_fuse"]
 
 REASON = (
     "torch runs it as one fused kernel here, whose inside nobody can see: its output is the fused "
     "one's, bit for bit, and its maps are those of the same layer run unfused, beside it"
+)
+EDITED = (
+    "torch runs it as one fused kernel here, in which nothing can be edited: for the edit it ran "
+    "unfused, which differs from the fused one in the last bits, also where nothing was edited"
 )
 _TYPES = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
 
@@ -42,21 +43,6 @@ class _FusedSignal(Exception):  # noqa: N818  (a signal, not an error)
 
 class _OrdinarySignal(Exception):  # noqa: N818
     """The ordinary path would be taken."""
-
-
-def without_fused_path(module: nn.Module) -> dict[nn.Module, None]:
-    """A module and all in it, but for those whose fused path a hook would bar."""
-    found: dict[nn.Module, None] = {}
-
-    def collect(module: nn.Module) -> None:
-        if module not in found and not isinstance(module, _TYPES):
-            found[module] = None
-            for child in module._modules.values():
-                if child is not None:
-                    collect(child)
-
-    collect(module)
-    return found
 
 
 def fuses(module: nn.Module) -> bool:
@@ -142,13 +128,6 @@ class _Namespace:
         return getattr(self._original, name)
 
 
-def _count(value: Any) -> int:
-    """The layers count hooks: ours do not count."""
-    if isinstance(value, dict):
-        return sum(not isinstance(v, (Hook, Inert)) for v in value.values())
-    return builtins.len(value)
-
-
 @lru_cache(maxsize=8)
 def _probe(forward: Any) -> Any:
     """The module's own forward, with the signals in place."""
@@ -173,7 +152,6 @@ def _probe(forward: Any) -> Any:
             torch, overrides=unwatched, **{n: fused(getattr(torch, n)) for n in names}
         ),
         F=_Namespace(nn.functional, multi_head_attention_forward=ordinary),
-        len=_count,
     )
     opened = types.FunctionType(
         forward.__code__, inside, forward.__name__, forward.__defaults__, forward.__closure__

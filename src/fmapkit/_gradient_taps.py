@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from fmapkit._gradients import watch
+from fmapkit._standing import not_compiled
 from fmapkit._store import version_of
 from fmapkit._taps import Tap
 
@@ -20,6 +21,7 @@ class GradientTap(Tap):
 
     standing = None
 
+    @not_compiled
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         cell = self.line.cell
         if cell is None:

@@ -1,66 +1,38 @@
-"""The only place that registers hooks, or takes a mode off torch's stack.
+"""The only place that sets anything on modules, or takes a mode off torch's stack.
 
-Each hook is a method of the session wrapped in a small object that says whose it is, does not go
-with a copy of the model (a deep copy or pickle gets a hook that does nothing), and lets go of the
-session once removed.
+What is set stands before a module's call (see `_standing.py`), and says whose it is. There are two
+kinds. A `Pair` is told when a call begins and when it ends. A `Tap` or another `Hook` is what a
+forward hook would be, given what one would be given.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
-from torch.utils.hooks import RemovableHandle
 
-__all__ = [
-    *("Handle", "Hook", "Hooks", "Inert", "hooks_on", "leave_mode", "traced_as_nothing"),
-    *("when_traced", "without_modes"),
-]
+from fmapkit._standing import (
+    Standing,
+    called,
+    compiled_as_bare,
+    dynamo,
+    free,
+    not_compiled,
+    note,
+    standing_before,
+)
 
+__all__ = ["FAILED", "Hook", "Hooks", "hooks_on", "leave_mode", "nothing", "without_modes"]
 
-# Called when torch.compile traces code in which a hook of ours is set: each open session's own.
-when_traced: list[Callable[[], None]] = []
-
-
-def _note(context: Any) -> None:
-    for call in tuple(when_traced):
-        call()
-
-
-def _traced(hook: Hook, *args: Any) -> None:
-    """What dynamo traces in place of a hook: nothing, so that the compiled code is the user's.
-
-    The import and the call are run while it traces, and leave nothing in what it makes.
-    """
-    from torch._dynamo.comptime import comptime
-
-    comptime(_note)
-
-
-def traced_as_nothing(call: Callable[..., Any]) -> None:
-    """torch.compile leaves a hook's `__call__` out of what it compiles.
-
-    `torch.compile(module)` runs the module's own hooks outside of its graph, and would try to
-    compile them by themselves. Older versions of torch cannot be told; there it costs time.
-    """
-    call._torchdynamo_inline = _traced  # type: ignore[attr-defined]
-    dynamo = torch._C._dynamo.eval_frame
-    if hasattr(dynamo, "_FrameExecStrategy") and hasattr(dynamo, "set_code_exec_strategy"):
-        skip = dynamo._FrameAction.SKIP
-        dynamo.set_code_exec_strategy(call.__code__, dynamo._FrameExecStrategy(skip, skip))
-
-
-class Handle(Protocol):
-    """What undoes a registration."""
-
-    def remove(self) -> None:
-        """Undo it."""
+# What a pair is told that a call returned which an `Exception` has ended.
+FAILED = object()
 
 
 class Hook:
@@ -72,43 +44,256 @@ class Hook:
         self.call = call
         self.owner = owner
 
+    @not_compiled
     def __call__(self, *args: Any) -> Any:
         return self.call(*args)
 
-    traced_as_nothing(__call__)
+    def after(self, module: nn.Module) -> Standing:
+        """Be called after each call of a module: (module, args, output)."""
+        made = _After(self)
+        made.stand(module)
+        return made
 
-    def after(self, module: nn.Module) -> Handle:
-        """Be called after each call of a module."""
-        return module.register_forward_hook(self)
+    def before(self, module: nn.Module) -> Standing:
+        """Be called before each call of a module: (module, args)."""
+        made = _Before(self)
+        made.stand(module)
+        return made
 
     def disarm(self) -> None:
-        """Let go of the session; torch may be going through the module's hooks just then."""
+        """Let go of the session; a call that it belongs to may be under way just then."""
         self.call = nothing
 
-    def __deepcopy__(self, memo: Any) -> Inert:
-        return Inert()
-
     def __reduce__(self) -> Any:
-        return Inert, ()
-
-
-class Inert:
-    """What a hook of ours is in a copy of the model: nothing, gone after the copy's first run."""
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, h in hooks.items() if isinstance(h, Inert)]:
-                del hooks[key]
-                for flags in (
-                    module._forward_pre_hooks_with_kwargs,
-                    module._forward_hooks_with_kwargs,
-                    module._forward_hooks_always_called,
-                ):
-                    flags.pop(key, None)
+        return Hook, (nothing, None)
 
 
 def nothing(*args: Any) -> None:
     """What a hook of ours becomes once it is removed."""
+
+
+class _Given:
+    """What a module is given: that is known when the pre hooks of others have run.
+
+    Args:
+        owner: the session.
+        module: about to be called.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
+
+    __slots__ = ("_begin", "_handle", "_thread", "args", "begun", "kwargs", "module", "owner")
+
+    def __init__(self, owner: object, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.owner = owner
+        self.module = module
+        self.args, self.kwargs = args, kwargs
+        self.begun = False
+        self._begin: Callable[..., Any] = nothing
+        self._handle: Any = None
+        self._thread = 0
+
+    def tell(self, begin: Callable[..., Any]) -> None:
+        """Have (module, args, kwargs) told, and taken what is returned for these, if anything.
+
+        That happens at once, or by a hook of ours that comes after those of others: it is there
+        until it is called, and so not while the module's forward runs.
+        """
+        if not (self.module._forward_pre_hooks or _global_forward_pre_hooks):
+            self.begun = True
+            given = begin(self.module, self.args, self.kwargs)
+            if given is not None:
+                self.args, self.kwargs = given
+            return
+        self._begin = begin
+        self._thread = threading.get_ident()
+        last = Hook(self._last, self.owner)
+        self._handle = self.module.register_forward_pre_hook(last, with_kwargs=True)
+
+    def _last(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self.begun or threading.get_ident() != self._thread:
+            return None
+        self.begun = True
+        self.over()
+        given = self._begin(module, args, kwargs)
+        self.args, self.kwargs = (args, kwargs) if given is None else given
+        return given
+
+    def over(self) -> None:
+        """The call has ended, or its forward begins."""
+        if self._handle is not None:
+            self._handle.remove()
+
+
+class Pair(Standing):
+    """Is told when a module's call begins, and when it ends, by whatever way.
+
+    Args:
+        owner: the session.
+        pre: (module, args, kwargs) -> what to give it instead, or None.
+        post: (module, args, kwargs, output) -> what to return instead, or None. The output is
+            `FAILED` after an `Exception`.
+        broken_off: (module, error) -> whether the call returns None then. Called in place of
+            `post` where what ended the call is no `Exception`.
+    """
+
+    __slots__ = ("broken_off", "post", "pre")
+
+    def __init__(self, owner: object, pre: Any, post: Any, broken_off: Any) -> None:
+        self.owner = owner
+        self.pre = pre
+        self.post = post
+        self.broken_off = broken_off
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = called(self.module)
+        if dynamo() is not None:
+            note()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if module is not self.module:
+            return self.of_copy(module, args, kwargs)
+        return self._around(module, self.inner, args, kwargs)
+
+    compiled_as_bare(__call__)
+
+    def of_copy(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A copy is called: a module that is not in the model, or a replica."""
+
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            return Standing.of_copy(self, module, args, kwargs)
+
+        return self._around(module, inner, args, kwargs)
+
+    def _around(self, module: nn.Module, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        given = _Given(self.owner, module, args, kwargs)
+        try:
+            given.tell(self.pre)
+            if given.begun:
+                output = inner(*given.args, **given.kwargs)
+            else:
+                output = inner(*args, **kwargs)
+        except Exception:
+            given.over()
+            if given.begun:
+                self.post(module, given.args, given.kwargs, FAILED)
+            raise
+        except BaseException as error:
+            given.over()
+            if not self.broken_off(module, error):
+                raise
+            output = None
+        replaced = self.post(module, given.args, given.kwargs, output)
+        return output if replaced is None else replaced
+
+    def disarm(self) -> None:
+        """Let go of the session; a call may be under way just then."""
+        self.pre = self.post = self.broken_off = nothing
+
+
+class _After(Standing):
+    """Stands for a forward hook.
+
+    Args:
+        hook: (module, args, output) -> None.
+    """
+
+    __slots__ = ("hook",)
+
+    def __init__(self, hook: Hook) -> None:
+        self.hook = hook
+        self.owner = hook.owner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = called(self.module)
+        if dynamo() is not None:
+            note()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if module is not self.module:
+            return self.of_copy(module, args, kwargs)
+        if not (module._forward_pre_hooks or _global_forward_pre_hooks):
+            output = self.inner(*args, **kwargs)
+            self.hook(module, args, output)
+            return output
+        given = _Given(self.owner, module, args, kwargs)
+        try:
+            given.tell(nothing)
+            output = self.inner(*args, **kwargs)
+        finally:
+            given.over()
+        self.hook(module, given.args, output)
+        return output
+
+    compiled_as_bare(__call__)
+
+
+class _Before(Standing):
+    """Stands for a forward pre hook.
+
+    Args:
+        hook: (module, args) -> None.
+    """
+
+    __slots__ = ("hook",)
+
+    def __init__(self, hook: Hook) -> None:
+        self.hook = hook
+        self.owner = hook.owner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = called(self.module)
+        if dynamo() is not None:
+            note()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if module is not self.module:
+            return self.of_copy(module, args, kwargs)
+        given = _Given(self.owner, module, args, kwargs)
+        try:
+            given.tell(self._begins)
+            return self.inner(*args, **kwargs)
+        finally:
+            given.over()
+
+    compiled_as_bare(__call__)
+
+    def _begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.hook(module, args)
+
+
+class _Outside(Standing):
+    """Is told what the hooks of others on a module are given, before it runs and after.
+
+    Args:
+        owner: the session.
+        pre: (module, args, kwargs) -> None, before their pre hooks.
+        post: (module, args, output) -> None, before their forward hooks.
+    """
+
+    __slots__ = ("post", "pre")
+
+    def __init__(self, owner: object, pre: Any, post: Any) -> None:
+        self.owner = owner
+        self.pre = pre
+        self.post = post
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = called(self.module)
+        if dynamo() is not None:
+            note()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if module is not self.module:
+            return self.of_copy(module, args, kwargs)
+        self.pre(module, args, kwargs)
+        first = module.register_forward_hook(Hook(self.post, self.owner), prepend=True)
+        try:
+            return self.inner(*args, **kwargs)
+        finally:
+            first.remove()
+
+    compiled_as_bare(__call__)
+
+    def disarm(self) -> None:
+        """Let go of the session; a call may be under way just then."""
+        self.pre = self.post = nothing
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:
@@ -136,8 +321,9 @@ def without_modes() -> Iterator[None]:
 
 
 def hooks_on(module: nn.Module) -> tuple[Any, ...]:
-    """All hooks on a module, of whoever set them."""
+    """All hooks on a module, and all of ours before its call, of whichever session."""
     return (
+        *standing_before(module),
         *module._forward_hooks.values(),
         *module._forward_pre_hooks.values(),
         *module._backward_hooks.values(),
@@ -146,191 +332,147 @@ def hooks_on(module: nn.Module) -> tuple[Any, ...]:
 
 
 class Off:
-    """The hooks that were taken off a module for a while.
+    """What of ours stands before a module's call, taken away for a while.
 
     Args:
-        module: whose they are.
-        wanted: tells them from the others.
+        module: whose call it is.
+        wanted: tells it from what stays.
     """
 
-    __slots__ = ("_kept",)
+    __slots__ = ("_kept", "_module")
 
     def __init__(self, module: nn.Module, wanted: Callable[[Any], bool]) -> None:
-        self._kept: list[tuple[OrderedDict[int, Any], tuple[int, ...], dict[int, Any]]] = []
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            ours = {k: h for k, h in hooks.items() if wanted(h)} if hooks else None
-            if ours:
-                self._kept.append((cast("OrderedDict[int, Any]", hooks), tuple(hooks), ours))
-                for key in ours:
-                    del hooks[key]
+        self._module = module
+        self._kept = [s for s in standing_before(module) if wanted(s)]
+        for standing in self._kept:
+            standing.leave()
 
     def put_back(self) -> None:
-        """In their old order, one by one: other threads set hooks meanwhile, and run them."""
-        for hooks, order, ours in self._kept:
-            others = tuple(hooks)
-            hooks.update(ours)
-            if others:
-                new = [key for key in others if key not in order]
-                for key in (*order, *new):
-                    if key in hooks:
-                        hooks.move_to_end(key)
-
-
-class Pair:
-    """A pre and a post hook, the same on all modules that have them; the latter runs always.
-
-    It sets what `register_forward_pre_hook` and `register_forward_hook` set, under one key for
-    each: to make two handles for every module takes longer than a small module's call.
-    """
-
-    __slots__ = ("_post", "_pre")
-
-    def __init__(self, keys: tuple[int, int], pre: Hook, post: Hook) -> None:
-        self._pre = keys[0], pre
-        self._post = keys[1], post
-
-    def set_on(self, modules: Iterable[nn.Module]) -> None:
-        """Both come last among a module's hooks."""
-        (before, pre), (after, post) = self._pre, self._post
-        for module in modules:
-            module._forward_pre_hooks[before] = pre
-            module._forward_pre_hooks_with_kwargs[before] = True
-            module._forward_hooks[after] = post
-            module._forward_hooks_with_kwargs[after] = True
-            module._forward_hooks_always_called[after] = True
-
-    def remove_from(self, modules: Iterable[nn.Module]) -> None:
-        """Take them off."""
-        before, after = self._pre[0], self._post[0]
-        for module in modules:
-            for key, there in (
-                (before, module._forward_pre_hooks),
-                (before, module._forward_pre_hooks_with_kwargs),
-                (after, module._forward_hooks),
-                (after, module._forward_hooks_with_kwargs),
-                (after, module._forward_hooks_always_called),
-            ):
-                if key in there:
-                    del there[key]
-
-    def disarm(self) -> None:
-        """No module has them any more."""
-        self._pre[1].disarm()
-        self._post[1].disarm()
+        """In their old order; not where somebody has taken the place meanwhile."""
+        if free(self._module):
+            for standing in reversed(self._kept):
+                standing.stand(self._module, first=True)
 
 
 class Hooks:
-    """The hooks of one session, by role and module.
+    """What one session has set, by role and module.
+
+    Args:
+        owner: the session.
+        broken_off: told of a call that no `Exception` has ended (see `Pair`).
 
     Attributes:
         owner: the session.
-        excluded: modules in compiled code, where no hook runs.
+        excluded: modules in compiled code, where nothing of ours runs.
     """
 
-    def __init__(self, owner: object) -> None:
+    def __init__(self, owner: object, broken_off: Callable[..., Any]) -> None:
         self.owner = owner
-        self._handles: dict[tuple[str, nn.Module], list[tuple[Hook, Handle]]] = {}
-        # Torch counts what it hands out, for all modules together: these are nobody else's.
-        self._keys = RemovableHandle(OrderedDict()).id, RemovableHandle(OrderedDict()).id
-        self._pair: Pair | None = None  # under these keys, around
-        self._around: dict[nn.Module, None] = {}  # these modules
+        self._broken_off = broken_off
+        self._set: dict[tuple[str, nn.Module], tuple[Any, Standing]] = {}
+        self._watched: weakref.ref[Pair] | None = None
         self.excluded: set[nn.Module] = set()
 
     def is_ours(self, hook: Any) -> bool:
-        """Whether this session registered it."""
-        return isinstance(hook, Hook) and hook.owner is self.owner
+        """Whether this session has set it."""
+        return isinstance(hook, (Hook, Standing)) and hook.owner is self.owner
 
     def around(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
-        """A pre and a post hook; the post hook also runs when forward raises an `Exception`.
+        """A pair, which serves for whatever else of ours was there."""
+        for module in modules:
+            if self.is_around(module) or not self._may_stand(module):
+                continue
+            self._remove(("after", module))
+            self._remove(("before", module))
+            pair = Pair(self.owner, pre, post, self._broken_off)
+            pair.stand(module)
+            self._set["around", module] = pair, pair
 
-        They are the same on all modules, and each time.
+    def watched_around(
+        self, module: nn.Module, pre: Any, post: Any, overwritten: Callable[[], None]
+    ) -> None:
+        """A pair around the captured model, kept until all is dropped.
+
+        Args:
+            module: the model.
+            pre: see `Pair`.
+            post: see `Pair`.
+            overwritten: called as soon as `module.compile()` takes the place.
         """
-        pair = self._pair
-        if pair is None:
-            pair = Pair(self._keys, Hook(pre, self.owner), Hook(post, self.owner))
-            self._pair = pair
-        new = [m for m in modules if m not in self._around and not self._unhookable(m)]
-        if self._handles:
-            for module in new:
-                self._remove(("after", module))
-                self._remove(("before", module))
-        self._around.update(dict.fromkeys(new))
-        pair.set_on(new)
+        if not self._may_stand(module):
+            return
+
+        def gone(_: Any) -> None:
+            if self._watched is not None:
+                overwritten()
+
+        pair = Pair(self.owner, pre, post, self._broken_off)
+        pair.stand(module, first=True)  # what it raises as a pass ends is nothing to older blocks
+        # What was there is held by nobody else, and so goes when something else is put there.
+        self._watched = weakref.ref(pair, gone)
 
     def outside(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
-        """A pair that comes before the pre and the post hooks of others: what they were given."""
+        """Be told what the pre and the post hooks of others on a module are given."""
         for module in modules:
-            first, last = Hook(pre, self.owner), Hook(post, self.owner)
-            self._handles["outside", module] = [
-                (first, module.register_forward_pre_hook(first, prepend=True, with_kwargs=True)),
-                (last, module.register_forward_hook(last, prepend=True)),
-            ]
+            if ("outside", module) not in self._set and self._may_stand(module):
+                made = _Outside(self.owner, pre, post)
+                made.stand(module, first=True)
+                self._set["outside", module] = made, made
 
     def after(self, module: nn.Module, hook: Hook) -> bool:
-        """A plain post hook, the cheapest kind there is, unless others of ours serve.
+        """Have a hook called after a module's calls, unless a pair of ours serves.
 
         Returns:
             Whether it took the place of a hook of another type.
         """
-        return self._plain("after", module, hook)
+        return self._single("after", module, hook)
 
     def before(self, module: nn.Module, hook: Hook) -> bool:
-        """A plain pre hook, with the same reserve."""
-        replaced = self._plain("before", module, hook)
-        # What stands before the call takes a pre hook for somebody else's, which may change z.
-        for tap, handle in self._handles.get(("after", module), ()):
-            if not isinstance(handle, RemovableHandle):
-                handle.remove()
-                self._handles["after", module] = [(tap, module.register_forward_hook(tap))]
-        return replaced
+        """Have it called before them, with the same reserve."""
+        return self._single("before", module, hook)
 
-    def _plain(self, role: str, module: nn.Module, hook: Hook) -> bool:
-        if module in self._around or self._unhookable(module):
+    def _single(self, role: str, module: nn.Module, hook: Hook) -> bool:
+        if self.is_around(module) or not self._may_stand(module):
             return False
-        before = self._handles.get((role, module))
-        if before is not None and type(before[0][0]) is type(hook):
+        before = self._set.get((role, module))
+        if before is not None and type(before[0]) is type(hook):
             return False
         self._remove((role, module))
-        handle = hook.after(module) if role == "after" else module.register_forward_pre_hook(hook)
-        self._handles[role, module] = [(hook, handle)]
+        standing = hook.after(module) if role == "after" else hook.before(module)
+        self._set[role, module] = hook, standing
         return before is not None
 
-    def has(self, module: nn.Module, kind: type[Hook]) -> bool:
-        """Whether a plain post hook of ours on a module is of a type."""
-        return any(type(hook) is kind for hook, _ in self._handles.get(("after", module), ()))
-
-    def clear(self, module: nn.Module) -> bool:
-        """Take our plain hooks off a module; whether there was one."""
-        roles = [role for role in ("after", "before") if (role, module) in self._handles]
-        for role in roles:
-            self._remove((role, module))
-        return bool(roles)
-
     def modules(self) -> set[nn.Module]:
-        """The modules with any hook of ours."""
-        return {*self._around, *(module for _, module in self._handles)}
+        """The modules with anything of ours."""
+        model = self._model()
+        return {module for _, module in self._set} | ({model} if model is not None else set())
 
     def is_around(self, module: nn.Module) -> bool:
         """Whether a module has a pair of ours."""
-        return module in self._around
+        return ("around", module) in self._set or self._model() is module
+
+    def _model(self) -> nn.Module | None:
+        pair = self._watched() if self._watched is not None else None
+        return pair.module if pair is not None else None
 
     def alone_on(self, module: nn.Module) -> bool:
-        """Whether nobody else has hooks on a module, or on all of them."""
+        """Whether nobody else has any on a module, or on all of them: no other session, too."""
         if _global_forward_hooks or _global_forward_pre_hooks:
             return False
-        return all(map(self.is_ours, hooks_on(module))) and not self._unhookable(module)
+        return all(map(self.is_ours, hooks_on(module))) and module not in self.excluded
 
-    def _unhookable(self, module: nn.Module) -> bool:
-        return isinstance(module, torch.jit.ScriptModule) or module in self.excluded
+    def _may_stand(self, module: nn.Module) -> bool:
+        return module not in self.excluded and free(module)
 
     def _remove(self, key: tuple[str, nn.Module]) -> None:
-        for hook, handle in self._handles.pop(key, ()):
-            hook.disarm()
-            handle.remove()
+        found = self._set.pop(key, None)
+        if found is not None:
+            found[0].disarm()
+            found[1].leave()
 
     @contextmanager
     def suspended(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """The modules without our hooks for a while, as bare code would see them."""
+        """The modules without what is ours for a while, as bare code would see them."""
         kept = [self.take_off(module) for module in modules]
         try:
             yield
@@ -339,7 +481,7 @@ class Hooks:
                 off.put_back()
 
     def take_off(self, module: nn.Module) -> Off:
-        """Take our hooks off a module, to be put back soon."""
+        """Take what is ours off a module, to be put back soon."""
         return Off(module, self.is_ours)
 
     def drop(
@@ -348,26 +490,17 @@ class Hooks:
         keep: Iterable[nn.Module] = (),
         only: Iterable[nn.Module] | None = None,
     ) -> None:
-        """Remove the hooks of a role (or all): of all modules but some, or of some only."""
-        kept = set(keep)
-        if role in (None, "around"):
-            self._drop_around(kept, only)
-        if role != "around":
-            modules = None if only is None else set(only)
-            for key in list(self._handles):
-                if role in (None, key[0]) and key[1] not in kept:
-                    if modules is None or key[1] in modules:
-                        self._remove(key)
-
-    def _drop_around(self, kept: set[nn.Module], only: Iterable[nn.Module] | None) -> None:
-        pair = self._pair
-        if pair is None:
-            return
-        around = self._around
-        gone = [m for m in (around if only is None else only) if m in around and m not in kept]
-        for module in gone:
-            around.pop(module, None)
-        pair.remove_from(gone)
-        if not self._around:
+        """Remove what has a role: of all modules but some, or of some only; or all there is."""
+        pair = self._watched() if self._watched is not None else None
+        if role is None and pair is not None:
+            self._watched = None
             pair.disarm()
-            self._pair = None
+            pair.leave()
+        kept = set(keep)
+        if only is not None:
+            keys = [(role, m) for m in only if role is not None and (role, m) in self._set]
+        else:
+            keys = [k for k in self._set if role is None or k[0] == role]
+        for key in keys:
+            if key[1] not in kept:
+                self._remove(key)

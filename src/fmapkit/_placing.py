@@ -17,7 +17,6 @@ from torch import nn
 from fmapkit._asked import Asked
 from fmapkit._call_taps import can_stand
 from fmapkit._doors import doors
-from fmapkit._fused import without_fused_path
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
 from fmapkit._hooks import Hook, Hooks
 from fmapkit._moves import Moves
@@ -39,12 +38,14 @@ class Calls:
         post: as it ends: (module, args, kwargs, output).
         tap: a module that carries a site has run: (module, args, output).
         fault: a tap has failed: (module, error).
+        overwritten: `module.compile()` has taken the place before the model's own call: ().
     """
 
     pre: Callable[..., Any]
     post: Callable[..., Any]
     tap: Callable[..., Any]
     fault: Callable[..., Any]
+    overwritten: Callable[[], None]
 
 
 class Placing:
@@ -86,11 +87,12 @@ class Placing:
 
     def on_model(self) -> None:
         """Those that every pass goes through."""
-        self._hooks.around([self._model], self._calls.pre, self._calls.post)
+        calls = self._calls
+        self._hooks.watched_around(self._model, calls.pre, calls.post, calls.overwritten)
 
     def early(self) -> None:
-        """Those on all modules; not where they would bar a fused path, outside of a pass."""
-        self._hooks.around(without_fused_path(self._model), self._calls.pre, self._calls.post)
+        """Those on all modules."""
+        self._hooks.around(modules_in(self._model), self._calls.pre, self._calls.post)
         self._early = True
 
     def only_on_model(self) -> None:
@@ -152,7 +154,7 @@ class Placing:
             self.tapped.clear()
         keeping = set()
         if not self._stops and not self._shown:
-            keeping = {m for m in plan.keeping if self._can_keep(m)}
+            keeping = {m for m in plan.keeping if can_stand(m)}
         before = plan.before | (plan.keeping - keeping)
         around |= before
         hooks.around(around - {unit}, calls.pre, calls.post)
@@ -173,14 +175,6 @@ class Placing:
         for door in doors(unit, hooks.modules()):
             hooks.after(door, self._slow(calls.tap))
         self.tapped[unit] = plan
-
-    def _can_keep(self, module: nn.Module) -> bool:
-        """Whether what keeps z can stand before the call of an in-place nonlinearity."""
-        if self._hooks.has(module, KeepingTap):
-            return True
-        if self._hooks.clear(module):
-            self.tapped.clear()
-        return can_stand(module)
 
     def _slow(self, call: Callable[..., Any]) -> Hook:
         """A tap that does all there is to do at once: the pass may end with it, or be shown."""

@@ -16,7 +16,6 @@ way (`_live.py`).
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -28,10 +27,9 @@ from fmapkit._asked import Asked
 from fmapkit._beside import Beside
 from fmapkit._budget import Budget
 from fmapkit._compiled import Compiled
-from fmapkit._ending import Ending
 from fmapkit._frames import call_frame, on_stack
 from fmapkit._fused import may_fuse
-from fmapkit._hooks import Hooks
+from fmapkit._hooks import FAILED, Hooks
 from fmapkit._keeping import Keeping
 from fmapkit._learning import Learning
 from fmapkit._live import MODES, Live
@@ -42,11 +40,12 @@ from fmapkit._others import entered, left, others
 from fmapkit._placing import Calls, Placing
 from fmapkit._replaying import Replaying
 from fmapkit._scripted import tell, tell_no_more
-from fmapkit._stop import CUT, StopForward
+from fmapkit._standing import hide_from_scripting, show_to_scripting
+from fmapkit._stop import CUT, StoppedError
 from fmapkit._store import Pass, Store
 from fmapkit._transforms import TRANSFORMED, transforming, under_transform
 from fmapkit._units import Units
-from fmapkit._unseen import RECORDED, Unseen, recording
+from fmapkit._unseen import Unseen, recorded
 from fmapkit._wants import Wants
 from fmapkit._watch import Watch
 from fmapkit._wrappers import REPLICAS
@@ -56,7 +55,6 @@ from fmapkit.paths import ControlPaths
 __all__ = ["Session"]
 
 # Modules with thousands of names are memory to go through: what each pass asks is found here.
-_cuda = torch.cuda
 _graph_task: Callable[[], int] = torch._C._current_graph_task_id
 _thread: Callable[[], int] = threading.get_ident
 
@@ -108,15 +106,13 @@ class Session:
         self._edits, self._stop = asked.edits or None, asked.stop
         self._every = every
         self._gradually = _goes_gradually(self.model, self.wants)
-        self._forward: StopForward | None = None
         if asked.stop is not None:
-            self._forward = StopForward(self.model, asked.stop, self._ended_early)
             asked.stop.awaited = lambda: any(o.waits for o in others(self))
         self.steps = 0
         self.store = Store(keep)
         self._misses = Misses(self.model)
         self.missed, self.miss = self._misses.entries, self._misses.add
-        self.hooks = Hooks(self)
+        self.hooks = Hooks(self, self._broken_off)
         self.unseen = Unseen(asked, self._misses)
         self.paths = ControlPaths(self.model, self.names.place_of, self._who_runs)
         self.live = Live(asked, self._misses, self.paths)
@@ -130,6 +126,7 @@ class Session:
             self._post,
             self._tap,
             self._fault,
+            self._overwritten,
         )
         self._placing = Placing(asked, self.hooks, self._units, self._moves, calls)
         self._learning = Learning(
@@ -171,12 +168,10 @@ class Session:
         self.unseen.scripted()
         tell(self._scripted)
         self._placing.on_model()
-        if self._forward is not None:
-            self._forward.install()
+        hide_from_scripting()
         self.compiled.open()
-        if not self.compiled:  # dynamo compares hooks, and what stands before a call
+        if not self.compiled:  # dynamo compares what stands before a call
             self._placing.early()
-            Ending.install(self.model, self._interrupted)
 
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""
@@ -185,9 +180,7 @@ class Session:
         self.abandon()
         self.compiled.close()
         self.hooks.drop()
-        Ending.remove(self.model, self._interrupted)
-        if self._forward is not None:
-            self._forward.remove()
+        show_to_scripting()
         self._units.clear()
         self.paths.clear()
         self.wants.retention.close()
@@ -198,8 +191,7 @@ class Session:
             self._misses.warn()
 
     def uncover(self) -> None:
-        """The model is being compiled: no hooks inside, and nothing before its own call."""
-        Ending.remove(self.model, self._interrupted)
+        """The model is being compiled: nothing of ours inside."""
         if not self.steps:
             self.hooks.drop("around", keep=[self.model])
 
@@ -249,7 +241,9 @@ class Session:
         if _thread() != live.thread or _graph_task() != -1:
             return None
         replaced = None
-        failed = output is None and sys.exc_info()[0] is not None
+        failed = output is FAILED
+        if failed:
+            output = None
         try:
             if live.current is None:
                 if module is self.model:
@@ -265,7 +259,7 @@ class Session:
                 self._moves.made(module, output)
                 replaced = live.tracer.leave(module, None if failed else output)
                 if module is self._beside.module:
-                    replaced = self._beside.leave(output)
+                    replaced = self._beside.leave(output, replaced)
             if module is self.model:
                 if live.depth:
                     live.depth -= 1
@@ -303,6 +297,12 @@ class Session:
         if self.live.current is not None and _thread() == self.live.thread and _graph_task() == -1:
             self.unseen.scripted_call(function)
 
+    def _overwritten(self) -> None:
+        try:
+            self.compiled.compiled_inside()
+        except Exception as error:  # raised here, it would be printed and lost
+            self._fault(self.model, error)
+
     def _fault(self, module: nn.Module, error: Exception) -> None:
         edits, analyses = self.asked.edits, self.asked.analyses
         if error in (edits.raised, analyses.raised) or isinstance(error, BudgetError):
@@ -323,10 +323,29 @@ class Session:
         self.abandon()
         return False
 
-    def _interrupted(self) -> None:
-        """A call of the model has ended, and no post hook has run."""
-        if _thread() == self.live.thread and not self._running():
-            self.live.idle = False
+    def _broken_off(self, module: nn.Module, error: BaseException) -> bool:
+        """A call has ended, by what is no `Exception`: an interrupt, or an early stop.
+
+        The user's code may catch an interrupt inside the block, to save the model for instance: our
+        modes and flags must be off before it does.
+
+        Returns:
+            Whether the call returns None in place of raising that.
+        """
+        if module is not self.model or _thread() != self.live.thread:
+            return False
+        if self.live.depth:  # it was called by itself, which may go on
+            self.live.depth -= 1
+            return False
+        if isinstance(error, StoppedError):
+            if error.stop is self._stop:
+                self._ended_early()
+                return True
+            self.cut()
+        elif self.live.current is not None:
+            self.abandon()
+        self.live.idle = False
+        return False
 
     def _refused(self, args: Any, kwargs: Any, compiled: bool) -> bool:
         """Whether the pass cannot be captured as a whole; if so, it is named."""
@@ -335,8 +354,8 @@ class Session:
             self.compiled.noticed()
         elif transforming() and under_transform(self.model, (args, kwargs)):
             self.miss("", TRANSFORMED)
-        elif _cuda._initialized and recording():
-            self.miss("", RECORDED)
+        elif why := recorded():
+            self.miss("", why)
         else:
             return False
         return True
@@ -356,7 +375,9 @@ class Session:
         self.steps += 1
         live.idle = bool(step % self._every) or self._refused(args, kwargs, compiled)
         if live.idle:
-            self._placing.only_on_model()
+            # torch.export sees to it that the model has the same attributes before and after.
+            if not torch.compiler.is_compiling():
+                self._placing.only_on_model()
             return False
         live.frame = call_frame()  # on Python's stack as long as the pass runs
         if self.watch.changed():

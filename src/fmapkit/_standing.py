@@ -1,31 +1,108 @@
 """The place before a module's own call, where torch looks before it takes `_call_impl`.
 
-That is `_compiled_call_impl`, among an instance's attributes. Whoever stands there sees the whole
-call, hooks of others included, and torch's fast path for modules without hooks stays open: it costs
-a fraction of a hook. torch keeps what stands there out of copies and pickles.
+That is `_compiled_call_impl`, among an instance's attributes. All that we set on a module stands
+there, and nothing among its hooks: torch keeps this place out of copies and pickles, and whoever
+scripts, exports or fuses a module looks through its hooks. What stands there sees the whole call,
+hooks of others included, and torch's fast path for modules without hooks stays open.
+
+Several may stand there, one behind the other: each calls the next, and the last one the module.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.jit import _recursive as _scripting
 
-__all__ = ["Standing", "bare_call", "called", "free", "lock", "there"]
+__all__ = [
+    *("Standing", "called", "compiled_as_bare", "free", "hide_from_scripting"),
+    *(
+        "dynamo",
+        "lock",
+        "not_compiled",
+        "note",
+        "passed_over",
+        "show_to_scripting",
+        "standing_before",
+        "there",
+    ),
+    "when_traced",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _PLACE = "_compiled_call_impl"
 _CALL = nn.Module._wrapped_call_impl.__code__
 
 # To be held around whoever looks at the place and then acts on it.
-lock = threading.Lock()
+lock = threading.RLock()
+
+# Goes up whenever somebody comes.
+changes = 0
+
+# Called when torch.compile traces a call that we stand before: each open session's own.
+when_traced: list[Callable[[], None]] = []
 
 
-def bare_call(standing: Any, *args: Any, **kwargs: Any) -> Any:
-    """What dynamo compiles in its place, where code around the module is compiled in the block."""
+def _strategy(function: Callable[..., Any], inside: bool) -> None:
+    dynamo = torch._C._dynamo.eval_frame
+    if hasattr(dynamo, "_FrameExecStrategy") and hasattr(dynamo, "set_code_exec_strategy"):
+        action = dynamo._FrameAction
+        then = action.DEFAULT if inside else action.SKIP
+        strategy = dynamo._FrameExecStrategy(action.SKIP, then)
+        dynamo.set_code_exec_strategy(function.__code__, strategy)
+
+
+def not_compiled(function: F) -> F:
+    """torch.compile leaves a function of ours alone, and all that it calls.
+
+    Older versions of torch cannot be told that; there it costs time.
+    """
+    _strategy(function, inside=False)
+    return function
+
+
+def passed_over(function: F) -> F:
+    """torch.compile leaves a function of ours alone, but not what it calls."""
+    _strategy(function, inside=True)
+    return function
+
+
+def compiled_as_bare(call: Callable[..., Any]) -> None:
+    """torch.compile takes a `__call__` of what stands there for the module's own call.
+
+    Where dynamo comes by it with no code around it that it compiles, it goes on with what is
+    inside.
+    """
+    call._torchdynamo_inline = _bare_call  # type: ignore[attr-defined]
+    _strategy(call, inside=True)
+
+
+def _bare_call(standing: Any, *args: Any, **kwargs: Any) -> Any:
+    """The note is made while dynamo traces, and leaves nothing in what it makes."""
+    from torch._dynamo.comptime import comptime
+
+    comptime(note)
     return standing.module._call_impl(*args, **kwargs)
+
+
+@not_compiled
+def note(context: Any = None) -> None:
+    """torch.compile compiles what we stand before, or runs what it has compiled."""
+    for call in tuple(when_traced):
+        call()
+
+
+# None where torch.compile has nothing to do with what runs in this frame. Where it has, what stands
+# there notes that and steps aside.
+dynamo: Callable[[], Any] = getattr(
+    torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None
+)
 
 
 class Standing:
@@ -33,48 +110,86 @@ class Standing:
 
     Attributes:
         module: the module.
+        owner: the session.
+        inner: what to call in its turn: the next that stands here, or the module's own call.
     """
 
-    __slots__ = ("module",)
+    __slots__ = ("__weakref__", "inner", "module", "owner")
 
     module: nn.Module
+    owner: object
+    inner: Any
 
-    def stand(self, module: nn.Module) -> None:
-        """Take the place, which has to be free."""
-        module.__dict__[_PLACE] = self
+    def stand(self, module: nn.Module, first: bool = False) -> None:
+        """Take the place, behind whoever of ours is there, or before them; it has to be `free`.
 
-    def leave(self, module: nn.Module) -> None:
-        """Give the place back, if it is still ours."""
-        if module.__dict__.get(_PLACE) is self:
-            del module.__dict__[_PLACE]
+        Behind them, it takes part in a call that one of them has begun and not passed on.
+        """
+        global changes
+        with lock:
+            changes += 1
+            there = standing_before(module)
+            self.module = module
+            self.inner = there[0] if first and there else module._call_impl
+            if first or not there:
+                module.__dict__[_PLACE] = self
+            else:
+                there[-1].inner = self
+
+    def leave(self) -> None:
+        """Give the place back; the others stay. A call that is under way goes on."""
+        with lock:
+            there = standing_before(self.module)
+            if self not in there:
+                return
+            place = there.index(self)
+            if place:
+                there[place - 1].inner = self.inner
+            elif len(there) > 1:
+                self.module.__dict__[_PLACE] = there[1]
+            else:
+                del self.module.__dict__[_PLACE]
+
+    def of_copy(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A module is called that has our attribute of another one: the call is its own."""
+        if isinstance(self.inner, Standing):
+            return self.inner.of_copy(module, args, kwargs)
+        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy by other means than torch's is as if nobody stood here."""
 
     def __reduce__(self) -> Any:
-        return _nobody, ()
+        return type(None), ()
 
 
-def _nobody() -> None:
-    return None
+def standing_before(module: nn.Module) -> list[Standing]:
+    """All of ours that stand before a module's call, outermost first; not those of its original."""
+    found: list[Standing] = []
+    with lock:
+        at = module.__dict__.get(_PLACE)
+        while isinstance(at, Standing) and at.module is module:
+            found.append(at)
+            at = at.inner
+    return found
 
 
 def there(module: nn.Module) -> Any:
-    """Who stands before a module's call; None if nobody does."""
+    """Who stands before a module's call, outermost; None if nobody does."""
     return module.__dict__.get(_PLACE)
 
 
 def free(module: nn.Module) -> bool:
-    """Whether nobody stands there, and torch would look there."""
-    kind = type(module)
+    """Whether nobody but us stands there, and torch would look there."""
+    taken = getattr(module, _PLACE, None)
     return (
-        getattr(module, _PLACE, None) is None
-        and kind.__call__ is nn.Module.__call__
-        and kind._wrapped_call_impl is nn.Module._wrapped_call_impl
+        (taken is None or isinstance(taken, Standing))
+        and type(module)._wrapped_call_impl is nn.Module._wrapped_call_impl
         and not isinstance(module, torch.jit.ScriptModule)
     )
 
 
+@not_compiled
 def called(module: nn.Module, depth: int = 2) -> nn.Module:
     """The module that is being called.
 
@@ -87,3 +202,27 @@ def called(module: nn.Module, depth: int = 2) -> nn.Module:
     caller = sys._getframe(depth)
     found: nn.Module = caller.f_locals["self"] if caller.f_code is _CALL else module
     return found
+
+
+# torch.jit.script looks at every attribute of a module but those that torch itself sets. Its list
+# of these lacks this one, so that it fails for whatever stands there.
+_ignored: list[str] = _scripting.ignored_attributes
+_hidden = 0
+
+
+def hide_from_scripting() -> None:
+    """Have torch.jit.script take the place for torch's own, until it is shown as often."""
+    global _hidden
+    with lock:
+        _hidden += 1
+        if _hidden == 1:
+            _ignored.append(_PLACE)
+
+
+def show_to_scripting() -> None:
+    """Undo `hide_from_scripting`."""
+    global _hidden
+    with lock:
+        _hidden -= 1
+        if not _hidden:
+            _ignored.remove(_PLACE)

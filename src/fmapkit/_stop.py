@@ -1,21 +1,17 @@
 """Early stop: the forward ends once every wanted map of the first, complete pass is there.
 
-The way out is an exception, raised by our hooks and caught by a forward of ours around the model's
-own; the model's call then returns None.
+The way out is an exception, raised by our hooks and caught by the pair around the model's own call,
+which then returns None.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
-
-from torch import nn
 
 from fmapkit._store import Entry, Pass
 
-__all__ = ["CUT", "Stop", "StopForward", "StoppedError", "has_own_forward"]
+__all__ = ["CUT", "Stop", "StoppedError"]
 
 
 CUT = (
@@ -98,72 +94,3 @@ class Stop:
             return
         self._ended = True
         raise StoppedError(self)
-
-
-class StopForward:
-    """The model's forward, until it is stopped.
-
-    Args:
-        model: whose forward it is.
-        stop: ends it.
-        tell: called when that has happened.
-    """
-
-    def __init__(self, model: nn.Module, stop: Stop, tell: Callable[[], None]) -> None:
-        self.model = model
-        self.stop: Stop | None = stop
-        self._tell: Callable[[], None] | None = tell
-        self.theirs = False  # whether the instance has a forward of its own
-        self.forward: Any = None
-
-    def install(self) -> None:
-        """Stand before the model's own forward, or that of another capture."""
-        self.theirs = "forward" in self.model.__dict__
-        self.forward = self.model.forward
-        self.model.__dict__["forward"] = self
-
-    def remove(self) -> None:
-        """Put back what was there; if another stands before us, be transparent."""
-        self.stop = self._tell = None
-        if self.model.__dict__.get("forward") is self:
-            del self.model.__dict__["forward"]
-            below = self
-            while isinstance(below.forward, StopForward) and below.forward.stop is None:
-                below = below.forward  # of a capture that has ended before us
-            if below.theirs:
-                self.model.__dict__["forward"] = below.forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return self.forward(*args, **kwargs)
-        except StoppedError as stopped:
-            if stopped.stop is not self.stop:
-                raise
-            if self._tell is not None:
-                self._tell()
-            return None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the model runs to its end."""
-        if self.theirs:
-            return copy.deepcopy(self.forward, memo)
-        return MethodType(type(self.model).forward, memo.get(id(self.model), self.model))
-
-    def __reduce__(self) -> Any:
-        if self.theirs:
-            return _itself, (self.forward,)
-        return _method, (type(self.model).forward, self.model)
-
-
-def _itself(value: Any) -> Any:
-    return value
-
-
-def _method(function: Any, model: Any) -> Any:
-    return MethodType(function, model)
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether the instance has a forward of its own, other than ours."""
-    own = module.__dict__.get("forward")
-    return own is not None and not (isinstance(own, StopForward) and not own.theirs)

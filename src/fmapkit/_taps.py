@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from fmapkit._call_taps import CallTap, KeepingCallTap, OutputCallTap, stand
-from fmapkit._hooks import Handle, Hook, nothing, traced_as_nothing
+from fmapkit._hooks import Hook, nothing
+from fmapkit._standing import Standing, not_compiled
 from fmapkit._store import version_of
 
 __all__ = ["Cell", "KeepingTap", "Line", "OutputTap", "Tap"]
@@ -62,11 +63,12 @@ class Tap(Hook):
         self.line = line
         self.fault = fault
 
-    def after(self, module: nn.Module) -> Handle:
+    def after(self, module: nn.Module) -> Standing:
         """Read the module's calls, at the least cost."""
         standing = stand(self.standing, module, self) if self.standing is not None else None
         return standing if standing is not None else super().after(module)
 
+    @not_compiled
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         cell = self.line.cell
         if cell is None:
@@ -103,8 +105,6 @@ class Tap(Hook):
         self.line.cell = (note, 4 if how else 2, ends, drop)
         self(module, args, output)
 
-    traced_as_nothing(__call__)
-
     def disarm(self) -> None:
         """Let go of the session and its run."""
         super().disarm()
@@ -119,6 +119,7 @@ class OutputTap(Tap):
 
     standing = OutputCallTap
 
+    @not_compiled
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         cell = self.line.cell
         if cell is None:
@@ -146,6 +147,7 @@ class KeepingTap(Tap):
 
     standing = KeepingCallTap
 
+    @not_compiled
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.line.cell is None:
             self.call(module, args, output)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from fmapkit import _vocabulary as words
@@ -48,6 +49,11 @@ __all__ = ["Tracer"]
 
 # The backward pass that is running, or -1: activation checkpointing runs the forward again there.
 _backward: Callable[[], int] = torch._C._current_graph_task_id
+
+
+def _is_lazy(kind: type) -> bool:
+    """Whether tensors of a type have no shape yet: a lazy module is just making its weights."""
+    return issubclass(kind, (UninitializedParameter, UninitializedBuffer))
 
 
 class Tracer(TorchFunctionMode):
@@ -149,7 +155,7 @@ class Tracer(TorchFunctionMode):
         if known.opened is not None:
             with self:
                 return known.opened(*args, **kwargs)
-        if not self.frames:
+        if not self.frames or (types and any(map(_is_lazy, types))):
             return func(*args, **kwargs)
         try:
             call = None

@@ -23,7 +23,6 @@ from fmapkit._hooks import hooks_on
 from fmapkit._optimized import is_compiled
 from fmapkit._origin import Flow, Weight
 from fmapkit._plan import Plan, alike
-from fmapkit._stop import has_own_forward
 from fmapkit._trace import Tracer
 from fmapkit._transforms import is_shapeless, under_transform
 from fmapkit.paths import KnownPaths, Sizes
@@ -222,7 +221,7 @@ class Units:
 
     def _own(self, module: nn.Module) -> bool:
         """The same of its own code."""
-        if module in self._opened or has_own_forward(module) or is_compiled(module):
+        if module in self._opened or "forward" in module.__dict__ or is_compiled(module):
             return False
         if fuses(module):
             return False

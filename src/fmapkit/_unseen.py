@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fmapkit._asked import Asked
@@ -18,18 +18,40 @@ from fmapkit._frames import running_modules
 from fmapkit._missed import Misses
 from fmapkit._past_hooks import HOW, has_own_call
 
-__all__ = ["RECORDED", "Unseen", "recording"]
+__all__ = ["Unseen", "recorded"]
 
-RECORDED = (
+_CUDA_GRAPH = (
     "it was recorded into a CUDA graph: nothing has run yet, and replays of the graph run without "
     "Python"
 )
+_EXPORTED = (
+    "it was recorded by {what} here, which would record what fmapkit does, too: such a call is "
+    "left alone, and is not captured"
+)
 
 
-def recording() -> bool:
-    """Whether a CUDA graph is being recorded."""
+def recorded() -> str:
+    """Why a call is not captured that somebody records, to run it again without Python.
+
+    Returns:
+        The reason; empty where nobody does.
+    """
+    if torch._C._get_tracing_state():
+        return _EXPORTED.format(what="torch.jit.trace")
+    if torch.compiler.is_compiling():
+        return _EXPORTED.format(what="torch.export")
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if proxies is not None and proxies.get_proxy_mode() is not None:
+        return _EXPORTED.format(what="make_fx")
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return bool(started and torch.cuda.is_current_stream_capturing())
+    if started and torch.cuda.is_current_stream_capturing():
+        return _CUDA_GRAPH
+    return ""
+
+
+def _fx_is_tracing() -> bool:
+    """Whether torch.fx traces: it calls modules with what stands for tensors."""
+    return bool(fx._symbolic_trace._is_fx_tracing_flag)
 
 
 class Unseen:
@@ -47,7 +69,7 @@ class Unseen:
 
     def stray(self, module: nn.Module) -> None:
         """A module runs outside of a pass: name the outermost one of the model that is running."""
-        if torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1 or recorded() or _fx_is_tracing():
             return
         at: Any = sys._getframe(1)
         while at is not None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Variant"]
 
+# Before, a compiled function does not tell the backend that it was compiled with.
+COMPILED_FROM = "2.11"
 UNLABELLED = "fmapkit cannot read its compiled graph: {why}"
 
 
@@ -246,7 +248,10 @@ def _context(original: Any) -> tuple[Any, Any]:
     if not isinstance(context, torch._dynamo.eval_frame.OptimizeContext):
         raise UnknownError(f"by {type(context).__name__}")
     if not hasattr(torch._dynamo.eval_frame, "innermost_backend"):
-        raise UnknownError("this version of torch does not tell its backend")
+        raise UnknownError(
+            f"that takes torch {COMPILED_FROM} or newer, and this is torch {torch.__version__}; "
+            "eager models are captured by this one, too"
+        )
     return context, inner
 
 

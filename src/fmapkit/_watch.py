@@ -6,19 +6,21 @@ looks at as little of each as will do, and makes nothing on its way.
 
 from __future__ import annotations
 
+import weakref
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
-from fmapkit import layers, nonlinearities
+from fmapkit import _standing, layers, nonlinearities
 from fmapkit._hooks import Hook, Hooks
 from fmapkit._nested import modules_in
 from fmapkit._optimized import compiled_call, ever_compiled
 from fmapkit._remembered import remembered
-from fmapkit._stop import has_own_forward
+from fmapkit._standing import standing_before
 
 __all__ = ["Watch"]
 
@@ -39,29 +41,34 @@ class Watch:
         self._parents = [m._modules for m in modules if m._modules or not _leaf(type(m))]
         self._keys = list(map(list, self._parents))
         self._children = [list(children.values()) for children in self._parents]
-        self._watched = [
-            m for m in modules if "forward" not in m.__dict__ or not has_own_forward(m)
-        ]
+        self._watched = [m for m in modules if "forward" not in m.__dict__]
         self._types = list(map(type, self._watched))
-        # A stopping capture puts a forward of its own on the model, and only there.
-        self._attributes = [m.__dict__ for m in self._watched if "forward" not in m.__dict__]
-        self._there: list[object] = []  # what stood before each module's call, when last looked
+        self._attributes = [m.__dict__ for m in self._watched]
+        # What stood before each module's call, when last looked; none is to be kept alive by that.
+        self._there: list[weakref.ref[Any] | None] = []
         self._calls: list[object] = []  # and what of that is torch.compile's
         self._compiled = self._compiled_calls()
         self._theirs = self._foreign()
-        self._last_handle = RemovableHandle.next_id
+        self._last = self._counted()
 
-    def _foreign(self) -> list[int]:
-        """How many hooks of others each module has, and all modules together."""
+    def _counted(self) -> tuple[int, int]:
+        """Goes up with every hook of anybody's, and with whatever of ours stands before a call."""
+        return RemovableHandle.next_id, _standing.changes
+
+    def _foreign(self) -> tuple[set[int], list[int]]:
+        """Which other sessions there are, and how many hooks of others each module has."""
+        sessions: set[int] = set()
         found = [len(_global_forward_pre_hooks) + len(_global_forward_hooks)]
-        owner = self._hooks.owner
         for module in self._watched:
+            for standing in standing_before(module):
+                if not self._hooks.is_ours(standing):
+                    sessions.add(id(standing.owner))
             count = 0
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for hook in hooks.values():
-                    count += not (isinstance(hook, Hook) and hook.owner is owner)
+                    count += not isinstance(hook, Hook)
             found.append(count)
-        return found
+        return sessions, found
 
     def _compiled_calls(self) -> list[object]:
         """What `module.compile()` has set; nothing where torch.compile was never used."""
@@ -69,7 +76,8 @@ class Watch:
             return []
         if self._exchanged():
             # Ours, perhaps, which come and go.
-            self._there = [there.get("_compiled_call_impl") for there in self._attributes]
+            calls_there = (there.get("_compiled_call_impl") for there in self._attributes)
+            self._there = [None if call is None else weakref.ref(call) for call in calls_there]
             calls = list(map(compiled_call, self._attributes))
             # None at all is what it was before torch.compile was there.
             self._calls = calls if any(c is not None for c in calls) else []
@@ -80,7 +88,7 @@ class Watch:
         if not self._there:
             return True
         for attributes, there in zip(self._attributes, self._there, strict=True):
-            if attributes.get("_compiled_call_impl") is not there:
+            if attributes.get("_compiled_call_impl") is not (None if there is None else there()):
                 return True
         return False
 
@@ -98,13 +106,12 @@ class Watch:
         return (
             self._registered != (layers.version, nonlinearities.version)
             or (ever_compiled() and self._compiled != self._compiled_calls())
-            # Every hook takes the next number of one counter.
-            or (RemovableHandle.next_id != self._last_handle and self._hooked())
+            or (self._counted() != self._last and self._hooked())
         )
 
     def _hooked(self) -> bool:
-        """Whether it is others who have set hooks."""
-        self._last_handle = RemovableHandle.next_id
+        """Whether it is others who have set any, another session included."""
+        self._last = self._counted()
         return self._foreign() != self._theirs
 
 
