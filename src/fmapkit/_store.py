@@ -48,7 +48,10 @@ def versions_of(tensors: list[Tensor]) -> list[int]:
 class Held:
     """One tensor in memory; several maps may share it."""
 
-    __slots__ = ("arrival", "copied", "doomed", "gradient", "lost", "tensor", "version", "wanted")
+    __slots__ = (
+        *("arrival", "copied", "doomed", "gradient", "lost", "own", "tensor", "version"),
+        "wanted",
+    )
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Held:
         self.arrival: Any = None  # of a copy from another device, to be waited for
         self.lost = False  # overwritten before it could be copied
         self.doomed = False  # spared this once; a later pass has to copy it
+        self.own = True  # an alias of our making; else it may be a tensor of the model's
         self.wanted = False  # some map holds it; else it is held for the tracer's own sake
 
     @classmethod
@@ -98,6 +102,7 @@ class Held:
 
     def own_memory(self) -> None:
         """The memory is nobody else's any more: what is written to its former owner is elsewhere."""
+        self.check()
         if self.tensor is not None:
             self.tensor = self.tensor.data
             self.version = version_of(self.tensor)
@@ -398,6 +403,7 @@ class Aliases:
 
     def watch(self, held: Held) -> None:
         """Protect a tensor that was held elsewhere."""
+        held.own = False
         self._new.append(held)
 
     def of(self, tensor: Tensor) -> list[Held]:
