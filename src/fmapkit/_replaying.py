@@ -224,7 +224,8 @@ class Replaying:
         assert self._taking is not None
         known, sizes, start = self._taking
         items = self._paths.since(start)
-        if known.taken(items, sizes) and not run.lost:
+        whole = self._stop is None or not self._stop.ended
+        if known.taken(items, sizes, whole) and not run.lost:
             return
         run.stray(run.lost or "it decided otherwise")
         known.lost = True
