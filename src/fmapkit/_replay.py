@@ -7,7 +7,7 @@ made when somebody reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any
