@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit._asked import Asked
+from fmapkit._candidates import is_torchs
 from fmapkit._events import Event
 from fmapkit._frames import Frame
 from fmapkit._live import Lesson, Live
 from fmapkit._missed import Misses
-from fmapkit._nested import tensors_in
+from fmapkit._nested import modules_in, tensors_in
+from fmapkit._origin import Flow
 from fmapkit._placing import Placing
 from fmapkit._plan import make_plan
+from fmapkit._remembered_tensors import Remembering
 from fmapkit._sharded import is_wrapped
 from fmapkit._store import Held, storage_of, storage_users
 from fmapkit._trace import Tracer
@@ -130,7 +133,8 @@ class Learning:
             events = tracer.events[frame.start :]
             _check_held(events)
             useful = complete and lesson.key is not None and not hopeless
-            if not self._decides(module, tracer) and useful and not any(map(_sharded, events)):
+            decides = self._decides(module, tracer) or self._remembers(lesson, tracer, output)
+            if not decides and useful and not any(map(_sharded, events)):
                 self._keep(lesson, output if replaced is None else replaced, tracer, items)
             tracer.let_go(events)
         return replaced
@@ -141,6 +145,25 @@ class Learning:
         if deciding:
             self._open(*deciding)
         return bool(deciding)
+
+    def _remembers(self, lesson: Lesson, tracer: Tracer, output: Any) -> bool:
+        """Whether tensors of the pass are kept where a later pass may read them."""
+        frame, unit = lesson.frame, lesson.module
+        passed = {id(t) for t in tensors_in(*frame.args, frame.kwargs)}
+
+        def is_of_pass(tensor: Tensor) -> bool:
+            return id(tensor) not in passed and isinstance(tracer.tag(tensor), Flow)
+
+        twins = self._paths.twins
+        remembering = Remembering(is_of_pass, twins.reads)
+        found = remembering.modules(unit)
+        if remembering.given((*frame.args, *frame.kwargs.values())):
+            found.append(unit)
+        if remembering.functions(twins.functions()):
+            found += [m for m in modules_in(unit) if m._modules or not is_torchs(m)]
+        if found:
+            self._open(*found)
+        return bool(found)
 
     def _open(self, *modules: nn.Module) -> None:
         """From the next pass on, these are traced in every pass."""

@@ -230,8 +230,8 @@ class Replaying:
     def _check_beginning(self, run: Run) -> None:
         """Of a call that has broken off, keep what was read on its path for sure."""
         run.until = run.expected.until()
-        if run.until is None:
-            run.release()
+        if run.until is None or run.lost:
+            self._strayed(run)
 
     def _check_path(self, run: Run) -> None:
         """Compare the path that a unit's call took with that of its plan."""
@@ -240,6 +240,13 @@ class Replaying:
         items = run.expected.taken()
         if known.taken(items, sizes) and not run.lost:
             return
+        self._strayed(run)
+
+    def _strayed(self, run: Run) -> None:
+        """A unit's call has taken a way that is not its plan's."""
+        assert self._taking is not None
+        known, sizes = self._taking
+        items = run.expected.taken()
         run.stray(run.lost or "it decided otherwise")
         known.lost = True
         # The code of an unknown way may have written to what is held, so that no version tells.

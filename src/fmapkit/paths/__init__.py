@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,6 +36,8 @@ _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _HANDLER = torch.overrides.handle_torch_function.__code__
 # Paths, told by the hash of their items, in which every function that ran has recorded.
 _complete: set[int] = set()
+# By class of module: functions that were found to run in its calls.
+_helpers: dict[type, weakref.WeakSet[types.FunctionType]] = {}
 _surveyed: set[type] = set()  # classes of modules of which there is one
 
 
@@ -79,6 +82,8 @@ class ControlPaths:
             self._ready = True
             for kind in {type(m) for m in self._modules}:
                 self._set_class(kind)
+                for function in tuple(_helpers.get(kind, ())):
+                    self.twins.exchange(function)
         self._sink = recorders.start(self._place_of, self._modules)
 
     def _set_class(self, kind: type) -> None:
@@ -146,6 +151,9 @@ class ControlPaths:
                 hopeless.update(m for modules in who for m in modules)
         self._tried.update({at: code for at, (code, _, _) in survey.found.items()})
         self.twins.exchange_all([(code, names) for code, names, _ in survey.found.values()])
+        if survey.found:
+            helpers = _helpers.setdefault(type(module), weakref.WeakSet())
+            helpers.update(self.twins.functions())
         if survey.complete and not survey.found:
             _complete.add(told)
             _surveyed.add(type(module))

@@ -202,7 +202,11 @@ def _callable(function: Any) -> Any:
     kind = type(function)
     if kind is _BUILTIN:
         owner = type(function.__self__)
-        return function if owner in _SHARED or issubclass(owner, type) else function.__name__
+        if owner in _SHARED or issubclass(owner, type):
+            return function
+        if owner is not Tensor and issubclass(owner, Tensor):
+            return _tensor(function.__self__, owner), function.__name__
+        return function.__name__
     if kind is _FUNCTION:
         home = function.__module__
         return function if type(home) is str and home.startswith("torch.") else function.__qualname__

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import gc
 import itertools
 import linecache
@@ -19,7 +20,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +54,13 @@ class Twin:
         loads: names of attributes that are read in the source around it, or globals.
         original: what it is the twin of.
         fixed: attributes that it takes to be compared by other means (see `Twins`).
-        calls: the places of the calls in it.
+        calls: the places of the calls in it, each with the name of what is called.
     """
 
     code: types.CodeType
     original: types.CodeType
     fixed: frozenset[str]
-    calls: frozenset[str]
+    calls: Mapping[str, str]
     watched: tuple[tuple[dict[str, Any], str, Any], ...]
     loads: frozenset[str]
 
@@ -114,7 +115,32 @@ def call_site(frame: types.FrameType | None, function: Any) -> str | None:
         return None
     position = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
     site = site_at(position)
-    return f"{frame.f_code.co_filename}|{site}" if site in twin.calls else None
+    if not _goes_to(function, twin.calls.get(site), frame):
+        return None
+    return f"{frame.f_code.co_filename}|{site}"
+
+
+def _goes_to(function: Any, name: str | None, frame: types.FrameType) -> bool:
+    """Whether what is called at a place is a function, and not what calls that function in its turn.
+
+    Args:
+        function: that is under way.
+        name: what stands at the place: the last part of it, after "." if there is more.
+        frame: that runs the code.
+    """
+    if name is None:
+        return False
+    own = getattr(function, "__name__", "")
+    *owner, last = name.split(".")
+    if last == own or (owner and last.strip("_") == own.strip("_")):
+        return True
+    if not owner:
+        found = frame.f_locals.get(last, frame.f_globals.get(last))
+    else:
+        found = getattr(frame.f_locals.get(owner[0]), "__dict__", {}).get(last)
+    while isinstance(found, functools.partial):
+        found = found.func
+    return found is function
 
 
 # Tells which attributes of a method's first argument need no look where they are called.
@@ -205,14 +231,13 @@ class Twins:
         """Whether a name in one of torch's modules stands for something else than it did."""
         return any(space.get(name) is not what for space, name, what in self.watched.values())
 
-    def loads(self, codes: Iterable[types.CodeType]) -> set[str]:
-        """The names that some code reads."""
-        found: set[str] = set()
-        for code in codes:
-            twin = next((t for (c, _, _), t in _twins.items() if c == known_as(code)), None)
-            if twin is not None:
-                found |= twin.loads
-        return found
+    def reads(self, name: str) -> bool:
+        """Whether some of the code reads a name, as an attribute, a global or a string."""
+        for function in self._mine:
+            twin = _made.get(known_as(function.__code__))
+            if twin is not None and name in twin.loads:
+                return True
+        return False
 
     def functions(self) -> list[types.FunctionType]:
         """Those that run twins for this capture."""
@@ -339,7 +364,7 @@ def _make(
 
 def _looked_up(
     node: _Outermost, names: dict[str, Any]
-) -> tuple[tuple[tuple[dict[str, Any], str, Any], ...], frozenset[str], frozenset[str]]:
+) -> tuple[tuple[tuple[dict[str, Any], str, Any], ...], frozenset[str], dict[str, str]]:
     inner = list(ast.walk(node))
     attributes = {
         n.attr for n in inner if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
@@ -347,8 +372,18 @@ def _looked_up(
     strings = {n.value for n in inner if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     globals_ = {n.id for n in inner if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     watched = watched_names(inner, names, names_bound(node))
-    calls = frozenset(site_at(position_of(n)) for n in inner if isinstance(n, ast.Call))
+    calls = {site_at(position_of(n)): _name_of(n.func) for n in inner if isinstance(n, ast.Call)}
     return tuple(watched), frozenset(attributes | strings | globals_), calls
+
+
+def _name_of(function: ast.expr) -> str:
+    """`f` for f(x), `a.f` for a.f(x), `.f` where something longer stands before it."""
+    if isinstance(function, ast.Name):
+        return function.id
+    if isinstance(function, ast.Attribute):
+        owner = function.value.id if isinstance(function.value, ast.Name) else ""
+        return f"{owner}.{function.attr}"
+    return "."
 
 
 def _twins_in(
