@@ -9,6 +9,7 @@ Recorders run in whatever thread runs a twin. They write only where that thread 
 
 from __future__ import annotations
 
+import builtins
 import functools
 import sys
 import threading
@@ -257,12 +258,22 @@ RECORDERS: dict[str, Any] = {
 }
 
 
+# A twin finds them among the builtins, as torch.compile can see it do; no name of a model's is one
+# of these.
+for _name, _recorder in RECORDERS.items():
+    setattr(builtins, _name, _recorder)
+
+
+def _ignore(site: str) -> None:
+    return None
+
+
 def _traced_as(recorder: Callable[..., Any], instead: Callable[..., Any]) -> None:
     """Have torch.compile see something else where it traces a twin."""
     recorder._torchdynamo_inline = instead  # type: ignore[attr-defined]
 
 
-_traced_as(enter, lambda site: _NOTHING)
+_traced_as(enter, lambda site: _ignore)
 _traced_as(mark, lambda site: None)
 _traced_as(caught, lambda site: None)
 _traced_as(value, lambda given: given)

@@ -76,7 +76,7 @@ class Rewriter(ast.NodeTransformer):
     def _call(
         self, recorder: str, argument: ast.expr, at: ast.AST, *first: ast.expr
     ) -> ast.expr:
-        call = ast.Call(ast.Constant(f"{MARK}{recorder}"), [*first, argument], [])
+        call = ast.Call(ast.Name(f"{MARK}{recorder}", ast.Load()), [*first, argument], [])
         return ast.fix_missing_locations(ast.copy_location(call, at))
 
     def _marking(self, at: ast.AST) -> ast.expr:
@@ -98,7 +98,7 @@ class Rewriter(ast.NodeTransformer):
     def _unless_tensor(self, name: str, node: ast.expr, otherwise: ast.expr) -> ast.expr:
         """`node` where a variable is a plain tensor: asked without a call into Python."""
         kind = self._call("type", ast.Name(name, ast.Load()), node)
-        test = ast.Compare(kind, [ast.Is()], [ast.Constant(f"{MARK}Tensor")])
+        test = ast.Compare(kind, [ast.Is()], [ast.Name(f"{MARK}Tensor", ast.Load())])
         choice = ast.IfExp(test, node, otherwise)
         return ast.fix_missing_locations(ast.copy_location(choice, node))
 

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fmapkit.paths.recorders import RECORDERS
 from fmapkit.paths.recorders import twins as _codes
 from fmapkit.paths.rewrite import Rewriter, names_bound, position_of, site_at, watched_names
 
@@ -401,19 +400,7 @@ def _twins_in(
     compiled = _compiled(rewritten, classes, imports, like)
     if compiled is None:
         return None
-    return list(_inside(_finished(compiled)))
-
-
-def _finished(code: types.CodeType) -> types.CodeType:
-    """The same with recorders in the place of the names that stand for them."""
-    constants: list[Any] = []
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            constant = _finished(constant)
-        elif isinstance(constant, str):
-            constant = RECORDERS.get(constant, constant)
-        constants.append(constant)
-    return code.replace(co_consts=tuple(constants))
+    return list(_inside(compiled))
 
 
 def _compiled(
@@ -436,7 +423,7 @@ def _compiled(
     flags = like.co_flags & _FUTURE
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a constant that is called: a recorder, later on
+            warnings.simplefilter("ignore")  # of the model's code, which was compiled before
             found: types.CodeType | None = compile(module, like.co_filename, "exec", flags=flags, dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError):
         return None
