@@ -9,11 +9,13 @@ counts by itself.
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from types import CodeType, FunctionType
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +25,36 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.models import GPT, ResNet
 from fmapkit import capture
+from fmapkit.paths import survey, unrecorded
 
-__all__ = ["CASES", "CONTENDERS", "Case", "Count", "Live", "counted", "peak", "run"]
+__all__ = ["CASES", "CONTENDERS", "Case", "Count", "Live", "counted", "peak", "run", "unnoticed"]
 
+_Mode = TypeVar("_Mode", bound=TorchDispatchMode)
 aten = torch.ops.aten
 _COPIES = {aten.clone, aten.copy_, aten._to_copy, aten.index_select}
 
 WARM_UP = 3  # steps before the one that counts: learned, then replayed
 
 
+def unnoticed(mode: type[_Mode]) -> type[_Mode]:
+    """A mode that only counts, taken for one of torch's: others have fmapkit trace each pass."""
+    count: Any = mode.__torch_dispatch__
+
+    def dispatch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with unrecorded():
+            return count(self, func, types, args, kwargs)
+
+    mode.__module__ = f"torch.{mode.__module__}"
+    mode.__torch_dispatch__ = dispatch  # type: ignore[assignment, method-assign]
+    functions = [dispatch, *map(inspect.unwrap, [count, *filter(callable, vars(mode).values())])]
+    codes = [f.__code__ for f in functions if isinstance(f, FunctionType)]
+    for code in codes:
+        codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+        survey._verdicts[code] = True
+    return mode
+
+
+@unnoticed
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all memory that was made, or shown to it, and is still alive.
 
@@ -40,8 +63,6 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         peak: most that were alive at once.
         copied: bytes that the calls whose whole purpose is a copy have written.
     """
-
-    __module__ = "torch.fmapkit_benchmarks"  # a mode of anybody else's has each pass traced
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import (
     set_checkpoint_early_stop,
 )
 
+from benchmarks.memory import unnoticed
 from fmapkit import CaptureWarning, MapOverwrittenError, capture
 from tests import truth
 from tests.truth import graph_of, same_bits
@@ -399,10 +400,9 @@ def test_the_captured_model_itself_is_checkpointed(how: Any, collected: None) ->
         assert not maps.missed
 
 
+@unnoticed
 class _Alive(TorchDispatchMode):
     """How many bytes of what was made inside are alive, at most and now."""
-
-    __module__ = "torch.tests"  # a mode of anybody else's has each pass traced
 
     def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
@@ -441,12 +441,15 @@ def test_nothing_but_the_maps_is_kept(how: Any, block: Any, collected: None) -> 
         del out
         return now, memory.peak
 
-    bare = [alive(rows(step)) for step in range(PASSES)]
+    passes = 6
+    bare = [alive(rows(step)) for step in range(passes)]
     with capture(model, layers="head") as maps:  # one small map
-        watched = [alive(rows(step)) for step in range(PASSES)]
+        watched = [alive(rows(step)) for step in range(passes)]
+        assert maps.missed == []
         assert maps.nbytes == 4 * 3 * 4
     assert [now for now, _ in watched] == [now for now, _ in bare]
-    for (_, peak), (_, true_peak) in list(zip(watched, bare, strict=True))[1:]:
+    # Up to three passes are traced until all code that runs records what it decides.
+    for (_, peak), (_, true_peak) in list(zip(watched, bare, strict=True))[3:]:
         # One at a time is copied by the scope, which learns too late that nobody wants it.
         assert peak <= true_peak + (one if block is Unproven else 0)
 

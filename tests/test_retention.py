@@ -604,11 +604,14 @@ def test_back_pressure() -> None:
 
 def test_on_a_cpu_it_is_no_copy() -> None:
     net = Net().eval()
-    with torch.no_grad(), capture(net, device="cpu") as maps:
-        net(image())
-        net(image())
-        assert maps.bytes_copied == 0
-        assert maps._session.wants.retention.buffers.made == 0
+    copied = []
+    for options in ({}, {"device": "cpu"}):
+        with torch.no_grad(), capture(net, **options) as maps:
+            for _ in range(3):
+                net(image())
+                copied.append(maps.bytes_copied)
+                assert maps._session.wants.retention.buffers.made == 0
+    assert copied[:3] == copied[3:]
 
 
 # -- arguments ------------------------------------------------------------------------------------

@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fmapkit._asked import Asked
 from fmapkit._events import Event
+from fmapkit._frames import Frame
 from fmapkit._live import Lesson, Live
 from fmapkit._missed import Misses
 from fmapkit._nested import tensors_in
 from fmapkit._placing import Placing
 from fmapkit._plan import make_plan
 from fmapkit._sharded import is_wrapped
+from fmapkit._store import Held, storage_of, storage_users
 from fmapkit._trace import Tracer
 from fmapkit._units import Units
 from fmapkit.paths import ControlPaths, Sizes
@@ -148,6 +151,7 @@ class Learning:
         """Keep the plan of a call, for others that take its path."""
         module, frame = lesson.module, lesson.frame
         arguments = tensors_in(*frame.args, frame.kwargs)
+        _copy_what_is_used_again(tracer, frame, [*arguments, *tensors_in(output)])
         plan = make_plan(tracer, frame, output, lesson.inputs, arguments)
         unit = self._units.of(module)
         state = unit.state_of(items, lesson.key, lesson.state, lesson.sizes)
@@ -191,6 +195,37 @@ def _check_held(events: list[Event]) -> None:
         for held in (event.x_held, event.y_held):
             if held is not None:
                 held.check()
+
+
+def _copy_what_is_used_again(tracer: Tracer, frame: Frame, passed: list[Tensor]) -> None:
+    """Copy maps, now and in later calls, that lie in memory which a unit writes to, and keeps.
+
+    Its next call, in the same pass perhaps, overwrites them.
+
+    Args:
+        tracer: of the pass.
+        frame: of the unit's call.
+        passed: tensors that were given to it, or that it returned: others know of these.
+    """
+    written = tracer.aliases.written.difference(map(storage_of, passed))
+    events = tracer.events[frame.start :]
+    held = {id(h): h for e in events for h in (e.x_held, e.y_held) if h is not None}.values()
+    ours: dict[int, list[Held]] = {}
+    for one in held:
+        if one.tensor is not None and not one.copied and storage_of(one.tensor) in written:
+            ours.setdefault(storage_of(one.tensor), []).append(one)
+    for alike in ours.values():
+        tensor = alike[0].tensor
+        if tensor is not None and not _saved(alike) and storage_users(tensor) > len(alike):
+            for one in alike:
+                one.snapshot()
+
+
+def _saved(held: list[Held]) -> bool:
+    """Whether autograd may have a part in the memory: there a write is noticed by its version."""
+    return torch.is_grad_enabled() and not any(
+        h.tensor is not None and h.tensor.is_inference() for h in held
+    )
 
 
 def _sharded(event: Event) -> bool:

@@ -88,7 +88,7 @@ class Plan:
     """How to read a proven module's later calls."""
 
     steps: tuple[Step, ...]
-    order: list[Any]  # what fires: modules; None for a function
+    order: list[Any]  # what fires: modules, sites; None for what the light mode sees
     at: list[Step | None]  # what is read there
     spare: frozenset[int]  # what no step reads: another call of a module that is tapped
     last: tuple[tuple[int, ...], ...]  # per step: what is read by it for the last time
@@ -106,6 +106,7 @@ class Plan:
     keeping: frozenset[
         nn.Module
     ]  # in-place nonlinearities that leave z's memory to us, if they can
+    keeps: bool  # some in-place nonlinearity does so
     shares: bool  # some z is held as another map, too
     graph: bool  # some map was part of a graph, even if gradients are off around the module
 
@@ -184,6 +185,7 @@ def make_plan(
         )
         - keeping,
         keeping=keeping,
+        keeps=any(s.keeps for s in read.steps),
         shares=any(s.shared for s in read.steps),
         calls=tuple(
             (n, c - frame.counts[n]) for n, c in tracer.counts.items() if c > frame.counts[n]
@@ -346,16 +348,19 @@ class _Reading:
         for firing in firings:
             if self._fires(firing):
                 self.at.append(replace(made[firing], at=len(self.order)))
-                self.order.append(firing.module)
+                self.order.append(firing.site if self._at_site(firing) else firing.module)
         self.steps = [step for step in self.at if step is not None]
 
     def _fires(self, firing: Firing) -> bool:
         if firing.module is not None:
             return firing.module in self.tapped
         if self.sites:
-            return firing.site in self.sites
+            return self._at_site(firing)
         # The light mode knows functions by name: it sees a product that is no layer, too.
         return self._in_scope(firing) and _name(firing) in self._called
+
+    def _at_site(self, firing: Firing) -> bool:
+        return firing.module is None and firing.site in self.sites
 
     def _in_scope(self, firing: Firing) -> bool:
         return firing.module is None and firing.scope in self.scopes

@@ -103,7 +103,9 @@ class Run:
             self.how = 2
         elif wants.detach and in_function():
             self.how = 3
-        self.uncounted = self.how == 2 or wants.gradients  # some tensor may have no version counter
+        if wants.detach and (plan.shares or (plan.keeps and _inference())):
+            self.how = 4 if _inference() else 3
+        self.uncounted = self.how in (2, 4) or wants.gradients  # some tensor may have no version counter
         self._checked = 0  # how many entries of the log are known to follow the plan
         self._origins: dict[Ref, Origin] = {}
 
@@ -131,13 +133,13 @@ class Run:
             function = outer(site, function)
         if site not in self.plan.sites or self.lost or torch._C._current_graph_task_id() != -1:
             return function
-        return partial(self._called_at_site, function)
+        return partial(self._called_at_site, site, function)
 
-    def _called_at_site(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def _called_at_site(self, site: str, function: Any, *args: Any, **kwargs: Any) -> Any:
         if type(function) is BuiltinMethodType and isinstance(function.__self__, Tensor):
             args = (function.__self__, *args)
             function = getattr(type(function.__self__), function.__name__)
-        return self.call(describe(function).name, function, args, kwargs)
+        return self.call(describe(function).name, function, args, kwargs, site)
 
     def finish(self) -> None:
         """Put back what `start` changed."""
@@ -171,7 +173,7 @@ class Run:
             self._checked = count
             return True
         at = self._checked
-        while at < len(order) and log[at][0] is order[at]:
+        while at < len(order) and log[at][0] == order[at]:
             at += 1
         module = log[at][0]
         self.stray(type(module).__name__ if module is not None else "a function")
@@ -227,10 +229,12 @@ class Run:
         if isinstance(x, Tensor):
             self.before.setdefault(module, []).append(self._read_before(step, x))
 
-    def call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        """A nonlinearity or layer called by a scope itself."""
+    def call(
+        self, name: str, func: Any, args: Any, kwargs: Any, site: str | None = None
+    ) -> Any:
+        """A nonlinearity or layer called by a scope itself, at a site if that is known."""
         step = None
-        if self.follows() and self._next_key() is None:
+        if self.follows() and self._next_key() == site:
             step = self.plan.at[len(self.log)]
         if step is None or step.function != name:
             self.stray(name)
@@ -248,7 +252,7 @@ class Run:
             if x is not None and (step.shared or any(e.before for e in step.emissions)):
                 before = self._read_before(step, x)
             out = func(*args, **kwargs)
-        self.log.append((None, self._read(step, x, out, x_grad, before)))
+        self.log.append((site, self._read(step, x, out, x_grad, before)))
         self._noted()
         return out
 
@@ -258,20 +262,18 @@ class Run:
         Returns:
             None where it may not be; what is held of the memory is to be copied then.
         """
-        others = 0
-        looks = type(x) is Tensor and (self.plan.shares or self.how > 1)
-        if looks:
-            others = sum(t is not x for t in self._held_of(x))
-        if not self.wants.detach or self.wants.gradients or not is_alone(x, others):
+        # Where other maps lie in the memory of a z, all that the log has are aliases of our own.
+        ours = len(self._held_of(x)) if self.plan.shares and type(x) is Tensor else 0
+        if not self.wants.detach or self.wants.gradients or not is_alone(x, ours):
             return None
-        if looks:
+        if ours:
             self._exchange(x, lambda t: t.data)
         z: Tensor = x.data
         return z
 
     def copied(self, x: Tensor) -> Tensor:
         """A copy of what an in-place σ is about to overwrite; other maps of it are copied, too."""
-        if self.plan.shares or self.how > 1:
+        if self.plan.shares:
             self._exchange(x, clone)
         return clone(self._own(x))
 
@@ -380,7 +382,7 @@ class Run:
 
     def _own(self, tensor: Tensor) -> Tensor:
         """Outside the graph, unless asked otherwise."""
-        joins = tensor.requires_grad or self.how == 3
+        joins = tensor.requires_grad or self.how > 2
         return tensor.detach() if self.wants.detach and joins else tensor
 
     def stray(self, what: str) -> None:
@@ -469,7 +471,9 @@ class Run:
                 self.wants.retention.forget()
 
     def _there(self, step: Step) -> bool:
-        if self.until is not None and step.position > self.until:
+        # Of two ways that a branch may go, one leaves no mark: what fired after the last decision
+        # in common may have done so on the other way.
+        if self.until is not None and step.position >= self.until:
             return False
         return step.at < len(self.log)
 
@@ -525,7 +529,7 @@ class _Exchanged(tuple[Any, ...]):
 def _pieces(record: Any) -> Sequence[Any]:
     """Where a record of the log has tensors: in itself, or in what was read of each map."""
     if len(record) > 1 and type(record[1]) is list:
-        return record[1]  # type: ignore[no-any-return]
+        return record[1]
     return (record,)
 
 

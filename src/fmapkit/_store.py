@@ -431,7 +431,12 @@ class Aliases:
         return found is not None and found[1] is held and found[0]() is tensor
 
     def watch(self, held: Held) -> None:
-        """Protect a tensor that was held elsewhere."""
+        """Protect a tensor that was held elsewhere, perhaps as the model's own object.
+
+        How many aliases of ours there are tells whether the model has any itself.
+        """
+        if self.detach and held.tensor is not None and type(held.tensor) is Tensor:
+            held.tensor = held.tensor.detach()
         self._new.append(held)
 
     def of(self, tensor: Tensor) -> list[Held]:

@@ -84,6 +84,10 @@ class Unit:
             return 0
         if now == self._values:
             return 0
+        if not all(map(_are_plain, now)):  # a tensor, say, has come in the place of None
+            self._known.clear()
+            self._look_at({id(m): _plain_attributes(m) for m in self._modules})
+            return 0
         if now not in self._states:
             if len(self._states) >= _MOST_KINDS:
                 del self._states[1:]
@@ -157,12 +161,30 @@ def _is_torchs(module: nn.Module) -> bool:
     return type(forward) is types.FunctionType and forward.__module__.startswith("torch.")
 
 
+def _are_plain(values: Any) -> bool:
+    """Whether what was read of a module, one value or a tuple of several, can be compared."""
+    return type(values) in _PLAIN and (
+        type(values) is not tuple or all(type(v) in _PLAIN for v in values)
+    )
+
+
 # What every module has, whatever its class.
 _COMMON = frozenset(nn.Module().__dict__) - {"training"}
 
 
+# Modules of torch's that make the same calls whatever their attributes are, but for the mode.
+_STEADY = (
+    *(nn.Linear, nn.Identity, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.Flatten),
+    *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase),
+    *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd),
+    *(nn.modules.pooling._AdaptiveAvgPoolNd,),
+)
+
+
 def _plain_attributes(module: nn.Module) -> list[str]:
     """What code may decide by, of a kind that can be compared."""
+    if isinstance(module, _STEADY) and _is_torchs(module):
+        return ["padding_mode"] if "padding_mode" in module.__dict__ else []
     return [k for k, v in module.__dict__.items() if k not in _COMMON and type(v) in _PLAIN]
 
 

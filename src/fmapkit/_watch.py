@@ -7,6 +7,7 @@ looks at as little of each as will do, and makes nothing on its way.
 from __future__ import annotations
 
 import weakref
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from fmapkit._remembered import remembered
 from fmapkit._standing import standing_before
 
 __all__ = ["Watch"]
+
+_FORWARD = repeat("forward")
 
 
 class Watch:
@@ -91,15 +94,15 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether anything is not as it was."""
-        for there, keys, children in zip(self._parents, self._keys, self._children, strict=True):
-            if [*there] != keys or [*there.values()] != children:
-                return True
-        for module, kind in zip(self._watched, self._types, strict=True):
-            if type(module) is not kind:
-                return True
-        for attributes in self._attributes:
-            if "forward" in attributes:
-                return True
+        # In C as far as can be: there are hundreds of modules to look at.
+        if list(map(list, self._parents)) != self._keys:
+            return True
+        if [[*there.values()] for there in self._parents] != self._children:
+            return True
+        if list(map(type, self._watched)) != self._types:
+            return True
+        if any(map(dict.__contains__, self._attributes, _FORWARD)):
+            return True
         return (
             self._registered != (layers.version, nonlinearities.version)
             or (ever_compiled() and self._compiled != self._compiled_calls())

@@ -124,11 +124,11 @@ class ControlPaths:
         if survey is None:
             return told in _complete, set()
         hopeless: set[nn.Module] = set()
-        for told_by, (_, who) in survey.found.items():
+        for told_by, (_, _, who) in survey.found.items():
             if told_by in self._tried:
                 hopeless.update(m for modules in who for m in modules)
-        self._tried.update({at: code for at, (code, _) in survey.found.items()})
-        self.twins.exchange_all(code for code, _ in survey.found.values())
+        self._tried.update({at: code for at, (code, _, _) in survey.found.items()})
+        self.twins.exchange_all([(code, names) for code, names, _ in survey.found.values()])
         if survey.complete and not survey.found:
             _complete.add(told)
             _surveyed.add(type(module))

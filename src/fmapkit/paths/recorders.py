@@ -109,7 +109,7 @@ def unrecorded() -> Iterator[None]:
 
 def enter(site: str) -> Callable[[Any], None]:
     """A function begins; what its marks are to be given to while it runs."""
-    append = _append_of(_ident(), _NOTHING)
+    append: Callable[[Any], None] = _append_of(_ident(), _NOTHING)
     append(site)
     return append
 

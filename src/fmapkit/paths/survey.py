@@ -84,12 +84,12 @@ class Survey:
         where: tells who runs it.
 
     Attributes:
-        found: that code, told by its identity, and who ran it.
+        found: that code, told by its identity; the globals it ran with, and who ran it.
         complete: nothing can have gone unseen.
     """
 
     def __init__(self, where: Callable[[], Any]) -> None:
-        self.found: dict[int, tuple[types.CodeType, list[Any]]] = {}
+        self.found: dict[int, tuple[types.CodeType, dict[str, Any], list[Any]]] = {}
         self.complete = False
         self._where = where
         self._on = False
@@ -116,6 +116,6 @@ class Survey:
         if is_trusted(code) or is_twin(code):
             return
         who = self._where()
-        runners = self.found.setdefault(id(code), (code, []))[1]
+        runners = self.found.setdefault(id(code), (code, frame.f_globals, []))[2]
         if who not in runners:
             runners.append(who)

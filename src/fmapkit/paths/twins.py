@@ -19,7 +19,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,9 +186,17 @@ class Twins:
                     if twin is not None and theirs is not None and theirs.fixed == twin.fixed:
                         function.__code__ = twin.code
 
-    def exchange_all(self, codes: Iterable[types.CodeType]) -> None:
-        """The same for whatever functions there are that run some code."""
-        for function in list(functions_of(set(codes))):
+    def exchange_all(self, codes: Sequence[tuple[types.CodeType, dict[str, Any]]]) -> None:
+        """The same for whatever functions there are that run some code.
+
+        Args:
+            codes: each with the globals that it runs with.
+        """
+        for code, names in codes:
+            function = _named(code, names)
+            if function is not None:
+                self.exchange(function)
+        for function in list(functions_of([code for code, _ in codes])):
             self.exchange(function)
 
     def renamed(self) -> bool:
@@ -224,7 +232,7 @@ class Twins:
         self.watched.clear()
 
 
-def functions_of(codes: set[types.CodeType]) -> Iterator[types.FunctionType]:
+def functions_of(codes: Sequence[types.CodeType]) -> Iterator[types.FunctionType]:
     """Every function that runs some code; it takes a look at all objects that there are."""
     wanted = {id(code) for code in codes}
     seen = set()
@@ -233,6 +241,21 @@ def functions_of(codes: set[types.CodeType]) -> Iterator[types.FunctionType]:
             if id(holder) not in seen:
                 seen.add(id(holder))
                 yield holder
+
+
+def _named(code: types.CodeType, names: dict[str, Any]) -> types.FunctionType | None:
+    """The function that runs some code, if it is there by its name: `gc.freeze` hides it."""
+    first, *rest = getattr(code, "co_qualname", code.co_name).split(".")
+    found: Any = names.get(first)
+    for part in rest:
+        found = vars(found).get(part) if isinstance(found, type) else None
+    if isinstance(found, property):
+        found = found.fget
+    elif isinstance(found, (staticmethod, classmethod)):
+        found = found.__func__
+    while type(found) is types.FunctionType and found.__code__ is not code:
+        found = found.__dict__.get("__wrapped__")
+    return found if type(found) is types.FunctionType else None
 
 
 # -- from source to twin ----------------------------------------------------------------------
@@ -377,13 +400,12 @@ def _compiled(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a constant that is called: a recorder, later on
-            found = compile(module, like.co_filename, "exec", flags=flags, dont_inherit=True)
+            found: types.CodeType | None = compile(module, like.co_filename, "exec", flags=flags, dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError):
         return None
     for _ in range(len(classes) + 1):
-        found = next((c for c in found.co_consts if isinstance(c, types.CodeType)), None)
-        if found is None:
-            return None
+        inside = found.co_consts if found is not None else ()
+        found = next((c for c in inside if isinstance(c, types.CodeType)), None)
     return found
 
 
