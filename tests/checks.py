@@ -5,15 +5,24 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from fmapkit import CaptureWarning, capture
+from fmapkit._replaying import OTHER_PATH
 from tests import truth
 
 Tag = tuple[str, int, str, range | None]
+
+
+def strayed(maps: Any) -> bool:
+    """Whether a pass was named that left the known ways; nothing else may be."""
+    reasons = {m.reason for m in maps.missed}
+    assert reasons <= {OTHER_PATH}, reasons
+    return bool(reasons)
 
 
 def tags(maps: Any, kind: str = "activation") -> list[Tag]:
@@ -64,6 +73,50 @@ def check(
     each = expected if expected and isinstance(expected[0], list) else [expected] * len(passes)
     for n, (tags_, wanted) in enumerate(zip(got, each, strict=True)):
         assert tags_ == list(wanted), f"pass {n}"
+
+
+def strays(
+    model: nn.Module,
+    passes: Sequence[tuple[Any, ...]],
+    *,
+    train: bool = False,
+    most: int = 2,
+    **options: Any,
+) -> list[list[Tag]]:
+    """The same, where a few passes may leave the known ways: what they had until then is right.
+
+    Args:
+        model: to run.
+        passes: positional arguments of each.
+        train: with gradients and a backward pass, or without.
+        most: how many passes may do so; of a module that does it again, each one is traced.
+        options: of `capture`.
+
+    Returns:
+        The tags of each pass.
+    """
+    bare, got, lost = copy.deepcopy(model), [], 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CaptureWarning)
+        with capture(model, **options) as maps:
+            for n, args in enumerate(passes):
+                true = truth.run_pass(bare, args, train=train, seed_=n, witness=True)
+                seen = truth.run_pass(model, args, train=train, seed_=n)
+                truth.assert_same_pass(true, seen)
+                got.append(tags(maps))
+                pairs = truth.captured_pairs(maps)
+                if len(pairs) < len(true.truth) and strayed(maps):
+                    lost += 1
+                    assert lost <= most, f"pass {n}: lost again"
+                    for run, pair in zip(true.truth, pairs, strict=False):  # up to some point
+                        assert truth.same_bits(run.z, pair.z), f"pass {n}"
+                        assert truth.same_bits(run.a, pair.a), f"pass {n}"
+                else:  # whatever was named before excuses nothing
+                    read = SimpleNamespace(select=maps.select, missed=[])
+                    truth.assert_captured_exactly_once(read, true.truth)
+            strayed(maps)
+    truth.assert_nothing_left(truth.fingerprint(bare), model)
+    return got
 
 
 def images(

@@ -21,10 +21,10 @@ from tests import truth
 
 
 class Net(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, inplace: bool = False) -> None:
         super().__init__()
         self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
-        self.relu, self.prelu = nn.ReLU(inplace=True), nn.PReLU(4)
+        self.relu, self.prelu = nn.ReLU(inplace), nn.PReLU(4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(self.prelu(self.b(self.relu(self.a(x)))))
@@ -41,10 +41,12 @@ def _right(net: Net, maps: Any, x: Tensor) -> None:
     assert maps.missed == []
 
 
-def test_no_hook_where_none_is_needed() -> None:
-    net, x = Net(), torch.randn(3, 4)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_no_hook_where_none_is_needed(inplace: bool) -> None:
+    net, x = Net(inplace), torch.randn(3, 4)
     bare = truth.fingerprint(net)
-    with capture(net) as maps:
+    # In training, what an in-place ReLU overwrites is copied, by a hook.
+    with torch.set_grad_enabled(not inplace), capture(net) as maps:
         net(x), net(x)
         assert isinstance(there(net.relu), CallTap)
         assert not net.relu._forward_hooks

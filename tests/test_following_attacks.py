@@ -20,6 +20,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fmapkit._following import Follower
+from fmapkit._following_maps import FollowedMaps
+from fmapkit._following_suspects import FollowedSuspects
+from fmapkit._scripts import Scripts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -27,11 +31,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from fmapkit import CaptureWarning, _following, capture
-from fmapkit._following import Follower
-from fmapkit._following_maps import FollowedMaps
-from fmapkit._following_suspects import FollowedSuspects
 from fmapkit._functions import describe
-from fmapkit._scripts import Scripts
 from tests import truth
 
 pytestmark = pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")

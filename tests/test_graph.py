@@ -56,6 +56,10 @@ def test_the_gradient_of_each_map_is_that_of_a_model_written_by_hand() -> None:
             true_out.square().sum().backward()
             for key, fm in held.items():
                 assert torch.equal(fm.tensor, true[key])
+                if key == ("conv1", "preactivation"):
+                    # relu_ overwrites it: this is a copy made before, to which nothing flows back.
+                    assert fm.grad is None
+                    continue
                 assert fm.grad is not None
                 assert torch.equal(fm.grad, true[key].grad), key
     for mine, theirs in zip(model.parameters(), hand.parameters(), strict=True):

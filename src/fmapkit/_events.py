@@ -33,7 +33,7 @@ class Event:
             "place",
             "scope",
         ),
-        *("sigma", "x", "x_held", "y", "y_held", "in_place", "firing", "graph"),
+        *("sigma", "x", "x_held", "y", "y_held", "in_place", "firing", "graph", "joins"),
         *("kept", "shared"),
     )
 
@@ -55,6 +55,7 @@ class Event:
         self.shared = False  # in which other maps lie, too
         self.in_place = False
         self.graph = False  # its result is part of an autograd graph
+        self.joins = False  # its result may become part of one
         self.firing: Firing | None = None
         self.entries: list[tuple[str, Entry]] = []  # ("x" | "y" | path, what is held)
 

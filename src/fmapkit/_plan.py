@@ -109,6 +109,7 @@ class Plan:
     keeps: bool  # some in-place nonlinearity does so
     shares: bool  # some z is held as another map, too
     graph: bool  # some map was part of a graph, even if gradients are off around the module
+    joins: bool  # or may become part of one: it is made in an `autograd.Function`'s forward
 
 
 def make_plan(
@@ -196,6 +197,7 @@ def make_plan(
             sorted({by_origin[i].offset for i in by_origin if _claimed_inside(tracer, frame, i)})
         ),
         graph=any(e.graph for e in tracer.events[frame.start :]),
+        joins=any(e.joins for e in tracer.events[frame.start :]),
     )
 
 

@@ -207,6 +207,7 @@ class Record:
     def _add(self, event: Event, origin: Origin, result: Tensor) -> None:
         event.origin = origin
         event.graph = result.requires_grad
+        event.joins = in_function()
         self.events.append(event)
         self.firings.fire(event)
 

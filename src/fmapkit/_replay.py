@@ -32,7 +32,7 @@ from fmapkit._stop import Stop
 from fmapkit._store import Entry, Held, storage_of, version_of
 from fmapkit._taps import Line
 from fmapkit._wants import Wants
-from fmapkit.paths import taps
+from fmapkit.paths import Expected, taps
 
 __all__ = ["LightMode", "Run", "tag_outputs"]
 
@@ -63,7 +63,7 @@ class Run:
             "how",
         ),
         *("inputs", "line", "log", "lost", "marks", "mode", "module", "plan", "stop"),
-        *("uncounted", "until", "wants"),
+        *("ended", "expected", "uncounted", "until", "wants"),
     )
 
     def __init__(
@@ -72,6 +72,7 @@ class Run:
         plan: Plan,
         wants: Wants,
         line: Line,
+        expected: Expected,
         stop: Stop | None,
         inputs: list[Any],
         base: dict[str, int] | None,
@@ -82,6 +83,8 @@ class Run:
         self.plan = plan
         self.wants = wants
         self.line = line
+        self.expected = expected  # the path that it is taken to take
+        self.ended = False  # early, by our stop
         self.stop = stop  # what to end the pass by, after the last step
         self.drop = drop  # lets go of an older map
         self.analyses = analyses  # to be shown each map as soon as it is there
@@ -91,7 +94,7 @@ class Run:
         self.base = base
         self.log: list[Any] = []  # per step: its module, then what was read
         self.lost = ""  # why the run left its plan, if it did
-        self.until: int | None = None  # after so many decisions it did
+        self.until: int | None = None  # of a call that has broken off: what was read before is kept
         self.before: dict[nn.Module, list[Slots]] = {}  # read before the call that overwrites it
         self._outer: Callable[[str, Any], Any] | None = (
             None  # what another capture's run has tapped
@@ -101,7 +104,7 @@ class Run:
         self.how = int(wants.detach and (plan.graph or _grads()))
         if _inference():
             self.how = 2
-        elif wants.detach and in_function():
+        elif wants.detach and (plan.joins or in_function()):
             self.how = 3
         if wants.detach and (plan.shares or (plan.keeps and _inference())):
             self.how = 4 if _inference() else 3
@@ -210,10 +213,19 @@ class Run:
     def _noted(self) -> None:
         """One more entry of the log is there."""
         self.drop(None)
+        if self.analyses is None and (self.stop is None or not self.complete):
+            return
+        step = self.plan.at[len(self.log) - 1]
+        if step is None or not self.expected.at(step.position):
+            return  # what the map is shows when the call has ended
         if self.analyses is not None:
             self.analyses(self)
         if self.stop is not None and self.complete:
-            self.stop.end()
+            self.ended = True
+            try:
+                self.stop.end()
+            finally:
+                self.ended = self.stop.ended
 
     def _next_key(self) -> Any:
         at, order = len(self.log), self.plan.order
@@ -471,8 +483,6 @@ class Run:
                 self.wants.retention.forget()
 
     def _there(self, step: Step) -> bool:
-        # Of two ways that a branch may go, one leaves no mark: what fired after the last decision
-        # in common may have done so on the other way.
         if self.until is not None and step.position >= self.until:
             return False
         return step.at < len(self.log)

@@ -27,17 +27,17 @@ from fmapkit._plan import Plan
 from fmapkit._replay import Run, tag_outputs
 from fmapkit._store import Entry
 from fmapkit._units import Unit, Units, carried, shape_of, sizes_of
-from fmapkit.paths import ControlPaths, KnownPaths, Sizes
+from fmapkit.paths import ControlPaths, Expected, KnownPaths, Sizes
 
 __all__ = ["Replaying"]
 
 REST = (
-    "a part of it took a way through its code that no earlier pass had taken, so what its results "
-    "carry was not known; the maps made from there on are not captured in that pass"
+    "in a pass, a part of it took a way through its code that no earlier pass had taken; the maps of "
+    "that pass are not kept"
 )
 OTHER_PATH = (
-    "in a pass, it took a way through its code that no earlier pass had taken; the maps made from "
-    "there on are not captured in that pass, and the next one is traced"
+    "in a pass, it took a way through its code that no earlier pass had taken; the maps of that "
+    "pass are not kept, and the next one is traced"
 )
 
 
@@ -79,8 +79,8 @@ class Replaying:
         self._learning = learning
         self._keeping = keeping
         self._paths = paths
-        # Of the run that is under way: the paths of its kind, its sizes, where its path begins.
-        self._taking: tuple[KnownPaths[Plan], Sizes, int] | None = None
+        # Of the run that is under way: the paths of its kind, and its sizes.
+        self._taking: tuple[KnownPaths[Plan], Sizes] | None = None
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A call of a unit begins.
@@ -108,8 +108,8 @@ class Replaying:
             return self._learning.enter(module, kind, state, sizes, args, kwargs, inputs)
         if self._edits and self._edited_inside(plan, inputs):
             return self._learning.enter(module, None, 0, sizes, args, kwargs, inputs)
-        self._start(module, plan, args, kwargs, inputs)
-        self._taking = (known, sizes, self._paths.position)
+        self._start(module, plan, args, kwargs, inputs, self._paths.expect(known.items(sizes)))
+        self._taking = (known, sizes)
         return None
 
     def _kind(self, unit: Unit, args: Any, kwargs: Any, origins: Any) -> Any:
@@ -125,6 +125,7 @@ class Replaying:
         args: Any,
         kwargs: Any,
         inputs: list[Any],
+        expected: Expected,
     ) -> None:
         """A unit is replayed by its plan."""
         live, wants, tracer = self._live, self._wants, self._live.tracer
@@ -142,7 +143,9 @@ class Replaying:
             base = {name: tracer.counts[name] for name, _ in plan.calls}
         assert live.current is not None
         drop = live.current.drop
-        run = Run(module, plan, wants, self._placing.line, stop, inputs, base, drop, analyses)
+        run = Run(
+            module, plan, wants, self._placing.line, expected, stop, inputs, base, drop, analyses
+        )
         live.run = run
         if wants.graph and live.current.grads and in_function():
             self._misses.add(self._names.of(module), NO_GRAPH)
@@ -192,13 +195,14 @@ class Replaying:
         run.finish()
         if not failed and not run.lost and not run.complete:
             run.lost = "fewer taps fired than were learned"
-        if not failed:
+        if failed:
+            self._check_beginning(run)
+        elif not run.ended:
             self._check_path(run)
         if tracer is None:
             current.segments.append(run)
             return
-        if run.lost:
-            current.segments.append(run)
+        if run.lost and not failed:
             tracer.give_up()
             self._misses.add(self._names.of(self._model), REST)
             return
@@ -223,11 +227,17 @@ class Replaying:
         tag_outputs(output, run.output_tags(), tracer.set_tag)
         live.trace_on()
 
+    def _check_beginning(self, run: Run) -> None:
+        """Of a call that has broken off, keep what was read on its path for sure."""
+        run.until = run.expected.until()
+        if run.until is None:
+            run.release()
+
     def _check_path(self, run: Run) -> None:
         """Compare the path that a unit's call took with that of its plan."""
         assert self._taking is not None
-        known, sizes, start = self._taking
-        items = self._paths.since(start)
+        known, sizes = self._taking
+        items = run.expected.taken()
         cut = self._stop is not None and self._stop.ended
         if cut and not run.lost and known.leaves_at(items, sizes)[0] == len(items):
             return  # as far as it went
@@ -235,7 +245,11 @@ class Replaying:
             return
         run.stray(run.lost or "it decided otherwise")
         known.lost = True
-        run.until, deciding = known.leaves_at(items, sizes)
+        # The code of an unknown way may have written to what is held, so that no version tells.
+        if self._live.current is not None:
+            self._live.current.discard()
+        run.release()
+        _, deciding = known.leaves_at(items, sizes)
         if known.strayed(items, sizes):  # what decides here is traced from now on
             self._units.open(run.module, *deciding)
             self._placing.scopes_changed()

@@ -202,6 +202,8 @@ class Session:
         if _thread() != live.thread or _graph_task() != -1:
             if "_is_replica" in module.__dict__:
                 self.miss("", REPLICAS)
+            elif live.lesson is not None and _thread() == live.thread:
+                live.lesson.key = None  # it runs again in a backward: no tap could tell that apart
             return None
         try:
             if module is self.model and not self._running():

@@ -241,6 +241,13 @@ class Pass:
         self._entries = [entry for entry in every if entry not in gone]
         return gone
 
+    def discard(self) -> None:
+        """Nothing of the pass so far is kept: what its maps are is not known any more."""
+        for segment in self.segments:
+            segment.release()
+        self.segments.clear()
+        self._entries = None
+
     def release(self) -> list[Any]:
         """Let go of every tensor; maps read before keep theirs.
 

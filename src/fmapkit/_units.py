@@ -66,7 +66,7 @@ class Unit:
         places = [(names[id(m)], m.__dict__) for m in self._modules if names[id(m)]]
         self._looked_at = [(operator.itemgetter(*keys), there, keys) for keys, there in places]
         if values is None:
-            values = [get(there) for get, there, _ in self._looked_at]
+            values = [_comparable(get(there)) for get, there, _ in self._looked_at]
         self._values = values
         self._states: list[list[Any]] = [values]
 
@@ -82,12 +82,9 @@ class Unit:
             self._known.clear()
             self._look_at({id(m): _plain_attributes(m) for m in self._modules})
             return 0
-        if now == self._values:
+        if _equal(now, self._values):
             return 0
-        if not all(map(_are_plain, now)):  # a tensor, say, has come in the place of None
-            self._known.clear()
-            self._look_at({id(m): _plain_attributes(m) for m in self._modules})
-            return 0
+        now = list(map(_comparable, now))
         if now not in self._states:
             if len(self._states) >= _MOST_KINDS:
                 del self._states[1:]
@@ -156,16 +153,24 @@ class Unit:
         return tuple(found)
 
 
+def _equal(now: list[Any], known: list[Any]) -> bool:
+    try:
+        return now == known
+    except (RuntimeError, ValueError):  # a tensor or an array has come into the place of a number
+        return False
+
+
+def _comparable(value: Any) -> Any:
+    """The same, with the type of whatever is not to be compared, or kept alive, in its place."""
+    kind = type(value)
+    if kind is tuple:
+        return tuple(map(_comparable, value))
+    return value if kind in _PLAIN else kind
+
+
 def _is_torchs(module: nn.Module) -> bool:
     forward = type(module).forward
     return type(forward) is types.FunctionType and forward.__module__.startswith("torch.")
-
-
-def _are_plain(values: Any) -> bool:
-    """Whether what was read of a module, one value or a tuple of several, can be compared."""
-    return type(values) in _PLAIN and (
-        type(values) is not tuple or all(type(v) in _PLAIN for v in values)
-    )
 
 
 # What every module has, whatever its class.

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from fmapkit.paths import recorders
 from fmapkit.paths.fixed import FixedAttributes
-from fmapkit.paths.known import KnownPaths, Sizes
+from fmapkit.paths.known import Expected, KnownPaths, Sizes
 from fmapkit.paths.recorders import taps, unrecorded
-from fmapkit.paths.survey import Survey, is_trusted
+from fmapkit.paths.survey import Survey, is_installed, is_trusted
 from fmapkit.paths.twins import Twins, call_site
 
-__all__ = ["ControlPaths", "KnownPaths", "Sizes", "taps", "unrecorded"]
+__all__ = ["ControlPaths", "Expected", "KnownPaths", "Sizes", "taps", "unrecorded"]
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _HANDLER = torch.overrides.handle_torch_function.__code__
@@ -82,10 +82,27 @@ class ControlPaths:
         self._sink = recorders.start(self._place_of, self._modules)
 
     def _set_class(self, kind: type) -> None:
-        """Have the forward of a class record."""
+        """Have the forward of a class record, and what it is likely to call.
+
+        What a survey finds to run in a traced pass records from the next pass on. To guess spares
+        that pass; of large libraries, which have hundreds of methods, only the forward is taken.
+        """
         forward = getattr(kind, "forward", None)
-        if type(forward) is types.FunctionType and not is_trusted(forward.__code__):
-            self.twins.exchange(forward)
+        if type(forward) is not types.FunctionType or is_trusted(forward.__code__):
+            return
+        self.twins.exchange(forward)
+        if is_installed(forward.__code__):
+            return
+        todo = [f for base in kind.__mro__ for f in _functions_in(base)]
+        seen: set[types.FunctionType] = set()
+        while todo:
+            function = todo.pop()
+            if function in seen or is_trusted(function.__code__):
+                continue
+            seen.add(function)
+            if not is_installed(function.__code__) and self.twins.exchange(function):
+                named = (function.__globals__.get(n) for n in function.__code__.co_names)
+                todo += [f for f in named if type(f) is types.FunctionType]
 
     def end(self) -> None:
         """The pass has ended."""
@@ -145,6 +162,10 @@ class ControlPaths:
         """Whether a name in one of torch's modules stands for something else than it did."""
         return self.twins.renamed()
 
+    def expect(self, path: list[Any] | None) -> Expected:
+        """A call begins that is taken to take a path."""
+        return Expected(self._sink.items if self._sink is not None else [], self.position, path)
+
     @property
     def position(self) -> int:
         """How many decisions were recorded so far."""
@@ -167,6 +188,20 @@ class ControlPaths:
         """The block has ended: every function has its own code again."""
         self.end()
         self.twins.clear()
+
+
+# Methods that run outside of passes.
+_ASIDE = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__setstate__", "__getstate__"}
+
+
+def _functions_in(kind: type) -> list[types.FunctionType]:
+    """The methods and properties of a class of the model's own."""
+    found: list[types.FunctionType] = []
+    for name, value in vars(kind).items():
+        inner: Any = getattr(value, "__func__", getattr(value, "fget", value))
+        if type(inner) is types.FunctionType and name not in _ASIDE:
+            found.append(inner)
+    return found
 
 
 def _lasting(item: Any) -> Any:

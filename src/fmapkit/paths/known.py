@@ -12,13 +12,59 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, Generic, TypeVar
 
-__all__ = ["KnownPaths", "Sizes"]
+__all__ = ["Expected", "KnownPaths", "Sizes"]
 
 _Plan = TypeVar("_Plan")
 Sizes = tuple[int, ...]
 
 _MOST_SIZES = 32  # per path: how many sizes its items are kept for
 _MOST_PATHS = 16
+
+
+class Expected:
+    """A call that is under way, and the path that it is taken to take.
+
+    Args:
+        recorded: what is recorded of the pass, which grows.
+        start: where the call's own path begins in that.
+        path: that it is to take; None where its numbers are not known beforehand.
+    """
+
+    __slots__ = ("_checked", "_path", "_recorded", "_start")
+
+    def __init__(self, recorded: list[Any], start: int, path: list[Any] | None) -> None:
+        self._recorded = recorded
+        self._start = start
+        self._path = path
+        self._checked = 0
+
+    def taken(self) -> list[Any]:
+        """What the call has decided so far."""
+        return self._recorded[self._start :]
+
+    def at(self, position: int) -> bool:
+        """Whether the call has taken so many decisions, and those that were expected.
+
+        Of two ways that a branch may go, one leaves no mark: so the number has to be the very one.
+        """
+        count = len(self._recorded) - self._start
+        if self._path is None or count != position:
+            return False
+        new = self._recorded[self._start + self._checked :]
+        if new != self._path[self._checked : count]:
+            return False
+        self._checked = count
+        return True
+
+    def until(self) -> int | None:
+        """Up to where a call that has broken off took its path; None if it took another one.
+
+        What was read after its last decision may have been read on another way.
+        """
+        taken = self.taken()
+        if self._path is None or taken != self._path[: len(taken)]:
+            return None
+        return len(taken) + (len(taken) == len(self._path))
 
 
 class _Path(Generic[_Plan]):
@@ -159,6 +205,11 @@ class KnownPaths(Generic[_Plan]):
         self._unruly = self._unruly or known is None
         self.lost = True
         return False
+
+    def items(self, sizes: Sizes) -> list[Any] | None:
+        """Those that a call on such inputs is taken to decide; None if they are not known yet."""
+        path = self._path(sizes)
+        return path.by_sizes.get(sizes) if path is not None else None
 
     def has(self, items: list[Any], sizes: Sizes) -> bool:
         """Whether a call on such inputs took this very path."""

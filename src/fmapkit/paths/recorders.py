@@ -72,6 +72,7 @@ class Sink:
 _appends: dict[int, Callable[[Any], None]] = {}
 _append_of: Any = _appends.get
 sinks: dict[int, Sink] = {}
+twins: set[types.CodeType] = set()  # the code that calls us
 
 
 def start(place_of: Callable[[Tensor], str | None], modules: Container[nn.Module]) -> Sink:
@@ -234,9 +235,14 @@ def caught(site: str) -> None:
     append = _append_of(_ident())
     if append is not None:
         trace = sys.exc_info()[2]
-        places = []
-        while trace is not None:
-            places.append((trace.tb_frame.f_code.co_name, trace.tb_lasti))
+        own = trace.tb_frame.f_code if trace is not None else None
+        places: list[Any] = []
+        # Torch's frames are others where there are hooks. An exception that is raised once more
+        # has its old places after the new ones.
+        while trace is not None and not (places and trace.tb_frame.f_code is own):
+            code = trace.tb_frame.f_code
+            if code in twins:
+                places.append((code.co_name, code.co_firstlineno, trace.tb_lasti))
             trace = trace.tb_next
         append((site, *places))
 

@@ -19,7 +19,7 @@ import torch
 
 from fmapkit.paths.twins import is_twin, known_as
 
-__all__ = ["Survey", "is_trusted"]
+__all__ = ["Survey", "is_installed", "is_trusted"]
 
 _SEPARATOR = os.sep
 _STDLIB = {sysconfig.get_paths()[k] + _SEPARATOR for k in ("stdlib", "platstdlib")}
@@ -47,6 +47,11 @@ def is_trusted(code: types.CodeType) -> bool:
     if found is None:
         found = _verdicts[known_as(code)] = _is_trusted(code)
     return found
+
+
+def is_installed(code: types.CodeType) -> bool:
+    """Whether code is of a package that was installed."""
+    return code.co_filename.startswith(tuple(_SITE))
 
 
 def _is_trusted(code: types.CodeType) -> bool:

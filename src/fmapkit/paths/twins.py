@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fmapkit.paths.recorders import RECORDERS
+from fmapkit.paths.recorders import twins as _codes
 from fmapkit.paths.rewrite import Rewriter, names_bound, position_of, site_at, watched_names
 
 __all__ = ["Twin", "Twins", "is_twin", "twin_of"]
@@ -95,6 +96,7 @@ def twin_of(code: types.CodeType, names: dict[str, Any], fixed: Fixed) -> Twin |
                 _twins[known_as(inner), attributes, tapped] = twin
             _twins.setdefault(key, None)
             _made.update({known_as(t.code): t for t in found.values()})
+            _codes.update(t.code for t in found.values())
         return _twins[key]
 
 
