@@ -45,7 +45,7 @@ def unnoticed(mode: type[_Mode]) -> type[_Mode]:
             return count(self, func, types, args, kwargs)
 
     mode.__module__ = f"torch.{mode.__module__}"
-    mode.__torch_dispatch__ = dispatch  # type: ignore[assignment, method-assign]
+    mode.__torch_dispatch__ = dispatch  # type: ignore[method-assign]
     functions = [dispatch, *map(inspect.unwrap, [count, *filter(callable, vars(mode).values())])]
     codes = [f.__code__ for f in functions if isinstance(f, FunctionType)]
     for code in codes:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import linecache
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,7 +54,11 @@ def _blocks(page: Path) -> Iterator[Block]:
 def _run(page: Path, block: Block, namespace: dict[str, Any]) -> str:
     """What the block printed; of one that must raise, the error's message."""
     # Line numbers of a failure are those of the page.
-    code = compile("\n" * block.line + block.text, str(page), "exec")
+    source = "\n" * block.line + block.text
+    name = f"{page}:{block.line}"
+    # As in a notebook, the source is to be had: code without it is traced in every pass.
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    code = compile(source, name, "exec")
     printed = io.StringIO()
     if block.info == "python raises":
         with pytest.raises(FmapkitError) as caught:

@@ -28,7 +28,7 @@ def is_alone(z: Any, ours: int = 0) -> bool:
 
     Args:
         z: what an in-place σ is about to overwrite.
-        ours: how many aliases of it we hold ourselves.
+        ours: how many aliases of our own making we hold: no tensors that the model may have, too.
     """
     if type(z) is not Tensor or z.requires_grad or z.layout is not _strided:
         return False

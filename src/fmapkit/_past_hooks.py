@@ -67,7 +67,7 @@ class PastHooks:
             while at is not None and at.f_code is not _WRAPPED:
                 at = at.f_back
             at = at.f_back if at is not None else None
-        found = []
+        found: list[FrameType] = []
         while at is not None and at.f_code is not _CALL:
             if at.f_code.co_name in names and _place(at.f_code) in places:
                 if not found and not self._lent and _is_called_by_torch(at):

@@ -7,7 +7,7 @@ made when somebody reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
@@ -274,11 +274,9 @@ class Run:
         Returns:
             None where it may not be; what is held of the memory is to be copied then.
         """
-        # Where other maps lie in the memory of a z, all that the log has are aliases of our own.
-        ours = len(self._held_of(x)) if self.plan.shares and type(x) is Tensor else 0
-        if not self.wants.detach or self.wants.gradients or not is_alone(x, ours):
+        if not self.wants.detach or self.wants.gradients or not is_alone(x):
             return None
-        if ours:
+        if self.plan.shares or self.how > 1:
             self._exchange(x, lambda t: t.data)
         z: Tensor = x.data
         return z
@@ -288,12 +286,6 @@ class Run:
         if self.plan.shares:
             self._exchange(x, clone)
         return clone(self._own(x))
-
-    def _held_of(self, x: Tensor) -> list[Tensor]:
-        """What the log has in the memory of x."""
-        memory = storage_of(x)
-        found = [t for record in self.log for piece in _pieces(record) for t in piece or ()]
-        return [t for t in found if isinstance(t, Tensor) and storage_of(t) == memory]
 
     def _exchange(self, x: Tensor, make: Callable[[Tensor], Tensor]) -> None:
         """Have the log hold something else of what it has in the memory of x."""
@@ -534,13 +526,6 @@ class _Exchanged(tuple[Any, ...]):
     """A record whose tensors nobody else writes to."""
 
     __slots__ = ()
-
-
-def _pieces(record: Any) -> Sequence[Any]:
-    """Where a record of the log has tensors: in itself, or in what was read of each map."""
-    if len(record) > 1 and type(record[1]) is list:
-        return record[1]
-    return (record,)
 
 
 def _slot(emission: Emission) -> tuple[str, bool]:

@@ -105,7 +105,7 @@ def _apart(tracer: Tracer, func: Any, args: Any, kwargs: Any, z: Tensor) -> Any:
     aliases = tracer.aliases
     if tracer.opaque or not aliases.detach or aliases.gradients or wrapped(z):
         return None
-    if not is_alone(z, len(aliases.of(z))):
+    if not is_alone(z, sum(held.own for held in aliases.of(z))):
         return None
     other = out_of_place(func, args, kwargs)
     if other is None:
@@ -114,12 +114,11 @@ def _apart(tracer: Tracer, func: Any, args: Any, kwargs: Any, z: Tensor) -> Any:
     aliases.written.add(storage_of(z))  # where z cannot be given other memory, it will be
 
     def run(*given: Any, **named: Any) -> Any:
-        holders = aliases.of(z)
+        for held in aliases.of(z):
+            held.own_memory()
         if with_new_memory(z, lambda: function(*its_args, **its_kwargs)):
             aliases.forget(z)
             aliases.written.add(storage_of(z))
-            for held in holders:
-                held.own_memory()
             return z
         tracer.aliases.before_write(z)
         return func(*args, **kwargs)

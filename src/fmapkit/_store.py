@@ -49,7 +49,10 @@ def versions_of(tensors: list[Tensor]) -> list[int]:
 class Held:
     """One tensor in memory; several maps may share it."""
 
-    __slots__ = ("arrival", "copied", "doomed", "gradient", "lost", "tensor", "version", "wanted")
+    __slots__ = (
+        *("arrival", "copied", "doomed", "gradient", "lost", "own", "tensor", "version"),
+        "wanted",
+    )
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class Held:
         self.arrival: Any = None  # of a copy from another device, to be waited for
         self.lost = False  # overwritten before it could be copied
         self.doomed = False  # spared this once; a later pass has to copy it
+        self.own = True  # an alias of our making; else it may be a tensor of the model's
         self.wanted = False  # some map holds it; else it is held for the tracer's own sake
 
     @classmethod
@@ -99,6 +103,7 @@ class Held:
 
     def own_memory(self) -> None:
         """The memory is nobody else's any more: what is written to its former owner is elsewhere."""
+        self.check()
         if self.tensor is not None:
             self.tensor = self.tensor.data
             self.version = version_of(self.tensor)
@@ -438,12 +443,8 @@ class Aliases:
         return found is not None and found[1] is held and found[0]() is tensor
 
     def watch(self, held: Held) -> None:
-        """Protect a tensor that was held elsewhere, perhaps as the model's own object.
-
-        How many aliases of ours there are tells whether the model has any itself.
-        """
-        if self.detach and held.tensor is not None and type(held.tensor) is Tensor:
-            held.tensor = held.tensor.detach()
+        """Protect a tensor that was held elsewhere, perhaps as the model's own object."""
+        held.own = False
         self._new.append(held)
 
     def of(self, tensor: Tensor) -> list[Held]:

@@ -125,7 +125,8 @@ class Rewriter(ast.NodeTransformer):
             return node
         looked_at = self._call("value", node, node)
         if isinstance(node, ast.Name):
-            return self._unless_tensor(node.id, ast.Name(node.id, ast.Load()), looked_at)
+            same = ast.copy_location(ast.Name(node.id, ast.Load()), node)
+            return self._unless_tensor(node.id, same, looked_at)
         return looked_at
 
     # -- statements ---------------------------------------------------------------------------
@@ -417,9 +418,10 @@ def names_bound(node: ast.AST) -> frozenset[str]:
             found.add(inner.name)
         elif isinstance(inner, ast.alias):
             found.add((inner.asname or inner.name).partition(".")[0])
-        elif (isinstance(inner, ast.ExceptHandler) and inner.name) or (isinstance(inner, (ast.MatchAs, ast.MatchStar)) and inner.name):
+        elif (isinstance(inner, ast.ExceptHandler) and inner.name) or (
+            isinstance(inner, (ast.MatchAs, ast.MatchStar)) and inner.name
+        ):
             found.add(inner.name)
         elif isinstance(inner, ast.MatchMapping) and inner.rest:
             found.add(inner.rest)
     return frozenset(found)
-
