@@ -60,18 +60,21 @@ class PastHooks:
         Args:
             entered: a module whose call has just begun: what is meant is what called it.
         """
-        places, names = self._places(), self._names
+        places = self._known if self._known is not None else self._places()
+        names = self._names
         at: Any = sys._getframe(1)
         if entered is not None:
             while at is not None and at.f_code is not _WRAPPED:
                 at = at.f_back
             at = at.f_back if at is not None else None
-        found = []
+        found: list[FrameType] = []
         while at is not None and at.f_code is not _CALL:
             if at.f_code.co_name in names and _place(at.f_code) in places:
+                if not found and not self._lent and _is_called_by_torch(at):
+                    return []
                 found.append(at)
             at = at.f_back
-        if not found or (len(found) == 1 and not self._lent and _is_called_by_torch(found[0])):
+        if not found:
             return []
         around = at.f_locals.get("self") if at is not None else None
         modules = [

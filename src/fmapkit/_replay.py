@@ -504,6 +504,8 @@ class Run:
 
     def _items(self, step: Step) -> list[Item | None]:
         """What was read for each emission of a step."""
+        if not step.emissions:
+            return []
         record = self.log[step.at]
         if not step.plain or type(record[1]) is list:
             read: list[Item | None] = record[1]

@@ -41,7 +41,7 @@ from fmapkit._sometimes import FOLLOWED, SOMETIMES
 from fmapkit._stop import Stop
 from fmapkit._store import Aliases, Pass, storage_of
 from fmapkit._tags import Tags
-from fmapkit._transforms import NESTED, is_shapeless, unheld, wrapped
+from fmapkit._transforms import NESTED, is_shapeless, some_shapeless, unheld, wrapped
 from fmapkit._wants import Wants
 
 __all__ = ["Tracer"]
@@ -241,7 +241,7 @@ class Tracer(TorchFunctionMode):
         if _weighted.weighs(name):
             weight = _weighted.weight_operand(name, operands, args, kwargs, self.tag)
         one = isinstance(out, Tensor)
-        if any(map(is_shapeless, operands)) or (one and is_shapeless(out)):
+        if some_shapeless(operands) or (one and is_shapeless(out)):
             self._not_held(name, weight, out)
             return out
         seen = one and not self.opaque and not wrapped(out)

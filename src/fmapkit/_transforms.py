@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from fmapkit._nested import tensors_in
 
 __all__ = [
     *("NESTED", "TRANSFORMED", "is_shapeless", "transformed", "transforming", "under_transform"),
-    *("unheld", "wrapped"),
+    *("some_shapeless", "unheld", "wrapped"),
 ]
 
 TRANSFORMED = (
@@ -25,6 +26,7 @@ NESTED = (
     "not supported; those of layout=torch.jagged are"
 )
 
+_is_nested: Callable[[Tensor], bool] = operator.attrgetter("is_nested")
 # Whether what is known to be a tensor is one of a transform.
 wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 # The innermost transform that is at work; None where none is.
@@ -39,6 +41,11 @@ def transformed(value: Any) -> bool:
 def is_shapeless(tensor: Tensor) -> bool:
     """Whether it is a nested one of the strided layout."""
     return tensor.is_nested and tensor.layout is torch.strided
+
+
+def some_shapeless(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of them is."""
+    return any(map(_is_nested, tensors)) and any(map(is_shapeless, tensors))
 
 
 def unheld(tensor: Tensor) -> str | None:
