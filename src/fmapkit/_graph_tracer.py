@@ -113,16 +113,13 @@ class GraphTracer(Tracer):
     def __init__(self, names: Names, wants: Wants, miss: Callable[[str, str], None]) -> None:
         self.noted = NodeAliases()
         super().__init__(names, wants, Edits.none(), None, Pass(0), miss)
-        self.trial = 1  # every module is in `frames`
+        self.learning = 1  # every module is in `frames`
 
     def _new_record(self) -> Record:
         return GraphRecord(self.wants, self.current, self.tags, self.noted, self.miss)
 
     def past_hooks(self, entered: nn.Module | None = None) -> None:
         pass  # its functions are not called by the model
-
-    def may_try(self, known: Any, z: Tensor) -> bool:
-        return False  # rewritten before, where it can be
 
     def running(self) -> nn.Module:
         return self.frames[-1].module  # Python runs the graph, not the model
