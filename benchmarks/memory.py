@@ -50,7 +50,7 @@ def unnoticed(mode: type[_Mode]) -> type[_Mode]:
     codes = [f.__code__ for f in functions if isinstance(f, FunctionType)]
     for code in codes:
         codes += [c for c in code.co_consts if isinstance(c, CodeType)]
-        survey._verdicts[code] = True
+        survey.trust(code)
     return mode
 
 

@@ -23,10 +23,18 @@ class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(4, 4))
-        self.calls = 0
+        self.seen: list[int] = []  # an attribute that changes would have the next pass traced
+
+    @property
+    def calls(self) -> int:
+        return len(self.seen)
+
+    @calls.setter
+    def calls(self, value: int) -> None:
+        self.seen[:] = [1] * value
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        self.seen.append(1)
         return F.linear(x, self.weight)
 
 

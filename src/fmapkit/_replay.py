@@ -106,8 +106,8 @@ class Run:
             self.how = 2
         elif wants.detach and (plan.joins or in_function()):
             self.how = 3
-        if wants.detach and (plan.shares or (plan.keeps and _inference())):
-            self.how = 4 if _inference() else 3
+        if wants.detach and plan.keeps and _inference():
+            self.how = 4  # no version would tell that a tensor of the model's was given other memory
         self.uncounted = self.how in (2, 4) or wants.gradients  # some tensor may have no version counter
         self._checked = 0  # how many entries of the log are known to follow the plan
         self._origins: dict[Ref, Origin] = {}

@@ -229,9 +229,10 @@ class Replaying:
 
     def _check_beginning(self, run: Run) -> None:
         """Of a call that has broken off, keep what was read on its path for sure."""
-        run.until = run.expected.until()
-        if run.until is None or run.lost:
-            self._strayed(run)
+        run.until, whole = run.expected.until()
+        if not whole or run.lost:
+            # Writes that no version tells of may have come since.
+            self._strayed(run, keeps=not run.uncounted)
 
     def _check_path(self, run: Run) -> None:
         """Compare the path that a unit's call took with that of its plan."""
@@ -243,19 +244,25 @@ class Replaying:
             return  # as far as it went
         if known.taken(items, sizes) and not run.lost:
             return
-        self._strayed(run)
+        # The code of an unknown way may have written to what is held, so that no version tells.
+        self._strayed(run, keeps=False)
 
-    def _strayed(self, run: Run) -> None:
-        """A unit's call has taken a way that is not its plan's."""
+    def _strayed(self, run: Run, keeps: bool) -> None:
+        """A unit's call has taken a way that is not its plan's.
+
+        Args:
+            run: of the call.
+            keeps: what was read before stays.
+        """
         assert self._taking is not None
         known, sizes = self._taking
         items = run.expected.taken()
         run.stray(run.lost or "it decided otherwise")
         known.lost = True
-        # The code of an unknown way may have written to what is held, so that no version tells.
-        if self._live.current is not None:
-            self._live.current.discard()
-        run.release()
+        if not keeps:
+            if self._live.current is not None:
+                self._live.current.discard()
+            run.release()
         _, deciding = known.leaves_at(items, sizes)
         if known.strayed(items, sizes):  # what decides here is traced from now on
             self._units.open(run.module, *deciding)

@@ -62,8 +62,9 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             "preactivation" or "activation" (the default). `fm.tensor` is then what was, `fm.edited`
             what went on. `fmapkit.edits` has the usual functions. Whatever a function raises is
             raised by the model's call.
-        stop: from the second pass on, end the forward as soon as every map is there that the first
-            one had; the model's call then returns None. For the maps of early layers only.
+        stop: once a pass has shown which maps there are, end the forward as soon as they are
+            there: from the second pass on, as a rule; a pass that has to be traced as a whole goes
+            to its end. The model's call then returns None. For the maps of early layers only.
         analyses: running analyses, each an object with `update(fm)`, which is called with each map
             of each captured pass, without gradients, in execution order: as the map is made where
             the model's road is known beforehand, else when the pass ends. `fmapkit.analysis` has

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fmapkit._nested import modules_in
 from fmapkit.paths import recorders
 from fmapkit.paths.fixed import FixedAttributes
 from fmapkit.paths.known import Expected, KnownPaths, Sizes
@@ -38,7 +39,7 @@ _HANDLER = torch.overrides.handle_torch_function.__code__
 _complete: set[int] = set()
 # By class of module: functions that were found to run in its calls.
 _helpers: dict[type, weakref.WeakSet[types.FunctionType]] = {}
-_surveyed: set[type] = set()  # classes of modules of which there is one
+_surveyed: set[Any] = set()  # modules, told by their form, of which there is one
 
 
 class ControlPaths:
@@ -124,7 +125,7 @@ class ControlPaths:
         Where such a path was complete in another capture, it is taken to be complete now, and its
         items tell in the end whether that was right: to look at each function costs time.
         """
-        known = type(module) in _surveyed and module not in self._doubted
+        known = _form(module) in _surveyed and module not in self._doubted
         self._doubted.add(module)
         if not known:
             self._survey = Survey(lambda: tuple(self._running()))
@@ -156,7 +157,7 @@ class ControlPaths:
             helpers.update(self.twins.functions())
         if survey.complete and not survey.found:
             _complete.add(told)
-            _surveyed.add(type(module))
+            _surveyed.add(_form(module))
             return True, set()
         return False, hopeless
 
@@ -196,6 +197,16 @@ class ControlPaths:
         """The block has ended: every function has its own code again."""
         self.end()
         self.twins.clear()
+
+
+def _form(module: nn.Module) -> Any:
+    """Tells modules apart that are likely to take other paths."""
+    own = [
+        (name, value)
+        for name, value in module.__dict__.items()
+        if type(value) in (bool, int, float, str, type(None))
+    ]
+    return tuple(map(type, modules_in(module))), tuple(own)
 
 
 # Methods that run outside of passes.

@@ -56,15 +56,19 @@ class Expected:
         self._checked = count
         return True
 
-    def until(self) -> int | None:
-        """Up to where a call that has broken off took its path; None if it took another one.
+    def until(self) -> tuple[int, bool]:
+        """How far a call that has broken off took its path, and whether it did so to the last.
 
-        What was read after its last decision may have been read on another way.
+        What was read after its last decision in common may have been read on another way.
         """
-        taken = self.taken()
-        if self._path is None or taken != self._path[: len(taken)]:
-            return None
-        return len(taken) + (len(taken) == len(self._path))
+        taken, path = self.taken(), self._path or []
+        common = 0
+        for one, other in zip(taken, path, strict=False):
+            if one != other:
+                break
+            common += 1
+        whole = self._path is not None and common == len(taken)
+        return common + (whole and common == len(path)), whole
 
 
 class _Path(Generic[_Plan]):

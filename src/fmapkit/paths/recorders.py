@@ -240,14 +240,16 @@ def caught(site: str) -> None:
     append = _append_of(_ident())
     if append is not None:
         trace = sys.exc_info()[2]
-        own = trace.tb_frame.f_code if trace is not None else None
-        places: list[Any] = []
+        places: list[tuple[str, int, int]] = []
         # Torch's frames are others where there are hooks. An exception that is raised once more
-        # has its old places after the new ones.
-        while trace is not None and not (places and trace.tb_frame.f_code is own):
+        # has its old places after the new ones. Lines stay, however much of the code is tapped.
+        while trace is not None:
             code = trace.tb_frame.f_code
             if code in twins:
-                places.append((code.co_name, code.co_firstlineno, trace.tb_lasti))
+                place = (code.co_name, code.co_firstlineno, trace.tb_lineno)
+                if places and place[:2] == places[0][:2]:
+                    break
+                places.append(place)
             trace = trace.tb_next
         append((site, *places))
 
