@@ -17,7 +17,6 @@ from fmapkit._store import Entry, Held
 __all__ = ["Event", "Firing", "Firings"]
 
 
-
 class Event:
     """Something that ran and has maps: a nonlinearity, a layer, or a wanted output."""
 

@@ -1,4 +1,4 @@
-"""What a learned pass of a proven module boils down to: which hooks fire, and what each one holds.
+"""What a traced call of a unit boils down to: which hooks fire, and what each one holds.
 
 Frozen, and free of torch side effects. A plan speaks of origins by `Ref`, since the same module may
 be called at different places of a pass: an origin inside is "the n-th call of layer L from here",
@@ -85,7 +85,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """How to read a proven module's later calls."""
+    """How to read a unit's later calls."""
 
     steps: tuple[Step, ...]
     order: list[Any]  # what fires: modules, sites; None for what the light mode sees

@@ -1,7 +1,7 @@
 """Tensors of a pass that outlive it in the model's own state, and may be read back in a later one.
 
-Whether `self.queue[0]` is a tensor of this pass or of an earlier one, no decision tells. So a module
-whose code keeps tensors of the pass under a name that is read, too, is traced in every pass.
+Whether `self.queue[0]` is a tensor of this pass or of an earlier one, no decision tells. So a
+module whose code keeps tensors of the pass under a name that is read, too, is traced in every pass.
 """
 
 from __future__ import annotations

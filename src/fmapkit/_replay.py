@@ -1,4 +1,4 @@
-"""Tap: read a later call of a proven module with one hook per site.
+"""Tap: read a later call of a unit with one tap per site.
 
 Taps (see `_taps.py`) note what they see in the log of the `Run` that is under way. Whether the log
 follows the plan is checked as a whole, when something depends on it and when the run ends; tags are
@@ -47,7 +47,7 @@ Slots = dict[tuple[str, bool], Item]
 
 
 class Run:
-    """One call of a proven module, read by its plan."""
+    """One call of a unit, read by its plan."""
 
     __slots__ = (
         *(
@@ -107,8 +107,12 @@ class Run:
         elif wants.detach and (plan.joins or in_function()):
             self.how = 3
         if wants.detach and plan.keeps and _inference():
-            self.how = 4  # no version would tell that a tensor of the model's was given other memory
-        self.uncounted = self.how in (2, 4) or wants.gradients  # some tensor may have no version counter
+            self.how = (
+                4  # no version would tell that a tensor of the model's was given other memory
+            )
+        self.uncounted = (
+            self.how in (2, 4) or wants.gradients
+        )  # some tensor may have no version counter
         self._checked = 0  # how many entries of the log are known to follow the plan
         self._origins: dict[Ref, Origin] = {}
 
@@ -241,9 +245,7 @@ class Run:
         if isinstance(x, Tensor):
             self.before.setdefault(module, []).append(self._read_before(step, x))
 
-    def call(
-        self, name: str, func: Any, args: Any, kwargs: Any, site: str | None = None
-    ) -> Any:
+    def call(self, name: str, func: Any, args: Any, kwargs: Any, site: str | None = None) -> Any:
         """A nonlinearity or layer called by a scope itself, at a site if that is known."""
         step = None
         if self.follows() and self._next_key() == site:
@@ -535,7 +537,7 @@ def _slot(emission: Emission) -> tuple[str, bool]:
 
 
 class LightMode(TorchFunctionMode):
-    """Sees the nonlinearities that a proven scope calls itself, and lets the rest pass."""
+    """Sees the nonlinearities that a module of torch calls itself, and lets the rest pass."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()

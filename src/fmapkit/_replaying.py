@@ -32,8 +32,8 @@ from fmapkit.paths import ControlPaths, Expected, KnownPaths, Sizes
 __all__ = ["Replaying"]
 
 REST = (
-    "in a pass, a part of it took a way through its code that no earlier pass had taken; the maps of "
-    "that pass are not kept"
+    "in a pass, a part of it took a way through its code that no earlier pass had taken; the maps "
+    "of that pass are not kept"
 )
 OTHER_PATH = (
     "in a pass, it took a way through its code that no earlier pass had taken; the maps of that "

@@ -2,10 +2,10 @@
 
 A pass begins with the model's pre hook and ends with its post hook. In between, each module is
 
-- a *unit*: the outermost proven module on its branch. Its first call of a kind is learned by the
-  tracer; later ones are replayed by a `Run`, with one tap per site;
-- a *scope*: an unproven module. The tracer watches its own forward in every pass, and leaves the
-  units in it alone;
+- a *unit*: the outermost module on its branch whose path is the same in each pass. Its first call of
+  a kind is learned by the tracer; later ones are replayed by a `Run`, with one tap per site;
+- a *scope*: a module that decides by data, or takes several paths. The tracer watches its own
+  forward in every pass, and leaves the units in it alone;
 - inside a unit, where only taps are set.
 
 Here is what every hook calls, and when a pass begins and ends. The work is done by the stages

@@ -102,7 +102,7 @@ class Held:
             self.copied = True
 
     def own_memory(self) -> None:
-        """The memory is nobody else's any more: what is written to its former owner is elsewhere."""
+        """The memory is nobody else's any more: its former owner has other memory."""
         self.check()
         if self.tensor is not None:
             self.tensor = self.tensor.data

@@ -2,8 +2,8 @@
 
 The tracer is a `TorchFunctionMode`: it sees each torch function before it runs, above autograd and
 whatever module it is called in. Module frames, pushed and popped by hooks, tell where. What ran is
-kept in a `Record`; what its tensors carry, in `Tags`. A nonlinearity that is called as a function is
-a matter of `_sigma_calls.py`, what a module's call turns out to have been, of `_closing.py`.
+kept in a `Record`; what its tensors carry, in `Tags`. A nonlinearity that is called as a function
+is a matter of `_sigma_calls.py`, what a module's call turns out to have been, of `_closing.py`.
 """
 
 from __future__ import annotations

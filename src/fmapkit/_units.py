@@ -245,7 +245,7 @@ class Units:
         return found
 
     def open(self, *modules: nn.Module) -> None:
-        """From the next pass on, these are traced in every pass, and the parts of them are units."""
+        """From the next pass on, these are traced in every pass; the parts of them are units."""
         self._opened.update(modules)
         self._static.clear()
         for module in modules:

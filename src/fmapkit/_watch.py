@@ -28,7 +28,7 @@ _FORWARD = repeat("forward")
 
 
 class Watch:
-    """What every proof rests on, as it was when the watch was set.
+    """What every plan rests on, as it was when the watch was set.
 
     That is: which modules there are, under which names, in which order; their classes; that their
     forward is their class's; that no hooks of others were added; and what is registered.

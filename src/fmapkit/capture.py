@@ -67,7 +67,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             to its end. The model's call then returns None. For the maps of early layers only.
         analyses: running analyses, each an object with `update(fm)`, which is called with each map
             of each captured pass, without gradients, in execution order: as the map is made where
-            the model's road is known beforehand, else when the pass ends. `fmapkit.analysis` has
+            the pass takes a path that is known, else when the pass ends. `fmapkit.analysis` has
             some. What `update` raises is raised by the model's call.
         dtype: store floating-point maps in this dtype: a copy, in buffers that are used again.
         device: store maps there. From a GPU to "cpu", copies travel beside the model's work, and

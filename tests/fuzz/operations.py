@@ -535,7 +535,7 @@ def _attention(c: ClassWriter) -> Code:
         lines += [f"p = {sigma(c, 'p', fresh=False)}", f"q = {sigma(c, 'q', fresh=False)}"]
     mixed = c.program.pick(
         (
-            "T.lose(lambda a, b, d: (a @ b.transpose(1, 2)).softmax(-1) @ d, p, q, r)",
+            "T.vague(lambda a, b, d: (a @ b.transpose(1, 2)).softmax(-1) @ d, p, q, r)",
             "T.vague(lambda a, b, d: F.scaled_dot_product_attention(a, b, d), p, q, r)",
         )
     )

@@ -179,8 +179,8 @@ class _Path(Generic[_Plan]):
 class KnownPaths(Generic[_Plan]):
     """What is known of one kind of call: for inputs of some sizes, one path.
 
-    A module that takes several is to be traced in each pass, so that its parts, which take one each,
-    can be read by their plans.
+    A module that takes several is to be traced in each pass, so that its parts, which take one
+    each, can be read by their plans.
 
     Args:
         alike: whether two plans say the same.

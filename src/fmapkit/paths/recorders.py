@@ -1,8 +1,8 @@
 """What a twin calls at each decision (see `rewrite.py`), and where the decisions go.
 
 An item of a path is a mark (a string that names a place in the source), a plain value, or the
-callable that a call went to. Items are compared by equality and type, so each is of a kind for which
-that is cheap and runs no code of the model: tensors are never items.
+callable that a call went to. Items are compared by equality, so each is of a kind for which that is
+cheap and runs no code of the model: tensors are never items.
 
 Recorders run in whatever thread runs a twin. They write only where that thread records.
 """
@@ -210,7 +210,9 @@ def _callable(function: Any) -> Any:
         return function.__name__
     if kind is _FUNCTION:
         home = function.__module__
-        return function if type(home) is str and home.startswith("torch.") else function.__qualname__
+        return (
+            function if type(home) is str and home.startswith("torch.") else function.__qualname__
+        )
     if kind is _METHOD:
         inner = function.__func__
         name = inner.__qualname__ if type(inner) is _FUNCTION else type(inner)

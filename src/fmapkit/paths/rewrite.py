@@ -73,9 +73,7 @@ class Rewriter(ast.NodeTransformer):
         line = getattr(node, "lineno", 0)
         return ast.Constant(f"{MARK}{self._place}:{line}:{self._count}")
 
-    def _call(
-        self, recorder: str, argument: ast.expr, at: ast.AST, *first: ast.expr
-    ) -> ast.expr:
+    def _call(self, recorder: str, argument: ast.expr, at: ast.AST, *first: ast.expr) -> ast.expr:
         call = ast.Call(ast.Name(f"{MARK}{recorder}", ast.Load()), [*first, argument], [])
         return ast.fix_missing_locations(ast.copy_location(call, at))
 

@@ -1,8 +1,8 @@
 """Twins in the place of code: made once for each piece of source, set while a block is open.
 
 A function runs its twin because its `__code__` is exchanged: whoever calls it, by whatever way (a
-property, an operator, a callback from C), runs the twin then. Other threads and other models may run
-it, too: it does the same, and records nothing there.
+property, an operator, a callback from C), runs the twin then. Other threads and other models may
+run it, too: it does the same, and records nothing there.
 
 A piece of code has a twin only if its source, compiled again, gives the very same code.
 """
@@ -120,7 +120,7 @@ def call_site(frame: types.FrameType | None, function: Any) -> str | None:
 
 
 def _goes_to(function: Any, name: str | None, frame: types.FrameType) -> bool:
-    """Whether what is called at a place is a function, and not what calls that function in its turn.
+    """Whether a function is what is called at a place, and not what another one calls in its turn.
 
     Args:
         function: that is under way.
@@ -150,8 +150,8 @@ class Twins:
     """The twins that one capture has set.
 
     Args:
-        fixed: of a method's code: the attributes of its first argument that are compared before each
-            pass by other means, for every module that the method may belong to.
+        fixed: of a method's code: the attributes of its first argument that are compared before
+            each pass by other means, for every module that the method may belong to.
 
     Attributes:
         watched: functions of torch's that these call by a name (see `Twin`), by place.
@@ -424,7 +424,9 @@ def _compiled(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the model's code, which was compiled before
-            found: types.CodeType | None = compile(module, like.co_filename, "exec", flags=flags, dont_inherit=True)
+            found: types.CodeType | None = compile(
+                module, like.co_filename, "exec", flags=flags, dont_inherit=True
+            )
     except (SyntaxError, ValueError, RecursionError):
         return None
     for _ in range(len(classes) + 1):
