@@ -2,8 +2,8 @@
 
 A pass begins with the model's pre hook and ends with its post hook. In between, each module is
 
-- a *unit*: the outermost module on its branch whose path is the same in each pass. Its first call of
-  a kind is learned by the tracer; later ones are replayed by a `Run`, with one tap per site;
+- a *unit*: the outermost module on its branch whose path is the same in each pass. Its first call
+  of a kind is learned by the tracer; later ones are replayed by a `Run`, with one tap per site;
 - a *scope*: a module that decides by data, or takes several paths. The tracer watches its own
   forward in every pass, and leaves the units in it alone;
 - inside a unit, where only taps are set.
