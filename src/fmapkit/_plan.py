@@ -7,7 +7,7 @@ one that came in is "whatever the i-th tensor argument carries".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -94,7 +94,8 @@ class Plan:
     last: tuple[tuple[int, ...], ...]  # per step: what is read by it for the last time
     taps: frozenset[nn.Module]
     direct: dict[nn.Module, str]  # taps all of whose steps are plain, in the same way
-    sites: frozenset[str]  # of calls of functions that are tapped where they are written
+    # Of calls of functions that are tapped where they are written: the names of the functions.
+    sites: Mapping[str, frozenset[str]]
     scopes: frozenset[nn.Module]  # run under the light mode: they call a σ themselves
     toggles: frozenset[nn.Module]  # children of these, in which the light mode is off
     before: frozenset[nn.Module]  # need a look before their call
@@ -339,10 +340,14 @@ class _Reading:
         functions = [f for f in firings if f.module is None and _emits(f)]
         self.tapped = {f.module for f in firings if f.module is not None and _emits(f)}
         self.direct = _direct([made[f] for f in firings if f.module in self.tapped])
-        self.sites: frozenset[str] = frozenset(f.site for f in functions if f.site is not None)
+        names: dict[str, set[str]] = {}
+        for firing in functions:
+            if firing.site is not None:
+                names.setdefault(firing.site, set()).add(_name(firing))
+        self.sites: dict[str, frozenset[str]] = {s: frozenset(n) for s, n in names.items()}
         self.scopes: set[nn.Module] = set()
         if any(f.site is None for f in functions):
-            self.sites = frozenset()
+            self.sites = {}
             self.scopes = {f.scope for f in functions}
         self._called = {_name(f) for f in firings if f.events and self._in_scope(f)}
         self.order: list[Any] = []
@@ -362,7 +367,9 @@ class _Reading:
         return self._in_scope(firing) and _name(firing) in self._called
 
     def _at_site(self, firing: Firing) -> bool:
-        return firing.module is None and firing.site in self.sites
+        if firing.module is not None or firing.site is None:
+            return False
+        return _name(firing) in self.sites.get(firing.site, ())
 
     def _in_scope(self, firing: Firing) -> bool:
         return firing.module is None and firing.scope in self.scopes

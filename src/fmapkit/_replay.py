@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from threading import get_ident
-from types import BuiltinMethodType
+from types import BuiltinMethodType, FunctionType
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from fmapkit.paths import Expected, taps
 __all__ = ["LightMode", "Run", "tag_outputs"]
 
 _module = itemgetter(0)
+_FUNCTIONS = frozenset({FunctionType, BuiltinMethodType})
 _grads: Callable[[], bool] = torch.is_grad_enabled
 _inference: Callable[[], bool] = torch.is_inference_mode_enabled
 
@@ -138,7 +139,13 @@ class Run:
         outer = self._outer
         if outer is not None:  # of another capture
             function = outer(site, function)
-        if site not in self.plan.sites or self.lost or torch._C._current_graph_task_id() != -1:
+        names = self.plan.sites.get(site)
+        if names is None or self.lost or torch._C._current_graph_task_id() != -1:
+            return function
+        inner = function
+        while type(inner) is partial:
+            inner = inner.func
+        if type(inner) not in _FUNCTIONS or describe(inner).name not in names:
             return function
         return partial(self._called_at_site, site, function)
 
@@ -146,6 +153,9 @@ class Run:
         if type(function) is BuiltinMethodType and isinstance(function.__self__, Tensor):
             args = (function.__self__, *args)
             function = getattr(type(function.__self__), function.__name__)
+        while type(function) is partial:
+            args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
+            function = function.func
         return self.call(describe(function).name, function, args, kwargs, site)
 
     def finish(self) -> None:

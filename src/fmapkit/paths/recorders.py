@@ -262,9 +262,12 @@ RECORDERS: dict[str, Any] = {
 }
 
 
-# A twin finds them among the builtins, as torch.compile can see it do; no name of a model's is one
+# Where a twin runs on after its block has ended (a generator's, say), it finds copies of them
+# there: torch.compile takes what is among the builtins for a builtin. No name of a model's is one
 # of these.
 for _name, _recorder in RECORDERS.items():
+    if type(_recorder) is _FUNCTION:
+        _recorder = _FUNCTION(_recorder.__code__, _recorder.__globals__, _recorder.__name__)
     setattr(builtins, _name, _recorder)
 
 

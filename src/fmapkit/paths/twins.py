@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fmapkit.paths.recorders import RECORDERS
 from fmapkit.paths.recorders import twins as _codes
 from fmapkit.paths.rewrite import Rewriter, names_bound, position_of, site_at, watched_names
 
@@ -180,6 +181,7 @@ class Twins:
             elif function.__code__ is not twin.code:
                 return False  # somebody has given it other code meanwhile
             known[0] += 1
+            _lend(function.__globals__)
         self._mine[function] = None
         for space, name, what in twin.watched:
             self.watched.setdefault((id(space), name), (space, name, what))
@@ -250,12 +252,33 @@ class Twins:
                 if known is None:
                     continue
                 known[0] -= 1
+                _take_back(function.__globals__)
                 if not known[0]:
                     del _set[function]
                     if known_as(function.__code__) in _made:
                         function.__code__ = known[1]
         self._mine.clear()
         self.watched.clear()
+
+
+# Globals in which twins find their recorders, as torch.compile can trace it, and for how many.
+_lent: dict[int, int] = {}
+
+
+def _lend(names: dict[str, Any]) -> None:
+    count = _lent.get(id(names), 0)
+    if not count:
+        names.update(RECORDERS)
+    _lent[id(names)] = count + 1
+
+
+def _take_back(names: dict[str, Any]) -> None:
+    count = _lent.pop(id(names)) - 1
+    if count:
+        _lent[id(names)] = count
+        return
+    for name in RECORDERS:
+        names.pop(name, None)
 
 
 def functions_of(codes: Sequence[types.CodeType]) -> Iterator[types.FunctionType]:
