@@ -87,6 +87,15 @@ def _qualified(code: types.CodeType) -> str:
     return found
 
 
+def _importing(frame: types.FrameType | None) -> bool:
+    """Whether code runs since a module is imported for the first time: it does so once only."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 class Survey:
     """Notes, for a while, which code runs in this thread that does not record and is not trusted.
 
@@ -124,6 +133,8 @@ class Survey:
             return
         code = frame.f_code
         if is_trusted(code) or is_twin(code):
+            return
+        if _importing(frame):
             return
         who = self._where()
         runners = self.found.setdefault(id(code), (code, frame.f_globals, []))[2]
