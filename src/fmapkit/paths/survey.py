@@ -7,6 +7,7 @@ NumPy and fmapkit. What they are given, and what they give back, is recorded whe
 from __future__ import annotations
 
 import dis
+import gc
 import os
 import sys
 import sysconfig
@@ -87,10 +88,17 @@ def _qualified(code: types.CodeType) -> str:
     return found
 
 
-def _importing(frame: types.FrameType | None) -> bool:
-    """Whether code runs since a module is imported for the first time: it does so once only."""
+def _is_aside(frame: types.FrameType | None) -> bool:
+    """Whether code runs at a moment that is not the model's choice.
+
+    That is since a module is imported for the first time, or Python's garbage collector has begun.
+    """
+    collecting = [getattr(callback, "__code__", None) for callback in gc.callbacks]
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        code = frame.f_code
+        if code.co_filename.startswith("<frozen importlib"):
+            return True
+        if code.co_name == "__del__" or code in collecting:
             return True
         frame = frame.f_back
     return False
@@ -134,7 +142,7 @@ class Survey:
         code = frame.f_code
         if is_trusted(code) or is_twin(code):
             return
-        if _importing(frame):
+        if _is_aside(frame):
             return
         who = self._where()
         runners = self.found.setdefault(id(code), (code, frame.f_globals, []))[2]
