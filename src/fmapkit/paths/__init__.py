@@ -210,7 +210,10 @@ def _form(module: nn.Module) -> Any:
 
 
 # Methods that run outside of passes.
-_ASIDE = {"__init__", "__del__", "__repr__", "extra_repr", "reset_parameters", "__setstate__", "__getstate__"}
+_ASIDE = {
+    *("__init__", "__del__", "__repr__", "extra_repr", "reset_parameters"),
+    *("__setstate__", "__getstate__"),
+}
 
 
 def _functions_in(kind: type) -> list[types.FunctionType]:

@@ -230,7 +230,10 @@ class Twins:
 
     def renamed(self) -> bool:
         """Whether a name in one of torch's modules stands for something else than it did."""
-        return any(space.get(name) is not what for space, name, what in self.watched.values())
+        for space, name, what in self.watched.values():  # noqa: SIM110  (asked in each pass)
+            if space.get(name) is not what:
+                return True
+        return False
 
     def reads(self, name: str) -> bool:
         """Whether some of the code reads a name, as an attribute, a global or a string."""
