@@ -145,18 +145,18 @@ class Run:
         inner = function
         while type(inner) is partial:
             inner = inner.func
-        if type(inner) not in _FUNCTIONS or describe(inner).name not in names:
+        if type(inner) not in _FUNCTIONS or describe(_unbound(inner)).name not in names:
             return function
         return partial(self._called_at_site, site, function)
 
     def _called_at_site(self, site: str, function: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(function) is BuiltinMethodType and isinstance(function.__self__, Tensor):
-            args = (function.__self__, *args)
-            function = getattr(type(function.__self__), function.__name__)
         while type(function) is partial:
             args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
             function = function.func
-        return self.call(describe(function).name, function, args, kwargs, site)
+        plain = _unbound(function)
+        if plain is not function:
+            args = (function.__self__, *args)
+        return self.call(describe(plain).name, plain, args, kwargs, site)
 
     def finish(self) -> None:
         """Put back what `start` changed."""
@@ -534,6 +534,13 @@ class Run:
         """Let go of every tensor; what holds them still."""
         log, self.log = self.log, []
         return log
+
+
+def _unbound(function: Any) -> Any:
+    """A tensor's method without the tensor; any other function as it is."""
+    if type(function) is BuiltinMethodType and issubclass(type(function.__self__), Tensor):
+        return getattr(type(function.__self__), function.__name__)
+    return function
 
 
 class _Exchanged(tuple[Any, ...]):
