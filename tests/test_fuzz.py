@@ -1,7 +1,8 @@
 """Programs that nobody has run before: `tests/fuzz` writes some anew for each run of the suite.
 
-The seed is drawn and printed. To run the same programs again: `FMAPKIT_FUZZ_SEED=<seed>`; more of
-them: `FMAPKIT_FUZZ_PROGRAMS=<number>`, or `python -m tests.fuzz`.
+`FMAPKIT_FUZZ_SEED=random` draws the seed, and prints it; without it, the programs are the same each
+time. To run others: `FMAPKIT_FUZZ_SEED=<seed>`; more of them: `FMAPKIT_FUZZ_PROGRAMS=<number>`, or
+`python -m tests.fuzz`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from tests.fuzz.programs import write
 from tests.fuzz.runs import Totals, saved
 
 PROGRAMS = int(os.environ.get("FMAPKIT_FUZZ_PROGRAMS", "150"))
-SEED = int(os.environ.get("FMAPKIT_FUZZ_SEED", random.SystemRandom().randrange(10**9)))
+_GIVEN = os.environ.get("FMAPKIT_FUZZ_SEED", "70000")
+SEED = random.SystemRandom().randrange(10**9) if _GIVEN == "random" else int(_GIVEN)
 
 
 @pytest.fixture
