@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from fmapkit._standing import (
@@ -454,12 +454,6 @@ class Hooks:
     def _model(self) -> nn.Module | None:
         pair = self._watched() if self._watched is not None else None
         return pair.module if pair is not None else None
-
-    def alone_on(self, module: nn.Module) -> bool:
-        """Whether nobody else has any on a module, or on all of them: no other session, too."""
-        if _global_forward_hooks or _global_forward_pre_hooks:
-            return False
-        return all(map(self.is_ours, hooks_on(module))) and module not in self.excluded
 
     def _may_stand(self, module: nn.Module) -> bool:
         return module not in self.excluded and free(module)

@@ -81,8 +81,6 @@ class Names:
         self._full: list[Any] = []  # where the others do
         self._counts: list[int] = []  # how many there are each time
         self._parameters: list[Any] = []  # and what they are, one after the other
-        self._arrangements: dict[tuple[int, ...], int] = {}
-        self._sharing = (-1, 0)  # at which version, and which arrangement
         self._places: dict[nn.Module, list[str]] = {}  # all names of each module
         self.elsewhere = Elsewhere(lambda: _places(self.model))
         self.unnamed = Unnamed()
@@ -117,15 +115,6 @@ class Names:
         """Notice parameters that were swapped, for good or for one call (`functional_call`)."""
         if self._swapped():
             self._read_parameters()
-
-    def sharing(self) -> int:
-        """Tells which places have one parameter together: the number of that arrangement."""
-        if self._sharing[0] != self.version:
-            first: dict[int, int] = {}
-            shape = tuple([first.setdefault(id(p), at) for at, p in enumerate(self._parameters)])
-            number = self._arrangements.setdefault(shape, len(self._arrangements))
-            self._sharing = self.version, number
-        return self._sharing[1]
 
     def _swapped(self) -> bool:
         """Nothing is made on the way: after a pass, what it costs is memory to look at."""

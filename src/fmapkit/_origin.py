@@ -23,7 +23,6 @@ __all__ = [
     "Weight",
     "WeightRef",
     "flow_of",
-    "given",
 ]
 
 
@@ -112,12 +111,6 @@ class WeightRef:
 
 
 Tag = Flow | Weight | None
-
-
-def given(tag: Any) -> Tag:
-    """What a tensor carries in this pass, of what one in its place carried in another."""
-    found: Tag = tag.weight(()) if isinstance(tag, WeightRef) else tag
-    return found
 
 
 Lookup = Callable[[Any], Tag]

@@ -43,10 +43,6 @@ class Tags:
             return None
         return found[1] if isinstance(found[1], Flow) else None
 
-    def owns(self, value: Tensor) -> bool:
-        """Whether it is a parameter of the model."""
-        return self._names.is_parameter(value)
-
     def none_of(self, ids: frozenset[int]) -> bool:
         """Whether none of these tensors, told by their ids, has been given a tag in this pass."""
         return ids.isdisjoint(self._known)

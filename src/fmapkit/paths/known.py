@@ -94,19 +94,6 @@ class _Path(Generic[_Plan]):
         self.rules: dict[tuple[int, ...], set[_Rule]] = {}
         self.general = False
 
-    def began(self, items: list[Any], sizes: Sizes) -> bool:
-        """Whether a call took this path as far as it went."""
-        count = len(items)
-        known = self.by_sizes.get(sizes)
-        if known is not None:
-            return known[:count] == items
-        before = next(iter(self.by_sizes.values()))
-        found = _differences(before[:count], items)
-        if not self.general or found is None or any(p not in self.rules for p, _, _ in found):
-            return False
-        places = [place for place in self.rules if place[0] < count]
-        return all(any(_holds(r, _at(items, p), sizes) for r in self.rules[p]) for p in places)
-
     def fits(self, items: list[Any], sizes: Sizes) -> bool:
         """Whether a call took this path, with the numbers that follow its sizes."""
         if not self.general:
@@ -212,19 +199,11 @@ class KnownPaths(Generic[_Plan]):
             return None
         return next((p for p in self._paths if p.general), None)
 
-    def taken(self, items: list[Any], sizes: Sizes, whole: bool = True) -> bool:
-        """Whether a call that was read by a plan took the path of that plan.
-
-        Args:
-            items: of its path.
-            sizes: of its inputs.
-            whole: it went on to its end.
-        """
+    def taken(self, items: list[Any], sizes: Sizes) -> bool:
+        """Whether a call that was read by a plan took the path of that plan."""
         path = self._path(sizes)
         if path is None:
             return False
-        if not whole and path.began(items, sizes):
-            return True
         known = path.by_sizes.get(sizes)
         if known == items or (known is None and path.fits(items, sizes)):
             path.seen = True
