@@ -19,7 +19,7 @@ from fmapkit.errors import ArgumentError, DistributedError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fmapkit.feature_map import FeatureMap
+    from fmapkit.map import FeatureMap
 
 __all__ = ["gather"]
 

@@ -13,7 +13,7 @@ from fmapkit._sharded import Parts, is_dtensor, splits
 from fmapkit._store import Entry, Pass
 from fmapkit._wants import KINDS, Selection
 from fmapkit.errors import ArgumentError, did_you_mean, listed
-from fmapkit.feature_map import FeatureMap, nbytes_of, read_map
+from fmapkit.map import FeatureMap, nbytes_of, read_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
