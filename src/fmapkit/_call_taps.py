@@ -7,7 +7,10 @@ stands before the call (see `_standing.py`) sees both.
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -30,7 +33,9 @@ from fmapkit._store import version_of
 if TYPE_CHECKING:
     from fmapkit._taps import Tap
 
-__all__ = ["CallTap", "KeepingCallTap", "OutputCallTap", "can_stand", "stand"]
+__all__ = ["CallTap", "DoorTap", "KeepingCallTap", "OutputCallTap", "can_stand", "stand"]
+
+_getframe: Callable[[int], FrameType] = sys._getframe
 
 
 class CallTap(Standing):
@@ -104,17 +109,17 @@ class CallTap(Standing):
 
 
 class OutputCallTap(CallTap):
-    """The same for an `OutputTap`."""
+    """The same for an `OutputTap`, before any module: hooks of others run inside its own call."""
 
     __slots__ = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cell = self.line.cell
-        if cell is None or ((self.theirs or _global_forward_pre_hooks) and self.moved()):
+        if cell is None or _getframe(1).f_locals.get("self") is not self.module:
             return self.otherwise(args, kwargs)
-        module = self.module
         output = self.inner(*args, **kwargs)
         note, how, wanted, drop = cell
+        module = self.module
         if module not in wanted:
             return output
         if how > 1:
@@ -127,6 +132,19 @@ class OutputCallTap(CallTap):
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.tap.again(module, args, output, error)
         return output
+
+    compiled_as_bare(__call__)
+
+
+class DoorTap(CallTap):
+    """Stands before a module that may be called outside of a pass; in a pass it does nothing."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.line.cell is None or _getframe(1).f_locals.get("self") is not self.module:
+            return self.otherwise(args, kwargs)
+        return self.inner(*args, **kwargs)
 
     compiled_as_bare(__call__)
 
@@ -182,7 +200,8 @@ def stand(kind: type[CallTap], module: nn.Module, tap: Tap) -> CallTap | None:
         tap: whose place it takes.
     """
     with lock:
-        if not can_stand(module):
+        wanted = free if issubclass(kind, (OutputCallTap, DoorTap)) else can_stand
+        if not wanted(module):
             return None
         found = kind(module, tap)
         found.stand(module)

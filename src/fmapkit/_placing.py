@@ -23,7 +23,7 @@ from fmapkit._moves import Moves
 from fmapkit._nested import modules_in
 from fmapkit._plan import Plan
 from fmapkit._sharded import moves_data
-from fmapkit._taps import KeepingTap, Line, OutputTap, Tap
+from fmapkit._taps import Door, KeepingTap, Line, OutputTap, Tap
 from fmapkit._units import Units
 
 __all__ = ["Calls", "Placing"]
@@ -173,7 +173,7 @@ class Placing:
         if replaced:  # other plans, of this unit or of one that shares a module, set theirs again
             self.tapped.clear()
         for door in doors(unit, hooks.modules()):
-            hooks.after(door, self._slow(calls.tap))
+            hooks.after(door, Door(self.line, calls.tap, calls.fault, hooks.owner))
         self.tapped[unit] = plan
 
     def _slow(self, call: Callable[..., Any]) -> Hook:

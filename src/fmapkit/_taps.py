@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit._call_taps import CallTap, KeepingCallTap, OutputCallTap, stand
+from fmapkit._call_taps import CallTap, DoorTap, KeepingCallTap, OutputCallTap, stand
 from fmapkit._hooks import Hook, nothing
 from fmapkit._standing import Standing, not_compiled
 from fmapkit._store import version_of
 
-__all__ = ["Cell", "KeepingTap", "Line", "OutputTap", "Tap"]
+__all__ = ["Cell", "Door", "KeepingTap", "Line", "OutputTap", "Tap"]
 
 # The `append` of a run's log; how tensors are to be read; the modules whose end the run's plan
 # wants to see; what lets go of an older map (see `Pass.drop`).
@@ -153,3 +153,16 @@ class KeepingTap(Tap):
             self.call(module, args, output)
         elif module in self.line.cell[2]:
             self.fault(module, RuntimeError("a hook saw z after it was overwritten"))
+
+
+class Door(Tap):
+    """Tells of a call outside of any run; inside of one, it notes nothing."""
+
+    __slots__ = ()
+
+    standing = DoorTap
+
+    @not_compiled
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.line.cell is None:
+            self.call(module, args, output)

@@ -16,6 +16,8 @@ import types
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+import torch
+
 from fmapkit.paths.recorders import MARK
 
 __all__ = ["Rewriter"]
@@ -34,7 +36,10 @@ _APPEND = f"{MARK}append"
 # A function that may look at its own variables has none of ours.
 _LOOKS_AT_LOCALS = {"locals", "vars", "dir", "eval", "exec"}
 # Functions of torch's whose plain arguments decide neither what runs nor whose filters come out.
-_PLAIN_ARGUMENTS_ARE_IDLE = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
+_PLAIN_ARGUMENTS_ARE_IDLE = {
+    *("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"),
+    "_assert",
+}
 
 
 class Rewriter(ast.NodeTransformer):
@@ -261,13 +266,14 @@ class Rewriter(ast.NodeTransformer):
         self.generic_visit(node)
         if isinstance(function, ast.Name) and self._is_harmless(function.id):
             return node
-        if of_torch is None or of_torch[1] not in _PLAIN_ARGUMENTS_ARE_IDLE:
+        idle = of_torch is not None and of_torch[0][of_torch[1]].__name__
+        if idle not in _PLAIN_ARGUMENTS_ARE_IDLE:
             # What a module of the model is given first is its input.
             first = node.args[:1] if fixed and _is_name(node.args) else []
             node.args = [*first, *map(self._value, node.args[len(first) :])]
             for keyword in node.keywords:
                 keyword.value = self._value(keyword.value)
-        if not fixed and of_torch is None:
+        if not fixed and of_torch is None and not self._is_builtin(function):
             node.func = self._callee(node.func)
         if self._tapped:
             site = site_at(position_of(node))
@@ -294,9 +300,16 @@ class Rewriter(ast.NodeTransformer):
         )
 
     def _is_harmless(self, name: str) -> bool:
-        if name in self._local or name in self._names:
-            return False
-        return name in _HARMLESS and hasattr(builtins, name)
+        return name in _HARMLESS and self._is_builtin(ast.Name(name, ast.Load()))
+
+    def _is_builtin(self, function: ast.expr) -> bool:
+        """Whether an expression is the name of a builtin, which nothing else has here."""
+        return (
+            isinstance(function, ast.Name)
+            and function.id not in self._local
+            and function.id not in self._names
+            and hasattr(builtins, function.id)
+        )
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         self.generic_visit(node)
@@ -373,9 +386,11 @@ def torch_name(
     while isinstance(function, ast.Attribute):
         path.append(function.attr)
         function = function.value
-    if not path or not isinstance(function, ast.Name) or function.id in local:
+    if not isinstance(function, ast.Name) or function.id in local:
         return None
     home = names.get(function.id)
+    if not path:  # by a name of its own, which other code may bind anew while a pass runs
+        return (names, function.id) if home is torch._assert else None
     for name in reversed(path[1:]):
         if not isinstance(home, types.ModuleType):
             return None
