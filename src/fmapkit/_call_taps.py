@@ -10,14 +10,17 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, MethodType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_backward_hooks as _back
+from torch.nn.modules.module import _global_backward_pre_hooks as _back_before
+from torch.nn.modules.module import _global_forward_hooks as _after
+from torch.nn.modules.module import _global_forward_pre_hooks as _before
 
 from fmapkit._hooks import Hook
-from fmapkit._in_place import with_new_memory
+from fmapkit._in_place import count_write, has_own_memory, with_new_memory
 from fmapkit._standing import (
     Standing,
     called,
@@ -35,18 +38,23 @@ if TYPE_CHECKING:
 
 __all__ = ["CallTap", "DoorTap", "KeepingCallTap", "OutputCallTap", "can_stand", "stand"]
 
+# What every module has, and what we set.
+_OF_EACH = nn.Module().__dict__.keys() | {"inplace", "_compiled_call_impl"}
 _getframe: Callable[[int], FrameType] = sys._getframe
 
 
 class CallTap(Standing):
     """Does a `Tap`'s work in the usual case, and has that tap do it in any other.
 
+    The usual case is that a run is under way, and that neither others' hooks are on the module nor
+    anybody stands behind us: `Module._call_impl` would do no more than call `forward` then.
+
     Args:
         module: to stand before.
         tap: whose place it takes.
     """
 
-    __slots__ = ("line", "tap", "theirs")
+    __slots__ = ("back", "back_before", "hooks", "line", "tap", "theirs")
 
     def __init__(self, module: nn.Module, tap: Tap) -> None:
         self.module = module
@@ -54,14 +62,21 @@ class CallTap(Standing):
         self.owner = tap.owner
         self.line = tap.line
         self.theirs = module._forward_pre_hooks  # none yet; one that is set now changes what z is
+        self.hooks = module._forward_hooks
+        self.back, self.back_before = module._backward_hooks, module._backward_pre_hooks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cell = self.line.cell
-        if cell is None or ((self.theirs or _global_forward_pre_hooks) and self.moved()):
+        if cell is None or ((self.theirs or _before) and self.moved()):
             return self.otherwise(args, kwargs)
-        module = self.module
-        output = self.inner(*args, **kwargs)
-        note, how, wanted, drop = cell
+        module, call = self.module, self.inner
+        if type(call) is MethodType and not (
+            (self.theirs or self.hooks or self.back or self.back_before)
+            or (_before or _after or _back or _back_before)
+        ):
+            call = module.forward
+        output = call(*args, **kwargs)
+        note, how, wanted, drop, _ = cell
         if module not in wanted:  # a tap of another plan
             return output
         if how > 1:
@@ -86,7 +101,7 @@ class CallTap(Standing):
         A block in another thread sets its own on the same modules; here they do nothing.
         """
         thread = threading.get_ident()
-        return bool(_global_forward_pre_hooks) or not all(
+        return bool(_before) or not all(
             isinstance(hook, Hook) and getattr(hook.owner, "thread", thread) != thread
             for hook in tuple(self.theirs.values())
         )
@@ -115,11 +130,17 @@ class OutputCallTap(CallTap):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cell = self.line.cell
-        if cell is None or _getframe(1).f_locals.get("self") is not self.module:
-            return self.otherwise(args, kwargs)
-        output = self.inner(*args, **kwargs)
-        note, how, wanted, drop = cell
         module = self.module
+        if cell is None or _getframe(1).f_locals.get("self") is not module:
+            return self.otherwise(args, kwargs)
+        call = self.inner
+        if type(call) is MethodType and not (
+            (self.theirs or self.hooks or self.back or self.back_before)
+            or (_before or _after or _back or _back_before)
+        ):
+            call = module.forward
+        output = call(*args, **kwargs)
+        note, how, wanted, drop, _ = cell
         if module not in wanted:
             return output
         if how > 1:
@@ -152,40 +173,78 @@ class DoorTap(CallTap):
 class KeepingCallTap(CallTap):
     """The same for a module that is an in-place nonlinearity: z is kept as it was."""
 
-    __slots__ = ("apart",)
+    __slots__ = ("_apart", "_sigma", "_varies")
 
     def __init__(self, module: nn.Module, tap: Tap) -> None:
         super().__init__(module, tap)
         # The same module, out of place. It is never called, so no hook is asked.
-        apart = self.apart = type(module).__new__(type(module))
-        apart.__dict__.update(module.__dict__, inplace=False, _compiled_call_impl=None)
+        self._apart = type(module).__new__(type(module))
+        self._sigma = self._apart.forward
+        # Whether there is more to σ than its name: a slope, say, which may change at any time.
+        self._varies = not module.__dict__.keys() <= _OF_EACH
+        self._refresh()
+
+    def _refresh(self) -> None:
+        attributes: dict[str, Any] = self._apart.__dict__
+        attributes.clear()
+        attributes.update(self.module.__dict__, inplace=False, _compiled_call_impl=None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cell = self.line.cell
-        if cell is None or ((self.theirs or _global_forward_pre_hooks) and self.moved()):
+        if cell is None or ((self.theirs or _before) and self.moved()):
             return self.otherwise(args, kwargs)
+        note, how, wanted, drop, fresh = cell
         module = self.module
-        note, how, wanted, drop = cell
         if module not in wanted:
             return self.inner(*args, **kwargs)
-        x = args[0]
-        # Where another capture stands behind us, it is to see the module's own call.
-        alone = not isinstance(self.inner, Standing)
         try:
-            z: Any = self.line.run.before_in_place(x) if alone else None
+            x = args[0]
+            # Where another capture stands behind us, it is to see the module's own call.
+            if (
+                not fresh
+                or type(self.inner) is not MethodType
+                or type(x) is not Tensor
+                or (how and x.requires_grad)
+                or not has_own_memory(x)
+            ):
+                return self._slowly(args, kwargs)
+            version = x._version + 1
+            if self._varies:
+                self._refresh()
+            z, a = x.data, self._sigma(x)
+            if a.stride() != x.stride() or a.dtype is not x.dtype:
+                return self._slowly(args, kwargs)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.tap.fault(module, error)
             return self.inner(*args, **kwargs)
-        kept = z is not None and with_new_memory(x, lambda: self.apart.forward(x))
+        x.data = a
+        count_write(x)
+        note((module, x, version, z, 0, False))
+        drop(None)
+        return x
+
+    def _slowly(self, args: Any, kwargs: Any) -> Any:
+        """The same where maps share memory, or no version is counted; else z is copied."""
+        run, x = self.line.run, args[0]
+        z: Any = None
+        try:
+            self._refresh()
+            if type(self.inner) is MethodType:
+                z = run.before_in_place(x)
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.tap.fault(self.module, error)
+            return self.inner(*args, **kwargs)
+        kept = z is not None and with_new_memory(x, lambda: self._sigma(x))
         if not kept:
-            z = self.line.run.copied(x)
+            z = run.copied(x)
         output = x if kept else self.inner(*args, **kwargs)
         try:
+            note, how, _, drop, _ = self.line.cell
             a = output.detach() if how and (output.requires_grad or how > 2) else output
-            note((module, a, version_of(a), z, version_of(z), not kept))
+            note((self.module, a, version_of(a), z, version_of(z), not kept))
             drop(None)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
-            self.tap.fault(module, error)
+            self.tap.fault(self.module, error)
         return output
 
     compiled_as_bare(__call__)
@@ -214,6 +273,6 @@ def can_stand(module: nn.Module) -> bool:
         return False
     if module._forward_hooks or module._forward_pre_hooks:
         return False
-    if _global_forward_hooks or _global_forward_pre_hooks:
+    if _after or _before:
         return False
     return free(module)

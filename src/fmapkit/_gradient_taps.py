@@ -27,7 +27,7 @@ class GradientTap(Tap):
         if cell is None:
             self.call(module, args, output)
             return
-        note, how, wanted, drop = cell
+        note, how, wanted, drop, _ = cell
         if module not in wanted:
             return
         try:

@@ -13,14 +13,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-__all__ = ["is_alone", "with_new_memory"]
+__all__ = ["count_write", "has_own_memory", "is_alone", "someone_sees", "with_new_memory"]
 
 _users_of: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 _function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _strided = torch.strided
+_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+_count: Callable[[Any], None] = torch._C._increment_version
+try:
+    _count((torch.empty(0),))
+    _of_many = True
+except TypeError:  # older versions of torch count one tensor at a time
+    _of_many = False
+
+
+def count_write(tensor: Tensor) -> None:
+    """A tensor was given other values, in a way that its version counter does not see."""
+    # What is public asks `isinstance(..., Tensor)` first, which costs more than the rest.
+    _count((tensor,) if _of_many else tensor)
 
 
 def is_alone(z: Any, ours: int = 0) -> bool:
@@ -32,15 +45,28 @@ def is_alone(z: Any, ours: int = 0) -> bool:
     """
     if type(z) is not Tensor or z.requires_grad or z.layout is not _strided:
         return False
-    if _function_modes() or _dispatch_modes() or _users_of is None:  # they see what runs
+    if _users_of is None or someone_sees():
         return False
-    if not (z.is_cpu or z.is_cuda or z.is_mps) or z.is_quantized or z.is_complex():
+    if not (z.is_cpu or z.is_cuda or z.is_mps) or z.dtype not in _DTYPES:
         return False
+    return has_own_memory(z, ours)
+
+
+def someone_sees() -> bool:
+    """Whether a mode is on, which would see what runs."""
+    return bool(_function_modes() or _dispatch_modes())
+
+
+def has_own_memory(z: Tensor, ours: int = 0) -> bool:
+    """The same of a tensor that was alone in an earlier pass, whose path this one takes.
+
+    Its layout, type and device are what they were; whose memory it has may depend on the inputs.
+    """
     storage = z.untyped_storage()
     # The handle just made is one of the users. NumPy's memory, say, is not resizable.
-    if _users_of(storage._cdata) != 2 + ours:
+    if _users_of is None or _users_of(storage._cdata) != 2 + ours or not storage.resizable():
         return False
-    return storage.resizable() and not storage.is_shared()
+    return not storage.is_shared() or z.is_cuda  # there, torch takes all for shared
 
 
 def with_new_memory(z: Tensor, sigma: Callable[[], Tensor]) -> bool:
@@ -58,5 +84,5 @@ def with_new_memory(z: Tensor, sigma: Callable[[], Tensor]) -> bool:
         return False
     z.data = a
     if not z.is_inference():
-        increment_version(z)
+        count_write(z)
     return True

@@ -23,7 +23,7 @@ from fmapkit._aside import clone
 from fmapkit._functions import describe, out_of_place
 from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._hooks import leave_mode
-from fmapkit._in_place import is_alone, with_new_memory
+from fmapkit._in_place import is_alone, someone_sees, with_new_memory
 from fmapkit._missed import NotSupportedError
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._origin import NOWHERE, Flow, Origin
@@ -121,15 +121,14 @@ class Run:
 
     def start(self) -> None:
         """From here to `finish`, taps write to this run."""
-        if self.module in self.plan.scopes:
+        plan, wants = self.plan, self.wants
+        fresh = False
+        if plan.keeps and self.how < 2 and not plan.shares and not plan.scopes:
+            fresh = wants.detach and not wants.gradients and not someone_sees()
+        if self.module in plan.scopes:
             self.light().resume()
         self.line.run = self
-        self.line.cell = (
-            self.log.append,
-            self.how,
-            self.plan.taps,
-            self.drop,
-        )
+        self.line.cell = self.log.append, self.how, plan.taps, self.drop, fresh
         if self.plan.sites:
             self._outer = taps.get(get_ident())
             taps[get_ident()] = self.at_site

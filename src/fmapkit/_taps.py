@@ -19,12 +19,14 @@ from fmapkit._store import version_of
 __all__ = ["Cell", "Door", "KeepingTap", "Line", "OutputTap", "Tap"]
 
 # The `append` of a run's log; how tensors are to be read; the modules whose end the run's plan
-# wants to see; what lets go of an older map (see `Pass.drop`).
+# wants to see; what lets go of an older map (see `Pass.drop`); whether an in-place nonlinearity may
+# write to fresh memory, and nothing else that is held lies in the old one.
 Cell = tuple[
     Callable[[Any], None],
     int,
     Container[nn.Module],
     Callable[[Any], None],
+    bool,
 ]
 
 
@@ -74,7 +76,7 @@ class Tap(Hook):
         if cell is None:
             self.call(module, args, output)
             return
-        note, how, wanted, drop = cell
+        note, how, wanted, drop, _ = cell
         if module not in wanted:  # a tap of another plan
             return
         try:
@@ -101,8 +103,8 @@ class Tap(Hook):
         if cell is None or cell[1] in (2, 4):
             self.fault(module, error)
             return
-        note, how, ends, drop = cell
-        self.line.cell = (note, 4 if how else 2, ends, drop)
+        note, how, ends, drop, _ = cell
+        self.line.cell = (note, 4 if how else 2, ends, drop, False)
         self(module, args, output)
 
     def disarm(self) -> None:
@@ -125,7 +127,7 @@ class OutputTap(Tap):
         if cell is None:
             self.call(module, args, output)
             return
-        note, how, wanted, drop = cell
+        note, how, wanted, drop, _ = cell
         if module not in wanted:
             return
         try:

@@ -7,7 +7,8 @@ looks at as little of each as will do, and makes nothing on its way.
 from __future__ import annotations
 
 import weakref
-from itertools import repeat
+from itertools import chain, repeat
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from fmapkit._standing import standing_before
 __all__ = ["Watch"]
 
 _FORWARD = repeat("forward")
+_values = methodcaller("values")
 
 
 class Watch:
@@ -39,8 +41,9 @@ class Watch:
         self._hooks = hooks
         self._registered = (layers.version, nonlinearities.version)
         self._parents = [m._modules for m in modules if m._modules or not _leaf(type(m))]
-        self._keys = list(map(list, self._parents))
-        self._children = [list(children.values()) for children in self._parents]
+        self._counts = list(map(len, self._parents))
+        self._keys = list(chain.from_iterable(self._parents))
+        self._children = list(chain.from_iterable(map(_values, self._parents)))
         self._watched = [m for m in modules if "forward" not in m.__dict__]
         self._types = list(map(type, self._watched))
         self._attributes = [m.__dict__ for m in self._watched]
@@ -95,9 +98,12 @@ class Watch:
     def changed(self) -> bool:
         """Whether anything is not as it was."""
         # In C as far as can be: there are hundreds of modules to look at.
-        if list(map(list, self._parents)) != self._keys:
+        parents = self._parents
+        if list(map(len, parents)) != self._counts:
             return True
-        if [[*there.values()] for there in self._parents] != self._children:
+        if list(chain.from_iterable(parents)) != self._keys:
+            return True
+        if list(chain.from_iterable(map(_values, parents))) != self._children:
             return True
         if list(map(type, self._watched)) != self._types:
             return True
