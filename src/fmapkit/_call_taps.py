@@ -225,7 +225,9 @@ class KeepingCallTap(CallTap):
 
     def _slowly(self, args: Any, kwargs: Any) -> Any:
         """The same where maps share memory, or no version is counted; else z is copied."""
-        run, x = self.line.run, args[0]
+        run, cell, x = self.line.run, self.line.cell, args[0]
+        assert cell is not None
+        note, how, _, drop, _ = cell
         z: Any = None
         try:
             self._refresh()
@@ -239,7 +241,6 @@ class KeepingCallTap(CallTap):
             z = run.copied(x)
         output = x if kept else self.inner(*args, **kwargs)
         try:
-            note, how, _, drop, _ = self.line.cell
             a = output.detach() if how and (output.requires_grad or how > 2) else output
             note((self.module, a, version_of(a), z, version_of(z), not kept))
             drop(None)

@@ -16,10 +16,11 @@ from torch.nn.parameter import is_lazy
 
 from fmapkit._nested import modules_in
 
-__all__ = ["autocasting", "casts", "form_of", "ones", "weights_of"]
+__all__ = ["autocasting", "casts", "form_of", "ones", "plain_spec", "weights_of"]
 
 _DEVICES = ("cpu", "cuda")
 _strided = torch.strided
+_TOLD = frozenset({type(None), bool, int, str})
 _any_autocast: Callable[[], bool] = getattr(
     torch._C,
     "_is_any_autocast_enabled",
@@ -48,6 +49,20 @@ def form_of(tensor: Tensor) -> Any:
     spans = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     order = tuple(sorted(range(len(strides)), key=strides.__getitem__))
     return short, tensor.dtype, order, 0 in strides, spans + 1 == tensor.numel()
+
+
+def plain_spec(args: Any, kwargs: Any) -> Any:
+    """All that a call may differ by which is given plain tensors; None if there is more to it."""
+    found: list[Any] = [*kwargs]
+    for value in (*args, *kwargs.values()):
+        kind = type(value)
+        if kind is Tensor and value.layout is _strided and not value.is_nested:
+            found += value.shape, value.stride(), value.dtype
+        elif kind in _TOLD:
+            found += kind, value
+        else:
+            return None
+    return found
 
 
 def casts() -> Any:

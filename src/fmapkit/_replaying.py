@@ -7,6 +7,7 @@ be traced.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from fmapkit._aside import operators_are_counted
 from fmapkit._asked import Asked
-from fmapkit._form import casts
+from fmapkit._form import casts, plain_spec
 from fmapkit._gradients import NO_GRAPH, in_function
 from fmapkit._keeping import Keeping
 from fmapkit._learning import Learning
@@ -39,6 +40,31 @@ OTHER_PATH = (
     "in a pass, it took a way through its code that no earlier pass had taken; the maps of that "
     "pass are not kept, and the next one is traced"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A call of a unit that is read by a plan: if the next one is given the same, it is its twin.
+
+    Attributes:
+        unit: that was called.
+        state: which it was in.
+        modes: that it ran in.
+        given: see `plain_spec`.
+        known: the paths of its kind.
+        sizes: of its inputs.
+        plan: by which it is read.
+        items: of the path that it is taken to take; None if their numbers were not known.
+    """
+
+    unit: Unit
+    state: int
+    modes: Any
+    given: Any
+    known: KnownPaths[Plan]
+    sizes: Sizes
+    plan: Plan
+    items: list[Any] | None
 
 
 class Replaying:
@@ -79,8 +105,8 @@ class Replaying:
         self._learning = learning
         self._keeping = keeping
         self._paths = paths
-        # Of the run that is under way: the paths of its kind, and its sizes.
-        self._taking: tuple[KnownPaths[Plan], Sizes] | None = None
+        self._taking: _Taken | None = None  # the run that is under way
+        self._latest: _Taken | None = None  # the one before, where it took its path
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A call of a unit begins.
@@ -89,17 +115,27 @@ class Replaying:
             The arguments that it is to get instead; None for its own.
         """
         tracer = self._live.tracer
+        if tracer is not None:
+            self._live.trace_off()  # first of all: it would see what we look at
+        unit = self._units.of(module)
+        modes = self._modes(unit)
+        state = unit.state()
+        latest, self._latest = self._latest, None
+        if tracer is None and latest is not None and not self._edits and not someone_watches():
+            if latest.unit is unit and latest.modes == modes and latest.state == state:
+                if latest.given == plain_spec(args, kwargs):
+                    expected = self._paths.expect(latest.items)
+                    self._start(module, latest.plan, args, kwargs, [], expected)
+                    self._taking = latest
+                    return None
         inputs: list[Any] = []
         origins = None
         tensors = tensors_in(*args, kwargs)
         if tracer is not None:
-            self._live.trace_off()  # first of all: it would see what we look at
             inputs = [tracer.tag(t) for t in tensors]
             origins = carried(inputs, self._wants.of)
-        unit = self._units.of(module)
-        kind = self._kind(unit, args, kwargs, origins)
+        kind = shape_of(args), shape_of(kwargs), origins, modes
         sizes = sizes_of(tensors, args, kwargs)
-        state = unit.state()
         known = unit.known(kind, state)
         plan = known.plan(sizes) if known is not None else None
         if someone_watches():  # and sees our looks, too, of which there are more in a traced pass
@@ -108,15 +144,16 @@ class Replaying:
             return self._learning.enter(module, kind, state, sizes, args, kwargs, inputs)
         if self._edits and self._edited_inside(plan, inputs):
             return self._learning.enter(module, None, 0, sizes, args, kwargs, inputs)
-        self._start(module, plan, args, kwargs, inputs, self._paths.expect(known.items(sizes)))
-        self._taking = (known, sizes)
+        items = known.items(sizes)
+        self._start(module, plan, args, kwargs, inputs, self._paths.expect(items))
+        given = plain_spec(args, kwargs) if tracer is None else None
+        self._taking = _Taken(unit, state, modes, given, known, sizes, plan, items)
         return None
 
-    def _kind(self, unit: Unit, args: Any, kwargs: Any, origins: Any) -> Any:
-        """What kind of call it is."""
-        modes = (torch.is_grad_enabled(), operators_are_counted(), casts(), *unit.form())
-        renamed = self._paths.renamed()
-        return shape_of(args), shape_of(kwargs), origins, modes, renamed
+    def _modes(self, unit: Unit) -> Any:
+        """What calls differ by that no argument tells."""
+        modes = torch.is_grad_enabled(), operators_are_counted(), casts(), *unit.form()
+        return modes, self._paths.renamed()
 
     def _start(
         self,
@@ -237,12 +274,14 @@ class Replaying:
     def _check_path(self, run: Run) -> None:
         """Compare the path that a unit's call took with that of its plan."""
         assert self._taking is not None
-        known, sizes = self._taking
+        known, sizes = self._taking.known, self._taking.sizes
         items = run.expected.taken()
         cut = self._stop is not None and self._stop.ended
         if cut and not run.lost and known.leaves_at(items, sizes)[0] == len(items):
             return  # as far as it went
         if known.taken(items, sizes) and not run.lost:
+            if self._taking.given is not None and self._taking.items is not None:
+                self._latest = self._taking
             return
         # The code of an unknown way may have written to what is held, so that no version tells.
         self._strayed(run, keeps=False)
@@ -255,7 +294,7 @@ class Replaying:
             keeps: what was read before stays.
         """
         assert self._taking is not None
-        known, sizes = self._taking
+        known, sizes = self._taking.known, self._taking.sizes
         items = run.expected.taken()
         run.stray(run.lost or "it decided otherwise")
         known.lost = True

@@ -26,7 +26,6 @@ from fmapkit._standing import standing_before
 __all__ = ["Watch"]
 
 _FORWARD = repeat("forward")
-_values = methodcaller("values")
 
 
 class Watch:
@@ -43,7 +42,9 @@ class Watch:
         self._parents = [m._modules for m in modules if m._modules or not _leaf(type(m))]
         self._counts = list(map(len, self._parents))
         self._keys = list(chain.from_iterable(self._parents))
-        self._children = list(chain.from_iterable(map(_values, self._parents)))
+        plain = set(map(type, self._parents)) == {dict}  # some are an OrderedDict
+        self._values: Any = dict.values if plain else methodcaller("values")
+        self._children = list(chain.from_iterable(map(self._values, self._parents)))
         self._watched = [m for m in modules if "forward" not in m.__dict__]
         self._types = list(map(type, self._watched))
         self._attributes = [m.__dict__ for m in self._watched]
@@ -103,7 +104,7 @@ class Watch:
             return True
         if list(chain.from_iterable(parents)) != self._keys:
             return True
-        if list(chain.from_iterable(map(_values, parents))) != self._children:
+        if list(chain.from_iterable(map(self._values, parents))) != self._children:
             return True
         if list(map(type, self._watched)) != self._types:
             return True
