@@ -1186,3 +1186,68 @@ def test_any_model_in_any_pass(drawn: tuple[list[Line], list[int]], seed: int) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CaptureWarning)
         hold(Drawn(lines), passes, most=2)
+
+
+class Positions(nn.Module):
+    """Asks numbers of its own for their truth, as masks of transformers are asked."""
+
+    def __init__(self, made: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.made = made
+        self.first, self.act, self.last = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.first(x))
+        mask = self.made(x)
+        if bool((mask[..., -1] == 0).all()):
+            x = x * 2
+        return F.relu(self.last(x))
+
+
+def _positions(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[0]).unsqueeze(0).diff(dim=-1).cumsum(-1) - 1
+
+
+def _no_padding(x: Tensor) -> Tensor:
+    return torch.ones_like(x).to(torch.bool)
+
+
+def _table(x: Tensor) -> Tensor:
+    return torch.tensor([[1.0, 2.0]]).exp()
+
+
+def _signs(x: Tensor) -> Tensor:
+    return x > 0
+
+
+def _added(x: Tensor) -> Tensor:
+    return torch.zeros(3) + x[0, 0]
+
+
+def _written(x: Tensor) -> Tensor:
+    mask = torch.zeros(2, 3)
+    mask[0] = x[0, 0]
+    return mask
+
+
+def _scaled(x: Tensor) -> Tensor:
+    return torch.full_like(x, 1.0).mul_(x)
+
+
+def _drawn(x: Tensor) -> Tensor:
+    return torch.bernoulli(torch.ones(3) / 2)
+
+
+_MADE = [(_positions, False), (_no_padding, False), (_table, False), (_signs, True)]
+_MADE += [(_added, True), (_written, True), (_scaled, True), (_drawn, True)]
+
+
+@pytest.mark.parametrize(("made", "by_data"), _MADE)
+def test_numbers_of_its_own_are_no_data(made: Any, by_data: bool) -> None:
+    model = Positions(made).eval()
+    with torch.no_grad(), warnings.catch_warnings(), capture(model) as maps:
+        warnings.simplefilter("ignore")  # torch's, of torch.tensor(a tensor)
+        for _ in range(5):
+            model(torch.rand(3, 4))
+        assert len(maps) == 4
+        assert maps._session._units.static(model) is not by_data

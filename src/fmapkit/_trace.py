@@ -22,6 +22,7 @@ from fmapkit import _weighted, layers, nonlinearities
 from fmapkit._axes import Axes
 from fmapkit._candidates import is_whole, may_be_sigma, role_of, verdict
 from fmapkit._closing import close
+from fmapkit._constants import Constants
 from fmapkit._degrees import Degrees
 from fmapkit._edit import Edits
 from fmapkit._editing import Editor
@@ -109,6 +110,7 @@ class Tracer(TorchFunctionMode):
         self.described = described()
         self.unhooked: set[nn.Module] = set()
         self.deciding: set[nn.Module] = set()
+        self.constants = Constants()
         self.moments: list[tuple[int, nn.Module | None]] = []
         self.made: set[int] = set()  # memory of tensors that were made from nothing in this pass
 
@@ -149,7 +151,8 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         known = self.described.get(func) or describe(func)
         if known.reads and not self.paused and known.reads(args, kwargs):
-            self.deciding.update([f.module for f in self.frames])
+            if not self.constants.hold(tensors_in(*args, kwargs)):
+                self.deciding.update([f.module for f in self.frames])
         if known.silent or self.paused or self.failed or _backward() != -1:
             return func(*args, **kwargs)
         if known.opened is not None:
@@ -234,6 +237,7 @@ class Tracer(TorchFunctionMode):
         if name in words.FRESH and isinstance(out, Tensor):
             self.made.add(storage_of(out))
         operands = tensors_in(*args, kwargs)
+        self.constants.made(name, operands, out)
         if not operands:
             self.follow(name, operands, args, kwargs, out)
             return out
