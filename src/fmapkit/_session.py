@@ -48,6 +48,7 @@ from fmapkit._units import Units
 from fmapkit._unseen import Unseen, recorded
 from fmapkit._wants import Wants
 from fmapkit._watch import Watch
+from fmapkit._weights import versions
 from fmapkit._wrappers import REPLICAS
 from fmapkit.errors import BudgetError
 from fmapkit.paths import ControlPaths
@@ -385,6 +386,8 @@ class Session:
         live.current = self.store.begin(
             step, self.model.training, gradually=self._gradually and not compiled
         )
+        if self.wants.weights:
+            live.current.weights = {}
         if self._edits:
             self._edits.begin()
         if self._stop is not None:
@@ -424,6 +427,8 @@ class Session:
         self.store.end()
         if current is not None:
             current.closed = True
+            if current.weights is not None:
+                current.weights.update(versions(self.names.by_module))
             if self.wants.gradients:
                 self._keeping.name_spoiled(current)
             self._keeping.keep(current, failed)

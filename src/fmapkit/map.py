@@ -14,6 +14,7 @@ from fmapkit import _table
 from fmapkit._gradients import Gradient
 from fmapkit._sharded import Parts, is_dtensor, whole
 from fmapkit._store import Entry, Pass, parts_of
+from fmapkit._weights import Rows
 from fmapkit.errors import DistributedError, FilterRangeError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class FeatureMap:
     training: bool = False
     parts: Parts | None = field(default=None, repr=False)
     _gradient: Gradient | None = field(default=None, repr=False)
+    _rows: Rows | None = field(default=None, repr=False)
     _whole: FeatureMap | None = field(default=None, repr=False)  # the map of all filters
 
     @property
@@ -102,6 +104,45 @@ class FeatureMap:
         tensor = self.tensor
         # torch warns of a look at the gradient of a tensor that was never going to have one.
         return tensor.grad if tensor.is_leaf or tensor.retains_grad else None
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The weights of the filters that made the map, by filter, as the map itself is.
+
+        (filters, in / groups, kH, kW) of a convolution, transposed ones too, (filters, in) of a
+        linear layer: whatever axis counted filters where they were used comes first. Of one
+        filter's map, that filter's. Where the map's filters lie along several axes (heads), so do
+        these. None where no weighted layer made the map, and of an `"input"` or an `"output"`,
+        which may have come from anywhere.
+
+        It is a view of the parameter as it is now, outside the graph; a copy where there is no such
+        view (some filters picked out, groups of a transposed convolution). Ask for
+        `capture(weights=True)` to have the weights that were used, or an error if they were written
+        to since; and for weights that are computed in each pass.
+
+        Raises:
+            KindNotCapturedError: the weight was computed in the pass, and not held, or is packed.
+            FilterRangeError: which filters made the map is not known.
+            MapOverwrittenError: the weight is another one now.
+            DistributedError: other ranks have parts of it.
+        """
+        return None if self._rows is None else self._rows.read("weight", self.filter)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The biases of these filters, (filters,), or one number; otherwise as `weight`.
+
+        None where the layer's function was given none: a bias that is added afterwards is a step
+        of its own.
+
+        Raises:
+            KindNotCapturedError: the bias was computed in the pass, and not held.
+            FilterRangeError: it is not one number for each filter, or which made the map is not
+                known.
+            MapOverwrittenError: the bias is another one now.
+            DistributedError: other ranks have parts of it.
+        """
+        return None if self._rows is None else self._rows.read("bias", self.filter)
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The values as a NumPy array; bfloat16 and float8, which NumPy lacks, as float32.
@@ -260,6 +301,9 @@ def read_map(at: Pass, entry: Entry) -> FeatureMap:
     filters: range | tuple[int, ...] | None = axes.filters if axes is not None else None
     if entry.picked is not None:
         filters = entry.picked
+    rows = None
+    if origin.made is not None and entry.kind not in ("input", "output"):
+        rows = Rows(what, origin, axes, entry.picked, at.weights)
     return FeatureMap(
         tensor=tensor,
         kind=entry.kind,
@@ -273,4 +317,5 @@ def read_map(at: Pass, entry: Entry) -> FeatureMap:
         filters=filters if dim is not None else None,
         edited=entry.edited.read(f"the edit of {what}") if entry.edited is not None else None,
         _gradient=entry.held.gradient,
+        _rows=rows,
     )
