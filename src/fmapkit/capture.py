@@ -182,7 +182,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         self._session.open()
         self._state = "entered"
         maps = FeatureMaps(self._session)
-        self._session.asked.analyses.view = maps._read
+        self._session.asked.analyses.view = maps._shown
         return maps
 
     def __exit__(

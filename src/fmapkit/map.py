@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fmapkit import _table
-from fmapkit._gradients import Gradient
+from fmapkit._gradients import Gradient, NotYet
 from fmapkit._sharded import Parts, is_dtensor, whole
 from fmapkit._store import Entry, Pass, parts_of
 from fmapkit._weights import Rows
@@ -58,7 +58,7 @@ class FeatureMap:
     edited: Tensor | None = field(default=None, repr=False)
     training: bool = False
     parts: Parts | None = field(default=None, repr=False)
-    _gradient: Gradient | None = field(default=None, repr=False)
+    _gradient: Gradient | NotYet | None = field(default=None, repr=False)
     _rows: Rows | None = field(default=None, repr=False)
     _whole: FeatureMap | None = field(default=None, repr=False)  # the map of all filters
 
@@ -93,6 +93,7 @@ class FeatureMap:
 
         Raises:
             MapOverwrittenError: its memory was written to after backward.
+            MapStateError: asked for in an analysis' `update`, which comes before backward.
         """
         if self._whole is not None:
             whole, dim = self._whole.grad, self._whole.filter_dim
@@ -285,8 +286,13 @@ def _span(filters: range | tuple[int, ...]) -> str:
     return ", ".join(map(str, filters))
 
 
-def read_map(at: Pass, entry: Entry) -> FeatureMap:
+def read_map(at: Pass, entry: Entry, made: bool = False) -> FeatureMap:
     """The map that an entry of a pass holds.
+
+    Args:
+        at: the pass.
+        entry: of it.
+        made: it has just been made, and is shown to an analysis.
 
     Raises:
         MapStateError: its memory was written to, or let go.
@@ -316,6 +322,6 @@ def read_map(at: Pass, entry: Entry) -> FeatureMap:
         filter_dim=dim,
         filters=filters if dim is not None else None,
         edited=entry.edited.read(f"the edit of {what}") if entry.edited is not None else None,
-        _gradient=entry.held.gradient,
+        _gradient=NotYet() if made else entry.held.gradient,
         _rows=rows,
     )

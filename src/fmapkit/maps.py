@@ -206,10 +206,14 @@ class FeatureMaps:
         asked = ", ".join(repr(v) for v in (layer, kind, filter) if v is not None)
         return gather(mine, dim, dst, group, asked)
 
-    def _read(self, at: Pass, entry: Entry) -> FeatureMap:
-        result = read_map(at, entry)
+    def _read(self, at: Pass, entry: Entry, made: bool = False) -> FeatureMap:
+        result = read_map(at, entry, made)
         parts = self._parts(entry, result)
         return result if parts is None else replace(result, parts=parts)
+
+    def _shown(self, at: Pass, entry: Entry) -> FeatureMap:
+        """As an analysis sees it."""
+        return self._read(at, entry, made=True)
 
     def _parts(self, entry: Entry, found: FeatureMap) -> Parts | None:
         """Whether the tensor may be one rank's part: where the layer's weights are `DTensor`s."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fmapkit.analysis._bins import placed
+from fmapkit.analysis._blocks import along
 from fmapkit.analysis._by_layer import ByLayer
 from fmapkit.analysis._keys import Groups, Name, readable, table
-from fmapkit.analysis._moments import along, by_filter
+from fmapkit.analysis._moments import by_filter
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
 from fmapkit.analysis.firings import HEADS, LayerFirings, row
 from fmapkit.errors import ArgumentError
@@ -146,6 +147,16 @@ class DeadFilters(ByLayer[_Watch, LayerFirings]):
     def reset(self) -> None:
         """Forget all that was seen."""
         self._groups = Groups("dead")
+
+    def take(self) -> DeadFilters:
+        """What was seen since the last time, as an analysis of its own; this one begins anew.
+
+        Steps and inputs are counted from there. That a filter had been silent before is forgotten.
+        """
+        taken = DeadFilters(self.after, threshold=self.threshold)
+        taken._bounds, taken._groups = self._bounds, self._groups
+        self._groups = Groups("dead")
+        return taken
 
     # -- reading -------------------------------------------------------------------------------
 
