@@ -42,6 +42,7 @@ class FeatureMap:
         filter_dim: axis of `tensor` that counts filters; None if there is none, or after `[k]`.
         filters: the filters that lie along that axis, in order; None if there is no such axis.
         edited: what went on in the map's place, where `capture(edit=...)` changed it; else None.
+        ids: numbers of the inputs, (samples,) int64, where `maps.batch(...)` gave them; else None.
         parts: of a tensor that is one rank's part of the map, what `full()` needs.
     """
 
@@ -57,6 +58,7 @@ class FeatureMap:
     filters: range | tuple[int, ...] | None = field(default=None, repr=False)
     edited: Tensor | None = field(default=None, repr=False)
     training: bool = False
+    ids: Tensor | None = field(default=None, repr=False)
     parts: Parts | None = field(default=None, repr=False)
     _gradient: Gradient | NotYet | None = field(default=None, repr=False)
     _rows: Rows | None = field(default=None, repr=False)
@@ -322,6 +324,7 @@ def read_map(at: Pass, entry: Entry, made: bool = False) -> FeatureMap:
         filter_dim=dim,
         filters=filters if dim is not None else None,
         edited=entry.edited.read(f"the edit of {what}") if entry.edited is not None else None,
+        ids=at.ids,
         _gradient=NotYet() if made else entry.held.gradient,
         _rows=rows,
     )

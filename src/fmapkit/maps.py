@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from fmapkit import _table
 from fmapkit._gather import gather
@@ -261,6 +264,30 @@ class FeatureMaps:
         """Let every map go; maps read before stay readable."""
         self._session.store.clear()
         self._session.wants.retention.buffers.drop()
+
+    def batch(self, ids: Tensor | Iterable[int]) -> None:
+        """Number the inputs of the next pass: their places in the data set, say.
+
+        Its maps have the numbers as `fm.ids`, and analyses that keep inputs apart go by them.
+
+        Args:
+            ids: one whole number for each entry of the first axis.
+
+        Raises:
+            ArgumentError: they are no whole numbers in a row.
+        """
+        try:
+            numbers = ids if isinstance(ids, Tensor) else list(ids)
+            found = torch.as_tensor(numbers if len(numbers) else torch.empty(0, dtype=torch.int64))
+        except (TypeError, ValueError, RuntimeError):
+            found = None
+        whole = found is not None and not found.is_floating_point() and not found.is_complex()
+        if found is None or not whole or found.dim() != 1 or found.dtype == torch.bool:
+            raise ArgumentError(
+                f"batch takes a whole number for each input of the next pass, in one row, not "
+                f"{ids!r}"
+            )
+        self._session.ids = found.detach().to(torch.int64)
 
     # -- to look at ---------------------------------------------------------------------------
 

@@ -264,7 +264,7 @@ class Statistics(ByLayer[_Group, LayerStatistics]):
         ]
         said = {"groups": texts, "options": self._options(), "local": local}
         ranks = exchange("reduce()", said, tensors, group)
-        agree([text for text, _ in ranks])
+        agree([text for text, _ in ranks], "bins or saturation")
         result = Statistics(saturation=self._bounds, compile=self._compile)
         result._edges = self._edges
         result._groups.missed = dict(self._groups.missed)
