@@ -1,0 +1,130 @@
+"""One pass of a model for an explanation: how it is called, which map is meant, what is put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fmapkit import FeatureMap, FeatureMaps
+from fmapkit.errors import (
+    AmbiguousMapError,
+    ArgumentError,
+    FilterRangeError,
+    MapLookupError,
+    NotAModuleError,
+    listed,
+)
+
+__all__ = ["KINDS", "check_model", "first_tensor", "kept_state", "pick", "run", "the_map"]
+
+# What is captured where no kind is asked for; the best of them is taken.
+KINDS = ("preactivation", "activation")
+_RANK = {"activation": 0, "preactivation": 1, "response": 2, "output": 3, "input": 4}
+
+
+def check_model(model: Any, what: str) -> None:
+    """Raise unless it is a module.
+
+    Raises:
+        NotAModuleError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise NotAModuleError(f"{what} takes a torch.nn.Module, not {type(model).__name__}")
+
+
+def run(model: nn.Module, inputs: Any) -> Any:
+    """Call the model: a tensor is its argument, a tuple or list its arguments, a dict those by name."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def first_tensor(inputs: Any, what: str) -> Tensor:
+    """The first tensor of what the model is given: its input.
+
+    Raises:
+        ArgumentError: there is none, or it has no samples.
+    """
+    found = next((t for t in tree_leaves(_plain(inputs)) if isinstance(t, Tensor)), None)
+    if found is None:
+        raise ArgumentError(f"{what} needs a tensor among the model's inputs, not {inputs!r}")
+    if found.numel() == 0:
+        raise ArgumentError(
+            f"{what} needs an input with values, and this one has shape {tuple(found.shape)}"
+        )
+    return found
+
+
+def _plain(inputs: Any) -> Any:
+    return dict(inputs) if isinstance(inputs, Mapping) else inputs
+
+
+@contextmanager
+def kept_state(model: nn.Module) -> Iterator[None]:
+    """Put buffers and the random state back as they were: a look at a model is no step of training."""
+    before = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
+    devices = {t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, version, values in before:
+                    if buffer._version != version:
+                        buffer.copy_(values)
+
+
+def the_map(
+    maps: FeatureMaps, layer: Any, kind: str | None, call: int | None, path: str | None
+) -> FeatureMap:
+    """The one map that is meant.
+
+    By default the activation; where no nonlinearity follows, the preactivation; of a module that is
+    no layer with filters, its output.
+
+    Raises:
+        MapLookupError: there is none, or there are several.
+    """
+    found = maps.select(layer=layer, kind=kind, call=call, path=path)
+    if found and kind is None:
+        best = min(_RANK[fm.kind] for fm in found)
+        found = [fm for fm in found if _RANK[fm.kind] == best]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        if isinstance(layer, str) and call is None and path is None:
+            return maps[layer] if kind is None else maps[layer, kind]
+        missed = "".join(f"; missed: {m.layer}: {m.reason}" for m in maps.missed)
+        raise MapLookupError(
+            f"no map of layer {layer!r} (kind={kind!r}, call={call!r}, path={path!r}) in this pass; "
+            f"its maps are of {listed(maps.layers)}{missed}"
+        )
+    choices = ", ".join(
+        f"({fm.layer!r}, {fm.kind!r}, call={fm.call}, path={fm.path!r})" for fm in found
+    )
+    raise AmbiguousMapError(
+        f"{layer!r} could mean {len(found)} maps: {choices}; choose with kind=, call= or path="
+    )
+
+
+def pick(fm: FeatureMap, filter: int | None) -> FeatureMap:
+    """The map of one filter, or as it is.
+
+    Raises:
+        FilterRangeError: there is no such filter.
+    """
+    if filter is None:
+        return fm
+    if fm.filters is None:
+        raise FilterRangeError(
+            f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)} and no single filter "
+            "axis: leave filter= out"
+        )
+    return fm[filter]
