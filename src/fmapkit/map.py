@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from fmapkit._weights import Rows
 from fmapkit.errors import DistributedError, FilterRangeError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["FeatureMap", "nbytes_of", "read_map"]
@@ -262,11 +263,39 @@ class FeatureMap:
     def __repr__(self) -> str:
         return _table.map_line(self)
 
-    def plot(self, **options: Any) -> Figure:
-        """Draw the map, a picture for each filter (extra: `plot`); see `fmapkit.plot.plot_map`."""
-        from fmapkit import plot
+    def plot(
+        self,
+        ax: Axes | None = None,
+        *,
+        sample: int = 0,
+        filters: int | Iterable[int] | Literal["strongest"] | None = None,
+        max_filters: int = 16,
+        columns: int | None = None,
+        grid: tuple[int, int] | None = None,
+        weights: bool = False,
+        overlay: Any = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+    ) -> Figure:
+        """Draw the map, a picture for each filter (extra: `plot`).
 
-        return plot.plot_map(self, **options)
+        Arguments, result and errors are those of `fmapkit.plot.plot_map`.
+        """
+        from fmapkit.plot import plot_map
+
+        return plot_map(
+            self,
+            ax,
+            sample=sample,
+            filters=filters,
+            max_filters=max_filters,
+            columns=columns,
+            grid=grid,
+            weights=weights,
+            overlay=overlay,
+            mean=mean,
+            std=std,
+        )
 
 
 def nbytes_of(tensor: Tensor) -> int:

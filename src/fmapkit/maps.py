@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from fmapkit.errors import ArgumentError, did_you_mean, listed
 from fmapkit.map import FeatureMap, nbytes_of, read_map
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from fmapkit._missed import Missed
@@ -297,8 +298,66 @@ class FeatureMaps:
     def _repr_html_(self) -> str:
         return _table.html(self)
 
-    def plot(self, layers: Any = None, **options: Any) -> Figure:
-        """Draw z and a of each layer by filter (extra: `plot`); see `fmapkit.plot.plot_maps`."""
-        from fmapkit import plot
+    def plot(
+        self,
+        layers: Any = None,
+        *,
+        sample: int = 0,
+        filters: int | Iterable[int] | Literal["strongest"] | None = None,
+        max_filters: int = 8,
+        max_layers: int = 16,
+        grid: tuple[int, int] | None = None,
+        weights: bool = False,
+        image: Any = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        title: str | None = None,
+    ) -> Figure:
+        """Draw z and a of each layer by filter (extra: `plot`).
 
-        return plot.plot_maps(self, layers, **options)
+        Arguments, result and errors are those of `fmapkit.plot.plot_maps`.
+        """
+        from fmapkit.plot import plot_maps
+
+        return plot_maps(
+            self,
+            layers,
+            sample=sample,
+            filters=filters,
+            max_filters=max_filters,
+            max_layers=max_layers,
+            grid=grid,
+            weights=weights,
+            image=image,
+            mean=mean,
+            std=std,
+            title=title,
+        )
+
+    def plot_filters(
+        self,
+        layer: str,
+        ax: Axes | None = None,
+        *,
+        filters: int | Iterable[int] | None = None,
+        max_filters: int = 96,
+        columns: int | None = None,
+        shape: Sequence[int] | None = None,
+        scale: Literal["layer", "filter"] = "layer",
+    ) -> Figure:
+        """Draw the weights of a layer's filters (extra: `plot`).
+
+        Arguments, result and errors are those of `fmapkit.plot.plot_filters`.
+        """
+        from fmapkit.plot import plot_filters
+
+        return plot_filters(
+            self,
+            layer,
+            ax,
+            filters=filters,
+            max_filters=max_filters,
+            columns=columns,
+            shape=shape,
+            scale=scale,
+        )

@@ -222,14 +222,21 @@ class DeadFilters(ByLayer[_Watch, LayerFirings]):
     def __repr__(self) -> str:
         return self.report()
 
-    def plot(self, layers: Any = None, **options: Any) -> Figure:
+    def plot(
+        self,
+        layers: Any = None,
+        *,
+        max_filters: int = 64,
+        max_layers: int = 16,
+        title: str | None = None,
+    ) -> Figure:
         """Draw a strip for each layer, filters × inputs (extra: `plot`).
 
-        See `fmapkit.analysis.dead_plot.plot_dead`.
+        Arguments, result and errors are those of `fmapkit.analysis.dead_plot.plot_dead`.
         """
         from fmapkit.analysis.dead_plot import plot_dead
 
-        return plot_dead(self, layers, **options)
+        return plot_dead(self, layers, max_filters=max_filters, max_layers=max_layers, title=title)
 
     # -- keeping -------------------------------------------------------------------------------
 
