@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fmapkit import ArgumentError, CaptureWarning, FeatureMap, FilterRangeError, capture
 from fmapkit.analysis import Analysis, Context, LayerTops, TopInputs
+from fmapkit.explain import receptive_field
 
 
 def fmap(tensor: Tensor, dim: int = 1, **tags: Any) -> FeatureMap:
@@ -270,7 +271,7 @@ def test_kept_and_gone_on_from() -> None:
         assert torch.equal(one["conv"].inputs, TopInputsOf(x, 2)["conv"].inputs)
     with pytest.raises(ArgumentError, match="k=2, this has 3"):
         TopInputs(3).load_state_dict(part.state_dict())
-    with pytest.raises(ArgumentError, match="load_state_dict takes what TopInputs.state_dict"):
+    with pytest.raises(ArgumentError, match="load_state_dict takes what TopInputs"):
         TopInputs(3).load_state_dict({})
     with pytest.raises(ArgumentError, match=r"merge takes TopInputs, not int"):
         whole.merge(3)  # type: ignore[arg-type]
@@ -320,5 +321,81 @@ def test_contexts_of_tokens() -> None:
         top["up"].patches(texts, model=model)
     with pytest.raises(FilterRangeError, match="filter 6 is out of range: of the activation of la"):
         top["up"].contexts(texts, filters=6)
-    with pytest.raises(ArgumentError, match=r"before must be a number of tokens, 0 or more, not -1"):
+    with pytest.raises(
+        ArgumentError, match=r"before must be a number of tokens, 0 or more, not -1"
+    ):
         top["up"].contexts(texts, before=-1)
+
+
+@pytest.mark.parametrize("with_field", [False, True])
+def test_patches_through_the_receptive_field(with_field: bool) -> None:
+    """The pixels that a location sees, cut at the border."""
+    model = Net()
+    top = seen(model)
+    dataset = [(image, n) for n, image in enumerate(IMAGES)]
+    told: dict[str, Any] = {"model": model}
+    if with_field:
+        told = {"field": receptive_field(model, "conv2", IMAGES[:1])}
+    found = top["conv2"].patches(dataset, filters=[0, 3], **told)
+    assert list(found) == [0, 3]
+    for f, patches in found.items():
+        for patch, hit in zip(patches, top["conv2"][f], strict=True):
+            y, x = hit.at
+            # A 3×3 kernel with stride 2 on one with padding 1: rows 2y - 1 to 2y + 3.
+            box = (max(0, 2 * y - 1), max(0, 2 * x - 1), min(9, 2 * y + 4), min(9, 2 * x + 4))
+            assert patch.hit == hit
+            assert patch.box == box
+            assert torch.equal(patch.pixels, IMAGES[hit.input][:, box[0] : box[2], box[1] : box[3]])
+            assert patch.image is IMAGES[hit.input] or torch.equal(patch.image, IMAGES[hit.input])
+
+
+def test_patches_that_cannot_be_had() -> None:
+    model = Net()
+    top = seen(model)
+    field = receptive_field(model, "conv2", torch.randn(1, 1, 12, 12))
+    told: list[tuple[Any, dict[str, Any], str]] = [
+        (IMAGES, {}, "give one of them"),
+        (IMAGES, {"model": model, "field": field}, "give one of them"),
+        (IMAGES, {"field": field}, "field= is of images of (12, 12) pixels, and the data set has"),
+        (IMAGES[:0], {"model": model}, "the data set has no input "),
+        (
+            ["a"] * 23,
+            {"model": model},
+            "is str, not an image as a tensor ",
+        ),
+    ]
+    for dataset, options, says in told:
+        with pytest.raises(ArgumentError) as error:
+            top["conv2"].patches(dataset, **options)
+        assert says in str(error.value)
+    with pytest.raises(ArgumentError, match="patches are of maps with rows and columns"):
+        top["head"].patches(IMAGES, model=model)
+    grey = top["conv1"].patches(["a"] * 23, filters=2, model=model, image=lambda _: IMAGES[0, 0])
+    assert grey[2][0].image.shape == (1, 9, 9)
+
+
+def test_plots_of_patches() -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    model = Net()
+    top = seen(model)
+    figure = top["conv2"].plot(
+        IMAGES, model=model, filters="strongest", max_filters=3, mean=0, std=1
+    )
+    order = top["conv2"].strongest(3)
+    assert [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()] == [str(f) for f in order]
+    figure.savefig(io.BytesIO(), dpi=20)
+    below = {f: [torch.randn(1, 9, 9) for _ in range(4)] for f in order}
+    figure = top["conv2"].plot(IMAGES, model=model, filters=order, below=below, title="T")
+    assert len(figure.axes) == 2 * 3 * 4
+    # What the border cuts off is grey: the frame is that of the largest patch.
+    assert {ax.images[0].get_array().shape[:2] for ax in figure.axes} == {(5, 5)}
+    figure.savefig(io.BytesIO(), dpi=20)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"below": {}}, "below has 0 images for filter 0, which has 4 patches"),
+        ({"filters": "best"}, "filters must be ints or 'strongest', not 'best'"),
+        ({"below": {f: [torch.randn(1, 3, 3)] * 4 for f in range(5)}}, "and the input has (9, 9)"),
+    ]
+    for options, says in wrong:
+        with pytest.raises(ArgumentError) as error:
+            top["conv2"].plot(IMAGES, model=model, **options)
+        assert says in str(error.value)

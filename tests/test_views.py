@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -296,11 +293,3 @@ def test_a_notebook_shows_a_figure_once(tmp_path: Path, monkeypatch: pytest.Monk
     client.NotebookClient(book, timeout=120, kernel_name="python3").execute(cwd=str(tmp_path))
     shown = [sum("image/png" in o.get("data", {}) for o in cell.outputs) for cell in book.cells]
     assert shown == [0, 1, 1, 0]
-
-
-def test_import_stays_light() -> None:
-    """Nothing of matplotlib, and no views, for `import fmapkit`."""
-    code = "import sys, fmapkit, json; print(json.dumps([m for m in sys.modules]))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = json.loads(out.stdout)
-    assert not [m for m in loaded if m.startswith(("matplotlib", "fmapkit.plot", "fmapkit.views"))]
