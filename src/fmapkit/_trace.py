@@ -8,6 +8,7 @@ is a matter of `_sigma_calls.py`, what a module's call turns out to have been, o
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,7 @@ from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, described
 from fmapkit._missed import reason
 from fmapkit._names import Names, Use
 from fmapkit._nested import tensors_in
-from fmapkit._origin import STOP, Flow, Made, Tag, Weight
+from fmapkit._origin import STOP, Flow, Made, Source, Tag, Weight
 from fmapkit._past_hooks import HOW
 from fmapkit._quantized import FUSED, packed_axes, packed_key
 from fmapkit._record import Record
@@ -335,24 +336,25 @@ class Tracer(TorchFunctionMode):
         """What the layer made its filters of, and what of that is nowhere afterwards."""
         bias = _weighted.bias_operand(function, operands, args, kwargs)
         used = {"weight": weight, **({"bias": bias} if isinstance(bias, Tensor) else {})}
-        found = {
-            what: source_of(t, self.tag(t), self._owners, self.stand_ins)
-            for what, t in used.items()
-        }
+        found = {what: self._source(tensor) for what, tensor in used.items()}
         places = _weighted.filter_places(function, operands, args, kwargs, weight, out)
         made = Made(found["weight"], found.get("bias"), tuple(places), axes)
         return made, {what: used[what] for what, s in found.items() if s.owner is None}
 
-    def _owners(self, tensor: Tensor) -> list[tuple[nn.Module, str]]:
-        """The modules that have a parameter or buffer; first of all the one that runs."""
+    def _source(self, tensor: Tensor) -> Source:
+        """Where a layer got its weight, or its bias: nearly always, it is its module's own."""
         inner = self.frames[-1].module
         for key, parameter in inner._parameters.items():
             if parameter is tensor:
-                return [(inner, key)]
+                return Source(weakref.ref(inner), key, weakref.ref(tensor))
+        return source_of(tensor, self.tag(tensor), self._owners, self.stand_ins)
+
+    def _owners(self, tensor: Tensor) -> list[tuple[nn.Module, str]]:
+        """The modules that have a parameter or buffer; the one that runs need not be registered."""
         found = self.names.owners(tensor)
         if found:
             return found
-        running = self.running()  # which need not be registered
+        running = self.running()
         own = [(running, key) for key, p in running._parameters.items() if p is tensor]
         return own or self.names.owned_by(tensor)
 

@@ -169,14 +169,15 @@ def _of_layer(
 ) -> list[_Row]:
     """The rows of one layer: the same filters in each."""
     wanted = filters
-    if isinstance(filters, str):
+    own = [fm for fm in group if fm.filters is not None and fm.kind != "input"]
+    if isinstance(filters, str) and own:
         # By the activation, if there is one.
-        leads = next((fm for fm in reversed(group) if fm.kind == "activation"), group[-1])
+        leads = next((fm for fm in reversed(own) if fm.kind == "activation"), own[-1])
         thin = max_filters * (1 if leads.tensor.ndim > 3 or grid else pictures.THIN)
-        wanted = pictures.chosen(leads, filters, sample, thin) if leads.filters else None
+        wanted = pictures.chosen(leads, filters, sample, thin)
     rows: list[_Row] = []
     for fm in group:
-        its = wanted if fm.filters is not None else None
+        its = wanted if any(fm is one for one in own) else None  # an input's are other filters
         its_grid = grid if grid is not None and fm.filters is not None else None
         picture = pictures.of_map(fm, sample, max_filters, its, its_grid)
         if isinstance(filters, str) and its is not None:
