@@ -25,6 +25,7 @@ _vecdot: Any = getattr(np, "vecdot", None)  # since NumPy 2.0
 _BLOCK = {"cpu": 2**18}
 _BLOCK_ELSEWHERE = 2**24  # a sum of so many ones is still exact in float32
 _LONG = 128  # rows of so many values are summed up along themselves, shorter ones across them
+_TALL = 64  # rows to be summed up across, at least
 _DOT = 1024  # rows of so many values are worth a dot product each
 _LANE = 255  # ones that a byte can count
 
@@ -45,7 +46,7 @@ def blockwise(
     outer, filters, inner = values.shape
     size = block_size(values.device)
     # What is summed up across has to be tall, or the sums are as many as the values.
-    rows = 1 if inner >= _LONG else min(outer, _LONG)
+    rows = 1 if inner >= _LONG else min(outer, _TALL)
     step = min(filters, max(size // (inner * rows), -(-_LONG // inner)))
     step -= step % 8 if step > 8 else 0  # flags are counted by words of eight
     largest = min(values.numel(), max(size, step * min(inner, size)))
@@ -130,7 +131,7 @@ class _Work:
             counted.append(self._saturated(raw, bounds))
         if shift is not None:
             wide.sub_(shift)
-        s1, s2 = along(torch.sum, wide), _squares(wide)
+        s1, s2 = _total(wide), _squares(wide)
         none = torch.zeros_like(low, dtype=torch.int64)
         return s1, s2, low, high, *(none if c is None else c for c in counted)
 
@@ -180,12 +181,20 @@ def _count(flags: Tensor) -> Tensor:
     return of_words.view(torch.uint8).view(-1, filters, inner).sum((0, 2), dtype=torch.int64)
 
 
+def _total(wide: Tensor) -> Tensor:
+    """Σx, filter by filter."""
+    if wide.shape[2] == 1 and wide.device.type == "cpu":  # BLAS goes through rows in their order
+        rows = wide.squeeze(2)
+        return torch.mv(rows.t(), rows.new_ones(len(rows)))
+    return along(torch.sum, wide)
+
+
 def _squares(wide: Tensor) -> Tensor:
     """Σx², filter by filter; what is in the tensor is lost."""
     if wide.shape[2] >= _DOT and wide.device.type == "cpu" and _vecdot is not None:
         values = wide.numpy()
         return torch.from_numpy(_vecdot(values, values)).sum(0)
-    return along(torch.sum, wide.square_())
+    return _total(wide.square_())
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fmapkit.analysis._inputs import Fields, Inputs
 from fmapkit.analysis._keys import table
 from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean
 
@@ -185,8 +186,8 @@ class LayerTops:
                 f"{self.layer!r} has {self.at.shape[2]} axes of locations"
                 + ("; see contexts()" if self.at.shape[2] == 1 else "")
             )
-        fields = _Fields(self, model, field)
-        inputs = _Inputs(dataset, image)
+        fields = Fields(self.layer, self.kind, self.path, model, field)
+        inputs = Inputs(dataset, image)
         found: dict[int, list[Patch]] = {}
         for filter, its in hits.items():
             found[filter] = []
@@ -235,7 +236,7 @@ class LayerTops:
                 f"{self.layer!r} has {self.at.shape[2]} axes of locations"
                 + ("; see patches()" if self.at.shape[2] == 2 else "")
             )
-        inputs = _Inputs(dataset, tokens)
+        inputs = Inputs(dataset, tokens)
         said = decode or (lambda token: token)
         found: dict[int, list[Context]] = {}
         for filter in self._chosen(filters):
@@ -312,92 +313,6 @@ class LayerTops:
         for filter in chosen:
             self._row(filter)
         return chosen
-
-
-class _Fields:
-    """The receptive fields of a layer, for inputs of each size."""
-
-    def __init__(
-        self, tops: LayerTops, model: nn.Module | None, field: ReceptiveField | None
-    ) -> None:
-        if (model is None) == (field is None):
-            raise ArgumentError(
-                "which pixels a location sees is told by model=, the one that was captured, or by "
-                "field=, what fmapkit.explain.receptive_field gave: give one of them"
-            )
-        self._tops, self._model, self._given = tops, model, field
-        self._known: dict[tuple[int, ...], ReceptiveField] = {}
-
-    def of(self, image: Tensor) -> ReceptiveField:
-        if self._given is not None:
-            if tuple(self._given.input_shape) != tuple(image.shape[1:]):
-                raise ArgumentError(
-                    f"field= is of images of {tuple(self._given.input_shape)} pixels, and the data "
-                    f"set has one of {tuple(image.shape[1:])}; model= finds the field of each size"
-                )
-            return self._given
-        found = self._known.get(tuple(image.shape))
-        if found is None:
-            from fmapkit.explain import receptive_field
-
-            assert self._model is not None
-            tops, first = self._tops, next(self._model.parameters(), image)
-            example = image.unsqueeze(0).to(first.device)
-            if example.is_floating_point() and first.is_floating_point():
-                example = example.to(first.dtype)
-            found = receptive_field(
-                self._model, tops.layer, example, kind=tops.kind, path=tops.path or None
-            )
-            self._known[tuple(image.shape)] = found
-        return found
-
-
-class _Inputs:
-    """What a data set gives, by number."""
-
-    def __init__(self, dataset: Any, take: Callable[[Any], Any] | None) -> None:
-        self._dataset, self._take = dataset, take
-
-    def _of(self, number: int) -> Any:
-        try:
-            sample = self._dataset[number]
-        except (IndexError, KeyError) as error:
-            size = f" (it has {len(self._dataset)})" if hasattr(self._dataset, "__len__") else ""
-            raise ArgumentError(
-                f"the data set has no input {number}{size}: the numbers are those that "
-                "maps.batch(ids) gave, or count the inputs from 0 as they came"
-            ) from error
-        if self._take is not None:
-            return self._take(sample)
-        while isinstance(sample, (tuple, list, Mapping)) and sample:
-            first = next(iter(sample.values() if isinstance(sample, Mapping) else sample))
-            if isinstance(first, (int, float)):
-                break
-            sample = first
-        return sample
-
-    def image(self, number: int) -> Tensor:
-        """(channels, rows, columns)."""
-        found = self._of(number)
-        if not isinstance(found, Tensor) or found.dim() not in (2, 3):
-            said = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ArgumentError(
-                f"input {number} of the data set is {said}, not an image as a tensor (channels, "
-                "rows, columns); image= takes a function that makes one of it"
-            )
-        return found if found.dim() == 3 else found.unsqueeze(0)
-
-    def sequence(self, number: int) -> list[Any]:
-        """Of tokens."""
-        found = self._of(number)
-        if isinstance(found, Tensor):
-            found = found.flatten().tolist()
-        if not isinstance(found, (list, tuple)):
-            raise ArgumentError(
-                f"input {number} of the data set is {type(found).__name__}, not a sequence of "
-                "tokens; tokens= takes a function that makes one of it"
-            )
-        return list(found)
 
 
 def row(s: LayerTops) -> tuple[str, ...]:
