@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["NONE", "Fields", "least", "reaches", "varies"]
+__all__ = ["NONE", "Fields", "broadcast", "compact", "least", "lowest", "reaches", "varies"]
 
 NONE = 1 << 24  # farther than any location; exact as a float32, for pooling kernels
 
@@ -120,12 +120,31 @@ def varies(field: Tensor | None, tensor: Tensor) -> Tensor:
     """Where a tensor may have another value: with another input, or other parameters."""
     if field is None:
         return torch.zeros_like(tensor, dtype=torch.bool)
-    return (field < NONE).any(0)
+    return (compact(field) < NONE).any(0).expand(tensor.shape)
+
+
+def compact(field: Tensor) -> Tensor:
+    """A field with one element along the axes where it was expanded."""
+    for axis in range(1, field.dim()):
+        if field.stride(axis) == 0 and field.shape[axis] > 1:
+            field = field.narrow(axis, 0, 1)
+    return field
+
+
+def lowest(field: Tensor, axes: Sequence[int]) -> Tensor:
+    """The field of what depends on all along some axes of a tensor, which stay, with one element."""
+    if field.dim() == 1 or not axes:
+        return field
+    shape = list(field.shape)
+    for axis in axes:
+        shape[axis + 1] = 1
+    inner = [a + 1 for a in axes]
+    return compact(field).amin(inner, keepdim=True).expand(shape)
 
 
 def reaches(field: Tensor | None) -> bool:
     """Whether anything of the input reaches the tensor."""
-    return field is not None and bool((field[:-1] < NONE).any())
+    return field is not None and bool((compact(field)[:-1] < NONE).any())
 
 
 def least(fields: Sequence[Tensor | None], shape: Sequence[int]) -> Tensor | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from fmapkit import FeatureMap, FeatureMaps
@@ -20,7 +21,7 @@ from fmapkit.errors import (
     listed,
 )
 
-__all__ = ["KINDS", "check_model", "first_tensor", "kept_state", "pick", "run", "the_map"]
+__all__ = ["KINDS", "check_model", "first_tensor", "kept_state", "pick", "run", "step_by_step", "the_map"]
 
 # What is captured where no kind is asked for; the best of them is taken.
 KINDS = ("preactivation", "activation")
@@ -79,6 +80,18 @@ def kept_state(model: nn.Module) -> Iterator[None]:
                 for buffer, version, values in before:
                     if buffer._version != version:
                         buffer.copy_(values)
+
+
+@contextmanager
+def step_by_step() -> Iterator[None]:
+    """Have torch run attention in steps, and not as one fused kernel that cannot be looked into."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def the_map(

@@ -9,14 +9,21 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fmapkit import FeatureMap, capture
 from fmapkit.errors import ArgumentError, MapLookupError
 from fmapkit.explain._axes import input_axes, map_axes
 from fmapkit.explain._fields import NONE, Fields
 from fmapkit.explain._follow import Follow
-from fmapkit.explain._passes import KINDS, check_model, first_tensor, kept_state, run, the_map
+from fmapkit.explain._passes import (
+    KINDS,
+    check_model,
+    first_tensor,
+    kept_state,
+    run,
+    step_by_step,
+    the_map,
+)
 from fmapkit.explain._regular import Regular, regular
 
 if TYPE_CHECKING:
@@ -266,7 +273,7 @@ class _Asked:
         with (
             kept_state(self.model),
             torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH),  # whose steps can be followed
+            step_by_step(),
             capture(self.model, self.layer, kinds=kinds) as maps,
             follow,
         ):
