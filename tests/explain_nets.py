@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,12 @@ class Functional(nn.Module):
         y += x
         return y
 
+    def beside(self, x: Tensor) -> Tensor:
+        # By itself, the norm of values that are tied to each other is a constant.
+        if isinstance(self.inner[0], nn.LayerNorm):
+            return x + self.inner[0](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x + self.inner[0](x)
+
     def branches(self, x: Tensor) -> Tensor:
         one, other = x.chunk(2, 1)
         return torch.cat([self.inner[0](one), other], 1)
@@ -71,7 +77,7 @@ class Functional(nn.Module):
         return x * torch.sigmoid(x.mean((2, 3), keepdim=True))
 
     def over_rows(self, x: Tensor) -> Tensor:
-        return x.softmax(3)
+        return x * x.softmax(3)
 
     def running(self, x: Tensor) -> Tensor:
         return x.cumsum(2)
@@ -115,8 +121,8 @@ class Functional(nn.Module):
         columns = F.unfold(x, 3, padding=1)
         return columns.reshape(x.shape[0], x.shape[1], 9, *x.shape[2:]).sum(2)
 
-    def product(self, x: Tensor) -> Tensor:
-        return torch.fft.fft(x, dim=3).real
+    def spectrum(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(x, dim=3).abs()
 
 
 def _conv(kernel: int, stride: int, padding: int, dilation: int, groups: int) -> nn.Module:
@@ -154,20 +160,20 @@ STEPS: st.SearchStrategy[nn.Module] = st.one_of(
             lambda: nn.Upsample(scale_factor=2),
             lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
             lambda: nn.Upsample(scale_factor=1.5, mode="bilinear", align_corners=True),
-            lambda: nn.GroupNorm(2, CHANNELS),
+            lambda: Functional("beside", nn.GroupNorm(2, CHANNELS)),
             lambda: nn.BatchNorm2d(CHANNELS),
-            lambda: nn.InstanceNorm2d(CHANNELS, affine=True),
+            lambda: Functional("beside", nn.InstanceNorm2d(CHANNELS, affine=True)),
             lambda: nn.Conv2d(CHANNELS, CHANNELS, (3, 1), padding=(1, 0), padding_mode="circular"),
             lambda: Functional("residual_in_place", nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)),
             lambda: Functional("branches", nn.Conv2d(2, 2, 5, padding=2)),
             lambda: Functional("channels_last", nn.Linear(CHANNELS, CHANNELS)),
-            lambda: Functional("channels_last", nn.LayerNorm(CHANNELS)),
+            lambda: Functional("beside", nn.LayerNorm(CHANNELS)),
         ]
     ).map(lambda make: make()),
     st.sampled_from(
         """relu_in_place pad_before reflect every_other written rolled squeeze_excite over_rows
         running flattened fused shuffled fixed chosen largest sampled outer unfolded
-        product""".split()
+        spectrum""".split()
     ).map(Functional),
 )
 
@@ -188,16 +194,17 @@ def fitting(steps: list[nn.Module], image: Tensor) -> nn.Sequential:
     return nn.Sequential(*kept, nn.Conv2d(CHANNELS, 3, 1))
 
 
-def seen(model: nn.Module, image: Tensor, draws: int = 4) -> Tensor:
-    """Which pixels change which location: (H', W', H, W), by changing each pixel in turn.
+def seen(model: nn.Module, image: Tensor) -> Iterator[Tensor]:
+    """Which pixels change which location, (H', W', H, W), by changing each pixel in turn.
 
-    In float64, with other weights in each draw, so that no unit is dead in all of them.
+    In float64, of more and more draws of the weights and of the image: a unit that is dead in one
+    is not in all of them.
     """
     height, width = image.shape[2:]
-    found: Any = None
-    for draw in range(draws):
-        generator = torch.Generator().manual_seed(draw)
-        net = copy.deepcopy(model).double()
+    generator = torch.Generator().manual_seed(0)
+    net = copy.deepcopy(model).double()
+    found: Tensor | None = None
+    while True:
         for parameter in net.parameters():
             parameter.data.normal_(generator=generator)
         base = torch.randn(image.shape, generator=generator, dtype=torch.float64)
@@ -211,5 +218,4 @@ def seen(model: nn.Module, image: Tensor, draws: int = 4) -> Tensor:
         changed = ((others - usual).abs() > 1e-12 * usual.abs().amax()).any(1)
         changed = changed.movedim(0, -1).reshape(*changed.shape[1:], height, width)
         found = changed if found is None else found | changed
-    result: Tensor = found
-    return result
+        yield found
