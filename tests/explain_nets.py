@@ -133,7 +133,9 @@ def _conv(kernel: int, stride: int, padding: int, dilation: int, groups: int) ->
 
 _small = st.integers(1, 3)
 STEPS: st.SearchStrategy[nn.Module] = st.one_of(
-    st.builds(_conv, _small, _small, st.integers(0, 3), st.integers(1, 2), st.sampled_from([1, 2, 4])),
+    st.builds(
+        _conv, _small, _small, st.integers(0, 3), st.integers(1, 2), st.sampled_from([1, 2, 4])
+    ),
     st.builds(
         lambda k, s, p: nn.ConvTranspose2d(CHANNELS, CHANNELS, k, s, min(p, k - 1), groups=2),
         _small,

@@ -30,7 +30,7 @@ def _boxes(changed: Tensor) -> list[tuple[int, ...]]:
 
 
 @given(st.lists(STEPS, min_size=1, max_size=5), st.integers(5, 9), st.integers(4, 9))
-@settings(max_examples=int(__import__("os").environ.get("EX","60")))
+@settings(max_examples=int(__import__("os").environ.get("EX", "60")))
 def test_boxes_hold_the_pixels_that_change_a_location(
     steps: list[nn.Module], height: int, width: int
 ) -> None:

@@ -12,12 +12,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fmapkit.explain.projection import project
     from fmapkit.explain.receptive import Box, ReceptiveField, Span, receptive_field
 
-__all__ = ["Box", "ReceptiveField", "Span", "receptive_field"]
+__all__ = ["Box", "ReceptiveField", "Span", "project", "receptive_field"]
 
 # Imported when asked for.
-_HOMES = dict.fromkeys(__all__, "receptive")
+_HOMES = {
+    "Box": "receptive",
+    "ReceptiveField": "receptive",
+    "Span": "receptive",
+    "project": "projection",
+    "receptive_field": "receptive",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,17 @@ from fmapkit.errors import (
     listed,
 )
 
-__all__ = ["KINDS", "check_model", "first_tensor", "kept_state", "pick", "run", "step_by_step", "the_map"]
+__all__ = [
+    "KINDS",
+    "check_filter",
+    "check_model",
+    "exchanged",
+    "first_tensor",
+    "kept_state",
+    "run",
+    "step_by_step",
+    "the_map",
+]
 
 # What is captured where no kind is asked for; the best of them is taken.
 KINDS = ("preactivation", "activation")
@@ -127,17 +137,30 @@ def the_map(
     )
 
 
-def pick(fm: FeatureMap, filter: int | None) -> FeatureMap:
-    """The map of one filter, or as it is.
+def check_filter(fm: FeatureMap, filter: int | None) -> int | None:
+    """Where a filter lies along the filter axis of a map.
 
     Raises:
         FilterRangeError: there is no such filter.
     """
     if filter is None:
-        return fm
+        return None
     if fm.filters is None:
         raise FilterRangeError(
             f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)} and no single filter "
             "axis: leave filter= out"
         )
-    return fm[filter]
+    found = fm[filter].filter
+    assert found is not None
+    return fm.filters.index(found)
+
+
+def exchanged(inputs: Any, old: Tensor, new: Tensor) -> Any:
+    """The same inputs with one tensor in another's place."""
+    if inputs is old:
+        return new
+    if isinstance(inputs, Mapping):
+        return {k: exchanged(v, old, new) for k, v in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(exchanged(v, old, new) for v in inputs)
+    return inputs

@@ -114,9 +114,7 @@ class _Probing:
                 others[id(tensor)] = values[id(tensor)]
                 among = compact(field[row : row + 1])[0] <= limit
                 if bool(among.any()):
-                    others[id(tensor)] = torch.where(
-                        among, self._noise(tensor), values[id(tensor)]
-                    )
+                    others[id(tensor)] = torch.where(among, self._noise(tensor), values[id(tensor)])
             now = [_differ(a, b) for a, b in zip(self._run(others), usual, strict=True)]
             found = now if found is None else [a | b for a, b in zip(found, now, strict=True)]
         assert found is not None
@@ -131,9 +129,7 @@ class _Probing:
         ]
         for row in range(sizes[0]):
             fields = [f for t in call.operands if (f := call.of(t)) is not None]
-            limits = torch.unique(
-                torch.cat([compact(f[row : row + 1]).flatten() for f in fields])
-            )
+            limits = torch.unique(torch.cat([compact(f[row : row + 1]).flatten() for f in fields]))
             limits = limits[limits < NONE].tolist()
             if not limits:
                 continue

@@ -18,6 +18,7 @@ from fmapkit.explain._follow import Follow
 from fmapkit.explain._passes import (
     KINDS,
     check_model,
+    exchanged,
     first_tensor,
     kept_state,
     run,
@@ -33,8 +34,10 @@ __all__ = ["Box", "ReceptiveField", "Span", "receptive_field"]
 
 Step = int | Fraction
 
-# How long an axis of the input is made, where the fields are larger than the example.
+# How long an axis of the input is made, where the fields are larger than the example; of tokens, how
+# many times as long: their attention costs the square.
 _LENGTHS = (512, 2048)
+_TIMES = 4
 _NARROW = 64  # the other axes meanwhile, where the model takes that
 
 
@@ -84,6 +87,7 @@ class ReceptiveField:
     _longer: Callable[[int, int], tuple[Tensor, Tensor] | None] | None = field(
         default=None, repr=False
     )
+    _lengths: tuple[int, ...] = field(default=(), repr=False)
     _regular: dict[int, Regular | None] = field(default_factory=dict, repr=False)
 
     def box(self, *location: int) -> Any:
@@ -160,7 +164,7 @@ class ReceptiveField:
         found = _regular_along(self.starts, self.stops, axis, self.input_shape[axis])
         if found is not None or self._longer is None:
             return found
-        for length in _LENGTHS:
+        for length in self._lengths:
             if length <= self.input_shape[axis]:
                 continue
             larger = self._longer(axis, length)
@@ -241,6 +245,7 @@ def receptive_field(
         follow.decided,
         tuple(follow.assumed),
         lambda axis, length: asked.longer(inputs, axis, length),
+        _LENGTHS if tensor.is_floating_point() else (_TIMES * tensor.shape[along[0]],),
     )
 
 
@@ -297,7 +302,7 @@ class _Asked:
         trials = [wide | dict.fromkeys(others, _NARROW)] if others else []
         for sizes in (*trials, wide):
             try:
-                longer = _exchanged(inputs, tensor, _tiled(tensor, sizes))
+                longer = exchanged(inputs, tensor, _tiled(tensor, sizes))
                 return self.fields(longer, partly=True)[2:4]
             except (MapLookupError, RuntimeError, ValueError, AssertionError, IndexError):
                 continue  # the model takes no input of that size
@@ -345,17 +350,6 @@ def _tiled(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
         places = torch.arange(size, device=tensor.device) % tensor.shape[axis]
         tensor = tensor.index_select(axis, places)
     return tensor
-
-
-def _exchanged(inputs: Any, old: Tensor, new: Tensor) -> Any:
-    """The same inputs with one tensor in another's place."""
-    if inputs is old:
-        return new
-    if isinstance(inputs, Mapping):
-        return {k: _exchanged(v, old, new) for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(_exchanged(v, old, new) for v in inputs)
-    return inputs
 
 
 def _plain(value: Fraction) -> Step:
