@@ -97,7 +97,7 @@ def _added(product: Callable[..., Tensor | None], one: str, other: str) -> Any:
     return rule
 
 
-# -- convolutions -----------------------------------------------------------------------------------
+# -- convolutions ---------------------------------------------------------------------------
 
 
 def _convolution(call: Call) -> list[Tensor | None]:
@@ -154,7 +154,8 @@ def _slid(
     found = field.new_full((*field.shape[:2], groups, outs, *places), NONE)
     by_group = terms.reshape(groups, -1, *terms.shape[1:])
     for offset in itertools.product(*map(range, kernel)):
-        there = by_group[(..., *offset)]  # (groups, out, in), or (groups, in, out)
+        tap: Any = (..., *offset)
+        there = by_group[tap]  # (groups, out, in), or (groups, in, out)
         there = there.transpose(1, 2) if transposed else there
         if not bool(there.any()):
             continue

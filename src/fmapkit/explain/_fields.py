@@ -2,21 +2,25 @@
 
 A *field* is stored beside its tensor as int32 rows (R, *shape): for each axis of the input the
 first location and the negated last one, so that the field of a combination is the minimum of the
-fields, row by row; and a last row that is 0 where a parameter takes part, else `NONE`. `NONE` in all
-rows means: a constant. Fields are kept by storage, so that views and writes in place need no rule.
+fields, row by row; and a last row that is 0 where a parameter takes part, else `NONE`. `NONE` in
+all rows means: a constant. Fields are kept by storage, so that views and writes in place need no
+rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.multiprocessing import reductions
 
 __all__ = ["NONE", "Fields", "broadcast", "compact", "least", "lowest", "reaches", "varies"]
 
 NONE = 1 << 24  # farther than any location; exact as a float32, for pooling kernels
+
+_WeakRef: Any = reductions.StorageWeakRef  # its address is not used again while it lives
 
 _PURGE = 256  # how many new storages there may be before those that are gone are looked for
 
@@ -26,7 +30,7 @@ class _Kept:
 
     __slots__ = ("itemsize", "rows", "storage")
 
-    def __init__(self, storage: StorageWeakRef, itemsize: int, rows: Tensor) -> None:
+    def __init__(self, storage: Any, itemsize: int, rows: Tensor) -> None:
         self.storage = storage
         self.itemsize = itemsize
         self.rows = rows
@@ -86,9 +90,9 @@ class Fields:
 
     def same(self, one: Tensor, other: Tensor) -> bool:
         """Whether two tensors share their memory."""
-        return _reference(one).cdata == _reference(other).cdata
+        return bool(_reference(one).cdata == _reference(other).cdata)
 
-    def _make(self, reference: StorageWeakRef, tensor: Tensor, fill: Tensor | None) -> _Kept:
+    def _make(self, reference: Any, tensor: Tensor, fill: Tensor | None) -> _Kept:
         self._new += 1
         if self._new >= _PURGE:
             self._new = 0
@@ -112,8 +116,8 @@ class Fields:
         )
 
 
-def _reference(tensor: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(tensor.untyped_storage())
+def _reference(tensor: Tensor) -> Any:
+    return _WeakRef(tensor.untyped_storage())
 
 
 def varies(field: Tensor | None, tensor: Tensor) -> Tensor:
@@ -132,7 +136,7 @@ def compact(field: Tensor) -> Tensor:
 
 
 def lowest(field: Tensor, axes: Sequence[int]) -> Tensor:
-    """The field of what depends on all along some axes of a tensor, which stay, with one element."""
+    """The field of what depends on all along some axes of a tensor; these stay, of one element."""
     if field.dim() == 1 or not axes:
         return field
     shape = list(field.shape)

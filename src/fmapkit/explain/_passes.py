@@ -1,4 +1,4 @@
-"""One pass of a model for an explanation: how it is called, which map is meant, what is put back."""
+"""One pass for an explanation: how the model is called, which map is meant, what is put back."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_model(model: Any, what: str) -> None:
 
 
 def run(model: nn.Module, inputs: Any) -> Any:
-    """Call the model: a tensor is its argument, a tuple or list its arguments, a dict those by name."""
+    """Call the model with a tensor, a tuple or list of arguments, or a dict of those by name."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)):
@@ -79,7 +79,7 @@ def _plain(inputs: Any) -> Any:
 
 @contextmanager
 def kept_state(model: nn.Module) -> Iterator[None]:
-    """Put buffers and the random state back as they were: a look at a model is no step of training."""
+    """Put buffers and the random state back as they were when it ends."""
     before = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
     devices = {t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)):
@@ -126,8 +126,8 @@ def the_map(
             return maps[layer] if kind is None else maps[layer, kind]
         missed = "".join(f"; missed: {m.layer}: {m.reason}" for m in maps.missed)
         raise MapLookupError(
-            f"no map of layer {layer!r} (kind={kind!r}, call={call!r}, path={path!r}) in this pass; "
-            f"its maps are of {listed(maps.layers)}{missed}"
+            f"no map of layer {layer!r} (kind={kind!r}, call={call!r}, path={path!r}) in this "
+            f"pass; its maps are of {listed(maps.layers)}{missed}"
         )
     choices = ", ".join(
         f"({fm.layer!r}, {fm.kind!r}, call={fm.call}, path={fm.path!r})" for fm in found

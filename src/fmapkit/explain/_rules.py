@@ -1,10 +1,11 @@
 """The rule of each operator: what its results depend on, given what its operands do.
 
-No operator needs one: `_probe.py` finds out what any of them does, by exchanging values. A rule says
-the same at once. Tests hold each rule to what the probe finds.
+No operator needs one: `_probe.py` finds out what any of them does, by exchanging values. A rule
+says the same at once. Tests hold each rule to what the probe finds.
 
-What cannot matter is left out, exactly: a factor that is a constant 0, a choice that a constant mask
-makes, a score that is masked out. So a masked convolution and causal attention see what they see.
+What cannot matter is left out, exactly: a factor that is a constant 0, a choice that a constant
+mask makes, a score that is masked out. So a masked convolution and causal attention see what they
+see.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def _constant(call: Call) -> list[Tensor | None]:
     return [None] * len(call.results)
 
 
-# -- along axes -------------------------------------------------------------------------------------
+# -- along axes -----------------------------------------------------------------------------
 
 
 def axes_of(value: Any, dims: int) -> list[int]:
@@ -191,7 +192,7 @@ def _ordered(call: Call) -> list[Tensor | None]:
     return [broadcast(found, r.shape) for r in call.results]
 
 
-# -- norms ------------------------------------------------------------------------------------------
+# -- norms ----------------------------------------------------------------------------------
 
 
 def _layer_norm(call: Call) -> list[Tensor | None]:

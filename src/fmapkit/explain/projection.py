@@ -45,7 +45,8 @@ def project(
     All other elements of the map are set to zero, and what is left goes back through the layers:
     convolutions transposed, pooling by the switches of the forward pass. At each ReLU
 
-    - "gradient" (Simonyan, Vedaldi & Zisserman 2014) passes on what comes where the unit was active;
+    - "gradient" (Simonyan, Vedaldi & Zisserman 2014) passes on what comes where the unit was
+    active;
     - "deconvnet" (Zeiler & Fergus, "Visualizing and Understanding Convolutional Networks", 2014)
       passes on what is positive of what comes;
     - "guided" (Springenberg et al., "Striving for Simplicity", 2015) does both.
@@ -54,11 +55,13 @@ def project(
     place, or a clamp; so is ReLU6. Other nonlinearities pass on their gradient, as all else does.
 
     Args:
-        model: any `nn.Module`, run as it is, in its own mode. Nothing is left on it: no gradients of
+        model: any `nn.Module`, run as it is, in its own mode. Nothing is left on it: no gradients
+        of
             parameters, and buffers and the random state are put back.
         inputs: the model's argument, a tuple of its arguments, or a dict of those by name. The
             projection is to the first tensor in it, of a floating-point type.
-        layer: whose map: a name, module, or whatever else `maps.select(layer=)` takes that means one.
+        layer: whose map: a name, module, or whatever else `maps.select(layer=)` takes that means
+        one.
         filter: one filter; None for all.
         method: what a ReLU passes on.
         at: a location of the map, such as (row, column); a list with one for each sample;
@@ -78,8 +81,8 @@ def project(
     Raises:
         NotAModuleError: `model` is no module.
         ArgumentError: an argument cannot be meant; the input is not differentiable (tokens), or the
-            map is not on a differentiable path from it; there is no ReLU for `method` to act on; or a
-            nonlinearity cannot be told.
+            map is not on a differentiable path from it; there is no ReLU for `method` to act on; or
+            a nonlinearity cannot be told.
         MapLookupError: there is no such map, or there are several.
         FilterRangeError: there is no such filter.
     """
@@ -170,14 +173,14 @@ class _Rectifiers:
         if z is None or z.shape != a.shape:
             # It compares z before it runs, or is a gate: what it did cannot be told.
             about = f"{fm.nonlinearity!r} of layer {fm.layer!r}"
-            gated: Tensor = _Told.apply(a, self, about) if z is None else a
+            gated: Tensor = _apply(_Told, a, self, about) if z is None else a
             return gated
         if not _rectified(fm, z.detach(), a.detach()):
             return a
         if self.method == "guided":
-            guided: Tensor = _Guided.apply(a, self)
+            guided: Tensor = _apply(_Guided, a, self)
             return guided
-        reversed_: Tensor = _Reversed.apply(z, a, self)
+        reversed_: Tensor = _apply(_Reversed, z, a, self)
         return reversed_
 
     def check(self, fm: FeatureMap) -> None:
@@ -186,9 +189,9 @@ class _Rectifiers:
             return
         if self.unknown:
             raise ArgumentError(
-                f"method={self.method!r} cannot tell whether {self.unknown[0]} is a ReLU: it chooses "
-                "by a comparison, and what it received is not to be had; write torch.relu, or use "
-                "method='gradient'"
+                f"method={self.method!r} cannot tell whether {self.unknown[0]} is a ReLU: it "
+                "chooses by a comparison, and what it received is not to be had; write "
+                "torch.relu, or use method='gradient'"
             )
         if not self.passed:
             raise ArgumentError(
@@ -204,6 +207,11 @@ def _rectified(fm: FeatureMap, z: Tensor, a: Tensor) -> bool:
         return False  # the values do not tell it from any other that leaves these as they are
     positive = z.clamp(min=0)
     return torch.equal(a, positive) or torch.equal(a, positive.clamp(max=6))
+
+
+def _apply(function: Any, *arguments: Any) -> Tensor:
+    result: Tensor = function.apply(*arguments)
+    return result
 
 
 class _Reversed(torch.autograd.Function):

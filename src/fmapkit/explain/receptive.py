@@ -34,15 +34,15 @@ __all__ = ["Box", "ReceptiveField", "Span", "receptive_field"]
 
 Step = int | Fraction
 
-# How long an axis of the input is made, where the fields are larger than the example; of tokens, how
-# many times as long: their attention costs the square.
+# How long an axis of the input is made, where the fields are larger than the example; of tokens,
+# how many times as long: their attention costs the square.
 _LENGTHS = (512, 2048)
 _TIMES = 4
 _NARROW = 64  # the other axes meanwhile, where the model takes that
 
 
 class Box(NamedTuple):
-    """A part of an image, in pixels: rows `top` to `bottom`, columns `left` to `right`, half open."""
+    """A part of an image, in pixels: rows from `top`, columns from `left`; half open."""
 
     top: int
     left: int
@@ -137,7 +137,7 @@ class ReceptiveField:
 
     @property
     def stride(self) -> tuple[Step | None, ...]:
-        """Locations of the input from one location's field to the next one's; 1/2 after upsampling."""
+        """Locations of the input from one field to the next; a fraction after upsampling."""
         return tuple(_plain(r.stride) if (r := self._along(i)) else None for i in self._axes())
 
     @property
@@ -147,7 +147,7 @@ class ReceptiveField:
 
     @property
     def padding(self) -> tuple[int | None, ...]:
-        """How much of the field of location 0 is padding: the offset, negated (Araujo et al. 2019)."""
+        """How much of the field of location 0 is padding (Araujo et al. 2019): -offset."""
         return tuple(None if o is None else -o for o in self.offset)
 
     def _axes(self) -> range:
@@ -205,9 +205,11 @@ def receptive_field(
     Fields of Convolutional Neural Networks" (Distill 2019).
 
     Args:
-        model: any `nn.Module`. It is run as it is, in its own mode; its buffers and the random state
+        model: any `nn.Module`. It is run as it is, in its own mode; its buffers and the random
+        state
             are put back.
-        layer: whose map: a name, module, or whatever else `maps.select(layer=)` takes that means one.
+        layer: whose map: a name, module, or whatever else `maps.select(layer=)` takes that means
+        one.
         inputs: an example of what the model is given: its argument, a tuple of its arguments, or a
             dict of those by name. What is followed is the first tensor in it.
         kind: of the map; by default the activation, or the preactivation where no nonlinearity
