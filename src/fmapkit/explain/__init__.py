@@ -12,12 +12,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fmapkit.explain.cam import grad_cam
+    from fmapkit.explain.effective import effective_field
+    from fmapkit.explain.occluding import Occlusion, occlusion
+    from fmapkit.explain.pictures import plot_field, plot_heat, plot_projection
+    from fmapkit.explain.projection import project
     from fmapkit.explain.receptive import Box, ReceptiveField, Span, receptive_field
 
-__all__ = ["Box", "ReceptiveField", "Span", "receptive_field"]
+__all__ = [
+    "Box",
+    "Occlusion",
+    "ReceptiveField",
+    "Span",
+    "effective_field",
+    "grad_cam",
+    "occlusion",
+    "plot_field",
+    "plot_heat",
+    "plot_projection",
+    "project",
+    "receptive_field",
+]
 
 # Imported when asked for.
-_HOMES = dict.fromkeys(__all__, "receptive")
+_HOMES = {
+    "Box": "receptive",
+    "Occlusion": "occluding",
+    "ReceptiveField": "receptive",
+    "Span": "receptive",
+    "effective_field": "effective",
+    "grad_cam": "cam",
+    "occlusion": "occluding",
+    "plot_field": "pictures",
+    "plot_heat": "pictures",
+    "plot_projection": "pictures",
+    "project": "projection",
+    "receptive_field": "receptive",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fmapkit.explain._fields import NONE, least, varies
+from fmapkit.explain._fields import NONE, least, lowest, varies
 
 if TYPE_CHECKING:
     from fmapkit.explain._follow import Call
@@ -37,7 +37,8 @@ def _mixed(field: Tensor, terms: Tensor) -> Tensor:
         (R, n, m).
     """
     if bool(terms.all()):
-        return field.amin(-1, keepdim=True).expand(-1, -1, len(terms))
+        found = lowest(field, [field.dim() - 2])
+        return found.expand(*found.shape[:-1], len(terms))
     kinds, which = torch.unique(terms, dim=0, return_inverse=True)
     sums = [torch.where(kind, field, NONE).amin(-1) for kind in kinds]
     return torch.stack(sums, -1)[..., which]
@@ -71,7 +72,7 @@ def _products(call: Call, one: Tensor, other: Tensor) -> Tensor | None:
         if field is None:
             continue
         if bool(terms.all()):
-            found = field.amin(-1, keepdim=True)
+            found = lowest(field, [2])
         else:
             found = torch.stack([_mixed(field[:, b], terms[b]) for b in range(len(terms))], 1)
         fields.append(found.transpose(2, 3) if back else found)
@@ -96,7 +97,7 @@ def _added(product: Callable[..., Tensor | None], one: str, other: str) -> Any:
     return rule
 
 
-# -- convolutions -----------------------------------------------------------------------------------
+# -- convolutions ---------------------------------------------------------------------------
 
 
 def _convolution(call: Call) -> list[Tensor | None]:
@@ -115,7 +116,8 @@ def _convolution(call: Call) -> list[Tensor | None]:
     own = call.of(weight)
     if own is not None:
         kept = 1 if transposed else 0
-        own = own.amin([a + 1 for a in range(weight.dim()) if a != kept])
+        own = lowest(own, [a for a in range(weight.dim()) if a != kept])
+        own = own.reshape(len(own), -1)
         fields.append((own.repeat(1, groups) if transposed else own).reshape(len(own), *wide))
     bias = call.of(call.get("bias"))
     if bias is not None:
@@ -152,7 +154,8 @@ def _slid(
     found = field.new_full((*field.shape[:2], groups, outs, *places), NONE)
     by_group = terms.reshape(groups, -1, *terms.shape[1:])
     for offset in itertools.product(*map(range, kernel)):
-        there = by_group[(..., *offset)]  # (groups, out, in), or (groups, in, out)
+        tap: Any = (..., *offset)
+        there = by_group[tap]  # (groups, out, in), or (groups, in, out)
         there = there.transpose(1, 2) if transposed else there
         if not bool(there.any()):
             continue

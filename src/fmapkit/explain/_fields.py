@@ -2,21 +2,25 @@
 
 A *field* is stored beside its tensor as int32 rows (R, *shape): for each axis of the input the
 first location and the negated last one, so that the field of a combination is the minimum of the
-fields, row by row; and a last row that is 0 where a parameter takes part, else `NONE`. `NONE` in all
-rows means: a constant. Fields are kept by storage, so that views and writes in place need no rule.
+fields, row by row; and a last row that is 0 where a parameter takes part, else `NONE`. `NONE` in
+all rows means: a constant. Fields are kept by storage, so that views and writes in place need no
+rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.multiprocessing import reductions
 
-__all__ = ["NONE", "Fields", "least", "reaches", "varies"]
+__all__ = ["NONE", "Fields", "broadcast", "compact", "least", "lowest", "reaches", "varies"]
 
 NONE = 1 << 24  # farther than any location; exact as a float32, for pooling kernels
+
+_WeakRef: Any = reductions.StorageWeakRef  # its address is not used again while it lives
 
 _PURGE = 256  # how many new storages there may be before those that are gone are looked for
 
@@ -26,7 +30,7 @@ class _Kept:
 
     __slots__ = ("itemsize", "rows", "storage")
 
-    def __init__(self, storage: StorageWeakRef, itemsize: int, rows: Tensor) -> None:
+    def __init__(self, storage: Any, itemsize: int, rows: Tensor) -> None:
         self.storage = storage
         self.itemsize = itemsize
         self.rows = rows
@@ -86,9 +90,9 @@ class Fields:
 
     def same(self, one: Tensor, other: Tensor) -> bool:
         """Whether two tensors share their memory."""
-        return _reference(one).cdata == _reference(other).cdata
+        return bool(_reference(one).cdata == _reference(other).cdata)
 
-    def _make(self, reference: StorageWeakRef, tensor: Tensor, fill: Tensor | None) -> _Kept:
+    def _make(self, reference: Any, tensor: Tensor, fill: Tensor | None) -> _Kept:
         self._new += 1
         if self._new >= _PURGE:
             self._new = 0
@@ -112,20 +116,39 @@ class Fields:
         )
 
 
-def _reference(tensor: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(tensor.untyped_storage())
+def _reference(tensor: Tensor) -> Any:
+    return _WeakRef(tensor.untyped_storage())
 
 
 def varies(field: Tensor | None, tensor: Tensor) -> Tensor:
     """Where a tensor may have another value: with another input, or other parameters."""
     if field is None:
         return torch.zeros_like(tensor, dtype=torch.bool)
-    return (field < NONE).any(0)
+    return (compact(field) < NONE).any(0).expand(tensor.shape)
+
+
+def compact(field: Tensor) -> Tensor:
+    """A field with one element along the axes where it was expanded."""
+    for axis in range(1, field.dim()):
+        if field.stride(axis) == 0 and field.shape[axis] > 1:
+            field = field.narrow(axis, 0, 1)
+    return field
+
+
+def lowest(field: Tensor, axes: Sequence[int]) -> Tensor:
+    """The field of what depends on all along some axes of a tensor; these stay, of one element."""
+    if field.dim() == 1 or not axes:
+        return field
+    shape = list(field.shape)
+    for axis in axes:
+        shape[axis + 1] = 1
+    inner = [a + 1 for a in axes]
+    return compact(field).amin(inner, keepdim=True).expand(shape)
 
 
 def reaches(field: Tensor | None) -> bool:
     """Whether anything of the input reaches the tensor."""
-    return field is not None and bool((field[:-1] < NONE).any())
+    return field is not None and bool((compact(field)[:-1] < NONE).any())
 
 
 def least(fields: Sequence[Tensor | None], shape: Sequence[int]) -> Tensor | None:

@@ -56,7 +56,7 @@ class Call:
         return [t for t in tree_leaves(self.given) if isinstance(t, Tensor)]
 
 
-class Follow(TorchDispatchMode):
+class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Knows the fields of all tensors that are computed while it is entered.
 
     Args:
@@ -68,7 +68,7 @@ class Follow(TorchDispatchMode):
     """
 
     def __init__(self, fields: Fields) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fields = fields
         self.decided = False
         self.assumed: list[str] = []

@@ -99,7 +99,8 @@ def _gathered(call: Call) -> list[Tensor | None]:
     if field is not None:
         field = field.amin(axis % max(value.dim(), 1) + 1, keepdim=True)
         cut = tuple(slice(0, n) for n in index.shape)
-        field = field[(slice(None), *cut)] if field.dim() == index.dim() + 1 else field
+        within: Any = (slice(None), *cut)
+        field = field[within] if field.dim() == index.dim() + 1 else field
     return [least([picked, field], call.results[0].shape)]
 
 
@@ -111,16 +112,50 @@ def _put_at(call: Call) -> list[Tensor | None]:
 
 RULES: dict[str, Any] = {
     **dict.fromkeys(
-        """cat stack index index_select constant_pad_nd reflection_pad1d reflection_pad2d
-        reflection_pad3d replication_pad1d replication_pad2d replication_pad3d roll flip repeat
-        im2col tril triu slice_scatter select_scatter diagonal_scatter as_strided_scatter
-        upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
-        _upsample_nearest_exact2d _upsample_nearest_exact3d unfold_copy pixel_shuffle
-        pixel_unshuffle channel_shuffle native_channel_shuffle _unsafe_index take masked_select
-        masked_scatter diag_embed index_copy _reshape_copy""".split(),
+        [
+            "cat",
+            "stack",
+            "index",
+            "index_select",
+            "constant_pad_nd",
+            "reflection_pad1d",
+            "reflection_pad2d",
+            "reflection_pad3d",
+            "replication_pad1d",
+            "replication_pad2d",
+            "replication_pad3d",
+            "roll",
+            "flip",
+            "repeat",
+            "im2col",
+            "tril",
+            "triu",
+            "slice_scatter",
+            "select_scatter",
+            "diagonal_scatter",
+            "as_strided_scatter",
+            "upsample_nearest1d",
+            "upsample_nearest2d",
+            "upsample_nearest3d",
+            "_upsample_nearest_exact1d",
+            "_upsample_nearest_exact2d",
+            "_upsample_nearest_exact3d",
+            "unfold_copy",
+            "pixel_shuffle",
+            "pixel_unshuffle",
+            "channel_shuffle",
+            "native_channel_shuffle",
+            "_unsafe_index",
+            "take",
+            "masked_select",
+            "masked_scatter",
+            "diag_embed",
+            "index_copy",
+            "_reshape_copy",
+        ],
         _moved,
     ),
     "embedding": _embedded,
     "gather": _gathered,
-    **dict.fromkeys("index_put _index_put_impl _unsafe_index_put scatter".split(), _put_at),
+    **dict.fromkeys(["index_put", "_index_put_impl", "_unsafe_index_put", "scatter"], _put_at),
 }

@@ -1,4 +1,4 @@
-"""One pass of a model for an explanation: how it is called, which map is meant, what is put back."""
+"""One pass for an explanation: how the model is called, which map is meant, what is put back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from fmapkit import FeatureMap, FeatureMaps
@@ -20,7 +21,17 @@ from fmapkit.errors import (
     listed,
 )
 
-__all__ = ["KINDS", "check_model", "first_tensor", "kept_state", "pick", "run", "the_map"]
+__all__ = [
+    "KINDS",
+    "check_filter",
+    "check_model",
+    "exchanged",
+    "first_tensor",
+    "kept_state",
+    "run",
+    "step_by_step",
+    "the_map",
+]
 
 # What is captured where no kind is asked for; the best of them is taken.
 KINDS = ("preactivation", "activation")
@@ -38,7 +49,7 @@ def check_model(model: Any, what: str) -> None:
 
 
 def run(model: nn.Module, inputs: Any) -> Any:
-    """Call the model: a tensor is its argument, a tuple or list its arguments, a dict those by name."""
+    """Call the model with a tensor, a tuple or list of arguments, or a dict of those by name."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)):
@@ -68,7 +79,7 @@ def _plain(inputs: Any) -> Any:
 
 @contextmanager
 def kept_state(model: nn.Module) -> Iterator[None]:
-    """Put buffers and the random state back as they were: a look at a model is no step of training."""
+    """Put buffers and the random state back as they were when it ends."""
     before = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
     devices = {t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)):
@@ -79,6 +90,18 @@ def kept_state(model: nn.Module) -> Iterator[None]:
                 for buffer, version, values in before:
                     if buffer._version != version:
                         buffer.copy_(values)
+
+
+@contextmanager
+def step_by_step() -> Iterator[None]:
+    """Have torch run attention in steps, and not as one fused kernel that cannot be looked into."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def the_map(
@@ -103,8 +126,8 @@ def the_map(
             return maps[layer] if kind is None else maps[layer, kind]
         missed = "".join(f"; missed: {m.layer}: {m.reason}" for m in maps.missed)
         raise MapLookupError(
-            f"no map of layer {layer!r} (kind={kind!r}, call={call!r}, path={path!r}) in this pass; "
-            f"its maps are of {listed(maps.layers)}{missed}"
+            f"no map of layer {layer!r} (kind={kind!r}, call={call!r}, path={path!r}) in this "
+            f"pass; its maps are of {listed(maps.layers)}{missed}"
         )
     choices = ", ".join(
         f"({fm.layer!r}, {fm.kind!r}, call={fm.call}, path={fm.path!r})" for fm in found
@@ -114,17 +137,30 @@ def the_map(
     )
 
 
-def pick(fm: FeatureMap, filter: int | None) -> FeatureMap:
-    """The map of one filter, or as it is.
+def check_filter(fm: FeatureMap, filter: int | None) -> int | None:
+    """Where a filter lies along the filter axis of a map.
 
     Raises:
         FilterRangeError: there is no such filter.
     """
     if filter is None:
-        return fm
+        return None
     if fm.filters is None:
         raise FilterRangeError(
             f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)} and no single filter "
             "axis: leave filter= out"
         )
-    return fm[filter]
+    found = fm[filter].filter
+    assert found is not None
+    return fm.filters.index(found)
+
+
+def exchanged(inputs: Any, old: Tensor, new: Tensor) -> Any:
+    """The same inputs with one tensor in another's place."""
+    if inputs is old:
+        return new
+    if isinstance(inputs, Mapping):
+        return {k: exchanged(v, old, new) for k, v in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(exchanged(v, old, new) for v in inputs)
+    return inputs

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fmapkit.explain._fields import NONE, varies
+from fmapkit.explain._fields import NONE, compact, varies
 
 if TYPE_CHECKING:
     from fmapkit.explain._follow import Call
@@ -109,9 +109,12 @@ class _Probing:
             others = {}
             for tensor in self.call.operands:
                 field = self.call.of(tensor)
-                if field is not None:
-                    held = values[id(tensor)]
-                    others[id(tensor)] = torch.where(field[row] <= limit, self._noise(tensor), held)
+                if field is None:
+                    continue
+                others[id(tensor)] = values[id(tensor)]
+                among = compact(field[row : row + 1])[0] <= limit
+                if bool(among.any()):
+                    others[id(tensor)] = torch.where(among, self._noise(tensor), values[id(tensor)])
             now = [_differ(a, b) for a, b in zip(self._run(others), usual, strict=True)]
             found = now if found is None else [a | b for a, b in zip(found, now, strict=True)]
         assert found is not None
@@ -125,8 +128,8 @@ class _Probing:
             for r in self.usual[0]
         ]
         for row in range(sizes[0]):
-            parts = [f[row].flatten() for t in call.operands if (f := call.of(t)) is not None]
-            limits = torch.unique(torch.cat(parts))
+            fields = [f for t in call.operands if (f := call.of(t)) is not None]
+            limits = torch.unique(torch.cat([compact(f[row : row + 1]).flatten() for f in fields]))
             limits = limits[limits < NONE].tolist()
             if not limits:
                 continue

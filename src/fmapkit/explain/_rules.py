@@ -1,10 +1,11 @@
 """The rule of each operator: what its results depend on, given what its operands do.
 
-No operator needs one: `_probe.py` finds out what any of them does, by exchanging values. A rule says
-the same at once. Tests hold each rule to what the probe finds.
+No operator needs one: `_probe.py` finds out what any of them does, by exchanging values. A rule
+says the same at once. Tests hold each rule to what the probe finds.
 
-What cannot matter is left out, exactly: a factor that is a constant 0, a choice that a constant mask
-makes, a score that is masked out. So a masked convolution and causal attention see what they see.
+What cannot matter is left out, exactly: a factor that is a constant 0, a choice that a constant
+mask makes, a score that is masked out. So a masked convolution and causal attention see what they
+see.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from fmapkit.explain import _contractions as contractions
 from fmapkit.explain import _moves as moves
 from fmapkit.explain import _windows as windows
-from fmapkit.explain._fields import NONE, broadcast, least, varies
+from fmapkit.explain._fields import NONE, broadcast, least, lowest, varies
 from fmapkit.explain._probe import probe
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _constant(call: Call) -> list[Tensor | None]:
     return [None] * len(call.results)
 
 
-# -- along axes -------------------------------------------------------------------------------------
+# -- along axes -----------------------------------------------------------------------------
 
 
 def axes_of(value: Any, dims: int) -> list[int]:
@@ -147,18 +148,12 @@ def axes_of(value: Any, dims: int) -> list[int]:
     return [d % max(dims, 1) for d in (value if isinstance(value, (list, tuple)) else [value])]
 
 
-def _together(field: Tensor, axes: Sequence[int]) -> Tensor:
-    """The field of what depends on all along some axes, which stay, with one element."""
-    inner = [a + 1 for a in axes if field.dim() > 1]
-    return field.amin(inner, keepdim=True) if inner else field
-
-
 def _reduced(call: Call) -> list[Tensor | None]:
     value = call.given["self"]
     field = call.of(value)
     if field is None:
         return probe(call)
-    found = _together(field, axes_of(call.get("dim", "axis"), value.dim()))
+    found = lowest(field, axes_of(call.get("dim", "axis"), value.dim()))
     return [_reshaped(found, r) for r in call.results]
 
 
@@ -183,7 +178,7 @@ def _softmax(call: Call) -> list[Tensor | None]:
     field = call.of(value)
     if field is None:
         return [None]
-    found = _together(field, axes_of(call.given["dim"], value.dim())).expand_as(field)
+    found = lowest(field, axes_of(call.given["dim"], value.dim())).expand_as(field)
     masked = (call.results[0] == (-math.inf if "log" in call.name else 0)) & ~varies(field, value)
     return [torch.where(masked, NONE, found)]
 
@@ -193,11 +188,11 @@ def _ordered(call: Call) -> list[Tensor | None]:
     field = call.of(value)
     if field is None:
         return probe(call)
-    found = _together(field, axes_of(call.get("dim", default=-1), value.dim()))
+    found = lowest(field, axes_of(call.get("dim", default=-1), value.dim()))
     return [broadcast(found, r.shape) for r in call.results]
 
 
-# -- norms ------------------------------------------------------------------------------------------
+# -- norms ----------------------------------------------------------------------------------
 
 
 def _layer_norm(call: Call) -> list[Tensor | None]:
@@ -206,7 +201,7 @@ def _layer_norm(call: Call) -> list[Tensor | None]:
     own = [call.of(call.get("weight")), call.of(call.get("bias"))]
     if field is None:
         return [least(own, value.shape) if r.shape == value.shape else None for r in call.results]
-    found = _together(field, range(value.dim() - len(shape), value.dim()))
+    found = lowest(field, range(value.dim() - len(shape), value.dim()))
     whole = least([found, *own], value.shape)
     return [whole if r.shape == value.shape else _reshaped(found, r) for r in call.results]
 
@@ -238,9 +233,9 @@ def _batch_norm(call: Call) -> list[Tensor | None]:
     own = [f.reshape(len(f), *wide) for n in names if (f := call.of(call.get(n))) is not None]
     others = [a for a in range(value.dim()) if a != 1]
     if field is not None and not fixed:
-        field = _together(field, others)
+        field = lowest(field, others)
     whole = least([field, *own], value.shape)
-    stats = None if field is None else _together(field, others)[:, 0].flatten(1)
+    stats = None if field is None else lowest(field, others)[:, 0].flatten(1)
     return [
         whole if r.shape == value.shape else stats if r.dim() == 1 and r.numel() else None
         for r in call.results

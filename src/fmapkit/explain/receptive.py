@@ -9,14 +9,22 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fmapkit import FeatureMap, capture
 from fmapkit.errors import ArgumentError, MapLookupError
 from fmapkit.explain._axes import input_axes, map_axes
 from fmapkit.explain._fields import NONE, Fields
 from fmapkit.explain._follow import Follow
-from fmapkit.explain._passes import KINDS, check_model, first_tensor, kept_state, run, the_map
+from fmapkit.explain._passes import (
+    KINDS,
+    check_model,
+    exchanged,
+    first_tensor,
+    kept_state,
+    run,
+    step_by_step,
+    the_map,
+)
 from fmapkit.explain._regular import Regular, regular
 
 if TYPE_CHECKING:
@@ -26,13 +34,15 @@ __all__ = ["Box", "ReceptiveField", "Span", "receptive_field"]
 
 Step = int | Fraction
 
-# How long an axis of the input is made, where the fields are larger than the example.
+# How long an axis of the input is made, where the fields are larger than the example; of tokens,
+# how many times as long: their attention costs the square.
 _LENGTHS = (512, 2048)
+_TIMES = 4
 _NARROW = 64  # the other axes meanwhile, where the model takes that
 
 
 class Box(NamedTuple):
-    """A part of an image, in pixels: rows `top` to `bottom`, columns `left` to `right`, half open."""
+    """A part of an image, in pixels: rows from `top`, columns from `left`; half open."""
 
     top: int
     left: int
@@ -77,6 +87,7 @@ class ReceptiveField:
     _longer: Callable[[int, int], tuple[Tensor, Tensor] | None] | None = field(
         default=None, repr=False
     )
+    _lengths: tuple[int, ...] = field(default=(), repr=False)
     _regular: dict[int, Regular | None] = field(default_factory=dict, repr=False)
 
     def box(self, *location: int) -> Any:
@@ -126,7 +137,7 @@ class ReceptiveField:
 
     @property
     def stride(self) -> tuple[Step | None, ...]:
-        """Locations of the input from one location's field to the next one's; 1/2 after upsampling."""
+        """Locations of the input from one field to the next; a fraction after upsampling."""
         return tuple(_plain(r.stride) if (r := self._along(i)) else None for i in self._axes())
 
     @property
@@ -136,7 +147,7 @@ class ReceptiveField:
 
     @property
     def padding(self) -> tuple[int | None, ...]:
-        """How much of the field of location 0 is padding: the offset, negated (Araujo et al. 2019)."""
+        """How much of the field of location 0 is padding (Araujo et al. 2019): -offset."""
         return tuple(None if o is None else -o for o in self.offset)
 
     def _axes(self) -> range:
@@ -153,7 +164,7 @@ class ReceptiveField:
         found = _regular_along(self.starts, self.stops, axis, self.input_shape[axis])
         if found is not None or self._longer is None:
             return found
-        for length in _LENGTHS:
+        for length in self._lengths:
             if length <= self.input_shape[axis]:
                 continue
             larger = self._longer(axis, length)
@@ -194,9 +205,11 @@ def receptive_field(
     Fields of Convolutional Neural Networks" (Distill 2019).
 
     Args:
-        model: any `nn.Module`. It is run as it is, in its own mode; its buffers and the random state
+        model: any `nn.Module`. It is run as it is, in its own mode; its buffers and the random
+        state
             are put back.
-        layer: whose map: a name, module, or whatever else `maps.select(layer=)` takes that means one.
+        layer: whose map: a name, module, or whatever else `maps.select(layer=)` takes that means
+        one.
         inputs: an example of what the model is given: its argument, a tuple of its arguments, or a
             dict of those by name. What is followed is the first tensor in it.
         kind: of the map; by default the activation, or the preactivation where no nonlinearity
@@ -234,6 +247,7 @@ def receptive_field(
         follow.decided,
         tuple(follow.assumed),
         lambda axis, length: asked.longer(inputs, axis, length),
+        _LENGTHS if tensor.is_floating_point() else (_TIMES * tensor.shape[along[0]],),
     )
 
 
@@ -266,7 +280,7 @@ class _Asked:
         with (
             kept_state(self.model),
             torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH),  # whose steps can be followed
+            step_by_step(),
             capture(self.model, self.layer, kinds=kinds) as maps,
             follow,
         ):
@@ -290,7 +304,7 @@ class _Asked:
         trials = [wide | dict.fromkeys(others, _NARROW)] if others else []
         for sizes in (*trials, wide):
             try:
-                longer = _exchanged(inputs, tensor, _tiled(tensor, sizes))
+                longer = exchanged(inputs, tensor, _tiled(tensor, sizes))
                 return self.fields(longer, partly=True)[2:4]
             except (MapLookupError, RuntimeError, ValueError, AssertionError, IndexError):
                 continue  # the model takes no input of that size
@@ -338,17 +352,6 @@ def _tiled(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
         places = torch.arange(size, device=tensor.device) % tensor.shape[axis]
         tensor = tensor.index_select(axis, places)
     return tensor
-
-
-def _exchanged(inputs: Any, old: Tensor, new: Tensor) -> Any:
-    """The same inputs with one tensor in another's place."""
-    if inputs is old:
-        return new
-    if isinstance(inputs, Mapping):
-        return {k: _exchanged(v, old, new) for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(_exchanged(v, old, new) for v in inputs)
-    return inputs
 
 
 def _plain(value: Fraction) -> Step:
