@@ -234,13 +234,14 @@ def projections(
     model: nn.Module, images: Tensor, found: LayerTops, filters: list[int]
 ) -> dict[int, list[Tensor]]:
     """What of each input excited each filter, in the pixels: Zeiler & Fergus (2014), section 2.1."""
-    return {
-        filter: [
-            project(model, images[hit.input][None], DEEP, filter, method="deconvnet", at=hit.at)[0]
-            for hit in found[filter]
-        ]
-        for filter in filters
-    }
+    found_by: dict[int, list[Tensor]] = {}
+    for filter in filters:
+        hits = found[filter]
+        inputs = images[[hit.input for hit in hits]]
+        places = [hit.at for hit in hits]
+        projected = project(model, inputs, DEEP, filter, method="deconvnet", at=places)
+        found_by[filter] = list(projected)
+    return found_by
 
 
 def heading(text: str) -> None:
