@@ -431,13 +431,16 @@ class Session:
         self.store.end()
         if current is not None:
             current.closed = True
-            if current.weights is not None:
-                current.weights.update(versions(self.names.by_module))
+            self._note_weights(current)
             if self.wants.gradients:
                 self._keeping.name_spoiled(current)
             self._keeping.keep(current, failed)
         if misses.entries and not misses.warned:
             misses.warn_in_forward()
+
+    def _note_weights(self, current: Pass) -> None:
+        if current.weights is not None:
+            current.weights.update(versions(self.names.by_module))
 
     def _name_unpicked(self, current: Pass) -> None:
         named = {entry.layer for entry in self.missed}
@@ -459,6 +462,7 @@ class Session:
         self.store.end()
         if current is not None:
             current.closed = True
+            self._note_weights(current)
             self._keeping.keep(current, failed=True)
         self._beside.clear()
         live.idle = False
