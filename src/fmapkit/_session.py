@@ -431,16 +431,13 @@ class Session:
         self.store.end()
         if current is not None:
             current.closed = True
-            self._note_weights(current)
+            if current.weights is not None:
+                current.weights.update(versions(self.names.by_module))
             if self.wants.gradients:
                 self._keeping.name_spoiled(current)
             self._keeping.keep(current, failed)
         if misses.entries and not misses.warned:
             misses.warn_in_forward()
-
-    def _note_weights(self, current: Pass) -> None:
-        if current.weights is not None:
-            current.weights.update(versions(self.names.by_module))
 
     def _name_unpicked(self, current: Pass) -> None:
         named = {entry.layer for entry in self.missed}
@@ -462,7 +459,8 @@ class Session:
         self.store.end()
         if current is not None:
             current.closed = True
-            self._note_weights(current)
+            if current.weights is not None:
+                current.weights.update(versions(self.names.by_module))
             self._keeping.keep(current, failed=True)
         self._beside.clear()
         live.idle = False
