@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fmapkit.errors import ArgumentError
 
 __all__ = ["NONE", "Fields", "broadcast", "compact", "least", "lowest", "reaches", "varies"]
 
@@ -117,6 +120,11 @@ class Fields:
 
 
 def _reference(tensor: Tensor) -> Any:
+    if is_traceable_wrapper_subclass(tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        raise ArgumentError(
+            f"receptive_field follows plain tensors with values, and the model computes with a "
+            f"{type(tensor).__name__} of layout {tensor.layout} on {tensor.device}"
+        )
     return _WeakRef(tensor.untyped_storage())
 
 

@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fmapkit.errors import ArgumentError
 from fmapkit.explain._fields import Fields, reaches
 from fmapkit.explain._rules import rule_for
 
-__all__ = ["Call", "Follow"]
+__all__ = ["Call", "Follow", "Leaving"]
 
+_LEAVES = {"numpy", "__array__", "__dlpack__", "tolist", "data_ptr"}
 _DECIDES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -84,6 +87,9 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fields = {id(t): f for t in operands if (f := self.fields.of(t)) is not None}
         if not fields:
             return func(*args, **kwargs)
+        if _is_composite(func):  # as it is in inference mode
+            with self:
+                return func.decompose(*args, **kwargs)
         if _DECIDES & set(func.tags) and any(map(reaches, fields.values())):
             self.decided = True
         given = _by_name(func, args, kwargs)
@@ -107,6 +113,43 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _assume(self, name: str) -> None:
         if name not in self.assumed:
             self.assumed.append(name)
+
+
+class Leaving(TorchFunctionMode):
+    """Sees values leave torch, where nobody can follow them.
+
+    Args:
+        follow: what knows which tensors the input has reached.
+    """
+
+    def __init__(self, follow: Follow) -> None:
+        super().__init__()
+        self.follow = follow
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _LEAVES and args and isinstance(args[0], Tensor):
+            with torch._C.DisableTorchFunction():
+                reached = reaches(self.follow.fields.of(args[0]))
+            if reached and name == "tolist":
+                self.follow.decided = True
+            elif reached and name == "data_ptr":
+                self.follow._assume(name)  # a kernel may write what comes of it anywhere
+            elif reached:
+                raise ArgumentError(
+                    f"receptive_field follows what torch computes, and the model hands a tensor of "
+                    f"shape {tuple(args[0].shape)} on to another library ({name})"
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def _is_composite(func: Any) -> bool:
+    """Whether torch has an operator as a function of others, and nothing else."""
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    )
 
 
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fmapkit.explain._fields import NONE, least
+from fmapkit.explain._fields import NONE, least, lowest
 
 if TYPE_CHECKING:
     from fmapkit.explain._follow import Call
@@ -104,6 +104,30 @@ def _gathered(call: Call) -> list[Tensor | None]:
     return [least([picked, field], call.results[0].shape)]
 
 
+def _scattered(call: Call) -> list[Tensor | None]:
+    """Along one axis, each value to a place of its own; the others are summed or overwritten."""
+    from fmapkit.explain._probe import probe
+
+    value, index, axis = call.given["self"], call.given["index"], call.given["dim"]
+    placed = call.of(index)
+    if placed is None:
+        return probe(call) if call.name != "scatter" or call.get("reduce") else _moved(call)
+    axis %= max(value.dim(), 1)
+    shape = list(value.shape)
+    shape[axis] = 1
+    cut = tuple(slice(0, n) for n in index.shape)
+    whole = list(index.shape)
+    whole[axis] = 1
+    if whole != shape:  # it leaves some rows as they are
+        return _moved(call) if call.name == "scatter" else probe(call)
+    fields = [call.of(value), lowest(placed, [axis])]
+    source = call.get("src")
+    if (sent := call.of(source)) is not None:
+        every: Any = (slice(None), *cut)
+        fields.append(lowest(sent[every], [axis]))
+    return [least(fields, call.results[0].shape)]
+
+
 def _put_at(call: Call) -> list[Tensor | None]:
     from fmapkit.explain._probe import probe
 
@@ -157,5 +181,6 @@ RULES: dict[str, Any] = {
     ),
     "embedding": _embedded,
     "gather": _gathered,
-    **dict.fromkeys(["index_put", "_index_put_impl", "_unsafe_index_put", "scatter"], _put_at),
+    **dict.fromkeys(["index_put", "_index_put_impl", "_unsafe_index_put"], _put_at),
+    **dict.fromkeys(["scatter", "scatter_add", "scatter_reduce"], _scattered),
 }

@@ -24,7 +24,7 @@ from fmapkit.errors import (
 __all__ = [
     "KINDS",
     "check_filter",
-    "check_model",
+    "eager",
     "exchanged",
     "first_tensor",
     "kept_state",
@@ -38,14 +38,26 @@ KINDS = ("preactivation", "activation")
 _RANK = {"activation": 0, "preactivation": 1, "response": 2, "output": 3, "input": 4}
 
 
-def check_model(model: Any, what: str) -> None:
-    """Raise unless it is a module.
+def eager(model: Any, what: str) -> nn.Module:
+    """The model to run: what `torch.compile` was given, if it is wrapped.
 
     Raises:
-        NotAModuleError: it is none.
+        NotAModuleError: it is no module.
+        ArgumentError: a part of it is compiled: what that computes in between is not to be had.
     """
     if not isinstance(model, nn.Module):
         raise NotAModuleError(f"{what} takes a torch.nn.Module, not {type(model).__name__}")
+    plain: nn.Module = model
+    while (inner := plain._modules.get("_orig_mod")) is not None:
+        plain = inner
+    for name, module in plain.named_modules():
+        call = module.__dict__.get("_compiled_call_impl")
+        if "_orig_mod" in module._modules or hasattr(call, "_torchdynamo_orig_callable"):
+            raise ArgumentError(
+                f"{what} needs a model that runs eagerly, and {name or type(module).__name__!r} is "
+                "compiled: give the model as it was before"
+            )
+    return plain
 
 
 def run(model: nn.Module, inputs: Any) -> Any:
@@ -80,15 +92,15 @@ def _plain(inputs: Any) -> Any:
 @contextmanager
 def kept_state(model: nn.Module) -> Iterator[None]:
     """Put buffers and the random state back as they were when it ends."""
-    before = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
+    before = [(b, b.clone()) for b in model.buffers()]
     devices = {t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)):
         try:
             yield
         finally:
             with torch.no_grad():
-                for buffer, version, values in before:
-                    if buffer._version != version:
+                for buffer, values in before:
+                    if not torch.equal(buffer, values):  # norms do not count what they write
                         buffer.copy_(values)
 
 

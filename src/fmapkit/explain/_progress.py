@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -15,10 +16,8 @@ def progress(steps: Iterable[_T], total: int, what: str, shown: bool) -> Iterato
     """The same steps, with a bar; silent without tqdm, and where the output is no terminal."""
     bar: Any = None
     if shown:
-        try:
+        with suppress(ImportError):
             bar = import_module("tqdm.auto").tqdm
-        except ImportError:
-            pass
     if bar is None:
         yield from steps
     else:

@@ -30,13 +30,15 @@ __all__ = ["rule_for"]
 
 Rule = Callable[["Call"], Sequence[Tensor | None]]
 
-# A constant that is added and is this low masks a score, in every notation: -inf, the lowest number
-# of a dtype, -1e9, and the -10000 of models in half precision.
-MASKED = -1e4
+# A score that is this far below the largest is masked: the -10000 of models in half precision, say.
+# (What is masked with -inf or the lowest number of a dtype is a constant, and needs no such rule.)
+MASKED = 1000.0
 
 
 def rule_for(call: Call) -> Rule:
     """The rule of an operator; the probe, if there is none."""
+    if call.function.namespace != "aten" or call.name.startswith("_foreach"):
+        return probe
     found = _RULES.get(call.name)
     if found is not None:
         return found
@@ -94,19 +96,21 @@ def _div(call: Call) -> list[Tensor | None]:
 
 def _add(call: Call) -> list[Tensor | None]:
     one, other = call.given["self"], call.given["other"]
-    if call.name not in ("add", "sub") or not call.results[0].is_floating_point():
-        return _pointwise(call)
-
-    def matters(value: Tensor) -> Tensor:
-        return value > MASKED
-
-    def matters_negated(value: Tensor) -> Tensor:
-        return value < -MASKED
-
     scale = call.get("alpha", default=1)
-    test = matters_negated if call.name == "sub" else matters
-    there = _may_be(call, other, test) if scale == 1 else True
-    return _kept(call, [(one, there), (other, _may_be(call, one, matters) if scale else False)])
+    return _kept(
+        call,
+        [(one, ~_absorbs(call, other, one)), (other, ~_absorbs(call, one, other) & (scale != 0))],
+    )
+
+
+def _absorbs(call: Call, large: Any, small: Any) -> Tensor:
+    """Where a constant is so large that what is added to it makes no difference: -inf, say."""
+    if not (isinstance(large, Tensor) and large.is_floating_point() and isinstance(small, Tensor)):
+        return torch.zeros((), dtype=torch.bool, device=call.results[0].device)
+    reach = small.detach().abs().to(large.dtype)
+    reach = reach[torch.isfinite(reach)]
+    most = reach.amax() + 1 if reach.numel() else 1
+    return (large + most == large) & (large - most == large) & ~varies(call.of(large), large)
 
 
 def _where(call: Call) -> list[Tensor | None]:
@@ -132,6 +136,17 @@ def _both(call: Call) -> list[Tensor | None]:
 def _copied(call: Call) -> list[Tensor | None]:
     source = call.get("src", "value", "self")
     return [least([call.of(source)], r.shape) for r in call.results]
+
+
+def _random(call: Call) -> list[Tensor | None]:
+    """Random numbers, of a distribution that may be given by a tensor."""
+    written = call.function._schema.is_mutable
+    by = [t for n, v in call.given.items() if not (written and n == "self") for t in _tensors(v)]
+    return [least([call.of(t) for t in by], r.shape) for r in call.results]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else []
 
 
 def _constant(call: Call) -> list[Tensor | None]:
@@ -178,8 +193,11 @@ def _softmax(call: Call) -> list[Tensor | None]:
     field = call.of(value)
     if field is None:
         return [None]
-    found = lowest(field, axes_of(call.given["dim"], value.dim())).expand_as(field)
-    masked = (call.results[0] == (-math.inf if "log" in call.name else 0)) & ~varies(field, value)
+    low = value < value.amax(call.given["dim"], keepdim=True) - MASKED if value.numel() else False
+    zero = call.results[0] == (-math.inf if "log" in call.name else 0)
+    masked = zero & (~varies(field, value) | low)
+    rest = torch.where(masked, NONE, field)
+    found = lowest(rest, axes_of(call.given["dim"], value.dim()))
     return [torch.where(masked, NONE, found)]
 
 
@@ -256,10 +274,10 @@ _RULES: dict[str, Rule] = {
     **_names(_copied, "copy _to_copy clone fill fill_ copy_ lift_fresh_copy"),
     **_names(
         _constant,
-        """zero zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones
-        new_empty new_full new_empty_strided empty_strided bernoulli uniform normal exponential
-        random randint_like randperm""",
+        """zero zeros_like ones_like full_like empty_like new_zeros new_ones
+        new_empty new_full new_empty_strided empty_strided rand_like randn_like randint_like""",
     ),
+    **_names(_random, "bernoulli normal uniform exponential random cauchy geometric log_normal"),
     **_names(
         _pointwise,
         """_prelu_kernel hardswish hardsigmoid log_sigmoid_forward rrelu_with_noise native_dropout

@@ -15,7 +15,7 @@ from fmapkit.errors import ArgumentError
 from fmapkit.explain._axes import input_axes, map_axes
 from fmapkit.explain._passes import (
     KINDS,
-    check_model,
+    eager,
     exchanged,
     first_tensor,
     kept_state,
@@ -72,7 +72,7 @@ def grad_cam(
         ArgumentError: an argument cannot be meant, or the output does not depend on the map.
         MapLookupError: there is no such map, or there are several.
     """
-    check_model(model, "grad_cam")
+    model = eager(model, "grad_cam")
     tensor = first_tensor(inputs, "grad_cam")
     along = input_axes(tensor, axes)
     kinds = KINDS if kind is None else (kind,)

@@ -13,7 +13,7 @@ from fmapkit.explain._axes import input_axes, map_axes
 from fmapkit.explain._locations import At, chosen
 from fmapkit.explain._passes import (
     KINDS,
-    check_model,
+    eager,
     exchanged,
     kept_state,
     run,
@@ -65,7 +65,7 @@ def effective_field(
         ArgumentError: the input is not differentiable (tokens), or an argument cannot be meant.
         MapLookupError: there is no such map, or there are several.
     """
-    check_model(model, "effective_field")
+    model = eager(model, "effective_field")
     tensor = differentiable(inputs, "effective_field")
     along = input_axes(tensor, axes)
     kinds = KINDS if kind is None else (kind,)

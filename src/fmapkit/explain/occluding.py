@@ -17,7 +17,7 @@ from fmapkit.explain._axes import input_axes
 from fmapkit.explain._locations import At, chosen
 from fmapkit.explain._passes import (
     KINDS,
-    check_model,
+    eager,
     exchanged,
     first_tensor,
     kept_state,
@@ -143,7 +143,7 @@ def occlusion(
         MapLookupError: there is no such map, or there are several.
         FilterRangeError: there is no such filter.
     """
-    check_model(model, "occlusion")
+    model = eager(model, "occlusion")
     tensor = first_tensor(inputs, "occlusion")
     along = input_axes(tensor, axes)
     sizes = tuple(tensor.shape[a] for a in along)

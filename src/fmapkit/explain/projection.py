@@ -13,7 +13,7 @@ from fmapkit.explain._axes import input_axes
 from fmapkit.explain._locations import At, chosen
 from fmapkit.explain._passes import (
     KINDS,
-    check_model,
+    eager,
     exchanged,
     first_tensor,
     kept_state,
@@ -86,7 +86,7 @@ def project(
         MapLookupError: there is no such map, or there are several.
         FilterRangeError: there is no such filter.
     """
-    check_model(model, "project")
+    model = eager(model, "project")
     if method not in _METHODS:
         raise ArgumentError(
             f"method must be one of {', '.join(map(repr, _METHODS))}, not {method!r}"

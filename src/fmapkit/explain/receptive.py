@@ -14,10 +14,10 @@ from fmapkit import FeatureMap, capture
 from fmapkit.errors import ArgumentError, MapLookupError
 from fmapkit.explain._axes import input_axes, map_axes
 from fmapkit.explain._fields import NONE, Fields
-from fmapkit.explain._follow import Follow
+from fmapkit.explain._follow import Follow, Leaving
 from fmapkit.explain._passes import (
     KINDS,
-    check_model,
+    eager,
     exchanged,
     first_tensor,
     kept_state,
@@ -229,7 +229,7 @@ def receptive_field(
         ArgumentError: there is no input to follow, or its axes have to be said.
         MapLookupError: there is no such map, or there are several.
     """
-    check_model(model, "receptive_field")
+    model = eager(model, "receptive_field")
     if weights not in ("any", "own"):
         raise ArgumentError(f"weights must be 'any' or 'own', not {weights!r}")
     tensor = first_tensor(inputs, "receptive_field")
@@ -272,7 +272,9 @@ class _Asked:
             inputs: for the model.
             partly: it may fail once the map is there.
         """
-        tensor = first_tensor(inputs, "receptive_field")
+        given = first_tensor(inputs, "receptive_field")
+        tensor = given.detach().clone()  # in memory of its own: it may be a part of a data set
+        inputs = exchanged(inputs, given, tensor)
         fields = Fields(len(self.axes), self.model.parameters() if self.weights == "any" else ())
         fields.put(tensor, _own(tensor, self.axes))
         kinds = KINDS if self.kind is None else (self.kind,)
@@ -283,6 +285,7 @@ class _Asked:
             step_by_step(),
             capture(self.model, self.layer, kinds=kinds) as maps,
             follow,
+            Leaving(follow),
         ):
             try:
                 run(self.model, inputs)
@@ -341,8 +344,10 @@ def _read(
 def _regular_along(starts: Tensor, stops: Tensor, axis: int, length: int) -> Regular | None:
     others = [a for a in range(starts.dim() - 1) if a != axis]
     first, last = starts[..., axis], stops[..., axis]
-    if others:
-        first, last = first.amin(others), last.amax(others)
+    if others:  # together, but for those that see nothing
+        first = first.masked_fill(last == first, length).amin(others)
+        last = last.amax(others)
+        first = torch.minimum(first, last)
     return regular(first.tolist(), last.tolist(), length)
 
 
