@@ -9,7 +9,7 @@ WORKERS ?= 2
 .PHONY: help install demo test lint format bench clean
 
 help:
-	@echo "make demo    train a small net with capture in the loop, write demo.png (under a minute)"
+	@echo "make demo    train a small net with capture in the loop, draw what is in it (under a minute)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the code"
@@ -45,6 +45,6 @@ bench: $(STAMP)
 	$(PY) -m benchmarks suite --json bench.json
 
 clean:
-	rm -rf $(VENV) build dist demo.png demo_dead.png bench.json growth.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo*.png bench.json growth.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf src/*.egg-info
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

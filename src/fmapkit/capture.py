@@ -77,6 +77,9 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             `max_bytes`, and lets go of that pass's maps; "oldest" lets older kept passes go first.
         gradients: True makes `fm.grad` the gradient of each map after backward, without keeping
             the graph alive.
+        weights: True holds the weights of each pass for `fm.weight`: also those that are computed
+            in the pass (weight norm, a low-rank sum), for which the modules that compute them are
+            traced in every pass. Without it, `fm.weight` reads parameters as they are by then.
 
     Raises:
         NotAModuleError: `model` is no `nn.Module`.
@@ -98,6 +101,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         stop: bool = False,
         detach: bool = True,
         gradients: bool = False,
+        weights: bool = False,
         analyses: Analysis | Iterable[Analysis] = (),
         dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
@@ -133,6 +137,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             raise ArgumentError("edit changes every pass, so it goes with every=1 only")
         if not isinstance(gradients, bool):
             raise ArgumentError(f"gradients must be True or False, not {gradients!r}")
+        if not isinstance(weights, bool):
+            raise ArgumentError(f"weights must be True or False, not {weights!r}")
         retention = Retention(_dtype(dtype), _device(device))
         if retention and not detach:
             raise ArgumentError(
@@ -158,7 +164,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 "stop=True ends a forward in the middle, where other ranks would wait for this "
                 f"one: {names.collective()!r} exchanges data with them while it runs"
             )
-        wants = Wants(names, layers, kinds, filters, detach, gradients, retention)
+        wants = Wants(names, layers, kinds, filters, detach, gradients, retention, weights)
         edits = Edits(names, edit, FeatureMap)
         passes = None if keep == "all" else int(keep)
         model = unwrap(model)  # a pass is the plain model's, whoever called it
@@ -176,7 +182,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         self._session.open()
         self._state = "entered"
         maps = FeatureMaps(self._session)
-        self._session.asked.analyses.view = maps._read
+        self._session.asked.analyses.view = maps._shown
         return maps
 
     def __exit__(

@@ -13,8 +13,21 @@ if TYPE_CHECKING:
     from fmapkit.analysis.firings import LayerFirings
     from fmapkit.analysis.statistics import Statistics
     from fmapkit.analysis.summary import LayerStatistics
+    from fmapkit.analysis.top import TopInputs
+    from fmapkit.analysis.tops import Context, Hit, LayerTops, Patch
 
-__all__ = ["Analysis", "DeadFilters", "LayerFirings", "LayerStatistics", "Statistics"]
+__all__ = [
+    "Analysis",
+    "Context",
+    "DeadFilters",
+    "Hit",
+    "LayerFirings",
+    "LayerStatistics",
+    "LayerTops",
+    "Patch",
+    "Statistics",
+    "TopInputs",
+]
 
 # Imported when asked for: `import fmapkit` needs the protocol only, and should not pay for them.
 _HOMES = {
@@ -22,6 +35,8 @@ _HOMES = {
     "LayerFirings": "firings",
     "LayerStatistics": "summary",
     "Statistics": "statistics",
+    "TopInputs": "top",
+    **dict.fromkeys(["Context", "Hit", "LayerTops", "Patch"], "tops"),
 }
 
 
