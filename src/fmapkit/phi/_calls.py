@@ -33,6 +33,8 @@ __all__ = ["Calls"]
 
 Found = list[tuple[str, FeatureMap]]
 
+_MOST = 8  # readers of one thread
+
 
 class Calls:
     """The captures by which one φ reads its maps: each thread has its own, a copy of φ none yet."""
@@ -74,17 +76,19 @@ class Calls:
             NotAModuleError: `model` is no `nn.Module`.
             UnknownLayerError: a selector matches nothing in it.
         """
-        readers: dict[bool, Reader] = self._local.__dict__.setdefault("readers", {})
-        if any(reader.model is not model for reader in readers.values()):
-            readers.clear()
-        if True not in readers:
-            readers[True] = Reader(model, asked, stop=True)
-        if readers[True].alone:
-            return readers[True]
+        found = self._known(model, asked, stop=True)
         # Another capture sees this pass, too, and would lose what comes after the last map.
-        if False not in readers:
-            readers[False] = Reader(model, asked, stop=False)
-        return readers[False]
+        return found if found.alone else self._known(model, asked, stop=False)
+
+    def _known(self, model: nn.Module, asked: Asked, stop: bool) -> Reader:
+        readers: dict[tuple[int, bool], Reader] = self._local.__dict__.setdefault("readers", {})
+        key = (id(model), stop)
+        found = readers.get(key)
+        if found is None:
+            if len(readers) >= _MOST:  # of models that were exchanged for others
+                readers.clear()
+            found = readers[key] = Reader(model, asked, stop)
+        return found
 
 
 class Reader:

@@ -11,6 +11,7 @@ from fmapkit.errors import NotAModuleError
 from fmapkit.map import FeatureMap
 from fmapkit.phi._asked import Asked
 from fmapkit.phi._calls import Calls
+from fmapkit.phi._compiled import by_itself, compiled_alike, opaque
 from fmapkit.phi._pool import Pool, checked, picked, pooled
 
 __all__ = ["FeatureFunction", "feature_map"]
@@ -64,7 +65,15 @@ class FeatureFunction(nn.Module):
             MapStateError: the pass could not be captured.
             CaptureStateError: a backward pass runs, or a capture with an edit is open.
         """
-        found = self._calls(self.model, self._asked, args, kwargs)
+        compiled = compiled_alike(self.model)
+        if compiled is None:
+            return self._features(self.model, args, kwargs)
+        return by_itself(self._features, compiled, args, kwargs)
+
+    opaque(forward)
+
+    def _features(self, model: nn.Module, args: Any, kwargs: Any) -> Features:
+        found = self._calls(model, self._asked, args, kwargs)
         features = [self._feature(fm) for _, fm in found]
         if self._asked.form == "dict":
             return dict(zip([key for key, _ in found], features, strict=True))
