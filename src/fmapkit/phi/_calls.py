@@ -98,6 +98,9 @@ class Reader:
         model: to run.
         asked: which maps.
         stop: the pass ends with the last of them, where it can.
+
+    Attributes:
+        keys: of the maps, in order; empty before a first pass where that shows which there are.
     """
 
     def __init__(self, model: nn.Module, asked: Asked, stop: bool) -> None:
@@ -115,6 +118,7 @@ class Reader:
         self._warned = all(item.exact for item in asked.items)
         self._captured = False  # the latest call was a pass that could be captured
         self._check_filters()
+        self.keys = [w.key for w in self._wanted] if self._warned else []
 
     def _check_filters(self) -> None:
         """Whether filters were given of layers that have them, as far as can be known now."""
@@ -122,7 +126,7 @@ class Reader:
         for layer in given if isinstance(given, Mapping) else ():
             if not any(w.is_of(layer) for w in self._wanted):
                 raise ArgumentError(
-                    f"filters names layer {layer!r}, which is none of those asked for: {self._asked}"
+                    f"filters names layer {layer!r}, and the layers asked for are {self._asked}"
                 )
         for wanted in self._wanted:
             for index in self._asked.filters_of(wanted.label) or ():
@@ -164,6 +168,7 @@ class Reader:
             raise ArgumentError(f"feature_map({asked}): some layer is asked for more than once")
         if not found:
             raise self.nothing()
+        self.keys = [key for key, _ in found]
         return found
 
     def _one(

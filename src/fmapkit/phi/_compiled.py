@@ -48,4 +48,5 @@ def compiled_alike(model: nn.Module) -> nn.Module | None:
 
 def by_itself(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function outside of what dynamo compiles around it."""
-    return torch.compiler.disable(function)(*args)
+    alone: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return alone(*args)

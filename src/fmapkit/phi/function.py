@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -12,7 +12,13 @@ from fmapkit.map import FeatureMap
 from fmapkit.phi._asked import Asked
 from fmapkit.phi._calls import Calls
 from fmapkit.phi._compiled import by_itself, compiled_alike, opaque
+from fmapkit.phi._features import call as called
+from fmapkit.phi._features import one, rows
+from fmapkit.phi._kernel import kernel
 from fmapkit.phi._pool import Pool, checked, picked, pooled
+
+if TYPE_CHECKING:
+    from fmapkit.phi.transformer import FeatureTransformer
 
 __all__ = ["FeatureFunction", "feature_map"]
 
@@ -81,6 +87,64 @@ class FeatureFunction(nn.Module):
 
     def _feature(self, fm: FeatureMap) -> Tensor:
         return pooled(fm, picked(fm, self._asked.filters_of(fm.layer)), self.pool)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of what φ returns, in order; empty before the first call where it picks them.
+
+        Keys of a dict; else the layers' names.
+        """
+        return self._calls.reader(self.model, self._asked).keys
+
+    def kernel(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        kind: Literal["linear", "cosine", "rbf"] = "linear",
+        centred: bool = False,
+        gamma: float | None = None,
+    ) -> Tensor:
+        """The kernel that φ carries: ⟨φ(x), φ(y)⟩ for each pair of samples; differentiable.
+
+        Args:
+            x: what the model is given: a tensor, a tuple of arguments or a dict of keywords.
+            y: the same; None for x.
+            kind: "linear": the inner product. "cosine": that of features of length 1. "rbf":
+                exp(-gamma·|φ(x) - φ(y)|²).
+            centred: at the mean of φ(x), in the space of the kernel: of x with itself, H·K·H.
+            gamma: of the RBF; None for 1 / the number of features.
+
+        Returns:
+            (N of x, N of y), in float32 at least. Features with more axes are flattened.
+
+        Raises:
+            ArgumentError: φ is of several layers, or an argument is outside what is allowed.
+        """
+        a = rows(one(called(self, x), "kernel"))
+        b = None if y is None else rows(one(called(self, y), "kernel"))
+        return kernel(a, b, kind, centred, gamma)
+
+    def transformer(
+        self, *, shape: Sequence[int] | None = None, batch_size: int = 64
+    ) -> FeatureTransformer:
+        """φ as a transformer of scikit-learn's, for pipelines (extra: `sklearn`).
+
+        Args:
+            shape: of one sample as the model takes it, where rows of a table come in; None to
+                leave it.
+            batch_size: samples of one call.
+
+        Raises:
+            ImportError: scikit-learn is not installed.
+            ArgumentError: an argument is outside what is allowed.
+        """
+        from fmapkit.phi._sklearn import sklearn_needed
+
+        sklearn_needed()
+        from fmapkit.phi.transformer import FeatureTransformer
+
+        return FeatureTransformer(self, shape, batch_size)
 
     def extra_repr(self) -> str:
         """What is read of the model."""
