@@ -125,8 +125,8 @@ class Similarity:
     (layers, layers). Figures are of the passes that have ended: read them between passes.
 
     Kinds, calls, σ and paths of a layer are told apart. Left out, and named in `missed`, are maps
-    of another number of samples than the first one of their pass, passes of fewer than 4 samples, and
-    maps without values to speak of (complex, sparse, …).
+    of another number of samples than the first one of their pass, passes of fewer than 4 samples,
+    and maps without values to speak of (complex, sparse, …).
 
     Args:
         rsa: work out RSA, too.

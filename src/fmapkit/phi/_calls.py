@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from fmapkit import layers
+from fmapkit._gradients import NO_GRAPH
+from fmapkit._nested import tensors_in
 from fmapkit._recurring import Recurring, can_stop
 from fmapkit._wants import Selection
 from fmapkit.capture import capture
@@ -168,8 +170,27 @@ class Reader:
             raise ArgumentError(f"feature_map({asked}): some layer is asked for more than once")
         if not found:
             raise self.nothing()
+        if torch.is_grad_enabled():
+            self._check_graph(found, args, kwargs)
         self.keys = [key for key, _ in found]
         return found
+
+    def _check_graph(self, found: Found, args: Any, kwargs: Any) -> None:
+        """Whether each map is in the graph, where it could be.
+
+        Raises:
+            MapStateError: it was made where torch records no graph (reentrant checkpointing).
+        """
+        if not any(missed.reason == NO_GRAPH for missed in self._recurring.missed):
+            return
+        given = (*self.model.parameters(), *tensors_in(*args, kwargs))
+        for _, fm in found:
+            inside = fm.tensor.requires_grad or not fm.tensor.is_floating_point()
+            if not inside and any(t.requires_grad for t in given):
+                raise MapStateError(
+                    f"feature_map: the {fm.kind} of layer {fm.layer!r} is not part of the autograd "
+                    f"graph: {NO_GRAPH}"
+                )
 
     def _one(
         self, wanted: _Wanted, fitting: Sequence[FeatureMap], every: Sequence[FeatureMap]
