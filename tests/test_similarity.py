@@ -201,6 +201,15 @@ def test_kinds_calls_and_nonlinearities_of_a_layer_are_told_apart() -> None:
     assert found["fc preactivation", "fc preactivation (sigmoid)"] == pytest.approx(1)
 
 
+def test_outputs_go_by_the_layer_where_that_is_free() -> None:
+    model, found = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), Similarity()
+    with capture(model, kinds=("activation", "output"), analyses=found, keep=0):
+        model(torch.randn(6, 4))
+    assert found.layers[0] == ["0 output", "0", "1", "2", "(model)"]
+    assert found["0", "1"] == pytest.approx(1)  # what the tanh returned: one map, two names
+    assert found["2", "(model)"] == pytest.approx(1)
+
+
 def test_what_is_left_out_is_named() -> None:
     class Windows(nn.Module):
         def __init__(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.analysis._hsic import Gram, hsic, own_hsic
+from fmapkit.analysis._labels import MapTag
 
 __all__ = ["Pairs"]
 
@@ -24,22 +25,22 @@ class Pairs:
         rsa: keep those of dissimilarities, too.
 
     Attributes:
-        first: names of the layers of the first model, in the order in which they were seen.
+        first: the maps of the first model, in the order in which they were seen.
         second: those of the second one.
     """
 
     def __init__(self, rsa: bool) -> None:
-        self.first: list[str] = []
-        self.second: list[str] = []
+        self.first: list[MapTag] = []
+        self.second: list[MapTag] = []
         self._sums: dict[str, Tensor] = {}
         self._keys = (*_HSIC, *_RSA) if rsa else _HSIC
 
-    def add(self, first: Mapping[str, Gram], second: Mapping[str, Gram]) -> None:
+    def add(self, first: Mapping[MapTag, Gram], second: Mapping[MapTag, Gram]) -> None:
         """Take in one pass of both."""
         self._grow(first, second)
         device = self._sums["both"].device
-        rows = torch.tensor([self.first.index(name) for name in first], device=device)
-        columns = torch.tensor([self.second.index(name) for name in second], device=device)
+        rows = torch.tensor([self.first.index(tag) for tag in first], device=device)
+        columns = torch.tensor([self.second.index(tag) for tag in second], device=device)
         a, b = (torch.stack([g.linear.to(device) for g in of.values()]) for of in (first, second))
         weight = a.shape[1]
         new = {
@@ -64,11 +65,11 @@ class Pairs:
         for key, value in new.items():
             self._sums[key][rows[:, None], columns[None]] += value
 
-    def _grow(self, first: Mapping[str, Gram], second: Mapping[str, Gram]) -> None:
+    def _grow(self, first: Mapping[MapTag, Gram], second: Mapping[MapTag, Gram]) -> None:
         """Room for the layers of a pass."""
         known = len(self.first), len(self.second)
-        for names, grams in ((self.first, first), (self.second, second)):
-            names += [name for name in grams if name not in names]
+        for known_tags, grams in ((self.first, first), (self.second, second)):
+            known_tags += [tag for tag in grams if tag not in known_tags]
         shape = len(self.first), len(self.second)
         if shape == known and self._sums:
             return
@@ -95,11 +96,12 @@ class Pairs:
 
     def state(self) -> dict[str, object]:
         """All that is known."""
-        return {"first": list(self.first), "second": list(self.second), "sums": dict(self._sums)}
+        first, second = ([tag.state() for tag in of] for of in (self.first, self.second))
+        return {"first": first, "second": second, "sums": dict(self._sums)}
 
     def load(self, state: Mapping[str, object]) -> None:
         """Go on from a `state`."""
         first, second, sums = state["first"], state["second"], state["sums"]
         assert isinstance(first, list) and isinstance(second, list) and isinstance(sums, dict)
-        self.first, self.second = list(first), list(second)
+        self.first, self.second = ([MapTag(*tag) for tag in of] for of in (first, second))
         self._sums = {key: sums[key].clone() for key in self._keys if key in sums}

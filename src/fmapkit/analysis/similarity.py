@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fmapkit.analysis._hsic import LEAST, Gram
 from fmapkit.analysis._keys import readable, table
+from fmapkit.analysis._labels import MapTag, labels
 from fmapkit.analysis._pairs import Pairs
 from fmapkit.errors import ArgumentError, NoPassError, UnknownLayerError, did_you_mean, listed
 
@@ -40,8 +40,8 @@ class _Side:
         self._name = name
         self._step: int | None = None
         self._count: int | None = None  # samples of the pass under way
-        self._current: dict[str, Gram] = {}
-        self.passes: deque[tuple[int, dict[str, Gram]]] = deque()
+        self._current: dict[MapTag, Gram] = {}
+        self.passes: deque[tuple[int, dict[MapTag, Gram]]] = deque()
 
     def update(self, fm: FeatureMap) -> None:
         """Take one map in.
@@ -51,9 +51,9 @@ class _Side:
                 other batches.
         """
         self._owner._used(self._name)
-        name = self._owner._name_of(fm)
+        tag = MapTag.of(fm)
         # A block for each pass begins at step 0 each time, and with the same map.
-        if fm.step != self._step or name == next(iter(self._current), None):
+        if fm.step != self._step or tag == next(iter(self._current), None):
             self.close()
         self._step = fm.step
         # State made in inference mode could not be used out of it.
@@ -61,13 +61,13 @@ class _Side:
             tensor, reason = readable(fm)
             if tensor is not None and not reason:
                 reason = self._why_not(fm, tensor)
-            if not reason and name in self._current:
+            if not reason and tag in self._current:
                 reason = "it comes twice in a pass: the first one is taken"
             if tensor is None or reason:
-                self._owner.missed.setdefault(name, reason)
+                self._owner.missed.setdefault(tag.label, reason)
                 return
             values = tensor.detach().reshape(len(tensor), -1)
-            self._current[name] = Gram.of(values, self._owner._rsa)
+            self._current[tag] = Gram.of(values, self._owner._rsa)
 
     def _why_not(self, fm: FeatureMap, tensor: Tensor) -> str:
         if tensor.dim() < 2 or fm.filter_dim == 0:
@@ -124,9 +124,10 @@ class Similarity:
     (float32 on MPS). What is held is (samples, samples) by layer of the pass under way, and
     (layers, layers). Figures are of the passes that have ended: read them between passes.
 
-    Kinds, calls, σ and paths of a layer are told apart. Left out, and named in `missed`, are maps
-    of another number of samples than the first one of their pass, passes of fewer than 4 samples,
-    and maps without values to speak of (complex, sparse, …).
+    Rows and columns go by their layers; kinds, calls, σ and paths are told apart by what is added.
+    Left out, and named in `missed`, are maps of another number of samples than the first one of
+    their pass, passes of fewer than 4 samples, and maps without values to speak of (complex,
+    sparse, …).
 
     Args:
         rsa: work out RSA, too.
@@ -148,7 +149,6 @@ class Similarity:
         self._only = _Side(self, "only")
         self._pairs = Pairs(self._rsa)
         self._two: bool | None = None  # whether there are two models
-        self._names: dict[Any, str] = {}  # of maps, by their tags
 
     # -- taking in -----------------------------------------------------------------------------
 
@@ -164,18 +164,6 @@ class Similarity:
                 "second; not both"
             )
         self._two = two
-
-    def _name_of(self, fm: FeatureMap) -> str:
-        """What a map is called: by its layer, and by more where that would not be enough."""
-        tags = (fm.layer, fm.path, fm.kind, fm.call, fm.nonlinearity, fm.filters)
-        found = self._names.get(tags)
-        if found is None:
-            taken = set(self._names.values())
-            names = (plain := _name(fm), f"{plain} ({fm.nonlinearity})")
-            more = (f"{plain} ({n})" for n in itertools.count(2))
-            found = next(n for n in itertools.chain(names, more) if n not in taken)
-            self._names[tags] = found
-        return found
 
     def _take_in(self) -> None:
         """Use all passes that can be used."""
@@ -210,7 +198,7 @@ class Similarity:
             NoPassError: no pass has been seen yet.
         """
         pairs = self._read()
-        return list(pairs.first), list(pairs.second)
+        return labels(pairs.first), labels(pairs.second)
 
     @property
     def cka(self) -> Tensor:
@@ -259,10 +247,9 @@ class Similarity:
             return "Similarity: no pass seen yet"
         found = self.cka
         body = [
-            (name or "(model)", *(f"{v:.3f}" for v in found[i, :_SHOWN].tolist()))
-            for i, name in enumerate(rows)
+            (name, *(f"{v:.3f}" for v in found[i, :_SHOWN].tolist())) for i, name in enumerate(rows)
         ]
-        heads = ("CKA", *(name or "(model)" for name in columns[:_SHOWN]))
+        heads = ("CKA", *columns[:_SHOWN])
         more = f"; {len(columns) - _SHOWN} columns more" if len(columns) > _SHOWN else ""
         missed = f", {len(self.missed)} missed (see .missed)" if self.missed else ""
         last = f"Similarity: {len(rows)} × {len(columns)} layers{more}{missed}"
@@ -313,11 +300,3 @@ class Similarity:
         self.reset()
         self._two = state["two"]
         self._pairs.load(state)
-
-
-def _name(fm: FeatureMap) -> str:
-    """What tells the map from most others of its pass."""
-    said = fm.layer + fm.path
-    if fm.kind not in ("activation", "output"):
-        said += f" {fm.kind}"
-    return said + (f" #{fm.call}" if fm.call else "")

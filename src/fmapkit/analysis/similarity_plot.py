@@ -35,8 +35,8 @@ def plot_similarity(
         _, ax = plt.subplots(figsize=(width, height), layout="constrained")
     low = 0.0 if np.nanmin(values, initial=0.0) >= 0 or measure == "cka" else -1.0
     drawn = ax.imshow(values, cmap="magma", vmin=low, vmax=1, interpolation="nearest")
-    ax.set_xticks(range(len(columns)), [c or "(model)" for c in columns], rotation=40, ha="right")
-    ax.set_yticks(range(len(rows)), [r or "(model)" for r in rows])
+    ax.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
+    ax.set_yticks(range(len(rows)), rows)
     ax.tick_params(labelsize="small")
     if max(values.shape) <= _NUMBERED:
         for (i, j), value in np.ndenumerate(values):

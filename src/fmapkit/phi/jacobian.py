@@ -63,7 +63,7 @@ def singular_values(
         found = [
             _at(phi, point, k, tolerance, max_steps, seed) for point in torch.split(x.detach(), 1)
         ]
-    return torch.stack(found)
+    return torch.stack(found).detach()
 
 
 def _check(x: Any, k: Any, max_steps: Any, tolerance: Any) -> None:
