@@ -604,6 +604,25 @@ def test_calls_and_paths_of_several() -> None:
     )
 
 
+def test_of_a_module_without_filters_it_is_what_the_module_returns() -> None:
+    class Dense(nn.Module):
+        """The concatenation has no one layer, so that activations go by the norm's name, too."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Linear(4, 3), nn.Linear(4, 3), nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.norm(torch.cat([self.a(x), self.b(x)], 1)), inplace=True)
+
+    net, x = Dense().eval(), torch.randn(5, 4)
+    z = net.norm(torch.cat([net.a(x), net.b(x)], 1))
+    for _ in range(2):
+        assert torch.equal(feature_map(net, "norm")(x), z)
+        assert torch.equal(feature_map(net, nn.BatchNorm1d)(x)["norm"], z)
+        assert torch.equal(feature_map(net, "norm", kind="activation")(x), z.relu())
+
+
 # -- bad arguments ------------------------------------------------------------------------------
 
 NET = Net().eval()

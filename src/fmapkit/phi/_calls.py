@@ -195,26 +195,30 @@ class Reader:
     def _one(
         self, wanted: _Wanted, fitting: Sequence[FeatureMap], every: Sequence[FeatureMap]
     ) -> FeatureMap:
-        for kind in wanted.kinds:
-            found = [fm for fm in fitting if fm.kind == kind and fm.layer == wanted.label]
-            if not found:  # a nonlinearity of its own goes by the module and the function
-                own = f"{wanted.label}:"
-                found = [fm for fm in fitting if fm.kind == kind and fm.layer.startswith(own)]
-            if len(found) > 1:
-                self._ambiguous(found)
-            if found:
-                return found[0]
-        raise self._absent(wanted, [fm for fm in every if fm.layer == wanted.label])
+        there = [fm for fm in fitting if fm.kind in wanted.kinds and fm.layer == wanted.label]
+        if not there:  # a nonlinearity of its own goes by the module and the function
+            own = f"{wanted.label}:"
+            there = [fm for fm in fitting if fm.kind in wanted.kinds and fm.layer.startswith(own)]
+        if not there:
+            raise self._absent(wanted, [fm for fm in every if fm.layer == wanted.label])
+        return self._first(wanted, wanted.label, there)
 
     def _several(self, wanted: _Wanted, fitting: Sequence[FeatureMap]) -> Found:
         by_layer: dict[str, list[FeatureMap]] = {}
         for fm in fitting:
             if wanted.takes(fm):
                 by_layer.setdefault(fm.layer, []).append(fm)
-        for found in by_layer.values():
+        return [(layer, self._first(wanted, layer, of)) for layer, of in by_layer.items()]
+
+    def _first(self, wanted: _Wanted, layer: str, there: Sequence[FeatureMap]) -> FeatureMap:
+        """The one map of a layer that is meant, if there is one alone of its kind."""
+        for kind in wanted.kinds_of(layer):
+            found = [fm for fm in there if fm.kind == kind]
             if len(found) > 1:
                 self._ambiguous(found)
-        return [(layer, found[0]) for layer, found in by_layer.items()]
+            if found:
+                return found[0]
+        raise self._absent(wanted, there)
 
     def nothing(self) -> Exception:
         """The error of a pass without maps."""
@@ -307,10 +311,22 @@ class _Wanted:
         self._selection = Selection(names, item.layer, "layers")
         self.label = recurring.label_of(item.layer) if item.exact else ""
         self.key = item.key if item.key is not None else self.label
+        self._names = names
+        self.kinds = self.kinds_of(self.label) if item.exact else item.kinds
         module = names.by_name.get(self.label) if item.exact else None
         is_layer = module is not None and layers.layer_axis(module) is not None
         self.count = layers.filter_count(module) if is_layer and module is not None else None
-        self.kinds = item.kinds[:1] if is_layer else item.kinds
+
+    def kinds_of(self, layer: str) -> tuple[str, ...]:
+        """The kinds that the map of a layer may be of, the first one that is there."""
+        if self.item.kind is not None:
+            return (self.item.kind,)
+        module = self._names.by_name.get(layer)
+        if module is None:
+            return ("activation", "output")
+        # A norm that nothing with filters stands before has activations, too, that go by its name.
+        is_layer = layers.layer_axis(module) is not None
+        return ("activation",) if is_layer else ("output", "activation")
 
     def is_of(self, layer: str) -> bool:
         """Whether a layer is asked for."""
