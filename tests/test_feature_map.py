@@ -604,9 +604,9 @@ def test_calls_and_paths_of_several() -> None:
     )
 
 
-def test_of_a_module_without_filters_it_is_what_the_module_returns() -> None:
+def test_without_a_kind_it_is_what_the_maps_have_by_the_layers_name() -> None:
     class Dense(nn.Module):
-        """The concatenation has no one layer, so that activations go by the norm's name, too."""
+        """The concatenation has no one layer, so that activations go by the norm's name."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -617,10 +617,17 @@ def test_of_a_module_without_filters_it_is_what_the_module_returns() -> None:
 
     net, x = Dense().eval(), torch.randn(5, 4)
     z = net.norm(torch.cat([net.a(x), net.b(x)], 1))
+    with capture(net, kinds=("activation", "output")) as maps:
+        net(x)
     for _ in range(2):
-        assert torch.equal(feature_map(net, "norm")(x), z)
-        assert torch.equal(feature_map(net, nn.BatchNorm1d)(x)["norm"], z)
-        assert torch.equal(feature_map(net, "norm", kind="activation")(x), z.relu())
+        for layers in ("norm", nn.BatchNorm1d):
+            found = feature_map(net, layers)(x)
+            found = found["norm"] if isinstance(found, dict) else found
+            assert torch.equal(found, maps["norm"].tensor)
+            assert torch.equal(found, z.relu())
+        assert torch.equal(feature_map(net, "norm", kind="output")(x), z)
+    for layer in ("norm", ""):
+        assert torch.equal(feature_map(net, layer)(x), maps[layer].tensor)
 
 
 # -- bad arguments ------------------------------------------------------------------------------
@@ -727,6 +734,17 @@ def test_errors_say_what_and_what_next(make: Any, kind: type[Exception], text: s
     with pytest.raises(kind) as caught:
         make()
     assert str(caught.value) == text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_model_is_refused_by_name() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    with pytest.raises(MapStateError) as caught:
+        feature_map(scripted, "0")(torch.randn(2, 4))
+    assert str(caught.value) == (
+        "feature_map('0'): this call could not be captured: it is scripted: torch runs it without "
+        "Python, unseen by hooks"
+    )
 
 
 def test_an_unknown_layer_is_an_error_before_the_first_call() -> None:

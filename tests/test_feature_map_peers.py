@@ -40,7 +40,7 @@ def test_the_same_bits_as_torchvisions_extractor_gradients_too(name: str, train:
     model = getattr(models, name)(weights=None, **options).train(train)
     twin = copy.deepcopy(model)
     layers = MODELS[name]
-    phi, extractor = feature_map(model, dict(zip(layers, layers, strict=True))), None
+    phi = feature_map(model, dict(zip(layers, layers, strict=True)), kind="output")
     extractor = create_feature_extractor(twin, layers)
     x = torch.randn(2, 3, 64, 64)
     for step in range(2):

@@ -324,9 +324,9 @@ class _Wanted:
         module = self._names.by_name.get(layer)
         if module is None:
             return ("activation", "output")
-        # A norm that nothing with filters stands before has activations, too, that go by its name.
+        # As in `maps[layer]`: filters of a module of another type may be found in a pass, too.
         is_layer = layers.layer_axis(module) is not None
-        return ("activation",) if is_layer else ("output", "activation")
+        return ("activation",) if is_layer else ("activation", "output")
 
     def is_of(self, layer: str) -> bool:
         """Whether a layer is asked for."""

@@ -183,8 +183,9 @@ def feature_map(
         layers: a name or a module: φ returns a tensor. A list or tuple of these: a tuple. A dict of
             key -> one of these: a dict. A glob, regex, module type or callable: a dict by layer.
             In a list or dict, (layer, kind) in the place of a layer has a kind of its own.
-        kind: "input", "response", "preactivation", "activation" or "output". None: the activation
-            of a layer with filters, and of any other module (a block, a norm) what it returns.
+        kind: "input", "response", "preactivation", "activation" or "output". None: what
+            `maps[layer]` is, the activation, or where a module has none and is no layer with
+            filters (a block), what it returns.
         filters: return these filters only: an int, several, or a dict of layer -> these.
         pool: one vector for each sample: "mean" or "max" over all axes but those of samples and
             filters, "flatten", "token" (the first one of (samples, tokens, features)), or a
