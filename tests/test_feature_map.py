@@ -518,6 +518,71 @@ def test_compiled_from_outside_and_of_a_compiled_model() -> None:
     assert torch.equal(torch.compile(phi, backend="eager", fullgraph=True)(x), expected)
 
 
+def test_compiled_outputs_of_modules_end_the_graph_and_leave_nothing() -> None:
+    net = nn.Sequential(
+        *(nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6)), nn.ReLU(inplace=True)),
+        *(nn.Sequential(nn.Conv2d(6, 4, 3), nn.Tanh()), nn.Conv2d(4, 3, 1)),
+    ).eval()
+    before = truth.fingerprint(net)
+    sizes: list[int] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        sizes.append(sum(n.target in (torch.conv2d, torch.tanh) for n in gm.graph.nodes))
+        return gm.forward
+
+    x = torch.randn(2, 2, 8, 8, requires_grad=True)
+    first = net[0](x)
+    second = net[2](first.relu())
+    # The first one's memory is overwritten by the ReLU, before the second one is there.
+    for layers, expected, convolutions in ((["0", "2"], (first, second), 3), ("0", (first,), 1)):
+        phi = feature_map(net, layers)
+        sizes.clear()
+        compiled = torch.compile(phi, backend=backend, fullgraph=True)
+        for _ in range(4):
+            found = compiled(x)
+            several = found if isinstance(found, tuple) else (found,)
+            assert all(map(torch.equal, several, expected))
+            loss, by_hand = (sum(f.square().sum() for f in fs) for fs in (several, expected))
+            ours = torch.autograd.grad(loss, x)[0]
+            theirs = torch.autograd.grad(by_hand, x, retain_graph=True)[0]
+            assert torch.allclose(ours, theirs, rtol=1e-6)
+            truth.assert_nothing_left(before, net)
+        assert sizes == [convolutions], "one graph, which ends with the last map"
+        assert all(map(torch.equal, _tuple(phi(x)), expected))
+    mixed = feature_map(net, ["0", "2.0"])
+    compiled = torch.compile(mixed, backend=backend)
+    for _ in range(3):
+        assert all(map(torch.equal, compiled(x), mixed(x)))
+
+
+def _tuple(found: Any) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
+def test_compiled_in_several_threads_and_beside_a_bare_call() -> None:
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.GELU()), nn.Linear(4, 2)).eval()
+    compiled = torch.compile(feature_map(net, "0"), backend="eager")
+    x = torch.randn(3, 4)
+    expected, whole = net[0](x), net(x)
+    failures: list[BaseException] = []
+
+    def work(function: Any, result: Tensor) -> None:
+        try:
+            assert all(torch.equal(function(x), result) for _ in range(8))
+        except BaseException as error:
+            failures.append(error)
+
+    for _ in range(3):
+        compiled(x)
+    jobs = [(compiled, expected), (compiled, expected), (net, whole)]
+    threads = [threading.Thread(target=work, args=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
 # -- control flow -----------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from fmapkit import layers
 from fmapkit._gradients import NO_GRAPH
 from fmapkit._nested import tensors_in
+from fmapkit._optimized import compiled_roots
 from fmapkit._recurring import Recurring, can_stop
 from fmapkit._wants import Selection
 from fmapkit.capture import capture
@@ -30,8 +32,9 @@ from fmapkit.errors import (
 )
 from fmapkit.map import FeatureMap
 from fmapkit.phi._asked import Asked, Item
+from fmapkit.phi._compiled import CompiledOutputs
 
-__all__ = ["Calls"]
+__all__ = ["Calls", "Found"]
 
 Found = list[tuple[str, FeatureMap]]
 
@@ -43,6 +46,9 @@ class Calls:
 
     def __init__(self) -> None:
         self._local = threading.local()
+        # By torch's context, told by its id: it, the model, and what it has compiled.
+        self._wholes: dict[int, tuple[Any, nn.Module, nn.Module]] = {}
+        self._compiled: dict[int, tuple[Any, nn.Module, CompiledOutputs | None, Found]] = {}
 
     def __deepcopy__(self, memo: Any) -> Calls:
         return Calls()
@@ -70,6 +76,41 @@ class Calls:
         if found is None:
             raise reader.nothing()
         return found
+
+    def compiled(
+        self, model: nn.Module, asked: Asked, context: Any, args: Any, kwargs: Any
+    ) -> Found:
+        """The same by compiled code, as torch's context compiles it.
+
+        Where outputs of modules are asked for, a first call has to run eagerly, which shows what
+        there is. With `fullgraph=True` torch wants compiled code to run all the same: both run.
+        """
+        reader = self.reader(model, asked)
+        if compiled_roots(model) or not reader.may_be_outputs:
+            whole = model if compiled_roots(model) else self._whole(model, context)
+            return self(whole, asked, args, kwargs)
+        known = self._compiled.get(id(context))
+        if known is None or known[0] is not context or known[1] is not model:
+            first = None if reader.tags else self(model, asked, args, kwargs)
+            if first is not None and not reader.tags:  # another capture saw it, too
+                return first
+            outputs = reader.outputs(context)
+            known = self._compiled[id(context)] = (context, model, outputs, reader.tags)
+            if first is not None and not (outputs and context.fullgraph):
+                return first
+        _, _, outputs, tags = known
+        tensors = outputs(args, kwargs) if outputs is not None else None
+        if tensors is None:  # it is none that compiled code tells, or did not run this time
+            return self(model, asked, args, kwargs)
+        pairs = zip(tags, tensors, strict=True)
+        return [(key, replace(fm, tensor=tensor)) for (key, fm), tensor in pairs]
+
+    def _whole(self, model: nn.Module, context: Any) -> nn.Module:
+        """The model, compiled; `capture` reads it."""
+        known = self._wholes.get(id(context))
+        if known is None or known[0] is not context or known[1] is not model:
+            known = self._wholes[id(context)] = (context, model, context(model))
+        return known[2]
 
     def reader(self, model: nn.Module, asked: Asked) -> Reader:
         """What reads the next call.
@@ -103,6 +144,7 @@ class Reader:
 
     Attributes:
         keys: of the maps, in order; empty before a first pass where that shows which there are.
+        tags: what the first pass has found, without the tensors.
     """
 
     def __init__(self, model: nn.Module, asked: Asked, stop: bool) -> None:
@@ -121,6 +163,22 @@ class Reader:
         self._captured = False  # the latest call was a pass that could be captured
         self._check_filters()
         self.keys = [w.key for w in self._wanted] if self._warned else []
+        self.tags: Found = []
+
+    @property
+    def may_be_outputs(self) -> bool:
+        """Whether some map may be what a module returns."""
+        return any("output" in wanted.kinds for wanted in self._wanted)
+
+    def outputs(self, context: Any) -> CompiledOutputs | None:
+        """What reads the same maps by compiled code; None where they are not all whole outputs."""
+        names, found = self._recurring.names, self.tags
+        modules = [names.by_name.get(fm.layer) for _, fm in found]
+        plain = all(fm.kind == "output" and not fm.path for _, fm in found)
+        wanted = [(m, fm.call) for m, (_, fm) in zip(modules, found, strict=True) if m is not None]
+        if not plain or len(wanted) < len(found) or not can_stop(self.model):
+            return None
+        return CompiledOutputs(self.model, context, wanted)
 
     def _check_filters(self) -> None:
         """Whether filters were given of layers that have them, as far as can be known now."""
@@ -173,6 +231,9 @@ class Reader:
         if torch.is_grad_enabled():
             self._check_graph(found, args, kwargs)
         self.keys = [key for key, _ in found]
+        if not self.tags:
+            nothing = torch.empty(0)
+            self.tags = [(key, replace(fm, tensor=nothing)) for key, fm in found]
         return found
 
     def _check_graph(self, found: Found, args: Any, kwargs: Any) -> None:
