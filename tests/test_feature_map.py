@@ -406,6 +406,28 @@ def _mean1(net: Net, x: Tensor) -> Tensor:
     return stages(net, x)["conv1", "activation"].mean((2, 3))
 
 
+def test_a_hook_of_the_model_that_calls_phi_again_makes_a_layer_run_twice() -> None:
+    net, x, y = Net().eval(), torch.randn(2, 2, 8, 8), torch.randn(3, 2, 8, 8)
+    phi, other = feature_map(net, "block"), feature_map(net, "block", call=1)
+    inner: list[Tensor] = []
+
+    def again(module: nn.Module, args: Any, output: Tensor) -> None:
+        if len(args[0]) == 2:
+            inner.append(phi(y))
+
+    before, expected = truth.fingerprint(net), stages(net, x)["block", "output"]
+    handle = net.conv1.register_forward_hook(again)
+    for _ in range(3):
+        with pytest.raises(AmbiguousMapError):
+            phi(x)
+        assert torch.equal(other(x), expected)
+    handle.remove()
+    assert all(torch.equal(found, stages(net, y)["block", "output"]) for found in inner)
+    assert len(inner) == 6
+    truth.assert_nothing_left(before, net)
+    assert torch.equal(phi(x), expected)
+
+
 def test_an_edit_around_it_is_refused_by_name() -> None:
     net = Net().eval()
     phi, x = feature_map(net, "block"), torch.randn(2, 2, 8, 8)

@@ -31,8 +31,8 @@ from fmapkit.errors import (
     listed,
 )
 from fmapkit.map import FeatureMap
-from fmapkit.phi._asked import Asked, Item
 from fmapkit.phi._compiled import CompiledOutputs
+from fmapkit.phi._request import Item, Request
 
 __all__ = ["Calls", "Found"]
 
@@ -56,7 +56,7 @@ class Calls:
     def __reduce__(self) -> Any:
         return Calls, ()
 
-    def __call__(self, model: nn.Module, asked: Asked, args: Any, kwargs: Any) -> Found:
+    def __call__(self, model: nn.Module, asked: Request, args: Any, kwargs: Any) -> Found:
         """Run the model, and read what was asked for: each map with its key.
 
         Raises:
@@ -78,7 +78,7 @@ class Calls:
         return found
 
     def compiled(
-        self, model: nn.Module, asked: Asked, context: Any, args: Any, kwargs: Any
+        self, model: nn.Module, asked: Request, context: Any, args: Any, kwargs: Any
     ) -> Found:
         """The same by compiled code, as torch's context compiles it.
 
@@ -112,7 +112,7 @@ class Calls:
             known = self._wholes[id(context)] = (context, model, context(model))
         return known[2]
 
-    def reader(self, model: nn.Module, asked: Asked) -> Reader:
+    def reader(self, model: nn.Module, asked: Request) -> Reader:
         """What reads the next call.
 
         Raises:
@@ -123,15 +123,16 @@ class Calls:
         # Another capture sees this pass, too, and would lose what comes after the last map.
         return found if found.alone else self._known(model, asked, stop=False)
 
-    def _known(self, model: nn.Module, asked: Asked, stop: bool) -> Reader:
-        readers: dict[tuple[int, bool], Reader] = self._local.__dict__.setdefault("readers", {})
-        key = (id(model), stop)
-        found = readers.get(key)
-        if found is None:
-            if len(readers) >= _MOST:  # of models that were exchanged for others
-                readers.clear()
-            found = readers[key] = Reader(model, asked, stop)
-        return found
+    def _known(self, model: nn.Module, asked: Request, stop: bool) -> Reader:
+        readers: list[Reader] = self._local.__dict__.setdefault("readers", [])
+        for reader in readers:
+            # A hook of the model's may call φ again, in the middle of a call.
+            if reader.model is model and reader.stop == stop and not reader.busy:
+                return reader
+        if len(readers) >= _MOST:  # of models that were exchanged for others
+            readers.clear()
+        readers.append(Reader(model, asked, stop))
+        return readers[-1]
 
 
 class Reader:
@@ -147,8 +148,9 @@ class Reader:
         tags: what the first pass has found, without the tensors.
     """
 
-    def __init__(self, model: nn.Module, asked: Asked, stop: bool) -> None:
+    def __init__(self, model: nn.Module, asked: Request, stop: bool) -> None:
         self.model = model
+        self.stop = stop
         self._asked = asked
         made = capture(
             model,
@@ -195,6 +197,11 @@ class Reader:
                         f"filters={index} is out of range for layer {wanted.label!r}, which has "
                         f"{wanted.count} filters (0 to {wanted.count - 1})"
                     )
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is under way."""
+        return self._recurring.inside
 
     @property
     def alone(self) -> bool:

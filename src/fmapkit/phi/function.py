@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from fmapkit.errors import NotAModuleError
 from fmapkit.map import FeatureMap
-from fmapkit.phi._asked import Asked
 from fmapkit.phi._calls import Calls, Found
 from fmapkit.phi._compiled import by_itself, compiling_context, opaque
 from fmapkit.phi._features import call as called
 from fmapkit.phi._features import one, rows
 from fmapkit.phi._kernel import kernel
 from fmapkit.phi._pool import Pool, checked, picked, pooled
+from fmapkit.phi._request import Request
 
 if TYPE_CHECKING:
     from fmapkit.phi.transformer import FeatureTransformer
@@ -54,7 +54,7 @@ class FeatureFunction(nn.Module):
             raise NotAModuleError(
                 f"feature_map takes a torch.nn.Module, not {type(model).__name__}{hint}"
             )
-        self._asked = Asked.of(layers, kind, filters, call, path)
+        self._asked = Request.of(layers, kind, filters, call, path)
         self._calls = Calls()
         self.pool = checked(pool)
         self._calls.reader(model, self._asked)  # what cannot be meant is said now
