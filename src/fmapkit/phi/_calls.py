@@ -213,7 +213,7 @@ class Reader:
         with self._recurring as maps:
             try:
                 self.model(*args, **kwargs)
-                every = list(maps)
+                every = self._recurring.found()
             finally:
                 self._captured = self._recurring.captured
                 maps.clear()
