@@ -251,7 +251,7 @@ class Twins:
                     twin = twin_of(original, function.__globals__, self._fixed)
                     theirs = _made.get(known_as(function.__code__))
                     if twin is not None and theirs is not None and theirs.fixed == twin.fixed:
-                        function.__code__ = twin.code
+                        function.__code__ = self._mine[function] = twin.code
 
     def exchange_all(self, codes: Sequence[tuple[types.CodeType, dict[str, Any]]]) -> None:
         """The same for whatever functions there are that run some code.
