@@ -75,7 +75,7 @@ class Calls:
                 return first
             outputs = reader.outputs(context)
             known = self._compiled[id(context)] = (context, model, outputs, reader.tags)
-            if first is not None and not (outputs and context.fullgraph):
+            if first is not None and not (outputs and getattr(context, "fullgraph", False)):
                 return first
         _, _, outputs, tags = known
         tensors = outputs(args, kwargs) if outputs is not None else None
