@@ -571,6 +571,10 @@ def test_compiled_outputs_of_modules_end_the_graph_and_leave_nothing() -> None:
             truth.assert_nothing_left(before, net)
         assert sizes == [convolutions], "one graph, which ends with the last map"
         assert all(map(torch.equal, _tuple(phi(x)), expected))
+    conv = feature_map(nn.Sequential(nn.Sequential(nn.Conv2d(2, 6, 3))), "0", pool="mean")
+    pooled = torch.compile(conv, backend="eager")
+    for y in (x, x, x[0], x):  # what has no batch axis has its filters elsewhere
+        assert torch.equal(pooled(y), conv.model(y).mean((-1, -2)))
     mixed = feature_map(net, ["0", "2.0"])
     compiled = torch.compile(mixed, backend=backend)
     for _ in range(3):

@@ -81,7 +81,9 @@ class Calls:
         tensors = outputs(args, kwargs) if outputs is not None else None
         if tensors is None:  # it is none that compiled code tells, or did not run this time
             return self(model, asked, args, kwargs)
-        pairs = zip(tags, tensors, strict=True)
+        pairs = list(zip(tags, tensors, strict=True))
+        if any(fm.tensor.dim() != tensor.dim() for (_, fm), tensor in pairs):
+            return self(model, asked, args, kwargs)  # its filters lie elsewhere
         return [(key, replace(fm, tensor=tensor)) for (key, fm), tensor in pairs]
 
     def _whole(self, model: nn.Module, context: Any) -> nn.Module:

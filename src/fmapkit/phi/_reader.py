@@ -47,7 +47,7 @@ class Reader:
 
     Attributes:
         keys: of the maps, in order; empty before a first pass where that shows which there are.
-        tags: what the first pass has found, without the tensors.
+        tags: what the first pass has found, with empty tensors of as many axes.
     """
 
     def __init__(self, model: nn.Module, asked: Request, stop: bool) -> None:
@@ -141,8 +141,9 @@ class Reader:
             self._check_graph(found, args, kwargs)
         self.keys = [key for key, _ in found]
         if not self.tags:
-            nothing = torch.empty(0)
-            self.tags = [(key, replace(fm, tensor=nothing)) for key, fm in found]
+            self.tags = [
+                (key, replace(fm, tensor=torch.empty([0] * fm.tensor.dim()))) for key, fm in found
+            ]
         return found
 
     def _each_once(self, found: Found) -> Found:
