@@ -12,6 +12,7 @@ python -m benchmarks zoo [--out FILE] [--model NAME] [--threads N]
 python -m benchmarks memory [--device DEVICE]
 python -m benchmarks longrun [--steps N] [--figure FILE]
 python -m benchmarks statistics [--device DEVICE] [--seconds S] [--threads N] [--no-compile]
+python -m benchmarks extractor [--seconds S] [--threads N]
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import (
     contenders,
+    extractor,
     growth,
     longrun,
     memory,
@@ -129,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     command = add("statistics", "running statistics beside one read of each map", 1.0)
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     command.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    add("extractor", "feature_map beside torchvision's extractor", 5.0, threads=1)
     return top
 
 
@@ -188,6 +191,8 @@ def main(arguments: list[str] | None = None) -> None:
         memory.run(given.device)
     elif given.command == "statistics":
         statistics.run(given.device, given.threads, given.seconds, not given.no_compile)
+    elif given.command == "extractor":
+        extractor.run(given.seconds, given.threads)
     else:
         longrun.run(given.steps, given.figure)
 

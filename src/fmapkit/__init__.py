@@ -26,6 +26,7 @@ from fmapkit.errors import (
 from fmapkit.layers import register_layer
 from fmapkit.maps import FeatureMap, FeatureMaps
 from fmapkit.nonlinearities import register_nonlinearity
+from fmapkit.phi import FeatureFunction, feature_map
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "CaptureWarning",
     "DistributedError",
     "EditError",
+    "FeatureFunction",
     "FeatureMap",
     "FeatureMaps",
     "FilterRangeError",
@@ -53,6 +55,7 @@ __all__ = [
     "UnknownLayerError",
     "capture",
     "edits",
+    "feature_map",
     "register_layer",
     "register_nonlinearity",
 ]

@@ -11,6 +11,7 @@ from fmapkit.analysis.protocol import Analysis
 if TYPE_CHECKING:
     from fmapkit.analysis.dead import DeadFilters
     from fmapkit.analysis.firings import LayerFirings
+    from fmapkit.analysis.similarity import Similarity
     from fmapkit.analysis.statistics import Statistics
     from fmapkit.analysis.summary import LayerStatistics
     from fmapkit.analysis.top import TopInputs
@@ -25,6 +26,7 @@ __all__ = [
     "LayerStatistics",
     "LayerTops",
     "Patch",
+    "Similarity",
     "Statistics",
     "TopInputs",
 ]
@@ -34,6 +36,7 @@ _HOMES = {
     "DeadFilters": "dead",
     "LayerFirings": "firings",
     "LayerStatistics": "summary",
+    "Similarity": "similarity",
     "Statistics": "statistics",
     "TopInputs": "top",
     **dict.fromkeys(["Context", "Hit", "LayerTops", "Patch"], "tops"),

@@ -1,0 +1,116 @@
+"""The calls of φ: by which capture each is read, eagerly or by compiled code."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fmapkit._optimized import compiled_roots
+from fmapkit.errors import CaptureStateError
+from fmapkit.phi._compiled import CompiledOutputs
+from fmapkit.phi._reader import Found, Reader
+from fmapkit.phi._request import Request
+
+__all__ = ["Calls", "Found"]
+
+_MOST = 8  # readers of one thread
+
+
+class Calls:
+    """The captures by which one φ reads its maps: each thread has its own, a copy of φ none yet."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        # By torch's context, told by its id: it, the model, and what it has compiled.
+        self._wholes: dict[int, tuple[Any, nn.Module, nn.Module]] = {}
+        self._compiled: dict[int, tuple[Any, nn.Module, CompiledOutputs | None, Found]] = {}
+
+    def __deepcopy__(self, memo: Any) -> Calls:
+        return Calls()
+
+    def __reduce__(self) -> Any:
+        return Calls, ()
+
+    def __call__(self, model: nn.Module, asked: Request, args: Any, kwargs: Any) -> Found:
+        """Run the model, and read what was asked for: each map with its key.
+
+        Raises:
+            CaptureStateError: a backward pass runs, or a capture with an edit is open.
+            MapStateError: the pass could not be captured.
+            MapLookupError: what was asked for is not in the pass, or not there once.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            raise CaptureStateError(
+                "a feature_map was called while a backward pass runs, as activation checkpointing "
+                "does to compute it once more; put the checkpoint inside of the model"
+            )
+        reader = self.reader(model, asked)
+        found = reader(args, kwargs)
+        if found is None and not model.training:  # it took a new way; the next pass is traced
+            found = reader(args, kwargs)
+        if found is None:
+            raise reader.nothing()
+        return found
+
+    def compiled(
+        self, model: nn.Module, asked: Request, context: Any, args: Any, kwargs: Any
+    ) -> Found:
+        """The same by compiled code, as torch's context compiles it.
+
+        Where outputs of modules are asked for, a first call has to run eagerly, which shows what
+        there is. With `fullgraph=True` torch wants compiled code to run all the same: both run.
+        """
+        reader = self.reader(model, asked)
+        if compiled_roots(model) or not reader.may_be_outputs:
+            whole = model if compiled_roots(model) else self._whole(model, context)
+            return self(whole, asked, args, kwargs)
+        known = self._compiled.get(id(context))
+        if known is None or known[0] is not context or known[1] is not model:
+            first = None if reader.tags else self(model, asked, args, kwargs)
+            if first is not None and not reader.tags:  # another capture saw it, too
+                return first
+            outputs = reader.outputs(context)
+            known = self._compiled[id(context)] = (context, model, outputs, reader.tags)
+            if first is not None and not (outputs and getattr(context, "fullgraph", False)):
+                return first
+        _, _, outputs, tags = known
+        tensors = outputs(args, kwargs) if outputs is not None else None
+        if tensors is None:  # it is none that compiled code tells, or did not run this time
+            return self(model, asked, args, kwargs)
+        pairs = list(zip(tags, tensors, strict=True))
+        if any(fm.tensor.dim() != tensor.dim() for (_, fm), tensor in pairs):
+            return self(model, asked, args, kwargs)  # its filters lie elsewhere
+        return [(key, replace(fm, tensor=tensor)) for (key, fm), tensor in pairs]
+
+    def _whole(self, model: nn.Module, context: Any) -> nn.Module:
+        """The model, compiled; `capture` reads it."""
+        known = self._wholes.get(id(context))
+        if known is None or known[0] is not context or known[1] is not model:
+            known = self._wholes[id(context)] = (context, model, context(model))
+        return known[2]
+
+    def reader(self, model: nn.Module, asked: Request) -> Reader:
+        """What reads the next call.
+
+        Raises:
+            NotAModuleError: `model` is no `nn.Module`.
+            UnknownLayerError: a selector matches nothing in it.
+        """
+        found = self._known(model, asked, stop=True)
+        # Another capture sees this pass, too, and would lose what comes after the last map.
+        return found if found.alone else self._known(model, asked, stop=False)
+
+    def _known(self, model: nn.Module, asked: Request, stop: bool) -> Reader:
+        readers: list[Reader] = self._local.__dict__.setdefault("readers", [])
+        for reader in readers:
+            # A hook of the model's may call φ again, in the middle of a call.
+            if reader.model is model and reader.stop == stop and not reader.busy:
+                return reader
+        if len(readers) >= _MOST:  # of models that were exchanged for others
+            readers.clear()
+        readers.append(Reader(model, asked, stop))
+        return readers[-1]
