@@ -20,6 +20,7 @@ from fmapkit._candidates import name_by_hand
 from fmapkit._edit import Edits
 from fmapkit._frames import Frame, SigmaCall, Site
 from fmapkit._functions import out_of_place
+from fmapkit._module_edits import ModuleEdits
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow, flow_of
 from fmapkit._store import Held, version_of
@@ -49,6 +50,7 @@ class Editor:
         self.tracer = tracer
         self.edits = edits
         self.probe = probe
+        self.modules = ModuleEdits(tracer, edits)
 
     def __bool__(self) -> bool:
         return bool(self.edits)

@@ -132,7 +132,12 @@ class Record:
         return origin
 
     def layer_maps(
-        self, event: Event, x: Tensor | None, out: Tensor, edited: Held | None = None
+        self,
+        event: Event,
+        x: Tensor | None,
+        out: Tensor,
+        edited: Held | None = None,
+        was: Tensor | None = None,
     ) -> None:
         """Hold a layer's maps.
 
@@ -141,12 +146,16 @@ class Record:
             x: its input, if it has one.
             out: what it returned.
             edited: what goes on in the place of that.
+            was: the input before it was edited; None where it was not.
         """
         origin, axes, kinds = event.origin, event.axes, self.wants.kinds
         if x is not None and "input" in kinds:
-            event.x_held = self.aliases.reference(x)
+            event.x_held = self.aliases.reference(x if was is None else was)
             if self.wants.filters is None:
                 self.hold(event, "x", "input", origin, event.x_held, self._input_axes(x, out, axes))
+                for slot, entry in event.entries if was is not None else ():
+                    if slot == "x":
+                        entry.edited = self._same_filters(entry, self.aliases.reference(x))
             else:
                 self.miss(
                     origin.name, "filters= was given, and its input is not of its own filters"
@@ -170,7 +179,7 @@ class Record:
         place = axes.dim - out.dim()
         return Axes.single(x.dim() + place, x.shape[place]) if x.dim() >= -place else None
 
-    def output(self, module: nn.Module, name: str, output: Any) -> None:
+    def output(self, module: nn.Module, name: str, output: Any) -> Event:
         """A module has returned what is wanted as its output."""
         if self.wants.filters is not None and not self.wants.kind("output"):
             self.miss(name, "filters= was given, and what a module returns is held whole")
@@ -196,6 +205,7 @@ class Record:
             self.hold(event, path, "output", origin, held, axes, path=path)
         self.events.append(event)
         self.firings.fire(event)
+        return event
 
     def norm(self, tag: Flow, out: Tensor, axis: int, name: str) -> Flow:
         """A norm keeps the layer; where there is none, it is the nearest thing with filters."""

@@ -166,6 +166,7 @@ class Session:
         self.live.thread = _thread()
         entered(self)
         self.unseen.scripted()
+        self._open_edited()
         tell(self._scripted)
         self._placing.on_model()
         hide_from_scripting()
@@ -189,6 +190,11 @@ class Session:
             self.unseen.no_pass()
         if not failed:
             self._misses.warn()
+
+    def _open_edited(self) -> None:
+        """Trace in every pass where a module's input or output is edited."""
+        if self._edits:
+            self._units.open(*self._edits.modules())
 
     def uncover(self) -> None:
         """The model is being compiled: nothing of ours inside."""
@@ -412,9 +418,6 @@ class Session:
         if live.tracer is not None:
             self._learning.finish(live.tracer)
             self._moves.clear()
-        if self._edits and not failed and not (stop is not None and stop.ended):
-            for layer, why in self._edits.unapplied():
-                self.miss(layer, why)
         if current is not None and not failed:
             if self.wants.picks and not self.store.fleeting:
                 self._name_unpicked(current)
@@ -429,6 +432,9 @@ class Session:
             self._keeping.keep(current, failed)
         if misses.entries and not misses.warned:
             misses.warn_in_forward()
+        if self._edits and current is not None and not failed:
+            if not (stop is not None and stop.ended):
+                self._edits.check_done(current.step)
 
     def _name_unpicked(self, current: Pass) -> None:
         named = {entry.layer for entry in self.missed}
@@ -490,4 +496,5 @@ class Session:
         if self._stop is not None:
             self._stop.forget()
         self.watch = Watch(self.model, self.hooks)
+        self._open_edited()
         self.unseen.scripted()

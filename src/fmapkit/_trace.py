@@ -129,6 +129,8 @@ class Tracer(TorchFunctionMode):
         self.record.end()
         self.frames.clear()
         self.tags.end()
+        if self.editor:
+            self.editor.modules.end()
 
     def fail(self, error: BaseException) -> None:
         """A fault of our own: the rest of the pass is not captured, and `missed` says so."""
@@ -377,7 +379,8 @@ class Tracer(TorchFunctionMode):
         origin = self.record.layer(event, name, out, axes)
         edit = self.editor.response(name, origin.call, out, axes) if self.editor else None
         if self.wants.layer(name):
-            self.record.layer_maps(event, x, out, None if edit is None else edit[1])
+            was = self.editor.modules.was(x) if self.editor and x is not None else None
+            self.record.layer_maps(event, x, out, None if edit is None else edit[1], was)
             self.spare(event)
         return out if edit is None else edit[0]
 
@@ -447,7 +450,11 @@ class Tracer(TorchFunctionMode):
         with torch._C.DisableTorchFunction():  # what we look at ourselves is not the model's doing
             if self.frames:
                 self.past_hooks(module)
+            replaced = self.editor.modules.input(module, args, kwargs) if self.editor else None
+            if replaced is not None:
+                args, kwargs = replaced
             frame = Frame(module, args, kwargs, len(self.events))
+            frame.replaced = replaced
             frame.firing = len(self.firings)
             parent = self.frames[-1] if self.frames else None
             if self.learning:
@@ -511,12 +518,16 @@ class Tracer(TorchFunctionMode):
             edited = close(self, frame, output)
             if edited is not None and edited is not output:
                 replaced = output = edited
-            if module in self.wants.outputs:
-                self._output(module, output)
+            event = self._output(module, output) if module in self.wants.outputs else None
+            if self.editor:
+                new, held = self.editor.modules.output(module, output)
+                replaced = new if held else replaced
+                for path, entry in event.entries if event is not None else ():
+                    entry.edited = held.get(path)
         return replaced
 
-    def _output(self, module: nn.Module, output: Any) -> None:
-        self.record.output(module, self.names.of(module), output)
+    def _output(self, module: nn.Module, output: Any) -> Event | None:
+        return self.record.output(module, self.names.of(module), output)
 
     def verdict(self, frame: Frame, output: Any) -> str | None:
         """The name of σ if this call of a module is one nonlinearity."""

@@ -159,7 +159,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 f"one: {names.collective()!r} exchanges data with them while it runs"
             )
         wants = Wants(names, layers, kinds, filters, detach, gradients, retention)
-        edits = Edits(names, edit, FeatureMap)
+        edits = Edits(names, edit)
         passes = None if keep == "all" else int(keep)
         model = unwrap(model)  # a pass is the plain model's, whoever called it
         wanted = Asked(model, names, wants, edits, seen_by, Stop() if stop else None)
