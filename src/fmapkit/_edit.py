@@ -6,10 +6,12 @@ wants in its place comes out.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from fmapkit import layers
@@ -23,9 +25,10 @@ from fmapkit._where import Where
 from fmapkit.errors import ArgumentError, EditError, listed
 from fmapkit.map import FeatureMap
 
-__all__ = ["Edits", "in_checkpoint"]
+__all__ = ["Edits"]
 
 _OF_MODULES = ("input", "output")
+_REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
 AGAIN = (
     "{where} is inside activation checkpointing, which runs that part again in backward, without "
     "the edit: gradients would be those of another model. Edit outside of it, or turn it off"
@@ -127,6 +130,7 @@ class Edits:
         self._all = [_Edit(key, function, names) for key, function in (given or {}).items()]
         self.raised: BaseException | None = None
         self.runs = 0
+        self._grads = False
 
     @classmethod
     def none(cls) -> Edits:
@@ -151,9 +155,10 @@ class Edits:
                 found.add(module)
         return found
 
-    def begin(self) -> None:
-        """A pass begins."""
+    def begin(self, grads: bool) -> None:
+        """A pass begins, of which gradients are recorded or not."""
         self.raised = None
+        self._grads = grads
         for edit in self._all:
             edit.begin()
 
@@ -242,7 +247,7 @@ class Edits:
                 continue
             edit.done = True
             self.runs += 1
-            if torch.is_grad_enabled() and in_checkpoint():
+            if self._grads and _in_checkpoint():
                 raise EditError(AGAIN.format(where=f"the {kind} of layer {layer!r}"))
             fm = FeatureMap(
                 tensor=result,
@@ -258,11 +263,15 @@ class Edits:
         return None if result is tensor else result
 
 
-def in_checkpoint() -> bool:
+def _in_checkpoint() -> bool:
     """Whether the forward of a checkpointed part runs, which runs again in backward."""
     top: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    pack = getattr(top[0], "__qualname__", "") if top else ""
-    return in_function() or pack.startswith("_checkpoint_hook.")
+    if top and getattr(top[0], "__qualname__", "").startswith("_checkpoint_hook."):
+        return True
+    at: Any = sys._getframe(1) if in_function() else None
+    while at is not None and at.f_code is not _REENTRANT:
+        at = at.f_back
+    return at is not None
 
 
 def _run(edit: _Edit, fm: Any) -> Tensor:

@@ -62,7 +62,7 @@ class Editor:
         flow = tag if isinstance(tag, Flow) else STOP
         none = flow.origin.kind == "none"
         name = own if none else flow.origin.name
-        if not any(e.kind != "response" for e in self.edits.of(name)):
+        if not any(self.edits.of(name, kind) for kind in ("preactivation", "activation")):
             return None
         tracer.edited = True
         call = tracer.counts[own] if none else flow.origin.call

@@ -68,11 +68,12 @@ def _keys(value: Any) -> list[Any]:
 def _with(value: Any, key: Any, part: Any) -> Any:
     """A copy of a container with another part."""
     if isinstance(value, tuple):
-        if isinstance(key, _Attribute) and hasattr(value, "_fields"):
-            return value._replace(**{str(key): part})
+        named: Any = getattr(value, "_replace", None)
+        if isinstance(key, _Attribute) and named is not None:
+            return named(**{str(key): part})
         items = [part if i == key else item for i, item in enumerate(value)]
-        kind: Any = type(value)
-        return kind._make(items) if hasattr(kind, "_make") else _tuple(kind, items)
+        kind: Any = type(value)  # torch's own named ones (`torch.return_types`) take a list, too
+        return kind(items)
     if isinstance(value, types.MappingProxyType):
         return types.MappingProxyType({**value, key: part})
     made = copy.copy(value)
@@ -84,8 +85,3 @@ def _with(value: Any, key: Any, part: Any) -> Any:
     else:
         made[key] = part
     return made
-
-
-def _tuple(kind: Any, items: list[Any]) -> Any:
-    """A tuple of a kind, torch's own named ones (`torch.return_types`) included."""
-    return tuple(items) if kind is tuple else kind(items)

@@ -392,7 +392,7 @@ class Session:
             step, self.model.training, gradually=self._gradually and not compiled
         )
         if self._edits:
-            self._edits.begin()
+            self._edits.begin(live.current.grads)
         if self._stop is not None:
             self._stop.begin()
         if compiled:

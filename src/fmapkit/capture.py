@@ -56,12 +56,13 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         detach: False keeps the maps in the autograd graph, for losses on them. The graph lives as
             long as its maps do.
         every: capture each n-th pass (the first one included); the others run bare.
-        edit: change maps while they are made: a dict of layer, (layer, kind) or
-            (layer, kind, filters) -> a function that gets the map, still part of the graph, and
-            returns a tensor of its shape that goes on in its place. The kind is "response",
-            "preactivation" or "activation" (the default). `fm.tensor` is then what was, `fm.edited`
-            what went on. `fmapkit.edits` has the usual functions. Whatever a function raises is
-            raised by the model's call.
+        edit: change maps while they are made: a dict of where -> a function that gets the map,
+            still part of the graph, and returns a tensor of its shape that goes on in its place.
+            Where is a layer, (layer, kind), (layer, kind, filters) or (layer, kind, path), of any
+            of the five kinds, or an `edits.Where`, which also tells positions, calls and steps.
+            `fm.tensor` is then what was, `fm.edited` what went on. `fmapkit.edits` has the usual
+            functions. Whatever a function raises is raised by the model's call, and so is, at the
+            end of a pass, an `EditError` of an edit that found no place in it.
         stop: once a pass has shown which maps there are, end the forward as soon as they are
             there: from the second pass on, as a rule; a pass that has to be traced as a whole goes
             to its end. The model's call then returns None. For the maps of early layers only.

@@ -183,7 +183,8 @@ def project_out(direction: Tensor) -> Edit:
         axis = _axis(fm, basis.shape[1], "a direction")
         d = basis.to(fm.device, fm.dtype)
         x = fm.tensor.movedim(axis, -1)
-        return (x - (x @ d.T) @ d).movedim(-1, axis)
+        left: Tensor = x - (x @ d.T) @ d
+        return left.movedim(-1, axis)
 
     return edit
 
@@ -226,11 +227,11 @@ def _fitted(value: Tensor | float, fm: FeatureMap) -> Tensor:
         axis = _axis(fm, len(other), "a vector")
         other = other.reshape(-1, *[1] * (fm.tensor.dim() - axis - 1))
     try:
-        fits = torch.broadcast_shapes(other.shape, fm.shape) == fm.shape
+        other.expand(fm.shape)
     except RuntimeError:
-        fits = False
-    if not fits:
-        raise EditError(f"a value of shape {tuple(other.shape)} does not fit {_name(fm)[:-1]}")
+        raise EditError(
+            f"a value of shape {tuple(other.shape)} does not fit {_name(fm)[:-1]}"
+        ) from None
     return other
 
 
