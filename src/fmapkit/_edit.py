@@ -249,6 +249,8 @@ class Edits:
             self.runs += 1
             if self._grads and _in_checkpoint():
                 raise EditError(AGAIN.format(where=f"the {kind} of layer {layer!r}"))
+            if kind == "input" and usual:  # as `capture` tags it
+                tags = {**tags, "path": ""}
             fm = FeatureMap(
                 tensor=result,
                 kind=kind,
