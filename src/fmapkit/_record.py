@@ -107,7 +107,7 @@ class Record:
         """
         origin = flow.origin
         if origin.kind == "none":
-            origin = self._next("own", own)
+            origin = self.next_call("own", own)
         else:
             self.claim(origin)
         event.axes = flow.axes
@@ -125,7 +125,7 @@ class Record:
 
     def layer(self, event: Event, name: str, out: Tensor, axes: Axes | None) -> Origin:
         """A layer has run: where the filters of what it returned come from."""
-        origin = self._next("layer", name)
+        origin = self.next_call("layer", name)
         event.axes = axes
         self.tags.put(out, Flow(origin, axes))
         self._add(event, origin, out)
@@ -185,7 +185,7 @@ class Record:
             self.miss(name, "filters= was given, and what a module returns is held whole")
         event = Event("output", module)
         event.module = module
-        origin = self._next("output", name, f"{name}()")
+        origin = self.next_call("output", name, f"{name}()")
         event.origin = origin
         found = leaves(output)
         closed = closed_parts(output)
@@ -212,7 +212,7 @@ class Record:
         if tag.origin.kind == "layer" or out.dim() < 2:
             return tag
         dim = axis % out.dim()
-        return Flow(self._next("norm", name), Axes.single(dim, out.shape[dim]))
+        return Flow(self.next_call("norm", name), Axes.single(dim, out.shape[dim]))
 
     def _add(self, event: Event, origin: Origin, result: Tensor) -> None:
         event.origin = origin
@@ -221,7 +221,7 @@ class Record:
         self.events.append(event)
         self.firings.fire(event)
 
-    def _next(self, kind: str, name: str, counted: str = "") -> Origin:
+    def next_call(self, kind: str, name: str, counted: str = "") -> Origin:
         """The next call of what goes by the name, or is counted by another one."""
         call = self.counts.get(counted or name, 0)
         self.counts[counted or name] = call + 1

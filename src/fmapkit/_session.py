@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from fmapkit._asked import Asked
+from fmapkit._attention import NONE_SEEN
 from fmapkit._beside import Beside
 from fmapkit._budget import Budget
 from fmapkit._compiled import Compiled
@@ -421,6 +422,8 @@ class Session:
         if current is not None and not failed:
             if self.wants.picks and not self.store.fleeting:
                 self._name_unpicked(current)
+            if self.wants.kind("attention") and not (stop is not None and stop.ended):
+                self._name_without_attention(current)
             if stop is not None:
                 stop.learn(current)
         live.clear()
@@ -440,6 +443,12 @@ class Session:
         named = {entry.layer for entry in self.missed}
         for layer in self.wants.without_maps({e.origin.name for e in current.entries()} | named):
             self.miss(layer, "filters= was given for it, and this pass had no map of it")
+
+    def _name_without_attention(self, current: Pass) -> None:
+        seen = {e.origin.name for e in current.entries() if e.kind == "attention"}
+        named = {entry.layer for entry in self.missed}
+        for layer in self.wants.without_attention(seen | named):
+            self.miss(layer, NONE_SEEN)
 
     def abandon(self) -> None:
         """The pass ended without its post hook: leave no mode, flag or learning hook behind."""

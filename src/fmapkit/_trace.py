@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from fmapkit import _vocabulary as words
 from fmapkit import _weighted, layers, nonlinearities
+from fmapkit._attention import AttentionWatch
 from fmapkit._axes import Axes
 from fmapkit._candidates import is_whole, may_be_sigma, role_of, verdict
 from fmapkit._closing import close
@@ -105,6 +107,7 @@ class Tracer(TorchFunctionMode):
         self.pending, self.claim, self.let_go = record.pending, record.claim, record.let_go
         # They know each other: where there is nothing to edit, no cycle is left to Python's gc.
         self.editor = Editor(self, edits, self._probe) if edits else None
+        self.attention = AttentionWatch(self) if wants.kind("attention") else None
         self.frames: list[Frame] = []
         self.described = described()
         self.unhooked: set[nn.Module] = set()
@@ -131,6 +134,8 @@ class Tracer(TorchFunctionMode):
         self.tags.end()
         if self.editor:
             self.editor.modules.end()
+        if self.attention is not None:
+            self.attention.end()
 
     def fail(self, error: BaseException) -> None:
         """A fault of our own: the rest of the pass is not captured, and `missed` says so."""
@@ -155,7 +160,7 @@ class Tracer(TorchFunctionMode):
         if known.silent or self.paused or self.failed or _backward() != -1:
             return func(*args, **kwargs)
         if known.opened is not None:
-            with self:
+            with self, self.attention.inside(args, kwargs) if self.attention else nullcontext():
                 return known.opened(*args, **kwargs)
         if not self.frames or (types and any(map(_is_lazy, types))):
             return func(*args, **kwargs)
@@ -239,6 +244,8 @@ class Tracer(TorchFunctionMode):
         if not operands:
             self.follow(name, operands, args, kwargs, out)
             return out
+        if self.attention is not None and not self.opaque:
+            self.attention.step(name, func, operands, args, kwargs, out)
         weight = None
         if _weighted.weighs(name):
             weight = _weighted.weight_operand(name, operands, args, kwargs, self.tag)

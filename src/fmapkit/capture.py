@@ -48,7 +48,9 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         layers: which layers: a name, glob, regex, module, module type or callable, or several of
             these; None for all. A module that is no filter layer means what it returns, a
             container that is never called (`nn.ModuleList`) the modules that it holds.
-        kinds: which of "input", "response", "preactivation", "activation", "output".
+        kinds: which of "input", "response", "preactivation", "activation", "output", "attention".
+            Attention is the probabilities: what a softmax gave that weighs values, or a second
+            computation of it beside fused attention; by head, under the module in which it ran.
         filters: hold only these filters (copied out, so that the rest can be freed): an int,
             several, or a dict of layer -> these.
         keep: how many passes stay readable: an int, or "all". 0 goes with `analyses`: they see
@@ -148,10 +150,12 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         budget = None if max_bytes is None else Budget(max_bytes, when_full)
         given, model = model, plain(model)
         names = Names(model)
-        if (edit or stop or gradients) and (roots := compiled_roots(given)):
-            asked = "edit" if edit else "stop" if stop else "gradients"
+        attention = "attention" in ([kinds] if isinstance(kinds, str) else kinds)
+        if (edit or stop or gradients or attention) and (roots := compiled_roots(given)):
+            asked = "edit=" if edit else "stop=" if stop else "gradients="
+            asked = "kinds='attention'" if attention else asked
             raise ArgumentError(
-                f"{asked}= needs a model that runs eagerly, and "
+                f"{asked} needs a model that runs eagerly, and "
                 f"{names.of(plain(roots[0])) or type(plain(roots[0])).__name__!r} is compiled"
             )
         if stop and names.collective():
