@@ -27,6 +27,7 @@ from fmapkit._origin import Flow, Origin, Weight
 from fmapkit._sharded import is_wrapped
 from fmapkit._store import Held, version_of
 from fmapkit._transforms import is_shapeless, wrapped
+from fmapkit.heads import Heads, Projection, projection
 
 if TYPE_CHECKING:
     from fmapkit._trace import Tracer
@@ -52,15 +53,18 @@ FUSED = words.words(
 )
 
 
+_Made = tuple[Projection | None, Projection | None]
+
+
 class _Softmax:
     """The result of a softmax, which may turn out to be attention probabilities."""
 
-    __slots__ = ("done", "heads", "held", "modules", "scope")
+    __slots__ = ("axes", "done", "held", "made", "modules")
 
-    def __init__(self, held: Held, heads: Axes | None, scope: nn.Module) -> None:
+    def __init__(self, held: Held, axes: Axes | None, made: _Made) -> None:
         self.held = held
-        self.heads = heads
-        self.scope = scope
+        self.axes = axes  # of heads
+        self.made = made  # its queries and keys
         self.modules: set[nn.Module] = set()  # in which it went on
         self.done = False
 
@@ -79,6 +83,7 @@ class AttentionWatch:
         self._heads: dict[int, tuple[weakref.ref[Tensor], Flow]] = {}
         self._keys: dict[int, tuple[weakref.ref[Tensor], Flow]] = {}
         self._softmaxes: dict[Origin, _Softmax] = {}
+        self._made: dict[Origin, _Made] = {}  # queries and keys of scores
 
     def end(self) -> None:
         """Let go of all that could keep a tensor alive."""
@@ -152,8 +157,10 @@ class AttentionWatch:
         if heads is not None:
             dim = _place_in_product(name, heads.dim, a, args, out)
             if dim is not None and out.shape[dim] == heads.size:
-                axes = Axes.single(dim, heads.size)
-                self._heads[id(out)] = weakref.ref(out), Flow(Origin("heads"), axes)
+                origin, axes = Origin("heads"), Axes.single(dim, heads.size)
+                self._heads[id(out)] = weakref.ref(out), Flow(origin, axes)
+                keys = projection(self._tracer.tag(b), b.shape)
+                self._made[origin] = projection(tag, a.shape), keys
 
     def _softmax(self, scores: Tensor, args: Any, kwargs: Any, out: Tensor) -> None:
         dim = argument(args, kwargs, 1, "dim")
@@ -162,7 +169,10 @@ class AttentionWatch:
         tracer = self._tracer
         flow = self._find(self._heads, scores)
         heads = flow.axes if flow is not None and flow.axes and flow.axes.fit(out.shape) else None
-        known = _Softmax(tracer.aliases.reference(out), heads, tracer.scope())
+        made = self._made[flow.origin] if flow is not None else (None, None)
+        if dim % out.dim() == out.dim() - 2:  # the keys are those of the first factor
+            made = made[::-1]
+        known = _Softmax(tracer.aliases.reference(out), heads, made)
         known.modules.update(f.module for f in tracer.frames)
         origin = Origin("softmax")
         self._softmaxes[origin] = known
@@ -176,7 +186,7 @@ class AttentionWatch:
         if known.done:
             return
         known.done = True
-        held, axes = known.held, known.heads
+        held, axes = known.held, known.axes
         p = held.tensor
         if p is not None and self._merged and axes is None and p.dim() == 3:
             if p.shape[0] % self._merged == 0:
@@ -184,7 +194,8 @@ class AttentionWatch:
                 held = Held(apart, held.version, held.copied, held.gradient)
                 tracer.aliases.watch(held)
                 axes = Axes.single(1, self._merged)
-        self._hold(held, axes, known.scope)
+        made = projection(tracer.tag(values), values.shape)
+        self._hold(held, axes, tracer.scope(), Heads(*known.made, made))
 
     # -- fused --------------------------------------------------------------------------------
 
@@ -204,9 +215,11 @@ class AttentionWatch:
         if tracer.wants.gradients:
             tracer.miss(name, NO_GRADIENT)
         heads = Axes.single(found.dim() - 3, found.shape[-3]) if found.dim() > 2 else None
-        self._hold(Held(found, version_of(found), copied=True), heads, tracer.scope())
+        made = [projection(tracer.tag(call[n]), call[n].shape) for n in ("query", "key", "value")]
+        held = Held(found, version_of(found), copied=True)
+        self._hold(held, heads, tracer.scope(), Heads(*made))
 
-    def _hold(self, held: Held, heads: Axes | None, scope: nn.Module) -> None:
+    def _hold(self, held: Held, axes: Axes | None, scope: nn.Module, heads: Heads) -> None:
         tracer = self._tracer
         name = tracer.names.of(scope)
         origin = tracer.record.next_call("attention", name, f"{name}@attention")
@@ -214,7 +227,9 @@ class AttentionWatch:
             return
         event = Event("attention", scope)
         event.origin, event.y_held = origin, held
-        tracer.record.hold(event, "y", "attention", origin, held, heads)
+        tracer.record.hold(event, "y", "attention", origin, held, axes)
+        for _, entry in event.entries:
+            entry.heads = heads
         tracer.events.append(event)
 
 
