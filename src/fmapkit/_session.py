@@ -34,6 +34,7 @@ from fmapkit._hooks import FAILED, Hooks
 from fmapkit._keeping import Keeping
 from fmapkit._learning import Learning
 from fmapkit._live import MODES, Live
+from fmapkit._methods import Methods
 from fmapkit._missed import Misses, reason
 from fmapkit._moves import Moves
 from fmapkit._optimized import ever_compiled, in_compiled_code
@@ -119,6 +120,11 @@ class Session:
         self.live = Live(asked, self._misses, self.paths)
         self.compiled = Compiled(self, given)
         self.watch = Watch(self.model, self.hooks)  # since `names` were read
+        self._methods = Methods(
+            self.model,
+            asked.methods,
+            (self._inside, self._pre, self._post, self._broken_off),
+        )
         self._moves = Moves(self.live)
         self._beside = Beside(asked, self.live, self.hooks, self._misses)
         self._units = Units(self.hooks.is_ours)
@@ -167,9 +173,10 @@ class Session:
         self.live.thread = _thread()
         entered(self)
         self.unseen.scripted()
-        self._open_edited()
+        self._open_always()
         tell(self._scripted)
         self._placing.on_model()
+        self._methods.stand()
         hide_from_scripting()
         self.compiled.open()
         if not self.compiled:  # dynamo compares what stands before a call
@@ -178,6 +185,7 @@ class Session:
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""
         left(self)
+        self._methods.leave()
         tell_no_more(self._scripted)
         self.abandon()
         self.compiled.close()
@@ -192,10 +200,12 @@ class Session:
         if not failed:
             self._misses.warn()
 
-    def _open_edited(self) -> None:
-        """Trace in every pass where a module's input or output is edited."""
+    def _open_always(self) -> None:
+        """Trace in every pass where inputs or outputs are edited, and methods are called."""
         if self._edits:
             self._units.open(*self._edits.modules())
+        if self._methods:
+            self._units.open(self.model)
 
     def uncover(self) -> None:
         """The model is being compiled: nothing of ours inside."""
@@ -253,8 +263,10 @@ class Session:
             output = None
         try:
             if live.current is None:
-                if module is self.model:
-                    live.idle = False
+                if module is self.model and live.depth:
+                    live.depth -= 1
+                elif module is self.model:
+                    live.idle, live.frame = False, None
                 return None
             if live.run is not None and live.run.module is module:
                 self._replaying.leave(args, kwargs, output)
@@ -321,6 +333,11 @@ class Session:
 
     # -- a pass -------------------------------------------------------------------------------
 
+    def _inside(self) -> bool:
+        """Whether a call of one of the model's methods is no pass of its own."""
+        live = self.live
+        return _thread() != live.thread or live.idle or _graph_task() != -1 or self._running()
+
     def _running(self) -> bool:
         """Whether a pass is under way; one that ended without its post hook is cleared away."""
         if self.live.frame is None:
@@ -385,6 +402,8 @@ class Session:
             # torch.export sees to it that the model has the same attributes before and after.
             if not torch.compiler.is_compiling():
                 self._placing.only_on_model()
+            if self._methods:  # which may call the model, as a part of this pass
+                live.frame = call_frame()
             return False
         live.frame = call_frame()  # on Python's stack as long as the pass runs
         if self.watch.changed():
@@ -505,5 +524,5 @@ class Session:
         if self._stop is not None:
             self._stop.forget()
         self.watch = Watch(self.model, self.hooks)
-        self._open_edited()
+        self._open_always()
         self.unseen.scripted()

@@ -13,6 +13,7 @@ from fmapkit._analyses import Analyses
 from fmapkit._asked import Asked
 from fmapkit._budget import Budget, policy
 from fmapkit._edit import Edits
+from fmapkit._methods import checked
 from fmapkit._names import Names
 from fmapkit._optimized import compiled_roots, plain
 from fmapkit._retain import Retention
@@ -78,6 +79,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         max_bytes: how many bytes the maps may take, looked at as each pass ends.
         when_full: "error" makes the model's call raise `BudgetError` after a pass that went over
             `max_bytes`, and lets go of that pass's maps; "oldest" lets older kept passes go first.
+        method: other methods of the model whose calls are passes, beside its own call: "encode", or
+            several. One that another pass calls is a part of that pass.
         gradients: True makes `fm.grad` the gradient of each map after backward, without keeping
             the graph alive.
 
@@ -106,6 +109,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         device: torch.device | str | int | None = None,
         max_bytes: int | None = None,
         when_full: Literal["error", "oldest"] = "error",
+        method: str | Iterable[str] = "forward",
     ) -> None:
         if not isinstance(model, nn.Module):
             hint = " (a model class: make an instance first)" if isinstance(model, type) else ""
@@ -150,24 +154,23 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         budget = None if max_bytes is None else Budget(max_bytes, when_full)
         given, model = model, plain(model)
         names = Names(model)
-        attention = "attention" in ([kinds] if isinstance(kinds, str) else kinds)
-        if (edit or stop or gradients or attention) and (roots := compiled_roots(given)):
-            asked = "edit=" if edit else "stop=" if stop else "gradients="
-            asked = "kinds='attention'" if attention else asked
-            raise ArgumentError(
-                f"{asked} needs a model that runs eagerly, and "
-                f"{names.of(plain(roots[0])) or type(plain(roots[0])).__name__!r} is compiled"
-            )
+        if edit or stop or gradients:
+            asked = "edit" if edit else "stop" if stop else "gradients"
+            _check_eager(f"{asked}=", given, names)
         if stop and names.collective():
             raise ArgumentError(
                 "stop=True ends a forward in the middle, where other ranks would wait for this "
                 f"one: {names.collective()!r} exchanges data with them while it runs"
             )
         wants = Wants(names, layers, kinds, filters, detach, gradients, retention)
+        if wants.kind("attention"):
+            _check_eager("kinds='attention'", given, names)
         edits = Edits(names, edit)
         passes = None if keep == "all" else int(keep)
         model = unwrap(model)  # a pass is the plain model's, whoever called it
-        wanted = Asked(model, names, wants, edits, seen_by, Stop() if stop else None)
+        methods = checked(model, method)
+        ending = Stop() if stop else None
+        wanted = Asked(model, names, wants, edits, seen_by, ending, methods)
         self._session = Session(wanted, given, passes, every, budget)
         # Made, entered, left: a capture goes through these once, in this order.
         self._state: Literal["made", "entered", "left"] = "made"
@@ -192,6 +195,15 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
     ) -> None:
         self._state = "left"
         self._session.close(failed=kind is not None)
+
+
+def _check_eager(asked: str, given: nn.Module, names: Names) -> None:
+    roots = compiled_roots(given)
+    if roots:
+        raise ArgumentError(
+            f"{asked} needs a model that runs eagerly, and "
+            f"{names.of(plain(roots[0])) or type(plain(roots[0])).__name__!r} is compiled"
+        )
 
 
 def _dtype(value: Any) -> torch.dtype | None:
