@@ -42,8 +42,8 @@ def draw(
     if ax is None:
         width, height = 3.5 + 0.35 * table.shape[1], 1.8 + 0.22 * table.shape[0]
         _, ax = plt.subplots(figsize=(min(width, 16), min(height, 14)), layout="constrained")
-    signed = bool((table < 0).any())
     largest = float(abs(table).max())
+    signed = bool((table < -0.01 * largest).any())  # more than what rounding leaves
     drawn = ax.imshow(
         table,
         aspect="auto",
