@@ -37,11 +37,11 @@ def probabilities(call: dict[str, Any], graph: bool) -> Tensor:
     grads = torch.set_grad_enabled(graph and torch.is_grad_enabled())
     with torch._C.DisableTorchFunction(), _disable_current_modes(), grads:
         kind = query.device.type
-        if torch.is_autocast_enabled(kind):  # as torch casts what the kernel gets
-            dtype = torch.get_autocast_dtype(kind)
-            query, key = query.to(dtype), key.to(dtype)
-        with torch.autocast(kind, enabled=False):
+        if not torch.is_autocast_enabled(kind):
             return _computed(query, key, call)
+        dtype = torch.get_autocast_dtype(kind)  # to which torch casts what the kernel gets
+        with torch.autocast(kind, enabled=False):
+            return _computed(query.to(dtype), key.to(dtype), call)
 
 
 def _computed(query: Tensor, key: Tensor, call: dict[str, Any]) -> Tensor:
@@ -61,5 +61,6 @@ def _computed(query: Tensor, key: Tensor, call: dict[str, Any]) -> Tensor:
     elif mask is not None:
         scores = scores + mask.to(scores.dtype)
     found = torch.softmax(scores, -1)
-    # A query that sees no key gets nothing, where softmax would give NaN.
-    return found.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0).to(dtype)
+    if mask is not None:  # a query that sees no key gets nothing, where softmax would give NaN
+        found = found.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+    return found.to(dtype)

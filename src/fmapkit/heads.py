@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fmapkit._axes import Axes, Part
 from fmapkit._origin import Flow, Tag
@@ -53,14 +54,15 @@ def projection(tag: Tag, shape: Sequence[int]) -> Projection | None:
     """
     if not isinstance(tag, Flow) or tag.axes is None or tag.origin.kind != "layer":
         return None
-    found = _by_head(tag.axes, shape)
+    found = _by_head(tag.axes, len(shape), len(shape) > 2 and shape[-3] == 1)
     return Projection(tag.origin.name, found) if found is not None else None
 
 
-def _by_head(axes: Axes, shape: Sequence[int]) -> tuple[range, ...] | None:
-    rank = len(shape)
+@lru_cache(maxsize=1024)
+def _by_head(axes: Axes, rank: int, single: bool) -> tuple[range, ...] | None:
+    """Once for all layers of a model, which are alike."""
     parts = sorted(axes.parts, key=lambda part: part.dim)
-    if len(parts) == 1 and rank > 2 and shape[-3] == 1:  # one head
+    if len(parts) == 1 and single:
         parts = [Part(rank - 3, 1), *parts]
     if len(parts) != 2:
         return None
