@@ -759,3 +759,97 @@ def test_a_module_with_weights_of_its_own_says_the_kind() -> None:
     for kind in ("activation", "output"):
         with capture(model, edit={("0", kind): edits.zero()}):
             assert torch.equal(model(torch.randn(1, 2)), model[1].bias.expand(1, 1))
+
+
+# -- where nothing can be edited --------------------------------------------------------------
+
+
+def test_passes_in_which_nothing_can_be_edited_are_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4)
+    before = truth.fingerprint(model)
+    with capture(model, edit={"0": edits.zero()}):
+        with pytest.raises(EditError, match="edit= cannot be carried out in this call: "):
+            torch.func.vmap(model)(x)
+        with pytest.raises(EditError, match=re.escape("recorded by torch.jit.trace here")):
+            torch.jit.trace(model, x)
+        assert not model(x).any()
+    truth.assert_nothing_left(before, model)
+
+
+def test_an_edited_module_that_is_called_outside_of_a_pass() -> None:
+    model, _ = tokens()
+    text = (
+        "edit[('head', 'output')] changed nothing: 'head' was called outside of a pass; "
+        "capture(..., method=...) makes a pass of another method than forward"
+    )
+    with (
+        capture(model, edit={("head", "output"): edits.zero()}),
+        pytest.raises(EditError, match=f"^{re.escape(text)}$"),
+    ):
+        model.head(torch.randn(1, 6))
+
+
+def test_after_the_hooks_of_others_and_by_any_name() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+            self.b = self.a
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x))
+
+    model, x = Shared(), torch.randn(2, 3)
+    handle = model.a.register_forward_hook(lambda m, args, out: out + 1)
+    with torch.no_grad():
+        for name in ("a", "b"):
+            with capture(model, edit={(name, "output"): edits.scale(3.0)}):
+                for _ in range(2):
+                    w, bias = model.a.weight, model.a.bias
+                    expected = (F.linear(x, w, bias) + 1) * 3.0
+                    expected = (F.linear(expected, w, bias) + 1) * 3.0
+                    assert torch.equal(model(x), expected)
+    handle.remove()
+
+
+def test_inputs_by_keyword_and_nested() -> None:
+    class Inner(nn.Module):
+        def forward(self, *, x: Tensor, extra: dict[str, list[Tensor]]) -> Tensor:
+            return x + 2 * extra["y"][0]
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: Tensor) -> Tensor:
+            extra = {"y": [x * 10]}
+            out = self.inner(x=x, extra=extra)
+            return out + 0 * extra["y"][0]  # what it holds itself is as it was
+
+    model, x = Outer(), torch.randn(2, 3)
+    cases: list[tuple[Any, Tensor]] = [
+        (("inner", "input"), x * 3 + 2 * (x * 10)),
+        (("inner", "input", "['x']"), x * 3 + 2 * (x * 10)),
+        (("inner", "input", "['extra']['y'][0]"), x + 2 * (x * 10 * 3)),
+    ]
+    for key, expected in cases:
+        with capture(model, edit={key: lambda fm: fm.tensor * 3}):
+            for _ in range(2):
+                assert torch.equal(model(x), expected)
+
+
+def test_half_precision_an_empty_batch_and_inference_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1))
+    for dtype in (torch.bfloat16, torch.float64):
+        model.to(dtype)
+        for n in (2, 0):
+            x = torch.randn(n, 3, 5, 5, dtype=dtype)
+            with torch.inference_mode():
+                y = model[0](x)
+                y[:, :, 1, 2] = y[:, :, 1, 2] + W.to(dtype)
+                expected = model[2](y.relu())
+                where = Where("0", "output", at=(1, 2))
+                with capture(model, edit={where: edits.add(W)}):
+                    for _ in range(2):
+                        assert torch.equal(model(x), expected)

@@ -162,6 +162,24 @@ class Edits:
         for edit in self._all:
             edit.begin()
 
+    def refused(self, why: str) -> EditError:
+        """What to raise where a pass runs that nothing can be edited in."""
+        self.raised = EditError(f"edit= cannot be carried out in this call: {why}")
+        return self.raised
+
+    def refuse_outside(self, name: str) -> None:
+        """A module has been called outside of a pass, where nothing is edited.
+
+        Raises:
+            EditError: an edit is for it.
+        """
+        for edit in self.of(name):
+            self.raised = EditError(
+                f"edit[{edit.given!r}] changed nothing: {name!r} was called outside of a pass; "
+                "capture(..., method=...) makes a pass of another method than forward"
+            )
+            raise self.raised
+
     def check_done(self, step: int) -> None:
         """A pass has ended as a whole.
 

@@ -219,6 +219,8 @@ class Session:
         if _thread() != live.thread or _graph_task() != -1:
             if "_is_replica" in module.__dict__:
                 self.miss("", REPLICAS)
+                if self._edits:
+                    raise self._edits.refused(REPLICAS)
             elif live.lesson is not None and _thread() == live.thread:
                 live.lesson.key = None  # it runs again in a backward: no tap could tell that apart
             return None
@@ -232,8 +234,8 @@ class Session:
             elif module is self.model:
                 live.depth += 1
             if live.current is None:
-                if not live.idle:
-                    self.unseen.stray(module)
+                if not live.idle and self.unseen.stray(module) and self._edits:
+                    self._edits.refuse_outside(self.names.of(module))
                 return None
             if live.run is not None:
                 self._replaying.before(live.run, module, args, kwargs)
@@ -376,12 +378,15 @@ class Session:
         self.live.idle = False
         if not compiled and ever_compiled() and in_compiled_code():
             self.compiled.noticed()
+            why = "it runs in code that torch.compile has compiled"
         elif transforming() and under_transform(self.model, (args, kwargs)):
-            self.miss("", TRANSFORMED)
+            self.miss("", why := TRANSFORMED)
         elif why := recorded():
             self.miss("", why)
         else:
             return False
+        if self._edits:
+            raise self._edits.refused(why)
         return True
 
     def begin(self, args: Any, kwargs: Any, compiled: bool = False) -> bool:
