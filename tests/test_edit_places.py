@@ -853,3 +853,21 @@ def test_half_precision_an_empty_batch_and_inference_mode() -> None:
                 with capture(model, edit={where: edits.add(W)}):
                     for _ in range(2):
                         assert torch.equal(model(x), expected)
+
+
+def test_a_function_may_call_modules_of_the_model_itself() -> None:
+    """A logit lens: what it calls is no part of the pass."""
+    model, ids = tokens()
+    seen: list[Tensor] = []
+
+    def lens(fm: FeatureMap) -> Tensor:
+        seen.append(model.head(fm.tensor))
+        return fm.tensor
+
+    with capture(model, "head", kinds="response", edit={("h.1", "output", "[0]"): lens}) as maps:
+        for _ in range(3):
+            out = model(ids)
+            assert torch.equal(maps["head", "response"].tensor, out)
+            assert [fm.call for fm in maps] == [0]
+            assert not torch.equal(seen[-1], out)
+    assert maps.missed == []

@@ -117,6 +117,7 @@ class Edits:
     Attributes:
         raised: by an edit; no fault of ours.
         runs: how often a map was given to an edit.
+        running: a function of the user's runs; the modules that it calls are none of the pass.
 
     Raises:
         ArgumentError: a key or a function is of no allowed form.
@@ -130,13 +131,14 @@ class Edits:
         self._all = [_Edit(key, function, names) for key, function in (given or {}).items()]
         self.raised: BaseException | None = None
         self.runs = 0
+        self.running = False
         self._grads = False
 
     @classmethod
     def none(cls) -> Edits:
         """No edits at all."""
         made = cls.__new__(cls)
-        made._all, made.raised, made.runs = [], None, 0
+        made._all, made.raised, made.runs, made.running = [], None, 0, False
         return made
 
     def __bool__(self) -> bool:
@@ -278,7 +280,11 @@ class Edits:
                 **tags,
             )
             part, put = part_of(fm, where)
-            new = _run(edit, part)
+            self.running = True
+            try:
+                new = _run(edit, part)
+            finally:
+                self.running = False
             result = new if new is part.tensor and part.tensor is result else put(new)
         return None if result is tensor else result
 

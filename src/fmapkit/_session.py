@@ -224,6 +224,8 @@ class Session:
             elif live.lesson is not None and _thread() == live.thread:
                 live.lesson.key = None  # it runs again in a backward: no tap could tell that apart
             return None
+        if self._edits and self._edits.running:
+            return None
         try:
             if module is self.model and not self._running():
                 if not self.begin(args, kwargs):
@@ -258,6 +260,8 @@ class Session:
     def _post(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         live = self.live
         if _thread() != live.thread or _graph_task() != -1:
+            return None
+        if self._edits and self._edits.running:
             return None
         replaced = None
         failed = output is FAILED
