@@ -169,6 +169,18 @@ class Edits:
         self.raised = EditError(f"edit= cannot be carried out in this call: {why}")
         return self.raised
 
+    def refuse(self, layer: str, kind: str, why: str, call: int, step: int) -> None:
+        """A map is there that nothing can be put in the place of.
+
+        Raises:
+            EditError: an edit is for it.
+        """
+        for edit in self.of(layer, kind):
+            edit.calls.add(call)
+            if edit.where.has_call(call) and edit.where.has_step(step):
+                self.raised = EditError(f"edit[{edit.given!r}] of layer {layer!r}: {why}")
+                raise self.raised
+
     def refuse_outside(self, name: str) -> None:
         """A module has been called outside of a pass, where nothing is edited.
 

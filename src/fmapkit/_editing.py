@@ -94,7 +94,8 @@ class Editor:
         call.site = site
         flows = [t for t in tensors_in(*call.args, call.kwargs) if flow_of(self.tracer.tag, t)]
         if len(flows) > 1 and self.edits.of(site.name, "preactivation"):
-            self.tracer.miss(site.name, COMPARED.format(call.sigma))
+            why, step = COMPARED.format(call.sigma), self.tracer.current.step
+            self.edits.refuse(site.name, "preactivation", why, site.call, step)
         stand_in = call.z
         call.kwargs = dict(call.kwargs)
         if "out" in call.kwargs:
