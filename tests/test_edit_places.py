@@ -871,3 +871,13 @@ def test_a_function_may_call_modules_of_the_model_itself() -> None:
             assert [fm.call for fm in maps] == [0]
             assert not torch.equal(seen[-1], out)
     assert maps.missed == []
+
+
+def test_what_a_wrapper_carries_is_edited_once() -> None:
+    model, x = nn.Sequential(nn.DataParallel(nn.Linear(3, 3)), nn.Tanh()), torch.randn(2, 3)
+    with torch.no_grad():
+        after, before = torch.tanh(model[0](x) + 1), torch.tanh(model[0](x + 1))
+        for kind, expected in (("output", after), ("input", before)):
+            with capture(model, edit={("0", kind): edits.add(1.0)}):
+                for _ in range(2):
+                    assert torch.equal(model(x), expected)

@@ -43,10 +43,15 @@ class ModuleEdits:
         """Let go of all tensors."""
         self._was.clear()
 
+    def _name(self, module: nn.Module) -> str | None:
+        """Of a module of the model; None of others, and of wrappers: what they carry has it."""
+        names = self._tracer.names
+        return None if module in names.wrappers else names.by_module.get(module)
+
     def input(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """A module is about to run: the arguments that it is to get instead; None for its own."""
-        name = self._tracer.names.of(module)
-        if not self._edits.of(name, "input"):
+        name = self._name(module)
+        if name is None or not self._edits.of(name, "input"):
             return None
         given = {"args": args, "kwargs": kwargs}
         found = {f"['args']{path}": tensor for path, tensor in leaves(args)}
@@ -73,8 +78,8 @@ class ModuleEdits:
         Returns:
             What it is to return, and what went on in the place of tensors, by their paths.
         """
-        name = self._tracer.names.of(module)
-        if not self._edits.of(name, "output"):
+        name = self._name(module)
+        if name is None or not self._edits.of(name, "output"):
             return output, {}
         found = dict(leaves(output))
         usual = next(iter(found)) if len(found) == 1 else None
