@@ -40,6 +40,11 @@ OTHER_PATH = (
     "pass are not kept, and the next one is traced"
 )
 
+UNEDITED = (
+    "a part of the model took a way through its code that no earlier pass had taken, in which an "
+    "edit may have had a place; the next pass is traced"
+)
+
 
 class Replaying:
     """Replays units.
@@ -204,6 +209,8 @@ class Replaying:
             self._check_beginning(run)
         elif not run.ended:
             self._check_path(run)
+        if self._edits and run.lost and not failed:
+            raise self._edits.refused(UNEDITED)
         if tracer is None:
             current.segments.append(run)
             return
