@@ -26,6 +26,7 @@ from fmapkit.errors import (
 from fmapkit.layers import register_layer
 from fmapkit.maps import FeatureMap, FeatureMaps
 from fmapkit.nonlinearities import register_nonlinearity
+from fmapkit.patching import patch
 from fmapkit.phi import FeatureFunction, feature_map
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ __all__ = [
     "capture",
     "edits",
     "feature_map",
+    "patch",
     "register_layer",
     "register_nonlinearity",
 ]

@@ -41,6 +41,11 @@ OTHER_PATH = (
     "pass are not kept, and the next one is traced"
 )
 
+UNEDITED = (
+    "a part of the model took a way through its code that no earlier pass had taken, in which an "
+    "edit may have had a place; the next pass is traced"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class _Taken:
@@ -129,7 +134,11 @@ class Replaying:
                     self._taking = latest
                     return None
         inputs: list[Any] = []
-        origins = None
+        origins = given = None
+        if tracer is not None:
+            if tracer.editor:
+                given = tracer.editor.modules.enter_unit(module, args, kwargs)
+                args, kwargs = (args, kwargs) if given is None else given
         tensors = tensors_in(*args, kwargs)
         if tracer is not None:
             inputs = [tracer.tag(t) for t in tensors]
@@ -138,17 +147,18 @@ class Replaying:
         sizes = sizes_of(tensors, args, kwargs)
         known = unit.known(kind, state)
         plan = known.plan(sizes) if known is not None else None
+        asked = sizes, args, kwargs, inputs
         if someone_watches():  # and sees our looks, too, of which there are more in a traced pass
-            return self._learning.enter(module, None, 0, sizes, args, kwargs, inputs)
+            return self._learning.enter(module, None, 0, *asked) or given
         if known is None or plan is None:
-            return self._learning.enter(module, kind, state, sizes, args, kwargs, inputs)
+            return self._learning.enter(module, kind, state, *asked) or given
         if self._edits and self._edited_inside(plan, inputs):
-            return self._learning.enter(module, None, 0, sizes, args, kwargs, inputs)
+            return self._learning.enter(module, None, 0, *asked) or given
         items = known.items(sizes)
         self._start(module, plan, args, kwargs, inputs, self._paths.expect(items))
-        given = plain_spec(args, kwargs) if tracer is None else None
-        self._taking = _Taken(unit, state, modes, given, known, sizes, plan, items)
-        return None
+        spec = plain_spec(args, kwargs) if tracer is None else None
+        self._taking = _Taken(unit, state, modes, spec, known, sizes, plan, items)
+        return given
 
     def _modes(self, unit: Unit) -> Any:
         """What calls differ by that no argument tells."""
@@ -236,6 +246,8 @@ class Replaying:
             self._check_beginning(run)
         elif not run.ended:
             self._check_path(run)
+        if run.lost and not failed and self._edits and self._edits.by_label(current.step):
+            raise self._edits.refused(UNEDITED)
         if tracer is None:
             current.segments.append(run)
             return

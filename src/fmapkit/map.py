@@ -16,6 +16,7 @@ from fmapkit._sharded import Parts, is_dtensor, whole
 from fmapkit._store import Entry, Pass, parts_of
 from fmapkit._weights import Rows
 from fmapkit.errors import DistributedError, FilterRangeError
+from fmapkit.heads import Heads
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +33,8 @@ class FeatureMap:
         tensor: the values, outside the autograd graph unless `detach=False` was asked for. It is
             the model's own memory, so clone it before you write to it; a copy where the model
             overwrote that, or where `filters=`, `dtype=` or `device=` ask for one.
-        kind: "input", "response", "preactivation" (z), "activation" (a = σ(z)) or "output".
+        kind: "input", "response", "preactivation" (z), "activation" (a = σ(z)), "output" or
+            "attention".
         layer: qualified name of the module whose filters made the map.
         filter: index of the filter, or None for all of them.
         call: which call of the layer in the pass, from 0.
@@ -45,6 +47,7 @@ class FeatureMap:
         edited: what went on in the map's place, where `capture(edit=...)` changed it; else None.
         ids: numbers of the inputs, (samples,) int64, where `maps.batch(...)` gave them; else None.
         parts: of a tensor that is one rank's part of the map, what `full()` needs.
+        heads: of attention, the filters that are each head's queries, keys and values.
     """
 
     tensor: Tensor = field(repr=False)
@@ -61,6 +64,7 @@ class FeatureMap:
     training: bool = False
     ids: Tensor | None = field(default=None, repr=False)
     parts: Parts | None = field(default=None, repr=False)
+    heads: Heads | None = field(default=None, repr=False)
     _gradient: Gradient | NotYet | None = field(default=None, repr=False)
     _rows: Rows | None = field(default=None, repr=False)
     _whole: FeatureMap | None = field(default=None, repr=False)  # the map of all filters
@@ -354,6 +358,7 @@ def read_map(at: Pass, entry: Entry, made: bool = False) -> FeatureMap:
         filters=filters if dim is not None else None,
         edited=entry.edited.read(f"the edit of {what}") if entry.edited is not None else None,
         ids=at.ids,
+        heads=entry.heads,
         _gradient=NotYet() if made else entry.held.gradient,
         _rows=rows,
     )
