@@ -454,8 +454,8 @@ _CONV = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Conv2d(1, 1, 3))
         (
             lambda: receptive_field(_CONV, "0", torch.randn(1, 1, 9)),
             ArgumentError,
-            "an input of shape (1, 1, 9) may be (samples, channels, positions), (samples, positions, "
-            "features) or one image: say which of its axes are locations, with axes=2, axes=1 or "
+            "an input of shape (1, 1, 9) may be (samples, channels, positions), (samples, "
+            "positions, features) or one image: say which of its axes are locations, with axes=2, axes=1 or "
             "axes=(1, 2)",
         ),
         (
@@ -534,8 +534,8 @@ def test_compiled_models_are_run_as_they_were() -> None:
     with pytest.raises(ArgumentError) as caught:
         receptive_field(nn.Sequential(torch.compile(model)), "0", image)
     assert str(caught.value) == (
-        "receptive_field needs a model that runs eagerly, and '0' is compiled: give the model as it "
-        "was before"
+        "receptive_field needs a model that runs eagerly, and '0' is compiled: give the model as "
+        "it was before"
     )
 
 
