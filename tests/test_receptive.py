@@ -455,8 +455,8 @@ _CONV = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Conv2d(1, 1, 3))
             lambda: receptive_field(_CONV, "0", torch.randn(1, 1, 9)),
             ArgumentError,
             "an input of shape (1, 1, 9) may be (samples, channels, positions), (samples, "
-            "positions, features) or one image: say which of its axes are locations, with axes=2, axes=1 or "
-            "axes=(1, 2)",
+            "positions, features) or one image: say which of its axes are locations, with axes=2, "
+            "axes=1 or axes=(1, 2)",
         ),
         (
             lambda: receptive_field(_CONV, "0", torch.randn(1, 1, 9, 9), axes=4),
