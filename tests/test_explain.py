@@ -334,6 +334,23 @@ def test_tokens_are_covered_by_another_token() -> None:
     assert found.drops[1].nonzero().flatten().tolist() == [4]
 
 
+def test_one_sample_without_an_axis(images: Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    one, batch, axes = images[0], images[:1], (1, 2)
+    drops = occlusion(model, one, "0", 1, 4, at=(2, 3), axes=axes).drops
+    torch.testing.assert_close(drops, occlusion(model, batch, "0", 1, 4, at=(2, 3)).drops)
+    found = project(model, one, "0", 1, at=(2, 3), axes=axes)
+    torch.testing.assert_close(found, project(model, batch, "0", 1, at=(2, 3))[0])
+
+    def total(out: Tensor) -> Tensor:
+        return out.sum()
+
+    cam = grad_cam(model, one, "0", total, axes=axes)
+    torch.testing.assert_close(cam, grad_cam(model, batch, "0", total)[0])
+    field = effective_field(model, "2", one, axes=axes)
+    torch.testing.assert_close(field, effective_field(model, "2", batch))
+
+
 def test_a_pass_ends_at_the_layer(images: Tensor) -> None:
     model = _net()
     ran: list[int] = []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fmapkit import FeatureMap
 from fmapkit.errors import ArgumentError
-from fmapkit.explain._axes import map_axes
+from fmapkit.explain._axes import has_samples, map_axes
 from fmapkit.explain._passes import check_filter
 
 __all__ = ["At", "chosen", "strongest"]
@@ -49,10 +49,11 @@ def chosen(
             )
         at = strongest(fm, where, place)
     shape = tuple(fm.shape[a] for a in where)
-    samples = fm.shape[0] if 0 not in where and fm.filter_dim != 0 else 1
+    many = has_samples(fm, axes)
+    samples = fm.shape[0] if many else 1
     for sample, location in enumerate(_each(fm, at, shape, samples)):
         index: list[Any] = [slice(None)] * mask.dim()
-        if 0 not in where and fm.filter_dim != 0:
+        if many:
             index[0] = sample
         for axis, i in zip(where, location, strict=True):
             index[axis] = i
