@@ -96,9 +96,11 @@ def only(*filters: int, at: int | Sequence[int] | None = None) -> Edit:
 
 def _location(at: Any) -> tuple[int, ...]:
     location = (at,) if isinstance(at, int) else tuple(at)
-    if not location or not all(isinstance(i, int) and not isinstance(i, bool) for i in location):
+    if not location or not all(
+        hasattr(i, "__index__") and not isinstance(i, bool) for i in location
+    ):
         raise ArgumentError(f"at must be a location, such as (row, column), not {at!r}")
-    return location
+    return tuple(map(int, location))
 
 
 def _place(fm: FeatureMap, location: tuple[int, ...]) -> tuple[Any, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from fmapkit import FeatureMap
 from fmapkit.errors import ArgumentError
 
-__all__ = ["has_samples", "input_axes", "map_axes"]
+__all__ = ["has_samples", "input_axes", "is_location", "map_axes"]
 
 
 def input_axes(tensor: Tensor, axes: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -45,6 +46,14 @@ def _usual(tensor: Tensor) -> tuple[int, ...] | None:
     if dims in (1, 2):
         return (dims - 1,)  # features, one after the other
     return tuple(range(2, dims)) if dims in (4, 5) else None
+
+
+def is_location(given: Sequence[Any], shape: Sequence[int]) -> bool:
+    """Whether some integers, of Python or of any library, are a location within a shape."""
+    return len(given) == len(shape) and all(
+        hasattr(i, "__index__") and not isinstance(i, bool) and -n <= i < n
+        for i, n in zip(given, shape, strict=True)
+    )
 
 
 def has_samples(fm: FeatureMap, axes: tuple[int, ...]) -> bool:
