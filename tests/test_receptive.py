@@ -9,6 +9,7 @@ from fractions import Fraction
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -344,6 +345,12 @@ def test_tokens_of_an_image() -> None:
     assert field.size == (None, None)
 
 
+def test_locations_of_other_libraries() -> None:
+    field = receptive_field(nn.Sequential(nn.Conv2d(1, 1, 3)), "0", torch.randn(1, 1, 6, 7))
+    place = np.unravel_index(np.int64(6), field.shape)
+    assert field.box(*place) == field.box(1, 1) == field.box(*torch.tensor([1, 1])) == (1, 1, 4, 4)
+
+
 @pytest.mark.parametrize(
     ("model", "image", "axes", "box", "at"),
     [
@@ -454,9 +461,9 @@ _CONV = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Conv2d(1, 1, 3))
         (
             lambda: receptive_field(_CONV, "0", torch.randn(1, 1, 9)),
             ArgumentError,
-            "an input of shape (1, 1, 9) may be (samples, channels, positions), (samples, positions, "
-            "features) or one image: say which of its axes are locations, with axes=2, axes=1 or "
-            "axes=(1, 2)",
+            "an input of shape (1, 1, 9) may be (samples, channels, positions), (samples, "
+            "positions, features) or one image: say which of its axes are locations, with axes=2, "
+            "axes=1 or axes=(1, 2)",
         ),
         (
             lambda: receptive_field(_CONV, "0", torch.randn(1, 1, 9, 9), axes=4),
@@ -534,8 +541,8 @@ def test_compiled_models_are_run_as_they_were() -> None:
     with pytest.raises(ArgumentError) as caught:
         receptive_field(nn.Sequential(torch.compile(model)), "0", image)
     assert str(caught.value) == (
-        "receptive_field needs a model that runs eagerly, and '0' is compiled: give the model as it "
-        "was before"
+        "receptive_field needs a model that runs eagerly, and '0' is compiled: give the model as "
+        "it was before"
     )
 
 
@@ -628,6 +635,13 @@ OPERATORS: dict[str, Callable[[Tensor], Any]] = {
     "adaptive": lambda x: F.adaptive_avg_pool2d(x, (4, 3)),
     "adaptive max": lambda x: F.adaptive_max_pool2d(x, (4, 3)),
     "written": lambda x: torch.zeros(1, 4, 6, 5).index_copy(2, torch.tensor([1]), x[:, :, :1]),
+    "kth value": lambda x: x.kthvalue(2, 3).values,
+    "sort": lambda x: x.sort(2).values,
+    "top k": lambda x: x.topk(2, 3).values,
+    "into memory given": lambda x: torch.cat(
+        [x, torch.zeros(1, 1, 6, 5)], 1, out=torch.empty(1, 5, 6, 5)
+    ),
+    "sum into memory given": lambda x: torch.add(x, x.flip(3), out=torch.empty(_X)),
     "in place": lambda x: x.clone().mul_(_KEEP).add_(x.flip(2)),
 }
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from fmapkit import FeatureMap
 from fmapkit.errors import ArgumentError
 
-__all__ = ["input_axes", "map_axes"]
+__all__ = ["has_samples", "input_axes", "is_location", "map_axes"]
 
 
 def input_axes(tensor: Tensor, axes: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -47,11 +48,24 @@ def _usual(tensor: Tensor) -> tuple[int, ...] | None:
     return tuple(range(2, dims)) if dims in (4, 5) else None
 
 
+def is_location(given: Sequence[Any], shape: Sequence[int]) -> bool:
+    """Whether some integers, of Python or of any library, are a location within a shape."""
+    return len(given) == len(shape) and all(
+        hasattr(i, "__index__") and not isinstance(i, bool) and -n <= i < n
+        for i, n in zip(given, shape, strict=True)
+    )
+
+
+def has_samples(fm: FeatureMap, axes: tuple[int, ...]) -> bool:
+    """Whether axis 0 of a map, and of the input, is that of the samples."""
+    return 0 not in axes and (fm.filter_dim is None or fm.filter_dim % fm.tensor.dim() != 0)
+
+
 def map_axes(fm: FeatureMap, tensor: Tensor, axes: tuple[int, ...]) -> tuple[int, ...]:
     """The axes of locations of a map: neither the samples nor the filters."""
     dims = fm.tensor.dim()
     if fm.filter_dim is None and fm.filters is None and dims == tensor.dim() and fm.filter is None:
         return axes  # laid out as the input
     filters = None if fm.filter_dim is None else fm.filter_dim % dims
-    samples = 0 if 0 not in axes and filters != 0 and dims else None
+    samples = 0 if dims and has_samples(fm, axes) else None
     return tuple(a for a in range(dims) if a not in (filters, samples))

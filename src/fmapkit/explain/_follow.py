@@ -89,11 +89,14 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if _is_composite(func):  # as it is in inference mode
             with self:
-                return func.decompose(*args, **kwargs)
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         if _DECIDES & set(func.tags) and any(map(reaches, fields.values())):
             self.decided = True
         given = _by_name(func, args, kwargs)
         written = _written(func, given)
+        given = {a.name: given[a.name] for a in func._schema.arguments if not a.is_out}
         if written:
             given = tree_map(lambda v: _before(v, written, fields), given)
         out = func(*args, **kwargs)
@@ -103,9 +106,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not fresh:
             return out  # a view: its memory is known
         name = func._schema.name.partition("::")[2]
-        call = Call(
-            name if name == "_" else name.rstrip("_"), func, given, fields, fresh, self._assume
-        )
+        call = Call(name.rstrip("_"), _functional(func), given, fields, fresh, self._assume)
         for result, found in zip(fresh, rule_for(call)(call), strict=True):
             self.fields.put(result, found)
         return out
@@ -152,12 +153,19 @@ def _is_composite(func: Any) -> bool:
     )
 
 
+def _functional(func: Any) -> Any:
+    """The form of an operator that returns its result, where `out=` was given."""
+    wanted = [a.name for a in func._schema.arguments if not a.is_out]
+    if len(wanted) == len(func._schema.arguments):
+        return func
+    forms = (getattr(func._overloadpacket, name) for name in func._overloadpacket.overloads())
+    return next(f for f in forms if [a.name for a in f._schema.arguments] == wanted)
+
+
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by the names of the schema, defaults included."""
     given = {}
     for place, argument in enumerate(func._schema.arguments):
-        if argument.is_out:
-            continue
         if place < len(args):
             given[argument.name] = args[place]
         elif argument.name in kwargs:

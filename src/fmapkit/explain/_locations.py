@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fmapkit import FeatureMap
 from fmapkit.errors import ArgumentError
-from fmapkit.explain._axes import map_axes
+from fmapkit.explain._axes import has_samples, is_location, map_axes
 from fmapkit.explain._passes import check_filter
 
 __all__ = ["At", "chosen", "strongest"]
@@ -49,10 +49,11 @@ def chosen(
             )
         at = strongest(fm, where, place)
     shape = tuple(fm.shape[a] for a in where)
-    samples = fm.shape[0] if 0 not in where and fm.filter_dim != 0 else 1
+    many = has_samples(fm, axes)
+    samples = fm.shape[0] if many else 1
     for sample, location in enumerate(_each(fm, at, shape, samples)):
         index: list[Any] = [slice(None)] * mask.dim()
-        if 0 not in where and fm.filter_dim != 0:
+        if many:
             index[0] = sample
         for axis, i in zip(where, location, strict=True):
             index[axis] = i
@@ -79,21 +80,17 @@ def strongest(fm: FeatureMap, where: tuple[int, ...], place: int | None) -> list
 
 def _each(fm: FeatureMap, at: Any, shape: tuple[int, ...], samples: int) -> list[tuple[int, ...]]:
     """One location for each sample, checked."""
-    one = isinstance(at, int) or all(isinstance(i, int) for i in at)
-    given = [(at,) if isinstance(at, int) else tuple(at)] * samples if one else list(map(tuple, at))
+    number = hasattr(at, "__index__") and not isinstance(at, Tensor)
+    one = number or all(hasattr(i, "__index__") for i in at)
+    given = [(at,) if number else tuple(at)] * samples if one else list(map(tuple, at))
     if len(given) != samples:
         raise ArgumentError(
             f"at has {len(given)} locations for {samples} samples: give one for each"
         )
     for location in given:
-        ints = all(isinstance(i, int) and not isinstance(i, bool) for i in location)
-        if (
-            len(location) != len(shape)
-            or not ints
-            or not all(-n <= i < n for i, n in zip(location, shape, strict=True))
-        ):
+        if not is_location(location, shape):
             raise ArgumentError(
                 f"at={location!r}: a location of the {fm.kind} of layer {fm.layer!r} is "
                 f"{len(shape)} ints, within {shape}"
             )
-    return given
+    return [tuple(map(int, location)) for location in given]

@@ -286,11 +286,12 @@ _RULES: dict[str, Rule] = {
     **_names(
         _reduced,
         """sum mean amax amin max min argmax argmin any all prod var std var_mean std_mean logsumexp
-        norm linalg_vector_norm median nanmedian nansum nanmean count_nonzero mode aminmax""",
+        norm linalg_vector_norm median nanmedian nansum nanmean count_nonzero mode aminmax
+        kthvalue""",
     ),
     **_names(_running, "cumsum cumprod cummax cummin logcumsumexp"),
     **_names(_softmax, "_softmax _log_softmax _safe_softmax"),
-    **_names(_ordered, "sort topk argsort kthvalue"),
+    **_names(_ordered, "sort topk argsort"),
     **_names(_layer_norm, "native_layer_norm _fused_rms_norm"),
     **_names(_group_norm, "native_group_norm"),
     **_names(

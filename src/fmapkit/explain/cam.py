@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fmapkit import FeatureMap, capture
 from fmapkit.errors import ArgumentError
-from fmapkit.explain._axes import input_axes, map_axes
+from fmapkit.explain._axes import has_samples, input_axes, map_axes
 from fmapkit.explain._passes import (
     KINDS,
     eager,
@@ -99,8 +99,9 @@ def grad_cam(
             "comes after what was asked for, or the model detaches what it makes"
         )
     where = _locations(fm, tensor, along)
+    many = has_samples(fm, along)
     weights = gradient.mean(where, keepdim=True)
-    others = [a for a in range(fm.tensor.dim()) if a not in where and (a or 0 in along)]
+    others = [a for a in range(fm.tensor.dim()) if a not in where and (a or not many)]
     cam = (weights * fm.tensor.detach()).sum(others) if others else weights * fm.tensor.detach()
     cam = F.relu(cam) if relu else cam
     return _upsampled(cam, tensor, along) if upsample else cam
@@ -152,7 +153,7 @@ def _locations(fm: FeatureMap, tensor: Tensor, along: tuple[int, ...]) -> tuple[
 
 def _upsampled(cam: Tensor, tensor: Tensor, along: tuple[int, ...]) -> Tensor:
     size = tuple(tensor.shape[a] for a in along)
-    if len(size) != 2 or cam.dim() != (2 if 0 in along else 3):
+    if len(size) != 2 or cam.dim() not in (2, 3):
         raise ArgumentError(
             f"upsample=True is for maps of an image, and these have shape {tuple(cam.shape)} over "
             f"an input with locations {size}"

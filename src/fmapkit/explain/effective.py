@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fmapkit import capture
 from fmapkit.errors import ArgumentError
-from fmapkit.explain._axes import input_axes, map_axes
+from fmapkit.explain._axes import has_samples, input_axes, map_axes
 from fmapkit.explain._locations import At, chosen
 from fmapkit.explain._passes import (
     KINDS,
@@ -84,7 +84,8 @@ def effective_field(
                 at = tuple(fm.shape[a] // 2 for a in where)
             signal = chosen(fm, tensor, along, filter, at).to(fm.dtype)
             found = gradient_of(fm, fm.tensor, x, signal).abs()
-    channels = [a for a in range(found.dim()) if a not in along and (a or 0 in along)]
+    many = has_samples(fm, along)
+    channels = [a for a in range(found.dim()) if a not in along and (a or not many)]
     found = found.sum(channels, keepdim=True) if channels else found
     others = [a for a in range(found.dim()) if a not in along]
     return found.mean(others) if others else found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fmapkit import FeatureMap, capture
 from fmapkit.errors import ArgumentError, CaptureWarning
-from fmapkit.explain._axes import input_axes
+from fmapkit.explain._axes import has_samples, input_axes
 from fmapkit.explain._locations import At, chosen
 from fmapkit.explain._passes import (
     KINDS,
@@ -165,7 +165,8 @@ def occlusion(
             drops.copy_(resume.drops)
         done = ~drops.isnan().any(0)
         left = [c for c in itertools.product(*map(range, drops.shape[1:])) if not done[c]]
-        many = 1 if model.training or 0 in along else max(1, batch_size // len(tensor))
+        one = model.training or bool(watch.alone)
+        many = 1 if one else max(1, batch_size // len(tensor))
         groups = [left[i : i + many] for i in range(0, len(left), many)]
         complete = True
         try:
@@ -231,6 +232,7 @@ class _Watch:
     call: int | None
     path: str | None
     masks: list[Tensor] = field(default_factory=list)
+    alone: list[bool] = field(default_factory=list)  # the input is one sample, without an axis
 
     def capture(self) -> capture:
         kinds = KINDS if self.kind is None else (self.kind,)
@@ -244,7 +246,8 @@ class _Watch:
             self.masks.append(chosen(fm, self.tensor, self.axes, self.filter, self.at))
         mask = self.masks[0]
         values = fm.tensor.double() if fm.tensor.is_floating_point() else fm.tensor
-        if 0 in self.axes:
+        if not has_samples(fm, self.axes):
+            self.alone.append(True)
             return (values * mask).sum().reshape(1)
         samples = len(self.tensor)
         if values.shape[0] % samples or mask.shape[0] != samples:

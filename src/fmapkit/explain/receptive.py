@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fmapkit import FeatureMap, capture
 from fmapkit.errors import ArgumentError, MapLookupError
-from fmapkit.explain._axes import input_axes, map_axes
+from fmapkit.explain._axes import input_axes, is_location, map_axes
 from fmapkit.explain._fields import NONE, Fields
 from fmapkit.explain._follow import Follow, Leaving
 from fmapkit.explain._passes import (
@@ -104,16 +104,13 @@ class ReceptiveField:
         Raises:
             ArgumentError: the map has no such location.
         """
-        fits = len(location) == len(self.shape) and all(
-            isinstance(i, int) and not isinstance(i, bool) and -n <= i < n
-            for i, n in zip(location, self.shape, strict=False)
-        )
-        if not fits:
+        if not is_location(location, self.shape):
             raise ArgumentError(
                 f"box{location!r}: a location of the {self.kind} of layer {self.layer!r} is "
                 f"{len(self.shape)} ints, within {self.shape}"
             )
-        start, stop = self.starts[location].tolist(), self.stops[location].tolist()
+        at = tuple(map(int, location))
+        start, stop = self.starts[at].tolist(), self.stops[at].tolist()
         if len(start) == 2:
             return Box(start[0], start[1], stop[0], stop[1])
         spans = tuple(Span(a, b) for a, b in zip(start, stop, strict=True))
