@@ -19,10 +19,12 @@ from fmapkit.errors import (
     MapReleasedError,
     MapStateError,
     NoActivationError,
+    NonFiniteError,
     NoPassError,
     NotAModuleError,
     UnknownLayerError,
 )
+from fmapkit.kinds import Kind
 from fmapkit.layers import register_layer
 from fmapkit.maps import FeatureMap, FeatureMaps
 from fmapkit.nonlinearities import register_nonlinearity
@@ -42,6 +44,7 @@ __all__ = [
     "FeatureMaps",
     "FilterRangeError",
     "FmapkitError",
+    "Kind",
     "KindNotCapturedError",
     "MapLookupError",
     "MapOverwrittenError",
@@ -49,6 +52,7 @@ __all__ = [
     "MapStateError",
     "NoActivationError",
     "NoPassError",
+    "NonFiniteError",
     "NotAModuleError",
     "UnknownLayerError",
     "capture",

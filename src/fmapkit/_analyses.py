@@ -71,6 +71,33 @@ class Analyses:
                     continue
                 self._update(fm)
 
+    @property
+    def aside(self) -> bool:
+        """Whether all of them are checks beside another capture (`checking.py`)."""
+        return bool(self._all) and all(getattr(a, "aside", False) for a in self._all)
+
+    @property
+    def of_failed_passes(self) -> bool:
+        """Whether they are to see what there is of a pass that an exception has ended."""
+        return all(getattr(a, "of_failed_passes", False) for a in self._all)
+
+    def ended(self, step: int, failed: bool) -> None:
+        """Tell those that want to know that a pass has ended: all its maps were shown.
+
+        Raises:
+            Exception: whatever an analysis raises.
+        """
+        for analysis in self._all:
+            told = getattr(analysis, "pass_ended", None)
+            if told is None:
+                continue
+            with without_modes(), _without_the_models():
+                try:
+                    told(step, failed)
+                except Exception as error:
+                    self.raised = error
+                    raise
+
     def _update(self, fm: Any) -> None:
         for analysis in self._all:
             try:

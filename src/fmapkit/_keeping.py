@@ -61,12 +61,13 @@ class Keeping:
         if retention:
             self._store_as_asked(current)
         retention.end()
-        if self._analyses and not failed:
+        if self._analyses and (not failed or self._analyses.of_failed_passes):
             runs = [s for s in current.segments if isinstance(s, Run) and s.analyses is not None]
             for run in runs:  # of which they have seen most, or all
                 self._show(current, run.fresh(self._store.fleeting))
             if not runs:
                 self._show(current, current.entries())
+            self._analyses.ended(current.step, failed)
         if self._store.fleeting:
             current.release()
             retention.buffers.drop()

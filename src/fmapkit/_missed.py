@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 from torch import nn
 
+from fmapkit._warnings import warn
 from fmapkit.errors import CaptureWarning
 
 __all__ = ["Missed", "Misses", "NotSupportedError", "reason"]
@@ -41,14 +41,16 @@ class Misses:
 
     Args:
         model: which it captures.
+        quiet: somebody else tells the user.
 
     Attributes:
         entries: each once, in the order in which they were noticed.
         warned: the user was told, and nothing has come since.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, quiet: bool = False) -> None:
         self.entries: list[Missed] = []
+        self._quiet = quiet
         self.warned = False
         self._model = type(model).__name__
 
@@ -64,13 +66,11 @@ class Misses:
         if self.warned or not self.entries:
             return
         self.warned = True
+        if self._quiet:
+            return
         first = self.entries[0]
         more = f" (and {len(self.entries) - 1} more)" if len(self.entries) > 1 else ""
-        warnings.warn(
-            f"not captured: {first.layer or self._model}: {first.reason}{more}; see maps.missed",
-            CaptureWarning,
-            stacklevel=2,
-        )
+        warn(f"not captured: {first.layer or self._model}: {first.reason}{more}; see maps.missed")
 
     def warn_in_forward(self) -> None:
         """The same as a pass ends; where warnings are errors, they wait until the block ends."""

@@ -110,7 +110,7 @@ class Session:
             asked.stop.awaited = lambda: any(o.waits for o in others(self))
         self.steps = 0
         self.store = Store(keep)
-        self._misses = Misses(self.model)
+        self._misses = Misses(self.model, quiet=asked.analyses.aside)
         self.missed, self.miss = self._misses.entries, self._misses.add
         self.hooks = Hooks(self, self._broken_off)
         self.unseen = Unseen(asked, self._misses)

@@ -20,7 +20,9 @@ from fmapkit._session import Session
 from fmapkit._stop import Stop
 from fmapkit._wants import Wants
 from fmapkit._wrappers import unwrap
-from fmapkit.errors import ArgumentError, CaptureStateError, NotAModuleError
+from fmapkit.checking import Check, FiniteCheck, checked
+from fmapkit.errors import ArgumentError, CaptureStateError, NonFiniteError, NotAModuleError
+from fmapkit.kinds import KINDS, Kind
 from fmapkit.maps import FeatureMap, FeatureMaps
 
 if TYPE_CHECKING:
@@ -75,6 +77,10 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         max_bytes: how many bytes the maps may take, looked at as each pass ends.
         when_full: "error" makes the model's call raise `BudgetError` after a pass that went over
             `max_bytes`, and lets go of that pass's maps; "oldest" lets older kept passes go first.
+        check: "finite" raises `NonFiniteError` at the end of the first pass that has a NaN or an
+            infinite value in any kind of map of these layers, what modules return included, and at
+            the end of a backward that has one in their gradients; "finite-forward" leaves gradients
+            out. The device is waited for once, as the pass ends: the forward goes on to its end.
         gradients: True makes `fm.grad` the gradient of each map after backward, without keeping
             the graph alive.
 
@@ -90,7 +96,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         model: nn.Module,
         layers: Any = None,
         *,
-        kinds: str | Iterable[str] = ("preactivation", "activation"),
+        kinds: Kind | Iterable[Kind] = ("preactivation", "activation"),
         filters: int | Iterable[int] | Mapping[str, int | Iterable[int]] | None = None,
         keep: int | Literal["all"] = 1,
         every: int = 1,
@@ -103,6 +109,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         device: torch.device | str | int | None = None,
         max_bytes: int | None = None,
         when_full: Literal["error", "oldest"] = "error",
+        check: Check | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             hint = " (a model class: make an instance first)" if isinstance(model, type) else ""
@@ -158,12 +165,15 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 "stop=True ends a forward in the middle, where other ranks would wait for this "
                 f"one: {names.collective()!r} exchanges data with them while it runs"
             )
+        compiled = bool(compiled_roots(given))
+        self._check = _checking(given, layers, every, stop, compiled, checked(check))
         wants = Wants(names, layers, kinds, filters, detach, gradients, retention)
         edits = Edits(names, edit, FeatureMap)
         passes = None if keep == "all" else int(keep)
         model = unwrap(model)  # a pass is the plain model's, whoever called it
         wanted = Asked(model, names, wants, edits, seen_by, Stop() if stop else None)
         self._session = Session(wanted, given, passes, every, budget)
+        self._compiled_check = compiled and check == "finite"
         # Made, entered, left: a capture goes through these once, in this order.
         self._state: Literal["made", "entered", "left"] = "made"
 
@@ -174,6 +184,12 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 f"this capture {state}; call capture(model) again for another block"
             )
         self._session.open()
+        if self._check is not None:
+            try:
+                self._check[0].__enter__()
+            except BaseException:
+                self._session.close(failed=True)
+                raise
         self._state = "entered"
         maps = FeatureMaps(self._session)
         self._session.asked.analyses.view = maps._read
@@ -186,7 +202,46 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         trace: TracebackType | None,
     ) -> None:
         self._state = "left"
-        self._session.close(failed=kind is not None)
+        if self._check is None:
+            self._session.close(failed=kind is not None)
+            return
+        capturing, finite = self._check
+        finite.close()
+        try:
+            capturing.__exit__(kind, error, trace)
+            for missed in capturing._session.missed:
+                self._session.miss(missed.layer, missed.reason)
+        finally:
+            self._session.close(failed=kind is not None)
+        if finite.found is not None and isinstance(error, Exception):
+            if not isinstance(error, NonFiniteError):  # the model may have failed of it
+                try:
+                    finite.check()
+                except NonFiniteError as found:
+                    raise found from error
+
+
+def _checking(
+    model: nn.Module, layers: Any, every: int, stop: bool, compiled: bool, check: Check | None
+) -> tuple[capture, FiniteCheck] | None:
+    """The capture that checks beside the one that was asked for, and its check."""
+    if check is None:
+        return None
+    if stop:
+        raise ArgumentError("check= looks at whole passes, and stop=True ends them: give one")
+    backward = check == "finite" and not compiled
+    finite = FiniteCheck(backward)
+    return (
+        capture(
+            *(model, layers),
+            kinds=KINDS,
+            keep=0,
+            every=every,
+            gradients=backward,
+            analyses=finite,
+        ),
+        finite,
+    )
 
 
 def _dtype(value: Any) -> torch.dtype | None:
