@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from torch import nn
 
@@ -33,6 +33,8 @@ from fmapkit.selectors import is_glob
 if TYPE_CHECKING:
     from fmapkit._kept import KeptSession
     from fmapkit._session import Session
+
+    Source: TypeAlias = Session | KeptSession
 
 __all__ = ["Found", "find", "parse"]
 
@@ -73,9 +75,7 @@ def parse(key: Any) -> tuple[str, Kind | None, int | None]:
     return layer, kind, parts[2] if len(parts) > 2 else None
 
 
-def find(
-    session: Session | KeptSession, layer: str, kind: str | None, entries: Sequence[Found]
-) -> Found:
+def find(session: Source, layer: str, kind: str | None, entries: Sequence[Found]) -> Found:
     """The one entry that is meant.
 
     Args:
@@ -113,12 +113,12 @@ def find(
     return found[0]
 
 
-def _is_layer(session: Session | KeptSession, name: str) -> bool:
+def _is_layer(session: Source, name: str) -> bool:
     module = session.names.by_name.get(name)
     return module is not None and layer_axis(module) is not None
 
 
-def _owned(session: Session | KeptSession, layer: str, entries: Sequence[Found]) -> list[Found]:
+def _owned(session: Source, layer: str, entries: Sequence[Found]) -> list[Found]:
     """Layers inside a module go by the module's name where that means one: `attn.in_proj`."""
     module = session.names.by_name.get(layer)
     if module is not None:
@@ -148,7 +148,7 @@ def _owned(session: Session | KeptSession, layer: str, entries: Sequence[Found])
         held = [session.names.by_module[m] for m in session.names.children(module)]
         raise UnknownLayerError(
             f"{layer!r} is a {type(module).__name__}, which is never called and has no map of its "
-            f"own; ask for what it holds: {listed(held)}{hint} (captured: {listed(known)})",
+            f"own; ask for what it holds: {listed(held)} (captured: {listed(known)})",
             layer=layer,
             candidates=held,
         )
@@ -165,16 +165,19 @@ def _owned(session: Session | KeptSession, layer: str, entries: Sequence[Found])
             layer=layer,
             kind="activation",
         )
+    inside = [name for name in known if name.startswith(f"{layer}.")] if layer else []
+    if inside:
+        hint = f"; for the layers in it, maps.select(layers={layer + '.*'!r})"
     raise UnknownLayerError(
         f"no map of {layer!r} in the latest pass: either it did not run, or no filter of "
         f"its own reached a nonlinearity; for what it returns, capture(model, "
         f"layers={layer!r}, kinds='output'){hint} (captured: {listed(known)})",
         layer=layer,
-        candidates=near(layer, known),
+        candidates=inside or near(layer, known),
     )
 
 
-def _no_globs(session: Session | KeptSession, layer: str, known: Sequence[str]) -> NoReturn:
+def _no_globs(session: Source, layer: str, known: Sequence[str]) -> NoReturn:
     """A look-up gives one map, and a glob was asked for."""
     fitting = Selection(session.names, layer)
     found = [name for name in known if fitting.layer(name)]
@@ -187,9 +190,9 @@ def _no_globs(session: Session | KeptSession, layer: str, known: Sequence[str]) 
     )
 
 
-def _nothing_held(session: Session | KeptSession, layer: str) -> NoReturn:
+def _nothing_held(session: Source, layer: str) -> NoReturn:
     missed = [f"{m.layer or 'the model'}: {m.reason}" for m in session.missed]
-    why = f"; missed: {listed(missed)}" if missed else ""
+    why = f"; missed: {listed(missed)}" if missed and session.steps else ""
     if not session.steps:
         names = session.names
         unknown = names.head(layer) in (None, "") and layer != "" and not is_glob(layer)
@@ -205,9 +208,7 @@ def _nothing_held(session: Session | KeptSession, layer: str) -> NoReturn:
     )
 
 
-def _no_such_kind(
-    session: Session | KeptSession, layer: str, kind: str | None, there: list[Entry]
-) -> NoReturn:
+def _no_such_kind(session: Source, layer: str, kind: str | None, there: list[Entry]) -> NoReturn:
     kinds = list(dict.fromkeys(e.kind for e in there))
     asked = session.wants.kinds
     data: dict[str, Any] = {

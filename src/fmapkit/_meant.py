@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable, Collection
 from typing import NoReturn
 
-from torch import nn
-
 from fmapkit._names import Names
 from fmapkit._wants import Selection, only_a_pass_can_tell
 from fmapkit.errors import ArgumentError, UnknownLayerError, did_you_mean, listed, near
@@ -22,7 +20,7 @@ def check_held(
 ) -> None:
     """Whether each name and pattern of a selection means something that has maps.
 
-    A type or a callable may mean nothing; and a layer may be one that did not run.
+    A module, a type or a callable may mean nothing; and a layer may be one that did not run.
 
     Args:
         chosen: the selection.
@@ -34,7 +32,7 @@ def check_held(
         UnknownLayerError: one means no layer, or only modules that have no map of their own.
     """
     for selector, matched in chosen.matched.items():
-        if not isinstance(selector.given, (str, re.Pattern, nn.Module)):
+        if not isinstance(selector.given, (str, re.Pattern)):
             continue
         if any(chosen.fits(label, [selector]) for label in labels):
             continue
@@ -75,7 +73,7 @@ def _check_known(selector: Selector, names: Names, labels: Collection[str]) -> N
     known = list(dict.fromkeys((*labels, *filter(None, names.by_name))))
     raise UnknownLayerError(
         f"layers={selector!r} matches no layer{did_you_mean(given, known)} "
-        f"(held: {listed(labels)})",
+        f"({f'held: {listed(labels)}' if labels else 'no map is held yet'})",
         layer=given if isinstance(given, str) else None,
         candidates=near(given, known) or labels,
     )
@@ -85,7 +83,7 @@ def _no_filters(selector: Selector, labels: Collection[str], matched: list[str])
     """The modules that a selector means have no filters, and what they return is not held."""
     name = matched[0]
     inside = [label for label in labels if label.startswith(f"{name}.")]
-    more = f"; the layers in it are layers={name + '.*'!r}" if inside else ""
+    more = f"; for the layers in it, layers={name + '.*'!r}" if inside else ""
     raise UnknownLayerError(
         f"layers={selector!r} means {listed(matched, 3)}, of which no map is held: what a module "
         f"returns is captured by capture(model, layers={name!r}, kinds='output'){more} "

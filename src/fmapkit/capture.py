@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fmapkit import edits as edits_module
 from fmapkit._analyses import Analyses
 from fmapkit._asked import Asked
 from fmapkit._budget import Budget, policy
@@ -19,8 +22,9 @@ from fmapkit._retain import Retention
 from fmapkit._session import Session
 from fmapkit._stop import Stop
 from fmapkit._wants import Wants
+from fmapkit._warnings import warn
 from fmapkit._wrappers import unwrap
-from fmapkit.checking import Check, FiniteCheck, checked
+from fmapkit.checking import COMPILED, Check, FiniteCheck, checked
 from fmapkit.errors import ArgumentError, CaptureStateError, NonFiniteError, NotAModuleError
 from fmapkit.kinds import KINDS, Kind
 from fmapkit.maps import FeatureMap, FeatureMaps
@@ -29,6 +33,11 @@ if TYPE_CHECKING:
     from fmapkit.analysis import Analysis
 
 __all__ = ["capture"]
+
+ENDED = (
+    "with stop=True the model's call returns None once the wanted maps are there, which code that "
+    "uses its output (a loss, generate()) cannot take: call the model alone, or leave stop=True out"
+)
 
 
 class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
@@ -165,15 +174,17 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 "stop=True ends a forward in the middle, where other ranks would wait for this "
                 f"one: {names.collective()!r} exchanges data with them while it runs"
             )
-        compiled = bool(compiled_roots(given))
-        self._check = _checking(given, layers, every, stop, compiled, checked(check))
+        if stop and check is not None:
+            raise ArgumentError("check= looks at whole passes, and stop=True ends them: give one")
+        finite = checked(check)
+        self._check = None if finite is None else _Checking(given, layers, every, finite)
         wants = Wants(names, layers, kinds, filters, detach, gradients, retention)
+        _check_made(edit)
         edits = Edits(names, edit, FeatureMap)
         passes = None if keep == "all" else int(keep)
         model = unwrap(model)  # a pass is the plain model's, whoever called it
         wanted = Asked(model, names, wants, edits, seen_by, Stop() if stop else None)
         self._session = Session(wanted, given, passes, every, budget)
-        self._compiled_check = compiled and check == "finite"
         # Made, entered, left: a capture goes through these once, in this order.
         self._state: Literal["made", "entered", "left"] = "made"
 
@@ -186,7 +197,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         self._session.open()
         if self._check is not None:
             try:
-                self._check[0].__enter__()
+                self._check.enter()
             except BaseException:
                 self._session.close(failed=True)
                 raise
@@ -202,46 +213,81 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         trace: TracebackType | None,
     ) -> None:
         self._state = "left"
-        if self._check is None:
-            self._session.close(failed=kind is not None)
-            return
-        capturing, finite = self._check
-        finite.close()
         try:
-            capturing.__exit__(kind, error, trace)
-            for missed in capturing._session.missed:
-                self._session.miss(missed.layer, missed.reason)
+            if self._check is not None:
+                self._check.exit(error, self._session.miss)
         finally:
             self._session.close(failed=kind is not None)
-        if finite.found is not None and isinstance(error, Exception):
-            if not isinstance(error, NonFiniteError):  # the model may have failed of it
-                try:
-                    finite.check()
-                except NonFiniteError as found:
-                    raise found from error
+        stop = self._session.asked.stop
+        if stop is not None and stop.ended and isinstance(error, (AttributeError, TypeError)):
+            if "NoneType" in str(error):
+                _note(error, ENDED)
 
 
-def _checking(
-    model: nn.Module, layers: Any, every: int, stop: bool, compiled: bool, check: Check | None
-) -> tuple[capture, FiniteCheck] | None:
-    """The capture that checks beside the one that was asked for, and its check."""
-    if check is None:
-        return None
-    if stop:
-        raise ArgumentError("check= looks at whole passes, and stop=True ends them: give one")
-    backward = check == "finite" and not compiled
-    finite = FiniteCheck(backward)
-    return (
-        capture(
+class _Checking:
+    """A capture that checks beside the one that was asked for; see `checking.py`."""
+
+    def __init__(self, model: nn.Module, layers: Any, every: int, check: Check) -> None:
+        compiled = bool(compiled_roots(model))
+        backward = check == "finite" and not compiled
+        self._left_out = check == "finite" and compiled
+        self._finite = FiniteCheck(backward)
+        self._capture = capture(
             *(model, layers),
             kinds=KINDS,
             keep=0,
             every=every,
             gradients=backward,
-            analyses=finite,
-        ),
-        finite,
-    )
+            analyses=self._finite,
+        )
+
+    def enter(self) -> None:
+        """The block begins."""
+        self._capture.__enter__()
+
+    def exit(self, error: BaseException | None, miss: Callable[[str, str], None]) -> None:
+        """The block has ended.
+
+        Args:
+            error: by this.
+            miss: names what could not be checked.
+
+        Raises:
+            NonFiniteError: the pass that has failed had one, of which it may have failed.
+        """
+        self._finite.close()
+        self._capture.__exit__(type(error) if error is not None else None, error, None)
+        for missed in self._capture._session.missed:
+            miss(missed.layer, missed.reason)
+        if self._left_out:
+            miss("", COMPILED)
+        if isinstance(error, Exception) and not isinstance(error, NonFiniteError):
+            try:
+                self._finite.check()
+            except NonFiniteError as found:
+                raise found from error
+
+
+def _note(error: Exception, text: str) -> None:
+    """Add to what an error of the user's code says; before Python 3.11 by a warning."""
+    if sys.version_info >= (3, 11):
+        error.add_note(f"fmapkit: {text}")
+    else:
+        warn(text)
+
+
+def _check_made(edit: Any) -> None:
+    """Notice `edits.zero` in the place of `edits.zero()`."""
+    function: Any
+    for key, function in edit.items() if isinstance(edit, Mapping) else ():
+        if not inspect.isfunction(function):
+            continue
+        name = function.__name__
+        if getattr(edits_module, name, None) is function:
+            raise ArgumentError(
+                f"edit[{key!r}] is edits.{name} itself, which makes an edit: write "
+                f"edits.{name}{inspect.signature(function)}".partition(" -> ")[0]
+            )
 
 
 def _dtype(value: Any) -> torch.dtype | None:

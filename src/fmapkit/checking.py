@@ -33,9 +33,13 @@ if TYPE_CHECKING:
     from fmapkit.kinds import Kind
     from fmapkit.map import FeatureMap
 
-__all__ = ["CHECKS", "Check", "FiniteCheck", "NonFinite", "checked", "first_nonfinite"]
+__all__ = ["CHECKS", "COMPILED", "Check", "FiniteCheck", "NonFinite", "checked", "first_nonfinite"]
 
 Check = Literal["finite", "finite-forward"]
+COMPILED = (
+    "check='finite' looks at the forward alone of a model that torch.compile has compiled: a "
+    "gradient inside of compiled code is nobody's to see"
+)
 CHECKS: tuple[Check, ...] = ("finite", "finite-forward")
 
 
