@@ -3,6 +3,7 @@
 from fmapkit import edits
 from fmapkit.analysis.protocol import Analysis
 from fmapkit.capture import capture
+from fmapkit.comparing import compare
 from fmapkit.errors import (
     AmbiguousMapError,
     ArgumentError,
@@ -56,6 +57,7 @@ __all__ = [
     "NotAModuleError",
     "UnknownLayerError",
     "capture",
+    "compare",
     "edits",
     "register_layer",
     "register_nonlinearity",

@@ -278,15 +278,15 @@ def _note(error: Exception, text: str) -> None:
 
 def _check_made(edit: Any) -> None:
     """Notice `edits.zero` in the place of `edits.zero()`."""
-    function: Any
     for key, function in edit.items() if isinstance(edit, Mapping) else ():
         if not inspect.isfunction(function):
             continue
         name = function.__name__
         if getattr(edits_module, name, None) is function:
+            made: Any = function
             raise ArgumentError(
                 f"edit[{key!r}] is edits.{name} itself, which makes an edit: write "
-                f"edits.{name}{inspect.signature(function)}".partition(" -> ")[0]
+                f"edits.{name}{inspect.signature(made)}".partition(" -> ")[0]
             )
 
 
