@@ -44,14 +44,14 @@ class KeptModule:
     Attributes:
         name: its place.
         first: the first place of the same module.
-        called: it has a forward; a `ModuleList` has none.
+        container: its type, if it has no forward (`ModuleList`); else empty.
         layer: it is a layer with filters.
         weights: its parameters that are layers of their own, by name.
     """
 
     name: str
     first: str
-    called: bool = True
+    container: str = ""
     layer: bool = False
     weights: tuple[str, ...] = ()
 
@@ -207,7 +207,7 @@ def _modules(names: Names, labels: Iterable[str]) -> tuple[KeptModule, ...]:
         KeptModule(
             name,
             names.by_module[module],
-            not never_called(module),
+            type(module).__name__ if never_called(module) else "",
             layers.layer_axis(module) is not None,
             weights(name, module),
         )
@@ -221,7 +221,9 @@ def _shells(modules: Iterable[KeptModule]) -> nn.Module:
         if kept.name != kept.first:
             shell = made[kept.first]
         else:
-            shell = _LayerShell() if kept.layer else _Shell() if kept.called else nn.Module()
+            shell = _LayerShell() if kept.layer else _Shell()
+            if kept.container:
+                shell = type(kept.container, (nn.Module,), {})()
             for key in kept.weights:
                 empty = torch.empty(0, device="meta")
                 shell.register_parameter(key, nn.Parameter(empty, requires_grad=False))

@@ -84,7 +84,11 @@ def load(path: str | os.PathLike[str], device: Any) -> Snapshot:
     """
     library, path = _library(), os.fspath(path)
     try:
-        with library.safe_open(path, framework="pt", device=str(torch.device(device))) as file:
+        where = str(torch.device(device))
+        with (
+            torch.inference_mode(False),
+            library.safe_open(path, framework="pt", device=where) as file,
+        ):
             about = _about(path, file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except library.SafetensorError as error:

@@ -141,9 +141,9 @@ class Comparison:
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Heads and rows; the last column is there where something is beyond the tolerance."""
-        rows = self._rows()
-        columns = slice(None if self.first is not None else -1)
-        return HEADS[columns], [row[columns] for row in rows]
+        if self.first is not None:
+            return HEADS, self._rows()
+        return HEADS[:-1], [row[:-1] for row in self._rows()]
 
     def __repr__(self) -> str:
         lines = table(*self._table(), _LEFT) if self.differences else []

@@ -37,8 +37,18 @@ def draw(comparison: Comparison, ax: Axes | None, title: str | None) -> Figure:
     heights = [min(max(d.relative, floor), ceiling) for d in rows]
     ax.set_yscale("log")
     for kind in dict.fromkeys(d.kind for d in rows):
-        at = [i for i, d in enumerate(rows) if d.kind == kind]
-        ax.scatter(at, [heights[i] for i in at], s=22, marker=_MARKS[kind], label=kind, zorder=3)
+        mine = [i for i, d in enumerate(rows) if d.kind == kind]
+        ax.plot(
+            *(mine, [heights[i] for i in mine], _MARKS[kind]), markersize=5, label=kind, zorder=3
+        )
+        # Hollow where every value is the same: there is no place for 0 on this scale.
+        equal = [i for i in mine if rows[i].equal]
+        ax.plot(
+            *(equal, [heights[i] for i in equal], _MARKS[kind]),
+            markersize=3.5,
+            color="white",
+            zorder=4,
+        )
     ax.plot(heights, color="0.75", linewidth=0.8, zorder=1)
     ax.step(
         range(len(rows)),
@@ -63,6 +73,8 @@ def draw(comparison: Comparison, ax: Axes | None, title: str | None) -> Figure:
     _label(ax, [(d.layer + d.path) or "(model)" for d in rows])
     ax.set_ylim(floor / 2, ceiling * 2)
     ax.set_ylabel("‖a − b‖ / ‖a‖" + (" of gradients" if comparison.gradients else ""))
+    if any(d.equal for d in rows):
+        ax.plot([], [], "o", color="0.4", markerfacecolor="white", markersize=5, label="equal")
     ax.legend(fontsize="small", loc="best")
     ax.spines[["top", "right"]].set_visible(False)
     if title:
