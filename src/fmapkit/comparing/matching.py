@@ -145,20 +145,25 @@ class _Renamed:
                     layer=given,
                     candidates=near(given, there) or there,
                 )
-        made = Counter(map(self, ours))
+        mapped = [name for name in ours if self._fitting(name)]
+        made = Counter(map(self, mapped))
+        self._taken = set(made)
         twice = [name for name, count in made.items() if count > 1]
         if twice:
-            both = [name for name in ours if self(name) == twice[0]]
+            both = [name for name in mapped if self(name) == twice[0]]
             raise ArgumentError(
                 f"match gives {twice[0]!r} for {' and for '.join(map(repr, both))}",
                 layer=twice[0],
                 candidates=both,
             )
 
+    def _fitting(self, name: str) -> list[str]:
+        return [key for key in self._names if _rest(name, key) is not None]
+
     def __call__(self, name: str) -> str:
-        fitting = [key for key in self._names if _rest(name, key) is not None]
+        fitting = self._fitting(name)
         if not fitting:
-            return name
+            return name if name not in self._taken else f"\0{name}"  # another one's counterpart
         key = max(fitting, key=len)
         rest, other = _rest(name, key), self._names[key]
         assert rest is not None
