@@ -135,11 +135,9 @@ def _reduced(tensor: Tensor, dim: int | None) -> tuple[Tensor, Tensor, bool] | N
         return None
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return None
-    if tensor.is_nested:
-        tensor, dim = torch.cat([t.reshape(-1) for t in tensor.unbind()]), None
     if tensor.layout is torch.sparse_coo:
         tensor, dim = tensor._values(), None
-    elif tensor.layout is not torch.strided:
+    elif tensor.layout is not torch.strided:  # compressed, or jagged
         tensor, dim = tensor.values(), None
     if not tensor.numel():
         return None
