@@ -108,6 +108,8 @@ class Edits:
             return self._apply(kind, tensor, axes, layer, tags)
         except Exception as error:
             self.raised = error
+            if isinstance(error, EditError):
+                error.layer, error.kind = layer, kind
             raise
 
     def _apply(
