@@ -12,6 +12,7 @@ python -m benchmarks zoo [--out FILE] [--model NAME] [--threads N]
 python -m benchmarks memory [--device DEVICE]
 python -m benchmarks longrun [--steps N] [--figure FILE]
 python -m benchmarks statistics [--device DEVICE] [--seconds S] [--threads N] [--no-compile]
+python -m benchmarks checking [--device DEVICE] [--seconds S] [--threads N]
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks import (
+    checking,
     contenders,
     growth,
     longrun,
@@ -129,6 +131,8 @@ def parser() -> argparse.ArgumentParser:
     command = add("statistics", "running statistics beside one read of each map", 1.0)
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     command.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    command = add("checking", "check= beside hooks that look for NaN by hand", 5.0, threads=1)
+    command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     return top
 
 
@@ -188,6 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
         memory.run(given.device)
     elif given.command == "statistics":
         statistics.run(given.device, given.threads, given.seconds, not given.no_compile)
+    elif given.command == "checking":
+        checking.run(given.device, given.threads, given.seconds)
     else:
         longrun.run(given.steps, given.figure)
 
