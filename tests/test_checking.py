@@ -161,20 +161,20 @@ def test_the_data(at: int) -> None:
 
 
 class Poison(nn.Module):
-    """Gives back what it is given, but for one filter in one of its calls."""
+    """Gives back what it is given, but for one filter in one of its calls; on one path."""
 
-    def __init__(self, filter: int, call: int, value: float, where: bool) -> None:
+    calls: Tensor
+
+    def __init__(self, filter: int, call: int, value: float) -> None:
         super().__init__()
-        self.filter, self.call, self.value, self.where = filter, call, value, where
-        self.calls = 0
+        self.filter, self.call, self.value = filter, call, value
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        if self.calls != self.call:
-            return x * 1
-        x = x.clone()
-        x[-1, self.filter] = self.value
-        return x
+        poisoned = torch.zeros_like(x)
+        poisoned[-1, self.filter] = self.value
+        return x + torch.where(self.calls == self.call, poisoned, torch.zeros_like(x))
 
 
 def first_by_hooks(model: nn.Module, x: Tensor) -> tuple[str, int, int] | None:
@@ -217,7 +217,7 @@ def test_against_hooks_by_hand(
         def __init__(self) -> None:
             super().__init__()
             seed(1)
-            poison = Poison(filter, call, value, True)
+            poison = Poison(filter, call, value)
             parts = [
                 nn.Conv2d(4, 4, 1),
                 nn.BatchNorm2d(4),
@@ -309,26 +309,30 @@ def test_the_largest_finite_value_before_it(at: int) -> None:
 
 
 class BadBackward(torch.autograd.Function):
-    """Identity, whose gradient has an infinite value in filter 1."""
+    """Identity, to whose gradient a value is added in filter 1."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        ctx.value = value.clone()
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         grad = grad.clone()
-        grad[:, 1] = INF
-        return grad
+        grad[:, 1] += ctx.value
+        return grad, None
 
 
 class Bad(Net):
-    bad = False
+    value: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.norm(self.conv1(x)))
-        if self.bad:
-            x = BadBackward.apply(x)
+        x = BadBackward.apply(x, self.value)
         return self.fc(self.relu(self.conv2(x)).mean((2, 3)))
 
 
@@ -336,7 +340,7 @@ class Bad(Net):
 def test_backward(at: int) -> None:
     seed(0)
     model = Bad()
-    error = found(model, lambda: setattr(model, "bad", True), at, backward=True)
+    error = found(model, lambda: model.value.fill_(INF), at, backward=True)
     assert place(error) == ("conv1", "activation", 1, 0, at)
     assert error.found is not None
     assert error.found.gradient
@@ -374,7 +378,7 @@ def test_backward_of_sqrt_at_zero() -> None:
 def test_gradients_after_the_block_are_nobodys_business() -> None:
     seed(0)
     model = Bad()
-    model.bad = True
+    model.value.fill_(INF)
     with capture(model, check="finite"):
         out = model(image())
     out.sum().backward()
@@ -396,7 +400,7 @@ def test_several_backwards_and_double_backward() -> None:
         x = image(2).requires_grad_()
         (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
         grad.square().sum().backward()
-        model.bad = True
+        model.value.fill_(INF)
         out = model(image(3))
         for _ in range(2):
             with pytest.raises(NonFiniteError) as caught:
@@ -412,7 +416,7 @@ def test_checkpointing() -> None:
 
     seed(0)
     model = Checked()
-    error = found(model, lambda: setattr(model, "bad", True), 2, backward=True)
+    error = found(model, lambda: model.value.fill_(INF), 2, backward=True)
     assert (error.layer, error.kind, error.filter) == ("conv1", "activation", 1)
 
 
@@ -562,14 +566,14 @@ def test_only_some_layers_and_every_nth_pass() -> None:
             assert caught.value.step == step
 
 
-def test_all_other_options_go_with_it() -> None:
+def test_other_options_go_with_it() -> None:
     """What is held is what was asked for: not a map more, nor another form."""
     seed(0)
     model = Net()
     options: list[dict[str, Any]] = [
         {"kinds": "activation"},
-        {"layers": "conv1", "filters": [1]},
-        {"dtype": torch.float16},
+        {"layers": "conv1"},
+        {"layers": "norm", "keep": 2},
         {"keep": "all", "gradients": True},
         {"detach": False},
         {"max_bytes": 10**6},
@@ -578,22 +582,102 @@ def test_all_other_options_go_with_it() -> None:
         with capture(model, **given_) as bare:
             model(image())
         with capture(model, **given_, check="finite") as maps:
-            for step in range(2):
-                model(image(step))
-        assert [(fm.layer, fm.kind, fm.dtype, fm.filters) for fm in bare] == [
-            (fm.layer, fm.kind, fm.dtype, fm.filters) for fm in maps
+            for step in range(3):
+                model(image(step)).sum().backward()
+                assert maps.layers == bare.layers
+                assert maps.nbytes == bare.nbytes * min(step + 1, _kept(given_))
+        assert [(fm.layer, fm.kind, fm.filters) for fm in bare] == [
+            (fm.layer, fm.kind, fm.filters) for fm in maps
         ]
+        asked = bool(given_.get("gradients"))
+        assert any(fm.grad is not None for fm in maps) == asked or not given_.get("detach", True)
+        assert not maps.missed
 
 
-def test_large_values_in_half_precision_storage_are_no_infinity() -> None:
-    """The check looks at what the model computes, not at what is stored of it."""
-    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    with torch.no_grad():
-        model[0].weight.fill_(1e6)
-    with capture(model, dtype=torch.float16, check="finite") as maps:
-        for _ in range(2):
-            model(torch.ones(1, 2))
-    assert not maps["0"].tensor.isfinite().all()
+def _kept(options: dict[str, Any]) -> int:
+    keep = options.get("keep", 1)
+    return 99 if keep == "all" else int(keep)
+
+
+def test_analyses_see_what_was_asked_for_alone() -> None:
+    class Sees:
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, str, str]] = []
+
+        def update(self, fm: Any) -> None:
+            self.seen.append((fm.step, fm.layer, fm.kind))
+
+    seed(0)
+    model = Net().eval()
+    for options in ({"keep": 0}, {"keep": 1}):
+        with_, without = Sees(), Sees()
+        for analysis, check in ((without, None), (with_, "finite")):
+            with capture(model, analyses=analysis, check=check, **options):  # type: ignore[arg-type]
+                for step in range(3):
+                    model(image(step))
+        assert with_.seen == without.seen
+        assert len(with_.seen) == 15
+    model.norm.bias.data[1] = NAN
+    with capture(model, analyses=Sees(), keep=0, check="finite") as maps:
+        for step in range(3):
+            with pytest.raises(NonFiniteError) as caught:
+                model(image(step))
+            assert place(caught.value) == ("norm", "output", 1, 0, step)
+    assert maps.nbytes == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"filters": [1]}, "filters="),
+        ({"dtype": torch.float16}, "dtype= or device="),
+        ({"device": "cpu"}, "dtype= or device="),
+    ],
+)
+def test_maps_of_another_form_take_a_capture_of_their_own(
+    options: dict[str, Any], named: str
+) -> None:
+    seed(0)
+    model = Net().eval()
+    with pytest.raises(ArgumentError) as caught:
+        capture(model, check="finite", **options)
+    assert str(caught.value) == (
+        f"check= looks at maps as the model makes them, and {named} holds others: put the check "
+        "into a capture of its own, `with capture(model, check=...), capture(model, ...)`"
+    )
+    with capture(model, check="finite"), capture(model, **options) as maps:
+        model(image())
+        model.norm.bias.data[1] = NAN
+        with pytest.raises(NonFiniteError) as found_:
+            model(image())
+    assert place(found_.value) == ("norm", "output", 1, 0, 1)
+    assert "conv1" in maps
+
+
+def test_a_pass_that_takes_another_way_is_not_looked_at_and_named() -> None:
+    """Its maps are nobody's: `maps.missed` says so, and the next pass is looked at again."""
+
+    class Branches(Net):
+        other = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.other:
+                x = x * NAN
+            return super().forward(x)
+
+    seed(0)
+    model = Branches()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CaptureWarning)
+        with capture(model, check="finite") as maps:
+            model(image(0))
+            model(image(1))
+            model.other = True
+            model(image(2))
+            assert [m.layer for m in maps.missed] == [""]
+            assert "it took a way through its code" in maps.missed[0].reason
+            with pytest.raises(NonFiniteError):
+                model(image(3))
 
 
 def test_an_edit_that_makes_one() -> None:

@@ -15,7 +15,7 @@ from fmapkit._store import Entry, Pass
 from fmapkit.errors import ArgumentError, MapStateError
 from fmapkit.paths import unrecorded
 
-__all__ = ["Analyses"]
+__all__ = ["Analyses", "without_the_models"]
 
 
 class Analyses:
@@ -63,40 +63,13 @@ class Analyses:
         if self.view is None:
             return
         for entry in entries:
-            with without_modes(), _without_the_models():
+            with without_modes(), without_the_models():
                 try:
                     fm = self.view(current, entry)
                 except MapStateError as error:
                     yield entry.origin.name, f"analyses did not see it: {error}"
                     continue
                 self._update(fm)
-
-    @property
-    def aside(self) -> bool:
-        """Whether all of them are checks beside another capture (`checking.py`)."""
-        return bool(self._all) and all(getattr(a, "aside", False) for a in self._all)
-
-    @property
-    def of_failed_passes(self) -> bool:
-        """Whether they are to see what there is of a pass that an exception has ended."""
-        return all(getattr(a, "of_failed_passes", False) for a in self._all)
-
-    def ended(self, step: int, failed: bool) -> None:
-        """Tell those that want to know that a pass has ended: all its maps were shown.
-
-        Raises:
-            Exception: whatever an analysis raises.
-        """
-        for analysis in self._all:
-            told = getattr(analysis, "pass_ended", None)
-            if told is None:
-                continue
-            with without_modes(), _without_the_models():
-                try:
-                    told(step, failed)
-                except Exception as error:
-                    self.raised = error
-                    raise
 
     def _update(self, fm: Any) -> None:
         for analysis in self._all:
@@ -108,7 +81,8 @@ class Analyses:
 
 
 @contextmanager
-def _without_the_models() -> Iterator[None]:
+def without_the_models() -> Iterator[None]:
+    """What runs here is none of the model's: no part of its graph, its modes, its path."""
     with torch.inference_mode(False), torch.no_grad(), unseen(), unrecorded(), ExitStack() as off:
         for device in autocasting():
             off.enter_context(torch.autocast(device, enabled=False))

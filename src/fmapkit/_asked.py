@@ -11,6 +11,7 @@ from fmapkit._edit import Edits
 from fmapkit._names import Names
 from fmapkit._stop import Stop
 from fmapkit._wants import Wants
+from fmapkit.checking import FiniteCheck
 
 __all__ = ["Asked"]
 
@@ -26,6 +27,7 @@ class Asked:
         edits: what to change while the model runs.
         analyses: who sees each map.
         stop: ends a pass early; None where none is to be ended.
+        check: looks at every map of a pass; None where none is to be looked at.
     """
 
     model: nn.Module
@@ -34,3 +36,4 @@ class Asked:
     edits: Edits
     analyses: Analyses
     stop: Stop | None = None
+    check: FiniteCheck | None = None

@@ -113,11 +113,15 @@ class _Asked:
     """What was asked for: the kinds; of layers, whatever there is."""
 
     def __init__(self, kinds: Iterable[str]) -> None:
-        self.kinds = frozenset(kinds)
+        self.asked_kinds = frozenset(kinds)
         self.retention = Retention(None, None)
 
     def layer(self, name: str) -> bool:
         """Whether maps of a layer may be there."""
+        return True
+
+    def asked(self, kind: str, layer: str) -> bool:
+        """Whether such a map was asked for."""
         return True
 
 
@@ -174,16 +178,17 @@ def snapshot_of(
         MapStateError: a map cannot be read any more.
         DistributedError: a map is a `DTensor`.
     """
-    values = Values()
+    values, asked = Values(), session.wants.asked
+    entries = [(p, [e for e in p.entries() if asked(e.kind, e.origin.name)]) for p in session.store]
     passes = tuple(
-        KeptPass(p.step, p.training, tuple(read(p, e)._copied(values) for e in p.entries()))
-        for p in session.store
+        KeptPass(p.step, p.training, tuple(read(p, e)._copied(values) for e in those))
+        for p, those in entries
     )
     labels = {fm.layer for p in passes for fm in p.maps}
     return Snapshot(
         passes,
         session.steps,
-        tuple(sorted(session.wants.kinds)),
+        tuple(sorted(session.wants.asked_kinds)),
         session.store.fleeting,
         tuple((m.layer, m.reason) for m in session.missed),
         session.snapshot.modules

@@ -158,7 +158,7 @@ def _owned(session: Source, layer: str, entries: Sequence[Found]) -> list[Found]
             layer=layer,
             candidates=known,
         )
-    if _is_layer(session, layer) and session.wants.kinds == {"activation"}:
+    if _is_layer(session, layer) and session.wants.asked_kinds == {"activation"}:
         raise NoActivationError(
             f"layer {layer!r} has no activation in the latest pass: no nonlinearity "
             "follows it, or it did not run; capture(kinds=...) asked for nothing else",
@@ -210,7 +210,7 @@ def _nothing_held(session: Source, layer: str) -> NoReturn:
 
 def _no_such_kind(session: Source, layer: str, kind: str | None, there: list[Entry]) -> NoReturn:
     kinds = list(dict.fromkeys(e.kind for e in there))
-    asked = session.wants.kinds
+    asked = session.wants.asked_kinds
     data: dict[str, Any] = {
         "layer": layer,
         "kind": kind or "activation",

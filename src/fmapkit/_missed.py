@@ -41,16 +41,14 @@ class Misses:
 
     Args:
         model: which it captures.
-        quiet: somebody else tells the user.
 
     Attributes:
         entries: each once, in the order in which they were noticed.
         warned: the user was told, and nothing has come since.
     """
 
-    def __init__(self, model: nn.Module, quiet: bool = False) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.entries: list[Missed] = []
-        self._quiet = quiet
         self.warned = False
         self._model = type(model).__name__
 
@@ -66,8 +64,6 @@ class Misses:
         if self.warned or not self.entries:
             return
         self.warned = True
-        if self._quiet:
-            return
         first = self.entries[0]
         more = f" (and {len(self.entries) - 1} more)" if len(self.entries) > 1 else ""
         warn(f"not captured: {first.layer or self._model}: {first.reason}{more}; see maps.missed")

@@ -48,8 +48,6 @@ def entered(session: Open) -> None:
         CaptureStateError: an edit, its own or another one's, bars it.
     """
     for other in others(session):
-        if session.asked.analyses.aside or other.asked.analyses.aside:
-            continue  # a check looks at whatever runs, and has no pairs
         if session.asked.edits or other.asked.edits:
             mine = "with edit= " if session.asked.edits else ""
             theirs = "with edit= " if other.asked.edits else ""

@@ -12,6 +12,7 @@ from fmapkit._axes import Axes
 from fmapkit._names import Names, never_called
 from fmapkit._retain import Place, Retention
 from fmapkit._store import Held
+from fmapkit.checking import FiniteCheck
 from fmapkit.errors import (
     ArgumentError,
     FilterRangeError,
@@ -140,16 +141,27 @@ class Wants:
         detach: bool = True,
         gradients: bool = False,
         retention: Retention | None = None,
+        check: FiniteCheck | None = None,
     ) -> None:
         self._names = names
         self.retention = retention or Retention(None, None)
         self.detach = detach
-        self.gradients = gradients
-        self.graph = gradients or not detach  # what the model's graph is needed for
-        self.kinds = _kinds(kinds)
+        self.asked_gradients = gradients
+        self.gradients = gradients or (check is not None and check.backward)
+        self.graph = self.gradients or not detach  # what the model's graph is needed for
+        self.asked_kinds = _kinds(kinds)
         chosen = None if layers_given is None else Selection(names, layers_given, "layers")
         self._selection = chosen
-        self.outputs = self._outputs(names)
+        self.asked_outputs = self._outputs(names, self.asked_kinds)
+        # What is held while a pass runs: more than was asked for, where all of it is looked at.
+        self.kinds, self.outputs = self.asked_kinds, self.asked_outputs
+        self.checks = check is not None
+        if check is not None and not check.compiled:
+            self.kinds = frozenset(KINDS)
+            self.outputs = self._outputs(names, self.kinds)
+        elif check is not None:  # what modules return does not exist outside of the graph
+            self.kinds = frozenset(KINDS) - {"output"}
+            self.outputs = self.asked_outputs | ({names.model} if chosen is None else set())
         self.filters = _filters(filters)
         if isinstance(self.filters, Mapping):
             self.filters = {names.canonical(name): of for name, of in self.filters.items()}
@@ -181,12 +193,18 @@ class Wants:
         """Whether what this module returns was asked for."""
         return module in self.outputs
 
-    def _outputs(self, names: Names) -> set[nn.Module]:
+    def asked(self, kind: str, layer: str) -> bool:
+        """Whether such a map was asked for, and is not held to be looked at alone."""
+        if kind == "output":
+            return self._names.by_name.get(layer) in self.asked_outputs
+        return kind in self.asked_kinds
+
+    def _outputs(self, names: Names, kinds: frozenset[str]) -> set[nn.Module]:
         """The modules whose output is wanted.
 
         Where a selector matches no filter layer, what is meant is what the modules return.
         """
-        asked = "output" in self.kinds
+        asked = "output" in kinds
         if self._selection is None:
             return set(names.by_module) - names.wrappers if asked else set()
         return {
@@ -201,7 +219,7 @@ class Wants:
     def _check_filters(self, names: Names) -> None:
         if self.filters is None:
             return
-        if self.kinds == {"output"}:
+        if self.asked_kinds == {"output"}:
             raise ArgumentError(
                 "filters= picks from the maps of a layer, and what a module returns is held whole: "
                 "kinds='output' leaves nothing to pick from"

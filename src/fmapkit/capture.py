@@ -25,8 +25,8 @@ from fmapkit._wants import Wants
 from fmapkit._warnings import warn
 from fmapkit._wrappers import unwrap
 from fmapkit.checking import COMPILED, Check, FiniteCheck, checked
-from fmapkit.errors import ArgumentError, CaptureStateError, NonFiniteError, NotAModuleError
-from fmapkit.kinds import KINDS, Kind
+from fmapkit.errors import ArgumentError, CaptureStateError, NotAModuleError
+from fmapkit.kinds import Kind
 from fmapkit.maps import FeatureMap, FeatureMaps
 
 if TYPE_CHECKING:
@@ -174,16 +174,13 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 "stop=True ends a forward in the middle, where other ranks would wait for this "
                 f"one: {names.collective()!r} exchanges data with them while it runs"
             )
-        if stop and check is not None:
-            raise ArgumentError("check= looks at whole passes, and stop=True ends them: give one")
-        finite = checked(check)
-        self._check = None if finite is None else _Checking(given, layers, every, finite)
-        wants = Wants(names, layers, kinds, filters, detach, gradients, retention)
+        finite = _finite(check, stop, filters, retention, compiled=bool(compiled_roots(given)))
+        wants = Wants(names, layers, kinds, filters, detach, gradients, retention, finite)
         _check_made(edit)
         edits = Edits(names, edit, FeatureMap)
         passes = None if keep == "all" else int(keep)
         model = unwrap(model)  # a pass is the plain model's, whoever called it
-        wanted = Asked(model, names, wants, edits, seen_by, Stop() if stop else None)
+        wanted = Asked(model, names, wants, edits, seen_by, Stop() if stop else None, finite)
         self._session = Session(wanted, given, passes, every, budget)
         # Made, entered, left: a capture goes through these once, in this order.
         self._state: Literal["made", "entered", "left"] = "made"
@@ -195,12 +192,6 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 f"this capture {state}; call capture(model) again for another block"
             )
         self._session.open()
-        if self._check is not None:
-            try:
-                self._check.enter()
-            except BaseException:
-                self._session.close(failed=True)
-                raise
         self._state = "entered"
         maps = FeatureMaps(self._session)
         self._session.asked.analyses.view = maps._read
@@ -213,60 +204,39 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         trace: TracebackType | None,
     ) -> None:
         self._state = "left"
-        try:
-            if self._check is not None:
-                self._check.exit(error, self._session.miss)
-        finally:
-            self._session.close(failed=kind is not None)
-        stop = self._session.asked.stop
+        check, stop = self._session.asked.check, self._session.asked.stop
+        if check is not None:
+            check.close()
+            if check.gradients_unseen:
+                self._session.miss("", COMPILED)
+        self._session.close(failed=kind is not None)
+        if check is not None and isinstance(error, Exception):
+            check.raise_found(cause=error)
         if stop is not None and stop.ended and isinstance(error, (AttributeError, TypeError)):
             if "NoneType" in str(error):
                 _note(error, ENDED)
 
 
-class _Checking:
-    """A capture that checks beside the one that was asked for; see `checking.py`."""
+def _finite(
+    check: Any, stop: bool, filters: Any, retention: Retention, compiled: bool
+) -> FiniteCheck | None:
+    """What `check=` asks for.
 
-    def __init__(self, model: nn.Module, layers: Any, every: int, check: Check) -> None:
-        compiled = bool(compiled_roots(model))
-        backward = check == "finite" and not compiled
-        self._left_out = check == "finite" and compiled
-        self._finite = FiniteCheck(backward)
-        self._capture = capture(
-            *(model, layers),
-            # What a module inside of compiled code returns does not exist outside of its graph.
-            kinds=[kind for kind in KINDS if not compiled or kind != "output"],
-            keep=0,
-            every=every,
-            gradients=backward,
-            analyses=self._finite,
+    Raises:
+        ArgumentError: there is no such check, or it does not go with another argument.
+    """
+    which = checked(check)
+    if which is None:
+        return None
+    if stop:
+        raise ArgumentError("check= looks at whole passes, and stop=True ends them: give one")
+    if retention or filters is not None:
+        given = "filters=" if filters is not None else "dtype= or device="
+        raise ArgumentError(
+            f"check= looks at maps as the model makes them, and {given} holds others: put the "
+            "check into a capture of its own, `with capture(model, check=...), capture(model, ...)`"
         )
-
-    def enter(self) -> None:
-        """The block begins."""
-        self._capture.__enter__()
-
-    def exit(self, error: BaseException | None, miss: Callable[[str, str], None]) -> None:
-        """The block has ended.
-
-        Args:
-            error: by this.
-            miss: names what could not be checked.
-
-        Raises:
-            NonFiniteError: the pass that has failed had one, of which it may have failed.
-        """
-        self._finite.close()
-        self._capture.__exit__(type(error) if error is not None else None, error, None)
-        for missed in self._capture._session.missed:
-            miss(missed.layer, missed.reason)
-        if self._left_out:
-            miss("", COMPILED)
-        if isinstance(error, Exception) and not isinstance(error, NonFiniteError):
-            try:
-                self._finite.check()
-            except NonFiniteError as found:
-                raise found from error
+    return FiniteCheck(backward=which == "finite", compiled=compiled)
 
 
 def _note(error: Exception, text: str) -> None:

@@ -5,15 +5,15 @@ an infinite value shows in one of them, and of a finite map they give the larges
 stay on the device until the pass has ended. Then one flag is read, which waits for the device once;
 only if it says so, the map is looked for.
 
-The check is a capture of its own beside the one that was asked for: of every kind, what each module
-returns included, and of no map is anything kept. So a norm between a layer and its nonlinearity is
-named itself.
+A capture that checks holds every kind of map until its pass has ended, what each module returns
+included; then what was asked for stays. So a norm between a layer and its nonlinearity is named
+itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,15 +21,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd import Variable
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from fmapkit._analyses import without_the_models
 from fmapkit._aside import unseen
 from fmapkit._gradients import Gradient
 from fmapkit._sharded import ends_of
-from fmapkit._store import version_of
-from fmapkit.errors import ArgumentError, NonFiniteError
+from fmapkit.errors import ArgumentError, MapStateError, NonFiniteError
+from fmapkit.map import read_map
 
 if TYPE_CHECKING:
+    from fmapkit._store import Held, Pass
     from fmapkit.kinds import Kind
     from fmapkit.map import FeatureMap
 
@@ -220,91 +221,80 @@ def first_nonfinite(maps: Iterable[FeatureMap]) -> NonFinite | None:
 
 
 class FiniteCheck:
-    """The analysis behind `capture(check=...)`: raises when a pass, or a backward, has ended.
+    """Looks at each pass, and at each backward, as it ends.
 
     Args:
         backward: look at gradients, too.
+        compiled: the model runs compiled code, whose gradients nobody sees.
 
     Attributes:
-        found: what it has found and not yet raised.
+        backward: whether gradients are looked at.
+        compiled: whether the model runs compiled code.
+        gradients_unseen: whether gradients were asked for, and are nobody's to see.
     """
 
-    aside = True  # it may stand beside a capture that edits, and does not warn by itself
-    of_failed_passes = True  # a NaN may be what the model fails of
-
-    def __init__(self, backward: bool) -> None:
-        self.found: NonFinite | None = None
-        self._backward = backward
-        self._forward: list[_Extremes] = []
+    def __init__(self, backward: bool, compiled: bool) -> None:
+        self.backward = backward and not compiled
+        self.compiled = compiled
+        self.gradients_unseen = backward and compiled
+        self._found: NonFinite | None = None  # and not yet raised
         self._gradients: dict[int, list[_Extremes]] = {}  # by backward that is under way
-        self._known: dict[Any, StorageWeakRef] = {}
         self._open = True
 
-    def update(self, fm: FeatureMap) -> None:
-        """A map: the same memory, unchanged, is looked at once in a pass."""
-        if self._seen(fm.tensor):
-            return
-        found = _extremes(fm, fm.tensor)
-        if found is None:
-            return
-        self._forward.append(found)
-        if self._backward and isinstance(fm._gradient, Gradient):
-            fm._gradient.tell(_Receiver(fm, self._received))
+    def look(self, at: Pass) -> Iterator[tuple[str, str]]:
+        """A pass has ended: look at its maps, in order, and read the flag.
 
-    def pass_ended(self, step: int, failed: bool) -> None:
-        """A pass has ended: read the flag.
-
-        Raises:
-            NonFiniteError: there is one; not in place of what the model itself has raised.
+        Yields:
+            What could not be looked at: (layer, why).
         """
-        found, self._forward = self._forward, []
-        self._known.clear()
+        found: list[_Extremes] = []
+        known: set[Any] = set()
         self._gradients.clear()
-        self.found = _first(found, gradient=False)
-        if not failed:
-            self.check()
+        with without_the_models():
+            for entry in at.entries():
+                # The same memory, unchanged, is looked at once: all of it is held until here.
+                place = None if entry.edited is not None else _place(entry.held)
+                if place is not None and place in known:
+                    continue
+                known.add(place)
+                try:
+                    fm = read_map(at, entry)
+                except MapStateError as error:
+                    yield entry.origin.name, f"the check did not see it: {error}"
+                    continue
+                for tensor in (fm.tensor, fm.edited):
+                    one = None if tensor is None else _extremes(fm, tensor)
+                    if one is not None:
+                        found.append(one)
+                if self.backward and isinstance(fm._gradient, Gradient):
+                    fm._gradient.tell(_Receiver(fm, self._received))
+            self._found = _first(found, gradient=False)
 
-    def check(self) -> None:
+    def raise_found(self, cause: Exception | None = None) -> None:
         """Raise what was found, once.
 
+        Args:
+            cause: an error of the model's, which may have failed of it.
+
         Raises:
-            NonFiniteError: something was.
+            NonFiniteError: something was found.
         """
-        found, self.found = self.found, None
+        found, self._found = self._found, None
         if found is not None:
-            raise _error(found)
+            raise _error(found) from cause
 
     def close(self) -> None:
         """The block has ended: gradients that come later are not looked at."""
         self._open = False
         self._gradients.clear()
 
-    def _seen(self, tensor: Tensor) -> bool:
-        if (
-            type(tensor) is not Tensor
-            or tensor.layout is not torch.strided
-            or tensor.is_inference()
-        ):
-            return False
-        storage = tensor.untyped_storage()
-        place = (
-            *(storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()),
-            *(tensor.dtype, version_of(tensor)),
-        )
-        known = self._known.get(place)
-        if known is not None and not known.expired():  # type: ignore[no-untyped-call]
-            return True
-        # As long as it is known, no other memory goes by the same number.
-        self._known[place] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        return False
-
     def _received(self, fm: FeatureMap, grad: Tensor) -> None:
-        if not self._open:
+        task = torch._C._current_graph_task_id()
+        if not self._open or task == -1:
             return
         with torch.no_grad(), unseen():
             found = _extremes(fm, grad)
-        task = torch._C._current_graph_task_id()
-        if found is None or task == -1:
+        if found is None:
             return
         if task not in self._gradients:
             self._gradients[task] = []
@@ -314,8 +304,19 @@ class FiniteCheck:
     def _backward_ended(self, task: int) -> None:
         found = self._gradients.pop(task, [])
         with torch.no_grad(), unseen():
-            self.found = _first(found, gradient=True)
-        self.check()
+            self._found = _first(found, gradient=True)
+        self.raise_found()
+
+
+def _place(held: Held | None) -> Any:
+    """Where the values of a map lie, and in which version; None where torch does not tell."""
+    tensor = None if held is None else held.tensor
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_inference():
+        return None
+    if tensor.is_quantized or not tensor.numel():
+        return None
+    place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor._version)
+    return (*place, tuple(tensor.shape), tensor.stride())
 
 
 class _Receiver:

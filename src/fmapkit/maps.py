@@ -51,10 +51,14 @@ class FeatureMaps:
 
     def _latest(self) -> list[Found]:
         latest = self._session.store.latest()
-        return [(latest, e) for e in latest.entries()] if latest is not None else []
+        return self._of(latest) if latest is not None else []
 
     def _every(self) -> list[Found]:
-        return [(p, e) for p in self._session.store for e in p.entries()]
+        return [found for p in self._session.store for found in self._of(p)]
+
+    def _of(self, at: Pass) -> list[Found]:
+        asked = self._session.wants.asked
+        return [(at, e) for e in at.entries() if asked(e.kind, e.origin.name)]
 
     def __iter__(self) -> Iterator[FeatureMap]:
         """Every map of the latest pass, in execution order."""
