@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from torch import nn
 
+from fmapkit._compiled import NOTHING_RAN
 from fmapkit._names import never_called
 from fmapkit._store import Entry, Pass
 from fmapkit._wants import Selection
@@ -191,8 +192,9 @@ def _no_globs(session: Source, layer: str, known: Sequence[str]) -> NoReturn:
 
 
 def _nothing_held(session: Source, layer: str) -> NoReturn:
-    missed = [f"{m.layer or 'the model'}: {m.reason}" for m in session.missed]
-    why = f"; missed: {listed(missed)}" if missed and session.steps else ""
+    known = [m for m in session.missed if m.reason != NOTHING_RAN]  # which is said here, too
+    missed = [f"{m.layer or 'the model'}: {m.reason}" for m in known]
+    why = f"; missed: {listed(missed)}" if missed else ""
     if not session.steps:
         names = session.names
         unknown = names.head(layer) in (None, "") and layer != "" and not is_glob(layer)
