@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmapkit.analysis._keys import table
 from fmapkit.comparing.difference import Difference, difference
 from fmapkit.comparing.matching import Match, matched
 from fmapkit.errors import (
@@ -146,6 +145,8 @@ class Comparison:
         return HEADS[:-1], [row[:-1] for row in self._rows()]
 
     def __repr__(self) -> str:
+        from fmapkit.analysis._keys import table  # `import fmapkit` does without
+
         lines = table(*self._table(), _LEFT) if self.differences else []
         return "\n".join([*lines, self._summary()])
 
