@@ -624,6 +624,20 @@ def test_analyses_see_what_was_asked_for_alone() -> None:
                 model(image(step))
             assert place(caught.value) == ("norm", "output", 1, 0, step)
     assert maps.nbytes == 0
+    with capture(model, keep=0, check="finite") as maps:  # and nobody else looks at them
+        with pytest.raises(NonFiniteError):
+            model(image())
+        assert len(maps) == 0
+
+
+def test_outputs_of_a_module_that_is_gone_stay() -> None:
+    """Without a check, what is held is what was asked for, whatever the model is now."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    with capture(model, kinds="output", keep="all") as maps:
+        model(torch.ones(1, 2))
+        del model[1]
+        model(torch.ones(1, 2))
+    assert [(fm.layer, fm.step) for fm in maps.select("1")] == [("1", 0)]
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,8 @@ class Wants:
 
     def asked(self, kind: str, layer: str) -> bool:
         """Whether such a map was asked for, and is not held to be looked at alone."""
+        if not self.checks:
+            return True
         if kind == "output":
             return self._names.by_name.get(layer) in self.asked_outputs
         return kind in self.asked_kinds

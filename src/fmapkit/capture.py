@@ -63,7 +63,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         filters: hold only these filters (copied out, so that the rest can be freed): an int,
             several, or a dict of layer -> these.
         keep: how many passes stay readable: an int, or "all". 0 goes with `analyses`: they see
-            each map, and it is let go.
+            each map, and it is let go; and with `check`.
         detach: False keeps the maps in the autograd graph, for losses on them. The graph lives as
             long as its maps do.
         every: capture each n-th pass (the first one included); the others run bare.
@@ -127,7 +127,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             )
         seen_by = Analyses(analyses)
         fleeting = isinstance(keep, int) and not isinstance(keep, bool) and keep == 0
-        if fleeting and not seen_by:
+        if fleeting and not seen_by and check is None:
             raise ArgumentError(
                 "keep=0 lets go of each map at once, which takes analyses=... to see it before; "
                 "keep must be a positive int or 'all' otherwise"
