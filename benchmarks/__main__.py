@@ -14,6 +14,7 @@ python -m benchmarks longrun [--steps N] [--figure FILE]
 python -m benchmarks editing [--seconds S] [--threads N]
 python -m benchmarks statistics [--device DEVICE] [--seconds S] [--threads N] [--no-compile]
 python -m benchmarks extractor [--seconds S] [--threads N]
+python -m benchmarks checking [--device DEVICE] [--seconds S] [--threads N]
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks import (
+    checking,
     contenders,
     editing,
     extractor,
@@ -135,6 +137,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     command.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     add("extractor", "feature_map beside torchvision's extractor", 5.0, threads=1)
+    command = add("checking", "check= beside hooks that look for NaN by hand", 5.0, threads=1)
+    command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     return top
 
 
@@ -198,6 +202,8 @@ def main(arguments: list[str] | None = None) -> None:
         statistics.run(given.device, given.threads, given.seconds, not given.no_compile)
     elif given.command == "extractor":
         extractor.run(given.seconds, given.threads)
+    elif given.command == "checking":
+        checking.run(given.device, given.threads, given.seconds)
     else:
         longrun.run(given.steps, given.figure)
 

@@ -3,6 +3,7 @@
 from fmapkit import edits
 from fmapkit.analysis.protocol import Analysis
 from fmapkit.capture import capture
+from fmapkit.comparing import compare
 from fmapkit.errors import (
     AmbiguousMapError,
     ArgumentError,
@@ -19,10 +20,12 @@ from fmapkit.errors import (
     MapReleasedError,
     MapStateError,
     NoActivationError,
+    NonFiniteError,
     NoPassError,
     NotAModuleError,
     UnknownLayerError,
 )
+from fmapkit.kinds import Kind
 from fmapkit.layers import register_layer
 from fmapkit.maps import FeatureMap, FeatureMaps
 from fmapkit.nonlinearities import register_nonlinearity
@@ -45,6 +48,7 @@ __all__ = [
     "FeatureMaps",
     "FilterRangeError",
     "FmapkitError",
+    "Kind",
     "KindNotCapturedError",
     "MapLookupError",
     "MapOverwrittenError",
@@ -52,9 +56,11 @@ __all__ = [
     "MapStateError",
     "NoActivationError",
     "NoPassError",
+    "NonFiniteError",
     "NotAModuleError",
     "UnknownLayerError",
     "capture",
+    "compare",
     "edits",
     "feature_map",
     "patch",

@@ -15,7 +15,7 @@ from fmapkit._store import Entry, Pass
 from fmapkit.errors import ArgumentError, MapStateError
 from fmapkit.paths import unrecorded
 
-__all__ = ["Analyses"]
+__all__ = ["Analyses", "without_the_models"]
 
 
 class Analyses:
@@ -63,7 +63,7 @@ class Analyses:
         if self.view is None:
             return
         for entry in entries:
-            with without_modes(), _without_the_models():
+            with without_modes(), without_the_models():
                 try:
                     fm = self.view(current, entry)
                 except MapStateError as error:
@@ -81,7 +81,8 @@ class Analyses:
 
 
 @contextmanager
-def _without_the_models() -> Iterator[None]:
+def without_the_models() -> Iterator[None]:
+    """What runs here is none of the model's: no part of its graph, its modes, its path."""
     with torch.inference_mode(False), torch.no_grad(), unseen(), unrecorded(), ExitStack() as off:
         for device in autocasting():
             off.enter_context(torch.autocast(device, enabled=False))

@@ -11,6 +11,7 @@ from fmapkit._edit import Edits
 from fmapkit._names import Names
 from fmapkit._stop import Stop
 from fmapkit._wants import Wants
+from fmapkit.checking import FiniteCheck
 
 __all__ = ["Asked"]
 
@@ -27,6 +28,7 @@ class Asked:
         analyses: who sees each map.
         stop: ends a pass early; None where none is to be ended.
         methods: whose calls are passes, too.
+        check: looks at every map of a pass; None where none is to be looked at.
     """
 
     model: nn.Module
@@ -36,3 +38,4 @@ class Asked:
     analyses: Analyses
     stop: Stop | None = None
     methods: tuple[str, ...] = ()
+    check: FiniteCheck | None = None

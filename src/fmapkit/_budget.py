@@ -47,7 +47,9 @@ class Budget:
         raise BudgetError(
             f"the maps of step {newest.step}{older} take {held:,} bytes, more than "
             f"max_bytes={self._max:,}; capture fewer layers, kinds or filters, a narrower dtype=, "
-            "or use when_full='oldest' to let older passes go first"
+            "or use when_full='oldest' to let older passes go first",
+            step=newest.step,
+            bytes=held,
         )
 
 

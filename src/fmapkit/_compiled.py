@@ -42,8 +42,9 @@ AROUND = (
     "the captured model itself, or capture what is compiled"
 )
 NOTHING_RAN = (
-    "no call of it was seen; if it was called, then by code that torch.compile had compiled around "
-    "it, where no hook runs: compile the captured model itself, or capture what is compiled"
+    "no call of it was seen: no pass ran inside the block, or it ran in code that torch.compile "
+    "had compiled around it, where no hook runs: compile the captured model itself, or capture "
+    "what is compiled"
 )
 # Where the user's compiled function keeps the variants made of it.
 _KEPT = "_fmapkit_variants"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
@@ -23,6 +23,7 @@ from fmapkit._positions import part_of
 from fmapkit._wants import Selection
 from fmapkit._where import Where
 from fmapkit.errors import ArgumentError, EditError, listed
+from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 
 __all__ = ["Edits"]
@@ -281,6 +282,8 @@ class Edits:
             return self._apply(kind, tensor, axes, layer, usual, others, tags)
         except Exception as error:
             self.raised = error
+            if isinstance(error, EditError):
+                error.layer, error.kind = layer, kind
             raise
 
     def _apply(
@@ -310,7 +313,7 @@ class Edits:
                 tags = {**tags, "path": ""}
             fm = FeatureMap(
                 tensor=result,
-                kind=kind,
+                kind=cast("Kind", kind),
                 layer=layer,
                 filter_dim=axes.dim if axes is not None else None,
                 filters=axes.filters if axes is not None and axes.dim is not None else None,

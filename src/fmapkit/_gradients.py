@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +18,17 @@ from torch import Tensor
 from fmapkit._aside import select
 from fmapkit.errors import MapOverwrittenError, MapStateError
 
-__all__ = ["NO_GRAPH", "OF_VIEW", "Gradient", "NotYet", "in_function", "watch"]
+__all__ = ["NO_GRAPH", "OF_VIEW", "Gradient", "NotYet", "Received", "in_function", "watch"]
 
 _forward_grads: Callable[[], bool] = torch._C._is_fwd_grad_enabled
 _inference: Callable[[], bool] = torch.is_inference_mode_enabled
+
+
+class Receiver(Protocol):
+    """Whoever waits for a gradient."""
+
+    def receive(self, grad: Tensor) -> None:
+        """One backward pass has reached the tensor."""
 
 
 class _Post:
@@ -31,7 +39,7 @@ class _Post:
     __torch_unserializable__ = True
 
     def __init__(self, tensor: Tensor) -> None:
-        self.targets: list[weakref.ref[Gradient]] = []
+        self.targets: list[Callable[[], Receiver | None]] = []
         self.of_view = tensor._is_view()
         self.spoiled = False
         # A view that was written to through another tensor learns of it only when it is asked:
@@ -48,6 +56,11 @@ class _Post:
             gradient = target()
             if gradient is not None:
                 gradient.receive(grad)
+
+    @property
+    def goes_with_the_graph(self) -> bool:
+        """Whether the hook is the graph's, and not a leaf's."""
+        return self._handle is None
 
     def serve(self, gradient: Gradient) -> None:
         """From here on the gradient receives what comes."""
@@ -79,6 +92,14 @@ class Gradient:
     def picked(self, dim: int, places: tuple[int, ...]) -> Gradient:
         """The same for some filters alone."""
         return Gradient(self._post, (dim, places))
+
+    def tell(self, receiver: Receiver) -> None:
+        """Hand each gradient on to somebody else, too, for as long as the graph lives.
+
+        Not of a leaf, which would keep the hook for good.
+        """
+        if self._post.goes_with_the_graph:
+            self._post.targets.append(lambda: receiver)
 
     def overwritten(self) -> None:
         """The tensor is about to be written to. What a view was has no gradient of its own then.
@@ -143,6 +164,19 @@ class NotYet:
             "yet; read fm.grad of the held maps after backward, with capture(gradients=True), and "
             "give those to an analysis with update(dataclasses.replace(fm, tensor=fm.grad))"
         )
+
+
+class Received:
+    """A gradient that has arrived: of a map that was copied, pickled or saved."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value
+
+    def read(self, what: str) -> Tensor:
+        """It."""
+        return self._value
 
 
 def watch(tensor: Tensor) -> Gradient | None:

@@ -37,9 +37,13 @@ class Keeping:
         self._misses = misses
         self._store = store
         self._budget = budget
+        self._check = asked.check
+        # With keep=0, maps go as they are seen; what a check is to look at stays to the end.
+        self._fleeting = store.fleeting and asked.check is None
         wants = asked.wants
         copies = bool(wants.retention) or wants.filters is not None
-        self._only_references = not (copies or self._analyses or store.fleeting or budget)
+        put_away = copies or self._analyses or store.fleeting or budget or asked.check is not None
+        self._only_references = not put_away
 
     def keep(self, current: Pass, failed: bool) -> None:
         """A pass has ended.
@@ -50,6 +54,7 @@ class Keeping:
 
         Raises:
             BudgetError: its maps are more than was allowed.
+            NonFiniteError: the check has found something.
             Exception: whatever an analysis raises.
         """
         if not self._only_references or has_inference_tensors(current):
@@ -61,12 +66,17 @@ class Keeping:
         if retention:
             self._store_as_asked(current)
         retention.end()
+        if self._check is not None:
+            for layer, why in self._check.look(current):
+                self._misses.add(layer, why)
         if self._analyses and not failed:
             runs = [s for s in current.segments if isinstance(s, Run) and s.analyses is not None]
             for run in runs:  # of which they have seen most, or all
-                self._show(current, run.fresh(self._store.fleeting))
+                self._show(current, run.fresh(self._fleeting))
             if not runs:
                 self._show(current, current.entries())
+        if self._check is not None:
+            self._keep_what_was_asked_for(current)
         if self._store.fleeting:
             current.release()
             retention.buffers.drop()
@@ -74,6 +84,16 @@ class Keeping:
             settle(current)
         if self._budget is not None and not failed:
             self._budget.check(self._store)
+        if self._check is not None and not failed:
+            self._check.raise_found()
+
+    def _keep_what_was_asked_for(self, current: Pass) -> None:
+        """Let go of what was held to be looked at alone."""
+        wants = self._wants
+        current.keep_only(lambda entry: wants.asked(entry.kind, entry.origin.name))
+        if not wants.asked_gradients:
+            for held in current.held():
+                held.gradient = None
 
     def _store_as_asked(self, current: Pass) -> None:
         """Another form for each map, as asked; one that cannot have it is named, and let go."""
@@ -94,10 +114,13 @@ class Keeping:
         """
         current = self._live.current
         assert current is not None
-        self._show(current, run.fresh(self._store.fleeting))
+        self._show(current, run.fresh(self._fleeting))
 
     def _show(self, current: Pass, entries: Iterable[Entry]) -> None:
         """Have the analyses see some maps; should they call the model, we look away."""
+        if self._wants.checks:
+            asked = self._wants.asked
+            entries = [e for e in entries if asked(e.kind, e.origin.name)]
         thread, self._live.thread = self._live.thread, 0
         try:
             for layer, why in self._analyses.see(current, entries):

@@ -18,12 +18,12 @@ from fmapkit._hooks import FAILED
 from fmapkit._standing import lock
 from fmapkit.errors import ArgumentError, did_you_mean, listed
 
-__all__ = ["Methods", "checked", "method_called"]
+__all__ = ["Methods", "method_called", "methods_of"]
 
 _NOTHING = object()
 
 
-def checked(model: nn.Module, given: Any) -> tuple[str, ...]:
+def methods_of(model: nn.Module, given: Any) -> tuple[str, ...]:
     """The names of the methods that were asked for, without that of its call.
 
     Raises:

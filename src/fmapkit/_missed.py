@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 from torch import nn
 
+from fmapkit._warnings import warn
 from fmapkit.errors import CaptureWarning
 
 __all__ = ["Missed", "Misses", "NotSupportedError", "reason"]
@@ -71,11 +71,7 @@ class Misses:
         self.warned = True
         first = self.entries[0]
         more = f" (and {len(self.entries) - 1} more)" if len(self.entries) > 1 else ""
-        warnings.warn(
-            f"not captured: {first.layer or self._model}: {first.reason}{more}; see maps.missed",
-            CaptureWarning,
-            stacklevel=2,
-        )
+        warn(f"not captured: {first.layer or self._model}: {first.reason}{more}; see maps.missed")
 
     def warn_in_forward(self) -> None:
         """The same as a pass ends; where warnings are errors, they wait until the block ends."""

@@ -52,10 +52,12 @@ from fmapkit._wants import Wants
 from fmapkit._watch import Watch
 from fmapkit._weights import versions
 from fmapkit._wrappers import REPLICAS
-from fmapkit.errors import BudgetError
+from fmapkit.errors import BudgetError, NonFiniteError
 from fmapkit.paths import ControlPaths
 
 __all__ = ["Session"]
+
+RAISED = (BudgetError, NonFiniteError)  # what the user has asked for, by `max_bytes=`, `check=`
 
 # Modules with thousands of names are memory to go through: what each pass asks is found here.
 _graph_task: Callable[[], int] = torch._C._current_graph_task_id
@@ -342,7 +344,7 @@ class Session:
 
     def _fault(self, module: nn.Module, error: Exception) -> None:
         edits, analyses = self.asked.edits, self.asked.analyses
-        if error in (edits.raised, analyses.raised) or isinstance(error, BudgetError):
+        if error in (edits.raised, analyses.raised) or isinstance(error, RAISED):
             edits.raised = analyses.raised = None  # whose traceback holds tensors
             raise error  # the user's own function, or what the user has asked for
         self.miss(self.names.of(module), reason(error))

@@ -255,6 +255,11 @@ class Pass:
         self._entries = [entry for entry in every if entry not in gone]
         return gone
 
+    def keep_only(self, asked: Callable[[Entry], bool]) -> None:
+        """Of a closed pass, let go of every map but these."""
+        self._entries = list(filter(asked, self.entries()))
+        self.segments = list(self._entries)
+
     def discard(self) -> None:
         """Nothing of the pass so far is kept: what its maps are is not known any more."""
         for segment in self.segments:

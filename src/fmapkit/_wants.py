@@ -12,12 +12,19 @@ from fmapkit._axes import Axes
 from fmapkit._names import Names, never_called
 from fmapkit._retain import Place, Retention
 from fmapkit._store import Held
-from fmapkit.errors import ArgumentError, FilterRangeError, UnknownLayerError, did_you_mean, listed
-from fmapkit.selectors import Selector, selectors
+from fmapkit.checking import FiniteCheck
+from fmapkit.errors import (
+    ArgumentError,
+    FilterRangeError,
+    UnknownLayerError,
+    did_you_mean,
+    listed,
+    near,
+)
+from fmapkit.kinds import KINDS
+from fmapkit.selectors import Selector, name_longer_numbers, selectors
 
-__all__ = ["KINDS", "Selection", "Wants", "indices"]
-
-KINDS = ("input", "response", "preactivation", "activation", "output", "attention")
+__all__ = ["KINDS", "Selection", "Wants", "indices", "only_a_pass_can_tell"]
 
 
 class Selection:
@@ -44,6 +51,7 @@ class Selection:
         self._cache: dict[str, bool] = {}
         self._containers: set[str] = set()
         self._held: set[str] = set()
+        self.matched: dict[Selector, list[nn.Module]] = {}
         # What the selectors match, in groups: each is of layers with filters, or is not.
         self.groups: list[list[nn.Module]] = []
         if not self._selectors and argument:
@@ -55,6 +63,8 @@ class Selection:
             self.groups += [[*called, *held]] if called else [[m] for m in held]
             if not matched and argument:
                 self._only_in_a_pass(selector, argument)
+            name_longer_numbers(selector, argument or "layers", names.by_name)
+            self.matched[selector] = matched
 
     def __str__(self) -> str:
         return ", ".join(str(s.given) for s in self._selectors)
@@ -63,17 +73,18 @@ class Selection:
         """Whether the layer of this label is among them."""
         found = self._cache.get(name)
         if found is None:
-            found = self._cache[name] = self._matches(name)
+            found = self._cache[name] = self.fits(name, self._selectors)
         return found
 
-    def _matches(self, name: str) -> bool:
+    def fits(self, name: str, some: Sequence[Selector]) -> bool:
+        """Whether some of the selectors mean the layer of this label."""
         names = self._names
         module, canonical = names.module_of(name), names.canonical(name)
         if names.head(canonical) in self._containers or canonical.partition(":")[0] in self._held:
             return True
         for label in (name, *names.other_names(name)):
             plain = label.partition(":")[0] if self._by_part else label
-            for s in self._selectors:
+            for s in some:
                 if s.matches(label, module) or (s.exact and s.matches(plain, module)):
                     return True
         return False
@@ -96,17 +107,19 @@ class Selection:
     def _only_in_a_pass(self, selector: Selector, argument: str) -> None:
         """A label that only a pass can tell: `blocks.3.mlp:gelu`, `attn.in_proj`."""
         given, names = selector.given, self._names
-        if isinstance(given, str) and _only_a_pass_can_tell(names, given):
+        if isinstance(given, str) and only_a_pass_can_tell(names, given):
             return
         beside = names.elsewhere.paths()
         if any(selector.matches(path, module) for path, module in beside.items()):
             return
         known = [n for n in dict.fromkeys((*names.by_name, *beside)) if n]
-        hint = did_you_mean(given, known) if isinstance(given, str) else ""
+        hint = did_you_mean(given, known)
         model = type(names.by_name[""]).__name__
         raise UnknownLayerError(
             f"{argument}={selector!r} matches no module of {model}{hint} "
-            f"(its modules: {listed(known)})"
+            f"(its modules: {listed(known)})",
+            layer=given if isinstance(given, str) else None,
+            candidates=near(given, known) or known,
         )
 
 
@@ -129,17 +142,28 @@ class Wants:
         gradients: bool = False,
         retention: Retention | None = None,
         weights: bool = False,
+        check: FiniteCheck | None = None,
     ) -> None:
         self._names = names
         self.weights = weights
         self.retention = retention or Retention(None, None)
         self.detach = detach
-        self.gradients = gradients
-        self.graph = gradients or not detach  # what the model's graph is needed for
-        self.kinds = _kinds(kinds)
+        self.asked_gradients = gradients
+        self.gradients = gradients or (check is not None and check.backward)
+        self.graph = self.gradients or not detach  # what the model's graph is needed for
+        self.asked_kinds = _kinds(kinds)
         chosen = None if layers_given is None else Selection(names, layers_given, "layers")
         self._selection = chosen
-        self.outputs = self._outputs(names)
+        self.asked_outputs = self._outputs(names, self.asked_kinds)
+        # What is held while a pass runs: more than was asked for, where all of it is looked at.
+        self.kinds, self.outputs = self.asked_kinds, self.asked_outputs
+        self.checks = check is not None
+        if check is not None and not check.compiled:
+            self.kinds = frozenset(KINDS) - {"attention"} | self.asked_kinds
+            self.outputs = self._outputs(names, self.kinds)
+        elif check is not None:  # what modules return does not exist outside of the graph
+            self.kinds = frozenset(KINDS) - {"output", "attention"}
+            self.outputs = self.asked_outputs | ({names.model} if chosen is None else set())
         self.filters = _filters(filters)
         if isinstance(self.filters, Mapping):
             self.filters = {names.canonical(name): of for name, of in self.filters.items()}
@@ -171,15 +195,23 @@ class Wants:
         """Whether what this module returns was asked for."""
         return module in self.outputs
 
-    def _outputs(self, names: Names) -> set[nn.Module]:
+    def asked(self, kind: str, layer: str) -> bool:
+        """Whether such a map was asked for, and is not held to be looked at alone."""
+        if not self.checks:
+            return True
+        if kind == "output":
+            return self._names.by_name.get(layer) in self.asked_outputs
+        return kind in self.asked_kinds
+
+    def _outputs(self, names: Names, kinds: frozenset[str]) -> set[nn.Module]:
         """The modules whose output is wanted.
 
         Where a selector matches no filter layer, what is meant is what the modules return.
         """
-        asked = "output" in self.kinds
+        asked = "output" in kinds
         if self._selection is None:
             return set(names.by_module) - names.wrappers if asked else set()
-        named = "attention" not in self.kinds  # else the modules are named for that
+        named = "attention" not in kinds  # else the modules are named for that
         return {
             module
             for group in self._selection.groups
@@ -192,7 +224,7 @@ class Wants:
     def _check_filters(self, names: Names) -> None:
         if self.filters is None:
             return
-        if self.kinds == {"output"}:
+        if self.asked_kinds == {"output"}:
             raise ArgumentError(
                 "filters= picks from the maps of a layer, and what a module returns is held whole: "
                 "kinds='output' leaves nothing to pick from"
@@ -207,20 +239,26 @@ class Wants:
             if wrong and explicit:
                 raise FilterRangeError(
                     f"filters={wrong[0]} is out of range for layer {name!r}, which has {count} "
-                    f"filters (0 to {count - 1})"
+                    f"filters (0 to {count - 1})",
+                    layer=name,
+                    filter=wrong[0],
+                    candidates=range(count),
                 )
         if isinstance(self.filters, Mapping):
             for name in self.filters:
-                there = name in names.by_name or _only_a_pass_can_tell(names, name)
+                there = name in names.by_name or only_a_pass_can_tell(names, name)
                 if not there and name not in names.elsewhere.paths():
                     raise UnknownLayerError(
                         f"filters names layer {name!r}, which the model does not have"
-                        f"{did_you_mean(name, names.by_name)}"
+                        f"{did_you_mean(name, names.by_name)}",
+                        layer=name,
+                        candidates=near(name, names.by_name) or filter(None, names.by_name),
                     )
                 if not self.layer(name):
                     raise ArgumentError(
                         f"filters names layer {name!r}, which layers= does not ask for "
-                        f"(it asks for {self._selection})"
+                        f"(it asks for {self._selection})",
+                        layer=name,
                     )
 
     def without_attention(self, seen: set[str]) -> list[str]:
@@ -305,7 +343,7 @@ class Wants:
         return dim, tuple(there.index(f) for f in picked)
 
 
-def _only_a_pass_can_tell(names: Names, label: str) -> bool:
+def only_a_pass_can_tell(names: Names, label: str) -> bool:
     """`blocks.3.mlp:gelu`, `attn.in_proj`: labels of a module that the model has."""
     module, colon, _ = label.partition(":")
     if colon:
@@ -321,8 +359,12 @@ def _kinds(kinds: Any) -> frozenset[str]:
         raise ArgumentError(f"kinds must name some of {listed(KINDS)}, not {kinds!r}")
     for kind in given:
         if kind not in KINDS:
-            hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
-            raise ArgumentError(f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}")
+            hint = did_you_mean(kind, KINDS)
+            raise ArgumentError(
+                f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}",
+                kind=kind if isinstance(kind, str) else None,
+                candidates=near(kind, KINDS) or KINDS,
+            )
     return frozenset(given)
 
 

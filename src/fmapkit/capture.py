@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,25 +11,34 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fmapkit import edits as edits_module
 from fmapkit._analyses import Analyses
 from fmapkit._asked import Asked
 from fmapkit._budget import Budget, policy
 from fmapkit._edit import Edits
-from fmapkit._methods import checked
+from fmapkit._methods import methods_of
 from fmapkit._names import Names
 from fmapkit._optimized import compiled_roots, plain
 from fmapkit._retain import Retention
 from fmapkit._session import Session
 from fmapkit._stop import Stop
 from fmapkit._wants import Wants
+from fmapkit._warnings import warn
 from fmapkit._wrappers import unwrap
+from fmapkit.checking import COMPILED, Check, FiniteCheck, checked
 from fmapkit.errors import ArgumentError, CaptureStateError, NotAModuleError
+from fmapkit.kinds import Kind
 from fmapkit.maps import FeatureMap, FeatureMaps
 
 if TYPE_CHECKING:
     from fmapkit.analysis import Analysis
 
 __all__ = ["capture"]
+
+ENDED = (
+    "with stop=True the model's call returns None once the wanted maps are there, which code that "
+    "uses its output (a loss, generate()) cannot take: call the model alone, or leave stop=True out"
+)
 
 
 class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
@@ -55,7 +66,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         filters: hold only these filters (copied out, so that the rest can be freed): an int,
             several, or a dict of layer -> these.
         keep: how many passes stay readable: an int, or "all". 0 goes with `analyses`: they see
-            each map, and it is let go.
+            each map, and it is let go; and with `check`.
         detach: False keeps the maps in the autograd graph, for losses on them. The graph lives as
             long as its maps do.
         every: capture each n-th pass (the first one included); the others run bare.
@@ -81,6 +92,10 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             `max_bytes`, and lets go of that pass's maps; "oldest" lets older kept passes go first.
         method: other methods of the model whose calls are passes, beside its own call: "encode", or
             several. One that another pass calls is a part of that pass.
+        check: "finite" raises `NonFiniteError` at the end of the first pass that has a NaN or an
+            infinite value in any kind of map of these layers, what modules return included, and at
+            the end of a backward that has one in their gradients; "finite-forward" leaves gradients
+            out. The device is waited for once, as the pass ends: the forward goes on to its end.
         gradients: True makes `fm.grad` the gradient of each map after backward, without keeping
             the graph alive.
         weights: True holds the weights of each pass for `fm.weight`: also those that are computed
@@ -99,7 +114,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         model: nn.Module,
         layers: Any = None,
         *,
-        kinds: str | Iterable[str] = ("preactivation", "activation"),
+        kinds: Kind | Iterable[Kind] = ("preactivation", "activation"),
         filters: int | Iterable[int] | Mapping[str, int | Iterable[int]] | None = None,
         keep: int | Literal["all"] = 1,
         every: int = 1,
@@ -114,6 +129,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         max_bytes: int | None = None,
         when_full: Literal["error", "oldest"] = "error",
         method: str | Iterable[str] = "forward",
+        check: Check | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             hint = " (a model class: make an instance first)" if isinstance(model, type) else ""
@@ -122,7 +138,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             )
         seen_by = Analyses(analyses)
         fleeting = isinstance(keep, int) and not isinstance(keep, bool) and keep == 0
-        if fleeting and not seen_by:
+        if fleeting and not seen_by and check is None:
             raise ArgumentError(
                 "keep=0 lets go of each map at once, which takes analyses=... to see it before; "
                 "keep must be a positive int or 'all' otherwise"
@@ -168,15 +184,17 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 "stop=True ends a forward in the middle, where other ranks would wait for this "
                 f"one: {names.collective()!r} exchanges data with them while it runs"
             )
-        wants = Wants(names, layers, kinds, filters, detach, gradients, retention, weights)
-        if wants.kind("attention"):
+        finite = _finite(check, stop, filters, retention, compiled=bool(compiled_roots(given)))
+        wants = Wants(names, layers, kinds, filters, detach, gradients, retention, weights, finite)
+        if wants.kind("attention") and finite is None:
             _check_eager("kinds='attention'", given, names)
+        _check_made(edit)
         edits = Edits(names, edit)
         passes = None if keep == "all" else int(keep)
         model = unwrap(model)  # a pass is the plain model's, whoever called it
-        methods = checked(model, method)
+        methods = methods_of(model, method)
         ending = Stop() if stop else None
-        wanted = Asked(model, names, wants, edits, seen_by, ending, methods)
+        wanted = Asked(model, names, wants, edits, seen_by, ending, methods, finite)
         self._session = Session(wanted, given, passes, every, budget)
         # Made, entered, left: a capture goes through these once, in this order.
         self._state: Literal["made", "entered", "left"] = "made"
@@ -200,7 +218,61 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         trace: TracebackType | None,
     ) -> None:
         self._state = "left"
+        check, stop = self._session.asked.check, self._session.asked.stop
+        if check is not None:
+            check.close()
+            if check.gradients_unseen:
+                self._session.miss("", COMPILED)
         self._session.close(failed=kind is not None)
+        if check is not None and isinstance(error, Exception):
+            check.raise_found(cause=error)
+        if stop is not None and stop.ended and isinstance(error, (AttributeError, TypeError)):
+            if "NoneType" in str(error):
+                _note(error, ENDED)
+
+
+def _finite(
+    check: Any, stop: bool, filters: Any, retention: Retention, compiled: bool
+) -> FiniteCheck | None:
+    """What `check=` asks for.
+
+    Raises:
+        ArgumentError: there is no such check, or it does not go with another argument.
+    """
+    which = checked(check)
+    if which is None:
+        return None
+    if stop:
+        raise ArgumentError("check= looks at whole passes, and stop=True ends them: give one")
+    if retention or filters is not None:
+        given = "filters=" if filters is not None else "dtype= or device="
+        raise ArgumentError(
+            f"check= looks at maps as the model makes them, and {given} holds others: put the "
+            "check into a capture of its own, `with capture(model, check=...), capture(model, ...)`"
+        )
+    return FiniteCheck(backward=which == "finite", compiled=compiled)
+
+
+def _note(error: Exception, text: str) -> None:
+    """Add to what an error of the user's code says; before Python 3.11 by a warning."""
+    if sys.version_info >= (3, 11):
+        error.add_note(f"fmapkit: {text}")
+    else:
+        warn(text)
+
+
+def _check_made(edit: Any) -> None:
+    """Notice `edits.zero` in the place of `edits.zero()`."""
+    for key, function in edit.items() if isinstance(edit, Mapping) else ():
+        if not inspect.isfunction(function):
+            continue
+        name = function.__name__
+        if getattr(edits_module, name, None) is function:
+            made: Any = function
+            raise ArgumentError(
+                f"edit[{key!r}] is edits.{name} itself, which makes an edit: write "
+                f"edits.{name}{inspect.signature(made)}".partition(" -> ")[0]
+            )
 
 
 def _check_eager(asked: str, given: nn.Module, names: Names) -> None:

@@ -16,16 +16,24 @@ FmapkitError
 │   └── MapReleasedError                  it was let go (`clear()`)
 ├── DistributedError (RuntimeError)       ranks have nothing to put together, or do not agree
 ├── BudgetError (RuntimeError)            a pass holds more than `capture(max_bytes=...)` allows
+├── NonFiniteError (ArithmeticError)      a map, or its gradient, has a NaN or an infinite value
 ├── EditError (ValueError)                an edit found no place, or gave what cannot go on there
 └── CaptureStateError (RuntimeError)      a capture used out of turn: entered twice, beside an edit
 
 CaptureWarning (UserWarning)              something could not be captured; named in `maps.missed`
+
+Each carries what its message says as data, too: `layer`, `kind`, `filter`, `call`, `step`, `bytes`
+and `candidates`, None or empty where it is not about one.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fmapkit.checking import NonFinite
 
 __all__ = [
     "AmbiguousMapError",
@@ -44,13 +52,45 @@ __all__ = [
     "MapStateError",
     "NoActivationError",
     "NoPassError",
+    "NonFiniteError",
     "NotAModuleError",
     "UnknownLayerError",
 ]
 
 
 class FmapkitError(Exception):
-    """Base of every error that fmapkit raises."""
+    """Base of every error that fmapkit raises.
+
+    Attributes:
+        layer: the layer that it is about, by the name that was given or that the map has.
+        kind: of the map.
+        filter: that was asked for, or that has the value.
+        call: which call of the layer.
+        step: which pass.
+        candidates: what could be meant instead: names of layers, kinds, filters; of a look-up with
+            several answers, the arguments of `maps.select` for each of them.
+        bytes: how many the maps take.
+    """
+
+    def __init__(
+        self,
+        *args: object,
+        layer: str | None = None,
+        kind: str | None = None,
+        filter: int | None = None,
+        call: int | None = None,
+        step: int | None = None,
+        candidates: Iterable[Any] = (),
+        bytes: int | None = None,
+    ) -> None:
+        super().__init__(*args)
+        self.layer = layer
+        self.kind = kind
+        self.filter = filter
+        self.call = call
+        self.step = step
+        self.candidates: tuple[Any, ...] = tuple(candidates)
+        self.bytes = bytes
 
     def __str__(self) -> str:
         # KeyError would print the repr of the message, quotes and all.
@@ -113,6 +153,18 @@ class BudgetError(FmapkitError, RuntimeError):
     """The maps of a capture take more memory than it was allowed."""
 
 
+class NonFiniteError(FmapkitError, ArithmeticError):
+    """`capture(check=...)` saw a NaN or an infinite value; `found` says where.
+
+    Attributes:
+        found: the first map that has one.
+    """
+
+    def __init__(self, *args: object, found: NonFinite | None = None, **data: Any) -> None:
+        super().__init__(*args, **data)
+        self.found = found
+
+
 class EditError(FmapkitError, ValueError):
     """An edit found no place in a pass, or gave something that cannot stand in for the map."""
 
@@ -125,10 +177,17 @@ class CaptureWarning(UserWarning):
     """Something that ran could not be captured; `maps.missed` names it."""
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
+def near(given: object, known: Iterable[str]) -> tuple[str, ...]:
+    """Up to three names that are like the one given, the nearest first."""
+    if not isinstance(given, str):
+        return ()
+    return tuple(difflib.get_close_matches(given, list(known), n=3, cutoff=0.5))
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
     """`"; did you mean 'conv1' or 'conv2'?"`, or an empty string where nothing is near."""
-    near = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    found = near(given, known)
+    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
 def listed(names: Iterable[str], limit: int = 8) -> str:

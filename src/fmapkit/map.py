@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fmapkit import _table
-from fmapkit._gradients import Gradient, NotYet
+from fmapkit._gradients import Gradient, NotYet, Received
+from fmapkit._kept import Values
 from fmapkit._sharded import Parts, is_dtensor, whole
 from fmapkit._store import Entry, Pass, parts_of
 from fmapkit._weights import Rows
-from fmapkit.errors import DistributedError, FilterRangeError
+from fmapkit.errors import DistributedError, FilterRangeError, MapStateError
 from fmapkit.heads import Heads
+from fmapkit.kinds import Kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["FeatureMap", "nbytes_of", "read_map"]
+__all__ = ["FeatureMap", "nbytes_of", "read_map", "restored"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +53,7 @@ class FeatureMap:
     """
 
     tensor: Tensor = field(repr=False)
-    kind: str
+    kind: Kind
     layer: str
     filter: int | None = None
     call: int = 0
@@ -65,7 +67,7 @@ class FeatureMap:
     ids: Tensor | None = field(default=None, repr=False)
     parts: Parts | None = field(default=None, repr=False)
     heads: Heads | None = field(default=None, repr=False)
-    _gradient: Gradient | NotYet | None = field(default=None, repr=False)
+    _gradient: Gradient | NotYet | Received | None = field(default=None, repr=False)
     _rows: Rows | None = field(default=None, repr=False)
     _whole: FeatureMap | None = field(default=None, repr=False)  # the map of all filters
 
@@ -159,7 +161,7 @@ class FeatureMap:
             DistributedError: the tensor is a `DTensor`.
         """
         if is_dtensor(self.tensor):
-            raise DistributedError(_of_several_ranks(self, "has no values of its own"))
+            raise _of_several_ranks(self, "has no values of its own")
         tensor = self.tensor.detach().cpu()
         lacking = tensor.dtype == torch.bfloat16 or tensor.element_size() == 1
         return (tensor.float() if tensor.is_floating_point() and lacking else tensor).numpy()
@@ -191,17 +193,22 @@ class FeatureMap:
         """
         there = self._along()
         if isinstance(index, bool) or not isinstance(index, (int, np.integer)):
-            raise FilterRangeError(f"a filter is an int, not {index!r}; use .tensor to slice")
+            raise FilterRangeError(
+                f"a filter is an int, not {index!r}; use .tensor to slice", **_tags(self)
+            )
         index = int(index)
         wanted = index if index >= 0 else there[-1] + 1 + index
         if wanted not in there:
             raise FilterRangeError(
                 f"filter {index} is out of range for the {self.kind} of layer {self.layer!r}, "
-                f"which holds {len(there)} filters ({_span(there)})"
+                f"which holds {len(there)} filters ({_span(there)})",
+                filter=index,
+                candidates=there,
+                **_tags(self),
             )
         assert self.filter_dim is not None
         if is_dtensor(self.tensor):  # torch would ask the other ranks
-            raise DistributedError(_of_several_ranks(self, "is not indexed here"))
+            raise _of_several_ranks(self, "is not indexed here")
         place = there.index(wanted)
         edited = self.edited.select(self.filter_dim, place) if self.edited is not None else None
         return replace(
@@ -224,7 +231,9 @@ class FeatureMap:
         if self.filters is None or self.filter_dim is None:
             raise FilterRangeError(
                 f"the {self.kind} of layer {self.layer!r} has no single filter axis"
-                + (f"; it is filter {self.filter} already" if self.filter is not None else "")
+                + (f"; it is filter {self.filter} already" if self.filter is not None else ""),
+                filter=self.filter,
+                **_tags(self),
             )
         return self.filters
 
@@ -244,7 +253,8 @@ class FeatureMap:
             raise DistributedError(
                 f"the {self.kind} of layer {self.layer!r} is a plain tensor of this rank, behind a "
                 "weight that is spread over ranks: whether other ranks hold other parts of it is "
-                "known to the model alone; use .tensor"
+                "known to the model alone; use .tensor",
+                **_tags(self),
             )
         tensor, edited = (
             whole(t, parts.mesh, self.filter_dim, parts.total) if t is not None else None
@@ -263,6 +273,53 @@ class FeatureMap:
             _gradient=None,
             _whole=None,
         )
+
+    # -- copies: values and tags, without the model's memory, its graph or its hooks -----------
+
+    def _copied(self, values: Values | None = None) -> FeatureMap:
+        """The same map in memory of its own, outside the autograd graph.
+
+        What `copy.deepcopy`, `pickle` and `torch.save` make of it. Its gradient so far is a part
+        of it. Of what other ranks hold of the map, nothing is known any more.
+
+        Args:
+            values: makes the copies; maps that share memory share that of their copies, too.
+
+        Raises:
+            DistributedError: the tensor is a `DTensor`: `full()` first.
+            MapOverwrittenError: the gradient's memory was written to after backward.
+        """
+        if is_dtensor(self.tensor):
+            raise _of_several_ranks(self, "has no values of its own to be kept")
+        values = values if values is not None else Values()
+        grad = self.grad
+        return replace(
+            self,
+            tensor=values.of(self.tensor),
+            edited=None if self.edited is None else values.of(self.edited),
+            parts=None if self.parts is None else Parts(unknown=True),
+            _gradient=None if grad is None else Received(values.of(grad)),
+            _whole=None,
+        )
+
+    def without_values(self) -> FeatureMap:
+        """Its tags alone; the tensor is empty."""
+        empty = self.tensor.new_empty(0)
+        return replace(self, tensor=empty, edited=None, _gradient=None, _whole=None)
+
+    def __deepcopy__(self, memo: Any) -> FeatureMap:
+        return self._copied()
+
+    def __copy__(self) -> FeatureMap:
+        return replace(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return restored, (self._copied()._data(),)
+
+    def _data(self) -> dict[str, Any]:
+        """What `restored` makes the map of again."""
+        tags = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
+        return {**tags, "grad": self.grad, "parts": self.parts is not None}
 
     def __repr__(self) -> str:
         return _table.map_line(self)
@@ -302,17 +359,34 @@ class FeatureMap:
         )
 
 
+def restored(tags: dict[str, Any]) -> FeatureMap:
+    """The map of which these are the tags, the tensor and its gradient."""
+    values = dict(tags)
+    grad, parts = values.pop("grad"), values.pop("parts")
+    return FeatureMap(
+        **values,
+        parts=Parts(unknown=True) if parts else None,
+        _gradient=None if grad is None else Received(grad),
+    )
+
+
 def nbytes_of(tensor: Tensor) -> int:
     """Size of the values in bytes; of a `DTensor`, of this rank's part."""
     return sum(part.numel() * part.element_size() for part in parts_of(tensor))
 
 
-def _of_several_ranks(fm: FeatureMap, why: str) -> str:
-    return (
+def _of_several_ranks(fm: FeatureMap, why: str) -> DistributedError:
+    return DistributedError(
         f"the {fm.kind} of layer {fm.layer!r} is a DTensor over several ranks, and {why}: "
         "full() puts it together (every rank has to call it), .tensor.to_local() is this rank's "
-        "part"
+        "part",
+        **_tags(fm),
     )
+
+
+def _tags(fm: FeatureMap) -> dict[str, Any]:
+    """What an error about a map says of it, as data."""
+    return {"layer": fm.layer, "kind": fm.kind, "call": fm.call, "step": fm.step}
 
 
 def _span(filters: range | tuple[int, ...]) -> str:
@@ -335,7 +409,15 @@ def read_map(at: Pass, entry: Entry, made: bool = False) -> FeatureMap:
     origin, axes = entry.origin, entry.axes
     what = f"the {entry.kind} of layer {origin.name!r} (step {at.step}, call {origin.call})"
     assert entry.held is not None
-    tensor = entry.held.read(what)
+    edited = None
+    try:
+        tensor = entry.held.read(what)
+        if entry.edited is not None:
+            edited = entry.edited.read(f"the edit of {what}")
+    except MapStateError as error:
+        error.layer, error.kind = origin.name, entry.kind
+        error.call, error.step = origin.call, at.step
+        raise
     if axes is not None and entry.picked is None and type(tensor) is Tensor:
         axes = axes.fitted(tensor.shape)
     dim = axes.dim if axes is not None else None
@@ -347,7 +429,7 @@ def read_map(at: Pass, entry: Entry, made: bool = False) -> FeatureMap:
         rows = Rows(what, origin, axes, entry.picked, at.weights)
     return FeatureMap(
         tensor=tensor,
-        kind=entry.kind,
+        kind=cast("Kind", entry.kind),
         layer=origin.name,
         call=origin.call,
         step=at.step,
@@ -356,7 +438,7 @@ def read_map(at: Pass, entry: Entry, made: bool = False) -> FeatureMap:
         path=entry.path,
         filter_dim=dim,
         filters=filters if dim is not None else None,
-        edited=entry.edited.read(f"the edit of {what}") if entry.edited is not None else None,
+        edited=edited,
         ids=at.ids,
         heads=entry.heads,
         _gradient=NotYet() if made else entry.held.gradient,

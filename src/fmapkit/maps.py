@@ -11,23 +11,29 @@ from torch import Tensor
 
 from fmapkit import _table
 from fmapkit._gather import gather
+from fmapkit._kept import KeptEntry, KeptSession, Snapshot, snapshot_of
 from fmapkit._lookup import Found, find, parse
+from fmapkit._meant import check_held, check_only_names
 from fmapkit._sharded import Parts, is_dtensor, splits
 from fmapkit._store import Entry, Pass
-from fmapkit._wants import KINDS, Selection
-from fmapkit.errors import ArgumentError, did_you_mean, listed
+from fmapkit._wants import Selection
+from fmapkit.errors import ArgumentError, CaptureStateError, did_you_mean, listed, near
+from fmapkit.kinds import KINDS, Kind
 from fmapkit.map import FeatureMap, nbytes_of, read_map
 
 if TYPE_CHECKING:
+    import os
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from fmapkit._missed import Missed
     from fmapkit._session import Session
+    from fmapkit.checking import NonFinite
 
 __all__ = ["FeatureMap", "FeatureMaps"]
 
-Key = str | tuple[str, str] | tuple[str, str, int]
+Key = str | tuple[str, Kind] | tuple[str, Kind, int]
 
 
 class FeatureMaps:
@@ -36,19 +42,26 @@ class FeatureMaps:
     A look-up (`maps[layer]`, `maps[layer, kind]`, `maps[layer, kind, filter]`) and iteration read
     the latest pass; `select` reads every pass that is kept. With `keep=0` none is: all that was
     captured went to the analyses.
+
+    A copy (`copy`, `pickle`, `torch.save`) and what `save` writes have the values and tags of every
+    pass that is kept, and nothing of the model.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session | KeptSession) -> None:
         self._session = session
 
     # -- the latest pass ----------------------------------------------------------------------
 
     def _latest(self) -> list[Found]:
         latest = self._session.store.latest()
-        return [(latest, e) for e in latest.entries()] if latest is not None else []
+        return self._of(latest) if latest is not None else []
 
     def _every(self) -> list[Found]:
-        return [(p, e) for p in self._session.store for e in p.entries()]
+        return [found for p in self._session.store for found in self._of(p)]
+
+    def _of(self, at: Pass) -> list[Found]:
+        asked = self._session.wants.asked
+        return [(at, e) for e in at.entries() if asked(e.kind, e.origin.name)]
 
     def __iter__(self) -> Iterator[FeatureMap]:
         """Every map of the latest pass, in execution order."""
@@ -67,6 +80,26 @@ class FeatureMaps:
     def __contains__(self, layer: object) -> bool:
         name = self._session.names.canonical(layer) if isinstance(layer, str) else layer
         return any(e.origin.name == name for _, e in self._latest())
+
+    def keys(self) -> list[tuple[str, Kind]]:
+        """What can be looked up in the latest pass: each (layer, kind) once, in execution order.
+
+        One that means several maps, of a layer that was called twice, is an error to look up.
+        """
+        return list(dict.fromkeys(key for key, _ in self.items()))
+
+    def items(self) -> list[tuple[tuple[str, Kind], FeatureMap]]:
+        """Every map of the latest pass with its (layer, kind), in execution order.
+
+        Raises:
+            MapStateError: a map cannot be read any more.
+        """
+        return [((fm.layer, fm.kind), fm) for fm in self]
+
+    def _ipython_key_completions_(self) -> list[Any]:
+        """What IPython and Jupyter offer after `maps[`."""
+        kinds = dict.fromkeys((e.origin.name, e.kind) for _, e in self._latest())
+        return [*self.layers, *kinds]
 
     def __getitem__(self, key: Key) -> FeatureMap:
         """One map of the latest pass.
@@ -93,8 +126,8 @@ class FeatureMaps:
 
     def select(
         self,
-        layer: Any = None,
-        kind: str | None = None,
+        layers: Any = None,
+        kind: Kind | None = None,
         filter: int | None = None,
         call: int | None = None,
         step: int | None = None,
@@ -102,11 +135,12 @@ class FeatureMaps:
         nonlinearity: str | None = None,
         path: str | None = None,
         training: bool | None = None,
+        layer: Any = None,
     ) -> list[FeatureMap]:
         """Every map that fits, over all passes that are kept, in execution order.
 
         Args:
-            layer: a name, glob, regex, module, module type or callable, or several of these.
+            layers: a name, glob, regex, module, module type or callable, or several of these.
             kind: one of the five kinds.
             filter: only this filter of each map (a view); maps without it are left out.
             call: only this call of each layer.
@@ -114,16 +148,22 @@ class FeatureMaps:
             nonlinearity: only maps of this σ.
             path: only this place in a nested output.
             training: only passes that began in training mode (True) or in eval mode (False).
+            layer: the same as `layers`.
 
         Raises:
             ArgumentError: an argument is of no allowed form.
+            UnknownLayerError: a name or a pattern in `layers` means no layer that has maps.
         """
         if kind is not None and kind not in KINDS:
-            hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
-            raise ArgumentError(f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}")
+            raise ArgumentError(
+                f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; the kinds are {listed(KINDS)}",
+                candidates=near(kind, KINDS) or KINDS,
+            )
         if training is not None and not isinstance(training, bool):
             raise ArgumentError(f"training must be True, False or None, not {training!r}")
-        chosen = None if layer is None else Selection(self._session.names, layer)
+        if layer is not None and layers is not None:
+            raise ArgumentError("layer= and layers= are the same: give one of them")
+        chosen = self._chosen(layers if layer is None else layer)
         step = self._step(step)
         found = []
         for at, entry in self._every():
@@ -150,6 +190,17 @@ class FeatureMaps:
             found.append(result)
         return found
 
+    def _chosen(self, layers: Any) -> Selection | None:
+        if layers is None:
+            return None
+        session = self._session
+        chosen = Selection(session.names, layers)
+        if isinstance(session, KeptSession):
+            check_only_names(chosen)
+        labels = dict.fromkeys(e.origin.name for _, e in self._every())
+        check_held(chosen, session.names, list(labels), session.wants.layer)
+        return chosen
+
     def _step(self, step: int | None) -> int | None:
         """A pass by its number; -1 is the latest of those kept."""
         held = [p.step for p in self._session.store]
@@ -160,7 +211,7 @@ class FeatureMaps:
     def gather(
         self,
         layer: str,
-        kind: str | None = None,
+        kind: Kind | None = None,
         filter: int | None = None,
         *,
         call: int | None = None,
@@ -211,6 +262,8 @@ class FeatureMaps:
         return gather(mine, dim, dst, group, asked)
 
     def _read(self, at: Pass, entry: Entry, made: bool = False) -> FeatureMap:
+        if isinstance(entry, KeptEntry):
+            return entry.map
         result = read_map(at, entry, made)
         parts = self._parts(entry, result)
         return result if parts is None else replace(result, parts=parts)
@@ -276,7 +329,10 @@ class FeatureMaps:
 
         Raises:
             ArgumentError: they are no whole numbers in a row.
+            CaptureStateError: the maps were loaded, or copied: no pass will come.
         """
+        if isinstance(self._session, KeptSession):
+            raise CaptureStateError("batch() numbers the next pass; no pass of these will come")
         try:
             numbers = ids if isinstance(ids, Tensor) else list(ids)
             found = torch.as_tensor(numbers if len(numbers) else torch.empty(0, dtype=torch.int64))
@@ -289,6 +345,71 @@ class FeatureMaps:
                 f"{ids!r}"
             )
         self._session.ids = found.detach().to(torch.int64)
+
+    def first_nonfinite(self) -> NonFinite | None:
+        """The first map held that has a NaN or an infinite value, over all passes that are kept.
+
+        In execution order; it says which filter, and the largest finite value before it. None if
+        every value is finite. Waits for the device, once. What is not held is not looked at:
+        `capture(model, check="finite")` looks at every map of a pass, and at the gradients.
+
+        Raises:
+            MapStateError: a map cannot be read any more.
+        """
+        from fmapkit.checking import first_nonfinite
+
+        return first_nonfinite(self._read(*found) for found in self._every())
+
+    # -- to keep ------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write every map that is kept to a safetensors file (extra: `safetensors`).
+
+        Values and tags, gradients that have arrived included; no pickle. `FeatureMaps.load` reads
+        it. A file that is there is replaced, as a whole or not at all.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            ArgumentError: a map is sparse, quantized or nested, or of a type that the format lacks.
+            MapStateError: a map cannot be read any more.
+            DistributedError: a map is a `DTensor`.
+        """
+        from fmapkit import _safetensors
+
+        _safetensors.save(self._snapshot(), path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu"
+    ) -> FeatureMaps:
+        """The maps in a file that `save` wrote, to be read as those of a capture.
+
+        Layers are selected by name: of the model itself, nothing is left.
+
+        Args:
+            path: of the file.
+            device: where the values go.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            FileNotFoundError: there is no such file.
+            ArgumentError: it is no file that `save` wrote, or of a later version.
+        """
+        from fmapkit import _safetensors
+
+        return cls(KeptSession(_safetensors.load(path, device)))
+
+    def _snapshot(self) -> Snapshot:
+        return snapshot_of(self._session, self._read)
+
+    def __copy__(self) -> FeatureMaps:
+        return FeatureMaps(KeptSession(self._snapshot()))
+
+    def __deepcopy__(self, memo: Any) -> FeatureMaps:
+        return self.__copy__()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _of_snapshot, (self._snapshot(),)
 
     # -- to look at ---------------------------------------------------------------------------
 
@@ -361,3 +482,7 @@ class FeatureMaps:
             shape=shape,
             scale=scale,
         )
+
+
+def _of_snapshot(snapshot: Snapshot) -> FeatureMaps:
+    return FeatureMaps(KeptSession(snapshot))

@@ -18,15 +18,16 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from fmapkit._warnings import warn
 from fmapkit._wrappers import unwrap
-from fmapkit.errors import ArgumentError
+from fmapkit.errors import ArgumentError, listed
 
-__all__ = ["Selector", "selectors"]
+__all__ = ["Selector", "by_name", "is_glob", "name_longer_numbers", "selectors"]
 
 Predicate = Callable[[str, "nn.Module | None"], bool]
 
@@ -38,9 +39,7 @@ class Selector:
 
     def __init__(self, given: Any) -> None:
         self.given = given
-        self.exact = isinstance(given, nn.Module) or (
-            isinstance(given, str) and not _is_glob(given)
-        )
+        self.exact = isinstance(given, nn.Module) or (isinstance(given, str) and not is_glob(given))
         self.matches: Predicate = _predicate(given)
 
     def __repr__(self) -> str:
@@ -60,13 +59,59 @@ def selectors(given: Any) -> list[Selector]:
     return [Selector(given)]
 
 
-def _is_glob(text: str) -> bool:
+def by_name(given: Any) -> bool:
+    """Whether a selector is a callable that looks at names alone."""
+    if isinstance(given, (type, nn.Module)) or not callable(given):
+        return False
+    return _arity(given) == 1
+
+
+_ONE = "\ue000"  # in the place of a glob's `?`; fnmatch leaves it as it is
+
+
+def _longer_numbers(given: Any) -> Callable[[str], bool] | None:
+    """What a glob would match if each `?` stood for a number of any length; None without one."""
+    if not isinstance(given, str) or "?" not in given:
+        return None
+    marked = fnmatch.translate(given.replace("?", _ONE))
+    pattern = re.compile(marked.replace(_ONE, r"\d+"))
+    return lambda name: pattern.match(name) is not None
+
+
+def name_longer_numbers(selector: Selector, argument: str, names: Mapping[str, nn.Module]) -> None:
+    """Warn of modules that `?`, one character, leaves out for the length of their number.
+
+    Args:
+        selector: that was given.
+        argument: as what.
+        names: the model's modules by name.
+    """
+    longer = _longer_numbers(selector.given)
+    if longer is None:
+        return
+    left_out = [n for n, m in names.items() if longer(n) and not selector.matches(n, m)]
+    if left_out:
+        warn(
+            f"{argument}={selector!r} leaves out {listed(left_out, 3)}: ? stands for one "
+            f"character; re.compile(r'{_numbered(selector.given)}') takes numbers of any length"
+        )
+
+
+def _numbered(glob: str) -> str:
+    """A regex for the same names, of numbers of any length."""
+    marked = fnmatch.translate(glob.replace("?", _ONE))
+    inner = marked.removeprefix("(?s:").removesuffix(r"\z").removesuffix(r"\Z")
+    return f"^{inner.removesuffix(')')}$".replace(_ONE, r"\d+")
+
+
+def is_glob(text: str) -> bool:
+    """Whether a text is a glob, and not one name."""
     return any(c in text for c in "*?[")
 
 
 def _predicate(given: Any) -> Predicate:
     if isinstance(given, str):
-        if _is_glob(given):
+        if is_glob(given):
             # A bracket may be a glob's, or that of a label: `experts.up[3]`.
             patterns = [
                 re.compile(fnmatch.translate(text)) for text in (given, given.replace("[", "[[]"))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from fmapkit._warnings import warn
 from fmapkit.analysis._keys import Groups, Name
-from fmapkit.errors import ArgumentError, CaptureWarning
+from fmapkit.errors import ArgumentError
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
@@ -68,5 +68,4 @@ class ByLayer(ABC, Generic[G, S]):
         """Name a map that cannot be taken in, once."""
         if (fm.layer, fm.kind) not in self._groups.missed:
             self._groups.note(fm, reason)
-            message = f"{type(self).__name__} leaves out {what}: {reason}"
-            warnings.warn(message, CaptureWarning, stacklevel=3)
+            warn(f"{type(self).__name__} leaves out {what}: {reason}")

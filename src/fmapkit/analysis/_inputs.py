@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from fmapkit.errors import ArgumentError
+from fmapkit.kinds import Kind
 
 if TYPE_CHECKING:
     from fmapkit.explain import ReceptiveField
@@ -69,7 +70,11 @@ class Fields:
             if example.is_floating_point() and first.is_floating_point():
                 example = example.to(first.dtype)
             found = receptive_field(
-                self._model, self._layer, example, kind=self._kind, path=self._path or None
+                self._model,
+                self._layer,
+                example,
+                kind=cast("Kind", self._kind),
+                path=self._path or None,
             )
             self._known[tuple(image.shape)] = found
         return found

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fmapkit._sharded import ends_of, is_dtensor
-from fmapkit._wants import KINDS
 from fmapkit.errors import (
     AmbiguousMapError,
     ArgumentError,
@@ -22,6 +21,7 @@ from fmapkit.errors import (
     did_you_mean,
     listed,
 )
+from fmapkit.kinds import KINDS
 from fmapkit.selectors import selectors
 
 if TYPE_CHECKING:

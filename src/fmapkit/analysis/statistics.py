@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from fmapkit._warnings import warn
 from fmapkit.analysis._bins import Edges
 from fmapkit.analysis._by_layer import ByLayer
 from fmapkit.analysis._keys import Filters, Groups, Name, readable, table
@@ -17,7 +17,7 @@ from fmapkit.analysis._moments import Moments, absorb, by_filter, fused, merge, 
 from fmapkit.analysis._ranks import agree, exchange
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
 from fmapkit.analysis.summary import _HEADS, LayerStatistics, _columns, overall, summarise
-from fmapkit.errors import ArgumentError, CaptureWarning
+from fmapkit.errors import ArgumentError
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
@@ -130,11 +130,9 @@ class Statistics(ByLayer[_Group, LayerStatistics]):
                 return fused(before, values, bounds, self._edges, _compiled())
             except Exception as error:  # of whatever backend there is, or is not
                 self._compile = False
-                warnings.warn(
+                warn(
                     "Statistics(compile=True): torch.compile failed, so statistics go on without "
-                    f"it ({type(error).__name__}: {str(error).strip().splitlines()[:1]})",
-                    CaptureWarning,
-                    stacklevel=3,
+                    f"it ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
                 )
         return merge(before, moments(values, bounds, self._edges))
 

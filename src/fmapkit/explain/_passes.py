@@ -20,6 +20,7 @@ from fmapkit.errors import (
     NotAModuleError,
     listed,
 )
+from fmapkit.kinds import Kind
 
 __all__ = [
     "KINDS",
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 # What is captured where no kind is asked for; the best of them is taken.
-KINDS = ("preactivation", "activation")
+KINDS: tuple[Kind, ...] = ("preactivation", "activation")
 _RANK = {"activation": 0, "preactivation": 1, "response": 2, "output": 3, "input": 4}
 
 
@@ -117,7 +118,7 @@ def step_by_step() -> Iterator[None]:
 
 
 def the_map(
-    maps: FeatureMaps, layer: Any, kind: str | None, call: int | None, path: str | None
+    maps: FeatureMaps, layer: Any, kind: Kind | None, call: int | None, path: str | None
 ) -> FeatureMap:
     """The one map that is meant.
 

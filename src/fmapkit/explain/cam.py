@@ -22,6 +22,7 @@ from fmapkit.explain._passes import (
     run,
     the_map,
 )
+from fmapkit.kinds import Kind
 
 __all__ = ["grad_cam"]
 
@@ -36,7 +37,7 @@ def grad_cam(
     *,
     relu: bool = True,
     upsample: bool = False,
-    kind: str | None = None,
+    kind: Kind | None = None,
     call: int | None = None,
     path: str | None = None,
     axes: int | tuple[int, ...] | None = None,

@@ -20,6 +20,7 @@ from fmapkit.explain._passes import (
     the_map,
 )
 from fmapkit.explain.projection import differentiable, gradient_of
+from fmapkit.kinds import Kind
 
 __all__ = ["effective_field"]
 
@@ -31,7 +32,7 @@ def effective_field(
     *,
     at: At = None,
     filter: int | None = None,
-    kind: str | None = None,
+    kind: Kind | None = None,
     call: int | None = None,
     path: str | None = None,
     axes: int | tuple[int, ...] | None = None,

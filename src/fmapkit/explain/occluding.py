@@ -25,6 +25,7 @@ from fmapkit.explain._passes import (
     the_map,
 )
 from fmapkit.explain._progress import progress
+from fmapkit.kinds import Kind
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,7 +96,7 @@ def occlusion(
     *,
     at: At = None,
     fill: float | Tensor = 0,
-    kind: str | None = None,
+    kind: Kind | None = None,
     call: int | None = None,
     path: str | None = None,
     axes: int | tuple[int, ...] | None = None,
@@ -228,7 +229,7 @@ class _Watch:
     layer: Any
     filter: int | None
     at: At
-    kind: str | None
+    kind: Kind | None
     call: int | None
     path: str | None
     masks: list[Tensor] = field(default_factory=list)

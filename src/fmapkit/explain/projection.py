@@ -20,6 +20,7 @@ from fmapkit.explain._passes import (
     run,
     the_map,
 )
+from fmapkit.kinds import Kind
 
 __all__ = ["project"]
 
@@ -35,7 +36,7 @@ def project(
     method: Literal["deconvnet", "guided", "gradient"] = "deconvnet",
     at: At = None,
     start: Literal["ones", "map"] = "ones",
-    kind: str | None = None,
+    kind: Kind | None = None,
     call: int | None = None,
     path: str | None = None,
     axes: int | tuple[int, ...] | None = None,

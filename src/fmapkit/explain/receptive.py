@@ -26,6 +26,7 @@ from fmapkit.explain._passes import (
     the_map,
 )
 from fmapkit.explain._regular import Regular, regular
+from fmapkit.kinds import Kind
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -184,7 +185,7 @@ def receptive_field(
     layer: Any,
     inputs: Any,
     *,
-    kind: str | None = None,
+    kind: Kind | None = None,
     call: int | None = None,
     path: str | None = None,
     axes: int | Sequence[int] | None = None,
@@ -254,7 +255,7 @@ class _Asked:
 
     model: nn.Module
     layer: Any
-    kind: str | None
+    kind: Kind | None
     call: int | None
     path: str | None
     axes: tuple[int, ...]

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from fmapkit._wants import KINDS, indices
 from fmapkit.errors import ArgumentError, did_you_mean, listed
+from fmapkit.kinds import Kind
 from fmapkit.selectors import Selector
 
 __all__ = ["Item", "Request"]
@@ -36,11 +37,11 @@ class Item:
 
     key: str | None
     layer: Any
-    kind: str | None
+    kind: Kind | None
     exact: bool
 
     @property
-    def kinds(self) -> tuple[str, ...]:
+    def kinds(self) -> tuple[Kind, ...]:
         """The kinds that it may be of, the first one that is there."""
         return (self.kind,) if self.kind is not None else ("activation", "output")
 
@@ -84,7 +85,7 @@ class Request:
         return [item.layer for item in self.items]
 
     @property
-    def kinds(self) -> tuple[str, ...]:
+    def kinds(self) -> tuple[Kind, ...]:
         """All kinds, as `capture` takes them."""
         return tuple(dict.fromkeys(item.kinds[0] for item in self.items))
 
@@ -98,7 +99,7 @@ class Request:
         return ", ".join(repr(Selector(i.layer)) if i.exact else repr(i.layer) for i in self.items)
 
 
-def _items(layers: Any, kind: str | None) -> tuple[tuple[Item, ...], Any]:
+def _items(layers: Any, kind: Kind | None) -> tuple[tuple[Item, ...], Any]:
     if isinstance(layers, Mapping):
         if not layers:
             raise ArgumentError("layers={} asks for no map")
@@ -121,7 +122,7 @@ def _items(layers: Any, kind: str | None) -> tuple[tuple[Item, ...], Any]:
     return (item,), "one" if item.exact else "dict"
 
 
-def _item(key: str | None, given: Any, kind: str | None) -> Item:
+def _item(key: str | None, given: Any, kind: Kind | None) -> Item:
     if isinstance(given, tuple):
         if len(given) != 2:
             raise ArgumentError(f"in a list or dict, a layer is one, or (layer, kind), not {given}")
@@ -133,12 +134,12 @@ def _item(key: str | None, given: Any, kind: str | None) -> Item:
     return Item(key, given, kind, Selector(given).exact)
 
 
-def _kind(kind: Any) -> str:
+def _kind(kind: Any) -> Kind:
     if kind not in KINDS:
         hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
         raise ArgumentError(f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}")
-    assert isinstance(kind, str)
-    return kind
+    found: Kind = kind
+    return found
 
 
 def _filters(filters: Any) -> Any:

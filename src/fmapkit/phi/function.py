@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from fmapkit.errors import NotAModuleError
+from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.phi._calls import Calls, Found
 from fmapkit.phi._compiled import by_itself, compiling_context, opaque
@@ -42,7 +43,7 @@ class FeatureFunction(nn.Module):
         model: nn.Module,
         layers: Any,
         *,
-        kind: str | None = None,
+        kind: Kind | None = None,
         filters: int | Iterable[int] | Mapping[str, int | Iterable[int]] | None = None,
         pool: Pool = None,
         call: int | None = None,
@@ -157,7 +158,7 @@ def feature_map(
     model: nn.Module,
     layers: Any,
     *,
-    kind: str | None = None,
+    kind: Kind | None = None,
     filters: int | Iterable[int] | Mapping[str, int | Iterable[int]] | None = None,
     pool: Pool = None,
     call: int | None = None,

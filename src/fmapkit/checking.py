@@ -1,0 +1,359 @@
+"""Find the first NaN: `capture(model, check="finite")`, `maps.first_nonfinite()`.
+
+Of each map the least and the greatest value of each filter are computed where the map is: a NaN or
+an infinite value shows in one of them, and of a finite map they give the largest value, too. They
+stay on the device until the pass has ended. Then one flag is read, which waits for the device once;
+only if it says so, the map is looked for.
+
+A capture that checks holds every kind of map until its pass has ended, what each module returns
+included; then what was asked for stays. So a norm between a layer and its nonlinearity is named
+itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from fmapkit._analyses import without_the_models
+from fmapkit._aside import unseen
+from fmapkit._gradients import Gradient
+from fmapkit._sharded import ends_of
+from fmapkit.errors import ArgumentError, MapStateError, NonFiniteError
+from fmapkit.map import read_map
+
+if TYPE_CHECKING:
+    from fmapkit._store import Held, Pass
+    from fmapkit.kinds import Kind
+    from fmapkit.map import FeatureMap
+
+__all__ = ["CHECKS", "COMPILED", "Check", "FiniteCheck", "NonFinite", "checked", "first_nonfinite"]
+
+Check = Literal["finite", "finite-forward"]
+COMPILED = (
+    "check='finite' looks at the forward alone of a model that torch.compile has compiled: a "
+    "gradient inside of compiled code is nobody's to see"
+)
+CHECKS: tuple[Check, ...] = ("finite", "finite-forward")
+
+
+@dataclass(frozen=True, slots=True)
+class NonFinite:
+    """The first map of a pass, or the first gradient of a backward, that has such a value.
+
+    Attributes:
+        layer: the layer of the map; of an output, the module.
+        kind: of the map.
+        filter: the first filter that has one; None where the map has no filter axis.
+        call: which call of the layer.
+        step: which pass.
+        path: place in a nested output; else "".
+        value: the value: NaN, or plus or minus infinity.
+        filters: every filter of the map that has one.
+        gradient: it is the gradient with respect to the map, in backward.
+        largest: the largest finite magnitude in what came before it; None if nothing did.
+        largest_in: where that was.
+        response_finite: of a preactivation: the response of the same layer was finite, so what
+            stands between layer and nonlinearity has made the value.
+        map: the map, where it is held.
+    """
+
+    layer: str
+    kind: Kind
+    filter: int | None
+    call: int
+    step: int
+    path: str
+    value: float
+    filters: tuple[int, ...]
+    gradient: bool
+    largest: float | None
+    largest_in: str | None
+    response_finite: bool
+    map: FeatureMap | None = None
+
+    def __str__(self) -> str:
+        value = "a NaN" if math.isnan(self.value) else f"{self.value:+}"
+        there = f" in filter {self.filter}" if self.filter is not None else ""
+        if len(self.filters) > 1:
+            there += f" and {len(self.filters) - 1} more"
+        first = "in backward" if self.gradient else "of the pass"
+        named = _named(self.layer, self.kind, self.path)
+        before = "nothing came before it"
+        if self.largest is not None:
+            before = (
+                f"the largest finite value before it is {self.largest:.4g}, in {self.largest_in}"
+            )
+        between = ""
+        if self.response_finite:
+            between = (
+                "; the response of that layer is finite, so what stands between it and the "
+                "nonlinearity (a norm, a scale, a sum) has made the value"
+            )
+        return (
+            f"{'the gradient of ' * self.gradient}{named} (step {self.step}, call {self.call}) has "
+            f"{value}{there}, the first {first}{between}; {before}"
+        )
+
+
+@dataclass(slots=True)
+class _Extremes:
+    """The least and the greatest value of each filter of a map, and which map it is."""
+
+    layer: str
+    kind: Kind
+    call: int
+    step: int
+    path: str
+    filters: range | tuple[int, ...] | None
+    low: Tensor
+    high: Tensor
+    map: FeatureMap | None = None
+
+    def __str__(self) -> str:
+        return _named(self.layer, self.kind, self.path)
+
+
+def _named(layer: str, kind: str, path: str) -> str:
+    return f"the {kind} of layer {layer + path!r}" if layer else f"the {kind}{path} of the model"
+
+
+def _reduced(tensor: Tensor, dim: int | None) -> tuple[Tensor, Tensor, bool] | None:
+    """The least and the greatest value along all axes but one; whether that one is left.
+
+    Returns:
+        None of what has no values, or none that could be infinite.
+    """
+    tensor = ends_of(tensor)[-1].detach()  # of a DTensor, this rank's part
+    if tensor.is_quantized or tensor.device.type == "meta":
+        return None
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    if tensor.layout is torch.sparse_coo:
+        tensor, dim = tensor._values(), None
+    elif tensor.layout is not torch.strided:  # compressed, or jagged
+        tensor, dim = tensor.values(), None
+    if not tensor.numel():
+        return None
+    if tensor.is_complex():
+        dim = dim if dim is None else dim % tensor.dim()
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # torch computes nothing in eight bits
+    if dim is None:
+        low, high = tensor.aminmax()
+        return low.reshape(1), high.reshape(1), False
+    others = [d for d in range(tensor.dim()) if d != dim % tensor.dim()]
+    return (tensor.amin(others), tensor.amax(others), True) if others else (tensor, tensor, True)
+
+
+def _extremes(fm: FeatureMap, tensor: Tensor, keep: bool = False) -> _Extremes | None:
+    """Of a map, or of its gradient."""
+    found = _reduced(tensor, fm.filter_dim if fm.filters is not None else None)
+    if found is None:
+        return None
+    low, high, by_filter = found
+    return _Extremes(
+        *(fm.layer, fm.kind, fm.call, fm.step, fm.path, fm.filters if by_filter else None),
+        low,
+        high,
+        fm if keep else None,
+    )
+
+
+def _all_finite(found: Iterable[_Extremes]) -> bool:
+    """Whether all values are finite: one flag for each device, read here."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for one in found:
+        by_device.setdefault(one.low.device, []).extend((one.low, one.high))
+    flags = [torch.isfinite(torch.cat(values)).all() for values in by_device.values()]
+    return all(bool(flag) for flag in flags)
+
+
+def _first(found: list[_Extremes], gradient: bool) -> NonFinite | None:
+    """The first that has a value which is not finite; waits for the device."""
+    if not found or _all_finite(found):
+        return None
+    largest, largest_in, finite = None, None, set()
+    for one in found:
+        bounds = torch.stack((one.low, one.high)).double().cpu()
+        wrong = ~bounds.isfinite()
+        if not wrong.any():
+            magnitude = float(bounds.abs().max())
+            if largest is None or magnitude > largest:
+                largest, largest_in = magnitude, f"{'the gradient of ' * gradient}{one}"
+            finite.add((one.layer, one.call, one.kind))
+            continue
+        places = wrong.any(0).nonzero().flatten().tolist()
+        values = bounds[:, places[0]][wrong[:, places[0]]]
+        filters = () if one.filters is None else tuple(one.filters[place] for place in places)
+        return NonFinite(
+            *(one.layer, one.kind, filters[0] if filters else None, one.call, one.step, one.path),
+            float(values[0]),
+            filters,
+            gradient,
+            largest,
+            largest_in,
+            not gradient
+            and one.kind == "preactivation"
+            and (one.layer, one.call, "response") in finite,
+            one.map,
+        )
+    return None
+
+
+def first_nonfinite(maps: Iterable[FeatureMap]) -> NonFinite | None:
+    """The first of these maps that has a NaN or an infinite value; None if none has.
+
+    Args:
+        maps: in the order in which they were made.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        found = [_extremes(fm, fm.tensor, keep=True) for fm in maps]
+        return _first([one for one in found if one is not None], gradient=False)
+
+
+class FiniteCheck:
+    """Looks at each pass, and at each backward, as it ends.
+
+    Args:
+        backward: look at gradients, too.
+        compiled: the model runs compiled code, whose gradients nobody sees.
+
+    Attributes:
+        backward: whether gradients are looked at.
+        compiled: whether the model runs compiled code.
+        gradients_unseen: whether gradients were asked for, and are nobody's to see.
+    """
+
+    def __init__(self, backward: bool, compiled: bool) -> None:
+        self.backward = backward and not compiled
+        self.compiled = compiled
+        self.gradients_unseen = backward and compiled
+        self._found: NonFinite | None = None  # and not yet raised
+        self._gradients: dict[int, list[_Extremes]] = {}  # by backward that is under way
+        self._open = True
+
+    def look(self, at: Pass) -> Iterator[tuple[str, str]]:
+        """A pass has ended: look at its maps, in order, and read the flag.
+
+        Yields:
+            What could not be looked at: (layer, why).
+        """
+        found: list[_Extremes] = []
+        known: set[Any] = set()
+        self._gradients.clear()
+        with without_the_models():
+            for entry in at.entries():
+                # The same memory, unchanged, is looked at once: all of it is held until here.
+                place = None if entry.edited is not None else _place(entry.held)
+                if place is not None and place in known:
+                    continue
+                known.add(place)
+                try:
+                    fm = read_map(at, entry)
+                except MapStateError as error:
+                    yield entry.origin.name, f"the check did not see it: {error}"
+                    continue
+                for tensor in (fm.tensor, fm.edited):
+                    one = None if tensor is None else _extremes(fm, tensor)
+                    if one is not None:
+                        found.append(one)
+                if self.backward and isinstance(fm._gradient, Gradient):
+                    fm._gradient.tell(_Receiver(fm, self._received))
+            self._found = _first(found, gradient=False)
+
+    def raise_found(self, cause: Exception | None = None) -> None:
+        """Raise what was found, once.
+
+        Args:
+            cause: an error of the model's, which may have failed of it.
+
+        Raises:
+            NonFiniteError: something was found.
+        """
+        found, self._found = self._found, None
+        if found is not None:
+            raise _error(found) from cause
+
+    def close(self) -> None:
+        """The block has ended: gradients that come later are not looked at."""
+        self._open = False
+        self._gradients.clear()
+
+    def _received(self, fm: FeatureMap, grad: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if not self._open or task == -1:
+            return
+        with torch.no_grad(), unseen():
+            found = _extremes(fm, grad)
+        if found is None:
+            return
+        if task not in self._gradients:
+            self._gradients[task] = []
+            Variable._execution_engine.queue_callback(partial(self._backward_ended, task))
+        self._gradients[task].append(found)
+
+    def _backward_ended(self, task: int) -> None:
+        found = self._gradients.pop(task, [])
+        with torch.no_grad(), unseen():
+            self._found = _first(found, gradient=True)
+        self.raise_found()
+
+
+def _place(held: Held | None) -> Any:
+    """Where the values of a map lie, and in which version; None where torch does not tell."""
+    tensor = None if held is None else held.tensor
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_inference():
+        return None
+    if tensor.is_quantized or not tensor.numel():
+        return None
+    place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor._version)
+    return (*place, tuple(tensor.shape), tensor.stride())
+
+
+class _Receiver:
+    """Passes the gradient of one map on; it knows the map's tags, and holds no tensor."""
+
+    __slots__ = ("_send", "_tags")
+
+    def __init__(self, fm: FeatureMap, send: Callable[[FeatureMap, Tensor], None]) -> None:
+        self._tags = fm.without_values()
+        self._send = send
+
+    def receive(self, grad: Tensor) -> None:
+        """One backward pass has reached the map."""
+        self._send(self._tags, grad)
+
+
+def _error(found: NonFinite) -> NonFiniteError:
+    return NonFiniteError(
+        str(found),
+        found=found,
+        layer=found.layer,
+        kind=found.kind,
+        filter=found.filter,
+        call=found.call,
+        step=found.step,
+        candidates=found.filters,
+    )
+
+
+def checked(check: Any) -> Check | None:
+    """A check as it was given.
+
+    Raises:
+        ArgumentError: there is no such check.
+    """
+    if check is None or check in CHECKS:
+        return check  # type: ignore[no-any-return]
+    raise ArgumentError(
+        f"check must be 'finite', 'finite-forward' (gradients left out) or None, not {check!r}"
+    )

@@ -1,0 +1,318 @@
+"""`compare`, and the `Comparison` that it gives."""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fmapkit.comparing.difference import Difference, difference
+from fmapkit.comparing.matching import Match, matched
+from fmapkit.errors import (
+    AmbiguousMapError,
+    ArgumentError,
+    NoPassError,
+    UnknownLayerError,
+    did_you_mean,
+    listed,
+    near,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fmapkit.kinds import Kind
+    from fmapkit.map import FeatureMap
+    from fmapkit.maps import FeatureMaps
+
+__all__ = ["Comparison", "compare"]
+
+HEADS = ("layer", "kind", "shape", "dtype", "absolute", "relative", "cosine", "filter", "")
+_LEFT = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Comparison:
+    """Two captures, map by map, in the execution order of the first.
+
+    Iteration gives each `Difference`. `c[layer]` is that of its activation, or of its only map;
+    `c[layer, kind]` that of a kind.
+
+    Attributes:
+        differences: of the maps that both have.
+        only_a: maps of the first that the second has not, as (layer, kind).
+        only_b: maps of the second that the first has not.
+        gradients: gradients were compared.
+    """
+
+    differences: tuple[Difference, ...]
+    only_a: tuple[tuple[str, Kind], ...]
+    only_b: tuple[tuple[str, Kind], ...]
+    gradients: bool = False
+
+    @property
+    def first(self) -> Difference | None:
+        """The first map, in execution order, whose relative error is beyond the tolerance."""
+        return next((d for d in self.differences if d.departs), None)
+
+    @property
+    def first_unequal(self) -> Difference | None:
+        """The first map of which a value is another one at all."""
+        return next((d for d in self.differences if not d.equal), None)
+
+    @property
+    def equal(self) -> bool:
+        """Whether both have the same maps, and all values are the same."""
+        return not (self.only_a or self.only_b) and self.first_unequal is None
+
+    def __len__(self) -> int:
+        """How many maps were compared."""
+        return len(self.differences)
+
+    def __bool__(self) -> bool:
+        """A comparison is there, also of no map."""
+        return True
+
+    def __iter__(self) -> Iterator[Difference]:
+        return iter(self.differences)
+
+    def __getitem__(self, key: str | tuple[str, Kind]) -> Difference:
+        """One difference: of a layer's activation (or its only map), or (layer, kind).
+
+        Raises:
+            UnknownLayerError: no such map was compared.
+            AmbiguousMapError: several were.
+        """
+        layer, kind = key if isinstance(key, tuple) else (key, None)
+        found = [d for d in self if d.layer == layer and kind in (None, d.kind)]
+        if kind is None and len(found) > 1:
+            found = [d for d in found if d.kind == "activation"] or found
+        if len(found) == 1:
+            return found[0]
+        known = list(dict.fromkeys(d.layer for d in self))
+        if found:
+            choices = [(d.kind, d.call, d.path) for d in found]
+            raise AmbiguousMapError(
+                f"comparison[{key!r}] could mean {len(found)}, as (kind, call, path): "
+                f"{', '.join(map(str, choices[:8]))}; go through the comparison to choose",
+                layer=layer,
+                kind=kind,
+                candidates=choices,
+            )
+        raise UnknownLayerError(
+            f"no {kind or 'map'} of layer {layer!r} was compared{did_you_mean(layer, known)} "
+            f"(compared: {listed(known)})",
+            layer=layer,
+            kind=kind,
+            candidates=near(layer, known) or known,
+        )
+
+    # -- to look at ----------------------------------------------------------------------------
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        first = self.first
+        return [_row(d, "first" if d is first else "beyond" if d.departs else "") for d in self]
+
+    def _summary(self) -> str:
+        what = "gradients" if self.gradients else "maps"
+        said = [f"Comparison: {len(self)} {what}"]
+        first, unequal = self.first, self.first_unequal
+        if unequal is None:
+            said.append("every value is the same")
+        elif first is None:
+            said.append(f"all within the tolerance; the first that differs is {_named(unequal)}")
+        else:
+            said.append(
+                f"the first beyond the tolerance is {_named(first)}: relative error "
+                f"{first.relative:.2g}, tolerance {first.tolerance:.2g}"
+            )
+        for which, alone in (("first", self.only_a), ("second", self.only_b)):
+            if alone:
+                shown = ", ".join(f"{layer} {kind}" for layer, kind in alone[:4])
+                more = f", … ({len(alone)} in all)" if len(alone) > 4 else ""
+                said.append(f"only in the {which}: {shown}{more}")
+        return "; ".join(said)
+
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Heads and rows; the last column is there where something is beyond the tolerance."""
+        if self.first is not None:
+            return HEADS, self._rows()
+        return HEADS[:-1], [row[:-1] for row in self._rows()]
+
+    def __repr__(self) -> str:
+        from fmapkit.analysis._keys import table  # `import fmapkit` does without
+
+        lines = table(*self._table(), _LEFT) if self.differences else []
+        return "\n".join([*lines, self._summary()])
+
+    def _repr_html_(self) -> str:
+        return _html_table(*self._table(), range(_LEFT, len(HEADS) - 1), self._summary())
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the table as a page of its own, one file.
+
+        Args:
+            path: of the file; what is there is written over.
+
+        Returns:
+            The path.
+        """
+        page = (
+            '<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title>'
+            f"<style>{_STYLE}</style><body>{self._repr_html_()}</body></html>\n"
+        )
+        path = Path(path)
+        path.write_text(page, encoding="utf-8")
+        return path
+
+    def plot(self, ax: Axes | None = None, *, title: str | None = None) -> Figure:
+        """Draw the relative error of each map, in execution order (extra: `plot`).
+
+        Args:
+            ax: axes to draw into; None makes a figure.
+            title: stands above.
+
+        Returns:
+            The figure.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ArgumentError: no map was compared.
+        """
+        from fmapkit.comparing import drawing
+
+        return drawing.draw(self, ax, title)
+
+
+def compare(
+    a: FeatureMaps,
+    b: FeatureMaps,
+    *,
+    match: Match = "name",
+    layers: Any = None,
+    kind: Kind | None = None,
+    step: int = -1,
+    tolerance: float | None = None,
+    gradients: bool = False,
+) -> Comparison:
+    """Compare two captures, layer by layer: where do two runs part?
+
+    ```python
+    with capture(model) as a:
+        model(x)
+    with capture(copy.deepcopy(model).bfloat16()) as b:
+        b_model(x.bfloat16())
+    print(compare(a, b))
+    ```
+
+    Both have to have been given the same input. They may be of other types and on other devices.
+
+    Args:
+        a: the one that is taken for right; errors are relative to its maps.
+        b: the other.
+        match: how maps are brought together. "name": by layer, kind, call and path. "order": the
+            n-th with the n-th, whatever they are called; kinds and shapes have to agree. A dict of
+            a's names -> b's, of layers or of modules whose layers are meant with them; other names
+            stay as they are. Or a function of a's names.
+        layers: compare these alone: anything that `maps.select(layers=...)` takes; of `b`, only
+            maps that belong to them are looked for, and with "order" it selects in both.
+        kind: compare maps of this kind alone.
+        step: which pass of each; -1 is the latest.
+        tolerance: of the relative error ‖a - b‖ / ‖a‖. None takes 16 roundings of the coarser of
+            the two types: 9.5e-07 for float32, 0.0078 for float16, 0.0625 for bfloat16.
+        gradients: compare the gradients of the maps (`capture(gradients=True)`).
+
+    Returns:
+        The comparison: a table to print, `first`, the picture.
+
+    Raises:
+        NoPassError: one of them has no maps of that pass.
+        ArgumentError: they do not fit together, and what would.
+        MapStateError: a map cannot be read any more.
+    """
+    _check_tolerance(tolerance)
+    ours = _of_step(a, "first", step, kind, layers)
+    theirs = _of_step(b, "second", step, kind, layers if match == "order" else None)
+    found = matched(ours, theirs, match)
+    return Comparison(
+        tuple(difference(x, y, tolerance, gradients) for x, y in found.pairs),
+        tuple((fm.layer, fm.kind) for fm in found.only_a),
+        tuple((fm.layer, fm.kind) for fm in found.only_b) if layers is None else (),
+        gradients,
+    )
+
+
+def _check_tolerance(tolerance: Any) -> None:
+    if tolerance is None:
+        return
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if not number or not tolerance >= 0:
+        raise ArgumentError(f"tolerance must be a number of at least 0, or None, not {tolerance!r}")
+
+
+def _of_step(
+    maps: FeatureMaps, which: str, step: int, kind: Kind | None, layers: Any
+) -> list[FeatureMap]:
+    found = maps.select(layers, kind, step=step)
+    if not found:
+        what = "" if step == -1 else f" of step {step}"
+        kinds = "" if kind is None else f" of kind {kind!r}"
+        raise NoPassError(
+            f"the {which} of the two has no maps{kinds}{what} to compare", kind=kind, step=step
+        )
+    return found
+
+
+def _named(d: Difference) -> str:
+    call = f", call {d.call}" if d.call else ""
+    return f"the {d.kind} of {_name(d)!r}{call}"
+
+
+def _name(d: Difference) -> str:
+    return (d.layer + d.path) or "(model)"
+
+
+def _row(d: Difference, mark: str) -> tuple[str, ...]:
+    renamed = f" → {d.other or '(model)'}" if d.other != d.layer else ""
+    types = [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(d.dtypes)]
+    return (
+        _name(d) + renamed + (f" #{d.call}" if d.call else ""),
+        d.kind,
+        "×".join(map(str, d.shape)) or "scalar",
+        "/".join(types),
+        _number(d.absolute),
+        _number(d.relative),
+        "–" if math.isnan(d.cosine) else f"{d.cosine:.6f}",
+        "" if d.filter is None else str(d.filter),
+        mark,
+    )
+
+
+def _number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.2g}"
+
+
+_STYLE = (
+    "body{font:14px system-ui,sans-serif;margin:2em}table{border-collapse:collapse}"
+    "th,td{padding:.2em .8em;border-bottom:1px solid #ddd}caption{text-align:left;padding:.5em}"
+)
+
+
+def _html_table(
+    heads: tuple[str, ...], rows: list[tuple[str, ...]], right: range, caption: str
+) -> str:
+    def cells(row: tuple[str, ...], tag: str) -> str:
+        return "".join(
+            f'<{tag} style="text-align:{"right" if i in right else "left"}">'
+            f"{html.escape(c)}</{tag}>"
+            for i, c in enumerate(row)
+        )
+
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    head = f"<thead><tr>{cells(heads, 'th')}</tr></thead>"
+    return f"<table><caption>{html.escape(caption)}</caption>{head}<tbody>{body}</tbody></table>"
