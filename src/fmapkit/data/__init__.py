@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fmapkit.data._arrays import FeatureArray, StoredArray
-    from fmapkit.data.extract import extract
+    from fmapkit.data.extraction import extract
     from fmapkit.data.features import Features
     from fmapkit.data.loader import RowLoader
-    from fmapkit.data.stream import stream
+    from fmapkit.data.live import stream
 
 __all__ = ["FeatureArray", "Features", "RowLoader", "StoredArray", "extract", "stream"]
 
@@ -18,8 +18,8 @@ _HOMES = {
     "Features": "features",
     "RowLoader": "loader",
     "StoredArray": "_arrays",
-    "extract": "extract",
-    "stream": "stream",
+    "extract": "extraction",
+    "stream": "live",
 }
 
 

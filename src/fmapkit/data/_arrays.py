@@ -93,7 +93,9 @@ class StoredArray:
         if picked.size:
             self._inside(int(picked.min()))
             self._inside(int(picked.max()))
-        return self._given(self._pieces.take(np.where(picked < 0, picked + len(self), picked), rest))
+        return self._given(
+            self._pieces.take(np.where(picked < 0, picked + len(self), picked), rest)
+        )
 
     def _inside(self, row: int) -> int:
         if not -len(self) <= row < len(self):
@@ -106,6 +108,14 @@ class StoredArray:
             return values
         found = torch.from_numpy(values if values.flags.writeable else values.copy())
         return found if found.dtype == self.dtype else found.view(self.dtype)
+
+    def view(self, first: int, last: int) -> Tensor:
+        """The rows from `first` to before `last`, of one unit: the store's own memory if it can be.
+
+        Clone it before you write to it.
+        """
+        found: Tensor = self._given(self._pieces.view(first, last))
+        return found
 
     def blocks(self) -> Iterator[Any]:
         """All rows, some MiB at a time."""
@@ -203,7 +213,9 @@ class FeatureArray(StoredArray):
 
     def to_safetensors(self, path: str | Path) -> Path:
         """Write all rows to a safetensors file (extra: `safetensors`), with the tags."""
-        return save_safetensors(path, {self.name: self.tensor()}, {self.name: json.dumps(self.tags)})
+        return save_safetensors(
+            path, {self.name: self.tensor()}, {self.name: json.dumps(self.tags)}
+        )
 
     def __repr__(self) -> str:
         said = str(self.dtype).removeprefix("torch.")

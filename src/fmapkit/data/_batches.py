@@ -79,7 +79,7 @@ class Batches:
         self._loader = loader
         self.total: int | None = None  # how many batches there are, once they have been counted
         dataset = getattr(loader, "dataset", None)
-        sampler = getattr(loader, "batch_sampler", None)
+        sampler: Any = getattr(loader, "batch_sampler", None)
         # A subclass may do anything in __iter__, so it is taken as it is.
         self.indexed = (
             type(loader) is DataLoader
@@ -90,7 +90,7 @@ class Batches:
         self.batch_size: int | None = sampler.batch_size if plain else None
         self.samples: int | None = None
         if plain:
-            total = len(sampler.sampler)  # type: ignore[arg-type]
+            total = len(sampler.sampler)
             whole = total // sampler.batch_size * sampler.batch_size
             self.samples = whole if sampler.drop_last else total
 

@@ -147,9 +147,9 @@ def _function(function: Any) -> str:
     bound += [describe(v) for v in (getattr(function, "keywords", None) or {}).values()]
     owner = getattr(inner, "__self__", None)
     home = inner if hasattr(inner, "__qualname__") else type(inner)
-    code = getattr(inner, "__code__", None) or getattr(
-        getattr(type(inner), "__call__", None), "__code__", None
-    )
+    code = getattr(inner, "__code__", None)
+    if code is None and not isinstance(inner, type):  # an object that can be called
+        code = getattr(type(inner).__call__, "__code__", None)
     name = f"{home.__module__}.{home.__qualname__}"
     name += f" of {type(owner).__qualname__}" if owner is not None else ""
     name += f" with {bound}" if bound else ""

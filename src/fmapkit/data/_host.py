@@ -58,7 +58,5 @@ _streams: dict[torch.device, Any] = {}
 
 def _stream(device: torch.device) -> Any:
     if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
+        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return _streams[device]
-
-

@@ -13,7 +13,15 @@ from urllib.parse import quote
 import numpy as np
 import torch
 
-__all__ = ["FORMAT", "ArraySpec", "FieldSpec", "Manifest", "UnitRecord", "stored_dtype", "torch_dtype"]
+__all__ = [
+    "FORMAT",
+    "ArraySpec",
+    "FieldSpec",
+    "Manifest",
+    "UnitRecord",
+    "stored_dtype",
+    "torch_dtype",
+]
 
 FORMAT = 1
 _MODEL = "%model"  # the name of the model itself, which is empty; `quote` never gives this
@@ -111,7 +119,9 @@ class ArraySpec:
         more = [f"call {self.call}"] if self.call else []
         more += [f"path {self.path!r}"] if self.path else []
         more += [f"number {self.nth}"] if self.nth else []
-        return f"the {self.kind} of layer {self.layer!r}" + (f" ({', '.join(more)})" if more else "")
+        return f"the {self.kind} of layer {self.layer!r}" + (
+            f" ({', '.join(more)})" if more else ""
+        )
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> ArraySpec:
@@ -221,9 +231,14 @@ class Manifest:
     complete: bool = False
 
     @property
+    def specs(self) -> list[ArraySpec | FieldSpec]:
+        """Of arrays and fields."""
+        return [*self.arrays, *self.fields]
+
+    @property
     def regular(self) -> bool:
         """Whether every unit has the same number of rows, so that each array is one Zarr array."""
-        each = all(spec.per == "sample" for spec in (*self.arrays, *self.fields))
+        each = all(spec.per == "sample" for spec in self.specs)
         return each and self.batch_size is not None and self.samples is not None
 
     @property

@@ -1,7 +1,7 @@
 """Reading rows of an array that lies in pieces: one a unit, or one for many.
 
 Where the store is a folder and nothing is compressed, a shard is mapped into memory: rows are then
-read as from a `.npy` file that is mapped, without a detour through Zarr. Everywhere else, Zarr reads.
+read as from a `.npy` file that is mapped, without a detour through Zarr. Else Zarr reads.
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ class Piece:
 
     def read(self, first: int, last: int, rest: tuple[Any, ...]) -> NdArray:
         """The rows from `first` to before `last`, cut by `rest` along the other axes."""
-        found = self.opened()[(slice(self.offset + first, self.offset + last), *rest)]
-        return np.asarray(found)
+        key = (slice(self.offset + first, self.offset + last), *rest)
+        return np.asarray(self.opened()[key])
 
     def take(self, rows: NdArray, rest: tuple[Any, ...]) -> NdArray:
         """Some rows, in any order."""
         source = self.opened()
+        cut = (slice(None), *rest)
         if isinstance(source, np.ndarray):
-            return np.asarray(source[rows + self.offset][(slice(None), *rest)])
+            return np.asarray(source[rows + self.offset][cut])
         # Zarr reads each chunk once where the rows are in order.
         unique, back = np.unique(rows, return_inverse=True)
-        found = source.oindex[(unique + self.offset, *[slice(None)] * (source.ndim - 1))]
-        return np.asarray(found[back][(slice(None), *rest)])
+        key = (unique + self.offset, *[slice(None)] * (source.ndim - 1))
+        return np.asarray(source.oindex[key][back][cut])
 
 
 class Pieces:
@@ -89,6 +90,14 @@ class Pieces:
             out[row - first : end - first] = piece
             row, at = end, at + 1
         return out
+
+    def view(self, first: int, last: int) -> NdArray:
+        """The same of rows that are all in one piece, without a copy where it is mapped."""
+        at = bisect_right(self._ends, first) - 1
+        if first == last or last > self._ends[at + 1]:
+            return self.read(first, last)
+        start = self._ends[at]
+        return self._pieces[at].read(first - start, last - start, ())
 
     def take(self, rows: NdArray, rest: tuple[Any, ...] = ()) -> NdArray:
         """Some rows, in any order, each as often as it is given; a copy."""
@@ -139,9 +148,7 @@ def mapped(array: Any, path: Path, rows: int) -> Callable[[], NdArray] | None:
     return lambda: _map(str(path), dtype.str, shape)[:rows]
 
 
-def _in_place(
-    path: Path, chunks: int, chunk: tuple[int, ...], itemsize: int, rows: int
-) -> bool:
+def _in_place(path: Path, chunks: int, chunk: tuple[int, ...], itemsize: int, rows: int) -> bool:
     """Whether the chunks of a shard lie one after the other, without a gap."""
     size = int(np.prod(chunk, dtype=np.int64)) * itemsize
     tail = chunks * 16 + 4  # the index: offset and length of each chunk, and a checksum
@@ -161,4 +168,5 @@ def _map(path: str, dtype: str, shape: tuple[int, ...]) -> NdArray:
     """A shard's chunks; of one that is not full, as many of them as there are."""
     row = int(np.prod(shape[1:], dtype=np.int64)) * np.dtype(dtype).itemsize
     rows = min(shape[0], Path(path).stat().st_size // max(1, row))
-    return np.memmap(path, dtype, "r", shape=(rows, *shape[1:])).view(np.ndarray)
+    # Copied on write: what torch may make of it never gets to the file.
+    return np.memmap(path, dtype, "c", shape=(rows, *shape[1:])).view(np.ndarray)

@@ -146,7 +146,7 @@ class Place:
         assert root is not None
         if root.attrs[_KEY].get("complete"):  # type: ignore[union-attr]
             return dict(self._index(root))
-        commits = root["commits"]
+        commits: Any = root["commits"]
         with warnings.catch_warnings():
             # Of a record that was being written when its process was killed.
             warnings.filterwarnings("ignore", message="Object at .* is not recognized")
@@ -156,9 +156,10 @@ class Place:
     @staticmethod
     def _index(root: Group) -> Iterator[tuple[int, UnitRecord]]:
         table = root["index"][:]  # type: ignore[index]
-        runs = list(root["index"].attrs["runs"])  # type: ignore[arg-type]
+        runs: Any = root["index"].attrs["runs"]
         for unit, start, samples, rows, batches, run in np.asarray(table).tolist():
-            yield unit, UnitRecord(unit, start, samples, rows, batches, "", runs[run])
+            name, absorbed = runs[run]
+            yield unit, UnitRecord(unit, start, samples, rows, batches, "", name, tuple(absorbed))
 
     def array(self, path: str) -> Array[Any]:
         """An array of the store, to read or to write."""
@@ -166,15 +167,15 @@ class Place:
         # A chunk of zeros is written too: without it, a shard could not be read by its place.
         return found.with_config({"write_empty_chunks": True})  # type: ignore[no-any-return]
 
-    # -- making -------------------------------------------------------------------------------------
+    # -- making -----------------------------------------------------------------------------------
 
     def create(self, manifest: Manifest, compressors: Any) -> None:
-        """Make an empty store; the manifest is written last, so that it is whole once it is there."""
+        """Make an empty store; what says so is written last, so that it is whole by then."""
         zarr = self._zarr
         with self._complained("begin"):
             root = zarr.open_group(self._store, mode="a", zarr_format=3)
             root.attrs.put({_KEY: {"format": FORMAT}})
-            for spec in (*manifest.arrays, *manifest.fields):
+            for spec in manifest.specs:
                 path = spec.name if isinstance(spec, ArraySpec) else spec.path
                 if manifest.regular:
                     assert manifest.samples is not None
@@ -200,7 +201,7 @@ class Place:
             dtype = str if text else np.dtype(spec.dtype)
             names = ("samples" if spec.per == "sample" else "tokens",)
             names += tuple(f"axis{axis}" for axis in range(1, 1 + len(shape)))
-        made = self._zarr.create_array(
+        return self._zarr.create_array(  # type: ignore[no-any-return]
             self._store,
             name=path,
             shape=(total, *shape),
@@ -214,9 +215,8 @@ class Place:
             overwrite=True,
             config={"write_empty_chunks": True},
         )
-        return made  # type: ignore[no-any-return]
 
-    # -- writing --------------------------------------------------------------------------------------
+    # -- writing ----------------------------------------------------------------------------------
 
     def write(
         self,
@@ -292,9 +292,9 @@ class Place:
     def finish(self, manifest: Manifest, records: Iterable[UnitRecord]) -> None:
         """Put all records into one array, say that the data set is complete, and let them go."""
         known = sorted(records, key=lambda record: record.unit)
-        runs = sorted({record.run for record in known})
-        place = {run: at for at, run in enumerate(runs)}
-        rows = [(r.unit, r.start, r.samples, r.rows, r.batches, place[r.run]) for r in known]
+        runs = {record.run: record.absorbed for record in known}
+        at = {run: number for number, run in enumerate(runs)}
+        rows = [(r.unit, r.start, r.samples, r.rows, r.batches, at[r.run]) for r in known]
         with self._complained("finish"):
             self._zarr.create_array(
                 self._store,
@@ -305,7 +305,7 @@ class Place:
                 dimension_names=("units", "columns"),
                 attributes={
                     "columns": ["unit", "start", "samples", "rows", "batches", "run"],
-                    "runs": runs,
+                    "runs": [[run, list(absorbed)] for run, absorbed in runs.items()],
                 },
                 overwrite=True,
             )
@@ -315,10 +315,13 @@ class Place:
 
     def tidy(self) -> None:
         """Remove what a complete store has no use for, and what killed writers left half done."""
-        self.remove("commits")
+        root = self._zarr.open_group(self._store, mode="a", zarr_format=3)
+        if "commits" not in root:
+            return
         if self.local is not None:
             for left in self.local.rglob("*.partial"):
                 left.unlink(missing_ok=True)
+        del root["commits"]
 
     @contextmanager
     def _complained(self, what: str) -> Iterator[None]:

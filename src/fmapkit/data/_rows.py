@@ -222,7 +222,7 @@ class Rows:
                 value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
             array = np.asarray(value)
             text = array.dtype.kind in "UTO" and all(isinstance(v, str) for v in array.flat)
-            if array.dtype.hasobject and not text or array.dtype.kind in "SMmV":
+            if (array.dtype.hasobject and not text) or array.dtype.kind in "SMmV":
                 raise ArgumentError(
                     f"keep={name!r} gives values of type {array.dtype}: numbers and text can be "
                     "kept beside features"

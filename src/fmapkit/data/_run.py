@@ -108,7 +108,7 @@ class Run:
 
     def absent(self, layers: Any, there: Iterable[str]) -> list[str]:
         """The layers that were asked for by name and gave no map."""
-        names = [n for n in (layers if isinstance(layers, (list, tuple)) else [layers])]
+        names = list(layers) if isinstance(layers, (list, tuple)) else [layers]
         there = list(there)
         first = {id(m): n for n, m in reversed(list(self._model.named_modules()))}
         modules = dict(self._model.named_modules(remove_duplicate=False))
@@ -145,6 +145,12 @@ class Run:
                 return self._taken(maps, batch)
         finally:
             self.riding.analyses = shown
+
+    def over(self, stream: Iterator[Batch]) -> Iterator[tuple[Batch, Taken]]:
+        """What each batch gives, to be read before the next one."""
+        with self._watch([]) as maps:
+            for batch in stream:
+                yield batch, self._taken(maps, batch)
 
     def begin(self, batches: Batches, create: Callable[[Batch, Taken], Manifest]) -> Manifest:
         """Run the first batch, which says what the store is made of; `units` goes on with it."""
@@ -218,9 +224,7 @@ class Run:
             self._capture.__exit__(None, None, None)
             bar.close()
 
-    def _fill(
-        self, stream: Iterator[Batch], writer: Writer, manifest: Manifest, bar: Any
-    ) -> None:
+    def _fill(self, stream: Iterator[Batch], writer: Writer, manifest: Manifest, bar: Any) -> None:
         unit: Unit | None = None
         behind: tuple[Unit, Batch, Arriving] | None = None
 
@@ -297,7 +301,7 @@ def _bar(progress: bool, manifest: Manifest, records: Mapping[int, UnitRecord]) 
     if not progress:
         return _NoBar()
     try:
-        from tqdm.auto import tqdm
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError(
             "progress=True needs tqdm: pip install fmapkit[data], or give progress=False"

@@ -47,7 +47,7 @@ class Unit:
         if manifest.regular:
             self.buffers = spare or {
                 spec: np.empty((manifest.rows_per_unit, *spec.shape), _dtype(spec))
-                for spec in (*manifest.arrays, *manifest.fields)
+                for spec in manifest.specs
             }
 
     def add(self, taken: Taken) -> None:
@@ -202,9 +202,7 @@ class Writer:
 
     def _write(self, job: _Job) -> None:
         place = self._place
-        place.write(
-            self._manifest, job.record, job.unit.blocks(), self._arrays, self._compressors
-        )
+        place.write(self._manifest, job.record, job.unit.blocks(), self._arrays, self._compressors)
         for path, content in job.beside.items():
             place.write_bytes(path, content)
         place.commit(job.record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ __all__ = ["Features"]
 
 
 class Features:
-    """Features of a data set, as `extract` has written them; nothing is read before it is asked for.
+    """Features of a data set, as `extract` has written them; they are read when asked for.
 
     ```python
     features = Features("features.zarr")
@@ -53,9 +54,7 @@ class Features:
         StoreError: there are no features.
     """
 
-    def __init__(
-        self, where: Any, *, storage_options: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, where: Any, *, storage_options: Mapping[str, Any] | None = None) -> None:
         self._place = Place(where, storage_options)
         manifest = self._place.manifest()
         if manifest is None:
@@ -68,7 +67,7 @@ class Features:
             for spec in manifest.fields
         }
 
-    # -- what there is ------------------------------------------------------------------------------
+    # -- what there is ----------------------------------------------------------------------------
 
     @property
     def complete(self) -> bool:
@@ -179,7 +178,7 @@ class Features:
         text.append(f"Features: {len(self)} samples{state}{beside}")
         return "\n".join(line.rstrip() for line in text)
 
-    # -- out ----------------------------------------------------------------------------------------
+    # -- out --------------------------------------------------------------------------------------
 
     def to_npy(self, folder: str | Path) -> list[Path]:
         """Write each array to a `.npy` file; returns their paths.
@@ -262,7 +261,8 @@ class Features:
         for name in names:
             if name not in self.fields:
                 raise ArgumentError(
-                    f"fields={name!r}: nothing of that name was kept; there is {listed(self.fields)}"
+                    f"fields={name!r}: nothing of that name was kept; there is "
+                    f"{listed(self.fields)}"
                 )
             if name in arrays:
                 raise ArgumentError(f"{name!r} is a layer and a field; ask for them apart")
@@ -284,7 +284,7 @@ class Features:
             single=one and not names,
         )
 
-    # -- pieces -------------------------------------------------------------------------------------
+    # -- pieces -----------------------------------------------------------------------------------
 
     def _array(self, spec: ArraySpec) -> FeatureArray:
         return FeatureArray(spec, self._pieces(spec))
@@ -296,8 +296,10 @@ class Features:
             path = spec.path
             dtype = np.dtype(object if spec.dtype == "string" else spec.dtype)
         records = list(self._records.values())
-        pieces = self._regular(path, records) if self._manifest.regular else self._ragged(
-            path, records, spec.per == "token"
+        pieces = (
+            self._regular(path, records)
+            if self._manifest.regular
+            else self._ragged(path, records, spec.per == "token")
         )
         return Pieces(pieces, spec.shape, dtype)
 
@@ -314,7 +316,7 @@ class Features:
         for record in records:
             inner = f"{path}/{node_of(record.unit)}"
             rows = record.rows if tokens else record.samples
-            array: Any = _Once(lambda inner=inner: self._place.array(inner))
+            array: Any = _Once(partial(self._place.array, inner))
             folder = self._place.local
             pieces.append(Piece(rows, 0, _Unit(array, folder and folder / inner, 0, rows, 0)))
         return pieces
@@ -371,7 +373,8 @@ class _Window:
 
     def __getitem__(self, key: tuple[Any, ...]) -> Any:
         rows, *rest = key
-        return self._array[(slice(self._first + rows.start, self._first + rows.stop), *rest)]
+        there = (slice(self._first + rows.start, self._first + rows.stop), *rest)
+        return self._array[there]
 
     @property
     def oindex(self) -> _Window:
@@ -381,4 +384,5 @@ class _Window:
 class _Picked(_Window):
     def __getitem__(self, key: tuple[Any, ...]) -> Any:
         rows, *rest = key
-        return self._array.oindex[(rows + self._first, *rest)]
+        there = (rows + self._first, *rest)
+        return self._array.oindex[there]

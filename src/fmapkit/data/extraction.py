@@ -58,11 +58,11 @@ def extract(
     progress: bool = True,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Features:
-    """Run a data set through a model and keep some layers' features, in a Zarr store (extra: `data`).
+    """Run a data set through a model, keep some layers' features in a Zarr store (extra: `data`).
 
     ```python
-    features = extract(model, loader, ["layer3", "fc"], "features.zarr", kinds="output", pool="mean")
-    features["layer3"][:100]                # the first 100 samples, (100, filters)
+    features = extract(model, loader, ["layer3", "fc"], kinds="output", pool="mean")
+    features["layer3"][:100]  # the first 100 samples, (100, filters)
     ```
 
     Killed at any moment, the store holds whole batches only, and the same call goes on where it
@@ -71,8 +71,8 @@ def extract(
 
     Args:
         model: any module, in eval mode.
-        loader: what gives batches, each time it is iterated: a `DataLoader`, a list, .... A batch is
-            a tensor, a tuple whose first entry is the model's input, or a dict of its arguments
+        loader: what gives batches, each time it is iterated: a `DataLoader`, a list. A batch is a
+            tensor, a tuple whose first entry is the model's input, or a dict of its arguments
             (those that `forward` takes, by name).
         layers: as in `capture`; None for all.
         to: a folder, a URL that fsspec knows (`s3://bucket/name`), or a Zarr store.
@@ -94,7 +94,7 @@ def extract(
         resume: go on with what is there. False refuses a place where something is.
         check: compare the loader's batches with those that it gave before.
         compress: None, "zstd", or one or more Zarr codecs.
-        batches_per_commit: how many batches are written and committed together; by default some MiB.
+        batches_per_commit: how many batches are written and committed together; None for some MiB.
         progress: show a bar (on rank 0).
         storage_options: for fsspec, where `to` is a URL.
 
@@ -107,7 +107,8 @@ def extract(
         StoreError: the store cannot be written; all that was committed before stays.
         DistributedError: ranks do not agree, or the model is spread over them.
     """
-    model = _checked(model, pool, keep, batches_per_commit)
+    model = checked_model(model, pool)
+    _check_number(batches_per_commit)
     place = Place(to, storage_options)
     batches = Batches(loader)
     riding = Riding(analyses, resume)
@@ -119,7 +120,7 @@ def extract(
         ),
         Rows(pool, mask, dtype, kept),
         riding,
-        _device(model, device),
+        device_of(model, device),
         call or default_call(model, kept),
     )
     run.check()
@@ -182,7 +183,9 @@ class _Call:
             manifest = found
         records: dict[int, UnitRecord] = ranks.first(self.place.records)
         self.run.riding.resume(self.place, records, ranks.rank, ranks.size)
-        if not manifest.complete:
+        if manifest.complete:
+            ranks.first(self.place.tidy)  # of a run that was killed while it did that
+        else:
             share = Share(set(records), manifest.batches_per_unit, ranks.rank, ranks.size)
             self.run.units(
                 self.batches,
@@ -248,13 +251,10 @@ class _Call:
 
     def _compare(self, manifest: Manifest) -> None:
         """Refuse a loader that gives other data than when the store was begun."""
-        if self.check and self.batches.indexed:
-            self._check_first(manifest, self.batches.first())
-        elif self.check and manifest.complete:
-            self._check_first(manifest, self.batches.first())
-
-    def _check_first(self, manifest: Manifest, first: Batch) -> None:
-        if digest(first.data) != manifest.first:
+        # A loader without an index is compared while it is iterated.
+        if not self.check or not (self.batches.indexed or manifest.complete):
+            return
+        if digest(self.batches.first().data) != manifest.first:
             raise StoreMismatchError(
                 f"the loader's first batch is not the one that {self.place} was begun with: other "
                 "data, another order, or augmentation by chance. Give the same data in the same "
@@ -308,7 +308,7 @@ class _Call:
         records = self.place.records()
         total = max(t for t in totals if t is not None)
         expected = -(-total // manifest.batches_per_unit)
-        if set(records) != set(range(expected)) or len({t for t in totals}) != 1:
+        if set(records) != set(range(expected)) or len(set(totals)) != 1:
             lost = sorted(set(range(expected)) ^ set(records))[:5]
             raise StoreError(
                 f"the loader came to its end after {total} batches, and {self.place} holds "
@@ -319,11 +319,17 @@ class _Call:
         self.place.finish(manifest, records.values())
 
 
-def _checked(model: Any, pool: Any, keep: Any, batches_per_commit: Any) -> nn.Module:
+def checked_model(model: Any, pool: Any) -> nn.Module:
+    """The model that runs.
+
+    Raises:
+        ArgumentError: it is none, or is in training mode; `pool` is nothing that pools.
+    """
     if not isinstance(model, nn.Module):
         raise NotAModuleError(f"extract takes a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, DistributedDataParallel):  # its forward talks to other ranks
-        model = model.module
+        inner: nn.Module = model.module
+        model = inner
     if model.training:
         raise ArgumentError(
             "the model is in training mode: dropout would draw, and batch norms would learn from "
@@ -331,13 +337,22 @@ def _checked(model: Any, pool: Any, keep: Any, batches_per_commit: Any) -> nn.Mo
         )
     if pool is not None and not callable(pool) and pool not in POOLS:
         raise ArgumentError(f"pool must be one of {POOLS}, or a function of a map, not {pool!r}")
-    number = batches_per_commit
-    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+    return model
+
+
+def _check_number(number: Any) -> None:
+    if number is None:
+        return
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise ArgumentError(f"batches_per_commit must be a positive int, not {number!r}")
-    return model  # type: ignore[no-any-return]
 
 
-def _device(model: nn.Module, given: Any) -> torch.device:
+def device_of(model: nn.Module, given: Any) -> torch.device:
+    """Where batches go.
+
+    Raises:
+        ArgumentError: the model is elsewhere.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     there = tensors[0].device if tensors else torch.device("cpu")
     if given is None:
@@ -348,7 +363,7 @@ def _device(model: nn.Module, given: Any) -> torch.device:
         raise ArgumentError(f"device must name a torch device, not {given!r}: {error}") from None
     if tensors and device.type != there.type:
         raise ArgumentError(
-            f"device={given!r}, and the model is on {there}: move it there first, model.to({given!r})"
+            f"device={given!r}, and the model is on {there}: move it, model.to({given!r})"
         )
     return device
 
