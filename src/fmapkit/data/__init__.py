@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from fmapkit.data._arrays import FeatureArray, StoredArray
     from fmapkit.data.extraction import extract
     from fmapkit.data.features import Features
-    from fmapkit.data.loader import RowLoader
     from fmapkit.data.live import stream
+    from fmapkit.data.loader import RowLoader
 
 __all__ = ["FeatureArray", "Features", "RowLoader", "StoredArray", "extract", "stream"]
 

@@ -107,17 +107,16 @@ class Riding:
         self._last = path
         return {path: content.getvalue()}, stale
 
-    def show(self, maps: Iterable[FeatureMap], mask: torch.Tensor) -> None:
-        """Show maps of sequences without their padding: rows are tokens."""
-        for fm in maps:
-            sequence = fm.tensor.shape[:2] == mask.shape and fm.filter_dim not in (1, None)
-            if sequence and fm.filter_dim is not None:
-                axis = fm.filter_dim % fm.tensor.dim() - 1
-                at = mask.reshape(-1).nonzero().squeeze(1).to(fm.tensor.device)
-                rows = fm.tensor.flatten(0, 1).index_select(0, at)
-                fm = replace(fm, tensor=rows, filter_dim=axis)
-            for analysis in self.analyses:
-                analysis.update(fm)
+    def show(self, maps: Iterable[FeatureMap], mask: torch.Tensor | None) -> None:
+        """Show the maps of a pass; those of sequences without their padding: rows are tokens."""
+        if not self.analyses:
+            return
+        device = next((fm.device.type for fm in maps), "cpu")
+        with torch.autocast(device, enabled=False):
+            for fm in maps:
+                shown = fm if mask is None else _unpadded(fm, mask)
+                for analysis in self.analyses:
+                    analysis.update(shown)
 
     def tidy(self, place: Place, records: Mapping[int, UnitRecord]) -> None:
         """Remove the states of runs that others have taken over."""
@@ -125,3 +124,13 @@ class Riding:
         for run in place.children("analyses"):
             if run not in live:
                 place.remove(f"analyses/{run}")
+
+
+def _unpadded(fm: FeatureMap, mask: torch.Tensor) -> FeatureMap:
+    if fm.tensor.shape[:2] != mask.shape or fm.filter_dim is None:
+        return fm
+    axis = fm.filter_dim % fm.tensor.dim()
+    if axis == 1:  # of samples, without positions
+        return fm
+    at = mask.reshape(-1).nonzero().squeeze(1).to(fm.device)
+    return replace(fm, tensor=fm.tensor.flatten(0, 1).index_select(0, at), filter_dim=axis - 1)

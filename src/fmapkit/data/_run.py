@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmapkit import FeatureMaps, capture
+from fmapkit import CaptureWarning, FeatureMaps, capture
 from fmapkit.data._batches import Batch, Batches, moved
 from fmapkit.data._fingerprint import digest
 from fmapkit.data._host import Arriving
@@ -26,6 +27,8 @@ __all__ = ["Run", "Share", "batches_per_unit", "default_call"]
 _UNIT_BYTES = 2**24  # of the largest array, about, if that takes no more batches than
 _UNIT_BATCHES = 64  # these: what is lost at most when the process is killed
 _UNITS = 20_000  # more of them take long to list
+_TRIALS = 3  # of a batch whose pass could not be kept
+_RUN_AGAIN = ".*a way through its code that no earlier pass had taken"
 
 
 def batches_per_unit(manifest: Manifest, first: Taken) -> int:
@@ -65,7 +68,7 @@ class Run:
 
     Args:
         model: in eval mode.
-        watch: makes a capture, given the analyses that ride along.
+        watch: makes a capture.
         rows: makes rows of maps.
         riding: the analyses.
         device: where batches go.
@@ -75,7 +78,7 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        watch: Callable[[list[Any]], capture],
+        watch: Callable[[], capture],
         rows: Rows,
         riding: Riding,
         device: torch.device,
@@ -91,16 +94,12 @@ class Run:
         self._stream: Iterator[Batch] | None = None
         self._capture: Any = None
         self._maps: FeatureMaps | None = None
+        self._keys: list[tuple[Any, ...]] = []  # of the maps of a pass
         self.missed: list[Any] = []
 
     def check(self) -> None:
         """Have `capture` check its arguments before anything else happens."""
-        self._watch(self._shown)
-
-    @property
-    def _shown(self) -> list[Any]:
-        # Analyses of sequences are shown the maps without their padding, after the pass.
-        return [] if self._rows.masked else self.riding.analyses
+        self._watch()
 
     def spread(self) -> bool:
         """Whether the model's parameters lie on several ranks."""
@@ -123,32 +122,37 @@ class Run:
 
     # -- passes -----------------------------------------------------------------------------------
 
-    def _taken(self, maps: FeatureMaps, batch: Batch) -> Taken:
-        data = moved(batch.data, self._device)
+    def _taken(self, maps: FeatureMaps, batch: Batch, ride: bool = True) -> Taken:
+        """Run a batch; where `capture` could not keep its pass, run it again.
+
+        A pass that leaves the ways that are known is let go, and the next one is traced as a whole.
+        So analyses are shown the maps after the pass, when all of them are there.
+        """
         with torch.no_grad():
-            maps.clear()
-            self._call(self._model, data)
+            for _ in range(_TRIALS):
+                maps.clear()
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", _RUN_AGAIN, CaptureWarning)
+                    self._call(self._model, moved(batch.data, self._device))
+                found = list(maps)
+                keys = [(fm.layer, fm.kind, fm.call, fm.path, fm.nonlinearity) for fm in found]
+                self._keys = self._keys or keys
+                if keys == self._keys:
+                    break
             self.missed = maps.missed
-            found = list(maps)
             taken = self._rows.take(found, batch.data, batch.start)
-            if self._rows.masked and self.riding.analyses:
-                mask = self._rows.mask_of(batch.data)
-                assert mask is not None
-                self.riding.show(found, mask)
+            if ride:
+                self.riding.show(found, self._rows.mask_of(batch.data))
         return taken
 
     def probe(self, batch: Batch) -> Taken:
         """What a batch gives, in a pass of its own that no analysis sees."""
-        shown, self.riding.analyses = self.riding.analyses, []
-        try:
-            with self._watch([]) as maps:
-                return self._taken(maps, batch)
-        finally:
-            self.riding.analyses = shown
+        with self._watch() as maps:
+            return self._taken(maps, batch, ride=False)
 
     def over(self, stream: Iterator[Batch]) -> Iterator[tuple[Batch, Taken]]:
         """What each batch gives, to be read before the next one."""
-        with self._watch([]) as maps:
+        with self._watch() as maps:
             for batch in stream:
                 yield batch, self._taken(maps, batch)
 
@@ -158,7 +162,7 @@ class Run:
         batch = next(self._stream, None)
         if batch is None:
             raise ArgumentError("the loader is empty: there is no batch to take features of")
-        self._capture = self._watch(self._shown)
+        self._capture = self._watch()
         self._maps = self._capture.__enter__()
         try:
             taken = self._taken(self._maps, batch)
@@ -206,7 +210,7 @@ class Run:
 
         bar = _bar(progress, manifest, records)
         if self._capture is None:
-            self._capture = self._watch(self._shown)
+            self._capture = self._watch()
             self._maps = self._capture.__enter__()
         assert self._maps is not None
         stream = self._stream or batches.read(share, skipped)

@@ -89,8 +89,8 @@ def extract(
             index into it, or function of it. Numbers and text.
         call: `call(model, batch)` runs the model, where the default does not fit.
         stop: end each forward at the last wanted map (see `capture`); the rest does not run.
-        analyses: running analyses, which see the maps as they are made, before pooling and without
-            padding; their state is kept with the features.
+        analyses: running analyses, which see the maps of each pass before pooling, without padding;
+            their state is kept with the features.
         resume: go on with what is there. False refuses a place where something is.
         check: compare the loader's batches with those that it gave before.
         compress: None, "zstd", or one or more Zarr codecs.
@@ -115,9 +115,7 @@ def extract(
     kept = check_keep(keep)
     run = Run(
         model,
-        lambda shown: fmapkit.capture(
-            model, layers, kinds=kinds, filters=filters, stop=stop, analyses=shown
-        ),
+        lambda: fmapkit.capture(model, layers, kinds=kinds, filters=filters, stop=stop),
         Rows(pool, mask, dtype, kept),
         riding,
         device_of(model, device),
@@ -307,13 +305,13 @@ class _Call:
     def _finish(self, manifest: Manifest, totals: list[int | None]) -> None:
         records = self.place.records()
         total = max(t for t in totals if t is not None)
-        expected = -(-total // manifest.batches_per_unit)
-        if set(records) != set(range(expected)) or len(set(totals)) != 1:
-            lost = sorted(set(range(expected)) ^ set(records))[:5]
+        there = sum(record.batches for record in records.values())
+        units = set(range(-(-total // manifest.batches_per_unit)))
+        if set(records) != units or there != total or len(set(totals)) != 1:
             raise StoreError(
-                f"the loader came to its end after {total} batches, and {self.place} holds "
-                f"{sum(r.batches for r in records.values())}: it is left as it is, incomplete "
-                f"(units {lost}, ...). Did the loader give fewer batches than before?"
+                f"the loader came to its end after {total} batches, and {self.place} holds {there}:"
+                " it is left as it is, incomplete. Did the loader give fewer batches than before, "
+                "or others on other ranks?"
             )
         self.run.riding.tidy(self.place, records)
         self.place.finish(manifest, records.values())

@@ -57,7 +57,8 @@ def stream(
         model: any module, in eval mode.
         loader: as in `extract`. It is iterated in its order in each epoch, which has to be the same
             for a state to be of use.
-        layers: as in `capture`. A single name gives tensors, anything else dicts.
+        layers: as in `capture`. A single name gives tensors, anything else dicts: by layer, with
+            what is kept, and of sequences with "sample" and "position".
         batch: rows of each batch.
         kinds: as in `extract`.
         filters: as in `extract`.
@@ -92,7 +93,7 @@ def stream(
         )
     run = Run(
         model,
-        lambda shown: fmapkit.capture(model, layers, kinds=kinds, filters=filters, stop=stop),
+        lambda: fmapkit.capture(model, layers, kinds=kinds, filters=filters, stop=stop),
         Rows(pool, mask, dtype, kept),
         Riding((), False),
         device_of(model, device),
@@ -151,23 +152,28 @@ class LiveRows:
                 "no map came of the layers asked for; where no nonlinearity follows a layer it has "
                 "no activation: kinds='output' takes what each layer returns"
             )
+        fields = [] if self._single else taken.fields
         every = [(spec.name, spec.per) for spec, _ in taken.arrays]
-        every += [(spec.name, spec.per) for spec, _ in taken.fields]
+        every += [(spec.name, spec.per) for spec, _ in fields]
         if len({per for _, per in every}) > 1:
             raise ArgumentError(
                 "some of these have rows of tokens and some of samples, which do not go together: "
                 + ", ".join(f"{name} ({per})" for name, per in every)
             )
-        rows = {spec.name.removeprefix("layers/"): values.detach() for spec, values in taken.arrays}
-        for spec, values in taken.fields:
+        layers = [spec.layer for spec, _ in taken.arrays]
+        rows = {
+            spec.layer if layers.count(spec.layer) == 1 else spec.name.removeprefix("layers/"): v
+            for spec, v in taken.arrays
+        }
+        if self._single and len(rows) > 1:
+            raise ArgumentError(
+                f"one layer was asked for, and gives {len(rows)} arrays: {listed(rows)}; choose "
+                "with kinds=, or give a list of layers for dicts of rows"
+            )
+        for spec, values in fields:
             if spec.dtype == "string":
                 raise ArgumentError(f"keep={spec.name!r} is text, which no batch of rows can hold")
             rows[spec.name] = torch.from_numpy(values)
-        if self._single and len(rows) > 1:
-            raise ArgumentError(
-                f"one layer was asked for, and gives {len(rows)} arrays: {listed(rows)}; choose with "
-                "kinds=, or give a list of layers for dicts of rows"
-            )
         return rows
 
     def take(self, ids: Tensor) -> dict[str, Tensor]:
