@@ -325,17 +325,16 @@ def checked_model(model: Any, pool: Any) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise NotAModuleError(f"extract takes a torch.nn.Module, not {type(model).__name__}")
-    if isinstance(model, DistributedDataParallel):  # its forward talks to other ranks
-        inner: nn.Module = model.module
-        model = inner
-    if model.training:
+    # The forward of DistributedDataParallel talks to other ranks.
+    plain: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    if plain.training:
         raise ArgumentError(
             "the model is in training mode: dropout would draw, and batch norms would learn from "
             "the data; call model.eval() first"
         )
     if pool is not None and not callable(pool) and pool not in POOLS:
         raise ArgumentError(f"pool must be one of {POOLS}, or a function of a map, not {pool!r}")
-    return model
+    return plain
 
 
 def _check_number(number: Any) -> None:
