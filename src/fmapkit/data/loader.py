@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +24,7 @@ from fmapkit.errors import ArgumentError
 
 __all__ = ["Block", "RowLoader", "RowSource", "StoredRows"]
 
+_NO_ROWS = torch.empty(0, 2, dtype=torch.int64)
 Block = tuple[int, dict[str, Tensor]]  # its number, and the same rows of each array
 
 
@@ -148,7 +151,7 @@ class RowLoader:
         self._drop_last = drop_last
         self._single = single
         self._epoch = 0
-        self._at = _Position()
+        self._at = _Position(_Pool({}, _NO_ROWS))
         self._going = False  # whether a state was loaded, and the next iteration goes on from it
 
     def __len__(self) -> int:
@@ -165,11 +168,11 @@ class RowLoader:
     def __iter__(self) -> Iterator[Any]:
         """The rest of the epoch where a state was loaded, else an epoch from its beginning."""
         if not self._going:
-            self._at = _Position()
+            self._at = _Position(_Pool({}, _NO_ROWS))
         self._going = False
         position = self._at
+        pool = position.pool
         limit = self._limit(self._epoch)
-        pool = _Pool(self._source.take(position.ids) if len(position.ids) else {}, position.ids)
         blocks = self._source.blocks(
             self._order(self._epoch), self._rank, self._world, position.blocks
         )
@@ -184,10 +187,9 @@ class RowLoader:
             if count < self._batch and self._drop_last:
                 break
             position.batches += 1
-            position.ids = pool.ids
             yield next(iter(rows.values())) if self._single else rows
         self._epoch += 1
-        self._at = _Position()
+        self._at = _Position(_Pool({}, _NO_ROWS))
 
     def _refill(self, pool: _Pool, blocks: Iterator[Block], position: _Position) -> None:
         """Fill the buffer, draw the order of what is in it, and say how much of it to give."""
@@ -197,7 +199,7 @@ class RowLoader:
             if block is None:
                 ended = True
                 break
-            pool.add(*block)
+            pool.add(*block, self._capacity)
             position.blocks += 1
         if self._shuffle:
             drawn = self._generator(self._epoch, self._rank, position.refills)
@@ -256,7 +258,7 @@ class RowLoader:
         return {
             "config": self._config(),
             "epoch": self._epoch,
-            "ids": at.ids.clone(),
+            "ids": at.pool.ids,
             "left": at.left,
             "blocks": at.blocks,
             "refills": at.refills,
@@ -273,29 +275,32 @@ class RowLoader:
         if words := differences(then, now):
             raise ArgumentError(f"the state is of another loader: {'; '.join(words)}")
         self._epoch = int(state["epoch"])
+        ids: Tensor = state["ids"]
+        rows = self._source.take(ids) if len(ids) else {}
         self._at = _Position(
-            state["ids"].clone(),
+            _Pool(rows, ids),
             *(int(state[k]) for k in ("left", "blocks", "refills", "batches")),
         )
         self._going = True
 
 
+@dataclass
 class _Position:
-    """How far an epoch is: the rows in the buffer, in the order in which they will be given."""
+    """How far an epoch is.
 
-    def __init__(
-        self,
-        ids: Tensor | None = None,
-        left: int = 0,
-        blocks: int = 0,
-        refills: int = 0,
-        batches: int = 0,
-    ) -> None:
-        self.ids = torch.empty(0, 2, dtype=torch.int64) if ids is None else ids
-        self.left = left
-        self.blocks = blocks
-        self.refills = refills
-        self.batches = batches
+    Attributes:
+        pool: the rows in the buffer, in the order in which they will be given.
+        left: how many of these are given before it is filled again.
+        blocks: how many blocks have gone into it.
+        refills: how often it was filled.
+        batches: how many batches were given.
+    """
+
+    pool: _Pool
+    left: int = 0
+    blocks: int = 0
+    refills: int = 0
+    batches: int = 0
 
 
 class _Pool:
@@ -303,15 +308,15 @@ class _Pool:
 
     Args:
         rows: to begin with, in order.
-        ids: of these.
+        ids: of these: number of block and row in it.
     """
 
     def __init__(self, rows: dict[str, Tensor], ids: Tensor) -> None:
         self._rows = rows
         self._size = len(ids)  # slots
-        self._ids = ids.clone()  # of each slot
-        self._order = torch.arange(len(ids))  # slots, as they will be given
-        self._free = torch.empty(0, dtype=torch.int64)
+        self._ids = ids.numpy().copy()  # of each slot
+        self._order = np.arange(len(ids))  # slots, as they will be given
+        self._free = np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -319,29 +324,30 @@ class _Pool:
     @property
     def ids(self) -> Tensor:
         """Of all rows, in order."""
-        return self._ids[self._order]
+        return torch.from_numpy(self._ids[self._order])
 
     def reorder(self, order: Tensor) -> None:
         """Put the rows into another order."""
-        self._order = self._order[order]
+        self._order = self._order[order.numpy()]
 
     def pop(self, count: int) -> dict[str, Tensor]:
         """The next rows."""
         slots, self._order = self._order[:count], self._order[count:]
-        self._free = torch.cat([self._free, slots])
-        return {n: t.index_select(0, slots.to(t.device)) for n, t in self._rows.items()}
+        self._free = np.concatenate([self._free, slots])
+        return {name: _gathered(rows, slots) for name, rows in self._rows.items()}
 
-    def add(self, number: int, rows: dict[str, Tensor]) -> None:
-        """Take a block in."""
+    def add(self, number: int, rows: dict[str, Tensor], capacity: int) -> None:
+        """Take a block in; the first time, room for so many rows and one block is made."""
         count = len(next(iter(rows.values())))
         if len(self._free) < count:
-            self._grow(rows, self._size - len(self._free) + count)
+            least = self._size - len(self._free) + count
+            self._grow(rows, max(least, capacity + count if not self._size else 0))
         slots, self._free = self._free[:count], self._free[count:]
         for name, values in rows.items():
-            self._rows[name].index_copy_(0, slots.to(values.device), values)
+            _scattered(self._rows[name], slots, values)
         self._ids[slots, 0] = number
-        self._ids[slots, 1] = torch.arange(count)
-        self._order = torch.cat([self._order, slots])
+        self._ids[slots, 1] = np.arange(count)
+        self._order = np.concatenate([self._order, slots])
 
     def _grow(self, like: dict[str, Tensor], least: int) -> None:
         """Room for more: half as many again, so that growing is rare."""
@@ -351,7 +357,28 @@ class _Pool:
             if self._size:
                 wider[: self._size] = self._rows[name]
             self._rows[name] = wider
-        ids = torch.zeros(size, 2, dtype=torch.int64)
+        ids = np.zeros((size, 2), np.int64)
         ids[: self._size] = self._ids
-        self._free = torch.cat([self._free, torch.arange(self._size, size)])
+        self._free = np.concatenate([self._free, np.arange(self._size, size)])
         self._ids, self._size = ids, size
+
+
+def _bits(rows: Tensor) -> np.ndarray[Any, Any]:
+    """The memory of a CPU tensor, as NumPy has it: it moves rows several times as fast."""
+    if rows.dtype == torch.bfloat16 or (rows.is_floating_point() and rows.element_size() == 1):
+        rows = rows.view({1: torch.uint8, 2: torch.int16}[rows.element_size()])
+    return rows.numpy()
+
+
+def _gathered(rows: Tensor, slots: np.ndarray[Any, Any]) -> Tensor:
+    if rows.device.type != "cpu":
+        return rows.index_select(0, torch.from_numpy(slots).to(rows.device))
+    found = torch.from_numpy(_bits(rows)[slots])
+    return found if found.dtype == rows.dtype else found.view(rows.dtype)
+
+
+def _scattered(rows: Tensor, slots: np.ndarray[Any, Any], values: Tensor) -> None:
+    if rows.device.type != "cpu":
+        rows.index_copy_(0, torch.from_numpy(slots).to(rows.device), values)
+        return
+    _bits(rows)[slots] = _bits(values)
