@@ -72,6 +72,10 @@ class Pieces:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    def is_mapped(self, piece: int) -> bool:
+        """Whether the rows of a piece can be had without a copy."""
+        return isinstance(self._pieces[piece].opened(), np.ndarray)
+
     @property
     def bounds(self) -> list[tuple[int, int]]:
         """First row and row after the last, of each piece."""
@@ -133,12 +137,14 @@ def mapped(array: Any, path: Path, rows: int) -> Callable[[], NdArray] | None:
     if (dtype.itemsize > 1 and endian != "little") or array.chunks[1:] != array.shape[1:]:
         return None
     shape = tuple(array.chunks)
-    if path.stat().st_size != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+    there = path.stat()
+    if there.st_size != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
         return None
-    return lambda: _map(str(path), dtype.newbyteorder("<").str, shape)[:rows]
+    which = (there.st_ino, there.st_mtime_ns)
+    return lambda: _map(str(path), dtype.newbyteorder("<").str, shape, which)[:rows]
 
 
 @lru_cache(maxsize=_OPEN)
-def _map(path: str, dtype: str, shape: tuple[int, ...]) -> NdArray:
+def _map(path: str, dtype: str, shape: tuple[int, ...], which: tuple[int, int]) -> NdArray:
     # Copied on write: what torch may make of it never gets to the file.
     return np.memmap(path, dtype, "c", shape=shape).view(np.ndarray)

@@ -13,18 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fmapkit.data._arrays import StoredArray
 from fmapkit.data._fingerprint import differences
+from fmapkit.data._pool import NO_ROWS, Pool, Slots, Views
 from fmapkit.errors import ArgumentError
 
 __all__ = ["Block", "RowLoader", "RowSource", "StoredRows"]
 
-_NO_ROWS = torch.empty(0, 2, dtype=torch.int64)
 Block = tuple[int, dict[str, Tensor]]  # its number, and the same rows of each array
 
 
@@ -46,8 +45,8 @@ class RowSource(Protocol):
             skip: how many of these are left out at the beginning.
         """
 
-    def take(self, ids: Tensor) -> dict[str, Tensor]:
-        """Rows by number of block and row in it: (rows, 2)."""
+    def pool(self, ids: Tensor) -> Pool:
+        """A buffer that begins with these rows: number of block and row in it, (rows, 2)."""
 
     def describe(self) -> dict[str, Any]:
         """What a state has to agree with."""
@@ -80,14 +79,20 @@ class StoredRows:
         """Units."""
         assert numbers is not None
         for number in numbers[skip:]:
-            first, last = self._bounds[number]
-            yield number, {n: a.view(first, last) for n, a in self._arrays.items()}
+            yield number, self._block(number)
 
-    def take(self, ids: Tensor) -> dict[str, Tensor]:
-        """Rows by unit and row in it."""
+    def _block(self, number: int) -> dict[str, Tensor]:
+        first, last = self._bounds[number]
+        return {name: array.view(first, last) for name, array in self._arrays.items()}
+
+    def pool(self, ids: Tensor) -> Pool:
+        """In the store's own memory, where it can be."""
+        if all(array.mapped for array in self._arrays.values()):
+            return Views(ids, self._block)
         starts = torch.tensor([first for first, _ in self._bounds])
         rows = starts[ids[:, 0]] + ids[:, 1]
-        return {name: array[rows] for name, array in self._arrays.items()}
+        found = {name: array[rows] for name, array in self._arrays.items()} if len(ids) else {}
+        return Slots(found, ids)
 
     def describe(self) -> dict[str, Any]:
         """Names, shapes and types."""
@@ -151,7 +156,7 @@ class RowLoader:
         self._drop_last = drop_last
         self._single = single
         self._epoch = 0
-        self._at = _Position(_Pool({}, _NO_ROWS))
+        self._at = _Position(self._source.pool(NO_ROWS))
         self._going = False  # whether a state was loaded, and the next iteration goes on from it
 
     def __len__(self) -> int:
@@ -168,7 +173,7 @@ class RowLoader:
     def __iter__(self) -> Iterator[Any]:
         """The rest of the epoch where a state was loaded, else an epoch from its beginning."""
         if not self._going:
-            self._at = _Position(_Pool({}, _NO_ROWS))
+            self._at = _Position(self._source.pool(NO_ROWS))
         self._going = False
         position = self._at
         pool = position.pool
@@ -189,9 +194,9 @@ class RowLoader:
             position.batches += 1
             yield next(iter(rows.values())) if self._single else rows
         self._epoch += 1
-        self._at = _Position(_Pool({}, _NO_ROWS))
+        self._at = _Position(self._source.pool(NO_ROWS))
 
-    def _refill(self, pool: _Pool, blocks: Iterator[Block], position: _Position) -> None:
+    def _refill(self, pool: Pool, blocks: Iterator[Block], position: _Position) -> None:
         """Fill the buffer, draw the order of what is in it, and say how much of it to give."""
         ended = False
         while len(pool) < max(self._capacity, self._batch):
@@ -276,9 +281,8 @@ class RowLoader:
             raise ArgumentError(f"the state is of another loader: {'; '.join(words)}")
         self._epoch = int(state["epoch"])
         ids: Tensor = state["ids"]
-        rows = self._source.take(ids) if len(ids) else {}
         self._at = _Position(
-            _Pool(rows, ids),
+            self._source.pool(ids),
             *(int(state[k]) for k in ("left", "blocks", "refills", "batches")),
         )
         self._going = True
@@ -296,89 +300,8 @@ class _Position:
         batches: how many batches were given.
     """
 
-    pool: _Pool
+    pool: Pool
     left: int = 0
     blocks: int = 0
     refills: int = 0
     batches: int = 0
-
-
-class _Pool:
-    """Rows in slots that are used again, and the order in which they will be given.
-
-    Args:
-        rows: to begin with, in order.
-        ids: of these: number of block and row in it.
-    """
-
-    def __init__(self, rows: dict[str, Tensor], ids: Tensor) -> None:
-        self._rows = rows
-        self._size = len(ids)  # slots
-        self._ids = ids.numpy().copy()  # of each slot
-        self._order = np.arange(len(ids))  # slots, as they will be given
-        self._free = np.empty(0, np.int64)
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    @property
-    def ids(self) -> Tensor:
-        """Of all rows, in order."""
-        return torch.from_numpy(self._ids[self._order])
-
-    def reorder(self, order: Tensor) -> None:
-        """Put the rows into another order."""
-        self._order = self._order[order.numpy()]
-
-    def pop(self, count: int) -> dict[str, Tensor]:
-        """The next rows."""
-        slots, self._order = self._order[:count], self._order[count:]
-        self._free = np.concatenate([self._free, slots])
-        return {name: _gathered(rows, slots) for name, rows in self._rows.items()}
-
-    def add(self, number: int, rows: dict[str, Tensor], capacity: int) -> None:
-        """Take a block in; the first time, room for so many rows and one block is made."""
-        count = len(next(iter(rows.values())))
-        if len(self._free) < count:
-            least = self._size - len(self._free) + count
-            self._grow(rows, max(least, capacity + count if not self._size else 0))
-        slots, self._free = self._free[:count], self._free[count:]
-        for name, values in rows.items():
-            _scattered(self._rows[name], slots, values)
-        self._ids[slots, 0] = number
-        self._ids[slots, 1] = np.arange(count)
-        self._order = np.concatenate([self._order, slots])
-
-    def _grow(self, like: dict[str, Tensor], least: int) -> None:
-        """Room for more: half as many again, so that growing is rare."""
-        size = max(least, self._size + self._size // 2)
-        for name, values in like.items():
-            wider = values.new_empty((size, *values.shape[1:]))
-            if self._size:
-                wider[: self._size] = self._rows[name]
-            self._rows[name] = wider
-        ids = np.zeros((size, 2), np.int64)
-        ids[: self._size] = self._ids
-        self._free = np.concatenate([self._free, np.arange(self._size, size)])
-        self._ids, self._size = ids, size
-
-
-def _bits(rows: Tensor) -> np.ndarray[Any, Any]:
-    """The memory of a CPU tensor, as NumPy has it: it moves rows several times as fast."""
-    if rows.dtype == torch.bfloat16 or (rows.is_floating_point() and rows.element_size() == 1):
-        rows = rows.view({1: torch.uint8, 2: torch.int16}[rows.element_size()])
-    return rows.numpy()
-
-
-def _gathered(rows: Tensor, slots: np.ndarray[Any, Any]) -> Tensor:
-    if rows.device.type != "cpu":
-        return rows.index_select(0, torch.from_numpy(slots).to(rows.device))
-    found = torch.from_numpy(_bits(rows)[slots])
-    return found if found.dtype == rows.dtype else found.view(rows.dtype)
-
-
-def _scattered(rows: Tensor, slots: np.ndarray[Any, Any], values: Tensor) -> None:
-    if rows.device.type != "cpu":
-        rows.index_copy_(0, torch.from_numpy(slots).to(rows.device), values)
-        return
-    _bits(rows)[slots] = _bits(values)
