@@ -88,7 +88,7 @@ class _Folder:
 
 def _pooled(images: int, size: int, batch: int, count: int, folder: _Folder) -> None:
     model = ResNet().eval()
-    data = list(torch.randn(images, 3, size, size).split(batch))
+    data = list(torch.split(torch.randn(images, 3, size, size), batch))
     print(f"pooled features of {LAYER} of a ResNet-18, {images:,} images {size}x{size}")
     print(f"  {'throughput against the loop that':42s} {'wall':>6s} {'CPU':>8s}")
 

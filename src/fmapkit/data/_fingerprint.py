@@ -64,7 +64,7 @@ def _checksum(tensor: Tensor) -> int:
         whole = flat[:words].clone().view(torch.int64)
     rest = flat[words:].to(torch.int64)
     total = 0
-    for number, piece in enumerate((*whole.split(_PIECE), rest)):
+    for number, piece in enumerate((*torch.split(whole, _PIECE), rest)):
         place = 2 * torch.arange(len(piece), device=piece.device) + 1
         total = (total * 0x9E3779B97F4A7C15 + int((piece * place).sum()) + number) % 2**64
     return total
