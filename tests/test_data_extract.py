@@ -396,6 +396,66 @@ def test_a_disk_that_fills_up_loses_nothing(model: Net, tmp_path: Path) -> None:
     assert torch.equal(Features(tmp_path / "f")["conv2"].tensor(), truth(model)["a2"])
 
 
+class Cut(zarr.storage.LocalStore):
+    """Nothing is written, or removed, after so many objects: as if the process had been killed."""
+
+    left = 0
+
+    @staticmethod
+    def count() -> None:
+        Cut.left -= 1
+        if Cut.left < 0:
+            raise OSError("cut")
+
+    async def set(self, key: str, value: Any) -> None:
+        Cut.count()
+        await super().set(key, value)
+
+    async def set_if_not_exists(self, key: str, value: Any) -> None:
+        Cut.count()
+        await super().set_if_not_exists(key, value)
+
+    async def delete(self, key: str) -> None:
+        Cut.count()
+        await super().delete(key)
+
+    async def delete_dir(self, prefix: str) -> None:
+        Cut.count()
+        await super().delete_dir(prefix)
+
+
+@pytest.mark.parametrize("regular", [True, False])
+def test_cut_off_after_any_object_nothing_is_lost(
+    model: Net, tmp_path: Path, regular: bool
+) -> None:
+    """Each step of the order of writing in turn, from the first object to the last."""
+    data = loader(16) if regular else IMAGES.split(16)
+    expected = truth(model, 16)["a2"]
+
+    def run(store: Any) -> tuple[Features, Statistics]:
+        stats = Statistics()
+        features = quiet(model, data, "conv2", store, analyses=stats, batches_per_commit=1)
+        return features, stats
+
+    steps = 0
+    while True:
+        Cut.left = steps
+        to = tmp_path / str(steps)
+        try:
+            run(Cut(to))
+            break  # there was nothing more to write
+        except (StoreError, OSError):
+            steps += 1
+        features, stats = run(to)
+        assert features.complete
+        assert torch.equal(features["conv2"].tensor(), expected)
+        assert stats["conv2"].count.tolist() == [50 * 25] * 6
+        assert sorted(p.name for p in to.iterdir() if p.is_dir()) == [
+            *("analyses", "index", "layers"),
+        ]
+    assert steps > 20
+
+
 def test_analyses_go_on_where_they_were(model: Net, tmp_path: Path) -> None:
     def run(fail_at: int | None, to: str) -> Statistics:
         stats = Statistics()
