@@ -31,6 +31,7 @@ from fmapkit.analysis import Statistics
 zarr = pytest.importorskip("zarr", minversion="3.1.4")
 
 from fmapkit.data import Features, extract  # noqa: E402
+from tests.truth import assert_nothing_left, fingerprint  # noqa: E402
 
 
 class Net(nn.Module):
@@ -345,8 +346,10 @@ def test_a_loader_that_fails_loses_nothing(
 ) -> None:
     to = tmp_path / "f"
     given: dict[str, Any] = {"batches_per_commit": 2, "keep": {"label": 1}}
+    before = fingerprint(model)
     with pytest.raises(error, match="the disk of the images is gone"):
         quiet(model, DataLoader(Counted(45, error), batch_size=8), "conv2", to, **given)
+    assert_nothing_left(before, model)
     part = Features(to)
     assert not part.complete
     assert torch.equal(part.samples, torch.arange(32))
@@ -541,6 +544,24 @@ def test_a_stream_that_gives_other_batches_is_refused(model: Net, tmp_path: Path
     assert torch.equal(features["conv2"].tensor(), truth(model)["a2"])
 
 
+class Stateless:
+    """An analysis that could not go on."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def update(self, fm: FeatureMap) -> None:
+        self.seen += len(fm.tensor)
+
+
+def test_an_analysis_without_a_state_rides_where_nothing_is_resumed(
+    model: Net, tmp_path: Path
+) -> None:
+    stateless = Stateless()
+    quiet(model, loader(), "conv2", tmp_path / "f", analyses=stateless, resume=False)
+    assert stateless.seen == 50
+
+
 def test_arguments_are_refused_before_anything_is_written(model: Net, tmp_path: Path) -> None:
     to = tmp_path / "f"
     cases: list[tuple[Any, dict[str, Any], str]] = [
@@ -567,6 +588,7 @@ def test_arguments_are_refused_before_anything_is_written(model: Net, tmp_path: 
         (model, {"batches_per_commit": 0}, "batches_per_commit must be a positive int"),
         (model, {"device": "nowhere"}, "device must name a torch device"),
         (model, {"analyses": [1]}, "objects with update"),
+        (model, {"analyses": Stateless()}, "Stateless has no state_dict and load_state_dict"),
         (model, {"pool": lambda fm: fm.tensor[:3]}, "the batch has 8 samples"),
     ]
     for given_model, options, says in cases:

@@ -31,6 +31,7 @@ from fmapkit.analysis import Statistics
 from fmapkit.data import Features, RowLoader, extract  # noqa: F401
 
 SAMPLES, BATCH, UNIT = 203, 8, 3
+_AT_MOST = 12  # kills of one store, so that there are several
 
 
 class Net(nn.Module):
@@ -206,7 +207,7 @@ def _one(job: Job, to: Path, moments: list[float], pause: float) -> str:
     took = time.perf_counter() - began
     units, survived = [], False
     while not survived:
-        moment = moments.pop() if moments else None
+        moment = moments.pop() if moments and len(units) < _AT_MOST else None
         ended = forked(lambda: job.run(to, pause), None if moment is None else moment * took)
         survived = ended == 0
         if survived and moment is not None:
