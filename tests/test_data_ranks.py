@@ -10,15 +10,26 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("zarr", minversion="3.1.4")
 
-from fmapkit import DistributedError
-from fmapkit.data import Features
-from tests.data.kills import BATCH, JOBS, SAMPLES, UNIT, Job, check, expected, forked
+from fmapkit import DistributedError, analysis
+from fmapkit.data import Features, extract
+from tests.data.kills import (
+    BATCH,
+    JOBS,
+    SAMPLES,
+    UNIT,
+    Job,
+    check,
+    expected,
+    forked,
+    model,
+)
 
 ROOT = Path(__file__).parent.parent
 UNITS = -(-SAMPLES // (BATCH * UNIT))
@@ -96,6 +107,22 @@ def _check_statistics(job: Job, to: Path) -> None:
     stats, rows = job.run(to, 0.0), Features(to)["second"].tensor().double()
     assert stats["second"].count.tolist() == [len(rows)] * 16
     torch.testing.assert_close(stats["second"].mean, rows.mean(0))
+
+
+@pytest.mark.skipif(not hasattr(analysis, "TopInputs"), reason="there is no TopInputs yet")
+def test_top_inputs_go_by_their_numbers_in_the_data_set(tmp_path: Path) -> None:
+    """On whatever rank a sample was seen."""
+    to, job = tmp_path / "f", JOBS[0]
+
+    def run() -> Any:
+        top = analysis.TopInputs(k=3)
+        given = (model(), job.loader(0.0), "first.0", to)
+        extract(*given, analyses=top, batches_per_commit=UNIT, progress=False)
+        return top
+
+    assert ranks(2, lambda rank: run()) == [0, 0]
+    rows = Features(to)["first.0"].tensor()
+    assert torch.equal(run()["first.0"].inputs, rows.topk(3, dim=0).indices.T)
 
 
 def test_ranks_that_are_asked_for_different_things_are_refused(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from fmapkit.errors import ArgumentError, StoreError
 
 __all__ = ["Riding", "live_runs"]
 
+_NUMBERED = "ids" in FeatureMap.__dataclass_fields__  # whether maps know which inputs they are of
+
 
 def live_runs(records: Mapping[int, UnitRecord]) -> list[str]:
     """The runs whose analyses no later run has taken over, in the order of their first unit."""
@@ -107,14 +109,24 @@ class Riding:
         self._last = path
         return {path: content.getvalue()}, stale
 
-    def show(self, maps: Iterable[FeatureMap], mask: torch.Tensor | None) -> None:
-        """Show the maps of a pass; those of sequences without their padding: rows are tokens."""
-        if not self.analyses:
+    def show(
+        self, maps: Iterable[FeatureMap], mask: torch.Tensor | None, start: int, samples: int
+    ) -> None:
+        """Show the maps of a pass; those of sequences without their padding: rows are tokens.
+
+        Args:
+            maps: of the pass.
+            mask: which positions are no padding.
+            start: number of the batch's first sample in the data set: inputs go by these numbers.
+            samples: how many it has.
+        """
+        maps = list(maps) if self.analyses else []
+        if not maps:
             return
-        device = next((fm.device.type for fm in maps), "cpu")
-        with torch.autocast(device, enabled=False):
+        numbers = torch.arange(start, start + samples)
+        with torch.autocast(maps[0].device.type, enabled=False):
             for fm in maps:
-                shown = fm if mask is None else _unpadded(fm, mask)
+                shown = _unpadded(fm, mask, numbers)
                 for analysis in self.analyses:
                     analysis.update(shown)
 
@@ -126,11 +138,15 @@ class Riding:
                 place.remove(f"analyses/{run}")
 
 
-def _unpadded(fm: FeatureMap, mask: torch.Tensor) -> FeatureMap:
-    if fm.tensor.shape[:2] != mask.shape or fm.filter_dim is None:
-        return fm
-    axis = fm.filter_dim % fm.tensor.dim()
-    if axis == 1:  # of samples, without positions
-        return fm
-    at = mask.reshape(-1).nonzero().squeeze(1).to(fm.device)
-    return replace(fm, tensor=fm.tensor.flatten(0, 1).index_select(0, at), filter_dim=axis - 1)
+def _unpadded(fm: FeatureMap, mask: torch.Tensor | None, numbers: torch.Tensor) -> FeatureMap:
+    tensor, axis = fm.tensor, fm.filter_dim
+    if mask is not None and axis is not None and tensor.shape[:2] == mask.shape:
+        axis %= tensor.dim()
+        if axis != 1:  # else it is of samples, without positions
+            at = mask.reshape(-1).nonzero().squeeze(1)
+            tensor, axis = tensor.flatten(0, 1).index_select(0, at.to(fm.device)), axis - 1
+            numbers = numbers[at.cpu() // mask.shape[1]]
+    changes: dict[str, Any] = {"tensor": tensor, "filter_dim": axis}
+    if _NUMBERED and fm.filter_dim != 0:
+        changes["ids"] = numbers.to(fm.device)
+    return replace(fm, **changes)

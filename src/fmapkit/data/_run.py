@@ -142,7 +142,8 @@ class Run:
             self.missed = maps.missed
             taken = self._rows.take(found, batch.data, batch.start)
             if ride:
-                self.riding.show(found, self._rows.mask_of(batch.data))
+                mask = self._rows.mask_of(batch.data)
+                self.riding.show(found, mask, batch.start, taken.samples)
         return taken
 
     def probe(self, batch: Batch) -> Taken:
