@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -599,6 +600,21 @@ def test_arguments_are_refused_before_anything_is_written(model: Net, tmp_path: 
         assert not to.exists(), says
     with pytest.raises(NotAModuleError, match=r"extract takes a torch\.nn\.Module, not int"):
         quiet(3, loader(), "conv2", to)
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("zarr", r"features on disk need zarr: pip install fmapkit\[data\]"),
+        ("tqdm.auto", r"progress=True needs tqdm: pip install fmapkit\[data\]"),
+    ],
+)
+def test_an_extra_that_is_missing_is_named(
+    model: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, says: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=says):
+        extract(model, loader(), "conv2", tmp_path / "f")
 
 
 def test_places_that_hold_something_else_are_left_alone(model: Net, tmp_path: Path) -> None:
