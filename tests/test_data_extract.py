@@ -208,6 +208,18 @@ def test_any_loader(model: Net, tmp_path: Path) -> None:
     assert torch.equal(torch.stack(list(features["conv2"])), rows)
 
 
+def test_a_sampler_without_a_length(model: Net, tmp_path: Path) -> None:
+    class Backwards(torch.utils.data.Sampler[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(49, -1, -1))
+
+    data = loader(sampler=Backwards(), collate_fn=None)
+    features = quiet(model, data, "conv2", tmp_path / "f", keep={"y": 1}, batches_per_commit=2)
+    assert torch.equal(features.fields["y"][:], LABELS.flip(0))
+    rows = torch.cat([by_hand(model, x)["a2"] for x in IMAGES.flip(0).split(8)])
+    assert torch.equal(features["conv2"].tensor(), rows)
+
+
 def test_workers(model: Net, tmp_path: Path) -> None:
     features = quiet(model, loader(num_workers=2), "conv2", tmp_path / "f", batches_per_commit=2)
     assert torch.equal(features["conv2"].tensor(), truth(model)["a2"])

@@ -89,7 +89,7 @@ class Batches:
         plain = self.indexed and type(sampler) is BatchSampler
         self.batch_size: int | None = sampler.batch_size if plain else None
         self.samples: int | None = None
-        if plain:
+        if plain and hasattr(sampler.sampler, "__len__"):
             total = len(sampler.sampler)
             whole = total // sampler.batch_size * sampler.batch_size
             self.samples = whole if sampler.drop_last else total
