@@ -15,6 +15,7 @@ python -m benchmarks editing [--seconds S] [--threads N]
 python -m benchmarks statistics [--device DEVICE] [--seconds S] [--threads N] [--no-compile]
 python -m benchmarks extractor [--seconds S] [--threads N]
 python -m benchmarks checking [--device DEVICE] [--seconds S] [--threads N]
+python -m benchmarks extract [--only PART] [--images N] [--size PX] [--pairs N] [--where FOLDER]
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from benchmarks import (
     checking,
     contenders,
     editing,
+    extract,
     extractor,
     growth,
     longrun,
@@ -139,6 +141,14 @@ def parser() -> argparse.ArgumentParser:
     add("extractor", "feature_map beside torchvision's extractor", 5.0, threads=1)
     command = add("checking", "check= beside hooks that look for NaN by hand", 5.0, threads=1)
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    command = add("extract", "features of a data set, beside the loop that throws them away")
+    parts = ("pooled", "full", "memory", "rows")
+    command.add_argument("--only", default="", choices=parts, help="one part of it")
+    command.add_argument("--images", type=int, default=2000, help="(default: 2000)")
+    command.add_argument("--size", type=int, default=64, help="of a side (default: 64)")
+    command.add_argument("--pairs", type=int, default=5, help="of each contender (default: 5)")
+    command.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    command.add_argument("--where", type=Path, metavar="FOLDER", help="on the disk to measure")
     return top
 
 
@@ -204,6 +214,15 @@ def main(arguments: list[str] | None = None) -> None:
         extractor.run(given.seconds, given.threads)
     elif given.command == "checking":
         checking.run(given.device, given.threads, given.seconds)
+    elif given.command == "extract":
+        extract.run(
+            given.images,
+            given.size,
+            count=given.pairs,
+            threads=given.threads,
+            where=given.where,
+            only=given.only,
+        )
     else:
         longrun.run(given.steps, given.figure)
 

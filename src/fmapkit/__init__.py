@@ -23,6 +23,8 @@ from fmapkit.errors import (
     NonFiniteError,
     NoPassError,
     NotAModuleError,
+    StoreError,
+    StoreMismatchError,
     UnknownLayerError,
 )
 from fmapkit.kinds import Kind
@@ -58,6 +60,8 @@ __all__ = [
     "NoPassError",
     "NonFiniteError",
     "NotAModuleError",
+    "StoreError",
+    "StoreMismatchError",
     "UnknownLayerError",
     "capture",
     "compare",

@@ -17,6 +17,8 @@ FmapkitError
 ├── DistributedError (RuntimeError)       ranks have nothing to put together, or do not agree
 ├── BudgetError (RuntimeError)            a pass holds more than `capture(max_bytes=...)` allows
 ├── NonFiniteError (ArithmeticError)      a map, or its gradient, has a NaN or an infinite value
+├── StoreError (RuntimeError)             features of a data set cannot be written, or read
+│   └── StoreMismatchError (ValueError)   the place holds features of another call
 ├── EditError (ValueError)                an edit found no place, or gave what cannot go on there
 └── CaptureStateError (RuntimeError)      a capture used out of turn: entered twice, beside an edit
 
@@ -54,6 +56,8 @@ __all__ = [
     "NoPassError",
     "NonFiniteError",
     "NotAModuleError",
+    "StoreError",
+    "StoreMismatchError",
     "UnknownLayerError",
 ]
 
@@ -163,6 +167,14 @@ class NonFiniteError(FmapkitError, ArithmeticError):
     def __init__(self, *args: object, found: NonFinite | None = None, **data: Any) -> None:
         super().__init__(*args, **data)
         self.found = found
+
+
+class StoreError(FmapkitError, RuntimeError):
+    """Features of a data set cannot be written, or read; what is there already is kept."""
+
+
+class StoreMismatchError(StoreError, ArgumentError):
+    """The place holds features of another model, of other data, or of other arguments."""
 
 
 class EditError(FmapkitError, ValueError):
