@@ -102,6 +102,8 @@ def find(session: Source, layer: str, kind: str | None, entries: Sequence[Found]
     of_layer = [(p, e) for p, e in entries if e.origin.name == layer]
     if not of_layer:
         of_layer = _owned(session, layer, entries)
+    if not of_layer:
+        _no_such_layer(session, layer, list(dict.fromkeys(e.origin.name for _, e in entries)))
     found = [(p, e) for p, e in of_layer if e.kind == kind]
     if kind is None:
         found = [(p, e) for p, e in of_layer if e.kind == "activation"]
@@ -122,20 +124,23 @@ def _is_layer(session: Source, name: str) -> bool:
 def _owned(session: Source, layer: str, entries: Sequence[Found]) -> list[Found]:
     """Layers inside a module go by the module's name where that means one: `attn.in_proj`."""
     module = session.names.by_name.get(layer)
-    if module is not None:
-        mine = {
-            f"{layer}.{name}".lstrip(".")
-            for k in session.names.parameters_of(module)
-            for name in (k, k.removesuffix("_weight"))
-        }
-        found = [
-            (p, e)
-            for p, e in entries
-            if e.origin.name.partition("[")[0] in mine or e.origin.name.startswith(f"{layer}:")
-        ]
-        if found:
-            return found
-    known = list(dict.fromkeys(e.origin.name for _, e in entries))
+    if module is None:
+        return []
+    mine = {
+        f"{layer}.{name}".lstrip(".")
+        for k in session.names.parameters_of(module)
+        for name in (k, k.removesuffix("_weight"))
+    }
+    return [
+        (p, e)
+        for p, e in entries
+        if e.origin.name.partition("[")[0] in mine or e.origin.name.startswith(f"{layer}:")
+    ]
+
+
+def _no_such_layer(session: Source, layer: str, known: list[str]) -> NoReturn:
+    """No map is held of a layer, or of what a module has of its own: say why, and what there is."""
+    module = session.names.by_name.get(layer)
     hint = did_you_mean(layer, known)
     if module is None and is_glob(layer):
         _no_globs(session, layer, known)

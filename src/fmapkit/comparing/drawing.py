@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fmapkit.errors import ArgumentError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fmapkit.comparing.comparison import Comparison
+    from fmapkit.comparing.difference import Difference
 
 __all__ = ["draw"]
 
@@ -36,19 +38,7 @@ def draw(comparison: Comparison, ax: Axes | None, title: str | None) -> Figure:
     ceiling = max([*shown, *tolerances, 1e-6]) * 10
     heights = [min(max(d.relative, floor), ceiling) for d in rows]
     ax.set_yscale("log")
-    for kind in dict.fromkeys(d.kind for d in rows):
-        mine = [i for i, d in enumerate(rows) if d.kind == kind]
-        ax.plot(
-            *(mine, [heights[i] for i in mine], _MARKS[kind]), markersize=5, label=kind, zorder=3
-        )
-        # Hollow where every value is the same: there is no place for 0 on this scale.
-        equal = [i for i in mine if rows[i].equal]
-        ax.plot(
-            *(equal, [heights[i] for i in equal], _MARKS[kind]),
-            markersize=3.5,
-            color="white",
-            zorder=4,
-        )
+    _points(ax, rows, heights)
     ax.plot(heights, color="0.75", linewidth=0.8, zorder=1)
     ax.step(
         range(len(rows)),
@@ -81,6 +71,22 @@ def draw(comparison: Comparison, ax: Axes | None, title: str | None) -> Figure:
         ax.set_title(title)
     figure: Figure = ax.figure.figure  # of a subfigure: the figure it is part of
     return figure
+
+
+def _points(ax: Axes, rows: Sequence[Difference], heights: Sequence[float]) -> None:
+    """A mark for each map, by kind; hollow where every value is the same: this scale has no 0."""
+    for kind in dict.fromkeys(d.kind for d in rows):
+        mine = [i for i, d in enumerate(rows) if d.kind == kind]
+        ax.plot(
+            *(mine, [heights[i] for i in mine], _MARKS[kind]), markersize=5, label=kind, zorder=3
+        )
+        equal = [i for i in mine if rows[i].equal]
+        ax.plot(
+            *(equal, [heights[i] for i in equal], _MARKS[kind]),
+            markersize=3.5,
+            color="white",
+            zorder=4,
+        )
 
 
 def _label(ax: Axes, names: list[str]) -> None:
