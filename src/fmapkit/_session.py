@@ -218,6 +218,8 @@ class Session:
                 if not live.idle:
                     self.unseen.stray(module)
                 return None
+            if module is live.unit():
+                live.inner += 1
             if live.run is not None:
                 self._replaying.before(live.run, module, args, kwargs)
             elif live.tracer is not None and live.tracer.lost:
@@ -249,11 +251,14 @@ class Session:
                 if module is self.model:
                     live.idle = False
                 return None
-            if live.run is not None and live.run.module is module:
+            ends = module is live.unit() and not live.inner
+            if module is live.unit() and not ends:
+                live.inner -= 1
+            if live.run is not None and ends:
                 self._replaying.leave(args, kwargs, output)
             elif live.run is not None:
                 self._replaying.after(live.run, module, args, kwargs, output, failed)
-            elif live.lesson is not None and live.lesson.module is module:
+            elif ends:
                 replaced = self._learning.leave(module, output, failed)
             elif live.tracer is not None:
                 self._moves.made(module, output)

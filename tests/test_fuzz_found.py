@@ -1,0 +1,82 @@
+"""Faults that `python -m tests.fuzz` found, each as the model that shows it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmapkit import capture
+from tests.checks import tags
+
+
+class _Again(nn.Module):
+    """Calls itself so many times, which a counter says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.times, self.left = 1, 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x).tanh()
+        if self.left:
+            self.left -= 1
+            x = self(x)
+        return x
+
+
+class _Around(nn.Module):
+    """Decides by data, so that its parts are units."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.last = inner, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        return torch.sigmoid(self.last(self.inner(x)))
+
+
+def test_a_unit_that_calls_itself_ends_with_its_outermost_call() -> None:
+    model = _Around(_Again())
+    with capture(model) as maps, torch.no_grad():
+        for times in (0, 1, 2, 2, 0, 1):
+            model.inner.left = times
+            x = torch.randn(3, 4)
+            expected = [("inner.fc", n, "tanh") for n in range(times + 1)]
+            model(x)
+            assert [tag[:3] for tag in tags(maps)] == [*expected, ("last", 0, "sigmoid")]
+            z = F.linear(x, model.inner.fc.weight, model.inner.fc.bias)
+            assert torch.equal(maps.select("inner.fc", "preactivation", call=0, step=-1)[0].tensor, z)
+    assert list(maps.missed) == []
+
+
+class _Bent(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, 0.1 * x)
+
+
+class _Keeper(nn.Module):
+    """Keeps a tensor of one pass for the next, so it is traced in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.before: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        now = torch.sigmoid(self.fc(x))
+        x = now if self.before is None else now + self.before
+        self.before = now
+        return x
+
+
+def test_modules_have_hooks_again_after_a_pass_that_is_not_captured() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), _Bent(), _Keeper())
+    with capture(model, every=2) as maps, torch.no_grad():
+        for _ in range(5):
+            model(torch.randn(2, 4))
+            assert [tag[:3] for tag in tags(maps)] == [("0", 0, "_Bent"), ("2.fc", 0, "sigmoid")]
+    assert list(maps.missed) == []
