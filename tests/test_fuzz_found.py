@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmapkit import capture
+from fmapkit._learning import BROKEN
+from fmapkit._replaying import OTHER_PATH
 from tests.checks import tags
 
 
@@ -80,3 +85,50 @@ def test_modules_have_hooks_again_after_a_pass_that_is_not_captured() -> None:
             model(torch.randn(2, 4))
             assert [tag[:3] for tag in tags(maps)] == [("0", 0, "_Bent"), ("2.fc", 0, "sigmoid")]
     assert list(maps.missed) == []
+
+
+class _Strict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.options = nn.Linear(4, 4), {"raises": False}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x).tanh()
+        if self.options["raises"]:
+            raise KeyError("raises")
+        return self.fc(x).tanh()
+
+
+class _Lenient(nn.Module):
+    """Handles what its part raises; it is traced in each pass, since it decides by data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.part = nn.Linear(4, 4), _Strict()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if x.sum() > 1e9:
+            return x
+        try:
+            x = self.part(x)
+        except KeyError:
+            x = x * 2
+        return self.part.fc(x).relu()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_part_whose_exception_is_handled_loses_one_pass_and_is_named(mode: Any) -> None:
+    model = _Lenient()
+    shown = []
+    with capture(model) as maps, mode():
+        for raises in (False, False, True, True, False, True):
+            model.part.options["raises"] = raises
+            model(torch.randn(2, 4))
+            shown.append([tag[:3] for tag in tags(maps)])
+    whole = [("part.fc", 0, "tanh"), ("part.fc", 1, "tanh"), ("part.fc", 2, "relu")]
+    short = [("part.fc", 0, "tanh"), ("part.fc", 1, "relu")]
+    assert shown[:2] + shown[3:] == [whole, whole, short, whole, short]
+    assert shown[2] in ([], short[:1])  # what is sure
+    reasons = {m.layer: m.reason for m in maps.missed}
+    assert (reasons[""], reasons["part"]) == (BROKEN, OTHER_PATH)

@@ -31,10 +31,6 @@ from fmapkit.paths import ControlPaths, Expected, KnownPaths, Sizes
 
 __all__ = ["Replaying"]
 
-REST = (
-    "in a pass, a part of it took a way through its code that no earlier pass had taken; the maps "
-    "of that pass are not kept"
-)
 OTHER_PATH = (
     "in a pass, it took a way through its code that no earlier pass had taken; the maps of that "
     "pass are not kept, and the next one is traced"
@@ -202,9 +198,8 @@ class Replaying:
         if tracer is None:
             current.segments.append(run)
             return
-        if run.lost and not failed:
-            tracer.give_up()
-            self._misses.add(self._names.of(self._model), REST)
+        if run.lost or failed:  # which calls it has made is not known: whose maps are the next ones?
+            tracer.give_up(run.module if failed else None)
             return
         # The pass around the unit is traced: tell the tracer what it would have seen.
         entries: list[tuple[Entry, bool]] = []

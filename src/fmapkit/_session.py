@@ -415,7 +415,7 @@ class Session:
         current = live.current
         self.paths.end()
         if live.tracer is not None:
-            self._learning.finish(live.tracer)
+            self._learning.finish(live.tracer, failed)
             self._moves.clear()
         if self._edits and not failed and not (stop is not None and stop.ended):
             for layer, why in self._edits.unapplied():
