@@ -132,3 +132,45 @@ def test_a_part_whose_exception_is_handled_loses_one_pass_and_is_named(mode: Any
     assert shown[2] in ([], short[:1])  # what is sure
     reasons = {m.layer: m.reason for m in maps.missed}
     assert (reasons[""], reasons["part"]) == (BROKEN, OTHER_PATH)
+
+
+def _zero() -> int:
+    return 0
+
+
+def _one() -> int:
+    return 1
+
+
+def _chosen() -> int:
+    return 0
+
+
+class _Chooses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        first = _zero() or _one()
+        return torch.relu(x) if _chosen() == first else torch.tanh(x)
+
+
+def test_code_that_is_given_to_another_function_within_the_block_stays_there() -> None:
+    model, before, shown = _Chooses(), _chosen.__code__, []
+    try:
+        with capture(model) as maps, torch.no_grad():
+            for other in (_zero, _one, _one, _zero, _one):
+                _chosen.__code__ = other.__code__
+                with capture(model) as inner:
+                    model(torch.randn(2, 4))
+                shown.append(([t[2] for t in tags(maps)], [t[2] for t in tags(inner)]))
+        assert _chosen() == 1
+        assert _chosen.__code__ is _one.__code__
+    finally:
+        _chosen.__code__ = before
+    for (outer, inner_), sigma in zip(shown, ("tanh", "relu", "relu", "tanh", "relu"), strict=True):
+        assert inner_ == [sigma]
+        assert outer in ([], [sigma])
+    assert shown[-1][0] == ["relu"]
