@@ -54,7 +54,9 @@ def test_a_unit_that_calls_itself_ends_with_its_outermost_call() -> None:
             model(x)
             assert [tag[:3] for tag in tags(maps)] == [*expected, ("last", 0, "sigmoid")]
             z = F.linear(x, model.inner.fc.weight, model.inner.fc.bias)
-            assert torch.equal(maps.select("inner.fc", "preactivation", call=0, step=-1)[0].tensor, z)
+            assert torch.equal(
+                maps.select("inner.fc", "preactivation", call=0, step=-1)[0].tensor, z
+            )
     assert list(maps.missed) == []
 
 
@@ -174,3 +176,33 @@ def test_code_that_is_given_to_another_function_within_the_block_stays_there() -
         assert inner_ == [sigma]
         assert outer in ([], [sigma])
     assert shown[-1][0] == ["relu"]
+
+
+class _Turned(nn.Module):
+    """Changes the order of axes in place between a layer and σ."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc, self.how = nn.Linear(4, 3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.fc(x)
+        if self.how == "t_":
+            z.t_()
+        else:
+            getattr(z, self.how)(0, -1)
+        return torch.relu(z)
+
+
+@pytest.mark.parametrize("how", ["t_", "transpose_", "swapaxes_", "swapdims_"])
+@pytest.mark.parametrize("detach", [True, False])
+def test_axes_that_change_their_order_in_place_are_followed(how: str, detach: bool) -> None:
+    model, x = _Turned(how), torch.randn(2, 4)
+    with capture(model, detach=detach) as maps:
+        for _ in range(3):
+            out = model(x)
+            assert tags(maps) == [("fc", 0, "relu", range(3))]
+            z, a = maps["fc", "preactivation"], maps["fc"]
+            assert (z.filter_dim, a.filter_dim) == (0, 0)
+            assert torch.equal(z.tensor, model.fc(x).t())
+            assert torch.equal(a.tensor, out)

@@ -76,8 +76,7 @@ _MOVES = {"__set__.data"}
 _HARMLESS = {"requires_grad", "detach", "retain_grad", "rename", "share_memory", "pin_memory"}
 # In-place forms that change the shape: what the tensor carried before cannot be followed.
 RESHAPED_IN_PLACE = {
-    *("squeeze", "unsqueeze", "transpose", "t", "as_strided", "swapaxes", "swapdims", "resize"),
-    *("resize_as", "set"),
+    *("squeeze", "unsqueeze", "as_strided", "resize", "resize_as", "set"),
 }
 _known: dict[Any, Function] = {}
 _registered = -1

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import tests.fuzz.elsewhere  # noqa: F401  (more constructs)
 from tests.fuzz.constructs import construct, statements
 from tests.fuzz.header import HEADER
 from tests.fuzz.operations import layer, nonlinearity
@@ -93,7 +94,8 @@ def write(seed: int) -> Program:
     prepare: Code = ["def prepare(model, k):", separate(program.prepare)]
     code: Code = [HEADER, *program.top, *classes, *prepare, "def build():", ["return Net()"]]
     passes = _passes(rng, program.slots, net.arguments)
-    return Program(seed, family, code, passes, _options(rng), program.drawn)
+    found = Program(seed, family, code, passes, _options(rng), program.drawn)
+    return found.without_grad() if "edit" in found.options else found
 
 
 def _options(rng: random.Random) -> dict[str, Any]:
@@ -108,6 +110,8 @@ def _options(rng: random.Random) -> dict[str, Any]:
             {"every": 2},
             {"detach": False},
             {"gradients": True},
+            {"edit": (rng.randrange(100), rng.choice(("preactivation", "activation")), 0.5)},
+            {"edit": (rng.randrange(100), rng.choice(("preactivation", "activation")), 0.0)},
             {"kinds": ("response", "preactivation", "activation")},
             {"kinds": ("input", "preactivation", "activation", "output")},
         )
