@@ -206,3 +206,46 @@ def test_axes_that_change_their_order_in_place_are_followed(how: str, detach: bo
             assert (z.filter_dim, a.filter_dim) == (0, 0)
             assert torch.equal(z.tensor, model.fc(x).t())
             assert torch.equal(a.tensor, out)
+
+
+class _Picky(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.how, self.first = nn.Linear(4, 4), nn.Linear(4, 4), how, [True]
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, q, first = self.a(x), self.b(x), self.first[0]
+        if self.how == "generator":
+            h = next(t for t in (p, q) if (t is p) == first)
+        elif self.how == "list":
+            (h,) = [t for t in (p, q) if (t is p) == first]
+        elif self.how == "dict":
+            h = {id(t): t for t in (p, q) if (t is p) == first}.popitem()[1]
+        else:
+            (h,) = [t for ts in ([p] * first, [q] * (not first)) for t in ts]
+        return torch.relu(h)
+
+
+@pytest.mark.parametrize("how", ["generator", "list", "dict", "nested"])
+def test_what_a_comprehension_leaves_out_is_a_decision(how: str) -> None:
+    model, shown = _Picky(how), []
+    with capture(model, kinds="activation") as maps, torch.no_grad():
+        for first in (True, True, False, False, True, False):
+            model.first[0] = first
+            model(torch.randn(2, 4))
+            shown.append(([tag[0] for tag in tags(maps)], "a" if first else "b"))
+    assert [found for found, _ in shown if found] == [[true] for found, true in shown if found]
+    assert [bool(found) for found, _ in shown] == [True, True, False, True, True, True]
+
+
+def test_the_gradient_of_a_preactivation_whose_axes_were_turned_in_place() -> None:
+    model = nn.Sequential(_Turned("t_"))
+    kinds = ("response", "preactivation")
+    with capture(model, gradients=True, kinds=kinds) as maps:
+        for _ in range(3):
+            x = torch.randn(2, 4)
+            model(x).square().sum().backward()
+            z = model[0].fc(x)
+            true = torch.autograd.grad(torch.relu(z).square().sum(), z)[0]
+            assert torch.equal(maps["0.fc", "preactivation"].grad, true.t())
+            assert torch.equal(maps["0.fc", "response"].grad, true)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
-__all__ = ["clone", "operators_are_counted", "runs", "select", "unseen"]
+__all__ = ["clone", "goes_on_from", "operators_are_counted", "runs", "select", "unseen"]
 
 _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 # Selective checkpointing, while the forward runs.
@@ -38,6 +38,21 @@ def clone(tensor: Tensor) -> Tensor:
         return tensor.clone()
     with torch.set_grad_enabled(tensor.requires_grad or torch.is_grad_enabled()), unseen():
         return tensor.clone()
+
+
+def goes_on_from(tensor: Tensor, copied: Tensor) -> bool:
+    """Have a tensor that is about to be written to go on from a copy of what it holds.
+
+    It holds the same; what backward brings it from there on is what the copy gets.
+
+    Returns:
+        Whether autograd has a part in that.
+    """
+    if not torch.is_grad_enabled() or not copied.requires_grad or tensor.is_leaf:
+        return False
+    with unseen():
+        tensor.copy_(copied)
+    return True
 
 
 def select(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:

@@ -36,8 +36,8 @@ REST = (
     "of that pass are not kept"
 )
 BROKEN = (
-    "in a pass, an exception ended the call of a part of it, and the pass went on; the maps of that "
-    "pass are not complete, and that part is traced from then on"
+    "in a pass, an exception ended the call of a part of it, and the pass went on; the maps of "
+    "that pass are not complete, and that part is traced from then on"
 )
 
 

@@ -60,6 +60,7 @@ class Emission:
     path: str
     copy: bool
     before: bool  # copied before the call, since the call itself overwrites it
+    on_the_way: bool  # the model's tensor goes on from the copy
     picked: tuple[int, ...] | None
     place: Place | None  # their axis, and where they lie along it
     stored: bool  # in another form than the model's own tensor
@@ -241,6 +242,7 @@ def _step(firing: Firing, ref: Any, escaping: set[int], retention: Retention, st
             copied = entry.held is not None and entry.held.needs_copy
             if held is not None and slot in ("x", "y"):
                 copied = held.needs_copy
+            source = held if held is not None and slot in ("x", "y") else entry.held
             lost = slot == "x" and event.in_place
             emissions.append(
                 Emission(
@@ -252,6 +254,7 @@ def _step(firing: Firing, ref: Any, escaping: set[int], retention: Retention, st
                     path=entry.path,
                     copy=copied or lost,
                     before=lost,  # where its memory cannot be kept
+                    on_the_way=source is not None and source.on_the_way,
                     picked=entry.picked,
                     place=_place(entry),
                     stored=entry.picked is not None or _is_changed(entry, retention),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from fmapkit._aside import clone
+from fmapkit._aside import clone, goes_on_from
 from fmapkit._functions import describe, out_of_place
 from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._hooks import leave_mode
@@ -383,6 +383,8 @@ class Run:
                 stored = self._own(value)
                 if doomed:
                     stored = clone(stored)
+                    if emission.on_the_way:
+                        goes_on_from(value, stored)
         return stored, self._version(stored), grad, copied
 
     def _version(self, tensor: Tensor) -> int:

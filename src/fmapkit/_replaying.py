@@ -198,7 +198,7 @@ class Replaying:
         if tracer is None:
             current.segments.append(run)
             return
-        if run.lost or failed:  # which calls it has made is not known: whose maps are the next ones?
+        if run.lost or failed:  # which calls it has made is not known, nor whose maps come next
             tracer.give_up(run.module if failed else None)
             return
         # The pass around the unit is traced: tell the tracer what it would have seen.

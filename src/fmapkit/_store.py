@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fmapkit._aside import clone
+from fmapkit._aside import clone, goes_on_from
 from fmapkit._axes import Axes
 from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._origin import Origin
@@ -50,8 +50,8 @@ class Held:
     """One tensor in memory; several maps may share it."""
 
     __slots__ = (
-        *("arrival", "copied", "doomed", "gradient", "lost", "own", "tensor", "version"),
-        "wanted",
+        *("arrival", "copied", "doomed", "gradient", "lost", "on_the_way", "own", "tensor"),
+        *("version", "wanted"),
     )
 
     def __init__(
@@ -67,6 +67,7 @@ class Held:
         self.gradient = gradient
         self.arrival: Any = None  # of a copy from another device, to be waited for
         self.lost = False  # overwritten before it could be copied
+        self.on_the_way = False  # a copy that the model's tensor goes on from
         self.doomed = False  # spared this once; a later pass has to copy it
         self.own = True  # an alias of our making; else it may be a tensor of the model's
         self.wanted = False  # some map holds it; else it is held for the tracer's own sake
@@ -90,16 +91,22 @@ class Held:
         """Let go of the values, and of their gradient."""
         self.tensor = self.gradient = self.arrival = None
 
-    def snapshot(self) -> None:
-        """Turn the reference into a copy, just before the memory is written to."""
+    def snapshot(self, leads_on: bool = False) -> None:
+        """Turn the reference into a copy, just before the memory is written to.
+
+        Args:
+            leads_on: what is held is the model's own tensor, and is to go on from the copy.
+        """
         if self.gradient is not None:
             self.gradient.overwritten()
         if self.tensor is not None and not self.copied:
             if version_of(self.tensor) != self.version:
                 self.lost = True
-            self.tensor = clone(self.tensor)
+            original, self.tensor = self.tensor, clone(self.tensor)
             self.version = version_of(self.tensor)
             self.copied = True
+            if leads_on and not self.lost:
+                self.on_the_way = goes_on_from(original, self.tensor)
 
     def own_memory(self) -> None:
         """The memory is nobody else's any more: its former owner has other memory."""
@@ -459,8 +466,12 @@ class Aliases:
     def before_write(self, tensor: Tensor) -> None:
         """Copy what the write would lose."""
         self.written.add(storage_of(tensor))
-        for held in self.of(tensor):
-            held.snapshot()
+        joins = not self.detach and tensor.requires_grad and type(tensor) is Tensor
+        for held in sorted(self.of(tensor), key=lambda one: one.tensor is tensor):
+            theirs = held.tensor
+            held.snapshot(
+                joins and theirs is not None and (theirs is tensor or not theirs._is_view())
+            )
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -601,7 +601,7 @@ def _writes(c: ClassWriter) -> Code:
             ],
             [
                 f"h = {layer(c)}",
-                "h.resize_(h.shape)",
+                "h = T.vague(lambda t: t.resize_(t.shape), h)",
                 "T.sig('tanh', lambda t: t.tanh_(), h)",
                 "x = h",
                 "h = None",

@@ -130,6 +130,10 @@ class Response:
     inside: tuple[str, ...]
 
 
+# Functions that are a nonlinearity in some calls, and none of a number or of one for each filter.
+_SOMETIMES = frozenset({"clamp", "clamp_min", "maximum", "where", "mul", "masked_fill"})
+
+
 @dataclass(frozen=True)
 class Edit:
     """What becomes of the preactivations or activations of a layer, or of one filter in it."""
@@ -276,6 +280,8 @@ class Told:
         module: nn.Module | None = None,
     ) -> Tensor:
         tag = self._of(z) or Tag(None)
+        if sigma in _SOMETIMES and z.dim() < 2 and tag.owner is None:
+            return function(z)  # type: ignore[no-any-return]  # of a statistic
         before = z.detach().clone()
         z_grad = _gradient(z)
         told, self.told = self.told, False
