@@ -249,3 +249,41 @@ def test_the_gradient_of_a_preactivation_whose_axes_were_turned_in_place() -> No
             true = torch.autograd.grad(torch.relu(z).square().sum(), z)[0]
             assert torch.equal(maps["0.fc", "preactivation"].grad, true.t())
             assert torch.equal(maps["0.fc", "response"].grad, true)
+
+
+class _Bounded(nn.Module):
+    """Tensors of one number say which filters σ gets."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc, self.how, self.start = nn.Linear(4, 8), how, torch.tensor(0)
+        self.given = 0  # a plain attribute that changes along with it
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, at = self.fc(x), self.start
+        if self.how == "slice":
+            z = z[:, at : at + 2]
+        elif self.how == "narrow":
+            z = z.narrow(1, at, 2)
+        elif self.how == "keyword":
+            z = torch.narrow(z, dim=1, start=at, length=2)
+        elif self.how == "split":
+            z = z.split([at + 1, 7 - at], 1)[1]
+        else:
+            z = z.roll(at, 1)
+        return torch.relu(z)
+
+
+@pytest.mark.parametrize("how", ["slice", "narrow", "keyword", "split", "roll"])
+def test_filters_that_tensors_of_one_number_pick(how: str) -> None:
+    model = _Bounded(how)
+    with capture(model, kinds="preactivation") as maps, torch.no_grad():
+        for start in (0, 0, 3, 3, 0, 3, 0):
+            model.start, model.given = torch.tensor(start), start
+            x = torch.randn(2, 4)
+            model(x)
+            z = maps["fc", "preactivation"]
+            for place, filter_ in enumerate(z.filters or ()):
+                assert torch.equal(z.tensor[:, place], model.fc(x)[:, filter_])
+            if how in ("slice", "narrow", "keyword"):
+                assert z.filters == range(start, start + 2)
