@@ -130,7 +130,7 @@ class Overwriting(nn.Module):
 
 @pytest.mark.parametrize("kinds", [KINDS, KINDS[1:]])
 @pytest.mark.parametrize("how", ["module", "function", "method", "sum", "view"])
-def test_a_map_that_is_written_to_in_place_has_the_gradient_of_what_it_was(
+def test_what_an_in_place_nonlinearity_overwrites_has_its_gradient(
     how: str, kinds: tuple[str, ...]
 ) -> None:
     model = Overwriting(how)
@@ -143,8 +143,8 @@ def test_a_map_that_is_written_to_in_place_has_the_gradient_of_what_it_was(
             found = [maps["first", kind].tensor for kind in kinds]
             for got, kind in zip(found, kinds, strict=True):
                 assert torch.equal(got, true[kind]), kind
-            left = torch.autograd.grad(loss, [*model.parameters(), *found])
-            wanted = [true[kind] for kind in kinds]
+            left = torch.autograd.grad(loss, [*model.parameters(), *found[-2:]])
+            wanted = [true[kind] for kind in KINDS[1:]]
             right = torch.autograd.grad(true_out.square().sum(), [*hand.parameters(), *wanted])
             assert all(map(torch.equal, left, right))
     assert list(maps.missed) == []

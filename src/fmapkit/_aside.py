@@ -40,10 +40,23 @@ def clone(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
+class _GoesOn(torch.autograd.Function):
+    """Has a tensor follow from another one that holds the same, in place of what it came from."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, copied: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
 def goes_on_from(tensor: Tensor, copied: Tensor) -> bool:
     """Have a tensor that is about to be written to go on from a copy of what it holds.
 
-    It holds the same; what backward brings it from there on is what the copy gets.
+    What backward brings to the tensor from there on is then the gradient of the copy, too.
 
     Returns:
         Whether autograd has a part in that.
@@ -51,7 +64,7 @@ def goes_on_from(tensor: Tensor, copied: Tensor) -> bool:
     if not torch.is_grad_enabled() or not copied.requires_grad or tensor.is_leaf:
         return False
     with unseen():
-        tensor.copy_(copied)
+        _GoesOn.apply(tensor, copied)  # type: ignore[no-untyped-call]
     return True
 
 

@@ -242,7 +242,6 @@ def _step(firing: Firing, ref: Any, escaping: set[int], retention: Retention, st
             copied = entry.held is not None and entry.held.needs_copy
             if held is not None and slot in ("x", "y"):
                 copied = held.needs_copy
-            source = held if held is not None and slot in ("x", "y") else entry.held
             lost = slot == "x" and event.in_place
             emissions.append(
                 Emission(
@@ -254,7 +253,7 @@ def _step(firing: Firing, ref: Any, escaping: set[int], retention: Retention, st
                     path=entry.path,
                     copy=copied or lost,
                     before=lost,  # where its memory cannot be kept
-                    on_the_way=source is not None and source.on_the_way,
+                    on_the_way=lost and held is not None and held.on_the_way,
                     picked=entry.picked,
                     place=_place(entry),
                     stored=entry.picked is not None or _is_changed(entry, retention),

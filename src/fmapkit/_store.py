@@ -463,15 +463,17 @@ class Aliases:
         found = self._by_storage.get(storage_of(tensor), [])
         return [h for h in found if h.tensor is not None and not h.copied]
 
-    def before_write(self, tensor: Tensor) -> None:
-        """Copy what the write would lose."""
+    def before_write(self, tensor: Tensor, leads_on: bool = False) -> None:
+        """Copy what the write would lose.
+
+        Args:
+            tensor: that is about to be written to.
+            leads_on: σ writes to it, and what is held in the graph is to have its gradient.
+        """
+        leads_on = leads_on and not self.detach and type(tensor) is Tensor
         self.written.add(storage_of(tensor))
-        joins = not self.detach and tensor.requires_grad and type(tensor) is Tensor
         for held in sorted(self.of(tensor), key=lambda one: one.tensor is tensor):
-            theirs = held.tensor
-            held.snapshot(
-                joins and theirs is not None and (theirs is tensor or not theirs._is_view())
-            )
+            held.snapshot(leads_on and held.tensor is tensor)
 
 
 def storage_of(tensor: Tensor) -> int:
