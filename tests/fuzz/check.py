@@ -116,11 +116,12 @@ _OUTSIDE = ("outputs", "grads", "buffers", "random state", "raised")
 def _differs_bare(program: Program) -> bool:
     """Whether the two texts give different results without any capture.
 
-    So they do where torch reads memory that nobody wrote to (`rrelu` in a checkpoint).
+    So they do where torch reads memory that nobody wrote to (`rrelu` in a checkpoint), or where a
+    variable is another one outside of a lambda.
     """
     try:
         _run(program, Report(), begin=len(program.passes))
-    except Failure:
+    except Exception:
         return True
     return False
 
