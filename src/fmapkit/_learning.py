@@ -19,7 +19,7 @@ from fmapkit._frames import Frame
 from fmapkit._live import Lesson, Live
 from fmapkit._missed import Misses
 from fmapkit._nested import modules_in, tensors_in
-from fmapkit._origin import Flow
+from fmapkit._origin import Flow, Tag
 from fmapkit._placing import Placing
 from fmapkit._plan import make_plan
 from fmapkit._remembered_tensors import Remembering
@@ -78,7 +78,7 @@ class Learning:
         sizes: Sizes,
         args: Any,
         kwargs: Any,
-        inputs: list[Any],
+        inputs: list[Tag],
     ) -> Any:
         """A call of a unit begins that there is no plan for.
 

@@ -20,6 +20,7 @@ from fmapkit._asked import Asked
 from fmapkit._frames import Frame
 from fmapkit._hooks import leave_mode
 from fmapkit._missed import Misses
+from fmapkit._origin import Tag
 from fmapkit._replay import LightMode, Run
 from fmapkit._store import Pass
 from fmapkit._tags import Tags
@@ -65,7 +66,7 @@ class Lesson:
     key: Any
     state: int
     sizes: Sizes
-    inputs: list[Any]
+    inputs: list[Tag]
 
 
 class Live:

@@ -21,7 +21,7 @@ from fmapkit._learning import Learning
 from fmapkit._live import Live, someone_watches
 from fmapkit._missed import Misses
 from fmapkit._nested import tensors_in
-from fmapkit._origin import Flow
+from fmapkit._origin import Flow, Tag
 from fmapkit._placing import Placing
 from fmapkit._plan import Plan
 from fmapkit._replay import Run, tag_outputs
@@ -85,7 +85,7 @@ class Replaying:
             The arguments that it is to get instead; None for its own.
         """
         tracer = self._live.tracer
-        inputs: list[Any] = []
+        inputs: list[Tag] = []
         origins = None
         tensors = tensors_in(*args, kwargs)
         if tracer is not None:
@@ -120,7 +120,7 @@ class Replaying:
         plan: Plan,
         args: Any,
         kwargs: Any,
-        inputs: list[Any],
+        inputs: list[Tag],
         expected: Expected,
     ) -> None:
         """A unit is replayed by its plan."""
@@ -149,7 +149,7 @@ class Replaying:
             run.pre(module, args, kwargs)
         run.start()
 
-    def _edited_inside(self, plan: Plan, inputs: list[Any]) -> bool:
+    def _edited_inside(self, plan: Plan, inputs: list[Tag]) -> bool:
         """Whether filters that an edit is for reach a nonlinearity inside."""
         tags = (inputs[index] for index in plan.claims if index < len(inputs))
         return any(isinstance(t, Flow) and self._edits.of(t.origin.name) for t in tags)
