@@ -56,12 +56,15 @@ class _GoesOn(torch.autograd.Function):
 def goes_on_from(tensor: Tensor, copied: Tensor) -> bool:
     """Have a tensor that is about to be written to go on from a copy of what it holds.
 
-    What backward brings to the tensor from there on is then the gradient of the copy, too.
+    What backward brings to the tensor from there on is then the gradient of the copy, too. Not so of
+    a view: a write to it is one to its base, whose gradient would be put together another way.
 
     Returns:
         Whether autograd has a part in that.
     """
-    if not torch.is_grad_enabled() or not copied.requires_grad or tensor.is_leaf:
+    if not torch.is_grad_enabled() or not copied.requires_grad:
+        return False
+    if tensor.is_leaf or tensor._is_view():
         return False
     with unseen():
         _GoesOn.apply(tensor, copied)  # type: ignore[no-untyped-call]
