@@ -56,8 +56,8 @@ class _GoesOn(torch.autograd.Function):
 def goes_on_from(tensor: Tensor, copied: Tensor) -> bool:
     """Have a tensor that is about to be written to go on from a copy of what it holds.
 
-    What backward brings to the tensor from there on is then the gradient of the copy, too. Not so of
-    a view: a write to it is one to its base, whose gradient would be put together another way.
+    What backward brings to the tensor from there on is then the gradient of the copy, too. Not so
+    of a view: a write to it is one to its base, whose gradient would be put together another way.
 
     Returns:
         Whether autograd has a part in that.
