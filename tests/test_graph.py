@@ -148,6 +148,18 @@ def test_what_an_in_place_nonlinearity_overwrites_has_its_gradient(
     assert list(maps.missed) == []
 
 
+@pytest.mark.parametrize("how", ["module", "function", "sum"])
+def test_another_capture_does_not_notice_that_a_copy_leads_on(how: str) -> None:
+    model = Overwriting(how)
+    with capture(model, detach=False, kinds=KINDS) as outer:
+        for step in range(4):
+            x = torch.randn(2, 4, generator=torch.Generator().manual_seed(step))
+            with capture(model, kinds=KINDS) as inner:
+                model(x)
+                for kind in KINDS:
+                    assert torch.equal(outer["first", kind].tensor, inner["first", kind].tensor)
+
+
 def test_of_a_view_that_a_nonlinearity_overwrites_the_weights_have_their_gradients() -> None:
     class Part(nn.Module):
         def __init__(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter as unchanged
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
@@ -66,7 +67,7 @@ def goes_on_from(tensor: Tensor, copied: Tensor) -> bool:
         return False
     if tensor.is_leaf or tensor._is_view():
         return False
-    with unseen():
+    with unseen(), unchanged(tensor):  # σ, which writes to it next, is what counts
         _GoesOn.apply(tensor, copied)  # type: ignore[no-untyped-call]
     return True
 
