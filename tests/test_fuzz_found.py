@@ -89,24 +89,28 @@ def test_modules_have_hooks_again_after_a_pass_that_is_not_captured() -> None:
     assert list(maps.missed) == []
 
 
+class _Halt(BaseException):
+    """No `Exception`."""
+
+
 class _Strict(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, error: type[BaseException]) -> None:
         super().__init__()
-        self.fc, self.options = nn.Linear(4, 4), {"raises": False}
+        self.fc, self.options, self.error = nn.Linear(4, 4), {"raises": False}, error
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc(x).tanh()
         if self.options["raises"]:
-            raise KeyError("raises")
+            raise self.error
         return self.fc(x).tanh()
 
 
 class _Lenient(nn.Module):
     """Handles what its part raises; it is traced in each pass, since it decides by data."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: type[BaseException]) -> None:
         super().__init__()
-        self.first, self.part = nn.Linear(4, 4), _Strict()
+        self.first, self.part = nn.Linear(4, 4), _Strict(error)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -114,14 +118,17 @@ class _Lenient(nn.Module):
             return x
         try:
             x = self.part(x)
-        except KeyError:
+        except self.part.error:
             x = x * 2
         return self.part.fc(x).relu()
 
 
+@pytest.mark.parametrize("error", [KeyError, _Halt, KeyboardInterrupt])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_a_part_whose_exception_is_handled_loses_one_pass_and_is_named(mode: Any) -> None:
-    model = _Lenient()
+def test_a_part_whose_exception_is_handled_loses_one_pass_and_is_named(
+    mode: Any, error: type[BaseException]
+) -> None:
+    model = _Lenient(error)
     shown = []
     with capture(model) as maps, mode():
         for raises in (False, False, True, True, False, True):

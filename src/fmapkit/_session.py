@@ -328,19 +328,22 @@ class Session:
         self.abandon()
         return False
 
-    def _broken_off(self, module: nn.Module, error: BaseException) -> bool:
+    def _broken_off(self, module: nn.Module, error: BaseException) -> bool | None:
         """A call has ended, by what is no `Exception`: an interrupt, or an early stop.
 
         The user's code may catch an interrupt inside the block, to save the model for instance: our
-        modes and flags must be off before it does.
+        modes and flags must be off before it does. So may the model's own code, and go on.
 
         Returns:
-            Whether the call returns None in place of raising that.
+            Whether the call returns None in place of raising that; None if it is a part of the pass
+            that ended as by any exception.
         """
-        if module is not self.model or _thread() != self.live.thread:
+        if _thread() != self.live.thread:
             return False
-        if self.live.depth:  # it was called by itself, which may go on
-            self.live.depth -= 1
+        if module is not self.model or self.live.depth:  # what called it may go on
+            if not isinstance(error, StoppedError):
+                return None
+            self.live.depth -= module is self.model
             return False
         if isinstance(error, StoppedError):
             if error.stop is self._stop:
