@@ -292,3 +292,22 @@ def test_filters_that_tensors_of_one_number_pick(how: str) -> None:
                 assert torch.equal(z.tensor[:, place], model.fc(x)[:, filter_])
             if how != "split":
                 assert z.filters == range(start, start + 2)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_constants_written_at_an_index_keep_the_layer(in_place: bool) -> None:
+    class Filled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z, first = self.fc(x), torch.tensor([0])
+            z = z.index_fill_(0, first, 0.5) if in_place else z.index_fill(0, first, 0.5)
+            return torch.relu(z)
+
+    model = Filled()
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(2):
+            model(torch.randn(2, 4))
+            assert tags(maps) == [("fc", 0, "relu", range(3))]
