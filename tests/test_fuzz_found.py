@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fmapkit import capture
 from fmapkit._learning import BROKEN
 from fmapkit._replaying import OTHER_PATH
+from fmapkit.paths.recorders import MARK
+from fmapkit.paths.twins import Twins, twin_of
 from tests.checks import tags
 
 
@@ -311,3 +313,26 @@ def test_constants_written_at_an_index_keep_the_layer(in_place: bool) -> None:
         for _ in range(2):
             model(torch.randn(2, 4))
             assert tags(maps) == [("fc", 0, "relu", range(3))]
+
+
+def _added(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.addmm(x, x, weight)
+
+
+def test_a_function_of_two_models_is_tapped_for_each() -> None:
+    """Their twins may have equal code, though they take other attributes to be fixed."""
+    own, file = _added.__code__, _added.__code__.co_filename
+    first, second = Twins(lambda code: frozenset()), Twins(lambda code: frozenset({"more"}))
+    for twins in (first, second):
+        assert twins.exchange(_added)
+        twins.clear()
+    twin = twin_of(own, _added.__globals__, lambda code: frozenset())
+    assert twin is not None
+    (place,) = twin.calls
+    try:
+        assert first.exchange(_added)
+        first.tap([f"{file}|{place}"])
+        assert f"{MARK}tapped" in _added.__code__.co_names
+    finally:
+        first.clear()
+    assert _added.__code__ is own

@@ -71,6 +71,8 @@ _twins: dict[tuple[_Code, frozenset[str], frozenset[str]], Twin | None] = {}
 _made: dict[_Code, Twin] = {}  # by the code of the twin
 # By file: places of calls at which some capture has set a tap. It may do so again.
 _tapped: dict[str, frozenset[str]] = {}
+# By function: how many captures want its twin, its own code, and the twin's fixed attributes. (What
+# is known of a twin by its code is no answer to that: twins with others may have equal code.)
 _set: weakref.WeakKeyDictionary[types.FunctionType, list[Any]] = weakref.WeakKeyDictionary()
 
 
@@ -173,11 +175,11 @@ class Twins:
             twin = twin_of(original, function.__globals__, self._fixed)
             if twin is None or twin.code.co_freevars != original.co_freevars:
                 return False
-            theirs = _made.get(known_as(function.__code__))
-            if theirs is not None and theirs.fixed != twin.fixed:
-                return False  # another capture has set a twin that asks less
-            if known is None or theirs is None:
-                known = _set[function] = [known[0] if known is not None else 0, original]
+            ours = is_twin(function.__code__)
+            if ours and known is not None and known[2] != twin.fixed:
+                return False  # another capture has set a twin that asks for other things
+            if known is None or not ours:
+                known = _set[function] = [0 if known is None else known[0], original, twin.fixed]
             function.__code__ = twin.code
             if function not in self._mine:
                 known[0] += 1
@@ -203,8 +205,7 @@ class Twins:
                 original = _own_code(function)
                 if original.co_filename in added:
                     twin = twin_of(original, function.__globals__, self._fixed)
-                    theirs = _made.get(known_as(function.__code__))
-                    if twin is not None and theirs is not None and theirs.fixed == twin.fixed:
+                    if twin is not None and is_twin(function.__code__):
                         function.__code__ = twin.code
 
     def exchange_all(self, codes: Sequence[tuple[types.CodeType, dict[str, Any]]]) -> None:
