@@ -201,11 +201,10 @@ class Twins:
         with _lock:
             for file, places in added.items():
                 _tapped[file] = _tapped.get(file, frozenset()) | places
-            for function in self._mine:
-                original = _own_code(function)
-                if original.co_filename in added:
-                    twin = twin_of(original, function.__globals__, self._fixed)
-                    if twin is not None and is_twin(function.__code__):
+            for function, (_, original, fixed) in list(_set.items()):  # other captures' ones, too
+                if original.co_filename in added and is_twin(function.__code__):
+                    twin = twin_of(_own_code(function), function.__globals__, _always(fixed))
+                    if twin is not None:
                         function.__code__ = twin.code
 
     def exchange_all(self, codes: Sequence[tuple[types.CodeType, dict[str, Any]]]) -> None:
@@ -254,6 +253,10 @@ class Twins:
                     del _set[function]
         self._mine.clear()
         self.watched.clear()
+
+
+def _always(fixed: frozenset[str]) -> Fixed:
+    return lambda code: fixed
 
 
 def _own_code(function: types.FunctionType) -> types.CodeType:
