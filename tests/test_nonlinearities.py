@@ -85,6 +85,8 @@ COUNTS: dict[str, tuple[str, Function]] = {
     "mask": ("mul", lambda z: z * (z > 0)),
     "mask first": ("mul", lambda z: z.gt(0) * z),
     "mask of numbers": ("mul", lambda z: z.mul((z > 0).to(z.dtype))),
+    "mask of its type": ("mul", lambda z: (z > 0).type_as(z) * z),
+    "mask to another": ("mul", lambda z: (z > 0).to(z) * z),
     "mul_": ("mul", on_a_copy(lambda z: z.mul_(z > 0))),
     "masked_fill": ("masked_fill", lambda z: z.masked_fill(z < 0, 0.0)),
     "masked_fill_": ("masked_fill", on_a_copy(lambda z: z.masked_fill_(torch.lt(z, 0), 0.0))),

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter as unchanged
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
-__all__ = ["clone", "operators_are_counted", "runs", "select", "unseen"]
+__all__ = ["clone", "goes_on_from", "operators_are_counted", "runs", "select", "unseen"]
 
 _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 # Selective checkpointing, while the forward runs.
@@ -38,6 +39,37 @@ def clone(tensor: Tensor) -> Tensor:
         return tensor.clone()
     with torch.set_grad_enabled(tensor.requires_grad or torch.is_grad_enabled()), unseen():
         return tensor.clone()
+
+
+class _GoesOn(torch.autograd.Function):
+    """Has a tensor follow from another one that holds the same, in place of what it came from."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, copied: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+def goes_on_from(tensor: Tensor, copied: Tensor) -> bool:
+    """Have a tensor that is about to be written to go on from a copy of what it holds.
+
+    What backward brings to the tensor from there on is then the gradient of the copy, too. Not so
+    of a view: a write to it is one to its base, whose gradient would be put together another way.
+
+    Returns:
+        Whether autograd has a part in that.
+    """
+    if not torch.is_grad_enabled() or not copied.requires_grad:
+        return False
+    if tensor.is_leaf or tensor._is_view():
+        return False
+    with unseen(), unchanged(tensor):  # σ, which writes to it next, is what counts
+        _GoesOn.apply(tensor, copied)  # type: ignore[no-untyped-call]
+    return True
 
 
 def select(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:

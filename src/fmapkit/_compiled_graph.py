@@ -18,7 +18,7 @@ from fmapkit._compiled_run import Sink, running
 from fmapkit._frames import running_modules
 from fmapkit._graph import Labels, Traced, trace_graph
 from fmapkit._names import Names
-from fmapkit._origin import NOWHERE, STOP, Flow, Origin, Weight
+from fmapkit._origin import NOWHERE, STOP, Flow, Origin, Tag, Weight
 from fmapkit._tags import Tags
 from fmapkit._units import carried as carried_by
 
@@ -96,7 +96,7 @@ class _Latest:
     __slots__ = ("_arguments", "_fixed", "_ids", "carried", "labels", "state")
 
     def __init__(
-        self, state: Any, fixed: list[Any], arguments: list[int], carried: list[Any], labels: Labels
+        self, state: Any, fixed: list[Any], arguments: list[int], carried: list[Tag], labels: Labels
     ) -> None:
         self.state = state
         self.carried = carried
@@ -164,7 +164,7 @@ class CompiledGraph:
                 if not found.alive:
                     known.labels.pop(key, None)
 
-    def ready(self, sink: Sink, place: int, inputs: Sequence[Any]) -> tuple[list[Any], Labels]:
+    def ready(self, sink: Sink, place: int, inputs: Sequence[Any]) -> tuple[list[Tag], Labels]:
         """What the data that come in carry, by place among the inputs, and the labels that fit."""
         alone = self.whole and sink.alone and not sink.runs
         state = (sink.session.watch, sink.session.names.version)
@@ -180,10 +180,10 @@ class CompiledGraph:
             self._latest[place] = _Latest(state, fixed, arguments, carried, labels)
         return carried, labels
 
-    def carried(self, inputs: Sequence[Any], sink: Sink) -> list[Any]:
+    def carried(self, inputs: Sequence[Any], sink: Sink) -> list[Tag]:
         """What the data that come in carry, by place among the inputs."""
         tag = sink.tags.of
-        found: list[Any] = [None] * len(inputs)
+        found: list[Tag] = [None] * len(inputs)
         for i in self.data:
             found[i] = tag(inputs[i])
             if found[i] is None and i in self.local:
@@ -191,7 +191,7 @@ class CompiledGraph:
                 sink.outside()
         return found
 
-    def labels(self, sink: Sink, place: int, inputs: Sequence[Any], carried: list[Any]) -> Labels:
+    def labels(self, sink: Sink, place: int, inputs: Sequence[Any], carried: list[Tag]) -> Labels:
         """The labels that fit what comes in."""
         session = sink.session
         state = self._known.get(place)
@@ -245,7 +245,7 @@ class CompiledGraph:
         )
 
     def _label(
-        self, sink: Sink, inputs: Sequence[Any], carried: list[Any], weights: list[Tensor]
+        self, sink: Sink, inputs: Sequence[Any], carried: list[Tag], weights: list[Tensor]
     ) -> _Labelled:
         missed: list[tuple[str, str]] = []
 

@@ -286,6 +286,6 @@ RULES: dict[str, Rule] = {
     "einsum": einsum,
     "segment_reduce": segments,
     "where": where,
-    **dict.fromkeys(words("tril triu _weight_norm"), pointwise),
+    **dict.fromkeys(words("tril triu index_fill fill_diagonal _weight_norm"), pointwise),
     **dict.fromkeys(words("view_as_real view_as_complex"), _pairs),
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 from fmapkit import nonlinearities
 from fmapkit._nested import tensors_in
 from fmapkit._quantized import is_fused, is_weighted
-from fmapkit._vocabulary import DATA_TO_PYTHON, DATA_TO_SIZES, METADATA
+from fmapkit._vocabulary import DATA_TO_PYTHON, DATA_TO_SIZES, METADATA, words
 
 __all__ = ["Function", "describe", "described"]
 
@@ -76,8 +76,7 @@ _MOVES = {"__set__.data"}
 _HARMLESS = {"requires_grad", "detach", "retain_grad", "rename", "share_memory", "pin_memory"}
 # In-place forms that change the shape: what the tensor carried before cannot be followed.
 RESHAPED_IN_PLACE = {
-    *("squeeze", "unsqueeze", "transpose", "t", "as_strided", "swapaxes", "swapdims", "resize"),
-    *("resize_as", "set"),
+    *("squeeze", "unsqueeze", "as_strided", "resize", "resize_as", "set"),
 }
 _known: dict[Any, Function] = {}
 _registered = -1
@@ -160,11 +159,42 @@ def _has_mask(args: Any, kwargs: Any) -> bool:
     return any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(*args[1:], kwargs))
 
 
+def _picks_by_data(args: Any, kwargs: Any) -> bool:
+    """Whether an index has a mask in it, or tensors for the bounds of a slice."""
+    if _has_mask(args, kwargs):
+        return True
+    index = args[1] if len(args) > 1 else None
+    parts = index if isinstance(index, tuple) else (index,)
+    for part in parts:
+        if isinstance(part, slice):
+            part = (part.start, part.stop, part.step)
+        if isinstance(part, (tuple, list)) and any(isinstance(p, Tensor) for p in part):
+            return True
+    return False
+
+
+def _has_tensor(args: Any, kwargs: Any) -> bool:
+    for given in (*args[1:], *kwargs.values()):
+        if isinstance(given, Tensor):
+            return True
+        if isinstance(given, (tuple, list)) and any(isinstance(g, Tensor) for g in given):
+            return True
+    return False
+
+
+# torch takes a tensor of one number for a number, and reads it then.
+_NUMBERED = words(
+    """narrow select split split_with_sizes chunk tensor_split hsplit vsplit dsplit unsafe_split
+    unsafe_chunk roll rot90 flip unbind view reshape expand unflatten flatten transpose swapaxes
+    swapdims permute movedim moveaxis unsqueeze squeeze repeat tile diagonal unfold as_strided
+    pad"""
+)
 # A mask picks as many as it has of true; so does `where` of a condition alone.
 _SOMETIMES_READS: dict[str, Callable[[Any, Any], bool]] = {
-    "__getitem__": _has_mask,
+    "__getitem__": _picks_by_data,
     "where": lambda args, kwargs: len(args) + len(kwargs) == 1,
-    "repeat_interleave": lambda args, kwargs: bool(tensors_in(*args[1:], kwargs)),
+    "repeat_interleave": _has_tensor,
+    **dict.fromkeys(_NUMBERED, _has_tensor),
 }
 
 

@@ -44,7 +44,13 @@ class _Post:
         self.spoiled = False
         # A view that was written to through another tensor learns of it only when it is asked:
         # until then a new hook goes to its former node, or crashes torch (2.13).
-        _ = tensor.grad_fn
+        node = tensor.grad_fn
+        if node is not None and tensor._backward_hooks is not None:
+            # After `t_()` and the like, torch would set a further hook on the former node.
+            place = tensor.output_nr
+            node.register_prehook(lambda grads: self(grads[place]))
+            self._handle = None
+            return
         handle = tensor.register_hook(self)  # type: ignore[no-untyped-call]
         # Hooks of other tensors go with the graph; those of leaves have to be taken off.
         self._handle = handle if tensor.is_leaf else None

@@ -32,7 +32,7 @@ class NodeHeld(Held):
         self.node = node  # None: the node at which it was noted makes it
         self.at = at
 
-    def snapshot(self) -> None:
+    def snapshot(self, leads_on: bool = False) -> None:
         """It is about to be overwritten: the graph has to copy it."""
         self.copied = True
 

@@ -134,7 +134,8 @@ class Pair(Standing):
         post: (module, args, kwargs, output) -> what to return instead, or None. The output is
             `FAILED` after an `Exception`.
         broken_off: (module, error) -> whether the call returns None then. Called in place of
-            `post` where what ended the call is no `Exception`.
+            `post` where what ended the call is no `Exception`; if it gives None, `post` is called
+            as after one.
     """
 
     __slots__ = ("broken_off", "post", "pre")
@@ -179,7 +180,10 @@ class Pair(Standing):
             raise
         except BaseException as error:
             given.over()
-            if not self.broken_off(module, error):
+            returns = self.broken_off(module, error)
+            if returns is None and given.begun:
+                self.post(module, given.args, given.kwargs, FAILED)
+            if not returns:
                 raise
             output = None
         replaced = self.post(module, given.args, given.kwargs, output)

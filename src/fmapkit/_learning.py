@@ -19,7 +19,7 @@ from fmapkit._frames import Frame
 from fmapkit._live import Lesson, Live
 from fmapkit._missed import Misses
 from fmapkit._nested import modules_in, tensors_in
-from fmapkit._origin import Flow
+from fmapkit._origin import Flow, Tag
 from fmapkit._placing import Placing
 from fmapkit._plan import make_plan
 from fmapkit._remembered_tensors import Remembering
@@ -30,6 +30,15 @@ from fmapkit._units import Units
 from fmapkit.paths import ControlPaths, Sizes
 
 __all__ = ["Learning"]
+
+REST = (
+    "in a pass, a part of it took a way through its code that no earlier pass had taken; the maps "
+    "of that pass are not kept"
+)
+BROKEN = (
+    "in a pass, an exception ended the call of a part of it, and the pass went on; the maps of "
+    "that pass are not complete, and that part is traced from then on"
+)
 
 
 class Learning:
@@ -69,7 +78,7 @@ class Learning:
         sizes: Sizes,
         args: Any,
         kwargs: Any,
-        inputs: list[Any],
+        inputs: list[Tag],
     ) -> Any:
         """A call of a unit begins that there is no plan for.
 
@@ -189,9 +198,19 @@ class Learning:
         moments = [(at - frame.position, m) for at, m in tracer.moments]
         self._placing.taps(module, known.learn(items, lesson.sizes, plan, moments))
 
-    def finish(self, tracer: Tracer) -> None:
-        """The traced pass has ended."""
+    def finish(self, tracer: Tracer, failed: bool) -> None:
+        """The traced pass has ended.
+
+        Args:
+            tracer: of the pass.
+            failed: by an exception.
+        """
         self._live.trace_out()
+        if tracer.lost and not failed:
+            broken = tracer.broken
+            if broken is not None:  # somebody handles its exceptions
+                self._open(broken)
+            self._misses.add(self._names.of(self._model), REST if broken is None else BROKEN)
         _check_held(tracer.events)
         for module in tracer.unhooked:
             self._misses.add(

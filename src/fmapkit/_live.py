@@ -20,6 +20,7 @@ from fmapkit._asked import Asked
 from fmapkit._frames import Frame
 from fmapkit._hooks import leave_mode
 from fmapkit._missed import Misses
+from fmapkit._origin import Tag
 from fmapkit._replay import LightMode, Run
 from fmapkit._store import Pass
 from fmapkit._tags import Tags
@@ -65,7 +66,7 @@ class Lesson:
     key: Any
     state: int
     sizes: Sizes
-    inputs: list[Any]
+    inputs: list[Tag]
 
 
 class Live:
@@ -85,6 +86,7 @@ class Live:
         tracer: of the pass; None where nothing of it is traced.
         run: the unit that is being replayed.
         lesson: the unit that is being learned.
+        inner: how often that unit, replayed or learned, is calling itself.
         tags: of a pass of compiled code, which needs a tracer only where it does not do as before.
     """
 
@@ -97,6 +99,7 @@ class Live:
         self.tracer: Tracer | None = None
         self.run: Run | None = None
         self.lesson: Lesson | None = None
+        self.inner = 0
         self.tags: Tags | None = None
         self._asked = asked
         self._misses = misses
@@ -106,7 +109,12 @@ class Live:
     def clear(self) -> None:
         """Nothing is under way any more."""
         self.tracer = self.current = self.frame = self.run = self.lesson = self.tags = None
-        self.depth = 0
+        self.depth = self.inner = 0
+
+    def unit(self) -> nn.Module | None:
+        """The unit that is being replayed or learned."""
+        call = self.run if self.run is not None else self.lesson
+        return None if call is None else call.module
 
     def new_tracer(self) -> Tracer:
         """A tracer for the rest of the pass."""

@@ -16,6 +16,7 @@ from fmapkit._axes import Axes
 __all__ = [
     "NOWHERE",
     "STOP",
+    "Carried",
     "Flow",
     "Lookup",
     "Made",
@@ -144,7 +145,7 @@ class WeightRef:
     key: str = ""
     axes: tuple[Axes | None, ...] = ()
 
-    def weight(self, inputs: Sequence[Any]) -> Weight | None:
+    def weight(self, inputs: Sequence[Tag]) -> Weight | None:
         """The weight in a call that is given tensors which carry `inputs`."""
         if self.owner is not None:
             parameter = self.owner._parameters.get(self.key)
@@ -153,7 +154,10 @@ class WeightRef:
         return Weight(found.parameter) if isinstance(found, Weight) else None
 
 
+# What one tensor of this pass carries. What a plan says of tensors that are yet to come is told by
+# places (`PlaceTag` in `_plan.py`): another type, so that neither is taken for the other.
 Tag = Flow | Weight | None
+Carried = Flow | Weight | list[Any] | None  # of a nested result: lists of tags, nested alike
 
 
 Lookup = Callable[[Any], Tag]

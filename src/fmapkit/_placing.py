@@ -114,7 +114,7 @@ class Placing:
             return
         self._scopes = True
         inside: set[nn.Module] = set()
-        for unit in self._units.direct:
+        for unit in filter(self._units.static, self._units.direct):  # a part of it may be opened
             inside.update(m for m in modules_in(unit) if m is not unit)
         wanted = [m for m in modules_in(self._model) if m not in inside or m in self._units.direct]
         self._hooks.around(wanted, self._calls.pre, self._calls.post)

@@ -20,7 +20,7 @@ from fmapkit._frames import Frame
 from fmapkit._functions import describe
 from fmapkit._names import Names
 from fmapkit._nested import leaves
-from fmapkit._origin import NOWHERE, Flow, Made, Origin, Weight, WeightRef
+from fmapkit._origin import NOWHERE, Flow, Made, Origin, Tag, Weight, WeightRef
 from fmapkit._retain import Place, Retention
 from fmapkit._store import Entry, Held
 from fmapkit._store import storage_of as _storage
@@ -28,7 +28,7 @@ from fmapkit._trace import Tracer
 from fmapkit._wants import Wants
 from fmapkit.nonlinearities import module_sigma
 
-__all__ = ["Emission", "Plan", "Ref", "Step", "alike", "make_plan"]
+__all__ = ["Emission", "FlowRef", "Plan", "Ref", "Step", "alike", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,23 @@ class Ref:
 
 
 @dataclass(frozen=True, slots=True)
+class FlowRef:
+    """A flow that a planned module returns: whose filters, by place, and how they lie.
+
+    Attributes:
+        ref: their origin; None where they are nobody's.
+        axes: along which they lie.
+    """
+
+    ref: Ref | None
+    axes: Axes | None
+
+
+# What a tensor carries in any call of a plan; in one pass it is a `Tag`.
+PlaceTag = FlowRef | WeightRef | None
+
+
+@dataclass(frozen=True, slots=True)
 class Emission:
     """One map that a step holds."""
 
@@ -62,6 +79,7 @@ class Emission:
     path: str
     copy: bool
     before: bool  # copied before the call, since the call itself overwrites it
+    on_the_way: bool  # the model's tensor goes on from the copy
     picked: tuple[int, ...] | None
     place: Place | None  # their axis, and where they lie along it
     stored: bool  # in another form than the model's own tensor
@@ -102,8 +120,7 @@ class Plan:
     toggles: frozenset[nn.Module]  # children of these, in which the light mode is off
     before: frozenset[nn.Module]  # need a look before their call
     calls: tuple[tuple[str, int], ...]
-    # By path, per tensor of the output: (Ref, axes), `WeightRef` or None.
-    outputs: tuple[tuple[str, Any], ...]
+    outputs: tuple[tuple[str, PlaceTag], ...]  # what each tensor of the output carries, by path
     writes: tuple[int, ...]  # which tensor arguments are written to
     claims: tuple[int, ...]  # which inputs reach a nonlinearity inside
     keeping: frozenset[
@@ -116,7 +133,7 @@ class Plan:
 
 
 def make_plan(
-    tracer: Tracer, frame: Frame, output: Any, inputs: Sequence[Any], arguments: Sequence[Tensor]
+    tracer: Tracer, frame: Frame, output: Any, inputs: Sequence[Tag], arguments: Sequence[Tensor]
 ) -> Plan:
     """Boil down what the tracer saw of one call.
 
@@ -155,12 +172,12 @@ def make_plan(
     called = {
         f.scope for f in firings if f.module is None and f.function and _name(f) in tapped_names
     }
-    outputs = tuple(
-        (path, (ref(t.origin) if t.origin is not NOWHERE else None, t.axes))
-        if isinstance(t, Flow)
-        else (path, _weight_ref(t, inputs, tracer.names) if isinstance(t, Weight) else None)
-        for path, t in returned
-    )
+
+    def by_place(tag: Tag) -> PlaceTag:
+        if isinstance(tag, Flow):
+            return FlowRef(ref(tag.origin) if tag.origin is not NOWHERE else None, tag.axes)
+        return _weight_ref(tag, inputs, tracer.names) if tag is not None else None
+
     keeping = frozenset(
         module
         for module in read.direct
@@ -195,7 +212,7 @@ def make_plan(
         calls=tuple(
             (n, c - frame.counts[n]) for n, c in tracer.counts.items() if c > frame.counts[n]
         ),
-        outputs=outputs,
+        outputs=tuple((path, by_place(tag)) for path, tag in returned),
         writes=tuple(i for i, t in enumerate(arguments) if _storage(t) in tracer.aliases.written),
         claims=tuple(
             sorted({by_origin[i].offset for i in by_origin if _claimed_inside(tracer, frame, i)})
@@ -205,7 +222,7 @@ def make_plan(
     )
 
 
-def _weight_ref(tag: Weight, inputs: Sequence[Any], names: Names) -> WeightRef | None:
+def _weight_ref(tag: Weight, inputs: Sequence[Tag], names: Names) -> WeightRef | None:
     for place, given in enumerate(inputs):
         if isinstance(given, Weight) and given.parameter is tag.parameter:
             return WeightRef(given=place)
@@ -255,6 +272,7 @@ def _step(firing: Firing, ref: Any, escaping: set[int], retention: Retention, st
                     path=entry.path,
                     copy=copied or lost,
                     before=lost,  # where its memory cannot be kept
+                    on_the_way=lost and held is not None and held.on_the_way,
                     picked=entry.picked,
                     place=_place(entry),
                     stored=entry.picked is not None or _is_changed(entry, retention),

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fmapkit._aside import goes_on_from
 from fmapkit._axes import Axes
 from fmapkit._events import Event, Firings
 from fmapkit._flow import sigma_axes
@@ -261,7 +262,10 @@ class Record:
 
     def copy(self, tensor: Tensor) -> Held:
         """Hold the values as they are now, before a write that makes an event itself."""
-        return Held.copy(tensor, self.wants.detach, self.wants.gradients)
+        held = Held.copy(tensor, self.wants.detach, self.wants.gradients)
+        if not self.wants.detach and held.tensor is not None and type(tensor) is Tensor:
+            held.on_the_way = goes_on_from(tensor, held.tensor)
+        return held
 
     # -- maps ---------------------------------------------------------------------------------
 

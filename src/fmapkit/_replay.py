@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from fmapkit._aside import clone
+from fmapkit._aside import clone, goes_on_from
 from fmapkit._functions import describe, out_of_place
 from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._hooks import leave_mode
 from fmapkit._in_place import is_alone, someone_sees, with_new_memory
 from fmapkit._missed import NotSupportedError
 from fmapkit._nested import leaves, tensors_in
-from fmapkit._origin import NOWHERE, Flow, Origin
-from fmapkit._plan import Emission, Plan, Ref, Step
+from fmapkit._origin import NOWHERE, Flow, Origin, Tag
+from fmapkit._plan import Emission, FlowRef, Plan, Ref, Step
 from fmapkit._stop import Stop
 from fmapkit._store import Entry, Held, storage_of, version_of
 from fmapkit._taps import Line
@@ -75,7 +75,7 @@ class Run:
         line: Line,
         expected: Expected,
         stop: Stop | None,
-        inputs: list[Any],
+        inputs: list[Tag],
         base: dict[str, int] | None,
         drop: Callable[[Any], None],
         analyses: Callable[[Run], None] | None = None,
@@ -382,6 +382,8 @@ class Run:
                 stored = self._own(value)
                 if doomed:
                     stored = clone(stored)
+                    if emission.on_the_way:
+                        goes_on_from(value, stored)
         return stored, self._version(stored), grad, copied
 
     def _version(self, tensor: Tensor) -> int:
@@ -442,13 +444,13 @@ class Run:
         """Its origins are these, of an earlier run that was alike."""
         self._origins = origins
 
-    def output_tags(self) -> dict[str, Any]:
+    def output_tags(self) -> dict[str, Tag]:
         """What the tensors of the output carry, by their path."""
-        tags: dict[str, Any] = {}
+        tags: dict[str, Tag] = {}
         for path, item in self.plan.outputs:
-            if isinstance(item, tuple):
-                ref, axes = item
-                tags[path] = Flow(self.origin(ref) if ref is not None else NOWHERE, axes)
+            if isinstance(item, FlowRef):
+                origin = self.origin(item.ref) if item.ref is not None else NOWHERE
+                tags[path] = Flow(origin, item.axes)
             else:
                 tags[path] = item.weight(self.inputs) if item is not None else None
         return tags
@@ -601,7 +603,7 @@ class LightMode(TorchFunctionMode):
             leave_mode(self)
 
 
-def tag_outputs(output: Any, tags: dict[str, Any], set_tag: Any) -> None:
+def tag_outputs(output: Any, tags: dict[str, Tag], set_tag: Callable[[Tensor, Tag], None]) -> None:
     """Put a run's tags on the tensors it returned; one at a new place keeps its own."""
     for path, tensor in leaves(output):
         if tags.get(path) is not None:

@@ -22,7 +22,7 @@ from fmapkit._learning import Learning
 from fmapkit._live import Live, someone_watches
 from fmapkit._missed import Misses
 from fmapkit._nested import tensors_in
-from fmapkit._origin import Flow
+from fmapkit._origin import Flow, Tag
 from fmapkit._placing import Placing
 from fmapkit._plan import Plan
 from fmapkit._replay import Run, tag_outputs
@@ -32,10 +32,6 @@ from fmapkit.paths import ControlPaths, Expected, KnownPaths, Sizes
 
 __all__ = ["Replaying"]
 
-REST = (
-    "in a pass, a part of it took a way through its code that no earlier pass had taken; the maps "
-    "of that pass are not kept"
-)
 OTHER_PATH = (
     "in a pass, it took a way through its code that no earlier pass had taken; the maps of that "
     "pass are not kept, and the next one is traced"
@@ -133,7 +129,7 @@ class Replaying:
                     self._start(module, latest.plan, args, kwargs, [], expected)
                     self._taking = latest
                     return None
-        inputs: list[Any] = []
+        inputs: list[Tag] = []
         origins = given = None
         if tracer is not None:
             if tracer.editor:
@@ -171,7 +167,7 @@ class Replaying:
         plan: Plan,
         args: Any,
         kwargs: Any,
-        inputs: list[Any],
+        inputs: list[Tag],
         expected: Expected,
     ) -> None:
         """A unit is replayed by its plan."""
@@ -200,7 +196,7 @@ class Replaying:
             run.pre(module, args, kwargs)
         run.start()
 
-    def _edited_inside(self, plan: Plan, inputs: list[Any]) -> bool:
+    def _edited_inside(self, plan: Plan, inputs: list[Tag]) -> bool:
         """Whether filters that an edit is for reach a nonlinearity inside."""
         tags = (inputs[index] for index in plan.claims if index < len(inputs))
         return any(isinstance(t, Flow) and self._edits.of(t.origin.name) for t in tags)
@@ -251,9 +247,8 @@ class Replaying:
         if tracer is None:
             current.segments.append(run)
             return
-        if run.lost and not failed:
-            tracer.give_up()
-            self._misses.add(self._names.of(self._model), REST)
+        if run.lost or failed:  # which calls it has made is not known, nor whose maps come next
+            tracer.give_up(run.module if failed else None)
             return
         # The pass around the unit is traced: tell the tracer what it would have seen.
         entries: list[tuple[Entry, bool]] = []

@@ -245,6 +245,8 @@ class Session:
                 if not live.idle and self.unseen.stray(module) and self._edits:
                     self._edits.refuse_outside(self.names.of(module))
                 return None
+            if module is live.unit():
+                live.inner += 1
             if live.run is not None:
                 self._replaying.before(live.run, module, args, kwargs)
             elif live.tracer is not None and live.tracer.lost:
@@ -282,13 +284,16 @@ class Session:
                     live.idle, live.frame = False, None
                 return None
             tracer = live.tracer
-            if live.run is not None and live.run.module is module:
+            ends = module is live.unit() and not live.inner
+            if module is live.unit() and not ends:
+                live.inner -= 1
+            if live.run is not None and ends:
                 self._replaying.leave(args, kwargs, output)
                 if tracer is not None and tracer.editor:
                     replaced = tracer.editor.modules.leave_unit(module, output, failed)
             elif live.run is not None:
                 self._replaying.after(live.run, module, args, kwargs, output, failed)
-            elif live.lesson is not None and live.lesson.module is module:
+            elif ends:
                 replaced = self._learning.leave(module, output, failed)
                 if tracer is not None and tracer.editor:
                     whole = output if replaced is None else replaced
@@ -367,23 +372,24 @@ class Session:
         self.abandon()
         return False
 
-    def _broken_off(self, module: nn.Module, error: BaseException) -> bool:
+    def _broken_off(self, module: nn.Module, error: BaseException) -> bool | None:
         """A call has ended, by what is no `Exception`: an interrupt, or an early stop.
 
         The user's code may catch an interrupt inside the block, to save the model for instance: our
-        modes and flags must be off before it does.
+        modes and flags must be off before it does. So may the model's own code, and go on.
 
         Returns:
-            Whether the call returns None in place of raising that.
+            Whether the call returns None in place of raising that; None if it is a part of the pass
+            that ended as by any exception.
         """
         if _thread() != self.live.thread:
             return False
-        if module is not self.model:
-            if self._edits and not isinstance(error, StoppedError):
-                self._edits.broken_off = True
-            return False
-        if self.live.depth:  # it was called by itself, which may go on
-            self.live.depth -= 1
+        if module is not self.model and self._edits and not isinstance(error, StoppedError):
+            self._edits.broken_off = True
+        if module is not self.model or self.live.depth:  # what called it may go on
+            if not isinstance(error, StoppedError):
+                return None
+            self.live.depth -= module is self.model
             return False
         if isinstance(error, StoppedError):
             if error.stop is self._stop:
@@ -467,7 +473,7 @@ class Session:
         current = live.current
         self.paths.end()
         if live.tracer is not None:
-            self._learning.finish(live.tracer)
+            self._learning.finish(live.tracer, failed)
             self._moves.clear()
         if current is not None and not failed:
             if self.wants.picks and not self.store.fleeting:

@@ -93,7 +93,7 @@ def before_sigma(tracer: Tracer, known: Function, call: SigmaCall) -> None:
     else:
         targets = []
     for target in targets:
-        tracer.aliases.before_write(target)
+        tracer.aliases.before_write(target, leads_on=target is z)
     if not quiet and call.in_place:
         call.held = tracer.record.copy(z)
     elif not quiet:

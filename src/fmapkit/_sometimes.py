@@ -37,6 +37,7 @@ _MASKS = words.words(
     """logical_not logical_and logical_or logical_xor bitwise_not bitwise_and bitwise_or
     bitwise_xor __invert__ __and__ __or__ __xor__ to type type_as float half bfloat16 double"""
 )
+_LIKE = {"type_as", "to"}  # their second operand says which dtype, and no more
 _OF_MASKS = _MASKS | {"mul", "multiply"}
 _POINTWISE = (
     words.NONLINEAR_POINTWISE | words.LINEAR_BINARY | words.PRODUCTS | words.LINEAR_KEEPERS | _MASKS
@@ -134,6 +135,8 @@ class Pointwise:
             self._put(out, _Value(zero=True))
         if not isinstance(out, Tensor) or not (name in _POINTWISE or sigma):
             return
+        if name in _LIKE:
+            operands = operands[:1]
         values = tuple(
             [self.value(t, written=t is out) for t in operands if isinstance(tag(t), Flow)]
         )

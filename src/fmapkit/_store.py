@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fmapkit._aside import clone
+from fmapkit._aside import clone, goes_on_from
 from fmapkit._axes import Axes
 from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._origin import Origin
@@ -52,8 +52,8 @@ class Held:
     """One tensor in memory; several maps may share it."""
 
     __slots__ = (
-        *("arrival", "copied", "doomed", "gradient", "lost", "own", "tensor", "version"),
-        "wanted",
+        *("arrival", "copied", "doomed", "gradient", "lost", "on_the_way", "own", "tensor"),
+        *("version", "wanted"),
     )
 
     def __init__(
@@ -69,6 +69,7 @@ class Held:
         self.gradient = gradient
         self.arrival: Any = None  # of a copy from another device, to be waited for
         self.lost = False  # overwritten before it could be copied
+        self.on_the_way = False  # a copy that the model's tensor goes on from
         self.doomed = False  # spared this once; a later pass has to copy it
         self.own = True  # an alias of our making; else it may be a tensor of the model's
         self.wanted = False  # some map holds it; else it is held for the tracer's own sake
@@ -92,16 +93,22 @@ class Held:
         """Let go of the values, and of their gradient."""
         self.tensor = self.gradient = self.arrival = None
 
-    def snapshot(self) -> None:
-        """Turn the reference into a copy, just before the memory is written to."""
+    def snapshot(self, leads_on: bool = False) -> None:
+        """Turn the reference into a copy, just before the memory is written to.
+
+        Args:
+            leads_on: what is held is the model's own tensor, and is to go on from the copy.
+        """
         if self.gradient is not None:
             self.gradient.overwritten()
         if self.tensor is not None and not self.copied:
             if version_of(self.tensor) != self.version:
                 self.lost = True
-            self.tensor = clone(self.tensor)
+            original, self.tensor = self.tensor, clone(self.tensor)
             self.version = version_of(self.tensor)
             self.copied = True
+            if leads_on and not self.lost:
+                self.on_the_way = goes_on_from(original, self.tensor)
 
     def own_memory(self) -> None:
         """The memory is nobody else's any more: its former owner has other memory."""
@@ -470,11 +477,17 @@ class Aliases:
         found = self._by_storage.get(storage_of(tensor), [])
         return [h for h in found if h.tensor is not None and not h.copied]
 
-    def before_write(self, tensor: Tensor) -> None:
-        """Copy what the write would lose."""
+    def before_write(self, tensor: Tensor, leads_on: bool = False) -> None:
+        """Copy what the write would lose.
+
+        Args:
+            tensor: that is about to be written to.
+            leads_on: σ writes to it, and what is held in the graph is to have its gradient.
+        """
+        leads_on = leads_on and not self.detach and type(tensor) is Tensor
         self.written.add(storage_of(tensor))
-        for held in self.of(tensor):
-            held.snapshot()
+        for held in sorted(self.of(tensor), key=lambda one: one.tensor is tensor):
+            held.snapshot(leads_on and held.tensor is tensor)
 
 
 def storage_of(tensor: Tensor) -> int:

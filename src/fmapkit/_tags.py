@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fmapkit._names import Names
 from fmapkit._nested import leaves
-from fmapkit._origin import STOP, Flow, Tag, Weight
+from fmapkit._origin import STOP, Carried, Flow, Tag, Weight
 from fmapkit._sharded import local_axes
 
 __all__ = ["Tags"]
@@ -47,7 +47,7 @@ class Tags:
         """Whether none of these tensors, told by their ids, has been given a tag in this pass."""
         return ids.isdisjoint(self._known)
 
-    def put(self, value: Any, tag: Any) -> None:
+    def put(self, value: Any, tag: Carried) -> None:
         """What a result carries; nested like the result."""
         if isinstance(value, Tensor):
             if isinstance(tag, (Flow, Weight)):

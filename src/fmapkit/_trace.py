@@ -67,6 +67,7 @@ class Tracer(TorchFunctionMode):
     Attributes:
         frames: the modules that are running, outermost first.
         unhooked: modules that ran without hooks.
+        broken: the unit after whose exception no more was captured.
         edited: something was, or might have been, edited.
         failed: a fault of our own, after which nothing is captured.
         paused: while a unit is replayed.
@@ -115,6 +116,7 @@ class Tracer(TorchFunctionMode):
         self.frames: list[Frame] = []
         self.described = described()
         self.unhooked: set[nn.Module] = set()
+        self.broken: nn.Module | None = None
         self.deciding: set[nn.Module] = set()
         self.constants = Constants()
         self.moments: list[tuple[int, nn.Module | None]] = []
@@ -152,9 +154,14 @@ class Tracer(TorchFunctionMode):
             where = self.names.of(self.frames[-1].module) if self.frames else ""
             self.miss(where, reason(error))
 
-    def give_up(self) -> None:
-        """What the tensors of the pass carry is not known any more: no more of it is captured."""
+    def give_up(self, broken: nn.Module | None = None) -> None:
+        """What the tensors of the pass carry is not known any more: no more of it is captured.
+
+        Args:
+            broken: a unit whose call an exception has ended; its caller may handle that.
+        """
         self.lost = True
+        self.broken = broken
 
     # -- every torch function -----------------------------------------------------------------
 

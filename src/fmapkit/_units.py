@@ -21,7 +21,7 @@ from fmapkit._form import form_of, weights_of
 from fmapkit._fused import fuses
 from fmapkit._hooks import hooks_on
 from fmapkit._optimized import is_compiled
-from fmapkit._origin import Flow, Weight
+from fmapkit._origin import Flow, Tag, Weight
 from fmapkit._plan import Plan, alike
 from fmapkit._trace import Tracer
 from fmapkit._transforms import is_shapeless, under_transform
@@ -298,7 +298,7 @@ def _numbers_in(found: list[int], value: Any) -> None:
             _numbers_in(found, inner)
 
 
-def carried(inputs: list[Any], asked: Callable[[str], Any]) -> Any:
+def carried(inputs: list[Tag], asked: Callable[[str], Any]) -> Any:
     """What the inputs carry, origins numbered in order of their first mention.
 
     Args:

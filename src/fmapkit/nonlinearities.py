@@ -146,7 +146,7 @@ def _same(function: Any) -> set[Any]:
     """A torch function with all that do the same; nothing if it is none that can be seen."""
     if isinstance(function, _OPS) and _space(function) != "aten":
         return {_packet(function)}
-    if isinstance(function, _OPS) or (callable(function) and function in _overridable()):
+    if isinstance(function, _OPS) or (callable(function) and _is_torchs(function)):
         return {function} | _with_these_names(_names_of(_plain(function.__name__)))
     return set()
 
@@ -242,6 +242,12 @@ def patched_name(module: nn.Module) -> str:
         if callable(function) and _OWN.get(function) != expected:
             return str(getattr(function, "__name__", type(function).__name__))
     return type(module).__name__
+
+
+def _is_torchs(function: Any) -> bool:
+    """Whether torch hands a function's calls to modes; `torch.cos_` it keeps in no list."""
+    name = getattr(function, "__name__", "")
+    return function in _overridable() or getattr(torch._C._VariableFunctions, name, 0) is function
 
 
 def _overridable() -> set[Any]:

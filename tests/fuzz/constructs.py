@@ -19,7 +19,9 @@ from tests.fuzz.operations import (
 from tests.fuzz.source import Code, Unit
 from tests.fuzz.writer import ClassWriter
 
-__all__ = ["construct", "statements"]
+__all__ = [
+    *("body_of", "construct", "deep", "flat", "lines_of", "method_of", "statements", "two_layers"),
+]
 
 Construct = Callable[[ClassWriter, int], Code]
 DEEP: list[Construct] = []
@@ -51,11 +53,11 @@ def construct(c: ClassWriter, depth: int) -> Unit:
     return Unit(chosen(c, depth))
 
 
-def _body(c: ClassWriter, depth: int) -> Code:
+def body_of(c: ClassWriter, depth: int) -> Code:
     return statements(c, depth + 1)
 
 
-def _method(c: ClassWriter, body: Code | None = None, kind: str = "") -> str:
+def method_of(c: ClassWriter, body: Code | None = None, kind: str = "") -> str:
     """A method of the class that runs a layer and σ, or `body`."""
     name = f"s{c.program.fresh()}"
     inner = body or [f"x = {layer(c)}", f"x = {nonlinearity(c)}"]
@@ -70,21 +72,21 @@ def _method(c: ClassWriter, body: Code | None = None, kind: str = "") -> str:
 def if_else(c: ClassWriter, depth: int) -> Code:
     before: Code = []
     test = truth(c, before)
-    return [*before, f"if {test}:", _body(c, depth), "else:", _body(c, depth)]
+    return [*before, f"if {test}:", body_of(c, depth), "else:", body_of(c, depth)]
 
 
 @deep
 def if_alone(c: ClassWriter, depth: int) -> Code:
     before: Code = []
     test = truth(c, before)
-    return [*before, f"if {test}:", _body(c, depth)]
+    return [*before, f"if {test}:", body_of(c, depth)]
 
 
 @deep
 def elif_chain(c: ClassWriter, depth: int) -> Code:
     before: Code = []
     expr = decide(c, before)
-    first, second, third = (_body(c, depth) for _ in range(3))
+    first, second, third = (body_of(c, depth) for _ in range(3))
     return [
         *before,
         f"d = {expr}",
@@ -101,7 +103,14 @@ def elif_chain(c: ClassWriter, depth: int) -> Code:
 def match_number(c: ClassWriter, depth: int) -> Code:
     before: Code = []
     expr = decide(c, before)
-    inner: Code = ["case 0:", _body(c, depth), "case 1 | 3:", _body(c, depth), "case _:", ["pass"]]
+    inner: Code = [
+        "case 0:",
+        body_of(c, depth),
+        "case 1 | 3:",
+        body_of(c, depth),
+        "case _:",
+        ["pass"],
+    ]
     return [*before, f"match {expr}:", inner]
 
 
@@ -111,9 +120,9 @@ def match_shapes(c: ClassWriter, depth: int) -> Code:
     expr = decide(c, before)
     inner: Code = [
         "case [0, *_]:",
-        _body(c, depth),
+        body_of(c, depth),
         "case [1, n] if n > 3:",
-        _body(c, depth),
+        body_of(c, depth),
         "case _:",
         [],
     ]
@@ -125,22 +134,22 @@ def while_loop(c: ClassWriter, depth: int) -> Code:
     before: Code = []
     expr = decide(c, before)
     n = c.program.fresh()
-    return [*before, f"w{n} = {expr}", f"while w{n} > 0:", [*_body(c, depth), f"w{n} -= 1"]]
+    return [*before, f"w{n} = {expr}", f"while w{n} > 0:", [*body_of(c, depth), f"w{n} -= 1"]]
 
 
 @deep
 def for_break(c: ClassWriter, depth: int) -> Code:
     before: Code = []
     test, n = truth(c, before), c.program.fresh()
-    inner: Code = [*before, f"if {test}:", ["break"], *_body(c, depth)]
-    return [f"for i{n} in range(2):", inner, "else:", _body(c, depth)]
+    inner: Code = [*before, f"if {test}:", ["break"], *body_of(c, depth)]
+    return [f"for i{n} in range(2):", inner, "else:", body_of(c, depth)]
 
 
 @deep
 def for_continue(c: ClassWriter, depth: int) -> Code:
     before: Code = []
     expr, n = decide(c, before), c.program.fresh()
-    inner: Code = [f"if i{n} == d{n}:", ["continue"], *_body(c, depth)]
+    inner: Code = [f"if i{n} == d{n}:", ["continue"], *body_of(c, depth)]
     return [*before, f"d{n} = {expr}", f"for i{n} in range(3):", inner]
 
 
@@ -148,7 +157,7 @@ def for_continue(c: ClassWriter, depth: int) -> Code:
 def for_range(c: ClassWriter, depth: int) -> Code:
     before: Code = []
     expr = decide(c, before)
-    return [*before, f"for _ in range({expr}):", _body(c, depth)]
+    return [*before, f"for _ in range({expr}):", body_of(c, depth)]
 
 
 @deep
@@ -156,12 +165,12 @@ def try_raise(c: ClassWriter, depth: int) -> Code:
     before: Code = []
     expr = decide(c, before)
     c.program.drawn["raises"] += 1
-    inner = [*_body(c, depth), f"check({expr})", *_body(c, depth)]
-    tail: Code = ["except Odd:", _body(c, depth)]
+    inner = [*body_of(c, depth), f"check({expr})", *body_of(c, depth)]
+    tail: Code = ["except Odd:", body_of(c, depth)]
     if c.program.chance(0.4):
-        tail += ["else:", _body(c, depth)]
+        tail += ["else:", body_of(c, depth)]
     if c.program.chance(0.3):
-        tail += ["finally:", _body(c, depth)]
+        tail += ["finally:", body_of(c, depth)]
     return [*before, "try:", inner, *tail]
 
 
@@ -173,15 +182,15 @@ def suppressed(c: ClassWriter, depth: int) -> Code:
     if with_ == "self.quiet" and not any("self.quiet" in str(line) for line in c.init):
         made = c.program.pick(("Swallow()", "contextlib.suppress(Odd)"))
         c.init.append(f"self.quiet = {made}")
-    return [*before, f"with {with_}:", [*_body(c, depth), f"check({expr})", *_body(c, depth)]]
+    return [*before, f"with {with_}:", [*body_of(c, depth), f"check({expr})", *body_of(c, depth)]]
 
 
 @deep
 def asserted(c: ClassWriter, depth: int) -> Code:
     before: Code = []
     test = truth(c, before)
-    inner: Code = [*before, f"assert {test}", *_body(c, depth)]
-    return ["try:", inner, "except AssertionError:", _body(c, depth)]
+    inner: Code = [*before, f"assert {test}", *body_of(c, depth)]
+    return ["try:", inner, "except AssertionError:", body_of(c, depth)]
 
 
 @deep
@@ -201,9 +210,9 @@ def raising_builtins(c: ClassWriter, depth: int) -> Code:
     return [
         *before,
         "try:",
-        [fault.format(expr), *_body(c, depth)],
+        [fault.format(expr), *body_of(c, depth)],
         f"except {kind}:",
-        _body(c, depth),
+        body_of(c, depth),
     ]
 
 
@@ -211,8 +220,8 @@ def raising_builtins(c: ClassWriter, depth: int) -> Code:
 def early_return(c: ClassWriter, depth: int) -> Code:
     before: Code = []
     test = truth(c, before)
-    body = [*_body(c, depth), *before, f"if {test}:", ["return x"], *_body(c, depth)]
-    return [f"x = {_method(c, body)}(x)"]
+    body = [*body_of(c, depth), *before, f"if {test}:", ["return x"], *body_of(c, depth)]
+    return [f"x = {method_of(c, body)}(x)"]
 
 
 @deep
@@ -223,13 +232,13 @@ def swallowed_return(c: ClassWriter, depth: int) -> Code:
     body: Code = [
         *before,
         "try:",
-        [*_body(c, depth), f"check({expr})", *_body(c, depth)],
+        [*body_of(c, depth), f"check({expr})", *body_of(c, depth)],
         "except Odd:",
         ["return x"],
         "finally:",
-        _body(c, depth),
+        body_of(c, depth),
     ]
-    return [f"x = {_method(c, body)}(x)"]
+    return [f"x = {method_of(c, body)}(x)"]
 
 
 @deep
@@ -239,9 +248,9 @@ def nested_function(c: ClassWriter, depth: int) -> Code:
     inner: Code = [
         "y = x",
         "nonlocal_ = v",
-        *_body(c, depth),
+        *body_of(c, depth),
         "if nonlocal_ > 0:",
-        _body(c, depth),
+        body_of(c, depth),
         "return x",
     ]
     return [*before, f"v = {expr}", f"def inner{n}(x):", inner, f"x = inner{n}(x)"]
@@ -252,7 +261,12 @@ def with_block(c: ClassWriter, depth: int) -> Code:
     """A context manager that says itself whether its body is to run, or what is to."""
     before: Code = []
     expr = decide(c, before)
-    return [*before, f"with Chooser({expr}) as d:", ["if d:", _body(c, depth)], *_body(c, depth)]
+    return [
+        *before,
+        f"with Chooser({expr}) as d:",
+        ["if d:", body_of(c, depth)],
+        *body_of(c, depth),
+    ]
 
 
 @deep
@@ -268,7 +282,7 @@ def hooked_part(c: ClassWriter, depth: int) -> Code:
         f"x = T.call({part}, x)",
         f"x = {nonlinearity(c)}",
         f"if self.seen{n} and self.seen{n}[-1] > 0:",
-        _body(c, depth),
+        body_of(c, depth),
     ]
 
 
@@ -276,7 +290,7 @@ def hooked_part(c: ClassWriter, depth: int) -> Code:
 def decorated(c: ClassWriter, depth: int) -> Code:
     before: Code = []
     expr, n = decide(c, before), c.program.fresh()
-    inner = [*before, f"self.turns = {expr}", *_body(c, depth), "return x"]
+    inner = [*before, f"self.turns = {expr}", *body_of(c, depth), "return x"]
     c.methods += [
         f"{c.program.pick(('@twice', '@maybe', '@plain'))}",
         f"def s{n}(self, x):",
@@ -297,7 +311,7 @@ def generator(c: ClassWriter, depth: int) -> Code:
         [f"yield {first}", "if d:", [f"yield {second}"], "if d > 1:", ["return"], f"yield {first}"],
     ]
     inner: Code = ["x = T.call(m, x)", f"x = {nonlinearity(c)}"]
-    return [*before, f"for m in self.g{n}({expr}):", inner, *_body(c, depth)]
+    return [*before, f"for m in self.g{n}({expr}):", inner, *body_of(c, depth)]
 
 
 @deep
@@ -307,7 +321,7 @@ def sent(c: ClassWriter, depth: int) -> Code:
     expr, n = decide(c, before), c.program.fresh()
     c.methods += [
         f"def g{n}(self, x):",
-        ["y = x", "d = yield x", "if d:", _body(c, depth), "else:", _body(c, depth), "yield x"],
+        ["y = x", "d = yield x", "if d:", body_of(c, depth), "else:", body_of(c, depth), "yield x"],
     ]
     return [*before, f"g = self.g{n}(x)", "next(g)", f"x = g.send({expr})", "g.close()"]
 
@@ -320,18 +334,18 @@ def _then(c: ClassWriter, code: Code, x: str = "x") -> Code:
     return [*code, f"x = {nonlinearity(c, x)}"] if c.program.chance(0.8) else code
 
 
-def _two(c: ClassWriter) -> tuple[str, str]:
+def two_layers(c: ClassWriter) -> tuple[str, str]:
     return c.layer(new=True), c.layer(new=True)
 
 
 @flat
 def conditional_module(c: ClassWriter, depth: int) -> Code:
     before: Code = []
-    a, b = _two(c)
-    return _then(c, [*_lines(c, before, f"x = T.call({a} if TEST else {b}, x)")])
+    a, b = two_layers(c)
+    return _then(c, [*lines_of(c, before, f"x = T.call({a} if TEST else {b}, x)")])
 
 
-def _lines(c: ClassWriter, before: Code, line: str) -> Code:
+def lines_of(c: ClassWriter, before: Code, line: str) -> Code:
     """A line with TEST or NUMBER in it, and what has to run before it."""
     if "TEST" in line:
         line = line.replace("TEST", truth(c, before))
@@ -342,18 +356,18 @@ def _lines(c: ClassWriter, before: Code, line: str) -> Code:
 
 @flat
 def conditional_number(c: ClassWriter, depth: int) -> Code:
-    code = _lines(c, [], f"h = T.keep(lambda t: t * (0.5 if TEST else 1.5), {layer(c)})")
+    code = lines_of(c, [], f"h = T.keep(lambda t: t * (0.5 if TEST else 1.5), {layer(c)})")
     return _then(c, code, "h")
 
 
 @flat
 def conditional_tensor(c: ClassWriter, depth: int) -> Code:
-    return _then(c, [f"h = {layer(c)}", *_lines(c, [], "h = h if TEST else y")], "h")
+    return _then(c, [f"h = {layer(c)}", *lines_of(c, [], "h = h if TEST else y")], "h")
 
 
 @flat
 def boolean_operator(c: ClassWriter, depth: int) -> Code:
-    method = _method(c)
+    method = method_of(c)
     form = c.program.pick(
         (
             f"h = (TEST) and {method}(x)",
@@ -362,36 +376,36 @@ def boolean_operator(c: ClassWriter, depth: int) -> Code:
             f"h = (lambda: {method}(x))() if TEST else None",
         )
     )
-    return [*_lines(c, [], form), "x = h if torch.is_tensor(h) else x"]
+    return [*lines_of(c, [], form), "x = h if torch.is_tensor(h) else x"]
 
 
 @flat
 def walrus(c: ClassWriter, depth: int) -> Code:
-    method = _method(c)
+    method = method_of(c)
     test = f"if (h := {method}(x) if TEST else None) is not None:"
-    return [*_lines(c, [], test), ["x = h"]]
+    return [*lines_of(c, [], test), ["x = h"]]
 
 
 @flat
 def comprehension(c: ClassWriter, depth: int) -> Code:
-    a, b = _two(c)
+    a, b = two_layers(c)
     line = f"ms = [m for i, m in enumerate(({a}, {b}, {a})) if i <= NUMBER]"
     inner: Code = ["x = T.call(m, x)", f"x = {nonlinearity(c)}"]
-    return [*_lines(c, [], line), "for m in ms:", inner]
+    return [*lines_of(c, [], line), "for m in ms:", inner]
 
 
 @flat
 def comprehension_of_maps(c: ClassWriter, depth: int) -> Code:
-    a, b = _two(c)
+    a, b = two_layers(c)
     act = sigma_callable(c)
     line = f"hs = [T.call({act}, T.call(m, x)) for m in ({a}, {b})[: NUMBER + 1]]"
-    return [*_lines(c, [], line), "x = hs[-1]"]
+    return [*lines_of(c, [], line), "x = hs[-1]"]
 
 
 @flat
 def index(c: ClassWriter, depth: int) -> Code:
-    a, b = _two(c)
-    return _then(c, _lines(c, [], f"x = T.call(({a}, {b}, {a})[NUMBER], x)"))
+    a, b = two_layers(c)
+    return _then(c, lines_of(c, [], f"x = T.call(({a}, {b}, {a})[NUMBER], x)"))
 
 
 @flat
@@ -401,16 +415,16 @@ def module_list(c: ClassWriter, depth: int) -> Code:
     act = nonlinearity(c)
     match c.program.rng.randrange(4):
         case 0:
-            return [*_lines(c, [], f"x = T.call({parts}[NUMBER % 2], x)"), f"x = {act}"]
+            return [*lines_of(c, [], f"x = T.call({parts}[NUMBER % 2], x)"), f"x = {act}"]
         case 1:
             line = f"for m in {parts}:" if kind == "Rotating" else f"for m in {parts}[:NUMBER]:"
-            return [*_lines(c, [], line), ["x = T.call(m, x)", f"x = {act}"]]
+            return [*lines_of(c, [], line), ["x = T.call(m, x)", f"x = {act}"]]
         case 2:
             line = f"for m in reversed({parts}) if TEST else {parts}:"
-            return [*_lines(c, [], line), ["x = T.call(m, x)", f"x = {act}"]]
+            return [*lines_of(c, [], line), ["x = T.call(m, x)", f"x = {act}"]]
         case _:
             line = f"m = list({parts})[-NUMBER % 2]"
-            return [*_lines(c, [], line), "x = T.call(m, x)", f"x = {act}"]
+            return [*lines_of(c, [], line), "x = T.call(m, x)", f"x = {act}"]
 
 
 @flat
@@ -425,18 +439,18 @@ def module_dict(c: ClassWriter, depth: int) -> Code:
             f"x = T.call({parts}[sorted({parts}, reverse=bool(NUMBER))[0]], x)",
         )
     )
-    return _then(c, _lines(c, [], line))
+    return _then(c, lines_of(c, [], line))
 
 
 @flat
 def plain_dict(c: ClassWriter, depth: int) -> Code:
-    a, b = _method(c), _method(c)
-    return _lines(c, [], f"x = {{0: {a}, 1: {b}}}.get(NUMBER, {a})(x)")
+    a, b = method_of(c), method_of(c)
+    return lines_of(c, [], f"x = {{0: {a}, 1: {b}}}.get(NUMBER, {a})(x)")
 
 
 @flat
 def getattr_name(c: ClassWriter, depth: int) -> Code:
-    a, b = (part.removeprefix("self.") for part in _two(c))
+    a, b = (part.removeprefix("self.") for part in two_layers(c))
     line = c.program.pick(
         (
             f"x = T.call(getattr(self, ('{a}', '{b}', '{a}')[NUMBER]), x)",
@@ -446,12 +460,12 @@ def getattr_name(c: ClassWriter, depth: int) -> Code:
             f"x = T.call(operator.attrgetter('{a}' if TEST else '{b}')(self), x)",
         )
     )
-    return _then(c, _lines(c, [], line))
+    return _then(c, lines_of(c, [], line))
 
 
 @flat
 def property_layer(c: ClassWriter, depth: int) -> Code:
-    a, b = _two(c)
+    a, b = two_layers(c)
     before: Code = []
     test, n = truth(c, before), c.program.fresh()
     # A property that raises AttributeError is looked up once more, by nn.Module's __getattr__.
@@ -479,7 +493,7 @@ def property_sigma(c: ClassWriter, depth: int) -> Code:
 
 @flat
 def descriptor_layer(c: ClassWriter, depth: int) -> Code:
-    a, b = (part.removeprefix("self.") for part in _two(c))
+    a, b = (part.removeprefix("self.") for part in two_layers(c))
     slot, n = c.program.slot(), c.program.fresh()
     c.fields.append(f"r{n} = Pick('{a}', '{b}')")
     c.program.prepare += [f"for m in of(model, {c.name}):", [f"m._second = bool(k[{slot}])"]]
@@ -488,7 +502,7 @@ def descriptor_layer(c: ClassWriter, depth: int) -> Code:
 
 @flat
 def operator_class(c: ClassWriter, depth: int) -> Code:
-    a, b = _two(c)
+    a, b = two_layers(c)
     act = sigma_callable(c)
     line = c.program.pick(
         (
@@ -499,7 +513,7 @@ def operator_class(c: ClassWriter, depth: int) -> Code:
             f"x = (-(Box(x, NUMBER) >> {a})).x",
         )
     )
-    return _lines(c, [], line)
+    return lines_of(c, [], line)
 
 
 @flat
@@ -516,7 +530,7 @@ def recursion(c: ClassWriter, depth: int) -> Code:
             f"return self.s{n}(x, d - 1)",
         ],
     ]
-    return _lines(c, [], f"x = self.s{n}(x, NUMBER)")
+    return lines_of(c, [], f"x = self.s{n}(x, NUMBER)")
 
 
 @flat
@@ -529,36 +543,36 @@ def partials(c: ClassWriter, depth: int) -> Code:
             "act = partial(F.gelu, approximate='tanh' if TEST else 'none')",
         )
     )
-    return [f"h = {layer(c)}", *_lines(c, [], line), "x = T.call(act, h)"]
+    return [f"h = {layer(c)}", *lines_of(c, [], line), "x = T.call(act, h)"]
 
 
 @flat
 def reduced(c: ClassWriter, depth: int) -> Code:
-    a, b = _two(c)
+    a, b = two_layers(c)
     act = sigma_callable(c)
     parts = f"({a}, {act}, {b}, {act})[: 2 * (NUMBER)]"
-    return _lines(c, [], f"x = reduce(lambda x, m: T.call(m, x), {parts}, x)")
+    return lines_of(c, [], f"x = reduce(lambda x, m: T.call(m, x), {parts}, x)")
 
 
 @flat
 def mapped(c: ClassWriter, depth: int) -> Code:
-    a, b = _two(c)
+    a, b = two_layers(c)
     act = sigma_callable(c)
     line = f"hs = list(map(lambda m: T.call({act}, T.call(m, x)), ({a}, {b})[: 1 + NUMBER]))"
     last = "x = T.keep(lambda a, b: a + b, hs[0], hs[-1])"
-    return [*_lines(c, [], line), last]
+    return [*lines_of(c, [], line), last]
 
 
 @flat
 def filtered(c: ClassWriter, depth: int) -> Code:
-    a, b = _two(c)
+    a, b = two_layers(c)
     line = f"for m in filter(lambda m: (m is {a}) == (TEST), ({a}, {b})):"
-    return [*_lines(c, [], line), ["x = T.call(m, x)", f"x = {nonlinearity(c)}"]]
+    return [*lines_of(c, [], line), ["x = T.call(m, x)", f"x = {nonlinearity(c)}"]]
 
 
 @flat
 def sorted_key(c: ClassWriter, depth: int) -> Code:
-    a, b = _two(c)
+    a, b = two_layers(c)
     line = c.program.pick(
         (
             f"order = sorted(({a}, {b}), key=lambda m: (m is {a}) == bool(v))",
@@ -570,7 +584,7 @@ def sorted_key(c: ClassWriter, depth: int) -> Code:
         )
     )
     inner: Code = ["x = T.call(m, x)", f"x = {nonlinearity(c)}"]
-    return [*_lines(c, [], "v = NUMBER"), line, "for m in order:", inner]
+    return [*lines_of(c, [], "v = NUMBER"), line, "for m in order:", inner]
 
 
 @flat
@@ -579,17 +593,17 @@ def mangled_methods(c: ClassWriter, depth: int) -> Code:
     for letter in "ab":
         inner: Code = ["y = x", f"x = {layer(c)}", f"x = {nonlinearity(c)}", "return x"]
         c.methods += [f"def __{letter}{n}(self, x):", inner]
-    return _lines(c, [], f"x = self.__a{n}(x) if TEST else self.__b{n}(x)")
+    return lines_of(c, [], f"x = self.__a{n}(x) if TEST else self.__b{n}(x)")
 
 
 @flat
 def static_methods(c: ClassWriter, depth: int) -> Code:
     n = c.program.fresh()
-    a, b = _two(c)
+    a, b = two_layers(c)
     c.methods += ["@staticmethod", f"def s{n}(v, a, b):", ["return b if v else a"]]
     c.methods += ["@classmethod", f"def t{n}(cls, v, a, b):", [f"return cls.s{n}(v, a, b)"]]
     which = c.program.pick(("self.s", "self.t", f"{c.name}.s", "type(self).t"))
-    return _then(c, _lines(c, [], f"x = T.call({which}{n}(NUMBER, {a}, {b}), x)"))
+    return _then(c, lines_of(c, [], f"x = T.call({which}{n}(NUMBER, {a}, {b}), x)"))
 
 
 @flat
@@ -600,7 +614,7 @@ def super_method(c: ClassWriter, depth: int) -> Code:
     base.body += [Unit([f"x = {layer(base)}", f"x = {nonlinearity(base)}"])]
     derived = ClassWriter(program, f"Derived{n}")
     line = f"x = super().forward(x) if TEST else {layer(derived)}"
-    derived.body += [*_lines(derived, [], line), f"x = {nonlinearity(derived)}"]
+    derived.body += [*lines_of(derived, [], line), f"x = {nonlinearity(derived)}"]
     head, inner = derived.code()
     program.top += [*base.code(), str(head).replace("nn.Module", base.name), inner]
     return [f"x = T.call({c.part(f'Derived{n}()')}, x)"]
@@ -608,7 +622,7 @@ def super_method(c: ClassWriter, depth: int) -> Code:
 
 @flat
 def closures(c: ClassWriter, depth: int) -> Code:
-    a, b = _two(c)
+    a, b = two_layers(c)
     act = nonlinearity(c, "h")
     line = c.program.pick(
         (
@@ -617,12 +631,12 @@ def closures(c: ClassWriter, depth: int) -> Code:
             f"f = partial(lambda m, x: T.call(m, x), {a} if TEST else {b})\nh = f(x)",
         )
     )
-    return [*_lines(c, [], line), f"x = {act}"]
+    return [*lines_of(c, [], line), f"x = {act}"]
 
 
 @flat
 def executed(c: ClassWriter, depth: int) -> Code:
-    a, b = _two(c)
+    a, b = two_layers(c)
     act = sigma_callable(c)
     code = f"x = T.call({act}, T.call({a} if v else {b}, x))"
     if c.program.chance(0.5):
@@ -631,12 +645,12 @@ def executed(c: ClassWriter, depth: int) -> Code:
     else:
         inner = code.removeprefix("x = ")
         line = f"x = eval(T.source({inner!r}).strip(), globals(), dict(self=self, x=x, v=v))"
-    return [*_lines(c, [], "v = NUMBER"), line]
+    return [*lines_of(c, [], "v = NUMBER"), line]
 
 
 @flat
 def helper_function(c: ClassWriter, depth: int) -> Code:
-    a, b = _two(c)
+    a, b = two_layers(c)
     act = sigma_callable(c)
     before: Code = []
     n = c.program.fresh()
@@ -675,19 +689,19 @@ def skipped_submodule(c: ClassWriter, depth: int) -> Code:
         return conditional_module(c, depth)
     part = c.part(f"{c.program.pick(c.blocks)}()")
     how = c.program.pick(("T.call", "T.forward"))
-    return [*_lines(c, [], "if TEST:"), [f"x = {how}({part}, x)"]]
+    return [*lines_of(c, [], "if TEST:"), [f"x = {how}({part}, x)"]]
 
 
 @flat
 def by_forward(c: ClassWriter, depth: int) -> Code:
-    a, b = _two(c)
-    return _then(c, _lines(c, [], f"x = T.forward({a} if TEST else {b}, x)"))
+    a, b = two_layers(c)
+    return _then(c, lines_of(c, [], f"x = T.forward({a} if TEST else {b}, x)"))
 
 
 @flat
 def forward_of_sigma(c: ClassWriter, depth: int) -> Code:
     act = c.part("nn.ReLU()")
-    return [f"h = {layer(c)}", *_lines(c, [], f"x = T.forward({act}, h) if TEST else h")]
+    return [f"h = {layer(c)}", *lines_of(c, [], f"x = T.forward({act}, h) if TEST else h")]
 
 
 @flat
@@ -696,13 +710,13 @@ def sigma_choice(c: ClassWriter, depth: int) -> Code:
     line = c.program.pick(
         (f"x = T.call({a} if TEST else {b}, h)", f"x = T.call([{a}, {b}, {a}][NUMBER], h)")
     )
-    return [f"h = {layer(c)}", *_lines(c, [], line)]
+    return [f"h = {layer(c)}", *lines_of(c, [], line)]
 
 
 @flat
 def sigma_or_none(c: ClassWriter, depth: int) -> Code:
     line = f"x = T.call({sigma_callable(c)}, x) if TEST else x"
-    return [f"x = {layer(c)}", *_lines(c, [], line)]
+    return [f"x = {layer(c)}", *lines_of(c, [], line)]
 
 
 @flat
@@ -714,7 +728,7 @@ def inplace_flag(c: ClassWriter, depth: int) -> Code:
         if act in line
         else "x = T.sig('relu', lambda t: F.relu(t, inplace=flag_), h)"
     )
-    return [f"h = {layer(c)}", *_lines(c, [], line.replace("TEST", "bool(TEST)")), call]
+    return [f"h = {layer(c)}", *lines_of(c, [], line.replace("TEST", "bool(TEST)")), call]
 
 
 @flat
@@ -737,7 +751,7 @@ def rebound_attribute(c: ClassWriter, depth: int) -> Code:
 @flat
 def rebound_method(c: ClassWriter, depth: int) -> Code:
     slot = c.program.slot()
-    a, b, d = _method(c, kind="name"), _method(c, kind="name"), c.program.fresh()
+    a, b, d = method_of(c, kind="name"), method_of(c, kind="name"), c.program.fresh()
     c.fields.append(f"step{d} = None")
     line = f"{c.name}.step{d} = ({c.name}.{a}, {c.name}.{b}, {c.name}.{a})[k[{slot}]]"
     c.program.prepare.append(line)
@@ -765,11 +779,11 @@ def rebound_forward(c: ClassWriter, depth: int) -> Code:
 @flat
 def shared_order(c: ClassWriter, depth: int) -> Code:
     """Two layers, one after the other, in one order or the other."""
-    a, b = _two(c)
+    a, b = two_layers(c)
     line = f"m, n = ({a}, {b}) if TEST else ({b}, {a})"
     first, second = nonlinearity(c), nonlinearity(c)
     return [
-        *_lines(c, [], line),
+        *lines_of(c, [], line),
         "x = T.call(m, x)",
         f"x = {first}",
         "x = T.call(n, x)",
@@ -780,7 +794,7 @@ def shared_order(c: ClassWriter, depth: int) -> Code:
 @flat
 def tensors_by_index(c: ClassWriter, depth: int) -> Code:
     """Which of several layers' results goes on, by a number."""
-    a, b = _two(c)
+    a, b = two_layers(c)
     line = c.program.pick(
         (
             "h = (p, q, p)[NUMBER]",
@@ -795,9 +809,9 @@ def tensors_by_index(c: ClassWriter, depth: int) -> Code:
     )
     line = line.replace("*((p, q) if TEST else (q, p))", "p if v else q, q if v else p")
     return [
-        *_lines(c, [], "v = TEST"),
+        *lines_of(c, [], "v = TEST"),
         f"p, q = T.call({a}, x), T.call({b}, x)",
-        *_lines(c, [], line),
+        *lines_of(c, [], line),
         f"x = {nonlinearity(c, 'h')}",
     ]
 
@@ -806,7 +820,7 @@ def tensors_by_index(c: ClassWriter, depth: int) -> Code:
 def first_operand(c: ClassWriter, depth: int) -> Code:
     """Whose map a residual sum is, by a decision."""
     line = "h = T.keep(lambda a, b: a + b, h, x) if TEST else T.keep(lambda a, b: a + b, x, h)"
-    return [f"h = {layer(c)}", *_lines(c, [], line), f"x = {nonlinearity(c, 'h')}"]
+    return [f"h = {layer(c)}", *lines_of(c, [], line), f"x = {nonlinearity(c, 'h')}"]
 
 
 @flat
@@ -845,7 +859,7 @@ def filters_by_number(c: ClassWriter, depth: int) -> Code:
     if c.program.family == "vec":
         form = c.program.pick((form, "T.view(lambda t: t.view(-1, *((2, 3) if v else (3, 2))), h)"))
     return [
-        *_lines(c, [], "v = NUMBER"),
+        *lines_of(c, [], "v = NUMBER"),
         f"h = {layer(c)}",
         f"h = {form}",
         f"h = {nonlinearity(c, 'h', fresh=False)}",
@@ -858,9 +872,9 @@ def weights_by_number(c: ClassWriter, depth: int) -> Code:
     """Weights used by a function, picked by a number."""
     if c.program.family == "img":
         return tensors_by_index(c, depth)
-    a, b = _two(c)
+    a, b = two_layers(c)
     return [
-        *_lines(c, [], f"m = ({a}, {b}, {a})[NUMBER]"),
+        *lines_of(c, [], f"m = ({a}, {b}, {a})[NUMBER]"),
         "h = T.weigh(m, -1, lambda t: F.linear(t, m.weight, m.bias), x)",
         f"x = {nonlinearity(c, 'h')}",
     ]
@@ -883,7 +897,7 @@ def numbers(c: ClassWriter, depth: int) -> Code:
         )
     )
     return [
-        *_lines(c, [], "v = NUMBER"),
+        *lines_of(c, [], "v = NUMBER"),
         f"h = {layer(c)}",
         line,
         f"h = {nonlinearity(c, 'h', fresh=False)}",
@@ -896,28 +910,28 @@ def repeated(c: ClassWriter, depth: int) -> Code:
     """The same layer some times: calls."""
     part = c.layer()
     inner: Code = [f"x = T.call({part}, x)", f"x = {nonlinearity(c)}"]
-    return [*_lines(c, [], "for _ in range(1 + NUMBER):"), inner]
+    return [*lines_of(c, [], "for _ in range(1 + NUMBER):"), inner]
 
 
 @flat
 def checkpointed(c: ClassWriter, depth: int) -> Code:
-    method = _method(c)
+    method = method_of(c)
     line = f"x = checkpoint({method}, x, use_reentrant=False) if TEST else {method}(x)"
-    return _lines(c, [], line)
+    return lines_of(c, [], line)
 
 
 @flat
 def no_grad_part(c: ClassWriter, depth: int) -> Code:
-    method = _method(c)
+    method = method_of(c)
     line = "with torch.no_grad() if TEST else contextlib.nullcontext():"
-    return [*_lines(c, [], line), [f"h = {method}(x)"], "x = T.keep(lambda a, b: a + b, x, h)"]
+    return [*lines_of(c, [], line), [f"h = {method}(x)"], "x = T.keep(lambda a, b: a + b, x, h)"]
 
 
 @flat
 def remembered_route(c: ClassWriter, depth: int) -> Code:
     """What this pass computed decides the next one's way."""
     n = c.program.fresh()
-    a, b = _two(c)
+    a, b = two_layers(c)
     c.init.append(f"self.route{n} = 0")
     return [
         f"x = T.call(({a}, {b})[self.route{n}], x)",
@@ -929,7 +943,7 @@ def remembered_route(c: ClassWriter, depth: int) -> Code:
 @flat
 def experts(c: ClassWriter, depth: int) -> Code:
     """Rows go to one of two layers by their data; either may get none."""
-    a, b = _two(c)
+    a, b = two_layers(c)
     return [
         "route = (x.detach().flatten(1).sum(1) > 0).long().tolist()",
         "h = T.keep(lambda t: t.clone(), x)",
@@ -949,8 +963,8 @@ def experts(c: ClassWriter, depth: int) -> Code:
 
 @flat
 def early_exit(c: ClassWriter, depth: int) -> Code:
-    method = _method(c)
-    return [*_lines(c, [], "if not (TEST):"), [f"x = {method}(x)"], f"x = {layer(c)}"]
+    method = method_of(c)
+    return [*lines_of(c, [], "if not (TEST):"), [f"x = {method}(x)"], f"x = {layer(c)}"]
 
 
 @flat
@@ -962,7 +976,7 @@ def tensor_dispatch(c: ClassWriter, depth: int) -> Code:
             "act = {0: nn.GELU, 1: nn.ReLU, 2: nn.SiLU}[NUMBER]()",
         )
     )
-    return [f"h = {layer(c)}", *_lines(c, [], line), "x = T.call(act, h)"]
+    return [f"h = {layer(c)}", *lines_of(c, [], line), "x = T.call(act, h)"]
 
 
 @flat
@@ -974,7 +988,7 @@ def reentrant(c: ClassWriter, depth: int) -> Code:
     c.init.append(f"self.deep{n} = 0")
     return [
         f"self.deep{n} += 1",
-        *_lines(c, [], f"if self.deep{n} < 3 and self.deep{n} <= NUMBER:"),
+        *lines_of(c, [], f"if self.deep{n} < 3 and self.deep{n} <= NUMBER:"),
         ["x = T.call(self, x)"],
         f"self.deep{n} -= 1",
     ]
@@ -983,7 +997,7 @@ def reentrant(c: ClassWriter, depth: int) -> Code:
 @flat
 def swapped_parts(c: ClassWriter, depth: int) -> Code:
     """Two parts that change their names between passes."""
-    a, b = _two(c)
+    a, b = two_layers(c)
     slot = c.program.slot()
     inner = f"{a.replace('self', 'm')}, {b.replace('self', 'm')}"
     other = f"{b.replace('self', 'm')}, {a.replace('self', 'm')}"
@@ -1017,7 +1031,7 @@ def dropout_flag(c: ClassWriter, depth: int) -> Code:
     """What comes back is a copy in one pass and the very tensor in another."""
     drop = c.part(c.program.pick(("nn.Dropout(0.3)", "nn.Dropout(0.0)", "nn.Identity()")))
     return [
-        *_lines(c, [], f"{drop}.train(bool(TEST))"),
+        *lines_of(c, [], f"{drop}.train(bool(TEST))"),
         f"h = {layer(c)}",
         f"p = T.call({drop}, h)",
         f"x = {nonlinearity(c, 'p', fresh=False)}",
@@ -1039,7 +1053,7 @@ def aliased(c: ClassWriter, depth: int) -> Code:
     act = c.program.pick(("T.sig('relu', lambda t: t.relu_(), p)", "T.call(ACT, p)"))
     act = act.replace("ACT", c.part("nn.ReLU(inplace=True)")) if "ACT" in act else act
     return [
-        *_lines(c, [], "v = TEST"),
+        *lines_of(c, [], "v = TEST"),
         f"h = {layer(c)}",
         line,
         f"p = {act}",
@@ -1049,9 +1063,9 @@ def aliased(c: ClassWriter, depth: int) -> Code:
 
 @flat
 def autocast_part(c: ClassWriter, depth: int) -> Code:
-    method = _method(c)
+    method = method_of(c)
     line = "with torch.autocast('cpu', torch.bfloat16, enabled=bool(TEST)):"
-    return [*_lines(c, [], line), [f"x = {method}(x)"], "x = T.keep(lambda t: t.float(), x)"]
+    return [*lines_of(c, [], line), [f"x = {method}(x)"], "x = T.keep(lambda t: t.float(), x)"]
 
 
 @flat
@@ -1070,7 +1084,7 @@ def hook_in_forward(c: ClassWriter, depth: int) -> Code:
     )
     return [
         "handle = None",
-        *_lines(c, [], "if TEST:"),
+        *lines_of(c, [], "if TEST:"),
         [f"handle = {hook}"],
         f"x = T.call({made}, x)",
         "if handle is not None: handle.remove()",
@@ -1086,16 +1100,16 @@ def stacked_weights(c: ClassWriter, depth: int) -> Code:
     n = c.program.fresh()
     c.init.append(f"self.w{n} = nn.Parameter(torch.randn(3, 6, 6) * 0.3)")
     line = f"h = T.vague(lambda t: F.linear(t, self.w{n}[NUMBER]), x)"
-    return [*_lines(c, [], line), f"x = {nonlinearity(c, 'h')}"]
+    return [*lines_of(c, [], line), f"x = {nonlinearity(c, 'h')}"]
 
 
 @flat
 def tied(c: ClassWriter, depth: int) -> Code:
     """One layer under two names."""
-    a, b = _two(c)
+    a, b = two_layers(c)
     n = c.program.fresh()
     c.init.append(f"self.tied{n} = {a}")
-    return _then(c, _lines(c, [], f"x = T.call(self.tied{n} if TEST else {b}, x)"))
+    return _then(c, lines_of(c, [], f"x = T.call(self.tied{n} if TEST else {b}, x)"))
 
 
 @flat
@@ -1113,7 +1127,7 @@ def dynamic_module(c: ClassWriter, depth: int) -> Code:
     """A part whose class looks up attributes itself."""
     program, n, slot = c.program, c.program.fresh(), c.program.slot()
     part = ClassWriter(program, f"Looked{n}")
-    a, b = (p.removeprefix("self.") for p in _two(part))
+    a, b = (p.removeprefix("self.") for p in two_layers(part))
     part.methods += [
         "def __getattr__(self, name):",
         [
@@ -1133,7 +1147,7 @@ def passed_arguments(c: ClassWriter, depth: int) -> Code:
     """What a part does is told by what it is given."""
     program, n = c.program, c.program.fresh()
     part = ClassWriter(program, f"Given{n}")
-    a, b = _two(part)
+    a, b = two_layers(part)
     act = nonlinearity(part)
     before: Code = []
     expr = decide(c, before)
@@ -1171,7 +1185,7 @@ def passed_arguments(c: ClassWriter, depth: int) -> Code:
 def several_results(c: ClassWriter, depth: int) -> Code:
     """A method that gives a tuple, a dict or None, as it likes."""
     n = c.program.fresh()
-    a, b = _two(c)
+    a, b = two_layers(c)
     before: Code = []
     expr = decide(c, before)
     c.methods += [

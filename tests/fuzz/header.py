@@ -15,7 +15,7 @@ import random
 import threading
 import types
 import weakref
-from collections import defaultdict, deque
+from collections import ChainMap, OrderedDict, UserDict, UserList, defaultdict, deque, namedtuple
 from dataclasses import dataclass
 from functools import partial, reduce
 from types import SimpleNamespace
@@ -266,6 +266,29 @@ class RootMeanSquare(nn.Module):
 
     def forward(self, x):
         return x * x.pow(2).mean(-1, keepdim=True).add(0.1).rsqrt() * self.weight
+
+
+class Stored:
+    pass
+
+
+Pair = namedtuple('Pair', 'p q')
+KEPT = {}
+LOCAL = threading.local()
+VARIABLE = contextvars.ContextVar('VARIABLE', default=None)
+
+
+def elsewhere(f):
+    found = []
+
+    def run():
+        with torch.no_grad():
+            found.append(f())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 def twice(f):

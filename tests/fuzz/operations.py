@@ -39,6 +39,13 @@ _FUNCTIONS = (
     ("sigmoid", "torch.special.expit({})"),
     ("relu", "getattr(torch, 'relu')({})"),
     ("relu", "torch.Tensor.relu({})"),
+    ("clamp", "{}.clamp(min=0)"),
+    ("clamp", "torch.clamp({}, 0, None)"),
+    ("maximum", "torch.maximum({}, torch.zeros_like({}))"),
+    ("maximum", "torch.maximum({}, 0.1 * {})"),
+    ("where", "torch.where({} > 0, {}, 0.1 * {})"),
+    ("mul", "{} * ({} > 0)"),
+    ("masked_fill", "{}.masked_fill({} < 0, 0)"),
 )
 _IN_PLACE = (
     ("relu", "F.relu({}, inplace=True)"),
@@ -56,6 +63,8 @@ _IN_PLACE = (
     ("selu", "F.selu({}, inplace=True)"),
     ("relu", "torch.ops.aten.relu_({})"),
     ("mish", "F.mish({}, inplace=True)"),
+    ("clamp", "{}.clamp_(min=0)"),
+    ("clamp_min", "torch.clamp_min_({}, 0)"),
 )
 _MODULES = (
     "nn.ReLU()",
@@ -81,7 +90,7 @@ def sigma(c: ClassWriter, operand: str, fresh: bool = True) -> str:
     """σ of an expression, as a function or method; in place where `operand` is nobody else's."""
     in_place = fresh and c.program.chance(0.35 if c.program.in_place else 0.15)
     name, form = c.program.pick(_IN_PLACE if in_place else _FUNCTIONS)
-    return f"T.sig('{name}', lambda t: {form.format('t')}, {operand})"
+    return f"T.sig('{name}', lambda t: {form.replace('{}', 't')}, {operand})"
 
 
 def sigma_module(c: ClassWriter) -> str:
@@ -570,6 +579,40 @@ def _writes(c: ClassWriter) -> Code:
             [f"x.narrow({dim}, 0, 2).mul_(0.5)"],
             ["x.data.mul_(0.9)"],
             ["x.masked_fill_(x > 2, 0.0)"],
+            ["x[x > 2] = 0.0"],
+            ["x.index_fill_(0, torch.tensor([0]), 0.5)"],
+            ["x = T.keep(lambda t: torch.mul(t, 0.5, out=t), x)"],
+            ["x.data = x.data * 0.5"],
+            ["x.data = x.data.clone()"],
+            ["torch._foreach_mul_([x], 0.9)"],
+            ["np.multiply(x.detach().numpy(), 0.5, out=x.detach().numpy())"],
+            [
+                f"h = {layer(c)}",
+                "h = T.view(lambda t: t.transpose_(0, 1), h)",
+                f"h = {nonlinearity(c, 'h')}",
+                "x = T.view(lambda t: t.transpose(0, 1), h)",
+            ],
+            [
+                f"h = {layer(c)}",
+                f"p, q = T.view(lambda t: t.chunk(2, {dim}), h)",
+                "T.sig('relu', lambda t: t.relu_(), p)",
+                "T.note(h)",
+                "x = T.vague(lambda a: a * 1.0, h)",
+            ],
+            [
+                f"h = {layer(c)}",
+                "h = T.vague(lambda t: t.resize_(t.shape), h)",
+                "T.sig('tanh', lambda t: t.tanh_(), h)",
+                "x = h",
+                "h = None",
+            ],
+            [
+                f"h = {layer(c)}",
+                "p = T.view(lambda t: t.view_as(t), h)",
+                "T.sig('relu', lambda t: t.relu_(), p)",
+                "T.note(h)",
+                "x = T.vague(lambda a: a * 1.0, h)",
+            ],
         )
     )
 

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import tests.fuzz.elsewhere  # noqa: F401  (more constructs)
 from tests.fuzz.constructs import construct, statements
 from tests.fuzz.header import HEADER
 from tests.fuzz.operations import layer, nonlinearity
@@ -91,9 +92,13 @@ def write(seed: int) -> Program:
         net.body += [Unit([f"x = {layer(net)}", f"x = {nonlinearity(net)}"])]
     classes += net.code()
     prepare: Code = ["def prepare(model, k):", separate(program.prepare)]
-    code: Code = [HEADER, *program.top, *classes, *prepare, "def build():", ["return Net()"]]
+    header = HEADER
+    if rng.random() < 0.15:  # what a forward catches need not be an `Exception`
+        header = header.replace("class Odd(Exception)", "class Odd(BaseException)")
+    code: Code = [header, *program.top, *classes, *prepare, "def build():", ["return Net()"]]
     passes = _passes(rng, program.slots, net.arguments)
-    return Program(seed, family, code, passes, _options(rng), program.drawn)
+    found = Program(seed, family, code, passes, _options(rng), program.drawn)
+    return found.without_grad() if "edit" in found.options else found
 
 
 def _options(rng: random.Random) -> dict[str, Any]:
@@ -108,6 +113,8 @@ def _options(rng: random.Random) -> dict[str, Any]:
             {"every": 2},
             {"detach": False},
             {"gradients": True},
+            {"edit": (rng.randrange(100), rng.choice(("preactivation", "activation")), 0.5)},
+            {"edit": (rng.randrange(100), rng.choice(("preactivation", "activation")), 0.0)},
             {"kinds": ("response", "preactivation", "activation")},
             {"kinds": ("input", "preactivation", "activation", "output")},
         )

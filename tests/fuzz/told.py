@@ -12,7 +12,7 @@ import functools
 import operator
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -130,6 +130,29 @@ class Response:
     inside: tuple[str, ...]
 
 
+# Functions that are a nonlinearity in some calls, and none of a number or of one for each filter.
+_SOMETIMES = frozenset({"clamp", "clamp_min", "maximum", "where", "mul", "masked_fill"})
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What becomes of the preactivations or activations of a layer, or of one filter in it."""
+
+    layer: str
+    kind: str
+    factor: float
+    filter: int | None
+
+    def of(self, site_kind: str, tag: Tag, shadow: Tensor | None, value: Tensor) -> Tensor | None:
+        """The tensor that goes on instead; None: the same."""
+        if tag.owner is None or (tag.owner.name, site_kind) != (self.layer, self.kind):
+            return None
+        if self.filter is None:
+            return value * self.factor
+        assert shadow is not None
+        return torch.where(shadow == self.filter, torch.zeros_like(value), value)
+
+
 @dataclass
 class Told:
     """Keeps what one pass tells. A pass begins with `begin`."""
@@ -137,6 +160,7 @@ class Told:
     sites: list[Site] = field(default_factory=list)
     responses: list[Response] = field(default_factory=list)
     told: bool = False  # whether what runs now belongs to a pass
+    edit: Edit | None = None
 
     def begin(self, model: nn.Module) -> None:
         """A pass of a model begins."""
@@ -256,11 +280,13 @@ class Told:
         module: nn.Module | None = None,
     ) -> Tensor:
         tag = self._of(z) or Tag(None)
+        if sigma in _SOMETIMES and z.dim() < 2 and tag.owner is None:
+            return function(z)  # type: ignore[no-any-return]  # of a statistic
         before = z.detach().clone()
         z_grad = _gradient(z)
         told, self.told = self.told, False
         try:
-            a: Tensor = function(z)
+            a = self._edited(function, z, tag) if self.edit is not None else function(z)
         finally:
             self.told = told
         shadow = tag.shadow
@@ -282,6 +308,27 @@ class Told:
         self.sites.append(site)
         self._put(a, Tag(None))
         return a
+
+    def _edited(self, function: Any, z: Tensor, tag: Tag) -> Tensor:
+        """σ between the edits; what it does in place, it does to `z`."""
+        assert self.edit is not None
+        before = self.edit.of("preactivation", tag, tag.shadow, z)
+        given = z if before is None else before
+        a: Tensor = function(given)
+        in_place = a is given
+        shadow = tag.shadow
+        if shadow is not None and a.shape != shadow.shape:
+            shadow = shadow[tuple(slice(n) for n in a.shape)]
+        after = self.edit.of("activation", tag, shadow, a)
+        a = a if after is None else after
+        return z.copy_(a) if in_place and a is not z else a
+
+    def aside(self, function: Any, x: Tensor) -> Tensor:
+        """Runs in another thread, which is not captured."""
+        out: Tensor = function(x)
+        if self.told:
+            self._put(out, self._doubted(x))
+        return out
 
     def _layer(self, module: nn.Module, function: Callable[[], Any], axis: int) -> Any:
         self._stack.append(module)
@@ -331,6 +378,8 @@ class Told:
         out = function(x)
         if not self.told or tag is None:
             return out
+        if tag.shadow is not None:  # which a method may change in place
+            tag = replace(tag, shadow=tag.shadow.view_as(tag.shadow))
         if trust == LOOSE and tag.owner is not None:
             tag.owner.maybe = True
         weaker = max(tag.trust, trust, key=_TRUST.index)

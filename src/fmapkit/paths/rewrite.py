@@ -234,30 +234,28 @@ class Rewriter(ast.NodeTransformer):
         return node
 
     def visit_comprehension(self, node: ast.comprehension) -> ast.AST:
+        """What a condition leaves out is marked, and so is each element: that makes each turn."""
         self.generic_visit(node)
-        node.ifs = [self._passed(test) for test in node.ifs]
+        node.ifs = [self._or_marked(test) for test in node.ifs]
         return node
 
-    def _passed(self, test: ast.expr) -> ast.expr:
-        """The same condition, with a mark where it holds."""
-        holds = self._marked(ast.copy_location(ast.Constant(True), test))
-        return ast.copy_location(ast.BoolOp(ast.And(), [test, holds]), test)
+    def _or_marked(self, test: ast.expr) -> ast.expr:
+        """The same condition, with a mark where it does not hold."""
+        return ast.copy_location(ast.BoolOp(ast.Or(), [test, self._marking(test)]), test)
 
     def _elements(self, node: Any) -> Any:
         before, self._quick = self._quick, False
         self.generic_visit(node)
-        node.elt = self._marked(node.elt)
+        for outer in node.generators[:-1]:  # whose turn may have no element
+            none = ast.copy_location(ast.Constant(None), outer.target)
+            marked = ast.Compare(self._marking(outer.target), [ast.Is()], [none])
+            outer.ifs.insert(0, ast.copy_location(marked, outer.target))
+        of = "key" if isinstance(node, ast.DictComp) else "elt"
+        setattr(node, of, self._marked(getattr(node, of)))
         self._quick = before
         return node
 
-    visit_ListComp = visit_SetComp = visit_GeneratorExp = _elements  # noqa: N815
-
-    def visit_DictComp(self, node: ast.DictComp) -> ast.AST:
-        before, self._quick = self._quick, False
-        self.generic_visit(node)
-        node.key = self._marked(node.key)
-        self._quick = before
-        return node
+    visit_ListComp = visit_SetComp = visit_GeneratorExp = visit_DictComp = _elements  # noqa: N815
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         function = node.func

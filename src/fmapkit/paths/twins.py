@@ -71,6 +71,8 @@ _twins: dict[tuple[_Code, frozenset[str], frozenset[str]], Twin | None] = {}
 _made: dict[_Code, Twin] = {}  # by the code of the twin
 # By file: places of calls at which some capture has set a tap. It may do so again.
 _tapped: dict[str, frozenset[str]] = {}
+# By function: how many captures want its twin, its own code, and the twin's fixed attributes. (What
+# is known of a twin by its code is no answer to that: twins with others may have equal code.)
 _set: weakref.WeakKeyDictionary[types.FunctionType, list[Any]] = weakref.WeakKeyDictionary()
 
 
@@ -168,23 +170,23 @@ class Twins:
 
     def exchange(self, function: types.FunctionType) -> bool:
         """Have a function run its twin; False if it has none."""
-        if function in self._mine:
+        if function in self._mine and is_twin(function.__code__):
             return True
         with _lock:
             known = _set.get(function)
-            original = function.__code__ if known is None else known[1]
+            original = _own_code(function)
             twin = twin_of(original, function.__globals__, self._fixed)
-            if known is not None and twin is not None and function.__code__ is not twin.code:
-                twin = self._agreed(function, twin)
             if twin is None or twin.code.co_freevars != original.co_freevars:
                 return False
-            if known is None:
-                known = _set[function] = [0, original]
-                function.__code__ = twin.code
-            elif function.__code__ is not twin.code:
-                return False  # somebody has given it other code meanwhile
-            known[0] += 1
-            _lend(function.__globals__)
+            ours = is_twin(function.__code__)
+            if ours and known is not None and known[2] != twin.fixed:
+                return False  # another capture has set a twin that asks for other things
+            if known is None or not ours:
+                known = _set[function] = [0 if known is None else known[0], original, twin.fixed]
+            function.__code__ = twin.code
+            if function not in self._mine:
+                known[0] += 1
+                _lend(function.__globals__)
         self._mine[function] = function.__code__
         for space, name, what in twin.watched:
             self.watched.setdefault((id(space), name), (space, name, what))
@@ -218,20 +220,12 @@ class Twins:
         for function, twin, original in resting:
             with _lock:
                 if function not in _set and function.__code__ is original:
-                    _set[function] = [1, original]
+                    _set[function] = [1, original, _made[known_as(twin)].fixed]
                     function.__code__ = twin
                     _lend(function.__globals__)
                     self._mine[function] = twin
                     continue
             self.exchange(function)
-
-    def _agreed(self, function: types.FunctionType, twin: Twin) -> Twin | None:
-        """Another capture has set a twin: one that taps more may take its place."""
-        theirs = _made.get(known_as(function.__code__))
-        if theirs is None or theirs.fixed != twin.fixed:
-            return twin
-        function.__code__ = twin.code
-        return twin
 
     def tap(self, sites: Iterable[str]) -> None:
         """Have calls at some places ask for a tap (see `recorders.tapped`)."""
@@ -245,13 +239,13 @@ class Twins:
         with _lock:
             for file, places in added.items():
                 _tapped[file] = _tapped.get(file, frozenset()) | places
-            for function in self._mine:
-                original = _set[function][1]
-                if original.co_filename in added:
-                    twin = twin_of(original, function.__globals__, self._fixed)
-                    theirs = _made.get(known_as(function.__code__))
-                    if twin is not None and theirs is not None and theirs.fixed == twin.fixed:
-                        function.__code__ = self._mine[function] = twin.code
+            for function, (_, original, fixed) in list(_set.items()):  # other captures' ones, too
+                if original.co_filename in added and is_twin(function.__code__):
+                    twin = twin_of(_own_code(function), function.__globals__, _always(fixed))
+                    if twin is not None:
+                        function.__code__ = twin.code
+                        if function in self._mine:
+                            self._mine[function] = twin.code
 
     def exchange_all(self, codes: Sequence[tuple[types.CodeType, dict[str, Any]]]) -> None:
         """The same for whatever functions there are that run some code.
@@ -295,11 +289,26 @@ class Twins:
                 known[0] -= 1
                 _take_back(function.__globals__)
                 if not known[0]:
+                    function.__code__ = _own_code(function)
                     del _set[function]
-                    if known_as(function.__code__) in _made:
-                        function.__code__ = known[1]
         self._mine.clear()
         self.watched.clear()
+
+
+def _always(fixed: frozenset[str]) -> Fixed:
+    return lambda code: fixed
+
+
+def _own_code(function: types.FunctionType) -> types.CodeType:
+    """The code that a function would have without us: the model's code may give it another's."""
+    code = function.__code__
+    twin, known = _made.get(known_as(code)), _set.get(function)
+    if twin is None:
+        return code
+    if known is not None and known_as(known[1]) == known_as(twin.original):
+        original: types.CodeType = known[1]
+        return original
+    return twin.original
 
 
 # Globals in which twins find their recorders, as torch.compile can trace it, and for how many.

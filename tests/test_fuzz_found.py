@@ -1,0 +1,338 @@
+"""Faults that `python -m tests.fuzz` found, each as the model that shows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmapkit import capture
+from fmapkit._learning import BROKEN
+from fmapkit._replaying import OTHER_PATH
+from fmapkit.paths.recorders import MARK
+from fmapkit.paths.twins import Twins, twin_of
+from tests.checks import tags
+
+
+class _Again(nn.Module):
+    """Calls itself so many times, which a counter says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.times, self.left = 1, 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x).tanh()
+        if self.left:
+            self.left -= 1
+            x = self(x)
+        return x
+
+
+class _Around(nn.Module):
+    """Decides by data, so that its parts are units."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.last = inner, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        return torch.sigmoid(self.last(self.inner(x)))
+
+
+def test_a_unit_that_calls_itself_ends_with_its_outermost_call() -> None:
+    model = _Around(_Again())
+    with capture(model) as maps, torch.no_grad():
+        for times in (0, 1, 2, 2, 0, 1):
+            model.inner.left = times
+            x = torch.randn(3, 4)
+            expected = [("inner.fc", n, "tanh") for n in range(times + 1)]
+            model(x)
+            assert [tag[:3] for tag in tags(maps)] == [*expected, ("last", 0, "sigmoid")]
+            z = F.linear(x, model.inner.fc.weight, model.inner.fc.bias)
+            assert torch.equal(
+                maps.select("inner.fc", "preactivation", call=0, step=-1)[0].tensor, z
+            )
+    assert list(maps.missed) == []
+
+
+class _Bent(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, 0.1 * x)
+
+
+class _Keeper(nn.Module):
+    """Keeps a tensor of one pass for the next, so it is traced in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.before: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        now = torch.sigmoid(self.fc(x))
+        x = now if self.before is None else now + self.before
+        self.before = now
+        return x
+
+
+def test_modules_have_hooks_again_after_a_pass_that_is_not_captured() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), _Bent(), _Keeper())
+    with capture(model, every=2) as maps, torch.no_grad():
+        for _ in range(5):
+            model(torch.randn(2, 4))
+            assert [tag[:3] for tag in tags(maps)] == [("0", 0, "_Bent"), ("2.fc", 0, "sigmoid")]
+    assert list(maps.missed) == []
+
+
+class _Halt(BaseException):
+    """No `Exception`."""
+
+
+class _Strict(nn.Module):
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self.fc, self.options, self.error = nn.Linear(4, 4), {"raises": False}, error
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x).tanh()
+        if self.options["raises"]:
+            raise self.error
+        return self.fc(x).tanh()
+
+
+class _Lenient(nn.Module):
+    """Handles what its part raises; it is traced in each pass, since it decides by data."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self.first, self.part = nn.Linear(4, 4), _Strict(error)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if x.sum() > 1e9:
+            return x
+        try:
+            x = self.part(x)
+        except self.part.error:
+            x = x * 2
+        return self.part.fc(x).relu()
+
+
+@pytest.mark.parametrize("error", [KeyError, _Halt, KeyboardInterrupt])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_part_whose_exception_is_handled_loses_one_pass_and_is_named(
+    mode: Any, error: type[BaseException]
+) -> None:
+    model = _Lenient(error)
+    shown = []
+    with capture(model) as maps, mode():
+        for raises in (False, False, True, True, False, True):
+            model.part.options["raises"] = raises
+            model(torch.randn(2, 4))
+            shown.append([tag[:3] for tag in tags(maps)])
+    whole = [("part.fc", 0, "tanh"), ("part.fc", 1, "tanh"), ("part.fc", 2, "relu")]
+    short = [("part.fc", 0, "tanh"), ("part.fc", 1, "relu")]
+    assert shown[:2] + shown[3:] == [whole, whole, short, whole, short]
+    assert shown[2] in ([], short[:1])  # what is sure
+    reasons = {m.layer: m.reason for m in maps.missed}
+    assert (reasons[""], reasons["part"]) == (BROKEN, OTHER_PATH)
+
+
+def _zero() -> int:
+    return 0
+
+
+def _one() -> int:
+    return 1
+
+
+def _chosen() -> int:
+    return 0
+
+
+class _Chooses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        first = _zero() or _one()
+        return torch.relu(x) if _chosen() == first else torch.tanh(x)
+
+
+def test_code_that_is_given_to_another_function_within_the_block_stays_there() -> None:
+    model, before, shown = _Chooses(), _chosen.__code__, []
+    try:
+        with capture(model) as maps, torch.no_grad():
+            for other in (_zero, _one, _one, _zero, _one):
+                _chosen.__code__ = other.__code__
+                with capture(model) as inner:
+                    model(torch.randn(2, 4))
+                shown.append(([t[2] for t in tags(maps)], [t[2] for t in tags(inner)]))
+        assert _chosen() == 1
+        assert _chosen.__code__ is _one.__code__
+    finally:
+        _chosen.__code__ = before
+    for (outer, inner_), sigma in zip(shown, ("tanh", "relu", "relu", "tanh", "relu"), strict=True):
+        assert inner_ == [sigma]
+        assert outer in ([], [sigma])
+    assert shown[-1][0] == ["relu"]
+
+
+class _Turned(nn.Module):
+    """Changes the order of axes in place between a layer and σ."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc, self.how = nn.Linear(4, 3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.fc(x)
+        if self.how == "t_":
+            z.t_()
+        else:
+            getattr(z, self.how)(0, -1)
+        return torch.relu(z)
+
+
+@pytest.mark.parametrize("how", ["t_", "transpose_", "swapaxes_", "swapdims_"])
+@pytest.mark.parametrize("detach", [True, False])
+def test_axes_that_change_their_order_in_place_are_followed(how: str, detach: bool) -> None:
+    model, x = _Turned(how), torch.randn(2, 4)
+    with capture(model, detach=detach) as maps:
+        for _ in range(3):
+            out = model(x)
+            assert tags(maps) == [("fc", 0, "relu", range(3))]
+            z, a = maps["fc", "preactivation"], maps["fc"]
+            assert (z.filter_dim, a.filter_dim) == (0, 0)
+            assert torch.equal(z.tensor, model.fc(x).t())
+            assert torch.equal(a.tensor, out)
+
+
+class _Picky(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.how, self.first = nn.Linear(4, 4), nn.Linear(4, 4), how, [True]
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, q, first = self.a(x), self.b(x), self.first[0]
+        if self.how == "generator":
+            h = next(t for t in (p, q) if (t is p) == first)
+        elif self.how == "list":
+            (h,) = [t for t in (p, q) if (t is p) == first]
+        elif self.how == "dict":
+            h = {id(t): t for t in (p, q) if (t is p) == first}.popitem()[1]
+        else:
+            (h,) = [t for ts in ([p] * first, [q] * (not first)) for t in ts]
+        return torch.relu(h)
+
+
+@pytest.mark.parametrize("how", ["generator", "list", "dict", "nested"])
+def test_what_a_comprehension_leaves_out_is_a_decision(how: str) -> None:
+    model, shown = _Picky(how), []
+    with capture(model, kinds="activation") as maps, torch.no_grad():
+        for first in (True, True, False, False, True, False):
+            model.first[0] = first
+            model(torch.randn(2, 4))
+            shown.append(([tag[0] for tag in tags(maps)], "a" if first else "b"))
+    assert [found for found, _ in shown if found] == [[true] for found, true in shown if found]
+    assert [bool(found) for found, _ in shown] == [True, True, False, True, True, True]
+
+
+def test_the_gradient_of_a_preactivation_whose_axes_were_turned_in_place() -> None:
+    model = nn.Sequential(_Turned("t_"))
+    kinds = ("response", "preactivation")
+    with capture(model, gradients=True, kinds=kinds) as maps:
+        for _ in range(3):
+            x = torch.randn(2, 4)
+            model(x).square().sum().backward()
+            z = model[0].fc(x)
+            true = torch.autograd.grad(torch.relu(z).square().sum(), z)[0]
+            assert torch.equal(maps["0.fc", "preactivation"].grad, true.t())
+            assert torch.equal(maps["0.fc", "response"].grad, true)
+
+
+class _Bounded(nn.Module):
+    """Tensors of one number say which filters σ gets."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc, self.how, self.start = nn.Linear(4, 8), how, torch.tensor(0)
+        self.given = 0  # a plain attribute that changes along with it
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, at = self.fc(x), self.start
+        if self.how == "slice":
+            z = z[:, at : at + 2]
+        elif self.how == "narrow":
+            z = z.narrow(1, at, 2)
+        elif self.how == "keyword":
+            z = torch.narrow(z, dim=1, start=at, length=2)
+        else:
+            z = z.split([at + 1, 7 - at], 1)[1]
+        return torch.relu(z)
+
+
+@pytest.mark.parametrize("how", ["slice", "narrow", "keyword", "split"])
+def test_filters_that_tensors_of_one_number_pick(how: str) -> None:
+    model = _Bounded(how)
+    with capture(model, kinds="preactivation") as maps, torch.no_grad():
+        for start in (0, 0, 3, 3, 0, 3, 0):
+            model.start, model.given = torch.tensor(start), start
+            x = torch.randn(2, 4)
+            model(x)
+            z = maps["fc", "preactivation"]
+            for place, filter_ in enumerate(z.filters or ()):
+                assert torch.equal(z.tensor[:, place], model.fc(x)[:, filter_])
+            if how != "split":
+                assert z.filters == range(start, start + 2)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_constants_written_at_an_index_keep_the_layer(in_place: bool) -> None:
+    class Filled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z, first = self.fc(x), torch.tensor([0])
+            z = z.index_fill_(0, first, 0.5) if in_place else z.index_fill(0, first, 0.5)
+            return torch.relu(z)
+
+    model = Filled()
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(2):
+            model(torch.randn(2, 4))
+            assert tags(maps) == [("fc", 0, "relu", range(3))]
+
+
+def _added(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.addmm(x, x, weight)
+
+
+def test_a_function_of_two_models_is_tapped_for_each() -> None:
+    """Their twins may have equal code, though they take other attributes to be fixed."""
+    own, file = _added.__code__, _added.__code__.co_filename
+    first, second = Twins(lambda code: frozenset()), Twins(lambda code: frozenset({"more"}))
+    for twins in (first, second):
+        assert twins.exchange(_added)
+        twins.clear()
+    twin = twin_of(own, _added.__globals__, lambda code: frozenset())
+    assert twin is not None
+    (place,) = twin.calls
+    try:
+        assert first.exchange(_added)
+        first.tap([f"{file}|{place}"])
+        assert f"{MARK}tapped" in _added.__code__.co_names
+    finally:
+        first.clear()
+    assert _added.__code__ is own
