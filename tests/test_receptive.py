@@ -149,7 +149,6 @@ PUBLISHED: list[tuple[str, Callable[[], nn.Sequential], int, int]] = [
     ),
     ("VGG-16", lambda: _plain(*_VGG * 2, *_VGG3 * 3), 212, 32),
     ("ResNet-50", lambda: _resnet([3, 4, 6, 3], first=False), 483, 32),
-    ("ResNet-101", lambda: _resnet([3, 4, 23, 3], first=False), 1027, 32),
     ("ResNet-152", lambda: _resnet([3, 8, 36, 3], first=False), 1507, 32),
     ("ResNet-50 of torchvision", lambda: _resnet([3, 4, 6, 3], first=True), 427, 32),
 ]

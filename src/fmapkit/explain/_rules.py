@@ -281,7 +281,7 @@ _RULES: dict[str, Rule] = {
     **_names(
         _pointwise,
         """_prelu_kernel hardswish hardsigmoid log_sigmoid_forward rrelu_with_noise native_dropout
-        _fused_dropout polar complex hardshrink softshrink""",
+        _fused_dropout floor_divide polar complex hardshrink softshrink""",
     ),
     **_names(
         _reduced,
