@@ -39,7 +39,7 @@ def _section(group: list[FeatureMap], sample: int, max_filters: int, max_side: i
         panels.append(
             number_panel(
                 _meaning(fm),
-                drawn.note,
+                _shape(fm) + ", " + drawn.note if fm.shape != first.shape else drawn.note,
                 drawn.labels,
                 drawn.values,
                 drawn.form,
@@ -49,11 +49,14 @@ def _section(group: list[FeatureMap], sample: int, max_filters: int, max_side: i
                 size=drawn.size,
             )
         )
-    shape = "×".join(map(str, first.shape)) or "scalar"
-    tags = [shape, str(first.dtype).removeprefix("torch."), str(first.device)]
+    tags = [_shape(first), str(first.dtype).removeprefix("torch."), str(first.device)]
     if first.call:
         tags.insert(0, f"call {first.call}")
     return Section(first.layer or "(model)", " · ".join(tags), tuple(panels), " ".join(notes))
+
+
+def _shape(fm: FeatureMap) -> str:
+    return "×".join(map(str, fm.shape)) or "scalar"
 
 
 def _meaning(fm: FeatureMap) -> str:
