@@ -6,11 +6,12 @@ STAMP  := $(VENV)/.installed
 # How many processes run the tests, each on one core.
 WORKERS ?= 2
 
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test test-matrix lint format docs bench clean
 
 help:
 	@echo "make demo    train a small net with capture in the loop, write demo.png (under a minute)"
 	@echo "make test    run the tests"
+	@echo "make docs    build the site into site/; a broken link fails"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make bench   what capture costs on this machine (a quarter of an hour); writes bench.json"
@@ -41,10 +42,14 @@ format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# The banner that is switched off speaks of another program.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
 bench: $(STAMP)
 	$(PY) -m benchmarks suite --json bench.json
 
 clean:
-	rm -rf $(VENV) build dist demo.png demo_dead.png bench.json growth.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site demo.png demo_dead.png maps.html bench.json growth.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf src/*.egg-info
-	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +

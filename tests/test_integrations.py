@@ -469,8 +469,8 @@ def test_lightning_is_told_which_module_its_steps_call(
     with pytest.raises(ArgumentError) as caught:
         trainer.fit(_module(lightning), _loader())
     assert str(caught.value) == (
-        "module='nett' is no module of Module; did you mean 'net'? (its modules: 'net', 'net.0', "
-        "'net.1', 'net.2')"
+        "module='nett' is no module of Module; did you mean 'net' or 'net.2' or 'net.1'? (its "
+        "modules: 'net', 'net.0', 'net.1', 'net.2')"
     )
 
 
