@@ -11,6 +11,7 @@ WORKERS ?= 2
 help:
 	@echo "make demo    train a small net with capture in the loop, write demo.png (under a minute)"
 	@echo "make test    run the tests"
+	@echo "make test-matrix  run the tests on the oldest and the newest versions allowed"
 	@echo "make docs    build the site into site/; a broken link fails"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the code"
@@ -33,6 +34,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
+# On the oldest and the newest of what pyproject.toml allows; downloads gigabytes.
+test-matrix: $(STAMP)
+	$(PY) -m tests.matrix --workers $(WORKERS)
+
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -50,6 +55,6 @@ bench: $(STAMP)
 	$(PY) -m benchmarks suite --json bench.json
 
 clean:
-	rm -rf $(VENV) build dist site demo.png demo_dead.png maps.html bench.json growth.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-matrix build dist site demo.png demo_dead.png maps.html bench.json growth.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf src/*.egg-info
 	find src tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
