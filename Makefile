@@ -6,13 +6,14 @@ STAMP  := $(VENV)/.installed
 # How many processes run the tests, each on one core.
 WORKERS ?= 2
 
-.PHONY: help install demo test test-matrix lint format docs bench clean
+.PHONY: help install demo test test-matrix lint format docs notebooks bench clean
 
 help:
 	@echo "make demo    train a small net with capture in the loop, write demo.png (under a minute)"
 	@echo "make test    run the tests"
 	@echo "make test-matrix  run the tests on the oldest and the newest versions allowed"
 	@echo "make docs    build the site into site/; a broken link fails"
+	@echo "make notebooks  run the notebooks anew"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make bench   what capture costs on this machine (a quarter of an hour); writes bench.json"
@@ -50,6 +51,9 @@ format: $(STAMP)
 # The banner that is switched off speaks of another program.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+notebooks: $(STAMP)
+	$(PY) -m jupytext --quiet --to ipynb --execute notebooks/*.py
 
 bench: $(STAMP)
 	$(PY) -m benchmarks suite --json bench.json
