@@ -53,7 +53,7 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 notebooks: $(STAMP)
-	$(PY) -m jupytext --quiet --to ipynb --execute notebooks/*.py
+	$(PY) -m examples.notebooks
 
 bench: $(STAMP)
 	$(PY) -m benchmarks suite --json bench.json

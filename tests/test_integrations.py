@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fmapkit
 from fmapkit import ArgumentError, CaptureWarning, capture
 from fmapkit.analysis import DeadFilters, Statistics
-from fmapkit.integrations import FirstNonfinite, Log, Readings, readings
+from fmapkit.integrations import FirstNonFinite, Log, Readings, readings
 from fmapkit.integrations.watching import Watching
 
 
@@ -127,12 +127,12 @@ def test_readings_of_dead_filters() -> None:
 
 def test_the_first_nan_is_found_in_its_pass_and_its_map() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.Tanh())
-    first = FirstNonfinite()
-    assert repr(first) == "FirstNonfinite: no map seen yet"
+    first = FirstNonFinite()
+    assert repr(first) == "FirstNonFinite: no map seen yet"
     with capture(model, analyses=first, keep=0), torch.no_grad():
         model(torch.randn(1, 2))
         assert (first.found, readings(first).texts) == ([], {})
-        assert repr(first) == "FirstNonfinite: all values of 4 maps are finite"
+        assert repr(first) == "FirstNonFinite: all values of 4 maps are finite"
         model[2].weight[0, 0] = math.inf
         model[2].weight[0, 1] = -math.inf
         model[0].bias.fill_(5.0)
@@ -151,7 +151,7 @@ def test_the_first_nan_is_found_in_its_pass_and_its_map() -> None:
     assert read.scalars == {"nonfinite/maps": 4.0, "nonfinite/first_pass": 1.0}
     assert read.texts == {"nonfinite/first": "the preactivation of layer '2', pass 1"}
     assert repr(first) == (
-        "FirstNonfinite: in 4 of 4 maps, first in the preactivation of layer '2', pass 1"
+        "FirstNonFinite: in 4 of 4 maps, first in the preactivation of layer '2', pass 1"
     )
     first.reset()
     assert first.found == []
@@ -167,7 +167,7 @@ def test_complex_and_sparse_maps_are_looked_at_or_named() -> None:
             self.sparse(x.to_sparse())
             return self.complex(torch.complex(x, x / 0))
 
-    odd, first = Odd(), FirstNonfinite()
+    odd, first = Odd(), FirstNonFinite()
     with capture(odd, ["sparse", "complex"], kinds="output", analyses=first, keep=0):
         odd(torch.ones(1, 2))
     assert [f.layer for f in first.found] == ["complex"]
@@ -294,7 +294,7 @@ def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-    stats, first = Statistics(bins=[-1.0, 0.0, 1.0]), FirstNonfinite()
+    stats, first = Statistics(bins=[-1.0, 0.0, 1.0]), FirstNonFinite()
     log = TensorBoardLog(tmp_path, prefix="run/")
     with capture(model, analyses=[stats, first], keep=0), torch.no_grad():
         for step in (10, 20):
@@ -480,13 +480,13 @@ def test_lightning_lets_go_after_an_error_and_goes_on_from_a_checkpoint(
     from fmapkit.integrations import LightningCallback
 
     module, dead = _module(lightning, fail_at=3), DeadFilters()
-    callback = LightningCallback([dead, FirstNonfinite()])
+    callback = LightningCallback([dead, FirstNonFinite()])
     with pytest.raises(ValueError, match="the step fails"):
         _trainer(lightning, tmp_path, callback).fit(module, _loader())
     assert _hooks(module) == 0
     assert int(dead["net.0"].inputs[0]) == 12
 
-    again = LightningCallback([DeadFilters(), FirstNonfinite()])
+    again = LightningCallback([DeadFilters(), FirstNonFinite()])
     again.load_state_dict(callback.state_dict())
     assert int(again.analyses[0]["net.0"].inputs[0]) == 12  # type: ignore[index]
     with pytest.raises(ArgumentError, match="has 1 analyses, and the checkpoint was written with"):
@@ -573,7 +573,7 @@ def test_no_package_is_imported_for_another() -> None:
     code = """
 import sys
 import fmapkit.integrations as i
-i.TensorBoardLog, i.WandbLog, i.readings, i.FirstNonfinite
+i.TensorBoardLog, i.WandbLog, i.readings, i.FirstNonFinite
 names = ("lightning", "transformers", "tensorboard", "wandb", "matplotlib")
 print([n for n in names if n in sys.modules])
 """

@@ -12,7 +12,7 @@ Each name imports its package when it is asked for, so that none is needed for t
 | file | what it does |
 | --- | --- |
 | `reading.py` | what analyses know, as scalars, histograms and sentences by name |
-| `nonfinite.py` | `FirstNonfinite`, an analysis: where the first NaN or infinity was |
+| `nonfinite.py` | `FirstNonFinite`, an analysis: where the first NaN or infinity was |
 | `logs.py` | `Log`, what a place to write readings to is; `TensorBoardLog`, `WandbLog` |
 | `watching.py` | the capture around a training, whoever runs it |
 | `lightning.py`, `transformers.py` | that, as their callbacks |
@@ -24,16 +24,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fmapkit.integrations.lightning import LightningCallback
     from fmapkit.integrations.logs import Log, TensorBoardLog, WandbLog
-    from fmapkit.integrations.nonfinite import FirstNonfinite, Nonfinite
+    from fmapkit.integrations.nonfinite import FirstNonFinite, NonFiniteMap
     from fmapkit.integrations.reading import Histogram, Readings, readings
     from fmapkit.integrations.transformers import TransformersCallback
 
 __all__ = [
-    "FirstNonfinite",
+    "FirstNonFinite",
     "Histogram",
     "LightningCallback",
     "Log",
-    "Nonfinite",
+    "NonFiniteMap",
     "Readings",
     "TensorBoardLog",
     "TransformersCallback",
@@ -42,11 +42,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FirstNonfinite": "nonfinite",
+    "FirstNonFinite": "nonfinite",
     "Histogram": "reading",
     "LightningCallback": "lightning",
     "Log": "logs",
-    "Nonfinite": "nonfinite",
+    "NonFiniteMap": "nonfinite",
     "Readings": "reading",
     "TensorBoardLog": "logs",
     "TransformersCallback": "transformers",

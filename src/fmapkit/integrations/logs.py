@@ -19,7 +19,7 @@ class Log(ABC):
         """Write what analyses know now; waits for the device.
 
         Args:
-            analyses: an analysis, or several: `Statistics`, `DeadFilters`, `FirstNonfinite`, and
+            analyses: an analysis, or several: `Statistics`, `DeadFilters`, `FirstNonFinite`, and
                 those of your own that `readings` was told of.
             step: of the training.
 

@@ -1,4 +1,4 @@
-"""`FirstNonfinite`: in which map of which pass the first NaN or infinity was."""
+"""`FirstNonFinite`: in which map of which pass the first NaN or infinity was."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fmapkit.analysis._keys import readable
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
 
-__all__ = ["FirstNonfinite", "Nonfinite"]
+__all__ = ["FirstNonFinite", "NonFiniteMap"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Nonfinite:
+class NonFiniteMap:
     """A map that had a NaN or an infinity, for the first time.
 
     Attributes:
@@ -41,14 +41,14 @@ class Nonfinite:
         return f"the {self.kind} of layer {self.layer + self.path!r}, pass {self.step}{call}"
 
 
-class FirstNonfinite:
+class FirstNonFinite:
     """Where the first NaN or infinity came up, and where they did afterwards; an `Analysis`.
 
     ```python
-    first = FirstNonfinite()
+    first = FirstNonFinite()
     with capture(model, analyses=[first], keep=0):
         train(model)
-    print(first.found[:1])   # [Nonfinite(step=312, order=4, layer='blocks.1.fc', ...)]
+    print(first.found[:1])   # [NonFiniteMap(step=312, order=4, layer='blocks.1.fc', ...)]
     ```
 
     Training goes on: of each map one number is kept, the first pass in which a value was not
@@ -84,7 +84,7 @@ class FirstNonfinite:
         return dict(self._missed)
 
     @property
-    def found(self) -> list[Nonfinite]:
+    def found(self) -> list[NonFiniteMap]:
         """Each map that had one, the first of them first; waits for the device.
 
         Within a pass, in the order in which maps were first seen, which is that of execution as
@@ -92,7 +92,7 @@ class FirstNonfinite:
         """
         steps = [int(step) for step in self._steps.values()]
         return sorted(
-            Nonfinite(step, order, layer, kind, call, path)
+            NonFiniteMap(step, order, layer, kind, call, path)
             for order, ((layer, kind, call, path), step) in enumerate(
                 zip(self._steps, steps, strict=True)
             )
@@ -105,8 +105,8 @@ class FirstNonfinite:
 
     def __repr__(self) -> str:
         if not self._steps:
-            return "FirstNonfinite: no map seen yet"
+            return "FirstNonFinite: no map seen yet"
         found = self.found
         if not found:
-            return f"FirstNonfinite: all values of {len(self._steps)} maps are finite"
-        return f"FirstNonfinite: in {len(found)} of {len(self._steps)} maps, first in {found[0]}"
+            return f"FirstNonFinite: all values of {len(self._steps)} maps are finite"
+        return f"FirstNonFinite: in {len(found)} of {len(self._steps)} maps, first in {found[0]}"

@@ -13,7 +13,7 @@ import numpy as np
 from fmapkit.analysis import DeadFilters, LayerStatistics, Statistics
 from fmapkit.analysis.summary import overall
 from fmapkit.errors import ArgumentError
-from fmapkit.integrations.nonfinite import FirstNonfinite
+from fmapkit.integrations.nonfinite import FirstNonFinite
 
 __all__ = ["Histogram", "Readings", "readings", "together"]
 
@@ -150,7 +150,7 @@ def _(analysis: DeadFilters) -> Readings:
 
 
 @readings.register
-def _(analysis: FirstNonfinite) -> Readings:
+def _(analysis: FirstNonFinite) -> Readings:
     found = analysis.found
     result = Readings({"nonfinite/maps": float(len(found))})
     if found:

@@ -13,7 +13,7 @@ from torch import nn
 from fmapkit.analysis import Analysis, DeadFilters, Statistics
 from fmapkit.capture import capture
 from fmapkit.errors import ArgumentError, CaptureWarning, did_you_mean, listed
-from fmapkit.integrations.nonfinite import FirstNonfinite
+from fmapkit.integrations.nonfinite import FirstNonFinite
 
 if TYPE_CHECKING:
     from fmapkit.integrations.logs import Log
@@ -60,7 +60,7 @@ class Watching:
             if not isinstance(value, bool):
                 raise ArgumentError(f"{name} must be True or False, not {value!r}")
         if analyses is None:
-            analyses = [Statistics(bins="log2"), DeadFilters(), FirstNonfinite()]
+            analyses = [Statistics(bins="log2"), DeadFilters(), FirstNonFinite()]
         several = isinstance(analyses, Iterable) and not isinstance(analyses, Analysis)
         self.analyses: list[Analysis] = list(analyses) if several else [analyses]  # type: ignore
         self.maps: FeatureMaps | None = None
@@ -112,7 +112,7 @@ class Watching:
     def _tell(self, step: int) -> None:
         """Warn, once, of the first NaN."""
         for analysis in self.analyses:
-            if isinstance(analysis, FirstNonfinite) and not self._told and analysis.found:
+            if isinstance(analysis, FirstNonFinite) and not self._told and analysis.found:
                 self._told = True
                 found = analysis.found
                 more = f", and in {len(found) - 1} maps after it" if len(found) > 1 else ""
