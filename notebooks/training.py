@@ -135,7 +135,7 @@ stats["conv2", "preactivation"]
 hot = Net()
 dead = DeadFilters(after=512)
 with capture(hot, kinds="activation", analyses=[dead], keep=0):
-    train(hot, epochs=10, lr=0.6)
+    train(hot, epochs=10, lr=0.2)
 dead
 
 # %%
