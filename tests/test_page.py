@@ -181,6 +181,19 @@ def test_what_is_not_a_number_is_said(tmp_path: Path) -> None:
     assert dict(z["facts"])["max"] == [1, "nan", "nan"]
 
 
+@pytest.mark.parametrize(("sigma", "colours"), [(nn.Tanh(), "signed"), (nn.GELU(), "positive")])
+def test_activations_of_both_signs_have_0_in_the_middle(
+    sigma: nn.Module, colours: str, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Identity(), nn.Linear(1, 1), sigma)
+    with capture(model) as maps, torch.no_grad():
+        model[1].weight.fill_(1.0)
+        model(torch.linspace(-3, 3, 61).view(1, -1, 1))
+    _, layer = _data(maps.to_html(tmp_path / "m.html"))
+    a = layer["panels"][1]
+    assert (a["colours"], a["zero"] == 128) == (colours, colours == "signed")
+
+
 def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     model = nn.Sequential()
     model.add_module("</script><b>", nn.Linear(2, 2))

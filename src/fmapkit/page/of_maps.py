@@ -43,7 +43,7 @@ def _section(group: list[FeatureMap], sample: int, max_filters: int, max_side: i
                 drawn.labels,
                 drawn.values,
                 drawn.form,
-                signed=fm.kind != "activation",
+                signed=fm.kind != "activation" or drawn.facts.both_signs,
                 facts=facts_shown(drawn.facts),
                 block=drawn.block,
                 size=drawn.size,

@@ -33,6 +33,12 @@ class Facts:
     zeros: np.ndarray[Any, Any]  # share of values that are 0
     bad: np.ndarray[Any, Any]  # how many values are NaN or infinite
 
+    @property
+    def both_signs(self) -> bool:
+        """Whether both signs count alike: of a tanh, and not of what a GELU leaves below 0."""
+        low, high = (np.nan_to_num(a) for a in (self.low, self.high))
+        return bool(low.size and low.min() < -0.5 * abs(high.max()))
+
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
