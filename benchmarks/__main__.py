@@ -11,6 +11,7 @@ python -m benchmarks compiled [--backend NAME] [--seconds S] [--threads N]
 python -m benchmarks zoo [--out FILE] [--model NAME] [--threads N]
 python -m benchmarks memory [--device DEVICE]
 python -m benchmarks longrun [--steps N] [--figure FILE]
+python -m benchmarks editing [--seconds S] [--threads N]
 python -m benchmarks statistics [--device DEVICE] [--seconds S] [--threads N] [--no-compile]
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import (
     contenders,
+    editing,
     growth,
     longrun,
     memory,
@@ -126,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
     command = add("longrun", "is memory flat over thousands of steps?")
     command.add_argument("--steps", type=int, default=5000, help="of training (default: 5000)")
     command.add_argument("--figure", type=Path, metavar="FILE", help="draw the curves there")
+    add("editing", "edits, patching and attention, beside hooks by hand", 3.0, threads=1)
     command = add("statistics", "running statistics beside one read of each map", 1.0)
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     command.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -186,6 +189,8 @@ def main(arguments: list[str] | None = None) -> None:
         zoo.run(given.out, given.model, given.threads)
     elif given.command == "memory":
         memory.run(given.device)
+    elif given.command == "editing":
+        editing.run(given.seconds, given.threads)
     elif given.command == "statistics":
         statistics.run(given.device, given.threads, given.seconds, not given.no_compile)
     else:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from fmapkit import (
     ArgumentError,
     CaptureStateError,
-    CaptureWarning,
     EditError,
     FeatureMap,
     FilterRangeError,
@@ -166,16 +165,23 @@ def test_filters(style: str) -> None:
     seen = []
 
     def triple(fm: FeatureMap) -> Tensor:
-        seen.append((fm.filter, tuple(fm.shape)))
+        seen.append((fm.filter, fm.filters, tuple(fm.shape)))
         return fm.tensor * 3
 
-    net, hand = pair(Net, style, a=by_hand)
-    with torch.no_grad(), capture(net, edit={("conv", "activation", (1, -1)): triple}) as maps:
-        compare(net, hand, maps, train=False)
-        fm = maps["conv"]
-        assert torch.equal(fm[1].edited, fm[1].tensor * 3)
-        assert torch.equal(fm[0].edited, fm[0].tensor)
-    assert set(seen) == {(1, (2, 4, 4)), (4, (2, 4, 4))}
+    one, several = ("conv", "activation", 1), ("conv", "activation", (4,))
+    for edit in ({("conv", "activation", (1, -1)): triple}, {one: triple, several: triple}):
+        net, hand = pair(Net, style, a=by_hand)
+        with torch.no_grad(), capture(net, edit=edit) as maps:
+            compare(net, hand, maps, train=False)
+            fm = maps["conv"]
+            assert torch.equal(fm[1].edited, fm[1].tensor * 3)
+            assert torch.equal(fm[0].edited, fm[0].tensor)
+    # One filter's map has no axis of filters; a map of several has.
+    assert set(seen) == {
+        (None, (1, 4), (2, 2, 4, 4)),
+        (1, None, (2, 4, 4)),
+        (None, (4,), (2, 1, 4, 4)),
+    }
 
 
 def test_the_usual_edits() -> None:
@@ -188,9 +194,9 @@ def test_the_usual_edits() -> None:
         (edits.zero(), lambda x: x * 0),
         (edits.scale(0.5), lambda x: x * 0.5),
         (edits.clamp(0.1, 0.2), lambda x: x.clamp(0.1, 0.2)),
-        (edits.replace(1.5), lambda x: torch.full_like(x, 1.5)),
+        (edits.set(1.5), lambda x: torch.full_like(x, 1.5)),
         (
-            edits.replace(torch.arange(5.0)[:, None, None]),
+            edits.set(torch.arange(5.0)[:, None, None]),
             lambda x: x * 0 + torch.arange(5.0)[:, None, None],
         ),
         (edits.only(2), only),
@@ -286,15 +292,28 @@ def test_the_fused_encoder_layer_runs_unfused() -> None:
             assert not maps["linear1"].edited.any()
 
 
-def test_an_edit_without_a_place_is_named() -> None:
-    net, _ = pair(Net, "module")
+@pytest.mark.parametrize("kind", [Net, Branching])
+def test_an_edit_without_a_place_is_an_error_at_the_end_of_the_pass(kind: type[Net]) -> None:
+    net, hand = pair(kind, "module")
+    x = torch.randn(1, 3, 6, 6)
+    text = (
+        "edit[('norm', 'activation')] changed nothing in this pass (step 0): the layer did not "
+        "run, or has no activation; what it returns is its 'output'. Where that may be, "
+        "edits.Where(..., optional=True) says so"
+    )
+    before = truth.fingerprint(net)
     with (
-        pytest.warns(CaptureWarning, match="norm: its edit"),
         capture(net, edit={("norm", "activation"): double}) as maps,
+        pytest.raises(EditError, match=f"^{re.escape(text)}$"),
     ):
-        net(torch.randn(1, 3, 6, 6))
-    assert [m.layer for m in maps.missed] == ["norm"]
-    assert "its edit found no activation in this pass" in maps.missed[0].reason
+        net(x)
+    assert maps.missed == []
+    truth.assert_nothing_left(before, net)
+    hand(x)
+    optional = edits.Where("norm", "activation", optional=True)
+    with capture(net, edit={optional: double}) as maps:
+        assert torch.equal(net(x), hand(x))
+        assert maps.missed == []
 
 
 @pytest.mark.parametrize("kind", [Net, Branching])
@@ -385,13 +404,15 @@ def test_bad_arguments() -> None:
     with pytest.raises(UnknownLayerError, match="did you mean 'conv'"):
         capture(net, edit={"convv": double})
     with pytest.raises(ArgumentError, match="the kind must be one of"):
-        capture(net, edit={("conv", "output"): double})
+        capture(net, edit={("conv", "weight"): double})
     with pytest.raises(ArgumentError, match="did you mean 'activation'"):
         capture(net, edit={("conv", "activations"): double})
     with pytest.raises(ArgumentError, match="a key is a layer"):
         capture(net, edit={("conv", "activation", 1, 2): double})
-    with pytest.raises(ArgumentError, match="the filters of edit"):
+    with pytest.raises(ArgumentError, match="only an 'input' or an 'output' has paths"):
         capture(net, edit={("conv", "activation", "x"): double})
+    with pytest.raises(ArgumentError, match="the filters of Where"):
+        capture(net, edit={("conv", "activation", 1.5): double})
     with pytest.raises(ArgumentError, match="goes with every=1 only"):
         capture(net, every=2, edit={"conv": double})
     with pytest.raises(ArgumentError, match="clamp needs"):

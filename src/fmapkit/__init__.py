@@ -26,6 +26,7 @@ from fmapkit.errors import (
 from fmapkit.layers import register_layer
 from fmapkit.maps import FeatureMap, FeatureMaps
 from fmapkit.nonlinearities import register_nonlinearity
+from fmapkit.patching import patch
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ __all__ = [
     "UnknownLayerError",
     "capture",
     "edits",
+    "patch",
     "register_layer",
     "register_nonlinearity",
 ]

@@ -26,6 +26,7 @@ class Asked:
         edits: what to change while the model runs.
         analyses: who sees each map.
         stop: ends a pass early; None where none is to be ended.
+        methods: whose calls are passes, too.
     """
 
     model: nn.Module
@@ -34,3 +35,4 @@ class Asked:
     edits: Edits
     analyses: Analyses
     stop: Stop | None = None
+    methods: tuple[str, ...] = ()

@@ -6,39 +6,105 @@ wants in its place comes out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
 
+from fmapkit import layers
 from fmapkit._axes import Axes
+from fmapkit._candidates import is_torchs
+from fmapkit._gradients import in_function
 from fmapkit._names import Names
-from fmapkit._wants import Selection, indices
-from fmapkit.errors import ArgumentError, EditError, did_you_mean, listed
+from fmapkit._positions import part_of
+from fmapkit._wants import Selection
+from fmapkit._where import Where
+from fmapkit.errors import ArgumentError, EditError, listed
+from fmapkit.map import FeatureMap
 
-__all__ = ["EDITABLE", "Edits"]
+__all__ = ["Edits"]
 
-EDITABLE = ("response", "preactivation", "activation")
+_OF_MODULES = ("input", "output")
+_REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+AGAIN = (
+    "{where} is inside activation checkpointing, which runs that part again in backward, without "
+    "the edit: gradients would be those of another model. Edit outside of it, or turn it off"
+)
 
 
 class _Edit:
-    """One entry of `edit={...}`."""
+    """One entry of `edit={...}`, and what a pass has had for it so far."""
 
-    __slots__ = ("applied", "filters", "function", "given", "kind", "selection")
+    __slots__ = ("_outputs", "calls", "done", "function", "given", "paths", "selection", "where")
 
     def __init__(self, key: Any, function: Any, names: Names) -> None:
-        layer, kind, filters = _parsed(key)
         if not callable(function) or isinstance(function, (type, Tensor)):
             raise ArgumentError(
                 f"edit[{key!r}] must be a function FeatureMap -> Tensor, not {function!r}; "
-                "fmapkit.edits has the usual ones: zero(), scale(2.0), clamp(0, 6), replace(t)"
+                "fmapkit.edits has the usual ones: zero(), add(v), scale(2.0), clamp(0, 6), set(t)"
             )
         self.given = key
-        self.selection = Selection(names, layer, "edit")
-        self.kind = kind
-        self.filters = filters
+        self.where = Where.of(key)
+        self.selection = Selection(names, self.where.layer, "edit")
         self.function = function
-        self.applied = False
+        self._outputs = self._meant_as_outputs(names) if self.where.kind is None else frozenset()
+        self.begin()
+
+    def _meant_as_outputs(self, names: Names) -> frozenset[str]:
+        """Of a key without a kind, the modules that are no filter layers: what they return."""
+        found: set[str] = set()
+        for group in self.selection.groups:
+            if any(layers.layer_axis(module) is not None for module in group):
+                continue
+            for module in group:
+                if module._parameters and not is_torchs(module):
+                    raise ArgumentError(
+                        f"edit[{self.given!r}]: whether {names.of(module)!r}, which has weights of "
+                        "its own, is a filter layer is known only when it runs; say the kind, "
+                        "'activation' or 'output'"
+                    )
+                found.add(names.of(module))
+        return frozenset(found)
+
+    def begin(self) -> None:
+        """A pass begins."""
+        self.done = False  # something was edited
+        self.calls: set[int] = set()  # that there were of what it is for
+        self.paths: dict[str, None] = {}  # of the tensors that there were
+
+    def kind(self, name: str) -> str:
+        """Which kind of map of a layer is meant."""
+        if self.where.kind is not None:
+            return self.where.kind
+        return "output" if name.partition(":")[0] in self._outputs else "activation"
+
+    def is_of(self, name: str, kind: str | None) -> bool:
+        """Whether it is for maps of a layer: of a kind, or of any."""
+        return kind in (None, self.kind(name)) and self.selection.layer(name)
+
+    def modules(self, names: Names) -> list[nn.Module]:
+        """The modules whose inputs or outputs are meant."""
+        return [m for m, n in names.by_module.items() if self.is_of_module(n)]
+
+    def is_of_module(self, name: str) -> bool:
+        """Whether it is for what the module of this name is given, or returns."""
+        return self.selection.layer(name) and self.kind(name) in _OF_MODULES
+
+    def why_not(self, kinds: str) -> str:
+        """Why a pass that has ended had no place for it."""
+        where = self.where
+        if not self.calls:
+            text = f"the layer did not run, or has no {kinds}"
+            if kinds == "activation":
+                text += "; what it returns is its 'output'"
+            return text
+        if not any(map(where.has_call, self.calls)):
+            there = ", ".join(map(str, sorted(self.calls)))
+            return f"call={where.call!r} is none of those that there were ({there})"
+        return f"path={where.path!r} is none of the tensors that there were ({listed(self.paths)})"
 
 
 class Edits:
@@ -46,27 +112,33 @@ class Edits:
 
     Args:
         names: of the model.
-        given: layer, (layer, kind) or (layer, kind, filters) -> a function.
-        view: makes the `FeatureMap` that a function gets, from keyword arguments.
+        given: a `Where`, or (layer, kind, filters) as far as it is to be said -> a function.
+
+    Attributes:
+        raised: by an edit; no fault of ours.
+        runs: how often a map was given to an edit.
+        running: a function of the user's runs; the modules that it calls are none of the pass.
 
     Raises:
         ArgumentError: a key or a function is of no allowed form.
         UnknownLayerError: a key's layer matches nothing in the model.
     """
 
-    def __init__(self, names: Names, given: Any, view: Callable[..., Any]) -> None:
+    def __init__(self, names: Names, given: Any) -> None:
         if given is not None and not isinstance(given, Mapping):
             raise ArgumentError(f"edit must be a dict of layer -> function, not {given!r}")
+        self._names = names
         self._all = [_Edit(key, function, names) for key, function in (given or {}).items()]
-        self._view = view
-        self.raised: BaseException | None = None  # by an edit; no fault of ours
-        self.runs = 0  # how often a map was given to an edit
+        self.raised: BaseException | None = None
+        self.runs = 0
+        self.running = False
+        self._grads = False
 
     @classmethod
     def none(cls) -> Edits:
         """No edits at all."""
         made = cls.__new__(cls)
-        made._all, made.raised, made.runs = [], None, 0
+        made._all, made.raised, made.runs, made.running = [], None, 0, False
         return made
 
     def __bool__(self) -> bool:
@@ -74,30 +146,106 @@ class Edits:
 
     def of(self, name: str, kind: str | None = None) -> list[_Edit]:
         """The edits of a layer, by its label."""
-        return [e for e in self._all if kind in (None, e.kind) and e.selection.layer(name)]
+        return [e for e in self._all if e.is_of(name, kind)]
 
-    def begin(self) -> None:
-        """A pass begins."""
+    def modules(self) -> set[nn.Module]:
+        """The modules of which inputs or outputs are edited, and all that contain these."""
+        found = {m for edit in self._all for m in edit.modules(self._names)}
+        whole = set(found)
+        for module in self._names.by_module:
+            if not whole.isdisjoint(module.modules()):
+                found.add(module)
+        return found
+
+    def begin(self, grads: bool) -> None:
+        """A pass begins, of which gradients are recorded or not."""
         self.raised = None
+        self._grads = grads
         for edit in self._all:
-            edit.applied = False
+            edit.begin()
 
-    def unapplied(self) -> list[tuple[str, str]]:
-        """The edits that the pass had no place for: (layer, what to say)."""
-        return [
-            (
-                str(edit.selection),
-                f"its edit found no {edit.kind} in this pass: the layer did not run, or has none "
-                f"(edits may be of {listed(EDITABLE)})",
+    def refused(self, why: str) -> EditError:
+        """What to raise where a pass runs that nothing can be edited in."""
+        self.raised = EditError(f"edit= cannot be carried out in this call: {why}")
+        return self.raised
+
+    def refuse(self, layer: str, kind: str, why: str, call: int, step: int) -> None:
+        """A map is there that nothing can be put in the place of.
+
+        Raises:
+            EditError: an edit is for it.
+        """
+        for edit in self.of(layer, kind):
+            edit.calls.add(call)
+            if edit.where.has_call(call) and edit.where.has_step(step):
+                self.raised = EditError(f"edit[{edit.given!r}] of layer {layer!r}: {why}")
+                raise self.raised
+
+    def refuse_outside(self, name: str) -> None:
+        """A module has been called outside of a pass, where nothing is edited.
+
+        Raises:
+            EditError: an edit is for it.
+        """
+        for edit in self.of(name):
+            self.raised = EditError(
+                f"edit[{edit.given!r}] changed nothing: {name!r} was called outside of a pass; "
+                "capture(..., method=...) makes a pass of another method than forward"
             )
-            for edit in self._all
-            if not edit.applied
-        ]
+            raise self.raised
+
+    def check_done(self, step: int) -> None:
+        """A pass has ended as a whole.
+
+        Raises:
+            EditError: an edit of that pass found no place in it.
+        """
+        for edit in self._all:
+            where = edit.where
+            if edit.done or where.optional or not where.has_step(step):
+                continue
+            kind = where.kind or ("output" if edit._outputs else "activation")
+            self.raised = EditError(
+                f"edit[{edit.given!r}] changed nothing in this pass (step {step}): "
+                f"{edit.why_not(kind)}. Where that may be, edits.Where(..., optional=True) says so"
+            )
+            raise self.raised
+
+    def check_one(self, layer: str, kind: str, paths: Sequence[str], call: int, step: int) -> None:
+        """A module has several tensors, of which none is the usual one.
+
+        Raises:
+            EditError: an edit does not say which it is for.
+        """
+        for edit in self.of(layer, kind):
+            where = edit.where
+            if where.path is None and where.has_call(call) and where.has_step(step):
+                self.raised = EditError(
+                    f"edit[{edit.given!r}] could mean {len(paths)} tensors of the {kind} of "
+                    f"{layer!r}: {listed(paths)}; say which: ({layer!r}, {kind!r}, {paths[0]!r})"
+                )
+                raise self.raised
 
     def apply(
-        self, kind: str, tensor: Tensor, axes: Axes | None, layer: str, **tags: Any
+        self,
+        kind: str,
+        tensor: Tensor,
+        axes: Axes | None,
+        layer: str,
+        usual: bool = True,
+        others: Sequence[str] = (),
+        **tags: Any,
     ) -> Tensor | None:
         """What goes on in the tensor's place; None if nothing changes it.
+
+        Args:
+            kind: of the map.
+            tensor: its values.
+            axes: where its filters lie.
+            layer: the label of its layer.
+            usual: it is what an edit without a path means.
+            others: paths of all tensors that the module has there.
+            tags: the other tags of the map.
 
         Raises:
             EditError: a function returned something that cannot stand there.
@@ -105,19 +253,37 @@ class Edits:
             Exception: whatever else a function raises.
         """
         try:
-            return self._apply(kind, tensor, axes, layer, tags)
+            return self._apply(kind, tensor, axes, layer, usual, others, tags)
         except Exception as error:
             self.raised = error
             raise
 
     def _apply(
-        self, kind: str, tensor: Tensor, axes: Axes | None, layer: str, tags: dict[str, Any]
+        self,
+        kind: str,
+        tensor: Tensor,
+        axes: Axes | None,
+        layer: str,
+        usual: bool,
+        others: Sequence[str],
+        tags: dict[str, Any],
     ) -> Tensor | None:
         result = tensor
         for edit in self.of(layer, kind):
-            edit.applied = True
+            where = edit.where
+            edit.calls.add(tags["call"])
+            edit.paths.update(dict.fromkeys(others))
+            if not (where.has_step(tags["step"]) and where.has_call(tags["call"])):
+                continue
+            if not (usual if where.path is None else where.path == tags.get("path")):
+                continue
+            edit.done = True
             self.runs += 1
-            fm = self._view(
+            if self._grads and _in_checkpoint():
+                raise EditError(AGAIN.format(where=f"the {kind} of layer {layer!r}"))
+            if kind == "input" and usual:  # as `capture` tags it
+                tags = {**tags, "path": ""}
+            fm = FeatureMap(
                 tensor=result,
                 kind=kind,
                 layer=layer,
@@ -125,15 +291,25 @@ class Edits:
                 filters=axes.filters if axes is not None and axes.dim is not None else None,
                 **tags,
             )
-            if edit.filters is None:
-                result = _run(edit, fm)
-                continue
-            pieces = [fm[k] for k in edit.filters]
-            result = result.clone()
-            for piece in pieces:
-                place = list(fm.filters).index(piece.filter)
-                result.select(fm.filter_dim, place).copy_(_run(edit, piece))
+            part, put = part_of(fm, where)
+            self.running = True
+            try:
+                new = _run(edit, part)
+            finally:
+                self.running = False
+            result = new if new is part.tensor and part.tensor is result else put(new)
         return None if result is tensor else result
+
+
+def _in_checkpoint() -> bool:
+    """Whether the forward of a checkpointed part runs, which runs again in backward."""
+    top: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if top and getattr(top[0], "__qualname__", "").startswith("_checkpoint_hook."):
+        return True
+    at: Any = sys._getframe(1) if in_function() else None
+    while at is not None and at.f_code is not _REENTRANT:
+        at = at.f_back
+    return at is not None
 
 
 def _run(edit: _Edit, fm: Any) -> Tensor:
@@ -151,19 +327,3 @@ def _run(edit: _Edit, fm: Any) -> Tensor:
             was, now = (tuple(was), tuple(now)) if what == "shape" else (was, now)
             raise EditError(f"{where} must keep the {what}: {was} went in, {now} came out")
     return after
-
-
-def _parsed(key: Any) -> tuple[Any, str, tuple[int, ...] | None]:
-    """A key's layer, kind and filters; `("conv1", "activation", (1, 2))`."""
-    parts = key if isinstance(key, tuple) else (key,)
-    if not 1 <= len(parts) <= 3:
-        raise ArgumentError(
-            f"edit[{key!r}]: a key is a layer, (layer, kind) or (layer, kind, filters)"
-        )
-    kind = parts[1] if len(parts) > 1 else "activation"
-    if kind not in EDITABLE:
-        hint = did_you_mean(kind, EDITABLE) if isinstance(kind, str) else ""
-        raise ArgumentError(f"edit[{key!r}]: the kind must be one of {listed(EDITABLE)}{hint}")
-    if len(parts) < 3:
-        return parts[0], kind, None
-    return parts[0], kind, indices(parts[2], f"the filters of edit[{key!r}]")

@@ -20,6 +20,7 @@ from fmapkit._candidates import name_by_hand
 from fmapkit._edit import Edits
 from fmapkit._frames import Frame, SigmaCall, Site
 from fmapkit._functions import out_of_place
+from fmapkit._module_edits import ModuleEdits
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow, flow_of
 from fmapkit._store import Held, version_of
@@ -49,6 +50,7 @@ class Editor:
         self.tracer = tracer
         self.edits = edits
         self.probe = probe
+        self.modules = ModuleEdits(tracer, edits)
 
     def __bool__(self) -> bool:
         return bool(self.edits)
@@ -60,7 +62,7 @@ class Editor:
         flow = tag if isinstance(tag, Flow) else STOP
         none = flow.origin.kind == "none"
         name = own if none else flow.origin.name
-        if not any(e.kind != "response" for e in self.edits.of(name)):
+        if not any(self.edits.of(name, kind) for kind in ("preactivation", "activation")):
             return None
         tracer.edited = True
         call = tracer.counts[own] if none else flow.origin.call
@@ -92,7 +94,8 @@ class Editor:
         call.site = site
         flows = [t for t in tensors_in(*call.args, call.kwargs) if flow_of(self.tracer.tag, t)]
         if len(flows) > 1 and self.edits.of(site.name, "preactivation"):
-            self.tracer.miss(site.name, COMPARED.format(call.sigma))
+            why, step = COMPARED.format(call.sigma), self.tracer.current.step
+            self.edits.refuse(site.name, "preactivation", why, site.call, step)
         stand_in = call.z
         call.kwargs = dict(call.kwargs)
         if "out" in call.kwargs:

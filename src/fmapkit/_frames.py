@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fmapkit._axes import Axes
 from fmapkit._degrees import Degrees
+from fmapkit._methods import method_called
 from fmapkit._origin import Lookup, Tag
 from fmapkit._sometimes import Pointwise
 from fmapkit._store import Held
@@ -26,6 +27,7 @@ __all__ = [
 
 _CALL = nn.Module._call_impl.__code__
 _ABOUT = nn.Module._wrapped_call_impl.__code__
+_METHOD = method_called.__code__
 _NONE: Counter[str] = Counter()
 
 
@@ -158,6 +160,8 @@ def call_frame() -> Any:
     """Python's own frame of the innermost call of a module, running or about to run."""
     at: Any = sys._getframe(1)
     while at is not None and at.f_code is not _CALL and at.f_code is not _ABOUT:
+        if at.f_code is _METHOD:
+            break
         at = at.f_back
     return at
 
@@ -177,7 +181,7 @@ def running_module(ours: int) -> nn.Module | None:
         ours: so many callers are not looked at: each look makes a frame object.
     """
     at = sys._getframe(ours + 1)
-    while at is not None and at.f_code is not _CALL:
+    while at is not None and at.f_code is not _CALL and at.f_code is not _METHOD:
         at = at.f_back  # type: ignore[assignment]
     running: nn.Module | None = at.f_locals.get("self") if at is not None else None
     return running

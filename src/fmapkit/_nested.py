@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["closed_parts", "leaves", "modules_in", "tensors_in"]
+__all__ = ["attributes", "closed_parts", "leaves", "modules_in", "parts", "tensors_in"]
 
 # What most arguments are: `isinstance(value, Tensor)` asks a metaclass of all that is not a Tensor.
 _TENSORS = frozenset({Tensor, nn.Parameter})
@@ -112,14 +112,14 @@ def _ends(value: Any, path: str, entered: dict[int, Any]) -> Iterator[tuple[str,
         if isinstance(value, Tensor):
             yield path, value
         return
-    parts = list(_parts(value, path))
-    own = list(_attributes(value, path)) if type(value) not in _PLAIN else []
-    if not parts and not own:
+    found = list(parts(value, path))
+    own = list(attributes(value, path)) if type(value) not in _PLAIN else []
+    if not found and not own:
         yield path, value
         return
     entered[id(value)] = value
     told: set[int] = set()
-    for place, part in parts:
+    for place, part in found:
         for end in _ends(part, place, entered):
             told.add(id(end[1]))
             yield end
@@ -132,7 +132,7 @@ def _ends(value: Any, path: str, entered: dict[int, Any]) -> Iterator[tuple[str,
         del entered[id(value)]
 
 
-def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """What a container has in its places."""
     if isinstance(value, (UserDict, UserList)):
         value = value.data
@@ -151,7 +151,7 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}[{key!r}]", item
 
 
-def _attributes(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def attributes(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """The attributes that an object has itself, public ones first, but for fields and contents."""
     if isinstance(value, _NOT_ENTERED):
         return

@@ -107,7 +107,7 @@ class Record:
         """
         origin = flow.origin
         if origin.kind == "none":
-            origin = self._next("own", own)
+            origin = self.next_call("own", own)
         else:
             self.claim(origin)
         event.axes = flow.axes
@@ -125,14 +125,19 @@ class Record:
 
     def layer(self, event: Event, name: str, out: Tensor, axes: Axes | None) -> Origin:
         """A layer has run: where the filters of what it returned come from."""
-        origin = self._next("layer", name)
+        origin = self.next_call("layer", name)
         event.axes = axes
         self.tags.put(out, Flow(origin, axes))
         self._add(event, origin, out)
         return origin
 
     def layer_maps(
-        self, event: Event, x: Tensor | None, out: Tensor, edited: Held | None = None
+        self,
+        event: Event,
+        x: Tensor | None,
+        out: Tensor,
+        edited: Held | None = None,
+        was: Tensor | None = None,
     ) -> None:
         """Hold a layer's maps.
 
@@ -141,12 +146,16 @@ class Record:
             x: its input, if it has one.
             out: what it returned.
             edited: what goes on in the place of that.
+            was: the input before it was edited; None where it was not.
         """
         origin, axes, kinds = event.origin, event.axes, self.wants.kinds
         if x is not None and "input" in kinds:
-            event.x_held = self.aliases.reference(x)
+            event.x_held = self.aliases.reference(x if was is None else was)
             if self.wants.filters is None:
                 self.hold(event, "x", "input", origin, event.x_held, self._input_axes(x, out, axes))
+                for slot, entry in event.entries if was is not None else ():
+                    if slot == "x":
+                        entry.edited = self._same_filters(entry, self.aliases.reference(x))
             else:
                 self.miss(
                     origin.name, "filters= was given, and its input is not of its own filters"
@@ -170,13 +179,13 @@ class Record:
         place = axes.dim - out.dim()
         return Axes.single(x.dim() + place, x.shape[place]) if x.dim() >= -place else None
 
-    def output(self, module: nn.Module, name: str, output: Any) -> None:
+    def output(self, module: nn.Module, name: str, output: Any) -> Event:
         """A module has returned what is wanted as its output."""
         if self.wants.filters is not None and not self.wants.kind("output"):
             self.miss(name, "filters= was given, and what a module returns is held whole")
         event = Event("output", module)
         event.module = module
-        origin = self._next("output", name, f"{name}()")
+        origin = self.next_call("output", name, f"{name}()")
         event.origin = origin
         found = leaves(output)
         closed = closed_parts(output)
@@ -196,13 +205,14 @@ class Record:
             self.hold(event, path, "output", origin, held, axes, path=path)
         self.events.append(event)
         self.firings.fire(event)
+        return event
 
     def norm(self, tag: Flow, out: Tensor, axis: int, name: str) -> Flow:
         """A norm keeps the layer; where there is none, it is the nearest thing with filters."""
         if tag.origin.kind == "layer" or out.dim() < 2:
             return tag
         dim = axis % out.dim()
-        return Flow(self._next("norm", name), Axes.single(dim, out.shape[dim]))
+        return Flow(self.next_call("norm", name), Axes.single(dim, out.shape[dim]))
 
     def _add(self, event: Event, origin: Origin, result: Tensor) -> None:
         event.origin = origin
@@ -211,7 +221,7 @@ class Record:
         self.events.append(event)
         self.firings.fire(event)
 
-    def _next(self, kind: str, name: str, counted: str = "") -> Origin:
+    def next_call(self, kind: str, name: str, counted: str = "") -> Origin:
         """The next call of what goes by the name, or is counted by another one."""
         call = self.counts.get(counted or name, 0)
         self.counts[counted or name] = call + 1

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from fmapkit._asked import Asked
+from fmapkit._attention import NONE_SEEN
 from fmapkit._beside import Beside
 from fmapkit._budget import Budget
 from fmapkit._compiled import Compiled
@@ -33,6 +34,7 @@ from fmapkit._hooks import FAILED, Hooks
 from fmapkit._keeping import Keeping
 from fmapkit._learning import Learning
 from fmapkit._live import MODES, Live
+from fmapkit._methods import Methods
 from fmapkit._missed import Misses, reason
 from fmapkit._moves import Moves
 from fmapkit._optimized import ever_compiled, in_compiled_code
@@ -118,6 +120,11 @@ class Session:
         self.live = Live(asked, self._misses, self.paths)
         self.compiled = Compiled(self, given)
         self.watch = Watch(self.model, self.hooks)  # since `names` were read
+        self._methods = Methods(
+            self.model,
+            asked.methods,
+            (self._inside, self._pre, self._post, self._broken_off),
+        )
         self._moves = Moves(self.live)
         self._beside = Beside(asked, self.live, self.hooks, self._misses)
         self._units = Units(self.hooks.is_ours)
@@ -166,8 +173,10 @@ class Session:
         self.live.thread = _thread()
         entered(self)
         self.unseen.scripted()
+        self._open_always()
         tell(self._scripted)
         self._placing.on_model()
+        self._methods.stand()
         hide_from_scripting()
         self.compiled.open()
         if not self.compiled:  # dynamo compares what stands before a call
@@ -176,6 +185,7 @@ class Session:
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""
         left(self)
+        self._methods.leave()
         tell_no_more(self._scripted)
         self.abandon()
         self.compiled.close()
@@ -190,6 +200,13 @@ class Session:
         if not failed:
             self._misses.warn()
 
+    def _open_always(self) -> None:
+        """Trace in every pass where inputs or outputs are edited, and methods are called."""
+        if self._edits:
+            self._units.open(*self._edits.modules())
+        if self._methods:
+            self._units.open(self.model)
+
     def uncover(self) -> None:
         """The model is being compiled: nothing of ours inside."""
         if not self.steps:
@@ -202,8 +219,12 @@ class Session:
         if _thread() != live.thread or _graph_task() != -1:
             if "_is_replica" in module.__dict__:
                 self.miss("", REPLICAS)
+                if self._edits:
+                    raise self._edits.refused(REPLICAS)
             elif live.lesson is not None and _thread() == live.thread:
                 live.lesson.key = None  # it runs again in a backward: no tap could tell that apart
+            return None
+        if self._edits and self._edits.running:
             return None
         try:
             if module is self.model and not self._running():
@@ -215,8 +236,8 @@ class Session:
             elif module is self.model:
                 live.depth += 1
             if live.current is None:
-                if not live.idle:
-                    self.unseen.stray(module)
+                if not live.idle and self.unseen.stray(module) and self._edits:
+                    self._edits.refuse_outside(self.names.of(module))
                 return None
             if live.run is not None:
                 self._replaying.before(live.run, module, args, kwargs)
@@ -240,14 +261,18 @@ class Session:
         live = self.live
         if _thread() != live.thread or _graph_task() != -1:
             return None
+        if self._edits and self._edits.running:
+            return None
         replaced = None
         failed = output is FAILED
         if failed:
             output = None
         try:
             if live.current is None:
-                if module is self.model:
-                    live.idle = False
+                if module is self.model and live.depth:
+                    live.depth -= 1
+                elif module is self.model:
+                    live.idle, live.frame = False, None
                 return None
             if live.run is not None and live.run.module is module:
                 self._replaying.leave(args, kwargs, output)
@@ -314,6 +339,11 @@ class Session:
 
     # -- a pass -------------------------------------------------------------------------------
 
+    def _inside(self) -> bool:
+        """Whether a call of one of the model's methods is no pass of its own."""
+        live = self.live
+        return _thread() != live.thread or live.idle or _graph_task() != -1 or self._running()
+
     def _running(self) -> bool:
         """Whether a pass is under way; one that ended without its post hook is cleared away."""
         if self.live.frame is None:
@@ -352,12 +382,15 @@ class Session:
         self.live.idle = False
         if not compiled and ever_compiled() and in_compiled_code():
             self.compiled.noticed()
+            why = "it runs in code that torch.compile has compiled"
         elif transforming() and under_transform(self.model, (args, kwargs)):
-            self.miss("", TRANSFORMED)
+            self.miss("", why := TRANSFORMED)
         elif why := recorded():
             self.miss("", why)
         else:
             return False
+        if self._edits:
+            raise self._edits.refused(why)
         return True
 
     def begin(self, args: Any, kwargs: Any, compiled: bool = False) -> bool:
@@ -378,6 +411,8 @@ class Session:
             # torch.export sees to it that the model has the same attributes before and after.
             if not torch.compiler.is_compiling():
                 self._placing.only_on_model()
+            if self._methods:  # which may call the model, as a part of this pass
+                live.frame = call_frame()
             return False
         live.frame = call_frame()  # on Python's stack as long as the pass runs
         if self.watch.changed():
@@ -386,7 +421,7 @@ class Session:
             step, self.model.training, gradually=self._gradually and not compiled
         )
         if self._edits:
-            self._edits.begin()
+            self._edits.begin(live.current.grads)
         if self._stop is not None:
             self._stop.begin()
         if compiled:
@@ -412,12 +447,11 @@ class Session:
         if live.tracer is not None:
             self._learning.finish(live.tracer)
             self._moves.clear()
-        if self._edits and not failed and not (stop is not None and stop.ended):
-            for layer, why in self._edits.unapplied():
-                self.miss(layer, why)
         if current is not None and not failed:
             if self.wants.picks and not self.store.fleeting:
                 self._name_unpicked(current)
+            if self.wants.kind("attention") and not (stop is not None and stop.ended):
+                self._name_without_attention(current)
             if stop is not None:
                 stop.learn(current)
         live.clear()
@@ -429,11 +463,20 @@ class Session:
             self._keeping.keep(current, failed)
         if misses.entries and not misses.warned:
             misses.warn_in_forward()
+        if self._edits and current is not None and not failed:
+            if not (stop is not None and stop.ended):
+                self._edits.check_done(current.step)
 
     def _name_unpicked(self, current: Pass) -> None:
         named = {entry.layer for entry in self.missed}
         for layer in self.wants.without_maps({e.origin.name for e in current.entries()} | named):
             self.miss(layer, "filters= was given for it, and this pass had no map of it")
+
+    def _name_without_attention(self, current: Pass) -> None:
+        seen = {e.origin.name for e in current.entries() if e.kind == "attention"}
+        named = {entry.layer for entry in self.missed}
+        for layer in self.wants.without_attention(seen | named):
+            self.miss(layer, NONE_SEEN)
 
     def abandon(self) -> None:
         """The pass ended without its post hook: leave no mode, flag or learning hook behind."""
@@ -490,4 +533,5 @@ class Session:
         if self._stop is not None:
             self._stop.forget()
         self.watch = Watch(self.model, self.hooks)
+        self._open_always()
         self.unseen.scripted()

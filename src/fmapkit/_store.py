@@ -22,6 +22,7 @@ from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._origin import Origin
 from fmapkit._sharded import alias_of, ends_of, is_wrapped, settled
 from fmapkit.errors import MapOverwrittenError, MapReleasedError
+from fmapkit.heads import Heads
 
 __all__ = ["Entry", "Held", "Pass", "Store", "version_of", "versions_of"]
 
@@ -167,7 +168,7 @@ class Held:
 class Entry:
     """One map: what it is, and where its values are held."""
 
-    __slots__ = ("axes", "edited", "held", "kind", "origin", "path", "picked", "sigma")
+    __slots__ = ("axes", "edited", "heads", "held", "kind", "origin", "path", "picked", "sigma")
 
     def __init__(
         self,
@@ -188,6 +189,7 @@ class Entry:
         self.path = path
         self.picked = picked  # the filters held, in the order held, where not all are
         self.edited = edited  # what went on in its place
+        self.heads: Heads | None = None  # of attention
 
     def release(self) -> list[Tensor | None]:
         """Let go of the tensors; what they were."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from fmapkit import _vocabulary as words
 from fmapkit import _weighted, layers, nonlinearities
+from fmapkit._attention import AttentionWatch
 from fmapkit._axes import Axes
 from fmapkit._candidates import is_whole, may_be_sigma, role_of, verdict
 from fmapkit._closing import close
@@ -105,6 +107,7 @@ class Tracer(TorchFunctionMode):
         self.pending, self.claim, self.let_go = record.pending, record.claim, record.let_go
         # They know each other: where there is nothing to edit, no cycle is left to Python's gc.
         self.editor = Editor(self, edits, self._probe) if edits else None
+        self.attention = AttentionWatch(self) if wants.kind("attention") else None
         self.frames: list[Frame] = []
         self.described = described()
         self.unhooked: set[nn.Module] = set()
@@ -129,6 +132,10 @@ class Tracer(TorchFunctionMode):
         self.record.end()
         self.frames.clear()
         self.tags.end()
+        if self.editor:
+            self.editor.modules.end()
+        if self.attention is not None:
+            self.attention.end()
 
     def fail(self, error: BaseException) -> None:
         """A fault of our own: the rest of the pass is not captured, and `missed` says so."""
@@ -153,7 +160,7 @@ class Tracer(TorchFunctionMode):
         if known.silent or self.paused or self.failed or _backward() != -1:
             return func(*args, **kwargs)
         if known.opened is not None:
-            with self:
+            with self, self.attention.inside(args, kwargs) if self.attention else nullcontext():
                 return known.opened(*args, **kwargs)
         if not self.frames or (types and any(map(_is_lazy, types))):
             return func(*args, **kwargs)
@@ -237,6 +244,8 @@ class Tracer(TorchFunctionMode):
         if not operands:
             self.follow(name, operands, args, kwargs, out)
             return out
+        if self.attention is not None and not self.opaque:
+            self.attention.step(name, func, operands, args, kwargs, out)
         weight = None
         if _weighted.weighs(name):
             weight = _weighted.weight_operand(name, operands, args, kwargs, self.tag)
@@ -377,7 +386,8 @@ class Tracer(TorchFunctionMode):
         origin = self.record.layer(event, name, out, axes)
         edit = self.editor.response(name, origin.call, out, axes) if self.editor else None
         if self.wants.layer(name):
-            self.record.layer_maps(event, x, out, None if edit is None else edit[1])
+            was = self.editor.modules.was(x) if self.editor and x is not None else None
+            self.record.layer_maps(event, x, out, None if edit is None else edit[1], was)
             self.spare(event)
         return out if edit is None else edit[0]
 
@@ -447,7 +457,11 @@ class Tracer(TorchFunctionMode):
         with torch._C.DisableTorchFunction():  # what we look at ourselves is not the model's doing
             if self.frames:
                 self.past_hooks(module)
+            replaced = self.editor.modules.input(module, args, kwargs) if self.editor else None
+            if replaced is not None:
+                args, kwargs = replaced
             frame = Frame(module, args, kwargs, len(self.events))
+            frame.replaced = replaced
             frame.firing = len(self.firings)
             parent = self.frames[-1] if self.frames else None
             if self.learning:
@@ -511,12 +525,16 @@ class Tracer(TorchFunctionMode):
             edited = close(self, frame, output)
             if edited is not None and edited is not output:
                 replaced = output = edited
-            if module in self.wants.outputs:
-                self._output(module, output)
+            event = self._output(module, output) if module in self.wants.outputs else None
+            if self.editor:
+                new, held = self.editor.modules.output(module, output)
+                replaced = new if held else replaced
+                for path, entry in event.entries if event is not None else ():
+                    entry.edited = held.get(path)
         return replaced
 
-    def _output(self, module: nn.Module, output: Any) -> None:
-        self.record.output(module, self.names.of(module), output)
+    def _output(self, module: nn.Module, output: Any) -> Event | None:
+        return self.record.output(module, self.names.of(module), output)
 
     def verdict(self, frame: Frame, output: Any) -> str | None:
         """The name of σ if this call of a module is one nonlinearity."""

@@ -73,10 +73,14 @@ class Unseen:
         self._names = asked.names
         self._misses = misses
 
-    def stray(self, module: nn.Module) -> None:
-        """A module runs outside of a pass: name the outermost one of the model that is running."""
+    def stray(self, module: nn.Module) -> bool:
+        """A module runs outside of a pass: name the outermost one of the model that is running.
+
+        Returns:
+            Whether it was named: it runs, and is no part of a pass that is not captured.
+        """
         if torch._C._current_graph_task_id() != -1 or recorded() or _fx_is_tracing():
-            return
+            return False
         at: Any = sys._getframe(1)
         while at is not None:
             if at.f_code is nn.Module._call_impl.__code__:
@@ -84,13 +88,13 @@ class Unseen:
                 module = running if running in self._names.by_module else module
             at = at.f_back
         if isinstance(module, ParametrizationList):  # somebody has read a weight
-            return
+            return False
         if module is self._model:  # a pass of its own that is not captured, and says why
-            return
+            return False
         method = self._names.past_hooks.method_of(self._model)
         if method is not None:
             self._misses.add("", f"{HOW[method]}, and without these there is no pass to capture")
-            return
+            return True
         name = self._names.of(module)
         hint = f": capture(model.{name})" if name else ""
         self._misses.add(
@@ -99,6 +103,7 @@ class Unseen:
             "and only what runs inside a forward pass of the captured model is captured; "
             f"for its own passes, capture that module{hint}",
         )
+        return True
 
     def no_pass(self) -> None:
         """The block has ended and nobody has seen a pass: say so where one may have run."""

@@ -17,7 +17,7 @@ from fmapkit.selectors import Selector, selectors
 
 __all__ = ["KINDS", "Selection", "Wants", "indices"]
 
-KINDS = ("input", "response", "preactivation", "activation", "output")
+KINDS = ("input", "response", "preactivation", "activation", "output", "attention")
 
 
 class Selection:
@@ -177,10 +177,11 @@ class Wants:
         asked = "output" in self.kinds
         if self._selection is None:
             return set(names.by_module) - names.wrappers if asked else set()
+        named = "attention" not in self.kinds  # else the modules are named for that
         return {
             module
             for group in self._selection.groups
-            if asked or all(layers.layer_axis(m) is None for m in group)
+            if asked or (named and all(layers.layer_axis(m) is None for m in group))
             for module in group
         }
 
@@ -219,6 +220,21 @@ class Wants:
                         f"filters names layer {name!r}, which layers= does not ask for "
                         f"(it asks for {self._selection})"
                     )
+
+    def without_attention(self, seen: set[str]) -> list[str]:
+        """The modules, of those selected, that no attention was seen in; all, as "", by default.
+
+        Args:
+            seen: the modules that had some.
+        """
+        if self._selection is None:
+            return [] if seen else [""]
+        groups = [[self._names.of(module) for module in g] for g in self._selection.groups]
+        return [
+            group[0] if len(group) == 1 else str(self._selection)
+            for group in groups
+            if seen.isdisjoint(group)
+        ]
 
     def without_maps(self, layers_seen: set[str]) -> list[str]:
         """The layers that filters were given for in vain; asked for after a complete pass, once.

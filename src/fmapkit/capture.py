@@ -13,6 +13,7 @@ from fmapkit._analyses import Analyses
 from fmapkit._asked import Asked
 from fmapkit._budget import Budget, policy
 from fmapkit._edit import Edits
+from fmapkit._methods import checked
 from fmapkit._names import Names
 from fmapkit._optimized import compiled_roots, plain
 from fmapkit._retain import Retention
@@ -48,7 +49,9 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         layers: which layers: a name, glob, regex, module, module type or callable, or several of
             these; None for all. A module that is no filter layer means what it returns, a
             container that is never called (`nn.ModuleList`) the modules that it holds.
-        kinds: which of "input", "response", "preactivation", "activation", "output".
+        kinds: which of "input", "response", "preactivation", "activation", "output", "attention".
+            Attention is the probabilities: what a softmax gave that weighs values, or a second
+            computation of it beside fused attention; by head, under the module in which it ran.
         filters: hold only these filters (copied out, so that the rest can be freed): an int,
             several, or a dict of layer -> these.
         keep: how many passes stay readable: an int, or "all". 0 goes with `analyses`: they see
@@ -56,12 +59,13 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         detach: False keeps the maps in the autograd graph, for losses on them. The graph lives as
             long as its maps do.
         every: capture each n-th pass (the first one included); the others run bare.
-        edit: change maps while they are made: a dict of layer, (layer, kind) or
-            (layer, kind, filters) -> a function that gets the map, still part of the graph, and
-            returns a tensor of its shape that goes on in its place. The kind is "response",
-            "preactivation" or "activation" (the default). `fm.tensor` is then what was, `fm.edited`
-            what went on. `fmapkit.edits` has the usual functions. Whatever a function raises is
-            raised by the model's call.
+        edit: change maps while they are made: a dict of where -> a function that gets the map,
+            still part of the graph, and returns a tensor of its shape that goes on in its place.
+            Where is a layer, (layer, kind), (layer, kind, filters) or (layer, kind, path), of any
+            of the five kinds, or an `edits.Where`, which also tells positions, calls and steps.
+            `fm.tensor` is then what was, `fm.edited` what went on. `fmapkit.edits` has the usual
+            functions. Whatever a function raises is raised by the model's call, and so is, at the
+            end of a pass, an `EditError` of an edit that found no place in it.
         stop: once a pass has shown which maps there are, end the forward as soon as they are
             there: from the second pass on, as a rule; a pass that has to be traced as a whole goes
             to its end. The model's call then returns None. For the maps of early layers only.
@@ -75,6 +79,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         max_bytes: how many bytes the maps may take, looked at as each pass ends.
         when_full: "error" makes the model's call raise `BudgetError` after a pass that went over
             `max_bytes`, and lets go of that pass's maps; "oldest" lets older kept passes go first.
+        method: other methods of the model whose calls are passes, beside its own call: "encode", or
+            several. One that another pass calls is a part of that pass.
         gradients: True makes `fm.grad` the gradient of each map after backward, without keeping
             the graph alive.
 
@@ -103,6 +109,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         device: torch.device | str | int | None = None,
         max_bytes: int | None = None,
         when_full: Literal["error", "oldest"] = "error",
+        method: str | Iterable[str] = "forward",
     ) -> None:
         if not isinstance(model, nn.Module):
             hint = " (a model class: make an instance first)" if isinstance(model, type) else ""
@@ -147,22 +154,23 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         budget = None if max_bytes is None else Budget(max_bytes, when_full)
         given, model = model, plain(model)
         names = Names(model)
-        if (edit or stop or gradients) and (roots := compiled_roots(given)):
+        if edit or stop or gradients:
             asked = "edit" if edit else "stop" if stop else "gradients"
-            raise ArgumentError(
-                f"{asked}= needs a model that runs eagerly, and "
-                f"{names.of(plain(roots[0])) or type(plain(roots[0])).__name__!r} is compiled"
-            )
+            _check_eager(f"{asked}=", given, names)
         if stop and names.collective():
             raise ArgumentError(
                 "stop=True ends a forward in the middle, where other ranks would wait for this "
                 f"one: {names.collective()!r} exchanges data with them while it runs"
             )
         wants = Wants(names, layers, kinds, filters, detach, gradients, retention)
-        edits = Edits(names, edit, FeatureMap)
+        if wants.kind("attention"):
+            _check_eager("kinds='attention'", given, names)
+        edits = Edits(names, edit)
         passes = None if keep == "all" else int(keep)
         model = unwrap(model)  # a pass is the plain model's, whoever called it
-        wanted = Asked(model, names, wants, edits, seen_by, Stop() if stop else None)
+        methods = checked(model, method)
+        ending = Stop() if stop else None
+        wanted = Asked(model, names, wants, edits, seen_by, ending, methods)
         self._session = Session(wanted, given, passes, every, budget)
         # Made, entered, left: a capture goes through these once, in this order.
         self._state: Literal["made", "entered", "left"] = "made"
@@ -187,6 +195,15 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
     ) -> None:
         self._state = "left"
         self._session.close(failed=kind is not None)
+
+
+def _check_eager(asked: str, given: nn.Module, names: Names) -> None:
+    roots = compiled_roots(given)
+    if roots:
+        raise ArgumentError(
+            f"{asked} needs a model that runs eagerly, and "
+            f"{names.of(plain(roots[0])) or type(plain(roots[0])).__name__!r} is compiled"
+        )
 
 
 def _dtype(value: Any) -> torch.dtype | None:

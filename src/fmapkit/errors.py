@@ -16,7 +16,7 @@ FmapkitError
 │   └── MapReleasedError                  it was let go (`clear()`)
 ├── DistributedError (RuntimeError)       ranks have nothing to put together, or do not agree
 ├── BudgetError (RuntimeError)            a pass holds more than `capture(max_bytes=...)` allows
-├── EditError (ValueError)                an edit gave something that cannot go on in the model
+├── EditError (ValueError)                an edit found no place, or gave what cannot go on there
 └── CaptureStateError (RuntimeError)      a capture used out of turn: entered twice, beside an edit
 
 CaptureWarning (UserWarning)              something could not be captured; named in `maps.missed`
@@ -114,7 +114,7 @@ class BudgetError(FmapkitError, RuntimeError):
 
 
 class EditError(FmapkitError, ValueError):
-    """A function of `capture(edit=...)` gave something that cannot stand in for the map."""
+    """An edit found no place in a pass, or gave something that cannot stand in for the map."""
 
 
 class CaptureStateError(FmapkitError, RuntimeError):

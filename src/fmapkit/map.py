@@ -15,6 +15,7 @@ from fmapkit._gradients import Gradient
 from fmapkit._sharded import Parts, is_dtensor, whole
 from fmapkit._store import Entry, Pass, parts_of
 from fmapkit.errors import DistributedError, FilterRangeError
+from fmapkit.heads import Heads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +31,8 @@ class FeatureMap:
         tensor: the values, outside the autograd graph unless `detach=False` was asked for. It is
             the model's own memory, so clone it before you write to it; a copy where the model
             overwrote that, or where `filters=`, `dtype=` or `device=` ask for one.
-        kind: "input", "response", "preactivation" (z), "activation" (a = σ(z)) or "output".
+        kind: "input", "response", "preactivation" (z), "activation" (a = σ(z)), "output" or
+            "attention".
         layer: qualified name of the module whose filters made the map.
         filter: index of the filter, or None for all of them.
         call: which call of the layer in the pass, from 0.
@@ -42,6 +44,7 @@ class FeatureMap:
         filters: the filters that lie along that axis, in order; None if there is no such axis.
         edited: what went on in the map's place, where `capture(edit=...)` changed it; else None.
         parts: of a tensor that is one rank's part of the map, what `full()` needs.
+        heads: of attention, the filters that are each head's queries, keys and values.
     """
 
     tensor: Tensor = field(repr=False)
@@ -57,6 +60,7 @@ class FeatureMap:
     edited: Tensor | None = field(default=None, repr=False)
     training: bool = False
     parts: Parts | None = field(default=None, repr=False)
+    heads: Heads | None = field(default=None, repr=False)
     _gradient: Gradient | None = field(default=None, repr=False)
     _whole: FeatureMap | None = field(default=None, repr=False)  # the map of all filters
 
@@ -272,5 +276,6 @@ def read_map(at: Pass, entry: Entry) -> FeatureMap:
         filter_dim=dim,
         filters=filters if dim is not None else None,
         edited=entry.edited.read(f"the edit of {what}") if entry.edited is not None else None,
+        heads=entry.heads,
         _gradient=entry.held.gradient,
     )

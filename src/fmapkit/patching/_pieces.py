@@ -1,0 +1,112 @@
+"""Which pieces of the maps are patched: layer by position by group of filters."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from fmapkit._where import Where
+from fmapkit.errors import ArgumentError
+from fmapkit.map import FeatureMap
+
+__all__ = ["Grid", "Key", "Piece", "key_of", "named"]
+
+Key = tuple[str, int, str]  # the layer, the call, the path
+
+
+class Piece(NamedTuple):
+    """A map, and which part of it."""
+
+    key: Key
+    where: Where
+
+
+def key_of(fm: FeatureMap) -> Key:
+    """What tells a map of one kind from the others of its pass."""
+    return fm.layer, fm.call, fm.path
+
+
+def named(key: Key, keys: Iterable[Key]) -> str:
+    """A map's name in a result: its layer, with the call where there are several, and its path."""
+    layer, call, path = key
+    several = len({other[1] for other in keys if other[0] == layer}) > 1
+    return f"{layer}{path}" + (f" (call {call})" if several else "")
+
+
+class Grid:
+    """All pieces, in the order of the result.
+
+    Args:
+        maps: what is to be put in, by layer, call and path.
+        where: which maps; of which filters and positions is said by the next two.
+        positions: "each", several of what `Where(at=...)` takes, or None.
+        filters: several of what `Where(filter=...)` takes, or None.
+
+    Attributes:
+        pieces: them.
+        positions: as a tuple; empty for whole maps.
+        filters: as a tuple; empty for all of them.
+        shape: of the grid.
+
+    Raises:
+        ArgumentError: the positions or filters are of no allowed form.
+    """
+
+    def __init__(
+        self, maps: Mapping[Key, FeatureMap], where: Where, positions: Any, filters: Any
+    ) -> None:
+        self.positions = _several(positions, "positions")
+        if positions == "each":
+            self.positions = tuple(range(_count(maps, where)))
+        self.filters = tuple(
+            k if isinstance(k, int) else tuple(k) for k in _several(filters, "filters")
+        )
+        self.shape = [len(maps), *(len(a) for a in (self.positions, self.filters) if a)]
+        axis, kind = where.filter_axis, where.kind
+        parts = [
+            Where("", kind, group, at=at, filter_axis=axis)
+            for at, group in itertools.product(self.positions or (None,), self.filters or (None,))
+        ]
+        self.pieces = [Piece(key, part) for key in maps for part in parts]
+
+
+def _several(given: Any, name: str) -> tuple[Any, ...]:
+    if given is None or (name == "positions" and isinstance(given, str) and given == "each"):
+        return ()
+    if isinstance(given, (str, int)) or not isinstance(given, Iterable):
+        word = "'each', " if name == "positions" else ""
+        raise ArgumentError(f"{name} must be {word}several of these in a list, or None")
+    found = tuple(given)
+    if not found:
+        raise ArgumentError(f"{name}=[] leaves nothing to patch; None, the default, means all")
+    return found
+
+
+def _count(maps: Mapping[Key, FeatureMap], where: Where) -> int:
+    """How many positions each map has.
+
+    Raises:
+        ArgumentError: they have several axes of positions, or not the same number.
+    """
+    counts: dict[int, Key] = {}
+    for key, fm in maps.items():
+        rank, filters = fm.tensor.dim(), fm.filter_dim
+        if where.filter_axis is not None:
+            filters = where.filter_axis % rank
+        if filters is None:
+            raise ArgumentError(
+                f"positions='each': which axis of the {fm.kind} of {named(key, maps)!r} counts "
+                "filters is not told by the data: say it with filter_axis=-1"
+            )
+        axes = [d for d in range(1, rank) if d != filters]
+        if len(axes) != 1:
+            raise ArgumentError(
+                f"positions='each' is for maps with one axis of positions, and that of "
+                f"{named(key, maps)!r}, of shape {tuple(fm.shape)}, has {len(axes)}: list them"
+            )
+        counts.setdefault(fm.shape[axes[0]], key)
+    if len(counts) > 1:
+        told = ", ".join(f"{named(key, maps)!r} has {count}" for count, key in counts.items())
+        raise ArgumentError(f"positions='each' needs maps of as many positions: {told}")
+    return next(iter(counts))

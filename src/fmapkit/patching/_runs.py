@@ -1,0 +1,171 @@
+"""The runs of patching: the one whose maps are taken, and those that get them, piece by piece."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmapkit._positions import part_of
+from fmapkit._where import Where
+from fmapkit.capture import capture
+from fmapkit.errors import ArgumentError
+from fmapkit.map import FeatureMap
+from fmapkit.maps import FeatureMaps
+from fmapkit.patching._inputs import Inputs, rows
+from fmapkit.patching._pieces import Key, Piece, key_of, named
+
+__all__ = ["Runs"]
+
+Edits = Mapping[Any, Callable[[FeatureMap], Tensor]]
+
+
+class Runs:
+    """Runs a model, with and without patches, and measures it.
+
+    Args:
+        model: the model.
+        metric: gets what the model returned, or the map that it is of.
+        where: which maps are taken and put in.
+        of: a layer, or (layer, kind), whose map the metric gets; None for the model's output.
+
+    Attributes:
+        maps: what is put in, by layer, call and path; once they were taken.
+    """
+
+    def __init__(self, model: nn.Module, metric: Any, where: Where, of: Any) -> None:
+        self._model = model
+        self._metric = metric
+        self._where = where
+        self._of = None if of is None else of if isinstance(of, tuple) else (of, "output")
+        self.maps: dict[Key, FeatureMap] = {}
+        self._pieces: Sequence[Piece | None] = (None,)  # of the running pass, by copy
+        self._samples = 0
+        self._done: set[int] = set()
+
+    @contextmanager
+    def _capture(
+        self, edit: Edits | None, at_map: Callable[[FeatureMap], Tensor], stop: bool
+    ) -> Iterator[FeatureMaps]:
+        """Passes in which a function is given each map that is meant, after other edits."""
+        edits: dict[Any, Any] = {
+            dataclasses.replace(where, at=None, filter=None): self._by_copy(function, where)
+            for where, function in ((Where.of(key), f) for key, f in (edit or {}).items())
+        }
+        edits[dataclasses.replace(self._where, optional=True)] = at_map
+        layers, kind = self._of if self._of is not None else (self._model, "output")
+        with capture(self._model, layers, kinds=kind, edit=edits, stop=stop) as maps:
+            yield maps
+
+    def take(self, inputs: Inputs, edit: Edits | None) -> Tensor:
+        """Run the model and take its maps; the metric of that run."""
+        with self._capture(edit, self._take, stop=False) as maps:
+            metric = self._measured(inputs.run(self._model), maps, 0)
+        if not self.maps:
+            where = self._where
+            raise ArgumentError(
+                f"layers={where.layer!r}: none of these has an {where.kind} in this run"
+                + (f" at path {where.path!r}" if where.path is not None else "")
+            )
+        return metric
+
+    def _take(self, fm: FeatureMap) -> Tensor:
+        self.maps[key_of(fm)] = dataclasses.replace(fm, tensor=fm.tensor.clone())
+        return fm.tensor
+
+    @contextmanager
+    def patched(
+        self, inputs: Inputs, edit: Edits | None, samples: int
+    ) -> Iterator[Callable[[Sequence[Piece | None]], list[Tensor]]]:
+        """One capture around all patched runs, so that the model is learned once.
+
+        Args:
+            inputs: of the run.
+            edit: what changes it beside the patches.
+            samples: in a batch; 0 where each forward runs one copy of the inputs.
+        """
+        self._samples = samples
+        with self._capture(edit, self._patch, stop=self._of is not None) as maps:
+
+            def run(pieces: Sequence[Piece | None]) -> list[Tensor]:
+                self._pieces = pieces
+                self._done.clear()
+                output = inputs.run(self._model, len(pieces))
+                self._check_done()
+                return [self._measured(output, maps, copy) for copy in range(len(pieces))]
+
+            yield run
+
+    def _check_done(self) -> None:
+        for place, piece in enumerate(self._pieces):
+            if piece is not None and place not in self._done:
+                after = ""
+                if self._of is not None:
+                    after = f", or it runs after {self._of[0]!r}, which the metric is of"
+                raise ArgumentError(
+                    f"{named(piece.key, self.maps)!r} has no {self._where.kind} in the run that is "
+                    f"patched{after}"
+                )
+
+    def _by_copy(self, function: Callable[[FeatureMap], Tensor], where: Where) -> Any:
+        """An edit of the run, done to each copy by itself: each gets the same noise."""
+
+        def edit(fm: FeatureMap) -> Tensor:
+            done = []
+            for copy in range(len(self._pieces)):
+                part, put = part_of(self._copy_of(fm, copy), where)
+                done.append(put(function(part)))
+            return done[0] if len(done) == 1 else torch.cat(done)
+
+        return edit
+
+    def _copy_of(self, fm: FeatureMap, copy: int) -> FeatureMap:
+        count, samples = len(self._pieces), self._samples
+        if count == 1:
+            return fm
+        if fm.shape[0] != count * samples:
+            raise ArgumentError(
+                f"batch_size > 1 runs {count} copies of {samples} samples at once, along the "
+                f"first axis, and the {fm.kind} of {fm.layer!r} has shape {tuple(fm.shape)}"
+            )
+        return dataclasses.replace(fm, tensor=fm.tensor[copy * samples : (copy + 1) * samples])
+
+    def _patch(self, fm: FeatureMap) -> Tensor:
+        key, result = key_of(fm), fm.tensor
+        for copy, piece in enumerate(self._pieces):
+            if piece is None or piece.key != key:
+                continue
+            self._done.add(copy)
+            target, donor = self._copy_of(fm, copy), self.maps[key]
+            if donor.shape != target.shape:
+                raise ArgumentError(
+                    f"the {fm.kind} of {named(key, self.maps)!r} has shape {tuple(donor.shape)} in "
+                    f"one run and {tuple(target.shape)} in the other: their places do not agree"
+                )
+            new, _ = part_of(donor, piece.where)
+            _, put = part_of(target, piece.where)
+            if len(self._pieces) == 1:
+                return put(new.tensor)
+            result = result.clone() if result is fm.tensor else result
+            result[copy * self._samples : (copy + 1) * self._samples] = put(new.tensor)
+        return result
+
+    # -- the metric ---------------------------------------------------------------------------
+
+    def _measured(self, output: Any, maps: FeatureMaps, copy: int) -> Tensor:
+        if self._of is not None:
+            fm = maps[self._of]
+            output = fm.tensor if fm.edited is None else fm.edited
+        value = self._metric(rows(output, copy, len(self._pieces), self._samples))
+        found = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        found = found.detach()
+        if found.dim() > 1 or found.is_complex():
+            raise ArgumentError(
+                "metric must give a number, or one for each sample, not a tensor of shape "
+                f"{tuple(found.shape)}"
+            )
+        return found if found.is_floating_point() else found.float()
