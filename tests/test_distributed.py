@@ -38,7 +38,7 @@ RANKS = 2
 _VERSION = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
 SUITES = (
     *(("ddp", "statistics") if torch.distributed.is_available() else ()),
-    *(("fsdp", "tp") if torch.distributed.is_available() and _VERSION >= (2, 6) else ()),
+    *(("fsdp", "tp", "phi") if torch.distributed.is_available() and _VERSION >= (2, 6) else ()),
     *(("cuda",) if torch.cuda.device_count() >= RANKS else ()),
 )
 # For all suites, in seconds; a collective that waits in vain fails long before.

@@ -27,6 +27,7 @@ from fmapkit.layers import register_layer
 from fmapkit.maps import FeatureMap, FeatureMaps
 from fmapkit.nonlinearities import register_nonlinearity
 from fmapkit.patching import patch
+from fmapkit.phi import FeatureFunction, feature_map
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "CaptureWarning",
     "DistributedError",
     "EditError",
+    "FeatureFunction",
     "FeatureMap",
     "FeatureMaps",
     "FilterRangeError",
@@ -54,6 +56,7 @@ __all__ = [
     "UnknownLayerError",
     "capture",
     "edits",
+    "feature_map",
     "patch",
     "register_layer",
     "register_nonlinearity",

@@ -196,6 +196,7 @@ class Compiled:
         self._given = given
         self._doors: list[_Door] = []
         self._late: list[_Late] = []
+        self._resting: list[nn.Module] = []
         self._watching: Any = None
 
     def __bool__(self) -> bool:
@@ -237,6 +238,30 @@ class Compiled:
         for root in compiled_roots(self._session.model):
             if root not in doors:
                 self.add(root)
+
+    def rest(self) -> None:
+        """Between two calls of a capture that goes on, nothing is set."""
+        if self._watching is None:
+            return
+        self._watching.remove()
+        self._watching = None
+        when_traced.remove(self._traced)
+        for late in self._late:
+            late.close()
+        self._late.clear()
+        self._resting = [door.root for door in self._doors]
+        for door in self._doors:
+            door.close(self._session)
+        self._doors.clear()
+
+    def wake(self) -> None:
+        """Set again what `rest` has removed."""
+        for root in self._resting:
+            if _place(root) in root.__dict__:
+                self.add(root)
+        self._resting = []
+        self._watching = register_module_module_registration_hook(self._registered)
+        when_traced.append(self._traced)
 
     def close(self) -> None:
         """Remove what `open` set; the variants stay with the user's compiled functions."""

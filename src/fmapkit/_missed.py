@@ -50,6 +50,7 @@ class Misses:
     def __init__(self, model: nn.Module) -> None:
         self.entries: list[Missed] = []
         self.warned = False
+        self._quiet = False
         self._model = type(model).__name__
 
     def add(self, layer: str, reason: str) -> None:
@@ -59,9 +60,13 @@ class Misses:
             self.entries.append(entry)
             self.warned = False
 
+    def quiet(self) -> None:
+        """Warn of nothing: whoever reads the maps says what is not there."""
+        self._quiet = True
+
     def warn(self) -> None:
         """Tell the user, if there is anything new."""
-        if self.warned or not self.entries:
+        if self.warned or self._quiet or not self.entries:
             return
         self.warned = True
         first = self.entries[0]

@@ -15,6 +15,7 @@ from fmapkit._standing import Standing
 
 __all__ = [
     "around",
+    "compiled_by",
     "compiled_call",
     "compiled_roots",
     "ever_compiled",
@@ -132,6 +133,23 @@ def _wrappers() -> tuple[dict[int, Any], dict[int, Any]]:
 
 def _is_code(value: Any) -> bool:
     return isinstance(value, types.CodeType)
+
+
+def compiled_by() -> Any:
+    """What compiled the code that called us: torch's context of backend, mode and options.
+
+    Returns:
+        It; called with a module, it compiles that in the same way. None if nothing did.
+    """
+    compiled, disabled = _wrappers()
+    at: types.FrameType | None = sys._getframe(1)
+    while at is not None:
+        if id(at.f_code) in disabled:
+            return None
+        if id(at.f_code) in compiled:
+            return at.f_locals.get("self")
+        at = at.f_back
+    return None
 
 
 def in_compiled_code() -> bool:

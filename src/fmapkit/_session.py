@@ -114,6 +114,7 @@ class Session:
         self.store = Store(keep)
         self._misses = Misses(self.model)
         self.missed, self.miss = self._misses.entries, self._misses.add
+        self.quiet = self._misses.quiet
         self.hooks = Hooks(self, self._broken_off)
         self.unseen = Unseen(asked, self._misses)
         self.paths = ControlPaths(self.model, self.names.place_of, self._who_runs)

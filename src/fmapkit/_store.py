@@ -21,6 +21,7 @@ from fmapkit._axes import Axes
 from fmapkit._gradients import Gradient, in_function, watch
 from fmapkit._origin import Origin
 from fmapkit._sharded import alias_of, ends_of, is_wrapped, settled
+from fmapkit._transforms import inner, transforming
 from fmapkit.errors import MapOverwrittenError, MapReleasedError
 from fmapkit.heads import Heads
 
@@ -467,6 +468,8 @@ class Aliases:
 
 def storage_of(tensor: Tensor) -> int:
     """What tells one block of memory from another."""
+    if transforming() is not None:
+        tensor = inner(tensor)
     if is_wrapped(tensor):
         tensor = ends_of(tensor)[-1]
     if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):

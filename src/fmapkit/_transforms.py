@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from fmapkit._nested import tensors_in
 
 __all__ = [
-    *("NESTED", "TRANSFORMED", "is_shapeless", "transformed", "transforming", "under_transform"),
-    *("some_shapeless", "unheld", "wrapped"),
+    *("NESTED", "TRANSFORMED", "inner", "is_shapeless", "returned", "transformed", "transforming"),
+    *("some_shapeless", "under_transform", "unheld", "wrapped"),
 ]
 
 TRANSFORMED = (
@@ -27,10 +28,34 @@ NESTED = (
 )
 
 _is_nested: Callable[[Tensor], bool] = operator.attrgetter("is_nested")
-# Whether what is known to be a tensor is one of a transform.
-wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+_is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+_unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
 # The innermost transform that is at work; None where none is.
 transforming: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+
+
+class _Returned(threading.local):
+    """Whether maps of this thread are returned inside of the transform that they live in.
+
+    Nobody holds them beyond it then, and they are maps like any other.
+    """
+
+    on = False
+
+
+returned = _Returned()
+
+
+def wrapped(tensor: Tensor) -> bool:
+    """Whether what is known to be a tensor is one of a transform, which must not be kept."""
+    return _is_wrapped(tensor) and not returned.on
+
+
+def inner(tensor: Tensor) -> Tensor:
+    """The tensor that a transform's stands for, which has memory; any other one as it is."""
+    while _is_wrapped(tensor):
+        tensor = _unwrapped(tensor)
+    return tensor
 
 
 def transformed(value: Any) -> bool:
@@ -57,7 +82,7 @@ def unheld(tensor: Tensor) -> str | None:
 
 def under_transform(module: nn.Module, value: Any) -> bool:
     """Whether a torch.func transform is at work on a call: on what it is given, or its weights."""
-    if transforming() is None:
+    if transforming() is None or returned.on:
         return False
     with torch._C.DisableTorchFunction():
         # Under `grad` and its like, whatever runs gives a tensor of the transform.

@@ -49,11 +49,19 @@ class Watch:
         self._calls: list[object] = []  # and what of that is torch.compile's
         self._compiled = self._compiled_calls()
         self._theirs = self._foreign()
-        self._last = self._counted()
+        self._last = self.counted()
 
-    def _counted(self) -> tuple[int, int]:
+    def counted(self) -> tuple[int, int]:
         """Goes up with every hook of anybody's, and with whatever of ours stands before a call."""
         return RemovableHandle.next_id, _standing.changes
+
+    def settled(self) -> bool:
+        """Whether nobody has set anything since it last looked."""
+        return self.counted() == self._last
+
+    def count_from_here(self) -> None:
+        """What was set since it last looked is known to be what was there then."""
+        self._last = self.counted()
 
     def _foreign(self) -> tuple[set[int], list[int]]:
         """Which other sessions there are, and how many hooks of others each module has."""
@@ -106,12 +114,12 @@ class Watch:
         return (
             self._registered != (layers.version, nonlinearities.version)
             or (ever_compiled() and self._compiled != self._compiled_calls())
-            or (self._counted() != self._last and self._hooked())
+            or (self.counted() != self._last and self._hooked())
         )
 
     def _hooked(self) -> bool:
         """Whether it is others who have set any, another session included."""
-        self._last = self._counted()
+        self._last = self.counted()
         return self._foreign() != self._theirs
 
 

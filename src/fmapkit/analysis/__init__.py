@@ -11,16 +11,25 @@ from fmapkit.analysis.protocol import Analysis
 if TYPE_CHECKING:
     from fmapkit.analysis.dead import DeadFilters
     from fmapkit.analysis.firings import LayerFirings
+    from fmapkit.analysis.similarity import Similarity
     from fmapkit.analysis.statistics import Statistics
     from fmapkit.analysis.summary import LayerStatistics
 
-__all__ = ["Analysis", "DeadFilters", "LayerFirings", "LayerStatistics", "Statistics"]
+__all__ = [
+    "Analysis",
+    "DeadFilters",
+    "LayerFirings",
+    "LayerStatistics",
+    "Similarity",
+    "Statistics",
+]
 
 # Imported when asked for: `import fmapkit` needs the protocol only, and should not pay for them.
 _HOMES = {
     "DeadFilters": "dead",
     "LayerFirings": "firings",
     "LayerStatistics": "summary",
+    "Similarity": "similarity",
     "Statistics": "statistics",
 }
 

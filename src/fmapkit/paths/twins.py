@@ -187,6 +187,11 @@ class Twins:
             self.watched.setdefault((id(space), name), (space, name, what))
         return True
 
+    def exchange_each(self, functions: Iterable[types.FunctionType]) -> None:
+        """The same for several; one that has other code by now records no more."""
+        for function in functions:
+            self.exchange(function)
+
     def _agreed(self, function: types.FunctionType, twin: Twin) -> Twin | None:
         """Another capture has set a twin: one that taps more may take its place."""
         theirs = _made.get(known_as(function.__code__))

@@ -1,0 +1,140 @@
+"""One capture for many single calls: what it has learned stays, and between calls nothing is set.
+
+A capture's block learns the model in its first pass. A function that captures one pass whenever it
+is called would learn it each time. So its session is not closed between two calls but rests: all
+that it has set on modules, functions and torch is taken off, and put back before the next call.
+What was learned is checked as before any other pass.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import FunctionType, TracebackType
+from typing import Any
+
+from torch import nn
+
+from fmapkit._hooks import Off
+from fmapkit._missed import Missed
+from fmapkit._names import Names
+from fmapkit._optimized import compiled_roots, plain
+from fmapkit._others import entered, left, others
+from fmapkit._scripted import tell, tell_no_more
+from fmapkit._session import Session
+from fmapkit._standing import hide_from_scripting, show_to_scripting
+from fmapkit._transforms import returned
+from fmapkit._wrappers import unwrap
+from fmapkit.capture import capture
+from fmapkit.maps import FeatureMaps
+
+__all__ = ["Recurring", "can_stop"]
+
+
+def can_stop(model: nn.Module) -> bool:
+    """Whether a pass of it can be ended where the maps are there.
+
+    Compiled code runs to its end. So does what other ranks take part in: they would wait.
+    """
+    inner = plain(model)
+    return not compiled_roots(model) and unwrap(inner) is inner and not Names(inner).collective()
+
+
+class Recurring:
+    """A capture that is entered again and again, for a call each time, by one thread.
+
+    Args:
+        made: the capture; it is used up by this.
+
+    Attributes:
+        maps: of the latest call; to be cleared by whoever has read them.
+    """
+
+    def __init__(self, made: capture) -> None:
+        self._made = made
+        self._session: Session = made._session
+        self._off: list[Off] = []
+        self._functions: list[FunctionType] = []
+        self._settled: tuple[int, int] | None = None
+        self._open = False
+        self._before = False
+        self.maps: FeatureMaps
+        self._session.quiet()
+
+    @property
+    def names(self) -> Names:
+        """Of the model's modules."""
+        return self._session.names
+
+    @property
+    def missed(self) -> list[Missed]:
+        """What ran in some call and was not captured; nobody was warned of it."""
+        return self._session.missed
+
+    @property
+    def captured(self) -> bool:
+        """Whether the call that is under way was a pass that could be captured."""
+        return self._session.store.latest() is not None
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other capture is open in this thread that would see the call."""
+        session = self._session
+        session.live.thread = threading.get_ident()
+        return not any(others(session))
+
+    def label_of(self, layer: Any) -> str:
+        """The name that the maps of a layer have, which is given by a name or as a module."""
+        names = self._session.names
+        if isinstance(layer, nn.Module):
+            return names.of(unwrap(layer))
+        return names.canonical(layer)
+
+    def __enter__(self) -> FeatureMaps:
+        """Set again what was set when the latest call ended.
+
+        Raises:
+            CaptureStateError: another capture with an edit is open.
+        """
+        session = self._session
+        # Whoever else is open would hold what lives in a torch.func transform.
+        self._before = returned.on
+        if not self._open:
+            self.maps = self._made.__enter__()
+            self._open = True
+            returned.on = not any(others(session))
+            return self.maps
+        entered(session)
+        returned.on = not any(others(session))
+        session.live.thread = threading.get_ident()
+        watch = session.watch
+        quiet = self._settled is not None and watch.counted() == self._settled
+        for off in self._off:
+            off.put_back()
+        session.paths.twins.exchange_each(self._functions)
+        hide_from_scripting()
+        tell(session._scripted)
+        session.compiled.wake()
+        self._off, self._functions = [], []
+        if quiet:
+            watch.count_from_here()
+        return self.maps
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        session = self._session
+        returned.on = self._before
+        session.abandon()  # of a pass that ended as usual, nothing is left
+        left(session)
+        tell_no_more(session._scripted)
+        show_to_scripting()
+        session.compiled.rest()
+        twins = session.paths.twins
+        self._functions = twins.functions()
+        twins.clear()
+        self._settled = session.watch.counted() if session.watch.settled() else None
+        session._placing.no_doors()  # nothing is set while nobody calls
+        self._off = [session.hooks.take_off(module) for module in session.hooks.modules()]

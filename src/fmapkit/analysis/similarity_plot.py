@@ -1,0 +1,48 @@
+"""Draw how alike layers are (extra: `plot`); what `Similarity.plot()` calls."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fmapkit.errors import ArgumentError
+from fmapkit.plot import _pyplot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fmapkit.analysis.similarity import Similarity
+
+__all__ = ["plot_similarity"]
+
+_NUMBERED = 12  # rows up to which each cell has its figure
+
+
+def plot_similarity(
+    found: Similarity, ax: Axes | None = None, *, measure: str = "cka", title: str | None = None
+) -> Figure:
+    """Draw the matrix of a measure; see `Similarity.plot`."""
+    if measure not in ("cka", "rsa"):
+        raise ArgumentError(f"measure must be 'cka' or 'rsa', not {measure!r}")
+    plt = _pyplot()
+    values = (found.cka if measure == "cka" else found.rsa).numpy()
+    rows, columns = found.layers
+    if ax is None:
+        width = float(np.clip(2.5 + 0.45 * len(columns), 4, 14))
+        height = float(np.clip(1.6 + 0.4 * len(rows), 3, 14))
+        _, ax = plt.subplots(figsize=(width, height), layout="constrained")
+    low = 0.0 if np.nanmin(values, initial=0.0) >= 0 or measure == "cka" else -1.0
+    drawn = ax.imshow(values, cmap="magma", vmin=low, vmax=1, interpolation="nearest")
+    ax.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
+    ax.set_yticks(range(len(rows)), rows)
+    ax.tick_params(labelsize="small")
+    if max(values.shape) <= _NUMBERED:
+        for (i, j), value in np.ndenumerate(values):
+            colour = "black" if value > (1 + low) / 2 else "white"
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize="small", color=colour)
+    ax.set_title(title or ("linear CKA" if measure == "cka" else "RSA"), fontsize="medium")
+    figure: Figure = ax.figure.figure
+    figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.02)
+    return figure

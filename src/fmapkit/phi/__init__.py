@@ -1,0 +1,53 @@
+"""The feature map as a function, and what can be read out of it.
+
+`feature_map` makes φ. `probe` tells what a linear model reads out of each layer, `kept` what φ
+keeps of distances, and `losses` has losses on features.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fmapkit.phi.function import FeatureFunction, feature_map
+
+if TYPE_CHECKING:
+    from fmapkit.phi.distortion import Kept, LayerKept, kept
+    from fmapkit.phi.jacobian import singular_values
+    from fmapkit.phi.losses import gram, perceptual_loss, style_loss
+    from fmapkit.phi.probing import Probe, probe
+
+__all__ = [
+    "FeatureFunction",
+    "Kept",
+    "LayerKept",
+    "Probe",
+    "feature_map",
+    "gram",
+    "kept",
+    "perceptual_loss",
+    "probe",
+    "singular_values",
+    "style_loss",
+]
+
+# Imported when asked for: `import fmapkit` needs φ alone.
+_HOMES = {
+    "Kept": "distortion",
+    "LayerKept": "distortion",
+    "Probe": "probing",
+    "gram": "losses",
+    "kept": "distortion",
+    "perceptual_loss": "losses",
+    "probe": "probing",
+    "singular_values": "jacobian",
+    "style_loss": "losses",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,72 @@
+"""Features of many inputs, as matrices with a row for each sample: what all readings of φ share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fmapkit.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from fmapkit.phi.function import FeatureFunction
+
+__all__ = ["call", "evaluating", "named", "one", "rows", "taken"]
+
+
+def call(phi: nn.Module, inputs: Any) -> Any:
+    """φ of one argument, of several in a tuple or list, or of a dict of keywords."""
+    if isinstance(inputs, Mapping):
+        return phi(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return phi(*inputs)
+    return phi(inputs)
+
+
+def named(phi: FeatureFunction, features: Any) -> dict[str, Tensor]:
+    """What φ returned, by the name of each layer."""
+    if isinstance(features, Mapping):
+        return dict(features)
+    several = features if isinstance(features, tuple) else (features,)
+    return dict(zip(phi.layers, several, strict=True))
+
+
+def one(features: Any, what: str) -> Tensor:
+    """What φ returned, if it is of one layer.
+
+    Raises:
+        ArgumentError: it is of several.
+    """
+    if not isinstance(features, Tensor):
+        raise ArgumentError(f"{what} is of one layer, and this feature_map returns several")
+    return features
+
+
+def rows(features: Tensor) -> Tensor:
+    """(samples, features): in float32 at least, since sums of halves lose most of their digits."""
+    if not features.is_floating_point() or features.element_size() < 4:
+        features = features.float()
+    return features.reshape(len(features), -1) if features.dim() != 2 else features
+
+
+def taken(inputs: Any, places: Any) -> Any:
+    """Some samples of inputs as `call` takes them: of each tensor along its first axis."""
+    if isinstance(inputs, Mapping):
+        return {key: taken(value, places) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(taken(value, places) for value in inputs)
+    return inputs[places] if isinstance(inputs, Tensor) and inputs.dim() else inputs
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode for a while; each of its modules gets its own mode back."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

@@ -1,0 +1,283 @@
+"""What φ keeps: which inputs it still tells apart, and how it changes their distances.
+
+If φ is continuous and injective, functions that approximate every continuous function of features
+approximate, composed with φ, every continuous function of inputs (Kratsios & Bilokopytov,
+"Non-Euclidean Universal Approximation", 2020): then nothing that depends on the input is out of
+reach of f∘φ. A finite sample cannot show that φ is injective. It can show that φ is not: by two
+inputs in one point, a *collision*. Short of that, small ratios d(φ(x), φ(y)) / d(x, y) say which
+inputs f has to tell apart by ever smaller differences; and a ratio of the sample bounds the
+best Lipschitz constants of φ and of its inverse from one side each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fmapkit.analysis._keys import table
+from fmapkit.errors import ArgumentError
+from fmapkit.phi._features import call, evaluating, named, rows, taken
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fmapkit.phi.function import FeatureFunction
+
+__all__ = ["Kept", "LayerKept", "kept"]
+
+Metric = Callable[[Tensor, Tensor], Tensor]
+Pair = tuple[int, int]
+
+_SHOWN = 16  # collisions whose pairs are kept
+_ROWS = 256  # of a block of distances
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKept:
+    """What φ keeps in one layer, as far as the sample shows.
+
+    Attributes:
+        layer: its name.
+        smallest: the smallest d(φ(x), φ(y)) / d(x, y) over all pairs with d(x, y) > 0.
+        closest: the pair that attains it, by the numbers of the samples.
+        median: of all ratios.
+        largest: the largest.
+        farthest: the pair that attains it.
+        collisions: how many pairs with d(x, y) > 0 have features as near as `tolerance` says.
+        collided: the first of these pairs.
+        effective_rank: of the features: exp of the entropy of their singular values, centred (Roy
+            & Vetterli 2007); between 1 and the number of features.
+        features: how many there are.
+        distances: (pairs,) of the features, in the order of `torch.pdist`; float64.
+    """
+
+    layer: str
+    smallest: float
+    closest: Pair
+    median: float
+    largest: float
+    farthest: Pair
+    collisions: int
+    collided: tuple[Pair, ...]
+    effective_rank: float
+    features: int
+    distances: Tensor = field(repr=False, compare=False)
+
+    @property
+    def distortion(self) -> float:
+        """The largest ratio over the smallest; 1 where φ keeps distances up to scale."""
+        return self.largest / self.smallest if self.smallest else float("inf")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """What φ keeps, layer by layer.
+
+    Attributes:
+        samples: how many inputs there were.
+        duplicates: pairs of inputs at distance 0, which no ratio is of.
+        distances: (pairs,) of the inputs, in the order of `torch.pdist`; float64.
+    """
+
+    samples: int
+    duplicates: int
+    distances: Tensor = field(repr=False)
+    _layers: tuple[LayerKept, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Their names, in the order of φ."""
+        return tuple(layer.layer for layer in self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __iter__(self) -> Iterator[LayerKept]:
+        return iter(self._layers)
+
+    def __getitem__(self, layer: str) -> LayerKept:
+        """What is kept in one layer.
+
+        Raises:
+            KeyError: there is no such layer.
+        """
+        for found in self._layers:
+            if found.layer == layer:
+                return found
+        raise KeyError(layer)
+
+    def __repr__(self) -> str:
+        heads = ("layer", "features", "smallest", "pair", "median", "largest", "pair", "collisions")
+        body = [
+            (
+                k.layer or "(model)",
+                str(k.features),
+                *(f"{k.smallest:.3g}", "{}, {}".format(*k.closest), f"{k.median:.3g}"),
+                *(f"{k.largest:.3g}", "{}, {}".format(*k.farthest), str(k.collisions)),
+                f"{k.effective_rank:.1f}",
+            )
+            for k in self
+        ]
+        same = f", {self.duplicates} pairs of equal inputs left out" if self.duplicates else ""
+        count = self.samples * (self.samples - 1) // 2
+        last = f"Kept: d(φ(x), φ(y)) / d(x, y) over {count} pairs of {self.samples} inputs{same}"
+        return "\n".join([*table((*heads, "rank"), body, 1), last])
+
+    def plot(self, ax: Axes | None = None, *, title: str | None = None) -> Figure:
+        """Draw the ratios by layer: smallest, median and largest (extra: `plot`).
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from fmapkit.phi._plots import plot_kept
+
+        return plot_kept(self, ax, title=title)
+
+
+def kept(
+    phi: FeatureFunction,
+    inputs: Any,
+    *,
+    metric: Metric | Tensor | None = None,
+    tolerance: float = 0.0,
+    batch_size: int = 64,
+) -> Kept:
+    """Compare the distances of features with those of inputs, over all pairs of a sample.
+
+    Distances of features are Euclidean, in float64, between rows of all values of a sample: of φ
+    with `pool=` as it is with that. The model runs in eval mode, without gradients.
+
+    Args:
+        phi: of one layer or several.
+        inputs: a tensor (N, …), or a tuple or dict of tensors with N samples each.
+        metric: on inputs: a function of (n, …) and (m, …) that gives (n, m) distances, or all
+            distances (N, N); None for the Euclidean one of all values.
+        tolerance: features at this share of the layer's largest distance, or nearer, collide; at 0
+            only those that are equal.
+        batch_size: samples of one call.
+
+    Raises:
+        ArgumentError: an argument is outside what is allowed, or features are not finite.
+    """
+    if not 0 <= tolerance < 1:
+        raise ArgumentError(f"tolerance must be a share of the largest distance, not {tolerance!r}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ArgumentError(f"batch_size must be a positive int, not {batch_size!r}")
+    count = _samples(inputs)
+    given = _given(inputs, metric, count)
+    apart = given > 0
+    if not apart.any():
+        raise ArgumentError("all inputs are at distance 0: there is no pair to compare")
+    features = _features(phi, inputs, count, batch_size)
+    layers = tuple(_layer(name, x, given, apart, tolerance) for name, x in features.items())
+    return Kept(count, int((~apart).sum()), given, layers)
+
+
+def _samples(inputs: Any) -> int:
+    if isinstance(inputs, Tensor):
+        tensors = [inputs]
+    else:
+        values = inputs.values() if isinstance(inputs, dict) else inputs
+        tensors = [t for t in values if isinstance(t, Tensor) and t.dim()]
+    counts = {len(t) for t in tensors}
+    if len(counts) != 1 or counts.pop() < 2:
+        raise ArgumentError("inputs must be tensors with two samples or more, all with as many")
+    return len(tensors[0])
+
+
+def _given(inputs: Any, metric: Any, count: int) -> Tensor:
+    """The distances of the inputs, pair by pair."""
+    if isinstance(metric, Tensor):
+        if metric.shape != (count, count):
+            raise ArgumentError(
+                f"metric has shape {tuple(metric.shape)}, and the {count} inputs have "
+                f"{(count, count)} distances"
+            )
+        found = metric.detach().double().cpu()[_above(count)]
+    elif not isinstance(inputs, Tensor):
+        raise ArgumentError(
+            "of several tensors, metric= has to say how far two inputs are apart: give all "
+            "distances as a tensor (N, N)"
+        )
+    elif metric is None:
+        found = _pairwise(inputs.detach().double().reshape(count, -1))
+    else:
+        blocks = [
+            torch.as_tensor(metric(inputs[at : at + _ROWS], inputs)).detach().double().cpu()
+            for at in range(0, count, _ROWS)
+        ]
+        if any(b.dim() != 2 or b.shape[1] != count for b in blocks):
+            raise ArgumentError("metric must give (n, m) distances for (n, …) and (m, …) inputs")
+        found = torch.cat(blocks)[_above(count)]
+    if not found.isfinite().all() or (found < 0).any():
+        raise ArgumentError("distances of inputs must be finite, and none below 0")
+    return found
+
+
+def _above(count: int) -> tuple[Tensor, Tensor]:
+    """Where the pairs lie in a matrix, in the order of `torch.pdist`."""
+    rows_, columns = torch.triu_indices(count, count, 1)
+    return rows_, columns
+
+
+def _pairwise(x: Tensor) -> Tensor:
+    """Euclidean distances in float64, by differences: |x|² + |y|² - 2xy would lose what is near."""
+    return torch.pdist(x.cpu())
+
+
+def _features(phi: FeatureFunction, inputs: Any, count: int, batch_size: int) -> dict[str, Tensor]:
+    parts: dict[str, list[Tensor]] = {}
+    with evaluating(phi), torch.no_grad():
+        for at in range(0, count, batch_size):
+            some = taken(inputs, slice(at, at + batch_size))
+            for layer, x in named(phi, call(phi, some)).items():
+                parts.setdefault(layer, []).append(rows(x).double().cpu())
+    found = {layer: torch.cat(xs) for layer, xs in parts.items()}
+    for layer, x in found.items():
+        if len(x) != count:
+            raise ArgumentError(f"layer {layer!r} has {len(x)} features of {count} samples")
+        if not x.isfinite().all():
+            raise ArgumentError(f"features of layer {layer!r} are not all finite")
+    return found
+
+
+def _layer(name: str, x: Tensor, given: Tensor, apart: Tensor, tolerance: float) -> LayerKept:
+    distances = _pairwise(x)
+    ratios = distances[apart] / given[apart]
+    where = torch.stack(_above(len(x)))[:, apart]
+    low, high = int(ratios.argmin()), int(ratios.argmax())
+    met = (distances <= tolerance * distances.max())[apart]
+    first = met.nonzero()[:_SHOWN, 0].tolist()
+
+    def pair(at: int) -> Pair:
+        i, j = where[:, at].tolist()
+        return i, j
+
+    return LayerKept(
+        layer=name,
+        smallest=float(ratios[low]),
+        closest=pair(low),
+        median=float(ratios.median()),
+        largest=float(ratios[high]),
+        farthest=pair(high),
+        collisions=int(met.sum()),
+        collided=tuple(map(pair, first)),
+        effective_rank=_effective_rank(x),
+        features=x.shape[1],
+        distances=distances,
+    )
+
+
+def _effective_rank(x: Tensor) -> float:
+    """Exp of the entropy of the singular values of centred features; 0 where all are equal."""
+    values = torch.linalg.svdvals(x - x.mean(0))
+    total = values.sum()
+    if not total > 0:
+        return 0.0
+    shares = values[values > 0] / total
+    return float((-(shares * shares.log()).sum()).exp())

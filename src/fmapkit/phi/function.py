@@ -1,0 +1,203 @@
+"""`feature_map`: the function φ from a model's inputs to its features, as an `nn.Module`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from fmapkit.errors import NotAModuleError
+from fmapkit.map import FeatureMap
+from fmapkit.phi._asked import Asked
+from fmapkit.phi._calls import Calls
+from fmapkit.phi._compiled import by_itself, compiled_alike, opaque
+from fmapkit.phi._features import call as called
+from fmapkit.phi._features import one, rows
+from fmapkit.phi._kernel import kernel
+from fmapkit.phi._pool import Pool, checked, picked, pooled
+
+if TYPE_CHECKING:
+    from fmapkit.phi.transformer import FeatureTransformer
+
+__all__ = ["FeatureFunction", "feature_map"]
+
+Features = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+
+
+class FeatureFunction(nn.Module):
+    """φ: from the inputs of a model to what one or several of its layers make of them.
+
+    Made by `feature_map`, which says what the arguments mean. A call takes what a call of the model
+    takes. The model is not copied: it is the submodule `model`, whose parameters, mode and device
+    are those of φ, and between calls nothing is set on it.
+
+    Attributes:
+        model: the model, as it was given.
+        pool: as it was given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Any,
+        *,
+        kind: str | None = None,
+        filters: int | Iterable[int] | Mapping[str, int | Iterable[int]] | None = None,
+        pool: Pool = None,
+        call: int | None = None,
+        path: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            hint = " (a model class: make an instance first)" if isinstance(model, type) else ""
+            raise NotAModuleError(
+                f"feature_map takes a torch.nn.Module, not {type(model).__name__}{hint}"
+            )
+        self._asked = Asked.of(layers, kind, filters, call, path)
+        self._calls = Calls()
+        self.pool = checked(pool)
+        self._calls.reader(model, self._asked)  # what cannot be meant is said now
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The features of what the model is given.
+
+        Returns:
+            A tensor; a tuple or a dict of tensors where several layers were asked for.
+
+        Raises:
+            MapLookupError: a layer has no such map in this pass, or several.
+            MapStateError: the pass could not be captured.
+            CaptureStateError: a backward pass runs, or a capture with an edit is open.
+        """
+        compiled = compiled_alike(self.model)
+        if compiled is None:
+            return self._features(self.model, args, kwargs)
+        return by_itself(self._features, compiled, args, kwargs)
+
+    opaque(forward)
+
+    def _features(self, model: nn.Module, args: Any, kwargs: Any) -> Features:
+        found = self._calls(model, self._asked, args, kwargs)
+        features = [self._feature(fm) for _, fm in found]
+        if self._asked.form == "dict":
+            return dict(zip([key for key, _ in found], features, strict=True))
+        return features[0] if self._asked.form == "one" else tuple(features)
+
+    def _feature(self, fm: FeatureMap) -> Tensor:
+        return pooled(fm, picked(fm, self._asked.filters_of(fm.layer)), self.pool)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of what φ returns, in order; empty before the first call where it picks them.
+
+        Keys of a dict; else the layers' names.
+        """
+        return self._calls.reader(self.model, self._asked).keys
+
+    def kernel(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        kind: Literal["linear", "cosine", "rbf"] = "linear",
+        centred: bool = False,
+        gamma: float | None = None,
+    ) -> Tensor:
+        """The kernel that φ carries: ⟨φ(x), φ(y)⟩ for each pair of samples; differentiable.
+
+        Args:
+            x: what the model is given: a tensor, a tuple of arguments or a dict of keywords.
+            y: the same; None for x.
+            kind: "linear": the inner product. "cosine": that of features of length 1. "rbf":
+                exp(-gamma·|φ(x) - φ(y)|²).
+            centred: at the mean of φ(x), in the space of the kernel: of x with itself, H·K·H.
+            gamma: of the RBF; None for 1 / the number of features.
+
+        Returns:
+            (N of x, N of y), in float32 at least. Features with more axes are flattened.
+
+        Raises:
+            ArgumentError: φ is of several layers, or an argument is outside what is allowed.
+        """
+        a = rows(one(called(self, x), "kernel"))
+        b = None if y is None else rows(one(called(self, y), "kernel"))
+        return kernel(a, b, kind, centred, gamma)
+
+    def transformer(
+        self, *, shape: Sequence[int] | None = None, batch_size: int = 64
+    ) -> FeatureTransformer:
+        """φ as a transformer of scikit-learn's, for pipelines (extra: `sklearn`).
+
+        Args:
+            shape: of one sample as the model takes it, where rows of a table come in; None to
+                leave it.
+            batch_size: samples of one call.
+
+        Raises:
+            ImportError: scikit-learn is not installed.
+            ArgumentError: an argument is outside what is allowed.
+        """
+        from fmapkit.phi._sklearn import sklearn_needed
+
+        sklearn_needed()
+        from fmapkit.phi.transformer import FeatureTransformer
+
+        return FeatureTransformer(self, shape, batch_size)
+
+    def extra_repr(self) -> str:
+        """What is read of the model."""
+        return str(self._asked)
+
+
+def feature_map(
+    model: nn.Module,
+    layers: Any,
+    *,
+    kind: str | None = None,
+    filters: int | Iterable[int] | Mapping[str, int | Iterable[int]] | None = None,
+    pool: Pool = None,
+    call: int | None = None,
+    path: str | None = None,
+) -> FeatureFunction:
+    """The feature map φ of a model as a function: from its inputs to the features of a layer.
+
+    ```python
+    phi = feature_map(model, "layer3", pool="mean")
+    features = phi(images)                             # (N, d), differentiable
+    probe = nn.Sequential(phi, nn.Linear(256, 10))     # f∘φ
+    ```
+
+    φ is an `nn.Module` that takes what the model takes. It runs the model up to the last layer that
+    was asked for, and returns the maps as they were made, in the autograd graph. The model is not
+    copied, and between two calls nothing is set on it. In the first call the model runs to its end,
+    to show which maps there are; so it does where it is compiled or exchanges data with other
+    ranks, and where another capture is open that sees the pass.
+
+    Under `torch.no_grad()`, autocast and the transforms of `torch.func`, φ does what the model
+    does. For several ranks, wrap φ, not the model: `DistributedDataParallel(phi)`.
+
+    Args:
+        model: any `nn.Module`.
+        layers: a name or a module: φ returns a tensor. A list or tuple of these: a tuple. A dict of
+            key -> one of these: a dict. A glob, regex, module type or callable: a dict by layer.
+            In a list or dict, (layer, kind) in the place of a layer has a kind of its own.
+        kind: "input", "response", "preactivation", "activation" or "output". None: the activation
+            of a layer with filters, and of any other module (a block, a norm) what it returns.
+        filters: return these filters only: an int, several, or a dict of layer -> these.
+        pool: one vector for each sample: "mean" or "max" over all axes but those of samples and
+            filters, "flatten", "token" (the first one of (samples, tokens, features)), or a
+            function of the tensor; an `nn.Module` is a part of φ and may have parameters.
+        call: which call of the layer, where a pass has several.
+        path: which tensor of an output with several, such as "[0]" or ".logits".
+
+    Raises:
+        NotAModuleError: `model` is no `nn.Module`.
+        ArgumentError: another argument is outside what is allowed.
+        UnknownLayerError: a selector matches nothing in the model.
+        FilterRangeError: a layer of torch's own has no such filter.
+    """
+    return FeatureFunction(
+        model, layers, kind=kind, filters=filters, pool=pool, call=call, path=path
+    )
