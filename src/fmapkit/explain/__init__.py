@@ -1,0 +1,61 @@
+"""One map explained: what of the input it sees, and what of the input did it.
+
+```python
+from fmapkit.explain import receptive_field
+
+field = receptive_field(model, "layer3.0.conv1", images)
+field.size, field.stride, field.box(7, 7)
+```
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fmapkit.explain.cam import grad_cam
+    from fmapkit.explain.effective import effective_field
+    from fmapkit.explain.occluding import Occlusion, occlusion
+    from fmapkit.explain.pictures import plot_field, plot_heat, plot_projection
+    from fmapkit.explain.projection import project
+    from fmapkit.explain.receptive import Box, ReceptiveField, Span, receptive_field
+
+__all__ = [
+    "Box",
+    "Occlusion",
+    "ReceptiveField",
+    "Span",
+    "effective_field",
+    "grad_cam",
+    "occlusion",
+    "plot_field",
+    "plot_heat",
+    "plot_projection",
+    "project",
+    "receptive_field",
+]
+
+# Imported when asked for.
+_HOMES = {
+    "Box": "receptive",
+    "Occlusion": "occluding",
+    "ReceptiveField": "receptive",
+    "Span": "receptive",
+    "effective_field": "effective",
+    "grad_cam": "cam",
+    "occlusion": "occluding",
+    "plot_field": "pictures",
+    "plot_heat": "pictures",
+    "plot_projection": "pictures",
+    "project": "projection",
+    "receptive_field": "receptive",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

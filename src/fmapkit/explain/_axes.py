@@ -1,0 +1,57 @@
+"""Which axes of an input, and of a map, are locations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fmapkit import FeatureMap
+from fmapkit.errors import ArgumentError
+
+__all__ = ["input_axes", "map_axes"]
+
+
+def input_axes(tensor: Tensor, axes: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The axes of locations of an input: rows and columns, or positions.
+
+    Raises:
+        ArgumentError: they cannot be meant, or have to be said.
+    """
+    shape = tuple(tensor.shape)
+    if axes is None:
+        found = _usual(tensor)
+        if found is None:
+            raise ArgumentError(
+                f"an input of shape {shape} may be (samples, channels, positions), (samples, "
+                "positions, features) or one image: say which of its axes are locations, with "
+                "axes=2, axes=1 or axes=(1, 2)"
+            )
+        return found
+    given = (axes,) if isinstance(axes, int) else tuple(axes)
+    ints = all(isinstance(a, int) and not isinstance(a, bool) for a in given)
+    if not given or not ints or not all(-len(shape) <= a < len(shape) for a in given):
+        raise ArgumentError(f"axes must be axes of the input, of shape {shape}, not {axes!r}")
+    found = tuple(a % len(shape) for a in given)
+    if len(set(found)) < len(found):
+        raise ArgumentError(f"axes={axes!r} names an axis of the input twice")
+    return found
+
+
+def _usual(tensor: Tensor) -> tuple[int, ...] | None:
+    dims = tensor.dim()
+    if not (tensor.is_floating_point() or tensor.is_complex()) and dims in (1, 2):
+        return (dims - 1,)  # tokens
+    if dims in (1, 2):
+        return (dims - 1,)  # features, one after the other
+    return tuple(range(2, dims)) if dims in (4, 5) else None
+
+
+def map_axes(fm: FeatureMap, tensor: Tensor, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of locations of a map: neither the samples nor the filters."""
+    dims = fm.tensor.dim()
+    if fm.filter_dim is None and fm.filters is None and dims == tensor.dim() and fm.filter is None:
+        return axes  # laid out as the input
+    filters = None if fm.filter_dim is None else fm.filter_dim % dims
+    samples = 0 if 0 not in axes and filters != 0 and dims else None
+    return tuple(a for a in range(dims) if a not in (filters, samples))

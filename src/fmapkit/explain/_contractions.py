@@ -1,0 +1,239 @@
+"""Products that sum over an axis: matrix products and convolutions.
+
+A term of such a sum counts unless its other factor is a constant 0: a weight that a mask has set to
+zero, the probability of a position that attention may not see.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fmapkit.explain._fields import NONE, least, lowest, varies
+
+if TYPE_CHECKING:
+    from fmapkit.explain._follow import Call
+
+__all__ = ["RULES"]
+
+
+def _terms(call: Call, value: Tensor) -> Tensor:
+    """Where a factor is no constant 0."""
+    return (value != 0) | varies(call.of(value), value)
+
+
+def _mixed(field: Tensor, terms: Tensor) -> Tensor:
+    """The field of sums over the last axis.
+
+    Args:
+        field: (R, n, K).
+        terms: (m, K), which of the K terms each of m sums has.
+
+    Returns:
+        (R, n, m).
+    """
+    if bool(terms.all()):
+        found = lowest(field, [field.dim() - 2])
+        return found.expand(*found.shape[:-1], len(terms))
+    kinds, which = torch.unique(terms, dim=0, return_inverse=True)
+    sums = [torch.where(kind, field, NONE).amin(-1) for kind in kinds]
+    return torch.stack(sums, -1)[..., which]
+
+
+def _product(call: Call, one: Tensor, other: Tensor) -> Tensor | None:
+    """Of a matrix product (n, k) × (k, m)."""
+    shape = (one.shape[0], other.shape[1])
+    if one.shape[1] == 0:
+        return None
+    left, right = call.of(one), call.of(other)
+    fields = []
+    if left is not None:
+        fields.append(_mixed(left, _terms(call, other).t()))
+    if right is not None:
+        fields.append(_mixed(right.transpose(1, 2), _terms(call, one)).transpose(1, 2))
+    return least(fields, shape)
+
+
+def _products(call: Call, one: Tensor, other: Tensor) -> Tensor | None:
+    """Of many matrix products (b, n, k) × (b, k, m)."""
+    left, right = call.of(one), call.of(other)
+    shape = (one.shape[0], one.shape[1], other.shape[2])
+    if one.shape[2] == 0:
+        return None
+    fields = []
+    for field, terms, back in (
+        (left, _terms(call, other).transpose(1, 2), False),
+        (None if right is None else right.transpose(2, 3), _terms(call, one), True),
+    ):
+        if field is None:
+            continue
+        if bool(terms.all()):
+            found = lowest(field, [2])
+        else:
+            found = torch.stack([_mixed(field[:, b], terms[b]) for b in range(len(terms))], 1)
+        fields.append(found.transpose(2, 3) if back else found)
+    return least(fields, shape)
+
+
+def _mm(call: Call) -> list[Tensor | None]:
+    return [_product(call, call.given["self"], call.get("mat2", "other"))]
+
+
+def _bmm(call: Call) -> list[Tensor | None]:
+    return [_products(call, call.given["self"], call.given["mat2"])]
+
+
+def _added(product: Callable[..., Tensor | None], one: str, other: str) -> Any:
+    def rule(call: Call) -> list[Tensor | None]:
+        shape = call.results[0].shape
+        found = product(call, call.given[one], call.given[other])
+        added = call.of(call.given["self"]) if call.get("beta", default=1) != 0 else None
+        return [least([found if call.get("alpha", default=1) != 0 else None, added], shape)]
+
+    return rule
+
+
+# -- convolutions ---------------------------------------------------------------------------
+
+
+def _convolution(call: Call) -> list[Tensor | None]:
+    value, weight = call.get("input", "self"), call.given["weight"]
+    transposed = bool(call.get("transposed", default=False))
+    result, groups = call.results[0], call.get("groups", default=1)
+    lead = value.dim() - (weight.dim() - 2) - 1  # 1, or 0 of one sample alone
+    field, fields = call.of(value), []
+    if field is not None:
+        field = field if lead else field.unsqueeze(1)
+        terms = _terms(call, weight)
+        shape = (len(field), field.shape[1], *result.shape[lead:])
+        found = _slid(call, field, terms, groups, transposed, shape)
+        fields.append(found if lead else found.squeeze(1))
+    wide = [-1, *[1] * (weight.dim() - 2)]
+    own = call.of(weight)
+    if own is not None:
+        kept = 1 if transposed else 0
+        own = lowest(own, [a for a in range(weight.dim()) if a != kept])
+        own = own.reshape(len(own), -1)
+        fields.append((own.repeat(1, groups) if transposed else own).reshape(len(own), *wide))
+    bias = call.of(call.get("bias"))
+    if bias is not None:
+        fields.append(bias.reshape(len(bias), *wide))
+    return [least(fields, result.shape)]
+
+
+def _slid(
+    call: Call, field: Tensor, terms: Tensor, groups: int, transposed: bool, shape: Sequence[int]
+) -> Tensor:
+    """The input's part in a convolution: (R, N, out, *places)."""
+    axes = terms.dim() - 2
+    stride, padding, dilation = (
+        _each(call.get(name, default=default), axes)
+        for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))
+    )
+    apart = field.reshape(*field.shape[:2], groups, -1, *field.shape[3:])
+    kernel, places, outs = terms.shape[2:], shape[3:], shape[2] // groups
+    slide = _spread if transposed else _gathered
+    if bool(terms.all()):  # every output channel sees the same
+        found = apart.amin(3)
+        for axis in range(axes):
+            found = slide(
+                found,
+                3 + axis,
+                range(kernel[axis]),
+                stride[axis],
+                padding[axis],
+                dilation[axis],
+                places[axis],
+            )
+        wide = found.unsqueeze(3).expand(-1, -1, -1, outs, *places)
+        return wide.reshape(*shape)
+    found = field.new_full((*field.shape[:2], groups, outs, *places), NONE)
+    by_group = terms.reshape(groups, -1, *terms.shape[1:])
+    for offset in itertools.product(*map(range, kernel)):
+        tap: Any = (..., *offset)
+        there = by_group[tap]  # (groups, out, in), or (groups, in, out)
+        there = there.transpose(1, 2) if transposed else there
+        if not bool(there.any()):
+            continue
+        moved = apart
+        for axis, at in enumerate(offset):
+            moved = slide(
+                moved, 4 + axis, [at], stride[axis], padding[axis], dilation[axis], places[axis]
+            )
+        for group in range(groups):
+            flat = moved[:, :, group].movedim(2, -1).flatten(1, -2)
+            mixed = _mixed(flat, there[group])
+            mixed = mixed.reshape(*field.shape[:2], *places, outs).movedim(-1, 2)
+            found[:, :, group] = torch.minimum(found[:, :, group], mixed)
+    return found.reshape(*shape)
+
+
+def _each(value: Any, axes: int) -> list[int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * axes if len(values) == 1 else values
+
+
+def _gathered(
+    field: Tensor,
+    axis: int,
+    taps: Sequence[int],
+    stride: int,
+    padding: int,
+    dilation: int,
+    places: int,
+) -> Tensor:
+    """Along one axis, the field of what each place of a convolution reads."""
+    size = field.shape[axis]
+    needed = (places - 1) * stride + dilation * max(taps) + 1
+    after = max(0, needed - padding - size)
+    padded = torch.cat([_none(field, axis, padding), field, _none(field, axis, after)], axis)
+    found: Tensor | None = None
+    for tap in taps:
+        first = tap * dilation
+        read = padded[_at(axis, slice(first, first + (places - 1) * stride + 1, stride))]
+        found = read if found is None else torch.minimum(found, read)
+    assert found is not None
+    return found
+
+
+def _spread(
+    field: Tensor,
+    axis: int,
+    taps: Sequence[int],
+    stride: int,
+    padding: int,
+    dilation: int,
+    places: int,
+) -> Tensor:
+    """Along one axis, the field of what each place of a transposed convolution is written from."""
+    size = field.shape[axis]
+    whole = max(places + padding, (size - 1) * stride + dilation * max(taps) + 1)
+    found = _none(field, axis, whole).clone()
+    for tap in taps:
+        first = tap * dilation
+        part = found[_at(axis, slice(first, first + (size - 1) * stride + 1, stride))]
+        torch.minimum(part, field, out=part)
+    return found[_at(axis, slice(padding, padding + places))]
+
+
+def _none(field: Tensor, axis: int, count: int) -> Tensor:
+    shape = list(field.shape)
+    shape[axis] = count
+    return field.new_full(shape, NONE)
+
+
+def _at(axis: int, part: slice) -> tuple[slice, ...]:
+    return (*[slice(None)] * axis, part)
+
+
+RULES: dict[str, Any] = {
+    "mm": _mm,
+    "bmm": _bmm,
+    "addmm": _added(_product, "mat1", "mat2"),
+    "baddbmm": _added(_products, "batch1", "batch2"),
+    **dict.fromkeys(["convolution", "_convolution", "cudnn_convolution"], _convolution),
+}

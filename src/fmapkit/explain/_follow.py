@@ -1,0 +1,185 @@
+"""Follow fields through a pass: a dispatch mode that runs each operator, and then its rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fmapkit.errors import ArgumentError
+from fmapkit.explain._fields import Fields, reaches
+from fmapkit.explain._rules import rule_for
+
+__all__ = ["Call", "Follow", "Leaving"]
+
+_LEAVES = {"numpy", "__array__", "__dlpack__", "tolist", "data_ptr"}
+_DECIDES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+@dataclass
+class Call:
+    """One operator that has run, for the rule of it.
+
+    Attributes:
+        name: of the operator, without namespace, overload and the mark of its in-place form.
+        function: the operator.
+        given: its arguments by name, with the values from before the call.
+        fields: of those arguments that are tensors and no constants, by `id`.
+        results: the tensors that it returned or wrote to.
+        assumed: is told where all of an operand is taken to matter.
+    """
+
+    name: str
+    function: Any
+    given: dict[str, Any]
+    fields: dict[int, Tensor]
+    results: list[Tensor]
+    assumed: Callable[[str], None]
+
+    def of(self, value: Any) -> Tensor | None:
+        """The field of an argument."""
+        return self.fields.get(id(value)) if isinstance(value, Tensor) else None
+
+    def get(self, *names: str, default: Any = None) -> Any:
+        """An argument, by the first of these names that the operator has."""
+        for name in names:
+            if name in self.given:
+                return self.given[name]
+        return default
+
+    @property
+    def operands(self) -> list[Tensor]:
+        """All tensors among the arguments."""
+        return [t for t in tree_leaves(self.given) if isinstance(t, Tensor)]
+
+
+class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Knows the fields of all tensors that are computed while it is entered.
+
+    Args:
+        fields: what it starts from, and where it writes.
+
+    Attributes:
+        decided: Python, or the shape of a tensor, has depended on a value of the input.
+        assumed: operators of which every result is taken to depend on all of some operand.
+    """
+
+    def __init__(self, fields: Fields) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.fields = fields
+        self.decided = False
+        self.assumed: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        fields = {id(t): f for t in operands if (f := self.fields.of(t)) is not None}
+        if not fields:
+            return func(*args, **kwargs)
+        if _is_composite(func):  # as it is in inference mode
+            with self:
+                return func.decompose(*args, **kwargs)
+        if _DECIDES & set(func.tags) and any(map(reaches, fields.values())):
+            self.decided = True
+        given = _by_name(func, args, kwargs)
+        written = _written(func, given)
+        if written:
+            given = tree_map(lambda v: _before(v, written, fields), given)
+        out = func(*args, **kwargs)
+        results = [*written, *(t for t in tree_leaves(out) if isinstance(t, Tensor))]
+        results = list({id(t): t for t in results}.values())
+        fresh = [t for t in results if written or not any(self.fields.same(t, o) for o in operands)]
+        if not fresh:
+            return out  # a view: its memory is known
+        name = func._schema.name.partition("::")[2]
+        call = Call(
+            name if name == "_" else name.rstrip("_"), func, given, fields, fresh, self._assume
+        )
+        for result, found in zip(fresh, rule_for(call)(call), strict=True):
+            self.fields.put(result, found)
+        return out
+
+    def _assume(self, name: str) -> None:
+        if name not in self.assumed:
+            self.assumed.append(name)
+
+
+class Leaving(TorchFunctionMode):
+    """Sees values leave torch, where nobody can follow them.
+
+    Args:
+        follow: what knows which tensors the input has reached.
+    """
+
+    def __init__(self, follow: Follow) -> None:
+        super().__init__()
+        self.follow = follow
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _LEAVES and args and isinstance(args[0], Tensor):
+            with torch._C.DisableTorchFunction():
+                reached = reaches(self.follow.fields.of(args[0]))
+            if reached and name == "tolist":
+                self.follow.decided = True
+            elif reached and name == "data_ptr":
+                self.follow._assume(name)  # a kernel may write what comes of it anywhere
+            elif reached:
+                raise ArgumentError(
+                    f"receptive_field follows what torch computes, and the model hands a tensor of "
+                    f"shape {tuple(args[0].shape)} on to another library ({name})"
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def _is_composite(func: Any) -> bool:
+    """Whether torch has an operator as a function of others, and nothing else."""
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    )
+
+
+def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of the schema, defaults included."""
+    given = {}
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.is_out:
+            continue
+        if place < len(args):
+            given[argument.name] = args[place]
+        elif argument.name in kwargs:
+            given[argument.name] = kwargs[argument.name]
+        elif argument.has_default_value():
+            given[argument.name] = argument.default_value
+    return given
+
+
+def _written(func: Any, given: dict[str, Any]) -> list[Tensor]:
+    """The operands that the operator writes to."""
+    if not func._schema.is_mutable:
+        return []
+    names = [a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+    return [t for n in names for t in tree_leaves(given.get(n)) if isinstance(t, Tensor)]
+
+
+def _before(value: Any, written: list[Tensor], fields: dict[int, Tensor]) -> Any:
+    """A copy of what will be overwritten, with its field."""
+    if not any(value is t for t in written):
+        return value
+    kept = value.clone()
+    if id(value) in fields:
+        fields[id(kept)] = fields[id(value)].clone()
+    return kept

@@ -1,0 +1,177 @@
+"""One pass for an explanation: how the model is called, which map is meant, what is put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+
+from fmapkit import FeatureMap, FeatureMaps
+from fmapkit.errors import (
+    AmbiguousMapError,
+    ArgumentError,
+    FilterRangeError,
+    MapLookupError,
+    NotAModuleError,
+    listed,
+)
+
+__all__ = [
+    "KINDS",
+    "check_filter",
+    "eager",
+    "exchanged",
+    "first_tensor",
+    "kept_state",
+    "run",
+    "step_by_step",
+    "the_map",
+]
+
+# What is captured where no kind is asked for; the best of them is taken.
+KINDS = ("preactivation", "activation")
+_RANK = {"activation": 0, "preactivation": 1, "response": 2, "output": 3, "input": 4}
+
+
+def eager(model: Any, what: str) -> nn.Module:
+    """The model to run: what `torch.compile` was given, if it is wrapped.
+
+    Raises:
+        NotAModuleError: it is no module.
+        ArgumentError: a part of it is compiled: what that computes in between is not to be had.
+    """
+    if not isinstance(model, nn.Module):
+        raise NotAModuleError(f"{what} takes a torch.nn.Module, not {type(model).__name__}")
+    while isinstance(inner := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
+        model = inner
+    for name, module in model.named_modules():
+        call = module.__dict__.get("_compiled_call_impl")
+        if "_orig_mod" in module._modules or hasattr(call, "_torchdynamo_orig_callable"):
+            raise ArgumentError(
+                f"{what} needs a model that runs eagerly, and {name or type(module).__name__!r} is "
+                "compiled: give the model as it was before"
+            )
+    return model
+
+
+def run(model: nn.Module, inputs: Any) -> Any:
+    """Call the model with a tensor, a tuple or list of arguments, or a dict of those by name."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def first_tensor(inputs: Any, what: str) -> Tensor:
+    """The first tensor of what the model is given: its input.
+
+    Raises:
+        ArgumentError: there is none, or it has no samples.
+    """
+    found = next((t for t in tree_leaves(_plain(inputs)) if isinstance(t, Tensor)), None)
+    if found is None:
+        raise ArgumentError(f"{what} needs a tensor among the model's inputs, not {inputs!r}")
+    if found.numel() == 0:
+        raise ArgumentError(
+            f"{what} needs an input with values, and this one has shape {tuple(found.shape)}"
+        )
+    return found
+
+
+def _plain(inputs: Any) -> Any:
+    return dict(inputs) if isinstance(inputs, Mapping) else inputs
+
+
+@contextmanager
+def kept_state(model: nn.Module) -> Iterator[None]:
+    """Put buffers and the random state back as they were when it ends."""
+    before = [(b, b.clone()) for b in model.buffers()]
+    devices = {t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, values in before:
+                    if not torch.equal(buffer, values):  # norms do not count what they write
+                        buffer.copy_(values)
+
+
+@contextmanager
+def step_by_step() -> Iterator[None]:
+    """Have torch run attention in steps, and not as one fused kernel that cannot be looked into."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def the_map(
+    maps: FeatureMaps, layer: Any, kind: str | None, call: int | None, path: str | None
+) -> FeatureMap:
+    """The one map that is meant.
+
+    By default the activation; where no nonlinearity follows, the preactivation; of a module that is
+    no layer with filters, its output.
+
+    Raises:
+        MapLookupError: there is none, or there are several.
+    """
+    found = maps.select(layer=layer, kind=kind, call=call, path=path)
+    if found and kind is None:
+        best = min(_RANK[fm.kind] for fm in found)
+        found = [fm for fm in found if _RANK[fm.kind] == best]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        if isinstance(layer, str) and call is None and path is None:
+            return maps[layer] if kind is None else maps[layer, kind]
+        missed = "".join(f"; missed: {m.layer}: {m.reason}" for m in maps.missed)
+        raise MapLookupError(
+            f"no map of layer {layer!r} (kind={kind!r}, call={call!r}, path={path!r}) in this "
+            f"pass; its maps are of {listed(maps.layers)}{missed}"
+        )
+    choices = ", ".join(
+        f"({fm.layer!r}, {fm.kind!r}, call={fm.call}, path={fm.path!r})" for fm in found
+    )
+    raise AmbiguousMapError(
+        f"{layer!r} could mean {len(found)} maps: {choices}; choose with kind=, call= or path="
+    )
+
+
+def check_filter(fm: FeatureMap, filter: int | None) -> int | None:
+    """Where a filter lies along the filter axis of a map.
+
+    Raises:
+        FilterRangeError: there is no such filter.
+    """
+    if filter is None:
+        return None
+    if fm.filters is None:
+        raise FilterRangeError(
+            f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)} and no single filter "
+            "axis: leave filter= out"
+        )
+    found = fm[filter].filter
+    assert found is not None
+    return fm.filters.index(found)
+
+
+def exchanged(inputs: Any, old: Tensor, new: Tensor) -> Any:
+    """The same inputs with one tensor in another's place."""
+    if inputs is old:
+        return new
+    if isinstance(inputs, Mapping):
+        return {k: exchanged(v, old, new) for k, v in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(exchanged(v, old, new) for v in inputs)
+    return inputs

@@ -1,0 +1,156 @@
+"""What an operator of which nothing is known does: exchange values, and see which results change.
+
+All values that may vary are drawn anew, and then, nested set by nested set, those of the elements
+that see the first location, the first two, and so on. A result depends on a set if one of several
+draws changes it. That is done operator by operator, so nothing is attenuated on the way through a
+deep net, and no unit is dead.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fmapkit.explain._fields import NONE, compact, varies
+
+if TYPE_CHECKING:
+    from fmapkit.explain._follow import Call
+
+__all__ = ["probe"]
+
+_DRAWS = 3
+_SEED = 20140905
+
+
+def probe(call: Call) -> list[Tensor | None]:
+    """The fields of the results of any operator."""
+    operands = [t for t in call.operands if call.of(t) is not None]
+    integral = [t for t in operands if not (t.is_floating_point() or t.is_complex())]
+    if integral or not operands:
+        return _everything(call)
+    try:
+        return _Probing(call, operands).fields()
+    except (RuntimeError, ValueError, IndexError):
+        # It does not take just any values: a factorisation, say.
+        return _everything(call)
+
+
+def _everything(call: Call) -> list[Tensor | None]:
+    """Every result is taken to depend on all of every operand."""
+    call.assumed(call.name)
+    rows = [f.flatten(1).amin(1) for t in call.operands if (f := call.of(t)) is not None]
+    if not rows:
+        return [None] * len(call.results)
+    lowest = torch.stack(rows).amin(0)
+    return [lowest.reshape(-1, *[1] * r.dim()).expand(-1, *r.shape) for r in call.results]
+
+
+class _Probing:
+    """One operator, run with other values."""
+
+    def __init__(self, call: Call, operands: list[Tensor]) -> None:
+        self.call = call
+        self.fields_of = {id(t): call.of(t) for t in operands}
+        self.generator = torch.Generator(device="cpu").manual_seed(_SEED)
+        self.base = [self._drawn() for _ in range(_DRAWS)]
+        self.usual = [self._run(values) for values in self.base]
+
+    def _drawn(self) -> dict[int, Tensor]:
+        """Values of the operands: others where they may vary."""
+        found = {}
+        for tensor in self.call.operands:
+            field = self.call.of(tensor)
+            if field is not None:
+                found[id(tensor)] = torch.where(varies(field, tensor), self._noise(tensor), tensor)
+        return found
+
+    def _noise(self, tensor: Tensor) -> Tensor:
+        drawn = torch.randn(tensor.shape, generator=self.generator, dtype=torch.float64)
+        known = tensor.detach()[torch.isfinite(tensor)]
+        scale = known.abs().double().mean().item() if known.numel() else 1.0
+        return (drawn * (scale or 1.0)).to(tensor.device, tensor.dtype)
+
+    def _run(self, values: dict[int, Tensor]) -> list[Tensor]:
+        call = self.call
+        copied: dict[int, Tensor] = {}
+
+        def exchanged(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if id(value) not in copied:
+                copied[id(value)] = values.get(id(value), value).clone()
+            return copied[id(value)]
+
+        given = tree_map(exchanged, call.given)
+        arguments = [a for a in call.function._schema.arguments if a.name in given]
+        with torch.random.fork_rng():
+            torch.manual_seed(_SEED)
+            out = call.function(
+                *[given[a.name] for a in arguments if not a.kwarg_only],
+                **{a.name: given[a.name] for a in arguments if a.kwarg_only},
+            )
+        written = [
+            t
+            for a in arguments
+            if a.alias_info and a.alias_info.is_write
+            for t in tree_leaves(given[a.name])
+            if isinstance(t, Tensor)
+        ]
+        results = [*written, *(t for t in tree_leaves(out) if isinstance(t, Tensor))]
+        return list({id(t): t for t in results}.values())
+
+    def _changed(self, row: int, limit: int) -> list[Tensor]:
+        """Which results change with the elements whose number in a row is at most a limit."""
+        found: list[Tensor] | None = None
+        for values, usual in zip(self.base, self.usual, strict=True):
+            others = {}
+            for tensor in self.call.operands:
+                field = self.call.of(tensor)
+                if field is None:
+                    continue
+                others[id(tensor)] = values[id(tensor)]
+                among = compact(field[row : row + 1])[0] <= limit
+                if bool(among.any()):
+                    others[id(tensor)] = torch.where(among, self._noise(tensor), values[id(tensor)])
+            now = [_differ(a, b) for a, b in zip(self._run(others), usual, strict=True)]
+            found = now if found is None else [a | b for a, b in zip(found, now, strict=True)]
+        assert found is not None
+        return found
+
+    def fields(self) -> list[Tensor | None]:
+        call = self.call
+        sizes = [len(f) for f in self.fields_of.values() if f is not None]
+        results = [
+            torch.full((sizes[0], *r.shape), NONE, dtype=torch.int32, device=r.device)
+            for r in self.usual[0]
+        ]
+        for row in range(sizes[0]):
+            fields = [f for t in call.operands if (f := call.of(t)) is not None]
+            limits = torch.unique(torch.cat([compact(f[row : row + 1]).flatten() for f in fields]))
+            limits = limits[limits < NONE].tolist()
+            if not limits:
+                continue
+            ever = self._changed(row, limits[-1])
+            for limit in limits:
+                changed = self._changed(row, limit)
+                for result, now, whole in zip(results, changed, ever, strict=True):
+                    one = result[row]
+                    one.masked_fill_(now & whole & (one == NONE), limit)
+                if all(bool((r[row] < NONE)[w].all()) for r, w in zip(results, ever, strict=True)):
+                    break
+        return list(results)
+
+
+def _differ(one: Tensor, other: Tensor) -> Tensor:
+    """Where two results differ by more than the order of sums can make them."""
+    if not (one.is_floating_point() or one.is_complex()):
+        return one != other
+    both = torch.isnan(one) & torch.isnan(other)
+    size = other.abs().double().nan_to_num(0, 0, 0).amax() if other.numel() else 0.0
+    rounding = 64 * torch.finfo(one.dtype).eps * size
+    return ((one - other).abs().double() > rounding) & ~both | (
+        torch.isnan(one) != torch.isnan(other)
+    )

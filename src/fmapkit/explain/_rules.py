@@ -1,0 +1,305 @@
+"""The rule of each operator: what its results depend on, given what its operands do.
+
+No operator needs one: `_probe.py` finds out what any of them does, by exchanging values. A rule
+says the same at once. Tests hold each rule to what the probe finds.
+
+What cannot matter is left out, exactly: a factor that is a constant 0, a choice that a constant
+mask makes, a score that is masked out. So a masked convolution and causal attention see what they
+see.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fmapkit.explain import _contractions as contractions
+from fmapkit.explain import _moves as moves
+from fmapkit.explain import _windows as windows
+from fmapkit.explain._fields import NONE, broadcast, least, lowest, varies
+from fmapkit.explain._probe import probe
+
+if TYPE_CHECKING:
+    from fmapkit.explain._follow import Call
+
+__all__ = ["rule_for"]
+
+Rule = Callable[["Call"], Sequence[Tensor | None]]
+
+# A score that is this far below the largest is masked: the -10000 of models in half precision, say.
+# (What is masked with -inf or the lowest number of a dtype is a constant, and needs no such rule.)
+MASKED = 1000.0
+
+
+def rule_for(call: Call) -> Rule:
+    """The rule of an operator; the probe, if there is none."""
+    if call.function.namespace != "aten" or call.name.startswith("_foreach"):
+        return probe
+    found = _RULES.get(call.name)
+    if found is not None:
+        return found
+    if torch.Tag.pointwise in call.function.tags:
+        return _pointwise
+    return probe
+
+
+def _pointwise(call: Call) -> list[Tensor | None]:
+    """Each element from those at its place."""
+    shape = call.results[0].shape
+    found = least([call.of(t) for t in call.operands], shape)
+    return [found if r.shape == shape else least([found], r.shape) for r in call.results]
+
+
+def _kept(call: Call, parts: Sequence[tuple[Any, Tensor | bool]]) -> list[Tensor | None]:
+    """Pointwise: of each operand, what matters only where something holds."""
+    shape = call.results[0].shape
+    fields = []
+    for operand, where in parts:
+        one = call.of(operand)
+        if one is None or where is False:
+            continue
+        one = broadcast(one, shape)
+        if isinstance(where, Tensor):
+            one = torch.where(where.broadcast_to(shape), one, NONE)
+        fields.append(one)
+    return [least(fields, shape)] * len(call.results)
+
+
+def _may_be(call: Call, value: Any, test: Callable[[Tensor], Tensor]) -> Tensor | bool:
+    """Where an operand passes a test, or may do so with another value."""
+    if not isinstance(value, Tensor):
+        return bool(test(torch.as_tensor(value)))
+    return test(value) | varies(call.of(value), value)
+
+
+def _not_zero(value: Tensor) -> Tensor:
+    return value != 0
+
+
+def _mul(call: Call) -> list[Tensor | None]:
+    one, other = call.given["self"], call.given["other"]
+    return _kept(
+        call,
+        [(one, _may_be(call, other, _not_zero)), (other, _may_be(call, one, _not_zero))],
+    )
+
+
+def _div(call: Call) -> list[Tensor | None]:
+    one, other = call.given["self"], call.given["other"]
+    finite = _may_be(call, other, lambda v: ~torch.isinf(v))
+    return _kept(call, [(one, finite), (other, _may_be(call, one, _not_zero))])
+
+
+def _add(call: Call) -> list[Tensor | None]:
+    one, other = call.given["self"], call.given["other"]
+    scale = call.get("alpha", default=1)
+    return _kept(
+        call,
+        [(one, ~_absorbs(call, other, one)), (other, ~_absorbs(call, one, other) & (scale != 0))],
+    )
+
+
+def _absorbs(call: Call, large: Any, small: Any) -> Tensor:
+    """Where a constant is so large that what is added to it makes no difference: -inf, say."""
+    if not (isinstance(large, Tensor) and large.is_floating_point() and isinstance(small, Tensor)):
+        return torch.zeros((), dtype=torch.bool, device=call.results[0].device)
+    reach = small.detach().abs().to(large.dtype)
+    reach = reach[torch.isfinite(reach)]
+    most = reach.amax() + 1 if reach.numel() else 1
+    return (large + most == large) & (large - most == large) & ~varies(call.of(large), large)
+
+
+def _where(call: Call) -> list[Tensor | None]:
+    chosen, one, other = (call.given[n] for n in ("condition", "self", "other"))
+    either = varies(call.of(chosen), chosen)
+    return _kept(call, [(chosen, True), (one, chosen | either), (other, ~chosen | either)])
+
+
+def _masked_fill(call: Call) -> list[Tensor | None]:
+    mask = call.given["mask"]
+    either = varies(call.of(mask), mask)
+    parts = [(mask, True), (call.given["self"], ~mask | either)]
+    return _kept(call, [*parts, (call.given["value"], mask | either)])
+
+
+def _both(call: Call) -> list[Tensor | None]:
+    one, other = call.given["self"], call.given["other"]
+    return _kept(
+        call, [(one, _may_be(call, other, _not_zero)), (other, _may_be(call, one, _not_zero))]
+    )
+
+
+def _copied(call: Call) -> list[Tensor | None]:
+    source = call.get("src", "value", "self")
+    return [least([call.of(source)], r.shape) for r in call.results]
+
+
+def _random(call: Call) -> list[Tensor | None]:
+    """Random numbers, of a distribution that may be given by a tensor."""
+    written = call.function._schema.is_mutable
+    by = [t for n, v in call.given.items() if not (written and n == "self") for t in _tensors(v)]
+    return [least([call.of(t) for t in by], r.shape) for r in call.results]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else []
+
+
+def _constant(call: Call) -> list[Tensor | None]:
+    return [None] * len(call.results)
+
+
+# -- along axes -----------------------------------------------------------------------------
+
+
+def axes_of(value: Any, dims: int) -> list[int]:
+    """Axes as an operator is given them, from 0; all if it is given none."""
+    if value is None or (isinstance(value, (list, tuple)) and not value):
+        return list(range(dims))
+    return [d % max(dims, 1) for d in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+def _reduced(call: Call) -> list[Tensor | None]:
+    value = call.given["self"]
+    field = call.of(value)
+    if field is None:
+        return probe(call)
+    found = lowest(field, axes_of(call.get("dim", "axis"), value.dim()))
+    return [_reshaped(found, r) for r in call.results]
+
+
+def _reshaped(found: Tensor, result: Tensor) -> Tensor:
+    """A field with axes of one element, as that of a result which may lack them."""
+    if found[0].numel() == result.numel():
+        return found.reshape(-1, *result.shape)
+    return broadcast(found, result.shape)
+
+
+def _running(call: Call) -> list[Tensor | None]:
+    value = call.given["self"]
+    field = call.of(value)
+    if field is None or value.dim() == 0:
+        return [field] * len(call.results)
+    found = field.cummin(call.given["dim"] % value.dim() + 1).values
+    return [found] * len(call.results)
+
+
+def _softmax(call: Call) -> list[Tensor | None]:
+    value = call.given["self"]
+    field = call.of(value)
+    if field is None:
+        return [None]
+    low = value < value.amax(call.given["dim"], keepdim=True) - MASKED if value.numel() else False
+    zero = call.results[0] == (-math.inf if "log" in call.name else 0)
+    masked = zero & (~varies(field, value) | low)
+    rest = torch.where(masked, NONE, field)
+    found = lowest(rest, axes_of(call.given["dim"], value.dim()))
+    return [torch.where(masked, NONE, found)]
+
+
+def _ordered(call: Call) -> list[Tensor | None]:
+    value = call.given["self"]
+    field = call.of(value)
+    if field is None:
+        return probe(call)
+    found = lowest(field, axes_of(call.get("dim", default=-1), value.dim()))
+    return [broadcast(found, r.shape) for r in call.results]
+
+
+# -- norms ----------------------------------------------------------------------------------
+
+
+def _layer_norm(call: Call) -> list[Tensor | None]:
+    value, shape = call.given["input"], call.given["normalized_shape"]
+    field = call.of(value)
+    own = [call.of(call.get("weight")), call.of(call.get("bias"))]
+    if field is None:
+        return [least(own, value.shape) if r.shape == value.shape else None for r in call.results]
+    found = lowest(field, range(value.dim() - len(shape), value.dim()))
+    whole = least([found, *own], value.shape)
+    return [whole if r.shape == value.shape else _reshaped(found, r) for r in call.results]
+
+
+def _group_norm(call: Call) -> list[Tensor | None]:
+    value = call.given["input"]
+    groups = call.get("group", "num_groups")
+    field = call.of(value)
+    wide = [1, -1, *[1] * (value.dim() - 2)]
+    own = [None if f is None else f.reshape(len(f), *wide) for f in _own_fields(call)]
+    if field is None:
+        return [least(own, value.shape) if r.shape == value.shape else None for r in call.results]
+    apart = field.reshape(len(field), value.shape[0], groups, -1).amin(3, keepdim=True)
+    spread = apart.expand(-1, -1, -1, value[0].numel() // groups).reshape(field.shape)
+    whole = least([spread, *own], value.shape)
+    return [whole if r.shape == value.shape else _reshaped(apart, r) for r in call.results]
+
+
+def _own_fields(call: Call) -> list[Tensor | None]:
+    return [call.of(call.get(name)) for name in ("weight", "bias")]
+
+
+def _batch_norm(call: Call) -> list[Tensor | None]:
+    value = call.given["input"]
+    field = call.of(value)
+    wide = [1, -1, *[1] * (value.dim() - 2)]
+    fixed = "no_training" in call.name or not call.get("training", "train", default=True)
+    names = ("weight", "bias", *(("running_mean", "running_var") if fixed else ()))
+    own = [f.reshape(len(f), *wide) for n in names if (f := call.of(call.get(n))) is not None]
+    others = [a for a in range(value.dim()) if a != 1]
+    if field is not None and not fixed:
+        field = lowest(field, others)
+    whole = least([field, *own], value.shape)
+    stats = None if field is None else lowest(field, others)[:, 0].flatten(1)
+    return [
+        whole if r.shape == value.shape else stats if r.dim() == 1 and r.numel() else None
+        for r in call.results
+    ]
+
+
+def _names(rule: Rule, names: str) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+_RULES: dict[str, Rule] = {
+    **_names(_mul, "mul multiply"),
+    **_names(_div, "div true_divide divide"),
+    **_names(_add, "add sub"),
+    **_names(_where, "where"),
+    **_names(_masked_fill, "masked_fill"),
+    **_names(_both, "logical_and bitwise_and __and__"),
+    **_names(_copied, "copy _to_copy clone fill fill_ copy_ lift_fresh_copy"),
+    **_names(
+        _constant,
+        """zero zeros_like ones_like full_like empty_like new_zeros new_ones
+        new_empty new_full new_empty_strided empty_strided rand_like randn_like randint_like""",
+    ),
+    **_names(_random, "bernoulli normal uniform exponential random cauchy geometric log_normal"),
+    **_names(
+        _pointwise,
+        """_prelu_kernel hardswish hardsigmoid log_sigmoid_forward rrelu_with_noise native_dropout
+        _fused_dropout polar complex hardshrink softshrink""",
+    ),
+    **_names(
+        _reduced,
+        """sum mean amax amin max min argmax argmin any all prod var std var_mean std_mean logsumexp
+        norm linalg_vector_norm median nanmedian nansum nanmean count_nonzero mode aminmax""",
+    ),
+    **_names(_running, "cumsum cumprod cummax cummin logcumsumexp"),
+    **_names(_softmax, "_softmax _log_softmax _safe_softmax"),
+    **_names(_ordered, "sort topk argsort kthvalue"),
+    **_names(_layer_norm, "native_layer_norm _fused_rms_norm"),
+    **_names(_group_norm, "native_group_norm"),
+    **_names(
+        _batch_norm,
+        """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
+        _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm
+        _batch_norm_with_update _batch_norm_no_update""",
+    ),
+    **contractions.RULES,
+    **moves.RULES,
+    **windows.RULES,
+}

@@ -1,0 +1,162 @@
+"""Grad-CAM: where the maps of a layer speak for an output of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fmapkit import FeatureMap, capture
+from fmapkit.errors import ArgumentError
+from fmapkit.explain._axes import input_axes, map_axes
+from fmapkit.explain._passes import (
+    KINDS,
+    eager,
+    exchanged,
+    first_tensor,
+    kept_state,
+    run,
+    the_map,
+)
+
+__all__ = ["grad_cam"]
+
+Target = int | Tensor | Callable[[Any], Tensor]
+
+
+def grad_cam(
+    model: nn.Module,
+    inputs: Any,
+    layer: Any,
+    target: Target,
+    *,
+    relu: bool = True,
+    upsample: bool = False,
+    kind: str | None = None,
+    call: int | None = None,
+    path: str | None = None,
+    axes: int | tuple[int, ...] | None = None,
+) -> Tensor:
+    """The maps of a layer, summed: each by the mean gradient of an output with respect to it.
+
+    Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
+    Localization" (2017), equations 1 and 2.
+
+    Args:
+        model: any `nn.Module`, run as it is, in its own mode. Nothing is left on it: no gradients
+        of
+            parameters, and buffers and the random state are put back.
+        inputs: the model's argument, a tuple of its arguments, or a dict of those by name.
+        layer: whose maps: a name, module, or whatever else `maps.select(layer=)` takes that means
+        one.
+        target: which output: the index of a class, along the last axis of the first tensor that the
+            model returns; a tensor with an index for each sample; or a function of what the model
+            returns that gives a number, or one for each sample.
+        relu: keep what speaks for the output only, as in the paper.
+        upsample: bilinear, to the locations of the input, for an image.
+        kind: of the map; by default the activation, or the preactivation where no nonlinearity
+            follows, or what a module returns that is no layer with filters.
+        call: which call of the layer, where it has several.
+        path: place in a nested output.
+        axes: which axes of the input are its locations (see `receptive_field`).
+
+    Returns:
+        Of each sample, a number for each location of the map: (N, H', W'), or (N, H, W).
+
+    Raises:
+        NotAModuleError: `model` is no module.
+        ArgumentError: an argument cannot be meant, or the output does not depend on the map.
+        MapLookupError: there is no such map, or there are several.
+    """
+    model = eager(model, "grad_cam")
+    tensor = first_tensor(inputs, "grad_cam")
+    along = input_axes(tensor, axes)
+    kinds = KINDS if kind is None else (kind,)
+    with kept_state(model), torch.inference_mode(False), torch.enable_grad():
+        by: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        given = inputs
+        if tensor.is_floating_point():
+            x = tensor.detach().clone().requires_grad_()
+            given, by = exchanged(inputs, tensor, x), [x]
+        with capture(model, layer, kinds=kinds, gradients=True) as maps:
+            score = _score(run(model, given), target)
+            fm = the_map(maps, layer, kind, call, path)
+            if not by or not score.requires_grad:
+                raise ArgumentError(
+                    "the model's output depends on nothing that takes a gradient: the model "
+                    "detaches it, runs without gradients, or is frozen and "
+                    "has token numbers for an input"
+                )
+            torch.autograd.grad(score, by, allow_unused=True)
+            gradient = fm.grad
+    if gradient is None:
+        raise ArgumentError(
+            f"no gradient of the output gets to the {fm.kind} of layer {fm.layer!r}: the layer "
+            "comes after what was asked for, or the model detaches what it makes"
+        )
+    where = _locations(fm, tensor, along)
+    weights = gradient.mean(where, keepdim=True)
+    others = [a for a in range(fm.tensor.dim()) if a not in where and (a or 0 in along)]
+    cam = (weights * fm.tensor.detach()).sum(others) if others else weights * fm.tensor.detach()
+    cam = F.relu(cam) if relu else cam
+    return _upsampled(cam, tensor, along) if upsample else cam
+
+
+def _score(output: Any, target: Target) -> Tensor:
+    """What is differentiated: the sum over samples, none of which is in another's score."""
+    if callable(target) and not isinstance(target, Tensor):
+        score = target(output)
+        if not isinstance(score, Tensor) or score.dim() > 1:
+            raise ArgumentError(
+                "target= must give a number, or one for each sample, as a tensor, not "
+                + (
+                    f"one of shape {tuple(score.shape)}"
+                    if isinstance(score, Tensor)
+                    else repr(score)
+                )
+            )
+        return score.sum()
+    leaves = tree_leaves(dict(output) if isinstance(output, dict) else output)
+    logits = next((t for t in leaves if isinstance(t, Tensor)), None)
+    if logits is None or logits.dim() == 0 or not logits.is_floating_point():
+        raise ArgumentError(
+            f"the model returned {type(output).__name__}, in which no class can be chosen: give "
+            "target= a function of it"
+        )
+    classes = logits.shape[-1]
+    index = torch.as_tensor(target, device=logits.device)
+    fits = index.dim() == 0 or index.shape == logits.shape[:-1]
+    whole = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+    if not whole or not fits or bool(((index < -classes) | (index >= classes)).any()):
+        raise ArgumentError(
+            f"target must be a class, or one for each sample, of the {classes} in an output of "
+            f"shape {tuple(logits.shape)}, not {target!r}"
+        )
+    index = (index % classes).expand(logits.shape[:-1])
+    return logits.gather(-1, index.unsqueeze(-1)).sum()
+
+
+def _locations(fm: FeatureMap, tensor: Tensor, along: tuple[int, ...]) -> tuple[int, ...]:
+    where = map_axes(fm, tensor, along)
+    if not where:
+        raise ArgumentError(
+            f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)} and no locations: "
+            "choose a layer before they are pooled or flattened"
+        )
+    return where
+
+
+def _upsampled(cam: Tensor, tensor: Tensor, along: tuple[int, ...]) -> Tensor:
+    size = tuple(tensor.shape[a] for a in along)
+    if len(size) != 2 or cam.dim() != (2 if 0 in along else 3):
+        raise ArgumentError(
+            f"upsample=True is for maps of an image, and these have shape {tuple(cam.shape)} over "
+            f"an input with locations {size}"
+        )
+    flat = cam.reshape(1, -1, *cam.shape[-2:])
+    wide = F.interpolate(flat, size, mode="bilinear", align_corners=False)
+    return wide.reshape(*cam.shape[:-2], *size)

@@ -1,0 +1,282 @@
+"""What a map loses where a part of the input is covered."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fmapkit import FeatureMap, capture
+from fmapkit.errors import ArgumentError, CaptureWarning
+from fmapkit.explain._axes import input_axes
+from fmapkit.explain._locations import At, chosen
+from fmapkit.explain._passes import (
+    KINDS,
+    eager,
+    exchanged,
+    first_tensor,
+    kept_state,
+    run,
+    the_map,
+)
+from fmapkit.explain._progress import progress
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Occlusion", "occlusion"]
+
+
+@dataclass(frozen=True, eq=False)
+class Occlusion:
+    """What `occlusion` has found.
+
+    Attributes:
+        usual: the sum of the chosen elements of the map, of each sample as it is, (N,).
+        drops: how much less it is with a window covered, (N, *grid of windows): NaN where that has
+            not been tried (see `complete`).
+        starts: the first location of each window, by axis.
+        window: locations that a window covers along each axis; the last ones are cut at the border.
+        input_shape: locations of the input.
+        complete: every window was tried; else the run was interrupted, and goes on with
+            `occlusion(..., resume=this)`.
+    """
+
+    usual: Tensor
+    drops: Tensor
+    starts: tuple[tuple[int, ...], ...]
+    window: tuple[int, ...]
+    input_shape: tuple[int, ...]
+    complete: bool
+    _asked: tuple[Any, ...] = field(default=(), repr=False)
+
+    def heat(self) -> Tensor:
+        """For each location of the input, the mean drop of the windows that cover it: (N, *input).
+
+        Windows that were not tried do not count; a location that none covers is 0.
+        """
+        total = self.drops.new_zeros(len(self.drops), *self.input_shape)
+        count = self.drops.new_zeros(self.input_shape)
+        for cell in itertools.product(*(range(len(s)) for s in self.starts)):
+            every: Any = (slice(None), *cell)
+            drop = self.drops[every]
+            if bool(drop.isnan().any()) and not self.complete:
+                continue
+            where = self._where(cell)
+            each: Any = (slice(None), *where)
+            total[each] += drop.reshape(-1, *[1] * len(cell))
+            count[where] += 1
+        return total / count.clamp(min=1)
+
+    def _where(self, cell: Sequence[int]) -> tuple[slice, ...]:
+        return tuple(
+            slice(s[i], s[i] + n) for s, i, n in zip(self.starts, cell, self.window, strict=True)
+        )
+
+    def plot(self, image: Any = None, *, sample: int = 0) -> Figure:
+        """Draw the heat map beside or on the image (extra: `plot`)."""
+        from fmapkit.explain.pictures import plot_heat
+
+        return plot_heat(self.heat()[sample], image, title="drop of the map where it is covered")
+
+
+def occlusion(
+    model: nn.Module,
+    inputs: Any,
+    layer: Any,
+    filter: int | None = None,
+    window: int | Sequence[int] = 8,
+    stride: int | Sequence[int] | None = None,
+    *,
+    at: At = None,
+    fill: float | Tensor = 0,
+    kind: str | None = None,
+    call: int | None = None,
+    path: str | None = None,
+    axes: int | tuple[int, ...] | None = None,
+    batch_size: int = 32,
+    resume: Occlusion | None = None,
+    show_progress: bool = True,
+) -> Occlusion:
+    """How much a map drops as a window slides over the input, covering what is there.
+
+    Zeiler & Fergus, "Visualizing and Understanding Convolutional Networks" (2014), section 4.2:
+    what is watched is the total of one filter's map, or one location of it. Each pass ends at the
+    layer.
+
+    Args:
+        model: any `nn.Module`, run as it is. In training mode, windows are tried one by one, since
+            samples of a batch may take part in each other's norms.
+        inputs: the model's argument, a tuple of its arguments, or a dict of those by name. Covered
+            is the first tensor in it, an image or a sequence, token numbers included; of all others
+            that have as many samples, each gets its own.
+        layer: whose map: a name, module, or whatever else `maps.select(layer=)` takes that means
+        one.
+        filter: one filter; None for all.
+        window: locations that are covered at once, along each axis.
+        stride: locations from one window to the next; by default they do not overlap.
+        at: a location of the map; a list with one for each sample; "strongest" for the largest of
+            each sample as it is; None for all. A total is a sum.
+        fill: what is put there: a number, or a tensor that broadcasts to the input: a grey, the
+        mean
+            image, the number of a mask token.
+        kind: of the map; by default the activation, or the preactivation where no nonlinearity
+            follows, or what a module returns that is no layer with filters.
+        call: which call of the layer, where it has several.
+        path: place in a nested output.
+        axes: which axes of the input are its locations (see `receptive_field`).
+        batch_size: how many covered inputs are run at once.
+        resume: what an interrupted run has given; its windows are not tried again.
+        show_progress: with tqdm, where that is installed and the output is a terminal.
+
+    Returns:
+        The drops. After Ctrl-C those so far, `complete` being False, with a `CaptureWarning`.
+
+    Raises:
+        NotAModuleError: `model` is no module.
+        ArgumentError: an argument cannot be meant.
+        MapLookupError: there is no such map, or there are several.
+        FilterRangeError: there is no such filter.
+    """
+    model = eager(model, "occlusion")
+    tensor = first_tensor(inputs, "occlusion")
+    along = input_axes(tensor, axes)
+    sizes = tuple(tensor.shape[a] for a in along)
+    covered = _each(window, sizes, "window")
+    steps = covered if stride is None else _each(stride, sizes, "stride")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ArgumentError(f"batch_size must be a positive int, not {batch_size!r}")
+    starts = tuple(_starts(n, w, s) for n, w, s in zip(sizes, covered, steps, strict=True))
+    asked = (str(layer), filter, kind, call, path, sizes, covered, starts)
+    watch = _Watch(model, inputs, tensor, along, layer, filter, at, kind, call, path)
+    with kept_state(model), torch.no_grad(), watch.capture() as maps:
+        usual = watch.total(maps, inputs)
+        drops = usual.new_full((len(usual), *map(len, starts)), torch.nan)
+        if resume is not None:
+            if resume._asked != asked or resume.drops.shape != drops.shape:
+                raise ArgumentError(
+                    "resume= is of another occlusion: give the same arguments again"
+                )
+            drops.copy_(resume.drops)
+        done = ~drops.isnan().any(0)
+        left = [c for c in itertools.product(*map(range, drops.shape[1:])) if not done[c]]
+        many = 1 if model.training or 0 in along else max(1, batch_size // len(tensor))
+        groups = [left[i : i + many] for i in range(0, len(left), many)]
+        complete = True
+        try:
+            for group in progress(groups, len(groups), "occlusion", show_progress):
+                places = [_place(along, starts, covered, c, tensor.dim()) for c in group]
+                totals = watch.total(maps, watch.covered(places, fill))
+                for cell, total in zip(group, totals.reshape(len(group), -1), strict=True):
+                    every: Any = (slice(None), *cell)
+                    drops[every] = usual - total
+        except KeyboardInterrupt:
+            complete = False
+            warnings.warn(
+                "occlusion was interrupted: what is there is returned, and goes on with resume=",
+                CaptureWarning,
+                stacklevel=2,
+            )
+    return Occlusion(usual, drops, starts, covered, sizes, complete, asked)
+
+
+def _each(value: int | Sequence[int], sizes: tuple[int, ...], what: str) -> tuple[int, ...]:
+    values = (value,) * len(sizes) if isinstance(value, int) else tuple(value)
+    ints = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+    if not ints or len(values) != len(sizes) or not all(v > 0 for v in values):
+        raise ArgumentError(
+            f"{what} must be a positive int, or one for each of the {len(sizes)} axes of "
+            f"locations, not {value!r}"
+        )
+    if what == "window" and any(v > n for v, n in zip(values, sizes, strict=True)):
+        raise ArgumentError(f"window={value!r} is larger than the input, of {sizes} locations")
+    return values
+
+
+def _starts(size: int, window: int, stride: int) -> tuple[int, ...]:
+    """Where windows begin: each location is in one, and the last may be cut."""
+    return tuple(range(0, -(-(size - window) // stride) * stride + 1, stride))
+
+
+def _place(
+    axes: tuple[int, ...],
+    starts: tuple[tuple[int, ...], ...],
+    window: tuple[int, ...],
+    cell: Sequence[int],
+    dims: int,
+) -> tuple[slice, ...]:
+    place = [slice(None)] * dims
+    for axis, begins, size, i in zip(axes, starts, window, cell, strict=True):
+        place[axis] = slice(begins[i], begins[i] + size)
+    return tuple(place)
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """What is watched of which map, and of which model."""
+
+    model: nn.Module
+    inputs: Any
+    tensor: Tensor
+    axes: tuple[int, ...]
+    layer: Any
+    filter: int | None
+    at: At
+    kind: str | None
+    call: int | None
+    path: str | None
+    masks: list[Tensor] = field(default_factory=list)
+
+    def capture(self) -> capture:
+        kinds = KINDS if self.kind is None else (self.kind,)
+        return capture(self.model, self.layer, kinds=kinds, stop=True)
+
+    def total(self, maps: Any, inputs: Any) -> Tensor:
+        """The sum of what is watched, sample by sample, after a pass."""
+        run(self.model, inputs)
+        fm: FeatureMap = the_map(maps, self.layer, self.kind, self.call, self.path)
+        if not self.masks:  # where the strongest is, is told by the input as it is
+            self.masks.append(chosen(fm, self.tensor, self.axes, self.filter, self.at))
+        mask = self.masks[0]
+        values = fm.tensor.double() if fm.tensor.is_floating_point() else fm.tensor
+        if 0 in self.axes:
+            return (values * mask).sum().reshape(1)
+        samples = len(self.tensor)
+        if values.shape[0] % samples or mask.shape[0] != samples:
+            raise ArgumentError(
+                f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)}: its first axis "
+                "is not that of the samples"
+            )
+        apart = values.reshape(-1, *mask.shape)
+        return (apart * mask).flatten(2).sum(2).flatten()
+
+    def covered(self, places: Sequence[tuple[slice, ...]], fill: float | Tensor) -> Any:
+        """The inputs with each of some parts covered, one after the other."""
+        pieces = []
+        for place in places:
+            piece = self.tensor.clone()
+            if isinstance(fill, Tensor):
+                piece[place] = fill.to(piece).broadcast_to(piece.shape)[place]
+            else:
+                piece[place] = fill
+            pieces.append(piece)
+        many = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        return exchanged(self._repeated(self.inputs, len(places)), self.tensor, many)
+
+    def _repeated(self, value: Any, times: int) -> Any:
+        """All other tensors that have as many samples, as many times."""
+        if value is self.tensor or times == 1:
+            return value
+        if isinstance(value, Tensor):
+            alike = value.dim() > 0 and len(value) == len(self.tensor)
+            return value.repeat(times, *[1] * (value.dim() - 1)) if alike else value
+        if isinstance(value, Mapping):
+            return {k: self._repeated(v, times) for k, v in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._repeated(v, times) for v in value)
+        return value

@@ -1,0 +1,195 @@
+"""Draw explanations with matplotlib (extra: `plot`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from fmapkit.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fmapkit.explain.receptive import ReceptiveField
+
+__all__ = ["plot_field", "plot_heat", "plot_projection"]
+
+_BOX = "#e4572e"
+
+
+def plot_field(
+    field: ReceptiveField,
+    location: tuple[int, ...],
+    *,
+    image: Any = None,
+    effective: Tensor | None = None,
+) -> Figure:
+    """Draw the field of a location as a box on the image; with `effective`, the heat map in it too.
+
+    Args:
+        field: of a map over an image, or a sequence.
+        location: row and column in the map, or position; empty for the middle.
+        image: a tensor or array (H, W), (1, H, W) or (3, H, W), in any range.
+        effective: what `effective_field` gives for the same location.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ArgumentError: the input is no image, or there is no such location.
+    """
+    plt = _pyplot()
+    from matplotlib.patches import Rectangle
+
+    if len(field.input_shape) != 2:
+        raise ArgumentError(
+            f"a field is drawn on an image, and this input has locations {field.input_shape}"
+        )
+    location = location or tuple(n // 2 for n in field.shape)
+    box = field.box(*location)
+    panels = 1 if effective is None else 2
+    figure: Figure
+    figure, axes = plt.subplots(1, panels, figsize=(4.2 * panels, 4.4), layout="constrained")
+    panes: list[Axes] = list(np.atleast_1d(axes))
+    shown = np.zeros(field.input_shape) if image is None else pixels(image)
+    for pane in panes:
+        pane.imshow(shown, cmap="gray", extent=_extent(field.input_shape), interpolation="nearest")
+        corner, size = (box.left, box.top), (box.right - box.left, box.bottom - box.top)
+        pane.add_patch(Rectangle(corner, *size, fill=False, edgecolor=_BOX, linewidth=1.8))
+        _bare(pane)
+    name = field.layer or "(model)"
+    panes[0].set_title(
+        f"{name} {location}: rows {box.top}–{box.bottom}, columns {box.left}–{box.right}",
+        fontsize="medium",
+    )
+    if effective is not None:
+        _overlay(panes[1], effective, field.input_shape, signed=False)
+        panes[1].set_title("effective field", fontsize="medium")
+    return figure
+
+
+def plot_heat(heat: Tensor, image: Any = None, *, title: str = "") -> Figure:
+    """Draw a heat map (H, W), over an image where there is one: red for what speaks for the map.
+
+    Args:
+        heat: a number for each location; it is stretched over the image.
+        image: a tensor or array (H, W), (1, H, W) or (3, H, W), in any range.
+        title: stands above.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ArgumentError: the heat map is not of two axes.
+    """
+    plt = _pyplot()
+    if heat.dim() != 2:
+        raise ArgumentError(f"a heat map has two axes, and this one has shape {tuple(heat.shape)}")
+    panels = 1 if image is None else 2
+    figure: Figure
+    figure, axes = plt.subplots(1, panels, figsize=(4.2 * panels, 4.2), layout="constrained")
+    panes: list[Axes] = list(np.atleast_1d(axes))
+    extent_of = tuple(heat.shape)
+    if image is not None:
+        shown = pixels(image)
+        extent_of = shown.shape[:2]
+        for pane in panes:
+            pane.imshow(shown, cmap="gray", extent=_extent(extent_of), interpolation="nearest")
+    drawn = _overlay(panes[-1], heat, extent_of, signed=True, opaque=image is None)
+    figure.colorbar(drawn, ax=panes[-1], fraction=0.046, pad=0.02)
+    for pane in panes:
+        _bare(pane)
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def plot_projection(projection: Tensor, image: Any = None, *, title: str = "") -> Figure:
+    """Draw a projection as an image of its own, grey where it is 0, beside what it is of.
+
+    Args:
+        projection: of one sample, (C, H, W), as `project` gives it.
+        image: a tensor or array (H, W), (1, H, W) or (3, H, W), in any range.
+        title: stands above.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ArgumentError: the projection is not to an image.
+    """
+    plt = _pyplot()
+    if projection.dim() != 3 or projection.shape[0] not in (1, 3):
+        raise ArgumentError(
+            f"a projection to an image has shape (1, H, W) or (3, H, W), not "
+            f"{tuple(projection.shape)}: take one sample of it"
+        )
+    values = projection.detach().double().cpu().numpy()
+    reach = float(np.abs(values).max()) or 1.0
+    shown = values.transpose(1, 2, 0) / (2 * reach) + 0.5
+    panels = 1 if image is None else 2
+    figure: Figure
+    figure, axes = plt.subplots(1, panels, figsize=(4.2 * panels, 4.2), layout="constrained")
+    panes: list[Axes] = list(np.atleast_1d(axes))
+    if image is not None:
+        panes[0].imshow(pixels(image), cmap="gray", interpolation="nearest")
+    scale: dict[str, Any] = {"cmap": "gray", "vmin": 0.0, "vmax": 1.0}
+    panes[-1].imshow(
+        shown[:, :, 0] if shown.shape[2] == 1 else shown, interpolation="nearest", **scale
+    )
+    for pane in panes:
+        _bare(pane)
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def pixels(image: Any) -> np.ndarray[Any, Any]:
+    """An image as matplotlib takes it: (H, W) or (H, W, 3), from 0 to 1.
+
+    Raises:
+        ArgumentError: it has another shape.
+    """
+    array = (
+        image.detach().double().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    )
+    if array.ndim == 3 and array.shape[0] in (1, 3):
+        array = array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0)
+    elif array.ndim != 2:
+        raise ArgumentError(
+            f"image must have shape (H, W), (1, H, W) or (3, H, W), not {array.shape}"
+        )
+    low, high = float(array.min()), float(array.max())
+    if low < 0 or high > 1:  # normalised, or of 0 to 255
+        array = (array - low) / ((high - low) or 1.0)
+    return array
+
+
+def _overlay(
+    pane: Axes, heat: Tensor, shape: tuple[int, ...], *, signed: bool, opaque: bool = False
+) -> Any:
+    values = heat.detach().double().cpu().numpy()
+    reach = float(np.abs(values[np.isfinite(values)]).max(initial=0.0)) or 1.0
+    low, colours = (-reach, "RdBu_r") if signed else (0.0, "magma")
+    strength = 1.0 if opaque else np.clip(np.nan_to_num(np.abs(values)) / reach, 0, 1) ** 0.5 * 0.85
+    return pane.imshow(
+        values, cmap=colours, vmin=low, vmax=reach, alpha=strength, extent=_extent(shape)
+    )
+
+
+def _extent(shape: tuple[int, ...]) -> tuple[float, float, float, float]:
+    """So that pixel i lies from i to i + 1, as in a box."""
+    return 0, shape[1], shape[0], 0
+
+
+def _bare(pane: Axes) -> None:
+    pane.set_xticks([])
+    pane.set_yticks([])
+
+
+def _pyplot() -> Any:
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            "drawing explanations needs matplotlib: pip install fmapkit[plot]"
+        ) from error
+    return pyplot

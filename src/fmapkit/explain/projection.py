@@ -1,0 +1,256 @@
+"""A map projected down to the input: what of the input did it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fmapkit import FeatureMap, capture
+from fmapkit.errors import ArgumentError
+from fmapkit.explain._axes import input_axes
+from fmapkit.explain._locations import At, chosen
+from fmapkit.explain._passes import (
+    KINDS,
+    eager,
+    exchanged,
+    first_tensor,
+    kept_state,
+    run,
+    the_map,
+)
+
+__all__ = ["project"]
+
+_METHODS = ("deconvnet", "guided", "gradient")
+
+
+def project(
+    model: nn.Module,
+    inputs: Any,
+    layer: Any,
+    filter: int | None = None,
+    *,
+    method: Literal["deconvnet", "guided", "gradient"] = "deconvnet",
+    at: At = None,
+    start: Literal["ones", "map"] = "ones",
+    kind: str | None = None,
+    call: int | None = None,
+    path: str | None = None,
+    axes: int | tuple[int, ...] | None = None,
+) -> Tensor:
+    """Project a map, one filter of it, or one location down to the input.
+
+    All other elements of the map are set to zero, and what is left goes back through the layers:
+    convolutions transposed, pooling by the switches of the forward pass. At each ReLU
+
+    - "gradient" (Simonyan, Vedaldi & Zisserman 2014) passes on what comes where the unit was
+    active;
+    - "deconvnet" (Zeiler & Fergus, "Visualizing and Understanding Convolutional Networks", 2014)
+      passes on what is positive of what comes;
+    - "guided" (Springenberg et al., "Striving for Simplicity", 2015) does both.
+
+    A ReLU is known by what it did, z in and max(z, 0) out, be it a module, a function, a method, in
+    place, or a clamp; so is ReLU6. Other nonlinearities pass on their gradient, as all else does.
+
+    Args:
+        model: any `nn.Module`, run as it is, in its own mode. Nothing is left on it: no gradients
+        of
+            parameters, and buffers and the random state are put back.
+        inputs: the model's argument, a tuple of its arguments, or a dict of those by name. The
+            projection is to the first tensor in it, of a floating-point type.
+        layer: whose map: a name, module, or whatever else `maps.select(layer=)` takes that means
+        one.
+        filter: one filter; None for all.
+        method: what a ReLU passes on.
+        at: a location of the map, such as (row, column); a list with one for each sample;
+            "strongest" for the largest of each sample; None for all.
+        start: what goes back at first: 1 at each element that is left ("ones"), which makes it a
+            gradient of their sum, or their values ("map"), as in a deconvnet. Of one location, that
+            is a factor.
+        kind: of the map; by default the activation, or the preactivation where no nonlinearity
+            follows, or what a module returns that is no layer with filters.
+        call: which call of the layer, where it has several.
+        path: place in a nested output.
+        axes: which axes of the input are its locations (see `receptive_field`).
+
+    Returns:
+        The projection: a tensor of the input's shape, dtype and device.
+
+    Raises:
+        NotAModuleError: `model` is no module.
+        ArgumentError: an argument cannot be meant; the input is not differentiable (tokens), or the
+            map is not on a differentiable path from it; there is no ReLU for `method` to act on; or
+            a nonlinearity cannot be told.
+        MapLookupError: there is no such map, or there are several.
+        FilterRangeError: there is no such filter.
+    """
+    model = eager(model, "project")
+    if method not in _METHODS:
+        raise ArgumentError(
+            f"method must be one of {', '.join(map(repr, _METHODS))}, not {method!r}"
+        )
+    if start not in ("ones", "map"):
+        raise ArgumentError(f"start must be 'ones' or 'map', not {start!r}")
+    tensor = differentiable(inputs, "project")
+    along = input_axes(tensor, axes) if at is not None or axes is not None else ()
+    rectifiers = _Rectifiers(method)
+    kinds = KINDS if kind is None else (kind,)
+    with kept_state(model), torch.inference_mode(False), torch.enable_grad():
+        x = tensor.detach().clone().requires_grad_()
+        given = exchanged(inputs, tensor, x)
+        with capture(model, layer, kinds=kinds, detach=False, edit=rectifiers.edits()) as maps:
+            run(model, given)
+            fm = the_map(maps, layer, kind, call, path)
+            head = fm.tensor if fm.edited is None else fm.edited
+            mask = chosen(fm, tensor, along, filter, at)
+            signal = mask.to(head.dtype) if start == "ones" else head.detach() * mask
+            found = gradient_of(fm, head, x, signal)
+    rectifiers.check(fm)
+    return found
+
+
+def differentiable(inputs: Any, what: str) -> Tensor:
+    """The input, if gradients can get to it.
+
+    Raises:
+        ArgumentError: there is none, or it is of integers.
+    """
+    tensor = first_tensor(inputs, what)
+    if not tensor.is_floating_point():
+        raise ArgumentError(
+            f"{what} differentiates by the model's input, and this one is of {tensor.dtype}: give "
+            "the model its embeddings instead, or use occlusion"
+        )
+    return tensor
+
+
+def gradient_of(fm: FeatureMap, head: Tensor, x: Tensor, signal: Tensor) -> Tensor:
+    """What comes back at the input.
+
+    Raises:
+        ArgumentError: no differentiable path leads from the input to the map.
+    """
+    found = None
+    if head.requires_grad:
+        (found,) = torch.autograd.grad(head, x, signal, allow_unused=True)
+    if found is None:
+        raise ArgumentError(
+            f"no differentiable path leads from the input to the {fm.kind} of layer {fm.layer!r}: "
+            "the model detaches it, or runs there without gradients"
+        )
+    return found
+
+
+class _Rectifiers:
+    """What becomes of gradients at each ReLU, by edits that change no value.
+
+    Args:
+        method: as in `project`.
+    """
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+        self.passed = 0
+        self.unknown: list[str] = []
+        self._received: dict[tuple[str, int], Tensor] = {}
+
+    def edits(self) -> dict[Any, Any] | None:
+        """For `capture(edit=...)`."""
+        if self.method == "gradient":
+            return None
+        return {("*", "preactivation"): self._before, ("*", "activation"): self._after}
+
+    def _before(self, fm: FeatureMap) -> Tensor:
+        self._received[fm.layer, fm.call] = fm.tensor
+        return fm.tensor
+
+    def _after(self, fm: FeatureMap) -> Tensor:
+        z, a = self._received.pop((fm.layer, fm.call), None), fm.tensor
+        if not a.requires_grad:
+            return a
+        if z is None or z.shape != a.shape:
+            # It compares z before it runs, or is a gate: what it did cannot be told.
+            about = f"{fm.nonlinearity!r} of layer {fm.layer!r}"
+            gated: Tensor = _apply(_Told, a, self, about) if z is None else a
+            return gated
+        if not _rectified(fm, z.detach(), a.detach()):
+            return a
+        if self.method == "guided":
+            guided: Tensor = _apply(_Guided, a, self)
+            return guided
+        reversed_: Tensor = _apply(_Reversed, z, a, self)
+        return reversed_
+
+    def check(self, fm: FeatureMap) -> None:
+        """Raise unless the projection is what was asked for."""
+        if self.method == "gradient":
+            return
+        if self.unknown:
+            raise ArgumentError(
+                f"method={self.method!r} cannot tell whether {self.unknown[0]} is a ReLU: it "
+                "chooses by a comparison, and what it received is not to be had; write "
+                "torch.relu, or use method='gradient'"
+            )
+        if not self.passed:
+            raise ArgumentError(
+                f"method={self.method!r} says what ReLUs pass on, and there is none between the "
+                f"input and the {fm.kind} of layer {fm.layer!r}: use method='gradient'"
+            )
+
+
+def _rectified(fm: FeatureMap, z: Tensor, a: Tensor) -> bool:
+    """Whether σ was max(z, 0), or ReLU6's min(max(z, 0), 6)."""
+    named = (fm.nonlinearity or "").lower() in ("relu", "relu6")
+    if not named and not bool((z < 0).any()):
+        return False  # the values do not tell it from any other that leaves these as they are
+    positive = z.clamp(min=0)
+    return torch.equal(a, positive) or torch.equal(a, positive.clamp(max=6))
+
+
+def _apply(function: Any, *arguments: Any) -> Tensor:
+    result: Tensor = function.apply(*arguments)
+    return result
+
+
+class _Reversed(torch.autograd.Function):
+    """The value of a; backward, past the ReLU, the positive part goes to z."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, a: Tensor, rectifiers: _Rectifiers) -> Tensor:
+        ctx.rectifiers = rectifiers
+        return a.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.rectifiers.passed += 1
+        return gradients[0].clamp(min=0), None, None
+
+
+class _Guided(torch.autograd.Function):
+    """The value of a; backward, the positive part goes to the ReLU."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, rectifiers: _Rectifiers) -> Tensor:
+        ctx.rectifiers = rectifiers
+        return a.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.rectifiers.passed += 1
+        return gradients[0].clamp(min=0), None
+
+
+class _Told(torch.autograd.Function):
+    """The value of a; backward, that something went through here is noted."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, rectifiers: _Rectifiers, about: str) -> Tensor:
+        ctx.rectifiers, ctx.about = rectifiers, about
+        return a.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.rectifiers.unknown.append(ctx.about)
+        return gradients[0], None, None
