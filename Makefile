@@ -9,7 +9,7 @@ WORKERS ?= 2
 .PHONY: help install demo test test-matrix lint format docs notebooks bench clean
 
 help:
-	@echo "make demo    train a small net with capture in the loop, write demo.png (under a minute)"
+	@echo "make demo    train a small net with capture in the loop, draw what is in it (under a minute)"
 	@echo "make test    run the tests"
 	@echo "make test-matrix  run the tests on the oldest and the newest versions allowed"
 	@echo "make docs    build the site into site/; a broken link fails"
@@ -59,6 +59,6 @@ bench: $(STAMP)
 	$(PY) -m benchmarks suite --json bench.json
 
 clean:
-	rm -rf $(VENV) .venv-matrix build dist site demo.png demo_dead.png maps.html bench.json growth.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-matrix build dist site demo*.png maps.html bench.json growth.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf src/*.egg-info
 	find src tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,7 +3,7 @@
 One `with capture(model)` stands around the training loop; in its second half, an analysis sees
 every map as well. A twin that nobody watches is trained beside it, step by step on the same
 batches: the difference in time is what capture costs, and at the end the two must be equal to the
-last bit.
+last bit. Then it is asked what its filters look for.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fmapkit import Analysis, FeatureMaps, capture
-from fmapkit.analysis import DeadFilters, Statistics
+from fmapkit.analysis import DeadFilters, LayerTops, Statistics, TopInputs
+from fmapkit.explain import project, receptive_field
 
 PICTURE = Path("demo.png")
 DEAD_PICTURE = Path("demo_dead.png")
+FILTERS_PICTURE = Path("demo_filters.png")
+TOP_PICTURE = Path("demo_top.png")
+FIELD_PICTURE = Path("demo_field.png")
+DEEP = "conv3"  # the layer whose filters are looked into
 EPOCHS = 8
 BATCH = 64
 
@@ -104,7 +109,7 @@ def main() -> None:
     print(f"accuracy {accuracy:.1%}")
     print(stats)
 
-    heading("A picture")
+    heading("One digit")
     digit = test[0][:1]
     with capture(model) as maps, torch.no_grad():
         guess = int(model(digit).argmax())
@@ -112,7 +117,16 @@ def main() -> None:
         image=digit[0], title=f"One digit on its way through the net, which says: {guess}"
     )
     figure.savefig(PICTURE, dpi=110)
+    maps.plot_filters("conv1", columns=12).savefig(FILTERS_PICTURE, dpi=110)
+
+    heading("What the filters look for, in the digits of the test set")
+    look_for(model, test[0])
+
+    heading("Pictures")
     print(f"{PICTURE}: a digit, and per layer its z and a, filter by filter")
+    print(f"{FILTERS_PICTURE}: the filters of the first layer")
+    print(f"{TOP_PICTURE}: what excites four filters of {DEEP} most, and what of it did")
+    print(f"{FIELD_PICTURE}: how much of a digit one location of {DEEP} sees")
     print(f"{DEAD_PICTURE}: which filters fired in training, layer by layer")
     print(f"\nDone in {time.perf_counter() - began:.0f} s.")
     if accuracy <= 0.95:
@@ -191,6 +205,43 @@ def examine(model: nn.Module, test: tuple[Tensor, Tensor]) -> tuple[float, Stati
         for images, labels in batches(*test):
             correct += int((model(images).argmax(1) == labels).sum())
     return correct / len(test[0]), stats
+
+
+def look_for(model: nn.Module, images: Tensor) -> None:
+    """Draw the nine digits that excite some filters most, with what of them did, and a field."""
+    top = TopInputs(k=9)
+    with capture(model, DEEP, kinds="activation", analyses=top, keep=0), torch.no_grad():
+        for part in torch.split(images, BATCH):
+            model(part)
+    found = top[DEEP]
+    print(found)
+    chosen = found.strongest(4)
+    figure = found.plot(
+        images,
+        model=model,
+        filters=chosen,
+        below=projections(model, images, found, chosen),
+        title=f"Four filters of {DEEP}: the parts of nine digits, and their projections",
+    )
+    figure.savefig(TOP_PICTURE, dpi=110)
+    field = receptive_field(model, DEEP, images[:1])
+    print(f"a location of {DEEP} sees {field.size} pixels, {field.stride} apart")
+    hit = found[chosen[0]][0]
+    field.plot(*hit.at, image=images[hit.input]).savefig(FIELD_PICTURE, dpi=110)
+
+
+def projections(
+    model: nn.Module, images: Tensor, found: LayerTops, filters: list[int]
+) -> dict[int, list[Tensor]]:
+    """What of each input excited each filter, in the pixels: Zeiler & Fergus (2014), section 2.1."""
+    found_by: dict[int, list[Tensor]] = {}
+    for filter in filters:
+        hits = found[filter]
+        inputs = images[[hit.input for hit in hits]]
+        places = [hit.at for hit in hits]
+        projected = project(model, inputs, DEEP, filter, method="deconvnet", at=places)
+        found_by[filter] = list(projected)
+    return found_by
 
 
 def heading(text: str) -> None:

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fmapkit import FeatureMap, capture
+from fmapkit import FeatureMap, MapStateError, capture
 from fmapkit.analysis import DeadFilters, Statistics
 from tests.truth import assert_nothing_left, fingerprint
 
@@ -178,3 +179,31 @@ def test_maps_in_eight_bits(dtype: torch.dtype) -> None:
         assert np.array_equal(maps["a"][1].numpy(), expected[:, 1].numpy())
     np.testing.assert_allclose(stats["a"].mean.numpy(), expected.mean(0).numpy(), rtol=1e-12)
     assert dead["a"].last_input.tolist() == [9 if any(c) else 0 for c in expected.T.tolist()]
+
+
+@both
+@pytest.mark.parametrize("gradients", [False, True])
+def test_gradients_are_refused_by_name(kind: type[Net], gradients: bool) -> None:
+    """An analysis comes before backward; the held maps have their gradients after it."""
+    model = kind()
+    reading = Doing(lambda fm: fm.grad)
+    with (
+        capture(model, analyses=reading, gradients=gradients),
+        pytest.raises(MapStateError) as error,
+    ):
+        model(torch.randn(2, 4))
+    assert str(error.value) == (
+        "an analysis is shown the preactivation of layer 'a' as it is made, before any backward: "
+        "it has no gradient yet; read fm.grad of the held maps after backward, with "
+        "capture(gradients=True), and give those to an analysis with "
+        "update(dataclasses.replace(fm, tensor=fm.grad))"
+    )
+    with capture(model, gradients=True, analyses=Statistics()) as maps:
+        model(torch.randn(2, 4).abs()).sum().backward()
+        stats = Statistics()
+        for fm in maps:
+            stats.update(replace(fm, tensor=fm.grad))
+        c = next(fm for fm in maps if fm.layer == "c")
+    assert c.grad is not None
+    assert stats["c", "preactivation"].mean.tolist() == [1.0, 1.0]
+    assert torch.equal(stats["a"].mean, maps["a"].grad.double().mean(0))  # type: ignore

@@ -34,7 +34,7 @@ from fmapkit import (
     UnknownLayerError,
     capture,
 )
-from fmapkit.analysis import Analysis, LayerStatistics, Statistics, _moments
+from fmapkit.analysis import Analysis, DeadFilters, LayerStatistics, Statistics, _blocks, _moments
 from fmapkit.analysis import statistics as statistics_module
 
 Array = np.ndarray[Any, Any]
@@ -145,8 +145,8 @@ def test_equal_to_numpy_over_many_blocks(
     """Blocks that split the batch, the filters, and the rows of one filter."""
     tensors, dim = drawn
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_moments._BLOCK, "cpu", size)
-        patch.setattr(_moments, "_LONG", long)
+        patch.setitem(_blocks._BLOCK, "cpu", size)
+        patch.setattr(_blocks, "_LONG", long)
         assert_right(fed(*tensors, dim=dim)["conv"], rows(tensors, dim))
 
 
@@ -675,18 +675,61 @@ def test_tables() -> None:
     for _ in range(2):
         stats.update(fmap(x, nonlinearity="relu"))
     assert repr(stats["conv"]).splitlines() == [
-        "filter  values  mean  std  min  max   zero  saturated",
-        "──────  ──────  ────  ───  ───  ───  ─────  ─────────",
-        "     0       4     1    1    0    2  50.0%          –",
-        "     1       4     1    0    1    1   0.0%          –",
+        "filter  values  mean  std  min  max   zero  saturated  non-finite",
+        "──────  ──────  ────  ───  ───  ───  ─────  ─────────  ──────────",
+        "     0       4     1    1    0    2  50.0%          –           0",
+        "     1       4     1    0    1    1   0.0%          –           0",
         "LayerStatistics: 'conv', activation, σ=relu",
     ]
     # All eight together: mean 1, variance (4·1 + 4·0)/8 = 0.5.
     assert repr(stats).splitlines()[2:] == [
-        "conv   activation  relu        2       8     1  0.7071    0    2  25.0%          –",
+        "conv   activation  relu        2       8     1  0.7071    0    2  25.0%          –"
+        "           0",
         "Statistics: 1 kinds of map of 1 layers",
     ]
     assert "4 more filters" in repr(fed(torch.randn(2, 20))["conv"])
+
+
+def test_windows() -> None:
+    """What is taken is what was seen since; merged, it is what would have been seen without."""
+    tensors = [torch.randn(3, 2, 5) * 10**n for n in range(4)]
+    stats, epochs = Statistics(bins=[0.0], saturation={"s": (-1.0, 1.0)}), []
+    for first, second in (tensors[:2], tensors[2:]):
+        stats.update(fmap(first, nonlinearity="s"))
+        stats.update(fmap(second, nonlinearity="s"))
+        epochs.append(stats.take())
+    assert not len(stats)
+    for epoch, seen in zip(epochs, (tensors[:2], tensors[2:]), strict=True):
+        assert_right(epoch["conv"], rows(seen, 1))
+        assert not epoch["conv"].saturated_fraction.isnan().any()
+    epochs[0].merge(epochs[1])
+    assert_right(epochs[0]["conv"], rows(tensors, 1))
+    dead = DeadFilters(after=2)
+    taken = []
+    for x in (torch.tensor([[0.0, 1.0]] * 2), torch.tensor([[1.0, 0.0]] * 2)):
+        dead.update(fmap(x))
+        taken.append(dead.take())
+    assert [epoch["conv"].dead_filters for epoch in taken] == [[0], [1]]
+    assert not len(dead)
+
+
+def test_digits_lost_without_a_shift() -> None:
+    """Filters far from 0, constant, or without any spread, among others that are near it."""
+    x = torch.randn(16, 5, 40, dtype=torch.float64).float()
+    x[:, 1] += 1e6
+    x[:, 2] = 0.1
+    x[:, 3] = 0
+    x[:, 4] *= 1e-40
+    assert_right(fed(x)["conv"], rows([x], 1))
+    assert_right(fed(x.to(torch.float64) * 1e-170)["conv"], rows([x.to(torch.float64) * 1e-170], 1))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 8 * 1568), (2, 3, 8 * 257), (300, 8, 1), (257, 8, 3)])
+def test_zeros_are_counted_by_words(shape: tuple[int, ...]) -> None:
+    """Rows that words of eight divide, or do not; more of them than a byte counts."""
+    for x in (torch.zeros(shape), torch.randn(shape).relu(), torch.full(shape, -0.0)):
+        fraction = fed(x)["conv"].zero_fraction
+        assert torch.equal(fraction, (x == 0).double().mean((0, 2)))
 
 
 def test_it_is_an_analysis() -> None:

@@ -15,7 +15,8 @@ from fmapkit._candidates import is_norm, norm_axis
 from fmapkit._events import Event
 from fmapkit._flow import past_sigma, sigma_axes
 from fmapkit._frames import Frame
-from fmapkit._origin import STOP, Flow
+from fmapkit._origin import STOP, Flow, Made
+from fmapkit._weights import REGISTERED
 
 if TYPE_CHECKING:
     from fmapkit._trace import Tracer
@@ -58,7 +59,8 @@ def _close_layer(tracer: Tracer, frame: Frame, out: Tensor) -> Tensor:
     event.module, event.key = frame.module, frame.key
     dim = (layers.layer_axis(frame.module) or 0) % max(out.dim(), 1)
     axes = Axes.single(dim, out.shape[dim]) if out.dim() else None
-    return tracer.layer_event(event, tracer.names.of(frame.module), frame.x, out, axes)
+    made = Made(why=REGISTERED)
+    return tracer.layer_event(event, tracer.names.of(frame.module), frame.x, out, axes, (made, {}))
 
 
 def _close_sigma(tracer: Tracer, frame: Frame, a: Tensor, sigma: str) -> Tensor | None:

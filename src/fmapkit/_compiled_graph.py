@@ -226,7 +226,7 @@ class CompiledGraph:
         for tag in carried:
             if isinstance(tag, Flow):
                 o = tag.origin
-                own = origins.setdefault(id(o), Origin(o.kind, o.name, o.call))
+                own = origins.setdefault(id(o), Origin(o.kind, o.name, o.call, o.made))
                 tag = Flow(own, tag.axes)
             full.append(tag)
         for i in self.weights:

@@ -90,7 +90,7 @@ class GraphRun:
         found = self._origins.get(ref)
         if found is None:
             call = self._base.get(ref.name, 0) + ref.offset
-            found = self._origins[ref] = Origin(ref.kind, ref.name, call)
+            found = self._origins[ref] = Origin(ref.kind, ref.name, call, ref.made)
             found.claimed = ref.claimed
         return found
 

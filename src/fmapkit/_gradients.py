@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fmapkit._aside import select
-from fmapkit.errors import MapOverwrittenError
+from fmapkit.errors import MapOverwrittenError, MapStateError
 
-__all__ = ["NO_GRAPH", "OF_VIEW", "Gradient", "in_function", "watch"]
+__all__ = ["NO_GRAPH", "OF_VIEW", "Gradient", "NotYet", "in_function", "watch"]
 
 _forward_grads: Callable[[], bool] = torch._C._is_fwd_grad_enabled
 _inference: Callable[[], bool] = torch.is_inference_mode_enabled
@@ -127,6 +127,22 @@ class Gradient:
                 "with the .grad of a parameter or input); read and clone it right after backward"
             )
         return self._value
+
+
+class NotYet:
+    """In the place of the gradient of a map that an analysis is shown."""
+
+    def read(self, what: str) -> Tensor | None:
+        """Say that there is none yet.
+
+        Raises:
+            MapStateError: always.
+        """
+        raise MapStateError(
+            f"an analysis is shown {what} as it is made, before any backward: it has no gradient "
+            "yet; read fm.grad of the held maps after backward, with capture(gradients=True), and "
+            "give those to an analysis with update(dataclasses.replace(fm, tensor=fm.grad))"
+        )
 
 
 def watch(tensor: Tensor) -> Gradient | None:

@@ -182,6 +182,8 @@ def trace_graph(
             _open_all(gm, _Fakes(inputs))
         order = list(gm.graph.nodes)
         fakes = _Fakes(inputs)
+        pairs = zip(fakes.values, inputs, strict=True)
+        tracer.stand_ins = {id(f): (f, real) for f, real in pairs if isinstance(real, Tensor)}
         try:
             with fakes.mode:
                 _run(
@@ -362,7 +364,7 @@ def _traced(
 
     def ref(origin: Origin) -> Ref:
         found = by_origin.get(id(origin))
-        return found or Ref(origin.kind, origin.name, origin.call, origin.claimed)
+        return found or Ref(origin.kind, origin.name, origin.call, origin.claimed, origin.made)
 
     returned = fx.node.map_arg(order[-1].args[0], env.__getitem__)
     tags = [tracer.tag(t) for _, t in leaves(returned)]

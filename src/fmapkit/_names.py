@@ -157,7 +157,7 @@ class Names:
             return True
         return bool(self.in_flat(value))
 
-    def _owned_by(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+    def owned_by(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
         """The modules that have it, and as what."""
         found = self._owners.get(id(parameter))
         if found is not None and found[0] is parameter:
@@ -244,7 +244,7 @@ class Names:
         if name is not None:
             return name + use.picked, True
         inner = use.stack[-1]
-        owners = self._owned_by(use.weight) if use.source is None else []
+        owners = self.owned_by(use.weight) if use.source is None else []
         picked_here = use.picked and any(module is inner for module, _ in owners)
         if use.is_module and not picked_here:
             place = self.place(inner)

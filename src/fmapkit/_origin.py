@@ -18,12 +18,53 @@ __all__ = [
     "STOP",
     "Flow",
     "Lookup",
+    "Made",
     "Origin",
+    "Source",
     "Tag",
     "Weight",
     "WeightRef",
     "flow_of",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a layer got its weight, or its bias.
+
+    Attributes:
+        owner: the module that has the parameter or buffer; None where it was computed in the pass.
+        key: what it is called there.
+        ref: which tensor that was. No map keeps a module alive, or a tensor but its own.
+        view: the part that was used: its shape, strides and offset, then the shape and strides of
+            the parameter; None for all of it.
+    """
+
+    owner: Callable[[], nn.Module | None] | None = None
+    key: str = ""
+    ref: Callable[[], Tensor | None] | None = None
+    view: tuple[tuple[int, ...], tuple[int, ...], int, tuple[int, ...], tuple[int, ...]] | None = (
+        None
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a call of a layer made its filters of.
+
+    Attributes:
+        weight: where it got its weight.
+        bias: the same of its bias; None if it has none.
+        places: axes of the result that count filters, and which axes of the weight they are.
+        axes: where the filters lie in the result; None where that is not known.
+        why: there is no weight that could be read; empty if there is.
+    """
+
+    weight: Source = Source()
+    bias: Source | None = None
+    places: tuple[tuple[int, int], ...] = ()
+    axes: Axes | None = None
+    why: str = ""
 
 
 class Origin:
@@ -32,13 +73,15 @@ class Origin:
     Compared by identity: two calls are two origins.
     """
 
-    __slots__ = ("call", "claimed", "kind", "name")
+    __slots__ = ("call", "claimed", "kind", "made", "name", "used")
 
-    def __init__(self, kind: str, name: str = "", call: int = 0) -> None:
+    def __init__(self, kind: str, name: str = "", call: int = 0, made: Made | None = None) -> None:
         self.kind = kind  # "layer", "norm" or "none"
         self.name = name
         self.call = call
         self.claimed = False  # a nonlinearity has received these filters
+        self.made = made  # of a layer: what of
+        self.used: dict[str, Any] | None = None  # what is held of weights that were computed
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.name}#{self.call}>"

@@ -20,7 +20,7 @@ from fmapkit._frames import Frame
 from fmapkit._functions import describe
 from fmapkit._names import Names
 from fmapkit._nested import leaves
-from fmapkit._origin import NOWHERE, Flow, Origin, Weight, WeightRef
+from fmapkit._origin import NOWHERE, Flow, Made, Origin, Weight, WeightRef
 from fmapkit._retain import Place, Retention
 from fmapkit._store import Entry, Held
 from fmapkit._store import storage_of as _storage
@@ -40,12 +40,14 @@ class Ref:
         name: the layer's label; empty for an input.
         offset: which call of it, counted from the module's start; for an input, which tensor.
         claimed: a nonlinearity inside the module has received it.
+        made: what a layer made its filters of.
     """
 
     kind: str
     name: str = ""
     offset: int = 0
     claimed: bool = True
+    made: Made | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,8 @@ def make_plan(
         found = known.get(id(origin))
         if found is None:
             base = frame.counts[f"{origin.name}()" if origin.kind == "output" else origin.name]
-            found = Ref(origin.kind, origin.name, origin.call - base, origin.claimed)
+            call = origin.call - base
+            found = Ref(origin.kind, origin.name, call, origin.claimed, origin.made)
             known[id(origin)] = found
         return found
 

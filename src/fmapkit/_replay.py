@@ -429,7 +429,8 @@ class Run:
         if found is None:
             key = f"{ref.name}()" if ref.kind == "output" else ref.name
             base = self.base.get(key, 0) if self.base is not None else 0
-            found = self._origins[ref] = Origin(ref.kind, ref.name, base + ref.offset)
+            found = Origin(ref.kind, ref.name, base + ref.offset, ref.made)
+            self._origins[ref] = found
             found.claimed = ref.claimed
         return found
 

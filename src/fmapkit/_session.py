@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fmapkit._asked import Asked
 from fmapkit._attention import NONE_SEEN
@@ -50,6 +50,7 @@ from fmapkit._units import Units
 from fmapkit._unseen import Unseen, recorded
 from fmapkit._wants import Wants
 from fmapkit._watch import Watch
+from fmapkit._weights import versions
 from fmapkit._wrappers import REPLICAS
 from fmapkit.errors import BudgetError
 from fmapkit.paths import ControlPaths
@@ -88,6 +89,7 @@ class Session:
         live: what is under way.
         missed: what ran and was not captured.
         steps: how many passes have begun, captured or not.
+        ids: of the inputs of the next pass, where the user has numbered them.
         store: where passes are kept.
         paths: which decisions passes take.
         unseen: names what runs outside of passes.
@@ -111,6 +113,7 @@ class Session:
         if asked.stop is not None:
             asked.stop.awaited = lambda: any(o.waits for o in others(self))
         self.steps = 0
+        self.ids: Tensor | None = None  # of the inputs of the pass to come
         self.store = Store(keep)
         self._misses = Misses(self.model)
         self.missed, self.miss = self._misses.entries, self._misses.add
@@ -406,6 +409,7 @@ class Session:
             Whether it is a pass to be captured.
         """
         live, step = self.live, self.steps
+        ids, self.ids = self.ids, None
         self.steps += 1
         live.idle = bool(step % self._every) or self._refused(args, kwargs, compiled)
         if live.idle:
@@ -421,6 +425,9 @@ class Session:
         live.current = self.store.begin(
             step, self.model.training, gradually=self._gradually and not compiled
         )
+        live.current.ids = ids
+        if self.wants.weights:
+            live.current.weights = {}
         if self._edits:
             self._edits.begin(live.current.grads)
         if self._stop is not None:
@@ -459,6 +466,8 @@ class Session:
         self.store.end()
         if current is not None:
             current.closed = True
+            if current.weights is not None:
+                current.weights.update(versions(self.names.by_module))
             if self.wants.gradients:
                 self._keeping.name_spoiled(current)
             self._keeping.keep(current, failed)

@@ -212,7 +212,10 @@ class Pass:
             pass's. All at once, their memory would go back to the system, to be asked for anew.
     """
 
-    __slots__ = ("_entries", "closed", "drop", "grads", "memory", "segments", "step", "training")
+    __slots__ = (
+        *("_entries", "closed", "drop", "grads", "memory", "segments", "step", "training"),
+        *("ids", "weights"),
+    )
 
     def __init__(self, step: int, training: bool = False) -> None:
         self.step = step
@@ -223,6 +226,9 @@ class Pass:
         self.closed = False
         self.drop: Callable[[Any], None] = _NOTHING.append
         self.memory: dict[int, int] | None = None  # as the store has counted it, in bytes
+        self.ids: Tensor | None = None  # of its inputs, as the user numbers them
+        # By its module's id and its key: each parameter, and its version, where that is asked for.
+        self.weights: dict[tuple[int, str], tuple[Tensor, int]] | None = None
         self._entries: list[Entry] | None = None
 
     def entries(self) -> list[Entry]:

@@ -8,6 +8,7 @@ is a matter of `_sigma_calls.py`, what a module's call turns out to have been, o
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -34,7 +35,7 @@ from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, described
 from fmapkit._missed import reason
 from fmapkit._names import Names, Use
 from fmapkit._nested import tensors_in
-from fmapkit._origin import STOP, Flow, Tag, Weight
+from fmapkit._origin import STOP, Flow, Made, Source, Tag, Weight
 from fmapkit._past_hooks import HOW
 from fmapkit._quantized import FUSED, packed_axes, packed_key
 from fmapkit._record import Record
@@ -45,6 +46,7 @@ from fmapkit._store import Aliases, Pass, storage_of
 from fmapkit._tags import Tags
 from fmapkit._transforms import NESTED, is_shapeless, some_shapeless, unheld, wrapped
 from fmapkit._wants import Wants
+from fmapkit._weights import PACKED, StandIns, source_of
 
 __all__ = ["Tracer"]
 
@@ -73,6 +75,7 @@ class Tracer(TorchFunctionMode):
         deciding: modules that were seen to turn data into numbers of Python's, or to let it decide
             what runs, or whose weight is used.
         moments: after how many decisions modules began; None where one ended.
+        stand_ins: where a graph is traced: what stands for its inputs, and these.
     """
 
     # As each pass begins.
@@ -113,6 +116,7 @@ class Tracer(TorchFunctionMode):
         self.unhooked: set[nn.Module] = set()
         self.deciding: set[nn.Module] = set()
         self.moments: list[tuple[int, nn.Module | None]] = []
+        self.stand_ins: StandIns = {}
         self.made: set[int] = set()  # memory of tensors that were made from nothing in this pass
 
     def _new_record(self) -> Record:
@@ -325,7 +329,43 @@ class Tracer(TorchFunctionMode):
         event.place = place or 0
         if x is not None and x is frame.x:
             event.x, event.y, event.key = x, out, frame.key
-        return self.layer_event(event, name, x, out, axes)
+        made = self._made(known.name, operands, args, kwargs, weight, out, axes)
+        return self.layer_event(event, name, x, out, axes, made)
+
+    def _made(
+        self,
+        function: str,
+        operands: list[Tensor],
+        args: Any,
+        kwargs: Any,
+        weight: Tensor,
+        out: Tensor,
+        axes: Axes | None,
+    ) -> tuple[Made, dict[str, Tensor]]:
+        """What the layer made its filters of, and what of that is nowhere afterwards."""
+        bias = _weighted.bias_operand(function, operands, args, kwargs)
+        used = {"weight": weight, **({"bias": bias} if isinstance(bias, Tensor) else {})}
+        found = {what: self._source(tensor) for what, tensor in used.items()}
+        places = _weighted.filter_places(function, operands, args, kwargs, weight, out)
+        made = Made(found["weight"], found.get("bias"), tuple(places), axes)
+        return made, {what: used[what] for what, s in found.items() if s.owner is None}
+
+    def _source(self, tensor: Tensor) -> Source:
+        """Where a layer got its weight, or its bias: nearly always, it is its module's own."""
+        inner = self.frames[-1].module
+        for key, parameter in inner._parameters.items():
+            if parameter is tensor:
+                return Source(weakref.ref(inner), key, weakref.ref(tensor))
+        return source_of(tensor, self.tag(tensor), self._owners, self.stand_ins)
+
+    def _owners(self, tensor: Tensor) -> list[tuple[nn.Module, str]]:
+        """The modules that have a parameter or buffer; the one that runs need not be registered."""
+        found = self.names.owners(tensor)
+        if found:
+            return found
+        running = self.running()
+        own = [(running, key) for key, p in running._parameters.items() if p is tensor]
+        return own or self.names.owned_by(tensor)
 
     def _packed_layer(self, func: Any, args: Any, out: Tensor) -> Tensor:
         """A quantised layer has run, whose weight is no tensor."""
@@ -340,7 +380,8 @@ class Tracer(TorchFunctionMode):
         if x is frame.x:
             event.x, event.y, event.key = x, out, frame.key
         name = f"{owner}.{key}".strip(".")
-        return self.layer_event(event, name, x, out, packed_axes(func, out))
+        made = Made(why=PACKED)
+        return self.layer_event(event, name, x, out, packed_axes(func, out), (made, {}))
 
     def _use(self, function: str, weight: Tensor, tag: Tag, scope: nn.Module) -> Use:
         """Whose weight is used here, as far as the pass can tell."""
@@ -380,10 +421,20 @@ class Tracer(TorchFunctionMode):
         return f"{self.names.of(scope)}:{sigma}"
 
     def layer_event(
-        self, event: Event, name: str, x: Tensor | None, out: Tensor, axes: Axes | None
+        self,
+        event: Event,
+        name: str,
+        x: Tensor | None,
+        out: Tensor,
+        axes: Axes | None,
+        made: tuple[Made, dict[str, Tensor]],
     ) -> Tensor:
         """Hold a layer's maps; what the layer is to return."""
         origin = self.record.layer(event, name, out, axes)
+        origin.made, computed = made
+        if computed and self.wants.weights and self.wants.layer(name):
+            origin.used = {what: self.aliases.reference(t) for what, t in computed.items()}
+            self.deciding.update([f.module for f in self.frames])  # to be seen in each pass
         edit = self.editor.response(name, origin.call, out, axes) if self.editor else None
         if self.wants.layer(name):
             was = self.editor.modules.was(x) if self.editor and x is not None else None

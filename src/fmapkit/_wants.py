@@ -128,8 +128,10 @@ class Wants:
         detach: bool = True,
         gradients: bool = False,
         retention: Retention | None = None,
+        weights: bool = False,
     ) -> None:
         self._names = names
+        self.weights = weights
         self.retention = retention or Retention(None, None)
         self.detach = detach
         self.gradients = gradients

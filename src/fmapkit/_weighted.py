@@ -16,7 +16,10 @@ from fmapkit._flow_products import einsum_terms
 from fmapkit._origin import Flow, Lookup, Tag, Weight
 from fmapkit._vocabulary import BIAS_FIRST, CONV, GROUPED, MATMULS
 
-__all__ = ["input_place", "layer_axes", "pads_first", "picked", "weighs", "weight_operand"]
+__all__ = [
+    *("bias_operand", "filter_places", "input_place", "layer_axes", "pads_first", "picked"),
+    *("weighs", "weight_operand"),
+]
 
 _PRODUCTS = MATMULS | {"einsum", "tensordot"}
 
@@ -52,6 +55,18 @@ def weight_operand(
         return None
     place = 2 if how == "bilinear" else 1
     return kwargs.get("weight", args[place] if len(args) > place else None) if how else None
+
+
+def bias_operand(
+    name: str, operands: Sequence[Tensor], args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """The bias of a weighted function; None where it is given none."""
+    if name in BIAS_FIRST:
+        return operands[0]
+    if weighs(name) == "product":
+        return None
+    place = 3 if weighs(name) == "bilinear" else 2
+    return kwargs.get("bias", args[place] if len(args) > place else None)
 
 
 def _factors(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -100,7 +115,7 @@ def layer_axes(
             cannot be told where it is not known which slice it is, or where rows of several layers
             lie together.
     """
-    places = _places(name, operands, args, kwargs, weight, out)
+    places = filter_places(name, operands, args, kwargs, weight, out)
     if not places:
         return None
     if isinstance(tag, Weight) and not (tag.parameter is weight and len(places) == 1):
@@ -170,7 +185,7 @@ def picked(name: str, tag: Weight, weight: Tensor) -> str:
     return f"[{', '.join(found)}]" if found else ""
 
 
-def _places(
+def filter_places(
     name: str,
     operands: Sequence[Tensor],
     args: Sequence[Any],

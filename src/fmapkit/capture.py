@@ -83,6 +83,9 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             several. One that another pass calls is a part of that pass.
         gradients: True makes `fm.grad` the gradient of each map after backward, without keeping
             the graph alive.
+        weights: True holds the weights of each pass for `fm.weight`: also those that are computed
+            in the pass (weight norm, a low-rank sum), for which the modules that compute them are
+            traced in every pass. Without it, `fm.weight` reads parameters as they are by then.
 
     Raises:
         NotAModuleError: `model` is no `nn.Module`.
@@ -104,6 +107,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         stop: bool = False,
         detach: bool = True,
         gradients: bool = False,
+        weights: bool = False,
         analyses: Analysis | Iterable[Analysis] = (),
         dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
@@ -140,6 +144,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             raise ArgumentError("edit changes every pass, so it goes with every=1 only")
         if not isinstance(gradients, bool):
             raise ArgumentError(f"gradients must be True or False, not {gradients!r}")
+        if not isinstance(weights, bool):
+            raise ArgumentError(f"weights must be True or False, not {weights!r}")
         retention = Retention(_dtype(dtype), _device(device))
         if retention and not detach:
             raise ArgumentError(
@@ -162,7 +168,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 "stop=True ends a forward in the middle, where other ranks would wait for this "
                 f"one: {names.collective()!r} exchanges data with them while it runs"
             )
-        wants = Wants(names, layers, kinds, filters, detach, gradients, retention)
+        wants = Wants(names, layers, kinds, filters, detach, gradients, retention, weights)
         if wants.kind("attention"):
             _check_eager("kinds='attention'", given, names)
         edits = Edits(names, edit)
@@ -184,7 +190,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         self._session.open()
         self._state = "entered"
         maps = FeatureMaps(self._session)
-        self._session.asked.analyses.view = maps._read
+        self._session.asked.analyses.view = maps._shown
         return maps
 
     def __exit__(

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fmapkit import _table
-from fmapkit._gradients import Gradient
+from fmapkit._gradients import Gradient, NotYet
 from fmapkit._sharded import Parts, is_dtensor, whole
 from fmapkit._store import Entry, Pass, parts_of
+from fmapkit._weights import Rows
 from fmapkit.errors import DistributedError, FilterRangeError
 from fmapkit.heads import Heads
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["FeatureMap", "nbytes_of", "read_map"]
@@ -43,6 +45,7 @@ class FeatureMap:
         filter_dim: axis of `tensor` that counts filters; None if there is none, or after `[k]`.
         filters: the filters that lie along that axis, in order; None if there is no such axis.
         edited: what went on in the map's place, where `capture(edit=...)` changed it; else None.
+        ids: numbers of the inputs, (samples,) int64, where `maps.batch(...)` gave them; else None.
         parts: of a tensor that is one rank's part of the map, what `full()` needs.
         heads: of attention, the filters that are each head's queries, keys and values.
     """
@@ -59,9 +62,11 @@ class FeatureMap:
     filters: range | tuple[int, ...] | None = field(default=None, repr=False)
     edited: Tensor | None = field(default=None, repr=False)
     training: bool = False
+    ids: Tensor | None = field(default=None, repr=False)
     parts: Parts | None = field(default=None, repr=False)
     heads: Heads | None = field(default=None, repr=False)
-    _gradient: Gradient | None = field(default=None, repr=False)
+    _gradient: Gradient | NotYet | None = field(default=None, repr=False)
+    _rows: Rows | None = field(default=None, repr=False)
     _whole: FeatureMap | None = field(default=None, repr=False)  # the map of all filters
 
     @property
@@ -95,6 +100,7 @@ class FeatureMap:
 
         Raises:
             MapOverwrittenError: its memory was written to after backward.
+            MapStateError: asked for in an analysis' `update`, which comes before backward.
         """
         if self._whole is not None:
             whole, dim = self._whole.grad, self._whole.filter_dim
@@ -106,6 +112,45 @@ class FeatureMap:
         tensor = self.tensor
         # torch warns of a look at the gradient of a tensor that was never going to have one.
         return tensor.grad if tensor.is_leaf or tensor.retains_grad else None
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The weights of the filters that made the map, by filter, as the map itself is.
+
+        (filters, in / groups, kH, kW) of a convolution, transposed ones too, (filters, in) of a
+        linear layer: whatever axis counted filters where they were used comes first. Of one
+        filter's map, that filter's. Where the map's filters lie along several axes (heads), so do
+        these. None where no weighted layer made the map, and of an `"input"` or an `"output"`,
+        which may have come from anywhere.
+
+        It is a view of the parameter as it is now, outside the graph; a copy where there is no such
+        view (some filters picked out, groups of a transposed convolution). Ask for
+        `capture(weights=True)` to have the weights that were used, or an error if they were written
+        to since; and for weights that are computed in each pass.
+
+        Raises:
+            KindNotCapturedError: the weight was computed in the pass, and not held, or is packed.
+            FilterRangeError: which filters made the map is not known.
+            MapOverwrittenError: the weight is another one now.
+            DistributedError: other ranks have parts of it.
+        """
+        return None if self._rows is None else self._rows.read("weight", self.filter)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The biases of these filters, (filters,), or one number; otherwise as `weight`.
+
+        None where the layer's function was given none: a bias that is added afterwards is a step
+        of its own.
+
+        Raises:
+            KindNotCapturedError: the bias was computed in the pass, and not held.
+            FilterRangeError: it is not one number for each filter, or which made the map is not
+                known.
+            MapOverwrittenError: the bias is another one now.
+            DistributedError: other ranks have parts of it.
+        """
+        return None if self._rows is None else self._rows.read("bias", self.filter)
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The values as a NumPy array; bfloat16 and float8, which NumPy lacks, as float32.
@@ -222,11 +267,39 @@ class FeatureMap:
     def __repr__(self) -> str:
         return _table.map_line(self)
 
-    def plot(self, **options: Any) -> Figure:
-        """Draw the map, a picture for each filter (extra: `plot`); see `fmapkit.plot.plot_map`."""
-        from fmapkit import plot
+    def plot(
+        self,
+        ax: Axes | None = None,
+        *,
+        sample: int = 0,
+        filters: int | Iterable[int] | Literal["strongest"] | None = None,
+        max_filters: int = 16,
+        columns: int | None = None,
+        grid: tuple[int, int] | None = None,
+        weights: bool = False,
+        overlay: Any = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+    ) -> Figure:
+        """Draw the map, a picture for each filter (extra: `plot`).
 
-        return plot.plot_map(self, **options)
+        Arguments, result and errors are those of `fmapkit.plot.plot_map`.
+        """
+        from fmapkit.plot import plot_map
+
+        return plot_map(
+            self,
+            ax,
+            sample=sample,
+            filters=filters,
+            max_filters=max_filters,
+            columns=columns,
+            grid=grid,
+            weights=weights,
+            overlay=overlay,
+            mean=mean,
+            std=std,
+        )
 
 
 def nbytes_of(tensor: Tensor) -> int:
@@ -248,8 +321,13 @@ def _span(filters: range | tuple[int, ...]) -> str:
     return ", ".join(map(str, filters))
 
 
-def read_map(at: Pass, entry: Entry) -> FeatureMap:
+def read_map(at: Pass, entry: Entry, made: bool = False) -> FeatureMap:
     """The map that an entry of a pass holds.
+
+    Args:
+        at: the pass.
+        entry: of it.
+        made: it has just been made, and is shown to an analysis.
 
     Raises:
         MapStateError: its memory was written to, or let go.
@@ -264,6 +342,9 @@ def read_map(at: Pass, entry: Entry) -> FeatureMap:
     filters: range | tuple[int, ...] | None = axes.filters if axes is not None else None
     if entry.picked is not None:
         filters = entry.picked
+    rows = None
+    if origin.made is not None and entry.kind not in ("input", "output"):
+        rows = Rows(what, origin, axes, entry.picked, at.weights)
     return FeatureMap(
         tensor=tensor,
         kind=entry.kind,
@@ -277,5 +358,7 @@ def read_map(at: Pass, entry: Entry) -> FeatureMap:
         filters=filters if dim is not None else None,
         edited=entry.edited.read(f"the edit of {what}") if entry.edited is not None else None,
         heads=entry.heads,
-        _gradient=entry.held.gradient,
+        ids=at.ids,
+        _gradient=NotYet() if made else entry.held.gradient,
+        _rows=rows,
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
 
 from fmapkit import _table
 from fmapkit._gather import gather
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     import os
     from pathlib import Path
 
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from fmapkit._missed import Missed
@@ -209,10 +213,14 @@ class FeatureMaps:
         asked = ", ".join(repr(v) for v in (layer, kind, filter) if v is not None)
         return gather(mine, dim, dst, group, asked)
 
-    def _read(self, at: Pass, entry: Entry) -> FeatureMap:
-        result = read_map(at, entry)
+    def _read(self, at: Pass, entry: Entry, made: bool = False) -> FeatureMap:
+        result = read_map(at, entry, made)
         parts = self._parts(entry, result)
         return result if parts is None else replace(result, parts=parts)
+
+    def _shown(self, at: Pass, entry: Entry) -> FeatureMap:
+        """As an analysis sees it."""
+        return self._read(at, entry, made=True)
 
     def _parts(self, entry: Entry, found: FeatureMap) -> Parts | None:
         """Whether the tensor may be one rank's part: where the layer's weights are `DTensor`s."""
@@ -261,6 +269,30 @@ class FeatureMaps:
         self._session.store.clear()
         self._session.wants.retention.buffers.drop()
 
+    def batch(self, ids: Tensor | Iterable[int]) -> None:
+        """Number the inputs of the next pass: their places in the data set, say.
+
+        Its maps have the numbers as `fm.ids`, and analyses that keep inputs apart go by them.
+
+        Args:
+            ids: one whole number for each entry of the first axis.
+
+        Raises:
+            ArgumentError: they are no whole numbers in a row.
+        """
+        try:
+            numbers = ids if isinstance(ids, Tensor) else list(ids)
+            found = torch.as_tensor(numbers if len(numbers) else torch.empty(0, dtype=torch.int64))
+        except (TypeError, ValueError, RuntimeError):
+            found = None
+        whole = found is not None and not found.is_floating_point() and not found.is_complex()
+        if found is None or not whole or found.dim() != 1 or found.dtype == torch.bool:
+            raise ArgumentError(
+                f"batch takes a whole number for each input of the next pass, in one row, not "
+                f"{ids!r}"
+            )
+        self._session.ids = found.detach().to(torch.int64)
+
     # -- to look at ---------------------------------------------------------------------------
 
     def __repr__(self) -> str:
@@ -269,11 +301,69 @@ class FeatureMaps:
     def _repr_html_(self) -> str:
         return _table.html(self)
 
-    def plot(self, layers: Any = None, **options: Any) -> Figure:
-        """Draw z and a of each layer by filter (extra: `plot`); see `fmapkit.plot.plot_maps`."""
-        from fmapkit import plot
+    def plot(
+        self,
+        layers: Any = None,
+        *,
+        sample: int = 0,
+        filters: int | Iterable[int] | Literal["strongest"] | None = None,
+        max_filters: int = 8,
+        max_layers: int = 16,
+        grid: tuple[int, int] | None = None,
+        weights: bool = False,
+        image: Any = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        title: str | None = None,
+    ) -> Figure:
+        """Draw z and a of each layer by filter (extra: `plot`).
 
-        return plot.plot_maps(self, layers, **options)
+        Arguments, result and errors are those of `fmapkit.plot.plot_maps`.
+        """
+        from fmapkit.plot import plot_maps
+
+        return plot_maps(
+            self,
+            layers,
+            sample=sample,
+            filters=filters,
+            max_filters=max_filters,
+            max_layers=max_layers,
+            grid=grid,
+            weights=weights,
+            image=image,
+            mean=mean,
+            std=std,
+            title=title,
+        )
+
+    def plot_filters(
+        self,
+        layer: str,
+        ax: Axes | None = None,
+        *,
+        filters: int | Iterable[int] | None = None,
+        max_filters: int = 96,
+        columns: int | None = None,
+        shape: Sequence[int] | None = None,
+        scale: Literal["layer", "filter"] = "layer",
+    ) -> Figure:
+        """Draw the weights of a layer's filters (extra: `plot`).
+
+        Arguments, result and errors are those of `fmapkit.plot.plot_filters`.
+        """
+        from fmapkit.plot import plot_filters
+
+        return plot_filters(
+            self,
+            layer,
+            ax,
+            filters=filters,
+            max_filters=max_filters,
+            columns=columns,
+            shape=shape,
+            scale=scale,
+        )
 
     def to_html(
         self,

@@ -16,7 +16,7 @@ import torch.distributed.tensor as tensors
 from torch import Tensor, nn
 
 from fmapkit import CaptureWarning, DistributedError, FeatureMap, capture
-from fmapkit.analysis import LayerStatistics, Statistics, _ranks
+from fmapkit.analysis import LayerStatistics, Statistics, TopInputs, _ranks
 
 
 def fmap(tensor: Tensor, layer: str = "fc", **tags: Any) -> FeatureMap:
@@ -179,6 +179,27 @@ def of_a_model() -> None:
         assert torch.allclose(s.variance, t.variance, rtol=1e-5)
 
 
+def the_strongest_inputs() -> None:
+    rank, (mine, other) = dist.get_rank(), batches(5)
+    both = torch.cat([*mine, *other]).round()
+    ids = torch.randperm(len(both), generator=torch.Generator().manual_seed(0))
+    cut = sum(map(len, mine))
+    of_rank = (slice(0, cut), slice(cut, None))[rank]
+    top, alone = TopInputs(3), TopInputs(3)
+    top.update(fmap(both[of_rank], ids=ids[of_rank]))
+    alone.update(fmap(both, ids=ids))
+    whole = top.reduce()
+    for name in ("scores", "inputs", "at"):
+        assert torch.equal(getattr(whole["fc"], name), getattr(alone["fc"], name)), name
+    assert whole["fc"].seen == len(both)
+    counted = TopInputs(3)
+    counted.update(fmap(both[of_rank], ids=ids[of_rank] if rank else None))
+    raises(counted.reduce, "rank 0 of the group has counted its inputs itself, from 0")
+    raises(
+        TopInputs(3 + rank).reduce, "k, by or kinds on rank 1 of the group are not those on rank 0"
+    )
+
+
 def raises(run: Callable[[], Any], says: str) -> None:
     with pytest.raises(DistributedError, match=re.escape(says)):
         run()
@@ -192,4 +213,5 @@ CASES = [
     *([of_dtensors_whole_ones_only] if hasattr(tensors, "Shard") else []),
     in_a_group,
     of_a_model,
+    the_strongest_inputs,
 ]

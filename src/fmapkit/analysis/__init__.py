@@ -14,14 +14,21 @@ if TYPE_CHECKING:
     from fmapkit.analysis.similarity import Similarity
     from fmapkit.analysis.statistics import Statistics
     from fmapkit.analysis.summary import LayerStatistics
+    from fmapkit.analysis.top import TopInputs
+    from fmapkit.analysis.tops import Context, Hit, LayerTops, Patch
 
 __all__ = [
     "Analysis",
+    "Context",
     "DeadFilters",
+    "Hit",
     "LayerFirings",
     "LayerStatistics",
+    "LayerTops",
+    "Patch",
     "Similarity",
     "Statistics",
+    "TopInputs",
 ]
 
 # Imported when asked for: `import fmapkit` needs the protocol only, and should not pay for them.
@@ -31,6 +38,8 @@ _HOMES = {
     "LayerStatistics": "summary",
     "Similarity": "similarity",
     "Statistics": "statistics",
+    "TopInputs": "top",
+    **dict.fromkeys(["Context", "Hit", "LayerTops", "Patch"], "tops"),
 }
 
 

@@ -13,30 +13,28 @@ Statistician 37, 1983.)
 Two maps: the pairwise rule of Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for
 computing sample variances", Stanford CS-79-773, 1979. Means are kept as differences to a fixed
 value near them.
+
+Most maps need no shift: their mean is not far from 0 beside their spread. Where a look at the sums
+costs nothing, they are summed up as they are, and again with a shift if too many digits were lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fmapkit.analysis._bins import Edges, placed
+from fmapkit.analysis._blocks import block_size, blockwise
 
-__all__ = ["Moments", "absorb", "accumulator", "along", "by_filter", "fused", "merge", "moments"]
-
-# Values that are worked on at a time. On a CPU a block and its float64 copy have to stay in the
-# cache, as they are read some ten times; elsewhere it bounds the memory that the copy takes.
-_BLOCK = {"cpu": 2**17}
-_BLOCK_ELSEWHERE = 2**24  # a sum of so many ones is still exact in float32
-_LONG = 128  # rows of so many values are summed up along themselves, shorter ones across them
+__all__ = ["Moments", "absorb", "accumulator", "by_filter", "fused", "merge", "moments"]
 
 ZERO, NONFINITE, SATURATED = range(3)  # rows of `Moments.counts`
+# Without a shift, S2 - S1²/n loses as many digits as S2 has more than M2: of 15, at most three.
+_DIGITS_LOST = 1e3
+_TINY = 1e-280  # below it, squares lose digits to underflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +154,13 @@ def moments(
     outer, filters, inner = values.shape
     if not values.numel():
         return _empty(filters, values.device, edges)
-    pilot = _pilot(values, accumulator(values.device))
-    found = _finished(outer * inner, *_blockwise(values, pilot, bounds))
+    kind, found = accumulator(values.device), None
+    pilot = torch.zeros(filters, dtype=kind, device=values.device)
+    if values.device.type == "cpu":  # where a look at the sums waits for nothing
+        found = _unshifted(outer * inner, *blockwise(values, None, kind, bounds))
+    if found is None:
+        pilot = _pilot(values, kind)
+        found = _finished(outer * inner, *blockwise(values, pilot, kind, bounds))
     histogram = None if edges is None else _histogram(values, edges)
     return Moments.of(outer * inner, (pilot, *found), histogram)
 
@@ -172,6 +175,16 @@ def _finished(
         counts.append(torch.zeros_like(counts[0]))
     m2 = (s2 - s1 * offset).clamp_min(0)
     return offset, m2, low.to(s1.dtype), high.to(s1.dtype), torch.stack(counts)
+
+
+def _unshifted(
+    count: int, s1: Tensor, s2: Tensor, low: Tensor, high: Tensor, *counted: Tensor
+) -> tuple[Tensor, ...] | None:
+    """The same of sums that were not shifted; None where that has cost too many digits."""
+    found = _finished(count, s1, s2, low, high, *counted)
+    m2, squares, least, most = (t.numpy() for t in (found[1], s2, low, high))
+    settled = (squares <= m2 * _DIGITS_LOST) & ((squares >= _TINY) | ((least == 0) & (most == 0)))
+    return found if bool((settled & (squares < torch.inf)).all()) else None
 
 
 def _pilot(values: Tensor, kind: torch.dtype) -> Tensor:
@@ -235,110 +248,6 @@ def fused(
     return Moments.of(a.count + values.shape[0] * values.shape[2], after, histogram)
 
 
-def _blockwise(
-    values: Tensor, pilot: Tensor, bounds: tuple[float, float] | None
-) -> tuple[Tensor, ...]:
-    """The same as `_sums`, a block at a time: one read from memory, the others from the cache."""
-    outer, filters, inner = values.shape
-    size = _block_size(values.device)
-    # What is summed up across has to be tall, or the sums are as many as the values.
-    rows = 1 if inner >= _LONG else min(outer, _LONG)
-    step = min(filters, max(size // (inner * rows), -(-_LONG // inner)))
-    largest = min(values.numel(), max(size, step * min(inner, size)))
-    scratch = torch.empty(largest, dtype=pilot.dtype, device=values.device)
-    # Arithmetic on these is fast as they are; the others are worked on in their wider copy.
-    native = values.dtype in (torch.float32, torch.float64)
-    mask = torch.empty(largest, dtype=values.dtype if native else pilot.dtype, device=values.device)
-    strips = []
-    for c in range(0, filters, step):
-        shift = pilot[c : c + step, None]
-        found = [
-            _block(block, shift, bounds, scratch, mask, native)
-            for block in _blocks(values[:, c : c + step], size)
-        ]
-        strips.append(_together(found))
-    if len(strips) == 1:
-        return strips[0]
-    return tuple(torch.cat(column) for column in zip(*strips, strict=True))
-
-
-def _together(blocks: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The sums over several blocks of the same filters."""
-    if len(blocks) == 1:
-        return blocks[0]
-    s1, s2, low, high, *counted = (torch.stack(column) for column in zip(*blocks, strict=True))
-    return (
-        *(s1.sum(0), s2.sum(0), low.amin(0), high.amax(0)),
-        *(c.sum(0, dtype=torch.int64) for c in counted),
-    )
-
-
-def _block_size(device: torch.device) -> int:
-    size = _BLOCK.get(device.type)
-    # Each thread works on its share of a block, in a cache of its own.
-    return _BLOCK_ELSEWHERE if size is None else size * min(torch.get_num_threads(), 16)
-
-
-def _blocks(values: Tensor, size: int) -> Iterator[Tensor]:
-    outer, filters, inner = values.shape
-    if inner > size:  # one filter: the others were set apart before
-        for o in range(outer):
-            for i in range(0, inner, size):
-                yield values[o : o + 1, :, i : i + size]
-        return
-    step = max(1, size // (filters * inner))
-    for o in range(0, outer, step):
-        yield values[o : o + step]
-
-
-def _block(
-    block: Tensor,
-    shift: Tensor,
-    bounds: tuple[float, float] | None,
-    scratch: Tensor,
-    mask: Tensor,
-    native: bool,
-) -> tuple[Tensor, ...]:
-    wide = scratch[: block.numel()].view(block.shape)
-    flags = mask[: block.numel()].view(block.shape)
-    wide.copy_(block)
-    raw = block if native else wide
-    low, high = along(torch.amin, raw), along(torch.amax, raw)
-    counted = [
-        along(torch.sum, torch.eq(raw, 0, out=flags)),
-        along(torch.sum, torch.mul(raw, 0, out=flags).ne_(0)),
-    ]
-    if bounds is not None:
-        least, most = _rounded(*bounds) if raw.dtype == torch.float32 else bounds
-        below = along(torch.sum, torch.le(raw, least, out=flags))
-        counted.append(below + along(torch.sum, torch.ge(raw, most, out=flags)))
-    wide.sub_(shift)
-    s1 = along(torch.sum, wide)
-    s2 = along(torch.sum, wide.square_())
-    return s1, s2, low, high, *counted
-
-
-@cache
-def _rounded(low: float, high: float) -> tuple[float, float]:
-    """The float32 numbers that a float32 is at or below, or above, just when it is the given."""
-    least, most = np.float32(low), np.float32(high)
-    if float(least) > low:
-        least = np.nextafter(least, np.float32(-np.inf))
-    if float(most) < high:
-        most = np.nextafter(most, np.float32(np.inf))
-    return float(least), float(most)
-
-
-def along(op: Any, block: Tensor) -> Tensor:
-    """A reduction to (C,), in the order of axes that keeps the inner loop long."""
-    first, last = (2, 0) if block.shape[2] >= _LONG or block.shape[0] == 1 else (0, 1)
-    reduced: Tensor = op(block, first)
-    if reduced.shape[last] == 1:
-        return reduced.squeeze(last)
-    whole: Tensor = op(reduced, last)
-    return whole
-
-
 def _histogram(values: Tensor, edges: Edges) -> Tensor:
     """(C, edges + 1) int64; block by block, as the place of each value takes 8 bytes."""
     outer, filters, inner = values.shape
@@ -346,7 +255,7 @@ def _histogram(values: Tensor, edges: Edges) -> Tensor:
     counts = torch.zeros(filters * width, dtype=torch.int64, device=values.device)
     first = torch.arange(filters, device=values.device)[:, None] * width
     one = torch.ones((), dtype=torch.int64, device=values.device)
-    size = _block_size(values.device)
+    size = block_size(values.device)
     step = max(1, size // (filters * inner))
     for o in range(0, outer, step):
         wide = values[o : o + step].to(accumulator(values.device))

@@ -99,8 +99,12 @@ def _unpack(part: Tensor) -> tuple[Any, list[Tensor]]:
     return text, tensors
 
 
-def agree(ranks: list[dict[str, Any]]) -> None:
-    """Whether the ranks' statistics go together; every rank comes to the same verdict.
+def agree(ranks: list[dict[str, Any]], options: str) -> None:
+    """Whether what the ranks have goes together; every rank comes to the same verdict.
+
+    Args:
+        ranks: what each of them said.
+        options: what their options are, for messages.
 
     Raises:
         DistributedError: they do not.
@@ -113,7 +117,7 @@ def agree(ranks: list[dict[str, Any]]) -> None:
             )
         if text["options"] != ranks[0]["options"]:
             raise DistributedError(
-                f"reduce(): bins or saturation on rank {rank} of the group are not those on rank 0"
+                f"reduce(): {options} on rank {rank} of the group are not those on rank 0"
             )
     keys = ("layer", "kind", "nonlinearity", "path", "filters")
     seen = [{str([g[k] for k in keys]): g for g in text["groups"]} for text in ranks]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fmapkit.analysis._bins import placed
+from fmapkit.analysis._blocks import along
 from fmapkit.analysis._by_layer import ByLayer
 from fmapkit.analysis._keys import Groups, Name, readable
-from fmapkit.analysis._moments import along, by_filter
+from fmapkit.analysis._moments import by_filter
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
 from fmapkit.analysis._tables import Table, Tabular
 from fmapkit.analysis.firings import HEADS, LayerFirings, row
@@ -148,6 +149,16 @@ class DeadFilters(Tabular, ByLayer[_Watch, LayerFirings]):
         """Forget all that was seen."""
         self._groups = Groups("dead")
 
+    def take(self) -> DeadFilters:
+        """What was seen since the last time, as an analysis of its own; this one begins anew.
+
+        Steps and inputs are counted from there. That a filter had been silent before is forgotten.
+        """
+        taken = DeadFilters(self.after, threshold=self.threshold)
+        taken._bounds, taken._groups = self._bounds, self._groups
+        self._groups = Groups("dead")
+        return taken
+
     # -- reading -------------------------------------------------------------------------------
 
     def __getitem__(self, key: str | tuple[str, ...]) -> LayerFirings:
@@ -212,14 +223,21 @@ class DeadFilters(Tabular, ByLayer[_Watch, LayerFirings]):
         last = f"DeadFilters: {dead} of {filters} filters silent over {self.after} inputs{missed}"
         return Table(HEADS, rows, 3, last)
 
-    def plot(self, layers: Any = None, **options: Any) -> Figure:
+    def plot(
+        self,
+        layers: Any = None,
+        *,
+        max_filters: int = 64,
+        max_layers: int = 16,
+        title: str | None = None,
+    ) -> Figure:
         """Draw a strip for each layer, filters × inputs (extra: `plot`).
 
-        See `fmapkit.analysis.dead_plot.plot_dead`.
+        Arguments, result and errors are those of `fmapkit.analysis.dead_plot.plot_dead`.
         """
         from fmapkit.analysis.dead_plot import plot_dead
 
-        return plot_dead(self, layers, **options)
+        return plot_dead(self, layers, max_filters=max_filters, max_layers=max_layers, title=title)
 
     # -- keeping -------------------------------------------------------------------------------
 

@@ -143,6 +143,17 @@ class Statistics(Tabular, ByLayer[_Group, LayerStatistics]):
         """Forget every value."""
         self._groups = Groups("stats")
 
+    def take(self) -> Statistics:
+        """What was seen since the last time, as statistics of its own; this one begins anew.
+
+        So that the course of a training can be read, epoch by epoch. `merge` puts them together
+        again, and gives what would have been seen without.
+        """
+        taken = Statistics(saturation=self._bounds, compile=self._compile)
+        taken._edges, taken._groups = self._edges, self._groups
+        self._groups = Groups("stats")
+        return taken
+
     # -- reading -------------------------------------------------------------------------------
 
     def __getitem__(self, key: str | tuple[str, ...]) -> LayerStatistics:
@@ -252,7 +263,7 @@ class Statistics(Tabular, ByLayer[_Group, LayerStatistics]):
         ]
         said = {"groups": texts, "options": self._options(), "local": local}
         ranks = exchange("reduce()", said, tensors, group)
-        agree([text for text, _ in ranks])
+        agree([text for text, _ in ranks], "bins or saturation")
         result = Statistics(saturation=self._bounds, compile=self._compile)
         result._edges = self._edges
         result._groups.missed = dict(self._groups.missed)

@@ -86,7 +86,7 @@ class LayerStatistics:
         return Table(heads, rows, 0, last)
 
 
-_HEADS = ("values", "mean", "std", "min", "max", "zero", "saturated")
+_HEADS = ("values", "mean", "std", "min", "max", "zero", "saturated", "non-finite")
 
 
 def _columns(s: LayerStatistics, limit: int) -> list[list[str]]:
@@ -97,6 +97,7 @@ def _columns(s: LayerStatistics, limit: int) -> list[list[str]]:
         [str(n) for n in s.count[:limit].tolist()],
         *([f"{v:.4g}" for v in column] for column in numbers),
         *(["–" if v != v else f"{v:.1%}" for v in column] for column in shares),
+        [str(n) for n in s.nonfinite[:limit].tolist()],
     ]
 
 

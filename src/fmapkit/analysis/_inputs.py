@@ -1,0 +1,136 @@
+"""Inputs that an analysis has numbers of: taken from a data set, and what of them a map sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fmapkit.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from fmapkit.explain import ReceptiveField
+
+__all__ = ["Fields", "Inputs"]
+
+
+class Fields:
+    """The receptive fields of a layer's map, for inputs of each size.
+
+    Args:
+        layer: its name.
+        kind: of the map.
+        path: place in a nested output; else "".
+        model: to find the fields of; or
+        field: what is given, of inputs of one size.
+
+    Raises:
+        ArgumentError: neither is given, or both.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        kind: str,
+        path: str,
+        model: nn.Module | None,
+        field: ReceptiveField | None,
+    ) -> None:
+        if (model is None) == (field is None):
+            raise ArgumentError(
+                "which pixels a location sees is told by model=, the one that was captured, or by "
+                "field=, what fmapkit.explain.receptive_field gave: give one of them"
+            )
+        self._layer, self._kind, self._path = layer, kind, path
+        self._model, self._given = model, field
+        self._known: dict[tuple[int, ...], ReceptiveField] = {}
+
+    def of(self, image: Tensor) -> ReceptiveField:
+        """The one for an image (channels, rows, columns).
+
+        Raises:
+            ArgumentError: the given one is of images of another size.
+        """
+        if self._given is not None:
+            if tuple(self._given.input_shape) != tuple(image.shape[1:]):
+                raise ArgumentError(
+                    f"field= is of images of {tuple(self._given.input_shape)} pixels, and the data "
+                    f"set has one of {tuple(image.shape[1:])}; model= finds the field of each size"
+                )
+            return self._given
+        found = self._known.get(tuple(image.shape))
+        if found is None:
+            from fmapkit.explain import receptive_field
+
+            assert self._model is not None
+            first = next(self._model.parameters(), image)
+            example = image.unsqueeze(0).to(first.device)
+            if example.is_floating_point() and first.is_floating_point():
+                example = example.to(first.dtype)
+            found = receptive_field(
+                self._model, self._layer, example, kind=self._kind, path=self._path or None
+            )
+            self._known[tuple(image.shape)] = found
+        return found
+
+
+class Inputs:
+    """What a data set gives, by number.
+
+    Args:
+        dataset: anything with `[number]`.
+        take: what to take of that; None for the first tensor or sequence in it.
+    """
+
+    def __init__(self, dataset: Any, take: Callable[[Any], Any] | None) -> None:
+        self._dataset, self._take = dataset, take
+
+    def _of(self, number: int) -> Any:
+        try:
+            sample = self._dataset[number]
+        except (IndexError, KeyError) as error:
+            size = f" (it has {len(self._dataset)})" if hasattr(self._dataset, "__len__") else ""
+            raise ArgumentError(
+                f"the data set has no input {number}{size}: the numbers are those that "
+                "maps.batch(ids) gave, or count the inputs from 0 as they came"
+            ) from error
+        if self._take is not None:
+            return self._take(sample)
+        while isinstance(sample, (tuple, list, Mapping)) and sample:
+            first = next(iter(sample.values() if isinstance(sample, Mapping) else sample))
+            if isinstance(first, (int, float)):
+                break
+            sample = first
+        return sample
+
+    def image(self, number: int) -> Tensor:
+        """One, (channels, rows, columns).
+
+        Raises:
+            ArgumentError: there is none of that number, or it is no image.
+        """
+        found = self._of(number)
+        if not isinstance(found, Tensor) or found.dim() not in (2, 3):
+            said = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ArgumentError(
+                f"input {number} of the data set is {said}, not an image as a tensor (channels, "
+                "rows, columns); image= takes a function that makes one of it"
+            )
+        return found if found.dim() == 3 else found.unsqueeze(0)
+
+    def sequence(self, number: int) -> list[Any]:
+        """One, of tokens.
+
+        Raises:
+            ArgumentError: there is none of that number, or it is no sequence.
+        """
+        found = self._of(number)
+        if isinstance(found, Tensor):
+            found = found.flatten().tolist()
+        if not isinstance(found, (list, tuple)):
+            raise ArgumentError(
+                f"input {number} of the data set is {type(found).__name__}, not a sequence of "
+                "tokens; tokens= takes a function that makes one of it"
+            )
+        return list(found)

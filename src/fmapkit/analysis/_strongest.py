@@ -1,0 +1,180 @@
+"""The k strongest of many scores, filter by filter, each with its input and its place.
+
+Pure functions of tensors. On a CPU only what may enter is looked at; on other devices nothing
+depends on a value, so nothing waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fmapkit.analysis._bins import placed
+from fmapkit.analysis._moments import accumulator
+from fmapkit.errors import ArgumentError
+
+__all__ = ["Scores", "Strongest", "by_sample", "scores_of"]
+
+NONE = -1  # in the place of an input that has not come
+
+# (samples, filters, *locations) -> (samples, filters)
+Scores = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Strongest:
+    """What is known of C filters.
+
+    Attributes:
+        scores: (C, k), falling; -inf of none. float64 where the device has it.
+        inputs: (C, k) int64; -1 of none.
+        at: (C, k, axes) int64: the location of the strongest value, -1 of none.
+    """
+
+    scores: Tensor
+    inputs: Tensor
+    at: Tensor
+
+    @staticmethod
+    def none(filters: int, k: int, axes: int, device: torch.device) -> Strongest:
+        """Of no input."""
+        scores = torch.full((filters, k), -torch.inf, dtype=accumulator(device), device=device)
+        inputs = torch.full((filters, k), NONE, dtype=torch.int64, device=device)
+        at = torch.full((filters, k, axes), NONE, dtype=torch.int64, device=device)
+        return Strongest(scores, inputs, at)
+
+    @property
+    def k(self) -> int:
+        """How many are kept of each filter."""
+        return self.scores.shape[1]
+
+    @property
+    def axes(self) -> int:
+        """How many axes of locations the maps have."""
+        return self.at.shape[2]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name."""
+        return {"scores": self.scores, "inputs": self.inputs, "at": self.at}
+
+    def on(self, device: torch.device) -> Strongest:
+        """The same on a device."""
+        if self.scores.device == device:
+            return self
+        return Strongest(*(placed(t, device) for t in self.tensors().values()))
+
+    def merge(self, other: Strongest) -> Strongest:
+        """Of both, neither of which is changed; an input that both have counts once."""
+        scores = torch.cat([self.scores, other.scores], 1)
+        inputs = torch.cat([self.inputs, other.inputs], 1)
+        scores, inputs, order = _first(scores, inputs, self.k)
+        at = torch.cat([self.at, other.at], 1)
+        return Strongest(scores, inputs, _picked(at, order, inputs))
+
+    def after(self, values: Tensor, scores: Tensor, ids: Tensor) -> Strongest:
+        """With one more map.
+
+        Args:
+            values: (samples, filters, *locations).
+            scores: (samples, filters), of the same type as the scores here; NaN never enters.
+            ids: (samples,) int64, which inputs these are.
+        """
+        scores = torch.nan_to_num(scores.T, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        if values.device.type != "cpu":
+            return self._with(values, scores, ids)
+        last = self.scores[:, -1:]
+        enters = (scores > last) | ((scores == last) & (ids < self.inputs[:, -1:]))
+        enters &= scores > -torch.inf
+        chosen = enters.any(1).nonzero().squeeze(1)
+        if not len(chosen):
+            return self
+        if len(chosen) == len(last):
+            return self._with(values, scores, ids)
+        some = Strongest(*(t[chosen] for t in self.tensors().values()))
+        some = some._with(values[:, chosen], scores[chosen], ids)
+        pairs = zip(self.tensors().values(), some.tensors().values(), strict=True)
+        return Strongest(*(old.index_copy(0, chosen, new) for old, new in pairs))
+
+    def _with(self, values: Tensor, scores: Tensor, ids: Tensor) -> Strongest:
+        known = self.k
+        every = torch.cat([self.scores, scores], 1)
+        inputs = torch.cat([self.inputs, ids.expand(len(scores), -1)], 1)
+        every, inputs, order = _first(every, inputs, known)
+        before = order.clamp_max(known - 1)
+        at = self.at.gather(1, before.unsqueeze(2).expand(-1, -1, self.axes))
+        if self.axes:
+            new = _places(values, (order - known).clamp_min(0), order >= known)
+            at = torch.where((order < known).unsqueeze(2), at, new)
+        at = torch.where((inputs == NONE).unsqueeze(2), NONE, at)
+        return Strongest(every, inputs, at)
+
+
+def _first(scores: Tensor, inputs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k strongest of each row, and where they were: an input once, of equals the lower one."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, inputs.gather(1, order).argsort(dim=1, stable=True))
+    scores, inputs = scores.gather(1, order), inputs.gather(1, order)
+    again = torch.zeros_like(inputs, dtype=torch.bool)
+    again[:, 1:] = inputs[:, 1:] == inputs[:, :-1]
+    scores = scores.masked_fill(again, -torch.inf)
+    first = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    scores, inputs, order = (t.gather(1, first) for t in (scores, inputs, order))
+    return scores, inputs.masked_fill(scores == -torch.inf, NONE), order
+
+
+def _picked(at: Tensor, order: Tensor, inputs: Tensor) -> Tensor:
+    found = at.gather(1, order.unsqueeze(2).expand(-1, -1, at.shape[2]))
+    return found.masked_fill((inputs == NONE).unsqueeze(2), NONE)
+
+
+def _places(values: Tensor, samples: Tensor, wanted: Tensor) -> Tensor:
+    """(filters, k, axes): where some samples of each filter are strongest; any, if not wanted."""
+    locations = values.shape[2:]
+    filters = torch.arange(values.shape[1], device=values.device).unsqueeze(1).expand_as(samples)
+    if values.device.type == "cpu":
+        flat = torch.zeros_like(samples)
+        flat[wanted] = _argmax(values[samples[wanted], filters[wanted]])
+    else:
+        whole = values.flatten(2)
+        flat = whole.nan_to_num(nan=-torch.inf).argmax(2)[samples, filters]
+    return torch.stack(torch.unravel_index(flat, locations), -1)
+
+
+def _argmax(rows: Tensor) -> Tensor:
+    return rows.flatten(1).nan_to_num(nan=-torch.inf).argmax(1)
+
+
+def by_sample(tensor: Tensor, dim: int) -> Tensor:
+    """(samples, filters, *locations), a view; one sample where the filters lie along axis 0."""
+    dim %= tensor.dim()
+    return tensor.unsqueeze(0).movedim(dim + 1, 1) if dim == 0 else tensor.movedim(dim, 1)
+
+
+def scores_of(values: Tensor, by: str | Scores) -> Tensor:
+    """(samples, filters): how strongly each filter responds to each sample.
+
+    Raises:
+        ArgumentError: a function gave something else.
+    """
+    if callable(by):
+        given = by(values)
+        if not isinstance(given, Tensor) or given.shape != values.shape[:2]:
+            said = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise ArgumentError(
+                f"by= takes a function of values (samples, filters, *locations) = "
+                f"{tuple(values.shape)} to scores (samples, filters) = {tuple(values.shape[:2])}; "
+                f"it gave {said}"
+            )
+        scores = given
+    elif values.dim() == 2:
+        scores = values
+    else:
+        over = tuple(range(2, values.dim()))
+        if by == "mean":
+            scores = values.mean(over, dtype=accumulator(values.device))
+        else:
+            scores = values.amax(over)
+    return scores.to(accumulator(values.device))

@@ -1,0 +1,97 @@
+"""Figures to draw into, and what every plot checks.
+
+matplotlib is imported when something is drawn, so that `import fmapkit` does not pay for it.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from fmapkit.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Figures", "check_positive", "entitle", "figures"]
+
+
+class Figures:
+    """Makes figures; with the two functions of pyplot's that do.
+
+    A figure of pyplot's that a cell returns is shown twice in a notebook: as the cell's result, and
+    again by pyplot, which shows whatever is open. So pyplot is left out: the figure shows itself.
+    Where windows can be opened, it makes the figure, and `pyplot.show()` shows it.
+    """
+
+    def figure(self, **options: Any) -> Figure:
+        """As `pyplot.figure`."""
+        import matplotlib
+
+        backend = matplotlib.get_backend().lower()
+        if (
+            backend in ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template")
+            or "inline" in backend
+        ):
+            made: Figure = _figure_type()(**options)
+            return made
+        from matplotlib import pyplot
+
+        return pyplot.figure(**options)
+
+    def subplots(self, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+        """As `pyplot.subplots`."""
+        among = ("sharex", "sharey", "squeeze", "width_ratios", "height_ratios", "subplot_kw")
+        own = {key: options.pop(key) for key in (*among, "gridspec_kw") if key in options}
+        figure = self.figure(**options)
+        return figure, figure.subplots(rows, columns, **own)
+
+
+def _figure_type() -> Any:
+    from matplotlib.figure import Figure
+
+    class ShownFigure(Figure):
+        """A figure that a notebook shows, whether or not pyplot was ever imported there."""
+
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png", bbox_inches="tight")
+            return file.getvalue()
+
+    ShownFigure.__name__ = ShownFigure.__qualname__ = "Figure"
+    return ShownFigure
+
+
+def figures() -> Figures:
+    """What makes figures.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "drawing feature maps needs matplotlib: pip install fmapkit[plot]"
+        ) from error
+    return Figures()
+
+
+def check_positive(**numbers: int) -> None:
+    """Whether these are positive whole numbers.
+
+    Raises:
+        ArgumentError: one is not.
+    """
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ArgumentError(f"{name} must be a positive int, not {value!r}")
+
+
+def entitle(figure: Figure, title: str | None, more: int) -> None:
+    """Say above a figure what it shows, and how many layers it does not."""
+    if more:
+        note = f"{more} more layers are not drawn; choose with layers=… or raise max_layers"
+        title = f"{title}\n{note}" if title else note
+    if title:
+        figure.suptitle(title)

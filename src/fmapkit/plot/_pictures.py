@@ -1,0 +1,281 @@
+"""What is drawn of a map, of weights, and of an image: arrays, and nothing of matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean
+from fmapkit.map import FeatureMap
+from fmapkit.views import as_grid, strongest, unnormalised, upsampled
+
+__all__ = ["Choice", "Picture", "chosen", "of_map", "of_weights", "pixels"]
+
+Array = np.ndarray[Any, Any]
+# Which filters to draw: the first ones, these, or the strongest.
+Choice = int | Iterable[int] | Literal["strongest"] | None
+
+# Bars and heat rows are thin: so many of them are drawn where one tile would be.
+THIN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What is drawn of one map, or of the weights behind it.
+
+    Attributes:
+        values: float, one entry along axis 0 for each filter (or sample): (F,), (F, L), (F, H, W);
+            or (F, H, W, 3), colours within [0, 1].
+        labels: the number of each of them.
+        signed: whether 0 is the middle of the scale; else its lower end.
+        caption: what the entries are, and of how many.
+        below: an image (H, W) or (H, W, 3) within [0, 1] to lay each of them over.
+    """
+
+    values: Array
+    labels: Sequence[int]
+    signed: bool
+    caption: str
+    below: Array | None = None
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Ends of the colour scale, the same for all entries."""
+        finite = self.values[np.isfinite(self.values)]
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+        if self.signed:
+            reach = max(-low, high) or 1.0
+            return -reach, reach
+        low, high = min(low, 0.0), max(high, 0.0)
+        # An all-zero map needs some scale; with this one its tiles have the colour of 0.
+        return low, high if high > low else 1.0
+
+
+def chosen(fm: FeatureMap, filters: Choice, sample: int, limit: int) -> list[int] | None:
+    """The filters to draw, in order; None for the first ones.
+
+    Raises:
+        ArgumentError: `filters` cannot be meant.
+        FilterRangeError: the map has no such filter.
+    """
+    if filters is None:
+        return None
+    if isinstance(filters, str):
+        if filters != "strongest":
+            hint = did_you_mean(filters, ["strongest"])
+            raise ArgumentError(f"filters must be ints or 'strongest', not {filters!r}{hint}")
+        return strongest(fm, limit, sample=_sample(fm, sample))
+    wanted = [filters] if isinstance(filters, int) else list(filters)
+    return [_number(fm[index]) for index in wanted[:limit]]
+
+
+def _number(fm: FeatureMap) -> int:
+    assert fm.filter is not None
+    return fm.filter
+
+
+def _sample(fm: FeatureMap, sample: int) -> int:
+    """The same sample, or 0 where there is but one: the filters lie along the first axis."""
+    if fm.filter_dim is None or fm.filter_dim % fm.tensor.dim() == 0:
+        return 0
+    check_sample(fm, sample, fm.tensor.shape[0])
+    return sample
+
+
+def of_map(
+    fm: FeatureMap,
+    sample: int,
+    max_filters: int,
+    filters: Choice = None,
+    grid: tuple[int, int] | None = None,
+    below: Array | None = None,
+) -> Picture:
+    """What is drawn of a map.
+
+    Args:
+        fm: the map.
+        sample: which sample of the batch; of one filter's map the first one drawn.
+        max_filters: how many filters at most.
+        filters: which; None for the first ones.
+        grid: rows and columns of the patches that its tokens are.
+        below: the image to lay it over.
+
+    Raises:
+        ArgumentError: there is no such sample, or an argument does not go with the map.
+        FilterRangeError: there is no such filter.
+    """
+    if grid is not None:
+        if fm.filter is not None:
+            raise ArgumentError("grid= goes with the map of all filters: fm.plot(filters=…)")
+        fm = as_grid(fm, *grid)
+    if below is not None:
+        fm = upsampled(fm, below.shape[:2])
+    tensor = fm.tensor.detach()
+    one_filter = fm.filter is not None
+    if one_filter and filters is not None:
+        raise FilterRangeError(f"it is filter {fm.filter} already: filters= chooses among all")
+    # Filters on axis 0 are those of an unbatched layer; else the samples lie there.
+    axis: int | None = (0 if tensor.ndim else None) if one_filter else fm.filter_dim
+    if not one_filter:
+        axis = None if axis is None else axis % tensor.ndim
+        if axis != 0 and tensor.ndim > (1 if axis is None else 0):
+            check_sample(fm, sample, tensor.shape[0])
+            tensor = tensor.select(0, sample)
+            axis = axis - 1 if axis is not None else None
+    if axis is None:
+        axis = 0
+        if tensor.ndim in (0, 2):  # one number, or one image
+            tensor = tensor.unsqueeze(0)
+    tensor = tensor.movedim(axis, 0)
+    while tensor.ndim > 3:  # a volume is shown by its middle slice
+        tensor = tensor.select(1, tensor.shape[1] // 2)
+    picture = _cut(fm, tensor, sample, max_filters, filters)
+    return picture if below is None else replace(picture, below=below)
+
+
+def _cut(fm: FeatureMap, tensor: Tensor, sample: int, max_filters: int, filters: Choice) -> Picture:
+    """The filters that are drawn, moved to the CPU: the rest of a large map need not travel."""
+    total = tensor.shape[0]
+    limit = max_filters if tensor.ndim == 3 else max_filters * THIN
+    wanted = None if filters is None else chosen(fm, filters, sample, limit)
+    first = 0
+    if fm.filter is not None and total:
+        check_sample(fm, sample, total)
+        first = sample % total
+    if wanted is not None:
+        assert fm.filters is not None
+        tensor = tensor[[fm.filters.index(f) for f in wanted]]
+        labels = wanted
+    else:
+        tensor = tensor[first : first + limit]
+        held = None if fm.filter is not None else fm.filters
+        count = tensor.shape[0]
+        labels = list(held[:count]) if held is not None else list(range(first, first + count))
+    values = _array(tensor)
+    what = (
+        "samples" if fm.filter is not None else "filters" if fm.filters is not None else "entries"
+    )
+    count = len(values)
+    caption = f"{total} {what}" if count == total else f"{count} of {total} {what}"
+    caption += ", the strongest" if isinstance(filters, str) else ""
+    return Picture(values, labels, _signed(fm, values), caption)
+
+
+def _signed(fm: FeatureMap, values: Array) -> bool:
+    """Whether both signs count alike: not in what a GELU leaves below 0."""
+    if fm.kind != "activation":
+        return True
+    finite = values[np.isfinite(values)]
+    return bool(finite.size and finite.min() < -0.5 * abs(finite.max()))
+
+
+def of_weights(
+    weight: Tensor,
+    labels: Sequence[int],
+    total: int,
+    shape: Sequence[int] | None = None,
+    scale: Literal["layer", "filter"] = "layer",
+) -> Picture:
+    """What is drawn of weights.
+
+    Of three inputs, a kernel is a picture in colours around grey; of one, its values; of more, the
+    root of the sum of their squares over the inputs. A row of weights is one row, unless `shape`
+    makes an image of it.
+
+    Args:
+        weight: (filters, ...) of those to be drawn.
+        labels: their numbers.
+        total: how many there are.
+        shape: of what a row of weights is for: (channels, rows, columns) or (rows, columns).
+        scale: "layer": one for all; "filter": each has its own.
+
+    Raises:
+        ArgumentError: the weights cannot have that shape.
+    """
+    if shape is not None:
+        size = tuple(int(n) for n in shape)
+        if weight[0].numel() != torch.Size(size).numel() or len(size) not in (2, 3):
+            raise ArgumentError(
+                f"shape={size} is of {torch.Size(size).numel()} inputs, and a filter has "
+                f"{weight[0].numel()} weights"
+            )
+        weight = weight.reshape(len(weight), *size)
+        weight = weight.unsqueeze(1) if len(size) == 2 else weight
+    while weight.ndim > 4:  # a volume is shown by its middle slice
+        weight = weight.select(2, weight.shape[2] // 2)
+    values = _array(weight)
+    what = "filters' weights"
+    caption = f"{total} {what}" if len(values) == total else f"{len(values)} of {total} {what}"
+    if scale == "filter" and values.size:
+        reach = np.abs(values).reshape(len(values), -1).max(1)
+        values = values / np.where(reach > 0, reach, 1).reshape(-1, *[1] * (values.ndim - 1))
+    if values.ndim == 4 and values.shape[1] == 3:
+        reach = np.nanmax(np.abs(values), initial=0.0) or 1.0
+        coloured = np.clip(0.5 + values.transpose(0, 2, 3, 1) / (2 * reach), 0, 1)
+        return Picture(coloured, labels, True, f"{caption}, in colours")
+    if values.ndim == 4 and values.shape[1] == 1:
+        return Picture(values[:, 0], labels, True, caption)
+    if values.ndim == 4:
+        size_of = np.sqrt(np.square(values).sum(1))
+        return Picture(size_of, labels, False, f"{caption}, √Σw² over {values.shape[1]} inputs")
+    return Picture(values, labels, True, caption)
+
+
+def pixels(
+    image: Any,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    what: str = "image",
+) -> Array:
+    """An image as matplotlib takes it: (H, W), or (H, W, 3) within [0, 1].
+
+    Args:
+        image: a tensor or array (H, W), (1, H, W) or (3, H, W).
+        mean: of its channels, where it was normalised by it.
+        std: of its channels.
+        what: to call it in an error.
+
+    Raises:
+        ArgumentError: it is no image, or one of mean and std is missing.
+    """
+    if (mean is None) != (std is None):
+        raise ArgumentError("mean= and std= go together: the image was (x - mean) / std")
+    tensor = torch.as_tensor(np.asarray(image)) if not isinstance(image, Tensor) else image
+    shape = tuple(tensor.shape)
+    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] not in (1, 3)):
+        raise ArgumentError(
+            f"{what} must have shape (H, W), (1, H, W) or (3, H, W), not {shape}"
+            + ("; one of the batch: image=images[0]" if len(shape) == 4 else "")
+        )
+    if mean is not None and std is not None:
+        tensor = unnormalised(tensor, mean, std)
+    values = _array(tensor)
+    if values.ndim == 2:
+        return values
+    grey = len(values) == 1
+    found: Array = values[0] if grey else np.clip(values.transpose(1, 2, 0), 0, 1)
+    return found
+
+
+def check_sample(fm: FeatureMap, sample: int, count: int) -> None:
+    """Whether there is such a sample.
+
+    Raises:
+        ArgumentError: there is not.
+    """
+    if not -count <= sample < count:
+        raise ArgumentError(
+            f"sample {sample} is out of range: the {fm.kind} of layer {fm.layer!r} has shape "
+            f"{tuple(fm.tensor.shape)}, so {count} samples"
+        )
+
+
+def _array(tensor: Tensor) -> Array:
+    tensor = tensor.detach()
+    found: Array = (tensor.abs() if tensor.is_complex() else tensor).double().cpu().numpy()
+    return found

@@ -1,0 +1,99 @@
+"""Draw the filters of a layer: its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from fmapkit.errors import ArgumentError, UnknownLayerError, did_you_mean, listed
+from fmapkit.map import FeatureMap
+from fmapkit.plot import _pictures as pictures
+from fmapkit.plot._draw import columns_of, draw, size_of
+from fmapkit.plot._figure import check_positive, figures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fmapkit.maps import FeatureMaps
+
+__all__ = ["plot_filters"]
+
+
+def plot_filters(
+    maps: FeatureMaps,
+    layer: str,
+    ax: Axes | None = None,
+    *,
+    filters: int | Iterable[int] | None = None,
+    max_filters: int = 96,
+    columns: int | None = None,
+    shape: Sequence[int] | None = None,
+    scale: Literal["layer", "filter"] = "layer",
+) -> Figure:
+    """Draw the weights of a layer's filters, one picture for each.
+
+    Of the first layer, what each filter looks for, as in Krizhevsky, Sutskever & Hinton, "ImageNet
+    Classification with Deep Convolutional Neural Networks" (NIPS 2012), figure 3: kernels on three
+    channels are drawn in colours around grey. Kernels on one channel are drawn by value, and of
+    more channels the root of the sum of squares over them.
+
+    Args:
+        maps: what `capture` gave; of its latest pass, any map that the filters made.
+        layer: the layer's name.
+        ax: axes to draw into; None makes a figure.
+        filters: which ones, in that order; None for the first ones.
+        max_filters: how many are drawn at most. The title says how many there are.
+        columns: how many stand side by side; None for as many as suit their number.
+        shape: of what a linear layer is given, if that is an image: (channels, rows, columns) or
+            (rows, columns).
+        scale: "layer": one for all filters; "filter": each has its own.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        UnknownLayerError: no map of such a layer is held.
+        ArgumentError: no weights made its maps, `shape` does not fit them, or a number is not
+            positive.
+        FilterRangeError: there is no such filter.
+        KindNotCapturedError: the weights were computed in the pass, and not held.
+    """
+    plt = figures()
+    check_positive(max_filters=max_filters, **({} if columns is None else {"columns": columns}))
+    if scale not in ("layer", "filter"):
+        raise ArgumentError(f"scale must be 'layer' or 'filter', not {scale!r}")
+    fm = _whose(maps, layer)
+    assert fm.filters is not None
+    chosen = pictures.chosen(fm, filters, 0, max_filters) or list(fm.filters[:max_filters])
+    weight = fm.weight
+    assert weight is not None
+    rows = weight[[fm.filters.index(f) for f in chosen]]
+    picture = pictures.of_weights(rows, chosen, len(fm.filters), shape, scale)
+    columns = columns_of(len(chosen), columns)
+    if ax is None:
+        width, height = size_of(picture, columns)
+        _, ax = plt.subplots(figsize=(width, height + 0.6), layout="constrained")
+    drawn = draw(ax, picture, columns)
+    ax.set_title(f"{fm.layer or '(model)'} · {picture.caption}", fontsize="medium")
+    figure: Figure = ax.figure.figure
+    if drawn is not None:
+        figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.01)
+    return figure
+
+
+def _whose(maps: FeatureMaps, layer: str) -> FeatureMap:
+    """A map of the layer, with as many of its filters as there are."""
+    if not isinstance(layer, str):
+        raise ArgumentError(f"plot_filters takes the name of one layer, not {layer!r}")
+    found = [fm for fm in maps.select(layer=layer, step=-1) if fm.kind not in ("input", "output")]
+    if not found:
+        known = maps.layers
+        raise UnknownLayerError(
+            f"no map of layer {layer!r}{did_you_mean(layer, known)} (captured: {listed(known)})"
+        )
+    made = [fm for fm in found if fm.filters is not None and fm.weight is not None]
+    if not made:
+        raise ArgumentError(f"no layer with weights made the maps of {layer!r}")
+    return max(made, key=len)

@@ -1,0 +1,244 @@
+"""Draw one map, or all maps of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fmapkit.errors import ArgumentError, MapLookupError, NoPassError, listed
+from fmapkit.map import FeatureMap
+from fmapkit.plot import _pictures as pictures
+from fmapkit.plot._draw import WIDTH, columns_of, draw, draw_image, size_of
+from fmapkit.plot._figure import check_positive, entitle, figures
+from fmapkit.plot._pictures import Array, Choice, Picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fmapkit.maps import FeatureMaps
+
+__all__ = ["plot_map", "plot_maps"]
+
+Numbers = float | Sequence[float] | None
+
+
+def plot_map(
+    fm: FeatureMap,
+    ax: Axes | None = None,
+    *,
+    sample: int = 0,
+    filters: Choice = None,
+    max_filters: int = 16,
+    columns: int | None = None,
+    grid: tuple[int, int] | None = None,
+    weights: bool = False,
+    overlay: Any = None,
+    mean: Numbers = None,
+    std: Numbers = None,
+) -> Figure:
+    """Draw one map, filter by filter; the map of one filter (`fm[k]`) sample by sample.
+
+    Args:
+        fm: the map.
+        ax: axes to draw into; None makes a figure.
+        sample: which sample of the batch; of one filter's map the first one drawn.
+        filters: which ones, in that order; "strongest": those with the strongest values in the
+            sample, the strongest first; None for the first ones.
+        max_filters: how many filters are drawn at most, where each is an image; 8 times as many
+            where each is a bar or a row. The title says how many there are.
+        columns: how many images stand side by side; None for as many as suit their number.
+        grid: of a map of tokens that are patches of an image: their rows and columns. Tokens before
+            the last of those (class token, registers) are left out.
+        weights: draw the weights of each filter above its map.
+        overlay: what the model was given: each map is laid over it. As `image` of `plot_maps`.
+        mean: of the channels of `overlay`, where it was normalised by it; with `std`.
+        std: of its channels.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ArgumentError: there is no such sample, a number is not positive, or an argument does not go
+            with the map.
+        FilterRangeError: there is no such filter.
+        KindNotCapturedError: its weights were computed in the pass, and not held.
+    """
+    plt = figures()
+    check_positive(max_filters=max_filters, **({} if columns is None else {"columns": columns}))
+    below = None if overlay is None else pictures.pixels(overlay, mean, std, "overlay")
+    picture = pictures.of_map(fm, sample, max_filters, filters, grid, below)
+    columns = columns_of(len(picture.labels), columns)
+    title = f"{_heading(fm)} · {_meaning(fm)} · {picture.caption}"
+    if weights:
+        if ax is not None:
+            raise ArgumentError("weights=True draws two axes: leave ax out")
+        rows = [_Row(_weights(fm, picture), "w", title), _Row(picture, _meaning(fm), "")]
+        return _drawn(plt, rows, columns, None)
+    if ax is None:
+        width, height = size_of(picture, columns)
+        _, ax = plt.subplots(figsize=(width, height + 0.6), layout="constrained")
+    drawn = draw(ax, picture, columns)
+    ax.set_title(title, fontsize="medium")
+    figure: Figure = ax.figure.figure  # of a subfigure: the figure it is part of
+    if drawn is not None:
+        figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.01)
+    return figure
+
+
+def plot_maps(
+    maps: FeatureMaps,
+    layers: Any = None,
+    *,
+    sample: int = 0,
+    filters: Choice = None,
+    max_filters: int = 8,
+    max_layers: int = 16,
+    grid: tuple[int, int] | None = None,
+    weights: bool = False,
+    image: Any = None,
+    mean: Numbers = None,
+    std: Numbers = None,
+    title: str | None = None,
+) -> Figure:
+    """Draw the latest pass: for each layer a row of its z and a row of its a, filter by filter.
+
+    Args:
+        maps: what `capture` gave.
+        layers: which layers: anything that `maps.select(layer=...)` takes; None for all.
+        sample: which sample of the batch.
+        filters: which filters of each layer, in that order; "strongest": those with the strongest
+            activations in the sample; None for the first ones.
+        max_filters: how many filters are drawn of each layer, at most (see `plot_map`).
+        max_layers: how many layers are drawn at most; the figure says if there are more.
+        grid: of maps of tokens that are patches of an image: their rows and columns.
+        weights: draw the weights of each layer's filters above their maps.
+        image: what the model was given, drawn above: a tensor or array (H, W), (1, H, W) or
+            (3, H, W), the last with values in [0, 1].
+        mean: of the image's channels, where it was normalised by it; with `std`.
+        std: of the image's channels.
+        title: stands above the figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        NoPassError: there are no maps yet.
+        MapLookupError: `layers` selects none of the captured ones.
+        ArgumentError: there is no such sample, or a number is not positive.
+        FilterRangeError: a layer has no such filter.
+        KindNotCapturedError: a layer's weights were computed in the pass, and not held.
+    """
+    plt = figures()
+    check_positive(max_filters=max_filters, max_layers=max_layers)
+    groups: dict[tuple[str, int], list[FeatureMap]] = {}
+    for fm in maps.select(layer=layers, step=-1):
+        groups.setdefault((fm.layer, fm.call), []).append(fm)
+    if not groups:
+        known = maps.layers
+        if not known:
+            raise NoPassError("nothing to plot: no maps are held; run the model in the block first")
+        raise MapLookupError(f"nothing to plot: {layers!r} is none of {listed(known)}")
+    shown = list(groups.values())[:max_layers]
+    rows: list[_Row] = []
+    for group in shown:
+        rows += _of_layer(group, sample, filters, max_filters, grid, weights)
+    above = None if image is None else pictures.pixels(image, mean, std)
+    figure = _drawn(plt, rows, min(max_filters, 16), above, len(shown))
+    entitle(figure, title, len(groups) - len(shown))
+    return figure
+
+
+class _Row(NamedTuple):
+    """One row of a figure: what is drawn, what it is, and what stands above it."""
+
+    picture: Picture
+    says: str
+    title: str
+
+
+def _of_layer(
+    group: list[FeatureMap],
+    sample: int,
+    filters: Choice,
+    max_filters: int,
+    grid: tuple[int, int] | None,
+    weights: bool,
+) -> list[_Row]:
+    """The rows of one layer: the same filters in each."""
+    wanted = filters
+    own = [fm for fm in group if fm.filters is not None and fm.kind != "input"]
+    if isinstance(filters, str) and own:
+        # By the activation, if there is one.
+        leads = next((fm for fm in reversed(own) if fm.kind == "activation"), own[-1])
+        thin = max_filters * (1 if leads.tensor.ndim > 3 or grid else pictures.THIN)
+        wanted = pictures.chosen(leads, filters, sample, thin)
+    rows: list[_Row] = []
+    for fm in group:
+        its = wanted if any(fm is one for one in own) else None  # an input's are other filters
+        its_grid = grid if grid is not None and fm.filters is not None else None
+        picture = pictures.of_map(fm, sample, max_filters, its, its_grid)
+        if isinstance(filters, str) and its is not None:
+            picture = Picture(
+                picture.values, picture.labels, picture.signed, f"{picture.caption}, the strongest"
+            )
+        title = "" if rows else f"{_heading(fm)} · {picture.caption}"
+        if weights and not rows and fm.kind not in ("input", "output"):
+            if fm.weight is not None:
+                rows.append(_Row(_weights(fm, picture), "w", title))
+                title = ""
+        rows.append(_Row(picture, _meaning(fm), title))
+    return rows
+
+
+def _weights(fm: FeatureMap, picture: Picture) -> Picture:
+    """The weights of the filters that a picture shows."""
+    weight = fm.weight
+    if weight is None:
+        raise ArgumentError(
+            f"weights=True: no layer with weights made the {fm.kind} of layer {fm.layer!r}"
+        )
+    if fm.filter is not None:
+        return pictures.of_weights(weight.unsqueeze(0), [fm.filter], 1)
+    assert fm.filters is not None
+    places = [fm.filters.index(label) for label in picture.labels]
+    return pictures.of_weights(weight[places], picture.labels, len(fm.filters))
+
+
+def _drawn(
+    plt: Any, rows: list[_Row], columns: int, image: Array | None, layers: int = 1
+) -> Figure:
+    """A figure of rows, with their colour bars, below an image."""
+    heights = [size_of(row.picture, columns)[1] for row in rows]
+    above = 0 if image is None else 1
+    heights = [1.3] * above + heights
+    total = sum(heights) + 0.3 * layers + 0.6
+    figure: Figure = plt.figure(figsize=(WIDTH, total), layout="constrained")
+    grid = figure.add_gridspec(len(heights), 2, width_ratios=(1, 0.012), height_ratios=heights)
+    if image is not None:
+        draw_image(figure.add_subplot(grid[0, 0]), image)
+    for at, row in enumerate(rows, above):
+        ax = figure.add_subplot(grid[at, 0])
+        drawn = draw(ax, row.picture, columns)
+        ax.set_ylabel(row.says, rotation=0, ha="right", va="center", labelpad=12)
+        if row.title:
+            ax.set_title(row.title, loc="left", fontsize="medium", fontweight="bold")
+        if drawn is not None:
+            figure.colorbar(drawn, cax=figure.add_subplot(grid[at, 1]))
+    return figure
+
+
+def _heading(fm: FeatureMap) -> str:
+    name = (fm.layer or "(model)") + fm.path
+    name += f" · filter {fm.filter}" if fm.filter is not None else ""
+    return name + (f" · call {fm.call}" if fm.call else "")
+
+
+def _meaning(fm: FeatureMap) -> str:
+    if fm.kind == "preactivation":
+        return "z"
+    if fm.kind == "activation":
+        return f"a = {fm.nonlinearity or 'σ'}(z)"
+    return fm.kind
