@@ -21,6 +21,8 @@ from fmapkit.errors import (
     NoActivationError,
     NoPassError,
     NotAModuleError,
+    StoreError,
+    StoreMismatchError,
     UnknownLayerError,
 )
 from fmapkit.layers import register_layer
@@ -53,6 +55,8 @@ __all__ = [
     "NoActivationError",
     "NoPassError",
     "NotAModuleError",
+    "StoreError",
+    "StoreMismatchError",
     "UnknownLayerError",
     "capture",
     "edits",

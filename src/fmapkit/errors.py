@@ -16,6 +16,8 @@ FmapkitError
 │   └── MapReleasedError                  it was let go (`clear()`)
 ├── DistributedError (RuntimeError)       ranks have nothing to put together, or do not agree
 ├── BudgetError (RuntimeError)            a pass holds more than `capture(max_bytes=...)` allows
+├── StoreError (RuntimeError)             features of a data set cannot be written, or read
+│   └── StoreMismatchError (ValueError)   the place holds features of another call
 ├── EditError (ValueError)                an edit found no place, or gave what cannot go on there
 └── CaptureStateError (RuntimeError)      a capture used out of turn: entered twice, beside an edit
 
@@ -45,6 +47,8 @@ __all__ = [
     "NoActivationError",
     "NoPassError",
     "NotAModuleError",
+    "StoreError",
+    "StoreMismatchError",
     "UnknownLayerError",
 ]
 
@@ -111,6 +115,14 @@ class DistributedError(FmapkitError, RuntimeError):
 
 class BudgetError(FmapkitError, RuntimeError):
     """The maps of a capture take more memory than it was allowed."""
+
+
+class StoreError(FmapkitError, RuntimeError):
+    """Features of a data set cannot be written, or read; what is there already is kept."""
+
+
+class StoreMismatchError(StoreError, ArgumentError):
+    """The place holds features of another model, of other data, or of other arguments."""
 
 
 class EditError(FmapkitError, ValueError):

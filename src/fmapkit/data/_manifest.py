@@ -1,0 +1,266 @@
+"""What a store of features says about itself: the arrays in it, and the call that made it.
+
+All of it is plain JSON in the attributes of the store's root; see `docs/data-format.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+from urllib.parse import quote
+
+import numpy as np
+import torch
+
+__all__ = [
+    "FORMAT",
+    "ArraySpec",
+    "FieldSpec",
+    "Manifest",
+    "UnitRecord",
+    "stored_dtype",
+    "torch_dtype",
+]
+
+FORMAT = 1
+_MODEL = "%model"  # the name of the model itself, which is empty; `quote` never gives this
+# Types that NumPy and Zarr lack are stored as the bits that they are.
+_AS_BITS = {
+    name: bits
+    for name, bits in (
+        ("bfloat16", "uint16"),
+        ("float8_e4m3fn", "uint8"),
+        ("float8_e5m2", "uint8"),
+        ("float8_e4m3fnuz", "uint8"),
+        ("float8_e5m2fnuz", "uint8"),
+    )
+    if hasattr(torch, name)
+}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type of a name such as "bfloat16"."""
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def stored_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy type in which values of a torch type are stored."""
+    return np.dtype(_AS_BITS.get(name, name))
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One kind of map of one layer.
+
+    Attributes:
+        layer: name of the layer; "" is the model itself.
+        kind: one of the five kinds.
+        call: which call of the layer.
+        path: place in a nested output.
+        nonlinearity: σ, or None.
+        nth: which map of that layer, kind, call and path in a pass: two σ on one layer give two.
+        per: whether a row is of one sample, or of one token.
+        shape: of a row.
+        dtype: torch's name of the values' type.
+        filter_axis: axis of the array that counts filters; the rows are axis 0. None if none does.
+        filters: the filters that lie along it; None for all of them.
+    """
+
+    layer: str
+    kind: str
+    call: int
+    path: str
+    nonlinearity: str | None
+    nth: int
+    per: Literal["sample", "token"]
+    shape: tuple[int, ...]
+    dtype: str
+    filter_axis: int | None
+    filters: tuple[int, ...] | None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells the maps of a pass apart."""
+        return (self.layer, self.kind, self.call, self.path, self.nonlinearity, self.nth)
+
+    @property
+    def name(self) -> str:
+        """Where it lies in the store, below `layers/`."""
+        base = quote(self.layer, safe="[]:") if self.layer else _MODEL
+        if base.startswith("__"):  # which Zarr keeps for itself
+            base = "%5F" + base[1:]
+        parts = [self.kind]
+        parts += [quote(self.path, safe="[]'")] if self.path else []
+        parts += [f"call{self.call}"] if self.call else []
+        parts += [f"nth{self.nth}"] if self.nth else []
+        return f"layers/{base}/{'-'.join(parts)}"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row as it is stored, before compression."""
+        return int(np.prod(self.shape, dtype=np.int64)) * stored_dtype(self.dtype).itemsize
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """Names of the axes, for those who read the store with Zarr or xarray."""
+        names = ["samples" if self.per == "sample" else "tokens"]
+        names += [
+            "filters" if axis == self.filter_axis else f"axis{axis}"
+            for axis in range(1, 1 + len(self.shape))
+        ]
+        return tuple(names)
+
+    @property
+    def said(self) -> str:
+        """For messages."""
+        more = [f"call {self.call}"] if self.call else []
+        more += [f"path {self.path!r}"] if self.path else []
+        more += [f"number {self.nth}"] if self.nth else []
+        return f"the {self.kind} of layer {self.layer!r}" + (
+            f" ({', '.join(more)})" if more else ""
+        )
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> ArraySpec:
+        """What JSON has kept."""
+        filters = given["filters"]
+        return ArraySpec(
+            **{
+                **given,
+                "shape": tuple(given["shape"]),
+                "filters": None if filters is None else tuple(filters),
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FieldSpec:
+    """Something of a batch that is kept beside the features.
+
+    Attributes:
+        name: of the field.
+        per: whether a row is of one sample, or of one token.
+        shape: of a row.
+        dtype: NumPy's name of the type; "string" for text.
+    """
+
+    name: str
+    per: Literal["sample", "token"]
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def path(self) -> str:
+        """Where it lies in the store."""
+        return f"fields/{quote(self.name, safe='')}"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row as it is stored; of text, a guess."""
+        if self.dtype == "string":
+            return 64
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> FieldSpec:
+        """What JSON has kept."""
+        return FieldSpec(**{**given, "shape": tuple(given["shape"])})
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRecord:
+    """What is known of a unit once it is in the store: some batches in a row.
+
+    Attributes:
+        unit: its number; unit u is of the batches u * n to (u + 1) * n - 1.
+        start: number of its first sample in the data set.
+        samples: how many samples it has.
+        rows: how many rows arrays of tokens have of it; else the same as `samples`.
+        batches: how many batches it has.
+        digest: of what the loader gave as its first batch.
+        run: which run wrote it, where running analyses ride along.
+        absorbed: runs before that one, whose analyses it went on with.
+    """
+
+    unit: int
+    start: int
+    samples: int
+    rows: int
+    batches: int
+    digest: str
+    run: str = ""
+    absorbed: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {**asdict(self), "absorbed": list(self.absorbed)}
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> UnitRecord:
+        """What JSON has kept."""
+        return UnitRecord(**{**given, "absorbed": tuple(given.get("absorbed", ()))})
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What the root of a store says.
+
+    Attributes:
+        arrays: in the order of execution.
+        fields: what is kept beside.
+        batches_per_unit: how many batches are written and committed together.
+        batch_size: samples of each batch but the last, where the loader says so.
+        samples: of the data set, where the loader says so.
+        asked: the call, described; another one is refused.
+        first: digest of the first batch.
+        versions: of what made it.
+        complete: whether the data set is all there.
+    """
+
+    arrays: tuple[ArraySpec, ...]
+    fields: tuple[FieldSpec, ...]
+    batches_per_unit: int
+    batch_size: int | None
+    samples: int | None
+    asked: Mapping[str, Any]
+    first: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    complete: bool = False
+
+    @property
+    def specs(self) -> list[ArraySpec | FieldSpec]:
+        """Of arrays and fields."""
+        return [*self.arrays, *self.fields]
+
+    @property
+    def regular(self) -> bool:
+        """Whether every unit has the same number of rows, so that each array is one Zarr array."""
+        each = all(spec.per == "sample" for spec in self.specs)
+        return each and self.batch_size is not None and self.samples is not None
+
+    @property
+    def rows_per_unit(self) -> int:
+        """Of a regular store: rows of each unit but the last."""
+        assert self.batch_size is not None
+        return self.batches_per_unit * self.batch_size
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {
+            "format": FORMAT,
+            "layout": "regular" if self.regular else "ragged",
+            **asdict(self),
+        }
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> Manifest:
+        """What JSON has kept."""
+        rest = {k: v for k, v in given.items() if k not in ("format", "layout", "arrays", "fields")}
+        return Manifest(
+            arrays=tuple(map(ArraySpec.of, given["arrays"])),
+            fields=tuple(map(FieldSpec.of, given["fields"])),
+            **rest,
+        )

@@ -1,0 +1,172 @@
+"""Reading rows of an array that lies in pieces: one a unit, or one for many.
+
+Where the store is a folder and nothing is compressed, a shard is mapped into memory: rows are then
+read as from a `.npy` file that is mapped, without a detour through Zarr. Else Zarr reads.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Piece", "Pieces", "mapped"]
+
+NdArray = np.ndarray[Any, Any]
+_OPEN = 128  # shards that are mapped at once
+
+
+class Piece:
+    """Rows in a row.
+
+    Args:
+        rows: how many.
+        offset: of the first of them in what `opened` gives.
+        opened: opens what they lie in: something that slices as NumPy does.
+    """
+
+    __slots__ = ("offset", "opened", "rows")
+
+    def __init__(self, rows: int, offset: int, opened: Callable[[], Any]) -> None:
+        self.rows = rows
+        self.offset = offset
+        self.opened = opened
+
+    def read(self, first: int, last: int, rest: tuple[Any, ...]) -> NdArray:
+        """The rows from `first` to before `last`, cut by `rest` along the other axes."""
+        key = (slice(self.offset + first, self.offset + last), *rest)
+        return np.asarray(self.opened()[key])
+
+    def take(self, rows: NdArray, rest: tuple[Any, ...]) -> NdArray:
+        """Some rows, in any order."""
+        source = self.opened()
+        cut = (slice(None), *rest)
+        if isinstance(source, np.ndarray):
+            return np.asarray(source[rows + self.offset][cut])
+        # Zarr reads each chunk once where the rows are in order.
+        unique, back = np.unique(rows, return_inverse=True)
+        key = (unique + self.offset, *[slice(None)] * (source.ndim - 1))
+        return np.asarray(source.oindex[key][back][cut])
+
+
+class Pieces:
+    """An array of rows.
+
+    Args:
+        pieces: in the order of the rows.
+        shape: of a row.
+        dtype: of the values as they are stored.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], shape: tuple[int, ...], dtype: Any) -> None:
+        self._pieces = [piece for piece in pieces if piece.rows]
+        ends = np.cumsum([0] + [piece.rows for piece in self._pieces])
+        self._ends: list[int] = ends.tolist()
+        self._shape = shape
+        self._dtype = dtype
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """First row and row after the last, of each piece."""
+        return list(zip(self._ends[:-1], self._ends[1:], strict=True))
+
+    def read(self, first: int, last: int, rest: tuple[Any, ...] = ()) -> NdArray:
+        """The rows from `first` to before `last`, cut by `rest` along the other axes; a copy."""
+        out = self._empty(max(0, last - first), rest)
+        at = bisect_right(self._ends, first) - 1
+        row = first
+        while row < last:
+            start, end = self._ends[at], min(last, self._ends[at + 1])
+            piece = self._pieces[at].read(row - start, end - start, rest)
+            if end - row == len(out) and piece.base is None and piece.flags.owndata:
+                return piece  # all of it, and nobody else's
+            out[row - first : end - first] = piece
+            row, at = end, at + 1
+        return out
+
+    def view(self, first: int, last: int) -> NdArray:
+        """The same of rows that are all in one piece, without a copy where it is mapped."""
+        at = bisect_right(self._ends, first) - 1
+        if first == last or last > self._ends[at + 1]:
+            return self.read(first, last)
+        start = self._ends[at]
+        return self._pieces[at].read(first - start, last - start, ())
+
+    def take(self, rows: NdArray, rest: tuple[Any, ...] = ()) -> NdArray:
+        """Some rows, in any order, each as often as it is given; a copy."""
+        out = self._empty(len(rows), rest)
+        which = np.searchsorted(self._ends, rows, side="right") - 1
+        order = np.argsort(which, kind="stable")
+        cuts = np.flatnonzero(np.diff(which[order])) + 1
+        for group in np.split(order, cuts) if len(rows) else ():
+            at = which[group[0]]
+            out[group] = self._pieces[at].take(rows[group] - self._ends[at], rest)
+        return out
+
+    def _empty(self, rows: int, rest: tuple[Any, ...]) -> NdArray:
+        cut = np.broadcast_to(np.zeros((), np.uint8), self._shape)[rest]
+        return np.empty((rows, *np.shape(cut)), self._dtype)
+
+
+def mapped(array: Any, path: Path, rows: int) -> Callable[[], NdArray] | None:
+    """What maps one shard of an array, where its rows lie in it as in memory; else None.
+
+    Args:
+        array: of Zarr.
+        path: of the shard's file.
+        rows: how many it holds.
+    """
+    from zarr.codecs import BytesCodec, ShardingCodec
+
+    codecs = array.metadata.codecs
+    if len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
+        return None
+    sharding = codecs[0]
+    inner = sharding.codecs
+    if len(inner) != 1 or not isinstance(inner[0], BytesCodec):
+        return None
+    plain = np.dtype(array.dtype)
+    endian = getattr(inner[0].endian, "value", None)
+    if plain.hasobject or (plain.itemsize > 1 and endian != "little"):
+        return None
+    if getattr(sharding.index_location, "value", None) != "end":
+        return None
+    shards, chunk = array.shards, array.chunks
+    if chunk[1:] != shards[1:] or shards[1:] != array.shape[1:]:
+        return None
+    shape = (shards[0], *shards[1:])
+    dtype = plain.newbyteorder("<")
+    if not _in_place(path, shards[0] // chunk[0], chunk, dtype.itemsize, rows):
+        return None
+    return lambda: _map(str(path), dtype.str, shape)[:rows]
+
+
+def _in_place(path: Path, chunks: int, chunk: tuple[int, ...], itemsize: int, rows: int) -> bool:
+    """Whether the chunks of a shard lie one after the other, without a gap."""
+    size = int(np.prod(chunk, dtype=np.int64)) * itemsize
+    tail = chunks * 16 + 4  # the index: offset and length of each chunk, and a checksum
+    try:
+        with path.open("rb") as file:
+            file.seek(-tail, 2)
+            index = np.frombuffer(file.read(chunks * 16), "<u8").reshape(-1, 2)
+    except OSError:
+        return False
+    used = -(-rows // chunk[0])
+    expected = np.arange(used, dtype=np.uint64) * np.uint64(size)
+    return bool((index[:used, 0] == expected).all() and (index[:used, 1] == size).all())
+
+
+@lru_cache(maxsize=_OPEN)
+def _map(path: str, dtype: str, shape: tuple[int, ...]) -> NdArray:
+    """A shard's chunks; of one that is not full, as many of them as there are."""
+    row = int(np.prod(shape[1:], dtype=np.int64)) * np.dtype(dtype).itemsize
+    rows = min(shape[0], Path(path).stat().st_size // max(1, row))
+    # Copied on write: what torch may make of it never gets to the file.
+    return np.memmap(path, dtype, "c", shape=(rows, *shape[1:])).view(np.ndarray)

@@ -1,0 +1,347 @@
+"""A store of features in Zarr: made, written unit by unit, committed, finished, listed.
+
+What is written when, and why nothing is lost by it, is told in `docs/data-format.md`. In short: the
+arrays of a unit are written first, its record (`commits/<unit>`) last, and each of these is one
+object that is there as a whole or not at all. A unit without a record is as if it was not there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fmapkit.data._manifest import (
+    FORMAT,
+    ArraySpec,
+    FieldSpec,
+    Manifest,
+    UnitRecord,
+    stored_dtype,
+)
+from fmapkit.errors import ArgumentError, StoreError, StoreMismatchError
+
+if TYPE_CHECKING:
+    from zarr import Array, Group
+
+__all__ = ["Place", "node_of", "zarr_module"]
+
+_CHUNK = 2**20  # bytes of a chunk, about
+_KEY = "fmapkit"
+
+
+def zarr_module() -> Any:
+    """Zarr.
+
+    Raises:
+        ImportError: it is not installed, or too old.
+    """
+    try:
+        import zarr
+    except ImportError as error:
+        raise ImportError("features on disk need zarr: pip install fmapkit[data]") from error
+    if int(zarr.__version__.split(".")[0]) < 3:
+        raise ImportError(
+            f"features on disk need zarr 3, and this is {zarr.__version__}: "
+            "pip install --upgrade fmapkit[data]"
+        )
+    return zarr
+
+
+def node_of(unit: int) -> str:
+    """The name of what belongs to a unit."""
+    return f"{unit:010d}"
+
+
+class Place:
+    """Where a store is, and all that is done to it.
+
+    Args:
+        to: a path, a URL that fsspec knows (`s3://...`), or a Zarr store.
+        storage_options: for fsspec, of a URL.
+
+    Attributes:
+        local: the folder, where it is one of this machine; else None.
+    """
+
+    def __init__(self, to: Any, storage_options: Mapping[str, Any] | None = None) -> None:
+        zarr = zarr_module()
+        self._zarr = zarr
+        self.local: Path | None = None
+        if isinstance(to, Path) or (isinstance(to, str) and "://" not in to):
+            if storage_options:
+                raise ArgumentError("storage_options= go with a URL such as s3://bucket/name")
+            self.local = Path(to).absolute()
+            self._store: Any = zarr.storage.LocalStore(self.local)
+        elif isinstance(to, str):
+            options = dict(storage_options or {})
+            self._store = zarr.storage.FsspecStore.from_url(to, storage_options=options)
+        elif isinstance(to, zarr.abc.store.Store):
+            self._store = to
+            if isinstance(to, zarr.storage.LocalStore):
+                self.local = Path(to.root)
+        else:
+            raise ArgumentError(f"to= must be a path, a URL or a Zarr store, not {to!r}")
+        self.said = str(to)
+
+    def __repr__(self) -> str:
+        return self.said
+
+    # -- what is there ----------------------------------------------------------------------------
+
+    def _root(self) -> Group | None:
+        try:
+            return self._zarr.open_group(self._store, mode="r", zarr_format=3)  # type: ignore[no-any-return]
+        except FileNotFoundError:  # Zarr's own, of a group that is not there, is one
+            return None
+
+    def manifest(self) -> Manifest | None:
+        """What is said of the features here; None where there are none.
+
+        Raises:
+            StoreMismatchError: something else is here.
+        """
+        try:
+            root = self._root()
+        except Exception as error:
+            raise StoreMismatchError(f"{self} is no store of features: {error}") from error
+        if root is None:
+            self._refuse_others()
+            return None
+        said = root.attrs.asdict().get(_KEY)
+        if not isinstance(said, Mapping):
+            raise StoreMismatchError(
+                f"{self} is a Zarr group that fmapkit did not make; give another place"
+            )
+        if said.get("format") != FORMAT:
+            raise StoreMismatchError(
+                f"{self} is in format {said.get('format')} of fmapkit, which reads {FORMAT}"
+            )
+        if "arrays" not in said:  # begun, and interrupted before all of it was there
+            return None
+        return Manifest.of(said)
+
+    def _refuse_others(self) -> None:
+        """A folder that holds something else is left alone."""
+        if self.local is None or not self.local.exists():
+            return
+        if not self.local.is_dir():
+            raise StoreMismatchError(f"{self} is a file; give a folder that is not there yet")
+        for entry in self.local.iterdir():
+            # An interrupted write of the root leaves this, and nothing else.
+            if not (entry.name.startswith("zarr.") and entry.name.endswith(".partial")):
+                raise StoreMismatchError(
+                    f"{self} holds something else already ({entry.name!r}); give a folder that is "
+                    "empty, or not there yet"
+                )
+
+    def records(self) -> dict[int, UnitRecord]:
+        """The units that are here, by number."""
+        root = self._root()
+        assert root is not None
+        if root.attrs[_KEY].get("complete"):  # type: ignore[union-attr]
+            return dict(self._index(root))
+        commits: Any = root["commits"]
+        with warnings.catch_warnings():
+            # Of a record that was being written when its process was killed.
+            warnings.filterwarnings("ignore", message="Object at .* is not recognized")
+            found = [UnitRecord.of(node.attrs.asdict()) for _, node in commits.members()]
+        return {record.unit: record for record in sorted(found, key=lambda r: r.unit)}
+
+    @staticmethod
+    def _index(root: Group) -> Iterator[tuple[int, UnitRecord]]:
+        table = root["index"][:]  # type: ignore[index]
+        runs: Any = root["index"].attrs["runs"]
+        for unit, start, samples, rows, batches, run in np.asarray(table).tolist():
+            name, absorbed = runs[run]
+            yield unit, UnitRecord(unit, start, samples, rows, batches, "", name, tuple(absorbed))
+
+    def array(self, path: str) -> Array[Any]:
+        """An array of the store, to read or to write."""
+        found = self._zarr.open_array(self._store, path=path, zarr_format=3)
+        # A chunk of zeros is written too: without it, a shard could not be read by its place.
+        return found.with_config({"write_empty_chunks": True})  # type: ignore[no-any-return]
+
+    # -- making -----------------------------------------------------------------------------------
+
+    def create(self, manifest: Manifest, compressors: Any) -> None:
+        """Make an empty store; what says so is written last, so that it is whole by then."""
+        zarr = self._zarr
+        with self._complained("begin"):
+            root = zarr.open_group(self._store, mode="a", zarr_format=3)
+            root.attrs.put({_KEY: {"format": FORMAT}})
+            for spec in manifest.specs:
+                path = spec.name if isinstance(spec, ArraySpec) else spec.path
+                if manifest.regular:
+                    assert manifest.samples is not None
+                    rows = manifest.samples, manifest.rows_per_unit
+                    self._make(spec, path, *rows, compressors)
+                else:
+                    zarr.create_group(
+                        self._store, path=path, attributes=_tags(spec), overwrite=True
+                    )
+            zarr.create_group(self._store, path="commits", overwrite=True)
+            root.attrs.put({_KEY: manifest.to_json()})
+
+    def _make(
+        self, spec: ArraySpec | FieldSpec, path: str, total: int, shard: int, compressors: Any
+    ) -> Array[Any]:
+        shape = spec.shape
+        rows = _chunk_rows(shard, spec.row_bytes)
+        text = isinstance(spec, FieldSpec) and spec.dtype == "string"
+        if isinstance(spec, ArraySpec):
+            dtype: Any = stored_dtype(spec.dtype)
+            names: tuple[str, ...] = spec.dimensions
+        else:
+            dtype = str if text else np.dtype(spec.dtype)
+            names = ("samples" if spec.per == "sample" else "tokens",)
+            names += tuple(f"axis{axis}" for axis in range(1, 1 + len(shape)))
+        return self._zarr.create_array(  # type: ignore[no-any-return]
+            self._store,
+            name=path,
+            shape=(total, *shape),
+            chunks=(rows, *(max(1, n) for n in shape)),
+            shards=(shard, *(max(1, n) for n in shape)),
+            dtype=dtype,
+            compressors=compressors,
+            fill_value="" if text else 0,
+            dimension_names=names,
+            attributes=_tags(spec),
+            overwrite=True,
+            config={"write_empty_chunks": True},
+        )
+
+    # -- writing ----------------------------------------------------------------------------------
+
+    def write(
+        self,
+        manifest: Manifest,
+        record: UnitRecord,
+        blocks: Mapping[ArraySpec | FieldSpec, np.ndarray[Any, Any]],
+        arrays: dict[str, Array[Any]],
+        compressors: Any,
+    ) -> None:
+        """Write the rows of a unit.
+
+        Args:
+            manifest: of the store.
+            record: of the unit.
+            blocks: all rows of it, of each array and field.
+            arrays: opened ones, to be used again.
+            compressors: as in `create`.
+        """
+        for spec, block in blocks.items():
+            path = spec.name if isinstance(spec, ArraySpec) else spec.path
+            if not manifest.regular:
+                if len(block):  # Zarr has no chunk of no rows
+                    whole = _rounded(len(block), spec.row_bytes)
+                    inner = f"{path}/{node_of(record.unit)}"
+                    self._make(spec, inner, len(block), whole, compressors)[:] = block
+                continue
+            array = arrays.get(path)
+            if array is None:
+                array = arrays[path] = self.array(path)
+            start = record.unit * manifest.rows_per_unit
+            array[start : start + len(block)] = block
+
+    def write_bytes(self, path: str, content: bytes) -> None:
+        """Write one object of bytes."""
+        self._zarr.create_array(
+            self._store,
+            name=path,
+            data=np.frombuffer(content, np.uint8),
+            chunks=(max(1, len(content)),),
+            compressors=None,
+            overwrite=True,
+            config={"write_empty_chunks": True},
+        )
+
+    def read_bytes(self, path: str) -> bytes:
+        """Read one object of bytes."""
+        return bytes(np.asarray(self.array(path)[:]))
+
+    def remove(self, path: str) -> None:
+        """Remove a node and all below it, if it is there."""
+        root = self._zarr.open_group(self._store, mode="a", zarr_format=3)
+        if path in root:
+            del root[path]
+
+    def children(self, path: str) -> list[str]:
+        """The names of the nodes below a group; none where it is not there."""
+        root = self._root()
+        if root is None or path not in root:
+            return []
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Object at .* is not recognized")
+            return sorted(name for name, _ in root[path].members())  # type: ignore[union-attr]
+
+    def commit(self, record: UnitRecord) -> None:
+        """Say that a unit is there: one object, written at once."""
+        self._zarr.create_group(
+            self._store,
+            path=f"commits/{node_of(record.unit)}",
+            attributes=record.to_json(),
+            overwrite=True,
+        )
+
+    def finish(self, manifest: Manifest, records: Iterable[UnitRecord]) -> None:
+        """Put all records into one array, say that the data set is complete, and let them go."""
+        known = sorted(records, key=lambda record: record.unit)
+        runs = {record.run: record.absorbed for record in known}
+        at = {run: number for number, run in enumerate(runs)}
+        rows = [(r.unit, r.start, r.samples, r.rows, r.batches, at[r.run]) for r in known]
+        with self._complained("finish"):
+            self._zarr.create_array(
+                self._store,
+                name="index",
+                data=np.asarray(rows, np.int64).reshape(-1, 6),
+                chunks=(max(1, len(rows)), 6),
+                compressors=None,
+                dimension_names=("units", "columns"),
+                attributes={
+                    "columns": ["unit", "start", "samples", "rows", "batches", "run"],
+                    "runs": [[run, list(absorbed)] for run, absorbed in runs.items()],
+                },
+                overwrite=True,
+            )
+            root = self._zarr.open_group(self._store, mode="a", zarr_format=3)
+            root.attrs.put({_KEY: replace(manifest, complete=True).to_json()})
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what a complete store has no use for, and what killed writers left half done."""
+        root = self._zarr.open_group(self._store, mode="a", zarr_format=3)
+        if "commits" not in root:
+            return
+        if self.local is not None:
+            for left in self.local.rglob("*.partial"):
+                left.unlink(missing_ok=True)
+        del root["commits"]
+
+    @contextmanager
+    def _complained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(f"could not {what} {self}: {error}") from error
+
+
+def _tags(spec: ArraySpec | FieldSpec) -> dict[str, Any]:
+    return asdict(spec)
+
+
+def _chunk_rows(shard: int, row_bytes: int) -> int:
+    """Rows of a chunk: the most that go into `_CHUNK` and divide a shard."""
+    most = min(shard, max(1, _CHUNK // max(1, row_bytes)))
+    return next(rows for rows in range(most, 0, -1) if shard % rows == 0)
+
+
+def _rounded(rows: int, row_bytes: int) -> int:
+    """Rows of a shard that holds that many, in chunks of about `_CHUNK` bytes."""
+    chunk = min(rows, max(1, _CHUNK // max(1, row_bytes)))
+    return -(-rows // chunk) * chunk

@@ -1,0 +1,352 @@
+"""From the maps of a pass to the rows that are stored: pooled, unpadded, in the dtype asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fmapkit import FeatureMap
+from fmapkit.data._batches import first_size
+from fmapkit.data._manifest import ArraySpec, FieldSpec
+from fmapkit.errors import ArgumentError, DistributedError, StoreError, listed
+
+__all__ = ["POOLS", "Keep", "Mask", "Pool", "Rows", "Taken", "check_keep", "check_same"]
+
+Pool = Literal["mean", "max"] | Callable[[FeatureMap], Tensor]
+Mask = str | Callable[[Any], Tensor]
+Keep = str | Iterable[str] | Mapping[str, Any]
+
+POOLS = ("mean", "max")
+_TOKEN_FIELDS = ("sample", "position")
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What one batch gives to the store.
+
+    Attributes:
+        arrays: each with its rows, still where the model made them.
+        fields: each with its values, one row for each sample or token.
+        samples: how many samples the batch had.
+        rows: how many rows arrays of tokens got.
+    """
+
+    arrays: list[tuple[ArraySpec, Tensor]]
+    fields: list[tuple[FieldSpec, Any]]
+    samples: int
+    rows: int
+
+
+def check_keep(keep: Keep) -> dict[str, Any]:
+    """What is kept beside the features: name -> key, index or function of the batch.
+
+    Raises:
+        ArgumentError: it is none of these.
+    """
+    if isinstance(keep, str):
+        keep = (keep,)
+    named: dict[str, Any] = dict(keep) if isinstance(keep, Mapping) else {n: n for n in keep}
+    for name, where in named.items():
+        if not isinstance(name, str) or not name:
+            raise ArgumentError(f"keep= names fields by strings, not {name!r}")
+        if isinstance(where, bool) or not (isinstance(where, (str, int)) or callable(where)):
+            raise ArgumentError(
+                f"keep={{{name!r}: ...}} must be a key of the batch, an index into it, or a "
+                f"function of it, not {where!r}"
+            )
+    return named
+
+
+class Rows:
+    """Makes rows of maps, the same way for every batch.
+
+    Args:
+        pool: how positions are put together; None keeps them.
+        mask: which positions are no padding: the batch's field, or a function of the batch.
+        dtype: of floating-point features; None for the model's own.
+        keep: fields of the batch, as `check_keep` gives them.
+    """
+
+    def __init__(
+        self,
+        pool: Pool | None,
+        mask: Mask | None,
+        dtype: torch.dtype | None,
+        keep: Mapping[str, Any],
+    ) -> None:
+        self._pool = pool
+        self._mask = mask
+        self._dtype = dtype
+        self._keep = keep
+        if self.tokens and (taken := [name for name in _TOKEN_FIELDS if name in keep]):
+            raise ArgumentError(
+                f"keep= names a field {taken[0]!r}, which is what mask= calls the sample and the "
+                "position of each token; give yours another name: keep={'my_name': key}"
+            )
+
+    @property
+    def tokens(self) -> bool:
+        """Whether a row may be of one token."""
+        return self._mask is not None and self._pool is None
+
+    @property
+    def masked(self) -> bool:
+        """Whether maps have padding."""
+        return self._mask is not None
+
+    def mask_of(self, data: Any) -> Tensor | None:
+        """The mask of a batch, (samples, positions), boolean.
+
+        Raises:
+            ArgumentError: the batch has none, or it is no mask.
+        """
+        if self._mask is None:
+            return None
+        mask = self._mask(data) if callable(self._mask) else _field(data, self._mask, "mask=")
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
+            said = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ArgumentError(
+                f"mask={self._mask!r} must give a tensor (samples, positions) of booleans or of 0 "
+                f"and 1, not {said}"
+            )
+        return mask != 0
+
+    def take(self, maps: Iterable[FeatureMap], data: Any, start: int) -> Taken:
+        """The rows of one batch.
+
+        Args:
+            maps: of the pass.
+            data: the batch.
+            start: number of its first sample.
+
+        Raises:
+            ArgumentError: a map has no rows that go with the batch's samples.
+        """
+        mask = self.mask_of(data)
+        samples = first_size(data)
+        if mask is not None and len(mask) != samples:
+            raise ArgumentError(
+                f"mask={self._mask!r} is of {len(mask)} samples, and the batch has {samples}"
+            )
+        count = int(mask.sum()) if mask is not None and self.tokens else samples
+        counted: dict[tuple[Any, ...], int] = {}
+        arrays = []
+        for fm in maps:
+            place = (fm.layer, fm.kind, fm.call, fm.path)
+            nth = counted[place] = counted.get(place, -1) + 1
+            arrays.append(self._array(fm, nth, mask, samples))
+        return Taken(arrays, self._fields(data, mask, samples, start), samples, count)
+
+    # -- maps -----------------------------------------------------------------------------------
+
+    def _array(
+        self, fm: FeatureMap, nth: int, mask: Tensor | None, samples: int
+    ) -> tuple[ArraySpec, Tensor]:
+        said = f"the {fm.kind} of layer {fm.layer!r}"
+        tensor, axis, per = fm.tensor, _axis(fm), "sample"
+        if fm.parts is not None or hasattr(tensor, "to_local"):
+            raise DistributedError(
+                f"{said} is one rank's part of a map, or a DTensor; extract takes features of "
+                "models that are whole on each rank"
+            )
+        sequence = mask is not None and self._of_tokens(tensor, axis, mask, said)
+        if callable(self._pool):
+            tensor, axis = _called(self._pool, fm, said), None
+        elif self._pool is not None:
+            tensor, axis = _pooled(tensor, axis, self._pool, mask if sequence else None, said)
+        elif sequence:
+            assert mask is not None
+            tensor, per = _unpadded(tensor, mask), "token"
+            axis = None if axis is None else axis - 1
+        if per == "sample" and (not tensor.dim() or tensor.shape[0] != samples):
+            raise ArgumentError(
+                f"{said} has shape {tuple(fm.shape)}, and the batch has {samples} samples: its "
+                "first axis does not count them; say with pool=function(fm) what the row of each "
+                "sample is"
+            )
+        if self._dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(self._dtype)
+        filters = None if axis is None or fm.filters is None else tuple(fm.filters)
+        if isinstance(fm.filters, range) and fm.filters == range(len(fm.filters)):
+            filters = None
+        spec = ArraySpec(
+            layer=fm.layer,
+            kind=fm.kind,
+            call=fm.call,
+            path=fm.path,
+            nonlinearity=fm.nonlinearity,
+            nth=nth,
+            per="token" if per == "token" else "sample",
+            shape=tuple(tensor.shape[1:]),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            filter_axis=axis,
+            filters=filters,
+        )
+        return spec, tensor
+
+    def _of_tokens(self, tensor: Tensor, axis: int | None, mask: Tensor, said: str) -> bool:
+        """Whether axes 0 and 1 of a map are the samples and positions of the mask."""
+        if tensor.shape[:2] != mask.shape or axis == 1 or tensor.dim() < 2:
+            return False
+        if tensor.dim() == 2 and axis is None and not callable(self._pool):
+            raise ArgumentError(
+                f"{said} has the shape of the mask, {tuple(mask.shape)}, and nobody knows whether "
+                "its second axis counts positions or features; say it with pool=function(fm)"
+            )
+        return True
+
+    # -- fields -----------------------------------------------------------------------------------
+
+    def _fields(
+        self, data: Any, mask: Tensor | None, samples: int, start: int
+    ) -> list[tuple[FieldSpec, Any]]:
+        found = []
+        if mask is not None and self.tokens:
+            at = mask.nonzero().cpu()
+            for name, values in zip(_TOKEN_FIELDS, (at[:, 0] + start, at[:, 1]), strict=True):
+                found.append((FieldSpec(name, "token", (), "int64"), values.numpy()))
+        for name, where in self._keep.items():
+            value = where(data) if callable(where) else _field(data, where, f"keep={name!r}")
+            per: Literal["sample", "token"] = "sample"
+            if isinstance(value, Tensor):
+                value = value.detach()
+                if mask is not None and self.tokens and value.shape[:2] == mask.shape:
+                    value, per = _unpadded(value, mask), "token"
+                value = value.cpu()
+                value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+            array = np.asarray(value)
+            text = array.dtype.kind in "UTO" and all(isinstance(v, str) for v in array.flat)
+            if (array.dtype.hasobject and not text) or array.dtype.kind in "SMmV":
+                raise ArgumentError(
+                    f"keep={name!r} gives values of type {array.dtype}: numbers and text can be "
+                    "kept beside features"
+                )
+            if per == "sample" and (not array.ndim or len(array) != samples):
+                raise ArgumentError(
+                    f"keep={name!r} gives values of shape {array.shape}, and the batch has "
+                    f"{samples} samples: one for each is needed"
+                )
+            if text:
+                array = array.astype(object)
+            dtype = "string" if text else str(array.dtype)
+            found.append((FieldSpec(name, per, array.shape[1:], dtype), array))
+        return found
+
+
+def _axis(fm: FeatureMap) -> int | None:
+    return None if fm.filter_dim is None else fm.filter_dim % fm.tensor.dim()
+
+
+def _unpadded(values: Tensor, mask: Tensor) -> Tensor:
+    """The rows that the mask keeps; where it is on the host, no device has to be waited for."""
+    at = mask.reshape(-1).nonzero().squeeze(1)
+    return values.flatten(0, 1).index_select(0, at.to(values.device, non_blocking=True))
+
+
+def _called(pool: Callable[[FeatureMap], Tensor], fm: FeatureMap, said: str) -> Tensor:
+    found = pool(fm)
+    if not isinstance(found, Tensor):
+        raise ArgumentError(
+            f"pool= gave {type(found).__name__} for {said}: a tensor with a row for each sample "
+            "is needed"
+        )
+    return found.detach()
+
+
+def _pooled(
+    tensor: Tensor, axis: int | None, pool: str, mask: Tensor | None, said: str
+) -> tuple[Tensor, int | None]:
+    """Over all axes but those of samples and filters; where there is a mask, over what it keeps."""
+    if axis is None and mask is None and tensor.dim() > 2:
+        raise ArgumentError(
+            f"{said} has shape {tuple(tensor.shape)} and no filter axis, so what to pool over is "
+            "not known; give pool=function(fm)"
+        )
+    if axis == 0:
+        raise ArgumentError(f"{said} has its filters on axis 0: it was not made of a batch")
+    if axis is not None:
+        over = [d for d in range(1, tensor.dim()) if d != axis]
+    else:
+        over = [1] if mask is not None else []
+    if not over:
+        return tensor, axis
+    if not tensor.is_floating_point():
+        raise ArgumentError(f"{said} is of type {tensor.dtype}, which has no {pool}")
+    if mask is None:
+        found = tensor.mean(over) if pool == "mean" else tensor.amax(over)
+    else:
+        keep = mask.to(tensor.device).reshape(*mask.shape, *[1] * (tensor.dim() - 2))
+        if pool == "mean":
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            total = torch.where(keep, tensor, 0).sum(over, dtype=wide)
+            positions = mask.to(tensor.device).sum(1) * prod(tensor.shape[d] for d in over if d > 1)
+            found = (total / positions.reshape(-1, *[1] * (total.dim() - 1))).to(tensor.dtype)
+        else:
+            found = torch.where(keep, tensor, -torch.inf).amax(over)
+    return found, None if axis is None else 1
+
+
+def _field(data: Any, key: Any, asked: str) -> Any:
+    """An entry of a batch, by key, index or attribute.
+
+    Raises:
+        ArgumentError: it has no such entry.
+    """
+    if isinstance(data, Mapping):
+        if key in data:
+            return data[key]
+        raise ArgumentError(f"{asked}: the batch has no {key!r}; it has {listed(map(str, data))}")
+    if isinstance(key, int) and isinstance(data, (list, tuple)):
+        if -len(data) <= key < len(data):
+            return data[key]
+        raise ArgumentError(f"{asked}: the batch has {len(data)} entries, and none is at {key}")
+    if isinstance(key, str) and hasattr(data, key):
+        return getattr(data, key)
+    raise ArgumentError(
+        f"{asked}: a batch of type {type(data).__name__} has no {key!r}; name an entry by its "
+        "index, keep={'label': 1}, or give a function of the batch"
+    )
+
+
+def check_same(taken: Taken, arrays: Iterable[ArraySpec], fields: Iterable[FieldSpec]) -> None:
+    """Refuse a batch that gave other maps than the first one.
+
+    Raises:
+        StoreError: it did.
+    """
+    known = {spec.key: spec for spec in arrays}
+    given = {spec.key: spec for spec, _ in taken.arrays}
+    for key, spec in known.items():
+        if key not in given:
+            raise StoreError(
+                f"{spec.said} is missing in a batch, and the first one gave it; the layers of a "
+                "store are those that every batch runs"
+            )
+        if spec != given[key]:
+            raise StoreError(_other(spec.said, spec, given[key]))
+    for key, spec in given.items():
+        if key not in known:
+            raise StoreError(
+                f"a batch gave {spec.said}, and the first one did not; the layers of a store are "
+                "those that every batch runs"
+            )
+    for field, (now, _) in zip(fields, taken.fields, strict=True):
+        if field != now:
+            raise StoreError(_other(f"the field {field.name!r}", field, now))
+
+
+def _other(said: str, then: ArraySpec | FieldSpec, now: ArraySpec | FieldSpec) -> str:
+    hint = ""
+    if then.shape != now.shape:
+        hint = "; where inputs differ in size, pool=... makes rows of one shape, and of sequences "
+        hint += "mask=... makes a row of each token"
+    return (
+        f"{said} has rows of shape {then.shape} and type {then.dtype} in the first batch, and "
+        f"{now.shape} and {now.dtype} in a later one{hint}"
+    )

@@ -1,0 +1,213 @@
+"""Units on their way to the store: filled by the thread that runs the model, written by another.
+
+At most three units are in memory: the one that is filled, one that waits, one that is written. So
+memory is flat, and where the store is slower than the model, the model waits.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fmapkit.data._manifest import ArraySpec, FieldSpec, Manifest, UnitRecord, stored_dtype
+from fmapkit.data._place import Place
+from fmapkit.data._rows import Taken
+from fmapkit.errors import StoreError
+
+__all__ = ["Unit", "Writer"]
+
+Blocks = dict["ArraySpec | FieldSpec", "np.ndarray[Any, Any]"]
+
+
+class Unit:
+    """The rows of some batches in a row, while they come in.
+
+    Args:
+        number: of the unit.
+        start: number of its first sample.
+        manifest: of the store.
+        spare: buffers of a unit that has been written, to be used again.
+    """
+
+    def __init__(self, number: int, start: int, manifest: Manifest, spare: Blocks | None) -> None:
+        self.number = number
+        self.start = start
+        self.samples = self.rows = self.batches = 0
+        self.digest = ""
+        self._manifest = manifest
+        self._parts: dict[ArraySpec | FieldSpec, list[np.ndarray[Any, Any]]] = {}
+        self.buffers: Blocks = {}
+        if manifest.regular:
+            self.buffers = spare or {
+                spec: np.empty((manifest.rows_per_unit, *spec.shape), _dtype(spec))
+                for spec in manifest.specs
+            }
+
+    def add(self, taken: Taken) -> None:
+        """Copy the rows of a batch in: the model may overwrite them after it."""
+        for spec, rows in taken.arrays:
+            self._put(spec, _stored(rows, spec))
+        for field, values in taken.fields:
+            self._put(field, values)
+        self.samples += taken.samples
+        self.rows += taken.rows
+        self.batches += 1
+
+    def _put(self, spec: ArraySpec | FieldSpec, rows: np.ndarray[Any, Any]) -> None:
+        if self._manifest.regular:
+            self.buffers[spec][self.samples : self.samples + len(rows)] = rows
+        else:
+            self._parts.setdefault(spec, []).append(np.array(rows))
+
+    def blocks(self) -> Blocks:
+        """All rows, of each array and field."""
+        if self._manifest.regular:
+            return {spec: buffer[: self.samples] for spec, buffer in self.buffers.items()}
+        return {spec: np.concatenate(parts) for spec, parts in self._parts.items()}
+
+
+def _dtype(spec: ArraySpec | FieldSpec) -> Any:
+    if isinstance(spec, ArraySpec):
+        return stored_dtype(spec.dtype)
+    return object if spec.dtype == "string" else np.dtype(spec.dtype)
+
+
+def _stored(rows: Tensor, spec: ArraySpec) -> np.ndarray[Any, Any]:
+    """The values as NumPy has them: of a type that it lacks, the bits."""
+    host = rows.detach().cpu()
+    dtype = stored_dtype(spec.dtype)
+    if str(dtype) != spec.dtype:
+        host = host.contiguous().view({1: torch.uint8, 2: torch.uint16}[dtype.itemsize])
+    return host.numpy()
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    record: UnitRecord
+    unit: Unit
+    beside: Mapping[str, bytes]
+    stale: tuple[str, ...]
+
+
+class Writer:
+    """The thread that writes units, in order.
+
+    Args:
+        place: the store.
+        manifest: of it.
+        compressors: of its arrays.
+        done: is called with the record of each unit that is in the store, by the writing thread.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        manifest: Manifest,
+        compressors: Any,
+        done: Callable[[UnitRecord], None],
+    ) -> None:
+        self._place = place
+        self._manifest = manifest
+        self._compressors = compressors
+        self._done = done
+        self._arrays: dict[str, Any] = {}
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=1)
+        self._spare: queue.SimpleQueue[Blocks] = queue.SimpleQueue()
+        self._failed: BaseException | None = None
+        self._written = 0
+        self._thread = threading.Thread(target=self._run, name="fmapkit-writer", daemon=True)
+        self._thread.start()
+
+    def unit(self, number: int, start: int) -> Unit:
+        """An empty unit, in buffers that are used again."""
+        try:
+            spare = self._spare.get_nowait()
+        except queue.Empty:
+            spare = None
+        return Unit(number, start, self._manifest, spare)
+
+    def put(
+        self,
+        unit: Unit,
+        run: str = "",
+        absorbed: tuple[str, ...] = (),
+        beside: Mapping[str, bytes] | None = None,
+        stale: tuple[str, ...] = (),
+    ) -> None:
+        """Have a unit written, and committed; waits while another one does.
+
+        Args:
+            unit: all of it.
+            run: as in `UnitRecord`.
+            absorbed: as in `UnitRecord`.
+            beside: objects that are written before the commit, by path.
+            stale: paths that are removed after it.
+
+        Raises:
+            StoreError: a unit before could not be written.
+        """
+        self._check()
+        record = UnitRecord(
+            unit.number,
+            unit.start,
+            unit.samples,
+            unit.rows,
+            unit.batches,
+            unit.digest,
+            run,
+            absorbed,
+        )
+        job = _Job(record, unit, beside or {}, stale)
+        while True:
+            try:
+                return self._jobs.put(job, timeout=0.5)
+            except queue.Full:
+                self._check()
+
+    def close(self) -> None:
+        """Wait for all that was put.
+
+        Raises:
+            StoreError: something could not be written.
+        """
+        while self._thread.is_alive():
+            try:
+                self._jobs.put(None, timeout=0.5)
+                break
+            except queue.Full:
+                continue
+        self._thread.join()
+        self._check()
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise StoreError(
+                f"could not write to {self._place}: {self._failed}; what was committed before is "
+                "kept, and the same call goes on from there"
+            ) from self._failed
+
+    def _run(self) -> None:
+        try:
+            while (job := self._jobs.get()) is not None:
+                self._write(job)
+        except BaseException as error:
+            self._failed = error
+
+    def _write(self, job: _Job) -> None:
+        place = self._place
+        place.write(self._manifest, job.record, job.unit.blocks(), self._arrays, self._compressors)
+        for path, content in job.beside.items():
+            place.write_bytes(path, content)
+        place.commit(job.record)
+        for path in job.stale:
+            place.remove(path)
+        if job.unit.buffers:
+            self._spare.put(job.unit.buffers)
+        self._done(job.record)

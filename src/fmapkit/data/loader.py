@@ -1,0 +1,357 @@
+"""`RowLoader`: batches of rows in a shuffled order, from a store or straight from a model.
+
+Rows come in blocks: the units of a store, the batches of a loader. A buffer is filled with blocks,
+rows are drawn from it, and as half of it is used up it is filled again. Every draw is a function of
+(seed, epoch, rank, number of the refill), so the order is the same each time, and a state is the
+identity of the rows in the buffer: they are read (or worked out) again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fmapkit.data._arrays import StoredArray
+from fmapkit.data._fingerprint import differences
+from fmapkit.errors import ArgumentError
+
+__all__ = ["Block", "RowLoader", "RowSource", "StoredRows"]
+
+Block = tuple[int, dict[str, Tensor]]  # its number, and the same rows of each array
+
+
+class RowSource(Protocol):
+    """Where rows come from."""
+
+    def sizes(self) -> list[int] | None:
+        """Rows of each block; None where that is not known before."""
+
+    def blocks(
+        self, numbers: Sequence[int] | None, rank: int, world: int, skip: int
+    ) -> Iterator[Block]:
+        """Blocks: those of these numbers, in that order; of None, every `world`-th from `rank` on.
+
+        Args:
+            numbers: which, where the sizes are known.
+            rank: the first, where they are not.
+            world: the step.
+            skip: how many of these are left out at the beginning.
+        """
+
+    def take(self, ids: Tensor) -> dict[str, Tensor]:
+        """Rows by number of block and row in it: (rows, 2)."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a state has to agree with."""
+
+
+class StoredRows:
+    """Rows of arrays of a store, which have the same number of them.
+
+    Args:
+        arrays: by the name under which they are given.
+
+    Raises:
+        ArgumentError: one is text.
+    """
+
+    def __init__(self, arrays: Mapping[str, StoredArray]) -> None:
+        for name, array in arrays.items():
+            if array.dtype is None:
+                raise ArgumentError(f"{name!r} is text, which cannot be put into a batch of rows")
+        self._arrays = dict(arrays)
+        self._bounds = next(iter(arrays.values())).bounds
+
+    def sizes(self) -> list[int] | None:
+        """Rows of each unit."""
+        return [last - first for first, last in self._bounds]
+
+    def blocks(
+        self, numbers: Sequence[int] | None, rank: int, world: int, skip: int
+    ) -> Iterator[Block]:
+        """Units."""
+        assert numbers is not None
+        for number in numbers[skip:]:
+            first, last = self._bounds[number]
+            yield number, {n: a.view(first, last) for n, a in self._arrays.items()}
+
+    def take(self, ids: Tensor) -> dict[str, Tensor]:
+        """Rows by unit and row in it."""
+        starts = torch.tensor([first for first, _ in self._bounds])
+        rows = starts[ids[:, 0]] + ids[:, 1]
+        return {name: array[rows] for name, array in self._arrays.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Names, shapes and types."""
+        arrays = {n: [list(a.shape), str(a.dtype)] for n, a in self._arrays.items()}
+        return {"rows of": arrays, "units": len(self._bounds)}
+
+
+class RowLoader:
+    """Batches of rows; iterated anew it goes on to the next epoch, in another order.
+
+    Args:
+        source: of the rows.
+        batch: rows of each batch.
+        shuffle: "buffer", or None for the order of the source.
+        buffer: rows of the buffer.
+        seed: of the order.
+        rank: the part of this rank; None for torch.distributed's.
+        world: of how many; None for torch.distributed's.
+        drop_last: leave out a last batch that is not full.
+        single: give tensors in the place of dicts.
+
+    Raises:
+        ArgumentError: a number cannot be meant.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        batch: int,
+        *,
+        shuffle: str | None = "buffer",
+        buffer: int = 2**16,
+        seed: int = 0,
+        rank: int | None = None,
+        world: int | None = None,
+        drop_last: bool = False,
+        single: bool = False,
+    ) -> None:
+        for name, value in (("batch", batch), ("buffer", buffer)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"{name} must be a positive int, not {value!r}")
+        if shuffle not in ("buffer", None):
+            raise ArgumentError(f"shuffle must be 'buffer' or None, not {shuffle!r}")
+        if shuffle and buffer < 2 * batch:
+            raise ArgumentError(
+                f"buffer={buffer} is less than two batches of {batch} rows: half of it is drawn "
+                "before it is filled again"
+            )
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ArgumentError(f"seed must be an int, not {seed!r}")
+        joined = dist.is_available() and dist.is_initialized()
+        self._rank = rank if rank is not None else dist.get_rank() if joined else 0
+        self._world = world if world is not None else dist.get_world_size() if joined else 1
+        if not 0 <= self._rank < self._world:
+            raise ArgumentError(f"rank must be from 0 to {self._world - 1}, not {self._rank}")
+        self._source = source
+        self._batch = batch
+        self._shuffle = shuffle == "buffer"
+        self._capacity = buffer if shuffle else batch
+        self._seed = seed
+        self._drop_last = drop_last
+        self._single = single
+        self._epoch = 0
+        self._at = _Position()
+        self._going = False  # whether a state was loaded, and the next iteration goes on from it
+
+    def __len__(self) -> int:
+        """Batches of an epoch, the same on every rank.
+
+        Raises:
+            TypeError: how many rows come is not known.
+        """
+        limit = self._limit(self._epoch)
+        if limit is None:
+            raise TypeError("how many rows a model will give is not known before it has run")
+        return limit
+
+    def __iter__(self) -> Iterator[Any]:
+        """The rest of the epoch where a state was loaded, else an epoch from its beginning."""
+        if not self._going:
+            self._at = _Position()
+        self._going = False
+        position = self._at
+        limit = self._limit(self._epoch)
+        pool = _Pool(self._source.take(position.ids) if len(position.ids) else {}, position.ids)
+        blocks = self._source.blocks(
+            self._order(self._epoch), self._rank, self._world, position.blocks
+        )
+        while limit is None or position.batches < limit:
+            if not position.left:
+                self._refill(pool, blocks, position)
+                if not position.left:
+                    break
+            count = min(self._batch, position.left)
+            rows = pool.pop(count)
+            position.left -= count
+            if count < self._batch and self._drop_last:
+                break
+            position.batches += 1
+            position.ids = pool.ids
+            yield next(iter(rows.values())) if self._single else rows
+        self._epoch += 1
+        self._at = _Position()
+
+    def _refill(self, pool: _Pool, blocks: Iterator[Block], position: _Position) -> None:
+        """Fill the buffer, draw the order of what is in it, and say how much of it to give."""
+        ended = False
+        while len(pool) < max(self._capacity, self._batch):
+            block = next(blocks, None)
+            if block is None:
+                ended = True
+                break
+            pool.add(*block)
+            position.blocks += 1
+        if self._shuffle:
+            drawn = self._generator(self._epoch, self._rank, position.refills)
+            pool.reorder(torch.randperm(len(pool), generator=drawn))
+        position.refills += 1
+        if ended:
+            position.left = len(pool)
+            return
+        part = len(pool) // 2 if self._shuffle else len(pool)
+        position.left = max(1, part // self._batch) * self._batch
+
+    def _generator(self, *numbers: int) -> torch.Generator:
+        text = repr((self._seed, *numbers)).encode()
+        number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+        return torch.Generator().manual_seed(number & (2**63 - 1))
+
+    def _blocks_in_order(self, epoch: int) -> list[int] | None:
+        sizes = self._source.sizes()
+        if sizes is None:
+            return None
+        if not self._shuffle:
+            return list(range(len(sizes)))
+        order: list[int] = torch.randperm(len(sizes), generator=self._generator(epoch)).tolist()
+        return order
+
+    def _order(self, epoch: int) -> list[int] | None:
+        """This rank's blocks, in the order of an epoch."""
+        order = self._blocks_in_order(epoch)
+        return None if order is None else order[self._rank :: self._world]
+
+    def _limit(self, epoch: int) -> int | None:
+        """Batches of an epoch: of the rank that has fewest, so that no rank waits for another."""
+        sizes, order = self._source.sizes(), self._blocks_in_order(epoch)
+        if sizes is None or order is None:
+            return None
+        rows = [sum(sizes[n] for n in order[r :: self._world]) for r in range(self._world)]
+        return min(n // self._batch if self._drop_last else -(-n // self._batch) for n in rows)
+
+    # -- states -----------------------------------------------------------------------------------
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "batch": self._batch,
+            "buffer": self._capacity,
+            "shuffle": self._shuffle,
+            "seed": self._seed,
+            "rank": self._rank,
+            "world": self._world,
+            "drop_last": self._drop_last,
+            **self._source.describe(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the order is: tensors and plain values, 16 bytes for each row of the buffer."""
+        at = self._at
+        return {
+            "config": self._config(),
+            "epoch": self._epoch,
+            "ids": at.ids.clone(),
+            "left": at.left,
+            "blocks": at.blocks,
+            "refills": at.refills,
+            "batches": at.batches,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there: the next iteration gives what would have come.
+
+        Raises:
+            ArgumentError: the state is of other rows, or of other arguments.
+        """
+        then, now = state["config"], self._config()
+        if words := differences(then, now):
+            raise ArgumentError(f"the state is of another loader: {'; '.join(words)}")
+        self._epoch = int(state["epoch"])
+        self._at = _Position(
+            state["ids"].clone(),
+            *(int(state[k]) for k in ("left", "blocks", "refills", "batches")),
+        )
+        self._going = True
+
+
+class _Position:
+    """How far an epoch is: the rows in the buffer, in the order in which they will be given."""
+
+    def __init__(
+        self,
+        ids: Tensor | None = None,
+        left: int = 0,
+        blocks: int = 0,
+        refills: int = 0,
+        batches: int = 0,
+    ) -> None:
+        self.ids = torch.empty(0, 2, dtype=torch.int64) if ids is None else ids
+        self.left = left
+        self.blocks = blocks
+        self.refills = refills
+        self.batches = batches
+
+
+class _Pool:
+    """Rows in slots that are used again, and the order in which they will be given.
+
+    Args:
+        rows: to begin with, in order.
+        ids: of these.
+    """
+
+    def __init__(self, rows: dict[str, Tensor], ids: Tensor) -> None:
+        self._rows = rows
+        self._size = len(ids)  # slots
+        self._ids = ids.clone()  # of each slot
+        self._order = torch.arange(len(ids))  # slots, as they will be given
+        self._free = torch.empty(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @property
+    def ids(self) -> Tensor:
+        """Of all rows, in order."""
+        return self._ids[self._order]
+
+    def reorder(self, order: Tensor) -> None:
+        """Put the rows into another order."""
+        self._order = self._order[order]
+
+    def pop(self, count: int) -> dict[str, Tensor]:
+        """The next rows."""
+        slots, self._order = self._order[:count], self._order[count:]
+        self._free = torch.cat([self._free, slots])
+        return {n: t.index_select(0, slots.to(t.device)) for n, t in self._rows.items()}
+
+    def add(self, number: int, rows: dict[str, Tensor]) -> None:
+        """Take a block in."""
+        count = len(next(iter(rows.values())))
+        if len(self._free) < count:
+            self._grow(rows, self._size - len(self._free) + count)
+        slots, self._free = self._free[:count], self._free[count:]
+        for name, values in rows.items():
+            self._rows[name].index_copy_(0, slots.to(values.device), values)
+        self._ids[slots, 0] = number
+        self._ids[slots, 1] = torch.arange(count)
+        self._order = torch.cat([self._order, slots])
+
+    def _grow(self, like: dict[str, Tensor], least: int) -> None:
+        """Room for more: half as many again, so that growing is rare."""
+        size = max(least, self._size + self._size // 2)
+        for name, values in like.items():
+            wider = values.new_empty((size, *values.shape[1:]))
+            if self._size:
+                wider[: self._size] = self._rows[name]
+            self._rows[name] = wider
+        ids = torch.zeros(size, 2, dtype=torch.int64)
+        ids[: self._size] = self._ids
+        self._free = torch.cat([self._free, torch.arange(self._size, size)])
+        self._ids, self._size = ids, size

@@ -1,0 +1,1 @@
+"""Processes that tests of `fmapkit.data` start, and kill."""
