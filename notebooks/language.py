@@ -166,7 +166,6 @@ found = patch(
 )
 print(found)
 found.plot(positions=["well", "so", f"Ada/{other}", "likes"])
-plt.show()
 
 # %% [markdown]
 # ## Probes
@@ -180,7 +179,6 @@ read
 
 # %%
 read.plot(title="which name? read at the last position")
-plt.show()
 
 # %% [markdown]
 # ## Steering

@@ -139,8 +139,7 @@ with capture(hot, kinds="activation", analyses=[dead], keep=0):
 dead
 
 # %%
-figure = dead.plot(title="which filters fired, from left to right")
-plt.show()
+dead.plot(title="which filters fired, from left to right")
 
 # %% [markdown]
 # `dead["conv3"]` says when each fired for the last time. As a page to share: `dead.to_html("dead.html")`.

@@ -98,7 +98,6 @@ image = tests[truth == 3][:1]
 with capture(model) as maps, torch.no_grad():
     model(image)
 maps.plot("conv*", image=image[0])
-plt.show()
 
 # %% [markdown]
 # ## Filters
@@ -133,7 +132,6 @@ with capture(model, "conv3", kinds="activation", analyses=top, keep=0), torch.no
     for batch in tests.split(64):
         model(batch)
 top["conv3"].plot(tests, model=model, filters="strongest", max_filters=4)
-plt.show()
 
 # %% [markdown]
 # ## What of the image did it
@@ -145,9 +143,7 @@ plt.show()
 ring = names.index("ring")
 drops = occlusion(model, image, "fc", filter=ring, window=4, stride=2, show_progress=False)
 drops.plot(image[0])
-plt.show()
 
 # %%
 cam = grad_cam(model, image, "conv3", ring)
 plot_heat(cam[0], image[0], title="Grad-CAM of conv3 for the ring")
-plt.show()
