@@ -57,7 +57,10 @@ def _make_fx_is_tracing() -> bool:
 
 def _fx_is_tracing() -> bool:
     """Whether torch.fx traces: it calls modules with what stands for tensors."""
-    return bool(fx._symbolic_trace._is_fx_tracing_flag)
+    tracer: Any = fx._symbolic_trace
+    if hasattr(tracer, "_get_is_fx_tracing"):  # since torch 2.14, a thread has a flag of its own
+        return bool(tracer._get_is_fx_tracing())
+    return bool(tracer._is_fx_tracing_flag)
 
 
 class Unseen:
