@@ -244,6 +244,38 @@ def test_sparse_and_complex_maps(tmp_path: Path) -> None:
     assert dict(complex_["panels"][0]["facts"])["max"] == [4.24264, 5.65685]  # |3+3i|, |4+4i|
 
 
+def test_tokens_as_the_image_that_they_were_cut_from(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 2))
+    with capture(model) as maps, torch.no_grad():
+        model(torch.randn(2, 13, 3))  # a class token, and 4×3 patches
+    _, layer, _ = _data(maps.to_html(tmp_path / "m.html", grid=(4, 3), sample=1))
+    a = layer["panels"][1]
+    assert a["note"] == "5 filters, tokens as 4×3 without the first 1"
+    assert (a["form"], a["shape"]) == ("image", [5, 4, 3])
+    truth = maps["0"].tensor[1, 1:].T.reshape(5, 4, 3).double().numpy()
+    back = (_codes(a).astype(float) - a["zero"]) * a["step"]
+    assert np.abs(back - truth).max() <= a["step"] / 2 * (1 + 1e-9)
+    assert _said(maps, tmp_path / "n.html", grid=(4, 4)) == (
+        "grid=(4, 4) takes maps of shape (samples, tokens, filters) with 16 tokens or more, and "
+        "there is none"
+    )
+
+
+def test_an_image_as_it_was_before_it_was_normalised(
+    shown: tuple[FeatureMaps, Tensor], tmp_path: Path
+) -> None:
+    maps, images = shown
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.2, 0.3]
+    scaled = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    one = _data(maps.to_html(tmp_path / "a.html", image=images))[0]
+    two = _data(maps.to_html(tmp_path / "b.html", image=scaled, mean=mean, std=std))[0]
+    assert one == two
+    assert _said(maps, tmp_path / "n.html", image=images, mean=mean) == (
+        "mean= and std= go together: the image is (x - mean) / std"
+    )
+
+
 # -- errors ------------------------------------------------------------------------------------
 
 

@@ -374,6 +374,9 @@ class FeatureMaps:
         sample: int = 0,
         max_filters: int = 1024,
         max_side: int = 56,
+        grid: tuple[int, int] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
         analyses: Any = (),
         title: str | None = None,
     ) -> Path:
@@ -387,6 +390,10 @@ class FeatureMaps:
             sample: which sample of the batch.
             max_filters: how many filters of a map go in; of more, those with the highest |value|.
             max_side: larger images go in as means of blocks of pixels, in pixels a side.
+            grid: of maps of tokens that are patches of an image: their rows and columns. Tokens
+                before these, such as the class token, are left out.
+            mean: of the image's channels, where it was normalised by it; with `std`.
+            std: of the image's channels.
             analyses: analyses and Matplotlib figures that go in below the maps.
             title: of the page.
 
@@ -397,8 +404,8 @@ class FeatureMaps:
             NoPassError: there are no maps yet.
             MapLookupError: `layers` selects none of the captured ones.
             MapStateError: a map cannot be read any more.
-            ArgumentError: there is no such sample, a number is not positive, or the image has
-                another shape.
+            ArgumentError: there is no such sample, a number is not positive, no map has the tokens
+                of `grid`, or the image has another shape.
         """
         from fmapkit import page
 
@@ -408,6 +415,9 @@ class FeatureMaps:
             sample=sample,
             max_filters=max_filters,
             max_side=max_side,
+            grid=grid,
+            mean=mean,
+            std=std,
             analyses=analyses,
             title=title,
         )

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from fmapkit.errors import ArgumentError, MapLookupError, NoPassError, listed
 from fmapkit.page.encoding import png
 from fmapkit.page.of_analyses import analysis_sections
 from fmapkit.page.of_maps import map_sections
 from fmapkit.page.panels import Section
+from fmapkit.views import unnormalised
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMaps
@@ -34,6 +36,9 @@ def write_maps(
     sample: int = 0,
     max_filters: int = 1024,
     max_side: int = 56,
+    grid: tuple[int, int] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
     analyses: Any = (),
     title: str | None = None,
 ) -> Path:
@@ -54,6 +59,10 @@ def write_maps(
         sample: which sample of the batch.
         max_filters: how many filters of a map go in; of more, those with the highest |value|.
         max_side: larger images go in as means of blocks of pixels, in pixels a side.
+        grid: of maps of tokens that are patches of an image: their rows and columns. Tokens before
+            these, such as the class token, are left out.
+        mean: of the image's channels, where it was normalised by it; with `std`.
+        std: of the image's channels.
         analyses: analyses and Matplotlib figures that go in below the maps; one, or several.
         title: of the page; None for a title that names no model.
 
@@ -64,18 +73,22 @@ def write_maps(
         NoPassError: there are no maps yet.
         MapLookupError: `layers` selects none of the captured ones.
         MapStateError: a map cannot be read any more.
-        ArgumentError: there is no such sample, a number is not positive, or the image has another
-            shape.
+        ArgumentError: there is no such sample, a number is not positive, no map has the tokens of
+            `grid`, or the image has another shape.
     """
     _check_positive(max_filters=max_filters, max_side=max_side)
+    if (mean is None) != (std is None):
+        raise ArgumentError("mean= and std= go together: the image is (x - mean) / std")
     found = maps.select(layer=layers, step=-1)
     if not found:
         known = maps.layers
         if not known:
             raise NoPassError("nothing to show: no maps are held; run the model in the block first")
         raise MapLookupError(f"nothing to show: {layers!r} is none of {listed(known)}")
+    if image is not None and mean is not None and std is not None:
+        image = unnormalised(torch.as_tensor(image), mean, std)
     sections = [*_image(image, sample), _table(maps)]
-    sections += map_sections(found, sample, max_filters, max_side)
+    sections += map_sections(found, sample, max_filters, max_side, grid)
     sections += analysis_sections(analyses)
     step = found[0].step
     subtitle = f"sample {sample} of step {step}"
