@@ -157,6 +157,7 @@ def test_large_images_are_means_and_weak_filters_are_left_out_and_said(tmp_path:
     a = layer["panels"][1]
     assert a["note"] == ("9 filters, the 3 strongest of them here, 11×8 drawn as means of 3×2")
     assert a["labels"] == [1, 3, 5]  # weights 9, 8, 7, in the order of their numbers
+    assert layer["panels"][0]["labels"] == [1, 3, 5]
     assert a["shape"] == [3, 4, 4]
     whole = maps["0"].tensor[0, [1, 3, 5]].double()
     # Rows 0–2, 3–5, 6–8, 9–10; columns in pairs.
@@ -165,6 +166,16 @@ def test_large_images_are_means_and_weak_filters_are_left_out_and_said(tmp_path:
     back = (_codes(a).astype(float) - a["zero"]) * a["step"]
     assert np.abs(back - truth.numpy()).max() <= a["step"] / 2 * (1 + 1e-9)
     assert dict(a["facts"])["max"] == [float(f"{v:.6g}") for v in whole.flatten(1).amax(1)]
+
+
+def test_a_layer_keeps_the_same_filters_of_z_as_of_a(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(1, 4, bias=False), nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0], [-9.0], [2.0], [-8.0]]))
+    with capture(model) as maps, torch.no_grad():
+        model(torch.ones(1, 1))
+    _, layer = _data(maps.to_html(tmp_path / "m.html", max_filters=2))
+    assert [panel["labels"] for panel in layer["panels"]] == [[0, 2], [0, 2]]  # not 1 and 3
 
 
 def test_what_is_not_a_number_is_said(tmp_path: Path) -> None:

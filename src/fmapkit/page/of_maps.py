@@ -48,12 +48,14 @@ def _section(
     group: list[FeatureMap], sample: int, max_filters: int, max_side: int, grid: Grid
 ) -> Section:
     first = group[0]
+    wanted = _wanted(group, sample, max_filters, max_side)
     panels: list[Panel] = []
     notes: list[str] = []
     for fm in group:
         as_image = grid is not None and _of_tokens(fm, grid)
         shown = as_grid(fm, *grid) if grid is not None and as_image else fm
-        drawn = tiles_of(shown, sample, max_filters, max_side)
+        own = wanted is not None and fm.kind != "input"  # an input's are other filters
+        drawn = tiles_of(shown, sample, max_filters, max_side, wanted if own else None)
         if isinstance(drawn, str):
             notes.append(f"{_meaning(fm)}: {drawn}.")
             continue
@@ -82,6 +84,18 @@ def _section(
     if first.call:
         tags.insert(0, f"call {first.call}")
     return Section(first.layer or "(model)", " · ".join(tags), tuple(panels), " ".join(notes))
+
+
+def _wanted(
+    group: list[FeatureMap], sample: int, max_filters: int, max_side: int
+) -> tuple[int, ...] | None:
+    """The filters that are kept of all maps of a layer: its activation's strongest, if any."""
+    own = [fm for fm in group if fm.filters is not None and fm.kind != "input"]
+    if not any(len(fm) > max_filters for fm in own):
+        return None
+    leads = next((fm for fm in reversed(own) if fm.kind == "activation"), own[-1])
+    drawn = tiles_of(leads, sample, max_filters, max_side)
+    return None if isinstance(drawn, str) else drawn.labels
 
 
 def _shape(fm: FeatureMap) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,7 +64,13 @@ class Tiles:
     note: str
 
 
-def tiles_of(fm: FeatureMap, sample: int, max_filters: int, max_side: int) -> Tiles | str:
+def tiles_of(
+    fm: FeatureMap,
+    sample: int,
+    max_filters: int,
+    max_side: int,
+    wanted: Collection[int] | None = None,
+) -> Tiles | str:
     """The tiles of one map; or the reason why it cannot be drawn.
 
     Args:
@@ -71,6 +78,7 @@ def tiles_of(fm: FeatureMap, sample: int, max_filters: int, max_side: int) -> Ti
         sample: which sample of the batch.
         max_filters: of more, those with the highest |value| are kept.
         max_side: larger images are averaged over blocks until no side is longer.
+        wanted: keep these filters in place of its own strongest.
 
     Raises:
         ArgumentError: there is no such sample.
@@ -88,8 +96,11 @@ def tiles_of(fm: FeatureMap, sample: int, max_filters: int, max_side: int) -> Ti
     what = "filters" if fm.filters is not None else "entries"
     note = f"{len(values)} {what}{note}"
     if len(values) > max_filters:
-        kept = np.sort(np.argsort(-facts.peak, kind="stable")[:max_filters])
-        note += f", the {max_filters} strongest of them here"
+        if wanted is None:
+            kept = np.sort(np.argsort(-facts.peak, kind="stable")[:max_filters])
+        else:
+            kept = np.array([i for i, label in enumerate(labels) if label in wanted])
+        note += f", the {len(kept)} strongest of them here"
         values = values[torch.from_numpy(kept)]
         labels = tuple(labels[i] for i in kept)
         facts = Facts(*(getattr(facts, name)[kept] for name in Facts.__slots__))
