@@ -23,7 +23,7 @@ from benchmarks.models import GPT, ResNet
 from fmapkit import capture, edits, patch
 from fmapkit.edits import Where
 
-__all__ = ["CASES", "run"]
+__all__ = ["CASES", "Case", "measured", "patching", "run", "silencing", "steering"]
 
 Contender = Callable[[nn.Module], AbstractContextManager[Any]]
 
@@ -81,9 +81,16 @@ class Case:
     contenders: dict[str, Contender]
 
 
-def _steering(layer: str, width: int, last: str) -> dict[str, Contender]:
+def steering(layer: str, width: int, last: str) -> dict[str, Contender]:
+    """Adding a vector to what a block returns, and attention probabilities.
+
+    Args:
+        layer: the block.
+        width: of its residual stream.
+        last: a layer of which one map is held, so that what is timed is the edit.
+    """
     v = torch.randn(width)
-    held: Any = {"layers": last, "kinds": "response"}  # one map: what is timed is the edit
+    held: Any = {"layers": last, "kinds": "response"}
     at = Where(layer, "output", at=-1, filter_axis=-1)
     return {
         "hook by hand: add": partial(_hook, layer, lambda out: out + v),
@@ -96,7 +103,9 @@ def _steering(layer: str, width: int, last: str) -> dict[str, Contender]:
     }
 
 
-def _silencing(layer: str) -> dict[str, Contender]:
+def silencing(layer: str) -> dict[str, Contender]:
+    """One filter of what a block of convolutions returns is zero."""
+
     def one(out: Tensor) -> Tensor:
         out = out.clone()
         out[:, 5] = 0
@@ -118,19 +127,19 @@ CASES = [
         "GPT, 6 layers, 1x64 tokens",
         GPT,
         lambda: torch.randint(0, 1024, (1, 64)),
-        _steering("h.3", 256, "lm_head"),
+        steering("h.3", 256, "lm_head"),
     ),
     Case(
         "GPT, 6 layers, 8x128 tokens",
         GPT,
         lambda: torch.randint(0, 1024, (8, 128)),
-        _steering("h.3", 256, "lm_head"),
+        steering("h.3", 256, "lm_head"),
     ),
     Case(
         "ResNet-18, 2x3x160x160",
         ResNet,
         lambda: torch.randn(2, 3, 160, 160),
-        _silencing("layer2"),
+        silencing("layer2"),
     ),
 ]
 

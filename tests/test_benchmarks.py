@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks import __main__ as command
 from benchmarks import (
+    editing,
     growth,
     measure,
     peers,
@@ -558,3 +559,32 @@ def test_fmapkit_is_right_in_every_case(case: Case) -> None:
     assert truth
     for verdict in verdicts.values():
         assert verdict.as_dict() == {"right": len(truth), "wrong": 0, "unseen": 0}
+
+
+def test_edits_and_attention_are_measured_beside_hooks_by_hand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each contender runs, and does what its hook does: a table of all of them is printed."""
+
+    def tiny() -> nn.Module:
+        return editing.GPT(layers=2, width=16, heads=2, vocabulary=32)
+
+    steering = editing.steering("h.1", 16, "lm_head")
+    tokens = torch.randint(0, 32, (1, 8))
+    case = editing.Case("tiny", tiny, lambda: tokens, steering)
+    torch.manual_seed(0)
+    model = tiny().eval()
+    with torch.no_grad():
+        outs = {}
+        for name, contender in steering.items():
+            with contender(model):
+                outs[name] = model(tokens)
+        assert torch.equal(outs["hook by hand: add"], outs["edit: add"])
+        assert torch.equal(outs["hook by hand: the last token"], outs["edit: the last token"])
+        assert torch.equal(outs["attention by hand"], outs['kinds="attention"'])
+    monkeypatch.setattr(editing, "CASES", [case])
+    monkeypatch.setattr(editing, "patching", lambda budget: {})
+    editing.run(0.0)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in steering)
+    assert command.parser().parse_args(["editing"]).threads == 1

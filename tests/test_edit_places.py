@@ -871,3 +871,51 @@ def test_a_function_may_call_modules_of_the_model_itself() -> None:
             assert [fm.call for fm in maps] == [0]
             assert not torch.equal(seen[-1], out)
     assert maps.missed == []
+
+
+def test_what_a_wrapper_carries_is_edited_once() -> None:
+    model, x = nn.Sequential(nn.DataParallel(nn.Linear(3, 3)), nn.Tanh()), torch.randn(2, 3)
+    with torch.no_grad():
+        after, before = torch.tanh(model[0](x) + 1), torch.tanh(model[0](x + 1))
+        for kind, expected in (("output", after), ("input", before)):
+            with capture(model, edit={("0", kind): edits.add(1.0)}):
+                for _ in range(2):
+                    assert torch.equal(model(x), expected)
+
+
+def test_a_way_through_the_code_that_no_pass_has_taken_is_not_run_unedited() -> None:
+    ways = {"long": False}
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.extra = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.extra(x).relu() if ways["long"] else x
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = Inner(), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.inner(x))
+
+    model, x = Outer(), torch.randn(2, 3)
+    before = truth.fingerprint(model)
+    with torch.no_grad():
+        short, long = model.head(model.inner.first(x)), model.head.bias.expand(2, 3)
+    where, text = Where("inner.extra", "activation", optional=True), "took a way through its code"
+    for other in ({}, {("head", "output"): edits.scale(1.0)}):
+        ways["long"] = False
+        with capture(model, edit={where: edits.zero(), **other}), torch.no_grad():
+            for _ in range(3):
+                assert torch.equal(model(x), short)
+            ways["long"] = True
+            with pytest.raises(EditError, match=text):
+                model(x)
+            for _ in range(3):
+                assert torch.equal(model(x), long)
+    truth.assert_nothing_left(before, model)

@@ -149,11 +149,15 @@ class Edits:
         return [e for e in self._all if e.is_of(name, kind)]
 
     def modules(self) -> set[nn.Module]:
-        """The modules of which inputs or outputs are edited, and all that contain these."""
-        found = {m for edit in self._all for m in edit.modules(self._names)}
-        whole = set(found)
+        """The modules that are traced in every pass, since inputs or outputs in them are edited.
+
+        What they are themselves given and return is edited around them, but for layers, whose
+        maps tell of it, and the model.
+        """
+        edited = {m for edit in self._all for m in edit.modules(self._names)}
+        found = {m for m in edited if m is self._names.model or layers.layer_axis(m) is not None}
         for module in self._names.by_module:
-            if not whole.isdisjoint(module.modules()):
+            if any(m in edited and m is not module for m in module.modules()):
                 found.add(module)
         return found
 

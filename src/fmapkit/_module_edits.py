@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fmapkit import layers
@@ -17,7 +18,7 @@ from fmapkit._frames import first_tensor
 from fmapkit._nested import leaves
 from fmapkit._origin import flow_of
 from fmapkit._rebuilt import rebuilt
-from fmapkit._store import Held
+from fmapkit._store import Entry, Held
 
 if TYPE_CHECKING:
     from fmapkit._trace import Tracer
@@ -38,15 +39,59 @@ class ModuleEdits:
         self._edits = edits
         self._calls: Counter[tuple[str, str]] = Counter()
         self._was: dict[int, tuple[Tensor, Tensor]] = {}  # by id of what went in: it, and its past
+        self._unit: nn.Module | None = None  # whose inputs were edited before it began
 
     def end(self) -> None:
         """Let go of all tensors."""
         self._was.clear()
 
+    def _name(self, module: nn.Module) -> str | None:
+        """Of a module of the model; None of others, and of wrappers: what they carry has it."""
+        names = self._tracer.names
+        return None if module in names.wrappers else names.by_module.get(module)
+
+    # -- around units, which are replayed as a whole, or learned ------------------------------
+
+    def enter_unit(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """A unit is about to run: the arguments that it is to get instead; None for its own."""
+        name = self._name(module)
+        if name is None or not (self._edits.of(name, "input") or self._edits.of(name, "output")):
+            return None
+        with torch._C.DisableTorchFunction():
+            given = self.input(module, args, kwargs)
+        self._unit = module
+        return given
+
+    def leave_unit(self, module: nn.Module, output: Any, failed: bool) -> Any:
+        """A unit has run: what it is to return instead; None for its own."""
+        if module is not self._unit:
+            return None
+        self._unit = None
+        if failed:
+            return None
+        with torch._C.DisableTorchFunction():
+            new, held = self.output(module, output)
+        if held and module in self._tracer.wants.outputs:
+            self._tell(self._tracer.names.of(module), held)
+        return new if held else None
+
+    def _tell(self, name: str, held: dict[str, Held]) -> None:
+        """Say of the maps of what a unit has just returned what went on in their place."""
+        call: int | None = None
+        for entry in reversed(self._tracer.current.segments):
+            if isinstance(entry, Entry) and entry.kind == "output" and entry.origin.name == name:
+                if call not in (None, entry.origin.call):
+                    break
+                call, entry.edited = entry.origin.call, held.get(entry.path)
+
+    # -- of each module -----------------------------------------------------------------------
+
     def input(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """A module is about to run: the arguments that it is to get instead; None for its own."""
-        name = self._tracer.names.of(module)
-        if not self._edits.of(name, "input"):
+        if module is self._unit:
+            return None
+        name = self._name(module)
+        if name is None or not self._edits.of(name, "input"):
             return None
         given = {"args": args, "kwargs": kwargs}
         found = {f"['args']{path}": tensor for path, tensor in leaves(args)}
@@ -73,8 +118,10 @@ class ModuleEdits:
         Returns:
             What it is to return, and what went on in the place of tensors, by their paths.
         """
-        name = self._tracer.names.of(module)
-        if not self._edits.of(name, "output"):
+        if module is self._unit:
+            return output, {}
+        name = self._name(module)
+        if name is None or not self._edits.of(name, "output"):
             return output, {}
         found = dict(leaves(output))
         usual = next(iter(found)) if len(found) == 1 else None

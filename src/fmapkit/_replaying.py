@@ -40,6 +40,11 @@ OTHER_PATH = (
     "pass are not kept, and the next one is traced"
 )
 
+UNEDITED = (
+    "a part of the model took a way through its code that no earlier pass had taken, in which an "
+    "edit may have had a place; the next pass is traced"
+)
+
 
 class Replaying:
     """Replays units.
@@ -90,10 +95,14 @@ class Replaying:
         """
         tracer = self._live.tracer
         inputs: list[Any] = []
-        origins = None
-        tensors = tensors_in(*args, kwargs)
+        origins = given = None
         if tracer is not None:
             self._live.trace_off()  # first of all: it would see what we look at
+            if tracer.editor:
+                given = tracer.editor.modules.enter_unit(module, args, kwargs)
+                args, kwargs = (args, kwargs) if given is None else given
+        tensors = tensors_in(*args, kwargs)
+        if tracer is not None:
             inputs = [tracer.tag(t) for t in tensors]
             origins = carried(inputs, self._wants.of)
         unit = self._units.of(module)
@@ -102,15 +111,16 @@ class Replaying:
         state = unit.state()
         known = unit.known(kind, state)
         plan = known.plan(sizes) if known is not None else None
+        asked = sizes, args, kwargs, inputs
         if someone_watches():  # and sees our looks, too, of which there are more in a traced pass
-            return self._learning.enter(module, None, 0, sizes, args, kwargs, inputs)
+            return self._learning.enter(module, None, 0, *asked) or given
         if known is None or plan is None:
-            return self._learning.enter(module, kind, state, sizes, args, kwargs, inputs)
+            return self._learning.enter(module, kind, state, *asked) or given
         if self._edits and self._edited_inside(plan, inputs):
-            return self._learning.enter(module, None, 0, sizes, args, kwargs, inputs)
+            return self._learning.enter(module, None, 0, *asked) or given
         self._start(module, plan, args, kwargs, inputs, self._paths.expect(known.items(sizes)))
         self._taking = (known, sizes)
-        return None
+        return given
 
     def _kind(self, unit: Unit, args: Any, kwargs: Any, origins: Any) -> Any:
         """What kind of call it is."""
@@ -199,6 +209,8 @@ class Replaying:
             self._check_beginning(run)
         elif not run.ended:
             self._check_path(run)
+        if self._edits and run.lost and not failed:
+            raise self._edits.refused(UNEDITED)
         if tracer is None:
             current.segments.append(run)
             return

@@ -278,12 +278,19 @@ class Session:
                 elif module is self.model:
                     live.idle, live.frame = False, None
                 return None
+            tracer = live.tracer
             if live.run is not None and live.run.module is module:
                 self._replaying.leave(args, kwargs, output)
+                if tracer is not None and tracer.editor:
+                    replaced = tracer.editor.modules.leave_unit(module, output, failed)
             elif live.run is not None:
                 self._replaying.after(live.run, module, args, kwargs, output, failed)
             elif live.lesson is not None and live.lesson.module is module:
                 replaced = self._learning.leave(module, output, failed)
+                if tracer is not None and tracer.editor:
+                    whole = output if replaced is None else replaced
+                    new = tracer.editor.modules.leave_unit(module, whole, failed)
+                    replaced = replaced if new is None else new
             elif live.tracer is not None:
                 self._moves.made(module, output)
                 replaced = live.tracer.leave(module, None if failed else output)

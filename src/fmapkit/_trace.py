@@ -561,6 +561,8 @@ class Tracer(TorchFunctionMode):
         Returns:
             What it is to return, if something was edited; None for its own.
         """
+        if self.editor and all(f.module is not module for f in self.frames):
+            return None  # an edit of its input has failed, and it has not begun
         frame = None
         while self.frames and (frame is None or frame.module is not module):
             frame = self.frames.pop()  # several, where a forward caught an exception of a child
