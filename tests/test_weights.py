@@ -5,23 +5,27 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 
-from fmapkit import FeatureMap, FeatureMaps, capture, register_layer
+from fmapkit import CaptureWarning, FeatureMap, FeatureMaps, capture, register_layer
 from fmapkit.errors import (
     FilterRangeError,
     KindNotCapturedError,
     MapOverwrittenError,
     MapReleasedError,
 )
+from tests.strategies import Model, models
 
 KINDS = ("input", "response", "preactivation", "activation")
 
@@ -438,3 +442,40 @@ def test_parametrized_by_a_user() -> None:
     x, y = pair(maps, "0")
     assert torch.equal(y.weight, y.weight.t())  # type: ignore
     assert torch.equal(F.linear(x.tensor, y.weight, y.bias), y.tensor)  # type: ignore[arg-type]
+
+
+def again(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The response of a layer, from the maps alone."""
+    if isinstance(module, nn.Linear):
+        return F.linear(x, weight, bias)
+    if isinstance(module, nn.ConvTranspose2d):
+        return F.conv_transpose2d(x, weight.transpose(0, 1), bias, module.stride, module.padding)
+    assert isinstance(module, nn.Conv2d)
+    return F.conv2d(x, weight, bias, module.stride, module.padding, 1, module.groups)
+
+
+@settings(max_examples=15)
+@given(models(), st.booleans())
+def test_of_any_model(drawn: Model, weights: bool) -> None:
+    """Whatever comes between layer and σ, each map has the rows of its own filters."""
+    model = drawn.build().eval()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", CaptureWarning)
+        with capture(model, kinds=KINDS, weights=weights) as maps:
+            for step in range(3):
+                model(drawn.inputs(step))
+    modules = dict(model.named_modules())
+    calls: dict[tuple[str, int], dict[str, FeatureMap]] = {}
+    for fm in maps:
+        module = modules.get(fm.layer)
+        if fm.kind == "input" or not isinstance(getattr(module, "weight", None), Tensor):
+            assert fm.weight is None or fm.kind != "input"
+        elif isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and fm.filters:
+            own = module.weight.transpose(0, 1) if "Trans" in str(module) else module.weight
+            assert torch.equal(fm.weight, own[list(fm.filters)])  # type: ignore[arg-type]
+        calls.setdefault((fm.layer, fm.call), {})[fm.kind] = fm
+    for (layer, _), kinds in calls.items():
+        x, y = kinds.get("input"), kinds.get("response")
+        if x is not None and y is not None and y.weight is not None:
+            response = again(modules[layer], x.tensor, y.weight, y.bias)
+            assert torch.equal(response, y.tensor)

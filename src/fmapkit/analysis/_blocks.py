@@ -142,13 +142,24 @@ class _Work:
         return self.flags[: raw.numel()].view(raw.shape)
 
     def _zeros(self, raw: Tensor) -> Tensor:
+        return self._counted(raw, "equal", 0)
+
+    def _counted(self, raw: Tensor, how: str, value: float) -> Tensor:
+        """Of how many values a comparison is true.
+
+        Args:
+            raw: the block.
+            how: "equal", "less_equal" or "greater_equal", as NumPy and torch call it.
+            value: to compare with.
+        """
         if raw.device.type != "cpu":
-            return along(torch.sum, torch.eq(raw, 0, out=self._mask(raw)))
+            compare = {"equal": torch.eq}.get(how) or getattr(torch, how)
+            return along(torch.sum, compare(raw, value, out=self._mask(raw)))
         if self.bytes is None:
             self.bytes = torch.empty(self._largest, dtype=torch.uint8)
         flags = self.bytes[: raw.numel()].view(raw.shape)
         # NumPy writes the flags as bytes at the speed of the cache; torch as slowly as numbers.
-        np.equal(raw.numpy(), 0, out=flags.numpy().view(np.bool_))
+        getattr(np, how)(raw.numpy(), value, out=flags.numpy().view(np.bool_))
         return _count(flags)
 
     def _nonfinite(self, raw: Tensor) -> Tensor:
@@ -156,9 +167,8 @@ class _Work:
 
     def _saturated(self, raw: Tensor, bounds: tuple[float, float]) -> Tensor:
         least, most = _rounded(*bounds) if raw.dtype == torch.float32 else bounds
-        flags = self._mask(raw)
-        below = along(torch.sum, torch.le(raw, least, out=flags))
-        return below + along(torch.sum, torch.ge(raw, most, out=flags))
+        below = self._counted(raw, "less_equal", least)
+        return below + self._counted(raw, "greater_equal", most)
 
 
 def _count(flags: Tensor) -> Tensor:

@@ -140,7 +140,11 @@ def _places(values: Tensor, samples: Tensor, wanted: Tensor) -> Tensor:
     else:
         whole = values.flatten(2)
         flat = whole.nan_to_num(nan=-torch.inf).argmax(2)[samples, filters]
-    return torch.stack(torch.unravel_index(flat, locations), -1)
+    found: list[Tensor] = []
+    for size in reversed(locations):  # torch.unravel_index would send the sizes to the device
+        found.append(flat % size)
+        flat = flat // size
+    return torch.stack(found[::-1], -1)
 
 
 def _argmax(rows: Tensor) -> Tensor:

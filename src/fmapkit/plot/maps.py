@@ -176,6 +176,7 @@ def _of_layer(
         thin = max_filters * (1 if leads.tensor.ndim > 3 or grid else pictures.THIN)
         wanted = pictures.chosen(leads, filters, sample, thin)
     rows: list[_Row] = []
+    weighted = False
     for fm in group:
         its = wanted if any(fm is one for one in own) else None  # an input's are other filters
         its_grid = grid if grid is not None and fm.filters is not None else None
@@ -185,7 +186,8 @@ def _of_layer(
                 picture.values, picture.labels, picture.signed, f"{picture.caption}, the strongest"
             )
         title = "" if rows else f"{_heading(fm)} · {picture.caption}"
-        if weights and not rows and fm.kind not in ("input", "output"):
+        if weights and not weighted and fm.kind not in ("input", "output"):
+            weighted = True
             if fm.weight is not None:
                 rows.append(_Row(_weights(fm, picture), "w", title))
                 title = ""
