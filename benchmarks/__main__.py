@@ -13,6 +13,7 @@ python -m benchmarks memory [--device DEVICE]
 python -m benchmarks longrun [--steps N] [--figure FILE]
 python -m benchmarks editing [--seconds S] [--threads N]
 python -m benchmarks statistics [--device DEVICE] [--seconds S] [--threads N] [--no-compile]
+python -m benchmarks extract [--only PART] [--images N] [--size PX] [--pairs N] [--where FOLDER]
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from benchmarks import (
     contenders,
     editing,
+    extract,
     growth,
     longrun,
     memory,
@@ -132,6 +134,14 @@ def parser() -> argparse.ArgumentParser:
     command = add("statistics", "running statistics beside one read of each map", 1.0)
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     command.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    command = add("extract", "features of a data set, beside the loop that throws them away")
+    parts = ("pooled", "full", "memory", "rows")
+    command.add_argument("--only", default="", choices=parts, help="one part of it")
+    command.add_argument("--images", type=int, default=2000, help="(default: 2000)")
+    command.add_argument("--size", type=int, default=64, help="of a side (default: 64)")
+    command.add_argument("--pairs", type=int, default=5, help="of each contender (default: 5)")
+    command.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    command.add_argument("--where", type=Path, metavar="FOLDER", help="on the disk to measure")
     return top
 
 
@@ -193,6 +203,15 @@ def main(arguments: list[str] | None = None) -> None:
         editing.run(given.seconds, given.threads)
     elif given.command == "statistics":
         statistics.run(given.device, given.threads, given.seconds, not given.no_compile)
+    elif given.command == "extract":
+        extract.run(
+            given.images,
+            given.size,
+            count=given.pairs,
+            threads=given.threads,
+            where=given.where,
+            only=given.only,
+        )
     else:
         longrun.run(given.steps, given.figure)
 

@@ -107,13 +107,16 @@ def test_every_row_is_the_models_own(model: Net, tmp_path: Path) -> None:
     assert torch.equal(features.samples, torch.arange(50))
 
 
-def test_one_zarr_array_a_layer_and_kind(model: Net, tmp_path: Path) -> None:
-    """Anybody's Zarr reads it: sharded by units of whole batches, with the tags."""
-    quiet(model, loader(), ["conv1", "conv2"], tmp_path / "f", batches_per_commit=3)
+@pytest.mark.parametrize("compress", [None, "zstd"])
+def test_one_zarr_array_a_layer_and_kind(model: Net, tmp_path: Path, compress: str | None) -> None:
+    """Anybody's Zarr reads it: an object a unit of whole batches, with the tags."""
+    given = (model, loader(), ["conv1", "conv2"], tmp_path / "f")
+    quiet(*given, batches_per_commit=3, compress=compress)
     root = zarr.open_group(tmp_path / "f", mode="r")
     array = root["layers/conv2/activation"]
-    assert (array.shape, array.shards) == ((50, 6, 5, 5), (24, 6, 5, 5))
-    assert 24 % array.chunks[0] == 0
+    assert array.shape == (50, 6, 5, 5)
+    assert (array.shards or array.chunks) == (24, 6, 5, 5)
+    assert bool(array.shards) == (compress is not None)
     assert array.metadata.dimension_names == ("samples", "filters", "axis2", "axis3")
     assert array.attrs["layer"] == "conv2"
     assert array.attrs["nonlinearity"] == "relu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -199,3 +200,25 @@ def test_wrong_arguments(model: nn.Module, features: Features) -> None:
         next(iter(stream(model, data(), "0", 16, kinds=("response", "activation"))))
     with pytest.raises(ArgumentError, match="no map came of the layers asked for"):
         next(iter(stream(nn.Sequential(nn.Linear(2, 2)).eval(), data(), "0", 16)))
+
+
+def test_the_sparse_autoencoder_of_the_examples_trains(tmp_path: Path) -> None:
+    """On rows of the model, and on those of a store; a state makes no difference."""
+    pytest.importorskip("sklearn")
+    from examples import sparse_autoencoder as example
+
+    torch.manual_seed(0)
+    x, y = example.digits()
+    net = example.reader(x, y)
+    images = DataLoader(TensorDataset(x), batch_size=64)
+    features = extract(net, images, "0", tmp_path / "f", progress=False)
+
+    def trained(loader: RowLoader, steps: int | None) -> float:
+        torch.manual_seed(0)
+        sae = example.SparseAutoencoder(64, 128, 8)
+        assert example.explained(sae, example.rows(net, x)) < 0
+        example.train(sae, loader, 8, steps)
+        return example.explained(sae, example.rows(net, x))
+
+    assert trained(example.rows(net, x), None) > 0.8
+    assert trained(features.loader("0", 128, buffer=1024), None) > 0.8

@@ -117,6 +117,11 @@ class StoredArray:
         found: Tensor = self._given(self._pieces.view(first, last))
         return found
 
+    @property
+    def mapped(self) -> bool:
+        """Whether `view` gives the store's own memory."""
+        return not self.bounds or self._pieces.is_mapped(0)
+
     def blocks(self) -> Iterator[Any]:
         """All rows, some MiB at a time."""
         size = max(1, _BLOCK // max(1, self.nbytes // max(1, len(self)) or 64))

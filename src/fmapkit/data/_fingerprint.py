@@ -20,7 +20,7 @@ from fmapkit.errors import ArgumentError
 
 __all__ = ["describe", "differences", "digest", "of_model"]
 
-_PIECE = 2**22  # numbers of a tensor that are summed at once
+_PIECE = 2**20  # words of a tensor that are summed at once
 _SAMPLED = 1024  # numbers of a batch's tensor that its digest looks at
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -57,17 +57,17 @@ def _checksum(tensor: Tensor) -> int:
     flat = tensor.detach().contiguous().view(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
-    if flat.dtype == torch.bool:
-        flat = flat.to(torch.uint8)
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    flat = flat.view(bits)
+    flat = flat.view(torch.uint8)
+    words = len(flat) // 8 * 8
+    whole = flat[:words].view(torch.int64) if flat.storage_offset() % 8 == 0 else None
+    if whole is None:
+        whole = flat[:words].clone().view(torch.int64)
+    rest = flat[words:].to(torch.int64)
     total = 0
-    for start in range(0, flat.numel(), _PIECE):
-        piece = flat[start : start + _PIECE].to(torch.int64)
-        place = torch.arange(start, start + piece.numel(), device=piece.device)
-        mixed = (piece + 0x9E3779B1) * (2 * place + 1)
-        total += int((mixed ^ (mixed >> 29)).sum())
-    return total & (2**64 - 1)
+    for number, piece in enumerate((*torch.split(whole, _PIECE), rest)):
+        place = 2 * torch.arange(len(piece), device=piece.device) + 1
+        total = (total * 0x9E3779B97F4A7C15 + int((piece * place).sum()) + number) % 2**64
+    return total
 
 
 def digest(batch: Any) -> str:

@@ -1,6 +1,6 @@
 """Reading rows of an array that lies in pieces: one a unit, or one for many.
 
-Where the store is a folder and nothing is compressed, a shard is mapped into memory: rows are then
+Where the store is a folder and nothing is compressed, a unit's file is mapped into memory: rows are
 read as from a `.npy` file that is mapped, without a detour through Zarr. Else Zarr reads.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 __all__ = ["Piece", "Pieces", "mapped"]
 
 NdArray = np.ndarray[Any, Any]
-_OPEN = 128  # shards that are mapped at once
+_OPEN = 128  # files that are mapped at once
 
 
 class Piece:
@@ -72,6 +72,10 @@ class Pieces:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    def is_mapped(self, piece: int) -> bool:
+        """Whether the rows of a piece can be had without a copy."""
+        return isinstance(self._pieces[piece].opened(), np.ndarray)
+
     @property
     def bounds(self) -> list[tuple[int, int]]:
         """First row and row after the last, of each piece."""
@@ -116,57 +120,31 @@ class Pieces:
 
 
 def mapped(array: Any, path: Path, rows: int) -> Callable[[], NdArray] | None:
-    """What maps one shard of an array, where its rows lie in it as in memory; else None.
+    """What maps the file of a unit, where its rows lie in it as in memory; else None.
 
     Args:
-        array: of Zarr.
-        path: of the shard's file.
+        array: of Zarr, of which the unit is one chunk.
+        path: of the file.
         rows: how many it holds.
     """
-    from zarr.codecs import BytesCodec, ShardingCodec
+    from zarr.codecs import BytesCodec
 
     codecs = array.metadata.codecs
-    if len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
+    dtype = np.dtype(array.dtype)
+    if len(codecs) != 1 or not isinstance(codecs[0], BytesCodec) or dtype.hasobject:
         return None
-    sharding = codecs[0]
-    inner = sharding.codecs
-    if len(inner) != 1 or not isinstance(inner[0], BytesCodec):
+    endian = getattr(codecs[0].endian, "value", None)
+    if (dtype.itemsize > 1 and endian != "little") or array.chunks[1:] != array.shape[1:]:
         return None
-    plain = np.dtype(array.dtype)
-    endian = getattr(inner[0].endian, "value", None)
-    if plain.hasobject or (plain.itemsize > 1 and endian != "little"):
+    shape = tuple(array.chunks)
+    there = path.stat()
+    if there.st_size != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
         return None
-    if getattr(sharding.index_location, "value", None) != "end":
-        return None
-    shards, chunk = array.shards, array.chunks
-    if chunk[1:] != shards[1:] or shards[1:] != array.shape[1:]:
-        return None
-    shape = (shards[0], *shards[1:])
-    dtype = plain.newbyteorder("<")
-    if not _in_place(path, shards[0] // chunk[0], chunk, dtype.itemsize, rows):
-        return None
-    return lambda: _map(str(path), dtype.str, shape)[:rows]
-
-
-def _in_place(path: Path, chunks: int, chunk: tuple[int, ...], itemsize: int, rows: int) -> bool:
-    """Whether the chunks of a shard lie one after the other, without a gap."""
-    size = int(np.prod(chunk, dtype=np.int64)) * itemsize
-    tail = chunks * 16 + 4  # the index: offset and length of each chunk, and a checksum
-    try:
-        with path.open("rb") as file:
-            file.seek(-tail, 2)
-            index = np.frombuffer(file.read(chunks * 16), "<u8").reshape(-1, 2)
-    except OSError:
-        return False
-    used = -(-rows // chunk[0])
-    expected = np.arange(used, dtype=np.uint64) * np.uint64(size)
-    return bool((index[:used, 0] == expected).all() and (index[:used, 1] == size).all())
+    which = (there.st_ino, there.st_mtime_ns)
+    return lambda: _map(str(path), dtype.newbyteorder("<").str, shape, which)[:rows]
 
 
 @lru_cache(maxsize=_OPEN)
-def _map(path: str, dtype: str, shape: tuple[int, ...]) -> NdArray:
-    """A shard's chunks; of one that is not full, as many of them as there are."""
-    row = int(np.prod(shape[1:], dtype=np.int64)) * np.dtype(dtype).itemsize
-    rows = min(shape[0], Path(path).stat().st_size // max(1, row))
+def _map(path: str, dtype: str, shape: tuple[int, ...], which: tuple[int, int]) -> NdArray:
     # Copied on write: what torch may make of it never gets to the file.
-    return np.memmap(path, dtype, "c", shape=(rows, *shape[1:])).view(np.ndarray)
+    return np.memmap(path, dtype, "c", shape=shape).view(np.ndarray)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Place", "node_of", "zarr_module"]
 
-_CHUNK = 2**20  # bytes of a chunk, about
+_CHUNK = 2**20  # bytes of a chunk of a shard, about
 _KEY = "fmapkit"
 
 
@@ -191,9 +191,13 @@ class Place:
     def _make(
         self, spec: ArraySpec | FieldSpec, path: str, total: int, shard: int, compressors: Any
     ) -> Array[Any]:
-        shape = spec.shape
-        rows = _chunk_rows(shard, spec.row_bytes)
+        shape = tuple(max(1, n) for n in spec.shape)
         text = isinstance(spec, FieldSpec) and spec.dtype == "string"
+        # In a folder, uncompressed, a unit is a file of rows as they lie in memory: any of them can
+        # be read by its place, and Zarr writes it as fast as the disk takes it. Elsewhere it is a
+        # shard of chunks, since what is read of an object, or unpacked, is a chunk.
+        plain = self.local is not None and compressors is None and not text
+        rows = shard if plain else _chunk_rows(shard, spec.row_bytes)
         if isinstance(spec, ArraySpec):
             dtype: Any = stored_dtype(spec.dtype)
             names: tuple[str, ...] = spec.dimensions
@@ -204,9 +208,9 @@ class Place:
         return self._zarr.create_array(  # type: ignore[no-any-return]
             self._store,
             name=path,
-            shape=(total, *shape),
-            chunks=(rows, *(max(1, n) for n in shape)),
-            shards=(shard, *(max(1, n) for n in shape)),
+            shape=(total, *spec.shape),
+            chunks=(rows, *shape),
+            shards=None if plain else (shard, *shape),
             dtype=dtype,
             compressors=compressors,
             fill_value="" if text else 0,
@@ -239,7 +243,8 @@ class Place:
             path = spec.name if isinstance(spec, ArraySpec) else spec.path
             if not manifest.regular:
                 if len(block):  # Zarr has no chunk of no rows
-                    whole = _rounded(len(block), spec.row_bytes)
+                    plain = self.local is not None and compressors is None
+                    whole = len(block) if plain else _rounded(len(block), spec.row_bytes)
                     inner = f"{path}/{node_of(record.unit)}"
                     self._make(spec, inner, len(block), whole, compressors)[:] = block
                 continue

@@ -152,9 +152,23 @@ class Run:
 
     def over(self, stream: Iterator[Batch]) -> Iterator[tuple[Batch, Taken]]:
         """What each batch gives, to be read before the next one."""
-        with self._watch() as maps:
+        try:
             for batch in stream:
-                yield batch, self._taken(maps, batch)
+                yield batch, self._taken(self._open(), batch)
+        finally:
+            self._close()
+
+    def _open(self) -> FeatureMaps:
+        """The maps of a capture that is entered with the first batch, if there is one."""
+        if self._maps is None:
+            self._capture = self._watch()
+            self._maps = self._capture.__enter__()
+        return self._maps
+
+    def _close(self) -> None:
+        if self._capture is not None:
+            self._capture.__exit__(None, None, None)
+        self._capture = self._maps = None
 
     def begin(self, batches: Batches, create: Callable[[Batch, Taken], Manifest]) -> Manifest:
         """Run the first batch, which says what the store is made of; `units` goes on with it."""
@@ -162,13 +176,11 @@ class Run:
         batch = next(self._stream, None)
         if batch is None:
             raise ArgumentError("the loader is empty: there is no batch to take features of")
-        self._capture = self._watch()
-        self._maps = self._capture.__enter__()
         try:
-            taken = self._taken(self._maps, batch)
+            taken = self._taken(self._open(), batch)
             manifest = create(batch, taken)
         except BaseException:
-            self._capture.__exit__(None, None, None)
+            self._close()
             raise
         self._pending = (batch, taken)
         return manifest
@@ -209,10 +221,6 @@ class Run:
                 _same(batch, record.digest, place)
 
         bar = _bar(progress, manifest, records)
-        if self._capture is None:
-            self._capture = self._watch()
-            self._maps = self._capture.__enter__()
-        assert self._maps is not None
         stream = self._stream or batches.read(share, skipped)
         try:
             writer = Writer(place, manifest, compressors, lambda record: None)
@@ -225,7 +233,7 @@ class Run:
                 raise
             writer.close()
         finally:
-            self._capture.__exit__(None, None, None)
+            self._close()
             bar.close()
 
     def _fill(self, stream: Iterator[Batch], writer: Writer, manifest: Manifest, bar: Any) -> None:
@@ -269,9 +277,8 @@ class Run:
         if self._pending is not None:
             yield self._pending
             self._pending = None
-        assert self._maps is not None
         for batch in stream:
-            yield batch, self._taken(self._maps, batch)
+            yield batch, self._taken(self._open(), batch)
 
     def _put(self, unit: Unit, writer: Writer) -> None:
         beside, stale = self.riding.beside(unit.number)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 import fmapkit
 from fmapkit.data._batches import Batch, Batches
 from fmapkit.data._fingerprint import of_model
+from fmapkit.data._pool import Pool, Slots
 from fmapkit.data._riding import Riding
-from fmapkit.data._rows import Keep, Mask, Pool, Rows, Taken, check_keep
+from fmapkit.data._rows import Keep, Mask, Rows, Taken, check_keep
+from fmapkit.data._rows import Pool as Pooling
 from fmapkit.data._run import Run, default_call
 from fmapkit.data.extraction import checked_model, device_of
 from fmapkit.data.loader import Block, RowLoader
@@ -29,7 +31,7 @@ def stream(
     *,
     kinds: str | Iterable[str] = "activation",
     filters: int | Iterable[int] | Mapping[str, int | Iterable[int]] | None = None,
-    pool: Pool | None = None,
+    pool: Pooling | None = None,
     mask: Mask | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | int | None = None,
@@ -176,8 +178,11 @@ class LiveRows:
             rows[spec.name] = torch.from_numpy(values)
         return rows
 
-    def take(self, ids: Tensor) -> dict[str, Tensor]:
-        """Rows by batch and row in it: the model runs again on these batches."""
+    def pool(self, ids: Tensor) -> Pool:
+        """In memory of its own; for rows to begin with, the model runs again on their batches."""
+        return Slots(self._take(ids) if len(ids) else {}, ids)
+
+    def _take(self, ids: Tensor) -> dict[str, Tensor]:
         needed = set(ids[:, 0].tolist())
         out: dict[str, Tensor] = {}
         for number, rows in self._of(lambda n: n in needed):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fmapkit.data._arrays import StoredArray
 from fmapkit.data._fingerprint import differences
+from fmapkit.data._pool import NO_ROWS, Pool, Slots, Views
 from fmapkit.errors import ArgumentError
 
 __all__ = ["Block", "RowLoader", "RowSource", "StoredRows"]
@@ -43,8 +45,8 @@ class RowSource(Protocol):
             skip: how many of these are left out at the beginning.
         """
 
-    def take(self, ids: Tensor) -> dict[str, Tensor]:
-        """Rows by number of block and row in it: (rows, 2)."""
+    def pool(self, ids: Tensor) -> Pool:
+        """A buffer that begins with these rows: number of block and row in it, (rows, 2)."""
 
     def describe(self) -> dict[str, Any]:
         """What a state has to agree with."""
@@ -77,14 +79,20 @@ class StoredRows:
         """Units."""
         assert numbers is not None
         for number in numbers[skip:]:
-            first, last = self._bounds[number]
-            yield number, {n: a.view(first, last) for n, a in self._arrays.items()}
+            yield number, self._block(number)
 
-    def take(self, ids: Tensor) -> dict[str, Tensor]:
-        """Rows by unit and row in it."""
+    def _block(self, number: int) -> dict[str, Tensor]:
+        first, last = self._bounds[number]
+        return {name: array.view(first, last) for name, array in self._arrays.items()}
+
+    def pool(self, ids: Tensor) -> Pool:
+        """In the store's own memory, where it can be."""
+        if all(array.mapped for array in self._arrays.values()):
+            return Views(ids, self._block)
         starts = torch.tensor([first for first, _ in self._bounds])
         rows = starts[ids[:, 0]] + ids[:, 1]
-        return {name: array[rows] for name, array in self._arrays.items()}
+        found = {name: array[rows] for name, array in self._arrays.items()} if len(ids) else {}
+        return Slots(found, ids)
 
     def describe(self) -> dict[str, Any]:
         """Names, shapes and types."""
@@ -148,7 +156,7 @@ class RowLoader:
         self._drop_last = drop_last
         self._single = single
         self._epoch = 0
-        self._at = _Position()
+        self._at = _Position(self._source.pool(NO_ROWS))
         self._going = False  # whether a state was loaded, and the next iteration goes on from it
 
     def __len__(self) -> int:
@@ -165,11 +173,11 @@ class RowLoader:
     def __iter__(self) -> Iterator[Any]:
         """The rest of the epoch where a state was loaded, else an epoch from its beginning."""
         if not self._going:
-            self._at = _Position()
+            self._at = _Position(self._source.pool(NO_ROWS))
         self._going = False
         position = self._at
+        pool = position.pool
         limit = self._limit(self._epoch)
-        pool = _Pool(self._source.take(position.ids) if len(position.ids) else {}, position.ids)
         blocks = self._source.blocks(
             self._order(self._epoch), self._rank, self._world, position.blocks
         )
@@ -184,12 +192,11 @@ class RowLoader:
             if count < self._batch and self._drop_last:
                 break
             position.batches += 1
-            position.ids = pool.ids
             yield next(iter(rows.values())) if self._single else rows
         self._epoch += 1
-        self._at = _Position()
+        self._at = _Position(self._source.pool(NO_ROWS))
 
-    def _refill(self, pool: _Pool, blocks: Iterator[Block], position: _Position) -> None:
+    def _refill(self, pool: Pool, blocks: Iterator[Block], position: _Position) -> None:
         """Fill the buffer, draw the order of what is in it, and say how much of it to give."""
         ended = False
         while len(pool) < max(self._capacity, self._batch):
@@ -197,7 +204,7 @@ class RowLoader:
             if block is None:
                 ended = True
                 break
-            pool.add(*block)
+            pool.add(*block, self._capacity)
             position.blocks += 1
         if self._shuffle:
             drawn = self._generator(self._epoch, self._rank, position.refills)
@@ -256,7 +263,7 @@ class RowLoader:
         return {
             "config": self._config(),
             "epoch": self._epoch,
-            "ids": at.ids.clone(),
+            "ids": at.pool.ids,
             "left": at.left,
             "blocks": at.blocks,
             "refills": at.refills,
@@ -273,85 +280,28 @@ class RowLoader:
         if words := differences(then, now):
             raise ArgumentError(f"the state is of another loader: {'; '.join(words)}")
         self._epoch = int(state["epoch"])
+        ids: Tensor = state["ids"]
         self._at = _Position(
-            state["ids"].clone(),
+            self._source.pool(ids),
             *(int(state[k]) for k in ("left", "blocks", "refills", "batches")),
         )
         self._going = True
 
 
+@dataclass
 class _Position:
-    """How far an epoch is: the rows in the buffer, in the order in which they will be given."""
+    """How far an epoch is.
 
-    def __init__(
-        self,
-        ids: Tensor | None = None,
-        left: int = 0,
-        blocks: int = 0,
-        refills: int = 0,
-        batches: int = 0,
-    ) -> None:
-        self.ids = torch.empty(0, 2, dtype=torch.int64) if ids is None else ids
-        self.left = left
-        self.blocks = blocks
-        self.refills = refills
-        self.batches = batches
-
-
-class _Pool:
-    """Rows in slots that are used again, and the order in which they will be given.
-
-    Args:
-        rows: to begin with, in order.
-        ids: of these.
+    Attributes:
+        pool: the rows in the buffer, in the order in which they will be given.
+        left: how many of these are given before it is filled again.
+        blocks: how many blocks have gone into it.
+        refills: how often it was filled.
+        batches: how many batches were given.
     """
 
-    def __init__(self, rows: dict[str, Tensor], ids: Tensor) -> None:
-        self._rows = rows
-        self._size = len(ids)  # slots
-        self._ids = ids.clone()  # of each slot
-        self._order = torch.arange(len(ids))  # slots, as they will be given
-        self._free = torch.empty(0, dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    @property
-    def ids(self) -> Tensor:
-        """Of all rows, in order."""
-        return self._ids[self._order]
-
-    def reorder(self, order: Tensor) -> None:
-        """Put the rows into another order."""
-        self._order = self._order[order]
-
-    def pop(self, count: int) -> dict[str, Tensor]:
-        """The next rows."""
-        slots, self._order = self._order[:count], self._order[count:]
-        self._free = torch.cat([self._free, slots])
-        return {n: t.index_select(0, slots.to(t.device)) for n, t in self._rows.items()}
-
-    def add(self, number: int, rows: dict[str, Tensor]) -> None:
-        """Take a block in."""
-        count = len(next(iter(rows.values())))
-        if len(self._free) < count:
-            self._grow(rows, self._size - len(self._free) + count)
-        slots, self._free = self._free[:count], self._free[count:]
-        for name, values in rows.items():
-            self._rows[name].index_copy_(0, slots.to(values.device), values)
-        self._ids[slots, 0] = number
-        self._ids[slots, 1] = torch.arange(count)
-        self._order = torch.cat([self._order, slots])
-
-    def _grow(self, like: dict[str, Tensor], least: int) -> None:
-        """Room for more: half as many again, so that growing is rare."""
-        size = max(least, self._size + self._size // 2)
-        for name, values in like.items():
-            wider = values.new_empty((size, *values.shape[1:]))
-            if self._size:
-                wider[: self._size] = self._rows[name]
-            self._rows[name] = wider
-        ids = torch.zeros(size, 2, dtype=torch.int64)
-        ids[: self._size] = self._ids
-        self._free = torch.cat([self._free, torch.arange(self._size, size)])
-        self._ids, self._size = ids, size
+    pool: Pool
+    left: int = 0
+    blocks: int = 0
+    refills: int = 0
+    batches: int = 0
