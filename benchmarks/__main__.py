@@ -14,6 +14,7 @@ python -m benchmarks longrun [--steps N] [--figure FILE]
 python -m benchmarks editing [--seconds S] [--threads N]
 python -m benchmarks statistics [--device DEVICE] [--seconds S] [--threads N] [--no-compile]
 python -m benchmarks extract [--only PART] [--images N] [--size PX] [--pairs N] [--where FOLDER]
+python -m benchmarks extractor [--seconds S] [--threads N]
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks import (
     contenders,
     editing,
     extract,
+    extractor,
     growth,
     longrun,
     memory,
@@ -142,6 +144,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--pairs", type=int, default=5, help="of each contender (default: 5)")
     command.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     command.add_argument("--where", type=Path, metavar="FOLDER", help="on the disk to measure")
+    add("extractor", "feature_map beside torchvision's extractor", 5.0, threads=1)
     return top
 
 
@@ -212,6 +215,8 @@ def main(arguments: list[str] | None = None) -> None:
             where=given.where,
             only=given.only,
         )
+    elif given.command == "extractor":
+        extractor.run(given.seconds, given.threads)
     else:
         longrun.run(given.steps, given.figure)
 

@@ -406,6 +406,28 @@ def _mean1(net: Net, x: Tensor) -> Tensor:
     return stages(net, x)["conv1", "activation"].mean((2, 3))
 
 
+def test_a_hook_of_the_model_that_calls_phi_again_makes_a_layer_run_twice() -> None:
+    net, x, y = Net().eval(), torch.randn(2, 2, 8, 8), torch.randn(3, 2, 8, 8)
+    phi, other = feature_map(net, "block"), feature_map(net, "block", call=1)
+    inner: list[Tensor] = []
+
+    def again(module: nn.Module, args: Any, output: Tensor) -> None:
+        if len(args[0]) == 2:
+            inner.append(phi(y))
+
+    before, expected = truth.fingerprint(net), stages(net, x)["block", "output"]
+    handle = net.conv1.register_forward_hook(again)
+    for _ in range(3):
+        with pytest.raises(AmbiguousMapError):
+            phi(x)
+        assert torch.equal(other(x), expected)
+    handle.remove()
+    assert all(torch.equal(found, stages(net, y)["block", "output"]) for found in inner)
+    assert len(inner) == 6
+    truth.assert_nothing_left(before, net)
+    assert torch.equal(phi(x), expected)
+
+
 def test_an_edit_around_it_is_refused_by_name() -> None:
     net = Net().eval()
     phi, x = feature_map(net, "block"), torch.randn(2, 2, 8, 8)
@@ -518,6 +540,71 @@ def test_compiled_from_outside_and_of_a_compiled_model() -> None:
     assert torch.equal(torch.compile(phi, backend="eager", fullgraph=True)(x), expected)
 
 
+def test_compiled_outputs_of_modules_end_the_graph_and_leave_nothing() -> None:
+    net = nn.Sequential(
+        *(nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6)), nn.ReLU(inplace=True)),
+        *(nn.Sequential(nn.Conv2d(6, 4, 3), nn.Tanh()), nn.Conv2d(4, 3, 1)),
+    ).eval()
+    before = truth.fingerprint(net)
+    sizes: list[int] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        sizes.append(sum(n.target in (torch.conv2d, torch.tanh) for n in gm.graph.nodes))
+        return gm.forward
+
+    x = torch.randn(2, 2, 8, 8, requires_grad=True)
+    first = net[0](x)
+    second = net[2](first.relu())
+    # The first one's memory is overwritten by the ReLU, before the second one is there.
+    for layers, expected, convolutions in ((["0", "2"], (first, second), 3), ("0", (first,), 1)):
+        phi = feature_map(net, layers)
+        sizes.clear()
+        compiled = torch.compile(phi, backend=backend, fullgraph=True)
+        for _ in range(4):
+            found = compiled(x)
+            several = found if isinstance(found, tuple) else (found,)
+            assert all(map(torch.equal, several, expected))
+            loss, by_hand = (sum(f.square().sum() for f in fs) for fs in (several, expected))
+            ours = torch.autograd.grad(loss, x)[0]
+            theirs = torch.autograd.grad(by_hand, x, retain_graph=True)[0]
+            assert torch.allclose(ours, theirs, rtol=1e-6)
+            truth.assert_nothing_left(before, net)
+        assert sizes == [convolutions], "one graph, which ends with the last map"
+        assert all(map(torch.equal, _tuple(phi(x)), expected))
+    mixed = feature_map(net, ["0", "2.0"])
+    compiled = torch.compile(mixed, backend=backend)
+    for _ in range(3):
+        assert all(map(torch.equal, compiled(x), mixed(x)))
+
+
+def _tuple(found: Any) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
+def test_compiled_in_several_threads_and_beside_a_bare_call() -> None:
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.GELU()), nn.Linear(4, 2)).eval()
+    compiled = torch.compile(feature_map(net, "0"), backend="eager")
+    x = torch.randn(3, 4)
+    expected, whole = net[0](x), net(x)
+    failures: list[BaseException] = []
+
+    def work(function: Any, result: Tensor) -> None:
+        try:
+            assert all(torch.equal(function(x), result) for _ in range(8))
+        except BaseException as error:
+            failures.append(error)
+
+    for _ in range(3):
+        compiled(x)
+    jobs = [(compiled, expected), (compiled, expected), (net, whole)]
+    threads = [threading.Thread(target=work, args=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
 # -- control flow -----------------------------------------------------------------------------
 
 
@@ -604,9 +691,9 @@ def test_calls_and_paths_of_several() -> None:
     )
 
 
-def test_of_a_module_without_filters_it_is_what_the_module_returns() -> None:
+def test_without_a_kind_it_is_what_the_maps_have_by_the_layers_name() -> None:
     class Dense(nn.Module):
-        """The concatenation has no one layer, so that activations go by the norm's name, too."""
+        """The concatenation has no one layer, so that activations go by the norm's name."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -617,10 +704,17 @@ def test_of_a_module_without_filters_it_is_what_the_module_returns() -> None:
 
     net, x = Dense().eval(), torch.randn(5, 4)
     z = net.norm(torch.cat([net.a(x), net.b(x)], 1))
+    with capture(net, kinds=("activation", "output")) as maps:
+        net(x)
     for _ in range(2):
-        assert torch.equal(feature_map(net, "norm")(x), z)
-        assert torch.equal(feature_map(net, nn.BatchNorm1d)(x)["norm"], z)
-        assert torch.equal(feature_map(net, "norm", kind="activation")(x), z.relu())
+        for layers in ("norm", nn.BatchNorm1d):
+            found = feature_map(net, layers)(x)
+            found = found["norm"] if isinstance(found, dict) else found
+            assert torch.equal(found, maps["norm"].tensor)
+            assert torch.equal(found, z.relu())
+        assert torch.equal(feature_map(net, "norm", kind="output")(x), z)
+    for layer in ("norm", ""):
+        assert torch.equal(feature_map(net, layer)(x), maps[layer].tensor)
 
 
 # -- bad arguments ------------------------------------------------------------------------------
@@ -727,6 +821,17 @@ def test_errors_say_what_and_what_next(make: Any, kind: type[Exception], text: s
     with pytest.raises(kind) as caught:
         make()
     assert str(caught.value) == text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_model_is_refused_by_name() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    with pytest.raises(MapStateError) as caught:
+        feature_map(scripted, "0")(torch.randn(2, 4))
+    assert str(caught.value) == (
+        "feature_map('0'): this call could not be captured: it is scripted: torch runs it without "
+        "Python, unseen by hooks"
+    )
 
 
 def test_an_unknown_layer_is_an_error_before_the_first_call() -> None:

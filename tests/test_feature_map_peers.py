@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import sys
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import torchvision_operators
+from benchmarks import extractor, torchvision_operators
 from fmapkit import feature_map
 
 
@@ -40,7 +41,7 @@ def test_the_same_bits_as_torchvisions_extractor_gradients_too(name: str, train:
     model = getattr(models, name)(weights=None, **options).train(train)
     twin = copy.deepcopy(model)
     layers = MODELS[name]
-    phi, extractor = feature_map(model, dict(zip(layers, layers, strict=True))), None
+    phi = feature_map(model, dict(zip(layers, layers, strict=True)), kind="output")
     extractor = create_feature_extractor(twin, layers)
     x = torch.randn(2, 3, 64, 64)
     for step in range(2):
@@ -106,3 +107,14 @@ def test_a_vision_transformers_token_and_intermediates() -> None:
         for _ in range(3):
             assert torch.equal(token(x), model.forward_features(x)[:, 0])
             assert torch.equal(block(x), theirs[0])
+
+
+def test_the_benchmark_runs_and_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = extractor.Case("resnet18", "layer1", (1, 3, 32, 32))
+    assert case.name == "resnet18, layer1, 1×3×32×32"
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(SystemExit, match="torchvision is needed here"):
+        extractor.measure(case, 0.0)
+    monkeypatch.undo()
+    _imported("torchvision.models")
+    assert extractor.measure(case, 0.0).pairs >= 5

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fmapkit import layers
@@ -361,7 +362,10 @@ def never_called(module: nn.Module) -> bool:
     """Whether a module only holds others, or parameters: it has no forward (`nn.ModuleList`)."""
     kind: Any = type(module)
     plain = kind.__call__.__module__.startswith("torch.")  # that of a `ParameterList` only raises
-    return plain and kind.forward is nn.Module.forward and "forward" not in module.__dict__
+    if not plain or "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
+        return False
+    found: bool = kind.forward is nn.Module.forward
+    return found
 
 
 def _places(model: nn.Module) -> list[tuple[str, nn.Module]]:

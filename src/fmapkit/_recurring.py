@@ -47,6 +47,7 @@ class Recurring:
 
     Attributes:
         maps: of the latest call; to be cleared by whoever has read them.
+        inside: a call is under way.
     """
 
     def __init__(self, made: capture) -> None:
@@ -57,6 +58,7 @@ class Recurring:
         self._settled: tuple[int, int] | None = None
         self._open = False
         self._before = False
+        self.inside = False
         self.maps: FeatureMaps
         self._session.quiet()
 
@@ -102,6 +104,7 @@ class Recurring:
             self.maps = self._made.__enter__()
             self._open = True
             returned.on = not any(others(session))
+            self.inside = True
             return self.maps
         entered(session)
         returned.on = not any(others(session))
@@ -117,6 +120,7 @@ class Recurring:
         self._off, self._functions = [], []
         if quiet:
             watch.count_from_here()
+        self.inside = True
         return self.maps
 
     def __exit__(
@@ -126,6 +130,7 @@ class Recurring:
         trace: TracebackType | None,
     ) -> None:
         session = self._session
+        self.inside = False
         returned.on = self._before
         session.abandon()  # of a pass that ended as usual, nothing is left
         left(session)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from fmapkit import layers
 from fmapkit._gradients import NO_GRAPH
 from fmapkit._nested import tensors_in
+from fmapkit._optimized import compiled_roots
 from fmapkit._recurring import Recurring, can_stop
 from fmapkit._wants import Selection
 from fmapkit.capture import capture
@@ -29,9 +31,10 @@ from fmapkit.errors import (
     listed,
 )
 from fmapkit.map import FeatureMap
-from fmapkit.phi._asked import Asked, Item
+from fmapkit.phi._compiled import CompiledOutputs
+from fmapkit.phi._request import Item, Request
 
-__all__ = ["Calls"]
+__all__ = ["Calls", "Found"]
 
 Found = list[tuple[str, FeatureMap]]
 
@@ -43,6 +46,9 @@ class Calls:
 
     def __init__(self) -> None:
         self._local = threading.local()
+        # By torch's context, told by its id: it, the model, and what it has compiled.
+        self._wholes: dict[int, tuple[Any, nn.Module, nn.Module]] = {}
+        self._compiled: dict[int, tuple[Any, nn.Module, CompiledOutputs | None, Found]] = {}
 
     def __deepcopy__(self, memo: Any) -> Calls:
         return Calls()
@@ -50,7 +56,7 @@ class Calls:
     def __reduce__(self) -> Any:
         return Calls, ()
 
-    def __call__(self, model: nn.Module, asked: Asked, args: Any, kwargs: Any) -> Found:
+    def __call__(self, model: nn.Module, asked: Request, args: Any, kwargs: Any) -> Found:
         """Run the model, and read what was asked for: each map with its key.
 
         Raises:
@@ -71,7 +77,42 @@ class Calls:
             raise reader.nothing()
         return found
 
-    def reader(self, model: nn.Module, asked: Asked) -> Reader:
+    def compiled(
+        self, model: nn.Module, asked: Request, context: Any, args: Any, kwargs: Any
+    ) -> Found:
+        """The same by compiled code, as torch's context compiles it.
+
+        Where outputs of modules are asked for, a first call has to run eagerly, which shows what
+        there is. With `fullgraph=True` torch wants compiled code to run all the same: both run.
+        """
+        reader = self.reader(model, asked)
+        if compiled_roots(model) or not reader.may_be_outputs:
+            whole = model if compiled_roots(model) else self._whole(model, context)
+            return self(whole, asked, args, kwargs)
+        known = self._compiled.get(id(context))
+        if known is None or known[0] is not context or known[1] is not model:
+            first = None if reader.tags else self(model, asked, args, kwargs)
+            if first is not None and not reader.tags:  # another capture saw it, too
+                return first
+            outputs = reader.outputs(context)
+            known = self._compiled[id(context)] = (context, model, outputs, reader.tags)
+            if first is not None and not (outputs and context.fullgraph):
+                return first
+        _, _, outputs, tags = known
+        tensors = outputs(args, kwargs) if outputs is not None else None
+        if tensors is None:  # it is none that compiled code tells, or did not run this time
+            return self(model, asked, args, kwargs)
+        pairs = zip(tags, tensors, strict=True)
+        return [(key, replace(fm, tensor=tensor)) for (key, fm), tensor in pairs]
+
+    def _whole(self, model: nn.Module, context: Any) -> nn.Module:
+        """The model, compiled; `capture` reads it."""
+        known = self._wholes.get(id(context))
+        if known is None or known[0] is not context or known[1] is not model:
+            known = self._wholes[id(context)] = (context, model, context(model))
+        return known[2]
+
+    def reader(self, model: nn.Module, asked: Request) -> Reader:
         """What reads the next call.
 
         Raises:
@@ -82,15 +123,16 @@ class Calls:
         # Another capture sees this pass, too, and would lose what comes after the last map.
         return found if found.alone else self._known(model, asked, stop=False)
 
-    def _known(self, model: nn.Module, asked: Asked, stop: bool) -> Reader:
-        readers: dict[tuple[int, bool], Reader] = self._local.__dict__.setdefault("readers", {})
-        key = (id(model), stop)
-        found = readers.get(key)
-        if found is None:
-            if len(readers) >= _MOST:  # of models that were exchanged for others
-                readers.clear()
-            found = readers[key] = Reader(model, asked, stop)
-        return found
+    def _known(self, model: nn.Module, asked: Request, stop: bool) -> Reader:
+        readers: list[Reader] = self._local.__dict__.setdefault("readers", [])
+        for reader in readers:
+            # A hook of the model's may call φ again, in the middle of a call.
+            if reader.model is model and reader.stop == stop and not reader.busy:
+                return reader
+        if len(readers) >= _MOST:  # of models that were exchanged for others
+            readers.clear()
+        readers.append(Reader(model, asked, stop))
+        return readers[-1]
 
 
 class Reader:
@@ -103,10 +145,12 @@ class Reader:
 
     Attributes:
         keys: of the maps, in order; empty before a first pass where that shows which there are.
+        tags: what the first pass has found, without the tensors.
     """
 
-    def __init__(self, model: nn.Module, asked: Asked, stop: bool) -> None:
+    def __init__(self, model: nn.Module, asked: Request, stop: bool) -> None:
         self.model = model
+        self.stop = stop
         self._asked = asked
         made = capture(
             model,
@@ -121,6 +165,22 @@ class Reader:
         self._captured = False  # the latest call was a pass that could be captured
         self._check_filters()
         self.keys = [w.key for w in self._wanted] if self._warned else []
+        self.tags: Found = []
+
+    @property
+    def may_be_outputs(self) -> bool:
+        """Whether some map may be what a module returns."""
+        return any("output" in wanted.kinds for wanted in self._wanted)
+
+    def outputs(self, context: Any) -> CompiledOutputs | None:
+        """What reads the same maps by compiled code; None where they are not all whole outputs."""
+        names, found = self._recurring.names, self.tags
+        modules = [names.by_name.get(fm.layer) for _, fm in found]
+        plain = all(fm.kind == "output" and not fm.path for _, fm in found)
+        wanted = [(m, fm.call) for m, (_, fm) in zip(modules, found, strict=True) if m is not None]
+        if not plain or len(wanted) < len(found) or not can_stop(self.model):
+            return None
+        return CompiledOutputs(self.model, context, wanted)
 
     def _check_filters(self) -> None:
         """Whether filters were given of layers that have them, as far as can be known now."""
@@ -137,6 +197,11 @@ class Reader:
                         f"filters={index} is out of range for layer {wanted.label!r}, which has "
                         f"{wanted.count} filters (0 to {wanted.count - 1})"
                     )
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is under way."""
+        return self._recurring.inside
 
     @property
     def alone(self) -> bool:
@@ -173,6 +238,9 @@ class Reader:
         if torch.is_grad_enabled():
             self._check_graph(found, args, kwargs)
         self.keys = [key for key, _ in found]
+        if not self.tags:
+            nothing = torch.empty(0)
+            self.tags = [(key, replace(fm, tensor=nothing)) for key, fm in found]
         return found
 
     def _check_graph(self, found: Found, args: Any, kwargs: Any) -> None:
@@ -324,9 +392,9 @@ class _Wanted:
         module = self._names.by_name.get(layer)
         if module is None:
             return ("activation", "output")
-        # A norm that nothing with filters stands before has activations, too, that go by its name.
+        # As in `maps[layer]`: filters of a module of another type may be found in a pass, too.
         is_layer = layers.layer_axis(module) is not None
-        return ("activation",) if is_layer else ("output", "activation")
+        return ("activation",) if is_layer else ("activation", "output")
 
     def is_of(self, layer: str) -> bool:
         """Whether a layer is asked for."""

@@ -1,22 +1,26 @@
-"""φ in code that torch.compile compiles: its model is compiled in the same way, and captured so."""
+"""φ in code that torch.compile compiles: its model is compiled in the same way, and read so.
+
+What modules return is read by forward hooks of torch's, which dynamo traces, and the way out of the
+model is an exception, which it traces too: the graph that it compiles ends with the last map, and
+the hooks are there during a call only. Other maps are read as `capture` reads them of compiled
+code, which runs the model to its end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fmapkit._optimized import compiled_by, compiled_roots, ever_compiled
+from fmapkit._optimized import compiled_by, ever_compiled
 from fmapkit._standing import not_compiled
 
-__all__ = ["by_itself", "compiled_alike", "opaque"]
+__all__ = ["CompiledOutputs", "by_itself", "compiling_context", "opaque"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-# Where a context of torch's keeps the models that were compiled by it for a φ, by id.
-_KEPT = "_fmapkit_models"
 
 
 def opaque(function: F) -> F:
@@ -28,25 +32,109 @@ def opaque(function: F) -> F:
     return not_compiled(function)
 
 
-def compiled_alike(model: nn.Module) -> nn.Module | None:
-    """The model, compiled as the code that called us is; itself if it is compiled already.
+def compiling_context() -> Any:
+    """What compiled the code that called us; None if nothing did.
 
-    Returns:
-        None if no compiled code called us.
+    It is torch's context of backend, mode and options: called with a module, it compiles that.
     """
-    context = compiled_by() if ever_compiled() else None
-    if context is None:
-        return None
-    if compiled_roots(model):
-        return model
-    known: dict[int, tuple[nn.Module, nn.Module]] = context.__dict__.setdefault(_KEPT, {})
-    found = known.get(id(model))
-    if found is None or found[0] is not model:
-        found = known[id(model)] = (model, context(model))
-    return found[1]
+    return compiled_by() if ever_compiled() else None
 
 
 def by_itself(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function outside of what dynamo compiles around it."""
     alone: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return alone(*args)
+
+
+class _AllThereError(BaseException):
+    """Every map is there. Not an `Exception`: a forward that catches those lets it pass."""
+
+
+class _Found(threading.local):
+    """What the call that is under way in this thread has found; None outside of one.
+
+    Attributes:
+        outputs: by place among what is wanted.
+        calls: of each module so far, by its number.
+    """
+
+    outputs: dict[int, Tensor] | None = None
+    calls: dict[int, int] | None = None
+
+
+class _Ending(nn.Module):
+    """Runs a model as far as the last output that is wanted; dynamo traces this."""
+
+    def __init__(self, model: nn.Module, found: _Found) -> None:
+        super().__init__()
+        self.model = model
+        self.found = found
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[int, Tensor]:
+        outputs: dict[int, Tensor] = {}
+        self.found.outputs, self.found.calls = outputs, {}
+        try:  # noqa: SIM105  (dynamo traces this)
+            self.model(*args, **kwargs)
+        except _AllThereError:
+            pass
+        self.found.outputs = self.found.calls = None
+        return outputs
+
+
+class CompiledOutputs:
+    """The outputs of some modules, by compiled code that ends with the last of them.
+
+    Calls from several threads take turns.
+
+    Args:
+        model: to run.
+        context: of torch's, which compiles it.
+        wanted: the modules, each with the call whose output is wanted.
+    """
+
+    def __init__(
+        self, model: nn.Module, context: Any, wanted: Sequence[tuple[nn.Module, int]]
+    ) -> None:
+        self._found = _Found()
+        self._run = context(_Ending(model, self._found))
+        self._count = len(wanted)
+        self._lock = threading.Lock()
+        by_module: dict[nn.Module, dict[int, list[int]]] = {}
+        for place, (module, call) in enumerate(wanted):
+            by_module.setdefault(module, {}).setdefault(call, []).append(place)
+        self._hooks = [
+            (module, self._hook(number, calls))
+            for number, (module, calls) in enumerate(by_module.items())
+        ]
+
+    def _hook(self, number: int, wanted: dict[int, list[int]]) -> Callable[..., None]:
+        found, count = self._found, self._count
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs, calls = found.outputs, found.calls
+            if outputs is None or calls is None:  # another thread runs the model
+                return
+            call = calls.get(number, 0)
+            calls[number] = call + 1
+            for place in wanted.get(call, ()):
+                last = len(outputs) + 1 == count
+                # What comes after may write to it.
+                outputs[place] = output if last else output.clone()
+            if len(outputs) == count:
+                raise _AllThereError
+
+        return hook
+
+    def __call__(self, args: Any, kwargs: Any) -> list[Tensor] | None:
+        """The outputs, in the order in which they were wanted; None if some are not there."""
+        with self._lock:
+            handles = [module.register_forward_hook(hook) for module, hook in self._hooks]
+            try:
+                outputs = self._run(*args, **kwargs)
+            finally:
+                for handle in handles:
+                    handle.remove()
+                self._found.outputs = self._found.calls = None
+        if len(outputs) < self._count:
+            return None
+        return [outputs[place] for place in range(self._count)]

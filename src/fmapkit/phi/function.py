@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from fmapkit.errors import NotAModuleError
 from fmapkit.map import FeatureMap
-from fmapkit.phi._asked import Asked
-from fmapkit.phi._calls import Calls
-from fmapkit.phi._compiled import by_itself, compiled_alike, opaque
+from fmapkit.phi._calls import Calls, Found
+from fmapkit.phi._compiled import by_itself, compiling_context, opaque
 from fmapkit.phi._features import call as called
 from fmapkit.phi._features import one, rows
 from fmapkit.phi._kernel import kernel
 from fmapkit.phi._pool import Pool, checked, picked, pooled
+from fmapkit.phi._request import Request
 
 if TYPE_CHECKING:
     from fmapkit.phi.transformer import FeatureTransformer
@@ -54,7 +54,7 @@ class FeatureFunction(nn.Module):
             raise NotAModuleError(
                 f"feature_map takes a torch.nn.Module, not {type(model).__name__}{hint}"
             )
-        self._asked = Asked.of(layers, kind, filters, call, path)
+        self._asked = Request.of(layers, kind, filters, call, path)
         self._calls = Calls()
         self.pool = checked(pool)
         self._calls.reader(model, self._asked)  # what cannot be meant is said now
@@ -71,15 +71,17 @@ class FeatureFunction(nn.Module):
             MapStateError: the pass could not be captured.
             CaptureStateError: a backward pass runs, or a capture with an edit is open.
         """
-        compiled = compiled_alike(self.model)
-        if compiled is None:
-            return self._features(self.model, args, kwargs)
-        return by_itself(self._features, compiled, args, kwargs)
+        context = compiling_context()
+        if context is None:
+            return self._features(self._calls(self.model, self._asked, args, kwargs))
+        return by_itself(self._compiled, context, args, kwargs)
 
     opaque(forward)
 
-    def _features(self, model: nn.Module, args: Any, kwargs: Any) -> Features:
-        found = self._calls(model, self._asked, args, kwargs)
+    def _compiled(self, context: Any, args: Any, kwargs: Any) -> Features:
+        return self._features(self._calls.compiled(self.model, self._asked, context, args, kwargs))
+
+    def _features(self, found: Found) -> Features:
         features = [self._feature(fm) for _, fm in found]
         if self._asked.form == "dict":
             return dict(zip([key for key, _ in found], features, strict=True))
@@ -178,13 +180,18 @@ def feature_map(
     Under `torch.no_grad()`, autocast and the transforms of `torch.func`, φ does what the model
     does. For several ranks, wrap φ, not the model: `DistributedDataParallel(phi)`.
 
+    `torch.compile(phi)` compiles the model, with the backend, mode and options that were asked for.
+    Where modules' outputs are asked for, the graph ends with the last of them, and the first call
+    runs eagerly; of other maps, the model runs to its end; where both are, it runs eagerly.
+
     Args:
         model: any `nn.Module`.
         layers: a name or a module: φ returns a tensor. A list or tuple of these: a tuple. A dict of
             key -> one of these: a dict. A glob, regex, module type or callable: a dict by layer.
             In a list or dict, (layer, kind) in the place of a layer has a kind of its own.
-        kind: "input", "response", "preactivation", "activation" or "output". None: the activation
-            of a layer with filters, and of any other module (a block, a norm) what it returns.
+        kind: "input", "response", "preactivation", "activation" or "output". None: what
+            `maps[layer]` is, the activation, or where a module has none and is no layer with
+            filters (a block), what it returns.
         filters: return these filters only: an int, several, or a dict of layer -> these.
         pool: one vector for each sample: "mean" or "max" over all axes but those of samples and
             filters, "flatten", "token" (the first one of (samples, tokens, features)), or a

@@ -20,7 +20,7 @@ from fmapkit._wants import KINDS, indices
 from fmapkit.errors import ArgumentError, did_you_mean, listed
 from fmapkit.selectors import Selector
 
-__all__ = ["Asked", "Item"]
+__all__ = ["Item", "Request"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Request:
     """What is asked of one φ.
 
     Attributes:
@@ -64,7 +64,7 @@ class Asked:
     path: str | None
 
     @classmethod
-    def of(cls, layers: Any, kind: Any, filters: Any, call: Any, path: Any) -> Asked:
+    def of(cls, layers: Any, kind: Any, filters: Any, call: Any, path: Any) -> Request:
         """Check what was given.
 
         Raises:
