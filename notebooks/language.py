@@ -21,10 +21,10 @@
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from fmapkit.phi import probe
 from torch import nn
 
 from fmapkit import capture, edits, feature_map, patch
+from fmapkit.phi import probe
 
 # %config InlineBackend.rc = {"figure.dpi": 60}
 torch.manual_seed(0)
