@@ -173,9 +173,27 @@ STEPS: st.SearchStrategy[nn.Module] = st.one_of(
         ]
     ).map(lambda make: make()),
     st.sampled_from(
-        """relu_in_place pad_before reflect every_other written rolled squeeze_excite over_rows
-        running flattened fused shuffled fixed chosen largest sampled outer unfolded
-        spectrum""".split()
+        [
+            "relu_in_place",
+            "pad_before",
+            "reflect",
+            "every_other",
+            "written",
+            "rolled",
+            "squeeze_excite",
+            "over_rows",
+            "running",
+            "flattened",
+            "fused",
+            "shuffled",
+            "fixed",
+            "chosen",
+            "largest",
+            "sampled",
+            "outer",
+            "unfolded",
+            "spectrum",
+        ]
     ).map(Functional),
 )
 

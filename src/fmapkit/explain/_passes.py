@@ -47,16 +47,17 @@ def eager(model: Any, what: str) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise NotAModuleError(f"{what} takes a torch.nn.Module, not {type(model).__name__}")
-    while isinstance(inner := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
-        model = inner
-    for name, module in model.named_modules():
+    plain: nn.Module = model
+    while (inner := plain._modules.get("_orig_mod")) is not None:
+        plain = inner
+    for name, module in plain.named_modules():
         call = module.__dict__.get("_compiled_call_impl")
         if "_orig_mod" in module._modules or hasattr(call, "_torchdynamo_orig_callable"):
             raise ArgumentError(
                 f"{what} needs a model that runs eagerly, and {name or type(module).__name__!r} is "
                 "compiled: give the model as it was before"
             )
-    return model
+    return plain
 
 
 def run(model: nn.Module, inputs: Any) -> Any:

@@ -1,13 +1,15 @@
 """What an operator of which nothing is known does: exchange values, and see which results change.
 
 All values that may vary are drawn anew, and then, nested set by nested set, those of the elements
-that see the first location, the first two, and so on. A result depends on a set if one of several
-draws changes it. That is done operator by operator, so nothing is attenuated on the way through a
+that see the first location, the first two, and so on: to other values of the same size, to much
+larger and to much lower ones, which win wherever something is selected. A result depends on a set if
+any of that changes it. That is done operator by operator, so nothing is attenuated on the way through a
 deep net, and no unit is dead.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["probe"]
 
-_DRAWS = 3
+_DRAWS = 2
+_SHIFTS = (0.0, 8.0, -8.0)  # in units of the usual size
 _SEED = 20140905
 
 
@@ -53,22 +56,23 @@ class _Probing:
 
     def __init__(self, call: Call, operands: list[Tensor]) -> None:
         self.call = call
-        self.fields_of = {id(t): call.of(t) for t in operands}
+        self.fields_of = {id(t): f for t in operands if (f := call.of(t)) is not None}
         self.generator = torch.Generator(device="cpu").manual_seed(_SEED)
         self.base = [self._drawn() for _ in range(_DRAWS)]
         self.usual = [self._run(values) for values in self.base]
 
     def _drawn(self) -> dict[int, Tensor]:
         """Values of the operands: others where they may vary."""
-        found = {}
-        for tensor in self.call.operands:
-            field = self.call.of(tensor)
-            if field is not None:
-                found[id(tensor)] = torch.where(varies(field, tensor), self._noise(tensor), tensor)
-        return found
+        return {
+            id(t): torch.where(varies(f, t), self._noise(t), t)
+            for t in self.call.operands
+            if (f := self.fields_of.get(id(t))) is not None
+        }
 
-    def _noise(self, tensor: Tensor) -> Tensor:
+    def _noise(self, tensor: Tensor, shift: float = 0.0) -> Tensor:
         drawn = torch.randn(tensor.shape, generator=self.generator, dtype=torch.float64)
+        if shift:
+            drawn = drawn.abs() * math.copysign(1.0, shift) + shift
         known = tensor.detach()[torch.isfinite(tensor)]
         scale = known.abs().double().mean().item() if known.numel() else 1.0
         return (drawn * (scale or 1.0)).to(tensor.device, tensor.dtype)
@@ -106,29 +110,29 @@ class _Probing:
         """Which results change with the elements whose number in a row is at most a limit."""
         found: list[Tensor] | None = None
         for values, usual in zip(self.base, self.usual, strict=True):
-            others = {}
-            for tensor in self.call.operands:
-                field = self.call.of(tensor)
-                if field is None:
-                    continue
-                others[id(tensor)] = values[id(tensor)]
-                among = compact(field[row : row + 1])[0] <= limit
-                if bool(among.any()):
-                    others[id(tensor)] = torch.where(among, self._noise(tensor), values[id(tensor)])
-            now = [_differ(a, b) for a, b in zip(self._run(others), usual, strict=True)]
-            found = now if found is None else [a | b for a, b in zip(found, now, strict=True)]
+            for shift in _SHIFTS:
+                others = {
+                    key: self._shifted(key, held, row, limit, shift) for key, held in values.items()
+                }
+                now = [_differ(a, b) for a, b in zip(self._run(others), usual, strict=True)]
+                found = now if found is None else [a | b for a, b in zip(found, now, strict=True)]
         assert found is not None
         return found
 
+    def _shifted(self, key: int, held: Tensor, row: int, limit: int, shift: float) -> Tensor:
+        """The values of one operand, with others where its field reaches so far."""
+        field = self.fields_of[key]
+        among = compact(field[row : row + 1])[0] <= limit
+        return torch.where(among, self._noise(held, shift), held) if bool(among.any()) else held
+
     def fields(self) -> list[Tensor | None]:
-        call = self.call
-        sizes = [len(f) for f in self.fields_of.values() if f is not None]
+        count = len(next(iter(self.fields_of.values())))
         results = [
-            torch.full((sizes[0], *r.shape), NONE, dtype=torch.int32, device=r.device)
+            torch.full((count, *r.shape), NONE, dtype=torch.int32, device=r.device)
             for r in self.usual[0]
         ]
-        for row in range(sizes[0]):
-            fields = [f for t in call.operands if (f := call.of(t)) is not None]
+        for row in range(count):
+            fields = list(self.fields_of.values())
             limits = torch.unique(torch.cat([compact(f[row : row + 1]).flatten() for f in fields]))
             limits = limits[limits < NONE].tolist()
             if not limits:

@@ -27,42 +27,53 @@ class Regular:
 def regular(starts: Sequence[int], stops: Sequence[int], length: int) -> Regular | None:
     """What can be told of the fields along an axis; None where the borders cut too many of them.
 
+    The last fields tell where fields begin, the first ones where they end. What follows from them
+    must be so of all others, where no border cuts them.
+
     Args:
         starts: the first location that each field has.
-        stops: the one after its last.
+        stops: the one after its last; equal to the start where the field is empty.
         length: locations of the input along the axis.
     """
-    count = len(starts)
-    if count == 0:
+    filled = [i for i, (a, b) in enumerate(zip(starts, stops, strict=True)) if b > a]
+    if not filled or all(starts[i] == 0 for i in filled) or all(stops[i] == length for i in filled):
         return None
-    if all(a == 0 for a in starts) and all(b == length for b in stops):
-        return None
-    # Locations whose field no border cuts, at either end: from the first such to the last.
-    first = next((i for i, a in enumerate(starts) if a > 0), count)
-    last = next((i for i in reversed(range(count)) if stops[i] < length), -1)
-    for period in range(1, count):
-        lower = _step(starts[first:], period)
-        upper = _step(stops[: last + 1], period)
-        if lower is None or lower != upper or lower <= 0:
+    first, last = filled[0], filled[-1]
+    for period in range(1, (last - first) // 2 + 1):
+        step = starts[last] - starts[last - period]
+        if step <= 0 or stops[first + period] - stops[first] != step:
             continue
-        begins = _extended(starts, range(first, count), period, lower)
-        ends = _extended(stops, range(last + 1), period, upper)
-        sizes = [b - a for a, b in zip(begins, ends, strict=True)]
-        return Regular(max(sizes), Fraction(lower, period), begins[0])
+        begins = _extended(starts, range(last - period + 1, last + 1), period, step)
+        ends = _extended(stops, range(first, first + period), period, step)
+        found = [
+            (begins[i % period] + i // period * step, ends[i % period] + i // period * step)
+            for i in range(len(starts))
+        ]
+        if _agree(found, starts, stops, length, period):
+            sizes = [b - a for a, b in found[:period]]
+            return Regular(max(sizes), Fraction(step, period), begins[0])
     return None
 
 
-def _step(values: Sequence[int], period: int) -> int | None:
-    """By how much values grow in each period; None if by different amounts, or there is but one."""
-    steps = {b - a for a, b in zip(values, values[period:], strict=False)}
-    # One step alone says nothing of whether the next is the same.
-    return steps.pop() if len(steps) == 1 and len(values) > 2 * period else None
-
-
 def _extended(values: Sequence[int], known: range, period: int, step: int) -> list[int]:
-    """The first period of values, told from those that are known."""
-    found = []
-    for phase in range(period):
-        at = next(i for i in known if i % period == phase)
-        found.append(values[at] - (at - phase) // period * step)
-    return found
+    """The first period of values, told from a later one."""
+    found = {i % period: values[i] - i // period * step for i in known}
+    return [found[phase] for phase in range(period)]
+
+
+def _agree(
+    found: Sequence[tuple[int, int]],
+    starts: Sequence[int],
+    stops: Sequence[int],
+    length: int,
+    period: int,
+) -> bool:
+    """Whether fields are so wherever no border cuts them, and that is known of enough of them."""
+    filled = [i for i in range(len(found)) if stops[i] > starts[i]]  # not of padding alone
+    begin = [i for i in filled if 0 <= found[i][0] < length]
+    end = [i for i in filled if 0 < found[i][1] <= length]
+    return (
+        min(len(begin), len(end)) > period + 1
+        and all(starts[i] == found[i][0] for i in begin)
+        and all(stops[i] == found[i][1] for i in end)
+    )

@@ -344,8 +344,10 @@ def _read(
 def _regular_along(starts: Tensor, stops: Tensor, axis: int, length: int) -> Regular | None:
     others = [a for a in range(starts.dim() - 1) if a != axis]
     first, last = starts[..., axis], stops[..., axis]
-    if others:
-        first, last = first.amin(others), last.amax(others)
+    if others:  # together, but for those that see nothing
+        first = first.masked_fill(last == first, length).amin(others)
+        last = last.amax(others)
+        first = torch.minimum(first, last)
     return regular(first.tolist(), last.tolist(), length)
 
 
