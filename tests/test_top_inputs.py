@@ -317,7 +317,7 @@ def test_contexts_of_tokens() -> None:
     )
     with pytest.raises(ArgumentError, match="it is another data set"):
         top["up"].contexts([[1]] * 9)
-    with pytest.raises(ArgumentError, match=r"1 axes of locations; see contexts\(\)"):
+    with pytest.raises(ArgumentError, match=r"and of sequences there are contexts\(\)"):
         top["up"].patches(texts, model=model)
     with pytest.raises(FilterRangeError, match="filter 6 is out of range: of the activation of la"):
         top["up"].contexts(texts, filters=6)
@@ -368,7 +368,7 @@ def test_patches_that_cannot_be_had() -> None:
         with pytest.raises(ArgumentError) as error:
             top["conv2"].patches(dataset, **options)
         assert says in str(error.value)
-    with pytest.raises(ArgumentError, match="patches are of maps with rows and columns"):
+    with pytest.raises(ArgumentError, match="layer 'head' has 0 axes of locations"):
         top["head"].patches(IMAGES, model=model)
     grey = top["conv1"].patches(["a"] * 23, filters=2, model=model, image=lambda _: IMAGES[0, 0])
     assert grey[2][0].image.shape == (1, 9, 9)
@@ -399,3 +399,27 @@ def test_plots_of_patches() -> None:
         with pytest.raises(ArgumentError) as error:
             top["conv2"].plot(IMAGES, model=model, **options)
         assert says in str(error.value)
+
+
+def test_tokens_of_an_image_have_patches() -> None:
+    """What a token of a vision transformer sees, before and after attention."""
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.up = nn.Conv2d(1, 4, 3, stride=3), nn.Linear(4, 6)
+            self.late = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.gelu(self.up(self.embed(x).flatten(2).transpose(1, 2)))
+            x = torch.softmax(x @ x.transpose(1, 2), -1) @ x
+            return F.relu(self.late(x))
+
+    model, top = Patches(), TopInputs(2)
+    with capture(model, analyses=top, keep=0), torch.no_grad():
+        model(IMAGES)
+    for patch in top["up"].patches(IMAGES, filters=1, model=model)[1]:
+        row, column = divmod(patch.hit.at[0], 3)
+        assert patch.box == (3 * row, 3 * column, 3 * row + 3, 3 * column + 3)
+    for patch in top["late"].patches(IMAGES, filters=1, model=model)[1]:
+        assert patch.box == (0, 0, 9, 9)

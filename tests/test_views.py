@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,9 @@ def test_many_filters_are_one_image() -> None:
     assert not ax.texts
     assert [t.get_text() for t in ax.get_yticklabels()][:3] == ["0", "32", "64"]
     figure.savefig(io.BytesIO(), dpi=20)
+    again = pickle.loads(pickle.dumps(figure))
+    assert type(again) is type(figure)
+    assert again._repr_png_()[:4] == b"\x89PNG"
 
 
 def test_plot_filters_of_what_has_none(maps: FeatureMaps) -> None:

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from fmapkit import CaptureWarning, FeatureMap, FeatureMaps, capture, register_layer
 from fmapkit.errors import (
+    ArgumentError,
     FilterRangeError,
     KindNotCapturedError,
     MapOverwrittenError,
@@ -157,6 +158,12 @@ def test_fused_rows_by_head() -> None:
         (fm,) = maps.select(layer="qkv", nonlinearity=sigma)
         assert torch.equal(fm.weight, by_head[i])  # type: ignore[arg-type]
         assert torch.equal(fm.bias, model.qkv.bias.view(3, 2, 4)[i])  # type: ignore[arg-type]
+    pytest.importorskip("matplotlib").use("Agg")
+    maps.plot(weights=True)  # where filters lie along several axes, without them
+    with pytest.raises(ArgumentError, match=r"lie along several axes; fm.weight has their weights"):
+        fm.plot(weights=True)
+    with pytest.raises(ArgumentError, match="weights must be True or False, not 1"):
+        capture(model, weights=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("cross", [False, True])

@@ -473,7 +473,8 @@ class Session:
         self.store.end()
         if current is not None:
             current.closed = True
-            self._note_weights(current)
+            if current.weights is not None:
+                current.weights.update(versions(self.names.by_module))
             if self.wants.gradients:
                 self._keeping.name_spoiled(current)
             self._keeping.keep(current, failed)
@@ -482,10 +483,6 @@ class Session:
         if self._edits and current is not None and not failed:
             if not (stop is not None and stop.ended):
                 self._edits.check_done(current.step)
-
-    def _note_weights(self, current: Pass) -> None:
-        if current.weights is not None:
-            current.weights.update(versions(self.names.by_module))
 
     def _name_unpicked(self, current: Pass) -> None:
         named = {entry.layer for entry in self.missed}
@@ -513,7 +510,8 @@ class Session:
         self.store.end()
         if current is not None:
             current.closed = True
-            self._note_weights(current)
+            if current.weights is not None:
+                current.weights.update(versions(self.names.by_module))
             self._keeping.keep(current, failed=True)
         self._beside.clear()
         live.idle = False

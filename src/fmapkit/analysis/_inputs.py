@@ -115,7 +115,8 @@ class Inputs:
             said = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ArgumentError(
                 f"input {number} of the data set is {said}, not an image as a tensor (channels, "
-                "rows, columns); image= takes a function that makes one of it"
+                "rows, columns); image= takes a function that makes one of it, and of sequences "
+                "there are contexts()"
             )
         return found if found.dim() == 3 else found.unsqueeze(0)
 

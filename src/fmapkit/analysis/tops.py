@@ -161,6 +161,8 @@ class LayerTops:
     ) -> dict[int, list[Patch]]:
         """The part of each input that the filter saw where it was strongest.
 
+        Of maps with rows and columns, and of the tokens of a vision transformer.
+
         Args:
             dataset: gives the inputs by their numbers: `dataset[number]` is an image (channels,
                 rows, columns), as the model gets it but without the axis of samples, or a tuple or
@@ -180,11 +182,10 @@ class LayerTops:
         """
         chosen = self._chosen(filters)
         hits = {filter: self[filter] for filter in chosen}
-        if self.at.shape[2] != 2:
+        if self.at.shape[2] not in (1, 2):
             raise ArgumentError(
-                f"patches are of maps with rows and columns, and the {self.kind} of layer "
-                f"{self.layer!r} has {self.at.shape[2]} axes of locations"
-                + ("; see contexts()" if self.at.shape[2] == 1 else "")
+                "patches are of maps with rows and columns, or tokens of an image, and the "
+                f"{self.kind} of layer {self.layer!r} has {self.at.shape[2]} axes of locations"
             )
         fields = Fields(self.layer, self.kind, self.path, model, field)
         inputs = Inputs(dataset, image)

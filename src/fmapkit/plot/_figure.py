@@ -6,6 +6,7 @@ matplotlib is imported when something is drawn, so that `import fmapkit` does no
 from __future__ import annotations
 
 import io
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fmapkit.errors import ArgumentError
@@ -47,19 +48,27 @@ class Figures:
         return figure, figure.subplots(rows, columns, **own)
 
 
+@cache
 def _figure_type() -> Any:
     from matplotlib.figure import Figure
 
     class ShownFigure(Figure):
         """A figure that a notebook shows, whether or not pyplot was ever imported there."""
 
+        __qualname__ = "ShownFigure"  # where pickle finds it
+
         def _repr_png_(self) -> bytes:
             file = io.BytesIO()
             self.savefig(file, format="png", bbox_inches="tight")
             return file.getvalue()
 
-    ShownFigure.__name__ = ShownFigure.__qualname__ = "Figure"
     return ShownFigure
+
+
+def __getattr__(name: str) -> Any:
+    if name != "ShownFigure":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _figure_type()
 
 
 def figures() -> Figures:

@@ -186,7 +186,7 @@ def _of_layer(
                 picture.values, picture.labels, picture.signed, f"{picture.caption}, the strongest"
             )
         title = "" if rows else f"{_heading(fm)} · {picture.caption}"
-        if weights and not weighted and fm.kind not in ("input", "output"):
+        if weights and not weighted and fm in own and fm.kind != "output":
             weighted = True
             if fm.weight is not None:
                 rows.append(_Row(_weights(fm, picture), "w", title))
@@ -204,7 +204,11 @@ def _weights(fm: FeatureMap, picture: Picture) -> Picture:
         )
     if fm.filter is not None:
         return pictures.of_weights(weight.unsqueeze(0), [fm.filter], 1)
-    assert fm.filters is not None
+    if fm.filters is None:
+        raise ArgumentError(
+            f"weights=True: the filters of the {fm.kind} of layer {fm.layer!r} lie along several "
+            "axes; fm.weight has their weights"
+        )
     places = [fm.filters.index(label) for label in picture.labels]
     return pictures.of_weights(weight[places], picture.labels, len(fm.filters))
 
