@@ -233,7 +233,7 @@ def look_for(model: nn.Module, images: Tensor) -> None:
 def projections(
     model: nn.Module, images: Tensor, found: LayerTops, filters: list[int]
 ) -> dict[int, list[Tensor]]:
-    """What of each input excited each filter, in the pixels: Zeiler & Fergus (2014), section 2.1."""
+    """What of each input excited each filter, in pixels: Zeiler & Fergus (2014), section 2.1."""
     found_by: dict[int, list[Tensor]] = {}
     for filter in filters:
         hits = found[filter]

@@ -2,9 +2,9 @@
 
 All values that may vary are drawn anew, and then, nested set by nested set, those of the elements
 that see the first location, the first two, and so on: to other values of the same size, to much
-larger and to much lower ones, which win wherever something is selected. A result depends on a set if
-any of that changes it. That is done operator by operator, so nothing is attenuated on the way through a
-deep net, and no unit is dead.
+larger and to much lower ones, which win wherever something is selected. A result depends on a set
+if any of that changes it. That is done operator by operator, so nothing is attenuated on the way
+through a deep net, and no unit is dead.
 """
 
 from __future__ import annotations
