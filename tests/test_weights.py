@@ -382,6 +382,41 @@ def test_weights_that_cannot_be_read() -> None:
         _ = next(iter(maps)).weight
 
 
+def test_layouts_of_other_functions() -> None:
+    """Time, batch, channels; and a sparse weight, which has no rows to view."""
+
+    class Temporal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(3, 4, 6)), nn.Parameter(torch.ones(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(torch.conv_tbc(x, self.weight, self.bias, 1))
+
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 4).to_sparse())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(torch.sparse.mm(self.weight, x))
+
+    temporal, sparse = Temporal(), Sparse()
+    with capture(temporal, kinds=KINDS) as maps, torch.no_grad():
+        for _ in range(2):
+            temporal(torch.randn(7, 2, 4))
+    x, y = pair(maps, "")
+    assert (y.filter_dim, y.filters) == (2, range(6))
+    assert y.weight is not None
+    assert torch.equal(y.weight, temporal.weight.permute(2, 0, 1))
+    back = y.weight.permute(1, 2, 0)
+    assert torch.equal(torch.conv_tbc(x.tensor, back, y.bias, 1), y.tensor)  # type: ignore
+    with capture(sparse) as maps, torch.no_grad():
+        sparse(torch.randn(4, 3))
+    with pytest.raises(KindNotCapturedError, match="is sparse, and has no rows to look at"):
+        _ = next(iter(maps)).weight
+
+
 def test_weights_of_a_compiled_model() -> None:
     """The same of a graph."""
     model = Every()

@@ -200,6 +200,8 @@ def filter_places(
     """
     n, m = out.dim(), weight.dim()
     how = weighs(name)
+    if name == "conv_tbc":  # (time, batch, channels), by a weight (kernel, in, filters)
+        return [(n - 1, 2)] if n == m == 3 else []
     if how == "conv":
         dim = n - (m - 2) - 1
         return [(dim, 1 if "transpose" in name else 0)] if dim >= 0 else []

@@ -137,6 +137,11 @@ class Rows:
             )
         with torch.no_grad():
             value = self._tensor(source, name)
+            if value.layout is not torch.strided:
+                raise KindNotCapturedError(
+                    f"the {name} behind {self.what} is sparse, and has no rows to look at: read it "
+                    "from its module, with to_dense()"
+                )
             rows = _blocks(value, made) if name == "weight" else self._bias(value, made)
             grouped = rows.dim() > value.dim()
             if filter is not None:
