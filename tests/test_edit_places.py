@@ -919,3 +919,41 @@ def test_a_way_through_the_code_that_no_pass_has_taken_is_not_run_unedited() -> 
             for _ in range(3):
                 assert torch.equal(model(x), long)
     truth.assert_nothing_left(before, model)
+
+
+def test_a_call_that_is_broken_off_and_begun_again() -> None:
+    broken: list[bool] = []
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if broken and broken.pop():
+                raise KeyboardInterrupt
+            return self.fc(x)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return self.inner(x)
+            except KeyboardInterrupt:
+                return self.inner(x)
+
+    model, x = Outer(), torch.randn(2, 3)
+    with torch.no_grad():
+        expected = model.inner.fc(x * 2) * 2
+        edit: Any = {("inner", "input"): edits.scale(2.0), ("inner", "output"): edits.scale(2.0)}
+        with capture(model, edit=edit):
+            assert torch.equal(model(x), expected)
+            broken.append(True)  # in a replayed part, where it cannot be told what follows
+            with pytest.raises(EditError, match="took a way through its code"):
+                model(x)
+            for interrupt in (False, True, True, False):
+                broken[:] = [True] * interrupt
+                assert torch.equal(model(x), expected)

@@ -57,6 +57,7 @@ class ModuleEdits:
         name = self._name(module)
         if name is None or not (self._edits.of(name, "input") or self._edits.of(name, "output")):
             return None
+        self._unit = None  # of a call that was broken off, it may be this one
         with torch._C.DisableTorchFunction():
             given = self.input(module, args, kwargs)
         self._unit = module
