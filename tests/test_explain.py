@@ -32,6 +32,8 @@ from fmapkit.explain import (
 
 STYLES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "module": lambda m, x: m(x),
+    "module in place": lambda m, x: nn.ReLU(inplace=True)(x),
+    "registered in place": lambda m, x: _in_place(m)(x),
     "functional": lambda m, x: F.relu(x),
     "in place": lambda m, x: F.relu(x, inplace=True),
     "method": lambda m, x: x.relu(),
@@ -42,6 +44,11 @@ STYLES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "threshold": lambda m, x: F.threshold(x, 0.0, 0.0),
     "compared": lambda m, x: x * (x > 0),
 }
+
+
+def _in_place(relu: nn.Module) -> nn.Module:
+    relu.inplace = True  # type: ignore[assignment]
+    return relu
 
 
 class Net(nn.Module):

@@ -162,7 +162,8 @@ class _Rectifiers:
         return {("*", "preactivation"): self._before, ("*", "activation"): self._after}
 
     def _before(self, fm: FeatureMap) -> Tensor:
-        self._received[fm.layer, fm.call] = fm.tensor
+        # A copy, in the graph: what works in place is about to write to this very tensor.
+        self._received[fm.layer, fm.call] = fm.tensor.clone()
         return fm.tensor
 
     def _after(self, fm: FeatureMap) -> Tensor:
