@@ -571,6 +571,10 @@ def test_compiled_outputs_of_modules_end_the_graph_and_leave_nothing() -> None:
             truth.assert_nothing_left(before, net)
         assert sizes == [convolutions], "one graph, which ends with the last map"
         assert all(map(torch.equal, _tuple(phi(x)), expected))
+    conv = feature_map(nn.Sequential(nn.Sequential(nn.Conv2d(2, 6, 3))), "0", pool="mean")
+    pooled = torch.compile(conv, backend="eager")
+    for y in (x, x, x[0], x):  # what has no batch axis has its filters elsewhere
+        assert torch.equal(pooled(y), conv.model(y).mean((-1, -2)))
     mixed = feature_map(net, ["0", "2.0"])
     compiled = torch.compile(mixed, backend=backend)
     for _ in range(3):
@@ -821,6 +825,36 @@ def test_errors_say_what_and_what_next(make: Any, kind: type[Exception], text: s
     with pytest.raises(kind) as caught:
         make()
     assert str(caught.value) == text
+
+
+def test_selectors_that_overlap_and_containers() -> None:
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x).relu()
+            return x
+
+    net, x = Held(), torch.randn(3, 4)
+    for _ in range(2):
+        found = feature_map(net, ["layers.0", "layers.*", nn.Linear])(x)
+        assert list(found) == ["layers.0", "layers.1"]
+        assert torch.equal(found["layers.1"], net(x))
+    with pytest.raises(UnknownLayerError) as caught:
+        feature_map(net, "layers")(x)
+    assert str(caught.value) == (
+        "feature_map: 'layers' is a ModuleList, which is never called; ask for what it holds: "
+        "'layers.*'"
+    )
+    with pytest.raises(ArgumentError) as twice:
+        feature_map(net, [("layers.*", "preactivation"), "layers.0"])(x)
+    assert str(twice.value) == (
+        "feature_map('layers.*', 'layers.0'): two maps of layer 'layers.0' are asked for, and a "
+        "dict by layer has one: give a dict with a key for each"
+    )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

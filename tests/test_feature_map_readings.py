@@ -106,6 +106,19 @@ def test_kernels_of_halves_are_summed_in_float32_and_of_any_call() -> None:
     assert torch.equal(found, f @ net.last(x[:3].bfloat16()).flatten(1).float().T)
 
 
+def test_features_without_samples_without_axes_and_complex_ones() -> None:
+    net, x = _net()
+    assert feature_map(net, "conv").kernel(x[:0], x).shape == (0, 12)
+    one_each = feature_map(net, "conv", pool=lambda t: t.mean((1, 2, 3)))
+    assert one_each.kernel(x).shape == (12, 12)
+    with pytest.raises(ArgumentError) as caught:
+        feature_map(net, "conv", pool=torch.mean).kernel(x)
+    assert str(caught.value) == "features have no axis of samples: each call gave one number"
+    with pytest.raises(ArgumentError) as caught:
+        feature_map(net, "conv", pool=torch.fft.fft).kernel(x)
+    assert str(caught.value) == ("features are complex: pool=torch.view_as_real makes them real")
+
+
 # -- probes -----------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ What was learned is checked as before any other pass.
 from __future__ import annotations
 
 import threading
-from types import FunctionType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from torch import nn
@@ -25,7 +25,9 @@ from fmapkit._standing import hide_from_scripting, show_to_scripting
 from fmapkit._transforms import returned
 from fmapkit._wrappers import unwrap
 from fmapkit.capture import capture
+from fmapkit.map import FeatureMap, read_map
 from fmapkit.maps import FeatureMaps
+from fmapkit.paths.twins import Resting
 
 __all__ = ["Recurring", "can_stop"]
 
@@ -54,7 +56,7 @@ class Recurring:
         self._made = made
         self._session: Session = made._session
         self._off: list[Off] = []
-        self._functions: list[FunctionType] = []
+        self._functions: list[Resting] = []
         self._settled: tuple[int, int] | None = None
         self._open = False
         self._before = False
@@ -76,6 +78,11 @@ class Recurring:
     def captured(self) -> bool:
         """Whether the call that is under way was a pass that could be captured."""
         return self._session.store.latest() is not None
+
+    def found(self) -> list[FeatureMap]:
+        """The maps of the call that is under way, in execution order."""
+        latest = self._session.store.latest()
+        return [read_map(latest, entry) for entry in latest.entries()] if latest else []
 
     @property
     def alone(self) -> bool:
@@ -113,7 +120,7 @@ class Recurring:
         quiet = self._settled is not None and watch.counted() == self._settled
         for off in self._off:
             off.put_back()
-        session.paths.twins.exchange_each(self._functions)
+        session.paths.twins.wake(self._functions)
         hide_from_scripting()
         tell(session._scripted)
         session.compiled.wake()
@@ -137,9 +144,7 @@ class Recurring:
         tell_no_more(session._scripted)
         show_to_scripting()
         session.compiled.rest()
-        twins = session.paths.twins
-        self._functions = twins.functions()
-        twins.clear()
+        self._functions = session.paths.twins.rest()
         self._settled = session.watch.counted() if session.watch.settled() else None
         session._placing.no_doors()  # nothing is set while nobody calls
         self._off = [session.hooks.take_off(module) for module in session.hooks.modules()]

@@ -143,6 +143,9 @@ def _goes_to(function: Any, name: str | None, frame: types.FrameType) -> bool:
     return found is function
 
 
+# A function, the code of its twin, and its own.
+Resting = tuple[types.FunctionType, types.CodeType, types.CodeType]
+
 # Tells which attributes of a method's first argument need no look where they are called.
 Fixed = Callable[[types.CodeType], frozenset[str]]
 
@@ -160,7 +163,7 @@ class Twins:
 
     def __init__(self, fixed: Fixed = lambda code: frozenset()) -> None:
         self._fixed = fixed
-        self._mine: dict[types.FunctionType, None] = {}
+        self._mine: dict[types.FunctionType, types.CodeType] = {}  # with what each runs
         self.watched: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
 
     def exchange(self, function: types.FunctionType) -> bool:
@@ -182,14 +185,44 @@ class Twins:
                 return False  # somebody has given it other code meanwhile
             known[0] += 1
             _lend(function.__globals__)
-        self._mine[function] = None
+        self._mine[function] = function.__code__
         for space, name, what in twin.watched:
             self.watched.setdefault((id(space), name), (space, name, what))
         return True
 
-    def exchange_each(self, functions: Iterable[types.FunctionType]) -> None:
-        """The same for several; one that has other code by now records no more."""
-        for function in functions:
+    def rest(self) -> list[Resting]:
+        """Give every function its own code back until `wake`; what to wake.
+
+        To look a twin up takes a hash of its original, and that a look at all of its instructions.
+        """
+        found = []
+        with _lock:
+            for function, twin in self._mine.items():
+                known = _set.get(function)
+                if known is None:
+                    continue
+                now = function.__code__
+                ours = now is twin or is_twin(now)
+                found.append((function, now if ours else twin, known[1]))
+                known[0] -= 1
+                _take_back(function.__globals__)
+                if not known[0]:
+                    del _set[function]
+                    if ours:
+                        function.__code__ = known[1]
+        self._mine.clear()
+        return found
+
+    def wake(self, resting: Iterable[Resting]) -> None:
+        """Have them run their twins again; one that has other code by now records no more."""
+        for function, twin, original in resting:
+            with _lock:
+                if function not in _set and function.__code__ is original:
+                    _set[function] = [1, original]
+                    function.__code__ = twin
+                    _lend(function.__globals__)
+                    self._mine[function] = twin
+                    continue
             self.exchange(function)
 
     def _agreed(self, function: types.FunctionType, twin: Twin) -> Twin | None:
@@ -218,7 +251,7 @@ class Twins:
                     twin = twin_of(original, function.__globals__, self._fixed)
                     theirs = _made.get(known_as(function.__code__))
                     if twin is not None and theirs is not None and theirs.fixed == twin.fixed:
-                        function.__code__ = twin.code
+                        function.__code__ = self._mine[function] = twin.code
 
     def exchange_all(self, codes: Sequence[tuple[types.CodeType, dict[str, Any]]]) -> None:
         """The same for whatever functions there are that run some code.

@@ -45,10 +45,18 @@ def one(features: Any, what: str) -> Tensor:
 
 
 def rows(features: Tensor) -> Tensor:
-    """(samples, features): in float32 at least, since sums of halves lose most of their digits."""
+    """(samples, features): in float32 at least, since sums of halves lose most of their digits.
+
+    Raises:
+        ArgumentError: they are complex, or there is no axis of samples.
+    """
+    if features.is_complex():
+        raise ArgumentError("features are complex: pool=torch.view_as_real makes them real")
+    if not features.dim():
+        raise ArgumentError("features have no axis of samples: each call gave one number")
     if not features.is_floating_point() or features.element_size() < 4:
         features = features.float()
-    return features.reshape(len(features), -1) if features.dim() != 2 else features
+    return features.flatten(1) if features.dim() > 1 else features[:, None]
 
 
 def taken(inputs: Any, places: Any) -> Any:

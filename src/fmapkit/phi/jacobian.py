@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fmapkit.errors import ArgumentError
 from fmapkit.phi._features import evaluating, one
@@ -59,7 +60,7 @@ def singular_values(
             is not positive.
     """
     _check(x, k, max_steps, tolerance)
-    with evaluating(phi), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with evaluating(phi), sdpa_kernel(SDPBackend.MATH):
         found = [
             _at(phi, point, k, tolerance, max_steps, seed) for point in torch.split(x.detach(), 1)
         ]
