@@ -56,7 +56,7 @@ def reader(x: Tensor, y: Tensor) -> nn.Sequential:
     optimiser = torch.optim.Adam(net.parameters(), 1e-2)
     for _ in range(100):
         optimiser.zero_grad()
-        F.cross_entropy(net(x), y).backward()
+        F.cross_entropy(net(x), y).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     return net.eval()
 

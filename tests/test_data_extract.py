@@ -31,6 +31,7 @@ from fmapkit.analysis import Statistics
 zarr = pytest.importorskip("zarr", minversion="3.1.4")
 
 from fmapkit.data import Features, extract  # noqa: E402
+from tests.truth import assert_nothing_left, fingerprint  # noqa: E402
 
 
 class Net(nn.Module):
@@ -345,8 +346,10 @@ def test_a_loader_that_fails_loses_nothing(
 ) -> None:
     to = tmp_path / "f"
     given: dict[str, Any] = {"batches_per_commit": 2, "keep": {"label": 1}}
+    before = fingerprint(model)
     with pytest.raises(error, match="the disk of the images is gone"):
         quiet(model, DataLoader(Counted(45, error), batch_size=8), "conv2", to, **given)
+    assert_nothing_left(before, model)
     part = Features(to)
     assert not part.complete
     assert torch.equal(part.samples, torch.arange(32))
@@ -394,6 +397,66 @@ def test_a_disk_that_fills_up_loses_nothing(model: Net, tmp_path: Path) -> None:
     assert units == sorted(units)
     assert 0 < units[0] < 7
     assert torch.equal(Features(tmp_path / "f")["conv2"].tensor(), truth(model)["a2"])
+
+
+class Cut(zarr.storage.LocalStore):
+    """Nothing is written, or removed, after so many objects: as if the process had been killed."""
+
+    left = 0
+
+    @staticmethod
+    def count() -> None:
+        Cut.left -= 1
+        if Cut.left < 0:
+            raise OSError("cut")
+
+    async def set(self, key: str, value: Any) -> None:
+        Cut.count()
+        await super().set(key, value)
+
+    async def set_if_not_exists(self, key: str, value: Any) -> None:
+        Cut.count()
+        await super().set_if_not_exists(key, value)
+
+    async def delete(self, key: str) -> None:
+        Cut.count()
+        await super().delete(key)
+
+    async def delete_dir(self, prefix: str) -> None:
+        Cut.count()
+        await super().delete_dir(prefix)
+
+
+@pytest.mark.parametrize("regular", [True, False])
+def test_cut_off_after_any_object_nothing_is_lost(
+    model: Net, tmp_path: Path, regular: bool
+) -> None:
+    """Each step of the order of writing in turn, from the first object to the last."""
+    data = loader(16) if regular else IMAGES.split(16)
+    expected = truth(model, 16)["a2"]
+
+    def run(store: Any) -> tuple[Features, Statistics]:
+        stats = Statistics()
+        features = quiet(model, data, "conv2", store, analyses=stats, batches_per_commit=1)
+        return features, stats
+
+    steps = 0
+    while True:
+        Cut.left = steps
+        to = tmp_path / str(steps)
+        try:
+            run(Cut(to))
+            break  # there was nothing more to write
+        except (StoreError, OSError):
+            steps += 1
+        features, stats = run(to)
+        assert features.complete
+        assert torch.equal(features["conv2"].tensor(), expected)
+        assert stats["conv2"].count.tolist() == [50 * 25] * 6
+        assert sorted(p.name for p in to.iterdir() if p.is_dir()) == [
+            *("analyses", "index", "layers"),
+        ]
+    assert steps > 20
 
 
 def test_analyses_go_on_where_they_were(model: Net, tmp_path: Path) -> None:
@@ -481,6 +544,24 @@ def test_a_stream_that_gives_other_batches_is_refused(model: Net, tmp_path: Path
     assert torch.equal(features["conv2"].tensor(), truth(model)["a2"])
 
 
+class Stateless:
+    """An analysis that could not go on."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def update(self, fm: FeatureMap) -> None:
+        self.seen += len(fm.tensor)
+
+
+def test_an_analysis_without_a_state_rides_where_nothing_is_resumed(
+    model: Net, tmp_path: Path
+) -> None:
+    stateless = Stateless()
+    quiet(model, loader(), "conv2", tmp_path / "f", analyses=stateless, resume=False)
+    assert stateless.seen == 50
+
+
 def test_arguments_are_refused_before_anything_is_written(model: Net, tmp_path: Path) -> None:
     to = tmp_path / "f"
     cases: list[tuple[Any, dict[str, Any], str]] = [
@@ -507,6 +588,7 @@ def test_arguments_are_refused_before_anything_is_written(model: Net, tmp_path: 
         (model, {"batches_per_commit": 0}, "batches_per_commit must be a positive int"),
         (model, {"device": "nowhere"}, "device must name a torch device"),
         (model, {"analyses": [1]}, "objects with update"),
+        (model, {"analyses": Stateless()}, "Stateless has no state_dict and load_state_dict"),
         (model, {"pool": lambda fm: fm.tensor[:3]}, "the batch has 8 samples"),
     ]
     for given_model, options, says in cases:

@@ -31,6 +31,7 @@ from fmapkit.analysis import Statistics
 from fmapkit.data import Features, RowLoader, extract  # noqa: F401
 
 SAMPLES, BATCH, UNIT = 203, 8, 3
+_AT_MOST = 12  # kills of one store, so that there are several
 
 
 class Net(nn.Module):
@@ -190,7 +191,7 @@ def same_statistics(job: Job, to: Path, plain: Statistics) -> None:
 def torture(kills: int, seed: int, folder: Path, pause: float = 0.004) -> list[str]:
     """Kill so many processes; returns a line for each store that came to be complete."""
     drawn = random.Random(seed)
-    moments = [drawn.uniform(0.0, 0.4) for _ in range(kills)]
+    moments = [drawn.uniform(0.0, 0.8) for _ in range(kills)]  # in runs that nobody kills
     told: list[str] = []
     while moments:
         job = JOBS[len(told) % len(JOBS)]
@@ -200,11 +201,14 @@ def torture(kills: int, seed: int, folder: Path, pause: float = 0.004) -> list[s
 
 def _one(job: Job, to: Path, moments: list[float], pause: float) -> str:
     """Make one store, killed at these moments; those that it takes are taken out."""
-    whole = expected(job)
+    whole, plain = expected(job), to.with_suffix(".plain")
+    began = time.perf_counter()
+    assert forked(lambda: job.run(plain, pause)) == 0
+    took = time.perf_counter() - began
     units, survived = [], False
     while not survived:
-        moment = moments.pop() if moments else None
-        ended = forked(lambda: job.run(to, pause), moment)
+        moment = moments.pop() if moments and len(units) < _AT_MOST else None
+        ended = forked(lambda: job.run(to, pause), None if moment is None else moment * took)
         survived = ended == 0
         if survived and moment is not None:
             moments.append(moment)
@@ -212,7 +216,6 @@ def _one(job: Job, to: Path, moments: list[float], pause: float) -> str:
         at = forked(partial(_answer, job, to, whole, survived)) >> 8
         assert at >= 99, f"the store is wrong after units {units}"
         units.append(at - 100)
-    plain = to.with_suffix(".plain")
     assert forked(lambda: same_statistics(job, to, job.run(plain, 0.0))) == 0
     return f"{job.name}: complete after {len(units) - 1} kills, units {units}"
 

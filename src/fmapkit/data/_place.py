@@ -173,8 +173,10 @@ class Place:
         """Make an empty store; what says so is written last, so that it is whole by then."""
         zarr = self._zarr
         with self._complained("begin"):
-            root = zarr.open_group(self._store, mode="a", zarr_format=3)
-            root.attrs.put({_KEY: {"format": FORMAT}})
+            if self._root() is None:  # in one write, so that it is ours from the first object on
+                begun = {_KEY: {"format": FORMAT}}
+                zarr.create_group(self._store, attributes=begun, zarr_format=3)
+            root = zarr.open_group(self._store, mode="r+", zarr_format=3)
             for spec in manifest.specs:
                 path = spec.name if isinstance(spec, ArraySpec) else spec.path
                 if manifest.regular:

@@ -156,7 +156,7 @@ class Run:
             for batch in stream:
                 yield batch, self._taken(self._open(), batch)
         finally:
-            self._close()
+            self.close()
 
     def _open(self) -> FeatureMaps:
         """The maps of a capture that is entered with the first batch, if there is one."""
@@ -165,7 +165,8 @@ class Run:
             self._maps = self._capture.__enter__()
         return self._maps
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """End the capture, if one is open."""
         if self._capture is not None:
             self._capture.__exit__(None, None, None)
         self._capture = self._maps = None
@@ -180,7 +181,7 @@ class Run:
             taken = self._taken(self._open(), batch)
             manifest = create(batch, taken)
         except BaseException:
-            self._close()
+            self.close()
             raise
         self._pending = (batch, taken)
         return manifest
@@ -196,7 +197,7 @@ class Run:
         share: Share,
         records: Mapping[int, UnitRecord],
         check: bool,
-        progress: bool,
+        progress: int,
     ) -> None:
         """Run all batches of this rank, and have their rows written.
 
@@ -208,7 +209,7 @@ class Run:
             share: which batches are this rank's.
             records: of units that are there.
             check: whether to compare what the loader gives of these with what it gave before.
-            progress: whether to show a bar.
+            progress: of how many ranks one shows a bar: this one; 0 for none.
         """
 
         def skipped(batch: Batch) -> None:
@@ -233,7 +234,7 @@ class Run:
                 raise
             writer.close()
         finally:
-            self._close()
+            self.close()
             bar.close()
 
     def _fill(self, stream: Iterator[Batch], writer: Writer, manifest: Manifest, bar: Any) -> None:
@@ -308,8 +309,9 @@ def _check_size(batch: Batch, taken: Taken, manifest: Manifest) -> None:
         )
 
 
-def _bar(progress: bool, manifest: Manifest, records: Mapping[int, UnitRecord]) -> Any:
-    if not progress:
+def _bar(ranks: int, manifest: Manifest, records: Mapping[int, UnitRecord]) -> Any:
+    """A bar of all samples; of one of several ranks, of about its share of those to come."""
+    if not ranks:
         return _NoBar()
     try:
         from tqdm.auto import tqdm  # type: ignore[import-untyped]
@@ -317,8 +319,11 @@ def _bar(progress: bool, manifest: Manifest, records: Mapping[int, UnitRecord]) 
         raise ImportError(
             "progress=True needs tqdm: pip install fmapkit[data], or give progress=False"
         ) from error
-    done = sum(record.samples for record in records.values())
-    return tqdm(total=manifest.samples, initial=done, unit="samples", desc="extract")
+    done, total = sum(record.samples for record in records.values()), manifest.samples
+    if ranks > 1:
+        done, total = 0, None if total is None else -(-(total - done) // ranks)
+    what = "extract" if ranks == 1 else "extract, rank 0"
+    return tqdm(total=total, initial=done, unit="samples", desc=what)
 
 
 class _NoBar:

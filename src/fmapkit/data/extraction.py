@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,6 +109,7 @@ def extract(
     """
     model = checked_model(model, pool)
     _check_number(batches_per_commit)
+    kinds = kinds if isinstance(kinds, str) else tuple(kinds)
     place = Place(to, storage_options)
     batches = Batches(loader)
     riding = Riding(analyses, resume)
@@ -137,35 +138,27 @@ def extract(
         "loader": batches.describe(),
     }
     made = _Call(run, place, batches, asked, layers, kinds, batches_per_commit, resume, check)
-    with joined() as ranks:
-        made.extract(ranks, _codecs(compress), progress)
+    try:
+        with joined() as ranks:
+            made.extract(ranks, _codecs(compress), progress)
+    finally:
+        run.close()
     return Features(to, storage_options=storage_options)
 
 
+@dataclass(frozen=True)
 class _Call:
     """One call of `extract`, its arguments checked."""
 
-    def __init__(
-        self,
-        run: Run,
-        place: Place,
-        batches: Batches,
-        asked: Mapping[str, Any],
-        layers: Any,
-        kinds: Any,
-        batches_per_commit: int | None,
-        resume: bool,
-        check: bool,
-    ) -> None:
-        self.run = run
-        self.place = place
-        self.batches = batches
-        self.asked = asked
-        self.layers = layers
-        self.kinds = kinds
-        self.batches_per_commit = batches_per_commit
-        self.resume = resume
-        self.check = check
+    run: Run
+    place: Place
+    batches: Batches
+    asked: Mapping[str, Any]
+    layers: Any
+    kinds: Any
+    batches_per_commit: int | None
+    resume: bool
+    check: bool
 
     def extract(self, ranks: Ranks, compressors: Any, progress: bool) -> None:
         """All of it: agree, run, wait for each other, finish."""
@@ -193,7 +186,7 @@ class _Call:
                 share,
                 records,
                 self.check,
-                progress and ranks.rank == 0,
+                ranks.size if progress and ranks.rank == 0 else 0,
             )
             totals = ranks.gather(self.batches.total)
             ranks.first(lambda: self._finish(manifest, totals))
