@@ -30,6 +30,10 @@ __all__ = ["Edits"]
 _OF_MODULES = ("input", "output")
 _REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
 _CHECKPOINT = torch.utils.checkpoint.__file__
+BROKEN_OFF = (
+    "a call inside the model was broken off (KeyboardInterrupt, say), the model caught that and "
+    "went on, and edits after that may not have been made"
+)
 AGAIN = (
     "{where} is inside activation checkpointing, which runs that part again in backward, without "
     "the edit: gradients would be those of another model. Edit outside of it, or turn it off"
@@ -39,7 +43,10 @@ AGAIN = (
 class _Edit:
     """One entry of `edit={...}`, and what a pass has had for it so far."""
 
-    __slots__ = ("_outputs", "calls", "done", "function", "given", "paths", "selection", "where")
+    __slots__ = (
+        *("_outputs", "_some_are_layers", "by_label", "calls", "done", "function", "given"),
+        *("paths", "selection", "where"),
+    )
 
     def __init__(self, key: Any, function: Any, names: Names) -> None:
         if not callable(function) or isinstance(function, (type, Tensor)):
@@ -52,13 +59,18 @@ class _Edit:
         self.selection = Selection(names, self.where.layer, "edit")
         self.function = function
         self._outputs = self._meant_as_outputs(names) if self.where.kind is None else frozenset()
+        meant = bool(self._outputs) or self.where.kind in _OF_MODULES
+        # Whether it is for maps that go by what the pass tells of its tensors.
+        self.by_label = not meant or (self.where.kind is None and self._some_are_layers)
         self.begin()
 
     def _meant_as_outputs(self, names: Names) -> frozenset[str]:
         """Of a key without a kind, the modules that are no filter layers: what they return."""
         found: set[str] = set()
+        self._some_are_layers = False
         for group in self.selection.groups:
             if any(layers.layer_axis(module) is not None for module in group):
+                self._some_are_layers = True
                 continue
             for module in group:
                 if module._parameters and not is_torchs(module):
@@ -119,6 +131,7 @@ class Edits:
         raised: by an edit; no fault of ours.
         runs: how often a map was given to an edit.
         running: a function of the user's runs; the modules that it calls are none of the pass.
+        broken_off: a call in the pass was, by what is no `Exception`, and the pass went on.
 
     Raises:
         ArgumentError: a key or a function is of no allowed form.
@@ -133,6 +146,7 @@ class Edits:
         self.raised: BaseException | None = None
         self.runs = 0
         self.running = False
+        self.broken_off = False
         self._grads = False
 
     @classmethod
@@ -165,9 +179,14 @@ class Edits:
     def begin(self, grads: bool) -> None:
         """A pass begins, of which gradients are recorded or not."""
         self.raised = None
+        self.broken_off = False
         self._grads = grads
         for edit in self._all:
             edit.begin()
+
+    def by_label(self, step: int) -> bool:
+        """Whether a pass has edits of maps that go by what is told of its tensors."""
+        return any(edit.by_label and edit.where.has_step(step) for edit in self._all)
 
     def refused(self, why: str) -> EditError:
         """What to raise where a pass runs that nothing can be edited in."""
@@ -205,6 +224,8 @@ class Edits:
         Raises:
             EditError: an edit of that pass found no place in it.
         """
+        if self.broken_off:
+            raise self.refused(BROKEN_OFF)
         for edit in self._all:
             where = edit.where
             if edit.done or where.optional or not where.has_step(step):

@@ -76,6 +76,19 @@ class ModuleEdits:
             self._tell(self._tracer.names.of(module), held)
         return new if held else None
 
+    # -- where nothing else is told of the pass any more ---------------------------------------
+
+    def enter_lost(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """A module is about to run: the arguments that it is to get instead; None for its own."""
+        with torch._C.DisableTorchFunction():
+            return self.input(module, args, kwargs)
+
+    def leave_lost(self, module: nn.Module, output: Any) -> Any:
+        """A module has run: what it is to return instead; None for its own."""
+        with torch._C.DisableTorchFunction():
+            new, held = self.output(module, output)
+        return new if held else None
+
     def _tell(self, name: str, held: dict[str, Held]) -> None:
         """Say of the maps of what a unit has just returned what went on in their place."""
         call: int | None = None

@@ -209,7 +209,7 @@ class Replaying:
             self._check_beginning(run)
         elif not run.ended:
             self._check_path(run)
-        if self._edits and run.lost and not failed:
+        if run.lost and not failed and self._edits and self._edits.by_label(current.step):
             raise self._edits.refused(UNEDITED)
         if tracer is None:
             current.segments.append(run)

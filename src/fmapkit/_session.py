@@ -246,7 +246,8 @@ class Session:
             if live.run is not None:
                 self._replaying.before(live.run, module, args, kwargs)
             elif live.tracer is not None and live.tracer.lost:
-                return None
+                editor = live.tracer.editor
+                return editor.modules.enter_lost(module, args, kwargs) if editor else None
             elif live.lesson is None and self._units.stands_alone(module, args, live.tracer):
                 self._units.direct.add(module)
                 return self._replaying.enter(module, args, kwargs)
@@ -373,7 +374,11 @@ class Session:
         Returns:
             Whether the call returns None in place of raising that.
         """
-        if module is not self.model or _thread() != self.live.thread:
+        if _thread() != self.live.thread:
+            return False
+        if module is not self.model:
+            if self._edits and not isinstance(error, StoppedError):
+                self._edits.broken_off = True
             return False
         if self.live.depth:  # it was called by itself, which may go on
             self.live.depth -= 1

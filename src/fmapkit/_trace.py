@@ -562,7 +562,8 @@ class Tracer(TorchFunctionMode):
             What it is to return, if something was edited; None for its own.
         """
         if self.editor and all(f.module is not module for f in self.frames):
-            return None  # an edit of its input has failed, and it has not begun
+            # An edit of its input has failed, and it has not begun; or nothing is told any more.
+            return self.editor.modules.leave_lost(module, output) if self.lost else None
         frame = None
         while self.frames and (frame is None or frame.module is not module):
             frame = self.frames.pop()  # several, where a forward caught an exception of a child
