@@ -6,11 +6,14 @@ STAMP  := $(VENV)/.installed
 # How many processes run the tests, each on one core.
 WORKERS ?= 2
 
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test test-matrix lint format docs notebooks bench clean
 
 help:
 	@echo "make demo    train a small net with capture in the loop, draw what is in it (under a minute)"
 	@echo "make test    run the tests"
+	@echo "make test-matrix  run the tests on the oldest and the newest versions allowed"
+	@echo "make docs    build the site into site/; a broken link fails"
+	@echo "make notebooks  run the notebooks anew"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make bench   what capture costs on this machine (a quarter of an hour); writes bench.json"
@@ -32,6 +35,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
+# On the oldest and the newest of what pyproject.toml allows; downloads gigabytes.
+test-matrix: $(STAMP)
+	$(PY) -m tests.matrix --workers $(WORKERS)
+
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -41,10 +48,17 @@ format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# The banner that is switched off speaks of another program.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+notebooks: $(STAMP)
+	$(PY) -m examples.notebooks
+
 bench: $(STAMP)
 	$(PY) -m benchmarks suite --json bench.json
 
 clean:
-	rm -rf $(VENV) build dist demo*.png bench.json growth.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-matrix build dist site demo*.png maps.html bench.json growth.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf src/*.egg-info
-	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -30,6 +30,7 @@ __all__ = ["Edits"]
 
 _OF_MODULES = ("input", "output")
 _REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+_CHECKPOINT = torch.utils.checkpoint.__file__
 BROKEN_OFF = (
     "a call inside the model was broken off (KeyboardInterrupt, say), the model caught that and "
     "went on, and edits after that may not have been made"
@@ -331,10 +332,20 @@ class Edits:
 
 def _in_checkpoint() -> bool:
     """Whether the forward of a checkpointed part runs, which runs again in backward."""
-    top: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    at: Any
+    top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top_hooks is None:  # torch 2.4 does not say which hooks are on: its frames do
+        at = sys._getframe(1)
+        while at is not None:
+            code = at.f_code
+            if code.co_name == "checkpoint" and code.co_filename == _CHECKPOINT:
+                return True
+            at = at.f_back
+        return False
+    top = top_hooks(True)
     if top and getattr(top[0], "__qualname__", "").startswith("_checkpoint_hook."):
         return True
-    at: Any = sys._getframe(1) if in_function() else None
+    at = sys._getframe(1) if in_function() else None
     while at is not None and at.f_code is not _REENTRANT:
         at = at.f_back
     return at is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html as _html
 from typing import TYPE_CHECKING
 
 from fmapkit.errors import MapStateError
@@ -83,18 +82,9 @@ def text(maps: FeatureMaps) -> str:
 
 def html(maps: FeatureMaps) -> str:
     """The same table for notebooks."""
+    from fmapkit.page import html_table
 
-    def cells(row: tuple[str, ...], tag: str) -> str:
-        return "".join(
-            f'<{tag} style="text-align:{"right" if i in _RIGHT else "left"}">'
-            f"{_html.escape(c)}</{tag}>"
-            for i, c in enumerate(row)
-        )
-
-    head = f"<thead><tr>{cells(HEADS, 'th')}</tr></thead>"
-    body = "".join(f"<tr>{cells(r, 'td')}</tr>" for r in _rows(maps))
-    caption = _html.escape(_summary(maps))
-    return f"<table><caption>{caption}</caption>{head}<tbody>{body}</tbody></table>"
+    return html_table(HEADS, _rows(maps), right=_RIGHT, caption=_summary(maps))
 
 
 def map_line(fm: FeatureMap) -> str:

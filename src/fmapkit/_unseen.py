@@ -40,8 +40,7 @@ def recorded() -> str:
         return _EXPORTED.format(what="torch.jit.trace")
     if torch.compiler.is_compiling():
         return _EXPORTED.format(what="torch.export")
-    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    if proxies is not None and proxies.get_proxy_mode() is not None:
+    if _make_fx_is_tracing():
         return _EXPORTED.format(what="make_fx")
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     if started and torch.cuda.is_current_stream_capturing():
@@ -49,9 +48,19 @@ def recorded() -> str:
     return ""
 
 
+def _make_fx_is_tracing() -> bool:
+    """Whether make_fx traces, by either of its modes; torch 2.4 has no `get_proxy_mode`."""
+    key = torch._C._TorchDispatchModeKey.PROXY
+    before: Any = torch._ops._get_dispatch_mode_pre_dispatch(key)  # type: ignore[no-untyped-call]
+    return before is not None or torch._C._get_dispatch_mode(key) is not None
+
+
 def _fx_is_tracing() -> bool:
     """Whether torch.fx traces: it calls modules with what stands for tensors."""
-    return bool(fx._symbolic_trace._is_fx_tracing_flag)
+    tracer: Any = fx._symbolic_trace
+    if hasattr(tracer, "_get_is_fx_tracing"):  # since torch 2.14, a thread has a flag of its own
+        return bool(tracer._get_is_fx_tracing())
+    return bool(tracer._is_fx_tracing_flag)
 
 
 class Unseen:

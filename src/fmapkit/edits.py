@@ -130,7 +130,7 @@ def only(*filters: int, at: Any = None) -> Edit:
     """These filters as they are, at these positions, and zero in all others.
 
     How a single activation is examined in Zeiler & Fergus, "Visualizing and Understanding
-    Convolutional Networks" (2014), section 2.1: with one filter, and one location of it.
+    Convolutional Networks" (2014), section 2.1.
 
     Args:
         filters: indices along the layer's filters; none, with `at`, means all of them.

@@ -23,6 +23,7 @@ from fmapkit.map import FeatureMap, nbytes_of, read_map
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -481,6 +482,63 @@ class FeatureMaps:
             columns=columns,
             shape=shape,
             scale=scale,
+        )
+
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        layers: Any = None,
+        *,
+        image: Any = None,
+        sample: int = 0,
+        max_filters: int = 1024,
+        max_side: int = 56,
+        grid: tuple[int, int] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        analyses: Any = (),
+        title: str | None = None,
+    ) -> Path:
+        """Write the latest pass as a page to share, one self-contained HTML file.
+
+        Args:
+            path: of the file; what is there is written over.
+            layers: which layers: anything that `select(layer=...)` takes; None for all.
+            image: what the model was given: (H, W), (C, H, W) or a batch (N, C, H, W), of one or
+                three channels.
+            sample: which sample of the batch.
+            max_filters: how many filters of a map go in; of more, those with the highest |value|.
+            max_side: larger images go in as means of blocks of pixels, in pixels a side.
+            grid: of maps of tokens that are patches of an image: their rows and columns. Tokens
+                before these, such as the class token, are left out.
+            mean: of the image's channels, where it was normalised by it; with `std`.
+            std: of the image's channels.
+            analyses: analyses and Matplotlib figures that go in below the maps.
+            title: of the page.
+
+        Returns:
+            The path.
+
+        Raises:
+            NoPassError: there are no maps yet.
+            MapLookupError: `layers` selects none of the captured ones.
+            MapStateError: a map cannot be read any more.
+            ArgumentError: there is no such sample, a number is not positive, no map has the tokens
+                of `grid`, or the image has another shape.
+        """
+        from fmapkit import page
+
+        return page.write_maps(
+            *(self, path, layers),
+            image=image,
+            sample=sample,
+            max_filters=max_filters,
+            max_side=max_side,
+            grid=grid,
+            mean=mean,
+            std=std,
+            analyses=analyses,
+            title=title,
         )
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from fmapkit.analysis._bins import placed
 from fmapkit.analysis._blocks import along
 from fmapkit.analysis._by_layer import ByLayer
-from fmapkit.analysis._keys import Groups, Name, readable, table
+from fmapkit.analysis._keys import Groups, Name, readable
 from fmapkit.analysis._moments import by_filter
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
+from fmapkit.analysis._tables import Table, Tabular
 from fmapkit.analysis.firings import HEADS, LayerFirings, row
 from fmapkit.errors import ArgumentError
 
@@ -63,7 +64,7 @@ class _Watch:
         self.history[before // self.span : (self.inputs - 1) // self.span + 1] |= fired
 
 
-class DeadFilters(ByLayer[_Watch, LayerFirings]):
+class DeadFilters(Tabular, ByLayer[_Watch, LayerFirings]):
     """Which filters never fired over the last inputs, since when, by layer; an `Analysis`.
 
     ```python
@@ -211,16 +212,16 @@ class DeadFilters(ByLayer[_Watch, LayerFirings]):
         "since" is when the filter last fired that has been dead for longest; "never fired" counts
         those of the dead that have not fired since the beginning.
         """
+        return self._table().text()
+
+    def _table(self) -> Table:
         rows = [row(s) for s in self]
         if not rows:
-            return "DeadFilters: no activation seen yet"
+            return Table(HEADS, [], 3, "DeadFilters: no activation seen yet")
         dead, filters = (sum(int(r[i]) for r in rows if r[i] != "–") for i in (5, 4))
         missed = f", {len(self.missed)} missed (see dead.missed)" if self.missed else ""
         last = f"DeadFilters: {dead} of {filters} filters silent over {self.after} inputs{missed}"
-        return "\n".join([*table(HEADS, rows, 3), last])
-
-    def __repr__(self) -> str:
-        return self.report()
+        return Table(HEADS, rows, 3, last)
 
     def plot(
         self,

@@ -16,12 +16,17 @@ if TYPE_CHECKING:
     from fmapkit.analysis.dead import DeadFilters
     from fmapkit.analysis.firings import LayerFirings
 
-__all__ = ["plot_dead"]
+__all__ = ["STATES", "plot_dead", "states"]
 
 _WIDTH = 10.0  # of a figure, in inches
 _FIRED, _SILENT, _DEAD, _UNSEEN = range(4)
-_COLOURS = ("#fcd9a0", "0.45", "#b11226", "white")
-_WORDS = ("fired", "silent", "silent until now, and dead")
+# What a filter may have done in a span of inputs, and in which colour that is drawn.
+STATES = (
+    ("fired", "#fcd9a0"),
+    ("silent", "#737373"),
+    ("silent until now, and dead", "#b11226"),
+    ("not seen", "#ffffff"),
+)
 
 
 def plot_dead(
@@ -102,9 +107,9 @@ def _draw(ax: Axes, s: LayerFirings, max_filters: int) -> None:
     inputs = int(s.inputs.max())
     ax.imshow(
         picture,
-        cmap=ListedColormap(_COLOURS),
+        cmap=ListedColormap([colour for _, colour in STATES]),
         vmin=-0.5,
-        vmax=len(_COLOURS) - 0.5,
+        vmax=len(STATES) - 0.5,
         aspect="auto",
         interpolation="nearest",
         extent=(0, picture.shape[1] * s.span, len(order) - 0.5, -0.5),
@@ -129,7 +134,6 @@ def _draw(ax: Axes, s: LayerFirings, max_filters: int) -> None:
 def _legend(ax: Axes) -> None:
     from matplotlib.patches import Patch
 
-    colours = _COLOURS[: len(_WORDS)]
-    patches = [Patch(facecolor=c, label=w) for c, w in zip(colours, _WORDS, strict=True)]
-    ax.legend(handles=patches, loc="center", ncol=len(_WORDS), frameon=False)
+    patches = [Patch(facecolor=colour, label=word) for word, colour in STATES[:_UNSEEN]]
+    ax.legend(handles=patches, loc="center", ncol=len(patches), frameon=False)
     ax.set_axis_off()

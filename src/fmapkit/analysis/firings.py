@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fmapkit.analysis._keys import table
+from fmapkit.analysis._tables import Table
 
 __all__ = ["LayerFirings"]
 
@@ -67,6 +67,12 @@ class LayerFirings:
         return self.inputs.numel()
 
     def __repr__(self) -> str:
+        return self._table().text()
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> Table:
         found = [i for i, dead in enumerate(self.dead.tolist()) if dead]
         inputs, steps, revivals = (
             t.tolist() for t in (self.last_input, self.last_step, self.revivals)
@@ -87,7 +93,7 @@ class LayerFirings:
             f"LayerFirings: {self.layer + self.path!r}, {len(found)} of {len(self)} filters dead "
             f"after {int(self.inputs.max())} inputs (by {self.rule}){more}"
         )
-        return "\n".join([*(table(heads, rows, 0) if rows else []), last])
+        return Table(heads, rows, 0, last)
 
 
 def row(s: LayerFirings) -> tuple[str, ...]:

@@ -12,10 +12,11 @@ from torch import Tensor
 from fmapkit._warnings import warn
 from fmapkit.analysis._bins import Edges
 from fmapkit.analysis._by_layer import ByLayer
-from fmapkit.analysis._keys import Filters, Groups, Name, readable, table
+from fmapkit.analysis._keys import Filters, Groups, Name, readable
 from fmapkit.analysis._moments import Moments, absorb, by_filter, fused, merge, moments
 from fmapkit.analysis._ranks import agree, exchange
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
+from fmapkit.analysis._tables import Table, Tabular
 from fmapkit.analysis.summary import _HEADS, LayerStatistics, _columns, overall, summarise
 from fmapkit.errors import ArgumentError
 
@@ -36,7 +37,7 @@ class _Group:
         self.local = local  # other ranks have other filters under the same numbers
 
 
-class Statistics(ByLayer[_Group, LayerStatistics]):
+class Statistics(Tabular, ByLayer[_Group, LayerStatistics]):
     """Running statistics of every captured layer, filter by filter; an `Analysis`.
 
     ```python
@@ -194,18 +195,16 @@ class Statistics(ByLayer[_Group, LayerStatistics]):
         parts = [(f, g.moments, g.saturates) for f, g in self._groups.parts(name)]
         return summarise(name, parts, self._edges.tensor if self._edges is not None else None)
 
-    def __repr__(self) -> str:
+    def _table(self) -> Table:
         heads = ("layer", "kind", "σ", "filters", *_HEADS)
         rows = []
         for s in self:
             cells = [column[0] for column in _columns(overall(s), 1)]
             count = str(len(s)) if s.filters is not None else "–"
             rows.append((s.layer + s.path, s.kind, s.nonlinearity or "", count, *cells))
-        if not rows:
-            return "Statistics: no map seen yet"
         missed = f", {len(self.missed)} missed (see stats.missed)" if self.missed else ""
         last = f"Statistics: {len(self)} kinds of map of {len(self.layers)} layers{missed}"
-        return "\n".join([*table(heads, rows, 3), last])
+        return Table(heads, rows, 3, last if rows else "Statistics: no map seen yet")
 
     # -- putting together ----------------------------------------------------------------------
 

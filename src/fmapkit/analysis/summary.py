@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fmapkit.analysis._keys import Name, table
+from fmapkit.analysis._keys import Name
 from fmapkit.analysis._moments import NONFINITE, SATURATED, ZERO, Moments
+from fmapkit.analysis._tables import Table
 
 __all__ = ["LayerStatistics"]
 
@@ -67,6 +68,12 @@ class LayerStatistics:
         return self.count.numel()
 
     def __repr__(self) -> str:
+        return self._table().text()
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> Table:
         names = self.filters if self.filters is not None else ("all",)
         rows = [
             (str(names[i]), *cells)
@@ -76,7 +83,7 @@ class LayerStatistics:
         more = f", {len(self) - _ROWS} more filters" if len(self) > _ROWS else ""
         sigma = f", σ={self.nonlinearity}" if self.nonlinearity else ""
         last = f"LayerStatistics: {self.layer + self.path!r}, {self.kind}{sigma}{more}"
-        return "\n".join([*table(heads, rows, 0), last])
+        return Table(heads, rows, 0, last)
 
 
 _HEADS = ("values", "mean", "std", "min", "max", "zero", "saturated", "non-finite")

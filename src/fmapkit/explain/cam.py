@@ -49,11 +49,10 @@ def grad_cam(
 
     Args:
         model: any `nn.Module`, run as it is, in its own mode. Nothing is left on it: no gradients
-        of
-            parameters, and buffers and the random state are put back.
+            of parameters, and buffers and the random state are put back.
         inputs: the model's argument, a tuple of its arguments, or a dict of those by name.
         layer: whose maps: a name, module, or whatever else `maps.select(layer=)` takes that means
-        one.
+            one.
         target: which output: the index of a class, along the last axis of the first tensor that the
             model returns; a tensor with an index for each sample; or a function of what the model
             returns that gives a number, or one for each sample.

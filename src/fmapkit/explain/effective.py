@@ -47,10 +47,9 @@ def effective_field(
     Args:
         model: any `nn.Module`, run as it is. Nothing is left on it.
         layer: whose map: a name, module, or whatever else `maps.select(layer=)` takes that means
-        one.
+            one.
         inputs: what the model is given, as in `receptive_field`: many samples, drawn from data or
-        at
-            random, since the gradient of one is noise.
+            at random, since the gradient of one is noise.
         at: the location; by default the middle of the map.
         filter: one filter; by default the sum of all.
         kind: of the map, as in `receptive_field`.

@@ -117,15 +117,14 @@ def occlusion(
             is the first tensor in it, an image or a sequence, token numbers included; of all others
             that have as many samples, each gets its own.
         layer: whose map: a name, module, or whatever else `maps.select(layer=)` takes that means
-        one.
+            one.
         filter: one filter; None for all.
         window: locations that are covered at once, along each axis.
         stride: locations from one window to the next; by default they do not overlap.
         at: a location of the map; a list with one for each sample; "strongest" for the largest of
             each sample as it is; None for all. A total is a sum.
         fill: what is put there: a number, or a tensor that broadcasts to the input: a grey, the
-        mean
-            image, the number of a mask token.
+            mean image, the number of a mask token.
         kind: of the map; by default the activation, or the preactivation where no nonlinearity
             follows, or what a module returns that is no layer with filters.
         call: which call of the layer, where it has several.

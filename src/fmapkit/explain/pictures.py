@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError
+from fmapkit.plot import _pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -183,13 +184,3 @@ def _extent(shape: tuple[int, ...]) -> tuple[float, float, float, float]:
 def _bare(pane: Axes) -> None:
     pane.set_xticks([])
     pane.set_yticks([])
-
-
-def _pyplot() -> Any:
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError(
-            "drawing explanations needs matplotlib: pip install fmapkit[plot]"
-        ) from error
-    return pyplot

@@ -47,7 +47,7 @@ def project(
     convolutions transposed, pooling by the switches of the forward pass. At each ReLU
 
     - "gradient" (Simonyan, Vedaldi & Zisserman 2014) passes on what comes where the unit was
-    active;
+      active;
     - "deconvnet" (Zeiler & Fergus, "Visualizing and Understanding Convolutional Networks", 2014)
       passes on what is positive of what comes;
     - "guided" (Springenberg et al., "Striving for Simplicity", 2015) does both.
@@ -57,12 +57,11 @@ def project(
 
     Args:
         model: any `nn.Module`, run as it is, in its own mode. Nothing is left on it: no gradients
-        of
-            parameters, and buffers and the random state are put back.
+            of parameters, and buffers and the random state are put back.
         inputs: the model's argument, a tuple of its arguments, or a dict of those by name. The
             projection is to the first tensor in it, of a floating-point type.
         layer: whose map: a name, module, or whatever else `maps.select(layer=)` takes that means
-        one.
+            one.
         filter: one filter; None for all.
         method: what a ReLU passes on.
         at: a location of the map, such as (row, column); a list with one for each sample;

@@ -204,10 +204,9 @@ def receptive_field(
 
     Args:
         model: any `nn.Module`. It is run as it is, in its own mode; its buffers and the random
-        state
-            are put back.
+            state are put back.
         layer: whose map: a name, module, or whatever else `maps.select(layer=)` takes that means
-        one.
+            one.
         inputs: an example of what the model is given: its argument, a tuple of its arguments, or a
             dict of those by name. What is followed is the first tensor in it.
         kind: of the map; by default the activation, or the preactivation where no nonlinearity

@@ -1,0 +1,112 @@
+"""`TransformersCallback`: analyses while the Hugging Face `Trainer` trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from fmapkit.integrations.watching import Watching
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "TransformersCallback needs transformers and accelerate: pip install transformers[torch]"
+    ) from error
+
+if TYPE_CHECKING:
+    from fmapkit.analysis import Analysis
+    from fmapkit.integrations.logs import Log
+    from fmapkit.maps import FeatureMaps
+
+__all__ = ["TransformersCallback"]
+
+
+class TransformersCallback(TrainerCallback):  # type: ignore[misc]
+    """Captures a model while the `Trainer` trains it, and logs what the analyses know.
+
+    ```python
+    with TransformersCallback(log=TensorBoardLog("runs/first")) as watch:
+        Trainer(model, arguments, train_dataset=data, callbacks=[watch]).train()
+    ```
+
+    The capture is open from the start of training to its end. The `Trainer` tells no callback that
+    its training has raised: the `with` block then closes the capture, as `close()` does.
+
+    Args:
+        analyses: one, or several; None for statistics with histograms, dead filters, and the first
+            NaN.
+        log: where readings go; None for nowhere: they are read from the analyses.
+        log_every: so many optimiser steps are between two writings.
+        evaluation: whether the analyses see passes in eval mode, too.
+        window: whether `Statistics` forget, after each writing, what they have seen, so that what
+            is logged is of the steps since the last one.
+        capture: further arguments of `fmapkit.capture`: `layers`, `kinds`, `filters`, `every`, ….
+
+    Raises:
+        ImportError: transformers is not installed.
+        ArgumentError: an argument is outside what is allowed.
+
+    Attributes:
+        analyses: what sees the maps.
+        maps: what `capture` gave; None before training has begun.
+    """
+
+    def __init__(
+        self,
+        analyses: Analysis | Iterable[Analysis] | None = None,
+        *,
+        log: Log | None = None,
+        log_every: int = 50,
+        evaluation: bool = False,
+        window: bool = True,
+        **capture: Any,
+    ) -> None:
+        super().__init__()
+        self._watching = Watching(analyses, log_every, evaluation, window, capture)
+        self._log = log
+
+    @property
+    def analyses(self) -> list[Analysis]:
+        """What sees the maps."""
+        return self._watching.analyses
+
+    @property
+    def maps(self) -> FeatureMaps | None:
+        """What `capture` gave; None before training has begun."""
+        return self._watching.maps
+
+    def close(self) -> None:
+        """Close the capture, if it is open."""
+        self._watching.end()
+
+    def __enter__(self) -> TransformersCallback:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- the Trainer's hooks -------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the capture."""
+        self._watching.begin(kwargs["model"], state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write readings, each `log_every` optimiser steps."""
+        self._write(state, last=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write what has not been written, and close the capture."""
+        self._write(state, last=True)
+        self._watching.end()
+
+    def _write(self, state: Any, *, last: bool) -> None:
+        log = self._log if state.is_world_process_zero else None
+        self._watching.write(log, state.global_step, last=last)

@@ -1,0 +1,19 @@
+"""A page to share: one self-contained HTML file of maps and analyses.
+
+What `maps.to_html(path)` and `stats.to_html(path)` call. The file needs nothing beside it, loads
+nothing, and runs in any browser of the last years (Chrome 80, Firefox 113, Safari 16.4).
+
+| file | what it does |
+| --- | --- |
+| `tiles.py` | one sample of a map, set apart by filter and made small enough to draw |
+| `encoding.py` | values as bytes: eight bits each, deflated, base64; pixels as PNG |
+| `panels.py` | what the page draws: sections, panels, tables; and how each is written down |
+| `of_maps.py`, `of_analyses.py` | the sections of maps, and of analyses |
+| `document.py` | the page around the sections |
+| `assets/` | its style and its script |
+"""
+
+from fmapkit.page.document import write_analysis, write_maps
+from fmapkit.page.tables import html_table
+
+__all__ = ["html_table", "write_analysis", "write_maps"]

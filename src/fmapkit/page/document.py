@@ -1,0 +1,180 @@
+"""The page around the sections; what is written to the file."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fmapkit.errors import ArgumentError, MapLookupError, NoPassError, listed
+from fmapkit.page.encoding import png
+from fmapkit.page.of_analyses import analysis_sections
+from fmapkit.page.of_maps import map_sections
+from fmapkit.page.panels import Section
+from fmapkit.views import unnormalised
+
+if TYPE_CHECKING:
+    from fmapkit.maps import FeatureMaps
+
+__all__ = ["write_analysis", "write_maps"]
+
+
+def write_maps(
+    maps: FeatureMaps,
+    path: str | os.PathLike[str],
+    layers: Any = None,
+    *,
+    image: Any = None,
+    sample: int = 0,
+    max_filters: int = 1024,
+    max_side: int = 56,
+    grid: tuple[int, int] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    analyses: Any = (),
+    title: str | None = None,
+) -> Path:
+    """Write the maps of the latest pass, for one sample, as one self-contained HTML file.
+
+    The page has the layers in the order of execution, each with its maps by filter, on one colour
+    scale a map. Values are kept in eight bits, and larger images as means of blocks, so a value
+    that is pointed at is right to half of a 254th of its map's scale; what the page says of a whole
+    filter (highest |value|, mean, zeros) is worked out from all its values, to six digits.
+
+    Args:
+        maps: what `capture` gave.
+        path: of the file; what is there is written over.
+        layers: which layers: anything that `maps.select(layer=...)` takes; None for all.
+        image: what the model was given, shown above: a tensor or array (H, W), (C, H, W) or
+            (N, C, H, W) with one or three channels. Of a batch, the sample is taken. Whole numbers
+            are 0 to 255; others 0 to 1, or they are spread over that range, and the page says so.
+        sample: which sample of the batch.
+        max_filters: how many filters of a map go in; of more, those with the highest |value|.
+        max_side: larger images go in as means of blocks of pixels, in pixels a side.
+        grid: of maps of tokens that are patches of an image: their rows and columns. Tokens before
+            these, such as the class token, are left out.
+        mean: of the image's channels, where it was normalised by it; with `std`.
+        std: of the image's channels.
+        analyses: analyses and Matplotlib figures that go in below the maps; one, or several.
+        title: of the page; None for a title that names no model.
+
+    Returns:
+        The path.
+
+    Raises:
+        NoPassError: there are no maps yet.
+        MapLookupError: `layers` selects none of the captured ones.
+        MapStateError: a map cannot be read any more.
+        ArgumentError: there is no such sample, a number is not positive, no map has the tokens of
+            `grid`, or the image has another shape.
+    """
+    _check_positive(max_filters=max_filters, max_side=max_side)
+    if (mean is None) != (std is None):
+        raise ArgumentError("mean= and std= go together: the image is (x - mean) / std")
+    found = maps.select(layer=layers, step=-1)
+    if not found:
+        known = maps.layers
+        if not known:
+            raise NoPassError("nothing to show: no maps are held; run the model in the block first")
+        raise MapLookupError(f"nothing to show: {layers!r} is none of {listed(known)}")
+    if image is not None and mean is not None and std is not None:
+        image = unnormalised(torch.as_tensor(image), mean, std)
+    sections = [*_image(image, sample), _table(maps)]
+    sections += map_sections(found, sample, max_filters, max_side, grid)
+    sections += analysis_sections(analyses)
+    step = found[0].step
+    subtitle = f"sample {sample} of step {step}"
+    return _write(path, title or "Feature maps", subtitle, sections)
+
+
+def write_analysis(
+    analysis: Any, path: str | os.PathLike[str], *, title: str | None = None
+) -> Path:
+    """Write what analyses know, as one self-contained HTML file.
+
+    Args:
+        analysis: an analysis, or several.
+        path: of the file; what is there is written over.
+        title: of the page; None for the name of the analysis.
+
+    Returns:
+        The path.
+    """
+    sections = analysis_sections(analysis)
+    return _write(path, title or sections[0].name, "", sections)
+
+
+def _table(maps: FeatureMaps) -> Section:
+    notes = [f"{missed.layer or '(model)'}: {missed.reason}." for missed in maps.missed]
+    note = "Not captured: " + " ".join(notes) if notes else ""
+    return Section("All maps", note=note, html=maps._repr_html_())
+
+
+def _image(image: Any, sample: int) -> list[Section]:
+    """What the model was given, as a section; none where nothing was given."""
+    if image is None:
+        return []
+    pixels = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
+    if pixels.ndim == 4:
+        if not -len(pixels) <= sample < len(pixels):
+            raise ArgumentError(
+                f"sample {sample} is out of range: image has shape {pixels.shape}, so "
+                f"{len(pixels)} samples"
+            )
+        pixels = pixels[sample]
+    if pixels.ndim == 3 and pixels.shape[0] in (1, 3):
+        pixels = pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
+    elif pixels.ndim != 2:
+        raise ArgumentError(
+            "image must have shape (H, W), (1, H, W) or (3, H, W), or be a batch of these, not "
+            f"{pixels.shape}"
+        )
+    note = ""
+    if np.issubdtype(pixels.dtype, np.integer):
+        pixels = np.clip(pixels, 0, 255).astype(np.uint8)
+    else:
+        pixels = np.nan_to_num(pixels.astype(np.float64))
+        low, high = (float(pixels.min()), float(pixels.max())) if pixels.size else (0.0, 0.0)
+        if low < 0 or high > 1:
+            note = f"Values from {low:.3g} to {high:.3g} were spread over black to white."
+            pixels = (pixels - low) / ((high - low) or 1.0)
+        pixels = np.rint(pixels * 255).astype(np.uint8)
+    picture = f'<img class="given" alt="what the model was given" src="{png(pixels)}">'
+    return [Section("What the model was given", note=note, html=picture)]
+
+
+def _write(
+    path: str | os.PathLike[str], title: str, subtitle: str, sections: Sequence[Section]
+) -> Path:
+    assets = resources.files("fmapkit.page") / "assets"
+    text = {name: (assets / name).read_text(encoding="utf-8") for name in _ASSETS}
+    data = json.dumps({"sections": [s.written() for s in sections]}, separators=(",", ":"))
+    # In a script element only "</script" and "<!--" end what is JSON; "<" can be written so.
+    parts = {
+        "title": html.escape(title),
+        "subtitle": html.escape(subtitle),
+        "style": text["page.css"],
+        "script": text["page.js"],
+        "data": data.replace("<", "\\u003c"),
+    }
+    page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], text["page.html"])
+    target = Path(path)
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+_ASSETS = ("page.html", "page.css", "page.js")
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ArgumentError(f"{name} must be a positive int, not {value!r}")

@@ -1,0 +1,130 @@
+"""The sections of analyses: their table, and a panel for each layer where there is one to draw."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from fmapkit.analysis import DeadFilters, LayerFirings, LayerStatistics, Statistics
+from fmapkit.analysis.dead_plot import STATES, states
+from fmapkit.page.panels import Fact, Panel, Section, number_panel, state_panel
+
+__all__ = ["analysis_sections"]
+
+
+def analysis_sections(analyses: Any) -> list[Section]:
+    """The sections of one analysis, or of several; a Matplotlib figure counts as one.
+
+    An analysis that the page has no drawing for is shown by its `_repr_html_`, or by its `repr`.
+    """
+    several = isinstance(analyses, Iterable) and not hasattr(analyses, "update")
+    sections: list[Section] = []
+    for analysis in analyses if several else [analyses]:
+        sections += _sections(analysis)
+    return sections
+
+
+def _sections(analysis: Any) -> list[Section]:
+    name = type(analysis).__name__
+    if hasattr(analysis, "savefig"):
+        return [Section("figure", html=_figure(analysis))]
+    table = Section(name, html=_table(analysis))
+    if isinstance(analysis, Statistics):
+        return [table, *(_statistics(s) for s in analysis)]
+    if isinstance(analysis, DeadFilters):
+        return [table, *(_firings(s) for s in analysis)]
+    return [table]
+
+
+def _table(analysis: Any) -> str:
+    shown = getattr(analysis, "_repr_html_", None)
+    if callable(shown):
+        return str(shown())
+    return f"<pre>{html.escape(repr(analysis))}</pre>"
+
+
+def _figure(figure: Any) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    data = base64.b64encode(file.getvalue()).decode("ascii")
+    return f'<img alt="figure" src="data:image/png;base64,{data}">'
+
+
+def _labels(s: LayerStatistics | LayerFirings) -> tuple[int, ...]:
+    return s.filters if s.filters is not None else tuple(range(len(s)))
+
+
+def _statistics(s: LayerStatistics) -> Section:
+    """Mean and std of each filter, and its histogram where there is one."""
+    labels = _labels(s)
+    numbers = {
+        "mean": s.mean,
+        "std": s.std,
+        "min": s.minimum,
+        "max": s.maximum,
+        "share of zeros": s.zero_fraction,
+        "share saturated": s.saturated_fraction,
+        "NaN or infinite": s.nonfinite,
+    }
+    facts: dict[str, Fact] = {name: (name, t.tolist()) for name, t in numbers.items()}
+    note = f"{len(s)} filters" if s.filters is not None else "all values together"
+    panels: list[Panel] = []
+    for name in ("mean", "std"):
+        values = numbers[name].double().cpu().numpy()[:, None, None]
+        first = (facts[name], *(f for other, f in facts.items() if other != name))
+        panels.append(
+            number_panel(name, note, labels, values, "cell", signed=name == "mean", facts=first)
+        )
+    if s.histogram is not None and s.edges is not None:
+        counts = s.histogram.double().cpu()
+        shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()[:, None, :]
+        panels.append(
+            number_panel(
+                "histogram",
+                f"{note}, share of values in each of {shares.shape[2]} bins",
+                labels,
+                shares,
+                "row",
+                signed=False,
+                facts=tuple(facts.values()),
+                size=(1, shares.shape[2]),
+                axis="bin",
+                places=_bins(s.edges.tolist()),
+            )
+        )
+    tags = [s.kind, *([f"σ = {s.nonlinearity}"] if s.nonlinearity else [])]
+    return Section((s.layer or "(model)") + s.path, " · ".join(tags), tuple(panels))
+
+
+def _bins(edges: list[float]) -> tuple[str, ...]:
+    between = (f"{a:g} to {b:g}" for a, b in pairwise(edges))
+    return (f"below {edges[0]:g}", *between, f"{edges[-1]:g} and above")
+
+
+def _firings(s: LayerFirings) -> Section:
+    """When each filter fired."""
+    silent: Any = (s.inputs - s.last_input).tolist()
+    picture = np.asarray(states(s))
+    facts: tuple[Fact, ...] = (
+        ("inputs since it fired", silent),
+        ("revivals", s.revivals.tolist()),
+    )
+    spans = picture.shape[1]
+    panel = state_panel(
+        "fired",
+        f"{int(s.dead.sum())} of {len(s)} filters dead, by {s.rule}",
+        _labels(s),
+        picture,
+        STATES,
+        facts=facts,
+        axis="inputs",
+        places=tuple(f"{i * s.span} to {(i + 1) * s.span - 1}" for i in range(spans)),
+    )
+    tags = f"σ = {s.nonlinearity}" if s.nonlinearity else ""
+    return Section((s.layer or "(model)") + s.path, tags, (panel,))

@@ -1,0 +1,111 @@
+"""The sections of maps: a layer each, with its z and its a."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fmapkit.errors import ArgumentError
+from fmapkit.page.panels import Panel, Section, facts_shown, number_panel
+from fmapkit.page.tiles import tiles_of
+from fmapkit.views import as_grid
+
+if TYPE_CHECKING:
+    from fmapkit.maps import FeatureMap
+
+__all__ = ["map_sections"]
+
+
+Grid = tuple[int, int] | None
+
+
+def map_sections(
+    found: list[FeatureMap], sample: int, max_filters: int, max_side: int, grid: Grid
+) -> list[Section]:
+    """A section for each call of each layer, in the order of execution.
+
+    Raises:
+        ArgumentError: there is no such sample, or no map has the tokens of that grid.
+    """
+    if grid is not None and not any(_of_tokens(fm, grid) for fm in found):
+        raise ArgumentError(
+            f"grid={grid} takes maps of shape (samples, tokens, filters) with {grid[0] * grid[1]} "
+            "tokens or more, and there is none"
+        )
+    groups: dict[tuple[str, int], list[FeatureMap]] = {}
+    for fm in found:
+        groups.setdefault((fm.layer, fm.call), []).append(fm)
+    return [_section(group, sample, max_filters, max_side, grid) for group in groups.values()]
+
+
+def _of_tokens(fm: FeatureMap, grid: tuple[int, int]) -> bool:
+    """Whether the map is one of tokens, of which so many may be patches of an image."""
+    if fm.filters is None or fm.filter_dim is None or fm.tensor.dim() != 3:
+        return False
+    return fm.filter_dim % 3 == 2 and fm.shape[1] >= grid[0] * grid[1]
+
+
+def _section(
+    group: list[FeatureMap], sample: int, max_filters: int, max_side: int, grid: Grid
+) -> Section:
+    first = group[0]
+    wanted = _wanted(group, sample, max_filters, max_side)
+    panels: list[Panel] = []
+    notes: list[str] = []
+    for fm in group:
+        as_image = grid is not None and _of_tokens(fm, grid)
+        shown = as_grid(fm, *grid) if grid is not None and as_image else fm
+        own = wanted is not None and fm.kind != "input"  # an input's are other filters
+        drawn = tiles_of(shown, sample, max_filters, max_side, wanted if own else None)
+        if isinstance(drawn, str):
+            notes.append(f"{_meaning(fm)}: {drawn}.")
+            continue
+        note = drawn.note
+        if grid is not None and as_image:
+            before = fm.shape[1] - grid[0] * grid[1]
+            note += f", tokens as {grid[0]}×{grid[1]}" + f" without the first {before}" * (
+                before > 0
+            )
+        if fm.shape != first.shape:
+            note = f"{_shape(fm)}, {note}"
+        panels.append(
+            number_panel(
+                _meaning(fm),
+                note,
+                drawn.labels,
+                drawn.values,
+                drawn.form,
+                signed=fm.kind != "activation" or drawn.facts.both_signs,
+                facts=facts_shown(drawn.facts),
+                block=drawn.block,
+                size=drawn.size,
+            )
+        )
+    tags = [_shape(first), str(first.dtype).removeprefix("torch."), str(first.device)]
+    if first.call:
+        tags.insert(0, f"call {first.call}")
+    return Section(first.layer or "(model)", " · ".join(tags), tuple(panels), " ".join(notes))
+
+
+def _wanted(
+    group: list[FeatureMap], sample: int, max_filters: int, max_side: int
+) -> tuple[int, ...] | None:
+    """The filters that are kept of all maps of a layer: its activation's strongest, if any."""
+    own = [fm for fm in group if fm.filters is not None and fm.kind != "input"]
+    if not any(len(fm) > max_filters for fm in own):
+        return None
+    leads = next((fm for fm in reversed(own) if fm.kind == "activation"), own[-1])
+    drawn = tiles_of(leads, sample, max_filters, max_side)
+    return None if isinstance(drawn, str) else drawn.labels
+
+
+def _shape(fm: FeatureMap) -> str:
+    return "×".join(map(str, fm.shape)) or "scalar"
+
+
+def _meaning(fm: FeatureMap) -> str:
+    name = fm.path + " " if fm.path else ""
+    if fm.kind == "preactivation":
+        return name + "z"
+    if fm.kind == "activation":
+        return f"{name}a = {fm.nonlinearity or 'σ'}(z)"
+    return name + fm.kind

@@ -1,0 +1,175 @@
+"""What a page draws, and how each of it is written down for `assets/page.js`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from fmapkit.page.encoding import packed, quantised
+from fmapkit.page.tiles import Facts, Form
+
+__all__ = ["Fact", "Panel", "Section", "facts_shown", "number_panel", "state_panel"]
+
+Colours = Literal["signed", "positive", "states"]
+# A fact: its name, and its number for each tile.
+Fact = tuple[str, Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """Tiles on one scale, one for each filter.
+
+    Attributes:
+        heading: what the values are: "z", "a = relu(z)", "mean".
+        note: what the tiles are, of how many.
+        labels: the filters' numbers.
+        codes: uint8 (filters, height, width); what a code means, `step` and `zero` say, or `words`.
+        form: how tiles are laid out.
+        colours: of the codes.
+        facts: further numbers of each tile; the first is the one to sort by.
+        step: between two codes; 0 with `words`.
+        zero: the code of the value 0.
+        words: what each code is called, and its colour; for "states".
+        block: how many values, down and across, one pixel is the mean of.
+        size: of a tile before it was averaged.
+        axis: what a place along the last axis is called, such as "inputs"; of images "".
+    """
+
+    heading: str
+    note: str
+    labels: tuple[int, ...]
+    codes: np.ndarray[Any, Any]
+    form: Form
+    colours: Colours
+    facts: tuple[Fact, ...] = ()
+    step: float = 0.0
+    zero: int = 0
+    words: tuple[tuple[str, str], ...] = ()
+    block: tuple[int, int] = (1, 1)
+    size: tuple[int, int] = (1, 1)
+    axis: str = ""
+    places: tuple[str, ...] = ()  # a name for each place along the last axis, where it has names
+
+    def written(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        count, height, width = self.codes.shape
+        return {
+            "heading": self.heading,
+            "note": self.note,
+            "labels": list(self.labels),
+            "shape": [count, height, width],
+            "data": packed(self.codes),
+            "form": self.form,
+            "colours": self.colours,
+            "facts": [[name, [_number(v) for v in values]] for name, values in self.facts],
+            "step": self.step,
+            "zero": self.zero,
+            "words": [list(word) for word in self.words],
+            "block": list(self.block),
+            "size": list(self.size),
+            "axis": self.axis,
+            "places": list(self.places),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One layer of the page, or one table.
+
+    Attributes:
+        name: what it is found by: the layer's name.
+        tags: what stands beside the name: shape, dtype, σ.
+        panels: what is drawn.
+        note: a sentence in place of panels, or above them.
+        html: more of it, escaped already.
+    """
+
+    name: str
+    tags: str = ""
+    panels: tuple[Panel, ...] = ()
+    note: str = ""
+    html: str = ""
+
+    def written(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {
+            "name": self.name,
+            "tags": self.tags,
+            "note": self.note,
+            "html": self.html,
+            "panels": [panel.written() for panel in self.panels],
+        }
+
+
+def number_panel(
+    heading: str,
+    note: str,
+    labels: tuple[int, ...],
+    values: np.ndarray[Any, Any],
+    form: Form,
+    *,
+    signed: bool,
+    facts: tuple[Fact, ...] = (),
+    **more: Any,
+) -> Panel:
+    """A panel of numbers, (filters, height, width), on one scale."""
+    found = quantised(values, signed=signed)
+    return Panel(
+        heading,
+        note,
+        labels,
+        found.codes,
+        form,
+        "signed" if signed else "positive",
+        facts,
+        found.step,
+        found.zero,
+        **more,
+    )
+
+
+def state_panel(
+    heading: str,
+    note: str,
+    labels: tuple[int, ...],
+    states: np.ndarray[Any, Any],
+    words: tuple[tuple[str, str], ...],
+    *,
+    facts: tuple[Fact, ...] = (),
+    axis: str = "",
+    places: tuple[str, ...] = (),
+) -> Panel:
+    """A panel of states, (filters, places): whole numbers that `words` names, with colours."""
+    codes = states[:, None, :].astype(np.uint8)
+    return Panel(
+        *(heading, note, labels, codes, "row", "states", facts),
+        words=words,
+        size=(1, states.shape[1]),
+        axis=axis,
+        places=places,
+    )
+
+
+def facts_shown(facts: Facts) -> tuple[Fact, ...]:
+    """What the page says of each filter; the first is its strength."""
+    shown: list[Fact] = [
+        ("highest |value|", facts.peak.tolist()),
+        ("mean", facts.mean.tolist()),
+        ("min", facts.low.tolist()),
+        ("max", facts.high.tolist()),
+        ("share of zeros", facts.zeros.tolist()),
+    ]
+    if facts.bad.any():
+        shown.append(("NaN or infinite", facts.bad.tolist()))
+    return tuple(shown)
+
+
+def _number(value: float) -> float | str:
+    """As JSON takes it: to six digits; what is no number, as a word."""
+    if not math.isfinite(value):
+        return str(value)
+    return int(value) if float(value).is_integer() else float(f"{value:.6g}")
