@@ -26,7 +26,7 @@ _count: Callable[[Any], None] = torch._C._increment_version
 try:
     _count((torch.empty(0),))
     _of_many = True
-except TypeError:  # older versions of torch count one tensor at a time
+except (TypeError, RuntimeError):  # older versions of torch count one tensor at a time
     _of_many = False
 
 
