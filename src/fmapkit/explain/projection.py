@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import FeatureMap, capture
-from fmapkit.errors import ArgumentError
+from fmapkit.errors import ArgumentError, EditError
 from fmapkit.explain._axes import input_axes
 from fmapkit.explain._locations import At, chosen
 from fmapkit.explain._passes import (
@@ -24,6 +24,10 @@ from fmapkit.kinds import Kind
 
 __all__ = ["project"]
 
+_UNSEEN = (
+    "method={!r} has to see what each nonlinearity receives, and here it cannot: {}; "
+    "use method='gradient'"
+)
 _METHODS = ("deconvnet", "guided", "gradient")
 
 
@@ -100,13 +104,16 @@ def project(
     with kept_state(model), torch.inference_mode(False), torch.enable_grad():
         x = tensor.detach().clone().requires_grad_()
         given = exchanged(inputs, tensor, x)
-        with capture(model, layer, kinds=kinds, detach=False, edit=rectifiers.edits()) as maps:
-            run(model, given)
-            fm = the_map(maps, layer, kind, call, path)
-            head = fm.tensor if fm.edited is None else fm.edited
-            mask = chosen(fm, tensor, along, filter, at)
-            signal = mask.to(head.dtype) if start == "ones" else head.detach() * mask
-            found = gradient_of(fm, head, x, signal)
+        try:
+            with capture(model, layer, kinds=kinds, detach=False, edit=rectifiers.edits()) as maps:
+                run(model, given)
+                fm = the_map(maps, layer, kind, call, path)
+                head = fm.tensor if fm.edited is None else fm.edited
+                mask = chosen(fm, tensor, along, filter, at)
+                signal = mask.to(head.dtype) if start == "ones" else head.detach() * mask
+                found = gradient_of(fm, head, x, signal)
+        except EditError as error:
+            raise ArgumentError(_UNSEEN.format(method, error)) from error
     rectifiers.check(fm)
     return found
 
@@ -190,9 +197,9 @@ class _Rectifiers:
             return
         if self.unknown:
             raise ArgumentError(
-                f"method={self.method!r} cannot tell whether {self.unknown[0]} is a ReLU: it "
-                "chooses by a comparison, and what it received is not to be had; write "
-                "torch.relu, or use method='gradient'"
+                _UNSEEN.format(
+                    self.method, f"{self.unknown[0]} chooses by a comparison of what it receives"
+                )
             )
         if not self.passed:
             raise ArgumentError(
