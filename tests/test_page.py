@@ -307,7 +307,8 @@ def test_errors(shown: tuple[FeatureMaps, Tensor], tmp_path: Path) -> None:
     assert _said(maps, path, max_side=0) == "max_side must be a positive int, not 0"
     assert _said(maps, path, max_filters=True) == "max_filters must be a positive int, not True"
     assert _said(maps, path, "conv3") == (
-        "nothing to show: 'conv3' is none of 'conv1', 'conv2', 'tokens', 'head'"
+        "layers='conv3' matches no layer; did you mean 'conv2' or 'conv1'? (held: 'conv1', "
+        "'conv2', 'tokens', 'head')"
     )
     assert _said(maps, path, image=torch.rand(2, 4, 4)) == (
         "image must have shape (H, W), (1, H, W) or (3, H, W), or be a batch of these, not "
