@@ -19,6 +19,8 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter as unchang
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
+from fmapkit._transforms import transforming
+
 __all__ = ["clone", "goes_on_from", "operators_are_counted", "runs", "select", "unseen"]
 
 _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
@@ -65,7 +67,7 @@ def goes_on_from(tensor: Tensor, copied: Tensor) -> bool:
     """
     if not torch.is_grad_enabled() or not copied.requires_grad:
         return False
-    if tensor.is_leaf or tensor._is_view():
+    if tensor.is_leaf or tensor._is_view() or transforming() is not None:
         return False
     with unseen(), unchanged(tensor):  # σ, which writes to it next, is what counts
         _GoesOn.apply(tensor, copied)  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-_MARKS = dict(zip(KINDS, ("v", "s", "o", "^", "D"), strict=True))
+_MARKS = dict(zip(KINDS, ("v", "s", "o", "^", "D", "P"), strict=True))
 _NAMES = 40  # of layers that are written below the axis
 
 
