@@ -390,7 +390,7 @@ def test_ipython_completes_names(net: Net, x: Tensor) -> None:
         (
             edits.only,
             "edit['stem'] is edits.only itself, which makes an edit: write edits.only(*filters: "
-            "'int')",
+            "'int', at: 'Any' = None)",
         ),
     ],
 )
@@ -427,7 +427,8 @@ def test_stop_around_code_that_needs_the_output(net: Net, x: Tensor) -> None:
 
 
 def test_kinds_are_a_literal_type() -> None:
-    assert get_args(Kind) == KINDS == ("input", "response", "preactivation", "activation", "output")
+    plain = ("input", "response", "preactivation", "activation", "output")
+    assert get_args(Kind) == KINDS == (*plain, "attention")
 
 
 SNIPPET = """

@@ -764,8 +764,9 @@ NET = Net().eval()
         (
             lambda: feature_map(NET, "conv1", kind="activations"),
             ArgumentError,
-            "unknown kind 'activations'; did you mean 'activation' or 'preactivation'?; the kinds "
-            "are 'input', 'response', 'preactivation', 'activation', 'output'",
+            "unknown kind 'activations'; did you mean 'activation' or 'preactivation' or "
+            "'attention'?; the kinds are 'input', 'response', 'preactivation', 'activation', "
+            "'output', 'attention'",
         ),
         (
             lambda: feature_map(NET, "conv1", pool="men"),

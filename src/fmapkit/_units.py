@@ -30,6 +30,7 @@ from fmapkit.paths import KnownPaths, Sizes
 __all__ = ["Unit", "Units", "carried", "shape_of", "sizes_of"]
 
 
+_OURS = __name__.partition(".")[0]
 _MOST_KINDS = 64
 _MOST_STATES = 4  # in which a kind of call is known while it is not clear which attributes decide
 _TOLD = frozenset({bool, str, type(None), torch.dtype, torch.device})
@@ -231,6 +232,10 @@ class Units:
         if type(module).__call__ is not nn.Module.__call__:
             return False
         if isinstance(module, torch.jit.ScriptModule):
+            return False
+        if (
+            type(module).__module__.partition(".")[0] == _OURS
+        ):  # φ ends its model's later passes early
             return False
         return all(map(self._is_ours, hooks_on(module)))
 
