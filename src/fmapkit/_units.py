@@ -235,7 +235,7 @@ class Units:
             return False
         if (
             type(module).__module__.partition(".")[0] == _OURS
-        ):  # φ ends its model's later passes early
+        ):  # φ ends passes early
             return False
         return all(map(self._is_ours, hooks_on(module)))
 
