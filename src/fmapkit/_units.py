@@ -233,9 +233,7 @@ class Units:
             return False
         if isinstance(module, torch.jit.ScriptModule):
             return False
-        if (
-            type(module).__module__.partition(".")[0] == _OURS
-        ):  # φ ends passes early
+        if type(module).__module__.partition(".")[0] == _OURS:  # φ ends passes early
             return False
         return all(map(self._is_ours, hooks_on(module)))
 

@@ -37,6 +37,7 @@ _PLAIN: frozenset[type] = frozenset(
     }
 )
 _NESTED: frozenset[type] = frozenset({tuple, list, dict, set, frozenset, slice, torch.Size})
+_ROWS: frozenset[type] = frozenset({tuple, list, torch.Size})
 _FUNCTION = types.FunctionType
 _BUILTIN = types.BuiltinFunctionType
 _METHOD = types.MethodType
@@ -169,6 +170,8 @@ def _flat(given: Any, depth: int = 0) -> Any:
         return given
     if kind is bool or kind is float:
         return kind, given
+    if kind in _ROWS and _PLAIN.issuperset(map(type, given)):  # shapes, mostly
+        return (kind, *given)
     if kind in _NESTED and depth < 8:
         if kind is slice:
             return (slice, *(_flat(v, depth + 1) for v in (given.start, given.stop, given.step)))
