@@ -288,7 +288,7 @@ def _step(firing: Firing, ref: Any, escaping: set[int], retention: Retention, st
     plain = "xy" if keeps else "".join(sorted({e.slot for e in emissions}))
     if (
         plain not in ("xy", "y")
-        or firing.module is None
+        or (firing.module is None and (keeps or _is_shared(firing)))
         or any(e.stored or ((e.copy or e.before) and not (keeps and e.before)) for e in emissions)
         or any(e.key is not None for e in firing.events)
         or any(e.kind == "output" for e in emissions)

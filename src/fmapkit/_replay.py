@@ -263,6 +263,11 @@ class Run:
             self.stray(name)
             return func(*args, **kwargs)
         x = next(iter(tensors_in(*args, kwargs)[step.place :]), None)
+        if step.plain and self.how < 2 and not self.wants.gradients:
+            out = func(*args, **kwargs)
+            self.log.append((site, self._read_plainly(step, x, out)))
+            self._noted()
+            return out
         x_grad, before = self._watched(x), None
         out = None
         other = out_of_place(func, args, kwargs) if step.keeps else None
@@ -365,6 +370,14 @@ class Run:
                     continue
             read.append(shared[slot])
         return read
+
+    def _read_plainly(self, step: Step, x: Any, output: Any) -> list[Item | None]:
+        """The same where nothing but references to x and y is held."""
+        slots: dict[str, Item | None] = {"x": None, "y": None}
+        for slot, value in ("x", x), ("y", output):
+            if isinstance(value, Tensor):
+                slots[slot] = self._own(value), self._version(value), None, False
+        return [slots[emission.slot] for emission in step.emissions]
 
     def _stored(self, emission: Emission, value: Tensor, grad: Gradient | None) -> Item:
         """What is stored of a tensor."""
