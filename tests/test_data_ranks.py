@@ -88,7 +88,7 @@ def test_a_rank_that_dies_and_another_number_of_ranks(job: Job, then: int, tmp_p
         if rank == 1:
             signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
             signal.setitimer(signal.ITIMER_REAL, 0.35)
-        job.run(to, 0.01 if rank == 1 else 0.0)
+        job.run(to, 0.05 if rank == 1 else 0.0)  # seconds a batch: it is far from its end
 
     ended = ranks(2, work)
     assert ended[1] == signal.SIGKILL

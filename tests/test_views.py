@@ -265,7 +265,7 @@ def test_many_filters_are_one_image() -> None:
 
 
 def test_plot_filters_of_what_has_none(maps: FeatureMaps) -> None:
-    with pytest.raises(UnknownLayerError, match="no map of layer 'conv'; did you mean 'conv2' or"):
+    with pytest.raises(UnknownLayerError, match="'conv' matches no layer; did you mean 'conv2' or"):
         maps.plot_filters("conv")
     with pytest.raises(ArgumentError, match="shape=\\(3, 3\\) is of 9 inputs, and a filter has 4"):
         maps.plot_filters("head", shape=(3, 3))

@@ -148,6 +148,7 @@ class _Writer:
             "filter_dim": fm.filter_dim,
             "filters": _filters(fm.filters),
             "parts": fm.parts is not None,
+            "made_by": fm._rows.what if fm._rows is not None else None,
         }
         if fm.ids is not None:
             tags["ids"] = self._add(f"{name}/ids", fm.ids, fm, f"the numbers of {what}")

@@ -226,8 +226,8 @@ class Lost:
             MapReleasedError: always.
         """
         raise MapReleasedError(
-            f"{self.what} was copied or pickled, and its {name} stayed with the model: read it "
-            "from the map that was captured"
+            f"{self.what} was copied, pickled or saved, and its {name} stayed with the model: read "
+            "it from the map that was captured"
         )
 
 

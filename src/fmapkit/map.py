@@ -15,7 +15,7 @@ from fmapkit._gradients import Gradient, NotYet, Received
 from fmapkit._kept import Values
 from fmapkit._sharded import Parts, is_dtensor, whole
 from fmapkit._store import Entry, Pass, parts_of
-from fmapkit._weights import Rows
+from fmapkit._weights import Lost, Rows
 from fmapkit.errors import DistributedError, FilterRangeError, MapStateError
 from fmapkit.heads import Heads
 from fmapkit.kinds import Kind
@@ -68,7 +68,7 @@ class FeatureMap:
     parts: Parts | None = field(default=None, repr=False)
     heads: Heads | None = field(default=None, repr=False)
     _gradient: Gradient | NotYet | Received | None = field(default=None, repr=False)
-    _rows: Rows | None = field(default=None, repr=False)
+    _rows: Rows | Lost | None = field(default=None, repr=False)
     _whole: FeatureMap | None = field(default=None, repr=False)  # the map of all filters
 
     @property
@@ -299,6 +299,7 @@ class FeatureMap:
             edited=None if self.edited is None else values.of(self.edited),
             parts=None if self.parts is None else Parts(unknown=True),
             _gradient=None if grad is None else Received(values.of(grad)),
+            _rows=None if self._rows is None else Lost(self._rows.what),
             _whole=None,
         )
 
@@ -319,7 +320,8 @@ class FeatureMap:
     def _data(self) -> dict[str, Any]:
         """What `restored` makes the map of again."""
         tags = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
-        return {**tags, "grad": self.grad, "parts": self.parts is not None}
+        made_by = self._rows.what if self._rows is not None else None
+        return {**tags, "grad": self.grad, "parts": self.parts is not None, "made_by": made_by}
 
     def __repr__(self) -> str:
         return _table.map_line(self)
@@ -362,11 +364,12 @@ class FeatureMap:
 def restored(tags: dict[str, Any]) -> FeatureMap:
     """The map of which these are the tags, the tensor and its gradient."""
     values = dict(tags)
-    grad, parts = values.pop("grad"), values.pop("parts")
+    grad, parts, made_by = values.pop("grad"), values.pop("parts"), values.pop("made_by")
     return FeatureMap(
         **values,
         parts=Parts(unknown=True) if parts else None,
         _gradient=None if grad is None else Received(grad),
+        _rows=None if made_by is None else Lost(made_by),
     )
 
 
