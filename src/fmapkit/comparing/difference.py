@@ -103,30 +103,25 @@ def difference(
     )
 
 
+_SMALL, _LARGE = 1e-100, 1e100
+
+
 def _measured(x: Tensor, y: Tensor, dim: int | None) -> tuple[float, float, float, int | None]:
     """Absolute and relative error, cosine, and where along an axis the first is greatest."""
-    same = (x == y) | (x.isnan() & y.isnan())
-    finite = x.isfinite() & y.isfinite()
-    x, y = (torch.where(finite, t, 0.0) for t in (x, y))
-    error = torch.where(finite, (x - y).abs(), torch.where(same, 0.0, torch.inf))
-    if not error.numel():
+    if not x.numel():
         return 0.0, 0.0, 1.0, None
-    # Scaled by the greatest magnitude, squares neither overflow nor vanish.
-    scale = torch.maximum(x.abs().max(), y.abs().max())
-    unit = torch.where(scale > 0, scale, 1.0)
-    u, v = x / unit, y / unit
-    apart = torch.where(error.isfinite(), error, 0.0) / unit
+    top = float(torch.maximum(x.abs().max(), y.abs().max()))
+    if _SMALL < top < _LARGE:  # finite numbers, whose squares are numbers, too
+        u, v, apart = x, y, x - y
+        error = apart = apart.abs()
+    else:
+        error, apart, u, v = _with_care(x, y)
     worst = (
         error.amax([d for d in range(error.dim()) if d != dim % error.dim()]).argmax()
         if dim is not None and error.dim() > 1
         else error.argmax()
     )
-    numbers = torch.stack(
-        (
-            *(error.max(), apart.square().sum(), u.abs().square().sum(), v.abs().square().sum()),
-            (u.conj() * v).real.sum(),
-        )
-    )
+    numbers = torch.stack((*(error.max(), _dot(apart, apart), _dot(u, u), _dot(v, v), _dot(u, v)),))
     absolute, dd, xx, yy, xy = numbers.tolist()
     place = int(worst) if dim is not None else None
     if absolute == 0:
@@ -136,6 +131,25 @@ def _measured(x: Tensor, y: Tensor, dim: int | None) -> tuple[float, float, floa
     relative = math.sqrt(dd / xx) if xx else math.inf
     cosine = xy / math.sqrt(xx * yy) if xx and yy else 0.0
     return absolute, relative, max(-1.0, min(1.0, cosine)), place
+
+
+def _dot(u: Tensor, v: Tensor) -> Tensor:
+    found: Tensor = torch.vdot(u.reshape(-1), v.reshape(-1)).real
+    return found
+
+
+def _with_care(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The error, and it, x and y in a unit in which squares neither overflow nor vanish.
+
+    An infinity or NaN that both have is no error; one that one of them has is an infinite one.
+    """
+    same = (x == y) | (x.isnan() & y.isnan())
+    finite = x.isfinite() & y.isfinite()
+    x, y = (torch.where(finite, t, 0.0) for t in (x, y))
+    error = torch.where(finite, (x - y).abs(), torch.where(same, 0.0, torch.inf))
+    scale = torch.maximum(x.abs().max(), y.abs().max())
+    unit = torch.where(scale > 0, scale, 1.0)
+    return error, torch.where(error.isfinite(), error, 0.0) / unit, x / unit, y / unit
 
 
 def _values(fm: FeatureMap, gradient: bool) -> Tensor:
