@@ -73,6 +73,8 @@ def python_calls(run: Callable[[], object]) -> Counter[str]:
         run()
     finally:
         sys.setprofile(None)
+    # Where an earlier test of the process has tapped a place in the source, its twins ask there.
+    assert found.pop("tapped", 0) <= SITES
     return found
 
 
