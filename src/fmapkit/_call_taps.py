@@ -14,8 +14,6 @@ from types import FrameType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_backward_hooks as _back
-from torch.nn.modules.module import _global_backward_pre_hooks as _back_before
 from torch.nn.modules.module import _global_forward_hooks as _after
 from torch.nn.modules.module import _global_forward_pre_hooks as _before
 
@@ -46,15 +44,12 @@ _getframe: Callable[[int], FrameType] = sys._getframe
 class CallTap(Standing):
     """Does a `Tap`'s work in the usual case, and has that tap do it in any other.
 
-    The usual case is that a run is under way, and that neither others' hooks are on the module nor
-    anybody stands behind us: `Module._call_impl` would do no more than call `forward` then.
-
     Args:
         module: to stand before.
         tap: whose place it takes.
     """
 
-    __slots__ = ("back", "back_before", "hooks", "line", "tap", "theirs")
+    __slots__ = ("line", "tap", "theirs")
 
     def __init__(self, module: nn.Module, tap: Tap) -> None:
         self.module = module
@@ -62,20 +57,13 @@ class CallTap(Standing):
         self.owner = tap.owner
         self.line = tap.line
         self.theirs = module._forward_pre_hooks  # none yet; one that is set now changes what z is
-        self.hooks = module._forward_hooks
-        self.back, self.back_before = module._backward_hooks, module._backward_pre_hooks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cell = self.line.cell
         if cell is None or ((self.theirs or _before) and self.moved()):
             return self.otherwise(args, kwargs)
-        module, call = self.module, self.inner
-        if type(call) is MethodType and not (
-            (self.theirs or self.hooks or self.back or self.back_before)
-            or (_before or _after or _back or _back_before)
-        ):
-            call = module.forward
-        output = call(*args, **kwargs)
+        module = self.module
+        output = self.inner(*args, **kwargs)
         note, how, wanted, drop, _ = cell
         if module not in wanted:  # a tap of another plan
             return output
@@ -133,13 +121,7 @@ class OutputCallTap(CallTap):
         module = self.module
         if cell is None or _getframe(1).f_locals.get("self") is not module:
             return self.otherwise(args, kwargs)
-        call = self.inner
-        if type(call) is MethodType and not (
-            (self.theirs or self.hooks or self.back or self.back_before)
-            or (_before or _after or _back or _back_before)
-        ):
-            call = module.forward
-        output = call(*args, **kwargs)
+        output = self.inner(*args, **kwargs)
         note, how, wanted, drop, _ = cell
         if module not in wanted:
             return output
