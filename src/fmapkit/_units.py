@@ -49,7 +49,7 @@ class Unit:
         form: tells dtype and layout of its weights.
     """
 
-    __slots__ = ("_known", "_looked_at", "_modules", "_names", "_states", "_values", "form")
+    __slots__ = ("_known", "_looked_at", "_modules", "_states", "_values", "form")
 
     def __init__(self, module: nn.Module) -> None:
         self._known: dict[tuple[Any, int], KnownPaths[Plan]] = {}
@@ -57,17 +57,19 @@ class Unit:
         self._modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self._look_at({id(m): _plain_attributes(m) for m in self._modules})
 
-    def _look_at(self, names: dict[int, list[str]]) -> None:
-        """Compare these attributes of each module, told by its id, before each call."""
-        by_name: dict[str, list[dict[str, Any]]] = {}
-        for module in self._modules:
-            for name in names[id(module)]:
-                by_name.setdefault(name, []).append(module.__dict__)
-        # In C as far as can be: there are hundreds of modules to look at.
-        self._names = sorted(by_name)
-        self._looked_at = [(operator.itemgetter(name), by_name[name]) for name in self._names]
-        self._values = [[*map(_comparable, map(get, there))] for get, there in self._looked_at]
-        self._states: list[list[Any]] = [self._values]
+    def _look_at(self, names: dict[int, list[str]], values: list[Any] | None = None) -> None:
+        """Compare these attributes of each module, told by its id, before each call.
+
+        Args:
+            names: of the attributes.
+            values: what they were before the latest call; what they are, if there was none.
+        """
+        places = [(names[id(m)], m.__dict__) for m in self._modules if names[id(m)]]
+        self._looked_at = [(operator.itemgetter(*keys), there, keys) for keys, there in places]
+        if values is None:
+            values = [_comparable(get(there)) for get, there, _ in self._looked_at]
+        self._values = values
+        self._states: list[list[Any]] = [values]
 
     def state(self) -> int:
         """Which of the states it has been in: plain attributes of its modules.
@@ -76,14 +78,14 @@ class Unit:
         an attribute is another one than before, it is better to know that beforehand.
         """
         try:
-            now: list[Any] = [[*map(get, there)] for get, there in self._looked_at]
+            now = [get(there) for get, there, _ in self._looked_at]
         except KeyError:  # one was deleted
             self._known.clear()
             self._look_at({id(m): _plain_attributes(m) for m in self._modules})
             return 0
         if _equal(now, self._values):
             return 0
-        now = [[*map(_comparable, values)] for values in now]
+        now = list(map(_comparable, now))
         if now not in self._states:
             if len(self._states) >= _MOST_KINDS:
                 del self._states[1:]
@@ -130,23 +132,18 @@ class Unit:
 
     def _look_less(self, before: list[Any], now: list[Any]) -> None:
         """Compare no more what differs, but for attributes that torch's own code may decide by."""
-        owners = {id(m.__dict__): m for m in self._modules}
         names: dict[int, list[str]] = {id(m): [] for m in self._modules}
-        kept: list[tuple[int, int]] = []  # places of what is still compared
-        for at, (name, (_, there)) in enumerate(zip(self._names, self._looked_at, strict=True)):
-            for index, attributes in enumerate(there):
-                module = owners[id(attributes)]
-                if before[at][index] == now[at][index] or _is_torchs(module):
-                    names[id(module)].append(name)
-                    kept.append((at, index))
+        values: list[Any] = []
+        owners = {id(m.__dict__): m for m in self._modules}
+        for (_, there, keys), old, new in zip(self._looked_at, before, now, strict=True):
+            module = owners[id(there)]
+            pairs = zip(keys, old, new, strict=True) if len(keys) > 1 else [(keys[0], old, new)]
+            kept = {k: b for k, a, b in pairs if a == b or _is_torchs(module)}
+            names[id(module)] = list(kept)
+            if kept:
+                values.append(tuple(kept.values()) if len(kept) > 1 else kept.popitem()[1])
         self._known.clear()
-        self._look_at(names)
-        values: list[list[Any]] = []
-        for at in range(len(before)):
-            some = [before[at][index] for a, index in kept if a == at]
-            if some:
-                values.append(some)
-        self._values, self._states = values, [values]
+        self._look_at(names, values)
 
     def differing(self, items: list[Any], kind: Any, sizes: Sizes) -> tuple[Any, ...]:
         """The modules that were deciding where a path differs from others."""
