@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import os
 from collections.abc import Iterator
@@ -151,7 +150,10 @@ class Comparison:
         return "\n".join([*lines, self._summary()])
 
     def _repr_html_(self) -> str:
-        return _html_table(*self._table(), range(_LEFT, len(HEADS) - 1), self._summary())
+        from fmapkit.page import html_table  # the same
+
+        right = range(_LEFT, len(HEADS) - 1)
+        return html_table(*self._table(), right=right, caption=self._summary())
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Write the table as a page of its own, one file.
@@ -301,18 +303,3 @@ _STYLE = (
     "body{font:14px system-ui,sans-serif;margin:2em}table{border-collapse:collapse}"
     "th,td{padding:.2em .8em;border-bottom:1px solid #ddd}caption{text-align:left;padding:.5em}"
 )
-
-
-def _html_table(
-    heads: tuple[str, ...], rows: list[tuple[str, ...]], right: range, caption: str
-) -> str:
-    def cells(row: tuple[str, ...], tag: str) -> str:
-        return "".join(
-            f'<{tag} style="text-align:{"right" if i in right else "left"}">'
-            f"{html.escape(c)}</{tag}>"
-            for i, c in enumerate(row)
-        )
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    head = f"<thead><tr>{cells(heads, 'th')}</tr></thead>"
-    return f"<table><caption>{html.escape(caption)}</caption>{head}<tbody>{body}</tbody></table>"

@@ -262,7 +262,8 @@ class Rewriter(ast.NodeTransformer):
         fixed = self._is_fixed(function)
         of_torch = torch_name(function, self._names, self._local)
         self.generic_visit(node)
-        if isinstance(function, ast.Name) and self._is_harmless(function.id):
+        builtin = self._builtin(function)
+        if builtin in _HARMLESS:
             return node
         idle = of_torch is not None and of_torch[0][of_torch[1]].__name__
         if idle not in _PLAIN_ARGUMENTS_ARE_IDLE:
@@ -271,7 +272,7 @@ class Rewriter(ast.NodeTransformer):
             node.args = [*first, *map(self._value, node.args[len(first) :])]
             for keyword in node.keywords:
                 keyword.value = self._value(keyword.value)
-        if not fixed and of_torch is None and not self._is_builtin(function):
+        if not fixed and of_torch is None and builtin is None:
             node.func = self._callee(node.func)
         if self._tapped:
             site = site_at(position_of(node))
@@ -297,17 +298,11 @@ class Rewriter(ast.NodeTransformer):
             and function.value.id == self._self
         )
 
-    def _is_harmless(self, name: str) -> bool:
-        return name in _HARMLESS and self._is_builtin(ast.Name(name, ast.Load()))
-
-    def _is_builtin(self, function: ast.expr) -> bool:
-        """Whether an expression is the name of a builtin, which nothing else has here."""
-        return (
-            isinstance(function, ast.Name)
-            and function.id not in self._local
-            and function.id not in self._names
-            and hasattr(builtins, function.id)
-        )
+    def _builtin(self, function: ast.expr) -> str | None:
+        """The name of a builtin, if an expression is that, and nothing else has it here."""
+        if not isinstance(function, ast.Name) or not hasattr(builtins, function.id):
+            return None
+        return None if function.id in self._local or function.id in self._names else function.id
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         self.generic_visit(node)
