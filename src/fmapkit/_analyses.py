@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
-
-from fmapkit._aside import unseen
-from fmapkit._form import autocasting
-from fmapkit._hooks import without_modes
+from fmapkit._modes import without_modes
 from fmapkit._store import Entry, Pass
+from fmapkit._unwatched import without_the_models
 from fmapkit.errors import ArgumentError, MapStateError
-from fmapkit.paths import unrecorded
 
-__all__ = ["Analyses", "without_the_models"]
+__all__ = ["Analyses"]
 
 
 class Analyses:
@@ -78,12 +73,3 @@ class Analyses:
             except Exception as error:
                 self.raised = error
                 raise
-
-
-@contextmanager
-def without_the_models() -> Iterator[None]:
-    """What runs here is none of the model's: no part of its graph, its modes, its path."""
-    with torch.inference_mode(False), torch.no_grad(), unseen(), unrecorded(), ExitStack() as off:
-        for device in autocasting():
-            off.enter_context(torch.autocast(device, enabled=False))
-        yield

@@ -22,10 +22,11 @@ from fmapkit._events import Event
 from fmapkit._flow import carried
 from fmapkit._flow_basics import argument
 from fmapkit._flow_products import einsum_terms
+from fmapkit._held import Held
+from fmapkit._memory import version_of
 from fmapkit._nested import tensors_in
 from fmapkit._origin import Flow, Origin, Weight
 from fmapkit._sharded import is_wrapped
-from fmapkit._store import Held, version_of
 from fmapkit._transforms import is_shapeless, wrapped
 from fmapkit.heads import Heads, Projection, projection
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit._store import storage_users
+from fmapkit._memory import storage_users
 
 __all__ = ["Buffers"]
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks as _after
 from torch.nn.modules.module import _global_forward_pre_hooks as _before
 
-from fmapkit._hooks import Hook
+from fmapkit._hook import Hook
 from fmapkit._in_place import count_write, has_own_memory, with_new_memory
+from fmapkit._memory import version_of
 from fmapkit._standing import (
     Standing,
     called,
@@ -29,7 +30,6 @@ from fmapkit._standing import (
     note,
     passed_over,
 )
-from fmapkit._store import version_of
 
 if TYPE_CHECKING:
     from fmapkit._taps import Tap

@@ -11,21 +11,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit import layers, nonlinearities
+from fmapkit._aliases import Aliases
 from fmapkit._events import Event
 from fmapkit._frames import Frame
 from fmapkit._functions import describe
 from fmapkit._nested import tensors_in
 from fmapkit._remembered import remembered
-from fmapkit._store import Aliases
 from fmapkit.nonlinearities import (
     class_sigma,
+    is_torchs,
     module_sigma,
     patched_name,
     runs_torchs_forward,
 )
 
 __all__ = [
-    *("is_norm", "is_torchs", "is_whole", "may_be_sigma", "name_by_hand", "norm_axis", "role_of"),
+    *("is_norm", "is_whole", "may_be_sigma", "name_by_hand", "norm_axis", "role_of"),
     "verdict",
 ]
 
@@ -82,11 +83,6 @@ def is_whole(module: nn.Module) -> bool:
     if layers.is_registered(module) or module_sigma(module) is not None:
         return True
     return not module._modules and all(p.dim() <= 1 for p in module.parameters())
-
-
-def is_torchs(module: nn.Module) -> bool:
-    """Whether it is one of torch's own modules, and runs as torch has written it."""
-    return type(module).__module__.startswith(_TORCHS) and runs_torchs_forward(module)
 
 
 def verdict(frame: Frame, output: Any, events: Sequence[Event], aliases: Aliases) -> str | None:

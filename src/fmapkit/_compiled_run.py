@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fmapkit._frames import running_modules
+from fmapkit._held import Held
+from fmapkit._memory import versions_of
 from fmapkit._nested import leaves
 from fmapkit._origin import NOWHERE, STOP, Flow, Origin
 from fmapkit._plan import Ref
-from fmapkit._store import Entry, Held, versions_of
+from fmapkit._store import Entry
 from fmapkit._tags import Tags
 from fmapkit._trace import Tracer
 

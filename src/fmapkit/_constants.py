@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fmapkit._memory import version_of
 from fmapkit._nested import tensors_in
-from fmapkit._store import version_of
 
 __all__ = ["Constants"]
 

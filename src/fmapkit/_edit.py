@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from fmapkit import layers
 from fmapkit._axes import Axes
-from fmapkit._candidates import is_torchs
 from fmapkit._gradients import in_function
 from fmapkit._names import Names
 from fmapkit._positions import part_of
@@ -25,6 +24,7 @@ from fmapkit._where import Where
 from fmapkit.errors import ArgumentError, EditError, listed
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
+from fmapkit.nonlinearities import is_torchs
 
 __all__ = ["Edits"]
 

@@ -20,10 +20,11 @@ from fmapkit._candidates import name_by_hand
 from fmapkit._edit import Edits
 from fmapkit._frames import Frame, SigmaCall, Site
 from fmapkit._functions import out_of_place
+from fmapkit._held import Held
+from fmapkit._memory import version_of
 from fmapkit._module_edits import ModuleEdits
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow, flow_of
-from fmapkit._store import Held, version_of
 from fmapkit.nonlinearities import module_sigma
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from fmapkit._axes import Axes
+from fmapkit._held import Held
 from fmapkit._origin import NOWHERE
-from fmapkit._store import Entry, Held
+from fmapkit._store import Entry
 
 __all__ = ["Event", "Firing", "Firings"]
 

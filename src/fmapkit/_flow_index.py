@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fmapkit._axes import Axes
 from fmapkit._flow_basics import Rule, aligned, argument, lost_if_none, same_filters
+from fmapkit._memory import storage_of
 from fmapkit._origin import NOWHERE, STOP, Flow, Lookup, flow_of
-from fmapkit._store import storage_of
 from fmapkit._vocabulary import ADDING_WRITES
 
 __all__ = ["getitem", "index_select", "is_number", "write"]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from fmapkit._axes import Axes
 from fmapkit._degrees import Degrees
+from fmapkit._held import Held
 from fmapkit._methods import method_called
 from fmapkit._origin import Lookup, Tag
 from fmapkit._sometimes import Pointwise
-from fmapkit._store import Held
 
 __all__ = [
     *("Frame", "SigmaCall", "Site", "call_frame", "first_tensor", "on_stack", "running_module"),

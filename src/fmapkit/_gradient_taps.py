@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from fmapkit._gradients import watch
+from fmapkit._memory import version_of
 from fmapkit._standing import not_compiled
-from fmapkit._store import version_of
 from fmapkit._taps import Tap
 
 __all__ = ["GradientOutputTap", "GradientTap"]

@@ -23,11 +23,12 @@ from fmapkit._frames import Frame
 from fmapkit._graph_edit import Site, run_out_of_place
 from fmapkit._graph_open import open_call, opens
 from fmapkit._graph_tracer import GraphTracer, NodeHeld
+from fmapkit._memory import storage_of
 from fmapkit._names import Names
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._origin import NOWHERE, Flow, Origin, Weight
 from fmapkit._plan import Ref
-from fmapkit._store import Entry, storage_of
+from fmapkit._store import Entry
 from fmapkit._wants import Wants
 
 __all__ = ["GraphMap", "Labels", "Traced", "trace_graph"]

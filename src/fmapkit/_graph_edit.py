@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from fmapkit._functions import describe, out_of_place
+from fmapkit._memory import storage_of
 from fmapkit._nested import tensors_in
-from fmapkit._store import storage_of
 
 __all__ = ["Site", "add_outputs", "run_out_of_place"]
 

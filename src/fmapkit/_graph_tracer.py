@@ -8,13 +8,16 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fmapkit._aliases import Aliases
 from fmapkit._axes import Axes
 from fmapkit._edit import Edits
 from fmapkit._graph_edit import Site
+from fmapkit._held import Held
+from fmapkit._memory import storage_of, version_of
 from fmapkit._names import Names
 from fmapkit._nested import tensors_in
 from fmapkit._record import Record
-from fmapkit._store import Aliases, Held, Pass, storage_of, version_of
+from fmapkit._store import Pass
 from fmapkit._tags import Tags
 from fmapkit._trace import Tracer
 from fmapkit._wants import Wants

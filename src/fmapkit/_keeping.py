@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from fmapkit._asked import Asked
 from fmapkit._budget import Budget
 from fmapkit._gradients import OF_VIEW
-from fmapkit._hooks import without_modes
 from fmapkit._live import Live
 from fmapkit._missed import Misses, NotSupportedError
+from fmapkit._modes import without_modes
 from fmapkit._replay import Run
 from fmapkit._settle import has_inference_tensors, settle
 from fmapkit._store import Entry, Pass, Store

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import layers
+from fmapkit._held import Held
+from fmapkit._memory import version_of
 from fmapkit._missed import Missed
 from fmapkit._names import Names, never_called
 from fmapkit._origin import Origin
 from fmapkit._retain import Retention
-from fmapkit._store import Entry, Held, Pass, Store, version_of
+from fmapkit._store import Entry, Pass, Store
 
 if TYPE_CHECKING:
     from fmapkit._session import Session

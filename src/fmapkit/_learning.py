@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit._asked import Asked
-from fmapkit._candidates import is_torchs
 from fmapkit._events import Event
 from fmapkit._frames import Frame
+from fmapkit._held import Held
 from fmapkit._live import Lesson, Live
+from fmapkit._memory import storage_of, storage_users
 from fmapkit._missed import Misses
 from fmapkit._nested import modules_in, tensors_in
 from fmapkit._origin import Flow, Tag
@@ -24,9 +25,9 @@ from fmapkit._placing import Placing
 from fmapkit._plan import make_plan
 from fmapkit._remembered_tensors import Remembering
 from fmapkit._sharded import is_wrapped
-from fmapkit._store import Held, storage_of, storage_users
 from fmapkit._trace import Tracer
 from fmapkit._units import Units
+from fmapkit.nonlinearities import is_torchs
 from fmapkit.paths import ControlPaths, Sizes
 
 __all__ = ["Learning"]

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fmapkit._asked import Asked
 from fmapkit._frames import Frame
-from fmapkit._hooks import leave_mode
 from fmapkit._missed import Misses
+from fmapkit._modes import leave_mode
 from fmapkit._origin import Tag
 from fmapkit._replay import LightMode, Run
 from fmapkit._store import Pass

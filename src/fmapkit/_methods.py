@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit._hooks import FAILED
+from fmapkit._pair import FAILED
 from fmapkit._standing import lock
 from fmapkit.errors import ArgumentError, did_you_mean, listed
 

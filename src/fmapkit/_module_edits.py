@@ -15,10 +15,11 @@ from fmapkit import layers
 from fmapkit._axes import Axes
 from fmapkit._edit import Edits
 from fmapkit._frames import first_tensor
+from fmapkit._held import Held
 from fmapkit._nested import leaves
 from fmapkit._origin import flow_of
 from fmapkit._rebuilt import rebuilt
-from fmapkit._store import Entry, Held
+from fmapkit._store import Entry
 
 if TYPE_CHECKING:
     from fmapkit._trace import Tracer

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fmapkit import layers
 from fmapkit._elsewhere import Elsewhere, Unnamed
+from fmapkit._memory import storage_of
 from fmapkit._past_hooks import PastHooks
 from fmapkit._sharded import is_dtensor
-from fmapkit._store import storage_of
 from fmapkit._wrappers import (
     flat_parameters,
     inner_key,

@@ -18,7 +18,8 @@ from fmapkit._asked import Asked
 from fmapkit._call_taps import can_stand
 from fmapkit._doors import doors
 from fmapkit._gradient_taps import GradientOutputTap, GradientTap
-from fmapkit._hooks import Hook, Hooks
+from fmapkit._hook import Hook
+from fmapkit._hooks import Hooks
 from fmapkit._moves import Moves
 from fmapkit._nested import modules_in
 from fmapkit._plan import Plan

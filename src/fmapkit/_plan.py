@@ -18,12 +18,13 @@ from fmapkit._axes import Axes
 from fmapkit._events import Event, Firing
 from fmapkit._frames import Frame
 from fmapkit._functions import describe
+from fmapkit._held import Held
+from fmapkit._memory import storage_of as _storage
 from fmapkit._names import Names
 from fmapkit._nested import leaves
 from fmapkit._origin import NOWHERE, Flow, Made, Origin, Tag, Weight, WeightRef
 from fmapkit._retain import Place, Retention
-from fmapkit._store import Entry, Held
-from fmapkit._store import storage_of as _storage
+from fmapkit._store import Entry
 from fmapkit._trace import Tracer
 from fmapkit._wants import Wants
 from fmapkit.nonlinearities import module_sigma

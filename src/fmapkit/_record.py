@@ -8,18 +8,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fmapkit._aliases import Aliases
 from fmapkit._aside import goes_on_from
 from fmapkit._axes import Axes
 from fmapkit._events import Event, Firings
 from fmapkit._flow import sigma_axes
 from fmapkit._frames import Site
 from fmapkit._gradients import NO_GRAPH, in_function
+from fmapkit._held import Held
+from fmapkit._memory import version_of
 from fmapkit._missed import NotSupportedError
 from fmapkit._nested import closed_parts, leaves
 from fmapkit._origin import Flow, Origin
 from fmapkit._sharded import is_dtensor
 from fmapkit._stop import Stop
-from fmapkit._store import Aliases, Entry, Held, Pass, version_of
+from fmapkit._store import Entry, Pass
 from fmapkit._tags import Tags
 from fmapkit._transforms import unheld
 from fmapkit._wants import Wants

@@ -22,14 +22,16 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from fmapkit._aside import clone, goes_on_from
 from fmapkit._functions import describe, out_of_place
 from fmapkit._gradients import Gradient, in_function, watch
-from fmapkit._hooks import leave_mode
+from fmapkit._held import Held
 from fmapkit._in_place import is_alone, someone_sees, with_new_memory
+from fmapkit._memory import storage_of, version_of
 from fmapkit._missed import NotSupportedError
+from fmapkit._modes import leave_mode
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._origin import NOWHERE, Flow, Origin, Tag
 from fmapkit._plan import Emission, FlowRef, Plan, Ref, Step
 from fmapkit._stop import Stop
-from fmapkit._store import Entry, Held, storage_of, version_of
+from fmapkit._store import Entry
 from fmapkit._taps import Line
 from fmapkit._wants import Wants
 from fmapkit.paths import Expected, taps

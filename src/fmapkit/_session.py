@@ -30,7 +30,7 @@ from fmapkit._budget import Budget
 from fmapkit._compiled import Compiled
 from fmapkit._frames import call_frame, on_stack
 from fmapkit._fused import may_fuse
-from fmapkit._hooks import FAILED, Hooks
+from fmapkit._hooks import Hooks
 from fmapkit._keeping import Keeping
 from fmapkit._learning import Learning
 from fmapkit._live import MODES, Live
@@ -39,6 +39,7 @@ from fmapkit._missed import Misses, reason
 from fmapkit._moves import Moves
 from fmapkit._optimized import ever_compiled, in_compiled_code
 from fmapkit._others import entered, left, others
+from fmapkit._pair import FAILED
 from fmapkit._placing import Calls, Placing
 from fmapkit._replaying import Replaying
 from fmapkit._scripted import tell, tell_no_more

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from fmapkit._store import Entry, Held, Pass, storage_of, storage_users
+from fmapkit._held import Held
+from fmapkit._memory import storage_of, storage_users
+from fmapkit._store import Entry, Pass
 
 __all__ = ["has_inference_tensors", "settle"]
 

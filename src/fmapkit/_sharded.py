@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit._axes import Axes
-
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
-    *("Parts", "alias_of", "ends_of", "is_dtensor", "is_wrapped", "local_axes", "moves_data"),
+    *("Parts", "alias_of", "ends_of", "is_dtensor", "is_wrapped", "moves_data"),
     *("settled", "splits", "whole"),
 ]
 
@@ -116,36 +114,6 @@ def moves_data(hook: Any) -> bool:
         if callable(value) and not home.startswith(_HOME):
             return False
     return True
-
-
-def local_axes(axes: Axes | None, before: Tensor, after: Tensor) -> Axes | None:
-    """The filters of a tensor that has been redistributed.
-
-    Args:
-        axes: of `before`.
-        before: as it was.
-        after: the same tensor in another layout, or this rank's part of it.
-    """
-    if axes is None or before.shape == after.shape:
-        return axes
-    if not is_dtensor(before) or is_dtensor(after) or before.dim() != after.dim():
-        return None
-    mesh: DeviceMesh = before.device_mesh  # type: ignore[attr-defined]
-    cut = [d for d in range(before.dim()) if before.shape[d] != after.shape[d]]
-    if mesh.ndim != 1 or len(cut) != 1:
-        return None
-    if all(part.dim != cut[0] for part in axes.parts):
-        return axes
-    size, start = _shard(before.shape, mesh, cut[0])
-    return axes.slice(cut[0], start, size) if size == after.shape[cut[0]] else None
-
-
-def _shard(shape: Any, mesh: DeviceMesh, dim: int) -> tuple[int, int]:
-    """How long this rank's part of a sharded axis is, and where it starts: as `torch.chunk`."""
-    total, count, rank = shape[dim], mesh.size(), mesh.get_local_rank()
-    length = -(-total // count)
-    start = min(rank * length, total)
-    return min(length, total - start), start
 
 
 def splits(parameter: Any) -> DeviceMesh | None:

@@ -6,18 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fmapkit._candidates import is_torchs
 from fmapkit._events import Event
 from fmapkit._flow import past_sigma, sigma_axes
 from fmapkit._frames import SigmaCall
 from fmapkit._functions import Function, out_of_place
 from fmapkit._in_place import is_alone, with_new_memory
+from fmapkit._memory import storage_of
 from fmapkit._nested import tensors_in
 from fmapkit._origin import STOP, Flow
 from fmapkit._sometimes import SOMETIMES, chooses_unseen, operand_of_sigma
-from fmapkit._store import storage_of
 from fmapkit._transforms import unheld, wrapped
-from fmapkit.nonlinearities import is_call_of
+from fmapkit.nonlinearities import is_call_of, is_torchs
 
 if TYPE_CHECKING:
     from fmapkit._trace import Tracer

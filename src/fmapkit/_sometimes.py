@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import _vocabulary as words
+from fmapkit._memory import version_of
 from fmapkit._nested import tensors_in
 from fmapkit._origin import Flow, Lookup, flow_of
-from fmapkit._store import version_of
 from fmapkit._transforms import unheld
 
 __all__ = ["FOLLOWED", "SOMETIMES", "Pointwise", "chooses_unseen", "operand_of_sigma"]

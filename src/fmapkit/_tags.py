@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fmapkit._axes import Axes
 from fmapkit._names import Names
 from fmapkit._nested import leaves
 from fmapkit._origin import STOP, Carried, Flow, Tag, Weight
-from fmapkit._sharded import local_axes
+from fmapkit._sharded import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Tags"]
 
@@ -67,7 +71,7 @@ class Tags:
         for (_, old), (_, new) in zip(leaves(before), leaves(after), strict=False):
             tag = self.of(old)
             if old is not new and isinstance(tag, Flow):
-                self.put(new, Flow(tag.origin, local_axes(tag.axes, old, new)))
+                self.put(new, Flow(tag.origin, _local_axes(tag.axes, old, new)))
 
     def lent(self, tensor: Tensor) -> bool:
         """Whether its memory is gone once its module has run: a parameter's, under FSDP."""
@@ -78,3 +82,33 @@ class Tags:
     def end(self) -> None:
         """Forget them."""
         self._known.clear()
+
+
+def _local_axes(axes: Axes | None, before: Tensor, after: Tensor) -> Axes | None:
+    """The filters of a tensor that has been redistributed.
+
+    Args:
+        axes: of `before`.
+        before: as it was.
+        after: the same tensor in another layout, or this rank's part of it.
+    """
+    if axes is None or before.shape == after.shape:
+        return axes
+    if not is_dtensor(before) or is_dtensor(after) or before.dim() != after.dim():
+        return None
+    mesh: DeviceMesh = before.device_mesh  # type: ignore[attr-defined]
+    cut = [d for d in range(before.dim()) if before.shape[d] != after.shape[d]]
+    if mesh.ndim != 1 or len(cut) != 1:
+        return None
+    if all(part.dim != cut[0] for part in axes.parts):
+        return axes
+    size, start = _shard(before.shape, mesh, cut[0])
+    return axes.slice(cut[0], start, size) if size == after.shape[cut[0]] else None
+
+
+def _shard(shape: Any, mesh: DeviceMesh, dim: int) -> tuple[int, int]:
+    """How long this rank's part of a sharded axis is, and where it starts: as `torch.chunk`."""
+    total, count, rank = shape[dim], mesh.size(), mesh.get_local_rank()
+    length = -(-total // count)
+    start = min(rank * length, total)
+    return min(length, total - start), start

@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from fmapkit._call_taps import CallTap, DoorTap, KeepingCallTap, OutputCallTap, stand
-from fmapkit._hooks import Hook, nothing
+from fmapkit._hook import Hook, nothing
+from fmapkit._memory import version_of
 from fmapkit._standing import Standing, not_compiled
-from fmapkit._store import version_of
 
 __all__ = ["Cell", "Door", "KeepingTap", "Line", "OutputTap", "Tap"]
 

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from fmapkit import _vocabulary as words
 from fmapkit import _weighted, layers, nonlinearities
+from fmapkit._aliases import Aliases
 from fmapkit._attention import AttentionWatch
 from fmapkit._axes import Axes
 from fmapkit._candidates import is_whole, may_be_sigma, role_of, verdict
@@ -33,6 +34,7 @@ from fmapkit._events import Event, Firing
 from fmapkit._flow import carried
 from fmapkit._frames import Frame, SigmaCall, first_tensor, running_module
 from fmapkit._functions import RESHAPED_IN_PLACE, Function, describe, described
+from fmapkit._memory import storage_of
 from fmapkit._missed import reason
 from fmapkit._names import Names, Use
 from fmapkit._nested import tensors_in
@@ -43,7 +45,7 @@ from fmapkit._record import Record
 from fmapkit._sigma_calls import after_sigma, before_sigma, sigma_call
 from fmapkit._sometimes import FOLLOWED, SOMETIMES
 from fmapkit._stop import Stop
-from fmapkit._store import Aliases, Pass, storage_of
+from fmapkit._store import Pass
 from fmapkit._tags import Tags
 from fmapkit._transforms import NESTED, is_shapeless, some_shapeless, unheld, wrapped
 from fmapkit._wants import Wants

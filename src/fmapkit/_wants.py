@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fmapkit import layers
 from fmapkit._axes import Axes
+from fmapkit._held import Held
 from fmapkit._names import Names, never_called
 from fmapkit._retain import Place, Retention
-from fmapkit._store import Held
 from fmapkit.checking import FiniteCheck
 from fmapkit.errors import (
     ArgumentError,

@@ -17,7 +17,8 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils.hooks import RemovableHandle
 
 from fmapkit import _standing, layers, nonlinearities
-from fmapkit._hooks import Hook, Hooks
+from fmapkit._hook import Hook
+from fmapkit._hooks import Hooks
 from fmapkit._nested import modules_in
 from fmapkit._optimized import compiled_call, ever_compiled
 from fmapkit._remembered import remembered

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit._axes import Axes
+from fmapkit._memory import storage_of, version_of
 from fmapkit._origin import Made, Origin, Source, Weight
 from fmapkit._sharded import is_dtensor
-from fmapkit._store import storage_of, version_of
 from fmapkit.errors import (
     DistributedError,
     FilterRangeError,

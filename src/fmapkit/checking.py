@@ -22,15 +22,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from fmapkit._analyses import without_the_models
 from fmapkit._aside import unseen
 from fmapkit._gradients import Gradient
 from fmapkit._sharded import ends_of
+from fmapkit._unwatched import without_the_models
 from fmapkit.errors import ArgumentError, MapStateError, NonFiniteError
 from fmapkit.map import read_map
 
 if TYPE_CHECKING:
-    from fmapkit._store import Held, Pass
+    from fmapkit._held import Held
+    from fmapkit._store import Pass
     from fmapkit.kinds import Kind
     from fmapkit.map import FeatureMap
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from fmapkit import _table
 from fmapkit._gradients import Gradient, NotYet, Received
 from fmapkit._kept import Values
+from fmapkit._memory import parts_of
 from fmapkit._sharded import Parts, is_dtensor, whole
-from fmapkit._store import Entry, Pass, parts_of
+from fmapkit._store import Entry, Pass
 from fmapkit._weights import Lost, Rows
 from fmapkit.errors import DistributedError, FilterRangeError, MapStateError
 from fmapkit.heads import Heads

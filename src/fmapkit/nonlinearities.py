@@ -220,6 +220,11 @@ def runs_torchs_forward(module: nn.Module) -> bool:
     return str(getattr(forward, "__module__", "")).startswith("torch.nn.modules.")
 
 
+def is_torchs(module: nn.Module) -> bool:
+    """Whether it is one of torch's own modules, and runs as torch has written it."""
+    return type(module).__module__.startswith("torch.nn.modules.") and runs_torchs_forward(module)
+
+
 def runs_as(module: nn.Module) -> str | None:
     """The σ of the function that torch's own module calls; None of what users have registered."""
     base = next((base for base in type(module).__mro__ if base in MODULES), None)

@@ -1,0 +1,221 @@
+"""What one capture knows of its control paths, and what it has set to record them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmapkit._nested import modules_in
+from fmapkit.paths import recorders
+from fmapkit.paths.fixed import FixedAttributes
+from fmapkit.paths.known import Expected
+from fmapkit.paths.survey import Survey, is_installed, is_trusted
+from fmapkit.paths.twins import Twins, call_site
+
+__all__ = ["ControlPaths"]
+
+_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_HANDLER = torch.overrides.handle_torch_function.__code__
+# Paths, told by the hash of their items, in which every function that ran has recorded.
+_complete: set[int] = set()
+# By class of module: functions that were found to run in its calls.
+_helpers: dict[type, weakref.WeakSet[types.FunctionType]] = {}
+_surveyed: set[Any] = set()  # modules, told by their form, of which there is one
+
+
+class ControlPaths:
+    """The control paths of one capture's passes.
+
+    Args:
+        model: the captured one.
+        place_of: names the place of a parameter in the model; None for any other tensor.
+        running: the modules whose calls are under way, outermost first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        place_of: Callable[[Tensor], str | None],
+        running: Callable[[], Iterable[nn.Module]],
+    ) -> None:
+        self._model = model
+        self._place_of = place_of
+        self._running = running
+        self._sink: recorders.Sink | None = None
+        self._survey: Survey | None = None
+        self._tried: dict[int, types.CodeType] = {}
+        self._doubted: set[nn.Module] = set()
+        self.twins = Twins()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """The model has other modules than it had."""
+        self._modules = set(self._model.modules())
+        self.twins.clear()
+        self.twins = Twins(FixedAttributes(self._modules))
+        self._doubted.clear()
+        self._ready = False
+
+    # -- a pass -------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A pass begins: record."""
+        if not self._ready:
+            self._ready = True
+            for kind in {type(m) for m in self._modules}:
+                self._set_class(kind)
+                for function in tuple(_helpers.get(kind, ())):
+                    self.twins.exchange(function)
+        self._sink = recorders.start(self._place_of, self._modules)
+
+    def _set_class(self, kind: type) -> None:
+        """Have the forward of a class record, and what it is likely to call.
+
+        What a survey finds to run in a traced pass records from the next pass on. To guess spares
+        that pass; of large libraries, which have hundreds of methods, only the forward is taken.
+        """
+        forward = getattr(kind, "forward", None)
+        if type(forward) is not types.FunctionType or is_trusted(forward.__code__):
+            return
+        self.twins.exchange(forward)
+        if is_installed(forward.__code__):
+            return
+        todo = [f for base in kind.__mro__ for f in _functions_in(base)]
+        seen: set[types.FunctionType] = set()
+        while todo:
+            function = todo.pop()
+            if function in seen or is_trusted(function.__code__):
+                continue
+            seen.add(function)
+            if not is_installed(function.__code__) and self.twins.exchange(function):
+                named = (function.__globals__.get(n) for n in function.__code__.co_names)
+                todo += [f for f in named if type(f) is types.FunctionType]
+
+    def end(self) -> None:
+        """The pass has ended."""
+        self._end_survey()
+        if self._sink is not None:
+            self._sink = None
+            recorders.stop()
+
+    # -- a call that is traced ----------------------------------------------------------------
+
+    def begin_lesson(self, module: nn.Module) -> None:
+        """A call of a module is traced, to know its path.
+
+        Where such a path was complete in another capture, it is taken to be complete now, and its
+        items tell in the end whether that was right: to look at each function costs time.
+        """
+        known = _form(module) in _surveyed and module not in self._doubted
+        self._doubted.add(module)
+        if not known:
+            self._survey = Survey(lambda: tuple(self._running()))
+            self._survey.start()
+
+    def end_lesson(self, items: list[Any], module: nn.Module) -> tuple[bool, set[nn.Module]]:
+        """The call has ended.
+
+        Args:
+            items: its path.
+            module: that was called.
+
+        Returns:
+            Whether every function that ran has recorded; and the modules in which code ran that
+            cannot record, which are to be traced in every pass.
+        """
+        told = hash(tuple(map(_lasting, items)))
+        survey = self._end_survey()
+        if survey is None:
+            return told in _complete, set()
+        hopeless: set[nn.Module] = set()
+        for told_by, (_, _, who) in survey.found.items():
+            if told_by in self._tried:
+                hopeless.update(m for modules in who for m in modules)
+        self._tried.update({at: code for at, (code, _, _) in survey.found.items()})
+        self.twins.exchange_all([(code, names) for code, names, _ in survey.found.values()])
+        if survey.found:
+            helpers = _helpers.setdefault(type(module), weakref.WeakSet())
+            helpers.update(self.twins.functions())
+        if survey.complete and not survey.found:
+            _complete.add(told)
+            _surveyed.add(_form(module))
+            return True, set()
+        return False, hopeless
+
+    def _end_survey(self) -> Survey | None:
+        survey, self._survey = self._survey, None
+        if survey is not None:
+            survey.stop()
+        return survey
+
+    def renamed(self) -> bool:
+        """Whether a name in one of torch's modules stands for something else than it did."""
+        return self.twins.renamed()
+
+    def expect(self, path: list[Any] | None) -> Expected:
+        """A call begins that is taken to take a path."""
+        return Expected(self._sink.items if self._sink is not None else [], self.position, path)
+
+    @property
+    def position(self) -> int:
+        """How many decisions were recorded so far."""
+        return len(self._sink.items) if self._sink is not None else 0
+
+    def since(self, position: int) -> list[Any]:
+        """The decisions from a position on."""
+        return self._sink.items[position:] if self._sink is not None else []
+
+    def site_of(self, function: Any) -> str | None:
+        """Where in the model's source a torch function was called that is under way."""
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+            frame = frame.f_back
+        while frame is not None and frame.f_code is _HANDLER:
+            frame = frame.f_back
+        return call_site(frame, function)
+
+    def clear(self) -> None:
+        """The block has ended: every function has its own code again."""
+        self.end()
+        self.twins.clear()
+
+
+def _form(module: nn.Module) -> Any:
+    """Tells modules apart that are likely to take other paths."""
+    own = [
+        (name, value)
+        for name, value in module.__dict__.items()
+        if type(value) in (bool, int, float, str, type(None))
+    ]
+    return tuple(map(type, modules_in(module))), tuple(own)
+
+
+# Methods that run outside of passes.
+_ASIDE = {
+    *("__init__", "__del__", "__repr__", "extra_repr", "reset_parameters"),
+    *("__setstate__", "__getstate__"),
+}
+
+
+def _functions_in(kind: type) -> list[types.FunctionType]:
+    """The methods and properties of a class of the model's own."""
+    found: list[types.FunctionType] = []
+    for name, value in vars(kind).items():
+        inner: Any = getattr(value, "__func__", getattr(value, "fget", value))
+        if type(inner) is types.FunctionType and name not in _ASIDE:
+            found.append(inner)
+    return found
+
+
+def _lasting(item: Any) -> Any:
+    """The same of an item that is of one model alone."""
+    if isinstance(item, tuple):
+        return tuple(map(_lasting, item))
+    return type(item) if isinstance(item, nn.Module) else item
