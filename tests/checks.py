@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fmapkit import CaptureWarning, capture
-from fmapkit._replaying import OTHER_PATH
+from fmapkit.session.replaying import OTHER_PATH
 from tests import truth
 
 Tag = tuple[str, int, str, range | None]

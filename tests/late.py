@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fmapkit._buffers import Buffers
-from fmapkit._retain import Retention
+from fmapkit.storage.buffers import Buffers
+from fmapkit.storage.conversion import Retention
 
 
 class Arrival:
@@ -34,7 +34,7 @@ class Arrival:
 
 
 class Late:
-    """`fmapkit._offload.Device`, with a pause of up to `delay` seconds before each copy."""
+    """`fmapkit.storage.offload.Device`, with a pause of up to `delay` seconds before each copy."""
 
     def __init__(self, delay: float, seed: int = 0) -> None:
         self.delay = delay

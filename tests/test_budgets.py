@@ -23,8 +23,8 @@ import fmapkit
 from benchmarks.memory import Live, unnoticed
 from benchmarks.models import GPT, ResNet
 from fmapkit import capture
-from fmapkit._standing import there
 from fmapkit.analysis import Statistics
+from fmapkit.torchlib.call_override import there
 
 HOME = str(Path(fmapkit.__file__).parent)
 

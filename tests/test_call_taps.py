@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmapkit import capture
-from fmapkit._call_taps import CallTap
-from fmapkit._hooks import Hooks
-from fmapkit._standing import standing_before, there
+from fmapkit.instrumentation.hooks import Hooks
+from fmapkit.replay.call_taps import CallTap
+from fmapkit.torchlib.call_override import standing_before, there
 from tests import truth
 
 

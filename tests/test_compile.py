@@ -573,12 +573,16 @@ print(*sorted(set(sys.modules) - before))
 def test_a_model_that_is_not_compiled_needs_no_tracing_tools_of_torch() -> None:
     done = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, check=True)
     imported = set(done.stdout.split())
-    assert "fmapkit._session" in imported
-    assert not imported & {"fmapkit._graph", "sympy", "torch.fx.experimental.symbolic_shapes"}
+    assert "fmapkit.session.session" in imported
+    assert not imported & {
+        "fmapkit.compiled.graph",
+        "sympy",
+        "torch.fx.experimental.symbolic_shapes",
+    }
 
 
 def test_a_graph_that_cannot_be_labelled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fmapkit import _variant
+    from fmapkit.compiled import variant
 
     def fail(*args: Any) -> Any:
         raise RuntimeError("no")
@@ -586,7 +590,7 @@ def test_a_graph_that_cannot_be_labelled_runs_as_it_is(monkeypatch: pytest.Monke
     model = Net().eval()
     (x,) = images(2)
     expected = model(x)
-    monkeypatch.setattr(_variant, "add_outputs", fail)
+    monkeypatch.setattr(variant, "add_outputs", fail)
     compiled = whole(model, backend="eager")
     with pytest.warns(CaptureWarning, match="RuntimeError: no"), capture(compiled) as maps:
         assert torch.equal(compiled(x), expected)
@@ -845,7 +849,7 @@ def test_what_tells_that_something_was_compiled(how: str) -> None:
     code = f"""
 import sys, torch, torch._dynamo
 from fmapkit import capture
-from fmapkit._optimized import ever_compiled, around
+from fmapkit.torchlib.compiled_modules import ever_compiled, around
 model = torch.nn.Linear(2, 2)
 with capture(model):
     model(torch.ones(1, 2))

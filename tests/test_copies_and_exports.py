@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fmapkit import CaptureWarning, capture
-from fmapkit._compiled_run import UnknownError
-from fmapkit._variant import _context
+from fmapkit.compiled.run import UnknownError
+from fmapkit.compiled.variant import _context
 
 
 class Block(nn.Module):

@@ -27,9 +27,9 @@ from fmapkit import (
     capture,
     edits,
 )
-from fmapkit._nested import leaves
-from fmapkit._rebuilt import rebuilt
 from fmapkit.edits import Where
+from fmapkit.torchlib.nested import leaves
+from fmapkit.torchlib.rebuilt import rebuilt
 from tests import truth
 
 Change = Callable[[Tensor], Tensor]
@@ -384,7 +384,7 @@ def test_positions_are_those_that_loops_would_visit(pick: Any) -> None:
     shape, fdim, at, points = pick
     t = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
     fm = FeatureMap(t, "output", "x", filter_dim=fdim, filters=range(shape[fdim]))
-    from fmapkit._positions import part_of
+    from fmapkit.editing.positions import part_of
 
     part, put = part_of(fm, Where("x", "output", at=at))
     assert part.filter_dim is not None
@@ -397,7 +397,7 @@ def test_positions_are_those_that_loops_would_visit(pick: Any) -> None:
 def test_a_part_is_laid_out_as_the_map() -> None:
     t = torch.randn(2, 3, 4, 5)
     fm = FeatureMap(t, "output", "x", filter_dim=1, filters=range(3))
-    from fmapkit._positions import part_of
+    from fmapkit.editing.positions import part_of
 
     ys, xs = torch.tensor([1, 3]), torch.tensor([0, 4])
     cases = [

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmapkit import capture
-from fmapkit._learning import BROKEN
-from fmapkit._replaying import OTHER_PATH
 from fmapkit.paths.recorders import MARK
 from fmapkit.paths.twins import Twins, twin_of
+from fmapkit.session.recording import BROKEN
+from fmapkit.session.replaying import OTHER_PATH
 from tests.checks import tags
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fmapkit import capture
-from fmapkit._hooks import Hooks
-from fmapkit._standing import standing_before
+from fmapkit.instrumentation.hooks import Hooks
+from fmapkit.torchlib.call_override import standing_before
 
 
 def _hooks() -> Hooks:

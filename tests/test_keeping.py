@@ -446,7 +446,7 @@ def test_a_pickle_needs_no_class_of_the_models() -> None:
 
 def test_a_part_of_a_map_stays_a_part() -> None:
     """Whether other ranks have more of it is not known any more; that there may be is."""
-    from fmapkit._sharded import Parts
+    from fmapkit.torchlib.sharded import Parts
 
     _, maps = captured(keep=1)
     fm = replace(maps["stem"], parts=Parts(total=8))

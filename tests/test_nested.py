@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import capture, layers, nonlinearities
-from fmapkit._axes import Axes, Part
-from fmapkit._nested import modules_in, tensors_in
+from fmapkit.provenance.layout import Axes, Part
+from fmapkit.torchlib.nested import modules_in, tensors_in
 
 
 class Marked(Tensor):

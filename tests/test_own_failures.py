@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fmapkit import _trace, capture
-from fmapkit._record import Record
-from fmapkit._replay import Run
-from fmapkit._trace import Tracer
+from fmapkit import capture
+from fmapkit.replay.run import Run
+from fmapkit.tracing import tracer
+from fmapkit.tracing.record import Record
+from fmapkit.tracing.tracer import Tracer
 from tests import truth
 
 
@@ -34,7 +35,7 @@ def _broken(*args: Any, **kwargs: Any) -> Any:
 
 
 PLACES = [
-    *((_trace, name) for name in ("before_sigma", "after_sigma", "close")),
+    *((tracer, name) for name in ("before_sigma", "after_sigma", "close")),
     *((Tracer, name) for name in ("_after", "_layer", "_sort")),
     *((Record, name) for name in ("sigma", "hold")),
     *((Run, name) for name in ("follows", "start", "entries")),
@@ -80,8 +81,8 @@ def test_a_fault_in_a_tap(monkeypatch: pytest.MonkeyPatch, kinds: Any) -> None:
         expected = model(x)
         with capture(model, kinds=kinds) as maps:
             model(x)
-            monkeypatch.setattr("fmapkit._replay.version_of", _broken)
-            monkeypatch.setattr("fmapkit._taps.version_of", _broken)
+            monkeypatch.setattr("fmapkit.replay.run.version_of", _broken)
+            monkeypatch.setattr("fmapkit.replay.taps.version_of", _broken)
             assert torch.equal(model(x), expected)
             monkeypatch.undo()
             assert any("a fault of our own" in m.reason for m in maps.missed)

@@ -28,7 +28,7 @@ from fmapkit import (
     MapReleasedError,
     capture,
 )
-from fmapkit._offload import Offload
+from fmapkit.storage.offload import Offload
 from tests.late import Late, late
 from tests.strategies import Model, models
 from tests.truth import (

@@ -1,7 +1,6 @@
 """See inside a PyTorch model: `with capture(model) as maps:`."""
 
 from fmapkit import edits
-from fmapkit.analysis.protocol import Analysis
 from fmapkit.capture import capture
 from fmapkit.comparing import compare
 from fmapkit.errors import (
@@ -33,6 +32,7 @@ from fmapkit.maps import FeatureMap, FeatureMaps
 from fmapkit.nonlinearities import register_nonlinearity
 from fmapkit.patching import patch
 from fmapkit.phi import FeatureFunction, feature_map
+from fmapkit.session.protocol import Analysis
 
 __version__ = "0.1.0"
 

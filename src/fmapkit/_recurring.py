@@ -14,20 +14,20 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit._hooks import Off
-from fmapkit._missed import Missed
-from fmapkit._names import Names
-from fmapkit._optimized import compiled_roots, plain
-from fmapkit._others import entered, left, others
-from fmapkit._scripted import tell, tell_no_more
-from fmapkit._session import Session
-from fmapkit._standing import hide_from_scripting, show_to_scripting
-from fmapkit._transforms import returned
-from fmapkit._wrappers import unwrap
 from fmapkit.capture import capture
+from fmapkit.instrumentation.hooks import Off
 from fmapkit.map import FeatureMap, read_map
 from fmapkit.maps import FeatureMaps
+from fmapkit.missed import Missed
+from fmapkit.model.names import Names
+from fmapkit.model.wrappers import unwrap
 from fmapkit.paths.twins import Resting
+from fmapkit.session.concurrent import entered, left, others
+from fmapkit.session.session import Session
+from fmapkit.torchlib.call_override import hide_from_scripting, show_to_scripting
+from fmapkit.torchlib.compiled_modules import compiled_roots, plain
+from fmapkit.torchlib.scripted import tell, tell_no_more
+from fmapkit.torchlib.transforms import returned
 
 __all__ = ["Recurring", "can_stop"]
 

@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import edits as edits_module
-from fmapkit._analyses import Analyses
-from fmapkit._asked import Asked
-from fmapkit._budget import Budget, policy
-from fmapkit._edit import Edits
-from fmapkit._methods import methods_of
-from fmapkit._names import Names
-from fmapkit._optimized import compiled_roots, plain
-from fmapkit._retain import Retention
-from fmapkit._session import Session
-from fmapkit._stop import Stop
-from fmapkit._wants import Wants
 from fmapkit._warnings import warn
-from fmapkit._wrappers import unwrap
 from fmapkit.checking import COMPILED, Check, FiniteCheck, checked
+from fmapkit.editing.edit import Edits
 from fmapkit.errors import ArgumentError, CaptureStateError, NotAModuleError
+from fmapkit.instrumentation.methods import methods_of
 from fmapkit.kinds import Kind
 from fmapkit.maps import FeatureMap, FeatureMaps
+from fmapkit.model.names import Names
+from fmapkit.model.wrappers import unwrap
+from fmapkit.selection.early_stop import Stop
+from fmapkit.selection.selection import Wants
+from fmapkit.session.analyses import Analyses
+from fmapkit.session.config import Asked
+from fmapkit.session.session import Session
+from fmapkit.storage.budget import Budget, policy
+from fmapkit.storage.conversion import Retention
+from fmapkit.torchlib.compiled_modules import compiled_roots, plain
 
 if TYPE_CHECKING:
     from fmapkit.analysis import Analysis

@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from fmapkit._aside import unseen
-from fmapkit._gradients import Gradient
-from fmapkit._sharded import ends_of
-from fmapkit._unwatched import without_the_models
 from fmapkit.errors import ArgumentError, MapStateError, NonFiniteError
+from fmapkit.instrumentation.unwatched import without_the_models
 from fmapkit.map import read_map
+from fmapkit.storage.gradients import Gradient
+from fmapkit.torchlib.sharded import ends_of
+from fmapkit.torchlib.side_ops import unseen
 
 if TYPE_CHECKING:
-    from fmapkit._held import Held
-    from fmapkit._store import Pass
     from fmapkit.kinds import Kind
     from fmapkit.map import FeatureMap
+    from fmapkit.storage.held import Held
+    from fmapkit.storage.passes import Pass
 
 __all__ = ["CHECKS", "COMPILED", "Check", "FiniteCheck", "NonFinite", "checked", "first_nonfinite"]
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit._positions import part_of
-from fmapkit._where import Where
+from fmapkit.editing.positions import part_of
+from fmapkit.editing.where import Where
 from fmapkit.errors import ArgumentError, EditError
 from fmapkit.map import FeatureMap
 

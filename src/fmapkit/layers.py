@@ -1,16 +1,16 @@
 """What counts as a layer: module types with filters, and the axis of their output that counts them.
 
-Functional weights need no entry: `_weighted.py` finds the weight of a convolution or a product, and
-the tracer its owner. `register_layer` is for modules whose weighting torch does not show, such as a
-layer around a custom kernel.
+Functional weights need no entry: `provenance/layer_ops.py` finds the weight of a convolution or a
+product, and the tracer its owner. `register_layer` is for modules whose weighting torch does not
+show, such as a layer around a custom kernel.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from fmapkit._remembered import remembered
 from fmapkit.errors import ArgumentError
+from fmapkit.torchlib.class_cache import remembered
 
 __all__ = ["register_layer"]
 

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmapkit import _table
-from fmapkit._gradients import Gradient, NotYet, Received
-from fmapkit._kept import Values
-from fmapkit._memory import parts_of
-from fmapkit._sharded import Parts, is_dtensor, whole
-from fmapkit._store import Entry, Pass
-from fmapkit._weights import Lost, Rows
 from fmapkit.errors import DistributedError, FilterRangeError, MapStateError
-from fmapkit.heads import Heads
 from fmapkit.kinds import Kind
+from fmapkit.lookup import table
+from fmapkit.provenance.heads import Heads
+from fmapkit.provenance.weights import Lost, Rows
+from fmapkit.saving.kept import Values
+from fmapkit.storage.gradients import Gradient, NotYet, Received
+from fmapkit.storage.passes import Entry, Pass
+from fmapkit.torchlib.memory import parts_of
+from fmapkit.torchlib.sharded import Parts, is_dtensor, whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -325,7 +325,7 @@ class FeatureMap:
         return {**tags, "grad": self.grad, "parts": self.parts is not None, "made_by": made_by}
 
     def __repr__(self) -> str:
-        return _table.map_line(self)
+        return table.map_line(self)
 
     def plot(
         self,

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fmapkit import _table
-from fmapkit._gather import gather
-from fmapkit._kept import KeptEntry, KeptSession, Snapshot, snapshot_of
-from fmapkit._lookup import Found, find, parse
-from fmapkit._meant import check_held, check_only_names
-from fmapkit._sharded import Parts, is_dtensor, splits
-from fmapkit._store import Entry, Pass
-from fmapkit._wants import Selection
 from fmapkit.errors import ArgumentError, CaptureStateError, did_you_mean, listed, near
 from fmapkit.kinds import KINDS, Kind
+from fmapkit.lookup import table
+from fmapkit.lookup.gather import gather
+from fmapkit.lookup.lookup import Found, find, parse
+from fmapkit.lookup.meant import check_held, check_only_names
 from fmapkit.map import FeatureMap, nbytes_of, read_map
+from fmapkit.saving.kept import KeptEntry, KeptSession, Snapshot, snapshot_of
+from fmapkit.selection.selection import Selection
+from fmapkit.storage.passes import Entry, Pass
+from fmapkit.torchlib.sharded import Parts, is_dtensor, splits
 
 if TYPE_CHECKING:
     import os
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fmapkit._missed import Missed
-    from fmapkit._session import Session
     from fmapkit.checking import NonFinite
+    from fmapkit.missed import Missed
+    from fmapkit.session.session import Session
 
 __all__ = ["FeatureMap", "FeatureMaps"]
 
@@ -375,9 +375,9 @@ class FeatureMaps:
             MapStateError: a map cannot be read any more.
             DistributedError: a map is a `DTensor`.
         """
-        from fmapkit import _safetensors
+        from fmapkit.saving import safetensors
 
-        _safetensors.save(self._snapshot(), path)
+        safetensors.save(self._snapshot(), path)
 
     @classmethod
     def load(
@@ -396,9 +396,9 @@ class FeatureMaps:
             FileNotFoundError: there is no such file.
             ArgumentError: it is no file that `save` wrote, or of a later version.
         """
-        from fmapkit import _safetensors
+        from fmapkit.saving import safetensors
 
-        return cls(KeptSession(_safetensors.load(path, device)))
+        return cls(KeptSession(safetensors.load(path, device)))
 
     def _snapshot(self) -> Snapshot:
         return snapshot_of(self._session, self._read)
@@ -415,10 +415,10 @@ class FeatureMaps:
     # -- to look at ---------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        return _table.text(self)
+        return table.text(self)
 
     def _repr_html_(self) -> str:
-        return _table.html(self)
+        return table.html(self)
 
     def plot(
         self,

@@ -2,7 +2,7 @@
 
 A module type listed here is one σ whatever it does inside. A function is found under each of
 its faces (`torch.relu`, `Tensor.relu_`, `F.relu`, `torch.nn.functional.relu_`, …). Activation
-modules written out by hand need no entry: `_trace.py` recognises them by what they do.
+modules written out by hand need no entry: `tracing/tracer.py` recognises them by what they do.
 
 Softmax is none by default: it normalises over a group of values and is not pointwise.
 """

@@ -24,8 +24,8 @@ from typing import Any
 from torch import nn
 
 from fmapkit._warnings import warn
-from fmapkit._wrappers import unwrap
 from fmapkit.errors import ArgumentError, listed
+from fmapkit.model.wrappers import unwrap
 
 __all__ = ["Selector", "by_name", "is_glob", "name_longer_numbers", "selectors"]
 

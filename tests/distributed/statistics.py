@@ -132,7 +132,7 @@ def different_layers_are_named_on_every_rank() -> None:
 
 
 def one_ranks_part_of_a_layer_is_refused() -> None:
-    from fmapkit._sharded import Parts
+    from fmapkit.torchlib.sharded import Parts
 
     stats = Statistics()
     stats.update(fmap(torch.ones(2, 3), parts=Parts(unknown=True) if dist.get_rank() else None))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fmapkit._sharded import ends_of, is_dtensor
 from fmapkit.errors import (
     AmbiguousMapError,
     ArgumentError,
@@ -23,6 +22,7 @@ from fmapkit.errors import (
 )
 from fmapkit.kinds import KINDS
 from fmapkit.selectors import selectors
+from fmapkit.torchlib.sharded import ends_of, is_dtensor
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap

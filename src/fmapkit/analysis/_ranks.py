@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fmapkit._gather import _device
 from fmapkit.errors import DistributedError, listed
+from fmapkit.lookup.gather import _device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fmapkit._sharded import is_dtensor
 from fmapkit.errors import ArgumentError, DistributedError
+from fmapkit.torchlib.sharded import is_dtensor
 
 if TYPE_CHECKING:
     from fmapkit.kinds import Kind

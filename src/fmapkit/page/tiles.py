@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmapkit._sharded import is_dtensor
 from fmapkit.errors import ArgumentError
+from fmapkit.torchlib.sharded import is_dtensor
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit._positions import part_of
-from fmapkit._where import Where
 from fmapkit.capture import capture
+from fmapkit.editing.positions import part_of
+from fmapkit.editing.where import Where
 from fmapkit.errors import ArgumentError
 from fmapkit.map import FeatureMap
 from fmapkit.maps import FeatureMaps

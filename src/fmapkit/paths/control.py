@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit._nested import modules_in
 from fmapkit.paths import recorders
 from fmapkit.paths.fixed import FixedAttributes
 from fmapkit.paths.known import Expected
 from fmapkit.paths.survey import Survey, is_installed, is_trusted
 from fmapkit.paths.twins import Twins, call_site
+from fmapkit.torchlib.nested import modules_in
 
 __all__ = ["ControlPaths"]
 

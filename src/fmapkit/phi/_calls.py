@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmapkit._optimized import compiled_roots
 from fmapkit.errors import CaptureStateError
 from fmapkit.phi._compiled import CompiledOutputs
 from fmapkit.phi._reader import Found, Reader
 from fmapkit.phi._request import Request
+from fmapkit.torchlib.compiled_modules import compiled_roots
 
 __all__ = ["Calls", "Found"]
 

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fmapkit._optimized import compiled_by, ever_compiled
-from fmapkit._standing import not_compiled
+from fmapkit.torchlib.call_override import not_compiled
+from fmapkit.torchlib.compiled_modules import compiled_by, ever_compiled
 
 __all__ = ["CompiledOutputs", "by_itself", "compiling_context", "opaque"]
 

@@ -11,11 +11,7 @@ import torch
 from torch import nn
 
 from fmapkit import layers
-from fmapkit._gradients import NO_GRAPH
-from fmapkit._names import never_called
-from fmapkit._nested import tensors_in
 from fmapkit._recurring import Recurring, can_stop
-from fmapkit._wants import Selection
 from fmapkit.capture import capture
 from fmapkit.errors import (
     AmbiguousMapError,
@@ -29,8 +25,12 @@ from fmapkit.errors import (
     listed,
 )
 from fmapkit.map import FeatureMap
+from fmapkit.model.names import never_called
 from fmapkit.phi._compiled import CompiledOutputs
 from fmapkit.phi._request import Item, Request
+from fmapkit.selection.selection import Selection
+from fmapkit.storage.gradients import NO_GRAPH
+from fmapkit.torchlib.nested import tensors_in
 
 __all__ = ["Found", "Reader"]
 

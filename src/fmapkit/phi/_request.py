@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fmapkit._wants import KINDS, indices
 from fmapkit.errors import ArgumentError, did_you_mean, listed
 from fmapkit.kinds import Kind
+from fmapkit.selection.selection import KINDS, indices
 from fmapkit.selectors import Selector
 
 __all__ = ["Item", "Request"]

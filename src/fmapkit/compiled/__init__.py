@@ -1,0 +1,1 @@
+"""Passes of what `torch.compile` has compiled: graphs that return their maps."""

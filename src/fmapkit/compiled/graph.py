@@ -1,0 +1,410 @@
+"""Label a graph that dynamo has traced, and make it return its maps: before its backend sees it.
+
+The graph (torch functions, in the order in which the model calls them, each with the modules it
+runs in) is run once on fake tensors under the same tracer that learns eager passes, so the rules of
+what is a σ and whose map it is are the same. What the tracer would have held becomes an output of
+the graph. In-place nonlinearities are rewritten out of place, or z is cloned in the graph, by the
+same conditions as in eager mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from fmapkit.compiled.graph_edit import Site, run_out_of_place
+from fmapkit.compiled.graph_open import open_call, opens
+from fmapkit.compiled.graph_tracer import GraphTracer, NodeHeld
+from fmapkit.model.names import Names
+from fmapkit.provenance.labels import NOWHERE, Flow, Origin, Weight
+from fmapkit.provenance.layout import Axes
+from fmapkit.replay.plan import Ref
+from fmapkit.selection.selection import Wants
+from fmapkit.storage.passes import Entry
+from fmapkit.torchlib.memory import storage_of
+from fmapkit.torchlib.nested import leaves, tensors_in
+from fmapkit.tracing.frames import Frame
+
+__all__ = ["GraphMap", "Labels", "Traced", "trace_graph"]
+
+_CALLS = ("call_function", "call_method")
+
+
+@dataclass(frozen=True, slots=True)
+class GraphMap:
+    """One map of a compiled graph.
+
+    Attributes:
+        place: of its tensor among the graph's outputs; from -1 downwards, among its inputs.
+    """
+
+    place: int
+    kind: str
+    ref: Ref
+    axes: Axes | None
+    sigma: str | None
+    picked: tuple[int, ...] | None
+    pending: bool
+    copied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What a graph's maps are, given what its inputs carry.
+
+    Attributes:
+        sources: the map that tells of each tensor to be held; maps may share one.
+        places: of these tensors, as in `GraphMap`.
+        slots: of each map, which tensor it is.
+        picking: of some map, only some filters are held.
+    """
+
+    maps: tuple[GraphMap, ...]
+    calls: tuple[tuple[str, int], ...]
+    outputs: tuple[Any, ...]  # per output of the model's own: (Ref, axes), "weight" or None
+    claims: tuple[int, ...]
+    writes: tuple[int, ...]  # which inputs are written to
+    sources: tuple[GraphMap, ...] = field(init=False)
+    places: tuple[int, ...] = field(init=False)
+    slots: tuple[int, ...] = field(init=False)
+    picking: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        keys = [(m.place, m.picked) for m in self.maps]
+        first = dict(zip(reversed(keys), reversed(self.maps), strict=True))
+        order = list(dict.fromkeys(keys))
+        put = object.__setattr__  # as frozen dataclasses do
+        put(self, "sources", tuple([first[key] for key in order]))
+        put(self, "places", tuple([place for place, _ in order]))
+        put(self, "slots", tuple(map(order.index, keys)))
+        put(self, "picking", any(picked is not None for _, picked in order))
+
+
+@dataclass(slots=True)
+class Traced:
+    """What a trace of a graph found: the maps, each with the site to read it at."""
+
+    found: list[tuple[Entry, Site, bool]]  # the last: a preactivation unless claimed outside
+    refs: Callable[[Origin], Ref]
+    calls: tuple[tuple[str, int], ...]
+    outputs: tuple[Any, ...]
+    claims: tuple[int, ...]
+    writes: tuple[int, ...]
+
+    def labels(self, places: Mapping[Any, int]) -> Labels:
+        """The labels, once it is known where the graph returns each site."""
+        return Labels(
+            tuple(
+                GraphMap(
+                    places[site.key],
+                    entry.kind,
+                    self.refs(entry.origin),
+                    entry.axes,
+                    entry.sigma,
+                    entry.picked,
+                    pending,
+                    site.copied,
+                )
+                for entry, site, pending in self.found
+            ),
+            self.calls,
+            self.outputs,
+            self.claims,
+            self.writes,
+        )
+
+
+class _Fakes:
+    """A graph's inputs as fake tensors of static shape."""
+
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self.values = [self.of(value) for value in inputs]
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if any(not isinstance(n, int) for n in value.shape):
+                raise _UnreadableError("its graph was traced with symbolic inputs")
+            fake = self.mode.from_tensor(value, static_shapes=True)
+            if value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad:
+                # A Python number that changes from call to call comes as a tensor, and is read.
+                fake.constant = value.detach().clone()
+                self.mode.fake_tensor_converter.add_constant_storage_mapping(fake)
+            return fake
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return value.node.hint
+        return value
+
+
+class _UnreadableError(Exception):
+    """The graph has something that cannot be read; the message says what."""
+
+
+def trace_graph(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    carried: Sequence[Any],
+    base: Sequence[nn.Module],
+    names: Names,
+    wants: Wants,
+    miss: Callable[[str, str], None],
+    *,
+    rewrite: bool,
+    modules: dict[int, nn.Module],
+    arguments: Sequence[int] | None,
+) -> Traced:
+    """Run a graph on fake tensors and say what its maps are.
+
+    Args:
+        gm: the graph; its in-place nonlinearities are rewritten.
+        inputs: its real inputs.
+        carried: what each carries: `Flow`, `Weight` or None.
+        base: the modules that run around it, outermost first.
+        names: of the captured model.
+        wants: of the capture.
+        miss: to name what cannot be captured.
+        rewrite: whether in-place nonlinearities may be rewritten: not once it is compiled.
+        modules: by the id that the graph knows them by.
+        arguments: which inputs the innermost of `base` was given, where the graph is all of its
+            call, which may be one nonlinearity; else None.
+    """
+    tracer = GraphTracer(names, wants, miss)
+    grad = torch.is_grad_enabled()
+    env: dict[fx.Node, Any] = {}
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    with torch.inference_mode(False), torch.no_grad():
+        if rewrite and any(map(opens, gm.graph.nodes)):
+            _open_all(gm, _Fakes(inputs))
+        order = list(gm.graph.nodes)
+        fakes = _Fakes(inputs)
+        pairs = zip(fakes.values, inputs, strict=True)
+        tracer.stand_ins = {id(f): (f, real) for f, real in pairs if isinstance(real, Tensor)}
+        try:
+            with fakes.mode:
+                _run(
+                    gm, order, env, fakes, tracer, carried, base, modules, rewrite, grad, arguments
+                )
+        finally:
+            torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+    if tracer.failed is not None:
+        raise tracer.failed
+    return _traced(tracer, order, env, carried)
+
+
+def _open_all(gm: fx.GraphModule, fakes: _Fakes) -> None:
+    """Open what dynamo has kept as one call, where it can be opened."""
+    env: dict[fx.Node, Any] = {}
+    given = iter(fakes.values)
+    with fakes.mode:
+        for node in list(gm.graph.nodes):
+            if node.op == "placeholder":
+                env[node] = next(given)
+            elif node.op == "get_attr":
+                env[node] = fakes.of(_attribute(gm, node))
+            elif node.op in _CALLS and not node._erased:
+                args = fx.node.map_arg(node.args, env.__getitem__)
+                kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+                if opens(node) and open_call(node, args, kwargs, env):
+                    continue
+                env[node] = _call(node, args, kwargs)
+    gm.recompile()
+
+
+def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
+    value: Any = gm
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    function: Any = node.target
+    if node.op == "call_method":
+        function = getattr(type(args[0]), str(node.target))
+    return function(*args, **kwargs)
+
+
+def _run(
+    gm: fx.GraphModule,
+    order: list[fx.Node],
+    env: dict[fx.Node, Any],
+    fakes: _Fakes,
+    tracer: GraphTracer,
+    carried: Sequence[Any],
+    base: Sequence[nn.Module],
+    modules: dict[int, nn.Module],
+    rewrite: bool,
+    grad: bool,
+    arguments: Sequence[int] | None,
+) -> None:
+    def load(value: Any) -> Any:
+        return fx.node.map_arg(value, env.__getitem__)
+
+    stacks = _Stacks(order, modules, tracer, env)
+    noted = tracer.noted
+    noted.now = order[0]
+    for module in base[:-1]:
+        tracer.enter(module, (), {})
+    values = iter(zip(fakes.values, carried, strict=True))
+    outside: set[int] = set()  # memory that was there before the graph
+    innermost: Frame | None = None
+    for node in order:
+        noted.now = node
+        if base and innermost is None and node.op != "placeholder":
+            given = tuple(fakes.values[i] for i in arguments or ())
+            innermost = tracer.enter(base[-1], given, {})
+        if node.op == "placeholder":
+            env[node], tag = next(values)
+            noted.made(env[node], node)
+            tracer.set_tag(env[node], tag)
+            outside.update(map(storage_of, tensors_in(env[node])))
+        elif node.op == "get_attr":
+            env[node] = fakes.of(_attribute(gm, node))
+            noted.made(env[node], node)
+            outside.update(map(storage_of, tensors_in(env[node])))
+        elif node.op in _CALLS:
+            stacks.move(node)
+            if rewrite:
+                run_out_of_place(node, env, outside, grad)
+            args, kwargs = load(node.args), load(node.kwargs)
+            with tracer:
+                env[node] = _call(node, args, kwargs)
+            noted.made(env[node], node)
+        elif node.op == "output":
+            stacks.leave()
+            if innermost is not None and innermost.kind != "plain" and arguments is not None:
+                results = load(node.args[0])
+                single = len(results) == 1
+                tracer.leave(innermost.module, results[0] if single else results)
+        else:
+            raise _UnreadableError(f"its graph has a node of another kind ({node.op})")
+
+
+class _Stacks:
+    """Keeps the tracer's frames at what runs: modules are entered and left as the nodes say."""
+
+    def __init__(
+        self,
+        order: list[fx.Node],
+        modules: dict[int, nn.Module],
+        tracer: GraphTracer,
+        env: dict[fx.Node, Any],
+    ) -> None:
+        self._order = [n for n in order if n.op in _CALLS]
+        self._keys = {n: _keys(n, modules) for n in self._order}
+        self._place = {n: i for i, n in enumerate(self._order)}
+        self._modules = modules
+        self._tracer = tracer
+        self._env = env
+        self._running: list[tuple[str, list[fx.Node]]] = []
+
+    def move(self, node: fx.Node) -> None:
+        """Leave what does not run any more, enter what does."""
+        keys = self._keys[node]
+        same = 0
+        while same < min(len(keys), len(self._running)) and self._running[same][0] == keys[same]:
+            same += 1
+        while len(self._running) > same:
+            self._leave()
+        for at in range(same, len(keys)):
+            self._enter(node, keys[: at + 1])
+
+    def leave(self) -> None:
+        """The graph ends."""
+        while self._running:
+            self._leave()
+
+    def _enter(self, node: fx.Node, keys: list[str]) -> None:
+        nodes = []
+        for other in self._order[self._place[node] :]:
+            if self._keys[other][: len(keys)] != keys:
+                break
+            nodes.append(other)
+        inside = set(nodes)
+        given: dict[fx.Node, None] = {}
+        for n in nodes:
+            for operand in n.all_input_nodes:
+                data = isinstance(self._env.get(operand), Tensor)
+                if operand not in inside and data:
+                    if isinstance(self._tracer.tag(self._env[operand]), Flow):
+                        given[operand] = None
+        self._running.append((keys[-1], nodes))
+        module = self._modules[int(keys[-1].partition("@")[0])]
+        self._tracer.enter(module, tuple(self._env[g] for g in given), {})
+
+    def _leave(self) -> None:
+        key, nodes = self._running.pop()
+        inside = set(nodes)
+        results = [n for n in nodes if any(u not in inside for u in n.users)]
+        values = [self._env[n] for n in results if isinstance(self._env[n], Tensor)]
+        output: Any = values[0] if len(values) == 1 else tuple(values)
+        self._tracer.leave(self._modules[int(key.partition("@")[0])], output)
+
+
+def _keys(node: fx.Node, modules: dict[int, nn.Module]) -> list[str]:
+    """The module calls it runs in; a key is the module's id and which of its calls it is."""
+    keys = [str(k) for k in node.meta.get("nn_module_stack") or ()]
+    if not all(k.partition("@")[0].isdigit() for k in keys):
+        raise _UnreadableError("this version of torch does not say which modules a graph came from")
+    return [k for k in keys if int(k.partition("@")[0]) in modules]
+
+
+def _traced(
+    tracer: GraphTracer, order: list[fx.Node], env: dict[fx.Node, Any], carried: Sequence[Any]
+) -> Traced:
+    by_origin: dict[int, Ref] = {}
+    for index, tag in enumerate(carried):
+        if isinstance(tag, Flow) and tag.origin is not NOWHERE:
+            by_origin.setdefault(id(tag.origin), Ref("input", "", index))
+
+    def ref(origin: Origin) -> Ref:
+        found = by_origin.get(id(origin))
+        return found or Ref(origin.kind, origin.name, origin.call, origin.claimed, origin.made)
+
+    returned = fx.node.map_arg(order[-1].args[0], env.__getitem__)
+    tags = [tracer.tag(t) for _, t in leaves(returned)]
+    escaping = {id(t.origin) for t in tags if isinstance(t, Flow)}
+    kind_of = {id(e): event.kind for event in tracer.events for _, e in event.entries}
+    own = {storage_of(t) for _, t in leaves(returned)}
+    found = []
+    for entry in tracer.current.segments:
+        held = entry.held
+        if held is None:
+            continue
+        assert isinstance(held, NodeHeld)
+        site = held.site(own)
+        value = env.get(site.node)
+        if value is not held.tensor:
+            name = str(site.node.target).rpartition(".")[2]
+            tracer.miss(
+                entry.origin.name,
+                f"it runs inside {name}, which torch.compile keeps as one call",
+            )
+            continue
+        pending = entry.kind == "preactivation" and kind_of.get(id(entry)) == "layer"
+        found.append((entry, site, pending and id(entry.origin) in escaping))
+    claimed = {id(e.origin) for e in tracer.events if e.kind == "sigma"}
+    placeholders = [n for n in order if n.op == "placeholder"]
+    return Traced(
+        found,
+        ref,
+        tuple(tracer.counts.items()),
+        tuple(
+            (ref(t.origin) if t.origin is not NOWHERE else None, t.axes)
+            if isinstance(t, Flow)
+            else ("weight" if isinstance(t, Weight) else None)
+            for t in tags
+        ),
+        tuple(sorted(by_origin[i].offset for i in by_origin if i in claimed)),
+        tuple(
+            i
+            for i, n in enumerate(placeholders)
+            if isinstance(env[n], Tensor) and storage_of(env[n]) in tracer.aliases.written
+        ),
+    )

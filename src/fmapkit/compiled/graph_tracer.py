@@ -1,0 +1,137 @@
+"""The tracer of eager passes, on a graph: it labels, and notes where a map is to be read."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Container
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fmapkit.compiled.graph_edit import Site
+from fmapkit.editing.edit import Edits
+from fmapkit.model.names import Names
+from fmapkit.provenance.layout import Axes
+from fmapkit.selection.selection import Wants
+from fmapkit.storage.aliases import Aliases
+from fmapkit.storage.held import Held
+from fmapkit.storage.passes import Pass
+from fmapkit.torchlib.memory import storage_of, version_of
+from fmapkit.torchlib.nested import tensors_in
+from fmapkit.tracing.record import Record
+from fmapkit.tracing.tags import Tags
+from fmapkit.tracing.tracer import Tracer
+
+__all__ = ["GraphTracer", "NodeHeld"]
+
+
+class NodeHeld(Held):
+    """Stands for a tensor of the graph: where it is to be read."""
+
+    __slots__ = ("at", "node")
+
+    def __init__(self, tensor: Tensor, node: fx.Node | None, at: fx.Node) -> None:
+        super().__init__(tensor, version_of(tensor))
+        self.node = node  # None: the node at which it was noted makes it
+        self.at = at
+
+    def snapshot(self, leads_on: bool = False) -> None:
+        """It is about to be overwritten: the graph has to copy it."""
+        self.copied = True
+
+    def site(self, own: Container[int]) -> Site:
+        """Where to read it.
+
+        Args:
+            own: the memory that the model's own outputs lie in.
+        """
+        made = self.node if self.node is not None else self.at
+        shared = self.tensor is not None and storage_of(self.tensor) in own
+        return Site(made, self.at, self.node is not None, self.copied, shared)
+
+
+class NodeAliases(Aliases):
+    """Notes which node a tensor comes from, and holds no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now: fx.Node | None = None
+        self.nodes: dict[int, tuple[Tensor, int, fx.Node]] = {}
+
+    def made(self, value: Any, node: fx.Node) -> None:
+        """A node has given a tensor, or written to it."""
+        for tensor in tensors_in(value):
+            self.nodes[id(tensor)] = (tensor, version_of(tensor), node)
+
+    def note(self, tensor: Tensor) -> NodeHeld:
+        """Where the tensor, as it is now, is to be read."""
+        assert self.now is not None
+        found = self.nodes.get(id(tensor))
+        known = found is not None and found[1] == version_of(tensor)
+        return NodeHeld(tensor, found[2] if found is not None and known else None, self.now)
+
+    def reference(self, tensor: Tensor) -> Held:
+        found = self._by_id.get(id(tensor))
+        if found is not None and found[0]() is tensor:
+            held = found[1]
+            if not held.copied and version_of(tensor) == held.version:
+                return held
+        held = self.note(tensor)
+        self.watch(held)
+        self._by_id[id(tensor)] = (weakref.ref(tensor), held)
+        return held
+
+
+class GraphRecord(Record):
+    """Holds where a map is to be read.
+
+    Args:
+        noted: which node each tensor comes from.
+    """
+
+    def __init__(
+        self,
+        wants: Wants,
+        current: Pass,
+        tags: Tags,
+        noted: NodeAliases,
+        miss: Callable[[str, str], None],
+    ) -> None:
+        super().__init__(wants, current, tags, noted, None, miss)
+        self.graph = False  # what the graph returns is part of it
+        self.noted = noted
+
+    def copy(self, tensor: Tensor) -> Held:
+        held = self.noted.note(tensor)
+        held.copied = True
+        return held
+
+    def taken(self, held: Held, axes: Axes | None, picked: tuple[int, ...]) -> Held:
+        return held  # its filters are taken when the graph has run
+
+
+class GraphTracer(Tracer):
+    """The tracer of eager passes, on a graph: it labels, and holds where to read."""
+
+    def __init__(self, names: Names, wants: Wants, miss: Callable[[str, str], None]) -> None:
+        self.noted = NodeAliases()
+        super().__init__(names, wants, Edits.none(), None, Pass(0), miss)
+        self.learning = 1  # every module is in `frames`
+
+    def _new_record(self) -> Record:
+        return GraphRecord(self.wants, self.current, self.tags, self.noted, self.miss)
+
+    def past_hooks(self, entered: nn.Module | None = None) -> None:
+        pass  # its functions are not called by the model
+
+    def running(self) -> nn.Module:
+        return self.frames[-1].module  # Python runs the graph, not the model
+
+    def _output(self, module: nn.Module, output: Any) -> None:
+        if module is self.names.model:
+            return  # held when it has returned
+        self.miss(
+            self.names.of(module),
+            "what a module inside compiled code returns does not exist outside of its graph; "
+            "only its preactivations, activations, responses and inputs are captured",
+        )

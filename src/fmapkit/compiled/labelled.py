@@ -1,0 +1,320 @@
+"""A compiled graph in use: which labels its maps have this time.
+
+A compiled graph may run for other modules than those it was traced with (dynamo reuses code where
+its guards hold), and its inputs may carry something else. So its labels belong to what came in:
+the weights, by identity, what the data carry, and the modules around it. Where one of these is new,
+the graph is labelled anew; it is not compiled anew.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx, nn
+
+from fmapkit.compiled.graph import Labels, Traced, trace_graph
+from fmapkit.compiled.run import Sink, running
+from fmapkit.model.names import Names
+from fmapkit.provenance.labels import NOWHERE, STOP, Flow, Origin, Tag, Weight
+from fmapkit.replay.regions import carried as carried_by
+from fmapkit.tracing.frames import running_modules
+from fmapkit.tracing.tags import Tags
+
+if TYPE_CHECKING:
+    from fmapkit.session.session import Session
+
+__all__ = ["CompiledGraph"]
+
+
+class _Labelled:
+    """The labels of a graph's maps, and what was not captured, of one kind of run.
+
+    Args:
+        labels: of the maps.
+        weights: that came in. Their ids tell the kind of run, as long as it is still they.
+        missed: the layer and the reason of each entry.
+    """
+
+    __slots__ = ("_missed", "_told", "_weights", "labels")
+
+    def __init__(
+        self, labels: Labels, weights: list[Tensor], missed: list[tuple[str, str]]
+    ) -> None:
+        self.labels = labels
+        self._weights = list(map(weakref.ref, weights))
+        self._missed = missed
+        self._told: Any = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the weights are still there, and may come in again."""
+        return all(ref() is not None for ref in self._weights)
+
+    def of(self, weights: list[Tensor]) -> bool:
+        """Whether these are the weights."""
+        return all(ref() is weight for ref, weight in zip(self._weights, weights, strict=True))
+
+    def tell(self, session: Session) -> None:
+        """Name what was not captured, once in each block."""
+        if self._missed and (self._told is None or self._told() is not session):
+            self._told = weakref.ref(session)
+            for layer, why in self._missed:
+                session.miss(layer, why)
+
+
+class _Known:
+    """The labels of a graph's maps for a session, and for later ones with the same names."""
+
+    __slots__ = ("_names", "_watch", "labels")
+
+    def __init__(self, session: Session) -> None:
+        self._watch: Any = weakref.ref(session.watch)
+        self._names = dict(session.names.by_name)
+        self.labels: dict[Any, _Labelled] = {}
+
+    def holds(self, session: Session) -> bool:
+        """Whether the model still has these modules, under these names."""
+        if self._watch() is session.watch:
+            return True
+        self._watch = weakref.ref(session.watch)  # another block, or the structure has changed
+        return session.names.by_name == self._names
+
+
+class _Latest:
+    """The latest run of a graph that was all of a pass.
+
+    Args:
+        state: what was known of the model.
+        fixed: its weights and buffers.
+        arguments: at which places data came in that had no layer yet.
+        carried: what all that came in carried.
+        labels: of its maps.
+    """
+
+    __slots__ = ("_arguments", "_fixed", "_ids", "carried", "labels", "state")
+
+    def __init__(
+        self, state: Any, fixed: list[Any], arguments: list[int], carried: list[Tag], labels: Labels
+    ) -> None:
+        self.state = state
+        self.carried = carried
+        self.labels = labels
+        self._fixed = fixed
+        self._ids = frozenset(map(id, fixed))
+        self._arguments = arguments
+
+    def fits(self, tags: Tags, fixed: list[int], inputs: Sequence[Any]) -> bool:
+        """Whether what comes in carries the same as then."""
+        for i, known in zip(fixed, self._fixed, strict=True):
+            if inputs[i] is not known:
+                return False
+        for i in self._arguments:
+            if tags.of(inputs[i]) is not STOP:
+                return False
+        return tags.none_of(self._ids)
+
+
+class CompiledGraph:
+    """A compiled graph, as its sessions see it; `place` says which of them.
+
+    Args:
+        gm: the graph, rewritten but without the outputs that were added.
+        inputs: the real ones it was traced with.
+        whole: it is all of what was compiled, so that the same modules run it always.
+        volatile: its outputs' memory is reused by its next run.
+        names: of the captured model.
+
+    Attributes:
+        data: which inputs are tensors that are no parameters.
+        local: which of these are no attributes of a module.
+        own: how many outputs are the model's.
+        returned: how many outputs there are.
+        places: where the graph returns what is read at a site.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], whole: bool, volatile: bool, names: Names
+    ) -> None:
+        self.gm = gm
+        self.whole = whole
+        self.volatile = volatile
+        tensors = [i for i, v in enumerate(inputs) if isinstance(v, Tensor)]
+        self.weights = [i for i in tensors if names.is_parameter(inputs[i])]
+        self.data = [i for i in tensors if i not in self.weights]
+        self.local = {i for i, n in enumerate(placeholders(gm)) if not from_module(n)}
+        self.own = self.returned = 0
+        self.places: dict[Any, int] = {}
+        # How the graph knows modules and weights: by what they were when it was traced.
+        self._modules = {id(m): m for m in names.by_module}
+        self._owners = [names.owners(inputs[i]) for i in self.weights]
+        self._base = _base(names)
+        self._known: dict[int, _Known] = {}
+        # Of the latest run: a graph that is all of a pass has nothing new to ask in the next one,
+        # where the same weights and buffers come in, and other data.
+        self._fixed = [i for i in tensors if i not in self.local]
+        self._latest: dict[int, _Latest] = {}
+
+    def forget(self) -> None:
+        """The block has ended: what is kept for the next one keeps no tensor alive."""
+        self._latest.clear()
+        for known in list(self._known.values()):  # which another thread may be adding to
+            for key, found in list(known.labels.items()):
+                if not found.alive:
+                    known.labels.pop(key, None)
+
+    def ready(self, sink: Sink, place: int, inputs: Sequence[Any]) -> tuple[list[Tag], Labels]:
+        """What the data that come in carry, by place among the inputs, and the labels that fit."""
+        alone = self.whole and sink.alone and not sink.runs
+        state = (sink.session.watch, sink.session.names.version)
+        latest = self._latest.get(place)
+        if alone and latest is not None and latest.state == state:
+            if latest.fits(sink.tags, self._fixed, inputs):
+                return latest.carried, latest.labels
+        carried = self.carried(inputs, sink)
+        labels = self.labels(sink, place, inputs, carried)
+        arguments = [i for i in self.data if i in self.local]
+        if alone and all(carried[i] is STOP for i in arguments) and not sink.session.names.lent:
+            fixed = [inputs[i] for i in self._fixed]
+            self._latest[place] = _Latest(state, fixed, arguments, carried, labels)
+        return carried, labels
+
+    def carried(self, inputs: Sequence[Any], sink: Sink) -> list[Tag]:
+        """What the data that come in carry, by place among the inputs."""
+        tag = sink.tags.of
+        found: list[Tag] = [None] * len(inputs)
+        for i in self.data:
+            found[i] = tag(inputs[i])
+            if found[i] is None and i in self.local:
+                found[i] = STOP
+                sink.outside()
+        return found
+
+    def labels(self, sink: Sink, place: int, inputs: Sequence[Any], carried: list[Tag]) -> Labels:
+        """The labels that fit what comes in."""
+        session = sink.session
+        state = self._known.get(place)
+        if state is None or not state.holds(session):
+            state = self._known[place] = _Known(session)
+        weights = [inputs[i] for i in self.weights]
+        tags = [carried[i] for i in self.data]
+        plain = all(t is STOP or t is None for t in tags)
+        key = (
+            tuple(map(id, weights)),
+            tuple([t is None for t in tags]) if plain else carried_by(tags, session.wants.of),
+            None if self.whole else tuple(map(id, running_modules(running.stop))),
+        )
+        found = state.labels.get(key)
+        if found is None or not found.of(weights):
+            found = state.labels[key] = self._label(sink, inputs, carried, weights)
+        found.tell(session)
+        return found.labels
+
+    def trace(
+        self,
+        session: Session,
+        inputs: Sequence[Any],
+        carried: Sequence[Any],
+        miss: Callable[[str, str], None],
+        rewrite: bool,
+    ) -> Traced:
+        """What the graph's maps are; what cannot be captured goes to `miss`."""
+        # Stand-ins: what the trace finds out about them is this graph's, not the pass's.
+        origins: dict[int, Origin] = {id(NOWHERE): NOWHERE}
+        full: list[Any] = []
+        for tag in carried:
+            if isinstance(tag, Flow):
+                o = tag.origin
+                own = origins.setdefault(id(o), Origin(o.kind, o.name, o.call, o.made))
+                tag = Flow(own, tag.axes)
+            full.append(tag)
+        for i in self.weights:
+            full[i] = Weight.whole(inputs[i])
+        return trace_graph(
+            self.gm,
+            inputs,
+            full,
+            _base(session.names),
+            session.names,
+            session.wants,
+            miss,
+            rewrite=rewrite,
+            modules=self._translated(inputs, session.names),
+            arguments=sorted(self.local.intersection(self.data)) if self.whole else None,
+        )
+
+    def _label(
+        self, sink: Sink, inputs: Sequence[Any], carried: list[Tag], weights: list[Tensor]
+    ) -> _Labelled:
+        missed: list[tuple[str, str]] = []
+
+        def miss(layer: str, why: str) -> None:
+            missed.append((layer, why))
+
+        traced = self.trace(sink.session, inputs, carried, miss, rewrite=False)
+        for entry, site, _ in traced.found:
+            if site.key not in self.places:
+                miss(entry.origin.name, "its graph was compiled without this map")
+        traced.found = [f for f in traced.found if f[1].key in self.places]
+        return _Labelled(traced.labels(self.places), weights, missed)
+
+    def _translated(self, inputs: Sequence[Any], names: Names) -> dict[int, nn.Module]:
+        """The modules that run now, by the ids of those that the graph was traced with.
+
+        Told by the weights that come in: their owners, and what lies above and below these.
+        """
+        now = _base(names)
+        pairs = [(b, n) for b, n in zip(self._base[-1:], now[-1:], strict=False)]
+        for before, i in zip(self._owners, self.weights, strict=True):
+            after = names.owners(inputs[i])
+            if len(before) == 1 and len(after) == 1 and before[0][1] == after[0][1]:
+                pairs.append((before[0][0], after[0][0]))
+        if all(b is n for b, n in pairs):
+            return self._modules
+        moved: dict[str, set[str]] = {}
+        for b, n in pairs:
+            old, new = names.of(b), names.of(n)
+            while True:
+                moved.setdefault(old, set()).add(new)
+                head, _, last = old.rpartition(".")
+                new_head, _, new_last = new.rpartition(".")
+                if not old or not new or last != new_last:
+                    break
+                old, new = head, new_head
+        found = {}
+        for key, module in self._modules.items():
+            name, below = names.of(module), ""
+            while name not in moved and name:
+                name, _, last = name.rpartition(".")
+                below = f".{last}{below}"
+            targets = moved.get(name, {name})
+            target = names.by_name.get(f"{next(iter(targets))}{below}".lstrip("."))
+            if len(targets) == 1 and target is not None:
+                found[key] = target
+        return found
+
+
+def _base(names: Names) -> list[nn.Module]:
+    """The modules of the model that run around compiled code, outermost first."""
+    found = [m for m in running_modules(running.stop) if m in names.by_module]
+    if running.root is not None and running.root not in found:
+        found.append(running.root)
+    return found
+
+
+def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes of a graph's inputs."""
+    return [n for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def from_module(node: fx.Node) -> bool:
+    """Whether an input of a graph is an attribute of a module, or a global, and no datum."""
+    from torch._dynamo import source
+
+    at: Any = getattr(node, "_dynamo_source", None)
+    while at is not None:
+        if isinstance(at, (source.NNModuleSource, source.GlobalSource)):
+            return True
+        at = getattr(at, "base", None)
+    return False

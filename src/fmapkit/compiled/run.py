@@ -1,0 +1,256 @@
+"""One pass of compiled code: its graphs return their maps too, and a sink labels and keeps them.
+
+What a graph's maps are is a matter of `compiled/labelled.py`, which needs torch's tracing tools.
+This file does without: a capture of a model that is not compiled imports none of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fmapkit.provenance.labels import NOWHERE, STOP, Flow, Origin
+from fmapkit.replay.plan import Ref
+from fmapkit.storage.held import Held
+from fmapkit.storage.passes import Entry
+from fmapkit.torchlib.memory import versions_of
+from fmapkit.torchlib.nested import leaves
+from fmapkit.tracing.frames import running_modules
+from fmapkit.tracing.tags import Tags
+from fmapkit.tracing.tracer import Tracer
+
+if TYPE_CHECKING:
+    from fmapkit.compiled.graph import Labels
+    from fmapkit.compiled.labelled import CompiledGraph
+    from fmapkit.session.session import Session
+
+__all__ = ["GraphRun", "Sink", "UnknownError", "running"]
+
+OUTSIDE = (
+    "torch.compile broke the graph here, and what was computed between the graphs ran outside of "
+    "compiled code: nonlinearities in it are not captured"
+)
+
+
+class UnknownError(Exception):
+    """The compiled function is of no known kind; the message says why."""
+
+
+class Running(threading.local):
+    """The sinks that the compiled code of this thread brings its maps to, by place."""
+
+    sinks: Sequence[Sink] = ()
+    stop: Any = None  # the code of the function below which compiled code runs
+    root: nn.Module | None = None  # the compiled module
+
+
+running = Running()
+
+
+class GraphRun:
+    """The maps of one run of a compiled graph.
+
+    Args:
+        labels: of the maps.
+        tensors: what is held, by slot.
+        copied: which of them are copies; None for none.
+        carried: what the graph's inputs carried.
+    """
+
+    __slots__ = ("_base", "_copied", "_labels", "_origins", "_tensors", "_versions", "carried")
+
+    def __init__(
+        self, labels: Labels, tensors: list[Tensor], copied: list[bool] | None, carried: list[Any]
+    ) -> None:
+        self._labels = labels
+        self._tensors = tensors
+        self._versions = versions_of(tensors)
+        self._copied = copied
+        self.carried = carried
+        self._base: dict[str, int] = {}
+        self._origins: dict[Ref, Origin] = {}
+
+    @property
+    def uncounted(self) -> bool:
+        """Whether some tensor has no version counter."""
+        return bool(self._tensors) and min(self._versions, default=0) < 0
+
+    def start_at(self, labels: Labels, counts: Any) -> None:
+        """How many calls of each layer there were before."""
+        self._base = {name: counts[name] for name, _ in labels.calls}
+
+    def origin(self, ref: Ref | None) -> Origin:
+        """The origin of this run that the labels speak of."""
+        if ref is None:
+            return NOWHERE
+        if ref.kind == "input":
+            tag = self.carried[ref.offset]
+            return tag.origin if isinstance(tag, Flow) else NOWHERE
+        found = self._origins.get(ref)
+        if found is None:
+            call = self._base.get(ref.name, 0) + ref.offset
+            found = self._origins[ref] = Origin(ref.kind, ref.name, call, ref.made)
+            found.claimed = ref.claimed
+        return found
+
+    def entries(self) -> list[Entry]:
+        """Every map, in execution order."""
+        if not self._tensors:
+            return []
+        copied = self._copied or [False] * len(self._tensors)
+        shared: dict[int, Held] = {}  # inductor returns one tensor at several places
+        held = []
+        for tensor, version, copy, m in zip(
+            self._tensors, self._versions, copied, self._labels.sources, strict=True
+        ):
+            if id(tensor) not in shared:
+                shared[id(tensor)] = Held(tensor, version, m.copied or copy)
+            held.append(shared[id(tensor)])
+        return [
+            Entry(m.kind, self.origin(m.ref), held[slot], m.axes, m.sigma, "", m.picked)
+            for m, slot in zip(self._labels.maps, self._labels.slots, strict=True)
+        ]
+
+    def release(self) -> list[Any]:
+        """Let go of every tensor; what holds them still."""
+        tensors: list[Any] = self._tensors
+        self._tensors = []
+        self.carried = []
+        return tensors
+
+
+class Sink:
+    """Where the compiled graphs of one pass bring their maps.
+
+    Args:
+        session: that captures.
+        alone: compiled code is all that the pass runs.
+    """
+
+    def __init__(self, session: Session, alone: bool) -> None:
+        live = self._live = session.live
+        assert live.current is not None
+        self.session = session
+        self._segments = live.current.segments  # of the pass
+        self.alone = alone
+        self.runs = 0
+        self.unread = 0  # graphs that could not be labelled, and are named already
+        self.broken = False  # some graph was not the whole of what was compiled
+        self._latest: tuple[CompiledGraph, Labels, GraphRun, Sequence[Any]] | None = None
+
+    @property
+    def tracer(self) -> Tracer:
+        """Of the pass."""
+        found = self._live.traced()
+        assert found is not None
+        return found
+
+    @property
+    def tags(self) -> Tags:
+        """What the tensors of the pass carry; to ask these takes no tracer."""
+        live = self._live
+        return live.tags if live.tags is not None else self.tracer.tags
+
+    def before(self, graph: CompiledGraph, place: int, inputs: Sequence[Any]) -> Any:
+        """A graph is about to run: what its inputs carry, and what its maps will be."""
+        self.settle()
+        self.broken = self.broken or not graph.whole
+        carried, labels = graph.ready(self, place, inputs)
+        tracer = self._live.tracer  # where there is none yet, nothing is held that could be lost
+        if tracer is not None:
+            for index in labels.writes:
+                tracer.aliases.before_write(inputs[index])
+        return carried, labels
+
+    def after(
+        self, graph: CompiledGraph, ready: Any, inputs: Sequence[Any], outputs: Sequence[Any]
+    ) -> None:
+        """It has run: keep its maps."""
+        carried, labels = ready
+        wants = self.session.wants
+        tensors = [outputs[p] if p >= 0 else inputs[-1 - p] for p in labels.places]
+        copied = None
+        if labels.picking or graph.volatile or wants.retention:
+            read, tensors = tensors, self._stored(tensors, labels, graph.volatile)
+            copied = [stored is not tensor for stored, tensor in zip(tensors, read, strict=True)]
+        if wants.detach:
+            tensors = [t.detach() if t.requires_grad else t for t in tensors]
+        run = GraphRun(labels, tensors, copied, carried)
+        self.runs += 1
+        self._segments.append(run)
+        self._latest = (graph, labels, run, outputs)
+        if not self.alone:
+            self.settle()
+
+    def _stored(self, tensors: list[Tensor], labels: Labels, volatile: bool) -> list[Tensor]:
+        """What is to be stored of what a graph has returned, by slot."""
+        wants = self.session.wants
+        found = []
+        for tensor, m in zip(tensors, labels.sources, strict=True):
+            if m.picked is not None and m.axes is not None:
+                stored = wants.take(tensor, m.axes, m.picked, volatile)
+            else:
+                stored = wants.store(tensor, volatile)
+            if volatile and stored is tensor and tensor.is_cuda:
+                stored = stored.detach().clone() if wants.detach else stored.clone()
+            found.append(stored)
+        return found
+
+    def settle(self) -> None:
+        """More follows, which will ask what this graph's results carry, and may claim them."""
+        if self._latest is None:
+            return
+        (graph, labels, run, outputs), self._latest = self._latest, None
+        tracer = self.tracer
+        run.start_at(labels, tracer.counts)
+        segments = self._segments
+        segments.remove(run)
+        watched: set[int] = set()
+        for entry, m in zip(run.entries(), labels.maps, strict=True):
+            segments.append(entry)
+            if entry.held is not None and id(entry.held) not in watched:
+                watched.add(id(entry.held))
+                tracer.aliases.watch(entry.held)
+            if m.pending:
+                tracer.pending.setdefault(id(entry.origin), []).append(entry)
+        for name, count in labels.calls:
+            tracer.counts[name] += count
+        for index in labels.claims:
+            tag = run.carried[index]
+            if isinstance(tag, Flow):
+                tracer.claim(tag.origin)
+        results = [t for t in outputs[: graph.own] if isinstance(t, Tensor)]
+        for tensor, tag in zip(results, labels.outputs, strict=False):
+            # Computed from constants alone: known all the same, so not from outside.
+            known = Flow(run.origin(tag[0]), tag[1]) if isinstance(tag, tuple) else STOP
+            tracer.set_tag(tensor, known)
+
+    def finish(self, output: Any) -> None:
+        """The compiled code has returned."""
+        if self.alone and self.runs and not self.broken:
+            if not self.session.wants.outputs:
+                self._latest = None
+            return
+        self.settle()
+        if not self.unread and any(self.tags.of(t) is None for _, t in leaves(output)):
+            self.outside()
+
+    def hold_output(self, module: nn.Module, output: Any) -> None:
+        """Keep what the model returns."""
+        self.settle()
+        origin = Origin("output", self.session.names.of(module))
+        for path, tensor in leaves(output):
+            tag = self.tracer.tag(tensor)
+            axes = tag.axes if isinstance(tag, Flow) else None
+            held = self.tracer.aliases.reference(tensor)
+            self._segments.append(Entry("output", origin, held, axes, None, path))
+
+    def outside(self) -> None:
+        """Something was computed where nobody looked."""
+        modules = running_modules(running.stop)
+        names = self.session.names
+        inside = [m for m in modules if m in names.by_module]
+        self.session.miss(names.of(inside[-1]) if inside else "", OUTSIDE)

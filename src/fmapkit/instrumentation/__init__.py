@@ -1,0 +1,1 @@
+"""Hooks and call overrides: set, suspended and removed in one place."""

@@ -1,0 +1,180 @@
+"""A hook of ours on one call of a module: before it, or after it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import _global_forward_pre_hooks
+
+from fmapkit.torchlib.call_override import (
+    Standing,
+    called,
+    compiled_as_bare,
+    dynamo,
+    not_compiled,
+    note,
+)
+
+__all__ = ["Given", "Hook", "nothing"]
+
+
+class Hook:
+    """A callable that belongs to one session."""
+
+    __slots__ = ("call", "owner")
+
+    def __init__(self, call: Callable[..., Any], owner: object) -> None:
+        self.call = call
+        self.owner = owner
+
+    @not_compiled
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args)
+
+    def after(self, module: nn.Module) -> Standing:
+        """Be called after each call of a module: (module, args, output)."""
+        made = _After(self)
+        made.stand(module)
+        return made
+
+    def before(self, module: nn.Module) -> Standing:
+        """Be called before each call of a module: (module, args)."""
+        made = _Before(self)
+        made.stand(module)
+        return made
+
+    def disarm(self) -> None:
+        """Let go of the session; a call that it belongs to may be under way just then."""
+        self.call = nothing
+
+    def __reduce__(self) -> Any:
+        return Hook, (nothing, None)
+
+
+def nothing(*args: Any) -> None:
+    """What a hook of ours becomes once it is removed."""
+
+
+class Given:
+    """What a module is given: that is known when the pre hooks of others have run.
+
+    Args:
+        owner: the session.
+        module: about to be called.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
+
+    __slots__ = ("_begin", "_handle", "_thread", "args", "begun", "kwargs", "module", "owner")
+
+    def __init__(self, owner: object, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.owner = owner
+        self.module = module
+        self.args, self.kwargs = args, kwargs
+        self.begun = False
+        self._begin: Callable[..., Any] = nothing
+        self._handle: Any = None
+        self._thread = 0
+
+    def tell(self, begin: Callable[..., Any]) -> None:
+        """Have (module, args, kwargs) told, and taken what is returned for these, if anything.
+
+        That happens at once, or by a hook of ours that comes after those of others: it is there
+        until it is called, and so not while the module's forward runs.
+        """
+        if not (self.module._forward_pre_hooks or _global_forward_pre_hooks):
+            self.begun = True
+            given = begin(self.module, self.args, self.kwargs)
+            if given is not None:
+                self.args, self.kwargs = given
+            return
+        self._begin = begin
+        self._thread = threading.get_ident()
+        last = Hook(self._last, self.owner)
+        self._handle = self.module.register_forward_pre_hook(last, with_kwargs=True)
+
+    def _last(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self.begun or threading.get_ident() != self._thread:
+            return None
+        self.begun = True
+        self.over()
+        given = self._begin(module, args, kwargs)
+        self.args, self.kwargs = (args, kwargs) if given is None else given
+        return given
+
+    def over(self) -> None:
+        """The call has ended, or its forward begins."""
+        if self._handle is not None:
+            self._handle.remove()
+
+
+class _After(Standing):
+    """Stands for a forward hook.
+
+    Args:
+        hook: (module, args, output) -> None.
+    """
+
+    __slots__ = ("hook",)
+
+    def __init__(self, hook: Hook) -> None:
+        self.hook = hook
+        self.owner = hook.owner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = called(self.module)
+        if dynamo() is not None:
+            note()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if module is not self.module:
+            return self.of_copy(module, args, kwargs)
+        if not (module._forward_pre_hooks or _global_forward_pre_hooks):
+            output = self.inner(*args, **kwargs)
+            self.hook(module, args, output)
+            return output
+        given = Given(self.owner, module, args, kwargs)
+        try:
+            given.tell(nothing)
+            output = self.inner(*args, **kwargs)
+        finally:
+            given.over()
+        self.hook(module, given.args, output)
+        return output
+
+    compiled_as_bare(__call__)
+
+
+class _Before(Standing):
+    """Stands for a forward pre hook.
+
+    Args:
+        hook: (module, args) -> None.
+    """
+
+    __slots__ = ("hook",)
+
+    def __init__(self, hook: Hook) -> None:
+        self.hook = hook
+        self.owner = hook.owner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = called(self.module)
+        if dynamo() is not None:
+            note()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if module is not self.module:
+            return self.of_copy(module, args, kwargs)
+        given = Given(self.owner, module, args, kwargs)
+        try:
+            given.tell(self._begins)
+            return self.inner(*args, **kwargs)
+        finally:
+            given.over()
+
+    compiled_as_bare(__call__)
+
+    def _begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.hook(module, args)

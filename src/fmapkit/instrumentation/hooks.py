@@ -1,0 +1,201 @@
+"""The only place that sets anything on modules, or takes a mode off torch's stack.
+
+What is set stands before a module's call (see `torchlib/call_override.py`), and says whose it is.
+There are two kinds. A `Pair` is told when a call begins and when it ends. A `Tap` or another `Hook`
+is what a forward hook would be, given what one would be given.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from fmapkit.instrumentation.hook import Hook
+from fmapkit.instrumentation.pair import Outside, Pair
+from fmapkit.torchlib.call_override import Standing, free, standing_before
+
+__all__ = ["Hooks", "Off", "hooks_on"]
+
+
+def hooks_on(module: nn.Module) -> tuple[Any, ...]:
+    """All hooks on a module, and all of ours before its call, of whichever session."""
+    return (
+        *standing_before(module),
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+    )
+
+
+class Off:
+    """What of ours stands before a module's call, taken away for a while.
+
+    Args:
+        module: whose call it is.
+        wanted: tells it from what stays.
+    """
+
+    __slots__ = ("_kept", "_module")
+
+    def __init__(self, module: nn.Module, wanted: Callable[[Any], bool]) -> None:
+        self._module = module
+        self._kept = [s for s in standing_before(module) if wanted(s)]
+        for standing in self._kept:
+            standing.leave()
+
+    def put_back(self) -> None:
+        """In their old order; not where somebody has taken the place meanwhile."""
+        if free(self._module):
+            for standing in reversed(self._kept):
+                standing.stand(self._module, first=True)
+
+
+class Hooks:
+    """What one session has set, by role and module.
+
+    Args:
+        owner: the session.
+        broken_off: told of a call that no `Exception` has ended (see `Pair`).
+
+    Attributes:
+        owner: the session.
+        excluded: modules in compiled code, where nothing of ours runs.
+    """
+
+    def __init__(self, owner: object, broken_off: Callable[..., Any]) -> None:
+        self.owner = owner
+        self._broken_off = broken_off
+        self._set: dict[tuple[str, nn.Module], tuple[Any, Standing]] = {}
+        self._watched: weakref.ref[Pair] | None = None
+        self.excluded: set[nn.Module] = set()
+
+    def is_ours(self, hook: Any) -> bool:
+        """Whether this session has set it."""
+        return isinstance(hook, (Hook, Standing)) and hook.owner is self.owner
+
+    def around(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
+        """A pair, which serves for whatever else of ours was there."""
+        for module in modules:
+            if self.is_around(module) or not self._may_stand(module):
+                continue
+            self._remove(("after", module))
+            self._remove(("before", module))
+            pair = Pair(self.owner, pre, post, self._broken_off)
+            pair.stand(module)
+            self._set["around", module] = pair, pair
+
+    def watched_around(
+        self, module: nn.Module, pre: Any, post: Any, overwritten: Callable[[], None]
+    ) -> None:
+        """A pair around the captured model, kept until all is dropped.
+
+        Args:
+            module: the model.
+            pre: see `Pair`.
+            post: see `Pair`.
+            overwritten: called as soon as `module.compile()` takes the place.
+        """
+        if not self._may_stand(module):
+            return
+
+        def gone(_: Any) -> None:
+            if self._watched is not None:
+                overwritten()
+
+        pair = Pair(self.owner, pre, post, self._broken_off)
+        pair.stand(module, first=True)  # what it raises as a pass ends is nothing to older blocks
+        # What was there is held by nobody else, and so goes when something else is put there.
+        self._watched = weakref.ref(pair, gone)
+
+    def outside(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
+        """Be told what the pre and the post hooks of others on a module are given."""
+        for module in modules:
+            if ("outside", module) not in self._set and self._may_stand(module):
+                made = Outside(self.owner, pre, post)
+                made.stand(module, first=True)
+                self._set["outside", module] = made, made
+
+    def after(self, module: nn.Module, hook: Hook) -> bool:
+        """Have a hook called after a module's calls, unless a pair of ours serves.
+
+        Returns:
+            Whether it took the place of a hook of another type.
+        """
+        return self._single("after", module, hook)
+
+    def before(self, module: nn.Module, hook: Hook) -> bool:
+        """Have it called before them, with the same reserve."""
+        return self._single("before", module, hook)
+
+    def _single(self, role: str, module: nn.Module, hook: Hook) -> bool:
+        if self.is_around(module) or not self._may_stand(module):
+            return False
+        before = self._set.get((role, module))
+        if before is not None and type(before[0]) is type(hook):
+            return False
+        self._remove((role, module))
+        standing = hook.after(module) if role == "after" else hook.before(module)
+        self._set[role, module] = hook, standing
+        return before is not None
+
+    def modules(self) -> set[nn.Module]:
+        """The modules with anything of ours."""
+        model = self._model()
+        return {module for _, module in self._set} | ({model} if model is not None else set())
+
+    def is_around(self, module: nn.Module) -> bool:
+        """Whether a module has a pair of ours."""
+        return ("around", module) in self._set or self._model() is module
+
+    def _model(self) -> nn.Module | None:
+        pair = self._watched() if self._watched is not None else None
+        return pair.module if pair is not None else None
+
+    def _may_stand(self, module: nn.Module) -> bool:
+        return module not in self.excluded and free(module)
+
+    def _remove(self, key: tuple[str, nn.Module]) -> None:
+        found = self._set.pop(key, None)
+        if found is not None:
+            found[0].disarm()
+            found[1].leave()
+
+    @contextmanager
+    def suspended(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """The modules without what is ours for a while, as bare code would see them."""
+        kept = [self.take_off(module) for module in modules]
+        try:
+            yield
+        finally:
+            for off in kept:
+                off.put_back()
+
+    def take_off(self, module: nn.Module) -> Off:
+        """Take what is ours off a module, to be put back soon."""
+        return Off(module, self.is_ours)
+
+    def drop(
+        self,
+        role: str | None = None,
+        keep: Iterable[nn.Module] = (),
+        only: Iterable[nn.Module] | None = None,
+    ) -> None:
+        """Remove what has a role: of all modules but some, or of some only; or all there is."""
+        pair = self._watched() if self._watched is not None else None
+        if role is None and pair is not None:
+            self._watched = None
+            pair.disarm()
+            pair.leave()
+        kept = set(keep)
+        if only is not None:
+            keys = [(role, m) for m in only if role is not None and (role, m) in self._set]
+        else:
+            keys = [k for k in self._set if role is None or k[0] == role]
+        for key in keys:
+            if key[1] not in kept:
+                self._remove(key)

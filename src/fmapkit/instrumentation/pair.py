@@ -1,0 +1,122 @@
+"""A pair of callables around a module's call: told when it begins and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from fmapkit.instrumentation.hook import Given, Hook, nothing
+from fmapkit.torchlib.call_override import Standing, called, compiled_as_bare, dynamo, note
+
+__all__ = ["FAILED", "Outside", "Pair"]
+
+# What a pair is told that a call returned which an `Exception` has ended.
+FAILED = object()
+
+
+class Pair(Standing):
+    """Is told when a module's call begins, and when it ends, by whatever way.
+
+    Args:
+        owner: the session.
+        pre: (module, args, kwargs) -> what to give it instead, or None.
+        post: (module, args, kwargs, output) -> what to return instead, or None. The output is
+            `FAILED` after an `Exception`.
+        broken_off: (module, error) -> whether the call returns None then. Called in place of
+            `post` where what ended the call is no `Exception`; if it gives None, `post` is called
+            as after one.
+    """
+
+    __slots__ = ("broken_off", "post", "pre")
+
+    def __init__(self, owner: object, pre: Any, post: Any, broken_off: Any) -> None:
+        self.owner = owner
+        self.pre = pre
+        self.post = post
+        self.broken_off = broken_off
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = called(self.module)
+        if dynamo() is not None:
+            note()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if module is not self.module:
+            return self.of_copy(module, args, kwargs)
+        return self._around(module, self.inner, args, kwargs)
+
+    compiled_as_bare(__call__)
+
+    def of_copy(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A copy is called: a module that is not in the model, or a replica."""
+
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            return Standing.of_copy(self, module, args, kwargs)
+
+        return self._around(module, inner, args, kwargs)
+
+    def _around(self, module: nn.Module, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        given = Given(self.owner, module, args, kwargs)
+        try:
+            given.tell(self.pre)
+            if given.begun:
+                output = inner(*given.args, **given.kwargs)
+            else:
+                output = inner(*args, **kwargs)
+        except Exception:
+            given.over()
+            if given.begun:
+                self.post(module, given.args, given.kwargs, FAILED)
+            raise
+        except BaseException as error:
+            given.over()
+            returns = self.broken_off(module, error)
+            if returns is None and given.begun:
+                self.post(module, given.args, given.kwargs, FAILED)
+            if not returns:
+                raise
+            output = None
+        replaced = self.post(module, given.args, given.kwargs, output)
+        return output if replaced is None else replaced
+
+    def disarm(self) -> None:
+        """Let go of the session; a call may be under way just then."""
+        self.pre = self.post = self.broken_off = nothing
+
+
+class Outside(Standing):
+    """Is told what the hooks of others on a module are given, before it runs and after.
+
+    Args:
+        owner: the session.
+        pre: (module, args, kwargs) -> None, before their pre hooks.
+        post: (module, args, output) -> None, before their forward hooks.
+    """
+
+    __slots__ = ("post", "pre")
+
+    def __init__(self, owner: object, pre: Any, post: Any) -> None:
+        self.owner = owner
+        self.pre = pre
+        self.post = post
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = called(self.module)
+        if dynamo() is not None:
+            note()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if module is not self.module:
+            return self.of_copy(module, args, kwargs)
+        self.pre(module, args, kwargs)
+        first = module.register_forward_hook(Hook(self.post, self.owner), prepend=True)
+        try:
+            return self.inner(*args, **kwargs)
+        finally:
+            first.remove()
+
+    compiled_as_bare(__call__)
+
+    def disarm(self) -> None:
+        """Let go of the session; a call may be under way just then."""
+        self.pre = self.post = nothing

@@ -1,0 +1,1 @@
+"""Who is who in a model: names of modules and parameters, wrappers, calls that no hook sees."""

@@ -1,0 +1,1 @@
+"""Whose filters a tensor carries, and where they lie: labels, and one rule per torch function."""

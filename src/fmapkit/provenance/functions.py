@@ -1,0 +1,229 @@
+"""What a torch function is, looked up once: its name, whether it is a σ, what it writes to."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmapkit import nonlinearities
+from fmapkit.provenance.quantized import is_fused, is_weighted
+from fmapkit.provenance.vocabulary import DATA_TO_PYTHON, DATA_TO_SIZES, METADATA, words
+from fmapkit.torchlib.nested import tensors_in
+
+__all__ = ["Function", "describe", "described"]
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """One torch function, as the tracer sees it.
+
+    Attributes:
+        name: without module, overload and the "_" of an in-place form.
+        sigma: the nonlinearity it is, if it is one.
+        in_place: it always writes to its first argument.
+        inplace_at: place of its `inplace` parameter, if it has one.
+        never_writes: no argument but `out` can make it write.
+        silent: it returns no data (`shape`, `size`, …).
+        reads: tells of a call whether it lets data become a number of Python's, or a size; None if
+            none does.
+        packed: it is a quantised layer.
+        fused: it is a quantised function with a nonlinearity inside.
+        opened: the same function with its inside visible, for functions made of others.
+    """
+
+    name: str
+    sigma: str | None
+    in_place: bool
+    inplace_at: int | None
+    silent: bool
+    never_writes: bool
+    packed: bool
+    fused: bool
+    opened: Any = None
+    reads: Callable[[Any, Any], bool] | None = None
+
+    def writes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
+        """The tensors that a call writes to."""
+        if self.name in _ESCAPES or self.name in _MOVES:
+            yield from tensors_in(args[:1])
+        if self.in_place or self.asked_in_place(args, kwargs):
+            targets = args[0] if args else next(iter(kwargs.values()), None)
+            yield from tensors_in(targets)
+        if "out" in kwargs:
+            yield from tensors_in(kwargs["out"])
+
+    def asked_in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the call passes `inplace=True`."""
+        if self.inplace_at is None:
+            return False
+        if "inplace" in kwargs:
+            return bool(kwargs["inplace"])
+        return len(args) > self.inplace_at and bool(args[self.inplace_at])
+
+
+# Hand the memory to code that torch does not see: it may be written to from there.
+_ESCAPES = {"numpy", "__array__", "__dlpack__"}
+# Gives a tensor other memory: what was held of it as the same tensor is no longer that.
+_MOVES = {"__set__.data"}
+# In-place forms that change no data.
+_HARMLESS = {"requires_grad", "detach", "retain_grad", "rename", "share_memory", "pin_memory"}
+# In-place forms that change the shape: what the tensor carried before cannot be followed.
+RESHAPED_IN_PLACE = {
+    *("squeeze", "unsqueeze", "as_strided", "resize", "resize_as", "set"),
+}
+_known: dict[Any, Function] = {}
+_registered = -1
+
+
+def described() -> dict[Any, Function]:
+    """The functions that are described already; to be asked for anew when a pass begins."""
+    global _registered
+    if _registered != nonlinearities.version:
+        _known.clear()
+        _registered = nonlinearities.version
+    return _known
+
+
+def describe(function: Any) -> Function:
+    """The description of a torch function, made once."""
+    known = described()
+    found = known.get(function)
+    if found is None:
+        found = known[function] = _describe(function)
+    return found
+
+
+def _raw_name(function: Any) -> str:
+    """Its name in torch: `torch.erf`, `torch.special.erf` and `aten.erf.default` share it."""
+    name: str = getattr(function, "__name__", "")
+    if name in ("__get__", "__set__"):
+        owner = getattr(function, "__self__", None)
+        return f"{name}.{getattr(owner, '__name__', '')}"
+    return name.split(".")[0].removeprefix("special_")
+
+
+def _describe(function: Any) -> Function:
+    raw = _raw_name(function)
+    in_place = (raw.endswith("_") and not raw.endswith("__")) or raw in ("__setitem__",)
+    in_place = in_place or (
+        raw.startswith("__i") and raw not in ("__invert__", "__index__", "__int__")
+    )
+    name = raw[:-1] if raw.endswith("_") and not raw.endswith("__") else raw
+    if raw.startswith("__i") and in_place:
+        name = raw[3:-2]
+    place = None
+    if isinstance(function, types.FunctionType):
+        try:
+            parameters = list(inspect.signature(function).parameters)
+        except ValueError:  # a wrapped builtin, as Tensor.__pow__ is: it takes no `inplace`
+            parameters = []
+        place = parameters.index("inplace") if "inplace" in parameters else None
+    if name.startswith("__get__"):
+        tensors = ("T", "mT", "H", "mH", "data", "real", "imag", "grad")
+        silent = name.partition(".")[2] not in tensors
+    else:
+        silent = (
+            (name in METADATA and name not in _ESCAPES)
+            or name == "is_"
+            or (name.startswith("__set__") and name not in _MOVES)
+        )
+    writes = in_place and name not in _HARMLESS
+    return Function(
+        name=name,
+        sigma=nonlinearities.function_sigma(function),
+        in_place=writes,
+        inplace_at=place,
+        silent=silent,
+        never_writes=not writes and place is None and name not in _ESCAPES | _MOVES,
+        packed=is_weighted(function),
+        fused=is_fused(function),
+        opened=_opened(function),
+        reads=_reads(name),
+    )
+
+
+def _reads(name: str) -> Callable[[Any, Any], bool] | None:
+    if name in DATA_TO_PYTHON or name in DATA_TO_SIZES:
+        return lambda args, kwargs: True
+    return _SOMETIMES_READS.get(name)
+
+
+def _has_mask(args: Any, kwargs: Any) -> bool:
+    return any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(*args[1:], kwargs))
+
+
+def _picks_by_data(args: Any, kwargs: Any) -> bool:
+    """Whether an index has a mask in it, or tensors for the bounds of a slice."""
+    if _has_mask(args, kwargs):
+        return True
+    index = args[1] if len(args) > 1 else None
+    parts = index if isinstance(index, tuple) else (index,)
+    for part in parts:
+        if isinstance(part, slice):
+            part = (part.start, part.stop, part.step)
+        if isinstance(part, (tuple, list)) and any(isinstance(p, Tensor) for p in part):
+            return True
+    return False
+
+
+def _has_tensor(args: Any, kwargs: Any) -> bool:
+    for given in (*args[1:], *kwargs.values()):
+        if isinstance(given, Tensor):
+            return True
+        if isinstance(given, (tuple, list)) and any(isinstance(g, Tensor) for g in given):
+            return True
+    return False
+
+
+# torch takes a tensor of one number for a number, and reads it then.
+_NUMBERED = words(
+    """narrow select split split_with_sizes chunk tensor_split hsplit vsplit dsplit unsafe_split
+    unsafe_chunk roll rot90 flip unbind view reshape expand unflatten flatten transpose swapaxes
+    swapdims permute movedim moveaxis unsqueeze squeeze repeat tile diagonal unfold as_strided
+    pad"""
+)
+# A mask picks as many as it has of true; so does `where` of a condition alone.
+_SOMETIMES_READS: dict[str, Callable[[Any, Any], bool]] = {
+    "__getitem__": _picks_by_data,
+    "where": lambda args, kwargs: len(args) + len(kwargs) == 1,
+    "repeat_interleave": _has_tensor,
+    **dict.fromkeys(_NUMBERED, _has_tensor),
+}
+
+
+def _opened(function: Any) -> Any:
+    """`multi_head_attention_forward` without its override check, so that its inside is seen.
+
+    torch hands the whole call to the mode and would do so again inside; the same code, with the
+    check answering no, runs its projections as ordinary calls.
+    """
+    if function is not F.multi_head_attention_forward:
+        return None
+    inside = dict(function.__globals__, has_torch_function=lambda *_: False)
+    opened = types.FunctionType(
+        function.__code__, inside, function.__name__, function.__defaults__, function.__closure__
+    )
+    opened.__kwdefaults__ = function.__kwdefaults__
+    return opened
+
+
+def out_of_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The same σ into fresh memory: (function, args, kwargs); None where torch has no such form."""
+    known = describe(function)
+    if known.inplace_at is not None:
+        if "inplace" in kwargs:
+            return function, args, {**kwargs, "inplace": False}
+        place = known.inplace_at
+        return function, (*args[:place], False, *args[place + 1 :]), kwargs
+    for home in (torch, F, torch._C._nn, Tensor):
+        found = getattr(home, known.name, None)
+        if found is not None and nonlinearities.FUNCTIONS.get(found) == known.sigma:
+            return found, args, kwargs
+    return None

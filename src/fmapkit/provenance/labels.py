@@ -1,0 +1,169 @@
+"""What a tensor of a pass carries: filters of an `Origin`, as a `Flow`, or a parameter's values.
+
+Data only. `provenance/propagate.py` says what each torch function makes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fmapkit.provenance.layout import Axes
+
+__all__ = [
+    "NOWHERE",
+    "STOP",
+    "Carried",
+    "Flow",
+    "Lookup",
+    "Made",
+    "Origin",
+    "Source",
+    "Tag",
+    "Weight",
+    "WeightRef",
+    "flow_of",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a layer got its weight, or its bias.
+
+    Attributes:
+        owner: the module that has the parameter or buffer; None where it was computed in the pass.
+        key: what it is called there.
+        ref: which tensor that was. No map keeps a module alive, or a tensor but its own.
+        view: the part that was used: its shape, strides and offset, then the shape and strides of
+            the parameter; None for all of it.
+    """
+
+    owner: Callable[[], nn.Module | None] | None = None
+    key: str = ""
+    ref: Callable[[], Tensor | None] | None = None
+    view: tuple[tuple[int, ...], tuple[int, ...], int, tuple[int, ...], tuple[int, ...]] | None = (
+        None
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a call of a layer made its filters of.
+
+    Attributes:
+        weight: where it got its weight.
+        bias: the same of its bias; None if it has none.
+        places: axes of the result that count filters, and which axes of the weight they are.
+        axes: where the filters lie in the result; None where that is not known.
+        why: there is no weight that could be read; empty if there is.
+    """
+
+    weight: Source = Source()
+    bias: Source | None = None
+    places: tuple[tuple[int, int], ...] = ()
+    axes: Axes | None = None
+    why: str = ""
+
+
+class Origin:
+    """Where filters come from: one call of a layer, of a norm, or nothing that has filters.
+
+    Compared by identity: two calls are two origins.
+    """
+
+    __slots__ = ("call", "claimed", "kind", "made", "name", "used")
+
+    def __init__(self, kind: str, name: str = "", call: int = 0, made: Made | None = None) -> None:
+        self.kind = kind  # "layer", "norm" or "none"
+        self.name = name
+        self.call = call
+        self.claimed = False  # a nonlinearity has received these filters
+        self.made = made  # of a layer: what of
+        self.used: dict[str, Any] | None = None  # what is held of weights that were computed
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {self.name}#{self.call}>"
+
+
+NOWHERE = Origin("none")
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What a tensor carries: filters of `origin`, lying along `axes`.
+
+    `gathered`: they were written into memory that had none. What is written there next, of another
+    layer, is no summand of theirs: the tensor then has parts of several layers.
+    """
+
+    origin: Origin
+    axes: Axes | None = None
+    gathered: bool = False
+
+
+STOP = Flow(NOWHERE)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A parameter, or a tensor computed from parameters only.
+
+    `axes` follows each axis of the parameter, one after the other: which of its indices the tensor
+    has, and where. Of an axis that an index was picked from, no part is left, and the offset is
+    that index. None where they are not known. `values` follows all of them as one, by the place of
+    each value in the parameter: through a reshape, say, that puts two axes together. `by_value`: a
+    tensor's value has picked the index, so the next pass may pick another one.
+    """
+
+    parameter: Tensor
+    axes: tuple[Axes | None, ...] = ()
+    values: Axes | None = None
+    by_value: bool = False
+
+    @staticmethod
+    def whole(parameter: Tensor) -> Weight:
+        """A parameter as it is."""
+        return Weight(parameter, *Axes.of_each(tuple(parameter.shape)))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRef:
+    """A weight that a planned module returns: made of what it is given, or of a parameter's place.
+
+    Attributes:
+        given: which tensor argument; -1 if it is none.
+        owner: the module that has the parameter.
+        key: what it is called there.
+        axes: as of a `Weight`; unknown of what is given, which may be another slice each time.
+    """
+
+    given: int = -1
+    owner: nn.Module | None = None
+    key: str = ""
+    axes: tuple[Axes | None, ...] = ()
+
+    def weight(self, inputs: Sequence[Tag]) -> Weight | None:
+        """The weight in a call that is given tensors which carry `inputs`."""
+        if self.owner is not None:
+            parameter = self.owner._parameters.get(self.key)
+            return Weight(parameter, self.axes) if parameter is not None else None
+        found = inputs[self.given] if self.given < len(inputs) else None
+        return Weight(found.parameter) if isinstance(found, Weight) else None
+
+
+# What one tensor of this pass carries. What a plan says of tensors that are yet to come is told by
+# places (`PlaceTag` in `replay/plan.py`): another type, so that neither is taken for the other.
+Tag = Flow | Weight | None
+Carried = Flow | Weight | list[Any] | None  # of a nested result: lists of tags, nested alike
+
+
+Lookup = Callable[[Any], Tag]
+
+
+def flow_of(tag: Lookup, value: Any) -> Flow | None:
+    """What a value carries, if that is a flow."""
+    found = tag(value)
+    return found if isinstance(found, Flow) else None

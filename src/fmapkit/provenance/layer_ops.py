@@ -1,0 +1,254 @@
+"""Which torch function is a layer: what it weights its input with, and where its filters lie."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from fmapkit.provenance.labels import Flow, Lookup, Tag, Weight
+from fmapkit.provenance.layout import Axes, Part
+from fmapkit.provenance.product_rules import einsum_terms
+from fmapkit.provenance.rule_basics import argument
+from fmapkit.provenance.vocabulary import BIAS_FIRST, CONV, GROUPED, MATMULS
+
+__all__ = [
+    *("bias_operand", "filter_places", "input_place", "layer_axes", "pads_first", "picked"),
+    *("weighs", "weight_operand"),
+]
+
+_PRODUCTS = MATMULS | {"einsum", "tensordot"}
+
+
+@cache
+def weighs(name: str) -> str:
+    """In which form a function takes its weight; empty where no call of it is a layer."""
+    if name in _PRODUCTS:
+        return "product"
+    if name in ("linear", "bilinear"):
+        return name
+    return "conv" if CONV.fullmatch(name) else ""
+
+
+def weight_operand(
+    name: str,
+    operands: Sequence[Tensor],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    tag: Lookup,
+) -> Any:
+    """The weight of a weighted function; None where the function weights nothing.
+
+    Convolutions, `linear` and `bilinear` always have one. A product has one where exactly one of
+    its factors is computed from parameters and another one is not.
+    """
+    how = weighs(name)
+    if how == "product":
+        factors = _factors(name, operands)
+        weights = [f for f in factors if isinstance(tag(f), Weight)]
+        if len(weights) == 1 and any(isinstance(tag(f), Flow) for f in factors):
+            return weights[0]
+        return None
+    place = 2 if how == "bilinear" else 1
+    return kwargs.get("weight", args[place] if len(args) > place else None) if how else None
+
+
+def bias_operand(
+    name: str, operands: Sequence[Tensor], args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """The bias of a weighted function; None where it is given none."""
+    if name in BIAS_FIRST:
+        return operands[0]
+    if weighs(name) == "product":
+        return None
+    place = 3 if weighs(name) == "bilinear" else 2
+    return kwargs.get("bias", args[place] if len(args) > place else None)
+
+
+def _factors(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
+    if name in GROUPED:
+        return operands[:2]
+    return operands[1:] if name in BIAS_FIRST else operands
+
+
+def input_place(name: str, operands: Sequence[Tensor], weight: Any) -> int | None:
+    """Which of a weighted function's tensor arguments is its input; None if it has none."""
+    for place in range(1 if name in BIAS_FIRST else 0, len(operands)):
+        if operands[place] is not weight:
+            return place
+    return None
+
+
+def pads_first(module: nn.Module) -> bool:
+    """Whether its forward is that of torch's convolutions, with a call of `pad` before the other.
+
+    What enters such a layer is what the module is given, not what its convolution is.
+    """
+    if type(module).forward.__module__ != "torch.nn.modules.conv":
+        return False
+    return bool(module.padding_mode != "zeros")
+
+
+def layer_axes(
+    name: str,
+    operands: Sequence[Tensor],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    weight: Tensor,
+    out: Tensor,
+    tag: Tag,
+) -> Axes | None:
+    """Where the filters lie in what a weighted function returns, by the parameter's numbering.
+
+    Args:
+        name: of the function.
+        operands: all tensors among its arguments.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        weight: which of them is its weight.
+        out: what it returned.
+        tag: what the weight carries. Of a slice of a parameter, the filters are that slice's; they
+            cannot be told where it is not known which slice it is, or where rows of several layers
+            lie together.
+    """
+    places = filter_places(name, operands, args, kwargs, weight, out)
+    if not places:
+        return None
+    if isinstance(tag, Weight) and not (tag.parameter is weight and len(places) == 1):
+        return _of_parameter(tag, weight, out, places)
+    return Axes.single(places[0][0], out.shape[places[0][0]]) if len(places) == 1 else None
+
+
+def _of_parameter(
+    tag: Weight, weight: Tensor, out: Tensor, places: Sequence[tuple[int, int]]
+) -> Axes | None:
+    """The filters of a layer whose weight is made of a parameter.
+
+    Args:
+        tag: what the weight carries.
+        weight: it.
+        out: what the layer returned.
+        places: axes of the result that count filters, and which axes of the weight they are.
+    """
+    shape = tuple(tag.parameter.shape)
+    unknown = len(tag.axes) < len(shape) or None in tag.axes
+    if unknown and not _complete(tag, weight, [w for _, w in places]):
+        return None
+    parts: list[Part] = []
+    offset, stride = 0, 1
+    for size, axes in zip(reversed(shape), reversed(tag.axes), strict=False):
+        mine = [(o, p) for p in axes.parts for o, w in places if w == p.dim] if axes else []
+        if mine and axes is not None:
+            parts += [Part(o, p.size, p.stride * stride) for o, p in mine]
+            offset += axes.offset * stride
+            stride *= size
+    there = {p.dim: p.size for p in parts}
+    if not all(there.get(o, 1) == out.shape[o] for o, _ in places):
+        # Of a transposed convolution with groups, or a part on this rank.
+        whole = weight.numel() == tag.parameter.numel() and len(there) == len(places) == 1
+        return Axes.single(places[0][0], out.shape[places[0][0]]) if whole else None
+    return Axes(tuple(sorted(parts, key=lambda p: p.dim)), offset) if parts else None
+
+
+def _complete(tag: Weight, weight: Tensor, used: Sequence[int]) -> bool:
+    """Whether what is not known of a weight leaves its filters what they are.
+
+    Nothing is left out of the parameter, or only along an axis that is summed.
+    """
+    rest, seen = tag.parameter.numel(), set(used)
+    for size, axes in zip(tag.parameter.shape, tag.axes, strict=False):
+        if axes is not None:
+            seen.update(p.dim for p in axes.parts)
+            rest = rest // max(size, 1) * math.prod(p.size for p in axes.parts)
+    return rest == weight.numel() or len(seen) < weight.dim()
+
+
+def picked(name: str, tag: Weight, weight: Tensor) -> str:
+    """Which of the weights that are stacked in a parameter this is, as an index: `[3]`, `[:, 2]`.
+
+    Empty where it is no such pick.
+    """
+    found = []
+    for size, axes in zip(tag.parameter.shape, tag.axes, strict=False):
+        one = axes is not None and math.prod(p.size for p in axes.parts) == 1 < size
+        # A slice of one: of a stack, that is one of its weights; else it is one filter.
+        stacked = axes is not None and all(
+            name in MATMULS and p.dim < weight.dim() - 2 for p in axes.parts
+        )
+        found.append(str(axes.offset) if axes is not None and one and stacked else ":")
+    while found and found[-1] == ":":
+        found.pop()
+    return f"[{', '.join(found)}]" if found else ""
+
+
+def filter_places(
+    name: str,
+    operands: Sequence[Tensor],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    weight: Tensor,
+    out: Tensor,
+) -> list[tuple[int, int]]:
+    """The axes of a weighted function's result that count filters: pairs with the weight's axes.
+
+    These are the axes that the weight alone has; and before them, of a stack of weights, the one
+    that tells these apart. Empty where the filters cannot be told.
+    """
+    n, m = out.dim(), weight.dim()
+    how = weighs(name)
+    if name == "conv_tbc":  # (time, batch, channels), by a weight (kernel, in, filters)
+        return [(n - 1, 2)] if n == m == 3 else []
+    if how == "conv":
+        dim = n - (m - 2) - 1
+        return [(dim, 1 if "transpose" in name else 0)] if dim >= 0 else []
+    if how in ("linear", "bilinear"):
+        return [(n - 1, 0)] if n and m > 1 else []
+    if name == "einsum":
+        return _einsum_places(operands, args, weight)
+    factors = _factors(name, operands)[:2]
+    if name == "tensordot":
+        return _tensordot_places(args, kwargs, weight, out) if factors[-1] is weight else []
+    if m < 2 or (name in GROUPED and weight.shape[0] > 1):
+        return []  # a vector; rows of several layers one after the other
+    right = (factors[-1] is weight) != (name == "__rmatmul__")
+    other = factors[0] if factors[-1] is weight else factors[-1]
+    vector = other.dim() == 1  # for which the result has no axis
+    at = n - 1 if right or vector else n - 2
+    if name == "addbmm" or at < 0:
+        return []
+    stack = [(n - 2 + vector - i, m - 2 - i) for i in range(1, m - 1)]
+    stack = [(o, w) for o, w in stack if o >= 0 and weight.shape[w] > 1]
+    return [*stack, (at, m - 1 if right else m - 2)] if name not in GROUPED else [(at, m - 1)]
+
+
+def _tensordot_places(
+    args: Sequence[Any], kwargs: dict[str, Any], weight: Tensor, out: Tensor
+) -> list[tuple[int, int]]:
+    """What is left of the weight comes last."""
+    dims = argument(args, kwargs, 2, "dims")
+    if isinstance(dims, int):
+        left = list(range(dims, weight.dim()))
+    elif isinstance(dims, (tuple, list)) and isinstance(dims[1], (tuple, list)):
+        gone = {d % weight.dim() for d in dims[1]}
+        left = [d for d in range(weight.dim()) if d not in gone]
+    else:
+        return []
+    return [(out.dim() - len(left) + i, d) for i, d in enumerate(left)]
+
+
+def _einsum_places(
+    operands: Sequence[Tensor], args: Sequence[Any], weight: Tensor
+) -> list[tuple[int, int]]:
+    """The letters that the result has of the weight alone, and those of a stack that begin it."""
+    terms, right = einsum_terms(args)
+    if len(terms) != len(operands):
+        return []
+    term = next((t for t, o in zip(terms, operands, strict=True) if o is weight), "")
+    others = "".join([t for t, o in zip(terms, operands, strict=True) if o is not weight])
+    own = [i for i in term if i in right and i not in others]
+    stack = list(itertools.takewhile(lambda i: i in right and i in others, term))
+    return [(right.index(i), term.index(i)) for i in (*stack, *own)] if own else []

@@ -1,0 +1,171 @@
+"""Follow the data: whose filters a tensor carries, after each torch function.
+
+Every tensor that depends on the model's input has a `Flow`: where its filters come from (`Origin`)
+and how they lie in it (`Axes`). A tensor computed from parameters alone is a `Weight`. Here a rule
+is chosen for one call of a torch function (`provenance/rules.py` has them all). A function without
+a rule stops the flow: its result has no layer behind it. A label is never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from fmapkit.provenance.index_rules import is_number
+from fmapkit.provenance.labels import NOWHERE, STOP, Flow, Lookup, Tag, Weight, flow_of
+from fmapkit.provenance.layout import Axes
+from fmapkit.provenance.rule_basics import Rule, each
+from fmapkit.provenance.rules import RULES, spatial
+from fmapkit.provenance.vocabulary import (
+    FRESH,
+    LINEAR_BINARY,
+    MATMULS,
+    METADATA,
+    NONLINEAR_POINTWISE,
+    PICKS,
+    PRODUCTS,
+    SPATIAL,
+    WRITES,
+)
+from fmapkit.torchlib.nested import tensors_in
+
+__all__ = ["carried", "past_sigma", "sigma_axes"]
+
+# Their results are numbers, or as good as new.
+_NO_CHANGE = METADATA | FRESH
+# The rules of these say themselves which operand's filters go on.
+_CHOOSE_OPERAND = (
+    (LINEAR_BINARY | PRODUCTS | NONLINEAR_POINTWISE | WRITES | MATMULS)
+    | {"copy", "max", "min", "einsum"}
+    | {"cat", "concat", "concatenate", "stack"}
+)
+
+
+def carried(
+    name: str,
+    operands: Sequence[Tensor],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    out: Any,
+    tag: Lookup,
+) -> Any:
+    """What the results of an unweighted function carry.
+
+    Args:
+        name: of the function, without the "_" of an in-place form.
+        operands: all tensors among its arguments.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        out: what it returned.
+        tag: what a tensor carries.
+
+    Returns:
+        For a tensor, its tag; for a tuple or list of them, a list of tags; None for no change.
+    """
+    if name in _NO_CHANGE:
+        return None
+    if name in PICKS:
+        source, others = operands[:1], operands[1:]
+        if others and not flow_of(tag, source[0]) and any(flow_of(tag, o) for o in others):
+            return _picked_by_data(name, args, kwargs, out, source[0], tag)
+        operands = source
+    weights: list[tuple[Tensor, Weight]] = []
+    for x in operands:
+        flow = tag(x)
+        if isinstance(flow, Flow):
+            break
+        if flow is not None:
+            weights.append((x, flow))
+    else:
+        return _of_weights(name, args, kwargs, out, weights) if weights else None
+    rule = _rule(name)
+    if rule is None:
+        return each(out, lambda _: STOP)
+    if flow.axes is None and name not in _CHOOSE_OPERAND:
+        kept = Flow(flow.origin) if flow.gathered else flow
+        return each(out, lambda _: kept)
+    return rule(flow, x, args, kwargs, out, tag)
+
+
+@cache
+def _rule(name: str) -> Rule | None:
+    """The rule of a function; None where there is none."""
+    found = SPATIAL.fullmatch(name)
+    if found is not None and name not in RULES:
+        return spatial(found.group("axes"), pads="pad" in name)
+    return RULES.get(name)
+
+
+def _of_weights(
+    name: str, args: Any, kwargs: Any, out: Any, weights: list[tuple[Tensor, Weight]]
+) -> Any:
+    """What a function of parameters alone returns: a weight, its axes followed like filters."""
+    x, weight = weights[0]
+    rule = _rule(name)
+
+    def followed(axes: Axes | None) -> Any:
+        if axes is None or rule is None:
+            return None
+        flow = Flow(NOWHERE, axes)
+        return rule(flow, x, args, kwargs, out, lambda t: flow if t is x else None)
+
+    found = [followed(axes) for axes in (*weight.axes, weight.values)]
+    shape = tuple(weight.parameter.shape)
+    by_value = weight.by_value or (name in PICKS and any(map(is_number, tensors_in(*args, kwargs))))
+
+    def one(place: int | None) -> Weight:
+        of = [f[place] if isinstance(f, list) and place is not None else f for f in found]
+        *axes, values = [f.axes if isinstance(f, Flow) else None for f in of]
+        if None in axes and values is not None:
+            return Weight(weight.parameter, values.split(shape), values, by_value)
+        return Weight(weight.parameter, tuple(axes), values, by_value)
+
+    if isinstance(out, (tuple, list)):
+        return [one(i) for i in range(len(out))]
+    return each(out, lambda _: one(None))
+
+
+def _picked_by_data(
+    name: str, args: Any, kwargs: Any, out: Any, source: Tensor, tag: Lookup
+) -> Any:
+    """What data has picked: rows of a table are data themselves, one of many weights is a weight.
+
+    Weights are stacked along the first axis of a parameter that has an axis more than they have.
+    """
+    weight = tag(source)
+    if isinstance(weight, Weight) and isinstance(out, Tensor) and out.dim() >= 2:
+        shape = weight.parameter.shape
+        found = _of_weights(name, args, kwargs, out, [(source, weight)])
+        stacked = len(shape) > 2 and shape[0] > 1 and isinstance(found, Weight)
+        if stacked and len(found.axes) == len(shape) and None not in found.axes[1:]:
+            return found
+    return each(out, lambda _: STOP)
+
+
+def sigma_axes(axes: Axes | None, z: Tensor, a: Any) -> Axes | None:
+    """σ keeps the filters; `glu` halves them."""
+    if axes is None or not isinstance(a, Tensor) or a.dim() != z.dim():
+        return None
+    for part in axes.parts:
+        if a.shape[part.dim] != part.size:
+            axes = axes.slice(part.dim, 0, a.shape[part.dim])
+    return axes
+
+
+def past_sigma(tag: Tag, z: Tensor, a: Any) -> Flow | Weight:
+    """What a = σ(z) carries, given what z does: filters that are no layer's, counted from 0.
+
+    Of a parameter, it is as much a weight as the parameter itself.
+    """
+    if isinstance(tag, Weight):
+        of_each = tuple([sigma_axes(axes, z, a) for axes in tag.axes])
+        return replace(tag, axes=of_each, values=sigma_axes(tag.values, z, a))
+    axes = sigma_axes(tag.axes, z, a) if tag is not None else None
+    if axes is None or len(axes.parts) != 1:
+        return STOP
+    part = axes.parts[0]
+    return Flow(NOWHERE, Axes.single(part.dim, part.size))

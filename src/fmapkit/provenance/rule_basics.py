@@ -1,0 +1,95 @@
+"""What rules for torch's functions are made of: a rule's form, and what most of them do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmapkit.provenance.labels import STOP, Flow, Lookup, Tag, flow_of
+from fmapkit.provenance.layout import Axes
+from fmapkit.torchlib.nested import tensors_in
+
+__all__ = [
+    "Rule",
+    "aligned",
+    "argument",
+    "each",
+    "lost_if_none",
+    "pointwise",
+    "same_filters",
+    "where",
+]
+
+# Given the flow of the first operand that has one, that operand, the call's arguments, its result
+# and what any tensor carries.
+Rule = Callable[[Flow, Tensor, Any, Any, Any, Lookup], Any]
+
+
+def each(out: Any, make: Callable[[Tensor], Tag]) -> Any:
+    """What each tensor of a result carries, nested like the result."""
+    if isinstance(out, Tensor):
+        return make(out)
+    if isinstance(out, (tuple, list)):
+        return [each(o, make) for o in out]
+    return None
+
+
+def lost_if_none(flow: Flow, axes: Axes | None) -> Flow:
+    """Filters mixed with something else have no layer any more."""
+    return Flow(flow.origin, axes) if axes is not None else STOP
+
+
+def pointwise(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    """The first operand that is as large as the result; a smaller one is broadcast: scale, bias."""
+    if isinstance(out, Tensor) and x.shape == out.shape:
+        return aligned(flow, x, out)
+
+    def one(result: Tensor) -> Flow:
+        operands = [o for o in tensors_in(*args, kwargs) if flow_of(tag, o)]
+        full = [o for o in operands if o.shape == result.shape] or operands
+        return aligned(flow_of(tag, full[0]) or STOP, full[0], result)
+
+    return each(out, one)
+
+
+def where(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    """The values go on, not the condition, unless that alone depends on the data."""
+    operands = tensors_in(*args, kwargs)
+    condition = next((o for o in operands if o.dtype == torch.bool), None)
+    values = [o for o in operands if o is not condition and flow_of(tag, o)]
+    if not values:
+        return pointwise(flow, x, args, kwargs, out, tag)
+    x = values[0]
+    return pointwise(flow_of(tag, x) or STOP, x, values, {}, out, tag)
+
+
+def aligned(flow: Flow, x: Tensor, result: Tensor) -> Flow:
+    """Broadcasting aligns axes at the end; the filters must not be broadcast themselves."""
+    axes = flow.axes
+    if axes is None:
+        return flow
+    shape = result.shape
+    more = len(shape) - x.dim()
+    if more > 0:
+        axes = axes.insert(0, more)
+    if not axes.fit(shape):
+        return STOP
+    return flow if axes is flow.axes and not flow.gathered else Flow(flow.origin, axes)
+
+
+def same_filters(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    """Pooling, padding, resizing: other axes may change their size, filters stay."""
+    if isinstance(out, Tensor):
+        return aligned(flow, x, out) if out.dim() == x.dim() else STOP
+    return each(out, lambda o: aligned(flow, x, o) if o.dim() == x.dim() else STOP)
+
+
+def argument(args: Sequence[Any], kwargs: dict[str, Any], place: int, *names: str) -> Any:
+    """An argument of a call, by one of its names or by its place; None where it is not given."""
+    for name in names:
+        if name in kwargs:
+            return kwargs[name]
+    return args[place] if len(args) > place else None

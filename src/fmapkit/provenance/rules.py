@@ -1,0 +1,291 @@
+"""A rule for each torch function: what its results carry, given what its operands do.
+
+The rules follow DESIGN section 1: from the nonlinearity back through norms, dropout, scale,
+residual sums by their first operand, pooling, padding, changes of dtype and layout, and
+reshapes and permutes that keep the filters apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fmapkit.provenance.index_rules import getitem, index_select, write
+from fmapkit.provenance.labels import STOP, Flow, Lookup, flow_of
+from fmapkit.provenance.product_rules import einsum, product, segments
+from fmapkit.provenance.rule_basics import (
+    Rule,
+    aligned,
+    argument,
+    each,
+    lost_if_none,
+    pointwise,
+    same_filters,
+    where,
+)
+from fmapkit.provenance.vocabulary import (
+    GROUPED,
+    KEEP_SHAPE,
+    LINEAR_BINARY,
+    LINEAR_KEEPERS,
+    MATMULS,
+    NONLINEAR_POINTWISE,
+    NORM_AXIS,
+    PRODUCTS,
+    REDUCTIONS,
+    RESHAPES,
+    WRITES,
+    words,
+)
+from fmapkit.torchlib.nested import tensors_in
+
+__all__ = ["RULES", "spatial"]
+
+
+def spatial(axes: str | None, pads: bool) -> Rule:
+    """The same, but filters that lie along an axis which is pooled, padded or resized mix."""
+
+    def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+        if axes is not None:
+            touched = int(axes)
+        else:
+            touched = max(x.dim() - 2, 0)
+        dims = set(range(x.dim() - touched, x.dim()))
+        padding = argument(args, kwargs, 1, "pad") if pads else None
+        if padding is not None:
+            dims = {x.dim() - 1 - i // 2 for i, size in enumerate(padding) if size}
+        if flow.axes is None or any(p.dim in dims for p in flow.axes.parts):
+            return each(out, lambda _: STOP)
+        return same_filters(flow, x, args, kwargs, out, tag)
+
+    return rule
+
+
+def _reshape(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    axes, shape = flow.axes, tuple(x.shape)
+
+    def one(o: Tensor) -> Flow:
+        return lost_if_none(flow, axes and axes.reshape(shape, tuple(o.shape)))
+
+    return one(out) if isinstance(out, Tensor) else each(out, one)
+
+
+def _order(name: str, n: int, args: Any, kwargs: Any) -> list[int] | None:
+    order: list[int] = list(range(n))
+    if name in ("transpose", "swapaxes", "swapdims"):
+        values: Sequence[Any] = [*args[1:], *kwargs.values()]
+        a, b = (int(v) % n for v in values[:2])
+        order[a], order[b] = order[b], order[a]
+    elif name in ("permute",):
+        values = kwargs.get("dims", args[1:])
+        if len(values) == 1 and isinstance(values[0], (tuple, list)):
+            values = values[0]
+        order = [int(v) % n for v in values]
+    elif name in ("t", "__get__.T", "__get__.mT", "__get__.H", "__get__.mH", "adjoint"):
+        if name in ("__get__.T",):
+            order.reverse()
+        elif n >= 2:
+            order[-1], order[-2] = order[-2], order[-1]
+    else:  # movedim, moveaxis
+        values = [*args[1:], *kwargs.values()]
+        source, target = (
+            [int(d) % n for d in (v if isinstance(v, (tuple, list)) else [v])] for v in values[:2]
+        )
+        rest = iter([d for d in range(n) if d not in source])
+        where = dict(zip(target, source, strict=True))
+        order = [where[d] if d in where else next(rest) for d in range(n)]
+    return order
+
+
+def _permute(name: str) -> Rule:
+    def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+        order = _order(name, x.dim(), args, kwargs)
+        if order is None or flow.axes is None:
+            return Flow(flow.origin)
+        return Flow(flow.origin, flow.axes.permute(order))
+
+    return rule
+
+
+def _reduce(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    dims = argument(args, kwargs, 1, "dim", "axis")
+    if isinstance(dims, Tensor):  # torch.max(a, b), elementwise
+        return pointwise(flow, x, args, kwargs, out, tag)
+    if isinstance(dims, int) and not isinstance(dims, bool):
+        dims = [dims]
+    if not isinstance(dims, (tuple, list)) or not dims:
+        return each(out, lambda _: STOP)
+    reduced = [int(d) % x.dim() for d in dims]
+    axes = flow.axes
+    if axes is None or any(p.dim in reduced and p.size > 1 for p in axes.parts):
+        return each(out, lambda _: STOP)
+
+    def one(o: Tensor) -> Flow:
+        return (
+            Flow(flow.origin, axes)
+            if o.dim() == x.dim()
+            else lost_if_none(flow, axes.remove(reduced))
+        )
+
+    return each(out, one)
+
+
+def _cut(name: str) -> Rule:
+    """chunk, split and unbind: the parts in order; narrow and select: one of them."""
+
+    def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+        axes = flow.axes
+        assert axes is not None
+        place = {"unbind": 1, "narrow": 1, "select": 1}.get(name, 2)
+        default = {"vsplit": 0, "dsplit": 2, "hsplit": 1 if x.dim() > 1 else 0}.get(name, 0)
+        dim = argument(args, kwargs, place, "dim", "axis")
+        dim = (default if dim is None else int(dim)) % x.dim()
+        if name == "select":
+            index = int(argument(args, kwargs, 2, "index"))
+            return Flow(flow.origin, axes.select(dim, index % x.shape[dim]))
+        if name == "narrow":
+            start = int(argument(args, kwargs, 2, "start"))
+            return Flow(flow.origin, axes.slice(dim, start % x.shape[dim], out.shape[dim]))
+        if name == "unbind":
+            return [Flow(flow.origin, axes.select(dim, i)) for i in range(len(out))]
+        flows, start = [], 0
+        for piece in out:
+            flows.append(Flow(flow.origin, axes.slice(dim, start, piece.shape[dim])))
+            start += piece.shape[dim]
+        return flows
+
+    return rule
+
+
+def _expand(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    return each(out, lambda o: aligned(flow, x, o))
+
+
+def _along(name: str) -> Rule:
+    """Functions that change the order within the axes they name: filters stay if not among them."""
+
+    def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+        place = 2 if name in ("roll", "take_along_dim") else 1
+        dims = argument(args, kwargs, place, "dims", "dim")
+        dims = [dims] if isinstance(dims, int) else list(dims or range(x.dim()))
+        touched = {int(d) % x.dim() for d in dims}
+        axes = flow.axes
+        if axes is None or any(p.dim in touched for p in axes.parts):
+            return each(out, lambda _: STOP)
+        return same_filters(flow, x, args, kwargs, out, tag)
+
+    return rule
+
+
+def _cat(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    """Along another axis the first operand's filters go on; along the filter axis they mix.
+
+    But not where the pieces of one layer's filters are put together again as they were.
+    """
+    dim = int(argument(args, kwargs, 1, "dim", "axis") or 0) % out.dim()
+    axes = flow.axes
+    pieces = tensors_in(args[0] if args else kwargs)
+    if axes is None or len(pieces) == 1:
+        return Flow(flow.origin, axes) if axes is not None else STOP
+    if any(p.dim == dim for p in axes.parts):
+        return _rejoined([flow_of(tag, piece) for piece in pieces], dim)
+    return aligned(flow, x, out)
+
+
+def _rejoined(pieces: Sequence[Flow | None], dim: int) -> Flow:
+    """Filters that were split, and lie one after the other again."""
+    first, size = pieces[0], 0
+    for piece in pieces:
+        if first is None or first.axes is None or piece is None or piece.axes is None:
+            return STOP
+        part = next((p for p in piece.axes.parts if p.dim == dim), None)
+        if part is None or first.origin.kind == "none" or piece.origin is not first.origin:
+            return STOP
+        if piece.axes != first.axes.slice(dim, size, part.size):
+            return STOP
+        size += part.size
+    assert first is not None and first.axes is not None
+    return Flow(first.origin, first.axes.slice(dim, 0, size))
+
+
+def _fft(name: str) -> Rule:
+    """Fourier transforms mix along the axes they name, by default the last one, two or all."""
+
+    def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+        dims = argument(args, kwargs, 2, "dim")
+        if dims is None and name == "fftn":
+            sizes = argument(args, kwargs, 1, "s")
+            dims = range(-(x.dim() if sizes is None else len(sizes)), 0)
+        elif dims is None:
+            dims = (-1,) if name == "fft" else (-2, -1)
+        touched = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
+        if flow.axes is None or any(p.dim in touched for p in flow.axes.parts):
+            return each(out, lambda _: STOP)
+        return same_filters(flow, x, args, kwargs, out, tag)
+
+    return rule
+
+
+def _stack(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    dim = int(argument(args, kwargs, 1, "dim", "axis") or 0) % out.dim()
+    return Flow(flow.origin, flow.axes.insert(dim)) if flow.axes is not None else STOP
+
+
+def _copy(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    source = argument(args, kwargs, 1, "src", "source")
+    found = flow_of(tag, source)
+    return aligned(found, source, args[0]) if found is not None else None
+
+
+def _pairs(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    """Complex numbers as pairs of real ones, and back: an axis at the end comes or goes."""
+    axes = flow.axes
+    return STOP if axes is None or any(p.dim >= out.dim() for p in axes.parts) else flow
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(LINEAR_KEEPERS | LINEAR_BINARY | PRODUCTS | NONLINEAR_POINTWISE, pointwise),
+    **dict.fromkeys(KEEP_SHAPE | frozenset(NORM_AXIS), same_filters),
+    **dict.fromkeys(RESHAPES, _reshape),
+    **{
+        name: _permute(name)
+        for name in words(
+            """transpose swapaxes swapdims permute t __get__.T __get__.mT __get__.H __get__.mH
+            adjoint movedim moveaxis"""
+        )
+    },
+    **dict.fromkeys(REDUCTIONS, _reduce),
+    **{
+        name: _cut(name)
+        for name in words(
+            """chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split unbind narrow
+            select hsplit vsplit dsplit"""
+        )
+    },
+    **dict.fromkeys(words("expand expand_as broadcast_to repeat tile repeat_interleave"), _expand),
+    "roll": _along("roll"),
+    "flip": _along("flip"),
+    **dict.fromkeys(["cat", "concat", "concatenate"], _cat),
+    "stack": _stack,
+    "__getitem__": getitem,
+    "index_select": index_select,
+    "gather": _along("gather"),
+    "take_along_dim": _along("take_along_dim"),
+    **{
+        f"fft_{kind}fft{n}": _fft(f"fft{n}")
+        for kind in ("", "i", "r", "ir", "h", "ih")
+        for n in ("", "2", "n")
+    },
+    "cumsum": _along("cumsum"),
+    "cumprod": _along("cumprod"),
+    **{name: write(name) for name in WRITES},
+    "copy": _copy,
+    **{name: product(name) for name in MATMULS - {*GROUPED, "addbmm"}},
+    "einsum": einsum,
+    "segment_reduce": segments,
+    "where": where,
+    **dict.fromkeys(words("tril triu index_fill fill_diagonal _weight_norm"), pointwise),
+    **dict.fromkeys(words("view_as_real view_as_complex"), _pairs),
+}

@@ -1,0 +1,269 @@
+"""torch functions that are a nonlinearity in some of their calls: in which, and of which operand.
+
+`z.clamp(min=0)` is a ReLU, `norm.clamp(min=1e-6)` keeps a division from going wrong, and a mask may
+be anything. So what counts is a ReLU in other words: a bound of zero, or a choice by a comparison
+of the operand itself with zero (`z * (z > 0)`, `torch.where(z > 0, z, 0.1 * z)`). For that, the
+values of a running module that are computed from one another point by point are known here. `erf`
+counts where its operand carries the filters of a layer, or a norm's: it is what a GELU by hand has.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmapkit.provenance import vocabulary as words
+from fmapkit.provenance.labels import Flow, Lookup, flow_of
+from fmapkit.torchlib.memory import version_of
+from fmapkit.torchlib.nested import tensors_in
+from fmapkit.torchlib.transforms import unheld
+
+__all__ = ["FOLLOWED", "SOMETIMES", "Pointwise", "chooses_unseen", "operand_of_sigma"]
+
+_BOUNDED = words.words("clamp clip clamp_min clamp_max")
+_EXTREMES = words.words("maximum minimum fmax fmin max min")
+_CHOICES = words.words("where masked_fill mul multiply")
+SOMETIMES = _BOUNDED | _EXTREMES | _CHOICES | {"erf"}
+_ZEROS = words.words("zeros zeros_like new_zeros")
+
+_COMPARISONS = words.words("gt lt ge le greater less greater_equal less_equal")
+# What a comparison may go through before something is chosen by it.
+_MASKS = words.words(
+    """logical_not logical_and logical_or logical_xor bitwise_not bitwise_and bitwise_or
+    bitwise_xor __invert__ __and__ __or__ __xor__ to type type_as float half bfloat16 double"""
+)
+_LIKE = {"type_as", "to"}  # their second operand says which dtype, and no more
+_OF_MASKS = _MASKS | {"mul", "multiply"}
+_POINTWISE = (
+    words.NONLINEAR_POINTWISE | words.LINEAR_BINARY | words.PRODUCTS | words.LINEAR_KEEPERS | _MASKS
+) - words.DROPOUTS
+# The functions of which `Pointwise.step` has something to note; it has of a nonlinearity, too.
+FOLLOWED = _POINTWISE | _ZEROS | {"tensor"}
+_FAR = 256  # how many values an operand is looked for in
+
+
+class _Value:
+    """A tensor, by what it is computed from.
+
+    Attributes:
+        of: the values it is computed from, point by point; none if it came from elsewhere.
+        mask: it says where a comparison holds.
+        zero: it is nothing but zeros; of a mask: something was compared with zero.
+    """
+
+    __slots__ = ("mask", "of", "zero")
+
+    def __init__(self, of: tuple[_Value, ...] = (), mask: bool = False, zero: bool = False) -> None:
+        self.of = of
+        self.mask = mask
+        self.zero = zero
+
+    def depends_on(self, other: _Value) -> bool:
+        """Whether it is the other one, or computed from that alone."""
+        sources = self._sources(other)
+        return len(sources) < _FAR and all(v.of or v is other for v in sources)
+
+    def common(self, others: Sequence[_Value]) -> bool:
+        """Whether it and others are computed from one value alone."""
+        return any(all(v.depends_on(s) for v in (self, *others)) for s in self._sources())
+
+    def _sources(self, stop: _Value | None = None) -> list[_Value]:
+        """It and what it is computed from, the nearest first; of one value, no further back."""
+        found: dict[int, _Value] = {}
+        left = deque([self])
+        while left and len(found) < _FAR:
+            value = left.popleft()
+            if id(value) not in found:
+                found[id(value)] = value
+                left += value.of if value is not stop else ()
+        return list(found.values())
+
+
+class Pointwise:
+    """The values of one running module that are computed from one another point by point."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, _Value]] = {}
+
+    def value(self, tensor: Tensor, written: int = 0) -> _Value:
+        """What is known of a tensor.
+
+        Args:
+            tensor: the tensor.
+            written: how often it was written to since its value was.
+        """
+        found = self._known.get(id(tensor))
+        if found is not None and found[0]() is tensor:
+            if found[1] + written == version_of(tensor):
+                return found[2]
+        return self._put(tensor, _Value())
+
+    def _put(self, tensor: Tensor, value: _Value) -> _Value:
+        self._known[id(tensor)] = weakref.ref(tensor), version_of(tensor), value
+        return value
+
+    def step(
+        self,
+        name: str,
+        operands: Sequence[Tensor],
+        args: Any,
+        kwargs: Any,
+        out: Any,
+        tag: Lookup,
+        sigma: bool,
+    ) -> None:
+        """A function has run in the module itself.
+
+        Args:
+            name: of the function.
+            operands: all tensors among its arguments.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            out: what it returned.
+            tag: what a tensor carries.
+            sigma: it is a nonlinearity.
+        """
+        zeros = name in _ZEROS or (name == "tensor" and bool(args) and self.is_zero(args[0]))
+        if zeros and isinstance(out, Tensor):
+            self._put(out, _Value(zero=True))
+        if not isinstance(out, Tensor) or not (name in _POINTWISE or sigma):
+            return
+        if name in _LIKE:
+            operands = operands[:1]
+        values = tuple(
+            [self.value(t, written=t is out) for t in operands if isinstance(tag(t), Flow)]
+        )
+        if not values:
+            return
+        compared = name in _COMPARISONS
+        mask = compared or (name in _OF_MASKS and all(v.mask for v in values))
+        if compared:
+            zero = any(self.is_zero(a) for a in (*args, *kwargs.values()))
+        else:
+            zero = mask and any(v.zero for v in values)
+        self._put(out, _Value(values, mask, zero))
+
+    def is_zero(self, value: Any, else_: bool = False) -> bool:
+        """Whether a number is zero, or a tensor nothing but zeros; no device is waited for.
+
+        Args:
+            value: the number or tensor.
+            else_: the answer for a single number on another device.
+        """
+        if not isinstance(value, Tensor):
+            return isinstance(value, (int, float)) and value == 0
+        found = self._known.get(id(value))
+        if found is not None and found[0]() is value and found[1] == version_of(value):
+            return found[2].zero and not found[2].mask
+        if unheld(value) or value.numel() != 1:
+            return False
+        if type(value) not in (Tensor, nn.Parameter) or value.device.type != "cpu":
+            return else_
+        with torch._C.DisableTorchFunction():
+            return bool(value == 0)
+
+
+def operand_of_sigma(
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], tag: Lookup, inside: Pointwise
+) -> Tensor | None:
+    """What a call receives as a nonlinearity: z; None if it is none.
+
+    Args:
+        name: of the function, one of `SOMETIMES`.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        tag: what a tensor carries.
+        inside: what the running module has computed.
+    """
+    given = {k: v for k, v in kwargs.items() if k != "out"}
+    operands = tensors_in(*args, given)
+    flows = [t for t in operands if isinstance(tag(t), Flow)]
+    if not flows or any(map(unheld, operands)):
+        return None
+    if name in _CHOICES or (name in _EXTREMES and len(flows) > 1):
+        z = _compared(name, flows, inside)
+    elif name in _BOUNDED:
+        z = _bounded(name, args, kwargs, flows, inside)
+    elif name in _EXTREMES:
+        z = _extreme(operands, flows[0], tag, inside)
+    else:
+        z = flows[0] if _has_filters(tag(flows[0])) else None
+    if z is None or not (z.is_floating_point() or z.is_complex() or z.is_quantized):
+        return None
+    if z.dim() < 2 and not _has_filters(tag(z)):
+        return None  # a statistic: an observer's smallest value, say
+    return z if all(_fits(t, z) for t in operands) else None
+
+
+def chooses_unseen(
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], tag: Lookup, inside: Pointwise
+) -> Flow | None:
+    """What a call carries that is a nonlinearity of a value which it is not given itself.
+
+    As in `torch.where(z > 0, 2 * z, 3 * z)`. The arguments are those of `operand_of_sigma`.
+
+    Returns:
+        None where it is none, or no filters of a layer reach it.
+    """
+    flows = [t for t in tensors_in(*args, kwargs) if isinstance(tag(t), Flow)]
+    carried = [found for t in flows if (found := flow_of(tag, t)) and _has_filters(found)]
+    if name not in _CHOICES or not carried:
+        return None
+    if name == "where" and len(args) + len(kwargs) < 3:  # places, and no choice
+        return None
+    values = list(map(inside.value, flows))
+    if not any(v.mask and v.zero for v in values) or (
+        name != "where" and all(v.mask for v in values)
+    ):
+        return None
+    return carried[0] if values[0].common(values[1:]) else None
+
+
+def _compared(name: str, flows: list[Tensor], inside: Pointwise) -> Tensor | None:
+    """The operand that all others are computed from, where some comparison of it chooses."""
+    values = list(map(inside.value, flows))
+    if name in _CHOICES and not any(v.mask and v.zero for v in values):
+        return None
+    for z, value in zip(flows, values, strict=True):
+        if not value.mask and all(v.depends_on(value) for v in values):
+            return z
+    return None
+
+
+def _bounded(
+    name: str, args: Any, kwargs: dict[str, Any], flows: list[Tensor], inside: Pointwise
+) -> Tensor | None:
+    """The operand of `clamp`, if a bound of it is zero."""
+    if len(flows) > 1:
+        return None
+    places = [(1, "min"), (2, "max")]
+    if name in ("clamp_min", "clamp_max"):
+        places = [(1, name.removeprefix("clamp_"))]
+    bounds = [kwargs.get(key, args[at] if len(args) > at else None) for at, key in places]
+    return flows[0] if any(map(inside.is_zero, bounds)) else None
+
+
+def _extreme(operands: list[Tensor], z: Tensor, tag: Lookup, inside: Pointwise) -> Tensor | None:
+    """The operand of a maximum or minimum with zero."""
+    others = [t for t in operands if t is not z]
+    zero = len(others) == 1 and inside.is_zero(others[0], else_=_has_filters(tag(z)))
+    return z if zero else None
+
+
+def _has_filters(tag: Any) -> bool:
+    return isinstance(tag, Flow) and tag.origin.kind != "none"
+
+
+def _fits(operand: Tensor, z: Tensor) -> bool:
+    """Whether the result has the shape of z, whatever else is broadcast to it."""
+    if operand.dim() > z.dim():
+        return False
+    pairs = zip(reversed(operand.shape), reversed(z.shape), strict=False)
+    return all(n in (1, m) for n, m in pairs)

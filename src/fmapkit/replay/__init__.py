@@ -1,0 +1,1 @@
+"""A traced call compiled to taps, and one later call read with them."""

@@ -1,0 +1,261 @@
+"""Taps that stand before a module's call instead of being hooks: the same, at a fraction of a hook.
+
+A forward hook takes a module off torch's fast path. Most sites are small modules without weights,
+children or hooks of others (`nn.ReLU`), of which input and output are all there is to see; one that
+stands before the call (see `torchlib/call_override.py`) sees both.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType, MethodType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks as _after
+from torch.nn.modules.module import _global_forward_pre_hooks as _before
+
+from fmapkit.instrumentation.hook import Hook
+from fmapkit.torchlib.call_override import (
+    Standing,
+    called,
+    compiled_as_bare,
+    dynamo,
+    free,
+    lock,
+    note,
+    passed_over,
+)
+from fmapkit.torchlib.in_place import count_write, has_own_memory, with_new_memory
+from fmapkit.torchlib.memory import version_of
+
+if TYPE_CHECKING:
+    from fmapkit.replay.taps import Tap
+
+__all__ = ["CallTap", "DoorTap", "KeepingCallTap", "OutputCallTap", "can_stand", "stand"]
+
+# What every module has, and what we set.
+_OF_EACH = nn.Module().__dict__.keys() | {"inplace", "_compiled_call_impl"}
+_getframe: Callable[[int], FrameType] = sys._getframe
+
+
+class CallTap(Standing):
+    """Does a `Tap`'s work in the usual case, and has that tap do it in any other.
+
+    Args:
+        module: to stand before.
+        tap: whose place it takes.
+    """
+
+    __slots__ = ("line", "tap", "theirs")
+
+    def __init__(self, module: nn.Module, tap: Tap) -> None:
+        self.module = module
+        self.tap = tap
+        self.owner = tap.owner
+        self.line = tap.line
+        self.theirs = module._forward_pre_hooks  # none yet; one that is set now changes what z is
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cell = self.line.cell
+        if cell is None or ((self.theirs or _before) and self.moved()):
+            return self.otherwise(args, kwargs)
+        module = self.module
+        output = self.inner(*args, **kwargs)
+        note, how, wanted, drop, _ = cell
+        if module not in wanted:  # a tap of another plan
+            return output
+        if how > 1:
+            self.tap(module, args, output)
+            return output
+        try:
+            x, a = args[0], output
+            if how:
+                if x.requires_grad:
+                    x = x.detach()
+                if a.requires_grad:
+                    a = a.detach()
+            note((module, a, a._version, x, x._version))
+            drop(None)
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.tap.again(module, args, output, error)
+        return output
+
+    def moved(self) -> bool:
+        """Whether hooks that others have set may change what the module is given, in this thread.
+
+        A block in another thread sets its own on the same modules; here they do nothing.
+        """
+        thread = threading.get_ident()
+        return bool(_before) or not all(
+            isinstance(hook, Hook) and getattr(hook.owner, "thread", thread) != thread
+            for hook in tuple(self.theirs.values())
+        )
+
+    @passed_over
+    def otherwise(self, args: Any, kwargs: Any) -> Any:
+        """No run is under way in this thread, or others have set hooks in the middle of one."""
+        module = called(self.module, 3)
+        if dynamo() is not None:
+            note()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if module is not self.module:
+            return self.of_copy(module, args, kwargs)
+        output = self.inner(*args, **kwargs)
+        if self.line.cell is None:
+            self.tap(module, args, output)  # which knows what to do then
+        return output
+
+    compiled_as_bare(__call__)
+
+
+class OutputCallTap(CallTap):
+    """The same for an `OutputTap`, before any module: hooks of others run inside its own call."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cell = self.line.cell
+        module = self.module
+        if cell is None or _getframe(1).f_locals.get("self") is not module:
+            return self.otherwise(args, kwargs)
+        output = self.inner(*args, **kwargs)
+        note, how, wanted, drop, _ = cell
+        if module not in wanted:
+            return output
+        if how > 1:
+            self.tap(module, args, output)
+            return output
+        try:
+            a = output.detach() if how and output.requires_grad else output
+            note((module, a, a._version))
+            drop(None)
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.tap.again(module, args, output, error)
+        return output
+
+    compiled_as_bare(__call__)
+
+
+class DoorTap(CallTap):
+    """Stands before a module that may be called outside of a pass; in a pass it does nothing."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.line.cell is None or _getframe(1).f_locals.get("self") is not self.module:
+            return self.otherwise(args, kwargs)
+        return self.inner(*args, **kwargs)
+
+    compiled_as_bare(__call__)
+
+
+class KeepingCallTap(CallTap):
+    """The same for a module that is an in-place nonlinearity: z is kept as it was."""
+
+    __slots__ = ("_apart", "_sigma", "_varies")
+
+    def __init__(self, module: nn.Module, tap: Tap) -> None:
+        super().__init__(module, tap)
+        # The same module, out of place. It is never called, so no hook is asked.
+        self._apart = type(module).__new__(type(module))
+        self._sigma = self._apart.forward
+        # Whether there is more to σ than its name: a slope, say, which may change at any time.
+        self._varies = not module.__dict__.keys() <= _OF_EACH
+        self._refresh()
+
+    def _refresh(self) -> None:
+        attributes: dict[str, Any] = self._apart.__dict__
+        attributes.clear()
+        attributes.update(self.module.__dict__, inplace=False, _compiled_call_impl=None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cell = self.line.cell
+        if cell is None or ((self.theirs or _before) and self.moved()):
+            return self.otherwise(args, kwargs)
+        note, how, wanted, drop, fresh = cell
+        module = self.module
+        if module not in wanted:
+            return self.inner(*args, **kwargs)
+        try:
+            x = args[0]
+            # Where another capture stands behind us, it is to see the module's own call.
+            if (
+                not fresh
+                or type(self.inner) is not MethodType
+                or type(x) is not Tensor
+                or (how and x.requires_grad)
+                or not has_own_memory(x)
+            ):
+                return self._slowly(args, kwargs)
+            version = x._version + 1
+            if self._varies:
+                self._refresh()
+            z, a = x.data, self._sigma(x)
+            if a.stride() != x.stride() or a.dtype is not x.dtype:
+                return self._slowly(args, kwargs)
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.tap.fault(module, error)
+            return self.inner(*args, **kwargs)
+        x.data = a
+        count_write(x)
+        note((module, x, version, z, 0, False))
+        drop(None)
+        return x
+
+    def _slowly(self, args: Any, kwargs: Any) -> Any:
+        """The same where maps share memory, or no version is counted; else z is copied."""
+        run, cell, x = self.line.run, self.line.cell, args[0]
+        assert cell is not None
+        note, how, _, drop, _ = cell
+        z: Any = None
+        try:
+            self._refresh()
+            if type(self.inner) is MethodType:
+                z = run.before_in_place(x)
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.tap.fault(self.module, error)
+            return self.inner(*args, **kwargs)
+        kept = z is not None and with_new_memory(x, lambda: self._sigma(x))
+        if not kept:
+            z = run.copied(x)
+        output = x if kept else self.inner(*args, **kwargs)
+        try:
+            a = output.detach() if how and (output.requires_grad or how > 2) else output
+            note((self.module, a, version_of(a), z, version_of(z), not kept))
+            drop(None)
+        except Exception as error:  # ours, not the user's: named in `missed`, never raised
+            self.tap.fault(self.module, error)
+        return output
+
+    compiled_as_bare(__call__)
+
+
+def stand(kind: type[CallTap], module: nn.Module, tap: Tap) -> CallTap | None:
+    """A tap before the module's call; None where only a hook will do.
+
+    Args:
+        kind: of tap.
+        module: to tap.
+        tap: whose place it takes.
+    """
+    with lock:
+        wanted = free if issubclass(kind, (OutputCallTap, DoorTap)) else can_stand
+        if not wanted(module):
+            return None
+        found = kind(module, tap)
+        found.stand(module)
+    return found
+
+
+def can_stand(module: nn.Module) -> bool:
+    """Whether a tap may stand before a module's call."""
+    if module._parameters or module._buffers or module._modules:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if _after or _before:
+        return False
+    return free(module)

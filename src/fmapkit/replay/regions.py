@@ -1,0 +1,318 @@
+"""Units: which modules are replayed as a whole, and what tells their calls apart.
+
+A unit is the outermost module on its branch whose decisions, and those of all modules in it, are
+recorded and do not come from data. Two calls of it are of one kind if their arguments have the same
+form and carry the same, and nothing has changed that no path tells: attributes of torch's own
+modules, dtypes of weights, modes. Each kind has paths of its own, and a plan for each of these.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmapkit.instrumentation.hooks import hooks_on
+from fmapkit.paths import KnownPaths, Sizes
+from fmapkit.provenance.labels import Flow, Tag, Weight
+from fmapkit.replay.plan import Plan, alike
+from fmapkit.torchlib.compiled_modules import is_compiled
+from fmapkit.torchlib.fused_paths import fuses
+from fmapkit.torchlib.tensor_spec import form_of, weights_of
+from fmapkit.torchlib.transforms import is_shapeless, under_transform
+from fmapkit.tracing.tracer import Tracer
+
+__all__ = ["Unit", "Units", "carried", "shape_of", "sizes_of"]
+
+
+_OURS = __name__.partition(".")[0]
+_MOST_KINDS = 64
+_MOST_STATES = 4  # in which a kind of call is known while it is not clear which attributes decide
+_TOLD = frozenset({bool, str, type(None), torch.dtype, torch.device})
+_PLAIN = frozenset(
+    {
+        *(bool, int, float, str, type(None), tuple, torch.dtype, torch.device, type),
+        *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
+    }
+)
+
+
+class Unit:
+    """One unit.
+
+    Attributes:
+        form: tells dtype and layout of its weights.
+    """
+
+    __slots__ = ("_known", "_looked_at", "_modules", "_states", "_values", "form")
+
+    def __init__(self, module: nn.Module) -> None:
+        self._known: dict[tuple[Any, int], KnownPaths[Plan]] = {}
+        self.form = weights_of(module)
+        self._modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._look_at({id(m): _plain_attributes(m) for m in self._modules})
+
+    def _look_at(self, names: dict[int, list[str]], values: list[Any] | None = None) -> None:
+        """Compare these attributes of each module, told by its id, before each call.
+
+        Args:
+            names: of the attributes.
+            values: what they were before the latest call; what they are, if there was none.
+        """
+        places = [(names[id(m)], m.__dict__) for m in self._modules if names[id(m)]]
+        self._looked_at = [(operator.itemgetter(*keys), there, keys) for keys, there in places]
+        if values is None:
+            values = [_comparable(get(there)) for get, there, _ in self._looked_at]
+        self._values = values
+        self._states: list[list[Any]] = [values]
+
+    def state(self) -> int:
+        """Which of the states it has been in: plain attributes of its modules.
+
+        Torch's own code may decide by them, and it does not record. All other code does; but where
+        an attribute is another one than before, it is better to know that beforehand.
+        """
+        try:
+            now = [get(there) for get, there, _ in self._looked_at]
+        except KeyError:  # one was deleted
+            self._known.clear()
+            self._look_at({id(m): _plain_attributes(m) for m in self._modules})
+            return 0
+        if _equal(now, self._values):
+            return 0
+        now = list(map(_comparable, now))
+        if now not in self._states:
+            if len(self._states) >= _MOST_KINDS:
+                del self._states[1:]
+                self._known = {key: paths for key, paths in self._known.items() if not key[1]}
+            self._states.append(now)
+        return self._states.index(now)
+
+    def known(self, kind: Any, state: int) -> KnownPaths[Plan] | None:
+        """The paths of a kind of call; None if there was none yet."""
+        return self._known.get((kind, state))
+
+    def paths(self, kind: Any, state: int) -> KnownPaths[Plan]:
+        """The same, made if there are none."""
+        found = self._known.get((kind, state))
+        if found is None:
+            if len(self._known) >= _MOST_KINDS:
+                self._known.clear()
+            found = self._known[kind, state] = KnownPaths(alike)
+        return found
+
+    def state_of(self, items: list[Any], kind: Any, state: int, sizes: Sizes) -> int | None:
+        """The state to which what is known of a call belongs.
+
+        Attributes that change while the path does not are not compared from now on.
+
+        Args:
+            items: of the path of a call that was traced.
+            kind: of the call.
+            state: in which it began.
+            sizes: of its inputs.
+
+        Returns:
+            The state; None if attributes change from call to call, and the path with them: who
+            takes it is to be traced.
+        """
+        others = {s: p for (k, s), p in self._known.items() if k == kind and s != state}
+        same = [s for s, paths in others.items() if paths.has(items, sizes)]
+        if len(same) < len(others):
+            return state if len(others) < _MOST_STATES else None
+        if same:
+            self._look_less(self._states[same[0]], self._states[state])
+            return 0
+        return state
+
+    def _look_less(self, before: list[Any], now: list[Any]) -> None:
+        """Compare no more what differs, but for attributes that torch's own code may decide by."""
+        names: dict[int, list[str]] = {id(m): [] for m in self._modules}
+        values: list[Any] = []
+        owners = {id(m.__dict__): m for m in self._modules}
+        for (_, there, keys), old, new in zip(self._looked_at, before, now, strict=True):
+            module = owners[id(there)]
+            pairs = zip(keys, old, new, strict=True) if len(keys) > 1 else [(keys[0], old, new)]
+            kept = {k: b for k, a, b in pairs if a == b or _is_torchs(module)}
+            names[id(module)] = list(kept)
+            if kept:
+                values.append(tuple(kept.values()) if len(kept) > 1 else kept.popitem()[1])
+        self._known.clear()
+        self._look_at(names, values)
+
+    def differing(self, items: list[Any], kind: Any, sizes: Sizes) -> tuple[Any, ...]:
+        """The modules that were deciding where a path differs from others."""
+        found: dict[Any, None] = {}
+        for (other, _), paths in self._known.items():
+            if other == kind:
+                found.update(dict.fromkeys(paths.leaves_at(items, sizes)[1]))
+        return tuple(found)
+
+
+def _equal(now: list[Any], known: list[Any]) -> bool:
+    try:
+        return now == known
+    except (RuntimeError, ValueError):  # a tensor or an array has come into the place of a number
+        return False
+
+
+def _comparable(value: Any) -> Any:
+    """The same, with the type of whatever is not to be compared, or kept alive, in its place."""
+    kind = type(value)
+    if kind is tuple:
+        return tuple(map(_comparable, value))
+    return value if kind in _PLAIN else kind
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    forward = type(module).forward
+    return type(forward) is types.FunctionType and forward.__module__.startswith("torch.")
+
+
+# What every module has, whatever its class.
+_COMMON = frozenset(nn.Module().__dict__) - {"training"}
+
+
+# Modules of torch's that make the same calls whatever their attributes are, but for the mode.
+_STEADY = (
+    *(nn.Linear, nn.Identity, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.Flatten),
+    *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase),
+    *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd),
+    *(nn.modules.pooling._AdaptiveAvgPoolNd,),
+)
+
+
+def _plain_attributes(module: nn.Module) -> list[str]:
+    """What code may decide by, of a kind that can be compared."""
+    if isinstance(module, _STEADY) and _is_torchs(module):
+        return ["padding_mode"] if "padding_mode" in module.__dict__ else []
+    return [k for k, v in module.__dict__.items() if k not in _COMMON and type(v) in _PLAIN]
+
+
+class Units:
+    """The units of one model.
+
+    Args:
+        is_ours: tells hooks of this capture from others.
+
+    Attributes:
+        direct: modules that a scope has called itself.
+    """
+
+    def __init__(self, is_ours: Callable[[Any], bool]) -> None:
+        self.direct: set[nn.Module] = set()
+        self._is_ours = is_ours
+        self._opened: set[nn.Module] = set()
+        self._static: dict[nn.Module, bool] = {}
+        self._known: dict[nn.Module, Unit] = {}
+
+    def static(self, module: nn.Module) -> bool:
+        """Whether a module may be replayed as a whole: nothing in it has to be traced each time."""
+        found = self._static.get(module)
+        if found is None:
+            self._static[module] = False  # a module inside itself
+            found = self._own(module) and all(map(self.static, module.children()))
+            self._static[module] = found
+        return found
+
+    def _own(self, module: nn.Module) -> bool:
+        """The same of its own code."""
+        if module in self._opened or "forward" in module.__dict__ or is_compiled(module):
+            return False
+        if fuses(module):
+            return False
+        if type(module).__call__ is not nn.Module.__call__:
+            return False
+        if isinstance(module, torch.jit.ScriptModule):
+            return False
+        if type(module).__module__.partition(".")[0] == _OURS:  # φ ends passes early
+            return False
+        return all(map(self._is_ours, hooks_on(module)))
+
+    def stands_alone(self, module: nn.Module, args: Any, tracer: Tracer | None) -> bool:
+        """Whether this call is a unit: not inside a module that may be one σ or layer itself."""
+        if not self.static(module) or under_transform(module, args):
+            return False
+        return tracer is None or all(f.kind == "plain" for f in tracer.frames)
+
+    def of(self, module: nn.Module) -> Unit:
+        """The unit that a module is."""
+        found = self._known.get(module)
+        if found is None:
+            found = self._known[module] = Unit(module)
+        return found
+
+    def open(self, *modules: nn.Module) -> None:
+        """From the next pass on, these are traced in every pass; the parts of them are units."""
+        self._opened.update(modules)
+        self._static.clear()
+        for module in modules:
+            self._known.pop(module, None)
+            self.direct.discard(module)
+
+    def clear(self) -> None:
+        """The model has other modules than it had, or the block has ended."""
+        self.direct.clear()
+        self._opened.clear()
+        self._static.clear()
+        self._known.clear()
+
+
+def shape_of(value: Any) -> Any:
+    """What kind of arguments these are: form of tensors, types of the rest, by place."""
+    if type(value) is Tensor:
+        return form_of(value)
+    if isinstance(value, nn.Parameter):  # whose it is says whose the maps are
+        return form_of(value), type(value), id(value)
+    if isinstance(value, Tensor):
+        return form_of(value), type(value)
+    if isinstance(value, (tuple, list)):
+        return tuple([shape_of(v) for v in value])
+    if isinstance(value, dict):
+        return tuple([(k, shape_of(v)) for k, v in value.items()]) if value else ()
+    return value if type(value) in _TOLD else type(value)
+
+
+def sizes_of(tensors: list[Tensor], args: Any, kwargs: Any) -> Sizes:
+    """The sizes of tensors, one after the other, and the whole numbers that a module is given."""
+    sizes = [size for t in tensors if not is_shapeless(t) for size in t.shape]
+    _numbers_in(sizes, args)
+    if kwargs:
+        _numbers_in(sizes, kwargs)
+    return tuple(sizes)
+
+
+def _numbers_in(found: list[int], value: Any) -> None:
+    if isinstance(value, int):
+        found.append(value)
+    elif isinstance(value, (tuple, list)):
+        for inner in value:
+            _numbers_in(found, inner)
+    elif isinstance(value, dict):
+        for inner in value.values():
+            _numbers_in(found, inner)
+
+
+def carried(inputs: list[Tag], asked: Callable[[str], Any]) -> Any:
+    """What the inputs carry, origins numbered in order of their first mention.
+
+    Args:
+        inputs: the tags of all tensors that come in.
+        asked: what was asked for of a layer: which of its maps are held may differ from another's.
+    """
+    origins: list[int] = []
+    found: list[Any] = []
+    for tag in inputs:
+        if isinstance(tag, Flow):
+            if id(tag.origin) not in origins:
+                origins.append(id(tag.origin))
+            place = origins.index(id(tag.origin))
+            found.append((tag.origin.kind, tag.axes, place, asked(tag.origin.name)))
+        else:
+            found.append("weight" if isinstance(tag, Weight) else None)
+    return tuple(found)

@@ -1,0 +1,108 @@
+"""Tensors of a pass that outlive it in the model's own state, and may be read back in a later one.
+
+Whether `self.queue[0]` is a tensor of this pass or of an earlier one, no decision tells. So a
+module whose code keeps tensors of the pass under a name that is read, too, is traced in every pass.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from fmapkit.torchlib.nested import modules_in
+
+__all__ = ["Remembering"]
+
+_COMMON = frozenset(nn.Module().__dict__)
+_NO_HOLDERS = (
+    *(int, float, complex, str, bytes, type(None), type, nn.Module),
+    *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.MethodType),
+)
+_DEEPEST = 4
+_MOST = 2_000  # objects that are looked at in one place
+
+
+class Remembering:
+    """Looks for tensors of a pass in what outlives it.
+
+    Args:
+        is_of_pass: whether a tensor was made in the pass, from its input.
+        reads: whether code that ran reads a name.
+    """
+
+    def __init__(self, is_of_pass: Callable[[Tensor], bool], reads: Callable[[str], bool]) -> None:
+        self._is_of_pass = is_of_pass
+        self._reads = reads
+
+    def modules(self, unit: nn.Module) -> list[nn.Module]:
+        """The modules in a unit that keep such tensors, and whose code may read them back."""
+        return [
+            module
+            for module in modules_in(unit)
+            if any(
+                name not in _COMMON
+                and not isinstance(value, _NO_HOLDERS)
+                and self.holds(value)
+                and self._reads(name)
+                for name, value in tuple(module.__dict__.items())
+            )
+        ]
+
+    def given(self, arguments: Iterable[Any]) -> bool:
+        """Whether what a module is given, containers and objects, keeps such tensors."""
+        return any(not isinstance(a, Tensor) and self.holds(a) for a in arguments)
+
+    def functions(self, functions: Iterable[types.FunctionType]) -> bool:
+        """Whether functions keep such tensors: in closures, defaults, or globals that they read."""
+        for function in functions:
+            names = function.__globals__
+            read = (names.get(n) for n in function.__code__.co_names)
+            cells = (c.cell_contents for c in function.__closure__ or () if _filled(c))
+            for value in (*read, *cells, *(function.__defaults__ or ())):
+                if not isinstance(value, _NO_HOLDERS) and self.holds(value):
+                    return True
+        return False
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is, or holds, a tensor of the pass."""
+        left = _MOST
+        todo: deque[tuple[Any, int]] = deque([(value, 0)])
+        seen: set[int] = set()
+        while todo and left:
+            left -= 1
+            found, depth = todo.popleft()
+            if isinstance(found, Tensor):
+                if self._is_of_pass(found):
+                    return True
+            elif depth < _DEEPEST and id(found) not in seen:
+                seen.add(id(found))
+                todo += [(inner, depth + 1) for inner in _inside(found)]
+        return False
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # nothing is bound to the name yet
+        return False
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """What a container or an object holds; none of its own code runs."""
+    kind = type(value)
+    if issubclass(kind, _NO_HOLDERS):
+        return
+    if issubclass(kind, dict):
+        yield from tuple(dict.values(value))
+    elif issubclass(kind, (list, tuple, set, frozenset, deque)):
+        yield from tuple(value) if kind in (list, tuple, set, frozenset, deque) else ()
+    try:
+        own = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return
+    if isinstance(own, dict):
+        yield from tuple(own.values())

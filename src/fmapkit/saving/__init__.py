@@ -1,0 +1,1 @@
+"""Maps without their session: copied, pickled, in a safetensors file."""

@@ -1,0 +1,277 @@
+"""What is left of a session when its maps are copied, pickled or saved: values and tags alone.
+
+`Snapshot` is that as plain data: no model, no hook, no graph, no memory of the model's. A
+`KeptSession` stands in for the session, so that `FeatureMaps` reads both in the same way. It has
+modules that can do nothing but be called what the model's are, so that names, other names of the
+same module, containers and globs mean what they meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fmapkit import layers
+from fmapkit.missed import Missed
+from fmapkit.model.names import Names, never_called
+from fmapkit.provenance.labels import Origin
+from fmapkit.storage.conversion import Retention
+from fmapkit.storage.held import Held
+from fmapkit.storage.passes import Entry, Pass, Store
+from fmapkit.torchlib.memory import version_of
+
+if TYPE_CHECKING:
+    from fmapkit.map import FeatureMap
+    from fmapkit.session.session import Session
+
+__all__ = [
+    "KeptEntry",
+    "KeptModule",
+    "KeptPass",
+    "KeptSession",
+    "Snapshot",
+    "Values",
+    "snapshot_of",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptModule:
+    """What is known of a module of the model.
+
+    Attributes:
+        name: its place.
+        first: the first place of the same module.
+        container: its type, if it has no forward (`ModuleList`); else empty.
+        layer: it is a layer with filters.
+        weights: its parameters that are layers of their own, by name.
+    """
+
+    name: str
+    first: str
+    container: str = ""
+    layer: bool = False
+    weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KeptPass:
+    """The maps of one pass, in execution order."""
+
+    step: int
+    training: bool
+    maps: tuple[FeatureMap, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # These maps are copies already: pickled one by one, each would be copied again.
+        return _pass_of, (self.step, self.training, [fm._data() for fm in self.maps])
+
+
+def _pass_of(step: int, training: bool, maps: Iterable[dict[str, Any]]) -> KeptPass:
+    from fmapkit.map import restored
+
+    return KeptPass(step, training, tuple(map(restored, maps)))
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that is kept of a capture.
+
+    Attributes:
+        passes: those that were readable.
+        steps: how many passes there were.
+        kinds: that were asked for.
+        fleeting: it was a capture with `keep=0`.
+        missed: what was not captured, as (layer, reason).
+        modules: of the model.
+    """
+
+    passes: tuple[KeptPass, ...]
+    steps: int
+    kinds: tuple[str, ...]
+    fleeting: bool
+    missed: tuple[tuple[str, str], ...]
+    modules: tuple[KeptModule, ...] = field(repr=False)
+
+
+class KeptEntry(Entry):
+    """A map that is no pass's any more."""
+
+    __slots__ = ("map",)
+
+    def __init__(self, fm: FeatureMap) -> None:
+        held = Held(fm.tensor, version_of(fm.tensor), copied=True)
+        edited = None if fm.edited is None else Held(fm.edited, version_of(fm.edited), copied=True)
+        origin = Origin("layer", fm.layer, fm.call)
+        super().__init__(fm.kind, origin, held, sigma=fm.nonlinearity, path=fm.path, edited=edited)
+        self.map = fm
+
+
+class _Asked:
+    """What was asked for: the kinds; of layers, whatever there is."""
+
+    def __init__(self, kinds: Iterable[str]) -> None:
+        self.asked_kinds = frozenset(kinds)
+        self.retention = Retention(None, None)
+
+    def layer(self, name: str) -> bool:
+        """Whether maps of a layer may be there."""
+        return True
+
+    def asked(self, kind: str, layer: str) -> bool:
+        """Whether such a map was asked for."""
+        return True
+
+
+class KeptSession:
+    """Stands in for the session of maps that were kept.
+
+    Attributes:
+        names: of the model's modules.
+        wants: what was asked for.
+        store: the passes.
+        steps: how many passes there were.
+        missed: what was not captured.
+        snapshot: all of it, as data.
+    """
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.names = Names(_shells(snapshot.modules))
+        self.wants = _Asked(snapshot.kinds)
+        self.steps = snapshot.steps
+        self.missed = [Missed(layer, reason) for layer, reason in snapshot.missed]
+        self.store = Store(0 if snapshot.fleeting else None)
+        for kept in snapshot.passes:
+            at = Pass(kept.step, kept.training)
+            at.segments = list(map(KeptEntry, kept.maps))
+            at.closed = True
+            self.store.passes.append(at)
+
+
+class _Shell(nn.Module):
+    """A module of which only the name is left."""
+
+    def forward(self) -> None:
+        """Nothing to do."""
+
+
+class _LayerShell(_Shell):
+    """The same of a layer with filters."""
+
+
+layers.MODULES[_LayerShell] = 1
+
+
+def snapshot_of(
+    session: Session | KeptSession, read: Callable[[Pass, Entry], FeatureMap]
+) -> Snapshot:
+    """All that is kept of a capture, in memory of its own.
+
+    Args:
+        session: of the maps.
+        read: makes a map of an entry of a pass.
+
+    Raises:
+        MapStateError: a map cannot be read any more.
+        DistributedError: a map is a `DTensor`.
+    """
+    values, asked = Values(), session.wants.asked
+    entries = [(p, [e for e in p.entries() if asked(e.kind, e.origin.name)]) for p in session.store]
+    passes = tuple(
+        KeptPass(p.step, p.training, tuple(read(p, e)._copied(values) for e in those))
+        for p, those in entries
+    )
+    labels = {fm.layer for p in passes for fm in p.maps}
+    return Snapshot(
+        passes,
+        session.steps,
+        tuple(sorted(session.wants.asked_kinds)),
+        session.store.fleeting,
+        tuple((m.layer, m.reason) for m in session.missed),
+        session.snapshot.modules
+        if isinstance(session, KeptSession)
+        else _modules(session.names, labels),
+    )
+
+
+def _modules(names: Names, labels: Iterable[str]) -> tuple[KeptModule, ...]:
+    """What is kept of the model's modules, where these layers have maps."""
+    held = {label.partition("[")[0] for label in labels}
+
+    def weights(name: str, module: nn.Module) -> tuple[str, ...]:
+        return tuple(
+            key
+            for key in names.parameters_of(module)
+            if any(f"{name}.{k}".lstrip(".") in held for k in (key, key.removesuffix("_weight")))
+        )
+
+    return tuple(
+        KeptModule(
+            name,
+            names.by_module[module],
+            type(module).__name__ if never_called(module) else "",
+            layers.layer_axis(module) is not None,
+            weights(name, module),
+        )
+        for name, module in names.by_name.items()
+    )
+
+
+def _shells(modules: Iterable[KeptModule]) -> nn.Module:
+    made: dict[str, nn.Module] = {}
+    for kept in modules:
+        if kept.name != kept.first:
+            shell = made[kept.first]
+        else:
+            shell = _LayerShell() if kept.layer else _Shell()
+            if kept.container:
+                shell = type(kept.container, (nn.Module,), {})()
+            for key in kept.weights:
+                empty = torch.empty(0, device="meta")
+                shell.register_parameter(key, nn.Parameter(empty, requires_grad=False))
+        made[kept.name] = shell
+        if kept.name:
+            parent, _, key = kept.name.rpartition(".")
+            made[parent].add_module(key, shell)
+    return made.get("", nn.Module())
+
+
+class Values:
+    """Copies values out of the model's memory; what several maps share, they share again."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Tensor] = {}
+        self._alive: list[Tensor] = []  # so that no memory is used twice meanwhile
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The values of a tensor, outside the graph and in memory of their own."""
+        place = _place(tensor)
+        if place is None:
+            return alone(tensor)
+        if place not in self._known:
+            self._known[place] = alone(tensor)
+            self._alive.append(tensor)
+        return self._known[place]
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """A copy of the values, outside the graph."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.detach().clone()
+
+
+def _place(tensor: Tensor) -> Any:
+    """Where in memory the values lie, and how; None where torch does not tell."""
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_quantized:
+        return None
+    if tensor.is_nested or not tensor.numel() or tensor.device.type == "meta":
+        return None
+    return (
+        *(tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()),
+        *(tensor.is_conj(), tensor.is_neg()),
+    )

@@ -1,0 +1,253 @@
+"""Maps in a safetensors file: the values as its tensors, the tags in its metadata as JSON.
+
+Nothing of it runs when it is read. `safetensors.torch.load_file` opens it without fmapkit, too: its
+tensors are called `step0/conv1/activation`. What several maps share is written once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fmapkit.errors import ArgumentError
+from fmapkit.kinds import KINDS
+from fmapkit.map import FeatureMap, restored
+from fmapkit.provenance.heads import Heads, Projection
+from fmapkit.saving.kept import KeptModule, KeptPass, Snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["load", "save"]
+
+_KEY, _FORMAT = "fmapkit", 1
+# Of these the format has a name in every version that is allowed.
+_NAMED = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+}
+_COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
+
+
+def save(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
+    """Write maps to a file; it is there as a whole, or not at all.
+
+    Args:
+        snapshot: the maps.
+        path: of the file; one that is there is replaced.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ArgumentError: a map is of a form that the format has no name for.
+    """
+    save_file = _library("torch").save_file
+    writer = _Writer()
+    passes = [
+        {"step": p.step, "training": p.training, "maps": [writer.map(fm) for fm in p.maps]}
+        for p in snapshot.passes
+    ]
+    about = {
+        "format": _FORMAT,
+        "steps": snapshot.steps,
+        "kinds": snapshot.kinds,
+        "fleeting": snapshot.fleeting,
+        "missed": snapshot.missed,
+        "modules": [asdict(module) for module in snapshot.modules],
+        "passes": passes,
+    }
+    path = os.fspath(path)
+    unfinished = f"{path}.{os.getpid()}.part"
+    try:
+        save_file(writer.tensors, unfinished, {_KEY: json.dumps(about), "format": "pt"})
+        os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.unlink(unfinished)
+
+
+def load(path: str | os.PathLike[str], device: Any) -> Snapshot:
+    """Read maps from a file.
+
+    Args:
+        path: of the file.
+        device: where the values go.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        FileNotFoundError: there is no such file.
+        ArgumentError: it is none that `save` wrote, or of a later version.
+    """
+    library, path = _library(), os.fspath(path)
+    try:
+        where = str(torch.device(device))
+        with (
+            torch.inference_mode(False),
+            library.safe_open(path, framework="pt", device=where) as file,
+        ):
+            about = _about(path, file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except library.SafetensorError as error:
+        raise ArgumentError(f"{path!r} is no whole safetensors file: {error}") from None
+    return Snapshot(
+        tuple(
+            KeptPass(p["step"], p["training"], tuple(_map(tags, tensors, p) for tags in p["maps"]))
+            for p in about["passes"]
+        ),
+        about["steps"],
+        tuple(about["kinds"]),
+        about["fleeting"],
+        tuple((layer, reason) for layer, reason in about["missed"]),
+        tuple(KeptModule(**{**m, "weights": tuple(m["weights"])}) for m in about["modules"]),
+    )
+
+
+def _about(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if _KEY not in metadata:
+        raise ArgumentError(
+            f"{path!r} is a safetensors file, and not one that FeatureMaps.save wrote: it has no "
+            "tags; safetensors.torch.load_file reads its tensors"
+        )
+    about: dict[str, Any] = json.loads(metadata[_KEY])
+    if about["format"] != _FORMAT:
+        raise ArgumentError(
+            f"{path!r} is of version {about['format']} of this format, and this fmapkit reads "
+            f"version {_FORMAT}: update fmapkit"
+        )
+    return about
+
+
+class _Writer:
+    """Gives each tensor a name in the file.
+
+    Attributes:
+        tensors: by name.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._names: dict[int, dict[str, Any]] = {}  # of tensors that are there already
+
+    def map(self, fm: FeatureMap) -> dict[str, Any]:
+        """The tags of a map, as JSON has them; its values become tensors of the file."""
+        name = f"step{fm.step}/{fm.layer}{fm.path}/{fm.kind}" + f"/call{fm.call}" * (fm.call > 0)
+        what = f"the {fm.kind} of layer {fm.layer!r} (step {fm.step}, call {fm.call})"
+        tags = {
+            "tensor": self._add(name, fm.tensor, fm, what),
+            "kind": fm.kind,
+            "layer": fm.layer,
+            "filter": fm.filter,
+            "call": fm.call,
+            "nonlinearity": fm.nonlinearity,
+            "path": fm.path,
+            "filter_dim": fm.filter_dim,
+            "filters": _filters(fm.filters),
+            "parts": fm.parts is not None,
+            "made_by": fm._rows.what if fm._rows is not None else None,
+        }
+        if fm.ids is not None:
+            tags["ids"] = self._add(f"{name}/ids", fm.ids, fm, f"the numbers of {what}")
+        if fm.heads is not None:
+            tags["heads"] = _of_heads(fm.heads)
+        if fm.edited is not None:
+            tags["edited"] = self._add(f"{name}/edited", fm.edited, fm, f"the edit of {what}")
+        if fm.grad is not None:
+            tags["grad"] = self._add(f"{name}/grad", fm.grad, fm, f"the gradient of {what}")
+        return tags
+
+    def _add(self, name: str, tensor: Tensor, fm: FeatureMap, what: str) -> dict[str, Any]:
+        if id(tensor) in self._names:
+            return self._names[id(tensor)]
+        dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+        complex_ = tensor.dtype in _COMPLEX
+        named = complex_ or tensor.dtype in _NAMED
+        if not (dense and named) or tensor.device.type == "meta":
+            kind = tensor.dtype if dense else "nested" if tensor.is_nested else tensor.layout
+            raise ArgumentError(
+                f"{what} cannot be saved: a safetensors file holds dense tensors with values, of "
+                f"the usual types, and it is {kind} on {tensor.device}; choose with "
+                "capture(layers=...), or keep it by torch.save(maps, ...)",
+                layer=fm.layer,
+                kind=fm.kind,
+                call=fm.call,
+                step=fm.step,
+            )
+        stored = torch.view_as_real(tensor.resolve_conj()) if complex_ else tensor
+        unique, number = name, 1
+        while unique in self.tensors:
+            unique, number = f"{name}#{number}", number + 1
+        self.tensors[unique] = stored.resolve_neg().contiguous()
+        found = {"name": unique, "complex": complex_}
+        self._names[id(tensor)] = found
+        return found
+
+
+def _map(
+    tags: Mapping[str, Any], tensors: Mapping[str, Tensor], at: Mapping[str, Any]
+) -> FeatureMap:
+    def read(place: Mapping[str, Any] | None) -> Tensor | None:
+        if place is None:
+            return None
+        tensor = tensors[place["name"]]
+        return torch.view_as_complex(tensor) if place["complex"] else tensor
+
+    if tags["kind"] not in KINDS:
+        raise ArgumentError(f"a map of the file is of an unknown kind {tags['kind']!r}")
+    filters = tags["filters"]
+    if isinstance(filters, dict):
+        filters = range(*filters["range"])
+    return restored(
+        {
+            **tags,
+            "tensor": read(tags["tensor"]),
+            "edited": read(tags.get("edited")),
+            "grad": read(tags.get("grad")),
+            "ids": read(tags.get("ids")),
+            "heads": _heads(tags.get("heads")),
+            "filters": tuple(filters) if isinstance(filters, list) else filters,
+            "step": at["step"],
+            "training": at["training"],
+        }
+    )
+
+
+def _of_heads(heads: Heads) -> dict[str, Any]:
+    return {
+        field.name: {"layer": part.layer, "filters": [_filters(f) for f in part.filters]}
+        for field in fields(heads)
+        if (part := getattr(heads, field.name)) is not None
+    }
+
+
+def _heads(stored: Mapping[str, Any] | None) -> Heads | None:
+    if stored is None:
+        return None
+    return Heads(
+        **{
+            name: Projection(part["layer"], tuple(range(*f["range"]) for f in part["filters"]))
+            for name, part in stored.items()
+        }
+    )
+
+
+def _filters(filters: range | tuple[int, ...] | None) -> Any:
+    if isinstance(filters, range):
+        return {"range": [filters.start, filters.stop, filters.step]}
+    return filters
+
+
+def _library(part: str = "") -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "maps are kept in safetensors files, and safetensors is not installed: "
+            "pip install fmapkit[safetensors]"
+        ) from error
+    return safetensors.torch if part else safetensors

@@ -1,0 +1,96 @@
+"""Early stop: the forward ends once every wanted map of the first, complete pass is there.
+
+The way out is an exception, raised by our hooks and caught by the pair around the model's own call,
+which then returns None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fmapkit.storage.passes import Entry, Pass
+
+__all__ = ["CUT", "Stop", "StoppedError"]
+
+
+CUT = (
+    "another capture, with stop=True, ended the pass at the last map that it wants: what comes "
+    "after that does not run, so it is not captured here either"
+)
+
+
+class StoppedError(BaseException):
+    """All wanted maps are there. Not an `Exception`: a forward that catches those lets it pass."""
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__("fmapkit: every wanted map is there")
+        self.stop = stop
+
+
+def _tag(entry: Entry) -> Any:
+    return entry.origin.name, entry.origin.call, entry.kind, entry.path, entry.sigma
+
+
+class Stop:
+    """Knows what is still wanted in a pass.
+
+    Attributes:
+        awaited: whether another capture that ends passes still wants something of this one.
+    """
+
+    def __init__(self) -> None:
+        self.awaited: Callable[[], bool] = bool
+        self._wanted: frozenset[Any] | None = None  # by the first complete pass
+        self._missing: set[Any] = set()
+        self._ended = False
+
+    def begin(self) -> None:
+        """A pass begins."""
+        self._missing = set(self._wanted or ())
+        self._ended = False
+
+    def saw(self, entry: Entry) -> None:
+        """A map is there."""
+        self._missing.discard(_tag(entry))
+
+    @property
+    def ended(self) -> bool:
+        """Whether this pass was ended."""
+        return self._ended
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that the first one had is there."""
+        return bool(self._wanted) and not self._missing
+
+    def learn(self, whole: Pass) -> None:
+        """A pass went through to its end; the first one's maps are what is wanted."""
+        if self._wanted is None:
+            self._wanted = frozenset(map(_tag, whole.entries()))
+
+    def forget(self) -> None:
+        """The model has changed: the next pass is a complete one."""
+        self._wanted = None
+        self._missing.clear()
+
+    def check(self) -> None:
+        """End the pass if all that the first one had is there.
+
+        Raises:
+            StoppedError: it is, and no other capture that ends passes waits for more.
+        """
+        if self.complete:
+            self.end()
+
+    def end(self) -> None:
+        """End the pass.
+
+        Raises:
+            StoppedError: no other capture that ends passes waits for more; if one does, it will end
+                this one.
+        """
+        if self.awaited():
+            return
+        self._ended = True
+        raise StoppedError(self)

@@ -1,0 +1,75 @@
+"""Running analyses: who sees each map of a capture, and how an error of theirs gets out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from typing import Any
+
+from fmapkit.errors import ArgumentError, MapStateError
+from fmapkit.instrumentation.unwatched import without_the_models
+from fmapkit.storage.passes import Entry, Pass
+from fmapkit.torchlib.modes import without_modes
+
+__all__ = ["Analyses"]
+
+
+class Analyses:
+    """The analyses of one capture.
+
+    Args:
+        given: one analysis, or several.
+
+    Raises:
+        ArgumentError: something has no `update`.
+    """
+
+    def __init__(self, given: Any) -> None:
+        one = (hasattr(given, "update") and not isinstance(given, Set)) or isinstance(given, type)
+        several = list(given) if isinstance(given, Iterable) and not one else [given]
+        for analysis in several:
+            wrong = isinstance(analysis, (type, Mapping, Set))  # of which some have an `update`
+            if wrong or not callable(getattr(analysis, "update", None)):
+                hint = " (a class: make an instance first)" if isinstance(analysis, type) else ""
+                raise ArgumentError(
+                    "analyses must be objects with an update(fm: FeatureMap), such as "
+                    f"fmapkit.analysis.Statistics(), not {analysis!r}{hint}"
+                )
+        self._all = several
+        # Makes the `FeatureMap` that they see; set while the block is open.
+        self.view: Callable[[Pass, Entry], Any] | None = None
+        self.raised: BaseException | None = None  # by an analysis; no fault of ours
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
+
+    def see(self, current: Pass, entries: Iterable[Entry]) -> Iterator[tuple[str, str]]:
+        """Show them some maps, in order.
+
+        The model's modes are off meanwhile: what analyses compute is no part of its graph, is not
+        counted as its own, and can go on being written to whatever mode the next pass has.
+
+        Yields:
+            What they could not be shown: (layer, why).
+
+        Raises:
+            Exception: whatever an analysis raises.
+        """
+        self.raised = None  # its traceback holds what ran then
+        if self.view is None:
+            return
+        for entry in entries:
+            with without_modes(), without_the_models():
+                try:
+                    fm = self.view(current, entry)
+                except MapStateError as error:
+                    yield entry.origin.name, f"analyses did not see it: {error}"
+                    continue
+                self._update(fm)
+
+    def _update(self, fm: Any) -> None:
+        for analysis in self._all:
+            try:
+                analysis.update(fm)
+            except Exception as error:
+                self.raised = error
+                raise

@@ -1,0 +1,41 @@
+"""What one capture was asked for, checked: what every stage of it reads, and none writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fmapkit.checking import FiniteCheck
+from fmapkit.editing.edit import Edits
+from fmapkit.model.names import Names
+from fmapkit.selection.early_stop import Stop
+from fmapkit.selection.selection import Wants
+from fmapkit.session.analyses import Analyses
+
+__all__ = ["Asked"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What one capture was asked for.
+
+    Attributes:
+        model: to be captured.
+        names: of its modules.
+        wants: which maps to hold, and how.
+        edits: what to change while the model runs.
+        analyses: who sees each map.
+        stop: ends a pass early; None where none is to be ended.
+        methods: whose calls are passes, too.
+        check: looks at every map of a pass; None where none is to be looked at.
+    """
+
+    model: nn.Module
+    names: Names
+    wants: Wants
+    edits: Edits
+    analyses: Analyses
+    stop: Stop | None = None
+    methods: tuple[str, ...] = ()
+    check: FiniteCheck | None = None

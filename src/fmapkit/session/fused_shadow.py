@@ -1,0 +1,88 @@
+"""A module with a fused path runs twice: fused for its output, and beside it, watched, for maps.
+
+Which modules these are, and what the fused path returns, is a matter of `torchlib/fused_paths.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fmapkit.instrumentation.hooks import Hooks
+from fmapkit.missed import Misses
+from fmapkit.session.config import Asked
+from fmapkit.session.state import Live
+from fmapkit.torchlib.fused_paths import EDITED, REASON, fused_output
+from fmapkit.torchlib.nested import leaves
+
+__all__ = ["Beside"]
+
+
+class Beside:
+    """The module that runs unfused beside its fused path.
+
+    Args:
+        asked: by the capture.
+        live: what is under way.
+        hooks: of the capture, which would bar the fused path.
+        misses: of the capture.
+
+    Attributes:
+        module: it; None while there is none.
+    """
+
+    def __init__(self, asked: Asked, live: Live, hooks: Hooks, misses: Misses) -> None:
+        self.module: nn.Module | None = None
+        self._output: Any = None
+        self._runs = 0  # of edits, before
+        self._edits = asked.edits
+        self._names = asked.names
+        self._live = live
+        self._hooks = hooks
+        self._misses = misses
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A module that `may_fuse` is about to run: run its fused path first, if torch would."""
+        if self.module is not None:
+            return
+        paused = self._live.trace_off()
+
+        def bare() -> Any:
+            with self._hooks.suspended(module.modules()):
+                return module.forward(*args, **kwargs)
+
+        fused, output = fused_output(module, args, kwargs, bare)
+        if paused:
+            self._live.trace_on()
+        if fused:
+            self.module, self._output = module, output
+            self._runs = self._edits.runs
+
+    def leave(self, output: Any, replaced: Any) -> Any:
+        """The watched run has ended.
+
+        Args:
+            output: what it returned.
+            replaced: what the tracer would have returned instead; None for the output.
+
+        Returns:
+            What is to be returned instead: the fused output, tagged as the watched run's own,
+            unless something was edited in that.
+        """
+        module, fused = self.module, self._output
+        self.clear()
+        assert module is not None
+        edited = self._edits.runs != self._runs
+        self._misses.add(self._names.of(module), EDITED if edited else REASON)
+        if edited:
+            return replaced
+        tracer = self._live.tracer
+        assert tracer is not None
+        for (_, ours), (_, theirs) in zip(leaves(output), leaves(fused), strict=False):
+            tracer.set_tag(theirs, tracer.tag(ours))
+        return fused
+
+    def clear(self) -> None:
+        """Nothing runs twice."""
+        self.module = self._output = None

@@ -1,0 +1,192 @@
+"""Which hooks of ours stand where.
+
+- On the model, always: every pass goes through them.
+- Before the first pass, on all its modules, to name what is called outside of one.
+- While scopes are watched, on every module that is not inside a unit.
+- While a unit is learned, on every module in it; once there is a plan, on its taps only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fmapkit.instrumentation.hook import Hook
+from fmapkit.instrumentation.hooks import Hooks
+from fmapkit.model.other_methods import doors
+from fmapkit.replay.call_taps import can_stand
+from fmapkit.replay.gradient_taps import GradientOutputTap, GradientTap
+from fmapkit.replay.plan import Plan
+from fmapkit.replay.regions import Units
+from fmapkit.replay.taps import Door, KeepingTap, Line, OutputTap, Tap
+from fmapkit.session.config import Asked
+from fmapkit.session.redistribution import Moves
+from fmapkit.torchlib.nested import modules_in
+from fmapkit.torchlib.sharded import moves_data
+
+__all__ = ["Calls", "Placing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """What the hooks call.
+
+    Attributes:
+        pre: as a module's forward begins: (module, args, kwargs).
+        post: as it ends: (module, args, kwargs, output).
+        tap: a module that carries a site has run: (module, args, output).
+        fault: a tap has failed: (module, error).
+        overwritten: `module.compile()` has taken the place before the model's own call: ().
+    """
+
+    pre: Callable[..., Any]
+    post: Callable[..., Any]
+    tap: Callable[..., Any]
+    fault: Callable[..., Any]
+    overwritten: Callable[[], None]
+
+
+class Placing:
+    """Sets and removes the hooks of one capture.
+
+    Args:
+        asked: by the capture.
+        hooks: of the capture.
+        units: of the model.
+        moves: is told what hooks of others are given that only move data.
+        calls: what the hooks call.
+
+    Attributes:
+        tapped: the plan that each unit's taps are set for.
+        line: what the taps write to.
+        moving: hooks of others on scopes move data.
+    """
+
+    def __init__(
+        self, asked: Asked, hooks: Hooks, units: Units, moves: Moves, calls: Calls
+    ) -> None:
+        self.tapped: dict[nn.Module, Plan] = {}
+        self.line = Line()
+        self._model = asked.model
+        self._hooks = hooks
+        self._units = units
+        self._moves = moves
+        self._calls = calls
+        self._stops = asked.stop is not None
+        self._shown = bool(asked.analyses)
+        gradients = asked.wants.gradients
+        self._kinds: dict[str, type[Tap]] = {
+            "xy": GradientTap if gradients else Tap,
+            "y": GradientOutputTap if gradients else OutputTap,
+        }
+        self._scopes = False  # there are hooks on all scopes
+        self.moving = False
+        self._early = False  # hooks on all modules, before the first pass
+
+    def on_model(self) -> None:
+        """Those that every pass goes through."""
+        calls = self._calls
+        self._hooks.watched_around(self._model, calls.pre, calls.post, calls.overwritten)
+
+    def early(self) -> None:
+        """Those on all modules."""
+        self._hooks.around(modules_in(self._model), self._calls.pre, self._calls.post)
+        self._early = True
+
+    def only_on_model(self) -> None:
+        """Remove all but those that every pass goes through."""
+        if self.tapped or self._scopes or self._early:
+            self._early = False
+            self._hooks.drop("after")
+            self._hooks.drop("outside")
+            self._hooks.drop("before")
+            self._hooks.drop("around", keep=[self._model])
+            self.tapped.clear()
+            self._scopes = False
+
+    # -- scopes -------------------------------------------------------------------------------
+
+    def on_scopes(self) -> None:
+        """On every module, but for those inside units that scopes have called as a whole."""
+        if self._scopes:
+            return
+        self._scopes = True
+        inside: set[nn.Module] = set()
+        for unit in filter(self._units.static, self._units.direct):  # a part of it may be opened
+            inside.update(m for m in modules_in(unit) if m is not unit)
+        wanted = [m for m in modules_in(self._model) if m not in inside or m in self._units.direct]
+        self._hooks.around(wanted, self._calls.pre, self._calls.post)
+        moving = []
+        for module in wanted:
+            hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+            theirs = [hook for hook in hooks if not isinstance(hook, Hook)]
+            if theirs and any(map(moves_data, theirs)):
+                moving.append(module)
+        self.moving = bool(moving)
+        self._hooks.outside(moving, self._moves.before, self._moves.after)
+
+    def scopes_changed(self) -> None:
+        """Units have become scopes, or are called by others: the next pass sets hooks again."""
+        self._scopes = False
+
+    # -- units --------------------------------------------------------------------------------
+
+    def no_taps(self) -> None:
+        """A unit is about to be learned."""
+        self._hooks.drop("after")
+        self._hooks.drop("before")
+        self.tapped.clear()
+
+    def in_lesson(self, unit: nn.Module) -> None:
+        """On every module in a unit, while it is learned, and until there is a plan for it."""
+        self._hooks.around(modules_in(unit), self._calls.pre, self._calls.post)
+
+    def taps(self, unit: nn.Module, plan: Plan) -> None:
+        """The taps of a plan, each of the cheapest kind that will do."""
+        hooks, calls = self._hooks, self._calls
+        around = plan.toggles | plan.scopes | plan.before | _keyed(plan)
+        left = [m for m in modules_in(unit) if hooks.is_around(m) and m not in around]
+        left = [m for m in left if m not in self._units.direct]
+        if left:  # by another plan, or by a lesson that left none
+            hooks.drop("around", only=left)
+            self.tapped.clear()
+        keeping = set()
+        if not self._stops and not self._shown:
+            keeping = {m for m in plan.keeping if can_stand(m)}
+        before = plan.before | (plan.keeping - keeping)
+        around |= before
+        hooks.around(around - {unit}, calls.pre, calls.post)
+        last = plan.order[-1] if plan.order and self._stops else None
+        replaced = False
+        for tapped in plan.taps - {unit}:
+            how = plan.direct.get(tapped) if tapped is not last and not self._shown else None
+            if tapped in keeping:
+                keeper = KeepingTap(self.line, calls.tap, calls.fault, hooks.owner)
+                replaced |= hooks.after(tapped, keeper)
+            elif how is None or tapped in before:
+                replaced |= hooks.after(tapped, self._slow(calls.tap))
+            else:
+                tap = self._kinds[how](self.line, calls.tap, calls.fault, hooks.owner)
+                replaced |= hooks.after(tapped, tap)
+        if replaced:  # other plans, of this unit or of one that shares a module, set theirs again
+            self.tapped.clear()
+        for door in doors(unit, hooks.modules()):
+            hooks.after(door, Door(self.line, calls.tap, calls.fault, hooks.owner))
+        self.tapped[unit] = plan
+
+    def no_doors(self) -> None:
+        """Remove what is there only to name calls outside of passes."""
+        tapped = {m for plan in self.tapped.values() for m in plan.taps}
+        self._hooks.drop("after", only=self._hooks.modules() - tapped)
+
+    def _slow(self, call: Callable[..., Any]) -> Hook:
+        """A tap that does all there is to do at once: the pass may end with it, or be shown."""
+        return Hook(call, self._hooks.owner)
+
+
+def _keyed(plan: Plan) -> frozenset[nn.Module]:
+    """Taps whose input comes by keyword need the costlier hook."""
+    return frozenset(s.module for s in plan.steps if s.key is not None and s.module is not None)

@@ -1,0 +1,49 @@
+"""Hooks of others that only move data: what they make of a tensor carries what that carried.
+
+Tensor parallel sets such hooks (see `torchlib/sharded.py`). Hooks of ours outside of them note what
+they are given.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from torch import nn
+
+from fmapkit.session.state import Live
+
+__all__ = ["Moves"]
+
+
+class Moves:
+    """What such hooks were given, and is not come back yet.
+
+    Args:
+        live: what is under way.
+    """
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._given: list[tuple[nn.Module, Any]] = []
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Such hooks come next, on what a module is given: a hook of ours."""
+        if self._live.tracer is not None and threading.get_ident() == self._live.thread:
+            self._given.append((module, (args, kwargs)))
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The same for those on what it returns."""
+        if self._live.tracer is not None and threading.get_ident() == self._live.thread:
+            self._given.append((module, output))
+
+    def made(self, module: nn.Module, values: Any) -> None:
+        """They have run, if there are any, and this is what they have made of it."""
+        if self._given:
+            owner, given = self._given.pop()
+            if owner is module and self._live.tracer is not None:
+                self._live.tracer.moved(given, values)
+
+    def clear(self) -> None:
+        """The pass has ended."""
+        self._given.clear()

@@ -1,0 +1,316 @@
+"""A call of a unit, from its first hook to its last: read by its plan, or else learned.
+
+How a run is read is a matter of `replay/run.py`; here it is fitted into the pass around it, which
+may be traced.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fmapkit.missed import Misses
+from fmapkit.paths import ControlPaths, Expected, KnownPaths, Sizes
+from fmapkit.provenance.labels import Flow, Tag
+from fmapkit.replay.plan import Plan
+from fmapkit.replay.regions import Unit, Units, carried, shape_of, sizes_of
+from fmapkit.replay.run import Run, tag_outputs
+from fmapkit.session.config import Asked
+from fmapkit.session.keeping import Keeping
+from fmapkit.session.placing import Placing
+from fmapkit.session.recording import Learning
+from fmapkit.session.state import Live, someone_watches
+from fmapkit.storage.gradients import NO_GRAPH, in_function
+from fmapkit.storage.passes import Entry
+from fmapkit.torchlib.nested import tensors_in
+from fmapkit.torchlib.side_ops import operators_are_counted
+from fmapkit.torchlib.tensor_spec import casts, plain_spec
+
+__all__ = ["Replaying"]
+
+OTHER_PATH = (
+    "in a pass, it took a way through its code that no earlier pass had taken; the maps of that "
+    "pass are not kept, and the next one is traced"
+)
+
+UNEDITED = (
+    "a part of the model took a way through its code that no earlier pass had taken, in which an "
+    "edit may have had a place; the next pass is traced"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A call of a unit that is read by a plan: if the next one is given the same, it is its twin.
+
+    Attributes:
+        unit: that was called.
+        state: which it was in.
+        modes: that it ran in.
+        given: see `plain_spec`.
+        known: the paths of its kind.
+        sizes: of its inputs.
+        plan: by which it is read.
+        items: of the path that it is taken to take; None if their numbers were not known.
+    """
+
+    unit: Unit
+    state: int
+    modes: Any
+    given: Any
+    known: KnownPaths[Plan]
+    sizes: Sizes
+    plan: Plan
+    items: list[Any] | None
+
+
+class Replaying:
+    """Replays units.
+
+    Args:
+        asked: by the capture.
+        live: what is under way.
+        misses: of the capture.
+        units: of the model.
+        placing: of its hooks.
+        learning: for the calls that there is no plan for.
+        keeping: shows maps to the analyses.
+        paths: of its passes.
+    """
+
+    def __init__(
+        self,
+        asked: Asked,
+        live: Live,
+        misses: Misses,
+        units: Units,
+        placing: Placing,
+        learning: Learning,
+        keeping: Keeping,
+        paths: ControlPaths,
+    ) -> None:
+        self._model = asked.model
+        self._names = asked.names
+        self._wants = asked.wants
+        self._edits = asked.edits
+        self._stop = asked.stop
+        self._analyses = asked.analyses
+        self._live = live
+        self._misses = misses
+        self._units = units
+        self._placing = placing
+        self._learning = learning
+        self._keeping = keeping
+        self._paths = paths
+        self._taking: _Taken | None = None  # the run that is under way
+        self._latest: _Taken | None = None  # the one before, where it took its path
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A call of a unit begins.
+
+        Returns:
+            The arguments that it is to get instead; None for its own.
+        """
+        tracer = self._live.tracer
+        if tracer is not None:
+            self._live.trace_off()  # first of all: it would see what we look at
+        unit = self._units.of(module)
+        modes = self._modes(unit)
+        state = unit.state()
+        latest, self._latest = self._latest, None
+        if tracer is None and latest is not None and not self._edits and not someone_watches():
+            if latest.unit is unit and latest.modes == modes and latest.state == state:
+                if latest.given == plain_spec(args, kwargs):
+                    expected = self._paths.expect(latest.items)
+                    self._start(module, latest.plan, args, kwargs, [], expected)
+                    self._taking = latest
+                    return None
+        inputs: list[Tag] = []
+        origins = given = None
+        if tracer is not None:
+            if tracer.editor:
+                given = tracer.editor.modules.enter_unit(module, args, kwargs)
+                args, kwargs = (args, kwargs) if given is None else given
+        tensors = tensors_in(*args, kwargs)
+        if tracer is not None:
+            inputs = [tracer.tag(t) for t in tensors]
+            origins = carried(inputs, self._wants.of)
+        kind = shape_of(args), shape_of(kwargs), origins, modes
+        sizes = sizes_of(tensors, args, kwargs)
+        known = unit.known(kind, state)
+        plan = known.plan(sizes) if known is not None else None
+        asked = sizes, args, kwargs, inputs
+        if someone_watches():  # and sees our looks, too, of which there are more in a traced pass
+            return self._learning.enter(module, None, 0, *asked) or given
+        if known is None or plan is None:
+            return self._learning.enter(module, kind, state, *asked) or given
+        if self._edits and self._edited_inside(plan, inputs):
+            return self._learning.enter(module, None, 0, *asked) or given
+        items = known.items(sizes)
+        self._start(module, plan, args, kwargs, inputs, self._paths.expect(items))
+        spec = plain_spec(args, kwargs) if tracer is None else None
+        self._taking = _Taken(unit, state, modes, spec, known, sizes, plan, items)
+        return given
+
+    def _modes(self, unit: Unit) -> Any:
+        """What calls differ by that no argument tells."""
+        modes = torch.is_grad_enabled(), operators_are_counted(), casts(), *unit.form()
+        return modes, self._paths.renamed()
+
+    def _start(
+        self,
+        module: nn.Module,
+        plan: Plan,
+        args: Any,
+        kwargs: Any,
+        inputs: list[Tag],
+        expected: Expected,
+    ) -> None:
+        """A unit is replayed by its plan."""
+        live, wants, tracer = self._live, self._wants, self._live.tracer
+        if self._placing.tapped.get(module) is not plan:
+            self._placing.taps(module, plan)
+        stop = analyses = base = None
+        if tracer is None:
+            stop = self._stop
+            analyses = self._keeping.stream if self._analyses else None
+        else:
+            if plan.writes:
+                written = tensors_in(*args, kwargs)
+                for index in plan.writes:
+                    tracer.aliases.before_write(written[index])
+            base = {name: tracer.counts[name] for name, _ in plan.calls}
+        assert live.current is not None
+        drop = live.current.drop
+        run = Run(
+            module, plan, wants, self._placing.line, expected, stop, inputs, base, drop, analyses
+        )
+        live.run = run
+        if wants.graph and live.current.grads and in_function():
+            self._misses.add(self._names.of(module), NO_GRAPH)
+        if module in plan.before or module in plan.keeping:  # its own call is under way already
+            run.pre(module, args, kwargs)
+        run.start()
+
+    def _edited_inside(self, plan: Plan, inputs: list[Tag]) -> bool:
+        """Whether filters that an edit is for reach a nonlinearity inside."""
+        tags = (inputs[index] for index in plan.claims if index < len(inputs))
+        return any(isinstance(t, Flow) and self._edits.of(t.origin.name) for t in tags)
+
+    def before(self, run: Run, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A module inside the unit is about to run."""
+        plan = run.plan
+        if module in plan.before or module in plan.keeping:  # no tap stands before this call
+            run.pre(module, args, kwargs)
+        if plan.scopes:
+            if module in plan.toggles:
+                run.marks.append(run.light().pause())
+            if module in plan.scopes:
+                run.light().resume()
+
+    def after(
+        self, run: Run, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool
+    ) -> None:
+        """A module inside the unit has run."""
+        plan = run.plan
+        if plan.scopes:
+            if module in plan.scopes:
+                run.light().pause()
+            if module in plan.toggles:
+                if run.marks and run.marks.pop():
+                    run.light().resume()
+        if not failed and module in plan.taps:
+            run.tap(module, args, kwargs, output)
+
+    def leave(self, args: Any, kwargs: Any, output: Any) -> None:
+        """The call has ended: its maps become a part of the pass."""
+        live = self._live
+        run, current, tracer = live.run, live.current, live.tracer
+        assert run is not None and current is not None
+        live.run = None
+        failed = output is None and sys.exc_info()[0] is not None
+        if run.module in run.plan.taps and not failed:
+            run.tap(run.module, args, kwargs, output)
+        run.finish()
+        if not failed and not run.lost and not run.complete:
+            run.lost = "fewer taps fired than were learned"
+        if failed:
+            self._check_beginning(run)
+        elif not run.ended:
+            self._check_path(run)
+        if run.lost and not failed and self._edits and self._edits.by_label(current.step):
+            raise self._edits.refused(UNEDITED)
+        if tracer is None:
+            current.segments.append(run)
+            return
+        if run.lost or failed:  # which calls it has made is not known, nor whose maps come next
+            tracer.give_up(run.module if failed else None)
+            return
+        # The pass around the unit is traced: tell the tracer what it would have seen.
+        entries: list[tuple[Entry, bool]] = []
+        for entry, emission in run.emitted():
+            current.segments.append(entry)
+            entries.append((entry, emission.pending))
+            if self._stop is not None:
+                self._stop.saw(entry)
+            if entry.held is not None:
+                tracer.aliases.watch(entry.held)
+            if emission.pending:
+                tracer.pending.setdefault(id(entry.origin), []).append(entry)
+        for name, count in run.plan.calls:
+            tracer.counts[name] += count
+        self._wants.retention.fence()
+        for index in run.plan.claims:
+            tag = run.inputs[index]
+            if isinstance(tag, Flow):
+                tracer.claim(tag.origin)
+        tag_outputs(output, run.output_tags(), tracer.set_tag)
+        live.trace_on()
+
+    def _check_beginning(self, run: Run) -> None:
+        """Of a call that has broken off, keep what was read on its path for sure."""
+        run.until, whole = run.expected.until()
+        if not whole or run.lost:
+            # Writes that no version tells of may have come since.
+            self._strayed(run, keeps=not run.uncounted)
+
+    def _check_path(self, run: Run) -> None:
+        """Compare the path that a unit's call took with that of its plan."""
+        assert self._taking is not None
+        known, sizes = self._taking.known, self._taking.sizes
+        items = run.expected.taken()
+        cut = self._stop is not None and self._stop.ended
+        if cut and not run.lost and known.leaves_at(items, sizes)[0] == len(items):
+            return  # as far as it went
+        if known.taken(items, sizes) and not run.lost:
+            if self._taking.given is not None and self._taking.items is not None:
+                self._latest = self._taking
+            return
+        # The code of an unknown way may have written to what is held, so that no version tells.
+        self._strayed(run, keeps=False)
+
+    def _strayed(self, run: Run, keeps: bool) -> None:
+        """A unit's call has taken a way that is not its plan's.
+
+        Args:
+            run: of the call.
+            keeps: what was read before stays.
+        """
+        assert self._taking is not None
+        known, sizes = self._taking.known, self._taking.sizes
+        items = run.expected.taken()
+        run.stray(run.lost or "it decided otherwise")
+        known.lost = True
+        if not keeps:
+            if self._live.current is not None:
+                self._live.current.discard()
+            run.release()
+        _, deciding = known.leaves_at(items, sizes)
+        if known.strayed(items, sizes):  # what decides here is traced from now on
+            self._units.open(run.module, *deciding)
+            self._placing.scopes_changed()
+        self._misses.add(self._names.of(run.module), OTHER_PATH)

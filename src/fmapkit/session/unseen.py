@@ -1,0 +1,137 @@
+"""What runs where no hook of a pass sees it, and the words it is named with.
+
+That is code without Python (scripted, or recorded into a CUDA graph), and modules that somebody
+calls outside of the captured model's forward.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from fmapkit.missed import Misses
+from fmapkit.model.past_hooks import HOW, has_own_call
+from fmapkit.session.config import Asked
+from fmapkit.tracing.frames import running_modules
+
+__all__ = ["Unseen", "recorded"]
+
+_CUDA_GRAPH = (
+    "it was recorded into a CUDA graph: nothing has run yet, and replays of the graph run without "
+    "Python"
+)
+_EXPORTED = (
+    "it was recorded by {what} here, which would record what fmapkit does, too: such a call is "
+    "left alone, and is not captured"
+)
+
+
+def recorded() -> str:
+    """Why a call is not captured that somebody records, to run it again without Python.
+
+    Returns:
+        The reason; empty where nobody does.
+    """
+    if torch._C._get_tracing_state():
+        return _EXPORTED.format(what="torch.jit.trace")
+    if torch.compiler.is_compiling():
+        return _EXPORTED.format(what="torch.export")
+    if _make_fx_is_tracing():
+        return _EXPORTED.format(what="make_fx")
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if started and torch.cuda.is_current_stream_capturing():
+        return _CUDA_GRAPH
+    return ""
+
+
+def _make_fx_is_tracing() -> bool:
+    """Whether make_fx traces, by either of its modes; torch 2.4 has no `get_proxy_mode`."""
+    key = torch._C._TorchDispatchModeKey.PROXY
+    before: Any = torch._ops._get_dispatch_mode_pre_dispatch(key)  # type: ignore[no-untyped-call]
+    return before is not None or torch._C._get_dispatch_mode(key) is not None
+
+
+def _fx_is_tracing() -> bool:
+    """Whether torch.fx traces: it calls modules with what stands for tensors."""
+    tracer: Any = fx._symbolic_trace
+    if hasattr(tracer, "_get_is_fx_tracing"):  # since torch 2.14, a thread has a flag of its own
+        return bool(tracer._get_is_fx_tracing())
+    return bool(tracer._is_fx_tracing_flag)
+
+
+class Unseen:
+    """Names what runs unseen.
+
+    Args:
+        asked: by the capture.
+        misses: of the capture.
+    """
+
+    def __init__(self, asked: Asked, misses: Misses) -> None:
+        self._model = asked.model
+        self._names = asked.names
+        self._misses = misses
+
+    def stray(self, module: nn.Module) -> bool:
+        """A module runs outside of a pass: name the outermost one of the model that is running.
+
+        Returns:
+            Whether it was named: it runs, and is no part of a pass that is not captured.
+        """
+        if torch._C._current_graph_task_id() != -1 or recorded() or _fx_is_tracing():
+            return False
+        at: Any = sys._getframe(1)
+        while at is not None:
+            if at.f_code is nn.Module._call_impl.__code__:
+                running = at.f_locals["self"]
+                module = running if running in self._names.by_module else module
+            at = at.f_back
+        if isinstance(module, ParametrizationList):  # somebody has read a weight
+            return False
+        if module is self._model:  # a pass of its own that is not captured, and says why
+            return False
+        method = self._names.past_hooks.method_of(self._model)
+        if method is not None:
+            self._misses.add("", f"{HOW[method]}, and without these there is no pass to capture")
+            return True
+        name = self._names.of(module)
+        hint = f": capture(model.{name})" if name else ""
+        self._misses.add(
+            name,
+            f"it was called outside {type(self._model).__name__}.forward, "
+            "and only what runs inside a forward pass of the captured model is captured; "
+            f"for its own passes, capture that module{hint}",
+        )
+        return True
+
+    def no_pass(self) -> None:
+        """The block has ended and nobody has seen a pass: say so where one may have run."""
+        if has_own_call(self._model) and not isinstance(self._model, torch.jit.ScriptModule):
+            reason = f"{HOW['__call__']}, and without these there is no pass to capture"
+            self._misses.add("", reason)
+
+    def scripted(self) -> None:
+        """Name scripted modules."""
+        names = self._names
+        for module, name in names.by_module.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                outer = names.by_name.get(name.rpartition(".")[0]) if "." in name else None
+                if not isinstance(outer, torch.jit.ScriptModule):
+                    reason = "it is scripted: torch runs it without Python, unseen by hooks"
+                    self._misses.add(name, reason)
+
+    def scripted_call(self, function: str) -> None:
+        """A scripted function is called in a pass: name it, at the module of the model it runs in.
+
+        Args:
+            function: its name.
+        """
+        inside = [m for m in running_modules(stop=None) if m in self._names.by_module]
+        if inside and isinstance(inside[-1], torch.jit.ScriptModule):  # which is named itself
+            return
+        reason = f"it calls {function}, which is scripted: unseen by Python"
+        self._misses.add(self._names.of(inside[-1] if inside else self._model), reason)

@@ -1,0 +1,1 @@
+"""What is held of a tensor, and for how long: references, copies, conversion, passes, a budget."""

@@ -1,0 +1,93 @@
+"""The write barrier: what is held of a tensor is copied just before its memory is written to."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fmapkit.storage.gradients import watch
+from fmapkit.storage.held import Held
+from fmapkit.torchlib.memory import storage_of, version_of
+
+__all__ = ["Aliases"]
+
+
+class Aliases:
+    """Which held tensors share memory with one that is about to be written to."""
+
+    __slots__ = ("_by_id", "_by_storage", "_lent", "_new", "detach", "gradients", "written")
+
+    def __init__(
+        self,
+        detach: bool = True,
+        gradients: bool = False,
+        lent: Callable[[Tensor], bool] = lambda _: False,
+    ) -> None:
+        self.detach = detach
+        self.gradients = gradients
+        self._lent = lent  # whether a tensor's memory will be gone when its module has run
+        self.written: set[int] = set()  # storages that were written to
+        self._new: list[Held] = []
+        self._by_storage: dict[int, list[Held]] = {}
+        self._by_id: dict[int, tuple[weakref.ref[Tensor], Held]] = {}
+
+    def end(self) -> None:
+        """Let go of all that is held."""
+        self.written.clear()
+        self._new.clear()
+        self._by_storage.clear()
+        self._by_id.clear()
+
+    def reference(self, tensor: Tensor) -> Held:
+        """Hold a tensor, or share what is held of the same one already."""
+        found = self._by_id.get(id(tensor))
+        if found is not None and found[0]() is tensor:
+            held = found[1]
+            if held.tensor is not None and not held.copied and not held.lost:
+                if version_of(tensor) == held.version:
+                    if self.gradients and held.gradient is None:
+                        # What a torch.autograd.Function returned is in the graph only now.
+                        held.gradient = watch(tensor)
+                    return held
+        kind = Held.copy if self._lent(tensor) else Held.reference
+        held = kind(tensor, self.detach, self.gradients)
+        self._by_id[id(tensor)] = (weakref.ref(tensor), held)
+        self._new.append(held)
+        return held
+
+    def forget(self, tensor: Tensor) -> None:
+        """A tensor has other memory than it had: what was held of it is not this tensor's."""
+        self._by_id.pop(id(tensor), None)
+
+    def holds(self, tensor: Tensor, held: Held) -> bool:
+        """Whether that is what is held of the tensor."""
+        found = self._by_id.get(id(tensor))
+        return found is not None and found[1] is held and found[0]() is tensor
+
+    def watch(self, held: Held) -> None:
+        """Protect a tensor that was held elsewhere, perhaps as the model's own object."""
+        held.own = False
+        self._new.append(held)
+
+    def of(self, tensor: Tensor) -> list[Held]:
+        """Held references into the same memory."""
+        for held in self._new:
+            if held.tensor is not None and not held.copied:
+                self._by_storage.setdefault(storage_of(held.tensor), []).append(held)
+        self._new.clear()
+        found = self._by_storage.get(storage_of(tensor), [])
+        return [h for h in found if h.tensor is not None and not h.copied]
+
+    def before_write(self, tensor: Tensor, leads_on: bool = False) -> None:
+        """Copy what the write would lose.
+
+        Args:
+            tensor: that is about to be written to.
+            leads_on: σ writes to it, and what is held in the graph is to have its gradient.
+        """
+        leads_on = leads_on and not self.detach and type(tensor) is Tensor
+        self.written.add(storage_of(tensor))
+        for held in sorted(self.of(tensor), key=lambda one: one.tensor is tensor):
+            held.snapshot(leads_on and held.tensor is tensor)

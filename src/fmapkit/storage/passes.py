@@ -1,0 +1,234 @@
+"""The maps of each pass, in order, and the last passes: which are kept, and how much they hold."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmapkit.provenance.heads import Heads
+from fmapkit.provenance.labels import Origin
+from fmapkit.provenance.layout import Axes
+from fmapkit.storage.gradients import in_function
+from fmapkit.storage.held import Held
+from fmapkit.torchlib.memory import block_of, parts_of
+
+__all__ = ["Entry", "Pass", "Store"]
+
+
+_grads: Callable[[], bool] = torch.is_grad_enabled
+
+
+class Entry:
+    """One map: what it is, and where its values are held."""
+
+    __slots__ = ("axes", "edited", "heads", "held", "kind", "origin", "path", "picked", "sigma")
+
+    def __init__(
+        self,
+        kind: str,
+        origin: Origin,
+        held: Held | None,
+        axes: Axes | None = None,
+        sigma: str | None = None,
+        path: str = "",
+        picked: tuple[int, ...] | None = None,
+        edited: Held | None = None,
+    ) -> None:
+        self.kind = kind
+        self.origin = origin
+        self.held = held
+        self.axes = axes
+        self.sigma = sigma
+        self.path = path
+        self.picked = picked  # the filters held, in the order held, where not all are
+        self.edited = edited  # what went on in its place
+        self.heads: Heads | None = None  # of attention
+
+    def release(self) -> list[Tensor | None]:
+        """Let go of the tensors; what they were."""
+        both = [held for held in (self.held, self.edited) if held is not None]
+        tensors = [held.tensor for held in both]
+        for held in both:
+            held.release()
+        return tensors
+
+
+class Pass:
+    """The maps of one forward pass, in execution order.
+
+    `segments` holds entries, and objects with an `entries()` method: replays of a plan, whose
+    entries are made when somebody reads them and not while the model runs.
+
+    Attributes:
+        drop: to be called, with anything, for each map that comes: it lets go of one of the oldest
+            pass's. All at once, their memory would go back to the system, to be asked for anew.
+    """
+
+    __slots__ = (
+        *("_entries", "closed", "drop", "grads", "memory", "segments", "step", "training"),
+        *("ids", "weights"),
+    )
+
+    def __init__(self, step: int, training: bool = False) -> None:
+        self.step = step
+        # As it began; the forward of an autograd Function, a reentrant checkpoint's, has them off.
+        self.grads = _grads() or in_function()
+        self.training = training  # the mode the model was in then
+        self.segments: list[Any] = []
+        self.closed = False
+        self.drop: Callable[[Any], None] = _NOTHING.append
+        self.memory: dict[int, int] | None = None  # as the store has counted it, in bytes
+        self.ids: Tensor | None = None  # of its inputs, as the user numbers them
+        # By its module's id and its key: each parameter, and its version, where that is asked for.
+        self.weights: dict[tuple[int, str], tuple[Tensor, int]] | None = None
+        self._entries: list[Entry] | None = None
+
+    def entries(self) -> list[Entry]:
+        """Every map held, in execution order."""
+        if self._entries is not None:
+            return self._entries
+        found: list[Entry] = []
+        for segment in self.segments:
+            found.extend([segment] if isinstance(segment, Entry) else segment.entries())
+        found = [e for e in found if e.held is not None]
+        if self.closed:
+            self._entries = found
+        return found
+
+    def held(self) -> list[Held]:
+        """What is held in memory, each once."""
+        both = [h for e in self.entries() for h in (e.held, e.edited)]
+        return list({id(h): h for h in both if h is not None}.values())
+
+    def without(self, refused: Container[int]) -> list[Entry]:
+        """Leave out the entries of a closed pass that hold any of these, by id; which they were."""
+        every = self.entries()
+        gone = [e for e in every if id(e.held) in refused or id(e.edited) in refused]
+        self._entries = [entry for entry in every if entry not in gone]
+        return gone
+
+    def keep_only(self, asked: Callable[[Entry], bool]) -> None:
+        """Of a closed pass, let go of every map but these."""
+        self._entries = list(filter(asked, self.entries()))
+        self.segments = list(self._entries)
+
+    def discard(self) -> None:
+        """Nothing of the pass so far is kept: what its maps are is not known any more."""
+        for segment in self.segments:
+            segment.release()
+        self.segments.clear()
+        self._entries = None
+
+    def release(self) -> list[Any]:
+        """Let go of every tensor; maps read before keep theirs.
+
+        Returns:
+            What holds them still, in execution order.
+        """
+        tensors = [t for entry in self._entries or () for t in entry.release()]
+        held = [piece for segment in self.segments for piece in segment.release()]
+        if tensors and held:  # some were read: what the segments have is the same
+            size = -(-len(tensors) // len(held))
+            held = [tensors[at : at + size] for at in range(0, len(tensors), size)]
+        self.segments.clear()
+        self._entries = []
+        self.closed = True
+        return held
+
+
+# Of no length: whatever is put there is gone.
+_NOTHING: deque[Any] = deque(maxlen=0)
+
+
+class Store:
+    """The last passes, newest last.
+
+    Args:
+        keep: how many; None for all of them. Of 0, there is one while it runs.
+    """
+
+    def __init__(self, keep: int | None) -> None:
+        self.passes: deque[Pass] = deque()
+        self.fleeting = keep == 0
+        self.keep = 1 if self.fleeting else keep
+        self._users: Counter[int] = Counter()  # by storage: how many counted passes hold it
+        self._total = 0
+        self._going: deque[Any] = _NOTHING
+
+    def begin(self, step: int, training: bool, gradually: bool = False) -> Pass:
+        """Room for a new pass: the oldest is let go before the model allocates again.
+
+        Args:
+            step: how many passes there were before.
+            training: the model's mode.
+            gradually: its maps go one by one, as the new ones come.
+        """
+        new = Pass(step, training)
+        while self.keep is not None and len(self.passes) >= self.keep:
+            _, held = self._let_go()
+            if gradually:
+                self._going = deque(held, maxlen=len(held))
+                new.drop = self._going.append
+            del held
+        self.passes.append(new)
+        return new
+
+    def end(self) -> None:
+        """A pass has ended: what is left of the oldest one goes."""
+        self._going.clear()
+        self._going = _NOTHING
+        if self.passes:
+            self.passes[-1].drop = _NOTHING.append
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that all passes hold; shared memory counts once."""
+        return sum(_memory(h for p in self.passes for h in p.held()).values())
+
+    def count(self) -> int:
+        """The same of passes that have ended: each is looked at once, when it is the newest."""
+        for ended in reversed(self.passes):
+            if ended.memory is not None:
+                break
+            ended.memory = _memory(ended.held())
+            for storage, size in ended.memory.items():
+                if not self._users[storage]:
+                    self._total += size
+                self._users[storage] += 1
+        return self._total
+
+    def let_go(self, newest: bool = False) -> Pass:
+        """Let the oldest pass go, or the newest one."""
+        return self._let_go(newest)[0]
+
+    def _let_go(self, newest: bool = False) -> tuple[Pass, list[Any]]:
+        """And what holds its tensors still."""
+        gone = self.passes.pop() if newest else self.passes.popleft()
+        for storage, size in (gone.memory or {}).items():
+            self._users[storage] -= 1
+            if not self._users[storage]:
+                del self._users[storage]
+                self._total -= size
+        return gone, gone.release()
+
+    def clear(self) -> None:
+        """Let everything go."""
+        while self.passes:
+            self.let_go()
+
+    def latest(self) -> Pass | None:
+        """The newest pass, which may still be running."""
+        return self.passes[-1] if self.passes else None
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+
+def _memory(held: Iterable[Held]) -> dict[int, int]:
+    """The storages in which these lie, and their bytes."""
+    tensors = [t for h in held if h.tensor is not None for t in parts_of(h.tensor)]
+    return dict(map(block_of, tensors))

@@ -1,0 +1,166 @@
+"""What torch.compile has compiled: which modules, and with what. Read off them, never guessed."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import types
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from fmapkit.torchlib.call_override import Standing
+from fmapkit.torchlib.class_cache import remembered
+
+__all__ = [
+    "around",
+    "compiled_by",
+    "compiled_call",
+    "compiled_roots",
+    "ever_compiled",
+    "holds",
+    "in_compiled_code",
+    "is_compiled",
+    "is_optimized",
+    "is_optimized_type",
+    "plain",
+]
+
+
+def is_optimized(module: Any) -> bool:
+    """Whether it is what `torch.compile(module)` returns: a module around the plain one."""
+    return is_optimized_type(type(module))
+
+
+@remembered
+def is_optimized_type(kind: type) -> bool:
+    """Whether its class is that of what `torch.compile(module)` returns."""
+    home = sys.modules.get("torch._dynamo.eval_frame")  # imported by the first torch.compile
+    return home is not None and issubclass(kind, home.OptimizedModule)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of it run compiled code: after `torch.compile(module)`, `module.compile()`.
+
+    What `torch.compiler.disable(module)` returns is of the same class, and runs eagerly.
+    """
+    if is_optimized(module):
+        disabled = sys.modules["torch._dynamo.eval_frame"].DisableContext
+        return not isinstance(getattr(module, "dynamo_ctx", None), disabled)
+    return compiled_call(module.__dict__) is not None
+
+
+def compiled_call(attributes: dict[str, Any]) -> Any:
+    """What `module.compile()` has put among a module's attributes; None if it did not."""
+    call = attributes.get("_compiled_call_impl")
+    return None if isinstance(call, Standing) else call
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The module inside `torch.compile(module)`; any other one as it is."""
+    while is_optimized(module):
+        module = module._orig_mod  # type: ignore[assignment]
+    return module
+
+
+def compiled_roots(model: nn.Module) -> list[nn.Module]:
+    """The outermost compiled modules in a model, itself included, each once."""
+    found: dict[nn.Module, None] = {}
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        marked = "_compiled_call_impl" in module.__dict__ or is_optimized_type(type(module))
+        if marked and is_compiled(module):
+            found[module] = None
+            return
+        for child in module._modules.values():
+            if child is not None:
+                walk(child)
+
+    walk(model)
+    return list(found)
+
+
+def around(model: nn.Module) -> list[nn.Module]:
+    """The compiled modules that have a model inside, which the model does not know of.
+
+    `torch.compile(model)` is one of them, and so is a compiled model of which it is a part.
+    """
+    if not ever_compiled():  # to look through all objects takes a while
+        return []
+    found = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
+    return [o for o in found if _is_whole(o) and is_compiled(o) and holds(o, model)]
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether it was made to its end, and its attributes can be read: it may be anybody's."""
+    try:
+        return "_modules" in module.__dict__
+    except AttributeError:
+        return False
+
+
+def ever_compiled() -> bool:
+    """Whether torch.compile was ever called: it imports this on its way, and nothing else does.
+
+    `torch._dynamo` itself is imported by other libraries, too, and by `torch.optim`. A test sees to
+    it that this holds.
+    """
+    return "torch._dynamo.repro.after_dynamo" in sys.modules
+
+
+def holds(module: nn.Module, model: nn.Module) -> bool:
+    """Whether the model is a part of a module, or the module itself."""
+    return any(m is model for m in plain(module).modules())
+
+
+@lru_cache(maxsize=1)
+def _wrappers() -> tuple[dict[int, Any], dict[int, Any]]:
+    """The code of torch.compile's wrappers around functions, and that of torch.compiler.disable's.
+
+    All wrappers share their code, which is a constant of the function that makes them. By its id:
+    to hash code, Python goes through all of its instructions.
+    """
+    home = sys.modules["torch._dynamo.eval_frame"]
+    compiled = filter(_is_code, home._TorchDynamoContext.__call__.__code__.co_consts)
+    disabled = filter(_is_code, home.DisableContext.__call__.__code__.co_consts)
+    return {id(code): code for code in compiled}, {id(code): code for code in disabled}
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, types.CodeType)
+
+
+def compiled_by() -> Any:
+    """What compiled the code that called us: torch's context of backend, mode and options.
+
+    Returns:
+        It; called with a module, it compiles that in the same way. None if nothing did.
+    """
+    compiled, disabled = _wrappers()
+    at: types.FrameType | None = sys._getframe(1)
+    while at is not None:
+        if id(at.f_code) in disabled:
+            return None
+        if id(at.f_code) in compiled:
+            return at.f_locals.get("self")
+        at = at.f_back
+    return None
+
+
+def in_compiled_code() -> bool:
+    """Whether a function compiled by torch.compile is what called us, and dynamo looks on."""
+    compiled, disabled = _wrappers()
+    at = sys._getframe(1)
+    while at is not None:
+        code = id(at.f_code)
+        if code in disabled:
+            return False
+        if code in compiled:
+            return True
+        at = at.f_back  # type: ignore[assignment]
+    return False

@@ -1,0 +1,126 @@
+"""Operators of our own, run beside the model's: whoever counts the model's must not count them.
+
+Activation checkpointing does count. It matches the tensors that a region saves for backward with
+those of its recomputation by their order, and selective checkpointing matches every operator so. A
+copy of ours, made in the forward only, would shift all that follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter as unchanged
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
+
+from fmapkit.torchlib.transforms import transforming
+
+__all__ = ["clone", "goes_on_from", "operators_are_counted", "runs", "select", "unseen"]
+
+_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+# Selective checkpointing, while the forward runs.
+_COUNTING: Any = getattr(torch.utils.checkpoint, "_CachingTorchDispatchMode", ())
+
+
+def operators_are_counted() -> bool:
+    """Whether the model has to run the very operators that it runs without us."""
+    if not _modes():
+        return False
+    return any(isinstance(m, _COUNTING) for m in _get_current_dispatch_mode_stack())
+
+
+def clone(tensor: Tensor) -> Tensor:
+    """A copy; of a tensor of the graph, one in the graph, even where the model turned that off."""
+    if not _modes() and (torch.is_grad_enabled() or not tensor.requires_grad):
+        return tensor.clone()
+    with torch.set_grad_enabled(tensor.requires_grad or torch.is_grad_enabled()), unseen():
+        return tensor.clone()
+
+
+class _GoesOn(torch.autograd.Function):
+    """Has a tensor follow from another one that holds the same, in place of what it came from."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, copied: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+def goes_on_from(tensor: Tensor, copied: Tensor) -> bool:
+    """Have a tensor that is about to be written to go on from a copy of what it holds.
+
+    What backward brings to the tensor from there on is then the gradient of the copy, too. Not so
+    of a view: a write to it is one to its base, whose gradient would be put together another way.
+
+    Returns:
+        Whether autograd has a part in that.
+    """
+    if not torch.is_grad_enabled() or not copied.requires_grad:
+        return False
+    if tensor.is_leaf or tensor._is_view() or transforming() is not None:
+        return False
+    with unseen(), unchanged(tensor):  # σ, which writes to it next, is what counts
+        _GoesOn.apply(tensor, copied)  # type: ignore[no-untyped-call]
+    return True
+
+
+def select(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
+    """A copy of some indices of an axis, with the same care.
+
+    By slices: an index tensor would have to be sent to the device, which waits for it.
+    """
+    if not tensor.requires_grad:
+        with unseen():
+            return _taken(tensor, dim, places)
+    with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is), unseen():
+        return _taken(tensor, dim, places)
+
+
+@lru_cache(maxsize=1024)
+def runs(places: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """(first, length) of what lies side by side."""
+    found: list[tuple[int, int]] = []
+    for place in places:
+        if found and place == sum(found[-1]):
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((place, 1))
+    return tuple(found)
+
+
+def _taken(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
+    pieces = [tensor.narrow(dim, first, length) for first, length in runs(places)]
+    taken = pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces, dim)
+    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if tensor.dim() == dims and not tensor.is_contiguous():
+            if tensor.is_contiguous(memory_format=layout):
+                return taken.contiguous(memory_format=layout)
+    return taken
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """What runs here is not counted as the model's."""
+    if not operators_are_counted():
+        yield
+        return
+    modes = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,108 @@
+"""What decides whether a cast or a reshape copies: dtypes, layouts, and autocast.
+
+`x.float()`, `x.contiguous()` and `x.reshape(...)` return x itself, a view of it, or a copy, as the
+case may be; so a write to the result is a write to x, or it is not. Calls that differ here are of
+another kind, and are learned apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fmapkit.torchlib.nested import modules_in
+
+__all__ = ["autocasting", "casts", "form_of", "ones", "plain_spec", "weights_of"]
+
+_DEVICES = ("cpu", "cuda")
+_strided = torch.strided
+_TOLD = frozenset({type(None), bool, int, str})
+_any_autocast: Callable[[], bool] = getattr(
+    torch._C,
+    "_is_any_autocast_enabled",
+    lambda: any(torch.is_autocast_enabled(device) for device in _DEVICES),
+)
+
+
+def ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """Which axes are of size 1, and which of 0; all others are alike."""
+    return tuple([min(size, 2) for size in shape])
+
+
+def form_of(tensor: Tensor) -> Any:
+    """Rank, dtype and layout of an argument, and which axes have no length.
+
+    Not its shape, which may change freely: but where it is 1, the tensor may be broadcast, and the
+    filters of a sum are those of the operand that is not.
+    """
+    if tensor.layout is not _strided or tensor.is_nested:
+        return tensor.dim(), tensor.dtype, tensor.layout
+    shape = tensor.shape
+    short = ones(shape) if 1 in shape or 0 in shape else len(shape)
+    if tensor.is_contiguous():  # one pixel is channels-last, too, if its strides say so
+        return short, tensor.dtype, len(shape) > 3 and tensor.stride(-1)
+    strides = tensor.stride()
+    spans = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    order = tuple(sorted(range(len(strides)), key=strides.__getitem__))
+    return short, tensor.dtype, order, 0 in strides, spans + 1 == tensor.numel()
+
+
+def plain_spec(args: Any, kwargs: Any) -> Any:
+    """All that a call may differ by which is given plain tensors; None if there is more to it."""
+    found: list[Any] = [*kwargs]
+    for value in (*args, *kwargs.values()):
+        kind = type(value)
+        if kind is Tensor and value.layout is _strided and not value.is_nested:
+            found += value.shape, value.stride(), value.dtype
+        elif kind in _TOLD:
+            found += kind, value
+        else:
+            return None
+    return found
+
+
+def casts() -> Any:
+    """What autocast does at the moment; None while it is off."""
+    if not _any_autocast():
+        return None
+    return tuple([(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES])
+
+
+def autocasting() -> list[str]:
+    """The devices for which autocast is on."""
+    return [d for d in _DEVICES if torch.is_autocast_enabled(d)] if _any_autocast() else []
+
+
+def weights_of(module: nn.Module) -> Callable[[], Any]:
+    """Tells dtype and layout of the module's weights, by a few that stand for all.
+
+    Those are the first and the last, and the first and the last of a convolution's. A lazy module
+    has none before its first call.
+    """
+    places, images = [], []
+    for owner in modules_in(module):
+        held = owner._parameters
+        if not held or isinstance(owner, torch.jit.ScriptModule):  # what it runs nobody sees
+            continue
+        for name, weight in held.items():
+            if weight is not None and weight.is_floating_point():
+                places.append((held, name))
+                if not is_lazy(weight) and weight.dim() > 3:
+                    images.append((held, name))
+    chosen = {id(held): (held, name) for held, name in (*places[:1], *places[-1:])}
+    chosen |= {id(held): (held, name) for held, name in (*images[:1], *images[-1:])}
+    looked_at = list(chosen.values())
+
+    def form() -> Any:
+        found = []
+        for held, name in looked_at:
+            weight = held.get(name)
+            if weight is not None and not is_lazy(weight):
+                found.append((weight.dtype, weight.stride()))
+        return found
+
+    return form

@@ -1,0 +1,92 @@
+"""Tensors that are not held: of torch.func transforms, and such that have no shape."""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmapkit.torchlib.nested import tensors_in
+
+__all__ = [
+    *("NESTED", "TRANSFORMED", "inner", "is_shapeless", "returned", "transformed", "transforming"),
+    *("some_shapeless", "under_transform", "unheld", "wrapped"),
+]
+
+TRANSFORMED = (
+    "it runs under a torch.func transform (vmap, grad, …): its tensors live only inside the "
+    "transform, and cannot be held"
+)
+
+NESTED = (
+    "it runs on nested tensors of the strided layout, which have no shape, and maps of them are "
+    "not supported; those of layout=torch.jagged are"
+)
+
+_is_nested: Callable[[Tensor], bool] = operator.attrgetter("is_nested")
+_is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+_unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
+# The innermost transform that is at work; None where none is.
+transforming: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+
+
+class _Returned(threading.local):
+    """Whether maps of this thread are returned inside of the transform that they live in.
+
+    Nobody holds them beyond it then, and they are maps like any other.
+    """
+
+    on = False
+
+
+returned = _Returned()
+
+
+def wrapped(tensor: Tensor) -> bool:
+    """Whether what is known to be a tensor is one of a transform, which must not be kept."""
+    return _is_wrapped(tensor) and not returned.on
+
+
+def inner(tensor: Tensor) -> Tensor:
+    """The tensor that a transform's stands for, which has memory; any other one as it is."""
+    while _is_wrapped(tensor):
+        tensor = _unwrapped(tensor)
+    return tensor
+
+
+def transformed(value: Any) -> bool:
+    """Whether it is a tensor of a torch.func transform, which must not be kept."""
+    return isinstance(value, Tensor) and wrapped(value)
+
+
+def is_shapeless(tensor: Tensor) -> bool:
+    """Whether it is a nested one of the strided layout."""
+    return tensor.is_nested and tensor.layout is torch.strided
+
+
+def some_shapeless(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of them is."""
+    return any(map(_is_nested, tensors)) and any(map(is_shapeless, tensors))
+
+
+def unheld(tensor: Tensor) -> str | None:
+    """Why a tensor is not held; None if it may be."""
+    if is_shapeless(tensor):
+        return NESTED
+    return TRANSFORMED if wrapped(tensor) else None
+
+
+def under_transform(module: nn.Module, value: Any) -> bool:
+    """Whether a torch.func transform is at work on a call: on what it is given, or its weights."""
+    if transforming() is None or returned.on:
+        return False
+    with torch._C.DisableTorchFunction():
+        # Under `grad` and its like, whatever runs gives a tensor of the transform.
+        if transformed(torch.empty(()).detach()):
+            return True
+        own = (*module.parameters(), *module.buffers())
+        return any(transformed(t) for t in (*tensors_in(value), *own))

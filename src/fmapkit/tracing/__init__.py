@@ -1,0 +1,1 @@
+"""Watch a pass op by op: which layer and which nonlinearity ran, and what is overwritten."""

@@ -1,0 +1,263 @@
+"""Attention probabilities in a traced pass: which softmax is one, and those of fused attention.
+
+Eager attention is found by what is done with it: the result of a softmax that then weighs other
+data in a matrix product, summed over the axis that it was taken along. On the way it may be cast,
+masked, dropped out, reshaped and permuted. Which axis counts heads is told by the data, too: the
+query's filters lie along two axes, heads and what is in a head, and the product keeps the first.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fmapkit.provenance import vocabulary as words
+from fmapkit.provenance.attention_math import given, probabilities
+from fmapkit.provenance.heads import Heads, Projection, projection
+from fmapkit.provenance.labels import Flow, Origin, Weight
+from fmapkit.provenance.layout import Axes, Part
+from fmapkit.provenance.product_rules import einsum_terms
+from fmapkit.provenance.propagate import carried
+from fmapkit.provenance.rule_basics import argument
+from fmapkit.storage.held import Held
+from fmapkit.torchlib.memory import version_of
+from fmapkit.torchlib.nested import tensors_in
+from fmapkit.torchlib.sharded import is_wrapped
+from fmapkit.torchlib.transforms import is_shapeless, wrapped
+from fmapkit.tracing.events import Event
+
+if TYPE_CHECKING:
+    from fmapkit.tracing.tracer import Tracer
+
+__all__ = ["NONE_SEEN", "AttentionWatch"]
+
+NONE_SEEN = (
+    "kinds='attention' was asked for, and no attention was seen in this pass: no softmax that "
+    "weighs other data, and no scaled_dot_product_attention"
+)
+UNSEEN = "{}: it runs attention inside one fused call, whose probabilities nobody can see"
+WRAPPED = "{}: its probabilities are not computed for tensors of this kind ({})"
+NO_GRADIENT = (
+    "its probabilities are computed beside the fused kernel, which does not use them: no gradient "
+    "gets to them"
+)
+FUSED = words.words(
+    """_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention
+    _scaled_dot_product_cudnn_attention _scaled_dot_product_flash_attention_for_cpu
+    _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math
+    _flash_attention_forward _efficient_attention_forward flex_attention
+    _transformer_encoder_layer_fwd _native_multi_head_attention varlen_attn"""
+)
+
+
+_Made = tuple[Projection | None, Projection | None]
+
+
+class _Softmax:
+    """The result of a softmax, which may turn out to be attention probabilities."""
+
+    __slots__ = ("axes", "done", "held", "made", "modules")
+
+    def __init__(self, held: Held, axes: Axes | None, made: _Made) -> None:
+        self.held = held
+        self.axes = axes  # of heads
+        self.made = made  # its queries and keys
+        self.modules: set[nn.Module] = set()  # in which it went on
+        self.done = False
+
+
+class AttentionWatch:
+    """Finds attention probabilities in one pass, and holds them.
+
+    Args:
+        tracer: of the pass.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+        self._merged: int | None = None  # heads that lie along the first axis, with samples
+        # Tensors, by id: what they are made of, and along which axis that lies.
+        self._heads: dict[int, tuple[weakref.ref[Tensor], Flow]] = {}
+        self._keys: dict[int, tuple[weakref.ref[Tensor], Flow]] = {}
+        self._softmaxes: dict[Origin, _Softmax] = {}
+        self._made: dict[Origin, _Made] = {}  # queries and keys of scores
+
+    def end(self) -> None:
+        """Let go of all that could keep a tensor alive."""
+        self._heads.clear()
+        self._keys.clear()
+        self._softmaxes.clear()
+
+    @contextmanager
+    def inside(self, args: Any, kwargs: Any) -> Iterator[None]:
+        """In `multi_head_attention_forward`, which puts heads and samples along one axis."""
+        before, self._merged = self._merged, argument(args, kwargs, 4, "num_heads")
+        try:
+            yield
+        finally:
+            self._merged = before
+
+    def step(
+        self, name: str, func: Any, operands: Sequence[Tensor], args: Any, kwargs: Any, out: Any
+    ) -> None:
+        """A function has run."""
+        if name == "scaled_dot_product_attention":
+            self._fused(func, args, kwargs)
+        elif name in FUSED:
+            self._tracer.miss(self._name(), UNSEEN.format(name))
+        elif not isinstance(out, Tensor) or is_shapeless(out) or wrapped(out):
+            return
+        elif name in ("softmax", "_softmax"):
+            self._softmax(operands[0], args, kwargs, out)
+        elif name in words.MATMULS or name == "einsum":
+            self._product(name, operands, args, out)
+        else:
+            self._follow(self._heads, name, operands, args, kwargs, out)
+            self._follow(self._keys, name, operands, args, kwargs, out)
+
+    def _name(self) -> str:
+        return self._tracer.names.of(self._tracer.scope())
+
+    # -- what goes on -------------------------------------------------------------------------
+
+    def _find(self, table: dict[int, tuple[weakref.ref[Tensor], Flow]], x: Any) -> Flow | None:
+        found = table.get(id(x))
+        return found[1] if found is not None and found[0]() is x else None
+
+    def _follow(
+        self, table: Any, name: str, operands: Sequence[Tensor], args: Any, kwargs: Any, out: Tensor
+    ) -> None:
+        if not table or not any(self._find(table, x) for x in operands):
+            return
+        found = carried(name, operands, args, kwargs, out, lambda x: self._find(table, x))
+        if isinstance(found, Flow) and found.axes is not None and found.axes.parts:
+            table[id(out)] = weakref.ref(out), found
+            known = self._softmaxes.get(found.origin)
+            if known is not None:
+                known.modules.update(f.module for f in self._tracer.frames)
+
+    # -- eager --------------------------------------------------------------------------------
+
+    def _product(self, name: str, operands: Sequence[Tensor], args: Any, out: Tensor) -> None:
+        """A product: of queries and keys, or of probabilities and values."""
+        a, b = operands[-2:] if name != "__rmatmul__" else operands[-2:][::-1]
+        if len(operands) < 2 or any(isinstance(self._tracer.tag(x), Weight) for x in (a, b)):
+            return
+        for x, other in ((a, b), (b, a)):
+            flow = self._find(self._keys, x)
+            if flow is None or flow.axes is None or flow.axes.dim is None:
+                continue
+            if flow.axes.dim == _summed(name, x, a, args):
+                self._confirm(self._softmaxes[flow.origin], other)
+        tag = self._tracer.tag(a)
+        heads = _heads_of(tag.axes if isinstance(tag, Flow) else None, a)
+        if heads is not None:
+            dim = _place_in_product(name, heads.dim, a, args, out)
+            if dim is not None and out.shape[dim] == heads.size:
+                origin, axes = Origin("heads"), Axes.single(dim, heads.size)
+                self._heads[id(out)] = weakref.ref(out), Flow(origin, axes)
+                keys = projection(self._tracer.tag(b), b.shape)
+                self._made[origin] = projection(tag, a.shape), keys
+
+    def _softmax(self, scores: Tensor, args: Any, kwargs: Any, out: Tensor) -> None:
+        dim = argument(args, kwargs, 1, "dim")
+        if not isinstance(dim, int) or out.dim() < 2:
+            return
+        tracer = self._tracer
+        flow = self._find(self._heads, scores)
+        heads = flow.axes if flow is not None and flow.axes and flow.axes.fit(out.shape) else None
+        made = self._made[flow.origin] if flow is not None else (None, None)
+        if dim % out.dim() == out.dim() - 2:  # the keys are those of the first factor
+            made = made[::-1]
+        known = _Softmax(tracer.aliases.reference(out), heads, made)
+        known.modules.update(f.module for f in tracer.frames)
+        origin = Origin("softmax")
+        self._softmaxes[origin] = known
+        axes = Axes.single(dim % out.dim(), out.shape[dim])
+        self._keys[id(out)] = weakref.ref(out), Flow(origin, axes)
+
+    def _confirm(self, known: _Softmax, values: Tensor) -> None:
+        """It weighs other data: these are attention probabilities."""
+        tracer = self._tracer
+        tracer.deciding.update(known.modules, (f.module for f in tracer.frames))
+        if known.done:
+            return
+        known.done = True
+        held, axes = known.held, known.axes
+        p = held.tensor
+        if p is not None and self._merged and axes is None and p.dim() == 3:
+            if p.shape[0] % self._merged == 0:
+                apart = p.view(-1, self._merged, *p.shape[1:])
+                held = Held(apart, held.version, held.copied, held.gradient)
+                tracer.aliases.watch(held)
+                axes = Axes.single(1, self._merged)
+        made = projection(tracer.tag(values), values.shape)
+        self._hold(held, axes, tracer.scope(), Heads(*known.made, made))
+
+    # -- fused --------------------------------------------------------------------------------
+
+    def _fused(self, func: Any, args: Any, kwargs: Any) -> None:
+        tracer = self._tracer
+        name = self._name()
+        tracer.deciding.update(f.module for f in tracer.frames)
+        if not tracer.wants.layer(name):
+            return
+        call = given(args, kwargs)
+        tensors = tensors_in(args, kwargs)
+        odd = [t for t in tensors if is_shapeless(t) or wrapped(t) or is_wrapped(t)]
+        if odd:
+            tracer.miss(name, WRAPPED.format("scaled_dot_product_attention", type(odd[0]).__name__))
+            return
+        found = probabilities(call, graph=not tracer.wants.detach)
+        if tracer.wants.gradients:
+            tracer.miss(name, NO_GRADIENT)
+        heads = Axes.single(found.dim() - 3, found.shape[-3]) if found.dim() > 2 else None
+        made = [projection(tracer.tag(call[n]), call[n].shape) for n in ("query", "key", "value")]
+        held = Held(found, version_of(found), copied=True)
+        self._hold(held, heads, tracer.scope(), Heads(*made))
+
+    def _hold(self, held: Held, axes: Axes | None, scope: nn.Module, heads: Heads) -> None:
+        tracer = self._tracer
+        name = tracer.names.of(scope)
+        origin = tracer.record.next_call("attention", name, f"{name}@attention")
+        if not tracer.wants.layer(name):
+            return
+        event = Event("attention", scope)
+        event.origin, event.y_held = origin, held
+        tracer.record.hold(event, "y", "attention", origin, held, axes)
+        for _, entry in event.entries:
+            entry.heads = heads
+        tracer.events.append(event)
+
+
+def _heads_of(axes: Axes | None, x: Tensor) -> Part | None:
+    """The axis of heads, where filters lie along it and along the last one, which is summed."""
+    if axes is None or len(axes.parts) != 2 or not axes.fit(x.shape):
+        return None
+    first, last = axes.parts
+    return first if last.dim == x.dim() - 1 and first.dim < x.dim() - 2 else None
+
+
+def _summed(name: str, x: Tensor, first: Tensor, args: Any) -> int | None:
+    """The axis of a factor that a product sums over."""
+    if name == "einsum":
+        terms, right = einsum_terms(args)
+        factors = tensors_in(*args[1:])
+        term = next((t for t, f in zip(terms, factors, strict=False) if f is x), "")
+        gone = [i for i, letter in enumerate(term) if letter not in right]
+        return gone[0] if len(gone) == 1 else None
+    return x.dim() - 1 if x is first else x.dim() - 2
+
+
+def _place_in_product(name: str, dim: int, x: Tensor, args: Any, out: Tensor) -> int | None:
+    """Where an axis of the first factor lies in the result."""
+    if name == "einsum":
+        terms, right = einsum_terms(args)
+        if not terms or dim >= len(terms[0]) or right.count(terms[0][dim]) != 1:
+            return None
+        return right.index(terms[0][dim])
+    return dim + out.dim() - x.dim()

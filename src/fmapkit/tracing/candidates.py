@@ -1,0 +1,142 @@
+"""Weightless modules: which may be one nonlinearity written out by hand, and which are.
+
+Pure: asked when a module's call begins, and answered when it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fmapkit import layers, nonlinearities
+from fmapkit.nonlinearities import (
+    class_sigma,
+    is_torchs,
+    module_sigma,
+    patched_name,
+    runs_torchs_forward,
+)
+from fmapkit.provenance.functions import describe
+from fmapkit.storage.aliases import Aliases
+from fmapkit.torchlib.class_cache import remembered
+from fmapkit.torchlib.nested import tensors_in
+from fmapkit.tracing.events import Event
+from fmapkit.tracing.frames import Frame
+
+__all__ = [
+    *("is_norm", "is_whole", "may_be_sigma", "name_by_hand", "norm_axis", "role_of"),
+    "verdict",
+]
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_TORCHS = "torch.nn.modules."
+
+
+def role_of(module: nn.Module) -> str:
+    """What a module's class tells of its calls, and whether it runs as torch has written it.
+
+    Returns:
+        "layer" if it is registered as one; "sigma"; "plain": neither, as torch's own modules and
+        mere containers are; "open": that depends on the call, see `may_be_sigma`.
+    """
+    registered = layers.version + nonlinearities.version
+    return _role(type(module), runs_torchs_forward(module), registered)
+
+
+@remembered
+def _role(kind: type[nn.Module], as_torch_has_it: bool, registered: int) -> str:
+    if not layers.REGISTERED.keys().isdisjoint(kind.__mro__):
+        return "layer"
+    if class_sigma(kind, as_torch_has_it) is not None:
+        return "sigma"
+    torchs = kind.__module__.startswith(_TORCHS) and as_torch_has_it
+    if torchs or issubclass(kind, _CONTAINERS):
+        return "plain"
+    return "open"
+
+
+def may_be_sigma(module: nn.Module, args: Any, kwargs: Any, x: Tensor) -> bool:
+    """Of an "open" one: one tensor goes in, and it has no weights or only per-channel ones."""
+    if not (x.is_floating_point() or x.is_complex()) or len(tensors_in(*args, kwargs)) != 1:
+        return False
+    shape = x.shape
+    return _has_only(module, {1, *shape[1:2], *shape[-1:]})
+
+
+def _has_only(module: nn.Module, counts: set[int]) -> bool:
+    """Whether each parameter in a module has one of these numbers of elements."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.numel() not in counts:
+            return False
+    for child in module._modules.values():
+        if child is not None and not _has_only(child, counts):
+            return False
+    return True
+
+
+def is_whole(module: nn.Module) -> bool:
+    """Whether a module may go by itself alone: registered, or a nonlinearity written by hand."""
+    if is_torchs(module) or isinstance(module, _CONTAINERS):
+        return False
+    if layers.is_registered(module) or module_sigma(module) is not None:
+        return True
+    return not module._modules and all(p.dim() <= 1 for p in module.parameters())
+
+
+def verdict(frame: Frame, output: Any, events: Sequence[Event], aliases: Aliases) -> str | None:
+    """The name of σ if a call of a module is one nonlinearity.
+
+    Args:
+        frame: the call.
+        output: what it returned.
+        events: of the pass.
+        aliases: what is held of its tensors.
+    """
+    if not isinstance(output, Tensor) or frame.x is None:
+        return None
+    if frame.kind == "sigma":
+        if frame.ran:
+            return module_sigma(frame.module)
+        whole = frame.inner is not None and frame.inner[1] is output
+        return frame.inner[0] if frame.inner and whole else patched_name(frame.module)
+    if frame.degrees is None or output.shape != frame.x.shape:
+        return None
+    if not frame.degrees.is_nonlinear(output):
+        return None
+    inner = [e for e in events[frame.start :] if e.kind == "sigma"]
+    if len(inner) == 1 and not _written_by_hand(inner[0]):
+        event = inner[0]
+        # A wrapper around one function or module is no nonlinearity of its own.
+        same = event.x_held is frame.x_held or event.x is frame.x
+        if same and event.y_held is aliases.reference(output):
+            return None
+    return name_by_hand(frame.module)
+
+
+def name_by_hand(module: nn.Module) -> str:
+    """What a nonlinearity written by hand goes by: its class, or the forward put into another."""
+    kind = type(module).__name__
+    if not type(module).__module__.startswith(_TORCHS):
+        return kind
+    name = getattr(module.forward, "__name__", "forward")
+    return kind if name == "forward" else str(name)
+
+
+def _written_by_hand(event: Event) -> bool:
+    """Whether it is a function that is a nonlinearity in some of its calls."""
+    return event.function is not None and describe(event.function).sigma is None
+
+
+def is_norm(frame: Frame, output: Any) -> bool:
+    """Whether a call may be a norm written out by hand."""
+    if frame.degrees is None or not frame.degrees.reduces or frame.x is None:
+        return False
+    return isinstance(output, Tensor) and output.shape == frame.x.shape
+
+
+def norm_axis(module: nn.Module, output: Tensor) -> int:
+    """The filter axis of such a norm."""
+    channels = output.shape[1] if output.dim() == 4 else None
+    return 1 if any(p.numel() == channels for p in module.parameters()) else -1

@@ -1,0 +1,198 @@
+"""What is running right now: calls of modules, and one nonlinearity, with what may be edited of it.
+
+The tracer fills it in and reads it again when the call ends. Which modules run where no hook of
+ours tells, Python's own stack does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fmapkit.instrumentation.methods import method_called
+from fmapkit.provenance.labels import Lookup, Tag
+from fmapkit.provenance.layout import Axes
+from fmapkit.provenance.linearity import Degrees
+from fmapkit.provenance.sometimes import Pointwise
+from fmapkit.storage.held import Held
+
+__all__ = [
+    *("Frame", "SigmaCall", "Site", "call_frame", "first_tensor", "on_stack", "running_module"),
+    "running_modules",
+]
+
+_CALL = nn.Module._call_impl.__code__
+_ABOUT = nn.Module._wrapped_call_impl.__code__
+_METHOD = method_called.__code__
+_NONE: Counter[str] = Counter()
+
+
+class Frame:
+    """One running call of a module."""
+
+    __slots__ = (
+        *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
+        *("in_place", "kept", "tag", "a", "watched", "inner", "pointwise", "ran"),
+        *("counts", "firing", "position", "replaced", "site", "turns"),
+    )
+
+    def __init__(self, module: nn.Module, args: Any, kwargs: Any, start: int) -> None:
+        self.module = module
+        self.args = args
+        self.kwargs = kwargs
+        self.kind = "plain"  # "sigma", "candidate", "layer" (a registered, opaque one)
+        self.start = start  # how many events there were
+        self.x: Tensor | None = None
+        self.a: Any = None  # what the σ function inside a registered σ module returned
+        self.key: str | None = None
+        self.x_held: Held | None = None
+        self.degrees: Degrees | None = None  # of a candidate
+        self.watched = False  # it is in a candidate, or is one
+        self.in_place = False
+        self.kept = False  # it left the memory of x as it was
+        self.tag: Tag = None  # what x carries
+        self.counts = _NONE  # as it began; of a unit that is learned
+        self.firing = 0
+        self.position = 0  # how many decisions of the pass had been taken
+        # How often each function was given a weight, by the layer that made that.
+        self.turns: Counter[tuple[str, str | None]] | None = None
+        self.site: Site | None = None  # something to edit
+        self.replaced: tuple[Any, Any] | None = None  # the arguments that it is to get instead
+        self.pointwise = Pointwise()
+        self.ran = False  # the function inside that a registered σ module is
+        self.inner: tuple[str, Any] | None = None  # another one that got x, and its result
+
+    @classmethod
+    def of(cls, module: nn.Module, args: Any, kwargs: Any, start: int) -> Frame:
+        """A running call that is no more than that."""
+        frame = cls(module, args, kwargs, start)
+        frame.x, frame.key = first_tensor(args, kwargs)
+        return frame
+
+    def step(
+        self,
+        name: str,
+        operands: Sequence[Tensor],
+        args: Any,
+        kwargs: Any,
+        out: Any,
+        tag: Lookup,
+        nonlinear: bool = False,
+    ) -> None:
+        """A function has run inside: follow what depends on the input, linearly or not."""
+        if self.degrees is not None:
+            self.degrees.step(name, operands, args, kwargs, out, tag, nonlinear)
+
+    def take(self, x: Tensor) -> None:
+        """Another tensor came in."""
+        if self.degrees is not None:
+            self.degrees.enter(x)
+        self.x = x
+
+
+class SigmaCall:
+    """A nonlinearity about to run."""
+
+    __slots__ = (
+        *("args", "function", "held", "in_place", "kept", "kwargs", "original", "place", "sigma"),
+        *("site", "tag", "unheld", "z"),
+    )
+
+    def __init__(
+        self, function: Any, args: Any, kwargs: Any, sigma: str, z: Tensor, tag: Tag
+    ) -> None:
+        self.sigma = sigma
+        self.place = 0  # which of the tensor arguments z is
+        self.unheld: str | None = None  # why z cannot be held
+        self.function = function
+        self.original = function
+        self.args = args
+        self.kwargs = kwargs
+        self.z = z
+        self.tag = tag
+        self.held: Held | None = None
+        self.in_place = False
+        self.kept = False  # σ leaves the memory of z as it was
+        self.site: Site | None = None  # something to edit
+
+
+class Site:
+    """A nonlinearity with something to edit, while it runs.
+
+    Attributes:
+        name: the layer's label.
+        call: which call of it.
+        z: what came in.
+        z_edited: what σ got in its place.
+        a_edited: what goes on in the place of σ's result.
+        base: memory that the model will read the result from, where that is not the result's own.
+    """
+
+    __slots__ = ("a_edited", "axes", "base", "call", "name", "sigma", "version", "z", "z_edited")
+
+    def __init__(self, name: str, call: int, sigma: str, axes: Axes | None, z: Tensor) -> None:
+        self.name = name
+        self.call = call
+        self.sigma = sigma
+        self.axes = axes
+        self.z = z
+        self.z_edited: Held | None = None
+        self.a_edited: Held | None = None
+        self.base: Tensor | None = None
+        self.version = 0
+
+
+def first_tensor(args: Any, kwargs: Any) -> tuple[Tensor | None, str | None]:
+    """The first argument if it is a tensor, by place or by keyword."""
+    if args:
+        return (args[0], None) if isinstance(args[0], Tensor) else (None, None)
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return value, key
+    return None, None
+
+
+def call_frame() -> Any:
+    """Python's own frame of the innermost call of a module, running or about to run."""
+    at: Any = sys._getframe(1)
+    while at is not None and at.f_code is not _CALL and at.f_code is not _ABOUT:
+        if at.f_code is _METHOD:
+            break
+        at = at.f_back
+    return at
+
+
+def on_stack(frame: Any) -> bool:
+    """Whether a frame of Python's is still running."""
+    at: Any = sys._getframe(1)
+    while at is not None and at is not frame:
+        at = at.f_back
+    return at is not None
+
+
+def running_module(ours: int) -> nn.Module | None:
+    """The module whose call is the innermost on Python's own stack.
+
+    Args:
+        ours: so many callers are not looked at: each look makes a frame object.
+    """
+    at = sys._getframe(ours + 1)
+    while at is not None and at.f_code is not _CALL and at.f_code is not _METHOD:
+        at = at.f_back  # type: ignore[assignment]
+    running: nn.Module | None = at.f_locals.get("self") if at is not None else None
+    return running
+
+
+def running_modules(stop: Any) -> list[nn.Module]:
+    """The modules whose calls are on Python's stack up to a frame's code, outermost first."""
+    found: list[nn.Module] = []
+    at = sys._getframe(1)
+    while at is not None and at.f_code is not stop:
+        if at.f_code is _CALL:
+            found.append(at.f_locals["self"])
+        at = at.f_back  # type: ignore[assignment]
+    return found[::-1]

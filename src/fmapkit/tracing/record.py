@@ -1,0 +1,330 @@
+"""Keep what a traced pass shows: its events, whose filters they have, and the maps held of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fmapkit.missed import NotSupportedError
+from fmapkit.provenance.labels import Flow, Origin
+from fmapkit.provenance.layout import Axes
+from fmapkit.provenance.propagate import sigma_axes
+from fmapkit.selection.early_stop import Stop
+from fmapkit.selection.selection import Wants
+from fmapkit.storage.aliases import Aliases
+from fmapkit.storage.gradients import NO_GRAPH, in_function
+from fmapkit.storage.held import Held
+from fmapkit.storage.passes import Entry, Pass
+from fmapkit.torchlib.memory import version_of
+from fmapkit.torchlib.nested import closed_parts, leaves
+from fmapkit.torchlib.sharded import is_dtensor
+from fmapkit.torchlib.side_ops import goes_on_from
+from fmapkit.torchlib.transforms import unheld
+from fmapkit.tracing.events import Event, Firings
+from fmapkit.tracing.frames import Site
+from fmapkit.tracing.tags import Tags
+
+__all__ = ["Record"]
+
+
+class Record:
+    """The events of one pass.
+
+    Args:
+        wants: of the capture: which maps are to be held.
+        current: the pass, which gets their entries.
+        tags: what its tensors carry.
+        aliases: what is held of its tensors.
+        stop: to tell of each map; None if the pass is to run to its end.
+        miss: names what cannot be captured.
+
+    Attributes:
+        graph: its maps are to be part of the autograd graph.
+        counts: how many calls there were of each layer, by its label.
+        pending: preactivations of replayed units that a nonlinearity may still claim, by origin.
+    """
+
+    def __init__(
+        self,
+        wants: Wants,
+        current: Pass,
+        tags: Tags,
+        aliases: Aliases,
+        stop: Stop | None,
+        miss: Callable[[str, str], None],
+    ) -> None:
+        self.wants = wants
+        self.current = current
+        self.tags = tags
+        self.aliases = aliases
+        self.stop = stop
+        self.miss = miss
+        self.graph = wants.graph and current.grads
+        self.events: list[Event] = []
+        self.firings = Firings()
+        self.counts: Counter[str] = Counter()
+        self.pending: dict[int, list[Entry]] = {}
+        self._unpicked: list[tuple[Origin, bool]] = []  # DTensors, whose filters are on all ranks
+
+    def end(self) -> None:
+        """Let go of all that could keep a tensor or a graph alive.
+
+        Without waiting for Python's gc: events and firings know each other.
+        """
+        for origin, unless_claimed in self._unpicked:
+            if not (unless_claimed and origin.claimed):
+                self.miss(origin.name, "filters= was given, and some may lie on another rank")
+        self._unpicked.clear()
+        for event in self.events:
+            event.x = event.y = event.x_held = event.y_held = event.firing = None
+            event.entries.clear()
+        self.events.clear()
+        self.firings.clear()
+        self.pending.clear()
+        self.aliases.end()
+
+    # -- what ran -----------------------------------------------------------------------------
+
+    def sigma(
+        self,
+        event: Event,
+        flow: Flow,
+        z_held: Held,
+        z: Tensor,
+        a: Tensor,
+        own: str,
+        edited: Site | None = None,
+    ) -> None:
+        """One nonlinearity has run: name its layer, hold its pair.
+
+        Args:
+            event: made for it.
+            flow: what z carries.
+            z_held: what is held of z.
+            z: what came in, which may have been overwritten.
+            a: what it gave.
+            own: its own name, where no layer stands behind it.
+            edited: what was edited of it.
+        """
+        origin = flow.origin
+        if origin.kind == "none":
+            origin = self.next_call("own", own)
+        else:
+            self.claim(origin)
+        event.axes = flow.axes
+        event.x_held = z_held
+        event.y_held = self.aliases.reference(a)
+        self._add(event, origin, a)
+        if self.wants.layer(origin.name):
+            a_axes = sigma_axes(flow.axes, z, a)
+            self.hold(event, "x", "preactivation", origin, z_held, flow.axes, event.sigma)
+            self.hold(event, "y", "activation", origin, event.y_held, a_axes, event.sigma)
+            if edited is not None:
+                for _, entry in event.entries:
+                    z_or_a = edited.z_edited if entry.kind == "preactivation" else edited.a_edited
+                    entry.edited = self._same_filters(entry, z_or_a)
+
+    def layer(self, event: Event, name: str, out: Tensor, axes: Axes | None) -> Origin:
+        """A layer has run: where the filters of what it returned come from."""
+        origin = self.next_call("layer", name)
+        event.axes = axes
+        self.tags.put(out, Flow(origin, axes))
+        self._add(event, origin, out)
+        return origin
+
+    def layer_maps(
+        self,
+        event: Event,
+        x: Tensor | None,
+        out: Tensor,
+        edited: Held | None = None,
+        was: Tensor | None = None,
+    ) -> None:
+        """Hold a layer's maps.
+
+        Args:
+            event: of the layer.
+            x: its input, if it has one.
+            out: what it returned.
+            edited: what goes on in the place of that.
+            was: the input before it was edited; None where it was not.
+        """
+        origin, axes, kinds = event.origin, event.axes, self.wants.kinds
+        if x is not None and "input" in kinds:
+            event.x_held = self.aliases.reference(x if was is None else was)
+            if self.wants.filters is None:
+                self.hold(event, "x", "input", origin, event.x_held, self._input_axes(x, out, axes))
+                for slot, entry in event.entries if was is not None else ():
+                    if slot == "x":
+                        entry.edited = self._same_filters(entry, self.aliases.reference(x))
+            else:
+                self.miss(
+                    origin.name, "filters= was given, and its input is not of its own filters"
+                )
+        if "response" in kinds or "preactivation" in kinds:
+            event.y_held = self.aliases.reference(out)
+            for kind in ("response", "preactivation"):
+                if kind in kinds:
+                    self.hold(event, "y", kind, origin, event.y_held, axes)
+            for slot, entry in event.entries:
+                if edited is not None and slot == "y":
+                    entry.edited = self._same_filters(entry, edited)
+
+    def _input_axes(self, x: Tensor, out: Tensor, axes: Axes | None) -> Axes | None:
+        """Where the filters of a layer's input lie; unknown, they lie as those of its output."""
+        flow = self.tags.of(x)
+        if isinstance(flow, Flow) and flow.axes is not None:
+            return flow.axes
+        if axes is None or axes.dim is None:
+            return None
+        place = axes.dim - out.dim()
+        return Axes.single(x.dim() + place, x.shape[place]) if x.dim() >= -place else None
+
+    def output(self, module: nn.Module, name: str, output: Any) -> Event:
+        """A module has returned what is wanted as its output."""
+        if self.wants.filters is not None and not self.wants.kind("output"):
+            self.miss(name, "filters= was given, and what a module returns is held whole")
+        event = Event("output", module)
+        event.module = module
+        origin = self.next_call("output", name, f"{name}()")
+        event.origin = origin
+        found = leaves(output)
+        closed = closed_parts(output)
+        for path, part in closed:
+            place = f" at {path}" if path else ""
+            self.miss(name, f"it returned a {part}{place}, which cannot be looked into for tensors")
+        if not found and not closed and self.wants.some and module in self.wants.asked_outputs:
+            self.miss(name, f"it returned no tensor, but a {type(output).__name__}")
+        for path, tensor in found:
+            why = unheld(tensor)
+            if why is not None:
+                self.miss(name, why)
+                continue
+            flow = self.tags.of(tensor)
+            axes = flow.axes if isinstance(flow, Flow) else None
+            held = self.aliases.reference(tensor)
+            self.hold(event, path, "output", origin, held, axes, path=path)
+        self.events.append(event)
+        self.firings.fire(event)
+        return event
+
+    def norm(self, tag: Flow, out: Tensor, axis: int, name: str) -> Flow:
+        """A norm keeps the layer; where there is none, it is the nearest thing with filters."""
+        if tag.origin.kind == "layer" or out.dim() < 2:
+            return tag
+        dim = axis % out.dim()
+        return Flow(self.next_call("norm", name), Axes.single(dim, out.shape[dim]))
+
+    def _add(self, event: Event, origin: Origin, result: Tensor) -> None:
+        event.origin = origin
+        event.graph = result.requires_grad
+        event.joins = in_function()
+        self.events.append(event)
+        self.firings.fire(event)
+
+    def next_call(self, kind: str, name: str, counted: str = "") -> Origin:
+        """The next call of what goes by the name, or is counted by another one."""
+        call = self.counts.get(counted or name, 0)
+        self.counts[counted or name] = call + 1
+        return Origin(kind, name, call)
+
+    # -- what turns out later -----------------------------------------------------------------
+
+    def claim(self, origin: Origin) -> None:
+        """The filters have reached a nonlinearity: what it receives is their preactivation."""
+        if origin.claimed:
+            return
+        origin.claimed = True
+        dropped = self.pending.pop(id(origin), [])
+        for event in reversed(self.events):
+            if event.origin is origin and event.kind == "layer":
+                pairs = [p for p in event.entries if p[1].kind == "preactivation"]
+                for pair in pairs:
+                    event.entries.remove(pair)
+                dropped = [entry for _, entry in pairs]
+                break
+        for entry in dropped:
+            entry.held = None
+
+    def drop_since(self, start: int) -> None:
+        """All events from there on, but outputs asked for, were parts of one that is to come."""
+        parts = [event for event in self.events[start:] if event.kind != "output"]
+        for event in parts:
+            event.drop()
+        self.events[start:] = [event for event in self.events[start:] if event.kind == "output"]
+
+    def let_go(self, events: list[Event]) -> None:
+        """Let go of the tensors that no map holds."""
+        for event in events:
+            for held in (event.x_held, event.y_held):
+                if held is not None and not held.wanted:
+                    held.release()
+
+    def copy(self, tensor: Tensor) -> Held:
+        """Hold the values as they are now, before a write that makes an event itself."""
+        held = Held.copy(tensor, self.wants.detach, self.wants.gradients)
+        if not self.wants.detach and held.tensor is not None and type(tensor) is Tensor:
+            held.on_the_way = goes_on_from(tensor, held.tensor)
+        return held
+
+    # -- maps ---------------------------------------------------------------------------------
+
+    def hold(
+        self,
+        event: Event,
+        slot: str,
+        kind: str,
+        origin: Origin,
+        held: Held,
+        axes: Axes | None,
+        sigma: str | None = None,
+        path: str = "",
+    ) -> None:
+        """Hold one map of an event, if it is wanted."""
+        if kind not in self.wants.kinds and kind != "output":
+            return
+        picked = None
+        if self.wants.filters is not None and kind != "output":
+            if is_dtensor(held.tensor):
+                self._unpicked.append((origin, event.kind == "layer" and kind == "preactivation"))
+                return
+            picked = self.wants.pick(origin.name, axes)
+            if picked is None:
+                self.miss(origin.name, self.wants.why_not(origin.name, axes))
+                return
+            try:
+                held = self.taken(held, axes, picked)
+            except NotSupportedError as error:
+                self.miss(origin.name, str(error))
+                return
+        held.wanted = True
+        if self.graph and in_function():
+            self.miss(origin.name, NO_GRAPH)
+        entry = Entry(kind, origin, held, axes, sigma, path, picked)
+        event.entries.append((slot, entry))
+        self.current.drop(None)
+        self.current.segments.append(entry)
+        if self.stop is not None:
+            self.stop.saw(entry)
+
+    def taken(self, held: Held, axes: Axes | None, picked: tuple[int, ...]) -> Held:
+        """A copy of some filters."""
+        tensor, gradient = held.tensor, held.gradient
+        assert tensor is not None and axes is not None
+        if gradient is not None:
+            held.wanted = held.wanted or gradient.of_view  # to learn of a write to it
+            gradient = gradient.picked(*self.wants.place(axes, picked))
+        taken = Held(self.wants.take(tensor, axes, picked), 0, True, gradient)
+        taken.version = version_of(taken.tensor) if taken.tensor is not None else 0
+        return taken
+
+    def _same_filters(self, entry: Entry, held: Held | None) -> Held | None:
+        """Of an edit, the filters that are held of the map."""
+        if held is None or held.tensor is None or entry.picked is None or entry.axes is None:
+            if held is not None:
+                held.wanted = True
+            return held
+        return Held.copy(self.wants.take(held.tensor, entry.axes, entry.picked), False)

@@ -1,0 +1,114 @@
+"""What each tensor of a traced pass carries: a flow, a weight, or nothing."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fmapkit.model.names import Names
+from fmapkit.provenance.labels import STOP, Carried, Flow, Tag, Weight
+from fmapkit.provenance.layout import Axes
+from fmapkit.torchlib.nested import leaves
+from fmapkit.torchlib.sharded import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Tags"]
+
+
+class Tags:
+    """The tags of one pass; they keep no tensor alive."""
+
+    __slots__ = ("_known", "_names")
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+        self._known: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
+
+    def of(self, value: Any) -> Tag:
+        """Flow, weight, or None for a constant."""
+        found = self._known.get(id(value))
+        if found is not None and found[0]() is value and isinstance(value, Tensor):
+            # A piece of a flat parameter is the parameter that it was before.
+            tag = found[1]
+            if not (isinstance(tag, Weight) and self._names.in_flat(value)):
+                return tag
+        if isinstance(value, Tensor) and self._names.is_parameter(value):
+            return Weight.whole(value)
+        return None
+
+    def flow(self, value: Any) -> Flow | None:
+        """The flow alone: for who does not ask whether it is a weight."""
+        found = self._known.get(id(value))
+        if found is None or found[0]() is not value:
+            return None
+        return found[1] if isinstance(found[1], Flow) else None
+
+    def none_of(self, ids: frozenset[int]) -> bool:
+        """Whether none of these tensors, told by their ids, has been given a tag in this pass."""
+        return ids.isdisjoint(self._known)
+
+    def put(self, value: Any, tag: Carried) -> None:
+        """What a result carries; nested like the result."""
+        if isinstance(value, Tensor):
+            if isinstance(tag, (Flow, Weight)):
+                self._known[id(value)] = (weakref.ref(value), tag)
+        elif isinstance(value, (tuple, list)) and isinstance(tag, list):
+            for v, t in zip(value, tag, strict=False):
+                self.put(v, t)
+
+    def enter(self, args: Any, kwargs: Any) -> None:
+        """The pass begins: whatever comes in depends on the input, and has no layer yet."""
+        for _, tensor in leaves((args, kwargs)):
+            if self.of(tensor) is None:
+                self.put(tensor, STOP)
+
+    def moved(self, before: Any, after: Any) -> None:
+        """A hook of torch's redistributed tensors: what they carry goes along."""
+        for (_, old), (_, new) in zip(leaves(before), leaves(after), strict=False):
+            tag = self.of(old)
+            if old is not new and isinstance(tag, Flow):
+                self.put(new, Flow(tag.origin, _local_axes(tag.axes, old, new)))
+
+    def lent(self, tensor: Tensor) -> bool:
+        """Whether its memory is gone once its module has run: a parameter's, under FSDP."""
+        if not self._names.lends or not isinstance(self.of(tensor), Weight):
+            return False
+        return self._names.lent or bool(self._names.in_flat(tensor))
+
+    def end(self) -> None:
+        """Forget them."""
+        self._known.clear()
+
+
+def _local_axes(axes: Axes | None, before: Tensor, after: Tensor) -> Axes | None:
+    """The filters of a tensor that has been redistributed.
+
+    Args:
+        axes: of `before`.
+        before: as it was.
+        after: the same tensor in another layout, or this rank's part of it.
+    """
+    if axes is None or before.shape == after.shape:
+        return axes
+    if not is_dtensor(before) or is_dtensor(after) or before.dim() != after.dim():
+        return None
+    mesh: DeviceMesh = before.device_mesh  # type: ignore[attr-defined]
+    cut = [d for d in range(before.dim()) if before.shape[d] != after.shape[d]]
+    if mesh.ndim != 1 or len(cut) != 1:
+        return None
+    if all(part.dim != cut[0] for part in axes.parts):
+        return axes
+    size, start = _shard(before.shape, mesh, cut[0])
+    return axes.slice(cut[0], start, size) if size == after.shape[cut[0]] else None
+
+
+def _shard(shape: Any, mesh: DeviceMesh, dim: int) -> tuple[int, int]:
+    """How long this rank's part of a sharded axis is, and where it starts: as `torch.chunk`."""
+    total, count, rank = shape[dim], mesh.size(), mesh.get_local_rank()
+    length = -(-total // count)
+    start = min(rank * length, total)
+    return min(length, total - start), start
