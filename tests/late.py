@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.storage.buffers import Buffers
-from fmapkit.storage.conversion import Retention
+from fmapkit.storage.conversion import StorageConversion
 
 
 class Arrival:
@@ -70,7 +70,7 @@ class Late:
         self._thread.join(30)
 
 
-def _is_the_models(self: Retention, tensor: Tensor) -> bool:
+def _is_the_models(self: StorageConversion, tensor: Tensor) -> bool:
     lent = {one.buffer.untyped_storage()._cdata for one in self.buffers._lent.values()}
     return self.device is not None and tensor.untyped_storage()._cdata not in lent
 
@@ -85,9 +85,9 @@ def late(delay: float = 0.002) -> Iterator[Late]:
         return made(self, tensor, dtype, home, False)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Retention, "_leaves", staticmethod(lambda tensor, device: True))
-        patch.setattr(Retention, "_moves", _is_the_models)
-        patch.setattr(Retention, "_carrier", staticmethod(lambda home: device))
+        patch.setattr(StorageConversion, "_leaves", staticmethod(lambda tensor, device: True))
+        patch.setattr(StorageConversion, "_moves", _is_the_models)
+        patch.setattr(StorageConversion, "_carrier", staticmethod(lambda home: device))
         patch.setattr(Buffers, "like", unpinned)
         try:
             yield device

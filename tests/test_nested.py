@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import capture, layers, nonlinearities
-from fmapkit.provenance.layout import Axes, Part
+from fmapkit.provenance.layout import ChannelAxis, ChannelLayout
 from fmapkit.torchlib.nested import modules_in, tensors_in
 
 
@@ -73,7 +73,7 @@ class Symbol(int):
 
 def test_sizes_that_are_symbols() -> None:
     filters = Symbol(6)
-    axes = Axes.single(1, filters)
+    axes = ChannelLayout.single(1, filters)
     split = axes.reshape((Symbol(2), filters), (2, 2, 3))
-    assert split == Axes((Part(1, 2, 3), Part(2, 3, 1)))
-    assert Axes.single(1, 6).reshape((2, 6), (2, 2, 3)) == split
+    assert split == ChannelLayout((ChannelAxis(1, 2, 3), ChannelAxis(2, 3, 1)))
+    assert ChannelLayout.single(1, 6).reshape((2, 6), (2, 2, 3)) == split

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import capture
-from fmapkit.replay.run import Run
+from fmapkit.replay.run import ReplayRun
 from fmapkit.tracing import tracer
 from fmapkit.tracing.record import Record
 from fmapkit.tracing.tracer import Tracer
@@ -38,7 +38,7 @@ PLACES = [
     *((tracer, name) for name in ("before_sigma", "after_sigma", "close")),
     *((Tracer, name) for name in ("_after", "_layer", "_sort")),
     *((Record, name) for name in ("sigma", "hold")),
-    *((Run, name) for name in ("follows", "start", "entries")),
+    *((ReplayRun, name) for name in ("follows", "start", "entries")),
 ]
 
 
@@ -55,7 +55,7 @@ def test_a_fault_of_ours_goes_to_missed(
         expected = model(x)
         with capture(model) as maps:
             model(x)  # learned soundly, so that later passes are replayed
-            if where is not Run:
+            if where is not ReplayRun:
                 model.train(False)
                 torch.set_grad_enabled(True)  # another plan: learned anew
             monkeypatch.setattr(where, name, _broken)

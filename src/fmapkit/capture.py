@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from fmapkit import edits as edits_module
 from fmapkit._warnings import warn
 from fmapkit.checking import COMPILED, Check, FiniteCheck, checked
-from fmapkit.editing.edit import Edits
+from fmapkit.editing.edits import Edits
 from fmapkit.errors import ArgumentError, CaptureStateError, NotAModuleError
 from fmapkit.instrumentation.methods import methods_of
 from fmapkit.kinds import Kind
 from fmapkit.maps import FeatureMap, FeatureMaps
 from fmapkit.model.names import Names
 from fmapkit.model.wrappers import unwrap
-from fmapkit.selection.early_stop import Stop
-from fmapkit.selection.selection import Wants
+from fmapkit.selection.early_stop import EarlyStop
+from fmapkit.selection.selection import Selection
 from fmapkit.session.analyses import Analyses
-from fmapkit.session.config import Asked
+from fmapkit.session.config import CaptureConfig
 from fmapkit.session.session import Session
 from fmapkit.storage.budget import Budget, policy
-from fmapkit.storage.conversion import Retention
+from fmapkit.storage.conversion import StorageConversion
 from fmapkit.torchlib.compiled_modules import compiled_roots, plain
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             raise ArgumentError(f"gradients must be True or False, not {gradients!r}")
         if not isinstance(weights, bool):
             raise ArgumentError(f"weights must be True or False, not {weights!r}")
-        retention = Retention(_dtype(dtype), _device(device))
+        retention = StorageConversion(_dtype(dtype), _device(device))
         if retention and not detach:
             raise ArgumentError(
                 "dtype= and device= store copies outside of the graph, and detach=False keeps maps "
@@ -185,7 +185,9 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 f"one: {names.collective()!r} exchanges data with them while it runs"
             )
         finite = _finite(check, stop, filters, retention, compiled=bool(compiled_roots(given)))
-        wants = Wants(names, layers, kinds, filters, detach, gradients, retention, weights, finite)
+        wants = Selection(
+            names, layers, kinds, filters, detach, gradients, retention, weights, finite
+        )
         if wants.kind("attention") and finite is None:
             _check_eager("kinds='attention'", given, names)
         _check_made(edit)
@@ -193,8 +195,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         passes = None if keep == "all" else int(keep)
         model = unwrap(model)  # a pass is the plain model's, whoever called it
         methods = methods_of(model, method)
-        ending = Stop() if stop else None
-        wanted = Asked(model, names, wants, edits, seen_by, ending, methods, finite)
+        ending = EarlyStop() if stop else None
+        wanted = CaptureConfig(model, names, wants, edits, seen_by, ending, methods, finite)
         self._session = Session(wanted, given, passes, every, budget)
         # Made, entered, left: a capture goes through these once, in this order.
         self._state: Literal["made", "entered", "left"] = "made"
@@ -232,7 +234,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
 
 
 def _finite(
-    check: Any, stop: bool, filters: Any, retention: Retention, compiled: bool
+    check: Any, stop: bool, filters: Any, retention: StorageConversion, compiled: bool
 ) -> FiniteCheck | None:
     """What `check=` asks for.
 

@@ -32,7 +32,7 @@ from fmapkit.torchlib.side_ops import unseen
 if TYPE_CHECKING:
     from fmapkit.kinds import Kind
     from fmapkit.map import FeatureMap
-    from fmapkit.storage.held import Held
+    from fmapkit.storage.held import StoredTensor
     from fmapkit.storage.passes import Pass
 
 __all__ = ["CHECKS", "COMPILED", "Check", "FiniteCheck", "NonFinite", "checked", "first_nonfinite"]
@@ -309,7 +309,7 @@ class FiniteCheck:
         self.raise_found()
 
 
-def _place(held: Held | None) -> Any:
+def _place(held: StoredTensor | None) -> Any:
     """Where the values of a map lie, and in which version; None where torch does not tell."""
     tensor = None if held is None else held.tensor
     if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_inference():

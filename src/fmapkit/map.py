@@ -14,10 +14,10 @@ from fmapkit.errors import DistributedError, FilterRangeError, MapStateError
 from fmapkit.kinds import Kind
 from fmapkit.lookup import table
 from fmapkit.provenance.heads import Heads
-from fmapkit.provenance.weights import Lost, Rows
+from fmapkit.provenance.weights import Lost, WeightRows
 from fmapkit.saving.kept import Values
 from fmapkit.storage.gradients import Gradient, NotYet, Received
-from fmapkit.storage.passes import Entry, Pass
+from fmapkit.storage.passes import MapRecord, Pass
 from fmapkit.torchlib.memory import parts_of
 from fmapkit.torchlib.sharded import Parts, is_dtensor, whole
 
@@ -69,7 +69,7 @@ class FeatureMap:
     parts: Parts | None = field(default=None, repr=False)
     heads: Heads | None = field(default=None, repr=False)
     _gradient: Gradient | NotYet | Received | None = field(default=None, repr=False)
-    _rows: Rows | Lost | None = field(default=None, repr=False)
+    _rows: WeightRows | Lost | None = field(default=None, repr=False)
     _whole: FeatureMap | None = field(default=None, repr=False)  # the map of all filters
 
     @property
@@ -399,7 +399,7 @@ def _span(filters: range | tuple[int, ...]) -> str:
     return ", ".join(map(str, filters))
 
 
-def read_map(at: Pass, entry: Entry, made: bool = False) -> FeatureMap:
+def read_map(at: Pass, entry: MapRecord, made: bool = False) -> FeatureMap:
     """The map that an entry of a pass holds.
 
     Args:
@@ -430,7 +430,7 @@ def read_map(at: Pass, entry: Entry, made: bool = False) -> FeatureMap:
         filters = entry.picked
     rows = None
     if origin.made is not None and entry.kind not in ("input", "output"):
-        rows = Rows(what, origin, axes, entry.picked, at.weights)
+        rows = WeightRows(what, origin, axes, entry.picked, at.weights)
     return FeatureMap(
         tensor=tensor,
         kind=cast("Kind", entry.kind),

@@ -12,13 +12,13 @@ from torch import Tensor
 from fmapkit.errors import ArgumentError, CaptureStateError, did_you_mean, listed, near
 from fmapkit.kinds import KINDS, Kind
 from fmapkit.lookup import table
+from fmapkit.lookup.by_key import Found, find, parse
+from fmapkit.lookup.by_selector import check_held, check_only_names
 from fmapkit.lookup.gather import gather
-from fmapkit.lookup.lookup import Found, find, parse
-from fmapkit.lookup.meant import check_held, check_only_names
 from fmapkit.map import FeatureMap, nbytes_of, read_map
 from fmapkit.saving.kept import KeptEntry, KeptSession, Snapshot, snapshot_of
-from fmapkit.selection.selection import Selection
-from fmapkit.storage.passes import Entry, Pass
+from fmapkit.selection.selection import LayerSelection
+from fmapkit.storage.passes import MapRecord, Pass
 from fmapkit.torchlib.sharded import Parts, is_dtensor, splits
 
 if TYPE_CHECKING:
@@ -191,11 +191,11 @@ class FeatureMaps:
             found.append(result)
         return found
 
-    def _chosen(self, layers: Any) -> Selection | None:
+    def _chosen(self, layers: Any) -> LayerSelection | None:
         if layers is None:
             return None
         session = self._session
-        chosen = Selection(session.names, layers)
+        chosen = LayerSelection(session.names, layers)
         if isinstance(session, KeptSession):
             check_only_names(chosen)
         labels = dict.fromkeys(e.origin.name for _, e in self._every())
@@ -262,18 +262,18 @@ class FeatureMaps:
         asked = ", ".join(repr(v) for v in (layer, kind, filter) if v is not None)
         return gather(mine, dim, dst, group, asked)
 
-    def _read(self, at: Pass, entry: Entry, made: bool = False) -> FeatureMap:
+    def _read(self, at: Pass, entry: MapRecord, made: bool = False) -> FeatureMap:
         if isinstance(entry, KeptEntry):
             return entry.map
         result = read_map(at, entry, made)
         parts = self._parts(entry, result)
         return result if parts is None else replace(result, parts=parts)
 
-    def _shown(self, at: Pass, entry: Entry) -> FeatureMap:
+    def _shown(self, at: Pass, entry: MapRecord) -> FeatureMap:
         """As an analysis sees it."""
         return self._read(at, entry, made=True)
 
-    def _parts(self, entry: Entry, found: FeatureMap) -> Parts | None:
+    def _parts(self, entry: MapRecord, found: FeatureMap) -> Parts | None:
         """Whether the tensor may be one rank's part: where the layer's weights are `DTensor`s."""
         names = self._session.names
         module = names.module_of(entry.origin.name)

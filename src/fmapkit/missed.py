@@ -9,7 +9,7 @@ from torch import nn
 from fmapkit._warnings import warn
 from fmapkit.errors import CaptureWarning
 
-__all__ = ["Missed", "Misses", "NotSupportedError", "reason"]
+__all__ = ["Missed", "MissedLog", "NotSupportedError", "reason"]
 
 
 class NotSupportedError(Exception):
@@ -36,7 +36,7 @@ class Missed:
     reason: str
 
 
-class Misses:
+class MissedLog:
     """What one capture has missed so far.
 
     Args:

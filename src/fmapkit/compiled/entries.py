@@ -17,12 +17,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from fmapkit import layers, nonlinearities
-from fmapkit.compiled.run import Sink, UnknownError, running
+from fmapkit.compiled.run import GraphMapSink, UnknownError, running
 from fmapkit.torchlib.call_override import when_traced
 from fmapkit.torchlib.compiled_modules import around, compiled_roots, holds, is_optimized, plain
 
 if TYPE_CHECKING:
-    from fmapkit.compiled.variant import Variant
+    from fmapkit.compiled.variant import InstrumentedCompile
     from fmapkit.session.session import Session
 
 __all__ = ["Compiled"]
@@ -49,7 +49,7 @@ def _place(root: nn.Module) -> str:
     return "forward" if is_optimized(root) else "_compiled_call_impl"
 
 
-class _Door:
+class _CompiledEntry:
     """Stands where the compiled code of a module is called; opens on the sessions of its thread."""
 
     def __init__(self, root: nn.Module) -> None:
@@ -58,7 +58,9 @@ class _Door:
         self.place = _place(root)
         self.original = root.__dict__[self.place]
         self.sessions: list[Session] = []
-        self._latest: tuple[Any, Variant] | None = None  # what the latest one was chosen by
+        self._latest: tuple[Any, InstrumentedCompile] | None = (
+            None  # what the latest one was chosen by
+        )
         root.__dict__[self.place] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,7 +88,7 @@ class _Door:
         if not self.sessions and self.root.__dict__.get(self.place) is self:
             self.root.__dict__[self.place] = self.original
 
-    def _variant(self, sessions: Sequence[Session]) -> Variant:
+    def _variant(self, sessions: Sequence[Session]) -> InstrumentedCompile:
         """The variant for what these sessions ask; compiled in an earlier block, if there was one.
 
         Raises:
@@ -100,16 +102,16 @@ class _Door:
         variant = self._known(sessions)
         if variant is None:
             # Here, for torch's tracing tools take a quarter of a second to import.
-            from fmapkit.compiled.variant import Variant
+            from fmapkit.compiled.variant import InstrumentedCompile
 
-            variant = Variant(self.root, self.original)
+            variant = InstrumentedCompile(self.root, self.original)
             asked = self._asked(sessions)
             self.original.__dict__.setdefault(_KEPT, []).append((asked, variant))
         variant.sessions = list(sessions)
         self._latest = (state, variant)
         return variant
 
-    def _known(self, sessions: Sequence[Session]) -> Variant | None:
+    def _known(self, sessions: Sequence[Session]) -> InstrumentedCompile | None:
         asked = self._asked(sessions)
         kept = getattr(self.original, "__dict__", {}).get(_KEPT, ())
         return next((variant for signature, variant in kept if signature == asked), None)
@@ -127,7 +129,7 @@ class _Door:
             if again is None or any(s.live.idle for s in sessions):
                 return self.original(*args, **kwargs)
             return again((), args, kwargs)
-        sinks: list[Sink] = []
+        sinks: list[GraphMapSink] = []
         for session in sessions:
             sink = session.compiled.enter(self.root, self.module, args, kwargs)
             if sink is not None:
@@ -156,7 +158,7 @@ class _Door:
         return output
 
 
-class _Late:
+class _DeferredEntry:
     """Holds the place of a door at a module that torch.compile is just making."""
 
     def __init__(self, root: nn.Module, compiled: Compiled) -> None:
@@ -189,8 +191,8 @@ class Compiled:
     def __init__(self, session: Session, given: nn.Module) -> None:
         self._session = session
         self._given = given
-        self._doors: list[_Door] = []
-        self._late: list[_Late] = []
+        self._doors: list[_CompiledEntry] = []
+        self._late: list[_DeferredEntry] = []
         self._resting: list[nn.Module] = []
         self._watching: Any = None
 
@@ -214,7 +216,7 @@ class Compiled:
         """Set a door at a compiled module."""
         self._session.uncover()
         there = root.__dict__.get(_place(root))
-        door = there if isinstance(there, _Door) else _Door(root)
+        door = there if isinstance(there, _CompiledEntry) else _CompiledEntry(root)
         if self._session not in door.sessions:
             door.sessions.append(self._session)
             self._doors.append(door)
@@ -283,7 +285,7 @@ class Compiled:
         if threading.get_ident() == self._session.live.thread and holds(
             submodule, self._session.model
         ):
-            self._late.append(_Late(module, self))
+            self._late.append(_DeferredEntry(module, self))
 
     def _traced(self) -> None:
         """torch.compile traces code with a hook of ours in it: code that nobody had announced."""
@@ -306,14 +308,16 @@ class Compiled:
         if not new:
             session.miss("", AROUND)
 
-    def enter(self, root: nn.Module, model: nn.Module, args: Any, kwargs: Any) -> Sink | None:
+    def enter(
+        self, root: nn.Module, model: nn.Module, args: Any, kwargs: Any
+    ) -> GraphMapSink | None:
         """A call of compiled code begins, of a plain module; None if it is not captured."""
         session = self._session
         if session.live.current is None:
             if model is session.model:
                 if not session.begin(args, kwargs, compiled=True):
                     return None
-                return Sink(session, alone=True)
+                return GraphMapSink(session, alone=True)
             if holds(model, session.model):
                 session.miss("", AROUND)
             elif not session.live.idle:
@@ -323,7 +327,7 @@ class Compiled:
             session.miss(session.names.of(root), UNSEEN.format(why="inside a replayed module"))
             return None
         session.live.trace_off()
-        return Sink(session, alone=False)
+        return GraphMapSink(session, alone=False)
 
     def skip(self, root: nn.Module) -> None:
         """The call is not captured."""
@@ -334,14 +338,14 @@ class Compiled:
         """The call ran as the user compiled it, and nobody could look into it."""
         self._session.miss(self._session.names.of(root), UNSEEN.format(why=why))
 
-    def fail(self, sink: Sink) -> None:
+    def fail(self, sink: GraphMapSink) -> None:
         """It raised; the model around it may catch that and go on."""
         if sink.alone:
             self._session.abandon()
         else:
             self._session.live.trace_on()
 
-    def leave(self, sink: Sink, output: Any) -> None:
+    def leave(self, sink: GraphMapSink, output: Any) -> None:
         """A call of compiled code has ended."""
         session = self._session
         if sink.alone:

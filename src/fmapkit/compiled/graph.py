@@ -18,15 +18,15 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fmapkit.compiled.graph_edit import Site, run_out_of_place
+from fmapkit.compiled.graph_edit import SigmaNode, run_out_of_place
 from fmapkit.compiled.graph_open import open_call, opens
 from fmapkit.compiled.graph_tracer import GraphTracer, NodeHeld
 from fmapkit.model.names import Names
-from fmapkit.provenance.labels import NOWHERE, Flow, Origin, Weight
-from fmapkit.provenance.layout import Axes
+from fmapkit.provenance.labels import NOWHERE, ChannelLabel, Origin, ParamLabel
+from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.replay.plan import Ref
-from fmapkit.selection.selection import Wants
-from fmapkit.storage.passes import Entry
+from fmapkit.selection.selection import Selection
+from fmapkit.storage.passes import MapRecord
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import leaves, tensors_in
 from fmapkit.tracing.frames import Frame
@@ -47,7 +47,7 @@ class GraphMap:
     place: int
     kind: str
     ref: Ref
-    axes: Axes | None
+    axes: ChannelLayout | None
     sigma: str | None
     picked: tuple[int, ...] | None
     pending: bool
@@ -90,7 +90,9 @@ class Labels:
 class Traced:
     """What a trace of a graph found: the maps, each with the site to read it at."""
 
-    found: list[tuple[Entry, Site, bool]]  # the last: a preactivation unless claimed outside
+    found: list[
+        tuple[MapRecord, SigmaNode, bool]
+    ]  # the last: a preactivation unless claimed outside
     refs: Callable[[Origin], Ref]
     calls: tuple[tuple[str, int], ...]
     outputs: tuple[Any, ...]
@@ -152,7 +154,7 @@ def trace_graph(
     carried: Sequence[Any],
     base: Sequence[nn.Module],
     names: Names,
-    wants: Wants,
+    wants: Selection,
     miss: Callable[[str, str], None],
     *,
     rewrite: bool,
@@ -164,7 +166,7 @@ def trace_graph(
     Args:
         gm: the graph; its in-place nonlinearities are rewritten.
         inputs: its real inputs.
-        carried: what each carries: `Flow`, `Weight` or None.
+        carried: what each carries: `ChannelLabel`, `ParamLabel` or None.
         base: the modules that run around it, outermost first.
         names: of the captured model.
         wants: of the capture.
@@ -332,7 +334,7 @@ class _Stacks:
             for operand in n.all_input_nodes:
                 data = isinstance(self._env.get(operand), Tensor)
                 if operand not in inside and data:
-                    if isinstance(self._tracer.tag(self._env[operand]), Flow):
+                    if isinstance(self._tracer.tag(self._env[operand]), ChannelLabel):
                         given[operand] = None
         self._running.append((keys[-1], nodes))
         module = self._modules[int(keys[-1].partition("@")[0])]
@@ -360,7 +362,7 @@ def _traced(
 ) -> Traced:
     by_origin: dict[int, Ref] = {}
     for index, tag in enumerate(carried):
-        if isinstance(tag, Flow) and tag.origin is not NOWHERE:
+        if isinstance(tag, ChannelLabel) and tag.origin is not NOWHERE:
             by_origin.setdefault(id(tag.origin), Ref("input", "", index))
 
     def ref(origin: Origin) -> Ref:
@@ -369,7 +371,7 @@ def _traced(
 
     returned = fx.node.map_arg(order[-1].args[0], env.__getitem__)
     tags = [tracer.tag(t) for _, t in leaves(returned)]
-    escaping = {id(t.origin) for t in tags if isinstance(t, Flow)}
+    escaping = {id(t.origin) for t in tags if isinstance(t, ChannelLabel)}
     kind_of = {id(e): event.kind for event in tracer.events for _, e in event.entries}
     own = {storage_of(t) for _, t in leaves(returned)}
     found = []
@@ -397,8 +399,8 @@ def _traced(
         tuple(tracer.counts.items()),
         tuple(
             (ref(t.origin) if t.origin is not NOWHERE else None, t.axes)
-            if isinstance(t, Flow)
-            else ("weight" if isinstance(t, Weight) else None)
+            if isinstance(t, ChannelLabel)
+            else ("weight" if isinstance(t, ParamLabel) else None)
             for t in tags
         ),
         tuple(sorted(by_origin[i].offset for i in by_origin if i in claimed)),

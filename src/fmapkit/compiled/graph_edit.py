@@ -12,7 +12,7 @@ from fmapkit.provenance.functions import describe, out_of_place
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["Site", "add_outputs", "run_out_of_place"]
+__all__ = ["SigmaNode", "add_outputs", "run_out_of_place"]
 
 # Nonlinearities whose in-place form has the same derivative formula, bit for bit. That of the ELU
 # and leaky ReLU families is computed from a instead of z (torch, tools/autograd/derivatives.yaml).
@@ -23,7 +23,7 @@ SAME_GRADIENT = {
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class SigmaNode:
     """Where in a graph a value is to be read: what a node gave, before or after another runs.
 
     Attributes:
@@ -75,7 +75,7 @@ def run_out_of_place(node: fx.Node, env: dict[fx.Node, Any], outside: set[int], 
         user.replace_input_with(z, node)
 
 
-def add_outputs(gm: fx.GraphModule, sites: Sequence[Site], detach: bool) -> dict[Any, int]:
+def add_outputs(gm: fx.GraphModule, sites: Sequence[SigmaNode], detach: bool) -> dict[Any, int]:
     """Make a graph return what its sites read, beside its own outputs.
 
     Outside of the autograd graph, as `detach`ed outputs are, they take no part in the backward. Not
@@ -107,7 +107,7 @@ def add_outputs(gm: fx.GraphModule, sites: Sequence[Site], detach: bool) -> dict
     return places
 
 
-def _read(graph: fx.Graph, site: Site, last: fx.Node, detach: bool) -> fx.Node:
+def _read(graph: fx.Graph, site: SigmaNode, last: fx.Node, detach: bool) -> fx.Node:
     at = last
     if site.copied:
         at = site.at if site.before else site.at.next

@@ -8,24 +8,24 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fmapkit.compiled.graph_edit import Site
-from fmapkit.editing.edit import Edits
+from fmapkit.compiled.graph_edit import SigmaNode
+from fmapkit.editing.edits import Edits
 from fmapkit.model.names import Names
-from fmapkit.provenance.layout import Axes
-from fmapkit.selection.selection import Wants
+from fmapkit.provenance.layout import ChannelLayout
+from fmapkit.selection.selection import Selection
 from fmapkit.storage.aliases import Aliases
-from fmapkit.storage.held import Held
+from fmapkit.storage.held import StoredTensor
 from fmapkit.storage.passes import Pass
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.nested import tensors_in
+from fmapkit.tracing.label_table import LabelTable
 from fmapkit.tracing.record import Record
-from fmapkit.tracing.tags import Tags
 from fmapkit.tracing.tracer import Tracer
 
 __all__ = ["GraphTracer", "NodeHeld"]
 
 
-class NodeHeld(Held):
+class NodeHeld(StoredTensor):
     """Stands for a tensor of the graph: where it is to be read."""
 
     __slots__ = ("at", "node")
@@ -39,7 +39,7 @@ class NodeHeld(Held):
         """It is about to be overwritten: the graph has to copy it."""
         self.copied = True
 
-    def site(self, own: Container[int]) -> Site:
+    def site(self, own: Container[int]) -> SigmaNode:
         """Where to read it.
 
         Args:
@@ -47,7 +47,7 @@ class NodeHeld(Held):
         """
         made = self.node if self.node is not None else self.at
         shared = self.tensor is not None and storage_of(self.tensor) in own
-        return Site(made, self.at, self.node is not None, self.copied, shared)
+        return SigmaNode(made, self.at, self.node is not None, self.copied, shared)
 
 
 class NodeAliases(Aliases):
@@ -70,7 +70,7 @@ class NodeAliases(Aliases):
         known = found is not None and found[1] == version_of(tensor)
         return NodeHeld(tensor, found[2] if found is not None and known else None, self.now)
 
-    def reference(self, tensor: Tensor) -> Held:
+    def reference(self, tensor: Tensor) -> StoredTensor:
         found = self._by_id.get(id(tensor))
         if found is not None and found[0]() is tensor:
             held = found[1]
@@ -91,9 +91,9 @@ class GraphRecord(Record):
 
     def __init__(
         self,
-        wants: Wants,
+        wants: Selection,
         current: Pass,
-        tags: Tags,
+        tags: LabelTable,
         noted: NodeAliases,
         miss: Callable[[str, str], None],
     ) -> None:
@@ -101,19 +101,21 @@ class GraphRecord(Record):
         self.graph = False  # what the graph returns is part of it
         self.noted = noted
 
-    def copy(self, tensor: Tensor) -> Held:
+    def copy(self, tensor: Tensor) -> StoredTensor:
         held = self.noted.note(tensor)
         held.copied = True
         return held
 
-    def taken(self, held: Held, axes: Axes | None, picked: tuple[int, ...]) -> Held:
+    def taken(
+        self, held: StoredTensor, axes: ChannelLayout | None, picked: tuple[int, ...]
+    ) -> StoredTensor:
         return held  # its filters are taken when the graph has run
 
 
 class GraphTracer(Tracer):
     """The tracer of eager passes, on a graph: it labels, and holds where to read."""
 
-    def __init__(self, names: Names, wants: Wants, miss: Callable[[str, str], None]) -> None:
+    def __init__(self, names: Names, wants: Selection, miss: Callable[[str, str], None]) -> None:
         self.noted = NodeAliases()
         super().__init__(names, wants, Edits.none(), None, Pass(0), miss)
         self.learning = 1  # every module is in `frames`

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 
 from fmapkit.compiled.graph import Labels, Traced, trace_graph
-from fmapkit.compiled.run import Sink, running
+from fmapkit.compiled.run import GraphMapSink, running
 from fmapkit.model.names import Names
-from fmapkit.provenance.labels import NOWHERE, STOP, Flow, Origin, Tag, Weight
+from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Label, Origin, ParamLabel
 from fmapkit.replay.regions import carried as carried_by
 from fmapkit.tracing.frames import running_modules
-from fmapkit.tracing.tags import Tags
+from fmapkit.tracing.label_table import LabelTable
 
 if TYPE_CHECKING:
     from fmapkit.session.session import Session
@@ -96,7 +96,12 @@ class _Latest:
     __slots__ = ("_arguments", "_fixed", "_ids", "carried", "labels", "state")
 
     def __init__(
-        self, state: Any, fixed: list[Any], arguments: list[int], carried: list[Tag], labels: Labels
+        self,
+        state: Any,
+        fixed: list[Any],
+        arguments: list[int],
+        carried: list[Label],
+        labels: Labels,
     ) -> None:
         self.state = state
         self.carried = carried
@@ -105,7 +110,7 @@ class _Latest:
         self._ids = frozenset(map(id, fixed))
         self._arguments = arguments
 
-    def fits(self, tags: Tags, fixed: list[int], inputs: Sequence[Any]) -> bool:
+    def fits(self, tags: LabelTable, fixed: list[int], inputs: Sequence[Any]) -> bool:
         """Whether what comes in carries the same as then."""
         for i, known in zip(fixed, self._fixed, strict=True):
             if inputs[i] is not known:
@@ -164,7 +169,9 @@ class CompiledGraph:
                 if not found.alive:
                     known.labels.pop(key, None)
 
-    def ready(self, sink: Sink, place: int, inputs: Sequence[Any]) -> tuple[list[Tag], Labels]:
+    def ready(
+        self, sink: GraphMapSink, place: int, inputs: Sequence[Any]
+    ) -> tuple[list[Label], Labels]:
         """What the data that come in carry, by place among the inputs, and the labels that fit."""
         alone = self.whole and sink.alone and not sink.runs
         state = (sink.session.watch, sink.session.names.version)
@@ -180,10 +187,10 @@ class CompiledGraph:
             self._latest[place] = _Latest(state, fixed, arguments, carried, labels)
         return carried, labels
 
-    def carried(self, inputs: Sequence[Any], sink: Sink) -> list[Tag]:
+    def carried(self, inputs: Sequence[Any], sink: GraphMapSink) -> list[Label]:
         """What the data that come in carry, by place among the inputs."""
         tag = sink.tags.of
-        found: list[Tag] = [None] * len(inputs)
+        found: list[Label] = [None] * len(inputs)
         for i in self.data:
             found[i] = tag(inputs[i])
             if found[i] is None and i in self.local:
@@ -191,7 +198,9 @@ class CompiledGraph:
                 sink.outside()
         return found
 
-    def labels(self, sink: Sink, place: int, inputs: Sequence[Any], carried: list[Tag]) -> Labels:
+    def labels(
+        self, sink: GraphMapSink, place: int, inputs: Sequence[Any], carried: list[Label]
+    ) -> Labels:
         """The labels that fit what comes in."""
         session = sink.session
         state = self._known.get(place)
@@ -224,13 +233,13 @@ class CompiledGraph:
         origins: dict[int, Origin] = {id(NOWHERE): NOWHERE}
         full: list[Any] = []
         for tag in carried:
-            if isinstance(tag, Flow):
+            if isinstance(tag, ChannelLabel):
                 o = tag.origin
                 own = origins.setdefault(id(o), Origin(o.kind, o.name, o.call, o.made))
-                tag = Flow(own, tag.axes)
+                tag = ChannelLabel(own, tag.axes)
             full.append(tag)
         for i in self.weights:
-            full[i] = Weight.whole(inputs[i])
+            full[i] = ParamLabel.whole(inputs[i])
         return trace_graph(
             self.gm,
             inputs,
@@ -245,7 +254,7 @@ class CompiledGraph:
         )
 
     def _label(
-        self, sink: Sink, inputs: Sequence[Any], carried: list[Tag], weights: list[Tensor]
+        self, sink: GraphMapSink, inputs: Sequence[Any], carried: list[Label], weights: list[Tensor]
     ) -> _Labelled:
         missed: list[tuple[str, str]] = []
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fmapkit.provenance.labels import NOWHERE, STOP, Flow, Origin
+from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Origin
 from fmapkit.replay.plan import Ref
-from fmapkit.storage.held import Held
-from fmapkit.storage.passes import Entry
+from fmapkit.storage.held import StoredTensor
+from fmapkit.storage.passes import MapRecord
 from fmapkit.torchlib.memory import versions_of
 from fmapkit.torchlib.nested import leaves
 from fmapkit.tracing.frames import running_modules
-from fmapkit.tracing.tags import Tags
+from fmapkit.tracing.label_table import LabelTable
 from fmapkit.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fmapkit.compiled.labelled import CompiledGraph
     from fmapkit.session.session import Session
 
-__all__ = ["GraphRun", "Sink", "UnknownError", "running"]
+__all__ = ["GraphMapSink", "GraphRun", "UnknownError", "running"]
 
 OUTSIDE = (
     "torch.compile broke the graph here, and what was computed between the graphs ran outside of "
@@ -42,7 +42,7 @@ class UnknownError(Exception):
 class Running(threading.local):
     """The sinks that the compiled code of this thread brings its maps to, by place."""
 
-    sinks: Sequence[Sink] = ()
+    sinks: Sequence[GraphMapSink] = ()
     stop: Any = None  # the code of the function below which compiled code runs
     root: nn.Module | None = None  # the compiled module
 
@@ -88,7 +88,7 @@ class GraphRun:
             return NOWHERE
         if ref.kind == "input":
             tag = self.carried[ref.offset]
-            return tag.origin if isinstance(tag, Flow) else NOWHERE
+            return tag.origin if isinstance(tag, ChannelLabel) else NOWHERE
         found = self._origins.get(ref)
         if found is None:
             call = self._base.get(ref.name, 0) + ref.offset
@@ -96,21 +96,21 @@ class GraphRun:
             found.claimed = ref.claimed
         return found
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[MapRecord]:
         """Every map, in execution order."""
         if not self._tensors:
             return []
         copied = self._copied or [False] * len(self._tensors)
-        shared: dict[int, Held] = {}  # inductor returns one tensor at several places
+        shared: dict[int, StoredTensor] = {}  # inductor returns one tensor at several places
         held = []
         for tensor, version, copy, m in zip(
             self._tensors, self._versions, copied, self._labels.sources, strict=True
         ):
             if id(tensor) not in shared:
-                shared[id(tensor)] = Held(tensor, version, m.copied or copy)
+                shared[id(tensor)] = StoredTensor(tensor, version, m.copied or copy)
             held.append(shared[id(tensor)])
         return [
-            Entry(m.kind, self.origin(m.ref), held[slot], m.axes, m.sigma, "", m.picked)
+            MapRecord(m.kind, self.origin(m.ref), held[slot], m.axes, m.sigma, "", m.picked)
             for m, slot in zip(self._labels.maps, self._labels.slots, strict=True)
         ]
 
@@ -122,7 +122,7 @@ class GraphRun:
         return tensors
 
 
-class Sink:
+class GraphMapSink:
     """Where the compiled graphs of one pass bring their maps.
 
     Args:
@@ -149,7 +149,7 @@ class Sink:
         return found
 
     @property
-    def tags(self) -> Tags:
+    def tags(self) -> LabelTable:
         """What the tensors of the pass carry; to ask these takes no tracer."""
         live = self._live
         return live.tags if live.tags is not None else self.tracer.tags
@@ -220,12 +220,12 @@ class Sink:
             tracer.counts[name] += count
         for index in labels.claims:
             tag = run.carried[index]
-            if isinstance(tag, Flow):
+            if isinstance(tag, ChannelLabel):
                 tracer.claim(tag.origin)
         results = [t for t in outputs[: graph.own] if isinstance(t, Tensor)]
         for tensor, tag in zip(results, labels.outputs, strict=False):
             # Computed from constants alone: known all the same, so not from outside.
-            known = Flow(run.origin(tag[0]), tag[1]) if isinstance(tag, tuple) else STOP
+            known = ChannelLabel(run.origin(tag[0]), tag[1]) if isinstance(tag, tuple) else STOP
             tracer.set_tag(tensor, known)
 
     def finish(self, output: Any) -> None:
@@ -244,9 +244,9 @@ class Sink:
         origin = Origin("output", self.session.names.of(module))
         for path, tensor in leaves(output):
             tag = self.tracer.tag(tensor)
-            axes = tag.axes if isinstance(tag, Flow) else None
+            axes = tag.axes if isinstance(tag, ChannelLabel) else None
             held = self.tracer.aliases.reference(tensor)
-            self._segments.append(Entry("output", origin, held, axes, None, path))
+            self._segments.append(MapRecord("output", origin, held, axes, None, path))
 
     def outside(self) -> None:
         """Something was computed where nobody looked."""

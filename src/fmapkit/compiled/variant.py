@@ -17,14 +17,14 @@ from torch import fx, nn
 from fmapkit.compiled.graph_edit import add_outputs
 from fmapkit.compiled.labelled import CompiledGraph
 from fmapkit.compiled.layouts import free_layouts
-from fmapkit.compiled.run import Sink, UnknownError, running
+from fmapkit.compiled.run import GraphMapSink, UnknownError, running
 from fmapkit.missed import reason
 from fmapkit.torchlib.compiled_modules import plain
 
 if TYPE_CHECKING:
     from fmapkit.session.session import Session
 
-__all__ = ["Variant"]
+__all__ = ["InstrumentedCompile"]
 
 # Before, a compiled function does not tell the backend that it was compiled with.
 COMPILED_FROM = "2.11"
@@ -49,7 +49,7 @@ def _fresh(function: Any) -> types.FunctionType:
     return made
 
 
-class Variant:
+class InstrumentedCompile:
     """A compiled module compiled once more, with graphs that return their maps.
 
     Args:
@@ -92,10 +92,10 @@ class Variant:
         for graph in self.graphs:
             graph.forget()
 
-    def __call__(self, sinks: Sequence[Sink], args: Any, kwargs: Any) -> Any:
+    def __call__(self, sinks: Sequence[GraphMapSink], args: Any, kwargs: Any) -> Any:
         """Run it; its graphs bring their maps to the sinks."""
         before = running.sinks, running.stop, running.root
-        running.sinks, running.stop = sinks, Variant.__call__.__code__
+        running.sinks, running.stop = sinks, InstrumentedCompile.__call__.__code__
         running.root = self._module
         try:
             if self._bound is None:
@@ -117,7 +117,7 @@ class Variant:
 class _Compiler:
     """The backend of a variant: adds the maps to a graph's outputs; the user's compiles it."""
 
-    def __init__(self, variant: Variant, backend: Any) -> None:
+    def __init__(self, variant: InstrumentedCompile, backend: Any) -> None:
         self._variant = variant
         self._backend = backend
         self.compiler_name = getattr(backend, "compiler_name", "fmapkit")
@@ -145,7 +145,7 @@ class _Compiler:
         return _runner(graph, compiled)
 
     def _instrument(
-        self, gm: fx.GraphModule, inputs: list[Any], sinks: Sequence[Sink]
+        self, gm: fx.GraphModule, inputs: list[Any], sinks: Sequence[GraphMapSink]
     ) -> CompiledGraph:
         untouched = _copy(gm)
         names = sinks[0].session.names
@@ -217,7 +217,7 @@ def _runner(graph: CompiledGraph, compiled: Callable[..., Any]) -> Callable[...,
     return run
 
 
-def _guarded(sink: Sink, function: Callable[..., Any], *args: Any) -> Any:
+def _guarded(sink: GraphMapSink, function: Callable[..., Any], *args: Any) -> Any:
     """A fault of our own is named in `missed`, and is no failure of the user's forward."""
     try:
         return function(*args)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 
 from fmapkit.torchlib.call_override import (
-    Standing,
+    CallOverride,
     called,
     compiled_as_bare,
     dynamo,
@@ -34,13 +34,13 @@ class Hook:
     def __call__(self, *args: Any) -> Any:
         return self.call(*args)
 
-    def after(self, module: nn.Module) -> Standing:
+    def after(self, module: nn.Module) -> CallOverride:
         """Be called after each call of a module: (module, args, output)."""
         made = _After(self)
         made.stand(module)
         return made
 
-    def before(self, module: nn.Module) -> Standing:
+    def before(self, module: nn.Module) -> CallOverride:
         """Be called before each call of a module: (module, args)."""
         made = _Before(self)
         made.stand(module)
@@ -111,7 +111,7 @@ class Given:
             self._handle.remove()
 
 
-class _After(Standing):
+class _After(CallOverride):
     """Stands for a forward hook.
 
     Args:
@@ -147,7 +147,7 @@ class _After(Standing):
     compiled_as_bare(__call__)
 
 
-class _Before(Standing):
+class _Before(CallOverride):
     """Stands for a forward pre hook.
 
     Args:

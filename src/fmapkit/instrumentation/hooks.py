@@ -16,7 +16,7 @@ from torch import nn
 
 from fmapkit.instrumentation.hook import Hook
 from fmapkit.instrumentation.pair import Outside, Pair
-from fmapkit.torchlib.call_override import Standing, free, standing_before
+from fmapkit.torchlib.call_override import CallOverride, free, standing_before
 
 __all__ = ["Hooks", "Off", "hooks_on"]
 
@@ -70,13 +70,13 @@ class Hooks:
     def __init__(self, owner: object, broken_off: Callable[..., Any]) -> None:
         self.owner = owner
         self._broken_off = broken_off
-        self._set: dict[tuple[str, nn.Module], tuple[Any, Standing]] = {}
+        self._set: dict[tuple[str, nn.Module], tuple[Any, CallOverride]] = {}
         self._watched: weakref.ref[Pair] | None = None
         self.excluded: set[nn.Module] = set()
 
     def is_ours(self, hook: Any) -> bool:
         """Whether this session has set it."""
-        return isinstance(hook, (Hook, Standing)) and hook.owner is self.owner
+        return isinstance(hook, (Hook, CallOverride)) and hook.owner is self.owner
 
     def around(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
         """A pair, which serves for whatever else of ours was there."""

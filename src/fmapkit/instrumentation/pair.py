@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fmapkit.instrumentation.hook import Given, Hook, nothing
-from fmapkit.torchlib.call_override import Standing, called, compiled_as_bare, dynamo, note
+from fmapkit.torchlib.call_override import CallOverride, called, compiled_as_bare, dynamo, note
 
 __all__ = ["FAILED", "Outside", "Pair"]
 
@@ -16,7 +16,7 @@ __all__ = ["FAILED", "Outside", "Pair"]
 FAILED = object()
 
 
-class Pair(Standing):
+class Pair(CallOverride):
     """Is told when a module's call begins, and when it ends, by whatever way.
 
     Args:
@@ -52,7 +52,7 @@ class Pair(Standing):
         """A copy is called: a module that is not in the model, or a replica."""
 
         def inner(*args: Any, **kwargs: Any) -> Any:
-            return Standing.of_copy(self, module, args, kwargs)
+            return CallOverride.of_copy(self, module, args, kwargs)
 
         return self._around(module, inner, args, kwargs)
 
@@ -85,7 +85,7 @@ class Pair(Standing):
         self.pre = self.post = self.broken_off = nothing
 
 
-class Outside(Standing):
+class Outside(CallOverride):
     """Is told what the hooks of others on a module are given, before it runs and after.
 
     Args:

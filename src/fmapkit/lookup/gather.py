@@ -25,7 +25,7 @@ __all__ = ["gather"]
 
 
 @dataclass(frozen=True)
-class _Part:
+class _RankPart:
     """What one rank says of its map: no tensor, only what the others need to know."""
 
     rank: int
@@ -68,8 +68,8 @@ def gather(
         part = _part(rank, found, dim, dst)
     except Exception as error:  # raised below, when the other ranks know
         failure = error
-        part = _Part(rank, error=str(error))
-    parts: list[_Part] = [part] * count
+        part = _RankPart(rank, error=str(error))
+    parts: list[_RankPart] = [part] * count
     dist.all_gather_object(parts, part, group=group)
     if failure is not None:
         raise failure
@@ -101,9 +101,9 @@ def _check(found: FeatureMap, dim: int, dst: int | None, group: Any) -> None:
         )
 
 
-def _part(rank: int, found: FeatureMap, dim: int, dst: int | None) -> _Part:
+def _part(rank: int, found: FeatureMap, dim: int, dst: int | None) -> _RankPart:
     filters = None if found.filters is None else tuple(found.filters)
-    return _Part(
+    return _RankPart(
         rank,
         tags=(found.layer, found.kind, found.filter, found.call, found.path, filters),
         step=found.step,
@@ -113,7 +113,7 @@ def _part(rank: int, found: FeatureMap, dim: int, dst: int | None) -> _Part:
     )
 
 
-def _agree(parts: list[_Part], asked: str) -> None:
+def _agree(parts: list[_RankPart], asked: str) -> None:
     """Whether the ranks' maps are parts of one batch; every rank comes to the same verdict."""
     failed = [p for p in parts if p.error]
     if failed:
@@ -122,7 +122,7 @@ def _agree(parts: list[_Part], asked: str) -> None:
             "on every rank of the group"
         )
     first = parts[0]
-    questions: dict[str, Callable[[_Part], Any]] = {
+    questions: dict[str, Callable[[_RankPart], Any]] = {
         "which map": lambda p: p.tags,
         "the pass (choose one with step=)": lambda p: p.step,
         "dim and dst": lambda p: p.request,
@@ -138,13 +138,13 @@ def _agree(parts: list[_Part], asked: str) -> None:
                 )
 
 
-def _rest(part: _Part) -> tuple[int, ...]:
+def _rest(part: _RankPart) -> tuple[int, ...]:
     dim = part.request[0]
     return (*part.shape[:dim], *part.shape[dim + 1 :])
 
 
 def _exchange(
-    tensor: Tensor, parts: list[_Part], dim: int, dst: int | None, group: Any
+    tensor: Tensor, parts: list[_RankPart], dim: int, dst: int | None, group: Any
 ) -> list[Tensor] | None:
     """Every rank's tensor, in rank order, bit for bit; None on ranks that do not get them.
 

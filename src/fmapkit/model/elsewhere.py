@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Elsewhere", "Found", "Unnamed"]
+__all__ = ["Found", "Unnamed", "UnregisteredLayers"]
 
 _MOST = 100_000  # objects that are looked at
 _LONGEST = 10_000  # items of a container: a data set has no layers
@@ -39,7 +39,7 @@ class Found:
     key: str = ""
 
 
-class Elsewhere:
+class UnregisteredLayers:
     """What can be reached from a model's modules, and is not among them.
 
     Args:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import layers
-from fmapkit.model.elsewhere import Elsewhere, Unnamed
+from fmapkit.model.elsewhere import Unnamed, UnregisteredLayers
 from fmapkit.model.past_hooks import PastHooks
 from fmapkit.model.wrappers import (
     flat_parameters,
@@ -83,7 +83,7 @@ class Names:
         self._counts: list[int] = []  # how many there are each time
         self._parameters: list[Any] = []  # and what they are, one after the other
         self._places: dict[nn.Module, list[str]] = {}  # all names of each module
-        self.elsewhere = Elsewhere(lambda: _places(self.model))
+        self.elsewhere = UnregisteredLayers(lambda: _places(self.model))
         self.unnamed = Unnamed()
         self.version = 0
         self.refresh()

@@ -48,7 +48,7 @@ class ControlPaths:
         self._model = model
         self._place_of = place_of
         self._running = running
-        self._sink: recorders.Sink | None = None
+        self._sink: recorders.DecisionSink | None = None
         self._survey: Survey | None = None
         self._tried: dict[int, types.CodeType] = {}
         self._doubted: set[nn.Module] = set()

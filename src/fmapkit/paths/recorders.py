@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MARK", "RECORDERS", "Sink", "start", "stop", "taps", "unrecorded"]
+__all__ = ["MARK", "RECORDERS", "DecisionSink", "start", "stop", "taps", "unrecorded"]
 
 _T = TypeVar("_T")
 
@@ -47,7 +47,7 @@ _NOTHING: Callable[[Any], None] = deque(maxlen=0).append
 _TRUE, _FALSE = f"{MARK}True", f"{MARK}False"
 
 
-class Sink:
+class DecisionSink:
     """Where one thread's items go while it records.
 
     Args:
@@ -73,16 +73,16 @@ class Sink:
 # By thread: the `append` of its list of items, and what it belongs to.
 _appends: dict[int, Callable[[Any], None]] = {}
 _append_of: Any = _appends.get
-sinks: dict[int, Sink] = {}
+sinks: dict[int, DecisionSink] = {}
 twins: set[types.CodeType] = set()  # the code that calls us
 
 
-def start(place_of: Callable[[Tensor], str | None], modules: Container[nn.Module]) -> Sink:
+def start(place_of: Callable[[Tensor], str | None], modules: Container[nn.Module]) -> DecisionSink:
     """Record in this thread; where that is done already, go on with it."""
     thread = _ident()
     sink = sinks.get(thread)
     if sink is None:
-        sink = sinks[thread] = Sink(place_of, modules)
+        sink = sinks[thread] = DecisionSink(place_of, modules)
         _appends[thread] = sink.items.append
     sink.users += 1
     return sink

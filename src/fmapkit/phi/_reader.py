@@ -28,7 +28,7 @@ from fmapkit.map import FeatureMap
 from fmapkit.model.names import never_called
 from fmapkit.phi._compiled import CompiledOutputs
 from fmapkit.phi._request import Item, Request
-from fmapkit.selection.selection import Selection
+from fmapkit.selection.selection import LayerSelection
 from fmapkit.storage.gradients import NO_GRAPH
 from fmapkit.torchlib.nested import tensors_in
 
@@ -297,7 +297,7 @@ class _Wanted:
     def __init__(self, item: Item, recurring: Recurring) -> None:
         self.item = item
         names = recurring.names
-        self._selection = Selection(names, item.layer, "layers")
+        self._selection = LayerSelection(names, item.layer, "layers")
         self.label = recurring.label_of(item.layer) if item.exact else ""
         self.key = item.key if item.key is not None else self.label
         self._names = names

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fmapkit.provenance.labels import Flow, Tag
-from fmapkit.provenance.layout import Axes, Part
+from fmapkit.provenance.labels import ChannelLabel, Label
+from fmapkit.provenance.layout import ChannelAxis, ChannelLayout
 
 __all__ = ["Heads", "Projection", "projection"]
 
@@ -44,7 +44,7 @@ class Heads:
     value: Projection | None = None
 
 
-def projection(tag: Tag, shape: Sequence[int]) -> Projection | None:
+def projection(tag: Label, shape: Sequence[int]) -> Projection | None:
     """Whose filters a tensor of queries, keys or values has, head by head.
 
     Args:
@@ -52,18 +52,18 @@ def projection(tag: Tag, shape: Sequence[int]) -> Projection | None:
         shape: its own. The last two axes are positions and what is in a head, in any order; the one
             before them counts heads.
     """
-    if not isinstance(tag, Flow) or tag.axes is None or tag.origin.kind != "layer":
+    if not isinstance(tag, ChannelLabel) or tag.axes is None or tag.origin.kind != "layer":
         return None
     found = _by_head(tag.axes, len(shape), len(shape) > 2 and shape[-3] == 1)
     return Projection(tag.origin.name, found) if found is not None else None
 
 
 @lru_cache(maxsize=1024)
-def _by_head(axes: Axes, rank: int, single: bool) -> tuple[range, ...] | None:
+def _by_head(axes: ChannelLayout, rank: int, single: bool) -> tuple[range, ...] | None:
     """Once for all layers of a model, which are alike."""
     parts = sorted(axes.parts, key=lambda part: part.dim)
     if len(parts) == 1 and single:
-        parts = [Part(rank - 3, 1), *parts]
+        parts = [ChannelAxis(rank - 3, 1), *parts]
     if len(parts) != 2:
         return None
     head, inner = parts

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.provenance.labels import NOWHERE, STOP, Flow, Lookup, flow_of
-from fmapkit.provenance.layout import Axes
+from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Lookup, flow_of
+from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.provenance.rule_basics import Rule, aligned, argument, lost_if_none, same_filters
 from fmapkit.provenance.vocabulary import ADDING_WRITES
 from fmapkit.torchlib.memory import storage_of
@@ -17,14 +17,14 @@ from fmapkit.torchlib.memory import storage_of
 __all__ = ["getitem", "index_select", "is_number", "write"]
 
 
-def getitem(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def getitem(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     """Some places of a tensor, by an index."""
     axes = flow.axes
     if axes is not None:
         axes = _indexed(axes, _numbered(args[1], x, out), x.dim())
     if axes is None or not axes.fit(out.shape):
         return STOP
-    return Flow(flow.origin, axes)
+    return ChannelLabel(flow.origin, axes)
 
 
 def is_number(item: Any) -> bool:
@@ -71,7 +71,7 @@ def _views(out: Any, x: Tensor) -> bool:
     return plain and not x.is_nested and storage_of(out) == storage_of(x)
 
 
-def _indexed(axes: Axes | None, index: Sequence[Any], rank: int) -> Axes | None:
+def _indexed(axes: ChannelLayout | None, index: Sequence[Any], rank: int) -> ChannelLayout | None:
     """Where the filters of a tensor with so many axes lie when it is indexed; None if unknown."""
     items = list(index)
     advanced = [i for i, item in enumerate(items) if _is_advanced(item)]
@@ -132,7 +132,9 @@ def _rank(item: Any) -> int:
     return 1 if item.dtype == torch.bool else item.dim()
 
 
-def index_select(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def index_select(
+    flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup
+) -> Any:
     """Some places along one axis."""
     dim = int(argument(args, kwargs, 1, "dim")) % x.dim()
     axes = flow.axes
@@ -149,7 +151,7 @@ def write(name: str) -> Rule:
     """
     place = 2 if name in ("__setitem__", "index_put", "masked_scatter") else 3
 
-    def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    def rule(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
         target = argument(args, kwargs, 0, "input", "self")
         source = argument(args, kwargs, place, "source", "src", "values", "value", "tensor")
         own, new = flow_of(tag, target), flow_of(tag, source)
@@ -157,7 +159,7 @@ def write(name: str) -> Rule:
             if new is None:
                 return STOP
             found = _into(name, new, source, target, args, kwargs)
-            return Flow(found.origin, found.axes, gathered=True)
+            return ChannelLabel(found.origin, found.axes, gathered=True)
         if new is None or new.origin.kind == "none" or new.origin.name == own.origin.name:
             return own
         adds = name in ADDING_WRITES
@@ -165,12 +167,14 @@ def write(name: str) -> Rule:
             adds = bool(argument(args, kwargs, 3, "accumulate"))
         if adds and not own.gathered:
             return own
-        return Flow(NOWHERE, own.axes, gathered=True)
+        return ChannelLabel(NOWHERE, own.axes, gathered=True)
 
     return rule
 
 
-def _into(name: str, flow: Flow, source: Tensor, target: Tensor, args: Any, kwargs: Any) -> Flow:
+def _into(
+    name: str, flow: ChannelLabel, source: Tensor, target: Tensor, args: Any, kwargs: Any
+) -> ChannelLabel:
     """Filters that are written into a tensor that had none: they lie there as they lay."""
     if flow.axes is None:
         return STOP
@@ -183,15 +187,21 @@ def _into(name: str, flow: Flow, source: Tensor, target: Tensor, args: Any, kwar
     return aligned(flow, source, target) if source.dim() <= target.dim() else STOP
 
 
-def _put(axes: Axes, source: Tensor, index: Any, shape: Sequence[int]) -> Axes | None:
+def _put(
+    axes: ChannelLayout, source: Tensor, index: Any, shape: Sequence[int]
+) -> ChannelLayout | None:
     """Where filters lie in a tensor of this shape that they are written into, at an index."""
     items = list(index) if isinstance(index, (tuple, list)) else [index]
     if any(isinstance(i, bool) for i in items):
         return None
     there = {}
     for dim, size in enumerate(shape):
-        found = _indexed(Axes.single(dim, size), items, len(shape))
-        if found is not None and found.parts and found == Axes.single(found.parts[0].dim, size):
+        found = _indexed(ChannelLayout.single(dim, size), items, len(shape))
+        if (
+            found is not None
+            and found.parts
+            and found == ChannelLayout.single(found.parts[0].dim, size)
+        ):
             there[found.parts[0].dim] = dim
     advanced = [i for i in items if _is_advanced(i)]
     made = sum(isinstance(i, slice) or i is None for i in items)
@@ -203,4 +213,4 @@ def _put(axes: Axes, source: Tensor, index: Any, shape: Sequence[int]) -> Axes |
         if place is None or shape[place] != part.size:
             return None
         moved.append(part.at(place))
-    return Axes(tuple(sorted(moved, key=lambda p: p.dim)), axes.offset)
+    return ChannelLayout(tuple(sorted(moved, key=lambda p: p.dim)), axes.offset)

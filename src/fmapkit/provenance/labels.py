@@ -1,4 +1,4 @@
-"""What a tensor of a pass carries: filters of an `Origin`, as a `Flow`, or a parameter's values.
+"""What a tensor carries: filters of an `Origin`, as a `ChannelLabel`, or a parameter's values.
 
 Data only. `provenance/propagate.py` says what each torch function makes of it.
 """
@@ -11,20 +11,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fmapkit.provenance.layout import Axes
+from fmapkit.provenance.layout import ChannelLayout
 
 __all__ = [
     "NOWHERE",
     "STOP",
     "Carried",
-    "Flow",
+    "ChannelLabel",
+    "Label",
     "Lookup",
     "Made",
     "Origin",
+    "ParamLabel",
+    "ParamLabelRef",
     "Source",
-    "Tag",
-    "Weight",
-    "WeightRef",
     "flow_of",
 ]
 
@@ -64,7 +64,7 @@ class Made:
     weight: Source = Source()
     bias: Source | None = None
     places: tuple[tuple[int, int], ...] = ()
-    axes: Axes | None = None
+    axes: ChannelLayout | None = None
     why: str = ""
 
 
@@ -92,7 +92,7 @@ NOWHERE = Origin("none")
 
 
 @dataclass(frozen=True, slots=True)
-class Flow:
+class ChannelLabel:
     """What a tensor carries: filters of `origin`, lying along `axes`.
 
     `gathered`: they were written into memory that had none. What is written there next, of another
@@ -100,15 +100,15 @@ class Flow:
     """
 
     origin: Origin
-    axes: Axes | None = None
+    axes: ChannelLayout | None = None
     gathered: bool = False
 
 
-STOP = Flow(NOWHERE)
+STOP = ChannelLabel(NOWHERE)
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class ParamLabel:
     """A parameter, or a tensor computed from parameters only.
 
     `axes` follows each axis of the parameter, one after the other: which of its indices the tensor
@@ -119,51 +119,53 @@ class Weight:
     """
 
     parameter: Tensor
-    axes: tuple[Axes | None, ...] = ()
-    values: Axes | None = None
+    axes: tuple[ChannelLayout | None, ...] = ()
+    values: ChannelLayout | None = None
     by_value: bool = False
 
     @staticmethod
-    def whole(parameter: Tensor) -> Weight:
+    def whole(parameter: Tensor) -> ParamLabel:
         """A parameter as it is."""
-        return Weight(parameter, *Axes.of_each(tuple(parameter.shape)))
+        return ParamLabel(parameter, *ChannelLayout.of_each(tuple(parameter.shape)))
 
 
 @dataclass(frozen=True, slots=True)
-class WeightRef:
+class ParamLabelRef:
     """A weight that a planned module returns: made of what it is given, or of a parameter's place.
 
     Attributes:
         given: which tensor argument; -1 if it is none.
         owner: the module that has the parameter.
         key: what it is called there.
-        axes: as of a `Weight`; unknown of what is given, which may be another slice each time.
+        axes: as of a `ParamLabel`; unknown of what is given, which may be another slice each time.
     """
 
     given: int = -1
     owner: nn.Module | None = None
     key: str = ""
-    axes: tuple[Axes | None, ...] = ()
+    axes: tuple[ChannelLayout | None, ...] = ()
 
-    def weight(self, inputs: Sequence[Tag]) -> Weight | None:
+    def weight(self, inputs: Sequence[Label]) -> ParamLabel | None:
         """The weight in a call that is given tensors which carry `inputs`."""
         if self.owner is not None:
             parameter = self.owner._parameters.get(self.key)
-            return Weight(parameter, self.axes) if parameter is not None else None
+            return ParamLabel(parameter, self.axes) if parameter is not None else None
         found = inputs[self.given] if self.given < len(inputs) else None
-        return Weight(found.parameter) if isinstance(found, Weight) else None
+        return ParamLabel(found.parameter) if isinstance(found, ParamLabel) else None
 
 
 # What one tensor of this pass carries. What a plan says of tensors that are yet to come is told by
 # places (`PlaceTag` in `replay/plan.py`): another type, so that neither is taken for the other.
-Tag = Flow | Weight | None
-Carried = Flow | Weight | list[Any] | None  # of a nested result: lists of tags, nested alike
+Label = ChannelLabel | ParamLabel | None
+Carried = (
+    ChannelLabel | ParamLabel | list[Any] | None
+)  # of a nested result: lists of tags, nested alike
 
 
-Lookup = Callable[[Any], Tag]
+Lookup = Callable[[Any], Label]
 
 
-def flow_of(tag: Lookup, value: Any) -> Flow | None:
+def flow_of(tag: Lookup, value: Any) -> ChannelLabel | None:
     """What a value carries, if that is a flow."""
     found = tag(value)
-    return found if isinstance(found, Flow) else None
+    return found if isinstance(found, ChannelLabel) else None

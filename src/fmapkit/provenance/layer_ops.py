@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fmapkit.provenance.labels import Flow, Lookup, Tag, Weight
-from fmapkit.provenance.layout import Axes, Part
+from fmapkit.provenance.labels import ChannelLabel, Label, Lookup, ParamLabel
+from fmapkit.provenance.layout import ChannelAxis, ChannelLayout
 from fmapkit.provenance.product_rules import einsum_terms
 from fmapkit.provenance.rule_basics import argument
 from fmapkit.provenance.vocabulary import BIAS_FIRST, CONV, GROUPED, MATMULS
@@ -49,8 +49,8 @@ def weight_operand(
     how = weighs(name)
     if how == "product":
         factors = _factors(name, operands)
-        weights = [f for f in factors if isinstance(tag(f), Weight)]
-        if len(weights) == 1 and any(isinstance(tag(f), Flow) for f in factors):
+        weights = [f for f in factors if isinstance(tag(f), ParamLabel)]
+        if len(weights) == 1 and any(isinstance(tag(f), ChannelLabel) for f in factors):
             return weights[0]
         return None
     place = 2 if how == "bilinear" else 1
@@ -100,8 +100,8 @@ def layer_axes(
     kwargs: dict[str, Any],
     weight: Tensor,
     out: Tensor,
-    tag: Tag,
-) -> Axes | None:
+    tag: Label,
+) -> ChannelLayout | None:
     """Where the filters lie in what a weighted function returns, by the parameter's numbering.
 
     Args:
@@ -118,14 +118,14 @@ def layer_axes(
     places = filter_places(name, operands, args, kwargs, weight, out)
     if not places:
         return None
-    if isinstance(tag, Weight) and not (tag.parameter is weight and len(places) == 1):
+    if isinstance(tag, ParamLabel) and not (tag.parameter is weight and len(places) == 1):
         return _of_parameter(tag, weight, out, places)
-    return Axes.single(places[0][0], out.shape[places[0][0]]) if len(places) == 1 else None
+    return ChannelLayout.single(places[0][0], out.shape[places[0][0]]) if len(places) == 1 else None
 
 
 def _of_parameter(
-    tag: Weight, weight: Tensor, out: Tensor, places: Sequence[tuple[int, int]]
-) -> Axes | None:
+    tag: ParamLabel, weight: Tensor, out: Tensor, places: Sequence[tuple[int, int]]
+) -> ChannelLayout | None:
     """The filters of a layer whose weight is made of a parameter.
 
     Args:
@@ -138,23 +138,23 @@ def _of_parameter(
     unknown = len(tag.axes) < len(shape) or None in tag.axes
     if unknown and not _complete(tag, weight, [w for _, w in places]):
         return None
-    parts: list[Part] = []
+    parts: list[ChannelAxis] = []
     offset, stride = 0, 1
     for size, axes in zip(reversed(shape), reversed(tag.axes), strict=False):
         mine = [(o, p) for p in axes.parts for o, w in places if w == p.dim] if axes else []
         if mine and axes is not None:
-            parts += [Part(o, p.size, p.stride * stride) for o, p in mine]
+            parts += [ChannelAxis(o, p.size, p.stride * stride) for o, p in mine]
             offset += axes.offset * stride
             stride *= size
     there = {p.dim: p.size for p in parts}
     if not all(there.get(o, 1) == out.shape[o] for o, _ in places):
         # Of a transposed convolution with groups, or a part on this rank.
         whole = weight.numel() == tag.parameter.numel() and len(there) == len(places) == 1
-        return Axes.single(places[0][0], out.shape[places[0][0]]) if whole else None
-    return Axes(tuple(sorted(parts, key=lambda p: p.dim)), offset) if parts else None
+        return ChannelLayout.single(places[0][0], out.shape[places[0][0]]) if whole else None
+    return ChannelLayout(tuple(sorted(parts, key=lambda p: p.dim)), offset) if parts else None
 
 
-def _complete(tag: Weight, weight: Tensor, used: Sequence[int]) -> bool:
+def _complete(tag: ParamLabel, weight: Tensor, used: Sequence[int]) -> bool:
     """Whether what is not known of a weight leaves its filters what they are.
 
     Nothing is left out of the parameter, or only along an axis that is summed.
@@ -167,7 +167,7 @@ def _complete(tag: Weight, weight: Tensor, used: Sequence[int]) -> bool:
     return rest == weight.numel() or len(seen) < weight.dim()
 
 
-def picked(name: str, tag: Weight, weight: Tensor) -> str:
+def picked(name: str, tag: ParamLabel, weight: Tensor) -> str:
     """Which of the weights that are stacked in a parameter this is, as an index: `[3]`, `[:, 2]`.
 
     Empty where it is no such pick.

@@ -1,8 +1,9 @@
 """Where a layer's filters lie in a tensor, through reshapes, permutes and slices.
 
 A layer makes its filters along one axis. Later operations move that axis, cut it, or split it over
-several (heads × head size). `Axes` keeps exactly which filter each index stands for; an operation
-that mixes filters with anything else gives None, and the tensor no longer has filters to speak of.
+several (heads × head size). `ChannelLayout` keeps exactly which filter each index stands for; an
+operation that mixes filters with anything else gives None, and the tensor no longer has filters to
+speak of.
 """
 
 from __future__ import annotations
@@ -14,32 +15,32 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["Axes", "Part"]
+__all__ = ["ChannelAxis", "ChannelLayout"]
 
 
-class Part(NamedTuple):
+class ChannelAxis(NamedTuple):
     """One axis of the tensor that counts filters: index i stands for filter i * stride."""
 
     dim: int
     size: int
     stride: int = 1
 
-    def at(self, dim: int) -> Part:
+    def at(self, dim: int) -> ChannelAxis:
         """The same along another axis."""
-        return Part(dim, self.size, self.stride)
+        return ChannelAxis(dim, self.size, self.stride)
 
 
 @dataclass(frozen=True, slots=True)
-class Axes:
+class ChannelLayout:
     """The filters of a tensor: filter = offset + sum of index * stride over the parts."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[ChannelAxis, ...]
     offset: int = 0
 
     @staticmethod
-    def single(dim: int, size: int) -> Axes:
+    def single(dim: int, size: int) -> ChannelLayout:
         """All filters along one axis."""
-        return _single(dim, size) if type(size) is int else Axes((Part(dim, size),))
+        return _single(dim, size) if type(size) is int else ChannelLayout((ChannelAxis(dim, size),))
 
     def fit(self, shape: Sequence[int]) -> bool:
         """Whether a tensor of this shape has them all."""
@@ -50,20 +51,20 @@ class Axes:
         return True
 
     @staticmethod
-    def of_all(shape: Sequence[int]) -> Axes:
+    def of_all(shape: Sequence[int]) -> ChannelLayout:
         """Every value of a tensor of this shape, by its place in row-major order."""
         stride, parts = 1, []
         for dim in reversed(range(len(shape))):
-            parts.append(Part(dim, shape[dim], stride))
+            parts.append(ChannelAxis(dim, shape[dim], stride))
             stride *= shape[dim]
-        return Axes(tuple(reversed(parts)))
+        return ChannelLayout(tuple(reversed(parts)))
 
     @staticmethod
-    def of_each(shape: tuple[int, ...]) -> tuple[tuple[Axes, ...], Axes]:
+    def of_each(shape: tuple[int, ...]) -> tuple[tuple[ChannelLayout, ...], ChannelLayout]:
         """Every axis of a tensor of this shape alone, and all of its values (`of_all`)."""
         return _of_each(shape) if _INT.issuperset(map(type, shape)) else _of_each.__wrapped__(shape)
 
-    def split(self, shape: Sequence[int]) -> tuple[Axes | None, ...]:
+    def split(self, shape: Sequence[int]) -> tuple[ChannelLayout | None, ...]:
         """Of places in a tensor of this shape (`of_all`): the indices along each of its axes.
 
         None for all of them where one part runs along several.
@@ -72,7 +73,7 @@ class Axes:
             return (None,) * len(shape)
         offset, found = self.offset, []
         left = [p for p in self.parts if p.size > 1]
-        for part in Axes.of_all(shape).parts:
+        for part in ChannelLayout.of_all(shape).parts:
             first, offset = divmod(offset, part.stride)
             mine = [p for p in left if part.stride <= p.stride < part.stride * part.size]
             left = [p for p in left if p not in mine]
@@ -80,7 +81,7 @@ class Axes:
             fits = all(p.stride % part.stride == 0 for p in mine)
             if not fits or first + sum((p.size - 1) * p.stride for p in steps) >= part.size:
                 return (None,) * len(shape)
-            found.append(Axes(tuple(steps), first))
+            found.append(ChannelLayout(tuple(steps), first))
         return tuple(found) if not left else (None,) * len(shape)
 
     @property
@@ -96,7 +97,7 @@ class Axes:
         part = self.parts[0]
         return range(self.offset, self.offset + part.size * part.stride, part.stride)
 
-    def fitted(self, shape: Sequence[int]) -> Axes | None:
+    def fitted(self, shape: Sequence[int]) -> ChannelLayout | None:
         """The same on a tensor with more of them, or fewer; None where they cannot be told then.
 
         A layer without weights has as many filters as it is given, a norm for one.
@@ -106,38 +107,38 @@ class Axes:
         if (
             self.dim is None
             or self.dim >= len(shape)
-            or self != Axes.single(self.dim, self.parts[0].size)
+            or self != ChannelLayout.single(self.dim, self.parts[0].size)
         ):
             return None
-        return Axes.single(self.dim, shape[self.dim])
+        return ChannelLayout.single(self.dim, shape[self.dim])
 
-    def _at(self, dim: int) -> Part | None:
+    def _at(self, dim: int) -> ChannelAxis | None:
         return next((p for p in self.parts if p.dim == dim), None)
 
-    def _with(self, dim: int, part: Part | None, shift: int = 0) -> Axes:
+    def _with(self, dim: int, part: ChannelAxis | None, shift: int = 0) -> ChannelLayout:
         kept = (p for p in self.parts if p.dim != dim)
         parts = (*kept, part) if part is not None else tuple(kept)
-        return Axes(tuple(sorted(parts, key=lambda p: p.dim)), self.offset + shift)
+        return ChannelLayout(tuple(sorted(parts, key=lambda p: p.dim)), self.offset + shift)
 
-    def permute(self, order: Sequence[int]) -> Axes:
+    def permute(self, order: Sequence[int]) -> ChannelLayout:
         """The tensor's axis d becomes axis `order.index(d)`."""
         moved = (p.at(order.index(p.dim)) for p in self.parts)
-        return Axes(tuple(sorted(moved, key=lambda p: p.dim)), self.offset)
+        return ChannelLayout(tuple(sorted(moved, key=lambda p: p.dim)), self.offset)
 
-    def insert(self, dim: int, count: int = 1) -> Axes:
+    def insert(self, dim: int, count: int = 1) -> ChannelLayout:
         """New axes before axis `dim`."""
         moved = (p.at(p.dim + count) if p.dim >= dim else p for p in self.parts)
-        return Axes(tuple(moved), self.offset)
+        return ChannelLayout(tuple(moved), self.offset)
 
-    def remove(self, dims: Sequence[int]) -> Axes | None:
+    def remove(self, dims: Sequence[int]) -> ChannelLayout | None:
         """Axes that are summed, averaged or squeezed away; None if they counted filters."""
         if any(p.dim in dims and p.size > 1 for p in self.parts):
             return None
         kept = (p for p in self.parts if p.dim not in dims)
         moved = (p.at(p.dim - sum(d < p.dim for d in dims)) for p in kept)
-        return Axes(tuple(moved), self.offset)
+        return ChannelLayout(tuple(moved), self.offset)
 
-    def select(self, dim: int, index: int) -> Axes:
+    def select(self, dim: int, index: int) -> ChannelLayout:
         """One index of an axis, which goes."""
         part = self._at(dim)
         shift = 0
@@ -145,25 +146,25 @@ class Axes:
             shift = (index % part.size) * part.stride
         cut = self._with(dim, None, shift)
         moved = (p.at(p.dim - 1) if p.dim > dim else p for p in cut.parts)
-        return Axes(tuple(moved), cut.offset)
+        return ChannelLayout(tuple(moved), cut.offset)
 
-    def slice(self, dim: int, start: int, size: int, step: int = 1) -> Axes:
+    def slice(self, dim: int, start: int, size: int, step: int = 1) -> ChannelLayout:
         """`size` indices of an axis from `start`, every `step`-th."""
         part = self._at(dim)
         if part is None:
             return self
-        return self._with(dim, Part(dim, size, part.stride * step), start * part.stride)
+        return self._with(dim, ChannelAxis(dim, size, part.stride * step), start * part.stride)
 
-    def reshape(self, before: tuple[int, ...], after: tuple[int, ...]) -> Axes | None:
+    def reshape(self, before: tuple[int, ...], after: tuple[int, ...]) -> ChannelLayout | None:
         """The axes after a reshape, or None where it mixes filters with something else."""
         if _INT.issuperset(map(type, before)) and _INT.issuperset(map(type, after)):
             return _reshaped(self, before, after)
         return self._reshape(before, after)  # sizes that are symbols, which have no hash
 
-    def _reshape(self, before: tuple[int, ...], after: tuple[int, ...]) -> Axes | None:
+    def _reshape(self, before: tuple[int, ...], after: tuple[int, ...]) -> ChannelLayout | None:
         if math.prod(before) == 0:
             return self if before == after else None
-        parts: list[Part] = []
+        parts: list[ChannelAxis] = []
         todo = {p.dim for p in self.parts if p.size > 1}
         for old, new in _groups(before, after):
             inside = [p for d in old for p in self.parts if p.dim == d and p.size > 1]
@@ -184,33 +185,37 @@ class Axes:
                 continue
             stride = inside[-1].stride
             for d in reversed(wide_new):
-                parts.append(Part(d, after[d], stride))
+                parts.append(ChannelAxis(d, after[d], stride))
                 stride *= after[d]
         if todo:
             return None
         if not parts and self.parts:  # a layer of one filter: any axis of size one will do
             ones = [p.dim for p in self.parts if p.dim < len(after) and after[p.dim] == 1]
-            parts = [Part(ones[0], 1)] if ones else []
-        return Axes(tuple(sorted(parts, key=lambda p: p.dim)), self.offset)
+            parts = [ChannelAxis(ones[0], 1)] if ones else []
+        return ChannelLayout(tuple(sorted(parts, key=lambda p: p.dim)), self.offset)
 
 
 _INT = frozenset({int})
 
 
 @lru_cache(maxsize=4096)
-def _reshaped(axes: Axes, before: tuple[int, ...], after: tuple[int, ...]) -> Axes | None:
+def _reshaped(
+    axes: ChannelLayout, before: tuple[int, ...], after: tuple[int, ...]
+) -> ChannelLayout | None:
     """Once for all blocks of a model, which reshape alike."""
     return axes._reshape(before, after)
 
 
 @lru_cache(maxsize=1024)
-def _single(dim: int, size: int) -> Axes:
-    return Axes((Part(dim, size),))
+def _single(dim: int, size: int) -> ChannelLayout:
+    return ChannelLayout((ChannelAxis(dim, size),))
 
 
 @lru_cache(maxsize=1024)
-def _of_each(shape: tuple[int, ...]) -> tuple[tuple[Axes, ...], Axes]:
-    return tuple([Axes.single(d, size) for d, size in enumerate(shape)]), Axes.of_all(shape)
+def _of_each(shape: tuple[int, ...]) -> tuple[tuple[ChannelLayout, ...], ChannelLayout]:
+    return tuple(
+        [ChannelLayout.single(d, size) for d, size in enumerate(shape)]
+    ), ChannelLayout.of_all(shape)
 
 
 def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -13,16 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from fmapkit.provenance import vocabulary as words
-from fmapkit.provenance.labels import Flow, Lookup
+from fmapkit.provenance.labels import ChannelLabel, Lookup
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["Degrees"]
+__all__ = ["Linearity"]
 
 # A tensor that does not depend on the input has 0. The last is not pointwise, or random.
 _LINEAR, _NONLINEAR, _OTHER = 1, 2, 3
 
 
-class Degrees:
+class Linearity:
     """Of one call of a module.
 
     Args:
@@ -53,7 +53,7 @@ class Degrees:
         if found is not None and found[0]() is tensor:
             return found[1]
         # Depends on the model's input, but did not come in through the module's argument.
-        return _OTHER if isinstance(tag(tensor), Flow) else 0
+        return _OTHER if isinstance(tag(tensor), ChannelLabel) else 0
 
     def step(
         self,

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fmapkit.provenance.labels import STOP, Flow, Lookup, flow_of
-from fmapkit.provenance.layout import Axes
+from fmapkit.provenance.labels import STOP, ChannelLabel, Lookup, flow_of
+from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.provenance.rule_basics import Rule, same_filters
 from fmapkit.provenance.vocabulary import BIAS_FIRST
 from fmapkit.torchlib.nested import tensors_in
@@ -22,7 +22,7 @@ __all__ = ["einsum", "einsum_terms", "product", "segments"]
 def product(name: str) -> Rule:
     """The matrix product of this name."""
 
-    def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    def rule(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
         operands = tensors_in(*args, kwargs)
         first = flow_of(tag, operands[0])
         if name in BIAS_FIRST and first is not None and operands[0].shape == out.shape:
@@ -37,7 +37,9 @@ def product(name: str) -> Rule:
     return rule
 
 
-def _unsummed(flow: Flow | None, x: Tensor, summed: int, vector: bool, out: Tensor) -> Flow | None:
+def _unsummed(
+    flow: ChannelLabel | None, x: Tensor, summed: int, vector: bool, out: Tensor
+) -> ChannelLabel | None:
     """What is left of a factor's filters.
 
     Args:
@@ -59,16 +61,16 @@ def _unsummed(flow: Flow | None, x: Tensor, summed: int, vector: bool, out: Tens
         if not 0 <= dim < out.dim() or out.shape[dim] != part.size:
             return None
         parts.append(part.at(dim))
-    return Flow(flow.origin, Axes(tuple(parts), flow.axes.offset))
+    return ChannelLabel(flow.origin, ChannelLayout(tuple(parts), flow.axes.offset))
 
 
-def einsum(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def einsum(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     """The same, by the letters; factors that are multiplied place by place are the first one's."""
     operands = tensors_in(*args[1:])
     terms, right = einsum_terms(args)
     if len(terms) != len(operands):
         return STOP
-    found: list[tuple[str, Flow]] = []
+    found: list[tuple[str, ChannelLabel]] = []
     for term, operand in zip(terms, operands, strict=True):
         own = flow_of(tag, operand)
         if own is None or own.axes is None or not own.axes.parts:
@@ -77,8 +79,8 @@ def einsum(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup)
         if all(right.count(i) == 1 for i in letters):
             dims = map(right.index, letters)
             parts = [p.at(d) for p, d in zip(own.axes.parts, dims, strict=True)]
-            axes = Axes(tuple(sorted(parts, key=lambda p: p.dim)), own.axes.offset)
-            found.append((letters, Flow(own.origin, axes)))
+            axes = ChannelLayout(tuple(sorted(parts, key=lambda p: p.dim)), own.axes.offset)
+            found.append((letters, ChannelLabel(own.origin, axes)))
     return found[0][1] if len({letters for letters, _ in found}) == 1 else STOP
 
 
@@ -94,7 +96,7 @@ def einsum_terms(args: Sequence[Any]) -> tuple[list[str], str]:
     return left.split(","), right
 
 
-def segments(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def segments(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     """Runs of rows are summed; filters that lie along another axis stay."""
     axis = kwargs.get("axis", 0) % x.dim()
     if flow.axes is None or any(p.dim == axis for p in flow.axes.parts):

@@ -1,9 +1,10 @@
 """Follow the data: whose filters a tensor carries, after each torch function.
 
-Every tensor that depends on the model's input has a `Flow`: where its filters come from (`Origin`)
-and how they lie in it (`Axes`). A tensor computed from parameters alone is a `Weight`. Here a rule
-is chosen for one call of a torch function (`provenance/rules.py` has them all). A function without
-a rule stops the flow: its result has no layer behind it. A label is never guessed.
+Every tensor that depends on the model's input has a `ChannelLabel`: where its filters come from
+(`Origin`) and how they lie in it (`ChannelLayout`). A tensor computed from parameters alone is a
+`ParamLabel`. Here a rule is chosen for one call of a torch function (`provenance/rules.py` has them
+all). A function without a rule stops the flow: its result has no layer behind it. A label is never
+guessed.
 """
 
 from __future__ import annotations
@@ -16,8 +17,16 @@ from typing import Any
 from torch import Tensor
 
 from fmapkit.provenance.index_rules import is_number
-from fmapkit.provenance.labels import NOWHERE, STOP, Flow, Lookup, Tag, Weight, flow_of
-from fmapkit.provenance.layout import Axes
+from fmapkit.provenance.labels import (
+    NOWHERE,
+    STOP,
+    ChannelLabel,
+    Label,
+    Lookup,
+    ParamLabel,
+    flow_of,
+)
+from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.provenance.rule_basics import Rule, each
 from fmapkit.provenance.rules import RULES, spatial
 from fmapkit.provenance.vocabulary import (
@@ -73,10 +82,10 @@ def carried(
         if others and not flow_of(tag, source[0]) and any(flow_of(tag, o) for o in others):
             return _picked_by_data(name, args, kwargs, out, source[0], tag)
         operands = source
-    weights: list[tuple[Tensor, Weight]] = []
+    weights: list[tuple[Tensor, ParamLabel]] = []
     for x in operands:
         flow = tag(x)
-        if isinstance(flow, Flow):
+        if isinstance(flow, ChannelLabel):
             break
         if flow is not None:
             weights.append((x, flow))
@@ -86,7 +95,7 @@ def carried(
     if rule is None:
         return each(out, lambda _: STOP)
     if flow.axes is None and name not in _CHOOSE_OPERAND:
-        kept = Flow(flow.origin) if flow.gathered else flow
+        kept = ChannelLabel(flow.origin) if flow.gathered else flow
         return each(out, lambda _: kept)
     return rule(flow, x, args, kwargs, out, tag)
 
@@ -101,28 +110,28 @@ def _rule(name: str) -> Rule | None:
 
 
 def _of_weights(
-    name: str, args: Any, kwargs: Any, out: Any, weights: list[tuple[Tensor, Weight]]
+    name: str, args: Any, kwargs: Any, out: Any, weights: list[tuple[Tensor, ParamLabel]]
 ) -> Any:
     """What a function of parameters alone returns: a weight, its axes followed like filters."""
     x, weight = weights[0]
     rule = _rule(name)
 
-    def followed(axes: Axes | None) -> Any:
+    def followed(axes: ChannelLayout | None) -> Any:
         if axes is None or rule is None:
             return None
-        flow = Flow(NOWHERE, axes)
+        flow = ChannelLabel(NOWHERE, axes)
         return rule(flow, x, args, kwargs, out, lambda t: flow if t is x else None)
 
     found = [followed(axes) for axes in (*weight.axes, weight.values)]
     shape = tuple(weight.parameter.shape)
     by_value = weight.by_value or (name in PICKS and any(map(is_number, tensors_in(*args, kwargs))))
 
-    def one(place: int | None) -> Weight:
+    def one(place: int | None) -> ParamLabel:
         of = [f[place] if isinstance(f, list) and place is not None else f for f in found]
-        *axes, values = [f.axes if isinstance(f, Flow) else None for f in of]
+        *axes, values = [f.axes if isinstance(f, ChannelLabel) else None for f in of]
         if None in axes and values is not None:
-            return Weight(weight.parameter, values.split(shape), values, by_value)
-        return Weight(weight.parameter, tuple(axes), values, by_value)
+            return ParamLabel(weight.parameter, values.split(shape), values, by_value)
+        return ParamLabel(weight.parameter, tuple(axes), values, by_value)
 
     if isinstance(out, (tuple, list)):
         return [one(i) for i in range(len(out))]
@@ -137,16 +146,16 @@ def _picked_by_data(
     Weights are stacked along the first axis of a parameter that has an axis more than they have.
     """
     weight = tag(source)
-    if isinstance(weight, Weight) and isinstance(out, Tensor) and out.dim() >= 2:
+    if isinstance(weight, ParamLabel) and isinstance(out, Tensor) and out.dim() >= 2:
         shape = weight.parameter.shape
         found = _of_weights(name, args, kwargs, out, [(source, weight)])
-        stacked = len(shape) > 2 and shape[0] > 1 and isinstance(found, Weight)
+        stacked = len(shape) > 2 and shape[0] > 1 and isinstance(found, ParamLabel)
         if stacked and len(found.axes) == len(shape) and None not in found.axes[1:]:
             return found
     return each(out, lambda _: STOP)
 
 
-def sigma_axes(axes: Axes | None, z: Tensor, a: Any) -> Axes | None:
+def sigma_axes(axes: ChannelLayout | None, z: Tensor, a: Any) -> ChannelLayout | None:
     """σ keeps the filters; `glu` halves them."""
     if axes is None or not isinstance(a, Tensor) or a.dim() != z.dim():
         return None
@@ -156,16 +165,16 @@ def sigma_axes(axes: Axes | None, z: Tensor, a: Any) -> Axes | None:
     return axes
 
 
-def past_sigma(tag: Tag, z: Tensor, a: Any) -> Flow | Weight:
+def past_sigma(tag: Label, z: Tensor, a: Any) -> ChannelLabel | ParamLabel:
     """What a = σ(z) carries, given what z does: filters that are no layer's, counted from 0.
 
     Of a parameter, it is as much a weight as the parameter itself.
     """
-    if isinstance(tag, Weight):
+    if isinstance(tag, ParamLabel):
         of_each = tuple([sigma_axes(axes, z, a) for axes in tag.axes])
         return replace(tag, axes=of_each, values=sigma_axes(tag.values, z, a))
     axes = sigma_axes(tag.axes, z, a) if tag is not None else None
     if axes is None or len(axes.parts) != 1:
         return STOP
     part = axes.parts[0]
-    return Flow(NOWHERE, Axes.single(part.dim, part.size))
+    return ChannelLabel(NOWHERE, ChannelLayout.single(part.dim, part.size))

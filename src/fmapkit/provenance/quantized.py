@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.layers import layer_axis
-from fmapkit.provenance.layout import Axes
+from fmapkit.provenance.layout import ChannelLayout
 
 __all__ = ["FUSED", "is_fused", "is_weighted", "packed_axes", "packed_key"]
 
@@ -47,12 +47,12 @@ def is_fused(function: Any) -> bool:
     return name is not None and "_cell_" not in name and _WITH_SIGMA.fullmatch(name) is not None
 
 
-def packed_axes(function: Any, out: Tensor) -> Axes | None:
+def packed_axes(function: Any, out: Tensor) -> ChannelLayout | None:
     """The filter axis of what a quantised layer returns."""
     found = _WEIGHTED.fullmatch(_name(function) or "")
     spatial = int(found.group("axes") or 0) if found is not None else 0
     dim = out.dim() - 1 - spatial
-    return Axes.single(dim, out.shape[dim]) if dim >= 0 else None
+    return ChannelLayout.single(dim, out.shape[dim]) if dim >= 0 else None
 
 
 def packed_key(module: nn.Module, weight: Any) -> str | None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.provenance.labels import STOP, Flow, Lookup, Tag, flow_of
-from fmapkit.provenance.layout import Axes
+from fmapkit.provenance.labels import STOP, ChannelLabel, Label, Lookup, flow_of
+from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.torchlib.nested import tensors_in
 
 __all__ = [
@@ -25,10 +25,10 @@ __all__ = [
 
 # Given the flow of the first operand that has one, that operand, the call's arguments, its result
 # and what any tensor carries.
-Rule = Callable[[Flow, Tensor, Any, Any, Any, Lookup], Any]
+Rule = Callable[[ChannelLabel, Tensor, Any, Any, Any, Lookup], Any]
 
 
-def each(out: Any, make: Callable[[Tensor], Tag]) -> Any:
+def each(out: Any, make: Callable[[Tensor], Label]) -> Any:
     """What each tensor of a result carries, nested like the result."""
     if isinstance(out, Tensor):
         return make(out)
@@ -37,17 +37,17 @@ def each(out: Any, make: Callable[[Tensor], Tag]) -> Any:
     return None
 
 
-def lost_if_none(flow: Flow, axes: Axes | None) -> Flow:
+def lost_if_none(flow: ChannelLabel, axes: ChannelLayout | None) -> ChannelLabel:
     """Filters mixed with something else have no layer any more."""
-    return Flow(flow.origin, axes) if axes is not None else STOP
+    return ChannelLabel(flow.origin, axes) if axes is not None else STOP
 
 
-def pointwise(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def pointwise(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     """The first operand that is as large as the result; a smaller one is broadcast: scale, bias."""
     if isinstance(out, Tensor) and x.shape == out.shape:
         return aligned(flow, x, out)
 
-    def one(result: Tensor) -> Flow:
+    def one(result: Tensor) -> ChannelLabel:
         operands = [o for o in tensors_in(*args, kwargs) if flow_of(tag, o)]
         full = [o for o in operands if o.shape == result.shape] or operands
         return aligned(flow_of(tag, full[0]) or STOP, full[0], result)
@@ -55,7 +55,7 @@ def pointwise(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Look
     return each(out, one)
 
 
-def where(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def where(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     """The values go on, not the condition, unless that alone depends on the data."""
     operands = tensors_in(*args, kwargs)
     condition = next((o for o in operands if o.dtype == torch.bool), None)
@@ -66,7 +66,7 @@ def where(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) 
     return pointwise(flow_of(tag, x) or STOP, x, values, {}, out, tag)
 
 
-def aligned(flow: Flow, x: Tensor, result: Tensor) -> Flow:
+def aligned(flow: ChannelLabel, x: Tensor, result: Tensor) -> ChannelLabel:
     """Broadcasting aligns axes at the end; the filters must not be broadcast themselves."""
     axes = flow.axes
     if axes is None:
@@ -77,10 +77,12 @@ def aligned(flow: Flow, x: Tensor, result: Tensor) -> Flow:
         axes = axes.insert(0, more)
     if not axes.fit(shape):
         return STOP
-    return flow if axes is flow.axes and not flow.gathered else Flow(flow.origin, axes)
+    return flow if axes is flow.axes and not flow.gathered else ChannelLabel(flow.origin, axes)
 
 
-def same_filters(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def same_filters(
+    flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup
+) -> Any:
     """Pooling, padding, resizing: other axes may change their size, filters stay."""
     if isinstance(out, Tensor):
         return aligned(flow, x, out) if out.dim() == x.dim() else STOP

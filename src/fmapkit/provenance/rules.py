@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fmapkit.provenance.index_rules import getitem, index_select, write
-from fmapkit.provenance.labels import STOP, Flow, Lookup, flow_of
+from fmapkit.provenance.labels import STOP, ChannelLabel, Lookup, flow_of
 from fmapkit.provenance.product_rules import einsum, product, segments
 from fmapkit.provenance.rule_basics import (
     Rule,
@@ -47,7 +47,7 @@ __all__ = ["RULES", "spatial"]
 def spatial(axes: str | None, pads: bool) -> Rule:
     """The same, but filters that lie along an axis which is pooled, padded or resized mix."""
 
-    def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    def rule(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
         if axes is not None:
             touched = int(axes)
         else:
@@ -63,10 +63,10 @@ def spatial(axes: str | None, pads: bool) -> Rule:
     return rule
 
 
-def _reshape(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def _reshape(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     axes, shape = flow.axes, tuple(x.shape)
 
-    def one(o: Tensor) -> Flow:
+    def one(o: Tensor) -> ChannelLabel:
         return lost_if_none(flow, axes and axes.reshape(shape, tuple(o.shape)))
 
     return one(out) if isinstance(out, Tensor) else each(out, one)
@@ -100,16 +100,16 @@ def _order(name: str, n: int, args: Any, kwargs: Any) -> list[int] | None:
 
 
 def _permute(name: str) -> Rule:
-    def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    def rule(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
         order = _order(name, x.dim(), args, kwargs)
         if order is None or flow.axes is None:
-            return Flow(flow.origin)
-        return Flow(flow.origin, flow.axes.permute(order))
+            return ChannelLabel(flow.origin)
+        return ChannelLabel(flow.origin, flow.axes.permute(order))
 
     return rule
 
 
-def _reduce(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def _reduce(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     dims = argument(args, kwargs, 1, "dim", "axis")
     if isinstance(dims, Tensor):  # torch.max(a, b), elementwise
         return pointwise(flow, x, args, kwargs, out, tag)
@@ -122,9 +122,9 @@ def _reduce(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup
     if axes is None or any(p.dim in reduced and p.size > 1 for p in axes.parts):
         return each(out, lambda _: STOP)
 
-    def one(o: Tensor) -> Flow:
+    def one(o: Tensor) -> ChannelLabel:
         return (
-            Flow(flow.origin, axes)
+            ChannelLabel(flow.origin, axes)
             if o.dim() == x.dim()
             else lost_if_none(flow, axes.remove(reduced))
         )
@@ -135,7 +135,7 @@ def _reduce(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup
 def _cut(name: str) -> Rule:
     """chunk, split and unbind: the parts in order; narrow and select: one of them."""
 
-    def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    def rule(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
         axes = flow.axes
         assert axes is not None
         place = {"unbind": 1, "narrow": 1, "select": 1}.get(name, 2)
@@ -144,29 +144,29 @@ def _cut(name: str) -> Rule:
         dim = (default if dim is None else int(dim)) % x.dim()
         if name == "select":
             index = int(argument(args, kwargs, 2, "index"))
-            return Flow(flow.origin, axes.select(dim, index % x.shape[dim]))
+            return ChannelLabel(flow.origin, axes.select(dim, index % x.shape[dim]))
         if name == "narrow":
             start = int(argument(args, kwargs, 2, "start"))
-            return Flow(flow.origin, axes.slice(dim, start % x.shape[dim], out.shape[dim]))
+            return ChannelLabel(flow.origin, axes.slice(dim, start % x.shape[dim], out.shape[dim]))
         if name == "unbind":
-            return [Flow(flow.origin, axes.select(dim, i)) for i in range(len(out))]
+            return [ChannelLabel(flow.origin, axes.select(dim, i)) for i in range(len(out))]
         flows, start = [], 0
         for piece in out:
-            flows.append(Flow(flow.origin, axes.slice(dim, start, piece.shape[dim])))
+            flows.append(ChannelLabel(flow.origin, axes.slice(dim, start, piece.shape[dim])))
             start += piece.shape[dim]
         return flows
 
     return rule
 
 
-def _expand(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def _expand(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     return each(out, lambda o: aligned(flow, x, o))
 
 
 def _along(name: str) -> Rule:
     """Functions that change the order within the axes they name: filters stay if not among them."""
 
-    def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    def rule(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
         place = 2 if name in ("roll", "take_along_dim") else 1
         dims = argument(args, kwargs, place, "dims", "dim")
         dims = [dims] if isinstance(dims, int) else list(dims or range(x.dim()))
@@ -179,7 +179,7 @@ def _along(name: str) -> Rule:
     return rule
 
 
-def _cat(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def _cat(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     """Along another axis the first operand's filters go on; along the filter axis they mix.
 
     But not where the pieces of one layer's filters are put together again as they were.
@@ -188,13 +188,13 @@ def _cat(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -
     axes = flow.axes
     pieces = tensors_in(args[0] if args else kwargs)
     if axes is None or len(pieces) == 1:
-        return Flow(flow.origin, axes) if axes is not None else STOP
+        return ChannelLabel(flow.origin, axes) if axes is not None else STOP
     if any(p.dim == dim for p in axes.parts):
         return _rejoined([flow_of(tag, piece) for piece in pieces], dim)
     return aligned(flow, x, out)
 
 
-def _rejoined(pieces: Sequence[Flow | None], dim: int) -> Flow:
+def _rejoined(pieces: Sequence[ChannelLabel | None], dim: int) -> ChannelLabel:
     """Filters that were split, and lie one after the other again."""
     first, size = pieces[0], 0
     for piece in pieces:
@@ -207,13 +207,13 @@ def _rejoined(pieces: Sequence[Flow | None], dim: int) -> Flow:
             return STOP
         size += part.size
     assert first is not None and first.axes is not None
-    return Flow(first.origin, first.axes.slice(dim, 0, size))
+    return ChannelLabel(first.origin, first.axes.slice(dim, 0, size))
 
 
 def _fft(name: str) -> Rule:
     """Fourier transforms mix along the axes they name, by default the last one, two or all."""
 
-    def rule(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    def rule(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
         dims = argument(args, kwargs, 2, "dim")
         if dims is None and name == "fftn":
             sizes = argument(args, kwargs, 1, "s")
@@ -228,18 +228,18 @@ def _fft(name: str) -> Rule:
     return rule
 
 
-def _stack(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def _stack(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     dim = int(argument(args, kwargs, 1, "dim", "axis") or 0) % out.dim()
-    return Flow(flow.origin, flow.axes.insert(dim)) if flow.axes is not None else STOP
+    return ChannelLabel(flow.origin, flow.axes.insert(dim)) if flow.axes is not None else STOP
 
 
-def _copy(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def _copy(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     source = argument(args, kwargs, 1, "src", "source")
     found = flow_of(tag, source)
     return aligned(found, source, args[0]) if found is not None else None
 
 
-def _pairs(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+def _pairs(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     """Complex numbers as pairs of real ones, and back: an axis at the end comes or goes."""
     axes = flow.axes
     return STOP if axes is None or any(p.dim >= out.dim() for p in axes.parts) else flow

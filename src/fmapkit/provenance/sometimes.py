@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.provenance import vocabulary as words
-from fmapkit.provenance.labels import Flow, Lookup, flow_of
+from fmapkit.provenance.labels import ChannelLabel, Lookup, flow_of
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import unheld
@@ -138,7 +138,7 @@ class Pointwise:
         if name in _LIKE:
             operands = operands[:1]
         values = tuple(
-            [self.value(t, written=t is out) for t in operands if isinstance(tag(t), Flow)]
+            [self.value(t, written=t is out) for t in operands if isinstance(tag(t), ChannelLabel)]
         )
         if not values:
             return
@@ -184,7 +184,7 @@ def operand_of_sigma(
     """
     given = {k: v for k, v in kwargs.items() if k != "out"}
     operands = tensors_in(*args, given)
-    flows = [t for t in operands if isinstance(tag(t), Flow)]
+    flows = [t for t in operands if isinstance(tag(t), ChannelLabel)]
     if not flows or any(map(unheld, operands)):
         return None
     if name in _CHOICES or (name in _EXTREMES and len(flows) > 1):
@@ -204,7 +204,7 @@ def operand_of_sigma(
 
 def chooses_unseen(
     name: str, args: Sequence[Any], kwargs: dict[str, Any], tag: Lookup, inside: Pointwise
-) -> Flow | None:
+) -> ChannelLabel | None:
     """What a call carries that is a nonlinearity of a value which it is not given itself.
 
     As in `torch.where(z > 0, 2 * z, 3 * z)`. The arguments are those of `operand_of_sigma`.
@@ -212,7 +212,7 @@ def chooses_unseen(
     Returns:
         None where it is none, or no filters of a layer reach it.
     """
-    flows = [t for t in tensors_in(*args, kwargs) if isinstance(tag(t), Flow)]
+    flows = [t for t in tensors_in(*args, kwargs) if isinstance(tag(t), ChannelLabel)]
     carried = [found for t in flows if (found := flow_of(tag, t)) and _has_filters(found)]
     if name not in _CHOICES or not carried:
         return None
@@ -258,7 +258,7 @@ def _extreme(operands: list[Tensor], z: Tensor, tag: Lookup, inside: Pointwise) 
 
 
 def _has_filters(tag: Any) -> bool:
-    return isinstance(tag, Flow) and tag.origin.kind != "none"
+    return isinstance(tag, ChannelLabel) and tag.origin.kind != "none"
 
 
 def _fits(operand: Tensor, z: Tensor) -> bool:

@@ -24,12 +24,12 @@ from fmapkit.errors import (
     MapOverwrittenError,
     MapReleasedError,
 )
-from fmapkit.provenance.labels import Made, Origin, Source, Weight
-from fmapkit.provenance.layout import Axes
+from fmapkit.provenance.labels import Made, Origin, ParamLabel, Source
+from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.sharded import is_dtensor
 
-__all__ = ["PACKED", "REGISTERED", "Rows", "StandIns", "source_of", "versions"]
+__all__ = ["PACKED", "REGISTERED", "StandIns", "WeightRows", "source_of", "versions"]
 
 PACKED = "it is quantised, and its weight is packed with its bias, which is no tensor"
 REGISTERED = "it is a layer by register_layer, and which weights it uses is not known"
@@ -53,7 +53,7 @@ def source_of(value: Tensor, tag: Any, owners: Owners, stand_ins: StandIns) -> S
         owners: the modules that have a parameter or buffer, each with its key there.
         stand_ins: where a graph is traced: the tensors that stand for its inputs, and these.
     """
-    if isinstance(tag, Weight):
+    if isinstance(tag, ParamLabel):
         root = there = tag.parameter
         if stand_ins:
             there = next((fake for fake, real in stand_ins.values() if real is root), root)
@@ -88,7 +88,7 @@ def versions(modules: Iterable[nn.Module]) -> Versions:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class WeightRows:
     """What is known of the weights behind one map.
 
     Attributes:
@@ -102,7 +102,7 @@ class Rows:
 
     what: str
     origin: Origin
-    axes: Axes | None
+    axes: ChannelLayout | None
     picked: tuple[int, ...] | None
     versions: Versions | None
 
@@ -247,7 +247,7 @@ def _blocks(weight: Tensor, made: Made) -> Tensor:
     return weight.movedim([places[p.dim] for p in made.axes.parts], list(range(len(places))))
 
 
-def _decoded(number: int, axes: Axes) -> list[int]:
+def _decoded(number: int, axes: ChannelLayout) -> list[int]:
     """Where a filter lies along the axes, its number being counted from their offset."""
     found: dict[int, int] = {}
     for part in sorted(axes.parts, key=lambda p: -p.stride):
@@ -255,7 +255,9 @@ def _decoded(number: int, axes: Axes) -> list[int]:
     return [found[part.dim] for part in axes.parts]
 
 
-def _of_map(rows: Tensor, made: Axes, axes: Axes, picked: tuple[int, ...] | None) -> Tensor:
+def _of_map(
+    rows: Tensor, made: ChannelLayout, axes: ChannelLayout, picked: tuple[int, ...] | None
+) -> Tensor:
     """The rows of the filters that a map has, lying as they do there; a view where there is one."""
     if picked is None and len(made.parts) == 1:
         step, stride = made.parts[0].stride, rows.stride(0)
@@ -273,7 +275,7 @@ def _of_map(rows: Tensor, made: Axes, axes: Axes, picked: tuple[int, ...] | None
     return found
 
 
-def _numbers(axes: Axes) -> list[int]:
+def _numbers(axes: ChannelLayout) -> list[int]:
     """Every filter, in the order in which they lie."""
     found = [axes.offset]
     for part in axes.parts:

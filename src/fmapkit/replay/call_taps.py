@@ -19,7 +19,7 @@ from torch.nn.modules.module import _global_forward_pre_hooks as _before
 
 from fmapkit.instrumentation.hook import Hook
 from fmapkit.torchlib.call_override import (
-    Standing,
+    CallOverride,
     called,
     compiled_as_bare,
     dynamo,
@@ -34,14 +34,14 @@ from fmapkit.torchlib.memory import version_of
 if TYPE_CHECKING:
     from fmapkit.replay.taps import Tap
 
-__all__ = ["CallTap", "DoorTap", "KeepingCallTap", "OutputCallTap", "can_stand", "stand"]
+__all__ = ["CallTap", "KeepingCallTap", "OutputCallTap", "OutsideTap", "can_stand", "stand"]
 
 # What every module has, and what we set.
 _OF_EACH = nn.Module().__dict__.keys() | {"inplace", "_compiled_call_impl"}
 _getframe: Callable[[int], FrameType] = sys._getframe
 
 
-class CallTap(Standing):
+class CallTap(CallOverride):
     """Does a `Tap`'s work in the usual case, and has that tap do it in any other.
 
     Args:
@@ -139,7 +139,7 @@ class OutputCallTap(CallTap):
     compiled_as_bare(__call__)
 
 
-class DoorTap(CallTap):
+class OutsideTap(CallTap):
     """Stands before a module that may be called outside of a pass; in a pass it does nothing."""
 
     __slots__ = ()
@@ -242,7 +242,7 @@ def stand(kind: type[CallTap], module: nn.Module, tap: Tap) -> CallTap | None:
         tap: whose place it takes.
     """
     with lock:
-        wanted = free if issubclass(kind, (OutputCallTap, DoorTap)) else can_stand
+        wanted = free if issubclass(kind, (OutputCallTap, OutsideTap)) else can_stand
         if not wanted(module):
             return None
         found = kind(module, tap)

@@ -25,12 +25,12 @@ from fmapkit.torchlib.class_cache import remembered
 from fmapkit.torchlib.compiled_modules import compiled_call, ever_compiled
 from fmapkit.torchlib.nested import modules_in
 
-__all__ = ["Watch"]
+__all__ = ["ModelGuard"]
 
 _FORWARD = repeat("forward")
 
 
-class Watch:
+class ModelGuard:
     """What every plan rests on, as it was when the watch was set.
 
     That is: which modules there are, under which names, in which order; their classes; that their

@@ -17,19 +17,27 @@ from fmapkit import layers
 from fmapkit.model.names import Names
 from fmapkit.nonlinearities import module_sigma
 from fmapkit.provenance.functions import describe
-from fmapkit.provenance.labels import NOWHERE, Flow, Made, Origin, Tag, Weight, WeightRef
-from fmapkit.provenance.layout import Axes
-from fmapkit.selection.selection import Wants
-from fmapkit.storage.conversion import Place, Retention
-from fmapkit.storage.held import Held
-from fmapkit.storage.passes import Entry
+from fmapkit.provenance.labels import (
+    NOWHERE,
+    ChannelLabel,
+    Label,
+    Made,
+    Origin,
+    ParamLabel,
+    ParamLabelRef,
+)
+from fmapkit.provenance.layout import ChannelLayout
+from fmapkit.selection.selection import Selection
+from fmapkit.storage.conversion import Place, StorageConversion
+from fmapkit.storage.held import StoredTensor
+from fmapkit.storage.passes import MapRecord
 from fmapkit.torchlib.memory import storage_of as _storage
 from fmapkit.torchlib.nested import leaves
-from fmapkit.tracing.events import Event, Firing
+from fmapkit.tracing.events import Event, HookPoint
 from fmapkit.tracing.frames import Frame
 from fmapkit.tracing.tracer import Tracer
 
-__all__ = ["Emission", "FlowRef", "Plan", "Ref", "Step", "alike", "make_plan"]
+__all__ = ["ChannelLabelRef", "MapSpec", "Plan", "Ref", "Step", "alike", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,7 @@ class Ref:
 
 
 @dataclass(frozen=True, slots=True)
-class FlowRef:
+class ChannelLabelRef:
     """A flow that a planned module returns: whose filters, by place, and how they lie.
 
     Attributes:
@@ -61,21 +69,21 @@ class FlowRef:
     """
 
     ref: Ref | None
-    axes: Axes | None
+    axes: ChannelLayout | None
 
 
-# What a tensor carries in any call of a plan; in one pass it is a `Tag`.
-PlaceTag = FlowRef | WeightRef | None
+# What a tensor carries in any call of a plan; in one pass it is a `Label`.
+PlaceTag = ChannelLabelRef | ParamLabelRef | None
 
 
 @dataclass(frozen=True, slots=True)
-class Emission:
+class MapSpec:
     """One map that a step holds."""
 
     slot: str  # "x", "y", or a path into a nested output after "y"
     kind: str
     ref: Ref
-    axes: Axes | None
+    axes: ChannelLayout | None
     sigma: str | None
     path: str
     copy: bool
@@ -95,7 +103,7 @@ class Step:
     function: str
     place: int  # which of the function's tensor arguments is x
     key: str | None
-    emissions: tuple[Emission, ...]
+    emissions: tuple[MapSpec, ...]
     plain: str  # "xy" or "y": it holds references to these, from their usual places, and no more
     keeps: bool  # an in-place σ that leaves the memory of x to us, where it can
     shared: bool  # what x was is held by an earlier step, too
@@ -134,7 +142,7 @@ class Plan:
 
 
 def make_plan(
-    tracer: Tracer, frame: Frame, output: Any, inputs: Sequence[Tag], arguments: Sequence[Tensor]
+    tracer: Tracer, frame: Frame, output: Any, inputs: Sequence[Label], arguments: Sequence[Tensor]
 ) -> Plan:
     """Boil down what the tracer saw of one call.
 
@@ -147,7 +155,7 @@ def make_plan(
     """
     by_origin: dict[int, Ref] = {}
     for index, tag in enumerate(inputs):
-        if isinstance(tag, Flow) and tag.origin is not NOWHERE:
+        if isinstance(tag, ChannelLabel) and tag.origin is not NOWHERE:
             by_origin.setdefault(id(tag.origin), Ref("input", "", index))
 
     known = dict(by_origin)
@@ -162,7 +170,7 @@ def make_plan(
         return found
 
     returned = [(path, tracer.tag(t)) for path, t in leaves(output)]
-    escaping = {id(t.origin) for _, t in returned if isinstance(t, Flow)}
+    escaping = {id(t.origin) for _, t in returned if isinstance(t, ChannelLabel)}
     firings = tracer.firings[frame.firing :]
     retention = tracer.wants.retention
     _mark_shared(tracer.events[frame.start :], bool(retention))
@@ -174,9 +182,9 @@ def make_plan(
         f.scope for f in firings if f.module is None and f.function and _name(f) in tapped_names
     }
 
-    def by_place(tag: Tag) -> PlaceTag:
-        if isinstance(tag, Flow):
-            return FlowRef(ref(tag.origin) if tag.origin is not NOWHERE else None, tag.axes)
+    def by_place(tag: Label) -> PlaceTag:
+        if isinstance(tag, ChannelLabel):
+            return ChannelLabelRef(ref(tag.origin) if tag.origin is not NOWHERE else None, tag.axes)
         return _weight_ref(tag, inputs, tracer.names) if tag is not None else None
 
     keeping = frozenset(
@@ -223,12 +231,12 @@ def make_plan(
     )
 
 
-def _weight_ref(tag: Weight, inputs: Sequence[Tag], names: Names) -> WeightRef | None:
+def _weight_ref(tag: ParamLabel, inputs: Sequence[Label], names: Names) -> ParamLabelRef | None:
     for place, given in enumerate(inputs):
-        if isinstance(given, Weight) and given.parameter is tag.parameter:
-            return WeightRef(given=place)
+        if isinstance(given, ParamLabel) and given.parameter is tag.parameter:
+            return ParamLabelRef(given=place)
     owners = names.owners(tag.parameter)
-    return WeightRef(-1, *owners[0], tag.axes) if owners else None
+    return ParamLabelRef(-1, *owners[0], tag.axes) if owners else None
 
 
 def _to_be_left_alone(module: nn.Module, called: set[nn.Module]) -> bool:
@@ -245,16 +253,18 @@ def _claimed_inside(tracer: Tracer, frame: Frame, origin: int) -> bool:
     return any(e.kind == "sigma" and id(e.origin) == origin for e in tracer.events[frame.start :])
 
 
-def _emits(firing: Firing) -> bool:
+def _emits(firing: HookPoint) -> bool:
     return any(e.entries for e in firing.events) or _is_shared(firing)
 
 
-def _name(firing: Firing) -> str:
+def _name(firing: HookPoint) -> str:
     """Of the function that ran; empty for a module."""
     return describe(firing.function).name if firing.module is None else ""
 
 
-def _step(firing: Firing, ref: Any, escaping: set[int], retention: Retention, start: int) -> Step:
+def _step(
+    firing: HookPoint, ref: Any, escaping: set[int], retention: StorageConversion, start: int
+) -> Step:
     emissions = []
     for event in firing.events:
         for slot, entry in event.entries:
@@ -264,7 +274,7 @@ def _step(firing: Firing, ref: Any, escaping: set[int], retention: Retention, st
                 copied = held.needs_copy
             lost = slot == "x" and event.in_place
             emissions.append(
-                Emission(
+                MapSpec(
                     slot=slot,
                     kind=entry.kind,
                     ref=ref(entry.origin),
@@ -308,7 +318,7 @@ def _step(firing: Firing, ref: Any, escaping: set[int], retention: Retention, st
     )
 
 
-def _is_changed(entry: Entry, retention: Retention) -> bool:
+def _is_changed(entry: MapRecord, retention: StorageConversion) -> bool:
     """Whether a map is stored in another form than the model's own."""
     if not retention or entry.held is None or entry.held.tensor is None:
         return bool(retention)
@@ -325,18 +335,18 @@ def _direct(steps: list[Step]) -> dict[nn.Module, str]:
     return {module: how for module, how in found.items() if how}
 
 
-class _Made(dict[Firing, Step]):
+class _Made(dict[HookPoint, Step]):
     """The steps of firings, each made when it is asked for: most modules are not tapped.
 
     Args:
         make: a firing's step.
     """
 
-    def __init__(self, make: Callable[[Firing], Step]) -> None:
+    def __init__(self, make: Callable[[HookPoint], Step]) -> None:
         super().__init__()
         self._make = make
 
-    def __missing__(self, firing: Firing) -> Step:
+    def __missing__(self, firing: HookPoint) -> Step:
         step = self[firing] = self._make(firing)
         return step
 
@@ -358,7 +368,7 @@ class _Reading:
         steps: all steps, in order of execution.
     """
 
-    def __init__(self, firings: Sequence[Firing], made: _Made) -> None:
+    def __init__(self, firings: Sequence[HookPoint], made: _Made) -> None:
         functions = [f for f in firings if f.module is None and _emits(f)]
         self.tapped = {f.module for f in firings if f.module is not None and _emits(f)}
         self.direct = _direct([made[f] for f in firings if f.module in self.tapped])
@@ -380,7 +390,7 @@ class _Reading:
                 self.order.append(firing.site if self._at_site(firing) else firing.module)
         self.steps = [step for step in self.at if step is not None]
 
-    def _fires(self, firing: Firing) -> bool:
+    def _fires(self, firing: HookPoint) -> bool:
         if firing.module is not None:
             return firing.module in self.tapped
         if self.sites:
@@ -388,12 +398,12 @@ class _Reading:
         # The light mode knows functions by name: it sees a product that is no layer, too.
         return self._in_scope(firing) and _name(firing) in self._called
 
-    def _at_site(self, firing: Firing) -> bool:
+    def _at_site(self, firing: HookPoint) -> bool:
         if firing.module is not None or firing.site is None:
             return False
         return _name(firing) in self.sites.get(firing.site, ())
 
-    def _in_scope(self, firing: Firing) -> bool:
+    def _in_scope(self, firing: HookPoint) -> bool:
         return firing.module is None and firing.scope in self.scopes
 
 
@@ -405,10 +415,10 @@ def _last(steps: Sequence[Step]) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, found))
 
 
-def _place(entry: Entry) -> Place | None:
+def _place(entry: MapRecord) -> Place | None:
     if entry.axes is None or entry.picked is None:
         return None
-    return Wants.place(entry.axes, entry.picked)
+    return Selection.place(entry.axes, entry.picked)
 
 
 def _mark_shared(events: Sequence[Event], stored: bool) -> None:
@@ -416,7 +426,7 @@ def _mark_shared(events: Sequence[Event], stored: bool) -> None:
 
     What is stored in another form may still be read from there by then.
     """
-    holders: dict[int, dict[int, list[Held]]] = {}
+    holders: dict[int, dict[int, list[StoredTensor]]] = {}
     for number, event in enumerate(events):
         for _, entry in event.entries:
             if entry.held is not None and entry.held.tensor is not None:
@@ -431,7 +441,7 @@ def _mark_shared(events: Sequence[Event], stored: bool) -> None:
                 held.doomed = True
 
 
-def _is_shared(firing: Firing) -> bool:
+def _is_shared(firing: HookPoint) -> bool:
     return any(e.shared for e in firing.events)
 
 

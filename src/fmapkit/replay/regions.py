@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fmapkit.instrumentation.hooks import hooks_on
 from fmapkit.paths import KnownPaths, Sizes
-from fmapkit.provenance.labels import Flow, Tag, Weight
+from fmapkit.provenance.labels import ChannelLabel, Label, ParamLabel
 from fmapkit.replay.plan import Plan, alike
 from fmapkit.torchlib.compiled_modules import is_compiled
 from fmapkit.torchlib.fused_paths import fuses
@@ -27,7 +27,7 @@ from fmapkit.torchlib.tensor_spec import form_of, weights_of
 from fmapkit.torchlib.transforms import is_shapeless, under_transform
 from fmapkit.tracing.tracer import Tracer
 
-__all__ = ["Unit", "Units", "carried", "shape_of", "sizes_of"]
+__all__ = ["ReplayRegion", "ReplayRegions", "carried", "shape_of", "sizes_of"]
 
 
 _OURS = __name__.partition(".")[0]
@@ -42,7 +42,7 @@ _PLAIN = frozenset(
 )
 
 
-class Unit:
+class ReplayRegion:
     """One unit.
 
     Attributes:
@@ -194,7 +194,7 @@ def _plain_attributes(module: nn.Module) -> list[str]:
     return [k for k, v in module.__dict__.items() if k not in _COMMON and type(v) in _PLAIN]
 
 
-class Units:
+class ReplayRegions:
     """The units of one model.
 
     Args:
@@ -209,7 +209,7 @@ class Units:
         self._is_ours = is_ours
         self._opened: set[nn.Module] = set()
         self._static: dict[nn.Module, bool] = {}
-        self._known: dict[nn.Module, Unit] = {}
+        self._known: dict[nn.Module, ReplayRegion] = {}
 
     def static(self, module: nn.Module) -> bool:
         """Whether a module may be replayed as a whole: nothing in it has to be traced each time."""
@@ -240,11 +240,11 @@ class Units:
             return False
         return tracer is None or all(f.kind == "plain" for f in tracer.frames)
 
-    def of(self, module: nn.Module) -> Unit:
+    def of(self, module: nn.Module) -> ReplayRegion:
         """The unit that a module is."""
         found = self._known.get(module)
         if found is None:
-            found = self._known[module] = Unit(module)
+            found = self._known[module] = ReplayRegion(module)
         return found
 
     def open(self, *modules: nn.Module) -> None:
@@ -298,7 +298,7 @@ def _numbers_in(found: list[int], value: Any) -> None:
             _numbers_in(found, inner)
 
 
-def carried(inputs: list[Tag], asked: Callable[[str], Any]) -> Any:
+def carried(inputs: list[Label], asked: Callable[[str], Any]) -> Any:
     """What the inputs carry, origins numbered in order of their first mention.
 
     Args:
@@ -308,11 +308,11 @@ def carried(inputs: list[Tag], asked: Callable[[str], Any]) -> Any:
     origins: list[int] = []
     found: list[Any] = []
     for tag in inputs:
-        if isinstance(tag, Flow):
+        if isinstance(tag, ChannelLabel):
             if id(tag.origin) not in origins:
                 origins.append(id(tag.origin))
             place = origins.index(id(tag.origin))
             found.append((tag.origin.kind, tag.axes, place, asked(tag.origin.name)))
         else:
-            found.append("weight" if isinstance(tag, Weight) else None)
+            found.append("weight" if isinstance(tag, ParamLabel) else None)
     return tuple(found)

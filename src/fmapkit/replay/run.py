@@ -1,8 +1,8 @@
 """Tap: read a later call of a unit with one tap per site.
 
-Taps (see `replay/taps.py`) note what they see in the log of the `Run` that is under way. Whether
-the log follows the plan is checked as a whole, when something depends on it and when the run ends;
-tags are made when somebody reads them.
+Taps (see `replay/taps.py`) note what they see in the log of the `ReplayRun` that is under way.
+Whether the log follows the plan is checked as a whole, when something depends on it and when the
+run ends; tags are made when somebody reads them.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from fmapkit.missed import NotSupportedError
 from fmapkit.paths import Expected, taps
 from fmapkit.provenance.functions import describe, out_of_place
-from fmapkit.provenance.labels import NOWHERE, Flow, Origin, Tag
-from fmapkit.replay.plan import Emission, FlowRef, Plan, Ref, Step
-from fmapkit.replay.taps import Line
-from fmapkit.selection.early_stop import Stop
-from fmapkit.selection.selection import Wants
+from fmapkit.provenance.labels import NOWHERE, ChannelLabel, Label, Origin
+from fmapkit.replay.plan import ChannelLabelRef, MapSpec, Plan, Ref, Step
+from fmapkit.replay.taps import CurrentRun
+from fmapkit.selection.early_stop import EarlyStop
+from fmapkit.selection.selection import Selection
 from fmapkit.storage.gradients import Gradient, in_function, watch
-from fmapkit.storage.held import Held
-from fmapkit.storage.passes import Entry
+from fmapkit.storage.held import StoredTensor
+from fmapkit.storage.passes import MapRecord
 from fmapkit.torchlib.in_place import is_alone, someone_sees, with_new_memory
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.modes import leave_mode
 from fmapkit.torchlib.nested import leaves, tensors_in
 from fmapkit.torchlib.side_ops import clone, goes_on_from
 
-__all__ = ["LightMode", "Run", "tag_outputs"]
+__all__ = ["LightMode", "ReplayRun", "tag_outputs"]
 
 _module = itemgetter(0)
 _FUNCTIONS = frozenset({FunctionType, BuiltinMethodType})
@@ -49,7 +49,7 @@ Item = tuple[Tensor, int, Gradient | None, bool]
 Slots = dict[tuple[str, bool], Item]
 
 
-class Run:
+class ReplayRun:
     """One call of a unit, read by its plan."""
 
     __slots__ = (
@@ -73,14 +73,14 @@ class Run:
         self,
         module: nn.Module,
         plan: Plan,
-        wants: Wants,
-        line: Line,
+        wants: Selection,
+        line: CurrentRun,
         expected: Expected,
-        stop: Stop | None,
-        inputs: list[Tag],
+        stop: EarlyStop | None,
+        inputs: list[Label],
         base: dict[str, int] | None,
         drop: Callable[[Any], None],
-        analyses: Callable[[Run], None] | None = None,
+        analyses: Callable[[ReplayRun], None] | None = None,
     ) -> None:
         self.module = module
         self.plan = plan
@@ -381,7 +381,7 @@ class Run:
                 slots[slot] = self._own(value), self._version(value), None, False
         return [slots[emission.slot] for emission in step.emissions]
 
-    def _stored(self, emission: Emission, value: Tensor, grad: Gradient | None) -> Item:
+    def _stored(self, emission: MapSpec, value: Tensor, grad: Gradient | None) -> Item:
         """What is stored of a tensor."""
         if emission.copy and grad is not None:
             grad.overwritten()
@@ -440,7 +440,7 @@ class Run:
         """The origin of this run that a plan speaks of."""
         if ref.kind == "input":
             tag = self.inputs[ref.offset] if self.inputs else None
-            return tag.origin if isinstance(tag, Flow) else NOWHERE
+            return tag.origin if isinstance(tag, ChannelLabel) else NOWHERE
         found = self._origins.get(ref)
         if found is None:
             key = f"{ref.name}()" if ref.kind == "output" else ref.name
@@ -459,22 +459,22 @@ class Run:
         """Its origins are these, of an earlier run that was alike."""
         self._origins = origins
 
-    def output_tags(self) -> dict[str, Tag]:
+    def output_tags(self) -> dict[str, Label]:
         """What the tensors of the output carry, by their path."""
-        tags: dict[str, Tag] = {}
+        tags: dict[str, Label] = {}
         for path, item in self.plan.outputs:
-            if isinstance(item, FlowRef):
+            if isinstance(item, ChannelLabelRef):
                 origin = self.origin(item.ref) if item.ref is not None else NOWHERE
-                tags[path] = Flow(origin, item.axes)
+                tags[path] = ChannelLabel(origin, item.axes)
             else:
                 tags[path] = item.weight(self.inputs) if item is not None else None
         return tags
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[MapRecord]:
         """The maps of this run, in execution order."""
         return [entry for entry, _ in self.emitted()]
 
-    def emitted(self) -> list[tuple[Entry, Emission]]:
+    def emitted(self) -> list[tuple[MapRecord, MapSpec]]:
         """The same, each with what the plan says of it."""
         steps = self.plan.steps[self._seen :] if self._let_go else self.plan.steps
         found = [pair for step in steps if self._there(step) for pair in self._entries_of(step)]
@@ -483,7 +483,7 @@ class Run:
         # Whether a nonlinearity would have followed is not known.
         return [(e, m) for e, m in found if e.kind != "preactivation" or e.sigma is not None]
 
-    def fresh(self, let_go: bool) -> Iterator[Entry]:
+    def fresh(self, let_go: bool) -> Iterator[MapRecord]:
         """The maps that have come since the last time, in execution order.
 
         Args:
@@ -508,18 +508,18 @@ class Run:
             return False
         return step.at < len(self.log)
 
-    def _entries_of(self, step: Step) -> list[tuple[Entry, Emission]]:
-        found: list[tuple[Entry, Emission]] = []
-        shared: dict[int, Held] = {}
+    def _entries_of(self, step: Step) -> list[tuple[MapRecord, MapSpec]]:
+        found: list[tuple[MapRecord, MapSpec]] = []
+        shared: dict[int, StoredTensor] = {}
         for item, emission in zip(self._items(step), step.emissions, strict=True):
             if item is None:
                 continue
             tensor, version, gradient, copied = item
             held = shared.get(id(tensor))
             if held is None:
-                held = shared[id(tensor)] = Held(tensor, version, copied, gradient)
+                held = shared[id(tensor)] = StoredTensor(tensor, version, copied, gradient)
                 held.arrival = self.wants.retention.arrival(tensor)
-            entry = Entry(
+            entry = MapRecord(
                 emission.kind,
                 self.origin(emission.ref),
                 held,
@@ -566,14 +566,14 @@ class _Exchanged(tuple[Any, ...]):
     __slots__ = ()
 
 
-def _slot(emission: Emission) -> tuple[str, bool]:
+def _slot(emission: MapSpec) -> tuple[str, bool]:
     return emission.slot, emission.picked is not None
 
 
 class LightMode(TorchFunctionMode):
     """Sees the nonlinearities that a module of torch calls itself, and lets the rest pass."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: ReplayRun) -> None:
         super().__init__()
         self.run = run
         self.names = {s.function for s in run.plan.at if s is not None and s.module is None}
@@ -618,7 +618,9 @@ class LightMode(TorchFunctionMode):
             leave_mode(self)
 
 
-def tag_outputs(output: Any, tags: dict[str, Tag], set_tag: Callable[[Tensor, Tag], None]) -> None:
+def tag_outputs(
+    output: Any, tags: dict[str, Label], set_tag: Callable[[Tensor, Label], None]
+) -> None:
     """Put a run's tags on the tensors it returned; one at a new place keeps its own."""
     for path, tensor in leaves(output):
         if tags.get(path) is not None:

@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 
 from fmapkit.instrumentation.hook import Hook, nothing
-from fmapkit.replay.call_taps import CallTap, DoorTap, KeepingCallTap, OutputCallTap, stand
-from fmapkit.torchlib.call_override import Standing, not_compiled
+from fmapkit.replay.call_taps import CallTap, KeepingCallTap, OutputCallTap, OutsideTap, stand
+from fmapkit.torchlib.call_override import CallOverride, not_compiled
 from fmapkit.torchlib.memory import version_of
 
-__all__ = ["Cell", "Door", "KeepingTap", "Line", "OutputTap", "Tap"]
+__all__ = ["Cell", "CurrentRun", "KeepingTap", "OutputTap", "OutsideHook", "Tap"]
 
 # The `append` of a run's log; how tensors are to be read; the modules whose end the run's plan
 # wants to see; what lets go of an older map (see `Pass.drop`); whether an in-place nonlinearity may
@@ -30,7 +30,7 @@ Cell = tuple[
 ]
 
 
-class Line(threading.local):
+class CurrentRun(threading.local):
     """Where taps write to: the run that is under way in this thread.
 
     Per thread, so that a tap that fires in another one, which is not captured, finds nothing.
@@ -60,12 +60,12 @@ class Tap(Hook):
 
     standing: type[CallTap] | None = CallTap  # what can take its place
 
-    def __init__(self, line: Line, other: Any, fault: Any, owner: object) -> None:
+    def __init__(self, line: CurrentRun, other: Any, fault: Any, owner: object) -> None:
         super().__init__(other, owner)
         self.line = line
         self.fault = fault
 
-    def after(self, module: nn.Module) -> Standing:
+    def after(self, module: nn.Module) -> CallOverride:
         """Read the module's calls, at the least cost."""
         standing = stand(self.standing, module, self) if self.standing is not None else None
         return standing if standing is not None else super().after(module)
@@ -110,7 +110,7 @@ class Tap(Hook):
     def disarm(self) -> None:
         """Let go of the session and its run."""
         super().disarm()
-        self.line = Line()
+        self.line = CurrentRun()
         self.fault = nothing
 
 
@@ -157,12 +157,12 @@ class KeepingTap(Tap):
             self.fault(module, RuntimeError("a hook saw z after it was overwritten"))
 
 
-class Door(Tap):
+class OutsideHook(Tap):
     """Tells of a call outside of any run; inside of one, it notes nothing."""
 
     __slots__ = ()
 
-    standing = DoorTap
+    standing = OutsideTap
 
     @not_compiled
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -19,9 +19,9 @@ from fmapkit import layers
 from fmapkit.missed import Missed
 from fmapkit.model.names import Names, never_called
 from fmapkit.provenance.labels import Origin
-from fmapkit.storage.conversion import Retention
-from fmapkit.storage.held import Held
-from fmapkit.storage.passes import Entry, Pass, Store
+from fmapkit.storage.conversion import StorageConversion
+from fmapkit.storage.held import StoredTensor
+from fmapkit.storage.passes import MapRecord, Pass, PassStore
 from fmapkit.torchlib.memory import version_of
 
 if TYPE_CHECKING:
@@ -98,14 +98,18 @@ class Snapshot:
     modules: tuple[KeptModule, ...] = field(repr=False)
 
 
-class KeptEntry(Entry):
+class KeptEntry(MapRecord):
     """A map that is no pass's any more."""
 
     __slots__ = ("map",)
 
     def __init__(self, fm: FeatureMap) -> None:
-        held = Held(fm.tensor, version_of(fm.tensor), copied=True)
-        edited = None if fm.edited is None else Held(fm.edited, version_of(fm.edited), copied=True)
+        held = StoredTensor(fm.tensor, version_of(fm.tensor), copied=True)
+        edited = (
+            None
+            if fm.edited is None
+            else StoredTensor(fm.edited, version_of(fm.edited), copied=True)
+        )
         origin = Origin("layer", fm.layer, fm.call)
         super().__init__(fm.kind, origin, held, sigma=fm.nonlinearity, path=fm.path, edited=edited)
         self.map = fm
@@ -116,7 +120,7 @@ class _Asked:
 
     def __init__(self, kinds: Iterable[str]) -> None:
         self.asked_kinds = frozenset(kinds)
-        self.retention = Retention(None, None)
+        self.retention = StorageConversion(None, None)
 
     def layer(self, name: str) -> bool:
         """Whether maps of a layer may be there."""
@@ -145,7 +149,7 @@ class KeptSession:
         self.wants = _Asked(snapshot.kinds)
         self.steps = snapshot.steps
         self.missed = [Missed(layer, reason) for layer, reason in snapshot.missed]
-        self.store = Store(0 if snapshot.fleeting else None)
+        self.store = PassStore(0 if snapshot.fleeting else None)
         for kept in snapshot.passes:
             at = Pass(kept.step, kept.training)
             at.segments = list(map(KeptEntry, kept.maps))
@@ -168,7 +172,7 @@ layers.MODULES[_LayerShell] = 1
 
 
 def snapshot_of(
-    session: Session | KeptSession, read: Callable[[Pass, Entry], FeatureMap]
+    session: Session | KeptSession, read: Callable[[Pass, MapRecord], FeatureMap]
 ) -> Snapshot:
     """All that is kept of a capture, in memory of its own.
 

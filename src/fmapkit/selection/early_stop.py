@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fmapkit.storage.passes import Entry, Pass
+from fmapkit.storage.passes import MapRecord, Pass
 
-__all__ = ["CUT", "Stop", "StoppedError"]
+__all__ = ["CUT", "EarlyStop", "StoppedError"]
 
 
 CUT = (
@@ -23,16 +23,16 @@ CUT = (
 class StoppedError(BaseException):
     """All wanted maps are there. Not an `Exception`: a forward that catches those lets it pass."""
 
-    def __init__(self, stop: Stop) -> None:
+    def __init__(self, stop: EarlyStop) -> None:
         super().__init__("fmapkit: every wanted map is there")
         self.stop = stop
 
 
-def _tag(entry: Entry) -> Any:
+def _tag(entry: MapRecord) -> Any:
     return entry.origin.name, entry.origin.call, entry.kind, entry.path, entry.sigma
 
 
-class Stop:
+class EarlyStop:
     """Knows what is still wanted in a pass.
 
     Attributes:
@@ -50,7 +50,7 @@ class Stop:
         self._missing = set(self._wanted or ())
         self._ended = False
 
-    def saw(self, entry: Entry) -> None:
+    def saw(self, entry: MapRecord) -> None:
         """A map is there."""
         self._missing.discard(_tag(entry))
 

@@ -19,15 +19,15 @@ from fmapkit.errors import (
 )
 from fmapkit.kinds import KINDS
 from fmapkit.model.names import Names, never_called
-from fmapkit.provenance.layout import Axes
+from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.selectors import Selector, name_longer_numbers, selectors
-from fmapkit.storage.conversion import Place, Retention
-from fmapkit.storage.held import Held
+from fmapkit.storage.conversion import Place, StorageConversion
+from fmapkit.storage.held import StoredTensor
 
-__all__ = ["KINDS", "Selection", "Wants", "indices", "only_a_pass_can_tell"]
+__all__ = ["KINDS", "LayerSelection", "Selection", "indices", "only_a_pass_can_tell"]
 
 
-class Selection:
+class LayerSelection:
     """Some layers of a model, by selectors.
 
     A module that is registered at several places may be meant by any of its names. A container
@@ -123,7 +123,7 @@ class Selection:
         )
 
 
-class Wants:
+class Selection:
     """The selection of one capture.
 
     Raises:
@@ -140,19 +140,19 @@ class Wants:
         filters: Any,
         detach: bool = True,
         gradients: bool = False,
-        retention: Retention | None = None,
+        retention: StorageConversion | None = None,
         weights: bool = False,
         check: FiniteCheck | None = None,
     ) -> None:
         self._names = names
         self.weights = weights
-        self.retention = retention or Retention(None, None)
+        self.retention = retention or StorageConversion(None, None)
         self.detach = detach
         self.asked_gradients = gradients
         self.gradients = gradients or (check is not None and check.backward)
         self.graph = self.gradients or not detach  # what the model's graph is needed for
         self.asked_kinds = _kinds(kinds)
-        chosen = None if layers_given is None else Selection(names, layers_given, "layers")
+        chosen = None if layers_given is None else LayerSelection(names, layers_given, "layers")
         self._selection = chosen
         self.asked_outputs = self._outputs(names, self.asked_kinds)
         # What is held while a pass runs: more than was asked for, where all of it is looked at.
@@ -296,7 +296,7 @@ class Wants:
         chosen: tuple[int, ...] | None = given.get(name) if isinstance(given, Mapping) else given
         return chosen
 
-    def pick(self, name: str, axes: Axes | None) -> tuple[int, ...] | None:
+    def pick(self, name: str, axes: ChannelLayout | None) -> tuple[int, ...] | None:
         """The filters to hold of a layer, counted from 0; None if they cannot be told apart."""
         chosen = self._chosen(name)
         if axes is None or axes.filters is None:
@@ -308,14 +308,14 @@ class Wants:
         picked = tuple(dict.fromkeys(f + total if f < 0 else f for f in chosen))
         return picked if all(f in there for f in picked) else None
 
-    def why_not(self, name: str, axes: Axes | None) -> str:
+    def why_not(self, name: str, axes: ChannelLayout | None) -> str:
         """Why `pick` gave None."""
         if axes is None or axes.filters is None:
             return "filters= was given, but its filters do not lie along one axis"
         return f"filters={self._chosen(name)} asks for filters outside {axes.filters}"
 
     def take(
-        self, tensor: Tensor, axes: Axes, picked: tuple[int, ...], doomed: bool = False
+        self, tensor: Tensor, axes: ChannelLayout, picked: tuple[int, ...], doomed: bool = False
     ) -> Tensor:
         """A copy of the picked filters alone, as it is to be stored."""
         return self.take_at(tensor, self.place(axes, picked), doomed)
@@ -328,7 +328,7 @@ class Wants:
         """What is to be stored of a tensor: often itself."""
         return self.retention.keep(tensor, detach=self.detach, doomed=doomed)
 
-    def put_away(self, held: Held) -> None:
+    def put_away(self, held: StoredTensor) -> None:
         """Hold what is to be stored of a map in its place; not if it was written to since."""
         held.check()
         if held.tensor is not None and not held.lost:
@@ -336,7 +336,7 @@ class Wants:
             held.stored(stored, self.retention.arrival(stored))
 
     @staticmethod
-    def place(axes: Axes, picked: tuple[int, ...]) -> Place:
+    def place(axes: ChannelLayout, picked: tuple[int, ...]) -> Place:
         """The filters' axis, and where on it the picked ones lie."""
         there, dim = axes.filters, axes.dim
         assert there is not None and dim is not None

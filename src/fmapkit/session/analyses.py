@@ -7,7 +7,7 @@ from typing import Any
 
 from fmapkit.errors import ArgumentError, MapStateError
 from fmapkit.instrumentation.unwatched import without_the_models
-from fmapkit.storage.passes import Entry, Pass
+from fmapkit.storage.passes import MapRecord, Pass
 from fmapkit.torchlib.modes import without_modes
 
 __all__ = ["Analyses"]
@@ -36,13 +36,13 @@ class Analyses:
                 )
         self._all = several
         # Makes the `FeatureMap` that they see; set while the block is open.
-        self.view: Callable[[Pass, Entry], Any] | None = None
+        self.view: Callable[[Pass, MapRecord], Any] | None = None
         self.raised: BaseException | None = None  # by an analysis; no fault of ours
 
     def __bool__(self) -> bool:
         return bool(self._all)
 
-    def see(self, current: Pass, entries: Iterable[Entry]) -> Iterator[tuple[str, str]]:
+    def see(self, current: Pass, entries: Iterable[MapRecord]) -> Iterator[tuple[str, str]]:
         """Show them some maps, in order.
 
         The model's modes are off meanwhile: what analyses compute is no part of its graph, is not

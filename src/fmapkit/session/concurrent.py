@@ -15,15 +15,15 @@ from typing import Protocol
 from torch import nn
 
 from fmapkit.errors import CaptureStateError
-from fmapkit.session.config import Asked
+from fmapkit.session.config import CaptureConfig
 
-__all__ = ["Open", "entered", "left", "others"]
+__all__ = ["OpenCapture", "entered", "left", "others"]
 
 
-class Open(Protocol):
+class OpenCapture(Protocol):
     """A session in its block."""
 
-    asked: Asked
+    asked: CaptureConfig
 
     @property
     def thread(self) -> int:
@@ -37,11 +37,11 @@ class Open(Protocol):
         """Another capture has ended the forward of its model, or of a part of it."""
 
 
-_open: weakref.WeakSet[Open] = weakref.WeakSet()
+_open: weakref.WeakSet[OpenCapture] = weakref.WeakSet()
 _lock = threading.Lock()  # other threads enter and leave blocks of their own
 
 
-def entered(session: Open) -> None:
+def entered(session: OpenCapture) -> None:
     """A block begins.
 
     Raises:
@@ -60,13 +60,13 @@ def entered(session: Open) -> None:
         _open.add(session)
 
 
-def left(session: Open) -> None:
+def left(session: OpenCapture) -> None:
     """It has ended."""
     with _lock:
         _open.discard(session)
 
 
-def others(session: Open) -> Iterator[Open]:
+def others(session: OpenCapture) -> Iterator[OpenCapture]:
     """The other captures that are open in its thread on its model, a part of it, or around it."""
     mine = session.asked.model
     with _lock:
@@ -81,5 +81,5 @@ def _within(part: nn.Module, whole: nn.Module) -> bool:
     return any(m is part for m in whole.modules())
 
 
-def _name(session: Open) -> str:
+def _name(session: OpenCapture) -> str:
     return type(session.asked.model).__name__

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from torch import nn
 
 from fmapkit.checking import FiniteCheck
-from fmapkit.editing.edit import Edits
+from fmapkit.editing.edits import Edits
 from fmapkit.model.names import Names
-from fmapkit.selection.early_stop import Stop
-from fmapkit.selection.selection import Wants
+from fmapkit.selection.early_stop import EarlyStop
+from fmapkit.selection.selection import Selection
 from fmapkit.session.analyses import Analyses
 
-__all__ = ["Asked"]
+__all__ = ["CaptureConfig"]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class CaptureConfig:
     """What one capture was asked for.
 
     Attributes:
@@ -33,9 +33,9 @@ class Asked:
 
     model: nn.Module
     names: Names
-    wants: Wants
+    wants: Selection
     edits: Edits
     analyses: Analyses
-    stop: Stop | None = None
+    stop: EarlyStop | None = None
     methods: tuple[str, ...] = ()
     check: FiniteCheck | None = None

@@ -10,16 +10,16 @@ from typing import Any
 from torch import nn
 
 from fmapkit.instrumentation.hooks import Hooks
-from fmapkit.missed import Misses
-from fmapkit.session.config import Asked
-from fmapkit.session.state import Live
+from fmapkit.missed import MissedLog
+from fmapkit.session.config import CaptureConfig
+from fmapkit.session.state import PassState
 from fmapkit.torchlib.fused_paths import EDITED, REASON, fused_output
 from fmapkit.torchlib.nested import leaves
 
-__all__ = ["Beside"]
+__all__ = ["FusedPathShadow"]
 
 
-class Beside:
+class FusedPathShadow:
     """The module that runs unfused beside its fused path.
 
     Args:
@@ -32,7 +32,9 @@ class Beside:
         module: it; None while there is none.
     """
 
-    def __init__(self, asked: Asked, live: Live, hooks: Hooks, misses: Misses) -> None:
+    def __init__(
+        self, asked: CaptureConfig, live: PassState, hooks: Hooks, misses: MissedLog
+    ) -> None:
         self.module: nn.Module | None = None
         self._output: Any = None
         self._runs = 0  # of edits, before

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.missed import Misses
+from fmapkit.missed import MissedLog
 from fmapkit.nonlinearities import is_torchs
 from fmapkit.paths import ControlPaths, Sizes
-from fmapkit.provenance.labels import Flow, Tag
+from fmapkit.provenance.labels import ChannelLabel, Label
+from fmapkit.replay.escapes import EscapedTensors
 from fmapkit.replay.plan import make_plan
-from fmapkit.replay.regions import Units
-from fmapkit.replay.remembered import Remembering
-from fmapkit.session.config import Asked
-from fmapkit.session.placing import Placing
-from fmapkit.session.state import Lesson, Live
-from fmapkit.storage.held import Held
+from fmapkit.replay.regions import ReplayRegions
+from fmapkit.session.config import CaptureConfig
+from fmapkit.session.hook_installer import HookInstaller
+from fmapkit.session.state import PassState, Recording
+from fmapkit.storage.held import StoredTensor
 from fmapkit.torchlib.memory import storage_of, storage_users
 from fmapkit.torchlib.nested import modules_in, tensors_in
 from fmapkit.torchlib.sharded import is_wrapped
@@ -30,7 +30,7 @@ from fmapkit.tracing.events import Event
 from fmapkit.tracing.frames import Frame
 from fmapkit.tracing.tracer import Tracer
 
-__all__ = ["Learning"]
+__all__ = ["Recorder"]
 
 REST = (
     "in a pass, a part of it took a way through its code that no earlier pass had taken; the maps "
@@ -42,7 +42,7 @@ BROKEN = (
 )
 
 
-class Learning:
+class Recorder:
     """Learns units.
 
     Args:
@@ -56,11 +56,11 @@ class Learning:
 
     def __init__(
         self,
-        asked: Asked,
-        live: Live,
-        misses: Misses,
-        units: Units,
-        placing: Placing,
+        asked: CaptureConfig,
+        live: PassState,
+        misses: MissedLog,
+        units: ReplayRegions,
+        placing: HookInstaller,
         paths: ControlPaths,
     ) -> None:
         self._model = asked.model
@@ -79,7 +79,7 @@ class Learning:
         sizes: Sizes,
         args: Any,
         kwargs: Any,
-        inputs: list[Tag],
+        inputs: list[Label],
     ) -> Any:
         """A call of a unit begins that there is no plan for.
 
@@ -109,7 +109,7 @@ class Learning:
         frame = tracer.enter(module, args, kwargs)
         frame.position = position
         frame.counts = Counter(tracer.counts)
-        self._live.lesson = Lesson(module, frame, key, state, sizes, inputs)
+        self._live.lesson = Recording(module, frame, key, state, sizes, inputs)
         self._paths.begin_lesson(module)
         tracer.firings.site_of = self._paths.site_of
         self._live.trace_on()
@@ -156,16 +156,16 @@ class Learning:
             self._open(*deciding)
         return bool(deciding)
 
-    def _remembers(self, lesson: Lesson, tracer: Tracer, output: Any) -> bool:
+    def _remembers(self, lesson: Recording, tracer: Tracer, output: Any) -> bool:
         """Whether tensors of the pass are kept where a later pass may read them."""
         frame, unit = lesson.frame, lesson.module
         passed = {id(t) for t in tensors_in(*frame.args, frame.kwargs)}
 
         def is_of_pass(tensor: Tensor) -> bool:
-            return id(tensor) not in passed and isinstance(tracer.tag(tensor), Flow)
+            return id(tensor) not in passed and isinstance(tracer.tag(tensor), ChannelLabel)
 
         twins = self._paths.twins
-        remembering = Remembering(is_of_pass, twins.reads)
+        remembering = EscapedTensors(is_of_pass, twins.reads)
         found = remembering.modules(unit)
         if remembering.given((*frame.args, *frame.kwargs.values())):
             found.append(unit)
@@ -180,7 +180,7 @@ class Learning:
         self._units.open(*modules)
         self._placing.scopes_changed()
 
-    def _keep(self, lesson: Lesson, output: Any, tracer: Tracer, items: list[Any]) -> None:
+    def _keep(self, lesson: Recording, output: Any, tracer: Tracer, items: list[Any]) -> None:
         """Keep the plan of a call, for others that take its path."""
         module, frame = lesson.module, lesson.frame
         arguments = tensors_in(*frame.args, frame.kwargs)
@@ -253,7 +253,7 @@ def _copy_what_is_used_again(tracer: Tracer, frame: Frame, passed: list[Tensor])
     written = tracer.aliases.written.difference(map(storage_of, passed))
     events = tracer.events[frame.start :]
     held = {id(h): h for e in events for h in (e.x_held, e.y_held) if h is not None}.values()
-    ours: dict[int, list[Held]] = {}
+    ours: dict[int, list[StoredTensor]] = {}
     for one in held:
         if one.tensor is not None and not one.copied and storage_of(one.tensor) in written:
             ours.setdefault(storage_of(one.tensor), []).append(one)
@@ -264,7 +264,7 @@ def _copy_what_is_used_again(tracer: Tracer, frame: Frame, passed: list[Tensor])
                 one.snapshot()
 
 
-def _saved(held: list[Held]) -> bool:
+def _saved(held: list[StoredTensor]) -> bool:
     """Whether autograd may have a part in the memory: there a write is noticed by its version."""
     return torch.is_grad_enabled() and not any(
         h.tensor is not None and h.tensor.is_inference() for h in held

@@ -11,19 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit.session.state import Live
+from fmapkit.session.state import PassState
 
-__all__ = ["Moves"]
+__all__ = ["RedistributionTracker"]
 
 
-class Moves:
+class RedistributionTracker:
     """What such hooks were given, and is not come back yet.
 
     Args:
         live: what is under way.
     """
 
-    def __init__(self, live: Live) -> None:
+    def __init__(self, live: PassState) -> None:
         self._live = live
         self._given: list[tuple[nn.Module, Any]] = []
 

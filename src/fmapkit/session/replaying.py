@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmapkit.missed import Misses
+from fmapkit.missed import MissedLog
 from fmapkit.paths import ControlPaths, Expected, KnownPaths, Sizes
-from fmapkit.provenance.labels import Flow, Tag
+from fmapkit.provenance.labels import ChannelLabel, Label
 from fmapkit.replay.plan import Plan
-from fmapkit.replay.regions import Unit, Units, carried, shape_of, sizes_of
-from fmapkit.replay.run import Run, tag_outputs
-from fmapkit.session.config import Asked
-from fmapkit.session.keeping import Keeping
-from fmapkit.session.placing import Placing
-from fmapkit.session.recording import Learning
-from fmapkit.session.state import Live, someone_watches
+from fmapkit.replay.regions import ReplayRegion, ReplayRegions, carried, shape_of, sizes_of
+from fmapkit.replay.run import ReplayRun, tag_outputs
+from fmapkit.session.config import CaptureConfig
+from fmapkit.session.hook_installer import HookInstaller
+from fmapkit.session.pass_end import PassEnd
+from fmapkit.session.recording import Recorder
+from fmapkit.session.state import PassState, someone_watches
 from fmapkit.storage.gradients import NO_GRAPH, in_function
-from fmapkit.storage.passes import Entry
+from fmapkit.storage.passes import MapRecord
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.side_ops import operators_are_counted
 from fmapkit.torchlib.tensor_spec import casts, plain_spec
@@ -58,7 +58,7 @@ class _Taken:
         items: of the path that it is taken to take; None if their numbers were not known.
     """
 
-    unit: Unit
+    unit: ReplayRegion
     state: int
     modes: Any
     given: Any
@@ -84,13 +84,13 @@ class Replaying:
 
     def __init__(
         self,
-        asked: Asked,
-        live: Live,
-        misses: Misses,
-        units: Units,
-        placing: Placing,
-        learning: Learning,
-        keeping: Keeping,
+        asked: CaptureConfig,
+        live: PassState,
+        misses: MissedLog,
+        units: ReplayRegions,
+        placing: HookInstaller,
+        learning: Recorder,
+        keeping: PassEnd,
         paths: ControlPaths,
     ) -> None:
         self._model = asked.model
@@ -129,7 +129,7 @@ class Replaying:
                     self._start(module, latest.plan, args, kwargs, [], expected)
                     self._taking = latest
                     return None
-        inputs: list[Tag] = []
+        inputs: list[Label] = []
         origins = given = None
         if tracer is not None:
             if tracer.editor:
@@ -156,7 +156,7 @@ class Replaying:
         self._taking = _Taken(unit, state, modes, spec, known, sizes, plan, items)
         return given
 
-    def _modes(self, unit: Unit) -> Any:
+    def _modes(self, unit: ReplayRegion) -> Any:
         """What calls differ by that no argument tells."""
         modes = torch.is_grad_enabled(), operators_are_counted(), casts(), *unit.form()
         return modes, self._paths.renamed()
@@ -167,7 +167,7 @@ class Replaying:
         plan: Plan,
         args: Any,
         kwargs: Any,
-        inputs: list[Tag],
+        inputs: list[Label],
         expected: Expected,
     ) -> None:
         """A unit is replayed by its plan."""
@@ -186,7 +186,7 @@ class Replaying:
             base = {name: tracer.counts[name] for name, _ in plan.calls}
         assert live.current is not None
         drop = live.current.drop
-        run = Run(
+        run = ReplayRun(
             module, plan, wants, self._placing.line, expected, stop, inputs, base, drop, analyses
         )
         live.run = run
@@ -196,12 +196,12 @@ class Replaying:
             run.pre(module, args, kwargs)
         run.start()
 
-    def _edited_inside(self, plan: Plan, inputs: list[Tag]) -> bool:
+    def _edited_inside(self, plan: Plan, inputs: list[Label]) -> bool:
         """Whether filters that an edit is for reach a nonlinearity inside."""
         tags = (inputs[index] for index in plan.claims if index < len(inputs))
-        return any(isinstance(t, Flow) and self._edits.of(t.origin.name) for t in tags)
+        return any(isinstance(t, ChannelLabel) and self._edits.of(t.origin.name) for t in tags)
 
-    def before(self, run: Run, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def before(self, run: ReplayRun, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module inside the unit is about to run."""
         plan = run.plan
         if module in plan.before or module in plan.keeping:  # no tap stands before this call
@@ -213,7 +213,7 @@ class Replaying:
                 run.light().resume()
 
     def after(
-        self, run: Run, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool
+        self, run: ReplayRun, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool
     ) -> None:
         """A module inside the unit has run."""
         plan = run.plan
@@ -251,7 +251,7 @@ class Replaying:
             tracer.give_up(run.module if failed else None)
             return
         # The pass around the unit is traced: tell the tracer what it would have seen.
-        entries: list[tuple[Entry, bool]] = []
+        entries: list[tuple[MapRecord, bool]] = []
         for entry, emission in run.emitted():
             current.segments.append(entry)
             entries.append((entry, emission.pending))
@@ -266,19 +266,19 @@ class Replaying:
         self._wants.retention.fence()
         for index in run.plan.claims:
             tag = run.inputs[index]
-            if isinstance(tag, Flow):
+            if isinstance(tag, ChannelLabel):
                 tracer.claim(tag.origin)
         tag_outputs(output, run.output_tags(), tracer.set_tag)
         live.trace_on()
 
-    def _check_beginning(self, run: Run) -> None:
+    def _check_beginning(self, run: ReplayRun) -> None:
         """Of a call that has broken off, keep what was read on its path for sure."""
         run.until, whole = run.expected.until()
         if not whole or run.lost:
             # Writes that no version tells of may have come since.
             self._strayed(run, keeps=not run.uncounted)
 
-    def _check_path(self, run: Run) -> None:
+    def _check_path(self, run: ReplayRun) -> None:
         """Compare the path that a unit's call took with that of its plan."""
         assert self._taking is not None
         known, sizes = self._taking.known, self._taking.sizes
@@ -293,7 +293,7 @@ class Replaying:
         # The code of an unknown way may have written to what is held, so that no version tells.
         self._strayed(run, keeps=False)
 
-    def _strayed(self, run: Run, keeps: bool) -> None:
+    def _strayed(self, run: ReplayRun, keeps: bool) -> None:
         """A unit's call has taken a way that is not its plan's.
 
         Args:

@@ -28,26 +28,26 @@ from fmapkit.errors import BudgetError, NonFiniteError
 from fmapkit.instrumentation.hooks import Hooks
 from fmapkit.instrumentation.methods import Methods
 from fmapkit.instrumentation.pair import FAILED
-from fmapkit.missed import Misses, reason
+from fmapkit.missed import MissedLog, reason
 from fmapkit.model.wrappers import REPLICAS
 from fmapkit.paths import ControlPaths
 from fmapkit.provenance.weights import versions
-from fmapkit.replay.model_guard import Watch
-from fmapkit.replay.regions import Units
+from fmapkit.replay.model_guard import ModelGuard
+from fmapkit.replay.regions import ReplayRegions
 from fmapkit.selection.early_stop import CUT, StoppedError
-from fmapkit.selection.selection import Wants
+from fmapkit.selection.selection import Selection
 from fmapkit.session.concurrent import entered, left, others
-from fmapkit.session.config import Asked
-from fmapkit.session.fused_shadow import Beside
-from fmapkit.session.keeping import Keeping
-from fmapkit.session.placing import Calls, Placing
-from fmapkit.session.recording import Learning
-from fmapkit.session.redistribution import Moves
+from fmapkit.session.config import CaptureConfig
+from fmapkit.session.fused_shadow import FusedPathShadow
+from fmapkit.session.hook_installer import HookCallbacks, HookInstaller
+from fmapkit.session.pass_end import PassEnd
+from fmapkit.session.recording import Recorder
+from fmapkit.session.redistribution import RedistributionTracker
 from fmapkit.session.replaying import Replaying
-from fmapkit.session.state import MODES, Live
-from fmapkit.session.unseen import Unseen, recorded
+from fmapkit.session.state import MODES, PassState
+from fmapkit.session.unseen import UnseenCalls, recorded
 from fmapkit.storage.budget import Budget
-from fmapkit.storage.passes import Pass, Store
+from fmapkit.storage.passes import Pass, PassStore
 from fmapkit.torchlib.call_override import hide_from_scripting, show_to_scripting
 from fmapkit.torchlib.compiled_modules import ever_compiled, in_compiled_code
 from fmapkit.torchlib.fused_paths import may_fuse
@@ -65,7 +65,7 @@ _graph_task: Callable[[], int] = torch._C._current_graph_task_id
 _thread: Callable[[], int] = threading.get_ident
 
 
-def _goes_gradually(model: nn.Module, wants: Wants) -> bool:
+def _goes_gradually(model: nn.Module, wants: Selection) -> bool:
     """Whether the oldest pass goes map by map, as the new ones come.
 
     Copies have memory that is made once, and graphs are to go as soon as they can. The CPU's
@@ -101,7 +101,7 @@ class Session:
 
     def __init__(
         self,
-        asked: Asked,
+        asked: CaptureConfig,
         given: nn.Module,
         keep: int | None = 1,
         every: int = 1,
@@ -117,36 +117,36 @@ class Session:
             asked.stop.awaited = lambda: any(o.waits for o in others(self))
         self.steps = 0
         self.ids: Tensor | None = None  # of the inputs of the pass to come
-        self.store = Store(keep)
-        self._misses = Misses(self.model)
+        self.store = PassStore(keep)
+        self._misses = MissedLog(self.model)
         self.missed, self.miss = self._misses.entries, self._misses.add
         self.quiet = self._misses.quiet
         self.hooks = Hooks(self, self._broken_off)
-        self.unseen = Unseen(asked, self._misses)
+        self.unseen = UnseenCalls(asked, self._misses)
         self.paths = ControlPaths(self.model, self.names.place_of, self._who_runs)
-        self.live = Live(asked, self._misses, self.paths)
+        self.live = PassState(asked, self._misses, self.paths)
         self.compiled = Compiled(self, given)
-        self.watch = Watch(self.model, self.hooks)  # since `names` were read
+        self.watch = ModelGuard(self.model, self.hooks)  # since `names` were read
         self._methods = Methods(
             self.model,
             asked.methods,
             (self._inside, self._pre, self._post, self._broken_off),
         )
-        self._moves = Moves(self.live)
-        self._beside = Beside(asked, self.live, self.hooks, self._misses)
-        self._units = Units(self.hooks.is_ours)
-        calls = Calls(
+        self._moves = RedistributionTracker(self.live)
+        self._beside = FusedPathShadow(asked, self.live, self.hooks, self._misses)
+        self._units = ReplayRegions(self.hooks.is_ours)
+        calls = HookCallbacks(
             self._pre,
             self._post,
             self._tap,
             self._fault,
             self._overwritten,
         )
-        self._placing = Placing(asked, self.hooks, self._units, self._moves, calls)
-        self._learning = Learning(
+        self._placing = HookInstaller(asked, self.hooks, self._units, self._moves, calls)
+        self._learning = Recorder(
             asked, self.live, self._misses, self._units, self._placing, self.paths
         )
-        self._keeping = Keeping(asked, self.live, self._misses, self.store, budget)
+        self._keeping = PassEnd(asked, self.live, self._misses, self.store, budget)
         self._replaying = Replaying(
             asked,
             self.live,
@@ -565,6 +565,6 @@ class Session:
         self.compiled.refresh()
         if self._stop is not None:
             self._stop.forget()
-        self.watch = Watch(self.model, self.hooks)
+        self.watch = ModelGuard(self.model, self.hooks)
         self._open_always()
         self.unseen.scripted()

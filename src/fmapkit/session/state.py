@@ -16,18 +16,18 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from fmapkit.missed import Misses
+from fmapkit.missed import MissedLog
 from fmapkit.paths import ControlPaths, Sizes
-from fmapkit.provenance.labels import Tag
-from fmapkit.replay.run import LightMode, Run
-from fmapkit.session.config import Asked
+from fmapkit.provenance.labels import Label
+from fmapkit.replay.run import LightMode, ReplayRun
+from fmapkit.session.config import CaptureConfig
 from fmapkit.storage.passes import Pass
 from fmapkit.torchlib.modes import leave_mode
 from fmapkit.tracing.frames import Frame
-from fmapkit.tracing.tags import Tags
+from fmapkit.tracing.label_table import LabelTable
 from fmapkit.tracing.tracer import Tracer
 
-__all__ = ["MODES", "Lesson", "Live", "someone_watches"]
+__all__ = ["MODES", "PassState", "Recording", "someone_watches"]
 
 # A mode's `with` does no more than this, several calls deeper.
 _push: Callable[[Any], None] = torch._C._push_on_torch_function_stack
@@ -49,7 +49,7 @@ def someone_watches() -> bool:
 
 
 @dataclass(slots=True)
-class Lesson:
+class Recording:
     """A call of a unit that is being learned.
 
     Attributes:
@@ -66,10 +66,10 @@ class Lesson:
     key: Any
     state: int
     sizes: Sizes
-    inputs: list[Tag]
+    inputs: list[Label]
 
 
-class Live:
+class PassState:
     """What is under way.
 
     Args:
@@ -90,17 +90,17 @@ class Live:
         tags: of a pass of compiled code, which needs a tracer only where it does not do as before.
     """
 
-    def __init__(self, asked: Asked, misses: Misses, paths: ControlPaths) -> None:
+    def __init__(self, asked: CaptureConfig, misses: MissedLog, paths: ControlPaths) -> None:
         self.thread = threading.get_ident()
         self.current: Pass | None = None
         self.idle = False
         self.frame: Any = None
         self.depth = 0
         self.tracer: Tracer | None = None
-        self.run: Run | None = None
-        self.lesson: Lesson | None = None
+        self.run: ReplayRun | None = None
+        self.lesson: Recording | None = None
         self.inner = 0
-        self.tags: Tags | None = None
+        self.tags: LabelTable | None = None
         self._asked = asked
         self._misses = misses
         self._paths = paths
@@ -131,7 +131,7 @@ class Live:
     def enter_compiled(self, args: Any, kwargs: Any) -> None:
         """A pass of compiled code begins: note what it is given."""
         self._asked.names.update()
-        self.tags = Tags(self._asked.names)
+        self.tags = LabelTable(self._asked.names)
         self.tags.enter(args, kwargs)
 
     def traced(self) -> Tracer | None:

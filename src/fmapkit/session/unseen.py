@@ -13,12 +13,12 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fmapkit.missed import Misses
+from fmapkit.missed import MissedLog
 from fmapkit.model.past_hooks import HOW, has_own_call
-from fmapkit.session.config import Asked
+from fmapkit.session.config import CaptureConfig
 from fmapkit.tracing.frames import running_modules
 
-__all__ = ["Unseen", "recorded"]
+__all__ = ["UnseenCalls", "recorded"]
 
 _CUDA_GRAPH = (
     "it was recorded into a CUDA graph: nothing has run yet, and replays of the graph run without "
@@ -63,7 +63,7 @@ def _fx_is_tracing() -> bool:
     return bool(tracer._is_fx_tracing_flag)
 
 
-class Unseen:
+class UnseenCalls:
     """Names what runs unseen.
 
     Args:
@@ -71,7 +71,7 @@ class Unseen:
         misses: of the capture.
     """
 
-    def __init__(self, asked: Asked, misses: Misses) -> None:
+    def __init__(self, asked: CaptureConfig, misses: MissedLog) -> None:
         self._model = asked.model
         self._names = asked.names
         self._misses = misses

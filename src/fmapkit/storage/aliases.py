@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fmapkit.storage.gradients import watch
-from fmapkit.storage.held import Held
+from fmapkit.storage.held import StoredTensor
 from fmapkit.torchlib.memory import storage_of, version_of
 
 __all__ = ["Aliases"]
@@ -29,9 +29,9 @@ class Aliases:
         self.gradients = gradients
         self._lent = lent  # whether a tensor's memory will be gone when its module has run
         self.written: set[int] = set()  # storages that were written to
-        self._new: list[Held] = []
-        self._by_storage: dict[int, list[Held]] = {}
-        self._by_id: dict[int, tuple[weakref.ref[Tensor], Held]] = {}
+        self._new: list[StoredTensor] = []
+        self._by_storage: dict[int, list[StoredTensor]] = {}
+        self._by_id: dict[int, tuple[weakref.ref[Tensor], StoredTensor]] = {}
 
     def end(self) -> None:
         """Let go of all that is held."""
@@ -40,7 +40,7 @@ class Aliases:
         self._by_storage.clear()
         self._by_id.clear()
 
-    def reference(self, tensor: Tensor) -> Held:
+    def reference(self, tensor: Tensor) -> StoredTensor:
         """Hold a tensor, or share what is held of the same one already."""
         found = self._by_id.get(id(tensor))
         if found is not None and found[0]() is tensor:
@@ -51,7 +51,7 @@ class Aliases:
                         # What a torch.autograd.Function returned is in the graph only now.
                         held.gradient = watch(tensor)
                     return held
-        kind = Held.copy if self._lent(tensor) else Held.reference
+        kind = StoredTensor.copy if self._lent(tensor) else StoredTensor.reference
         held = kind(tensor, self.detach, self.gradients)
         self._by_id[id(tensor)] = (weakref.ref(tensor), held)
         self._new.append(held)
@@ -61,17 +61,17 @@ class Aliases:
         """A tensor has other memory than it had: what was held of it is not this tensor's."""
         self._by_id.pop(id(tensor), None)
 
-    def holds(self, tensor: Tensor, held: Held) -> bool:
+    def holds(self, tensor: Tensor, held: StoredTensor) -> bool:
         """Whether that is what is held of the tensor."""
         found = self._by_id.get(id(tensor))
         return found is not None and found[1] is held and found[0]() is tensor
 
-    def watch(self, held: Held) -> None:
+    def watch(self, held: StoredTensor) -> None:
         """Protect a tensor that was held elsewhere, perhaps as the model's own object."""
         held.own = False
         self._new.append(held)
 
-    def of(self, tensor: Tensor) -> list[Held]:
+    def of(self, tensor: Tensor) -> list[StoredTensor]:
         """Held references into the same memory."""
         for held in self._new:
             if held.tensor is not None and not held.copied:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from fmapkit.errors import ArgumentError, BudgetError
-from fmapkit.storage.passes import Store
+from fmapkit.storage.passes import PassStore
 
 __all__ = ["Budget"]
 
@@ -29,7 +29,7 @@ class Budget:
         self._max = max_bytes
         self._policy = when_full
 
-    def check(self, store: Store) -> None:
+    def check(self, store: PassStore) -> None:
         """Let passes go until the rest fits.
 
         Raises:

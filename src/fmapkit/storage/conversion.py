@@ -21,7 +21,7 @@ from fmapkit.storage.offload import Arrival, Cuda, Device, Offload
 from fmapkit.torchlib.sharded import is_wrapped
 from fmapkit.torchlib.side_ops import operators_are_counted, runs, select, unseen
 
-__all__ = ["Place", "Retention"]
+__all__ = ["Place", "StorageConversion"]
 
 _MANY = 10_000
 
@@ -29,7 +29,7 @@ _MANY = 10_000
 Place = tuple[int, tuple[int, ...]]
 
 
-class Retention:
+class StorageConversion:
     """How one capture stores its maps.
 
     Args:

@@ -17,10 +17,10 @@ from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.sharded import alias_of, ends_of, settled
 from fmapkit.torchlib.side_ops import clone, goes_on_from
 
-__all__ = ["Held"]
+__all__ = ["StoredTensor"]
 
 
-class Held:
+class StoredTensor:
     """One tensor in memory; several maps may share it."""
 
     __slots__ = (
@@ -47,13 +47,15 @@ class Held:
         self.wanted = False  # some map holds it; else it is held for the tracer's own sake
 
     @classmethod
-    def reference(cls, tensor: Tensor, detach: bool = True, gradients: bool = False) -> Held:
+    def reference(
+        cls, tensor: Tensor, detach: bool = True, gradients: bool = False
+    ) -> StoredTensor:
         """Keep the model's own memory; the model's own tensor, graph and all, if not detached."""
         alias = alias_of(tensor) if detach else tensor
         return cls(alias, version_of(alias), gradient=watch(tensor) if gradients else None)
 
     @classmethod
-    def copy(cls, tensor: Tensor, detach: bool = True, gradients: bool = False) -> Held:
+    def copy(cls, tensor: Tensor, detach: bool = True, gradients: bool = False) -> StoredTensor:
         """Keep the values as they are now."""
         gradient = watch(tensor) if gradients else None
         if gradient is not None:

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from fmapkit.provenance.heads import Heads
 from fmapkit.provenance.labels import Origin
-from fmapkit.provenance.layout import Axes
+from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.storage.gradients import in_function
-from fmapkit.storage.held import Held
+from fmapkit.storage.held import StoredTensor
 from fmapkit.torchlib.memory import block_of, parts_of
 
-__all__ = ["Entry", "Pass", "Store"]
+__all__ = ["MapRecord", "Pass", "PassStore"]
 
 
 _grads: Callable[[], bool] = torch.is_grad_enabled
 
 
-class Entry:
+class MapRecord:
     """One map: what it is, and where its values are held."""
 
     __slots__ = ("axes", "edited", "heads", "held", "kind", "origin", "path", "picked", "sigma")
@@ -31,12 +31,12 @@ class Entry:
         self,
         kind: str,
         origin: Origin,
-        held: Held | None,
-        axes: Axes | None = None,
+        held: StoredTensor | None,
+        axes: ChannelLayout | None = None,
         sigma: str | None = None,
         path: str = "",
         picked: tuple[int, ...] | None = None,
-        edited: Held | None = None,
+        edited: StoredTensor | None = None,
     ) -> None:
         self.kind = kind
         self.origin = origin
@@ -85,33 +85,33 @@ class Pass:
         self.ids: Tensor | None = None  # of its inputs, as the user numbers them
         # By its module's id and its key: each parameter, and its version, where that is asked for.
         self.weights: dict[tuple[int, str], tuple[Tensor, int]] | None = None
-        self._entries: list[Entry] | None = None
+        self._entries: list[MapRecord] | None = None
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[MapRecord]:
         """Every map held, in execution order."""
         if self._entries is not None:
             return self._entries
-        found: list[Entry] = []
+        found: list[MapRecord] = []
         for segment in self.segments:
-            found.extend([segment] if isinstance(segment, Entry) else segment.entries())
+            found.extend([segment] if isinstance(segment, MapRecord) else segment.entries())
         found = [e for e in found if e.held is not None]
         if self.closed:
             self._entries = found
         return found
 
-    def held(self) -> list[Held]:
+    def held(self) -> list[StoredTensor]:
         """What is held in memory, each once."""
         both = [h for e in self.entries() for h in (e.held, e.edited)]
         return list({id(h): h for h in both if h is not None}.values())
 
-    def without(self, refused: Container[int]) -> list[Entry]:
+    def without(self, refused: Container[int]) -> list[MapRecord]:
         """Leave out the entries of a closed pass that hold any of these, by id; which they were."""
         every = self.entries()
         gone = [e for e in every if id(e.held) in refused or id(e.edited) in refused]
         self._entries = [entry for entry in every if entry not in gone]
         return gone
 
-    def keep_only(self, asked: Callable[[Entry], bool]) -> None:
+    def keep_only(self, asked: Callable[[MapRecord], bool]) -> None:
         """Of a closed pass, let go of every map but these."""
         self._entries = list(filter(asked, self.entries()))
         self.segments = list(self._entries)
@@ -144,7 +144,7 @@ class Pass:
 _NOTHING: deque[Any] = deque(maxlen=0)
 
 
-class Store:
+class PassStore:
     """The last passes, newest last.
 
     Args:
@@ -228,7 +228,7 @@ class Store:
         return iter(self.passes)
 
 
-def _memory(held: Iterable[Held]) -> dict[int, int]:
+def _memory(held: Iterable[StoredTensor]) -> dict[int, int]:
     """The storages in which these lie, and their bytes."""
     tensors = [t for h in held if h.tensor is not None for t in parts_of(h.tensor)]
     return dict(map(block_of, tensors))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from fmapkit.storage.held import Held
-from fmapkit.storage.passes import Entry, Pass
+from fmapkit.storage.held import StoredTensor
+from fmapkit.storage.passes import MapRecord, Pass
 from fmapkit.torchlib.memory import storage_of, storage_users
 
 __all__ = ["has_inference_tensors", "settle"]
@@ -19,7 +19,7 @@ __all__ = ["has_inference_tensors", "settle"]
 def has_inference_tensors(current: Pass) -> bool:
     """Whether a map of the pass may have no version counter."""
     for segment in current.segments:
-        if not isinstance(segment, Entry):
+        if not isinstance(segment, MapRecord):
             if segment.uncounted:
                 return True
         elif segment.held is not None and segment.held.version < 0:
@@ -33,7 +33,7 @@ def settle(current: Pass) -> None:
     if not uncounted:
         return
     for segment in current.segments:  # their entries are made, and they hold the model's tensors
-        if not isinstance(segment, Entry):
+        if not isinstance(segment, MapRecord):
             segment.release()
     for one in uncounted:  # tensors of our own, so that they can be told from the model's
         assert one.tensor is not None
@@ -43,7 +43,7 @@ def settle(current: Pass) -> None:
         one.snapshot()
 
 
-def _reached(held: Held, ours: Counter[int]) -> bool:
+def _reached(held: StoredTensor, ours: Counter[int]) -> bool:
     assert held.tensor is not None
     users = storage_users(held.tensor)
     return not users or users > ours[storage_of(held.tensor)]

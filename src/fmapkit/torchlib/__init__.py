@@ -1,1 +1,1 @@
-"""What torch keeps to itself, behind names of our own: memory, modes, calls, wrappers, fused paths."""
+"""What torch keeps to itself, behind names of ours: memory, modes, calls, wrappers, fused paths."""

@@ -20,7 +20,7 @@ from torch import nn
 from torch.jit import _recursive as _scripting
 
 __all__ = [
-    *("Standing", "called", "compiled_as_bare", "free", "hide_from_scripting"),
+    *("CallOverride", "called", "compiled_as_bare", "free", "hide_from_scripting"),
     *(
         "dynamo",
         "lock",
@@ -105,7 +105,7 @@ dynamo: Callable[[], Any] = getattr(
 )
 
 
-class Standing:
+class CallOverride:
     """Whoever of ours stands before a module's call.
 
     Attributes:
@@ -152,7 +152,7 @@ class Standing:
 
     def of_copy(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A module is called that has our attribute of another one: the call is its own."""
-        if isinstance(self.inner, Standing):
+        if isinstance(self.inner, CallOverride):
             return self.inner.of_copy(module, args, kwargs)
         return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -163,12 +163,12 @@ class Standing:
         return type(None), ()
 
 
-def standing_before(module: nn.Module) -> list[Standing]:
+def standing_before(module: nn.Module) -> list[CallOverride]:
     """All of ours that stand before a module's call, outermost first; not those of its original."""
-    found: list[Standing] = []
+    found: list[CallOverride] = []
     with lock:
         at = module.__dict__.get(_PLACE)
-        while isinstance(at, Standing) and at.module is module:
+        while isinstance(at, CallOverride) and at.module is module:
             found.append(at)
             at = at.inner
     return found
@@ -183,7 +183,7 @@ def free(module: nn.Module) -> bool:
     """Whether nobody but us stands there, and torch would look there."""
     taken = getattr(module, _PLACE, None)
     return (
-        (taken is None or isinstance(taken, Standing))
+        (taken is None or isinstance(taken, CallOverride))
         and type(module)._wrapped_call_impl is nn.Module._wrapped_call_impl
         and not isinstance(module, torch.jit.ScriptModule)
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit.torchlib.call_override import Standing
+from fmapkit.torchlib.call_override import CallOverride
 from fmapkit.torchlib.class_cache import remembered
 
 __all__ = [
@@ -54,7 +54,7 @@ def is_compiled(module: nn.Module) -> bool:
 def compiled_call(attributes: dict[str, Any]) -> Any:
     """What `module.compile()` has put among a module's attributes; None if it did not."""
     call = attributes.get("_compiled_call_impl")
-    return None if isinstance(call, Standing) else call
+    return None if isinstance(call, CallOverride) else call
 
 
 def plain(module: nn.Module) -> nn.Module:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from fmapkit.provenance import vocabulary as words
 from fmapkit.provenance.attention_math import given, probabilities
 from fmapkit.provenance.heads import Heads, Projection, projection
-from fmapkit.provenance.labels import Flow, Origin, Weight
-from fmapkit.provenance.layout import Axes, Part
+from fmapkit.provenance.labels import ChannelLabel, Origin, ParamLabel
+from fmapkit.provenance.layout import ChannelAxis, ChannelLayout
 from fmapkit.provenance.product_rules import einsum_terms
 from fmapkit.provenance.propagate import carried
 from fmapkit.provenance.rule_basics import argument
-from fmapkit.storage.held import Held
+from fmapkit.storage.held import StoredTensor
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.sharded import is_wrapped
@@ -62,7 +62,7 @@ class _Softmax:
 
     __slots__ = ("axes", "done", "held", "made", "modules")
 
-    def __init__(self, held: Held, axes: Axes | None, made: _Made) -> None:
+    def __init__(self, held: StoredTensor, axes: ChannelLayout | None, made: _Made) -> None:
         self.held = held
         self.axes = axes  # of heads
         self.made = made  # its queries and keys
@@ -81,8 +81,8 @@ class AttentionWatch:
         self._tracer = tracer
         self._merged: int | None = None  # heads that lie along the first axis, with samples
         # Tensors, by id: what they are made of, and along which axis that lies.
-        self._heads: dict[int, tuple[weakref.ref[Tensor], Flow]] = {}
-        self._keys: dict[int, tuple[weakref.ref[Tensor], Flow]] = {}
+        self._heads: dict[int, tuple[weakref.ref[Tensor], ChannelLabel]] = {}
+        self._keys: dict[int, tuple[weakref.ref[Tensor], ChannelLabel]] = {}
         self._softmaxes: dict[Origin, _Softmax] = {}
         self._made: dict[Origin, _Made] = {}  # queries and keys of scores
 
@@ -124,7 +124,9 @@ class AttentionWatch:
 
     # -- what goes on -------------------------------------------------------------------------
 
-    def _find(self, table: dict[int, tuple[weakref.ref[Tensor], Flow]], x: Any) -> Flow | None:
+    def _find(
+        self, table: dict[int, tuple[weakref.ref[Tensor], ChannelLabel]], x: Any
+    ) -> ChannelLabel | None:
         found = table.get(id(x))
         return found[1] if found is not None and found[0]() is x else None
 
@@ -134,7 +136,7 @@ class AttentionWatch:
         if not table or not any(self._find(table, x) for x in operands):
             return
         found = carried(name, operands, args, kwargs, out, lambda x: self._find(table, x))
-        if isinstance(found, Flow) and found.axes is not None and found.axes.parts:
+        if isinstance(found, ChannelLabel) and found.axes is not None and found.axes.parts:
             table[id(out)] = weakref.ref(out), found
             known = self._softmaxes.get(found.origin)
             if known is not None:
@@ -145,7 +147,7 @@ class AttentionWatch:
     def _product(self, name: str, operands: Sequence[Tensor], args: Any, out: Tensor) -> None:
         """A product: of queries and keys, or of probabilities and values."""
         a, b = operands[-2:] if name != "__rmatmul__" else operands[-2:][::-1]
-        if len(operands) < 2 or any(isinstance(self._tracer.tag(x), Weight) for x in (a, b)):
+        if len(operands) < 2 or any(isinstance(self._tracer.tag(x), ParamLabel) for x in (a, b)):
             return
         for x, other in ((a, b), (b, a)):
             flow = self._find(self._keys, x)
@@ -154,12 +156,12 @@ class AttentionWatch:
             if flow.axes.dim == _summed(name, x, a, args):
                 self._confirm(self._softmaxes[flow.origin], other)
         tag = self._tracer.tag(a)
-        heads = _heads_of(tag.axes if isinstance(tag, Flow) else None, a)
+        heads = _heads_of(tag.axes if isinstance(tag, ChannelLabel) else None, a)
         if heads is not None:
             dim = _place_in_product(name, heads.dim, a, args, out)
             if dim is not None and out.shape[dim] == heads.size:
-                origin, axes = Origin("heads"), Axes.single(dim, heads.size)
-                self._heads[id(out)] = weakref.ref(out), Flow(origin, axes)
+                origin, axes = Origin("heads"), ChannelLayout.single(dim, heads.size)
+                self._heads[id(out)] = weakref.ref(out), ChannelLabel(origin, axes)
                 keys = projection(self._tracer.tag(b), b.shape)
                 self._made[origin] = projection(tag, a.shape), keys
 
@@ -177,8 +179,8 @@ class AttentionWatch:
         known.modules.update(f.module for f in tracer.frames)
         origin = Origin("softmax")
         self._softmaxes[origin] = known
-        axes = Axes.single(dim % out.dim(), out.shape[dim])
-        self._keys[id(out)] = weakref.ref(out), Flow(origin, axes)
+        axes = ChannelLayout.single(dim % out.dim(), out.shape[dim])
+        self._keys[id(out)] = weakref.ref(out), ChannelLabel(origin, axes)
 
     def _confirm(self, known: _Softmax, values: Tensor) -> None:
         """It weighs other data: these are attention probabilities."""
@@ -192,9 +194,9 @@ class AttentionWatch:
         if p is not None and self._merged and axes is None and p.dim() == 3:
             if p.shape[0] % self._merged == 0:
                 apart = p.view(-1, self._merged, *p.shape[1:])
-                held = Held(apart, held.version, held.copied, held.gradient)
+                held = StoredTensor(apart, held.version, held.copied, held.gradient)
                 tracer.aliases.watch(held)
-                axes = Axes.single(1, self._merged)
+                axes = ChannelLayout.single(1, self._merged)
         made = projection(tracer.tag(values), values.shape)
         self._hold(held, axes, tracer.scope(), Heads(*known.made, made))
 
@@ -215,12 +217,14 @@ class AttentionWatch:
         found = probabilities(call, graph=not tracer.wants.detach)
         if tracer.wants.gradients:
             tracer.miss(name, NO_GRADIENT)
-        heads = Axes.single(found.dim() - 3, found.shape[-3]) if found.dim() > 2 else None
+        heads = ChannelLayout.single(found.dim() - 3, found.shape[-3]) if found.dim() > 2 else None
         made = [projection(tracer.tag(call[n]), call[n].shape) for n in ("query", "key", "value")]
-        held = Held(found, version_of(found), copied=True)
+        held = StoredTensor(found, version_of(found), copied=True)
         self._hold(held, heads, tracer.scope(), Heads(*made))
 
-    def _hold(self, held: Held, axes: Axes | None, scope: nn.Module, heads: Heads) -> None:
+    def _hold(
+        self, held: StoredTensor, axes: ChannelLayout | None, scope: nn.Module, heads: Heads
+    ) -> None:
         tracer = self._tracer
         name = tracer.names.of(scope)
         origin = tracer.record.next_call("attention", name, f"{name}@attention")
@@ -234,7 +238,7 @@ class AttentionWatch:
         tracer.events.append(event)
 
 
-def _heads_of(axes: Axes | None, x: Tensor) -> Part | None:
+def _heads_of(axes: ChannelLayout | None, x: Tensor) -> ChannelAxis | None:
     """The axis of heads, where filters lie along it and along the last one, which is summed."""
     if axes is None or len(axes.parts) != 2 or not axes.fit(x.shape):
         return None

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fmapkit.editing.edit import Edits
+from fmapkit.editing.edits import Edits
 from fmapkit.nonlinearities import module_sigma
 from fmapkit.provenance.functions import out_of_place
-from fmapkit.provenance.labels import STOP, Flow, flow_of
-from fmapkit.provenance.layout import Axes
-from fmapkit.storage.held import Held
+from fmapkit.provenance.labels import STOP, ChannelLabel, flow_of
+from fmapkit.provenance.layout import ChannelLayout
+from fmapkit.storage.held import StoredTensor
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.candidates import name_by_hand
-from fmapkit.tracing.frames import Frame, SigmaCall, Site
+from fmapkit.tracing.frames import EditSite, Frame, SigmaCall
 from fmapkit.tracing.module_edits import ModuleEdits
 
 if TYPE_CHECKING:
@@ -56,20 +56,22 @@ class Editor:
     def __bool__(self) -> bool:
         return bool(self.edits)
 
-    def _site(self, own: str, sigma: str, z: Tensor) -> Site | None:
+    def _site(self, own: str, sigma: str, z: Tensor) -> EditSite | None:
         """The nonlinearity that is about to run, if there is something to edit."""
         tracer = self.tracer
         tag = tracer.tag(z)
-        flow = tag if isinstance(tag, Flow) else STOP
+        flow = tag if isinstance(tag, ChannelLabel) else STOP
         none = flow.origin.kind == "none"
         name = own if none else flow.origin.name
         if not any(self.edits.of(name, kind) for kind in ("preactivation", "activation")):
             return None
         tracer.edited = True
         call = tracer.counts[own] if none else flow.origin.call
-        return Site(name, call, sigma, flow.axes, z)
+        return EditSite(name, call, sigma, flow.axes, z)
 
-    def _apply(self, site: Site, kind: str, tensor: Tensor, axes: Axes | None) -> Tensor | None:
+    def _apply(
+        self, site: EditSite, kind: str, tensor: Tensor, axes: ChannelLayout | None
+    ) -> Tensor | None:
         return self.edits.apply(
             kind,
             tensor,
@@ -117,14 +119,14 @@ class Editor:
                 call.function, call.args, call.kwargs = other
         call.args, call.kwargs = _exchanged(call.args, call.kwargs, call.z, stand_in)
 
-    def after(self, site: Site, a: Tensor, axes: Axes | None) -> Tensor:
+    def after(self, site: EditSite, a: Tensor, axes: ChannelLayout | None) -> Tensor:
         """The function has run; what it is to return."""
         new = self._apply(site, "activation", a, axes)
         if new is not None:
             site.a_edited = self.tracer.aliases.reference(new)
         return self._put(site, a if new is None else new)
 
-    def _put(self, site: Site, result: Tensor) -> Tensor:
+    def _put(self, site: EditSite, result: Tensor) -> Tensor:
         if site.base is None:
             return result
         self.tracer.aliases.before_write(site.base)
@@ -156,7 +158,7 @@ class Editor:
         stand_in = x.clone() if in_place else x
         new = self._apply(site, "preactivation", stand_in, site.axes)
         if new is not None:
-            held = Held.copy if in_place else Held.reference
+            held = StoredTensor.copy if in_place else StoredTensor.reference
             site.z_edited = held(new, self.tracer.wants.detach)
             stand_in = new
         if stand_in is not x:
@@ -168,7 +170,7 @@ class Editor:
     def _outer(self, frame: Frame) -> list[Frame]:
         return [f for f in self.tracer.frames if f is not frame]
 
-    def leave(self, frame: Frame, a: Tensor, axes: Axes | None) -> tuple[Tensor, Tensor]:
+    def leave(self, frame: Frame, a: Tensor, axes: ChannelLayout | None) -> tuple[Tensor, Tensor]:
         """The module has run: what σ gave, and what the module is to return."""
         site, x = frame.site, frame.x
         assert site is not None and x is not None
@@ -207,8 +209,8 @@ class Editor:
     # -- layers -------------------------------------------------------------------------------
 
     def response(
-        self, name: str, call: int, out: Tensor, axes: Axes | None
-    ) -> tuple[Tensor, Held] | None:
+        self, name: str, call: int, out: Tensor, axes: ChannelLayout | None
+    ) -> tuple[Tensor, StoredTensor] | None:
         """A layer has run; what it is to return, if that is to be changed."""
         if not self.edits.of(name, "response"):
             return None

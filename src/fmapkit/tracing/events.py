@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from fmapkit.provenance.labels import NOWHERE
-from fmapkit.provenance.layout import Axes
-from fmapkit.storage.held import Held
-from fmapkit.storage.passes import Entry
+from fmapkit.provenance.layout import ChannelLayout
+from fmapkit.storage.held import StoredTensor
+from fmapkit.storage.passes import MapRecord
 
-__all__ = ["Event", "Firing", "Firings"]
+__all__ = ["Event", "HookPoint", "HookPoints"]
 
 
 class Event:
@@ -46,18 +46,18 @@ class Event:
         self.place = 0  # which of a function's tensor arguments x is
         self.origin = NOWHERE
         self.sigma: str | None = None
-        self.axes: Axes | None = None
+        self.axes: ChannelLayout | None = None
         self.x: Any = None  # until the frame ends, to see whether a module's call is this event
         self.y: Any = None
-        self.x_held: Held | None = None
-        self.y_held: Held | None = None
+        self.x_held: StoredTensor | None = None
+        self.y_held: StoredTensor | None = None
         self.kept = False  # it is in place, and z kept its memory
         self.shared = False  # in which other maps lie, too
         self.in_place = False
         self.graph = False  # its result is part of an autograd graph
         self.joins = False  # its result may become part of one
-        self.firing: Firing | None = None
-        self.entries: list[tuple[str, Entry]] = []  # ("x" | "y" | path, what is held)
+        self.firing: HookPoint | None = None
+        self.entries: list[tuple[str, MapRecord]] = []  # ("x" | "y" | path, what is held)
 
     def drop(self) -> None:
         """The event turned out to be part of another one."""
@@ -69,7 +69,7 @@ class Event:
         self.x = self.y = None
 
 
-class Firing:
+class HookPoint:
     """A moment at which a tap would fire: a module's call ends, or a function's."""
 
     __slots__ = ("events", "function", "module", "parent", "position", "scope", "site")
@@ -90,7 +90,7 @@ class Firing:
         self.events: list[Event] = []
 
 
-class Firings(list[Firing]):
+class HookPoints(list[HookPoint]):
     """Every moment of a pass at which a tap would fire, in order.
 
     Attributes:
@@ -105,7 +105,7 @@ class Firings(list[Firing]):
         self.clock: Callable[[], int] = int
         self.site_of: Callable[[Any], str | None] | None = None
 
-    def append(self, firing: Firing) -> None:
+    def append(self, firing: HookPoint) -> None:
         """One more moment, now."""
         firing.position = self.clock()
         if firing.module is None and self.site_of is not None:
@@ -115,7 +115,7 @@ class Firings(list[Firing]):
     def fire(self, event: Event) -> None:
         """A tap of this event would fire: now, unless the end of a module is such a moment."""
         if event.module is None:
-            firing = Firing(None, event.scope, event.function)
+            firing = HookPoint(None, event.scope, event.function)
             self.append(firing)
         else:
             firing = self[-1]

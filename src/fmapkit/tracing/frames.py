@@ -14,14 +14,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit.instrumentation.methods import method_called
-from fmapkit.provenance.labels import Lookup, Tag
-from fmapkit.provenance.layout import Axes
-from fmapkit.provenance.linearity import Degrees
+from fmapkit.provenance.labels import Label, Lookup
+from fmapkit.provenance.layout import ChannelLayout
+from fmapkit.provenance.linearity import Linearity
 from fmapkit.provenance.sometimes import Pointwise
-from fmapkit.storage.held import Held
+from fmapkit.storage.held import StoredTensor
 
 __all__ = [
-    *("Frame", "SigmaCall", "Site", "call_frame", "first_tensor", "on_stack", "running_module"),
+    *("Frame", "SigmaCall", "EditSite", "call_frame", "first_tensor", "on_stack", "running_module"),
     "running_modules",
 ]
 
@@ -49,18 +49,18 @@ class Frame:
         self.x: Tensor | None = None
         self.a: Any = None  # what the σ function inside a registered σ module returned
         self.key: str | None = None
-        self.x_held: Held | None = None
-        self.degrees: Degrees | None = None  # of a candidate
+        self.x_held: StoredTensor | None = None
+        self.degrees: Linearity | None = None  # of a candidate
         self.watched = False  # it is in a candidate, or is one
         self.in_place = False
         self.kept = False  # it left the memory of x as it was
-        self.tag: Tag = None  # what x carries
+        self.tag: Label = None  # what x carries
         self.counts = _NONE  # as it began; of a unit that is learned
         self.firing = 0
         self.position = 0  # how many decisions of the pass had been taken
         # How often each function was given a weight, by the layer that made that.
         self.turns: Counter[tuple[str, str | None]] | None = None
-        self.site: Site | None = None  # something to edit
+        self.site: EditSite | None = None  # something to edit
         self.replaced: tuple[Any, Any] | None = None  # the arguments that it is to get instead
         self.pointwise = Pointwise()
         self.ran = False  # the function inside that a registered σ module is
@@ -103,7 +103,7 @@ class SigmaCall:
     )
 
     def __init__(
-        self, function: Any, args: Any, kwargs: Any, sigma: str, z: Tensor, tag: Tag
+        self, function: Any, args: Any, kwargs: Any, sigma: str, z: Tensor, tag: Label
     ) -> None:
         self.sigma = sigma
         self.place = 0  # which of the tensor arguments z is
@@ -114,13 +114,13 @@ class SigmaCall:
         self.kwargs = kwargs
         self.z = z
         self.tag = tag
-        self.held: Held | None = None
+        self.held: StoredTensor | None = None
         self.in_place = False
         self.kept = False  # σ leaves the memory of z as it was
-        self.site: Site | None = None  # something to edit
+        self.site: EditSite | None = None  # something to edit
 
 
-class Site:
+class EditSite:
     """A nonlinearity with something to edit, while it runs.
 
     Attributes:
@@ -134,14 +134,16 @@ class Site:
 
     __slots__ = ("a_edited", "axes", "base", "call", "name", "sigma", "version", "z", "z_edited")
 
-    def __init__(self, name: str, call: int, sigma: str, axes: Axes | None, z: Tensor) -> None:
+    def __init__(
+        self, name: str, call: int, sigma: str, axes: ChannelLayout | None, z: Tensor
+    ) -> None:
         self.name = name
         self.call = call
         self.sigma = sigma
         self.axes = axes
         self.z = z
-        self.z_edited: Held | None = None
-        self.a_edited: Held | None = None
+        self.z_edited: StoredTensor | None = None
+        self.a_edited: StoredTensor | None = None
         self.base: Tensor | None = None
         self.version = 0
 

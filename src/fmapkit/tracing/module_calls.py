@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fmapkit import layers
-from fmapkit.provenance.labels import STOP, Flow, Made
-from fmapkit.provenance.layout import Axes
+from fmapkit.provenance.labels import STOP, ChannelLabel, Made
+from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.provenance.propagate import past_sigma, sigma_axes
 from fmapkit.provenance.weights import REGISTERED
 from fmapkit.tracing.candidates import is_norm, norm_axis
@@ -58,7 +58,7 @@ def _close_layer(tracer: Tracer, frame: Frame, out: Tensor) -> Tensor:
     event = Event("layer", frame.module)
     event.module, event.key = frame.module, frame.key
     dim = (layers.layer_axis(frame.module) or 0) % max(out.dim(), 1)
-    axes = Axes.single(dim, out.shape[dim]) if out.dim() else None
+    axes = ChannelLayout.single(dim, out.shape[dim]) if out.dim() else None
     made = Made(why=REGISTERED)
     return tracer.layer_event(event, tracer.names.of(frame.module), frame.x, out, axes, (made, {}))
 
@@ -71,7 +71,7 @@ def _close_sigma(tracer: Tracer, frame: Frame, a: Tensor, sigma: str) -> Tensor 
     event.module, event.key, event.sigma = module, frame.key, sigma
     event.in_place = frame.in_place or frame.x_held.copied
     event.kept = frame.kept
-    flow = frame.tag if isinstance(frame.tag, Flow) else STOP
+    flow = frame.tag if isinstance(frame.tag, ChannelLabel) else STOP
     axes, result = sigma_axes(flow.axes, x, a), a
     if frame.site is not None and tracer.editor is not None:
         a, result = tracer.editor.leave(frame, a, axes)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import layers
-from fmapkit.editing.edit import Edits
+from fmapkit.editing.edits import Edits
 from fmapkit.provenance.labels import flow_of
-from fmapkit.provenance.layout import Axes
-from fmapkit.storage.held import Held
-from fmapkit.storage.passes import Entry
+from fmapkit.provenance.layout import ChannelLayout
+from fmapkit.storage.held import StoredTensor
+from fmapkit.storage.passes import MapRecord
 from fmapkit.torchlib.nested import leaves
 from fmapkit.torchlib.rebuilt import rebuilt
 from fmapkit.tracing.frames import first_tensor
@@ -90,11 +90,15 @@ class ModuleEdits:
             new, held = self.output(module, output)
         return new if held else None
 
-    def _tell(self, name: str, held: dict[str, Held]) -> None:
+    def _tell(self, name: str, held: dict[str, StoredTensor]) -> None:
         """Say of the maps of what a unit has just returned what went on in their place."""
         call: int | None = None
         for entry in reversed(self._tracer.current.segments):
-            if isinstance(entry, Entry) and entry.kind == "output" and entry.origin.name == name:
+            if (
+                isinstance(entry, MapRecord)
+                and entry.kind == "output"
+                and entry.origin.name == name
+            ):
                 if call not in (None, entry.origin.call):
                     break
                 call, entry.edited = entry.origin.call, held.get(entry.path)
@@ -127,7 +131,7 @@ class ModuleEdits:
         known = self._was.get(id(x))
         return known[1] if known is not None and known[0] is x else None
 
-    def output(self, module: nn.Module, output: Any) -> tuple[Any, dict[str, Held]]:
+    def output(self, module: nn.Module, output: Any) -> tuple[Any, dict[str, StoredTensor]]:
         """A module has run.
 
         Returns:
@@ -141,7 +145,7 @@ class ModuleEdits:
         found = dict(leaves(output))
         usual = next(iter(found)) if len(found) == 1 else None
         changed = self._changed(name, "output", found, usual, None)
-        held: dict[str, Held] = {}
+        held: dict[str, StoredTensor] = {}
         for path, new in changed.items():
             output = rebuilt(output, path, new)
             held[path] = self._tracer.aliases.reference(new)
@@ -177,7 +181,7 @@ class ModuleEdits:
             flow = flow_of(tracer.tag, tensor)
             axes = flow.axes if flow is not None else None
             if axes is None and axis is not None and tensor.dim():
-                axes = Axes.single(axis % tensor.dim(), tensor.shape[axis])
+                axes = ChannelLayout.single(axis % tensor.dim(), tensor.shape[axis])
             new = self._edits.apply(
                 kind,
                 tensor,

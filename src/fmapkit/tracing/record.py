@@ -9,23 +9,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit.missed import NotSupportedError
-from fmapkit.provenance.labels import Flow, Origin
-from fmapkit.provenance.layout import Axes
+from fmapkit.provenance.labels import ChannelLabel, Origin
+from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.provenance.propagate import sigma_axes
-from fmapkit.selection.early_stop import Stop
-from fmapkit.selection.selection import Wants
+from fmapkit.selection.early_stop import EarlyStop
+from fmapkit.selection.selection import Selection
 from fmapkit.storage.aliases import Aliases
 from fmapkit.storage.gradients import NO_GRAPH, in_function
-from fmapkit.storage.held import Held
-from fmapkit.storage.passes import Entry, Pass
+from fmapkit.storage.held import StoredTensor
+from fmapkit.storage.passes import MapRecord, Pass
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import closed_parts, leaves
 from fmapkit.torchlib.sharded import is_dtensor
 from fmapkit.torchlib.side_ops import goes_on_from
 from fmapkit.torchlib.transforms import unheld
-from fmapkit.tracing.events import Event, Firings
-from fmapkit.tracing.frames import Site
-from fmapkit.tracing.tags import Tags
+from fmapkit.tracing.events import Event, HookPoints
+from fmapkit.tracing.frames import EditSite
+from fmapkit.tracing.label_table import LabelTable
 
 __all__ = ["Record"]
 
@@ -49,11 +49,11 @@ class Record:
 
     def __init__(
         self,
-        wants: Wants,
+        wants: Selection,
         current: Pass,
-        tags: Tags,
+        tags: LabelTable,
         aliases: Aliases,
-        stop: Stop | None,
+        stop: EarlyStop | None,
         miss: Callable[[str, str], None],
     ) -> None:
         self.wants = wants
@@ -64,9 +64,9 @@ class Record:
         self.miss = miss
         self.graph = wants.graph and current.grads
         self.events: list[Event] = []
-        self.firings = Firings()
+        self.firings = HookPoints()
         self.counts: Counter[str] = Counter()
-        self.pending: dict[int, list[Entry]] = {}
+        self.pending: dict[int, list[MapRecord]] = {}
         self._unpicked: list[tuple[Origin, bool]] = []  # DTensors, whose filters are on all ranks
 
     def end(self) -> None:
@@ -91,12 +91,12 @@ class Record:
     def sigma(
         self,
         event: Event,
-        flow: Flow,
-        z_held: Held,
+        flow: ChannelLabel,
+        z_held: StoredTensor,
         z: Tensor,
         a: Tensor,
         own: str,
-        edited: Site | None = None,
+        edited: EditSite | None = None,
     ) -> None:
         """One nonlinearity has run: name its layer, hold its pair.
 
@@ -127,11 +127,11 @@ class Record:
                     z_or_a = edited.z_edited if entry.kind == "preactivation" else edited.a_edited
                     entry.edited = self._same_filters(entry, z_or_a)
 
-    def layer(self, event: Event, name: str, out: Tensor, axes: Axes | None) -> Origin:
+    def layer(self, event: Event, name: str, out: Tensor, axes: ChannelLayout | None) -> Origin:
         """A layer has run: where the filters of what it returned come from."""
         origin = self.next_call("layer", name)
         event.axes = axes
-        self.tags.put(out, Flow(origin, axes))
+        self.tags.put(out, ChannelLabel(origin, axes))
         self._add(event, origin, out)
         return origin
 
@@ -140,7 +140,7 @@ class Record:
         event: Event,
         x: Tensor | None,
         out: Tensor,
-        edited: Held | None = None,
+        edited: StoredTensor | None = None,
         was: Tensor | None = None,
     ) -> None:
         """Hold a layer's maps.
@@ -173,15 +173,17 @@ class Record:
                 if edited is not None and slot == "y":
                     entry.edited = self._same_filters(entry, edited)
 
-    def _input_axes(self, x: Tensor, out: Tensor, axes: Axes | None) -> Axes | None:
+    def _input_axes(
+        self, x: Tensor, out: Tensor, axes: ChannelLayout | None
+    ) -> ChannelLayout | None:
         """Where the filters of a layer's input lie; unknown, they lie as those of its output."""
         flow = self.tags.of(x)
-        if isinstance(flow, Flow) and flow.axes is not None:
+        if isinstance(flow, ChannelLabel) and flow.axes is not None:
             return flow.axes
         if axes is None or axes.dim is None:
             return None
         place = axes.dim - out.dim()
-        return Axes.single(x.dim() + place, x.shape[place]) if x.dim() >= -place else None
+        return ChannelLayout.single(x.dim() + place, x.shape[place]) if x.dim() >= -place else None
 
     def output(self, module: nn.Module, name: str, output: Any) -> Event:
         """A module has returned what is wanted as its output."""
@@ -204,19 +206,19 @@ class Record:
                 self.miss(name, why)
                 continue
             flow = self.tags.of(tensor)
-            axes = flow.axes if isinstance(flow, Flow) else None
+            axes = flow.axes if isinstance(flow, ChannelLabel) else None
             held = self.aliases.reference(tensor)
             self.hold(event, path, "output", origin, held, axes, path=path)
         self.events.append(event)
         self.firings.fire(event)
         return event
 
-    def norm(self, tag: Flow, out: Tensor, axis: int, name: str) -> Flow:
+    def norm(self, tag: ChannelLabel, out: Tensor, axis: int, name: str) -> ChannelLabel:
         """A norm keeps the layer; where there is none, it is the nearest thing with filters."""
         if tag.origin.kind == "layer" or out.dim() < 2:
             return tag
         dim = axis % out.dim()
-        return Flow(self.next_call("norm", name), Axes.single(dim, out.shape[dim]))
+        return ChannelLabel(self.next_call("norm", name), ChannelLayout.single(dim, out.shape[dim]))
 
     def _add(self, event: Event, origin: Origin, result: Tensor) -> None:
         event.origin = origin
@@ -263,9 +265,9 @@ class Record:
                 if held is not None and not held.wanted:
                     held.release()
 
-    def copy(self, tensor: Tensor) -> Held:
+    def copy(self, tensor: Tensor) -> StoredTensor:
         """Hold the values as they are now, before a write that makes an event itself."""
-        held = Held.copy(tensor, self.wants.detach, self.wants.gradients)
+        held = StoredTensor.copy(tensor, self.wants.detach, self.wants.gradients)
         if not self.wants.detach and held.tensor is not None and type(tensor) is Tensor:
             held.on_the_way = goes_on_from(tensor, held.tensor)
         return held
@@ -278,8 +280,8 @@ class Record:
         slot: str,
         kind: str,
         origin: Origin,
-        held: Held,
-        axes: Axes | None,
+        held: StoredTensor,
+        axes: ChannelLayout | None,
         sigma: str | None = None,
         path: str = "",
     ) -> None:
@@ -303,28 +305,30 @@ class Record:
         held.wanted = True
         if self.graph and in_function():
             self.miss(origin.name, NO_GRAPH)
-        entry = Entry(kind, origin, held, axes, sigma, path, picked)
+        entry = MapRecord(kind, origin, held, axes, sigma, path, picked)
         event.entries.append((slot, entry))
         self.current.drop(None)
         self.current.segments.append(entry)
         if self.stop is not None:
             self.stop.saw(entry)
 
-    def taken(self, held: Held, axes: Axes | None, picked: tuple[int, ...]) -> Held:
+    def taken(
+        self, held: StoredTensor, axes: ChannelLayout | None, picked: tuple[int, ...]
+    ) -> StoredTensor:
         """A copy of some filters."""
         tensor, gradient = held.tensor, held.gradient
         assert tensor is not None and axes is not None
         if gradient is not None:
             held.wanted = held.wanted or gradient.of_view  # to learn of a write to it
             gradient = gradient.picked(*self.wants.place(axes, picked))
-        taken = Held(self.wants.take(tensor, axes, picked), 0, True, gradient)
+        taken = StoredTensor(self.wants.take(tensor, axes, picked), 0, True, gradient)
         taken.version = version_of(taken.tensor) if taken.tensor is not None else 0
         return taken
 
-    def _same_filters(self, entry: Entry, held: Held | None) -> Held | None:
+    def _same_filters(self, entry: MapRecord, held: StoredTensor | None) -> StoredTensor | None:
         """Of an edit, the filters that are held of the map."""
         if held is None or held.tensor is None or entry.picked is None or entry.axes is None:
             if held is not None:
                 held.wanted = True
             return held
-        return Held.copy(self.wants.take(held.tensor, entry.axes, entry.picked), False)
+        return StoredTensor.copy(self.wants.take(held.tensor, entry.axes, entry.picked), False)

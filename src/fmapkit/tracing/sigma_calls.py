@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fmapkit.nonlinearities import is_call_of, is_torchs
 from fmapkit.provenance.functions import Function, out_of_place
-from fmapkit.provenance.labels import STOP, Flow
+from fmapkit.provenance.labels import STOP, ChannelLabel
 from fmapkit.provenance.propagate import past_sigma, sigma_axes
 from fmapkit.provenance.sometimes import SOMETIMES, chooses_unseen, operand_of_sigma
 from fmapkit.torchlib.in_place import is_alone, with_new_memory
@@ -129,7 +129,7 @@ def after_sigma(tracer: Tracer, known: Function, call: SigmaCall, out: Any) -> A
     """It has run: what it is to return."""
     frame = tracer.frames[-1]
     z, a = call.z, out
-    flow = call.tag if isinstance(call.tag, Flow) else STOP
+    flow = call.tag if isinstance(call.tag, ChannelLabel) else STOP
     operands = [z] if known.sigma is not None else tensors_in(*call.args, call.kwargs)
     tracer.follow(known.name, operands, call.args, call.kwargs, out, nonlinear=True)
     if call.unheld is None:

@@ -2,8 +2,8 @@
 
 The tracer is a `TorchFunctionMode`: it sees each torch function before it runs, above autograd and
 whatever module it is called in. Module frames, pushed and popped by hooks, tell where. What ran is
-kept in a `Record`; what its tensors carry, in `Tags`. A nonlinearity that is called as a function
-is a matter of `tracing/sigma_calls.py`, what a module's call turns out to have been, of
+kept in a `Record`; what its tensors carry, in `LabelTable`. A nonlinearity that is called as a
+function is a matter of `tracing/sigma_calls.py`, what a module's call turns out to have been, of
 `tracing/module_calls.py`.
 """
 
@@ -21,7 +21,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from fmapkit import layers, nonlinearities
-from fmapkit.editing.edit import Edits
+from fmapkit.editing.edits import Edits
 from fmapkit.missed import reason
 from fmapkit.model.names import Names, Use
 from fmapkit.model.past_hooks import HOW
@@ -29,15 +29,15 @@ from fmapkit.provenance import layer_ops
 from fmapkit.provenance import vocabulary as words
 from fmapkit.provenance.constants import Constants
 from fmapkit.provenance.functions import RESHAPED_IN_PLACE, Function, describe, described
-from fmapkit.provenance.labels import STOP, Flow, Made, Source, Tag, Weight
-from fmapkit.provenance.layout import Axes
-from fmapkit.provenance.linearity import Degrees
+from fmapkit.provenance.labels import STOP, ChannelLabel, Label, Made, ParamLabel, Source
+from fmapkit.provenance.layout import ChannelLayout
+from fmapkit.provenance.linearity import Linearity
 from fmapkit.provenance.propagate import carried
 from fmapkit.provenance.quantized import FUSED, packed_axes, packed_key
 from fmapkit.provenance.sometimes import FOLLOWED, SOMETIMES
 from fmapkit.provenance.weights import PACKED, StandIns, source_of
-from fmapkit.selection.early_stop import Stop
-from fmapkit.selection.selection import Wants
+from fmapkit.selection.early_stop import EarlyStop
+from fmapkit.selection.selection import Selection
 from fmapkit.storage.aliases import Aliases
 from fmapkit.storage.passes import Pass
 from fmapkit.torchlib.memory import storage_of
@@ -46,12 +46,12 @@ from fmapkit.torchlib.transforms import NESTED, is_shapeless, some_shapeless, un
 from fmapkit.tracing.attention import AttentionWatch
 from fmapkit.tracing.candidates import is_whole, may_be_sigma, role_of, verdict
 from fmapkit.tracing.editor import Editor
-from fmapkit.tracing.events import Event, Firing
+from fmapkit.tracing.events import Event, HookPoint
 from fmapkit.tracing.frames import Frame, SigmaCall, first_tensor, running_module
+from fmapkit.tracing.label_table import LabelTable
 from fmapkit.tracing.module_calls import close
 from fmapkit.tracing.record import Record
 from fmapkit.tracing.sigma_calls import after_sigma, before_sigma, sigma_call
-from fmapkit.tracing.tags import Tags
 
 __all__ = ["Tracer"]
 
@@ -92,12 +92,12 @@ class Tracer(TorchFunctionMode):
     def __init__(
         self,
         names: Names,
-        wants: Wants,
+        wants: Selection,
         edits: Edits,
-        stop: Stop | None,
+        stop: EarlyStop | None,
         current: Pass,
         miss: Callable[[str, str], None],
-        tags: Tags | None = None,
+        tags: LabelTable | None = None,
     ) -> None:
         super().__init__()
         self.names = names
@@ -107,7 +107,7 @@ class Tracer(TorchFunctionMode):
         self.edits = edits
         self.stop = stop
         # What is asked for at each turn is here at first hand.
-        tags = self.tags = Tags(names) if tags is None else tags
+        tags = self.tags = LabelTable(names) if tags is None else tags
         self.tag, self.flow, self.set_tag = tags.of, tags.flow, tags.put
         self.enter_inputs, self.moved = tags.enter, tags.moved
         record = self.record = self._new_record()
@@ -280,13 +280,13 @@ class Tracer(TorchFunctionMode):
         else:
             if self.learning and not self.opaque and (layer_ops.weighs(name) or name in SOMETIMES):
                 # Nothing this time; but who waits for what goes by this name will see it, too.
-                self.firings.append(Firing(None, self.scope(), func))
+                self.firings.append(HookPoint(None, self.scope(), func))
             tag = carried(name, operands, args, kwargs, out, self.tag)
             if known.in_place and name in RESHAPED_IN_PLACE and tag is not None:
                 tag = STOP
             if (
                 name in words.NORM_AXIS
-                and isinstance(tag, Flow)
+                and isinstance(tag, ChannelLabel)
                 and tag.origin.kind != "layer"
                 and isinstance(out, Tensor)
             ):
@@ -334,7 +334,7 @@ class Tracer(TorchFunctionMode):
             axes = layer_ops.layer_axes(known.name, operands, args, kwargs, weight, out, None)
         if not same_rows:
             axes = None  # data may make, or pick, another weight each time
-        if isinstance(tag, Weight) and tag.by_value:
+        if isinstance(tag, ParamLabel) and tag.by_value:
             self.deciding.update([f.module for f in self.frames])
         place = layer_ops.input_place(known.name, operands, weight)
         x = operands[place] if place is not None else None
@@ -355,7 +355,7 @@ class Tracer(TorchFunctionMode):
         kwargs: Any,
         weight: Tensor,
         out: Tensor,
-        axes: Axes | None,
+        axes: ChannelLayout | None,
     ) -> tuple[Made, dict[str, Tensor]]:
         """What the layer made its filters of, and what of that is nowhere afterwards."""
         bias = layer_ops.bias_operand(function, operands, args, kwargs)
@@ -398,21 +398,21 @@ class Tracer(TorchFunctionMode):
         made = Made(why=PACKED)
         return self.layer_event(event, name, x, out, packed_axes(func, out), (made, {}))
 
-    def _use(self, function: str, weight: Tensor, tag: Tag, scope: nn.Module) -> Use:
+    def _use(self, function: str, weight: Tensor, tag: Label, scope: nn.Module) -> Use:
         """Whose weight is used here, as far as the pass can tell."""
         frame, running = self.frames[-1], self.running()
         stack = [f.module for f in self.frames]
         if running is not stack[-1]:
             stack.append(running)
-        made_of = tag.parameter if isinstance(tag, Weight) else weight
+        made_of = tag.parameter if isinstance(tag, ParamLabel) else weight
         made = storage_of(made_of) in self.made
-        source = tag.origin.name if isinstance(tag, Flow) else None
+        source = tag.origin.name if isinstance(tag, ChannelLabel) else None
         turns = frame.turns = Counter() if frame.turns is None else frame.turns
         turn = turns[function, source]
         turns[function, source] += 1
         return Use(
             weight=made_of,
-            picked=layer_ops.picked(function, tag, weight) if isinstance(tag, Weight) else "",
+            picked=layer_ops.picked(function, tag, weight) if isinstance(tag, ParamLabel) else "",
             stack=stack,
             is_module=layers.layer_axis(running) is not None,
             scope=scope,
@@ -441,7 +441,7 @@ class Tracer(TorchFunctionMode):
         name: str,
         x: Tensor | None,
         out: Tensor,
-        axes: Axes | None,
+        axes: ChannelLayout | None,
         made: tuple[Made, dict[str, Tensor]],
     ) -> Tensor:
         """Hold a layer's maps; what the layer is to return."""
@@ -558,7 +558,7 @@ class Tracer(TorchFunctionMode):
             return
         elif may_be_sigma(frame.module, args, kwargs, x):
             frame.kind = "candidate"
-            frame.degrees = Degrees(x)
+            frame.degrees = Linearity(x)
             frame.watched = True
         if x is not None and frame.kind in ("sigma", "candidate"):
             frame.x_held = self.aliases.reference(x)
@@ -590,7 +590,7 @@ class Tracer(TorchFunctionMode):
             if self.learning:
                 self.moments.append((self.firings.clock(), None))
             parent = self.frames[-1].module if self.frames else None
-            self.firings.append(Firing(module, module, None, parent))
+            self.firings.append(HookPoint(module, module, None, parent))
             edited = close(self, frame, output)
             if edited is not None and edited is not output:
                 replaced = output = edited

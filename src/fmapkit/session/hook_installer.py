@@ -20,18 +20,18 @@ from fmapkit.model.other_methods import doors
 from fmapkit.replay.call_taps import can_stand
 from fmapkit.replay.gradient_taps import GradientOutputTap, GradientTap
 from fmapkit.replay.plan import Plan
-from fmapkit.replay.regions import Units
-from fmapkit.replay.taps import Door, KeepingTap, Line, OutputTap, Tap
-from fmapkit.session.config import Asked
-from fmapkit.session.redistribution import Moves
+from fmapkit.replay.regions import ReplayRegions
+from fmapkit.replay.taps import CurrentRun, KeepingTap, OutputTap, OutsideHook, Tap
+from fmapkit.session.config import CaptureConfig
+from fmapkit.session.redistribution import RedistributionTracker
 from fmapkit.torchlib.nested import modules_in
 from fmapkit.torchlib.sharded import moves_data
 
-__all__ = ["Calls", "Placing"]
+__all__ = ["HookCallbacks", "HookInstaller"]
 
 
 @dataclass(frozen=True, slots=True)
-class Calls:
+class HookCallbacks:
     """What the hooks call.
 
     Attributes:
@@ -49,7 +49,7 @@ class Calls:
     overwritten: Callable[[], None]
 
 
-class Placing:
+class HookInstaller:
     """Sets and removes the hooks of one capture.
 
     Args:
@@ -66,10 +66,15 @@ class Placing:
     """
 
     def __init__(
-        self, asked: Asked, hooks: Hooks, units: Units, moves: Moves, calls: Calls
+        self,
+        asked: CaptureConfig,
+        hooks: Hooks,
+        units: ReplayRegions,
+        moves: RedistributionTracker,
+        calls: HookCallbacks,
     ) -> None:
         self.tapped: dict[nn.Module, Plan] = {}
-        self.line = Line()
+        self.line = CurrentRun()
         self._model = asked.model
         self._hooks = hooks
         self._units = units
@@ -174,7 +179,7 @@ class Placing:
         if replaced:  # other plans, of this unit or of one that shares a module, set theirs again
             self.tapped.clear()
         for door in doors(unit, hooks.modules()):
-            hooks.after(door, Door(self.line, calls.tap, calls.fault, hooks.owner))
+            hooks.after(door, OutsideHook(self.line, calls.tap, calls.fault, hooks.owner))
         self.tapped[unit] = plan
 
     def no_doors(self) -> None:

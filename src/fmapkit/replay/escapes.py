@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fmapkit.torchlib.nested import modules_in
 
-__all__ = ["Remembering"]
+__all__ = ["EscapedTensors"]
 
 _COMMON = frozenset(nn.Module().__dict__)
 _NO_HOLDERS = (
@@ -26,7 +26,7 @@ _DEEPEST = 4
 _MOST = 2_000  # objects that are looked at in one place
 
 
-class Remembering:
+class EscapedTensors:
     """Looks for tensors of a pass in what outlives it.
 
     Args:

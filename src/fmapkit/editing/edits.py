@@ -22,8 +22,8 @@ from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.model.names import Names
 from fmapkit.nonlinearities import is_torchs
-from fmapkit.provenance.layout import Axes
-from fmapkit.selection.selection import Selection
+from fmapkit.provenance.layout import ChannelLayout
+from fmapkit.selection.selection import LayerSelection
 from fmapkit.storage.gradients import in_function
 
 __all__ = ["Edits"]
@@ -57,7 +57,7 @@ class _Edit:
             )
         self.given = key
         self.where = Where.of(key)
-        self.selection = Selection(names, self.where.layer, "edit")
+        self.selection = LayerSelection(names, self.where.layer, "edit")
         self.function = function
         self._outputs = self._meant_as_outputs(names) if self.where.kind is None else frozenset()
         meant = bool(self._outputs) or self.where.kind in _OF_MODULES
@@ -257,7 +257,7 @@ class Edits:
         self,
         kind: str,
         tensor: Tensor,
-        axes: Axes | None,
+        axes: ChannelLayout | None,
         layer: str,
         usual: bool = True,
         others: Sequence[str] = (),
@@ -291,7 +291,7 @@ class Edits:
         self,
         kind: str,
         tensor: Tensor,
-        axes: Axes | None,
+        axes: ChannelLayout | None,
         layer: str,
         usual: bool,
         others: Sequence[str],

@@ -27,9 +27,9 @@ from fmapkit.errors import (
 from fmapkit.kinds import KINDS, Kind
 from fmapkit.layers import layer_axis
 from fmapkit.model.names import never_called
-from fmapkit.selection.selection import Selection
+from fmapkit.selection.selection import LayerSelection
 from fmapkit.selectors import is_glob
-from fmapkit.storage.passes import Entry, Pass
+from fmapkit.storage.passes import MapRecord, Pass
 
 if TYPE_CHECKING:
     from fmapkit.saving.kept import KeptSession
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Found", "find", "parse"]
 
-Found = tuple[Pass, Entry]
+Found = tuple[Pass, MapRecord]
 
 
 def parse(key: Any) -> tuple[str, Kind | None, int | None]:
@@ -185,7 +185,7 @@ def _no_such_layer(session: Source, layer: str, known: list[str]) -> NoReturn:
 
 def _no_globs(session: Source, layer: str, known: Sequence[str]) -> NoReturn:
     """A look-up gives one map, and a glob was asked for."""
-    fitting = Selection(session.names, layer)
+    fitting = LayerSelection(session.names, layer)
     found = [name for name in known if fitting.layer(name)]
     what = f"{len(found)} of those captured fit" if found else "none of those captured fits"
     raise MapLookupError(
@@ -215,7 +215,9 @@ def _nothing_held(session: Source, layer: str) -> NoReturn:
     )
 
 
-def _no_such_kind(session: Source, layer: str, kind: str | None, there: list[Entry]) -> NoReturn:
+def _no_such_kind(
+    session: Source, layer: str, kind: str | None, there: list[MapRecord]
+) -> NoReturn:
     kinds = list(dict.fromkeys(e.kind for e in there))
     asked = session.wants.asked_kinds
     data: dict[str, Any] = {

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fmapkit.missed import Misses, NotSupportedError
-from fmapkit.replay.run import Run
-from fmapkit.session.config import Asked
-from fmapkit.session.state import Live
+from fmapkit.missed import MissedLog, NotSupportedError
+from fmapkit.replay.run import ReplayRun
+from fmapkit.session.config import CaptureConfig
+from fmapkit.session.state import PassState
 from fmapkit.storage.budget import Budget
 from fmapkit.storage.gradients import OF_VIEW
-from fmapkit.storage.passes import Entry, Pass, Store
+from fmapkit.storage.passes import MapRecord, Pass, PassStore
 from fmapkit.storage.uncounted import has_inference_tensors, settle
 from fmapkit.torchlib.modes import without_modes
 
-__all__ = ["Keeping"]
+__all__ = ["PassEnd"]
 
 
-class Keeping:
+class PassEnd:
     """Keeps the maps of the passes that have ended.
 
     Args:
@@ -29,7 +29,12 @@ class Keeping:
     """
 
     def __init__(
-        self, asked: Asked, live: Live, misses: Misses, store: Store, budget: Budget | None
+        self,
+        asked: CaptureConfig,
+        live: PassState,
+        misses: MissedLog,
+        store: PassStore,
+        budget: Budget | None,
     ) -> None:
         self._wants = asked.wants
         self._analyses = asked.analyses
@@ -70,7 +75,9 @@ class Keeping:
             for layer, why in self._check.look(current):
                 self._misses.add(layer, why)
         if self._analyses and not failed:
-            runs = [s for s in current.segments if isinstance(s, Run) and s.analyses is not None]
+            runs = [
+                s for s in current.segments if isinstance(s, ReplayRun) and s.analyses is not None
+            ]
             for run in runs:  # of which they have seen most, or all
                 self._show(current, run.fresh(self._fleeting))
             if not runs:
@@ -107,7 +114,7 @@ class Keeping:
             why = refused.get(id(entry.held)) or refused[id(entry.edited)]
             self._misses.add(entry.origin.name, why)
 
-    def stream(self, run: Run) -> None:
+    def stream(self, run: ReplayRun) -> None:
         """Show the latest maps of a run while the model runs.
 
         With keep=0, a map lives no longer than that.
@@ -116,7 +123,7 @@ class Keeping:
         assert current is not None
         self._show(current, run.fresh(self._fleeting))
 
-    def _show(self, current: Pass, entries: Iterable[Entry]) -> None:
+    def _show(self, current: Pass, entries: Iterable[MapRecord]) -> None:
         """Have the analyses see some maps; should they call the model, we look away."""
         if self._wants.checks:
             asked = self._wants.asked

@@ -8,44 +8,44 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fmapkit.model.names import Names
-from fmapkit.provenance.labels import STOP, Carried, Flow, Tag, Weight
-from fmapkit.provenance.layout import Axes
+from fmapkit.provenance.labels import STOP, Carried, ChannelLabel, Label, ParamLabel
+from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.torchlib.nested import leaves
 from fmapkit.torchlib.sharded import is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Tags"]
+__all__ = ["LabelTable"]
 
 
-class Tags:
+class LabelTable:
     """The tags of one pass; they keep no tensor alive."""
 
     __slots__ = ("_known", "_names")
 
     def __init__(self, names: Names) -> None:
         self._names = names
-        self._known: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], Label]] = {}
 
-    def of(self, value: Any) -> Tag:
+    def of(self, value: Any) -> Label:
         """Flow, weight, or None for a constant."""
         found = self._known.get(id(value))
         if found is not None and found[0]() is value and isinstance(value, Tensor):
             # A piece of a flat parameter is the parameter that it was before.
             tag = found[1]
-            if not (isinstance(tag, Weight) and self._names.in_flat(value)):
+            if not (isinstance(tag, ParamLabel) and self._names.in_flat(value)):
                 return tag
         if isinstance(value, Tensor) and self._names.is_parameter(value):
-            return Weight.whole(value)
+            return ParamLabel.whole(value)
         return None
 
-    def flow(self, value: Any) -> Flow | None:
+    def flow(self, value: Any) -> ChannelLabel | None:
         """The flow alone: for who does not ask whether it is a weight."""
         found = self._known.get(id(value))
         if found is None or found[0]() is not value:
             return None
-        return found[1] if isinstance(found[1], Flow) else None
+        return found[1] if isinstance(found[1], ChannelLabel) else None
 
     def none_of(self, ids: frozenset[int]) -> bool:
         """Whether none of these tensors, told by their ids, has been given a tag in this pass."""
@@ -54,7 +54,7 @@ class Tags:
     def put(self, value: Any, tag: Carried) -> None:
         """What a result carries; nested like the result."""
         if isinstance(value, Tensor):
-            if isinstance(tag, (Flow, Weight)):
+            if isinstance(tag, (ChannelLabel, ParamLabel)):
                 self._known[id(value)] = (weakref.ref(value), tag)
         elif isinstance(value, (tuple, list)) and isinstance(tag, list):
             for v, t in zip(value, tag, strict=False):
@@ -70,12 +70,12 @@ class Tags:
         """A hook of torch's redistributed tensors: what they carry goes along."""
         for (_, old), (_, new) in zip(leaves(before), leaves(after), strict=False):
             tag = self.of(old)
-            if old is not new and isinstance(tag, Flow):
-                self.put(new, Flow(tag.origin, _local_axes(tag.axes, old, new)))
+            if old is not new and isinstance(tag, ChannelLabel):
+                self.put(new, ChannelLabel(tag.origin, _local_axes(tag.axes, old, new)))
 
     def lent(self, tensor: Tensor) -> bool:
         """Whether its memory is gone once its module has run: a parameter's, under FSDP."""
-        if not self._names.lends or not isinstance(self.of(tensor), Weight):
+        if not self._names.lends or not isinstance(self.of(tensor), ParamLabel):
             return False
         return self._names.lent or bool(self._names.in_flat(tensor))
 
@@ -84,7 +84,7 @@ class Tags:
         self._known.clear()
 
 
-def _local_axes(axes: Axes | None, before: Tensor, after: Tensor) -> Axes | None:
+def _local_axes(axes: ChannelLayout | None, before: Tensor, after: Tensor) -> ChannelLayout | None:
     """The filters of a tensor that has been redistributed.
 
     Args:

@@ -9,14 +9,14 @@ from typing import NoReturn
 from fmapkit.errors import ArgumentError, UnknownLayerError, did_you_mean, listed, near
 from fmapkit.layers import layer_axis
 from fmapkit.model.names import Names
-from fmapkit.selection.selection import Selection, only_a_pass_can_tell
+from fmapkit.selection.selection import LayerSelection, only_a_pass_can_tell
 from fmapkit.selectors import Selector, by_name
 
 __all__ = ["check_held", "check_only_names"]
 
 
 def check_held(
-    chosen: Selection, names: Names, labels: Collection[str], wanted: Callable[[str], bool]
+    chosen: LayerSelection, names: Names, labels: Collection[str], wanted: Callable[[str], bool]
 ) -> None:
     """Whether each name and pattern of a selection means something that has maps.
 
@@ -52,7 +52,7 @@ def check_held(
             _no_filters(selector, labels, [names.of(module) for module in matched])
 
 
-def check_only_names(chosen: Selection) -> None:
+def check_only_names(chosen: LayerSelection) -> None:
     """Refuse selectors that look at the modules themselves, where these are gone.
 
     Raises:
