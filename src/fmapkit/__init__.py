@@ -32,7 +32,7 @@ from fmapkit.maps import FeatureMap, FeatureMaps
 from fmapkit.nonlinearities import register_nonlinearity
 from fmapkit.patching import patch
 from fmapkit.phi import FeatureFunction, feature_map
-from fmapkit.session.protocol import Analysis
+from fmapkit.session import Analysis
 
 __version__ = "0.1.0"
 

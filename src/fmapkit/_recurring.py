@@ -15,15 +15,13 @@ from typing import Any
 from torch import nn
 
 from fmapkit.capture import capture
-from fmapkit.instrumentation.hooks import Off
+from fmapkit.instrumentation import Off
 from fmapkit.map import FeatureMap, read_map
 from fmapkit.maps import FeatureMaps
 from fmapkit.missed import Missed
-from fmapkit.model.names import Names
-from fmapkit.model.wrappers import unwrap
-from fmapkit.paths.twins import Resting
-from fmapkit.session.concurrent import entered, left, others
-from fmapkit.session.session import Session
+from fmapkit.model import Names, unwrap
+from fmapkit.paths import Resting
+from fmapkit.session import Session, entered, left, others
 from fmapkit.torchlib.call_override import hide_from_scripting, show_to_scripting
 from fmapkit.torchlib.compiled_modules import compiled_roots, plain
 from fmapkit.torchlib.scripted import tell, tell_no_more

@@ -14,20 +14,15 @@ from torch import Tensor, nn
 from fmapkit import edits as edits_module
 from fmapkit._warnings import warn
 from fmapkit.checking import COMPILED, Check, FiniteCheck, checked
-from fmapkit.editing.edits import Edits
+from fmapkit.editing import Edits
 from fmapkit.errors import ArgumentError, CaptureStateError, NotAModuleError
-from fmapkit.instrumentation.methods import methods_of
+from fmapkit.instrumentation import methods_of
 from fmapkit.kinds import Kind
 from fmapkit.maps import FeatureMap, FeatureMaps
-from fmapkit.model.names import Names
-from fmapkit.model.wrappers import unwrap
-from fmapkit.selection.early_stop import EarlyStop
-from fmapkit.selection.selection import Selection
-from fmapkit.session.analyses import Analyses
-from fmapkit.session.config import CaptureConfig
-from fmapkit.session.session import Session
-from fmapkit.storage.budget import Budget, policy
-from fmapkit.storage.conversion import StorageConversion
+from fmapkit.model import Names, unwrap
+from fmapkit.selection import EarlyStop, Selection
+from fmapkit.session import Analyses, CaptureConfig, Session
+from fmapkit.storage import Budget, StorageConversion, policy
 from fmapkit.torchlib.compiled_modules import compiled_roots, plain
 
 if TYPE_CHECKING:

@@ -23,17 +23,16 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from fmapkit.errors import ArgumentError, MapStateError, NonFiniteError
-from fmapkit.instrumentation.unwatched import without_the_models
+from fmapkit.instrumentation import without_the_models
 from fmapkit.map import read_map
-from fmapkit.storage.gradients import Gradient
+from fmapkit.storage import Gradient
 from fmapkit.torchlib.sharded import ends_of
 from fmapkit.torchlib.side_ops import unseen
 
 if TYPE_CHECKING:
     from fmapkit.kinds import Kind
     from fmapkit.map import FeatureMap
-    from fmapkit.storage.held import StoredTensor
-    from fmapkit.storage.passes import Pass
+    from fmapkit.storage import Pass, StoredTensor
 
 __all__ = ["CHECKS", "COMPILED", "Check", "FiniteCheck", "NonFinite", "checked", "first_nonfinite"]
 

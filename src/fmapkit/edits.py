@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.editing.positions import part_of
-from fmapkit.editing.where import Where
+from fmapkit.editing import Where, part_of
 from fmapkit.errors import ArgumentError, EditError
 from fmapkit.map import FeatureMap
 

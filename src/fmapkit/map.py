@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmapkit._line import map_line
 from fmapkit.errors import DistributedError, FilterRangeError, MapStateError
 from fmapkit.kinds import Kind
-from fmapkit.lookup import table
-from fmapkit.provenance.heads import Heads
-from fmapkit.provenance.weights import Lost, WeightRows
-from fmapkit.saving.kept import Values
-from fmapkit.storage.gradients import Gradient, NotYet, Received
-from fmapkit.storage.passes import MapRecord, Pass
+from fmapkit.provenance import Heads, Lost, WeightRows
+from fmapkit.saving import Values
+from fmapkit.storage import Gradient, MapRecord, NotYet, Pass, Received
 from fmapkit.torchlib.memory import parts_of
 from fmapkit.torchlib.sharded import Parts, is_dtensor, whole
 
@@ -325,7 +323,7 @@ class FeatureMap:
         return {**tags, "grad": self.grad, "parts": self.parts is not None, "made_by": made_by}
 
     def __repr__(self) -> str:
-        return table.map_line(self)
+        return map_line(self)
 
     def plot(
         self,

@@ -11,14 +11,11 @@ from torch import Tensor
 
 from fmapkit.errors import ArgumentError, CaptureStateError, did_you_mean, listed, near
 from fmapkit.kinds import KINDS, Kind
-from fmapkit.lookup import table
-from fmapkit.lookup.by_key import Found, find, parse
-from fmapkit.lookup.by_selector import check_held, check_only_names
-from fmapkit.lookup.gather import gather
+from fmapkit.lookup import Found, check_held, check_only_names, find, gather, parse, table
 from fmapkit.map import FeatureMap, nbytes_of, read_map
-from fmapkit.saving.kept import KeptEntry, KeptSession, Snapshot, snapshot_of
-from fmapkit.selection.selection import LayerSelection
-from fmapkit.storage.passes import MapRecord, Pass
+from fmapkit.saving import KeptEntry, KeptSession, Snapshot, snapshot_of
+from fmapkit.selection import LayerSelection
+from fmapkit.storage import MapRecord, Pass
 from fmapkit.torchlib.sharded import Parts, is_dtensor, splits
 
 if TYPE_CHECKING:
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
 
     from fmapkit.checking import NonFinite
     from fmapkit.missed import Missed
-    from fmapkit.session.session import Session
+    from fmapkit.session import Session
 
 __all__ = ["FeatureMap", "FeatureMaps"]
 

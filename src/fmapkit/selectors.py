@@ -25,7 +25,7 @@ from torch import nn
 
 from fmapkit._warnings import warn
 from fmapkit.errors import ArgumentError, listed
-from fmapkit.model.wrappers import unwrap
+from fmapkit.model import unwrap
 
 __all__ = ["Selector", "by_name", "is_glob", "name_longer_numbers", "selectors"]
 

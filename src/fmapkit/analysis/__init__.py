@@ -6,7 +6,7 @@ Pass them to `capture(model, analyses=[...])`. Anything with `update(fm)` is one
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fmapkit.session.protocol import Analysis
+from fmapkit.session import Analysis
 
 if TYPE_CHECKING:
     from fmapkit.analysis.dead import DeadFilters

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import DistributedError, listed
-from fmapkit.lookup.gather import _device
+from fmapkit.lookup import _device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

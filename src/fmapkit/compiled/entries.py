@@ -23,7 +23,7 @@ from fmapkit.torchlib.compiled_modules import around, compiled_roots, holds, is_
 
 if TYPE_CHECKING:
     from fmapkit.compiled.variant import InstrumentedCompile
-    from fmapkit.session.session import Session
+    from fmapkit.session import Session
 
 __all__ = ["Compiled"]
 

@@ -21,15 +21,14 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fmapkit.compiled.graph_edit import SigmaNode, run_out_of_place
 from fmapkit.compiled.graph_open import open_call, opens
 from fmapkit.compiled.graph_tracer import GraphTracer, NodeHeld
-from fmapkit.model.names import Names
-from fmapkit.provenance.labels import NOWHERE, ChannelLabel, Origin, ParamLabel
-from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.replay.plan import Ref
-from fmapkit.selection.selection import Selection
-from fmapkit.storage.passes import MapRecord
+from fmapkit.model import Names
+from fmapkit.provenance import NOWHERE, ChannelLabel, ChannelLayout, Origin, ParamLabel
+from fmapkit.replay import Ref
+from fmapkit.selection import Selection
+from fmapkit.storage import MapRecord
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import leaves, tensors_in
-from fmapkit.tracing.frames import Frame
+from fmapkit.tracing import Frame
 
 __all__ = ["GraphMap", "Labels", "Traced", "trace_graph"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fmapkit.provenance.functions import describe, out_of_place
+from fmapkit.provenance import describe, out_of_place
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import tensors_in
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-from fmapkit.provenance.functions import describe
+from fmapkit.provenance import describe
 from fmapkit.torchlib.nested import tensors_in
 
 __all__ = ["open_call", "opens"]

@@ -9,18 +9,14 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fmapkit.compiled.graph_edit import SigmaNode
-from fmapkit.editing.edits import Edits
-from fmapkit.model.names import Names
-from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.selection.selection import Selection
-from fmapkit.storage.aliases import Aliases
-from fmapkit.storage.held import StoredTensor
-from fmapkit.storage.passes import Pass
+from fmapkit.editing import Edits
+from fmapkit.model import Names
+from fmapkit.provenance import ChannelLayout
+from fmapkit.selection import Selection
+from fmapkit.storage import Aliases, Pass, StoredTensor
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.nested import tensors_in
-from fmapkit.tracing.label_table import LabelTable
-from fmapkit.tracing.record import Record
-from fmapkit.tracing.tracer import Tracer
+from fmapkit.tracing import LabelTable, Record, Tracer
 
 __all__ = ["GraphTracer", "NodeHeld"]
 

@@ -16,14 +16,13 @@ from torch import Tensor, fx, nn
 
 from fmapkit.compiled.graph import Labels, Traced, trace_graph
 from fmapkit.compiled.run import GraphMapSink, running
-from fmapkit.model.names import Names
-from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Label, Origin, ParamLabel
-from fmapkit.replay.regions import carried as carried_by
-from fmapkit.tracing.frames import running_modules
-from fmapkit.tracing.label_table import LabelTable
+from fmapkit.model import Names
+from fmapkit.provenance import NOWHERE, STOP, ChannelLabel, Label, Origin, ParamLabel
+from fmapkit.replay import carried as carried_by
+from fmapkit.tracing import LabelTable, running_modules
 
 if TYPE_CHECKING:
-    from fmapkit.session.session import Session
+    from fmapkit.session import Session
 
 __all__ = ["CompiledGraph"]
 

@@ -12,20 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Origin
-from fmapkit.replay.plan import Ref
-from fmapkit.storage.held import StoredTensor
-from fmapkit.storage.passes import MapRecord
+from fmapkit.provenance import NOWHERE, STOP, ChannelLabel, Origin
+from fmapkit.replay import Ref
+from fmapkit.storage import MapRecord, StoredTensor
 from fmapkit.torchlib.memory import versions_of
 from fmapkit.torchlib.nested import leaves
-from fmapkit.tracing.frames import running_modules
-from fmapkit.tracing.label_table import LabelTable
-from fmapkit.tracing.tracer import Tracer
+from fmapkit.tracing import LabelTable, Tracer, running_modules
 
 if TYPE_CHECKING:
     from fmapkit.compiled.graph import Labels
     from fmapkit.compiled.labelled import CompiledGraph
-    from fmapkit.session.session import Session
+    from fmapkit.session import Session
 
 __all__ = ["GraphMapSink", "GraphRun", "UnknownError", "running"]
 

@@ -22,7 +22,7 @@ from fmapkit.missed import reason
 from fmapkit.torchlib.compiled_modules import plain
 
 if TYPE_CHECKING:
-    from fmapkit.session.session import Session
+    from fmapkit.session import Session
 
 __all__ = ["InstrumentedCompile"]
 

@@ -20,11 +20,11 @@ from fmapkit.editing.where import Where
 from fmapkit.errors import ArgumentError, EditError, listed
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
-from fmapkit.model.names import Names
+from fmapkit.model import Names
 from fmapkit.nonlinearities import is_torchs
-from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.selection.selection import LayerSelection
-from fmapkit.storage.gradients import in_function
+from fmapkit.provenance import ChannelLayout
+from fmapkit.selection import LayerSelection
+from fmapkit.storage import in_function
 
 __all__ = ["Edits"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, did_you_mean, listed
-from fmapkit.selection.selection import indices
+from fmapkit.selection import indices
 
 __all__ = ["EDITABLE", "Where"]
 

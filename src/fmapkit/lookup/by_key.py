@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from torch import nn
 
-from fmapkit.compiled.entries import NOTHING_RAN
+from fmapkit.compiled import NOTHING_RAN
 from fmapkit.errors import (
     AmbiguousMapError,
     KindNotCapturedError,
@@ -26,14 +26,14 @@ from fmapkit.errors import (
 )
 from fmapkit.kinds import KINDS, Kind
 from fmapkit.layers import layer_axis
-from fmapkit.model.names import never_called
-from fmapkit.selection.selection import LayerSelection
+from fmapkit.model import never_called
+from fmapkit.selection import LayerSelection
 from fmapkit.selectors import is_glob
-from fmapkit.storage.passes import MapRecord, Pass
+from fmapkit.storage import MapRecord, Pass
 
 if TYPE_CHECKING:
-    from fmapkit.saving.kept import KeptSession
-    from fmapkit.session.session import Session
+    from fmapkit.saving import KeptSession
+    from fmapkit.session import Session
 
     Source: TypeAlias = Session | KeptSession
 

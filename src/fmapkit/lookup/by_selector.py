@@ -8,8 +8,8 @@ from typing import NoReturn
 
 from fmapkit.errors import ArgumentError, UnknownLayerError, did_you_mean, listed, near
 from fmapkit.layers import layer_axis
-from fmapkit.model.names import Names
-from fmapkit.selection.selection import LayerSelection, only_a_pass_can_tell
+from fmapkit.model import Names
+from fmapkit.selection import LayerSelection, only_a_pass_can_tell
 from fmapkit.selectors import Selector, by_name
 
 __all__ = ["check_held", "check_only_names"]

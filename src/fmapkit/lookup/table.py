@@ -4,45 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fmapkit._line import row, size
 from fmapkit.errors import MapStateError
 
 if TYPE_CHECKING:
-    from fmapkit.maps import FeatureMap, FeatureMaps
+    from fmapkit.maps import FeatureMaps
 
-__all__ = ["html", "map_line", "text"]
+__all__ = ["html", "text"]
 
 HEADS = ("layer", "kind", "filters", "shape", "dtype", "device", "bytes", "σ")
 _RIGHT = {2, 6}
-
-
-def _size(nbytes: int) -> str:
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable")
-
-
-def _row(fm: FeatureMap) -> tuple[str, ...]:
-    name = fm.layer + fm.path + (f" #{fm.call}" if fm.call else "")
-    return (
-        name,
-        fm.kind,
-        str(len(fm.filters)) if fm.filters is not None else "–",
-        "×".join(map(str, fm.shape)) or "scalar",
-        str(fm.dtype).removeprefix("torch."),
-        str(fm.device),
-        _size(fm.nbytes),
-        fm.nonlinearity or "",
-    )
 
 
 def _rows(maps: FeatureMaps) -> list[tuple[str, ...]]:
     rows = []
     for at, entry in maps._latest():
         try:
-            rows.append(_row(maps._read(at, entry)))
+            rows.append(row(maps._read(at, entry)))
         except MapStateError as error:
             state = type(error).__name__.removeprefix("Map").removesuffix("Error").lower()
             rows.append((entry.origin.name, entry.kind, "–", state, "", "", "", entry.sigma or ""))
@@ -58,7 +36,7 @@ def _summary(maps: FeatureMaps) -> str:
     passes = f"step {latest.step}" + (f", {kept} passes kept" if kept > 1 else "")
     return (
         f"FeatureMaps: {len(maps)} maps of {len(maps.layers)} layers, "
-        f"{_size(maps.nbytes)} held, {passes}{missed}"
+        f"{size(maps.nbytes)} held, {passes}{missed}"
     )
 
 
@@ -85,19 +63,3 @@ def html(maps: FeatureMaps) -> str:
     from fmapkit.page import html_table
 
     return html_table(HEADS, _rows(maps), right=_RIGHT, caption=_summary(maps))
-
-
-def map_line(fm: FeatureMap) -> str:
-    """`FeatureMap(layer='conv1', kind='activation', shape=8×16×32×32, float32, cpu, σ=relu)`."""
-    parts = [f"layer={fm.layer!r}", f"kind={fm.kind!r}"]
-    if fm.filter is not None:
-        parts.append(f"filter={fm.filter}")
-    if fm.path:
-        parts.append(f"path={fm.path!r}")
-    if fm.call:
-        parts.append(f"call={fm.call}")
-    _, _, _, shape, dtype, device, _, sigma = _row(fm)
-    parts += [f"step={fm.step}", f"shape={shape}", dtype, device]
-    if sigma:
-        parts.append(f"σ={sigma}")
-    return f"FeatureMap({', '.join(parts)})"

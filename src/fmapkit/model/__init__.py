@@ -1,1 +1,8 @@
 """Who is who in a model: names of modules and parameters, wrappers, calls that no hook sees."""
+
+from fmapkit.model.names import Names, Use, never_called
+from fmapkit.model.other_methods import doors
+from fmapkit.model.past_hooks import HOW, has_own_call
+from fmapkit.model.wrappers import REPLICAS, unwrap
+
+__all__ = ["HOW", "REPLICAS", "Names", "Use", "doors", "has_own_call", "never_called", "unwrap"]

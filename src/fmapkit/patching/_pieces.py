@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from fmapkit.editing.where import Where
+from fmapkit.editing import Where
 from fmapkit.errors import ArgumentError
 from fmapkit.map import FeatureMap
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.capture import capture
-from fmapkit.editing.positions import part_of
-from fmapkit.editing.where import Where
+from fmapkit.editing import Where, part_of
 from fmapkit.errors import ArgumentError
 from fmapkit.map import FeatureMap
 from fmapkit.maps import FeatureMaps

@@ -14,5 +14,6 @@ model of the same structure, it makes the same calls of torch on the same tensor
 from fmapkit.paths.control import ControlPaths
 from fmapkit.paths.known import Expected, KnownPaths, Sizes
 from fmapkit.paths.recorders import taps, unrecorded
+from fmapkit.paths.twins import Resting
 
-__all__ = ["ControlPaths", "Expected", "KnownPaths", "Sizes", "taps", "unrecorded"]
+__all__ = ["ControlPaths", "Expected", "KnownPaths", "Resting", "Sizes", "taps", "unrecorded"]

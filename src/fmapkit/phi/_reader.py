@@ -25,11 +25,11 @@ from fmapkit.errors import (
     listed,
 )
 from fmapkit.map import FeatureMap
-from fmapkit.model.names import never_called
+from fmapkit.model import never_called
 from fmapkit.phi._compiled import CompiledOutputs
 from fmapkit.phi._request import Item, Request
-from fmapkit.selection.selection import LayerSelection
-from fmapkit.storage.gradients import NO_GRAPH
+from fmapkit.selection import LayerSelection
+from fmapkit.storage import NO_GRAPH
 from fmapkit.torchlib.nested import tensors_in
 
 __all__ = ["Found", "Reader"]

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from fmapkit.errors import ArgumentError, did_you_mean, listed
 from fmapkit.kinds import Kind
-from fmapkit.selection.selection import KINDS, indices
+from fmapkit.selection import KINDS, indices
 from fmapkit.selectors import Selector
 
 __all__ = ["Item", "Request"]

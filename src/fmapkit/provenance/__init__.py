@@ -1,1 +1,97 @@
 """Whose filters a tensor carries, and where they lie: labels, and one rule per torch function."""
+
+from fmapkit.provenance.attention_math import given, probabilities
+from fmapkit.provenance.constants import Constants
+from fmapkit.provenance.functions import (
+    RESHAPED_IN_PLACE,
+    Function,
+    describe,
+    described,
+    out_of_place,
+)
+from fmapkit.provenance.heads import Heads, Projection, projection
+from fmapkit.provenance.labels import (
+    NOWHERE,
+    STOP,
+    Carried,
+    ChannelLabel,
+    Label,
+    Lookup,
+    Made,
+    Origin,
+    ParamLabel,
+    ParamLabelRef,
+    Source,
+    flow_of,
+)
+from fmapkit.provenance.layout import ChannelAxis, ChannelLayout
+from fmapkit.provenance.linearity import Linearity
+from fmapkit.provenance.product_rules import einsum_terms
+from fmapkit.provenance.propagate import carried, past_sigma, sigma_axes
+from fmapkit.provenance.quantized import FUSED, packed_axes, packed_key
+from fmapkit.provenance.rule_basics import argument
+from fmapkit.provenance.sometimes import (
+    FOLLOWED,
+    SOMETIMES,
+    Pointwise,
+    chooses_unseen,
+    operand_of_sigma,
+)
+from fmapkit.provenance.weights import (
+    PACKED,
+    REGISTERED,
+    Lost,
+    StandIns,
+    WeightRows,
+    source_of,
+    versions,
+)
+
+__all__ = [
+    "FOLLOWED",
+    "FUSED",
+    "NOWHERE",
+    "PACKED",
+    "REGISTERED",
+    "RESHAPED_IN_PLACE",
+    "SOMETIMES",
+    "STOP",
+    "Carried",
+    "ChannelAxis",
+    "ChannelLabel",
+    "ChannelLayout",
+    "Constants",
+    "Function",
+    "Heads",
+    "Label",
+    "Linearity",
+    "Lookup",
+    "Lost",
+    "Made",
+    "Origin",
+    "ParamLabel",
+    "ParamLabelRef",
+    "Pointwise",
+    "Projection",
+    "Source",
+    "StandIns",
+    "WeightRows",
+    "argument",
+    "carried",
+    "chooses_unseen",
+    "describe",
+    "described",
+    "einsum_terms",
+    "flow_of",
+    "given",
+    "operand_of_sigma",
+    "out_of_place",
+    "packed_axes",
+    "packed_key",
+    "past_sigma",
+    "probabilities",
+    "projection",
+    "sigma_axes",
+    "source_of",
+    "versions",
+]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks as _after
 from torch.nn.modules.module import _global_forward_pre_hooks as _before
 
-from fmapkit.instrumentation.hook import Hook
+from fmapkit.instrumentation import Hook
 from fmapkit.torchlib.call_override import (
     CallOverride,
     called,

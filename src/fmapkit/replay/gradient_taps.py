@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fmapkit.replay.taps import Tap
-from fmapkit.storage.gradients import watch
+from fmapkit.storage import watch
 from fmapkit.torchlib.call_override import not_compiled
 from fmapkit.torchlib.memory import version_of
 

@@ -17,8 +17,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils.hooks import RemovableHandle
 
 from fmapkit import layers, nonlinearities
-from fmapkit.instrumentation.hook import Hook
-from fmapkit.instrumentation.hooks import Hooks
+from fmapkit.instrumentation import Hook, Hooks
 from fmapkit.torchlib import call_override
 from fmapkit.torchlib.call_override import standing_before
 from fmapkit.torchlib.class_cache import remembered

@@ -14,28 +14,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit import layers
-from fmapkit.model.names import Names
+from fmapkit.model import Names
 from fmapkit.nonlinearities import module_sigma
-from fmapkit.provenance.functions import describe
-from fmapkit.provenance.labels import (
+from fmapkit.provenance import (
     NOWHERE,
     ChannelLabel,
+    ChannelLayout,
     Label,
     Made,
     Origin,
     ParamLabel,
     ParamLabelRef,
+    describe,
 )
-from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.selection.selection import Selection
-from fmapkit.storage.conversion import Place, StorageConversion
-from fmapkit.storage.held import StoredTensor
-from fmapkit.storage.passes import MapRecord
+from fmapkit.selection import Selection
+from fmapkit.storage import MapRecord, Place, StorageConversion, StoredTensor
 from fmapkit.torchlib.memory import storage_of as _storage
 from fmapkit.torchlib.nested import leaves
-from fmapkit.tracing.events import Event, HookPoint
-from fmapkit.tracing.frames import Frame
-from fmapkit.tracing.tracer import Tracer
+from fmapkit.tracing import Event, Frame, HookPoint, Tracer
 
 __all__ = ["ChannelLabelRef", "MapSpec", "Plan", "Ref", "Step", "alike", "make_plan"]
 

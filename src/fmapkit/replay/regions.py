@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.instrumentation.hooks import hooks_on
+from fmapkit.instrumentation import hooks_on
 from fmapkit.paths import KnownPaths, Sizes
-from fmapkit.provenance.labels import ChannelLabel, Label, ParamLabel
+from fmapkit.provenance import ChannelLabel, Label, ParamLabel
 from fmapkit.replay.plan import Plan, alike
 from fmapkit.torchlib.compiled_modules import is_compiled
 from fmapkit.torchlib.fused_paths import fuses
 from fmapkit.torchlib.tensor_spec import form_of, weights_of
 from fmapkit.torchlib.transforms import is_shapeless, under_transform
-from fmapkit.tracing.tracer import Tracer
+from fmapkit.tracing import Tracer
 
 __all__ = ["ReplayRegion", "ReplayRegions", "carried", "shape_of", "sizes_of"]
 

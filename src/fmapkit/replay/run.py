@@ -21,15 +21,11 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from fmapkit.missed import NotSupportedError
 from fmapkit.paths import Expected, taps
-from fmapkit.provenance.functions import describe, out_of_place
-from fmapkit.provenance.labels import NOWHERE, ChannelLabel, Label, Origin
+from fmapkit.provenance import NOWHERE, ChannelLabel, Label, Origin, describe, out_of_place
 from fmapkit.replay.plan import ChannelLabelRef, MapSpec, Plan, Ref, Step
 from fmapkit.replay.taps import CurrentRun
-from fmapkit.selection.early_stop import EarlyStop
-from fmapkit.selection.selection import Selection
-from fmapkit.storage.gradients import Gradient, in_function, watch
-from fmapkit.storage.held import StoredTensor
-from fmapkit.storage.passes import MapRecord
+from fmapkit.selection import EarlyStop, Selection
+from fmapkit.storage import Gradient, MapRecord, StoredTensor, in_function, watch
 from fmapkit.torchlib.in_place import is_alone, someone_sees, with_new_memory
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.modes import leave_mode

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit.instrumentation.hook import Hook, nothing
+from fmapkit.instrumentation import Hook, nothing
 from fmapkit.replay.call_taps import CallTap, KeepingCallTap, OutputCallTap, OutsideTap, stand
 from fmapkit.torchlib.call_override import CallOverride, not_compiled
 from fmapkit.torchlib.memory import version_of

@@ -17,16 +17,14 @@ from torch import Tensor, nn
 
 from fmapkit import layers
 from fmapkit.missed import Missed
-from fmapkit.model.names import Names, never_called
-from fmapkit.provenance.labels import Origin
-from fmapkit.storage.conversion import StorageConversion
-from fmapkit.storage.held import StoredTensor
-from fmapkit.storage.passes import MapRecord, Pass, PassStore
+from fmapkit.model import Names, never_called
+from fmapkit.provenance import Origin
+from fmapkit.storage import MapRecord, Pass, PassStore, StorageConversion, StoredTensor
 from fmapkit.torchlib.memory import version_of
 
 if TYPE_CHECKING:
     from fmapkit.map import FeatureMap
-    from fmapkit.session.session import Session
+    from fmapkit.session import Session
 
 __all__ = [
     "KeptEntry",

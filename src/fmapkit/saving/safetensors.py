@@ -17,7 +17,7 @@ from torch import Tensor
 from fmapkit.errors import ArgumentError
 from fmapkit.kinds import KINDS
 from fmapkit.map import FeatureMap, restored
-from fmapkit.provenance.heads import Heads, Projection
+from fmapkit.provenance import Heads, Projection
 from fmapkit.saving.kept import KeptModule, KeptPass, Snapshot
 
 if TYPE_CHECKING:

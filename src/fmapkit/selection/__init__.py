@@ -1,1 +1,21 @@
 """What a capture was asked for: layers, kinds, filters; and when a pass may end early."""
+
+from fmapkit.selection.early_stop import CUT, EarlyStop, StoppedError
+from fmapkit.selection.selection import (
+    KINDS,
+    LayerSelection,
+    Selection,
+    indices,
+    only_a_pass_can_tell,
+)
+
+__all__ = [
+    "CUT",
+    "KINDS",
+    "EarlyStop",
+    "LayerSelection",
+    "Selection",
+    "StoppedError",
+    "indices",
+    "only_a_pass_can_tell",
+]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fmapkit.storage.passes import MapRecord, Pass
+from fmapkit.storage import MapRecord, Pass
 
 __all__ = ["CUT", "EarlyStop", "StoppedError"]
 

@@ -18,11 +18,10 @@ from fmapkit.errors import (
     near,
 )
 from fmapkit.kinds import KINDS
-from fmapkit.model.names import Names, never_called
-from fmapkit.provenance.layout import ChannelLayout
+from fmapkit.model import Names, never_called
+from fmapkit.provenance import ChannelLayout
 from fmapkit.selectors import Selector, name_longer_numbers, selectors
-from fmapkit.storage.conversion import Place, StorageConversion
-from fmapkit.storage.held import StoredTensor
+from fmapkit.storage import Place, StorageConversion, StoredTensor
 
 __all__ = ["KINDS", "LayerSelection", "Selection", "indices", "only_a_pass_can_tell"]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from fmapkit.errors import ArgumentError, MapStateError
-from fmapkit.instrumentation.unwatched import without_the_models
-from fmapkit.storage.passes import MapRecord, Pass
+from fmapkit.instrumentation import without_the_models
+from fmapkit.storage import MapRecord, Pass
 from fmapkit.torchlib.modes import without_modes
 
 __all__ = ["Analyses"]

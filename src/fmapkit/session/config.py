@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from fmapkit.checking import FiniteCheck
-from fmapkit.editing.edits import Edits
-from fmapkit.model.names import Names
-from fmapkit.selection.early_stop import EarlyStop
-from fmapkit.selection.selection import Selection
+from fmapkit.editing import Edits
+from fmapkit.model import Names
+from fmapkit.selection import EarlyStop, Selection
 from fmapkit.session.analyses import Analyses
 
 __all__ = ["CaptureConfig"]

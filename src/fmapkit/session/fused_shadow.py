@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit.instrumentation.hooks import Hooks
+from fmapkit.instrumentation import Hooks
 from fmapkit.missed import MissedLog
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.state import PassState

@@ -14,14 +14,20 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit.instrumentation.hook import Hook
-from fmapkit.instrumentation.hooks import Hooks
-from fmapkit.model.other_methods import doors
-from fmapkit.replay.call_taps import can_stand
-from fmapkit.replay.gradient_taps import GradientOutputTap, GradientTap
-from fmapkit.replay.plan import Plan
-from fmapkit.replay.regions import ReplayRegions
-from fmapkit.replay.taps import CurrentRun, KeepingTap, OutputTap, OutsideHook, Tap
+from fmapkit.instrumentation import Hook, Hooks
+from fmapkit.model import doors
+from fmapkit.replay import (
+    CurrentRun,
+    GradientOutputTap,
+    GradientTap,
+    KeepingTap,
+    OutputTap,
+    OutsideHook,
+    Plan,
+    ReplayRegions,
+    Tap,
+    can_stand,
+)
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.redistribution import RedistributionTracker
 from fmapkit.torchlib.nested import modules_in

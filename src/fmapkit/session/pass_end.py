@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fmapkit.missed import MissedLog, NotSupportedError
-from fmapkit.replay.run import ReplayRun
+from fmapkit.replay import ReplayRun
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.state import PassState
-from fmapkit.storage.budget import Budget
-from fmapkit.storage.gradients import OF_VIEW
-from fmapkit.storage.passes import MapRecord, Pass, PassStore
-from fmapkit.storage.uncounted import has_inference_tensors, settle
+from fmapkit.storage import (
+    OF_VIEW,
+    Budget,
+    MapRecord,
+    Pass,
+    PassStore,
+    has_inference_tensors,
+    settle,
+)
 from fmapkit.torchlib.modes import without_modes
 
 __all__ = ["PassEnd"]

@@ -15,20 +15,16 @@ from torch import Tensor, nn
 from fmapkit.missed import MissedLog
 from fmapkit.nonlinearities import is_torchs
 from fmapkit.paths import ControlPaths, Sizes
-from fmapkit.provenance.labels import ChannelLabel, Label
-from fmapkit.replay.escapes import EscapedTensors
-from fmapkit.replay.plan import make_plan
-from fmapkit.replay.regions import ReplayRegions
+from fmapkit.provenance import ChannelLabel, Label
+from fmapkit.replay import EscapedTensors, ReplayRegions, make_plan
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.hook_installer import HookInstaller
 from fmapkit.session.state import PassState, Recording
-from fmapkit.storage.held import StoredTensor
+from fmapkit.storage import StoredTensor
 from fmapkit.torchlib.memory import storage_of, storage_users
 from fmapkit.torchlib.nested import modules_in, tensors_in
 from fmapkit.torchlib.sharded import is_wrapped
-from fmapkit.tracing.events import Event
-from fmapkit.tracing.frames import Frame
-from fmapkit.tracing.tracer import Tracer
+from fmapkit.tracing import Event, Frame, Tracer
 
 __all__ = ["Recorder"]
 

@@ -15,17 +15,23 @@ from torch import nn
 
 from fmapkit.missed import MissedLog
 from fmapkit.paths import ControlPaths, Expected, KnownPaths, Sizes
-from fmapkit.provenance.labels import ChannelLabel, Label
-from fmapkit.replay.plan import Plan
-from fmapkit.replay.regions import ReplayRegion, ReplayRegions, carried, shape_of, sizes_of
-from fmapkit.replay.run import ReplayRun, tag_outputs
+from fmapkit.provenance import ChannelLabel, Label
+from fmapkit.replay import (
+    Plan,
+    ReplayRegion,
+    ReplayRegions,
+    ReplayRun,
+    carried,
+    shape_of,
+    sizes_of,
+    tag_outputs,
+)
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.hook_installer import HookInstaller
 from fmapkit.session.pass_end import PassEnd
 from fmapkit.session.recording import Recorder
 from fmapkit.session.state import PassState, someone_watches
-from fmapkit.storage.gradients import NO_GRAPH, in_function
-from fmapkit.storage.passes import MapRecord
+from fmapkit.storage import NO_GRAPH, MapRecord, in_function
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.side_ops import operators_are_counted
 from fmapkit.torchlib.tensor_spec import casts, plain_spec

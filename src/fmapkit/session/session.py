@@ -23,19 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.compiled.entries import Compiled
+from fmapkit.compiled import Compiled
 from fmapkit.errors import BudgetError, NonFiniteError
-from fmapkit.instrumentation.hooks import Hooks
-from fmapkit.instrumentation.methods import Methods
-from fmapkit.instrumentation.pair import FAILED
+from fmapkit.instrumentation import FAILED, Hooks, Methods
 from fmapkit.missed import MissedLog, reason
-from fmapkit.model.wrappers import REPLICAS
+from fmapkit.model import REPLICAS
 from fmapkit.paths import ControlPaths
-from fmapkit.provenance.weights import versions
-from fmapkit.replay.model_guard import ModelGuard
-from fmapkit.replay.regions import ReplayRegions
-from fmapkit.selection.early_stop import CUT, StoppedError
-from fmapkit.selection.selection import Selection
+from fmapkit.provenance import versions
+from fmapkit.replay import ModelGuard, ReplayRegions
+from fmapkit.selection import CUT, Selection, StoppedError
 from fmapkit.session.concurrent import entered, left, others
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.fused_shadow import FusedPathShadow
@@ -46,15 +42,13 @@ from fmapkit.session.redistribution import RedistributionTracker
 from fmapkit.session.replaying import Replaying
 from fmapkit.session.state import MODES, PassState
 from fmapkit.session.unseen import UnseenCalls, recorded
-from fmapkit.storage.budget import Budget
-from fmapkit.storage.passes import Pass, PassStore
+from fmapkit.storage import Budget, Pass, PassStore
 from fmapkit.torchlib.call_override import hide_from_scripting, show_to_scripting
 from fmapkit.torchlib.compiled_modules import ever_compiled, in_compiled_code
 from fmapkit.torchlib.fused_paths import may_fuse
 from fmapkit.torchlib.scripted import tell, tell_no_more
 from fmapkit.torchlib.transforms import TRANSFORMED, transforming, under_transform
-from fmapkit.tracing.attention import NONE_SEEN
-from fmapkit.tracing.frames import call_frame, on_stack
+from fmapkit.tracing import NONE_SEEN, call_frame, on_stack
 
 __all__ = ["Session"]
 

@@ -18,14 +18,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fmapkit.missed import MissedLog
 from fmapkit.paths import ControlPaths, Sizes
-from fmapkit.provenance.labels import Label
-from fmapkit.replay.run import LightMode, ReplayRun
+from fmapkit.provenance import Label
+from fmapkit.replay import LightMode, ReplayRun
 from fmapkit.session.config import CaptureConfig
-from fmapkit.storage.passes import Pass
+from fmapkit.storage import Pass
 from fmapkit.torchlib.modes import leave_mode
-from fmapkit.tracing.frames import Frame
-from fmapkit.tracing.label_table import LabelTable
-from fmapkit.tracing.tracer import Tracer
+from fmapkit.tracing import Frame, LabelTable, Tracer
 
 __all__ = ["MODES", "PassState", "Recording", "someone_watches"]
 

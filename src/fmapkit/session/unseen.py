@@ -14,9 +14,9 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fmapkit.missed import MissedLog
-from fmapkit.model.past_hooks import HOW, has_own_call
+from fmapkit.model import HOW, has_own_call
 from fmapkit.session.config import CaptureConfig
-from fmapkit.tracing.frames import running_modules
+from fmapkit.tracing import running_modules
 
 __all__ = ["UnseenCalls", "recorded"]
 

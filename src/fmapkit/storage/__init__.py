@@ -1,1 +1,38 @@
 """What is held of a tensor, and for how long: references, copies, conversion, passes, a budget."""
+
+from fmapkit.storage.aliases import Aliases
+from fmapkit.storage.budget import Budget, policy
+from fmapkit.storage.conversion import Place, StorageConversion
+from fmapkit.storage.gradients import (
+    NO_GRAPH,
+    OF_VIEW,
+    Gradient,
+    NotYet,
+    Received,
+    in_function,
+    watch,
+)
+from fmapkit.storage.held import StoredTensor
+from fmapkit.storage.passes import MapRecord, Pass, PassStore
+from fmapkit.storage.uncounted import has_inference_tensors, settle
+
+__all__ = [
+    "NO_GRAPH",
+    "OF_VIEW",
+    "Aliases",
+    "Budget",
+    "Gradient",
+    "MapRecord",
+    "NotYet",
+    "Pass",
+    "PassStore",
+    "Place",
+    "Received",
+    "StorageConversion",
+    "StoredTensor",
+    "has_inference_tensors",
+    "in_function",
+    "policy",
+    "settle",
+    "watch",
+]

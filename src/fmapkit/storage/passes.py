@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.provenance.heads import Heads
-from fmapkit.provenance.labels import Origin
-from fmapkit.provenance.layout import ChannelLayout
+from fmapkit.provenance import ChannelLayout, Heads, Origin
 from fmapkit.storage.gradients import in_function
 from fmapkit.storage.held import StoredTensor
 from fmapkit.torchlib.memory import block_of, parts_of

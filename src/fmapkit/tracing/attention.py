@@ -15,15 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fmapkit.provenance import (
+    ChannelAxis,
+    ChannelLabel,
+    ChannelLayout,
+    Heads,
+    Origin,
+    ParamLabel,
+    Projection,
+    argument,
+    carried,
+    einsum_terms,
+    given,
+    probabilities,
+    projection,
+)
 from fmapkit.provenance import vocabulary as words
-from fmapkit.provenance.attention_math import given, probabilities
-from fmapkit.provenance.heads import Heads, Projection, projection
-from fmapkit.provenance.labels import ChannelLabel, Origin, ParamLabel
-from fmapkit.provenance.layout import ChannelAxis, ChannelLayout
-from fmapkit.provenance.product_rules import einsum_terms
-from fmapkit.provenance.propagate import carried
-from fmapkit.provenance.rule_basics import argument
-from fmapkit.storage.held import StoredTensor
+from fmapkit.storage import StoredTensor
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.sharded import is_wrapped

@@ -18,8 +18,8 @@ from fmapkit.nonlinearities import (
     patched_name,
     runs_torchs_forward,
 )
-from fmapkit.provenance.functions import describe
-from fmapkit.storage.aliases import Aliases
+from fmapkit.provenance import describe
+from fmapkit.storage import Aliases
 from fmapkit.torchlib.class_cache import remembered
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.events import Event

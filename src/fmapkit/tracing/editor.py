@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fmapkit.editing.edits import Edits
+from fmapkit.editing import Edits
 from fmapkit.nonlinearities import module_sigma
-from fmapkit.provenance.functions import out_of_place
-from fmapkit.provenance.labels import STOP, ChannelLabel, flow_of
-from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.storage.held import StoredTensor
+from fmapkit.provenance import STOP, ChannelLabel, ChannelLayout, flow_of, out_of_place
+from fmapkit.storage import StoredTensor
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.candidates import name_by_hand

@@ -10,10 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit.provenance.labels import NOWHERE
-from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.storage.held import StoredTensor
-from fmapkit.storage.passes import MapRecord
+from fmapkit.provenance import NOWHERE, ChannelLayout
+from fmapkit.storage import MapRecord, StoredTensor
 
 __all__ = ["Event", "HookPoint", "HookPoints"]
 

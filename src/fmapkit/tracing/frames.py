@@ -13,12 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fmapkit.instrumentation.methods import method_called
-from fmapkit.provenance.labels import Label, Lookup
-from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.provenance.linearity import Linearity
-from fmapkit.provenance.sometimes import Pointwise
-from fmapkit.storage.held import StoredTensor
+from fmapkit.instrumentation import method_called
+from fmapkit.provenance import ChannelLayout, Label, Linearity, Lookup, Pointwise
+from fmapkit.storage import StoredTensor
 
 __all__ = [
     *("Frame", "SigmaCall", "EditSite", "call_frame", "first_tensor", "on_stack", "running_module"),

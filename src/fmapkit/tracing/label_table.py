@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fmapkit.model.names import Names
-from fmapkit.provenance.labels import STOP, Carried, ChannelLabel, Label, ParamLabel
-from fmapkit.provenance.layout import ChannelLayout
+from fmapkit.model import Names
+from fmapkit.provenance import STOP, Carried, ChannelLabel, ChannelLayout, Label, ParamLabel
 from fmapkit.torchlib.nested import leaves
 from fmapkit.torchlib.sharded import is_dtensor
 

@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fmapkit import layers
-from fmapkit.provenance.labels import STOP, ChannelLabel, Made
-from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.provenance.propagate import past_sigma, sigma_axes
-from fmapkit.provenance.weights import REGISTERED
+from fmapkit.provenance import (
+    REGISTERED,
+    STOP,
+    ChannelLabel,
+    ChannelLayout,
+    Made,
+    past_sigma,
+    sigma_axes,
+)
 from fmapkit.tracing.candidates import is_norm, norm_axis
 from fmapkit.tracing.events import Event
 from fmapkit.tracing.frames import Frame

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import layers
-from fmapkit.editing.edits import Edits
-from fmapkit.provenance.labels import flow_of
-from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.storage.held import StoredTensor
-from fmapkit.storage.passes import MapRecord
+from fmapkit.editing import Edits
+from fmapkit.provenance import ChannelLayout, flow_of
+from fmapkit.storage import MapRecord, StoredTensor
 from fmapkit.torchlib.nested import leaves
 from fmapkit.torchlib.rebuilt import rebuilt
 from fmapkit.tracing.frames import first_tensor

@@ -9,15 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit.missed import NotSupportedError
-from fmapkit.provenance.labels import ChannelLabel, Origin
-from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.provenance.propagate import sigma_axes
-from fmapkit.selection.early_stop import EarlyStop
-from fmapkit.selection.selection import Selection
-from fmapkit.storage.aliases import Aliases
-from fmapkit.storage.gradients import NO_GRAPH, in_function
-from fmapkit.storage.held import StoredTensor
-from fmapkit.storage.passes import MapRecord, Pass
+from fmapkit.provenance import ChannelLabel, ChannelLayout, Origin, sigma_axes
+from fmapkit.selection import EarlyStop, Selection
+from fmapkit.storage import NO_GRAPH, Aliases, MapRecord, Pass, StoredTensor, in_function
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import closed_parts, leaves
 from fmapkit.torchlib.sharded import is_dtensor

@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fmapkit.nonlinearities import is_call_of, is_torchs
-from fmapkit.provenance.functions import Function, out_of_place
-from fmapkit.provenance.labels import STOP, ChannelLabel
-from fmapkit.provenance.propagate import past_sigma, sigma_axes
-from fmapkit.provenance.sometimes import SOMETIMES, chooses_unseen, operand_of_sigma
+from fmapkit.provenance import (
+    SOMETIMES,
+    STOP,
+    ChannelLabel,
+    Function,
+    chooses_unseen,
+    operand_of_sigma,
+    out_of_place,
+    past_sigma,
+    sigma_axes,
+)
 from fmapkit.torchlib.in_place import is_alone, with_new_memory
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import tensors_in

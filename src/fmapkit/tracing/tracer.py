@@ -21,25 +21,37 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from fmapkit import layers, nonlinearities
-from fmapkit.editing.edits import Edits
+from fmapkit.editing import Edits
 from fmapkit.missed import reason
-from fmapkit.model.names import Names, Use
-from fmapkit.model.past_hooks import HOW
-from fmapkit.provenance import layer_ops
+from fmapkit.model import HOW, Names, Use
+from fmapkit.provenance import (
+    FOLLOWED,
+    FUSED,
+    PACKED,
+    RESHAPED_IN_PLACE,
+    SOMETIMES,
+    STOP,
+    ChannelLabel,
+    ChannelLayout,
+    Constants,
+    Function,
+    Label,
+    Linearity,
+    Made,
+    ParamLabel,
+    Source,
+    StandIns,
+    carried,
+    describe,
+    described,
+    layer_ops,
+    packed_axes,
+    packed_key,
+    source_of,
+)
 from fmapkit.provenance import vocabulary as words
-from fmapkit.provenance.constants import Constants
-from fmapkit.provenance.functions import RESHAPED_IN_PLACE, Function, describe, described
-from fmapkit.provenance.labels import STOP, ChannelLabel, Label, Made, ParamLabel, Source
-from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.provenance.linearity import Linearity
-from fmapkit.provenance.propagate import carried
-from fmapkit.provenance.quantized import FUSED, packed_axes, packed_key
-from fmapkit.provenance.sometimes import FOLLOWED, SOMETIMES
-from fmapkit.provenance.weights import PACKED, StandIns, source_of
-from fmapkit.selection.early_stop import EarlyStop
-from fmapkit.selection.selection import Selection
-from fmapkit.storage.aliases import Aliases
-from fmapkit.storage.passes import Pass
+from fmapkit.selection import EarlyStop, Selection
+from fmapkit.storage import Aliases, Pass
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import NESTED, is_shapeless, some_shapeless, unheld, wrapped
