@@ -15,6 +15,7 @@ import functools
 import gc
 import itertools
 import linecache
+import operator
 import sys
 import threading
 import types
@@ -167,6 +168,7 @@ class Twins:
         self._fixed = fixed
         self._mine: dict[types.FunctionType, types.CodeType] = {}  # with what each runs
         self.watched: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        self._columns: tuple[list[Any], ...] = ([], [], [])  # the same, one below the other
 
     def exchange(self, function: types.FunctionType) -> bool:
         """Have a function run its twin; False if it has none."""
@@ -262,10 +264,10 @@ class Twins:
 
     def renamed(self) -> bool:
         """Whether a name in one of torch's modules stands for something else than it did."""
-        for space, name, what in self.watched.values():  # noqa: SIM110  (asked in each pass)
-            if space.get(name) is not what:
-                return True
-        return False
+        if len(self._columns[0]) != len(self.watched):
+            self._columns = tuple(map(list, zip(*self.watched.values(), strict=True)))
+        spaces, names, what = self._columns  # asked in each pass: in C
+        return any(map(operator.is_not, map(dict.get, spaces, names), what))
 
     def reads(self, name: str) -> bool:
         """Whether some of the code reads a name, as an attribute, a global or a string."""
@@ -293,6 +295,7 @@ class Twins:
                     del _set[function]
         self._mine.clear()
         self.watched.clear()
+        self._columns = ([], [], [])
 
 
 def _always(fixed: frozenset[str]) -> Fixed:

@@ -12,6 +12,7 @@ import functools
 import operator
 import types
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -49,7 +50,16 @@ class ReplayRegion:
         form: tells dtype and layout of its weights.
     """
 
-    __slots__ = ("_known", "_looked_at", "_modules", "_states", "_values", "form")
+    __slots__ = (
+        "_getters",
+        "_known",
+        "_looked_at",
+        "_modules",
+        "_places",
+        "_states",
+        "_values",
+        "form",
+    )
 
     def __init__(self, module: nn.Module) -> None:
         self._known: dict[tuple[Any, int], KnownPaths[Plan]] = {}
@@ -57,19 +67,30 @@ class ReplayRegion:
         self._modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self._look_at({id(m): _plain_attributes(m) for m in self._modules})
 
-    def _look_at(self, names: dict[int, list[str]], values: list[Any] | None = None) -> None:
+    def _look_at(self, names: dict[int, list[str]], values: dict[int, Any] | None = None) -> None:
         """Compare these attributes of each module, told by its id, before each call.
 
         Args:
             names: of the attributes.
             values: what they were before the latest call; what they are, if there was none.
         """
-        places = [(names[id(m)], m.__dict__) for m in self._modules if names[id(m)]]
-        self._looked_at = [(operator.itemgetter(*keys), there, keys) for keys, there in places]
+        # Modules with the same attributes lie together: those of a group are read in C.
+        groups: dict[tuple[str, ...], list[nn.Module]] = {}
+        for module in self._modules:
+            if names[id(module)]:
+                groups.setdefault(tuple(names[id(module)]), []).append(module)
+        self._looked_at = [(m, keys) for keys, modules in groups.items() for m in modules]
+        self._getters = [operator.itemgetter(*keys) for keys in groups]
+        self._places = [[m.__dict__ for m in modules] for modules in groups.values()]
         if values is None:
-            values = [_comparable(get(there)) for get, there, _ in self._looked_at]
-        self._values = values
-        self._states: list[list[Any]] = [values]
+            self._values = list(map(_comparable, self._now()))
+        else:
+            self._values = [values[id(module)] for module, _ in self._looked_at]
+        self._states: list[list[Any]] = [self._values]
+
+    def _now(self) -> list[Any]:
+        """What the attributes are, module by module."""
+        return list(chain.from_iterable(map(map, self._getters, self._places)))
 
     def state(self) -> int:
         """Which of the states it has been in: plain attributes of its modules.
@@ -78,7 +99,7 @@ class ReplayRegion:
         an attribute is another one than before, it is better to know that beforehand.
         """
         try:
-            now = [get(there) for get, there, _ in self._looked_at]
+            now = self._now()
         except KeyError:  # one was deleted
             self._known.clear()
             self._look_at({id(m): _plain_attributes(m) for m in self._modules})
@@ -133,15 +154,13 @@ class ReplayRegion:
     def _look_less(self, before: list[Any], now: list[Any]) -> None:
         """Compare no more what differs, but for attributes that torch's own code may decide by."""
         names: dict[int, list[str]] = {id(m): [] for m in self._modules}
-        values: list[Any] = []
-        owners = {id(m.__dict__): m for m in self._modules}
-        for (_, there, keys), old, new in zip(self._looked_at, before, now, strict=True):
-            module = owners[id(there)]
+        values: dict[int, Any] = {}
+        for (module, keys), old, new in zip(self._looked_at, before, now, strict=True):
             pairs = zip(keys, old, new, strict=True) if len(keys) > 1 else [(keys[0], old, new)]
             kept = {k: b for k, a, b in pairs if a == b or _is_torchs(module)}
             names[id(module)] = list(kept)
             if kept:
-                values.append(tuple(kept.values()) if len(kept) > 1 else kept.popitem()[1])
+                values[id(module)] = tuple(kept.values()) if len(kept) > 1 else kept.popitem()[1]
         self._known.clear()
         self._look_at(names, values)
 

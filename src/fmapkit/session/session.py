@@ -46,6 +46,7 @@ from fmapkit.storage import Budget, Pass, PassStore
 from fmapkit.torchlib.call_override import hide_from_scripting, show_to_scripting
 from fmapkit.torchlib.compiled_modules import ever_compiled, in_compiled_code
 from fmapkit.torchlib.fused_paths import may_fuse
+from fmapkit.torchlib.modes import nothing_between
 from fmapkit.torchlib.scripted import tell, tell_no_more
 from fmapkit.torchlib.transforms import TRANSFORMED, transforming, under_transform
 from fmapkit.tracing import NONE_SEEN, call_frame, on_stack
@@ -402,6 +403,8 @@ class Session:
         if not compiled and ever_compiled() and in_compiled_code():
             self.compiled.noticed()
             why = "it runs in code that torch.compile has compiled"
+        elif nothing_between():
+            return False
         elif transforming() and under_transform(self.model, (args, kwargs)):
             self.miss("", why := TRANSFORMED)
         elif why := recorded():

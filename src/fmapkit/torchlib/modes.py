@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-__all__ = ["leave_mode", "without_modes"]
+__all__ = ["leave_mode", "nothing_between", "without_modes"]
+
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+_trace: Callable[[], Any] = torch._C._get_tracing_state
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_proxies: Callable[[Any], Any] = torch._ops._get_dispatch_mode_pre_dispatch
+_with_cuda: bool = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
+
+
+def _recorded_by_cuda() -> bool:
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return started and torch.cuda.is_current_stream_capturing()
+
+
+def nothing_between() -> bool:
+    """Whether nothing of torch's stands between Python and its operators.
+
+    That is: no mode, no transform of torch.func, nobody who traces, exports or compiles, and no
+    recording into a CUDA graph. It is asked before each pass, so in as few calls as will do.
+    """
+    return not (
+        _function_modes()
+        or _dispatch_modes()
+        or _transform() is not None
+        or _trace() is not None
+        or torch.compiler.is_compiling()
+        or _proxies(_PROXY) is not None
+        or (_with_cuda and _recorded_by_cuda())
+    )
 
 
 def leave_mode(mode: TorchFunctionMode) -> None:

@@ -101,7 +101,7 @@ def weights_of(module: nn.Module) -> Callable[[], Any]:
         found = []
         for held, name in looked_at:
             weight = held.get(name)
-            if weight is not None and not is_lazy(weight):
+            if type(weight) is nn.Parameter or (weight is not None and not is_lazy(weight)):
                 found.append((weight.dtype, weight.stride()))
         return found
 
