@@ -8,6 +8,8 @@ A mode of fmapkit is one line in `CONTENDERS`.
 
 from __future__ import annotations
 
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,8 +21,9 @@ from torch import Tensor, nn
 from benchmarks import peers
 from benchmarks.cases import Bench, Call, Case
 from benchmarks.verdict import Handed, Piece
-from fmapkit import FeatureMaps, capture
+from fmapkit import CaptureWarning, FeatureMaps, capture
 from fmapkit.analysis import Statistics
+from fmapkit.nonlinearities import module_sigma
 
 __all__ = ["CONTENDERS", "CONTROL", "OWN", "Contender", "Opened"]
 
@@ -262,6 +265,51 @@ def sigma_hooks(bench: Bench) -> Iterator[Opened]:
             handle.remove()
 
 
+@contextmanager
+def least(bench: Bench) -> Iterator[Opened]:
+    """What holding maps costs by itself: closures at sites that are known beforehand, no checks.
+
+    They stand where torch looks before it takes a module's own call. An in-place σ gets a clone of
+    z made. The oldest map goes as a new one comes.
+    """
+    model, scout = bench.copy(), bench.copy()
+    with warnings.catch_warnings(), capture(scout) as maps:
+        warnings.simplefilter("ignore", CaptureWarning)
+        bench.run(scout)
+    alone = {fm.layer for fm in maps if fm.kind == "preactivation" and fm.nonlinearity is None}
+    inside = dict(model.named_modules())
+    sigmas = [m for m in inside.values() if module_sigma(m) is not None]
+    log: deque[tuple[Any, ...]] = deque()
+
+    def stand(module: nn.Module, is_sigma: bool, note: Callable[[Any], None]) -> None:
+        inner, overwrites = module._call_impl, bool(getattr(module, "inplace", False))
+
+        def closure(x: Tensor, *args: Any) -> Any:
+            z = x.clone() if overwrites else x
+            output = inner(x, *args)  # type: ignore[no-untyped-call]
+            note((z, output) if is_sigma else (output,))
+            return output
+
+        module.__dict__["_compiled_call_impl"] = closure
+
+    def stand_everywhere() -> None:
+        for module in sigmas:
+            stand(module, True, log.append)
+        for name in alone & inside.keys():
+            stand(inside[name], False, log.append)
+
+    stand_everywhere()
+    bench.run(model)
+    log = deque(maxlen=max(1, len(log)))  # as many as a pass has
+    stand_everywhere()
+
+    def read() -> Handed:
+        pairs = [entry for entry in log if len(entry) == 2]
+        return Handed(z=[Piece(z) for z, _ in pairs], a=[Piece(a) for _, a in pairs])
+
+    yield Opened(bench.ready(model), read)
+
+
 def _detached(output: Tensor) -> Tensor:
     return output.detach()
 
@@ -334,6 +382,12 @@ CONTENDERS = [
         "clones of what each σ module gets and returns, call by call; no other layer",
         sigma_hooks,
         _eager,
+    ),
+    Contender(
+        "closures, least",
+        "what holding costs by itself: z and a of σ modules, outputs of layers without σ",
+        least,
+        _eager_inference,
     ),
     Contender("hooks, .cpu()", f"detach().cpu(): {_LEAVES}", hooks(_on_cpu), _eager),
     Contender("captum", peers.CAPTUM, _peer(peers.captum), _eager_inference, package="captum"),

@@ -28,7 +28,7 @@ __all__ = ["KINDS", "MODES", "Mode", "Summary", "cases", "cast", "run", "summary
 
 CAST = (
     *(CONTROL, "fmapkit", "fmapkit, compiled", "learning", "hooks, references", "hooks, clones"),
-    *("hooks on σ, clones", "captum", "nnsight"),
+    *("hooks on σ, clones", "closures, least", "captum", "nnsight"),
 )
 
 
