@@ -142,18 +142,23 @@ class ReplayRun:
         inner = function
         while type(inner) is partial:
             inner = inner.func
-        if type(inner) not in _FUNCTIONS or describe(_unbound(inner)).name not in names:
+        if type(inner) not in _FUNCTIONS:
             return function
-        return partial(self._called_at_site, site, function)
+        plain = _unbound(inner)
+        name = describe(plain).name
+        if name not in names:
+            return function
+        return partial(self._called_at_site, site, name, plain, function)
 
-    def _called_at_site(self, site: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def _called_at_site(
+        self, site: str, name: str, plain: Any, function: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         while type(function) is partial:
             args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
             function = function.func
-        plain = _unbound(function)
         if plain is not function:
             args = (function.__self__, *args)
-        return self.call(describe(plain).name, plain, args, kwargs, site)
+        return self.call(name, plain, args, kwargs, site)
 
     def finish(self) -> None:
         """Put back what `start` changed."""
@@ -254,18 +259,18 @@ class ReplayRun:
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any, site: str | None = None) -> Any:
         """A nonlinearity or layer called by a scope itself, at a site if that is known."""
-        step = None
-        if self.follows() and self._next_key() == site:
-            step = self.plan.at[len(self.log)]
+        step = self.plan.at[len(self.log)] if self._next_key() == site else None
         if step is None or step.function != name:
+            self.follows()  # which says where it left its plan, if that was before
             self.stray(name)
             return func(*args, **kwargs)
-        x = next(iter(tensors_in(*args, kwargs)[step.place :]), None)
         if step.plain and self.how < 2 and not self.wants.gradients:
             out = func(*args, **kwargs)
-            self.log.append((site, self._read_plainly(step, x, out)))
-            self._noted()
+            self._note_plainly(site, step, args, kwargs, out)
             return out
+        if not self.follows():
+            return func(*args, **kwargs)
+        x = next(iter(tensors_in(*args, kwargs)[step.place :]), None)
         x_grad, before = self._watched(x), None
         out = None
         other = out_of_place(func, args, kwargs) if step.keeps else None
@@ -369,8 +374,31 @@ class ReplayRun:
             read.append(shared[slot])
         return read
 
+    def _note_plainly(
+        self, site: str | None, step: Step, args: Any, kwargs: Any, output: Any
+    ) -> None:
+        """A function has run, and references to x and y are all that is held of it.
+
+        Whether the log follows the plan is asked when the run ends, as it is of modules.
+        """
+        x = args[0] if args and not step.place else None
+        if type(x) is not Tensor:
+            x = next(iter(tensors_in(*args, kwargs)[step.place :]), None)
+        record: tuple[Any, ...]
+        if type(x) is Tensor and type(output) is Tensor and not output.is_inference():
+            y = output.detach() if self.how and output.requires_grad else output
+            if step.plain == "y":
+                record = site, y, y._version
+            else:
+                x = x.detach() if self.how and x.requires_grad else x
+                record = site, y, y._version, x, self._version(x)
+        else:
+            record = site, self._read_plainly(step, x, output)
+        self.log.append(record)
+        self._noted()
+
     def _read_plainly(self, step: Step, x: Any, output: Any) -> list[Item | None]:
-        """The same where nothing but references to x and y is held."""
+        """What is held of a function that returned something else than a plain tensor."""
         slots: dict[str, Item | None] = {"x": None, "y": None}
         for slot, value in ("x", x), ("y", output):
             if isinstance(value, Tensor):
