@@ -15,8 +15,9 @@ _function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 _trace: Callable[[], Any] = torch._C._get_tracing_state
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
-_proxies: Callable[[Any], Any] = torch._ops._get_dispatch_mode_pre_dispatch
+_compiler: dict[str, Any] = vars(torch.compiler)
+_flag = "_is_compiling_flag"  # what `is_compiling` returns outside of scripted code
+_proxies: Callable[[int], Any] = torch._ops.mode_stack_state_for_pre_dispatch().get  # type: ignore[no-untyped-call]
 _with_cuda: bool = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
 
 
@@ -36,8 +37,8 @@ def nothing_between() -> bool:
         or _dispatch_modes()
         or _transform() is not None
         or _trace() is not None
-        or torch.compiler.is_compiling()
-        or _proxies(_PROXY) is not None
+        or (_compiler[_flag] if _flag in _compiler else torch.compiler.is_compiling())
+        or _proxies(0) is not None  # make_fx before dispatch
         or (_with_cuda and _recorded_by_cuda())
     )
 
