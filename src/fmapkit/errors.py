@@ -32,10 +32,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fmapkit.checking import NonFinite
+from fmapkit.nonfinite import NonFinite
 
 __all__ = [
     "AmbiguousMapError",

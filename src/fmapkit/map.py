@@ -14,8 +14,7 @@ from fmapkit._line import map_line
 from fmapkit.errors import DistributedError, FilterRangeError, MapStateError
 from fmapkit.kinds import Kind
 from fmapkit.provenance import Heads, Lost, WeightRows
-from fmapkit.saving import Values
-from fmapkit.storage import Gradient, MapRecord, NotYet, Pass, Received
+from fmapkit.storage import Gradient, MapRecord, NotYet, Pass, Received, ValueCopies
 from fmapkit.torchlib.memory import parts_of
 from fmapkit.torchlib.sharded import Parts, is_dtensor, whole
 
@@ -275,7 +274,7 @@ class FeatureMap:
 
     # -- copies: values and tags, without the model's memory, its graph or its hooks -----------
 
-    def _copied(self, values: Values | None = None) -> FeatureMap:
+    def _copied(self, values: ValueCopies | None = None) -> FeatureMap:
         """The same map in memory of its own, outside the autograd graph.
 
         What `copy.deepcopy`, `pickle` and `torch.save` make of it. Its gradient so far is a part
@@ -290,7 +289,7 @@ class FeatureMap:
         """
         if is_dtensor(self.tensor):
             raise _of_several_ranks(self, "has no values of its own to be kept")
-        values = values if values is not None else Values()
+        values = values if values is not None else ValueCopies()
         grad = self.grad
         return replace(
             self,
@@ -306,6 +305,12 @@ class FeatureMap:
         """Its tags alone; the tensor is empty."""
         empty = self.tensor.new_empty(0)
         return replace(self, tensor=empty, edited=None, _gradient=None, _whole=None)
+
+    def with_values(self, values: Tensor, filter_dim: int) -> FeatureMap:
+        """Its tags with other values, whose filters lie along `filter_dim`."""
+        return replace(
+            self, tensor=values, filter_dim=filter_dim, edited=None, parts=None, _gradient=None
+        )
 
     def __deepcopy__(self, memo: Any) -> FeatureMap:
         return self._copied()

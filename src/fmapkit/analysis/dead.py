@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fmapkit.maps import FeatureMap
+    from fmapkit.page import Section
 
 __all__ = ["DeadFilters"]
 
@@ -222,6 +223,12 @@ class DeadFilters(Tabular, ByLayer[_Watch, LayerFirings]):
         missed = f", {len(self.missed)} missed (see dead.missed)" if self.missed else ""
         last = f"DeadFilters: {dead} of {filters} filters silent over {self.after} inputs{missed}"
         return Table(HEADS, rows, 3, last)
+
+    def page_sections(self) -> list[Section]:
+        """What a page draws below the table: when each filter fired."""
+        from fmapkit.analysis.page_sections import firings_section
+
+        return [firings_section(s) for s in self]
 
     def plot(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fmapkit.analysis.dead import DeadFilters
     from fmapkit.analysis.firings import LayerFirings
 
 __all__ = ["STATES", "plot_dead", "states"]
@@ -29,8 +28,21 @@ STATES = (
 )
 
 
+class Firings(Protocol):
+    """What has been seen of each layer; `DeadFilters` is one."""
+
+    @property
+    def layers(self) -> list[str]:
+        """Of which there is something."""
+
+    def __len__(self) -> int: ...
+
+    def select(self, layer: Any = None) -> list[LayerFirings]:
+        """Of some layers."""
+
+
 def plot_dead(
-    dead: DeadFilters,
+    dead: Firings,
     layers: Any = None,
     *,
     max_filters: int = 64,

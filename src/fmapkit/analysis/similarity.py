@@ -272,7 +272,10 @@ class Similarity:
         """
         from fmapkit.analysis.similarity_plot import plot_similarity
 
-        return plot_similarity(self, ax, measure=measure, title=title)
+        if measure not in ("cka", "rsa"):
+            raise ArgumentError(f"measure must be 'cka' or 'rsa', not {measure!r}")
+        values = (self.cka if measure == "cka" else self.rsa).numpy()
+        return plot_similarity(values, self.layers, ax, measure=measure, title=title)
 
     # -- keeping -------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from fmapkit.errors import ArgumentError
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
+    from fmapkit.page import Section
 
 __all__ = ["Statistics"]
 
@@ -194,6 +195,12 @@ class Statistics(Tabular, ByLayer[_Group, LayerStatistics]):
     def _read(self, name: Name) -> LayerStatistics:
         parts = [(f, g.moments, g.saturates) for f, g in self._groups.parts(name)]
         return summarise(name, parts, self._edges.tensor if self._edges is not None else None)
+
+    def page_sections(self) -> list[Section]:
+        """What a page draws below the table: mean, std and histogram of each filter."""
+        from fmapkit.analysis.page_sections import statistics_section
+
+        return [statistics_section(s) for s in self]
 
     def _table(self) -> Table:
         heads = ("layer", "kind", "σ", "filters", *_HEADS)

@@ -188,7 +188,7 @@ class Comparison:
         """
         from fmapkit.comparing import drawing
 
-        return drawing.draw(self, ax, title)
+        return drawing.draw(self.differences, self.first, ax, self.gradients, title)
 
 
 def compare(

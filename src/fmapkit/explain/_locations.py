@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit import FeatureMap
 from fmapkit.errors import ArgumentError
 from fmapkit.explain._axes import has_samples, is_location, map_axes
 from fmapkit.explain._passes import check_filter
+from fmapkit.map import FeatureMap
 
 __all__ = ["At", "chosen", "strongest"]
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-from fmapkit import FeatureMap, FeatureMaps
 from fmapkit.errors import (
     AmbiguousMapError,
     ArgumentError,
@@ -21,6 +20,8 @@ from fmapkit.errors import (
     listed,
 )
 from fmapkit.kinds import Kind
+from fmapkit.map import FeatureMap
+from fmapkit.maps import FeatureMaps
 
 __all__ = [
     "KINDS",

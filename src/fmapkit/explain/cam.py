@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fmapkit import FeatureMap, capture
+from fmapkit.capture import capture
 from fmapkit.errors import ArgumentError
 from fmapkit.explain._axes import has_samples, input_axes, map_axes
 from fmapkit.explain._passes import (
@@ -23,6 +23,7 @@ from fmapkit.explain._passes import (
     the_map,
 )
 from fmapkit.kinds import Kind
+from fmapkit.map import FeatureMap
 
 __all__ = ["grad_cam"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit import capture
+from fmapkit.capture import capture
 from fmapkit.errors import ArgumentError
 from fmapkit.explain._axes import has_samples, input_axes, map_axes
 from fmapkit.explain._locations import At, chosen

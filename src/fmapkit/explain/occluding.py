@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit import FeatureMap, capture
+from fmapkit.capture import capture
 from fmapkit.errors import ArgumentError, CaptureWarning
 from fmapkit.explain._axes import has_samples, input_axes
 from fmapkit.explain._locations import At, chosen
@@ -26,6 +26,7 @@ from fmapkit.explain._passes import (
 )
 from fmapkit.explain._progress import progress
 from fmapkit.kinds import Kind
+from fmapkit.map import FeatureMap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

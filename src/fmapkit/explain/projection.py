@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fmapkit import FeatureMap, capture
+from fmapkit.capture import capture
 from fmapkit.errors import ArgumentError, EditError
 from fmapkit.explain._axes import input_axes
 from fmapkit.explain._locations import At, chosen
@@ -21,6 +21,7 @@ from fmapkit.explain._passes import (
     the_map,
 )
 from fmapkit.kinds import Kind
+from fmapkit.map import FeatureMap
 
 __all__ = ["project"]
 

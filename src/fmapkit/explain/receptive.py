@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fmapkit import FeatureMap, capture
+from fmapkit.capture import capture
 from fmapkit.errors import ArgumentError, MapLookupError
 from fmapkit.explain._axes import input_axes, is_location, map_axes
 from fmapkit.explain._fields import NONE, Fields
@@ -27,6 +27,7 @@ from fmapkit.explain._passes import (
 )
 from fmapkit.explain._regular import Regular, regular
 from fmapkit.kinds import Kind
+from fmapkit.map import FeatureMap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -136,7 +136,7 @@ class Kept:
         """
         from fmapkit.phi._plots import plot_kept
 
-        return plot_kept(self, ax, title=title)
+        return plot_kept(self._layers, ax, title=title)
 
 
 def kept(
@@ -235,7 +235,7 @@ def _features(phi: FeatureFunction, inputs: Any, count: int, batch_size: int) ->
     with evaluating(phi), torch.no_grad():
         for at in range(0, count, batch_size):
             some = taken(inputs, slice(at, at + batch_size))
-            for layer, x in named(phi, call(phi, some)).items():
+            for layer, x in named(phi.layers, call(phi, some)).items():
                 parts.setdefault(layer, []).append(rows(x).double().cpu())
     found = {layer: torch.cat(xs) for layer, xs in parts.items()}
     for layer, x in found.items():

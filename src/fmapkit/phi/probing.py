@@ -184,7 +184,7 @@ def _collect(
     device = None if first is None else first.device
     with evaluating(phi), torch.no_grad():
         for inputs in _batches(data, labels is None, seen, batch_size):
-            for layer, x in named(phi, call(phi, _moved(inputs, device))).items():
+            for layer, x in named(phi.layers, call(phi, _moved(inputs, device))).items():
                 parts.setdefault(layer, []).append(rows(x).cpu())
     if not parts:
         raise ArgumentError("probe needs data, and there are none")

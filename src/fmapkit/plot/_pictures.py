@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean
-from fmapkit.map import FeatureMap
+from fmapkit.readable import ReadableMap
 from fmapkit.views import as_grid, strongest, unnormalised, upsampled
 
 __all__ = ["Choice", "Picture", "chosen", "of_map", "of_weights", "pixels"]
@@ -56,7 +56,7 @@ class Picture:
         return low, high if high > low else 1.0
 
 
-def chosen(fm: FeatureMap, filters: Choice, sample: int, limit: int) -> list[int] | None:
+def chosen(fm: ReadableMap, filters: Choice, sample: int, limit: int) -> list[int] | None:
     """The filters to draw, in order; None for the first ones.
 
     Raises:
@@ -74,12 +74,12 @@ def chosen(fm: FeatureMap, filters: Choice, sample: int, limit: int) -> list[int
     return [_number(fm[index]) for index in wanted[:limit]]
 
 
-def _number(fm: FeatureMap) -> int:
+def _number(fm: ReadableMap) -> int:
     assert fm.filter is not None
     return fm.filter
 
 
-def _sample(fm: FeatureMap, sample: int) -> int:
+def _sample(fm: ReadableMap, sample: int) -> int:
     """The same sample, or 0 where there is but one: the filters lie along the first axis."""
     if fm.filter_dim is None or fm.filter_dim % fm.tensor.dim() == 0:
         return 0
@@ -88,7 +88,7 @@ def _sample(fm: FeatureMap, sample: int) -> int:
 
 
 def of_map(
-    fm: FeatureMap,
+    fm: ReadableMap,
     sample: int,
     max_filters: int,
     filters: Choice = None,
@@ -138,7 +138,9 @@ def of_map(
     return picture if below is None else replace(picture, below=below)
 
 
-def _cut(fm: FeatureMap, tensor: Tensor, sample: int, max_filters: int, filters: Choice) -> Picture:
+def _cut(
+    fm: ReadableMap, tensor: Tensor, sample: int, max_filters: int, filters: Choice
+) -> Picture:
     """The filters that are drawn, moved to the CPU: the rest of a large map need not travel."""
     total = tensor.shape[0]
     limit = max_filters if tensor.ndim == 3 else max_filters * THIN
@@ -166,7 +168,7 @@ def _cut(fm: FeatureMap, tensor: Tensor, sample: int, max_filters: int, filters:
     return Picture(values, labels, _signed(fm, values), caption)
 
 
-def _signed(fm: FeatureMap, values: Array) -> bool:
+def _signed(fm: ReadableMap, values: Array) -> bool:
     """Whether both signs count alike: not in what a GELU leaves below 0."""
     if fm.kind != "activation":
         return True
@@ -262,7 +264,7 @@ def pixels(
     return found
 
 
-def check_sample(fm: FeatureMap, sample: int, count: int) -> None:
+def check_sample(fm: ReadableMap, sample: int, count: int) -> None:
     """Whether there is such a sample.
 
     Raises:

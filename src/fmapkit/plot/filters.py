@@ -6,22 +6,21 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from fmapkit.errors import ArgumentError, UnknownLayerError, did_you_mean, listed
-from fmapkit.map import FeatureMap
 from fmapkit.plot import _pictures as pictures
 from fmapkit.plot._draw import columns_of, draw, size_of
 from fmapkit.plot._figure import check_positive, figures
+from fmapkit.readable import ReadableMap, ReadableMaps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fmapkit.maps import FeatureMaps
 
 __all__ = ["plot_filters"]
 
 
 def plot_filters(
-    maps: FeatureMaps,
+    maps: ReadableMaps,
     layer: str,
     ax: Axes | None = None,
     *,
@@ -83,11 +82,11 @@ def plot_filters(
     return figure
 
 
-def _whose(maps: FeatureMaps, layer: str) -> FeatureMap:
+def _whose(maps: ReadableMaps, layer: str) -> ReadableMap:
     """A map of the layer, with as many of its filters as there are."""
     if not isinstance(layer, str):
         raise ArgumentError(f"plot_filters takes the name of one layer, not {layer!r}")
-    found = [fm for fm in maps.select(layer=layer, step=-1) if fm.kind not in ("input", "output")]
+    found = [fm for fm in maps.select(layer, step=-1) if fm.kind not in ("input", "output")]
     if not found:
         known = maps.layers
         raise UnknownLayerError(

@@ -13,17 +13,24 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fmapkit import layers
+from fmapkit.map import FeatureMap, restored
 from fmapkit.missed import Missed
 from fmapkit.model import Names, never_called
 from fmapkit.provenance import Origin
-from fmapkit.storage import MapRecord, Pass, PassStore, StorageConversion, StoredTensor
+from fmapkit.storage import (
+    MapRecord,
+    Pass,
+    PassStore,
+    StorageConversion,
+    StoredTensor,
+    ValueCopies,
+)
 from fmapkit.torchlib.memory import version_of
 
 if TYPE_CHECKING:
-    from fmapkit.map import FeatureMap
     from fmapkit.session import Session
 
 __all__ = [
@@ -32,7 +39,6 @@ __all__ = [
     "KeptPass",
     "KeptSession",
     "Snapshot",
-    "Values",
     "snapshot_of",
 ]
 
@@ -70,8 +76,6 @@ class KeptPass:
 
 
 def _pass_of(step: int, training: bool, maps: Iterable[dict[str, Any]]) -> KeptPass:
-    from fmapkit.map import restored
-
     return KeptPass(step, training, tuple(map(restored, maps)))
 
 
@@ -182,7 +186,7 @@ def snapshot_of(
         MapStateError: a map cannot be read any more.
         DistributedError: a map is a `DTensor`.
     """
-    values, asked = Values(), session.wants.asked
+    values, asked = ValueCopies(), session.wants.asked
     entries = [(p, [e for e in p.entries() if asked(e.kind, e.origin.name)]) for p in session.store]
     passes = tuple(
         KeptPass(p.step, p.training, tuple(read(p, e)._copied(values) for e in those))
@@ -241,39 +245,3 @@ def _shells(modules: Iterable[KeptModule]) -> nn.Module:
             parent, _, key = kept.name.rpartition(".")
             made[parent].add_module(key, shell)
     return made.get("", nn.Module())
-
-
-class Values:
-    """Copies values out of the model's memory; what several maps share, they share again."""
-
-    def __init__(self) -> None:
-        self._known: dict[Any, Tensor] = {}
-        self._alive: list[Tensor] = []  # so that no memory is used twice meanwhile
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The values of a tensor, outside the graph and in memory of their own."""
-        place = _place(tensor)
-        if place is None:
-            return alone(tensor)
-        if place not in self._known:
-            self._known[place] = alone(tensor)
-            self._alive.append(tensor)
-        return self._known[place]
-
-
-def alone(tensor: Tensor) -> Tensor:
-    """A copy of the values, outside the graph."""
-    with torch.inference_mode(False), torch.no_grad():
-        return tensor.detach().clone()
-
-
-def _place(tensor: Tensor) -> Any:
-    """Where in memory the values lie, and how; None where torch does not tell."""
-    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_quantized:
-        return None
-    if tensor.is_nested or not tensor.numel() or tensor.device.type == "meta":
-        return None
-    return (
-        *(tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()),
-        *(tensor.is_conj(), tensor.is_neg()),
-    )
