@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -26,20 +26,14 @@ from fmapkit.errors import (
 )
 from fmapkit.kinds import KINDS, Kind
 from fmapkit.layers import layer_axis
+from fmapkit.lookup.records import Found
 from fmapkit.model import never_called
+from fmapkit.saving import Source
 from fmapkit.selection import LayerSelection
 from fmapkit.selectors import is_glob
-from fmapkit.storage import MapRecord, Pass
+from fmapkit.storage import MapRecord
 
-if TYPE_CHECKING:
-    from fmapkit.saving import KeptSession
-    from fmapkit.session import Session
-
-    Source: TypeAlias = Session | KeptSession
-
-__all__ = ["Found", "find", "parse"]
-
-Found = tuple[Pass, MapRecord]
+__all__ = ["find", "parse"]
 
 
 def parse(key: Any) -> tuple[str, Kind | None, int | None]:

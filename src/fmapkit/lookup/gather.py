@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, DistributedError
+from fmapkit.map import FeatureMap
 from fmapkit.torchlib.sharded import is_dtensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from fmapkit.map import FeatureMap
 
 __all__ = ["gather"]
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from fmapkit._line import row, size
 from fmapkit.errors import MapStateError
-
-if TYPE_CHECKING:
-    from fmapkit.maps import FeatureMaps
+from fmapkit.lookup.records import latest, read
+from fmapkit.map import row, size
+from fmapkit.saving import Source
 
 __all__ = ["html", "text"]
 
@@ -16,35 +13,36 @@ HEADS = ("layer", "kind", "filters", "shape", "dtype", "device", "bytes", "σ")
 _RIGHT = {2, 6}
 
 
-def _rows(maps: FeatureMaps) -> list[tuple[str, ...]]:
+def _rows(source: Source) -> list[tuple[str, ...]]:
     rows = []
-    for at, entry in maps._latest():
+    for at, entry in latest(source):
         try:
-            rows.append(row(maps._read(at, entry)))
+            rows.append(row(read(source, at, entry)))
         except MapStateError as error:
             state = type(error).__name__.removeprefix("Map").removesuffix("Error").lower()
             rows.append((entry.origin.name, entry.kind, "–", state, "", "", "", entry.sigma or ""))
     return rows
 
 
-def _summary(maps: FeatureMaps) -> str:
-    latest = maps._session.store.latest()
-    if latest is None:
+def _summary(source: Source) -> str:
+    store = source.store
+    at = store.latest()
+    if at is None:
         return "FeatureMaps: no pass captured yet"
-    kept = len(maps._session.store.passes)
-    missed = f", {len(maps.missed)} missed (see maps.missed)" if maps.missed else ""
-    passes = f"step {latest.step}" + (f", {kept} passes kept" if kept > 1 else "")
+    kept, found = len(store.passes), latest(source)
+    missed = f", {len(source.missed)} missed (see maps.missed)" if source.missed else ""
+    passes = f"step {at.step}" + (f", {kept} passes kept" if kept > 1 else "")
     return (
-        f"FeatureMaps: {len(maps)} maps of {len(maps.layers)} layers, "
-        f"{size(maps.nbytes)} held, {passes}{missed}"
+        f"FeatureMaps: {len(found)} maps of {len({e.origin.name for _, e in found})} layers, "
+        f"{size(store.nbytes)} held, {passes}{missed}"
     )
 
 
-def text(maps: FeatureMaps) -> str:
+def text(source: Source) -> str:
     """One line for each map of the latest pass."""
-    rows = _rows(maps)
+    rows = _rows(source)
     if not rows:
-        return _summary(maps)
+        return _summary(source)
     widths = [max(len(r[i]) for r in (HEADS, *rows)) for i in range(len(HEADS))]
 
     def line(row: tuple[str, ...]) -> str:
@@ -55,11 +53,11 @@ def text(maps: FeatureMaps) -> str:
         return "  ".join(cells).rstrip()
 
     rule = "  ".join("─" * w for w in widths)
-    return "\n".join([line(HEADS), rule, *map(line, rows), _summary(maps)])
+    return "\n".join([line(HEADS), rule, *map(line, rows), _summary(source)])
 
 
-def html(maps: FeatureMaps) -> str:
+def html(source: Source) -> str:
     """The same table for notebooks."""
     from fmapkit.page import html_table
 
-    return html_table(HEADS, _rows(maps), right=_RIGHT, caption=_summary(maps))
+    return html_table(HEADS, _rows(source), right=_RIGHT, caption=_summary(source))

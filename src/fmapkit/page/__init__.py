@@ -13,12 +13,13 @@ nothing, and runs in any browser of the last years (Chrome 80, Firefox 113, Safa
 | `assets/` | its style and its script |
 """
 
-from fmapkit.page.document import write_analysis, write_maps
+from fmapkit.page.document import PageMaps, write_analysis, write_maps
 from fmapkit.page.panels import Fact, Panel, Section, number_panel, state_panel
 from fmapkit.page.tables import html_table
 
 __all__ = [
     "Fact",
+    "PageMaps",
     "Panel",
     "Section",
     "html_table",

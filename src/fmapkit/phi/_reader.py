@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from fmapkit import layers
-from fmapkit._recurring import Recurring, can_stop
 from fmapkit.capture import capture
 from fmapkit.errors import (
     AmbiguousMapError,
@@ -27,6 +26,7 @@ from fmapkit.errors import (
 from fmapkit.map import FeatureMap
 from fmapkit.model import never_called
 from fmapkit.phi._compiled import CompiledOutputs
+from fmapkit.phi._recurring import Recurring, can_stop
 from fmapkit.phi._request import Item, Request
 from fmapkit.selection import LayerSelection
 from fmapkit.storage import NO_GRAPH

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from fmapkit.map import FeatureMap, restored
 from fmapkit.missed import Missed
 from fmapkit.model import Names, never_called
 from fmapkit.provenance import Origin
+from fmapkit.saving.source import Source
 from fmapkit.storage import (
     MapRecord,
     Pass,
@@ -29,9 +30,6 @@ from fmapkit.storage import (
     ValueCopies,
 )
 from fmapkit.torchlib.memory import version_of
-
-if TYPE_CHECKING:
-    from fmapkit.session import Session
 
 __all__ = [
     "KeptEntry",
@@ -173,35 +171,33 @@ class _LayerShell(_Shell):
 layers.MODULES[_LayerShell] = 1
 
 
-def snapshot_of(
-    session: Session | KeptSession, read: Callable[[Pass, MapRecord], FeatureMap]
-) -> Snapshot:
+def snapshot_of(source: Source, read: Callable[[Source, Pass, MapRecord], FeatureMap]) -> Snapshot:
     """All that is kept of a capture, in memory of its own.
 
     Args:
-        session: of the maps.
+        source: of the maps.
         read: makes a map of an entry of a pass.
 
     Raises:
         MapStateError: a map cannot be read any more.
         DistributedError: a map is a `DTensor`.
     """
-    values, asked = ValueCopies(), session.wants.asked
-    entries = [(p, [e for e in p.entries() if asked(e.kind, e.origin.name)]) for p in session.store]
+    values, asked = ValueCopies(), source.wants.asked
+    entries = [(p, [e for e in p.entries() if asked(e.kind, e.origin.name)]) for p in source.store]
     passes = tuple(
-        KeptPass(p.step, p.training, tuple(read(p, e)._copied(values) for e in those))
+        KeptPass(p.step, p.training, tuple(read(source, p, e)._copied(values) for e in those))
         for p, those in entries
     )
     labels = {fm.layer for p in passes for fm in p.maps}
     return Snapshot(
         passes,
-        session.steps,
-        tuple(sorted(session.wants.asked_kinds)),
-        session.store.fleeting,
-        tuple((m.layer, m.reason) for m in session.missed),
-        session.snapshot.modules
-        if isinstance(session, KeptSession)
-        else _modules(session.names, labels),
+        source.steps,
+        tuple(sorted(source.wants.asked_kinds)),
+        source.store.fleeting,
+        tuple((m.layer, m.reason) for m in source.missed),
+        source.snapshot.modules
+        if isinstance(source, KeptSession)
+        else _modules(source.names, labels),
     )
 
 

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fmapkit._line import map_line
-from fmapkit.errors import DistributedError, FilterRangeError, MapStateError
+from fmapkit.drawable import DrawableMap
+from fmapkit.errors import DistributedError, FilterRangeError
 from fmapkit.kinds import Kind
+from fmapkit.map.line import map_line
 from fmapkit.provenance import Heads, Lost, WeightRows
-from fmapkit.storage import Gradient, MapRecord, NotYet, Pass, Received, ValueCopies
+from fmapkit.storage import Gradient, NotYet, Received, ValueCopies
 from fmapkit.torchlib.memory import parts_of
 from fmapkit.torchlib.sharded import Parts, is_dtensor, whole
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-__all__ = ["FeatureMap", "nbytes_of", "read_map", "restored"]
+__all__ = ["FeatureMap", "nbytes_of", "restored"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FeatureMap:
+class FeatureMap(DrawableMap):
     """One feature map: a tensor and what it is.
 
     Attributes:
@@ -330,40 +327,6 @@ class FeatureMap:
     def __repr__(self) -> str:
         return map_line(self)
 
-    def plot(
-        self,
-        ax: Axes | None = None,
-        *,
-        sample: int = 0,
-        filters: int | Iterable[int] | Literal["strongest"] | None = None,
-        max_filters: int = 16,
-        columns: int | None = None,
-        grid: tuple[int, int] | None = None,
-        weights: bool = False,
-        overlay: Any = None,
-        mean: float | Sequence[float] | None = None,
-        std: float | Sequence[float] | None = None,
-    ) -> Figure:
-        """Draw the map, a picture for each filter (extra: `plot`).
-
-        Arguments, result and errors are those of `fmapkit.plot.plot_map`.
-        """
-        from fmapkit.plot import plot_map
-
-        return plot_map(
-            self,
-            ax,
-            sample=sample,
-            filters=filters,
-            max_filters=max_filters,
-            columns=columns,
-            grid=grid,
-            weights=weights,
-            overlay=overlay,
-            mean=mean,
-            std=std,
-        )
-
 
 def restored(tags: dict[str, Any]) -> FeatureMap:
     """The map of which these are the tags, the tensor and its gradient."""
@@ -400,54 +363,3 @@ def _span(filters: range | tuple[int, ...]) -> str:
     if isinstance(filters, range) and filters.step == 1:
         return f"{filters[0]} to {filters[-1]}"
     return ", ".join(map(str, filters))
-
-
-def read_map(at: Pass, entry: MapRecord, made: bool = False) -> FeatureMap:
-    """The map that an entry of a pass holds.
-
-    Args:
-        at: the pass.
-        entry: of it.
-        made: it has just been made, and is shown to an analysis.
-
-    Raises:
-        MapStateError: its memory was written to, or let go.
-    """
-    origin, axes = entry.origin, entry.axes
-    what = f"the {entry.kind} of layer {origin.name!r} (step {at.step}, call {origin.call})"
-    assert entry.held is not None
-    edited = None
-    try:
-        tensor = entry.held.read(what)
-        if entry.edited is not None:
-            edited = entry.edited.read(f"the edit of {what}")
-    except MapStateError as error:
-        error.layer, error.kind = origin.name, entry.kind
-        error.call, error.step = origin.call, at.step
-        raise
-    if axes is not None and entry.picked is None and type(tensor) is Tensor:
-        axes = axes.fitted(tensor.shape)
-    dim = axes.dim if axes is not None else None
-    filters: range | tuple[int, ...] | None = axes.filters if axes is not None else None
-    if entry.picked is not None:
-        filters = entry.picked
-    rows = None
-    if origin.made is not None and entry.kind not in ("input", "output"):
-        rows = WeightRows(what, origin, axes, entry.picked, at.weights)
-    return FeatureMap(
-        tensor=tensor,
-        kind=cast("Kind", entry.kind),
-        layer=origin.name,
-        call=origin.call,
-        step=at.step,
-        training=at.training,
-        nonlinearity=entry.sigma,
-        path=entry.path,
-        filter_dim=dim,
-        filters=filters if dim is not None else None,
-        edited=edited,
-        ids=at.ids,
-        heads=entry.heads,
-        _gradient=NotYet() if made else entry.held.gradient,
-        _rows=rows,
-    )
