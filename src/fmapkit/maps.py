@@ -11,9 +11,20 @@ from torch import Tensor
 from fmapkit.drawable import DrawableMaps
 from fmapkit.errors import ArgumentError, CaptureStateError
 from fmapkit.kinds import Kind
-from fmapkit.lookup import choose, every, find, gather, latest, parse, pass_number, read, table
+from fmapkit.lookup import (
+    choose,
+    every,
+    find,
+    gather,
+    latest,
+    maps_as_html,
+    maps_as_text,
+    parse,
+    pass_number,
+    read,
+)
 from fmapkit.map import FeatureMap, nbytes_of
-from fmapkit.saving import KeptSession, Snapshot, snapshot_of
+from fmapkit.saving import KeptSession, Snapshot, load, save, snapshot_of
 from fmapkit.storage import MapRecord, Pass
 
 if TYPE_CHECKING:
@@ -281,9 +292,7 @@ class FeatureMaps(DrawableMaps):
             MapStateError: a map cannot be read any more.
             DistributedError: a map is a `DTensor`.
         """
-        from fmapkit.saving import safetensors
-
-        safetensors.save(self._snapshot(), path)
+        save(self._snapshot(), path)
 
     @classmethod
     def load(
@@ -302,9 +311,7 @@ class FeatureMaps(DrawableMaps):
             FileNotFoundError: there is no such file.
             ArgumentError: it is no file that `save` wrote, or of a later version.
         """
-        from fmapkit.saving import safetensors
-
-        return cls(KeptSession(safetensors.load(path, device)))
+        return cls(KeptSession(load(path, device)))
 
     def _snapshot(self) -> Snapshot:
         return snapshot_of(self._session, read)
@@ -321,10 +328,10 @@ class FeatureMaps(DrawableMaps):
     # -- to look at ---------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        return table.text(self._session)
+        return maps_as_text(self._session)
 
     def _repr_html_(self) -> str:
-        return table.html(self._session)
+        return maps_as_html(self._session)
 
 
 def _of_snapshot(snapshot: Snapshot) -> FeatureMaps:

@@ -13,8 +13,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fmapkit.kinds import Kind
+from fmapkit.torchlib.sharded import ends_of, is_dtensor
 
-__all__ = ["AnyMap", "ReadableMap", "ReadableMaps"]
+__all__ = ["AnyMap", "ReadableMap", "ReadableMaps", "plain_values"]
 
 
 class ReadableMap(Protocol):
@@ -102,3 +103,21 @@ class ReadableMaps(Protocol):
 
     def select(self, layers: Any = None, *, step: int | None = None) -> Sequence[ReadableMap]:
         """The maps of some layers, of a pass."""
+
+
+def plain_values(fm: ReadableMap) -> tuple[Tensor | None, str]:
+    """The map's plain tensor; or None, and the reason why there are no values to speak of."""
+    tensor = fm.tensor
+    if is_dtensor(tensor):
+        if not all(p.is_replicate() for p in tensor.placements):  # type: ignore[attr-defined]
+            return None, "it is a DTensor, of which this rank has a part"
+        tensor = ends_of(tensor)[-1]
+    if tensor.is_complex():
+        return None, "it is complex, and complex numbers have no order; analyse its abs()"
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        return None, "it is sparse, quantized or nested"
+    if tensor.device.type == "meta":
+        return None, "it is on the meta device, without values"
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = tensor.float()  # torch computes nothing in eight bits
+    return tensor, ""

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
-
-import torch
-from torch import Tensor
 
 from fmapkit.errors import (
     AmbiguousMapError,
@@ -22,12 +18,11 @@ from fmapkit.errors import (
 )
 from fmapkit.kinds import KINDS
 from fmapkit.selectors import selectors
-from fmapkit.torchlib.sharded import ends_of, is_dtensor
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
 
-__all__ = ["Groups", "Name", "readable", "table"]
+__all__ = ["Groups", "Name"]
 
 Filters = tuple[int, ...] | None
 
@@ -226,36 +221,3 @@ def _said(filters: Filters) -> str:
     return (
         f"{len(filters)} filters ({', '.join(map(str, filters[:8]))}{', …' * (len(filters) > 8)})"
     )
-
-
-def readable(fm: FeatureMap) -> tuple[Tensor | None, str]:
-    """The map's plain tensor; or None, and the reason why there are no values to speak of."""
-    tensor = fm.tensor
-    if is_dtensor(tensor):
-        if not all(p.is_replicate() for p in tensor.placements):  # type: ignore[attr-defined]
-            return None, "it is a DTensor, of which this rank has a part"
-        tensor = ends_of(tensor)[-1]
-    if tensor.is_complex():
-        return None, "it is complex, and complex numbers have no order; analyse its abs()"
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-        return None, "it is sparse, quantized or nested"
-    if tensor.device.type == "meta":
-        return None, "it is on the meta device, without values"
-    if tensor.is_floating_point() and tensor.element_size() == 1:
-        tensor = tensor.float()  # torch computes nothing in eight bits
-    return tensor, ""
-
-
-def table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]], left: int) -> list[str]:
-    """Lines of text in columns, the first `left` of them to the left, the others to the right."""
-    rows = list(rows)
-    widths = [max(len(r[i]) for r in (heads, *rows)) for i in range(len(heads))]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = [
-            c.ljust(w) if i < left else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    return [line(heads), "  ".join("─" * w for w in widths), *map(line, rows)]

@@ -154,7 +154,7 @@ def occlusion(
         raise ArgumentError(f"batch_size must be a positive int, not {batch_size!r}")
     starts = tuple(_starts(n, w, s) for n, w, s in zip(sizes, covered, steps, strict=True))
     asked = (str(layer), filter, kind, call, path, sizes, covered, starts)
-    watch = _Watch(model, inputs, tensor, along, layer, filter, at, kind, call, path)
+    watch = _WatchedMap(model, inputs, tensor, along, layer, filter, at, kind, call, path)
     with kept_state(model), torch.no_grad(), watch.capture() as maps:
         usual = watch.total(maps, inputs)
         drops = usual.new_full((len(usual), *map(len, starts)), torch.nan)
@@ -219,7 +219,7 @@ def _place(
 
 
 @dataclass(frozen=True)
-class _Watch:
+class _WatchedMap:
     """What is watched of which map, and of which model."""
 
     model: nn.Module

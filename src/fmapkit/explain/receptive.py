@@ -232,7 +232,7 @@ def receptive_field(
         raise ArgumentError(f"weights must be 'any' or 'own', not {weights!r}")
     tensor = first_tensor(inputs, "receptive_field")
     along = input_axes(tensor, axes)
-    asked = _Asked(model, layer, kind, call, path, along, weights)
+    asked = _WantedField(model, layer, kind, call, path, along, weights)
     fm, shape, starts, stops, follow = asked.fields(inputs)
     return ReceptiveField(
         fm.layer,
@@ -250,7 +250,7 @@ def receptive_field(
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _WantedField:
     """Whose fields are wanted."""
 
     model: nn.Module

@@ -10,14 +10,14 @@ from fmapkit.kinds import KINDS
 from fmapkit.lookup.by_selector import check_held, check_only_names
 from fmapkit.lookup.records import every, read
 from fmapkit.map import FeatureMap
-from fmapkit.saving import KeptSession, Source
+from fmapkit.saving import KeptSession, MapSource
 from fmapkit.selection import LayerSelection
 
 __all__ = ["choose", "pass_number"]
 
 
 def choose(
-    source: Source,
+    source: MapSource,
     layers: Any,
     kind: str | None,
     filter: int | None,
@@ -57,7 +57,7 @@ def choose(
             yield found[filter]
 
 
-def _chosen(source: Source, layers: Any) -> LayerSelection:
+def _chosen(source: MapSource, layers: Any) -> LayerSelection:
     chosen = LayerSelection(source.names, layers)
     if isinstance(source, KeptSession):
         check_only_names(chosen)
@@ -66,7 +66,7 @@ def _chosen(source: Source, layers: Any) -> LayerSelection:
     return chosen
 
 
-def pass_number(source: Source, step: int | None) -> int | None:
+def pass_number(source: MapSource, step: int | None) -> int | None:
     """A pass by its number; -1 is the latest of those kept."""
     if step is None or step >= 0:
         return step

@@ -7,7 +7,7 @@ from typing import Any
 
 from fmapkit.map import FeatureMap, read_map
 from fmapkit.model import Names
-from fmapkit.saving import KeptEntry, Source
+from fmapkit.saving import KeptEntry, MapSource
 from fmapkit.storage import MapRecord, Pass
 from fmapkit.torchlib.sharded import Parts, is_dtensor, splits
 
@@ -16,23 +16,23 @@ __all__ = ["Found", "every", "latest", "read"]
 Found = tuple[Pass, MapRecord]
 
 
-def latest(source: Source) -> list[Found]:
+def latest(source: MapSource) -> list[Found]:
     """The records of the latest pass, in execution order."""
     at = source.store.latest()
     return _of(source, at) if at is not None else []
 
 
-def every(source: Source) -> list[Found]:
+def every(source: MapSource) -> list[Found]:
     """The records of all passes that are kept."""
     return [found for at in source.store for found in _of(source, at)]
 
 
-def _of(source: Source, at: Pass) -> list[Found]:
+def _of(source: MapSource, at: Pass) -> list[Found]:
     asked = source.wants.asked
     return [(at, e) for e in at.entries() if asked(e.kind, e.origin.name)]
 
 
-def read(source: Source, at: Pass, entry: MapRecord, made: bool = False) -> FeatureMap:
+def read(source: MapSource, at: Pass, entry: MapRecord, made: bool = False) -> FeatureMap:
     """The map of a record, and whether its tensor is one rank's part.
 
     Args:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from fmapkit.errors import MapStateError
 from fmapkit.lookup.records import latest, read
 from fmapkit.map import row, size
-from fmapkit.saving import Source
+from fmapkit.saving import MapSource
+from fmapkit.tables import html_table, text_table
 
-__all__ = ["html", "text"]
+__all__ = ["maps_as_html", "maps_as_text"]
 
 HEADS = ("layer", "kind", "filters", "shape", "dtype", "device", "bytes", "σ")
 _RIGHT = {2, 6}
 
 
-def _rows(source: Source) -> list[tuple[str, ...]]:
+def _rows(source: MapSource) -> list[tuple[str, ...]]:
     rows = []
     for at, entry in latest(source):
         try:
@@ -24,7 +25,7 @@ def _rows(source: Source) -> list[tuple[str, ...]]:
     return rows
 
 
-def _summary(source: Source) -> str:
+def _summary(source: MapSource) -> str:
     store = source.store
     at = store.latest()
     if at is None:
@@ -38,26 +39,14 @@ def _summary(source: Source) -> str:
     )
 
 
-def text(source: Source) -> str:
+def maps_as_text(source: MapSource) -> str:
     """One line for each map of the latest pass."""
     rows = _rows(source)
     if not rows:
         return _summary(source)
-    widths = [max(len(r[i]) for r in (HEADS, *rows)) for i in range(len(HEADS))]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = [
-            c.rjust(w) if i in _RIGHT else c.ljust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    rule = "  ".join("─" * w for w in widths)
-    return "\n".join([line(HEADS), rule, *map(line, rows), _summary(source)])
+    return "\n".join([*text_table(HEADS, rows, right=_RIGHT), _summary(source)])
 
 
-def html(source: Source) -> str:
+def maps_as_html(source: MapSource) -> str:
     """The same table for notebooks."""
-    from fmapkit.page import html_table
-
     return html_table(HEADS, _rows(source), right=_RIGHT, caption=_summary(source))

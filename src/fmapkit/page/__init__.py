@@ -15,14 +15,12 @@ nothing, and runs in any browser of the last years (Chrome 80, Firefox 113, Safa
 
 from fmapkit.page.document import PageMaps, write_analysis, write_maps
 from fmapkit.page.panels import Fact, Panel, Section, number_panel, state_panel
-from fmapkit.page.tables import html_table
 
 __all__ = [
     "Fact",
     "PageMaps",
     "Panel",
     "Section",
-    "html_table",
     "number_panel",
     "state_panel",
     "write_analysis",

@@ -11,12 +11,12 @@ from torch.utils import _pytree as pytree
 
 from fmapkit.errors import ArgumentError
 
-__all__ = ["Inputs", "rows"]
+__all__ = ["ModelInputs", "rows"]
 
 _CONSTANT = (type(None), bool, int, float, complex, str, bytes)
 
 
-class Inputs:
+class ModelInputs:
     """What a model is given.
 
     Args:

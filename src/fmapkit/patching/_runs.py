@@ -15,8 +15,8 @@ from fmapkit.editing import Where, part_of
 from fmapkit.errors import ArgumentError
 from fmapkit.map import FeatureMap
 from fmapkit.maps import FeatureMaps
-from fmapkit.patching._inputs import Inputs, rows
-from fmapkit.patching._pieces import Key, Piece, key_of, named
+from fmapkit.patching._inputs import ModelInputs, rows
+from fmapkit.patching._pieces import Key, PatchPiece, key_of, named
 
 __all__ = ["Runs"]
 
@@ -42,7 +42,7 @@ class Runs:
         self._where = where
         self._of = None if of is None else of if isinstance(of, tuple) else (of, "output")
         self.maps: dict[Key, FeatureMap] = {}
-        self._pieces: Sequence[Piece | None] = (None,)  # of the running pass, by copy
+        self._pieces: Sequence[PatchPiece | None] = (None,)  # of the running pass, by copy
         self._samples = 0
         self._done: set[int] = set()
 
@@ -60,7 +60,7 @@ class Runs:
         with capture(self._model, layers, kinds=kind, edit=edits, stop=stop) as maps:
             yield maps
 
-    def take(self, inputs: Inputs, edit: Edits | None) -> Tensor:
+    def take(self, inputs: ModelInputs, edit: Edits | None) -> Tensor:
         """Run the model and take its maps; the metric of that run."""
         with self._capture(edit, self._take, stop=False) as maps:
             metric = self._measured(inputs.run(self._model), maps, 0)
@@ -78,8 +78,8 @@ class Runs:
 
     @contextmanager
     def patched(
-        self, inputs: Inputs, edit: Edits | None, samples: int
-    ) -> Iterator[Callable[[Sequence[Piece | None]], list[Tensor]]]:
+        self, inputs: ModelInputs, edit: Edits | None, samples: int
+    ) -> Iterator[Callable[[Sequence[PatchPiece | None]], list[Tensor]]]:
         """One capture around all patched runs, so that the model is learned once.
 
         Args:
@@ -90,7 +90,7 @@ class Runs:
         self._samples = samples
         with self._capture(edit, self._patch, stop=self._of is not None) as maps:
 
-            def run(pieces: Sequence[Piece | None]) -> list[Tensor]:
+            def run(pieces: Sequence[PatchPiece | None]) -> list[Tensor]:
                 self._pieces = pieces
                 self._done.clear()
                 output = inputs.run(self._model, len(pieces))

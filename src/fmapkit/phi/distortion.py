@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fmapkit.analysis._keys import table
 from fmapkit.errors import ArgumentError
 from fmapkit.phi._features import call, evaluating, named, rows, taken
+from fmapkit.tables import text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,7 +112,17 @@ class Kept:
         raise KeyError(layer)
 
     def __repr__(self) -> str:
-        heads = ("layer", "features", "smallest", "pair", "median", "largest", "pair", "collisions")
+        heads = (
+            "layer",
+            "features",
+            "smallest",
+            "pair",
+            "median",
+            "largest",
+            "pair",
+            "collisions",
+            "rank",
+        )
         body = [
             (
                 k.layer or "(model)",
@@ -126,7 +136,7 @@ class Kept:
         same = f", {self.duplicates} pairs of equal inputs left out" if self.duplicates else ""
         count = self.samples * (self.samples - 1) // 2
         last = f"Kept: d(φ(x), φ(y)) / d(x, y) over {count} pairs of {self.samples} inputs{same}"
-        return "\n".join([*table((*heads, "rank"), body, 1), last])
+        return "\n".join([*text_table(heads, body, right=range(1, len(heads))), last])
 
     def plot(self, ax: Axes | None = None, *, title: str | None = None) -> Figure:
         """Draw the ratios by layer: smallest, median and largest (extra: `plot`).

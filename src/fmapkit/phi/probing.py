@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmapkit.analysis._keys import table
 from fmapkit.errors import ArgumentError
 from fmapkit.phi._features import call, evaluating, named, rows
 from fmapkit.phi._sklearn import sklearn_needed
+from fmapkit.tables import text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +90,7 @@ class Probe:
         ]
         chance = f", {self.chance:.3f} by chance" if self.chance is not None else ""
         last = f"Probe: {self.scoring} over {self.scores.shape[1]} folds{chance}"
-        return "\n".join([*table(heads, body, 1), last])
+        return "\n".join([*text_table(heads, body, right=range(1, len(heads))), last])
 
     def plot(self, ax: Axes | None = None, *, title: str | None = None) -> Figure:
         """Draw the score by layer, the folds as points (extra: `plot`).

@@ -20,7 +20,7 @@ from fmapkit.map import FeatureMap, restored
 from fmapkit.missed import Missed
 from fmapkit.model import Names, never_called
 from fmapkit.provenance import Origin
-from fmapkit.saving.source import Source
+from fmapkit.saving.source import MapSource
 from fmapkit.storage import (
     MapRecord,
     Pass,
@@ -115,7 +115,7 @@ class KeptEntry(MapRecord):
         self.map = fm
 
 
-class _Asked:
+class _KeptSelection:
     """What was asked for: the kinds; of layers, whatever there is."""
 
     def __init__(self, kinds: Iterable[str]) -> None:
@@ -146,7 +146,7 @@ class KeptSession:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self.names = Names(_shells(snapshot.modules))
-        self.wants = _Asked(snapshot.kinds)
+        self.wants = _KeptSelection(snapshot.kinds)
         self.steps = snapshot.steps
         self.missed = [Missed(layer, reason) for layer, reason in snapshot.missed]
         self.store = PassStore(0 if snapshot.fleeting else None)
@@ -171,7 +171,9 @@ class _LayerShell(_Shell):
 layers.MODULES[_LayerShell] = 1
 
 
-def snapshot_of(source: Source, read: Callable[[Source, Pass, MapRecord], FeatureMap]) -> Snapshot:
+def snapshot_of(
+    source: MapSource, read: Callable[[MapSource, Pass, MapRecord], FeatureMap]
+) -> Snapshot:
     """All that is kept of a capture, in memory of its own.
 
     Args:

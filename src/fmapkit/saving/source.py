@@ -9,10 +9,10 @@ from fmapkit.missed import Missed
 from fmapkit.model import Names
 from fmapkit.storage import PassStore, StorageConversion
 
-__all__ = ["Source"]
+__all__ = ["MapSource"]
 
 
-class Asked(Protocol):
+class AskedFor(Protocol):
     """What `capture` was asked for."""
 
     @property
@@ -30,7 +30,7 @@ class Asked(Protocol):
         """Whether such a map was asked for."""
 
 
-class Source(Protocol):
+class MapSource(Protocol):
     """The passes of a capture; `Session` is one, and `KeptSession`."""
 
     @property
@@ -38,7 +38,7 @@ class Source(Protocol):
         """Of the model's modules."""
 
     @property
-    def wants(self) -> Asked:
+    def wants(self) -> AskedFor:
         """What was asked for."""
 
     @property

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fmapkit.analysis._inputs import Fields, Inputs
-from fmapkit.analysis._keys import table
+from fmapkit.analysis.top.inputs import DatasetInputs, InputFields
 from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean
+from fmapkit.tables import text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -146,7 +146,7 @@ class LayerTops:
         heads = ("filter", "strongest", "input", "at", "then")
         more = f", {len(self) - _ROWS} more filters" if len(self) > _ROWS else ""
         last = f"LayerTops: {self.layer + self.path!r}, {self.kind}, {self.seen} inputs{more}"
-        return "\n".join([*table(heads, rows, 0), last])
+        return "\n".join([*text_table(heads, rows, right=range(len(heads))), last])
 
     # -- the parts of the inputs -----------------------------------------------------------------
 
@@ -187,8 +187,8 @@ class LayerTops:
                 "patches are of maps with rows and columns, or tokens of an image, and the "
                 f"{self.kind} of layer {self.layer!r} has {self.at.shape[2]} axes of locations"
             )
-        fields = Fields(self.layer, self.kind, self.path, model, field)
-        inputs = Inputs(dataset, image)
+        fields = InputFields(self.layer, self.kind, self.path, model, field)
+        inputs = DatasetInputs(dataset, image)
         found: dict[int, list[Patch]] = {}
         for filter, its in hits.items():
             found[filter] = []
@@ -237,7 +237,7 @@ class LayerTops:
                 f"{self.layer!r} has {self.at.shape[2]} axes of locations"
                 + ("; see patches()" if self.at.shape[2] == 2 else "")
             )
-        inputs = Inputs(dataset, tokens)
+        inputs = DatasetInputs(dataset, tokens)
         said = decode or (lambda token: token)
         found: dict[int, list[Context]] = {}
         for filter in self._chosen(filters):
