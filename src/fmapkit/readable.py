@@ -1,6 +1,6 @@
 """What a feature map has for those who only read it: pictures, pages, tables, views, errors.
 
-They lie below `map.py`, which calls them, and so they name no `FeatureMap`.
+They lie below `map/`, which calls them, and so they name no `FeatureMap`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from fmapkit.torchlib.operators import tree_leaves
 
 __all__ = ["Call"]
 

@@ -7,13 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from fmapkit.errors import ArgumentError
 from fmapkit.explain._call import Call
 from fmapkit.explain._fields import Fields, reaches
 from fmapkit.explain._rules import rule_for
+from fmapkit.torchlib.operators import (
+    TorchDispatchMode,
+    is_composite,
+    tree_leaves,
+    tree_map,
+    without_torch_function,
+)
 
 __all__ = ["Follow", "Leaving"]
 
@@ -41,7 +46,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with without_torch_function(), torch.no_grad():
             return self._run(func, args, kwargs or {})
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -49,7 +54,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fields = {id(t): f for t in operands if (f := self.fields.of(t)) is not None}
         if not fields:
             return func(*args, **kwargs)
-        if _is_composite(func):  # as it is in inference mode
+        if is_composite(func):  # as it is in inference mode
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -94,7 +99,7 @@ class Leaving(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", "")
         if name in _LEAVES and args and isinstance(args[0], Tensor):
-            with torch._C.DisableTorchFunction():
+            with without_torch_function():
                 reached = reaches(self.follow.fields.of(args[0]))
             if reached and name == "tolist":
                 self.follow.decided = True
@@ -106,13 +111,6 @@ class Leaving(TorchFunctionMode):
                     f"shape {tuple(args[0].shape)} on to another library ({name})"
                 )
         return func(*args, **(kwargs or {}))
-
-
-def _is_composite(func: Any) -> bool:
-    """Whether torch has an operator as a function of others, and nothing else."""
-    return bool(
-        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-    )
 
 
 def _functional(func: Any) -> Any:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from fmapkit.explain._call import Call
 from fmapkit.explain._fields import NONE, least, lowest
 from fmapkit.explain._probe import probe
+from fmapkit.torchlib.operators import tree_map
 
 __all__ = ["RULES"]
 

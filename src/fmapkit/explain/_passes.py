@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
 
 from fmapkit.errors import (
     AmbiguousMapError,
@@ -22,6 +21,7 @@ from fmapkit.errors import (
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.maps import FeatureMaps
+from fmapkit.torchlib.operators import tree_leaves
 
 __all__ = [
     "KINDS",

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from fmapkit.explain._call import Call
 from fmapkit.explain._fields import NONE, compact, varies
+from fmapkit.torchlib.operators import tree_leaves, tree_map
 
 __all__ = ["probe"]
 

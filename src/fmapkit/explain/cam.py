@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fmapkit.capture import capture
 from fmapkit.errors import ArgumentError
@@ -24,6 +23,7 @@ from fmapkit.explain._passes import (
 )
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
+from fmapkit.torchlib.operators import tree_leaves
 
 __all__ = ["grad_cam"]
 
