@@ -26,7 +26,7 @@ from fmapkit.instrumentation import without_the_models
 from fmapkit.map import FeatureMap, read_map
 from fmapkit.nonfinite import NonFinite, named
 from fmapkit.storage import Gradient
-from fmapkit.torchlib.operators import backward_task
+from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.sharded import ends_of
 from fmapkit.torchlib.side_ops import unseen
 
@@ -226,7 +226,7 @@ class FiniteCheck:
         self._gradients.clear()
 
     def _received(self, fm: FeatureMap, grad: Tensor) -> None:
-        task = backward_task()
+        task = graph_task()
         if not self._open or task == -1:
             return
         with torch.no_grad(), unseen():

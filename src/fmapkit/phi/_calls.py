@@ -12,8 +12,8 @@ from fmapkit.errors import CaptureStateError
 from fmapkit.phi._compiled import CompiledOutputs
 from fmapkit.phi._reader import Found, Reader
 from fmapkit.phi._request import Request
+from fmapkit.torchlib.autograd import in_backward
 from fmapkit.torchlib.compiled_modules import compiled_roots
-from fmapkit.torchlib.operators import backward_task
 
 __all__ = ["Calls", "Found"]
 
@@ -43,7 +43,7 @@ class Calls:
             MapStateError: the pass could not be captured.
             MapLookupError: what was asked for is not in the pass, or not there once.
         """
-        if backward_task() != -1:
+        if in_backward():
             raise CaptureStateError(
                 "a feature_map was called while a backward pass runs, as activation checkpointing "
                 "does to compute it once more; put the checkpoint inside of the model"

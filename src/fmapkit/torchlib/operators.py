@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 __all__ = [
     "NATIVE",
     "TorchDispatchMode",
-    "backward_task",
     "is_composite",
     "is_traceable_wrapper_subclass",
     "native",
@@ -36,8 +35,3 @@ def is_composite(func: Any) -> bool:
     return bool(
         torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
     )
-
-
-def backward_task() -> int:
-    """The number of the backward pass that runs in this thread; -1 if none does."""
-    return torch._C._current_graph_task_id()
