@@ -244,6 +244,25 @@ def foreign_stores(modules: House) -> dict[str, int]:
     return found
 
 
+def silent_raises(modules: House, errors: Collection[str]) -> list[str]:
+    """Errors whose message names a layer, or what is meant instead, and whose data do not."""
+    found = []
+    for module in modules.values():
+        for node in ast.walk(module.tree):
+            made = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            if not made or node.func.id not in errors or not node.args:  # type: ignore[attr-defined]
+                continue
+            given = {k.arg for k in node.keywords}  # type: ignore[attr-defined]
+            says = ast.unparse(node.args[0])  # type: ignore[attr-defined]
+            about = re.search(r"\{(\w+\.)?layer(!r)?\}|\{_name\(fm\)", says)
+            lacks = ["layer"] if about and not given & {"layer", None} else []
+            if re.search(r"did_you_mean\(|listed\(", says) and not given & {"candidates", None}:
+                lacks.append("candidates")
+            if lacks:
+                found.append(f"{module.path}: {' and '.join(lacks)} of {says[:60]}")
+    return found
+
+
 _FILE = re.compile(r"(?<![\w/.*-])([\w*-]+(?:/[\w*-]+)*\.py)\b")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fmapkit import errors
 from tests import architecture as a
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +100,6 @@ FOREIGN_STORES = {  # attributes of other objects that are written, by room
     "explain": 7,
     "instrumentation": 2,
     "integrations": 1,
-    "map": 4,
     "maps": 1,
     "paths": 34,
     "phi": 13,
@@ -170,6 +170,10 @@ def test_private_names_of_torch_are_in_one_package() -> None:
 
 def test_objects_write_their_own_attributes() -> None:
     only_shrinks(a.foreign_stores(HOUSE), FOREIGN_STORES)
+
+
+def test_errors_carry_what_they_say() -> None:
+    assert not a.silent_raises(HOUSE, errors.__all__)
 
 
 def _files() -> list[str]:
@@ -290,6 +294,18 @@ WRONG: list[tuple[Callable[[a.House], Any], dict[str, str], Any]] = [
             "torchlib.py": "import torch\ntorch._C._x()\n",
         },
         {"a": 2},
+    ),
+    (
+        lambda h: a.silent_raises(h, ["MapLookupError"]),
+        {
+            "a.py": "MapLookupError(f'no {layer!r}')\n"
+            "MapLookupError(f'no {x}{did_you_mean(x, y)}', layer=x)\n"
+            "MapLookupError(f'no {layer!r}, {listed(y)}', layer=layer, candidates=y)\n"
+        },
+        [
+            "fmapkit/a.py: layer of f'no {layer!r}'",
+            "fmapkit/a.py: candidates of f'no {x}{did_you_mean(x, y)}'",
+        ],
     ),
     (a.foreign_stores, {"a.py": "def f(self, o):\n    self.x = 1\n    o.x = o.y = 2\n"}, {"a": 2}),
 ]

@@ -15,7 +15,7 @@ from typing_extensions import Self
 from fmapkit.kinds import Kind
 from fmapkit.torchlib.sharded import ends_of, is_dtensor
 
-__all__ = ["AnyMap", "ReadableMap", "ReadableMaps", "plain_values"]
+__all__ = ["AnyMap", "ReadableMap", "ReadableMaps", "plain_values", "tags"]
 
 
 class ReadableMap(Protocol):
@@ -121,3 +121,8 @@ def plain_values(fm: ReadableMap) -> tuple[Tensor | None, str]:
     if tensor.is_floating_point() and tensor.element_size() == 1:
         tensor = tensor.float()  # torch computes nothing in eight bits
     return tensor, ""
+
+
+def tags(fm: ReadableMap) -> dict[str, Any]:
+    """What an error about a map says of it, as data."""
+    return {"layer": fm.layer, "kind": fm.kind, "call": fm.call, "step": fm.step}

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean
-from fmapkit.readable import AnyMap, ReadableMap
+from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean, near
+from fmapkit.readable import AnyMap, ReadableMap, tags
 
 __all__ = [
     "as_grid",
@@ -96,7 +96,8 @@ def sparsity(
     if measure not in known:
         hint = did_you_mean(measure, known) if isinstance(measure, str) else ""
         raise ArgumentError(
-            f"measure must be 'zeros', 'hoyer' or 'treves-rolls', not {measure!r}{hint}"
+            f"measure must be 'zeros', 'hoyer' or 'treves-rolls', not {measure!r}{hint}",
+            candidates=near(measure, known) or known,
         )
     values = _by_filter(fm).detach().movedim(1, 0).flatten(1).double()
     if measure == "zeros":
@@ -199,7 +200,8 @@ def as_grid(fm: AnyMap, rows: int, columns: int) -> AnyMap:
     if tokens < rows * columns:
         raise ArgumentError(
             f"a grid of {rows}×{columns} takes {rows * columns} tokens, and the {fm.kind} of layer "
-            f"{fm.layer!r} has {tokens}"
+            f"{fm.layer!r} has {tokens}",
+            **tags(fm),
         )
     return _as(fm, _unflattened(values[:, :, tokens - rows * columns :], rows, columns))
 
@@ -243,7 +245,9 @@ def _by_filter(fm: ReadableMap, locations: int | None = None) -> Tensor:
     if fm.filter_dim is None or fm.filters is None:
         raise FilterRangeError(
             f"the {fm.kind} of layer {fm.layer!r} has no single filter axis"
-            + (f"; it is filter {fm.filter} already" if fm.filter is not None else "")
+            + (f"; it is filter {fm.filter} already" if fm.filter is not None else ""),
+            filter=fm.filter,
+            **tags(fm),
         )
     tensor = fm.tensor
     dim = fm.filter_dim % tensor.dim()
@@ -252,7 +256,8 @@ def _by_filter(fm: ReadableMap, locations: int | None = None) -> Tensor:
         what = {1: "positions", 2: "rows and columns"}[locations]
         raise ArgumentError(
             f"the {fm.kind} of layer {fm.layer!r} has no {what}: its shape is "
-            f"{tuple(tensor.shape)}, with the filters along axis {dim}"
+            f"{tuple(tensor.shape)}, with the filters along axis {dim}",
+            **tags(fm),
         )
     return found
 

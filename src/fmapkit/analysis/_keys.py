@@ -15,6 +15,7 @@ from fmapkit.errors import (
     UnknownLayerError,
     did_you_mean,
     listed,
+    near,
 )
 from fmapkit.kinds import KINDS
 from fmapkit.selectors import selectors
@@ -131,7 +132,8 @@ class Groups(Generic[G]):
             fitting = [n for n in found if n.path == path]
             if not fitting:
                 raise MapLookupError(
-                    f"{found[0]} has no path {path!r}; seen: {listed(n.path for n in found)}"
+                    f"{found[0]} has no path {path!r}; seen: {listed(n.path for n in found)}",
+                    candidates=(n.path for n in found),
                 )
             found = fitting
         if len(found) > 1:
@@ -141,7 +143,12 @@ class Groups(Generic[G]):
             )
             raise AmbiguousMapError(
                 f"{self.what}[{key!r}] could mean {len(found)}: {choices}; choose with "
-                f"{self.what}.select(layer={layer!r}, nonlinearity=…, path=…)"
+                f"{self.what}.select(layer={layer!r}, nonlinearity=…, path=…)",
+                layer=layer,
+                kind=kind,
+                candidates=[
+                    {"kind": n.kind, "nonlinearity": n.nonlinearity, "path": n.path} for n in found
+                ],
             )
         return found[0]
 
@@ -156,22 +163,29 @@ class Groups(Generic[G]):
         if kind is not None and kind not in KINDS:
             hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
             raise KindNotCapturedError(
-                f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}"
+                f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}",
+                layer=parts[0],
+                candidates=near(kind, KINDS) or KINDS,
             )
         return parts[0], kind, parts[2] if len(parts) > 2 else None
 
     def _unknown(self, layer: str, kind: str | None) -> None:
         for (other, its), reason in self.missed.items():
             if other == layer and kind in (None, its):
-                raise UnknownLayerError(f"the {its} of layer {layer!r} was left out: {reason}")
+                raise UnknownLayerError(
+                    f"the {its} of layer {layer!r} was left out: {reason}", layer=layer
+                )
         if not self.names:
             raise NoPassError(
                 f"nothing of {layer!r} yet: no map has been seen; call the model inside "
-                f"`with capture(model, analyses=[{self.what}])` first"
+                f"`with capture(model, analyses=[{self.what}])` first",
+                layer=layer,
             )
         known = self.layers
         raise UnknownLayerError(
-            f"no layer {layer!r}{did_you_mean(layer, known)} (seen: {listed(known)})"
+            f"no layer {layer!r}{did_you_mean(layer, known)} (seen: {listed(known)})",
+            layer=layer,
+            candidates=near(layer, known) or known,
         )
 
     def _missing(self, layer: str, kind: str | None, there: list[Name]) -> None:
@@ -179,10 +193,16 @@ class Groups(Generic[G]):
         if kind is None or kind == "activation":
             raise NoActivationError(
                 f"no activation of layer {layer!r} has been seen: no nonlinearity follows it, or "
-                f"it was not captured; ask for {self.what}[{layer!r}, {kinds[0]!r}]"
+                f"it was not captured; ask for {self.what}[{layer!r}, {kinds[0]!r}]",
+                layer=layer,
+                kind="activation",
+                candidates=kinds,
             )
         raise KindNotCapturedError(
-            f"no {kind} of layer {layer!r} has been seen; seen of it: {listed(kinds)}"
+            f"no {kind} of layer {layer!r} has been seen; seen of it: {listed(kinds)}",
+            layer=layer,
+            kind=kind,
+            candidates=kinds,
         )
 
     def select(
@@ -195,7 +215,9 @@ class Groups(Generic[G]):
         """
         if kind is not None and kind not in KINDS:
             hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
-            raise ArgumentError(f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}")
+            raise ArgumentError(
+                f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}", candidates=KINDS
+            )
         chosen = None if layer is None else selectors(layer)
         return [
             n

@@ -76,7 +76,9 @@ def plot_dead(
         raise NoPassError("nothing to plot: no activation has been seen yet")
     found = dead.select(layers)
     if not found:
-        raise MapLookupError(f"nothing to plot: {layers!r} is none of {listed(dead.layers)}")
+        raise MapLookupError(
+            f"nothing to plot: {layers!r} is none of {listed(dead.layers)}", candidates=dead.layers
+        )
     shown = found[:max_layers]
     heights = [float(np.clip(0.06 * min(len(s), max_filters), 0.5, 2.0)) for s in shown]
     figure: Figure

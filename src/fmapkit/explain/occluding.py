@@ -27,6 +27,7 @@ from fmapkit.explain._passes import (
 from fmapkit.explain._progress import progress
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
+from fmapkit.readable import tags
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -254,7 +255,8 @@ class _WatchedMap:
         if values.shape[0] % samples or mask.shape[0] != samples:
             raise ArgumentError(
                 f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)}: its first axis "
-                "is not that of the samples"
+                "is not that of the samples",
+                **tags(fm),
             )
         apart = values.reshape(-1, *mask.shape)
         return (apart * mask).flatten(2).sum(2).flatten()

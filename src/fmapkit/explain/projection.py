@@ -22,6 +22,7 @@ from fmapkit.explain._passes import (
 )
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
+from fmapkit.readable import tags
 
 __all__ = ["project"]
 
@@ -146,7 +147,8 @@ def gradient_of(fm: FeatureMap, head: Tensor, x: Tensor, signal: Tensor) -> Tens
     if found is None:
         raise ArgumentError(
             f"no differentiable path leads from the input to the {fm.kind} of layer {fm.layer!r}: "
-            "the model detaches it, or runs there without gradients"
+            "the model detaches it, or runs there without gradients",
+            **tags(fm),
         )
     return found
 
@@ -205,7 +207,8 @@ class _Rectifiers:
         if not self.passed:
             raise ArgumentError(
                 f"method={self.method!r} says what ReLUs pass on, and there is none between the "
-                f"input and the {fm.kind} of layer {fm.layer!r}: use method='gradient'"
+                f"input and the {fm.kind} of layer {fm.layer!r}: use method='gradient'",
+                **tags(fm),
             )
 
 

@@ -109,7 +109,9 @@ class ReceptiveField:
         if not is_location(location, self.shape):
             raise ArgumentError(
                 f"box{location!r}: a location of the {self.kind} of layer {self.layer!r} is "
-                f"{len(self.shape)} ints, within {self.shape}"
+                f"{len(self.shape)} ints, within {self.shape}",
+                layer=self.layer,
+                kind=self.kind,
             )
         at = tuple(map(int, location))
         start, stop = self.starts[at].tolist(), self.stops[at].tolist()

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fmapkit.drawable import DrawableMap
-from fmapkit.errors import DistributedError, FilterRangeError
+from fmapkit.errors import DistributedError, FilterRangeError, FmapkitError, MapStateError
 from fmapkit.kinds import Kind
 from fmapkit.map.line import map_line
 from fmapkit.provenance import Heads, Lost, WeightRows
+from fmapkit.readable import tags
 from fmapkit.storage import Gradient, NotYet, Received, ValueCopies
 from fmapkit.torchlib.memory import parts_of
 from fmapkit.torchlib.sharded import Parts, is_dtensor, whole
@@ -105,7 +106,11 @@ class FeatureMap(DrawableMap):
             there = self._whole._along()
             return None if whole is None else whole.select(dim, there.index(self.filter))
         if self._gradient is not None:
-            return self._gradient.read(f"the {self.kind} of layer {self.layer!r}")
+            try:
+                return self._gradient.read(f"the {self.kind} of layer {self.layer!r}")
+            except MapStateError as error:
+                error.about(**tags(self))
+                raise
         tensor = self.tensor
         # torch warns of a look at the gradient of a tensor that was never going to have one.
         return tensor.grad if tensor.is_leaf or tensor.retains_grad else None
@@ -131,7 +136,7 @@ class FeatureMap(DrawableMap):
             MapOverwrittenError: the weight is another one now.
             DistributedError: other ranks have parts of it.
         """
-        return None if self._rows is None else self._rows.read("weight", self.filter)
+        return self._read_rows("weight")
 
     @property
     def bias(self) -> Tensor | None:
@@ -147,7 +152,14 @@ class FeatureMap(DrawableMap):
             MapOverwrittenError: the bias is another one now.
             DistributedError: other ranks have parts of it.
         """
-        return None if self._rows is None else self._rows.read("bias", self.filter)
+        return self._read_rows("bias")
+
+    def _read_rows(self, name: Literal["weight", "bias"]) -> Tensor | None:
+        try:
+            return None if self._rows is None else self._rows.read(name, self.filter)
+        except FmapkitError as error:
+            error.about(**tags(self), filter=self.filter)
+            raise
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The values as a NumPy array; bfloat16 and float8, which NumPy lacks, as float32.
@@ -189,7 +201,7 @@ class FeatureMap(DrawableMap):
         there = self._along()
         if isinstance(index, bool) or not isinstance(index, (int, np.integer)):
             raise FilterRangeError(
-                f"a filter is an int, not {index!r}; use .tensor to slice", **_tags(self)
+                f"a filter is an int, not {index!r}; use .tensor to slice", **tags(self)
             )
         index = int(index)
         wanted = index if index >= 0 else there[-1] + 1 + index
@@ -199,7 +211,7 @@ class FeatureMap(DrawableMap):
                 f"which holds {len(there)} filters ({_span(there)})",
                 filter=index,
                 candidates=there,
-                **_tags(self),
+                **tags(self),
             )
         assert self.filter_dim is not None
         if is_dtensor(self.tensor):  # torch would ask the other ranks
@@ -228,7 +240,7 @@ class FeatureMap(DrawableMap):
                 f"the {self.kind} of layer {self.layer!r} has no single filter axis"
                 + (f"; it is filter {self.filter} already" if self.filter is not None else ""),
                 filter=self.filter,
-                **_tags(self),
+                **tags(self),
             )
         return self.filters
 
@@ -249,7 +261,7 @@ class FeatureMap(DrawableMap):
                 f"the {self.kind} of layer {self.layer!r} is a plain tensor of this rank, behind a "
                 "weight that is spread over ranks: whether other ranks hold other parts of it is "
                 "known to the model alone; use .tensor",
-                **_tags(self),
+                **tags(self),
             )
         tensor, edited = (
             whole(t, parts.mesh, self.filter_dim, parts.total) if t is not None else None
@@ -350,13 +362,8 @@ def _of_several_ranks(fm: FeatureMap, why: str) -> DistributedError:
         f"the {fm.kind} of layer {fm.layer!r} is a DTensor over several ranks, and {why}: "
         "full() puts it together (every rank has to call it), .tensor.to_local() is this rank's "
         "part",
-        **_tags(fm),
+        **tags(fm),
     )
-
-
-def _tags(fm: FeatureMap) -> dict[str, Any]:
-    """What an error about a map says of it, as data."""
-    return {"layer": fm.layer, "kind": fm.kind, "call": fm.call, "step": fm.step}
 
 
 def _span(filters: range | tuple[int, ...]) -> str:

@@ -35,8 +35,7 @@ def read_map(at: Pass, entry: MapRecord, made: bool = False) -> FeatureMap:
         if entry.edited is not None:
             edited = entry.edited.read(f"the edit of {what}")
     except MapStateError as error:
-        error.layer, error.kind = origin.name, entry.kind
-        error.call, error.step = origin.call, at.step
+        error.about(layer=origin.name, kind=entry.kind, call=origin.call, step=at.step)
         raise
     if axes is not None and entry.picked is None and type(tensor) is Tensor:
         axes = axes.fitted(tensor.shape)

@@ -93,7 +93,9 @@ def write_maps(
         known = maps.layers
         if not known:
             raise NoPassError("nothing to show: no maps are held; run the model in the block first")
-        raise MapLookupError(f"nothing to show: {layers!r} is none of {listed(known)}")
+        raise MapLookupError(
+            f"nothing to show: {layers!r} is none of {listed(known)}", candidates=known
+        )
     if image is not None and mean is not None and std is not None:
         image = unnormalised(torch.as_tensor(image), mean, std)
     sections = [*_image(image, sample), _table(maps)]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError
-from fmapkit.readable import ReadableMap
+from fmapkit.readable import ReadableMap, tags
 from fmapkit.torchlib.sharded import is_dtensor
 
 __all__ = ["Facts", "Form", "Tiles", "tiles_of"]
@@ -135,7 +135,8 @@ def _by_filter(fm: ReadableMap, tensor: Tensor, sample: int) -> tuple[Tensor, st
         if not -count <= sample < count:
             raise ArgumentError(
                 f"sample {sample} is out of range: the {fm.kind} of layer {fm.layer!r} has shape "
-                f"{tuple(tensor.shape)}, so {count} samples"
+                f"{tuple(tensor.shape)}, so {count} samples",
+                **tags(fm),
             )
         tensor = tensor.select(0, sample)
         axis = axis - 1 if axis is not None else None

@@ -17,6 +17,7 @@ from fmapkit.map import FeatureMap
 from fmapkit.maps import FeatureMaps
 from fmapkit.patching._inputs import ModelInputs, rows
 from fmapkit.patching._pieces import Key, PatchPiece, key_of, named
+from fmapkit.readable import tags
 
 __all__ = ["Runs"]
 
@@ -68,7 +69,9 @@ class Runs:
             where = self._where
             raise ArgumentError(
                 f"layers={where.layer!r}: none of these has an {where.kind} in this run"
-                + (f" at path {where.path!r}" if where.path is not None else "")
+                + (f" at path {where.path!r}" if where.path is not None else ""),
+                layer=where.layer if isinstance(where.layer, str) else None,
+                kind=where.kind,
             )
         return metric
 
@@ -129,7 +132,8 @@ class Runs:
         if fm.shape[0] != count * samples:
             raise ArgumentError(
                 f"batch_size > 1 runs {count} copies of {samples} samples at once, along the "
-                f"first axis, and the {fm.kind} of {fm.layer!r} has shape {tuple(fm.shape)}"
+                f"first axis, and the {fm.kind} of {fm.layer!r} has shape {tuple(fm.shape)}",
+                **tags(fm),
             )
         return dataclasses.replace(fm, tensor=fm.tensor[copy * samples : (copy + 1) * samples])
 

@@ -250,9 +250,11 @@ def _features(phi: FeatureFunction, inputs: Any, count: int, batch_size: int) ->
     found = {layer: torch.cat(xs) for layer, xs in parts.items()}
     for layer, x in found.items():
         if len(x) != count:
-            raise ArgumentError(f"layer {layer!r} has {len(x)} features of {count} samples")
+            raise ArgumentError(
+                f"layer {layer!r} has {len(x)} features of {count} samples", layer=layer
+            )
         if not x.isfinite().all():
-            raise ArgumentError(f"features of layer {layer!r} are not all finite")
+            raise ArgumentError(f"features of layer {layer!r} are not all finite", layer=layer)
     return found
 
 

@@ -193,10 +193,11 @@ def _collect(
     for layer, matrix in features.items():
         if len(matrix) != len(y):
             raise ArgumentError(
-                f"probe has {len(y)} labels, and {len(matrix)} samples of layer {layer!r}"
+                f"probe has {len(y)} labels, and {len(matrix)} samples of layer {layer!r}",
+                layer=layer,
             )
         if not np.isfinite(matrix).all():
-            raise ArgumentError(f"features of layer {layer!r} are not all finite")
+            raise ArgumentError(f"features of layer {layer!r} are not all finite", layer=layer)
     return features, y
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean
-from fmapkit.readable import ReadableMap
+from fmapkit.readable import ReadableMap, tags
 from fmapkit.views import as_grid, strongest, unnormalised, upsampled
 
 __all__ = ["Choice", "Picture", "chosen", "of_map", "of_weights", "pixels"]
@@ -68,7 +68,10 @@ def chosen(fm: ReadableMap, filters: Choice, sample: int, limit: int) -> list[in
     if isinstance(filters, str):
         if filters != "strongest":
             hint = did_you_mean(filters, ["strongest"])
-            raise ArgumentError(f"filters must be ints or 'strongest', not {filters!r}{hint}")
+            raise ArgumentError(
+                f"filters must be ints or 'strongest', not {filters!r}{hint}",
+                candidates=["strongest"],
+            )
         return strongest(fm, limit, sample=_sample(fm, sample))
     wanted = [filters] if isinstance(filters, int) else list(filters)
     return [_number(fm[index]) for index in wanted[:limit]]
@@ -118,7 +121,11 @@ def of_map(
     tensor = fm.tensor.detach()
     one_filter = fm.filter is not None
     if one_filter and filters is not None:
-        raise FilterRangeError(f"it is filter {fm.filter} already: filters= chooses among all")
+        raise FilterRangeError(
+            f"it is filter {fm.filter} already: filters= chooses among all",
+            filter=fm.filter,
+            **tags(fm),
+        )
     # Filters on axis 0 are those of an unbatched layer; else the samples lie there.
     axis: int | None = (0 if tensor.ndim else None) if one_filter else fm.filter_dim
     if not one_filter:
@@ -273,7 +280,8 @@ def check_sample(fm: ReadableMap, sample: int, count: int) -> None:
     if not -count <= sample < count:
         raise ArgumentError(
             f"sample {sample} is out of range: the {fm.kind} of layer {fm.layer!r} has shape "
-            f"{tuple(fm.tensor.shape)}, so {count} samples"
+            f"{tuple(fm.tensor.shape)}, so {count} samples",
+            **tags(fm),
         )
 
 

@@ -10,7 +10,7 @@ from fmapkit.plot import _pictures as pictures
 from fmapkit.plot._draw import WIDTH, columns_of, draw, draw_image, size_of
 from fmapkit.plot._figure import check_positive, entitle, figures
 from fmapkit.plot._pictures import Array, Choice, Picture
-from fmapkit.readable import ReadableMap, ReadableMaps
+from fmapkit.readable import ReadableMap, ReadableMaps, tags
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,7 +139,9 @@ def plot_maps(
         known = maps.layers
         if not known:
             raise NoPassError("nothing to plot: no maps are held; run the model in the block first")
-        raise MapLookupError(f"nothing to plot: {layers!r} is none of {listed(known)}")
+        raise MapLookupError(
+            f"nothing to plot: {layers!r} is none of {listed(known)}", candidates=known
+        )
     shown = list(groups.values())[:max_layers]
     rows: list[_Row] = []
     for group in shown:
@@ -199,14 +201,16 @@ def _weights(fm: ReadableMap, picture: Picture) -> Picture:
     weight = fm.weight
     if weight is None:
         raise ArgumentError(
-            f"weights=True: no layer with weights made the {fm.kind} of layer {fm.layer!r}"
+            f"weights=True: no layer with weights made the {fm.kind} of layer {fm.layer!r}",
+            **tags(fm),
         )
     if fm.filter is not None:
         return pictures.of_weights(weight.unsqueeze(0), [fm.filter], 1)
     if fm.filters is None:
         raise ArgumentError(
             f"weights=True: the filters of the {fm.kind} of layer {fm.layer!r} lie along several "
-            "axes; fm.weight has their weights"
+            "axes; fm.weight has their weights",
+            **tags(fm),
         )
     places = [fm.filters.index(label) for label in picture.labels]
     return pictures.of_weights(weight[places], picture.labels, len(fm.filters))

@@ -12,7 +12,7 @@ from torch import Tensor
 from fmapkit.analysis.similarity.hsic import LEAST, Gram
 from fmapkit.analysis.similarity.labels import MapTag, labels
 from fmapkit.analysis.similarity.pairs import Pairs
-from fmapkit.errors import ArgumentError, NoPassError, UnknownLayerError, did_you_mean, listed
+from fmapkit.errors import ArgumentError, NoPassError, UnknownLayerError, did_you_mean, listed, near
 from fmapkit.readable import plain_values
 from fmapkit.tables import text_table
 
@@ -236,7 +236,9 @@ class Similarity:
             if name not in known:
                 why = f": {self.missed[name]}" if name in self.missed else ""
                 raise UnknownLayerError(
-                    f"no layer {name!r}{did_you_mean(name, known)} (seen: {listed(known)}){why}"
+                    f"no layer {name!r}{did_you_mean(name, known)} (seen: {listed(known)}){why}",
+                    layer=name,
+                    candidates=near(name, known) or known,
                 )
             places.append(known.index(name))
         return float(self.cka[places[0], places[1]])

@@ -127,7 +127,9 @@ class TopInputs(ByLayer[_TopGroup, LayerTops]):
         for kind in self.kinds:
             if kind not in _KINDS:
                 hint = did_you_mean(kind, _KINDS) if isinstance(kind, str) else ""
-                raise ArgumentError(f"kinds takes some of {listed(_KINDS)}, not {kind!r}{hint}")
+                raise ArgumentError(
+                    f"kinds takes some of {listed(_KINDS)}, not {kind!r}{hint}", candidates=_KINDS
+                )
         self._groups: Groups[_TopGroup] = Groups("top")
         self._counter = _Counter()
 
