@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,9 @@ from fmapkit.kinds import Kind
 from fmapkit.maps import FeatureMap, FeatureMaps
 from fmapkit.model import Names, unwrap
 from fmapkit.selection import EarlyStop, Selection
-from fmapkit.session import Analyses, CaptureConfig, Session
+from fmapkit.session import Analyses, Analysis, CaptureConfig, Session
 from fmapkit.storage import Budget, StorageConversion, policy
 from fmapkit.torchlib.compiled_modules import compiled_roots, plain
-
-if TYPE_CHECKING:
-    from fmapkit.analysis import Analysis
 
 __all__ = ["capture"]
 

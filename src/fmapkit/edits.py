@@ -24,6 +24,7 @@ from torch import Tensor
 from fmapkit.editing import Where, part_of
 from fmapkit.errors import ArgumentError, EditError
 from fmapkit.map import FeatureMap
+from fmapkit.readable import tags
 
 __all__ = [
     "Where",
@@ -114,7 +115,9 @@ def noise(std: float, *, seed: int | None = None) -> Edit:
 
     def edit(fm: FeatureMap) -> Tensor:
         if not fm.dtype.is_floating_point:
-            raise EditError(f"noise() takes floating-point values, and {_name(fm)} has {fm.dtype}")
+            raise EditError(
+                f"noise() takes floating-point values, and {_name(fm)} has {fm.dtype}", **tags(fm)
+            )
         generator = None
         if seed is not None:
             generator = torch.Generator(fm.device)
@@ -208,7 +211,8 @@ def swap(batch: Sequence[int] | Tensor) -> Edit:
         samples = fm.shape[0] if fm.tensor.dim() else 0
         if len(order) != samples or int(order.max()) >= samples or int(order.min()) < -samples:
             raise EditError(
-                f"swap({order.tolist()}) does not fit the {samples} samples of {_name(fm)}"
+                f"swap({order.tolist()}) does not fit the {samples} samples of {_name(fm)}",
+                **tags(fm),
             )
         return fm.tensor[order.to(fm.device)]
 
@@ -229,7 +233,7 @@ def _fitted(value: Tensor | float, fm: FeatureMap) -> Tensor:
         other.expand(fm.shape)
     except RuntimeError:
         raise EditError(
-            f"a value of shape {tuple(other.shape)} does not fit {_name(fm)[:-1]}"
+            f"a value of shape {tuple(other.shape)} does not fit {_name(fm)[:-1]}", **tags(fm)
         ) from None
     return other
 
@@ -244,7 +248,8 @@ def _axis(fm: FeatureMap, count: int, what: str) -> int:
         if shape[fm.filter_dim] != count:
             raise EditError(
                 f"{what} of {count} values has one for each filter, and {_name(fm)} has "
-                f"{shape[fm.filter_dim]} filters along axis {fm.filter_dim}"
+                f"{shape[fm.filter_dim]} filters along axis {fm.filter_dim}",
+                **tags(fm),
             )
         return fm.filter_dim
     last = len(shape) - 1
@@ -252,5 +257,6 @@ def _axis(fm: FeatureMap, count: int, what: str) -> int:
         return last
     raise EditError(
         f"{what} of {count} values lies along the axis of filters, and of {_name(fm)} the data "
-        "does not tell which axis that is: say it with edits.Where(..., filter_axis=-1)"
+        "does not tell which axis that is: say it with edits.Where(..., filter_axis=-1)",
+        **tags(fm),
     )

@@ -32,10 +32,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fmapkit.checking import NonFinite
+from typing_extensions import Self
+
+from fmapkit.nonfinite import NonFinite
 
 __all__ = [
     "AmbiguousMapError",
@@ -95,6 +96,13 @@ class FmapkitError(Exception):
         self.step = step
         self.candidates: tuple[Any, ...] = tuple(candidates)
         self.bytes = bytes
+
+    def about(self, **data: Any) -> Self:
+        """The same error; what it does not say yet of these, it says now."""
+        for name, value in data.items():
+            if getattr(self, name) in (None, ()):
+                setattr(self, name, tuple(value) if name == "candidates" else value)
+        return self
 
     def __str__(self) -> str:
         # KeyError would print the repr of the message, quotes and all.

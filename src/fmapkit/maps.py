@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError, CaptureStateError, did_you_mean, listed, near
-from fmapkit.kinds import KINDS, Kind
-from fmapkit.lookup import Found, check_held, check_only_names, find, gather, parse, table
-from fmapkit.map import FeatureMap, nbytes_of, read_map
-from fmapkit.saving import KeptEntry, KeptSession, Snapshot, snapshot_of
-from fmapkit.selection import LayerSelection
+from fmapkit.drawable import DrawableMaps
+from fmapkit.errors import ArgumentError, CaptureStateError
+from fmapkit.kinds import Kind
+from fmapkit.lookup import (
+    choose,
+    every,
+    find,
+    gather,
+    latest,
+    maps_as_html,
+    maps_as_text,
+    parse,
+    pass_number,
+    read,
+)
+from fmapkit.map import FeatureMap, nbytes_of
+from fmapkit.saving import KeptSession, Snapshot, load, save, snapshot_of
 from fmapkit.storage import MapRecord, Pass
-from fmapkit.torchlib.sharded import Parts, is_dtensor, splits
 
 if TYPE_CHECKING:
     import os
-    from pathlib import Path
-
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from fmapkit.checking import NonFinite
     from fmapkit.missed import Missed
@@ -34,7 +39,7 @@ __all__ = ["FeatureMap", "FeatureMaps"]
 Key = str | tuple[str, Kind] | tuple[str, Kind, int]
 
 
-class FeatureMaps:
+class FeatureMaps(DrawableMaps):
     """The maps of a capture; readable during the block and after it.
 
     A look-up (`maps[layer]`, `maps[layer, kind]`, `maps[layer, kind, filter]`) and iteration read
@@ -50,34 +55,23 @@ class FeatureMaps:
 
     # -- the latest pass ----------------------------------------------------------------------
 
-    def _latest(self) -> list[Found]:
-        latest = self._session.store.latest()
-        return self._of(latest) if latest is not None else []
-
-    def _every(self) -> list[Found]:
-        return [found for p in self._session.store for found in self._of(p)]
-
-    def _of(self, at: Pass) -> list[Found]:
-        asked = self._session.wants.asked
-        return [(at, e) for e in at.entries() if asked(e.kind, e.origin.name)]
-
     def __iter__(self) -> Iterator[FeatureMap]:
         """Every map of the latest pass, in execution order."""
-        for at, entry in self._latest():
-            yield self._read(at, entry)
+        for at, entry in latest(self._session):
+            yield read(self._session, at, entry)
 
     def __len__(self) -> int:
         """How many maps the latest pass holds."""
-        return len(self._latest())
+        return len(latest(self._session))
 
     @property
     def layers(self) -> list[str]:
         """The layers that have maps in the latest pass, in execution order."""
-        return list(dict.fromkeys(e.origin.name for _, e in self._latest()))
+        return list(dict.fromkeys(e.origin.name for _, e in latest(self._session)))
 
     def __contains__(self, layer: object) -> bool:
         name = self._session.names.canonical(layer) if isinstance(layer, str) else layer
-        return any(e.origin.name == name for _, e in self._latest())
+        return any(e.origin.name == name for _, e in latest(self._session))
 
     def keys(self) -> list[tuple[str, Kind]]:
         """What can be looked up in the latest pass: each (layer, kind) once, in execution order.
@@ -96,7 +90,7 @@ class FeatureMaps:
 
     def _ipython_key_completions_(self) -> list[Any]:
         """What IPython and Jupyter offer after `maps[`."""
-        kinds = dict.fromkeys((e.origin.name, e.kind) for _, e in self._latest())
+        kinds = dict.fromkeys((e.origin.name, e.kind) for _, e in latest(self._session))
         return [*self.layers, *kinds]
 
     def __getitem__(self, key: Key) -> FeatureMap:
@@ -117,7 +111,7 @@ class FeatureMaps:
             FilterRangeError: it has no such filter.
         """
         layer, kind, index = parse(key)
-        result = self._read(*find(self._session, layer, kind, self._latest()))
+        result = read(self._session, *find(self._session, layer, kind, latest(self._session)))
         return result if index is None else result[index]
 
     # -- every pass that is kept --------------------------------------------------------------
@@ -152,59 +146,11 @@ class FeatureMaps:
             ArgumentError: an argument is of no allowed form.
             UnknownLayerError: a name or a pattern in `layers` means no layer that has maps.
         """
-        if kind is not None and kind not in KINDS:
-            raise ArgumentError(
-                f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; the kinds are {listed(KINDS)}",
-                candidates=near(kind, KINDS) or KINDS,
-            )
-        if training is not None and not isinstance(training, bool):
-            raise ArgumentError(f"training must be True, False or None, not {training!r}")
         if layer is not None and layers is not None:
             raise ArgumentError("layer= and layers= are the same: give one of them")
-        chosen = self._chosen(layers if layer is None else layer)
-        step = self._step(step)
-        found = []
-        for at, entry in self._every():
-            name = entry.origin.name
-            if kind is not None and entry.kind != kind:
-                continue
-            if step is not None and at.step != step:
-                continue
-            if training is not None and at.training != training:
-                continue
-            if call is not None and entry.origin.call != call:
-                continue
-            if nonlinearity is not None and entry.sigma != nonlinearity:
-                continue
-            if path is not None and entry.path != path:
-                continue
-            if chosen is not None and not chosen.layer(name):
-                continue
-            result = self._read(at, entry)
-            if filter is not None:
-                if result.filters is None or filter not in result.filters:
-                    continue
-                result = result[filter]
-            found.append(result)
-        return found
-
-    def _chosen(self, layers: Any) -> LayerSelection | None:
-        if layers is None:
-            return None
-        session = self._session
-        chosen = LayerSelection(session.names, layers)
-        if isinstance(session, KeptSession):
-            check_only_names(chosen)
-        labels = dict.fromkeys(e.origin.name for _, e in self._every())
-        check_held(chosen, session.names, list(labels), session.wants.layer)
-        return chosen
-
-    def _step(self, step: int | None) -> int | None:
-        """A pass by its number; -1 is the latest of those kept."""
-        held = [p.step for p in self._session.store]
-        if step is not None and step < 0:
-            return held[step] if -step <= len(held) else -1
-        return step
+        layers = layers if layer is None else layer
+        wanted = (kind, filter, call, step, nonlinearity, path, training)
+        return list(choose(self._session, layers, *wanted))
 
     def gather(
         self,
@@ -247,47 +193,21 @@ class FeatureMaps:
 
         def mine() -> FeatureMap:
             name, wanted, _ = parse((layer,) if kind is None else (layer, kind))
-            at = self._step(step)
-            entries = self._latest()
+            at = pass_number(self._session, step)
+            entries = latest(self._session)
             if at is not None:
-                entries = [p for p in self._every() if p[0].step == at]
+                entries = [p for p in every(self._session) if p[0].step == at]
             if call is not None:
                 entries = [p for p in entries if p[1].origin.call == call]
-            found = self._read(*find(self._session, name, wanted, entries))
+            found = read(self._session, *find(self._session, name, wanted, entries))
             return found if filter is None else found[filter]
 
         asked = ", ".join(repr(v) for v in (layer, kind, filter) if v is not None)
         return gather(mine, dim, dst, group, asked)
 
-    def _read(self, at: Pass, entry: MapRecord, made: bool = False) -> FeatureMap:
-        if isinstance(entry, KeptEntry):
-            return entry.map
-        result = read_map(at, entry, made)
-        parts = self._parts(entry, result)
-        return result if parts is None else replace(result, parts=parts)
-
     def _shown(self, at: Pass, entry: MapRecord) -> FeatureMap:
         """As an analysis sees it."""
-        return self._read(at, entry, made=True)
-
-    def _parts(self, entry: MapRecord, found: FeatureMap) -> Parts | None:
-        """Whether the tensor may be one rank's part: where the layer's weights are `DTensor`s."""
-        names = self._session.names
-        module = names.module_of(entry.origin.name)
-        if module is None or is_dtensor(found.tensor):
-            return None
-        spread = [p for p in names.parameters_of(module).values() if is_dtensor(p)]
-        if not spread:
-            return None
-        weight: Any = spread[0]
-        mesh = weight.device_mesh
-        if mesh.size() == 1 or (names.lent and mesh.ndim == 1):
-            return None  # FSDP spreads it between passes only: the layer runs with the whole weight
-        mesh, total = splits(weight), weight.shape[0]
-        cut = found.filters is not None and len(found.filters) < total
-        if mesh is None or not cut or entry.picked is not None:
-            return Parts(unknown=True)
-        return Parts(mesh, total)
+        return read(self._session, at, entry, made=True)
 
     @property
     def nbytes(self) -> int:
@@ -302,7 +222,7 @@ class FeatureMaps:
         """
         copied = {
             id(e.held.tensor): nbytes_of(e.held.tensor)
-            for _, e in self._latest()
+            for _, e in latest(self._session)
             if e.held is not None and e.held.copied and e.held.tensor is not None
         }
         return sum(copied.values())
@@ -356,7 +276,7 @@ class FeatureMaps:
         """
         from fmapkit.checking import first_nonfinite
 
-        return first_nonfinite(self._read(*found) for found in self._every())
+        return first_nonfinite(read(self._session, *found) for found in every(self._session))
 
     # -- to keep ------------------------------------------------------------------------------
 
@@ -372,9 +292,7 @@ class FeatureMaps:
             MapStateError: a map cannot be read any more.
             DistributedError: a map is a `DTensor`.
         """
-        from fmapkit.saving import safetensors
-
-        safetensors.save(self._snapshot(), path)
+        save(self._snapshot(), path)
 
     @classmethod
     def load(
@@ -393,12 +311,10 @@ class FeatureMaps:
             FileNotFoundError: there is no such file.
             ArgumentError: it is no file that `save` wrote, or of a later version.
         """
-        from fmapkit.saving import safetensors
-
-        return cls(KeptSession(safetensors.load(path, device)))
+        return cls(KeptSession(load(path, device)))
 
     def _snapshot(self) -> Snapshot:
-        return snapshot_of(self._session, self._read)
+        return snapshot_of(self._session, read)
 
     def __copy__(self) -> FeatureMaps:
         return FeatureMaps(KeptSession(self._snapshot()))
@@ -412,131 +328,10 @@ class FeatureMaps:
     # -- to look at ---------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        return table.text(self)
+        return maps_as_text(self._session)
 
     def _repr_html_(self) -> str:
-        return table.html(self)
-
-    def plot(
-        self,
-        layers: Any = None,
-        *,
-        sample: int = 0,
-        filters: int | Iterable[int] | Literal["strongest"] | None = None,
-        max_filters: int = 8,
-        max_layers: int = 16,
-        grid: tuple[int, int] | None = None,
-        weights: bool = False,
-        image: Any = None,
-        mean: float | Sequence[float] | None = None,
-        std: float | Sequence[float] | None = None,
-        title: str | None = None,
-    ) -> Figure:
-        """Draw z and a of each layer by filter (extra: `plot`).
-
-        Arguments, result and errors are those of `fmapkit.plot.plot_maps`.
-        """
-        from fmapkit.plot import plot_maps
-
-        return plot_maps(
-            self,
-            layers,
-            sample=sample,
-            filters=filters,
-            max_filters=max_filters,
-            max_layers=max_layers,
-            grid=grid,
-            weights=weights,
-            image=image,
-            mean=mean,
-            std=std,
-            title=title,
-        )
-
-    def plot_filters(
-        self,
-        layer: str,
-        ax: Axes | None = None,
-        *,
-        filters: int | Iterable[int] | None = None,
-        max_filters: int = 96,
-        columns: int | None = None,
-        shape: Sequence[int] | None = None,
-        scale: Literal["layer", "filter"] = "layer",
-    ) -> Figure:
-        """Draw the weights of a layer's filters (extra: `plot`).
-
-        Arguments, result and errors are those of `fmapkit.plot.plot_filters`.
-        """
-        from fmapkit.plot import plot_filters
-
-        return plot_filters(
-            self,
-            layer,
-            ax,
-            filters=filters,
-            max_filters=max_filters,
-            columns=columns,
-            shape=shape,
-            scale=scale,
-        )
-
-    def to_html(
-        self,
-        path: str | os.PathLike[str],
-        layers: Any = None,
-        *,
-        image: Any = None,
-        sample: int = 0,
-        max_filters: int = 1024,
-        max_side: int = 56,
-        grid: tuple[int, int] | None = None,
-        mean: float | Sequence[float] | None = None,
-        std: float | Sequence[float] | None = None,
-        analyses: Any = (),
-        title: str | None = None,
-    ) -> Path:
-        """Write the latest pass as a page to share, one self-contained HTML file.
-
-        Args:
-            path: of the file; what is there is written over.
-            layers: which layers: anything that `select(layer=...)` takes; None for all.
-            image: what the model was given: (H, W), (C, H, W) or a batch (N, C, H, W), of one or
-                three channels.
-            sample: which sample of the batch.
-            max_filters: how many filters of a map go in; of more, those with the highest |value|.
-            max_side: larger images go in as means of blocks of pixels, in pixels a side.
-            grid: of maps of tokens that are patches of an image: their rows and columns. Tokens
-                before these, such as the class token, are left out.
-            mean: of the image's channels, where it was normalised by it; with `std`.
-            std: of the image's channels.
-            analyses: analyses and Matplotlib figures that go in below the maps.
-            title: of the page.
-
-        Returns:
-            The path.
-
-        Raises:
-            NoPassError: there are no maps yet.
-            MapLookupError: `layers` selects none of the captured ones.
-            MapStateError: a map cannot be read any more.
-            ArgumentError: there is no such sample, a number is not positive, no map has the tokens
-                of `grid`, or the image has another shape.
-        """
-        from fmapkit import page
-
-        return page.write_maps(
-            *(self, path, layers),
-            image=image,
-            sample=sample,
-            max_filters=max_filters,
-            max_side=max_side,
-            grid=grid,
-            mean=mean,
-            std=std,
-            analyses=analyses,
-            title=title,
-        )
+        return maps_as_html(self._session)
 
 
 def _of_snapshot(snapshot: Snapshot) -> FeatureMaps:

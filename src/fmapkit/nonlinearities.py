@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmapkit.errors import ArgumentError
+from fmapkit.torchlib.operators import NATIVE, native
 
 __all__ = ["register_nonlinearity"]
 
@@ -87,7 +88,7 @@ _ALIASES = {
     "true_divide": "div",
 }
 _OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-_PLACES = (torch, Tensor, F, torch._C._nn, torch.special, torch._C._VariableFunctions)
+_PLACES = (torch, Tensor, F, NATIVE[0], torch.special, NATIVE[1])
 
 
 def _with_these_names(names: Iterable[str]) -> set[Any]:
@@ -252,7 +253,7 @@ def patched_name(module: nn.Module) -> str:
 def _is_torchs(function: Any) -> bool:
     """Whether torch hands a function's calls to modes; `torch.cos_` it keeps in no list."""
     name = getattr(function, "__name__", "")
-    return function in _overridable() or getattr(torch._C._VariableFunctions, name, 0) is function
+    return function in _overridable() or native(name) is function
 
 
 def _overridable() -> set[Any]:

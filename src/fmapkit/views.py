@@ -7,15 +7,14 @@ under the same tags.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean
-from fmapkit.map import FeatureMap
+from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean, near
+from fmapkit.readable import AnyMap, ReadableMap, tags
 
 __all__ = [
     "as_grid",
@@ -27,7 +26,7 @@ __all__ = [
 ]
 
 
-def contrast_normalised(fm: FeatureMap, size: int = 9, sigma: float | None = None) -> FeatureMap:
+def contrast_normalised(fm: AnyMap, size: int = 9, sigma: float | None = None) -> AnyMap:
     """The maps of a layer after local contrast normalisation across them.
 
     From each value the weighted mean around it is taken, over all maps of the layer; the rest is
@@ -75,7 +74,7 @@ def contrast_normalised(fm: FeatureMap, size: int = 9, sigma: float | None = Non
 
 
 def sparsity(
-    fm: FeatureMap, measure: Literal["zeros", "hoyer", "treves-rolls"] = "zeros"
+    fm: ReadableMap, measure: Literal["zeros", "hoyer", "treves-rolls"] = "zeros"
 ) -> Tensor:
     """How sparse each filter's map is, over all samples and locations; 1 is the sparsest.
 
@@ -97,7 +96,8 @@ def sparsity(
     if measure not in known:
         hint = did_you_mean(measure, known) if isinstance(measure, str) else ""
         raise ArgumentError(
-            f"measure must be 'zeros', 'hoyer' or 'treves-rolls', not {measure!r}{hint}"
+            f"measure must be 'zeros', 'hoyer' or 'treves-rolls', not {measure!r}{hint}",
+            candidates=near(measure, known) or known,
         )
     values = _by_filter(fm).detach().movedim(1, 0).flatten(1).double()
     if measure == "zeros":
@@ -110,7 +110,7 @@ def sparsity(
 
 
 def strongest(
-    fm: FeatureMap,
+    fm: ReadableMap,
     count: int | None = None,
     *,
     sample: int | None = None,
@@ -146,7 +146,7 @@ def strongest(
     return [fm.filters[i] for i in order[:count]]
 
 
-def upsampled(fm: FeatureMap, size: int | Sequence[int], mode: str = "bilinear") -> FeatureMap:
+def upsampled(fm: AnyMap, size: int | Sequence[int], mode: str = "bilinear") -> AnyMap:
     """The map, brought to the size of what the model was given, to be laid over it.
 
     It is stretched as `torch.nn.functional.interpolate` does, so that the corners of both lie on
@@ -176,7 +176,7 @@ def upsampled(fm: FeatureMap, size: int | Sequence[int], mode: str = "bilinear")
     return _as(fm, F.interpolate(values, size=wanted, mode=mode, align_corners=corners))
 
 
-def as_grid(fm: FeatureMap, rows: int, columns: int) -> FeatureMap:
+def as_grid(fm: AnyMap, rows: int, columns: int) -> AnyMap:
     """The tokens of a vision transformer as the image that they were cut from.
 
     Args:
@@ -200,7 +200,8 @@ def as_grid(fm: FeatureMap, rows: int, columns: int) -> FeatureMap:
     if tokens < rows * columns:
         raise ArgumentError(
             f"a grid of {rows}×{columns} takes {rows * columns} tokens, and the {fm.kind} of layer "
-            f"{fm.layer!r} has {tokens}"
+            f"{fm.layer!r} has {tokens}",
+            **tags(fm),
         )
     return _as(fm, _unflattened(values[:, :, tokens - rows * columns :], rows, columns))
 
@@ -234,7 +235,7 @@ def unnormalised(
     return result if images.dim() > 2 else result.squeeze(0)
 
 
-def _by_filter(fm: FeatureMap, locations: int | None = None) -> Tensor:
+def _by_filter(fm: ReadableMap, locations: int | None = None) -> Tensor:
     """(samples, filters, *locations); a view.
 
     Raises:
@@ -244,7 +245,9 @@ def _by_filter(fm: FeatureMap, locations: int | None = None) -> Tensor:
     if fm.filter_dim is None or fm.filters is None:
         raise FilterRangeError(
             f"the {fm.kind} of layer {fm.layer!r} has no single filter axis"
-            + (f"; it is filter {fm.filter} already" if fm.filter is not None else "")
+            + (f"; it is filter {fm.filter} already" if fm.filter is not None else ""),
+            filter=fm.filter,
+            **tags(fm),
         )
     tensor = fm.tensor
     dim = fm.filter_dim % tensor.dim()
@@ -253,7 +256,8 @@ def _by_filter(fm: FeatureMap, locations: int | None = None) -> Tensor:
         what = {1: "positions", 2: "rows and columns"}[locations]
         raise ArgumentError(
             f"the {fm.kind} of layer {fm.layer!r} has no {what}: its shape is "
-            f"{tuple(tensor.shape)}, with the filters along axis {dim}"
+            f"{tuple(tensor.shape)}, with the filters along axis {dim}",
+            **tags(fm),
         )
     return found
 
@@ -264,8 +268,7 @@ def _unflattened(values: Tensor, rows: int, columns: int) -> Tensor:
     return values.as_strided(shape, (*stride[:2], stride[2] * columns, stride[2]))
 
 
-def _as(fm: FeatureMap, values: Tensor) -> FeatureMap:
+def _as(fm: AnyMap, values: Tensor) -> AnyMap:
     """The same map with other values, (samples, filters, *locations)."""
     unbatched = fm.filter_dim is not None and fm.filter_dim % fm.tensor.dim() == 0
-    tensor, dim = (values.squeeze(0), 0) if unbatched else (values, 1)
-    return replace(fm, tensor=tensor, filter_dim=dim, edited=None, parts=None, _gradient=None)
+    return fm.with_values(values.squeeze(0), 0) if unbatched else fm.with_values(values, 1)

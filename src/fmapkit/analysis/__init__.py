@@ -1,5 +1,11 @@
 """Running analyses: they see every captured map, and keep none.
 
+    analysis.update(fm)          dead.py, statistics.py, top/, similarity/   one map, as it is made
+      -> ByLayer, Groups           _by_layer.py, _keys.py    whose sums the map goes to
+      -> sums                      _moments.py, top/strongest.py, similarity/pairs.py
+    analysis["conv1"], a table   summary.py, firings.py, top/layer_tops.py, _tables.py
+    analysis.plot(), a page      dead_plot.py, similarity/plot.py, page_sections.py
+
 Pass them to `capture(model, analyses=[...])`. Anything with `update(fm)` is one: see `Analysis`.
 """
 
@@ -14,8 +20,7 @@ if TYPE_CHECKING:
     from fmapkit.analysis.similarity import Similarity
     from fmapkit.analysis.statistics import Statistics
     from fmapkit.analysis.summary import LayerStatistics
-    from fmapkit.analysis.top import TopInputs
-    from fmapkit.analysis.tops import Context, Hit, LayerTops, Patch
+    from fmapkit.analysis.top import Context, Hit, LayerTops, Patch, TopInputs
 
 __all__ = [
     "Analysis",
@@ -38,8 +43,7 @@ _HOMES = {
     "LayerStatistics": "summary",
     "Similarity": "similarity",
     "Statistics": "statistics",
-    "TopInputs": "top",
-    **dict.fromkeys(["Context", "Hit", "LayerTops", "Patch"], "tops"),
+    **dict.fromkeys(["Context", "Hit", "LayerTops", "Patch", "TopInputs"], "top"),
 }
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
-
-import torch
-from torch import Tensor
 
 from fmapkit.errors import (
     AmbiguousMapError,
@@ -19,15 +15,15 @@ from fmapkit.errors import (
     UnknownLayerError,
     did_you_mean,
     listed,
+    near,
 )
 from fmapkit.kinds import KINDS
 from fmapkit.selectors import selectors
-from fmapkit.torchlib.sharded import ends_of, is_dtensor
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
 
-__all__ = ["Groups", "Name", "readable", "table"]
+__all__ = ["Groups", "Name"]
 
 Filters = tuple[int, ...] | None
 
@@ -136,7 +132,8 @@ class Groups(Generic[G]):
             fitting = [n for n in found if n.path == path]
             if not fitting:
                 raise MapLookupError(
-                    f"{found[0]} has no path {path!r}; seen: {listed(n.path for n in found)}"
+                    f"{found[0]} has no path {path!r}; seen: {listed(n.path for n in found)}",
+                    candidates=(n.path for n in found),
                 )
             found = fitting
         if len(found) > 1:
@@ -146,7 +143,12 @@ class Groups(Generic[G]):
             )
             raise AmbiguousMapError(
                 f"{self.what}[{key!r}] could mean {len(found)}: {choices}; choose with "
-                f"{self.what}.select(layer={layer!r}, nonlinearity=…, path=…)"
+                f"{self.what}.select(layer={layer!r}, nonlinearity=…, path=…)",
+                layer=layer,
+                kind=kind,
+                candidates=[
+                    {"kind": n.kind, "nonlinearity": n.nonlinearity, "path": n.path} for n in found
+                ],
             )
         return found[0]
 
@@ -161,22 +163,29 @@ class Groups(Generic[G]):
         if kind is not None and kind not in KINDS:
             hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
             raise KindNotCapturedError(
-                f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}"
+                f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}",
+                layer=parts[0],
+                candidates=near(kind, KINDS) or KINDS,
             )
         return parts[0], kind, parts[2] if len(parts) > 2 else None
 
     def _unknown(self, layer: str, kind: str | None) -> None:
         for (other, its), reason in self.missed.items():
             if other == layer and kind in (None, its):
-                raise UnknownLayerError(f"the {its} of layer {layer!r} was left out: {reason}")
+                raise UnknownLayerError(
+                    f"the {its} of layer {layer!r} was left out: {reason}", layer=layer
+                )
         if not self.names:
             raise NoPassError(
                 f"nothing of {layer!r} yet: no map has been seen; call the model inside "
-                f"`with capture(model, analyses=[{self.what}])` first"
+                f"`with capture(model, analyses=[{self.what}])` first",
+                layer=layer,
             )
         known = self.layers
         raise UnknownLayerError(
-            f"no layer {layer!r}{did_you_mean(layer, known)} (seen: {listed(known)})"
+            f"no layer {layer!r}{did_you_mean(layer, known)} (seen: {listed(known)})",
+            layer=layer,
+            candidates=near(layer, known) or known,
         )
 
     def _missing(self, layer: str, kind: str | None, there: list[Name]) -> None:
@@ -184,10 +193,16 @@ class Groups(Generic[G]):
         if kind is None or kind == "activation":
             raise NoActivationError(
                 f"no activation of layer {layer!r} has been seen: no nonlinearity follows it, or "
-                f"it was not captured; ask for {self.what}[{layer!r}, {kinds[0]!r}]"
+                f"it was not captured; ask for {self.what}[{layer!r}, {kinds[0]!r}]",
+                layer=layer,
+                kind="activation",
+                candidates=kinds,
             )
         raise KindNotCapturedError(
-            f"no {kind} of layer {layer!r} has been seen; seen of it: {listed(kinds)}"
+            f"no {kind} of layer {layer!r} has been seen; seen of it: {listed(kinds)}",
+            layer=layer,
+            kind=kind,
+            candidates=kinds,
         )
 
     def select(
@@ -200,7 +215,9 @@ class Groups(Generic[G]):
         """
         if kind is not None and kind not in KINDS:
             hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
-            raise ArgumentError(f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}")
+            raise ArgumentError(
+                f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}", candidates=KINDS
+            )
         chosen = None if layer is None else selectors(layer)
         return [
             n
@@ -226,36 +243,3 @@ def _said(filters: Filters) -> str:
     return (
         f"{len(filters)} filters ({', '.join(map(str, filters[:8]))}{', …' * (len(filters) > 8)})"
     )
-
-
-def readable(fm: FeatureMap) -> tuple[Tensor | None, str]:
-    """The map's plain tensor; or None, and the reason why there are no values to speak of."""
-    tensor = fm.tensor
-    if is_dtensor(tensor):
-        if not all(p.is_replicate() for p in tensor.placements):  # type: ignore[attr-defined]
-            return None, "it is a DTensor, of which this rank has a part"
-        tensor = ends_of(tensor)[-1]
-    if tensor.is_complex():
-        return None, "it is complex, and complex numbers have no order; analyse its abs()"
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-        return None, "it is sparse, quantized or nested"
-    if tensor.device.type == "meta":
-        return None, "it is on the meta device, without values"
-    if tensor.is_floating_point() and tensor.element_size() == 1:
-        tensor = tensor.float()  # torch computes nothing in eight bits
-    return tensor, ""
-
-
-def table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]], left: int) -> list[str]:
-    """Lines of text in columns, the first `left` of them to the left, the others to the right."""
-    rows = list(rows)
-    widths = [max(len(r[i]) for r in (heads, *rows)) for i in range(len(heads))]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = [
-            c.ljust(w) if i < left else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    return [line(heads), "  ".join("─" * w for w in widths), *map(line, rows)]

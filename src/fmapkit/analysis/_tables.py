@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fmapkit.analysis._keys import table
+from fmapkit.tables import html_table, text_table
 
 if TYPE_CHECKING:
     import os
@@ -32,18 +32,18 @@ class Table:
     left: int
     last: str
 
+    @property
+    def _right(self) -> range:
+        return range(self.left, len(self.heads))
+
     def text(self) -> str:
         """For a terminal."""
-        lines = table(self.heads, self.rows, self.left) if self.rows else []
+        lines = text_table(self.heads, self.rows, right=self._right) if self.rows else []
         return "\n".join([*lines, self.last])
 
     def html(self) -> str:
         """For a notebook."""
-        from fmapkit.page import html_table
-
-        return html_table(
-            self.heads, self.rows, right=range(self.left, len(self.heads)), caption=self.last
-        )
+        return html_table(self.heads, self.rows, right=self._right, caption=self.last)
 
 
 class Tabular(ABC):

@@ -11,17 +11,19 @@ from torch import Tensor
 from fmapkit.analysis._bins import placed
 from fmapkit.analysis._blocks import along
 from fmapkit.analysis._by_layer import ByLayer
-from fmapkit.analysis._keys import Groups, Name, readable
+from fmapkit.analysis._keys import Groups, Name
 from fmapkit.analysis._moments import by_filter
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
 from fmapkit.analysis._tables import Table, Tabular
 from fmapkit.analysis.firings import HEADS, LayerFirings, row
 from fmapkit.errors import ArgumentError
+from fmapkit.readable import plain_values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fmapkit.maps import FeatureMap
+    from fmapkit.page import Section
 
 __all__ = ["DeadFilters"]
 
@@ -30,7 +32,7 @@ SPANS = 128  # of the history; when they are full, every two become one
 _BY_ZEROS = {"relu6"}
 
 
-class _Watch:
+class _FilterFirings:
     """Of one set of filters: when each last fired."""
 
     __slots__ = ("history", "inputs", "last_input", "last_step", "revivals", "rule", "span")
@@ -64,7 +66,7 @@ class _Watch:
         self.history[before // self.span : (self.inputs - 1) // self.span + 1] |= fired
 
 
-class DeadFilters(Tabular, ByLayer[_Watch, LayerFirings]):
+class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
     """Which filters never fired over the last inputs, since when, by layer; an `Analysis`.
 
     ```python
@@ -118,7 +120,7 @@ class DeadFilters(Tabular, ByLayer[_Watch, LayerFirings]):
         self.after = after
         self.threshold = float(threshold)
         self._bounds = {k: b for k, b in checked(saturation).items() if k not in _BY_ZEROS}
-        self._groups: Groups[_Watch] = Groups("dead")
+        self._groups: Groups[_FilterFirings] = Groups("dead")
 
     # -- taking in -----------------------------------------------------------------------------
 
@@ -128,7 +130,7 @@ class DeadFilters(Tabular, ByLayer[_Watch, LayerFirings]):
             return
         # State made in inference mode could not be used out of it.
         with torch.inference_mode(False), torch.no_grad():
-            tensor, reason = readable(fm)
+            tensor, reason = plain_values(fm)
             name, filters = self._groups.place(fm)
             reason = reason or self._groups.clash(name, filters)
             if tensor is None or reason:
@@ -140,7 +142,7 @@ class DeadFilters(Tabular, ByLayer[_Watch, LayerFirings]):
             groups = self._groups.names.setdefault(name, {})
             if filters not in groups:
                 rule = "zeros" if bounds is None else "saturation"
-                groups[filters] = _Watch(values.shape[1], values.device, rule)
+                groups[filters] = _FilterFirings(values.shape[1], values.device, rule)
             if values.numel():
                 fired = _fired(values, self.threshold, bounds)
                 groups[filters].see(fired, _inputs(tensor, dim), fm.step, self.after)
@@ -223,6 +225,12 @@ class DeadFilters(Tabular, ByLayer[_Watch, LayerFirings]):
         last = f"DeadFilters: {dead} of {filters} filters silent over {self.after} inputs{missed}"
         return Table(HEADS, rows, 3, last)
 
+    def page_sections(self) -> list[Section]:
+        """What a page draws below the table: when each filter fired."""
+        from fmapkit.analysis.page_sections import firings_section
+
+        return [firings_section(s) for s in self]
+
     def plot(
         self,
         layers: Any = None,
@@ -287,7 +295,7 @@ class DeadFilters(Tabular, ByLayer[_Watch, LayerFirings]):
             filters = None if entry["filters"] is None else tuple(entry["filters"])
             tensors = {k: t.clone() for k, t in entry["tensors"].items()}
             last = tensors["last_input"]
-            watch = _Watch(last.numel(), last.device, entry["rule"])
+            watch = _FilterFirings(last.numel(), last.device, entry["rule"])
             watch.inputs, watch.span = entry["inputs"], entry["span"]
             for key, tensor in tensors.items():
                 setattr(watch, key, tensor)
@@ -310,7 +318,7 @@ def _inputs(tensor: Tensor, dim: int | None) -> int:
     return 1 if unbatched else tensor.shape[0]
 
 
-def _folded(watch: _Watch, span: int) -> Tensor:
+def _folded(watch: _FilterFirings, span: int) -> Tensor:
     """The history in longer spans."""
     history, own = watch.history, watch.span
     while own < span:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fmapkit.analysis.dead import DeadFilters
     from fmapkit.analysis.firings import LayerFirings
 
 __all__ = ["STATES", "plot_dead", "states"]
@@ -29,8 +28,21 @@ STATES = (
 )
 
 
+class Firings(Protocol):
+    """What has been seen of each layer; `DeadFilters` is one."""
+
+    @property
+    def layers(self) -> list[str]:
+        """Of which there is something."""
+
+    def __len__(self) -> int: ...
+
+    def select(self, layer: Any = None) -> list[LayerFirings]:
+        """Of some layers."""
+
+
 def plot_dead(
-    dead: DeadFilters,
+    dead: Firings,
     layers: Any = None,
     *,
     max_filters: int = 64,
@@ -64,7 +76,9 @@ def plot_dead(
         raise NoPassError("nothing to plot: no activation has been seen yet")
     found = dead.select(layers)
     if not found:
-        raise MapLookupError(f"nothing to plot: {layers!r} is none of {listed(dead.layers)}")
+        raise MapLookupError(
+            f"nothing to plot: {layers!r} is none of {listed(dead.layers)}", candidates=dead.layers
+        )
     shown = found[:max_layers]
     heights = [float(np.clip(0.06 * min(len(s), max_filters), 0.5, 2.0)) for s in shown]
     figure: Figure

@@ -12,16 +12,18 @@ from torch import Tensor
 from fmapkit._warnings import warn
 from fmapkit.analysis._bins import Edges
 from fmapkit.analysis._by_layer import ByLayer
-from fmapkit.analysis._keys import Filters, Groups, Name, readable
+from fmapkit.analysis._keys import Filters, Groups, Name
 from fmapkit.analysis._moments import Moments, absorb, by_filter, fused, merge, moments
 from fmapkit.analysis._ranks import agree, exchange
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
 from fmapkit.analysis._tables import Table, Tabular
-from fmapkit.analysis.summary import _HEADS, LayerStatistics, _columns, overall, summarise
+from fmapkit.analysis.summary import _HEADS, LayerStatistics, _columns, summarise
 from fmapkit.errors import ArgumentError
+from fmapkit.readable import plain_values
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
+    from fmapkit.page import Section
 
 __all__ = ["Statistics"]
 
@@ -108,7 +110,7 @@ class Statistics(Tabular, ByLayer[_Group, LayerStatistics]):
         """Take one map in; of a layer that has other filters than before, name it in `missed`."""
         # State made in inference mode could not be used out of it.
         with torch.inference_mode(False), torch.no_grad():
-            tensor, reason = readable(fm)
+            tensor, reason = plain_values(fm)
             name, filters = self._groups.place(fm)
             reason = reason or self._groups.clash(name, filters)
             if tensor is None or reason:
@@ -195,11 +197,17 @@ class Statistics(Tabular, ByLayer[_Group, LayerStatistics]):
         parts = [(f, g.moments, g.saturates) for f, g in self._groups.parts(name)]
         return summarise(name, parts, self._edges.tensor if self._edges is not None else None)
 
+    def page_sections(self) -> list[Section]:
+        """What a page draws below the table: mean, std and histogram of each filter."""
+        from fmapkit.analysis.page_sections import statistics_section
+
+        return [statistics_section(s) for s in self]
+
     def _table(self) -> Table:
         heads = ("layer", "kind", "σ", "filters", *_HEADS)
         rows = []
         for s in self:
-            cells = [column[0] for column in _columns(overall(s), 1)]
+            cells = [column[0] for column in _columns(s.overall(), 1)]
             count = str(len(s)) if s.filters is not None else "–"
             rows.append((s.layer + s.path, s.kind, s.nonlinearity or "", count, *cells))
         missed = f", {len(self.missed)} missed (see stats.missed)" if self.missed else ""

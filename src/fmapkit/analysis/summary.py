@@ -63,6 +63,24 @@ class LayerStatistics:
         """Square root of the variance."""
         return self.variance.sqrt()
 
+    def overall(self) -> LayerStatistics:
+        """One value for all filters together."""
+        total = self.count.sum()
+        # Of no value nothing is known, and 0·NaN would hide the filters that have some.
+        seen = self.count > 0
+        mean = torch.where(seen, self.mean * self.count, 0).sum() / total
+        m2 = torch.where(seen, (self.variance + (self.mean - mean).square()) * self.count, 0).sum()
+        zero, saturated = (
+            torch.where(seen, share * self.count, 0).sum() / total
+            for share in (self.zero_fraction, self.saturated_fraction)
+        )
+        low = torch.where(seen, self.minimum, torch.inf).amin()
+        high = torch.where(seen, self.maximum, -torch.inf).amax()
+        low, high = (torch.where(total > 0, v, torch.nan) for v in (low, high))
+        figures = (total, mean, m2 / total, low, high, zero, saturated, self.nonfinite.sum())
+        tags = (self.layer, self.kind, self.nonlinearity, self.path, None)
+        return LayerStatistics(*tags, *(v.reshape(1) for v in figures))
+
     def __len__(self) -> int:
         """Number of filters; 1 without a filter axis."""
         return self.count.numel()
@@ -99,25 +117,6 @@ def _columns(s: LayerStatistics, limit: int) -> list[list[str]]:
         *(["–" if v != v else f"{v:.1%}" for v in column] for column in shares),
         [str(n) for n in s.nonfinite[:limit].tolist()],
     ]
-
-
-def overall(s: LayerStatistics) -> LayerStatistics:
-    """One value for all filters together."""
-    total = s.count.sum()
-    # Of no value nothing is known, and 0·NaN would hide the filters that have some.
-    seen = s.count > 0
-    mean = torch.where(seen, s.mean * s.count, 0).sum() / total
-    m2 = torch.where(seen, (s.variance + (s.mean - mean).square()) * s.count, 0).sum()
-    zero, saturated = (
-        torch.where(seen, share * s.count, 0).sum() / total
-        for share in (s.zero_fraction, s.saturated_fraction)
-    )
-    low = torch.where(seen, s.minimum, torch.inf).amin()
-    high = torch.where(seen, s.maximum, -torch.inf).amax()
-    low, high = (torch.where(total > 0, v, torch.nan) for v in (low, high))
-    figures = (total, mean, m2 / total, low, high, zero, saturated, s.nonfinite.sum())
-    tags = (s.layer, s.kind, s.nonlinearity, s.path, None)
-    return LayerStatistics(*tags, *(v.reshape(1) for v in figures))
 
 
 def summarise(

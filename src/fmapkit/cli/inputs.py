@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fmapkit.errors import ArgumentError, did_you_mean, listed
+from fmapkit.errors import ArgumentError, did_you_mean, listed, near
 
 __all__ = ["Data", "Preparation", "open_data", "preparation"]
 
@@ -181,14 +181,17 @@ def _hugging_face(
         if split not in found:
             raise ArgumentError(
                 f"{place} has the splits {listed(found)}; choose one with --split"
-                + (did_you_mean(split, found) if split else "")
+                + (did_you_mean(split, found) if split else ""),
+                candidates=near(split, found) or found,
             )
         found = found[split]
     names = list(found.features)
     for name in columns:
         if name not in names:
             raise ArgumentError(
-                f"{place} has no column {name!r}{did_you_mean(name, names)}; it has {listed(names)}"
+                f"{place} has no column {name!r}{did_you_mean(name, names)}; it has "
+                f"{listed(names)}",
+                candidates=near(name, names) or names,
             )
     images = [n for n, f in found.features.items() if type(f).__name__ == "Image"]
     images = [n for n in images if not columns or n in columns]

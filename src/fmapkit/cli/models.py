@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmapkit.errors import ArgumentError, did_you_mean, listed
+from fmapkit.errors import ArgumentError, did_you_mean, listed, near
 
 __all__ = ["load", "options_of"]
 
@@ -82,7 +82,10 @@ def _package(name: str) -> Any:
 def _timm(home: str, name: str, pretrained: bool, options: dict[str, Any]) -> Any:
     timm = _package("timm")
     if not timm.is_model(name.split(".")[0]):
-        raise ArgumentError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+        raise ArgumentError(
+            f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}",
+            candidates=near(name, timm.list_models()),
+        )
     return timm.create_model(name, pretrained=pretrained, **options)
 
 
@@ -90,7 +93,8 @@ def _torchvision(home: str, name: str, pretrained: bool, options: dict[str, Any]
     models = _package("torchvision.models")
     if name not in models.list_models():
         raise ArgumentError(
-            f"torchvision has no model {name!r}{did_you_mean(name, models.list_models())}"
+            f"torchvision has no model {name!r}{did_you_mean(name, models.list_models())}",
+            candidates=near(name, models.list_models()),
         )
     return models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
 
@@ -103,7 +107,8 @@ def _transformers(home: str, name: str, pretrained: bool, options: dict[str, Any
     if name not in known:
         raise ArgumentError(
             f"{name!r} is no folder and no kind of model{did_you_mean(name, known)}; --pretrained "
-            "loads a model of that name with its weights"
+            "loads a model of that name with its weights",
+            candidates=near(name, known) or known,
         )
     return package.AutoModel.from_config(package.AutoConfig.for_model(name, **options))
 
@@ -126,7 +131,8 @@ def _factory(home: str, name: str, pretrained: bool, options: dict[str, Any]) ->
         if not hasattr(found, part):
             names = [n for n in dir(found) if not n.startswith("_")]
             raise ArgumentError(
-                f"{home} has no {name!r}{did_you_mean(part, names)}; it has {listed(names)}"
+                f"{home} has no {name!r}{did_you_mean(part, names)}; it has {listed(names)}",
+                candidates=near(part, names) or names,
             )
         found = getattr(found, part)
     if isinstance(found, nn.Module):

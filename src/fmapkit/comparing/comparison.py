@@ -20,6 +20,7 @@ from fmapkit.errors import (
     listed,
     near,
 )
+from fmapkit.tables import html_table, text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,14 +145,11 @@ class Comparison:
         return HEADS[:-1], [row[:-1] for row in self._rows()]
 
     def __repr__(self) -> str:
-        from fmapkit.analysis._keys import table  # `import fmapkit` does without
-
-        lines = table(*self._table(), _LEFT) if self.differences else []
+        right = range(_LEFT, len(HEADS))
+        lines = text_table(*self._table(), right=right) if self.differences else []
         return "\n".join([*lines, self._summary()])
 
     def _repr_html_(self) -> str:
-        from fmapkit.page import html_table  # the same
-
         right = range(_LEFT, len(HEADS) - 1)
         return html_table(*self._table(), right=right, caption=self._summary())
 
@@ -188,7 +186,7 @@ class Comparison:
         """
         from fmapkit.comparing import drawing
 
-        return drawing.draw(self, ax, title)
+        return drawing.draw(self.differences, self.first, ax, self.gradients, title)
 
 
 def compare(

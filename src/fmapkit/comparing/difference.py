@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, DistributedError
+from fmapkit.readable import tags
 from fmapkit.torchlib.sharded import is_dtensor
 
 if TYPE_CHECKING:
@@ -154,24 +155,23 @@ def _with_care(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _values(fm: FeatureMap, gradient: bool) -> Tensor:
     tensor = fm.grad if gradient else fm.tensor
-    tags = {"layer": fm.layer, "kind": fm.kind, "call": fm.call, "step": fm.step}
     if tensor is None:
         raise ArgumentError(
             f"the {fm.kind} of layer {fm.layer!r} has no gradient: capture(gradients=True), and "
             "compare after backward",
-            **tags,  # type: ignore[arg-type]
+            **tags(fm),
         )
     if is_dtensor(tensor):
         raise DistributedError(
             f"the {fm.kind} of layer {fm.layer!r} is a DTensor over several ranks: compare what "
             "full() gives, or .tensor.to_local()",
-            **tags,  # type: ignore[arg-type]
+            **tags(fm),
         )
     if tensor.is_nested or tensor.device.type == "meta":
         what = "nested" if tensor.is_nested else "on the meta device, without values"
         raise ArgumentError(
             f"the {fm.kind} of layer {fm.layer!r} is {what}: leave it out with layers=",
-            **tags,  # type: ignore[arg-type]
+            **tags(fm),
         )
     return tensor.detach()
 

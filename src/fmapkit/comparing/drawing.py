@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fmapkit.comparing.comparison import Comparison
     from fmapkit.comparing.difference import Difference
 
 __all__ = ["draw"]
@@ -23,10 +22,26 @@ _MARKS = dict(zip(KINDS, ("v", "s", "o", "^", "D", "P"), strict=True))
 _NAMES = 40  # of layers that are written below the axis
 
 
-def draw(comparison: Comparison, ax: Axes | None, title: str | None) -> Figure:
-    """See `Comparison.plot`."""
+def draw(
+    rows: Sequence[Difference],
+    first: Difference | None,
+    ax: Axes | None,
+    gradients: bool,
+    title: str | None,
+) -> Figure:
+    """Draw the differences.
+
+    Args:
+        rows: in execution order.
+        first: the first beyond its tolerance.
+        ax: axes to draw into; None makes a figure.
+        gradients: they are of gradients.
+        title: stands above.
+
+    Raises:
+        ArgumentError: there are none.
+    """
     plt = _pyplot()
-    rows = comparison.differences
     if not rows:
         raise ArgumentError("nothing to plot: no map was compared")
     if ax is None:
@@ -49,7 +64,6 @@ def draw(comparison: Comparison, ax: Axes | None, title: str | None) -> Figure:
         linestyle="--",
         label="tolerance",
     )
-    first = comparison.first
     if first is not None:
         place = next(i for i, d in enumerate(rows) if d is first)
         ax.axvline(place, color="tab:red", linewidth=0.8, alpha=0.5)
@@ -62,7 +76,7 @@ def draw(comparison: Comparison, ax: Axes | None, title: str | None) -> Figure:
         )
     _label(ax, [(d.layer + d.path) or "(model)" for d in rows])
     ax.set_ylim(floor / 2, ceiling * 2)
-    ax.set_ylabel("‖a − b‖ / ‖a‖" + (" of gradients" if comparison.gradients else ""))
+    ax.set_ylabel("‖a − b‖ / ‖a‖" + (" of gradients" if gradients else ""))
     if any(d.equal for d in rows):
         ax.plot([], [], "o", color="0.4", markerfacecolor="white", markersize=5, label="equal")
     ax.legend(fontsize="small", loc="best")

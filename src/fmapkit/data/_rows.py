@@ -301,7 +301,10 @@ def _field(data: Any, key: Any, asked: str) -> Any:
     if isinstance(data, Mapping):
         if key in data:
             return data[key]
-        raise ArgumentError(f"{asked}: the batch has no {key!r}; it has {listed(map(str, data))}")
+        raise ArgumentError(
+            f"{asked}: the batch has no {key!r}; it has {listed(map(str, data))}",
+            candidates=map(str, data),
+        )
     if isinstance(key, int) and isinstance(data, (list, tuple)):
         if -len(data) <= key < len(data):
             return data[key]

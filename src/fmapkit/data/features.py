@@ -24,6 +24,7 @@ from fmapkit.errors import (
     UnknownLayerError,
     did_you_mean,
     listed,
+    near,
 )
 
 if TYPE_CHECKING:
@@ -120,7 +121,9 @@ class Features:
         if layer not in self:
             hint = did_you_mean(layer, self.layers) if isinstance(layer, str) else ""
             raise UnknownLayerError(
-                f"no features of layer {layer!r} here{hint}; there are {listed(self.layers)}"
+                f"no features of layer {layer!r} here{hint}; there are {listed(self.layers)}",
+                layer=layer if isinstance(layer, str) else None,
+                candidates=near(layer, self.layers) or self.layers,
             )
         found = self.select(layer=layer, kind=kind)
         if kind is None and len(found) > 1:
@@ -128,13 +131,19 @@ class Features:
         if not found:
             kinds = sorted({a.kind for a in self.select(layer=layer)})
             raise KindNotCapturedError(
-                f"no {kind} of layer {layer!r} here; there is {listed(kinds)}"
+                f"no {kind} of layer {layer!r} here; there is {listed(kinds)}",
+                layer=layer,
+                kind=kind,
+                candidates=kinds,
             )
         if len(found) > 1:
             said = ", ".join(f"(kind={a.kind!r}, call={a.call}, path={a.path!r})" for a in found)
             raise AmbiguousMapError(
                 f"features[{key!r}] could mean {len(found)} arrays: {said}; choose with "
-                f"features.select(layer={layer!r}, call=…)"
+                f"features.select(layer={layer!r}, call=…)",
+                layer=layer,
+                kind=kind,
+                candidates=[{"kind": a.kind, "call": a.call, "path": a.path} for a in found],
             )
         return found[0]
 
@@ -262,7 +271,8 @@ class Features:
             if name not in self.fields:
                 raise ArgumentError(
                     f"fields={name!r}: nothing of that name was kept; there is "
-                    f"{listed(self.fields)}"
+                    f"{listed(self.fields)}",
+                    candidates=self.fields,
                 )
             if name in arrays:
                 raise ArgumentError(f"{name!r} is a layer and a field; ask for them apart")

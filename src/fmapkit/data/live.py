@@ -171,7 +171,8 @@ class LiveRows:
         if self._single and len(rows) > 1:
             raise ArgumentError(
                 f"one layer was asked for, and gives {len(rows)} arrays: {listed(rows)}; choose "
-                "with kinds=, or give a list of layers for dicts of rows"
+                "with kinds=, or give a list of layers for dicts of rows",
+                candidates=rows,
             )
         for spec, values in fields:
             if spec.dtype == "string":

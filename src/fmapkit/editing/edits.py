@@ -23,6 +23,7 @@ from fmapkit.map import FeatureMap
 from fmapkit.model import Names
 from fmapkit.nonlinearities import is_torchs
 from fmapkit.provenance import ChannelLayout
+from fmapkit.readable import tags as tags_of
 from fmapkit.selection import LayerSelection
 from fmapkit.storage import in_function
 
@@ -203,7 +204,13 @@ class Edits:
         for edit in self.of(layer, kind):
             edit.calls.add(call)
             if edit.where.has_call(call) and edit.where.has_step(step):
-                self.raised = EditError(f"edit[{edit.given!r}] of layer {layer!r}: {why}")
+                self.raised = EditError(
+                    f"edit[{edit.given!r}] of layer {layer!r}: {why}",
+                    layer=layer,
+                    kind=kind,
+                    call=call,
+                    step=step,
+                )
                 raise self.raised
 
     def refuse_outside(self, name: str) -> None:
@@ -215,7 +222,8 @@ class Edits:
         for edit in self.of(name):
             self.raised = EditError(
                 f"edit[{edit.given!r}] changed nothing: {name!r} was called outside of a pass; "
-                "capture(..., method=...) makes a pass of another method than forward"
+                "capture(..., method=...) makes a pass of another method than forward",
+                layer=name,
             )
             raise self.raised
 
@@ -234,7 +242,10 @@ class Edits:
             kind = where.kind or ("output" if edit._outputs else "activation")
             self.raised = EditError(
                 f"edit[{edit.given!r}] changed nothing in this pass (step {step}): "
-                f"{edit.why_not(kind)}. Where that may be, edits.Where(..., optional=True) says so"
+                f"{edit.why_not(kind)}. Where that may be, edits.Where(..., optional=True) says so",
+                layer=where.layer if isinstance(where.layer, str) else None,
+                kind=kind,
+                step=step,
             )
             raise self.raised
 
@@ -249,7 +260,12 @@ class Edits:
             if where.path is None and where.has_call(call) and where.has_step(step):
                 self.raised = EditError(
                     f"edit[{edit.given!r}] could mean {len(paths)} tensors of the {kind} of "
-                    f"{layer!r}: {listed(paths)}; say which: ({layer!r}, {kind!r}, {paths[0]!r})"
+                    f"{layer!r}: {listed(paths)}; say which: ({layer!r}, {kind!r}, {paths[0]!r})",
+                    layer=layer,
+                    kind=kind,
+                    call=call,
+                    step=step,
+                    candidates=paths,
                 )
                 raise self.raised
 
@@ -309,7 +325,9 @@ class Edits:
             edit.done = True
             self.runs += 1
             if self._grads and _in_checkpoint():
-                raise EditError(AGAIN.format(where=f"the {kind} of layer {layer!r}"))
+                raise EditError(
+                    AGAIN.format(where=f"the {kind} of layer {layer!r}"), layer=layer, kind=kind
+                )
             if kind == "input" and usual:  # as `capture` tags it
                 tags = {**tags, "path": ""}
             fm = FeatureMap(
@@ -357,12 +375,16 @@ def _run(edit: _Edit, fm: Any) -> Tensor:
     where = f"edit[{edit.given!r}] of the {fm.kind} of layer {fm.layer!r}"
     after = edit.function(fm)
     if not isinstance(after, Tensor):
-        raise EditError(f"{where} must return a tensor, not {type(after).__name__}")
+        raise EditError(f"{where} must return a tensor, not {type(after).__name__}", **tags_of(fm))
     if version is not None and before._version != version:
-        raise EditError(f"{where} wrote to the map in place; return a new tensor instead")
+        raise EditError(
+            f"{where} wrote to the map in place; return a new tensor instead", **tags_of(fm)
+        )
     for what in ("shape", "dtype", "device"):
         was, now = getattr(before, what), getattr(after, what)
         if was != now:
             was, now = (tuple(was), tuple(now)) if what == "shape" else (was, now)
-            raise EditError(f"{where} must keep the {what}: {was} went in, {now} came out")
+            raise EditError(
+                f"{where} must keep the {what}: {was} went in, {now} came out", **tags_of(fm)
+            )
     return after

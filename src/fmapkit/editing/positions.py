@@ -19,6 +19,7 @@ from torch import Tensor
 from fmapkit.editing.where import Where
 from fmapkit.errors import EditError
 from fmapkit.map import FeatureMap
+from fmapkit.readable import tags
 
 __all__ = ["part_of"]
 
@@ -61,7 +62,9 @@ def part_of(fm: FeatureMap, where: Where) -> tuple[FeatureMap, Put]:
 def _with_filters(fm: FeatureMap, axis: int) -> FeatureMap:
     rank = fm.tensor.dim()
     if not -rank <= axis < rank:
-        raise EditError(f"{_name(fm)} has {rank} axes, so filter_axis={axis} is none of them")
+        raise EditError(
+            f"{_name(fm)} has {rank} axes, so filter_axis={axis} is none of them", **tags(fm)
+        )
     axis %= rank
     if fm.filter_dim == axis:
         return fm
@@ -82,7 +85,8 @@ def _of_filters(fm: FeatureMap, wanted: Any) -> tuple[FeatureMap, Put]:
     if dim is None:
         raise EditError(
             f"{_name(fm)} has no axis of filters that the data tells of: say it with "
-            "edits.Where(..., filter_axis=-1)"
+            "edits.Where(..., filter_axis=-1)",
+            **tags(fm),
         )
     if isinstance(wanted, int):
         piece = fm[wanted]
@@ -126,22 +130,26 @@ def _at_positions(fm: FeatureMap, where: Where) -> tuple[FeatureMap, Put]:
     if filters is None:
         raise EditError(
             f"{_name(fm)} has no axis of filters that the data tells of, so its positions cannot "
-            "be told from them: say it with edits.Where(..., filter_axis=-1)"
+            "be told from them: say it with edits.Where(..., filter_axis=-1)",
+            **tags(fm),
         )
     batch = where.batch_axis
     if batch is not None:
         if not -rank <= batch < rank:
-            raise EditError(f"{_name(fm)} has no axis {batch}, as batch_axis= says")
+            raise EditError(f"{_name(fm)} has no axis {batch}, as batch_axis= says", **tags(fm))
         batch %= rank
     if batch == filters:
         if where.batch_axis != 0:
-            raise EditError(f"batch_axis={where.batch_axis} is the axis of filters of {_name(fm)}")
+            raise EditError(
+                f"batch_axis={where.batch_axis} is the axis of filters of {_name(fm)}", **tags(fm)
+            )
         batch = None  # a map without samples, which begins with its filters
     axes = [d for d in range(rank) if d not in (batch, filters)]
     if not axes:
         raise EditError(
             f"{_name(fm)} has no axis of positions: axis {batch} counts samples, and axis "
-            f"{filters} filters"
+            f"{filters} filters",
+            **tags(fm),
         )
     order = [*([] if batch is None else [batch]), *axes, filters]
     moved = whole.permute(order)
@@ -149,7 +157,7 @@ def _at_positions(fm: FeatureMap, where: Where) -> tuple[FeatureMap, Put]:
     try:
         piece = moved[index]
     except IndexError as error:
-        raise EditError(f"at={where.at!r} is outside of {_name(fm)}: {error}") from None
+        raise EditError(f"at={where.at!r} is outside of {_name(fm)}: {error}", **tags(fm)) from None
     if point:
         piece = piece.squeeze(1)
     kept = _kept(index, batch, axes, point)
@@ -205,19 +213,23 @@ def _index(
             return (mask,), False
         raise EditError(
             f"at= is a mask of shape {tuple(mask.shape)}, and {_name(fm)} has positions "
-            f"{extents}" + (f" of {samples} samples" if samples is not None else "")
+            f"{extents}" + (f" of {samples} samples" if samples is not None else ""),
+            **tags(fm),
         )
     if len(given) != len(axes):
         raise EditError(
             f"at= says a place along {len(given)} axes, and {_name(fm)} has positions along "
-            f"{len(axes)}" + ("; several positions are a list, [0, 5]" if len(axes) == 1 else "")
+            f"{len(axes)}" + ("; several positions are a list, [0, 5]" if len(axes) == 1 else ""),
+            **tags(fm),
         )
     if any(isinstance(part, Tensor) for part in given):
         return _of_each_sample(given, moved, samples, fm)
     if any(isinstance(part, list) for part in given):
         places = [i for i, part in enumerate(given) if not isinstance(part, slice)]
         if places[-1] - places[0] + 1 != len(places):
-            raise EditError("at= has a slice between two lists, which has no clear meaning")
+            raise EditError(
+                "at= has a slice between two lists, which has no clear meaning", **tags(fm)
+            )
         device = moved.device
         given = [p if isinstance(p, slice) else torch.as_tensor(p, device=device) for p in given]
         return (*every, *given), False
@@ -229,17 +241,22 @@ def _of_each_sample(
 ) -> tuple[tuple[Any, ...], bool]:
     """Positions of which each sample has its own."""
     if samples is None:
-        raise EditError(f"at= is a tensor, one for each sample, and {_name(fm)} has no samples")
+        raise EditError(
+            f"at= is a tensor, one for each sample, and {_name(fm)} has no samples", **tags(fm)
+        )
     device, point, parts = moved.device, True, []
     for part in given:
         if isinstance(part, slice):
-            raise EditError("at= has a slice beside each sample's own positions; give them all")
+            raise EditError(
+                "at= has a slice beside each sample's own positions; give them all", **tags(fm)
+            )
         if isinstance(part, Tensor):
             if part.dim() not in (1, 2) or part.shape[0] != samples:
                 raise EditError(
                     f"at= is a tensor of shape {tuple(part.shape)}: each sample's own position "
                     f"takes ({samples},), several ({samples}, k), and {_name(fm)} has {samples} "
-                    "samples; positions that all share are a list"
+                    "samples; positions that all share are a list",
+                    **tags(fm),
                 )
             point = point and part.dim() == 1
             parts.append(part if part.dim() == 2 else part.unsqueeze(1))

@@ -69,7 +69,9 @@ class Where:
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in EDITABLE:
             hint = did_you_mean(self.kind, EDITABLE) if isinstance(self.kind, str) else ""
-            raise ArgumentError(f"{self!r}: the kind must be one of {listed(EDITABLE)}{hint}")
+            raise ArgumentError(
+                f"{self!r}: the kind must be one of {listed(EDITABLE)}{hint}", candidates=EDITABLE
+            )
         if self.filter is not None and not isinstance(self.filter, int):
             object.__setattr__(self, "filter", indices(self.filter, f"the filters of {self!r}"))
         elif isinstance(self.filter, bool):

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fmapkit import FeatureMap
 from fmapkit.errors import ArgumentError
+from fmapkit.map import FeatureMap
 
 __all__ = ["has_samples", "input_axes", "is_location", "map_axes"]
 

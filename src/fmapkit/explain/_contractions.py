@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fmapkit.explain._call import Call
 from fmapkit.explain._fields import NONE, least, lowest, varies
-
-if TYPE_CHECKING:
-    from fmapkit.explain._follow import Call
 
 __all__ = ["RULES"]
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fmapkit.errors import ArgumentError
+from fmapkit.torchlib.operators import is_traceable_wrapper_subclass
 
 __all__ = ["NONE", "Fields", "broadcast", "compact", "least", "lowest", "reaches", "varies"]
 

@@ -2,61 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from fmapkit.errors import ArgumentError
+from fmapkit.explain._call import Call
 from fmapkit.explain._fields import Fields, reaches
 from fmapkit.explain._rules import rule_for
+from fmapkit.torchlib.operators import (
+    TorchDispatchMode,
+    is_composite,
+    tree_leaves,
+    tree_map,
+    without_torch_function,
+)
 
-__all__ = ["Call", "Follow", "Leaving"]
+__all__ = ["Follow", "Leaving"]
 
 _LEAVES = {"numpy", "__array__", "__dlpack__", "tolist", "data_ptr"}
 _DECIDES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-
-
-@dataclass
-class Call:
-    """One operator that has run, for the rule of it.
-
-    Attributes:
-        name: of the operator, without namespace, overload and the mark of its in-place form.
-        function: the operator.
-        given: its arguments by name, with the values from before the call.
-        fields: of those arguments that are tensors and no constants, by `id`.
-        results: the tensors that it returned or wrote to.
-        assumed: is told where all of an operand is taken to matter.
-    """
-
-    name: str
-    function: Any
-    given: dict[str, Any]
-    fields: dict[int, Tensor]
-    results: list[Tensor]
-    assumed: Callable[[str], None]
-
-    def of(self, value: Any) -> Tensor | None:
-        """The field of an argument."""
-        return self.fields.get(id(value)) if isinstance(value, Tensor) else None
-
-    def get(self, *names: str, default: Any = None) -> Any:
-        """An argument, by the first of these names that the operator has."""
-        for name in names:
-            if name in self.given:
-                return self.given[name]
-        return default
-
-    @property
-    def operands(self) -> list[Tensor]:
-        """All tensors among the arguments."""
-        return [t for t in tree_leaves(self.given) if isinstance(t, Tensor)]
 
 
 class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -79,7 +46,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with without_torch_function(), torch.no_grad():
             return self._run(func, args, kwargs or {})
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -87,7 +54,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fields = {id(t): f for t in operands if (f := self.fields.of(t)) is not None}
         if not fields:
             return func(*args, **kwargs)
-        if _is_composite(func):  # as it is in inference mode
+        if is_composite(func):  # as it is in inference mode
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -132,7 +99,7 @@ class Leaving(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", "")
         if name in _LEAVES and args and isinstance(args[0], Tensor):
-            with torch._C.DisableTorchFunction():
+            with without_torch_function():
                 reached = reaches(self.follow.fields.of(args[0]))
             if reached and name == "tolist":
                 self.follow.decided = True
@@ -144,13 +111,6 @@ class Leaving(TorchFunctionMode):
                     f"shape {tuple(args[0].shape)} on to another library ({name})"
                 )
         return func(*args, **(kwargs or {}))
-
-
-def _is_composite(func: Any) -> bool:
-    """Whether torch has an operator as a function of others, and nothing else."""
-    return bool(
-        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-    )
 
 
 def _functional(func: Any) -> Any:

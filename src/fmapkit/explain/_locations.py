@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit import FeatureMap
 from fmapkit.errors import ArgumentError
 from fmapkit.explain._axes import has_samples, is_location, map_axes
 from fmapkit.explain._passes import check_filter
+from fmapkit.map import FeatureMap
+from fmapkit.readable import tags
 
 __all__ = ["At", "chosen", "strongest"]
 
@@ -91,6 +92,7 @@ def _each(fm: FeatureMap, at: Any, shape: tuple[int, ...], samples: int) -> list
         if not is_location(location, shape):
             raise ArgumentError(
                 f"at={location!r}: a location of the {fm.kind} of layer {fm.layer!r} is "
-                f"{len(shape)} ints, within {shape}"
+                f"{len(shape)} ints, within {shape}",
+                **tags(fm),
             )
     return [tuple(map(int, location)) for location in given]

@@ -5,16 +5,15 @@ Each element is given a number, and the operator itself moves the numbers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from fmapkit.explain._call import Call
 from fmapkit.explain._fields import NONE, least, lowest
-
-if TYPE_CHECKING:
-    from fmapkit.explain._follow import Call
+from fmapkit.explain._probe import probe
+from fmapkit.torchlib.operators import tree_map
 
 __all__ = ["RULES"]
 
@@ -106,8 +105,6 @@ def _gathered(call: Call) -> list[Tensor | None]:
 
 def _scattered(call: Call) -> list[Tensor | None]:
     """Along one axis, each value to a place of its own; the others are summed or overwritten."""
-    from fmapkit.explain._probe import probe
-
     value, index, axis = call.given["self"], call.given["index"], call.given["dim"]
     placed = call.of(index)
     if placed is None:
@@ -129,8 +126,6 @@ def _scattered(call: Call) -> list[Tensor | None]:
 
 
 def _put_at(call: Call) -> list[Tensor | None]:
-    from fmapkit.explain._probe import probe
-
     return probe(call) if call.get("accumulate") or call.get("reduce") else _moved(call)
 
 

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
 
-from fmapkit import FeatureMap, FeatureMaps
 from fmapkit.errors import (
     AmbiguousMapError,
     ArgumentError,
@@ -21,6 +19,10 @@ from fmapkit.errors import (
     listed,
 )
 from fmapkit.kinds import Kind
+from fmapkit.map import FeatureMap
+from fmapkit.maps import FeatureMaps
+from fmapkit.readable import tags
+from fmapkit.torchlib.operators import tree_leaves
 
 __all__ = [
     "KINDS",
@@ -140,13 +142,23 @@ def the_map(
         missed = "".join(f"; missed: {m.layer}: {m.reason}" for m in maps.missed)
         raise MapLookupError(
             f"no map of layer {layer!r} (kind={kind!r}, call={call!r}, path={path!r}) in this "
-            f"pass; its maps are of {listed(maps.layers)}{missed}"
+            f"pass; its maps are of {listed(maps.layers)}{missed}",
+            layer=layer if isinstance(layer, str) else None,
+            kind=kind,
+            call=call,
+            candidates=maps.layers,
         )
     choices = ", ".join(
         f"({fm.layer!r}, {fm.kind!r}, call={fm.call}, path={fm.path!r})" for fm in found
     )
     raise AmbiguousMapError(
-        f"{layer!r} could mean {len(found)} maps: {choices}; choose with kind=, call= or path="
+        f"{layer!r} could mean {len(found)} maps: {choices}; choose with kind=, call= or path=",
+        layer=found[0].layer,
+        kind=kind,
+        call=call,
+        candidates=[
+            {"layers": fm.layer, "kind": fm.kind, "call": fm.call, "path": fm.path} for fm in found
+        ],
     )
 
 
@@ -161,7 +173,9 @@ def check_filter(fm: FeatureMap, filter: int | None) -> int | None:
     if fm.filters is None:
         raise FilterRangeError(
             f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)} and no single filter "
-            "axis: leave filter= out"
+            "axis: leave filter= out",
+            filter=filter,
+            **tags(fm),
         )
     found = fm[filter].filter
     assert found is not None

@@ -10,16 +10,14 @@ through a deep net, and no unit is dead.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from fmapkit.explain._call import Call
 from fmapkit.explain._fields import NONE, compact, varies
-
-if TYPE_CHECKING:
-    from fmapkit.explain._follow import Call
+from fmapkit.torchlib.operators import tree_leaves, tree_map
 
 __all__ = ["probe"]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +20,13 @@ from torch import Tensor
 from fmapkit.explain import _contractions as contractions
 from fmapkit.explain import _moves as moves
 from fmapkit.explain import _windows as windows
+from fmapkit.explain._call import Call
 from fmapkit.explain._fields import NONE, broadcast, least, lowest, varies
 from fmapkit.explain._probe import probe
 
-if TYPE_CHECKING:
-    from fmapkit.explain._follow import Call
-
 __all__ = ["rule_for"]
 
-Rule = Callable[["Call"], Sequence[Tensor | None]]
+Rule = Callable[[Call], Sequence[Tensor | None]]
 
 # A score that is this far below the largest is masked: the -10000 of models in half precision, say.
 # (What is masked with -inf or the lowest number of a dtype is a constant, and needs no such rule.)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fmapkit.explain._call import Call
 from fmapkit.explain._probe import probe
-
-if TYPE_CHECKING:
-    from fmapkit.explain._follow import Call
 
 __all__ = ["RULES"]
 

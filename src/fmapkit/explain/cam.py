@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from fmapkit import FeatureMap, capture
+from fmapkit.capture import capture
 from fmapkit.errors import ArgumentError
 from fmapkit.explain._axes import has_samples, input_axes, map_axes
 from fmapkit.explain._passes import (
@@ -23,6 +22,9 @@ from fmapkit.explain._passes import (
     the_map,
 )
 from fmapkit.kinds import Kind
+from fmapkit.map import FeatureMap
+from fmapkit.readable import tags
+from fmapkit.torchlib.operators import tree_leaves
 
 __all__ = ["grad_cam"]
 
@@ -96,7 +98,8 @@ def grad_cam(
     if gradient is None:
         raise ArgumentError(
             f"no gradient of the output gets to the {fm.kind} of layer {fm.layer!r}: the layer "
-            "comes after what was asked for, or the model detaches what it makes"
+            "comes after what was asked for, or the model detaches what it makes",
+            **tags(fm),
         )
     where = _locations(fm, tensor, along)
     many = has_samples(fm, along)
@@ -146,7 +149,8 @@ def _locations(fm: FeatureMap, tensor: Tensor, along: tuple[int, ...]) -> tuple[
     if not where:
         raise ArgumentError(
             f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)} and no locations: "
-            "choose a layer before they are pooled or flattened"
+            "choose a layer before they are pooled or flattened",
+            **tags(fm),
         )
     return where
 

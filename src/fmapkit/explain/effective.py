@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit import capture
+from fmapkit.capture import capture
 from fmapkit.errors import ArgumentError
 from fmapkit.explain._axes import has_samples, input_axes, map_axes
 from fmapkit.explain._locations import At, chosen
@@ -21,6 +21,7 @@ from fmapkit.explain._passes import (
 )
 from fmapkit.explain.projection import differentiable, gradient_of
 from fmapkit.kinds import Kind
+from fmapkit.readable import tags
 
 __all__ = ["effective_field"]
 
@@ -79,7 +80,8 @@ def effective_field(
                 if not where:
                     raise ArgumentError(
                         f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)} and no "
-                        "locations"
+                        "locations",
+                        **tags(fm),
                     )
                 at = tuple(fm.shape[a] // 2 for a in where)
             signal = chosen(fm, tensor, along, filter, at).to(fm.dtype)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit import FeatureMap, capture
+from fmapkit.capture import capture
 from fmapkit.errors import ArgumentError, CaptureWarning
 from fmapkit.explain._axes import has_samples, input_axes
 from fmapkit.explain._locations import At, chosen
@@ -26,6 +26,8 @@ from fmapkit.explain._passes import (
 )
 from fmapkit.explain._progress import progress
 from fmapkit.kinds import Kind
+from fmapkit.map import FeatureMap
+from fmapkit.readable import tags
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -153,7 +155,7 @@ def occlusion(
         raise ArgumentError(f"batch_size must be a positive int, not {batch_size!r}")
     starts = tuple(_starts(n, w, s) for n, w, s in zip(sizes, covered, steps, strict=True))
     asked = (str(layer), filter, kind, call, path, sizes, covered, starts)
-    watch = _Watch(model, inputs, tensor, along, layer, filter, at, kind, call, path)
+    watch = _WatchedMap(model, inputs, tensor, along, layer, filter, at, kind, call, path)
     with kept_state(model), torch.no_grad(), watch.capture() as maps:
         usual = watch.total(maps, inputs)
         drops = usual.new_full((len(usual), *map(len, starts)), torch.nan)
@@ -218,7 +220,7 @@ def _place(
 
 
 @dataclass(frozen=True)
-class _Watch:
+class _WatchedMap:
     """What is watched of which map, and of which model."""
 
     model: nn.Module
@@ -253,7 +255,8 @@ class _Watch:
         if values.shape[0] % samples or mask.shape[0] != samples:
             raise ArgumentError(
                 f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)}: its first axis "
-                "is not that of the samples"
+                "is not that of the samples",
+                **tags(fm),
             )
         apart = values.reshape(-1, *mask.shape)
         return (apart * mask).flatten(2).sum(2).flatten()

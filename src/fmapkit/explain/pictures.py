@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -14,15 +14,32 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fmapkit.explain.receptive import ReceptiveField
-
 __all__ = ["plot_field", "plot_heat", "plot_projection"]
 
 _BOX = "#e4572e"
 
 
+class DrawnField(Protocol):
+    """What each location of a map sees; `ReceptiveField` is one."""
+
+    @property
+    def layer(self) -> str:
+        """Whose map it is."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Locations of the map."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Locations of the input."""
+
+    def box(self, *location: int) -> Any:
+        """Of an image (top, left, bottom, right), by name."""
+
+
 def plot_field(
-    field: ReceptiveField,
+    field: DrawnField,
     location: tuple[int, ...],
     *,
     image: Any = None,

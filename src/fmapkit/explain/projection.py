@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fmapkit import FeatureMap, capture
+from fmapkit.capture import capture
 from fmapkit.errors import ArgumentError, EditError
 from fmapkit.explain._axes import input_axes
 from fmapkit.explain._locations import At, chosen
@@ -21,6 +21,8 @@ from fmapkit.explain._passes import (
     the_map,
 )
 from fmapkit.kinds import Kind
+from fmapkit.map import FeatureMap
+from fmapkit.readable import tags
 
 __all__ = ["project"]
 
@@ -145,7 +147,8 @@ def gradient_of(fm: FeatureMap, head: Tensor, x: Tensor, signal: Tensor) -> Tens
     if found is None:
         raise ArgumentError(
             f"no differentiable path leads from the input to the {fm.kind} of layer {fm.layer!r}: "
-            "the model detaches it, or runs there without gradients"
+            "the model detaches it, or runs there without gradients",
+            **tags(fm),
         )
     return found
 
@@ -204,7 +207,8 @@ class _Rectifiers:
         if not self.passed:
             raise ArgumentError(
                 f"method={self.method!r} says what ReLUs pass on, and there is none between the "
-                f"input and the {fm.kind} of layer {fm.layer!r}: use method='gradient'"
+                f"input and the {fm.kind} of layer {fm.layer!r}: use method='gradient'",
+                **tags(fm),
             )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fmapkit import FeatureMap, capture
+from fmapkit.capture import capture
 from fmapkit.errors import ArgumentError, MapLookupError
 from fmapkit.explain._axes import input_axes, is_location, map_axes
 from fmapkit.explain._fields import NONE, Fields
@@ -27,6 +27,7 @@ from fmapkit.explain._passes import (
 )
 from fmapkit.explain._regular import Regular, regular
 from fmapkit.kinds import Kind
+from fmapkit.map import FeatureMap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,7 +109,9 @@ class ReceptiveField:
         if not is_location(location, self.shape):
             raise ArgumentError(
                 f"box{location!r}: a location of the {self.kind} of layer {self.layer!r} is "
-                f"{len(self.shape)} ints, within {self.shape}"
+                f"{len(self.shape)} ints, within {self.shape}",
+                layer=self.layer,
+                kind=self.kind,
             )
         at = tuple(map(int, location))
         start, stop = self.starts[at].tolist(), self.stops[at].tolist()
@@ -231,7 +234,7 @@ def receptive_field(
         raise ArgumentError(f"weights must be 'any' or 'own', not {weights!r}")
     tensor = first_tensor(inputs, "receptive_field")
     along = input_axes(tensor, axes)
-    asked = _Asked(model, layer, kind, call, path, along, weights)
+    asked = _WantedField(model, layer, kind, call, path, along, weights)
     fm, shape, starts, stops, follow = asked.fields(inputs)
     return ReceptiveField(
         fm.layer,
@@ -249,7 +252,7 @@ def receptive_field(
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _WantedField:
     """Whose fields are wanted."""
 
     model: nn.Module

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit.errors import ArgumentError, did_you_mean, listed
+from fmapkit.errors import ArgumentError, did_you_mean, listed, near
 from fmapkit.instrumentation.pair import FAILED
 from fmapkit.torchlib.call_override import lock
 
@@ -40,7 +40,8 @@ def methods_of(model: nn.Module, given: Any) -> tuple[str, ...]:
             hint = did_you_mean(name, own) if isinstance(name, str) else ""
             there = f" (its own: {listed(own)})" if own else ""
             raise ArgumentError(
-                f"method={name!r} is no method of {type(model).__name__}{hint}{there}"
+                f"method={name!r} is no method of {type(model).__name__}{hint}{there}",
+                candidates=near(name, own) or own,
             )
         code = inspect.unwrap(found)
         if inspect.isgeneratorfunction(code) or inspect.iscoroutinefunction(code):

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from fmapkit.errors import ArgumentError, CaptureWarning, did_you_mean, listed
+from fmapkit.errors import ArgumentError, CaptureWarning, did_you_mean, listed, near
 from fmapkit.integrations.logs import Log, TensorBoardLog, WandbLog
 from fmapkit.integrations.reading import Readings
 from fmapkit.integrations.watching import Watching
@@ -199,5 +199,6 @@ def _submodule(module: nn.Module, name: str) -> nn.Module:
         known = [n for n, _ in module.named_modules() if n]
         raise ArgumentError(
             f"module={name!r} is no module of {type(module).__name__}{did_you_mean(name, known)} "
-            f"(its modules: {listed(known)})"
+            f"(its modules: {listed(known)})",
+            candidates=near(name, known) or known,
         ) from None

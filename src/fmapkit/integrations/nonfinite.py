@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fmapkit.analysis._keys import readable
+from fmapkit.readable import plain_values
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
@@ -64,7 +64,7 @@ class FirstNonFinite:
         with torch.inference_mode(False), torch.no_grad():
             tensor: Tensor | None = fm.tensor
             if not fm.tensor.is_complex():
-                tensor, reason = readable(fm)
+                tensor, reason = plain_values(fm)
                 if tensor is None:
                     self._missed.setdefault((fm.layer, fm.kind), reason)
                     return

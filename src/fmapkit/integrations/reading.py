@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from fmapkit.analysis import DeadFilters, LayerStatistics, Statistics
-from fmapkit.analysis.summary import overall
 from fmapkit.errors import ArgumentError
 from fmapkit.integrations.nonfinite import FirstNonFinite
 
@@ -86,7 +85,7 @@ def _(analysis: Statistics) -> Readings:
         name = s.layer + s.path or "(model)"
         if len(analysis.select(s.layer, s.kind, path=s.path)) > 1:
             name += f" {s.nonlinearity}"  # two σ of one layer
-        whole = overall(s)
+        whole = s.overall()
         values = {
             "mean": whole.mean,
             "std": whole.std,

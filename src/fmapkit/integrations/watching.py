@@ -12,7 +12,7 @@ from torch import nn
 
 from fmapkit.analysis import Analysis, DeadFilters, Statistics
 from fmapkit.capture import capture
-from fmapkit.errors import ArgumentError, CaptureWarning, did_you_mean, listed
+from fmapkit.errors import ArgumentError, CaptureWarning, did_you_mean, listed, near
 from fmapkit.integrations.nonfinite import FirstNonFinite
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
         if name not in known or name == "analyses":
             raise ArgumentError(
                 f"capture has no argument {name!r}{did_you_mean(name, known)} (it has "
-                f"{listed(known, 20)})"
+                f"{listed(known, 20)})",
+                candidates=near(name, known) or known,
             )
     return options

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -26,20 +26,14 @@ from fmapkit.errors import (
 )
 from fmapkit.kinds import KINDS, Kind
 from fmapkit.layers import layer_axis
+from fmapkit.lookup.records import Found
 from fmapkit.model import never_called
+from fmapkit.saving import MapSource
 from fmapkit.selection import LayerSelection
 from fmapkit.selectors import is_glob
-from fmapkit.storage import MapRecord, Pass
+from fmapkit.storage import MapRecord
 
-if TYPE_CHECKING:
-    from fmapkit.saving import KeptSession
-    from fmapkit.session import Session
-
-    Source: TypeAlias = Session | KeptSession
-
-__all__ = ["Found", "find", "parse"]
-
-Found = tuple[Pass, MapRecord]
+__all__ = ["find", "parse"]
 
 
 def parse(key: Any) -> tuple[str, Kind | None, int | None]:
@@ -76,7 +70,7 @@ def parse(key: Any) -> tuple[str, Kind | None, int | None]:
     return layer, kind, parts[2] if len(parts) > 2 else None
 
 
-def find(session: Source, layer: str, kind: str | None, entries: Sequence[Found]) -> Found:
+def find(session: MapSource, layer: str, kind: str | None, entries: Sequence[Found]) -> Found:
     """The one entry that is meant.
 
     Args:
@@ -116,12 +110,12 @@ def find(session: Source, layer: str, kind: str | None, entries: Sequence[Found]
     return found[0]
 
 
-def _is_layer(session: Source, name: str) -> bool:
+def _is_layer(session: MapSource, name: str) -> bool:
     module = session.names.by_name.get(name)
     return module is not None and layer_axis(module) is not None
 
 
-def _owned(session: Source, layer: str, entries: Sequence[Found]) -> list[Found]:
+def _owned(session: MapSource, layer: str, entries: Sequence[Found]) -> list[Found]:
     """Layers inside a module go by the module's name where that means one: `attn.in_proj`."""
     module = session.names.by_name.get(layer)
     if module is None:
@@ -138,7 +132,7 @@ def _owned(session: Source, layer: str, entries: Sequence[Found]) -> list[Found]
     ]
 
 
-def _no_such_layer(session: Source, layer: str, known: list[str]) -> NoReturn:
+def _no_such_layer(session: MapSource, layer: str, known: list[str]) -> NoReturn:
     """No map is held of a layer, or of what a module has of its own: say why, and what there is."""
     module = session.names.by_name.get(layer)
     hint = did_you_mean(layer, known)
@@ -183,7 +177,7 @@ def _no_such_layer(session: Source, layer: str, known: list[str]) -> NoReturn:
     )
 
 
-def _no_globs(session: Source, layer: str, known: Sequence[str]) -> NoReturn:
+def _no_globs(session: MapSource, layer: str, known: Sequence[str]) -> NoReturn:
     """A look-up gives one map, and a glob was asked for."""
     fitting = LayerSelection(session.names, layer)
     found = [name for name in known if fitting.layer(name)]
@@ -196,7 +190,7 @@ def _no_globs(session: Source, layer: str, known: Sequence[str]) -> NoReturn:
     )
 
 
-def _nothing_held(session: Source, layer: str) -> NoReturn:
+def _nothing_held(session: MapSource, layer: str) -> NoReturn:
     known = [m for m in session.missed if m.reason != NOTHING_RAN]  # which is said here, too
     missed = [f"{m.layer or 'the model'}: {m.reason}" for m in known]
     why = f"; missed: {listed(missed)}" if missed else ""
@@ -216,7 +210,7 @@ def _nothing_held(session: Source, layer: str) -> NoReturn:
 
 
 def _no_such_kind(
-    session: Source, layer: str, kind: str | None, there: list[MapRecord]
+    session: MapSource, layer: str, kind: str | None, there: list[MapRecord]
 ) -> NoReturn:
     kinds = list(dict.fromkeys(e.kind for e in there))
     asked = session.wants.asked_kinds

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, DistributedError
+from fmapkit.map import FeatureMap
+from fmapkit.readable import tags
 from fmapkit.torchlib.sharded import is_dtensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from fmapkit.map import FeatureMap
 
 __all__ = ["gather"]
 
@@ -91,13 +91,15 @@ def _check(found: FeatureMap, dim: int, dst: int | None, group: Any) -> None:
     if is_dtensor(found.tensor):
         raise DistributedError(
             f"the {found.kind} of layer {found.layer!r} is a DTensor, one tensor over several "
-            "ranks: full() puts it together"
+            "ranks: full() puts it together",
+            **tags(found),
         )
     if not -found.tensor.dim() <= dim < found.tensor.dim():
         raise ArgumentError(f"dim={dim} is no axis of a map of shape {tuple(found.shape)}")
     if found.filter_dim is not None and dim % found.tensor.dim() == found.filter_dim:
         raise ArgumentError(
-            f"dim={dim} is the axis of the filters of layer {found.layer!r}, not that of the batch"
+            f"dim={dim} is the axis of the filters of layer {found.layer!r}, not that of the batch",
+            **tags(found),
         )
 
 

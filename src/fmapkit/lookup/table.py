@@ -2,64 +2,51 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from fmapkit._line import row, size
 from fmapkit.errors import MapStateError
+from fmapkit.lookup.records import latest, read
+from fmapkit.map import row, size
+from fmapkit.saving import MapSource
+from fmapkit.tables import html_table, text_table
 
-if TYPE_CHECKING:
-    from fmapkit.maps import FeatureMaps
-
-__all__ = ["html", "text"]
+__all__ = ["maps_as_html", "maps_as_text"]
 
 HEADS = ("layer", "kind", "filters", "shape", "dtype", "device", "bytes", "σ")
 _RIGHT = {2, 6}
 
 
-def _rows(maps: FeatureMaps) -> list[tuple[str, ...]]:
+def _rows(source: MapSource) -> list[tuple[str, ...]]:
     rows = []
-    for at, entry in maps._latest():
+    for at, entry in latest(source):
         try:
-            rows.append(row(maps._read(at, entry)))
+            rows.append(row(read(source, at, entry)))
         except MapStateError as error:
             state = type(error).__name__.removeprefix("Map").removesuffix("Error").lower()
             rows.append((entry.origin.name, entry.kind, "–", state, "", "", "", entry.sigma or ""))
     return rows
 
 
-def _summary(maps: FeatureMaps) -> str:
-    latest = maps._session.store.latest()
-    if latest is None:
+def _summary(source: MapSource) -> str:
+    store = source.store
+    at = store.latest()
+    if at is None:
         return "FeatureMaps: no pass captured yet"
-    kept = len(maps._session.store.passes)
-    missed = f", {len(maps.missed)} missed (see maps.missed)" if maps.missed else ""
-    passes = f"step {latest.step}" + (f", {kept} passes kept" if kept > 1 else "")
+    kept, found = len(store.passes), latest(source)
+    missed = f", {len(source.missed)} missed (see maps.missed)" if source.missed else ""
+    passes = f"step {at.step}" + (f", {kept} passes kept" if kept > 1 else "")
     return (
-        f"FeatureMaps: {len(maps)} maps of {len(maps.layers)} layers, "
-        f"{size(maps.nbytes)} held, {passes}{missed}"
+        f"FeatureMaps: {len(found)} maps of {len({e.origin.name for _, e in found})} layers, "
+        f"{size(store.nbytes)} held, {passes}{missed}"
     )
 
 
-def text(maps: FeatureMaps) -> str:
+def maps_as_text(source: MapSource) -> str:
     """One line for each map of the latest pass."""
-    rows = _rows(maps)
+    rows = _rows(source)
     if not rows:
-        return _summary(maps)
-    widths = [max(len(r[i]) for r in (HEADS, *rows)) for i in range(len(HEADS))]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = [
-            c.rjust(w) if i in _RIGHT else c.ljust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    rule = "  ".join("─" * w for w in widths)
-    return "\n".join([line(HEADS), rule, *map(line, rows), _summary(maps)])
+        return _summary(source)
+    return "\n".join([*text_table(HEADS, rows, right=_RIGHT), _summary(source)])
 
 
-def html(maps: FeatureMaps) -> str:
+def maps_as_html(source: MapSource) -> str:
     """The same table for notebooks."""
-    from fmapkit.page import html_table
-
-    return html_table(HEADS, _rows(maps), right=_RIGHT, caption=_summary(maps))
+    return html_table(HEADS, _rows(source), right=_RIGHT, caption=_summary(source))

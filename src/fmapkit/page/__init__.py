@@ -8,12 +8,21 @@ nothing, and runs in any browser of the last years (Chrome 80, Firefox 113, Safa
 | `tiles.py` | one sample of a map, set apart by filter and made small enough to draw |
 | `encoding.py` | values as bytes: eight bits each, deflated, base64; pixels as PNG |
 | `panels.py` | what the page draws: sections, panels, tables; and how each is written down |
-| `of_maps.py`, `of_analyses.py` | the sections of maps, and of analyses |
+| `of_maps.py`, `given.py` | the sections of maps, and of analyses and figures |
 | `document.py` | the page around the sections |
 | `assets/` | its style and its script |
 """
 
-from fmapkit.page.document import write_analysis, write_maps
-from fmapkit.page.tables import html_table
+from fmapkit.page.document import PageMaps, write_analysis, write_maps
+from fmapkit.page.panels import Fact, Panel, Section, number_panel, state_panel
 
-__all__ = ["html_table", "write_analysis", "write_maps"]
+__all__ = [
+    "Fact",
+    "PageMaps",
+    "Panel",
+    "Section",
+    "number_panel",
+    "state_panel",
+    "write_analysis",
+    "write_maps",
+]

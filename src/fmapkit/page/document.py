@@ -9,26 +9,35 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from fmapkit.errors import ArgumentError, MapLookupError, NoPassError, listed
+from fmapkit.missed import Missed
 from fmapkit.page.encoding import png
-from fmapkit.page.of_analyses import analysis_sections
+from fmapkit.page.given import analysis_sections
 from fmapkit.page.of_maps import map_sections
 from fmapkit.page.panels import Section
+from fmapkit.readable import ReadableMaps
 from fmapkit.views import unnormalised
-
-if TYPE_CHECKING:
-    from fmapkit.maps import FeatureMaps
 
 __all__ = ["write_analysis", "write_maps"]
 
 
+class PageMaps(ReadableMaps, Protocol):
+    """The maps that a page shows, with their table and what was missed."""
+
+    @property
+    def missed(self) -> Sequence[Missed]:
+        """What was not captured."""
+
+    def _repr_html_(self) -> str: ...
+
+
 def write_maps(
-    maps: FeatureMaps,
+    maps: PageMaps,
     path: str | os.PathLike[str],
     layers: Any = None,
     *,
@@ -79,12 +88,14 @@ def write_maps(
     _check_positive(max_filters=max_filters, max_side=max_side)
     if (mean is None) != (std is None):
         raise ArgumentError("mean= and std= go together: the image is (x - mean) / std")
-    found = maps.select(layer=layers, step=-1)
+    found = maps.select(layers, step=-1)
     if not found:
         known = maps.layers
         if not known:
             raise NoPassError("nothing to show: no maps are held; run the model in the block first")
-        raise MapLookupError(f"nothing to show: {layers!r} is none of {listed(known)}")
+        raise MapLookupError(
+            f"nothing to show: {layers!r} is none of {listed(known)}", candidates=known
+        )
     if image is not None and mean is not None and std is not None:
         image = unnormalised(torch.as_tensor(image), mean, std)
     sections = [*_image(image, sample), _table(maps)]
@@ -112,7 +123,7 @@ def write_analysis(
     return _write(path, title or sections[0].name, "", sections)
 
 
-def _table(maps: FeatureMaps) -> Section:
+def _table(maps: PageMaps) -> Section:
     notes = [f"{missed.layer or '(model)'}: {missed.reason}." for missed in maps.missed]
     note = "Not captured: " + " ".join(notes) if notes else ""
     return Section("All maps", note=note, html=maps._repr_html_())

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from fmapkit.errors import ArgumentError
 from fmapkit.page.panels import Panel, Section, facts_shown, number_panel
 from fmapkit.page.tiles import tiles_of
+from fmapkit.readable import ReadableMap
 from fmapkit.views import as_grid
-
-if TYPE_CHECKING:
-    from fmapkit.maps import FeatureMap
 
 __all__ = ["map_sections"]
 
@@ -19,7 +17,7 @@ Grid = tuple[int, int] | None
 
 
 def map_sections(
-    found: list[FeatureMap], sample: int, max_filters: int, max_side: int, grid: Grid
+    found: Sequence[ReadableMap], sample: int, max_filters: int, max_side: int, grid: Grid
 ) -> list[Section]:
     """A section for each call of each layer, in the order of execution.
 
@@ -31,13 +29,13 @@ def map_sections(
             f"grid={grid} takes maps of shape (samples, tokens, filters) with {grid[0] * grid[1]} "
             "tokens or more, and there is none"
         )
-    groups: dict[tuple[str, int], list[FeatureMap]] = {}
+    groups: dict[tuple[str, int], list[ReadableMap]] = {}
     for fm in found:
         groups.setdefault((fm.layer, fm.call), []).append(fm)
     return [_section(group, sample, max_filters, max_side, grid) for group in groups.values()]
 
 
-def _of_tokens(fm: FeatureMap, grid: tuple[int, int]) -> bool:
+def _of_tokens(fm: ReadableMap, grid: tuple[int, int]) -> bool:
     """Whether the map is one of tokens, of which so many may be patches of an image."""
     if fm.filters is None or fm.filter_dim is None or fm.tensor.dim() != 3:
         return False
@@ -45,7 +43,7 @@ def _of_tokens(fm: FeatureMap, grid: tuple[int, int]) -> bool:
 
 
 def _section(
-    group: list[FeatureMap], sample: int, max_filters: int, max_side: int, grid: Grid
+    group: list[ReadableMap], sample: int, max_filters: int, max_side: int, grid: Grid
 ) -> Section:
     first = group[0]
     wanted = _wanted(group, sample, max_filters, max_side)
@@ -87,7 +85,7 @@ def _section(
 
 
 def _wanted(
-    group: list[FeatureMap], sample: int, max_filters: int, max_side: int
+    group: list[ReadableMap], sample: int, max_filters: int, max_side: int
 ) -> tuple[int, ...] | None:
     """The filters that are kept of all maps of a layer: its activation's strongest, if any."""
     own = [fm for fm in group if fm.filters is not None and fm.kind != "input"]
@@ -98,11 +96,11 @@ def _wanted(
     return None if isinstance(drawn, str) else drawn.labels
 
 
-def _shape(fm: FeatureMap) -> str:
+def _shape(fm: ReadableMap) -> str:
     return "×".join(map(str, fm.shape)) or "scalar"
 
 
-def _meaning(fm: FeatureMap) -> str:
+def _meaning(fm: ReadableMap) -> str:
     name = fm.path + " " if fm.path else ""
     if fm.kind == "preactivation":
         return name + "z"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError
+from fmapkit.readable import ReadableMap, tags
 from fmapkit.torchlib.sharded import is_dtensor
-
-if TYPE_CHECKING:
-    from fmapkit.maps import FeatureMap
 
 __all__ = ["Facts", "Form", "Tiles", "tiles_of"]
 
@@ -65,7 +63,7 @@ class Tiles:
 
 
 def tiles_of(
-    fm: FeatureMap,
+    fm: ReadableMap,
     sample: int,
     max_filters: int,
     max_side: int,
@@ -115,7 +113,7 @@ def tiles_of(
     return Tiles(values.numpy(), form, labels, facts, block, size, note)
 
 
-def _dense(fm: FeatureMap) -> Tensor | str:
+def _dense(fm: ReadableMap) -> Tensor | str:
     tensor = fm.tensor.detach()
     if is_dtensor(tensor):
         return "not drawn: it is spread over several ranks; draw what fm.full() gives"
@@ -128,7 +126,7 @@ def _dense(fm: FeatureMap) -> Tensor | str:
     return tensor
 
 
-def _by_filter(fm: FeatureMap, tensor: Tensor, sample: int) -> tuple[Tensor, str]:
+def _by_filter(fm: ReadableMap, tensor: Tensor, sample: int) -> tuple[Tensor, str]:
     """The sample's filters along axis 0, with at most two axes after it; what was left out."""
     axis = None if fm.filter_dim is None else fm.filter_dim % tensor.ndim
     # Filters on axis 0 are those of an unbatched layer; else the samples lie there.
@@ -137,7 +135,8 @@ def _by_filter(fm: FeatureMap, tensor: Tensor, sample: int) -> tuple[Tensor, str
         if not -count <= sample < count:
             raise ArgumentError(
                 f"sample {sample} is out of range: the {fm.kind} of layer {fm.layer!r} has shape "
-                f"{tuple(tensor.shape)}, so {count} samples"
+                f"{tuple(tensor.shape)}, so {count} samples",
+                **tags(fm),
             )
         tensor = tensor.select(0, sample)
         axis = axis - 1 if axis is not None else None

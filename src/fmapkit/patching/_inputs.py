@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fmapkit.errors import ArgumentError
+from fmapkit.torchlib.operators import tree_leaves, tree_map
 
-__all__ = ["Inputs", "rows"]
+__all__ = ["ModelInputs", "rows"]
 
 _CONSTANT = (type(None), bool, int, float, complex, str, bytes)
 
 
-class Inputs:
+class ModelInputs:
     """What a model is given.
 
     Args:
@@ -37,7 +37,7 @@ class Inputs:
             )
 
     def _tensors(self) -> list[Tensor]:
-        found = pytree.tree_leaves((self.args, self.kwargs))
+        found = tree_leaves((self.args, self.kwargs))
         return [value for value in found if isinstance(value, Tensor)]
 
     def samples(self) -> int:
@@ -59,7 +59,7 @@ class Inputs:
         """Call the model on so many copies."""
         args, kwargs = self.args, self.kwargs
         if copies > 1:
-            args, kwargs = pytree.tree_map(lambda v: _repeated(v, copies), (args, kwargs))
+            args, kwargs = tree_map(lambda v: _repeated(v, copies), (args, kwargs))
         return model(*args, **kwargs)
 
 
@@ -88,4 +88,4 @@ def rows(output: Any, copy: int, copies: int, samples: int) -> Any:
             "return tensors of the batch alone (use_cache=False, no labels), or batch_size=1"
         )
 
-    return pytree.tree_map(part, output)
+    return tree_map(part, output)

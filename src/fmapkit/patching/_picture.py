@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
 
 from fmapkit.errors import ArgumentError
 from fmapkit.plot import _entitle, _pyplot
@@ -12,15 +14,49 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fmapkit.patching._result import Patching
-
 __all__ = ["draw"]
+
+
+class DrawnPatching(Protocol):
+    """What patching found; `Patching` says what each of these is."""
+
+    @property
+    def effect(self) -> Tensor:
+        """The metric of each patched run."""
+
+    @property
+    def normalized(self) -> Tensor:
+        """The metric on a scale."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The rows."""
+
+    @property
+    def positions(self) -> tuple[Any, ...]:
+        """The columns, where positions were patched."""
+
+    @property
+    def filters(self) -> tuple[Any, ...]:
+        """The columns, where groups of filters were."""
+
+    @property
+    def kind(self) -> str:
+        """Of the maps."""
+
+    @property
+    def into(self) -> str:
+        """Which run was patched."""
+
+    def mean(self, values: Tensor) -> Tensor:
+        """A table of layers by the rest."""
+
 
 _MANY = 40  # labels along an axis: more are drawn as numbers, thinned out by matplotlib
 
 
 def draw(
-    found: Patching,
+    found: DrawnPatching,
     ax: Axes | None,
     positions: Sequence[str] | None,
     normalized: bool,

@@ -10,12 +10,12 @@ from fmapkit.editing import Where
 from fmapkit.errors import ArgumentError
 from fmapkit.map import FeatureMap
 
-__all__ = ["Grid", "Key", "Piece", "key_of", "named"]
+__all__ = ["Grid", "Key", "PatchPiece", "key_of", "named"]
 
 Key = tuple[str, int, str]  # the layer, the call, the path
 
 
-class Piece(NamedTuple):
+class PatchPiece(NamedTuple):
     """A map, and which part of it."""
 
     key: Key
@@ -68,7 +68,7 @@ class Grid:
             Where("", kind, group, at=at, filter_axis=axis)
             for at, group in itertools.product(self.positions or (None,), self.filters or (None,))
         ]
-        self.pieces = [Piece(key, part) for key in maps for part in parts]
+        self.pieces = [PatchPiece(key, part) for key in maps for part in parts]
 
 
 def _several(given: Any, name: str) -> tuple[Any, ...]:

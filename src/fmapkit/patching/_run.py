@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fmapkit.editing import Where
 from fmapkit.errors import ArgumentError
 from fmapkit.map import FeatureMap
-from fmapkit.patching._inputs import Inputs
+from fmapkit.patching._inputs import ModelInputs
 from fmapkit.patching._pieces import Grid, named
 from fmapkit.patching._result import Patching
 from fmapkit.patching._runs import Runs
@@ -84,7 +84,7 @@ def patch(
         UnknownLayerError: a selector matches nothing in the model.
     """
     _check(model, metric, into, batch_size)
-    given = {"clean": Inputs(clean, "clean"), "corrupted": Inputs(corrupted, "corrupted")}
+    given = {"clean": ModelInputs(clean, "clean"), "corrupted": ModelInputs(corrupted, "corrupted")}
     patched, source = into, _OTHER[into]
     samples = given[patched].samples() if batch_size > 1 else 0
     edits = {"clean": None, "corrupted": edit}

@@ -15,8 +15,9 @@ from fmapkit.editing import Where, part_of
 from fmapkit.errors import ArgumentError
 from fmapkit.map import FeatureMap
 from fmapkit.maps import FeatureMaps
-from fmapkit.patching._inputs import Inputs, rows
-from fmapkit.patching._pieces import Key, Piece, key_of, named
+from fmapkit.patching._inputs import ModelInputs, rows
+from fmapkit.patching._pieces import Key, PatchPiece, key_of, named
+from fmapkit.readable import tags
 
 __all__ = ["Runs"]
 
@@ -42,7 +43,7 @@ class Runs:
         self._where = where
         self._of = None if of is None else of if isinstance(of, tuple) else (of, "output")
         self.maps: dict[Key, FeatureMap] = {}
-        self._pieces: Sequence[Piece | None] = (None,)  # of the running pass, by copy
+        self._pieces: Sequence[PatchPiece | None] = (None,)  # of the running pass, by copy
         self._samples = 0
         self._done: set[int] = set()
 
@@ -60,7 +61,7 @@ class Runs:
         with capture(self._model, layers, kinds=kind, edit=edits, stop=stop) as maps:
             yield maps
 
-    def take(self, inputs: Inputs, edit: Edits | None) -> Tensor:
+    def take(self, inputs: ModelInputs, edit: Edits | None) -> Tensor:
         """Run the model and take its maps; the metric of that run."""
         with self._capture(edit, self._take, stop=False) as maps:
             metric = self._measured(inputs.run(self._model), maps, 0)
@@ -68,7 +69,9 @@ class Runs:
             where = self._where
             raise ArgumentError(
                 f"layers={where.layer!r}: none of these has an {where.kind} in this run"
-                + (f" at path {where.path!r}" if where.path is not None else "")
+                + (f" at path {where.path!r}" if where.path is not None else ""),
+                layer=where.layer if isinstance(where.layer, str) else None,
+                kind=where.kind,
             )
         return metric
 
@@ -78,8 +81,8 @@ class Runs:
 
     @contextmanager
     def patched(
-        self, inputs: Inputs, edit: Edits | None, samples: int
-    ) -> Iterator[Callable[[Sequence[Piece | None]], list[Tensor]]]:
+        self, inputs: ModelInputs, edit: Edits | None, samples: int
+    ) -> Iterator[Callable[[Sequence[PatchPiece | None]], list[Tensor]]]:
         """One capture around all patched runs, so that the model is learned once.
 
         Args:
@@ -90,7 +93,7 @@ class Runs:
         self._samples = samples
         with self._capture(edit, self._patch, stop=self._of is not None) as maps:
 
-            def run(pieces: Sequence[Piece | None]) -> list[Tensor]:
+            def run(pieces: Sequence[PatchPiece | None]) -> list[Tensor]:
                 self._pieces = pieces
                 self._done.clear()
                 output = inputs.run(self._model, len(pieces))
@@ -129,7 +132,8 @@ class Runs:
         if fm.shape[0] != count * samples:
             raise ArgumentError(
                 f"batch_size > 1 runs {count} copies of {samples} samples at once, along the "
-                f"first axis, and the {fm.kind} of {fm.layer!r} has shape {tuple(fm.shape)}"
+                f"first axis, and the {fm.kind} of {fm.layer!r} has shape {tuple(fm.shape)}",
+                **tags(fm),
             )
         return dataclasses.replace(fm, tensor=fm.tensor[copy * samples : (copy + 1) * samples])
 

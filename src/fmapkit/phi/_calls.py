@@ -6,13 +6,13 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from fmapkit.errors import CaptureStateError
 from fmapkit.phi._compiled import CompiledOutputs
 from fmapkit.phi._reader import Found, Reader
 from fmapkit.phi._request import Request
+from fmapkit.torchlib.autograd import in_backward
 from fmapkit.torchlib.compiled_modules import compiled_roots
 
 __all__ = ["Calls", "Found"]
@@ -43,7 +43,7 @@ class Calls:
             MapStateError: the pass could not be captured.
             MapLookupError: what was asked for is not in the pass, or not there once.
         """
-        if torch._C._current_graph_task_id() != -1:
+        if in_backward():
             raise CaptureStateError(
                 "a feature_map was called while a backward pass runs, as activation checkpointing "
                 "does to compute it once more; put the checkpoint inside of the model"

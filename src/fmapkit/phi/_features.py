@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from fmapkit.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from fmapkit.phi.function import FeatureFunction
 
 __all__ = ["call", "evaluating", "named", "one", "rows", "taken"]
 
@@ -25,12 +22,12 @@ def call(phi: nn.Module, inputs: Any) -> Any:
     return phi(inputs)
 
 
-def named(phi: FeatureFunction, features: Any) -> dict[str, Tensor]:
+def named(layers: Sequence[str], features: Any) -> dict[str, Tensor]:
     """What φ returned, by the name of each layer."""
     if isinstance(features, Mapping):
         return dict(features)
     several = features if isinstance(features, tuple) else (features,)
-    return dict(zip(phi.layers, several, strict=True))
+    return dict(zip(layers, several, strict=True))
 
 
 def one(features: Any, what: str) -> Tensor:

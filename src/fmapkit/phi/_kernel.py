@@ -20,7 +20,9 @@ def kernel(x: Tensor, y: Tensor | None, kind: str, centred: bool, gamma: float |
     """
     if kind not in KERNELS:
         hint = did_you_mean(kind, KERNELS) if isinstance(kind, str) else ""
-        raise ArgumentError(f"kind must be one of {listed(KERNELS)}, not {kind!r}{hint}")
+        raise ArgumentError(
+            f"kind must be one of {listed(KERNELS)}, not {kind!r}{hint}", candidates=KERNELS
+        )
     if gamma is not None and (kind != "rbf" or not gamma > 0):
         raise ArgumentError(f"gamma must be a positive number, and goes with kind='rbf': {gamma!r}")
     if kind == "linear" and centred:  # at the mean of the features: fewer digits are lost

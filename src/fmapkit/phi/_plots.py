@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -12,10 +13,55 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fmapkit.phi.distortion import Kept
-    from fmapkit.phi.probing import Probe
-
 __all__ = ["plot_kept", "plot_probe"]
+
+
+class DrawnScores(Protocol):
+    """The score of each layer; `Probe` is one."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """In the order of φ."""
+
+    @property
+    def scores(self) -> np.ndarray[Any, Any]:
+        """(layers, folds)."""
+
+    @property
+    def mean(self) -> np.ndarray[Any, Any]:
+        """Of the folds."""
+
+    @property
+    def chance(self) -> float | None:
+        """The score of a guess."""
+
+    @property
+    def scoring(self) -> str:
+        """What a score is."""
+
+
+class DrawnRatios(Protocol):
+    """What one layer keeps of distances; `LayerKept` is one."""
+
+    @property
+    def layer(self) -> str:
+        """Its name."""
+
+    @property
+    def smallest(self) -> float:
+        """The smallest ratio."""
+
+    @property
+    def median(self) -> float:
+        """The ratio in the middle."""
+
+    @property
+    def largest(self) -> float:
+        """The largest ratio."""
+
+    @property
+    def collisions(self) -> int:
+        """Pairs in one point."""
 
 
 def _figure(ax: Axes | None, count: int) -> tuple[Figure, Axes]:
@@ -34,16 +80,23 @@ def _by_layer(ax: Axes, layers: Any) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def plot_probe(found: Probe, ax: Axes | None = None, *, title: str | None = None) -> Figure:
+def plot_probe(found: DrawnScores, ax: Axes | None = None, *, title: str | None = None) -> Figure:
     """Draw `Probe.scores` by layer: the mean as a line, each fold as a point."""
-    figure, ax = _figure(ax, len(found))
-    at = np.arange(len(found))
+    figure, ax = _figure(ax, len(found.layers))
+    at = np.arange(len(found.layers))
     for fold in found.scores.T:
         ax.plot(at, fold, "o", color="0.6", markersize=3, zorder=1)
     ax.plot(at, found.mean, "o-", color="#b11226", zorder=2)
     if found.chance is not None:
         ax.axhline(found.chance, color="0.5", linestyle=":", linewidth=1)
-        ax.text(len(found) - 0.6, found.chance, "chance", ha="right", va="bottom", fontsize="small")
+        ax.text(
+            len(found.layers) - 0.6,
+            found.chance,
+            "chance",
+            ha="right",
+            va="bottom",
+            fontsize="small",
+        )
     _by_layer(ax, found.layers)
     ax.set_ylabel(found.scoring)
     ax.set_title(
@@ -54,7 +107,9 @@ def plot_probe(found: Probe, ax: Axes | None = None, *, title: str | None = None
     return figure
 
 
-def plot_kept(found: Kept, ax: Axes | None = None, *, title: str | None = None) -> Figure:
+def plot_kept(
+    found: Sequence[DrawnRatios], ax: Axes | None = None, *, title: str | None = None
+) -> Figure:
     """Draw the span of d(φ(x), φ(y)) / d(x, y) by layer, on a logarithmic scale."""
     figure, ax = _figure(ax, len(found))
     for at, layer in enumerate(found):

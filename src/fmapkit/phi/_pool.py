@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean, listed
 from fmapkit.map import FeatureMap
+from fmapkit.readable import tags
 
 __all__ = ["POOLS", "Pool", "checked", "picked", "pooled"]
 
@@ -28,7 +29,8 @@ def checked(pool: Any) -> Pool:
         return pool  # type: ignore[no-any-return]
     hint = did_you_mean(pool, POOLS) if isinstance(pool, str) else ""
     raise ArgumentError(
-        f"pool must be one of {listed(POOLS)}, a function or None, not {pool!r}{hint}"
+        f"pool must be one of {listed(POOLS)}, a function or None, not {pool!r}{hint}",
+        candidates=POOLS,
     )
 
 
@@ -43,7 +45,9 @@ def picked(fm: FeatureMap, filters: tuple[int, ...] | None) -> Tensor:
         return fm.tensor
     if fm.filters is None or fm.filter_dim is None:
         raise ArgumentError(
-            f"filters= was given, and the {fm.kind} of layer {fm.layer!r} has no single filter axis"
+            f"filters= was given, and the {fm.kind} of layer {fm.layer!r} has no single filter "
+            "axis",
+            **tags(fm),
         )
     there = list(fm.filters)
     places = []
@@ -52,7 +56,10 @@ def picked(fm: FeatureMap, filters: tuple[int, ...] | None) -> Tensor:
         if index not in there:
             raise FilterRangeError(
                 f"filters={wanted} is out of range for the {fm.kind} of layer {fm.layer!r}, which "
-                f"has {len(there)} filters ({there[0]} to {there[-1]})"
+                f"has {len(there)} filters ({there[0]} to {there[-1]})",
+                filter=wanted,
+                candidates=there,
+                **tags(fm),
             )
         places.append(there.index(index))
     # By slices: an index tensor would have to be sent to the device, which waits for it.
@@ -83,7 +90,8 @@ def pooled(fm: FeatureMap, tensor: Tensor, pool: Pool) -> Tensor:
             return tensor
         raise ArgumentError(
             f"pool={pool!r} needs to know which axis has the filters, and the {fm.kind} of layer "
-            f"{fm.layer!r}, of shape {tuple(tensor.shape)}, has no single one; give a function"
+            f"{fm.layer!r}, of shape {tuple(tensor.shape)}, has no single one; give a function",
+            **tags(fm),
         )
     dim %= tensor.dim()
     if pool == "token":
@@ -91,7 +99,8 @@ def pooled(fm: FeatureMap, tensor: Tensor, pool: Pool) -> Tensor:
             raise ArgumentError(
                 f"pool='token' takes the first token of (samples, tokens, features), and the "
                 f"{fm.kind} of layer {fm.layer!r} has shape {tuple(tensor.shape)} with its filters "
-                f"along axis {dim}; give a function"
+                f"along axis {dim}; give a function",
+                **tags(fm),
             )
         return tensor[:, 0]
     # Filters on axis 0 are those of an input without a batch axis.

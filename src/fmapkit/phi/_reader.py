@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from fmapkit import layers
-from fmapkit._recurring import Recurring, can_stop
 from fmapkit.capture import capture
 from fmapkit.errors import (
     AmbiguousMapError,
     ArgumentError,
     CaptureWarning,
     FilterRangeError,
+    FmapkitError,
     KindNotCapturedError,
     MapStateError,
     NoActivationError,
@@ -27,7 +27,9 @@ from fmapkit.errors import (
 from fmapkit.map import FeatureMap
 from fmapkit.model import never_called
 from fmapkit.phi._compiled import CompiledOutputs
+from fmapkit.phi._recurring import Recurring, can_stop
 from fmapkit.phi._request import Item, Request
+from fmapkit.readable import tags
 from fmapkit.selection import LayerSelection
 from fmapkit.storage import NO_GRAPH
 from fmapkit.torchlib.nested import tensors_in
@@ -90,14 +92,19 @@ class Reader:
         for layer in given if isinstance(given, Mapping) else ():
             if not any(w.is_of(layer) for w in self._wanted):
                 raise ArgumentError(
-                    f"filters names layer {layer!r}, and the layers asked for are {self._asked}"
+                    f"filters names layer {layer!r}, and the layers asked for are {self._asked}",
+                    layer=layer,
+                    candidates=[w.label for w in self._wanted],
                 )
         for wanted in self._wanted:
             for index in self._asked.filters_of(wanted.label) or ():
                 if wanted.count is not None and not -wanted.count <= index < wanted.count:
                     raise FilterRangeError(
                         f"filters={index} is out of range for layer {wanted.label!r}, which has "
-                        f"{wanted.count} filters (0 to {wanted.count - 1})"
+                        f"{wanted.count} filters (0 to {wanted.count - 1})",
+                        layer=wanted.label,
+                        filter=index,
+                        candidates=range(wanted.count),
                     )
 
     @property
@@ -154,7 +161,8 @@ class Reader:
             if (other.kind, other.call, other.path) != (fm.kind, fm.call, fm.path):
                 raise ArgumentError(
                     f"feature_map({self._asked}): two maps of layer {key!r} are asked for, and a "
-                    "dict by layer has one: give a dict with a key for each"
+                    "dict by layer has one: give a dict with a key for each",
+                    **tags(fm),
                 )
         return list(by_key.items())
 
@@ -172,7 +180,8 @@ class Reader:
             if not inside and any(t.requires_grad for t in given):
                 raise MapStateError(
                     f"feature_map: the {fm.kind} of layer {fm.layer!r} is not part of the autograd "
-                    f"graph: {NO_GRAPH}"
+                    f"graph: {NO_GRAPH}",
+                    **tags(fm),
                 )
 
     def _one(
@@ -223,13 +232,23 @@ class Reader:
         reasons = [m.reason for m in self._recurring.missed if m.layer in ("", label)]
         return f": {reasons[-1]}" if reasons else ""
 
-    def _absent(self, wanted: _Wanted, there: Sequence[FeatureMap]) -> Exception:
-        label, kinds = wanted.label, [fm.kind for fm in there]
+    def _absent(self, wanted: _Wanted, there: Sequence[FeatureMap]) -> FmapkitError:
+        kinds = list(dict.fromkeys(fm.kind for fm in there))
+        error = self._why_absent(wanted, there, kinds)
+        return error.about(
+            layer=wanted.label, kind=wanted.item.kind, call=self._asked.call, candidates=kinds
+        )
+
+    def _why_absent(
+        self, wanted: _Wanted, there: Sequence[FeatureMap], kinds: Sequence[str]
+    ) -> FmapkitError:
+        label = wanted.label
         module = self._recurring.names.by_name.get(label)
         if module is not None and never_called(module):
             return UnknownLayerError(
                 f"feature_map: {label!r} is a {type(module).__name__}, which is never called; ask "
-                f"for what it holds: '{label}.*'"
+                f"for what it holds: '{label}.*'",
+                layer=label,
             )
         said = f"feature_map: layer {label!r} has no "
         which = {"call": self._asked.call, "path": self._asked.path}
@@ -258,7 +277,10 @@ class Reader:
         choices = listed(", ".join(h[at] for at in differ) for h in have)
         raise AmbiguousMapError(
             f"feature_map: layer {first.layer!r} has {len(found)} maps of kind {first.kind!r} in a "
-            f"pass ({choices}); choose one with call=… or path=…"
+            f"pass ({choices}); choose one with call=… or path=…",
+            layer=first.layer,
+            kind=first.kind,
+            candidates=[{"call": fm.call, "path": fm.path} for fm in found],
         )
 
     def _warn(self) -> None:

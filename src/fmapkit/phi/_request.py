@@ -137,7 +137,9 @@ def _item(key: str | None, given: Any, kind: Kind | None) -> Item:
 def _kind(kind: Any) -> Kind:
     if kind not in KINDS:
         hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
-        raise ArgumentError(f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}")
+        raise ArgumentError(
+            f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}", candidates=KINDS
+        )
     found: Kind = kind
     return found
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fmapkit.analysis._keys import table
 from fmapkit.errors import ArgumentError
 from fmapkit.phi._features import call, evaluating, named, rows, taken
+from fmapkit.tables import text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,7 +112,17 @@ class Kept:
         raise KeyError(layer)
 
     def __repr__(self) -> str:
-        heads = ("layer", "features", "smallest", "pair", "median", "largest", "pair", "collisions")
+        heads = (
+            "layer",
+            "features",
+            "smallest",
+            "pair",
+            "median",
+            "largest",
+            "pair",
+            "collisions",
+            "rank",
+        )
         body = [
             (
                 k.layer or "(model)",
@@ -126,7 +136,7 @@ class Kept:
         same = f", {self.duplicates} pairs of equal inputs left out" if self.duplicates else ""
         count = self.samples * (self.samples - 1) // 2
         last = f"Kept: d(φ(x), φ(y)) / d(x, y) over {count} pairs of {self.samples} inputs{same}"
-        return "\n".join([*table((*heads, "rank"), body, 1), last])
+        return "\n".join([*text_table(heads, body, right=range(1, len(heads))), last])
 
     def plot(self, ax: Axes | None = None, *, title: str | None = None) -> Figure:
         """Draw the ratios by layer: smallest, median and largest (extra: `plot`).
@@ -136,7 +146,7 @@ class Kept:
         """
         from fmapkit.phi._plots import plot_kept
 
-        return plot_kept(self, ax, title=title)
+        return plot_kept(self._layers, ax, title=title)
 
 
 def kept(
@@ -235,14 +245,16 @@ def _features(phi: FeatureFunction, inputs: Any, count: int, batch_size: int) ->
     with evaluating(phi), torch.no_grad():
         for at in range(0, count, batch_size):
             some = taken(inputs, slice(at, at + batch_size))
-            for layer, x in named(phi, call(phi, some)).items():
+            for layer, x in named(phi.layers, call(phi, some)).items():
                 parts.setdefault(layer, []).append(rows(x).double().cpu())
     found = {layer: torch.cat(xs) for layer, xs in parts.items()}
     for layer, x in found.items():
         if len(x) != count:
-            raise ArgumentError(f"layer {layer!r} has {len(x)} features of {count} samples")
+            raise ArgumentError(
+                f"layer {layer!r} has {len(x)} features of {count} samples", layer=layer
+            )
         if not x.isfinite().all():
-            raise ArgumentError(f"features of layer {layer!r} are not all finite")
+            raise ArgumentError(f"features of layer {layer!r} are not all finite", layer=layer)
     return found
 
 

@@ -97,7 +97,8 @@ def _pairs(
         if not same or not (sizes or len(y) in (1, len(x))):
             raise ArgumentError(
                 f"features of layer {key!r} have shape {tuple(x.shape)}, and the target's "
-                f"{tuple(y.shape)}"
+                f"{tuple(y.shape)}",
+                layer=key if isinstance(key, str) else None,
             )
     given = weights if weights is not None else [1.0] * len(mine)
     by_key = dict(given) if isinstance(given, Mapping) else dict(zip(mine, given, strict=False))

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmapkit.analysis._keys import table
 from fmapkit.errors import ArgumentError
 from fmapkit.phi._features import call, evaluating, named, rows
 from fmapkit.phi._sklearn import sklearn_needed
+from fmapkit.tables import text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +90,7 @@ class Probe:
         ]
         chance = f", {self.chance:.3f} by chance" if self.chance is not None else ""
         last = f"Probe: {self.scoring} over {self.scores.shape[1]} folds{chance}"
-        return "\n".join([*table(heads, body, 1), last])
+        return "\n".join([*text_table(heads, body, right=range(1, len(heads))), last])
 
     def plot(self, ax: Axes | None = None, *, title: str | None = None) -> Figure:
         """Draw the score by layer, the folds as points (extra: `plot`).
@@ -184,7 +184,7 @@ def _collect(
     device = None if first is None else first.device
     with evaluating(phi), torch.no_grad():
         for inputs in _batches(data, labels is None, seen, batch_size):
-            for layer, x in named(phi, call(phi, _moved(inputs, device))).items():
+            for layer, x in named(phi.layers, call(phi, _moved(inputs, device))).items():
                 parts.setdefault(layer, []).append(rows(x).cpu())
     if not parts:
         raise ArgumentError("probe needs data, and there are none")
@@ -193,10 +193,11 @@ def _collect(
     for layer, matrix in features.items():
         if len(matrix) != len(y):
             raise ArgumentError(
-                f"probe has {len(y)} labels, and {len(matrix)} samples of layer {layer!r}"
+                f"probe has {len(y)} labels, and {len(matrix)} samples of layer {layer!r}",
+                layer=layer,
             )
         if not np.isfinite(matrix).all():
-            raise ArgumentError(f"features of layer {layer!r} are not all finite")
+            raise ArgumentError(f"features of layer {layer!r} are not all finite", layer=layer)
     return features, y
 
 

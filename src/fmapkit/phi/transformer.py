@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin
+from torch import nn
 
 from fmapkit.errors import ArgumentError
 from fmapkit.phi._features import evaluating, one, rows
-
-if TYPE_CHECKING:
-    from fmapkit.phi.function import FeatureFunction
 
 __all__ = ["FeatureTransformer"]
 
@@ -25,13 +23,13 @@ class FeatureTransformer(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     they were afterwards. A clone (cross-validation makes them) has the same φ, not a copy of it.
 
     Args:
-        phi: of one layer.
+        phi: a `FeatureFunction` of one layer.
         shape: of one sample as the model takes it; None to leave the arrays as they are.
         batch_size: samples of one call.
     """
 
     def __init__(
-        self, phi: FeatureFunction, shape: Sequence[int] | None = None, batch_size: int = 64
+        self, phi: nn.Module, shape: Sequence[int] | None = None, batch_size: int = 64
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ArgumentError(f"batch_size must be a positive int, not {batch_size!r}")

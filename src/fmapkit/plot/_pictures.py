@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean
-from fmapkit.map import FeatureMap
+from fmapkit.readable import ReadableMap, tags
 from fmapkit.views import as_grid, strongest, unnormalised, upsampled
 
 __all__ = ["Choice", "Picture", "chosen", "of_map", "of_weights", "pixels"]
@@ -56,7 +56,7 @@ class Picture:
         return low, high if high > low else 1.0
 
 
-def chosen(fm: FeatureMap, filters: Choice, sample: int, limit: int) -> list[int] | None:
+def chosen(fm: ReadableMap, filters: Choice, sample: int, limit: int) -> list[int] | None:
     """The filters to draw, in order; None for the first ones.
 
     Raises:
@@ -68,18 +68,21 @@ def chosen(fm: FeatureMap, filters: Choice, sample: int, limit: int) -> list[int
     if isinstance(filters, str):
         if filters != "strongest":
             hint = did_you_mean(filters, ["strongest"])
-            raise ArgumentError(f"filters must be ints or 'strongest', not {filters!r}{hint}")
+            raise ArgumentError(
+                f"filters must be ints or 'strongest', not {filters!r}{hint}",
+                candidates=["strongest"],
+            )
         return strongest(fm, limit, sample=_sample(fm, sample))
     wanted = [filters] if isinstance(filters, int) else list(filters)
     return [_number(fm[index]) for index in wanted[:limit]]
 
 
-def _number(fm: FeatureMap) -> int:
+def _number(fm: ReadableMap) -> int:
     assert fm.filter is not None
     return fm.filter
 
 
-def _sample(fm: FeatureMap, sample: int) -> int:
+def _sample(fm: ReadableMap, sample: int) -> int:
     """The same sample, or 0 where there is but one: the filters lie along the first axis."""
     if fm.filter_dim is None or fm.filter_dim % fm.tensor.dim() == 0:
         return 0
@@ -88,7 +91,7 @@ def _sample(fm: FeatureMap, sample: int) -> int:
 
 
 def of_map(
-    fm: FeatureMap,
+    fm: ReadableMap,
     sample: int,
     max_filters: int,
     filters: Choice = None,
@@ -118,7 +121,11 @@ def of_map(
     tensor = fm.tensor.detach()
     one_filter = fm.filter is not None
     if one_filter and filters is not None:
-        raise FilterRangeError(f"it is filter {fm.filter} already: filters= chooses among all")
+        raise FilterRangeError(
+            f"it is filter {fm.filter} already: filters= chooses among all",
+            filter=fm.filter,
+            **tags(fm),
+        )
     # Filters on axis 0 are those of an unbatched layer; else the samples lie there.
     axis: int | None = (0 if tensor.ndim else None) if one_filter else fm.filter_dim
     if not one_filter:
@@ -138,7 +145,9 @@ def of_map(
     return picture if below is None else replace(picture, below=below)
 
 
-def _cut(fm: FeatureMap, tensor: Tensor, sample: int, max_filters: int, filters: Choice) -> Picture:
+def _cut(
+    fm: ReadableMap, tensor: Tensor, sample: int, max_filters: int, filters: Choice
+) -> Picture:
     """The filters that are drawn, moved to the CPU: the rest of a large map need not travel."""
     total = tensor.shape[0]
     limit = max_filters if tensor.ndim == 3 else max_filters * THIN
@@ -166,7 +175,7 @@ def _cut(fm: FeatureMap, tensor: Tensor, sample: int, max_filters: int, filters:
     return Picture(values, labels, _signed(fm, values), caption)
 
 
-def _signed(fm: FeatureMap, values: Array) -> bool:
+def _signed(fm: ReadableMap, values: Array) -> bool:
     """Whether both signs count alike: not in what a GELU leaves below 0."""
     if fm.kind != "activation":
         return True
@@ -262,7 +271,7 @@ def pixels(
     return found
 
 
-def check_sample(fm: FeatureMap, sample: int, count: int) -> None:
+def check_sample(fm: ReadableMap, sample: int, count: int) -> None:
     """Whether there is such a sample.
 
     Raises:
@@ -271,7 +280,8 @@ def check_sample(fm: FeatureMap, sample: int, count: int) -> None:
     if not -count <= sample < count:
         raise ArgumentError(
             f"sample {sample} is out of range: the {fm.kind} of layer {fm.layer!r} has shape "
-            f"{tuple(fm.tensor.shape)}, so {count} samples"
+            f"{tuple(fm.tensor.shape)}, so {count} samples",
+            **tags(fm),
         )
 
 

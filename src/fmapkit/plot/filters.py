@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from fmapkit.errors import ArgumentError, UnknownLayerError, did_you_mean, listed
-from fmapkit.map import FeatureMap
+from fmapkit.errors import ArgumentError, UnknownLayerError, did_you_mean, listed, near
 from fmapkit.plot import _pictures as pictures
 from fmapkit.plot._draw import columns_of, draw, size_of
 from fmapkit.plot._figure import check_positive, figures
+from fmapkit.readable import ReadableMap, ReadableMaps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fmapkit.maps import FeatureMaps
 
 __all__ = ["plot_filters"]
 
 
 def plot_filters(
-    maps: FeatureMaps,
+    maps: ReadableMaps,
     layer: str,
     ax: Axes | None = None,
     *,
@@ -83,17 +82,19 @@ def plot_filters(
     return figure
 
 
-def _whose(maps: FeatureMaps, layer: str) -> FeatureMap:
+def _whose(maps: ReadableMaps, layer: str) -> ReadableMap:
     """A map of the layer, with as many of its filters as there are."""
     if not isinstance(layer, str):
-        raise ArgumentError(f"plot_filters takes the name of one layer, not {layer!r}")
-    found = [fm for fm in maps.select(layer=layer, step=-1) if fm.kind not in ("input", "output")]
+        raise ArgumentError(f"plot_filters takes the name of one layer, not {layer!r}", layer=None)
+    found = [fm for fm in maps.select(layer, step=-1) if fm.kind not in ("input", "output")]
     if not found:
         known = maps.layers
         raise UnknownLayerError(
-            f"no map of layer {layer!r}{did_you_mean(layer, known)} (captured: {listed(known)})"
+            f"no map of layer {layer!r}{did_you_mean(layer, known)} (captured: {listed(known)})",
+            layer=layer,
+            candidates=near(layer, known) or known,
         )
     made = [fm for fm in found if fm.filters is not None and fm.weight is not None]
     if not made:
-        raise ArgumentError(f"no layer with weights made the maps of {layer!r}")
+        raise ArgumentError(f"no layer with weights made the maps of {layer!r}", layer=layer)
     return max(made, key=len)

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmapkit.errors import ArgumentError, MapLookupError, NoPassError, listed
-from fmapkit.map import FeatureMap
 from fmapkit.plot import _pictures as pictures
 from fmapkit.plot._draw import WIDTH, columns_of, draw, draw_image, size_of
 from fmapkit.plot._figure import check_positive, entitle, figures
 from fmapkit.plot._pictures import Array, Choice, Picture
+from fmapkit.readable import ReadableMap, ReadableMaps, tags
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fmapkit.maps import FeatureMaps
 
 __all__ = ["plot_map", "plot_maps"]
 
@@ -24,7 +23,7 @@ Numbers = float | Sequence[float] | None
 
 
 def plot_map(
-    fm: FeatureMap,
+    fm: ReadableMap,
     ax: Axes | None = None,
     *,
     sample: int = 0,
@@ -88,7 +87,7 @@ def plot_map(
 
 
 def plot_maps(
-    maps: FeatureMaps,
+    maps: ReadableMaps,
     layers: Any = None,
     *,
     sample: int = 0,
@@ -133,14 +132,16 @@ def plot_maps(
     """
     plt = figures()
     check_positive(max_filters=max_filters, max_layers=max_layers)
-    groups: dict[tuple[str, int], list[FeatureMap]] = {}
-    for fm in maps.select(layer=layers, step=-1):
+    groups: dict[tuple[str, int], list[ReadableMap]] = {}
+    for fm in maps.select(layers, step=-1):
         groups.setdefault((fm.layer, fm.call), []).append(fm)
     if not groups:
         known = maps.layers
         if not known:
             raise NoPassError("nothing to plot: no maps are held; run the model in the block first")
-        raise MapLookupError(f"nothing to plot: {layers!r} is none of {listed(known)}")
+        raise MapLookupError(
+            f"nothing to plot: {layers!r} is none of {listed(known)}", candidates=known
+        )
     shown = list(groups.values())[:max_layers]
     rows: list[_Row] = []
     for group in shown:
@@ -160,7 +161,7 @@ class _Row(NamedTuple):
 
 
 def _of_layer(
-    group: list[FeatureMap],
+    group: list[ReadableMap],
     sample: int,
     filters: Choice,
     max_filters: int,
@@ -195,19 +196,21 @@ def _of_layer(
     return rows
 
 
-def _weights(fm: FeatureMap, picture: Picture) -> Picture:
+def _weights(fm: ReadableMap, picture: Picture) -> Picture:
     """The weights of the filters that a picture shows."""
     weight = fm.weight
     if weight is None:
         raise ArgumentError(
-            f"weights=True: no layer with weights made the {fm.kind} of layer {fm.layer!r}"
+            f"weights=True: no layer with weights made the {fm.kind} of layer {fm.layer!r}",
+            **tags(fm),
         )
     if fm.filter is not None:
         return pictures.of_weights(weight.unsqueeze(0), [fm.filter], 1)
     if fm.filters is None:
         raise ArgumentError(
             f"weights=True: the filters of the {fm.kind} of layer {fm.layer!r} lie along several "
-            "axes; fm.weight has their weights"
+            "axes; fm.weight has their weights",
+            **tags(fm),
         )
     places = [fm.filters.index(label) for label in picture.labels]
     return pictures.of_weights(weight[places], picture.labels, len(fm.filters))
@@ -236,13 +239,13 @@ def _drawn(
     return figure
 
 
-def _heading(fm: FeatureMap) -> str:
+def _heading(fm: ReadableMap) -> str:
     name = (fm.layer or "(model)") + fm.path
     name += f" · filter {fm.filter}" if fm.filter is not None else ""
     return name + (f" · call {fm.call}" if fm.call else "")
 
 
-def _meaning(fm: FeatureMap) -> str:
+def _meaning(fm: ReadableMap) -> str:
     if fm.kind == "preactivation":
         return "z"
     if fm.kind == "activation":

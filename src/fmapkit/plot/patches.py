@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -16,15 +16,29 @@ from fmapkit.plot._pictures import Array, pixels
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fmapkit.analysis import Patch
-
 __all__ = ["plot_patches"]
 
 _INCH = 1.0  # a patch
 
 
+class DrawnPatch(Protocol):
+    """A part of an input, to be drawn."""
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Its pixels: (top, left, bottom, right), half open."""
+
+    @property
+    def pixels(self) -> Tensor:
+        """(channels, rows, columns) of the input there."""
+
+    @property
+    def image(self) -> Tensor:
+        """The input."""
+
+
 def plot_patches(
-    patches: Mapping[int, Sequence[Patch]],
+    patches: Mapping[int, Sequence[DrawnPatch]],
     layer: str = "",
     *,
     columns: int = 9,
@@ -96,13 +110,13 @@ def plot_patches(
     return figure
 
 
-def _largest(patches: Mapping[int, Sequence[Patch]]) -> tuple[int, int]:
+def _largest(patches: Mapping[int, Sequence[DrawnPatch]]) -> tuple[int, int]:
     """Rows and columns of the largest patch, which no border has cut, perhaps."""
     boxes = [patch.box for its in patches.values() for patch in its]
     return max(b[2] - b[0] for b in boxes), max(b[3] - b[1] for b in boxes)
 
 
-def _framed(image: Array, patch: Patch, size: tuple[int, int]) -> Array:
+def _framed(image: Array, patch: DrawnPatch, size: tuple[int, int]) -> Array:
     """The patch in a frame of the largest one's size, with grey beyond the border of the image."""
     height, width = image.shape[:2]
     if (height, width) == size:
@@ -118,7 +132,7 @@ def _framed(image: Array, patch: Patch, size: tuple[int, int]) -> Array:
     return framed
 
 
-def _projected(image: Tensor, patch: Patch) -> Array:
+def _projected(image: Tensor, patch: DrawnPatch) -> Array:
     """The patch of a projection, within [0, 1] around grey."""
     if tuple(image.shape[-2:]) != tuple(patch.image.shape[-2:]):
         raise ArgumentError(

@@ -10,21 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fmapkit import layers
+from fmapkit.map import FeatureMap, restored
 from fmapkit.missed import Missed
 from fmapkit.model import Names, never_called
 from fmapkit.provenance import Origin
-from fmapkit.storage import MapRecord, Pass, PassStore, StorageConversion, StoredTensor
+from fmapkit.saving.source import MapSource
+from fmapkit.storage import (
+    MapRecord,
+    Pass,
+    PassStore,
+    StorageConversion,
+    StoredTensor,
+    ValueCopies,
+)
 from fmapkit.torchlib.memory import version_of
-
-if TYPE_CHECKING:
-    from fmapkit.map import FeatureMap
-    from fmapkit.session import Session
 
 __all__ = [
     "KeptEntry",
@@ -32,7 +37,6 @@ __all__ = [
     "KeptPass",
     "KeptSession",
     "Snapshot",
-    "Values",
     "snapshot_of",
 ]
 
@@ -70,8 +74,6 @@ class KeptPass:
 
 
 def _pass_of(step: int, training: bool, maps: Iterable[dict[str, Any]]) -> KeptPass:
-    from fmapkit.map import restored
-
     return KeptPass(step, training, tuple(map(restored, maps)))
 
 
@@ -113,7 +115,7 @@ class KeptEntry(MapRecord):
         self.map = fm
 
 
-class _Asked:
+class _KeptSelection:
     """What was asked for: the kinds; of layers, whatever there is."""
 
     def __init__(self, kinds: Iterable[str]) -> None:
@@ -144,7 +146,7 @@ class KeptSession:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self.names = Names(_shells(snapshot.modules))
-        self.wants = _Asked(snapshot.kinds)
+        self.wants = _KeptSelection(snapshot.kinds)
         self.steps = snapshot.steps
         self.missed = [Missed(layer, reason) for layer, reason in snapshot.missed]
         self.store = PassStore(0 if snapshot.fleeting else None)
@@ -170,34 +172,34 @@ layers.MODULES[_LayerShell] = 1
 
 
 def snapshot_of(
-    session: Session | KeptSession, read: Callable[[Pass, MapRecord], FeatureMap]
+    source: MapSource, read: Callable[[MapSource, Pass, MapRecord], FeatureMap]
 ) -> Snapshot:
     """All that is kept of a capture, in memory of its own.
 
     Args:
-        session: of the maps.
+        source: of the maps.
         read: makes a map of an entry of a pass.
 
     Raises:
         MapStateError: a map cannot be read any more.
         DistributedError: a map is a `DTensor`.
     """
-    values, asked = Values(), session.wants.asked
-    entries = [(p, [e for e in p.entries() if asked(e.kind, e.origin.name)]) for p in session.store]
+    values, asked = ValueCopies(), source.wants.asked
+    entries = [(p, [e for e in p.entries() if asked(e.kind, e.origin.name)]) for p in source.store]
     passes = tuple(
-        KeptPass(p.step, p.training, tuple(read(p, e)._copied(values) for e in those))
+        KeptPass(p.step, p.training, tuple(read(source, p, e)._copied(values) for e in those))
         for p, those in entries
     )
     labels = {fm.layer for p in passes for fm in p.maps}
     return Snapshot(
         passes,
-        session.steps,
-        tuple(sorted(session.wants.asked_kinds)),
-        session.store.fleeting,
-        tuple((m.layer, m.reason) for m in session.missed),
-        session.snapshot.modules
-        if isinstance(session, KeptSession)
-        else _modules(session.names, labels),
+        source.steps,
+        tuple(sorted(source.wants.asked_kinds)),
+        source.store.fleeting,
+        tuple((m.layer, m.reason) for m in source.missed),
+        source.snapshot.modules
+        if isinstance(source, KeptSession)
+        else _modules(source.names, labels),
     )
 
 
@@ -241,39 +243,3 @@ def _shells(modules: Iterable[KeptModule]) -> nn.Module:
             parent, _, key = kept.name.rpartition(".")
             made[parent].add_module(key, shell)
     return made.get("", nn.Module())
-
-
-class Values:
-    """Copies values out of the model's memory; what several maps share, they share again."""
-
-    def __init__(self) -> None:
-        self._known: dict[Any, Tensor] = {}
-        self._alive: list[Tensor] = []  # so that no memory is used twice meanwhile
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The values of a tensor, outside the graph and in memory of their own."""
-        place = _place(tensor)
-        if place is None:
-            return alone(tensor)
-        if place not in self._known:
-            self._known[place] = alone(tensor)
-            self._alive.append(tensor)
-        return self._known[place]
-
-
-def alone(tensor: Tensor) -> Tensor:
-    """A copy of the values, outside the graph."""
-    with torch.inference_mode(False), torch.no_grad():
-        return tensor.detach().clone()
-
-
-def _place(tensor: Tensor) -> Any:
-    """Where in memory the values lie, and how; None where torch does not tell."""
-    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_quantized:
-        return None
-    if tensor.is_nested or not tensor.numel() or tensor.device.type == "meta":
-        return None
-    return (
-        *(tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()),
-        *(tensor.is_conj(), tensor.is_neg()),
-    )

@@ -355,12 +355,13 @@ def only_a_pass_can_tell(names: Names, label: str) -> bool:
 def _kinds(kinds: Any) -> frozenset[str]:
     given = [kinds] if isinstance(kinds, str) else list(kinds) if _iterable(kinds) else None
     if not given:
-        raise ArgumentError(f"kinds must name some of {listed(KINDS)}, not {kinds!r}")
+        raise ArgumentError(
+            f"kinds must name some of {listed(KINDS)}, not {kinds!r}", candidates=KINDS
+        )
     for kind in given:
         if kind not in KINDS:
-            hint = did_you_mean(kind, KINDS)
             raise ArgumentError(
-                f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}",
+                f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; the kinds are {listed(KINDS)}",
                 kind=kind if isinstance(kind, str) else None,
                 candidates=near(kind, KINDS) or KINDS,
             )

@@ -15,6 +15,7 @@ from fmapkit.storage.gradients import (
 from fmapkit.storage.held import StoredTensor
 from fmapkit.storage.passes import MapRecord, Pass, PassStore
 from fmapkit.storage.uncounted import has_inference_tensors, settle
+from fmapkit.storage.value_copies import ValueCopies
 
 __all__ = [
     "NO_GRAPH",
@@ -30,6 +31,7 @@ __all__ = [
     "Received",
     "StorageConversion",
     "StoredTensor",
+    "ValueCopies",
     "has_inference_tensors",
     "in_function",
     "policy",

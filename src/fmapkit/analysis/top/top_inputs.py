@@ -10,11 +10,13 @@ from torch import Tensor
 
 from fmapkit.analysis._bins import placed
 from fmapkit.analysis._by_layer import ByLayer
-from fmapkit.analysis._keys import Filters, Groups, Name, readable, table
+from fmapkit.analysis._keys import Filters, Groups, Name
 from fmapkit.analysis._ranks import agree, exchange
-from fmapkit.analysis._strongest import Scores, Strongest, by_sample, scores_of
-from fmapkit.analysis.tops import HEADS, LayerTops, row
+from fmapkit.analysis.top.layer_tops import HEADS, LayerTops, row
+from fmapkit.analysis.top.strongest import Scores, Strongest, by_sample, scores_of
 from fmapkit.errors import ArgumentError, DistributedError, did_you_mean, listed
+from fmapkit.readable import plain_values
+from fmapkit.tables import text_table
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
@@ -24,7 +26,7 @@ __all__ = ["TopInputs"]
 _KINDS = ("response", "preactivation", "activation", "output")
 
 
-class _Group:
+class _TopGroup:
     """Of one set of filters: the strongest, and who has the rest."""
 
     __slots__ = ("local", "seen", "top")
@@ -68,7 +70,7 @@ class _Counter:
         return torch.arange(self.first, self.first + samples, device=fm.tensor.device)
 
 
-class TopInputs(ByLayer[_Group, LayerTops]):
+class TopInputs(ByLayer[_TopGroup, LayerTops]):
     """The k inputs that excite each filter most, by layer, and where; an `Analysis`.
 
     ```python
@@ -125,8 +127,10 @@ class TopInputs(ByLayer[_Group, LayerTops]):
         for kind in self.kinds:
             if kind not in _KINDS:
                 hint = did_you_mean(kind, _KINDS) if isinstance(kind, str) else ""
-                raise ArgumentError(f"kinds takes some of {listed(_KINDS)}, not {kind!r}{hint}")
-        self._groups: Groups[_Group] = Groups("top")
+                raise ArgumentError(
+                    f"kinds takes some of {listed(_KINDS)}, not {kind!r}{hint}", candidates=_KINDS
+                )
+        self._groups: Groups[_TopGroup] = Groups("top")
         self._counter = _Counter()
 
     # -- taking in -----------------------------------------------------------------------------
@@ -141,7 +145,7 @@ class TopInputs(ByLayer[_Group, LayerTops]):
             return
         # State made in inference mode could not be used out of it.
         with torch.inference_mode(False), torch.no_grad():
-            tensor, reason = readable(fm)
+            tensor, reason = plain_values(fm)
             name, filters = self._groups.place(fm)
             if not reason and (filters is None or fm.filter_dim is None):
                 reason = "its filters do not lie along one axis"
@@ -162,7 +166,7 @@ class TopInputs(ByLayer[_Group, LayerTops]):
         group = groups.get(filters)
         if group is None:
             top = Strongest.none(count, self.k, axes, values.device)
-            group = groups[filters] = _Group(top, fm.parts is not None)
+            group = groups[filters] = _TopGroup(top, fm.parts is not None)
         group.local |= fm.parts is not None
         if group.top.axes != axes:
             return f"it had {group.top.axes} axes of locations before, and has {axes} now"
@@ -234,7 +238,7 @@ class TopInputs(ByLayer[_Group, LayerTops]):
         missed = f", {len(self.missed)} missed (see top.missed)" if self.missed else ""
         by = self.by if isinstance(self.by, str) else "a function"
         last = f"TopInputs: {self.k} inputs of each filter, by {by}{missed}"
-        return "\n".join([*table(HEADS, rows, 3), last])
+        return "\n".join([*text_table(HEADS, rows, right=range(3, len(HEADS))), last])
 
     # -- putting together ----------------------------------------------------------------------
 
@@ -269,7 +273,7 @@ class TopInputs(ByLayer[_Group, LayerTops]):
         if filters not in mine:
             device = new.scores.device
             empty = Strongest.none(len(new.scores), self.k, new.axes, device)
-            mine[filters] = _Group(empty, local)
+            mine[filters] = _TopGroup(empty, local)
         group = mine[filters]
         with torch.no_grad():
             group.top = group.top.merge(new.on(group.top.scores.device))

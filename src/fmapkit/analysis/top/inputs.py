@@ -13,10 +13,10 @@ from fmapkit.kinds import Kind
 if TYPE_CHECKING:
     from fmapkit.explain import ReceptiveField
 
-__all__ = ["Fields", "Inputs"]
+__all__ = ["DatasetInputs", "InputFields"]
 
 
-class Fields:
+class InputFields:
     """The receptive fields of a layer's map, for inputs of each size.
 
     Args:
@@ -80,7 +80,7 @@ class Fields:
         return found
 
 
-class Inputs:
+class DatasetInputs:
     """What a data set gives, by number.
 
     Args:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmapkit.errors import ArgumentError
 from fmapkit.plot import _pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from fmapkit.analysis.similarity import Similarity
 
 __all__ = ["plot_similarity"]
 
@@ -21,14 +18,24 @@ _NUMBERED = 12  # rows up to which each cell has its figure
 
 
 def plot_similarity(
-    found: Similarity, ax: Axes | None = None, *, measure: str = "cka", title: str | None = None
+    values: np.ndarray[Any, Any],
+    layers: tuple[list[str], list[str]],
+    ax: Axes | None,
+    *,
+    measure: str,
+    title: str | None,
 ) -> Figure:
-    """Draw the matrix of a measure; see `Similarity.plot`."""
-    if measure not in ("cka", "rsa"):
-        raise ArgumentError(f"measure must be 'cka' or 'rsa', not {measure!r}")
+    """Draw the matrix of a measure.
+
+    Args:
+        values: (rows, columns).
+        layers: the names of the rows, and of the columns.
+        ax: axes to draw into; None makes a figure.
+        measure: "cka" or "rsa".
+        title: stands above; None for the name of the measure.
+    """
     plt = _pyplot()
-    values = (found.cka if measure == "cka" else found.rsa).numpy()
-    rows, columns = found.layers
+    rows, columns = layers
     if ax is None:
         width = float(np.clip(2.5 + 0.45 * len(columns), 4, 14))
         height = float(np.clip(1.6 + 0.4 * len(rows), 3, 14))

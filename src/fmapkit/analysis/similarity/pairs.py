@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fmapkit.analysis._hsic import Gram, hsic, own_hsic
-from fmapkit.analysis._labels import MapTag
+from fmapkit.analysis.similarity.hsic import Gram, hsic, own_hsic
+from fmapkit.analysis.similarity.labels import MapTag
 
 __all__ = ["Pairs"]
 

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fmapkit._line import map_line
-from fmapkit.errors import DistributedError, FilterRangeError, MapStateError
+from fmapkit.drawable import DrawableMap
+from fmapkit.errors import DistributedError, FilterRangeError, FmapkitError, MapStateError
 from fmapkit.kinds import Kind
+from fmapkit.map.line import map_line
 from fmapkit.provenance import Heads, Lost, WeightRows
-from fmapkit.saving import Values
-from fmapkit.storage import Gradient, MapRecord, NotYet, Pass, Received
+from fmapkit.readable import tags
+from fmapkit.storage import Gradient, NotYet, Received, ValueCopies
 from fmapkit.torchlib.memory import parts_of
 from fmapkit.torchlib.sharded import Parts, is_dtensor, whole
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-__all__ = ["FeatureMap", "nbytes_of", "read_map", "restored"]
+__all__ = ["FeatureMap", "nbytes_of", "restored"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FeatureMap:
+class FeatureMap(DrawableMap):
     """One feature map: a tensor and what it is.
 
     Attributes:
@@ -109,7 +106,11 @@ class FeatureMap:
             there = self._whole._along()
             return None if whole is None else whole.select(dim, there.index(self.filter))
         if self._gradient is not None:
-            return self._gradient.read(f"the {self.kind} of layer {self.layer!r}")
+            try:
+                return self._gradient.read(f"the {self.kind} of layer {self.layer!r}")
+            except MapStateError as error:
+                error.about(**tags(self))
+                raise
         tensor = self.tensor
         # torch warns of a look at the gradient of a tensor that was never going to have one.
         return tensor.grad if tensor.is_leaf or tensor.retains_grad else None
@@ -135,7 +136,7 @@ class FeatureMap:
             MapOverwrittenError: the weight is another one now.
             DistributedError: other ranks have parts of it.
         """
-        return None if self._rows is None else self._rows.read("weight", self.filter)
+        return self._read_rows("weight")
 
     @property
     def bias(self) -> Tensor | None:
@@ -151,7 +152,14 @@ class FeatureMap:
             MapOverwrittenError: the bias is another one now.
             DistributedError: other ranks have parts of it.
         """
-        return None if self._rows is None else self._rows.read("bias", self.filter)
+        return self._read_rows("bias")
+
+    def _read_rows(self, name: Literal["weight", "bias"]) -> Tensor | None:
+        try:
+            return None if self._rows is None else self._rows.read(name, self.filter)
+        except FmapkitError as error:
+            error.about(**tags(self), filter=self.filter)
+            raise
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The values as a NumPy array; bfloat16 and float8, which NumPy lacks, as float32.
@@ -193,7 +201,7 @@ class FeatureMap:
         there = self._along()
         if isinstance(index, bool) or not isinstance(index, (int, np.integer)):
             raise FilterRangeError(
-                f"a filter is an int, not {index!r}; use .tensor to slice", **_tags(self)
+                f"a filter is an int, not {index!r}; use .tensor to slice", **tags(self)
             )
         index = int(index)
         wanted = index if index >= 0 else there[-1] + 1 + index
@@ -203,7 +211,7 @@ class FeatureMap:
                 f"which holds {len(there)} filters ({_span(there)})",
                 filter=index,
                 candidates=there,
-                **_tags(self),
+                **tags(self),
             )
         assert self.filter_dim is not None
         if is_dtensor(self.tensor):  # torch would ask the other ranks
@@ -232,7 +240,7 @@ class FeatureMap:
                 f"the {self.kind} of layer {self.layer!r} has no single filter axis"
                 + (f"; it is filter {self.filter} already" if self.filter is not None else ""),
                 filter=self.filter,
-                **_tags(self),
+                **tags(self),
             )
         return self.filters
 
@@ -253,7 +261,7 @@ class FeatureMap:
                 f"the {self.kind} of layer {self.layer!r} is a plain tensor of this rank, behind a "
                 "weight that is spread over ranks: whether other ranks hold other parts of it is "
                 "known to the model alone; use .tensor",
-                **_tags(self),
+                **tags(self),
             )
         tensor, edited = (
             whole(t, parts.mesh, self.filter_dim, parts.total) if t is not None else None
@@ -275,7 +283,7 @@ class FeatureMap:
 
     # -- copies: values and tags, without the model's memory, its graph or its hooks -----------
 
-    def _copied(self, values: Values | None = None) -> FeatureMap:
+    def _copied(self, values: ValueCopies | None = None) -> FeatureMap:
         """The same map in memory of its own, outside the autograd graph.
 
         What `copy.deepcopy`, `pickle` and `torch.save` make of it. Its gradient so far is a part
@@ -290,7 +298,7 @@ class FeatureMap:
         """
         if is_dtensor(self.tensor):
             raise _of_several_ranks(self, "has no values of its own to be kept")
-        values = values if values is not None else Values()
+        values = values if values is not None else ValueCopies()
         grad = self.grad
         return replace(
             self,
@@ -306,6 +314,12 @@ class FeatureMap:
         """Its tags alone; the tensor is empty."""
         empty = self.tensor.new_empty(0)
         return replace(self, tensor=empty, edited=None, _gradient=None, _whole=None)
+
+    def with_values(self, values: Tensor, filter_dim: int) -> FeatureMap:
+        """Its tags with other values, whose filters lie along `filter_dim`."""
+        return replace(
+            self, tensor=values, filter_dim=filter_dim, edited=None, parts=None, _gradient=None
+        )
 
     def __deepcopy__(self, memo: Any) -> FeatureMap:
         return self._copied()
@@ -324,40 +338,6 @@ class FeatureMap:
 
     def __repr__(self) -> str:
         return map_line(self)
-
-    def plot(
-        self,
-        ax: Axes | None = None,
-        *,
-        sample: int = 0,
-        filters: int | Iterable[int] | Literal["strongest"] | None = None,
-        max_filters: int = 16,
-        columns: int | None = None,
-        grid: tuple[int, int] | None = None,
-        weights: bool = False,
-        overlay: Any = None,
-        mean: float | Sequence[float] | None = None,
-        std: float | Sequence[float] | None = None,
-    ) -> Figure:
-        """Draw the map, a picture for each filter (extra: `plot`).
-
-        Arguments, result and errors are those of `fmapkit.plot.plot_map`.
-        """
-        from fmapkit.plot import plot_map
-
-        return plot_map(
-            self,
-            ax,
-            sample=sample,
-            filters=filters,
-            max_filters=max_filters,
-            columns=columns,
-            grid=grid,
-            weights=weights,
-            overlay=overlay,
-            mean=mean,
-            std=std,
-        )
 
 
 def restored(tags: dict[str, Any]) -> FeatureMap:
@@ -382,67 +362,11 @@ def _of_several_ranks(fm: FeatureMap, why: str) -> DistributedError:
         f"the {fm.kind} of layer {fm.layer!r} is a DTensor over several ranks, and {why}: "
         "full() puts it together (every rank has to call it), .tensor.to_local() is this rank's "
         "part",
-        **_tags(fm),
+        **tags(fm),
     )
-
-
-def _tags(fm: FeatureMap) -> dict[str, Any]:
-    """What an error about a map says of it, as data."""
-    return {"layer": fm.layer, "kind": fm.kind, "call": fm.call, "step": fm.step}
 
 
 def _span(filters: range | tuple[int, ...]) -> str:
     if isinstance(filters, range) and filters.step == 1:
         return f"{filters[0]} to {filters[-1]}"
     return ", ".join(map(str, filters))
-
-
-def read_map(at: Pass, entry: MapRecord, made: bool = False) -> FeatureMap:
-    """The map that an entry of a pass holds.
-
-    Args:
-        at: the pass.
-        entry: of it.
-        made: it has just been made, and is shown to an analysis.
-
-    Raises:
-        MapStateError: its memory was written to, or let go.
-    """
-    origin, axes = entry.origin, entry.axes
-    what = f"the {entry.kind} of layer {origin.name!r} (step {at.step}, call {origin.call})"
-    assert entry.held is not None
-    edited = None
-    try:
-        tensor = entry.held.read(what)
-        if entry.edited is not None:
-            edited = entry.edited.read(f"the edit of {what}")
-    except MapStateError as error:
-        error.layer, error.kind = origin.name, entry.kind
-        error.call, error.step = origin.call, at.step
-        raise
-    if axes is not None and entry.picked is None and type(tensor) is Tensor:
-        axes = axes.fitted(tensor.shape)
-    dim = axes.dim if axes is not None else None
-    filters: range | tuple[int, ...] | None = axes.filters if axes is not None else None
-    if entry.picked is not None:
-        filters = entry.picked
-    rows = None
-    if origin.made is not None and entry.kind not in ("input", "output"):
-        rows = WeightRows(what, origin, axes, entry.picked, at.weights)
-    return FeatureMap(
-        tensor=tensor,
-        kind=cast("Kind", entry.kind),
-        layer=origin.name,
-        call=origin.call,
-        step=at.step,
-        training=at.training,
-        nonlinearity=entry.sigma,
-        path=entry.path,
-        filter_dim=dim,
-        filters=filters if dim is not None else None,
-        edited=edited,
-        ids=at.ids,
-        heads=entry.heads,
-        _gradient=NotYet() if made else entry.held.gradient,
-        _rows=rows,
-    )

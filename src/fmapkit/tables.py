@@ -1,11 +1,34 @@
-"""A table as HTML, for notebooks and for the page."""
+"""Tables, as text for a terminal and as HTML for notebooks and pages."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Collection, Iterable, Sequence
 
-__all__ = ["html_table"]
+__all__ = ["html_table", "text_table"]
+
+
+def text_table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int]
+) -> list[str]:
+    """The table as lines of text.
+
+    Args:
+        heads: of the columns.
+        rows: the cells.
+        right: which columns are set to the right; the others to the left.
+    """
+    rows = list(rows)
+    widths = [max(len(r[i]) for r in (heads, *rows)) for i in range(len(heads))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            c.rjust(w) if i in right else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return [line(heads), "  ".join("─" * w for w in widths), *map(line, rows)]
 
 
 def html_table(
@@ -15,7 +38,7 @@ def html_table(
     right: Collection[int],
     caption: str = "",
 ) -> str:
-    """The table, escaped.
+    """The table as HTML, escaped.
 
     Args:
         heads: of the columns.

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from fmapkit.map import FeatureMap
+from fmapkit.readable import ReadableMap
 
 __all__ = ["map_line", "row", "size"]
 
@@ -20,7 +17,7 @@ def size(nbytes: int) -> str:
     raise AssertionError("unreachable")
 
 
-def row(fm: FeatureMap) -> tuple[str, ...]:
+def row(fm: ReadableMap) -> tuple[str, ...]:
     """Layer, kind, filters, shape, dtype, device, bytes and σ."""
     name = fm.layer + fm.path + (f" #{fm.call}" if fm.call else "")
     return (
@@ -35,7 +32,7 @@ def row(fm: FeatureMap) -> tuple[str, ...]:
     )
 
 
-def map_line(fm: FeatureMap) -> str:
+def map_line(fm: ReadableMap) -> str:
     """`FeatureMap(layer='conv1', kind='activation', shape=8×16×32×32, float32, cpu, σ=relu)`."""
     parts = [f"layer={fm.layer!r}", f"kind={fm.kind!r}"]
     if fm.filter is not None:

@@ -1,66 +1,25 @@
-"""The sections of analyses: their table, and a panel for each layer where there is one to draw."""
+"""What a page draws of statistics and of firings: a section for each layer."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from fmapkit.analysis import DeadFilters, LayerFirings, LayerStatistics, Statistics
 from fmapkit.analysis.dead_plot import STATES, states
-from fmapkit.page.panels import Fact, Panel, Section, number_panel, state_panel
+from fmapkit.analysis.firings import LayerFirings
+from fmapkit.analysis.summary import LayerStatistics
+from fmapkit.page import Fact, Panel, Section, number_panel, state_panel
 
-__all__ = ["analysis_sections"]
-
-
-def analysis_sections(analyses: Any) -> list[Section]:
-    """The sections of one analysis, or of several; a Matplotlib figure counts as one.
-
-    An analysis that the page has no drawing for is shown by its `_repr_html_`, or by its `repr`.
-    """
-    several = isinstance(analyses, Iterable) and not hasattr(analyses, "update")
-    sections: list[Section] = []
-    for analysis in analyses if several else [analyses]:
-        sections += _sections(analysis)
-    return sections
-
-
-def _sections(analysis: Any) -> list[Section]:
-    name = type(analysis).__name__
-    if hasattr(analysis, "savefig"):
-        return [Section("figure", html=_figure(analysis))]
-    table = Section(name, html=_table(analysis))
-    if isinstance(analysis, Statistics):
-        return [table, *(_statistics(s) for s in analysis)]
-    if isinstance(analysis, DeadFilters):
-        return [table, *(_firings(s) for s in analysis)]
-    return [table]
-
-
-def _table(analysis: Any) -> str:
-    shown = getattr(analysis, "_repr_html_", None)
-    if callable(shown):
-        return str(shown())
-    return f"<pre>{html.escape(repr(analysis))}</pre>"
-
-
-def _figure(figure: Any) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    return f'<img alt="figure" src="data:image/png;base64,{data}">'
+__all__ = ["firings_section", "statistics_section"]
 
 
 def _labels(s: LayerStatistics | LayerFirings) -> tuple[int, ...]:
     return s.filters if s.filters is not None else tuple(range(len(s)))
 
 
-def _statistics(s: LayerStatistics) -> Section:
+def statistics_section(s: LayerStatistics) -> Section:
     """Mean and std of each filter, and its histogram where there is one."""
     labels = _labels(s)
     numbers = {
@@ -107,7 +66,7 @@ def _bins(edges: list[float]) -> tuple[str, ...]:
     return (f"below {edges[0]:g}", *between, f"{edges[-1]:g} and above")
 
 
-def _firings(s: LayerFirings) -> Section:
+def firings_section(s: LayerFirings) -> Section:
     """When each filter fired."""
     silent: Any = (s.inputs - s.last_input).tolist()
     picture = np.asarray(states(s))

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fmapkit.analysis._hsic import LEAST, Gram
-from fmapkit.analysis._keys import readable, table
-from fmapkit.analysis._labels import MapTag, labels
-from fmapkit.analysis._pairs import Pairs
-from fmapkit.errors import ArgumentError, NoPassError, UnknownLayerError, did_you_mean, listed
+from fmapkit.analysis.similarity.hsic import LEAST, Gram
+from fmapkit.analysis.similarity.labels import MapTag, labels
+from fmapkit.analysis.similarity.pairs import Pairs
+from fmapkit.errors import ArgumentError, NoPassError, UnknownLayerError, did_you_mean, listed, near
+from fmapkit.readable import plain_values
+from fmapkit.tables import text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +59,7 @@ class _Side:
         self._step = fm.step
         # State made in inference mode could not be used out of it.
         with torch.inference_mode(False), torch.no_grad():
-            tensor, reason = readable(fm)
+            tensor, reason = plain_values(fm)
             if tensor is not None and not reason:
                 reason = self._why_not(fm, tensor)
             if not reason and tag in self._current:
@@ -235,7 +236,9 @@ class Similarity:
             if name not in known:
                 why = f": {self.missed[name]}" if name in self.missed else ""
                 raise UnknownLayerError(
-                    f"no layer {name!r}{did_you_mean(name, known)} (seen: {listed(known)}){why}"
+                    f"no layer {name!r}{did_you_mean(name, known)} (seen: {listed(known)}){why}",
+                    layer=name,
+                    candidates=near(name, known) or known,
                 )
             places.append(known.index(name))
         return float(self.cka[places[0], places[1]])
@@ -253,7 +256,7 @@ class Similarity:
         more = f"; {len(columns) - _SHOWN} columns more" if len(columns) > _SHOWN else ""
         missed = f", {len(self.missed)} missed (see .missed)" if self.missed else ""
         last = f"Similarity: {len(rows)} × {len(columns)} layers{more}{missed}"
-        return "\n".join([*table(heads, body, 1), last])
+        return "\n".join([*text_table(heads, body, right=range(1, len(heads))), last])
 
     def plot(
         self, ax: Axes | None = None, *, measure: str = "cka", title: str | None = None
@@ -270,9 +273,12 @@ class Similarity:
             NoPassError: no pass has been seen yet.
             ArgumentError: there is no such measure.
         """
-        from fmapkit.analysis.similarity_plot import plot_similarity
+        from fmapkit.analysis.similarity.plot import plot_similarity
 
-        return plot_similarity(self, ax, measure=measure, title=title)
+        if measure not in ("cka", "rsa"):
+            raise ArgumentError(f"measure must be 'cka' or 'rsa', not {measure!r}")
+        values = (self.cka if measure == "cka" else self.rsa).numpy()
+        return plot_similarity(values, self.layers, ax, measure=measure, title=title)
 
     # -- keeping -------------------------------------------------------------------------------
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fmapkit.analysis._inputs import Fields, Inputs
-from fmapkit.analysis._keys import table
+from fmapkit.analysis.top.inputs import DatasetInputs, InputFields
 from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean
+from fmapkit.tables import text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,7 +120,11 @@ class LayerTops:
         if isinstance(filter, bool) or not isinstance(filter, int) or filter not in self.filters:
             raise FilterRangeError(
                 f"filter {filter!r} is out of range: of the {self.kind} of layer {self.layer!r}, "
-                f"{len(self)} filters were seen, {self.filters[0]} to {self.filters[-1]}"
+                f"{len(self)} filters were seen, {self.filters[0]} to {self.filters[-1]}",
+                filter=filter,
+                candidates=self.filters,
+                layer=self.layer,
+                kind=self.kind,
             )
         return self.filters.index(filter)
 
@@ -146,7 +150,7 @@ class LayerTops:
         heads = ("filter", "strongest", "input", "at", "then")
         more = f", {len(self) - _ROWS} more filters" if len(self) > _ROWS else ""
         last = f"LayerTops: {self.layer + self.path!r}, {self.kind}, {self.seen} inputs{more}"
-        return "\n".join([*table(heads, rows, 0), last])
+        return "\n".join([*text_table(heads, rows, right=range(len(heads))), last])
 
     # -- the parts of the inputs -----------------------------------------------------------------
 
@@ -185,10 +189,12 @@ class LayerTops:
         if self.at.shape[2] not in (1, 2):
             raise ArgumentError(
                 "patches are of maps with rows and columns, or tokens of an image, and the "
-                f"{self.kind} of layer {self.layer!r} has {self.at.shape[2]} axes of locations"
+                f"{self.kind} of layer {self.layer!r} has {self.at.shape[2]} axes of locations",
+                layer=self.layer,
+                kind=self.kind,
             )
-        fields = Fields(self.layer, self.kind, self.path, model, field)
-        inputs = Inputs(dataset, image)
+        fields = InputFields(self.layer, self.kind, self.path, model, field)
+        inputs = DatasetInputs(dataset, image)
         found: dict[int, list[Patch]] = {}
         for filter, its in hits.items():
             found[filter] = []
@@ -235,9 +241,11 @@ class LayerTops:
             raise ArgumentError(
                 f"contexts are of maps with positions, and the {self.kind} of layer "
                 f"{self.layer!r} has {self.at.shape[2]} axes of locations"
-                + ("; see patches()" if self.at.shape[2] == 2 else "")
+                + ("; see patches()" if self.at.shape[2] == 2 else ""),
+                layer=self.layer,
+                kind=self.kind,
             )
-        inputs = Inputs(dataset, tokens)
+        inputs = DatasetInputs(dataset, tokens)
         said = decode or (lambda token: token)
         found: dict[int, list[Context]] = {}
         for filter in self._chosen(filters):
@@ -298,7 +306,10 @@ class LayerTops:
         if isinstance(filters, str):
             if filters != "strongest":
                 hint = did_you_mean(filters, ["strongest"])
-                raise ArgumentError(f"filters must be ints or 'strongest', not {filters!r}{hint}")
+                raise ArgumentError(
+                    f"filters must be ints or 'strongest', not {filters!r}{hint}",
+                    candidates=["strongest"],
+                )
             filters = self.strongest(max_filters)
         chosen = self._chosen(filters)[:max_filters]
         found = self.patches(dataset, filters=chosen, model=model, field=field, image=image)

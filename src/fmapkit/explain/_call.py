@@ -1,0 +1,50 @@
+"""One operator of a pass, as a rule or the probe is given it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fmapkit.torchlib.operators import tree_leaves
+
+__all__ = ["Call"]
+
+
+@dataclass
+class Call:
+    """One operator that has run, for the rule of it.
+
+    Attributes:
+        name: of the operator, without namespace, overload and the mark of its in-place form.
+        function: the operator.
+        given: its arguments by name, with the values from before the call.
+        fields: of those arguments that are tensors and no constants, by `id`.
+        results: the tensors that it returned or wrote to.
+        assumed: is told where all of an operand is taken to matter.
+    """
+
+    name: str
+    function: Any
+    given: dict[str, Any]
+    fields: dict[int, Tensor]
+    results: list[Tensor]
+    assumed: Callable[[str], None]
+
+    def of(self, value: Any) -> Tensor | None:
+        """The field of an argument."""
+        return self.fields.get(id(value)) if isinstance(value, Tensor) else None
+
+    def get(self, *names: str, default: Any = None) -> Any:
+        """An argument, by the first of these names that the operator has."""
+        for name in names:
+            if name in self.given:
+                return self.given[name]
+        return default
+
+    @property
+    def operands(self) -> list[Tensor]:
+        """All tensors among the arguments."""
+        return [t for t in tree_leaves(self.given) if isinstance(t, Tensor)]

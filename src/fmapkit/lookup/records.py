@@ -1,0 +1,70 @@
+"""The records that a source of maps holds, and the map of each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fmapkit.map import FeatureMap, read_map
+from fmapkit.model import Names
+from fmapkit.saving import KeptEntry, MapSource
+from fmapkit.storage import MapRecord, Pass
+from fmapkit.torchlib.sharded import Parts, is_dtensor, splits
+
+__all__ = ["Found", "every", "latest", "read"]
+
+Found = tuple[Pass, MapRecord]
+
+
+def latest(source: MapSource) -> list[Found]:
+    """The records of the latest pass, in execution order."""
+    at = source.store.latest()
+    return _of(source, at) if at is not None else []
+
+
+def every(source: MapSource) -> list[Found]:
+    """The records of all passes that are kept."""
+    return [found for at in source.store for found in _of(source, at)]
+
+
+def _of(source: MapSource, at: Pass) -> list[Found]:
+    asked = source.wants.asked
+    return [(at, e) for e in at.entries() if asked(e.kind, e.origin.name)]
+
+
+def read(source: MapSource, at: Pass, entry: MapRecord, made: bool = False) -> FeatureMap:
+    """The map of a record, and whether its tensor is one rank's part.
+
+    Args:
+        source: whose record it is.
+        at: its pass.
+        entry: the record.
+        made: it has just been made, and is shown to an analysis.
+
+    Raises:
+        MapStateError: its memory was written to, or let go.
+    """
+    if isinstance(entry, KeptEntry):
+        return entry.map
+    result = read_map(at, entry, made)
+    parts = _parts(source.names, entry, result)
+    return result if parts is None else replace(result, parts=parts)
+
+
+def _parts(names: Names, entry: MapRecord, found: FeatureMap) -> Parts | None:
+    """Whether the tensor may be one rank's part: where the layer's weights are `DTensor`s."""
+    module = names.module_of(entry.origin.name)
+    if module is None or is_dtensor(found.tensor):
+        return None
+    spread = [p for p in names.parameters_of(module).values() if is_dtensor(p)]
+    if not spread:
+        return None
+    weight: Any = spread[0]
+    mesh = weight.device_mesh
+    if mesh.size() == 1 or (names.lent and mesh.ndim == 1):
+        return None  # FSDP spreads it between passes only: the layer runs with the whole weight
+    mesh, total = splits(weight), weight.shape[0]
+    cut = found.filters is not None and len(found.filters) < total
+    if mesh is None or not cut or entry.picked is not None:
+        return Parts(unknown=True)
+    return Parts(mesh, total)
