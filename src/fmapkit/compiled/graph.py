@@ -10,7 +10,7 @@ same conditions as in eager mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fmapkit.compiled.graph_edit import SigmaNode, run_out_of_place
 from fmapkit.compiled.graph_open import open_call, opens
 from fmapkit.compiled.graph_tracer import GraphTracer, NodeHeld
+from fmapkit.compiled.labels import GraphMap, Labels
 from fmapkit.model import Names
-from fmapkit.provenance import NOWHERE, ChannelLabel, ChannelLayout, Origin, ParamLabel
+from fmapkit.provenance import NOWHERE, ChannelLabel, Origin, ParamLabel
 from fmapkit.replay import Ref
 from fmapkit.selection import Selection
 from fmapkit.storage import MapRecord
@@ -30,59 +31,9 @@ from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import leaves, tensors_in
 from fmapkit.tracing import Frame
 
-__all__ = ["GraphMap", "Labels", "Traced", "trace_graph"]
+__all__ = ["Traced", "trace_graph"]
 
 _CALLS = ("call_function", "call_method")
-
-
-@dataclass(frozen=True, slots=True)
-class GraphMap:
-    """One map of a compiled graph.
-
-    Attributes:
-        place: of its tensor among the graph's outputs; from -1 downwards, among its inputs.
-    """
-
-    place: int
-    kind: str
-    ref: Ref
-    axes: ChannelLayout | None
-    sigma: str | None
-    picked: tuple[int, ...] | None
-    pending: bool
-    copied: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """What a graph's maps are, given what its inputs carry.
-
-    Attributes:
-        sources: the map that tells of each tensor to be held; maps may share one.
-        places: of these tensors, as in `GraphMap`.
-        slots: of each map, which tensor it is.
-        picking: of some map, only some filters are held.
-    """
-
-    maps: tuple[GraphMap, ...]
-    calls: tuple[tuple[str, int], ...]
-    outputs: tuple[Any, ...]  # per output of the model's own: (Ref, axes), "weight" or None
-    claims: tuple[int, ...]
-    writes: tuple[int, ...]  # which inputs are written to
-    sources: tuple[GraphMap, ...] = field(init=False)
-    places: tuple[int, ...] = field(init=False)
-    slots: tuple[int, ...] = field(init=False)
-    picking: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        keys = [(m.place, m.picked) for m in self.maps]
-        first = dict(zip(reversed(keys), reversed(self.maps), strict=True))
-        order = list(dict.fromkeys(keys))
-        put = object.__setattr__  # as frozen dataclasses do
-        put(self, "sources", tuple([first[key] for key in order]))
-        put(self, "places", tuple([place for place, _ in order]))
-        put(self, "slots", tuple(map(order.index, keys)))
-        put(self, "picking", any(picked is not None for _, picked in order))
 
 
 @dataclass(slots=True)

@@ -9,20 +9,20 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fmapkit.compiled.graph_edit import add_outputs
+from fmapkit.compiled.interface import CompiledCapture
 from fmapkit.compiled.labelled import CompiledGraph
+from fmapkit.compiled.labels import Labels
 from fmapkit.compiled.layouts import free_layouts
 from fmapkit.compiled.run import GraphMapSink, UnknownError, running
 from fmapkit.missed import reason
+from fmapkit.provenance import Label
 from fmapkit.torchlib.compiled_modules import plain
-
-if TYPE_CHECKING:
-    from fmapkit.session import Session
 
 __all__ = ["InstrumentedCompile"]
 
@@ -61,7 +61,7 @@ class InstrumentedCompile:
     """
 
     def __init__(self, root: nn.Module, original: Any) -> None:
-        self.sessions: list[Session] = []  # whose maps
+        self.captures: list[CompiledCapture] = []  # whose maps
         self.graphs: list[CompiledGraph] = []
         self._module = plain(root)
         context, inner = _context(original)
@@ -88,7 +88,7 @@ class InstrumentedCompile:
 
     def rest(self) -> None:
         """The block has ended; what it compiled is kept."""
-        self.sessions.clear()
+        self.captures.clear()
         for graph in self.graphs:
             graph.forget()
 
@@ -133,8 +133,8 @@ class _Compiler:
             graph = self._instrument(gm, inputs, sinks)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             for sink in sinks:
-                sink.session.miss(
-                    sink.session.names.of(self._variant._module),
+                sink.capture.miss(
+                    sink.capture.names.of(self._variant._module),
                     UNLABELLED.format(why=f"{type(error).__name__}: {error}"),
                 )
                 sink.unread += 1
@@ -148,7 +148,7 @@ class _Compiler:
         self, gm: fx.GraphModule, inputs: list[Any], sinks: Sequence[GraphMapSink]
     ) -> CompiledGraph:
         untouched = _copy(gm)
-        names = sinks[0].session.names
+        names = sinks[0].capture.names
         graph = CompiledGraph(gm, inputs, self._is_whole(), _is_volatile(self._backend), names)
         last = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
         returned: Any = last.args[0]
@@ -158,10 +158,10 @@ class _Compiler:
             for sink in sinks:
                 sink.settle()
                 carried = graph.carried(inputs, sink)
-                traced = graph.trace(sink.session, inputs, carried, sink.session.miss, rewrite=True)
+                traced = graph.trace(sink.capture, inputs, carried, sink.capture.miss, rewrite=True)
                 sites += [site for _, site, _ in traced.found]
             graph.gm = _copy(gm)
-            detach = sinks[0].session.wants.detach and _may_need_gradients(gm)
+            detach = sinks[0].capture.wants.detach and _may_need_gradients(gm)
             graph.places = add_outputs(gm, sites, detach)
             graph.returned = len(last.args[0])
         except Exception:
@@ -207,14 +207,24 @@ def _runner(graph: CompiledGraph, compiled: Callable[..., Any]) -> Callable[...,
         sinks = running.sinks
         if not sinks:
             return compiled(*inputs)[:own]
-        known = [_guarded(s, s.before, graph, place, inputs) for place, s in enumerate(sinks)]
+        known = [_guarded(s, _before, s, graph, place, inputs) for place, s in enumerate(sinks)]
         outputs = compiled(*inputs)
-        for sink, before in zip(sinks, known, strict=True):
-            if before is not None:
-                _guarded(sink, sink.after, graph, before, inputs, outputs)
+        for sink, ready in zip(sinks, known, strict=True):
+            if ready is not None:
+                _guarded(sink, sink.after, ready, inputs, outputs, own, graph.volatile)
         return outputs[:own]
 
     return run
+
+
+def _before(
+    sink: GraphMapSink, graph: CompiledGraph, place: int, inputs: Sequence[Any]
+) -> tuple[list[Label], Labels]:
+    """A graph is about to run: what its inputs carry, and what its maps will be."""
+    sink.expect(graph.whole)
+    carried, labels = graph.ready(sink, place, inputs)
+    sink.before_writes(labels, inputs)
+    return carried, labels
 
 
 def _guarded(sink: GraphMapSink, function: Callable[..., Any], *args: Any) -> Any:
@@ -222,8 +232,8 @@ def _guarded(sink: GraphMapSink, function: Callable[..., Any], *args: Any) -> An
     try:
         return function(*args)
     except Exception as error:
-        name = sink.session.names.of(running.root) if running.root is not None else ""
-        sink.session.miss(name, reason(error))
+        name = sink.capture.names.of(running.root) if running.root is not None else ""
+        sink.capture.miss(name, reason(error))
         sink.unread += 1
         return None
 

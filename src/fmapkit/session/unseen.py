@@ -13,9 +13,11 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from fmapkit.compiled import NOTHING_RAN
 from fmapkit.missed import MissedLog
 from fmapkit.model import HOW, has_own_call
 from fmapkit.session.config import CaptureConfig
+from fmapkit.torchlib.compiled_modules import dynamo_has_run
 from fmapkit.tracing import running_modules
 
 __all__ = ["UnseenCalls", "recorded"]
@@ -110,6 +112,8 @@ class UnseenCalls:
 
     def no_pass(self) -> None:
         """The block has ended and nobody has seen a pass: say so where one may have run."""
+        if not self._misses.entries and dynamo_has_run():
+            self._misses.add("", NOTHING_RAN)
         if has_own_call(self._model) and not isinstance(self._model, torch.jit.ScriptModule):
             reason = f"{HOW['__call__']}, and without these there is no pass to capture"
             self._misses.add("", reason)
