@@ -207,6 +207,7 @@ class Passes:
             if stop is not None:
                 stop.learn(current)
         live.clear()
+        parts.store.end()
         if current is not None:
             if wants.gradients:
                 parts.pass_end.name_spoiled(current)
