@@ -1,7 +1,7 @@
 """The life of one `with capture(model)` block.
 
     Session.open    a pair of hooks around the model's own call, entries at compiled modules
-      ModuleCalls     each call of a module: who answers it      (session/module_calls.py)
+      HookDispatcher  each call of a module: who answers it      (session/dispatch.py)
       CompiledCalls   each call of compiled code                 (session/compiled_calls.py)
       Passes          when a pass begins and ends                (session/passes.py)
     Session.close   nothing is left on the model
@@ -33,8 +33,8 @@ from fmapkit.selection import Selection
 from fmapkit.session.compiled_calls import CompiledCalls
 from fmapkit.session.concurrent import entered, left
 from fmapkit.session.config import CaptureConfig
+from fmapkit.session.dispatch import HookDispatcher
 from fmapkit.session.hook_installer import HookCallbacks
-from fmapkit.session.module_calls import ModuleCalls
 from fmapkit.session.parts import Parts
 from fmapkit.session.passes import Passes
 from fmapkit.session.state import PassState
@@ -93,7 +93,7 @@ class Session:
         self.store = self.parts.store
         self.compiled = CompiledEntries(asked.model, given)
         self.passes = Passes(self.parts, every, self.compiled)
-        self.calls = calls = ModuleCalls(self.parts, self.passes, self.compiled)
+        self.calls = calls = HookDispatcher(self.parts, self.passes, self.compiled)
         self._callbacks = HookCallbacks(
             calls.pre, calls.post, calls.tap, calls.fault, calls.overwritten
         )
