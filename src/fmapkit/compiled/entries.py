@@ -21,11 +21,12 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from fmapkit import layers, nonlinearities
 from fmapkit.compiled.interface import CompiledCapture
-from fmapkit.compiled.run import GraphMapSink, UnknownError, running
+from fmapkit.compiled.run import GraphMapSink, running
 from fmapkit.instrumentation import Off
 from fmapkit.torchlib.autograd import in_backward
 from fmapkit.torchlib.call_override import when_traced
 from fmapkit.torchlib.compiled_modules import around, compiled_roots, holds, is_optimized, plain
+from fmapkit.torchlib.dynamo import UnknownError
 
 if TYPE_CHECKING:
     from fmapkit.compiled.variant import InstrumentedCompile

@@ -21,6 +21,7 @@ from fmapkit.compiled.run import GraphMapSink, running
 from fmapkit.model import Names
 from fmapkit.provenance import NOWHERE, STOP, ChannelLabel, Label, Origin, ParamLabel
 from fmapkit.replay import carried as carried_by
+from fmapkit.torchlib.dynamo import from_module
 from fmapkit.tracing import LabelTable, running_modules
 
 __all__ = ["CompiledGraph"]
@@ -313,15 +314,3 @@ def _base(names: Names) -> list[nn.Module]:
 def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     """The nodes of a graph's inputs."""
     return [n for n in gm.graph.nodes if n.op == "placeholder"]
-
-
-def from_module(node: fx.Node) -> bool:
-    """Whether an input of a graph is an attribute of a module, or a global, and no datum."""
-    from torch._dynamo import source
-
-    at: Any = getattr(node, "_dynamo_source", None)
-    while at is not None:
-        if isinstance(at, (source.NNModuleSource, source.GlobalSource)):
-            return True
-        at = getattr(at, "base", None)
-    return False

@@ -21,16 +21,12 @@ from fmapkit.torchlib.memory import versions_of
 from fmapkit.torchlib.nested import leaves
 from fmapkit.tracing import LabelTable, Tracer, running_modules
 
-__all__ = ["GraphMapSink", "GraphRun", "UnknownError", "running"]
+__all__ = ["GraphMapSink", "GraphRun", "running"]
 
 OUTSIDE = (
     "torch.compile broke the graph here, and what was computed between the graphs ran outside of "
     "compiled code: nonlinearities in it are not captured"
 )
-
-
-class UnknownError(Exception):
-    """The compiled function is of no known kind; the message says why."""
 
 
 class Running(threading.local):
