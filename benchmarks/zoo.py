@@ -175,7 +175,7 @@ def _compare(row: Row, truth: Any, maps: Any, expected: Any, watched: Any) -> No
 def _count_ways(maps: Any) -> list[str]:
     """A list that gets "hook" or "light" for each site read from a plan; the rest is traced."""
     session = maps._session
-    replaying = session._replaying
+    replaying = session.parts.replaying
     leave = replaying.leave
     read: list[str] = []
 

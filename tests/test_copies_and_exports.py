@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fmapkit import CaptureWarning, capture
-from fmapkit.compiled.run import UnknownError
-from fmapkit.compiled.variant import _context
+from fmapkit.torchlib.dynamo import UnknownError, context_of
 
 
 class Block(nn.Module):
@@ -248,4 +247,4 @@ def test_a_torch_without_what_compiled_models_take_is_told(
     compiled: Any = torch.compile(Net(), backend="eager")
     monkeypatch.delattr(torch._dynamo.eval_frame, "innermost_backend")
     with pytest.raises(UnknownError, match=r"takes torch 2\.11 or newer, and this is torch 2"):
-        _context(compiled.forward)
+        context_of(compiled.forward)

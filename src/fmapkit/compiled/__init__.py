@@ -1,5 +1,24 @@
-"""Passes of what `torch.compile` has compiled: graphs that return their maps."""
+"""Passes of what `torch.compile` has compiled: graphs that return their maps.
 
-from fmapkit.compiled.entries import NOTHING_RAN, Compiled
+    entries.py       at each compiled module: who captures this call?
+    variant.py       the module compiled once more, with instrumented graphs
+      graph.py         run on fake tensors under the tracer: which maps, of which layer
+      graph_edit.py    they become outputs
+      labelled.py      in use: which labels its maps have this time
+    run.py           a pass: its maps are labelled and kept
 
-__all__ = ["NOTHING_RAN", "Compiled"]
+Torch's tracing tools are imported once something compiled is captured, and not before.
+"""
+
+from fmapkit.compiled.entries import AROUND, NOTHING_RAN, CompiledEntries, CompiledHandler
+from fmapkit.compiled.interface import CompiledCapture
+from fmapkit.compiled.run import GraphMapSink
+
+__all__ = [
+    "AROUND",
+    "NOTHING_RAN",
+    "CompiledCapture",
+    "CompiledEntries",
+    "CompiledHandler",
+    "GraphMapSink",
+]

@@ -10,79 +10,30 @@ same conditions as in eager mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fmapkit.compiled.graph_edit import SigmaNode, run_out_of_place
 from fmapkit.compiled.graph_open import open_call, opens
 from fmapkit.compiled.graph_tracer import GraphTracer, NodeHeld
+from fmapkit.compiled.labels import GraphMap, Labels
 from fmapkit.model import Names
-from fmapkit.provenance import NOWHERE, ChannelLabel, ChannelLayout, Origin, ParamLabel
+from fmapkit.provenance import NOWHERE, ChannelLabel, Origin, ParamLabel
 from fmapkit.replay import Ref
 from fmapkit.selection import Selection
 from fmapkit.storage import MapRecord
+from fmapkit.torchlib.fake_inputs import FakeInputs, UnreadableError
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import leaves, tensors_in
+from fmapkit.torchlib.transforms import undone_transforms
 from fmapkit.tracing import Frame
 
-__all__ = ["GraphMap", "Labels", "Traced", "trace_graph"]
+__all__ = ["Traced", "trace_graph"]
 
 _CALLS = ("call_function", "call_method")
-
-
-@dataclass(frozen=True, slots=True)
-class GraphMap:
-    """One map of a compiled graph.
-
-    Attributes:
-        place: of its tensor among the graph's outputs; from -1 downwards, among its inputs.
-    """
-
-    place: int
-    kind: str
-    ref: Ref
-    axes: ChannelLayout | None
-    sigma: str | None
-    picked: tuple[int, ...] | None
-    pending: bool
-    copied: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """What a graph's maps are, given what its inputs carry.
-
-    Attributes:
-        sources: the map that tells of each tensor to be held; maps may share one.
-        places: of these tensors, as in `GraphMap`.
-        slots: of each map, which tensor it is.
-        picking: of some map, only some filters are held.
-    """
-
-    maps: tuple[GraphMap, ...]
-    calls: tuple[tuple[str, int], ...]
-    outputs: tuple[Any, ...]  # per output of the model's own: (Ref, axes), "weight" or None
-    claims: tuple[int, ...]
-    writes: tuple[int, ...]  # which inputs are written to
-    sources: tuple[GraphMap, ...] = field(init=False)
-    places: tuple[int, ...] = field(init=False)
-    slots: tuple[int, ...] = field(init=False)
-    picking: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        keys = [(m.place, m.picked) for m in self.maps]
-        first = dict(zip(reversed(keys), reversed(self.maps), strict=True))
-        order = list(dict.fromkeys(keys))
-        put = object.__setattr__  # as frozen dataclasses do
-        put(self, "sources", tuple([first[key] for key in order]))
-        put(self, "places", tuple([place for place, _ in order]))
-        put(self, "slots", tuple(map(order.index, keys)))
-        put(self, "picking", any(picked is not None for _, picked in order))
 
 
 @dataclass(slots=True)
@@ -121,32 +72,6 @@ class Traced:
         )
 
 
-class _Fakes:
-    """A graph's inputs as fake tensors of static shape."""
-
-    def __init__(self, inputs: Sequence[Any]) -> None:
-        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        self.values = [self.of(value) for value in inputs]
-
-    def of(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if any(not isinstance(n, int) for n in value.shape):
-                raise _UnreadableError("its graph was traced with symbolic inputs")
-            fake = self.mode.from_tensor(value, static_shapes=True)
-            if value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad:
-                # A Python number that changes from call to call comes as a tensor, and is read.
-                fake.constant = value.detach().clone()
-                self.mode.fake_tensor_converter.add_constant_storage_mapping(fake)
-            return fake
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            return value.node.hint
-        return value
-
-
-class _UnreadableError(Exception):
-    """The graph has something that cannot be read; the message says what."""
-
-
 def trace_graph(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -178,27 +103,21 @@ def trace_graph(
     tracer = GraphTracer(names, wants, miss)
     grad = torch.is_grad_enabled()
     env: dict[fx.Node, Any] = {}
-    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), undone_transforms():
         if rewrite and any(map(opens, gm.graph.nodes)):
-            _open_all(gm, _Fakes(inputs))
+            _open_all(gm, FakeInputs(inputs))
         order = list(gm.graph.nodes)
-        fakes = _Fakes(inputs)
+        fakes = FakeInputs(inputs)
         pairs = zip(fakes.values, inputs, strict=True)
         tracer.stand_ins = {id(f): (f, real) for f, real in pairs if isinstance(real, Tensor)}
-        try:
-            with fakes.mode:
-                _run(
-                    gm, order, env, fakes, tracer, carried, base, modules, rewrite, grad, arguments
-                )
-        finally:
-            torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        with fakes.mode:
+            _run(gm, order, env, fakes, tracer, carried, base, modules, rewrite, grad, arguments)
     if tracer.failed is not None:
         raise tracer.failed
     return _traced(tracer, order, env, carried)
 
 
-def _open_all(gm: fx.GraphModule, fakes: _Fakes) -> None:
+def _open_all(gm: fx.GraphModule, fakes: FakeInputs) -> None:
     """Open what dynamo has kept as one call, where it can be opened."""
     env: dict[fx.Node, Any] = {}
     given = iter(fakes.values)
@@ -235,7 +154,7 @@ def _run(
     gm: fx.GraphModule,
     order: list[fx.Node],
     env: dict[fx.Node, Any],
-    fakes: _Fakes,
+    fakes: FakeInputs,
     tracer: GraphTracer,
     carried: Sequence[Any],
     base: Sequence[nn.Module],
@@ -284,7 +203,7 @@ def _run(
                 single = len(results) == 1
                 tracer.leave(innermost.module, results[0] if single else results)
         else:
-            raise _UnreadableError(f"its graph has a node of another kind ({node.op})")
+            raise UnreadableError(f"its graph has a node of another kind ({node.op})")
 
 
 class _Stacks:
@@ -352,7 +271,7 @@ def _keys(node: fx.Node, modules: dict[int, nn.Module]) -> list[str]:
     """The module calls it runs in; a key is the module's id and which of its calls it is."""
     keys = [str(k) for k in node.meta.get("nn_module_stack") or ()]
     if not all(k.partition("@")[0].isdigit() for k in keys):
-        raise _UnreadableError("this version of torch does not say which modules a graph came from")
+        raise UnreadableError("this version of torch does not say which modules a graph came from")
     return [k for k in keys if int(k.partition("@")[0]) in modules]
 
 

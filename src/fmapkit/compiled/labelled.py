@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fmapkit.compiled.graph import Labels, Traced, trace_graph
+from fmapkit.compiled.graph import Traced, trace_graph
+from fmapkit.compiled.interface import CompiledCapture
+from fmapkit.compiled.labels import Labels
 from fmapkit.compiled.run import GraphMapSink, running
 from fmapkit.model import Names
 from fmapkit.provenance import NOWHERE, STOP, ChannelLabel, Label, Origin, ParamLabel
 from fmapkit.replay import carried as carried_by
+from fmapkit.torchlib.dynamo import from_module
 from fmapkit.tracing import LabelTable, running_modules
-
-if TYPE_CHECKING:
-    from fmapkit.session import Session
 
 __all__ = ["CompiledGraph"]
 
@@ -55,30 +55,30 @@ class _Labelled:
         """Whether these are the weights."""
         return all(ref() is weight for ref, weight in zip(self._weights, weights, strict=True))
 
-    def tell(self, session: Session) -> None:
+    def tell(self, capture: CompiledCapture) -> None:
         """Name what was not captured, once in each block."""
-        if self._missed and (self._told is None or self._told() is not session):
-            self._told = weakref.ref(session)
+        if self._missed and (self._told is None or self._told() is not capture):
+            self._told = weakref.ref(capture)
             for layer, why in self._missed:
-                session.miss(layer, why)
+                capture.miss(layer, why)
 
 
 class _Known:
-    """The labels of a graph's maps for a session, and for later ones with the same names."""
+    """The labels of a graph's maps for a capture, and for later ones with the same names."""
 
     __slots__ = ("_names", "_watch", "labels")
 
-    def __init__(self, session: Session) -> None:
-        self._watch: Any = weakref.ref(session.watch)
-        self._names = dict(session.names.by_name)
+    def __init__(self, capture: CompiledCapture) -> None:
+        self._watch: Any = weakref.ref(capture.structure)
+        self._names = dict(capture.names.by_name)
         self.labels: dict[Any, _Labelled] = {}
 
-    def holds(self, session: Session) -> bool:
+    def holds(self, capture: CompiledCapture) -> bool:
         """Whether the model still has these modules, under these names."""
-        if self._watch() is session.watch:
+        if self._watch() is capture.structure:
             return True
-        self._watch = weakref.ref(session.watch)  # another block, or the structure has changed
-        return session.names.by_name == self._names
+        self._watch = weakref.ref(capture.structure)  # another block, or the structure has changed
+        return capture.names.by_name == self._names
 
 
 class _Latest:
@@ -173,7 +173,7 @@ class CompiledGraph:
     ) -> tuple[list[Label], Labels]:
         """What the data that come in carry, by place among the inputs, and the labels that fit."""
         alone = self.whole and sink.alone and not sink.runs
-        state = (sink.session.watch, sink.session.names.version)
+        state = (sink.capture.structure, sink.capture.names.version)
         latest = self._latest.get(place)
         if alone and latest is not None and latest.state == state:
             if latest.fits(sink.tags, self._fixed, inputs):
@@ -181,7 +181,7 @@ class CompiledGraph:
         carried = self.carried(inputs, sink)
         labels = self.labels(sink, place, inputs, carried)
         arguments = [i for i in self.data if i in self.local]
-        if alone and all(carried[i] is STOP for i in arguments) and not sink.session.names.lent:
+        if alone and all(carried[i] is STOP for i in arguments) and not sink.capture.names.lent:
             fixed = [inputs[i] for i in self._fixed]
             self._latest[place] = _Latest(state, fixed, arguments, carried, labels)
         return carried, labels
@@ -201,27 +201,27 @@ class CompiledGraph:
         self, sink: GraphMapSink, place: int, inputs: Sequence[Any], carried: list[Label]
     ) -> Labels:
         """The labels that fit what comes in."""
-        session = sink.session
+        capture = sink.capture
         state = self._known.get(place)
-        if state is None or not state.holds(session):
-            state = self._known[place] = _Known(session)
+        if state is None or not state.holds(capture):
+            state = self._known[place] = _Known(capture)
         weights = [inputs[i] for i in self.weights]
         tags = [carried[i] for i in self.data]
         plain = all(t is STOP or t is None for t in tags)
         key = (
             tuple(map(id, weights)),
-            tuple([t is None for t in tags]) if plain else carried_by(tags, session.wants.of),
+            tuple([t is None for t in tags]) if plain else carried_by(tags, capture.wants.of),
             None if self.whole else tuple(map(id, running_modules(running.stop))),
         )
         found = state.labels.get(key)
         if found is None or not found.of(weights):
             found = state.labels[key] = self._label(sink, inputs, carried, weights)
-        found.tell(session)
+        found.tell(capture)
         return found.labels
 
     def trace(
         self,
-        session: Session,
+        capture: CompiledCapture,
         inputs: Sequence[Any],
         carried: Sequence[Any],
         miss: Callable[[str, str], None],
@@ -243,12 +243,12 @@ class CompiledGraph:
             self.gm,
             inputs,
             full,
-            _base(session.names),
-            session.names,
-            session.wants,
+            _base(capture.names),
+            capture.names,
+            capture.wants,
             miss,
             rewrite=rewrite,
-            modules=self._translated(inputs, session.names),
+            modules=self._translated(inputs, capture.names),
             arguments=sorted(self.local.intersection(self.data)) if self.whole else None,
         )
 
@@ -260,7 +260,7 @@ class CompiledGraph:
         def miss(layer: str, why: str) -> None:
             missed.append((layer, why))
 
-        traced = self.trace(sink.session, inputs, carried, miss, rewrite=False)
+        traced = self.trace(sink.capture, inputs, carried, miss, rewrite=False)
         for entry, site, _ in traced.found:
             if site.key not in self.places:
                 miss(entry.origin.name, "its graph was compiled without this map")
@@ -314,15 +314,3 @@ def _base(names: Names) -> list[nn.Module]:
 def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     """The nodes of a graph's inputs."""
     return [n for n in gm.graph.nodes if n.op == "placeholder"]
-
-
-def from_module(node: fx.Node) -> bool:
-    """Whether an input of a graph is an attribute of a module, or a global, and no datum."""
-    from torch._dynamo import source
-
-    at: Any = getattr(node, "_dynamo_source", None)
-    while at is not None:
-        if isinstance(at, (source.NNModuleSource, source.GlobalSource)):
-            return True
-        at = getattr(at, "base", None)
-    return False

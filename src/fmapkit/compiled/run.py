@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from fmapkit.compiled.interface import CompiledCapture, TracedPass
+from fmapkit.compiled.labels import Labels
 from fmapkit.provenance import NOWHERE, STOP, ChannelLabel, Origin
 from fmapkit.replay import Ref
 from fmapkit.storage import MapRecord, StoredTensor
@@ -19,21 +21,12 @@ from fmapkit.torchlib.memory import versions_of
 from fmapkit.torchlib.nested import leaves
 from fmapkit.tracing import LabelTable, Tracer, running_modules
 
-if TYPE_CHECKING:
-    from fmapkit.compiled.graph import Labels
-    from fmapkit.compiled.labelled import CompiledGraph
-    from fmapkit.session import Session
-
-__all__ = ["GraphMapSink", "GraphRun", "UnknownError", "running"]
+__all__ = ["GraphMapSink", "GraphRun", "running"]
 
 OUTSIDE = (
     "torch.compile broke the graph here, and what was computed between the graphs ran outside of "
     "compiled code: nonlinearities in it are not captured"
 )
-
-
-class UnknownError(Exception):
-    """The compiled function is of no known kind; the message says why."""
 
 
 class Running(threading.local):
@@ -123,20 +116,21 @@ class GraphMapSink:
     """Where the compiled graphs of one pass bring their maps.
 
     Args:
-        session: that captures.
+        capture: whose pass it is.
+        live: the pass.
         alone: compiled code is all that the pass runs.
     """
 
-    def __init__(self, session: Session, alone: bool) -> None:
-        live = self._live = session.live
+    def __init__(self, capture: CompiledCapture, live: TracedPass, alone: bool) -> None:
         assert live.current is not None
-        self.session = session
-        self._segments = live.current.segments  # of the pass
+        self.capture = capture
         self.alone = alone
+        self._live = live
+        self._segments = live.current.segments
         self.runs = 0
         self.unread = 0  # graphs that could not be labelled, and are named already
         self.broken = False  # some graph was not the whole of what was compiled
-        self._latest: tuple[CompiledGraph, Labels, GraphRun, Sequence[Any]] | None = None
+        self._latest: tuple[Labels, GraphRun, Sequence[Any]] | None = None
 
     @property
     def tracer(self) -> Tracer:
@@ -151,40 +145,58 @@ class GraphMapSink:
         live = self._live
         return live.tags if live.tags is not None else self.tracer.tags
 
-    def before(self, graph: CompiledGraph, place: int, inputs: Sequence[Any]) -> Any:
-        """A graph is about to run: what its inputs carry, and what its maps will be."""
+    def expect(self, whole: bool) -> None:
+        """A graph is about to run.
+
+        Args:
+            whole: it is all of what was compiled.
+        """
         self.settle()
-        self.broken = self.broken or not graph.whole
-        carried, labels = graph.ready(self, place, inputs)
+        self.broken = self.broken or not whole
+
+    def before_writes(self, labels: Labels, inputs: Sequence[Any]) -> None:
+        """The graph is about to write to some of its inputs: what is held of these is copied."""
         tracer = self._live.tracer  # where there is none yet, nothing is held that could be lost
         if tracer is not None:
             for index in labels.writes:
                 tracer.aliases.before_write(inputs[index])
-        return carried, labels
 
     def after(
-        self, graph: CompiledGraph, ready: Any, inputs: Sequence[Any], outputs: Sequence[Any]
+        self,
+        ready: tuple[list[Any], Labels],
+        inputs: Sequence[Any],
+        outputs: Sequence[Any],
+        own: int,
+        volatile: bool,
     ) -> None:
-        """It has run: keep its maps."""
+        """The graph has run: keep its maps.
+
+        Args:
+            ready: what its inputs carried, and the labels that fit.
+            inputs: of the graph.
+            outputs: of the graph.
+            own: how many of these are the model's.
+            volatile: its next run overwrites them.
+        """
         carried, labels = ready
-        wants = self.session.wants
+        wants = self.capture.wants
         tensors = [outputs[p] if p >= 0 else inputs[-1 - p] for p in labels.places]
         copied = None
-        if labels.picking or graph.volatile or wants.retention:
-            read, tensors = tensors, self._stored(tensors, labels, graph.volatile)
+        if labels.picking or volatile or wants.retention:
+            read, tensors = tensors, self._stored(tensors, labels, volatile)
             copied = [stored is not tensor for stored, tensor in zip(tensors, read, strict=True)]
         if wants.detach:
             tensors = [t.detach() if t.requires_grad else t for t in tensors]
         run = GraphRun(labels, tensors, copied, carried)
         self.runs += 1
         self._segments.append(run)
-        self._latest = (graph, labels, run, outputs)
+        self._latest = (labels, run, outputs[:own])
         if not self.alone:
             self.settle()
 
     def _stored(self, tensors: list[Tensor], labels: Labels, volatile: bool) -> list[Tensor]:
         """What is to be stored of what a graph has returned, by slot."""
-        wants = self.session.wants
+        wants = self.capture.wants
         found = []
         for tensor, m in zip(tensors, labels.sources, strict=True):
             if m.picked is not None and m.axes is not None:
@@ -200,7 +212,7 @@ class GraphMapSink:
         """More follows, which will ask what this graph's results carry, and may claim them."""
         if self._latest is None:
             return
-        (graph, labels, run, outputs), self._latest = self._latest, None
+        (labels, run, outputs), self._latest = self._latest, None
         tracer = self.tracer
         run.start_at(labels, tracer.counts)
         segments = self._segments
@@ -219,7 +231,7 @@ class GraphMapSink:
             tag = run.carried[index]
             if isinstance(tag, ChannelLabel):
                 tracer.claim(tag.origin)
-        results = [t for t in outputs[: graph.own] if isinstance(t, Tensor)]
+        results = [t for t in outputs if isinstance(t, Tensor)]
         for tensor, tag in zip(results, labels.outputs, strict=False):
             # Computed from constants alone: known all the same, so not from outside.
             known = ChannelLabel(run.origin(tag[0]), tag[1]) if isinstance(tag, tuple) else STOP
@@ -228,7 +240,7 @@ class GraphMapSink:
     def finish(self, output: Any) -> None:
         """The compiled code has returned."""
         if self.alone and self.runs and not self.broken:
-            if not self.session.wants.outputs:
+            if not self.capture.wants.outputs:
                 self._latest = None
             return
         self.settle()
@@ -238,7 +250,7 @@ class GraphMapSink:
     def hold_output(self, module: nn.Module, output: Any) -> None:
         """Keep what the model returns."""
         self.settle()
-        origin = Origin("output", self.session.names.of(module))
+        origin = Origin("output", self.capture.names.of(module))
         for path, tensor in leaves(output):
             tag = self.tracer.tag(tensor)
             axes = tag.axes if isinstance(tag, ChannelLabel) else None
@@ -248,6 +260,6 @@ class GraphMapSink:
     def outside(self) -> None:
         """Something was computed where nobody looked."""
         modules = running_modules(running.stop)
-        names = self.session.names
+        names = self.capture.names
         inside = [m for m in modules if m in names.by_module]
-        self.session.miss(names.of(inside[-1]) if inside else "", OUTSIDE)
+        self.capture.miss(names.of(inside[-1]) if inside else "", OUTSIDE)

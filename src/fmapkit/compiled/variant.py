@@ -9,44 +9,36 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import fx, nn
 
 from fmapkit.compiled.graph_edit import add_outputs
+from fmapkit.compiled.interface import CompiledCapture
 from fmapkit.compiled.labelled import CompiledGraph
-from fmapkit.compiled.layouts import free_layouts
-from fmapkit.compiled.run import GraphMapSink, UnknownError, running
+from fmapkit.compiled.labels import Labels
+from fmapkit.compiled.run import GraphMapSink, running
 from fmapkit.missed import reason
+from fmapkit.provenance import Label
 from fmapkit.torchlib.compiled_modules import plain
-
-if TYPE_CHECKING:
-    from fmapkit.session import Session
+from fmapkit.torchlib.dynamo import (
+    backend_of,
+    compile_as,
+    context_of,
+    copy_of,
+    fresh,
+    is_whole,
+    may_need_gradients,
+)
+from fmapkit.torchlib.inductor import free_layouts, is_volatile
 
 __all__ = ["InstrumentedCompile"]
 
-# Before, a compiled function does not tell the backend that it was compiled with.
-COMPILED_FROM = "2.11"
 UNLABELLED = "fmapkit cannot read its compiled graph: {why}"
 
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)
-
-
-def _fresh(function: Any) -> types.FunctionType:
-    """The same function with a code object of its own, which dynamo caches for."""
-    made = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    made.__kwdefaults__ = function.__kwdefaults__
-    made.__dict__.update(function.__dict__)
-    return made
 
 
 class InstrumentedCompile:
@@ -61,13 +53,13 @@ class InstrumentedCompile:
     """
 
     def __init__(self, root: nn.Module, original: Any) -> None:
-        self.sessions: list[Session] = []  # whose maps
+        self.captures: list[CompiledCapture] = []  # whose maps
         self.graphs: list[CompiledGraph] = []
         self._module = plain(root)
-        context, inner = _context(original)
-        backend = torch._dynamo.eval_frame.innermost_backend(context.callback)
+        context, inner = context_of(original)
+        backend = backend_of(context)
         compiler = _Compiler(self, backend)
-        compile_again = _optimize(context, compiler)
+        compile_again = compile_as(context, compiler)
         forward = inspect.getattr_static(type(self._module), "forward", None)
         # torch.compile(module) runs the module's own hooks outside of compiled code, and compiles
         # its forward, but where the forward is torch's own. module.compile() compiles it all.
@@ -78,17 +70,17 @@ class InstrumentedCompile:
             and isinstance(forward, types.FunctionType)
             and "forward" not in self._module.__dict__
         ):
-            self._bound = types.MethodType(_fresh(forward), self._module)
+            self._bound = types.MethodType(fresh(forward), self._module)
             self.code = self._bound.__code__
             self._run = compile_again(self._module._wrapped_call_impl)
         else:
-            function = _fresh(_forward)
+            function = fresh(_forward)
             self.code = function.__code__
             self._run = compile_again(function)
 
     def rest(self) -> None:
         """The block has ended; what it compiled is kept."""
-        self.sessions.clear()
+        self.captures.clear()
         for graph in self.graphs:
             graph.forget()
 
@@ -133,8 +125,8 @@ class _Compiler:
             graph = self._instrument(gm, inputs, sinks)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             for sink in sinks:
-                sink.session.miss(
-                    sink.session.names.of(self._variant._module),
+                sink.capture.miss(
+                    sink.capture.names.of(self._variant._module),
                     UNLABELLED.format(why=f"{type(error).__name__}: {error}"),
                 )
                 sink.unread += 1
@@ -147,9 +139,11 @@ class _Compiler:
     def _instrument(
         self, gm: fx.GraphModule, inputs: list[Any], sinks: Sequence[GraphMapSink]
     ) -> CompiledGraph:
-        untouched = _copy(gm)
-        names = sinks[0].session.names
-        graph = CompiledGraph(gm, inputs, self._is_whole(), _is_volatile(self._backend), names)
+        untouched = copy_of(gm)
+        names = sinks[0].capture.names
+        graph = CompiledGraph(
+            gm, inputs, is_whole(self._variant.code), is_volatile(self._backend), names
+        )
         last = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
         returned: Any = last.args[0]
         graph.own = len(returned)
@@ -158,10 +152,10 @@ class _Compiler:
             for sink in sinks:
                 sink.settle()
                 carried = graph.carried(inputs, sink)
-                traced = graph.trace(sink.session, inputs, carried, sink.session.miss, rewrite=True)
+                traced = graph.trace(sink.capture, inputs, carried, sink.capture.miss, rewrite=True)
                 sites += [site for _, site, _ in traced.found]
-            graph.gm = _copy(gm)
-            detach = sinks[0].session.wants.detach and _may_need_gradients(gm)
+            graph.gm = copy_of(gm)
+            detach = sinks[0].capture.wants.detach and may_need_gradients(gm)
             graph.places = add_outputs(gm, sites, detach)
             graph.returned = len(last.args[0])
         except Exception:
@@ -169,34 +163,6 @@ class _Compiler:
             gm.recompile()
             raise
         return graph
-
-    def _is_whole(self) -> bool:
-        """Whether the graph being compiled is all of the module's compiled code."""
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
-        at = InstructionTranslator.current_tx()
-        if at.output.root_tx.f_code is not self._variant.code:
-            return False
-        reason = at.output.compile_subgraph_reason
-        return reason is not None and not reason.graph_break
-
-
-def _may_need_gradients(gm: fx.GraphModule) -> bool:
-    """Whether anything in a graph may be in an autograd graph."""
-    switch = torch._C._set_grad_enabled
-    return torch.is_grad_enabled() or any(n.target is switch for n in gm.graph.nodes)
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph alone, over the same attributes."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    for new, old in zip(graph.nodes, gm.graph.nodes, strict=True):
-        source = getattr(old, "_dynamo_source", None)
-        if source is not None:
-            new._dynamo_source = source
-        new.meta = dict(old.meta)
-    return fx.GraphModule(gm, graph)
 
 
 def _runner(graph: CompiledGraph, compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,14 +173,24 @@ def _runner(graph: CompiledGraph, compiled: Callable[..., Any]) -> Callable[...,
         sinks = running.sinks
         if not sinks:
             return compiled(*inputs)[:own]
-        known = [_guarded(s, s.before, graph, place, inputs) for place, s in enumerate(sinks)]
+        known = [_guarded(s, _before, s, graph, place, inputs) for place, s in enumerate(sinks)]
         outputs = compiled(*inputs)
-        for sink, before in zip(sinks, known, strict=True):
-            if before is not None:
-                _guarded(sink, sink.after, graph, before, inputs, outputs)
+        for sink, ready in zip(sinks, known, strict=True):
+            if ready is not None:
+                _guarded(sink, sink.after, ready, inputs, outputs, own, graph.volatile)
         return outputs[:own]
 
     return run
+
+
+def _before(
+    sink: GraphMapSink, graph: CompiledGraph, place: int, inputs: Sequence[Any]
+) -> tuple[list[Label], Labels]:
+    """A graph is about to run: what its inputs carry, and what its maps will be."""
+    sink.expect(graph.whole)
+    carried, labels = graph.ready(sink, place, inputs)
+    sink.before_writes(labels, inputs)
+    return carried, labels
 
 
 def _guarded(sink: GraphMapSink, function: Callable[..., Any], *args: Any) -> Any:
@@ -222,51 +198,7 @@ def _guarded(sink: GraphMapSink, function: Callable[..., Any], *args: Any) -> An
     try:
         return function(*args)
     except Exception as error:
-        name = sink.session.names.of(running.root) if running.root is not None else ""
-        sink.session.miss(name, reason(error))
+        name = sink.capture.names.of(running.root) if running.root is not None else ""
+        sink.capture.miss(name, reason(error))
         sink.unread += 1
         return None
-
-
-def _is_volatile(backend: Any) -> bool:
-    """Whether it runs CUDA graphs, whose outputs the next run overwrites."""
-    import torch._inductor.config as config
-
-    asked = getattr(backend, "config", {})
-    found = asked.get("triton.cudagraphs") if isinstance(asked, dict) else None
-    name = getattr(backend, "compiler_name", "")
-    return bool(config.triton.cudagraphs if found is None else found) or name == "cudagraphs"
-
-
-def _context(original: Any) -> tuple[Any, Any]:
-    """What a compiled function was compiled with, and from."""
-    inner = getattr(original, "_torchdynamo_orig_callable", None)
-    code = getattr(original, "__code__", None)
-    if inner is None or code is None or "self" not in code.co_freevars:
-        raise UnknownError("it is no function that torch.compile made")
-    context = original.__closure__[code.co_freevars.index("self")].cell_contents
-    if not isinstance(context, torch._dynamo.eval_frame.OptimizeContext):
-        raise UnknownError(f"by {type(context).__name__}")
-    if not hasattr(torch._dynamo.eval_frame, "innermost_backend"):
-        raise UnknownError(
-            f"that takes torch {COMPILED_FROM} or newer, and this is torch {torch.__version__}; "
-            "eager models are captured by this one, too"
-        )
-    return context, inner
-
-
-def _optimize(context: Any, backend: Any) -> Any:
-    """torch.compile as it was called for a compiled function, but for the backend."""
-    settings = {
-        "nopython": getattr(context, "fullgraph", False),
-        "error_on_graph_break": getattr(context, "error_on_graph_break", None),
-        "dynamic": getattr(context, "_dynamic", None),
-        "shapes_spec": getattr(context, "_shapes_spec", None),
-        "recompile_limit": getattr(context.callback, "_recompile_limit", None),
-        "guard_filter_fn": getattr(getattr(context, "_hooks", None), "guard_filter_fn", None),
-        # Of frames that are compiled by themselves (after a graph break), the cache is shared.
-        "isolate_recompiles": True,
-    }
-    known = inspect.signature(torch._dynamo.eval_frame._optimize).parameters
-    given = {k: v for k, v in settings.items() if k in known and v is not None}
-    return torch._dynamo.optimize(backend, **given)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import _global_forward_pre_hooks
 
 from fmapkit.torchlib.call_override import (
     CallOverride,
+    all_pre_hooks,
     called,
     compiled_as_bare,
     dynamo,
@@ -85,7 +85,7 @@ class Given:
         That happens at once, or by a hook of ours that comes after those of others: it is there
         until it is called, and so not while the module's forward runs.
         """
-        if not (self.module._forward_pre_hooks or _global_forward_pre_hooks):
+        if not (self.module._forward_pre_hooks or all_pre_hooks):
             self.begun = True
             given = begin(self.module, self.args, self.kwargs)
             if given is not None:
@@ -131,7 +131,7 @@ class _After(CallOverride):
             return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         if module is not self.module:
             return self.of_copy(module, args, kwargs)
-        if not (module._forward_pre_hooks or _global_forward_pre_hooks):
+        if not (module._forward_pre_hooks or all_pre_hooks):
             output = self.inner(*args, **kwargs)
             self.hook(module, args, output)
             return output

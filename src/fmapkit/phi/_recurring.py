@@ -15,16 +15,12 @@ from typing import Any
 from torch import nn
 
 from fmapkit.capture import capture
-from fmapkit.instrumentation import Off
 from fmapkit.map import FeatureMap, read_map
 from fmapkit.maps import FeatureMaps
 from fmapkit.missed import Missed
 from fmapkit.model import Names, unwrap
-from fmapkit.paths import Resting
-from fmapkit.session import Session, entered, left, others
-from fmapkit.torchlib.call_override import hide_from_scripting, show_to_scripting
+from fmapkit.session import Rest, Session, others
 from fmapkit.torchlib.compiled_modules import compiled_roots, plain
-from fmapkit.torchlib.scripted import tell, tell_no_more
 from fmapkit.torchlib.transforms import returned
 
 __all__ = ["Recurring", "can_stop"]
@@ -53,9 +49,7 @@ class Recurring:
     def __init__(self, made: capture) -> None:
         self._made = made
         self._session: Session = made._session
-        self._off: list[Off] = []
-        self._functions: list[Resting] = []
-        self._settled: tuple[int, int] | None = None
+        self._rest: Rest | None = None
         self._open = False
         self._before = False
         self.inside = False
@@ -87,7 +81,7 @@ class Recurring:
         """Whether no other capture is open in this thread that would see the call."""
         session = self._session
         session.live.thread = threading.get_ident()
-        return not any(others(session))
+        return not any(others(session.passes))
 
     def label_of(self, layer: Any) -> str:
         """The name that the maps of a layer have, which is given by a name or as a module."""
@@ -108,23 +102,12 @@ class Recurring:
         if not self._open:
             self.maps = self._made.__enter__()
             self._open = True
-            returned.on = not any(others(session))
+            returned.on = not any(others(session.passes))
             self.inside = True
             return self.maps
-        entered(session)
-        returned.on = not any(others(session))
-        session.live.thread = threading.get_ident()
-        watch = session.watch
-        quiet = self._settled is not None and watch.counted() == self._settled
-        for off in self._off:
-            off.put_back()
-        session.paths.twins.wake(self._functions)
-        hide_from_scripting()
-        tell(session._scripted)
-        session.compiled.wake()
-        self._off, self._functions = [], []
-        if quiet:
-            watch.count_from_here()
+        assert self._rest is not None
+        session.wake(self._rest)
+        returned.on = not any(others(session.passes))
         self.inside = True
         return self.maps
 
@@ -137,12 +120,4 @@ class Recurring:
         session = self._session
         self.inside = False
         returned.on = self._before
-        session.abandon()  # of a pass that ended as usual, nothing is left
-        left(session)
-        tell_no_more(session._scripted)
-        show_to_scripting()
-        session.compiled.rest()
-        self._functions = session.paths.twins.rest()
-        self._settled = session.watch.counted() if session.watch.settled() else None
-        session._placing.no_doors()  # nothing is set while nobody calls
-        self._off = [session.hooks.take_off(module) for module in session.hooks.modules()]
+        self._rest = session.rest()

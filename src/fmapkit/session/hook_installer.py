@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class HookInstaller:
         hooks: of the capture.
         units: of the model.
         moves: is told what hooks of others are given that only move data.
-        calls: what the hooks call.
+        callbacks: what the hooks call; asked for as they are set.
 
     Attributes:
         tapped: the plan that each unit's taps are set for.
@@ -77,7 +77,7 @@ class HookInstaller:
         hooks: Hooks,
         units: ReplayRegions,
         moves: RedistributionTracker,
-        calls: HookCallbacks,
+        callbacks: Callable[[], HookCallbacks],
     ) -> None:
         self.tapped: dict[nn.Module, Plan] = {}
         self.line = CurrentRun()
@@ -85,7 +85,7 @@ class HookInstaller:
         self._hooks = hooks
         self._units = units
         self._moves = moves
-        self._calls = calls
+        self._callbacks = callbacks
         self._stops = asked.stop is not None
         self._shown = bool(asked.analyses)
         gradients = asked.wants.gradients
@@ -99,13 +99,17 @@ class HookInstaller:
 
     def on_model(self) -> None:
         """Those that every pass goes through."""
-        calls = self._calls
+        calls = self._callbacks()
         self._hooks.watched_around(self._model, calls.pre, calls.post, calls.overwritten)
 
     def early(self) -> None:
         """Those on all modules."""
-        self._hooks.around(modules_in(self._model), self._calls.pre, self._calls.post)
+        self._around(modules_in(self._model))
         self._early = True
+
+    def _around(self, modules: Iterable[nn.Module]) -> None:
+        calls = self._callbacks()
+        self._hooks.around(modules, calls.pre, calls.post)
 
     def only_on_model(self) -> None:
         """Remove all but those that every pass goes through."""
@@ -129,7 +133,7 @@ class HookInstaller:
         for unit in filter(self._units.static, self._units.direct):  # a part of it may be opened
             inside.update(m for m in modules_in(unit) if m is not unit)
         wanted = [m for m in modules_in(self._model) if m not in inside or m in self._units.direct]
-        self._hooks.around(wanted, self._calls.pre, self._calls.post)
+        self._around(wanted)
         moving = []
         for module in wanted:
             hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
@@ -153,11 +157,11 @@ class HookInstaller:
 
     def in_lesson(self, unit: nn.Module) -> None:
         """On every module in a unit, while it is learned, and until there is a plan for it."""
-        self._hooks.around(modules_in(unit), self._calls.pre, self._calls.post)
+        self._around(modules_in(unit))
 
     def taps(self, unit: nn.Module, plan: Plan) -> None:
         """The taps of a plan, each of the cheapest kind that will do."""
-        hooks, calls = self._hooks, self._calls
+        hooks, calls = self._hooks, self._callbacks()
         around = plan.toggles | plan.scopes | plan.before | _keyed(plan)
         left = [m for m in modules_in(unit) if hooks.is_around(m) and m not in around]
         left = [m for m in left if m not in self._units.direct]

@@ -9,12 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fmapkit.missed import MissedLog
 from fmapkit.paths import ControlPaths, Sizes
@@ -22,28 +20,16 @@ from fmapkit.provenance import Label
 from fmapkit.replay import LightMode, ReplayRun
 from fmapkit.session.config import CaptureConfig
 from fmapkit.storage import Pass
-from fmapkit.torchlib.modes import leave_mode
+from fmapkit.torchlib.modes import leave_mode, mode_count, others_watch, pop_mode, push_mode
 from fmapkit.tracing import Frame, LabelTable, Tracer
 
 __all__ = ["MODES", "PassState", "Recording", "someone_watches"]
 
-# A mode's `with` does no more than this, several calls deeper.
-_push: Callable[[Any], None] = torch._C._push_on_torch_function_stack
-_pop: Callable[[], Any] = torch._C._pop_torch_function_stack
-_depth: Callable[[], int] = torch._C._len_torch_function_stack
-_dispatch_depth: Callable[[], int] = torch._C._len_torch_dispatch_stack
-
 MODES = (Tracer, LightMode)  # ours, among torch's function modes
 
 
-def someone_watches() -> bool:
-    """Whether a mode of the user's sees every function, or every operator."""
-    if not _depth() and not _dispatch_depth():
-        return False
-    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]  # type: ignore[no-untyped-call]
-    return not all(
-        isinstance(mode, MODES) or type(mode).__module__.startswith("torch.") for mode in modes
-    )
+# Whether a mode of the user's sees every function, or every operator.
+someone_watches: Callable[[], bool] = partial(others_watch, MODES)
 
 
 @dataclass(slots=True)
@@ -143,7 +129,7 @@ class PassState:
         if self.tracer is not None:
             self.tracer.paused = False
             if not self._stacked:
-                _push(self.tracer)
+                push_mode(self.tracer)
                 self._stacked = True
 
     def trace_off(self) -> bool:
@@ -155,11 +141,11 @@ class PassState:
         if self.tracer is None or self.tracer.paused:
             return False
         self.tracer.paused = True
-        if self._stacked and _depth():
-            top = _pop()
+        if self._stacked and mode_count():
+            top = pop_mode()
             self._stacked = top is not self.tracer
             if self._stacked:
-                _push(top)
+                push_mode(top)
         return True
 
     def trace_out(self) -> None:

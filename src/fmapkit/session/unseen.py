@@ -10,12 +10,16 @@ import sys
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from fmapkit.compiled import NOTHING_RAN
 from fmapkit.missed import MissedLog
 from fmapkit.model import HOW, has_own_call
 from fmapkit.session.config import CaptureConfig
+from fmapkit.torchlib.autograd import in_backward
+from fmapkit.torchlib.compiled_modules import dynamo_has_run
+from fmapkit.torchlib.recorders import fx_is_tracing, jit_is_tracing, make_fx_is_tracing
 from fmapkit.tracing import running_modules
 
 __all__ = ["UnseenCalls", "recorded"]
@@ -36,31 +40,16 @@ def recorded() -> str:
     Returns:
         The reason; empty where nobody does.
     """
-    if torch._C._get_tracing_state():
+    if jit_is_tracing():
         return _EXPORTED.format(what="torch.jit.trace")
     if torch.compiler.is_compiling():
         return _EXPORTED.format(what="torch.export")
-    if _make_fx_is_tracing():
+    if make_fx_is_tracing():
         return _EXPORTED.format(what="make_fx")
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     if started and torch.cuda.is_current_stream_capturing():
         return _CUDA_GRAPH
     return ""
-
-
-def _make_fx_is_tracing() -> bool:
-    """Whether make_fx traces, by either of its modes; torch 2.4 has no `get_proxy_mode`."""
-    key = torch._C._TorchDispatchModeKey.PROXY
-    before: Any = torch._ops._get_dispatch_mode_pre_dispatch(key)  # type: ignore[no-untyped-call]
-    return before is not None or torch._C._get_dispatch_mode(key) is not None
-
-
-def _fx_is_tracing() -> bool:
-    """Whether torch.fx traces: it calls modules with what stands for tensors."""
-    tracer: Any = fx._symbolic_trace
-    if hasattr(tracer, "_get_is_fx_tracing"):  # since torch 2.14, a thread has a flag of its own
-        return bool(tracer._get_is_fx_tracing())
-    return bool(tracer._is_fx_tracing_flag)
 
 
 class UnseenCalls:
@@ -82,7 +71,7 @@ class UnseenCalls:
         Returns:
             Whether it was named: it runs, and is no part of a pass that is not captured.
         """
-        if torch._C._current_graph_task_id() != -1 or recorded() or _fx_is_tracing():
+        if in_backward() or recorded() or fx_is_tracing():
             return False
         at: Any = sys._getframe(1)
         while at is not None:
@@ -110,6 +99,8 @@ class UnseenCalls:
 
     def no_pass(self) -> None:
         """The block has ended and nobody has seen a pass: say so where one may have run."""
+        if not self._misses.entries and dynamo_has_run():
+            self._misses.add("", NOTHING_RAN)
         if has_own_call(self._model) and not isinstance(self._model, torch.jit.ScriptModule):
             reason = f"{HOW['__call__']}, and without these there is no pass to capture"
             self._misses.add("", reason)

@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.jit import _recursive as _scripting
+from torch.nn.modules.module import _global_forward_pre_hooks
 
 __all__ = [
+    "all_pre_hooks",
     *("CallOverride", "called", "compiled_as_bare", "free", "hide_from_scripting"),
     *(
         "dynamo",
@@ -38,6 +40,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _PLACE = "_compiled_call_impl"
 _CALL = nn.Module._wrapped_call_impl.__code__
+
+# Pre hooks that somebody has set for every module.
+all_pre_hooks = _global_forward_pre_hooks
 
 # To be held around whoever looks at the place and then acts on it.
 lock = threading.RLock()

@@ -18,6 +18,7 @@ __all__ = [
     "compiled_by",
     "compiled_call",
     "compiled_roots",
+    "dynamo_has_run",
     "ever_compiled",
     "holds",
     "in_compiled_code",
@@ -111,6 +112,11 @@ def ever_compiled() -> bool:
     it that this holds.
     """
     return "torch._dynamo.repro.after_dynamo" in sys.modules
+
+
+def dynamo_has_run() -> bool:
+    """Whether dynamo's tracing of code was ever imported."""
+    return "torch._dynamo.convert_frame" in sys.modules
 
 
 def holds(module: nn.Module, model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Modes on torch's stack: the one place that takes one off."""
+"""Modes on torch's stacks: the one place that takes one off, and looks whose they are."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["leave_mode", "nothing_between", "without_modes"]
+__all__ = [
+    *("leave_mode", "mode_count", "nothing_between", "others_watch", "pop_mode", "push_mode"),
+    "without_modes",
+]
 
-_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+# A mode's `with` does no more than this, several calls deeper.
+push_mode: Callable[[Any], None] = torch._C._push_on_torch_function_stack
+pop_mode: Callable[[], Any] = torch._C._pop_torch_function_stack
+mode_count: Callable[[], int] = torch._C._len_torch_function_stack
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 _trace: Callable[[], Any] = torch._C._get_tracing_state
@@ -33,7 +45,7 @@ def nothing_between() -> bool:
     recording into a CUDA graph. It is asked before each pass, so in as few calls as will do.
     """
     return not (
-        _function_modes()
+        mode_count()
         or _dispatch_modes()
         or _transform() is not None
         or _trace() is not None
@@ -46,7 +58,7 @@ def nothing_between() -> bool:
 def leave_mode(mode: TorchFunctionMode) -> None:
     """Take a function mode off torch's stack, wherever it lies; those above it stay."""
     above = []
-    while torch._C._len_torch_function_stack():
+    while mode_count():
         top = _pop_mode()  # type: ignore[no-untyped-call]
         if top is mode:
             break
@@ -58,10 +70,19 @@ def leave_mode(mode: TorchFunctionMode) -> None:
 @contextmanager
 def without_modes() -> Iterator[None]:
     """Torch's stack of function modes, empty for a while; what is put on it there works."""
-    count = torch._C._len_torch_function_stack()
-    modes = [_pop_mode() for _ in range(count)]  # type: ignore[no-untyped-call]
+    modes = [_pop_mode() for _ in range(mode_count())]  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         for mode in reversed(modes):
             _push_mode(mode)  # type: ignore[no-untyped-call]
+
+
+def others_watch(ours: tuple[type, ...]) -> bool:
+    """Whether a mode that is none of ours, nor of torch's, sees every function, or operator."""
+    if not mode_count() and not _dispatch_modes():
+        return False
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]  # type: ignore[no-untyped-call]
+    return not all(
+        isinstance(mode, ours) or type(mode).__module__.startswith("torch.") for mode in modes
+    )

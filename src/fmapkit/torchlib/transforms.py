@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from fmapkit.torchlib.nested import tensors_in
 
 __all__ = [
     *("NESTED", "TRANSFORMED", "inner", "is_shapeless", "returned", "transformed", "transforming"),
-    *("some_shapeless", "under_transform", "unheld", "wrapped"),
+    *("some_shapeless", "under_transform", "undone_transforms", "unheld", "wrapped"),
 ]
 
 TRANSFORMED = (
@@ -90,3 +91,13 @@ def under_transform(module: nn.Module, value: Any) -> bool:
             return True
         own = (*module.parameters(), *module.buffers())
         return any(transformed(t) for t in (*tensors_in(value), *own))
+
+
+@contextmanager
+def undone_transforms() -> Iterator[None]:
+    """Transforms that begin in it and are not ended, as where a graph broke off, end with it."""
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    try:
+        yield
+    finally:
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)

@@ -1,4 +1,4 @@
-"""Maps as inductor has them in memory: it may lay out what a graph returns beside its outputs.
+"""inductor: how it lays out what a graph returns beside its outputs; whether it runs CUDA graphs.
 
 inductor gives all that a graph returns the strides of eager mode. Where it has convolutions run
 channels-last, a map would be copied over into another layout, channel by channel, only to be
@@ -25,7 +25,7 @@ else:
     except ImportError:  # an old torch, which would not cache a graph that went through a pass
         CustomGraphPass = None
 
-__all__ = ["free_layouts"]
+__all__ = ["free_layouts", "is_volatile"]
 
 _VISIBLE = "user_visible_output_idxs"
 
@@ -82,3 +82,11 @@ if CustomGraphPass is not None:
                 if outputs[place].output_type.name == "non_alias"
                 and not outputs[place].requires_grad
             }
+
+
+def is_volatile(backend: Any) -> bool:
+    """Whether it runs CUDA graphs, whose outputs the next run overwrites."""
+    asked = getattr(backend, "config", {})
+    found = asked.get("triton.cudagraphs") if isinstance(asked, dict) else None
+    name = getattr(backend, "compiler_name", "")
+    return bool(config.triton.cudagraphs if found is None else found) or name == "cudagraphs"

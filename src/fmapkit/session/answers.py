@@ -1,0 +1,166 @@
+"""Who answers the calls of a capture's modules, by what is under way.
+
+    AnswerReplaying   a unit runs that there is a plan for: its taps are all there is
+    AnswerRecording   a unit runs for which a plan is made: the tracer sees every function
+    AnswerTracing     a module that decides by data: the tracer sees its own code, and the units
+                      that it calls begin here
+    AnswerOutside     no pass is under way
+
+`session/dispatch.py` asks one of them. Calls of compiled code are answered by
+`session/compiled_calls.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import nn
+
+from fmapkit.session.parts import Parts
+from fmapkit.session.state import MODES
+from fmapkit.torchlib.fused_paths import may_fuse
+
+__all__ = ["Answer", "AnswerOutside", "AnswerRecording", "AnswerReplaying", "AnswerTracing"]
+
+
+class Answer(Protocol):
+    """Answers the calls of modules."""
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A call begins.
+
+        Returns:
+            The arguments that it is to get instead; None for its own.
+        """
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool) -> Any:
+        """It has ended.
+
+        Returns:
+            The output that is to be returned instead; None for its own.
+        """
+
+
+class AnswerOutside:
+    """No pass is under way: a module of the model that runs now is named."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A call begins."""
+        asked, live = self._parts.asked, self._parts.live
+        if not live.idle and self._parts.unseen.stray(module) and asked.edits:
+            asked.edits.refuse_outside(asked.names.of(module))
+        return None
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool) -> Any:
+        """It has ended; if it is the model's own, so has a pass that was not captured."""
+        live = self._parts.live
+        if module is self._parts.asked.model:
+            if live.depth:
+                live.depth -= 1
+            else:
+                live.idle, live.frame = False, None
+        return None
+
+
+class AnswerReplaying:
+    """A unit is replayed: only its taps look."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._live = parts.live
+        self._replaying = parts.replaying
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A module inside the unit begins, or the unit calls itself."""
+        run = self._live.run
+        assert run is not None
+        if module is run.module:
+            self._live.inner += 1
+        self._replaying.before(run, module, args, kwargs)
+        return None
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool) -> Any:
+        """It has ended; with the unit's own call, the run ends."""
+        live = self._live
+        run, tracer = live.run, live.tracer
+        assert run is not None
+        if module is run.module and not live.inner:
+            self._replaying.leave(args, kwargs, output)
+            if tracer is not None and tracer.editor:
+                return tracer.editor.modules.leave_unit(module, output, failed)
+            return None
+        if module is run.module:
+            live.inner -= 1
+        self._replaying.after(run, module, args, kwargs, output, failed)
+        return None
+
+
+class AnswerTracing:
+    """The tracer sees the code of a module, and leaves the units that it calls alone."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._live = parts.live
+        self._parts = parts
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A call begins: of a unit, or of a module whose own code is seen."""
+        tracer, units = self._live.tracer, self._parts.units
+        if tracer is None or not tracer.lost:
+            if units.stands_alone(module, args, tracer):
+                units.direct.add(module)
+                return self._parts.replaying.enter(module, args, kwargs)
+        return self._traced(module, args, kwargs)
+
+    def _traced(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The tracer sees what the module runs."""
+        live, parts = self._live, self._parts
+        tracer = live.tracer
+        if tracer is None:
+            return None
+        if tracer.lost:
+            return tracer.editor.modules.enter_lost(module, args, kwargs) if tracer.editor else None
+        if may_fuse(module, MODES):
+            parts.beside.enter(module, args, kwargs)
+        parts.moves.made(module, (args, kwargs))
+        frame = tracer.enter(module, args, kwargs)
+        live.trace_on()
+        return frame.replaced
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool) -> Any:
+        """It has ended."""
+        tracer, parts = self._live.tracer, self._parts
+        if tracer is None:
+            return None
+        parts.moves.made(module, output)
+        replaced = tracer.leave(module, None if failed else output)
+        if module is parts.beside.module:
+            replaced = parts.beside.leave(output, replaced)
+        return replaced
+
+
+class AnswerRecording(AnswerTracing):
+    """A plan of a unit is made: the tracer sees every function in it."""
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A module inside the unit begins, or the unit calls itself."""
+        if module is self._live.unit():
+            self._live.inner += 1
+        return self._traced(module, args, kwargs)
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool) -> Any:
+        """It has ended; with the unit's own call, the plan is made."""
+        live = self._live
+        if module is not live.unit():
+            return super().leave(module, args, kwargs, output, failed)
+        if live.inner:
+            live.inner -= 1
+            return super().leave(module, args, kwargs, output, failed)
+        tracer = live.tracer
+        replaced = self._parts.recorder.leave(module, output, failed)
+        if tracer is not None and tracer.editor:
+            whole = output if replaced is None else replaced
+            new = tracer.editor.modules.leave_unit(module, whole, failed)
+            replaced = replaced if new is None else new
+        return replaced

@@ -1,0 +1,101 @@
+"""What one capture consists of: each part is made here, once, from those that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from fmapkit.instrumentation import Hooks
+from fmapkit.missed import MissedLog
+from fmapkit.paths import ControlPaths
+from fmapkit.replay import ReplayRegions
+from fmapkit.session.config import CaptureConfig
+from fmapkit.session.fused_shadow import FusedPathShadow
+from fmapkit.session.hook_installer import HookCallbacks, HookInstaller
+from fmapkit.session.pass_end import PassEnd
+from fmapkit.session.recording import Recorder
+from fmapkit.session.redistribution import RedistributionTracker
+from fmapkit.session.replaying import Replaying
+from fmapkit.session.state import PassState
+from fmapkit.session.unseen import UnseenCalls
+from fmapkit.storage import Budget, PassStore
+
+__all__ = ["Parts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of one capture.
+
+    Attributes:
+        asked: by the capture.
+        live: what is under way.
+        misses: what ran and was not captured.
+        store: where passes are kept.
+        hooks: what is set on modules.
+        paths: which decisions passes take.
+        units: which modules are replayed as a whole.
+        placing: sets hooks, and removes them.
+        recorder: makes the plans of units.
+        replaying: reads units by their plans.
+        pass_end: what becomes of the maps of a pass.
+        moves: follows tensors through hooks of others that only move data.
+        beside: runs a module with a fused path once more, watched.
+        unseen: names what runs outside of passes.
+    """
+
+    asked: CaptureConfig
+    live: PassState
+    misses: MissedLog
+    store: PassStore
+    hooks: Hooks
+    paths: ControlPaths
+    units: ReplayRegions
+    placing: HookInstaller
+    recorder: Recorder
+    replaying: Replaying
+    pass_end: PassEnd
+    moves: RedistributionTracker
+    beside: FusedPathShadow
+    unseen: UnseenCalls
+
+    @staticmethod
+    def of(
+        asked: CaptureConfig,
+        hooks: Hooks,
+        keep: int | None,
+        budget: Budget | None,
+        callbacks: Callable[[], HookCallbacks],
+    ) -> Parts:
+        """The parts of a capture.
+
+        Args:
+            asked: by it.
+            hooks: of it.
+            keep: how many passes stay readable; None for all of them.
+            budget: how many bytes the maps may take; None for any.
+            callbacks: what hooks call; asked for as they are set.
+        """
+
+        def running() -> list[nn.Module]:
+            tracer = live.tracer
+            return [frame.module for frame in tracer.frames] if tracer is not None else []
+
+        misses = MissedLog(asked.model)
+        store = PassStore(keep)
+        paths = ControlPaths(asked.model, asked.names.place_of, running)
+        live = PassState(asked, misses, paths)
+        units = ReplayRegions(hooks.is_ours)
+        moves = RedistributionTracker(live)
+        placing = HookInstaller(asked, hooks, units, moves, callbacks)
+        recorder = Recorder(asked, live, misses, units, placing, paths)
+        pass_end = PassEnd(asked, live, misses, store, budget)
+        replaying = Replaying(asked, live, misses, units, placing, recorder, pass_end, paths)
+        beside = FusedPathShadow(asked, live, hooks, misses)
+        unseen = UnseenCalls(asked, misses)
+        return Parts(
+            *(asked, live, misses, store, hooks, paths, units, placing, recorder, replaying),
+            *(pass_end, moves, beside, unseen),
+        )

@@ -1,0 +1,307 @@
+"""When a pass begins and ends, whether it is captured, and what of it stays."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmapkit.compiled import CompiledEntries
+from fmapkit.provenance import versions
+from fmapkit.replay import ModelGuard
+from fmapkit.selection import CUT, Selection, StoppedError
+from fmapkit.session.concurrent import others
+from fmapkit.session.parts import Parts
+from fmapkit.session.unseen import recorded
+from fmapkit.storage import Pass
+from fmapkit.torchlib.autograd import in_backward
+from fmapkit.torchlib.compiled_modules import ever_compiled, in_compiled_code
+from fmapkit.torchlib.modes import nothing_between
+from fmapkit.torchlib.transforms import TRANSFORMED, transforming, under_transform
+from fmapkit.tracing import NONE_SEEN, call_frame, on_stack
+
+__all__ = ["Passes"]
+
+
+def _goes_gradually(model: nn.Module, wants: Selection) -> bool:
+    """Whether the oldest pass goes map by map, as the new ones come.
+
+    Copies have memory that is made once, and graphs are to go as soon as they can. The CPU's
+    allocator alone gives memory back to the system.
+    """
+    if wants.graph or wants.retention or wants.filters is not None:
+        return False
+    first = next(model.parameters(), None)
+    return first is None or first.is_cpu
+
+
+class Passes:
+    """Begins and ends the passes of one capture.
+
+    Args:
+        parts: of the capture.
+        every: capture each n-th pass.
+        compiled: the entries at compiled modules.
+
+    Attributes:
+        asked: by the capture.
+        steps: how many passes have begun, captured or not.
+        ids: of the inputs of the next pass, where the user has numbered them.
+        watch: whether the model is still the one that was learned.
+    """
+
+    def __init__(self, parts: Parts, every: int, compiled: CompiledEntries) -> None:
+        self.asked = asked = parts.asked
+        self.steps = 0
+        self.ids: Tensor | None = None
+        self.watch = ModelGuard(asked.model, parts.hooks)  # since `names` were read
+        self._parts = parts
+        self._live = parts.live
+        self._every = every
+        self._compiled = compiled
+        self._edits, self._stop = asked.edits or None, asked.stop
+        self._gradually = _goes_gradually(asked.model, asked.wants)
+        if asked.stop is not None:
+            asked.stop.awaited = lambda: any(o.waits for o in others(self))
+
+    # -- begin --------------------------------------------------------------------------------
+
+    def begin(self, args: Any, kwargs: Any, compiled: bool = False) -> bool:
+        """A call of the model begins.
+
+        Args:
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            compiled: it runs compiled code.
+
+        Returns:
+            Whether it is a pass to be captured.
+        """
+        live, parts, step = self._live, self._parts, self.steps
+        ids, self.ids = self.ids, None
+        self.steps += 1
+        live.idle = bool(step % self._every) or self._refused(args, kwargs, compiled)
+        if live.idle:
+            # torch.export sees to it that the model has the same attributes before and after.
+            if not torch.compiler.is_compiling():
+                parts.placing.only_on_model()
+            if self.asked.methods:  # which may call the model, as a part of this pass
+                live.frame = call_frame()
+            return False
+        live.frame = call_frame()  # on Python's stack as long as the pass runs
+        if self.watch.changed():
+            self._restart()
+        self._open(step, ids, compiled)
+        if compiled:
+            parts.placing.only_on_model()
+            live.enter_compiled(args, kwargs)
+            return True
+        parts.paths.begin()
+        if not parts.units.static(self.asked.model):
+            parts.placing.on_scopes()
+            live.new_tracer().enter_inputs(args, kwargs)
+            live.trace_on()
+        return True
+
+    def _open(self, step: int, ids: Tensor | None, compiled: bool) -> None:
+        """A pass is under way from here on."""
+        model = self.asked.model
+        gradually = self._gradually and not compiled
+        current = self._live.current = self._parts.store.begin(step, model.training, gradually)
+        current.ids = ids
+        if self.asked.wants.weights:
+            current.weights = {}
+        if self._edits:
+            self._edits.begin(current.grads)
+        if self._stop is not None:
+            self._stop.begin()
+
+    def _refused(self, args: Any, kwargs: Any, compiled: bool) -> bool:
+        """Whether the pass cannot be captured as a whole; if so, it is named."""
+        self._live.idle = False
+        miss = self._parts.misses.add
+        if not compiled and ever_compiled() and in_compiled_code():
+            self._compiled.noticed()
+            why = "it runs in code that torch.compile has compiled"
+        elif nothing_between():
+            return False
+        elif transforming() and under_transform(self.asked.model, (args, kwargs)):
+            miss("", why := TRANSFORMED)
+        elif why := recorded():
+            miss("", why)
+        else:
+            return False
+        if self._edits:
+            raise self._edits.refused(why)
+        return True
+
+    def _restart(self) -> None:
+        """The model has other modules than it had: learn it anew."""
+        parts = self._parts
+        self.asked.names.refresh()
+        parts.paths.refresh()
+        parts.units.clear()
+        parts.placing.only_on_model()
+        self._compiled.refresh()
+        if self._stop is not None:
+            self._stop.forget()
+        self.watch = ModelGuard(self.asked.model, parts.hooks)
+        self.open_always()
+        parts.unseen.scripted()
+
+    def open_always(self) -> None:
+        """Trace in every pass where inputs or outputs are edited, and methods are called."""
+        if self._edits:
+            self._parts.units.open(*self._edits.modules())
+        if self.asked.methods:
+            self._parts.units.open(self.asked.model)
+
+    # -- under way ----------------------------------------------------------------------------
+
+    @property
+    def thread(self) -> int:
+        """The one whose passes are captured."""
+        return self._live.thread
+
+    def running(self) -> bool:
+        """Whether a pass is under way; one that ended without its post hook is cleared away."""
+        if self._live.frame is None:
+            return False
+        if on_stack(self._live.frame):
+            return True
+        self.abandon()
+        return False
+
+    def inside(self) -> bool:
+        """Whether a call of one of the model's methods is no pass of its own."""
+        live = self._live
+        other = threading.get_ident() != live.thread
+        return other or live.idle or in_backward() or self.running()
+
+    @property
+    def waits(self) -> bool:
+        """Whether we are to end the pass that is under way, and want more of it yet."""
+        live, stop = self._live, self._stop
+        if stop is None or live.current is None or stop.complete:
+            return False
+        return live.tracer is not None or live.run is None or not live.run.complete
+
+    # -- end ----------------------------------------------------------------------------------
+
+    def end(self, failed: bool) -> None:
+        """The pass has ended.
+
+        Args:
+            failed: by an exception.
+        """
+        live, stop, parts, wants = self._live, self._stop, self._parts, self.asked.wants
+        current, misses = live.current, parts.misses
+        parts.paths.end()
+        if live.tracer is not None:
+            parts.recorder.finish(live.tracer, failed)
+            parts.moves.clear()
+        if current is not None and not failed:
+            if wants.picks and not parts.store.fleeting:
+                self._name_unpicked(current)
+            if wants.kind("attention") and not (stop is not None and stop.ended):
+                self._name_without_attention(current)
+            if stop is not None:
+                stop.learn(current)
+        live.clear()
+        parts.store.end()
+        if current is not None:
+            if wants.gradients:
+                parts.pass_end.name_spoiled(current)
+            self._close(current, failed)
+        if misses.entries and not misses.warned:
+            misses.warn_in_forward()
+        if self._edits and current is not None and not failed:
+            if not (stop is not None and stop.ended):
+                self._edits.check_done(current.step)
+
+    def _close(self, current: Pass, failed: bool) -> None:
+        """No map comes to a pass any more: keep those that it has."""
+        current.closed = True
+        if current.weights is not None:
+            current.weights.update(versions(self.asked.names.by_module))
+        self._parts.pass_end.keep(current, failed)
+
+    def _name_unpicked(self, current: Pass) -> None:
+        misses = self._parts.misses
+        named = {entry.layer for entry in misses.entries}
+        there = {e.origin.name for e in current.entries()}
+        for layer in self.asked.wants.without_maps(there | named):
+            misses.add(layer, "filters= was given for it, and this pass had no map of it")
+
+    def _name_without_attention(self, current: Pass) -> None:
+        misses = self._parts.misses
+        seen = {e.origin.name for e in current.entries() if e.kind == "attention"}
+        named = {entry.layer for entry in misses.entries}
+        for layer in self.asked.wants.without_attention(seen | named):
+            misses.add(layer, NONE_SEEN)
+
+    def abandon(self) -> None:
+        """The pass ended without its post hook: leave no mode, flag or learning hook behind."""
+        live, parts = self._live, self._parts
+        if live.run is not None:
+            live.run.finish()
+            if live.current is not None:  # what was captured so far stays readable
+                live.current.segments.append(live.run)
+        parts.paths.end()
+        parts.recorder.drop()
+        parts.moves.clear()
+        current = live.current
+        live.clear()
+        parts.store.end()
+        if current is not None:
+            self._close(current, failed=True)
+        parts.beside.clear()
+        live.idle = False
+
+    # -- broken off ---------------------------------------------------------------------------
+
+    def broken_off(self, module: nn.Module, error: BaseException) -> bool | None:
+        """A call has ended, by what is no `Exception`: an interrupt, or an early stop.
+
+        The user's code may catch an interrupt inside the block, to save the model for instance: our
+        modes and flags must be off before it does. So may the model's own code, and go on.
+
+        Returns:
+            Whether the call returns None in place of raising that; None if it is a part of the pass
+            that ended as by any exception.
+        """
+        live, inside = self._live, module is not self.asked.model
+        if threading.get_ident() != live.thread:
+            return False
+        if inside and self._edits and not isinstance(error, StoppedError):
+            self._edits.broken_off = True
+        if inside or live.depth:  # what called it may go on
+            if not isinstance(error, StoppedError):
+                return None
+            live.depth -= not inside
+            return False
+        if isinstance(error, StoppedError):
+            if error.stop is self._stop:
+                for other in others(self):  # it has ended for whoever captures it, too
+                    other.cut()
+                return True
+            self.cut()
+        elif live.current is not None:
+            self.abandon()
+        live.idle = False
+        return False
+
+    def cut(self) -> None:
+        """Another capture has ended this pass, or a part of it: nothing more is captured of it."""
+        live, misses = self._live, self._parts.misses
+        if live.current is None:
+            return
+        if self._stop is None or self.waits:
+            misses.add("", CUT)
+        around = on_stack(live.frame)  # our model goes on, or its post hook is to come
+        self.abandon()
+        live.idle = around
+        if not misses.warned:
+            misses.warn_in_forward()
