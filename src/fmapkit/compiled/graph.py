@@ -185,7 +185,8 @@ def trace_graph(
         order = list(gm.graph.nodes)
         fakes = _Fakes(inputs)
         pairs = zip(fakes.values, inputs, strict=True)
-        tracer.stand_ins = {id(f): (f, real) for f, real in pairs if isinstance(real, Tensor)}
+        stand_ins = {id(f): (f, real) for f, real in pairs if isinstance(real, Tensor)}
+        tracer.layers.stand_ins = stand_ins
         try:
             with fakes.mode:
                 _run(

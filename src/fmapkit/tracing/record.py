@@ -30,7 +30,7 @@ class Record:
     Args:
         wants: of the capture: which maps are to be held.
         current: the pass, which gets their entries.
-        tags: what its tensors carry.
+        labels: what its tensors carry.
         aliases: what is held of its tensors.
         stop: to tell of each map; None if the pass is to run to its end.
         miss: names what cannot be captured.
@@ -45,14 +45,14 @@ class Record:
         self,
         wants: Selection,
         current: Pass,
-        tags: LabelTable,
+        labels: LabelTable,
         aliases: Aliases,
         stop: EarlyStop | None,
         miss: Callable[[str, str], None],
     ) -> None:
         self.wants = wants
         self.current = current
-        self.tags = tags
+        self.labels = labels
         self.aliases = aliases
         self.stop = stop
         self.miss = miss
@@ -125,7 +125,7 @@ class Record:
         """A layer has run: where the filters of what it returned come from."""
         origin = self.next_call("layer", name)
         event.axes = axes
-        self.tags.put(out, ChannelLabel(origin, axes))
+        self.labels.put(out, ChannelLabel(origin, axes))
         self._add(event, origin, out)
         return origin
 
@@ -171,7 +171,7 @@ class Record:
         self, x: Tensor, out: Tensor, axes: ChannelLayout | None
     ) -> ChannelLayout | None:
         """Where the filters of a layer's input lie; unknown, they lie as those of its output."""
-        flow = self.tags.of(x)
+        flow = self.labels.of(x)
         if isinstance(flow, ChannelLabel) and flow.axes is not None:
             return flow.axes
         if axes is None or axes.dim is None:
@@ -179,8 +179,8 @@ class Record:
         place = axes.dim - out.dim()
         return ChannelLayout.single(x.dim() + place, x.shape[place]) if x.dim() >= -place else None
 
-    def output(self, module: nn.Module, name: str, output: Any) -> Event:
-        """A module has returned what is wanted as its output."""
+    def output(self, module: nn.Module, name: str, output: Any) -> Event | None:
+        """A module has returned what is wanted as its output: an event; None if it has none."""
         if self.wants.filters is not None and not self.wants.kind("output"):
             self.miss(name, "filters= was given, and what a module returns is held whole")
         event = Event("output", module)
@@ -199,7 +199,7 @@ class Record:
             if why is not None:
                 self.miss(name, why)
                 continue
-            flow = self.tags.of(tensor)
+            flow = self.labels.of(tensor)
             axes = flow.axes if isinstance(flow, ChannelLabel) else None
             held = self.aliases.reference(tensor)
             self.hold(event, path, "output", origin, held, axes, path=path)
