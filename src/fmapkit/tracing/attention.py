@@ -31,6 +31,7 @@ from fmapkit.provenance import (
     projection,
 )
 from fmapkit.provenance import vocabulary as words
+from fmapkit.reasons import Reason
 from fmapkit.storage import StoredTensor
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
@@ -41,16 +42,7 @@ from fmapkit.tracing.pass_trace import PassTrace
 
 __all__ = ["NONE_SEEN", "AttentionWatch"]
 
-NONE_SEEN = (
-    "kinds='attention' was asked for, and no attention was seen in this pass: no softmax that "
-    "weighs other data, and no scaled_dot_product_attention"
-)
-UNSEEN = "{}: it runs attention inside one fused call, whose probabilities nobody can see"
-WRAPPED = "{}: its probabilities are not computed for tensors of this kind ({})"
-NO_GRADIENT = (
-    "its probabilities are computed beside the fused kernel, which does not use them: no gradient "
-    "gets to them"
-)
+NONE_SEEN = Reason.NO_ATTENTION.text()
 FUSED = words.words(
     """_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention
     _scaled_dot_product_cudnn_attention _scaled_dot_product_flash_attention_for_cpu
@@ -114,7 +106,7 @@ class AttentionWatch:
         if name == "scaled_dot_product_attention":
             self._fused(func, args, kwargs)
         elif name in FUSED:
-            self._trace.record.miss(self._name(), UNSEEN.format(name))
+            self._trace.record.miss(self._name(), Reason.FUSED_ATTENTION.text(function=name))
         elif not isinstance(out, Tensor) or is_shapeless(out) or wrapped(out):
             return
         elif name in ("softmax", "_softmax"):
@@ -221,12 +213,15 @@ class AttentionWatch:
         odd = [t for t in tensors if is_shapeless(t) or wrapped(t) or is_wrapped(t)]
         if odd:
             trace.record.miss(
-                name, WRAPPED.format("scaled_dot_product_attention", type(odd[0]).__name__)
+                name,
+                Reason.ATTENTION_OF_WRAPPED.text(
+                    function="scaled_dot_product_attention", kind=type(odd[0]).__name__
+                ),
             )
             return
         found = probabilities(call, graph=not trace.wants.detach)
         if trace.wants.gradients:
-            trace.record.miss(name, NO_GRADIENT)
+            trace.record.miss(name, Reason.ATTENTION_WITHOUT_GRADIENT.text())
         heads = ChannelLayout.single(found.dim() - 3, found.shape[-3]) if found.dim() > 2 else None
         made = [
             projection(trace.labels.of(call[n]), call[n].shape) for n in ("query", "key", "value")

@@ -25,9 +25,10 @@ from fmapkit.provenance import (
     packed_key,
     source_of,
 )
+from fmapkit.reasons import Reason
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import tensors_in
-from fmapkit.torchlib.transforms import NESTED, is_shapeless
+from fmapkit.torchlib.transforms import is_shapeless
 from fmapkit.tracing.editor import Editor
 from fmapkit.tracing.events import Event
 from fmapkit.tracing.pass_trace import PassTrace
@@ -112,7 +113,7 @@ class LayerCalls:
         frame, x = trace.frames[-1], args[0]
         key = packed_key(frame.module, args[1])
         if key is None:
-            trace.miss_here(f"{func}: its weight belongs to no module, so it has no name")
+            trace.miss_here(Reason.WEIGHT_WITHOUT_NAME.text(function=func))
             trace.labels.put(out, STOP)
             return out
         event = Event("layer", trace.scope(), func)
@@ -126,9 +127,9 @@ class LayerCalls:
         trace = self._trace
         if isinstance(weight, Tensor) and not trace.opaque:
             use = self._use(function, weight, trace.labels.of(weight), trace.scope())
-            trace.record.miss(trace.names.layer_of(use)[0], NESTED)
+            trace.record.miss(trace.names.layer_of(use)[0], Reason.NESTED_STRIDED.text())
         elif any(map(is_shapeless, tensors_in(out))):
-            trace.miss_here(NESTED)
+            trace.miss_here(Reason.NESTED_STRIDED.text())
         for tensor in tensors_in(out):
             trace.labels.put(tensor, STOP)
 

@@ -21,7 +21,7 @@ from fmapkit.provenance import (
     past_sigma,
     sigma_axes,
 )
-from fmapkit.torchlib.transforms import unheld
+from fmapkit.storage import unheld
 from fmapkit.tracing.candidates import is_norm, may_be_sigma, norm_axis, role_of, verdict
 from fmapkit.tracing.editor import Editor
 from fmapkit.tracing.events import Event, HookPoint

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fmapkit import nonlinearities
 from fmapkit.model import HOW, Names
 from fmapkit.provenance import FOLLOWED
+from fmapkit.reasons import Reason
 from fmapkit.tracing.candidates import is_whole
 from fmapkit.tracing.events import Event
 from fmapkit.tracing.frames import Frame, running_module
@@ -123,9 +124,9 @@ class PassTrace:
             if name is None:
                 continue
             if self.wants.output(module):
-                self.record.miss(name, f"{HOW[method]}: what it returns is not seen")
+                self.record.miss(name, Reason.PAST_HOOKS_OUTPUT.text(how=HOW[method]))
             elif is_whole(module):
-                self.record.miss(name, f"{HOW[method]}: what it is as a whole is not seen")
+                self.record.miss(name, Reason.PAST_HOOKS_WHOLE.text(how=HOW[method]))
 
     def spare(self, event: Event) -> None:
         """Outside of regions, what no map holds is let go at once: it may be a lot in the end."""

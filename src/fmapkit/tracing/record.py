@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from fmapkit.missed import NotSupportedError
 from fmapkit.provenance import ChannelLabel, ChannelLayout, Origin, sigma_axes
+from fmapkit.reasons import Reason
 from fmapkit.selection import EarlyStop, Selection
-from fmapkit.storage import NO_GRAPH, Aliases, MapRecord, Pass, StoredTensor, in_function
+from fmapkit.storage import Aliases, MapRecord, Pass, StoredTensor, in_function, unheld
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import closed_parts, leaves
 from fmapkit.torchlib.sharded import is_dtensor
 from fmapkit.torchlib.side_ops import goes_on_from
-from fmapkit.torchlib.transforms import unheld
 from fmapkit.tracing.events import Event, HookPoints
 from fmapkit.tracing.frames import EditSite
 from fmapkit.tracing.label_table import LabelTable
@@ -70,7 +70,7 @@ class Record:
         """
         for origin, unless_claimed in self._unpicked:
             if not (unless_claimed and origin.claimed):
-                self.miss(origin.name, "filters= was given, and some may lie on another rank")
+                self.miss(origin.name, Reason.FILTERS_ON_ANOTHER_RANK.text())
         self._unpicked.clear()
         for event in self.events:
             event.x = event.y = event.x_held = event.y_held = event.firing = None
@@ -155,9 +155,7 @@ class Record:
                     if slot == "x":
                         entry.edited = self._same_filters(entry, self.aliases.reference(x))
             else:
-                self.miss(
-                    origin.name, "filters= was given, and its input is not of its own filters"
-                )
+                self.miss(origin.name, Reason.FILTERS_OF_INPUT.text())
         if "response" in kinds or "preactivation" in kinds:
             event.y_held = self.aliases.reference(out)
             for kind in ("response", "preactivation"):
@@ -182,7 +180,7 @@ class Record:
     def output(self, module: nn.Module, name: str, output: Any) -> Event | None:
         """A module has returned what is wanted as its output: an event; None if it has none."""
         if self.wants.filters is not None and not self.wants.kind("output"):
-            self.miss(name, "filters= was given, and what a module returns is held whole")
+            self.miss(name, Reason.FILTERS_OF_OUTPUT.text())
         event = Event("output", module)
         event.module = module
         origin = self.next_call("output", name, f"{name}()")
@@ -191,9 +189,9 @@ class Record:
         closed = closed_parts(output)
         for path, part in closed:
             place = f" at {path}" if path else ""
-            self.miss(name, f"it returned a {part}{place}, which cannot be looked into for tensors")
+            self.miss(name, Reason.CLOSED_OUTPUT.text(kind=part, place=place))
         if not found and not closed and self.wants.some and module in self.wants.asked_outputs:
-            self.miss(name, f"it returned no tensor, but a {type(output).__name__}")
+            self.miss(name, Reason.NO_TENSOR.text(kind=type(output).__name__))
         for path, tensor in found:
             why = unheld(tensor)
             if why is not None:
@@ -298,7 +296,7 @@ class Record:
                 return
         held.wanted = True
         if self.graph and in_function():
-            self.miss(origin.name, NO_GRAPH)
+            self.miss(origin.name, Reason.NO_GRAPH.text())
         entry = MapRecord(kind, origin, held, axes, sigma, path, picked)
         event.entries.append((slot, entry))
         self.current.drop(None)

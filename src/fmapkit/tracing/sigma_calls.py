@@ -18,25 +18,18 @@ from fmapkit.provenance import (
     past_sigma,
     sigma_axes,
 )
+from fmapkit.reasons import Reason
+from fmapkit.storage import unheld
 from fmapkit.torchlib.in_place import is_alone, with_new_memory
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import tensors_in
-from fmapkit.torchlib.transforms import unheld, wrapped
+from fmapkit.torchlib.transforms import wrapped
 from fmapkit.tracing.editor import Editor
 from fmapkit.tracing.events import Event
 from fmapkit.tracing.frames import SigmaCall
 from fmapkit.tracing.pass_trace import PassTrace
 
 __all__ = ["SigmaCalls"]
-
-IN_A_HOOK = (
-    "a hook on it applies another nonlinearity ({sigma}) to its result, whose maps are missing"
-)
-UNSEEN = (
-    "a nonlinearity of it is written by hand, by a comparison of what it computes: torch.{} "
-    "chooses between values of it and is not given the one that was compared; in a module of its "
-    "own it would be captured"
-)
 
 
 class SigmaCalls:
@@ -64,7 +57,9 @@ class SigmaCalls:
         if found is None:
             unseen = chooses_unseen(*asked)
             if unseen is not None and all(frame.degrees is None for frame in trace.frames):
-                trace.record.miss(unseen.origin.name, UNSEEN.format(known.name))
+                trace.record.miss(
+                    unseen.origin.name, Reason.COMPARED_BY_HAND.text(function=known.name)
+                )
             return None
         call = SigmaCall(func, args, kwargs, known.name, found, trace.labels.of(found))
         call.place = next(i for i, t in enumerate(tensors_in(*args, kwargs)) if t is found)
@@ -81,7 +76,7 @@ class SigmaCalls:
         in_place = known.in_place or known.asked_in_place(args, kwargs)
         quiet = frame.kind == "sigma" or trace.opaque > 0
         if frame.kind == "sigma" and frame.a is not None and is_torchs(frame.module):
-            trace.miss_here(IN_A_HOOK.format(sigma=call.sigma))
+            trace.miss_here(Reason.SIGMA_IN_A_HOOK.text(sigma=call.sigma))
         call.unheld = unheld(z)
         if call.unheld is not None:
             quiet = True

@@ -30,7 +30,6 @@ from fmapkit.editing import Edits
 from fmapkit.missed import reason
 from fmapkit.model import Names
 from fmapkit.provenance import (
-    FUSED,
     RESHAPED_IN_PLACE,
     SOMETIMES,
     STOP,
@@ -43,6 +42,7 @@ from fmapkit.provenance import (
     layer_ops,
 )
 from fmapkit.provenance import vocabulary as words
+from fmapkit.reasons import Reason
 from fmapkit.selection import EarlyStop, Selection
 from fmapkit.storage import Aliases, Pass
 from fmapkit.torchlib.memory import storage_of, version_of
@@ -227,7 +227,7 @@ class Tracer(TraceView, TorchFunctionMode):
         if name in words.OPAQUE:
             trace.miss_here(words.OPAQUE[name])
         if known.fused and not trace.opaque:
-            trace.miss_here(FUSED.format(func))
+            trace.miss_here(Reason.FUSED_QUANTIZED.text(function=func))
         if name in words.FRESH and isinstance(out, Tensor):
             self.layers.made.add(storage_of(out))
         operands = tensors_in(*args, kwargs)
