@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from torch import nn
 
+from fmapkit.missed import MissedLog, Reason
 from tests.truth import modes
 
 # One thread: the models are small, and on a machine that others use too, threads that wait for
@@ -96,6 +97,22 @@ def leak_guard() -> Iterator[None]:
     after = _global_state()
     changed = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
     assert not changed, f"left behind (before, after): {changed}"
+
+
+@pytest.fixture(autouse=True)
+def reasons_are_members(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test in which something is missed for a reason that `Reason` does not have."""
+    unknown: list[tuple[str, str]] = []
+    add = MissedLog.add
+
+    def checked(self: MissedLog, layer: str, reason: str) -> None:
+        if Reason.of(reason) is Reason.OF_ANOTHER_VERSION:
+            unknown.append((layer, reason))
+        add(self, layer, reason)
+
+    monkeypatch.setattr(MissedLog, "add", checked)
+    yield
+    assert not unknown, f"no member of Reason: {unknown}"
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from fmapkit import capture
 from fmapkit.replay.run import ReplayRun
-from fmapkit.tracing import tracer
+from fmapkit.tracing.layer_calls import LayerCalls
+from fmapkit.tracing.module_calls import ModuleCalls
 from fmapkit.tracing.record import Record
+from fmapkit.tracing.sigma_calls import SigmaCalls
 from fmapkit.tracing.tracer import Tracer
 from tests import truth
 
@@ -35,8 +37,9 @@ def _broken(*args: Any, **kwargs: Any) -> Any:
 
 
 PLACES = [
-    *((tracer, name) for name in ("before_sigma", "after_sigma", "close")),
-    *((Tracer, name) for name in ("_after", "_layer", "_sort")),
+    *((SigmaCalls, name) for name in ("before", "after")),
+    *((ModuleCalls, name) for name in ("_sort", "close")),
+    *((Tracer, "_after"), (LayerCalls, "weighed")),
     *((Record, name) for name in ("sigma", "hold")),
     *((ReplayRun, name) for name in ("follows", "start", "entries")),
 ]

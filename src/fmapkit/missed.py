@@ -8,8 +8,9 @@ from torch import nn
 
 from fmapkit._warnings import warn
 from fmapkit.errors import CaptureWarning
+from fmapkit.reasons import Reason
 
-__all__ = ["Missed", "MissedLog", "NotSupportedError", "reason"]
+__all__ = ["Missed", "MissedLog", "NotSupportedError", "Reason", "reason"]
 
 
 class NotSupportedError(Exception):
@@ -20,7 +21,7 @@ def reason(error: BaseException) -> str:
     """What `maps.missed` says of an error that came up in our own code."""
     if isinstance(error, NotSupportedError):
         return str(error)
-    return f"fmapkit failed here: {type(error).__name__}: {error}"
+    return Reason.FAILED.text(error=f"{type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +30,16 @@ class Missed:
 
     Attributes:
         layer: the module it ran in, by name.
-        reason: why it could not be captured.
+        reason: why it could not be captured, in full.
     """
 
     layer: str
     reason: str
+
+    @property
+    def why(self) -> Reason:
+        """Which reason it is: a member to compare with; docs/missed.md says what each means."""
+        return Reason.of(self.reason)
 
 
 class MissedLog:

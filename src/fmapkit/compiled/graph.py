@@ -109,7 +109,8 @@ def trace_graph(
         order = list(gm.graph.nodes)
         fakes = FakeInputs(inputs)
         pairs = zip(fakes.values, inputs, strict=True)
-        tracer.stand_ins = {id(f): (f, real) for f, real in pairs if isinstance(real, Tensor)}
+        stand_ins = {id(f): (f, real) for f, real in pairs if isinstance(real, Tensor)}
+        tracer.layers.stand_ins = stand_ins
         with fakes.mode:
             _run(gm, order, env, fakes, tracer, carried, base, modules, rewrite, grad, arguments)
     if tracer.failed is not None:

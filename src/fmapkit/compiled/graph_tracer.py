@@ -16,7 +16,7 @@ from fmapkit.selection import Selection
 from fmapkit.storage import Aliases, Pass, StoredTensor
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.nested import tensors_in
-from fmapkit.tracing import LabelTable, Record, Tracer
+from fmapkit.tracing import LabelTable, PassTrace, Record, Tracer
 
 __all__ = ["GraphTracer", "NodeHeld"]
 
@@ -82,19 +82,20 @@ class GraphRecord(Record):
     """Holds where a map is to be read.
 
     Args:
+        names: of the model's modules.
         noted: which node each tensor comes from.
     """
 
     def __init__(
         self,
+        names: Names,
         wants: Selection,
-        current: Pass,
-        tags: LabelTable,
         noted: NodeAliases,
         miss: Callable[[str, str], None],
     ) -> None:
-        super().__init__(wants, current, tags, noted, None, miss)
+        super().__init__(wants, Pass(0), LabelTable(names), noted, None, miss)
         self.graph = False  # what the graph returns is part of it
+        self.names = names
         self.noted = noted
 
     def copy(self, tensor: Tensor) -> StoredTensor:
@@ -107,29 +108,30 @@ class GraphRecord(Record):
     ) -> StoredTensor:
         return held  # its filters are taken when the graph has run
 
+    def output(self, module: nn.Module, name: str, output: Any) -> None:
+        if module is not self.names.model:  # that is held when it has returned
+            self.miss(
+                name,
+                "what a module inside compiled code returns does not exist outside of its graph; "
+                "only its preactivations, activations, responses and inputs are captured",
+            )
+
+
+class GraphTrace(PassTrace):
+    """Where a graph is: Python runs it, and not the model."""
+
+    def past_hooks(self, entered: nn.Module | None = None) -> None:
+        pass  # its functions are not called by the model
+
+    def running(self) -> nn.Module:
+        return self.frames[-1].module
+
 
 class GraphTracer(Tracer):
     """The tracer of eager passes, on a graph: it labels, and holds where to read."""
 
     def __init__(self, names: Names, wants: Selection, miss: Callable[[str, str], None]) -> None:
         self.noted = NodeAliases()
-        super().__init__(names, wants, Edits.none(), None, Pass(0), miss)
-        self.learning = 1  # every module is in `frames`
-
-    def _new_record(self) -> Record:
-        return GraphRecord(self.wants, self.current, self.tags, self.noted, self.miss)
-
-    def past_hooks(self, entered: nn.Module | None = None) -> None:
-        pass  # its functions are not called by the model
-
-    def running(self) -> nn.Module:
-        return self.frames[-1].module  # Python runs the graph, not the model
-
-    def _output(self, module: nn.Module, output: Any) -> None:
-        if module is self.names.model:
-            return  # held when it has returned
-        self.miss(
-            self.names.of(module),
-            "what a module inside compiled code returns does not exist outside of its graph; "
-            "only its preactivations, activations, responses and inputs are captured",
-        )
+        trace = GraphTrace(names, GraphRecord(names, wants, self.noted, miss))
+        trace.learning = 1  # every module is in `frames`
+        super().__init__(trace, Edits.none())

@@ -34,6 +34,10 @@ class Hook:
     def __call__(self, *args: Any) -> Any:
         return self.call(*args)
 
+    def is_like(self, other: Hook) -> bool:
+        """Whether another hook does the same."""
+        return type(other) is type(self)
+
     def after(self, module: nn.Module) -> CallOverride:
         """Be called after each call of a module: (module, args, output)."""
         made = _After(self)

@@ -136,7 +136,7 @@ class Hooks:
         if self.is_around(module) or not self._may_stand(module):
             return False
         before = self._set.get((role, module))
-        if before is not None and type(before[0]) is type(hook):
+        if before is not None and before[0].is_like(hook):
             return False
         self._remove((role, module))
         standing = hook.after(module) if role == "after" else hook.before(module)

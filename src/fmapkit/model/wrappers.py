@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fmapkit.reasons import Reason
 from fmapkit.torchlib.class_cache import remembered
 from fmapkit.torchlib.compiled_modules import is_optimized_type
 
@@ -19,10 +20,7 @@ __all__ = [
     *("places_in", "unwrap"),
 ]
 
-REPLICAS = (
-    "nn.DataParallel runs copies of it in threads of their own, one for each device, and only the "
-    "thread that entered the block is captured; use DistributedDataParallel, or one device"
-)
+REPLICAS = Reason.DATA_PARALLEL.text()
 # Those that come with torch, and those that have to be imported first: where nobody has imported
 # them, no module can be one, and importing them here would take long.
 _TYPES: dict[type[nn.Module], str] = {

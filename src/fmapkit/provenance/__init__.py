@@ -28,7 +28,7 @@ from fmapkit.provenance.layout import ChannelAxis, ChannelLayout
 from fmapkit.provenance.linearity import Linearity
 from fmapkit.provenance.product_rules import einsum_terms
 from fmapkit.provenance.propagate import carried, past_sigma, sigma_axes
-from fmapkit.provenance.quantized import FUSED, packed_axes, packed_key
+from fmapkit.provenance.quantized import packed_axes, packed_key
 from fmapkit.provenance.rule_basics import argument
 from fmapkit.provenance.sometimes import (
     FOLLOWED,
@@ -49,7 +49,6 @@ from fmapkit.provenance.weights import (
 
 __all__ = [
     "FOLLOWED",
-    "FUSED",
     "NOWHERE",
     "PACKED",
     "REGISTERED",

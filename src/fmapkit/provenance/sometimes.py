@@ -21,7 +21,7 @@ from fmapkit.provenance import vocabulary as words
 from fmapkit.provenance.labels import ChannelLabel, Lookup, flow_of
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
-from fmapkit.torchlib.transforms import unheld
+from fmapkit.torchlib.transforms import unholdable
 
 __all__ = ["FOLLOWED", "SOMETIMES", "Pointwise", "chooses_unseen", "operand_of_sigma"]
 
@@ -162,7 +162,7 @@ class Pointwise:
         found = self._known.get(id(value))
         if found is not None and found[0]() is value and found[1] == version_of(value):
             return found[2].zero and not found[2].mask
-        if unheld(value) or value.numel() != 1:
+        if unholdable(value) or value.numel() != 1:
             return False
         if type(value) not in (Tensor, nn.Parameter) or value.device.type != "cpu":
             return else_
@@ -185,7 +185,7 @@ def operand_of_sigma(
     given = {k: v for k, v in kwargs.items() if k != "out"}
     operands = tensors_in(*args, given)
     flows = [t for t in operands if isinstance(tag(t), ChannelLabel)]
-    if not flows or any(map(unheld, operands)):
+    if not flows or any(map(unholdable, operands)):
         return None
     if name in _CHOICES or (name in _EXTREMES and len(flows) > 1):
         z = _compared(name, flows, inside)

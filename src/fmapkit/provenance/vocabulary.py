@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from fmapkit.reasons import Reason
+
 
 def words(text: str) -> frozenset[str]:
     """The words of a text."""
@@ -112,20 +114,28 @@ GROUPED = ("grouped_mm", "_grouped_mm")  # whose other arguments are no factors
 
 # What runs several nonlinearities in one call that nobody can look into.
 OPAQUE = {
-    "lstm": "torch.lstm runs its gates inside one fused call",
-    "gru": "torch.gru runs its gates inside one fused call",
-    "rnn_tanh": "torch.rnn_tanh runs its nonlinearity inside one fused call",
-    "rnn_relu": "torch.rnn_relu runs its nonlinearity inside one fused call",
-    "lstm_cell": "torch.lstm_cell runs its gates inside one fused call",
-    "gru_cell": "torch.gru_cell runs its gates inside one fused call",
-    "rnn_tanh_cell": "torch.rnn_tanh_cell runs its nonlinearity inside one fused call",
-    "rnn_relu_cell": "torch.rnn_relu_cell runs its nonlinearity inside one fused call",
-    "quantized_lstm": "a quantized lstm runs its gates inside one fused call",
-    "quantized_gru": "a quantized gru runs its gates inside one fused call",
     **{
-        f"quantized_{kind}_cell_dynamic": f"a quantized {kind} cell runs all of it in one call"
+        kind: Reason.FUSED_RECURRENT.text(function=f"torch.{kind}", part="gates")
+        for kind in ("lstm", "gru", "lstm_cell", "gru_cell")
+    },
+    **{
+        kind: Reason.FUSED_RECURRENT.text(function=f"torch.{kind}", part="nonlinearity")
+        for kind in ("rnn_tanh", "rnn_relu", "rnn_tanh_cell", "rnn_relu_cell")
+    },
+    **{
+        f"quantized_{kind}": Reason.FUSED_RECURRENT.text(
+            function=f"a quantized {kind}", part="gates"
+        )
+        for kind in ("lstm", "gru")
+    },
+    **{
+        f"quantized_{kind}_cell_dynamic": Reason.FUSED_QUANTIZED_CELL.text(kind=kind)
         for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")
     },
-    "_transformer_encoder_layer_fwd": "the fused encoder layer runs its nonlinearity inside",
-    "_native_multi_head_attention": "the fused attention runs its projections inside",
+    "_transformer_encoder_layer_fwd": Reason.FUSED_TRANSFORMER.text(
+        function="encoder layer", part="nonlinearity"
+    ),
+    "_native_multi_head_attention": Reason.FUSED_TRANSFORMER.text(
+        function="attention", part="projections"
+    ),
 }

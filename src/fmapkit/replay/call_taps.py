@@ -10,14 +10,24 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import FrameType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks as _after
 from torch.nn.modules.module import _global_forward_pre_hooks as _before
 
 from fmapkit.instrumentation import Hook
+from fmapkit.replay.taps import (
+    CurrentRun,
+    HookTap,
+    read_overwritten,
+    read_xy,
+    read_xy_and_gradients,
+    read_y,
+    read_y_and_gradient,
+)
 from fmapkit.torchlib.call_override import (
     CallOverride,
     called,
@@ -31,10 +41,7 @@ from fmapkit.torchlib.call_override import (
 from fmapkit.torchlib.in_place import count_write, has_own_memory, with_new_memory
 from fmapkit.torchlib.memory import version_of
 
-if TYPE_CHECKING:
-    from fmapkit.replay.taps import Tap
-
-__all__ = ["CallTap", "KeepingCallTap", "OutputCallTap", "OutsideTap", "can_stand", "stand"]
+__all__ = ["CallTap", "KeepingCallTap", "OutputCallTap", "can_stand", "tap_of"]
 
 # What every module has, and what we set.
 _OF_EACH = nn.Module().__dict__.keys() | {"inplace", "_compiled_call_impl"}
@@ -42,7 +49,7 @@ _getframe: Callable[[int], FrameType] = sys._getframe
 
 
 class CallTap(CallOverride):
-    """Does a `Tap`'s work in the usual case, and has that tap do it in any other.
+    """Does a `HookTap`'s work in the usual case, and has that tap do it in any other.
 
     Args:
         module: to stand before.
@@ -51,7 +58,7 @@ class CallTap(CallOverride):
 
     __slots__ = ("line", "tap", "theirs")
 
-    def __init__(self, module: nn.Module, tap: Tap) -> None:
+    def __init__(self, module: nn.Module, tap: HookTap) -> None:
         self.module = module
         self.tap = tap
         self.owner = tap.owner
@@ -67,17 +74,17 @@ class CallTap(CallOverride):
         note, how, wanted, drop, _ = cell
         if module not in wanted:  # a tap of another plan
             return output
-        if how > 1:
-            self.tap(module, args, output)
-            return output
         try:
-            x, a = args[0], output
-            if how:
-                if x.requires_grad:
-                    x = x.detach()
-                if a.requires_grad:
-                    a = a.detach()
-            note((module, a, a._version, x, x._version))
+            if how > 1:
+                note(read_xy(module, args, output, how))
+            else:  # the same in place: most sites of most passes are read here
+                x, a = args[0], output
+                if how:
+                    if x.requires_grad:
+                        x = x.detach()
+                    if a.requires_grad:
+                        a = a.detach()
+                note((module, a, a._version, x, x._version))
             drop(None)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.tap.again(module, args, output, error)
@@ -112,7 +119,7 @@ class CallTap(CallOverride):
 
 
 class OutputCallTap(CallTap):
-    """The same for an `OutputTap`, before any module: hooks of others run inside its own call."""
+    """The same for what a module returns, before any module: hooks of others run in its call."""
 
     __slots__ = ()
 
@@ -125,29 +132,16 @@ class OutputCallTap(CallTap):
         note, how, wanted, drop, _ = cell
         if module not in wanted:
             return output
-        if how > 1:
-            self.tap(module, args, output)
-            return output
         try:
-            a = output.detach() if how and output.requires_grad else output
-            note((module, a, a._version))
+            if how > 1:
+                note(read_y(module, args, output, how))
+            else:
+                a = output.detach() if how and output.requires_grad else output
+                note((module, a, a._version))
             drop(None)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.tap.again(module, args, output, error)
         return output
-
-    compiled_as_bare(__call__)
-
-
-class OutsideTap(CallTap):
-    """Stands before a module that may be called outside of a pass; in a pass it does nothing."""
-
-    __slots__ = ()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.line.cell is None or _getframe(1).f_locals.get("self") is not self.module:
-            return self.otherwise(args, kwargs)
-        return self.inner(*args, **kwargs)
 
     compiled_as_bare(__call__)
 
@@ -157,7 +151,7 @@ class KeepingCallTap(CallTap):
 
     __slots__ = ("_apart", "_sigma", "_varies")
 
-    def __init__(self, module: nn.Module, tap: Tap) -> None:
+    def __init__(self, module: nn.Module, tap: HookTap) -> None:
         super().__init__(module, tap)
         # The same module, out of place. It is never called, so no hook is asked.
         self._apart = type(module).__new__(type(module))
@@ -233,21 +227,41 @@ class KeepingCallTap(CallTap):
     compiled_as_bare(__call__)
 
 
-def stand(kind: type[CallTap], module: nn.Module, tap: Tap) -> CallTap | None:
-    """A tap before the module's call; None where only a hook will do.
+def tap_of(
+    slots: str, line: CurrentRun, other: Any, fault: Any, owner: object, gradients: bool = False
+) -> HookTap:
+    """The tap of a site, at the least cost.
 
     Args:
-        kind: of tap.
-        module: to tap.
-        tap: whose place it takes.
+        slots: what it notes: "xy", "y", or "kept": of an in-place nonlinearity, z as it was, and y.
+        line: to write to.
+        other: called with (module, args, output) when no run is under way.
+        fault: called with the module and the error, should we fail.
+        owner: the session.
+        gradients: note where they will arrive, too.
     """
+    if gradients:
+        read = read_xy_and_gradients if slots == "xy" else read_y_and_gradient
+        return HookTap(read, line, other, fault, owner)
+    read, stand = _TAPS[slots]
+    return HookTap(read, line, other, fault, owner, stand)
+
+
+def _stand(kind: type[CallTap], module: nn.Module, tap: HookTap) -> CallTap | None:
+    """A tap before the module's call; None where only a hook will do."""
     with lock:
-        wanted = free if issubclass(kind, (OutputCallTap, OutsideTap)) else can_stand
-        if not wanted(module):
+        if not (free if kind is OutputCallTap else can_stand)(module):
             return None
         found = kind(module, tap)
         found.stand(module)
     return found
+
+
+_TAPS = {
+    "xy": (read_xy, partial(_stand, CallTap)),
+    "y": (read_y, partial(_stand, OutputCallTap)),
+    "kept": (read_overwritten, partial(_stand, KeepingCallTap)),
+}
 
 
 def can_stand(module: nn.Module) -> bool:

@@ -149,6 +149,8 @@ def make_plan(
         inputs: what its tensor arguments carried.
         arguments: its tensor arguments.
     """
+    trace, record = tracer.trace, tracer.trace.record
+    events = record.events[frame.start :]
     by_origin: dict[int, Ref] = {}
     for index, tag in enumerate(inputs):
         if isinstance(tag, ChannelLabel) and tag.origin is not NOWHERE:
@@ -165,11 +167,11 @@ def make_plan(
             known[id(origin)] = found
         return found
 
-    returned = [(path, tracer.tag(t)) for path, t in leaves(output)]
+    returned = [(path, trace.labels.of(t)) for path, t in leaves(output)]
     escaping = {id(t.origin) for _, t in returned if isinstance(t, ChannelLabel)}
-    firings = tracer.firings[frame.firing :]
-    retention = tracer.wants.retention
-    _mark_shared(tracer.events[frame.start :], bool(retention))
+    firings = record.firings[frame.firing :]
+    retention = trace.wants.retention
+    _mark_shared(events, bool(retention))
     made = _Made(lambda firing: _step(firing, ref, escaping, retention, frame.position))
     read = _Reading(firings, made)
     # Where a function that a scope is tapped for is called by other modules, too.
@@ -181,7 +183,7 @@ def make_plan(
     def by_place(tag: Label) -> PlaceTag:
         if isinstance(tag, ChannelLabel):
             return ChannelLabelRef(ref(tag.origin) if tag.origin is not NOWHERE else None, tag.axes)
-        return _weight_ref(tag, inputs, tracer.names) if tag is not None else None
+        return _weight_ref(tag, inputs, trace.names) if tag is not None else None
 
     keeping = frozenset(
         module
@@ -215,15 +217,15 @@ def make_plan(
         keeps=any(s.keeps for s in read.steps),
         shares=any(s.shared for s in read.steps),
         calls=tuple(
-            (n, c - frame.counts[n]) for n, c in tracer.counts.items() if c > frame.counts[n]
+            (n, c - frame.counts[n]) for n, c in record.counts.items() if c > frame.counts[n]
         ),
         outputs=tuple((path, by_place(tag)) for path, tag in returned),
-        writes=tuple(i for i, t in enumerate(arguments) if _storage(t) in tracer.aliases.written),
+        writes=tuple(i for i, t in enumerate(arguments) if _storage(t) in record.aliases.written),
         claims=tuple(
-            sorted({by_origin[i].offset for i in by_origin if _claimed_inside(tracer, frame, i)})
+            sorted({by_origin[i].offset for i in by_origin if _claimed_inside(events, i)})
         ),
-        graph=any(e.graph for e in tracer.events[frame.start :]),
-        joins=any(e.joins for e in tracer.events[frame.start :]),
+        graph=any(e.graph for e in events),
+        joins=any(e.joins for e in events),
     )
 
 
@@ -245,8 +247,8 @@ def _to_be_left_alone(module: nn.Module, called: set[nn.Module]) -> bool:
     return module in called
 
 
-def _claimed_inside(tracer: Tracer, frame: Frame, origin: int) -> bool:
-    return any(e.kind == "sigma" and id(e.origin) == origin for e in tracer.events[frame.start :])
+def _claimed_inside(events: Sequence[Event], origin: int) -> bool:
+    return any(e.kind == "sigma" and id(e.origin) == origin for e in events)
 
 
 def _emits(firing: HookPoint) -> bool:

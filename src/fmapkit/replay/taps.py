@@ -1,6 +1,8 @@
 """Taps: the hooks that read a site. They note what they see, and leave all else for later.
 
-What they write to is the log of the `Run` (see `replay/run.py`) that is under way in their thread.
+What they write to is the log of the `ReplayRun` (see `replay/run.py`) that is under way in their
+thread. A tap is one of two, with the same way to `read`: a `HookTap`, which stands for a forward
+hook, or one that does its work at the least cost, before the module's call (`replay/call_taps.py`).
 """
 
 from __future__ import annotations
@@ -12,11 +14,14 @@ from typing import Any
 from torch import nn
 
 from fmapkit.instrumentation import Hook, nothing
-from fmapkit.replay.call_taps import CallTap, KeepingCallTap, OutputCallTap, OutsideTap, stand
+from fmapkit.storage import watch
 from fmapkit.torchlib.call_override import CallOverride, not_compiled
 from fmapkit.torchlib.memory import version_of
 
-__all__ = ["Cell", "CurrentRun", "KeepingTap", "OutputTap", "OutsideHook", "Tap"]
+__all__ = [
+    *("Cell", "CurrentRun", "HookTap", "Read", "read_xy", "read_xy_and_gradients", "read_y"),
+    *("read_overwritten", "read_y_and_gradient"),
+]
 
 # The `append` of a run's log; how tensors are to be read; the modules whose end the run's plan
 # wants to see; what lets go of an older map (see `Pass.drop`); whether an in-place nonlinearity may
@@ -28,6 +33,9 @@ Cell = tuple[
     Callable[[Any], None],
     bool,
 ]
+
+# What is noted of a site: (module, args, output, how) -> its entry of the log.
+Read = Callable[[nn.Module, Any, Any, int], tuple[Any, ...]]
 
 
 class CurrentRun(threading.local):
@@ -46,28 +54,91 @@ class CurrentRun(threading.local):
     run: Any = None
 
 
-class Tap(Hook):
-    """The hook of a site: notes z, a and their versions, and leaves all else for later.
+# -- what is read -----------------------------------------------------------------------------
+
+
+def read_xy(module: nn.Module, args: Any, output: Any, how: int) -> tuple[Any, ...]:
+    """z, a and their versions."""
+    x = args[0]
+    if how > 1:
+        if how > 2:
+            x, output = x.detach(), output.detach()
+        return module, output, version_of(output), x, version_of(x)
+    if how:
+        x = x.detach() if x.requires_grad else x
+        output = output.detach() if output.requires_grad else output
+    return module, output, output._version, x, x._version
+
+
+def read_y(module: nn.Module, args: Any, output: Any, how: int) -> tuple[Any, ...]:
+    """What the module returns, and its version."""
+    if how and (output.requires_grad or how > 2):
+        output = output.detach()
+    return module, output, version_of(output) if how > 1 else output._version
+
+
+def read_xy_and_gradients(module: nn.Module, args: Any, output: Any, how: int) -> tuple[Any, ...]:
+    """z, a, their versions, and where their gradients will arrive."""
+    x = args[0]
+    grads = watch(output), watch(x)
+    if how:
+        x, output = x.detach(), output.detach()
+    return module, output, version_of(output), x, version_of(x), *grads
+
+
+def read_y_and_gradient(module: nn.Module, args: Any, output: Any, how: int) -> tuple[Any, ...]:
+    """What the module returns, its version, and where its gradient will arrive."""
+    grad = watch(output)
+    if how:
+        output = output.detach()
+    return module, output, version_of(output), grad, None
+
+
+def read_overwritten(module: nn.Module, args: Any, output: Any, how: int) -> tuple[Any, ...]:
+    """Of an in-place nonlinearity, whose z only a tap before the call can keep."""
+    raise RuntimeError("a hook saw z after it was overwritten")
+
+
+# -- who reads it -----------------------------------------------------------------------------
+
+
+class HookTap(Hook):
+    """The hook of a site.
 
     Args:
+        read: what it notes of a call.
         line: to write to.
         other: called with the hook's arguments when no run is under way.
         fault: called with the module and the error, should we fail.
         owner: the session.
+        stand: puts in its place, before a module, what does the same at less cost; returns None
+            where that cannot be.
     """
 
-    __slots__ = ("fault", "line")
+    __slots__ = ("_stand", "fault", "line", "read")
 
-    standing: type[CallTap] | None = CallTap  # what can take its place
-
-    def __init__(self, line: CurrentRun, other: Any, fault: Any, owner: object) -> None:
+    def __init__(
+        self,
+        read: Read,
+        line: CurrentRun,
+        other: Any,
+        fault: Any,
+        owner: object,
+        stand: Callable[[nn.Module, HookTap], CallOverride | None] = nothing,
+    ) -> None:
         super().__init__(other, owner)
+        self.read = read
         self.line = line
         self.fault = fault
+        self._stand = stand
+
+    def is_like(self, other: Hook) -> bool:
+        """Whether another hook does the same."""
+        return isinstance(other, HookTap) and other.read is self.read
 
     def after(self, module: nn.Module) -> CallOverride:
-        """Read the module's calls, at the least cost."""
-        standing = stand(self.standing, module, self) if self.standing is not None else None
+        """Read the module's calls."""
+        standing = self._stand(module, self)
         return standing if standing is not None else super().after(module)
 
     @not_compiled
@@ -80,19 +151,7 @@ class Tap(Hook):
         if module not in wanted:  # a tap of another plan
             return
         try:
-            x = args[0]
-            if how:
-                if how > 1:
-                    if how > 2:
-                        x, output = x.detach(), output.detach()
-                    note((module, output, version_of(output), x, version_of(x)))
-                    drop(None)
-                    return
-                if x.requires_grad:
-                    x = x.detach()
-                if output.requires_grad:
-                    output = output.detach()
-            note((module, output, output._version, x, x._version))
+            note(self.read(module, args, output, how))
             drop(None)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.again(module, args, output, error)
@@ -112,59 +171,3 @@ class Tap(Hook):
         super().disarm()
         self.line = CurrentRun()
         self.fault = nothing
-
-
-class OutputTap(Tap):
-    """The same for a site of which only what the module returns is held."""
-
-    __slots__ = ()
-
-    standing = OutputCallTap
-
-    @not_compiled
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        cell = self.line.cell
-        if cell is None:
-            self.call(module, args, output)
-            return
-        note, how, wanted, drop, _ = cell
-        if module not in wanted:
-            return
-        try:
-            if how and (output.requires_grad or how > 2):
-                output = output.detach()
-            note((module, output, version_of(output) if how > 1 else output._version))
-            drop(None)
-        except Exception as error:  # ours, not the user's: named in `missed`, never raised
-            self.again(module, args, output, error)
-
-
-class KeepingTap(Tap):
-    """The same for an in-place nonlinearity: z is kept before it is overwritten.
-
-    Only what stands before the call can do so.
-    """
-
-    __slots__ = ()
-
-    standing = KeepingCallTap
-
-    @not_compiled
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.line.cell is None:
-            self.call(module, args, output)
-        elif module in self.line.cell[2]:
-            self.fault(module, RuntimeError("a hook saw z after it was overwritten"))
-
-
-class OutsideHook(Tap):
-    """Tells of a call outside of any run; inside of one, it notes nothing."""
-
-    __slots__ = ()
-
-    standing = OutsideTap
-
-    @not_compiled
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.line.cell is None:
-            self.call(module, args, output)

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fmapkit.reasons import Reason
 from fmapkit.storage import MapRecord, Pass
 
 __all__ = ["CUT", "EarlyStop", "StoppedError"]
 
-
-CUT = (
-    "another capture, with stop=True, ended the pass at the last map that it wants: what comes "
-    "after that does not run, so it is not captured here either"
-)
+CUT = Reason.STOPPED_BY_OTHER_CAPTURE.text()
 
 
 class StoppedError(BaseException):

@@ -20,6 +20,7 @@ from fmapkit.errors import (
 from fmapkit.kinds import KINDS
 from fmapkit.model import Names, never_called
 from fmapkit.provenance import ChannelLayout
+from fmapkit.reasons import Reason
 from fmapkit.selectors import Selector, name_longer_numbers, selectors
 from fmapkit.storage import Place, StorageConversion, StoredTensor
 
@@ -310,8 +311,8 @@ class Selection:
     def why_not(self, name: str, axes: ChannelLayout | None) -> str:
         """Why `pick` gave None."""
         if axes is None or axes.filters is None:
-            return "filters= was given, but its filters do not lie along one axis"
-        return f"filters={self._chosen(name)} asks for filters outside {axes.filters}"
+            return Reason.FILTERS_NOT_ON_ONE_AXIS.text()
+        return Reason.FILTERS_OUT_OF_RANGE.text(filters=self._chosen(name), there=axes.filters)
 
     def take(
         self, tensor: Tensor, axes: ChannelLayout, picked: tuple[int, ...], doomed: bool = False

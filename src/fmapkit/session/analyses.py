@@ -7,6 +7,7 @@ from typing import Any
 
 from fmapkit.errors import ArgumentError, MapStateError
 from fmapkit.instrumentation import without_the_models
+from fmapkit.reasons import Reason
 from fmapkit.storage import MapRecord, Pass
 from fmapkit.torchlib.modes import without_modes
 
@@ -62,7 +63,7 @@ class Analyses:
                 try:
                     fm = self.view(current, entry)
                 except MapStateError as error:
-                    yield entry.origin.name, f"analyses did not see it: {error}"
+                    yield entry.origin.name, Reason.ANALYSES_DID_NOT_SEE.text(error=error)
                     continue
                 self._update(fm)
 

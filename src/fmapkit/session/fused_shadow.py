@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from fmapkit.instrumentation import Hooks
-from fmapkit.missed import MissedLog
+from fmapkit.missed import MissedLog, Reason
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.state import PassState
-from fmapkit.torchlib.fused_paths import EDITED, REASON, fused_output
+from fmapkit.torchlib.fused_paths import fused_output
 from fmapkit.torchlib.nested import leaves
 
 __all__ = ["FusedPathShadow"]
@@ -76,7 +76,8 @@ class FusedPathShadow:
         self.clear()
         assert module is not None
         edited = self._edits.runs != self._runs
-        self._misses.add(self._names.of(module), EDITED if edited else REASON)
+        reason = Reason.FUSED_PATH_EDITED if edited else Reason.FUSED_PATH
+        self._misses.add(self._names.of(module), reason.text())
         if edited:
             return replaced
         tracer = self._live.tracer

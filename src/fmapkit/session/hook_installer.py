@@ -18,15 +18,10 @@ from fmapkit.instrumentation import Hook, Hooks
 from fmapkit.model import doors
 from fmapkit.replay import (
     CurrentRun,
-    GradientOutputTap,
-    GradientTap,
-    KeepingTap,
-    OutputTap,
-    OutsideHook,
     Plan,
     ReplayRegions,
-    Tap,
     can_stand,
+    tap_of,
 )
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.redistribution import RedistributionTracker
@@ -88,11 +83,7 @@ class HookInstaller:
         self._callbacks = callbacks
         self._stops = asked.stop is not None
         self._shown = bool(asked.analyses)
-        gradients = asked.wants.gradients
-        self._kinds: dict[str, type[Tap]] = {
-            "xy": GradientTap if gradients else Tap,
-            "y": GradientOutputTap if gradients else OutputTap,
-        }
+        self._gradients = asked.wants.gradients
         self._scopes = False  # there are hooks on all scopes
         self.moving = False
         self._early = False  # hooks on all modules, before the first pass
@@ -174,22 +165,21 @@ class HookInstaller:
         before = plan.before | (plan.keeping - keeping)
         around |= before
         hooks.around(around - {unit}, calls.pre, calls.post)
+        to = self.line, calls.tap, calls.fault, hooks.owner
         last = plan.order[-1] if plan.order and self._stops else None
         replaced = False
         for tapped in plan.taps - {unit}:
             how = plan.direct.get(tapped) if tapped is not last and not self._shown else None
             if tapped in keeping:
-                keeper = KeepingTap(self.line, calls.tap, calls.fault, hooks.owner)
-                replaced |= hooks.after(tapped, keeper)
+                replaced |= hooks.after(tapped, tap_of("kept", *to))
             elif how is None or tapped in before:
                 replaced |= hooks.after(tapped, self._slow(calls.tap))
             else:
-                tap = self._kinds[how](self.line, calls.tap, calls.fault, hooks.owner)
-                replaced |= hooks.after(tapped, tap)
+                replaced |= hooks.after(tapped, tap_of(how, *to, self._gradients))
         if replaced:  # other plans, of this unit or of one that shares a module, set theirs again
             self.tapped.clear()
         for door in doors(unit, hooks.modules()):
-            hooks.after(door, OutsideHook(self.line, calls.tap, calls.fault, hooks.owner))
+            hooks.after(door, tap_of("y", *to))  # in no plan: it tells of calls outside of a pass
         self.tapped[unit] = plan
 
     def no_doors(self) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fmapkit.missed import MissedLog, NotSupportedError
+from fmapkit.missed import MissedLog, NotSupportedError, Reason
 from fmapkit.replay import ReplayRun
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.state import PassState
 from fmapkit.storage import (
-    OF_VIEW,
     Budget,
     MapRecord,
     Pass,
@@ -145,4 +144,4 @@ class PassEnd:
         for entry in current.entries():
             gradient = entry.held.gradient if entry.held is not None else None
             if gradient is not None and gradient.spoiled:
-                self._misses.add(entry.origin.name, OF_VIEW)
+                self._misses.add(entry.origin.name, Reason.GRADIENT_OF_VIEW.text())

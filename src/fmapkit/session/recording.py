@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.missed import MissedLog
+from fmapkit.missed import MissedLog, Reason
 from fmapkit.nonlinearities import is_torchs
 from fmapkit.paths import ControlPaths, Sizes
 from fmapkit.provenance import ChannelLabel, Label
@@ -27,15 +27,6 @@ from fmapkit.torchlib.sharded import is_wrapped
 from fmapkit.tracing import Event, Frame, Tracer
 
 __all__ = ["Recorder"]
-
-REST = (
-    "in a pass, a part of it took a way through its code that no earlier pass had taken; the maps "
-    "of that pass are not kept"
-)
-BROKEN = (
-    "in a pass, an exception ended the call of a part of it, and the pass went on; the maps of "
-    "that pass are not complete, and that part is traced from then on"
-)
 
 
 class Recorder:
@@ -207,14 +198,11 @@ class Recorder:
             broken = tracer.broken
             if broken is not None:  # somebody handles its exceptions
                 self._open(broken)
-            self._misses.add(self._names.of(self._model), REST if broken is None else BROKEN)
+            reason = Reason.NEW_PATH_INSIDE if broken is None else Reason.BROKEN_OFF
+            self._misses.add(self._names.of(self._model), reason.text())
         _check_held(tracer.events)
         for module in tracer.unhooked:
-            self._misses.add(
-                self._names.of(module),
-                "it was called on its own, so far only as a part of another module: in "
-                "this pass it was seen by the functions it called, later on as a module",
-            )
+            self._misses.add(self._names.of(module), Reason.CALLED_ON_ITS_OWN.text())
             self._units.direct.update(self._model.modules())
             self._placing.scopes_changed()
         tracer.end()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmapkit.missed import MissedLog
+from fmapkit.missed import MissedLog, Reason
 from fmapkit.paths import ControlPaths, Expected, KnownPaths, Sizes
 from fmapkit.provenance import ChannelLabel, Label
 from fmapkit.replay import (
@@ -31,17 +31,14 @@ from fmapkit.session.hook_installer import HookInstaller
 from fmapkit.session.pass_end import PassEnd
 from fmapkit.session.recording import Recorder
 from fmapkit.session.state import PassState, someone_watches
-from fmapkit.storage import NO_GRAPH, MapRecord, in_function
+from fmapkit.storage import MapRecord, in_function
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.side_ops import operators_are_counted
 from fmapkit.torchlib.tensor_spec import casts, plain_spec
 
 __all__ = ["Replaying"]
 
-OTHER_PATH = (
-    "in a pass, it took a way through its code that no earlier pass had taken; the maps of that "
-    "pass are not kept, and the next one is traced"
-)
+OTHER_PATH = Reason.NEW_PATH.text()
 
 UNEDITED = (
     "a part of the model took a way through its code that no earlier pass had taken, in which an "
@@ -197,7 +194,7 @@ class Replaying:
         )
         live.run = run
         if wants.graph and live.current.grads and in_function():
-            self._misses.add(self._names.of(module), NO_GRAPH)
+            self._misses.add(self._names.of(module), Reason.NO_GRAPH.text())
         if module in plan.before or module in plan.keeping:  # its own call is under way already
             run.pre(module, args, kwargs)
         run.start()

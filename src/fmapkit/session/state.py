@@ -106,7 +106,7 @@ class PassState:
         assert self.current is not None
         if tags is None:
             asked.names.update()
-        self.tracer = Tracer(
+        self.tracer = Tracer.of_pass(
             asked.names, asked.wants, asked.edits, asked.stop, self.current, self._misses.add, tags
         )
         self.tracer.firings.clock = lambda: paths.position

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fmapkit.compiled import NOTHING_RAN
-from fmapkit.missed import MissedLog
+from fmapkit.missed import MissedLog, Reason
 from fmapkit.model import HOW, has_own_call
 from fmapkit.session.config import CaptureConfig
 from fmapkit.torchlib.autograd import in_backward
@@ -24,15 +24,6 @@ from fmapkit.tracing import running_modules
 
 __all__ = ["UnseenCalls", "recorded"]
 
-_CUDA_GRAPH = (
-    "it was recorded into a CUDA graph: nothing has run yet, and replays of the graph run without "
-    "Python"
-)
-_EXPORTED = (
-    "it was recorded by {what} here, which would record what fmapkit does, too: such a call is "
-    "left alone, and is not captured"
-)
-
 
 def recorded() -> str:
     """Why a call is not captured that somebody records, to run it again without Python.
@@ -41,14 +32,14 @@ def recorded() -> str:
         The reason; empty where nobody does.
     """
     if jit_is_tracing():
-        return _EXPORTED.format(what="torch.jit.trace")
+        return Reason.RECORDED.text(function="torch.jit.trace")
     if torch.compiler.is_compiling():
-        return _EXPORTED.format(what="torch.export")
+        return Reason.RECORDED.text(function="torch.export")
     if make_fx_is_tracing():
-        return _EXPORTED.format(what="make_fx")
+        return Reason.RECORDED.text(function="make_fx")
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     if started and torch.cuda.is_current_stream_capturing():
-        return _CUDA_GRAPH
+        return Reason.CUDA_GRAPH.text()
     return ""
 
 
@@ -85,16 +76,12 @@ class UnseenCalls:
             return False
         method = self._names.past_hooks.method_of(self._model)
         if method is not None:
-            self._misses.add("", f"{HOW[method]}, and without these there is no pass to capture")
+            self._misses.add("", Reason.PAST_HOOKS_PASS.text(how=HOW[method]))
             return True
         name = self._names.of(module)
         hint = f": capture(model.{name})" if name else ""
-        self._misses.add(
-            name,
-            f"it was called outside {type(self._model).__name__}.forward, "
-            "and only what runs inside a forward pass of the captured model is captured; "
-            f"for its own passes, capture that module{hint}",
-        )
+        kind = type(self._model).__name__
+        self._misses.add(name, Reason.OUTSIDE_OF_FORWARD.text(model=kind, hint=hint))
         return True
 
     def no_pass(self) -> None:
@@ -102,7 +89,7 @@ class UnseenCalls:
         if not self._misses.entries and dynamo_has_run():
             self._misses.add("", NOTHING_RAN)
         if has_own_call(self._model) and not isinstance(self._model, torch.jit.ScriptModule):
-            reason = f"{HOW['__call__']}, and without these there is no pass to capture"
+            reason = Reason.PAST_HOOKS_PASS.text(how=HOW["__call__"])
             self._misses.add("", reason)
 
     def scripted(self) -> None:
@@ -112,7 +99,7 @@ class UnseenCalls:
             if isinstance(module, torch.jit.ScriptModule):
                 outer = names.by_name.get(name.rpartition(".")[0]) if "." in name else None
                 if not isinstance(outer, torch.jit.ScriptModule):
-                    reason = "it is scripted: torch runs it without Python, unseen by hooks"
+                    reason = Reason.SCRIPTED.text()
                     self._misses.add(name, reason)
 
     def scripted_call(self, function: str) -> None:
@@ -124,5 +111,5 @@ class UnseenCalls:
         inside = [m for m in running_modules(stop=None) if m in self._names.by_module]
         if inside and isinstance(inside[-1], torch.jit.ScriptModule):  # which is named itself
             return
-        reason = f"it calls {function}, which is scripted: unseen by Python"
+        reason = Reason.SCRIPTED_FUNCTION.text(function=function)
         self._misses.add(self._names.of(inside[-1] if inside else self._model), reason)

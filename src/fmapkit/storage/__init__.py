@@ -12,7 +12,7 @@ from fmapkit.storage.gradients import (
     in_function,
     watch,
 )
-from fmapkit.storage.held import StoredTensor
+from fmapkit.storage.held import StoredTensor, unheld
 from fmapkit.storage.passes import MapRecord, Pass, PassStore
 from fmapkit.storage.uncounted import has_inference_tensors, settle
 from fmapkit.storage.value_copies import ValueCopies
@@ -36,5 +36,6 @@ __all__ = [
     "in_function",
     "policy",
     "settle",
+    "unheld",
     "watch",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.missed import NotSupportedError
+from fmapkit.missed import NotSupportedError, Reason
 from fmapkit.storage.buffers import Buffers
 from fmapkit.storage.offload import Arrival, Cuda, Device, Offload
 from fmapkit.torchlib.sharded import is_wrapped
@@ -103,8 +103,7 @@ class StorageConversion:
                 return self._stored(tensor, place, dtype, device, detach, doomed)
         except (NotImplementedError, RuntimeError, TypeError) as error:
             raise NotSupportedError(
-                f"torch cannot store this {_kind(tensor)} as asked (filters=, dtype=, device=): "
-                f"{_first_sentence(error)}"
+                Reason.CANNOT_BE_STORED.text(kind=_kind(tensor), error=_first_sentence(error))
             ) from error
 
     def changes(self, tensor: Tensor) -> bool:

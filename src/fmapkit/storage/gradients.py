@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import MapOverwrittenError, MapStateError
+from fmapkit.reasons import Reason
 from fmapkit.torchlib.side_ops import select
 
 __all__ = ["NO_GRAPH", "OF_VIEW", "Gradient", "NotYet", "Received", "in_function", "watch"]
@@ -190,16 +191,9 @@ def watch(tensor: Tensor) -> Gradient | None:
     return Gradient(_Post(tensor)) if tensor.requires_grad else None
 
 
-NO_GRAPH = (
-    "it ran inside the forward of a torch.autograd.Function, as reentrant checkpointing runs it, "
-    "where no graph is recorded: its maps are right, but are not part of the graph and have no "
-    "gradient; checkpoint(..., use_reentrant=False) keeps both"
-)
+NO_GRAPH = Reason.NO_GRAPH.text()
 
-OF_VIEW = (
-    "it is a view that the model writes to in place, and torch computes no gradient for what such "
-    "a view was before: the map is right, its gradient is None"
-)
+OF_VIEW = Reason.GRADIENT_OF_VIEW.text()
 
 
 def in_function() -> bool:

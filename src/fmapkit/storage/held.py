@@ -12,12 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from fmapkit.errors import MapOverwrittenError, MapReleasedError
+from fmapkit.reasons import Reason
 from fmapkit.storage.gradients import Gradient, watch
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.sharded import alias_of, ends_of, settled
 from fmapkit.torchlib.side_ops import clone, goes_on_from
+from fmapkit.torchlib.transforms import is_shapeless, wrapped
 
-__all__ = ["StoredTensor"]
+__all__ = ["StoredTensor", "unheld"]
 
 
 class StoredTensor:
@@ -145,3 +147,10 @@ class StoredTensor:
             self.arrival.synchronize()
             self.arrival = None
         return settled(self.tensor)
+
+
+def unheld(tensor: Tensor) -> str | None:
+    """Why a tensor is not held; None if it may be."""
+    if is_shapeless(tensor):
+        return Reason.NESTED_STRIDED.text()
+    return Reason.TRANSFORMED.text() if wrapped(tensor) else None

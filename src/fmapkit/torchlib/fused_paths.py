@@ -20,16 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["EDITED", "REASON", "fused_output", "fuses", "may_fuse"]
+__all__ = ["fused_output", "fuses", "may_fuse"]
 
-REASON = (
-    "torch runs it as one fused kernel here, whose inside nobody can see: its output is the fused "
-    "one's, bit for bit, and its maps are those of the same layer run unfused, beside it"
-)
-EDITED = (
-    "torch runs it as one fused kernel here, in which nothing can be edited: for the edit it ran "
-    "unfused, which differs from the fused one in the last bits, also where nothing was edited"
-)
 _TYPES = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
 
 

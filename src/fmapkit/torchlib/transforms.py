@@ -14,18 +14,13 @@ from torch import Tensor, nn
 from fmapkit.torchlib.nested import tensors_in
 
 __all__ = [
-    *("NESTED", "TRANSFORMED", "inner", "is_shapeless", "returned", "transformed", "transforming"),
-    *("some_shapeless", "under_transform", "undone_transforms", "unheld", "wrapped"),
+    *("TRANSFORMED", "inner", "is_shapeless", "returned", "transformed", "transforming"),
+    *("some_shapeless", "under_transform", "undone_transforms", "unholdable", "wrapped"),
 ]
 
 TRANSFORMED = (
     "it runs under a torch.func transform (vmap, grad, …): its tensors live only inside the "
     "transform, and cannot be held"
-)
-
-NESTED = (
-    "it runs on nested tensors of the strided layout, which have no shape, and maps of them are "
-    "not supported; those of layout=torch.jagged are"
 )
 
 _is_nested: Callable[[Tensor], bool] = operator.attrgetter("is_nested")
@@ -74,13 +69,6 @@ def some_shapeless(tensors: Sequence[Tensor]) -> bool:
     return any(map(_is_nested, tensors)) and any(map(is_shapeless, tensors))
 
 
-def unheld(tensor: Tensor) -> str | None:
-    """Why a tensor is not held; None if it may be."""
-    if is_shapeless(tensor):
-        return NESTED
-    return TRANSFORMED if wrapped(tensor) else None
-
-
 def under_transform(module: nn.Module, value: Any) -> bool:
     """Whether a torch.func transform is at work on a call: on what it is given, or its weights."""
     if transforming() is None or returned.on:
@@ -101,3 +89,8 @@ def undone_transforms() -> Iterator[None]:
         yield
     finally:
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+
+
+def unholdable(tensor: Tensor) -> bool:
+    """Whether a tensor cannot be held: it has no shape, or lives inside a transform only."""
+    return is_shapeless(tensor) or wrapped(tensor)

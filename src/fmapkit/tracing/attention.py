@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -31,28 +31,18 @@ from fmapkit.provenance import (
     projection,
 )
 from fmapkit.provenance import vocabulary as words
+from fmapkit.reasons import Reason
 from fmapkit.storage import StoredTensor
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.sharded import is_wrapped
 from fmapkit.torchlib.transforms import is_shapeless, wrapped
 from fmapkit.tracing.events import Event
-
-if TYPE_CHECKING:
-    from fmapkit.tracing.tracer import Tracer
+from fmapkit.tracing.pass_trace import PassTrace
 
 __all__ = ["NONE_SEEN", "AttentionWatch"]
 
-NONE_SEEN = (
-    "kinds='attention' was asked for, and no attention was seen in this pass: no softmax that "
-    "weighs other data, and no scaled_dot_product_attention"
-)
-UNSEEN = "{}: it runs attention inside one fused call, whose probabilities nobody can see"
-WRAPPED = "{}: its probabilities are not computed for tensors of this kind ({})"
-NO_GRADIENT = (
-    "its probabilities are computed beside the fused kernel, which does not use them: no gradient "
-    "gets to them"
-)
+NONE_SEEN = Reason.NO_ATTENTION.text()
 FUSED = words.words(
     """_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention
     _scaled_dot_product_cudnn_attention _scaled_dot_product_flash_attention_for_cpu
@@ -82,11 +72,11 @@ class AttentionWatch:
     """Finds attention probabilities in one pass, and holds them.
 
     Args:
-        tracer: of the pass.
+        trace: of the pass.
     """
 
-    def __init__(self, tracer: Tracer) -> None:
-        self._tracer = tracer
+    def __init__(self, trace: PassTrace) -> None:
+        self._trace = trace
         self._merged: int | None = None  # heads that lie along the first axis, with samples
         # Tensors, by id: what they are made of, and along which axis that lies.
         self._heads: dict[int, tuple[weakref.ref[Tensor], ChannelLabel]] = {}
@@ -116,7 +106,7 @@ class AttentionWatch:
         if name == "scaled_dot_product_attention":
             self._fused(func, args, kwargs)
         elif name in FUSED:
-            self._tracer.miss(self._name(), UNSEEN.format(name))
+            self._trace.record.miss(self._name(), Reason.FUSED_ATTENTION.text(function=name))
         elif not isinstance(out, Tensor) or is_shapeless(out) or wrapped(out):
             return
         elif name in ("softmax", "_softmax"):
@@ -128,7 +118,7 @@ class AttentionWatch:
             self._follow(self._keys, name, operands, args, kwargs, out)
 
     def _name(self) -> str:
-        return self._tracer.names.of(self._tracer.scope())
+        return self._trace.names.of(self._trace.scope())
 
     # -- what goes on -------------------------------------------------------------------------
 
@@ -148,14 +138,16 @@ class AttentionWatch:
             table[id(out)] = weakref.ref(out), found
             known = self._softmaxes.get(found.origin)
             if known is not None:
-                known.modules.update(f.module for f in self._tracer.frames)
+                known.modules.update(f.module for f in self._trace.frames)
 
     # -- eager --------------------------------------------------------------------------------
 
     def _product(self, name: str, operands: Sequence[Tensor], args: Any, out: Tensor) -> None:
         """A product: of queries and keys, or of probabilities and values."""
         a, b = operands[-2:] if name != "__rmatmul__" else operands[-2:][::-1]
-        if len(operands) < 2 or any(isinstance(self._tracer.tag(x), ParamLabel) for x in (a, b)):
+        if len(operands) < 2 or any(
+            isinstance(self._trace.labels.of(x), ParamLabel) for x in (a, b)
+        ):
             return
         for x, other in ((a, b), (b, a)):
             flow = self._find(self._keys, x)
@@ -163,28 +155,28 @@ class AttentionWatch:
                 continue
             if flow.axes.dim == _summed(name, x, a, args):
                 self._confirm(self._softmaxes[flow.origin], other)
-        tag = self._tracer.tag(a)
+        tag = self._trace.labels.of(a)
         heads = _heads_of(tag.axes if isinstance(tag, ChannelLabel) else None, a)
         if heads is not None:
             dim = _place_in_product(name, heads.dim, a, args, out)
             if dim is not None and out.shape[dim] == heads.size:
                 origin, axes = Origin("heads"), ChannelLayout.single(dim, heads.size)
                 self._heads[id(out)] = weakref.ref(out), ChannelLabel(origin, axes)
-                keys = projection(self._tracer.tag(b), b.shape)
+                keys = projection(self._trace.labels.of(b), b.shape)
                 self._made[origin] = projection(tag, a.shape), keys
 
     def _softmax(self, scores: Tensor, args: Any, kwargs: Any, out: Tensor) -> None:
         dim = argument(args, kwargs, 1, "dim")
         if not isinstance(dim, int) or out.dim() < 2:
             return
-        tracer = self._tracer
+        trace = self._trace
         flow = self._find(self._heads, scores)
         heads = flow.axes if flow is not None and flow.axes and flow.axes.fit(out.shape) else None
         made = self._made[flow.origin] if flow is not None else (None, None)
         if dim % out.dim() == out.dim() - 2:  # the keys are those of the first factor
             made = made[::-1]
-        known = _Softmax(tracer.aliases.reference(out), heads, made)
-        known.modules.update(f.module for f in tracer.frames)
+        known = _Softmax(trace.record.aliases.reference(out), heads, made)
+        known.modules.update(f.module for f in trace.frames)
         origin = Origin("softmax")
         self._softmaxes[origin] = known
         axes = ChannelLayout.single(dim % out.dim(), out.shape[dim])
@@ -192,8 +184,8 @@ class AttentionWatch:
 
     def _confirm(self, known: _Softmax, values: Tensor) -> None:
         """It weighs other data: these are attention probabilities."""
-        tracer = self._tracer
-        tracer.deciding.update(known.modules, (f.module for f in tracer.frames))
+        trace = self._trace
+        trace.deciding.update(known.modules, (f.module for f in trace.frames))
         if known.done:
             return
         known.done = True
@@ -203,47 +195,54 @@ class AttentionWatch:
             if p.shape[0] % self._merged == 0:
                 apart = p.view(-1, self._merged, *p.shape[1:])
                 held = StoredTensor(apart, held.version, held.copied, held.gradient)
-                tracer.aliases.watch(held)
+                trace.record.aliases.watch(held)
                 axes = ChannelLayout.single(1, self._merged)
-        made = projection(tracer.tag(values), values.shape)
-        self._hold(held, axes, tracer.scope(), Heads(*known.made, made))
+        made = projection(trace.labels.of(values), values.shape)
+        self._hold(held, axes, trace.scope(), Heads(*known.made, made))
 
     # -- fused --------------------------------------------------------------------------------
 
     def _fused(self, func: Any, args: Any, kwargs: Any) -> None:
-        tracer = self._tracer
+        trace = self._trace
         name = self._name()
-        tracer.deciding.update(f.module for f in tracer.frames)
-        if not tracer.wants.layer(name):
+        trace.deciding.update(f.module for f in trace.frames)
+        if not trace.wants.layer(name):
             return
         call = given(args, kwargs)
         tensors = tensors_in(args, kwargs)
         odd = [t for t in tensors if is_shapeless(t) or wrapped(t) or is_wrapped(t)]
         if odd:
-            tracer.miss(name, WRAPPED.format("scaled_dot_product_attention", type(odd[0]).__name__))
+            trace.record.miss(
+                name,
+                Reason.ATTENTION_OF_WRAPPED.text(
+                    function="scaled_dot_product_attention", kind=type(odd[0]).__name__
+                ),
+            )
             return
-        found = probabilities(call, graph=not tracer.wants.detach)
-        if tracer.wants.gradients:
-            tracer.miss(name, NO_GRADIENT)
+        found = probabilities(call, graph=not trace.wants.detach)
+        if trace.wants.gradients:
+            trace.record.miss(name, Reason.ATTENTION_WITHOUT_GRADIENT.text())
         heads = ChannelLayout.single(found.dim() - 3, found.shape[-3]) if found.dim() > 2 else None
-        made = [projection(tracer.tag(call[n]), call[n].shape) for n in ("query", "key", "value")]
+        made = [
+            projection(trace.labels.of(call[n]), call[n].shape) for n in ("query", "key", "value")
+        ]
         held = StoredTensor(found, version_of(found), copied=True)
-        self._hold(held, heads, tracer.scope(), Heads(*made))
+        self._hold(held, heads, trace.scope(), Heads(*made))
 
     def _hold(
         self, held: StoredTensor, axes: ChannelLayout | None, scope: nn.Module, heads: Heads
     ) -> None:
-        tracer = self._tracer
-        name = tracer.names.of(scope)
-        origin = tracer.record.next_call("attention", name, f"{name}@attention")
-        if not tracer.wants.layer(name):
+        trace = self._trace
+        name = trace.names.of(scope)
+        origin = trace.record.next_call("attention", name, f"{name}@attention")
+        if not trace.wants.layer(name):
             return
         event = Event("attention", scope)
         event.origin, event.y_held = origin, held
-        tracer.record.hold(event, "y", "attention", origin, held, axes)
+        trace.record.hold(event, "y", "attention", origin, held, axes)
         for _, entry in event.entries:
             entry.heads = heads
-        tracer.events.append(event)
+        trace.record.events.append(event)
 
 
 def _heads_of(axes: ChannelLayout | None, x: Tensor) -> ChannelAxis | None:

@@ -8,11 +8,9 @@ into z afterwards, as σ itself would have done.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from fmapkit.editing import Edits
@@ -24,11 +22,9 @@ from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.candidates import name_by_hand
 from fmapkit.tracing.frames import EditSite, Frame, SigmaCall
 from fmapkit.tracing.module_edits import ModuleEdits
+from fmapkit.tracing.pass_trace import PassTrace
 
-if TYPE_CHECKING:
-    from fmapkit.tracing.tracer import Tracer
-
-__all__ = ["Editor"]
+__all__ = ["Editor", "exchanged"]
 
 COMPARED = (
     "its preactivation is compared before the nonlinearity ({}) runs that chooses by that, and "
@@ -40,31 +36,33 @@ class Editor:
     """Carries out the edits of one pass.
 
     Args:
-        tracer: of the pass.
+        trace: of the pass.
         edits: what was asked for.
-        probe: makes another tracer, of which nothing is kept.
+        tried: whether a module written out by hand is one σ, and works in place.
     """
 
-    def __init__(self, tracer: Tracer, edits: Edits, probe: Callable[[], Tracer]) -> None:
-        self.tracer = tracer
+    def __init__(
+        self, trace: PassTrace, edits: Edits, tried: Callable[[Frame], tuple[bool, bool]]
+    ) -> None:
+        self.trace = trace
         self.edits = edits
-        self.probe = probe
-        self.modules = ModuleEdits(tracer, edits)
+        self._tried = tried
+        self.modules = ModuleEdits(trace, edits)
 
     def __bool__(self) -> bool:
         return bool(self.edits)
 
     def _site(self, own: str, sigma: str, z: Tensor) -> EditSite | None:
         """The nonlinearity that is about to run, if there is something to edit."""
-        tracer = self.tracer
-        tag = tracer.tag(z)
+        trace = self.trace
+        tag = trace.labels.of(z)
         flow = tag if isinstance(tag, ChannelLabel) else STOP
         none = flow.origin.kind == "none"
         name = own if none else flow.origin.name
         if not any(self.edits.of(name, kind) for kind in ("preactivation", "activation")):
             return None
-        tracer.edited = True
-        call = tracer.counts[own] if none else flow.origin.call
+        trace.edited = True
+        call = trace.record.counts[own] if none else flow.origin.call
         return EditSite(name, call, sigma, flow.axes, z)
 
     def _apply(
@@ -76,8 +74,8 @@ class Editor:
             axes,
             site.name,
             call=site.call,
-            step=self.tracer.current.step,
-            training=self.tracer.current.training,
+            step=self.trace.record.current.step,
+            training=self.trace.record.current.training,
             nonlinearity=site.sigma,
         )
 
@@ -85,7 +83,7 @@ class Editor:
 
     def before(self, call: SigmaCall, own: str, in_place: bool) -> None:
         """A function is about to run; it may get another z."""
-        if any(f.site is not None for f in self.tracer.frames):
+        if any(f.site is not None for f in self.trace.frames):
             return  # a part of a module that is one σ
         if in_place and call.args[0] is not call.z:
             return  # it writes to what its operand is compared by
@@ -93,9 +91,9 @@ class Editor:
         if site is None:
             return
         call.site = site
-        flows = [t for t in tensors_in(*call.args, call.kwargs) if flow_of(self.tracer.tag, t)]
+        flows = [t for t in tensors_in(*call.args, call.kwargs) if flow_of(self.trace.labels.of, t)]
         if len(flows) > 1 and self.edits.of(site.name, "preactivation"):
-            why, step = COMPARED.format(call.sigma), self.tracer.current.step
+            why, step = COMPARED.format(call.sigma), self.trace.record.current.step
             self.edits.refuse(site.name, "preactivation", why, site.call, step)
         stand_in = call.z
         call.kwargs = dict(call.kwargs)
@@ -109,29 +107,29 @@ class Editor:
         new = self._apply(site, "preactivation", stand_in, site.axes) if alone else None
         if new is not None:
             self._follow(new, call.z)
-            site.z_edited = self.tracer.aliases.reference(new)
+            site.z_edited = self.trace.record.aliases.reference(new)
             stand_in = new.clone() if in_place else new
         if in_place:
             other = out_of_place(call.function, call.args, call.kwargs)
             if other is not None:
                 call.function, call.args, call.kwargs = other
-        call.args, call.kwargs = _exchanged(call.args, call.kwargs, call.z, stand_in)
+        call.args, call.kwargs = exchanged(call.args, call.kwargs, call.z, stand_in)
 
     def after(self, site: EditSite, a: Tensor, axes: ChannelLayout | None) -> Tensor:
         """The function has run; what it is to return."""
         new = self._apply(site, "activation", a, axes)
         if new is not None:
-            site.a_edited = self.tracer.aliases.reference(new)
+            site.a_edited = self.trace.record.aliases.reference(new)
         return self._put(site, a if new is None else new)
 
     def _put(self, site: EditSite, result: Tensor) -> Tensor:
         if site.base is None:
             return result
-        self.tracer.aliases.before_write(site.base)
+        self.trace.record.aliases.before_write(site.base)
         return site.base.copy_(result)
 
     def _follow(self, new: Tensor, old: Tensor) -> None:
-        self.tracer.set_tag(new, self.tracer.tag(old))
+        self.trace.labels.put(new, self.trace.labels.of(old))
 
     # -- modules that are one nonlinearity ----------------------------------------------------
 
@@ -140,33 +138,37 @@ class Editor:
         x = frame.x
         if x is None or any(f.site is not None or f.kind == "sigma" for f in self._outer(frame)):
             return
-        own = self.tracer.names.of(frame.module)
+        own = self.trace.names.of(frame.module)
         sigma = module_sigma(frame.module) or name_by_hand(frame.module)
-        known = self.tracer.edited
+        known = self.trace.edited
         site = self._site(own, sigma, x)
         if site is None:
             return
         in_place = bool(frame.module.__dict__.get("inplace"))
         if frame.kind == "candidate":
-            sigma_at_all, in_place = self._tried(frame)
+            paused, self.trace.paused = self.trace.paused, True
+            try:
+                sigma_at_all, in_place = self._tried(frame)
+            finally:
+                self.trace.paused = paused
             if not sigma_at_all:
-                self.tracer.edited = known  # its functions are looked at one by one
+                self.trace.edited = known  # its functions are looked at one by one
                 return
         frame.site = site
         stand_in = x.clone() if in_place else x
         new = self._apply(site, "preactivation", stand_in, site.axes)
         if new is not None:
             held = StoredTensor.copy if in_place else StoredTensor.reference
-            site.z_edited = held(new, self.tracer.wants.detach)
+            site.z_edited = held(new, self.trace.wants.detach)
             stand_in = new
         if stand_in is not x:
             self._follow(stand_in, x)
-            frame.replaced = _exchanged(frame.args, frame.kwargs, x, stand_in)
+            frame.replaced = exchanged(frame.args, frame.kwargs, x, stand_in)
             frame.take(stand_in)
         site.version = version_of(stand_in)
 
     def _outer(self, frame: Frame) -> list[Frame]:
-        return [f for f in self.tracer.frames if f is not frame]
+        return [f for f in self.trace.frames if f is not frame]
 
     def leave(self, frame: Frame, a: Tensor, axes: ChannelLayout | None) -> tuple[Tensor, Tensor]:
         """The module has run: what σ gave, and what the module is to return."""
@@ -175,34 +177,11 @@ class Editor:
         overwritten = frame.in_place or version_of(x) != site.version
         new = self._apply(site, "activation", a.clone() if overwritten else a, axes)
         if new is not None:
-            site.a_edited = self.tracer.aliases.reference(new)
+            site.a_edited = self.trace.record.aliases.reference(new)
         if overwritten:  # the model may read the result from the memory of z
             site.base = site.z if x is not site.z or new is not None else None
             a = a.clone() if a is site.base else a
         return a, self._put(site, a if new is None else new)
-
-    def _tried(self, frame: Frame) -> tuple[bool, bool]:
-        """Whether a module written out by hand is one σ, and works in place: a copy of it tells."""
-        module = copy.deepcopy(frame.module)
-        for part in module.modules():
-            part._forward_hooks.clear()
-            part._forward_pre_hooks.clear()
-        tracer = self.probe()
-        x = frame.x
-        assert x is not None
-        given = x.detach().clone()
-        args, kwargs = _exchanged(frame.args, frame.kwargs, x, given)
-        cuda = [x.device.index] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            tracer.enter_inputs(args, kwargs)
-            trial = tracer.enter(module, args, kwargs)
-            paused, self.tracer.paused = self.tracer.paused, True
-            try:
-                with torch._C._EnableTorchFunction(), tracer:
-                    output = module(*args, **kwargs)
-            finally:
-                self.tracer.paused = paused
-            return tracer.verdict(trial, output) is not None, version_of(given) != 0
 
     # -- layers -------------------------------------------------------------------------------
 
@@ -212,18 +191,18 @@ class Editor:
         """A layer has run; what it is to return, if that is to be changed."""
         if not self.edits.of(name, "response"):
             return None
-        self.tracer.edited = True
-        now = self.tracer.current
+        self.trace.edited = True
+        now = self.trace.record.current
         new = self.edits.apply(
             "response", out, axes, name, call=call, step=now.step, training=now.training
         )
         if new is None:
             return None
         self._follow(new, out)
-        return new, self.tracer.aliases.reference(new)
+        return new, self.trace.record.aliases.reference(new)
 
 
-def _exchanged(args: Any, kwargs: Any, old: Tensor, new: Tensor) -> tuple[Any, Any]:
+def exchanged(args: Any, kwargs: Any, old: Tensor, new: Tensor) -> tuple[Any, Any]:
     """The same arguments with one tensor in another's place."""
     return (
         tuple([new if a is old else a for a in args]),

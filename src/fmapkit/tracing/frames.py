@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from fmapkit.instrumentation import method_called
-from fmapkit.provenance import ChannelLayout, Label, Linearity, Lookup, Pointwise
+from fmapkit.provenance import ChannelLayout, Label, Linearity, Pointwise
 from fmapkit.storage import StoredTensor
 
 __all__ = [
@@ -62,27 +61,6 @@ class Frame:
         self.pointwise = Pointwise()
         self.ran = False  # the function inside that a registered σ module is
         self.inner: tuple[str, Any] | None = None  # another one that got x, and its result
-
-    @classmethod
-    def of(cls, module: nn.Module, args: Any, kwargs: Any, start: int) -> Frame:
-        """A running call that is no more than that."""
-        frame = cls(module, args, kwargs, start)
-        frame.x, frame.key = first_tensor(args, kwargs)
-        return frame
-
-    def step(
-        self,
-        name: str,
-        operands: Sequence[Tensor],
-        args: Any,
-        kwargs: Any,
-        out: Any,
-        tag: Lookup,
-        nonlinear: bool = False,
-    ) -> None:
-        """A function has run inside: follow what depends on the input, linearly or not."""
-        if self.degrees is not None:
-            self.degrees.step(name, operands, args, kwargs, out, tag, nonlinear)
 
     def take(self, x: Tensor) -> None:
         """Another tensor came in."""

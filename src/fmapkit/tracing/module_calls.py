@@ -1,89 +1,191 @@
-"""What a module's call turns out to have been, when it ends in a traced pass.
+"""One module's call in a traced pass: it begins, and what it turns out to have been when it ends.
 
 A registered layer, one nonlinearity, a norm written out by hand, or the only function in it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from fmapkit import layers
+from fmapkit import layers, nonlinearities
 from fmapkit.provenance import (
     REGISTERED,
     STOP,
     ChannelLabel,
     ChannelLayout,
+    Linearity,
     Made,
     past_sigma,
     sigma_axes,
 )
-from fmapkit.tracing.candidates import is_norm, norm_axis
-from fmapkit.tracing.events import Event
-from fmapkit.tracing.frames import Frame
+from fmapkit.storage import unheld
+from fmapkit.tracing.candidates import is_norm, may_be_sigma, norm_axis, role_of, verdict
+from fmapkit.tracing.editor import Editor
+from fmapkit.tracing.events import Event, HookPoint
+from fmapkit.tracing.frames import Frame, first_tensor
+from fmapkit.tracing.layer_calls import LayerCalls
+from fmapkit.tracing.pass_trace import PassTrace
 
-if TYPE_CHECKING:
-    from fmapkit.tracing.tracer import Tracer
-
-__all__ = ["close"]
+__all__ = ["ModuleCalls"]
 
 
-def close(tracer: Tracer, frame: Frame, output: Any) -> Any:
-    """Make the module's call an event, if it is one; what it is to return, if edited."""
-    if frame.kind == "layer":
-        tracer.record.drop_since(frame.start)
-        return _close_layer(tracer, frame, output) if isinstance(output, Tensor) else None
-    if frame.kind != "plain":
-        sigma = tracer.verdict(frame, output)
-        if sigma is not None:
-            tracer.record.drop_since(frame.start)
-            return _close_sigma(tracer, frame, output, sigma)
-        flow = tracer.flow(output) if is_norm(frame, output) else None
-        if flow is not None and flow.origin.kind != "layer":  # it names what no layer stands behind
-            axis, own = norm_axis(frame.module, output), tracer.names.of(frame.module)
-            tracer.set_tag(output, tracer.record.norm(flow, output, axis, own))
-    if len(tracer.events) == frame.start:
+class ModuleCalls:
+    """The modules of one pass.
+
+    Args:
+        trace: of the pass.
+        editor: of what they are given and return; None where nothing is edited.
+        layers: of the pass: a registered one is a module's whole call.
+    """
+
+    def __init__(self, trace: PassTrace, editor: Editor | None, layers: LayerCalls) -> None:
+        self._trace = trace
+        self._editor = editor
+        self._layers = layers
+
+    # -- a call begins ------------------------------------------------------------------------
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
+        """A module's forward begins."""
+        trace, editor = self._trace, self._editor
+        with torch._C.DisableTorchFunction():  # what we look at ourselves is not the model's doing
+            if trace.frames:
+                trace.past_hooks(module)
+            replaced = editor.modules.input(module, args, kwargs) if editor else None
+            if replaced is not None:
+                args, kwargs = replaced
+            frame = Frame(module, args, kwargs, len(trace.record.events))
+            frame.replaced = replaced
+            frame.firing = len(trace.record.firings)
+            parent = trace.frames[-1] if trace.frames else None
+            if trace.learning:
+                trace.moments.append((trace.record.firings.clock(), module))
+            trace.frames.append(frame)
+            frame.x, frame.key = first_tensor(args, kwargs)
+            role = role_of(module)
+            why = unheld(frame.x) if frame.x is not None else None
+            if why is not None:
+                trace.miss_here(why)
+            elif role != "plain":
+                self._sort(frame, role, args, kwargs)
+            if parent is not None and parent.watched:
+                frame.watched = True
+            return frame
+
+    def _sort(self, frame: Frame, role: str, args: Any, kwargs: Any) -> None:
+        """What kind of call it may be."""
+        trace, x = self._trace, frame.x
+        if role == "layer":
+            frame.kind = role
+            trace.opaque += 1
+        elif role == "sigma":
+            frame.kind = role
+            frame.ran = nonlinearities.runs_as(frame.module) is None
+        # What is captured is never one nonlinearity itself.
+        elif x is None or not trace.names.of(frame.module):
+            return
+        elif may_be_sigma(frame.module, args, kwargs, x):
+            frame.kind = "candidate"
+            frame.degrees = Linearity(x)
+            frame.watched = True
+        if x is not None and frame.kind in ("sigma", "candidate"):
+            frame.x_held = trace.record.aliases.reference(x)
+            frame.tag = trace.labels.of(x)
+            if self._editor and not trace.opaque:
+                self._editor.enter(frame)
+
+    # -- a call ends --------------------------------------------------------------------------
+
+    def leave(self, frame: Frame, output: Any) -> Any:
+        """A module's forward has ended.
+
+        Args:
+            frame: of the call, which is under way no more.
+            output: what it returns.
+
+        Returns:
+            What it is to return, if something was edited; None for its own.
+        """
+        trace, module, replaced = self._trace, frame.module, None
+        with torch._C.DisableTorchFunction():
+            if trace.learning:
+                trace.moments.append((trace.record.firings.clock(), None))
+            parent = trace.frames[-1].module if trace.frames else None
+            trace.record.firings.append(HookPoint(module, module, None, parent))
+            edited = self.close(frame, output)
+            if edited is not None and edited is not output:
+                replaced = output = edited
+            event = None
+            if module in trace.wants.outputs:
+                event = trace.record.output(module, trace.names.of(module), output)
+            if self._editor:
+                new, held = self._editor.modules.output(module, output)
+                replaced = new if held else replaced
+                for path, entry in event.entries if event is not None else ():
+                    entry.edited = held.get(path)
+        return replaced
+
+    def verdict(self, frame: Frame, output: Any) -> str | None:
+        """The name of σ if this call of a module is one nonlinearity."""
+        record = self._trace.record
+        return verdict(frame, output, record.events, record.aliases)
+
+    def close(self, frame: Frame, output: Any) -> Any:
+        """Make the module's call an event, if it is one; what it is to return, if edited."""
+        record, labels = self._trace.record, self._trace.labels
+        if frame.kind == "layer":
+            record.drop_since(frame.start)
+            return self._close_layer(frame, output) if isinstance(output, Tensor) else None
+        if frame.kind != "plain":
+            sigma = self.verdict(frame, output)
+            if sigma is not None:
+                record.drop_since(frame.start)
+                return self._close_sigma(frame, output, sigma)
+            flow = labels.flow(output) if is_norm(frame, output) else None
+            if flow is not None and flow.origin.kind != "layer":  # no layer stands behind it
+                axis, own = norm_axis(frame.module, output), self._trace.names.of(frame.module)
+                labels.put(output, record.norm(flow, output, axis, own))
+        for event in record.events[frame.start :]:
+            if event.scope is not frame.module:
+                continue
+            # In place, it has to be seen as the function that it is, to run out of place.
+            whole = event.y is not None and event.x is frame.x and event.y is output
+            whole = whole and not event.in_place
+            if whole and (event.y_held is None or event.y_held is record.aliases.reference(output)):
+                event.module = frame.module
+                record.firings.refire(event)
+            event.x = event.y = None
         return None
-    for event in tracer.events[frame.start :]:
-        if event.scope is not frame.module:
-            continue
-        # In place, it has to be seen as the function that it is, to run out of place.
-        whole = event.y is not None and event.x is frame.x and event.y is output
-        whole = whole and not event.in_place
-        if whole and (event.y_held is None or event.y_held is tracer.aliases.reference(output)):
-            event.module = frame.module
-            tracer.firings.refire(event)
-        event.x = event.y = None
-    return None
 
+    def _close_layer(self, frame: Frame, out: Tensor) -> Tensor:
+        """A registered layer has run."""
+        event = Event("layer", frame.module)
+        event.module, event.key = frame.module, frame.key
+        dim = (layers.layer_axis(frame.module) or 0) % max(out.dim(), 1)
+        axes = ChannelLayout.single(dim, out.shape[dim]) if out.dim() else None
+        name = self._trace.names.of(frame.module)
+        return self._layers.ran(event, name, frame.x, out, axes, Made(why=REGISTERED))
 
-def _close_layer(tracer: Tracer, frame: Frame, out: Tensor) -> Tensor:
-    """A registered layer has run."""
-    event = Event("layer", frame.module)
-    event.module, event.key = frame.module, frame.key
-    dim = (layers.layer_axis(frame.module) or 0) % max(out.dim(), 1)
-    axes = ChannelLayout.single(dim, out.shape[dim]) if out.dim() else None
-    made = Made(why=REGISTERED)
-    return tracer.layer_event(event, tracer.names.of(frame.module), frame.x, out, axes, (made, {}))
-
-
-def _close_sigma(tracer: Tracer, frame: Frame, a: Tensor, sigma: str) -> Tensor | None:
-    """A module that is one nonlinearity has run."""
-    module, x = frame.module, frame.x
-    assert x is not None and frame.x_held is not None
-    event = Event("sigma", module)
-    event.module, event.key, event.sigma = module, frame.key, sigma
-    event.in_place = frame.in_place or frame.x_held.copied
-    event.kept = frame.kept
-    flow = frame.tag if isinstance(frame.tag, ChannelLabel) else STOP
-    axes, result = sigma_axes(flow.axes, x, a), a
-    if frame.site is not None and tracer.editor is not None:
-        a, result = tracer.editor.leave(frame, a, axes)
-    elif isinstance(frame.a, Tensor):
-        a = frame.a  # what σ gave, where a user's hook changed what the module returned
-    tracer.record.sigma(event, flow, frame.x_held, x, a, tracer.names.of(module), frame.site)
-    tracer.spare(event)
-    if result is a or frame.site is not None:
-        tracer.set_tag(result, past_sigma(frame.tag, x, a))
-    return result if frame.site is not None else None
+    def _close_sigma(self, frame: Frame, a: Tensor, sigma: str) -> Tensor | None:
+        """A module that is one nonlinearity has run."""
+        trace, module, x = self._trace, frame.module, frame.x
+        assert x is not None and frame.x_held is not None
+        event = Event("sigma", module)
+        event.module, event.key, event.sigma = module, frame.key, sigma
+        event.in_place = frame.in_place or frame.x_held.copied
+        event.kept = frame.kept
+        flow = frame.tag if isinstance(frame.tag, ChannelLabel) else STOP
+        axes, result = sigma_axes(flow.axes, x, a), a
+        if frame.site is not None and self._editor is not None:
+            a, result = self._editor.leave(frame, a, axes)
+        elif isinstance(frame.a, Tensor):
+            a = frame.a  # what σ gave, where a user's hook changed what the module returned
+        own = trace.names.of(module)
+        trace.record.sigma(event, flow, frame.x_held, x, a, own, frame.site)
+        trace.spare(event)
+        if result is a or frame.site is not None:
+            trace.labels.put(result, past_sigma(frame.tag, x, a))
+        return result if frame.site is not None else None

@@ -6,7 +6,7 @@ They stand where a forward pre hook and a forward hook would that was registered
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,7 @@ from fmapkit.storage import MapRecord, StoredTensor
 from fmapkit.torchlib.nested import leaves
 from fmapkit.torchlib.rebuilt import rebuilt
 from fmapkit.tracing.frames import first_tensor
-
-if TYPE_CHECKING:
-    from fmapkit.tracing.tracer import Tracer
+from fmapkit.tracing.pass_trace import PassTrace
 
 __all__ = ["ModuleEdits"]
 
@@ -29,12 +27,12 @@ class ModuleEdits:
     """Carries out the edits of inputs and outputs of one pass.
 
     Args:
-        tracer: of the pass.
+        trace: of the pass.
         edits: what was asked for.
     """
 
-    def __init__(self, tracer: Tracer, edits: Edits) -> None:
-        self._tracer = tracer
+    def __init__(self, trace: PassTrace, edits: Edits) -> None:
+        self._trace = trace
         self._edits = edits
         self._calls: Counter[tuple[str, str]] = Counter()
         self._was: dict[int, tuple[Tensor, Tensor]] = {}  # by id of what went in: it, and its past
@@ -46,7 +44,7 @@ class ModuleEdits:
 
     def _name(self, module: nn.Module) -> str | None:
         """Of a module of the model; None of others, and of wrappers: what they carry has it."""
-        names = self._tracer.names
+        names = self._trace.names
         return None if module in names.wrappers else names.by_module.get(module)
 
     # -- around units, which are replayed as a whole, or learned ------------------------------
@@ -71,8 +69,8 @@ class ModuleEdits:
             return None
         with torch._C.DisableTorchFunction():
             new, held = self.output(module, output)
-        if held and module in self._tracer.wants.outputs:
-            self._tell(self._tracer.names.of(module), held)
+        if held and module in self._trace.wants.outputs:
+            self._tell(self._trace.names.of(module), held)
         return new if held else None
 
     # -- where nothing else is told of the pass any more ---------------------------------------
@@ -91,7 +89,7 @@ class ModuleEdits:
     def _tell(self, name: str, held: dict[str, StoredTensor]) -> None:
         """Say of the maps of what a unit has just returned what went on in their place."""
         call: int | None = None
-        for entry in reversed(self._tracer.current.segments):
+        for entry in reversed(self._trace.record.current.segments):
             if (
                 isinstance(entry, MapRecord)
                 and entry.kind == "output"
@@ -146,7 +144,7 @@ class ModuleEdits:
         held: dict[str, StoredTensor] = {}
         for path, new in changed.items():
             output = rebuilt(output, path, new)
-            held[path] = self._tracer.aliases.reference(new)
+            held[path] = self._trace.record.aliases.reference(new)
             held[path].wanted = True
         return output, held
 
@@ -167,16 +165,16 @@ class ModuleEdits:
             usual: the one that an edit without a path means, if that is clear.
             axis: of filters, where what a tensor carries does not tell.
         """
-        tracer = self._tracer
-        tracer.edited = True
+        trace = self._trace
+        trace.edited = True
         call = self._calls[name, kind]
         self._calls[name, kind] += 1
         changed = {}
-        step, shown = tracer.current.step, [_shown(path) for path in found]
+        step, shown = trace.record.current.step, [_shown(path) for path in found]
         if usual is None and len(found) > 1:
             self._edits.check_one(name, kind, shown, call, step)
         for path, tensor in found.items():
-            flow = flow_of(tracer.tag, tensor)
+            flow = flow_of(trace.labels.of, tensor)
             axes = flow.axes if flow is not None else None
             if axes is None and axis is not None and tensor.dim():
                 axes = ChannelLayout.single(axis % tensor.dim(), tensor.shape[axis])
@@ -189,11 +187,11 @@ class ModuleEdits:
                 others=shown,
                 call=call,
                 step=step,
-                training=tracer.current.training,
+                training=trace.record.current.training,
                 path=_shown(path),
             )
             if new is not None:
-                tracer.set_tag(new, tracer.tag(tensor))
+                trace.labels.put(new, trace.labels.of(tensor))
                 changed[path] = new
         return changed
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from fmapkit.missed import NotSupportedError
 from fmapkit.provenance import ChannelLabel, ChannelLayout, Origin, sigma_axes
+from fmapkit.reasons import Reason
 from fmapkit.selection import EarlyStop, Selection
-from fmapkit.storage import NO_GRAPH, Aliases, MapRecord, Pass, StoredTensor, in_function
+from fmapkit.storage import Aliases, MapRecord, Pass, StoredTensor, in_function, unheld
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import closed_parts, leaves
 from fmapkit.torchlib.sharded import is_dtensor
 from fmapkit.torchlib.side_ops import goes_on_from
-from fmapkit.torchlib.transforms import unheld
 from fmapkit.tracing.events import Event, HookPoints
 from fmapkit.tracing.frames import EditSite
 from fmapkit.tracing.label_table import LabelTable
@@ -30,7 +30,7 @@ class Record:
     Args:
         wants: of the capture: which maps are to be held.
         current: the pass, which gets their entries.
-        tags: what its tensors carry.
+        labels: what its tensors carry.
         aliases: what is held of its tensors.
         stop: to tell of each map; None if the pass is to run to its end.
         miss: names what cannot be captured.
@@ -45,14 +45,14 @@ class Record:
         self,
         wants: Selection,
         current: Pass,
-        tags: LabelTable,
+        labels: LabelTable,
         aliases: Aliases,
         stop: EarlyStop | None,
         miss: Callable[[str, str], None],
     ) -> None:
         self.wants = wants
         self.current = current
-        self.tags = tags
+        self.labels = labels
         self.aliases = aliases
         self.stop = stop
         self.miss = miss
@@ -70,7 +70,7 @@ class Record:
         """
         for origin, unless_claimed in self._unpicked:
             if not (unless_claimed and origin.claimed):
-                self.miss(origin.name, "filters= was given, and some may lie on another rank")
+                self.miss(origin.name, Reason.FILTERS_ON_ANOTHER_RANK.text())
         self._unpicked.clear()
         for event in self.events:
             event.x = event.y = event.x_held = event.y_held = event.firing = None
@@ -125,7 +125,7 @@ class Record:
         """A layer has run: where the filters of what it returned come from."""
         origin = self.next_call("layer", name)
         event.axes = axes
-        self.tags.put(out, ChannelLabel(origin, axes))
+        self.labels.put(out, ChannelLabel(origin, axes))
         self._add(event, origin, out)
         return origin
 
@@ -155,9 +155,7 @@ class Record:
                     if slot == "x":
                         entry.edited = self._same_filters(entry, self.aliases.reference(x))
             else:
-                self.miss(
-                    origin.name, "filters= was given, and its input is not of its own filters"
-                )
+                self.miss(origin.name, Reason.FILTERS_OF_INPUT.text())
         if "response" in kinds or "preactivation" in kinds:
             event.y_held = self.aliases.reference(out)
             for kind in ("response", "preactivation"):
@@ -171,7 +169,7 @@ class Record:
         self, x: Tensor, out: Tensor, axes: ChannelLayout | None
     ) -> ChannelLayout | None:
         """Where the filters of a layer's input lie; unknown, they lie as those of its output."""
-        flow = self.tags.of(x)
+        flow = self.labels.of(x)
         if isinstance(flow, ChannelLabel) and flow.axes is not None:
             return flow.axes
         if axes is None or axes.dim is None:
@@ -179,10 +177,10 @@ class Record:
         place = axes.dim - out.dim()
         return ChannelLayout.single(x.dim() + place, x.shape[place]) if x.dim() >= -place else None
 
-    def output(self, module: nn.Module, name: str, output: Any) -> Event:
-        """A module has returned what is wanted as its output."""
+    def output(self, module: nn.Module, name: str, output: Any) -> Event | None:
+        """A module has returned what is wanted as its output: an event; None if it has none."""
         if self.wants.filters is not None and not self.wants.kind("output"):
-            self.miss(name, "filters= was given, and what a module returns is held whole")
+            self.miss(name, Reason.FILTERS_OF_OUTPUT.text())
         event = Event("output", module)
         event.module = module
         origin = self.next_call("output", name, f"{name}()")
@@ -191,15 +189,15 @@ class Record:
         closed = closed_parts(output)
         for path, part in closed:
             place = f" at {path}" if path else ""
-            self.miss(name, f"it returned a {part}{place}, which cannot be looked into for tensors")
+            self.miss(name, Reason.CLOSED_OUTPUT.text(kind=part, place=place))
         if not found and not closed and self.wants.some and module in self.wants.asked_outputs:
-            self.miss(name, f"it returned no tensor, but a {type(output).__name__}")
+            self.miss(name, Reason.NO_TENSOR.text(kind=type(output).__name__))
         for path, tensor in found:
             why = unheld(tensor)
             if why is not None:
                 self.miss(name, why)
                 continue
-            flow = self.tags.of(tensor)
+            flow = self.labels.of(tensor)
             axes = flow.axes if isinstance(flow, ChannelLabel) else None
             held = self.aliases.reference(tensor)
             self.hold(event, path, "output", origin, held, axes, path=path)
@@ -298,7 +296,7 @@ class Record:
                 return
         held.wanted = True
         if self.graph and in_function():
-            self.miss(origin.name, NO_GRAPH)
+            self.miss(origin.name, Reason.NO_GRAPH.text())
         entry = MapRecord(kind, origin, held, axes, sigma, path, picked)
         event.entries.append((slot, entry))
         self.current.drop(None)

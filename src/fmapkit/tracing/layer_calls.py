@@ -1,0 +1,235 @@
+"""One layer that has run in a traced pass: whose weight it took, and how its filters lie."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import Any
+
+from torch import Tensor, nn
+
+from fmapkit import layers
+from fmapkit.model import Use
+from fmapkit.provenance import (
+    PACKED,
+    STOP,
+    ChannelLabel,
+    ChannelLayout,
+    Label,
+    Made,
+    ParamLabel,
+    Source,
+    StandIns,
+    layer_ops,
+    packed_axes,
+    packed_key,
+    source_of,
+)
+from fmapkit.reasons import Reason
+from fmapkit.torchlib.memory import storage_of
+from fmapkit.torchlib.nested import tensors_in
+from fmapkit.torchlib.transforms import is_shapeless
+from fmapkit.tracing.editor import Editor
+from fmapkit.tracing.events import Event
+from fmapkit.tracing.pass_trace import PassTrace
+
+__all__ = ["LayerCalls"]
+
+
+class LayerCalls:
+    """The layers of one pass.
+
+    Args:
+        trace: of the pass.
+        editor: of what they return; None where nothing is edited.
+
+    Attributes:
+        made: memory of tensors that were made from nothing in this pass.
+        stand_ins: where a graph is traced: what stands for its inputs, and these.
+    """
+
+    def __init__(self, trace: PassTrace, editor: Editor | None) -> None:
+        self._trace = trace
+        self._editor = editor
+        self.made: set[int] = set()
+        self.stand_ins: StandIns = {}
+
+    # -- functions that take a weight ---------------------------------------------------------
+
+    def weighed(
+        self,
+        name: str,
+        func: Any,
+        operands: list[Tensor],
+        args: Any,
+        kwargs: Any,
+        weight: Tensor,
+        out: Tensor,
+    ) -> Tensor:
+        """A function has run that is given a weight.
+
+        Args:
+            name: of the function.
+            func: it.
+            operands: its tensor arguments.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            weight: which of them it weighs by.
+            out: what it returned.
+
+        Returns:
+            What it is to return.
+        """
+        trace = self._trace
+        scope, frame, tag = trace.scope(), trace.frames[-1], trace.labels.of(weight)
+        label = trace.names.of_its_own(weight, frame.module)
+        if label is not None:
+            whole, same_rows = True, True
+        else:
+            use = self._use(name, weight, tag, scope)
+            label, same_rows = trace.names.layer_of(use)
+            whole = use.is_module and weight.numel() == use.weight.numel()
+        axes = layer_ops.layer_axes(name, operands, args, kwargs, weight, out, tag)
+        if axes is None and whole:
+            axes = layer_ops.layer_axes(name, operands, args, kwargs, weight, out, None)
+        if not same_rows:
+            axes = None  # data may make, or pick, another weight each time
+        if isinstance(tag, ParamLabel) and tag.by_value:
+            trace.decides()
+        place = layer_ops.input_place(name, operands, weight)
+        x = operands[place] if place is not None else None
+        if frame.x is not None and frame.x is not x and layer_ops.pads_first(frame.module):
+            x = frame.x
+        event = Event("layer", scope, func)
+        event.place = place or 0
+        if x is not None and x is frame.x:
+            event.x, event.y, event.key = x, out, frame.key
+        made, computed = self._made_of(name, operands, args, kwargs, weight, out, axes)
+        return self.ran(event, label, x, out, axes, made, computed)
+
+    def packed(self, func: Any, args: Any, out: Tensor) -> Tensor:
+        """A quantised layer has run, whose weight is no tensor; what it is to return."""
+        trace = self._trace
+        frame, x = trace.frames[-1], args[0]
+        key = packed_key(frame.module, args[1])
+        if key is None:
+            trace.miss_here(Reason.WEIGHT_WITHOUT_NAME.text(function=func))
+            trace.labels.put(out, STOP)
+            return out
+        event = Event("layer", trace.scope(), func)
+        if x is frame.x:
+            event.x, event.y, event.key = x, out, frame.key
+        name = f"{trace.names.of(frame.module)}.{key}".strip(".")
+        return self.ran(event, name, x, out, packed_axes(func, out), Made(why=PACKED))
+
+    def shapeless(self, function: str, weight: Any, out: Any) -> None:
+        """A function has run on tensors that have no shape: whose filters they are is not told."""
+        trace = self._trace
+        if isinstance(weight, Tensor) and not trace.opaque:
+            use = self._use(function, weight, trace.labels.of(weight), trace.scope())
+            trace.record.miss(trace.names.layer_of(use)[0], Reason.NESTED_STRIDED.text())
+        elif any(map(is_shapeless, tensors_in(out))):
+            trace.miss_here(Reason.NESTED_STRIDED.text())
+        for tensor in tensors_in(out):
+            trace.labels.put(tensor, STOP)
+
+    # -- any layer ----------------------------------------------------------------------------
+
+    def ran(
+        self,
+        event: Event,
+        name: str,
+        x: Tensor | None,
+        out: Tensor,
+        axes: ChannelLayout | None,
+        made: Made,
+        computed: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """A layer has run: hold its maps.
+
+        Args:
+            event: made for it.
+            name: its label.
+            x: its input, if it has one.
+            out: what it returned.
+            axes: of its filters.
+            made: what it made them of.
+            computed: what of that is nowhere afterwards.
+
+        Returns:
+            What it is to return.
+        """
+        trace, editor = self._trace, self._editor
+        origin = trace.record.layer(event, name, out, axes)
+        origin.made = made
+        if computed and trace.wants.weights and trace.wants.layer(name):
+            reference = trace.record.aliases.reference
+            origin.used = {what: reference(t) for what, t in computed.items()}
+            trace.decides()  # to be seen in each pass
+        edit = editor.response(name, origin.call, out, axes) if editor else None
+        if trace.wants.layer(name):
+            was = editor.modules.was(x) if editor and x is not None else None
+            trace.record.layer_maps(event, x, out, None if edit is None else edit[1], was)
+            trace.spare(event)
+        return out if edit is None else edit[0]
+
+    # -- whose weight -------------------------------------------------------------------------
+
+    def _made_of(
+        self,
+        function: str,
+        operands: list[Tensor],
+        args: Any,
+        kwargs: Any,
+        weight: Tensor,
+        out: Tensor,
+        axes: ChannelLayout | None,
+    ) -> tuple[Made, dict[str, Tensor]]:
+        """What the layer made its filters of, and what of that is nowhere afterwards."""
+        bias = layer_ops.bias_operand(function, operands, args, kwargs)
+        used = {"weight": weight, **({"bias": bias} if isinstance(bias, Tensor) else {})}
+        found = {what: self._source(tensor) for what, tensor in used.items()}
+        places = layer_ops.filter_places(function, operands, args, kwargs, weight, out)
+        made = Made(found["weight"], found.get("bias"), tuple(places), axes)
+        return made, {what: used[what] for what, s in found.items() if s.owner is None}
+
+    def _source(self, tensor: Tensor) -> Source:
+        """Where a layer got its weight, or its bias: nearly always, it is its module's own."""
+        inner = self._trace.frames[-1].module
+        for key, parameter in inner._parameters.items():
+            if parameter is tensor:
+                return Source(weakref.ref(inner), key, weakref.ref(tensor))
+        return source_of(tensor, self._trace.labels.of(tensor), self._owners, self.stand_ins)
+
+    def _owners(self, tensor: Tensor) -> list[tuple[nn.Module, str]]:
+        """The modules that have a parameter or buffer; the one that runs need not be registered."""
+        found = self._trace.names.owners(tensor)
+        if found:
+            return found
+        running = self._trace.running()
+        own = [(running, key) for key, p in running._parameters.items() if p is tensor]
+        return own or self._trace.names.owned_by(tensor)
+
+    def _use(self, function: str, weight: Tensor, tag: Label, scope: nn.Module) -> Use:
+        """Whose weight is used here, as far as the pass can tell."""
+        trace = self._trace
+        frame, running = trace.frames[-1], trace.running()
+        stack = [f.module for f in trace.frames]
+        if running is not stack[-1]:
+            stack.append(running)
+        made_of = tag.parameter if isinstance(tag, ParamLabel) else weight
+        source = tag.origin.name if isinstance(tag, ChannelLabel) else None
+        turns = frame.turns = Counter() if frame.turns is None else frame.turns
+        turn = turns[function, source]
+        turns[function, source] += 1
+        return Use(
+            weight=made_of,
+            picked=layer_ops.picked(function, tag, weight) if isinstance(tag, ParamLabel) else "",
+            stack=stack,
+            is_module=layers.layer_axis(running) is not None,
+            scope=scope,
+            function=function,
+            made=storage_of(made_of) in self.made,
+            source=source,
+            turn=turn,
+        )

@@ -1,0 +1,157 @@
+"""What is known of a pass while it is traced: the parts of the tracer share it, and only it.
+
+Who watches functions, modules, attention or edits is given a `PassTrace`, reads in it where the
+pass is, and writes to its record and its labels. None of them knows the tracer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fmapkit import nonlinearities
+from fmapkit.model import HOW, Names
+from fmapkit.provenance import FOLLOWED
+from fmapkit.reasons import Reason
+from fmapkit.tracing.candidates import is_whole
+from fmapkit.tracing.events import Event
+from fmapkit.tracing.frames import Frame, running_module
+from fmapkit.tracing.record import Record
+
+__all__ = ["PassTrace"]
+
+
+class PassTrace:
+    """Where a traced pass is, and what was noted of it.
+
+    Args:
+        names: of the model's modules.
+        record: what ran, and the maps held of it.
+
+    Attributes:
+        wants: which maps are to be held.
+        labels: what the tensors carry.
+        frames: the modules that are running, outermost first.
+        learning: > 0 while a region is recorded: then every module has hooks.
+        opaque: how many running modules are registered layers.
+        paused: nothing is to be seen: a region is replayed, or a module is tried.
+        edited: something was, or might have been, edited.
+        deciding: modules that were seen to turn data into numbers of Python's, or to let it decide
+            what runs, or whose weight is used.
+        unhooked: modules that ran without hooks.
+        moments: after how many decisions modules began; None where one ended.
+    """
+
+    def __init__(self, names: Names, record: Record) -> None:
+        self.names = names
+        self.record = record
+        self.wants = record.wants
+        self.labels = record.labels
+        self.frames: list[Frame] = []
+        self.learning = self.opaque = 0
+        self.paused = self.edited = False
+        self.deciding: set[nn.Module] = set()
+        self.unhooked: set[nn.Module] = set()
+        self.moments: list[tuple[int, nn.Module | None]] = []
+
+    def end(self) -> None:
+        """Let go of all that could keep a tensor or a graph alive."""
+        self.record.end()
+        self.frames.clear()
+        self.labels.end()
+
+    # -- where the pass is --------------------------------------------------------------------
+
+    def scope(self) -> nn.Module:
+        """The module in whose forward a function runs.
+
+        Modules inside a region have no hooks. When a module that is traced calls one of them past
+        the region, no frame tells; its functions are seen all the same, and from the next pass on
+        it has hooks.
+        """
+        module = self.frames[-1].module
+        if self.learning:  # every module is hooked
+            return module
+        running = running_module(2)
+        if running is None or running is module or running not in self.names.by_module:
+            return module
+        if any(f.module is running for f in self.frames):
+            # Calls inside of it were broken off by what runs no hooks, and it caught that.
+            while self.frames[-1].module is not running:
+                self.pop()
+            return running
+        self.unhooked.add(running)
+        return running
+
+    def running(self) -> nn.Module:
+        """The innermost module that runs, registered or not."""
+        return running_module(2) or self.frames[-1].module
+
+    def pop(self) -> Frame:
+        """The innermost call of a module has ended."""
+        frame = self.frames.pop()
+        self.opaque -= frame.kind == "layer"
+        return frame
+
+    def own_name(self, scope: nn.Module, sigma: str | None) -> str:
+        """What a nonlinearity goes by that no layer stands before: its module, and itself."""
+        running = self.running()
+        if running not in self.names.by_module:
+            place = self.names.place(running, again=False)
+            if place is not None:
+                return place if nonlinearities.module_sigma(running) else f"{place}:{sigma}"
+        return f"{self.names.of(scope)}:{sigma}"
+
+    # -- what is noted of it ------------------------------------------------------------------
+
+    def miss_here(self, reason: str) -> None:
+        """Something in the innermost module cannot be captured."""
+        self.record.miss(self.names.of(self.frames[-1].module), reason)
+
+    def decides(self) -> None:
+        """What runs here is to be traced in every pass."""
+        self.deciding.update([f.module for f in self.frames])
+
+    def past_hooks(self, entered: nn.Module | None = None) -> None:
+        """Name the modules that run without their hooks, where that keeps something from us.
+
+        Args:
+            entered: a module whose call has just begun.
+        """
+        for module, method in self.names.past_hooks.running(entered):
+            name = self.names.by_module.get(module)
+            if name is None:
+                continue
+            if self.wants.output(module):
+                self.record.miss(name, Reason.PAST_HOOKS_OUTPUT.text(how=HOW[method]))
+            elif is_whole(module):
+                self.record.miss(name, Reason.PAST_HOOKS_WHOLE.text(how=HOW[method]))
+
+    def spare(self, event: Event) -> None:
+        """Outside of regions, what no map holds is let go at once: it may be a lot in the end."""
+        if self.learning:
+            return
+        for frame in self.frames:
+            if frame.kind != "plain":
+                return
+        self.record.let_go([event])
+
+    def follow(
+        self,
+        name: str,
+        operands: list[Tensor],
+        args: Any,
+        kwargs: Any,
+        out: Any,
+        nonlinear: bool = False,
+    ) -> None:
+        """Follow what is computed point by point, in a weightless module from its input alone."""
+        frame, flow = self.frames[-1], self.labels.flow
+        if nonlinear or name in FOLLOWED:
+            frame.pointwise.step(name, operands, args, kwargs, out, flow, nonlinear)
+        if not frame.watched:
+            return
+        for frame in self.frames:
+            if frame.degrees is not None:
+                frame.degrees.step(name, operands, args, kwargs, out, flow, nonlinear)

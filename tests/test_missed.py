@@ -1,0 +1,97 @@
+"""The reasons in `maps.missed`: told apart, kept with the maps, and each on the page about them."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fmapkit import FeatureMaps, capture
+from fmapkit.missed import Missed, Reason
+
+PAGE = Path(__file__).parents[1] / "docs" / "missed.md"
+_BRACES = re.compile(r"\{(\w+)\}")
+
+pytestmark = pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
+
+
+def _rows() -> list[list[str]]:
+    rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def test_the_page_has_each_reason_with_its_meaning_and_what_to_do() -> None:
+    rows = _rows()
+    assert [name for name, *_ in rows] == [f"`{reason.name}`" for reason in Reason]
+    assert all(len(row) == 3 and all(row) for row in rows)
+
+
+@pytest.mark.parametrize("value", ["x", "", "a: b (c), d", "two\nlines", "{braces}"])
+@pytest.mark.parametrize("reason", Reason)
+def test_a_text_tells_its_reason(reason: Reason, value: str) -> None:
+    text = reason.text(**dict.fromkeys(_BRACES.findall(reason.value), value))
+    assert Reason.of(text) is reason
+
+
+def test_no_two_reasons_have_the_same_text() -> None:
+    texts = [_BRACES.sub("", reason.value) for reason in Reason]
+    assert len({*texts}) == len(texts)
+
+
+def test_what_is_known_of_an_older_version_is_its_text() -> None:
+    missed = Missed("fc", "it was left out, as it was in the old days")
+    assert missed.why is Reason.OF_ANOTHER_VERSION
+    assert missed.reason == "it was left out, as it was in the old days"
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.RNN(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head.forward(self.rnn(x)[0])
+
+
+def test_the_reason_comes_with_what_was_missed_and_is_kept_with_the_maps(tmp_path: Any) -> None:
+    model = Net()
+    with capture(model, ["rnn", "head"], kinds=("output", "response")) as maps:
+        model(torch.randn(3, 1, 4))
+    expected = [
+        ("rnn", "torch.rnn_tanh runs its nonlinearity inside one fused call"),
+        (
+            "head",
+            "its forward was called directly, which runs no hooks: what it returns is not seen",
+        ),
+    ]
+    reasons = [Reason.FUSED_RECURRENT, Reason.PAST_HOOKS_OUTPUT]
+    maps.save(tmp_path / "kept.safetensors")
+    for missed in (
+        maps.missed,
+        FeatureMaps.load(tmp_path / "kept.safetensors").missed,
+        pickle.loads(pickle.dumps(maps)).missed,
+        pickle.loads(pickle.dumps(maps.missed)),
+    ):
+        assert [(m.layer, m.reason) for m in missed] == expected
+        assert [m.why for m in missed] == reasons
+        assert missed == [Missed(*pair) for pair in expected]
+
+
+def test_a_failure_of_our_own_is_one_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fmapkit.tracing.record import Record
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("a fault of our own")
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    monkeypatch.setattr(Record, "sigma", broken)
+    with capture(model) as maps:
+        model(torch.randn(2, 4))
+    [missed] = maps.missed
+    assert missed.reason == "fmapkit failed here: KeyError: 'a fault of our own'"
+    assert missed.why is Reason.FAILED
