@@ -10,13 +10,11 @@
 Torch's tracing tools are imported once something compiled is captured, and not before.
 """
 
-from fmapkit.compiled.entries import AROUND, NOTHING_RAN, CompiledEntries, CompiledHandler
+from fmapkit.compiled.entries import CompiledEntries, CompiledHandler
 from fmapkit.compiled.interface import CompiledCapture
 from fmapkit.compiled.run import GraphMapSink
 
 __all__ = [
-    "AROUND",
-    "NOTHING_RAN",
     "CompiledCapture",
     "CompiledEntries",
     "CompiledHandler",

@@ -23,6 +23,7 @@ from fmapkit import layers, nonlinearities
 from fmapkit.compiled.interface import CompiledCapture
 from fmapkit.compiled.run import GraphMapSink, running
 from fmapkit.instrumentation import Off
+from fmapkit.reasons import Reason
 from fmapkit.torchlib.autograd import in_backward
 from fmapkit.torchlib.call_override import when_traced
 from fmapkit.torchlib.compiled_modules import around, compiled_roots, holds, is_optimized, plain
@@ -31,21 +32,8 @@ from fmapkit.torchlib.dynamo import UnknownError
 if TYPE_CHECKING:
     from fmapkit.compiled.variant import InstrumentedCompile
 
-__all__ = ["AROUND", "NOTHING_RAN", "CompiledEntries", "CompiledHandler"]
+__all__ = ["CompiledEntries", "CompiledHandler"]
 
-AROUND = (
-    "it was called by code that torch.compile has compiled around it, where no hook runs; compile "
-    "the captured model itself, or capture what is compiled"
-)
-NOTHING_RAN = (
-    "no call of it was seen: no pass ran inside the block, or it ran in code that torch.compile "
-    "had compiled around it, where no hook runs: compile the captured model itself, or capture "
-    "what is compiled"
-)
-COMPILED_INSIDE = (
-    "it was compiled inside the block: its first call, which compiles it, is not captured, and the "
-    "later ones are"
-)
 # Where the user's compiled function keeps the variants made of it.
 _KEPT = "_fmapkit_variants"
 
@@ -331,6 +319,6 @@ class CompiledEntries:
         handler = self._handler
         new = self.add_new()
         for root in new:
-            handler.miss(handler.names.of(root), COMPILED_INSIDE)
+            handler.miss(handler.names.of(root), Reason.COMPILED_IN_THE_BLOCK.text())
         if not new:
-            handler.miss("", AROUND)
+            handler.miss("", Reason.CALLED_FROM_COMPILED_CODE.text())

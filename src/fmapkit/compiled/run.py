@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fmapkit.compiled.interface import CompiledCapture, TracedPass
 from fmapkit.compiled.labels import Labels
 from fmapkit.provenance import NOWHERE, STOP, ChannelLabel, Origin
+from fmapkit.reasons import Reason
 from fmapkit.replay import Ref
 from fmapkit.storage import MapRecord, StoredTensor
 from fmapkit.torchlib.memory import versions_of
@@ -22,11 +23,6 @@ from fmapkit.torchlib.nested import leaves
 from fmapkit.tracing import LabelTable, Tracer, running_modules
 
 __all__ = ["GraphMapSink", "GraphRun", "running"]
-
-OUTSIDE = (
-    "torch.compile broke the graph here, and what was computed between the graphs ran outside of "
-    "compiled code: nonlinearities in it are not captured"
-)
 
 
 class Running(threading.local):
@@ -262,4 +258,4 @@ class GraphMapSink:
         modules = running_modules(running.stop)
         names = self.capture.names
         inside = [m for m in modules if m in names.by_module]
-        self.capture.miss(names.of(inside[-1]) if inside else "", OUTSIDE)
+        self.capture.miss(names.of(inside[-1]) if inside else "", Reason.GRAPH_BREAK.text())

@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from fmapkit.compiled import NOTHING_RAN
 from fmapkit.errors import (
     AmbiguousMapError,
     KindNotCapturedError,
@@ -28,6 +27,7 @@ from fmapkit.kinds import KINDS, Kind
 from fmapkit.layers import layer_axis
 from fmapkit.lookup.records import Found
 from fmapkit.model import never_called
+from fmapkit.reasons import Reason
 from fmapkit.saving import MapSource
 from fmapkit.selection import LayerSelection
 from fmapkit.selectors import is_glob
@@ -191,7 +191,9 @@ def _no_globs(session: MapSource, layer: str, known: Sequence[str]) -> NoReturn:
 
 
 def _nothing_held(session: MapSource, layer: str) -> NoReturn:
-    known = [m for m in session.missed if m.reason != NOTHING_RAN]  # which is said here, too
+    known = [
+        m for m in session.missed if m.why is not Reason.NO_CALL_SEEN
+    ]  # which is said here, too
     missed = [f"{m.layer or 'the model'}: {m.reason}" for m in known]
     why = f"; missed: {listed(missed)}" if missed else ""
     if not session.steps:

@@ -6,18 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit.compiled import AROUND, GraphMapSink
+from fmapkit.compiled import GraphMapSink
 from fmapkit.instrumentation import Off
+from fmapkit.reasons import Reason
 from fmapkit.session.parts import Parts
 from fmapkit.session.passes import Passes
 from fmapkit.torchlib.compiled_modules import holds, plain
 
 __all__ = ["CompiledCalls"]
-
-UNSEEN = (
-    "it is compiled by torch.compile in a way that fmapkit cannot look into ({why}): hooks never "
-    "run in code that is compiled already"
-)
 
 
 class CompiledCalls:
@@ -76,7 +72,7 @@ class CompiledCalls:
                 begun = self._passes.begin(args, kwargs, compiled=True)
                 return GraphMapSink(self, live, alone=True) if begun else None
             if holds(module, self.model):
-                self.miss("", AROUND)
+                self.miss("", Reason.CALLED_FROM_COMPILED_CODE.text())
             elif not live.idle:
                 self._unseen.stray(root)
             return None
@@ -93,7 +89,7 @@ class CompiledCalls:
 
     def unread(self, root: nn.Module, why: str) -> None:
         """The call runs as the user compiled it, and nobody can look into it."""
-        self.miss(self.names.of(root), UNSEEN.format(why=why))
+        self.miss(self.names.of(root), Reason.COMPILED_UNREADABLY.text(why=why))
 
     def fail(self, sink: GraphMapSink) -> None:
         """It raised; the model around it may catch that and go on."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fmapkit.compiled import CompiledEntries
 from fmapkit.provenance import versions
+from fmapkit.reasons import Reason
 from fmapkit.replay import ModelGuard
 from fmapkit.selection import CUT, Selection, StoppedError
 from fmapkit.session.concurrent import others
@@ -19,7 +20,7 @@ from fmapkit.storage import Pass
 from fmapkit.torchlib.autograd import in_backward
 from fmapkit.torchlib.compiled_modules import ever_compiled, in_compiled_code
 from fmapkit.torchlib.modes import nothing_between
-from fmapkit.torchlib.transforms import TRANSFORMED, transforming, under_transform
+from fmapkit.torchlib.transforms import transforming, under_transform
 from fmapkit.tracing import NONE_SEEN, call_frame, on_stack
 
 __all__ = ["Passes"]
@@ -128,7 +129,7 @@ class Passes:
         elif nothing_between():
             return False
         elif transforming() and under_transform(self.asked.model, (args, kwargs)):
-            miss("", why := TRANSFORMED)
+            miss("", why := Reason.TRANSFORMED.text())
         elif why := recorded():
             miss("", why)
         else:

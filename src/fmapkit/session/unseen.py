@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fmapkit.compiled import NOTHING_RAN
 from fmapkit.missed import MissedLog, Reason
 from fmapkit.model import HOW, has_own_call
 from fmapkit.session.config import CaptureConfig
@@ -87,7 +86,7 @@ class UnseenCalls:
     def no_pass(self) -> None:
         """The block has ended and nobody has seen a pass: say so where one may have run."""
         if not self._misses.entries and dynamo_has_run():
-            self._misses.add("", NOTHING_RAN)
+            self._misses.add("", Reason.NO_CALL_SEEN.text())
         if has_own_call(self._model) and not isinstance(self._model, torch.jit.ScriptModule):
             reason = Reason.PAST_HOOKS_PASS.text(how=HOW["__call__"])
             self._misses.add("", reason)

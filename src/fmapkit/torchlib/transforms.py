@@ -14,14 +14,9 @@ from torch import Tensor, nn
 from fmapkit.torchlib.nested import tensors_in
 
 __all__ = [
-    *("TRANSFORMED", "inner", "is_shapeless", "returned", "transformed", "transforming"),
+    *("inner", "is_shapeless", "returned", "transformed", "transforming"),
     *("some_shapeless", "under_transform", "undone_transforms", "unholdable", "wrapped"),
 ]
-
-TRANSFORMED = (
-    "it runs under a torch.func transform (vmap, grad, …): its tensors live only inside the "
-    "transform, and cannot be held"
-)
 
 _is_nested: Callable[[Tensor], bool] = operator.attrgetter("is_nested")
 _is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
