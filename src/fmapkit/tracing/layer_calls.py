@@ -105,10 +105,7 @@ class LayerCalls:
         x = operands[place] if place is not None else None
         if frame.x is not None and frame.x is not x and pads_first(frame.module):
             x = frame.x
-        event = Event("layer", scope, func)
-        event.place = place or 0
-        if x is not None and x is frame.x:
-            event.x, event.y, event.key = x, out, frame.key
+        event = Event("layer", scope, func, place=place or 0, **frame.passed(x, out))
         made, computed = self._made_of(name, operands, args, kwargs, weight, out, axes)
         return self.ran(event, label, x, out, axes, made, computed)
 
@@ -121,9 +118,7 @@ class LayerCalls:
             trace.miss_here(Reason.WEIGHT_WITHOUT_NAME.text(function=func))
             trace.labels.put(out, STOP)
             return out
-        event = Event("layer", trace.scope(), func)
-        if x is frame.x:
-            event.x, event.y, event.key = x, out, frame.key
+        event = Event("layer", trace.scope(), func, **frame.passed(x, out))
         name = f"{trace.names.of(frame.module)}.{key}".strip(".")
         return self.ran(event, name, x, out, packed_axes(func, out), Made(why=PACKED))
 
