@@ -175,7 +175,7 @@ class Reason(Enum):
         "it was compiled inside the block: its first call, which compiles it, is not captured, and "
         "the later ones are"
     )
-    GRAPH_UNREADABLE = "fmapkit cannot read its compiled graph: {error}"
+    GRAPH_UNREADABLE = "fmapkit cannot read its compiled graph: {why}"
     GRAPH_BREAK = (
         "torch.compile broke the graph here, and what was computed between the graphs ran outside "
         "of compiled code: nonlinearities in it are not captured"

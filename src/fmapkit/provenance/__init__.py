@@ -24,6 +24,16 @@ from fmapkit.provenance.labels import (
     Source,
     flow_of,
 )
+from fmapkit.provenance.layer_ops import (
+    bias_operand,
+    filter_places,
+    input_place,
+    layer_axes,
+    pads_first,
+    picked,
+    weighs,
+    weight_operand,
+)
 from fmapkit.provenance.layout import ChannelAxis, ChannelLayout
 from fmapkit.provenance.linearity import Linearity
 from fmapkit.provenance.product_rules import einsum_terms
@@ -37,6 +47,7 @@ from fmapkit.provenance.sometimes import (
     chooses_unseen,
     operand_of_sigma,
 )
+from fmapkit.provenance.vocabulary import FRESH, MATMULS, NORM_AXIS, OPAQUE, words
 from fmapkit.provenance.weights import (
     PACKED,
     REGISTERED,
@@ -49,7 +60,11 @@ from fmapkit.provenance.weights import (
 
 __all__ = [
     "FOLLOWED",
+    "FRESH",
+    "MATMULS",
+    "NORM_AXIS",
     "NOWHERE",
+    "OPAQUE",
     "PACKED",
     "REGISTERED",
     "RESHAPED_IN_PLACE",
@@ -76,21 +91,30 @@ __all__ = [
     "StandIns",
     "WeightRows",
     "argument",
+    "bias_operand",
     "carried",
     "chooses_unseen",
     "describe",
     "described",
     "einsum_terms",
+    "filter_places",
     "flow_of",
     "given",
+    "input_place",
+    "layer_axes",
     "operand_of_sigma",
     "out_of_place",
     "packed_axes",
     "packed_key",
+    "pads_first",
     "past_sigma",
+    "picked",
     "probabilities",
     "projection",
     "sigma_axes",
     "source_of",
     "versions",
+    "weighs",
+    "weight_operand",
+    "words",
 ]

@@ -523,8 +523,7 @@ class ReplayRun:
             for entry, _ in self._entries_of(step):
                 yield entry
             if let_go:
-                for place in self.plan.last[self._seen - 1]:
-                    log[place] = log[place][:1]
+                log[step.at] = log[step.at][:1]
                 self.wants.retention.forget()
 
     def _there(self, step: Step) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit.provenance import (
+    MATMULS,
     ChannelAxis,
     ChannelLabel,
     ChannelLayout,
@@ -29,8 +30,8 @@ from fmapkit.provenance import (
     given,
     probabilities,
     projection,
+    words,
 )
-from fmapkit.provenance import vocabulary as words
 from fmapkit.reasons import Reason
 from fmapkit.storage import StoredTensor
 from fmapkit.torchlib.memory import version_of
@@ -43,7 +44,7 @@ from fmapkit.tracing.pass_trace import PassTrace
 __all__ = ["NONE_SEEN", "AttentionWatch"]
 
 NONE_SEEN = Reason.NO_ATTENTION.text()
-FUSED = words.words(
+FUSED = words(
     """_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention
     _scaled_dot_product_cudnn_attention _scaled_dot_product_flash_attention_for_cpu
     _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math
@@ -111,7 +112,7 @@ class AttentionWatch:
             return
         elif name in ("softmax", "_softmax"):
             self._softmax(operands[0], args, kwargs, out)
-        elif name in words.MATMULS or name == "einsum":
+        elif name in MATMULS or name == "einsum":
             self._product(name, operands, args, out)
         else:
             self._follow(self._heads, name, operands, args, kwargs, out)

@@ -17,45 +17,79 @@ __all__ = ["Event", "HookPoint", "HookPoints"]
 
 
 class Event:
-    """Something that ran and has maps: a nonlinearity, a layer, or a wanted output."""
+    """Something that ran and has maps: a nonlinearity, a layer, an output, or attention.
+
+    Args:
+        kind: "sigma", "layer", "output" or "attention".
+        scope: the module in whose own forward it ran.
+        function: that ran; None for a module's call.
+        module: whose call it is, if it is one; that may turn out later.
+        key: the keyword under which that module got x.
+        place: which of a function's tensor arguments x is.
+        sigma: of a nonlinearity, its name.
+        passed: x and y, where x is what the running module was given: until its call ends, to see
+            whether that call is this event.
+        in_place: it has overwritten x.
+        kept: it is in place, and z kept its memory.
+
+    Attributes:
+        shared: other maps lie in what it has overwritten, too.
+        graph: its result is part of an autograd graph.
+        joins: its result may become part of one.
+        entries: the maps: ("x" | "y" | path, what is held).
+    """
 
     __slots__ = (
-        *(
-            "axes",
-            "entries",
-            "function",
-            "key",
-            "kind",
-            "module",
-            "origin",
-            "place",
-            "scope",
-        ),
+        *("axes", "entries", "function", "key", "kind", "module", "origin", "place", "scope"),
         *("sigma", "x", "x_held", "y", "y_held", "in_place", "firing", "graph", "joins"),
         *("kept", "shared"),
     )
 
-    def __init__(self, kind: str, scope: nn.Module, function: Any = None) -> None:
-        self.kind = kind  # "sigma", "layer" or "output"
-        self.scope = scope  # the module in whose own forward it ran
+    def __init__(
+        self,
+        kind: str,
+        scope: nn.Module,
+        function: Any = None,
+        *,
+        module: nn.Module | None = None,
+        key: str | None = None,
+        place: int = 0,
+        sigma: str | None = None,
+        passed: tuple[Any, Any] = (None, None),
+        in_place: bool = False,
+        kept: bool = False,
+    ) -> None:
+        self.kind = kind
+        self.scope = scope
         self.function = function
-        self.module: nn.Module | None = None  # the module whose call it is, if it is one
-        self.key: str | None = None  # the keyword under which that module got x
-        self.place = 0  # which of a function's tensor arguments x is
+        self.module = module
+        self.key = key
+        self.place = place
         self.origin = NOWHERE
-        self.sigma: str | None = None
+        self.sigma = sigma
         self.axes: ChannelLayout | None = None
-        self.x: Any = None  # until the frame ends, to see whether a module's call is this event
-        self.y: Any = None
+        self.x, self.y = passed
         self.x_held: StoredTensor | None = None
         self.y_held: StoredTensor | None = None
-        self.kept = False  # it is in place, and z kept its memory
-        self.shared = False  # in which other maps lie, too
-        self.in_place = False
-        self.graph = False  # its result is part of an autograd graph
-        self.joins = False  # its result may become part of one
+        self.in_place = in_place
+        self.kept = kept
+        self.shared = self.graph = self.joins = False
         self.firing: HookPoint | None = None
-        self.entries: list[tuple[str, MapRecord]] = []  # ("x" | "y" | path, what is held)
+        self.entries: list[tuple[str, MapRecord]] = []
+
+    def is_call(self, module: nn.Module) -> None:
+        """It turned out to be a module's call."""
+        self.module = module
+
+    def forget(self) -> None:
+        """The call that it ran in has ended: it is none, or known to be one."""
+        self.x = self.y = None
+
+    def end(self) -> None:
+        """Let go of all that could keep a tensor or a graph alive."""
+        self.forget()
+        self.x_held = self.y_held = self.firing = None
+        self.entries.clear()
 
     def drop(self) -> None:
         """The event turned out to be part of another one."""
@@ -64,7 +98,7 @@ class Event:
         for _, entry in self.entries:
             entry.held = None
         self.entries.clear()
-        self.x = self.y = None
+        self.forget()
 
 
 class HookPoint:

@@ -36,15 +36,22 @@ class Frame:
         *("counts", "firing", "position", "replaced", "site", "turns"),
     )
 
-    def __init__(self, module: nn.Module, args: Any, kwargs: Any, start: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        start: int,
+        firing: int,
+        replaced: tuple[Any, Any] | None,
+    ) -> None:
         self.module = module
         self.args = args
         self.kwargs = kwargs
         self.kind = "plain"  # "sigma", "candidate", "layer" (a registered, opaque one)
         self.start = start  # how many events there were
-        self.x: Tensor | None = None
+        self.x, self.key = first_tensor(args, kwargs)
         self.a: Any = None  # what the σ function inside a registered σ module returned
-        self.key: str | None = None
         self.x_held: StoredTensor | None = None
         self.degrees: Linearity | None = None  # of a candidate
         self.watched = False  # it is in a candidate, or is one
@@ -52,15 +59,21 @@ class Frame:
         self.kept = False  # it left the memory of x as it was
         self.tag: Label = None  # what x carries
         self.counts = _NONE  # as it began; of a unit that is learned
-        self.firing = 0
+        self.firing = firing  # how many hook points there were
         self.position = 0  # how many decisions of the pass had been taken
         # How often each function was given a weight, by the layer that made that.
         self.turns: Counter[tuple[str, str | None]] | None = None
         self.site: EditSite | None = None  # something to edit
-        self.replaced: tuple[Any, Any] | None = None  # the arguments that it is to get instead
+        self.replaced = replaced  # the arguments that it is to get instead
         self.pointwise = Pointwise()
         self.ran = False  # the function inside that a registered σ module is
         self.inner: tuple[str, Any] | None = None  # another one that got x, and its result
+
+    def passed(self, x: Any, y: Any) -> dict[str, Any]:
+        """What an event is to know that has run in the call: x and y, where x came in."""
+        if x is None or x is not self.x:
+            return {}
+        return {"passed": (x, y), "key": self.key}
 
     def take(self, x: Tensor) -> None:
         """Another tensor came in."""

@@ -20,9 +20,14 @@ from fmapkit.provenance import (
     ParamLabel,
     Source,
     StandIns,
-    layer_ops,
+    bias_operand,
+    filter_places,
+    input_place,
+    layer_axes,
     packed_axes,
     packed_key,
+    pads_first,
+    picked,
     source_of,
 )
 from fmapkit.reasons import Reason
@@ -89,21 +94,18 @@ class LayerCalls:
             use = self._use(name, weight, tag, scope)
             label, same_rows = trace.names.layer_of(use)
             whole = use.is_module and weight.numel() == use.weight.numel()
-        axes = layer_ops.layer_axes(name, operands, args, kwargs, weight, out, tag)
+        axes = layer_axes(name, operands, args, kwargs, weight, out, tag)
         if axes is None and whole:
-            axes = layer_ops.layer_axes(name, operands, args, kwargs, weight, out, None)
+            axes = layer_axes(name, operands, args, kwargs, weight, out, None)
         if not same_rows:
             axes = None  # data may make, or pick, another weight each time
         if isinstance(tag, ParamLabel) and tag.by_value:
             trace.decides()
-        place = layer_ops.input_place(name, operands, weight)
+        place = input_place(name, operands, weight)
         x = operands[place] if place is not None else None
-        if frame.x is not None and frame.x is not x and layer_ops.pads_first(frame.module):
+        if frame.x is not None and frame.x is not x and pads_first(frame.module):
             x = frame.x
-        event = Event("layer", scope, func)
-        event.place = place or 0
-        if x is not None and x is frame.x:
-            event.x, event.y, event.key = x, out, frame.key
+        event = Event("layer", scope, func, place=place or 0, **frame.passed(x, out))
         made, computed = self._made_of(name, operands, args, kwargs, weight, out, axes)
         return self.ran(event, label, x, out, axes, made, computed)
 
@@ -116,9 +118,7 @@ class LayerCalls:
             trace.miss_here(Reason.WEIGHT_WITHOUT_NAME.text(function=func))
             trace.labels.put(out, STOP)
             return out
-        event = Event("layer", trace.scope(), func)
-        if x is frame.x:
-            event.x, event.y, event.key = x, out, frame.key
+        event = Event("layer", trace.scope(), func, **frame.passed(x, out))
         name = f"{trace.names.of(frame.module)}.{key}".strip(".")
         return self.ran(event, name, x, out, packed_axes(func, out), Made(why=PACKED))
 
@@ -186,10 +186,10 @@ class LayerCalls:
         axes: ChannelLayout | None,
     ) -> tuple[Made, dict[str, Tensor]]:
         """What the layer made its filters of, and what of that is nowhere afterwards."""
-        bias = layer_ops.bias_operand(function, operands, args, kwargs)
+        bias = bias_operand(function, operands, args, kwargs)
         used = {"weight": weight, **({"bias": bias} if isinstance(bias, Tensor) else {})}
         found = {what: self._source(tensor) for what, tensor in used.items()}
-        places = layer_ops.filter_places(function, operands, args, kwargs, weight, out)
+        places = filter_places(function, operands, args, kwargs, weight, out)
         made = Made(found["weight"], found.get("bias"), tuple(places), axes)
         return made, {what: used[what] for what, s in found.items() if s.owner is None}
 
@@ -224,7 +224,7 @@ class LayerCalls:
         turns[function, source] += 1
         return Use(
             weight=made_of,
-            picked=layer_ops.picked(function, tag, weight) if isinstance(tag, ParamLabel) else "",
+            picked=picked(function, tag, weight) if isinstance(tag, ParamLabel) else "",
             stack=stack,
             is_module=layers.layer_axis(running) is not None,
             scope=scope,

@@ -25,7 +25,7 @@ from fmapkit.storage import unheld
 from fmapkit.tracing.candidates import is_norm, may_be_sigma, norm_axis, role_of, verdict
 from fmapkit.tracing.editor import Editor
 from fmapkit.tracing.events import Event, HookPoint
-from fmapkit.tracing.frames import Frame, first_tensor
+from fmapkit.tracing.frames import Frame
 from fmapkit.tracing.layer_calls import LayerCalls
 from fmapkit.tracing.pass_trace import PassTrace
 
@@ -57,14 +57,12 @@ class ModuleCalls:
             replaced = editor.modules.input(module, args, kwargs) if editor else None
             if replaced is not None:
                 args, kwargs = replaced
-            frame = Frame(module, args, kwargs, len(trace.record.events))
-            frame.replaced = replaced
-            frame.firing = len(trace.record.firings)
             parent = trace.frames[-1] if trace.frames else None
+            record = trace.record
+            frame = Frame(module, args, kwargs, len(record.events), len(record.firings), replaced)
             if trace.learning:
-                trace.moments.append((trace.record.firings.clock(), module))
+                trace.moments.append((record.firings.clock(), module))
             trace.frames.append(frame)
-            frame.x, frame.key = first_tensor(args, kwargs)
             role = role_of(module)
             why = unheld(frame.x) if frame.x is not None else None
             if why is not None:
@@ -155,15 +153,14 @@ class ModuleCalls:
             whole = event.y is not None and event.x is frame.x and event.y is output
             whole = whole and not event.in_place
             if whole and (event.y_held is None or event.y_held is record.aliases.reference(output)):
-                event.module = frame.module
+                event.is_call(frame.module)
                 record.firings.refire(event)
-            event.x = event.y = None
+            event.forget()
         return None
 
     def _close_layer(self, frame: Frame, out: Tensor) -> Tensor:
         """A registered layer has run."""
-        event = Event("layer", frame.module)
-        event.module, event.key = frame.module, frame.key
+        event = Event("layer", frame.module, module=frame.module, key=frame.key)
         dim = (layers.layer_axis(frame.module) or 0) % max(out.dim(), 1)
         axes = ChannelLayout.single(dim, out.shape[dim]) if out.dim() else None
         name = self._trace.names.of(frame.module)
@@ -173,10 +170,15 @@ class ModuleCalls:
         """A module that is one nonlinearity has run."""
         trace, module, x = self._trace, frame.module, frame.x
         assert x is not None and frame.x_held is not None
-        event = Event("sigma", module)
-        event.module, event.key, event.sigma = module, frame.key, sigma
-        event.in_place = frame.in_place or frame.x_held.copied
-        event.kept = frame.kept
+        event = Event(
+            "sigma",
+            module,
+            module=module,
+            key=frame.key,
+            sigma=sigma,
+            in_place=frame.in_place or frame.x_held.copied,
+            kept=frame.kept,
+        )
         flow = frame.tag if isinstance(frame.tag, ChannelLabel) else STOP
         axes, result = sigma_axes(flow.axes, x, a), a
         if frame.site is not None and self._editor is not None:

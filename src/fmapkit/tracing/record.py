@@ -73,8 +73,7 @@ class Record:
                 self.miss(origin.name, Reason.FILTERS_ON_ANOTHER_RANK.text())
         self._unpicked.clear()
         for event in self.events:
-            event.x = event.y = event.x_held = event.y_held = event.firing = None
-            event.entries.clear()
+            event.end()
         self.events.clear()
         self.firings.clear()
         self.pending.clear()
@@ -181,8 +180,7 @@ class Record:
         """A module has returned what is wanted as its output: an event; None if it has none."""
         if self.wants.filters is not None and not self.wants.kind("output"):
             self.miss(name, Reason.FILTERS_OF_OUTPUT.text())
-        event = Event("output", module)
-        event.module = module
+        event = Event("output", module, module=module)
         origin = self.next_call("output", name, f"{name}()")
         event.origin = origin
         found = leaves(output)

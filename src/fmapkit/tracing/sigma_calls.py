@@ -157,12 +157,16 @@ class SigmaCalls:
         if call.held is None or quiet or not isinstance(a, Tensor):
             return out
         scope = trace.scope()
-        event = Event("sigma", scope, call.original)
-        event.sigma, event.place = call.sigma, call.place
-        event.kept = call.kept
-        event.in_place = call.in_place
-        if z is frame.x:
-            event.x, event.y, event.key = z, a, frame.key
+        event = Event(
+            "sigma",
+            scope,
+            call.original,
+            place=call.place,
+            sigma=call.sigma,
+            in_place=call.in_place,
+            kept=call.kept,
+            **frame.passed(z, a),
+        )
         own = trace.own_name(scope, call.sigma)
         if call.site is not None and self._editor is not None:
             out = self._editor.after(call.site, a, sigma_axes(flow.axes, z, a))

@@ -30,6 +30,9 @@ from fmapkit.editing import Edits
 from fmapkit.missed import reason
 from fmapkit.model import Names
 from fmapkit.provenance import (
+    FRESH,
+    NORM_AXIS,
+    OPAQUE,
     RESHAPED_IN_PLACE,
     SOMETIMES,
     STOP,
@@ -39,9 +42,9 @@ from fmapkit.provenance import (
     carried,
     describe,
     described,
-    layer_ops,
+    weighs,
+    weight_operand,
 )
-from fmapkit.provenance import vocabulary as words
 from fmapkit.reasons import Reason
 from fmapkit.selection import EarlyStop, Selection
 from fmapkit.storage import Aliases, Pass
@@ -224,11 +227,11 @@ class Tracer(TraceView, TorchFunctionMode):
     def _after(self, known: Function, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         """A function has run that is no nonlinearity; what it is to return."""
         name, trace = known.name, self.trace
-        if name in words.OPAQUE:
-            trace.miss_here(words.OPAQUE[name])
+        if name in OPAQUE:
+            trace.miss_here(OPAQUE[name])
         if known.fused and not trace.opaque:
             trace.miss_here(Reason.FUSED_QUANTIZED.text(function=func))
-        if name in words.FRESH and isinstance(out, Tensor):
+        if name in FRESH and isinstance(out, Tensor):
             self.layers.made.add(storage_of(out))
         operands = tensors_in(*args, kwargs)
         self.constants.made(name, operands, out)
@@ -238,8 +241,8 @@ class Tracer(TraceView, TorchFunctionMode):
         if self.attention is not None and not trace.opaque:
             self.attention.step(name, func, operands, args, kwargs, out)
         weight = None
-        if layer_ops.weighs(name):
-            weight = layer_ops.weight_operand(name, operands, args, kwargs, trace.labels.of)
+        if weighs(name):
+            weight = weight_operand(name, operands, args, kwargs, trace.labels.of)
         one = isinstance(out, Tensor)
         if some_shapeless(operands) or (one and is_shapeless(out)):
             self.layers.shapeless(name, weight, out)
@@ -259,21 +262,21 @@ class Tracer(TraceView, TorchFunctionMode):
     ) -> None:
         """A function has run that makes no map: what its operands carry goes on."""
         name, trace = known.name, self.trace
-        if trace.learning and not trace.opaque and (layer_ops.weighs(name) or name in SOMETIMES):
+        if trace.learning and not trace.opaque and (weighs(name) or name in SOMETIMES):
             # Nothing this time; but who waits for what goes by this name will see it, too.
             trace.record.firings.append(HookPoint(None, trace.scope(), func))
         label = carried(name, operands, args, kwargs, out, trace.labels.of)
         if known.in_place and name in RESHAPED_IN_PLACE and label is not None:
             label = STOP
         if (
-            name in words.NORM_AXIS
+            name in NORM_AXIS
             and isinstance(label, ChannelLabel)
             and label.origin.kind != "layer"
             and isinstance(out, Tensor)
         ):
             names = trace.names
             own = names.place(trace.running()) or names.of(trace.frames[-1].module)
-            label = trace.record.norm(label, out, words.NORM_AXIS[name], own)
+            label = trace.record.norm(label, out, NORM_AXIS[name], own)
         if label is not None:
             if name == "__setitem__":
                 trace.labels.put(args[0], label)

@@ -1,0 +1,261 @@
+"""What is read at each hook point of a traced call: the steps of its plan, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from fmapkit import layers
+from fmapkit.nonlinearities import module_sigma
+from fmapkit.provenance import Origin, describe
+from fmapkit.replay.plan import MapSpec, Ref, Step
+from fmapkit.selection import Selection
+from fmapkit.storage import MapRecord, Place, StorageConversion, StoredTensor
+from fmapkit.torchlib.memory import storage_of
+from fmapkit.tracing import Event, HookPoint
+
+__all__ = ["Reading", "mark_shared", "name_of"]
+
+
+class Reading:
+    """Which hook points are tapped, and what is read at each.
+
+    Args:
+        firings: all of the call's.
+        ref: an origin, by place.
+        escaping: ids of the origins whose filters the region returns.
+        retention: the form in which maps are stored.
+        start: how many decisions had been taken when the call began.
+
+    Attributes:
+        tapped: modules whose end is tapped.
+        direct: those whose taps note tensors as they are, and which ones.
+        sites: of calls of functions that are tapped where they are written.
+        scopes: modules in which such a place is not to be had, watched by the light mode.
+        order: what fires, in order.
+        at: the step of each.
+        steps: all steps, in order of execution.
+    """
+
+    def __init__(
+        self,
+        firings: Sequence[HookPoint],
+        ref: Callable[[Origin], Ref],
+        escaping: set[int],
+        retention: StorageConversion,
+        start: int,
+    ) -> None:
+        made = _Made(lambda firing: _step(firing, ref, escaping, retention, start))
+        functions = [f for f in firings if f.module is None and _emits(f)]
+        self.tapped = {f.module for f in firings if f.module is not None and _emits(f)}
+        self.direct = _direct([made[f] for f in firings if f.module in self.tapped])
+        names: dict[str, set[str]] = {}
+        for firing in functions:
+            if firing.site is not None:
+                names.setdefault(firing.site, set()).add(name_of(firing))
+        self.sites: dict[str, frozenset[str]] = {s: frozenset(n) for s, n in names.items()}
+        self.scopes: set[nn.Module] = set()
+        if any(f.site is None for f in functions):
+            self.sites = {}
+            self.scopes = {f.scope for f in functions}
+        self._called = {name_of(f) for f in firings if f.events and self._in_scope(f)}
+        self.order: list[Any] = []
+        self.at: list[Step | None] = []
+        for firing in firings:
+            if self._fires(firing):
+                self.at.append(replace(made[firing], at=len(self.order)))
+                self.order.append(firing.site if self._at_site(firing) else firing.module)
+        self.steps = [step for step in self.at if step is not None]
+
+    def keeping(self) -> frozenset[nn.Module]:
+        """In-place nonlinearities that leave z's memory to us, if they can."""
+        keeps = {s.module for s in self.at if s is not None and s.keeps}
+        return frozenset(module for module in self.direct if module in keeps)
+
+    def before(self) -> frozenset[nn.Module]:
+        """Modules that need a look before their call, which overwrites what is held."""
+        return frozenset(
+            s.module
+            for s in self.at
+            if s and s.module and (s.shared or any(e.before for e in s.emissions))
+        )
+
+    def toggles(self, firings: Sequence[HookPoint]) -> frozenset[nn.Module]:
+        """Children of scopes in which the light mode must, or had better, be off.
+
+        A leaf calls one function or two: letting them through costs less than two more hooks, but
+        where a function that a scope is tapped for is called by others, too.
+        """
+        tapped = {s.function for s in self.at if s is not None and s.module is None}
+        called = {f.scope for f in firings if f.function and name_of(f) in tapped}
+        inside = {f.module for f in firings if f.module is not None and f.parent in self.scopes}
+        return frozenset(m for m in inside if m in called or _opens_on_others(m))
+
+    def _fires(self, firing: HookPoint) -> bool:
+        if firing.module is not None:
+            return firing.module in self.tapped
+        if self.sites:
+            return self._at_site(firing)
+        # The light mode knows functions by name: it sees a product that is no layer, too.
+        return self._in_scope(firing) and name_of(firing) in self._called
+
+    def _at_site(self, firing: HookPoint) -> bool:
+        if firing.module is not None or firing.site is None:
+            return False
+        return name_of(firing) in self.sites.get(firing.site, ())
+
+    def _in_scope(self, firing: HookPoint) -> bool:
+        return firing.module is None and firing.scope in self.scopes
+
+
+class _Made(dict[HookPoint, Step]):
+    """The steps of firings, each made when it is asked for: most modules are not tapped.
+
+    Args:
+        make: a firing's step.
+    """
+
+    def __init__(self, make: Callable[[HookPoint], Step]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, firing: HookPoint) -> Step:
+        step = self[firing] = self._make(firing)
+        return step
+
+
+def _step(
+    firing: HookPoint,
+    ref: Callable[[Origin], Ref],
+    escaping: set[int],
+    retention: StorageConversion,
+    start: int,
+) -> Step:
+    emissions = tuple(
+        _spec(event, slot, entry, ref, escaping, retention)
+        for event in firing.events
+        for slot, entry in event.entries
+    )
+    first: Event | None = firing.events[0] if firing.events else None
+    keeps = any(e.kept for e in firing.events)
+    return Step(
+        module=firing.module,
+        function=name_of(firing),
+        place=first.place if first is not None else 0,
+        key=first.key if first is not None else None,
+        emissions=emissions,
+        plain=_plain(firing, emissions, keeps),
+        keeps=keeps,
+        shared=_is_shared(firing),
+        position=firing.position - start,
+    )
+
+
+def _spec(
+    event: Event,
+    slot: str,
+    entry: MapRecord,
+    ref: Callable[[Origin], Ref],
+    escaping: set[int],
+    retention: StorageConversion,
+) -> MapSpec:
+    """A map of an event, as any such call has it."""
+    held = event.x_held if slot == "x" else event.y_held
+    copied = entry.held is not None and entry.held.needs_copy
+    if held is not None and slot in ("x", "y"):
+        copied = held.needs_copy
+    lost = slot == "x" and event.in_place
+    unclaimed = entry.kind == "preactivation" and event.kind == "layer"
+    return MapSpec(
+        slot=slot,
+        kind=entry.kind,
+        ref=ref(entry.origin),
+        axes=entry.axes,
+        sigma=entry.sigma,
+        path=entry.path,
+        copy=copied or lost,
+        before=lost,  # where its memory cannot be kept
+        on_the_way=lost and held is not None and held.on_the_way,
+        picked=entry.picked,
+        place=_place(entry),
+        stored=entry.picked is not None or _is_changed(entry, retention),
+        pending=unclaimed and id(entry.origin) in escaping,
+    )
+
+
+def _plain(firing: HookPoint, emissions: Sequence[MapSpec], keeps: bool) -> str:
+    """Which of x and y a tap notes as they are; empty where there is more to do."""
+    plain = "xy" if keeps else "".join(sorted({e.slot for e in emissions}))
+    if (
+        plain not in ("xy", "y")
+        or (firing.module is None and (keeps or _is_shared(firing)))
+        or any(e.stored or ((e.copy or e.before) and not (keeps and e.before)) for e in emissions)
+        or any(e.key is not None for e in firing.events)
+        or any(e.kind == "output" for e in emissions)
+    ):
+        return ""
+    return plain
+
+
+def _is_changed(entry: MapRecord, retention: StorageConversion) -> bool:
+    """Whether a map is stored in another form than the model's own."""
+    if not retention or entry.held is None or entry.held.tensor is None:
+        return bool(retention)
+    return retention.changes(entry.held.tensor)
+
+
+def _place(entry: MapRecord) -> Place | None:
+    if entry.axes is None or entry.picked is None:
+        return None
+    return Selection.place(entry.axes, entry.picked)
+
+
+def _direct(steps: list[Step]) -> dict[nn.Module, str]:
+    found: dict[nn.Module, str] = {}
+    for step in steps:
+        if step.module is not None:
+            found[step.module] = (
+                step.plain if found.get(step.module, step.plain) == step.plain else ""
+            )
+    return {module: how for module, how in found.items() if how}
+
+
+def _opens_on_others(module: nn.Module) -> bool:
+    """Whether more runs in a module than a function or two that are of no matter."""
+    return bool(module._modules) or module_sigma(module) is not None or layers.is_registered(module)
+
+
+def _emits(firing: HookPoint) -> bool:
+    return any(e.entries for e in firing.events) or _is_shared(firing)
+
+
+def _is_shared(firing: HookPoint) -> bool:
+    return any(e.shared for e in firing.events)
+
+
+def name_of(firing: HookPoint) -> str:
+    """Of the function that ran; empty for a module."""
+    return describe(firing.function).name if firing.module is None else ""
+
+
+def mark_shared(events: Sequence[Event], stored: bool) -> None:
+    """Note of each σ that leaves memory to us whether other maps lie in it, too.
+
+    What is stored in another form may still be read from there by then.
+    """
+    holders: dict[int, dict[int, list[StoredTensor]]] = {}
+    for number, event in enumerate(events):
+        for _, entry in event.entries:
+            if entry.held is not None and entry.held.tensor is not None:
+                there = holders.setdefault(storage_of(entry.held.tensor), {})
+                there.setdefault(number, []).append(entry.held)
+    for number, event in enumerate(events):
+        z = event.x_held.tensor if event.kept and event.x_held is not None else None
+        others = {} if z is None else holders.get(storage_of(z), {})
+        event.shared = any(n != number for n in others)
+        if event.shared and stored:
+            for held in [h for each in others.values() for h in each]:
+                held.doomed = True
