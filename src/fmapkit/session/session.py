@@ -9,8 +9,8 @@ A pass begins with the model's pre hook and ends with its post hook. In between,
 - inside a unit, where only taps are set.
 
 Here is what every hook calls, and when a pass begins and ends. The work is done by the stages
-below: what is a unit (`replay/regions.py`), where hooks stand (`session/hook_installer.py`), learning
-(`session/recording.py`), replaying (`session/replaying.py`) and what becomes of the maps
+below: what is a unit (`replay/regions.py`), where hooks stand (`session/hook_installer.py`),
+learning (`session/recording.py`), replaying (`session/replaying.py`) and what becomes of the maps
 (`session/pass_end.py`). They share what is under way (`session/state.py`).
 """
 
