@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 
 # From the ground up: each may import those before it, and nothing after it.
 GROUND_UP = """
-torchlib kinds readable nonfinite errors _warnings missed layers nonlinearities
+_lazy torchlib kinds reasons readable nonfinite errors _warnings missed layers nonlinearities
 paths instrumentation model provenance storage tables views plot page drawable map
 checking selectors selection editing edits tracing replay compiled session
 saving lookup maps capture explain analysis comparing patching phi fmapkit

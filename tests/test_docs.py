@@ -194,8 +194,18 @@ def _public() -> Iterator[tuple[str, Any]]:
 
 # Packages that are no face of the library's.
 _INNER = {
-    *("cli", "compiled", "editing", "instrumentation", "lookup", "model", "page", "paths"),
-    *("provenance", "replay", "saving", "selection", "session", "storage", "torchlib", "tracing"),
+    *("cli", "compiled", "editing", "instrumentation", "lookup", "map", "model", "page"),
+    *(
+        "paths",
+        "provenance",
+        "replay",
+        "saving",
+        "selection",
+        "session",
+        "storage",
+        "torchlib",
+        "tracing",
+    ),
 }
 
 

@@ -197,6 +197,17 @@ class CaptureWarning(UserWarning):
     """Something that ran could not be captured; `maps.missed` names it."""
 
 
+def check_positive(**numbers: Any) -> None:
+    """Whether arguments are positive whole numbers.
+
+    Raises:
+        ArgumentError: one is not.
+    """
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ArgumentError(f"{name} must be a positive int, not {value!r}")
+
+
 def near(given: object, known: Iterable[str]) -> tuple[str, ...]:
     """Up to three names that are like the one given, the nearest first."""
     if not isinstance(given, str):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean, near
+from fmapkit.errors import ArgumentError, FilterRangeError, check_positive, did_you_mean, near
 from fmapkit.readable import AnyMap, ReadableMap, tags
 
 __all__ = [
@@ -192,9 +192,7 @@ def as_grid(fm: AnyMap, rows: int, columns: int) -> AnyMap:
         ArgumentError: there are not as many tokens, or the map has no positions.
         FilterRangeError: its filters do not lie along one axis.
     """
-    for name, value in (("rows", rows), ("columns", columns)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"{name} must be a positive int, not {value!r}")
+    check_positive(rows=rows, columns=columns)
     values = _by_filter(fm, 1).detach()
     tokens = values.shape[2]
     if tokens < rows * columns:

@@ -9,9 +9,9 @@
 Pass them to `capture(model, analyses=[...])`. Anything with `update(fm)` is one: see `Analysis`.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fmapkit._lazy import lazy
 from fmapkit.session import Analysis
 
 if TYPE_CHECKING:
@@ -46,12 +46,4 @@ _HOMES = {
     **dict.fromkeys(["Context", "Hit", "LayerTops", "Patch", "TopInputs"], "top"),
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOMES)

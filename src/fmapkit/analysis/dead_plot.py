@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fmapkit.errors import MapLookupError, NoPassError, listed
-from fmapkit.plot import _check_positive, _entitle, _pyplot
+from fmapkit.errors import MapLookupError, NoPassError, check_positive, listed
+from fmapkit.plot import entitle, figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,8 +70,8 @@ def plot_dead(
         MapLookupError: `layers` selects none of those seen.
         ArgumentError: a number is not positive.
     """
-    plt = _pyplot()
-    _check_positive(max_filters=max_filters, max_layers=max_layers)
+    plt = figures()
+    check_positive(max_filters=max_filters, max_layers=max_layers)
     if not len(dead):
         raise NoPassError("nothing to plot: no activation has been seen yet")
     found = dead.select(layers)
@@ -95,7 +95,7 @@ def plot_dead(
         _draw(ax, s, max_filters)
     strips[-1].set_xlabel("inputs")
     _legend(below)
-    _entitle(figure, title, len(found) - len(shown))
+    entitle(figure, title, len(found) - len(shown))
     return figure
 
 

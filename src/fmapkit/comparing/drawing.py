@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fmapkit.errors import ArgumentError
 from fmapkit.kinds import KINDS
-from fmapkit.plot import _pyplot
+from fmapkit.plot import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ def draw(
     Raises:
         ArgumentError: there are none.
     """
-    plt = _pyplot()
+    plt = figures()
     if not rows:
         raise ArgumentError("nothing to plot: no map was compared")
     if ax is None:

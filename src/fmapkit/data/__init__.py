@@ -1,7 +1,8 @@
 """Features of a whole data set (extra: `data`): `extract` writes them, `Features` reads them."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fmapkit._lazy import lazy
 
 if TYPE_CHECKING:
     from fmapkit.data._arrays import FeatureArray, StoredArray
@@ -22,12 +23,4 @@ _HOMES = {
     "stream": "live",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -8,8 +8,9 @@ field.size, field.stride, field.box(7, 7)
 ```
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fmapkit._lazy import lazy
 
 if TYPE_CHECKING:
     from fmapkit.explain.cam import grad_cam
@@ -50,12 +51,4 @@ _HOMES = {
     "receptive_field": "receptive",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOMES)

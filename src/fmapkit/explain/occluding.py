@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.capture import capture
-from fmapkit.errors import ArgumentError, CaptureWarning
+from fmapkit.errors import ArgumentError, CaptureWarning, check_positive
 from fmapkit.explain._axes import has_samples, input_axes
 from fmapkit.explain._locations import At, chosen
 from fmapkit.explain._passes import (
@@ -151,8 +151,7 @@ def occlusion(
     sizes = tuple(tensor.shape[a] for a in along)
     covered = _each(window, sizes, "window")
     steps = covered if stride is None else _each(stride, sizes, "stride")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size must be a positive int, not {batch_size!r}")
+    check_positive(batch_size=batch_size)
     starts = tuple(_starts(n, w, s) for n, w, s in zip(sizes, covered, steps, strict=True))
     asked = (str(layer), filter, kind, call, path, sizes, covered, starts)
     watch = _WatchedMap(model, inputs, tensor, along, layer, filter, at, kind, call, path)

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError
-from fmapkit.plot import _pyplot
+from fmapkit.plot import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ def plot_field(
         ImportError: matplotlib is not installed.
         ArgumentError: the input is no image, or there is no such location.
     """
-    plt = _pyplot()
+    plt = figures()
     from matplotlib.patches import Rectangle
 
     if len(field.input_shape) != 2:
@@ -102,7 +102,7 @@ def plot_heat(heat: Tensor, image: Any = None, *, title: str = "") -> Figure:
         ImportError: matplotlib is not installed.
         ArgumentError: the heat map is not of two axes.
     """
-    plt = _pyplot()
+    plt = figures()
     if heat.dim() != 2:
         raise ArgumentError(f"a heat map has two axes, and this one has shape {tuple(heat.shape)}")
     panels = 1 if image is None else 2
@@ -135,7 +135,7 @@ def plot_projection(projection: Tensor, image: Any = None, *, title: str = "") -
         ImportError: matplotlib is not installed.
         ArgumentError: the projection is not to an image.
     """
-    plt = _pyplot()
+    plt = figures()
     if projection.dim() != 3 or projection.shape[0] not in (1, 3):
         raise ArgumentError(
             f"a projection to an image has shape (1, H, W) or (3, H, W), not "

@@ -18,8 +18,9 @@ Each name imports its package when it is asked for, so that none is needed for t
 | `lightning.py`, `transformers.py` | that, as their callbacks |
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fmapkit._lazy import lazy
 
 if TYPE_CHECKING:
     from fmapkit.integrations.lightning import LightningCallback
@@ -54,12 +55,4 @@ _HOMES = {
     "readings": "reading",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -14,12 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fmapkit.errors import ArgumentError, MapLookupError, NoPassError, listed
+from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.missed import Missed
 from fmapkit.page.encoding import png
 from fmapkit.page.given import analysis_sections
 from fmapkit.page.of_maps import map_sections
 from fmapkit.page.panels import Section
+from fmapkit.plot import latest_maps
 from fmapkit.readable import ReadableMaps
 from fmapkit.views import unnormalised
 
@@ -85,17 +86,10 @@ def write_maps(
         ArgumentError: there is no such sample, a number is not positive, no map has the tokens of
             `grid`, or the image has another shape.
     """
-    _check_positive(max_filters=max_filters, max_side=max_side)
+    check_positive(max_filters=max_filters, max_side=max_side)
     if (mean is None) != (std is None):
         raise ArgumentError("mean= and std= go together: the image is (x - mean) / std")
-    found = maps.select(layers, step=-1)
-    if not found:
-        known = maps.layers
-        if not known:
-            raise NoPassError("nothing to show: no maps are held; run the model in the block first")
-        raise MapLookupError(
-            f"nothing to show: {layers!r} is none of {listed(known)}", candidates=known
-        )
+    found = latest_maps(maps, layers, "show")
     if image is not None and mean is not None and std is not None:
         image = unnormalised(torch.as_tensor(image), mean, std)
     sections = [*_image(image, sample), _table(maps)]
@@ -183,9 +177,3 @@ def _write(
 
 
 _ASSETS = ("page.html", "page.css", "page.js")
-
-
-def _check_positive(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"{name} must be a positive int, not {value!r}")

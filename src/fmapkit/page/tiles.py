@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError
-from fmapkit.readable import ReadableMap, tags
+from fmapkit.plot import by_filter
+from fmapkit.readable import ReadableMap
 from fmapkit.torchlib.sharded import is_dtensor
 
 __all__ = ["Facts", "Form", "Tiles", "tiles_of"]
@@ -84,7 +84,7 @@ def tiles_of(
     tensor = _dense(fm)
     if isinstance(tensor, str):
         return tensor
-    values, note = _by_filter(fm, tensor, sample)
+    values, note = by_filter(fm, tensor, sample)
     values = (values.abs() if values.is_complex() else values).cpu().double()
     form: Form = "image" if values.ndim == 3 else "row" if values.ndim == 2 else "cell"
     values = values.reshape(values.shape[0], *(1,) * (3 - values.ndim), *values.shape[1:])
@@ -124,33 +124,6 @@ def _dense(fm: ReadableMap) -> Tensor | str:
     if tensor.device.type == "meta":
         return "not drawn: it is on the meta device, without values"
     return tensor
-
-
-def _by_filter(fm: ReadableMap, tensor: Tensor, sample: int) -> tuple[Tensor, str]:
-    """The sample's filters along axis 0, with at most two axes after it; what was left out."""
-    axis = None if fm.filter_dim is None else fm.filter_dim % tensor.ndim
-    # Filters on axis 0 are those of an unbatched layer; else the samples lie there.
-    if axis != 0 and tensor.ndim > (1 if axis is None else 0):
-        count = tensor.shape[0]
-        if not -count <= sample < count:
-            raise ArgumentError(
-                f"sample {sample} is out of range: the {fm.kind} of layer {fm.layer!r} has shape "
-                f"{tuple(tensor.shape)}, so {count} samples",
-                **tags(fm),
-            )
-        tensor = tensor.select(0, sample)
-        axis = axis - 1 if axis is not None else None
-    if axis is None:
-        axis = 0
-        if tensor.ndim in (0, 2):  # one number, or one image
-            tensor = tensor.unsqueeze(0)
-    tensor = tensor.movedim(axis, 0)
-    note = ""
-    while tensor.ndim > 3:
-        middle = tensor.shape[1] // 2
-        note += f", slice {middle} of {tensor.shape[1]}"
-        tensor = tensor.select(1, middle)
-    return tensor, note
 
 
 def _facts(values: Tensor) -> Facts:

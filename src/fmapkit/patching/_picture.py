@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError
-from fmapkit.plot import _entitle, _pyplot
+from fmapkit.plot import entitle, figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +63,7 @@ def draw(
     title: str | None,
 ) -> Figure:
     """Draw layers from top to bottom by positions, or groups of filters, from left to right."""
-    plt = _pyplot()
+    plt = figures()
     values = found.normalized if normalized else found.effect
     table = found.mean(values).float().numpy()
     names = found.positions or found.filters
@@ -107,7 +107,7 @@ def draw(
     figure: Figure = ax.figure.figure
     what = "0: corrupted, 1: clean" if normalized else "metric"
     figure.colorbar(drawn, ax=ax, fraction=0.05, pad=0.02, label=what)
-    _entitle(figure, title, 0)
+    entitle(figure, title, 0)
     return figure
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.editing import Where
-from fmapkit.errors import ArgumentError
+from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.map import FeatureMap
 from fmapkit.patching._inputs import ModelInputs
 from fmapkit.patching._pieces import Grid, named
@@ -117,8 +117,7 @@ def _check(model: nn.Module, metric: Any, into: Any, batch_size: Any) -> None:
         raise ArgumentError(f"into must be 'corrupted' or 'clean', not {into!r}")
     if not callable(metric):
         raise ArgumentError(f"metric must be a function of what the model returns, not {metric!r}")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size must be a positive int, not {batch_size!r}")
+    check_positive(batch_size=batch_size)
     if isinstance(model, nn.Module) and model.training:
         raise ArgumentError(
             f"{type(model).__name__} is in training mode, in which two runs may differ by more "

@@ -4,9 +4,9 @@
 keeps of distances, and `losses` has losses on features.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fmapkit._lazy import lazy
 from fmapkit.phi.function import FeatureFunction, feature_map
 
 if TYPE_CHECKING:
@@ -42,12 +42,4 @@ _HOMES = {
     "style_loss": "losses",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fmapkit.plot import _pyplot
+from fmapkit.plot import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ class DrawnRatios(Protocol):
 
 def _figure(ax: Axes | None, count: int) -> tuple[Figure, Axes]:
     if ax is None:
-        plt = _pyplot()
+        plt = figures()
         width = float(np.clip(2 + 0.7 * count, 4, 16))
         _, ax = plt.subplots(figsize=(width, 3.2), layout="constrained")
     figure: Figure = ax.figure.figure

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from fmapkit.errors import ArgumentError, did_you_mean, listed
 from fmapkit.kinds import Kind
-from fmapkit.selection import KINDS, indices
+from fmapkit.selection import KINDS, given_filters
 from fmapkit.selectors import Selector
 
 __all__ = ["Item", "Request"]
@@ -77,7 +77,7 @@ class Request:
             raise ArgumentError(f"call must be a call's number, from 0, or None, not {call!r}")
         if path is not None and not isinstance(path, str):
             raise ArgumentError(f"path must be a place such as '[0]' or '.logits', not {path!r}")
-        return cls(items, form, _filters(filters), call, path)
+        return cls(items, form, given_filters(filters), call, path)
 
     @property
     def layers(self) -> list[Any]:
@@ -142,13 +142,3 @@ def _kind(kind: Any) -> Kind:
         )
     found: Kind = kind
     return found
-
-
-def _filters(filters: Any) -> Any:
-    if filters is None:
-        return None
-    if isinstance(filters, Mapping):
-        if not filters:
-            raise ArgumentError("filters={} picks nothing; None, the default, means all")
-        return {str(k): indices(v) for k, v in filters.items()}
-    return indices(filters)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError
+from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.phi._features import call, evaluating, named, rows, taken
 from fmapkit.tables import text_table
 
@@ -176,8 +176,7 @@ def kept(
     """
     if not 0 <= tolerance < 1:
         raise ArgumentError(f"tolerance must be a share of the largest distance, not {tolerance!r}")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size must be a positive int, not {batch_size!r}")
+    check_positive(batch_size=batch_size)
     count = _samples(inputs)
     given = _given(inputs, metric, count)
     apart = given > 0

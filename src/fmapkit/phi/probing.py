@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError
+from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.phi._features import call, evaluating, named, rows
 from fmapkit.phi._sklearn import sklearn_needed
 from fmapkit.tables import text_table
@@ -176,8 +176,7 @@ def _collect(
     phi: FeatureFunction, data: Any, labels: Any, batch_size: int
 ) -> tuple[dict[str, Array], Array]:
     """The features of all samples by layer, and their labels."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size must be a positive int, not {batch_size!r}")
+    check_positive(batch_size=batch_size)
     parts: dict[str, list[Tensor]] = {}
     seen: list[Any] = []
     first = next(phi.parameters(), None)

@@ -10,7 +10,7 @@ import torch
 from sklearn.base import BaseEstimator, TransformerMixin
 from torch import nn
 
-from fmapkit.errors import ArgumentError
+from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.phi._features import evaluating, one, rows
 
 __all__ = ["FeatureTransformer"]
@@ -31,8 +31,7 @@ class FeatureTransformer(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def __init__(
         self, phi: nn.Module, shape: Sequence[int] | None = None, batch_size: int = 64
     ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ArgumentError(f"batch_size must be a positive int, not {batch_size!r}")
+        check_positive(batch_size=batch_size)
         self.phi = phi
         self.shape = shape
         self.batch_size = batch_size

@@ -8,12 +8,13 @@ of a map share one colour scale: diverging and centred at 0 for everything signe
 A figure that is returned is shown once in a notebook; in a script, `figure.savefig(...)` keeps it.
 """
 
-from fmapkit.plot._figure import check_positive, entitle, figures
+from fmapkit.plot._figure import entitle as entitle
+from fmapkit.plot._figure import figures as figures
+from fmapkit.plot._pictures import by_filter as by_filter
+from fmapkit.plot._pictures import latest_maps as latest_maps
 from fmapkit.plot.filters import plot_filters
 from fmapkit.plot.maps import plot_map, plot_maps
 from fmapkit.plot.patches import plot_patches
 
+# The others are for pictures and pages of other packages.
 __all__ = ["plot_filters", "plot_map", "plot_maps", "plot_patches"]
-
-# For the plots of other packages.
-_check_positive, _entitle, _pyplot = check_positive, entitle, figures

@@ -9,12 +9,10 @@ import io
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from fmapkit.errors import ArgumentError
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Figures", "check_positive", "entitle", "figures"]
+__all__ = ["Figures", "entitle", "figures"]
 
 
 class Figures:
@@ -84,17 +82,6 @@ def figures() -> Figures:
             "drawing feature maps needs matplotlib: pip install fmapkit[plot]"
         ) from error
     return Figures()
-
-
-def check_positive(**numbers: int) -> None:
-    """Whether these are positive whole numbers.
-
-    Raises:
-        ArgumentError: one is not.
-    """
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"{name} must be a positive int, not {value!r}")
 
 
 def entitle(figure: Figure, title: str | None, more: int) -> None:

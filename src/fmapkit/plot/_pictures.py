@@ -10,8 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean
-from fmapkit.readable import ReadableMap, tags
+from fmapkit.errors import (
+    ArgumentError,
+    FilterRangeError,
+    MapLookupError,
+    NoPassError,
+    did_you_mean,
+    listed,
+)
+from fmapkit.readable import ReadableMap, ReadableMaps, tags
 from fmapkit.views import as_grid, strongest, unnormalised, upsampled
 
 __all__ = ["Choice", "Picture", "chosen", "of_map", "of_weights", "pixels"]
@@ -90,6 +97,29 @@ def _sample(fm: ReadableMap, sample: int) -> int:
     return sample
 
 
+def latest_maps(maps: ReadableMaps, layers: Any, to: str) -> Sequence[ReadableMap]:
+    """The maps of the latest pass that are to be looked at.
+
+    Args:
+        maps: of a capture.
+        layers: which layers; None for all.
+        to: what is done with them, "plot" or "show".
+
+    Raises:
+        NoPassError: there are no maps yet.
+        MapLookupError: `layers` selects none of those captured.
+    """
+    found = maps.select(layers, step=-1)
+    if not found and not maps.layers:
+        raise NoPassError(f"nothing to {to}: no maps are held; run the model in the block first")
+    if not found:
+        known = maps.layers
+        raise MapLookupError(
+            f"nothing to {to}: {layers!r} is none of {listed(known)}", candidates=known
+        )
+    return found
+
+
 def of_map(
     fm: ReadableMap,
     sample: int,
@@ -126,23 +156,40 @@ def of_map(
             filter=fm.filter,
             **tags(fm),
         )
+    tensor, _ = by_filter(fm, tensor, None if one_filter and tensor.ndim else sample)
+    picture = _cut(fm, tensor, sample, max_filters, filters)
+    return picture if below is None else replace(picture, below=below)
+
+
+def by_filter(fm: ReadableMap, tensor: Tensor, sample: int | None) -> tuple[Tensor, str]:
+    """What is drawn along axis 0, with at most two axes after it; and what was left out.
+
+    Args:
+        fm: the map.
+        tensor: its values.
+        sample: whose filters lie along axis 0; None where it counts samples, of one filter.
+
+    Raises:
+        ArgumentError: there is no such sample.
+    """
+    axis = 0 if sample is None else fm.filter_dim
+    axis = None if axis is None else axis % tensor.ndim
     # Filters on axis 0 are those of an unbatched layer; else the samples lie there.
-    axis: int | None = (0 if tensor.ndim else None) if one_filter else fm.filter_dim
-    if not one_filter:
-        axis = None if axis is None else axis % tensor.ndim
-        if axis != 0 and tensor.ndim > (1 if axis is None else 0):
-            check_sample(fm, sample, tensor.shape[0])
-            tensor = tensor.select(0, sample)
-            axis = axis - 1 if axis is not None else None
+    if sample is not None and axis != 0 and tensor.ndim > (1 if axis is None else 0):
+        check_sample(fm, sample, tensor.shape[0])
+        tensor = tensor.select(0, sample)
+        axis = axis - 1 if axis is not None else None
     if axis is None:
         axis = 0
         if tensor.ndim in (0, 2):  # one number, or one image
             tensor = tensor.unsqueeze(0)
     tensor = tensor.movedim(axis, 0)
+    note = ""
     while tensor.ndim > 3:  # a volume is shown by its middle slice
-        tensor = tensor.select(1, tensor.shape[1] // 2)
-    picture = _cut(fm, tensor, sample, max_filters, filters)
-    return picture if below is None else replace(picture, below=below)
+        middle = tensor.shape[1] // 2
+        note += f", slice {middle} of {tensor.shape[1]}"
+        tensor = tensor.select(1, middle)
+    return tensor, note
 
 
 def _cut(

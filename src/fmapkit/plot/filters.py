@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from fmapkit.errors import ArgumentError, UnknownLayerError, did_you_mean, listed, near
+from fmapkit.errors import (
+    ArgumentError,
+    UnknownLayerError,
+    check_positive,
+    did_you_mean,
+    listed,
+    near,
+)
 from fmapkit.plot import _pictures as pictures
 from fmapkit.plot._draw import columns_of, draw, size_of
-from fmapkit.plot._figure import check_positive, figures
+from fmapkit.plot._figure import figures
 from fmapkit.readable import ReadableMap, ReadableMaps
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fmapkit.errors import ArgumentError, MapLookupError, NoPassError, listed
+from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.plot import _pictures as pictures
 from fmapkit.plot._draw import WIDTH, columns_of, draw, draw_image, size_of
-from fmapkit.plot._figure import check_positive, entitle, figures
+from fmapkit.plot._figure import entitle, figures
 from fmapkit.plot._pictures import Array, Choice, Picture
 from fmapkit.readable import ReadableMap, ReadableMaps, tags
 
@@ -133,15 +133,8 @@ def plot_maps(
     plt = figures()
     check_positive(max_filters=max_filters, max_layers=max_layers)
     groups: dict[tuple[str, int], list[ReadableMap]] = {}
-    for fm in maps.select(layers, step=-1):
+    for fm in pictures.latest_maps(maps, layers, "plot"):
         groups.setdefault((fm.layer, fm.call), []).append(fm)
-    if not groups:
-        known = maps.layers
-        if not known:
-            raise NoPassError("nothing to plot: no maps are held; run the model in the block first")
-        raise MapLookupError(
-            f"nothing to plot: {layers!r} is none of {listed(known)}", candidates=known
-        )
     shown = list(groups.values())[:max_layers]
     rows: list[_Row] = []
     for group in shown:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError
+from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.plot._draw import blank
-from fmapkit.plot._figure import check_positive, figures
+from fmapkit.plot._figure import figures
 from fmapkit.plot._pictures import Array, pixels
 
 if TYPE_CHECKING:

@@ -1,11 +1,11 @@
 """What a capture was asked for: layers, kinds, filters; and when a pass may end early."""
 
+from fmapkit.selection.arguments import given_filters, indices
 from fmapkit.selection.early_stop import CUT, EarlyStop, StoppedError
 from fmapkit.selection.selection import (
     KINDS,
     LayerSelection,
     Selection,
-    indices,
     only_a_pass_can_tell,
 )
 
@@ -16,6 +16,7 @@ __all__ = [
     "LayerSelection",
     "Selection",
     "StoppedError",
+    "given_filters",
     "indices",
     "only_a_pass_can_tell",
 ]

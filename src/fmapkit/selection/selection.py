@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,10 +21,11 @@ from fmapkit.kinds import KINDS
 from fmapkit.model import Names, never_called
 from fmapkit.provenance import ChannelLayout
 from fmapkit.reasons import Reason
+from fmapkit.selection.arguments import given_filters, given_kinds
 from fmapkit.selectors import Selector, name_longer_numbers, selectors
 from fmapkit.storage import Place, StorageConversion, StoredTensor
 
-__all__ = ["KINDS", "LayerSelection", "Selection", "indices", "only_a_pass_can_tell"]
+__all__ = ["KINDS", "LayerSelection", "Selection", "only_a_pass_can_tell"]
 
 
 class LayerSelection:
@@ -151,7 +152,7 @@ class Selection:
         self.asked_gradients = gradients
         self.gradients = gradients or (check is not None and check.backward)
         self.graph = self.gradients or not detach  # what the model's graph is needed for
-        self.asked_kinds = _kinds(kinds)
+        self.asked_kinds = given_kinds(kinds)
         chosen = None if layers_given is None else LayerSelection(names, layers_given, "layers")
         self._selection = chosen
         self.asked_outputs = self._outputs(names, self.asked_kinds)
@@ -164,7 +165,7 @@ class Selection:
         elif check is not None:  # what modules return does not exist outside of the graph
             self.kinds = frozenset(KINDS) - {"output", "attention"}
             self.outputs = self.asked_outputs | ({names.model} if chosen is None else set())
-        self.filters = _filters(filters)
+        self.filters = given_filters(filters)
         if isinstance(self.filters, Mapping):
             self.filters = {names.canonical(name): of for name, of in self.filters.items()}
         # Layers that filters were given for, until the first pass has shown which have maps.
@@ -351,51 +352,3 @@ def only_a_pass_can_tell(names: Names, label: str) -> bool:
     owner, _, part = label.partition("[")[0].rpartition(".")
     keys = names.parameters_of(names.by_name[owner]) if owner in names.by_name else {}
     return any(k in (part, f"{part}_weight") for k in keys)
-
-
-def _kinds(kinds: Any) -> frozenset[str]:
-    given = [kinds] if isinstance(kinds, str) else list(kinds) if _iterable(kinds) else None
-    if not given:
-        raise ArgumentError(
-            f"kinds must name some of {listed(KINDS)}, not {kinds!r}", candidates=KINDS
-        )
-    for kind in given:
-        if kind not in KINDS:
-            raise ArgumentError(
-                f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; the kinds are {listed(KINDS)}",
-                kind=kind if isinstance(kind, str) else None,
-                candidates=near(kind, KINDS) or KINDS,
-            )
-    return frozenset(given)
-
-
-def _iterable(value: Any) -> bool:
-    return isinstance(value, Iterable)
-
-
-def _filters(filters: Any) -> Any:
-    if filters is None:
-        return None
-    if isinstance(filters, Mapping):
-        if not filters:
-            raise ArgumentError("filters={} picks nothing; None, the default, means all")
-        return {str(k): indices(v) for k, v in filters.items()}
-    return indices(filters)
-
-
-def indices(value: Any, argument: str = "filters") -> tuple[int, ...]:
-    """One index or several, as a tuple.
-
-    Raises:
-        ArgumentError: it is neither.
-    """
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (value,)
-    if isinstance(value, (Sequence, range, set)) and not isinstance(value, str):
-        found = tuple(value)
-        if found and all(isinstance(v, int) and not isinstance(v, bool) for v in found):
-            return found
-    raise ArgumentError(
-        f"{argument} must be an int, several ints, a range, or a dict of layer -> these, "
-        f"not {value!r}"
-    )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmapkit.plot import _pyplot
+from fmapkit.plot import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ def plot_similarity(
         measure: "cka" or "rsa".
         title: stands above; None for the name of the measure.
     """
-    plt = _pyplot()
+    plt = figures()
     rows, columns = layers
     if ax is None:
         width = float(np.clip(2.5 + 0.45 * len(columns), 4, 14))

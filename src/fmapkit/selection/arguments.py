@@ -1,0 +1,67 @@
+"""`kinds=` and `filters=` as they were given, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fmapkit.errors import ArgumentError, did_you_mean, listed, near
+from fmapkit.kinds import KINDS
+
+__all__ = ["given_filters", "given_kinds", "indices"]
+
+
+def given_kinds(kinds: Any) -> frozenset[str]:
+    """`kinds=` as it is kept.
+
+    Raises:
+        ArgumentError: there is no such kind.
+    """
+    given = (
+        [kinds] if isinstance(kinds, str) else list(kinds) if isinstance(kinds, Iterable) else None
+    )
+    if not given:
+        raise ArgumentError(
+            f"kinds must name some of {listed(KINDS)}, not {kinds!r}", candidates=KINDS
+        )
+    for kind in given:
+        if kind not in KINDS:
+            raise ArgumentError(
+                f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; the kinds are {listed(KINDS)}",
+                kind=kind if isinstance(kind, str) else None,
+                candidates=near(kind, KINDS) or KINDS,
+            )
+    return frozenset(given)
+
+
+def given_filters(filters: Any) -> Any:
+    """`filters=` as it is kept: None, indices, or a dict of layer -> indices.
+
+    Raises:
+        ArgumentError: it is none of these.
+    """
+    if filters is None:
+        return None
+    if isinstance(filters, Mapping):
+        if not filters:
+            raise ArgumentError("filters={} picks nothing; None, the default, means all")
+        return {str(k): indices(v) for k, v in filters.items()}
+    return indices(filters)
+
+
+def indices(value: Any, argument: str = "filters") -> tuple[int, ...]:
+    """One index or several, as a tuple.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    if isinstance(value, (Sequence, range, set)) and not isinstance(value, str):
+        found = tuple(value)
+        if found and all(isinstance(v, int) and not isinstance(v, bool) for v in found):
+            return found
+    raise ArgumentError(
+        f"{argument} must be an int, several ints, a range, or a dict of layer -> these, "
+        f"not {value!r}"
+    )
