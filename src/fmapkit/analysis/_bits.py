@@ -32,7 +32,7 @@ Array = np.ndarray[Any, Any]
 class Bits:
     """How floats of one type are read as integers.
 
-    *Keys* are such integers, with a sign, in the order of the numbers.
+    *Keys* are such integers with a sign, in the order of the numbers.
 
     Args:
         dtype: of the floats.
@@ -74,29 +74,33 @@ class Bits:
         negative = np.maximum.reduce(top) >= self._sign + self._infinity
         return bool(negative or np.maximum.reduce(high) >= self._infinity)
 
+    def ordered(self, top: Array) -> Array:
+        """Bits without a sign as integers with one, in the same order."""
+        found: Array = top.view(self.signed) ^ self.fewest
+        return found
+
     def keys(
-        self, top: Array, high: Array, least: Array | None, zeros: Array
-    ) -> tuple[Array, Array, bool]:
-        """Keys of the least and the greatest of each line, and whether some are not known.
+        self, ordered: Array, high: Array, least: Array | None, zeros: Array
+    ) -> tuple[Array, Array]:
+        """Keys of the least and the greatest.
 
         Args:
-            top: the greatest bits without a sign.
+            ordered: the greatest bits without a sign.
             high: the greatest bits with a sign.
             least: the least bits, where no number has the sign; else 0; None: not looked for.
             zeros: how many numbers are 0.
 
         Returns:
             The least key is `most` where all that is known is that it is above 0, the greatest
-            `fewest` where all are below.
+            `fewest` where all that is known is that it is below.
         """
-        signed = top.view(self.signed)
-        positive = self.most if least is None else np.where(least > 0, least, self.most)
-        low = np.where(
-            signed < 0, signed ^ self.most, np.where(zeros > 0, self.signed.type(0), positive)
-        )
-        high = np.where(high < 0, self.fewest, high)
-        unsure = bool(np.maximum.reduce(low) == self.most or np.minimum.reduce(high) == self.fewest)
-        return low, high, unsure
+        top = ordered ^ self.fewest
+        positive: Any = self.most
+        if least is not None:  # where some parts were not searched, 0 is of another type
+            positive = np.where(least > 0, least.astype(self.signed), self.most)
+        low = np.where(zeros > 0, self.signed.type(0), positive)
+        low = np.where(top < 0, top ^ self.most, low)
+        return low, np.where(high < 0, self.fewest, high)
 
     def numbers(self, keys: Array) -> Array:
         """The float64 numbers of keys."""

@@ -2,14 +2,11 @@
 
 Pure functions of tensors. Nothing here depends on a value on the host, so nothing waits for the
 device.
-
-Two maps: the pairwise rule of Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for
-computing sample variances", Stanford CS-79-773, 1979. Means are kept as differences to a fixed
-value near them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fmapkit.analysis._bins import Edges, placed
-from fmapkit.analysis._blocks import block_size, blockwise
+from fmapkit.analysis._blocks import at_hand, block_size, blockwise
+from fmapkit.analysis._merging import chan
 from fmapkit.analysis._of_map import of_map
 
 __all__ = ["Moments", "absorb", "accumulator", "by_filter", "fused", "merge", "moments"]
@@ -108,6 +106,8 @@ def by_filter(tensor: Tensor, dim: int | None) -> Tensor:
     count, size, strides = tensor.shape[dim], tensor.numel(), tensor.stride()
     if not size:
         return tensor.new_empty(0, count, 0)
+    if count > 1 and tensor.is_contiguous():
+        return tensor.view(math.prod(tensor.shape[:dim]), count, -1)
     kept = [d for d in range(tensor.dim()) if tensor.shape[d] > 1 or d == dim]
     if count == 1:  # it may stand anywhere: first, so that the rest is one row
         kept = [dim, *(d for d in kept if d != dim)]
@@ -152,7 +152,7 @@ def moments(
     if not values.numel():
         return _empty(filters, values.device, edges)
     kind = accumulator(values.device)
-    if values.device.type == "cpu" and kind == torch.float64:
+    if at_hand(values.device) and kind == torch.float64:
         state = of_map(values.resolve_neg(), bounds, None if before is None else _far(before))
     else:
         state = blockwise(values, kind, bounds)
@@ -227,7 +227,7 @@ def absorb(
     outer, _, inner = values.shape
     pilot = _pilot(values, state[0].dtype)
     found = _finished(outer * inner, *_sums(values, pilot, bounds))
-    return _chan(torch, seen, state, outer * inner, (pilot, *found))
+    return chan(torch, seen, state, outer * inner, (pilot, *found))
 
 
 def fused(
@@ -270,35 +270,10 @@ def merge(a: Moments, b: Moments) -> Moments:
     if a.device.type == "cpu":  # NumPy takes half a microsecond for what takes torch one or two
         ours, theirs = ([t.numpy() for t in m.state] for m in (a, b))
         with np.errstate(all="ignore"):
-            after = tuple(map(torch.from_numpy, _chan(np, a.count, ours, b.count, theirs)))
+            after = tuple(map(torch.from_numpy, chan(np, a.count, ours, b.count, theirs)))
     else:
-        after = _chan(torch, a.count, a.state, b.count, b.state)
+        after = chan(torch, a.count, a.state, b.count, b.state)
     histogram = None
     if a.histogram is not None and b.histogram is not None:
         histogram = a.histogram + b.histogram
     return Moments.of(a.count + b.count, after, histogram)
-
-
-def _chan(library: Any, n: int, a: Sequence[Any], m: int, b: Sequence[Any]) -> tuple[Any, ...]:
-    """The pairwise rule; of each side shift, offset, m2, minimum, maximum, counts.
-
-    Args:
-        library: whose arrays they are, `torch` or `numpy`.
-        n: values of each filter of one side.
-        a: its state.
-        m: values of the other.
-        b: its state.
-    """
-    shift, offset, m2, low, high, counts = a
-    its_shift, its_offset, its_m2, its_low, its_high, its_counts = b
-    delta = (its_shift - shift) + (its_offset - offset)
-    between = offset + delta * (m / (n + m))
-    # Infinite already: so it stays, as in NumPy, though inf - inf above is not a number.
-    return (
-        shift,
-        library.where(library.isinf(offset), offset + its_offset, between),
-        m2 + its_m2 + delta * delta * (n / (n + m) * m),
-        library.minimum(low, its_low),
-        library.maximum(high, its_high),
-        counts + its_counts,
-    )

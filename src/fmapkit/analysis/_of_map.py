@@ -13,7 +13,7 @@ lost all the same, the sums are taken again, around the mean that is known then.
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import cache, reduce
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ from fmapkit.analysis._on_cpu import LANE, Bounds, Found, Lines
 __all__ = ["of_map"]
 
 # Values of a block. Calls take some 15 µs for each, so it is not smaller; its float64 copy, 4 MiB,
-# is read again from the third level of the cache. Measured from 2^15, which takes 2.5 times as long,
-# to 2^20, which takes 1.1 times as long.
+# is read again from the third level of the cache. Of the powers from 2^15, which takes 2.5 times as
+# long, to 2^20, which takes 1.1 times as long.
 _BLOCK = 2**19
 _LONG = 512  # rows of so many values are summed up along themselves, shorter ones across them
 _FEW, _MEDIUM = 16, 128  # of so few inputs, rows of so many are
@@ -50,8 +50,10 @@ def of_map(values: Tensor, bounds: Bounds | None, pilot: Array | None) -> tuple[
     outer, filters, inner = values.shape
     with np.errstate(all="ignore"):  # NaN, infinities and overflow are told in the result
         found = _parts(values, pilot, bounds, False)
+        none = np.zeros(filters, np.int64)
+        told = found.zeros, found.nonfinite, found.saturated
+        counts = np.array([none if c is None else c for c in told], np.int64)
         low, high = _extremes(found, values)
-        counts = np.array((found.zeros, found.nonfinite, found.saturated))
         shift = np.zeros(filters) if pilot is None else pilot
         for attempt in range(_TRIES):
             offset = found.s1 / (outer * inner)
@@ -70,38 +72,39 @@ def of_map(values: Tensor, bounds: Bounds | None, pilot: Array | None) -> tuple[
 def _well(s2: Array, m2: Array) -> bool:
     """Whether all sums have digits enough: in the usual case, by few operations."""
     least, most = np.minimum.reduce(s2), np.maximum.reduce(s2)
-    return bool(_TINY <= least and most < np.inf and (s2 <= m2 * _DIGITS_LOST).all())
+    return bool(least >= _TINY and most < np.inf and (s2 <= m2 * _DIGITS_LOST).all())
 
 
 def _settled(s2: Array, m2: Array, offset: Array, shift: Array) -> Array:
     """Of which filters the sums have digits enough, or none to gain."""
     exact = (s2 <= m2 * _DIGITS_LOST) & (s2 < np.inf) & ((s2 >= _TINY) | (shift != 0))
-    return exact | (np.abs(offset) <= _NO_BETTER * np.abs(shift))
+    settled: Array = exact | (np.abs(offset) <= _NO_BETTER * np.abs(shift))
+    return settled
 
 
 def _extremes(found: Found, values: Tensor) -> Array:
     """(2, filters): the least and the greatest of each filter."""
-    assert found.low is not None
+    assert found.top is not None
     assert found.high is not None
-    assert found.nonfinite is not None
+    assert found.zeros is not None
     kind = Bits.of(values.dtype if values.dtype.is_floating_point else torch.float64)
-    numbers = kind.numbers(np.array((found.low, found.high)))
-    if found.unsure:
-        asked = (found.low > 0, torch.amin), (found.high == kind.fewest, torch.amax)
-        for row, (keys, way) in zip(numbers, asked, strict=True):
-            if keys.any():
-                some = values[:, torch.from_numpy(np.flatnonzero(keys))]
-                row[keys] = way(some, (0, 2)).to(torch.float64).numpy()
-    if found.nonfinite.any():
+    keys = np.array(kind.keys(found.top, found.high, found.least, found.zeros))
+    numbers = kind.numbers(keys)
+    unknown = keys[0] == kind.most, keys[1] == kind.fewest
+    for row, missing, way in zip(numbers, unknown, (torch.amin, torch.amax), strict=True):
+        if missing.any():
+            some = values[:, torch.from_numpy(np.flatnonzero(missing))]
+            row[missing] = way(some, (0, 2)).to(torch.float64).numpy()
+    if found.nonfinite is not None:
         numbers[:, np.isnan(numbers).any(0)] = np.nan
     return numbers
 
 
 def _parts(values: Tensor, pilot: Array | None, bounds: Bounds | None, sums_only: bool) -> Found:
     """What is found of each filter."""
-    outer, filters, inner = values.shape
+    outer, _, inner = values.shape
     if inner > _BLOCK:
-        pieces = (_parts(p, pilot, bounds, sums_only) for p in values.split(_BLOCK, 2))
+        pieces = (_parts(p, pilot, bounds, sums_only) for p in torch.split(values, _BLOCK, 2))
         return reduce(Found.and_of, pieces)
     along = inner >= _LONG or (inner >= _MEDIUM and outer < _FEW)
     lines = Lines(values.dtype, int(along), bounds, sums_only)
@@ -112,8 +115,8 @@ def _by_rows(values: Tensor, pilot: Array | None, lines: Lines) -> Found:
     outer, filters, inner = values.shape
     shifts = None if pilot is None else np.tile(pilot, outer)[:, None]
     together, step, row = max(1, _BLOCK // (filters * inner)), _BLOCK // inner, 0
-    for some in values.split(outer if values.is_contiguous() else together):
-        for block in some.flatten(0, 1).split(step):
+    for some in torch.split(values, outer if values.is_contiguous() else together):
+        for block in torch.split(some.flatten(0, 1), step):
             lines.see(block, None if shifts is None else shifts[row : row + len(block)])
             row += len(block)
     return lines.found().folded(outer, filters, 1)
@@ -124,7 +127,7 @@ def _by_columns(values: Tensor, pilot: Array | None, lines: Lines) -> Found:
     rows, lead, left = values.flatten(1, 2), 1, None
     width = rows.shape[1]
     if width < _WIDE and outer > 1 and rows.is_contiguous():  # several rows make one
-        lead = min(outer, -(-_WIDE // width))
+        lead = _rows_in_one(outer, -(-_WIDE // width))
         whole = outer // lead * lead
         left = values[whole:] if whole < outer else None
         rows = rows[:whole].view(-1, lead * width)
@@ -136,8 +139,15 @@ def _by_columns(values: Tensor, pilot: Array | None, lines: Lines) -> Found:
     for at in range(0, width, strip):
         part = lines.anew()
         here = None if shift is None else shift[at : at + strip]
-        for block in rows[:, at : at + strip].split(height):
+        for block in torch.split(rows[:, at : at + strip], height):
             part.see(block, here)
         strips.append(part.found())
     result = Found.joined(strips).folded(lead, filters, inner)
     return result if left is None else result.and_of(_by_columns(left, pilot, lines))
+
+
+@cache
+def _rows_in_one(rows: int, wanted: int) -> int:
+    """So many, or a few times as many if that leaves none over; all, if there are no more."""
+    some = range(wanted, min(4 * wanted, rows) + 1)
+    return next((n for n in some if rows % n == 0), min(wanted, rows))
