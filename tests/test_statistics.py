@@ -214,6 +214,17 @@ def test_filters_of_every_sort_beside_each_other(
             assert_right(fed(x, x)["conv"], rows([x, x], 1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inner", [1, 2, 9])
+def test_nonfinite_values_of_short_rows(inner: int, dtype: torch.dtype) -> None:
+    """NumPy's `isfinite` is wrong for some of them."""
+    x = torch.randn(40, 9, inner, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[3, 0], x[7, 8] = torch.nan, torch.inf
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_of_map, "_LONG", 1)
+        assert_right(fed(x)["conv"], rows([x], 1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_keys_have_the_order_of_the_numbers(dtype: torch.dtype) -> None:
     """All numbers of 16 bits there are."""

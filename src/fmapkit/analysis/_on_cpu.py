@@ -297,7 +297,8 @@ class Lines:
 
 
 def _not_finite(numbers: Array, out: Array) -> None:
-    np.logical_not(np.isfinite(numbers, out=out), out=out)
+    # Not `isfinite`: to flags that do not lie side by side, NumPy 2.4 writes wrong ones.
+    np.logical_not(np.less(np.abs(numbers), np.inf), out=out)
 
 
 def _rounded(low: float, high: float) -> Bounds:
