@@ -28,8 +28,9 @@ from fmapkit import (
     capture,
 )
 from fmapkit.analysis import Analysis, DeadFilters, LayerFirings
+from fmapkit.analysis import dead as dead_module
 from fmapkit.analysis.dead import SPANS
-from tests.test_statistics import NoWaiting, feed, fmap
+from tests.test_statistics import NoWaiting, as_on_a_device, feed, fmap
 
 
 def relu(*rows: list[float], step: int = 0, **tags: Any) -> FeatureMap:
@@ -256,10 +257,60 @@ def test_picked_filters_and_parts() -> None:
 
 def test_update_waits_for_nothing() -> None:
     dead = DeadFilters(after=1)
-    with NoWaiting():
+    with as_on_a_device(), NoWaiting():
         feed(dead)
         _ = [s.dead for s in dead]
     assert dead.layers == ["relu", "sigmoid", "gelu", "half"]
+
+
+@given(
+    st.sampled_from([(1, 4, 900), (50, 4, 3), (300, 4, 1), (7, 1, 40)]),
+    st.integers(1, 200),
+    st.sampled_from([0.0, 0.5]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
+    st.integers(0, 2**16),
+)
+def test_the_only_value_that_fires_is_found(
+    shape: tuple[int, int, int], first: int, threshold: float, dtype: torch.dtype, seed: int
+) -> None:
+    """Wherever it is; filters that have fired are looked at no further."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(shape, generator=generator) * threshold / 2 - threshold / 4
+    fires = torch.rand(shape[1], generator=generator) < 0.6
+    where = torch.randint(shape[0] * shape[2], (shape[1],), generator=generator)
+    for n, (fired, at) in enumerate(zip(fires.tolist(), where.tolist(), strict=True)):
+        value = (1.0, -1.0, torch.nan)[int(at) % 3 if dtype != torch.int64 else int(at) % 2]
+        if fired:
+            x[at // shape[2], n, at % shape[2]] = value
+    x = x.to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dead_module, "_FIRST", first)
+        patch.setattr(dead_module, "_BLOCK", 4 * first)
+        dead = DeadFilters(after=1, threshold=threshold)
+        dead.update(fmap(x))
+    assert dead["conv"].dead_filters == [n for n, f in enumerate(fires.tolist()) if not f]
+    with as_on_a_device():
+        dead.update(fmap(x))
+    assert dead["conv"].dead_filters == [n for n, f in enumerate(fires.tolist()) if not f]
+
+
+def test_a_map_whose_filters_fire_is_not_read_to_its_end() -> None:
+    looked = []
+    quiet = dead_module._quiet
+
+    def counted(values: Tensor, *others: Any) -> Tensor:
+        looked.append(values.numel())
+        return quiet(values, *others)
+
+    x = torch.ones(64, 8, 32, 32)
+    x[:, 3] = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dead_module, "_quiet", counted)
+        dead = DeadFilters(after=1)
+        dead.update(fmap(x))
+    assert dead["conv"].dead_filters == [3]
+    assert sum(looked) < x.numel() // 4
+    assert max(looked) <= 2**17  # nor is more copied at a time
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

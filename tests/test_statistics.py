@@ -9,13 +9,14 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,8 +35,18 @@ from fmapkit import (
     UnknownLayerError,
     capture,
 )
-from fmapkit.analysis import Analysis, DeadFilters, LayerStatistics, Statistics, _blocks, _moments
+from fmapkit.analysis import (
+    Analysis,
+    DeadFilters,
+    LayerStatistics,
+    Statistics,
+    _blocks,
+    _moments,
+    _of_map,
+    dead,
+)
 from fmapkit.analysis import statistics as statistics_module
+from fmapkit.analysis._bits import Bits
 
 Array = np.ndarray[Any, Any]
 
@@ -138,16 +149,125 @@ def test_equal_to_numpy_at_any_scale(drawn: tuple[list[Tensor], int]) -> None:
     assert_right(fed(*tensors, dim=dim)["conv"], rows(tensors, dim))
 
 
-@given(data(), st.integers(3, 64), st.sampled_from([1, 2, 8]))
+@given(data(), st.integers(3, 64), st.sampled_from([1, 8, 512]), st.sampled_from([1, 4096]))
 def test_equal_to_numpy_over_many_blocks(
-    drawn: tuple[list[Tensor], int], size: int, long: int
+    drawn: tuple[list[Tensor], int], size: int, long: int, wide: int
 ) -> None:
-    """Blocks that split the batch, the filters, and the rows of one filter."""
+    """Blocks that split the batch, the filters, and the rows of one filter; along and across."""
     tensors, dim = drawn
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_blocks._BLOCK, "cpu", size)
-        patch.setattr(_blocks, "_LONG", long)
+        for name, value in {"_BLOCK": size, "_LONG": long, "_WIDE": wide, "_TALL": 2}.items():
+            patch.setattr(_of_map, name, value)
         assert_right(fed(*tensors, dim=dim)["conv"], rows(tensors, dim))
+
+
+@contextmanager
+def as_on_a_device() -> Iterator[None]:
+    """What runs on other devices, here: nothing is looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (_moments, dead):
+            patch.setattr(module, "at_hand", lambda device: False)
+        yield
+
+
+@settings(max_examples=30)
+@given(data(), st.sampled_from([3, 50, 2**18]))
+def test_equal_to_numpy_as_on_a_device(drawn: tuple[list[Tensor], int], size: int) -> None:
+    tensors, dim = drawn
+    with pytest.MonkeyPatch.context() as patch, as_on_a_device():
+        patch.setitem(_blocks._BLOCK, "cpu", size)
+        assert_right(fed(*tensors, dim=dim)["conv"], rows(tensors, dim))
+
+
+SORTS: dict[str, Callable[[Array], Array]] = {
+    "both signs": lambda x: x,
+    "relu": lambda x: x.clip(0),
+    "above 0": lambda x: abs(x) + 0.01,
+    "below 0": lambda x: -abs(x) - 0.01,
+    "at most 0": lambda x: -x.clip(0),  # with -0
+    "constant": lambda x: 0 * x + float(np.float32(0.1)),  # of which NumPy's sums are exact
+    "far": lambda x: x + 1000,
+    "nothing": lambda x: 0 * x,
+    "nan": lambda x: np.where(x == x.max(), np.nan, x),
+    "-nan": lambda x: np.where(x == x.max(), -np.nan, x),
+    "infinity": lambda x: np.where(x == x.max(), np.inf, x),
+    "-infinity": lambda x: np.where(x == x.max(), -np.inf, x),
+    "infinities": lambda x: np.where(x == x.max(), np.inf, np.where(x == x.min(), -np.inf, x)),
+}
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 700), (41, 1, 5), (600, 1, 1), (1, 1, 9), (2, 1, 2100)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_filters_of_every_sort_beside_each_other(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Of one another's neighbours it depends what is looked for in a block; and of the block."""
+    draw = np.random.default_rng(0)
+    wanted = [sort(draw.standard_normal(shape)) for sort in SORTS.values()]
+    for some in (wanted, wanted[1:3], wanted[2:3], wanted[3:4], wanted[2:4], wanted[4:6]):
+        x = torch.from_numpy(np.concatenate(some, 1)).to(dtype)
+        for size in (300, _of_map._BLOCK):
+            with pytest.MonkeyPatch.context() as patch, np.errstate(invalid="ignore"):
+                patch.setattr(_of_map, "_BLOCK", size)
+                assert_right(fed(x, x)["conv"], rows([x, x], 1))
+        with as_on_a_device(), np.errstate(invalid="ignore"):
+            assert_right(fed(x, x)["conv"], rows([x, x], 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inner", [1, 2, 9])
+def test_nonfinite_values_of_short_rows(inner: int, dtype: torch.dtype) -> None:
+    """NumPy's `isfinite` is wrong for some of them."""
+    x = torch.randn(40, 9, inner, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[3, 0], x[7, 8] = torch.nan, torch.inf
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_of_map, "_LONG", 1)
+        assert_right(fed(x)["conv"], rows([x], 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_keys_have_the_order_of_the_numbers(dtype: torch.dtype) -> None:
+    """All numbers of 16 bits there are."""
+    bits = np.arange(-(2**15), 2**15).astype(np.int16)
+    values = torch.from_numpy(bits).view(dtype)
+    numbers = values.double().numpy()
+    fine = ~np.isnan(numbers)
+    kind, zeros = Bits.of(dtype), (numbers == 0).astype(np.int32)
+    low, high = kind.keys(kind.ordered(bits.view(np.uint16)), bits, bits, zeros)
+    np.testing.assert_array_equal(kind.numbers(low)[fine], numbers[fine])
+    known = fine & (bits >= 0)
+    np.testing.assert_array_equal(kind.numbers(high)[known], numbers[known])
+    assert (high[bits < 0] == kind.fewest).all()
+    order = np.argsort(low[fine], kind="stable")
+    assert (np.diff(numbers[fine][order]) >= 0).all()
+    for bad in (numbers[~np.isfinite(numbers)], numbers[np.isnan(numbers)]):
+        for value in bad[:3].tolist() + bad[-3:].tolist():
+            one = torch.tensor([1.0, value]).to(dtype).view(torch.int16).numpy()
+            top, most = one.view(np.uint16).max(keepdims=True), one.max(keepdims=True)
+            assert kind.some_not_finite(top, most)
+    assert not kind.some_not_finite(np.array([0xFFFF ^ 0x8000 ^ 0x7FFF], np.uint16), bits[:1] * 0)
+
+
+def test_a_map_is_gone_through_once() -> None:
+    """Far from 0 it is the maps before that tell what to take off; constant filters too."""
+    seen = []
+    parts = _of_map._parts
+
+    def counted(values: Tensor, *others: Any) -> Any:
+        seen.append(values.numel())
+        return parts(values, *others)
+
+    x = torch.randn(16, 3, 700) * torch.tensor([1.0, 0, 1])[:, None]
+    x += torch.tensor([0.0, 0.1, 1000])[:, None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_of_map, "_parts", counted)
+        stats = fed(x)
+        assert seen == [x.numel()] * 2
+        seen.clear()
+        for _ in range(3):
+            stats.update(fmap(x))
+        assert seen == [x.numel()] * 3
+    assert_right(stats["conv"], rows([x] * 4, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -258,7 +378,8 @@ def test_a_dtype_that_changes() -> None:
 
 
 def test_without_float64() -> None:
-    """As on MPS: sums in float32, by the mean, with their own precision."""
+    """As on MPS: sums in float32, with their own precision."""
+    torch.manual_seed(0)
     x = torch.randn(64, 3, 200) + 1e4
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_moments, "accumulator", lambda device: torch.float32)
@@ -427,7 +548,7 @@ def test_update_and_reading_wait_for_nothing() -> None:
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
         torch.ones(1).item()
     stats = Statistics(bins="log2")
-    with NoWaiting() as mode:
+    with as_on_a_device(), NoWaiting() as mode:
         feed(stats)
         _ = [s.std for s in stats]
     assert mode.seen > 100

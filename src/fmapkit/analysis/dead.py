@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fmapkit.analysis._bins import placed
-from fmapkit.analysis._blocks import along
+from fmapkit.analysis._blocks import along, at_hand
 from fmapkit.analysis._by_layer import ByLayer
 from fmapkit.analysis._keys import Groups, Name
 from fmapkit.analysis._moments import by_filter
@@ -30,6 +31,8 @@ __all__ = ["DeadFilters"]
 SPANS = 128  # of the history; when they are full, every two become one
 # Of those with bounds, what is zero at one of them as a ReLU is.
 _BY_ZEROS = {"relu6"}
+# Values to look at first, and at a time.
+_FIRST, _BLOCK = 2**15, 2**20
 
 
 class _FilterFirings:
@@ -303,13 +306,39 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
 
 
 def _fired(values: Tensor, threshold: float, bounds: Bounds | None) -> Tensor:
-    """(C,) bool: whether any value is no zero, or is not saturated. A NaN is neither."""
-    if bounds is None:
-        low, high = along(torch.amin, values), along(torch.amax, values)
-        return ~((low >= -threshold) & (high <= threshold))
-    if values.dtype in (torch.float16, torch.bfloat16):
-        values = values.float()  # in which the bounds are nearer to what was written
-    return ~along(torch.all, (values <= bounds[0]) | (values >= bounds[1]))
+    """(C,) bool: whether any value is no zero, or is not saturated. A NaN is neither.
+
+    Most filters fire on one of the first inputs. On a CPU, where to know it waits for nothing, the
+    others are looked at further, and only these: a map is seldom read to its end.
+    """
+    if not at_hand(values.device):
+        return ~_quiet(values, threshold, bounds)
+    outer, filters, _ = values.shape
+    axis = 0 if outer > 1 else 2
+    each = values.numel() // values.shape[axis]
+    at, step, most = 0, max(1, _FIRST // each), max(1, _BLOCK // each)
+    quiet = np.ones(filters, np.bool_)
+    while at < values.shape[axis] and (left := np.count_nonzero(quiet)):
+        some = values.narrow(axis, at, min(step, values.shape[axis] - at))
+        if left > filters // 2:  # to pick them out would copy more than it saves
+            quiet &= _quiet(some, threshold, bounds).numpy()
+        else:
+            index = np.flatnonzero(quiet)
+            quiet[index] = _quiet(some[:, torch.from_numpy(index)], threshold, bounds).numpy()
+        at, step = at + step, min(4 * step, most)
+    return torch.from_numpy(~quiet)
+
+
+def _quiet(values: Tensor, threshold: float, bounds: Bounds | None) -> Tensor:
+    """(C,) bool: whether all values are zeros, or are saturated."""
+    if bounds is not None:
+        if values.dtype in (torch.float16, torch.bfloat16):
+            values = values.float()  # in which the bounds are nearer to what was written
+        return along(torch.all, (values <= bounds[0]) | (values >= bounds[1]))
+    if values.device.type == "cuda" and values.is_floating_point():
+        size: Tensor = torch.linalg.vector_norm(values, torch.inf, (0, 2))  # one read, not two
+        return size <= threshold
+    return (along(torch.amin, values) >= -threshold) & (along(torch.amax, values) <= threshold)
 
 
 def _inputs(tensor: Tensor, dim: int | None) -> int:

@@ -137,7 +137,7 @@ class Statistics(Tabular, ByLayer[_Group, LayerStatistics]):
                     "Statistics(compile=True): torch.compile failed, so statistics go on without "
                     f"it ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
                 )
-        return merge(before, moments(values, bounds, self._edges))
+        return merge(before, moments(values, bounds, self._edges, before))
 
     def reset(self) -> None:
         """Forget every value."""
