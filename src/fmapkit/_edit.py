@@ -25,6 +25,7 @@ from fmapkit._where import Where
 from fmapkit.errors import ArgumentError, EditError, listed
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
+from fmapkit.paths import unrecorded
 
 __all__ = ["Edits"]
 
@@ -355,7 +356,8 @@ def _run(edit: _Edit, fm: Any) -> Tensor:
     before = fm.tensor
     version = None if before.is_inference() else before._version
     where = f"edit[{edit.given!r}] of the {fm.kind} of layer {fm.layer!r}"
-    after = edit.function(fm)
+    with unrecorded():  # it may call functions of the model's
+        after = edit.function(fm)
     if not isinstance(after, Tensor):
         raise EditError(f"{where} must return a tensor, not {type(after).__name__}")
     if version is not None and before._version != version:

@@ -13,18 +13,20 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmapkit._axes import Axes
+from fmapkit._bare import HIDDEN
 from fmapkit._candidates import name_by_hand
 from fmapkit._edit import Edits
 from fmapkit._frames import Frame, SigmaCall, Site
 from fmapkit._functions import out_of_place
 from fmapkit._module_edits import ModuleEdits
 from fmapkit._nested import tensors_in
-from fmapkit._origin import STOP, Flow, flow_of
+from fmapkit._origin import STOP, Flow, Tag, flow_of
 from fmapkit._store import Held, version_of
 from fmapkit.nonlinearities import module_sigma
+from fmapkit.paths import unrecorded
 
 if TYPE_CHECKING:
     from fmapkit._trace import Tracer
@@ -123,6 +125,19 @@ class Editor:
             site.a_edited = self.tracer.aliases.reference(new)
         return self._put(site, a if new is None else new)
 
+    def refuse_hidden(self, tag: Tag, module: nn.Module) -> None:
+        """Filters of a layer have reached a module of which it is not told what it is as a whole.
+
+        Raises:
+            EditError: an edit is for them.
+        """
+        if not isinstance(tag, Flow):
+            return
+        where, step = tag.origin, self.tracer.current.step
+        why = HIDDEN.format(self.tracer.names.of(module))
+        for kind in ("preactivation", "activation"):
+            self.edits.refuse(where.name, kind, why, where.call, step)
+
     def _put(self, site: Site, result: Tensor) -> Tensor:
         if site.base is None:
             return result
@@ -192,7 +207,7 @@ class Editor:
         given = x.detach().clone()
         args, kwargs = _exchanged(frame.args, frame.kwargs, x, given)
         cuda = [x.device.index] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
+        with unrecorded(), torch.random.fork_rng(devices=cuda):
             tracer.enter_inputs(args, kwargs)
             trial = tracer.enter(module, args, kwargs)
             paused, self.tracer.paused = self.tracer.paused, True

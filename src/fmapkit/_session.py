@@ -258,6 +258,7 @@ class Session:
             elif live.tracer is not None:
                 if may_fuse(module, MODES):
                     self._beside.enter(module, args, kwargs)
+                self._placing.on_scopes()  # units may have become scopes in this very pass
                 self._moves.made(module, (args, kwargs))
                 frame = live.tracer.enter(module, args, kwargs)
                 live.trace_on()

@@ -23,6 +23,7 @@ from fmapkit import _vocabulary as words
 from fmapkit import _weighted, layers, nonlinearities
 from fmapkit._attention import AttentionWatch
 from fmapkit._axes import Axes
+from fmapkit._bare import bare_calls, is_hidden
 from fmapkit._candidates import is_whole, may_be_sigma, role_of, verdict
 from fmapkit._closing import close
 from fmapkit._constants import Constants
@@ -218,6 +219,8 @@ class Tracer(TorchFunctionMode):
         """
         try:
             self.past_hooks()
+            if not self.learning and known.name in FOLLOWED:
+                self.hidden()
             if call is not None:
                 out = after_sigma(self, known, call, out)
             else:
@@ -269,7 +272,7 @@ class Tracer(TorchFunctionMode):
             self._not_held(name, weight, out)
             return out
         seen = one and not self.opaque and not wrapped(out)
-        if seen and isinstance(weight, Tensor):
+        if seen and isinstance(weight, Tensor) and self.hidden() is None:
             out = self._layer(known, func, operands, args, kwargs, weight, out)
         elif seen and known.packed:
             out = self._packed_layer(func, args, out)
@@ -493,6 +496,17 @@ class Tracer(TorchFunctionMode):
             return running
         self.unhooked.add(running)
         return running
+
+    def hidden(self) -> nn.Module | None:
+        """The module without hooks inside of which a function runs, if it may be one σ or layer."""
+        if self.learning:
+            return None
+        found = None
+        for call in bare_calls(self.frames[-1].module):
+            if call[0] in self.names.by_module and is_hidden(call):
+                found = call[0]
+                self.unhooked.add(found)
+        return found
 
     def caller(self, hooked: nn.Module) -> nn.Module:
         """The module of the model whose call is the innermost, which need not have hooks.

@@ -143,9 +143,13 @@ class Edit:
     factor: float
     filter: int | None
 
+    def is_of(self, tag: Tag) -> bool:
+        """Whether it is for a nonlinearity of these filters."""
+        return tag.owner is not None and tag.owner.name == self.layer
+
     def of(self, site_kind: str, tag: Tag, shadow: Tensor | None, value: Tensor) -> Tensor | None:
         """The tensor that goes on instead; None: the same."""
-        if tag.owner is None or (tag.owner.name, site_kind) != (self.layer, self.kind):
+        if site_kind != self.kind or not self.is_of(tag):
             return None
         if self.filter is None:
             return value * self.factor
@@ -155,16 +159,25 @@ class Edit:
 
 @dataclass
 class Told:
-    """Keeps what one pass tells. A pass begins with `begin`."""
+    """Keeps what one pass tells. A pass begins with `begin`.
+
+    Attributes:
+        sites: that ran.
+        responses: of its layers.
+        places: the sites that were edited.
+        told: whether what runs now belongs to a pass.
+        edit: to be made in each pass.
+    """
 
     sites: list[Site] = field(default_factory=list)
     responses: list[Response] = field(default_factory=list)
-    told: bool = False  # whether what runs now belongs to a pass
+    places: list[Site] = field(default_factory=list)
+    told: bool = False
     edit: Edit | None = None
 
     def begin(self, model: nn.Module) -> None:
         """A pass of a model begins."""
-        self.sites, self.responses = [], []
+        self.sites, self.responses, self.places = [], [], []
         self._tags: dict[int, tuple[Tensor, Tag]] = {}
         self._counts: Counter[str] = Counter()
         self._unsure: set[str] = set()
@@ -306,6 +319,8 @@ class Told:
         after, a_grad = a.detach().clone(), _gradient(a)
         site = Site(sigma, before, after, tag, shadow, own, own_call, inside, z_grad, a_grad)
         self.sites.append(site)
+        if self.edit is not None and self.edit.is_of(tag):
+            self.places.append(site)
         self._put(a, Tag(None))
         return a
 
