@@ -78,14 +78,20 @@ class Ways:
 
 
 def judged(
-    edit: Edit, places: Sequence[Site], refused: EditError | None, new_way: bool, halts: bool
+    edit: Edit,
+    places: Sequence[Site],
+    raised: str,
+    refused: EditError | None,
+    new_way: bool,
+    halts: bool,
 ) -> Goes:
     """What is to come of a pass with an edit.
 
     Args:
         edit: that was asked for.
         places: the sites that truly are the edit's.
-        refused: what the captured pass raised.
+        raised: what the program itself has raised in the end, if anything.
+        refused: what the captured pass raised instead.
         new_way: the block has not seen this way often enough.
         halts: what the program raises and catches is no `Exception`.
 
@@ -93,7 +99,7 @@ def judged(
         Failure: the edit was refused, or was not, against what the docs say.
     """
     if refused is None:
-        if not places:
+        if not places and not raised:
             raise Failure("edit without a place", "and nothing was raised")
         return "compared"
     text = str(refused)
