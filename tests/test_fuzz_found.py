@@ -518,3 +518,30 @@ def test_code_that_each_look_at_a_module_runs_is_no_way_of_the_model() -> None:
             layer = "inner.b" if second else "inner.a"
             assert [t[:3] for t in tags(maps)] == [(layer, 0, "relu"), ("last", 0, "sigmoid")]
     assert list(maps.missed) == []
+
+
+class _MakesAClass(nn.Module):
+    """Makes a class in each pass, and another one if it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.base = nn.Linear(4, 4), {"kind": nn.ReLU}
+
+    def forward(self, x: Tensor) -> Tensor:
+        class Act(self.base["kind"]):  # type: ignore[misc]
+            pass
+
+        return Act()(self.fc(x))  # type: ignore[no-any-return]
+
+
+def test_a_class_that_is_made_in_each_pass_is_the_same_if_its_bases_are() -> None:
+    model = _MakesAClass()
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(4):
+            model(torch.randn(2, 4))
+            assert tags(maps) == [("fc", 0, "relu", range(4))]
+        assert list(maps.missed) == []
+        model.base["kind"] = nn.Tanh
+        for lost in (True, False):
+            model(torch.randn(2, 4))
+            assert tags(maps) == ([] if lost else [("fc", 0, "tanh", range(4))])
