@@ -390,7 +390,7 @@ def _block(
                         report.named += named
                         report.named_later += named if n > first else 0
                         known.setdefault(way, []).append(named)
-                        if len(known[way]) > 2 and named > min(known[way]):
+                        if len(known[way]) > 3 and named > min(known[way]):
                             raise Failure("lost on a known way", f"{list(maps.missed)}")
                 report.passes += 1
                 report.departing += n > first and _road(*truths[-2]) != _road(*truths[-1])
