@@ -178,13 +178,13 @@ class Session:
         """
         self.live.thread = _thread()
         entered(self)
-        self.unseen.scripted()
         self._open_always()
         tell(self._scripted)
         self._placing.on_model()
         self._methods.stand()
         hide_from_scripting()
         self.compiled.open()
+        self.unseen.scripted(bool(self.compiled))
         if not self.compiled:  # dynamo compares what stands before a call
             self._placing.early()
 
@@ -567,4 +567,4 @@ class Session:
             self._stop.forget()
         self.watch = Watch(self.model, self.hooks)
         self._open_always()
-        self.unseen.scripted()
+        self.unseen.scripted(bool(self.compiled))
