@@ -62,6 +62,7 @@ def _fx_is_tracing() -> bool:
         return bool(tracer._get_is_fx_tracing())
     return bool(tracer._is_fx_tracing_flag)
 
+
 SCRIPTED = "it is scripted: torch runs it without Python, unseen by hooks"
 
 
