@@ -430,6 +430,17 @@ class Told:
             self._put(out, found)
         return out
 
+    def mix(self, function: Any, first: Tensor, second: Tensor) -> Tensor:
+        """Takes elements of both, or puts them side by side: of two layers, they are no one's."""
+        tags = self._of(first), self._of(second)
+        names = {tag.owner.name for tag in tags if tag is not None and tag.owner is not None}
+        if len(names) < 2 or any(tag is not None and tag.trust != STRICT for tag in tags):
+            return self.keep(function, first, second)
+        out: Tensor = function(first, second)
+        if self.told:
+            self._put(out, Tag(None))
+        return out
+
     def aug(self, sign: str, x: Any, y: Any) -> Any:
         """`x += y` and the like."""
         how = {"+": operator.iadd, "*": operator.imul, "-": operator.isub}[sign]
