@@ -693,6 +693,19 @@ def skipped_submodule(c: ClassWriter, depth: int) -> Code:
 
 
 @flat
+def past_a_part(c: ClassWriter, depth: int) -> Code:
+    """Calls a part as a whole, or what is in it one by one."""
+    inner = ClassWriter(c.program, f"Part{c.program.fresh()}")
+    act = c.program.pick(("HandSwish()", "Swish()", "Bent()", "nn.PReLU()", "nn.GELU()"))
+    calls = [inner.layer(new=True), inner.part(act)]
+    inner.body += [f"x = T.call({name}, x)" for name in calls]
+    c.program.top += inner.code()
+    part = c.part(f"{inner.name}()")
+    apart = [f"x = T.call({name.replace('self', part)}, x)" for name in calls]
+    return [*lines_of(c, [], "if TEST:"), [f"x = T.call({part}, x)"], "else:", apart]
+
+
+@flat
 def by_forward(c: ClassWriter, depth: int) -> Code:
     a, b = two_layers(c)
     return _then(c, lines_of(c, [], f"x = T.forward({a} if TEST else {b}, x)"))
