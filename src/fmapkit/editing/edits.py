@@ -22,6 +22,7 @@ from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.model import Names
 from fmapkit.nonlinearities import is_torchs
+from fmapkit.paths import unrecorded
 from fmapkit.provenance import ChannelLayout
 from fmapkit.selection import LayerSelection
 from fmapkit.storage import in_function
@@ -355,7 +356,8 @@ def _run(edit: _Edit, fm: Any) -> Tensor:
     before = fm.tensor
     version = None if before.is_inference() else before._version
     where = f"edit[{edit.given!r}] of the {fm.kind} of layer {fm.layer!r}"
-    after = edit.function(fm)
+    with unrecorded():  # it may call functions of the model's
+        after = edit.function(fm)
     if not isinstance(after, Tensor):
         raise EditError(f"{where} must return a tensor, not {type(after).__name__}")
     if version is not None and before._version != version:

@@ -212,8 +212,8 @@ class Recorder:
         for module in tracer.unhooked:
             self._misses.add(
                 self._names.of(module),
-                "it was called on its own, so far only as a part of another module: in "
-                "this pass it was seen by the functions it called, later on as a module",
+                "it was called on its own, so far only as a part of another module: in this pass "
+                "it was seen by the functions it called, not as a whole; later on as a module",
             )
             self._units.direct.update(self._model.modules())
             self._placing.scopes_changed()

@@ -10,8 +10,8 @@ A pass begins with the model's pre hook and ends with its post hook. In between,
 
 Here is what every hook calls, and when a pass begins and ends. The work is done by the stages
 below: what is a unit (`replay/regions.py`), where hooks stand (`session/placing.py`), learning
-(`session/recording.py`), replaying (`session/replaying.py`) and what becomes of the maps
-(`session/keeping.py`). They share what is under way (`session/state.py`).
+    (`session/recording.py`), replaying (`session/replaying.py`) and what becomes of the maps
+    (`session/keeping.py`). They share what is under way (`session/state.py`).
 """
 
 from __future__ import annotations
@@ -173,13 +173,13 @@ class Session:
         """
         self.live.thread = _thread()
         entered(self)
-        self.unseen.scripted()
         self._open_always()
         tell(self._scripted)
         self._placing.on_model()
         self._methods.stand()
         hide_from_scripting()
         self.compiled.open()
+        self.unseen.scripted(bool(self.compiled))
         if not self.compiled:  # dynamo compares what stands before a call
             self._placing.early()
 
@@ -253,6 +253,7 @@ class Session:
             elif live.tracer is not None:
                 if may_fuse(module, MODES):
                     self._beside.enter(module, args, kwargs)
+                self._placing.on_scopes()  # units may have become scopes in this very pass
                 self._moves.made(module, (args, kwargs))
                 frame = live.tracer.enter(module, args, kwargs)
                 live.trace_on()
@@ -561,4 +562,4 @@ class Session:
             self._stop.forget()
         self.watch = ModelGuard(self.model, self.hooks)
         self._open_always()
-        self.unseen.scripted()
+        self.unseen.scripted(bool(self.compiled))

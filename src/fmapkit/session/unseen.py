@@ -63,6 +63,9 @@ def _fx_is_tracing() -> bool:
     return bool(tracer._is_fx_tracing_flag)
 
 
+SCRIPTED = "it is scripted: torch runs it without Python, unseen by hooks"
+
+
 class UnseenCalls:
     """Names what runs unseen.
 
@@ -114,15 +117,18 @@ class UnseenCalls:
             reason = f"{HOW['__call__']}, and without these there is no pass to capture"
             self._misses.add("", reason)
 
-    def scripted(self) -> None:
-        """Name scripted modules."""
+    def scripted(self, compiled: bool) -> None:
+        """Name scripted modules of whose calls in a pass nobody tells.
+
+        Args:
+            compiled: the model, or a part of it, runs compiled code.
+        """
         names = self._names
         for module, name in names.by_module.items():
-            if isinstance(module, torch.jit.ScriptModule):
+            if isinstance(module, torch.jit.ScriptModule) and (compiled or not name):
                 outer = names.by_name.get(name.rpartition(".")[0]) if "." in name else None
                 if not isinstance(outer, torch.jit.ScriptModule):
-                    reason = "it is scripted: torch runs it without Python, unseen by hooks"
-                    self._misses.add(name, reason)
+                    self._misses.add(name, SCRIPTED)
 
     def scripted_call(self, function: str) -> None:
         """A scripted function is called in a pass: name it, at the module of the model it runs in.
@@ -131,7 +137,8 @@ class UnseenCalls:
             function: its name.
         """
         inside = [m for m in running_modules(stop=None) if m in self._names.by_module]
-        if inside and isinstance(inside[-1], torch.jit.ScriptModule):  # which is named itself
+        if inside and isinstance(inside[-1], torch.jit.ScriptModule):
+            self._misses.add(self._names.of(inside[-1]), SCRIPTED)
             return
         reason = f"it calls {function}, which is scripted: unseen by Python"
         self._misses.add(self._names.of(inside[-1] if inside else self._model), reason)

@@ -13,14 +13,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmapkit.editing import Edits
 from fmapkit.nonlinearities import module_sigma
-from fmapkit.provenance import STOP, ChannelLabel, ChannelLayout, flow_of, out_of_place
+from fmapkit.paths import unrecorded
+from fmapkit.provenance import STOP, ChannelLabel, ChannelLayout, Label, flow_of, out_of_place
 from fmapkit.storage import StoredTensor
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
+from fmapkit.tracing.bare_calls import HIDDEN
 from fmapkit.tracing.candidates import name_by_hand
 from fmapkit.tracing.frames import EditSite, Frame, SigmaCall
 from fmapkit.tracing.module_edits import ModuleEdits
@@ -124,6 +126,19 @@ class Editor:
             site.a_edited = self.tracer.aliases.reference(new)
         return self._put(site, a if new is None else new)
 
+    def refuse_hidden(self, tag: Label, module: nn.Module) -> None:
+        """Filters of a layer have reached a module of which it is not told what it is as a whole.
+
+        Raises:
+            EditError: an edit is for them.
+        """
+        if not isinstance(tag, ChannelLabel):
+            return
+        where, step = tag.origin, self.tracer.current.step
+        why = HIDDEN.format(self.tracer.names.of(module))
+        for kind in ("preactivation", "activation"):
+            self.edits.refuse(where.name, kind, why, where.call, step)
+
     def _put(self, site: EditSite, result: Tensor) -> Tensor:
         if site.base is None:
             return result
@@ -193,7 +208,7 @@ class Editor:
         given = x.detach().clone()
         args, kwargs = _exchanged(frame.args, frame.kwargs, x, given)
         cuda = [x.device.index] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
+        with unrecorded(), torch.random.fork_rng(devices=cuda):
             tracer.enter_inputs(args, kwargs)
             trial = tracer.enter(module, args, kwargs)
             paused, self.tracer.paused = self.tracer.paused, True

@@ -69,7 +69,10 @@ def before_sigma(tracer: Tracer, known: Function, call: SigmaCall) -> None:
     frame, z = tracer.frames[-1], call.z
     func, args, kwargs = call.function, call.args, call.kwargs
     in_place = known.in_place or known.asked_in_place(args, kwargs)
-    quiet = frame.kind == "sigma" or tracer.opaque > 0
+    hidden = tracer.hidden()
+    quiet = frame.kind == "sigma" or tracer.opaque > 0 or hidden is not None
+    if hidden is not None and tracer.editor:
+        tracer.editor.refuse_hidden(call.tag, hidden)
     if frame.kind == "sigma" and frame.a is not None and is_torchs(frame.module):
         tracer.miss(tracer.names.of(frame.module), IN_A_HOOK.format(sigma=call.sigma))
     call.unheld = unheld(z)

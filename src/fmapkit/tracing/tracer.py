@@ -56,6 +56,7 @@ from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import NESTED, is_shapeless, some_shapeless, unheld, wrapped
 from fmapkit.tracing.attention import AttentionWatch
+from fmapkit.tracing.bare_calls import bare_calls, is_hidden
 from fmapkit.tracing.candidates import is_whole, may_be_sigma, role_of, verdict
 from fmapkit.tracing.editor import Editor
 from fmapkit.tracing.events import Event, HookPoint
@@ -234,6 +235,8 @@ class Tracer(TorchFunctionMode):
         """
         try:
             self.past_hooks()
+            if not self.learning and known.name in FOLLOWED:
+                self.hidden()
             if call is not None:
                 out = after_sigma(self, known, call, out)
             else:
@@ -285,7 +288,7 @@ class Tracer(TorchFunctionMode):
             self._not_held(name, weight, out)
             return out
         seen = one and not self.opaque and not wrapped(out)
-        if seen and isinstance(weight, Tensor):
+        if seen and isinstance(weight, Tensor) and self.hidden() is None:
             out = self._layer(known, func, operands, args, kwargs, weight, out)
         elif seen and known.packed:
             out = self._packed_layer(func, args, out)
@@ -509,6 +512,17 @@ class Tracer(TorchFunctionMode):
             return running
         self.unhooked.add(running)
         return running
+
+    def hidden(self) -> nn.Module | None:
+        """The module without hooks inside of which a function runs, if it may be one σ or layer."""
+        if self.learning:
+            return None
+        found = None
+        for call in bare_calls(self.frames[-1].module):
+            if call[0] in self.names.by_module and is_hidden(call):
+                found = call[0]
+                self.unhooked.add(found)
+        return found
 
     def caller(self, hooked: nn.Module) -> nn.Module:
         """The module of the model whose call is the innermost, which need not have hooks.
