@@ -123,6 +123,7 @@ class AnswerTracing:
             return tracer.editor.modules.enter_lost(module, args, kwargs) if tracer.editor else None
         if may_fuse(module, MODES):
             parts.beside.enter(module, args, kwargs)
+        parts.placing.on_scopes()  # regions may have become dynamic modules in this very pass
         parts.moves.made(module, (args, kwargs))
         frame = tracer.enter(module, args, kwargs)
         live.trace_on()
