@@ -74,7 +74,6 @@ LONG_FILES = {
     "fmapkit/tracing/tracer.py": 622,
 }
 LONG_FUNCTIONS = {
-    "fmapkit.capture.capture.__init__": 69,
     "fmapkit.replay.plan._step": 51,
     "fmapkit.replay.plan.make_plan": 76,
 }
