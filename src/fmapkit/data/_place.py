@@ -291,25 +291,26 @@ class Place:
             warnings.filterwarnings("ignore", message="Object at .* is not recognized")
             return sorted(name for name, _ in root[path].members())  # type: ignore[union-attr]
 
-    def commit(
-        self, manifest: Manifest, record: UnitRecord, beside: Mapping[str, bytes] | None = None
-    ) -> None:
-        """Say that a unit is there: one object, written at once, after the disk has all of it.
+    def flush(self, manifest: Manifest, unit: int) -> None:
+        """Wait until the disk has the rows of a unit."""
+        self._flush(*_paths(manifest, unit))
+
+    def commit(self, record: UnitRecord, beside: Mapping[str, bytes] | None = None) -> None:
+        """Say that a unit is there: one object, written at once, after `flush`.
 
         Args:
-            manifest: of the store.
             record: of the unit.
-            beside: objects that are written with it, by path.
+            beside: objects that are written before, by path.
         """
         for path, content in (beside or {}).items():
             self.write_bytes(path, content)
-        self._flush(*_paths(manifest, record.unit), *(beside or ()))
+        self._flush(*(beside or ()))
         path = f"commits/{node_of(record.unit)}"
         self._zarr.create_group(self._store, path=path, attributes=record.to_json(), overwrite=True)
         self._flush(path)
 
     def _flush(self, *paths: str) -> None:
-        """Wait for the disk; where the store is no folder, an object is kept when it is taken."""
+        # Where the store is no folder, what was taken is kept.
         if self.local is not None:
             flush(self.local / path for path in paths)
 

@@ -1,8 +1,9 @@
 """Units on their way to the store: filled by the thread that runs the model, written by another.
 
 At most three units are in memory: the one that is filled, one that waits, one that is written. So
-memory is flat, and where the store is slower than the model, the model waits. A third thread waits
-for the disk and commits, in order, while the next unit is written.
+memory is flat, and where the store is slower than the model, the model waits. While a unit is
+written, another thread waits for the disk to have the one before, and a third commits the one
+before that: each of them in order.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -177,6 +178,7 @@ class Writer:
         self._arrays: dict[str, Any] = {}
         self._spare: queue.SimpleQueue[Blocks] = queue.SimpleQueue()
         self._committing: _Stage[_Commit] = _Stage("fmapkit-committer", self._commit)
+        self._flushing: _Stage[_Commit] = _Stage("fmapkit-flusher", self._flush)
         self._writing: _Stage[_Job] = _Stage("fmapkit-writer", self._write)
 
     def unit(self, number: int, start: int) -> Unit:
@@ -219,6 +221,7 @@ class Writer:
         )
         with self._told():
             self._committing.check()
+            self._flushing.check()
             self._writing.put(_Job(unit, _Commit(record, beside or {}, stale)))
 
     def close(self) -> None:
@@ -227,11 +230,9 @@ class Writer:
         Raises:
             StoreError: something could not be written.
         """
-        with self._told():
-            try:
-                self._writing.close()
-            finally:
-                self._committing.close()
+        with self._told(), ExitStack() as stack:
+            for stage in (self._committing, self._flushing, self._writing):
+                stack.callback(stage.close)  # the last first
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -248,9 +249,13 @@ class Writer:
         self._place.write(self._manifest, job.then.record, rows, self._arrays, self._compressors)
         if job.unit.buffers:
             self._spare.put(job.unit.buffers)
-        self._committing.put(job.then)
+        self._flushing.put(job.then)
+
+    def _flush(self, done: _Commit) -> None:
+        self._place.flush(self._manifest, done.record.unit)
+        self._committing.put(done)
 
     def _commit(self, done: _Commit) -> None:
-        self._place.commit(self._manifest, done.record, done.beside)
+        self._place.commit(done.record, done.beside)
         for path in done.stale:
             self._place.remove(path)
