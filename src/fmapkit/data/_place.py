@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -304,7 +304,8 @@ class Place:
         """
         for path, content in (beside or {}).items():
             self.write_bytes(path, content)
-        self._flush(*(beside or ()))
+            groups = [f"{group}/zarr.json" for group in PurePosixPath(path).parents[:-1]]
+            self._flush(path, *groups)
         path = f"commits/{node_of(record.unit)}"
         self._zarr.create_group(self._store, path=path, attributes=record.to_json(), overwrite=True)
         self._flush(path)
