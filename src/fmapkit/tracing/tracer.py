@@ -30,6 +30,7 @@ from fmapkit.editing import Edits
 from fmapkit.missed import reason
 from fmapkit.model import Names
 from fmapkit.provenance import (
+    FOLLOWED,
     FRESH,
     NORM_AXIS,
     OPAQUE,
@@ -236,7 +237,8 @@ class Tracer(TraceView, TorchFunctionMode):
         operands = tensors_in(*args, kwargs)
         self.constants.made(name, operands, out)
         if not operands:
-            trace.follow(name, operands, args, kwargs, out)
+            if name in FOLLOWED or trace.frames[-1].watched:
+                trace.follow(name, operands, args, kwargs, out)
             return out
         if self.attention is not None and not trace.opaque:
             self.attention.step(name, func, operands, args, kwargs, out)
@@ -254,7 +256,8 @@ class Tracer(TraceView, TorchFunctionMode):
             out = self.layers.packed(func, args, out)
         else:
             self._goes_on(known, func, operands, args, kwargs, out)
-        trace.follow(name, operands, args, kwargs, out)
+        if name in FOLLOWED or trace.frames[-1].watched:
+            trace.follow(name, operands, args, kwargs, out)
         return out
 
     def _goes_on(
