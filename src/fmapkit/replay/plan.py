@@ -1,8 +1,7 @@
 """What a traced call of a unit boils down to: which hooks fire, and what each one holds.
 
-Frozen, and free of torch side effects. A plan speaks of origins by `Ref`, since the same module may
-be called at different places of a pass: an origin inside is "the n-th call of layer L from here",
-one that came in is "whatever the i-th tensor argument carries".
+Frozen, and free of torch side effects. What it means to the pass around it is told in
+`replay/effects.py`.
 """
 
 from __future__ import annotations
@@ -14,81 +13,28 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit import layers
-from fmapkit.model import Names
 from fmapkit.nonlinearities import module_sigma
-from fmapkit.provenance import (
-    NOWHERE,
-    ChannelLabel,
-    ChannelLayout,
-    Label,
-    Made,
-    Origin,
-    ParamLabel,
-    ParamLabelRef,
-    describe,
-)
+from fmapkit.provenance import Label, describe
+from fmapkit.replay.effects import Effects, Relations, SiteMap
 from fmapkit.selection import Selection
 from fmapkit.storage import MapRecord, Place, StorageConversion, StoredTensor
 from fmapkit.torchlib.memory import storage_of as _storage
 from fmapkit.torchlib.nested import leaves
 from fmapkit.tracing import Event, Frame, HookPoint, Tracer
 
-__all__ = ["ChannelLabelRef", "MapSpec", "Plan", "Ref", "Step", "alike", "make_plan"]
+__all__ = ["MapSpec", "Plan", "Step", "alike", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
-class Ref:
-    """An origin, relative to the call of the planned module.
-
-    Attributes:
-        kind: of the origin, or "input".
-        name: the layer's label; empty for an input.
-        offset: which call of it, counted from the module's start; for an input, which tensor.
-        claimed: a nonlinearity inside the module has received it.
-        made: what a layer made its filters of.
-    """
-
-    kind: str
-    name: str = ""
-    offset: int = 0
-    claimed: bool = True
-    made: Made | None = field(default=None, compare=False, repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelLabelRef:
-    """A flow that a planned module returns: whose filters, by place, and how they lie.
-
-    Attributes:
-        ref: their origin; None where they are nobody's.
-        axes: along which they lie.
-    """
-
-    ref: Ref | None
-    axes: ChannelLayout | None
-
-
-# What a tensor carries in any call of a plan; in one pass it is a `Label`.
-PlaceTag = ChannelLabelRef | ParamLabelRef | None
-
-
-@dataclass(frozen=True, slots=True)
-class MapSpec:
+class MapSpec(SiteMap):
     """One map that a step holds."""
 
     slot: str  # "x", "y", or a path into a nested output after "y"
-    kind: str
-    ref: Ref
-    axes: ChannelLayout | None
-    sigma: str | None
-    path: str
     copy: bool
     before: bool  # copied before the call, since the call itself overwrites it
     on_the_way: bool  # the model's tensor goes on from the copy
-    picked: tuple[int, ...] | None
-    place: Place | None  # their axis, and where they lie along it
+    place: Place | None  # of the picked filters: their axis, and where they lie along it
     stored: bool  # in another form than the model's own tensor
-    pending: bool  # a preactivation only if no nonlinearity outside claims it
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +70,7 @@ class Plan:
     scopes: frozenset[nn.Module]  # run under the light mode: they call a σ themselves
     toggles: frozenset[nn.Module]  # children of these, in which the light mode is off
     before: frozenset[nn.Module]  # need a look before their call
-    calls: tuple[tuple[str, int], ...]
-    outputs: tuple[tuple[str, PlaceTag], ...]  # what each tensor of the output carries, by path
-    writes: tuple[int, ...]  # which tensor arguments are written to
-    claims: tuple[int, ...]  # which inputs reach a nonlinearity inside
+    effects: Effects
     keeping: frozenset[
         nn.Module
     ]  # in-place nonlinearities that leave z's memory to us, if they can
@@ -149,39 +92,18 @@ def make_plan(
         inputs: what its tensor arguments carried.
         arguments: its tensor arguments.
     """
-    by_origin: dict[int, Ref] = {}
-    for index, tag in enumerate(inputs):
-        if isinstance(tag, ChannelLabel) and tag.origin is not NOWHERE:
-            by_origin.setdefault(id(tag.origin), Ref("input", "", index))
-
-    known = dict(by_origin)
-
-    def ref(origin: Origin) -> Ref:
-        found = known.get(id(origin))
-        if found is None:
-            base = frame.counts[f"{origin.name}()" if origin.kind == "output" else origin.name]
-            call = origin.call - base
-            found = Ref(origin.kind, origin.name, call, origin.claimed, origin.made)
-            known[id(origin)] = found
-        return found
-
     returned = [(path, tracer.tag(t)) for path, t in leaves(output)]
-    escaping = {id(t.origin) for _, t in returned if isinstance(t, ChannelLabel)}
+    relations = Relations(tracer.names, inputs, returned, frame.counts)
     firings = tracer.firings[frame.firing :]
     retention = tracer.wants.retention
     _mark_shared(tracer.events[frame.start :], bool(retention))
-    made = _Made(lambda firing: _step(firing, ref, escaping, retention, frame.position))
+    made = _Made(lambda firing: _step(firing, relations, retention, frame.position))
     read = _Reading(firings, made)
     # Where a function that a scope is tapped for is called by other modules, too.
     tapped_names = {s.function for s in read.at if s is not None and s.module is None}
     called = {
         f.scope for f in firings if f.module is None and f.function and _name(f) in tapped_names
     }
-
-    def by_place(tag: Label) -> PlaceTag:
-        if isinstance(tag, ChannelLabel):
-            return ChannelLabelRef(ref(tag.origin) if tag.origin is not NOWHERE else None, tag.axes)
-        return _weight_ref(tag, inputs, tracer.names) if tag is not None else None
 
     keeping = frozenset(
         module
@@ -214,25 +136,10 @@ def make_plan(
         keeping=keeping,
         keeps=any(s.keeps for s in read.steps),
         shares=any(s.shared for s in read.steps),
-        calls=tuple(
-            (n, c - frame.counts[n]) for n, c in tracer.counts.items() if c > frame.counts[n]
-        ),
-        outputs=tuple((path, by_place(tag)) for path, tag in returned),
-        writes=tuple(i for i, t in enumerate(arguments) if _storage(t) in tracer.aliases.written),
-        claims=tuple(
-            sorted({by_origin[i].offset for i in by_origin if _claimed_inside(tracer, frame, i)})
-        ),
+        effects=relations.effects(tracer.record, tracer.events[frame.start :], arguments),
         graph=any(e.graph for e in tracer.events[frame.start :]),
         joins=any(e.joins for e in tracer.events[frame.start :]),
     )
-
-
-def _weight_ref(tag: ParamLabel, inputs: Sequence[Label], names: Names) -> ParamLabelRef | None:
-    for place, given in enumerate(inputs):
-        if isinstance(given, ParamLabel) and given.parameter is tag.parameter:
-            return ParamLabelRef(given=place)
-    owners = names.owners(tag.parameter)
-    return ParamLabelRef(-1, *owners[0], tag.axes) if owners else None
 
 
 def _to_be_left_alone(module: nn.Module, called: set[nn.Module]) -> bool:
@@ -245,10 +152,6 @@ def _to_be_left_alone(module: nn.Module, called: set[nn.Module]) -> bool:
     return module in called
 
 
-def _claimed_inside(tracer: Tracer, frame: Frame, origin: int) -> bool:
-    return any(e.kind == "sigma" and id(e.origin) == origin for e in tracer.events[frame.start :])
-
-
 def _emits(firing: HookPoint) -> bool:
     return any(e.entries for e in firing.events) or _is_shared(firing)
 
@@ -259,7 +162,7 @@ def _name(firing: HookPoint) -> str:
 
 
 def _step(
-    firing: HookPoint, ref: Any, escaping: set[int], retention: StorageConversion, start: int
+    firing: HookPoint, relations: Relations, retention: StorageConversion, start: int
 ) -> Step:
     emissions = []
     for event in firing.events:
@@ -273,7 +176,7 @@ def _step(
                 MapSpec(
                     slot=slot,
                     kind=entry.kind,
-                    ref=ref(entry.origin),
+                    ref=relations.ref(entry.origin),
                     axes=entry.axes,
                     sigma=entry.sigma,
                     path=entry.path,
@@ -283,11 +186,7 @@ def _step(
                     picked=entry.picked,
                     place=_place(entry),
                     stored=entry.picked is not None or _is_changed(entry, retention),
-                    pending=(
-                        entry.kind == "preactivation"
-                        and event.kind == "layer"
-                        and id(entry.origin) in escaping
-                    ),
+                    pending=relations.pending(entry, event),
                 )
             )
     event0: Event | None = firing.events[0] if firing.events else None

@@ -102,15 +102,16 @@ class AnswerTracing:
 
     def __init__(self, parts: Parts) -> None:
         self._live = parts.live
+        self._units = parts.units
+        self._replaying = parts.replaying
         self._parts = parts
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A call begins: of a unit, or of a module whose own code is seen."""
-        tracer, units = self._live.tracer, self._parts.units
-        if tracer is None or not tracer.lost:
-            if units.stands_alone(module, args, tracer):
-                units.direct.add(module)
-                return self._parts.replaying.enter(module, args, kwargs)
+        tracer, units = self._live.tracer, self._units
+        if (tracer is None or not tracer.lost) and units.stands_alone(module, args, tracer):
+            units.direct.add(module)
+            return self._replaying.enter(module, args, kwargs)
         return self._traced(module, args, kwargs)
 
     def _traced(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
