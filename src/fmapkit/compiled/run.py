@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fmapkit.compiled.interface import CompiledCapture, TracedPass
 from fmapkit.compiled.labels import Labels
 from fmapkit.provenance import STOP, ChannelLabel, Origin
-from fmapkit.replay import ChannelLabelRef, Piece, Ref
+from fmapkit.replay import ChannelLabelRef, PassPiece, Ref
 from fmapkit.storage import MapRecord, StoredTensor
 from fmapkit.torchlib.memory import versions_of
 from fmapkit.torchlib.nested import leaves
@@ -40,7 +40,7 @@ class Running(threading.local):
 running = Running()
 
 
-class GraphRun(Piece):
+class GraphRun(PassPiece):
     """The maps of one run of a compiled graph.
 
     Args:

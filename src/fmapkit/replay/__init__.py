@@ -1,7 +1,7 @@
 """A traced call compiled to taps, and one later call read with them."""
 
 from fmapkit.replay.call_taps import can_stand
-from fmapkit.replay.effects import ChannelLabelRef, Effects, Piece, Ref, Relations, SiteMap
+from fmapkit.replay.effects import ChannelLabelRef, Effects, PassPiece, Ref, Relations, SiteMap
 from fmapkit.replay.escapes import EscapedTensors
 from fmapkit.replay.gradient_taps import GradientOutputTap, GradientTap
 from fmapkit.replay.model_guard import ModelGuard
@@ -22,7 +22,7 @@ __all__ = [
     "ModelGuard",
     "OutputTap",
     "OutsideHook",
-    "Piece",
+    "PassPiece",
     "Plan",
     "Ref",
     "Relations",

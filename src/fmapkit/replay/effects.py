@@ -3,7 +3,7 @@
 A piece speaks of origins by `Ref`, since it may happen at different places of a pass: an origin
 inside is "the n-th call of layer L from here", one that came in is "whatever the i-th input
 carries". `Relations` makes that out of a trace, `Effects` keeps it, and tells the record of a
-later pass; `Piece` says which origins are meant there.
+later pass; `PassPiece` says which origins are meant there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fmapkit.storage import MapRecord
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.tracing import Event, Record
 
-__all__ = ["ChannelLabelRef", "Effects", "Piece", "Ref", "Relations", "SiteMap"]
+__all__ = ["ChannelLabelRef", "Effects", "PassPiece", "Ref", "Relations", "SiteMap"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class Effects:
                 record.claim(label.origin)
 
 
-class Piece:
+class PassPiece:
     """A piece of a pass, by its effects: which origins are meant in this pass.
 
     Attributes:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from fmapkit.missed import NotSupportedError
 from fmapkit.paths import Expected, taps
 from fmapkit.provenance import Label, Origin, describe, out_of_place
-from fmapkit.replay.effects import Piece, Ref
+from fmapkit.replay.effects import PassPiece, Ref
 from fmapkit.replay.plan import MapSpec, Plan, Step
 from fmapkit.replay.taps import CurrentRun
 from fmapkit.selection import EarlyStop, Selection
@@ -46,7 +46,7 @@ Item = tuple[Tensor, int, Gradient | None, bool]
 Slots = dict[tuple[str, bool], Item]
 
 
-class ReplayRun(Piece):
+class ReplayRun(PassPiece):
     """One call of a unit, read by its plan."""
 
     __slots__ = (
