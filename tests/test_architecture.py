@@ -47,68 +47,36 @@ READERS_OWN = {
 }  # files that a page tells the reader to write
 
 # These lists may only shrink.
-UPWARD = {
-    f"fmapkit.compiled.{module} imports fmapkit.session, which lies above it"
-    for module in ("entries", "labelled", "run", "variant")
-}
-CIRCLES = [
-    "fmapkit.compiled fmapkit.compiled.entries fmapkit.compiled.labelled fmapkit.compiled.run "
-    "fmapkit.compiled.variant fmapkit.session fmapkit.session.session",
-    "fmapkit.replay.call_taps fmapkit.replay.taps",
-    "fmapkit.tracing.attention fmapkit.tracing.editor fmapkit.tracing.module_calls "
-    "fmapkit.tracing.module_edits fmapkit.tracing.sigma_calls fmapkit.tracing.tracer",
-]
-BEHIND_FACES = {
-    "fmapkit.tracing.attention imports fmapkit.provenance.vocabulary: "
-    "take it from fmapkit.provenance",
-    "fmapkit.tracing.tracer imports fmapkit.provenance.layer_ops: take it from fmapkit.provenance",
-    "fmapkit.tracing.tracer imports fmapkit.provenance.vocabulary: take it from fmapkit.provenance",
-}
-LONG_FILES = {
-    "fmapkit/compiled/graph.py": 411,
-    "fmapkit/paths/rewrite.py": 433,
-    "fmapkit/paths/twins.py": 532,
-    "fmapkit/replay/plan.py": 449,
-    "fmapkit/replay/run.py": 623,
-    "fmapkit/session/session.py": 564,
-    "fmapkit/tracing/tracer.py": 622,
-}
-LONG_FUNCTIONS = {
-    "fmapkit.replay.plan._step": 51,
-    "fmapkit.replay.plan.make_plan": 76,
-}
 PRIVATE_TORCH = {  # names of torch's own, by room: they belong into torchlib
-    "compiled": 11,
     "editing": 1,
-    "instrumentation": 1,
     "model": 2,
     "nonlinearities": 1,
     "paths": 1,
     "provenance": 5,
-    "replay": 11,
-    "session": 13,
+    "replay": 10,
+    "session": 1,
     "storage": 2,
-    "tracing": 5,
+    "tracing": 6,
 }
 FOREIGN_STORES = {  # attributes of other objects that are written, by room
-    "analysis": 23,
+    "analysis": 26,
     "capture": 1,
-    "compiled": 30,
-    "data": 7,
+    "compiled": 26,
+    "data": 12,
     "editing": 7,
     "explain": 7,
     "instrumentation": 2,
     "integrations": 1,
     "maps": 1,
     "paths": 34,
-    "phi": 13,
+    "phi": 12,
     "provenance": 1,
     "replay": 10,
     "saving": 2,
-    "session": 48,
+    "session": 44,
     "storage": 9,
-    "torchlib": 7,
-    "tracing": 118,
+    "torchlib": 11,
+    "tracing": 86,
 }
 
 
@@ -126,21 +94,16 @@ def only_these(found: Collection[str], listed: Collection[str]) -> None:
 
 
 def test_imports_go_down() -> None:
-    only_these(a.upward(HOUSE, ORDER), UPWARD)
+    assert a.upward(HOUSE, ORDER) == []
 
 
 def test_no_circles() -> None:
-    known = [set(circle.split()) for circle in CIRCLES]
-    for circle in a.circles(HOUSE):
-        assert any(circle <= one for one in known), f"these import each other: {sorted(circle)}"
-    found = set().union(*a.circles(HOUSE))
-    for one in known:
-        assert one & found, f"not needed any more, take it off the list: {sorted(one)}"
+    assert a.circles(HOUSE) == []
 
 
 def test_packages_are_read_through_their_faces() -> None:
     # torchlib's modules are small, and imported as they are.
-    only_these(a.behind_faces(HOUSE, {"torchlib"}), BEHIND_FACES)
+    assert a.behind_faces(HOUSE, {"torchlib"}) == []
 
 
 def test_folders_are_small() -> None:
@@ -148,11 +111,11 @@ def test_folders_are_small() -> None:
 
 
 def test_files_are_short() -> None:
-    only_shrinks(a.long_files(HOUSE, LINES), LONG_FILES)
+    assert a.long_files(HOUSE, LINES) == {}
 
 
 def test_functions_are_short() -> None:
-    only_shrinks(a.long_functions(HOUSE, BODY), LONG_FUNCTIONS)
+    assert a.long_functions(HOUSE, BODY) == {}
 
 
 def test_class_names_are_unique() -> None:

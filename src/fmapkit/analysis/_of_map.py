@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.analysis._bits import Array, Bits
-from fmapkit.analysis._on_cpu import LANE, Bounds, Found, Lines
+from fmapkit.analysis._on_cpu import LANE, Bounds, Lines, Sums
 
 __all__ = ["of_map"]
 
@@ -82,7 +82,7 @@ def _settled(s2: Array, m2: Array, offset: Array, shift: Array) -> Array:
     return settled
 
 
-def _extremes(found: Found, values: Tensor) -> Array:
+def _extremes(found: Sums, values: Tensor) -> Array:
     """(2, filters): the least and the greatest of each filter."""
     assert found.top is not None
     assert found.high is not None
@@ -100,18 +100,18 @@ def _extremes(found: Found, values: Tensor) -> Array:
     return numbers
 
 
-def _parts(values: Tensor, pilot: Array | None, bounds: Bounds | None, sums_only: bool) -> Found:
+def _parts(values: Tensor, pilot: Array | None, bounds: Bounds | None, sums_only: bool) -> Sums:
     """What is found of each filter."""
     outer, _, inner = values.shape
     if inner > _BLOCK:
         pieces = (_parts(p, pilot, bounds, sums_only) for p in torch.split(values, _BLOCK, 2))
-        return reduce(Found.and_of, pieces)
+        return reduce(Sums.and_of, pieces)
     along = inner >= _LONG or (inner >= _MEDIUM and outer < _FEW)
     lines = Lines(values.dtype, int(along), bounds, sums_only)
     return (_by_rows if along else _by_columns)(values, pilot, lines)
 
 
-def _by_rows(values: Tensor, pilot: Array | None, lines: Lines) -> Found:
+def _by_rows(values: Tensor, pilot: Array | None, lines: Lines) -> Sums:
     outer, filters, inner = values.shape
     shifts = None if pilot is None else np.tile(pilot, outer)[:, None]
     together, step, row = max(1, _BLOCK // (filters * inner)), _BLOCK // inner, 0
@@ -122,7 +122,7 @@ def _by_rows(values: Tensor, pilot: Array | None, lines: Lines) -> Found:
     return lines.found().folded(outer, filters, 1)
 
 
-def _by_columns(values: Tensor, pilot: Array | None, lines: Lines) -> Found:
+def _by_columns(values: Tensor, pilot: Array | None, lines: Lines) -> Sums:
     outer, filters, inner = values.shape
     rows, lead, left = values.flatten(1, 2), 1, None
     width = rows.shape[1]
@@ -142,7 +142,7 @@ def _by_columns(values: Tensor, pilot: Array | None, lines: Lines) -> Found:
         for block in torch.split(rows[:, at : at + strip], height):
             part.see(block, here)
         strips.append(part.found())
-    result = Found.joined(strips).folded(lead, filters, inner)
+    result = Sums.joined(strips).folded(lead, filters, inner)
     return result if left is None else result.and_of(_by_columns(left, pilot, lines))
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fmapkit.analysis._bits import Array, Bits
 
-__all__ = ["LANE", "Bounds", "Found", "Lines"]
+__all__ = ["LANE", "Bounds", "Lines", "Sums"]
 
 Bounds = tuple[float, float]
 LANE = 255  # ones that a byte can count
@@ -49,7 +49,7 @@ _SUM = (np.add, torch.sum)
 
 
 @dataclass(slots=True)
-class Found:
+class Sums:
     """What is known of lines of values, or of filters: of each a number. For bits, see `Bits`.
 
     Attributes:
@@ -81,22 +81,22 @@ class Found:
         """The same, and 0 for all else that is named."""
         return {name: np.zeros(len(self.s1), np.int32) for name in names} | self.columns()
 
-    def and_of(self, other: Found) -> Found:
+    def and_of(self, other: Sums) -> Sums:
         """Of the same lines' other values too."""
         mine, theirs = self._and_zeros(other.columns()), other._and_zeros(self.columns())
         both = {n: _WAYS.get(n, _SUM)[0](numbers, theirs[n]) for n, numbers in mine.items()}
-        return Found(**both)
+        return Sums(**both)
 
     @staticmethod
-    def joined(several: list[Found]) -> Found:
+    def joined(several: list[Sums]) -> Sums:
         """Of the lines of one after those of the other."""
         if len(several) == 1:
             return several[0]
         names = {name for found in several for name in found.columns()}
         every = [found._and_zeros(names) for found in several]
-        return Found(**{name: np.concatenate([c[name] for c in every]) for name in names})
+        return Sums(**{name: np.concatenate([c[name] for c in every]) for name in names})
 
-    def folded(self, lead: int, filters: int, trail: int) -> Found:
+    def folded(self, lead: int, filters: int, trail: int) -> Sums:
         """Of filters, of which each has several lines: (lead, filters, trail) of them."""
         if lead == trail == 1:
             return self
@@ -108,7 +108,7 @@ class Found:
                 numbers = along(lines, 2).numpy()
             rows = numbers.reshape(lead, filters)
             columns[name] = rows[0] if lead == 1 else way.reduce(rows, axis=0)
-        return Found(**columns)
+        return Sums(**columns)
 
 
 class _Room(threading.local):
@@ -242,13 +242,13 @@ class Lines:
 
     # -- all blocks ------------------------------------------------------------------------------
 
-    def found(self) -> Found:
+    def found(self) -> Sums:
         """Of each line."""
         s1, s2 = (self._together(name, np.add) for name in ("s1", "s2"))
         if self._sums_only:
-            return Found(s1, s2)
+            return Sums(s1, s2)
         top, high = (self._together(name, np.maximum) for name in ("top", "high"))
-        result = Found(s1, s2, self._bits.ordered(top), high, self._counted("zeros", "minus zeros"))
+        result = Sums(s1, s2, self._bits.ordered(top), high, self._counted("zeros", "minus zeros"))
         if "least" in self._kept:
             result.least = self._together("least", np.minimum)
         if "nonfinite" in self._kept:

@@ -17,7 +17,7 @@ import numpy as np
 
 from fmapkit.data._joined import Joined, join
 
-__all__ = ["File", "Piece", "Pieces", "is_plain", "mapped"]
+__all__ = ["ArrayUnit", "File", "Once", "Piece", "Pieces", "is_plain", "mapped"]
 
 NdArray = np.ndarray[Any, Any]
 File = tuple[Path, int]  # and how many rows it has
@@ -194,3 +194,89 @@ def mapped(array: Any, path: Path, rows: int) -> Callable[[], NdArray] | None:
 def _map(path: str, dtype: str, shape: tuple[int, ...], which: tuple[int, int]) -> NdArray:
     # Copied on write: what torch may make of it never gets to the file.
     return np.memmap(path, dtype, "c", shape=shape).view(np.ndarray)
+
+
+class Once:
+    """Opens something when it is first asked for."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._made: Any = None
+
+    def __call__(self) -> Any:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+
+class ArrayUnit:
+    """Opens the rows of one unit: by a map of its file, where that can be, else through Zarr.
+
+    Args:
+        array: opens the Zarr array.
+        folder: of it, on this machine.
+        shard: which object of it.
+        rows: how many there are.
+        size: how many an object has.
+    """
+
+    def __init__(
+        self, array: Callable[[], Any], folder: Path | None, shard: int, rows: int, size: int
+    ) -> None:
+        self._array = array
+        self._folder = folder
+        self._shard = shard
+        self.rows = rows
+        self._size = size
+        self._mapped: Callable[[], Any] | None = None
+        self._tried = False
+
+    def is_plain(self) -> bool:
+        """Whether its file holds nothing but rows."""
+        return self._folder is not None and is_plain(self._array())
+
+    def file(self, axes: int) -> File | None:
+        """Its file, if it is on this machine, and how many rows it has.
+
+        Args:
+            axes: of a row.
+        """
+        if self._folder is None:
+            return None
+        return self._folder.joinpath("c", str(self._shard), *["0"] * axes), self._size
+
+    def __call__(self) -> Any:
+        if not self._tried:
+            self._tried = True
+            array = self._array()
+            if found := self.file(array.ndim - 1):
+                self._mapped = mapped(array, found[0], self.rows)
+        if self._mapped is not None:
+            return self._mapped()
+        return _Window(self._array(), self._shard * self._size, self.rows)
+
+
+class _Window:
+    """Some rows of a Zarr array, as if they were all of it."""
+
+    def __init__(self, array: Any, first: int, rows: int) -> None:
+        self._array = array
+        self._first = first
+        self._rows = rows
+        self.ndim = array.ndim
+
+    def __getitem__(self, key: tuple[Any, ...]) -> Any:
+        rows, *rest = key
+        there = (slice(self._first + rows.start, self._first + rows.stop), *rest)
+        return self._array[there]
+
+    @property
+    def oindex(self) -> _Window:
+        return _Picked(self._array, self._first, self._rows)
+
+
+class _Picked(_Window):
+    def __getitem__(self, key: tuple[Any, ...]) -> Any:
+        rows, *rest = key
+        there = (rows + self._first, *rest)
+        return self._array.oindex[there]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmapkit.data._arrays import FeatureArray, StoredArray, save_safetensors
 from fmapkit.data._manifest import ArraySpec, FieldSpec, Manifest, stored_dtype
-from fmapkit.data._pieces import File, Piece, Pieces, is_plain, mapped
+from fmapkit.data._pieces import ArrayUnit, Once, Piece, Pieces
 from fmapkit.data._place import Place, node_of
 from fmapkit.errors import (
     AmbiguousMapError,
@@ -311,106 +311,20 @@ class Features:
         plain = next((unit.is_plain for unit in units if unit.rows), lambda: False)
         return Pieces(pieces, spec.shape, dtype, plain)
 
-    def _regular(self, path: str) -> list[_Unit]:
-        array: Any = _Once(lambda: self._place.array(path))
+    def _regular(self, path: str) -> list[ArrayUnit]:
+        array: Any = Once(lambda: self._place.array(path))
         folder, size = self._place.local, self._manifest.rows_per_unit
         return [
-            _Unit(array, folder and folder / path, r.unit, r.samples, size)
+            ArrayUnit(array, folder and folder / path, r.unit, r.samples, size)
             for r in self._records.values()
         ]
 
-    def _ragged(self, path: str, tokens: bool) -> list[_Unit]:
+    def _ragged(self, path: str, tokens: bool) -> list[ArrayUnit]:
         units = []
         for record in self._records.values():
             inner = f"{path}/{node_of(record.unit)}"
             rows = record.rows if tokens else record.samples
-            array: Any = _Once(partial(self._place.array, inner))
+            array: Any = Once(partial(self._place.array, inner))
             folder = self._place.local
-            units.append(_Unit(array, folder and folder / inner, 0, rows, rows))
+            units.append(ArrayUnit(array, folder and folder / inner, 0, rows, rows))
         return units
-
-
-class _Once:
-    """Opens something when it is first asked for."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make = make
-        self._made: Any = None
-
-    def __call__(self) -> Any:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
-
-
-class _Unit:
-    """Opens the rows of one unit: by a map of its file, where that can be, else through Zarr.
-
-    Args:
-        array: opens the Zarr array.
-        folder: of it, on this machine.
-        shard: which object of it.
-        rows: how many there are.
-        size: how many an object has.
-    """
-
-    def __init__(
-        self, array: Callable[[], Any], folder: Path | None, shard: int, rows: int, size: int
-    ) -> None:
-        self._array = array
-        self._folder = folder
-        self._shard = shard
-        self.rows = rows
-        self._size = size
-        self._mapped: Callable[[], Any] | None = None
-        self._tried = False
-
-    def is_plain(self) -> bool:
-        """Whether its file holds nothing but rows."""
-        return self._folder is not None and is_plain(self._array())
-
-    def file(self, axes: int) -> File | None:
-        """Its file, if it is on this machine, and how many rows it has.
-
-        Args:
-            axes: of a row.
-        """
-        if self._folder is None:
-            return None
-        return self._folder.joinpath("c", str(self._shard), *["0"] * axes), self._size
-
-    def __call__(self) -> Any:
-        if not self._tried:
-            self._tried = True
-            array = self._array()
-            if found := self.file(array.ndim - 1):
-                self._mapped = mapped(array, found[0], self.rows)
-        if self._mapped is not None:
-            return self._mapped()
-        return _Window(self._array(), self._shard * self._size, self.rows)
-
-
-class _Window:
-    """Some rows of a Zarr array, as if they were all of it."""
-
-    def __init__(self, array: Any, first: int, rows: int) -> None:
-        self._array = array
-        self._first = first
-        self._rows = rows
-        self.ndim = array.ndim
-
-    def __getitem__(self, key: tuple[Any, ...]) -> Any:
-        rows, *rest = key
-        there = (slice(self._first + rows.start, self._first + rows.stop), *rest)
-        return self._array[there]
-
-    @property
-    def oindex(self) -> _Window:
-        return _Picked(self._array, self._first, self._rows)
-
-
-class _Picked(_Window):
-    def __getitem__(self, key: tuple[Any, ...]) -> Any:
-        rows, *rest = key
-        there = (rows + self._first, *rest)
-        return self._array.oindex[there]

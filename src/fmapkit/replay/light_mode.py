@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from fmapkit.provenance import describe
+from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.modes import leave_mode
 
 __all__ = ["LightMode"]
@@ -31,7 +31,7 @@ class LightMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = describe(func)
-        if not self.on or torch._C._current_graph_task_id() != -1:
+        if not self.on or graph_task() != -1:
             return func(*args, **(kwargs or {}))
         if known.opened is not None:  # as the tracer saw its inside
             with self:

@@ -14,7 +14,6 @@ from threading import get_ident
 from types import BuiltinMethodType, FunctionType, MethodDescriptorType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fmapkit.paths import Expected, taps
@@ -24,6 +23,7 @@ from fmapkit.replay.plan import Plan, Step
 from fmapkit.replay.run_log import RunLog, Slots
 from fmapkit.replay.taps import CurrentRun
 from fmapkit.selection import EarlyStop, Selection
+from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.in_place import is_alone, someone_sees, with_new_memory
 from fmapkit.torchlib.nested import tensors_in
 
@@ -88,7 +88,7 @@ class ReplayRun(RunLog):
         if outer is not None:  # of another capture
             function = outer(site, function)
         names = self.plan.sites.get(site)
-        if names is None or self.lost or torch._C._current_graph_task_id() != -1:
+        if names is None or self.lost or graph_task() != -1:
             return function
         inner = function
         while type(inner) is partial:

@@ -50,6 +50,7 @@ from fmapkit.provenance import (
 from fmapkit.reasons import Reason
 from fmapkit.selection import EarlyStop, Selection
 from fmapkit.storage import Aliases, Pass
+from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import is_shapeless, some_shapeless, wrapped
@@ -66,10 +67,6 @@ from fmapkit.tracing.sigma_calls import SigmaCalls
 from fmapkit.tracing.trace_view import TraceView
 
 __all__ = ["Tracer"]
-
-
-# The backward pass that is running, or -1: activation checkpointing runs the forward again there.
-_backward: Callable[[], int] = torch._C._current_graph_task_id
 
 
 class Tracer(TraceView, TorchFunctionMode):
@@ -169,7 +166,7 @@ class Tracer(TraceView, TorchFunctionMode):
         if known.reads and not trace.paused and known.reads(args, kwargs):
             if not self.constants.hold(tensors_in(*args, kwargs)):
                 trace.decides()
-        if known.silent or trace.paused or self.failed or _backward() != -1:
+        if known.silent or trace.paused or self.failed or graph_task() != -1:
             return func(*args, **kwargs)
         if known.opened is not None:
             with self, self.attention.inside(args, kwargs) if self.attention else nullcontext():
