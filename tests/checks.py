@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fmapkit import CaptureWarning, capture
-from fmapkit.session.replaying import OTHER_PATH
+from fmapkit.missed import Reason
 from tests import truth
 
 Tag = tuple[str, int, str, range | None]
@@ -21,7 +21,7 @@ Tag = tuple[str, int, str, range | None]
 def strayed(maps: Any) -> bool:
     """Whether a pass was named that left the known ways; nothing else may be."""
     reasons = {m.reason for m in maps.missed}
-    assert reasons <= {OTHER_PATH}, reasons
+    assert reasons <= {Reason.NEW_PATH.text()}, reasons
     return bool(reasons)
 
 

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmapkit import capture, edits
+from fmapkit import capture
 from fmapkit.missed import Reason
 from fmapkit.paths.recorders import MARK
 from fmapkit.paths.twins import Twins, twin_of
-from fmapkit.session.replaying import OTHER_PATH
 from tests.checks import tags
 
 
@@ -143,7 +142,7 @@ def test_a_part_whose_exception_is_handled_loses_one_pass_and_is_named(
     assert shown[:2] + shown[3:] == [whole, whole, short, whole, short]
     assert shown[2] in ([], short[:1])  # what is sure
     reasons = {m.layer: m.reason for m in maps.missed}
-    assert (reasons[""], reasons["part"]) == (Reason.BROKEN_OFF.text(), OTHER_PATH)
+    assert (reasons[""], reasons["part"]) == (Reason.BROKEN_OFF.text(), Reason.NEW_PATH.text())
 
 
 def _zero() -> int:

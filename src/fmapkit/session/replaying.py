@@ -37,7 +37,6 @@ from fmapkit.torchlib.tensor_spec import casts, plain_spec
 
 __all__ = ["Replaying"]
 
-OTHER_PATH = Reason.NEW_PATH.text()
 
 UNEDITED = (
     "a part of the model took a way through its code that no earlier pass had taken, in which an "
@@ -298,4 +297,4 @@ class Replaying:
         if known.strayed(items, sizes):  # what decides here is traced from now on
             self._units.open(run.module, *deciding)
             self._placing.scopes_changed()
-        self._misses.add(self._names.of(run.module), OTHER_PATH)
+        self._misses.add(self._names.of(run.module), Reason.NEW_PATH.text())
