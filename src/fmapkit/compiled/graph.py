@@ -21,8 +21,8 @@ from fmapkit.compiled.graph_open import open_call, opens
 from fmapkit.compiled.graph_tracer import GraphTracer, NodeHeld
 from fmapkit.compiled.labels import GraphMap, Labels
 from fmapkit.model import Names
-from fmapkit.provenance import NOWHERE, ChannelLabel, Origin, ParamLabel
-from fmapkit.replay import Ref
+from fmapkit.provenance import ChannelLabel, Origin
+from fmapkit.replay import Effects, Ref, Relations
 from fmapkit.selection import Selection
 from fmapkit.storage import MapRecord
 from fmapkit.torchlib.fake_inputs import FakeInputs, UnreadableError
@@ -44,31 +44,26 @@ class Traced:
         tuple[MapRecord, SigmaNode, bool]
     ]  # the last: a preactivation unless claimed outside
     refs: Callable[[Origin], Ref]
-    calls: tuple[tuple[str, int], ...]
-    outputs: tuple[Any, ...]
-    claims: tuple[int, ...]
-    writes: tuple[int, ...]
+    effects: Effects
 
     def labels(self, places: Mapping[Any, int]) -> Labels:
         """The labels, once it is known where the graph returns each site."""
         return Labels(
             tuple(
                 GraphMap(
-                    places[site.key],
                     entry.kind,
                     self.refs(entry.origin),
                     entry.axes,
                     entry.sigma,
+                    "",
                     entry.picked,
                     pending,
+                    places[site.key],
                     site.copied,
                 )
                 for entry, site, pending in self.found
             ),
-            self.calls,
-            self.outputs,
-            self.claims,
-            self.writes,
+            self.effects,
         )
 
 
@@ -102,7 +97,6 @@ def trace_graph(
     """
     tracer = GraphTracer(names, wants, miss)
     grad = torch.is_grad_enabled()
-    env: dict[fx.Node, Any] = {}
     with torch.inference_mode(False), torch.no_grad(), undone_transforms():
         if rewrite and any(map(opens, gm.graph.nodes)):
             _open_all(gm, FakeInputs(inputs))
@@ -111,100 +105,134 @@ def trace_graph(
         pairs = zip(fakes.values, inputs, strict=True)
         stand_ins = {id(f): (f, real) for f, real in pairs if isinstance(real, Tensor)}
         tracer.layers.stand_ins = stand_ins
+        run = _Labelling(
+            gm, fakes, tracer, carried, base, modules, grad if rewrite else None, arguments
+        )
         with fakes.mode:
-            _run(gm, order, env, fakes, tracer, carried, base, modules, rewrite, grad, arguments)
+            tracer.noted.now = order[0]
+            for module in base[:-1]:
+                tracer.enter(module, (), {})
+            for node in order:
+                run.step(node)
     if tracer.failed is not None:
         raise tracer.failed
-    return _traced(tracer, order, env, carried)
+    return _traced(tracer, order, run.env, carried, names)
+
+
+class _OnFakes(fx.Interpreter):
+    """Runs a graph on fake tensors, node by node: each may be replaced just before.
+
+    Args:
+        gm: the graph.
+        fakes: its inputs.
+    """
+
+    def __init__(self, gm: fx.GraphModule, fakes: FakeInputs) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.fakes = fakes
+        self.args_iter = iter(fakes.values)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.fakes.of(super().get_attr(target, args, kwargs))
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        raise UnreadableError("its graph has a node of another kind (call_module)")
+
+    def step(self, node: fx.Node) -> None:
+        """Run the next node."""
+        self.env[node] = self.run_node(node)
 
 
 def _open_all(gm: fx.GraphModule, fakes: FakeInputs) -> None:
     """Open what dynamo has kept as one call, where it can be opened."""
-    env: dict[fx.Node, Any] = {}
-    given = iter(fakes.values)
+    at = _OnFakes(gm, fakes)
     with fakes.mode:
         for node in list(gm.graph.nodes):
-            if node.op == "placeholder":
-                env[node] = next(given)
-            elif node.op == "get_attr":
-                env[node] = fakes.of(_attribute(gm, node))
-            elif node.op in _CALLS and not node._erased:
-                args = fx.node.map_arg(node.args, env.__getitem__)
-                kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
-                if opens(node) and open_call(node, args, kwargs, env):
+            if node._erased or node.op == "output":
+                continue
+            if opens(node):
+                args, kwargs = at.fetch_args_kwargs_from_env(node)
+                if open_call(node, args, kwargs, at.env):
                     continue
-                env[node] = _call(node, args, kwargs)
+            at.step(node)
     gm.recompile()
 
 
-def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
-    value: Any = gm
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    return value
+class _Labelling(_OnFakes):
+    """Runs a graph under the tracer.
 
+    Args:
+        gm: the graph.
+        fakes: its inputs.
+        tracer: of the graph.
+        carried: what its inputs carry.
+        base: the modules that run around it, outermost first.
+        modules: by the id that the graph knows them by.
+        rewrite: whether in-place nonlinearities may be rewritten: if not None, whether gradients
+            are on.
+        arguments: see `trace_graph`.
+    """
 
-def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    function: Any = node.target
-    if node.op == "call_method":
-        function = getattr(type(args[0]), str(node.target))
-    return function(*args, **kwargs)
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        fakes: FakeInputs,
+        tracer: GraphTracer,
+        carried: Sequence[Any],
+        base: Sequence[nn.Module],
+        modules: dict[int, nn.Module],
+        rewrite: bool | None,
+        arguments: Sequence[int] | None,
+    ) -> None:
+        super().__init__(gm, fakes)
+        self._tracer = tracer
+        self._carried = iter(carried)
+        self._base = base
+        self._rewrite = rewrite
+        self._arguments = arguments
+        self._stacks = _Stacks(list(gm.graph.nodes), modules, tracer, self.env)
+        self._outside: set[int] = set()  # memory that was there before the graph
+        self._innermost: Frame | None = None
 
-
-def _run(
-    gm: fx.GraphModule,
-    order: list[fx.Node],
-    env: dict[fx.Node, Any],
-    fakes: FakeInputs,
-    tracer: GraphTracer,
-    carried: Sequence[Any],
-    base: Sequence[nn.Module],
-    modules: dict[int, nn.Module],
-    rewrite: bool,
-    grad: bool,
-    arguments: Sequence[int] | None,
-) -> None:
-    def load(value: Any) -> Any:
-        return fx.node.map_arg(value, env.__getitem__)
-
-    stacks = _Stacks(order, modules, tracer, env)
-    noted = tracer.noted
-    noted.now = order[0]
-    for module in base[:-1]:
-        tracer.enter(module, (), {})
-    values = iter(zip(fakes.values, carried, strict=True))
-    outside: set[int] = set()  # memory that was there before the graph
-    innermost: Frame | None = None
-    for node in order:
+    def step(self, node: fx.Node) -> None:
+        noted = self._tracer.noted
         noted.now = node
-        if base and innermost is None and node.op != "placeholder":
-            given = tuple(fakes.values[i] for i in arguments or ())
-            innermost = tracer.enter(base[-1], given, {})
-        if node.op == "placeholder":
-            env[node], tag = next(values)
-            noted.made(env[node], node)
-            tracer.set_tag(env[node], tag)
-            outside.update(map(storage_of, tensors_in(env[node])))
-        elif node.op == "get_attr":
-            env[node] = fakes.of(_attribute(gm, node))
-            noted.made(env[node], node)
-            outside.update(map(storage_of, tensors_in(env[node])))
-        elif node.op in _CALLS:
-            stacks.move(node)
-            if rewrite:
-                run_out_of_place(node, env, outside, grad)
-            args, kwargs = load(node.args), load(node.kwargs)
-            with tracer:
-                env[node] = _call(node, args, kwargs)
-            noted.made(env[node], node)
-        elif node.op == "output":
-            stacks.leave()
-            if innermost is not None and innermost.kind != "plain" and arguments is not None:
-                results = load(node.args[0])
-                single = len(results) == 1
-                tracer.leave(innermost.module, results[0] if single else results)
-        else:
-            raise UnreadableError(f"its graph has a node of another kind ({node.op})")
+        if node.op != "placeholder" and self._base and self._innermost is None:
+            given = tuple(self.fakes.values[i] for i in self._arguments or ())
+            self._innermost = self._tracer.enter(self._base[-1], given, {})
+        if node.op in _CALLS:
+            self._stacks.move(node)
+            if self._rewrite is not None:
+                run_out_of_place(node, self.env, self._outside, self._rewrite)
+        super().step(node)
+        if node.op != "output":
+            noted.made(self.env[node], node)
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().placeholder(target, args, kwargs)
+        self._tracer.set_tag(value, next(self._carried))
+        self._outside.update(map(storage_of, tensors_in(value)))
+        return value
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        self._outside.update(map(storage_of, tensors_in(value)))
+        return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        with self._tracer:
+            return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        with self._tracer:
+            return getattr(type(args[0]), target)(*args, **kwargs)
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        self._stacks.leave()
+        frame, results = self._innermost, args[0]
+        if frame is not None and frame.kind != "plain" and self._arguments is not None:
+            self._tracer.leave(frame.module, results[0] if len(results) == 1 else results)
+        return results
 
 
 class _Stacks:
@@ -277,21 +305,16 @@ def _keys(node: fx.Node, modules: dict[int, nn.Module]) -> list[str]:
 
 
 def _traced(
-    tracer: GraphTracer, order: list[fx.Node], env: dict[fx.Node, Any], carried: Sequence[Any]
+    tracer: GraphTracer,
+    order: list[fx.Node],
+    env: dict[fx.Node, Any],
+    carried: Sequence[Any],
+    names: Names,
 ) -> Traced:
-    by_origin: dict[int, Ref] = {}
-    for index, tag in enumerate(carried):
-        if isinstance(tag, ChannelLabel) and tag.origin is not NOWHERE:
-            by_origin.setdefault(id(tag.origin), Ref("input", "", index))
-
-    def ref(origin: Origin) -> Ref:
-        found = by_origin.get(id(origin))
-        return found or Ref(origin.kind, origin.name, origin.call, origin.claimed, origin.made)
-
     returned = fx.node.map_arg(order[-1].args[0], env.__getitem__)
-    tags = [tracer.tag(t) for _, t in leaves(returned)]
-    escaping = {id(t.origin) for t in tags if isinstance(t, ChannelLabel)}
-    kind_of = {id(e): event.kind for event in tracer.events for _, e in event.entries}
+    labels = [(path, tracer.tag(t)) for path, t in leaves(returned)]
+    relations = Relations(names, carried, labels, {})
+    event_of = {id(e): event for event in tracer.events for _, e in event.entries}
     own = {storage_of(t) for _, t in leaves(returned)}
     found = []
     for entry in tracer.current.segments:
@@ -308,24 +331,7 @@ def _traced(
                 f"it runs inside {name}, which torch.compile keeps as one call",
             )
             continue
-        pending = entry.kind == "preactivation" and kind_of.get(id(entry)) == "layer"
-        found.append((entry, site, pending and id(entry.origin) in escaping))
-    claimed = {id(e.origin) for e in tracer.events if e.kind == "sigma"}
-    placeholders = [n for n in order if n.op == "placeholder"]
-    return Traced(
-        found,
-        ref,
-        tuple(tracer.counts.items()),
-        tuple(
-            (ref(t.origin) if t.origin is not NOWHERE else None, t.axes)
-            if isinstance(t, ChannelLabel)
-            else ("weight" if isinstance(t, ParamLabel) else None)
-            for t in tags
-        ),
-        tuple(sorted(by_origin[i].offset for i in by_origin if i in claimed)),
-        tuple(
-            i
-            for i, n in enumerate(placeholders)
-            if isinstance(env[n], Tensor) and storage_of(env[n]) in tracer.aliases.written
-        ),
-    )
+        event = event_of.get(id(entry))
+        found.append((entry, site, event is not None and relations.pending(entry, event)))
+    given = [env[n] for n in order if n.op == "placeholder"]
+    return Traced(found, relations.ref, relations.effects(tracer.record, tracer.events, given))

@@ -7,29 +7,22 @@ torch's tracing tools.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from fmapkit.provenance import ChannelLayout
-from fmapkit.replay import Ref
+from fmapkit.replay import Effects, SiteMap
 
 __all__ = ["GraphMap", "Labels"]
 
 
 @dataclass(frozen=True, slots=True)
-class GraphMap:
+class GraphMap(SiteMap):
     """One map of a compiled graph.
 
     Attributes:
         place: of its tensor among the graph's outputs; from -1 downwards, among its inputs.
+        copied: in the graph.
     """
 
     place: int
-    kind: str
-    ref: Ref
-    axes: ChannelLayout | None
-    sigma: str | None
-    picked: tuple[int, ...] | None
-    pending: bool
     copied: bool
 
 
@@ -45,10 +38,7 @@ class Labels:
     """
 
     maps: tuple[GraphMap, ...]
-    calls: tuple[tuple[str, int], ...]
-    outputs: tuple[Any, ...]  # per output of the model's own: (Ref, axes), "weight" or None
-    claims: tuple[int, ...]
-    writes: tuple[int, ...]  # which inputs are written to
+    effects: Effects
     sources: tuple[GraphMap, ...] = field(init=False)
     places: tuple[int, ...] = field(init=False)
     slots: tuple[int, ...] = field(init=False)

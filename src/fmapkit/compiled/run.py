@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fmapkit.compiled.interface import CompiledCapture, TracedPass
 from fmapkit.compiled.labels import Labels
-from fmapkit.provenance import NOWHERE, STOP, ChannelLabel, Origin
+from fmapkit.provenance import STOP, ChannelLabel, Origin
 from fmapkit.reasons import Reason
-from fmapkit.replay import Ref
+from fmapkit.replay import ChannelLabelRef, PassPiece, Ref
 from fmapkit.storage import MapRecord, StoredTensor
 from fmapkit.torchlib.memory import versions_of
 from fmapkit.torchlib.nested import leaves
@@ -36,7 +36,7 @@ class Running(threading.local):
 running = Running()
 
 
-class GraphRun:
+class GraphRun(PassPiece):
     """The maps of one run of a compiled graph.
 
     Args:
@@ -46,7 +46,7 @@ class GraphRun:
         carried: what the graph's inputs carried.
     """
 
-    __slots__ = ("_base", "_copied", "_labels", "_origins", "_tensors", "_versions", "carried")
+    __slots__ = ("_copied", "_labels", "_origins", "_tensors", "_versions", "base", "inputs")
 
     def __init__(
         self, labels: Labels, tensors: list[Tensor], copied: list[bool] | None, carried: list[Any]
@@ -55,32 +55,14 @@ class GraphRun:
         self._tensors = tensors
         self._versions = versions_of(tensors)
         self._copied = copied
-        self.carried = carried
-        self._base: dict[str, int] = {}
+        self.inputs = carried
+        self.base: dict[str, int] | None = None
         self._origins: dict[Ref, Origin] = {}
 
     @property
     def uncounted(self) -> bool:
         """Whether some tensor has no version counter."""
         return bool(self._tensors) and min(self._versions, default=0) < 0
-
-    def start_at(self, labels: Labels, counts: Any) -> None:
-        """How many calls of each layer there were before."""
-        self._base = {name: counts[name] for name, _ in labels.calls}
-
-    def origin(self, ref: Ref | None) -> Origin:
-        """The origin of this run that the labels speak of."""
-        if ref is None:
-            return NOWHERE
-        if ref.kind == "input":
-            tag = self.carried[ref.offset]
-            return tag.origin if isinstance(tag, ChannelLabel) else NOWHERE
-        found = self._origins.get(ref)
-        if found is None:
-            call = self._base.get(ref.name, 0) + ref.offset
-            found = self._origins[ref] = Origin(ref.kind, ref.name, call, ref.made)
-            found.claimed = ref.claimed
-        return found
 
     def entries(self) -> list[MapRecord]:
         """Every map, in execution order."""
@@ -96,7 +78,7 @@ class GraphRun:
                 shared[id(tensor)] = StoredTensor(tensor, version, m.copied or copy)
             held.append(shared[id(tensor)])
         return [
-            MapRecord(m.kind, self.origin(m.ref), held[slot], m.axes, m.sigma, "", m.picked)
+            MapRecord(m.kind, self.origin(m.ref), held[slot], m.axes, m.sigma, m.path, m.picked)
             for m, slot in zip(self._labels.maps, self._labels.slots, strict=True)
         ]
 
@@ -104,7 +86,7 @@ class GraphRun:
         """Let go of every tensor; what holds them still."""
         tensors: list[Any] = self._tensors
         self._tensors = []
-        self.carried = []
+        self.inputs = []
         return tensors
 
 
@@ -154,8 +136,7 @@ class GraphMapSink:
         """The graph is about to write to some of its inputs: what is held of these is copied."""
         tracer = self._live.tracer  # where there is none yet, nothing is held that could be lost
         if tracer is not None:
-            for index in labels.writes:
-                tracer.aliases.before_write(inputs[index])
+            labels.effects.before(tracer.record, inputs)
 
     def after(
         self,
@@ -209,29 +190,15 @@ class GraphMapSink:
         if self._latest is None:
             return
         (labels, run, outputs), self._latest = self._latest, None
-        tracer = self.tracer
-        run.start_at(labels, tracer.counts)
-        segments = self._segments
-        segments.remove(run)
-        watched: set[int] = set()
-        for entry, m in zip(run.entries(), labels.maps, strict=True):
-            segments.append(entry)
-            if entry.held is not None and id(entry.held) not in watched:
-                watched.add(id(entry.held))
-                tracer.aliases.watch(entry.held)
-            if m.pending:
-                tracer.pending.setdefault(id(entry.origin), []).append(entry)
-        for name, count in labels.calls:
-            tracer.counts[name] += count
-        for index in labels.claims:
-            tag = run.carried[index]
-            if isinstance(tag, ChannelLabel):
-                tracer.claim(tag.origin)
+        record, effects = self.tracer.record, labels.effects
+        run.base = effects.base(record)
+        self._segments.remove(run)
+        effects.apply(record, zip(run.entries(), labels.maps, strict=True), run.inputs)
         results = [t for t in outputs if isinstance(t, Tensor)]
-        for tensor, tag in zip(results, labels.outputs, strict=False):
+        for tensor, (_, tag) in zip(results, effects.outputs, strict=False):
             # Computed from constants alone: known all the same, so not from outside.
-            known = ChannelLabel(run.origin(tag[0]), tag[1]) if isinstance(tag, tuple) else STOP
-            tracer.set_tag(tensor, known)
+            known = run.label(tag) if isinstance(tag, ChannelLabelRef) else STOP
+            self.tracer.set_tag(tensor, known)
 
     def finish(self, output: Any) -> None:
         """The compiled code has returned."""

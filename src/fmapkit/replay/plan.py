@@ -1,9 +1,7 @@
 """What a traced call of a region boils down to: which hooks fire, and what each one holds.
 
-How it is made is a matter of `replay/planning.py`. Frozen, and free of torch side effects. A plan
-speaks of origins by `Ref`, since the same module may be called at different places of a pass: an
-origin inside is "the n-th call of layer L from here", one that came in is "whatever the i-th tensor
-argument carries".
+How it is made is a matter of `replay/planning.py`; what the call means to the pass around it, of
+`replay/effects.py`. Frozen, and free of torch side effects.
 """
 
 from __future__ import annotations
@@ -14,65 +12,22 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit.provenance import ChannelLayout, Made, ParamLabelRef
+from fmapkit.replay.effects import Effects, SiteMap
 from fmapkit.storage import Place
 
-__all__ = ["ChannelLabelRef", "MapSpec", "PlaceTag", "Plan", "Ref", "Step", "alike"]
+__all__ = ["MapSpec", "Plan", "Step", "alike"]
 
 
 @dataclass(frozen=True, slots=True)
-class Ref:
-    """An origin, relative to the call of the planned module.
-
-    Attributes:
-        kind: of the origin, or "input".
-        name: the layer's label; empty for an input.
-        offset: which call of it, counted from the module's start; for an input, which tensor.
-        claimed: a nonlinearity inside the module has received it.
-        made: what a layer made its filters of.
-    """
-
-    kind: str
-    name: str = ""
-    offset: int = 0
-    claimed: bool = True
-    made: Made | None = field(default=None, compare=False, repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelLabelRef:
-    """A flow that a planned module returns: whose filters, by place, and how they lie.
-
-    Attributes:
-        ref: their origin; None where they are nobody's.
-        axes: along which they lie.
-    """
-
-    ref: Ref | None
-    axes: ChannelLayout | None
-
-
-# What a tensor carries in any call of a plan; in one pass it is a `Label`.
-PlaceTag = ChannelLabelRef | ParamLabelRef | None
-
-
-@dataclass(frozen=True, slots=True)
-class MapSpec:
+class MapSpec(SiteMap):
     """One map that a step holds."""
 
     slot: str  # "x", "y", or a path into a nested output after "y"
-    kind: str
-    ref: Ref
-    axes: ChannelLayout | None
-    sigma: str | None
-    path: str
     copy: bool
     before: bool  # copied before the call, since the call itself overwrites it
     on_the_way: bool  # the model's tensor goes on from the copy
-    picked: tuple[int, ...] | None
-    place: Place | None  # their axis, and where they lie along it
+    place: Place | None  # of the picked filters: their axis, and where they lie along it
     stored: bool  # in another form than the model's own tensor
-    pending: bool  # a preactivation only if no nonlinearity outside claims it
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +62,7 @@ class Plan:
     scopes: frozenset[nn.Module]  # run under the light mode: they call a σ themselves
     toggles: frozenset[nn.Module]  # children of these, in which the light mode is off
     before: frozenset[nn.Module]  # need a look before their call
-    calls: tuple[tuple[str, int], ...]
-    outputs: tuple[tuple[str, PlaceTag], ...]  # what each tensor of the output carries, by path
-    writes: tuple[int, ...]  # which tensor arguments are written to
-    claims: tuple[int, ...]  # which inputs reach a nonlinearity inside
+    effects: Effects  # what the call means to the pass around it
     keeping: frozenset[
         nn.Module
     ]  # in-place nonlinearities that leave z's memory to us, if they can

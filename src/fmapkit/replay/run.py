@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from fmapkit.missed import NotSupportedError
 from fmapkit.paths import Expected, taps
-from fmapkit.provenance import NOWHERE, ChannelLabel, Label, Origin, describe, out_of_place
-from fmapkit.replay.plan import ChannelLabelRef, MapSpec, Plan, Ref, Step
+from fmapkit.provenance import Label, Origin, describe, out_of_place
+from fmapkit.replay.effects import PassPiece, Ref
+from fmapkit.replay.plan import MapSpec, Plan, Step
 from fmapkit.replay.taps import CurrentRun
 from fmapkit.selection import EarlyStop, Selection
 from fmapkit.storage import Gradient, MapRecord, StoredTensor, in_function, watch
@@ -32,7 +33,7 @@ from fmapkit.torchlib.modes import leave_mode
 from fmapkit.torchlib.nested import leaves, tensors_in
 from fmapkit.torchlib.side_ops import clone, goes_on_from
 
-__all__ = ["LightMode", "ReplayRun", "tag_outputs"]
+__all__ = ["LightMode", "ReplayRun"]
 
 _module = itemgetter(0)
 _FUNCTIONS = frozenset({FunctionType, BuiltinMethodType})
@@ -45,7 +46,7 @@ Item = tuple[Tensor, int, Gradient | None, bool]
 Slots = dict[tuple[str, bool], Item]
 
 
-class ReplayRun:
+class ReplayRun(PassPiece):
     """One call of a unit, read by its plan."""
 
     __slots__ = (
@@ -460,39 +461,14 @@ class ReplayRun:
 
     # -- when it is read ----------------------------------------------------------------------
 
-    def origin(self, ref: Ref) -> Origin:
-        """The origin of this run that a plan speaks of."""
-        if ref.kind == "input":
-            tag = self.inputs[ref.offset] if self.inputs else None
-            return tag.origin if isinstance(tag, ChannelLabel) else NOWHERE
-        found = self._origins.get(ref)
-        if found is None:
-            key = f"{ref.name}()" if ref.kind == "output" else ref.name
-            base = self.base.get(key, 0) if self.base is not None else 0
-            found = Origin(ref.kind, ref.name, base + ref.offset, ref.made)
-            self._origins[ref] = found
-            found.claimed = ref.claimed
-        return found
-
-    @property
-    def origins(self) -> dict[Ref, Origin]:
-        """The origins of its maps and results, by the plan's names for them."""
-        return self._origins
-
-    def know(self, origins: dict[Ref, Origin]) -> None:
-        """Its origins are these, of an earlier run that was alike."""
-        self._origins = origins
-
-    def output_tags(self) -> dict[str, Label]:
-        """What the tensors of the output carry, by their path."""
-        tags: dict[str, Label] = {}
-        for path, item in self.plan.outputs:
-            if isinstance(item, ChannelLabelRef):
-                origin = self.origin(item.ref) if item.ref is not None else NOWHERE
-                tags[path] = ChannelLabel(origin, item.axes)
-            else:
-                tags[path] = item.weight(self.inputs) if item is not None else None
-        return tags
+    def tag_outputs(self, output: Any, set_tag: Callable[[Tensor, Label], None]) -> None:
+        """Label what it has returned; a tensor at a new place keeps its own label."""
+        labels: dict[str, Label] = {}
+        for path, tag in self.plan.effects.outputs:
+            labels[path] = self.label(tag)
+        for path, tensor in leaves(output):
+            if labels.get(path) is not None:
+                set_tag(tensor, labels[path])
 
     def entries(self) -> list[MapRecord]:
         """The maps of this run, in execution order."""
@@ -639,12 +615,3 @@ class LightMode(TorchFunctionMode):
         if self._pushed:
             self._pushed = False
             leave_mode(self)
-
-
-def tag_outputs(
-    output: Any, tags: dict[str, Label], set_tag: Callable[[Tensor, Label], None]
-) -> None:
-    """Put a run's tags on the tensors it returned; one at a new place keeps its own."""
-    for path, tensor in leaves(output):
-        if tags.get(path) is not None:
-            set_tag(tensor, tags[path])

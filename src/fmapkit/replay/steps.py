@@ -10,8 +10,9 @@ from torch import nn
 
 from fmapkit import layers
 from fmapkit.nonlinearities import module_sigma
-from fmapkit.provenance import Origin, describe
-from fmapkit.replay.plan import MapSpec, Ref, Step
+from fmapkit.provenance import describe
+from fmapkit.replay.effects import Relations
+from fmapkit.replay.plan import MapSpec, Step
 from fmapkit.selection import Selection
 from fmapkit.storage import MapRecord, Place, StorageConversion, StoredTensor
 from fmapkit.torchlib.memory import storage_of
@@ -25,8 +26,7 @@ class Reading:
 
     Args:
         firings: all of the call's.
-        ref: an origin, by place.
-        escaping: ids of the origins whose filters the region returns.
+        relations: of the call to the pass around it.
         retention: the form in which maps are stored.
         start: how many decisions had been taken when the call began.
 
@@ -43,12 +43,11 @@ class Reading:
     def __init__(
         self,
         firings: Sequence[HookPoint],
-        ref: Callable[[Origin], Ref],
-        escaping: set[int],
+        relations: Relations,
         retention: StorageConversion,
         start: int,
     ) -> None:
-        made = _Made(lambda firing: _step(firing, ref, escaping, retention, start))
+        made = _Made(lambda firing: _step(firing, relations, retention, start))
         functions = [f for f in firings if f.module is None and _emits(f)]
         self.tapped = {f.module for f in firings if f.module is not None and _emits(f)}
         self.direct = _direct([made[f] for f in firings if f.module in self.tapped])
@@ -129,13 +128,12 @@ class _Made(dict[HookPoint, Step]):
 
 def _step(
     firing: HookPoint,
-    ref: Callable[[Origin], Ref],
-    escaping: set[int],
+    relations: Relations,
     retention: StorageConversion,
     start: int,
 ) -> Step:
     emissions = tuple(
-        _spec(event, slot, entry, ref, escaping, retention)
+        _spec(event, slot, entry, relations, retention)
         for event in firing.events
         for slot, entry in event.entries
     )
@@ -158,8 +156,7 @@ def _spec(
     event: Event,
     slot: str,
     entry: MapRecord,
-    ref: Callable[[Origin], Ref],
-    escaping: set[int],
+    relations: Relations,
     retention: StorageConversion,
 ) -> MapSpec:
     """A map of an event, as any such call has it."""
@@ -168,11 +165,10 @@ def _spec(
     if held is not None and slot in ("x", "y"):
         copied = held.needs_copy
     lost = slot == "x" and event.in_place
-    unclaimed = entry.kind == "preactivation" and event.kind == "layer"
     return MapSpec(
         slot=slot,
         kind=entry.kind,
-        ref=ref(entry.origin),
+        ref=relations.ref(entry.origin),
         axes=entry.axes,
         sigma=entry.sigma,
         path=entry.path,
@@ -182,7 +178,7 @@ def _spec(
         picked=entry.picked,
         place=_place(entry),
         stored=entry.picked is not None or _is_changed(entry, retention),
-        pending=unclaimed and id(entry.origin) in escaping,
+        pending=relations.pending(entry, event),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from fmapkit.session.parts import Parts
+from fmapkit.session.parts import SessionParts
 from fmapkit.session.state import MODES
 from fmapkit.torchlib.fused_paths import may_fuse
 
@@ -44,7 +44,7 @@ class Answer(Protocol):
 class AnswerOutside:
     """No pass is under way: a module of the model that runs now is named."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: SessionParts) -> None:
         self._parts = parts
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -58,9 +58,7 @@ class AnswerOutside:
         """It has ended; if it is the model's own, so has a pass that was not captured."""
         live = self._parts.live
         if module is self._parts.asked.model:
-            if live.depth:
-                live.depth -= 1
-            else:
+            if not live.leave_model():
                 live.idle, live.frame = False, None
         return None
 
@@ -68,7 +66,7 @@ class AnswerOutside:
 class AnswerReplaying:
     """A unit is replayed: only its taps look."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: SessionParts) -> None:
         self._live = parts.live
         self._replaying = parts.replaying
 
@@ -77,7 +75,7 @@ class AnswerReplaying:
         run = self._live.run
         assert run is not None
         if module is run.module:
-            self._live.inner += 1
+            self._live.enter_unit()
         self._replaying.before(run, module, args, kwargs)
         return None
 
@@ -86,13 +84,11 @@ class AnswerReplaying:
         live = self._live
         run, tracer = live.run, live.tracer
         assert run is not None
-        if module is run.module and not live.inner:
+        if module is run.module and not (live.inner and live.leave_unit()):
             self._replaying.leave(args, kwargs, output)
             if tracer is not None and tracer.editor:
                 return tracer.editor.modules.leave_unit(module, output, failed)
             return None
-        if module is run.module:
-            live.inner -= 1
         self._replaying.after(run, module, args, kwargs, output, failed)
         return None
 
@@ -100,17 +96,18 @@ class AnswerReplaying:
 class AnswerTracing:
     """The tracer sees the code of a module, and leaves the units that it calls alone."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: SessionParts) -> None:
         self._live = parts.live
+        self._units = parts.units
+        self._replaying = parts.replaying
         self._parts = parts
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A call begins: of a unit, or of a module whose own code is seen."""
-        tracer, units = self._live.tracer, self._parts.units
-        if tracer is None or not tracer.lost:
-            if units.stands_alone(module, args, tracer):
-                units.direct.add(module)
-                return self._parts.replaying.enter(module, args, kwargs)
+        tracer, units = self._live.tracer, self._units
+        if (tracer is None or not tracer.lost) and units.stands_alone(module, args, tracer):
+            units.direct.add(module)
+            return self._replaying.enter(module, args, kwargs)
         return self._traced(module, args, kwargs)
 
     def _traced(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -145,17 +142,15 @@ class AnswerRecording(AnswerTracing):
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A module inside the unit begins, or the unit calls itself."""
-        if module is self._live.unit():
-            self._live.inner += 1
+        lesson = self._live.lesson
+        if lesson is not None and module is lesson.module:
+            self._live.enter_unit()
         return self._traced(module, args, kwargs)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool) -> Any:
         """It has ended; with the unit's own call, the plan is made."""
-        live = self._live
-        if module is not live.unit():
-            return super().leave(module, args, kwargs, output, failed)
-        if live.inner:
-            live.inner -= 1
+        live, lesson = self._live, self._live.lesson
+        if lesson is None or module is not lesson.module or live.leave_unit():
             return super().leave(module, args, kwargs, output, failed)
         tracer = live.tracer
         replaced = self._parts.recorder.leave(module, output, failed)

@@ -9,7 +9,7 @@ from torch import nn
 from fmapkit.compiled import GraphMapSink
 from fmapkit.instrumentation import Off
 from fmapkit.reasons import Reason
-from fmapkit.session.parts import Parts
+from fmapkit.session.parts import SessionParts
 from fmapkit.session.passes import Passes
 from fmapkit.torchlib.compiled_modules import holds, plain
 
@@ -24,7 +24,7 @@ class CompiledCalls:
         passes: begins and ends them.
     """
 
-    def __init__(self, parts: Parts, passes: Passes) -> None:
+    def __init__(self, parts: SessionParts, passes: Passes) -> None:
         asked = parts.asked
         self.model, self.names, self.wants = asked.model, asked.names, asked.wants
         self.miss = parts.misses.add

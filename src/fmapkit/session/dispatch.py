@@ -26,7 +26,7 @@ from fmapkit.session.answers import (
     AnswerReplaying,
     AnswerTracing,
 )
-from fmapkit.session.parts import Parts
+from fmapkit.session.parts import SessionParts
 from fmapkit.session.passes import Passes
 from fmapkit.torchlib.autograd import graph_task
 
@@ -47,7 +47,7 @@ class HookDispatcher:
         compiled: the entries at compiled modules.
     """
 
-    def __init__(self, parts: Parts, passes: Passes, compiled: CompiledEntries) -> None:
+    def __init__(self, parts: SessionParts, passes: Passes, compiled: CompiledEntries) -> None:
         self._parts = parts
         self._passes = passes
         self._compiled = compiled
@@ -85,7 +85,7 @@ class HookDispatcher:
         try:
             if module is self._model:
                 if self._passes.running():
-                    live.depth += 1
+                    live.enter_model()
                 elif not self._passes.begin(args, kwargs):
                     return None
                 elif live.tracer is None:  # it is a unit, and `begin` has looked at the arguments
@@ -109,15 +109,14 @@ class HookDispatcher:
             return None
         replaced = None
         failed = output is FAILED
-        answer = self._answer()
+        # Most calls that end are those of units that are replayed.
+        answer = self._replaying if live.run is not None else self._answer()
         try:
             replaced = answer.leave(module, args, kwargs, None if failed else output, failed)
             if answer is self._outside:
                 return None
             if module is self._model:
-                if live.depth:
-                    live.depth -= 1
-                else:
+                if not live.leave_model():
                     self._passes.end(failed)
             elif self._stop is not None and live.run is None and live.lesson is None:
                 self._stop.check()

@@ -63,7 +63,6 @@ class HookInstaller:
     Attributes:
         tapped: the plan that each unit's taps are set for.
         line: what the taps write to.
-        moving: hooks of others on scopes move data.
     """
 
     def __init__(
@@ -85,7 +84,6 @@ class HookInstaller:
         self._shown = bool(asked.analyses)
         self._gradients = asked.wants.gradients
         self._scopes = False  # there are hooks on all scopes
-        self.moving = False
         self._early = False  # hooks on all modules, before the first pass
 
     def on_model(self) -> None:
@@ -131,7 +129,6 @@ class HookInstaller:
             theirs = [hook for hook in hooks if not isinstance(hook, Hook)]
             if theirs and any(map(moves_data, theirs)):
                 moving.append(module)
-        self.moving = bool(moving)
         self._hooks.outside(moving, self._moves.before, self._moves.after)
 
     def scopes_changed(self) -> None:

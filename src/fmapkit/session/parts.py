@@ -22,11 +22,11 @@ from fmapkit.session.state import PassState
 from fmapkit.session.unseen import UnseenCalls
 from fmapkit.storage import Budget, PassStore
 
-__all__ = ["Parts"]
+__all__ = ["SessionParts"]
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class SessionParts:
     """The parts of one capture.
 
     Attributes:
@@ -68,7 +68,7 @@ class Parts:
         keep: int | None,
         budget: Budget | None,
         callbacks: Callable[[], HookCallbacks],
-    ) -> Parts:
+    ) -> SessionParts:
         """The parts of a capture.
 
         Args:
@@ -95,7 +95,7 @@ class Parts:
         replaying = Replaying(asked, live, misses, units, placing, recorder, pass_end, paths)
         beside = FusedPathShadow(asked, live, hooks, misses)
         unseen = UnseenCalls(asked, misses)
-        return Parts(
+        return SessionParts(
             *(asked, live, misses, store, hooks, paths, units, placing, recorder, replaying),
             *(pass_end, moves, beside, unseen),
         )

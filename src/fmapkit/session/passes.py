@@ -14,7 +14,7 @@ from fmapkit.reasons import Reason
 from fmapkit.replay import ModelGuard
 from fmapkit.selection import CUT, Selection, StoppedError
 from fmapkit.session.concurrent import others
-from fmapkit.session.parts import Parts
+from fmapkit.session.parts import SessionParts
 from fmapkit.session.unseen import recorded
 from fmapkit.storage import Pass
 from fmapkit.torchlib.autograd import in_backward
@@ -53,7 +53,7 @@ class Passes:
         watch: whether the model is still the one that was learned.
     """
 
-    def __init__(self, parts: Parts, every: int, compiled: CompiledEntries) -> None:
+    def __init__(self, parts: SessionParts, every: int, compiled: CompiledEntries) -> None:
         self.asked = asked = parts.asked
         self.steps = 0
         self.ids: Tensor | None = None
@@ -281,7 +281,8 @@ class Passes:
         if inside or live.depth:  # what called it may go on
             if not isinstance(error, StoppedError):
                 return None
-            live.depth -= not inside
+            if not inside:
+                live.leave_model()
             return False
         if isinstance(error, StoppedError):
             if error.stop is self._stop:

@@ -24,14 +24,13 @@ from fmapkit.replay import (
     carried,
     shape_of,
     sizes_of,
-    tag_outputs,
 )
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.hook_installer import HookInstaller
 from fmapkit.session.pass_end import PassEnd
 from fmapkit.session.recording import Recorder
 from fmapkit.session.state import PassState, someone_watches
-from fmapkit.storage import MapRecord, in_function
+from fmapkit.storage import in_function
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.side_ops import operators_are_counted
 from fmapkit.torchlib.tensor_spec import casts, plain_spec
@@ -182,11 +181,9 @@ class Replaying:
             stop = self._stop
             analyses = self._keeping.stream if self._analyses else None
         else:
-            if plan.writes:
-                written = tensors_in(*args, kwargs)
-                for index in plan.writes:
-                    tracer.aliases.before_write(written[index])
-            base = {name: tracer.counts[name] for name, _ in plan.calls}
+            if plan.effects.writes:
+                plan.effects.before(tracer.record, tensors_in(*args, kwargs))
+            base = plan.effects.base(tracer.record)
         assert live.current is not None
         drop = live.current.drop
         run = ReplayRun(
@@ -201,7 +198,7 @@ class Replaying:
 
     def _edited_inside(self, plan: Plan, inputs: list[Label]) -> bool:
         """Whether filters that an edit is for reach a nonlinearity inside."""
-        tags = (inputs[index] for index in plan.claims if index < len(inputs))
+        tags = (inputs[index] for index in plan.effects.claims if index < len(inputs))
         return any(isinstance(t, ChannelLabel) and self._edits.of(t.origin.name) for t in tags)
 
     def before(self, run: ReplayRun, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -254,24 +251,9 @@ class Replaying:
             tracer.give_up(run.module if failed else None)
             return
         # The pass around the unit is traced: tell the tracer what it would have seen.
-        entries: list[tuple[MapRecord, bool]] = []
-        for entry, emission in run.emitted():
-            current.segments.append(entry)
-            entries.append((entry, emission.pending))
-            if self._stop is not None:
-                self._stop.saw(entry)
-            if entry.held is not None:
-                tracer.aliases.watch(entry.held)
-            if emission.pending:
-                tracer.pending.setdefault(id(entry.origin), []).append(entry)
-        for name, count in run.plan.calls:
-            tracer.counts[name] += count
+        run.plan.effects.apply(tracer.record, run.emitted(), run.inputs)
         self._wants.retention.fence()
-        for index in run.plan.claims:
-            tag = run.inputs[index]
-            if isinstance(tag, ChannelLabel):
-                tracer.claim(tag.origin)
-        tag_outputs(output, run.output_tags(), tracer.set_tag)
+        run.tag_outputs(output, tracer.set_tag)
         live.trace_on()
 
     def _check_beginning(self, run: ReplayRun) -> None:

@@ -35,7 +35,7 @@ from fmapkit.session.concurrent import entered, left
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.dispatch import HookDispatcher
 from fmapkit.session.hook_installer import HookCallbacks
-from fmapkit.session.parts import Parts
+from fmapkit.session.parts import SessionParts
 from fmapkit.session.passes import Passes
 from fmapkit.session.state import PassState
 from fmapkit.storage import Budget
@@ -89,7 +89,7 @@ class Session:
     ) -> None:
         self.asked = asked
         self.hooks = Hooks(self, lambda *call: self.passes.broken_off(*call))
-        self.parts = Parts.of(asked, self.hooks, keep, budget, lambda: self._callbacks)
+        self.parts = SessionParts.of(asked, self.hooks, keep, budget, lambda: self._callbacks)
         self.store = self.parts.store
         self.compiled = CompiledEntries(asked.model, given)
         self.passes = Passes(self.parts, every, self.compiled)

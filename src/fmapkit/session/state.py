@@ -95,10 +95,25 @@ class PassState:
         self.tracer = self.current = self.frame = self.run = self.lesson = self.tags = None
         self.depth = self.inner = 0
 
-    def unit(self) -> nn.Module | None:
-        """The unit that is being replayed or learned."""
-        call = self.run if self.run is not None else self.lesson
-        return None if call is None else call.module
+    def enter_model(self) -> None:
+        """The model calls itself."""
+        self.depth += 1
+
+    def leave_model(self) -> bool:
+        """A call of the model has ended: whether it was one inside of another."""
+        inside = bool(self.depth)
+        self.depth -= inside
+        return inside
+
+    def enter_unit(self) -> None:
+        """The unit that is replayed or recorded calls itself."""
+        self.inner += 1
+
+    def leave_unit(self) -> bool:
+        """A call of that unit has ended: whether it was one inside of another."""
+        inside = bool(self.inner)
+        self.inner -= inside
+        return inside
 
     def new_tracer(self) -> Tracer:
         """A tracer for the rest of the pass."""

@@ -18,7 +18,7 @@ from fmapkit.model import HOW, has_own_call
 from fmapkit.session.config import CaptureConfig
 from fmapkit.torchlib.autograd import in_backward
 from fmapkit.torchlib.compiled_modules import dynamo_has_run
-from fmapkit.torchlib.recorders import fx_is_tracing, jit_is_tracing, make_fx_is_tracing
+from fmapkit.torchlib.modes import fx_is_tracing, jit_is_tracing, make_fx_is_tracing
 from fmapkit.tracing import running_modules
 
 __all__ = ["UnseenCalls", "recorded"]

@@ -1,4 +1,4 @@
-"""Modes on torch's stacks: the one place that takes one off, and looks whose they are."""
+"""Modes on torch's stacks: the one place that takes one off; who else looks on, or records."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import fx
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode_stack,
@@ -16,8 +17,8 @@ from torch.overrides import (
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 __all__ = [
-    *("leave_mode", "mode_count", "nothing_between", "others_watch", "pop_mode", "push_mode"),
-    "without_modes",
+    *("fx_is_tracing", "jit_is_tracing", "leave_mode", "make_fx_is_tracing", "mode_count"),
+    *("nothing_between", "others_watch", "pop_mode", "push_mode", "without_modes"),
 ]
 
 # A mode's `with` does no more than this, several calls deeper.
@@ -86,3 +87,23 @@ def others_watch(ours: tuple[type, ...]) -> bool:
     return not all(
         isinstance(mode, ours) or type(mode).__module__.startswith("torch.") for mode in modes
     )
+
+
+def jit_is_tracing() -> bool:
+    """Whether torch.jit.trace traces."""
+    return bool(torch._C._get_tracing_state())
+
+
+def make_fx_is_tracing() -> bool:
+    """Whether make_fx traces, by either of its modes; torch 2.4 has no `get_proxy_mode`."""
+    key = torch._C._TorchDispatchModeKey.PROXY
+    before: Any = torch._ops._get_dispatch_mode_pre_dispatch(key)  # type: ignore[no-untyped-call]
+    return before is not None or torch._C._get_dispatch_mode(key) is not None
+
+
+def fx_is_tracing() -> bool:
+    """Whether torch.fx traces: it calls modules with what stands for tensors."""
+    tracer: Any = fx._symbolic_trace
+    if hasattr(tracer, "_get_is_fx_tracing"):  # since torch 2.14, a thread has a flag of its own
+        return bool(tracer._get_is_fx_tracing())
+    return bool(tracer._is_fx_tracing_flag)

@@ -1,0 +1,260 @@
+"""What a piece of a pass means to the rest of it: a call of a unit, or a run of a compiled graph.
+
+A piece speaks of origins by `Ref`, since it may happen at different places of a pass: an origin
+inside is "the n-th call of layer L from here", one that came in is "whatever the i-th input
+carries". `Relations` makes that out of a trace, `Effects` keeps it, and tells the record of a
+later pass; `PassPiece` says which origins are meant there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fmapkit.model import Names
+from fmapkit.provenance import (
+    NOWHERE,
+    ChannelLabel,
+    ChannelLayout,
+    Label,
+    Made,
+    Origin,
+    ParamLabel,
+    ParamLabelRef,
+)
+from fmapkit.storage import MapRecord
+from fmapkit.torchlib.memory import storage_of
+from fmapkit.tracing import Event, Record
+
+__all__ = ["ChannelLabelRef", "Effects", "PassPiece", "Ref", "Relations", "SiteMap"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """An origin, relative to a piece of a pass.
+
+    Attributes:
+        kind: of the origin, or "input".
+        name: the layer's label; empty for an input.
+        offset: which call of it, counted from the start of the piece; for an input, which tensor.
+        claimed: a nonlinearity inside has received it.
+        made: what a layer made its filters of.
+    """
+
+    kind: str
+    name: str = ""
+    offset: int = 0
+    claimed: bool = True
+    made: Made | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelLabelRef:
+    """A label of channels that a piece returns: whose filters, by place, and how they lie.
+
+    Attributes:
+        ref: their origin; None where they are nobody's.
+        axes: along which they lie.
+    """
+
+    ref: Ref | None
+    axes: ChannelLayout | None
+
+
+# What a tensor carries whenever the piece happens; in one pass it is a `Label`.
+PlaceTag = ChannelLabelRef | ParamLabelRef | None
+
+
+@dataclass(frozen=True, slots=True)
+class SiteMap:
+    """A map at a site of a piece; the record of it is made whenever the piece happens.
+
+    Attributes:
+        kind: of the map.
+        ref: its origin.
+        axes: along which its filters lie.
+        sigma: the nonlinearity; None where there is none.
+        path: into a nested output.
+        picked: the filters that are held; None for all.
+        pending: a preactivation only if no nonlinearity outside claims it.
+    """
+
+    kind: str
+    ref: Ref
+    axes: ChannelLayout | None
+    sigma: str | None
+    path: str
+    picked: tuple[int, ...] | None
+    pending: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """What a piece of a pass means to the rest of it.
+
+    Attributes:
+        calls: how often each layer is called.
+        outputs: what each tensor that it returns carries, by path.
+        writes: which inputs are written to.
+        claims: which inputs reach a nonlinearity inside.
+    """
+
+    calls: tuple[tuple[str, int], ...]
+    outputs: tuple[tuple[str, PlaceTag], ...]
+    writes: tuple[int, ...]
+    claims: tuple[int, ...]
+
+    def base(self, record: Record) -> dict[str, int]:
+        """How many calls there have been of the layers that are called."""
+        return {name: record.counts[name] for name, _ in self.calls}
+
+    def before(self, record: Record, inputs: Sequence[Any]) -> None:
+        """The piece begins: what is held of that which it writes to is copied."""
+        for index in self.writes:
+            record.aliases.before_write(inputs[index])
+
+    def apply(
+        self, record: Record, maps: Iterable[tuple[MapRecord, SiteMap]], carried: Sequence[Label]
+    ) -> None:
+        """The piece has happened where no tracer saw it: tell what one would have seen.
+
+        Args:
+            record: of the pass.
+            maps: of the piece, in execution order.
+            carried: what its inputs carried.
+        """
+        segments, stop, aliases = record.current.segments, record.stop, record.aliases
+        latest = None
+        for entry, spec in maps:
+            segments.append(entry)
+            if stop is not None:
+                stop.saw(entry)
+            held = entry.held
+            if held is not None and held is not latest:  # two maps of a site may share it
+                aliases.watch(held)
+                latest = held
+            if spec.pending:
+                record.pending.setdefault(id(entry.origin), []).append(entry)
+        counts = record.counts
+        for name, count in self.calls:
+            counts[name] += count
+        for index in self.claims:
+            label = carried[index]
+            if isinstance(label, ChannelLabel):
+                record.claim(label.origin)
+
+
+class PassPiece:
+    """A piece of a pass, by its effects: which origins are meant in this pass.
+
+    Attributes:
+        inputs: what came in carries; empty where nothing around it is known.
+        base: how many calls of each layer there were before; None for none.
+    """
+
+    __slots__ = ()
+
+    inputs: list[Label]
+    base: dict[str, int] | None
+    _origins: dict[Ref, Origin]
+
+    def origin(self, ref: Ref) -> Origin:
+        """The origin that is meant."""
+        if ref.kind == "input":
+            label = self.inputs[ref.offset] if self.inputs else None
+            return label.origin if isinstance(label, ChannelLabel) else NOWHERE
+        found = self._origins.get(ref)
+        if found is None:
+            key = f"{ref.name}()" if ref.kind == "output" else ref.name
+            base = self.base.get(key, 0) if self.base is not None else 0
+            found = self._origins[ref] = Origin(ref.kind, ref.name, base + ref.offset, ref.made)
+            found.claimed = ref.claimed
+        return found
+
+    def label(self, tag: PlaceTag) -> Label:
+        """What a tensor that it returns carries."""
+        if isinstance(tag, ChannelLabelRef):
+            return ChannelLabel(self.origin(tag.ref) if tag.ref is not None else NOWHERE, tag.axes)
+        return tag.weight(self.inputs) if tag is not None else None
+
+
+class Relations:
+    """How a piece that was traced relates to the rest of the pass.
+
+    Args:
+        names: of the model's modules.
+        inputs: what came in carried.
+        returned: what it returns carries, by path.
+        base: how many calls of each layer there were before.
+    """
+
+    def __init__(
+        self,
+        names: Names,
+        inputs: Sequence[Label],
+        returned: Sequence[tuple[str, Label]],
+        base: Mapping[str, int],
+    ) -> None:
+        self._names = names
+        self._inputs = inputs
+        self._returned = returned
+        self._base = base
+        labels = (label for _, label in returned)
+        self._escaping = {id(t.origin) for t in labels if isinstance(t, ChannelLabel)}
+        self._outside: dict[int, Ref] = {}
+        for index, label in enumerate(inputs):
+            if isinstance(label, ChannelLabel) and label.origin is not NOWHERE:
+                self._outside.setdefault(id(label.origin), Ref("input", "", index))
+        self._known = dict(self._outside)
+
+    def ref(self, origin: Origin) -> Ref:
+        """An origin, by its place."""
+        found = self._known.get(id(origin))
+        if found is None:
+            base = self._base.get(f"{origin.name}()" if origin.kind == "output" else origin.name, 0)
+            offset = origin.call - base
+            found = Ref(origin.kind, origin.name, offset, origin.claimed, origin.made)
+            self._known[id(origin)] = found
+        return found
+
+    def pending(self, entry: MapRecord, event: Event) -> bool:
+        """Whether a map is a preactivation only if no nonlinearity outside claims it."""
+        layer = entry.kind == "preactivation" and event.kind == "layer"
+        return layer and id(entry.origin) in self._escaping
+
+    def effects(self, record: Record, events: Iterable[Event], arguments: Sequence[Any]) -> Effects:
+        """What the piece means to the rest of a pass.
+
+        Args:
+            record: of the pass it was traced in.
+            events: of the piece.
+            arguments: the inputs themselves.
+        """
+        base, written = self._base, record.aliases.written
+        received = {id(e.origin) for e in events if e.kind == "sigma"}
+        counts = record.counts.items()
+        return Effects(
+            calls=tuple((n, c - base.get(n, 0)) for n, c in counts if c > base.get(n, 0)),
+            outputs=tuple((path, self._by_place(label)) for path, label in self._returned),
+            writes=tuple(
+                i
+                for i, t in enumerate(arguments)
+                if isinstance(t, Tensor) and storage_of(t) in written
+            ),
+            claims=tuple(sorted(r.offset for i, r in self._outside.items() if i in received)),
+        )
+
+    def _by_place(self, label: Label) -> PlaceTag:
+        if isinstance(label, ChannelLabel):
+            known = label.origin is not NOWHERE
+            return ChannelLabelRef(self.ref(label.origin) if known else None, label.axes)
+        if label is None:
+            return None
+        for place, given in enumerate(self._inputs):
+            if isinstance(given, ParamLabel) and given.parameter is label.parameter:
+                return ParamLabelRef(given=place)
+        owners = self._names.owners(label.parameter)
+        return ParamLabelRef(-1, *owners[0], label.axes) if owners else None
