@@ -8,11 +8,11 @@
 
 A pass begins with the model's pre hook and ends with its post hook. In between, each module is
 
-- a *unit*: the outermost module on its branch whose path is the same in each pass. Its first call
+- a *region*: the outermost module on its branch whose path is the same in each pass. Its first call
   of a kind is recorded by the tracer; later ones are replayed, with one tap per site;
 - a *scope*: a module that decides by data, or takes several paths. The tracer watches its own
-  forward in every pass, and leaves the units in it alone;
-- inside a unit, where only taps are set.
+  forward in every pass, and leaves the regions in it alone;
+- inside a region, where only taps are set.
 
 What a capture consists of is told in `session/parts.py`, what is under way, in `session/state.py`.
 """
@@ -118,12 +118,12 @@ class Session:
         self.parts.unseen.scripted()
         self.passes.open_always()
         tell(self.calls.scripted)
-        self.parts.placing.on_model()
+        self.parts.installer.on_model()
         self._methods.stand()
         hide_from_scripting()
         self.compiled.open(CompiledCalls(self.parts, self.passes))
         if not self.compiled:  # dynamo compares what stands before a call
-            self.parts.placing.early()
+            self.parts.installer.early()
 
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""
@@ -136,7 +136,7 @@ class Session:
             self.parts.unseen.no_pass()
         self.hooks.drop()
         show_to_scripting()
-        self.parts.units.clear()
+        self.parts.regions.clear()
         self.paths.clear()
         self.wants.retention.close()
         self.asked.analyses.view = None
@@ -157,7 +157,7 @@ class Session:
         functions = self.paths.twins.rest()
         watch = self.passes.watch
         settled = watch.counted() if watch.settled() else None
-        self.parts.placing.no_doors()  # nothing is set while nobody calls
+        self.parts.installer.no_doors()  # nothing is set while nobody calls
         off = [self.hooks.take_off(module) for module in self.hooks.modules()]
         return Rest(off, functions, settled)
 
