@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmapkit import capture
+from fmapkit import capture, edits
 from fmapkit.paths.recorders import MARK
 from fmapkit.paths.twins import Twins, twin_of
 from fmapkit.session.recording import BROKEN
@@ -336,3 +337,211 @@ def test_a_function_of_two_models_is_tapped_for_each() -> None:
     finally:
         first.clear()
     assert _added.__code__ is own
+
+
+class _HandSwish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x + 3).clamp(0, 6) / 6
+
+
+class _SoftSign(nn.Module):
+    """Has no function in it that is a nonlinearity."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (1 + x.abs())
+
+
+class _Part(nn.Module):
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.fc, self.act = nn.Linear(4, 4), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.fc(x))
+
+
+class _Later(nn.Module):
+    """Decides by data from some pass on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.decides = nn.Linear(4, 4), nn.Linear(4, 4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.b(x) if self.decides and x.sum() < 1e9 else self.a(x))
+
+
+class _HooksItsPart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.part, self.hooks = _Later(), _Part(_HandSwish()), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        x, handle = self.first(x), None
+        if self.hooks:
+            handle = self.part.register_forward_hook(lambda module, args, out: out * 0.5)
+        x = self.part(x)
+        if handle is not None:
+            handle.remove()
+        return x
+
+
+def test_a_part_that_ceases_to_be_one_whole_within_a_pass_is_seen_in_it() -> None:
+    """Another part has begun to decide by data, and a hook has come: two parts of that pass."""
+    model = _HooksItsPart()
+    with capture(model) as maps, torch.no_grad():
+        for new in (False, False, False, True, False, True):
+            model.first.decides = model.hooks = new
+            x = torch.randn(2, 4)
+            model(x)
+            first = ("first.b" if new else "first.a", 0, "relu")
+            assert [tag[:3] for tag in tags(maps)] == [first, ("part.fc", 0, "_HandSwish")]
+            z = maps["part.fc", "preactivation"].tensor
+            assert torch.equal(maps["part.fc"].tensor, _HandSwish()(z))
+    assert list(maps.missed) == []
+
+
+class _ReachesInto(nn.Module):
+    """Calls parts of its part."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.part, self.last, self.how = _Part(act), nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        if self.how == 0:
+            x = self.part(x)
+        elif self.how == 1:
+            x = self.part.act(self.part.fc(x))
+        else:
+            x = self.part.act(x)
+        return torch.tanh(self.last(x))
+
+
+@pytest.mark.parametrize("act", [_HandSwish, _SoftSign, nn.GELU])
+def test_a_nonlinearity_that_is_called_past_its_part_is_named_once(act: type[nn.Module]) -> None:
+    name = "gelu" if act is nn.GELU else act.__name__
+    model = _ReachesInto(act())
+    whole = [("part.fc", 0, name), ("last", 0, "tanh")]
+    with capture(model) as maps, torch.no_grad():
+        for how, missing in ((0, False), (0, False), (1, act is not nn.GELU), (1, False)):
+            model.how = how
+            model(torch.randn(2, 4))
+            assert [tag[:3] for tag in tags(maps)] == (whole[1:] if missing else whole)
+    assert {m.layer for m in maps.missed} == {"part.fc", "part.act"}
+    with capture(model) as maps, torch.no_grad():
+        for how in (0, 0, 2, 2):
+            model.how = how
+            model(torch.randn(2, 4))
+        assert [tag[:3] for tag in tags(maps)] == [("part.act", 0, name), whole[1]]
+    assert {m.layer for m in maps.missed} == {"part.act"}
+
+
+class _RootMeanSquare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt() * self.weight
+
+
+@pytest.mark.parametrize("act", [torch.relu, Tensor.relu, Tensor.relu_, F.silu])
+def test_an_edit_beside_a_hand_written_norm_is_made_in_every_pass(act: Any) -> None:
+    """A way that the trial of a norm had recorded twice was none that later passes took."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm = nn.Linear(4, 4), _RootMeanSquare()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return act(self.norm(self.fc(x)))
+
+    model = nn.Sequential(nn.Linear(4, 4), Block())
+    first, block = copy.deepcopy(model)
+    edit = {("1.fc", "preactivation"): edits.scale(0.5)}
+    with capture(model, edit=edit) as maps, torch.no_grad():
+        for _ in range(6):
+            x = torch.randn(3, 4)
+            out = model(x)
+            z = block.norm(block.fc(first(x)))
+            assert torch.equal(maps["1.fc", "preactivation"].tensor, z)
+            assert torch.equal(out, act(z * 0.5))
+    assert list(maps.missed) == []
+
+
+class _CallsUnbound(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Tensor.relu(self.fc(x))
+
+
+def test_a_method_that_is_called_by_its_class_is_read_in_every_pass() -> None:
+    model = _Around(_CallsUnbound())
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(5):
+            model(torch.randn(3, 4))
+            assert [t[:3] for t in tags(maps)] == [("inner.fc", 0, "relu"), ("last", 0, "sigmoid")]
+    assert list(maps.missed) == []
+
+
+class _Looked(nn.Module):
+    """Any look at it runs code of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.second = nn.Linear(4, 4), nn.Linear(4, 4), False
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "a" and self.__dict__.get("second"):
+            return self.b
+        return super().__getattribute__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.a(x))
+
+
+def test_code_that_each_look_at_a_module_runs_is_no_way_of_the_model() -> None:
+    model = _Around(_Looked())
+    with capture(model) as maps, torch.no_grad():
+        for second, batch in ((True, 2), (True, 3), (True, 3), (False, 3), (True, 2), (False, 2)):
+            model.inner.second = second
+            model(torch.randn(batch, 4))
+            layer = "inner.b" if second else "inner.a"
+            assert [t[:3] for t in tags(maps)] == [(layer, 0, "relu"), ("last", 0, "sigmoid")]
+    assert list(maps.missed) == []
+
+
+class _MakesAClass(nn.Module):
+    """Makes a class in each pass, and another one if it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.base = nn.Linear(4, 4), {"kind": nn.ReLU}
+
+    def forward(self, x: Tensor) -> Tensor:
+        class Act(self.base["kind"]):  # type: ignore[misc]
+            pass
+
+        return Act()(self.fc(x))  # type: ignore[no-any-return]
+
+
+def test_a_class_that_is_made_in_each_pass_is_the_same_if_its_bases_are() -> None:
+    model = _MakesAClass()
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(4):
+            model(torch.randn(2, 4))
+            assert tags(maps) == [("fc", 0, "relu", range(4))]
+        assert list(maps.missed) == []
+        model.base["kind"] = nn.Tanh
+        for lost in (True, False):
+            model(torch.randn(2, 4))
+            assert tags(maps) == ([] if lost else [("fc", 0, "tanh", range(4))])

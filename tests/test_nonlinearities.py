@@ -277,6 +277,26 @@ def test_a_registered_function_counts_under_all_its_names(
 
 
 @pytest.mark.usefixtures("_registry")
+def test_a_builtin_that_a_tensor_answers_is_read_in_every_pass() -> None:
+    class Folds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return abs(self.fc(x))
+
+    register_nonlinearity(torch.abs)
+    model = Folds()
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(4):
+            out = model(torch.randn(2, 4))
+            assert torch.equal(maps["fc"].tensor, out)
+            assert maps["fc"].nonlinearity == "abs"
+    assert list(maps.missed) == []
+
+
+@pytest.mark.usefixtures("_registry")
 def test_names_of_registered_functions() -> None:
     for function, name in (
         (torch.special.gammaln, "lgamma"),

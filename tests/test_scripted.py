@@ -131,3 +131,27 @@ def test_two_blocks_leave_torch_s_own_call_together() -> None:
         first(x)
     assert len(maps.missed) == 1
     assert not [m for m in others.missed if "scripted" in m.reason]
+
+
+def test_a_scripted_part_is_named_in_the_pass_that_calls_it() -> None:
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain = nn.Linear(4, 4)
+            self.scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+            self.uses = {"scripted": False}
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.plain(x))
+            return self.scripted(x) if self.uses["scripted"] else x  # type: ignore[no-any-return]
+
+    model = Either()
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(2, 4))
+        assert list(maps.missed) == []
+        model.uses["scripted"] = True
+        for _ in range(2):
+            model(torch.randn(2, 4))
+        assert "scripted" in {m.layer for m in maps.missed}
+        assert maps["plain"].nonlinearity == "relu"

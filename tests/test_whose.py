@@ -694,3 +694,57 @@ def test_the_way_to_a_layer_runs_none_of_the_model_s_own_code() -> None:
     model = Body(chain(lambda m: m.at.layers), at=Hostile())
     model.beside = [list(range(10**6)), weakref.ref(model), model, torch.optim.SGD]
     check(model, images(2, 4), [("at.layers[0]", 0, "relu", range(4))], train=False)
+
+
+class _Joins(nn.Module):
+    """Puts what layers return into one tensor, along another axis than that of the filters."""
+
+    def __init__(self, how: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 8)
+        self.stacked = nn.Parameter(torch.randn(3, 4, 4))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.how(self, x))
+
+
+def _written(m: Any, x: Tensor) -> Tensor:
+    """Other filters of one layer in the two halves of the rows."""
+    both, y = m.c(x), torch.zeros(6, 4)
+    y[:3], y[3:] = both[:3, :4], both[3:, 4:]
+    return y
+
+
+def _experts(m: Any, x: Tensor) -> Tensor:
+    """As JetMoe has them: rows of one expert may be none."""
+    parts = x.split([2, 0, 4])
+    return torch.cat([F.linear(part, w) for part, w in zip(parts, m.stacked, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("how", "layer", "dim"),
+    [
+        (lambda m, x: torch.cat([m.a(x[:2]), m.b(x[2:])]), ":relu", 1),
+        (lambda m, x: torch.cat([m.a(x)[:0], m.b(x)]), ":relu", 1),
+        (lambda m, x: torch.stack([m.a(x), m.b(x)]), ":relu", 2),
+        (lambda m, x: torch.where(x[:, :1] > 0, m.a(x), m.b(x)), ":relu", 1),
+        (_experts, ":relu", 1),
+        (lambda m, x: torch.cat([m.a(x[:2]), m.a(x[2:])]), "a", 1),
+        (lambda m, x: torch.cat([m.a(x), torch.zeros(1, 4)]), "a", 1),
+        (lambda m, x: torch.where(x[:, :1] > 0, m.a(x), 0.1 * x.new_ones(6, 1)), "a", 1),
+        (lambda m, x: torch.cat(m.c(x).chunk(2, 1)), "c", None),
+        (lambda m, x: torch.stack(m.c(x).chunk(2, 1)), "c", None),
+        (_written, "c", None),
+    ],
+)
+def test_rows_of_several_layers_are_no_one_layers(how: Any, layer: str, dim: int | None) -> None:
+    model = _Joins(how)
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(3):
+            x = torch.randn(6, 4)
+            out = model(x)
+            (a,) = maps.select(kind="activation", step=-1)
+            assert (a.layer, a.call, a.nonlinearity, a.filter_dim) == (layer, 0, "relu", dim)
+            assert torch.equal(a.tensor, out)
+    assert list(maps.missed) == []

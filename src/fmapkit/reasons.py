@@ -69,7 +69,7 @@ class Reason(Enum):
     )
     CALLED_ON_ITS_OWN = (
         "it was called on its own, so far only as a part of another module: in this pass it was "
-        "seen by the functions it called, later on as a module"
+        "seen by the functions it called, not as a whole; later on as a module"
     )
 
     # -- control flow -------------------------------------------------------------------------

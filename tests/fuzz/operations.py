@@ -429,10 +429,10 @@ def _odd(c: ClassWriter) -> Code:
     lead = ":, " * axis
     whole = [  # `h` keeps its shape
         "h = T.keep(lambda t: t.masked_fill(t > 2, 0.5), h)",
-        "h = T.keep(lambda a, b: torch.where(torch.rand(a.shape) > 0.5, a, b), h, y)",
+        "h = T.mix(lambda a, b: torch.where(torch.rand(a.shape) > 0.5, a, b), h, y)",
         "h = T.keep(lambda a, b: torch.addcmul(a, b, b), h, y)",
         "h = T.keep(lambda a, b: sum([a, b]), h, y)",
-        "h = T.keep(lambda a, b: torch.stack([a, b]).sum(0), h, y)",
+        "h = T.mix(lambda a, b: torch.stack([a, b]).sum(0), h, y)",
         "h = T.view(lambda t: t[torch.arange(len(t) - 1, -1, -1)], h)",
         f"h = T.vague(lambda t: t.softmax({axis}), h)",
         sigma(c, "h", fresh=False),

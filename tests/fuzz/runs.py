@@ -6,7 +6,8 @@ import pathlib
 from collections import Counter
 from dataclasses import dataclass, field
 
-from tests.fuzz.check import Failure, Report
+from tests.fuzz.check import Report
+from tests.fuzz.failures import Failure
 from tests.fuzz.programs import Program
 from tests.fuzz.shrink import shrink
 

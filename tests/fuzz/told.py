@@ -143,9 +143,13 @@ class Edit:
     factor: float
     filter: int | None
 
+    def is_of(self, tag: Tag) -> bool:
+        """Whether it is for a nonlinearity of these filters."""
+        return tag.owner is not None and tag.owner.name == self.layer
+
     def of(self, site_kind: str, tag: Tag, shadow: Tensor | None, value: Tensor) -> Tensor | None:
         """The tensor that goes on instead; None: the same."""
-        if tag.owner is None or (tag.owner.name, site_kind) != (self.layer, self.kind):
+        if site_kind != self.kind or not self.is_of(tag):
             return None
         if self.filter is None:
             return value * self.factor
@@ -155,16 +159,25 @@ class Edit:
 
 @dataclass
 class Told:
-    """Keeps what one pass tells. A pass begins with `begin`."""
+    """Keeps what one pass tells. A pass begins with `begin`.
+
+    Attributes:
+        sites: that ran.
+        responses: of its layers.
+        places: the sites that were edited.
+        told: whether what runs now belongs to a pass.
+        edit: to be made in each pass.
+    """
 
     sites: list[Site] = field(default_factory=list)
     responses: list[Response] = field(default_factory=list)
-    told: bool = False  # whether what runs now belongs to a pass
+    places: list[Site] = field(default_factory=list)
+    told: bool = False
     edit: Edit | None = None
 
     def begin(self, model: nn.Module) -> None:
         """A pass of a model begins."""
-        self.sites, self.responses = [], []
+        self.sites, self.responses, self.places = [], [], []
         self._tags: dict[int, tuple[Tensor, Tag]] = {}
         self._counts: Counter[str] = Counter()
         self._unsure: set[str] = set()
@@ -306,6 +319,8 @@ class Told:
         after, a_grad = a.detach().clone(), _gradient(a)
         site = Site(sigma, before, after, tag, shadow, own, own_call, inside, z_grad, a_grad)
         self.sites.append(site)
+        if self.edit is not None and self.edit.is_of(tag):
+            self.places.append(site)
         self._put(a, Tag(None))
         return a
 
@@ -413,6 +428,17 @@ class Told:
             if found is None and known:
                 found = self._doubted(*args)
             self._put(out, found)
+        return out
+
+    def mix(self, function: Any, first: Tensor, second: Tensor) -> Tensor:
+        """Takes elements of both, or puts them side by side: of two layers, they are no one's."""
+        tags = self._of(first), self._of(second)
+        names = {tag.owner.name for tag in tags if tag is not None and tag.owner is not None}
+        if len(names) < 2 or any(tag is not None and tag.trust != STRICT for tag in tags):
+            return self.keep(function, first, second)
+        out: Tensor = function(first, second)
+        if self.told:
+            self._put(out, Tag(None))
         return out
 
     def aug(self, sign: str, x: Any, y: Any) -> Any:

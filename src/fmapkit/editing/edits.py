@@ -22,6 +22,7 @@ from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.model import Names
 from fmapkit.nonlinearities import is_torchs
+from fmapkit.paths import unrecorded
 from fmapkit.provenance import ChannelLayout
 from fmapkit.readable import tags as tags_of
 from fmapkit.selection import LayerSelection
@@ -373,7 +374,8 @@ def _run(edit: _Edit, fm: Any) -> Tensor:
     before = fm.tensor
     version = None if before.is_inference() else before._version
     where = f"edit[{edit.given!r}] of the {fm.kind} of layer {fm.layer!r}"
-    after = edit.function(fm)
+    with unrecorded():  # it may call functions of the model's
+        after = edit.function(fm)
     if not isinstance(after, Tensor):
         raise EditError(f"{where} must return a tensor, not {type(after).__name__}", **tags_of(fm))
     if version is not None and before._version != version:

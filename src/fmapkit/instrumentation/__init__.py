@@ -3,7 +3,7 @@
 from fmapkit.instrumentation.hook import Hook, nothing
 from fmapkit.instrumentation.hooks import Hooks, Off, hooks_on
 from fmapkit.instrumentation.methods import Methods, method_called, methods_of
-from fmapkit.instrumentation.pair import FAILED
+from fmapkit.instrumentation.pair import FAILED, Pair
 from fmapkit.instrumentation.unwatched import without_the_models
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Hooks",
     "Methods",
     "Off",
+    "Pair",
     "hooks_on",
     "method_called",
     "methods_of",

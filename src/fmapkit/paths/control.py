@@ -50,6 +50,7 @@ class ControlPaths:
         self._running = running
         self._sink: recorders.DecisionSink | None = None
         self._survey: Survey | None = None
+        self._lookers: frozenset[types.CodeType] = frozenset()
         self._tried: dict[int, types.CodeType] = {}
         self._doubted: set[nn.Module] = set()
         self.twins = Twins()
@@ -58,6 +59,10 @@ class ControlPaths:
     def refresh(self) -> None:
         """The model has other modules than it had."""
         self._modules = set(self._model.modules())
+        # Each look at an attribute runs these, ours and torch's as well: they tell of no way, and
+        # such modules are traced in every pass.
+        found = {getattr(type(m).__getattribute__, "__code__", None) for m in self._modules}
+        self._lookers = frozenset(code for code in found if code is not None)
         self.twins.clear()
         self.twins = Twins(FixedAttributes(self._modules))
         self._doubted.clear()
@@ -116,7 +121,7 @@ class ControlPaths:
         known = _form(module) in _surveyed and module not in self._doubted
         self._doubted.add(module)
         if not known:
-            self._survey = Survey(lambda: tuple(self._running()))
+            self._survey = Survey(lambda: tuple(self._running()), self._lookers)
             self._survey.start()
 
     def end_lesson(self, items: list[Any], module: nn.Module) -> tuple[bool, set[nn.Module]]:
@@ -197,8 +202,9 @@ def _form(module: nn.Module) -> Any:
     return tuple(map(type, modules_in(module))), tuple(own)
 
 
-# Methods that run outside of passes.
+# Methods that run outside of passes, or tell of no way.
 _ASIDE = {
+    "__getattribute__",
     *("__init__", "__del__", "__repr__", "extra_repr", "reset_parameters"),
     *("__setstate__", "__getstate__"),
 }

@@ -137,6 +137,10 @@ def value(given: _T) -> _T:
     return given
 
 
+# Past what a metaclass may say.
+_name_of: Callable[[type], Any] = type.__dict__["__qualname__"].__get__
+_bases_of: Callable[[type], Any] = type.__dict__["__bases__"].__get__
+
 # What follows asks for types, and never for `isinstance`: that may run code of the model's.
 
 
@@ -186,7 +190,7 @@ def _flat(given: Any, depth: int = 0) -> Any:
         return _tensor(given, kind)
     if issubclass(kind, np.generic):
         return kind, str(given)
-    return kind
+    return _class(kind)
 
 
 def called(function: _T) -> _T:
@@ -223,10 +227,16 @@ def _callable(function: Any) -> Any:
     if issubclass(kind, nn.Module):
         # Those of the model, and others that are kept, are compared by identity.
         sink = sinks.get(_ident())
-        return function if sink is not None and function in sink.modules else kind
+        return function if sink is not None and function in sink.modules else _class(kind)
     if kind is functools.partial:
         return kind, _callable(function.func), _flat(function.args), _flat(function.keywords)
-    return function if issubclass(kind, type) else kind
+    return _class(function if issubclass(kind, type) else kind)
+
+
+def _class(given: Any) -> Any:
+    """A class; one that a function makes anew in each pass goes by its name, and by its bases."""
+    name: str = _name_of(given)
+    return given if "<locals>" not in name else (name, *map(_class, _bases_of(given)))
 
 
 # By thread: what is told of calls of tapped functions, and gives what is called in their place.

@@ -12,7 +12,7 @@ import os
 import sys
 import sysconfig
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import numpy as np
@@ -109,16 +109,18 @@ class Survey:
 
     Args:
         where: tells who runs it.
+        aside: code that need not record.
 
     Attributes:
         found: that code, told by its identity; the globals it ran with, and who ran it.
         complete: nothing can have gone unseen.
     """
 
-    def __init__(self, where: Callable[[], Any]) -> None:
+    def __init__(self, where: Callable[[], Any], aside: Container[types.CodeType]) -> None:
         self.found: dict[int, tuple[types.CodeType, dict[str, Any], list[Any]]] = {}
         self.complete = False
         self._where = where
+        self._aside = aside
         self._on = False
 
     def start(self) -> None:
@@ -140,7 +142,7 @@ class Survey:
         if event != "call":
             return
         code = frame.f_code
-        if is_trusted(code) or is_twin(code):
+        if is_trusted(code) or is_twin(code) or code in self._aside:
             return
         if _is_aside(frame):
             return

@@ -135,10 +135,12 @@ def _goes_to(function: Any, name: str | None, frame: types.FrameType) -> bool:
         return False
     own = getattr(function, "__name__", "")
     *owner, last = name.split(".")
-    if last == own or (owner and last.strip("_") == own.strip("_")):
+    if owner and last.strip("_") == own.strip("_"):
         return True
     if not owner:
         found = frame.f_locals.get(last, frame.f_globals.get(last))
+        if last == own:  # else it is a builtin, as `abs` is, which nothing can be put before
+            return found is not None
     else:
         found = getattr(frame.f_locals.get(owner[0]), "__dict__", {}).get(last)
     while isinstance(found, functools.partial):

@@ -160,7 +160,11 @@ def write(name: str) -> Rule:
                 return STOP
             found = _into(name, new, source, target, args, kwargs)
             return ChannelLabel(found.origin, found.axes, gathered=True)
-        if new is None or new.origin.kind == "none" or new.origin.name == own.origin.name:
+        if new is None or new.origin.kind == "none":
+            return own
+        if new.origin.name == own.origin.name:
+            if own.gathered and _into(name, new, source, target, args, kwargs).axes != own.axes:
+                return ChannelLabel(own.origin, gathered=True)  # other filters of the same layer
             return own
         adds = name in ADDING_WRITES
         if name == "index_put":

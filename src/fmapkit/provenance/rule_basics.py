@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.provenance.labels import STOP, ChannelLabel, Label, Lookup, flow_of
+from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Label, Lookup, flow_of
 from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.torchlib.nested import tensors_in
 
@@ -18,6 +18,7 @@ __all__ = [
     "argument",
     "each",
     "lost_if_none",
+    "of_one_layer",
     "pointwise",
     "same_filters",
     "where",
@@ -63,7 +64,29 @@ def where(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: 
     if not values:
         return pointwise(flow, x, args, kwargs, out, tag)
     x = values[0]
-    return pointwise(flow_of(tag, x) or STOP, x, values, {}, out, tag)
+    found = pointwise(flow_of(tag, x) or STOP, x, values, {}, out, tag)
+    full = [value for value in values if value.shape == getattr(out, "shape", None)]
+    return of_one_layer(found, full, tag, same_axes=False)
+
+
+def of_one_layer(
+    joined: ChannelLabel, pieces: Sequence[Tensor], tag: Lookup, same_axes: bool
+) -> ChannelLabel:
+    """What is put together, or chosen from: of several layers, it is no one layer's.
+
+    Args:
+        joined: what the first piece would make of it.
+        pieces: all of them.
+        tag: what a tensor carries.
+        same_axes: whether filters have to lie in all of them as in the first.
+    """
+    found = [other for piece in pieces if (other := flow_of(tag, piece)) is not None]
+    found = [other for other in found if other.origin.kind != "none"]
+    if len({other.origin.name for other in found}) > 1:
+        return ChannelLabel(NOWHERE, joined.axes)
+    if same_axes and len({other.axes for other in found}) > 1:
+        return ChannelLabel(joined.origin)
+    return joined
 
 
 def aligned(flow: ChannelLabel, x: Tensor, result: Tensor) -> ChannelLabel:

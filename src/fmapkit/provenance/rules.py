@@ -21,6 +21,7 @@ from fmapkit.provenance.rule_basics import (
     argument,
     each,
     lost_if_none,
+    of_one_layer,
     pointwise,
     same_filters,
     where,
@@ -191,7 +192,7 @@ def _cat(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: L
         return ChannelLabel(flow.origin, axes) if axes is not None else STOP
     if any(p.dim == dim for p in axes.parts):
         return _rejoined([flow_of(tag, piece) for piece in pieces], dim)
-    return aligned(flow, x, out)
+    return of_one_layer(aligned(flow, x, out), pieces, tag, same_axes=True)
 
 
 def _rejoined(pieces: Sequence[ChannelLabel | None], dim: int) -> ChannelLabel:
@@ -230,7 +231,11 @@ def _fft(name: str) -> Rule:
 
 def _stack(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     dim = int(argument(args, kwargs, 1, "dim", "axis") or 0) % out.dim()
-    return ChannelLabel(flow.origin, flow.axes.insert(dim)) if flow.axes is not None else STOP
+    if flow.axes is None:
+        return STOP
+    pieces = tensors_in(args[0] if args else kwargs)
+    joined = ChannelLabel(flow.origin, flow.axes.insert(dim))
+    return of_one_layer(joined, pieces, tag, same_axes=True)
 
 
 def _copy(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:

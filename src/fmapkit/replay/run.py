@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from threading import get_ident
-from types import BuiltinMethodType, FunctionType
+from types import BuiltinMethodType, FunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from fmapkit.torchlib.side_ops import clone, goes_on_from
 __all__ = ["LightMode", "ReplayRun"]
 
 _module = itemgetter(0)
-_FUNCTIONS = frozenset({FunctionType, BuiltinMethodType})
+_FUNCTIONS = frozenset({FunctionType, BuiltinMethodType, MethodDescriptorType})
 _grads: Callable[[], bool] = torch.is_grad_enabled
 _inference: Callable[[], bool] = torch.is_inference_mode_enabled
 

@@ -120,6 +120,7 @@ class AnswerTracing:
             return tracer.editor.modules.enter_lost(module, args, kwargs) if tracer.editor else None
         if may_fuse(module, MODES):
             parts.shadow.enter(module, args, kwargs)
+        parts.installer.on_scopes()  # regions may have become dynamic modules in this very pass
         parts.redistribution.made(module, (args, kwargs))
         frame = tracer.enter(module, args, kwargs)
         live.trace_on()

@@ -150,7 +150,7 @@ class Passes:
             self._stop.forget()
         self.watch = ModelGuard(self.asked.model, parts.hooks)
         self.open_always()
-        parts.unseen.scripted()
+        parts.unseen.scripted(bool(self._compiled))
 
     def open_always(self) -> None:
         """Trace in every pass where inputs or outputs are edited, and methods are called."""

@@ -115,13 +115,13 @@ class Session:
         """
         self.live.thread = threading.get_ident()
         entered(self.passes)
-        self.parts.unseen.scripted()
         self.passes.open_always()
         tell(self.calls.scripted)
         self.parts.installer.on_model()
         self._methods.stand()
         hide_from_scripting()
         self.compiled.open(CompiledCalls(self.parts, self.passes))
+        self.parts.unseen.scripted(bool(self.compiled))
         if not self.compiled:  # dynamo compares what stands before a call
             self.parts.installer.early()
 

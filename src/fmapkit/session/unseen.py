@@ -91,15 +91,18 @@ class UnseenCalls:
             reason = Reason.PAST_HOOKS_PASS.text(how=HOW["__call__"])
             self._misses.add("", reason)
 
-    def scripted(self) -> None:
-        """Name scripted modules."""
+    def scripted(self, compiled: bool) -> None:
+        """Name scripted modules of whose calls in a pass nobody tells.
+
+        Args:
+            compiled: the model, or a part of it, runs compiled code.
+        """
         names = self._names
         for module, name in names.by_module.items():
-            if isinstance(module, torch.jit.ScriptModule):
+            if isinstance(module, torch.jit.ScriptModule) and (compiled or not name):
                 outer = names.by_name.get(name.rpartition(".")[0]) if "." in name else None
                 if not isinstance(outer, torch.jit.ScriptModule):
-                    reason = Reason.SCRIPTED.text()
-                    self._misses.add(name, reason)
+                    self._misses.add(name, Reason.SCRIPTED.text())
 
     def scripted_call(self, function: str) -> None:
         """A scripted function is called in a pass: name it, at the module of the model it runs in.
@@ -108,7 +111,8 @@ class UnseenCalls:
             function: its name.
         """
         inside = [m for m in running_modules(stop=None) if m in self._names.by_module]
-        if inside and isinstance(inside[-1], torch.jit.ScriptModule):  # which is named itself
+        if inside and isinstance(inside[-1], torch.jit.ScriptModule):
+            self._misses.add(self._names.of(inside[-1]), Reason.SCRIPTED.text())
             return
         reason = Reason.SCRIPTED_FUNCTION.text(function=function)
         self._misses.add(self._names.of(inside[-1] if inside else self._model), reason)

@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmapkit.editing import Edits
 from fmapkit.nonlinearities import module_sigma
-from fmapkit.provenance import STOP, ChannelLabel, ChannelLayout, flow_of, out_of_place
+from fmapkit.provenance import STOP, ChannelLabel, ChannelLayout, Label, flow_of, out_of_place
 from fmapkit.storage import StoredTensor
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
+from fmapkit.tracing.bare_calls import HIDDEN
 from fmapkit.tracing.candidates import name_by_hand
 from fmapkit.tracing.frames import EditSite, Frame, SigmaCall
 from fmapkit.tracing.module_edits import ModuleEdits
@@ -121,6 +122,19 @@ class Editor:
         if new is not None:
             site.a_edited = self.trace.record.aliases.reference(new)
         return self._put(site, a if new is None else new)
+
+    def refuse_hidden(self, label: Label, module: nn.Module) -> None:
+        """Filters of a layer have reached a module of which it is not told what it is as a whole.
+
+        Raises:
+            EditError: an edit is for them.
+        """
+        if not isinstance(label, ChannelLabel):
+            return
+        origin, step = label.origin, self.trace.record.current.step
+        why = HIDDEN.format(self.trace.names.of(module))
+        for kind in ("preactivation", "activation"):
+            self.edits.refuse(origin.name, kind, why, origin.call, step)
 
     def _put(self, site: EditSite, result: Tensor) -> Tensor:
         if site.base is None:

@@ -14,6 +14,7 @@ from fmapkit import nonlinearities
 from fmapkit.model import HOW, Names
 from fmapkit.provenance import FOLLOWED
 from fmapkit.reasons import Reason
+from fmapkit.tracing.bare_calls import bare_calls, is_hidden
 from fmapkit.tracing.candidates import is_whole
 from fmapkit.tracing.events import Event
 from fmapkit.tracing.frames import Frame, running_module
@@ -83,6 +84,17 @@ class PassTrace:
             return running
         self.unhooked.add(running)
         return running
+
+    def hidden(self) -> nn.Module | None:
+        """The module without hooks inside of which a function runs, if it may be one σ or layer."""
+        if self.learning:
+            return None
+        found = None
+        for call in bare_calls(self.frames[-1].module):
+            if call[0] in self.names.by_module and is_hidden(call):
+                found = call[0]
+                self.unhooked.add(found)
+        return found
 
     def running(self) -> nn.Module:
         """The innermost module that runs, registered or not."""

@@ -74,7 +74,10 @@ class SigmaCalls:
         frame, z = trace.frames[-1], call.z
         func, args, kwargs = call.function, call.args, call.kwargs
         in_place = known.in_place or known.asked_in_place(args, kwargs)
-        quiet = frame.kind == "sigma" or trace.opaque > 0
+        hidden = trace.hidden()
+        quiet = frame.kind == "sigma" or trace.opaque > 0 or hidden is not None
+        if hidden is not None and self._editor:
+            self._editor.refuse_hidden(call.tag, hidden)
         if frame.kind == "sigma" and frame.a is not None and is_torchs(frame.module):
             trace.miss_here(Reason.SIGMA_IN_A_HOOK.text(sigma=call.sigma))
         call.unheld = unheld(z)

@@ -29,7 +29,9 @@ from torch.overrides import TorchFunctionMode
 from fmapkit.editing import Edits
 from fmapkit.missed import reason
 from fmapkit.model import Names
+from fmapkit.paths import unrecorded
 from fmapkit.provenance import (
+    FOLLOWED,
     FRESH,
     NORM_AXIS,
     OPAQUE,
@@ -213,6 +215,8 @@ class Tracer(TraceView, TorchFunctionMode):
         """
         try:
             self.trace.past_hooks()
+            if not self.trace.learning and known.name in FOLLOWED:
+                self.trace.hidden()
             if call is not None:
                 out = self.sigmas.after(known, call, out)
             else:
@@ -248,7 +252,7 @@ class Tracer(TraceView, TorchFunctionMode):
             self.layers.shapeless(name, weight, out)
             return out
         seen = one and not trace.opaque and not wrapped(out)
-        if seen and isinstance(weight, Tensor):
+        if seen and isinstance(weight, Tensor) and trace.hidden() is None:
             out = self.layers.weighed(name, func, operands, args, kwargs, weight, out)
         elif seen and known.packed:
             out = self.layers.packed(func, args, out)
@@ -332,7 +336,7 @@ def _tried(names: Names, wants: Selection, frame: Frame) -> tuple[bool, bool]:
     given = x.detach().clone()
     args, kwargs = exchanged(frame.args, frame.kwargs, x, given)
     cuda = [x.device.index] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with unrecorded(), torch.random.fork_rng(devices=cuda):
         tracer.trace.labels.enter(args, kwargs)
         trial = tracer.enter(module, args, kwargs)
         with torch._C._EnableTorchFunction(), tracer:
