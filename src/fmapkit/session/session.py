@@ -28,16 +28,15 @@ from fmapkit.compiled import CompiledEntries
 from fmapkit.instrumentation import Hooks, Methods, Off
 from fmapkit.missed import Missed
 from fmapkit.model import Names
-from fmapkit.paths import ControlPaths, Resting
+from fmapkit.paths import Resting
 from fmapkit.selection import Selection
 from fmapkit.session.compiled_calls import CompiledCalls
-from fmapkit.session.concurrent import entered, left
+from fmapkit.session.concurrent import entered, left, others
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.dispatch import HookDispatcher
 from fmapkit.session.hook_installer import HookCallbacks
 from fmapkit.session.parts import SessionParts
 from fmapkit.session.passes import Passes
-from fmapkit.session.state import PassState
 from fmapkit.storage import Budget
 from fmapkit.torchlib.call_override import hide_from_scripting, show_to_scripting
 from fmapkit.torchlib.scripted import tell, tell_no_more
@@ -113,7 +112,7 @@ class Session:
         Raises:
             CaptureStateError: another capture is open, and one of the two edits.
         """
-        self.live.thread = threading.get_ident()
+        self.parts.live.thread = threading.get_ident()
         entered(self.passes)
         self.passes.open_always()
         tell(self.calls.scripted)
@@ -137,7 +136,7 @@ class Session:
         self.hooks.drop()
         show_to_scripting()
         self.parts.regions.clear()
-        self.paths.clear()
+        self.parts.paths.clear()
         self.wants.retention.close()
         self.asked.analyses.view = None
         if not failed:
@@ -154,7 +153,7 @@ class Session:
         tell_no_more(self.calls.scripted)
         show_to_scripting()
         self.compiled.rest()
-        functions = self.paths.twins.rest()
+        functions = self.parts.paths.twins.rest()
         watch = self.passes.watch
         settled = watch.counted() if watch.settled() else None
         self.parts.installer.no_doors()  # nothing is set while nobody calls
@@ -167,18 +166,23 @@ class Session:
         Raises:
             CaptureStateError: another capture with an edit is open.
         """
-        self.live.thread = threading.get_ident()
+        self.parts.live.thread = threading.get_ident()
         entered(self.passes)
         watch = self.passes.watch
         quiet = rest.settled is not None and watch.counted() == rest.settled
         for off in rest.off:
             off.put_back()
-        self.paths.twins.wake(rest.functions)
+        self.parts.paths.twins.wake(rest.functions)
         hide_from_scripting()
         tell(self.calls.scripted)
         self.compiled.wake()
         if quiet:
             watch.count_from_here()
+
+    def alone(self) -> bool:
+        """Whether no other capture is open in this thread that would see its passes."""
+        self.parts.live.thread = threading.get_ident()
+        return not any(others(self.passes))
 
     # -- what others ask ----------------------------------------------------------------------
 
@@ -196,16 +200,6 @@ class Session:
     def wants(self) -> Selection:
         """Which maps to hold, and how."""
         return self.asked.wants
-
-    @property
-    def live(self) -> PassState:
-        """What is under way."""
-        return self.parts.live
-
-    @property
-    def paths(self) -> ControlPaths:
-        """Which decisions passes take."""
-        return self.parts.paths
 
     @property
     def steps(self) -> int:
