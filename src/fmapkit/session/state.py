@@ -142,7 +142,7 @@ class PassState:
     def trace_on(self) -> None:
         """From here on the tracer, if there is one, sees what runs."""
         if self.tracer is not None:
-            self.tracer.paused = False
+            self.tracer.trace.paused = False
             if not self._stacked:
                 push_mode(self.tracer)
                 self._stacked = True
@@ -153,9 +153,9 @@ class PassState:
         Returns:
             Whether it was on.
         """
-        if self.tracer is None or self.tracer.paused:
+        if self.tracer is None or self.tracer.trace.paused:
             return False
-        self.tracer.paused = True
+        self.tracer.trace.paused = True
         if self._stacked and mode_count():
             top = pop_mode()
             self._stacked = top is not self.tracer
