@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmapkit import capture, edits
+from fmapkit.missed import Reason
 from fmapkit.paths.recorders import MARK
 from fmapkit.paths.twins import Twins, twin_of
-from fmapkit.session.recording import BROKEN
 from fmapkit.session.replaying import OTHER_PATH
 from tests.checks import tags
 
@@ -143,7 +143,7 @@ def test_a_part_whose_exception_is_handled_loses_one_pass_and_is_named(
     assert shown[:2] + shown[3:] == [whole, whole, short, whole, short]
     assert shown[2] in ([], short[:1])  # what is sure
     reasons = {m.layer: m.reason for m in maps.missed}
-    assert (reasons[""], reasons["part"]) == (BROKEN, OTHER_PATH)
+    assert (reasons[""], reasons["part"]) == (Reason.BROKEN_OFF.text(), OTHER_PATH)
 
 
 def _zero() -> int:
