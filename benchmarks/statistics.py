@@ -1,15 +1,18 @@
-"""What `Statistics` costs, beside its floor: one read of each map at the memory's bandwidth.
+"""What `Statistics` costs, beside a read of each map and the calls that it cannot do without.
 
-The bandwidth is measured here, by a sum over float32, as what reads nothing twice and does next to
-nothing else. Maps are taken in turn from more memory than a cache of usual size holds.
+A read is a sum over float32 of as many bytes, as what reads nothing twice and does next to nothing
+else. A map that lies in memory is read from there: maps are taken in turn from more of it than a
+cache of usual size holds. One that lies in the cache, as a layer leaves a map that is not large, is
+the same one again and again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,9 +20,11 @@ from benchmarks.models import ResNet
 from fmapkit import FeatureMap, capture
 from fmapkit.analysis import Analysis, DeadFilters, Statistics
 
-__all__ = ["CASES", "Case", "bandwidth", "run", "time_of"]
+__all__ = ["CASES", "Case", "run", "time_of"]
 
 _POOL = 2**28  # bytes of memory that the maps of a case take turns in
+_CACHE = 2**23  # bytes of a map that stays in the cache
+_BLOCK = 2**19  # values that the bare calls work on at a time
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,12 @@ CASES = [
     Case("tokens 8x512x3072", (8, 512, 3072), dim=2, sigma="gelu"),
     Case("saturating 8x64x56x56", (8, 64, 56, 56), sigma="tanh"),
     Case("bfloat16 8x64x56x56", (8, 64, 56, 56), dtype=torch.bfloat16),
+    Case("bfloat16 tokens 8x512x768", (8, 512, 768), 2, torch.bfloat16, sigma="gelu"),
 ]
 CONTENDERS: dict[str, Callable[[], Analysis]] = {
-    "all but a histogram": Statistics,
+    "Statistics": Statistics,
     "compiled": lambda: Statistics(compile=True),
-    'bins="log2"': lambda: Statistics(bins="log2"),
+    'with bins="log2"': lambda: Statistics(bins="log2"),
     "DeadFilters": DeadFilters,
 }
 
@@ -71,17 +77,59 @@ def time_of(call: Callable[[], object], seconds: float, device: str) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def bandwidth(device: str) -> float:
-    """Bytes a second of one read, from memory."""
-    values = torch.ones(_POOL // 4, device=device)
-    return _POOL / time_of(values.sum, 1.0, device)
+@dataclass
+class _BareCalls:
+    """The calls alone that sums, extremes and zeros take at least, on blocks of a contiguous map.
+
+    For float32 and bfloat16 on a CPU. Nothing is put together, nothing is looked at.
+    """
+
+    rows: bool  # the values of a filter lie in rows, or in columns
+    width: int  # of a row
+    wide: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.wide = torch.empty(_BLOCK + self.width, dtype=torch.float64)
+        self.flags = np.empty(_BLOCK + self.width, np.bool_)
+
+    def __call__(self, tensor: Tensor) -> None:
+        """Of one map."""
+        matrix = tensor.flatten().view(-1, self.width)
+        height, axis = max(1, _BLOCK // self.width), int(self.rows)
+        for block in torch.split(matrix, height):
+            bits = block.view(torch.int16 if block.element_size() == 2 else torch.int32).numpy()
+            wide = self.wide[: block.numel()].view(block.shape)
+            wide.copy_(block)
+            np.maximum.reduce(bits.view(f"u{bits.itemsize}"), axis=axis)
+            np.maximum.reduce(bits, axis=axis)
+            flags = self.flags[: bits.size].reshape(bits.shape)
+            np.equal(bits if bits.itemsize == 2 else block.numpy(), 0, out=flags)
+            np.add.reduce(flags.view(np.int64), axis=axis)
+            if self.rows:
+                wide.sum(1)
+                np.vecdot(wide.numpy(), wide.numpy())
+            else:
+                ones = np.ones(len(block))
+                ones @ wide.numpy()
+                wide.square_()
+                ones @ wide.numpy()
 
 
-def _maps(case: Case, device: str) -> list[FeatureMap]:
+def _bare_calls(case: Case) -> _BareCalls:
+    inner = int(np.prod(case.shape[2:])) if case.dim == 1 else 1
+    if inner >= 256 and case.memory_format == torch.contiguous_format:
+        return _BareCalls(True, inner)
+    width = case.shape[case.dim] * (1 if case.memory_format == torch.channels_last else inner)
+    several = range(max(1, 4096 // width), 0, -1)  # rows that make one
+    values = int(np.prod(case.shape))
+    return _BareCalls(False, width * next(n for n in several if values % (width * n) == 0))
+
+
+def _maps(case: Case, device: str, cached: bool) -> list[FeatureMap]:
     one = torch.randn(case.shape).relu().to(case.dtype)
-    count = max(1, _POOL // (one.numel() * one.element_size()))
+    count = 1 if cached else max(2, min(64, _POOL // (one.numel() * one.element_size())))
     maps = []
-    for _ in range(min(count, 64)):
+    for _ in range(count):
         tensor = one.to(device, copy=True)
         if tensor.dim() == 4:
             tensor = tensor.contiguous(memory_format=case.memory_format)
@@ -98,18 +146,63 @@ def _maps(case: Case, device: str) -> list[FeatureMap]:
     return maps
 
 
-def _turn(analysis: Analysis, maps: list[FeatureMap]) -> Callable[[], None]:
-    at = 0
+def _in_turn(
+    calls: Sequence[Callable[[FeatureMap], object]],
+    maps: list[FeatureMap],
+    seconds: float,
+    device: str,
+    touch: Callable[[FeatureMap], object] | None,
+) -> list[float]:
+    """Median seconds of each call, over about so many for each; they take turns.
 
-    def call() -> None:
-        nonlocal at
-        analysis.update(maps[at])
-        at = (at + 1) % len(maps)
+    With several maps, none has been read lately by another; what is touched before has.
+    """
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter  # what others do does not count
+    times: list[list[float]] = [[] for _ in calls]
+    turn = 0
+    while turn < 8 or sum(map(sum, times)) < seconds * len(calls):
+        for n, call in enumerate(calls):
+            fm = maps[(turn + n * len(maps) // len(calls)) % len(maps)]
+            if touch is not None:
+                touch(fm)
+            start = clock()
+            call(fm)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            times[n].append(clock() - start)
+        turn += 1
+    return [sorted(some[3:])[len(some[3:]) // 2] for some in times]
 
-    return call
+
+def _of_a_case(case: Case, device: str, seconds: float, compiled: bool, cached: bool) -> None:
+    maps = _maps(case, device, cached)
+    size = maps[0].nbytes
+    read = [torch.ones(size // 4, device=device) for _ in maps]
+    number = {id(fm): n for n, fm in enumerate(maps)}
+    calls: dict[str, Callable[[FeatureMap], object]] = {
+        "one read": lambda fm: read[number[id(fm)]].sum()
+    }
+    if device == "cpu":
+        bare = _bare_calls(case)
+        order = (0, 2, 3, 1) if case.memory_format == torch.channels_last else None
+        calls["the calls alone"] = lambda fm: bare(fm.tensor.permute(order) if order else fm.tensor)
+    for name, make in CONTENDERS.items():
+        if name != "compiled" or compiled:
+            calls[name] = make().update
+
+    def touch(fm: FeatureMap) -> None:
+        calls["one read"](fm)
+        fm.tensor.sum()
+
+    took = _in_turn(list(calls.values()), maps, seconds, device, touch if cached else None)
+    print(f"{case.name}, {size / 1e6:.2f} MB, in {'the cache' if cached else 'memory'}")
+    for name, each in zip(calls, took, strict=True):
+        reads = "" if name == "one read" else f"{each / took[0]:7.1f} reads"
+        print(f"  {name:20s} {each * 1e3:9.3f} ms {reads}".rstrip())
 
 
-def _of_a_model(device: str, speed: float, seconds: float) -> None:
+def _of_a_model(device: str, seconds: float) -> None:
     """All maps of a ResNet-18's pass, as capture gives them."""
     model = ResNet().to(device).eval()
     images = torch.randn(8, 3, 160, 160, device=device)
@@ -128,12 +221,12 @@ def _of_a_model(device: str, speed: float, seconds: float) -> None:
         without = time_of(bare, seconds, device)
         with_ = time_of(analysed, seconds, device)
         size = sum(fm.nbytes for fm in maps)
-    floor = size / speed
+    floor = time_of(torch.ones(size // 4, device=device).sum, seconds, device)
     print(
         f"resnet18 8x3x160x160, {len(stats)} kinds of map, {size / 1e6:.1f} MB: a captured pass "
         f"takes {without * 1e3:.1f} ms,\n  with statistics {with_ * 1e3:.1f} ms; "
-        f"they take {(with_ - without) * 1e3:.1f} ms, {(with_ - without) / floor:.1f} times the "
-        f"floor of {floor * 1e3:.2f} ms"
+        f"they take {(with_ - without) * 1e3:.1f} ms, {(with_ - without) / floor:.1f} reads of "
+        f"{floor * 1e3:.2f} ms"
     )
 
 
@@ -148,15 +241,9 @@ def run(device: str = "cpu", threads: int = 2, seconds: float = 1.0, compiled: b
     """
     torch.manual_seed(0)
     torch.set_num_threads(threads)
-    speed = bandwidth(device)
-    print(f"{device}, {threads} threads: one read at {speed / 1e9:.1f} GB/s is the floor")
+    print(f"{device}, {threads} threads")
     for case in CASES:
-        maps = _maps(case, device)
-        floor = maps[0].nbytes / speed
-        print(f"{case.name}, {maps[0].nbytes / 1e6:.2f} MB, floor {floor * 1e3:.3f} ms")
-        for name, make in CONTENDERS.items():
-            if name == "compiled" and not compiled:
-                continue
-            took = time_of(_turn(make(), maps), seconds, device)
-            print(f"  {name:20s} {took * 1e3:9.3f} ms {took / floor:7.1f} times the floor")
-    _of_a_model(device, speed, seconds)
+        size = torch.empty(case.shape, dtype=case.dtype, device="meta").nbytes
+        for cached in (False, True) if size <= _CACHE else (False,):
+            _of_a_case(case, device, seconds, compiled, cached)
+    _of_a_model(device, seconds)

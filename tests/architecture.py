@@ -266,6 +266,13 @@ def silent_raises(modules: House, errors: Collection[str]) -> list[str]:
 _FILE = re.compile(r"(?<![\w/.*-])([\w*-]+(?:/[\w*-]+)*\.py)\b")
 
 
+def endings(files: Iterable[str]) -> set[str]:
+    """By what a file may be named: "a/b/c.py" as that, "b/c.py" and "c.py"."""
+    return {
+        "/".join(parts[i:]) for f in files if (parts := f.split("/")) for i in range(len(parts))
+    }
+
+
 def unknown_files(
     text: str, known: Collection[str], allowed: Collection[str] = (), near: str = ""
 ) -> list[str]:
@@ -273,17 +280,14 @@ def unknown_files(
 
     Args:
         text: of a page.
-        known: all files, from the root of the repository.
+        known: the `endings` of all files.
         allowed: names of files that are the reader's own.
         near: a folder in which names without one may be.
     """
-    ends = {
-        "/".join(parts[i:]) for p in known if (parts := p.split("/")) for i in range(len(parts))
-    }
     return [
         name
         for name in dict.fromkeys(_FILE.findall(text))
-        if name not in allowed and name not in ends and f"{near}/{name}" not in ends
+        if name not in allowed and name not in known and f"{near}/{name}" not in known
     ]
 
 

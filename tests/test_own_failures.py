@@ -84,7 +84,7 @@ def test_a_fault_in_a_tap(monkeypatch: pytest.MonkeyPatch, kinds: Any) -> None:
         expected = model(x)
         with capture(model, kinds=kinds) as maps:
             model(x)
-            monkeypatch.setattr("fmapkit.replay.run.version_of", _broken)
+            monkeypatch.setattr("fmapkit.replay.run_log.version_of", _broken)
             monkeypatch.setattr("fmapkit.replay.taps.version_of", _broken)
             assert torch.equal(model(x), expected)
             monkeypatch.undo()

@@ -123,49 +123,21 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         method: str | Iterable[str] = "forward",
         check: Check | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            hint = " (a model class: make an instance first)" if isinstance(model, type) else ""
-            raise NotAModuleError(
-                f"capture takes a torch.nn.Module, not {type(model).__name__}{hint}"
-            )
+        _check_model(model)
         seen_by = Analyses(analyses)
-        fleeting = isinstance(keep, int) and not isinstance(keep, bool) and keep == 0
-        if fleeting and not seen_by and check is None:
-            raise ArgumentError(
-                "keep=0 lets go of each map at once, which takes analyses=... to see it before; "
-                "keep must be a positive int or 'all' otherwise"
-            )
-        if fleeting and max_bytes is not None:
-            raise ArgumentError(
-                "keep=0 lets go of each map at once, so there is nothing for max_bytes= to limit: "
-                "give one of them"
-            )
-        if keep != "all" and not _positive(keep) and not fleeting:
-            raise ArgumentError(f"keep must be a positive int or 'all', not {keep!r}")
-        if not _positive(every):
-            raise ArgumentError(f"every must be a positive int, not {every!r}")
+        _check_keep(keep, every, bool(seen_by) or check is not None, max_bytes)
         if stop and layers is None:
             raise ArgumentError("stop=True ends a pass at the last wanted map: say layers=...")
-        if not isinstance(detach, bool):
-            raise ArgumentError(f"detach must be True or False, not {detach!r}")
         if edit and every != 1:
             raise ArgumentError("edit changes every pass, so it goes with every=1 only")
-        if not isinstance(gradients, bool):
-            raise ArgumentError(f"gradients must be True or False, not {gradients!r}")
-        if not isinstance(weights, bool):
-            raise ArgumentError(f"weights must be True or False, not {weights!r}")
+        _check_flags(detach=detach, gradients=gradients, weights=weights)
         retention = StorageConversion(_dtype(dtype), _device(device))
         if retention and not detach:
             raise ArgumentError(
                 "dtype= and device= store copies outside of the graph, and detach=False keeps maps "
                 "in it; convert them in the loss instead"
             )
-        when_full = policy(when_full)
-        if when_full != "error" and max_bytes is None:
-            raise ArgumentError(
-                f"when_full={when_full!r} says what goes when max_bytes= is reached: give both"
-            )
-        budget = None if max_bytes is None else Budget(max_bytes, when_full)
+        budget = _budget(max_bytes, policy(when_full))
         given, model = model, plain(model)
         names = Names(model)
         if edit or stop or gradients:
@@ -223,6 +195,52 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         if stop is not None and stop.ended and isinstance(error, (AttributeError, TypeError)):
             if "NoneType" in str(error):
                 _note(error, ENDED)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        hint = " (a model class: make an instance first)" if isinstance(model, type) else ""
+        raise NotAModuleError(f"capture takes a torch.nn.Module, not {type(model).__name__}{hint}")
+
+
+def _check_keep(keep: Any, every: Any, looked_at: bool, max_bytes: Any) -> None:
+    """Whether these go together.
+
+    Args:
+        keep: as it was given.
+        every: as it was given.
+        looked_at: somebody sees each map before it is let go.
+        max_bytes: as it was given.
+    """
+    fleeting = isinstance(keep, int) and not isinstance(keep, bool) and keep == 0
+    if fleeting and not looked_at:
+        raise ArgumentError(
+            "keep=0 lets go of each map at once, which takes analyses=... to see it before; "
+            "keep must be a positive int or 'all' otherwise"
+        )
+    if fleeting and max_bytes is not None:
+        raise ArgumentError(
+            "keep=0 lets go of each map at once, so there is nothing for max_bytes= to limit: "
+            "give one of them"
+        )
+    if keep != "all" and not _positive(keep) and not fleeting:
+        raise ArgumentError(f"keep must be a positive int or 'all', not {keep!r}")
+    if not _positive(every):
+        raise ArgumentError(f"every must be a positive int, not {every!r}")
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name} must be True or False, not {value!r}")
+
+
+def _budget(max_bytes: Any, when_full: Literal["error", "oldest"]) -> Budget | None:
+    if when_full != "error" and max_bytes is None:
+        raise ArgumentError(
+            f"when_full={when_full!r} says what goes when max_bytes= is reached: give both"
+        )
+    return None if max_bytes is None else Budget(max_bytes, when_full)
 
 
 def _finite(

@@ -266,10 +266,7 @@ class Lines:
             some, blocks = dict(kept), range(len(self._shapes))
             kept = [(n, some[n] if n in some else self._nothing(name, n)) for n in blocks]
         parts = [numbers for _, numbers in kept]
-        if self._axis:
-            return np.concatenate(parts)
-        found: Array = way.reduce(np.stack(parts), axis=0)
-        return found
+        return np.concatenate(parts) if self._axis else reduce(way, parts)
 
     def _nothing(self, name: str, block: int) -> Array:
         """Zeros, as many as a block gives of what it was asked for."""

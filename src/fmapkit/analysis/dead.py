@@ -228,7 +228,7 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
         last = f"DeadFilters: {dead} of {filters} filters silent over {self.after} inputs{missed}"
         return Table(HEADS, rows, 3, last)
 
-    def page_sections(self) -> list[Section]:
+    def _page_sections(self) -> list[Section]:
         """What a page draws below the table: when each filter fired."""
         from fmapkit.analysis.page_sections import firings_section
 

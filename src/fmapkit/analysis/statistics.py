@@ -197,7 +197,7 @@ class Statistics(Tabular, ByLayer[_Group, LayerStatistics]):
         parts = [(f, g.moments, g.saturates) for f, g in self._groups.parts(name)]
         return summarise(name, parts, self._edges.tensor if self._edges is not None else None)
 
-    def page_sections(self) -> list[Section]:
+    def _page_sections(self) -> list[Section]:
         """What a page draws below the table: mean, std and histogram of each filter."""
         from fmapkit.analysis.page_sections import statistics_section
 

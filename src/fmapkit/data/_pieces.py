@@ -1,23 +1,27 @@
 """Reading rows of an array that lies in pieces: one a unit, or one for many.
 
 Where the store is a folder and nothing is compressed, a unit's file is mapped into memory: rows are
-read as from a `.npy` file that is mapped, without a detour through Zarr. Else Zarr reads.
+read as from a `.npy` file that is mapped, without a detour through Zarr. Rows in any order are
+gathered from all files at once. Else Zarr reads.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Piece", "Pieces", "mapped"]
+from fmapkit.data._joined import Joined, join
+
+__all__ = ["File", "Piece", "Pieces", "is_plain", "mapped"]
 
 NdArray = np.ndarray[Any, Any]
-_OPEN = 128  # files that are mapped at once
+File = tuple[Path, int]  # and how many rows it has
+_OPEN = 128  # files that are mapped at once, each by itself
 
 
 class Piece:
@@ -27,14 +31,18 @@ class Piece:
         rows: how many.
         offset: of the first of them in what `opened` gives.
         opened: opens what they lie in: something that slices as NumPy does.
+        file: of which they are the first rows, where there is one.
     """
 
-    __slots__ = ("offset", "opened", "rows")
+    __slots__ = ("file", "offset", "opened", "rows")
 
-    def __init__(self, rows: int, offset: int, opened: Callable[[], Any]) -> None:
+    def __init__(
+        self, rows: int, offset: int, opened: Callable[[], Any], file: File | None = None
+    ) -> None:
         self.rows = rows
         self.offset = offset
         self.opened = opened
+        self.file = file
 
     def read(self, first: int, last: int, rest: tuple[Any, ...]) -> NdArray:
         """The rows from `first` to before `last`, cut by `rest` along the other axes."""
@@ -60,21 +68,40 @@ class Pieces:
         pieces: in the order of the rows.
         shape: of a row.
         dtype: of the values as they are stored.
+        plain: whether files hold nothing but rows.
     """
 
-    def __init__(self, pieces: Sequence[Piece], shape: tuple[int, ...], dtype: Any) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        shape: tuple[int, ...],
+        dtype: Any,
+        plain: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._pieces = [piece for piece in pieces if piece.rows]
         ends = np.cumsum([0] + [piece.rows for piece in self._pieces])
         self._ends: list[int] = ends.tolist()
         self._shape = shape
         self._dtype = dtype
+        self._plain = plain
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def is_mapped(self, piece: int) -> bool:
-        """Whether the rows of a piece can be had without a copy."""
-        return isinstance(self._pieces[piece].opened(), np.ndarray)
+    @cached_property
+    def joined(self) -> Joined | None:
+        """The files of all pieces, mapped as one array; None where that cannot be."""
+        files = [piece.file for piece in self._pieces if piece.file is not None]
+        if not files or len(files) < len(self._pieces) or not self._plain():
+            return None
+        return join(files, self._shape, np.dtype(self._dtype))
+
+    @cached_property
+    def _gaps(self) -> NdArray | None:
+        """How much farther on the rows of each piece are, where these are joined; None for 0."""
+        assert self.joined is not None
+        gaps: NdArray = self.joined.starts - np.asarray(self._ends[:-1])
+        return gaps if gaps.any() else None
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
@@ -100,11 +127,26 @@ class Pieces:
         at = bisect_right(self._ends, first) - 1
         if first == last or last > self._ends[at + 1]:
             return self.read(first, last)
+        if self.joined is not None:
+            gap = 0 if self._gaps is None else self._gaps[at]
+            return self.joined.rows[first + gap : last + gap]
         start = self._ends[at]
         return self._pieces[at].read(first - start, last - start, ())
 
     def take(self, rows: NdArray, rest: tuple[Any, ...] = ()) -> NdArray:
-        """Some rows, in any order, each as often as it is given; a copy."""
+        """Some rows, in any order, each as often as it is given; a copy.
+
+        Args:
+            rows: int64, from 0 to before the number of rows.
+            rest: as in `read`.
+        """
+        if self.joined is not None:
+            if self._gaps is not None:
+                rows = rows + self._gaps[np.searchsorted(self._ends, rows, side="right") - 1]
+            # Clipping is not needed, and the quickest.
+            found = self.joined.rows.take(rows, 0, None, "clip")
+            cut = (slice(None), *rest)
+            return np.ascontiguousarray(found[cut]) if rest else found
         out = self._empty(len(rows), rest)
         which = np.searchsorted(self._ends, rows, side="right") - 1
         order = np.argsort(which, kind="stable")
@@ -119,6 +161,17 @@ class Pieces:
         return np.empty((rows, *np.shape(cut)), self._dtype)
 
 
+def is_plain(array: Any) -> bool:
+    """Whether a chunk of a Zarr array is a file of nothing but rows, as they lie in memory."""
+    from zarr.codecs import BytesCodec
+
+    codecs, dtype = array.metadata.codecs, np.dtype(array.dtype)
+    if len(codecs) != 1 or not isinstance(codecs[0], BytesCodec) or dtype.hasobject:
+        return False
+    little = getattr(codecs[0].endian, "value", None) == "little" or dtype.itemsize == 1
+    return little and tuple(array.chunks[1:]) == tuple(array.shape[1:])
+
+
 def mapped(array: Any, path: Path, rows: int) -> Callable[[], NdArray] | None:
     """What maps the file of a unit, where its rows lie in it as in memory; else None.
 
@@ -127,16 +180,9 @@ def mapped(array: Any, path: Path, rows: int) -> Callable[[], NdArray] | None:
         path: of the file.
         rows: how many it holds.
     """
-    from zarr.codecs import BytesCodec
-
-    codecs = array.metadata.codecs
-    dtype = np.dtype(array.dtype)
-    if len(codecs) != 1 or not isinstance(codecs[0], BytesCodec) or dtype.hasobject:
+    if not is_plain(array):
         return None
-    endian = getattr(codecs[0].endian, "value", None)
-    if (dtype.itemsize > 1 and endian != "little") or array.chunks[1:] != array.shape[1:]:
-        return None
-    shape = tuple(array.chunks)
+    shape, dtype = tuple(array.chunks), np.dtype(array.dtype)
     there = path.stat()
     if there.st_size != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
         return None

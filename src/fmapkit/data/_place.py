@@ -3,6 +3,7 @@
 What is written when, and why nothing is lost by it, is told in `docs/data-format.md`. In short: the
 arrays of a unit are written first, its record (`commits/<unit>`) last, and each of these is one
 object that is there as a whole or not at all. A unit without a record is as if it was not there.
+In a folder, the disk has what comes first before the next is given to it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fmapkit.data._flush import flush
 from fmapkit.data._manifest import (
     FORMAT,
     ArraySpec,
@@ -188,7 +190,9 @@ class Place:
                         self._store, path=path, attributes=_tags(spec), overwrite=True
                     )
             zarr.create_group(self._store, path="commits", overwrite=True)
+            self._flush("")
             root.attrs.put({_KEY: manifest.to_json()})
+            self._flush("zarr.json")
 
     def _make(
         self, spec: ArraySpec | FieldSpec, path: str, total: int, shard: int, compressors: Any
@@ -287,14 +291,29 @@ class Place:
             warnings.filterwarnings("ignore", message="Object at .* is not recognized")
             return sorted(name for name, _ in root[path].members())  # type: ignore[union-attr]
 
-    def commit(self, record: UnitRecord) -> None:
-        """Say that a unit is there: one object, written at once."""
-        self._zarr.create_group(
-            self._store,
-            path=f"commits/{node_of(record.unit)}",
-            attributes=record.to_json(),
-            overwrite=True,
-        )
+    def flush(self, manifest: Manifest, unit: int) -> None:
+        """Wait until the disk has the rows of a unit."""
+        self._flush(*_paths(manifest, unit))
+
+    def commit(self, record: UnitRecord, beside: Mapping[str, bytes] | None = None) -> None:
+        """Say that a unit is there: one object, written at once, after `flush`.
+
+        Args:
+            record: of the unit.
+            beside: objects that are written before, by path.
+        """
+        for path, content in (beside or {}).items():
+            self.write_bytes(path, content)
+            groups = [f"{group}/zarr.json" for group in PurePosixPath(path).parents[:-1]]
+            self._flush(path, *groups)
+        path = f"commits/{node_of(record.unit)}"
+        self._zarr.create_group(self._store, path=path, attributes=record.to_json(), overwrite=True)
+        self._flush(path)
+
+    def _flush(self, *paths: str) -> None:
+        # Where the store is no folder, what was taken is kept.
+        if self.local is not None:
+            flush(self.local / path for path in paths)
 
     def finish(self, manifest: Manifest, records: Iterable[UnitRecord]) -> None:
         """Put all records into one array, say that the data set is complete, and let them go."""
@@ -317,7 +336,9 @@ class Place:
                 overwrite=True,
             )
             root = self._zarr.open_group(self._store, mode="a", zarr_format=3)
+            self._flush("index")
             root.attrs.put({_KEY: replace(manifest, complete=True).to_json()})
+            self._flush("zarr.json")
             self.tidy()
 
     def tidy(self) -> None:
@@ -340,6 +361,13 @@ class Place:
 
 def _tags(spec: ArraySpec | FieldSpec) -> dict[str, Any]:
     return asdict(spec)
+
+
+def _paths(manifest: Manifest, unit: int) -> Iterator[str]:
+    """Where the rows of a unit are, of each array and field, in a folder."""
+    for spec in manifest.specs:
+        path = spec.name if isinstance(spec, ArraySpec) else spec.path
+        yield f"{path}/c/{unit}" if manifest.regular else f"{path}/{node_of(unit)}"
 
 
 def _chunk_rows(shard: int, row_bytes: int) -> int:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -39,59 +38,44 @@ class Pool(Protocol):
 
 
 class Views:
-    """Blocks whose memory is a file's: rows are copied once, into the batch.
-
-    In a batch, the rows of one block stand together, so that each block is read once.
+    """Rows whose memory is a store's: each is copied once, into its batch.
 
     Args:
         ids: of the rows to begin with, in order.
-        block: gives a block by its number.
+        starts: number of each block's first row.
+        gather: gives rows by their numbers.
     """
 
-    def __init__(self, ids: Tensor, block: Callable[[int], dict[str, Tensor]]) -> None:
-        self._ids = ids.numpy().copy()
-        self._like: dict[str, Tensor] = {}
-        self._blocks: dict[int, list[_Array]] = {}
-        for number in np.unique(self._ids[:, 0]).tolist():
-            self._keep(number, block(number))
-
-    def _keep(self, number: int, rows: dict[str, Tensor]) -> None:
-        self._like = rows
-        self._blocks[number] = [_bits(values) for values in rows.values()]
+    def __init__(
+        self, ids: Tensor, starts: _Array, gather: Callable[[_Array], dict[str, Tensor]]
+    ) -> None:
+        self._starts = starts
+        self._gather = gather
+        self._rows: _Array = starts[ids[:, 0].numpy()] + ids[:, 1].numpy()
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._rows)
 
     @property
     def ids(self) -> Tensor:
         """Number of block, and row in it, of all rows in order."""
-        return torch.from_numpy(self._ids.copy())
+        blocks = np.searchsorted(self._starts, self._rows, side="right") - 1
+        return torch.from_numpy(np.stack([blocks, self._rows - self._starts[blocks]], 1))
 
     def reorder(self, order: Tensor) -> None:
         """Put the rows into another order."""
-        self._ids = self._ids[order.numpy()]
-
-    def add(self, number: int, rows: dict[str, Tensor], capacity: int) -> None:
-        """Take a block in, and let those go of which no row is left."""
-        count = len(next(iter(rows.values())))
-        new = np.stack([np.full(count, number), np.arange(count)], 1)
-        used = set(np.unique(self._ids[:, 0]).tolist())
-        self._blocks = {n: block for n, block in self._blocks.items() if n in used}
-        self._keep(number, rows)
-        self._ids = np.concatenate([self._ids, new])
+        self._rows = self._rows[order.numpy()]
 
     def pop(self, count: int) -> dict[str, Tensor]:
         """The next rows."""
-        ids, self._ids = self._ids[:count], self._ids[count:]
-        ids = ids[np.argsort(ids[:, 0], kind="stable")]
-        numbers, rows = ids[:, 0].tolist(), np.ascontiguousarray(ids[:, 1])
-        cuts = [0, *(np.flatnonzero(np.diff(ids[:, 0])) + 1).tolist(), count]
-        found = {n: v.new_empty((count, *v.shape[1:])) for n, v in self._like.items()}
-        outs = [_bits(values) for values in found.values()]
-        for first, last in itertools.pairwise(cuts):
-            for block, out in zip(self._blocks[numbers[first]], outs, strict=True):
-                block.take(rows[first:last], 0, out[first:last], "clip")
-        return found
+        rows, self._rows = self._rows[:count], self._rows[count:]
+        return self._gather(rows)
+
+    def add(self, number: int, rows: dict[str, Tensor], capacity: int) -> None:
+        """Take a block in."""
+        first = self._starts[number]
+        new = np.arange(first, first + len(next(iter(rows.values()))))
+        self._rows = np.concatenate([self._rows, new])
 
 
 class Slots:

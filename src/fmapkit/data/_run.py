@@ -225,7 +225,7 @@ class Run:
         bar = _bar(progress, manifest, records)
         stream = self._stream or batches.read(share, skipped)
         try:
-            writer = Writer(place, manifest, compressors, lambda record: None)
+            writer = Writer(place, manifest, compressors)
             try:
                 self._fill(stream, writer, manifest, bar)
             except BaseException:

@@ -1,16 +1,19 @@
 """Units on their way to the store: filled by the thread that runs the model, written by another.
 
 At most three units are in memory: the one that is filled, one that waits, one that is written. So
-memory is flat, and where the store is slower than the model, the model waits.
+memory is flat, and where the store is slower than the model, the model waits. While a unit is
+written, another thread waits for the disk to have the one before, and a third commits the one
+before that: each of them in order.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -89,41 +92,94 @@ def _stored(rows: Tensor, spec: ArraySpec) -> np.ndarray[Any, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _Commit:
+    """A unit whose rows are written."""
+
     record: UnitRecord
-    unit: Unit
     beside: Mapping[str, bytes]
     stale: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A unit whose rows are to be written."""
+
+    unit: Unit
+    then: _Commit
+
+
+T = TypeVar("T")
+
+
+class _Stage(Generic[T]):
+    """A thread that does some work on what it is given, in order; one more waits at most.
+
+    Args:
+        name: of the thread.
+        work: is called with each job. After it has failed, nothing is done any more.
+    """
+
+    def __init__(self, name: str, work: Callable[[T], None]) -> None:
+        self._work = work
+        self._jobs: queue.Queue[T | None] = queue.Queue(maxsize=1)
+        self._failed: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, job: T | None) -> None:
+        """Have it done; waits while there is no room.
+
+        Raises:
+            BaseException: what went wrong with a job before.
+        """
+        while True:
+            self.check()
+            try:
+                return self._jobs.put(job, timeout=0.5)
+            except queue.Full:
+                continue
+
+    def close(self) -> None:
+        """Wait for all that was put.
+
+        Raises:
+            BaseException: what went wrong.
+        """
+        self.put(None)
+        self._thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong, if anything did."""
+        if self._failed is not None:
+            raise self._failed
+
+    def _run(self) -> None:
+        try:
+            while (job := self._jobs.get()) is not None:
+                self._work(job)
+        except BaseException as error:
+            self._failed = error
+
+
 class Writer:
-    """The thread that writes units, in order.
+    """The threads that write units, and commit them, in order.
 
     Args:
         place: the store.
         manifest: of it.
         compressors: of its arrays.
-        done: is called with the record of each unit that is in the store, by the writing thread.
     """
 
-    def __init__(
-        self,
-        place: Place,
-        manifest: Manifest,
-        compressors: Any,
-        done: Callable[[UnitRecord], None],
-    ) -> None:
+    def __init__(self, place: Place, manifest: Manifest, compressors: Any) -> None:
         self._place = place
         self._manifest = manifest
         self._compressors = compressors
-        self._done = done
         self._arrays: dict[str, Any] = {}
-        self._jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=1)
         self._spare: queue.SimpleQueue[Blocks] = queue.SimpleQueue()
-        self._failed: BaseException | None = None
-        self._written = 0
-        self._thread = threading.Thread(target=self._run, name="fmapkit-writer", daemon=True)
-        self._thread.start()
+        self._committing: _Stage[_Commit] = _Stage("fmapkit-committer", self._commit)
+        self._flushing: _Stage[_Commit] = _Stage("fmapkit-flusher", self._flush)
+        self._writing: _Stage[_Job] = _Stage("fmapkit-writer", self._write)
 
     def unit(self, number: int, start: int) -> Unit:
         """An empty unit, in buffers that are used again."""
@@ -153,7 +209,6 @@ class Writer:
         Raises:
             StoreError: a unit before could not be written.
         """
-        self._check()
         record = UnitRecord(
             unit.number,
             unit.start,
@@ -164,12 +219,10 @@ class Writer:
             run,
             absorbed,
         )
-        job = _Job(record, unit, beside or {}, stale)
-        while True:
-            try:
-                return self._jobs.put(job, timeout=0.5)
-            except queue.Full:
-                self._check()
+        with self._told():
+            self._committing.check()
+            self._flushing.check()
+            self._writing.put(_Job(unit, _Commit(record, beside or {}, stale)))
 
     def close(self) -> None:
         """Wait for all that was put.
@@ -177,37 +230,32 @@ class Writer:
         Raises:
             StoreError: something could not be written.
         """
-        while self._thread.is_alive():
-            try:
-                self._jobs.put(None, timeout=0.5)
-                break
-            except queue.Full:
-                continue
-        self._thread.join()
-        self._check()
+        with self._told(), ExitStack() as stack:
+            for stage in (self._committing, self._flushing, self._writing):
+                stack.callback(stage.close)  # the last first
 
-    def _check(self) -> None:
-        if self._failed is not None:
-            raise StoreError(
-                f"could not write to {self._place}: {self._failed}; what was committed before is "
-                "kept, and the same call goes on from there"
-            ) from self._failed
-
-    def _run(self) -> None:
+    @contextmanager
+    def _told(self) -> Iterator[None]:
         try:
-            while (job := self._jobs.get()) is not None:
-                self._write(job)
+            yield
         except BaseException as error:
-            self._failed = error
+            raise StoreError(
+                f"could not write to {self._place}: {error}; what was committed before is kept, "
+                "and the same call goes on from there"
+            ) from error
 
     def _write(self, job: _Job) -> None:
-        place = self._place
-        place.write(self._manifest, job.record, job.unit.blocks(), self._arrays, self._compressors)
-        for path, content in job.beside.items():
-            place.write_bytes(path, content)
-        place.commit(job.record)
-        for path in job.stale:
-            place.remove(path)
+        rows = job.unit.blocks()
+        self._place.write(self._manifest, job.then.record, rows, self._arrays, self._compressors)
         if job.unit.buffers:
             self._spare.put(job.unit.buffers)
-        self._done(job.record)
+        self._flushing.put(job.then)
+
+    def _flush(self, done: _Commit) -> None:
+        self._place.flush(self._manifest, done.record.unit)
+        self._committing.put(done)
+
+    def _commit(self, done: _Commit) -> None:
+        self._place.commit(done.record, done.beside)
+        for path in done.stale:
+            self._place.remove(path)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fmapkit.data._arrays import FeatureArray, StoredArray, save_safetensors
-from fmapkit.data._manifest import ArraySpec, FieldSpec, Manifest, UnitRecord, stored_dtype
-from fmapkit.data._pieces import Piece, Pieces, mapped
+from fmapkit.data._manifest import ArraySpec, FieldSpec, Manifest, stored_dtype
+from fmapkit.data._pieces import File, Piece, Pieces, is_plain, mapped
 from fmapkit.data._place import Place, node_of
 from fmapkit.errors import (
     AmbiguousMapError,
@@ -305,31 +305,29 @@ class Features:
         else:
             path = spec.path
             dtype = np.dtype(object if spec.dtype == "string" else spec.dtype)
-        records = list(self._records.values())
-        pieces = (
-            self._regular(path, records)
-            if self._manifest.regular
-            else self._ragged(path, records, spec.per == "token")
-        )
-        return Pieces(pieces, spec.shape, dtype)
+        tokens = spec.per == "token"
+        units = self._regular(path) if self._manifest.regular else self._ragged(path, tokens)
+        pieces = [Piece(u.rows, 0, u, u.file(len(spec.shape))) for u in units if u.rows]
+        plain = next((unit.is_plain for unit in units if unit.rows), lambda: False)
+        return Pieces(pieces, spec.shape, dtype, plain)
 
-    def _regular(self, path: str, records: list[UnitRecord]) -> list[Piece]:
+    def _regular(self, path: str) -> list[_Unit]:
         array: Any = _Once(lambda: self._place.array(path))
-        folder, shard = self._place.local, self._manifest.rows_per_unit
+        folder, size = self._place.local, self._manifest.rows_per_unit
         return [
-            Piece(r.samples, 0, _Unit(array, folder and folder / path, r.unit, r.samples, shard))
-            for r in records
+            _Unit(array, folder and folder / path, r.unit, r.samples, size)
+            for r in self._records.values()
         ]
 
-    def _ragged(self, path: str, records: list[UnitRecord], tokens: bool) -> list[Piece]:
-        pieces = []
-        for record in records:
+    def _ragged(self, path: str, tokens: bool) -> list[_Unit]:
+        units = []
+        for record in self._records.values():
             inner = f"{path}/{node_of(record.unit)}"
             rows = record.rows if tokens else record.samples
             array: Any = _Once(partial(self._place.array, inner))
             folder = self._place.local
-            pieces.append(Piece(rows, 0, _Unit(array, folder and folder / inner, 0, rows, 0)))
-        return pieces
+            units.append(_Unit(array, folder and folder / inner, 0, rows, rows))
+        return units
 
 
 class _Once:
@@ -346,7 +344,15 @@ class _Once:
 
 
 class _Unit:
-    """Opens the rows of one unit: by a map of its shard, where that can be, else through Zarr."""
+    """Opens the rows of one unit: by a map of its file, where that can be, else through Zarr.
+
+    Args:
+        array: opens the Zarr array.
+        folder: of it, on this machine.
+        shard: which object of it.
+        rows: how many there are.
+        size: how many an object has.
+    """
 
     def __init__(
         self, array: Callable[[], Any], folder: Path | None, shard: int, rows: int, size: int
@@ -354,22 +360,34 @@ class _Unit:
         self._array = array
         self._folder = folder
         self._shard = shard
-        self._rows = rows
-        self._first = shard * size
+        self.rows = rows
+        self._size = size
         self._mapped: Callable[[], Any] | None = None
         self._tried = False
+
+    def is_plain(self) -> bool:
+        """Whether its file holds nothing but rows."""
+        return self._folder is not None and is_plain(self._array())
+
+    def file(self, axes: int) -> File | None:
+        """Its file, if it is on this machine, and how many rows it has.
+
+        Args:
+            axes: of a row.
+        """
+        if self._folder is None:
+            return None
+        return self._folder.joinpath("c", str(self._shard), *["0"] * axes), self._size
 
     def __call__(self) -> Any:
         if not self._tried:
             self._tried = True
             array = self._array()
-            if self._folder is not None:
-                others = ["0"] * (array.ndim - 1)
-                file = self._folder.joinpath("c", str(self._shard), *others)
-                self._mapped = mapped(array, file, self._rows)
+            if found := self.file(array.ndim - 1):
+                self._mapped = mapped(array, found[0], self.rows)
         if self._mapped is not None:
             return self._mapped()
-        return _Window(self._array(), self._first, self._rows)
+        return _Window(self._array(), self._shard * self._size, self.rows)
 
 
 class _Window:

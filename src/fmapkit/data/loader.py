@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -87,12 +88,14 @@ class StoredRows:
 
     def pool(self, ids: Tensor) -> Pool:
         """In the store's own memory, where it can be."""
+        starts = np.asarray([first for first, _ in self._bounds], np.int64)
         if all(array.mapped for array in self._arrays.values()):
-            return Views(ids, self._block)
-        starts = torch.tensor([first for first, _ in self._bounds])
-        rows = starts[ids[:, 0]] + ids[:, 1]
-        found = {name: array[rows] for name, array in self._arrays.items()} if len(ids) else {}
-        return Slots(found, ids)
+            return Views(ids, starts, self._gather)
+        rows = starts[ids[:, 0].numpy()] + ids[:, 1].numpy()
+        return Slots(self._gather(rows) if len(ids) else {}, ids)
+
+    def _gather(self, rows: np.ndarray[Any, Any]) -> dict[str, Tensor]:
+        return {name: array.gather(rows) for name, array in self._arrays.items()}
 
     def describe(self) -> dict[str, Any]:
         """Names, shapes and types."""

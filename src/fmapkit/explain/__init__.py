@@ -6,6 +6,13 @@ from fmapkit.explain import receptive_field
 field = receptive_field(model, "layer3.0.conv1", images)
 field.size, field.stride, field.box(7, 7)
 ```
+
+    receptive_field    receptive.py -> _follow.py     a pass on fields, operator by operator
+                         -> _rules.py, else _probe.py   what a result depends on
+    effective_field    effective.py                   the gradient of a location
+    grad_cam, project  cam.py, projection.py
+    occlusion          occluding.py
+    plot_...           pictures.py
 """
 
 from typing import TYPE_CHECKING

@@ -42,11 +42,19 @@ def choose(
         raise ArgumentError(f"training must be True, False or None, not {training!r}")
     chosen = None if layers is None else _chosen(source, layers)
     step = pass_number(source, step)
-    wanted = (kind, step, training, call, nonlinearity, path)
     for at, entry in every(source):
         origin = entry.origin
-        has = (entry.kind, at.step, at.training, origin.call, entry.sigma, entry.path)
-        if any(w is not None and w != h for w, h in zip(wanted, has, strict=True)):
+        if kind is not None and entry.kind != kind:
+            continue
+        if step is not None and at.step != step:
+            continue
+        if training is not None and at.training != training:
+            continue
+        if call is not None and origin.call != call:
+            continue
+        if nonlinearity is not None and entry.sigma != nonlinearity:
+            continue
+        if path is not None and entry.path != path:
             continue
         if chosen is not None and not chosen.layer(origin.name):
             continue

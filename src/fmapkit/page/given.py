@@ -17,7 +17,7 @@ def analysis_sections(analyses: Any) -> list[Section]:
     """The sections of one analysis, or of several; a Matplotlib figure counts as one.
 
     An analysis is shown by its table: its `_repr_html_`, or its `repr`. Where it has a method
-    `page_sections`, what that gives comes below.
+    `_page_sections`, what that gives comes below.
     """
     several = isinstance(analyses, Iterable) and not hasattr(analyses, "update")
     sections: list[Section] = []
@@ -29,7 +29,7 @@ def analysis_sections(analyses: Any) -> list[Section]:
 def _sections(analysis: Any) -> list[Section]:
     if hasattr(analysis, "savefig"):
         return [Section("figure", html=_figure(analysis))]
-    own = getattr(analysis, "page_sections", None)
+    own = getattr(analysis, "_page_sections", None)
     table = Section(type(analysis).__name__, html=_table(analysis))
     return [table, *(own() if callable(own) else ())]
 

@@ -1,4 +1,10 @@
-"""Activation patching: maps of one run put into another, one at a time, and what that changes."""
+"""Activation patching: maps of one run put into another, one at a time, and what that changes.
+
+patch(model, clean, corrupted)   _run.py       checks, and goes through the pieces
+  Grid                           _pieces.py    layers by positions by filters
+  Runs                           _runs.py      one run for each piece, by edits
+Patching                         _result.py    the metric of each run; its picture, _picture.py
+"""
 
 from fmapkit.patching._result import Patching
 from fmapkit.patching._run import patch

@@ -83,7 +83,7 @@ class Runs:
     def patched(
         self, inputs: ModelInputs, edit: Edits | None, samples: int
     ) -> Iterator[Callable[[Sequence[PatchPiece | None]], list[Tensor]]]:
-        """One capture around all patched runs, so that the model is learned once.
+        """One capture around all patched runs, so that the model is traced once.
 
         Args:
             inputs: of the run.

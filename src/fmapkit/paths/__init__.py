@@ -2,8 +2,9 @@
 
     control.ControlPaths            what one capture knows, and what it has set
         twins.Twins                 functions run twins of their code while the block is open
+            twin_source.make_twins  … each made once, from the source of a function
             rewrite.Rewriter        … the same code with a recorder at each decision
-        recorders.Sink              where the decisions of this thread's pass go
+        recorders.DecisionSink      where the decisions of this thread's pass go
         survey.Survey               which functions ran that do not record yet
     known.KnownPaths                the paths of one kind of call, each with its plan
 

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import ast
 import builtins
-import types
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
-import torch
-
 from fmapkit.paths.recorders import MARK
+from fmapkit.paths.syntax import names_bound, position_of, site_at, torch_name
 
 __all__ = ["Rewriter"]
 
@@ -350,84 +347,3 @@ def _is_quick(node: ast.FunctionDef) -> bool:
 
 def _is_name(arguments: list[ast.expr]) -> bool:
     return bool(arguments) and isinstance(arguments[0], ast.Name)
-
-
-Position = tuple[int | None, int | None, int | None, int | None]
-
-
-def position_of(node: ast.expr) -> Position:
-    """Where an expression begins and ends: lines, then columns, as code objects have it."""
-    return node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
-
-
-def site_at(position: Position) -> str:
-    """The name of a place in a file."""
-    return "{}-{}:{}-{}".format(*position)
-
-
-def torch_name(
-    function: ast.expr, names: dict[str, Any], local: frozenset[str]
-) -> tuple[dict[str, Any], str] | None:
-    """The namespace and the name of a function of torch's that an expression stands for.
-
-    Args:
-        function: the expression.
-        names: globals of the code it is in.
-        local: names that are bound in that code.
-    """
-    path: list[str] = []
-    while isinstance(function, ast.Attribute):
-        path.append(function.attr)
-        function = function.value
-    if not isinstance(function, ast.Name) or function.id in local:
-        return None
-    home = names.get(function.id)
-    if not path:  # by a name of its own, which other code may bind anew while a pass runs
-        return (names, function.id) if home is torch._assert else None
-    for name in reversed(path[1:]):
-        if not isinstance(home, types.ModuleType):
-            return None
-        home = vars(home).get(name)
-    if not isinstance(home, types.ModuleType) or home.__name__.partition(".")[0] != "torch":
-        return None
-    found = vars(home).get(path[0])
-    if isinstance(found, (types.FunctionType, types.BuiltinFunctionType)):
-        return vars(home), path[0]
-    return None
-
-
-def watched_names(
-    nodes: Iterable[ast.AST], names: dict[str, Any], local: frozenset[str]
-) -> list[tuple[dict[str, Any], str, Any]]:
-    """The functions of torch's that code calls by a name, each with where it was found."""
-    found: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
-    for node in nodes:
-        if isinstance(node, ast.Call):
-            place = torch_name(node.func, names, local)
-            if place is not None:
-                space, name = place
-                found[id(space), name] = (space, name, space[name])
-    return list(found.values())
-
-
-def names_bound(node: ast.AST) -> frozenset[str]:
-    """Every name that is bound somewhere in code, or declared global there."""
-    found: set[str] = set()
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.Name) and not isinstance(inner.ctx, ast.Load):
-            found.add(inner.id)
-        elif isinstance(inner, ast.arg):
-            found.add(inner.arg)
-        elif isinstance(inner, ast.Global | ast.Nonlocal):
-            found.update(inner.names)
-        elif isinstance(inner, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-            found.add(inner.name)
-        elif isinstance(inner, ast.alias):
-            found.add((inner.asname or inner.name).partition(".")[0])
-        elif (isinstance(inner, ast.ExceptHandler) and inner.name) or (
-            isinstance(inner, (ast.MatchAs, ast.MatchStar)) and inner.name
-        ):
-            found.add(inner.name)
-        elif isinstance(inner, ast.MatchMapping) and inner.rest:
-            found.add(inner.rest)
-    return frozenset(found)

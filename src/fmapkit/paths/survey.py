@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmapkit.paths.twins import is_twin, known_as
+from fmapkit.paths.twin_source import known_as
+from fmapkit.paths.twins import is_twin
 
 __all__ = ["Survey", "is_installed", "is_trusted"]
 

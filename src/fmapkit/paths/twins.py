@@ -1,75 +1,33 @@
-"""Twins in the place of code: made once for each piece of source, set while a block is open.
+"""Twins in the place of code: each made once (`twin_source.py`), set while a block is open.
 
 A function runs its twin because its `__code__` is exchanged: whoever calls it, by whatever way (a
 property, an operator, a callback from C), runs the twin then. Other threads and other models may
 run it, too: it does the same, and records nothing there.
-
-A piece of code has a twin only if its source, compiled again, gives the very same code.
 """
 
 from __future__ import annotations
 
-import ast
-import copy
 import functools
 import gc
 import itertools
-import linecache
 import operator
-import sys
 import threading
 import types
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from fmapkit.paths.recorders import RECORDERS
 from fmapkit.paths.recorders import twins as _codes
-from fmapkit.paths.rewrite import Rewriter, names_bound, position_of, site_at, watched_names
+from fmapkit.paths.syntax import site_at
+from fmapkit.paths.twin_source import Code, Twin, known_as, make_twins
 
 __all__ = ["Twin", "Twins", "is_twin", "twin_of"]
 
-_Outermost = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
-_FUTURE = 0x1FF0000  # the flags that `from __future__ import …` sets in a code object
-
-
-# Code of two files may be equal: the name of the file tells them apart.
-_Code = tuple[types.CodeType, str]
-
-
-def known_as(code: types.CodeType) -> _Code:
-    """What tells a piece of code from all others."""
-    return code, code.co_filename
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Twin:
-    """Code with recorders in it.
-
-    Attributes:
-        code: to run in the place of the original.
-        watched: functions of torch's that it calls by a name: where that is, the name, and what it
-            stood for.
-        loads: names of attributes that are read in the source around it, or globals.
-        original: what it is the twin of.
-        fixed: attributes that it takes to be compared by other means (see `Twins`).
-        calls: the places of the calls in it, each with the name of what is called.
-    """
-
-    code: types.CodeType
-    original: types.CodeType
-    fixed: frozenset[str]
-    calls: Mapping[str, str]
-    watched: tuple[tuple[dict[str, Any], str, Any], ...]
-    loads: frozenset[str]
-
-
 _lock = threading.RLock()
 # By the original, and the attributes that are known to be fixed; None where there is no twin.
-_twins: dict[tuple[_Code, frozenset[str], frozenset[str]], Twin | None] = {}
-_made: dict[_Code, Twin] = {}  # by the code of the twin
+_twins: dict[tuple[Code, frozenset[str], frozenset[str]], Twin | None] = {}
+_made: dict[Code, Twin] = {}  # by the code of the twin
 # By file: places of calls at which some capture has set a tap. It may do so again.
 _tapped: dict[str, frozenset[str]] = {}
 # By function: how many captures want its twin, its own code, and the twin's fixed attributes. (What
@@ -95,7 +53,7 @@ def twin_of(code: types.CodeType, names: dict[str, Any], fixed: Fixed) -> Twin |
         tapped = _tapped.get(code.co_filename, frozenset())
         key = (known_as(code), attributes, tapped)
         if key not in _twins:
-            found = _make(code, names, attributes, tapped)
+            found = make_twins(code, names, attributes, tapped)
             for inner, twin in found.items():
                 _twins[known_as(inner), attributes, tapped] = twin
             _twins.setdefault(key, None)
@@ -360,178 +318,3 @@ def _named(code: types.CodeType, names: dict[str, Any]) -> types.FunctionType | 
     while type(found) is types.FunctionType and found.__code__ is not code:
         found = found.__dict__.get("__wrapped__")
     return found if type(found) is types.FunctionType else None
-
-
-# -- from source to twin ----------------------------------------------------------------------
-
-
-class _File:
-    """The functions of one source file that are inside no other, with the classes around them."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        # The compiler treats attributes of what a file imports in a way of its own.
-        self.imports: list[ast.alias] = []
-        self.outermost: list[tuple[int, int, _Outermost, tuple[str, ...]]] = []
-        try:
-            tree = ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError):
-            return
-        self._walk(tree, ())
-
-    def _walk(self, node: ast.AST, classes: tuple[str, ...]) -> None:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-                lines = [n.lineno for n in getattr(child, "decorator_list", ())]
-                first = min([child.lineno, *lines])
-                self.outermost.append((first, child.end_lineno or first, child, classes))
-            elif isinstance(child, ast.ClassDef):
-                self._walk(child, (*classes, child.name))
-            elif isinstance(child, (ast.Import, ast.ImportFrom)):
-                if not classes and not any(a.name == "*" for a in child.names):
-                    self.imports += [
-                        ast.alias((a.asname or a.name).partition(".")[0]) for a in child.names
-                    ]
-            else:
-                self._walk(child, classes)
-
-    def around(self, line: int) -> list[tuple[_Outermost, tuple[str, ...]]]:
-        """The functions that a line is in."""
-        return [(node, classes) for a, b, node, classes in self.outermost if a <= line <= b]
-
-
-_files: dict[str, _File] = {}
-
-
-def _make(
-    code: types.CodeType, names: dict[str, Any], fixed: frozenset[str], tapped: frozenset[str]
-) -> dict[types.CodeType, Twin]:
-    """Twins of a piece of code, and of all code in the same outermost function."""
-    linecache.checkcache(code.co_filename)
-    lines = linecache.getlines(code.co_filename, names)
-    source = "".join(lines)
-    if not source:
-        return {}
-    file = _files.get(code.co_filename)
-    if file is None or file.source != source:
-        file = _files[code.co_filename] = _File(source)
-    for node, classes in file.around(code.co_firstlineno):
-        plain = _compiled(node, classes, file.imports, code)
-        if plain is None:
-            continue
-        originals = list(_inside(plain))
-        if not any(map(_same_as(code), originals)):
-            continue
-        if isinstance(node, ast.AsyncFunctionDef):
-            return {}
-        twins = _twins_in(node, classes, file.imports, code, names, fixed, tapped)
-        if twins is None or len(twins) != len(originals):
-            return {}
-        watched, loads, calls = _looked_up(node, names)
-        found: dict[types.CodeType, Twin] = {}
-        for original, twin in zip(originals, twins, strict=True):
-            if (original.co_name, original.co_firstlineno) != (twin.co_name, twin.co_firstlineno):
-                return {}
-            # What stands in a function's constants is compared by value: this is its equal.
-            real = code if _same_as(code)(original) else original
-            found[real] = Twin(twin, real, fixed, calls, watched, loads)
-        return found
-    return {}
-
-
-def _looked_up(
-    node: _Outermost, names: dict[str, Any]
-) -> tuple[tuple[tuple[dict[str, Any], str, Any], ...], frozenset[str], dict[str, str]]:
-    inner = list(ast.walk(node))
-    attributes = {
-        n.attr for n in inner if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
-    }
-    strings = {n.value for n in inner if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    globals_ = {n.id for n in inner if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    watched = watched_names(inner, names, names_bound(node))
-    calls = {site_at(position_of(n)): _name_of(n.func) for n in inner if isinstance(n, ast.Call)}
-    return tuple(watched), frozenset(attributes | strings | globals_), calls
-
-
-def _name_of(function: ast.expr) -> str:
-    """`f` for f(x), `a.f` for a.f(x), `.f` where something longer stands before it."""
-    if isinstance(function, ast.Name):
-        return function.id
-    if isinstance(function, ast.Attribute):
-        owner = function.value.id if isinstance(function.value, ast.Name) else ""
-        return f"{owner}.{function.attr}"
-    return "."
-
-
-def _twins_in(
-    node: _Outermost,
-    classes: tuple[str, ...],
-    imports: list[ast.alias],
-    like: types.CodeType,
-    names: dict[str, Any],
-    fixed: frozenset[str],
-    tapped: frozenset[str],
-) -> list[types.CodeType] | None:
-    """The finished code of all twins in an outermost function, in order."""
-    place = f"{like.co_filename}:{'.'.join(classes)}"
-    rewritten = Rewriter(place, names, node, fixed, tapped).visit(copy.deepcopy(node))
-    compiled = _compiled(rewritten, classes, imports, like)
-    if compiled is None:
-        return None
-    return list(_inside(compiled))
-
-
-def _compiled(
-    node: _Outermost, classes: tuple[str, ...], imports: list[ast.alias], like: types.CodeType
-) -> types.CodeType | None:
-    """An outermost function, compiled where it stands: in its classes, on its lines."""
-    inner: ast.stmt = node if not isinstance(node, ast.Lambda) else ast.Expr(node)
-    for name in reversed(classes):
-        inner = ast.ClassDef(name, [], [], [inner], [])
-        if sys.version_info >= (3, 12):
-            inner.type_params = []
-    made: ast.stmt = inner
-    while made is not node and not hasattr(made, "lineno"):  # those made here have no place yet
-        ast.copy_location(made, node)
-        if not isinstance(made, ast.ClassDef):
-            break
-        made = made.body[0]
-    known = [ast.fix_missing_locations(ast.Import(imports))] if imports else []
-    module = ast.Module([*known, inner], [])
-    flags = like.co_flags & _FUTURE
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the model's code, which was compiled before
-            found: types.CodeType | None = compile(
-                module, like.co_filename, "exec", flags=flags, dont_inherit=True
-            )
-    except (SyntaxError, ValueError, RecursionError):
-        return None
-    for _ in range(len(classes) + 1):
-        inside = found.co_consts if found is not None else ()
-        found = next((c for c in inside if isinstance(c, types.CodeType)), None)
-    return found
-
-
-def _inside(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A piece of code and all code in it, outermost first."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _inside(constant)
-
-
-def _same_as(code: types.CodeType) -> Any:
-    """Tells the equals of a piece of code."""
-    key = _key(code)
-    return lambda other: _key(other) == key
-
-
-def _key(code: types.CodeType) -> Any:
-    constants = tuple(
-        (type(c), _key(c) if isinstance(c, types.CodeType) else c) for c in code.co_consts
-    )
-    return (
-        *(code.co_name, code.co_firstlineno, code.co_code, code.co_names, code.co_varnames),
-        *(code.co_freevars, code.co_cellvars, code.co_flags, repr(constants)),
-    )

@@ -2,6 +2,13 @@
 
 `feature_map` makes φ. `probe` tells what a linear model reads out of each layer, `kept` what φ
 keeps of distances, and `losses` has losses on features.
+
+    feature_map(model, layers)   function.py    φ, an `nn.Module`
+      φ(x)                       _calls.py      eager, or while torch.compile traces: _compiled.py
+        -> _reader               _reader.py     which map of the pass is meant (_request.py)
+        -> _recurring            _recurring.py  one capture for all calls
+        -> pooled                _pool.py       one vector for each sample
+    probe, kept, singular_values  probing.py, distortion.py, jacobian.py
 """
 
 from typing import TYPE_CHECKING

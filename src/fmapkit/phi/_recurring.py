@@ -1,9 +1,9 @@
-"""One capture for many single calls: what it has learned stays, and between calls nothing is set.
+"""One capture for many single calls: what it has recorded stays, and between calls nothing is set.
 
-A capture's block learns the model in its first pass. A function that captures one pass whenever it
-is called would learn it each time. So its session is not closed between two calls but rests: all
+A capture's block traces the model in its first pass. A function that captures one pass whenever it
+is called would trace it each time. So its session is not closed between two calls but rests: all
 that it has set on modules, functions and torch is taken off, and put back before the next call.
-What was learned is checked as before any other pass.
+What was recorded is checked as before any other pass.
 """
 
 from __future__ import annotations

@@ -5,6 +5,13 @@ each filter gives bars, a row for each gives a heat map, an image for each gives
 of a map share one colour scale: diverging and centred at 0 for everything signed, sequential from
 0 for activations. Undefined values (NaN) are grey.
 
+    fm.plot(), maps.plot()   maps.plot_map, plot_maps
+    maps.plot_filters()      filters.plot_filters
+    top.plot()               patches.plot_patches
+      -> _pictures           a map or weights of one sample -> a `Picture`, arrays alone
+      -> _draw               a `Picture` into axes
+      -> _figure             the figure, of pyplot's or one that shows itself
+
 A figure that is returned is shown once in a notebook; in a script, `figure.savefig(...)` keeps it.
 """
 

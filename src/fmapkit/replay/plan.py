@@ -1,6 +1,6 @@
 """What a traced call of a region boils down to: which hooks fire, and what each one holds.
 
-How it is made is a matter of `replay/planning.py`; what the call means to the pass around it, of
+How it is made is a matter of `replay/planning.py`; what it means to the pass around it is told in
 `replay/effects.py`. Frozen, and free of torch side effects.
 """
 

@@ -7,8 +7,7 @@ run ends; tags are made when somebody reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
 from threading import get_ident
@@ -17,53 +16,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-from fmapkit.missed import NotSupportedError
 from fmapkit.paths import Expected, taps
-from fmapkit.provenance import Label, Origin, describe, out_of_place
-from fmapkit.replay.effects import PassPiece, Ref
-from fmapkit.replay.plan import MapSpec, Plan, Step
+from fmapkit.provenance import Label, describe, out_of_place
+from fmapkit.replay.light_mode import LightMode
+from fmapkit.replay.plan import Plan, Step
+from fmapkit.replay.run_log import RunLog, Slots
 from fmapkit.replay.taps import CurrentRun
 from fmapkit.selection import EarlyStop, Selection
-from fmapkit.storage import Gradient, MapRecord, StoredTensor, in_function, watch
 from fmapkit.torchlib.in_place import is_alone, someone_sees, with_new_memory
-from fmapkit.torchlib.memory import storage_of, version_of
-from fmapkit.torchlib.modes import leave_mode
-from fmapkit.torchlib.nested import leaves, tensors_in
-from fmapkit.torchlib.side_ops import clone, goes_on_from
+from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["LightMode", "ReplayRun"]
+__all__ = ["ReplayRun"]
 
 _module = itemgetter(0)
 _FUNCTIONS = frozenset({FunctionType, BuiltinMethodType, MethodDescriptorType})
-_grads: Callable[[], bool] = torch.is_grad_enabled
-_inference: Callable[[], bool] = torch.is_inference_mode_enabled
-
-# A tensor, its version, where its gradient will arrive, and whether it is a copy.
-Item = tuple[Tensor, int, Gradient | None, bool]
-# By slot, and whether some filters were picked.
-Slots = dict[tuple[str, bool], Item]
 
 
-class ReplayRun(PassPiece):
-    """One call of a unit, read by its plan."""
+class ReplayRun(RunLog):
+    """One call of a region, read by its plan."""
 
     __slots__ = (
-        *(
-            "_checked",
-            "_let_go",
-            "_origins",
-            "_outer",
-            "_seen",
-            "analyses",
-            "base",
-            "before",
-            "drop",
-            "how",
-        ),
-        *("inputs", "line", "log", "lost", "marks", "mode", "module", "plan", "stop"),
-        *("ended", "expected", "uncounted", "until", "wants"),
+        *("_checked", "_outer", "analyses", "before", "drop", "ended", "expected", "line"),
+        *("marks", "mode", "module", "stop"),
     )
 
     def __init__(
@@ -79,44 +54,19 @@ class ReplayRun(PassPiece):
         drop: Callable[[Any], None],
         analyses: Callable[[ReplayRun], None] | None = None,
     ) -> None:
+        super().__init__(plan, wants, inputs, base)
         self.module = module
-        self.plan = plan
-        self.wants = wants
         self.line = line
         self.expected = expected  # the path that it is taken to take
         self.ended = False  # early, by our stop
         self.stop = stop  # what to end the pass by, after the last step
         self.drop = drop  # lets go of an older map
         self.analyses = analyses  # to be shown each map as soon as it is there
-        self._seen = 0  # how many steps they were shown
-        self._let_go = False  # of what they have seen
-        self.inputs = inputs
-        self.base = base
-        self.log: list[Any] = []  # per step: its module, then what was read
-        self.lost = ""  # why the run left its plan, if it did
-        self.until: int | None = None  # of a call that has broken off: what was read before is kept
         self.before: dict[nn.Module, list[Slots]] = {}  # read before the call that overwrites it
-        self._outer: Callable[[str, Any], Any] | None = (
-            None  # what another capture's run has tapped
-        )
         self.mode: LightMode | None = None
         self.marks: list[bool] = []  # per running child: whether the mode was on around it
-        self.how = int(wants.detach and (plan.graph or _grads()))
-        if _inference():
-            self.how = 2
-        elif wants.detach and (plan.joins or in_function()):
-            self.how = 3
-        if wants.detach and plan.keeps and _inference():
-            self.how = (
-                4  # no version would tell that a tensor of the model's was given other memory
-            )
-        self.uncounted = (
-            self.how in (2, 4) or wants.gradients
-        )  # some tensor may have no version counter
+        self._outer: Callable[[str, Any], Any] | None = None  # what another capture has tapped
         self._checked = 0  # how many entries of the log are known to follow the plan
-        self._origins: dict[Ref, Origin] = {}
-
-    # -- while the model runs -----------------------------------------------------------------
 
     def start(self) -> None:
         """From here to `finish`, taps write to this run."""
@@ -163,7 +113,7 @@ class ReplayRun(PassPiece):
 
     def finish(self) -> None:
         """Put back what `start` changed."""
-        self._off()
+        self.off()
         if self.plan.sites:
             if self._outer is None:
                 taps.pop(get_ident(), None)
@@ -180,7 +130,8 @@ class ReplayRun(PassPiece):
     def light(self) -> LightMode:
         """The mode for modules that call a nonlinearity themselves."""
         if self.mode is None:
-            self.mode = LightMode(self)
+            names = {s.function for s in self.plan.at if s is not None and s.module is None}
+            self.mode = LightMode(names, self.call)
         return self.mode
 
     def follows(self) -> bool:
@@ -215,16 +166,16 @@ class ReplayRun(PassPiece):
             before = self.before[module].pop()
         elif step.emissions:
             x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
-            x_grad = self._watched(x)
+            x_grad = self.watched(x)
         if step.plain and before is None:
-            record: tuple[Any, ...] = (module, self._own(output), self._version(output))
+            record: tuple[Any, ...] = (module, self.own(output), self.version(output))
             if step.plain == "xy" and x is not None:
-                record = (*record, self._own(x), self._version(x))
+                record = (*record, self.own(x), self.version(x))
             if self.wants.gradients:
-                record = (*record, self._watched(output), x_grad)
+                record = (*record, self.watched(output), x_grad)
             self.log.append(record)
         else:
-            self.log.append((module, self._read(step, x, output, x_grad, before)))
+            self.log.append((module, self.read(step, x, output, x_grad, before)))
         self._noted()
 
     def _noted(self) -> None:
@@ -256,7 +207,7 @@ class ReplayRun(PassPiece):
             return
         x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
         if isinstance(x, Tensor):
-            self.before.setdefault(module, []).append(self._read_before(step, x))
+            self.before.setdefault(module, []).append(self.read_before(step, x))
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any, site: str | None = None) -> Any:
         """A nonlinearity or layer called by a scope itself, at a site if that is known."""
@@ -272,19 +223,19 @@ class ReplayRun(PassPiece):
         if not self.follows():
             return func(*args, **kwargs)
         x = next(iter(tensors_in(*args, kwargs)[step.place :]), None)
-        x_grad, before = self._watched(x), None
+        x_grad, before = self.watched(x), None
         out = None
         other = out_of_place(func, args, kwargs) if step.keeps else None
         if other is not None and x is not None:
             function, its_args, its_kwargs = other
             z = self.before_in_place(x)
             if z is not None and with_new_memory(x, lambda: function(*its_args, **its_kwargs)):
-                out, before = x, self._kept(step, z)
+                out, before = x, self.kept(step, z)
         if out is None:
             if x is not None and (step.shared or any(e.before for e in step.emissions)):
-                before = self._read_before(step, x)
+                before = self.read_before(step, x)
             out = func(*args, **kwargs)
-        self.log.append((site, self._read(step, x, out, x_grad, before)))
+        self.log.append((site, self.read(step, x, out, x_grad, before)))
         self._noted()
         return out
 
@@ -297,83 +248,9 @@ class ReplayRun(PassPiece):
         if not self.wants.detach or self.wants.gradients or not is_alone(x):
             return None
         if self.plan.shares or self.how > 1:
-            self._exchange(x, lambda t: t.data)
+            self.exchange(x, lambda t: t.data)
         z: Tensor = x.data
         return z
-
-    def copied(self, x: Tensor) -> Tensor:
-        """A copy of what an in-place σ is about to overwrite; other maps of it are copied, too."""
-        if self.plan.shares:
-            self._exchange(x, clone)
-        return clone(self._own(x))
-
-    def _exchange(self, x: Tensor, make: Callable[[Tensor], Tensor]) -> None:
-        """Have the log hold something else of what it has in the memory of x."""
-        memory = storage_of(x)
-
-        def exchanged(piece: Any) -> Any:
-            found = list(piece)
-            for at, t in enumerate(piece):
-                if isinstance(t, Tensor) and storage_of(t) == memory:
-                    found[at] = make(t)
-                    found[at + 1] = version_of(found[at])
-            same = all(a is b for a, b in zip(found, piece, strict=True))
-            return piece if same else _Exchanged(found)
-
-        for index, record in enumerate(self.log):
-            if len(record) > 1 and type(record[1]) is list:
-                read = [item if item is None else exchanged(item) for item in record[1]]
-                self.log[index] = (record[0], read)
-            else:
-                self.log[index] = exchanged(record)
-
-    def _kept(self, step: Step, z: Tensor) -> Slots:
-        """What is stored of z, whose memory nobody else has any more."""
-        found: Slots = {}
-        for emission in step.emissions:
-            slot = _slot(emission)
-            if emission.slot == "x" and slot not in found:
-                found[slot] = self._stored(replace(emission, copy=False), z, None)
-        return found
-
-    def _read_before(self, step: Step, x: Tensor) -> Slots:
-        """What is stored of x, which the call is about to overwrite."""
-        if step.shared:
-            self._exchange(x, clone)
-        grad, found = self._watched(x), {}
-        for emission in step.emissions:
-            slot = _slot(emission)
-            if emission.slot == "x" and slot not in found:
-                found[slot] = self._stored(emission, x, grad)
-        return found
-
-    def _read(
-        self, step: Step, x: Any, output: Any, x_grad: Gradient | None, before: Slots | None
-    ) -> list[Item | None]:
-        read: list[Item | None] = []
-        known = {e.path for e in step.emissions if e.kind == "output"}
-        pieces = dict(leaves(output)) if known else {}
-        if new := pieces.keys() - known:
-            self.stray(f"it returned a tensor at {min(new)}, which was not there before")
-        shared = before or {}
-        for emission in step.emissions:
-            slot = _slot(emission)
-            if slot not in shared:
-                if emission.kind == "output":
-                    value = pieces.get(emission.path)
-                else:
-                    value = x if emission.slot == "x" else output
-                if not isinstance(value, Tensor):
-                    read.append(None)
-                    continue
-                grad = x_grad if emission.slot == "x" else self._watched(value)
-                try:
-                    shared[slot] = self._stored(emission, value, grad)
-                except NotSupportedError:  # which was named in the pass that was learned
-                    read.append(None)
-                    continue
-            read.append(shared[slot])
-        return read
 
     def _note_plainly(
         self, site: str | None, step: Step, args: Any, kwargs: Any, output: Any
@@ -392,63 +269,13 @@ class ReplayRun(PassPiece):
                 record = site, y, y._version
             else:
                 x = x.detach() if self.how and x.requires_grad else x
-                record = site, y, y._version, x, self._version(x)
+                record = site, y, y._version, x, self.version(x)
         else:
-            record = site, self._read_plainly(step, x, output)
+            record = site, self.read_plainly(step, x, output)
         self.log.append(record)
         self._noted()
 
-    def _read_plainly(self, step: Step, x: Any, output: Any) -> list[Item | None]:
-        """What is held of a function that returned something else than a plain tensor."""
-        slots: dict[str, Item | None] = {"x": None, "y": None}
-        for slot, value in ("x", x), ("y", output):
-            if isinstance(value, Tensor):
-                slots[slot] = self._own(value), self._version(value), None, False
-        return [slots[emission.slot] for emission in step.emissions]
-
-    def _stored(self, emission: MapSpec, value: Tensor, grad: Gradient | None) -> Item:
-        """What is stored of a tensor."""
-        if emission.copy and grad is not None:
-            grad.overwritten()
-        doomed = emission.copy
-        if emission.place is not None:
-            if grad is not None:
-                grad = grad.picked(*emission.place)
-            stored, copied = self.wants.take_at(value, emission.place, doomed), True
-        else:
-            stored = self.wants.store(value, doomed) if emission.stored else value
-            copied = emission.copy or stored is not value
-            if stored is value:
-                stored = self._own(value)
-                if doomed:
-                    stored = clone(stored)
-                    if emission.on_the_way:
-                        goes_on_from(value, stored)
-        return stored, self._version(stored), grad, copied
-
-    def _version(self, tensor: Tensor) -> int:
-        version = version_of(tensor)
-        self.uncounted = self.uncounted or version < 0
-        return version
-
-    def _watched(self, tensor: Any) -> Gradient | None:
-        """Where the tensor's gradient will arrive, if that was asked for."""
-        if self.wants.gradients and isinstance(tensor, Tensor):
-            return watch(tensor)
-        return None
-
-    def _own(self, tensor: Tensor) -> Tensor:
-        """Outside the graph, unless asked otherwise."""
-        joins = tensor.requires_grad or self.how > 2
-        return tensor.detach() if self.wants.detach and joins else tensor
-
-    def stray(self, what: str) -> None:
-        """The run does not follow its plan: what is held so far stays, the rest is not labelled."""
-        if not self.lost:
-            self.lost = what
-            self._off()
-
-    def _off(self) -> None:
+    def off(self) -> None:
         """No tap writes to this run any more."""
         if self.line.cell is not None and self.line.cell[1] in (2, 4):
             self.uncounted = True
@@ -459,159 +286,9 @@ class ReplayRun(PassPiece):
         """Whether every tap has fired."""
         return len(self.log) == len(self.plan.order)
 
-    # -- when it is read ----------------------------------------------------------------------
-
-    def tag_outputs(self, output: Any, set_tag: Callable[[Tensor, Label], None]) -> None:
-        """Label what it has returned; a tensor at a new place keeps its own label."""
-        labels: dict[str, Label] = {}
-        for path, tag in self.plan.effects.outputs:
-            labels[path] = self.label(tag)
-        for path, tensor in leaves(output):
-            if labels.get(path) is not None:
-                set_tag(tensor, labels[path])
-
-    def entries(self) -> list[MapRecord]:
-        """The maps of this run, in execution order."""
-        return [entry for entry, _ in self.emitted()]
-
-    def emitted(self) -> list[tuple[MapRecord, MapSpec]]:
-        """The same, each with what the plan says of it."""
-        steps = self.plan.steps[self._seen :] if self._let_go else self.plan.steps
-        found = [pair for step in steps if self._there(step) for pair in self._entries_of(step)]
-        if self.until is None:
-            return found
-        # Whether a nonlinearity would have followed is not known.
-        return [(e, m) for e, m in found if e.kind != "preactivation" or e.sigma is not None]
-
-    def fresh(self, let_go: bool) -> Iterator[MapRecord]:
-        """The maps that have come since the last time, in execution order.
-
-        Args:
-            let_go: of each once it was seen.
-        """
-        self._let_go = let_go
-        steps, log = self.plan.steps, self.log
-        if let_go and len(log) - 1 in self.plan.spare:
-            log[-1] = log[-1][:1]
-        while self._seen < len(steps) and self._there(steps[self._seen]):
-            step = steps[self._seen]
-            self._seen += 1
-            for entry, _ in self._entries_of(step):
-                yield entry
-            if let_go:
-                log[step.at] = log[step.at][:1]
-                self.wants.retention.forget()
-
-    def _there(self, step: Step) -> bool:
-        if self.until is not None and step.position >= self.until:
-            return False
-        return step.at < len(self.log)
-
-    def _entries_of(self, step: Step) -> list[tuple[MapRecord, MapSpec]]:
-        found: list[tuple[MapRecord, MapSpec]] = []
-        shared: dict[int, StoredTensor] = {}
-        for item, emission in zip(self._items(step), step.emissions, strict=True):
-            if item is None:
-                continue
-            tensor, version, gradient, copied = item
-            held = shared.get(id(tensor))
-            if held is None:
-                held = shared[id(tensor)] = StoredTensor(tensor, version, copied, gradient)
-                held.arrival = self.wants.retention.arrival(tensor)
-            entry = MapRecord(
-                emission.kind,
-                self.origin(emission.ref),
-                held,
-                emission.axes,
-                emission.sigma,
-                emission.path,
-                emission.picked,
-            )
-            found.append((entry, emission))
-        return found
-
-    def _items(self, step: Step) -> list[Item | None]:
-        """What was read for each emission of a step."""
-        if not step.emissions:
-            return []
-        record = self.log[step.at]
-        if not step.plain or type(record[1]) is list:
-            read: list[Item | None] = record[1]
-            return read
-        slots: dict[str, Item] = {}
-        y_grad, x_grad = record[-2:] if self.wants.gradients else (None, None)
-        slots["y"] = (self._own(record[1]), record[2], y_grad, False)
-        if step.plain == "xy":
-            copied = len(record) == 6 and record[5] is True
-            slots["x"] = (self._own(record[3]), record[4], x_grad, copied)
-        return [slots[e.slot] for e in step.emissions]
-
-    def release(self) -> list[Any]:
-        """Let go of every tensor; what holds them still."""
-        log, self.log = self.log, []
-        return log
-
 
 def _unbound(function: Any) -> Any:
     """A tensor's method without the tensor; any other function as it is."""
     if type(function) is BuiltinMethodType and issubclass(type(function.__self__), Tensor):
         return getattr(type(function.__self__), function.__name__)
     return function
-
-
-class _Exchanged(tuple[Any, ...]):
-    """A record whose tensors nobody else writes to."""
-
-    __slots__ = ()
-
-
-def _slot(emission: MapSpec) -> tuple[str, bool]:
-    return emission.slot, emission.picked is not None
-
-
-class LightMode(TorchFunctionMode):
-    """Sees the nonlinearities that a module of torch calls itself, and lets the rest pass."""
-
-    def __init__(self, run: ReplayRun) -> None:
-        super().__init__()
-        self.run = run
-        self.names = {s.function for s in run.plan.at if s is not None and s.module is None}
-        self.on = False
-        self._pushed = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = describe(func)
-        if not self.on or torch._C._current_graph_task_id() != -1:
-            return func(*args, **(kwargs or {}))
-        if known.opened is not None:  # as the tracer saw its inside
-            with self:
-                return known.opened(*args, **(kwargs or {}))
-        if known.name in self.names:
-            return self.run.call(known.name, func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-    def resume(self) -> None:
-        """From here on it sees what runs."""
-        self.on = True
-        if not self._pushed:
-            self._pushed = True
-            self.__enter__()  # type: ignore[no-untyped-call]
-
-    def pause(self) -> bool:
-        """From here on it sees nothing; whether it did.
-
-        It leaves torch's stack, where it costs time, unless another mode lies on top of it: that
-        one expects to be taken off first.
-        """
-        was, self.on = self.on, False
-        if self._pushed and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
-            self._pushed = False
-            self.__exit__(None, None, None)
-        return was
-
-    def leave(self) -> None:
-        """Leave the stack for good."""
-        self.on = False
-        if self._pushed:
-            self._pushed = False
-            leave_mode(self)

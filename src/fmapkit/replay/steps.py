@@ -127,10 +127,7 @@ class _Made(dict[HookPoint, Step]):
 
 
 def _step(
-    firing: HookPoint,
-    relations: Relations,
-    retention: StorageConversion,
-    start: int,
+    firing: HookPoint, relations: Relations, retention: StorageConversion, start: int
 ) -> Step:
     emissions = tuple(
         _spec(event, slot, entry, relations, retention)

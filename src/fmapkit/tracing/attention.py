@@ -115,8 +115,8 @@ class AttentionWatch:
         elif name in MATMULS or name == "einsum":
             self._product(name, operands, args, out)
         else:
-            self._follow(self._heads, name, operands, args, kwargs, out)
-            self._follow(self._keys, name, operands, args, kwargs, out)
+            for table in filter(None, (self._heads, self._keys)):
+                self._follow(table, name, operands, args, kwargs, out)
 
     def _name(self) -> str:
         return self._trace.names.of(self._trace.scope())
@@ -132,7 +132,7 @@ class AttentionWatch:
     def _follow(
         self, table: Any, name: str, operands: Sequence[Tensor], args: Any, kwargs: Any, out: Tensor
     ) -> None:
-        if not table or not any(self._find(table, x) for x in operands):
+        if not any(self._find(table, x) for x in operands):
             return
         found = carried(name, operands, args, kwargs, out, lambda x: self._find(table, x))
         if isinstance(found, ChannelLabel) and found.axes is not None and found.axes.parts:

@@ -240,7 +240,8 @@ class Tracer(TraceView, TorchFunctionMode):
         operands = tensors_in(*args, kwargs)
         self.constants.made(name, operands, out)
         if not operands:
-            trace.follow(name, operands, args, kwargs, out)
+            if name in FOLLOWED or trace.frames[-1].watched:
+                trace.follow(name, operands, args, kwargs, out)
             return out
         if self.attention is not None and not trace.opaque:
             self.attention.step(name, func, operands, args, kwargs, out)
@@ -258,7 +259,8 @@ class Tracer(TraceView, TorchFunctionMode):
             out = self.layers.packed(func, args, out)
         else:
             self._goes_on(known, func, operands, args, kwargs, out)
-        trace.follow(name, operands, args, kwargs, out)
+        if name in FOLLOWED or trace.frames[-1].watched:
+            trace.follow(name, operands, args, kwargs, out)
         return out
 
     def _goes_on(

@@ -1,0 +1,310 @@
+"""What a run has noted of its sites, and the maps that this stands for.
+
+RunLog      what is noted of a site that is not read plainly   (while the model runs)
+            the maps, made when somebody reads them            (afterwards)
+ReplayRun   follows a call by its plan, and notes              (`replay/run.py`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmapkit.missed import NotSupportedError
+from fmapkit.provenance import Label, Origin
+from fmapkit.replay.effects import PassPiece, Ref
+from fmapkit.replay.plan import MapSpec, Plan, Step
+from fmapkit.selection import Selection
+from fmapkit.storage import Gradient, MapRecord, StoredTensor, in_function, watch
+from fmapkit.torchlib.memory import storage_of, version_of
+from fmapkit.torchlib.nested import leaves
+from fmapkit.torchlib.side_ops import clone, goes_on_from
+
+__all__ = ["Item", "RunLog", "Slots"]
+
+_grads: Callable[[], bool] = torch.is_grad_enabled
+_inference: Callable[[], bool] = torch.is_inference_mode_enabled
+
+# A tensor, its version, where its gradient will arrive, and whether it is a copy.
+Item = tuple[Tensor, int, Gradient | None, bool]
+# By slot, and whether some filters were picked.
+Slots = dict[tuple[str, bool], Item]
+
+
+class RunLog(PassPiece):
+    """The log of one call of a region.
+
+    Args:
+        plan: by which it is read.
+        wants: which maps are held, and how.
+        inputs: what came in carries; empty where nothing around it is known.
+        base: how many calls of each layer there were before; None for none.
+
+    Attributes:
+        log: per step: its module, or its site, then what was read there.
+        lost: why the call left its plan, if it did.
+        until: of a call that has broken off: what was read before so many decisions is kept.
+        how: tensors are to be read, see `CurrentRun`.
+        uncounted: some tensor may have no version counter.
+    """
+
+    __slots__ = (
+        *("_let_go", "_origins", "_seen", "base", "how", "inputs", "log", "lost", "plan"),
+        *("uncounted", "until", "wants"),
+    )
+
+    def __init__(
+        self, plan: Plan, wants: Selection, inputs: list[Label], base: dict[str, int] | None
+    ) -> None:
+        self.plan = plan
+        self.wants = wants
+        self.inputs = inputs
+        self.base = base
+        self.log: list[Any] = []
+        self.lost = ""
+        self.until: int | None = None
+        self.how = int(wants.detach and (plan.graph or _grads()))
+        if _inference():
+            # With 4, no version would tell that a tensor of the model's was given other memory.
+            self.how = 4 if wants.detach and plan.keeps else 2
+        elif wants.detach and (plan.joins or in_function()):
+            self.how = 3
+        self.uncounted = self.how in (2, 4) or wants.gradients
+        self._seen = 0  # how many steps the analyses were shown
+        self._let_go = False  # of what they have seen
+        self._origins: dict[Ref, Origin] = {}
+
+    def stray(self, what: str) -> None:
+        """The run does not follow its plan: what is held so far stays, the rest is not labelled."""
+        if not self.lost:
+            self.lost = what
+            self.off()
+
+    def off(self) -> None:
+        """No tap writes to this run any more."""
+
+    # -- what is noted of a site --------------------------------------------------------------
+
+    def copied(self, x: Tensor) -> Tensor:
+        """A copy of what an in-place σ is about to overwrite; other maps of it are copied, too."""
+        if self.plan.shares:
+            self.exchange(x, clone)
+        return clone(self.own(x))
+
+    def exchange(self, x: Tensor, make: Callable[[Tensor], Tensor]) -> None:
+        """Have the log hold something else of what it has in the memory of x."""
+        memory = storage_of(x)
+
+        def exchanged(piece: Any) -> Any:
+            found = list(piece)
+            for at, t in enumerate(piece):
+                if isinstance(t, Tensor) and storage_of(t) == memory:
+                    found[at] = make(t)
+                    found[at + 1] = version_of(found[at])
+            same = all(a is b for a, b in zip(found, piece, strict=True))
+            return piece if same else _Exchanged(found)
+
+        for index, record in enumerate(self.log):
+            if len(record) > 1 and type(record[1]) is list:
+                read = [item if item is None else exchanged(item) for item in record[1]]
+                self.log[index] = (record[0], read)
+            else:
+                self.log[index] = exchanged(record)
+
+    def kept(self, step: Step, z: Tensor) -> Slots:
+        """What is stored of z, whose memory nobody else has any more."""
+        found: Slots = {}
+        for emission in step.emissions:
+            slot = _slot(emission)
+            if emission.slot == "x" and slot not in found:
+                found[slot] = self._stored(replace(emission, copy=False), z, None)
+        return found
+
+    def read_before(self, step: Step, x: Tensor) -> Slots:
+        """What is stored of x, which the call is about to overwrite."""
+        if step.shared:
+            self.exchange(x, clone)
+        grad, found = self.watched(x), {}
+        for emission in step.emissions:
+            slot = _slot(emission)
+            if emission.slot == "x" and slot not in found:
+                found[slot] = self._stored(emission, x, grad)
+        return found
+
+    def read(
+        self, step: Step, x: Any, output: Any, x_grad: Gradient | None, before: Slots | None
+    ) -> list[Item | None]:
+        read: list[Item | None] = []
+        known = {e.path for e in step.emissions if e.kind == "output"}
+        pieces = dict(leaves(output)) if known else {}
+        if new := pieces.keys() - known:
+            self.stray(f"it returned a tensor at {min(new)}, which was not there before")
+        shared = before or {}
+        for emission in step.emissions:
+            slot = _slot(emission)
+            if slot not in shared:
+                if emission.kind == "output":
+                    value = pieces.get(emission.path)
+                else:
+                    value = x if emission.slot == "x" else output
+                if not isinstance(value, Tensor):
+                    read.append(None)
+                    continue
+                grad = x_grad if emission.slot == "x" else self.watched(value)
+                try:
+                    shared[slot] = self._stored(emission, value, grad)
+                except NotSupportedError:  # which was named in the pass that was learned
+                    read.append(None)
+                    continue
+            read.append(shared[slot])
+        return read
+
+    def read_plainly(self, step: Step, x: Any, output: Any) -> list[Item | None]:
+        """What is held of a function that returned something else than a plain tensor."""
+        slots: dict[str, Item | None] = {"x": None, "y": None}
+        for slot, value in ("x", x), ("y", output):
+            if isinstance(value, Tensor):
+                slots[slot] = self.own(value), self.version(value), None, False
+        return [slots[emission.slot] for emission in step.emissions]
+
+    def _stored(self, emission: MapSpec, value: Tensor, grad: Gradient | None) -> Item:
+        """What is stored of a tensor."""
+        if emission.copy and grad is not None:
+            grad.overwritten()
+        doomed = emission.copy
+        if emission.place is not None:
+            if grad is not None:
+                grad = grad.picked(*emission.place)
+            stored, copied = self.wants.take_at(value, emission.place, doomed), True
+        else:
+            stored = self.wants.store(value, doomed) if emission.stored else value
+            copied = emission.copy or stored is not value
+            if stored is value:
+                stored = self.own(value)
+                if doomed:
+                    stored = clone(stored)
+                    if emission.on_the_way:
+                        goes_on_from(value, stored)
+        return stored, self.version(stored), grad, copied
+
+    def version(self, tensor: Tensor) -> int:
+        version = version_of(tensor)
+        self.uncounted = self.uncounted or version < 0
+        return version
+
+    def watched(self, tensor: Any) -> Gradient | None:
+        """Where the tensor's gradient will arrive, if that was asked for."""
+        if self.wants.gradients and isinstance(tensor, Tensor):
+            return watch(tensor)
+        return None
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """Outside the graph, unless asked otherwise."""
+        joins = tensor.requires_grad or self.how > 2
+        return tensor.detach() if self.wants.detach and joins else tensor
+
+    # -- when it is read ----------------------------------------------------------------------
+
+    def tag_outputs(self, output: Any, set_tag: Callable[[Tensor, Label], None]) -> None:
+        """Label what it has returned; a tensor at a new place keeps its own label."""
+        labels: dict[str, Label] = {}
+        for path, tag in self.plan.effects.outputs:
+            labels[path] = self.label(tag)
+        for path, tensor in leaves(output):
+            if labels.get(path) is not None:
+                set_tag(tensor, labels[path])
+
+    def entries(self) -> list[MapRecord]:
+        """The maps of this run, in execution order."""
+        return [entry for entry, _ in self.emitted()]
+
+    def emitted(self) -> list[tuple[MapRecord, MapSpec]]:
+        """The same, each with what the plan says of it."""
+        steps = self.plan.steps[self._seen :] if self._let_go else self.plan.steps
+        found = [pair for step in steps if self._there(step) for pair in self._entries_of(step)]
+        if self.until is None:
+            return found
+        # Whether a nonlinearity would have followed is not known.
+        return [(e, m) for e, m in found if e.kind != "preactivation" or e.sigma is not None]
+
+    def fresh(self, let_go: bool) -> Iterator[MapRecord]:
+        """The maps that have come since the last time, in execution order.
+
+        Args:
+            let_go: of each once it was seen.
+        """
+        self._let_go = let_go
+        steps, log = self.plan.steps, self.log
+        if let_go and len(log) - 1 in self.plan.spare:
+            log[-1] = log[-1][:1]
+        while self._seen < len(steps) and self._there(steps[self._seen]):
+            step = steps[self._seen]
+            self._seen += 1
+            for entry, _ in self._entries_of(step):
+                yield entry
+            if let_go:
+                log[step.at] = log[step.at][:1]
+                self.wants.retention.forget()
+
+    def _there(self, step: Step) -> bool:
+        if self.until is not None and step.position >= self.until:
+            return False
+        return step.at < len(self.log)
+
+    def _entries_of(self, step: Step) -> list[tuple[MapRecord, MapSpec]]:
+        found: list[tuple[MapRecord, MapSpec]] = []
+        shared: dict[int, StoredTensor] = {}
+        for item, emission in zip(self._items(step), step.emissions, strict=True):
+            if item is None:
+                continue
+            tensor, version, gradient, copied = item
+            held = shared.get(id(tensor))
+            if held is None:
+                held = shared[id(tensor)] = StoredTensor(tensor, version, copied, gradient)
+                held.arrival = self.wants.retention.arrival(tensor)
+            entry = MapRecord(
+                emission.kind,
+                self.origin(emission.ref),
+                held,
+                emission.axes,
+                emission.sigma,
+                emission.path,
+                emission.picked,
+            )
+            found.append((entry, emission))
+        return found
+
+    def _items(self, step: Step) -> list[Item | None]:
+        """What was read for each emission of a step."""
+        if not step.emissions:
+            return []
+        record = self.log[step.at]
+        if not step.plain or type(record[1]) is list:
+            read: list[Item | None] = record[1]
+            return read
+        slots: dict[str, Item] = {}
+        y_grad, x_grad = record[-2:] if self.wants.gradients else (None, None)
+        slots["y"] = (self.own(record[1]), record[2], y_grad, False)
+        if step.plain == "xy":
+            copied = len(record) == 6 and record[5] is True
+            slots["x"] = (self.own(record[3]), record[4], x_grad, copied)
+        return [slots[e.slot] for e in step.emissions]
+
+    def release(self) -> list[Any]:
+        """Let go of every tensor; what holds them still."""
+        log, self.log = self.log, []
+        return log
+
+
+class _Exchanged(tuple[Any, ...]):
+    """A record whose tensors nobody else writes to."""
+
+    __slots__ = ()
+
+
+def _slot(emission: MapSpec) -> tuple[str, bool]:
+    return emission.slot, emission.picked is not None
