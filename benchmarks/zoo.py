@@ -180,7 +180,7 @@ def _count_ways(maps: Any) -> list[str]:
     read: list[str] = []
 
     def counted(*args: Any) -> None:
-        steps = session.live.run.plan.steps
+        steps = session.parts.live.run.plan.steps
         leave(*args)
         for step in steps:
             way = "light" if step.module is None else "hook"

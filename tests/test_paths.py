@@ -1250,4 +1250,4 @@ def test_numbers_of_its_own_are_no_data(made: Any, by_data: bool) -> None:
         for _ in range(5):
             model(torch.rand(3, 4))
         assert len(maps) == 4
-        assert maps._session.parts.units.static(model) is not by_data
+        assert maps._session.parts.regions.static(model) is not by_data

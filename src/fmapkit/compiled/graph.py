@@ -334,4 +334,6 @@ def _traced(
         event = event_of.get(id(entry))
         found.append((entry, site, event is not None and relations.pending(entry, event)))
     given = [env[n] for n in order if n.op == "placeholder"]
-    return Traced(found, relations.ref, relations.effects(tracer.record, tracer.events, given))
+    return Traced(
+        found, relations.ref, relations.effects(tracer.trace.record, tracer.events, given)
+    )

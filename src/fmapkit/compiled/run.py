@@ -136,7 +136,7 @@ class GraphMapSink:
         """The graph is about to write to some of its inputs: what is held of these is copied."""
         tracer = self._live.tracer  # where there is none yet, nothing is held that could be lost
         if tracer is not None:
-            labels.effects.before(tracer.record, inputs)
+            labels.effects.before(tracer.trace.record, inputs)
 
     def after(
         self,
@@ -190,7 +190,7 @@ class GraphMapSink:
         if self._latest is None:
             return
         (labels, run, outputs), self._latest = self._latest, None
-        record, effects = self.tracer.record, labels.effects
+        record, effects = self.tracer.trace.record, labels.effects
         run.base = effects.base(record)
         self._segments.remove(run)
         effects.apply(record, zip(run.entries(), labels.maps, strict=True), run.inputs)

@@ -8,7 +8,6 @@ What was recorded is checked as before any other pass.
 
 from __future__ import annotations
 
-import threading
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +18,7 @@ from fmapkit.map import FeatureMap, read_map
 from fmapkit.maps import FeatureMaps
 from fmapkit.missed import Missed
 from fmapkit.model import Names, unwrap
-from fmapkit.session import Rest, Session, others
+from fmapkit.session import Rest, Session
 from fmapkit.torchlib.compiled_modules import compiled_roots, plain
 from fmapkit.torchlib.transforms import returned
 
@@ -79,9 +78,7 @@ class Recurring:
     @property
     def alone(self) -> bool:
         """Whether no other capture is open in this thread that would see the call."""
-        session = self._session
-        session.live.thread = threading.get_ident()
-        return not any(others(session.passes))
+        return self._session.alone()
 
     def label_of(self, layer: Any) -> str:
         """The name that the maps of a layer have, which is given by a name or as a module."""
@@ -102,12 +99,12 @@ class Recurring:
         if not self._open:
             self.maps = self._made.__enter__()
             self._open = True
-            returned.on = not any(others(session.passes))
+            returned.on = session.alone()
             self.inside = True
             return self.maps
         assert self._rest is not None
         session.wake(self._rest)
-        returned.on = not any(others(session.passes))
+        returned.on = session.alone()
         self.inside = True
         return self.maps
 

@@ -1,7 +1,6 @@
 """One `with` block: when a pass begins and ends, who answers a module's call, what is missed."""
 
 from fmapkit.session.analyses import Analyses
-from fmapkit.session.concurrent import others
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.protocol import Analysis
 from fmapkit.session.session import Rest, Session
@@ -12,5 +11,4 @@ __all__ = [
     "CaptureConfig",
     "Rest",
     "Session",
-    "others",
 ]

@@ -1,8 +1,8 @@
 """Who answers the calls of a capture's modules, by what is under way.
 
-    AnswerReplaying   a unit runs that there is a plan for: its taps are all there is
-    AnswerRecording   a unit runs for which a plan is made: the tracer sees every function
-    AnswerTracing     a module that decides by data: the tracer sees its own code, and the units
+    AnswerReplaying   a region runs that there is a plan for: its taps are all there is
+    AnswerRecording   a region runs for which a plan is made: the tracer sees every function
+    AnswerTracing     a module that decides by data: the tracer sees its own code, and the regions
                       that it calls begin here
     AnswerOutside     no pass is under way
 
@@ -64,27 +64,27 @@ class AnswerOutside:
 
 
 class AnswerReplaying:
-    """A unit is replayed: only its taps look."""
+    """A region is replayed: only its taps look."""
 
     def __init__(self, parts: SessionParts) -> None:
         self._live = parts.live
         self._replaying = parts.replaying
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A module inside the unit begins, or the unit calls itself."""
+        """A module inside the region begins, or the region calls itself."""
         run = self._live.run
         assert run is not None
         if module is run.module:
-            self._live.enter_unit()
+            self._live.enter_region()
         self._replaying.before(run, module, args, kwargs)
         return None
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool) -> Any:
-        """It has ended; with the unit's own call, the run ends."""
+        """It has ended; with the region's own call, the run ends."""
         live = self._live
         run, tracer = live.run, live.tracer
         assert run is not None
-        if module is run.module and not (live.inner and live.leave_unit()):
+        if module is run.module and not (live.inner and live.leave_region()):
             self._replaying.leave(args, kwargs, output)
             if tracer is not None and tracer.editor:
                 return tracer.editor.modules.leave_unit(module, output, failed)
@@ -94,19 +94,19 @@ class AnswerReplaying:
 
 
 class AnswerTracing:
-    """The tracer sees the code of a module, and leaves the units that it calls alone."""
+    """The tracer sees the code of a module, and leaves the regions that it calls alone."""
 
     def __init__(self, parts: SessionParts) -> None:
         self._live = parts.live
-        self._units = parts.units
+        self._regions = parts.regions
         self._replaying = parts.replaying
         self._parts = parts
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A call begins: of a unit, or of a module whose own code is seen."""
-        tracer, units = self._live.tracer, self._units
-        if (tracer is None or not tracer.lost) and units.stands_alone(module, args, tracer):
-            units.direct.add(module)
+        """A call begins: of a region, or of a module whose own code is seen."""
+        tracer, regions = self._live.tracer, self._regions
+        if (tracer is None or not tracer.lost) and regions.stands_alone(module, args, tracer):
+            regions.direct.add(module)
             return self._replaying.enter(module, args, kwargs)
         return self._traced(module, args, kwargs)
 
@@ -119,9 +119,9 @@ class AnswerTracing:
         if tracer.lost:
             return tracer.editor.modules.enter_lost(module, args, kwargs) if tracer.editor else None
         if may_fuse(module, MODES):
-            parts.beside.enter(module, args, kwargs)
-        parts.placing.on_scopes()  # regions may have become dynamic modules in this very pass
-        parts.moves.made(module, (args, kwargs))
+            parts.shadow.enter(module, args, kwargs)
+        parts.installer.on_scopes()  # regions may have become dynamic modules in this very pass
+        parts.redistribution.made(module, (args, kwargs))
         frame = tracer.enter(module, args, kwargs)
         live.trace_on()
         return frame.replaced
@@ -131,27 +131,27 @@ class AnswerTracing:
         tracer, parts = self._live.tracer, self._parts
         if tracer is None:
             return None
-        parts.moves.made(module, output)
+        parts.redistribution.made(module, output)
         replaced = tracer.leave(module, None if failed else output)
-        if module is parts.beside.module:
-            replaced = parts.beside.leave(output, replaced)
+        if module is parts.shadow.module:
+            replaced = parts.shadow.leave(output, replaced)
         return replaced
 
 
 class AnswerRecording(AnswerTracing):
-    """A plan of a unit is made: the tracer sees every function in it."""
+    """A plan of a region is made: the tracer sees every function in it."""
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A module inside the unit begins, or the unit calls itself."""
-        lesson = self._live.lesson
-        if lesson is not None and module is lesson.module:
-            self._live.enter_unit()
+        """A module inside the region begins, or the region calls itself."""
+        recording = self._live.recording
+        if recording is not None and module is recording.module:
+            self._live.enter_region()
         return self._traced(module, args, kwargs)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool) -> Any:
-        """It has ended; with the unit's own call, the plan is made."""
-        live, lesson = self._live, self._live.lesson
-        if lesson is None or module is not lesson.module or live.leave_unit():
+        """It has ended; with the region's own call, the plan is made."""
+        live, recording = self._live, self._live.recording
+        if recording is None or module is not recording.module or live.leave_region():
             return super().leave(module, args, kwargs, output, failed)
         tracer = live.tracer
         replaced = self._parts.recorder.leave(module, output, failed)

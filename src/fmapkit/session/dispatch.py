@@ -64,7 +64,7 @@ class HookDispatcher:
         live = self._live
         if live.run is not None:
             return self._replaying
-        if live.lesson is not None:
+        if live.recording is not None:
             return self._recording
         return self._outside if live.current is None else self._tracing
 
@@ -88,8 +88,8 @@ class HookDispatcher:
                     live.enter_model()
                 elif not self._passes.begin(args, kwargs):
                     return None
-                elif live.tracer is None:  # it is a unit, and `begin` has looked at the arguments
-                    self._parts.units.direct.add(module)
+                elif live.tracer is None:  # it is a region, and `begin` has looked at the arguments
+                    self._parts.regions.direct.add(module)
                     return self._parts.replaying.enter(module, args, kwargs)
             return self._answer().enter(module, args, kwargs)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
@@ -109,7 +109,7 @@ class HookDispatcher:
             return None
         replaced = None
         failed = output is FAILED
-        # Most calls that end are those of units that are replayed.
+        # Most calls that end are those of regions that are replayed.
         answer = self._replaying if live.run is not None else self._answer()
         try:
             replaced = answer.leave(module, args, kwargs, None if failed else output, failed)
@@ -118,7 +118,7 @@ class HookDispatcher:
             if module is self._model:
                 if not live.leave_model():
                     self._passes.end(failed)
-            elif self._stop is not None and live.run is None and live.lesson is None:
+            elif self._stop is not None and live.run is None and live.recording is None:
                 self._stop.check()
         except Exception as error:
             if module is self._model and not live.depth:
@@ -133,8 +133,8 @@ class HookDispatcher:
             self._parts.misses.add("", REPLICAS)
             if self._edits:
                 raise self._edits.refused(REPLICAS)
-        elif live.lesson is not None and _thread() == live.thread:
-            live.lesson.key = None  # it runs again in a backward: no tap could tell that apart
+        elif live.recording is not None and _thread() == live.thread:
+            live.recording.key = None  # it runs again in a backward: no tap could tell that apart
 
     # -- other hooks --------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 - On the model, always: every pass goes through them.
 - Before the first pass, on all its modules, to name what is called outside of one.
-- While scopes are watched, on every module that is not inside a unit.
-- While a unit is learned, on every module in it; once there is a plan, on its taps only.
+- While scopes are watched, on every module that is not inside a region.
+- While a region is recorded, on every module in it; once there is a plan, on its taps only.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class HookInstaller:
     Args:
         asked: by the capture.
         hooks: of the capture.
-        units: of the model.
+        regions: of the model.
         moves: is told what hooks of others are given that only move data.
         callbacks: what the hooks call; asked for as they are set.
 
     Attributes:
-        tapped: the plan that each unit's taps are set for.
+        tapped: the plan that each region's taps are set for.
         line: what the taps write to.
     """
 
@@ -69,7 +69,7 @@ class HookInstaller:
         self,
         asked: CaptureConfig,
         hooks: Hooks,
-        units: ReplayRegions,
+        regions: ReplayRegions,
         moves: RedistributionTracker,
         callbacks: Callable[[], HookCallbacks],
     ) -> None:
@@ -77,7 +77,7 @@ class HookInstaller:
         self.line = CurrentRun()
         self._model = asked.model
         self._hooks = hooks
-        self._units = units
+        self._regions = regions
         self._moves = moves
         self._callbacks = callbacks
         self._stops = asked.stop is not None
@@ -114,14 +114,16 @@ class HookInstaller:
     # -- scopes -------------------------------------------------------------------------------
 
     def on_scopes(self) -> None:
-        """On every module, but for those inside units that scopes have called as a whole."""
+        """On every module, but for those inside regions that scopes have called as a whole."""
         if self._scopes:
             return
         self._scopes = True
         inside: set[nn.Module] = set()
-        for unit in filter(self._units.static, self._units.direct):  # a part of it may be opened
-            inside.update(m for m in modules_in(unit) if m is not unit)
-        wanted = [m for m in modules_in(self._model) if m not in inside or m in self._units.direct]
+        regions = self._regions
+        for region in filter(regions.static, regions.direct):  # a part of it may be opened
+            inside.update(m for m in modules_in(region) if m is not region)
+        every = modules_in(self._model)
+        wanted = [m for m in every if m not in inside or m in regions.direct]
         self._around(wanted)
         moving = []
         for module in wanted:
@@ -135,25 +137,25 @@ class HookInstaller:
         """Units have become scopes, or are called by others: the next pass sets hooks again."""
         self._scopes = False
 
-    # -- units --------------------------------------------------------------------------------
+    # -- regions ------------------------------------------------------------------------------
 
     def no_taps(self) -> None:
-        """A unit is about to be learned."""
+        """A region is about to be learned."""
         self._hooks.drop("after")
         self._hooks.drop("before")
         self.tapped.clear()
 
-    def in_lesson(self, unit: nn.Module) -> None:
-        """On every module in a unit, while it is learned, and until there is a plan for it."""
-        self._around(modules_in(unit))
+    def in_recording(self, region: nn.Module) -> None:
+        """On every module in a region, while it is recorded, and until there is a plan for it."""
+        self._around(modules_in(region))
 
-    def taps(self, unit: nn.Module, plan: Plan) -> None:
+    def taps(self, region: nn.Module, plan: Plan) -> None:
         """The taps of a plan, each of the cheapest kind that will do."""
         hooks, calls = self._hooks, self._callbacks()
         around = plan.toggles | plan.scopes | plan.before | _keyed(plan)
-        left = [m for m in modules_in(unit) if hooks.is_around(m) and m not in around]
-        left = [m for m in left if m not in self._units.direct]
-        if left:  # by another plan, or by a lesson that left none
+        left = [m for m in modules_in(region) if hooks.is_around(m) and m not in around]
+        left = [m for m in left if m not in self._regions.direct]
+        if left:  # by another plan, or by a recording that left none
             hooks.drop("around", only=left)
             self.tapped.clear()
         keeping = set()
@@ -161,11 +163,11 @@ class HookInstaller:
             keeping = {m for m in plan.keeping if can_stand(m)}
         before = plan.before | (plan.keeping - keeping)
         around |= before
-        hooks.around(around - {unit}, calls.pre, calls.post)
+        hooks.around(around - {region}, calls.pre, calls.post)
         to = self.line, calls.tap, calls.fault, hooks.owner
         last = plan.order[-1] if plan.order and self._stops else None
         replaced = False
-        for tapped in plan.taps - {unit}:
+        for tapped in plan.taps - {region}:
             how = plan.direct.get(tapped) if tapped is not last and not self._shown else None
             if tapped in keeping:
                 replaced |= hooks.after(tapped, tap_of("kept", *to))
@@ -173,11 +175,11 @@ class HookInstaller:
                 replaced |= hooks.after(tapped, self._slow(calls.tap))
             else:
                 replaced |= hooks.after(tapped, tap_of(how, *to, self._gradients))
-        if replaced:  # other plans, of this unit or of one that shares a module, set theirs again
+        if replaced:  # other plans, of this region or one that shares a module, set theirs again
             self.tapped.clear()
-        for door in doors(unit, hooks.modules()):
+        for door in doors(region, hooks.modules()):
             hooks.after(door, tap_of("y", *to))  # in no plan: it tells of calls outside of a pass
-        self.tapped[unit] = plan
+        self.tapped[region] = plan
 
     def no_doors(self) -> None:
         """Remove what is there only to name calls outside of passes."""

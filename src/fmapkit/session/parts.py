@@ -36,13 +36,13 @@ class SessionParts:
         store: where passes are kept.
         hooks: what is set on modules.
         paths: which decisions passes take.
-        units: which modules are replayed as a whole.
-        placing: sets hooks, and removes them.
-        recorder: makes the plans of units.
-        replaying: reads units by their plans.
+        regions: which modules are replayed as a whole.
+        installer: sets hooks, and removes them.
+        recorder: makes the plans of regions.
+        replaying: reads regions by their plans.
         pass_end: what becomes of the maps of a pass.
-        moves: follows tensors through hooks of others that only move data.
-        beside: runs a module with a fused path once more, watched.
+        redistribution: follows tensors through hooks of others that only move data.
+        shadow: runs a module with a fused path once more, watched.
         unseen: names what runs outside of passes.
     """
 
@@ -52,13 +52,13 @@ class SessionParts:
     store: PassStore
     hooks: Hooks
     paths: ControlPaths
-    units: ReplayRegions
-    placing: HookInstaller
+    regions: ReplayRegions
+    installer: HookInstaller
     recorder: Recorder
     replaying: Replaying
     pass_end: PassEnd
-    moves: RedistributionTracker
-    beside: FusedPathShadow
+    redistribution: RedistributionTracker
+    shadow: FusedPathShadow
     unseen: UnseenCalls
 
     @staticmethod
@@ -87,15 +87,15 @@ class SessionParts:
         store = PassStore(keep)
         paths = ControlPaths(asked.model, asked.names.place_of, running)
         live = PassState(asked, misses, paths)
-        units = ReplayRegions(hooks.is_ours)
-        moves = RedistributionTracker(live)
-        placing = HookInstaller(asked, hooks, units, moves, callbacks)
-        recorder = Recorder(asked, live, misses, units, placing, paths)
+        regions = ReplayRegions(hooks.is_ours)
+        redistribution = RedistributionTracker(live)
+        installer = HookInstaller(asked, hooks, regions, redistribution, callbacks)
+        recorder = Recorder(asked, live, misses, regions, installer, paths)
         pass_end = PassEnd(asked, live, misses, store, budget)
-        replaying = Replaying(asked, live, misses, units, placing, recorder, pass_end, paths)
-        beside = FusedPathShadow(asked, live, hooks, misses)
+        replaying = Replaying(asked, live, misses, regions, installer, recorder, pass_end, paths)
+        shadow = FusedPathShadow(asked, live, hooks, misses)
         unseen = UnseenCalls(asked, misses)
         return SessionParts(
-            *(asked, live, misses, store, hooks, paths, units, placing, recorder, replaying),
-            *(pass_end, moves, beside, unseen),
+            *(asked, live, misses, store, hooks, paths, regions, installer, recorder, replaying),
+            *(pass_end, redistribution, shadow, unseen),
         )

@@ -87,7 +87,7 @@ class Passes:
         if live.idle:
             # torch.export sees to it that the model has the same attributes before and after.
             if not torch.compiler.is_compiling():
-                parts.placing.only_on_model()
+                parts.installer.only_on_model()
             if self.asked.methods:  # which may call the model, as a part of this pass
                 live.frame = call_frame()
             return False
@@ -96,12 +96,12 @@ class Passes:
             self._restart()
         self._open(step, ids, compiled)
         if compiled:
-            parts.placing.only_on_model()
+            parts.installer.only_on_model()
             live.enter_compiled(args, kwargs)
             return True
         parts.paths.begin()
-        if not parts.units.static(self.asked.model):
-            parts.placing.on_scopes()
+        if not parts.regions.static(self.asked.model):
+            parts.installer.on_scopes()
             live.new_tracer().enter_inputs(args, kwargs)
             live.trace_on()
         return True
@@ -143,8 +143,8 @@ class Passes:
         parts = self._parts
         self.asked.names.refresh()
         parts.paths.refresh()
-        parts.units.clear()
-        parts.placing.only_on_model()
+        parts.regions.clear()
+        parts.installer.only_on_model()
         self._compiled.refresh()
         if self._stop is not None:
             self._stop.forget()
@@ -155,9 +155,9 @@ class Passes:
     def open_always(self) -> None:
         """Trace in every pass where inputs or outputs are edited, and methods are called."""
         if self._edits:
-            self._parts.units.open(*self._edits.modules())
+            self._parts.regions.open(*self._edits.modules())
         if self.asked.methods:
-            self._parts.units.open(self.asked.model)
+            self._parts.regions.open(self.asked.model)
 
     # -- under way ----------------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class Passes:
         parts.paths.end()
         if live.tracer is not None:
             parts.recorder.finish(live.tracer, failed)
-            parts.moves.clear()
+            parts.redistribution.clear()
         if current is not None and not failed:
             if wants.picks and not parts.store.fleeting:
                 self._name_unpicked(current)
@@ -252,13 +252,13 @@ class Passes:
                 live.current.segments.append(live.run)
         parts.paths.end()
         parts.recorder.drop()
-        parts.moves.clear()
+        parts.redistribution.clear()
         current = live.current
         live.clear()
         parts.store.end()
         if current is not None:
             self._close(current, failed=True)
-        parts.beside.clear()
+        parts.shadow.clear()
         live.idle = False
 
     # -- broken off ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Learn: the first call of a kind that a unit gets runs under the tracer, and leaves a plan.
+"""Learn: the first call of a kind that a region gets runs under the tracer, and leaves a plan.
 
 What the tracer sees is a matter of `tracing/tracer.py`, what a plan is, of `replay/plan.py`. The
 end of a pass that was traced, or a part of it, is here, too.
@@ -30,13 +30,13 @@ __all__ = ["Recorder"]
 
 
 class Recorder:
-    """Learns units.
+    """Records regions.
 
     Args:
         asked: by the capture.
         live: what is under way.
         misses: of the capture.
-        units: of the model.
+        regions: of the model.
         placing: of its hooks.
         paths: of its passes.
     """
@@ -46,7 +46,7 @@ class Recorder:
         asked: CaptureConfig,
         live: PassState,
         misses: MissedLog,
-        units: ReplayRegions,
+        regions: ReplayRegions,
         placing: HookInstaller,
         paths: ControlPaths,
     ) -> None:
@@ -54,7 +54,7 @@ class Recorder:
         self._names = asked.names
         self._live = live
         self._misses = misses
-        self._units = units
+        self._regions = regions
         self._placing = placing
         self._paths = paths
 
@@ -68,12 +68,12 @@ class Recorder:
         kwargs: Any,
         inputs: list[Label],
     ) -> Any:
-        """A call of a unit begins that there is no plan for.
+        """A call of a region begins that there is no plan for.
 
         Args:
-            module: the unit.
+            module: the region.
             key: the kind of call; None if it can be replayed never.
-            state: that the unit is in.
+            state: that the region is in.
             sizes: of its inputs.
             args: its positional arguments.
             kwargs: its keyword arguments.
@@ -87,7 +87,7 @@ class Recorder:
         if tracer is None:
             tracer = self._live.new_tracer()
             tracer.enter_inputs(args, kwargs)
-        self._placing.in_lesson(module)
+        self._placing.in_recording(module)
         tracer.learning += 1
         tracer.aliases.written.clear()
         tracer.edited = False
@@ -96,7 +96,7 @@ class Recorder:
         frame = tracer.enter(module, args, kwargs)
         frame.position = position
         frame.counts = Counter(tracer.counts)
-        self._live.lesson = Recording(module, frame, key, state, sizes, inputs)
+        self._live.recording = Recording(module, frame, key, state, sizes, inputs)
         self._paths.begin_lesson(module)
         tracer.firings.site_of = self._paths.site_of
         self._live.trace_on()
@@ -106,20 +106,20 @@ class Recorder:
         """The call has ended.
 
         Args:
-            module: the unit.
+            module: the region.
             output: what it returns.
             failed: by an exception, and returns nothing.
 
         Returns:
             The output that is to be returned instead; None for its own.
         """
-        tracer, lesson = self._live.tracer, self._live.lesson
-        assert lesson is not None and tracer is not None
-        frame = lesson.frame
+        tracer, recording = self._live.tracer, self._live.recording
+        assert recording is not None and tracer is not None
+        frame = recording.frame
         replaced = tracer.leave(module, None if failed else output)
         tracer.learning -= 1
         tracer.firings.site_of = None
-        self._live.lesson = None
+        self._live.recording = None
         items = self._paths.since(frame.position)
         complete, hopeless = self._paths.end_lesson(items, module)
         if hopeless:
@@ -129,23 +129,23 @@ class Recorder:
         elif not failed and tracer.failed is None:
             events = tracer.events[frame.start :]
             _check_held(events)
-            useful = complete and lesson.key is not None and not hopeless
-            decides = self._decides(module, tracer) or self._remembers(lesson, tracer, output)
+            useful = complete and recording.key is not None and not hopeless
+            decides = self._decides(module, tracer) or self._remembers(recording, tracer, output)
             if not decides and useful and not any(map(_sharded, events)):
-                self._keep(lesson, output if replaced is None else replaced, tracer, items)
+                self._keep(recording, output if replaced is None else replaced, tracer, items)
             tracer.let_go(events)
         return replaced
 
     def _decides(self, module: nn.Module, tracer: Tracer) -> bool:
-        """Whether parts of the unit are to be traced in every pass, since they decide by data."""
+        """Whether parts of the region are to be traced in every pass, since they decide by data."""
         deciding = tracer.deciding.intersection(module.modules())
         if deciding:
             self._open(*deciding)
         return bool(deciding)
 
-    def _remembers(self, lesson: Recording, tracer: Tracer, output: Any) -> bool:
+    def _remembers(self, recording: Recording, tracer: Tracer, output: Any) -> bool:
         """Whether tensors of the pass are kept where a later pass may read them."""
-        frame, unit = lesson.frame, lesson.module
+        frame, region = recording.frame, recording.module
         passed = {id(t) for t in tensors_in(*frame.args, frame.kwargs)}
 
         def is_of_pass(tensor: Tensor) -> bool:
@@ -153,38 +153,38 @@ class Recorder:
 
         twins = self._paths.twins
         remembering = EscapedTensors(is_of_pass, twins.reads)
-        found = remembering.modules(unit)
+        found = remembering.modules(region)
         if remembering.given((*frame.args, *frame.kwargs.values())):
-            found.append(unit)
+            found.append(region)
         if remembering.functions(twins.functions()):
-            found += [m for m in modules_in(unit) if m._modules or not is_torchs(m)]
+            found += [m for m in modules_in(region) if m._modules or not is_torchs(m)]
         if found:
             self._open(*found)
         return bool(found)
 
     def _open(self, *modules: nn.Module) -> None:
         """From the next pass on, these are traced in every pass."""
-        self._units.open(*modules)
+        self._regions.open(*modules)
         self._placing.scopes_changed()
 
-    def _keep(self, lesson: Recording, output: Any, tracer: Tracer, items: list[Any]) -> None:
+    def _keep(self, recording: Recording, output: Any, tracer: Tracer, items: list[Any]) -> None:
         """Keep the plan of a call, for others that take its path."""
-        module, frame = lesson.module, lesson.frame
+        module, frame = recording.module, recording.frame
         arguments = tensors_in(*frame.args, frame.kwargs)
         _copy_what_is_used_again(tracer, frame, [*arguments, *tensors_in(output)])
-        plan = make_plan(tracer, frame, output, lesson.inputs, arguments)
-        unit = self._units.of(module)
-        state = unit.state_of(items, lesson.key, lesson.state, lesson.sizes)
+        plan = make_plan(tracer, frame, output, recording.inputs, arguments)
+        region = self._regions.of(module)
+        state = region.state_of(items, recording.key, recording.state, recording.sizes)
         if state is None:
-            self._open(module, *unit.differing(items, lesson.key, lesson.sizes))
+            self._open(module, *region.differing(items, recording.key, recording.sizes))
             return
-        known = unit.paths(lesson.key, state)
-        if known.wavers(items, lesson.sizes):
-            self._open(module, *known.leaves_at(items, lesson.sizes)[1])
+        known = region.paths(recording.key, state)
+        if known.wavers(items, recording.sizes):
+            self._open(module, *known.leaves_at(items, recording.sizes)[1])
             return
         self._paths.twins.tap(plan.sites)
         moments = [(at - frame.position, m) for at, m in tracer.moments]
-        self._placing.taps(module, known.learn(items, lesson.sizes, plan, moments))
+        self._placing.taps(module, known.learn(items, recording.sizes, plan, moments))
 
     def finish(self, tracer: Tracer, failed: bool) -> None:
         """The traced pass has ended.
@@ -203,14 +203,14 @@ class Recorder:
         _check_held(tracer.events)
         for module in tracer.unhooked:
             self._misses.add(self._names.of(module), Reason.CALLED_ON_ITS_OWN.text())
-            self._units.direct.update(self._model.modules())
+            self._regions.direct.update(self._model.modules())
             self._placing.scopes_changed()
         tracer.end()
 
     def drop(self) -> None:
-        """The pass has broken off, perhaps in the middle of a lesson."""
+        """The pass has broken off, perhaps in the middle of a recording."""
         live = self._live
-        live.lesson = None
+        live.recording = None
         live.trace_out()
         if live.tracer is not None:
             live.tracer.end()
@@ -225,13 +225,13 @@ def _check_held(events: list[Event]) -> None:
 
 
 def _copy_what_is_used_again(tracer: Tracer, frame: Frame, passed: list[Tensor]) -> None:
-    """Copy maps, now and in later calls, that lie in memory which a unit writes to, and keeps.
+    """Copy maps, now and in later calls, that lie in memory which a region writes to, and keeps.
 
     Its next call, in the same pass perhaps, overwrites them.
 
     Args:
         tracer: of the pass.
-        frame: of the unit's call.
+        frame: of the region's call.
         passed: tensors that were given to it, or that it returned: others know of these.
     """
     written = tracer.aliases.written.difference(map(storage_of, passed))

@@ -181,8 +181,8 @@ class Replaying:
             analyses = self._keeping.stream if self._analyses else None
         else:
             if plan.effects.writes:
-                plan.effects.before(tracer.record, tensors_in(*args, kwargs))
-            base = plan.effects.base(tracer.record)
+                plan.effects.before(tracer.trace.record, tensors_in(*args, kwargs))
+            base = plan.effects.base(tracer.trace.record)
         assert live.current is not None
         drop = live.current.drop
         run = ReplayRun(
@@ -250,7 +250,7 @@ class Replaying:
             tracer.give_up(run.module if failed else None)
             return
         # The pass around the unit is traced: tell the tracer what it would have seen.
-        run.plan.effects.apply(tracer.record, run.emitted(), run.inputs)
+        run.plan.effects.apply(tracer.trace.record, run.emitted(), run.inputs)
         self._wants.retention.fence()
         run.tag_outputs(output, tracer.set_tag)
         live.trace_on()

@@ -8,11 +8,11 @@
 
 A pass begins with the model's pre hook and ends with its post hook. In between, each module is
 
-- a *unit*: the outermost module on its branch whose path is the same in each pass. Its first call
+- a *region*: the outermost module on its branch whose path is the same in each pass. Its first call
   of a kind is recorded by the tracer; later ones are replayed, with one tap per site;
 - a *scope*: a module that decides by data, or takes several paths. The tracer watches its own
-  forward in every pass, and leaves the units in it alone;
-- inside a unit, where only taps are set.
+  forward in every pass, and leaves the regions in it alone;
+- inside a region, where only taps are set.
 
 What a capture consists of is told in `session/parts.py`, what is under way, in `session/state.py`.
 """
@@ -28,16 +28,15 @@ from fmapkit.compiled import CompiledEntries
 from fmapkit.instrumentation import Hooks, Methods, Off
 from fmapkit.missed import Missed
 from fmapkit.model import Names
-from fmapkit.paths import ControlPaths, Resting
+from fmapkit.paths import Resting
 from fmapkit.selection import Selection
 from fmapkit.session.compiled_calls import CompiledCalls
-from fmapkit.session.concurrent import entered, left
+from fmapkit.session.concurrent import entered, left, others
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.dispatch import HookDispatcher
 from fmapkit.session.hook_installer import HookCallbacks
 from fmapkit.session.parts import SessionParts
 from fmapkit.session.passes import Passes
-from fmapkit.session.state import PassState
 from fmapkit.storage import Budget
 from fmapkit.torchlib.call_override import hide_from_scripting, show_to_scripting
 from fmapkit.torchlib.scripted import tell, tell_no_more
@@ -113,17 +112,17 @@ class Session:
         Raises:
             CaptureStateError: another capture is open, and one of the two edits.
         """
-        self.live.thread = threading.get_ident()
+        self.parts.live.thread = threading.get_ident()
         entered(self.passes)
         self.passes.open_always()
         tell(self.calls.scripted)
-        self.parts.placing.on_model()
+        self.parts.installer.on_model()
         self._methods.stand()
         hide_from_scripting()
         self.compiled.open(CompiledCalls(self.parts, self.passes))
         self.parts.unseen.scripted(bool(self.compiled))
         if not self.compiled:  # dynamo compares what stands before a call
-            self.parts.placing.early()
+            self.parts.installer.early()
 
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""
@@ -136,8 +135,8 @@ class Session:
             self.parts.unseen.no_pass()
         self.hooks.drop()
         show_to_scripting()
-        self.parts.units.clear()
-        self.paths.clear()
+        self.parts.regions.clear()
+        self.parts.paths.clear()
         self.wants.retention.close()
         self.asked.analyses.view = None
         if not failed:
@@ -154,10 +153,10 @@ class Session:
         tell_no_more(self.calls.scripted)
         show_to_scripting()
         self.compiled.rest()
-        functions = self.paths.twins.rest()
+        functions = self.parts.paths.twins.rest()
         watch = self.passes.watch
         settled = watch.counted() if watch.settled() else None
-        self.parts.placing.no_doors()  # nothing is set while nobody calls
+        self.parts.installer.no_doors()  # nothing is set while nobody calls
         off = [self.hooks.take_off(module) for module in self.hooks.modules()]
         return Rest(off, functions, settled)
 
@@ -167,18 +166,23 @@ class Session:
         Raises:
             CaptureStateError: another capture with an edit is open.
         """
-        self.live.thread = threading.get_ident()
+        self.parts.live.thread = threading.get_ident()
         entered(self.passes)
         watch = self.passes.watch
         quiet = rest.settled is not None and watch.counted() == rest.settled
         for off in rest.off:
             off.put_back()
-        self.paths.twins.wake(rest.functions)
+        self.parts.paths.twins.wake(rest.functions)
         hide_from_scripting()
         tell(self.calls.scripted)
         self.compiled.wake()
         if quiet:
             watch.count_from_here()
+
+    def alone(self) -> bool:
+        """Whether no other capture is open in this thread that would see its passes."""
+        self.parts.live.thread = threading.get_ident()
+        return not any(others(self.passes))
 
     # -- what others ask ----------------------------------------------------------------------
 
@@ -196,16 +200,6 @@ class Session:
     def wants(self) -> Selection:
         """Which maps to hold, and how."""
         return self.asked.wants
-
-    @property
-    def live(self) -> PassState:
-        """What is under way."""
-        return self.parts.live
-
-    @property
-    def paths(self) -> ControlPaths:
-        """Which decisions passes take."""
-        return self.parts.paths
 
     @property
     def steps(self) -> int:

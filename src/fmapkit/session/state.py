@@ -34,13 +34,13 @@ someone_watches: Callable[[], bool] = partial(others_watch, MODES)
 
 @dataclass(slots=True)
 class Recording:
-    """A call of a unit that is being learned.
+    """A call of a region that is being learned.
 
     Attributes:
-        module: the unit.
+        module: the region.
         frame: of the call.
         key: which kind of call it is; None if it can be replayed never.
-        state: that the unit is in.
+        state: that the region is in.
         sizes: of its inputs.
         inputs: what its tensors carry.
     """
@@ -68,9 +68,9 @@ class PassState:
         frame: of the stack: the call of the model that is the pass.
         depth: how often the model is calling itself.
         tracer: of the pass; None where nothing of it is traced.
-        run: the unit that is being replayed.
-        lesson: the unit that is being learned.
-        inner: how often that unit, replayed or learned, is calling itself.
+        run: the region that is being replayed.
+        recording: the region that is being learned.
+        inner: how often that region, replayed or learned, is calling itself.
         tags: of a pass of compiled code, which needs a tracer only where it does not do as before.
     """
 
@@ -82,7 +82,7 @@ class PassState:
         self.depth = 0
         self.tracer: Tracer | None = None
         self.run: ReplayRun | None = None
-        self.lesson: Recording | None = None
+        self.recording: Recording | None = None
         self.inner = 0
         self.tags: LabelTable | None = None
         self._asked = asked
@@ -92,7 +92,7 @@ class PassState:
 
     def clear(self) -> None:
         """Nothing is under way any more."""
-        self.tracer = self.current = self.frame = self.run = self.lesson = self.tags = None
+        self.tracer = self.current = self.frame = self.run = self.recording = self.tags = None
         self.depth = self.inner = 0
 
     def enter_model(self) -> None:
@@ -105,12 +105,12 @@ class PassState:
         self.depth -= inside
         return inside
 
-    def enter_unit(self) -> None:
-        """The unit that is replayed or recorded calls itself."""
+    def enter_region(self) -> None:
+        """The region that is replayed or recorded calls itself."""
         self.inner += 1
 
-    def leave_unit(self) -> bool:
-        """A call of that unit has ended: whether it was one inside of another."""
+    def leave_region(self) -> bool:
+        """A call of that region has ended: whether it was one inside of another."""
         inside = bool(self.inner)
         self.inner -= inside
         return inside
@@ -142,7 +142,7 @@ class PassState:
     def trace_on(self) -> None:
         """From here on the tracer, if there is one, sees what runs."""
         if self.tracer is not None:
-            self.tracer.paused = False
+            self.tracer.trace.paused = False
             if not self._stacked:
                 push_mode(self.tracer)
                 self._stacked = True
@@ -153,9 +153,9 @@ class PassState:
         Returns:
             Whether it was on.
         """
-        if self.tracer is None or self.tracer.paused:
+        if self.tracer is None or self.tracer.trace.paused:
             return False
-        self.tracer.paused = True
+        self.tracer.trace.paused = True
         if self._stacked and mode_count():
             top = pop_mode()
             self._stacked = top is not self.tracer
