@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmapkit import capture
+from fmapkit import capture, edits
 from fmapkit.missed import Reason
 from fmapkit.paths.recorders import MARK
 from fmapkit.paths.twins import Twins, twin_of

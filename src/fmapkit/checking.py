@@ -25,6 +25,7 @@ from fmapkit.errors import ArgumentError, MapStateError, NonFiniteError
 from fmapkit.instrumentation import without_the_models
 from fmapkit.map import FeatureMap, read_map
 from fmapkit.nonfinite import NonFinite, named
+from fmapkit.reasons import Reason
 from fmapkit.storage import Gradient
 from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.sharded import ends_of
@@ -37,10 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["CHECKS", "COMPILED", "Check", "FiniteCheck", "NonFinite", "checked", "first_nonfinite"]
 
 Check = Literal["finite", "finite-forward"]
-COMPILED = (
-    "check='finite' looks at the forward alone of a model that torch.compile has compiled: a "
-    "gradient inside of compiled code is nobody's to see"
-)
+COMPILED = Reason.CHECK_OF_COMPILED.text()
 CHECKS: tuple[Check, ...] = ("finite", "finite-forward")
 
 
@@ -197,7 +195,7 @@ class FiniteCheck:
                 try:
                     fm = read_map(at, entry)
                 except MapStateError as error:
-                    yield entry.origin.name, f"the check did not see it: {error}"
+                    yield entry.origin.name, Reason.CHECK_DID_NOT_SEE.text(error=error)
                     continue
                 for tensor in (fm.tensor, fm.edited):
                     one = None if tensor is None else _extremes(fm, tensor)

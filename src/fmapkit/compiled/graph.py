@@ -22,6 +22,7 @@ from fmapkit.compiled.graph_tracer import GraphTracer, NodeHeld
 from fmapkit.compiled.labels import GraphMap, Labels
 from fmapkit.model import Names
 from fmapkit.provenance import ChannelLabel, Origin
+from fmapkit.reasons import Reason
 from fmapkit.replay import Effects, Ref, Relations
 from fmapkit.selection import Selection
 from fmapkit.storage import MapRecord
@@ -328,7 +329,7 @@ def _traced(
             name = str(site.node.target).rpartition(".")[2]
             tracer.miss(
                 entry.origin.name,
-                f"it runs inside {name}, which torch.compile keeps as one call",
+                Reason.ONE_CALL_IN_GRAPH.text(function=name),
             )
             continue
         event = event_of.get(id(entry))

@@ -12,6 +12,7 @@ from fmapkit.compiled.graph_edit import SigmaNode
 from fmapkit.editing import Edits
 from fmapkit.model import Names
 from fmapkit.provenance import ChannelLayout
+from fmapkit.reasons import Reason
 from fmapkit.selection import Selection
 from fmapkit.storage import Aliases, Pass, StoredTensor
 from fmapkit.torchlib.memory import storage_of, version_of
@@ -112,8 +113,7 @@ class GraphRecord(Record):
         if module is not self.names.model:  # that is held when it has returned
             self.miss(
                 name,
-                "what a module inside compiled code returns does not exist outside of its graph; "
-                "only its preactivations, activations, responses and inputs are captured",
+                Reason.OUTPUT_INSIDE_GRAPH.text(),
             )
 
 

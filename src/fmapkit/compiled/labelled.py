@@ -20,6 +20,7 @@ from fmapkit.compiled.labels import Labels
 from fmapkit.compiled.run import GraphMapSink, running
 from fmapkit.model import Names
 from fmapkit.provenance import NOWHERE, STOP, ChannelLabel, Label, Origin, ParamLabel
+from fmapkit.reasons import Reason
 from fmapkit.replay import carried as carried_by
 from fmapkit.torchlib.dynamo import from_module
 from fmapkit.tracing import LabelTable, running_modules
@@ -263,7 +264,7 @@ class CompiledGraph:
         traced = self.trace(sink.capture, inputs, carried, miss, rewrite=False)
         for entry, site, _ in traced.found:
             if site.key not in self.places:
-                miss(entry.origin.name, "its graph was compiled without this map")
+                miss(entry.origin.name, Reason.GRAPH_WITHOUT_MAP.text())
         traced.found = [f for f in traced.found if f[1].key in self.places]
         return _Labelled(traced.labels(self.places), weights, missed)
 

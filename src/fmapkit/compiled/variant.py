@@ -20,6 +20,7 @@ from fmapkit.compiled.labels import Labels
 from fmapkit.compiled.run import GraphMapSink, running
 from fmapkit.missed import reason
 from fmapkit.provenance import Label
+from fmapkit.reasons import Reason
 from fmapkit.torchlib.compiled_modules import plain
 from fmapkit.torchlib.dynamo import (
     backend_of,
@@ -34,7 +35,7 @@ from fmapkit.torchlib.inductor import free_layouts, is_volatile
 
 __all__ = ["InstrumentedCompile"]
 
-UNLABELLED = "fmapkit cannot read its compiled graph: {why}"
+UNLABELLED = Reason.GRAPH_UNREADABLE.value
 
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -234,7 +234,7 @@ class Passes:
         named = {entry.layer for entry in misses.entries}
         there = {e.origin.name for e in current.entries()}
         for layer in self.asked.wants.without_maps(there | named):
-            misses.add(layer, "filters= was given for it, and this pass had no map of it")
+            misses.add(layer, Reason.FILTERS_WITHOUT_MAP.text())
 
     def _name_without_attention(self, current: Pass) -> None:
         misses = self._parts.misses
