@@ -306,7 +306,7 @@ def _mixed(c: ClassWriter) -> Code:
     width = {"vec": "nn.Linear(12, 6)", "seq": "nn.Linear(12, 6)", "img": "nn.Conv2d(12, 6, 1)"}
     norm = {"vec": "nn.LayerNorm(12)", "seq": "nn.LayerNorm(12)", "img": "nn.BatchNorm2d(12)"}
     act = nonlinearity(c, "h")
-    match c.program.rng.randrange(7):
+    match c.program.rng.randrange(9):
         case 0:  # two layers' filters: nobody's
             both = f"T.lose(lambda a, b: torch.cat([a, b], {dim}), {layer(c)}, y)"
             return [f"h = {both}", f"h = {act}", f"x = T.call({c.part(width[family])}, h)"]
@@ -336,6 +336,14 @@ def _mixed(c: ClassWriter) -> Code:
             ]
         case 5:  # along the batch they stay
             both = f"T.view(lambda t: torch.cat([t, t.flip(0)], 0), {layer(c)})"
+            return [f"h = {both}", f"h = {act}", "x = T.keep(lambda a, b: a + b.mean(), x, h)"]
+        case 6:  # rows of two layers
+            join = c.program.pick(("torch.cat", "torch.stack"))
+            both = f"T.mix(lambda a, b: {join}([a, b]), {layer(c)}, y)"
+            return [f"h = {both}", f"h = {act}", "x = T.keep(lambda a, b: a + b.mean(), x, h)"]
+        case 7:  # rows with other filters of one layer
+            part = c.part(c.constructor("layer").replace("6, 6", "6, 12"))
+            both = f"T.loose(lambda t: torch.cat(t.chunk(2, {dim})), T.call({part}, x))"
             return [f"h = {both}", f"h = {act}", "x = T.keep(lambda a, b: a + b.mean(), x, h)"]
         case _:  # a mean over positions or the batch
             over = c.program.pick(list(range({"vec": 2, "seq": 3, "img": 4}[family])))

@@ -47,7 +47,15 @@ from fmapkit.provenance.sometimes import (
     chooses_unseen,
     operand_of_sigma,
 )
-from fmapkit.provenance.vocabulary import FRESH, MATMULS, NORM_AXIS, OPAQUE, words
+from fmapkit.provenance.vocabulary import (
+    ADDING_WRITES,
+    FRESH,
+    MATMULS,
+    NORM_AXIS,
+    OPAQUE,
+    WRITES,
+    words,
+)
 from fmapkit.provenance.weights import (
     PACKED,
     REGISTERED,
@@ -59,6 +67,7 @@ from fmapkit.provenance.weights import (
 )
 
 __all__ = [
+    "ADDING_WRITES",
     "FOLLOWED",
     "FRESH",
     "MATMULS",
@@ -70,6 +79,7 @@ __all__ = [
     "RESHAPED_IN_PLACE",
     "SOMETIMES",
     "STOP",
+    "WRITES",
     "Carried",
     "ChannelAxis",
     "ChannelLabel",

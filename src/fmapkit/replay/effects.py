@@ -99,12 +99,14 @@ class Effects:
         calls: how often each layer is called.
         outputs: what each tensor that it returns carries, by path.
         writes: which inputs are written to.
+        rewritten: what some of these carry afterwards.
         claims: which inputs reach a nonlinearity inside.
     """
 
     calls: tuple[tuple[str, int], ...]
     outputs: tuple[tuple[str, PlaceTag], ...]
     writes: tuple[int, ...]
+    rewritten: tuple[tuple[int, PlaceTag], ...]
     claims: tuple[int, ...]
 
     def base(self, record: Record) -> dict[str, int]:
@@ -189,6 +191,7 @@ class Relations:
         inputs: what came in carried.
         returned: what it returns carries, by path.
         base: how many calls of each layer there were before.
+        rewritten: what inputs carry that it wrote other filters into, by place.
     """
 
     def __init__(
@@ -197,12 +200,14 @@ class Relations:
         inputs: Sequence[Label],
         returned: Sequence[tuple[str, Label]],
         base: Mapping[str, int],
+        rewritten: Sequence[tuple[int, Label]] = (),
     ) -> None:
         self._names = names
         self._inputs = inputs
         self._returned = returned
         self._base = base
-        labels = (label for _, label in returned)
+        self._rewritten = rewritten
+        labels = (label for _, label in (*returned, *rewritten))
         self._escaping = {id(t.origin) for t in labels if isinstance(t, ChannelLabel)}
         self._outside: dict[int, Ref] = {}
         for index, label in enumerate(inputs):
@@ -244,6 +249,7 @@ class Relations:
                 for i, t in enumerate(arguments)
                 if isinstance(t, Tensor) and storage_of(t) in written
             ),
+            rewritten=tuple((index, self._by_place(label)) for index, label in self._rewritten),
             claims=tuple(sorted(r.offset for i, r in self._outside.items() if i in received)),
         )
 

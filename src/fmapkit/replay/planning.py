@@ -32,7 +32,9 @@ def make_plan(
     trace, record = tracer.trace, tracer.trace.record
     events = record.events[frame.start :]
     returned = [(path, trace.labels.of(t)) for path, t in leaves(output)]
-    relations = Relations(trace.names, inputs, returned, frame.counts)
+    after = [trace.labels.of(argument) for argument in arguments[: len(inputs)]]
+    rewritten = [(n, t) for n, t in enumerate(after) if t is not inputs[n] and t != inputs[n]]
+    relations = Relations(trace.names, inputs, returned, frame.counts, rewritten)
     firings, retention = record.firings[frame.firing :], trace.wants.retention
     mark_shared(events, bool(retention))
     read = Reading(firings, relations, retention, frame.position)

@@ -199,6 +199,7 @@ class Passes:
         """
         live, stop, parts, wants = self._live, self._stop, self._parts, self.asked.wants
         current, misses = live.current, parts.misses
+        lost = live.tracer is not None and live.tracer.lost
         parts.paths.end()
         if live.tracer is not None:
             parts.recorder.finish(live.tracer, failed)
@@ -220,7 +221,7 @@ class Passes:
             misses.warn_in_forward()
         if self._edits and current is not None and not failed:
             if not (stop is not None and stop.ended):
-                self._edits.check_done(current.step)
+                self._edits.check_done(current.step, lost)
 
     def _close(self, current: Pass, failed: bool) -> None:
         """No map comes to a pass any more: keep those that it has."""

@@ -84,9 +84,12 @@ class Recorder:
         """
         self._placing.no_taps()
         tracer = self._live.tracer
+        seen = {}
         if tracer is None:
             tracer = self._live.new_tracer()
             tracer.enter_inputs(args, kwargs)
+        else:
+            seen = tracer.trace.labels.seen()
         self._placing.in_recording(module)
         tracer.learning += 1
         tracer.aliases.written.clear()
@@ -96,7 +99,7 @@ class Recorder:
         frame = tracer.enter(module, args, kwargs)
         frame.position = position
         frame.counts = Counter(tracer.counts)
-        self._live.recording = Recording(module, frame, key, state, sizes, inputs)
+        self._live.recording = Recording(module, frame, key, state, sizes, inputs, seen)
         self._paths.begin_lesson(module)
         tracer.firings.site_of = self._paths.site_of
         self._live.trace_on()
@@ -131,6 +134,7 @@ class Recorder:
             _check_held(events)
             useful = complete and recording.key is not None and not hopeless
             decides = self._decides(module, tracer) or self._remembers(recording, tracer, output)
+            decides = decides or self._reaches_out(recording, tracer, output)
             if not decides and useful and not any(map(_sharded, events)):
                 self._keep(recording, output if replaced is None else replaced, tracer, items)
             tracer.let_go(events)
@@ -142,6 +146,15 @@ class Recorder:
         if deciding:
             self._open(*deciding)
         return bool(deciding)
+
+    def _reaches_out(self, recording: Recording, tracer: Tracer, output: Any) -> bool:
+        """Whether the region wrote to tensors that it was not given, as through a view of them."""
+        frame = recording.frame
+        known = {id(t) for t in tensors_in(*frame.args, frame.kwargs, output)}
+        found = tracer.trace.labels.others_changed(recording.seen, known)
+        if found:
+            self._open(recording.module)
+        return found
 
     def _remembers(self, recording: Recording, tracer: Tracer, output: Any) -> bool:
         """Whether tensors of the pass are kept where a later pass may read them."""

@@ -252,6 +252,10 @@ class Replaying:
         # The pass around the unit is traced: tell the tracer what it would have seen.
         run.plan.effects.apply(tracer.trace.record, run.emitted(), run.inputs)
         self._wants.retention.fence()
+        if run.plan.effects.rewritten:
+            arguments = tensors_in(*args, kwargs)
+            for index, tag in run.plan.effects.rewritten:
+                tracer.set_tag(arguments[index], run.label(tag))
         run.tag_outputs(output, tracer.set_tag)
         live.trace_on()
 

@@ -43,6 +43,7 @@ class Recording:
         state: that the region is in.
         sizes: of its inputs.
         inputs: what its tensors carry.
+        seen: what all tensors of the pass carry; empty where nothing around it is traced.
     """
 
     module: nn.Module
@@ -51,6 +52,7 @@ class Recording:
     state: int
     sizes: Sizes
     inputs: list[Label]
+    seen: dict[int, Any]
 
 
 class PassState:

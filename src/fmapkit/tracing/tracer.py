@@ -31,6 +31,7 @@ from fmapkit.missed import reason
 from fmapkit.model import Names
 from fmapkit.paths import unrecorded
 from fmapkit.provenance import (
+    ADDING_WRITES,
     FOLLOWED,
     FRESH,
     NORM_AXIS,
@@ -38,6 +39,7 @@ from fmapkit.provenance import (
     RESHAPED_IN_PLACE,
     SOMETIMES,
     STOP,
+    WRITES,
     ChannelLabel,
     Constants,
     Function,
@@ -67,6 +69,20 @@ from fmapkit.tracing.sigma_calls import SigmaCalls
 from fmapkit.tracing.trace_view import TraceView
 
 __all__ = ["Tracer"]
+
+
+# They write elements of one tensor into another, and add none.
+_COPIES = WRITES - ADDING_WRITES | {"copy"}
+
+
+def _target(name: str, args: Any, kwargs: Any) -> Tensor | None:
+    """What a function writes elements of another tensor to, if it does."""
+    out = kwargs.get("out")
+    if isinstance(out, Tensor):
+        return out
+    if name not in _COPIES or not args:
+        return None
+    return args[0] if isinstance(args[0], Tensor) else None
 
 
 class Tracer(TraceView, TorchFunctionMode):
@@ -281,9 +297,13 @@ class Tracer(TraceView, TorchFunctionMode):
             own = names.place(trace.running()) or names.of(trace.frames[-1].module)
             label = trace.record.norm(label, out, NORM_AXIS[name], own)
         if label is not None:
+            target = _target(name, args, kwargs)
+            before = trace.labels.of(target) if target is not None else None
             if name == "__setitem__":
                 trace.labels.put(args[0], label)
             trace.labels.put(out, label)
+            if target is not None:
+                trace.labels.written(target, before)
 
     # -- modules ------------------------------------------------------------------------------
 
