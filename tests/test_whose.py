@@ -709,6 +709,12 @@ class _Joins(nn.Module):
         return torch.relu(self.how(self, x))
 
 
+def _in_view(z: Tensor, write: Any) -> Tensor:
+    """What is written into a view of a tensor is in the tensor, too."""
+    write(z)
+    return z
+
+
 def _written(m: Any, x: Tensor) -> Tensor:
     """Other filters of one layer in the two halves of the rows."""
     both, y = m.c(x), torch.zeros(6, 4)
@@ -730,6 +736,19 @@ def _experts(m: Any, x: Tensor) -> Tensor:
         (lambda m, x: torch.stack([m.a(x), m.b(x)]), ":relu", 2),
         (lambda m, x: torch.where(x[:, :1] > 0, m.a(x), m.b(x)), ":relu", 1),
         (_experts, ":relu", 1),
+        (lambda m, x: torch.maximum(m.a(x), m.b(x)), ":relu", 1),
+        (lambda m, x: torch.max(m.a(x), m.b(x)), ":relu", 1),
+        (lambda m, x: torch.complex(m.a(x), m.b(x)).imag, ":relu", 1),
+        (lambda m, x: _in_view(m.a(x), lambda z: z[:2].copy_(m.b(x)[:2])), ":relu", 1),
+        (lambda m, x: _in_view(m.a(x), lambda z: z.view(-1)[:4].copy_(m.b(x)[0])), ":relu", 1),
+        (lambda m, x: _in_view(m.a(x), lambda z: z[:, :2].copy_(m.b(x)[:, 2:])), ":relu", 1),
+        (lambda m, x: _in_view(m.a(x), lambda z: z.detach()[1:].copy_(m.b(x)[1:])), ":relu", 1),
+        (lambda m, x: _in_view(m.a(x), lambda z: torch.add(m.b(x)[0], 1, out=z[0])), ":relu", 1),
+        (lambda m, x: _in_view(m.c(x), lambda z: z[:, :4].copy_(z[:, 4:].clone())), "c", None),
+        (lambda m, x: _in_view(m.a(x), lambda z: z[:2].copy_(m.a(x + 1)[:2])), "a", 1),
+        (lambda m, x: _in_view(m.a(x), lambda z: z[:2].zero_()), "a", 1),
+        (lambda m, x: _in_view(m.a(x), lambda z: z[:2].add_(m.b(x)[:2])), "a", 1),
+        (lambda m, x: torch.maximum(m.a(x), m.a(x + 1)), "a", 1),
         (lambda m, x: torch.cat([m.a(x[:2]), m.a(x[2:])]), "a", 1),
         (lambda m, x: torch.cat([m.a(x), torch.zeros(1, 4)]), "a", 1),
         (lambda m, x: torch.where(x[:, :1] > 0, m.a(x), 0.1 * x.new_ones(6, 1)), "a", 1),
@@ -747,4 +766,66 @@ def test_rows_of_several_layers_are_no_one_layers(how: Any, layer: str, dim: int
             (a,) = maps.select(kind="activation", step=-1)
             assert (a.layer, a.call, a.nonlinearity, a.filter_dim) == (layer, 0, "relu", dim)
             assert torch.equal(a.tensor, out)
+    assert list(maps.missed) == []
+
+
+class _Writes(nn.Module):
+    """Writes into what it is given, and returns nothing of it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.b, self.act, self.how = nn.Linear(4, 4), nn.ReLU(inplace=True), how
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        if self.how == "rows":
+            z[:2] = self.b(x)[:2]
+        elif self.how == "whole":
+            z.copy_(self.b(x))
+        elif self.how == "view":
+            z[:2].copy_(self.b(x)[:2])
+        elif self.how == "turned":
+            z.t_()
+        else:
+            return self.b(self.act(z))
+        return x
+
+
+class _Decides(nn.Module):
+    """Is traced in every pass, and its parts are read by their plans."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.part, self.how = nn.Linear(4, 4), _Writes(how.partition(" ")[0]), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        z = self.a(x)
+        self.part(z[:] if self.how == "view of it" else z, x)
+        return torch.tanh(z)
+
+
+@pytest.mark.parametrize(
+    ("how", "layer", "dim"),
+    [
+        ("rows", ":tanh", 1),
+        ("whole", "part.b", 1),
+        ("view", ":tanh", 1),
+        ("view of it", ":tanh", 1),
+        ("turned", "a", 0),
+        ("act", ":tanh", 1),
+    ],
+)
+def test_what_a_part_does_to_its_argument_is_known_in_every_pass(
+    how: str, layer: str, dim: int
+) -> None:
+    model = _Decides(how)
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(5):
+            out = model(torch.randn(4, 4))
+            last = maps.select(kind="activation", step=-1)[-1]
+            assert (last.layer, last.call, last.nonlinearity, last.filter_dim) == (
+                *(layer, 0, "tanh", dim),
+            )
+            assert torch.equal(last.tensor, out)
     assert list(maps.missed) == []

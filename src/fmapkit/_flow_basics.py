@@ -16,6 +16,7 @@ __all__ = [
     "Rule",
     "aligned",
     "argument",
+    "choice",
     "each",
     "lost_if_none",
     "of_one_layer",
@@ -64,8 +65,15 @@ def where(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) 
     if not values:
         return pointwise(flow, x, args, kwargs, out, tag)
     x = values[0]
-    found = pointwise(flow_of(tag, x) or STOP, x, values, {}, out, tag)
-    full = [value for value in values if value.shape == getattr(out, "shape", None)]
+    return choice(flow_of(tag, x) or STOP, x, values, {}, out, tag)
+
+
+def choice(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+    """Each element is that of one operand: a larger one, or one by a condition; or of each half."""
+    found = pointwise(flow, x, args, kwargs, out, tag)
+    if not isinstance(found, Flow):
+        return found
+    full = [value for value in tensors_in(*args, kwargs) if value.shape == out.shape]
     return of_one_layer(found, full, tag, same_axes=False)
 
 

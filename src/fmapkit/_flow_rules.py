@@ -16,6 +16,7 @@ from fmapkit._flow_basics import (
     Rule,
     aligned,
     argument,
+    choice,
     each,
     lost_if_none,
     of_one_layer,
@@ -113,7 +114,7 @@ def _permute(name: str) -> Rule:
 def _reduce(flow: Flow, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     dims = argument(args, kwargs, 1, "dim", "axis")
     if isinstance(dims, Tensor):  # torch.max(a, b), elementwise
-        return pointwise(flow, x, args, kwargs, out, tag)
+        return choice(flow, x, args, kwargs, out, tag)
     if isinstance(dims, int) and not isinstance(dims, bool):
         dims = [dims]
     if not isinstance(dims, (tuple, list)) or not dims:
@@ -292,5 +293,6 @@ RULES: dict[str, Rule] = {
     "segment_reduce": segments,
     "where": where,
     **dict.fromkeys(words("tril triu index_fill fill_diagonal _weight_norm"), pointwise),
+    **dict.fromkeys(words("maximum minimum fmax fmin complex polar"), choice),
     **dict.fromkeys(words("view_as_real view_as_complex"), _pairs),
 }

@@ -96,9 +96,12 @@ class Learning:
         """
         self._placing.no_taps()
         tracer = self._live.tracer
+        seen = {}
         if tracer is None:
             tracer = self._live.new_tracer()
             tracer.enter_inputs(args, kwargs)
+        else:
+            seen = tracer.tags.seen()
         self._placing.in_lesson(module)
         tracer.learning += 1
         tracer.aliases.written.clear()
@@ -108,7 +111,7 @@ class Learning:
         frame = tracer.enter(module, args, kwargs)
         frame.position = position
         frame.counts = Counter(tracer.counts)
-        self._live.lesson = Lesson(module, frame, key, state, sizes, inputs)
+        self._live.lesson = Lesson(module, frame, key, state, sizes, inputs, seen)
         self._paths.begin_lesson(module)
         tracer.firings.site_of = self._paths.site_of
         self._live.trace_on()
@@ -143,6 +146,7 @@ class Learning:
             _check_held(events)
             useful = complete and lesson.key is not None and not hopeless
             decides = self._decides(module, tracer) or self._remembers(lesson, tracer, output)
+            decides = decides or self._reaches_out(lesson, tracer, output)
             if not decides and useful and not any(map(_sharded, events)):
                 self._keep(lesson, output if replaced is None else replaced, tracer, items)
             tracer.let_go(events)
@@ -154,6 +158,15 @@ class Learning:
         if deciding:
             self._open(*deciding)
         return bool(deciding)
+
+    def _reaches_out(self, lesson: Lesson, tracer: Tracer, output: Any) -> bool:
+        """Whether the unit wrote to tensors that it was not given, as through a view of them."""
+        frame = lesson.frame
+        known = {id(t) for t in tensors_in(*frame.args, frame.kwargs, output)}
+        found = tracer.tags.others_changed(lesson.seen, known)
+        if found:
+            self._open(lesson.module)
+        return found
 
     def _remembers(self, lesson: Lesson, tracer: Tracer, output: Any) -> bool:
         """Whether tensors of the pass are kept where a later pass may read them."""

@@ -59,6 +59,7 @@ class Lesson:
         state: that the unit is in.
         sizes: of its inputs.
         inputs: what its tensors carry.
+        seen: what all tensors of the pass carry; empty where nothing around it is traced.
     """
 
     module: nn.Module
@@ -67,6 +68,7 @@ class Lesson:
     state: int
     sizes: Sizes
     inputs: list[Tag]
+    seen: dict[int, Any]
 
 
 class Live:

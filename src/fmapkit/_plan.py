@@ -122,6 +122,7 @@ class Plan:
     calls: tuple[tuple[str, int], ...]
     outputs: tuple[tuple[str, PlaceTag], ...]  # what each tensor of the output carries, by path
     writes: tuple[int, ...]  # which tensor arguments are written to
+    rewritten: tuple[tuple[int, PlaceTag], ...]  # what some of these carry after the call
     claims: tuple[int, ...]  # which inputs reach a nonlinearity inside
     keeping: frozenset[
         nn.Module
@@ -161,7 +162,9 @@ def make_plan(
         return found
 
     returned = [(path, tracer.tag(t)) for path, t in leaves(output)]
-    escaping = {id(t.origin) for _, t in returned if isinstance(t, Flow)}
+    after = [tracer.tag(argument) for argument in arguments[: len(inputs)]]
+    rewritten = [(n, t) for n, t in enumerate(after) if t is not inputs[n] and t != inputs[n]]
+    escaping = {id(t.origin) for _, t in (*returned, *rewritten) if isinstance(t, Flow)}
     firings = tracer.firings[frame.firing :]
     retention = tracer.wants.retention
     _mark_shared(tracer.events[frame.start :], bool(retention))
@@ -214,6 +217,7 @@ def make_plan(
         ),
         outputs=tuple((path, by_place(tag)) for path, tag in returned),
         writes=tuple(i for i, t in enumerate(arguments) if _storage(t) in tracer.aliases.written),
+        rewritten=tuple((index, by_place(tag)) for index, tag in rewritten),
         claims=tuple(
             sorted({by_origin[i].offset for i in by_origin if _claimed_inside(tracer, frame, i)})
         ),

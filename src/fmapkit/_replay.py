@@ -7,13 +7,13 @@ made when somebody reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from threading import get_ident
 from types import BuiltinMethodType, FunctionType, MethodDescriptorType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from fmapkit._in_place import is_alone, someone_sees, with_new_memory
 from fmapkit._missed import NotSupportedError
 from fmapkit._nested import leaves, tensors_in
 from fmapkit._origin import NOWHERE, Flow, Origin, Tag
-from fmapkit._plan import Emission, FlowRef, Plan, Ref, Step
+from fmapkit._plan import Emission, FlowRef, PlaceTag, Plan, Ref, Step
 from fmapkit._stop import Stop
 from fmapkit._store import Entry, Held, storage_of, version_of
 from fmapkit._taps import Line
@@ -36,6 +36,7 @@ from fmapkit.paths import Expected, taps
 
 __all__ = ["LightMode", "Run", "tag_outputs"]
 
+_Place = TypeVar("_Place", int, str)
 _module = itemgetter(0)
 _FUNCTIONS = frozenset({FunctionType, BuiltinMethodType, MethodDescriptorType})
 _grads: Callable[[], bool] = torch.is_grad_enabled
@@ -457,16 +458,14 @@ class Run:
         """Its origins are these, of an earlier run that was alike."""
         self._origins = origins
 
-    def output_tags(self) -> dict[str, Tag]:
-        """What the tensors of the output carry, by their path."""
-        tags: dict[str, Tag] = {}
-        for path, item in self.plan.outputs:
+    def tags_of(self, places: Iterable[tuple[_Place, PlaceTag]]) -> Iterator[tuple[_Place, Tag]]:
+        """What tensors carry after the call, by their path in its output, or as arguments."""
+        for place, item in places:
             if isinstance(item, FlowRef):
                 origin = self.origin(item.ref) if item.ref is not None else NOWHERE
-                tags[path] = Flow(origin, item.axes)
+                yield place, Flow(origin, item.axes)
             else:
-                tags[path] = item.weight(self.inputs) if item is not None else None
-        return tags
+                yield place, item.weight(self.inputs) if item is not None else None
 
     def entries(self) -> list[Entry]:
         """The maps of this run, in execution order."""

@@ -268,7 +268,11 @@ class Replaying:
             tag = run.inputs[index]
             if isinstance(tag, Flow):
                 tracer.claim(tag.origin)
-        tag_outputs(output, run.output_tags(), tracer.set_tag)
+        if run.plan.rewritten:
+            arguments = tensors_in(*args, kwargs)
+            for index, tag in run.tags_of(run.plan.rewritten):
+                tracer.set_tag(arguments[index], tag)
+        tag_outputs(output, dict(run.tags_of(run.plan.outputs)), tracer.set_tag)
         live.trace_on()
 
     def _check_beginning(self, run: Run) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fmapkit._names import Names
 from fmapkit._nested import leaves
-from fmapkit._origin import STOP, Carried, Flow, Tag, Weight
+from fmapkit._origin import NOWHERE, STOP, Carried, Flow, Tag, Weight
 from fmapkit._sharded import local_axes
+from fmapkit._store import storage_of
 
 __all__ = ["Tags"]
 
@@ -56,6 +59,53 @@ class Tags:
             for v, t in zip(value, tag, strict=False):
                 self.put(v, t)
 
+    def seen(self) -> dict[int, tuple[weakref.ref[Tensor], Tag]]:
+        """All tags that there are now, by the ids of tensors."""
+        return dict(self._known)
+
+    def others_changed(
+        self, seen: dict[int, tuple[weakref.ref[Tensor], Tag]], known: Collection[int]
+    ) -> bool:
+        """Whether a tensor carries something else than it did.
+
+        Args:
+            seen: what there was.
+            known: ids of tensors that may.
+        """
+        for key, (ref, tag) in seen.items():
+            now = self._known.get(key)
+            if now is not None and now[1] is not tag and key not in known:
+                if now[1] != tag and now[0]() is ref() is not None:
+                    return True
+        return False
+
+    def written(self, target: Tensor, before: Tag) -> None:
+        """Into a tensor other filters were written than it had: its memory may be others', too.
+
+        A view has rows of several layers then, or other filters of its own layer.
+
+        Args:
+            target: that was written to, and has its new tag.
+            before: what it carried.
+        """
+        now = self.of(target)
+        if not isinstance(now, Flow) or now == before:
+            return
+        if isinstance(before, Flow) and before.axes == now.axes:
+            if before.origin.name == now.origin.name:
+                return
+        memory, (first, last) = storage_of(target), _reach(target)
+        for ref, tag in tuple(self._known.values()):
+            other = ref()
+            if other is None or other is target or not isinstance(tag, Flow):
+                continue
+            if storage_of(other) != memory or not _meet(_reach(other), (first, last)):
+                continue
+            if now.origin.name == tag.origin.name and now.origin.kind != "none":
+                self.put(other, Flow(tag.origin, gathered=True))
+            elif tag.origin.kind != "none":
+                self.put(other, Flow(NOWHERE, tag.axes, gathered=True))
+
     def enter(self, args: Any, kwargs: Any) -> None:
         """The pass begins: whatever comes in depends on the input, and has no layer yet."""
         for _, tensor in leaves((args, kwargs)):
@@ -78,3 +128,16 @@ class Tags:
     def end(self) -> None:
         """Forget them."""
         self._known.clear()
+
+
+def _reach(tensor: Tensor) -> tuple[int, int]:
+    """The first and the last element of its storage that a tensor may have."""
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return 0, 0
+    first = tensor.storage_offset()
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return int(first), int(first + sum((size - 1) * stride for size, stride in pairs))
+
+
+def _meet(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] <= other[1] and other[0] <= one[1]

@@ -292,11 +292,24 @@ class Tracer(TorchFunctionMode):
                 own = self.names.place(self.running()) or self.names.of(frame.module)
                 tag = self.record.norm(tag, out, words.NORM_AXIS[name], own)
             if tag is not None:
+                target = self._target(name, args, kwargs)
+                before = self.tag(target)
                 if name == "__setitem__":
                     self.set_tag(args[0], tag)
                 self.set_tag(out, tag)
+                if target is not None:
+                    self.tags.written(target, before)
         self.follow(name, operands, args, kwargs, out)
         return out
+
+    @staticmethod
+    def _target(name: str, args: Any, kwargs: Any) -> Tensor | None:
+        """What a function writes elements of another tensor to, if it does."""
+        out = kwargs.get("out")
+        if isinstance(out, Tensor):
+            return out
+        written = name in words.WRITES - words.ADDING_WRITES or name == "copy"
+        return args[0] if written and args and isinstance(args[0], Tensor) else None
 
     def _not_held(self, function: str, weight: Any, out: Any) -> None:
         """A function has run on tensors that have no shape: whose filters they are is not told."""

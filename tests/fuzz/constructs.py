@@ -706,6 +706,24 @@ def past_a_part(c: ClassWriter, depth: int) -> Code:
 
 
 @flat
+def writes_into_its_argument(c: ClassWriter, depth: int) -> Code:
+    """A part begins with σ in place; its caller goes on with what the part was given."""
+    inner = ClassWriter(c.program, f"Part{c.program.fresh()}")
+    act = c.program.pick(
+        (
+            "T.sig('relu', lambda t: F.relu(t, inplace=True), x)",
+            "T.sig('sigmoid', lambda t: t.sigmoid_(), x)",
+            f"T.call({inner.part('nn.ReLU(inplace=True)')}, x)",
+        )
+    )
+    inner.body += [f"x = {act}", f"x = T.call({inner.layer(new=True)}, x)"]
+    c.program.top += inner.code()
+    h = f"T.call({c.part(f'{inner.name}()')}, x)"
+    after = [f"h = {h}", "x = T.keep(lambda a, b: a + b, x, h)", f"x = {nonlinearity(c)}"]
+    return [f"x = {layer(c)}", *lines_of(c, [], "if TEST:"), after]
+
+
+@flat
 def by_forward(c: ClassWriter, depth: int) -> Code:
     a, b = two_layers(c)
     return _then(c, lines_of(c, [], f"x = T.forward({a} if TEST else {b}, x)"))
