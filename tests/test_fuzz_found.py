@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmapkit import capture, edits
+from fmapkit import EditError, capture, edits
 from fmapkit._learning import BROKEN
 from fmapkit._replaying import OTHER_PATH
 from fmapkit.paths.recorders import MARK
@@ -473,6 +473,41 @@ def test_an_edit_beside_a_hand_written_norm_is_made_in_every_pass(act: Any) -> N
             assert torch.equal(maps["1.fc", "preactivation"].tensor, z)
             assert torch.equal(out, act(z * 0.5))
     assert list(maps.missed) == []
+
+
+class _SameAfter(nn.Module):
+    """Handles what its part raises; one layer runs before that part and after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.part = nn.Linear(4, 4), _Strict(KeyError)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(self.fc(x))
+        if x.sum() > 1e9:
+            return x
+        try:
+            x = self.part(x)
+        except KeyError:
+            x = x * 2
+        return torch.sigmoid(self.fc(x))
+
+
+@pytest.mark.parametrize("layer", ["fc", "part.fc"])
+def test_an_edit_is_refused_where_an_exception_has_left_it_undone(layer: str) -> None:
+    model = _SameAfter()
+    edit = {(layer, "activation"): edits.zero()}
+    with capture(model, edit=edit) as maps, torch.no_grad():
+        for raises in (False, False, True, True, False, True):
+            model.part.options["raises"] = raises
+            lost = raises and len(maps.missed) == 0
+            if lost and layer == "fc":
+                with pytest.raises(EditError, match="edits after that may not have been made"):
+                    model(torch.ones(2, 4))
+            else:
+                out = model(torch.ones(2, 4))
+                assert bool((out == 0).all()) is (layer == "fc")
+            assert all(fm.edited is not None for fm in maps.select(layer, "activation", step=-1))
 
 
 class _CallsUnbound(nn.Module):

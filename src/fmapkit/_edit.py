@@ -36,6 +36,10 @@ BROKEN_OFF = (
     "a call inside the model was broken off (KeyboardInterrupt, say), the model caught that and "
     "went on, and edits after that may not have been made"
 )
+ENDED = (
+    "an exception ended the call of a part of the model, as in no pass before, and the model went "
+    "on; edits after that may not have been made. The next pass is traced"
+)
 AGAIN = (
     "{where} is inside activation checkpointing, which runs that part again in backward, without "
     "the edit: gradients would be those of another model. Edit outside of it, or turn it off"
@@ -220,14 +224,20 @@ class Edits:
             )
             raise self.raised
 
-    def check_done(self, step: int) -> None:
+    def check_done(self, step: int, lost: bool) -> None:
         """A pass has ended as a whole.
 
+        Args:
+            step: which one.
+            lost: what its tensors carried was not known to the end.
+
         Raises:
-            EditError: an edit of that pass found no place in it.
+            EditError: an edit of that pass found no place in it, or perhaps not all of its places.
         """
         if self.broken_off:
             raise self.refused(BROKEN_OFF)
+        if lost and self.by_label(step):
+            raise self.refused(ENDED)
         for edit in self._all:
             where = edit.where
             if edit.done or where.optional or not where.has_step(step):

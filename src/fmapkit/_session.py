@@ -472,6 +472,7 @@ class Session:
         """
         live, stop, misses = self.live, self._stop, self._misses
         current = live.current
+        lost = live.tracer is not None and live.tracer.lost
         self.paths.end()
         if live.tracer is not None:
             self._learning.finish(live.tracer, failed)
@@ -496,7 +497,7 @@ class Session:
             misses.warn_in_forward()
         if self._edits and current is not None and not failed:
             if not (stop is not None and stop.ended):
-                self._edits.check_done(current.step)
+                self._edits.check_done(current.step, lost)
 
     def _name_unpicked(self, current: Pass) -> None:
         named = {entry.layer for entry in self.missed}

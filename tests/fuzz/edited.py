@@ -25,6 +25,7 @@ Goes = Literal["compared", "without outputs", "again", "past it"]
 _NO_PLACE = "changed nothing in this pass"
 _NEW_WAY = "took a way through its code that no earlier pass had taken"
 _PAST_A_PART = "so far only as a part of another module"
+_ENDED = "an exception ended the call of a part of the model, as in no pass before"
 _COMPARED = "is compared before the nonlinearity"
 _CAUGHT = "a call inside the model was broken off"
 
@@ -107,7 +108,7 @@ def judged(
         return "without outputs"
     if _CAUGHT in text and halts:
         return "without outputs"
-    if (_NEW_WAY in text or _PAST_A_PART in text) and new_way:
+    if new_way and (_NEW_WAY in text or _PAST_A_PART in text or _ENDED in text):
         return "again"
     if _COMPARED in text and edit.kind == "preactivation":
         if any(site.sigma in _CHOICES for site in places):
