@@ -57,6 +57,10 @@ __all__ = ["Tracer"]
 _backward: Callable[[], int] = torch._C._current_graph_task_id
 
 
+# They write elements of one tensor into another, and add none.
+_COPIES = words.WRITES - words.ADDING_WRITES | {"copy"}
+
+
 def _is_lazy(kind: type) -> bool:
     """Whether tensors of a type have no shape yet: a lazy module is just making its weights."""
     return issubclass(kind, (UninitializedParameter, UninitializedBuffer))
@@ -293,7 +297,7 @@ class Tracer(TorchFunctionMode):
                 tag = self.record.norm(tag, out, words.NORM_AXIS[name], own)
             if tag is not None:
                 target = self._target(name, args, kwargs)
-                before = self.tag(target)
+                before = self.tag(target) if target is not None else None
                 if name == "__setitem__":
                     self.set_tag(args[0], tag)
                 self.set_tag(out, tag)
@@ -308,8 +312,9 @@ class Tracer(TorchFunctionMode):
         out = kwargs.get("out")
         if isinstance(out, Tensor):
             return out
-        written = name in words.WRITES - words.ADDING_WRITES or name == "copy"
-        return args[0] if written and args and isinstance(args[0], Tensor) else None
+        if name not in _COPIES or not args:
+            return None
+        return args[0] if isinstance(args[0], Tensor) else None
 
     def _not_held(self, function: str, weight: Any, out: Any) -> None:
         """A function has run on tensors that have no shape: whose filters they are is not told."""
