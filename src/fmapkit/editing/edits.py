@@ -6,12 +6,9 @@ wants in its place comes out.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from fmapkit import layers
@@ -27,12 +24,11 @@ from fmapkit.provenance import ChannelLayout
 from fmapkit.readable import tags as tags_of
 from fmapkit.selection import LayerSelection
 from fmapkit.storage import in_function
+from fmapkit.torchlib.autograd import in_checkpoint
 
 __all__ = ["Edits"]
 
 _OF_MODULES = ("input", "output")
-_REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
-_CHECKPOINT = torch.utils.checkpoint.__file__
 BROKEN_OFF = (
     "a call inside the model was broken off (KeyboardInterrupt, say), the model caught that and "
     "went on, and edits after that may not have been made"
@@ -335,7 +331,7 @@ class Edits:
                 continue
             edit.done = True
             self.runs += 1
-            if self._grads and _in_checkpoint():
+            if self._grads and in_checkpoint(in_function()):
                 raise EditError(
                     AGAIN.format(where=f"the {kind} of layer {layer!r}"), layer=layer, kind=kind
                 )
@@ -357,27 +353,6 @@ class Edits:
                 self.running = False
             result = new if new is part.tensor and part.tensor is result else put(new)
         return None if result is tensor else result
-
-
-def _in_checkpoint() -> bool:
-    """Whether the forward of a checkpointed part runs, which runs again in backward."""
-    at: Any
-    top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top_hooks is None:  # torch 2.4 does not say which hooks are on: its frames do
-        at = sys._getframe(1)
-        while at is not None:
-            code = at.f_code
-            if code.co_name == "checkpoint" and code.co_filename == _CHECKPOINT:
-                return True
-            at = at.f_back
-        return False
-    top = top_hooks(True)
-    if top and getattr(top[0], "__qualname__", "").startswith("_checkpoint_hook."):
-        return True
-    at = sys._getframe(1) if in_function() else None
-    while at is not None and at.f_code is not _REENTRANT:
-        at = at.f_back
-    return at is not None
 
 
 def _run(edit: _Edit, fm: Any) -> Tensor:

@@ -23,6 +23,7 @@ from fmapkit.provenance.labels import (
     ParamLabelRef,
     Source,
     flow_of,
+    is_same,
 )
 from fmapkit.provenance.layer_ops import (
     bias_operand,
@@ -111,6 +112,7 @@ __all__ = [
     "flow_of",
     "given",
     "input_place",
+    "is_same",
     "layer_axes",
     "operand_of_sigma",
     "out_of_place",

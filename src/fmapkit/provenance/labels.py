@@ -26,6 +26,7 @@ __all__ = [
     "ParamLabelRef",
     "Source",
     "flow_of",
+    "is_same",
 ]
 
 
@@ -163,6 +164,11 @@ Carried = (
 
 
 Lookup = Callable[[Any], Label]
+
+
+def is_same(one: Label, other: Label) -> bool:
+    """Whether two tensors carry the same; parameters are told by identity, not by their values."""
+    return one is other or (isinstance(one, ChannelLabel) and one == other)
 
 
 def flow_of(tag: Lookup, value: Any) -> ChannelLabel | None:

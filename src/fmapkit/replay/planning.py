@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fmapkit.provenance import Label
+from fmapkit.provenance import Label, is_same
 from fmapkit.replay.effects import Relations
 from fmapkit.replay.plan import Plan
 from fmapkit.replay.steps import Reading, mark_shared
@@ -33,7 +33,7 @@ def make_plan(
     events = record.events[frame.start :]
     returned = [(path, trace.labels.of(t)) for path, t in leaves(output)]
     after = [trace.labels.of(argument) for argument in arguments[: len(inputs)]]
-    rewritten = [(n, t) for n, t in enumerate(after) if t is not inputs[n] and t != inputs[n]]
+    rewritten = [(n, t) for n, t in enumerate(after) if not is_same(t, inputs[n])]
     relations = Relations(trace.names, inputs, returned, frame.counts, rewritten)
     firings, retention = record.firings[frame.firing :], trace.wants.retention
     mark_shared(events, bool(retention))

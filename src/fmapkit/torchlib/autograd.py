@@ -1,12 +1,18 @@
-"""Whether a backward pass is what runs."""
+"""Whether a backward pass is what runs, or a forward that one will run again."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.utils.checkpoint
 
-__all__ = ["graph_task", "in_backward"]
+__all__ = ["graph_task", "in_backward", "in_checkpoint"]
+
+_REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+_CHECKPOINT = torch.utils.checkpoint.__file__
 
 # The number of the backward pass that this thread runs; -1 outside of one. What is asked at every
 # call of a module asks this itself: a function around it would double its cost.
@@ -16,3 +22,28 @@ graph_task: Callable[[], int] = torch._C._current_graph_task_id
 def in_backward() -> bool:
     """Whether this thread runs a backward pass."""
     return graph_task() != -1
+
+
+def in_checkpoint(in_function: bool) -> bool:
+    """Whether the forward of a checkpointed part runs, which runs again in backward.
+
+    Args:
+        in_function: the forward of a `torch.autograd.Function` runs, as of a reentrant checkpoint.
+    """
+    at: Any
+    top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top_hooks is None:  # torch 2.4 does not say which hooks are on: its frames do
+        at = sys._getframe(1)
+        while at is not None:
+            code = at.f_code
+            if code.co_name == "checkpoint" and code.co_filename == _CHECKPOINT:
+                return True
+            at = at.f_back
+        return False
+    top = top_hooks(True)
+    if top and getattr(top[0], "__qualname__", "").startswith("_checkpoint_hook."):
+        return True
+    at = sys._getframe(1) if in_function else None
+    while at is not None and at.f_code is not _REENTRANT:
+        at = at.f_back
+    return at is not None

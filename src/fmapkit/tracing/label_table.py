@@ -18,6 +18,7 @@ from fmapkit.provenance import (
     ChannelLayout,
     Label,
     ParamLabel,
+    is_same,
 )
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import leaves
@@ -85,8 +86,8 @@ class LabelTable:
         """
         for key, (ref, tag) in seen.items():
             now = self._known.get(key)
-            if now is not None and now[1] is not tag and key not in known:
-                if now[1] != tag and now[0]() is ref() is not None:
+            if now is not None and key not in known and not is_same(now[1], tag):
+                if now[0]() is ref() is not None:
                     return True
         return False
 
@@ -100,7 +101,7 @@ class LabelTable:
             before: what it carried.
         """
         now = self.of(target)
-        if not isinstance(now, ChannelLabel) or now == before:
+        if not isinstance(now, ChannelLabel) or is_same(now, before):
             return
         if isinstance(before, ChannelLabel) and before.axes == now.axes:
             if before.origin.name == now.origin.name:
