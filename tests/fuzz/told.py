@@ -434,11 +434,12 @@ class Told:
         """Takes elements of both, or puts them side by side: of two layers, they are no one's."""
         tags = self._of(first), self._of(second)
         names = {tag.owner.name for tag in tags if tag is not None and tag.owner is not None}
-        if len(names) < 2 or any(tag is not None and tag.trust != STRICT for tag in tags):
+        sure = all(tag is None or tag.trust == STRICT for tag in tags)
+        if sure and len(names) < 2:
             return self.keep(function, first, second)
         out: Tensor = function(first, second)
-        if self.told:
-            self._put(out, Tag(None))
+        if self.told:  # whose elements they are is not known for sure: nor is that of the result
+            self._put(out, Tag(None) if sure else self._doubted(first, second))
         return out
 
     def aug(self, sign: str, x: Any, y: Any) -> Any:
