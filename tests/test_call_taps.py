@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmapkit import capture
-from fmapkit.instrumentation.hooks import Hooks
+from fmapkit.instrumentation.hook_registry import Hooks
 from fmapkit.replay.call_taps import CallTap
 from fmapkit.torchlib.call_override import standing_before, there
 from tests import truth

@@ -579,3 +579,26 @@ def test_a_class_that_is_made_in_each_pass_is_the_same_if_its_bases_are() -> Non
         for lost in (True, False):
             model(torch.randn(2, 4))
             assert tags(maps) == ([] if lost else [("fc", 0, "tanh", range(4))])
+
+
+class HandlesAll(nn.Module):
+    """Handles whatever one of its parts raises, the refusal of an edit included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            h = self.fc(x)
+            return torch.where(h > 0, h, 0.1 * h)
+        except ValueError:
+            return x
+
+
+def test_an_edit_whose_refusal_the_model_handles_is_refused_as_the_pass_ends() -> None:
+    edit = {("fc", "preactivation"): edits.scale(0.5)}
+    model = HandlesAll()
+    with capture(model, edit=edit), torch.no_grad():
+        with pytest.raises(EditError, match="its preactivation is compared before"):
+            model(torch.ones(2, 4))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fmapkit import capture
-from fmapkit.instrumentation.hooks import Hooks
+from fmapkit.instrumentation.hook_registry import Hooks
 from fmapkit.torchlib.call_override import standing_before
 
 

@@ -4,7 +4,9 @@ A module type listed here is one σ whatever it does inside. A function is found
 its faces (`torch.relu`, `Tensor.relu_`, `F.relu`, `torch.nn.functional.relu_`, …). Activation
 modules written out by hand need no entry: `tracing/tracer.py` recognises them by what they do.
 
-Softmax is none by default: it normalises over a group of values and is not pointwise.
+Functions that are one in some of their calls only (`clamp(min=0)`, `where(z > 0, …)`) are in
+`provenance/conditional_sigma.py`. Softmax is none by default: it normalises over a group of values
+and is not pointwise.
 """
 
 from __future__ import annotations

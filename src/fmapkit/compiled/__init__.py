@@ -4,7 +4,7 @@
     variant.py       the module compiled once more, with instrumented graphs
       graph.py         run on fake tensors under the tracer: which maps, of which layer
       graph_edit.py    they become outputs
-      labelled.py      in use: which labels its maps have this time
+      graph_in_use.py  in use: which labels its maps have this time
     run.py           a pass: its maps are labelled and kept
 
 Torch's tracing tools are imported once something compiled is captured, and not before.

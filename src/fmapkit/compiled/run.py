@@ -1,7 +1,7 @@
 """One pass of compiled code: its graphs return their maps too, and a sink labels and keeps them.
 
-What a graph's maps are is a matter of `compiled/labelled.py`, which needs torch's tracing tools.
-This file does without: a capture of a model that is not compiled imports none of them.
+What a graph's maps are is a matter of `compiled/graph_in_use.py`, which needs torch's tracing
+tools. This file does without: a capture of a model that is not compiled imports none of them.
 """
 
 from __future__ import annotations

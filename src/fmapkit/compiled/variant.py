@@ -14,8 +14,8 @@ from typing import Any
 from torch import fx, nn
 
 from fmapkit.compiled.graph_edit import add_outputs
+from fmapkit.compiled.graph_in_use import CompiledGraph
 from fmapkit.compiled.interface import CompiledCapture
-from fmapkit.compiled.labelled import CompiledGraph
 from fmapkit.compiled.labels import Labels
 from fmapkit.compiled.run import GraphMapSink, running
 from fmapkit.missed import reason

@@ -246,6 +246,8 @@ class Edits:
             where = edit.where
             if edit.done or where.optional or not where.has_step(step):
                 continue
+            if self.raised is not None:  # the reason, which the model's own code has handled
+                raise self.raised
             kind = where.kind or ("output" if edit._outputs else "activation")
             self.raised = EditError(
                 f"edit[{edit.given!r}] changed nothing in this pass (step {step}): "

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import layers
-from fmapkit.model.elsewhere import Unnamed, UnregisteredLayers
 from fmapkit.model.past_hooks import PastHooks
+from fmapkit.model.unregistered import Unnamed, UnregisteredLayers
 from fmapkit.model.wrappers import (
     flat_parameters,
     inner_key,

@@ -1,7 +1,7 @@
 """Doors: the submodules that a model's methods call when nobody calls its `forward`.
 
 `model.encode(x)` runs parts of the model outside of a pass. Their maps are not captured, and that
-is to be named, which takes a hook on something that runs. Inside a unit there are hooks on taps
+is to be named, which takes a hook on something that runs. Inside a region there are hooks on taps
 only; so whatever a method other than `forward` mentions gets one, unless there is a tap in it.
 """
 
@@ -16,16 +16,16 @@ from torch import nn
 __all__ = ["doors"]
 
 
-def doors(unit: nn.Module, tapped: Collection[nn.Module]) -> list[nn.Module]:
-    """The modules in a unit that its methods, or those of modules in it, may call directly.
+def doors(region: nn.Module, tapped: Collection[nn.Module]) -> list[nn.Module]:
+    """The modules in a region that its methods, or those of modules in it, may call directly.
 
     Args:
-        unit: to look into.
+        region: to look into.
         tapped: have hooks already; a call of what they are in does not go unseen.
     """
     mentioned: dict[type, set[str]] = {}
     found: dict[nn.Module, None] = {}
-    for module in unit.modules():
+    for module in region.modules():
         if not module._modules:
             continue
         kind = type(module)

@@ -2,7 +2,7 @@
 
 patch(model, clean, corrupted)   _run.py       checks, and goes through the pieces
   Grid                           _pieces.py    layers by positions by filters
-  Runs                           _runs.py      one run for each piece, by edits
+  Runs                           _edited_runs.py one run for each piece, by edits
 Patching                         _result.py    the metric of each run; its picture, _picture.py
 """
 

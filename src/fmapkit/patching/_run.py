@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from fmapkit.editing import Where
 from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.map import FeatureMap
+from fmapkit.patching._edited_runs import Runs
 from fmapkit.patching._inputs import ModelInputs
 from fmapkit.patching._pieces import Grid, named
 from fmapkit.patching._result import Patching
-from fmapkit.patching._runs import Runs
 
 __all__ = ["patch"]
 

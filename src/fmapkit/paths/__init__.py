@@ -13,7 +13,7 @@ model of the same structure, it makes the same calls of torch on the same tensor
 """
 
 from fmapkit.paths.control import ControlPaths
-from fmapkit.paths.known import Expected, KnownPaths, Sizes
+from fmapkit.paths.known_paths import Expected, KnownPaths, Sizes
 from fmapkit.paths.recorders import taps, unrecorded
 from fmapkit.paths.twins import Resting
 

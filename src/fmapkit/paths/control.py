@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.paths import recorders
-from fmapkit.paths.fixed import FixedAttributes
-from fmapkit.paths.known import Expected
+from fmapkit.paths.guarded_attributes import FixedAttributes
+from fmapkit.paths.known_paths import Expected
 from fmapkit.paths.survey import Survey, is_installed, is_trusted
 from fmapkit.paths.twins import Twins, call_site
 from fmapkit.torchlib.nested import modules_in

@@ -1,6 +1,22 @@
-"""Whose filters a tensor carries, and where they lie: labels, and one rule per torch function."""
+"""Whose filters a tensor carries, and where they lie: labels, and one rule per torch function.
+
+propagate          propagate.py  one call of torch: which rule, and what its results carry
+  vocabulary       vocabulary.py         what a function does to data, by name
+  layer_ops        layer_ops.py          it is a layer: where its weight and its filters are
+  rules            rules.py, index_rules.py, product_rules.py
+    ChannelLayout  layout.py             filters along axes, through reshapes and slices
+  sometimes        conditional_sigma.py  it is σ in some of its calls
+weights            weights.py            from which rows of which parameter a map came
+"""
 
 from fmapkit.provenance.attention_math import given, probabilities
+from fmapkit.provenance.conditional_sigma import (
+    FOLLOWED,
+    SOMETIMES,
+    Pointwise,
+    chooses_unseen,
+    operand_of_sigma,
+)
 from fmapkit.provenance.constants import Constants
 from fmapkit.provenance.functions import (
     RESHAPED_IN_PLACE,
@@ -41,13 +57,6 @@ from fmapkit.provenance.product_rules import einsum_terms
 from fmapkit.provenance.propagate import carried, past_sigma, sigma_axes
 from fmapkit.provenance.quantized import packed_axes, packed_key
 from fmapkit.provenance.rule_basics import argument
-from fmapkit.provenance.sometimes import (
-    FOLLOWED,
-    SOMETIMES,
-    Pointwise,
-    chooses_unseen,
-    operand_of_sigma,
-)
 from fmapkit.provenance.vocabulary import (
     ADDING_WRITES,
     FRESH,

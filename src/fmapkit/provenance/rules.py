@@ -1,8 +1,9 @@
 """A rule for each torch function: what its results carry, given what its operands do.
 
-The rules follow DESIGN section 1: from the nonlinearity back through norms, dropout, scale,
-residual sums by their first operand, pooling, padding, changes of dtype and layout, and
-reshapes and permutes that keep the filters apart.
+Labels go through norms, dropout, scale, residual sums by their first operand, pooling, padding,
+changes of dtype and layout, `cat` and `stack`, `split` and `chunk`, and through reshapes and
+permutes that keep the filters apart. Indices are in `index_rules.py`, products without a weight in
+`product_rules.py`; `RULES` below has every function.
 """
 
 from __future__ import annotations

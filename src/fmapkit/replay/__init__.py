@@ -1,4 +1,15 @@
-"""A traced call compiled to taps, and one later call read with them."""
+"""A traced call compiled to taps, and one later call read with them.
+
+make_plan             planning.py     from the record of a traced call: a Plan (plan.py)
+  Reading             plan_steps.py   which hook points are tapped, and what is read at each
+  Relations, Effects  effects.py      what the call means to the rest of a pass
+ReplayRegions         regions.py      which modules are replayed as a whole; guards of a call
+ModelGuard            model_guard.py  is the model the one that was traced?
+ReplayRun             run.py          one call: what it notes is compared with the plan
+  RunLog              run_log.py      what was noted, and the maps that it stands for
+  taps                taps.py         hooks; call_taps.py: call overrides
+  LightMode           light_mode.py   σ in torch's own code, where no tap can be set
+"""
 
 from fmapkit.replay.call_taps import can_stand, tap_of
 from fmapkit.replay.effects import ChannelLabelRef, Effects, PassPiece, Ref, Relations, SiteMap

@@ -1,4 +1,4 @@
-"""What a piece of a pass means to the rest of it: a call of a unit, or a run of a compiled graph.
+"""What a piece of a pass means to the rest of it: a call of a region, or a run of a compiled graph.
 
 A piece speaks of origins by `Ref`, since it may happen at different places of a pass: an origin
 inside is "the n-th call of layer L from here", one that came in is "whatever the i-th input

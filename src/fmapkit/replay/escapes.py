@@ -38,11 +38,11 @@ class EscapedTensors:
         self._is_of_pass = is_of_pass
         self._reads = reads
 
-    def modules(self, unit: nn.Module) -> list[nn.Module]:
-        """The modules in a unit that keep such tensors, and whose code may read them back."""
+    def modules(self, region: nn.Module) -> list[nn.Module]:
+        """The modules in a region that keep such tensors, and whose code may read them back."""
         return [
             module
-            for module in modules_in(unit)
+            for module in modules_in(region)
             if any(
                 name not in _COMMON
                 and not isinstance(value, _NO_HOLDERS)

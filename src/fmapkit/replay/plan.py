@@ -42,14 +42,14 @@ class Step:
     plain: str  # "xy" or "y": it holds references to these, from their usual places, and no more
     keeps: bool  # an in-place σ that leaves the memory of x to us, where it can
     shared: bool  # what x was is held by an earlier step, too
-    # How many decisions had been taken when it fired, since the unit began.
+    # How many decisions had been taken when it fired, since the region began.
     position: int = field(compare=False)
     at: int = 0  # which entry of the log it reads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """How to read a unit's later calls."""
+    """How to read a region's later calls."""
 
     steps: tuple[Step, ...]
     order: list[Any]  # what fires: modules, sites; None for what the light mode sees

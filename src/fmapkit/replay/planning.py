@@ -10,7 +10,7 @@ from torch import Tensor
 from fmapkit.provenance import Label, is_same
 from fmapkit.replay.effects import Relations
 from fmapkit.replay.plan import Plan
-from fmapkit.replay.steps import Reading, mark_shared
+from fmapkit.replay.plan_steps import Reading, mark_shared
 from fmapkit.torchlib.nested import leaves
 from fmapkit.tracing import Frame, Tracer
 

@@ -1,6 +1,6 @@
-"""Units: which modules are replayed as a whole, and what tells their calls apart.
+"""Regions: which modules are replayed as a whole, and what tells their calls apart.
 
-A unit is the outermost module on its branch whose decisions, and those of all modules in it, are
+A region is the outermost module on its branch whose decisions, and those of all modules in it, are
 recorded and do not come from data. Two calls of it are of one kind if their arguments have the same
 form and carry the same, and nothing has changed that no path tells: attributes of torch's own
 modules, dtypes of weights, modes. Each kind has paths of its own, and a plan for each of these.
@@ -44,7 +44,7 @@ _PLAIN = frozenset(
 
 
 class ReplayRegion:
-    """One unit.
+    """One region.
 
     Attributes:
         form: tells dtype and layout of its weights.
@@ -214,7 +214,7 @@ def _plain_attributes(module: nn.Module) -> list[str]:
 
 
 class ReplayRegions:
-    """The units of one model.
+    """The regions of one model.
 
     Args:
         is_ours: tells hooks of this capture from others.
@@ -256,20 +256,20 @@ class ReplayRegions:
         return all(map(self._is_ours, hooks_on(module)))
 
     def stands_alone(self, module: nn.Module, args: Any, tracer: Tracer | None) -> bool:
-        """Whether this call is a unit: not inside a module that may be one σ or layer itself."""
+        """Whether this call is a region: not inside a module that may be one σ or layer itself."""
         if not self.static(module) or under_transform(module, args):
             return False
         return tracer is None or all(f.kind == "plain" for f in tracer.frames)
 
     def of(self, module: nn.Module) -> ReplayRegion:
-        """The unit that a module is."""
+        """The region that a module is."""
         found = self._known.get(module)
         if found is None:
             found = self._known[module] = ReplayRegion(module)
         return found
 
     def open(self, *modules: nn.Module) -> None:
-        """From the next pass on, these are traced in every pass; the parts of them are units."""
+        """From the next pass on, these are traced in every pass; the parts of them are regions."""
         self._opened.update(modules)
         self._static.clear()
         for module in modules:

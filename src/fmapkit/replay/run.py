@@ -1,4 +1,4 @@
-"""Tap: read a later call of a unit with one tap per site.
+"""Tap: read a later call of a region with one tap per site.
 
 Taps (see `replay/taps.py`) note what they see in the log of the `ReplayRun` that is under way.
 Whether the log follows the plan is checked as a whole, when something depends on it and when the

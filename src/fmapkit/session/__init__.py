@@ -1,4 +1,17 @@
-"""One `with` block: when a pass begins and ends, who answers a module's call, what is missed."""
+"""One `with` block: when a pass begins and ends, who answers a module's call, what is missed.
+
+Session           session.py         open, close; its parts: parts.py
+  HookDispatcher  dispatch.py        each call of a module -> who answers: answers.py
+  CompiledCalls   compiled_calls.py  each call of compiled code
+  Passes          passes.py          when a pass begins and ends; what is under way: state.py
+  recording       recording.py       a call under the tracer, which leaves a plan
+  replaying       replaying.py       guards; taps; the path compared as the call ends
+  pass_end        pass_end.py        what becomes of the maps
+  analyses        analyses.py        who is shown them
+  hooks           hook_installer.py  which of ours stand where
+  other captures  concurrent.py
+  out of sight    unseen.py          code that no hook of a pass sees
+"""
 
 from fmapkit.session.analyses import Analyses
 from fmapkit.session.config import CaptureConfig

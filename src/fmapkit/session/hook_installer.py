@@ -134,7 +134,7 @@ class HookInstaller:
         self._hooks.outside(moving, self._moves.before, self._moves.after)
 
     def scopes_changed(self) -> None:
-        """Units have become scopes, or are called by others: the next pass sets hooks again."""
+        """Regions have become scopes, or are called by others: the next pass sets hooks again."""
         self._scopes = False
 
     # -- regions ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A call of a unit, from its first hook to its last: read by its plan, or else learned.
+"""A call of a region, from its first hook to its last: read by its plan, or else learned.
 
 How a run is read is a matter of `replay/run.py`; here it is fitted into the pass around it, which
 may be traced.
@@ -46,10 +46,10 @@ UNEDITED = (
 
 @dataclass(frozen=True, slots=True)
 class _Taken:
-    """A call of a unit that is read by a plan: if the next one is given the same, it is its twin.
+    """A call of a region that is read by a plan: if the next one is given the same, it is its twin.
 
     Attributes:
-        unit: that was called.
+        region: that was called.
         state: which it was in.
         modes: that it ran in.
         given: see `plain_spec`.
@@ -59,7 +59,7 @@ class _Taken:
         items: of the path that it is taken to take; None if their numbers were not known.
     """
 
-    unit: ReplayRegion
+    region: ReplayRegion
     state: int
     modes: Any
     given: Any
@@ -70,13 +70,13 @@ class _Taken:
 
 
 class Replaying:
-    """Replays units.
+    """Replays regions.
 
     Args:
         asked: by the capture.
         live: what is under way.
         misses: of the capture.
-        units: of the model.
+        regions: of the model.
         placing: of its hooks.
         learning: for the calls that there is no plan for.
         keeping: shows maps to the analyses.
@@ -88,7 +88,7 @@ class Replaying:
         asked: CaptureConfig,
         live: PassState,
         misses: MissedLog,
-        units: ReplayRegions,
+        regions: ReplayRegions,
         placing: HookInstaller,
         learning: Recorder,
         keeping: PassEnd,
@@ -102,7 +102,7 @@ class Replaying:
         self._analyses = asked.analyses
         self._live = live
         self._misses = misses
-        self._units = units
+        self._regions = regions
         self._placing = placing
         self._learning = learning
         self._keeping = keeping
@@ -111,7 +111,7 @@ class Replaying:
         self._latest: _Taken | None = None  # the one before, where it took its path
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A call of a unit begins.
+        """A call of a region begins.
 
         Returns:
             The arguments that it is to get instead; None for its own.
@@ -119,12 +119,12 @@ class Replaying:
         tracer = self._live.tracer
         if tracer is not None:
             self._live.trace_off()  # first of all: it would see what we look at
-        unit = self._units.of(module)
-        modes = self._modes(unit)
-        state = unit.state()
+        region = self._regions.of(module)
+        modes = self._modes(region)
+        state = region.state()
         latest, self._latest = self._latest, None
         if tracer is None and latest is not None and not self._edits and not someone_watches():
-            if latest.unit is unit and latest.modes == modes and latest.state == state:
+            if latest.region is region and latest.modes == modes and latest.state == state:
                 if latest.given == plain_spec(args, kwargs):
                     expected = self._paths.expect(latest.items)
                     self._start(module, latest.plan, args, kwargs, [], expected)
@@ -142,7 +142,7 @@ class Replaying:
             origins = carried(inputs, self._wants.of)
         kind = shape_of(args), shape_of(kwargs), origins, modes
         sizes = sizes_of(tensors, args, kwargs)
-        known = unit.known(kind, state)
+        known = region.known(kind, state)
         plan = known.plan(sizes) if known is not None else None
         asked = sizes, args, kwargs, inputs
         if someone_watches():  # and sees our looks, too, of which there are more in a traced pass
@@ -154,12 +154,12 @@ class Replaying:
         items = known.items(sizes)
         self._start(module, plan, args, kwargs, inputs, self._paths.expect(items))
         spec = plain_spec(args, kwargs) if tracer is None else None
-        self._taking = _Taken(unit, state, modes, spec, known, sizes, plan, items)
+        self._taking = _Taken(region, state, modes, spec, known, sizes, plan, items)
         return given
 
-    def _modes(self, unit: ReplayRegion) -> Any:
+    def _modes(self, region: ReplayRegion) -> Any:
         """What calls differ by that no argument tells."""
-        modes = torch.is_grad_enabled(), operators_are_counted(), casts(), *unit.form()
+        modes = torch.is_grad_enabled(), operators_are_counted(), casts(), *region.form()
         return modes, self._paths.renamed()
 
     def _start(
@@ -171,7 +171,7 @@ class Replaying:
         inputs: list[Label],
         expected: Expected,
     ) -> None:
-        """A unit is replayed by its plan."""
+        """A region is replayed by its plan."""
         live, wants, tracer = self._live, self._wants, self._live.tracer
         if self._placing.tapped.get(module) is not plan:
             self._placing.taps(module, plan)
@@ -201,7 +201,7 @@ class Replaying:
         return any(isinstance(t, ChannelLabel) and self._edits.of(t.origin.name) for t in tags)
 
     def before(self, run: ReplayRun, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """A module inside the unit is about to run."""
+        """A module inside the region is about to run."""
         plan = run.plan
         if module in plan.before or module in plan.keeping:  # no tap stands before this call
             run.pre(module, args, kwargs)
@@ -214,7 +214,7 @@ class Replaying:
     def after(
         self, run: ReplayRun, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool
     ) -> None:
-        """A module inside the unit has run."""
+        """A module inside the region has run."""
         plan = run.plan
         if plan.scopes:
             if module in plan.scopes:
@@ -249,7 +249,7 @@ class Replaying:
         if run.lost or failed:  # which calls it has made is not known, nor whose maps come next
             tracer.give_up(run.module if failed else None)
             return
-        # The pass around the unit is traced: tell the tracer what it would have seen.
+        # The pass around the region is traced: tell the tracer what it would have seen.
         run.plan.effects.apply(tracer.trace.record, run.emitted(), run.inputs)
         self._wants.retention.fence()
         if run.plan.effects.rewritten:
@@ -267,7 +267,7 @@ class Replaying:
             self._strayed(run, keeps=not run.uncounted)
 
     def _check_path(self, run: ReplayRun) -> None:
-        """Compare the path that a unit's call took with that of its plan."""
+        """Compare the path that a region's call took with that of its plan."""
         assert self._taking is not None
         known, sizes = self._taking.known, self._taking.sizes
         items = run.expected.taken()
@@ -282,7 +282,7 @@ class Replaying:
         self._strayed(run, keeps=False)
 
     def _strayed(self, run: ReplayRun, keeps: bool) -> None:
-        """A unit's call has taken a way that is not its plan's.
+        """A region's call has taken a way that is not its plan's.
 
         Args:
             run: of the call.
@@ -299,6 +299,6 @@ class Replaying:
             run.release()
         _, deciding = known.leaves_at(items, sizes)
         if known.strayed(items, sizes):  # what decides here is traced from now on
-            self._units.open(run.module, *deciding)
+            self._regions.open(run.module, *deciding)
             self._placing.scopes_changed()
         self._misses.add(self._names.of(run.module), Reason.NEW_PATH.text())

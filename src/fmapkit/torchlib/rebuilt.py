@@ -1,6 +1,6 @@
 """A nested value with another tensor in one of its places; nothing of the given value is changed.
 
-Places are told as `_nested.leaves` tells them: `[0]`, `['w']`, `.logits`, `[1].box.corners`. Each
+Places are told as `nested.leaves` tells them: `[0]`, `['w']`, `.logits`, `[1].box.corners`. Each
 container on the way is copied, all else is shared, as in what a forward hook would return that was
 written by hand.
 """

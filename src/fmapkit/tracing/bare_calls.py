@@ -1,4 +1,4 @@
-"""Calls past a unit: a scope calls a module of which hooks of ours would tell as a part of it only.
+"""Calls past a region: a traced module calls what hooks of ours would tell of as its part only.
 
 From the next pass on, such modules have hooks. In this one, Python's stack tells that they run, and
 what they call is seen; but not when they began, nor so what they are as a whole.

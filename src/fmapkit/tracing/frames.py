@@ -58,7 +58,7 @@ class Frame:
         self.in_place = False
         self.kept = False  # it left the memory of x as it was
         self.tag: Label = None  # what x carries
-        self.counts = _NONE  # as it began; of a unit that is learned
+        self.counts = _NONE  # as it began; of a region that is learned
         self.firing = firing  # how many hook points there were
         self.position = 0  # how many decisions of the pass had been taken
         # How often each function was given a weight, by the layer that made that.

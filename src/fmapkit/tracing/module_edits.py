@@ -47,10 +47,10 @@ class ModuleEdits:
         names = self._trace.names
         return None if module in names.wrappers else names.by_module.get(module)
 
-    # -- around units, which are replayed as a whole, or learned ------------------------------
+    # -- around regions, which are replayed as a whole, or learned ------------------------------
 
     def enter_unit(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """A unit is about to run: the arguments that it is to get instead; None for its own."""
+        """A region is about to run: the arguments that it is to get instead; None for its own."""
         name = self._name(module)
         if name is None or not (self._edits.of(name, "input") or self._edits.of(name, "output")):
             return None
@@ -61,7 +61,7 @@ class ModuleEdits:
         return given
 
     def leave_unit(self, module: nn.Module, output: Any, failed: bool) -> Any:
-        """A unit has run: what it is to return instead; None for its own."""
+        """A region has run: what it is to return instead; None for its own."""
         if module is not self._unit:
             return None
         self._unit = None
@@ -87,7 +87,7 @@ class ModuleEdits:
         return new if held else None
 
     def _tell(self, name: str, held: dict[str, StoredTensor]) -> None:
-        """Say of the maps of what a unit has just returned what went on in their place."""
+        """Say of the maps of what a region has just returned what went on in their place."""
         call: int | None = None
         for entry in reversed(self._trace.record.current.segments):
             if (

@@ -38,7 +38,7 @@ class Record:
     Attributes:
         graph: its maps are to be part of the autograd graph.
         counts: how many calls there were of each layer, by its label.
-        pending: preactivations of replayed units that a nonlinearity may still claim, by origin.
+        pending: preactivations of replayed regions that a nonlinearity may still claim, by origin.
     """
 
     def __init__(
