@@ -602,3 +602,41 @@ def test_an_edit_whose_refusal_the_model_handles_is_refused_as_the_pass_ends() -
     refused = pytest.raises(EditError, match="its preactivation is compared before")
     with capture(model, edit=edit), torch.no_grad(), refused:
         model(torch.ones(2, 4))
+
+
+class LeftWaiting(nn.Module):
+    """A generator that lives longer than a pass: each pass goes on where the last one left it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.act = nn.Sigmoid()
+        self.way: Any = None
+
+    def turns(self) -> Any:
+        x = yield
+        while True:
+            x = yield self.act(self.parts[0](x))
+            x = yield self.act(self.parts[1](x))
+            x = yield self.act(self.parts[2](x))
+
+    def forward(self, x: Tensor) -> Any:
+        if self.way is None:
+            self.way = self.turns()
+            next(self.way)
+        return self.way.send(x)
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_where_a_generator_goes_on_is_a_decision(before: int) -> None:
+    model = LeftWaiting()
+    with torch.no_grad():
+        for _ in range(before):
+            model(torch.ones(2, 4))
+        with capture(model) as maps:
+            for step in range(9):
+                out = model(torch.ones(2, 4))
+                shown = list(maps.select(kind="activation", step=step))
+                assert [fm.layer for fm in shown] in ([], [f"parts.{(before + step) % 3}"])
+                assert shown == [] or torch.equal(shown[0].tensor, out)
+                assert shown or maps.missed

@@ -124,6 +124,14 @@ def mark(site: str) -> None:
         append(site)
 
 
+def resumed(site: str, given: _T) -> _T:
+    """A generator goes on after a `yield`: it may have been left there in an earlier pass."""
+    append = _append_of(_ident())
+    if append is not None:
+        append(site)
+    return given
+
+
 def value(given: _T) -> _T:
     """A value becomes an argument, an index or an exponent."""
     kind = type(given)
@@ -271,7 +279,8 @@ def caught(site: str) -> None:
 
 # By the names that stand for them in a twin before it is finished.
 RECORDERS: dict[str, Any] = {
-    f"{MARK}{f.__name__}": f for f in (enter, mark, value, called, tapped, caught, type, Tensor)
+    f"{MARK}{f.__name__}": f
+    for f in (enter, mark, resumed, value, called, tapped, caught, type, Tensor)
 }
 
 
@@ -296,6 +305,7 @@ def _traced_as(recorder: Callable[..., Any], instead: Callable[..., Any]) -> Non
 _traced_as(enter, lambda site: _ignore)
 _traced_as(mark, lambda site: None)
 _traced_as(caught, lambda site: None)
+_traced_as(resumed, lambda site, given: given)
 _traced_as(value, lambda given: given)
 _traced_as(called, lambda function: function)
 _traced_as(tapped, lambda site, function: function)

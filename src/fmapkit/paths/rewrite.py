@@ -301,6 +301,18 @@ class Rewriter(ast.NodeTransformer):
             return None
         return None if function.id in self._local or function.id in self._names else function.id
 
+    def visit_Yield(self, node: ast.Yield) -> ast.AST:
+        """Where a generator goes on is a decision of whoever has left it there."""
+        site = self._site(node)
+        self.generic_visit(node)
+        return self._call("resumed", node, node, site)
+
+    def visit_YieldFrom(self, node: ast.YieldFrom) -> ast.AST:
+        """The same; what it delegates to tells where that goes on itself."""
+        site = self._site(node)
+        self.generic_visit(node)
+        return self._call("resumed", node, node, site)
+
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         self.generic_visit(node)
         node.slice = self._value(node.slice)
