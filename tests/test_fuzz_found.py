@@ -640,3 +640,38 @@ def test_where_a_generator_goes_on_is_a_decision(before: int) -> None:
                 assert [fm.layer for fm in shown] in ([], [f"parts.{(before + step) % 3}"])
                 assert shown == [] or torch.equal(shown[0].tensor, out)
                 assert shown or maps.missed
+
+
+class SetsInPlace(nn.Module):
+    """Has a module of torch's work in place, or not, by what was drawn in the pass."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.act = nn.ReLU()
+        self.draws = iter([False, False, False, True, True, False, True, False])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        if self.how == "assigned" or self.how == "set":
+            self.act.inplace = bool(int(next(self.draws)))
+        else:
+            self.act.inplace, self.last = bool(int(next(self.draws))), 0
+        out: Tensor = self.act(h)
+        return out
+
+
+@pytest.mark.parametrize("how", ["assigned", "set", "in a tuple"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_an_attribute_of_torchs_own_that_is_set_in_a_pass_is_a_decision(
+    how: str, mode: Any
+) -> None:
+    model = SetsInPlace(how)
+    with mode(), capture(model) as maps:
+        for step in range(8):
+            x = torch.randn(2, 3, 4, 4)
+            z = model.conv(x).detach().clone()
+            model(x)
+            for fm in maps.select(kind="preactivation", step=step):
+                assert torch.equal(fm.tensor, z)

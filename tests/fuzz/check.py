@@ -389,6 +389,8 @@ def _block(
                     if each is maps:
                         report.named += named
                         report.named_later += named if n > first else 0
+                        if (n - first) % every:
+                            continue  # not captured: its way is not known by that
                         known.setdefault(way, []).append(named)
                         if len(known[way]) > 3 and named > min(known[way]):
                             raise Failure("lost on a known way", f"{list(maps.missed)}")

@@ -14,6 +14,8 @@ import ast
 import builtins
 from typing import Any, TypeVar
 
+from torch import nn
+
 from fmapkit.paths.recorders import MARK
 from fmapkit.paths.syntax import names_bound, position_of, site_at, torch_name
 
@@ -28,6 +30,14 @@ _HARMLESS = {
 }
 
 
+# Attributes that torch's own modules decide by, as they are compiled: `inplace`, `p`, `dim`, …
+_OF_TORCHS = frozenset({"training"}).union(
+    *(
+        getattr(kind, "__constants__", ())
+        for kind in vars(nn).values()
+        if isinstance(kind, type) and issubclass(kind, nn.Module)
+    )
+)
 # What a function's marks are given to, while it runs. No identifier of a model's can be that.
 _APPEND = f"{MARK}append"
 # A function that may look at its own variables has none of ours.
@@ -161,6 +171,21 @@ class Rewriter(ast.NodeTransformer):
         if "BaseException" in self._local or "BaseException" in self._names:
             handler.type = None
         node.body = [ast.copy_location(ast.Try(node.body, [handler], [], []), at)]
+        return node
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        """An attribute that torch's own code decides by may get another value in a pass."""
+        self.generic_visit(node)
+        targets = [t for target in node.targets for t in ast.walk(target)]
+        if any(isinstance(t, ast.Attribute) and t.attr in _OF_TORCHS for t in targets):
+            node.value = self._value(node.value)
+        return node
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
+        """The same of `+=` and its kin."""
+        self.generic_visit(node)
+        if isinstance(node.target, ast.Attribute) and node.target.attr in _OF_TORCHS:
+            node.value = self._value(node.value)
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
