@@ -178,14 +178,15 @@ class Rewriter(ast.NodeTransformer):
         self.generic_visit(node)
         targets = [t for target in node.targets for t in ast.walk(target)]
         if any(isinstance(t, ast.Attribute) and t.attr in _OF_TORCHS for t in targets):
-            node.value = self._value(node.value)
+            return ast.copy_location(ast.Assign(node.targets, self._value(node.value)), node)
         return node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
         """The same of `+=` and its kin."""
         self.generic_visit(node)
         if isinstance(node.target, ast.Attribute) and node.target.attr in _OF_TORCHS:
-            node.value = self._value(node.value)
+            value = self._value(node.value)
+            return ast.copy_location(ast.AugAssign(node.target, node.op, value), node)
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
