@@ -211,7 +211,7 @@ class _Labelling(_OnFakes):
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().placeholder(target, args, kwargs)
-        self._tracer.set_tag(value, next(self._carried))
+        self._tracer.trace.labels.put(value, next(self._carried))
         self._outside.update(map(storage_of, tensors_in(value)))
         return value
 
@@ -282,7 +282,7 @@ class _Stacks:
             for operand in n.all_input_nodes:
                 data = isinstance(self._env.get(operand), Tensor)
                 if operand not in inside and data:
-                    if isinstance(self._tracer.tag(self._env[operand]), ChannelLabel):
+                    if isinstance(self._tracer.trace.labels.of(self._env[operand]), ChannelLabel):
                         given[operand] = None
         self._running.append((keys[-1], nodes))
         module = self._modules[int(keys[-1].partition("@")[0])]
@@ -313,12 +313,13 @@ def _traced(
     names: Names,
 ) -> Traced:
     returned = fx.node.map_arg(order[-1].args[0], env.__getitem__)
-    labels = [(path, tracer.tag(t)) for path, t in leaves(returned)]
+    record = tracer.trace.record
+    labels = [(path, tracer.trace.labels.of(t)) for path, t in leaves(returned)]
     relations = Relations(names, carried, labels, {})
-    event_of = {id(e): event for event in tracer.events for _, e in event.entries}
+    event_of = {id(e): event for event in record.events for _, e in event.entries}
     own = {storage_of(t) for _, t in leaves(returned)}
     found = []
-    for entry in tracer.current.segments:
+    for entry in record.current.segments:
         held = entry.held
         if held is None:
             continue
@@ -327,7 +328,7 @@ def _traced(
         value = env.get(site.node)
         if value is not held.tensor:
             name = str(site.node.target).rpartition(".")[2]
-            tracer.miss(
+            record.miss(
                 entry.origin.name,
                 Reason.ONE_CALL_IN_GRAPH.text(function=name),
             )
@@ -336,5 +337,7 @@ def _traced(
         found.append((entry, site, event is not None and relations.pending(entry, event)))
     given = [env[n] for n in order if n.op == "placeholder"]
     return Traced(
-        found, relations.ref, relations.effects(tracer.trace.record, tracer.events, given)
+        found,
+        relations.ref,
+        relations.effects(record, record.events, given),
     )

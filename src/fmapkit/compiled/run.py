@@ -121,7 +121,7 @@ class GraphMapSink:
     def tags(self) -> LabelTable:
         """What the tensors of the pass carry; to ask these takes no tracer."""
         live = self._live
-        return live.tags if live.tags is not None else self.tracer.tags
+        return live.tags if live.tags is not None else self.tracer.trace.labels
 
     def expect(self, whole: bool) -> None:
         """A graph is about to run.
@@ -198,7 +198,7 @@ class GraphMapSink:
         for tensor, (_, tag) in zip(results, effects.outputs, strict=False):
             # Computed from constants alone: known all the same, so not from outside.
             known = run.label(tag) if isinstance(tag, ChannelLabelRef) else STOP
-            self.tracer.set_tag(tensor, known)
+            self.tracer.trace.labels.put(tensor, known)
 
     def finish(self, output: Any) -> None:
         """The compiled code has returned."""
@@ -215,9 +215,9 @@ class GraphMapSink:
         self.settle()
         origin = Origin("output", self.capture.names.of(module))
         for path, tensor in leaves(output):
-            tag = self.tracer.tag(tensor)
+            tag = self.tracer.trace.labels.of(tensor)
             axes = tag.axes if isinstance(tag, ChannelLabel) else None
-            held = self.tracer.aliases.reference(tensor)
+            held = self.tracer.trace.record.aliases.reference(tensor)
             self._segments.append(MapRecord("output", origin, held, axes, None, path))
 
     def outside(self) -> None:

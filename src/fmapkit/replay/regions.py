@@ -259,7 +259,7 @@ class ReplayRegions:
         """Whether this call is a region: not inside a module that may be one σ or layer itself."""
         if not self.static(module) or under_transform(module, args):
             return False
-        return tracer is None or all(f.kind == "plain" for f in tracer.frames)
+        return tracer is None or all(f.kind == "plain" for f in tracer.trace.frames)
 
     def of(self, module: nn.Module) -> ReplayRegion:
         """The region that a module is."""

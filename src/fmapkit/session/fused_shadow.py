@@ -83,7 +83,7 @@ class FusedPathShadow:
         tracer = self._live.tracer
         assert tracer is not None
         for (_, ours), (_, theirs) in zip(leaves(output), leaves(fused), strict=False):
-            tracer.set_tag(theirs, tracer.tag(ours))
+            tracer.trace.labels.put(theirs, tracer.trace.labels.of(ours))
         return fused
 
     def clear(self) -> None:

@@ -81,7 +81,7 @@ class SessionParts:
 
         def running() -> list[nn.Module]:
             tracer = live.tracer
-            return [frame.module for frame in tracer.frames] if tracer is not None else []
+            return [frame.module for frame in tracer.trace.frames] if tracer is not None else []
 
         misses = MissedLog(asked.model)
         store = PassStore(keep)

@@ -102,7 +102,7 @@ class Passes:
         parts.paths.begin()
         if not parts.regions.static(self.asked.model):
             parts.installer.on_scopes()
-            live.new_tracer().enter_inputs(args, kwargs)
+            live.new_tracer().trace.labels.enter(args, kwargs)
             live.trace_on()
         return True
 

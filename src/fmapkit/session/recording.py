@@ -87,21 +87,22 @@ class Recorder:
         seen = {}
         if tracer is None:
             tracer = self._live.new_tracer()
-            tracer.enter_inputs(args, kwargs)
+            tracer.trace.labels.enter(args, kwargs)
         else:
             seen = tracer.trace.labels.seen()
+        trace, record = tracer.trace, tracer.trace.record
         self._placing.in_recording(module)
-        tracer.learning += 1
-        tracer.aliases.written.clear()
-        tracer.edited = False
-        position = tracer.firings.clock()
-        tracer.moments.clear()
+        trace.learning += 1
+        record.aliases.written.clear()
+        trace.edited = False
+        position = record.firings.clock()
+        trace.moments.clear()
         frame = tracer.enter(module, args, kwargs)
         frame.position = position
-        frame.counts = Counter(tracer.counts)
+        frame.counts = Counter(record.counts)
         self._live.recording = Recording(module, frame, key, state, sizes, inputs, seen)
         self._paths.begin_lesson(module)
-        tracer.firings.site_of = self._paths.site_of
+        record.firings.site_of = self._paths.site_of
         self._live.trace_on()
         return frame.replaced
 
@@ -118,31 +119,31 @@ class Recorder:
         """
         tracer, recording = self._live.tracer, self._live.recording
         assert recording is not None and tracer is not None
-        frame = recording.frame
+        frame, trace, record = recording.frame, tracer.trace, tracer.trace.record
         replaced = tracer.leave(module, None if failed else output)
-        tracer.learning -= 1
-        tracer.firings.site_of = None
+        trace.learning -= 1
+        record.firings.site_of = None
         self._live.recording = None
         items = self._paths.since(frame.position)
         complete, hopeless = self._paths.end_lesson(items, module)
         if hopeless:
             self._open(*hopeless)
-        if tracer.edited:  # from the next pass on, only the parts below that need it are traced
+        if trace.edited:  # from the next pass on, only the parts below that need it are traced
             self._open(module)
         elif not failed and tracer.failed is None:
-            events = tracer.events[frame.start :]
+            events = record.events[frame.start :]
             _check_held(events)
             useful = complete and recording.key is not None and not hopeless
             decides = self._decides(module, tracer) or self._remembers(recording, tracer, output)
             decides = decides or self._reaches_out(recording, tracer, output)
             if not decides and useful and not any(map(_sharded, events)):
                 self._keep(recording, output if replaced is None else replaced, tracer, items)
-            tracer.let_go(events)
+            record.let_go(events)
         return replaced
 
     def _decides(self, module: nn.Module, tracer: Tracer) -> bool:
         """Whether parts of the region are to be traced in every pass, since they decide by data."""
-        deciding = tracer.deciding.intersection(module.modules())
+        deciding = tracer.trace.deciding.intersection(module.modules())
         if deciding:
             self._open(*deciding)
         return bool(deciding)
@@ -162,7 +163,8 @@ class Recorder:
         passed = {id(t) for t in tensors_in(*frame.args, frame.kwargs)}
 
         def is_of_pass(tensor: Tensor) -> bool:
-            return id(tensor) not in passed and isinstance(tracer.tag(tensor), ChannelLabel)
+            label = tracer.trace.labels.of(tensor)
+            return id(tensor) not in passed and isinstance(label, ChannelLabel)
 
         twins = self._paths.twins
         remembering = EscapedTensors(is_of_pass, twins.reads)
@@ -196,7 +198,7 @@ class Recorder:
             self._open(module, *known.leaves_at(items, recording.sizes)[1])
             return
         self._paths.twins.tap(plan.sites)
-        moments = [(at - frame.position, m) for at, m in tracer.moments]
+        moments = [(at - frame.position, m) for at, m in tracer.trace.moments]
         self._placing.taps(module, known.learn(items, recording.sizes, plan, moments))
 
     def finish(self, tracer: Tracer, failed: bool) -> None:
@@ -213,8 +215,8 @@ class Recorder:
                 self._open(broken)
             reason = Reason.NEW_PATH_INSIDE if broken is None else Reason.BROKEN_OFF
             self._misses.add(self._names.of(self._model), reason.text())
-        _check_held(tracer.events)
-        for module in tracer.unhooked:
+        _check_held(tracer.trace.record.events)
+        for module in tracer.trace.unhooked:
             self._misses.add(self._names.of(module), Reason.CALLED_ON_ITS_OWN.text())
             self._regions.direct.update(self._model.modules())
             self._placing.scopes_changed()
@@ -247,8 +249,8 @@ def _copy_what_is_used_again(tracer: Tracer, frame: Frame, passed: list[Tensor])
         frame: of the region's call.
         passed: tensors that were given to it, or that it returned: others know of these.
     """
-    written = tracer.aliases.written.difference(map(storage_of, passed))
-    events = tracer.events[frame.start :]
+    written = tracer.trace.record.aliases.written.difference(map(storage_of, passed))
+    events = tracer.trace.record.events[frame.start :]
     held = {id(h): h for e in events for h in (e.x_held, e.y_held) if h is not None}.values()
     ours: dict[int, list[StoredTensor]] = {}
     for one in held:

@@ -42,7 +42,7 @@ class RedistributionTracker:
         if self._given:
             owner, given = self._given.pop()
             if owner is module and self._live.tracer is not None:
-                self._live.tracer.moved(given, values)
+                self._live.tracer.trace.labels.moved(given, values)
 
     def clear(self) -> None:
         """The pass has ended."""

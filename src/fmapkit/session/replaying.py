@@ -138,7 +138,7 @@ class Replaying:
                 args, kwargs = (args, kwargs) if given is None else given
         tensors = tensors_in(*args, kwargs)
         if tracer is not None:
-            inputs = [tracer.tag(t) for t in tensors]
+            inputs = [tracer.trace.labels.of(t) for t in tensors]
             origins = carried(inputs, self._wants.of)
         kind = shape_of(args), shape_of(kwargs), origins, modes
         sizes = sizes_of(tensors, args, kwargs)
@@ -255,8 +255,8 @@ class Replaying:
         if run.plan.effects.rewritten:
             arguments = tensors_in(*args, kwargs)
             for index, tag in run.plan.effects.rewritten:
-                tracer.set_tag(arguments[index], run.label(tag))
-        run.tag_outputs(output, tracer.set_tag)
+                tracer.trace.labels.put(arguments[index], run.label(tag))
+        run.tag_outputs(output, tracer.trace.labels.put)
         live.trace_on()
 
     def _check_beginning(self, run: ReplayRun) -> None:

@@ -18,7 +18,12 @@ from fmapkit.model import HOW, has_own_call
 from fmapkit.session.config import CaptureConfig
 from fmapkit.torchlib.autograd import in_backward
 from fmapkit.torchlib.compiled_modules import dynamo_has_run
-from fmapkit.torchlib.modes import fx_is_tracing, jit_is_tracing, make_fx_is_tracing
+from fmapkit.torchlib.modes import (
+    fx_is_tracing,
+    jit_is_tracing,
+    make_fx_is_tracing,
+    recorded_by_cuda,
+)
 from fmapkit.tracing import running_modules
 
 __all__ = ["UnseenCalls", "recorded"]
@@ -36,8 +41,7 @@ def recorded() -> str:
         return Reason.RECORDED.text(function="torch.export")
     if make_fx_is_tracing():
         return Reason.RECORDED.text(function="make_fx")
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    if started and torch.cuda.is_current_stream_capturing():
+    if recorded_by_cuda():
         return Reason.CUDA_GRAPH.text()
     return ""
 

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 __all__ = [
     *("fx_is_tracing", "jit_is_tracing", "leave_mode", "make_fx_is_tracing", "mode_count"),
-    *("nothing_between", "others_watch", "pop_mode", "push_mode", "without_modes"),
+    *("nothing_between", "others_watch", "pop_mode", "push_mode", "recorded_by_cuda"),
+    "without_modes",
 ]
 
 # A mode's `with` does no more than this, several calls deeper.
@@ -34,7 +35,8 @@ _proxies: Callable[[int], Any] = torch._ops.mode_stack_state_for_pre_dispatch().
 _with_cuda: bool = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
 
 
-def _recorded_by_cuda() -> bool:
+def recorded_by_cuda() -> bool:
+    """Whether what runs is recorded into a CUDA graph."""
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return started and torch.cuda.is_current_stream_capturing()
 
@@ -52,7 +54,7 @@ def nothing_between() -> bool:
         or _trace() is not None
         or (_compiler[_flag] if _flag in _compiler else torch.compiler.is_compiling())
         or _proxies(0) is not None  # make_fx before dispatch
-        or (_with_cuda and _recorded_by_cuda())
+        or (_with_cuda and recorded_by_cuda())
     )
 
 

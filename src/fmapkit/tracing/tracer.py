@@ -66,7 +66,6 @@ from fmapkit.tracing.module_calls import ModuleCalls
 from fmapkit.tracing.pass_trace import PassTrace
 from fmapkit.tracing.record import Record
 from fmapkit.tracing.sigma_calls import SigmaCalls
-from fmapkit.tracing.trace_view import TraceView
 
 __all__ = ["Tracer"]
 
@@ -85,7 +84,7 @@ def _target(name: str, args: Any, kwargs: Any) -> Tensor | None:
     return args[0] if isinstance(args[0], Tensor) else None
 
 
-class Tracer(TraceView, TorchFunctionMode):
+class Tracer(TorchFunctionMode):
     """Sees one pass; see the module's docstring.
 
     Args:
