@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fmapkit.torchlib.class_cache import remembered
+
 __all__ = ["MARK", "RECORDERS", "DecisionSink", "start", "stop", "taps", "unrecorded"]
 
 _T = TypeVar("_T")
@@ -37,11 +39,7 @@ _PLAIN: frozenset[type] = frozenset(
     }
 )
 _NESTED: frozenset[type] = frozenset({tuple, list, dict, set, frozenset, slice, torch.Size})
-_ROWS: frozenset[type] = frozenset({tuple, list, torch.Size})
 _FUNCTION = types.FunctionType
-_BUILTIN = types.BuiltinFunctionType
-_METHOD = types.MethodType
-_CALLABLES = frozenset({_FUNCTION, _BUILTIN, _METHOD, functools.partial})
 _SHARED = frozenset({type(None), types.ModuleType})
 _NOTHING: Callable[[Any], None] = deque(maxlen=0).append
 _TRUE, _FALSE = f"{MARK}True", f"{MARK}False"
@@ -111,17 +109,16 @@ def unrecorded() -> Iterator[None]:
 
 
 def enter(site: str) -> Callable[[Any], None]:
-    """A function begins; what its marks are to be given to while it runs."""
+    """A function begins; what its items are to be given to while it runs."""
     append: Callable[[Any], None] = _append_of(_ident(), _NOTHING)
     append(site)
     return append
 
 
-def mark(site: str) -> None:
-    """A place in the source is passed."""
-    append = _append_of(_ident())
-    if append is not None:
-        append(site)
+def current() -> Callable[[Any], None]:
+    """The same of code that has no variable for it."""
+    append: Callable[[Any], None] = _append_of(_ident(), _NOTHING)
+    return append
 
 
 def resumed(site: str, given: _T) -> _T:
@@ -132,19 +129,6 @@ def resumed(site: str, given: _T) -> _T:
     return given
 
 
-def value(given: _T) -> _T:
-    """A value becomes an argument, an index or an exponent."""
-    kind = type(given)
-    if kind is not Tensor:
-        append = _append_of(_ident())
-        if append is not None:
-            if kind in _PLAIN:
-                append(given)
-            else:
-                _other(append, given, kind)
-    return given
-
-
 # Past what a metaclass may say.
 _name_of: Callable[[type], Any] = type.__dict__["__qualname__"].__get__
 _bases_of: Callable[[type], Any] = type.__dict__["__bases__"].__get__
@@ -152,27 +136,45 @@ _bases_of: Callable[[type], Any] = type.__dict__["__bases__"].__get__
 # What follows asks for types, and never for `isinstance`: that may run code of the model's.
 
 
-def _other(append: Callable[[Any], None], given: Any, kind: type) -> None:
-    """An argument that is not to be recorded as it is: 1, 1.0 and True are equal."""
-    if kind is bool:
-        append(_TRUE if given else _FALSE)
-    elif kind is float:
-        append((float, given))
-    elif kind in _NESTED:
-        append(_flat(given))
-    elif issubclass(kind, Tensor):
-        append(_tensor(given, kind))
-    elif issubclass(kind, (int, float, str, np.generic)):
-        append((kind, str(given)))
-    elif kind in _CALLABLES:
-        append(_callable(given))
+def value(append: Callable[[Any], None], given: _T) -> _T:
+    """A value becomes an argument, an index or an exponent."""
+    kind = type(given)
+    if kind is not Tensor:
+        if kind in _PLAIN:
+            append(given)
+        elif append is not _NOTHING:
+            item_of = _ITEM_OF.get(kind) or _item_of(kind)
+            if item_of is not _ignore:
+                append(item_of(given))
+    return given
 
 
-def _tensor(given: Any, kind: type) -> Any:
+@remembered
+def _item_of(kind: type) -> Callable[[Any], Any]:
+    """What makes an item of values of a class that is none of those named here."""
+    if issubclass(kind, Tensor):
+        return _tensor
+    if issubclass(kind, (int, float, str, np.generic)):
+        return lambda given: (kind, str(given))
+    return _ignore
+
+
+def _ignore(_: Any) -> None:
+    """Nothing is recorded: what becomes of it is, where it decides something."""
+
+
+def _tensor(given: Any) -> Any:
     """Whose parameter a tensor is; its type, if it is none."""
     sink = sinks.get(_ident())
     place = sink.place_of(given) if sink is not None else None
-    return kind if place is None else place
+    return type(given) if place is None else place
+
+
+def _row(given: Any) -> Any:
+    """A tuple or a list; mostly a shape."""
+    if _PLAIN.issuperset(map(type, given)):
+        return (type(given), *given)
+    return (type(given), *[_flat(v, 1) for v in given])
 
 
 def _flat(given: Any, depth: int = 0) -> Any:
@@ -180,64 +182,80 @@ def _flat(given: Any, depth: int = 0) -> Any:
     kind = type(given)
     if kind in _PLAIN:
         return given
-    if kind is bool or kind is float:
-        return kind, given
-    if kind in _ROWS and _PLAIN.issuperset(map(type, given)):  # shapes, mostly
-        return (kind, *given)
-    if kind in _NESTED and depth < 8:
-        if kind is slice:
-            return (slice, *(_flat(v, depth + 1) for v in (given.start, given.stop, given.step)))
-        if kind is dict:
-            return (dict, *((_flat(k, depth + 1), _flat(v, depth + 1)) for k, v in given.items()))
-        if kind in (set, frozenset):
-            return (kind, len(given))
-        return (kind, *[_flat(v, depth + 1) for v in given])
     if kind is Tensor:
         return Tensor
+    if kind is bool or kind is float:
+        return kind, given
+    if kind in _NESTED and depth < 8:
+        depth += 1
+        if kind is dict:
+            return (dict, *[(_flat(k, depth), _flat(v, depth)) for k, v in given.items()])
+        if kind is slice:
+            return (slice, *[_flat(v, depth) for v in (given.start, given.stop, given.step)])
+        if kind in (set, frozenset):
+            return (kind, len(given))
+        return (kind, *[_flat(v, depth) for v in given])
     if issubclass(kind, Tensor):
-        return _tensor(given, kind)
+        return _tensor(given)
     if issubclass(kind, np.generic):
         return kind, str(given)
     return _class(kind)
 
 
-def called(function: _T) -> _T:
+def called(append: Callable[[Any], None], function: _T) -> _T:
     """A callable is about to be called."""
-    append = _append_of(_ident())
-    if append is not None:
+    if append is not _NOTHING:
         append(_callable(function))
     return function
 
 
 def _callable(function: Any) -> Any:
-    """What tells a callable from others, in every pass alike.
-
-    Functions of the model's own code may be made anew in each pass: they go by their name, and tell
-    by their first mark which they are. So do modules and other objects that were made in the pass.
-    """
+    """What tells a callable from others, in every pass alike."""
     kind = type(function)
-    if kind is _BUILTIN:
-        owner = type(function.__self__)
-        if owner in _SHARED or issubclass(owner, type):
-            return function
-        if owner is not Tensor and issubclass(owner, Tensor):
-            return _tensor(function.__self__, owner), function.__name__
+    return (_CALLABLES.get(kind) or _other_callable)(function)
+
+
+def _function(function: Any) -> Any:
+    """Those of the model's own code may be made anew in each pass: they go by their name.
+
+    By their first mark they tell which they are.
+    """
+    home = function.__module__
+    return function if type(home) is str and home.startswith("torch.") else function.__qualname__
+
+
+def _builtin(function: Any) -> Any:
+    """A function of C code, or a method of that."""
+    owner = type(function.__self__)
+    if owner is Tensor:
         return function.__name__
-    if kind is _FUNCTION:
-        home = function.__module__
-        return (
-            function if type(home) is str and home.startswith("torch.") else function.__qualname__
-        )
-    if kind is _METHOD:
-        inner = function.__func__
-        name = inner.__qualname__ if type(inner) is _FUNCTION else type(inner)
-        return (_callable(function.__self__), name)
+    if owner in _SHARED or issubclass(owner, type):
+        return function
+    if issubclass(owner, Tensor):
+        return _tensor(function.__self__), function.__name__
+    return function.__name__
+
+
+def _method(function: Any) -> Any:
+    """A function with what it is bound to."""
+    inner = function.__func__
+    name = inner.__qualname__ if type(inner) is _FUNCTION else type(inner)
+    return _callable(function.__self__), name
+
+
+def _partial(function: Any) -> Any:
+    """A function with some of its arguments."""
+    arguments = _flat(function.args), _flat(function.keywords)
+    return functools.partial, _callable(function.func), *arguments
+
+
+def _other_callable(function: Any) -> Any:
+    """Modules and other objects; one that was made in the pass goes by its class."""
+    kind = type(function)
     if issubclass(kind, nn.Module):
         # Those of the model, and others that are kept, are compared by identity.
         sink = sinks.get(_ident())
         return function if sink is not None and function in sink.modules else _class(kind)
-    if kind is functools.partial:
-        return kind, _callable(function.func), _flat(function.args), _flat(function.keywords)
     return _class(function if issubclass(kind, type) else kind)
 
 
@@ -245,6 +263,24 @@ def _class(given: Any) -> Any:
     """A class; one that a function makes anew in each pass goes by its name, and by its bases."""
     name: str = _name_of(given)
     return given if "<locals>" not in name else (name, *map(_class, _bases_of(given)))
+
+
+_CALLABLES: dict[type, Callable[[Any], Any]] = {
+    _FUNCTION: _function,
+    types.BuiltinFunctionType: _builtin,
+    types.MethodType: _method,
+    functools.partial: _partial,
+}
+# 1, 1.0 and True are equal.
+_ITEM_OF: dict[type, Callable[[Any], Any]] = {
+    **_CALLABLES,
+    bool: lambda given: _TRUE if given else _FALSE,
+    float: lambda given: (float, given),
+    torch.Size: lambda given: (torch.Size, *given),
+    tuple: _row,
+    list: _row,
+    **dict.fromkeys((dict, set, frozenset, slice), _flat),
+}
 
 
 # By thread: what is told of calls of tapped functions, and gives what is called in their place.
@@ -280,7 +316,7 @@ def caught(site: str) -> None:
 # By the names that stand for them in a twin before it is finished.
 RECORDERS: dict[str, Any] = {
     f"{MARK}{f.__name__}": f
-    for f in (enter, mark, resumed, value, called, tapped, caught, type, Tensor)
+    for f in (enter, current, resumed, value, called, tapped, caught, type, Tensor)
 }
 
 
@@ -293,19 +329,15 @@ for _name, _recorder in RECORDERS.items():
     setattr(builtins, _name, _recorder)
 
 
-def _ignore(site: str) -> None:
-    return None
-
-
 def _traced_as(recorder: Callable[..., Any], instead: Callable[..., Any]) -> None:
     """Have torch.compile see something else where it traces a twin."""
     recorder._torchdynamo_inline = instead  # type: ignore[attr-defined]
 
 
 _traced_as(enter, lambda site: _ignore)
-_traced_as(mark, lambda site: None)
+_traced_as(current, lambda: _ignore)
 _traced_as(caught, lambda site: None)
 _traced_as(resumed, lambda site, given: given)
-_traced_as(value, lambda given: given)
-_traced_as(called, lambda function: function)
+_traced_as(value, lambda append, given: given)
+_traced_as(called, lambda append, function: function)
 _traced_as(tapped, lambda site, function: function)

@@ -89,10 +89,14 @@ class Rewriter(ast.NodeTransformer):
         call = ast.Call(ast.Name(f"{MARK}{recorder}", ast.Load()), [*first, argument], [])
         return ast.fix_missing_locations(ast.copy_location(call, at))
 
+    def _append(self) -> ast.expr:
+        """What items are given to."""
+        if self._quick:
+            return ast.Name(_APPEND, ast.Load())
+        return ast.Call(ast.Name(f"{MARK}current", ast.Load()), [], [])
+
     def _marking(self, at: ast.AST) -> ast.expr:
-        if not self._quick:
-            return self._call("mark", self._site(at), at)
-        call = ast.Call(ast.Name(_APPEND, ast.Load()), [self._site(at)], [])
+        call = ast.Call(self._append(), [self._site(at)], [])
         return ast.fix_missing_locations(ast.copy_location(call, at))
 
     def _mark(self, at: ast.AST) -> ast.stmt:
@@ -133,7 +137,7 @@ class Rewriter(ast.NodeTransformer):
         if isinstance(node, ast.Starred):
             node.value = self._value(node.value)
             return node
-        looked_at = self._call("value", node, node)
+        looked_at = self._call("value", node, node, self._append())
         if isinstance(node, ast.Name):
             same = ast.copy_location(ast.Name(node.id, ast.Load()), node)
             return self._unless_tensor(node.id, same, looked_at)
@@ -306,7 +310,7 @@ class Rewriter(ast.NodeTransformer):
 
     def _callee(self, function: ast.expr) -> ast.expr:
         """What is called, looked at; a tensor's method is what its name says."""
-        looked_at = self._call("called", function, function)
+        looked_at = self._call("called", function, function, self._append())
         if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
             owner = ast.Name(function.value.id, ast.Load())
             method = ast.copy_location(ast.Attribute(owner, function.attr, ast.Load()), function)
