@@ -215,13 +215,19 @@ def _opened(function: Any) -> Any:
 
 
 def out_of_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The same σ into fresh memory: (function, args, kwargs); None where torch has no such form."""
+    """The same σ into fresh memory: (function, args, kwargs).
+
+    Returns:
+        None where torch has no such form, or where this very call is not in place.
+    """
     known = describe(function)
-    if known.inplace_at is not None:
+    if known.asked_in_place(args, kwargs):
         if "inplace" in kwargs:
             return function, args, {**kwargs, "inplace": False}
-        place = known.inplace_at
+        place = known.inplace_at or 0
         return function, (*args[:place], False, *args[place + 1 :]), kwargs
+    if not known.in_place:
+        return None
     for home in (torch, F, torch._C._nn, Tensor):
         found = getattr(home, known.name, None)
         if found is not None and nonlinearities.FUNCTIONS.get(found) == known.sigma:

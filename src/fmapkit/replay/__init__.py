@@ -7,7 +7,8 @@ ReplayRegions         regions.py      which modules are replayed as a whole; gua
 ModelGuard            model_guard.py  is the model the one that was traced?
 ReplayRun             run.py          one call: what it notes is compared with the plan
   RunLog              run_log.py      what was noted, and the maps that it stands for
-  taps                taps.py         hooks; call_taps.py: call overrides
+  taps                taps.py         hooks; call_taps.py: before the calls of modules;
+                                      site_taps.py: where calls of functions are written
   LightMode           light_mode.py   σ in torch's own code, where no tap can be set
 """
 
@@ -20,6 +21,7 @@ from fmapkit.replay.plan import Plan
 from fmapkit.replay.planning import make_plan
 from fmapkit.replay.regions import ReplayRegion, ReplayRegions, carried, shape_of, sizes_of
 from fmapkit.replay.run import ReplayRun
+from fmapkit.replay.site_taps import PlainSite
 from fmapkit.replay.taps import CurrentRun
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "LightMode",
     "ModelGuard",
     "PassPiece",
+    "PlainSite",
     "Plan",
     "Ref",
     "Relations",

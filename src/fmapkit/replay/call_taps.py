@@ -38,7 +38,7 @@ from fmapkit.torchlib.call_override import (
     note,
     passed_over,
 )
-from fmapkit.torchlib.in_place import count_write, has_own_memory, with_new_memory
+from fmapkit.torchlib.in_place import has_own_memory, with_new_memory, write_apart
 from fmapkit.torchlib.memory import version_of
 
 __all__ = ["CallTap", "KeepingCallTap", "OutputCallTap", "can_stand", "tap_of"]
@@ -149,7 +149,7 @@ class OutputCallTap(CallTap):
 class KeepingCallTap(CallTap):
     """The same for a module that is an in-place nonlinearity: z is kept as it was."""
 
-    __slots__ = ("_apart", "_sigma", "_varies")
+    __slots__ = ("_apart", "_count", "_sigma", "_varies")
 
     def __init__(self, module: nn.Module, tap: HookTap) -> None:
         super().__init__(module, tap)
@@ -158,6 +158,7 @@ class KeepingCallTap(CallTap):
         self._sigma = self._apart.forward
         # Whether there is more to σ than its name: a slope, say, which may change at any time.
         self._varies = not module.__dict__.keys() <= _OF_EACH
+        self._count = len(module.__dict__.keys() | {"_compiled_call_impl"})
         self._refresh()
 
     def _refresh(self) -> None:
@@ -172,6 +173,15 @@ class KeepingCallTap(CallTap):
         note, how, wanted, drop, fresh = cell
         module = self.module
         if module not in wanted:
+            return self.inner(*args, **kwargs)
+        own = module.__dict__
+        # Code that sets attributes within a pass may have made another σ of it.
+        if (
+            len(own) != self._count
+            or not own.get("inplace")
+            or type(module) is not type(self._apart)
+        ):
+            self.line.run.stray(type(module).__name__)
             return self.inner(*args, **kwargs)
         try:
             x = args[0]
@@ -193,8 +203,7 @@ class KeepingCallTap(CallTap):
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.tap.fault(module, error)
             return self.inner(*args, **kwargs)
-        x.data = a
-        count_write(x)
+        write_apart(x, a)
         note((module, x, version, z, 0, False))
         drop(None)
         return x

@@ -59,6 +59,7 @@ class Plan:
     direct: dict[nn.Module, str]  # taps all of whose steps are plain, in the same way
     # Of calls of functions that are tapped where they are written: the names of the functions.
     sites: Mapping[str, frozenset[str]]
+    plain_sites: Mapping[str, str]  # those that are read plainly, in the same way each time
     scopes: frozenset[nn.Module]  # run under the light mode: they call a σ themselves
     toggles: frozenset[nn.Module]  # children of these, in which the light mode is off
     before: frozenset[nn.Module]  # need a look before their call

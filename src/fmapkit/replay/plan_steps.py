@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,7 @@ class Reading:
         tapped: modules whose end is tapped.
         direct: those whose taps note tensors as they are, and which ones.
         sites: of calls of functions that are tapped where they are written.
+        plain_sites: those where one function is called, and how it is noted (see `PlainSite`).
         scopes: modules in which such a place is not to be had, watched by the light mode.
         order: what fires, in order.
         at: the step of each.
@@ -68,6 +69,7 @@ class Reading:
                 self.at.append(replace(made[firing], at=len(self.order)))
                 self.order.append(firing.site if self._at_site(firing) else firing.module)
         self.steps = [step for step in self.at if step is not None]
+        self.plain_sites = _plain_sites(self.sites, zip(self.order, self.at, strict=True))
 
     def keeping(self) -> frozenset[nn.Module]:
         """In-place nonlinearities that leave z's memory to us, if they can."""
@@ -184,7 +186,7 @@ def _plain(firing: HookPoint, emissions: Sequence[MapSpec], keeps: bool) -> str:
     plain = "xy" if keeps else "".join(sorted({e.slot for e in emissions}))
     if (
         plain not in ("xy", "y")
-        or (firing.module is None and (keeps or _is_shared(firing)))
+        or (firing.module is None and _is_shared(firing))
         or any(e.stored or ((e.copy or e.before) and not (keeps and e.before)) for e in emissions)
         or any(e.key is not None for e in firing.events)
         or any(e.kind == "output" for e in emissions)
@@ -214,6 +216,18 @@ def _direct(steps: list[Step]) -> dict[nn.Module, str]:
                 step.plain if found.get(step.module, step.plain) == step.plain else ""
             )
     return {module: how for module, how in found.items() if how}
+
+
+def _plain_sites(
+    sites: Mapping[str, frozenset[str]], fired: Iterable[tuple[Any, Step | None]]
+) -> dict[str, str]:
+    found: dict[str, set[str]] = {}
+    for key, step in fired:
+        if key in sites and step is not None:
+            usual = step.plain if not step.place and step.key is None else ""
+            found.setdefault(key, set()).add("kept" if usual and step.keeps else usual)
+    plain = {site: how.pop() for site, how in found.items() if len(how) == 1}
+    return {site: how for site, how in plain.items() if how and len(sites[site]) == 1}
 
 
 def _opens_on_others(module: nn.Module) -> bool:

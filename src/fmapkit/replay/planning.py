@@ -47,6 +47,7 @@ def make_plan(
         taps=frozenset(read.tapped),
         direct=read.direct,
         sites=read.sites,
+        plain_sites=read.plain_sites,
         scopes=frozenset(read.scopes),
         toggles=read.toggles(firings),
         before=read.before() - keeping,

@@ -7,7 +7,7 @@ run ends; tags are made when somebody reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from operator import itemgetter
 from threading import get_ident
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from fmapkit.paths import Expected, taps
 from fmapkit.provenance import Label, describe, out_of_place
 from fmapkit.replay.light_mode import LightMode
-from fmapkit.replay.plan import Plan, Step
+from fmapkit.replay.plan import Plan
 from fmapkit.replay.run_log import RunLog, Slots
+from fmapkit.replay.site_taps import PlainSite, unbound
 from fmapkit.replay.taps import CurrentRun
 from fmapkit.selection import EarlyStop, Selection
 from fmapkit.torchlib.autograd import graph_task
@@ -38,7 +39,7 @@ class ReplayRun(RunLog):
 
     __slots__ = (
         *("_checked", "_outer", "analyses", "before", "drop", "ended", "expected", "line"),
-        *("marks", "mode", "module", "stop"),
+        *("marks", "mode", "module", "sites", "stop"),
     )
 
     def __init__(
@@ -52,6 +53,7 @@ class ReplayRun(RunLog):
         inputs: list[Label],
         base: dict[str, int] | None,
         drop: Callable[[Any], None],
+        sites: Mapping[str, PlainSite],
         analyses: Callable[[ReplayRun], None] | None = None,
     ) -> None:
         super().__init__(plan, wants, inputs, base)
@@ -61,6 +63,7 @@ class ReplayRun(RunLog):
         self.ended = False  # early, by our stop
         self.stop = stop  # what to end the pass by, after the last step
         self.drop = drop  # lets go of an older map
+        self.sites = sites if self.how < 2 else {}
         self.analyses = analyses  # to be shown each map as soon as it is there
         self.before: dict[nn.Module, list[Slots]] = {}  # read before the call that overwrites it
         self.mode: LightMode | None = None
@@ -87,15 +90,21 @@ class ReplayRun(RunLog):
         outer = self._outer
         if outer is not None:  # of another capture
             function = outer(site, function)
+        if self.lost or graph_task() != -1:
+            return function
+        if site in self.sites:
+            tap = self.sites[site].instead_of(function)
+            if tap is not None:
+                return tap
         names = self.plan.sites.get(site)
-        if names is None or self.lost or graph_task() != -1:
+        if names is None:
             return function
         inner = function
         while type(inner) is partial:
             inner = inner.func
         if type(inner) not in _FUNCTIONS:
             return function
-        plain = _unbound(inner)
+        plain = unbound(inner)
         name = describe(plain).name
         if name not in names:
             return function
@@ -216,9 +225,9 @@ class ReplayRun(RunLog):
             self.follows()  # which says where it left its plan, if that was before
             self.stray(name)
             return func(*args, **kwargs)
-        if step.plain and self.how < 2 and not self.wants.gradients:
+        if step.plain and not step.keeps and self.how < 2 and not self.wants.gradients:
             out = func(*args, **kwargs)
-            self._note_plainly(site, step, args, kwargs, out)
+            self.note_plainly(site, args, kwargs, out)
             return out
         if not self.follows():
             return func(*args, **kwargs)
@@ -252,13 +261,16 @@ class ReplayRun(RunLog):
         z: Tensor = x.data
         return z
 
-    def _note_plainly(
-        self, site: str | None, step: Step, args: Any, kwargs: Any, output: Any
-    ) -> None:
+    def note_plainly(self, site: str | None, args: Any, kwargs: Any, output: Any) -> None:
         """A function has run, and references to x and y are all that is held of it.
 
         Whether the log follows the plan is asked when the run ends, as it is of modules.
         """
+        step = self.plan.at[len(self.log)] if self._next_key() == site else None
+        if step is None:
+            if self.follows():
+                self.stray("a function")
+            return
         x = args[0] if args and not step.place else None
         if type(x) is not Tensor:
             x = next(iter(tensors_in(*args, kwargs)[step.place :]), None)
@@ -285,10 +297,3 @@ class ReplayRun(RunLog):
     def complete(self) -> bool:
         """Whether every tap has fired."""
         return len(self.log) == len(self.plan.order)
-
-
-def _unbound(function: Any) -> Any:
-    """A tensor's method without the tensor; any other function as it is."""
-    if type(function) is BuiltinMethodType and issubclass(type(function.__self__), Tensor):
-        return getattr(type(function.__self__), function.__name__)
-    return function

@@ -18,6 +18,7 @@ from fmapkit.instrumentation import Hook, Hooks
 from fmapkit.model import doors
 from fmapkit.replay import (
     CurrentRun,
+    PlainSite,
     Plan,
     ReplayRegions,
     can_stand,
@@ -62,6 +63,7 @@ class HookInstaller:
 
     Attributes:
         tapped: the plan that each region's taps are set for.
+        sites: where each region's functions are read plainly.
         line: what the taps write to.
     """
 
@@ -74,6 +76,7 @@ class HookInstaller:
         callbacks: Callable[[], HookCallbacks],
     ) -> None:
         self.tapped: dict[nn.Module, Plan] = {}
+        self.sites: dict[nn.Module, dict[str, PlainSite]] = {}
         self.line = CurrentRun()
         self._model = asked.model
         self._hooks = hooks
@@ -180,6 +183,11 @@ class HookInstaller:
         for door in doors(region, hooks.modules()):
             hooks.after(door, tap_of("y", *to))  # in no plan: it tells of calls outside of a pass
         self.tapped[region] = plan
+        self.sites[region] = {}
+        if not (self._stops or self._shown or self._gradients):
+            for site, how in plan.plain_sites.items():
+                (name,) = plan.sites[site]
+                self.sites[region][site] = PlainSite(site, name, how, self.line)
 
     def no_doors(self) -> None:
         """Remove what is there only to name calls outside of passes."""

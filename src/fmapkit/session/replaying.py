@@ -185,8 +185,9 @@ class Replaying:
             base = plan.effects.base(tracer.trace.record)
         assert live.current is not None
         drop = live.current.drop
+        line, sites = self._placing.line, self._placing.sites[module]
         run = ReplayRun(
-            module, plan, wants, self._placing.line, expected, stop, inputs, base, drop, analyses
+            module, plan, wants, line, expected, stop, inputs, base, drop, sites, analyses
         )
         live.run = run
         if wants.graph and live.current.grads and in_function():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["count_write", "has_own_memory", "is_alone", "someone_sees", "with_new_memory"]
+__all__ = ["has_own_memory", "is_alone", "someone_sees", "with_new_memory", "write_apart"]
 
 _users_of: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 _function_modes: Callable[[], int] = torch._C._len_torch_function_stack
@@ -30,10 +30,18 @@ except (TypeError, RuntimeError):  # older versions of torch count one tensor at
     _of_many = False
 
 
-def count_write(tensor: Tensor) -> None:
-    """A tensor was given other values, in a way that its version counter does not see."""
-    # What is public asks `isinstance(..., Tensor)` first, which costs more than the rest.
-    _count((tensor,) if _of_many else tensor)
+def write_apart(tensor: Tensor, values: Tensor, counted: bool = True) -> None:
+    """Give a tensor other values, in memory of their own; its version counter counts that.
+
+    Args:
+        tensor: the one to be written to.
+        values: in memory that nobody else has.
+        counted: the tensor has a version counter: inference tensors have none.
+    """
+    tensor.data = values
+    if counted:
+        # What is public asks `isinstance(..., Tensor)` first, which costs more than the rest.
+        _count((tensor,) if _of_many else tensor)
 
 
 def is_alone(z: Any, ours: int = 0) -> bool:
@@ -82,7 +90,5 @@ def with_new_memory(z: Tensor, sigma: Callable[[], Tensor]) -> bool:
     a = sigma()
     if a.stride() != z.stride() or a.dtype is not z.dtype:
         return False
-    z.data = a
-    if not z.is_inference():
-        count_write(z)
+    write_apart(z, a, counted=not z.is_inference())
     return True

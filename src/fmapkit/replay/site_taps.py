@@ -1,0 +1,132 @@
+"""Taps of functions that a module calls itself: what is called where the call is written.
+
+A twin asks what to call at such a place (see `recorders.tapped`). At most of them one function is
+called, of which references to z and a are all that is held: a `SiteTap` notes these and never looks
+at the plan. What is not so plain is a matter of `ReplayRun.call`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import BuiltinMethodType, FunctionType, MethodDescriptorType
+from typing import Any
+
+from torch import Tensor
+
+from fmapkit.provenance import describe, out_of_place
+from fmapkit.replay.taps import CurrentRun
+from fmapkit.torchlib.in_place import has_own_memory, write_apart
+
+__all__ = ["PlainSite", "unbound"]
+
+_FUNCTIONS = frozenset({FunctionType, BuiltinMethodType, MethodDescriptorType})
+
+
+class PlainSite:
+    """A place in the source where one function is called, and is read plainly.
+
+    Args:
+        site: the place.
+        name: of the function.
+        how: what is noted: "xy", "y", or "kept": of an in-place nonlinearity, z as it was, and y.
+        line: to write to.
+    """
+
+    __slots__ = ("_function", "_how", "_line", "_name", "_site", "_tap")
+
+    def __init__(self, site: str, name: str, how: str, line: CurrentRun) -> None:
+        self._site = site
+        self._name = name
+        self._how = how
+        self._line = line
+        self._function: Any = None  # what was called here before
+        self._tap: Any = None
+
+    def instead_of(self, function: Any) -> Callable[..., Any] | None:
+        """What to call in the place of a function; None if it is not the one that is read here."""
+        if function is self._function:
+            tap: Callable[..., Any] = self._tap
+            return tap
+        if type(function) not in _FUNCTIONS:
+            return None
+        plain = unbound(function)
+        if describe(plain).name != self._name:
+            return None
+        tap = (_KeptTap if self._how == "kept" else _SiteTap)(
+            plain, self._site, self._how, self._line
+        )
+        if plain is not function:
+            return partial(tap, function.__self__)
+        self._function, self._tap = function, tap
+        return tap
+
+
+class _SiteTap:
+    """Calls a function, and notes what it was given and what it returned."""
+
+    __slots__ = ("function", "line", "of_x", "site")
+
+    def __init__(self, function: Any, site: str, how: str, line: CurrentRun) -> None:
+        self.function = function
+        self.site = site
+        self.of_x = how == "xy"
+        self.line = line
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cell = self.line.cell
+        output = self.function(*args, **kwargs)
+        if cell is None:
+            return output
+        note, how, _, drop, _ = cell
+        x = args[0] if args else None
+        if type(x) is not Tensor or type(output) is not Tensor or output.is_inference():
+            self.line.run.note_plainly(self.site, args, kwargs, output)
+            return output
+        y = output.detach() if how and output.requires_grad else output
+        if self.of_x:
+            x = x.detach() if how and x.requires_grad else x
+            note((self.site, y, y._version, x, x._version))
+        else:
+            note((self.site, y, y._version))
+        drop(None)
+        return output
+
+
+class _KeptTap(_SiteTap):
+    """The same of an in-place nonlinearity: z is kept as it was (see `torchlib/in_place.py`)."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cell = self.line.cell
+        if cell is None:
+            return self.function(*args, **kwargs)
+        note, how, _, drop, fresh = cell
+        x = args[0] if args else None
+        if not fresh or type(x) is not Tensor or (how and x.requires_grad):
+            return self.slowly(args, kwargs)
+        other = out_of_place(self.function, args, kwargs)
+        if other is None or not has_own_memory(x):
+            return self.slowly(args, kwargs)
+        function, its_args, its_kwargs = other
+        version = x._version + 1
+        z, a = x.data, function(*its_args, **its_kwargs)
+        if a.stride() != x.stride() or a.dtype is not x.dtype:
+            return self.slowly(args, kwargs)
+        write_apart(x, a)
+        note((self.site, x, version, z, 0, False))
+        drop(None)
+        return x
+
+    def slowly(self, args: Any, kwargs: Any) -> Any:
+        """The same by the plan, which says what else lies in the memory of x."""
+        run = self.line.run
+        return run.call(describe(self.function).name, self.function, args, kwargs, self.site)
+
+
+def unbound(function: Any) -> Any:
+    """A tensor's method without the tensor; any other function as it is."""
+    if type(function) is BuiltinMethodType and issubclass(type(function.__self__), Tensor):
+        return getattr(type(function.__self__), function.__name__)
+    return function
