@@ -543,7 +543,8 @@ def partials(c: ClassWriter, depth: int) -> Code:
             "act = partial(F.gelu, approximate='tanh' if TEST else 'none')",
         )
     )
-    return [f"h = {layer(c)}", *lines_of(c, [], line), "x = T.call(act, h)"]
+    after = c.program.pick(([], ["x = T.vague(lambda a, b: a + b, h, x)"]))
+    return [f"h = {layer(c)}", *lines_of(c, [], line), "x = T.call(act, h)", *after]
 
 
 @flat
@@ -752,14 +753,21 @@ def sigma_or_none(c: ClassWriter, depth: int) -> Code:
 
 @flat
 def inplace_flag(c: ClassWriter, depth: int) -> Code:
+    """σ in place in one pass and not in another; what it was given is used afterwards, or not."""
     act = c.part("nn.ReLU()")
-    line = c.program.pick((f"{act}.inplace = TEST", "flag_ = TEST"))
-    call = (
-        f"x = T.call({act}, h)"
-        if act in line
-        else "x = T.sig('relu', lambda t: F.relu(t, inplace=flag_), h)"
+    line, call = c.program.pick(
+        (
+            (f"{act}.inplace = TEST", f"T.call({act}, h)"),
+            (f"setattr({act}, 'inplace', TEST)", f"T.call({act}, h)"),
+            ("flag_ = TEST", "T.sig('relu', lambda t: F.relu(t, inplace=flag_), h)"),
+            ("flag_ = TEST", "T.sig('leaky_relu', lambda t: F.leaky_relu(t, 0.1, flag_), h)"),
+            ("flag_ = TEST", "T.sig('relu', lambda t: (t.relu_ if flag_ else t.relu)(), h)"),
+            ("act_ = torch.relu_ if TEST else torch.relu", "T.sig('relu', lambda t: act_(t), h)"),
+        )
     )
-    return [f"h = {layer(c)}", *lines_of(c, [], line.replace("TEST", "bool(TEST)")), call]
+    after = c.program.pick(([], ["x = T.vague(lambda a, b: a + b, h, x)"]))
+    flags = lines_of(c, [], line.replace("TEST", "bool(TEST)"))
+    return [f"h = {layer(c)}", *flags, f"x = {call}", *after]
 
 
 @flat
