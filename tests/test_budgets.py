@@ -117,7 +117,7 @@ def test_python_calls() -> None:
     alone = {"OutputCallTap.__call__": ALONE}
     assert taps == {"KeepingCallTap.__call__": SITES, **alone}
     # An in-place σ is a few calls of ours: z is looked at, σ runs out of place, z gets its memory.
-    for name in ("has_own_memory", "write_apart"):
+    for name in ("may_leave_memory", "_has_own_memory", "write_apart"):
         assert calls.pop(name) == SITES
     recorded = sum(calls.pop(name, 0) for name in RECORDERS)
     # Functions that run, what they are told to call; and whose call it is that we stand before.

@@ -14,7 +14,7 @@ from functools import partial
 from types import FrameType, MethodType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import _global_forward_hooks as _after
 from torch.nn.modules.module import _global_forward_pre_hooks as _before
 
@@ -38,7 +38,7 @@ from fmapkit.torchlib.call_override import (
     note,
     passed_over,
 )
-from fmapkit.torchlib.in_place import has_own_memory, with_new_memory, write_apart
+from fmapkit.torchlib.in_place import may_leave_memory, with_new_memory, write_apart
 from fmapkit.torchlib.memory import version_of
 
 __all__ = ["CallTap", "KeepingCallTap", "OutputCallTap", "can_stand", "tap_of"]
@@ -170,7 +170,7 @@ class KeepingCallTap(CallTap):
         cell = self.line.cell
         if cell is None or ((self.theirs or _before) and self.moved()):
             return self.otherwise(args, kwargs)
-        note, how, wanted, drop, fresh = cell
+        note, _, wanted, drop, fresh = cell
         module = self.module
         if module not in wanted:
             return self.inner(*args, **kwargs)
@@ -186,13 +186,7 @@ class KeepingCallTap(CallTap):
         try:
             x = args[0]
             # Where another capture stands behind us, it is to see the module's own call.
-            if (
-                not fresh
-                or type(self.inner) is not MethodType
-                or type(x) is not Tensor
-                or (how and x.requires_grad)
-                or not has_own_memory(x)
-            ):
+            if not fresh or type(self.inner) is not MethodType or not may_leave_memory(x):
                 return self._slowly(args, kwargs)
             version = x._version + 1
             if self._varies:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fmapkit.provenance import describe, out_of_place
 from fmapkit.replay.taps import CurrentRun
-from fmapkit.torchlib.in_place import has_own_memory, write_apart
+from fmapkit.torchlib.in_place import may_leave_memory, write_apart
 
 __all__ = ["PlainSite", "unbound"]
 
@@ -102,12 +102,12 @@ class _KeptTap(_SiteTap):
         cell = self.line.cell
         if cell is None:
             return self.function(*args, **kwargs)
-        note, how, _, drop, fresh = cell
+        note, _, _, drop, fresh = cell
         x = args[0] if args else None
-        if not fresh or type(x) is not Tensor or (how and x.requires_grad):
+        if not fresh or not may_leave_memory(x):
             return self.slowly(args, kwargs)
         other = out_of_place(self.function, args, kwargs)
-        if other is None or not has_own_memory(x):
+        if other is None:
             return self.slowly(args, kwargs)
         function, its_args, its_kwargs = other
         version = x._version + 1

@@ -9,12 +9,12 @@ or where the tensor is part of an autograd graph, z is copied, and σ runs as th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-__all__ = ["has_own_memory", "is_alone", "someone_sees", "with_new_memory", "write_apart"]
+__all__ = ["is_alone", "may_leave_memory", "someone_sees", "with_new_memory", "write_apart"]
 
 _users_of: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 _function_modes: Callable[[], int] = torch._C._len_torch_function_stack
@@ -57,7 +57,7 @@ def is_alone(z: Any, ours: int = 0) -> bool:
         return False
     if not (z.is_cpu or z.is_cuda or z.is_mps) or z.dtype not in _DTYPES:
         return False
-    return has_own_memory(z, ours)
+    return _has_own_memory(z, ours)
 
 
 def someone_sees() -> bool:
@@ -65,12 +65,22 @@ def someone_sees() -> bool:
     return bool(_function_modes() or _dispatch_modes())
 
 
-def has_own_memory(z: Tensor, ours: int = 0) -> bool:
-    """The same of a tensor that was alone in an earlier pass, whose path this one takes.
+def may_leave_memory(z: Any) -> TypeGuard[Tensor]:
+    """The same as `is_alone` of a tensor that was so in an earlier pass, whose path this one takes.
 
-    Its layout, type and device are what they were; whose memory it has may depend on the inputs.
+    Its layout and its device are what they were. Whose memory it has may depend on the inputs; and
+    code that has just left the path may be in another mode, or in a transform.
     """
-    storage = z.untyped_storage()
+    if type(z) is not Tensor or z.requires_grad or z.is_inference():
+        return False
+    return _has_own_memory(z, 0)
+
+
+def _has_own_memory(z: Tensor, ours: int) -> bool:
+    try:
+        storage = z.untyped_storage()
+    except NotImplementedError:  # what stands for another tensor in a transform has none
+        return False
     # The handle just made is one of the users. NumPy's memory, say, is not resizable.
     if _users_of is None or _users_of(storage._cdata) != 2 + ours or not storage.resizable():
         return False

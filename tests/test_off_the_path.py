@@ -1,7 +1,7 @@
-"""A σ that was in place, and in the next pass is not: the model's tensor stays what it is.
+"""A pass that leaves its known path where an in-place σ is: the model computes what it computes.
 
 Known sites have an in-place σ run into new memory. What the call itself asks for counts there, and
-not what the traced pass asked for.
+what it is given: not what the traced pass asked for and was given.
 """
 
 from __future__ import annotations
@@ -102,3 +102,89 @@ def test_what_the_call_asks_for_is_what_the_model_gets(how: Any, mode: Any) -> N
             for fm in maps.select(kind="preactivation", step=step):
                 assert torch.equal(fm.tensor, z)
     assert maps.missed
+
+
+# -- what it is given -------------------------------------------------------------------------
+
+WITHIN = [0]
+
+
+def _usual(f: Any, x: Tensor) -> Tensor:
+    out: Tensor = f(x)
+    return out
+
+
+def _vmap(f: Any, x: Tensor) -> Tensor:
+    out: Tensor = torch.func.vmap(f)(x)
+    return out
+
+
+def _jvp(f: Any, x: Tensor) -> Tensor:
+    out: Tensor = torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
+    return out
+
+
+def _grad(f: Any, x: Tensor) -> Tensor:
+    out: Tensor = torch.func.grad(lambda t: f(t).sum())(x)
+    return out
+
+
+def _inference(f: Any, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        out: Tensor = f(x).clone()
+    return out
+
+
+def _own_gradients(f: Any, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        y = x.detach().requires_grad_()
+        return torch.autograd.grad(f(y).sum(), y)[0]
+
+
+def _autocast(f: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        out: Tensor = f(x)
+    return out
+
+
+def _as_array(f: Any, x: Tensor) -> Tensor:
+    return f(x) + torch.from_numpy(f(x).numpy())  # type: ignore[no-any-return]
+
+
+OTHERS = [_vmap, _jvp, _grad, _inference, _own_gradients, _autocast, _as_array]
+
+
+class Within(nn.Module):
+    """Has the same code run as usual, or in another mode, by what nothing tells of beforehand."""
+
+    def __init__(self, functional: bool, other: Any) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.act = nn.ReLU(inplace=True)
+        self.functional = functional
+        self.ways = [_usual, other]
+
+    def _part(self, x: Tensor) -> Tensor:
+        z = self.fc(x)
+        out: Tensor = F.relu(z, inplace=True) if self.functional else self.act(z)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.ways[WITHIN[0]](self._part, x)
+        return out
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_it_is_given_is_asked_at_the_call(other: Any, functional: bool) -> None:
+    model = Within(functional, other)
+    bare = copy.deepcopy(model)
+    x = torch.randn(3, 4)
+    with torch.no_grad(), capture(model) as maps:
+        for step in range(7):
+            WITHIN[0] = int(step == 4)
+            assert torch.equal(model(x), bare(x))
+            for fm in maps.select(kind="preactivation", step=step):
+                assert torch.equal(fm.tensor.float(), bare.fc(x)) or step == 4
+        assert len(maps.select(step=6)) == 2
+    assert any(not m.layer for m in maps.missed)
