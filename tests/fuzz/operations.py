@@ -573,7 +573,7 @@ def _writes(c: ClassWriter) -> Code:
             ["x = T.aug('+', x, y)"],
             ["y = T.aug('+', y, x)", "x = y"],
             ["y = T.keep(lambda t: t.mul_(0.5), y)"],
-            ["y = T.keep(lambda t: t.zero_(), y)"],
+            ["y = T.keep(lambda t: t.neg_(), y)"],
             ["x = T.keep(lambda t: t.clamp_(-3, 3), x)"],
             [f"h = {layer(c)}", f"x = {nonlinearity(c, 'h', False)}", "x = T.aug('*', x, 0.5)"],
             [
