@@ -1,8 +1,11 @@
-"""Which attributes of modules are compared as a whole before each pass.
+"""Attributes that need no look where code reads them, and those that need one where it sets them.
 
 In `self.conv(x)`, what is called need not be recorded where `conv` is a child of every module that
 the method may belong to: the model's structure is compared before each pass. The same holds for
 functions of a module's class, which mark where they begin.
+
+What torch's own code reads is compared before each call (`replay/attribute_guard.py`). What is
+assigned to it later in a pass is recorded.
 """
 
 from __future__ import annotations
@@ -12,7 +15,16 @@ from collections.abc import Iterable
 
 from torch import nn
 
-__all__ = ["FixedAttributes"]
+__all__ = ["OF_TORCHS", "FixedAttributes"]
+
+# Attributes that torch's own modules decide by, as they are compiled: `inplace`, `p`, `dim`, …
+OF_TORCHS = frozenset({"training"}).union(
+    *(
+        getattr(kind, "__constants__", ())
+        for kind in vars(nn).values()
+        if isinstance(kind, type) and issubclass(kind, nn.Module)
+    )
+)
 
 
 class FixedAttributes:

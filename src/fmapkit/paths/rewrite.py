@@ -14,8 +14,7 @@ import ast
 import builtins
 from typing import Any, TypeVar
 
-from torch import nn
-
+from fmapkit.paths.guarded_attributes import OF_TORCHS
 from fmapkit.paths.recorders import MARK
 from fmapkit.paths.syntax import names_bound, position_of, site_at, torch_name
 
@@ -30,14 +29,6 @@ _HARMLESS = {
 }
 
 
-# Attributes that torch's own modules decide by, as they are compiled: `inplace`, `p`, `dim`, …
-_OF_TORCHS = frozenset({"training"}).union(
-    *(
-        getattr(kind, "__constants__", ())
-        for kind in vars(nn).values()
-        if isinstance(kind, type) and issubclass(kind, nn.Module)
-    )
-)
 # What a function's marks are given to, while it runs. No identifier of a model's can be that.
 _APPEND = f"{MARK}append"
 # A function that may look at its own variables has none of ours.
@@ -181,14 +172,14 @@ class Rewriter(ast.NodeTransformer):
         """An attribute that torch's own code decides by may get another value in a pass."""
         self.generic_visit(node)
         targets = [t for target in node.targets for t in ast.walk(target)]
-        if any(isinstance(t, ast.Attribute) and t.attr in _OF_TORCHS for t in targets):
+        if any(isinstance(t, ast.Attribute) and t.attr in OF_TORCHS for t in targets):
             return ast.copy_location(ast.Assign(node.targets, self._value(node.value)), node)
         return node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
         """The same of `+=` and its kin."""
         self.generic_visit(node)
-        if isinstance(node.target, ast.Attribute) and node.target.attr in _OF_TORCHS:
+        if isinstance(node.target, ast.Attribute) and node.target.attr in OF_TORCHS:
             value = self._value(node.value)
             return ast.copy_location(ast.AugAssign(node.target, node.op, value), node)
         return node

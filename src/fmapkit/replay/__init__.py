@@ -3,7 +3,8 @@
 make_plan             planning.py     from the record of a traced call: a Plan (plan.py)
   Reading             plan_steps.py   which hook points are tapped, and what is read at each
   Relations, Effects  effects.py      what the call means to the rest of a pass
-ReplayRegions         regions.py      which modules are replayed as a whole; guards of a call
+ReplayRegions         regions.py      which modules are replayed as a whole; kinds of calls
+AttributeGuard        attribute_guard.py  plain attributes, compared before each call
 ModelGuard            model_guard.py  is the model the one that was traced?
 ReplayRun             run.py          one call: what it notes is compared with the plan
   RunLog              run_log.py      what was noted, and the maps that it stands for

@@ -8,11 +8,7 @@ modules, dtypes of weights, modes. Each kind has paths of its own, and a plan fo
 
 from __future__ import annotations
 
-import functools
-import operator
-import types
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +17,7 @@ from torch import Tensor, nn
 from fmapkit.instrumentation import hooks_on
 from fmapkit.paths import KnownPaths, Sizes
 from fmapkit.provenance import ChannelLabel, Label, ParamLabel
+from fmapkit.replay.attribute_guard import AttributeGuard
 from fmapkit.replay.plan import Plan, alike
 from fmapkit.torchlib.compiled_modules import is_compiled
 from fmapkit.torchlib.fused_paths import fuses
@@ -35,12 +32,6 @@ _OURS = __name__.partition(".")[0]
 _MOST_KINDS = 64
 _MOST_STATES = 4  # in which a kind of call is known while it is not clear which attributes decide
 _TOLD = frozenset({bool, str, type(None), torch.dtype, torch.device})
-_PLAIN = frozenset(
-    {
-        *(bool, int, float, str, type(None), tuple, torch.dtype, torch.device, type),
-        *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
-    }
-)
 
 
 class ReplayRegion:
@@ -50,69 +41,16 @@ class ReplayRegion:
         form: tells dtype and layout of its weights.
     """
 
-    __slots__ = (
-        "_getters",
-        "_known",
-        "_looked_at",
-        "_modules",
-        "_places",
-        "_states",
-        "_values",
-        "form",
-    )
+    __slots__ = ("_attributes", "_known", "form")
 
     def __init__(self, module: nn.Module) -> None:
         self._known: dict[tuple[Any, int], KnownPaths[Plan]] = {}
         self.form = weights_of(module)
-        self._modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
-        self._look_at({id(m): _plain_attributes(m) for m in self._modules})
-
-    def _look_at(self, names: dict[int, list[str]], values: dict[int, Any] | None = None) -> None:
-        """Compare these attributes of each module, told by its id, before each call.
-
-        Args:
-            names: of the attributes.
-            values: what they were before the latest call; what they are, if there was none.
-        """
-        # Modules with the same attributes lie together: those of a group are read in C.
-        groups: dict[tuple[str, ...], list[nn.Module]] = {}
-        for module in self._modules:
-            if names[id(module)]:
-                groups.setdefault(tuple(names[id(module)]), []).append(module)
-        self._looked_at = [(m, keys) for keys, modules in groups.items() for m in modules]
-        self._getters = [operator.itemgetter(*keys) for keys in groups]
-        self._places = [[m.__dict__ for m in modules] for modules in groups.values()]
-        if values is None:
-            self._values = list(map(_comparable, self._now()))
-        else:
-            self._values = [values[id(module)] for module, _ in self._looked_at]
-        self._states: list[list[Any]] = [self._values]
-
-    def _now(self) -> list[Any]:
-        """What the attributes are, module by module."""
-        return list(chain.from_iterable(map(map, self._getters, self._places)))
+        self._attributes = AttributeGuard(module)
 
     def state(self) -> int:
-        """Which of the states it has been in: plain attributes of its modules.
-
-        Torch's own code may decide by them, and it does not record. All other code does; but where
-        an attribute is another one than before, it is better to know that beforehand.
-        """
-        try:
-            now = self._now()
-        except KeyError:  # one was deleted
-            self._known.clear()
-            self._look_at({id(m): _plain_attributes(m) for m in self._modules})
-            return 0
-        if _equal(now, self._values):
-            return 0
-        now = list(map(_comparable, now))
-        if now not in self._states:
-            if len(self._states) >= _MOST_KINDS:
-                del self._states[1:]
-                self._known = {key: paths for key, paths in self._known.items() if not key[1]}
-            self._states.append(now)
-        return self._states.index(now)
+        """The number of the state that the attributes of its modules are in."""
+        return self._attributes.state()
 
     def known(self, kind: Any, state: int) -> KnownPaths[Plan] | None:
         """The paths of a kind of call; None if there was none yet."""
@@ -147,22 +85,9 @@ class ReplayRegion:
         if len(same) < len(others):
             return state if len(others) < _MOST_STATES else None
         if same:
-            self._look_less(self._states[same[0]], self._states[state])
-            return 0
+            self._known.clear()
+            return self._attributes.look_less(same[0], state)
         return state
-
-    def _look_less(self, before: list[Any], now: list[Any]) -> None:
-        """Compare no more what differs, but for attributes that torch's own code may decide by."""
-        names: dict[int, list[str]] = {id(m): [] for m in self._modules}
-        values: dict[int, Any] = {}
-        for (module, keys), old, new in zip(self._looked_at, before, now, strict=True):
-            pairs = zip(keys, old, new, strict=True) if len(keys) > 1 else [(keys[0], old, new)]
-            kept = {k: b for k, a, b in pairs if a == b or _is_torchs(module)}
-            names[id(module)] = list(kept)
-            if kept:
-                values[id(module)] = tuple(kept.values()) if len(kept) > 1 else kept.popitem()[1]
-        self._known.clear()
-        self._look_at(names, values)
 
     def differing(self, items: list[Any], kind: Any, sizes: Sizes) -> tuple[Any, ...]:
         """The modules that were deciding where a path differs from others."""
@@ -171,46 +96,6 @@ class ReplayRegion:
             if other == kind:
                 found.update(dict.fromkeys(paths.leaves_at(items, sizes)[1]))
         return tuple(found)
-
-
-def _equal(now: list[Any], known: list[Any]) -> bool:
-    try:
-        return now == known
-    except (RuntimeError, ValueError):  # a tensor or an array has come into the place of a number
-        return False
-
-
-def _comparable(value: Any) -> Any:
-    """The same, with the type of whatever is not to be compared, or kept alive, in its place."""
-    kind = type(value)
-    if kind is tuple:
-        return tuple(map(_comparable, value))
-    return value if kind in _PLAIN else kind
-
-
-def _is_torchs(module: nn.Module) -> bool:
-    forward = type(module).forward
-    return type(forward) is types.FunctionType and forward.__module__.startswith("torch.")
-
-
-# What every module has, whatever its class.
-_COMMON = frozenset(nn.Module().__dict__) - {"training"}
-
-
-# Modules of torch's that make the same calls whatever their attributes are, but for the mode.
-_STEADY = (
-    *(nn.Linear, nn.Identity, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.Flatten),
-    *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase),
-    *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd),
-    *(nn.modules.pooling._AdaptiveAvgPoolNd,),
-)
-
-
-def _plain_attributes(module: nn.Module) -> list[str]:
-    """What code may decide by, of a kind that can be compared."""
-    if isinstance(module, _STEADY) and _is_torchs(module):
-        return ["padding_mode"] if "padding_mode" in module.__dict__ else []
-    return [k for k, v in module.__dict__.items() if k not in _COMMON and type(v) in _PLAIN]
 
 
 class ReplayRegions:

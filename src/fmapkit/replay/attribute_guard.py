@@ -1,0 +1,153 @@
+"""Plain attributes of modules, compared before each call of a region.
+
+Torch's own code may decide by them, and it does not record. All other code does; but where an
+attribute is another one than before, it is better to know that beforehand. (What is assigned to
+attributes of torch's modules while a pass runs is recorded: see `paths/guarded_attributes.py`.)
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+import types
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["AttributeGuard"]
+
+_MOST_STATES = 64
+_PLAIN = frozenset(
+    {
+        *(bool, int, float, str, type(None), tuple, torch.dtype, torch.device, type),
+        *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
+    }
+)
+
+
+class AttributeGuard:
+    """The states that the attributes of a module, and of all modules in it, have been in.
+
+    Args:
+        module: the outermost.
+    """
+
+    __slots__ = (
+        *("_count", "_getters", "_looked_at", "_modules", "_numbers", "_places", "_states"),
+        "_values",
+    )
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._count = itertools.count()
+        self._look_at({id(m): _plain_attributes(m) for m in self._modules})
+
+    def _look_at(self, names: dict[int, list[str]], values: dict[int, Any] | None = None) -> None:
+        """Compare these attributes of each module, told by its id, before each call.
+
+        Args:
+            names: of the attributes.
+            values: what they were before the latest call; what they are, if there was none.
+        """
+        # Modules with the same attributes lie together: those of a group are read in C.
+        groups: dict[tuple[str, ...], list[nn.Module]] = {}
+        for module in self._modules:
+            if names[id(module)]:
+                groups.setdefault(tuple(names[id(module)]), []).append(module)
+        self._looked_at = [(m, keys) for keys, modules in groups.items() for m in modules]
+        self._getters = [operator.itemgetter(*keys) for keys in groups]
+        self._places = [[m.__dict__ for m in modules] for modules in groups.values()]
+        if values is None:
+            self._values = list(map(_comparable, self._now()))
+        else:
+            self._values = [values[id(module)] for module, _ in self._looked_at]
+        self._states: list[list[Any]] = [self._values]
+        self._numbers = [next(self._count)]
+
+    def _now(self) -> list[Any]:
+        """What the attributes are, module by module."""
+        return list(chain.from_iterable(map(map, self._getters, self._places)))
+
+    def state(self) -> int:
+        """The number of the state that they are in. No number ever stands for another state."""
+        try:
+            now = self._now()
+        except KeyError:  # one was deleted
+            self._look_at({id(m): _plain_attributes(m) for m in self._modules})
+            return self._numbers[0]
+        if _equal(now, self._values):
+            return self._numbers[0]
+        now = list(map(_comparable, now))
+        if now not in self._states:
+            if len(self._states) >= _MOST_STATES:
+                del self._states[1:], self._numbers[1:]
+            self._states.append(now)
+            self._numbers.append(next(self._count))
+        return self._numbers[self._states.index(now)]
+
+    def look_less(self, one: int, other: int) -> int:
+        """Compare no more what differs in two states in which the same path was taken.
+
+        Attributes that torch's own code may decide by are compared all the same.
+
+        Args:
+            one: the number of a state.
+            other: that of another.
+
+        Returns:
+            The number that stands for both from now on; none that was given before holds.
+        """
+        names: dict[int, list[str]] = {id(m): [] for m in self._modules}
+        values: dict[int, Any] = {}
+        before, now = (self._states[self._numbers.index(number)] for number in (one, other))
+        for (module, keys), old, new in zip(self._looked_at, before, now, strict=True):
+            pairs = zip(keys, old, new, strict=True) if len(keys) > 1 else [(keys[0], old, new)]
+            kept = {k: b for k, a, b in pairs if a == b or _is_torchs(module)}
+            names[id(module)] = list(kept)
+            if kept:
+                values[id(module)] = tuple(kept.values()) if len(kept) > 1 else kept.popitem()[1]
+        self._look_at(names, values)
+        return self._numbers[0]
+
+
+def _equal(now: list[Any], known: list[Any]) -> bool:
+    try:
+        return now == known
+    except (RuntimeError, ValueError):  # a tensor or an array has come into the place of a number
+        return False
+
+
+def _comparable(value: Any) -> Any:
+    """The same, with the type of whatever is not to be compared, or kept alive, in its place."""
+    kind = type(value)
+    if kind is tuple:
+        return tuple(map(_comparable, value))
+    return value if kind in _PLAIN else kind
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    forward = type(module).forward
+    return type(forward) is types.FunctionType and forward.__module__.startswith("torch.")
+
+
+# What every module has, whatever its class.
+_COMMON = frozenset(nn.Module().__dict__) - {"training"}
+
+
+# Modules of torch's that make the same calls whatever their attributes are, but for the mode.
+_STEADY = (
+    *(nn.Linear, nn.Identity, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.Flatten),
+    *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase),
+    *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd),
+    *(nn.modules.pooling._AdaptiveAvgPoolNd,),
+)
+
+
+def _plain_attributes(module: nn.Module) -> list[str]:
+    """What code may decide by, of a kind that can be compared."""
+    if isinstance(module, _STEADY) and _is_torchs(module):
+        return ["padding_mode"] if "padding_mode" in module.__dict__ else []
+    return [k for k, v in module.__dict__.items() if k not in _COMMON and type(v) in _PLAIN]
