@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmapkit import capture
 
@@ -151,7 +153,41 @@ def _as_array(f: Any, x: Tensor) -> Tensor:
     return f(x) + torch.from_numpy(f(x).numpy())  # type: ignore[no-any-return]
 
 
-OTHERS = [_vmap, _jvp, _grad, _inference, _own_gradients, _autocast, _as_array]
+class _Doubling(TorchFunctionMode):
+    """Knows the in-place form of a function alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        in_place = func is torch.relu_ or (kwargs or {}).get("inplace")
+        return out * 2 if in_place else out
+
+
+def _function_mode(f: Any, x: Tensor) -> Tensor:
+    with _Doubling():
+        out: Tensor = f(x)
+    return out
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _dispatch_mode(f: Any, x: Tensor) -> Tensor:
+    with _Counting() as mode:
+        out: Tensor = f(x)
+    return out + mode.seen.count("aten.relu_.default")
+
+
+OTHERS = [
+    *(_vmap, _jvp, _grad, _inference, _own_gradients, _autocast, _as_array, _function_mode),
+    _dispatch_mode,
+]
 
 
 class Within(nn.Module):

@@ -68,18 +68,18 @@ def someone_sees() -> bool:
 def may_leave_memory(z: Any) -> TypeGuard[Tensor]:
     """The same as `is_alone` of a tensor that was so in an earlier pass, whose path this one takes.
 
-    Its layout and its device are what they were. Whose memory it has may depend on the inputs; and
-    code that has just left the path may be in another mode, or in a transform.
+    Whose memory it has may depend on the inputs; and code that has just left the path may be in a
+    mode of its own, or in a transform, and may have other tensors.
     """
     if type(z) is not Tensor or z.requires_grad or z.is_inference():
         return False
-    return _has_own_memory(z, 0)
+    return not (_function_modes() or _dispatch_modes()) and _has_own_memory(z, 0)
 
 
 def _has_own_memory(z: Tensor, ours: int) -> bool:
     try:
         storage = z.untyped_storage()
-    except NotImplementedError:  # what stands for another tensor in a transform has none
+    except RuntimeError:  # sparse, or what stands for another tensor in a transform: it has none
         return False
     # The handle just made is one of the users. NumPy's memory, say, is not resizable.
     if _users_of is None or _users_of(storage._cdata) != 2 + ours or not storage.resizable():
