@@ -210,17 +210,20 @@ class Within(nn.Module):
         return out
 
 
+@pytest.mark.parametrize("asked", [{}, {"filters": [0, 2]}, {"dtype": torch.float64}])
 @pytest.mark.parametrize("functional", [False, True])
 @pytest.mark.parametrize("other", OTHERS)
-def test_what_it_is_given_is_asked_at_the_call(other: Any, functional: bool) -> None:
+def test_what_it_is_given_is_asked_at_the_call(other: Any, functional: bool, asked: Any) -> None:
     model = Within(functional, other)
     bare = copy.deepcopy(model)
     x = torch.randn(3, 4)
-    with torch.no_grad(), capture(model) as maps:
+    picked = asked.get("filters", [0, 1, 2, 3])
+    with torch.no_grad(), capture(model, **asked) as maps:
         for step in range(7):
             WITHIN[0] = int(step == 4)
             assert torch.equal(model(x), bare(x))
             for fm in maps.select(kind="preactivation", step=step):
-                assert torch.equal(fm.tensor.float(), bare.fc(x)) or step == 4
+                assert torch.equal(fm.tensor.float(), bare.fc(x)[:, picked]) or step == 4
         assert len(maps.select(step=6)) == 2
     assert any(not m.layer for m in maps.missed)
+    assert not any("failed here" in m.reason for m in maps.missed)

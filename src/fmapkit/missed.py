@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from fmapkit._warnings import warn
-from fmapkit.errors import CaptureWarning
+from fmapkit.errors import BudgetError, CaptureWarning, NonFiniteError
 from fmapkit.reasons import Reason
 
-__all__ = ["Missed", "MissedLog", "NotSupportedError", "Reason", "reason"]
+__all__ = ["RAISED", "Missed", "MissedLog", "NotSupportedError", "Reason", "reason"]
+
+# What the user has asked for, by `max_bytes=` and `check=`: it is raised in the run, and not named.
+RAISED = (BudgetError, NonFiniteError)
 
 
 class NotSupportedError(Exception):

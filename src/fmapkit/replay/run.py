@@ -12,14 +12,15 @@ from functools import partial
 from operator import itemgetter
 from threading import get_ident
 from types import BuiltinMethodType, FunctionType, MethodDescriptorType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from fmapkit.missed import RAISED
 from fmapkit.paths import Expected, taps
 from fmapkit.provenance import Label, describe, out_of_place
 from fmapkit.replay.light_mode import LightMode
-from fmapkit.replay.plan import Plan
+from fmapkit.replay.plan import Plan, Step
 from fmapkit.replay.run_log import RunLog, Slots
 from fmapkit.replay.site_taps import PlainSite, unbound
 from fmapkit.replay.taps import CurrentRun
@@ -30,6 +31,7 @@ from fmapkit.torchlib.nested import tensors_in
 
 __all__ = ["ReplayRun"]
 
+_Read = TypeVar("_Read")
 _module = itemgetter(0)
 _FUNCTIONS = frozenset({FunctionType, BuiltinMethodType, MethodDescriptorType})
 
@@ -38,8 +40,8 @@ class ReplayRun(RunLog):
     """One call of a region, read by its plan."""
 
     __slots__ = (
-        *("_checked", "_outer", "analyses", "before", "drop", "ended", "expected", "line"),
-        *("marks", "mode", "module", "sites", "stop"),
+        *("_checked", "_outer", "analyses", "before", "drop", "ended", "expected", "failure"),
+        *("line", "marks", "mode", "module", "sites", "stop"),
     )
 
     def __init__(
@@ -61,6 +63,7 @@ class ReplayRun(RunLog):
         self.line = line
         self.expected = expected  # the path that it is taken to take
         self.ended = False  # early, by our stop
+        self.failure: tuple[nn.Module, Exception] | None = None  # of a look of ours
         self.stop = stop  # what to end the pass by, after the last step
         self.drop = drop  # lets go of an older map
         self.sites = sites if self.how < 2 else {}
@@ -239,14 +242,35 @@ class ReplayRun(RunLog):
             function, its_args, its_kwargs = other
             z = self.before_in_place(x)
             if z is not None and with_new_memory(x, lambda: function(*its_args, **its_kwargs)):
-                out, before = x, self.kept(step, z)
+                out, before = x, self._read_by(self.kept, step, z)
         if out is None:
             if x is not None and (step.shared or any(e.before for e in step.emissions)):
-                before = self.read_before(step, x)
+                before = self._read_by(self.read_before, step, x)
             out = func(*args, **kwargs)
-        self.log.append((site, self.read(step, x, out, x_grad, before)))
-        self._noted()
+        read = None if self.lost else self._read_by(self.read, step, x, out, x_grad, before)
+        if read is not None:
+            self.log.append((site, read))
+            self._noted()
         return out
+
+    def _read_by(self, look: Callable[..., _Read], step: Step, *given: Any) -> _Read | None:
+        """What a look gives.
+
+        Where it fails, the tensor is most likely one that no earlier call had here. Whether the
+        call has left its path, or the failure is ours, shows as it ends.
+        """
+        try:
+            return look(step, *given)
+        except RAISED:
+            raise
+        except Exception as error:
+            self.fail(self.module, error)
+            return None
+
+    def fail(self, module: nn.Module, error: Exception) -> None:
+        """A look has failed in a module, or at a function that one calls."""
+        self.stray(type(error).__name__)
+        self.failure = self.failure or (module, error)
 
     def before_in_place(self, x: Any) -> Tensor | None:
         """An in-place σ is about to overwrite x: what will hold z if x is given new memory.

@@ -15,9 +15,8 @@ from typing import Any
 from torch import nn
 
 from fmapkit.compiled import CompiledEntries
-from fmapkit.errors import BudgetError, NonFiniteError
 from fmapkit.instrumentation import FAILED
-from fmapkit.missed import reason
+from fmapkit.missed import RAISED, reason
 from fmapkit.model import REPLICAS
 from fmapkit.session.answers import (
     Answer,
@@ -32,7 +31,6 @@ from fmapkit.torchlib.autograd import graph_task
 
 __all__ = ["HookDispatcher"]
 
-RAISED = (BudgetError, NonFiniteError)  # what the user has asked for, by `max_bytes=`, `check=`
 
 # Modules with thousands of names are memory to go through: what each pass asks is found here.
 _thread: Callable[[], int] = threading.get_ident
@@ -172,6 +170,7 @@ class HookDispatcher:
         if error in (asked.edits.raised, asked.analyses.raised) or isinstance(error, RAISED):
             asked.edits.raised = asked.analyses.raised = None  # whose traceback holds tensors
             raise error
-        self._parts.misses.add(asked.names.of(module), reason(error))
-        if live.run is not None:
-            live.run.stray(type(error).__name__)
+        if live.run is not None:  # whether it is ours shows as the call ends
+            live.run.fail(module, error)
+        else:
+            self._parts.misses.add(asked.names.of(module), reason(error))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmapkit.missed import MissedLog, Reason
+from fmapkit.missed import MissedLog, Reason, reason
 from fmapkit.paths import ControlPaths, Expected, KnownPaths, Sizes
 from fmapkit.provenance import ChannelLabel, Label
 from fmapkit.replay import (
@@ -127,8 +127,8 @@ class Replaying:
             if latest.region is region and latest.modes == modes and latest.state == state:
                 if latest.given == plain_spec(args, kwargs):
                     expected = self._paths.expect(latest.items)
-                    self._start(module, latest.plan, args, kwargs, [], expected)
                     self._taking = latest
+                    self._start(module, latest.plan, args, kwargs, [], expected)
                     return None
         inputs: list[Label] = []
         origins = given = None
@@ -152,9 +152,9 @@ class Replaying:
         if self._edits and self._edited_inside(plan, inputs):
             return self._learning.enter(module, None, 0, *asked) or given
         items = known.items(sizes)
-        self._start(module, plan, args, kwargs, inputs, self._paths.expect(items))
         spec = plain_spec(args, kwargs) if tracer is None else None
         self._taking = _Taken(region, state, modes, spec, known, sizes, plan, items)
+        self._start(module, plan, args, kwargs, inputs, self._paths.expect(items))
         return given
 
     def _modes(self, region: ReplayRegion) -> Any:
@@ -275,10 +275,14 @@ class Replaying:
         cut = self._stop is not None and self._stop.ended
         if cut and not run.lost and known.leaves_at(items, sizes)[0] == len(items):
             return  # as far as it went
-        if known.taken(items, sizes) and not run.lost:
+        taken = known.taken(items, sizes)
+        if taken and not run.lost:
             if self._taking.given is not None and self._taking.items is not None:
                 self._latest = self._taking
             return
+        if taken and run.failure is not None:
+            module, error = run.failure
+            self._misses.add(self._names.of(module), reason(error))
         # The code of an unknown way may have written to what is held, so that no version tells.
         self._strayed(run, keeps=False)
 
