@@ -40,6 +40,7 @@ _PLAIN: frozenset[type] = frozenset(
 )
 _NESTED: frozenset[type] = frozenset({tuple, list, dict, set, frozenset, slice, torch.Size})
 _FUNCTION = types.FunctionType
+_BUILTIN = types.BuiltinFunctionType
 _SHARED = frozenset({type(None), types.ModuleType})
 _NOTHING: Callable[[Any], None] = deque(maxlen=0).append
 _TRUE, _FALSE = f"{MARK}True", f"{MARK}False"
@@ -205,7 +206,11 @@ def _flat(given: Any, depth: int = 0) -> Any:
 def called(append: Callable[[Any], None], function: _T) -> _T:
     """A callable is about to be called."""
     if append is not _NOTHING:
-        append(_callable(function))
+        kind = type(function)
+        if kind is _BUILTIN and type(function.__self__) is Tensor:  # type: ignore[attr-defined]
+            append(function.__name__)  # type: ignore[attr-defined]
+        else:
+            append((_CALLABLES.get(kind) or _other_callable)(function))
     return function
 
 
@@ -227,11 +232,9 @@ def _function(function: Any) -> Any:
 def _builtin(function: Any) -> Any:
     """A function of C code, or a method of that."""
     owner = type(function.__self__)
-    if owner is Tensor:
-        return function.__name__
     if owner in _SHARED or issubclass(owner, type):
         return function
-    if issubclass(owner, Tensor):
+    if owner is not Tensor and issubclass(owner, Tensor):
         return _tensor(function.__self__), function.__name__
     return function.__name__
 
@@ -267,7 +270,7 @@ def _class(given: Any) -> Any:
 
 _CALLABLES: dict[type, Callable[[Any], Any]] = {
     _FUNCTION: _function,
-    types.BuiltinFunctionType: _builtin,
+    _BUILTIN: _builtin,
     types.MethodType: _method,
     functools.partial: _partial,
 }
