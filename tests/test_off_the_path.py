@@ -227,3 +227,122 @@ def test_what_it_is_given_is_asked_at_the_call(other: Any, functional: bool, ask
         assert len(maps.select(step=6)) == 2
     assert any(not m.layer for m in maps.missed)
     assert not any("failed here" in m.reason for m in maps.missed)
+
+
+# -- what is done to the model in the middle of a pass ----------------------------------------
+
+Undo = Callable[[], None]
+_relu, _forward = F.relu, nn.ReLU.forward
+
+
+def _pre_hook(model: Any, z: Tensor) -> Undo:
+    return model.act.register_forward_pre_hook(lambda m, args: (args[0] * 2,)).remove  # type: ignore[no-any-return]
+
+
+def _hook(model: Any, z: Tensor) -> Undo:
+    return model.act.register_forward_hook(lambda m, args, out: out + 1).remove  # type: ignore[no-any-return]
+
+
+def _global_pre_hook(model: Any, z: Tensor) -> Undo:
+    def add(module: nn.Module, args: Any) -> Any:
+        return (args[0] + 1,) if isinstance(module, nn.ReLU) else None
+
+    return torch.nn.modules.module.register_module_forward_pre_hook(add).remove
+
+
+def _global_hook(model: Any, z: Tensor) -> Undo:
+    def double(module: nn.Module, args: Any, out: Any) -> Any:
+        return out * 2 if isinstance(module, nn.ReLU) else None
+
+    return torch.nn.modules.module.register_module_forward_hook(double).remove
+
+
+def _of_the_class(model: Any, z: Tensor) -> Undo:
+    nn.ReLU.forward = lambda self, x: _relu(x) * 2  # type: ignore[method-assign]
+    return lambda: setattr(nn.ReLU, "forward", _forward)
+
+
+def _of_torch(model: Any, z: Tensor) -> Undo:
+    F.relu = lambda x, inplace=False: torch.tanh(x)
+    return lambda: setattr(F, "relu", _relu)
+
+
+def _of_the_module(model: Any, z: Tensor) -> Undo:
+    model.act.forward = lambda x: x.abs()
+    return lambda: delattr(model.act, "forward")
+
+
+def _an_alias(model: Any, z: Tensor) -> Undo:
+    model.kept.append(z.detach())
+    return lambda: None
+
+
+def _an_array(model: Any, z: Tensor) -> Undo:
+    model.kept.append(torch.from_numpy(z.numpy()))
+    return lambda: None
+
+
+def _other_memory(model: Any, z: Tensor) -> Undo:
+    model.kept.append(z.detach())
+    z.data = z.data.clone()
+    return lambda: None
+
+
+MIDDLES = [
+    *(_pre_hook, _hook, _global_pre_hook, _global_hook, _of_the_class, _of_torch),
+    *(_of_the_module, _an_alias, _an_array, _other_memory),
+]
+
+
+class Middle(nn.Module):
+    """Has something done to it between two layers."""
+
+    def __init__(self, middle: Callable[[Any, Tensor], Undo]) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.act = nn.ReLU(inplace=True)
+        self.middle = middle
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        z = self.fc(x)
+        undo = self.middle(self, z) if WITHIN[0] else None
+        out = self.act(z)
+        if undo is not None:
+            undo()
+        found = [out, z + 1, *(t + 1 for t in self.kept)]
+        self.kept.clear()
+        return found
+
+
+@pytest.mark.parametrize("middle", MIDDLES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_is_done_in_the_middle_of_a_pass_is_done(middle: Any, mode: Any) -> None:
+    model = Middle(middle)
+    bare = copy.deepcopy(model)
+    x = torch.randn(3, 4)
+    with mode(), capture(model) as maps:
+        for step in range(7):
+            WITHIN[0] = int(step == 4)
+            for got, truth in zip(model(x), bare(x), strict=True):
+                assert torch.equal(got, truth)
+        assert len(maps.select(step=6)) == 2
+    assert not any("failed here" in m.reason for m in maps.missed)
+
+
+@pytest.mark.parametrize("act", [nn.Tanh(), nn.Sigmoid()])
+def test_a_function_of_torchs_that_stands_for_another_between_passes(
+    act: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's own modules call it by its name, and record nothing."""
+    model = nn.Sequential(nn.Linear(4, 4), act)
+    name = type(act).__name__.lower()
+    other = "sigmoid" if name == "tanh" else "tanh"
+    x = torch.randn(3, 4)
+    with torch.no_grad(), capture(model) as maps:
+        for step in range(6):
+            monkeypatch.setattr(torch, name, getattr(torch, other if step == 4 else name))
+            model(x)
+            monkeypatch.undo()
+            tags = {fm.nonlinearity for fm in maps.select(step=step)}
+            assert tags == {other if step == 4 else name}

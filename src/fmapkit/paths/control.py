@@ -87,7 +87,10 @@ class ControlPaths:
         that pass; of large libraries, which have hundreds of methods, only the forward is taken.
         """
         forward = getattr(kind, "forward", None)
-        if type(forward) is not types.FunctionType or is_trusted(forward.__code__):
+        if type(forward) is not types.FunctionType:
+            return
+        if is_trusted(forward.__code__):
+            self.twins.watch(forward)
             return
         self.twins.exchange(forward)
         if is_installed(forward.__code__):

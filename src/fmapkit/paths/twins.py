@@ -17,6 +17,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
+from torch import nn
+
 from fmapkit.paths.recorders import RECORDERS
 from fmapkit.paths.recorders import twins as _codes
 from fmapkit.paths.syntax import site_at
@@ -121,7 +124,7 @@ class Twins:
             each pass by other means, for every module that the method may belong to.
 
     Attributes:
-        watched: functions of torch's that these call by a name (see `Twin`), by place.
+        watched: functions of torch's that these, and torch's own modules, call by a name, by place.
     """
 
     def __init__(self, fixed: Fixed = lambda code: frozenset()) -> None:
@@ -153,6 +156,14 @@ class Twins:
         for space, name, what in twin.watched:
             self.watched.setdefault((id(space), name), (space, name, what))
         return True
+
+    def watch(self, function: types.FunctionType) -> None:
+        """Watch what a function of torch's own calls by a name: it has no twin."""
+        for space in (vars(torch), vars(nn.functional)):
+            for name in function.__code__.co_names:
+                what = space.get(name)
+                if isinstance(what, (types.FunctionType, types.BuiltinFunctionType)):
+                    self.watched.setdefault((id(space), name), (space, name, what))
 
     def rest(self) -> list[Resting]:
         """Give every function its own code back until `wake`; what to wake.

@@ -46,6 +46,7 @@ __all__ = ["CallTap", "KeepingCallTap", "OutputCallTap", "can_stand", "tap_of"]
 # What every module has, and what we set.
 _OF_EACH = nn.Module().__dict__.keys() | {"inplace", "_compiled_call_impl"}
 _getframe: Callable[[int], FrameType] = sys._getframe
+_functional = vars(nn.functional)
 
 
 class CallTap(CallOverride):
@@ -95,11 +96,7 @@ class CallTap(CallOverride):
 
         A block in another thread sets its own on the same modules; here they do nothing.
         """
-        thread = threading.get_ident()
-        return bool(_before) or not all(
-            isinstance(hook, Hook) and getattr(hook.owner, "thread", thread) != thread
-            for hook in tuple(self.theirs.values())
-        )
+        return bool(_before) or _hooked(self.theirs)
 
     @passed_over
     def otherwise(self, args: Any, kwargs: Any) -> Any:
@@ -149,13 +146,19 @@ class OutputCallTap(CallTap):
 class KeepingCallTap(CallTap):
     """The same for a module that is an in-place nonlinearity: z is kept as it was."""
 
-    __slots__ = ("_apart", "_count", "_sigma", "_varies")
+    __slots__ = (
+        *("_apart", "_count", "_ends", "_forward", "_function", "_name", "_sigma", "_varies"),
+    )
 
     def __init__(self, module: nn.Module, tap: HookTap) -> None:
         super().__init__(module, tap)
         # The same module, out of place. It is never called, so no hook is asked.
         self._apart = type(module).__new__(type(module))
         self._sigma = self._apart.forward
+        self._forward = type(module).forward
+        self._name = next((n for n in self._forward.__code__.co_names if n in _functional), "")
+        self._function = _functional.get(self._name)
+        self._ends = module._forward_hooks  # none yet, as of what it is given
         # Whether there is more to σ than its name: a slope, say, which may change at any time.
         self._varies = not module.__dict__.keys() <= _OF_EACH
         self._count = len(module.__dict__.keys() | {"_compiled_call_impl"})
@@ -168,7 +171,7 @@ class KeepingCallTap(CallTap):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cell = self.line.cell
-        if cell is None or ((self.theirs or _before) and self.moved()):
+        if cell is None or ((self.theirs or self._ends or _before or _after) and self.moved()):
             return self.otherwise(args, kwargs)
         note, _, wanted, drop, fresh = cell
         module = self.module
@@ -179,7 +182,8 @@ class KeepingCallTap(CallTap):
         if (
             len(own) != self._count
             or not own.get("inplace")
-            or type(module) is not type(self._apart)
+            or type(module).forward is not self._forward
+            or _functional.get(self._name) is not self._function
         ):
             self.line.run.stray(type(module).__name__)
             return self.inner(*args, **kwargs)
@@ -201,6 +205,10 @@ class KeepingCallTap(CallTap):
         note((module, x, version, z, 0, False))
         drop(None)
         return x
+
+    def moved(self) -> bool:
+        """The same, and what it returns: σ alone would run here, and none of their hooks."""
+        return super().moved() or bool(_after) or _hooked(self._ends)
 
     def _slowly(self, args: Any, kwargs: Any) -> Any:
         """The same where maps share memory, or no version is counted; else z is copied."""
@@ -228,6 +236,15 @@ class KeepingCallTap(CallTap):
         return output
 
     compiled_as_bare(__call__)
+
+
+def _hooked(hooks: dict[int, Any]) -> bool:
+    """Whether some hooks do anything in this thread."""
+    thread = threading.get_ident()
+    return not all(
+        isinstance(hook, Hook) and getattr(hook.owner, "thread", thread) != thread
+        for hook in tuple(hooks.values())
+    )
 
 
 def tap_of(
