@@ -106,7 +106,7 @@ class Probe:
         ax.plot(at, self.mean, "o-", color="#b11226", zorder=2)
         if self.chance is not None:
             ax.axhline(self.chance, color="0.5", linestyle=":", linewidth=1)
-            right = {"ha": "right", "va": "bottom", "fontsize": "small"}
+            right: dict[str, Any] = {"ha": "right", "va": "bottom", "fontsize": "small"}
             ax.text(len(self) - 0.6, self.chance, "chance", **right)
         by_layer(ax, self.layers)
         ax.set_ylabel(self.scoring)

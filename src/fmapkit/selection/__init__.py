@@ -1,7 +1,7 @@
 """What a capture was asked for: layers, kinds, filters; and when a pass may end early."""
 
 from fmapkit.selection.arguments import given_filters, indices
-from fmapkit.selection.early_stop import CUT, EarlyStop, StoppedError
+from fmapkit.selection.early_stop import EarlyStop, StoppedError
 from fmapkit.selection.selection import (
     KINDS,
     LayerSelection,
@@ -10,7 +10,6 @@ from fmapkit.selection.selection import (
 )
 
 __all__ = [
-    "CUT",
     "KINDS",
     "EarlyStop",
     "LayerSelection",

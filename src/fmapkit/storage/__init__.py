@@ -11,8 +11,6 @@ from fmapkit.storage.aliases import Aliases
 from fmapkit.storage.budget import Budget, policy
 from fmapkit.storage.conversion import Place, StorageConversion
 from fmapkit.storage.gradients import (
-    NO_GRAPH,
-    OF_VIEW,
     Gradient,
     NotYet,
     Received,
@@ -25,8 +23,6 @@ from fmapkit.storage.passes import MapRecord, Pass, PassStore
 from fmapkit.storage.value_copies import ValueCopies
 
 __all__ = [
-    "NO_GRAPH",
-    "OF_VIEW",
     "Aliases",
     "Budget",
     "Gradient",

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import MapOverwrittenError, MapStateError
-from fmapkit.reasons import Reason
 from fmapkit.torchlib.side_ops import select
 
-__all__ = ["NO_GRAPH", "OF_VIEW", "Gradient", "NotYet", "Received", "in_function", "watch"]
+__all__ = ["Gradient", "NotYet", "Received", "in_function", "watch"]
 
 _forward_grads: Callable[[], bool] = torch._C._is_fwd_grad_enabled
 _inference: Callable[[], bool] = torch.is_inference_mode_enabled
@@ -189,11 +188,6 @@ class Received:
 def watch(tensor: Tensor) -> Gradient | None:
     """Where the gradient of the tensor as it is now will arrive; None if it can have none."""
     return Gradient(_Post(tensor)) if tensor.requires_grad else None
-
-
-NO_GRAPH = Reason.NO_GRAPH.text()
-
-OF_VIEW = Reason.GRADIENT_OF_VIEW.text()
 
 
 def in_function() -> bool:

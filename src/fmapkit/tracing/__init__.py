@@ -11,7 +11,6 @@ Tracer                  tracer.py        each function: a σ, a layer, or any ot
   Record                record.py        events, hook points (events.py), map records
 """
 
-from fmapkit.tracing.attention import NONE_SEEN
 from fmapkit.tracing.events import Event, HookPoint
 from fmapkit.tracing.frames import Frame, call_frame, on_stack, running_modules
 from fmapkit.tracing.label_table import LabelTable
@@ -20,7 +19,6 @@ from fmapkit.tracing.record import Record
 from fmapkit.tracing.tracer import Tracer
 
 __all__ = [
-    "NONE_SEEN",
     "Event",
     "Frame",
     "HookPoint",

@@ -41,9 +41,8 @@ from fmapkit.torchlib.transforms import is_shapeless, wrapped
 from fmapkit.tracing.events import Event
 from fmapkit.tracing.pass_trace import PassTrace
 
-__all__ = ["NONE_SEEN", "AttentionWatch"]
+__all__ = ["AttentionWatch"]
 
-NONE_SEEN = Reason.NO_ATTENTION.text()
 FUSED = words(
     """_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention
     _scaled_dot_product_cudnn_attention _scaled_dot_product_flash_attention_for_cpu
@@ -70,11 +69,7 @@ class _Softmax:
 
 
 class AttentionWatch:
-    """Finds attention probabilities in one pass, and holds them.
-
-    Args:
-        trace: of the pass.
-    """
+    """Finds attention probabilities in one pass, and holds them."""
 
     def __init__(self, trace: PassTrace) -> None:
         self._trace = trace

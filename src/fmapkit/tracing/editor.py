@@ -34,20 +34,14 @@ COMPARED = (
 
 
 class Editor:
-    """Carries out the edits of one pass.
-
-    Args:
-        trace: of the pass.
-        edits: what was asked for.
-        tried: whether a module written out by hand is one σ, and works in place.
-    """
+    """Carries out the edits of one pass."""
 
     def __init__(
         self, trace: PassTrace, edits: Edits, tried: Callable[[Frame], tuple[bool, bool]]
     ) -> None:
         self.trace = trace
         self.edits = edits
-        self._tried = tried
+        self._tried = tried  # whether a module by hand is one σ, and works in place
         self.modules = ModuleEdits(trace, edits)
 
     def __bool__(self) -> bool:

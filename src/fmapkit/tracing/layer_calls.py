@@ -44,10 +44,6 @@ __all__ = ["LayerCalls"]
 class LayerCalls:
     """The layers of one pass.
 
-    Args:
-        trace: of the pass.
-        editor: of what they return; None where nothing is edited.
-
     Attributes:
         made: memory of tensors that were made from nothing in this pass.
         stand_ins: where a graph is traced: what stands for its inputs, and these.

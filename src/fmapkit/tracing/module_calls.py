@@ -33,13 +33,7 @@ __all__ = ["ModuleCalls"]
 
 
 class ModuleCalls:
-    """The modules of one pass.
-
-    Args:
-        trace: of the pass.
-        editor: of what they are given and return; None where nothing is edited.
-        layers: of the pass: a registered one is a module's whole call.
-    """
+    """The modules of one pass."""
 
     def __init__(self, trace: PassTrace, editor: Editor | None, layers: LayerCalls) -> None:
         self._trace = trace

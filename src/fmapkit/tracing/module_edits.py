@@ -24,12 +24,7 @@ __all__ = ["ModuleEdits"]
 
 
 class ModuleEdits:
-    """Carries out the edits of inputs and outputs of one pass.
-
-    Args:
-        trace: of the pass.
-        edits: what was asked for.
-    """
+    """Carries out the edits of inputs and outputs of one pass."""
 
     def __init__(self, trace: PassTrace, edits: Edits) -> None:
         self._trace = trace

@@ -33,12 +33,7 @@ __all__ = ["SigmaCalls"]
 
 
 class SigmaCalls:
-    """The nonlinearities of one pass that are called as functions.
-
-    Args:
-        trace: of the pass.
-        editor: of what goes in and out; None where nothing is edited.
-    """
+    """The nonlinearities of one pass that are called as functions."""
 
     def __init__(self, trace: PassTrace, editor: Editor | None) -> None:
         self._trace = trace
