@@ -119,17 +119,7 @@ class Pointwise:
         tag: Lookup,
         sigma: bool,
     ) -> None:
-        """A function has run in the module itself.
-
-        Args:
-            name: of the function.
-            operands: all tensors among its arguments.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
-            out: what it returned.
-            tag: what a tensor carries.
-            sigma: it is a nonlinearity.
-        """
+        """A function has run in the module itself; the arguments are those of `Linearity.step`."""
         zeros = name in _ZEROS or (name == "tensor" and bool(args) and self.is_zero(args[0]))
         if zeros and isinstance(out, Tensor):
             self._put(out, _Value(zero=True))
