@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fmapkit import edits as edits_module
 from fmapkit._warnings import warn
 from fmapkit.checking import COMPILED, Check, FiniteCheck, checked
-from fmapkit.editing import Edits
+from fmapkit.editing import RequestedEdits
 from fmapkit.errors import ArgumentError, CaptureStateError, NotAModuleError
 from fmapkit.instrumentation import methods_of
 from fmapkit.kinds import Kind
@@ -155,7 +155,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         if wants.kind("attention") and finite is None:
             _check_eager("kinds='attention'", given, names)
         _check_made(edit)
-        edits = Edits(names, edit)
+        edits = RequestedEdits(names, edit)
         passes = None if keep == "all" else int(keep)
         model = unwrap(model)  # a pass is the plain model's, whoever called it
         methods = methods_of(model, method)

@@ -7,7 +7,7 @@ Tracer                  tracer.py        each function: a σ, a layer, or any ot
   a module's call       module_calls.py  what it turns out to have been, when it ends
     weightless modules  candidates.py    one σ, written out by hand?
   attention             attention.py     which softmax weighs values
-  edits                 editor.py, module_edits.py
+  edits                 layer_edits.py, module_edits.py
   Record                record.py        events, hook points (events.py), map records
 """
 

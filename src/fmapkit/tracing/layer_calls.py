@@ -34,8 +34,8 @@ from fmapkit.reasons import Reason
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import is_shapeless
-from fmapkit.tracing.editor import Editor
 from fmapkit.tracing.events import Event
+from fmapkit.tracing.layer_edits import LayerEdits
 from fmapkit.tracing.pass_trace import PassTrace
 
 __all__ = ["LayerCalls"]
@@ -49,7 +49,7 @@ class LayerCalls:
         stand_ins: where a graph is traced: what stands for its inputs, and these.
     """
 
-    def __init__(self, trace: PassTrace, editor: Editor | None) -> None:
+    def __init__(self, trace: PassTrace, editor: LayerEdits | None) -> None:
         self._trace = trace
         self._editor = editor
         self.made: set[int] = set()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import layers
-from fmapkit.editing import Edits
+from fmapkit.editing import RequestedEdits
 from fmapkit.provenance import ChannelLayout, flow_of
 from fmapkit.storage import MapRecord, StoredTensor
 from fmapkit.torchlib.nested import leaves
@@ -26,7 +26,7 @@ __all__ = ["ModuleEdits"]
 class ModuleEdits:
     """Carries out the edits of inputs and outputs of one pass."""
 
-    def __init__(self, trace: PassTrace, edits: Edits) -> None:
+    def __init__(self, trace: PassTrace, edits: RequestedEdits) -> None:
         self._trace = trace
         self._edits = edits
         self._calls: Counter[tuple[str, str]] = Counter()

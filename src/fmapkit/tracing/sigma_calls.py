@@ -24,9 +24,9 @@ from fmapkit.torchlib.in_place import is_alone, with_new_memory
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import wrapped
-from fmapkit.tracing.editor import Editor
 from fmapkit.tracing.events import Event
 from fmapkit.tracing.frames import SigmaCall
+from fmapkit.tracing.layer_edits import LayerEdits
 from fmapkit.tracing.pass_trace import PassTrace
 
 __all__ = ["SigmaCalls"]
@@ -35,7 +35,7 @@ __all__ = ["SigmaCalls"]
 class SigmaCalls:
     """The nonlinearities of one pass that are called as functions."""
 
-    def __init__(self, trace: PassTrace, editor: Editor | None) -> None:
+    def __init__(self, trace: PassTrace, editor: LayerEdits | None) -> None:
         self._trace = trace
         self._editor = editor
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
-from fmapkit.editing import Edits
+from fmapkit.editing import RequestedEdits
 from fmapkit.missed import reason
 from fmapkit.model import Names
 from fmapkit.paths import unrecorded
@@ -57,11 +57,11 @@ from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import is_shapeless, some_shapeless, wrapped
 from fmapkit.tracing.attention import AttentionWatch
-from fmapkit.tracing.editor import Editor, exchanged
 from fmapkit.tracing.events import HookPoint
 from fmapkit.tracing.frames import Frame, SigmaCall
 from fmapkit.tracing.label_table import LabelTable
 from fmapkit.tracing.layer_calls import LayerCalls
+from fmapkit.tracing.layer_edits import LayerEdits, exchanged
 from fmapkit.tracing.module_calls import ModuleCalls
 from fmapkit.tracing.pass_trace import PassTrace
 from fmapkit.tracing.record import Record
@@ -89,7 +89,7 @@ class Tracer(TorchFunctionMode):
 
     Args:
         trace: of the pass.
-        edits: to be carried out in it.
+        edits: to be carried out in it; None for none.
 
     Attributes:
         trace: of the pass.
@@ -100,12 +100,12 @@ class Tracer(TorchFunctionMode):
         broken: the region after whose exception no more was captured.
     """
 
-    def __init__(self, trace: PassTrace, edits: Edits) -> None:
+    def __init__(self, trace: PassTrace, edits: RequestedEdits | None) -> None:
         super().__init__()
         self.trace = trace
-        self.editor: Editor | None = None
+        self.editor: LayerEdits | None = None
         if edits:
-            self.editor = Editor(trace, edits, partial(_tried, trace.names, trace.wants))
+            self.editor = LayerEdits(trace, edits, partial(_tried, trace.names, trace.wants))
         self.layers = LayerCalls(trace, self.editor)
         self.modules = ModuleCalls(trace, self.editor, self.layers)
         self.sigmas = SigmaCalls(trace, self.editor)
@@ -121,7 +121,7 @@ class Tracer(TorchFunctionMode):
         cls,
         names: Names,
         wants: Selection,
-        edits: Edits,
+        edits: RequestedEdits | None,
         stop: EarlyStop | None,
         current: Pass,
         miss: Callable[[str, str], None],
@@ -349,7 +349,7 @@ def _tried(names: Names, wants: Selection, frame: Frame) -> tuple[bool, bool]:
     for part in module.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
-    tracer = Tracer.of_pass(names, wants, Edits.none(), None, Pass(-1), lambda *_: None)
+    tracer = Tracer.of_pass(names, wants, None, None, Pass(-1), lambda *_: None)
     assert x is not None
     given = x.detach().clone()
     args, kwargs = exchanged(frame.args, frame.kwargs, x, given)

@@ -26,7 +26,7 @@ from fmapkit.selection import LayerSelection
 from fmapkit.storage import in_function
 from fmapkit.torchlib.autograd import in_checkpoint
 
-__all__ = ["Edits"]
+__all__ = ["RequestedEdits"]
 
 _OF_MODULES = ("input", "output")
 BROKEN_OFF = (
@@ -123,7 +123,7 @@ class _Edit:
         return f"path={where.path!r} is none of the tensors that there were ({listed(self.paths)})"
 
 
-class Edits:
+class RequestedEdits:
     """All edits of one capture.
 
     Args:
@@ -151,13 +151,6 @@ class Edits:
         self.running = False
         self.broken_off = False
         self._grads = False
-
-    @classmethod
-    def none(cls) -> Edits:
-        """No edits at all."""
-        made = cls.__new__(cls)
-        made._all, made.raised, made.runs, made.running = [], None, 0, False
-        return made
 
     def __bool__(self) -> bool:
         return bool(self._all)

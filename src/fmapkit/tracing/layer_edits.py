@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fmapkit.editing import Edits
+from fmapkit.editing import RequestedEdits
 from fmapkit.nonlinearities import module_sigma
 from fmapkit.provenance import STOP, ChannelLabel, ChannelLayout, Label, flow_of, out_of_place
 from fmapkit.storage import StoredTensor
@@ -25,7 +25,7 @@ from fmapkit.tracing.frames import EditSite, Frame, SigmaCall
 from fmapkit.tracing.module_edits import ModuleEdits
 from fmapkit.tracing.pass_trace import PassTrace
 
-__all__ = ["Editor", "exchanged"]
+__all__ = ["LayerEdits", "exchanged"]
 
 COMPARED = (
     "its preactivation is compared before the nonlinearity ({}) runs that chooses by that, and "
@@ -33,19 +33,16 @@ COMPARED = (
 )
 
 
-class Editor:
+class LayerEdits:
     """Carries out the edits of one pass."""
 
     def __init__(
-        self, trace: PassTrace, edits: Edits, tried: Callable[[Frame], tuple[bool, bool]]
+        self, trace: PassTrace, edits: RequestedEdits, tried: Callable[[Frame], tuple[bool, bool]]
     ) -> None:
         self.trace = trace
         self.edits = edits
         self._tried = tried  # whether a module by hand is one σ, and works in place
         self.modules = ModuleEdits(trace, edits)
-
-    def __bool__(self) -> bool:
-        return bool(self.edits)
 
     def _site(self, own: str, sigma: str, z: Tensor) -> EditSite | None:
         """The nonlinearity that is about to run, if there is something to edit."""
