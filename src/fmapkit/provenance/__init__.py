@@ -18,6 +18,7 @@ from fmapkit.provenance.conditional_sigma import (
     operand_of_sigma,
 )
 from fmapkit.provenance.constants import Constants
+from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.functions import (
     RESHAPED_IN_PLACE,
     Function,
@@ -96,6 +97,7 @@ __all__ = [
     "ChannelLayout",
     "Constants",
     "Function",
+    "FunctionCall",
     "Heads",
     "Label",
     "Linearity",

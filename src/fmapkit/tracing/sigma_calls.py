@@ -12,6 +12,7 @@ from fmapkit.provenance import (
     STOP,
     ChannelLabel,
     Function,
+    FunctionCall,
     chooses_unseen,
     operand_of_sigma,
     out_of_place,
@@ -139,7 +140,8 @@ class SigmaCalls:
         frame, z, a = trace.frames[-1], call.z, out
         flow = call.tag if isinstance(call.tag, ChannelLabel) else STOP
         operands = [z] if known.sigma is not None else tensors_in(*call.args, call.kwargs)
-        trace.follow(known.name, operands, call.args, call.kwargs, out, nonlinear=True)
+        given = known.name, call.function, call.args, call.kwargs, out
+        trace.follow(FunctionCall(*given, operands), nonlinear=True)
         if call.unheld is None:
             trace.labels.put(a, past_sigma(call.tag, z, a))
         if call.kept and z is frame.x:

@@ -1,0 +1,44 @@
+"""One call of a torch function that has run: what every rule is asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fmapkit.provenance.rule_basics import argument
+from fmapkit.torchlib.nested import tensors_in
+
+__all__ = ["FunctionCall"]
+
+
+@dataclass(slots=True)
+class FunctionCall:
+    """A call of a torch function.
+
+    Attributes:
+        name: of the function, as `Function.name` has it.
+        function: it.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        out: what it returned.
+        operands: all tensors among its arguments.
+    """
+
+    name: str
+    function: Any
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    out: Any
+    operands: list[Tensor]
+
+    @classmethod
+    def of(cls, name: str, function: Any, args: Any, kwargs: Any, out: Any) -> FunctionCall:
+        """The call of a function, with its tensors found."""
+        return cls(name, function, args, kwargs, out, tensors_in(*args, kwargs))
+
+    def argument(self, place: int, *names: str) -> Any:
+        """An argument, by one of its names or by its place; None where it is not given."""
+        return argument(self.args, self.kwargs, place, *names)
