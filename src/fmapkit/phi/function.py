@@ -13,7 +13,7 @@ from fmapkit.map import FeatureMap
 from fmapkit.phi._calls import Calls, Found
 from fmapkit.phi._compiled import by_itself, compiling_context, opaque
 from fmapkit.phi._features import call as called
-from fmapkit.phi._features import one, rows
+from fmapkit.phi._features import one, rows, sklearn_needed
 from fmapkit.phi._kernel import kernel
 from fmapkit.phi._pool import Pool, checked, picked, pooled
 from fmapkit.phi._request import Request
@@ -142,8 +142,6 @@ class FeatureFunction(nn.Module):
             ImportError: scikit-learn is not installed.
             ArgumentError: an argument is outside what is allowed.
         """
-        from fmapkit.phi._sklearn import sklearn_needed
-
         sklearn_needed()
         from fmapkit.phi.transformer import FeatureTransformer
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_positive
-from fmapkit.phi._features import call, evaluating, named, rows
+from fmapkit.phi._features import call, evaluating, named, rows, sklearn_needed
 from fmapkit.phi._plots import by_layer, figure_of
-from fmapkit.phi._sklearn import sklearn_needed
 from fmapkit.tables import text_table
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ Session           session.py         open, close; its parts: parts.py
 """
 
 from fmapkit.session.analyses import Analyses as Analyses
+from fmapkit.session.analyses import Analysis as Analysis
 from fmapkit.session.config import CaptureConfig as CaptureConfig
-from fmapkit.session.protocol import Analysis as Analysis
 from fmapkit.session.session import Rest as Rest
 from fmapkit.session.session import Session as Session
