@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from fmapkit.errors import NotAModuleError
+from fmapkit.errors import check_module
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.phi._calls import Calls, Found
@@ -50,11 +50,7 @@ class FeatureFunction(nn.Module):
         path: str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            hint = " (a model class: make an instance first)" if isinstance(model, type) else ""
-            raise NotAModuleError(
-                f"feature_map takes a torch.nn.Module, not {type(model).__name__}{hint}"
-            )
+        check_module("feature_map", model)
         self._asked = Request.of(layers, kind, filters, call, path)
         self._calls = Calls()
         self.pool = checked(pool)
