@@ -23,7 +23,7 @@ from fmapkit.paths import unrecorded
 from fmapkit.provenance import ChannelLayout
 from fmapkit.readable import tags as tags_of
 from fmapkit.selection import LayerSelection
-from fmapkit.storage import in_function
+from fmapkit.storage import Pass, in_function
 from fmapkit.torchlib.autograd import in_checkpoint
 
 __all__ = ["RequestedEdits"]
@@ -271,6 +271,7 @@ class RequestedEdits:
         tensor: Tensor,
         axes: ChannelLayout | None,
         layer: str,
+        at: Pass,
         usual: bool = True,
         others: Sequence[str] = (),
         **tags: Any,
@@ -282,6 +283,7 @@ class RequestedEdits:
             tensor: its values.
             axes: where its filters lie.
             layer: the label of its layer.
+            at: the pass.
             usual: it is what an edit without a path means.
             others: paths of all tensors that the module has there.
             tags: the other tags of the map.
@@ -297,7 +299,7 @@ class RequestedEdits:
                 where = edit.where
                 edit.calls.add(tags["call"])
                 edit.paths.update(dict.fromkeys(others))
-                if not (where.has_step(tags["step"]) and where.has_call(tags["call"])):
+                if not (where.has_step(at.step) and where.has_call(tags["call"])):
                     continue
                 if not (usual if where.path is None else where.path == tags.get("path")):
                     continue
@@ -312,6 +314,8 @@ class RequestedEdits:
                     tensor=result,
                     kind=cast("Kind", kind),
                     layer=layer,
+                    step=at.step,
+                    training=at.training,
                     filter_dim=axes.dim if axes is not None else None,
                     filters=axes.filters if axes is not None and axes.dim is not None else None,
                     **tags,

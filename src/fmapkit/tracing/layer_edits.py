@@ -60,16 +60,9 @@ class LayerEdits:
     def _apply(
         self, site: EditSite, kind: str, tensor: Tensor, axes: ChannelLayout | None
     ) -> Tensor | None:
-        return self.edits.apply(
-            kind,
-            tensor,
-            axes,
-            site.name,
-            call=site.call,
-            step=self.trace.record.current.step,
-            training=self.trace.record.current.training,
-            nonlinearity=site.sigma,
-        )
+        at = self.trace.record.current
+        tags: dict[str, Any] = {"call": site.call, "nonlinearity": site.sigma}
+        return self.edits.apply(kind, tensor, axes, site.name, at, **tags)
 
     # -- functions ----------------------------------------------------------------------------
 
@@ -141,7 +134,8 @@ class LayerEdits:
     def enter(self, frame: Frame) -> None:
         """A module is about to run; it may get another z."""
         x = frame.x
-        if x is None or any(f.site is not None or f.kind == "sigma" for f in self._outer(frame)):
+        outer = [f for f in self.trace.frames if f is not frame]
+        if x is None or any(f.site is not None or f.kind == "sigma" for f in outer):
             return
         own = self.trace.names.of(frame.module)
         sigma = module_sigma(frame.module) or name_by_hand(frame.module)
@@ -172,9 +166,6 @@ class LayerEdits:
             frame.take(stand_in)
         site.version = version_of(stand_in)
 
-    def _outer(self, frame: Frame) -> list[Frame]:
-        return [f for f in self.trace.frames if f is not frame]
-
     def leave(self, frame: Frame, a: Tensor, axes: ChannelLayout | None) -> tuple[Tensor, Tensor]:
         """The module has run: what σ gave, and what the module is to return."""
         site, x = frame.site, frame.x
@@ -197,10 +188,7 @@ class LayerEdits:
         if not self.edits.of(name, "response"):
             return None
         self.trace.edited = True
-        now = self.trace.record.current
-        new = self.edits.apply(
-            "response", out, axes, name, call=call, step=now.step, training=now.training
-        )
+        new = self.edits.apply("response", out, axes, name, self.trace.record.current, call=call)
         if new is None:
             return None
         self._follow(new, out)

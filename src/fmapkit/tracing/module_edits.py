@@ -178,11 +178,10 @@ class ModuleEdits:
                 tensor,
                 axes,
                 name,
+                trace.record.current,
                 usual=path == usual,
                 others=shown,
                 call=call,
-                step=step,
-                training=trace.record.current.training,
                 path=_shown(path),
             )
             if new is not None:
