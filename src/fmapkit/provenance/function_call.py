@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from fmapkit.provenance.rule_basics import argument
-from fmapkit.torchlib.nested import tensors_in
 
 __all__ = ["FunctionCall"]
 
@@ -33,11 +32,6 @@ class FunctionCall:
     kwargs: dict[str, Any]
     out: Any
     operands: list[Tensor]
-
-    @classmethod
-    def of(cls, name: str, function: Any, args: Any, kwargs: Any, out: Any) -> FunctionCall:
-        """The call of a function, with its tensors found."""
-        return cls(name, function, args, kwargs, out, tensors_in(*args, kwargs))
 
     def argument(self, place: int, *names: str) -> Any:
         """An argument, by one of its names or by its place; None where it is not given."""

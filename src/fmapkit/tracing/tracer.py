@@ -211,7 +211,8 @@ class Tracer(TorchFunctionMode):
             if sigma is not None:
                 out = self.sigmas.after(known, sigma, out)
             else:
-                out = self._after(known, FunctionCall.of(known.name, func, args, kwargs, out))
+                given = known.name, func, args, kwargs, out
+                out = self._after(known, FunctionCall(*given, tensors_in(*args, kwargs)))
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fail(error)
         stop = trace.record.stop
