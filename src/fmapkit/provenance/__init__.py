@@ -1,5 +1,6 @@
 """Whose filters a tensor carries, and where they lie: labels, and one rule per torch function.
 
+FunctionCall       function_call.py      one call of torch, as whoever decides is asked about it
 propagate          propagate.py  one call of torch: which rule, and what its results carry
   vocabulary       vocabulary.py         what a function does to data, by name
   layer_ops        layer_ops.py          it is a layer: where its weight and its filters are
