@@ -62,20 +62,20 @@ FOREIGN_STORES = {  # attributes of other objects that are written, by room
     "capture": 1,
     "compiled": 26,
     "data": 12,
-    "editing": 7,
+    "editing": 3,
     "explain": 7,
     "instrumentation": 2,
     "integrations": 1,
     "maps": 1,
     "paths": 34,
-    "phi": 12,
+    "phi": 11,
     "provenance": 1,
     "replay": 10,
     "saving": 2,
     "session": 45,
     "storage": 9,
     "torchlib": 11,
-    "tracing": 86,
+    "tracing": 83,
 }
 
 

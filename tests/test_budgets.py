@@ -113,7 +113,7 @@ def test_python_calls() -> None:
         for _ in range(3):
             model(image())
         calls = python_calls(lambda: model(image()))
-    taps = {k: n for k, n in calls.items() if k.endswith(("Tap.__call__", "_After.__call__"))}
+    taps = {k: n for k, n in calls.items() if k.endswith(("Tap.__call__", "_After.around"))}
     alone = {"OutputCallTap.__call__": ALONE}
     assert taps == {"KeepingCallTap.__call__": SITES, **alone}
     # An in-place σ is a few calls of ours: z is looked at, σ runs out of place, z gets its memory.

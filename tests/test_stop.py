@@ -277,7 +277,7 @@ def test_the_end_of_a_pass_is_named_by_other_captures(
             for n in range(4):
                 x = torch.randn(3, 4)
                 with capture(copy.deepcopy(bare)) as whole:
-                    whole._session.model(x)
+                    whole._session.asked.model(x)
                 ended = model(x) is None
                 assert ended == (n >= whole_ones)
                 flags = [m.inplace for m in model.modules() if hasattr(m, "inplace")]
@@ -302,7 +302,7 @@ def test_the_end_of_a_pass_is_named_by_other_captures(
             for _ in range(3):
                 x = torch.randn(3, 4)
                 with capture(copy.deepcopy(bare)) as whole:
-                    out = whole._session.model(x)
+                    out = whole._session.asked.model(x)
                 assert torch.equal(model(x), out)
                 expected = {(fm.layer, fm.kind): fm.tensor for fm in whole}
                 found = {(fm.layer, fm.kind): fm.tensor for fm in maps}
@@ -367,7 +367,7 @@ def test_the_last_of_several_ends_the_pass(
             for n in range(4):
                 x = torch.randn(3, 4)
                 with capture(copy.deepcopy(bare)) as whole:
-                    whole._session.model(x)
+                    whole._session.asked.model(x)
                 assert (model(x) is None) == (n > 0)  # the first pass of each is a whole one
                 for name, maps in zip(names, (first, second), strict=True):
                     for kind_ in ("preactivation", "activation"):

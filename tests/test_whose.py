@@ -204,11 +204,11 @@ def test_a_product_with_a_whole_stack_has_no_single_filter_axis() -> None:
     ):
         with capture(Body(product, w=stack(3, 4, 6))) as maps:
             maps_of_each_pass = [
-                labels(maps) for _ in range(2) if maps._session.model(x) is not None
+                labels(maps) for _ in range(2) if maps._session.asked.model(x) is not None
             ]
         assert maps_of_each_pass == [[("w", 0, None)]] * 2
     with capture(Body(lambda m, x: torch.bmm(x, m.w[1:2]).relu(), w=stack(3, 4, 6))) as maps:
-        maps._session.model(x[:1])
+        maps._session.asked.model(x[:1])
         assert labels(maps) == [("w[1]", 0, range(6))]
     # Heads that are put together are counted along one axis again.
     heads = Body(

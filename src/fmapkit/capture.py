@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fmapkit import edits as edits_module
 from fmapkit._warnings import warn
 from fmapkit.checking import COMPILED, Check, FiniteCheck, checked
-from fmapkit.editing import Edits
-from fmapkit.errors import ArgumentError, CaptureStateError, NotAModuleError
+from fmapkit.editing import RequestedEdits
+from fmapkit.errors import ArgumentError, CaptureStateError, check_module, check_positive
 from fmapkit.instrumentation import methods_of
 from fmapkit.kinds import Kind
 from fmapkit.maps import FeatureMap, FeatureMaps
@@ -123,7 +123,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         method: str | Iterable[str] = "forward",
         check: Check | None = None,
     ) -> None:
-        _check_model(model)
+        check_module("capture", model)
         seen_by = Analyses(analyses)
         _check_keep(keep, every, bool(seen_by) or check is not None, max_bytes)
         if stop and layers is None:
@@ -155,7 +155,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         if wants.kind("attention") and finite is None:
             _check_eager("kinds='attention'", given, names)
         _check_made(edit)
-        edits = Edits(names, edit)
+        edits = RequestedEdits(names, edit)
         passes = None if keep == "all" else int(keep)
         model = unwrap(model)  # a pass is the plain model's, whoever called it
         methods = methods_of(model, method)
@@ -197,12 +197,6 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 _note(error, ENDED)
 
 
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        hint = " (a model class: make an instance first)" if isinstance(model, type) else ""
-        raise NotAModuleError(f"capture takes a torch.nn.Module, not {type(model).__name__}{hint}")
-
-
 def _check_keep(keep: Any, every: Any, looked_at: bool, max_bytes: Any) -> None:
     """Whether these go together.
 
@@ -225,8 +219,7 @@ def _check_keep(keep: Any, every: Any, looked_at: bool, max_bytes: Any) -> None:
         )
     if keep != "all" and not _positive(keep) and not fleeting:
         raise ArgumentError(f"keep must be a positive int or 'all', not {keep!r}")
-    if not _positive(every):
-        raise ArgumentError(f"every must be a positive int, not {every!r}")
+    check_positive(every=every)
 
 
 def _check_flags(**flags: Any) -> None:

@@ -12,7 +12,7 @@ itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -202,7 +202,7 @@ class FiniteCheck:
                     if one is not None:
                         found.append(one)
                 if self.backward and isinstance(fm._gradient, Gradient):
-                    fm._gradient.tell(_Receiver(fm, self._received))
+                    fm._gradient.tell(partial(self._received, fm.without_values()))
             self._found = _first(found, gradient=False)
 
     def raise_found(self, cause: Exception | None = None) -> None:
@@ -224,6 +224,7 @@ class FiniteCheck:
         self._gradients.clear()
 
     def _received(self, fm: FeatureMap, grad: Tensor) -> None:
+        """A backward has reached a map, of which the tags alone are known here."""
         task = graph_task()
         if not self._open or task == -1:
             return
@@ -252,20 +253,6 @@ def _place(held: StoredTensor | None) -> Any:
         return None
     place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor._version)
     return (*place, tuple(tensor.shape), tensor.stride())
-
-
-class _Receiver:
-    """Passes the gradient of one map on; it knows the map's tags, and holds no tensor."""
-
-    __slots__ = ("_send", "_tags")
-
-    def __init__(self, fm: FeatureMap, send: Callable[[FeatureMap, Tensor], None]) -> None:
-        self._tags = fm.without_values()
-        self._send = send
-
-    def receive(self, grad: Tensor) -> None:
-        """One backward pass has reached the map."""
-        self._send(self._tags, grad)
 
 
 def _error(found: NonFinite) -> NonFiniteError:

@@ -147,7 +147,8 @@ class DrawableMaps:
             path: of the file; what is there is written over.
             layers: which layers: anything that `select(layer=...)` takes; None for all.
             image: what the model was given: (H, W), (C, H, W) or a batch (N, C, H, W), of one or
-                three channels.
+                three channels. Whole numbers are 0 to 255; others 0 to 1, or they are spread over
+                that range, and the page says so.
             sample: which sample of the batch.
             max_filters: how many filters of a map go in; of more, those with the highest |value|.
             max_side: larger images go in as means of blocks of pixels, in pixels a side.

@@ -34,8 +34,10 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
 from typing_extensions import Self
 
+from fmapkit.kinds import KINDS
 from fmapkit.nonfinite import NonFinite
 
 __all__ = [
@@ -206,6 +208,31 @@ def check_positive(**numbers: Any) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ArgumentError(f"{name} must be a positive int, not {value!r}")
+
+
+def check_module(what: str, model: Any) -> None:
+    """Whether something is a module.
+
+    Raises:
+        NotAModuleError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        hint = " (a model class: make an instance first)" if isinstance(model, type) else ""
+        raise NotAModuleError(f"{what} takes a torch.nn.Module, not {type(model).__name__}{hint}")
+
+
+def check_kind(kind: Any) -> None:
+    """Whether there is such a kind of map.
+
+    Raises:
+        ArgumentError: there is not.
+    """
+    if kind not in KINDS:
+        raise ArgumentError(
+            f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; the kinds are {listed(KINDS)}",
+            kind=kind if isinstance(kind, str) else None,
+            candidates=near(kind, KINDS) or KINDS,
+        )
 
 
 def near(given: object, known: Iterable[str]) -> tuple[str, ...]:

@@ -10,13 +10,5 @@
 Torch's tracing tools are imported once something compiled is captured, and not before.
 """
 
-from fmapkit.compiled.entries import CompiledEntries, CompiledHandler
-from fmapkit.compiled.interface import CompiledCapture
-from fmapkit.compiled.run import GraphMapSink
-
-__all__ = [
-    "CompiledCapture",
-    "CompiledEntries",
-    "CompiledHandler",
-    "GraphMapSink",
-]
+from fmapkit.compiled.entries import CompiledEntries as CompiledEntries
+from fmapkit.compiled.run import GraphMapSink as GraphMapSink

@@ -41,9 +41,8 @@ _CALLS = ("call_function", "call_method")
 class Traced:
     """What a trace of a graph found: the maps, each with the site to read it at."""
 
-    found: list[
-        tuple[MapRecord, SigmaNode, bool]
-    ]  # the last: a preactivation unless claimed outside
+    # The last of each: it is a preactivation unless claimed outside.
+    found: list[tuple[MapRecord, SigmaNode, bool]]
     refs: Callable[[Origin], Ref]
     effects: Effects
 
@@ -160,19 +159,7 @@ def _open_all(gm: fx.GraphModule, fakes: FakeInputs) -> None:
 
 
 class _Labelling(_OnFakes):
-    """Runs a graph under the tracer.
-
-    Args:
-        gm: the graph.
-        fakes: its inputs.
-        tracer: of the graph.
-        carried: what its inputs carry.
-        base: the modules that run around it, outermost first.
-        modules: by the id that the graph knows them by.
-        rewrite: whether in-place nonlinearities may be rewritten: if not None, whether gradients
-            are on.
-        arguments: see `trace_graph`.
-    """
+    """Runs a graph under the tracer; see `trace_graph` for what it is given."""
 
     def __init__(
         self,
@@ -189,7 +176,7 @@ class _Labelling(_OnFakes):
         self._tracer = tracer
         self._carried = iter(carried)
         self._base = base
-        self._rewrite = rewrite
+        self._rewrite = rewrite  # None: no; else whether gradients are on
         self._arguments = arguments
         self._stacks = _Stacks(list(gm.graph.nodes), modules, tracer, self.env)
         self._outside: set[int] = set()  # memory that was there before the graph

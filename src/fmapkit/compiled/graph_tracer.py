@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fmapkit.compiled.graph_edit import SigmaNode
-from fmapkit.editing import Edits
 from fmapkit.model import Names
 from fmapkit.provenance import ChannelLayout
 from fmapkit.reasons import Reason
@@ -134,4 +133,4 @@ class GraphTracer(Tracer):
         self.noted = NodeAliases()
         trace = GraphTrace(names, GraphRecord(names, wants, self.noted, miss))
         trace.learning = 1  # every module is in `frames`
-        super().__init__(trace, Edits.none())
+        super().__init__(trace, None)

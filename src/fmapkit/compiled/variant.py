@@ -35,8 +35,6 @@ from fmapkit.torchlib.inductor import free_layouts, is_volatile
 
 __all__ = ["InstrumentedCompile"]
 
-UNLABELLED = Reason.GRAPH_UNREADABLE.value
-
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)
@@ -128,7 +126,7 @@ class _Compiler:
             for sink in sinks:
                 sink.capture.miss(
                     sink.capture.names.of(self._variant._module),
-                    UNLABELLED.format(why=f"{type(error).__name__}: {error}"),
+                    Reason.GRAPH_UNREADABLE.text(why=f"{type(error).__name__}: {error}"),
                 )
                 sink.unread += 1
             return self._backend(gm, inputs, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fmapkit.torchlib.operators import tree_leaves
 
-__all__ = ["Call"]
+__all__ = ["Call", "Rule", "named"]
 
 
 @dataclass
@@ -44,7 +44,23 @@ class Call:
                 return self.given[name]
         return default
 
+    def run(self, given: dict[str, Any]) -> Any:
+        """What the operator gives for some arguments by name."""
+        there = [a for a in self.function._schema.arguments if a.name in given]
+        return self.function(
+            *[given[a.name] for a in there if not a.kwarg_only],
+            **{a.name: given[a.name] for a in there if a.kwarg_only},
+        )
+
     @property
     def operands(self) -> list[Tensor]:
         """All tensors among the arguments."""
         return [t for t in tree_leaves(self.given) if isinstance(t, Tensor)]
+
+
+Rule = Callable[[Call], Sequence[Tensor | None]]
+
+
+def named(rule: Rule, names: str) -> dict[str, Rule]:
+    """The rule of some operators, by their names."""
+    return dict.fromkeys(names.split(), rule)

@@ -7,13 +7,13 @@ zero, the probability of a position that attention may not see.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fmapkit.explain._call import Call
+from fmapkit.explain._call import Call, Rule, named
 from fmapkit.explain._fields import NONE, least, lowest, varies
 
 __all__ = ["RULES"]
@@ -28,7 +28,7 @@ def _mixed(field: Tensor, terms: Tensor) -> Tensor:
     """The field of sums over the last axis.
 
     Args:
-        field: (R, n, K).
+        field: (R, n, K); of many (R, b, n, K), where all terms count.
         terms: (m, K), which of the K terms each of m sums has.
 
     Returns:
@@ -36,59 +36,40 @@ def _mixed(field: Tensor, terms: Tensor) -> Tensor:
     """
     if bool(terms.all()):
         found = lowest(field, [field.dim() - 2])
-        return found.expand(*found.shape[:-1], len(terms))
+        return found.expand(*found.shape[:-1], terms.shape[-2])
     kinds, which = torch.unique(terms, dim=0, return_inverse=True)
     sums = [torch.where(kind, field, NONE).amin(-1) for kind in kinds]
     return torch.stack(sums, -1)[..., which]
 
 
 def _product(call: Call, one: Tensor, other: Tensor) -> Tensor | None:
-    """Of a matrix product (n, k) × (k, m)."""
-    shape = (one.shape[0], other.shape[1])
-    if one.shape[1] == 0:
+    """Of a matrix product (n, k) × (k, m), or of many, (b, n, k) × (b, k, m)."""
+    if one.shape[-1] == 0:
         return None
     left, right = call.of(one), call.of(other)
-    fields = []
-    if left is not None:
-        fields.append(_mixed(left, _terms(call, other).t()))
-    if right is not None:
-        fields.append(_mixed(right.transpose(1, 2), _terms(call, one)).transpose(1, 2))
-    return least(fields, shape)
-
-
-def _products(call: Call, one: Tensor, other: Tensor) -> Tensor | None:
-    """Of many matrix products (b, n, k) × (b, k, m)."""
-    left, right = call.of(one), call.of(other)
-    shape = (one.shape[0], one.shape[1], other.shape[2])
-    if one.shape[2] == 0:
-        return None
     fields = []
     for field, terms, back in (
-        (left, _terms(call, other).transpose(1, 2), False),
-        (None if right is None else right.transpose(2, 3), _terms(call, one), True),
+        (left, _terms(call, other).mT, False),
+        (None if right is None else right.mT, _terms(call, one), True),
     ):
         if field is None:
             continue
-        if bool(terms.all()):
-            found = lowest(field, [2])
+        if terms.dim() == 2 or bool(terms.all()):
+            found = _mixed(field, terms)
         else:
             found = torch.stack([_mixed(field[:, b], terms[b]) for b in range(len(terms))], 1)
-        fields.append(found.transpose(2, 3) if back else found)
-    return least(fields, shape)
+        fields.append(found.mT if back else found)
+    return least(fields, (*one.shape[:-1], other.shape[-1]))
 
 
 def _mm(call: Call) -> list[Tensor | None]:
     return [_product(call, call.given["self"], call.get("mat2", "other"))]
 
 
-def _bmm(call: Call) -> list[Tensor | None]:
-    return [_products(call, call.given["self"], call.given["mat2"])]
-
-
-def _added(product: Callable[..., Tensor | None], one: str, other: str) -> Any:
+def _added(one: str, other: str) -> Rule:
     def rule(call: Call) -> list[Tensor | None]:
         shape = call.results[0].shape
-        found = product(call, call.given[one], call.given[other])
+        found = _product(call, call.given[one], call.given[other])
         added = call.of(call.given["self"]) if call.get("beta", default=1) != 0 else None
         return [least([found if call.get("alpha", default=1) != 0 else None, added], shape)]
 
@@ -228,10 +209,9 @@ def _at(axis: int, part: slice) -> tuple[slice, ...]:
     return (*[slice(None)] * axis, part)
 
 
-RULES: dict[str, Any] = {
-    "mm": _mm,
-    "bmm": _bmm,
-    "addmm": _added(_product, "mat1", "mat2"),
-    "baddbmm": _added(_products, "batch1", "batch2"),
-    **dict.fromkeys(["convolution", "_convolution", "cudnn_convolution"], _convolution),
+RULES: dict[str, Rule] = {
+    **named(_mm, "mm bmm"),
+    "addmm": _added("mat1", "mat2"),
+    "baddbmm": _added("batch1", "batch2"),
+    **named(_convolution, "convolution _convolution cudnn_convolution"),
 }

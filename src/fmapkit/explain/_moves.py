@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.explain._call import Call
+from fmapkit.explain._call import Call, Rule, named
 from fmapkit.explain._fields import NONE, least, lowest
 from fmapkit.explain._probe import probe
 from fmapkit.torchlib.operators import tree_map
@@ -42,9 +42,8 @@ def _moved(call: Call) -> list[Tensor | None]:
         for name, value in call.given.items()
     }
     given = {n: 0 if n == "value" and not isinstance(v, Tensor) else v for n, v in given.items()}
-    where = call.function(
-        *_in_order(call.function, given, False), **_in_order(call.function, given, True)
-    )
+    given.pop("dtype", None)
+    where = call.run(given)
     index = _places_field(call)
     if not pieces:
         return [None if index is None else least([index], r.shape) for r in call.results]
@@ -52,13 +51,6 @@ def _moved(call: Call) -> list[Tensor | None]:
     fields = torch.cat([none, *pieces], 1)
     results = where if isinstance(where, (list, tuple)) else [where]
     return [least([fields[:, w.long()], index], w.shape) for w in results]
-
-
-def _in_order(function: Any, given: dict[str, Any], by_name: bool) -> Any:
-    schema = [a for a in function._schema.arguments if a.name in given]
-    if by_name:
-        return {a.name: given[a.name] for a in schema if a.kwarg_only and a.name != "dtype"}
-    return [given[a.name] for a in schema if not a.kwarg_only]
 
 
 def _places_field(call: Call) -> Tensor | None:
@@ -129,53 +121,19 @@ def _put_at(call: Call) -> list[Tensor | None]:
     return probe(call) if call.get("accumulate") or call.get("reduce") else _moved(call)
 
 
-RULES: dict[str, Any] = {
-    **dict.fromkeys(
-        [
-            "cat",
-            "stack",
-            "index",
-            "index_select",
-            "constant_pad_nd",
-            "reflection_pad1d",
-            "reflection_pad2d",
-            "reflection_pad3d",
-            "replication_pad1d",
-            "replication_pad2d",
-            "replication_pad3d",
-            "roll",
-            "flip",
-            "repeat",
-            "im2col",
-            "tril",
-            "triu",
-            "slice_scatter",
-            "select_scatter",
-            "diagonal_scatter",
-            "as_strided_scatter",
-            "upsample_nearest1d",
-            "upsample_nearest2d",
-            "upsample_nearest3d",
-            "_upsample_nearest_exact1d",
-            "_upsample_nearest_exact2d",
-            "_upsample_nearest_exact3d",
-            "unfold_copy",
-            "pixel_shuffle",
-            "pixel_unshuffle",
-            "channel_shuffle",
-            "native_channel_shuffle",
-            "_unsafe_index",
-            "take",
-            "masked_select",
-            "masked_scatter",
-            "diag_embed",
-            "index_copy",
-            "_reshape_copy",
-        ],
+RULES: dict[str, Rule] = {
+    **named(
         _moved,
+        """cat stack index index_select constant_pad_nd reflection_pad1d reflection_pad2d
+        reflection_pad3d replication_pad1d replication_pad2d replication_pad3d roll flip repeat
+        im2col tril triu slice_scatter select_scatter diagonal_scatter as_strided_scatter
+        upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
+        _upsample_nearest_exact2d _upsample_nearest_exact3d unfold_copy pixel_shuffle
+        pixel_unshuffle channel_shuffle native_channel_shuffle _unsafe_index take masked_select
+        masked_scatter diag_embed index_copy _reshape_copy""",
     ),
     "embedding": _embedded,
     "gather": _gathered,
-    **dict.fromkeys(["index_put", "_index_put_impl", "_unsafe_index_put"], _put_at),
-    **dict.fromkeys(["scatter", "scatter_add", "scatter_reduce"], _scattered),
+    **named(_put_at, "index_put _index_put_impl _unsafe_index_put"),
+    **named(_scattered, "scatter scatter_add scatter_reduce"),
 }

@@ -15,7 +15,7 @@ from fmapkit.errors import (
     ArgumentError,
     FilterRangeError,
     MapLookupError,
-    NotAModuleError,
+    check_module,
     listed,
 )
 from fmapkit.kinds import Kind
@@ -48,8 +48,7 @@ def eager(model: Any, what: str) -> nn.Module:
         NotAModuleError: it is no module.
         ArgumentError: a part of it is compiled: what that computes in between is not to be had.
     """
-    if not isinstance(model, nn.Module):
-        raise NotAModuleError(f"{what} takes a torch.nn.Module, not {type(model).__name__}")
+    check_module(what, model)
     plain: nn.Module = model
     while (inner := plain._modules.get("_orig_mod")) is not None:
         plain = inner

@@ -90,10 +90,7 @@ class _Probing:
         arguments = [a for a in call.function._schema.arguments if a.name in given]
         with torch.random.fork_rng():
             torch.manual_seed(_SEED)
-            out = call.function(
-                *[given[a.name] for a in arguments if not a.kwarg_only],
-                **{a.name: given[a.name] for a in arguments if a.kwarg_only},
-            )
+            out = call.run(given)
         written = [
             t
             for a in arguments

@@ -20,13 +20,11 @@ from torch import Tensor
 from fmapkit.explain import _contractions as contractions
 from fmapkit.explain import _moves as moves
 from fmapkit.explain import _windows as windows
-from fmapkit.explain._call import Call
+from fmapkit.explain._call import Call, Rule, named
 from fmapkit.explain._fields import NONE, broadcast, least, lowest, varies
 from fmapkit.explain._probe import probe
 
 __all__ = ["rule_for"]
-
-Rule = Callable[[Call], Sequence[Tensor | None]]
 
 # A score that is this far below the largest is masked: the -10000 of models in half precision, say.
 # (What is masked with -inf or the lowest number of a dtype is a constant, and needs no such rule.)
@@ -122,13 +120,6 @@ def _masked_fill(call: Call) -> list[Tensor | None]:
     either = varies(call.of(mask), mask)
     parts = [(mask, True), (call.given["self"], ~mask | either)]
     return _kept(call, [*parts, (call.given["value"], mask | either)])
-
-
-def _both(call: Call) -> list[Tensor | None]:
-    one, other = call.given["self"], call.given["other"]
-    return _kept(
-        call, [(one, _may_be(call, other, _not_zero)), (other, _may_be(call, one, _not_zero))]
-    )
 
 
 def _copied(call: Call) -> list[Tensor | None]:
@@ -258,41 +249,36 @@ def _batch_norm(call: Call) -> list[Tensor | None]:
     ]
 
 
-def _names(rule: Rule, names: str) -> dict[str, Rule]:
-    return dict.fromkeys(names.split(), rule)
-
-
 _RULES: dict[str, Rule] = {
-    **_names(_mul, "mul multiply"),
-    **_names(_div, "div true_divide divide"),
-    **_names(_add, "add sub"),
-    **_names(_where, "where"),
-    **_names(_masked_fill, "masked_fill"),
-    **_names(_both, "logical_and bitwise_and __and__"),
-    **_names(_copied, "copy _to_copy clone fill fill_ copy_ lift_fresh_copy"),
-    **_names(
+    **named(_mul, "mul multiply logical_and bitwise_and __and__"),
+    **named(_div, "div true_divide divide"),
+    **named(_add, "add sub"),
+    **named(_where, "where"),
+    **named(_masked_fill, "masked_fill"),
+    **named(_copied, "copy _to_copy clone fill fill_ copy_ lift_fresh_copy"),
+    **named(
         _constant,
         """zero zeros_like ones_like full_like empty_like new_zeros new_ones
         new_empty new_full new_empty_strided empty_strided rand_like randn_like randint_like""",
     ),
-    **_names(_random, "bernoulli normal uniform exponential random cauchy geometric log_normal"),
-    **_names(
+    **named(_random, "bernoulli normal uniform exponential random cauchy geometric log_normal"),
+    **named(
         _pointwise,
         """_prelu_kernel hardswish hardsigmoid log_sigmoid_forward rrelu_with_noise native_dropout
         _fused_dropout floor_divide polar complex hardshrink softshrink""",
     ),
-    **_names(
+    **named(
         _reduced,
         """sum mean amax amin max min argmax argmin any all prod var std var_mean std_mean logsumexp
         norm linalg_vector_norm median nanmedian nansum nanmean count_nonzero mode aminmax
         kthvalue""",
     ),
-    **_names(_running, "cumsum cumprod cummax cummin logcumsumexp"),
-    **_names(_softmax, "_softmax _log_softmax _safe_softmax"),
-    **_names(_ordered, "sort topk argsort"),
-    **_names(_layer_norm, "native_layer_norm _fused_rms_norm"),
-    **_names(_group_norm, "native_group_norm"),
-    **_names(
+    **named(_running, "cumsum cumprod cummax cummin logcumsumexp"),
+    **named(_softmax, "_softmax _log_softmax _safe_softmax"),
+    **named(_ordered, "sort topk argsort"),
+    **named(_layer_norm, "native_layer_norm _fused_rms_norm"),
+    **named(_group_norm, "native_group_norm"),
+    **named(
         _batch_norm,
         """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
         _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm

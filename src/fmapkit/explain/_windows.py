@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmapkit.explain._call import Call
+from fmapkit.explain._call import Call, Rule, named
 from fmapkit.explain._probe import probe
 
 __all__ = ["RULES"]
@@ -56,33 +56,15 @@ def _adaptively(call: Call) -> list[Tensor | None]:
     return _lowest(call, _ADAPTIVE[_axes(call)], call.given["output_size"])
 
 
-RULES: dict[str, Any] = {
-    **dict.fromkeys(
-        [
-            "max_pool1d",
-            "max_pool2d",
-            "max_pool3d",
-            "max_pool1d_with_indices",
-            "max_pool2d_with_indices",
-            "max_pool3d_with_indices",
-            "avg_pool1d",
-            "avg_pool2d",
-            "avg_pool3d",
-            "mkldnn_max_pool2d",
-        ],
+RULES: dict[str, Rule] = {
+    **named(
         _pooled,
+        """max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices
+        max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d mkldnn_max_pool2d""",
     ),
-    **dict.fromkeys(
-        [
-            "adaptive_avg_pool1d",
-            "adaptive_avg_pool2d",
-            "adaptive_avg_pool3d",
-            "_adaptive_avg_pool2d",
-            "_adaptive_avg_pool3d",
-            "adaptive_max_pool1d",
-            "adaptive_max_pool2d",
-            "adaptive_max_pool3d",
-        ],
+    **named(
         _adaptively,
+        """adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
+        _adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
     ),
 }

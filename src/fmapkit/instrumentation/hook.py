@@ -18,7 +18,7 @@ from fmapkit.torchlib.call_override import (
     note,
 )
 
-__all__ = ["Given", "Hook", "nothing"]
+__all__ = ["Around", "Given", "Hook", "nothing"]
 
 
 class Hook:
@@ -115,7 +115,28 @@ class Given:
             self._handle.remove()
 
 
-class _After(CallOverride):
+class Around(CallOverride):
+    """Runs around a module's call; steps aside for torch.compile, and where a copy is called."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = called(self.module)
+        if dynamo() is not None:
+            note()
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if module is not self.module:
+            return self.of_copy(module, args, kwargs)
+        return self.around(module, args, kwargs)
+
+    compiled_as_bare(__call__)
+
+    def around(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Make the call, and tell of it."""
+        raise NotImplementedError
+
+
+class _After(Around):
     """Stands for a forward hook.
 
     Args:
@@ -128,13 +149,7 @@ class _After(CallOverride):
         self.hook = hook
         self.owner = hook.owner
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = called(self.module)
-        if dynamo() is not None:
-            note()
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        if module is not self.module:
-            return self.of_copy(module, args, kwargs)
+    def around(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not (module._forward_pre_hooks or all_pre_hooks):
             output = self.inner(*args, **kwargs)
             self.hook(module, args, output)
@@ -148,10 +163,8 @@ class _After(CallOverride):
         self.hook(module, given.args, output)
         return output
 
-    compiled_as_bare(__call__)
 
-
-class _Before(CallOverride):
+class _Before(Around):
     """Stands for a forward pre hook.
 
     Args:
@@ -164,21 +177,13 @@ class _Before(CallOverride):
         self.hook = hook
         self.owner = hook.owner
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = called(self.module)
-        if dynamo() is not None:
-            note()
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        if module is not self.module:
-            return self.of_copy(module, args, kwargs)
+    def around(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         given = Given(self.owner, module, args, kwargs)
         try:
             given.tell(self._begins)
             return self.inner(*args, **kwargs)
         finally:
             given.over()
-
-    compiled_as_bare(__call__)
 
     def _begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.hook(module, args)

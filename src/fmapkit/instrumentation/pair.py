@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit.instrumentation.hook import Given, Hook, nothing
-from fmapkit.torchlib.call_override import CallOverride, called, compiled_as_bare, dynamo, note
+from fmapkit.instrumentation.hook import Around, Given, Hook, nothing
+from fmapkit.torchlib.call_override import CallOverride
 
 __all__ = ["FAILED", "Outside", "Pair"]
 
@@ -16,7 +16,7 @@ __all__ = ["FAILED", "Outside", "Pair"]
 FAILED = object()
 
 
-class Pair(CallOverride):
+class Pair(Around):
     """Is told when a module's call begins, and when it ends, by whatever way.
 
     Args:
@@ -37,16 +37,8 @@ class Pair(CallOverride):
         self.post = post
         self.broken_off = broken_off
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = called(self.module)
-        if dynamo() is not None:
-            note()
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        if module is not self.module:
-            return self.of_copy(module, args, kwargs)
+    def around(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         return self._around(module, self.inner, args, kwargs)
-
-    compiled_as_bare(__call__)
 
     def of_copy(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A copy is called: a module that is not in the model, or a replica."""
@@ -85,7 +77,7 @@ class Pair(CallOverride):
         self.pre = self.post = self.broken_off = nothing
 
 
-class Outside(CallOverride):
+class Outside(Around):
     """Is told what the hooks of others on a module are given, before it runs and after.
 
     Args:
@@ -101,21 +93,13 @@ class Outside(CallOverride):
         self.pre = pre
         self.post = post
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = called(self.module)
-        if dynamo() is not None:
-            note()
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        if module is not self.module:
-            return self.of_copy(module, args, kwargs)
+    def around(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self.pre(module, args, kwargs)
         first = module.register_forward_hook(Hook(self.post, self.owner), prepend=True)
         try:
             return self.inner(*args, **kwargs)
         finally:
             first.remove()
-
-    compiled_as_bare(__call__)
 
     def disarm(self) -> None:
         """Let go of the session; a call may be under way just then."""

@@ -7,23 +7,14 @@ print(maps)    table.maps_as_text
                  -> records.latest, records.read records of a `MapSource`, and the map of each
 """
 
-from fmapkit.lookup.by_key import find, parse
-from fmapkit.lookup.choose import choose, pass_number
-from fmapkit.lookup.gather import _device, gather
-from fmapkit.lookup.records import Found, every, latest, read
-from fmapkit.lookup.table import maps_as_html, maps_as_text
-
-__all__ = [
-    "Found",
-    "_device",
-    "choose",
-    "every",
-    "find",
-    "gather",
-    "latest",
-    "maps_as_html",
-    "maps_as_text",
-    "parse",
-    "pass_number",
-    "read",
-]
+from fmapkit.lookup.by_key import find as find
+from fmapkit.lookup.by_key import parse as parse
+from fmapkit.lookup.choose import choose as choose
+from fmapkit.lookup.choose import pass_number as pass_number
+from fmapkit.lookup.gather import _device as _device
+from fmapkit.lookup.gather import gather as gather
+from fmapkit.lookup.records import every as every
+from fmapkit.lookup.records import latest as latest
+from fmapkit.lookup.records import read as read
+from fmapkit.lookup.table import maps_as_html as maps_as_html
+from fmapkit.lookup.table import maps_as_text as maps_as_text

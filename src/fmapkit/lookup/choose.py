@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fmapkit.errors import ArgumentError, did_you_mean, listed, near
-from fmapkit.kinds import KINDS
+from fmapkit.errors import ArgumentError, check_kind
 from fmapkit.lookup.by_selector import check_held, check_only_names
 from fmapkit.lookup.records import every, read
 from fmapkit.map import FeatureMap
@@ -33,11 +32,8 @@ def choose(
         ArgumentError: an argument is of no allowed form.
         UnknownLayerError: a name or a pattern in `layers` means no layer that has maps.
     """
-    if kind is not None and kind not in KINDS:
-        raise ArgumentError(
-            f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; the kinds are {listed(KINDS)}",
-            candidates=near(kind, KINDS) or KINDS,
-        )
+    if kind is not None:
+        check_kind(kind)
     if training is not None and not isinstance(training, bool):
         raise ArgumentError(f"training must be True, False or None, not {training!r}")
     chosen = None if layers is None else _chosen(source, layers)

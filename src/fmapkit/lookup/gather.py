@@ -75,7 +75,7 @@ def gather(
         raise failure
     _agree(parts, asked)
     assert found is not None
-    pieces = _exchange(found.tensor.detach(), parts, dim, dst, group)
+    pieces = _exchange(found.tensor.detach(), parts, dst, group)
     if pieces is None:
         return None
     return replace(found, tensor=torch.cat(pieces, dim), edited=None, _gradient=None, _whole=None)
@@ -146,7 +146,7 @@ def _rest(part: _RankPart) -> tuple[int, ...]:
 
 
 def _exchange(
-    tensor: Tensor, parts: list[_RankPart], dim: int, dst: int | None, group: Any
+    tensor: Tensor, parts: list[_RankPart], dst: int | None, group: Any
 ) -> list[Tensor] | None:
     """Every rank's tensor, in rank order, bit for bit; None on ranks that do not get them.
 

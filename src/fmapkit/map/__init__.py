@@ -5,8 +5,9 @@ read_map(pass, record)   reading.py       the tensor as it is held, or the error
        repr              line.py
 """
 
-from fmapkit.map.feature_map import FeatureMap, nbytes_of, restored
-from fmapkit.map.line import row, size
-from fmapkit.map.reading import read_map
-
-__all__ = ["FeatureMap", "nbytes_of", "read_map", "restored", "row", "size"]
+from fmapkit.map.feature_map import FeatureMap as FeatureMap
+from fmapkit.map.feature_map import nbytes_of as nbytes_of
+from fmapkit.map.feature_map import restored as restored
+from fmapkit.map.line import row as row
+from fmapkit.map.line import size as size
+from fmapkit.map.reading import read_map as read_map

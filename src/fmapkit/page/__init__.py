@@ -13,16 +13,11 @@ nothing, and runs in any browser of the last years (Chrome 80, Firefox 113, Safa
 | `assets/` | its style and its script |
 """
 
-from fmapkit.page.document import PageMaps, write_analysis, write_maps
-from fmapkit.page.panels import Fact, Panel, Section, number_panel, state_panel
-
-__all__ = [
-    "Fact",
-    "PageMaps",
-    "Panel",
-    "Section",
-    "number_panel",
-    "state_panel",
-    "write_analysis",
-    "write_maps",
-]
+from fmapkit.page.document import PageMaps as PageMaps
+from fmapkit.page.document import write_analysis as write_analysis
+from fmapkit.page.document import write_maps as write_maps
+from fmapkit.page.panels import Fact as Fact
+from fmapkit.page.panels import Panel as Panel
+from fmapkit.page.panels import Section as Section
+from fmapkit.page.panels import number_panel as number_panel
+from fmapkit.page.panels import state_panel as state_panel

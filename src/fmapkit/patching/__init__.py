@@ -3,7 +3,7 @@
 patch(model, clean, corrupted)   _run.py       checks, and goes through the pieces
   Grid                           _pieces.py    layers by positions by filters
   Runs                           _edited_runs.py one run for each piece, by edits
-Patching                         _result.py    the metric of each run; its picture, _picture.py
+Patching                         _result.py    the metric of each run; its picture
 """
 
 from fmapkit.patching._result import Patching

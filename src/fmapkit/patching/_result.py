@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError
+from fmapkit.plot import entitle, figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["Patching"]
+
+_MANY = 40  # labels along an axis: more are drawn as numbers, thinned out by matplotlib
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,9 +93,52 @@ class Patching:
             ImportError: matplotlib is not installed.
             ArgumentError: the labels do not fit, or both positions and filters were patched.
         """
-        from fmapkit.patching._picture import draw
-
-        return draw(self, ax, positions, normalized, title)
+        plt = figures()
+        values = self.normalized if normalized else self.effect
+        table = self.mean(values).float().numpy()
+        names = self.positions or self.filters
+        labels = [_label(name) for name in names]
+        if positions is not None:
+            if len(positions) != len(self.positions):
+                raise ArgumentError(
+                    f"positions has {len(positions)} labels, and {len(self.positions)} positions "
+                    "were patched"
+                )
+            labels = list(positions)
+        if ax is None:
+            width, height = 3.5 + 0.35 * table.shape[1], 1.8 + 0.22 * table.shape[0]
+            _, ax = plt.subplots(figsize=(min(width, 16), min(height, 14)), layout="constrained")
+        largest = float(abs(table).max())
+        signed = bool((table < -0.01 * largest).any())  # more than what rounding leaves
+        drawn = ax.imshow(
+            table,
+            aspect="auto",
+            interpolation="nearest",
+            cmap="RdBu_r" if signed else "Purples",
+            vmin=-largest if signed else 0.0,
+            vmax=largest,
+        )
+        if len(self.layers) <= _MANY:
+            ax.set_yticks(range(len(self.layers)), self.layers, fontsize="small")
+        if labels and len(labels) <= _MANY:
+            slanted = max(map(len, labels)) > 3
+            ax.set_xticks(
+                range(len(labels)),
+                labels,
+                fontsize="small",
+                rotation=45 if slanted else 0,
+                ha="right" if slanted else "center",
+            )
+        elif not labels:
+            ax.set_xticks([])
+        ax.set_xlabel("position" if self.positions else "filters" if self.filters else "")
+        other = "clean" if self.into == "corrupted" else "corrupted"
+        ax.set_title(f"{other} {self.kind} into the {self.into} run", fontsize="medium")
+        figure: Figure = ax.figure.figure
+        what = "0: corrupted, 1: clean" if normalized else "metric"
+        figure.colorbar(drawn, ax=ax, fraction=0.05, pad=0.02, label=what)
+        entitle(figure, title, 0)
+        return figure
 
     def mean(self, values: Tensor) -> Tensor:
         """A table of layers by the rest, without the axis of samples.
@@ -108,3 +154,9 @@ class Patching:
                 "one of them, from dataclasses.replace(result, effect=..., filters=())"
             )
         return table.unsqueeze(1) if axes == 1 else table
+
+
+def _label(name: Any) -> str:
+    if isinstance(name, tuple) and len(name) > 2 and all(isinstance(n, int) for n in name):
+        return f"{name[0]}…{name[-1]}"
+    return str(name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fmapkit.errors import ArgumentError
 
-__all__ = ["call", "evaluating", "named", "one", "rows", "taken"]
+__all__ = ["call", "evaluating", "named", "one", "rows", "sklearn_needed", "taken"]
 
 
 def call(phi: nn.Module, inputs: Any) -> Any:
@@ -75,3 +75,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+def sklearn_needed() -> None:
+    """Whether scikit-learn is there.
+
+    Raises:
+        ImportError: it is not.
+    """
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "probes and transformers need scikit-learn: pip install fmapkit[sklearn]"
+        ) from error

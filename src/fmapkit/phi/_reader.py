@@ -30,8 +30,8 @@ from fmapkit.phi._compiled import CompiledOutputs
 from fmapkit.phi._recurring import Recurring, can_stop
 from fmapkit.phi._request import Item, Request
 from fmapkit.readable import tags
+from fmapkit.reasons import Reason
 from fmapkit.selection import LayerSelection
-from fmapkit.storage import NO_GRAPH
 from fmapkit.torchlib.nested import tensors_in
 
 __all__ = ["Found", "Reader"]
@@ -172,7 +172,7 @@ class Reader:
         Raises:
             MapStateError: it was made where torch records no graph (reentrant checkpointing).
         """
-        if not any(missed.reason == NO_GRAPH for missed in self._recurring.missed):
+        if not any(missed.why is Reason.NO_GRAPH for missed in self._recurring.missed):
             return
         given = (*self.model.parameters(), *tensors_in(*args, kwargs))
         for _, fm in found:
@@ -180,7 +180,7 @@ class Reader:
             if not inside and any(t.requires_grad for t in given):
                 raise MapStateError(
                     f"feature_map: the {fm.kind} of layer {fm.layer!r} is not part of the autograd "
-                    f"graph: {NO_GRAPH}",
+                    f"graph: {Reason.NO_GRAPH.text()}",
                     **tags(fm),
                 )
 

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fmapkit.errors import ArgumentError, did_you_mean, listed
+from fmapkit.errors import ArgumentError, check_kind
 from fmapkit.kinds import Kind
-from fmapkit.selection import KINDS, given_filters
+from fmapkit.selection import given_filters
 from fmapkit.selectors import Selector
 
 __all__ = ["Item", "Request"]
@@ -135,10 +135,6 @@ def _item(key: str | None, given: Any, kind: Kind | None) -> Item:
 
 
 def _kind(kind: Any) -> Kind:
-    if kind not in KINDS:
-        hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
-        raise ArgumentError(
-            f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}", candidates=KINDS
-        )
+    check_kind(kind)
     found: Kind = kind
     return found

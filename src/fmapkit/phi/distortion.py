@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.phi._features import call, evaluating, named, rows, taken
+from fmapkit.phi._plots import by_layer, figure_of
 from fmapkit.tables import text_table
 
 if TYPE_CHECKING:
@@ -144,9 +145,24 @@ class Kept:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from fmapkit.phi._plots import plot_kept
-
-        return plot_kept(self._layers, ax, title=title)
+        figure, ax = figure_of(ax, len(self))
+        for at, layer in enumerate(self):
+            low, high = layer.smallest, layer.largest
+            if high > 0:
+                span = [max(low, high * 1e-6), high]
+                ax.plot([at, at], span, "-", color="0.6", linewidth=4, zorder=1)
+                ax.plot(at, layer.median, "o", color="#b11226", zorder=2)
+            if layer.collisions:
+                word = "pair" if layer.collisions == 1 else "pairs"
+                note = f"{layer.collisions} {word}\nin one point"
+                where = ("data", "axes fraction")
+                ax.annotate(note, (at, 0.02), xycoords=where, ha="center", fontsize="small")
+        ax.set_yscale("log")
+        by_layer(ax, self.layers)
+        ax.set_ylabel("d(φ(x), φ(y)) / d(x, y)")
+        what = "what φ keeps of distances: smallest, median, largest"
+        ax.set_title(title or what, loc="left", fontsize="medium")
+        return figure
 
 
 def kept(

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from fmapkit.errors import NotAModuleError
+from fmapkit.errors import check_module
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.phi._calls import Calls, Found
 from fmapkit.phi._compiled import by_itself, compiling_context, opaque
 from fmapkit.phi._features import call as called
-from fmapkit.phi._features import one, rows
+from fmapkit.phi._features import one, rows, sklearn_needed
 from fmapkit.phi._kernel import kernel
 from fmapkit.phi._pool import Pool, checked, picked, pooled
 from fmapkit.phi._request import Request
@@ -50,11 +50,7 @@ class FeatureFunction(nn.Module):
         path: str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            hint = " (a model class: make an instance first)" if isinstance(model, type) else ""
-            raise NotAModuleError(
-                f"feature_map takes a torch.nn.Module, not {type(model).__name__}{hint}"
-            )
+        check_module("feature_map", model)
         self._asked = Request.of(layers, kind, filters, call, path)
         self._calls = Calls()
         self.pool = checked(pool)
@@ -142,8 +138,6 @@ class FeatureFunction(nn.Module):
             ImportError: scikit-learn is not installed.
             ArgumentError: an argument is outside what is allowed.
         """
-        from fmapkit.phi._sklearn import sklearn_needed
-
         sklearn_needed()
         from fmapkit.phi.transformer import FeatureTransformer
 

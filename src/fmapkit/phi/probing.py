@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_positive
-from fmapkit.phi._features import call, evaluating, named, rows
-from fmapkit.phi._sklearn import sklearn_needed
+from fmapkit.phi._features import call, evaluating, named, rows, sklearn_needed
+from fmapkit.phi._plots import by_layer, figure_of
 from fmapkit.tables import text_table
 
 if TYPE_CHECKING:
@@ -98,9 +98,20 @@ class Probe:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from fmapkit.phi._plots import plot_probe
-
-        return plot_probe(self, ax, title=title)
+        figure, ax = figure_of(ax, len(self))
+        at = np.arange(len(self))
+        for fold in self.scores.T:
+            ax.plot(at, fold, "o", color="0.6", markersize=3, zorder=1)
+        ax.plot(at, self.mean, "o-", color="#b11226", zorder=2)
+        if self.chance is not None:
+            ax.axhline(self.chance, color="0.5", linestyle=":", linewidth=1)
+            right: dict[str, Any] = {"ha": "right", "va": "bottom", "fontsize": "small"}
+            ax.text(len(self) - 0.6, self.chance, "chance", **right)
+        by_layer(ax, self.layers)
+        ax.set_ylabel(self.scoring)
+        folds = f"read out by a probe, {self.scores.shape[1]} folds"
+        ax.set_title(title or folds, loc="left", fontsize="medium")
+        return figure
 
 
 def probe(

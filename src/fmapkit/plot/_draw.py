@@ -16,8 +16,9 @@ from fmapkit.plot._pictures import Array, Picture
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
 
-__all__ = ["WIDTH", "blank", "columns_of", "draw", "draw_image", "size_of"]
+__all__ = ["WIDTH", "blank", "columns_of", "draw", "draw_alone", "draw_image", "size_of"]
 
 WIDTH = 10.0  # of a figure, in inches
 _STRIP = 8.0  # what labels and the colour bar leave of it
@@ -66,6 +67,19 @@ def draw(ax: Axes, picture: Picture, columns: int) -> ScalarMappable | None:
         tiles = _over(tiles, np.abs(values) / max(map(abs, picture.limits)), picture.below)
     _draw_tiles(ax, tiles, labels, columns, _ratio(picture))
     return ScalarMappable(scale, colours) if values.ndim == 3 else None
+
+
+def draw_alone(plt: Any, picture: Picture, columns: int, ax: Axes | None, title: str) -> Figure:
+    """Draw into axes, or a figure of its own, with a colour bar and a title."""
+    if ax is None:
+        width, height = size_of(picture, columns)
+        _, ax = plt.subplots(figsize=(width, height + 0.6), layout="constrained")
+    drawn = draw(ax, picture, columns)
+    ax.set_title(title, fontsize="medium")
+    figure: Figure = ax.figure.figure  # of a subfigure: the figure it is part of
+    if drawn is not None:
+        figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.01)
+    return figure
 
 
 def _over(tiles: Array, strength: Array, below: Array) -> Array:

@@ -14,7 +14,7 @@ from fmapkit.errors import (
     near,
 )
 from fmapkit.plot import _pictures as pictures
-from fmapkit.plot._draw import columns_of, draw, size_of
+from fmapkit.plot._draw import columns_of, draw_alone
 from fmapkit.plot._figure import figures
 from fmapkit.readable import ReadableMap, ReadableMaps
 
@@ -77,16 +77,8 @@ def plot_filters(
     assert weight is not None
     rows = weight[[fm.filters.index(f) for f in chosen]]
     picture = pictures.of_weights(rows, chosen, len(fm.filters), shape, scale)
-    columns = columns_of(len(chosen), columns)
-    if ax is None:
-        width, height = size_of(picture, columns)
-        _, ax = plt.subplots(figsize=(width, height + 0.6), layout="constrained")
-    drawn = draw(ax, picture, columns)
-    ax.set_title(f"{fm.layer or '(model)'} · {picture.caption}", fontsize="medium")
-    figure: Figure = ax.figure.figure
-    if drawn is not None:
-        figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.01)
-    return figure
+    title = f"{fm.layer or '(model)'} · {picture.caption}"
+    return draw_alone(plt, picture, columns_of(len(chosen), columns), ax, title)
 
 
 def _whose(maps: ReadableMaps, layer: str) -> ReadableMap:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.plot import _pictures as pictures
-from fmapkit.plot._draw import WIDTH, columns_of, draw, draw_image, size_of
+from fmapkit.plot._draw import WIDTH, columns_of, draw, draw_alone, draw_image, size_of
 from fmapkit.plot._figure import entitle, figures
 from fmapkit.plot._pictures import Array, Choice, Picture
 from fmapkit.readable import ReadableMap, ReadableMaps, tags
@@ -75,15 +75,7 @@ def plot_map(
             raise ArgumentError("weights=True draws two axes: leave ax out")
         rows = [_Row(_weights(fm, picture), "w", title), _Row(picture, _meaning(fm), "")]
         return _drawn(plt, rows, columns, None)
-    if ax is None:
-        width, height = size_of(picture, columns)
-        _, ax = plt.subplots(figsize=(width, height + 0.6), layout="constrained")
-    drawn = draw(ax, picture, columns)
-    ax.set_title(title, fontsize="medium")
-    figure: Figure = ax.figure.figure  # of a subfigure: the figure it is part of
-    if drawn is not None:
-        figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.01)
-    return figure
+    return draw_alone(plt, picture, columns, ax, title)
 
 
 def plot_maps(

@@ -1,5 +1,6 @@
 """Whose filters a tensor carries, and where they lie: labels, and one rule per torch function.
 
+FunctionCall       function_call.py      one call of torch, as whoever decides is asked about it
 propagate          propagate.py  one call of torch: which rule, and what its results carry
   vocabulary       vocabulary.py         what a function does to data, by name
   layer_ops        layer_ops.py          it is a layer: where its weight and its filters are
@@ -9,133 +10,64 @@ propagate          propagate.py  one call of torch: which rule, and what its res
 weights            weights.py            from which rows of which parameter a map came
 """
 
-from fmapkit.provenance.attention_math import given, probabilities
-from fmapkit.provenance.conditional_sigma import (
-    FOLLOWED,
-    SOMETIMES,
-    Pointwise,
-    chooses_unseen,
-    operand_of_sigma,
-)
-from fmapkit.provenance.constants import Constants
-from fmapkit.provenance.functions import (
-    RESHAPED_IN_PLACE,
-    Function,
-    describe,
-    described,
-    out_of_place,
-)
-from fmapkit.provenance.heads import Heads, Projection, projection
-from fmapkit.provenance.labels import (
-    NOWHERE,
-    STOP,
-    Carried,
-    ChannelLabel,
-    Label,
-    Lookup,
-    Made,
-    Origin,
-    ParamLabel,
-    ParamLabelRef,
-    Source,
-    flow_of,
-    is_same,
-)
-from fmapkit.provenance.layer_ops import (
-    bias_operand,
-    filter_places,
-    input_place,
-    layer_axes,
-    pads_first,
-    picked,
-    weighs,
-    weight_operand,
-)
-from fmapkit.provenance.layout import ChannelAxis, ChannelLayout
-from fmapkit.provenance.linearity import Linearity
-from fmapkit.provenance.product_rules import einsum_terms
-from fmapkit.provenance.propagate import carried, past_sigma, sigma_axes
-from fmapkit.provenance.quantized import packed_axes, packed_key
-from fmapkit.provenance.rule_basics import argument
-from fmapkit.provenance.vocabulary import (
-    ADDING_WRITES,
-    FRESH,
-    MATMULS,
-    NORM_AXIS,
-    OPAQUE,
-    WRITES,
-    words,
-)
-from fmapkit.provenance.weights import (
-    PACKED,
-    REGISTERED,
-    Lost,
-    StandIns,
-    WeightRows,
-    source_of,
-    versions,
-)
-
-__all__ = [
-    "ADDING_WRITES",
-    "FOLLOWED",
-    "FRESH",
-    "MATMULS",
-    "NORM_AXIS",
-    "NOWHERE",
-    "OPAQUE",
-    "PACKED",
-    "REGISTERED",
-    "RESHAPED_IN_PLACE",
-    "SOMETIMES",
-    "STOP",
-    "WRITES",
-    "Carried",
-    "ChannelAxis",
-    "ChannelLabel",
-    "ChannelLayout",
-    "Constants",
-    "Function",
-    "Heads",
-    "Label",
-    "Linearity",
-    "Lookup",
-    "Lost",
-    "Made",
-    "Origin",
-    "ParamLabel",
-    "ParamLabelRef",
-    "Pointwise",
-    "Projection",
-    "Source",
-    "StandIns",
-    "WeightRows",
-    "argument",
-    "bias_operand",
-    "carried",
-    "chooses_unseen",
-    "describe",
-    "described",
-    "einsum_terms",
-    "filter_places",
-    "flow_of",
-    "given",
-    "input_place",
-    "is_same",
-    "layer_axes",
-    "operand_of_sigma",
-    "out_of_place",
-    "packed_axes",
-    "packed_key",
-    "pads_first",
-    "past_sigma",
-    "picked",
-    "probabilities",
-    "projection",
-    "sigma_axes",
-    "source_of",
-    "versions",
-    "weighs",
-    "weight_operand",
-    "words",
-]
+from fmapkit.provenance.attention_math import given as given
+from fmapkit.provenance.attention_math import probabilities as probabilities
+from fmapkit.provenance.conditional_sigma import FOLLOWED as FOLLOWED
+from fmapkit.provenance.conditional_sigma import SOMETIMES as SOMETIMES
+from fmapkit.provenance.conditional_sigma import Pointwise as Pointwise
+from fmapkit.provenance.conditional_sigma import chooses_unseen as chooses_unseen
+from fmapkit.provenance.conditional_sigma import operand_of_sigma as operand_of_sigma
+from fmapkit.provenance.constants import Constants as Constants
+from fmapkit.provenance.function_call import FunctionCall as FunctionCall
+from fmapkit.provenance.functions import RESHAPED_IN_PLACE as RESHAPED_IN_PLACE
+from fmapkit.provenance.functions import Function as Function
+from fmapkit.provenance.functions import describe as describe
+from fmapkit.provenance.functions import described as described
+from fmapkit.provenance.functions import out_of_place as out_of_place
+from fmapkit.provenance.heads import Heads as Heads
+from fmapkit.provenance.heads import Projection as Projection
+from fmapkit.provenance.heads import projection as projection
+from fmapkit.provenance.labels import NOWHERE as NOWHERE
+from fmapkit.provenance.labels import STOP as STOP
+from fmapkit.provenance.labels import Carried as Carried
+from fmapkit.provenance.labels import ChannelLabel as ChannelLabel
+from fmapkit.provenance.labels import Label as Label
+from fmapkit.provenance.labels import Made as Made
+from fmapkit.provenance.labels import Origin as Origin
+from fmapkit.provenance.labels import ParamLabel as ParamLabel
+from fmapkit.provenance.labels import ParamLabelRef as ParamLabelRef
+from fmapkit.provenance.labels import Source as Source
+from fmapkit.provenance.labels import flow_of as flow_of
+from fmapkit.provenance.labels import is_same as is_same
+from fmapkit.provenance.layer_ops import bias_operand as bias_operand
+from fmapkit.provenance.layer_ops import filter_places as filter_places
+from fmapkit.provenance.layer_ops import input_place as input_place
+from fmapkit.provenance.layer_ops import layer_axes as layer_axes
+from fmapkit.provenance.layer_ops import pads_first as pads_first
+from fmapkit.provenance.layer_ops import picked as picked
+from fmapkit.provenance.layer_ops import weighs as weighs
+from fmapkit.provenance.layer_ops import weight_operand as weight_operand
+from fmapkit.provenance.layout import ChannelAxis as ChannelAxis
+from fmapkit.provenance.layout import ChannelLayout as ChannelLayout
+from fmapkit.provenance.linearity import Linearity as Linearity
+from fmapkit.provenance.product_rules import einsum_terms as einsum_terms
+from fmapkit.provenance.propagate import carried as carried
+from fmapkit.provenance.propagate import past_sigma as past_sigma
+from fmapkit.provenance.propagate import sigma_axes as sigma_axes
+from fmapkit.provenance.quantized import packed_axes as packed_axes
+from fmapkit.provenance.quantized import packed_key as packed_key
+from fmapkit.provenance.rule_basics import argument as argument
+from fmapkit.provenance.vocabulary import ADDING_WRITES as ADDING_WRITES
+from fmapkit.provenance.vocabulary import FRESH as FRESH
+from fmapkit.provenance.vocabulary import MATMULS as MATMULS
+from fmapkit.provenance.vocabulary import NORM_AXIS as NORM_AXIS
+from fmapkit.provenance.vocabulary import OPAQUE as OPAQUE
+from fmapkit.provenance.vocabulary import WRITES as WRITES
+from fmapkit.provenance.vocabulary import words as words
+from fmapkit.provenance.weights import PACKED as PACKED
+from fmapkit.provenance.weights import REGISTERED as REGISTERED
+from fmapkit.provenance.weights import Lost as Lost
+from fmapkit.provenance.weights import StandIns as StandIns
+from fmapkit.provenance.weights import WeightRows as WeightRows
+from fmapkit.provenance.weights import source_of as source_of
+from fmapkit.provenance.weights import versions as versions

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.provenance import vocabulary as words
+from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.labels import ChannelLabel, Lookup, flow_of
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
@@ -109,27 +110,9 @@ class Pointwise:
         self._known[id(tensor)] = weakref.ref(tensor), version_of(tensor), value
         return value
 
-    def step(
-        self,
-        name: str,
-        operands: Sequence[Tensor],
-        args: Any,
-        kwargs: Any,
-        out: Any,
-        tag: Lookup,
-        sigma: bool,
-    ) -> None:
-        """A function has run in the module itself.
-
-        Args:
-            name: of the function.
-            operands: all tensors among its arguments.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
-            out: what it returned.
-            tag: what a tensor carries.
-            sigma: it is a nonlinearity.
-        """
+    def step(self, call: FunctionCall, tag: Lookup, sigma: bool) -> None:
+        """A function has run in the module itself; the arguments are those of `Linearity.step`."""
+        name, args, out, operands = call.name, call.args, call.out, call.operands
         zeros = name in _ZEROS or (name == "tensor" and bool(args) and self.is_zero(args[0]))
         if zeros and isinstance(out, Tensor):
             self._put(out, _Value(zero=True))
@@ -145,7 +128,7 @@ class Pointwise:
         compared = name in _COMPARISONS
         mask = compared or (name in _OF_MASKS and all(v.mask for v in values))
         if compared:
-            zero = any(self.is_zero(a) for a in (*args, *kwargs.values()))
+            zero = any(self.is_zero(a) for a in (*args, *call.kwargs.values()))
         else:
             zero = mask and any(v.zero for v in values)
         self._put(out, _Value(values, mask, zero))

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Lookup, flow_of
 from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.provenance.rule_basics import Rule, aligned, argument, lost_if_none, same_filters
+from fmapkit.provenance.rule_basics import Rule, aligned, argument, lost_if_none
 from fmapkit.provenance.vocabulary import ADDING_WRITES
 from fmapkit.torchlib.memory import storage_of
 
-__all__ = ["getitem", "index_select", "is_number", "write"]
+__all__ = ["getitem", "is_number", "write"]
 
 
 def getitem(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
@@ -130,17 +130,6 @@ def _rank(item: Any) -> int:
     if isinstance(item, list):
         return torch.tensor(item).dim()
     return 1 if item.dtype == torch.bool else item.dim()
-
-
-def index_select(
-    flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup
-) -> Any:
-    """Some places along one axis."""
-    dim = int(argument(args, kwargs, 1, "dim")) % x.dim()
-    axes = flow.axes
-    if axes is None or any(p.dim == dim for p in axes.parts):
-        return STOP
-    return same_filters(flow, x, args, kwargs, out, tag)
 
 
 def write(name: str) -> Rule:

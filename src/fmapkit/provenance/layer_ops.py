@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.labels import ChannelLabel, Label, Lookup, ParamLabel
 from fmapkit.provenance.layout import ChannelAxis, ChannelLayout
 from fmapkit.provenance.product_rules import einsum_terms
-from fmapkit.provenance.rule_basics import argument
 from fmapkit.provenance.vocabulary import BIAS_FIRST, CONV, GROUPED, MATMULS
 
 __all__ = [
@@ -34,51 +34,41 @@ def weighs(name: str) -> str:
     return "conv" if CONV.fullmatch(name) else ""
 
 
-def weight_operand(
-    name: str,
-    operands: Sequence[Tensor],
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    tag: Lookup,
-) -> Any:
+def weight_operand(call: FunctionCall, tag: Lookup) -> Any:
     """The weight of a weighted function; None where the function weights nothing.
 
     Convolutions, `linear` and `bilinear` always have one. A product has one where exactly one of
     its factors is computed from parameters and another one is not.
     """
-    how = weighs(name)
+    how = weighs(call.name)
     if how == "product":
-        factors = _factors(name, operands)
+        factors = _factors(call)
         weights = [f for f in factors if isinstance(tag(f), ParamLabel)]
         if len(weights) == 1 and any(isinstance(tag(f), ChannelLabel) for f in factors):
             return weights[0]
         return None
     place = 2 if how == "bilinear" else 1
-    return kwargs.get("weight", args[place] if len(args) > place else None) if how else None
+    return call.argument(place, "weight") if how else None
 
 
-def bias_operand(
-    name: str, operands: Sequence[Tensor], args: Sequence[Any], kwargs: dict[str, Any]
-) -> Any:
+def bias_operand(call: FunctionCall) -> Any:
     """The bias of a weighted function; None where it is given none."""
-    if name in BIAS_FIRST:
-        return operands[0]
-    if weighs(name) == "product":
-        return None
-    place = 3 if weighs(name) == "bilinear" else 2
-    return kwargs.get("bias", args[place] if len(args) > place else None)
+    if call.name in BIAS_FIRST:
+        return call.operands[0]
+    how = weighs(call.name)
+    return None if how == "product" else call.argument(3 if how == "bilinear" else 2, "bias")
 
 
-def _factors(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
-    if name in GROUPED:
-        return operands[:2]
-    return operands[1:] if name in BIAS_FIRST else operands
+def _factors(call: FunctionCall) -> Sequence[Tensor]:
+    if call.name in GROUPED:
+        return call.operands[:2]
+    return call.operands[1:] if call.name in BIAS_FIRST else call.operands
 
 
-def input_place(name: str, operands: Sequence[Tensor], weight: Any) -> int | None:
+def input_place(call: FunctionCall, weight: Any) -> int | None:
     """Which of a weighted function's tensor arguments is its input; None if it has none."""
-    for place in range(1 if name in BIAS_FIRST else 0, len(operands)):
-        if operands[place] is not weight:
+    for place in range(1 if call.name in BIAS_FIRST else 0, len(call.operands)):
+        if call.operands[place] is not weight:
             return place
     return None
 
@@ -93,29 +83,17 @@ def pads_first(module: nn.Module) -> bool:
     return bool(module.padding_mode != "zeros")
 
 
-def layer_axes(
-    name: str,
-    operands: Sequence[Tensor],
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    weight: Tensor,
-    out: Tensor,
-    tag: Label,
-) -> ChannelLayout | None:
+def layer_axes(call: FunctionCall, weight: Tensor, tag: Label) -> ChannelLayout | None:
     """Where the filters lie in what a weighted function returns, by the parameter's numbering.
 
     Args:
-        name: of the function.
-        operands: all tensors among its arguments.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        weight: which of them is its weight.
-        out: what it returned.
+        call: of the function.
+        weight: which of its operands is its weight.
         tag: what the weight carries. Of a slice of a parameter, the filters are that slice's; they
             cannot be told where it is not known which slice it is, or where rows of several layers
             lie together.
     """
-    places = filter_places(name, operands, args, kwargs, weight, out)
+    places, out = filter_places(call, weight), call.out
     if not places:
         return None
     if isinstance(tag, ParamLabel) and not (tag.parameter is weight and len(places) == 1):
@@ -185,20 +163,14 @@ def picked(name: str, tag: ParamLabel, weight: Tensor) -> str:
     return f"[{', '.join(found)}]" if found else ""
 
 
-def filter_places(
-    name: str,
-    operands: Sequence[Tensor],
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    weight: Tensor,
-    out: Tensor,
-) -> list[tuple[int, int]]:
+def filter_places(call: FunctionCall, weight: Tensor) -> list[tuple[int, int]]:
     """The axes of a weighted function's result that count filters: pairs with the weight's axes.
 
     These are the axes that the weight alone has; and before them, of a stack of weights, the one
     that tells these apart. Empty where the filters cannot be told.
     """
-    n, m = out.dim(), weight.dim()
+    name = call.name
+    n, m = call.out.dim(), weight.dim()
     how = weighs(name)
     if name == "conv_tbc":  # (time, batch, channels), by a weight (kernel, in, filters)
         return [(n - 1, 2)] if n == m == 3 else []
@@ -208,10 +180,10 @@ def filter_places(
     if how in ("linear", "bilinear"):
         return [(n - 1, 0)] if n and m > 1 else []
     if name == "einsum":
-        return _einsum_places(operands, args, weight)
-    factors = _factors(name, operands)[:2]
+        return _einsum_places(call, weight)
+    factors = _factors(call)[:2]
     if name == "tensordot":
-        return _tensordot_places(args, kwargs, weight, out) if factors[-1] is weight else []
+        return _tensordot_places(call, weight) if factors[-1] is weight else []
     if m < 2 or (name in GROUPED and weight.shape[0] > 1):
         return []  # a vector; rows of several layers one after the other
     right = (factors[-1] is weight) != (name == "__rmatmul__")
@@ -225,11 +197,9 @@ def filter_places(
     return [*stack, (at, m - 1 if right else m - 2)] if name not in GROUPED else [(at, m - 1)]
 
 
-def _tensordot_places(
-    args: Sequence[Any], kwargs: dict[str, Any], weight: Tensor, out: Tensor
-) -> list[tuple[int, int]]:
+def _tensordot_places(call: FunctionCall, weight: Tensor) -> list[tuple[int, int]]:
     """What is left of the weight comes last."""
-    dims = argument(args, kwargs, 2, "dims")
+    dims = call.argument(2, "dims")
     if isinstance(dims, int):
         left = list(range(dims, weight.dim()))
     elif isinstance(dims, (tuple, list)) and isinstance(dims[1], (tuple, list)):
@@ -237,14 +207,12 @@ def _tensordot_places(
         left = [d for d in range(weight.dim()) if d not in gone]
     else:
         return []
-    return [(out.dim() - len(left) + i, d) for i, d in enumerate(left)]
+    return [(call.out.dim() - len(left) + i, d) for i, d in enumerate(left)]
 
 
-def _einsum_places(
-    operands: Sequence[Tensor], args: Sequence[Any], weight: Tensor
-) -> list[tuple[int, int]]:
+def _einsum_places(call: FunctionCall, weight: Tensor) -> list[tuple[int, int]]:
     """The letters that the result has of the weight alone, and those of a stack that begin it."""
-    terms, right = einsum_terms(args)
+    operands, (terms, right) = call.operands, einsum_terms(call.args)
     if len(terms) != len(operands):
         return []
     term = next((t for t, o in zip(terms, operands, strict=True) if o is weight), "")

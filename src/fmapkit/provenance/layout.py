@@ -235,16 +235,6 @@ def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int]
                 new.append(j)
                 b *= after[j]
                 j += 1
-            elif a == b:
-                break
-            elif a < b and i < len(before):
-                old.append(i)
-                a *= before[i]
-                i += 1
-            elif j < len(after):
-                new.append(j)
-                b *= after[j]
-                j += 1
             else:
                 break
         groups.append((old, new))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from fmapkit.provenance import vocabulary as words
+from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.labels import ChannelLabel, Lookup
 from fmapkit.torchlib.nested import tensors_in
 
@@ -55,27 +55,15 @@ class Linearity:
         # Depends on the model's input, but did not come in through the module's argument.
         return _OTHER if isinstance(tag(tensor), ChannelLabel) else 0
 
-    def step(
-        self,
-        name: str,
-        operands: Sequence[Tensor],
-        args: Any,
-        kwargs: Any,
-        out: Any,
-        tag: Lookup,
-        nonlinear: bool = False,
-    ) -> None:
+    def step(self, call: FunctionCall, tag: Lookup, nonlinear: bool) -> None:
         """One function has run inside the module.
 
         Args:
-            name: of the function.
-            operands: all tensors among its arguments.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
-            out: what it returned.
+            call: of it.
             tag: what a tensor carries.
             nonlinear: it is a nonlinearity.
         """
+        name, operands = call.name, call.operands
         degrees = [self._of(t, tag) for t in operands]
         highest = max(degrees, default=0)
         if name in words.DROPOUTS:
@@ -89,13 +77,13 @@ class Linearity:
             by_input = sum(d > 0 for d in degrees) > 1 or (dividing and degrees[-1] > 0)
             curved = by_input or name.startswith("__r")
             result = max(highest, _NONLINEAR) if curved else highest
-        elif _is_linear(name, args, kwargs, out):
+        elif _is_linear(call):
             result = highest
         else:
             self.reduces = self.reduces or name in words.REDUCTIONS or name in words.NORM_AXIS
             result = _OTHER
         # It returns nothing, and writes to its first operand.
-        for tensor in operands[:1] if name == "__setitem__" else tensors_in(out):
+        for tensor in operands[:1] if name == "__setitem__" else tensors_in(call.out):
             self._known[id(tensor)] = (weakref.ref(tensor), result)
 
 
@@ -104,9 +92,10 @@ def _of_two(name: str, operands: Sequence[Tensor]) -> bool:
     return name in ("max", "min") and len(operands) > 1
 
 
-def _is_linear(name: str, args: Any, kwargs: Any, out: Any) -> bool:
+def _is_linear(call: FunctionCall) -> bool:
     """Whether each point of the result is one of the operands', or a sum of such."""
+    name, out = call.name, call.out
     if name == "stack":  # along a new last axis, which `view_as_complex` alone takes away again
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        dim = call.argument(1, "dim") or 0
         return isinstance(out, Tensor) and dim in (-1, out.dim() - 1)
     return name in words.LINEAR_BINARY or name in words.LINEAR_KEEPERS or name == "copy"

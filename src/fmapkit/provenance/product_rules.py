@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fmapkit.provenance.labels import STOP, ChannelLabel, Lookup, flow_of
 from fmapkit.provenance.layout import ChannelLayout
-from fmapkit.provenance.rule_basics import Rule, same_filters
+from fmapkit.provenance.rule_basics import Rule, kept_beside
 from fmapkit.provenance.vocabulary import BIAS_FIRST
 from fmapkit.torchlib.nested import tensors_in
 
@@ -99,6 +99,4 @@ def einsum_terms(args: Sequence[Any]) -> tuple[list[str], str]:
 def segments(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     """Runs of rows are summed; filters that lie along another axis stay."""
     axis = kwargs.get("axis", 0) % x.dim()
-    if flow.axes is None or any(p.dim == axis for p in flow.axes.parts):
-        return STOP
-    return same_filters(flow, x, args, kwargs, out, tag)
+    return kept_beside([axis], flow, x, args, kwargs, out, tag)

@@ -9,13 +9,13 @@ guessed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from torch import Tensor
 
+from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.index_rules import is_number
 from fmapkit.provenance.labels import (
     NOWHERE,
@@ -54,27 +54,18 @@ _CHOOSE_OPERAND = (
 )
 
 
-def carried(
-    name: str,
-    operands: Sequence[Tensor],
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    out: Any,
-    tag: Lookup,
-) -> Any:
+def carried(call: FunctionCall, tag: Lookup) -> Any:
     """What the results of an unweighted function carry.
 
     Args:
-        name: of the function, without the "_" of an in-place form.
-        operands: all tensors among its arguments.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        out: what it returned.
+        call: of it.
         tag: what a tensor carries.
 
     Returns:
         For a tensor, its tag; for a tuple or list of them, a list of tags; None for no change.
     """
+    name, args, kwargs, out = call.name, call.args, call.kwargs, call.out
+    operands = call.operands
     if name in _NO_CHANGE:
         return None
     if name in PICKS:

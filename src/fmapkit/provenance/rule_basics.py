@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ __all__ = [
     "argument",
     "choice",
     "each",
+    "kept_beside",
     "lost_if_none",
     "of_one_layer",
     "pointwise",
@@ -118,6 +119,21 @@ def same_filters(
     if isinstance(out, Tensor):
         return aligned(flow, x, out) if out.dim() == x.dim() else STOP
     return each(out, lambda o: aligned(flow, x, o) if o.dim() == x.dim() else STOP)
+
+
+def kept_beside(
+    dims: Container[int],
+    flow: ChannelLabel,
+    x: Tensor,
+    args: Any,
+    kwargs: Any,
+    out: Any,
+    tag: Lookup,
+) -> Any:
+    """Filters that lie along one of the axes mix; else they stay."""
+    if flow.axes is None or any(p.dim in dims for p in flow.axes.parts):
+        return each(out, lambda _: STOP)
+    return same_filters(flow, x, args, kwargs, out, tag)
 
 
 def argument(args: Sequence[Any], kwargs: dict[str, Any], place: int, *names: str) -> Any:

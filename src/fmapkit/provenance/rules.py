@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fmapkit.provenance.index_rules import getitem, index_select, write
+from fmapkit.provenance.index_rules import getitem, write
 from fmapkit.provenance.labels import STOP, ChannelLabel, Lookup, flow_of
 from fmapkit.provenance.product_rules import einsum, product, segments
 from fmapkit.provenance.rule_basics import (
@@ -22,6 +22,7 @@ from fmapkit.provenance.rule_basics import (
     argument,
     choice,
     each,
+    kept_beside,
     lost_if_none,
     of_one_layer,
     pointwise,
@@ -51,17 +52,12 @@ def spatial(axes: str | None, pads: bool) -> Rule:
     """The same, but filters that lie along an axis which is pooled, padded or resized mix."""
 
     def rule(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
-        if axes is not None:
-            touched = int(axes)
-        else:
-            touched = max(x.dim() - 2, 0)
+        touched = int(axes) if axes is not None else max(x.dim() - 2, 0)
         dims = set(range(x.dim() - touched, x.dim()))
         padding = argument(args, kwargs, 1, "pad") if pads else None
         if padding is not None:
             dims = {x.dim() - 1 - i // 2 for i, size in enumerate(padding) if size}
-        if flow.axes is None or any(p.dim in dims for p in flow.axes.parts):
-            return each(out, lambda _: STOP)
-        return same_filters(flow, x, args, kwargs, out, tag)
+        return kept_beside(dims, flow, x, args, kwargs, out, tag)
 
     return rule
 
@@ -75,7 +71,7 @@ def _reshape(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, ta
     return one(out) if isinstance(out, Tensor) else each(out, one)
 
 
-def _order(name: str, n: int, args: Any, kwargs: Any) -> list[int] | None:
+def _order(name: str, n: int, args: Any, kwargs: Any) -> list[int]:
     order: list[int] = list(range(n))
     if name in ("transpose", "swapaxes", "swapdims"):
         values: Sequence[Any] = [*args[1:], *kwargs.values()]
@@ -104,9 +100,8 @@ def _order(name: str, n: int, args: Any, kwargs: Any) -> list[int] | None:
 
 def _permute(name: str) -> Rule:
     def rule(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
+        assert flow.axes is not None
         order = _order(name, x.dim(), args, kwargs)
-        if order is None or flow.axes is None:
-            return ChannelLabel(flow.origin)
         return ChannelLabel(flow.origin, flow.axes.permute(order))
 
     return rule
@@ -174,10 +169,7 @@ def _along(name: str) -> Rule:
         dims = argument(args, kwargs, place, "dims", "dim")
         dims = [dims] if isinstance(dims, int) else list(dims or range(x.dim()))
         touched = {int(d) % x.dim() for d in dims}
-        axes = flow.axes
-        if axes is None or any(p.dim in touched for p in axes.parts):
-            return each(out, lambda _: STOP)
-        return same_filters(flow, x, args, kwargs, out, tag)
+        return kept_beside(touched, flow, x, args, kwargs, out, tag)
 
     return rule
 
@@ -224,9 +216,7 @@ def _fft(name: str) -> Rule:
         elif dims is None:
             dims = (-1,) if name == "fft" else (-2, -1)
         touched = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
-        if flow.axes is None or any(p.dim in touched for p in flow.axes.parts):
-            return each(out, lambda _: STOP)
-        return same_filters(flow, x, args, kwargs, out, tag)
+        return kept_beside(touched, flow, x, args, kwargs, out, tag)
 
     return rule
 
@@ -277,7 +267,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["cat", "concat", "concatenate"], _cat),
     "stack": _stack,
     "__getitem__": getitem,
-    "index_select": index_select,
+    "index_select": _along("index_select"),
     "gather": _along("gather"),
     "take_along_dim": _along("take_along_dim"),
     **{

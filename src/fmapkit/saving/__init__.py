@@ -5,8 +5,10 @@ maps.save, load        safetensors.save, load          a `Snapshot` in a file
 what is read of them   kept.KeptSession                stands in for the session: a `MapSource`
 """
 
-from fmapkit.saving.kept import KeptEntry, KeptSession, Snapshot, snapshot_of
-from fmapkit.saving.safetensors import load, save
-from fmapkit.saving.source import MapSource
-
-__all__ = ["KeptEntry", "KeptSession", "MapSource", "Snapshot", "load", "save", "snapshot_of"]
+from fmapkit.saving.kept import KeptEntry as KeptEntry
+from fmapkit.saving.kept import KeptSession as KeptSession
+from fmapkit.saving.kept import Snapshot as Snapshot
+from fmapkit.saving.kept import snapshot_of as snapshot_of
+from fmapkit.saving.safetensors import load as load
+from fmapkit.saving.safetensors import save as save
+from fmapkit.saving.source import MapSource as MapSource

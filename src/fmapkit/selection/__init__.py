@@ -1,22 +1,9 @@
 """What a capture was asked for: layers, kinds, filters; and when a pass may end early."""
 
-from fmapkit.selection.arguments import given_filters, indices
-from fmapkit.selection.early_stop import CUT, EarlyStop, StoppedError
-from fmapkit.selection.selection import (
-    KINDS,
-    LayerSelection,
-    Selection,
-    only_a_pass_can_tell,
-)
-
-__all__ = [
-    "CUT",
-    "KINDS",
-    "EarlyStop",
-    "LayerSelection",
-    "Selection",
-    "StoppedError",
-    "given_filters",
-    "indices",
-    "only_a_pass_can_tell",
-]
+from fmapkit.selection.arguments import given_filters as given_filters
+from fmapkit.selection.arguments import indices as indices
+from fmapkit.selection.early_stop import EarlyStop as EarlyStop
+from fmapkit.selection.early_stop import StoppedError as StoppedError
+from fmapkit.selection.selection import LayerSelection as LayerSelection
+from fmapkit.selection.selection import Selection as Selection
+from fmapkit.selection.selection import only_a_pass_can_tell as only_a_pass_can_tell

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fmapkit.errors import ArgumentError, did_you_mean, listed, near
+from fmapkit.errors import ArgumentError, check_kind, listed
 from fmapkit.kinds import KINDS
 
 __all__ = ["given_filters", "given_kinds", "indices"]
@@ -25,12 +25,7 @@ def given_kinds(kinds: Any) -> frozenset[str]:
             f"kinds must name some of {listed(KINDS)}, not {kinds!r}", candidates=KINDS
         )
     for kind in given:
-        if kind not in KINDS:
-            raise ArgumentError(
-                f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; the kinds are {listed(KINDS)}",
-                kind=kind if isinstance(kind, str) else None,
-                candidates=near(kind, KINDS) or KINDS,
-            )
+        check_kind(kind)
     return frozenset(given)
 
 

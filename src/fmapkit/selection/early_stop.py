@@ -9,12 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fmapkit.reasons import Reason
 from fmapkit.storage import MapRecord, Pass
 
-__all__ = ["CUT", "EarlyStop", "StoppedError"]
-
-CUT = Reason.STOPPED_BY_OTHER_CAPTURE.text()
+__all__ = ["EarlyStop", "StoppedError"]
 
 
 class StoppedError(BaseException):

@@ -13,15 +13,8 @@ Session           session.py         open, close; its parts: parts.py
   out of sight    unseen.py          code that no hook of a pass sees
 """
 
-from fmapkit.session.analyses import Analyses
-from fmapkit.session.config import CaptureConfig
-from fmapkit.session.protocol import Analysis
-from fmapkit.session.session import Rest, Session
-
-__all__ = [
-    "Analyses",
-    "Analysis",
-    "CaptureConfig",
-    "Rest",
-    "Session",
-]
+from fmapkit.session.analyses import Analyses as Analyses
+from fmapkit.session.analyses import Analysis as Analysis
+from fmapkit.session.config import CaptureConfig as CaptureConfig
+from fmapkit.session.session import Rest as Rest
+from fmapkit.session.session import Session as Session

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from fmapkit.errors import ArgumentError, MapStateError
 from fmapkit.instrumentation import without_the_models
@@ -11,7 +11,26 @@ from fmapkit.reasons import Reason
 from fmapkit.storage import MapRecord, Pass
 from fmapkit.torchlib.modes import without_modes
 
-__all__ = ["Analyses"]
+if TYPE_CHECKING:
+    from fmapkit.map import FeatureMap
+
+__all__ = ["Analyses", "Analysis"]
+
+
+@runtime_checkable
+class Analysis(Protocol):
+    """Sees every captured map and keeps none.
+
+    `update` is called once for each map of each captured pass, in execution order, without
+    gradients. The model may overwrite the map's memory as soon as `update` returns: work out what
+    is needed, and keep no reference to `fm.tensor`. What `update` raises is raised by the model's
+    call. An `update` that reads a value on the host (`.item()`, a branch on a tensor) makes the
+    model wait for its device. The model's modes (autocast, inference, function modes) are off in
+    it, and its own calls of the captured model are not captured.
+    """
+
+    def update(self, fm: FeatureMap) -> None:
+        """Take one map in."""
 
 
 class Analyses:

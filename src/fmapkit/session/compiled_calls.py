@@ -17,12 +17,7 @@ __all__ = ["CompiledCalls"]
 
 
 class CompiledCalls:
-    """Answers calls of compiled code.
-
-    Args:
-        parts: of the capture.
-        passes: begins and ends them.
-    """
+    """Answers calls of compiled code."""
 
     def __init__(self, parts: SessionParts, passes: Passes) -> None:
         asked = parts.asked

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fmapkit.checking import FiniteCheck
-from fmapkit.editing import Edits
+from fmapkit.editing import RequestedEdits
 from fmapkit.model import Names
 from fmapkit.selection import EarlyStop, Selection
 from fmapkit.session.analyses import Analyses
@@ -33,7 +33,7 @@ class CaptureConfig:
     model: nn.Module
     names: Names
     wants: Selection
-    edits: Edits
+    edits: RequestedEdits
     analyses: Analyses
     stop: EarlyStop | None = None
     methods: tuple[str, ...] = ()

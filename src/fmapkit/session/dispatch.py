@@ -37,13 +37,7 @@ _thread: Callable[[], int] = threading.get_ident
 
 
 class HookDispatcher:
-    """What the hooks of one capture call.
-
-    Args:
-        parts: of the capture.
-        passes: begins and ends them.
-        compiled: the entries at compiled modules.
-    """
+    """What the hooks of one capture call."""
 
     def __init__(self, parts: SessionParts, passes: Passes, compiled: CompiledEntries) -> None:
         self._parts = parts

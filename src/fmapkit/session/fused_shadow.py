@@ -22,12 +22,6 @@ __all__ = ["FusedPathShadow"]
 class FusedPathShadow:
     """The module that runs unfused beside its fused path.
 
-    Args:
-        asked: by the capture.
-        live: what is under way.
-        hooks: of the capture, which would bar the fused path.
-        misses: of the capture.
-
     Attributes:
         module: it; None while there is none.
     """

@@ -1,4 +1,7 @@
-"""What one capture consists of: each part is made here, once, from those that it needs."""
+"""What one capture consists of: each part is made here, once, from those that it needs.
+
+What a part is given has the same name there.
+"""
 
 from __future__ import annotations
 

@@ -22,15 +22,7 @@ __all__ = ["PassEnd"]
 
 
 class PassEnd:
-    """Keeps the maps of the passes that have ended.
-
-    Args:
-        asked: by the capture.
-        live: what is under way.
-        misses: of the capture.
-        store: where passes are kept.
-        budget: how many bytes they may take; None for any.
-    """
+    """Keeps the maps of the passes that have ended."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from fmapkit.compiled import CompiledEntries
 from fmapkit.provenance import versions
 from fmapkit.reasons import Reason
 from fmapkit.replay import ModelGuard
-from fmapkit.selection import CUT, Selection, StoppedError
+from fmapkit.selection import Selection, StoppedError
 from fmapkit.session.concurrent import others
 from fmapkit.session.parts import SessionParts
 from fmapkit.session.unseen import recorded
@@ -21,7 +21,7 @@ from fmapkit.torchlib.autograd import in_backward
 from fmapkit.torchlib.compiled_modules import ever_compiled, in_compiled_code
 from fmapkit.torchlib.modes import nothing_between
 from fmapkit.torchlib.transforms import transforming, under_transform
-from fmapkit.tracing import NONE_SEEN, call_frame, on_stack
+from fmapkit.tracing import call_frame, on_stack
 
 __all__ = ["Passes"]
 
@@ -242,7 +242,7 @@ class Passes:
         seen = {e.origin.name for e in current.entries() if e.kind == "attention"}
         named = {entry.layer for entry in misses.entries}
         for layer in self.asked.wants.without_attention(seen | named):
-            misses.add(layer, NONE_SEEN)
+            misses.add(layer, Reason.NO_ATTENTION.text())
 
     def abandon(self) -> None:
         """The pass ended without its post hook: leave no mode, flag or learning hook behind."""
@@ -302,7 +302,7 @@ class Passes:
         if live.current is None:
             return
         if self._stop is None or self.waits:
-            misses.add("", CUT)
+            misses.add("", Reason.STOPPED_BY_OTHER_CAPTURE.text())
         around = on_stack(live.frame)  # our model goes on, or its post hook is to come
         self.abandon()
         live.idle = around

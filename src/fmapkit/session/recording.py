@@ -30,16 +30,7 @@ __all__ = ["Recorder"]
 
 
 class Recorder:
-    """Records regions.
-
-    Args:
-        asked: by the capture.
-        live: what is under way.
-        misses: of the capture.
-        regions: of the model.
-        placing: of its hooks.
-        paths: of its passes.
-    """
+    """Records regions."""
 
     def __init__(
         self,
@@ -47,7 +38,7 @@ class Recorder:
         live: PassState,
         misses: MissedLog,
         regions: ReplayRegions,
-        placing: HookInstaller,
+        installer: HookInstaller,
         paths: ControlPaths,
     ) -> None:
         self._model = asked.model
@@ -55,7 +46,7 @@ class Recorder:
         self._live = live
         self._misses = misses
         self._regions = regions
-        self._placing = placing
+        self._installer = installer
         self._paths = paths
 
     def enter(
@@ -82,7 +73,7 @@ class Recorder:
         Returns:
             The arguments that it is to get instead; None for its own.
         """
-        self._placing.no_taps()
+        self._installer.no_taps()
         tracer = self._live.tracer
         seen = {}
         if tracer is None:
@@ -91,7 +82,7 @@ class Recorder:
         else:
             seen = tracer.trace.labels.seen()
         trace, record = tracer.trace, tracer.trace.record
-        self._placing.in_recording(module)
+        self._installer.in_recording(module)
         trace.learning += 1
         record.aliases.written.clear()
         trace.edited = False
@@ -180,7 +171,7 @@ class Recorder:
     def _open(self, *modules: nn.Module) -> None:
         """From the next pass on, these are traced in every pass."""
         self._regions.open(*modules)
-        self._placing.scopes_changed()
+        self._installer.scopes_changed()
 
     def _keep(self, recording: Recording, output: Any, tracer: Tracer, items: list[Any]) -> None:
         """Keep the plan of a call, for others that take its path."""
@@ -199,7 +190,7 @@ class Recorder:
             return
         self._paths.twins.tap(plan.sites)
         moments = [(at - frame.position, m) for at, m in tracer.trace.moments]
-        self._placing.taps(module, known.learn(items, recording.sizes, plan, moments))
+        self._installer.taps(module, known.learn(items, recording.sizes, plan, moments))
 
     def finish(self, tracer: Tracer, failed: bool) -> None:
         """The traced pass has ended.
@@ -219,7 +210,7 @@ class Recorder:
         for module in tracer.trace.unhooked:
             self._misses.add(self._names.of(module), Reason.CALLED_ON_ITS_OWN.text())
             self._regions.direct.update(self._model.modules())
-            self._placing.scopes_changed()
+            self._installer.scopes_changed()
         tracer.end()
 
     def drop(self) -> None:

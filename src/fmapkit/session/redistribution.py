@@ -17,11 +17,7 @@ __all__ = ["RedistributionTracker"]
 
 
 class RedistributionTracker:
-    """What such hooks were given, and is not come back yet.
-
-    Args:
-        live: what is under way.
-    """
+    """What such hooks were given, and is not come back yet."""
 
     def __init__(self, live: PassState) -> None:
         self._live = live

@@ -70,18 +70,7 @@ class _Taken:
 
 
 class Replaying:
-    """Replays regions.
-
-    Args:
-        asked: by the capture.
-        live: what is under way.
-        misses: of the capture.
-        regions: of the model.
-        placing: of its hooks.
-        learning: for the calls that there is no plan for.
-        keeping: shows maps to the analyses.
-        paths: of its passes.
-    """
+    """Replays regions."""
 
     def __init__(
         self,
@@ -89,9 +78,9 @@ class Replaying:
         live: PassState,
         misses: MissedLog,
         regions: ReplayRegions,
-        placing: HookInstaller,
-        learning: Recorder,
-        keeping: PassEnd,
+        installer: HookInstaller,
+        recorder: Recorder,
+        pass_end: PassEnd,
         paths: ControlPaths,
     ) -> None:
         self._model = asked.model
@@ -103,9 +92,9 @@ class Replaying:
         self._live = live
         self._misses = misses
         self._regions = regions
-        self._placing = placing
-        self._learning = learning
-        self._keeping = keeping
+        self._installer = installer
+        self._recorder = recorder
+        self._pass_end = pass_end
         self._paths = paths
         self._taking: _Taken | None = None  # the run that is under way
         self._latest: _Taken | None = None  # the one before, where it took its path
@@ -146,11 +135,11 @@ class Replaying:
         plan = known.plan(sizes) if known is not None else None
         asked = sizes, args, kwargs, inputs
         if someone_watches():  # and sees our looks, too, of which there are more in a traced pass
-            return self._learning.enter(module, None, 0, *asked) or given
+            return self._recorder.enter(module, None, 0, *asked) or given
         if known is None or plan is None:
-            return self._learning.enter(module, kind, state, *asked) or given
+            return self._recorder.enter(module, kind, state, *asked) or given
         if self._edits and self._edited_inside(plan, inputs):
-            return self._learning.enter(module, None, 0, *asked) or given
+            return self._recorder.enter(module, None, 0, *asked) or given
         items = known.items(sizes)
         spec = plain_spec(args, kwargs) if tracer is None else None
         self._taking = _Taken(region, state, modes, spec, known, sizes, plan, items)
@@ -173,19 +162,19 @@ class Replaying:
     ) -> None:
         """A region is replayed by its plan."""
         live, wants, tracer = self._live, self._wants, self._live.tracer
-        if self._placing.tapped.get(module) is not plan:
-            self._placing.taps(module, plan)
+        if self._installer.tapped.get(module) is not plan:
+            self._installer.taps(module, plan)
         stop = analyses = base = None
         if tracer is None:
             stop = self._stop
-            analyses = self._keeping.stream if self._analyses else None
+            analyses = self._pass_end.stream if self._analyses else None
         else:
             if plan.effects.writes:
                 plan.effects.before(tracer.trace.record, tensors_in(*args, kwargs))
             base = plan.effects.base(tracer.trace.record)
         assert live.current is not None
         drop = live.current.drop
-        line, sites = self._placing.line, self._placing.sites[module]
+        line, sites = self._installer.line, self._installer.sites[module]
         run = ReplayRun(
             module, plan, wants, line, expected, stop, inputs, base, drop, sites, analyses
         )
@@ -305,5 +294,5 @@ class Replaying:
         _, deciding = known.leaves_at(items, sizes)
         if known.strayed(items, sizes):  # what decides here is traced from now on
             self._regions.open(run.module, *deciding)
-            self._placing.scopes_changed()
+            self._installer.scopes_changed()
         self._misses.add(self._names.of(run.module), Reason.NEW_PATH.text())

@@ -26,10 +26,7 @@ from torch import Tensor, nn
 
 from fmapkit.compiled import CompiledEntries
 from fmapkit.instrumentation import Hooks, Methods, Off
-from fmapkit.missed import Missed
-from fmapkit.model import Names
 from fmapkit.paths import Resting
-from fmapkit.selection import Selection
 from fmapkit.session.compiled_calls import CompiledCalls
 from fmapkit.session.concurrent import entered, left, others
 from fmapkit.session.config import CaptureConfig
@@ -71,7 +68,10 @@ class Session:
 
     Attributes:
         asked: by the capture.
+        names: of the model's modules.
+        wants: which maps to hold, and how.
         parts: of the capture.
+        missed: what ran and was not captured.
         passes: begins and ends them.
         compiled: the entries at compiled modules.
         hooks: what is set on modules.
@@ -87,9 +87,12 @@ class Session:
         budget: Budget | None = None,
     ) -> None:
         self.asked = asked
+        self.names = asked.names
+        self.wants = asked.wants
         self.hooks = Hooks(self, lambda *call: self.passes.broken_off(*call))
         self.parts = SessionParts.of(asked, self.hooks, keep, budget, lambda: self._callbacks)
         self.store = self.parts.store
+        self.missed = self.parts.misses.entries
         self.compiled = CompiledEntries(asked.model, given)
         self.passes = Passes(self.parts, every, self.compiled)
         self.calls = calls = HookDispatcher(self.parts, self.passes, self.compiled)
@@ -187,21 +190,6 @@ class Session:
     # -- what others ask ----------------------------------------------------------------------
 
     @property
-    def model(self) -> nn.Module:
-        """The captured model."""
-        return self.asked.model
-
-    @property
-    def names(self) -> Names:
-        """Of the model's modules."""
-        return self.asked.names
-
-    @property
-    def wants(self) -> Selection:
-        """Which maps to hold, and how."""
-        return self.asked.wants
-
-    @property
     def steps(self) -> int:
         """How many passes have begun, captured or not."""
         return self.passes.steps
@@ -214,11 +202,6 @@ class Session:
     @ids.setter
     def ids(self, ids: Tensor) -> None:
         self.passes.ids = ids
-
-    @property
-    def missed(self) -> list[Missed]:
-        """What ran and was not captured."""
-        return self.parts.misses.entries
 
     def miss(self, layer: str, why: str) -> None:
         """Name what was not captured."""

@@ -58,11 +58,6 @@ class Recording:
 class PassState:
     """What is under way.
 
-    Args:
-        asked: by the capture.
-        misses: of the capture.
-        paths: of its passes.
-
     Attributes:
         thread: the one that is captured.
         current: the pass; None outside of one.

@@ -47,12 +47,7 @@ def recorded() -> str:
 
 
 class UnseenCalls:
-    """Names what runs unseen.
-
-    Args:
-        asked: by the capture.
-        misses: of the capture.
-    """
+    """Names what runs unseen."""
 
     def __init__(self, asked: CaptureConfig, misses: MissedLog) -> None:
         self._model = asked.model

@@ -7,42 +7,21 @@ PassStore            passes.py  the passes that are kept, their records, a budge
   Gradient           gradients.py   what backward sends to a map
 """
 
-from fmapkit.storage.aliases import Aliases
-from fmapkit.storage.budget import Budget, policy
-from fmapkit.storage.conversion import Place, StorageConversion
-from fmapkit.storage.gradients import (
-    NO_GRAPH,
-    OF_VIEW,
-    Gradient,
-    NotYet,
-    Received,
-    in_function,
-    watch,
-)
-from fmapkit.storage.held import StoredTensor, unheld
-from fmapkit.storage.inference_tensors import has_inference_tensors, settle
-from fmapkit.storage.passes import MapRecord, Pass, PassStore
-from fmapkit.storage.value_copies import ValueCopies
-
-__all__ = [
-    "NO_GRAPH",
-    "OF_VIEW",
-    "Aliases",
-    "Budget",
-    "Gradient",
-    "MapRecord",
-    "NotYet",
-    "Pass",
-    "PassStore",
-    "Place",
-    "Received",
-    "StorageConversion",
-    "StoredTensor",
-    "ValueCopies",
-    "has_inference_tensors",
-    "in_function",
-    "policy",
-    "settle",
-    "unheld",
-    "watch",
-]
+from fmapkit.storage.aliases import Aliases as Aliases
+from fmapkit.storage.budget import Budget as Budget
+from fmapkit.storage.budget import policy as policy
+from fmapkit.storage.conversion import Place as Place
+from fmapkit.storage.conversion import StorageConversion as StorageConversion
+from fmapkit.storage.gradients import Gradient as Gradient
+from fmapkit.storage.gradients import NotYet as NotYet
+from fmapkit.storage.gradients import Received as Received
+from fmapkit.storage.gradients import in_function as in_function
+from fmapkit.storage.gradients import watch as watch
+from fmapkit.storage.held import StoredTensor as StoredTensor
+from fmapkit.storage.held import unheld as unheld
+from fmapkit.storage.inference_tensors import has_inference_tensors as has_inference_tensors
+from fmapkit.storage.inference_tensors import settle as settle
+from fmapkit.storage.passes import MapRecord as MapRecord
+from fmapkit.storage.passes import Pass as Pass
+from fmapkit.storage.passes import PassStore as PassStore
+from fmapkit.storage.value_copies import ValueCopies as ValueCopies

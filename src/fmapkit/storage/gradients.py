@@ -10,37 +10,29 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fmapkit.errors import MapOverwrittenError, MapStateError
-from fmapkit.reasons import Reason
 from fmapkit.torchlib.side_ops import select
 
-__all__ = ["NO_GRAPH", "OF_VIEW", "Gradient", "NotYet", "Received", "in_function", "watch"]
+__all__ = ["Gradient", "NotYet", "Received", "in_function", "watch"]
 
 _forward_grads: Callable[[], bool] = torch._C._is_fwd_grad_enabled
 _inference: Callable[[], bool] = torch.is_inference_mode_enabled
 
 
-class Receiver(Protocol):
-    """Whoever waits for a gradient."""
-
-    def receive(self, grad: Tensor) -> None:
-        """One backward pass has reached the tensor."""
-
-
 class _Post:
     """The hook: passes each gradient on to whoever still waits for it."""
 
-    __slots__ = ("_handle", "of_view", "spoiled", "targets")
+    __slots__ = ("_handle", "listeners", "of_view", "spoiled", "targets")
     # torch warns when it pickles a tensor with a hook, unless the hook says that it may be lost.
     __torch_unserializable__ = True
 
     def __init__(self, tensor: Tensor) -> None:
-        self.targets: list[Callable[[], Receiver | None]] = []
+        self.targets: list[weakref.ref[Gradient]] = []
+        self.listeners: list[Callable[[Tensor], None]] = []
         self.of_view = tensor._is_view()
         self.spoiled = False
         # A view that was written to through another tensor learns of it only when it is asked:
@@ -63,6 +55,8 @@ class _Post:
             gradient = target()
             if gradient is not None:
                 gradient.receive(grad)
+        for listener in self.listeners:
+            listener(grad)
 
     @property
     def goes_with_the_graph(self) -> bool:
@@ -100,13 +94,13 @@ class Gradient:
         """The same for some filters alone."""
         return Gradient(self._post, (dim, places))
 
-    def tell(self, receiver: Receiver) -> None:
+    def tell(self, listener: Callable[[Tensor], None]) -> None:
         """Hand each gradient on to somebody else, too, for as long as the graph lives.
 
         Not of a leaf, which would keep the hook for good.
         """
         if self._post.goes_with_the_graph:
-            self._post.targets.append(lambda: receiver)
+            self._post.listeners.append(listener)
 
     def overwritten(self) -> None:
         """The tensor is about to be written to. What a view was has no gradient of its own then.
@@ -189,11 +183,6 @@ class Received:
 def watch(tensor: Tensor) -> Gradient | None:
     """Where the gradient of the tensor as it is now will arrive; None if it can have none."""
     return Gradient(_Post(tensor)) if tensor.requires_grad else None
-
-
-NO_GRAPH = Reason.NO_GRAPH.text()
-
-OF_VIEW = Reason.GRADIENT_OF_VIEW.text()
 
 
 def in_function() -> bool:

@@ -7,28 +7,17 @@ Tracer                  tracer.py        each function: a σ, a layer, or any ot
   a module's call       module_calls.py  what it turns out to have been, when it ends
     weightless modules  candidates.py    one σ, written out by hand?
   attention             attention.py     which softmax weighs values
-  edits                 editor.py, module_edits.py
+  edits                 layer_edits.py, module_edits.py
   Record                record.py        events, hook points (events.py), map records
 """
 
-from fmapkit.tracing.attention import NONE_SEEN
-from fmapkit.tracing.events import Event, HookPoint
-from fmapkit.tracing.frames import Frame, call_frame, on_stack, running_modules
-from fmapkit.tracing.label_table import LabelTable
-from fmapkit.tracing.pass_trace import PassTrace
-from fmapkit.tracing.record import Record
-from fmapkit.tracing.tracer import Tracer
-
-__all__ = [
-    "NONE_SEEN",
-    "Event",
-    "Frame",
-    "HookPoint",
-    "LabelTable",
-    "PassTrace",
-    "Record",
-    "Tracer",
-    "call_frame",
-    "on_stack",
-    "running_modules",
-]
+from fmapkit.tracing.events import Event as Event
+from fmapkit.tracing.events import HookPoint as HookPoint
+from fmapkit.tracing.frames import Frame as Frame
+from fmapkit.tracing.frames import call_frame as call_frame
+from fmapkit.tracing.frames import on_stack as on_stack
+from fmapkit.tracing.frames import running_modules as running_modules
+from fmapkit.tracing.label_table import LabelTable as LabelTable
+from fmapkit.tracing.pass_trace import PassTrace as PassTrace
+from fmapkit.tracing.record import Record as Record
+from fmapkit.tracing.tracer import Tracer as Tracer

@@ -20,6 +20,7 @@ from fmapkit.provenance import (
     ChannelAxis,
     ChannelLabel,
     ChannelLayout,
+    FunctionCall,
     Heads,
     Origin,
     ParamLabel,
@@ -41,9 +42,8 @@ from fmapkit.torchlib.transforms import is_shapeless, wrapped
 from fmapkit.tracing.events import Event
 from fmapkit.tracing.pass_trace import PassTrace
 
-__all__ = ["NONE_SEEN", "AttentionWatch"]
+__all__ = ["AttentionWatch"]
 
-NONE_SEEN = Reason.NO_ATTENTION.text()
 FUSED = words(
     """_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention
     _scaled_dot_product_cudnn_attention _scaled_dot_product_flash_attention_for_cpu
@@ -70,11 +70,7 @@ class _Softmax:
 
 
 class AttentionWatch:
-    """Finds attention probabilities in one pass, and holds them.
-
-    Args:
-        trace: of the pass.
-    """
+    """Finds attention probabilities in one pass, and holds them."""
 
     def __init__(self, trace: PassTrace) -> None:
         self._trace = trace
@@ -100,23 +96,22 @@ class AttentionWatch:
         finally:
             self._merged = before
 
-    def step(
-        self, name: str, func: Any, operands: Sequence[Tensor], args: Any, kwargs: Any, out: Any
-    ) -> None:
+    def step(self, call: FunctionCall) -> None:
         """A function has run."""
+        name, out = call.name, call.out
         if name == "scaled_dot_product_attention":
-            self._fused(func, args, kwargs)
+            self._fused(call)
         elif name in FUSED:
             self._trace.record.miss(self._name(), Reason.FUSED_ATTENTION.text(function=name))
         elif not isinstance(out, Tensor) or is_shapeless(out) or wrapped(out):
             return
         elif name in ("softmax", "_softmax"):
-            self._softmax(operands[0], args, kwargs, out)
+            self._softmax(call)
         elif name in MATMULS or name == "einsum":
-            self._product(name, operands, args, out)
+            self._product(name, call.operands, call.args, out)
         else:
             for table in filter(None, (self._heads, self._keys)):
-                self._follow(table, name, operands, args, kwargs, out)
+                self._follow(table, call)
 
     def _name(self) -> str:
         return self._trace.names.of(self._trace.scope())
@@ -129,14 +124,12 @@ class AttentionWatch:
         found = table.get(id(x))
         return found[1] if found is not None and found[0]() is x else None
 
-    def _follow(
-        self, table: Any, name: str, operands: Sequence[Tensor], args: Any, kwargs: Any, out: Tensor
-    ) -> None:
-        if not any(self._find(table, x) for x in operands):
+    def _follow(self, table: Any, call: FunctionCall) -> None:
+        if not any(self._find(table, x) for x in call.operands):
             return
-        found = carried(name, operands, args, kwargs, out, lambda x: self._find(table, x))
+        found = carried(call, lambda x: self._find(table, x))
         if isinstance(found, ChannelLabel) and found.axes is not None and found.axes.parts:
-            table[id(out)] = weakref.ref(out), found
+            table[id(call.out)] = weakref.ref(call.out), found
             known = self._softmaxes.get(found.origin)
             if known is not None:
                 known.modules.update(f.module for f in self._trace.frames)
@@ -166,8 +159,8 @@ class AttentionWatch:
                 keys = projection(self._trace.labels.of(b), b.shape)
                 self._made[origin] = projection(tag, a.shape), keys
 
-    def _softmax(self, scores: Tensor, args: Any, kwargs: Any, out: Tensor) -> None:
-        dim = argument(args, kwargs, 1, "dim")
+    def _softmax(self, call: FunctionCall) -> None:
+        scores, out, dim = call.operands[0], call.out, call.argument(1, "dim")
         if not isinstance(dim, int) or out.dim() < 2:
             return
         trace = self._trace
@@ -203,15 +196,14 @@ class AttentionWatch:
 
     # -- fused --------------------------------------------------------------------------------
 
-    def _fused(self, func: Any, args: Any, kwargs: Any) -> None:
+    def _fused(self, ran: FunctionCall) -> None:
         trace = self._trace
         name = self._name()
         trace.deciding.update(f.module for f in trace.frames)
         if not trace.wants.layer(name):
             return
-        call = given(args, kwargs)
-        tensors = tensors_in(args, kwargs)
-        odd = [t for t in tensors if is_shapeless(t) or wrapped(t) or is_wrapped(t)]
+        call = given(ran.args, ran.kwargs)
+        odd = [t for t in ran.operands if is_shapeless(t) or wrapped(t) or is_wrapped(t)]
         if odd:
             trace.record.miss(
                 name,

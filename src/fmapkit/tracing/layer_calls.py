@@ -15,6 +15,7 @@ from fmapkit.provenance import (
     STOP,
     ChannelLabel,
     ChannelLayout,
+    FunctionCall,
     Label,
     Made,
     ParamLabel,
@@ -34,8 +35,8 @@ from fmapkit.reasons import Reason
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import is_shapeless
-from fmapkit.tracing.editor import Editor
 from fmapkit.tracing.events import Event
+from fmapkit.tracing.layer_edits import LayerEdits
 from fmapkit.tracing.pass_trace import PassTrace
 
 __all__ = ["LayerCalls"]
@@ -44,16 +45,12 @@ __all__ = ["LayerCalls"]
 class LayerCalls:
     """The layers of one pass.
 
-    Args:
-        trace: of the pass.
-        editor: of what they return; None where nothing is edited.
-
     Attributes:
         made: memory of tensors that were made from nothing in this pass.
         stand_ins: where a graph is traced: what stands for its inputs, and these.
     """
 
-    def __init__(self, trace: PassTrace, editor: Editor | None) -> None:
+    def __init__(self, trace: PassTrace, editor: LayerEdits | None) -> None:
         self._trace = trace
         self._editor = editor
         self.made: set[int] = set()
@@ -61,53 +58,32 @@ class LayerCalls:
 
     # -- functions that take a weight ---------------------------------------------------------
 
-    def weighed(
-        self,
-        name: str,
-        func: Any,
-        operands: list[Tensor],
-        args: Any,
-        kwargs: Any,
-        weight: Tensor,
-        out: Tensor,
-    ) -> Tensor:
-        """A function has run that is given a weight.
-
-        Args:
-            name: of the function.
-            func: it.
-            operands: its tensor arguments.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
-            weight: which of them it weighs by.
-            out: what it returned.
-
-        Returns:
-            What it is to return.
-        """
+    def weighed(self, call: FunctionCall, weight: Tensor) -> Tensor:
+        """A function has run that is given a weight, one of its operands; what it is to return."""
         trace = self._trace
         scope, frame, tag = trace.scope(), trace.frames[-1], trace.labels.of(weight)
         label = trace.names.of_its_own(weight, frame.module)
         if label is not None:
             whole, same_rows = True, True
         else:
-            use = self._use(name, weight, tag, scope)
+            use = self._use(call.name, weight, tag, scope)
             label, same_rows = trace.names.layer_of(use)
             whole = use.is_module and weight.numel() == use.weight.numel()
-        axes = layer_axes(name, operands, args, kwargs, weight, out, tag)
+        axes = layer_axes(call, weight, tag)
         if axes is None and whole:
-            axes = layer_axes(name, operands, args, kwargs, weight, out, None)
+            axes = layer_axes(call, weight, None)
         if not same_rows:
             axes = None  # data may make, or pick, another weight each time
         if isinstance(tag, ParamLabel) and tag.by_value:
             trace.decides()
-        place = input_place(name, operands, weight)
-        x = operands[place] if place is not None else None
+        place = input_place(call, weight)
+        x = call.operands[place] if place is not None else None
         if frame.x is not None and frame.x is not x and pads_first(frame.module):
             x = frame.x
-        event = Event("layer", scope, func, place=place or 0, **frame.passed(x, out))
-        made, computed = self._made_of(name, operands, args, kwargs, weight, out, axes)
-        return self.ran(event, label, x, out, axes, made, computed)
+        seen = frame.passed(x, call.out)
+        event = Event("layer", scope, call.function, place=place or 0, **seen)
+        made, computed = self._made_of(call, weight, axes)
+        return self.ran(event, label, x, call.out, axes, made, computed)
 
     def packed(self, func: Any, args: Any, out: Tensor) -> Tensor:
         """A quantised layer has run, whose weight is no tensor; what it is to return."""
@@ -176,20 +152,13 @@ class LayerCalls:
     # -- whose weight -------------------------------------------------------------------------
 
     def _made_of(
-        self,
-        function: str,
-        operands: list[Tensor],
-        args: Any,
-        kwargs: Any,
-        weight: Tensor,
-        out: Tensor,
-        axes: ChannelLayout | None,
+        self, call: FunctionCall, weight: Tensor, axes: ChannelLayout | None
     ) -> tuple[Made, dict[str, Tensor]]:
         """What the layer made its filters of, and what of that is nowhere afterwards."""
-        bias = bias_operand(function, operands, args, kwargs)
+        bias = bias_operand(call)
         used = {"weight": weight, **({"bias": bias} if isinstance(bias, Tensor) else {})}
         found = {what: self._source(tensor) for what, tensor in used.items()}
-        places = filter_places(function, operands, args, kwargs, weight, out)
+        places = filter_places(call, weight)
         made = Made(found["weight"], found.get("bias"), tuple(places), axes)
         return made, {what: used[what] for what, s in found.items() if s.owner is None}
 

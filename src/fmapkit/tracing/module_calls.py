@@ -23,25 +23,19 @@ from fmapkit.provenance import (
 )
 from fmapkit.storage import unheld
 from fmapkit.tracing.candidates import is_norm, may_be_sigma, norm_axis, role_of, verdict
-from fmapkit.tracing.editor import Editor
 from fmapkit.tracing.events import Event, HookPoint
 from fmapkit.tracing.frames import Frame
 from fmapkit.tracing.layer_calls import LayerCalls
+from fmapkit.tracing.layer_edits import LayerEdits
 from fmapkit.tracing.pass_trace import PassTrace
 
 __all__ = ["ModuleCalls"]
 
 
 class ModuleCalls:
-    """The modules of one pass.
+    """The modules of one pass."""
 
-    Args:
-        trace: of the pass.
-        editor: of what they are given and return; None where nothing is edited.
-        layers: of the pass: a registered one is a module's whole call.
-    """
-
-    def __init__(self, trace: PassTrace, editor: Editor | None, layers: LayerCalls) -> None:
+    def __init__(self, trace: PassTrace, editor: LayerEdits | None, layers: LayerCalls) -> None:
         self._trace = trace
         self._editor = editor
         self._layers = layers

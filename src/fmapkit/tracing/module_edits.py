@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit import layers
-from fmapkit.editing import Edits
+from fmapkit.editing import RequestedEdits
 from fmapkit.provenance import ChannelLayout, flow_of
 from fmapkit.storage import MapRecord, StoredTensor
 from fmapkit.torchlib.nested import leaves
@@ -24,14 +24,9 @@ __all__ = ["ModuleEdits"]
 
 
 class ModuleEdits:
-    """Carries out the edits of inputs and outputs of one pass.
+    """Carries out the edits of inputs and outputs of one pass."""
 
-    Args:
-        trace: of the pass.
-        edits: what was asked for.
-    """
-
-    def __init__(self, trace: PassTrace, edits: Edits) -> None:
+    def __init__(self, trace: PassTrace, edits: RequestedEdits) -> None:
         self._trace = trace
         self._edits = edits
         self._calls: Counter[tuple[str, str]] = Counter()
@@ -183,11 +178,10 @@ class ModuleEdits:
                 tensor,
                 axes,
                 name,
+                trace.record.current,
                 usual=path == usual,
                 others=shown,
                 call=call,
-                step=step,
-                training=trace.record.current.training,
                 path=_shown(path),
             )
             if new is not None:

@@ -6,13 +6,11 @@ pass is, and writes to its record and its labels. None of them knows the tracer.
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import nn
 
 from fmapkit import nonlinearities
 from fmapkit.model import HOW, Names
-from fmapkit.provenance import FOLLOWED
+from fmapkit.provenance import FOLLOWED, FunctionCall
 from fmapkit.reasons import Reason
 from fmapkit.tracing.bare_calls import bare_calls, is_hidden
 from fmapkit.tracing.candidates import is_whole
@@ -149,21 +147,13 @@ class PassTrace:
                 return
         self.record.let_go([event])
 
-    def follow(
-        self,
-        name: str,
-        operands: list[Tensor],
-        args: Any,
-        kwargs: Any,
-        out: Any,
-        nonlinear: bool = False,
-    ) -> None:
+    def follow(self, call: FunctionCall, nonlinear: bool = False) -> None:
         """Follow what is computed point by point, in a weightless module from its input alone."""
         frame, flow = self.frames[-1], self.labels.flow
-        if nonlinear or name in FOLLOWED:
-            frame.pointwise.step(name, operands, args, kwargs, out, flow, nonlinear)
+        if nonlinear or call.name in FOLLOWED:
+            frame.pointwise.step(call, flow, nonlinear)
         if not frame.watched:
             return
         for frame in self.frames:
             if frame.degrees is not None:
-                frame.degrees.step(name, operands, args, kwargs, out, flow, nonlinear)
+                frame.degrees.step(call, flow, nonlinear)

@@ -12,6 +12,7 @@ from fmapkit.provenance import (
     STOP,
     ChannelLabel,
     Function,
+    FunctionCall,
     chooses_unseen,
     operand_of_sigma,
     out_of_place,
@@ -24,23 +25,18 @@ from fmapkit.torchlib.in_place import is_alone, with_new_memory
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import wrapped
-from fmapkit.tracing.editor import Editor
 from fmapkit.tracing.events import Event
 from fmapkit.tracing.frames import SigmaCall
+from fmapkit.tracing.layer_edits import LayerEdits
 from fmapkit.tracing.pass_trace import PassTrace
 
 __all__ = ["SigmaCalls"]
 
 
 class SigmaCalls:
-    """The nonlinearities of one pass that are called as functions.
+    """The nonlinearities of one pass that are called as functions."""
 
-    Args:
-        trace: of the pass.
-        editor: of what goes in and out; None where nothing is edited.
-    """
-
-    def __init__(self, trace: PassTrace, editor: Editor | None) -> None:
+    def __init__(self, trace: PassTrace, editor: LayerEdits | None) -> None:
         self._trace = trace
         self._editor = editor
 
@@ -144,7 +140,8 @@ class SigmaCalls:
         frame, z, a = trace.frames[-1], call.z, out
         flow = call.tag if isinstance(call.tag, ChannelLabel) else STOP
         operands = [z] if known.sigma is not None else tensors_in(*call.args, call.kwargs)
-        trace.follow(known.name, operands, call.args, call.kwargs, out, nonlinear=True)
+        given = known.name, call.function, call.args, call.kwargs, out
+        trace.follow(FunctionCall(*given, operands), nonlinear=True)
         if call.unheld is None:
             trace.labels.put(a, past_sigma(call.tag, z, a))
         if call.kept and z is frame.x:

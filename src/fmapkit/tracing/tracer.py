@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
-from fmapkit.editing import Edits
+from fmapkit.editing import RequestedEdits
 from fmapkit.missed import reason
 from fmapkit.model import Names
 from fmapkit.paths import unrecorded
@@ -43,6 +44,7 @@ from fmapkit.provenance import (
     ChannelLabel,
     Constants,
     Function,
+    FunctionCall,
     carried,
     describe,
     described,
@@ -57,11 +59,11 @@ from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import is_shapeless, some_shapeless, wrapped
 from fmapkit.tracing.attention import AttentionWatch
-from fmapkit.tracing.editor import Editor, exchanged
 from fmapkit.tracing.events import HookPoint
-from fmapkit.tracing.frames import Frame, SigmaCall
+from fmapkit.tracing.frames import Frame
 from fmapkit.tracing.label_table import LabelTable
 from fmapkit.tracing.layer_calls import LayerCalls
+from fmapkit.tracing.layer_edits import LayerEdits, exchanged
 from fmapkit.tracing.module_calls import ModuleCalls
 from fmapkit.tracing.pass_trace import PassTrace
 from fmapkit.tracing.record import Record
@@ -89,7 +91,7 @@ class Tracer(TorchFunctionMode):
 
     Args:
         trace: of the pass.
-        edits: to be carried out in it.
+        edits: to be carried out in it; None for none.
 
     Attributes:
         trace: of the pass.
@@ -100,12 +102,12 @@ class Tracer(TorchFunctionMode):
         broken: the region after whose exception no more was captured.
     """
 
-    def __init__(self, trace: PassTrace, edits: Edits) -> None:
+    def __init__(self, trace: PassTrace, edits: RequestedEdits | None) -> None:
         super().__init__()
         self.trace = trace
-        self.editor: Editor | None = None
+        self.editor: LayerEdits | None = None
         if edits:
-            self.editor = Editor(trace, edits, partial(_tried, trace.names, trace.wants))
+            self.editor = LayerEdits(trace, edits, partial(_tried, trace.names, trace.wants))
         self.layers = LayerCalls(trace, self.editor)
         self.modules = ModuleCalls(trace, self.editor, self.layers)
         self.sigmas = SigmaCalls(trace, self.editor)
@@ -121,7 +123,7 @@ class Tracer(TorchFunctionMode):
         cls,
         names: Names,
         wants: Selection,
-        edits: Edits,
+        edits: RequestedEdits | None,
         stop: EarlyStop | None,
         current: Pass,
         miss: Callable[[str, str], None],
@@ -189,101 +191,76 @@ class Tracer(TorchFunctionMode):
         if not trace.frames or (types and any(map(_is_lazy, types))):
             return func(*args, **kwargs)
         try:
-            call = None
+            sigma = None
             if known.sigma is not None or known.name in SOMETIMES:
-                call = self.sigmas.of(known, func, args, kwargs)
-            if call is not None:
-                self.sigmas.before(known, call)
-                func, args, kwargs = call.function, call.args, call.kwargs
+                sigma = self.sigmas.of(known, func, args, kwargs)
+            if sigma is not None:
+                self.sigmas.before(known, sigma)
+                func, args, kwargs = sigma.function, sigma.args, sigma.kwargs
             elif not known.never_writes or "out" in kwargs:
                 for target in known.writes(args, kwargs):
                     trace.record.aliases.before_write(target)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fail(error)
             return func(*args, **kwargs)
-        return self._ran(known, func, args, kwargs, func(*args, **kwargs), call)
-
-    def _ran(
-        self,
-        known: Function,
-        func: Any,
-        args: Any,
-        kwargs: Any,
-        out: Any,
-        call: SigmaCall | None,
-    ) -> Any:
-        """A function has run.
-
-        Args:
-            known: what it is.
-            func: it.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
-            out: what it returned.
-            call: what was held before, if it is a nonlinearity.
-
-        Returns:
-            What it is to return.
-        """
+        out = func(*args, **kwargs)
         try:
-            self.trace.past_hooks()
-            if not self.trace.learning and known.name in FOLLOWED:
-                self.trace.hidden()
-            if call is not None:
-                out = self.sigmas.after(known, call, out)
+            trace.past_hooks()
+            if not trace.learning and known.name in FOLLOWED:
+                trace.hidden()
+            if sigma is not None:
+                out = self.sigmas.after(known, sigma, out)
             else:
-                out = self._after(known, func, args, kwargs, out)
+                given = known.name, func, args, kwargs, out
+                out = self._after(known, FunctionCall(*given, tensors_in(*args, kwargs)))
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fail(error)
-        stop = self.trace.record.stop
-        if stop is not None and not self.trace.learning:
+        stop = trace.record.stop
+        if stop is not None and not trace.learning:
             stop.check()
         return out
 
-    def _after(self, known: Function, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+    def _after(self, known: Function, call: FunctionCall) -> Any:
         """A function has run that is no nonlinearity; what it is to return."""
-        name, trace = known.name, self.trace
+        name, operands, out, trace = call.name, call.operands, call.out, self.trace
         if name in OPAQUE:
             trace.miss_here(OPAQUE[name])
         if known.fused and not trace.opaque:
-            trace.miss_here(Reason.FUSED_QUANTIZED.text(function=func))
+            trace.miss_here(Reason.FUSED_QUANTIZED.text(function=call.function))
         if name in FRESH and isinstance(out, Tensor):
             self.layers.made.add(storage_of(out))
-        operands = tensors_in(*args, kwargs)
         self.constants.made(name, operands, out)
         if not operands:
             if name in FOLLOWED or trace.frames[-1].watched:
-                trace.follow(name, operands, args, kwargs, out)
+                trace.follow(call)
             return out
         if self.attention is not None and not trace.opaque:
-            self.attention.step(name, func, operands, args, kwargs, out)
+            self.attention.step(call)
         weight = None
         if weighs(name):
-            weight = weight_operand(name, operands, args, kwargs, trace.labels.of)
+            weight = weight_operand(call, trace.labels.of)
         one = isinstance(out, Tensor)
         if some_shapeless(operands) or (one and is_shapeless(out)):
             self.layers.shapeless(name, weight, out)
             return out
         seen = one and not trace.opaque and not wrapped(out)
         if seen and isinstance(weight, Tensor) and trace.hidden() is None:
-            out = self.layers.weighed(name, func, operands, args, kwargs, weight, out)
+            out = self.layers.weighed(call, weight)
         elif seen and known.packed:
-            out = self.layers.packed(func, args, out)
+            out = self.layers.packed(call.function, call.args, out)
         else:
-            self._goes_on(known, func, operands, args, kwargs, out)
+            self._goes_on(known, call)
         if name in FOLLOWED or trace.frames[-1].watched:
-            trace.follow(name, operands, args, kwargs, out)
+            trace.follow(call if out is call.out else replace(call, out=out))
         return out
 
-    def _goes_on(
-        self, known: Function, func: Any, operands: list[Tensor], args: Any, kwargs: Any, out: Any
-    ) -> None:
+    def _goes_on(self, known: Function, call: FunctionCall) -> None:
         """A function has run that makes no map: what its operands carry goes on."""
-        name, trace = known.name, self.trace
+        name, out, trace = call.name, call.out, self.trace
         if trace.learning and not trace.opaque and (weighs(name) or name in SOMETIMES):
             # Nothing this time; but who waits for what goes by this name will see it, too.
-            trace.record.firings.append(HookPoint(None, trace.scope(), func))
-        label = carried(name, operands, args, kwargs, out, trace.labels.of)
+            trace.record.firings.append(HookPoint(None, trace.scope(), call.function))
+        label = carried(call, trace.labels.of)
         if known.in_place and name in RESHAPED_IN_PLACE and label is not None:
             label = STOP
         if (
@@ -296,10 +273,10 @@ class Tracer(TorchFunctionMode):
             own = names.place(trace.running()) or names.of(trace.frames[-1].module)
             label = trace.record.norm(label, out, NORM_AXIS[name], own)
         if label is not None:
-            target = _target(name, args, kwargs)
+            target = _target(name, call.args, call.kwargs)
             before = trace.labels.of(target) if target is not None else None
             if name == "__setitem__":
-                trace.labels.put(args[0], label)
+                trace.labels.put(call.args[0], label)
             trace.labels.put(out, label)
             if target is not None:
                 trace.labels.written(target, before)
@@ -349,7 +326,7 @@ def _tried(names: Names, wants: Selection, frame: Frame) -> tuple[bool, bool]:
     for part in module.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
-    tracer = Tracer.of_pass(names, wants, Edits.none(), None, Pass(-1), lambda *_: None)
+    tracer = Tracer.of_pass(names, wants, None, None, Pass(-1), lambda *_: None)
     assert x is not None
     given = x.detach().clone()
     args, kwargs = exchanged(frame.args, frame.kwargs, x, given)

@@ -23,10 +23,10 @@ from fmapkit.paths import unrecorded
 from fmapkit.provenance import ChannelLayout
 from fmapkit.readable import tags as tags_of
 from fmapkit.selection import LayerSelection
-from fmapkit.storage import in_function
+from fmapkit.storage import Pass, in_function
 from fmapkit.torchlib.autograd import in_checkpoint
 
-__all__ = ["Edits"]
+__all__ = ["RequestedEdits"]
 
 _OF_MODULES = ("input", "output")
 BROKEN_OFF = (
@@ -123,7 +123,7 @@ class _Edit:
         return f"path={where.path!r} is none of the tensors that there were ({listed(self.paths)})"
 
 
-class Edits:
+class RequestedEdits:
     """All edits of one capture.
 
     Args:
@@ -151,13 +151,6 @@ class Edits:
         self.running = False
         self.broken_off = False
         self._grads = False
-
-    @classmethod
-    def none(cls) -> Edits:
-        """No edits at all."""
-        made = cls.__new__(cls)
-        made._all, made.raised, made.runs, made.running = [], None, 0, False
-        return made
 
     def __bool__(self) -> bool:
         return bool(self._all)
@@ -193,7 +186,10 @@ class Edits:
 
     def refused(self, why: str) -> EditError:
         """What to raise where a pass runs that nothing can be edited in."""
-        self.raised = EditError(f"edit= cannot be carried out in this call: {why}")
+        return self._error(f"edit= cannot be carried out in this call: {why}")
+
+    def _error(self, text: str, **data: Any) -> EditError:
+        self.raised = EditError(text, **data)
         return self.raised
 
     def refuse(self, layer: str, kind: str, why: str, call: int, step: int) -> None:
@@ -205,14 +201,8 @@ class Edits:
         for edit in self.of(layer, kind):
             edit.calls.add(call)
             if edit.where.has_call(call) and edit.where.has_step(step):
-                self.raised = EditError(
-                    f"edit[{edit.given!r}] of layer {layer!r}: {why}",
-                    layer=layer,
-                    kind=kind,
-                    call=call,
-                    step=step,
-                )
-                raise self.raised
+                text = f"edit[{edit.given!r}] of layer {layer!r}: {why}"
+                raise self._error(text, layer=layer, kind=kind, call=call, step=step)
 
     def refuse_outside(self, name: str) -> None:
         """A module has been called outside of a pass, where nothing is edited.
@@ -221,12 +211,11 @@ class Edits:
             EditError: an edit is for it.
         """
         for edit in self.of(name):
-            self.raised = EditError(
+            raise self._error(
                 f"edit[{edit.given!r}] changed nothing: {name!r} was called outside of a pass; "
                 "capture(..., method=...) makes a pass of another method than forward",
                 layer=name,
             )
-            raise self.raised
 
     def check_done(self, step: int, lost: bool) -> None:
         """A pass has ended as a whole.
@@ -249,14 +238,13 @@ class Edits:
             if self.raised is not None:  # the reason, which the model's own code has handled
                 raise self.raised
             kind = where.kind or ("output" if edit._outputs else "activation")
-            self.raised = EditError(
+            raise self._error(
                 f"edit[{edit.given!r}] changed nothing in this pass (step {step}): "
                 f"{edit.why_not(kind)}. Where that may be, edits.Where(..., optional=True) says so",
                 layer=where.layer if isinstance(where.layer, str) else None,
                 kind=kind,
                 step=step,
             )
-            raise self.raised
 
     def check_one(self, layer: str, kind: str, paths: Sequence[str], call: int, step: int) -> None:
         """A module has several tensors, of which none is the usual one.
@@ -267,7 +255,7 @@ class Edits:
         for edit in self.of(layer, kind):
             where = edit.where
             if where.path is None and where.has_call(call) and where.has_step(step):
-                self.raised = EditError(
+                raise self._error(
                     f"edit[{edit.given!r}] could mean {len(paths)} tensors of the {kind} of "
                     f"{layer!r}: {listed(paths)}; say which: ({layer!r}, {kind!r}, {paths[0]!r})",
                     layer=layer,
@@ -276,7 +264,6 @@ class Edits:
                     step=step,
                     candidates=paths,
                 )
-                raise self.raised
 
     def apply(
         self,
@@ -284,6 +271,7 @@ class Edits:
         tensor: Tensor,
         axes: ChannelLayout | None,
         layer: str,
+        at: Pass,
         usual: bool = True,
         others: Sequence[str] = (),
         **tags: Any,
@@ -295,6 +283,7 @@ class Edits:
             tensor: its values.
             axes: where its filters lie.
             layer: the label of its layer.
+            at: the pass.
             usual: it is what an edit without a path means.
             others: paths of all tensors that the module has there.
             tags: the other tags of the map.
@@ -304,56 +293,45 @@ class Edits:
             FilterRangeError: the map has no such filter.
             Exception: whatever else a function raises.
         """
+        result = tensor
         try:
-            return self._apply(kind, tensor, axes, layer, usual, others, tags)
+            for edit in self.of(layer, kind):
+                where = edit.where
+                edit.calls.add(tags["call"])
+                edit.paths.update(dict.fromkeys(others))
+                if not (where.has_step(at.step) and where.has_call(tags["call"])):
+                    continue
+                if not (usual if where.path is None else where.path == tags.get("path")):
+                    continue
+                edit.done = True
+                self.runs += 1
+                if self._grads and in_checkpoint(in_function()):
+                    it = f"the {kind} of layer {layer!r}"
+                    raise EditError(AGAIN.format(where=it), layer=layer, kind=kind)
+                if kind == "input" and usual:  # as `capture` tags it
+                    tags = {**tags, "path": ""}
+                fm = FeatureMap(
+                    tensor=result,
+                    kind=cast("Kind", kind),
+                    layer=layer,
+                    step=at.step,
+                    training=at.training,
+                    filter_dim=axes.dim if axes is not None else None,
+                    filters=axes.filters if axes is not None and axes.dim is not None else None,
+                    **tags,
+                )
+                part, put = part_of(fm, where)
+                self.running = True
+                try:
+                    new = _run(edit, part)
+                finally:
+                    self.running = False
+                result = new if new is part.tensor and part.tensor is result else put(new)
         except Exception as error:
             self.raised = error
             if isinstance(error, EditError):
                 error.layer, error.kind = layer, kind
             raise
-
-    def _apply(
-        self,
-        kind: str,
-        tensor: Tensor,
-        axes: ChannelLayout | None,
-        layer: str,
-        usual: bool,
-        others: Sequence[str],
-        tags: dict[str, Any],
-    ) -> Tensor | None:
-        result = tensor
-        for edit in self.of(layer, kind):
-            where = edit.where
-            edit.calls.add(tags["call"])
-            edit.paths.update(dict.fromkeys(others))
-            if not (where.has_step(tags["step"]) and where.has_call(tags["call"])):
-                continue
-            if not (usual if where.path is None else where.path == tags.get("path")):
-                continue
-            edit.done = True
-            self.runs += 1
-            if self._grads and in_checkpoint(in_function()):
-                raise EditError(
-                    AGAIN.format(where=f"the {kind} of layer {layer!r}"), layer=layer, kind=kind
-                )
-            if kind == "input" and usual:  # as `capture` tags it
-                tags = {**tags, "path": ""}
-            fm = FeatureMap(
-                tensor=result,
-                kind=cast("Kind", kind),
-                layer=layer,
-                filter_dim=axes.dim if axes is not None else None,
-                filters=axes.filters if axes is not None and axes.dim is not None else None,
-                **tags,
-            )
-            part, put = part_of(fm, where)
-            self.running = True
-            try:
-                new = _run(edit, part)
-            finally:
-                self.running = False
-            result = new if new is part.tensor and part.tensor is result else put(new)
         return None if result is tensor else result
 
 

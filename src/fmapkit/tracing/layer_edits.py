@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fmapkit.editing import Edits
+from fmapkit.editing import RequestedEdits
 from fmapkit.nonlinearities import module_sigma
 from fmapkit.provenance import STOP, ChannelLabel, ChannelLayout, Label, flow_of, out_of_place
 from fmapkit.storage import StoredTensor
@@ -25,7 +25,7 @@ from fmapkit.tracing.frames import EditSite, Frame, SigmaCall
 from fmapkit.tracing.module_edits import ModuleEdits
 from fmapkit.tracing.pass_trace import PassTrace
 
-__all__ = ["Editor", "exchanged"]
+__all__ = ["LayerEdits", "exchanged"]
 
 COMPARED = (
     "its preactivation is compared before the nonlinearity ({}) runs that chooses by that, and "
@@ -33,25 +33,16 @@ COMPARED = (
 )
 
 
-class Editor:
-    """Carries out the edits of one pass.
-
-    Args:
-        trace: of the pass.
-        edits: what was asked for.
-        tried: whether a module written out by hand is one σ, and works in place.
-    """
+class LayerEdits:
+    """Carries out the edits of one pass."""
 
     def __init__(
-        self, trace: PassTrace, edits: Edits, tried: Callable[[Frame], tuple[bool, bool]]
+        self, trace: PassTrace, edits: RequestedEdits, tried: Callable[[Frame], tuple[bool, bool]]
     ) -> None:
         self.trace = trace
         self.edits = edits
-        self._tried = tried
+        self._tried = tried  # whether a module by hand is one σ, and works in place
         self.modules = ModuleEdits(trace, edits)
-
-    def __bool__(self) -> bool:
-        return bool(self.edits)
 
     def _site(self, own: str, sigma: str, z: Tensor) -> EditSite | None:
         """The nonlinearity that is about to run, if there is something to edit."""
@@ -69,16 +60,9 @@ class Editor:
     def _apply(
         self, site: EditSite, kind: str, tensor: Tensor, axes: ChannelLayout | None
     ) -> Tensor | None:
-        return self.edits.apply(
-            kind,
-            tensor,
-            axes,
-            site.name,
-            call=site.call,
-            step=self.trace.record.current.step,
-            training=self.trace.record.current.training,
-            nonlinearity=site.sigma,
-        )
+        at = self.trace.record.current
+        tags: dict[str, Any] = {"call": site.call, "nonlinearity": site.sigma}
+        return self.edits.apply(kind, tensor, axes, site.name, at, **tags)
 
     # -- functions ----------------------------------------------------------------------------
 
@@ -150,7 +134,8 @@ class Editor:
     def enter(self, frame: Frame) -> None:
         """A module is about to run; it may get another z."""
         x = frame.x
-        if x is None or any(f.site is not None or f.kind == "sigma" for f in self._outer(frame)):
+        outer = [f for f in self.trace.frames if f is not frame]
+        if x is None or any(f.site is not None or f.kind == "sigma" for f in outer):
             return
         own = self.trace.names.of(frame.module)
         sigma = module_sigma(frame.module) or name_by_hand(frame.module)
@@ -181,9 +166,6 @@ class Editor:
             frame.take(stand_in)
         site.version = version_of(stand_in)
 
-    def _outer(self, frame: Frame) -> list[Frame]:
-        return [f for f in self.trace.frames if f is not frame]
-
     def leave(self, frame: Frame, a: Tensor, axes: ChannelLayout | None) -> tuple[Tensor, Tensor]:
         """The module has run: what σ gave, and what the module is to return."""
         site, x = frame.site, frame.x
@@ -206,10 +188,7 @@ class Editor:
         if not self.edits.of(name, "response"):
             return None
         self.trace.edited = True
-        now = self.trace.record.current
-        new = self.edits.apply(
-            "response", out, axes, name, call=call, step=now.step, training=now.training
-        )
+        new = self.edits.apply("response", out, axes, name, self.trace.record.current, call=call)
         if new is None:
             return None
         self._follow(new, out)

@@ -1,0 +1,38 @@
+"""One call of a torch function that has run: what every rule is asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fmapkit.provenance.rule_basics import argument
+
+__all__ = ["FunctionCall"]
+
+
+@dataclass(slots=True)
+class FunctionCall:
+    """A call of a torch function.
+
+    Attributes:
+        name: of the function, as `Function.name` has it.
+        function: it.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        out: what it returned.
+        operands: all tensors among its arguments.
+    """
+
+    name: str
+    function: Any
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    out: Any
+    operands: list[Tensor]
+
+    def argument(self, place: int, *names: str) -> Any:
+        """An argument, by one of its names or by its place; None where it is not given."""
+        return argument(self.args, self.kwargs, place, *names)
