@@ -23,7 +23,7 @@ __all__ = [
     "torch_dtype",
 ]
 
-FORMAT = 1
+FORMAT = 2
 _MODEL = "%model"  # the name of the model itself, which is empty; `quote` never gives this
 # Types that NumPy and Zarr lack are stored as the bits that they are.
 _AS_BITS = {

@@ -17,7 +17,7 @@ import numpy as np
 
 from fmapkit.data._joined import Joined, join
 
-__all__ = ["ArrayUnit", "File", "Once", "Piece", "Pieces", "is_plain", "mapped"]
+__all__ = ["ArrayUnit", "File", "Once", "Piece", "Pieces", "chunk_name", "is_plain", "mapped"]
 
 NdArray = np.ndarray[Any, Any]
 File = tuple[Path, int]  # and how many rows it has
@@ -161,6 +161,16 @@ class Pieces:
         return np.empty((rows, *np.shape(cut)), self._dtype)
 
 
+def chunk_name(shard: int, axes: int) -> str:
+    """The name of an object of an array: which one along the rows, the only one along their axes.
+
+    Args:
+        shard: its number.
+        axes: of a row.
+    """
+    return ".".join(("c", str(shard), *["0"] * axes))
+
+
 def is_plain(array: Any) -> bool:
     """Whether a chunk of a Zarr array is a file of nothing but rows, as they lie in memory."""
     from zarr.codecs import BytesCodec
@@ -243,7 +253,7 @@ class ArrayUnit:
         """
         if self._folder is None:
             return None
-        return self._folder.joinpath("c", str(self._shard), *["0"] * axes), self._size
+        return self._folder / chunk_name(self._shard, axes), self._size
 
     def __call__(self) -> Any:
         if not self._tried:
