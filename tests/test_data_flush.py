@@ -18,7 +18,7 @@ from fmapkit import StoreError
 pytest.importorskip("zarr", minversion="3.1.4")
 
 from fmapkit.analysis import Statistics
-from fmapkit.data import Features, _flush, extract
+from fmapkit.data import Features, _objects, extract
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which file it is")
 
@@ -59,7 +59,7 @@ def test_a_unit_is_committed_once_the_disk_has_it(
             (name, records, {file.parent.name for file in to.glob("analyses/*/*/zarr.json")})
         )
 
-    monkeypatch.setattr(_flush.os, "fsync", flush)
+    monkeypatch.setattr(_objects.os, "fsync", flush)
     features, rows = made(to, ragged)
     assert torch.equal(features[""].tensor(), rows)
     flushed = [name for name, _, _ in seen]
@@ -97,7 +97,7 @@ def test_a_disk_that_fails_later_commits_nothing_of_it(
         kept(handle)
 
     with monkeypatch.context() as patched:
-        patched.setattr(_flush.os, "fsync", fail)
+        patched.setattr(_objects.os, "fsync", fail)
         with pytest.raises(StoreError, match="No space left on device"):
             made(tmp_path / "f")
     part = Features(tmp_path / "f")
@@ -113,7 +113,7 @@ def test_a_file_system_that_cannot_flush_is_no_failure(
     def unknown(handle: int) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(_flush.os, "fsync", unknown)
+    monkeypatch.setattr(_objects.os, "fsync", unknown)
     features, rows = made(tmp_path / "f")
     assert features.complete
     assert torch.equal(features[""].tensor(), rows)

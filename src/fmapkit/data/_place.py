@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fmapkit.data import _objects
-from fmapkit.data._flush import flush
 from fmapkit.data._manifest import (
     FORMAT,
     ArraySpec,
@@ -300,7 +299,7 @@ class Place:
         """Wait until the disk has what is at some paths."""
         # Where the store is no folder, what was taken is kept.
         if self.local is not None:
-            flush(self.local / path for path in paths)
+            _objects.flush(self.local / path for path in paths)
 
     def commit(self, record: UnitRecord) -> str:
         """Say that a unit is there: one object, written at once, after `flush`; returns its path.

@@ -15,10 +15,15 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from fmapkit.data._manifest import ArraySpec, FieldSpec, Manifest, UnitRecord, stored_dtype
+from fmapkit.data._manifest import (
+    ArraySpec,
+    FieldSpec,
+    Manifest,
+    UnitRecord,
+    as_stored,
+    stored_dtype,
+)
 from fmapkit.data._place import Place
 from fmapkit.data._rows import Taken
 from fmapkit.errors import StoreError
@@ -55,7 +60,7 @@ class Unit:
     def add(self, taken: Taken) -> None:
         """Copy the rows of a batch in: the model may overwrite them after it."""
         for spec, rows in taken.arrays:
-            self._put(spec, _stored(rows, spec))
+            self._put(spec, as_stored(rows.detach().cpu()))
         for field, values in taken.fields:
             self._put(field, values)
         self.samples += taken.samples
@@ -79,15 +84,6 @@ def _dtype(spec: ArraySpec | FieldSpec) -> Any:
     if isinstance(spec, ArraySpec):
         return stored_dtype(spec.dtype)
     return object if spec.dtype == "string" else np.dtype(spec.dtype)
-
-
-def _stored(rows: Tensor, spec: ArraySpec) -> np.ndarray[Any, Any]:
-    """The values as NumPy has them: of a type that it lacks, the bits."""
-    host = rows.detach().cpu()
-    dtype = stored_dtype(spec.dtype)
-    if str(dtype) != spec.dtype:
-        host = host.contiguous().view({1: torch.uint8, 2: torch.uint16}[dtype.itemsize])
-    return host.numpy()
 
 
 @dataclass(frozen=True, slots=True)
