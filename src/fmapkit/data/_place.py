@@ -166,9 +166,9 @@ class Place:
 
     def array(self, path: str) -> Array[Any]:
         """An array of the store, to read or to write."""
-        found = self._zarr.open_array(self._store, path=path, zarr_format=3)
         # A chunk of zeros is written too: without it, a shard could not be read by its place.
-        return found.with_config({"write_empty_chunks": True})  # type: ignore[no-any-return]
+        with self._zarr.config.set({"array.write_empty_chunks": True}):
+            return self._zarr.open_array(self._store, path=path, zarr_format=3)  # type: ignore[no-any-return]
 
     # -- making -----------------------------------------------------------------------------------
 
