@@ -394,7 +394,7 @@ class Small(zarr.storage.LocalStore):
 def test_a_disk_that_fills_up_loses_nothing(model: Net, tmp_path: Path) -> None:
     units = []
     for _ in range(20):
-        Small.room = 20_000
+        Small.room = 15_000
         try:
             quiet(model, loader(), "conv2", Small(tmp_path / "f"), batches_per_commit=1)
             break

@@ -63,10 +63,13 @@ def _checksum(tensor: Tensor) -> int:
     if whole is None:
         whole = flat[:words].clone().view(torch.int64)
     rest = flat[words:].to(torch.int64)
+    most = max(8, min(_PIECE, len(whole)))
+    places = 2 * torch.arange(most, device=flat.device) + 1
+    weighted = torch.empty_like(places)  # one memory for all pieces
     total = 0
     for number, piece in enumerate((*torch.split(whole, _PIECE), rest)):
-        place = 2 * torch.arange(len(piece), device=piece.device) + 1
-        total = (total * 0x9E3779B97F4A7C15 + int((piece * place).sum()) + number) % 2**64
+        of_piece = torch.mul(piece, places[: len(piece)], out=weighted[: len(piece)]).sum()
+        total = (total * 0x9E3779B97F4A7C15 + int(of_piece) + number) % 2**64
     return total
 
 

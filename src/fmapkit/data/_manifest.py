@@ -19,11 +19,12 @@ __all__ = [
     "FieldSpec",
     "Manifest",
     "UnitRecord",
+    "as_stored",
     "stored_dtype",
     "torch_dtype",
 ]
 
-FORMAT = 1
+FORMAT = 2
 _MODEL = "%model"  # the name of the model itself, which is empty; `quote` never gives this
 # Types that NumPy and Zarr lack are stored as the bits that they are.
 _AS_BITS = {
@@ -49,6 +50,14 @@ def torch_dtype(name: str) -> torch.dtype:
 def stored_dtype(name: str) -> np.dtype[Any]:
     """The NumPy type in which values of a torch type are stored."""
     return np.dtype(_AS_BITS.get(name, name))
+
+
+def as_stored(values: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The memory of a tensor on the CPU, as NumPy has it: of a type that it lacks, the bits."""
+    bits = _AS_BITS.get(str(values.dtype).removeprefix("torch."))
+    if bits is not None:
+        values = values.contiguous().view(torch_dtype(bits))
+    return values.numpy()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from fmapkit.data._joined import Joined, join
 
-__all__ = ["ArrayUnit", "File", "Once", "Piece", "Pieces", "is_plain", "mapped"]
+__all__ = ["Piece", "Pieces", "chunk_name"]
 
 NdArray = np.ndarray[Any, Any]
 File = tuple[Path, int]  # and how many rows it has
@@ -25,39 +25,59 @@ _OPEN = 128  # files that are mapped at once, each by itself
 
 
 class Piece:
-    """Rows in a row.
+    """The rows of a unit: read from a map of its file, where that can be, else through Zarr.
 
     Args:
-        rows: how many.
-        offset: of the first of them in what `opened` gives.
-        opened: opens what they lie in: something that slices as NumPy does.
-        file: of which they are the first rows, where there is one.
+        array: opens the Zarr array; is asked several times.
+        folder: of it, on this machine; else None.
+        shard: which object of it.
+        rows: how many there are: the first of that object.
+        size: how many an object has.
+        axes: of a row.
     """
 
-    __slots__ = ("file", "offset", "opened", "rows")
-
     def __init__(
-        self, rows: int, offset: int, opened: Callable[[], Any], file: File | None = None
+        self,
+        array: Callable[[], Any],
+        folder: Path | None,
+        shard: int,
+        rows: int,
+        size: int,
+        axes: int,
     ) -> None:
         self.rows = rows
-        self.offset = offset
-        self.opened = opened
-        self.file = file
+        #: Its file, if that is on this machine.
+        self.file: File | None = (folder / chunk_name(shard, axes), size) if folder else None
+        self._array = array
+        self._first = shard * size
+
+    def is_plain(self) -> bool:
+        """Whether its file holds nothing but rows."""
+        return self.file is not None and is_plain(self._array())
+
+    @cached_property
+    def _mapped(self) -> Callable[[], NdArray] | None:
+        return self.file and mapped(self._array(), self.file[0], self.rows)
+
+    def _opened(self) -> tuple[Any, int]:
+        """What the rows lie in, which slices as NumPy does, and the number of the first one."""
+        return (self._mapped(), 0) if self._mapped is not None else (self._array(), self._first)
 
     def read(self, first: int, last: int, rest: tuple[Any, ...]) -> NdArray:
         """The rows from `first` to before `last`, cut by `rest` along the other axes."""
-        key = (slice(self.offset + first, self.offset + last), *rest)
-        return np.asarray(self.opened()[key])
+        source, start = self._opened()
+        key = (slice(start + first, start + last), *rest)
+        return np.asarray(source[key])
 
     def take(self, rows: NdArray, rest: tuple[Any, ...]) -> NdArray:
         """Some rows, in any order."""
-        source = self.opened()
+        source, start = self._opened()
         cut = (slice(None), *rest)
         if isinstance(source, np.ndarray):
-            return np.asarray(source[rows + self.offset][cut])
+            return np.asarray(source[rows][cut])
         # Zarr reads each chunk once where the rows are in order.
         unique, back = np.unique(rows, return_inverse=True)
-        key = (unique + self.offset, *[slice(None)] * (source.ndim - 1))
+        key = (unique + start, *[slice(None)] * (source.ndim - 1))
         return np.asarray(source.oindex[key][back][cut])
 
 
@@ -68,7 +88,6 @@ class Pieces:
         pieces: in the order of the rows.
         shape: of a row.
         dtype: of the values as they are stored.
-        plain: whether files hold nothing but rows.
     """
 
     def __init__(
@@ -76,14 +95,12 @@ class Pieces:
         pieces: Sequence[Piece],
         shape: tuple[int, ...],
         dtype: Any,
-        plain: Callable[[], bool] = lambda: False,
     ) -> None:
         self._pieces = [piece for piece in pieces if piece.rows]
         ends = np.cumsum([0] + [piece.rows for piece in self._pieces])
         self._ends: list[int] = ends.tolist()
         self._shape = shape
         self._dtype = dtype
-        self._plain = plain
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -92,7 +109,7 @@ class Pieces:
     def joined(self) -> Joined | None:
         """The files of all pieces, mapped as one array; None where that cannot be."""
         files = [piece.file for piece in self._pieces if piece.file is not None]
-        if not files or len(files) < len(self._pieces) or not self._plain():
+        if not files or len(files) < len(self._pieces) or not self._pieces[0].is_plain():
             return None
         return join(files, self._shape, np.dtype(self._dtype))
 
@@ -161,6 +178,16 @@ class Pieces:
         return np.empty((rows, *np.shape(cut)), self._dtype)
 
 
+def chunk_name(shard: int, axes: int) -> str:
+    """The name of an object of an array: which one along the rows, the only one along their axes.
+
+    Args:
+        shard: its number.
+        axes: of a row.
+    """
+    return ".".join(("c", str(shard), *["0"] * axes))
+
+
 def is_plain(array: Any) -> bool:
     """Whether a chunk of a Zarr array is a file of nothing but rows, as they lie in memory."""
     from zarr.codecs import BytesCodec
@@ -194,89 +221,3 @@ def mapped(array: Any, path: Path, rows: int) -> Callable[[], NdArray] | None:
 def _map(path: str, dtype: str, shape: tuple[int, ...], which: tuple[int, int]) -> NdArray:
     # Copied on write: what torch may make of it never gets to the file.
     return np.memmap(path, dtype, "c", shape=shape).view(np.ndarray)
-
-
-class Once:
-    """Opens something when it is first asked for."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make = make
-        self._made: Any = None
-
-    def __call__(self) -> Any:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
-
-
-class ArrayUnit:
-    """Opens the rows of one unit: by a map of its file, where that can be, else through Zarr.
-
-    Args:
-        array: opens the Zarr array.
-        folder: of it, on this machine.
-        shard: which object of it.
-        rows: how many there are.
-        size: how many an object has.
-    """
-
-    def __init__(
-        self, array: Callable[[], Any], folder: Path | None, shard: int, rows: int, size: int
-    ) -> None:
-        self._array = array
-        self._folder = folder
-        self._shard = shard
-        self.rows = rows
-        self._size = size
-        self._mapped: Callable[[], Any] | None = None
-        self._tried = False
-
-    def is_plain(self) -> bool:
-        """Whether its file holds nothing but rows."""
-        return self._folder is not None and is_plain(self._array())
-
-    def file(self, axes: int) -> File | None:
-        """Its file, if it is on this machine, and how many rows it has.
-
-        Args:
-            axes: of a row.
-        """
-        if self._folder is None:
-            return None
-        return self._folder.joinpath("c", str(self._shard), *["0"] * axes), self._size
-
-    def __call__(self) -> Any:
-        if not self._tried:
-            self._tried = True
-            array = self._array()
-            if found := self.file(array.ndim - 1):
-                self._mapped = mapped(array, found[0], self.rows)
-        if self._mapped is not None:
-            return self._mapped()
-        return _Window(self._array(), self._shard * self._size, self.rows)
-
-
-class _Window:
-    """Some rows of a Zarr array, as if they were all of it."""
-
-    def __init__(self, array: Any, first: int, rows: int) -> None:
-        self._array = array
-        self._first = first
-        self._rows = rows
-        self.ndim = array.ndim
-
-    def __getitem__(self, key: tuple[Any, ...]) -> Any:
-        rows, *rest = key
-        there = (slice(self._first + rows.start, self._first + rows.stop), *rest)
-        return self._array[there]
-
-    @property
-    def oindex(self) -> _Window:
-        return _Picked(self._array, self._first, self._rows)
-
-
-class _Picked(_Window):
-    def __getitem__(self, key: tuple[Any, ...]) -> Any:
-        rows, *rest = key
-        there = (rows + self._first, *rest)
-        return self._array.oindex[there]

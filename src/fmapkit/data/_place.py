@@ -8,16 +8,17 @@ In a folder, the disk has what comes first before the next is given to it.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmapkit.data._flush import flush
+from fmapkit.data import _objects
 from fmapkit.data._manifest import (
     FORMAT,
     ArraySpec,
@@ -26,6 +27,7 @@ from fmapkit.data._manifest import (
     UnitRecord,
     stored_dtype,
 )
+from fmapkit.data._pieces import chunk_name
 from fmapkit.errors import ArgumentError, StoreError, StoreMismatchError
 
 if TYPE_CHECKING:
@@ -148,11 +150,10 @@ class Place:
         assert root is not None
         if root.attrs[_KEY].get("complete"):  # type: ignore[union-attr]
             return dict(self._index(root))
-        commits: Any = root["commits"]
-        with warnings.catch_warnings():
-            # Of a record that was being written when its process was killed.
-            warnings.filterwarnings("ignore", message="Object at .* is not recognized")
-            found = [UnitRecord.of(node.attrs.asdict()) for _, node in commits.members()]
+        found = []
+        for content in _objects.read(self._store, "commits"):
+            with suppress(ValueError):  # after a power cut it may be empty, or zeros
+                found.append(UnitRecord.of(json.loads(content)))
         return {record.unit: record for record in sorted(found, key=lambda r: r.unit)}
 
     @staticmethod
@@ -165,9 +166,9 @@ class Place:
 
     def array(self, path: str) -> Array[Any]:
         """An array of the store, to read or to write."""
-        found = self._zarr.open_array(self._store, path=path, zarr_format=3)
         # A chunk of zeros is written too: without it, a shard could not be read by its place.
-        return found.with_config({"write_empty_chunks": True})  # type: ignore[no-any-return]
+        with self._zarr.config.set({"array.write_empty_chunks": True}):
+            return self._zarr.open_array(self._store, path=path, zarr_format=3)  # type: ignore[no-any-return]
 
     # -- making -----------------------------------------------------------------------------------
 
@@ -190,9 +191,9 @@ class Place:
                         self._store, path=path, attributes=_tags(spec), overwrite=True
                     )
             zarr.create_group(self._store, path="commits", overwrite=True)
-            self._flush("")
+            self.flush("")
             root.attrs.put({_KEY: manifest.to_json()})
-            self._flush("zarr.json")
+            self.flush("zarr.json")
 
     def _make(
         self, spec: ArraySpec | FieldSpec, path: str, total: int, shard: int, compressors: Any
@@ -217,6 +218,7 @@ class Place:
             shape=(total, *spec.shape),
             chunks=(rows, *shape),
             shards=None if plain else (shard, *shape),
+            chunk_key_encoding={"name": "default", "separator": "."},  # no folders for each
             dtype=dtype,
             compressors=compressors,
             fill_value="" if text else 0,
@@ -231,37 +233,38 @@ class Place:
     def write(
         self,
         manifest: Manifest,
-        record: UnitRecord,
+        unit: int,
         blocks: Mapping[ArraySpec | FieldSpec, np.ndarray[Any, Any]],
         arrays: dict[str, Array[Any]],
         compressors: Any,
-    ) -> None:
-        """Write the rows of a unit.
+    ) -> list[str]:
+        """Write the rows of a unit; returns what has to be flushed.
 
         Args:
             manifest: of the store.
-            record: of the unit.
+            unit: its number.
             blocks: all rows of it, of each array and field.
             arrays: opened ones, to be used again.
             compressors: as in `create`.
         """
+        written = []
         for spec, block in blocks.items():
             path = spec.name if isinstance(spec, ArraySpec) else spec.path
-            if not manifest.regular:
-                if len(block):  # Zarr has no chunk of no rows
-                    plain = self.local is not None and compressors is None
-                    whole = len(block) if plain else _rounded(len(block), spec.row_bytes)
-                    inner = f"{path}/{node_of(record.unit)}"
-                    self._make(spec, inner, len(block), whole, compressors)[:] = block
-                continue
-            array = arrays.get(path)
-            if array is None:
-                array = arrays[path] = self.array(path)
-            start = record.unit * manifest.rows_per_unit
-            array[start : start + len(block)] = block
+            if not manifest.regular and len(block):  # Zarr has no chunk of no rows
+                plain = self.local is not None and compressors is None
+                whole = len(block) if plain else _rounded(len(block), spec.row_bytes)
+                written.append(f"{path}/{node_of(unit)}")
+                self._make(spec, written[-1], len(block), whole, compressors)[:] = block
+            elif manifest.regular and block.size:
+                if path not in arrays:
+                    arrays[path] = self.array(path)
+                start = unit * manifest.rows_per_unit
+                arrays[path][start : start + len(block)] = block
+                written.append(f"{path}/{chunk_name(unit, block.ndim - 1)}")
+        return written
 
-    def write_bytes(self, path: str, content: bytes) -> None:
-        """Write one object of bytes."""
+    def write_bytes(self, path: str, content: bytes) -> list[str]:
+        """Write one object of bytes; returns what has to be flushed."""
         self._zarr.create_array(
             self._store,
             name=path,
@@ -271,6 +274,7 @@ class Place:
             overwrite=True,
             config={"write_empty_chunks": True},
         )
+        return [path, *(f"{group}/zarr.json" for group in PurePosixPath(path).parents[:-1])]
 
     def read_bytes(self, path: str) -> bytes:
         """Read one object of bytes."""
@@ -291,29 +295,21 @@ class Place:
             warnings.filterwarnings("ignore", message="Object at .* is not recognized")
             return sorted(name for name, _ in root[path].members())  # type: ignore[union-attr]
 
-    def flush(self, manifest: Manifest, unit: int) -> None:
-        """Wait until the disk has the rows of a unit."""
-        self._flush(*_paths(manifest, unit))
-
-    def commit(self, record: UnitRecord, beside: Mapping[str, bytes] | None = None) -> None:
-        """Say that a unit is there: one object, written at once, after `flush`.
-
-        Args:
-            record: of the unit.
-            beside: objects that are written before, by path.
-        """
-        for path, content in (beside or {}).items():
-            self.write_bytes(path, content)
-            groups = [f"{group}/zarr.json" for group in PurePosixPath(path).parents[:-1]]
-            self._flush(path, *groups)
-        path = f"commits/{node_of(record.unit)}"
-        self._zarr.create_group(self._store, path=path, attributes=record.to_json(), overwrite=True)
-        self._flush(path)
-
-    def _flush(self, *paths: str) -> None:
+    def flush(self, *paths: str) -> None:
+        """Wait until the disk has what is at some paths."""
         # Where the store is no folder, what was taken is kept.
         if self.local is not None:
-            flush(self.local / path for path in paths)
+            _objects.flush(self.local / path for path in paths)
+
+    def commit(self, record: UnitRecord) -> str:
+        """Say that a unit is there: one object, written at once, after `flush`; returns its path.
+
+        The disk need not have it: where a power cut takes it away, the unit is done again.
+        """
+        path = f"commits/{node_of(record.unit)}"
+        content = json.dumps(record.to_json()).encode()
+        _objects.put(self._store, path, content)
+        return path
 
     def finish(self, manifest: Manifest, records: Iterable[UnitRecord]) -> None:
         """Put all records into one array, say that the data set is complete, and let them go."""
@@ -336,9 +332,9 @@ class Place:
                 overwrite=True,
             )
             root = self._zarr.open_group(self._store, mode="a", zarr_format=3)
-            self._flush("index")
+            self.flush("index")
             root.attrs.put({_KEY: replace(manifest, complete=True).to_json()})
-            self._flush("zarr.json")
+            self.flush("zarr.json")
             self.tidy()
 
     def tidy(self) -> None:
@@ -361,13 +357,6 @@ class Place:
 
 def _tags(spec: ArraySpec | FieldSpec) -> dict[str, Any]:
     return asdict(spec)
-
-
-def _paths(manifest: Manifest, unit: int) -> Iterator[str]:
-    """Where the rows of a unit are, of each array and field, in a folder."""
-    for spec in manifest.specs:
-        path = spec.name if isinstance(spec, ArraySpec) else spec.path
-        yield f"{path}/c/{unit}" if manifest.regular else f"{path}/{node_of(unit)}"
 
 
 def _chunk_rows(shard: int, row_bytes: int) -> int:

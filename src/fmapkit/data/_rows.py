@@ -95,11 +95,6 @@ class Rows:
         """Whether a row may be of one token."""
         return self._mask is not None and self._pool is None
 
-    @property
-    def masked(self) -> bool:
-        """Whether maps have padding."""
-        return self._mask is not None
-
     def mask_of(self, data: Any) -> Tensor | None:
         """The mask of a batch, (samples, positions), boolean.
 

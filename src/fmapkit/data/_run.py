@@ -279,8 +279,7 @@ class Run:
         if self._pending is not None:
             yield self._pending
             self._pending = None
-        for batch in stream:
-            yield batch, self._taken(self._open(), batch)
+        yield from self.over(stream)
 
     def _put(self, unit: Unit, writer: Writer) -> None:
         beside, stale = self.riding.beside(unit.number)

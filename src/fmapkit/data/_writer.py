@@ -2,8 +2,7 @@
 
 At most three units are in memory: the one that is filled, one that waits, one that is written. So
 memory is flat, and where the store is slower than the model, the model waits. While a unit is
-written, another thread waits for the disk to have the one before, and a third commits the one
-before that: each of them in order.
+written, a third thread waits for the disk to have the one before, and commits it then.
 """
 
 from __future__ import annotations
@@ -16,10 +15,15 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from fmapkit.data._manifest import ArraySpec, FieldSpec, Manifest, UnitRecord, stored_dtype
+from fmapkit.data._manifest import (
+    ArraySpec,
+    FieldSpec,
+    Manifest,
+    UnitRecord,
+    as_stored,
+    stored_dtype,
+)
 from fmapkit.data._place import Place
 from fmapkit.data._rows import Taken
 from fmapkit.errors import StoreError
@@ -56,7 +60,7 @@ class Unit:
     def add(self, taken: Taken) -> None:
         """Copy the rows of a batch in: the model may overwrite them after it."""
         for spec, rows in taken.arrays:
-            self._put(spec, _stored(rows, spec))
+            self._put(spec, as_stored(rows.detach().cpu()))
         for field, values in taken.fields:
             self._put(field, values)
         self.samples += taken.samples
@@ -82,21 +86,12 @@ def _dtype(spec: ArraySpec | FieldSpec) -> Any:
     return object if spec.dtype == "string" else np.dtype(spec.dtype)
 
 
-def _stored(rows: Tensor, spec: ArraySpec) -> np.ndarray[Any, Any]:
-    """The values as NumPy has them: of a type that it lacks, the bits."""
-    host = rows.detach().cpu()
-    dtype = stored_dtype(spec.dtype)
-    if str(dtype) != spec.dtype:
-        host = host.contiguous().view({1: torch.uint8, 2: torch.uint16}[dtype.itemsize])
-    return host.numpy()
-
-
 @dataclass(frozen=True, slots=True)
 class _Commit:
-    """A unit whose rows are written."""
+    """A unit whose rows are written, and where."""
 
     record: UnitRecord
-    beside: Mapping[str, bytes]
+    written: list[str]
     stale: tuple[str, ...]
 
 
@@ -105,7 +100,9 @@ class _Job:
     """A unit whose rows are to be written."""
 
     unit: Unit
-    then: _Commit
+    record: UnitRecord
+    beside: Mapping[str, bytes]
+    stale: tuple[str, ...]
 
 
 T = TypeVar("T")
@@ -178,7 +175,6 @@ class Writer:
         self._arrays: dict[str, Any] = {}
         self._spare: queue.SimpleQueue[Blocks] = queue.SimpleQueue()
         self._committing: _Stage[_Commit] = _Stage("fmapkit-committer", self._commit)
-        self._flushing: _Stage[_Commit] = _Stage("fmapkit-flusher", self._flush)
         self._writing: _Stage[_Job] = _Stage("fmapkit-writer", self._write)
 
     def unit(self, number: int, start: int) -> Unit:
@@ -221,8 +217,7 @@ class Writer:
         )
         with self._told():
             self._committing.check()
-            self._flushing.check()
-            self._writing.put(_Job(unit, _Commit(record, beside or {}, stale)))
+            self._writing.put(_Job(unit, record, beside or {}, stale))
 
     def close(self) -> None:
         """Wait for all that was put.
@@ -231,8 +226,8 @@ class Writer:
             StoreError: something could not be written.
         """
         with self._told(), ExitStack() as stack:
-            for stage in (self._committing, self._flushing, self._writing):
-                stack.callback(stage.close)  # the last first
+            stack.callback(self._committing.close)
+            stack.callback(self._writing.close)  # before that
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -245,17 +240,19 @@ class Writer:
             ) from error
 
     def _write(self, job: _Job) -> None:
-        rows = job.unit.blocks()
-        self._place.write(self._manifest, job.then.record, rows, self._arrays, self._compressors)
+        place, rows = self._place, job.unit.blocks()
+        number = job.unit.number
+        written = place.write(self._manifest, number, rows, self._arrays, self._compressors)
         if job.unit.buffers:
             self._spare.put(job.unit.buffers)
-        self._flushing.put(job.then)
+        for path, content in job.beside.items():
+            written += place.write_bytes(path, content)
+        self._committing.put(_Commit(job.record, written, job.stale))
 
-    def _flush(self, done: _Commit) -> None:
-        self._place.flush(self._manifest, done.record.unit)
-        self._committing.put(done)
-
-    def _commit(self, done: _Commit) -> None:
-        self._place.commit(done.record, done.beside)
-        for path in done.stale:
+    def _commit(self, unit: _Commit) -> None:
+        self._place.flush(*unit.written)
+        record = self._place.commit(unit.record)
+        if unit.stale:
+            self._place.flush(record)
+        for path in unit.stale:
             self._place.remove(path)

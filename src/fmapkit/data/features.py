@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmapkit.data._arrays import FeatureArray, StoredArray, save_safetensors
 from fmapkit.data._manifest import ArraySpec, FieldSpec, Manifest, stored_dtype
-from fmapkit.data._pieces import ArrayUnit, Once, Piece, Pieces
+from fmapkit.data._pieces import Piece, Pieces
 from fmapkit.data._place import Place, node_of
 from fmapkit.errors import (
     AmbiguousMapError,
@@ -305,26 +305,14 @@ class Features:
         else:
             path = spec.path
             dtype = np.dtype(object if spec.dtype == "string" else spec.dtype)
-        tokens = spec.per == "token"
-        units = self._regular(path) if self._manifest.regular else self._ragged(path, tokens)
-        pieces = [Piece(u.rows, 0, u, u.file(len(spec.shape))) for u in units if u.rows]
-        plain = next((unit.is_plain for unit in units if unit.rows), lambda: False)
-        return Pieces(pieces, spec.shape, dtype, plain)
-
-    def _regular(self, path: str) -> list[ArrayUnit]:
-        array: Any = Once(lambda: self._place.array(path))
-        folder, size = self._place.local, self._manifest.rows_per_unit
-        return [
-            ArrayUnit(array, folder and folder / path, r.unit, r.samples, size)
-            for r in self._records.values()
-        ]
-
-    def _ragged(self, path: str, tokens: bool) -> list[ArrayUnit]:
-        units = []
+        where, axes, pieces = self._place.local, len(spec.shape), []
+        array = cache(partial(self._place.array, path))
         for record in self._records.values():
-            inner = f"{path}/{node_of(record.unit)}"
-            rows = record.rows if tokens else record.samples
-            array: Any = Once(partial(self._place.array, inner))
-            folder = self._place.local
-            units.append(ArrayUnit(array, folder and folder / inner, 0, rows, rows))
-        return units
+            at, shard, rows = path, record.unit, record.samples
+            size = self._manifest.rows_per_unit if self._manifest.regular else 0
+            if not self._manifest.regular:  # an array for itself
+                at, shard = f"{path}/{node_of(record.unit)}", 0
+                array = cache(partial(self._place.array, at))
+                size = rows = record.rows if spec.per == "token" else rows
+            pieces.append(Piece(array, where and where / at, shard, rows, size, axes))
+        return Pieces(pieces, spec.shape, dtype)
