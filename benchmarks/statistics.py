@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.models import ResNet
 from fmapkit import FeatureMap, capture
-from fmapkit.analysis import Analysis, DeadFilters, Statistics
+from fmapkit.analysis import Analysis, DeadFilters, Statistics, _of_map
 
 __all__ = ["CASES", "Case", "run", "time_of"]
 
@@ -49,8 +49,22 @@ CASES = [
     Case("bfloat16 8x64x56x56", (8, 64, 56, 56), dtype=torch.bfloat16),
     Case("bfloat16 tokens 8x512x768", (8, 512, 768), 2, torch.bfloat16, sigma="gelu"),
 ]
+
+
+class _WithoutNumba(Statistics):
+    """As where the extra `fast` is not installed."""
+
+    def update(self, fm: FeatureMap) -> None:
+        known, _of_map._fused = _of_map._fused, lambda: None  # type: ignore[assignment]
+        try:
+            super().update(fm)
+        finally:
+            _of_map._fused = known
+
+
 CONTENDERS: dict[str, Callable[[], Analysis]] = {
     "Statistics": Statistics,
+    "without numba": _WithoutNumba,
     "compiled": lambda: Statistics(compile=True),
     'with bins="log2"': lambda: Statistics(bins="log2"),
     "DeadFilters": DeadFilters,

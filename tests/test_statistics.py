@@ -159,7 +159,8 @@ def test_equal_to_numpy_at_any_scale(way: str, drawn: tuple[list[Tensor], int]) 
     assert_right(fed(*tensors, dim=dim)["conv"], rows(tensors, dim))
 
 
-@given(data(), st.integers(3, 64))
+@settings(max_examples=40)
+@given(data(), st.sampled_from([50, 150, 2000]))
 def test_equal_to_numpy_over_many_blocks(drawn: tuple[list[Tensor], int], size: int) -> None:
     """Blocks that split the batch, the filters, and the rows of one filter."""
     tensors, dim = drawn
@@ -917,11 +918,17 @@ def test_reduce_needs_a_process_group() -> None:
 
 
 def test_import_of_the_library_does_not_pay_for_it() -> None:
-    code = "import sys, fmapkit; print(sorted(m for m in sys.modules if 'fmapkit.analysis' in m))"
+    code = """
+import sys, fmapkit
+print([m for m in sys.modules if "fmapkit.analysis" in m])
+from fmapkit.analysis import Statistics
+Statistics()
+print([m for m in sys.modules if "numba" in m])
+"""
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    assert printed.strip() == "[]"
+    assert printed.split("\n") == ["[]", "[]", ""]
     assert {"Statistics", "Analysis"} <= set(dir(fmapkit.analysis))
     with pytest.raises(AttributeError, match=r"'fmapkit\.analysis' has no attribute 'Statistic'"):
         _ = fmapkit.analysis.Statistic

@@ -14,10 +14,7 @@ shape makes a difference. The machine code is kept in numba's cache, for the nex
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, reduce
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,31 +23,23 @@ from numba import njit, types
 from numba.extending import overload
 from torch import Tensor
 
-from fmapkit.analysis._on_cpu import (
-    HIGH,
-    LOW,
-    S1,
-    S2,
-    SATURATED,
-    ZEROS,
-    Array,
-    nothing,
-    together,
-)
+from fmapkit.analysis._on_cpu import HIGH, LOW, S1, S2, SATURATED, ZEROS, Array, nothing
 from fmapkit.analysis._saturation import Bounds
 
-__all__ = ["sums"]
+__all__ = ["nonfinite", "sums"]
 
 # Rows of so many values are gone through along themselves, shorter ones across; of few, more.
 _LONG, _MEDIUM, _FEW = 96, 16, 16
 _PIECE = 2**16  # of a row, whose sum is taken apart: the sum of very many loses digits
 _STRIP = 1024  # columns that are taken at once: their accumulators stay in a near cache, 56 KiB
 _KEPT = _STRIP + 40
+_PILOT = 6  # the row of accumulators that has what to take off; the others are what is found
 _ROWS = 8  # rows that are taken at once: accumulators are loaded and kept once for all
 _FEWEST, _MOST = 256, 1024  # rows of a block, whose sums are taken apart
 _BLOCK = 2**18  # values of a block, within these limits
 _NARROW = 512  # rows that are shorter are taken together, several as one
-_SHARE = 2**18  # values that are worth a thread
+
+_NOT_FINITE = 0  # in place of bounds: to count what is NaN or infinite
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -63,6 +52,15 @@ def _compiled(*freedom: str) -> Callable[[_F], _F]:
     return made
 
 
+_inlined: Callable[[_F], _F] = njit(inline="always")
+
+
+def _typed(function: Callable[..., Any]) -> Callable[[_F], _F]:
+    """What stands for a function in compiled code, by the types of its arguments."""
+    stands: Callable[[_F], _F] = overload(function, strict=False)  # not strict on annotations
+    return stands
+
+
 # -- numbers ---------------------------------------------------------------------------------------
 
 
@@ -70,7 +68,7 @@ def _number(x: Any) -> Any:
     """The float32 or float64 that a value stands for."""
 
 
-@overload(_number, strict=False)
+@_typed(_number)
 def _number_of(x: Any) -> Any:
     if x == types.int16:
         return lambda x: np.int32(np.int32(x) << np.int32(16)).view(np.float32)
@@ -94,7 +92,7 @@ def _key(x: Any) -> Any:
     """An integer that grows with the number; a NaN's is above or below those of all numbers."""
 
 
-@overload(_key, strict=False)
+@_typed(_key)
 def _key_of(x: Any) -> Any:
     if x == types.float32:
         return lambda x: _turned(np.float32(x).view(np.int32))
@@ -105,7 +103,7 @@ def _turned(bits: Any) -> Any:
     """The bits of a float, with those of negative ones but for the sign inverted; and back."""
 
 
-@overload(_turned, strict=False)
+@_typed(_turned)
 def _turned_of(bits: Any) -> Any:
     if bits == types.int32:
         return lambda bits: np.int32(bits ^ np.int32(np.int32(bits >> 31) & np.int32(2**31 - 1)))
@@ -116,7 +114,7 @@ def _of_key(key: Any) -> Any:
     """The float64 of a key."""
 
 
-@overload(_of_key, strict=False)
+@_typed(_of_key)
 def _of_key_of(key: Any) -> Any:
     if key == types.int32:
         return lambda key: np.float64(np.int32(_turned(key)).view(np.float32))
@@ -124,13 +122,15 @@ def _of_key_of(key: Any) -> Any:
 
 
 def _outside(x: Any, bounds: Any) -> Any:
-    """Whether a value is at one of the bounds or beyond, if there are any."""
+    """Whether a value is at one of the bounds or beyond, if there are any; or is not finite."""
 
 
-@overload(_outside, strict=False)
+@_typed(_outside)
 def _outside_of(x: Any, bounds: Any) -> Any:
     if isinstance(bounds, types.NoneType):
         return lambda x, bounds: False
+    if isinstance(bounds, types.Integer):
+        return lambda x, bounds: not abs(x) < np.inf
     return lambda x, bounds: (x <= bounds[0]) | (x >= bounds[1])
 
 
@@ -144,18 +144,14 @@ def _difference(x: Any, shift: Any) -> Any:
 
 
 @_compiled()
-def _lesser(a: Any, b: Any) -> Any:
-    """Of two numbers; not `min`, which takes care of NaN."""
-    return b if b < a else a
-
-
-@_compiled()
 def _add(found: Any, c: int, s1: Any, s2: Any, low: Any, high: Any, zeros: Any, outs: Any) -> None:
     """Puts to what is found of a filter."""
     found[S1, c] += s1
     found[S2, c] += s2
-    found[LOW, c] = _lesser(found[LOW, c], low)
-    found[HIGH, c] = -_lesser(-found[HIGH, c], -high)
+    if low < found[LOW, c]:
+        found[LOW, c] = low
+    if high > found[HIGH, c]:
+        found[HIGH, c] = high
     found[ZEROS, c] += zeros
     found[SATURATED, c] += outs
 
@@ -188,7 +184,7 @@ def _along(flat: Any, shape: Any, strides: Any, pilot: Any, bounds: Any, found: 
                 _add(found, c, s1, s2, _of_key(low), _of_key(high), zeros, outs)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+@_inlined
 def _rows(flat: Any, start: int, pitch: int, rows: int, width: int, bounds: Any, kept: Any) -> None:
     """Takes rows into the accumulators of their columns.
 
@@ -200,13 +196,13 @@ def _rows(flat: Any, start: int, pitch: int, rows: int, width: int, bounds: Any,
         s1, s2 = kept[S1 * _KEPT + j], kept[S2 * _KEPT + j]
         low, high = kept[LOW * _KEPT + j], kept[HIGH * _KEPT + j]
         zeros, outs = kept[ZEROS * _KEPT + j], kept[SATURATED * _KEPT + j]
-        shift = kept[6 * _KEPT + j]
+        shift = kept[_PILOT * _KEPT + j]
         for r in range(rows):
             x = np.float64(_number(flat[np.uintp(start + r * pitch + j)]))
             s1 += x - shift
             s2 += (x - shift) * (x - shift)
-            low = _lesser(low, x)
-            high = -_lesser(-high, -x)
+            low = x if x < low else low
+            high = x if x > high else high
             zeros += 1.0 if x == 0 else 0.0
             outs += 1.0 if _outside(x, bounds) else 0.0
         kept[S1 * _KEPT + j], kept[S2 * _KEPT + j] = s1, s2
@@ -219,19 +215,19 @@ def _across(
     flat: Any, rows: int, pitch: int, columns: int, inner: int, pilot: Any, bounds: Any, found: Any
 ) -> None:
     """Of rows of columns; `inner` columns are of one filter, the next of the next, and so on."""
-    kept = np.empty(7 * _KEPT)
+    kept = np.empty((_PILOT + 1) * _KEPT)
     filters = len(pilot)
     height = max(_FEWEST, min(_MOST, _BLOCK // columns // _ROWS * _ROWS))
     for top in range(0, rows, height):
         bottom = min(rows, top + height)
         for at in range(0, columns, _STRIP):
             width = min(_STRIP, columns - at)
-            kept[:] = 0
+            kept[: LOW * _KEPT] = 0
             kept[LOW * _KEPT : HIGH * _KEPT] = np.inf
-            kept[HIGH * _KEPT : ZEROS * _KEPT] = -np.inf
+            kept[HIGH * _KEPT : _PILOT * _KEPT] = -np.inf
             c, left = at // inner % filters, inner - at % inner
             for j in range(width):
-                kept[6 * _KEPT + j] = pilot[c]
+                kept[_PILOT * _KEPT + j] = pilot[c]
                 left -= 1
                 if not left:
                     c, left = c + 1 if c + 1 < filters else 0, inner
@@ -254,8 +250,8 @@ def _fold(kept: Any, at: int, width: int, inner: int, filters: int, found: Any) 
         for k in range(j, min(end, width)):
             s1 += kept[S1 * _KEPT + k]
             s2 += kept[S2 * _KEPT + k]
-            low = _lesser(low, kept[LOW * _KEPT + k])
-            high = -_lesser(-high, -kept[HIGH * _KEPT + k])
+            low = kept[LOW * _KEPT + k] if kept[LOW * _KEPT + k] < low else low
+            high = kept[HIGH * _KEPT + k] if kept[HIGH * _KEPT + k] > high else high
             zeros += kept[ZEROS * _KEPT + k]
             outs += kept[SATURATED * _KEPT + k]
         _add(found, c, s1, s2, low, high, zeros, outs)
@@ -266,29 +262,17 @@ def _fold(kept: Any, at: int, width: int, inner: int, filters: int, found: Any) 
 
 
 def sums(values: Tensor, pilot: Array, bounds: Bounds | None) -> Array:
-    """What is found of each filter, as `_on_cpu.sums` tells it; by torch's number of threads."""
-    threads = min(torch.get_num_threads(), values.numel() // _SHARE)
-    if threads < 2:
-        return _of_part(values, pilot, bounds)
-    axis = max(range(3), key=values.shape.__getitem__)
-    parts = values.tensor_split(threads, axis)
-    pilots = np.array_split(pilot, threads) if axis == 1 else [pilot] * threads
-    pool = _pool(torch.get_num_threads() - 1)
-    others = [pool.submit(_of_part, *of, bounds) for of in zip(parts[1:], pilots[1:], strict=True)]
-    found = [_of_part(parts[0], pilots[0], bounds), *(other.result() for other in others)]
-    return np.concatenate(found, 1) if axis == 1 else reduce(together, found)
+    """What is found of each filter, as `_on_cpu.sums` tells it; by one thread."""
+    return _found(values, pilot, bounds)
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "fmapkit")
+def nonfinite(values: Tensor) -> Array:
+    """(filters,): how many are NaN or infinite."""
+    counts: Array = _found(values, np.zeros(values.shape[1]), _NOT_FINITE)[SATURATED]
+    return counts
 
 
-if hasattr(os, "register_at_fork"):  # a fork has none of the threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-def _of_part(values: Tensor, pilot: Array, bounds: Bounds | None) -> Array:
+def _found(values: Tensor, pilot: Array, bounds: Bounds | int | None) -> Array:
     found = nothing(len(pilot))
     for some in _readable(values):
         outer, filters, inner = some.shape
@@ -320,7 +304,7 @@ def _readable(values: Tensor) -> Iterator[Tensor]:
         yield values
         return
     kind = values.dtype if values.is_floating_point() else torch.float64
-    for some in values.split(max(1, _BLOCK // (filters * inner))):
+    for some in torch.split(values, max(1, _BLOCK // (filters * inner))):
         yield some.to(kind).contiguous()
 
 

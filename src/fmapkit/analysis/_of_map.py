@@ -12,9 +12,12 @@ The sums are `_fused.py`'s where numba is installed, else `_on_cpu.py`'s.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +49,7 @@ def of_map(values: Tensor, bounds: Bounds | None, pilot: Array | None) -> tuple[
     with np.errstate(all="ignore"):  # NaN, infinities and overflow are told in the result
         found = _sums(values, shift, bounds)
         low, high = np.where(np.isnan(found[S2]), np.nan, found[LOW : HIGH + 1])
-        counts = np.array([found[ZEROS], _nonfinite(values, found), found[SATURATED]], np.int64)
+        counts = np.array([found[ZEROS], _nonfinite(values, found[S2]), found[SATURATED]], np.int64)
         for attempt in range(_TRIES):
             offset = found[S1] / (outer * inner)
             m2 = np.maximum(found[S2] - found[S1] * offset, 0)
@@ -66,33 +69,38 @@ def _settled(s2: Array, m2: Array, offset: Array, shift: Array) -> Array:
     return settled
 
 
-def _nonfinite(values: Tensor, found: Array) -> Array:
-    """(filters,): how many are NaN or infinite; looked for where a sum says that some may be."""
-    count = np.zeros(len(found[S2]), np.int64)
-    some = np.flatnonzero(~np.isfinite(found[S2]))
-    if len(some) == len(count):
-        return _on_cpu.nonfinite(values)
+def _nonfinite(values: Tensor, s2: Array) -> Array:
+    """(filters,): how many are NaN or infinite; looked for where a sum of squares is."""
+    count = np.zeros(len(s2))
+    some = np.flatnonzero(~np.isfinite(s2))
     if len(some):
-        count[some] = _on_cpu.nonfinite(values[:, torch.from_numpy(some)])
+        few = values if len(some) == len(s2) else values[:, torch.from_numpy(some)]
+        count[some] = _by_way("nonfinite", few)
     return count
 
 
 def _sums(values: Tensor, pilot: Array, bounds: Bounds | None) -> Array:
-    """By numba, where it is and works."""
+    return _by_way("sums", values, pilot, bounds)
+
+
+def _by_way(name: str, *args: Any) -> Array:
+    """A function of `_fused.py`, where numba is and works, else of `_on_cpu.py`."""
     fused = _fused()
     if fused is not None:
+        compiled: Callable[..., Array] = getattr(fused, name)
         try:
-            return fused(values, pilot, bounds)
+            return compiled(*args)
         except Exception as error:  # of whatever compiler there is
-            _without(error)
-    return _on_cpu.sums(values, pilot, bounds)
+            _give_up(error)
+    plain: Callable[..., Array] = getattr(_on_cpu, name)
+    return plain(*args)
 
 
 _given_up: list[str] = []
 
 
-def _without(error: Exception) -> None:
-    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+def _give_up(error: Exception) -> None:
+    reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
     _given_up.append(reason)
     _fused.cache_clear()
     warn(
@@ -102,13 +110,12 @@ def _without(error: Exception) -> None:
 
 
 @cache
-def _fused() -> Callable[[Tensor, Array, Bounds | None], Array] | None:
-    """`sums` of `_fused.py`; None without numba. The import of numba takes half a second."""
+def _fused() -> ModuleType | None:
+    """The module; None without numba. The import of numba takes half a second."""
     if _given_up or importlib.util.find_spec("numba") is None:
         return None
     try:
-        from fmapkit.analysis._fused import sums
+        return importlib.import_module("fmapkit.analysis._fused")
     except Exception as error:  # numba may not know this NumPy, or find no folder for its cache
-        _without(error)
+        _give_up(error)
         return None
-    return sums

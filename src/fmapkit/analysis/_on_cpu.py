@@ -15,14 +15,13 @@ from torch import Tensor
 from fmapkit.analysis._blocks import along, block_size, blocks
 from fmapkit.analysis._saturation import Bounds
 
-__all__ = [*("HIGH", "LOW", "S1", "S2", "SATURATED", "ZEROS"), "Array", "nothing", "nonfinite"]
-__all__ += ["sums", "together"]
+__all__ = ["HIGH", "LOW", "S1", "S2", "SATURATED", "ZEROS", "Array", "nonfinite", "nothing", "sums"]
 
 Array = np.ndarray[Any, Any]
 
-# The rows of what is found of each filter: Σ(x - p) and Σ(x - p)² of a pilot p, the least and the
-# greatest, how many are 0, and at or beyond the bounds.
-S1, S2, LOW, HIGH, ZEROS, SATURATED = range(6)
+# The rows of what is found of each filter: Σ(x - p) and Σ(x - p)² of a pilot p, how many are 0, how
+# many at or beyond the bounds, the least and the greatest.
+S1, S2, ZEROS, SATURATED, LOW, HIGH = range(6)
 
 
 def nothing(filters: int) -> Array:
@@ -30,13 +29,6 @@ def nothing(filters: int) -> Array:
     found = np.zeros((6, filters))
     found[LOW], found[HIGH] = np.inf, -np.inf
     return found
-
-
-def together(a: Array, b: Array) -> Array:
-    """What is found of the values of both."""
-    both: Array = a + b
-    both[LOW], both[HIGH] = np.minimum(a[LOW], b[LOW]), np.maximum(a[HIGH], b[HIGH])
-    return both
 
 
 def sums(values: Tensor, pilot: Array, bounds: Bounds | None) -> Array:
@@ -52,40 +44,39 @@ def sums(values: Tensor, pilot: Array, bounds: Bounds | None) -> Array:
         squares is, and the extremes are anything; where one is infinite, it is infinite.
     """
     found = nothing(len(pilot))
-    shift = torch.from_numpy(pilot)
-    for first, block in blocks(values, block_size(values.device)):
-        here = slice(first, first + block.shape[1])
-        found[:, here] = together(found[:, here], _of_block(block, shift[here, None], bounds))
+    shift = torch.from_numpy(pilot)[:, None]
+    with np.errstate(invalid="ignore"):
+        for first, block in blocks(values, block_size(values.device)):
+            here = slice(first, first + block.shape[1])
+            _take(block, shift[here], bounds, found[:, here])
     return found
 
 
-def _of_block(block: Tensor, shift: Tensor, bounds: Bounds | None) -> Array:
-    """The same of one block. It is smaller than 2^24, up to where float32 counts."""
+def _take(block: Tensor, shift: Tensor, bounds: Bounds | None, found: Array) -> None:
+    """Puts a block to what is found. It is smaller than 2^24, up to where float32 counts."""
     if block.element_size() == 2:  # in half precision, each call takes longer than a copy
         block = block.float()
     wide = block.to(torch.float64, copy=True)
     raw = block if block.is_floating_point() else wide
-    single = torch.empty(block.shape)
-    found = {
-        LOW: along(torch.amin, raw),
-        HIGH: along(torch.amax, raw),
-        ZEROS: along(torch.sum, torch.eq(raw, 0, out=single)),
-    }
+    flags = torch.empty(
+        block.shape, dtype=torch.float32, device="cpu"
+    )  # which are added up fastest
+    np.minimum(found[LOW], along(torch.amin, raw).numpy(), out=found[LOW])
+    np.maximum(found[HIGH], along(torch.amax, raw).numpy(), out=found[HIGH])
+    found[ZEROS] += along(torch.sum, torch.eq(raw, 0, out=flags)).numpy()
     if bounds is not None:
         outside = (wide <= bounds[0]) | (wide >= bounds[1])
-        found[SATURATED] = along(torch.sum, single.copy_(outside))
+        found[SATURATED] += along(torch.sum, flags.copy_(outside)).numpy()
     wide -= shift
-    found[S1] = along(torch.sum, wide)
-    found[S2] = along(torch.sum, wide.square_())
-    numbers = nothing(block.shape[1])
-    for row, tensor in found.items():
-        numbers[row] = tensor.numpy()
-    return numbers
+    found[S1] += along(torch.sum, wide).numpy()
+    found[S2] += along(torch.sum, wide.square_()).numpy()
 
 
 def nonfinite(values: Tensor) -> Array:
-    """(filters,) int64: how many are NaN or infinite."""
-    count = np.zeros(values.shape[1], np.int64)
+    """(filters,): how many are NaN or infinite."""
+    found = np.zeros(values.shape[1])
     for first, block in blocks(values, block_size(values.device)):
-        count[first : first + block.shape[1]] += along(torch.sum, ~block.isfinite()).numpy()
-    return count
+        flags = torch.empty(block.shape, dtype=torch.float32, device="cpu")
+        torch.ne(block - block, 0, out=flags)  # infinity less itself is no number
+        found[first : first + block.shape[1]] += along(torch.sum, flags).numpy()
+    return found
