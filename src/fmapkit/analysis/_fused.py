@@ -37,7 +37,7 @@ _PILOT = 6  # the row of accumulators that has what to take off; the others are 
 _ROWS = 8  # rows that are taken at once: accumulators are loaded and kept once for all
 _FEWEST, _MOST = 256, 1024  # rows of a block, whose sums are taken apart
 _BLOCK = 2**18  # values of a block, within these limits
-_NARROW = 512  # rows that are shorter are taken together, several as one
+_NARROW = 128  # rows that are shorter are taken together, several as one
 
 _NOT_FINITE = 0  # in place of bounds: to count what is NaN or infinite
 

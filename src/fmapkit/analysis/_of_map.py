@@ -47,19 +47,30 @@ def of_map(values: Tensor, bounds: Bounds | None, pilot: Array | None) -> tuple[
     outer, filters, inner = values.shape
     shift = np.zeros(filters) if pilot is None else pilot
     with np.errstate(all="ignore"):  # NaN, infinities and overflow are told in the result
-        found = _sums(values, shift, bounds)
-        low, high = np.where(np.isnan(found[S2]), np.nan, found[LOW : HIGH + 1])
-        counts = np.array([found[ZEROS], _nonfinite(values, found[S2]), found[SATURATED]], np.int64)
+        found = _by_way("sums", values, shift, bounds)
+        low, high, s2 = found[LOW], found[HIGH], found[S2]
+        counts = np.zeros((3, filters), np.int64)
+        counts[0], counts[2] = found[ZEROS], found[SATURATED]
+        if not np.isfinite(s2).all():
+            counts[1] = _nonfinite(values, s2)
+            low[np.isnan(s2)] = high[np.isnan(s2)] = np.nan
         for attempt in range(_TRIES):
             offset = found[S1] / (outer * inner)
             m2 = np.maximum(found[S2] - found[S1] * offset, 0)
+            if attempt == _TRIES - 1 or _well(found[S2], m2):
+                break
             lost = ~_settled(found[S2], m2, offset, shift)
             lost &= (counts[1] == 0) & ((low != 0) | (high != 0))
-            if attempt == _TRIES - 1 or not lost.any():
+            if not lost.any():
                 break
             shift = np.where(lost, np.nan_to_num(shift + offset), shift)
-            found = _sums(values, shift, None)
+            found = _by_way("sums", values, shift, None)
     return tuple(map(torch.from_numpy, (shift, offset, m2, low, high, counts)))
+
+
+def _well(s2: Array, m2: Array) -> bool:
+    """Whether all sums have digits enough: in the usual case, by few operations."""
+    return bool(s2.min() >= _TINY and s2.max() < np.inf and (s2 <= m2 * _DIGITS_LOST).all())
 
 
 def _settled(s2: Array, m2: Array, offset: Array, shift: Array) -> Array:
@@ -77,10 +88,6 @@ def _nonfinite(values: Tensor, s2: Array) -> Array:
         few = values if len(some) == len(s2) else values[:, torch.from_numpy(some)]
         count[some] = _by_way("nonfinite", few)
     return count
-
-
-def _sums(values: Tensor, pilot: Array, bounds: Bounds | None) -> Array:
-    return _by_way("sums", values, pilot, bounds)
 
 
 def _by_way(name: str, *args: Any) -> Array:

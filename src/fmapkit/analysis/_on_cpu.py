@@ -6,6 +6,7 @@ finds the same in one pass, where numba is installed.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -44,39 +45,50 @@ def sums(values: Tensor, pilot: Array, bounds: Bounds | None) -> Array:
         squares is, and the extremes are anything; where one is infinite, it is infinite.
     """
     found = nothing(len(pilot))
-    shift = torch.from_numpy(pilot)[:, None]
+    shift = torch.from_numpy(pilot)[:, None] if pilot.any() else None
     with np.errstate(invalid="ignore"):
         for first, block in blocks(values, block_size(values.device)):
             here = slice(first, first + block.shape[1])
-            _take(block, shift[here], bounds, found[:, here])
+            _take(block, None if shift is None else shift[here], bounds, found[:, here])
     return found
 
 
-def _take(block: Tensor, shift: Tensor, bounds: Bounds | None, found: Array) -> None:
+def _take(block: Tensor, shift: Tensor | None, bounds: Bounds | None, found: Array) -> None:
     """Puts a block to what is found. It is smaller than 2^24, up to where float32 counts."""
     if block.element_size() == 2:  # in half precision, each call takes longer than a copy
-        block = block.float()
-    wide = block.to(torch.float64, copy=True)
+        block = _room("half", block, torch.float32).copy_(block)
+    wide = _room("wide", block, torch.float64).copy_(block)
+    flags = _room("flags", block, torch.float32)  # of all types, these are added up the fastest
     raw = block if block.is_floating_point() else wide
-    flags = torch.empty(
-        block.shape, dtype=torch.float32, device="cpu"
-    )  # which are added up fastest
     np.minimum(found[LOW], along(torch.amin, raw).numpy(), out=found[LOW])
     np.maximum(found[HIGH], along(torch.amax, raw).numpy(), out=found[HIGH])
     found[ZEROS] += along(torch.sum, torch.eq(raw, 0, out=flags)).numpy()
     if bounds is not None:
-        outside = (wide <= bounds[0]) | (wide >= bounds[1])
-        found[SATURATED] += along(torch.sum, flags.copy_(outside)).numpy()
-    wide -= shift
+        found[SATURATED] += along(torch.sum, torch.le(wide, bounds[0], out=flags)).numpy()
+        found[SATURATED] += along(torch.sum, torch.ge(wide, bounds[1], out=flags)).numpy()
+    if shift is not None:
+        wide -= shift
     found[S1] += along(torch.sum, wide).numpy()
     found[S2] += along(torch.sum, wide.square_()).numpy()
+
+
+_rooms = threading.local()
+
+
+def _room(use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a block, kept for the next: what the system gives anew costs more than its use."""
+    kept: Tensor | None = getattr(_rooms, use, None)
+    if kept is None or len(kept) < like.numel():
+        kept = torch.empty(like.numel(), dtype=dtype, device="cpu")
+        setattr(_rooms, use, kept)
+    return kept[: like.numel()].view(like.shape)
 
 
 def nonfinite(values: Tensor) -> Array:
     """(filters,): how many are NaN or infinite."""
     found = np.zeros(values.shape[1])
     for first, block in blocks(values, block_size(values.device)):
-        flags = torch.empty(block.shape, dtype=torch.float32, device="cpu")
+        flags = _room("flags", block, torch.float32)
         torch.ne(block - block, 0, out=flags)  # infinity less itself is no number
         found[first : first + block.shape[1]] += along(torch.sum, flags).numpy()
     return found
