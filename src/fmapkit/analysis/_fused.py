@@ -23,10 +23,14 @@ from numba import njit, types
 from numba.extending import overload
 from torch import Tensor
 
-from fmapkit.analysis._on_cpu import HIGH, LOW, S1, S2, SATURATED, ZEROS, Array, nothing
+from fmapkit.analysis._on_cpu import Array, nothing
 from fmapkit.analysis._saturation import Bounds
 
 __all__ = ["nonfinite", "sums"]
+
+# The rows of what is found, as in `_on_cpu.py`. They stand here again, since numba keeps machine code
+# until this file changes, whatever happens to others.
+S1, S2, ZEROS, SATURATED, LOW, HIGH = range(6)
 
 # Rows of so many values are gone through along themselves, shorter ones across; of few, more.
 _LONG, _MEDIUM, _FEW = 96, 16, 16
