@@ -28,8 +28,8 @@ from fmapkit.analysis._saturation import Bounds
 
 __all__ = ["nonfinite", "sums"]
 
-# The rows of what is found, as in `_on_cpu.py`. They stand here again, since numba keeps machine code
-# until this file changes, whatever happens to others.
+# The rows of what is found, as in `_on_cpu.py`. They stand here again, since numba keeps machine
+# code until this file changes, whatever happens to others.
 S1, S2, ZEROS, SATURATED, LOW, HIGH = range(6)
 
 # Rows of so many values are gone through along themselves, shorter ones across; of few, more.
