@@ -1,4 +1,4 @@
-"""What `Statistics` costs, beside a read of each map and the calls that it cannot do without.
+"""What `Statistics` costs, beside a read of each map, with numba and without.
 
 A read is a sum over float32 of as many bytes, as what reads nothing twice and does next to nothing
 else. A map that lies in memory is read from there: maps are taken in turn from more of it than a
@@ -8,9 +8,10 @@ the same one again and again.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,13 +19,13 @@ from torch import Tensor
 
 from benchmarks.models import ResNet
 from fmapkit import FeatureMap, capture
-from fmapkit.analysis import Analysis, DeadFilters, Statistics
+from fmapkit.analysis import Analysis, DeadFilters, Statistics, _of_map
+from fmapkit.analysis._moments import by_filter
 
 __all__ = ["CASES", "Case", "run", "time_of"]
 
 _POOL = 2**28  # bytes of memory that the maps of a case take turns in
 _CACHE = 2**23  # bytes of a map that stays in the cache
-_BLOCK = 2**19  # values that the bare calls work on at a time
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,22 @@ CASES = [
     Case("bfloat16 8x64x56x56", (8, 64, 56, 56), dtype=torch.bfloat16),
     Case("bfloat16 tokens 8x512x768", (8, 512, 768), 2, torch.bfloat16, sigma="gelu"),
 ]
+
+
+class _WithoutNumba(Statistics):
+    """As where the extra `fast` is not installed."""
+
+    def update(self, fm: FeatureMap) -> None:
+        known, _of_map._fused = _of_map._fused, lambda: None  # type: ignore[assignment]
+        try:
+            super().update(fm)
+        finally:
+            _of_map._fused = known
+
+
 CONTENDERS: dict[str, Callable[[], Analysis]] = {
     "Statistics": Statistics,
+    "without numba": _WithoutNumba,
     "compiled": lambda: Statistics(compile=True),
     'with bins="log2"': lambda: Statistics(bins="log2"),
     "DeadFilters": DeadFilters,
@@ -75,54 +90,6 @@ def time_of(call: Callable[[], object], seconds: float, device: str) -> float:
     while sum(times) < seconds or len(times) < 5:
         times.append(once())
     return sorted(times)[len(times) // 2]
-
-
-@dataclass
-class _BareCalls:
-    """The calls alone that sums, extremes and zeros take at least, on blocks of a contiguous map.
-
-    For float32 and bfloat16 on a CPU. Nothing is put together, nothing is looked at.
-    """
-
-    rows: bool  # the values of a filter lie in rows, or in columns
-    width: int  # of a row
-    wide: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.wide = torch.empty(_BLOCK + self.width, dtype=torch.float64)
-        self.flags = np.empty(_BLOCK + self.width, np.bool_)
-
-    def __call__(self, tensor: Tensor) -> None:
-        """Of one map."""
-        matrix = tensor.flatten().view(-1, self.width)
-        height, axis = max(1, _BLOCK // self.width), int(self.rows)
-        for block in torch.split(matrix, height):
-            bits = block.view(torch.int16 if block.element_size() == 2 else torch.int32).numpy()
-            wide = self.wide[: block.numel()].view(block.shape)
-            wide.copy_(block)
-            np.maximum.reduce(bits.view(f"u{bits.itemsize}"), axis=axis)
-            np.maximum.reduce(bits, axis=axis)
-            flags = self.flags[: bits.size].reshape(bits.shape)
-            np.equal(bits if bits.itemsize == 2 else block.numpy(), 0, out=flags)
-            np.add.reduce(flags.view(np.int64), axis=axis)
-            if self.rows:
-                wide.sum(1)
-                np.vecdot(wide.numpy(), wide.numpy())
-            else:
-                ones = np.ones(len(block))
-                ones @ wide.numpy()
-                wide.square_()
-                ones @ wide.numpy()
-
-
-def _bare_calls(case: Case) -> _BareCalls:
-    inner = int(np.prod(case.shape[2:])) if case.dim == 1 else 1
-    if inner >= 256 and case.memory_format == torch.contiguous_format:
-        return _BareCalls(True, inner)
-    width = case.shape[case.dim] * (1 if case.memory_format == torch.channels_last else inner)
-    several = range(max(1, 4096 // width), 0, -1)  # rows that make one
-    values = int(np.prod(case.shape))
-    return _BareCalls(False, width * next(n for n in several if values % (width * n) == 0))
 
 
 def _maps(case: Case, device: str, cached: bool) -> list[FeatureMap]:
@@ -153,21 +120,24 @@ def _in_turn(
     device: str,
     touch: Callable[[FeatureMap], object] | None,
 ) -> list[float]:
-    """Median seconds of each call, over about so many for each; they take turns.
+    """Median seconds of each call, over about so many for each.
 
-    With several maps, none has been read lately by another; what is touched before has.
+    They take turns, in an order drawn anew each time: what one has written is put back to memory
+    during the next. With several maps, none has been read lately by another; what is touched before
+    has.
     """
     alone = device == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if alone else time.perf_counter  # what others do does not count
     times: list[list[float]] = [[] for _ in calls]
-    turn = 0
+    turn, order = 0, list(range(len(calls)))
     while turn < 8 or sum(map(sum, times)) < seconds * len(calls):
-        for n, call in enumerate(calls):
-            fm = maps[(turn + n * len(maps) // len(calls)) % len(maps)]
+        random.shuffle(order)
+        for place, n in enumerate(order):
+            fm = maps[(turn + place * len(maps) // len(calls)) % len(maps)]
             if touch is not None:
                 touch(fm)
             start = clock()
-            call(fm)
+            calls[n](fm)
             if device != "cpu":
                 torch.cuda.synchronize()
             times[n].append(clock() - start)
@@ -183,10 +153,10 @@ def _of_a_case(case: Case, device: str, seconds: float, compiled: bool, cached: 
     calls: dict[str, Callable[[FeatureMap], object]] = {
         "one read": lambda fm: read[number[id(fm)]].sum()
     }
-    if device == "cpu":
-        bare = _bare_calls(case)
-        order = (0, 2, 3, 1) if case.memory_format == torch.channels_last else None
-        calls["the calls alone"] = lambda fm: bare(fm.tensor.permute(order) if order else fm.tensor)
+    fused = _of_map._fused() if device == "cpu" else None
+    if fused is not None:
+        none = np.zeros(case.shape[case.dim])
+        calls["the loop alone"] = lambda fm: fused.sums(by_filter(fm.tensor, case.dim), none, None)
     for name, make in CONTENDERS.items():
         if name != "compiled" or compiled:
             calls[name] = make().update

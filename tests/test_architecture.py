@@ -36,6 +36,7 @@ LIGHT = {"torch", "numpy", "typing_extensions", "fmapkit"}  # what `import fmapk
 
 # Modules that are imported themselves only where the extra is there.
 HEAVY = {
+    "fmapkit.analysis._fused imports numba",
     "fmapkit.integrations.lightning imports lightning",
     "fmapkit.integrations.lightning imports pytorch_lightning",
     "fmapkit.integrations.transformers imports transformers",

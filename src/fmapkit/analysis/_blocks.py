@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fmapkit.analysis._merging import chan
 
-__all__ = ["along", "at_hand", "block_size", "blockwise"]
+__all__ = ["along", "at_hand", "block_size", "blocks", "blockwise"]
 
 # Values that are worked on at a time: on a CPU what stays in its cache; elsewhere it bounds the
 # memory that copies take, and a sum of so many ones is still exact in float32.
@@ -48,25 +48,31 @@ def blockwise(
         kind: the type to work in.
         bounds: at or below the first and at or above the second a value is saturated.
     """
-    size = block_size(values.device)
-    strips = []
-    for strip in torch.split(values, max(1, size // values.shape[2]), 1):
-        blocks = ((b.shape[0] * b.shape[2], _state(b, kind, bounds)) for b in _blocks(strip, size))
-        seen, state = next(blocks)
-        for count, its in blocks:
-            state = chan(torch, seen, state, count, its)
-            seen += count
-        strips.append(state)
-    return tuple(torch.cat(column, -1) for column in zip(*strips, strict=True))
+    parts: dict[int, tuple[int, tuple[Tensor, ...]]] = {}
+    for first, block in blocks(values, block_size(values.device)):
+        count, state = block.shape[0] * block.shape[2], _state(block, kind, bounds)
+        if first in parts:
+            seen, before = parts[first]
+            count, state = seen + count, chan(torch, seen, before, count, state)
+        parts[first] = count, state
+    states = [state for _, state in parts.values()]
+    return tuple(torch.cat(column, -1) for column in zip(*states, strict=True))
 
 
-def _blocks(values: Tensor, size: int) -> Iterator[Tensor]:
+def blocks(values: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    """The values, at most so many at a time: the first filter, and (outer, filters, inner).
+
+    Of two blocks, the filters are the same or none is.
+    """
     _, filters, inner = values.shape
-    if inner > size:  # one filter: the others were set apart before
-        for row in values.unbind():
-            yield from torch.split(row[None], size, 2)
-        return
-    yield from torch.split(values, max(1, size // (filters * inner)))
+    step = min(filters, max(1, size // inner))
+    for first, strip in zip(range(0, filters, step), torch.split(values, step, 1), strict=True):
+        if inner > size:  # one filter
+            for row in strip.unbind():
+                yield from ((first, piece) for piece in torch.split(row[None], size, 2))
+        else:
+            height = max(1, size // (step * inner))
+            yield from ((first, block) for block in torch.split(strip, height))
 
 
 def _state(
