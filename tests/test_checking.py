@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from fmapkit import ArgumentError, CaptureWarning, NonFiniteError, capture, edits
+from tests.checks import needs_compiled
 from tests.truth import assert_nothing_left, assert_same_pass, fingerprint, run_pass, seed
 
 NAN, INF = math.nan, math.inf
@@ -766,6 +767,7 @@ def test_maps_that_are_no_floats_or_have_no_values() -> None:
         assert caught.value.kind == "output", path
 
 
+@needs_compiled
 def test_a_compiled_model() -> None:
     seed(0)
     model = Net().eval()
