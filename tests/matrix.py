@@ -1,5 +1,7 @@
 """Run the suite on the oldest and the newest of what `pyproject.toml` allows: `make test-matrix`.
 
+Between the two comes the oldest torch that compiled models take.
+
 Each environment gets a Python (pyenv's, or one on the path) and a virtual environment of its own,
 under `.venv-matrix/`. The runtime dependencies are pinned; what the tests take beside them is
 installed package by package, as far as it goes with the pins, and what is not there in the end is
@@ -15,7 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +56,7 @@ class Environment:
 
 
 def environments() -> list[Environment]:
-    """The oldest, and the newest, of what pyproject.toml allows."""
+    """The oldest, and the newest, of what pyproject.toml allows; the oldest for compiled models."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     lowest = _found(r'requires-python = ">=([\d.]+)"', text)
     known = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', text)
@@ -62,10 +64,16 @@ def environments() -> list[Environment]:
     runtime = list(_block("dependencies", text))
     oldest = tuple(re.sub(r">=([\d.]+)", r"==\1.*", need) for need in runtime)
     newer = tuple(re.sub(r"[><=].*", "", need) for need in runtime)
+    compiled = f"torch=={_found(r'compiled ones take ([0-9.]+) ', text)}.*"
     return [
         Environment("oldest", (lowest,), oldest, OLDEST_TAKES),
+        Environment("compiled", tuple(newest[1:]), tuple(_with_torch(newer, compiled))),
         Environment("newest", tuple(newest), newer),
     ]
+
+
+def _with_torch(needs: Sequence[str], torch: str) -> Iterator[str]:
+    return (torch if need == "torch" else need for need in needs)
 
 
 def main() -> None:
