@@ -8,12 +8,19 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from fmapkit import CaptureWarning, capture
 from fmapkit.missed import Reason
+from fmapkit.torchlib.dynamo import COMPILED_FROM
 from tests import truth
+
+needs_compiled = pytest.mark.skipif(
+    torch.__version__ < COMPILED_FROM,
+    reason=f"compiled models are captured from torch {COMPILED_FROM} on",
+)
 
 Tag = tuple[str, int, str, range | None]
 

@@ -93,6 +93,7 @@ def settled() -> None:
 def leak_guard() -> Iterator[None]:
     """Fail a test that leaves a mode, a global hook, a patch or a switched flag behind."""
     before = _global_state()
+    torch.set_flush_denormal(False)  # what torch 2.4's inductor compiles sets it as it is loaded
     yield
     after = _global_state()
     changed = {key: (before[key], after[key]) for key in before if before[key] != after[key]}

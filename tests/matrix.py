@@ -1,9 +1,11 @@
 """Run the suite on the oldest and the newest of what `pyproject.toml` allows: `make test-matrix`.
 
+Between the two comes the oldest torch that compiled models take.
+
 Each environment gets a Python (pyenv's, or one on the path) and a virtual environment of its own,
 under `.venv-matrix/`. The runtime dependencies are pinned; what the tests take beside them is
-installed package by package, as far as it goes with the pins, and what does not go is named: its
-tests skip. A torch from a registry brings gigabytes of CUDA packages with it.
+installed package by package, as far as it goes with the pins, and what is not there in the end is
+named: its tests skip. A torch from a registry brings gigabytes of CUDA packages with it.
 
     python -m tests.matrix --only oldest --tests tests/test_maps.py
 """
@@ -15,14 +17,25 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 HOME = ROOT / ".venv-matrix"
+# transformers 5 switches itself off where torch is older than 2.6; its metadata name no torch.
+OLDEST_TAKES = ("transformers<5",)
 # Without these nothing runs.
 RUNNER = ("pytest", "pytest-xdist", "hypothesis")
+
+
+# Which of its arguments are not installed.
+_ABSENT = """
+import sys
+from importlib import metadata
+here = {found.metadata["Name"].lower().replace("_", "-") for found in metadata.distributions()}
+print(*sorted({*sys.argv[1:]} - here))
+"""
 
 
 @dataclass(frozen=True)
@@ -33,15 +46,17 @@ class Environment:
         name: by which it is asked for.
         python: versions to look for, the first that is here is taken.
         pins: of the runtime dependencies.
+        beside: what of the tests' own packages goes with these, where pip cannot know it.
     """
 
     name: str
     python: tuple[str, ...]
     pins: tuple[str, ...]
+    beside: tuple[str, ...] = ()
 
 
 def environments() -> list[Environment]:
-    """The oldest, and the newest, of what pyproject.toml allows."""
+    """The oldest, and the newest, of what pyproject.toml allows; the oldest for compiled models."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     lowest = _found(r'requires-python = ">=([\d.]+)"', text)
     known = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', text)
@@ -49,7 +64,16 @@ def environments() -> list[Environment]:
     runtime = list(_block("dependencies", text))
     oldest = tuple(re.sub(r">=([\d.]+)", r"==\1.*", need) for need in runtime)
     newer = tuple(re.sub(r"[><=].*", "", need) for need in runtime)
-    return [Environment("oldest", (lowest,), oldest), Environment("newest", tuple(newest), newer)]
+    compiled = f"torch=={_found(r'compiled ones take ([0-9.]+) ', text)}.*"
+    return [
+        Environment("oldest", (lowest,), oldest, OLDEST_TAKES),
+        Environment("compiled", tuple(newest[1:]), tuple(_with_torch(newer, compiled))),
+        Environment("newest", tuple(newest), newer),
+    ]
+
+
+def _with_torch(needs: Sequence[str], torch: str) -> Iterator[str]:
+    return (torch if need == "torch" else need for need in needs)
 
 
 def main() -> None:
@@ -76,16 +100,15 @@ def _run(environment: Environment, tests: list[str], workers: str) -> str:
     if not python.exists():
         _call(found[0], "-m", "venv", str(python.parent.parent))
     pins = HOME / f"{environment.name}.txt"
-    pins.write_text("\n".join(environment.pins) + "\n")
+    pins.write_text("\n".join((*environment.pins, *environment.beside)) + "\n")
     install = (str(python), "-m", "pip", "install", "--quiet", "--constraint", str(pins))
     upgrade = ("--upgrade",) if environment.name == "newest" else ()
     done = _call(*install, *upgrade, *environment.pins, *RUNNER, "setuptools>=77")
     if done.returncode:
         return f"not run: pip says {_last(done.stderr)!r}"
-    left_out = []
-    for need in _optional():
-        if _call(*install, need).returncode:
-            left_out.append(re.split(r"[><=\[]", need)[0])
+    optional = list(_optional())
+    for need in optional:
+        _call(*install, need)
     done = _call(*install, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     if done.returncode:
         return f"FAILED: the package does not install: {_last(done.stderr)!r}"
@@ -95,6 +118,7 @@ def _run(environment: Environment, tests: list[str], workers: str) -> str:
         "import platform, torch, numpy; print('Python', platform.python_version() + ', torch', "
         "torch.__version__ + ', numpy', numpy.__version__)",
     ).stdout.strip()
+    left_out = _call(str(python), "-c", _ABSENT, *map(_name, optional)).stdout.split()
     options = ("--numprocesses", workers, "--dist", "loadfile", "-p", "no:cacheprovider")
     ran = subprocess.run([str(python), "-m", "pytest", *options, *tests], cwd=ROOT, check=False)
     outcome = "passed" if ran.returncode == 0 else f"FAILED (pytest's exit {ran.returncode})"
@@ -106,12 +130,16 @@ def _optional() -> Iterator[str]:
     """What the tests take beside the runner, through all extras."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     seen = set()
-    for extra in ("test", "plot", "data", "safetensors", "sklearn", "notebooks"):
+    for extra in ("test", "plot", "data", "fast", "safetensors", "sklearn", "notebooks"):
         for need in _block(extra, text):
-            name = re.split(r"[><=\[]", need)[0]
+            name = _name(need)
             if name not in seen and name != "fmapkit" and name not in RUNNER:
                 seen.add(name)
                 yield need
+
+
+def _name(need: str) -> str:
+    return re.split(r"[><=\[ ]", need)[0]
 
 
 def _block(name: str, text: str) -> Iterator[str]:

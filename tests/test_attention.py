@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fmapkit import ArgumentError, CaptureWarning, capture, edits
 from fmapkit.edits import Where
+from tests.truth import same_bits
 
 WIDTH, HEADS = 12, 3
 
@@ -187,6 +188,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_fused(options: str, dtype: torch.dtype) -> None:
+    if "enable_gqa" in OPTIONS[options] and torch.__version__ < "2.5":
+        pytest.skip("torch has enable_gqa from 2.5 on")
     torch.manual_seed(0)
     given = {
         k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
@@ -204,12 +207,12 @@ def test_fused(options: str, dtype: torch.dtype) -> None:
             torch.manual_seed(1)
             out = model(x)
             assert torch.equal(torch.get_rng_state(), state)
-            assert torch.equal(out, bare)
-            assert all(map(torch.equal, gradients(model, out), grads))
+            assert same_bits(out, bare)  # of a row that sees nothing, torch 2.4 gives NaN
+            assert all(map(same_bits, gradients(model, out), grads))
             fm = maps["attn", "attention"]
             assert fm.dtype is dtype
             close = 1e-6 if dtype is torch.float32 else 1e-2
-            assert torch.allclose(fm.tensor, expected, atol=close)
+            assert torch.allclose(fm.tensor, expected, atol=close, equal_nan=True)
             assert (fm.filter_dim, fm.filters) == (1, range(HEADS))
             heads = fm.heads
             own = (range(4), range(4, 8), range(8, 12))

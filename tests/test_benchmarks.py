@@ -36,6 +36,7 @@ from benchmarks.measure import Figures, Taken, Timed, interleave
 from benchmarks.memory import Live, counted
 from benchmarks.verdict import Handed, Piece, judge, sites
 from fmapkit import capture
+from tests.checks import needs_compiled
 
 
 class Tiny(nn.Module):
@@ -104,6 +105,7 @@ def test_the_truth_says_which_module_returned_z_and_which_was_sigma() -> None:
         assert torch.equal(sigma(s.z), s.a)
 
 
+@needs_compiled
 def test_verdicts(rows: dict[str, dict[str, Any]], training: dict[str, dict[str, Any]]) -> None:
     for found in (rows, training):
         mine = ("fmapkit", "fmapkit, compiled", "learning", "filters=range(8)", "every=10")
@@ -136,6 +138,7 @@ def test_verdicts(rows: dict[str, dict[str, Any]], training: dict[str, dict[str,
     assert "error" in training["stop"]
 
 
+@needs_compiled
 def test_kernels_of_its_own_may_round_otherwise() -> None:
     class Attention(nn.Module):
         """In eval mode torch runs it as one kernel; in what dynamo makes of it, as several."""
@@ -381,6 +384,7 @@ def test_a_glob_of_real_models() -> None:
         assert sites(Bench(case))
 
 
+@needs_compiled
 def test_real_models_are_measured_summed_and_written(
     tmp_path: Path, page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -454,6 +458,7 @@ def page(tmp_path: Path) -> Iterator[Path]:
     return docs
 
 
+@needs_compiled
 def test_suite_writes_json_and_render_a_page_and_a_chart(
     tmp_path: Path, page: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,7 @@ def test_python_calls() -> None:
     assert calls.total() - sum(taps.values()) <= 96, calls.most_common(20)
 
 
+@by_name
 def test_a_pass_that_is_not_captured() -> None:
     model = ResNet().eval()
     with torch.no_grad(), capture(model, every=100):

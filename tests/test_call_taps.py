@@ -18,6 +18,7 @@ from fmapkit.instrumentation.hook_registry import Hooks
 from fmapkit.replay.call_taps import CallTap
 from fmapkit.torchlib.call_override import standing_before, there
 from tests import truth
+from tests.checks import needs_compiled
 
 
 class Net(nn.Module):
@@ -169,6 +170,7 @@ def test_two_captures_take_turns() -> None:
     assert not net.relu._forward_hooks
 
 
+@needs_compiled
 def test_compiled_inside_of_the_block() -> None:
     net, x = (
         nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -21,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     checkpoint,
     checkpoint_sequential,
-    create_selective_checkpoint_contexts,
     set_checkpoint_early_stop,
 )
 
@@ -29,6 +29,10 @@ from benchmarks.memory import unnoticed
 from fmapkit import CaptureWarning, MapOverwrittenError, capture
 from tests import truth
 from tests.truth import graph_of, same_bits
+
+create_selective_checkpoint_contexts: Any = getattr(
+    torch.utils.checkpoint, "create_selective_checkpoint_contexts", None
+)
 
 PASSES = 3
 Run = Callable[[Any, Tensor], Tensor]
@@ -92,6 +96,8 @@ def modern(function: Any, *args: Any) -> Any:
 
 
 def to_the_end(function: Any, *args: Any) -> Any:
+    if "early_stop" not in inspect.signature(checkpoint).parameters:
+        pytest.skip("this torch's checkpoint takes no early_stop")
     return checkpoint(function, *args, use_reentrant=False, early_stop=False)
 
 
@@ -112,7 +118,14 @@ def mixed(function: Any, *args: Any) -> Any:
     return modern(lambda *inner: modern(lambda *i: function(*i) * 1.0, *inner), *args)
 
 
+def _no_selective(*_: Any, **__: Any) -> Any:
+    pytest.skip("torch has selective checkpointing from 2.5 on")
+
+
 def selective(*ops: Any) -> Callable[..., Any]:
+    if create_selective_checkpoint_contexts is None:
+        return _no_selective
+
     def how(function: Any, *args: Any) -> Any:
         # The blocks write to what is saved here: torch lets them, and so goes on with other values.
         context = functools.partial(

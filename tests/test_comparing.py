@@ -32,6 +32,7 @@ from fmapkit import (
     compare,
 )
 from fmapkit.comparing import Comparison, Difference
+from tests.checks import needs_compiled
 from tests.truth import seed
 
 
@@ -268,6 +269,7 @@ def test_float32_and_bfloat16(net: Net, x: Tensor) -> None:
     assert strict.first is strict["conv1", "preactivation"]
 
 
+@needs_compiled
 def test_eager_and_compiled(net: Net, x: Tensor) -> None:
     compiled = torch.compile(copy.deepcopy(net), backend="eager")
     c = compare(run(net, x), run(compiled, x))

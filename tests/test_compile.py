@@ -28,9 +28,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fmapkit import CaptureWarning, capture
 from tests import truth
+from tests.checks import needs_compiled
 
 BACKENDS = ["eager", "aot_eager"]
 TORCH = tuple(int(n) for n in torch.__version__.split(".")[:2])
+pytestmark = needs_compiled
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fmapkit import CaptureWarning, capture
-from fmapkit.torchlib.dynamo import UnknownError, context_of
+from fmapkit.torchlib.dynamo import COMPILED_FROM, UnknownError, context_of
 
 
 class Block(nn.Module):
@@ -134,7 +134,7 @@ def _doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 EXPORTS: dict[str, Callable[[nn.Module], Any]] = {
     "torch.jit.trace": lambda m: torch.jit.trace(m, X),
     "torch.jit.script": torch.jit.script,
-    "torch.export": lambda m: torch.export.export(m, (X,)).module(),
+    "torch.export": lambda m: torch.export.export(m, (X,), strict=False).module(),
     "torch.export, strict": lambda m: torch.export.export(m, (X,), strict=True).module(),
     "torch.fx": torch.fx.symbolic_trace,
     "make_fx": lambda m: make_fx(m)(X),
@@ -245,6 +245,36 @@ def test_a_torch_without_what_compiled_models_take_is_told(
 ) -> None:
     """The reason goes into `missed`, as any of why compiled code cannot be looked into."""
     compiled: Any = torch.compile(Net(), backend="eager")
-    monkeypatch.delattr(torch._dynamo.eval_frame, "innermost_backend")
+    monkeypatch.delattr(torch._dynamo.eval_frame, "innermost_backend", raising=False)
     with pytest.raises(UnknownError, match=r"takes torch 2\.11 or newer, and this is torch 2"):
         context_of(compiled.forward)
+
+
+@pytest.mark.skipif(torch.__version__ >= COMPILED_FROM, reason="this torch takes compiled models")
+@pytest.mark.parametrize("when", ["before", "warm", "inside"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@torch.no_grad()
+def test_in_an_older_torch_compiled_models_run_as_ever_and_are_named(
+    when: str, backend: str
+) -> None:
+    model = Net().eval()
+    expected = model(X)
+    says = (
+        f"that takes torch {COMPILED_FROM} or newer, and this is torch {torch.__version__}; "
+        "eager models are captured by this one, too"
+    )
+    compiled: Any = torch.compile(model, backend=backend) if when != "inside" else model
+    if when == "warm":
+        compiled(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CaptureWarning)
+        with capture(model) as maps:
+            if when == "inside":
+                compiled = torch.compile(model, backend=backend)
+            for _ in range(3):
+                assert torch.equal(compiled(X), expected)
+            assert len(maps) == 0
+            assert any(says in m.reason for m in maps.missed)
+            assert torch.equal(model(X), expected)
+            z = F.linear(X, model.block.a.weight, model.block.a.bias)
+            assert torch.equal(maps["block.a"].tensor, z.relu())

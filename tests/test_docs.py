@@ -8,8 +8,9 @@ The fences of README.md and of docs follow these rules:
   '…' stands for anything in quotes, such as a checksum.
 - Any other fence (```sh, ```py, …) is left alone. A figure or a machine's answer goes into one.
 
-A page that takes more than the library says so: `<!-- needs: lightning, transformers -->`. Where
-one of these is missing, its blocks are left out.
+A page that takes more than the library says so above its title, and a section that does below its
+own: `<!-- needs: lightning, torch 2.11 -->`. Where one of these is missing or older, the blocks of
+the page, or of the section, are left out.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ WITHOUT_CODE |= set((DOCS / "reference").glob("*.md"))
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _NEEDS = re.compile(r"<!-- needs: (.*?) -->")
+_HEADING = re.compile(r"^#.*$", re.MULTILINE)
 # Where mkdocstrings puts what a module has: `::: fmapkit.capture`.
 _REFERENCE = re.compile(r"^::: ", re.MULTILINE)
 
@@ -88,6 +90,18 @@ def _run(page: Path, block: Block, namespace: dict[str, Any]) -> str:
     return printed.getvalue()
 
 
+def _missing(text: str) -> str:
+    """Which of the packages that the text says it needs is not here, or is older."""
+    for names in _NEEDS.findall(text):
+        for need in names.split(", "):
+            name, _, least = need.partition(" ")
+            try:
+                pytest.importorskip(name, least or None, reason=f"{name} is not installed")
+            except pytest.skip.Exception as skipped:
+                return str(skipped)
+    return ""
+
+
 def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip("\n").splitlines()]
 
@@ -103,9 +117,9 @@ def test_code_blocks_run_and_print_what_the_page_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib").use("Agg")
-    for names in _NEEDS.findall(page.read_text(encoding="utf-8")):
-        for name in names.split(", "):
-            pytest.importorskip(name, reason=f"{name} is not installed")
+    missing = _missing(_HEADING.split(page.read_text(encoding="utf-8"), 1)[0])
+    if missing:
+        pytest.skip(missing)
     monkeypatch.chdir(tmp_path)
     _no_registrations(monkeypatch)
     torch.manual_seed(0)
@@ -114,6 +128,11 @@ def test_code_blocks_run_and_print_what_the_page_says(
     raised = ""
     ran = 0
     for block in _blocks(page):
+        *before, below = _HEADING.split(block.between)
+        missing = _missing(below) or ("" if before else missing)
+        if missing:
+            printed = None
+            continue
         assert not raised or block.info == "text", f"{raised}: what it raises is not said"
         raised = f"{page.name}:{block.line}" if block.info == "python raises" else ""
         if block.info in ("python", "python raises"):
@@ -130,6 +149,8 @@ def test_code_blocks_run_and_print_what_the_page_says(
             assert not block.info.startswith("python"), f"{page.name}:{block.line}: {block.info!r}"
             printed = None
     assert not raised, f"{raised}: what it raises is not said"
+    if missing and not ran:
+        pytest.skip(missing)
     assert bool(ran) != (page in WITHOUT_CODE)
     if ran and "plot" in page.read_text(encoding="utf-8"):
         from matplotlib import pyplot

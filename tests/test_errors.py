@@ -5,7 +5,10 @@ The text is tested too: it names what was given, what is allowed, and the neares
 
 from __future__ import annotations
 
+import platform
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -372,6 +375,21 @@ def test_a_map_written_to_by_the_user_raises_when_read_again() -> None:
         out.mul_(2)  # the model's output is the activation's memory
         with pytest.raises(MapOverwrittenError, match=says("activation", "'0'", "in place")):
             maps["0"].tensor  # noqa: B018
+
+
+def test_features_on_disk_name_the_python_that_they_take(
+    net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fmapkit.data import extract
+
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    monkeypatch.setattr("fmapkit.data._place._ZARR_TAKES", (99, 0))
+    says = (
+        "features on disk need zarr 3.1.4, which takes Python 3.11 or newer, and this is "
+        f"Python {platform.python_version()}"
+    )
+    with pytest.raises(ImportError, match=f"^{re.escape(says)}$"):
+        extract(net, [torch.randn(2, 3, 5, 5)], "0", tmp_path / "features", progress=False)
 
 
 # -- fmapkit's own failures -----------------------------------------------------------------------

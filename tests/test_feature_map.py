@@ -35,6 +35,7 @@ from fmapkit import (
     feature_map,
 )
 from tests import truth
+from tests.checks import needs_compiled
 
 
 class Net(nn.Module):
@@ -509,6 +510,7 @@ def test_functional_call_takes_other_weights() -> None:
         assert torch.equal(phi(x), stages(net, x)["block", "output"])
 
 
+@needs_compiled
 def test_compiled_from_outside_and_of_a_compiled_model() -> None:
     net = nn.Sequential(
         *(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True)),
@@ -540,6 +542,7 @@ def test_compiled_from_outside_and_of_a_compiled_model() -> None:
     assert torch.equal(torch.compile(phi, backend="eager", fullgraph=True)(x), expected)
 
 
+@needs_compiled
 def test_compiled_outputs_of_modules_end_the_graph_and_leave_nothing() -> None:
     net = nn.Sequential(
         *(nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6)), nn.ReLU(inplace=True)),
@@ -585,6 +588,7 @@ def _tuple(found: Any) -> tuple[Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
+@needs_compiled
 def test_compiled_in_several_threads_and_beside_a_bare_call() -> None:
     net = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.GELU()), nn.Linear(4, 2)).eval()
     compiled = torch.compile(feature_map(net, "0"), backend="eager")

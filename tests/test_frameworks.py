@@ -442,4 +442,7 @@ def test_the_encoder_of_t5_has_a_capture_of_its_own() -> None:
     with capture(encoder, keep="all") as maps:
         assert torch.equal(_generate(model), expected)
     assert len(passes) == 1
+    if model.decoder.embed_tokens is encoder.embed_tokens:  # of transformers 4
+        assert [m.layer for m in maps.missed] == ["embed_tokens"]
+        maps._session.missed.clear()
     assert_same_passes(maps, passes)

@@ -855,6 +855,14 @@ def _by_hooks(model: nn.Module, x: Tensor) -> tuple[Any, dict[Any, Any], list[tr
     return out, found, witness.runs
 
 
+def _witness_takes_data() -> bool:
+    with torch.inference_mode(), truth.Witness(nn.Identity()):
+        try:
+            return torch.ones(1).data is not None
+        except RuntimeError:
+            return False
+
+
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", [*CONTROL, *ALIASING])
@@ -862,6 +870,8 @@ def test_inputs_and_responses(kind: type[nn.Module], nested: bool, mode: Any) ->
     # What was there when the layer ran, whatever was written over it afterwards.
     if kind in (Closure, FunctionalByFlag, Unhooked):
         return  # state outside the model; no hook of the linear layers fires
+    if kind is DataWrite and mode is torch.inference_mode and not _witness_takes_data():
+        pytest.skip("in torch 2.4, .data of an inference tensor fails under a dispatch mode")
     torch.manual_seed(0)
     model = kind()
     if nested:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch.masked import masked_tensor
 from torch.utils import _pytree
 
 from fmapkit import capture
+from fmapkit.missed import Reason
 
 EVERY = ("input", "response", "preactivation", "activation", "output")
 
@@ -119,11 +121,18 @@ def test_nested_tensors_without_a_shape_are_named_and_what_comes_after_is_captur
 
     model = Padded()
     with capture(model) as maps, torch.no_grad():
-        for _ in range(3):
+        for n in range(3):
             out = model(torch.randn(2, 3, 4))
+            # Python 3.10 does not tell which call of a line is made: the ReLUs go by their order,
+            # and that of the nested tensor has no place in it. The pass is named, and traced next.
+            if n == 1 and sys.version_info < (3, 11):
+                assert maps.missed[-1].reason == Reason.NEW_PATH.text()
+                continue
             assert torch.equal(maps["after"].tensor, out)
-    assert {m.layer for m in maps.missed} == {"inside", ""}
-    assert all("nested tensors of the strided layout" in m.reason for m in maps.missed)
+    named = [m for m in maps.missed if m.reason != Reason.NEW_PATH.text()]
+    assert len(maps.missed) - len(named) == (sys.version_info < (3, 11))
+    assert {m.layer for m in named} == {"inside", ""}
+    assert all("nested tensors of the strided layout" in m.reason for m in named)
 
 
 @pytest.mark.filterwarnings("ignore")

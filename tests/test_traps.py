@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import inspect
 import io
 import pickle
 import threading
@@ -862,6 +863,9 @@ def test_18b_transformer_encoder_layer(fast: bool) -> None:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+HEEDS_HOOKS = "_forward_hooks" in inspect.getsource(nn.TransformerEncoderLayer.forward)
+
+
 class _Nothing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -870,7 +874,8 @@ class _Nothing(TorchFunctionMode):
 @torch.no_grad()
 @pytest.mark.parametrize("watcher", ["hook", "mode"])
 def test_18b_somebody_else_watches(watcher: str) -> None:
-    # Then torch itself takes the ordinary path, and so does the captured model.
+    # Then torch itself takes the ordinary path, and so does the captured model; torch 2.4 heeds no
+    # hook, and takes the fused one.
     torch.manual_seed(0)
     model = nn.Sequential(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)).eval()
     fused = copy.deepcopy(model)
@@ -883,7 +888,8 @@ def test_18b_somebody_else_watches(watcher: str) -> None:
         expected = fused(x)
         with _Nothing() if watcher == "mode" else contextlib.nullcontext(), capture(model) as maps:
             assert torch.equal(model(x), bare(x))
-            assert "0" not in {m.layer for m in maps.missed}
+            fuses = watcher == "hook" and not HEEDS_HOOKS
+            assert ("0" in {m.layer for m in maps.missed}) == fuses
             differs = differs or not torch.equal(bare(x), expected)
     assert differs or watcher == "hook" or NO_MODES[0]  # so it does matter which path is taken
 

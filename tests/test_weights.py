@@ -26,6 +26,7 @@ from fmapkit.errors import (
     MapOverwrittenError,
     MapReleasedError,
 )
+from tests.checks import needs_compiled
 from tests.strategies import Model, models
 
 KINDS = ("input", "response", "preactivation", "activation")
@@ -417,6 +418,7 @@ def test_layouts_of_other_functions() -> None:
         _ = next(iter(maps)).weight
 
 
+@needs_compiled
 def test_weights_of_a_compiled_model() -> None:
     """The same of a graph."""
     model = Every()

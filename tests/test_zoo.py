@@ -32,6 +32,8 @@ PASSES = 3
 @pytest.mark.usefixtures("no_fast_path")
 def test_every_nonlinearity_captured_and_nothing_changed(entry: Entry, train: bool) -> None:
     model, args, kwargs = entry.build()
+    if entry.name == "hf_mistral" and torch.__version__ < "2.5":
+        pytest.skip("the bare model of transformers 4 fails with torch 2.4")
     model.train(train)
     bare = bare_copy(model)
     with warnings.catch_warnings():

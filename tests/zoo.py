@@ -155,6 +155,10 @@ def _hf(
 ) -> Built:
     import transformers
 
+    if not hasattr(transformers, config):
+        import pytest
+
+        pytest.skip(f"transformers {transformers.__version__} has no {config}")
     # Each by its own import path: `transformers` resolves them lazily.
     configuration = getattr(transformers, config)(**given)
     if eager:

@@ -195,7 +195,8 @@ def is_plain(array: Any) -> bool:
     codecs, dtype = array.metadata.codecs, np.dtype(array.dtype)
     if len(codecs) != 1 or not isinstance(codecs[0], BytesCodec) or dtype.hasobject:
         return False
-    little = getattr(codecs[0].endian, "value", None) == "little" or dtype.itemsize == 1
+    endian = codecs[0].endian  # a member of an enum before zarr 3.4, then its text
+    little = getattr(endian, "value", endian) == "little" or dtype.itemsize == 1
     return little and tuple(array.chunks[1:]) == tuple(array.shape[1:])
 
 

@@ -9,6 +9,8 @@ In a folder, the disk has what comes first before the next is given to it.
 from __future__ import annotations
 
 import json
+import platform
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -37,17 +39,23 @@ __all__ = ["Place", "node_of", "zarr_module"]
 
 _CHUNK = 2**20  # bytes of a chunk of a shard, about
 _KEY = "fmapkit"
+_ZARR_TAKES = (3, 11)  # of Python's versions; see the extra `data` in pyproject.toml
 
 
 def zarr_module() -> Any:
     """Zarr.
 
     Raises:
-        ImportError: it is not installed, or too old.
+        ImportError: it is not installed, or too old, or this Python is.
     """
     try:
         import zarr
     except ImportError as error:
+        if sys.version_info < _ZARR_TAKES:
+            raise ImportError(
+                "features on disk need zarr 3.1.4, which takes Python 3.11 or newer, and this is "
+                f"Python {platform.python_version()}"
+            ) from error
         raise ImportError("features on disk need zarr: pip install fmapkit[data]") from error
     if int(zarr.__version__.split(".")[0]) < 3:
         raise ImportError(

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["given", "probabilities"]
 
+# A query that sees no key gets nothing; before torch 2.5, the NaN that softmax gives.
+_SAFE = torch.__version__ >= "2.5"
 _ORDER = (*("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),)
 
 
@@ -61,6 +63,6 @@ def _computed(query: Tensor, key: Tensor, call: dict[str, Any]) -> Tensor:
     elif mask is not None:
         scores = scores + mask.to(scores.dtype)
     found = torch.softmax(scores, -1)
-    if mask is not None:  # a query that sees no key gets nothing, where softmax would give NaN
+    if mask is not None and _SAFE:
         found = found.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
     return found.to(dtype)

@@ -41,6 +41,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 _PLACE = "_compiled_call_impl"
 _CALL = nn.Module._wrapped_call_impl.__code__
 
+# What dynamo has in C. Whether it can be told to leave alone all that a function of ours calls.
+_frames: Any = torch._C._dynamo.eval_frame
+_TOLD = hasattr(_frames, "_FrameExecStrategy") and hasattr(_frames, "set_code_exec_strategy")
+
 # Pre hooks that somebody has set for every module.
 all_pre_hooks = _global_forward_pre_hooks
 
@@ -55,18 +59,19 @@ when_traced: list[Callable[[], None]] = []
 
 
 def _strategy(function: Callable[..., Any], inside: bool) -> None:
-    dynamo = torch._C._dynamo.eval_frame
-    if hasattr(dynamo, "_FrameExecStrategy") and hasattr(dynamo, "set_code_exec_strategy"):
-        action = dynamo._FrameAction
+    if _TOLD:
+        action = _frames._FrameAction
         then = action.DEFAULT if inside else action.SKIP
-        strategy = dynamo._FrameExecStrategy(action.SKIP, then)
-        dynamo.set_code_exec_strategy(function.__code__, strategy)
+        strategy = _frames._FrameExecStrategy(action.SKIP, then)
+        _frames.set_code_exec_strategy(function.__code__, strategy)
+    else:
+        _frames.skip_code(function.__code__)  # but not what it calls
 
 
 def not_compiled(function: F) -> F:
     """torch.compile leaves a function of ours alone, and all that it calls.
 
-    Older versions of torch cannot be told that; there it costs time.
+    Older versions of torch cannot be told the latter.
     """
     _strategy(function, inside=False)
     return function
@@ -99,14 +104,26 @@ def _bare_call(standing: Any, *args: Any, **kwargs: Any) -> Any:
 @not_compiled
 def note(context: Any = None) -> None:
     """torch.compile compiles what we stand before, or runs what it has compiled."""
-    for call in tuple(when_traced):
-        call()
+    callback = None if _TOLD else _frames.set_eval_frame(None)
+    try:
+        for call in tuple(when_traced):
+            call()
+    finally:
+        if callback is not None:
+            _frames.set_eval_frame(callback)
+
+
+def _eval_frame_callback() -> Any:
+    """In a torch that has no function for it, the only way to read it is to set it."""
+    callback = _frames.set_eval_frame(None)
+    _frames.set_eval_frame(callback)
+    return callback
 
 
 # None where torch.compile has nothing to do with what runs in this frame. Where it has, what stands
 # there notes that and steps aside.
 dynamo: Callable[[], Any] = getattr(
-    torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None
+    _frames, "get_eval_frame_callback", not_compiled(_eval_frame_callback)
 )
 
 
