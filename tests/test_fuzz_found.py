@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fmapkit import EditError, capture, edits
 from fmapkit.missed import Reason
 from fmapkit.paths.recorders import MARK
-from fmapkit.paths.twins import Twins, twin_of
+from fmapkit.paths.twins import Twins, is_twin, twin_of
 from tests.checks import tags
 
 
@@ -675,3 +675,59 @@ def test_an_attribute_of_torchs_own_that_is_set_in_a_pass_is_a_decision(
             model(x)
             for fm in maps.select(kind="preactivation", step=step):
                 assert torch.equal(fm.tensor, z)
+
+
+def _zero() -> int:
+    return 0
+
+
+def _one() -> int:
+    return 1
+
+
+def _chosen() -> int:
+    return 0
+
+
+class Reloaded(nn.Module):
+    """Asks a function that is given other code between passes, as a reload in a notebook does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh((self.first if 0 < _chosen() < 2 else self.second)(x))
+
+
+def test_a_function_that_is_given_other_code_gets_a_twin_of_that() -> None:
+    own, twins = _chosen.__code__, Twins()
+    try:
+        assert twins.exchange(_chosen)
+        _chosen.__code__ = _one.__code__
+        twins.set_again()
+        assert is_twin(_chosen.__code__)
+        assert _chosen() == 1
+        twins.clear()
+        assert _chosen.__code__ is _one.__code__
+    finally:
+        _chosen.__code__ = own
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_function_that_is_given_other_code_records_in_the_same_pass(edited: bool) -> None:
+    own = _chosen.__code__
+    model = Reloaded()
+    where = [edits.Where(name, optional=True) for name in ("first", "second")]
+    edit: Any = dict.fromkeys(where, edits.scale(0.5)) if edited else None
+    try:
+        with torch.no_grad(), capture(model, edit=edit) as maps:
+            for step in range(10):
+                _chosen.__code__ = (_one if step % 2 else _zero).__code__
+                model(torch.randn(2, 4))
+                if step > 3:
+                    layer = "first" if step % 2 else "second"
+                    assert [fm.layer for fm in maps.select(step=step)] == [layer, layer]
+        assert _chosen.__code__ is _one.__code__
+    finally:
+        _chosen.__code__ = own

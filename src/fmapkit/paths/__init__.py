@@ -6,7 +6,7 @@
             rewrite.Rewriter        … the same code with a recorder at each decision
         recorders.DecisionSink      where the decisions of this thread's pass go
         survey.Survey               which functions ran that do not record yet
-    known.KnownPaths                the paths of one kind of call, each with its plan
+    known_paths.KnownPaths          the paths of one kind of call, each with its plan
 
 If a pass takes the decisions of an earlier one, on inputs of the same form, in the same modes, of a
 model of the same structure, it makes the same calls of torch on the same tensors.

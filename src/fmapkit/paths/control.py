@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.paths import recorders
-from fmapkit.paths.guarded_attributes import FixedAttributes
+from fmapkit.paths.fixed_attributes import FixedAttributes
 from fmapkit.paths.known_paths import Expected
 from fmapkit.paths.survey import Survey, is_installed, is_trusted
 from fmapkit.paths.twins import Twins, call_site
@@ -78,6 +78,7 @@ class ControlPaths:
                 self._set_class(kind)
                 for function in tuple(_helpers.get(kind, ())):
                     self.twins.exchange(function)
+        self.twins.set_again()
         self._sink = recorders.start(self._place_of, self._modules)
 
     def _set_class(self, kind: type) -> None:

@@ -14,7 +14,7 @@ import ast
 import builtins
 from typing import Any, TypeVar
 
-from fmapkit.paths.guarded_attributes import OF_TORCHS
+from fmapkit.paths.fixed_attributes import OF_TORCHS
 from fmapkit.paths.recorders import MARK
 from fmapkit.paths.syntax import names_bound, position_of, site_at, torch_name
 

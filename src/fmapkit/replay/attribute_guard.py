@@ -2,7 +2,7 @@
 
 Torch's own code may decide by them, and it does not record. All other code does; but where an
 attribute is another one than before, it is better to know that beforehand. (What is assigned to
-attributes of torch's modules while a pass runs is recorded: see `paths/guarded_attributes.py`.)
+attributes of torch's modules while a pass runs is recorded: see `paths/fixed_attributes.py`.)
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Taps of functions that a module calls itself: what is called where the call is written.
 
 A twin asks what to call at such a place (see `recorders.tapped`). At most of them one function is
-called, of which references to z and a are all that is held: a `SiteTap` notes these and never looks
-at the plan. What is not so plain is a matter of `ReplayRun.call`.
+called, of which references to z and a are all that is held. A `PlainSite` gives what notes these,
+and never looks at the plan. What is not so plain is a matter of `ReplayRun.call`.
 """
 
 from __future__ import annotations
