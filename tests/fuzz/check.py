@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fmapkit import EditError, MapOverwrittenError, capture, edits
 from fmapkit.errors import FmapkitError
+from fmapkit.missed import Reason
 from tests.fuzz.edited import Ways, judged
 from tests.fuzz.failures import Failure, OverwrittenFailure
 from tests.fuzz.programs import PassPlan, Program
@@ -490,15 +491,16 @@ def _compare_maps(
     if options.get("gradients"):
         for site, pair in zip(sites, aligned, strict=True):
             if pair is not None:
-                _compare_gradients(site, pair)
+                _compare_gradients(site, pair, missed)
     if "response" in options.get("kinds", ()):
         _compare_responses(maps, responses, missed)
     return len(named)
 
 
-def _compare_gradients(site: Site, pair: _Pair) -> None:
+def _compare_gradients(site: Site, pair: _Pair, missed: list[Any]) -> None:
+    of_views = {m.layer for m in missed if m.why is Reason.GRADIENT_OF_VIEW}
     for fm, truth in ((pair.z, site.z_grad), (pair.a, site.a_grad)):
-        if truth is None:
+        if truth is None or (fm.grad is None and fm.layer in of_views):
             continue
         found = fm.grad
         what = f"of the {fm.kind}, {_text(site)}"
