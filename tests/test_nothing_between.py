@@ -23,10 +23,10 @@ class Asks(nn.Module):
 
     def __init__(self, seen: Seen) -> None:
         super().__init__()
-        self.seen = seen
+        self.tell = seen.append  # torch.export compares the module's lists before and after
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen.append((nothing_between(), recorded()))
+        self.tell((nothing_between(), recorded()))
         return x + 1
 
 
