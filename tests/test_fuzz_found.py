@@ -677,18 +677,6 @@ def test_an_attribute_of_torchs_own_that_is_set_in_a_pass_is_a_decision(
                 assert torch.equal(fm.tensor, z)
 
 
-def _zero() -> int:
-    return 0
-
-
-def _one() -> int:
-    return 1
-
-
-def _chosen() -> int:
-    return 0
-
-
 class Reloaded(nn.Module):
     """Asks a function that is given other code between passes, as a reload in a notebook does."""
 

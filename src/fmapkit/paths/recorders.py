@@ -175,7 +175,7 @@ def _row(given: Any) -> Any:
     """A tuple or a list; mostly a shape."""
     if _PLAIN.issuperset(map(type, given)):
         return (type(given), *given)
-    return (type(given), *[_flat(v, 1) for v in given])
+    return _flat(given)
 
 
 def _flat(given: Any, depth: int = 0) -> Any:

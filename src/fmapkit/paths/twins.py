@@ -133,7 +133,6 @@ class Twins:
         self._mine: dict[types.FunctionType, types.CodeType] = {}  # with what each runs
         self.watched: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         self._columns: tuple[list[Any], ...] = ([], [], [])  # the same, one below the other
-        self._running: tuple[list[Any], list[Any]] | None = None  # `_mine`, as two lists
 
     def exchange(self, function: types.FunctionType) -> bool:
         """Have a function run its twin; False if it has none."""
@@ -155,7 +154,6 @@ class Twins:
                 known[0] += 1
                 _lend(function.__globals__)
         self._mine[function] = function.__code__
-        self._running = None
         for space, name, what in twin.watched:
             self.watched.setdefault((id(space), name), (space, name, what))
         return True
@@ -189,7 +187,6 @@ class Twins:
                     if ours:
                         function.__code__ = known[1]
         self._mine.clear()
-        self._running = None
         return found
 
     def wake(self, resting: Iterable[Resting]) -> None:
@@ -201,7 +198,6 @@ class Twins:
                     function.__code__ = twin
                     _lend(function.__globals__)
                     self._mine[function] = twin
-                    self._running = None
                     continue
             self.exchange(function)
 
@@ -214,7 +210,6 @@ class Twins:
                 added.setdefault(file, set()).add(place)
         if not added:
             return
-        self._running = None
         with _lock:
             for file, places in added.items():
                 _tapped[file] = _tapped.get(file, frozenset()) | places
@@ -228,10 +223,8 @@ class Twins:
 
     def set_again(self) -> None:
         """Have functions run twins that were given other code since: `f.__code__ = g.__code__`."""
-        if self._running is None:
-            self._running = list(self._mine), list(self._mine.values())
-        functions, codes = self._running  # asked in each pass: in C
-        if any(map(operator.is_not, map(_code_of, functions), codes)):
+        # Asked in each pass: in C.
+        if any(map(operator.is_not, map(_code_of, self._mine), self._mine.values())):
             for function, code in list(self._mine.items()):
                 if function.__code__ is not code:
                     self.exchange(function)
@@ -281,7 +274,6 @@ class Twins:
                     function.__code__ = _own_code(function)
                     del _set[function]
         self._mine.clear()
-        self._running = None
         self.watched.clear()
         self._columns = ([], [], [])
 

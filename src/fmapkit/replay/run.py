@@ -11,18 +11,17 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from operator import itemgetter
 from threading import get_ident
-from types import BuiltinMethodType, FunctionType, MethodDescriptorType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from fmapkit.missed import RAISED
 from fmapkit.paths import Expected, taps
-from fmapkit.provenance import Label, describe, out_of_place
+from fmapkit.provenance import Label, out_of_place
 from fmapkit.replay.light_mode import LightMode
 from fmapkit.replay.plan import Plan, Step
 from fmapkit.replay.run_log import RunLog, Slots
-from fmapkit.replay.site_taps import PlainSite, unbound
+from fmapkit.replay.site_taps import PlainSite, unbound_and_named
 from fmapkit.replay.taps import CurrentRun
 from fmapkit.selection import EarlyStop, Selection
 from fmapkit.torchlib.autograd import graph_task
@@ -33,7 +32,6 @@ __all__ = ["ReplayRun"]
 
 _Read = TypeVar("_Read")
 _module = itemgetter(0)
-_FUNCTIONS = frozenset({FunctionType, BuiltinMethodType, MethodDescriptorType})
 
 
 class ReplayRun(RunLog):
@@ -105,10 +103,7 @@ class ReplayRun(RunLog):
         inner = function
         while type(inner) is partial:
             inner = inner.func
-        if type(inner) not in _FUNCTIONS:
-            return function
-        plain = unbound(inner)
-        name = describe(plain).name
+        plain, name = unbound_and_named(inner)
         if name not in names:
             return function
         return partial(self._called_at_site, site, name, plain, function)
@@ -223,14 +218,14 @@ class ReplayRun(RunLog):
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any, site: str | None = None) -> Any:
         """A nonlinearity or layer called by a scope itself, at a site if that is known."""
-        step = self.plan.at[len(self.log)] if self._next_key() == site else None
+        step = self.step_at(site)
         if step is None or step.function != name:
             self.follows()  # which says where it left its plan, if that was before
             self.stray(name)
             return func(*args, **kwargs)
         if step.plain and not step.keeps and self.how < 2 and not self.wants.gradients:
             out = func(*args, **kwargs)
-            self.note_plainly(site, args, kwargs, out)
+            self.note_plainly(site, step, args, kwargs, out)
             return out
         if not self.follows():
             return func(*args, **kwargs)
@@ -285,12 +280,17 @@ class ReplayRun(RunLog):
         z: Tensor = x.data
         return z
 
-    def note_plainly(self, site: str | None, args: Any, kwargs: Any, output: Any) -> None:
+    def step_at(self, site: str | None) -> Step | None:
+        """The step that comes next, if it is a call at this site."""
+        return self.plan.at[len(self.log)] if self._next_key() == site else None
+
+    def note_plainly(
+        self, site: str | None, step: Step | None, args: Any, kwargs: Any, output: Any
+    ) -> None:
         """A function has run, and references to x and y are all that is held of it.
 
         Whether the log follows the plan is asked when the run ends, as it is of modules.
         """
-        step = self.plan.at[len(self.log)] if self._next_key() == site else None
         if step is None:
             if self.follows():
                 self.stray("a function")

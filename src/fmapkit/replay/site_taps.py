@@ -18,7 +18,7 @@ from fmapkit.provenance import describe, out_of_place
 from fmapkit.replay.taps import CurrentRun
 from fmapkit.torchlib.in_place import may_leave_memory, write_apart
 
-__all__ = ["PlainSite", "unbound"]
+__all__ = ["PlainSite", "unbound_and_named"]
 
 _FUNCTIONS = frozenset({FunctionType, BuiltinMethodType, MethodDescriptorType})
 
@@ -48,10 +48,8 @@ class PlainSite:
         if function is self._function:
             tap: Callable[..., Any] = self._tap
             return tap
-        if type(function) not in _FUNCTIONS:
-            return None
-        plain = unbound(function)
-        if describe(plain).name != self._name:
+        plain, name = unbound_and_named(function)
+        if name != self._name:
             return None
         tap = (_KeptTap if self._how == "kept" else _SiteTap)(
             plain, self._site, self._how, self._line
@@ -81,7 +79,8 @@ class _SiteTap:
         note, how, _, drop, _ = cell
         x = args[0] if args else None
         if type(x) is not Tensor or type(output) is not Tensor or output.is_inference():
-            self.line.run.note_plainly(self.site, args, kwargs, output)
+            run = self.line.run
+            run.note_plainly(self.site, run.step_at(self.site), args, kwargs, output)
             return output
         y = output.detach() if how and output.requires_grad else output
         if self.of_x:
@@ -112,9 +111,8 @@ class _KeptTap(_SiteTap):
         function, its_args, its_kwargs = other
         version = x._version + 1
         z, a = x.data, function(*its_args, **its_kwargs)
-        if a.stride() != x.stride() or a.dtype is not x.dtype:
+        if not write_apart(x, a):
             return self.slowly(args, kwargs)
-        write_apart(x, a)
         note((self.site, x, version, z, 0, False))
         drop(None)
         return x
@@ -125,8 +123,13 @@ class _KeptTap(_SiteTap):
         return run.call(describe(self.function).name, self.function, args, kwargs, self.site)
 
 
-def unbound(function: Any) -> Any:
-    """A tensor's method without the tensor; any other function as it is."""
+def unbound_and_named(function: Any) -> tuple[Any, str]:
+    """A tensor's method without the tensor, any other function as it is; and its name.
+
+    The name is empty for what is no function of Python's or of C code.
+    """
+    if type(function) not in _FUNCTIONS:
+        return function, ""
     if type(function) is BuiltinMethodType and issubclass(type(function.__self__), Tensor):
-        return getattr(type(function.__self__), function.__name__)
-    return function
+        function = getattr(type(function.__self__), function.__name__)
+    return function, describe(function).name

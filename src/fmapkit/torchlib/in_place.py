@@ -30,18 +30,24 @@ except (TypeError, RuntimeError):  # older versions of torch count one tensor at
     _of_many = False
 
 
-def write_apart(tensor: Tensor, values: Tensor, counted: bool = True) -> None:
+def write_apart(tensor: Tensor, values: Tensor, counted: bool = True) -> bool:
     """Give a tensor other values, in memory of their own; its version counter counts that.
 
     Args:
         tensor: the one to be written to.
         values: in memory that nobody else has.
         counted: the tensor has a version counter: inference tensors have none.
+
+    Returns:
+        Whether that could be; if not, nothing has changed.
     """
+    if values.stride() != tensor.stride() or values.dtype is not tensor.dtype:
+        return False
     tensor.data = values
     if counted:
         # What is public asks `isinstance(..., Tensor)` first, which costs more than the rest.
         _count((tensor,) if _of_many else tensor)
+    return True
 
 
 def is_alone(z: Any, ours: int = 0) -> bool:
@@ -97,8 +103,4 @@ def with_new_memory(z: Tensor, sigma: Callable[[], Tensor]) -> bool:
     Returns:
         Whether that could be; if not, nothing has changed.
     """
-    a = sigma()
-    if a.stride() != z.stride() or a.dtype is not z.dtype:
-        return False
-    write_apart(z, a, counted=not z.is_inference())
-    return True
+    return write_apart(z, sigma(), counted=not z.is_inference())
