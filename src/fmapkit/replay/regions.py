@@ -20,7 +20,7 @@ from fmapkit.provenance import ChannelLabel, Label, ParamLabel
 from fmapkit.replay.attribute_guard import AttributeGuard
 from fmapkit.replay.plan import Plan, alike
 from fmapkit.torchlib.compiled_modules import is_compiled
-from fmapkit.torchlib.fused_paths import fuses
+from fmapkit.torchlib.fused_paths import overrides_fused
 from fmapkit.torchlib.tensor_spec import form_of, weights_of
 from fmapkit.torchlib.transforms import is_shapeless, under_transform
 from fmapkit.tracing import Tracer
@@ -128,7 +128,7 @@ class ReplayRegions:
         """The same of its own code."""
         if module in self._opened or "forward" in module.__dict__ or is_compiled(module):
             return False
-        if fuses(module):
+        if overrides_fused(module):
             return False
         if type(module).__call__ is not nn.Module.__call__:
             return False

@@ -17,8 +17,6 @@ from typing import Any, Protocol
 from torch import nn
 
 from fmapkit.session.parts import SessionParts
-from fmapkit.session.state import MODES
-from fmapkit.torchlib.fused_paths import may_fuse
 
 __all__ = ["Answer", "AnswerOutside", "AnswerRecording", "AnswerReplaying", "AnswerTracing"]
 
@@ -118,8 +116,6 @@ class AnswerTracing:
             return None
         if tracer.lost:
             return tracer.editor.modules.enter_lost(module, args, kwargs) if tracer.editor else None
-        if may_fuse(module, MODES):
-            parts.shadow.enter(module, args, kwargs)
         parts.installer.on_scopes()  # regions may have become dynamic modules in this very pass
         parts.redistribution.made(module, (args, kwargs))
         frame = tracer.enter(module, args, kwargs)
@@ -132,10 +128,7 @@ class AnswerTracing:
         if tracer is None:
             return None
         parts.redistribution.made(module, output)
-        replaced = tracer.leave(module, None if failed else output)
-        if module is parts.shadow.module:
-            replaced = parts.shadow.leave(output, replaced)
-        return replaced
+        return tracer.leave(module, None if failed else output)
 
 
 class AnswerRecording(AnswerTracing):

@@ -46,6 +46,7 @@ class HookDispatcher:
         self._live = parts.live
         self._model = parts.asked.model
         self._edits, self._stop = parts.asked.edits or None, parts.asked.stop
+        self._shadow = parts.shadow
         self._outside = AnswerOutside(parts)
         self._replaying = AnswerReplaying(parts)
         self._recording = AnswerRecording(parts)
@@ -81,9 +82,13 @@ class HookDispatcher:
                 elif not self._passes.begin(args, kwargs):
                     return None
                 elif live.tracer is None:  # it is a region, and `begin` has looked at the arguments
+                    self._shadow.enter(module, args, kwargs)
                     self._parts.regions.direct.add(module)
                     return self._parts.replaying.enter(module, args, kwargs)
-            return self._answer().enter(module, args, kwargs)
+            answer = self._answer()
+            if answer is not self._outside:
+                self._shadow.enter(module, args, kwargs)
+            return answer.enter(module, args, kwargs)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fault(module, error)
         return None
@@ -107,6 +112,8 @@ class HookDispatcher:
             replaced = answer.leave(module, args, kwargs, None if failed else output, failed)
             if answer is self._outside:
                 return None
+            if module is self._shadow.module:
+                replaced = self._shadow.leave(output, replaced)
             if module is self._model:
                 if not live.leave_model():
                     self._passes.end(failed)

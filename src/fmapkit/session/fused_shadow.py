@@ -12,8 +12,8 @@ from torch import nn
 from fmapkit.instrumentation import Hooks
 from fmapkit.missed import MissedLog, Reason
 from fmapkit.session.config import CaptureConfig
-from fmapkit.session.state import PassState
-from fmapkit.torchlib.fused_paths import fused_output
+from fmapkit.session.state import MODES, PassState
+from fmapkit.torchlib.fused_paths import fused_output, may_fuse
 from fmapkit.torchlib.nested import leaves
 
 __all__ = ["FusedPathShadow"]
@@ -39,10 +39,14 @@ class FusedPathShadow:
         self._misses = misses
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """A module that `may_fuse` is about to run: run its fused path first, if torch would."""
-        if self.module is not None:
+        """A module is about to run: run its fused path first, if it has one and torch would."""
+        if self.module is not None or not may_fuse(module, MODES):
             return
-        paused = self._live.trace_off()
+        live = self._live
+        if live.tracer is not None and live.tracer.lost:
+            return
+        paused = live.trace_off()
+        lit = live.run is not None and live.run.light().pause()
 
         def bare() -> Any:
             with self._hooks.suspended(module.modules()):
@@ -50,7 +54,9 @@ class FusedPathShadow:
 
         fused, output = fused_output(module, args, kwargs, bare)
         if paused:
-            self._live.trace_on()
+            live.trace_on()
+        if lit and live.run is not None:
+            live.run.light().resume()
         if fused:
             self.module, self._output = module, output
             self._runs = self._edits.runs
@@ -75,7 +81,8 @@ class FusedPathShadow:
         if edited:
             return replaced
         tracer = self._live.tracer
-        assert tracer is not None
+        if tracer is None or self._live.run is not None:
+            return fused
         for (_, ours), (_, theirs) in zip(leaves(output), leaves(fused), strict=False):
             tracer.trace.labels.put(theirs, tracer.trace.labels.of(ours))
         return fused

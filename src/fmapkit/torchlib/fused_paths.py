@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["fused_output", "fuses", "may_fuse"]
+__all__ = ["fused_output", "fuses", "may_fuse", "overrides_fused"]
 
 _TYPES = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
 
@@ -38,8 +38,17 @@ class _OrdinarySignal(Exception):  # noqa: N818
 
 
 def fuses(module: nn.Module) -> bool:
-    """Whether it is one of torch's modules with a fused path."""
-    return isinstance(module, _TYPES)
+    """Whether it is one of torch's modules with a fused path, which its own forward takes."""
+    return isinstance(module, _TYPES) and type(module).forward is _home(module).forward
+
+
+def overrides_fused(module: nn.Module) -> bool:
+    """Whether its forward is another one, which may call that of torch's module."""
+    return isinstance(module, _TYPES) and not fuses(module)
+
+
+def _home(module: nn.Module) -> Any:
+    return next(t for t in _TYPES if isinstance(module, t))
 
 
 def may_fuse(module: nn.Module, ours: tuple[type, ...]) -> bool:
@@ -49,13 +58,12 @@ def may_fuse(module: nn.Module, ours: tuple[type, ...]) -> bool:
         module: about to run.
         ours: the function modes that are not there without capture.
     """
-    if not isinstance(module, _TYPES) or module.training:
+    if not isinstance(module, _TYPES) or module.training or not fuses(module):
         return False
     stack = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     if not all(isinstance(mode, ours) for mode in stack):
         return False  # somebody else's mode watches: torch takes the ordinary path
-    home = next(t for t in _TYPES if isinstance(module, t))
-    return type(module).forward is home.forward and bool(torch.backends.mha.get_fastpath_enabled())
+    return bool(torch.backends.mha.get_fastpath_enabled())
 
 
 def fused_output(

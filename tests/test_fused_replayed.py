@@ -1,0 +1,239 @@
+"""torch's own transformer layers are read by taps in every mode, also where torch fuses them.
+
+What comes out is compared to an untouched copy, bit for bit. The maps are compared to those of a
+first pass in a block of its own on such a copy, which is traced, and the projections of attention,
+and the layer's inside, to what the layer's parts give by hand.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fmapkit import FeatureMaps, capture
+from fmapkit.tracing import Tracer
+from tests.truth import assert_nothing_left, fingerprint
+
+WIDTH = 16
+
+
+def _layer(**options: Any) -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True, dropout=0.0, **options)
+
+
+class Attentions(nn.Module):
+    """Attention between layers of the model's own: a function, and a module in place."""
+
+    def __init__(self, weights: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.first = nn.MultiheadAttention(WIDTH, 2, batch_first=True, **options)
+        self.second = nn.MultiheadAttention(WIDTH, 2, batch_first=True, **options)
+        self.up, self.down = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+        self.act = nn.ReLU(inplace=True)
+        self.weights = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x, x, x, need_weights=self.weights)[0]
+        x = x + self.down(self.act(self.up(x)))
+        y, _ = self.second(x, x, x, need_weights=self.weights)
+        return F.gelu(self.up(x + y))
+
+
+class Decoding(nn.Module):
+    """A decoder, whose attention to the encoder's output torch never fuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(WIDTH, 2, 32, batch_first=True, dropout=0.0)
+        self.decoder = nn.TransformerDecoder(layer, 2)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.decoder(x, x.flip(0)))
+
+
+class Masked(nn.Module):
+    """An encoder with a mask; with padding, torch may take nested tensors."""
+
+    def __init__(self, causal: bool, padding: bool) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(_layer(), 2)
+        self.causal, self.padding = causal, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length) if self.causal else None
+        pad = torch.arange(length).expand(x.shape[:2]) >= length - 1 if self.padding else None
+        return self.encoder(x, mask=mask, src_key_padding_mask=pad).relu()
+
+
+class Frozen(nn.Module):
+    """An encoder without gradients inside a model that has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.TransformerEncoder(_layer(), 2), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.body(x)
+        return self.head(x).relu()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "layer": _layer,
+    "norm first": lambda: nn.Sequential(_layer(norm_first=True), nn.Linear(WIDTH, 4), nn.ReLU()),
+    "gelu": lambda: nn.Sequential(_layer(activation="gelu"), _layer(activation="gelu")),
+    "its own": lambda: nn.Sequential(_layer(activation=nn.SiLU()), nn.ReLU()),
+    "encoder": lambda: nn.TransformerEncoder(_layer(), 3),
+    "attentions": Attentions,
+    "weights": lambda: Attentions(weights=True),
+    "no bias": lambda: Attentions(bias=False),
+    "alone": lambda: nn.MultiheadAttention(WIDTH, 2, batch_first=True),
+    "decoder": Decoding,
+    "causal": lambda: Masked(True, False),
+    "padding": lambda: Masked(False, True),
+    "both": lambda: Masked(True, True),
+    "frozen": Frozen,
+}
+
+
+@contextmanager
+def _way(mode: str, model: nn.Module) -> Iterator[None]:
+    """One of the ways to run a model, by which torch decides whether to fuse."""
+    train, grad = mode.startswith("train"), "no_grad" not in mode
+    before = torch.backends.mha.get_fastpath_enabled()
+    model.train(train)
+    for parameter in model.parameters():
+        parameter.requires_grad_("frozen" not in mode)
+    torch.backends.mha.set_fastpath_enabled("slow" not in mode)
+    try:
+        with torch.inference_mode() if "inference" in mode else torch.set_grad_enabled(grad):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+EVERY = ("input", "response", "preactivation", "activation", "output", "attention")
+WAYS = [
+    *("train", "train no_grad", "eval", "eval no_grad", "eval frozen", "eval inference no_grad"),
+    *("eval slow no_grad", "eval slow"),
+]
+
+
+def _call(model: nn.Module, x: Tensor) -> Tensor:
+    out = model(x, x, x) if isinstance(model, nn.MultiheadAttention) else model(x)
+    found: Tensor = out[0] if isinstance(out, tuple) else out
+    return found
+
+
+def _told(maps: FeatureMaps) -> list[tuple[Any, ...]]:
+    return [(m.layer, m.kind, m.call, m.filters, m.nonlinearity) for m in maps]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(MODELS)),
+    passes=st.lists(
+        st.tuples(st.sampled_from(WAYS), st.integers(1, 3), st.integers(2, 5)),
+        min_size=3,
+        max_size=7,
+    ),
+    kinds=st.sampled_from([None, EVERY, "response", "activation", "attention", "output"]),
+    seed=st.integers(0, 1000),
+)
+def test_any_sequence_of_ways_to_run_it(
+    name: str, passes: list[tuple[str, int, int]], kinds: Any, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model = MODELS[name]()
+    bare = copy.deepcopy(model)
+    before = fingerprint(model)
+    options = {} if kinds is None else {"kinds": kinds}
+    with capture(model, keep=1, **options) as maps:
+        for number, (way, batch, length) in enumerate(passes):
+            x = torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(number))
+            with _way(way, bare):
+                expected = _call(bare, x)
+            with _way(way, model):
+                out = _call(model, x)
+            assert torch.equal(out, expected), (way, number)
+            assert out.requires_grad == expected.requires_grad
+            fresh = copy.deepcopy(bare)
+            with _way(way, fresh), capture(fresh, **options) as learned:
+                _call(fresh, x)
+            assert _told(maps) == _told(learned), (way, number)
+            for ours, theirs in zip(maps, learned, strict=True):
+                assert torch.equal(ours.tensor, theirs.tensor), (way, number, ours.layer, ours.kind)
+            assert {(m.layer, m.reason) for m in learned.missed} <= {
+                (m.layer, m.reason) for m in maps.missed
+            }
+    model.train(True).requires_grad_(True)
+    assert_nothing_left(before, model)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("way", ["train", "eval", "eval no_grad"])
+def test_gradients(name: str, way: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    bare = copy.deepcopy(model)
+    with capture(model):
+        for number in range(4):
+            x = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(number))
+            for one in (model, bare):
+                with _way(way, one):
+                    out = _call(one, x)
+                    if out.requires_grad:
+                        out.square().sum().backward()
+    for ours, theirs in zip(model.parameters(), bare.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("name", ["layer", "encoder", "attentions", "decoder", "gelu", "its own"])
+@pytest.mark.parametrize("way", WAYS)
+def test_no_pass_but_the_first_is_traced(
+    name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, traced = MODELS[name](), []
+    of_pass = Tracer.of_pass
+    monkeypatch.setattr(Tracer, "of_pass", lambda *a: traced.append(None) or of_pass(*a))
+    with _way(way, model), capture(model):
+        _call(model, torch.randn(2, 4, WIDTH))
+        first = len(traced)
+        for _ in range(3):
+            _call(model, torch.randn(2, 4, WIDTH))
+    assert first == 1
+    # A survey may find code that did not record: the pass after it is traced, too.
+    assert len(traced) <= 2
+
+
+@torch.no_grad()
+def test_the_maps_beside_a_fused_layer_are_those_of_its_parts() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(_layer(), _layer()).eval()
+    bare = copy.deepcopy(model)
+    with capture(model) as maps:
+        for number in range(4):
+            x = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(number))
+            model(x)
+            for place, layer in enumerate(bare):
+                attention = layer.self_attn
+                z = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+                found = maps[f"{place}.self_attn.in_proj", "preactivation"].tensor
+                torch.testing.assert_close(found.transpose(0, 1), z)
+                x1 = layer.norm1(x + attention(x, x, x)[0])
+                z = layer.linear1(x1)
+                torch.testing.assert_close(maps[f"{place}.linear1", "preactivation"].tensor, z)
+                torch.testing.assert_close(maps[f"{place}.linear1"].tensor, z.relu())
+                x = layer(x)
