@@ -89,6 +89,37 @@ class Frozen(nn.Module):
         return self.head(x).relu()
 
 
+class OwnAttention(nn.MultiheadAttention):
+    """A subclass that calls torch's forward."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+class OwnLayer(nn.TransformerEncoderLayer):
+    """The same of a layer; what it returns is changed."""
+
+    def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(src, *args, **kwargs) * 2
+
+
+class PastTheCall(nn.Module):
+    """Forwards called by name, past hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.layer, self.head = _layer(), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + nn.MultiheadAttention.forward(self.attention, x, x, x, need_weights=False)[0]
+        return self.head(self.layer.forward(x)).relu()
+
+
+def _own_layer() -> OwnLayer:
+    return OwnLayer(WIDTH, 2, 32, batch_first=True, dropout=0.0)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "layer": _layer,
     "norm first": lambda: nn.Sequential(_layer(norm_first=True), nn.Linear(WIDTH, 4), nn.ReLU()),
@@ -104,6 +135,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "padding": lambda: Masked(False, True),
     "both": lambda: Masked(True, True),
     "frozen": Frozen,
+    "own attention": lambda: nn.Sequential(OwnAttention(WIDTH, 2, batch_first=True), nn.ReLU()),
+    "own layer": lambda: nn.Sequential(_own_layer(), nn.Linear(WIDTH, 3), nn.ReLU()),
+    "own layers": lambda: nn.TransformerEncoder(_own_layer(), 2),
+    "past the call": PastTheCall,
 }
 
 
@@ -200,7 +235,13 @@ def test_gradients(name: str, way: str) -> None:
         assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("name", ["layer", "encoder", "attentions", "decoder", "gelu", "its own"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("layer", "encoder", "attentions", "decoder", "gelu", "its own", "own attention"),
+        *("own layer", "own layers"),
+    ],
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_no_pass_but_the_first_is_traced(
     name: str, way: str, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ from fmapkit.paths.fixed_attributes import FixedAttributes
 from fmapkit.paths.known_paths import Expected
 from fmapkit.paths.survey import Survey, is_installed, is_trusted
 from fmapkit.paths.twins import Twins, call_site
+from fmapkit.torchlib.fused_paths import deciding_forwards
 from fmapkit.torchlib.nested import modules_in
 
 __all__ = ["ControlPaths"]
@@ -87,6 +88,8 @@ class ControlPaths:
         What a survey finds to run in a traced pass records from the next pass on. To guess spares
         that pass; of large libraries, which have hundreds of methods, only the forward is taken.
         """
+        for deciding in deciding_forwards(kind):
+            self.twins.exchange(deciding)
         forward = getattr(kind, "forward", None)
         if type(forward) is not types.FunctionType:
             return

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.torchlib.class_cache import remembered
+from fmapkit.torchlib.fused_paths import instead_of
 
 __all__ = ["MARK", "RECORDERS", "DecisionSink", "start", "stop", "taps", "unrecorded"]
 
@@ -297,6 +298,11 @@ def tapped(site: str, function: Any) -> Any:
     return function if tap is None else tap(site, function)
 
 
+def fusing(function: Any) -> Any:
+    """A function is about to be called by which torch may fuse layers (see `FUSING_CALLS`)."""
+    return instead_of(function)
+
+
 def caught(site: str) -> None:
     """An exception is handled, or leaves a `with` block: where it came from is a decision, too."""
     append = _append_of(_ident())
@@ -319,7 +325,7 @@ def caught(site: str) -> None:
 # By the names that stand for them in a twin before it is finished.
 RECORDERS: dict[str, Any] = {
     f"{MARK}{f.__name__}": f
-    for f in (enter, current, resumed, value, called, tapped, caught, type, Tensor)
+    for f in (enter, current, resumed, value, called, tapped, fusing, caught, type, Tensor)
 }
 
 
@@ -344,3 +350,4 @@ _traced_as(resumed, lambda site, given: given)
 _traced_as(value, lambda append, given: given)
 _traced_as(called, lambda append, function: function)
 _traced_as(tapped, lambda site, function: function)
+_traced_as(fusing, lambda function: function)

@@ -15,6 +15,7 @@ import builtins
 from typing import Any, TypeVar
 
 from fmapkit.paths.fixed_attributes import OF_TORCHS
+from fmapkit.paths.fusing_calls import may_fuse, recorded
 from fmapkit.paths.recorders import MARK
 from fmapkit.paths.syntax import names_bound, position_of, site_at, torch_name
 
@@ -76,10 +77,6 @@ class Rewriter(ast.NodeTransformer):
         line = getattr(node, "lineno", 0)
         return ast.Constant(f"{MARK}{self._place}:{line}:{self._count}")
 
-    def _call(self, recorder: str, argument: ast.expr, at: ast.AST, *first: ast.expr) -> ast.expr:
-        call = ast.Call(ast.Name(f"{MARK}{recorder}", ast.Load()), [*first, argument], [])
-        return ast.fix_missing_locations(ast.copy_location(call, at))
-
     def _append(self) -> ast.expr:
         """What items are given to."""
         if self._quick:
@@ -94,7 +91,7 @@ class Rewriter(ast.NodeTransformer):
         return ast.copy_location(ast.Expr(self._marking(at)), at)
 
     def _caught(self, at: ast.AST) -> ast.stmt:
-        return ast.copy_location(ast.Expr(self._call("caught", self._site(at), at)), at)
+        return ast.copy_location(ast.Expr(recorded("caught", self._site(at), at)), at)
 
     def _marked(self, node: ast.expr) -> ast.expr:
         """`node`, after a mark: marking returns None."""
@@ -102,7 +99,7 @@ class Rewriter(ast.NodeTransformer):
 
     def _unless_tensor(self, name: str, node: ast.expr, otherwise: ast.expr) -> ast.expr:
         """`node` where a variable is a plain tensor: asked without a call into Python."""
-        kind = self._call("type", ast.Name(name, ast.Load()), node)
+        kind = recorded("type", ast.Name(name, ast.Load()), node)
         test = ast.Compare(kind, [ast.Is()], [ast.Name(f"{MARK}Tensor", ast.Load())])
         choice = ast.IfExp(test, node, otherwise)
         return ast.fix_missing_locations(ast.copy_location(choice, node))
@@ -128,7 +125,7 @@ class Rewriter(ast.NodeTransformer):
         if isinstance(node, ast.Starred):
             node.value = self._value(node.value)
             return node
-        looked_at = self._call("value", node, node, self._append())
+        looked_at = recorded("value", node, node, self._append())
         if isinstance(node, ast.Name):
             same = ast.copy_location(ast.Name(node.id, ast.Load()), node)
             return self._unless_tensor(node.id, same, looked_at)
@@ -202,7 +199,7 @@ class Rewriter(ast.NodeTransformer):
         at = rest[0] if rest else head[0]
         if self._quick:
             target = ast.Name(_APPEND, ast.Store())
-            begin: ast.stmt = ast.Assign([target], self._call("enter", self._site(at), at))
+            begin: ast.stmt = ast.Assign([target], recorded("enter", self._site(at), at))
             ast.fix_missing_locations(ast.copy_location(begin, at))
         else:
             begin = self._mark(at)
@@ -290,18 +287,22 @@ class Rewriter(ast.NodeTransformer):
             node.args = [*first, *map(self._value, node.args[len(first) :])]
             for keyword in node.keywords:
                 keyword.value = self._value(keyword.value)
+        callee = node.func
         if not fixed and of_torch is None and builtin is None:
-            node.func = self._callee(node.func)
+            callee = self._callee(callee)
         if self._tapped:
             site = site_at(position_of(node))
             if site in self._tapped:
                 name = ast.Constant(f"{self._place.rpartition(':')[0]}|{site}")
-                node.func = self._call("tapped", node.func, node.func, name)
+                callee = recorded("tapped", callee, callee, name)
+        if may_fuse(function):
+            callee = recorded("fusing", callee, callee)
+        node.func = callee
         return node
 
     def _callee(self, function: ast.expr) -> ast.expr:
         """What is called, looked at; a tensor's method is what its name says."""
-        looked_at = self._call("called", function, function, self._append())
+        looked_at = recorded("called", function, function, self._append())
         if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
             owner = ast.Name(function.value.id, ast.Load())
             method = ast.copy_location(ast.Attribute(owner, function.attr, ast.Load()), function)
@@ -326,13 +327,13 @@ class Rewriter(ast.NodeTransformer):
         """Where a generator goes on is a decision of whoever has left it there."""
         site = self._site(node)
         self.generic_visit(node)
-        return self._call("resumed", node, node, site)
+        return recorded("resumed", node, node, site)
 
     def visit_YieldFrom(self, node: ast.YieldFrom) -> ast.AST:
         """The same; what it delegates to tells where that goes on itself."""
         site = self._site(node)
         self.generic_visit(node)
-        return self._call("resumed", node, node, site)
+        return recorded("resumed", node, node, site)
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         self.generic_visit(node)

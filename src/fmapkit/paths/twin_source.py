@@ -15,8 +15,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fmapkit.paths.fusing_calls import FusingRewriter
 from fmapkit.paths.rewrite import Rewriter
 from fmapkit.paths.syntax import names_bound, position_of, site_at, watched_names
+from fmapkit.torchlib.fused_paths import is_deciding
 
 __all__ = ["Code", "Twin", "known_as", "make_twins"]
 
@@ -164,7 +166,10 @@ def _twins_in(
 ) -> list[types.CodeType] | None:
     """The finished code of all twins in an outermost function, in order."""
     place = f"{like.co_filename}:{'.'.join(classes)}"
-    rewritten = Rewriter(place, names, node, fixed, tapped).visit(copy.deepcopy(node))
+    rewriter: ast.NodeTransformer = Rewriter(place, names, node, fixed, tapped)
+    if is_deciding(like):  # torch's own code, which need not record
+        rewriter = FusingRewriter()
+    rewritten = rewriter.visit(copy.deepcopy(node))
     compiled = _compiled(rewritten, classes, imports, like)
     if compiled is None:
         return None

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import _get_current_function_mode
 
 from fmapkit.provenance import describe
 from fmapkit.torchlib.autograd import graph_task
-from fmapkit.torchlib.modes import leave_mode
+from fmapkit.torchlib.modes import ObserverMode, leave_mode
 
 __all__ = ["LightMode"]
 
 
-class LightMode(TorchFunctionMode):
+class LightMode(ObserverMode):
     """Sees the nonlinearities that a module of torch calls itself, and lets the rest pass.
 
     Args:

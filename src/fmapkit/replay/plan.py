@@ -67,6 +67,7 @@ class Plan:
     keeping: frozenset[
         nn.Module
     ]  # in-place nonlinearities that leave z's memory to us, if they can
+    fusing: frozenset[nn.Module]  # may run by torch's fused paths: seen from their calls on
     keeps: bool  # some in-place nonlinearity does so
     shares: bool  # some z is held as another map, too
     graph: bool  # some map was part of a graph, even if gradients are off around the module

@@ -15,7 +15,6 @@ from fmapkit.replay.effects import Relations
 from fmapkit.replay.plan import MapSpec, Step
 from fmapkit.selection import Selection
 from fmapkit.storage import MapRecord, Place, StorageConversion, StoredTensor
-from fmapkit.torchlib.fused_paths import fuses
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.tracing import Event, HookPoint
 
@@ -62,8 +61,6 @@ class Reading:
         if any(f.site is None for f in functions):
             self.sites = {}
             self.scopes = {f.scope for f in functions}
-        # Beside its fused path, each runs the ordinary one: that torch takes under a mode.
-        self.scopes |= {f.module for f in firings if f.module is not None and fuses(f.module)}
         self._called = {name_of(f) for f in firings if f.events and self._in_scope(f)}
         self.order: list[Any] = []
         self.at: list[Step | None] = []

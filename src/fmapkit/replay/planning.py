@@ -11,6 +11,7 @@ from fmapkit.provenance import Label, is_same
 from fmapkit.replay.effects import Relations
 from fmapkit.replay.plan import Plan
 from fmapkit.replay.plan_steps import Reading, mark_shared
+from fmapkit.torchlib.fused_paths import fuses
 from fmapkit.torchlib.nested import leaves
 from fmapkit.tracing import Frame, Tracer
 
@@ -52,6 +53,7 @@ def make_plan(
         toggles=read.toggles(firings),
         before=read.before() - keeping,
         keeping=keeping,
+        fusing=frozenset(f.module for f in firings if f.module is not None and fuses(f.module)),
         keeps=any(s.keeps for s in read.steps),
         shares=any(s.shared for s in read.steps),
         effects=relations.effects(record, events, arguments),

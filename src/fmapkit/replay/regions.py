@@ -20,7 +20,6 @@ from fmapkit.provenance import ChannelLabel, Label, ParamLabel
 from fmapkit.replay.attribute_guard import AttributeGuard
 from fmapkit.replay.plan import Plan, alike
 from fmapkit.torchlib.compiled_modules import is_compiled
-from fmapkit.torchlib.fused_paths import overrides_fused
 from fmapkit.torchlib.tensor_spec import form_of, weights_of
 from fmapkit.torchlib.transforms import is_shapeless, under_transform
 from fmapkit.tracing import Tracer
@@ -127,8 +126,6 @@ class ReplayRegions:
     def _own(self, module: nn.Module) -> bool:
         """The same of its own code."""
         if module in self._opened or "forward" in module.__dict__ or is_compiled(module):
-            return False
-        if overrides_fused(module):
             return False
         if type(module).__call__ is not nn.Module.__call__:
             return False

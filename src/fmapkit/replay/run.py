@@ -137,8 +137,7 @@ class ReplayRun(RunLog):
     def light(self) -> LightMode:
         """The mode for modules that call a nonlinearity themselves."""
         if self.mode is None:
-            at = [] if self.plan.sites else self.plan.at
-            names = {s.function for s in at if s is not None and s.module is None}
+            names = {s.function for s in self.plan.at if s is not None and s.module is None}
             self.mode = LightMode(names, self.call)
         return self.mode
 

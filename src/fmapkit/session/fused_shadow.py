@@ -5,6 +5,7 @@ Which modules these are, and what the fused path returns, is a matter of `torchl
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,8 +13,8 @@ from torch import nn
 from fmapkit.instrumentation import Hooks
 from fmapkit.missed import MissedLog, Reason
 from fmapkit.session.config import CaptureConfig
-from fmapkit.session.state import MODES, PassState
-from fmapkit.torchlib.fused_paths import fused_output, may_fuse
+from fmapkit.session.state import PassState
+from fmapkit.torchlib.fused_paths import beside, fused_output, fuses, may_fuse, runners
 from fmapkit.torchlib.nested import leaves
 
 __all__ = ["FusedPathShadow"]
@@ -31,6 +32,7 @@ class FusedPathShadow:
     ) -> None:
         self.module: nn.Module | None = None
         self._output: Any = None
+        self._outer: Any = None
         self._runs = 0  # of edits, before
         self._edits = asked.edits
         self._names = asked.names
@@ -38,28 +40,70 @@ class FusedPathShadow:
         self._hooks = hooks
         self._misses = misses
 
+    def begin(self) -> None:
+        """A pass begins: where the model's own code calls a forward that may fuse, `run` does."""
+        self._outer = runners.get(self._live.thread)  # another capture's
+        runners[self._live.thread] = self.run
+
+    def end(self) -> None:
+        """The pass has ended, by whatever way."""
+        self.clear()
+        if runners.get(self._live.thread) == self.run:
+            del runners[self._live.thread]
+            if self._outer is not None:
+                runners[self._live.thread] = self._outer
+        self._outer = None
+
+    def run(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's own code calls one of the forwards, past the module's call or inside it."""
+        module, given = getattr(function, "__self__", None), args
+        if module is None:
+            module, given = args[0], args[1:]
+        if self._outer is not None:
+            function = partial(self._outer, function)
+        forward = getattr(function, "__func__", function)
+        begun = self.module is None and not self._edits.running
+        if begun:
+            self._begin(forward, module, given, kwargs)
+        try:
+            output = function(*args, **kwargs)
+        except BaseException:
+            if begun:
+                self.clear()
+            raise
+        if begun and self.module is module:
+            replaced = self.leave(output, None)
+            return output if replaced is None else replaced
+        return output
+
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is about to run: run its fused path first, if it has one and torch would."""
-        if self.module is not None or not may_fuse(module, MODES):
-            return
+        if self.module is None and fuses(module):
+            self._begin(type(module).forward, module, args, kwargs)
+
+    def _begin(self, forward: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
         live = self._live
-        if live.tracer is not None and live.tracer.lost:
+        if not may_fuse(module) or (live.tracer is not None and live.tracer.lost):
             return
+        self.module = module  # and of what runs in it, nothing runs twice
         paused = live.trace_off()
         lit = live.run is not None and live.run.light().pause()
 
         def bare() -> Any:
             with self._hooks.suspended(module.modules()):
-                return module.forward(*args, **kwargs)
+                return forward(module, *args, **kwargs)
 
-        fused, output = fused_output(module, args, kwargs, bare)
+        fused, output = fused_output(forward, module, args, kwargs, bare)
         if paused:
             live.trace_on()
         if lit and live.run is not None:
             live.run.light().resume()
         if fused:
-            self.module, self._output = module, output
+            self._output = output
             self._runs = self._edits.runs
+            beside.add(live.thread)
+        else:
+            self.module = None
 
     def leave(self, output: Any, replaced: Any) -> Any:
         """The watched run has ended.
@@ -89,4 +133,5 @@ class FusedPathShadow:
 
     def clear(self) -> None:
         """Nothing runs twice."""
+        beside.discard(self._live.thread)
         self.module = self._output = None

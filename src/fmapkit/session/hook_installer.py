@@ -155,7 +155,7 @@ class HookInstaller:
     def taps(self, region: nn.Module, plan: Plan) -> None:
         """The taps of a plan, each of the cheapest kind that will do."""
         hooks, calls = self._hooks, self._callbacks()
-        around = plan.toggles | plan.scopes | plan.before | _keyed(plan)
+        around = plan.toggles | plan.scopes | plan.before | plan.fusing | _keyed(plan)
         left = [m for m in modules_in(region) if hooks.is_around(m) and m not in around]
         left = [m for m in left if m not in self._regions.direct]
         if left:  # by another plan, or by a recording that left none

@@ -112,6 +112,7 @@ class Passes:
         gradually = self._gradually and not compiled
         current = self._live.current = self._parts.store.begin(step, model.training, gradually)
         current.ids = ids
+        self._parts.shadow.begin()
         if self.asked.wants.weights:
             current.weights = {}
         if self._edits:
@@ -212,6 +213,7 @@ class Passes:
             if stop is not None:
                 stop.learn(current)
         live.clear()
+        parts.shadow.end()
         parts.store.end()
         if current is not None:
             if wants.gradients:
@@ -259,7 +261,7 @@ class Passes:
         parts.store.end()
         if current is not None:
             self._close(current, failed=True)
-        parts.shadow.clear()
+        parts.shadow.end()
         live.idle = False
 
     # -- broken off ---------------------------------------------------------------------------

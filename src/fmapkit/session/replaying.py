@@ -29,8 +29,9 @@ from fmapkit.session.config import CaptureConfig
 from fmapkit.session.hook_installer import HookInstaller
 from fmapkit.session.pass_end import PassEnd
 from fmapkit.session.recording import Recorder
-from fmapkit.session.state import PassState, someone_watches
+from fmapkit.session.state import PassState
 from fmapkit.storage import in_function
+from fmapkit.torchlib.modes import others_watch
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.side_ops import operators_are_counted
 from fmapkit.torchlib.tensor_spec import casts, plain_spec
@@ -112,7 +113,7 @@ class Replaying:
         modes = self._modes(region)
         state = region.state()
         latest, self._latest = self._latest, None
-        if tracer is None and latest is not None and not self._edits and not someone_watches():
+        if tracer is None and latest is not None and not self._edits and not others_watch():
             if latest.region is region and latest.modes == modes and latest.state == state:
                 if latest.given == plain_spec(args, kwargs):
                     expected = self._paths.expect(latest.items)
@@ -134,7 +135,7 @@ class Replaying:
         known = region.known(kind, state)
         plan = known.plan(sizes) if known is not None else None
         asked = sizes, args, kwargs, inputs
-        if someone_watches():  # and sees our looks, too, of which there are more in a traced pass
+        if others_watch():  # and sees our looks, too, of which there are more in a traced pass
             return self._recorder.enter(module, None, 0, *asked) or given
         if known is None or plan is None:
             return self._recorder.enter(module, kind, state, *asked) or given

@@ -7,9 +7,7 @@ modes is kept here: it is there only while it has something to see.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,19 +15,13 @@ from torch import nn
 from fmapkit.missed import MissedLog
 from fmapkit.paths import ControlPaths, Sizes
 from fmapkit.provenance import Label
-from fmapkit.replay import LightMode, ReplayRun
+from fmapkit.replay import ReplayRun
 from fmapkit.session.config import CaptureConfig
 from fmapkit.storage import Pass
-from fmapkit.torchlib.modes import leave_mode, mode_count, others_watch, pop_mode, push_mode
+from fmapkit.torchlib.modes import leave_mode, mode_count, pop_mode, push_mode
 from fmapkit.tracing import Frame, LabelTable, Tracer
 
-__all__ = ["MODES", "PassState", "Recording", "someone_watches"]
-
-MODES = (Tracer, LightMode)  # ours, among torch's function modes
-
-
-# Whether a mode of the user's sees every function, or every operator.
-someone_watches: Callable[[], bool] = partial(others_watch, MODES)
+__all__ = ["PassState", "Recording"]
 
 
 @dataclass(slots=True)

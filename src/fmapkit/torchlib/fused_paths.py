@@ -8,21 +8,41 @@ come from the ordinary path, which has a nonlinearity to see, and the output is 
 
 Whether it would be taken is torch's own decision: its forward is run up to that point, with the
 checks for watchers answering no, and the fused call and the ordinary path replaced by signals.
+
+Code of the model's may run these forwards past the module's call, as a subclass's forward does. So
+in code that records its decisions (`paths/rewrite.py`) such a call is a matter of whoever captures;
+and torch's own forwards, which record as well, are told what they would be without our modes, or
+that torch is not to fuse, while they run for their maps.
 """
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["fused_output", "fuses", "may_fuse", "overrides_fused"]
+from fmapkit.torchlib.modes import all_ours, mode_count, without_modes
+
+__all__ = [
+    *("may_fuse", "runners"),
+    *("FUSING_CALLS", "beside", "deciding_forwards", "fused_output", "fuses", "instead_of"),
+    "is_deciding",
+]
 
 _TYPES = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
+# Their own forwards, with the code that these have while nothing is captured.
+_FORWARDS = {kind.forward: kind.forward.__code__ for kind in _TYPES}
+# By their last names: those, and the functions that they call to find out whether to fuse.
+FUSING_CALLS = frozenset({"forward", "has_torch_function", "get_fastpath_enabled"})
+# By thread: what runs one of the forwards where the model's own code calls it; and the threads in
+# which a module runs by the ordinary path, beside its fused one.
+runners: dict[int, Callable[..., Any]] = {}
+beside: set[int] = set()
 
 
 class _FusedSignal(Exception):  # noqa: N818  (a signal, not an error)
@@ -37,51 +57,69 @@ class _OrdinarySignal(Exception):  # noqa: N818
     """The ordinary path would be taken."""
 
 
+def instead_of(function: Any) -> Any:
+    """What is to be called in the place of one of `FUSING_CALLS`; any other function as it is."""
+    inner = getattr(function, "__func__", function)
+    if type(inner) is types.FunctionType and inner in _FORWARDS:
+        run = runners.get(get_ident())
+        return function if run is None else partial(run, function)
+    if function is torch.overrides.has_torch_function:
+        return partial(_without_ours, function)
+    if function is torch.backends.mha.get_fastpath_enabled and get_ident() in beside:
+        return bool
+    return function
+
+
+def _without_ours(function: Callable[..., bool], *args: Any) -> bool:
+    if not mode_count() or not all_ours():
+        return function(*args)
+    with without_modes():
+        return function(*args)
+
+
+def deciding_forwards(kind: type[nn.Module]) -> list[types.FunctionType]:
+    """The forwards that may fuse, of a class of modules and what it is derived from."""
+    found = [vars(base).get("forward") for base in kind.__mro__]
+    return [forward for forward in found if forward in _FORWARDS]
+
+
+def is_deciding(code: types.CodeType) -> bool:
+    """Whether code is that of one of these forwards."""
+    return any(code is own for own in _FORWARDS.values())
+
+
 def fuses(module: nn.Module) -> bool:
-    """Whether it is one of torch's modules with a fused path, which its own forward takes."""
-    return isinstance(module, _TYPES) and type(module).forward is _home(module).forward
+    """Whether it is one of torch's modules with a fused path, with torch's own forward."""
+    return isinstance(module, _TYPES) and type(module).forward in _FORWARDS
 
 
-def overrides_fused(module: nn.Module) -> bool:
-    """Whether its forward is another one, which may call that of torch's module."""
-    return isinstance(module, _TYPES) and not fuses(module)
+def may_fuse(module: nn.Module) -> bool:
+    """Whether torch asks at all, as one of the forwards runs, whether to fuse.
 
-
-def _home(module: nn.Module) -> Any:
-    return next(t for t in _TYPES if isinstance(module, t))
-
-
-def may_fuse(module: nn.Module, ours: tuple[type, ...]) -> bool:
-    """Whether it is one of torch's modules with a fused path, in eval mode.
-
-    Args:
-        module: about to run.
-        ours: the function modes that are not there without capture.
+    Somebody else's function mode sends it down the ordinary path.
     """
-    if not isinstance(module, _TYPES) or module.training or not fuses(module):
+    if module.training or not all_ours():
         return False
-    stack = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    if not all(isinstance(mode, ours) for mode in stack):
-        return False  # somebody else's mode watches: torch takes the ordinary path
     return bool(torch.backends.mha.get_fastpath_enabled())
 
 
 def fused_output(
-    module: nn.Module, args: Any, kwargs: Any, bare: Callable[[], Any]
+    forward: Any, module: nn.Module, args: Any, kwargs: Any, bare: Callable[[], Any]
 ) -> tuple[bool, Any]:
     """Run the fused path, if torch would.
 
     Args:
-        module: one that `may_fuse`.
-        args: positional arguments of its forward.
-        kwargs: keyword arguments of its forward.
-        bare: runs the module's forward unwatched, for the path that calls other modules.
+        forward: one of torch's forwards that may fuse.
+        module: that it is called for, and which `may_fuse`.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        bare: runs the forward unwatched, for the path that calls other modules.
 
     Returns:
         Whether it would, and what it returns.
     """
     try:
-        _probe(type(module).forward)(_Probe(module), *args, **kwargs)
+        _probe(forward)(_Probe(module), *args, **kwargs)
     except _OrdinarySignal:
         return False, None
     except _FusedSignal as signal:
@@ -154,7 +192,7 @@ def _probe(forward: Any) -> Any:
         F=_Namespace(nn.functional, multi_head_attention_forward=ordinary),
     )
     opened = types.FunctionType(
-        forward.__code__, inside, forward.__name__, forward.__defaults__, forward.__closure__
+        _FORWARDS[forward], inside, forward.__name__, forward.__defaults__, forward.__closure__
     )
     opened.__kwdefaults__ = forward.__kwdefaults__
     return opened

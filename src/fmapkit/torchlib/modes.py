@@ -17,7 +17,14 @@ from torch.overrides import (
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 __all__ = [
-    *("fx_is_tracing", "jit_is_tracing", "leave_mode", "make_fx_is_tracing", "mode_count"),
+    *(
+        "ObserverMode",
+        "fx_is_tracing",
+        "jit_is_tracing",
+        "leave_mode",
+        "make_fx_is_tracing",
+        "mode_count",
+    ),
     *("nothing_between", "others_watch", "pop_mode", "push_mode", "recorded_by_cuda"),
     "without_modes",
 ]
@@ -81,13 +88,24 @@ def without_modes() -> Iterator[None]:
             _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
-def others_watch(ours: tuple[type, ...]) -> bool:
+class ObserverMode(TorchFunctionMode):
+    """One of ours: without capture, it would not be there."""
+
+
+def all_ours() -> bool:
+    """Whether no function mode but ours is on torch's stack."""
+    stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return all(isinstance(mode, ObserverMode) for mode in stack)
+
+
+def others_watch() -> bool:
     """Whether a mode that is none of ours, nor of torch's, sees every function, or operator."""
     if not mode_count() and not _dispatch_modes():
         return False
     modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]  # type: ignore[no-untyped-call]
     return not all(
-        isinstance(mode, ours) or type(mode).__module__.startswith("torch.") for mode in modes
+        isinstance(mode, ObserverMode) or type(mode).__module__.startswith("torch.")
+        for mode in modes
     )
 
 

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.overrides import TorchFunctionMode
 
 from fmapkit.editing import RequestedEdits
 from fmapkit.missed import reason
@@ -56,6 +55,7 @@ from fmapkit.selection import EarlyStop, Selection
 from fmapkit.storage import Aliases, Pass
 from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.memory import storage_of, version_of
+from fmapkit.torchlib.modes import ObserverMode
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import is_shapeless, some_shapeless, wrapped
 from fmapkit.tracing.attention import AttentionWatch
@@ -86,7 +86,7 @@ def _target(name: str, args: Any, kwargs: Any) -> Tensor | None:
     return args[0] if isinstance(args[0], Tensor) else None
 
 
-class Tracer(TorchFunctionMode):
+class Tracer(ObserverMode):
     """Sees one pass; see the module's docstring.
 
     Args:
