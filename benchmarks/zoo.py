@@ -175,8 +175,8 @@ def _compare(row: Row, truth: Any, maps: Any, expected: Any, watched: Any) -> No
 def _count_ways(maps: Any) -> list[str]:
     """A list that gets "hook" or "light" for each site read from a plan; the rest is traced."""
     session = maps._session
-    replaying = session.parts.replaying
-    leave = replaying.leave
+    calls = session.parts.region_calls
+    leave = calls.leave
     read: list[str] = []
 
     def counted(*args: Any) -> None:
@@ -186,7 +186,7 @@ def _count_ways(maps: Any) -> list[str]:
             way = "light" if step.module is None else "hook"
             read.extend(way for e in step.emissions if e.kind == "activation")
 
-    replaying.leave = counted
+    calls.leave = counted
     return read
 
 

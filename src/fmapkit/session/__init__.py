@@ -5,8 +5,9 @@ Session           session.py         open, close; its parts: parts.py
   CompiledCalls   compiled_calls.py  each call of compiled code
   Passes          passes.py          when a pass begins and ends; what is under way: state.py
   recording       recording.py       a call under the tracer, which leaves a plan
-  replaying       replaying.py       guards; taps; the path compared as the call ends
-  pass_end        pass_end.py        what becomes of the maps
+  region_calls    region_calls.py    guards; taps; the path compared as the call ends
+  kept_maps       kept_maps.py       what becomes of the maps
+  fused paths     fused_shadow.py    both of a module's paths run
   analyses        analyses.py        who is shown them
   hooks           hook_installer.py  which of ours stand where
   other captures  concurrent.py

@@ -66,7 +66,7 @@ class AnswerReplaying:
 
     def __init__(self, parts: SessionParts) -> None:
         self._live = parts.live
-        self._replaying = parts.replaying
+        self._region_calls = parts.region_calls
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A module inside the region begins, or the region calls itself."""
@@ -74,7 +74,7 @@ class AnswerReplaying:
         assert run is not None
         if module is run.module:
             self._live.enter_region()
-        self._replaying.before(run, module, args, kwargs)
+        self._region_calls.before(run, module, args, kwargs)
         return None
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool) -> Any:
@@ -83,11 +83,11 @@ class AnswerReplaying:
         run, tracer = live.run, live.tracer
         assert run is not None
         if module is run.module and not (live.inner and live.leave_region()):
-            self._replaying.leave(args, kwargs, output)
+            self._region_calls.leave(args, kwargs, output)
             if tracer is not None and tracer.editor:
                 return tracer.editor.modules.leave_unit(module, output, failed)
             return None
-        self._replaying.after(run, module, args, kwargs, output, failed)
+        self._region_calls.after(run, module, args, kwargs, output, failed)
         return None
 
 
@@ -97,7 +97,7 @@ class AnswerTracing:
     def __init__(self, parts: SessionParts) -> None:
         self._live = parts.live
         self._regions = parts.regions
-        self._replaying = parts.replaying
+        self._region_calls = parts.region_calls
         self._parts = parts
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -105,7 +105,7 @@ class AnswerTracing:
         tracer, regions = self._live.tracer, self._regions
         if (tracer is None or not tracer.lost) and regions.stands_alone(module, args, tracer):
             regions.direct.add(module)
-            return self._replaying.enter(module, args, kwargs)
+            return self._region_calls.enter(module, args, kwargs)
         return self._traced(module, args, kwargs)
 
     def _traced(self, module: nn.Module, args: Any, kwargs: Any) -> Any:

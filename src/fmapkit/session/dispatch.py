@@ -84,7 +84,7 @@ class HookDispatcher:
                 elif live.tracer is None:  # it is a region, and `begin` has looked at the arguments
                     self._shadow.enter(module, args, kwargs)
                     self._parts.regions.direct.add(module)
-                    return self._parts.replaying.enter(module, args, kwargs)
+                    return self._parts.region_calls.enter(module, args, kwargs)
             answer = self._answer()
             if answer is not self._outside:
                 self._shadow.enter(module, args, kwargs)

@@ -17,10 +17,10 @@ from fmapkit.replay import ReplayRegions
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.fused_shadow import FusedPathShadow
 from fmapkit.session.hook_installer import HookCallbacks, HookInstaller
-from fmapkit.session.pass_end import PassEnd
+from fmapkit.session.kept_maps import KeptMaps
 from fmapkit.session.recording import Recorder
 from fmapkit.session.redistribution import RedistributionTracker
-from fmapkit.session.replaying import Replaying
+from fmapkit.session.region_calls import RegionCalls
 from fmapkit.session.state import PassState
 from fmapkit.session.unseen import UnseenCalls
 from fmapkit.storage import Budget, PassStore
@@ -42,8 +42,8 @@ class SessionParts:
         regions: which modules are replayed as a whole.
         installer: sets hooks, and removes them.
         recorder: makes the plans of regions.
-        replaying: reads regions by their plans.
-        pass_end: what becomes of the maps of a pass.
+        region_calls: reads regions by their plans.
+        kept_maps: what becomes of the maps of a pass.
         redistribution: follows tensors through hooks of others that only move data.
         shadow: runs a module with a fused path once more, watched.
         unseen: names what runs outside of passes.
@@ -58,8 +58,8 @@ class SessionParts:
     regions: ReplayRegions
     installer: HookInstaller
     recorder: Recorder
-    replaying: Replaying
-    pass_end: PassEnd
+    region_calls: RegionCalls
+    kept_maps: KeptMaps
     redistribution: RedistributionTracker
     shadow: FusedPathShadow
     unseen: UnseenCalls
@@ -94,11 +94,13 @@ class SessionParts:
         redistribution = RedistributionTracker(live)
         installer = HookInstaller(asked, hooks, regions, redistribution, callbacks)
         recorder = Recorder(asked, live, misses, regions, installer, paths)
-        pass_end = PassEnd(asked, live, misses, store, budget)
-        replaying = Replaying(asked, live, misses, regions, installer, recorder, pass_end, paths)
+        kept_maps = KeptMaps(asked, live, misses, store, budget)
+        region_calls = RegionCalls(
+            asked, live, misses, regions, installer, recorder, kept_maps, paths
+        )
         shadow = FusedPathShadow(asked, live, hooks, misses)
         unseen = UnseenCalls(asked, misses)
         return SessionParts(
-            *(asked, live, misses, store, hooks, paths, regions, installer, recorder, replaying),
-            *(pass_end, redistribution, shadow, unseen),
+            *(asked, live, misses, store, hooks, paths, regions, installer, recorder, region_calls),
+            *(kept_maps, redistribution, shadow, unseen),
         )

@@ -217,7 +217,7 @@ class Passes:
         parts.store.end()
         if current is not None:
             if wants.gradients:
-                parts.pass_end.name_spoiled(current)
+                parts.kept_maps.name_spoiled(current)
             self._close(current, failed)
         if misses.entries and not misses.warned:
             misses.warn_in_forward()
@@ -230,7 +230,7 @@ class Passes:
         current.closed = True
         if current.weights is not None:
             current.weights.update(versions(self.asked.names.by_module))
-        self._parts.pass_end.keep(current, failed)
+        self._parts.kept_maps.keep(current, failed)
 
     def _name_unpicked(self, current: Pass) -> None:
         misses = self._parts.misses

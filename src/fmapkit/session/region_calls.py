@@ -27,7 +27,7 @@ from fmapkit.replay import (
 )
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.hook_installer import HookInstaller
-from fmapkit.session.pass_end import PassEnd
+from fmapkit.session.kept_maps import KeptMaps
 from fmapkit.session.recording import Recorder
 from fmapkit.session.state import PassState
 from fmapkit.storage import in_function
@@ -36,7 +36,7 @@ from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.side_ops import operators_are_counted
 from fmapkit.torchlib.tensor_spec import casts, plain_spec
 
-__all__ = ["Replaying"]
+__all__ = ["RegionCalls"]
 
 
 UNEDITED = (
@@ -70,7 +70,7 @@ class _Taken:
     items: list[Any] | None
 
 
-class Replaying:
+class RegionCalls:
     """Replays regions."""
 
     def __init__(
@@ -81,7 +81,7 @@ class Replaying:
         regions: ReplayRegions,
         installer: HookInstaller,
         recorder: Recorder,
-        pass_end: PassEnd,
+        kept_maps: KeptMaps,
         paths: ControlPaths,
     ) -> None:
         self._model = asked.model
@@ -95,7 +95,7 @@ class Replaying:
         self._regions = regions
         self._installer = installer
         self._recorder = recorder
-        self._pass_end = pass_end
+        self._kept_maps = kept_maps
         self._paths = paths
         self._taking: _Taken | None = None  # the run that is under way
         self._latest: _Taken | None = None  # the one before, where it took its path
@@ -168,7 +168,7 @@ class Replaying:
         stop = analyses = base = None
         if tracer is None:
             stop = self._stop
-            analyses = self._pass_end.stream if self._analyses else None
+            analyses = self._kept_maps.stream if self._analyses else None
         else:
             if plan.effects.writes:
                 plan.effects.before(tracer.trace.record, tensors_in(*args, kwargs))

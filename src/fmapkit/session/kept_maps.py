@@ -18,10 +18,10 @@ from fmapkit.storage import (
 )
 from fmapkit.torchlib.modes import without_modes
 
-__all__ = ["PassEnd"]
+__all__ = ["KeptMaps"]
 
 
-class PassEnd:
+class KeptMaps:
     """Keeps the maps of the passes that have ended."""
 
     def __init__(
