@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fmapkit import FeatureMaps, capture
+from fmapkit.session import fused_shadow
 from fmapkit.tracing import Tracer
 from tests.truth import assert_nothing_left, fingerprint
 
@@ -278,3 +279,44 @@ def test_the_maps_beside_a_fused_layer_are_those_of_its_parts() -> None:
                 torch.testing.assert_close(maps[f"{place}.linear1", "preactivation"].tensor, z)
                 torch.testing.assert_close(maps[f"{place}.linear1"].tensor, z.relu())
                 x = layer(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"kinds": "activation"}, {"layers": ["up", "down"]}, {}])
+def test_a_fused_module_runs_twice_only_for_maps_inside(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, twice = Attentions().eval(), []
+    both = fused_shadow.fused_output
+    monkeypatch.setattr(fused_shadow, "fused_output", lambda *a: twice.append(0) or both(*a))
+    with capture(model, **options):
+        for _ in range(4):
+            twice.clear()
+            model(torch.randn(2, 4, WIDTH))
+    assert len(twice) == (0 if options else 2)
+
+
+@torch.no_grad()
+def test_the_output_is_the_fused_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(OwnAttention(64, 4, batch_first=True), Attentions64()).eval()
+    bare = copy.deepcopy(model)
+    with capture(model, kinds="output") as maps:
+        for number in range(4):
+            x = torch.randn(4, 33, 64, generator=torch.Generator().manual_seed(number))
+            model(x)
+            first = bare[0](x)
+            assert torch.equal(maps["0", "output"].tensor, first)
+            second = bare[1].attention(first, first, first, need_weights=False)[0]
+            assert torch.equal(maps.select("1.attention", kind="output")[0].tensor, second)
+
+
+class Attentions64(nn.Module):
+    """Large enough that the two paths differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]

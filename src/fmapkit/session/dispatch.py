@@ -109,11 +109,12 @@ class HookDispatcher:
         # Most calls that end are those of regions that are replayed.
         answer = self._replaying if live.run is not None else self._answer()
         try:
-            replaced = answer.leave(module, args, kwargs, None if failed else output, failed)
+            if module is self._shadow.module:
+                replaced = output = self._shadow.leave(output, failed)
+            new = answer.leave(module, args, kwargs, None if failed else output, failed)
             if answer is self._outside:
                 return None
-            if module is self._shadow.module:
-                replaced = self._shadow.leave(output, replaced)
+            replaced = replaced if new is None else new
             if module is self._model:
                 if not live.leave_model():
                     self._passes.end(failed)

@@ -56,25 +56,23 @@ class FusedPathShadow:
 
     def run(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's own code calls one of the forwards, past the module's call or inside it."""
+        forward = getattr(function, "__func__", function)
         module, given = getattr(function, "__self__", None), args
         if module is None:
             module, given = args[0], args[1:]
         if self._outer is not None:
             function = partial(self._outer, function)
-        forward = getattr(function, "__func__", function)
-        begun = self.module is None and not self._edits.running
-        if begun:
+        mine = self.module is None and not self._edits.running
+        if mine:
             self._begin(forward, module, given, kwargs)
+            mine = self.module is not None
         try:
             output = function(*args, **kwargs)
         except BaseException:
-            if begun:
+            if mine:
                 self.clear()
             raise
-        if begun and self.module is module:
-            replaced = self.leave(output, None)
-            return output if replaced is None else replaced
-        return output
+        return self.leave(output) if mine else output
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is about to run: run its fused path first, if it has one and torch would."""
@@ -93,28 +91,33 @@ class FusedPathShadow:
             with self._hooks.suspended(module.modules()):
                 return forward(module, *args, **kwargs)
 
-        fused, output = fused_output(forward, module, args, kwargs, bare)
-        if paused:
-            live.trace_on()
-        if lit and live.run is not None:
-            live.run.light().resume()
-        if fused:
-            self._output = output
-            self._runs = self._edits.runs
-            beside.add(live.thread)
-        else:
-            self.module = None
+        try:
+            fused, output = fused_output(forward, module, args, kwargs, bare)
+        except BaseException:
+            self.clear()
+            raise
+        finally:
+            if paused:
+                live.trace_on()
+            if lit and live.run is not None:
+                live.run.light().resume()
+        if not fused:
+            self.clear()
+            return
+        self._output = output
+        self._runs = self._edits.runs
+        beside.add(live.thread)
 
-    def leave(self, output: Any, replaced: Any) -> Any:
+    def leave(self, output: Any, failed: bool = False) -> Any:
         """The watched run has ended.
 
         Args:
             output: what it returned.
-            replaced: what the tracer would have returned instead; None for the output.
+            failed: by an exception, and returned nothing.
 
         Returns:
-            What is to be returned instead: the fused output, tagged as the watched run's own,
-            unless something was edited in that.
+            What goes on in its place: the fused output, which carries what the watched run's does;
+            that one's own, where something was edited in it.
         """
         module, fused = self.module, self._output
         self.clear()
@@ -122,13 +125,12 @@ class FusedPathShadow:
         edited = self._edits.runs != self._runs
         reason = Reason.FUSED_PATH_EDITED if edited else Reason.FUSED_PATH
         self._misses.add(self._names.of(module), reason.text())
-        if edited:
-            return replaced
+        if edited or failed:
+            return output
         tracer = self._live.tracer
-        if tracer is None or self._live.run is not None:
-            return fused
-        for (_, ours), (_, theirs) in zip(leaves(output), leaves(fused), strict=False):
-            tracer.trace.labels.put(theirs, tracer.trace.labels.of(ours))
+        if tracer is not None and self._live.run is None:
+            for (_, ours), (_, theirs) in zip(leaves(output), leaves(fused), strict=False):
+                tracer.trace.labels.put(theirs, tracer.trace.labels.of(ours))
         return fused
 
     def clear(self) -> None:
