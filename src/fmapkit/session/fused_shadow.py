@@ -93,6 +93,9 @@ class FusedPathShadow:
 
         try:
             fused, output = fused_output(forward, module, args, kwargs, bare)
+        except Exception:  # the user's: as the model runs now, it comes up again
+            self.clear()
+            return
         except BaseException:
             self.clear()
             raise
