@@ -112,6 +112,7 @@ class Recorder:
         assert recording is not None and tracer is not None
         frame, trace, record = recording.frame, tracer.trace, tracer.trace.record
         replaced = tracer.leave(module, None if failed else output)
+        paused = self._live.trace_off()  # it would see what we look at
         trace.learning -= 1
         record.firings.site_of = None
         self._live.recording = None
@@ -130,6 +131,8 @@ class Recorder:
             if not decides and useful and not any(map(_sharded, events)):
                 self._keep(recording, output if replaced is None else replaced, tracer, items)
             record.let_go(events)
+        if paused:
+            self._live.trace_on()
         return replaced
 
     def _decides(self, module: nn.Module, tracer: Tracer) -> bool:
