@@ -6,6 +6,7 @@ what it is, and hands it on:
 
     Tracer.__torch_function__ ─┬─ SigmaCalls.of, before, after   a nonlinearity called as a function
                                ├─ LayerCalls.weighed, packed     a layer
+                               ├─ list_calls.step                a function on lists of tensors
                                ├─ propagate.carried              any other: labels go on
                                └─ AttentionWatch.step            attention probabilities
     Tracer.enter, leave ─────── ModuleCalls.enter, leave         what a module's call has been
@@ -45,6 +46,7 @@ from fmapkit.provenance import (
     Constants,
     Function,
     FunctionCall,
+    Lookup,
     carried,
     describe,
     described,
@@ -58,6 +60,7 @@ from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import is_shapeless, some_shapeless, wrapped
+from fmapkit.tracing import list_calls
 from fmapkit.tracing.attention import AttentionWatch
 from fmapkit.tracing.events import HookPoint
 from fmapkit.tracing.frames import Frame
@@ -243,6 +246,8 @@ class Tracer(TorchFunctionMode):
         if some_shapeless(operands) or (one and is_shapeless(out)):
             self.layers.shapeless(name, weight, out)
             return out
+        if list_calls.step(trace, call, self._carry):
+            return out
         seen = one and not trace.opaque and not wrapped(out)
         if seen and isinstance(weight, Tensor) and trace.hidden() is None:
             out = self.layers.weighed(call, weight)
@@ -255,13 +260,24 @@ class Tracer(TorchFunctionMode):
         return out
 
     def _goes_on(self, known: Function, call: FunctionCall) -> None:
-        """A function has run that makes no map: what its operands carry goes on."""
-        name, out, trace = call.name, call.out, self.trace
+        """A function has run that makes no map."""
+        name, trace = call.name, self.trace
         if trace.learning and not trace.opaque and (weighs(name) or name in SOMETIMES):
             # Nothing this time; but who waits for what goes by this name will see it, too.
             trace.record.firings.append(HookPoint(None, trace.scope(), call.function))
-        label = carried(call, trace.labels.of)
-        if known.in_place and name in RESHAPED_IN_PLACE and label is not None:
+        self._carry(call, trace.labels.of, known.in_place and name in RESHAPED_IN_PLACE)
+
+    def _carry(self, call: FunctionCall, tag: Lookup, reshaped: bool = False) -> None:
+        """What the operands of a function carry that has run goes on.
+
+        Args:
+            call: of it.
+            tag: what a tensor carries.
+            reshaped: it has given its operand another shape, in place.
+        """
+        name, out, trace = call.name, call.out, self.trace
+        label = carried(call, tag)
+        if reshaped and label is not None:
             label = STOP
         if (
             name in NORM_AXIS
