@@ -65,7 +65,7 @@ def is_alone(z: Any, ours: int = 0) -> bool:
         return False
     if not (z.is_cpu or z.is_cuda or z.is_mps) or z.dtype not in _DTYPES:
         return False
-    # A part of something whose other parts no tensor has can be made the whole again by its strides.
+    # Of a part of something that no tensor has as a whole, the strides reach the rest.
     return _has_own_memory(z, ours) and z.untyped_storage().nbytes() == z.nbytes
 
 
