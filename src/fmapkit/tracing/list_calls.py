@@ -43,6 +43,8 @@ def step(
         Whether it is one.
     """
     calls = each_call(whole)
+    if not calls:
+        return False
     tag = seen_by_each(whole, trace.labels.of)
     for call in calls:
         z = _operand(trace, call, tag)
@@ -60,7 +62,7 @@ def step(
             if _reduces(call):  # to one number, whatever the rule of its name takes the rest for
                 trace.labels.put(call.out, STOP)
             trace.follow(call)
-    return bool(calls)
+    return True
 
 
 def _operand(trace: PassTrace, call: FunctionCall, tag: Lookup) -> Tensor | None:

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from fmapkit.editing import RequestedEdits
 from fmapkit.missed import reason
 from fmapkit.model import Names
-from fmapkit.paths import unrecorded
+from fmapkit.paths import runs_own_code, unrecorded
 from fmapkit.provenance import (
     ADDING_WRITES,
     FOLLOWED,
@@ -59,11 +59,12 @@ from fmapkit.storage import Aliases, Pass
 from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.nested import tensors_in
+from fmapkit.torchlib.operators import without_torch_function
 from fmapkit.torchlib.transforms import is_shapeless, some_shapeless, wrapped
 from fmapkit.tracing import list_calls
 from fmapkit.tracing.attention import AttentionWatch
 from fmapkit.tracing.events import HookPoint
-from fmapkit.tracing.frames import Frame
+from fmapkit.tracing.frames import Frame, SigmaCall
 from fmapkit.tracing.label_table import LabelTable
 from fmapkit.tracing.layer_calls import LayerCalls
 from fmapkit.tracing.layer_edits import LayerEdits, exchanged
@@ -183,9 +184,10 @@ class Tracer(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         trace, kwargs = self.trace, kwargs or {}
         known = self.described.get(func) or describe(func)
-        if known.reads and not trace.paused and known.reads(args, kwargs):
-            if not self.constants.hold(tensors_in(*args, kwargs)):
-                trace.decides()
+        if not trace.paused and (known.reads or types):
+            with self._looking():
+                if self._decides(known, types, args, kwargs):
+                    trace.decides()
         if known.silent or trace.paused or self.failed or graph_task() != -1:
             return func(*args, **kwargs)
         if known.opened is not None:
@@ -194,34 +196,59 @@ class Tracer(TorchFunctionMode):
         if not trace.frames or (types and any(map(_is_lazy, types))):
             return func(*args, **kwargs)
         try:
-            sigma = None
-            if known.sigma is not None or known.name in SOMETIMES:
-                sigma = self.sigmas.of(known, func, args, kwargs)
-            if sigma is not None:
-                self.sigmas.before(known, sigma)
-                func, args, kwargs = sigma.function, sigma.args, sigma.kwargs
-            elif not known.never_writes or "out" in kwargs:
-                for target in known.writes(args, kwargs):
-                    trace.record.aliases.before_write(target)
+            with self._looking():
+                sigma = self._before(known, func, args, kwargs)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fail(error)
             return func(*args, **kwargs)
+        if sigma is not None:
+            func, args, kwargs = sigma.function, sigma.args, sigma.kwargs
         out = func(*args, **kwargs)
         try:
-            trace.past_hooks()
-            if not trace.learning and known.name in FOLLOWED:
-                trace.hidden()
-            if sigma is not None:
-                out = self.sigmas.after(known, sigma, out)
-            else:
-                given = known.name, func, args, kwargs, out
-                out = self._after(known, FunctionCall(*given, tensors_in(*args, kwargs)))
+            with self._looking():
+                trace.past_hooks()
+                if not trace.learning and known.name in FOLLOWED:
+                    trace.hidden()
+                if sigma is not None:
+                    out = self.sigmas.after(known, sigma, out)
+                else:
+                    given = known.name, func, args, kwargs, out
+                    out = self._after(known, FunctionCall(*given, tensors_in(*args, kwargs)))
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fail(error)
         stop = trace.record.stop
         if stop is not None and not trace.learning:
             stop.check()
         return out
+
+    def _looking(self) -> Any:
+        """What we do in it ourselves is seen by no mode of others, and by no tensor's own code.
+
+        But edits are: they are part of what the model computes.
+        """
+        return without_torch_function() if self.editor is None else nullcontext()
+
+    def _decides(self, known: Function, types: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether a function has to be seen in every pass: by its result, or by whom it runs."""
+        if types and any(map(runs_own_code, types)):
+            return True
+        if not known.reads or not known.reads(args, kwargs):
+            return False
+        return not self.constants.hold(tensors_in(*args, kwargs))
+
+    def _before(
+        self, known: Function, func: Any, args: Any, kwargs: dict[str, Any]
+    ) -> SigmaCall | None:
+        """A function is about to run: what it is as a nonlinearity; None if it is none."""
+        sigma = None
+        if known.sigma is not None or known.name in SOMETIMES:
+            sigma = self.sigmas.of(known, func, args, kwargs)
+        if sigma is not None:
+            self.sigmas.before(known, sigma)
+        elif not known.never_writes or "out" in kwargs:
+            for target in known.writes(args, kwargs):
+                self.trace.record.aliases.before_write(target)
+        return sigma
 
     def _after(self, known: Function, call: FunctionCall) -> Any:
         """A function has run that is no nonlinearity; what it is to return."""
