@@ -116,6 +116,36 @@ def _usual(f: Any, x: Tensor) -> Tensor:
     return out
 
 
+class Rows(nn.Module):
+    """Overwrites a part of what a layer gave, and gets at the whole by its strides."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc, self.act, self.how = nn.Linear(3, 8), nn.ReLU(inplace=True), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.fc(x)[1:2]
+        if self.how == "module":
+            self.act(z)
+        else:
+            F.relu_(z)
+        return torch.as_strided(z, (2, 8), (8, 1), 0).clone()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("how", ["module", "function"])
+def test_a_part_of_what_no_tensor_has_as_a_whole_keeps_its_memory(how: str, mode: Any) -> None:
+    model = Rows(how)
+    bare = copy.deepcopy(model)
+    with mode(), capture(model) as maps:
+        for _ in range(3):
+            x = torch.randn(2, 3)
+            assert torch.equal(model(x), bare(x))
+            z = bare.fc(x)[1:2]
+            assert torch.equal(maps["fc", "preactivation"].tensor, z)
+            assert torch.equal(maps["fc"].tensor, z.relu())
+
+
 def _vmap(f: Any, x: Tensor) -> Tensor:
     out: Tensor = torch.func.vmap(f)(x)
     return out

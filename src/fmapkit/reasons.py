@@ -111,6 +111,10 @@ class Reason(Enum):
         "torch.{function} chooses between values of it and is not given the one that was compared; "
         "in a module of its own it would be captured"
     )
+    ON_LISTS = (
+        "{function} works on lists of tensors, in one call: what it is given and what it makes of "
+        "each have no maps here; torch.{name} of each has them"
+    )
     SIGMA_IN_A_HOOK = (
         "a hook on it applies another nonlinearity ({sigma}) to its result, whose maps are missing"
     )

@@ -20,8 +20,9 @@ import torch
 
 from fmapkit.paths.twin_source import known_as
 from fmapkit.paths.twins import is_twin
+from fmapkit.torchlib.class_cache import remembered
 
-__all__ = ["Survey", "is_installed", "is_trusted"]
+__all__ = ["Survey", "is_installed", "is_trusted", "runs_own_code"]
 
 _SEPARATOR = os.sep
 _STDLIB = {sysconfig.get_paths()[k] + _SEPARATOR for k in ("stdlib", "platstdlib")}
@@ -59,6 +60,17 @@ def trust(code: types.CodeType) -> None:
 def is_installed(code: types.CodeType) -> bool:
     """Whether code is of a package that was installed."""
     return code.co_filename.startswith(tuple(_SITE))
+
+
+@remembered
+def runs_own_code(kind: type) -> bool:
+    """Whether torch hands its functions to code of the model's own where a class is among them.
+
+    Whoever looks at such a tensor runs that code, too: what it decides is nothing to go by.
+    """
+    function = getattr(getattr(kind, "__torch_function__", None), "__func__", None)
+    code = getattr(function, "__code__", None)
+    return code is not None and not is_trusted(code)
 
 
 def _is_trusted(code: types.CodeType) -> bool:

@@ -6,6 +6,7 @@ propagate          propagate.py  one call of torch: which rule, and what its res
   layer_ops        layer_ops.py          it is a layer: where its weight and its filters are
   rules            rules.py, index_rules.py, product_rules.py
     ChannelLayout  layout.py             filters along axes, through reshapes and slices
+  lists            lists.py              a call on lists of tensors, as calls on one each
   sometimes        conditional_sigma.py  it is σ in some of its calls
 weights            weights.py            from which rows of which parameter a map came
 """
@@ -32,6 +33,7 @@ from fmapkit.provenance.labels import STOP as STOP
 from fmapkit.provenance.labels import Carried as Carried
 from fmapkit.provenance.labels import ChannelLabel as ChannelLabel
 from fmapkit.provenance.labels import Label as Label
+from fmapkit.provenance.labels import Lookup as Lookup
 from fmapkit.provenance.labels import Made as Made
 from fmapkit.provenance.labels import Origin as Origin
 from fmapkit.provenance.labels import ParamLabel as ParamLabel
@@ -50,6 +52,8 @@ from fmapkit.provenance.layer_ops import weight_operand as weight_operand
 from fmapkit.provenance.layout import ChannelAxis as ChannelAxis
 from fmapkit.provenance.layout import ChannelLayout as ChannelLayout
 from fmapkit.provenance.linearity import Linearity as Linearity
+from fmapkit.provenance.lists import each_call as each_call
+from fmapkit.provenance.lists import seen_by_each as seen_by_each
 from fmapkit.provenance.product_rules import einsum_terms as einsum_terms
 from fmapkit.provenance.propagate import carried as carried
 from fmapkit.provenance.propagate import past_sigma as past_sigma

@@ -154,7 +154,12 @@ class Pointwise:
 
 
 def operand_of_sigma(
-    name: str, args: Sequence[Any], kwargs: dict[str, Any], tag: Lookup, inside: Pointwise
+    name: str,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    tag: Lookup,
+    inside: Pointwise,
+    written: Any = None,
 ) -> Tensor | None:
     """What a call receives as a nonlinearity: z; None if it is none.
 
@@ -164,6 +169,7 @@ def operand_of_sigma(
         kwargs: its keyword arguments.
         tag: what a tensor carries.
         inside: what the running module has computed.
+        written: the tensor that the call has written to; None before it runs.
     """
     given = {k: v for k, v in kwargs.items() if k != "out"}
     operands = tensors_in(*args, given)
@@ -171,7 +177,8 @@ def operand_of_sigma(
     if not flows or any(map(unholdable, operands)):
         return None
     if name in _CHOICES or (name in _EXTREMES and len(flows) > 1):
-        z = _compared(name, flows, inside)
+        values = [inside.value(t, written=t is written) for t in flows]
+        z = _compared(name, flows, values)
     elif name in _BOUNDED:
         z = _bounded(name, args, kwargs, flows, inside)
     elif name in _EXTREMES:
@@ -209,9 +216,8 @@ def chooses_unseen(
     return carried[0] if values[0].common(values[1:]) else None
 
 
-def _compared(name: str, flows: list[Tensor], inside: Pointwise) -> Tensor | None:
+def _compared(name: str, flows: list[Tensor], values: list[_Value]) -> Tensor | None:
     """The operand that all others are computed from, where some comparison of it chooses."""
-    values = list(map(inside.value, flows))
     if name in _CHOICES and not any(v.mask and v.zero for v in values):
         return None
     for z, value in zip(flows, values, strict=True):

@@ -54,8 +54,8 @@ class Function:
         if self.name in _ESCAPES or self.name in _MOVES:
             yield from tensors_in(args[:1])
         if self.in_place or self.asked_in_place(args, kwargs):
-            targets = args[0] if args else next(iter(kwargs.values()), None)
-            yield from tensors_in(targets)
+            first = next(iter(kwargs.values()), None)
+            yield from tensors_in(args[0] if args else kwargs.get("self", first))
         if "out" in kwargs:
             yield from tensors_in(kwargs["out"])
 

@@ -14,6 +14,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from fmapkit.torchlib.transforms import forward_derivatives
+
 __all__ = ["is_alone", "may_leave_memory", "someone_sees", "with_new_memory", "write_apart"]
 
 _users_of: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
@@ -63,12 +65,13 @@ def is_alone(z: Any, ours: int = 0) -> bool:
         return False
     if not (z.is_cpu or z.is_cuda or z.is_mps) or z.dtype not in _DTYPES:
         return False
-    return _has_own_memory(z, ours)
+    # Of a part of something that no tensor has as a whole, the strides reach the rest.
+    return _has_own_memory(z, ours) and z.untyped_storage().nbytes() == z.nbytes
 
 
 def someone_sees() -> bool:
-    """Whether a mode is on, which would see what runs."""
-    return bool(_function_modes() or _dispatch_modes())
+    """Whether a mode is on, which would see what runs, or tangents go with the values."""
+    return bool(_function_modes() or _dispatch_modes() or forward_derivatives())
 
 
 def may_leave_memory(z: Any) -> TypeGuard[Tensor]:
@@ -79,7 +82,7 @@ def may_leave_memory(z: Any) -> TypeGuard[Tensor]:
     """
     if type(z) is not Tensor or z.requires_grad or z.is_inference():
         return False
-    return not (_function_modes() or _dispatch_modes()) and _has_own_memory(z, 0)
+    return not someone_sees() and _has_own_memory(z, 0)
 
 
 def _has_own_memory(z: Tensor, ours: int) -> bool:

@@ -19,7 +19,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter as unchang
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
-from fmapkit.torchlib.transforms import transforming
+from fmapkit.torchlib.transforms import forward_derivatives, transforming
 
 __all__ = ["clone", "goes_on_from", "operators_are_counted", "runs", "select", "unseen"]
 
@@ -60,14 +60,17 @@ def goes_on_from(tensor: Tensor, copied: Tensor) -> bool:
     """Have a tensor that is about to be written to go on from a copy of what it holds.
 
     What backward brings to the tensor from there on is then the gradient of the copy, too. Not so
-    of a view: a write to it is one to its base, whose gradient would be put together another way.
+    of a view: a write to it is one to its base, whose gradient would be put together another way;
+    and not where there are derivatives of another kind, which do not go through a function of ours.
 
     Returns:
         Whether autograd has a part in that.
     """
     if not torch.is_grad_enabled() or not copied.requires_grad:
         return False
-    if tensor.is_leaf or tensor._is_view() or transforming() is not None:
+    if tensor.is_leaf or tensor._is_view():
+        return False
+    if transforming() is not None or forward_derivatives():
         return False
     with unseen(), unchanged(tensor):  # σ, which writes to it next, is what counts
         _GoesOn.apply(tensor, copied)  # type: ignore[no-untyped-call]

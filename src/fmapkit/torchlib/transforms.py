@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad
 from torch import Tensor, nn
 
 from fmapkit.torchlib.nested import tensors_in
 
 __all__ = [
-    *("inner", "is_shapeless", "returned", "transformed", "transforming"),
+    *("forward_derivatives", "inner", "is_shapeless", "returned", "transformed", "transforming"),
     *("some_shapeless", "under_transform", "undone_transforms", "unholdable", "wrapped"),
 ]
 
@@ -47,6 +48,15 @@ def inner(tensor: Tensor) -> Tensor:
     while _is_wrapped(tensor):
         tensor = _unwrapped(tensor)
     return tensor
+
+
+def forward_derivatives() -> bool:
+    """Whether forward-mode derivatives are computed: a tensor may have a tangent beside its values.
+
+    Other memory for the values would leave that behind.
+    """
+    level: int = torch.autograd.forward_ad._current_level
+    return level >= 0
 
 
 def transformed(value: Any) -> bool:

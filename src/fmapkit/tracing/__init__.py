@@ -3,6 +3,7 @@
 Tracer                  tracer.py        each function: a σ, a layer, or any other
   PassTrace             pass_trace.py    where the pass is: what all below share
   a layer               layer_calls.py   whose weight it is, and where its filters lie
+  lists of tensors      list_calls.py    one call, for each element
   σ as a function       sigma_calls.py   before it runs, and after
   a module's call       module_calls.py  what it turns out to have been, when it ends
     weightless modules  candidates.py    one σ, written out by hand?

@@ -32,7 +32,7 @@ class Frame:
 
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
-        *("in_place", "kept", "tag", "a", "watched", "inner", "pointwise", "ran"),
+        *("in_place", "kept", "tag", "a", "watched", "inner", "pointwise", "ran", "unseen"),
         *("counts", "firing", "position", "replaced", "site", "turns"),
     )
 
@@ -68,6 +68,8 @@ class Frame:
         self.pointwise = Pointwise()
         self.ran = False  # the function inside that a registered σ module is
         self.inner: tuple[str, Any] | None = None  # another one that got x, and its result
+        # Of a candidate: (layer, reason) of what is missed in it, unless it is one σ as a whole.
+        self.unseen: list[tuple[str, str]] = []
 
     def passed(self, x: Any, y: Any) -> dict[str, Any]:
         """What an event is to know that has run in the call: x and y, where x came in."""

@@ -136,6 +136,8 @@ class ModuleCalls:
             if sigma is not None:
                 record.drop_since(frame.start)
                 return self._close_sigma(frame, output, sigma)
+            for missed in frame.unseen:
+                self._trace.miss_of_part(*missed)
             flow = labels.flow(output) if is_norm(frame, output) else None
             if flow is not None and flow.origin.kind != "layer":  # no layer stands behind it
                 axis, own = norm_axis(frame.module, output), self._trace.names.of(frame.module)

@@ -119,6 +119,14 @@ class PassTrace:
         """Something in the innermost module cannot be captured."""
         self.record.miss(self.names.of(self.frames[-1].module), reason)
 
+    def miss_of_part(self, layer: str, reason: str) -> None:
+        """Something cannot be captured, unless what runs here turns out to be one σ as a whole."""
+        for frame in reversed(self.frames):
+            if frame.degrees is not None:
+                frame.unseen.append((layer, reason))
+                return
+        self.record.miss(layer, reason)
+
     def decides(self) -> None:
         """What runs here is to be traced in every pass."""
         self.deciding.update([f.module for f in self.frames])

@@ -52,8 +52,8 @@ class SigmaCalls:
         found = operand_of_sigma(*asked)
         if found is None:
             unseen = chooses_unseen(*asked)
-            if unseen is not None and all(frame.degrees is None for frame in trace.frames):
-                trace.record.miss(
+            if unseen is not None:
+                trace.miss_of_part(
                     unseen.origin.name, Reason.COMPARED_BY_HAND.text(function=known.name)
                 )
             return None

@@ -6,6 +6,7 @@ what it is, and hands it on:
 
     Tracer.__torch_function__ ─┬─ SigmaCalls.of, before, after   a nonlinearity called as a function
                                ├─ LayerCalls.weighed, packed     a layer
+                               ├─ list_calls.step                a function on lists of tensors
                                ├─ propagate.carried              any other: labels go on
                                └─ AttentionWatch.step            attention probabilities
     Tracer.enter, leave ─────── ModuleCalls.enter, leave         what a module's call has been
@@ -29,7 +30,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from fmapkit.editing import RequestedEdits
 from fmapkit.missed import reason
 from fmapkit.model import Names
-from fmapkit.paths import unrecorded
+from fmapkit.paths import runs_own_code, unrecorded
 from fmapkit.provenance import (
     ADDING_WRITES,
     FOLLOWED,
@@ -44,6 +45,7 @@ from fmapkit.provenance import (
     Constants,
     Function,
     FunctionCall,
+    Lookup,
     carried,
     describe,
     described,
@@ -57,10 +59,12 @@ from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.modes import ObserverMode
 from fmapkit.torchlib.nested import tensors_in
+from fmapkit.torchlib.operators import without_torch_function
 from fmapkit.torchlib.transforms import is_shapeless, some_shapeless, wrapped
+from fmapkit.tracing import list_calls
 from fmapkit.tracing.attention import AttentionWatch
 from fmapkit.tracing.events import HookPoint
-from fmapkit.tracing.frames import Frame
+from fmapkit.tracing.frames import Frame, SigmaCall
 from fmapkit.tracing.label_table import LabelTable
 from fmapkit.tracing.layer_calls import LayerCalls
 from fmapkit.tracing.layer_edits import LayerEdits, exchanged
@@ -180,9 +184,10 @@ class Tracer(ObserverMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         trace, kwargs = self.trace, kwargs or {}
         known = self.described.get(func) or describe(func)
-        if known.reads and not trace.paused and known.reads(args, kwargs):
-            if not self.constants.hold(tensors_in(*args, kwargs)):
-                trace.decides()
+        if not trace.paused and (known.reads or types):
+            with self._looking():
+                if self._decides(known, types, args, kwargs):
+                    trace.decides()
         if known.silent or trace.paused or self.failed or graph_task() != -1:
             return func(*args, **kwargs)
         if known.opened is not None:
@@ -191,34 +196,59 @@ class Tracer(ObserverMode):
         if not trace.frames or (types and any(map(_is_lazy, types))):
             return func(*args, **kwargs)
         try:
-            sigma = None
-            if known.sigma is not None or known.name in SOMETIMES:
-                sigma = self.sigmas.of(known, func, args, kwargs)
-            if sigma is not None:
-                self.sigmas.before(known, sigma)
-                func, args, kwargs = sigma.function, sigma.args, sigma.kwargs
-            elif not known.never_writes or "out" in kwargs:
-                for target in known.writes(args, kwargs):
-                    trace.record.aliases.before_write(target)
+            with self._looking():
+                sigma = self._before(known, func, args, kwargs)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fail(error)
             return func(*args, **kwargs)
+        if sigma is not None:
+            func, args, kwargs = sigma.function, sigma.args, sigma.kwargs
         out = func(*args, **kwargs)
         try:
-            trace.past_hooks()
-            if not trace.learning and known.name in FOLLOWED:
-                trace.hidden()
-            if sigma is not None:
-                out = self.sigmas.after(known, sigma, out)
-            else:
-                given = known.name, func, args, kwargs, out
-                out = self._after(known, FunctionCall(*given, tensors_in(*args, kwargs)))
+            with self._looking():
+                trace.past_hooks()
+                if not trace.learning and known.name in FOLLOWED:
+                    trace.hidden()
+                if sigma is not None:
+                    out = self.sigmas.after(known, sigma, out)
+                else:
+                    given = known.name, func, args, kwargs, out
+                    out = self._after(known, FunctionCall(*given, tensors_in(*args, kwargs)))
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fail(error)
         stop = trace.record.stop
         if stop is not None and not trace.learning:
             stop.check()
         return out
+
+    def _looking(self) -> Any:
+        """What we do in it ourselves is seen by no mode of others, and by no tensor's own code.
+
+        But edits are: they are part of what the model computes.
+        """
+        return without_torch_function() if self.editor is None else nullcontext()
+
+    def _decides(self, known: Function, types: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether a function has to be seen in every pass: by its result, or by whom it runs."""
+        if types and any(map(runs_own_code, types)):
+            return True
+        if not known.reads or not known.reads(args, kwargs):
+            return False
+        return not self.constants.hold(tensors_in(*args, kwargs))
+
+    def _before(
+        self, known: Function, func: Any, args: Any, kwargs: dict[str, Any]
+    ) -> SigmaCall | None:
+        """A function is about to run: what it is as a nonlinearity; None if it is none."""
+        sigma = None
+        if known.sigma is not None or known.name in SOMETIMES:
+            sigma = self.sigmas.of(known, func, args, kwargs)
+        if sigma is not None:
+            self.sigmas.before(known, sigma)
+        elif not known.never_writes or "out" in kwargs:
+            for target in known.writes(args, kwargs):
+                self.trace.record.aliases.before_write(target)
+        return sigma
 
     def _after(self, known: Function, call: FunctionCall) -> Any:
         """A function has run that is no nonlinearity; what it is to return."""
@@ -243,6 +273,8 @@ class Tracer(ObserverMode):
         if some_shapeless(operands) or (one and is_shapeless(out)):
             self.layers.shapeless(name, weight, out)
             return out
+        if list_calls.step(trace, call, self._carry):
+            return out
         seen = one and not trace.opaque and not wrapped(out)
         if seen and isinstance(weight, Tensor) and trace.hidden() is None:
             out = self.layers.weighed(call, weight)
@@ -255,13 +287,24 @@ class Tracer(ObserverMode):
         return out
 
     def _goes_on(self, known: Function, call: FunctionCall) -> None:
-        """A function has run that makes no map: what its operands carry goes on."""
-        name, out, trace = call.name, call.out, self.trace
+        """A function has run that makes no map."""
+        name, trace = call.name, self.trace
         if trace.learning and not trace.opaque and (weighs(name) or name in SOMETIMES):
             # Nothing this time; but who waits for what goes by this name will see it, too.
             trace.record.firings.append(HookPoint(None, trace.scope(), call.function))
-        label = carried(call, trace.labels.of)
-        if known.in_place and name in RESHAPED_IN_PLACE and label is not None:
+        self._carry(call, trace.labels.of, known.in_place and name in RESHAPED_IN_PLACE)
+
+    def _carry(self, call: FunctionCall, tag: Lookup, reshaped: bool = False) -> None:
+        """What the operands of a function carry that has run goes on.
+
+        Args:
+            call: of it.
+            tag: what a tensor carries.
+            reshaped: it has given its operand another shape, in place.
+        """
+        name, out, trace = call.name, call.out, self.trace
+        label = carried(call, tag)
+        if reshaped and label is not None:
             label = STOP
         if (
             name in NORM_AXIS

@@ -1,0 +1,128 @@
+"""Code of the user's that torch calls at each of its functions: modes, and subclasses of `Tensor`.
+
+Such code sees the model's functions, and nothing that fmapkit makes of tensors beside them; and a
+map is what the model's tensor was, not what that code makes of a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fmapkit import capture
+from tests.checks import tags
+
+EXPECTED = [("a", 0, "relu", range(4)), ("b", 0, "sigmoid", range(4)), ("c", 0, "tanh", range(4))]
+SILENT = {"__get__", "is_inference", "stride", "dim", "is_floating_point", "is_contiguous", "size"}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.act = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu_(self.a(x))
+        x = torch.sigmoid(self.b(x) * 2)
+        return self.act(self.c(x))  # type: ignore[no-any-return]
+
+
+class Noisy(TorchFunctionMode):
+    """Analog hardware: each function's result is a little off."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.__name__
+        if name not in SILENT:
+            self.ran.append(name)
+        if isinstance(out, Tensor) and out.is_floating_point() and name != "__get__":
+            out = out.add_(torch.randn_like(out), alpha=0.1) if name.endswith("_") else out * 1.1
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"detach": False}, {"gradients": True}])
+@pytest.mark.parametrize("grads", [False, True])
+def test_a_mode_sees_what_the_model_runs_and_that_alone(grads: bool, options: Any) -> None:
+    model = Net()
+    bare = copy.deepcopy(model)
+    with torch.set_grad_enabled(grads), capture(model, **options) as maps:
+        for step in range(4):
+            x = torch.randn(2, 3)
+            seen = []
+            for net in (bare, model):
+                torch.manual_seed(step)
+                with Noisy() as noisy:
+                    y = net(x)
+                seen.append((y.detach().clone(), torch.get_rng_state(), noisy.ran))
+            assert torch.equal(seen[0][0], seen[1][0])
+            assert torch.equal(seen[0][1], seen[1][1])
+            assert seen[0][2] == seen[1][2]
+            assert tags(maps) == EXPECTED
+    assert list(maps.missed) == []
+
+
+class Marked(Tensor):
+    """Goes on in what is computed from it; its code decides by what has run so far."""
+
+    ran = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        if func is F.linear:
+            cls.ran += 1
+        return out
+
+
+class Weight(nn.Parameter):
+    """A weight with code of its own, as those of quantisers."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, weight, bias = args
+            return F.linear(x, weight.detach().as_subclass(Tensor) * 1.0, bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("grads", [False, True])
+def test_a_tensor_with_code_of_its_own_is_captured_in_every_pass(grads: bool) -> None:
+    model = Net()
+    bare = copy.deepcopy(model)
+    with torch.set_grad_enabled(grads), capture(model) as maps:
+        for step in range(8):
+            x = torch.randn(2, 3)
+            given = x.as_subclass(Marked) if step not in (3, 4) else x  # type: ignore[arg-type]
+            y = model(given)
+            assert type(y) is type(given)
+            assert torch.equal(y.as_subclass(Tensor), bare(x))
+            assert tags(maps) == EXPECTED
+            z = bare.a(x)
+            assert torch.equal(maps["a", "preactivation"].tensor, z)
+            assert torch.equal(maps["a"].tensor, z.relu())
+    assert list(maps.missed) == []
+
+
+def test_a_weight_with_code_of_its_own_is_captured_in_every_pass() -> None:
+    model = Net()
+    bare = copy.deepcopy(model)
+    for layer in (model.b, model.c):
+        layer.weight = layer.weight.data.as_subclass(Weight)  # type: ignore[arg-type, assignment]
+    with torch.no_grad(), capture(model) as maps:
+        for _ in range(6):
+            x = torch.randn(2, 3)
+            assert torch.equal(model(x), bare(x))
+            assert [(layer, sigma) for layer, _, sigma, _ in tags(maps)] == [
+                (layer, sigma) for layer, _, sigma, _ in EXPECTED
+            ]
+    assert list(maps.missed) == []
