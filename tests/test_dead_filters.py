@@ -349,7 +349,9 @@ def test_in_inference_mode_and_out_of_it() -> None:
 
 def test_what_is_left_out_is_named() -> None:
     dead = DeadFilters()
-    with pytest.warns(CaptureWarning, match="DeadFilters leaves out layer 'conv': it is complex"):
+    with pytest.warns(
+        CaptureWarning, match="leaves out the activation of layer 'conv': it is complex"
+    ):
         dead.update(fmap(torch.ones(2, 3, dtype=torch.complex64)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

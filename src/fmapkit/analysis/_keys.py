@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -23,7 +24,7 @@ from fmapkit.selectors import selectors
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
 
-__all__ = ["Groups", "Name"]
+__all__ = ["Filters", "Groups", "Name"]
 
 Filters = tuple[int, ...] | None
 
@@ -89,24 +90,17 @@ class Groups(Generic[G]):
                 )
         return ""
 
-    def check(self, name: Name, filters: Filters) -> None:
-        """Whether filters go with those that the name has.
-
-        Raises:
-            ArgumentError: they are partly the same.
-        """
-        why = self.clash(name, filters)
-        if why:
-            raise ArgumentError(why)
-
-    def note(self, fm: FeatureMap, reason: str) -> None:
-        """A map that cannot be taken in."""
-        self.missed.setdefault((fm.layer, fm.kind), reason)
+    def __iter__(self) -> Iterator[tuple[Name, Filters, G]]:
+        """Every name, with each of its sets of filters and what is known of them."""
+        for name, groups in self.names.items():
+            for filters, known in groups.items():
+                yield name, filters, known
 
     # -- look-ups ------------------------------------------------------------------------------
 
     @property
     def layers(self) -> list[str]:
+        """The layers, in the order in which they were first seen."""
         return list(dict.fromkeys(name.layer for name in self.names))
 
     def find(self, key: Any) -> Name:
