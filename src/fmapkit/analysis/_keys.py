@@ -222,9 +222,12 @@ class Groups(Generic[G]):
             and path in (None, n.path)
         ]
 
-    def parts(self, name: Name) -> list[tuple[Filters, G]]:
-        """Its sets of filters, the one with the lowest filter first."""
-        return sorted(self.names[name].items(), key=lambda item: item[0] or ())
+    def parts(self, name: Name) -> tuple[Filters, list[G]]:
+        """All filters of a name, and what is known of each set, the lowest filter first."""
+        sets = sorted(self.names[name].items(), key=lambda item: item[0] or ())
+        if sets[0][0] is None:
+            return None, [known for _, known in sets]
+        return tuple(f for of, _ in sets for f in of or ()), [known for _, known in sets]
 
 
 def _said(filters: Filters) -> str:

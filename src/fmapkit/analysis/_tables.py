@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import os
     from pathlib import Path
 
-__all__ = ["Table", "Tabular"]
+__all__ = ["Shown", "Table", "Tabular"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +46,24 @@ class Table:
         return html_table(self.heads, self.rows, right=self._right, caption=self.last)
 
 
-class Tabular(ABC):
-    """Shows itself by its table."""
+class Shown(ABC):
+    """Shows itself by a table."""
+
+    __slots__ = ()
 
     @abstractmethod
     def _table(self) -> Table:
-        """All that is known, a line for each layer; waits for the device."""
+        """What is known; waits for the device."""
 
     def __repr__(self) -> str:
         return self._table().text()
 
     def _repr_html_(self) -> str:
         return self._table().html()
+
+
+class Tabular(Shown):
+    """Shows itself by a table, and as a page."""
 
     def to_html(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
         """Write what is known as a page to share, one self-contained HTML file.

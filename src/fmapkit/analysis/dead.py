@@ -166,24 +166,21 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
     # -- reading -------------------------------------------------------------------------------
 
     def _read(self, name: Name) -> LayerFirings:
-        parts = self._groups.parts(name)
-        filters = None
-        if parts[0][0] is not None:
-            filters = tuple(f for part, _ in parts for f in part or ())
+        filters, parts = self._groups.parts(name)
         # Parts of one layer see the same inputs, unless a branch leaves one out.
-        span = max(watch.span for _, watch in parts)
+        span = max(watch.span for watch in parts)
         return LayerFirings(
             layer=name.layer,
             nonlinearity=name.nonlinearity,
             path=name.path,
             filters=filters,
-            rule=parts[0][1].rule,
+            rule=parts[0].rule,
             after=self.after,
-            inputs=torch.cat([torch.full_like(w.last_input, w.inputs) for _, w in parts]),
-            last_input=torch.cat([w.last_input for _, w in parts]),
-            last_step=torch.cat([w.last_step for _, w in parts]),
-            revivals=torch.cat([w.revivals for _, w in parts]),
-            history=torch.cat([_folded(w, span) for _, w in parts], 1),
+            inputs=torch.cat([torch.full_like(w.last_input, w.inputs) for w in parts]),
+            last_input=torch.cat([w.last_input for w in parts]),
+            last_step=torch.cat([w.last_step for w in parts]),
+            revivals=torch.cat([w.revivals for w in parts]),
+            history=torch.cat([_folded(w, span) for w in parts], 1),
             span=span,
         )
 

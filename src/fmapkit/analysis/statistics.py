@@ -165,8 +165,10 @@ class Statistics(Tabular, Mergeable[_Group, LayerStatistics]):
     # -- reading -------------------------------------------------------------------------------
 
     def _read(self, name: Name) -> LayerStatistics:
-        parts = [(f, g.moments, g.saturates) for f, g in self._groups.parts(name)]
-        return summarise(name, parts, self._edges.tensor if self._edges is not None else None)
+        filters, groups = self._groups.parts(name)
+        parts = [(group.moments, group.saturates) for group in groups]
+        edges = None if self._edges is None else self._edges.tensor
+        return summarise(name, filters, parts, edges)
 
     def _page_sections(self) -> list[Section]:
         """What a page draws below the table: mean, std and histogram of each filter."""

@@ -11,10 +11,10 @@ from torch import Tensor
 from fmapkit.analysis._bins import placed
 from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._mergeable import Mergeable
+from fmapkit.analysis._tables import Shown, Table
 from fmapkit.analysis.top.layer_tops import HEADS, LayerTops, row
 from fmapkit.analysis.top.strongest import Scores, Strongest, by_sample, scores_of
 from fmapkit.errors import ArgumentError, DistributedError, did_you_mean, listed
-from fmapkit.tables import text_table
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
@@ -89,7 +89,7 @@ class _Counter:
         return torch.arange(self.first, self.first + samples, device=fm.tensor.device)
 
 
-class TopInputs(Mergeable[_TopGroup, LayerTops]):
+class TopInputs(Shown, Mergeable[_TopGroup, LayerTops]):
     """The k inputs that excite each filter most, by layer, and where; an `Analysis`.
 
     ```python
@@ -190,30 +190,28 @@ class TopInputs(Mergeable[_TopGroup, LayerTops]):
     # -- reading -------------------------------------------------------------------------------
 
     def _read(self, name: Name) -> LayerTops:
-        parts = self._groups.parts(name)
-        filters = tuple(f for part, _ in parts for f in part or ())
-        device = parts[0][1].top.scores.device
-        tops = [group.top.on(device) for _, group in parts]
+        filters, groups = self._groups.parts(name)
+        tops = [group.top.on(groups[0].device) for group in groups]
         return LayerTops(
             layer=name.layer,
             kind=name.kind,
             nonlinearity=name.nonlinearity,
             path=name.path,
-            filters=filters,
-            seen=max(group.seen for _, group in parts),
+            filters=filters or (),
+            seen=max(group.seen for group in groups),
             scores=torch.cat([t.scores for t in tops]),
             inputs=torch.cat([t.inputs for t in tops]),
             at=torch.cat([t.at for t in tops]),
         )
 
-    def __repr__(self) -> str:
+    def _table(self) -> Table:
         rows = [row(s) for s in self]
         if not rows:
-            return "TopInputs: no map seen yet"
+            return Table(HEADS, rows, 3, "TopInputs: no map seen yet")
         missed = f", {len(self.missed)} missed (see top.missed)" if self.missed else ""
         by = self.by if isinstance(self.by, str) else "a function"
         last = f"TopInputs: {self.k} inputs of each filter, by {by}{missed}"
-        return "\n".join([*text_table(HEADS, rows, right=range(3, len(HEADS))), last])
+        return Table(HEADS, rows, 3, last)
 
     # -- keeping and putting together ------------------------------------------------------------
 
