@@ -204,8 +204,7 @@ class FeatureArray(StoredArray):
     """
 
     def __init__(self, spec: ArraySpec, pieces: Pieces) -> None:
-        name = spec.name.removeprefix("layers/")
-        super().__init__(name, pieces, spec.shape, spec.dtype)
+        super().__init__(spec.name, pieces, spec.shape, spec.dtype)
         self.layer = spec.layer
         self.kind = spec.kind
         self.call = spec.call

@@ -5,6 +5,7 @@ All of it is plain JSON in the attributes of the store's root; see `docs/data-fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -18,6 +19,7 @@ __all__ = [
     "ArraySpec",
     "FieldSpec",
     "Manifest",
+    "Spec",
     "UnitRecord",
     "as_stored",
     "stored_dtype",
@@ -97,7 +99,7 @@ class ArraySpec:
 
     @property
     def name(self) -> str:
-        """Where it lies in the store, below `layers/`."""
+        """What it is called, and where it lies below `layers/`."""
         base = quote(self.layer, safe="[]:") if self.layer else _MODEL
         if base.startswith("__"):  # which Zarr keeps for itself
             base = "%5F" + base[1:]
@@ -105,12 +107,22 @@ class ArraySpec:
         parts += [quote(self.path, safe="[]'")] if self.path else []
         parts += [f"call{self.call}"] if self.call else []
         parts += [f"nth{self.nth}"] if self.nth else []
-        return f"layers/{base}/{'-'.join(parts)}"
+        return f"{base}/{'-'.join(parts)}"
+
+    @property
+    def node(self) -> str:
+        """Where it lies in the store."""
+        return f"layers/{self.name}"
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """The type in which it is stored."""
+        return stored_dtype(self.dtype)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row as it is stored, before compression."""
-        return int(np.prod(self.shape, dtype=np.int64)) * stored_dtype(self.dtype).itemsize
+        return math.prod(self.shape) * self.stored.itemsize
 
     @property
     def dimensions(self) -> tuple[str, ...]:
@@ -162,21 +174,38 @@ class FieldSpec:
     dtype: str
 
     @property
-    def path(self) -> str:
+    def node(self) -> str:
         """Where it lies in the store."""
         return f"fields/{quote(self.name, safe='')}"
 
     @property
+    def text(self) -> bool:
+        """Whether it is text."""
+        return self.dtype == "string"
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """The type of its values in memory; that of text is `object`."""
+        return np.dtype(object if self.text else self.dtype)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row as it is stored; of text, a guess."""
-        if self.dtype == "string":
-            return 64
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return 64 if self.text else math.prod(self.shape) * self.stored.itemsize
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """Names of the axes, as of an array."""
+        rows = "samples" if self.per == "sample" else "tokens"
+        return (rows, *(f"axis{axis}" for axis in range(1, 1 + len(self.shape))))
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> FieldSpec:
         """What JSON has kept."""
         return FieldSpec(**{**given, "shape": tuple(given["shape"])})
+
+
+Spec = ArraySpec | FieldSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +269,7 @@ class Manifest:
     complete: bool = False
 
     @property
-    def specs(self) -> list[ArraySpec | FieldSpec]:
+    def specs(self) -> list[Spec]:
         """Of arrays and fields."""
         return [*self.arrays, *self.fields]
 

@@ -16,21 +16,14 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from fmapkit.data._manifest import (
-    ArraySpec,
-    FieldSpec,
-    Manifest,
-    UnitRecord,
-    as_stored,
-    stored_dtype,
-)
+from fmapkit.data._manifest import Manifest, Spec, UnitRecord, as_stored
 from fmapkit.data._place import Place
 from fmapkit.data._rows import Taken
 from fmapkit.errors import StoreError
 
 __all__ = ["Unit", "Writer"]
 
-Blocks = dict["ArraySpec | FieldSpec", "np.ndarray[Any, Any]"]
+Blocks = dict[Spec, "np.ndarray[Any, Any]"]
 
 
 class Unit:
@@ -49,25 +42,25 @@ class Unit:
         self.samples = self.rows = self.batches = 0
         self.digest = ""
         self._manifest = manifest
-        self._parts: dict[ArraySpec | FieldSpec, list[np.ndarray[Any, Any]]] = {}
+        self._parts: dict[Spec, list[np.ndarray[Any, Any]]] = {}
         self.buffers: Blocks = {}
         if manifest.regular:
             self.buffers = spare or {
-                spec: np.empty((manifest.rows_per_unit, *spec.shape), _dtype(spec))
+                spec: np.empty((manifest.rows_per_unit, *spec.shape), spec.stored)
                 for spec in manifest.specs
             }
 
     def add(self, taken: Taken) -> None:
         """Copy the rows of a batch in: the model may overwrite them after it."""
-        for spec, rows in taken.arrays:
-            self._put(spec, as_stored(rows.detach().cpu()))
+        for array, rows in taken.arrays:
+            self._put(array, as_stored(rows.detach().cpu()))
         for field, values in taken.fields:
             self._put(field, values)
         self.samples += taken.samples
         self.rows += taken.rows
         self.batches += 1
 
-    def _put(self, spec: ArraySpec | FieldSpec, rows: np.ndarray[Any, Any]) -> None:
+    def _put(self, spec: Spec, rows: np.ndarray[Any, Any]) -> None:
         if self._manifest.regular:
             self.buffers[spec][self.samples : self.samples + len(rows)] = rows
         else:
@@ -78,12 +71,6 @@ class Unit:
         if self._manifest.regular:
             return {spec: buffer[: self.samples] for spec, buffer in self.buffers.items()}
         return {spec: np.concatenate(parts) for spec, parts in self._parts.items()}
-
-
-def _dtype(spec: ArraySpec | FieldSpec) -> Any:
-    if isinstance(spec, ArraySpec):
-        return stored_dtype(spec.dtype)
-    return object if spec.dtype == "string" else np.dtype(spec.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +175,10 @@ class Writer:
     def put(
         self,
         unit: Unit,
-        run: str = "",
-        absorbed: tuple[str, ...] = (),
-        beside: Mapping[str, bytes] | None = None,
-        stale: tuple[str, ...] = (),
+        run: str,
+        absorbed: tuple[str, ...],
+        beside: Mapping[str, bytes],
+        stale: tuple[str, ...],
     ) -> None:
         """Have a unit written, and committed; waits while another one does.
 
@@ -217,7 +204,7 @@ class Writer:
         )
         with self._told():
             self._committing.check()
-            self._writing.put(_Job(unit, record, beside or {}, stale))
+            self._writing.put(_Job(unit, record, beside, stale))
 
     def close(self) -> None:
         """Wait for all that was put.

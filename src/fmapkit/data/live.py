@@ -165,7 +165,7 @@ class LiveRows:
             )
         layers = [spec.layer for spec, _ in taken.arrays]
         rows = {
-            spec.layer if layers.count(spec.layer) == 1 else spec.name.removeprefix("layers/"): v
+            spec.layer if layers.count(spec.layer) == 1 else spec.name: v
             for spec, v in taken.arrays
         }
         if self._single and len(rows) > 1:
