@@ -1,5 +1,6 @@
 """Units on their way to the store: filled by the thread that runs the model, written by another.
 
+Rows that a GPU made are copied beside the model's work, one batch behind it (`Arriving`).
 At most three units are in memory: the one that is filled, one that waits, one that is written. So
 memory is flat, and where the store is slower than the model, the model waits. While a unit is
 written, a third thread waits for the disk to have the one before, and commits it then.
@@ -11,19 +12,70 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 
 from fmapkit.data._manifest import Manifest, Spec, UnitRecord, as_stored
 from fmapkit.data._place import Place
 from fmapkit.data._rows import Taken
 from fmapkit.errors import StoreError
 
-__all__ = ["Unit", "Writer"]
+__all__ = ["Arriving", "Unit", "Writer"]
 
 Blocks = dict[Spec, "np.ndarray[Any, Any]"]
+
+
+class Arriving:
+    """The rows of a batch, which `wait` gives once they are in the host's memory.
+
+    Args:
+        taken: where the model made them. On a CPU they are there already.
+    """
+
+    def __init__(self, taken: Taken) -> None:
+        self._event: Any = None
+        device = next((t.device for _, t in taken.arrays if t.device.type == "cuda"), None)
+        if device is not None:
+            taken = replace(taken, arrays=self._sent(taken, device))
+        self._taken = taken
+
+    def _sent(self, taken: Taken, device: torch.device) -> list[Any]:
+        stream = _stream(device)
+        # What the next pass may overwrite is copied on the device, in the model's own order.
+        own = [(spec, rows.contiguous().clone()) for spec, rows in taken.arrays]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        arrays = []
+        with torch.cuda.stream(stream):
+            for spec, rows in own:
+                host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+                host.copy_(rows, non_blocking=True)
+                rows.record_stream(stream)
+                arrays.append((spec, host))
+            self._event = stream.record_event()
+        return arrays
+
+    @property
+    def here(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self._event is None
+
+    def wait(self) -> Taken:
+        """The rows, in the host's memory."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._taken
+
+
+_streams: dict[torch.device, Any] = {}
+
+
+def _stream(device: torch.device) -> Any:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return _streams[device]
 
 
 class Unit:

@@ -102,7 +102,6 @@ def stream(
         device_of(model, device),
         call or default_call(model, kept),
     )
-    run.check()
     single = isinstance(layers, str) and not kept and not any(c in layers for c in "*?[")
     return RowLoader(
         LiveRows(run, batches, of_model(model), single),
