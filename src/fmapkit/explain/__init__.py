@@ -18,6 +18,7 @@ field.size, field.stride, field.box(7, 7)
 from typing import TYPE_CHECKING
 
 from fmapkit._lazy import lazy
+from fmapkit.explain._progress import with_bar as with_bar
 
 if TYPE_CHECKING:
     from fmapkit.explain.cam import grad_cam
