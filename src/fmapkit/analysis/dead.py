@@ -16,9 +16,10 @@ from fmapkit.analysis._by_layer import ByLayer
 from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._moments import by_filter
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
-from fmapkit.analysis._tables import Table, Tabular
+from fmapkit.analysis._tables import Tabular
 from fmapkit.analysis.firings import HEADS, LayerFirings, row
 from fmapkit.errors import ArgumentError, MapLookupError, NoPassError, check_positive, listed
+from fmapkit.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -195,11 +196,11 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
     def _table(self) -> Table:
         rows = [row(s) for s in self]
         if not rows:
-            return Table(HEADS, [], 3, "DeadFilters: no activation seen yet")
+            return Table(HEADS, [], (), "DeadFilters: no activation seen yet")
         dead, filters = (sum(int(r[i]) for r in rows if r[i] != "–") for i in (5, 4))
         missed = f", {len(self.missed)} missed (see dead.missed)" if self.missed else ""
         last = f"DeadFilters: {dead} of {filters} filters silent over {self.after} inputs{missed}"
-        return Table(HEADS, rows, 3, last)
+        return Table(HEADS, rows, range(3, len(HEADS)), last)
 
     def _page_sections(self) -> list[Section]:
         """What a page draws below the table: when each filter fired."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fmapkit.analysis._tables import Shown, Table
+from fmapkit.tables import Shown, Table
 
 __all__ = ["LayerFirings"]
 
@@ -87,7 +87,7 @@ class LayerFirings(Shown):
             f"LayerFirings: {self.layer + self.path!r}, {len(found)} of {len(self)} filters dead "
             f"after {int(self.inputs.max())} inputs (by {self.rule}){more}"
         )
-        return Table(heads, rows, 0, last)
+        return Table(heads, rows, range(len(heads)), last)
 
 
 def row(s: LayerFirings) -> tuple[str, ...]:

@@ -16,9 +16,10 @@ from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._mergeable import Mergeable
 from fmapkit.analysis._moments import Moments, absorb, by_filter, fused, merge, moments
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
-from fmapkit.analysis._tables import Table, Tabular
+from fmapkit.analysis._tables import Tabular
 from fmapkit.analysis.summary import _HEADS, LayerStatistics, _columns, summarise
 from fmapkit.errors import ArgumentError
+from fmapkit.tables import Table
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
@@ -185,7 +186,9 @@ class Statistics(Tabular, Mergeable[_Group, LayerStatistics]):
             rows.append((s.layer + s.path, s.kind, s.nonlinearity or "", count, *cells))
         missed = f", {len(self.missed)} missed (see stats.missed)" if self.missed else ""
         last = f"Statistics: {len(self)} kinds of map of {len(self.layers)} layers{missed}"
-        return Table(heads, rows, 3, last if rows else "Statistics: no map seen yet")
+        return Table(
+            heads, rows, range(3, len(heads)), last if rows else "Statistics: no map seen yet"
+        )
 
     # -- keeping -------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._moments import NONFINITE, SATURATED, ZERO, Moments
-from fmapkit.analysis._tables import Shown, Table
+from fmapkit.tables import Shown, Table
 
 __all__ = ["LayerStatistics"]
 
@@ -95,7 +95,7 @@ class LayerStatistics(Shown):
         more = f", {len(self) - _ROWS} more filters" if len(self) > _ROWS else ""
         sigma = f", σ={self.nonlinearity}" if self.nonlinearity else ""
         last = f"LayerStatistics: {self.layer + self.path!r}, {self.kind}{sigma}{more}"
-        return Table(heads, rows, 0, last)
+        return Table(heads, rows, range(len(heads)), last)
 
 
 _HEADS = ("values", "mean", "std", "min", "max", "zero", "saturated", "non-finite")

@@ -25,7 +25,7 @@ from fmapkit.errors import (
     listed,
     near,
 )
-from fmapkit.tables import text_table
+from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
     from fmapkit.data.loader import RowLoader
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Features"]
 
 
-class Features:
+class Features(Shown):
     """Features of a data set, as `extract` has written them; they are read when asked for.
 
     ```python
@@ -164,7 +164,7 @@ class Features:
             and path in (None, array.path)
         ]
 
-    def __repr__(self) -> str:
+    def _table(self) -> Table:
         head = ("layer", "kind", "rows", "shape", "dtype", "MB", "σ")
         rows = [
             (
@@ -182,7 +182,7 @@ class Features:
         total = f" of {self._manifest.samples}" if self._manifest.samples is not None else ""
         state = "" if self.complete else f"{total}, incomplete"
         last = f"Features: {len(self)} samples{state}{beside}"
-        return "\n".join([*text_table(head, rows, right=()), last])
+        return Table(head, rows, (), last)
 
     # -- out --------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ Alain and Bengio, "Understanding intermediate layers using linear classifier pro
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.phi._features import call, evaluating, named, rows, sklearn_needed
 from fmapkit.phi._plots import by_layer, figure_of
-from fmapkit.tables import text_table
+from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,8 +29,8 @@ __all__ = ["Probe", "probe"]
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Probe:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Probe(Shown):
     """What was read out of each layer.
 
     Attributes:
@@ -43,11 +43,11 @@ class Probe:
     """
 
     layers: tuple[str, ...]
-    scores: Array = field(repr=False)
+    scores: Array
     features: tuple[int, ...]
     scoring: str
     chance: float | None
-    estimators: dict[str, Any] = field(repr=False)
+    estimators: dict[str, Any]
 
     @property
     def mean(self) -> Array:
@@ -78,7 +78,7 @@ class Probe:
             raise KeyError(layer)
         return np.asarray(self.scores[self.layers.index(layer)])
 
-    def __repr__(self) -> str:
+    def _table(self) -> Table:
         heads = ("layer", "features", "mean", "std", "least", "most")
         body = [
             (
@@ -90,7 +90,7 @@ class Probe:
         ]
         chance = f", {self.chance:.3f} by chance" if self.chance is not None else ""
         last = f"Probe: {self.scoring} over {self.scores.shape[1]} folds{chance}"
-        return "\n".join([*text_table(heads, body, right=range(1, len(heads))), last])
+        return Table(heads, body, range(1, len(heads)), last)
 
     def plot(self, ax: Axes | None = None, *, title: str | None = None) -> Figure:
         """Draw the score by layer, the folds as points (extra: `plot`).

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fmapkit.analysis._tables import Shown, Table
 from fmapkit.analysis.similarity.hsic import LEAST, Gram
 from fmapkit.analysis.similarity.labels import MapTag, labels
 from fmapkit.analysis.similarity.pairs import Pairs
 from fmapkit.errors import ArgumentError, NoPassError, UnknownLayerError, did_you_mean, listed, near
 from fmapkit.readable import plain_values
+from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -247,7 +247,7 @@ class Similarity(Shown):
         try:
             rows, columns = self.layers
         except NoPassError:
-            return Table(("CKA",), [], 1, "Similarity: no pass seen yet")
+            return Table(("CKA",), [], (), "Similarity: no pass seen yet")
         found = self.cka
         body = [
             (name, *(f"{v:.3f}" for v in found[i, :_SHOWN].tolist())) for i, name in enumerate(rows)
@@ -256,7 +256,7 @@ class Similarity(Shown):
         more = f"; {len(columns) - _SHOWN} columns more" if len(columns) > _SHOWN else ""
         missed = f", {len(self.missed)} missed (see .missed)" if self.missed else ""
         last = f"Similarity: {len(rows)} × {len(columns)} layers{more}{missed}"
-        return Table(heads, body, 1, last)
+        return Table(heads, body, range(1, len(heads)), last)
 
     def plot(
         self, ax: Axes | None = None, *, measure: str = "cka", title: str | None = None

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fmapkit.analysis._tables import Shown, Table
 from fmapkit.analysis.top.inputs import DatasetInputs, InputFields
 from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean
+from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -150,7 +150,7 @@ class LayerTops(Shown):
         heads = ("filter", "strongest", "input", "at", "then")
         more = f", {len(self) - _ROWS} more filters" if len(self) > _ROWS else ""
         last = f"LayerTops: {self.layer + self.path!r}, {self.kind}, {self.seen} inputs{more}"
-        return Table(heads, rows, 0, last)
+        return Table(heads, rows, range(len(heads)), last)
 
     # -- the parts of the inputs -----------------------------------------------------------------
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from fmapkit.analysis._bins import placed
 from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._mergeable import Mergeable
-from fmapkit.analysis._tables import Shown, Table
 from fmapkit.analysis.top.layer_tops import HEADS, LayerTops, row
 from fmapkit.analysis.top.strongest import Scores, Strongest, by_sample, scores_of
 from fmapkit.errors import ArgumentError, DistributedError, did_you_mean, listed
+from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
@@ -207,11 +207,11 @@ class TopInputs(Shown, Mergeable[_TopGroup, LayerTops]):
     def _table(self) -> Table:
         rows = [row(s) for s in self]
         if not rows:
-            return Table(HEADS, rows, 3, "TopInputs: no map seen yet")
+            return Table(HEADS, rows, range(3, len(HEADS)), "TopInputs: no map seen yet")
         missed = f", {len(self.missed)} missed (see top.missed)" if self.missed else ""
         by = self.by if isinstance(self.by, str) else "a function"
         last = f"TopInputs: {self.k} inputs of each filter, by {by}{missed}"
-        return Table(HEADS, rows, 3, last)
+        return Table(HEADS, rows, range(3, len(HEADS)), last)
 
     # -- keeping and putting together ------------------------------------------------------------
 
