@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fmapkit.errors import ArgumentError
 
-__all__ = ["call", "evaluating", "named", "one", "rows", "sklearn_needed", "taken"]
+if TYPE_CHECKING:
+    from fmapkit.phi.function import FeatureFunction
+
+__all__ = ["call", "evaluating", "gathered", "one", "rows", "sklearn_needed", "taken"]
 
 
 def call(phi: nn.Module, inputs: Any) -> Any:
@@ -28,6 +32,26 @@ def named(layers: Sequence[str], features: Any) -> dict[str, Tensor]:
         return dict(features)
     several = features if isinstance(features, tuple) else (features,)
     return dict(zip(layers, several, strict=True))
+
+
+def gathered(phi: FeatureFunction, batches: Iterable[Any]) -> dict[str, Tensor]:
+    """The features of all samples of some batches, by layer, as `rows` has them, on the CPU.
+
+    The model runs in eval mode, without gradients.
+
+    Raises:
+        ArgumentError: some are not finite.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    with evaluating(phi), torch.no_grad():
+        for inputs in batches:
+            for layer, x in named(phi.layers, call(phi, inputs)).items():
+                parts.setdefault(layer, []).append(rows(x).cpu())
+    found = {layer: torch.cat(of) for layer, of in parts.items()}
+    for layer, x in found.items():
+        if not x.isfinite().all():
+            raise ArgumentError(f"features of layer {layer!r} are not all finite", layer=layer)
+    return found
 
 
 def one(features: Any, what: str) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_positive
-from fmapkit.phi._features import call, evaluating, named, rows, taken
+from fmapkit.phi._features import gathered, taken
 from fmapkit.phi._plots import by_layer, figure_of
 from fmapkit.tables import Shown, Table
 
@@ -256,21 +256,14 @@ def _pairwise(x: Tensor) -> Tensor:
 
 
 def _features(phi: FeatureFunction, inputs: Any, count: int, batch_size: int) -> dict[str, Tensor]:
-    parts: dict[str, list[Tensor]] = {}
-    with evaluating(phi), torch.no_grad():
-        for at in range(0, count, batch_size):
-            some = taken(inputs, slice(at, at + batch_size))
-            for layer, x in named(phi.layers, call(phi, some)).items():
-                parts.setdefault(layer, []).append(rows(x).double().cpu())
-    found = {layer: torch.cat(xs) for layer, xs in parts.items()}
+    starts = range(0, count, batch_size)
+    found = gathered(phi, (taken(inputs, slice(at, at + batch_size)) for at in starts))
     for layer, x in found.items():
         if len(x) != count:
             raise ArgumentError(
                 f"layer {layer!r} has {len(x)} features of {count} samples", layer=layer
             )
-        if not x.isfinite().all():
-            raise ArgumentError(f"features of layer {layer!r} are not all finite", layer=layer)
-    return found
+    return {layer: x.double() for layer, x in found.items()}
 
 
 def _layer(name: str, x: Tensor, given: Tensor, apart: Tensor, tolerance: float) -> LayerKept:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_positive
-from fmapkit.phi._features import call, evaluating, named, rows, sklearn_needed
+from fmapkit.phi._features import gathered, sklearn_needed
 from fmapkit.phi._plots import by_layer, figure_of
 from fmapkit.tables import Shown, Table
 
@@ -188,17 +188,14 @@ def _collect(
 ) -> tuple[dict[str, Array], Array]:
     """The features of all samples by layer, and their labels."""
     check_positive(batch_size=batch_size)
-    parts: dict[str, list[Tensor]] = {}
     seen: list[Any] = []
     first = next(phi.parameters(), None)
     device = None if first is None else first.device
-    with evaluating(phi), torch.no_grad():
-        for inputs in _batches(data, labels is None, seen, batch_size):
-            for layer, x in named(phi.layers, call(phi, _moved(inputs, device))).items():
-                parts.setdefault(layer, []).append(rows(x).cpu())
-    if not parts:
+    batches = _batches(data, labels is None, seen, batch_size)
+    found = gathered(phi, (_moved(inputs, device) for inputs in batches))
+    if not found:
         raise ArgumentError("probe needs data, and there are none")
-    features = {layer: torch.cat(found).numpy() for layer, found in parts.items()}
+    features = {layer: x.numpy() for layer, x in found.items()}
     y = np.concatenate([_array(part) for part in (seen if labels is None else [labels])])
     for layer, matrix in features.items():
         if len(matrix) != len(y):
@@ -206,8 +203,6 @@ def _collect(
                 f"probe has {len(y)} labels, and {len(matrix)} samples of layer {layer!r}",
                 layer=layer,
             )
-        if not np.isfinite(matrix).all():
-            raise ArgumentError(f"features of layer {layer!r} are not all finite", layer=layer)
     return features, y
 
 
