@@ -1,13 +1,14 @@
-"""Names of a package that are imported when somebody asks for them."""
+"""Names of a package, and methods, that are imported when somebody asks for them."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from types import MethodType
 from typing import Any
 
-__all__ = ["lazy"]
+__all__ = ["LazyMethod", "lazy"]
 
 
 def lazy(
@@ -29,3 +30,20 @@ def lazy(
         return sorted({*vars(sys.modules[package]), *homes})
 
     return get, names
+
+
+class LazyMethod:
+    """A function that is imported when it is asked for, as a method: its first argument is `self`.
+
+    Args:
+        module: where it is.
+        name: of it there.
+    """
+
+    def __init__(self, module: str, name: str) -> None:
+        self._module = module
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        function = getattr(import_module(self._module), self._name)
+        return function if instance is None else MethodType(function, instance)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fmapkit._lazy import LazyMethod
 from fmapkit.tables import Shown
 
 if TYPE_CHECKING:
-    import os
-    from pathlib import Path
+    from fmapkit import page
 
 __all__ = ["Tabular"]
 
@@ -16,16 +16,8 @@ __all__ = ["Tabular"]
 class Tabular(Shown):
     """Shows itself by a table, and as a page."""
 
-    def to_html(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
-        """Write what is known as a page to share, one self-contained HTML file.
-
-        Args:
-            path: of the file; what is there is written over.
-            title: of the page; None for the name of the class.
-
-        Returns:
-            The path.
-        """
-        from fmapkit import page
-
-        return page.write_analysis(self, path, title=title)
+    if TYPE_CHECKING:
+        to_html = page.write_analysis
+        """Write what is known as a page to share, one HTML file: `fmapkit.page.write_analysis`."""
+    else:
+        to_html = LazyMethod("fmapkit.page", "write_analysis")

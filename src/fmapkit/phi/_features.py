@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fmapkit.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from fmapkit.phi.function import FeatureFunction
 
 __all__ = ["call", "evaluating", "gathered", "one", "rows", "sklearn_needed", "taken"]
 
@@ -34,10 +31,14 @@ def named(layers: Sequence[str], features: Any) -> dict[str, Tensor]:
     return dict(zip(layers, several, strict=True))
 
 
-def gathered(phi: FeatureFunction, batches: Iterable[Any]) -> dict[str, Tensor]:
+def gathered(phi: Any, batches: Iterable[Any]) -> dict[str, Tensor]:
     """The features of all samples of some batches, by layer, as `rows` has them, on the CPU.
 
     The model runs in eval mode, without gradients.
+
+    Args:
+        phi: a `FeatureFunction`.
+        batches: inputs as `call` takes them.
 
     Raises:
         ArgumentError: some are not finite.
