@@ -385,7 +385,7 @@ def test_lookups() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"after": 0}, "positive number of inputs, not 0"),
+        ({"after": 0}, "after must be a positive int, not 0"),
         ({"after": 1.5}, "not 1.5"),
         ({"after": True}, "not True"),
         ({"threshold": -1}, "at least 0, not -1"),

@@ -130,8 +130,7 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
         threshold: float = 0.0,
         saturation: Mapping[str, Bounds] | None = None,
     ) -> None:
-        if isinstance(after, bool) or not isinstance(after, int) or after < 1:
-            raise ArgumentError(f"after must be a positive number of inputs, not {after!r}")
+        check_positive(after=after)
         number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
         if not number or not threshold >= 0:
             raise ArgumentError(f"threshold must be a number of at least 0, not {threshold!r}")

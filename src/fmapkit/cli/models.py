@@ -44,7 +44,6 @@ def load(
     pretrained: bool = False,
     weights: Path | None = None,
     options: Mapping[str, Any] | None = None,
-    seed: int = 0,
 ) -> nn.Module:
     """The model of a name, in eval mode.
 
@@ -53,7 +52,6 @@ def load(
         pretrained: have the package load the weights that it knows.
         weights: a file with a `state_dict` to load: of safetensors, or of `torch.save`.
         options: for the function that makes the model.
-        seed: for weights that are drawn, so that they are the same each time.
 
     Raises:
         ArgumentError: there is no such model, or the weights are of another.
@@ -63,7 +61,7 @@ def load(
     if not colon or not rest:
         raise ArgumentError(f"a model is named as {FORMS}, not {name!r}")
     make = _PACKAGES.get(home, _factory)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)  # weights that are drawn are the same each time
     model = make(home, rest, pretrained, dict(options or {}))
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{name!r} gave {type(model).__name__}, and no torch.nn.Module")

@@ -22,7 +22,13 @@ from fmapkit.data._riding import Riding
 from fmapkit.data._rows import POOLS, Keep, Mask, Pool, Rows, Taken, check_keep
 from fmapkit.data._run import Run, batches_per_unit, default_call
 from fmapkit.data.features import Features
-from fmapkit.errors import ArgumentError, DistributedError, NotAModuleError, StoreError
+from fmapkit.errors import (
+    ArgumentError,
+    DistributedError,
+    NotAModuleError,
+    StoreError,
+    check_positive,
+)
 from fmapkit.kinds import Kind
 
 if TYPE_CHECKING:
@@ -104,7 +110,8 @@ def extract(
         DistributedError: ranks do not agree, or the model is spread over them.
     """
     model = checked_model(model, pool)
-    _check_number(batches_per_commit)
+    if batches_per_commit is not None:
+        check_positive(batches_per_commit=batches_per_commit)
     kinds = kinds if isinstance(kinds, str) else tuple(kinds)
     place = Place(to, storage_options)
     batches = Batches(loader)
@@ -297,13 +304,6 @@ def checked_model(model: Any, pool: Any) -> nn.Module:
     if pool is not None and not callable(pool) and pool not in POOLS:
         raise ArgumentError(f"pool must be one of {POOLS}, or a function of a map, not {pool!r}")
     return plain
-
-
-def _check_number(number: Any) -> None:
-    if number is None:
-        return
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ArgumentError(f"batches_per_commit must be a positive int, not {number!r}")
 
 
 def device_of(model: nn.Module, given: Any) -> torch.device:

@@ -52,7 +52,15 @@ class TensorBoardLog(Log):
 
     def __init__(self, writer: Any, *, prefix: str = "") -> None:
         self._own = isinstance(writer, (str, os.PathLike))
-        self._writer = _summary_writer(writer) if self._own else writer
+        if self._own:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    "TensorBoardLog needs tensorboard: pip install tensorboard"
+                ) from error
+            writer = SummaryWriter(os.fspath(writer))
+        self._writer = writer
         self._prefix = prefix
 
     def put(self, readings: Readings, step: int) -> None:
@@ -98,7 +106,11 @@ class WandbLog(Log):
     """
 
     def __init__(self, run: Any = None, *, prefix: str = "") -> None:
-        self._wandb = _wandb()
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("WandbLog needs wandb: pip install wandb") from error
+        self._wandb: Any = wandb
         self._run = run
         self._prefix = prefix
         self._defined: tuple[Any, set[str]] = (None, set())  # the run, and the names it knows
@@ -126,19 +138,3 @@ class WandbLog(Log):
             run.define_metric(name, step_metric=key)
             self._defined[1].add(name)
         run.log({**entry, key: step})
-
-
-def _summary_writer(directory: Any) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("TensorBoardLog needs tensorboard: pip install tensorboard") from error
-    return SummaryWriter(os.fspath(directory))
-
-
-def _wandb() -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError("WandbLog needs wandb: pip install wandb") from error
-    return wandb

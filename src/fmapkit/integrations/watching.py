@@ -12,7 +12,7 @@ from torch import nn
 
 from fmapkit.analysis import Analysis, DeadFilters, Statistics
 from fmapkit.capture import capture
-from fmapkit.errors import ArgumentError, CaptureWarning, did_you_mean, listed, near
+from fmapkit.errors import ArgumentError, CaptureWarning, check_positive, did_you_mean, listed, near
 from fmapkit.integrations.nonfinite import FirstNonFinite
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ class Watching:
         window: bool,
         options: dict[str, Any],
     ) -> None:
-        if isinstance(log_every, bool) or not isinstance(log_every, int) or log_every < 1:
-            raise ArgumentError(f"log_every must be a positive number of steps, not {log_every!r}")
+        check_positive(log_every=log_every)
         for name, value in (("evaluation", evaluation), ("window", window)):
             if not isinstance(value, bool):
                 raise ArgumentError(f"{name} must be True or False, not {value!r}")

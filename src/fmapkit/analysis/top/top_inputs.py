@@ -13,7 +13,7 @@ from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._mergeable import Mergeable
 from fmapkit.analysis.top.layer_tops import HEADS, LayerTops, row
 from fmapkit.analysis.top.strongest import Scores, Strongest, by_sample, scores_of
-from fmapkit.errors import ArgumentError, DistributedError, did_you_mean, listed
+from fmapkit.errors import ArgumentError, DistributedError, check_positive, did_you_mean, listed
 from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
@@ -140,8 +140,7 @@ class TopInputs(Shown, Mergeable[_TopGroup, LayerTops]):
         by: Literal["max", "mean"] | Scores = "max",
         kinds: str | Iterable[str] = "activation",
     ) -> None:
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ArgumentError(f"k must be a positive number of inputs, not {k!r}")
+        check_positive(k=k)
         if not callable(by) and by not in ("max", "mean"):
             raise ArgumentError(f"by must be 'max', 'mean' or a function, not {by!r}")
         self.k = k
