@@ -8,7 +8,7 @@ from importlib import import_module
 from types import MethodType
 from typing import Any
 
-__all__ = ["LazyMethod", "lazy"]
+__all__ = ["LazyMethod", "lazy", "needed"]
 
 
 def lazy(
@@ -30,6 +30,23 @@ def lazy(
         return sorted({*vars(sys.modules[package]), *homes})
 
     return get, names
+
+
+def needed(module: str, says: str) -> Any:
+    """A module of an extra.
+
+    Args:
+        module: its name.
+        says: what needs it, and how it is installed.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import_module(module.partition(".")[0])
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(says) from error
 
 
 class LazyMethod:

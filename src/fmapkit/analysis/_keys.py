@@ -155,7 +155,7 @@ class Groups(Generic[G]):
             )
         kind = parts[1] if len(parts) > 1 else None
         if kind is not None and kind not in KINDS:
-            hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
+            hint = did_you_mean(kind, KINDS)
             raise KindNotCapturedError(
                 f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}",
                 layer=parts[0],
@@ -208,7 +208,7 @@ class Groups(Generic[G]):
             ArgumentError: an argument is of no allowed form.
         """
         if kind is not None and kind not in KINDS:
-            hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
+            hint = did_you_mean(kind, KINDS)
             raise ArgumentError(
                 f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}", candidates=KINDS
             )

@@ -18,7 +18,7 @@ from fmapkit.analysis._moments import Moments, absorb, by_filter, fused, merge, 
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
 from fmapkit.analysis._tables import Tabular
 from fmapkit.analysis.summary import _HEADS, LayerStatistics, _columns, summarise
-from fmapkit.errors import ArgumentError
+from fmapkit.errors import check_flags
 from fmapkit.tables import Table
 
 if TYPE_CHECKING:
@@ -119,8 +119,7 @@ class Statistics(Tabular, Mergeable[_Group, LayerStatistics]):
         saturation: Mapping[str, Bounds] | None = None,
         compile: bool = False,
     ) -> None:
-        if not isinstance(compile, bool):
-            raise ArgumentError(f"compile must be True or False, not {compile!r}")
+        check_flags(compile=compile)
         self._edges = Edges.of(bins)
         self._bounds = checked(saturation)
         self._compile = compile

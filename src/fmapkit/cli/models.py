@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fmapkit._lazy import needed
 from fmapkit.errors import ArgumentError, did_you_mean, listed, near
 
 __all__ = ["load", "options_of"]
@@ -151,13 +152,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     if not path.exists():
         raise ArgumentError(f"--weights {path}: there is no such file")
     if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ImportError(
-                "weights of safetensors need it: pip install fmapkit[safetensors]"
-            ) from error
-        state: Any = load_file(str(path))
+        says = "weights of safetensors need it: pip install fmapkit[safetensors]"
+        state: Any = needed("safetensors.torch", says).load_file(str(path))
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
     for key in ("state_dict", "model", "model_state_dict"):  # as training scripts wrap it

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fmapkit import CaptureWarning, FeatureMaps, capture
+from fmapkit._lazy import needed
 from fmapkit.data._batches import Batch, Batches, moved
 from fmapkit.data._fingerprint import digest
 from fmapkit.data._manifest import Manifest, UnitRecord
@@ -279,12 +280,8 @@ def _bar(ranks: int, manifest: Manifest, records: Mapping[int, UnitRecord]) -> A
     """A bar of all samples; of one of several ranks, of about its share of those to come."""
     if not ranks:
         return _NoBar()
-    try:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ImportError(
-            "progress=True needs tqdm: pip install fmapkit[data], or give progress=False"
-        ) from error
+    says = "progress=True needs tqdm: pip install fmapkit[data], or give progress=False"
+    tqdm = needed("tqdm.auto", says).tqdm
     done, total = sum(record.samples for record in records.values()), manifest.samples
     if ranks > 1:
         done, total = 0, None if total is None else -(-(total - done) // ranks)

@@ -119,7 +119,7 @@ class Features(Shown):
         """
         layer, kind = (key, None) if isinstance(key, str) else key
         if layer not in self:
-            hint = did_you_mean(layer, self.layers) if isinstance(layer, str) else ""
+            hint = did_you_mean(layer, self.layers)
             raise UnknownLayerError(
                 f"no features of layer {layer!r} here{hint}; there are {listed(self.layers)}",
                 layer=layer if isinstance(layer, str) else None,

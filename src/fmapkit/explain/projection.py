@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fmapkit.errors import ArgumentError, EditError
+from fmapkit.errors import ArgumentError, EditError, check_choice
 from fmapkit.explain._axes import input_axes
 from fmapkit.explain._locations import At, chosen
 from fmapkit.explain._passes import WantedMap, eager, exchanged, first_tensor, kept_state, run
@@ -21,7 +21,6 @@ _UNSEEN = (
     "method={!r} has to see what each nonlinearity receives, and here it cannot: {}; "
     "use method='gradient'"
 )
-_METHODS = ("deconvnet", "guided", "gradient")
 
 
 def project(
@@ -84,12 +83,8 @@ def project(
         FilterRangeError: there is no such filter.
     """
     model = eager(model, "project")
-    if method not in _METHODS:
-        raise ArgumentError(
-            f"method must be one of {', '.join(map(repr, _METHODS))}, not {method!r}"
-        )
-    if start not in ("ones", "map"):
-        raise ArgumentError(f"start must be 'ones' or 'map', not {start!r}")
+    check_choice(("deconvnet", "guided", "gradient"), method=method)
+    check_choice(("ones", "map"), start=start)
     tensor = differentiable(inputs, "project")
     along = input_axes(tensor, axes) if at is not None or axes is not None else ()
     rectifiers = _Rectifiers(method)

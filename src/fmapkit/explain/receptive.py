@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fmapkit.errors import ArgumentError, MapLookupError
+from fmapkit.errors import ArgumentError, MapLookupError, check_choice
 from fmapkit.explain._axes import input_axes, is_location, map_axes
 from fmapkit.explain._fields import NONE, Fields
 from fmapkit.explain._follow import Follow, Leaving
@@ -228,8 +228,7 @@ def receptive_field(
         MapLookupError: there is no such map, or there are several.
     """
     model = eager(model, "receptive_field")
-    if weights not in ("any", "own"):
-        raise ArgumentError(f"weights must be 'any' or 'own', not {weights!r}")
+    check_choice(("any", "own"), weights=weights)
     tensor = first_tensor(inputs, "receptive_field")
     along = input_axes(tensor, axes)
     asked = _WantedField(model, WantedMap(layer, kind, call, path), along, weights)

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
+from fmapkit._lazy import needed
 from fmapkit.integrations.reading import Readings, together
 
 __all__ = ["Log", "TensorBoardLog", "WandbLog"]
@@ -53,13 +54,8 @@ class TensorBoardLog(Log):
     def __init__(self, writer: Any, *, prefix: str = "") -> None:
         self._own = isinstance(writer, (str, os.PathLike))
         if self._own:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError(
-                    "TensorBoardLog needs tensorboard: pip install tensorboard"
-                ) from error
-            writer = SummaryWriter(os.fspath(writer))
+            says = "TensorBoardLog needs tensorboard: pip install tensorboard"
+            writer = needed("torch.utils.tensorboard", says).SummaryWriter(os.fspath(writer))
         self._writer = writer
         self._prefix = prefix
 
@@ -106,11 +102,7 @@ class WandbLog(Log):
     """
 
     def __init__(self, run: Any = None, *, prefix: str = "") -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError("WandbLog needs wandb: pip install wandb") from error
-        self._wandb: Any = wandb
+        self._wandb = needed("wandb", "WandbLog needs wandb: pip install wandb")
         self._run = run
         self._prefix = prefix
         self._defined: tuple[Any, set[str]] = (None, set())  # the run, and the names it knows

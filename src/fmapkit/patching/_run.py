@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.editing import Where
-from fmapkit.errors import ArgumentError, check_positive
+from fmapkit.errors import ArgumentError, check_choice, check_positive
 from fmapkit.explain import with_bar
 from fmapkit.map import FeatureMap
 from fmapkit.patching._edited_runs import Runs
@@ -114,8 +114,7 @@ def patch(
 
 
 def _check(model: nn.Module, metric: Any, into: Any, batch_size: Any) -> None:
-    if into not in _OTHER:
-        raise ArgumentError(f"into must be 'corrupted' or 'clean', not {into!r}")
+    check_choice(tuple(_OTHER), into=into)
     if not callable(metric):
         raise ArgumentError(f"metric must be a function of what the model returns, not {metric!r}")
     check_positive(batch_size=batch_size)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fmapkit._lazy import needed
 from fmapkit.errors import ArgumentError
 
 __all__ = ["call", "evaluating", "gathered", "one", "rows", "sklearn_needed", "taken"]
@@ -108,9 +109,4 @@ def sklearn_needed() -> None:
     Raises:
         ImportError: it is not.
     """
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "probes and transformers need scikit-learn: pip install fmapkit[sklearn]"
-        ) from error
+    needed("sklearn", "probes and transformers need scikit-learn: pip install fmapkit[sklearn]")

@@ -12,7 +12,16 @@ from torch import Tensor
 from fmapkit.analysis.similarity.hsic import LEAST, Gram
 from fmapkit.analysis.similarity.labels import MapTag, labels
 from fmapkit.analysis.similarity.pairs import Pairs
-from fmapkit.errors import ArgumentError, NoPassError, UnknownLayerError, did_you_mean, listed, near
+from fmapkit.errors import (
+    ArgumentError,
+    NoPassError,
+    UnknownLayerError,
+    check_choice,
+    check_flags,
+    did_you_mean,
+    listed,
+    near,
+)
 from fmapkit.readable import plain_values
 from fmapkit.tables import Shown, Table
 
@@ -138,8 +147,7 @@ class Similarity(Shown):
     """
 
     def __init__(self, *, rsa: bool = False) -> None:
-        if not isinstance(rsa, bool):
-            raise ArgumentError(f"rsa must be True or False, not {rsa!r}")
+        check_flags(rsa=rsa)
         self._rsa = rsa
         self.reset()
 
@@ -275,8 +283,7 @@ class Similarity(Shown):
         """
         from fmapkit.analysis.similarity.plot import plot_similarity
 
-        if measure not in ("cka", "rsa"):
-            raise ArgumentError(f"measure must be 'cka' or 'rsa', not {measure!r}")
+        check_choice(("cka", "rsa"), measure=measure)
         values = (self.cka if measure == "cka" else self.rsa).numpy()
         return plot_similarity(values, self.layers, ax, measure=measure, title=title)
 

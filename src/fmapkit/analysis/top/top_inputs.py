@@ -148,7 +148,7 @@ class TopInputs(Shown, Mergeable[_TopGroup, LayerTops]):
         self.kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
         for kind in self.kinds:
             if kind not in _KINDS:
-                hint = did_you_mean(kind, _KINDS) if isinstance(kind, str) else ""
+                hint = did_you_mean(kind, _KINDS)
                 raise ArgumentError(
                     f"kinds takes some of {listed(_KINDS)}, not {kind!r}{hint}", candidates=_KINDS
                 )
