@@ -18,16 +18,17 @@ def lazy(
 
     Args:
         package: its `__name__`.
-        homes: by name, the module of the package that has it.
+        homes: by module of the package, the names that it has.
     """
+    home_of = {name: module for module, names in homes.items() for name in names.split()}
 
     def get(name: str) -> Any:
-        if name not in homes:
+        if name not in home_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{homes[name]}"), name)
+        return getattr(import_module(f"{package}.{home_of[name]}"), name)
 
     def names() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *homes})
+        return sorted({*vars(sys.modules[package]), *home_of})
 
     return get, names
 

@@ -193,7 +193,10 @@ def as_grid(fm: AnyMap, rows: int, columns: int) -> AnyMap:
             f"{fm.layer!r} has {tokens}",
             **tags(fm),
         )
-    return _as(fm, _unflattened(values[:, :, tokens - rows * columns :], rows, columns))
+    values = values[:, :, tokens - rows * columns :]
+    stride = values.stride()
+    shape = (*values.shape[:2], rows, columns)
+    return _as(fm, values.as_strided(shape, (*stride[:2], stride[2] * columns, stride[2])))
 
 
 def unnormalised(
@@ -250,12 +253,6 @@ def _by_filter(fm: ReadableMap, locations: int | None = None) -> Tensor:
             **tags(fm),
         )
     return found
-
-
-def _unflattened(values: Tensor, rows: int, columns: int) -> Tensor:
-    stride = values.stride()
-    shape = (*values.shape[:2], rows, columns)
-    return values.as_strided(shape, (*stride[:2], stride[2] * columns, stride[2]))
 
 
 def _as(fm: AnyMap, values: Tensor) -> AnyMap:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -22,6 +22,7 @@ __all__ = [
     "Spec",
     "UnitRecord",
     "as_stored",
+    "from_json",
     "stored_dtype",
     "torch_dtype",
 ]
@@ -60,6 +61,14 @@ def as_stored(values: torch.Tensor) -> np.ndarray[Any, Any]:
     if bits is not None:
         values = values.contiguous().view(torch_dtype(bits))
     return values.numpy()
+
+
+_T = TypeVar("_T")
+
+
+def from_json(kind: type[_T], given: Mapping[str, Any]) -> _T:
+    """What JSON has kept of one of these, whose lists were tuples."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,18 +153,6 @@ class ArraySpec:
             f" ({', '.join(more)})" if more else ""
         )
 
-    @staticmethod
-    def of(given: Mapping[str, Any]) -> ArraySpec:
-        """What JSON has kept."""
-        filters = given["filters"]
-        return ArraySpec(
-            **{
-                **given,
-                "shape": tuple(given["shape"]),
-                "filters": None if filters is None else tuple(filters),
-            }
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class FieldSpec:
@@ -199,11 +196,6 @@ class FieldSpec:
         rows = "samples" if self.per == "sample" else "tokens"
         return (rows, *(f"axis{axis}" for axis in range(1, 1 + len(self.shape))))
 
-    @staticmethod
-    def of(given: Mapping[str, Any]) -> FieldSpec:
-        """What JSON has kept."""
-        return FieldSpec(**{**given, "shape": tuple(given["shape"])})
-
 
 Spec = ArraySpec | FieldSpec
 
@@ -231,15 +223,6 @@ class UnitRecord:
     digest: str
     run: str = ""
     absorbed: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON."""
-        return {**asdict(self), "absorbed": list(self.absorbed)}
-
-    @staticmethod
-    def of(given: Mapping[str, Any]) -> UnitRecord:
-        """What JSON has kept."""
-        return UnitRecord(**{**given, "absorbed": tuple(given.get("absorbed", ()))})
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +281,7 @@ class Manifest:
         """What JSON has kept."""
         rest = {k: v for k, v in given.items() if k not in ("format", "layout", "arrays", "fields")}
         return Manifest(
-            arrays=tuple(map(ArraySpec.of, given["arrays"])),
-            fields=tuple(map(FieldSpec.of, given["fields"])),
+            arrays=tuple(from_json(ArraySpec, array) for array in given["arrays"]),
+            fields=tuple(from_json(FieldSpec, field) for field in given["fields"]),
             **rest,
         )

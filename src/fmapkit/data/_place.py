@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fmapkit.data import _objects
-from fmapkit.data._manifest import FORMAT, FieldSpec, Manifest, Spec, UnitRecord
+from fmapkit.data._manifest import FORMAT, FieldSpec, Manifest, Spec, UnitRecord, from_json
 from fmapkit.data._pieces import chunk_name
 from fmapkit.errors import ArgumentError, StoreError, StoreMismatchError
 
@@ -154,7 +154,7 @@ class Place:
         found = []
         for content in _objects.read(self._store, "commits"):
             with suppress(ValueError):  # after a power cut it may be empty, or zeros
-                found.append(UnitRecord.of(json.loads(content)))
+                found.append(from_json(UnitRecord, json.loads(content)))
         return {record.unit: record for record in sorted(found, key=lambda r: r.unit)}
 
     @staticmethod
@@ -298,7 +298,7 @@ class Place:
         The disk need not have it: where a power cut takes it away, the unit is done again.
         """
         path = f"commits/{node_of(record.unit)}"
-        content = json.dumps(record.to_json()).encode()
+        content = json.dumps(asdict(record)).encode()
         _objects.put(self._store, path, content)
         return path
 

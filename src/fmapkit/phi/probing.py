@@ -17,6 +17,7 @@ from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.phi._features import gathered, sklearn_needed
 from fmapkit.phi._plots import by_layer, figure_of
 from fmapkit.tables import Shown, Table
+from fmapkit.torchlib.operators import tree_map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -190,9 +191,12 @@ def _collect(
     check_positive(batch_size=batch_size)
     seen: list[Any] = []
     first = next(phi.parameters(), None)
-    device = None if first is None else first.device
+
+    def moved(value: Any) -> Any:
+        return value.to(first.device) if first is not None and isinstance(value, Tensor) else value
+
     batches = _batches(data, labels is None, seen, batch_size)
-    found = gathered(phi, (_moved(inputs, device) for inputs in batches))
+    found = gathered(phi, (tree_map(moved, inputs) for inputs in batches))
     if not found:
         raise ArgumentError("probe needs data, and there are none")
     features = {layer: x.numpy() for layer, x in found.items()}
@@ -229,16 +233,6 @@ def _batches(data: Any, labelled: bool, labels: list[Any], batch_size: int) -> I
                 f"{type(batch).__name__}"
                 + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
             )
-
-
-def _moved(inputs: Any, device: torch.device | None) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs.to(device) if device is not None else inputs
-    if isinstance(inputs, dict):
-        return {key: _moved(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(_moved(value, device) for value in inputs)
-    return inputs
 
 
 def _array(labels: Any) -> Array:
