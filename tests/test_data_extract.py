@@ -527,7 +527,7 @@ def test_other_data_at_the_same_place_is_refused(model: Net, tmp_path: Path) -> 
     to = tmp_path / "f"
     data = IMAGES.split(8)
     quiet(model, data, "conv2", to, batches_per_commit=2)
-    with pytest.raises(StoreMismatchError, match="first batch is not the one"):
+    with pytest.raises(StoreMismatchError, match="batch 0 of the loader is not the one"):
         quiet(model, [-x for x in data], "conv2", to)
     quiet(model, [-x for x in data], "conv2", to, check=False)  # all is there
 

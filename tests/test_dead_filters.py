@@ -349,7 +349,9 @@ def test_in_inference_mode_and_out_of_it() -> None:
 
 def test_what_is_left_out_is_named() -> None:
     dead = DeadFilters()
-    with pytest.warns(CaptureWarning, match="DeadFilters leaves out layer 'conv': it is complex"):
+    with pytest.warns(
+        CaptureWarning, match="leaves out the activation of layer 'conv': it is complex"
+    ):
         dead.update(fmap(torch.ones(2, 3, dtype=torch.complex64)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -383,7 +385,7 @@ def test_lookups() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"after": 0}, "positive number of inputs, not 0"),
+        ({"after": 0}, "after must be a positive int, not 0"),
         ({"after": 1.5}, "not 1.5"),
         ({"after": True}, "not True"),
         ({"threshold": -1}, "at least 0, not -1"),

@@ -493,7 +493,7 @@ _IMAGES = torch.randn(2, 3, 12, 12)
         (
             lambda: project(_net(), _IMAGES, "c3", method="lrp"),  # type: ignore[arg-type]
             ArgumentError,
-            "method must be one of 'deconvnet', 'guided', 'gradient', not 'lrp'",
+            "method must be 'deconvnet', 'guided' or 'gradient', not 'lrp'",
         ),
         (
             lambda: project(_net(), _IMAGES, "c3", start="zeros"),  # type: ignore[arg-type]

@@ -252,7 +252,7 @@ def test_the_first_nan_is_told_once() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"log_every": 0}, "log_every must be a positive number of steps, not 0"),
+        ({"log_every": 0}, "log_every must be a positive int, not 0"),
         ({"evaluation": 1}, "evaluation must be True or False, not 1"),
         ({"window": None}, "window must be True or False, not None"),
         ({"every": 0}, "every must be a positive int, not 0"),

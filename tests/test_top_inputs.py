@@ -244,8 +244,8 @@ def test_what_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"k": 0}, "k must be a positive number of inputs, not 0"),
-        ({"k": True}, "k must be a positive number of inputs, not True"),
+        ({"k": 0}, "k must be a positive int, not 0"),
+        ({"k": True}, "k must be a positive int, not True"),
         ({"by": "sum"}, "by must be 'max', 'mean' or a function, not 'sum'"),
         ({"kinds": "input"}, "kinds takes some of 'response', 'preactivation', 'activation', "),
     ],

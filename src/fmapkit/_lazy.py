@@ -1,13 +1,14 @@
-"""Names of a package that are imported when somebody asks for them."""
+"""Names of a package, and methods, that are imported when somebody asks for them."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from types import MethodType
 from typing import Any
 
-__all__ = ["lazy"]
+__all__ = ["LazyMethod", "lazy", "needed"]
 
 
 def lazy(
@@ -17,15 +18,50 @@ def lazy(
 
     Args:
         package: its `__name__`.
-        homes: by name, the module of the package that has it.
+        homes: by module of the package, the names that it has.
     """
+    home_of = {name: module for module, names in homes.items() for name in names.split()}
 
     def get(name: str) -> Any:
-        if name not in homes:
+        if name not in home_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{homes[name]}"), name)
+        return getattr(import_module(f"{package}.{home_of[name]}"), name)
 
     def names() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *homes})
+        return sorted({*vars(sys.modules[package]), *home_of})
 
     return get, names
+
+
+def needed(module: str, says: str) -> Any:
+    """A module of an extra.
+
+    Args:
+        module: its name.
+        says: what needs it, and how it is installed.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import_module(module.partition(".")[0])
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(says) from error
+
+
+class LazyMethod:
+    """A function that is imported when it is asked for, as a method: its first argument is `self`.
+
+    Args:
+        module: where it is.
+        name: of it there.
+    """
+
+    def __init__(self, module: str, name: str) -> None:
+        self._module = module
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        function = getattr(import_module(self._module), self._name)
+        return function if instance is None else MethodType(function, instance)

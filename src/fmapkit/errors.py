@@ -31,7 +31,7 @@ and `candidates`, None or empty where it is not about one.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -208,6 +208,33 @@ def check_positive(**numbers: Any) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ArgumentError(f"{name} must be a positive int, not {value!r}")
+
+
+def check_choice(known: Sequence[str], **given: Any) -> None:
+    """Whether arguments are among what there is to choose from.
+
+    Raises:
+        ArgumentError: one is not.
+    """
+    for name, value in given.items():
+        if value not in known:
+            *others, last = map(repr, known)
+            raise ArgumentError(
+                f"{name} must be {', '.join(others)} or {last}, not {value!r}"
+                f"{did_you_mean(value, known)}",
+                candidates=near(value, known) or known,
+            )
+
+
+def check_flags(**flags: Any) -> None:
+    """Whether arguments are True or False.
+
+    Raises:
+        ArgumentError: one is not.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name} must be True or False, not {value!r}")
 
 
 def check_module(what: str, model: Any) -> None:

@@ -17,8 +17,7 @@ from fmapkit.lookup import (
     find,
     gather,
     latest,
-    maps_as_html,
-    maps_as_text,
+    maps_table,
     parse,
     pass_number,
     read,
@@ -328,10 +327,10 @@ class FeatureMaps(DrawableMaps):
     # -- to look at ---------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        return maps_as_text(self._session)
+        return maps_table(self._session).text()
 
     def _repr_html_(self) -> str:
-        return maps_as_html(self._session)
+        return maps_table(self._session).html()
 
 
 def _of_snapshot(snapshot: Snapshot) -> FeatureMaps:

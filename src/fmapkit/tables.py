@@ -3,58 +3,73 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Collection, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
-__all__ = ["html_table", "text_table"]
+__all__ = ["Shown", "Table"]
 
 
-def text_table(
-    heads: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int]
-) -> list[str]:
-    """The table as lines of text.
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What something shows of itself.
 
-    Args:
+    Attributes:
         heads: of the columns.
-        rows: the cells.
+        rows: the cells, a line each.
         right: which columns are set to the right; the others to the left.
-    """
-    rows = list(rows)
-    widths = [max(len(r[i]) for r in (heads, *rows)) for i in range(len(heads))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            c.rjust(w) if i in right else c.ljust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    return [line(heads), "  ".join("─" * w for w in widths), *map(line, rows)]
-
-
-def html_table(
-    heads: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    right: Collection[int],
-    caption: str = "",
-) -> str:
-    """The table as HTML, escaped.
-
-    Args:
-        heads: of the columns.
-        rows: the cells.
-        right: which columns are set to the right; the others to the left.
-        caption: stands above.
+        last: the line below, or all there is to say where there are no rows.
     """
 
-    def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(
-            f'<{tag} style="text-align:{"right" if i in right else "left"}">'
-            f"{html.escape(c)}</{tag}>"
-            for i, c in enumerate(row)
+    heads: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    right: Collection[int]
+    last: str
+
+    def text(self) -> str:
+        """For a terminal."""
+        if not self.rows:
+            return self.last
+        widths = [max(map(len, column)) for column in zip(self.heads, *self.rows, strict=True)]
+
+        def line(row: Sequence[str]) -> str:
+            cells = [
+                c.rjust(w) if i in self.right else c.ljust(w)
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ]
+            return "  ".join(cells).rstrip()
+
+        under = "  ".join("─" * w for w in widths)
+        return "\n".join([line(self.heads), under, *map(line, self.rows), self.last])
+
+    def html(self) -> str:
+        """For a notebook, escaped."""
+
+        def cells(row: Sequence[str], tag: str) -> str:
+            return "".join(
+                f'<{tag} style="text-align:{"right" if i in self.right else "left"}">'
+                f"{html.escape(c)}</{tag}>"
+                for i, c in enumerate(row)
+            )
+
+        body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in self.rows)
+        return (
+            f"<table><caption>{html.escape(self.last)}</caption>"
+            f"<thead><tr>{cells(self.heads, 'th')}</tr></thead><tbody>{body}</tbody></table>"
         )
 
-    above = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    body = "".join(f"<tr>{cells(r, 'td')}</tr>" for r in rows)
-    head = f"<thead><tr>{cells(heads, 'th')}</tr></thead>"
-    return f"<table>{above}{head}<tbody>{body}</tbody></table>"
+
+class Shown(ABC):
+    """Shows itself by a table."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def _table(self) -> Table:
+        """What is known; waits for the device."""
+
+    def __repr__(self) -> str:
+        return self._table().text()
+
+    def _repr_html_(self) -> str:
+        return self._table().html()

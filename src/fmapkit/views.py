@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError, FilterRangeError, check_positive, did_you_mean, near
+from fmapkit.errors import ArgumentError, FilterRangeError, check_choice, check_positive
 from fmapkit.readable import AnyMap, ReadableMap, tags
 
 __all__ = [
@@ -92,13 +92,7 @@ def sparsity(
         ArgumentError: there is no such measure.
         FilterRangeError: its filters do not lie along one axis.
     """
-    known = ("zeros", "hoyer", "treves-rolls")
-    if measure not in known:
-        hint = did_you_mean(measure, known) if isinstance(measure, str) else ""
-        raise ArgumentError(
-            f"measure must be 'zeros', 'hoyer' or 'treves-rolls', not {measure!r}{hint}",
-            candidates=near(measure, known) or known,
-        )
+    check_choice(("zeros", "hoyer", "treves-rolls"), measure=measure)
     values = _by_filter(fm).detach().movedim(1, 0).flatten(1).double()
     if measure == "zeros":
         return (values == 0).double().mean(1)
@@ -131,8 +125,7 @@ def strongest(
         ArgumentError: an argument is outside what is allowed.
         FilterRangeError: its filters do not lie along one axis.
     """
-    if by not in ("max", "mean"):
-        raise ArgumentError(f"by must be 'max' or 'mean', not {by!r}")
+    check_choice(("max", "mean"), by=by)
     values = _by_filter(fm).detach()
     if sample is not None:
         if not -len(values) <= sample < len(values):
@@ -165,8 +158,7 @@ def upsampled(fm: AnyMap, size: int | Sequence[int], mode: str = "bilinear") -> 
         ArgumentError: the map has no rows and columns, or an argument is outside what is allowed.
         FilterRangeError: its filters do not lie along one axis.
     """
-    if mode not in ("nearest", "bilinear", "bicubic"):
-        raise ArgumentError(f"mode must be 'nearest', 'bilinear' or 'bicubic', not {mode!r}")
+    check_choice(("nearest", "bilinear", "bicubic"), mode=mode)
     wanted = [size, size] if isinstance(size, int) else [int(n) for n in size]
     if len(wanted) != 2 or min(wanted) < 1:
         raise ArgumentError(f"size must be rows and columns, not {size!r}")
@@ -201,7 +193,10 @@ def as_grid(fm: AnyMap, rows: int, columns: int) -> AnyMap:
             f"{fm.layer!r} has {tokens}",
             **tags(fm),
         )
-    return _as(fm, _unflattened(values[:, :, tokens - rows * columns :], rows, columns))
+    values = values[:, :, tokens - rows * columns :]
+    stride = values.stride()
+    shape = (*values.shape[:2], rows, columns)
+    return _as(fm, values.as_strided(shape, (*stride[:2], stride[2] * columns, stride[2])))
 
 
 def unnormalised(
@@ -258,12 +253,6 @@ def _by_filter(fm: ReadableMap, locations: int | None = None) -> Tensor:
             **tags(fm),
         )
     return found
-
-
-def _unflattened(values: Tensor, rows: int, columns: int) -> Tensor:
-    stride = values.stride()
-    shape = (*values.shape[:2], rows, columns)
-    return values.as_strided(shape, (*stride[:2], stride[2] * columns, stride[2]))
 
 
 def _as(fm: AnyMap, values: Tensor) -> AnyMap:

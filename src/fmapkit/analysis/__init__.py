@@ -38,12 +38,12 @@ __all__ = [
 
 # Imported when asked for: `import fmapkit` needs the protocol only, and should not pay for them.
 _HOMES = {
-    "DeadFilters": "dead",
-    "LayerFirings": "firings",
-    "LayerStatistics": "summary",
-    "Similarity": "similarity",
-    "Statistics": "statistics",
-    **dict.fromkeys(["Context", "Hit", "LayerTops", "Patch", "TopInputs"], "top"),
+    "dead": "DeadFilters",
+    "firings": "LayerFirings",
+    "similarity": "Similarity",
+    "statistics": "Statistics",
+    "summary": "LayerStatistics",
+    "top": "Context Hit LayerTops Patch TopInputs",
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOMES)

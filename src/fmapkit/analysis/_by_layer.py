@@ -1,32 +1,95 @@
-"""Analyses that sum up the maps of each layer: what those here have in common, but for the sums."""
+"""Analyses that sum up the maps of each layer: what those here have in common, but for the sums.
+
+    update(fm)      -> _take_in     one map, as it is made
+    analysis[key]   -> _read        what is known of a layer
+    state_dict()    -> Sums.state   what is kept; load_state_dict() -> _sums
+
+Of what several runs or ranks have seen, see `_mergeable.py`.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
 
 from fmapkit._warnings import warn
-from fmapkit.analysis._keys import Groups, Name
+from fmapkit.analysis._keys import Filters, Groups, Name
 from fmapkit.errors import ArgumentError
+from fmapkit.kinds import KINDS
+from fmapkit.readable import plain_values
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
 
-__all__ = ["ByLayer"]
+__all__ = ["ByLayer", "Sums"]
 
-G = TypeVar("G")  # what is known of one set of filters
+
+class Sums(Protocol):
+    """What is known of one set of filters."""
+
+    def state(self) -> dict[str, Any]:
+        """All of it: "tensors", a dict of them, and values of built-in types."""
+
+
+G = TypeVar("G", bound=Sums)
 S = TypeVar("S")  # how that is read
 
 
 class ByLayer(ABC, Generic[G, S]):
-    """Reads what is known, layer by layer."""
+    """Takes maps in, and reads what is known, layer by layer.
 
-    _groups: Groups[G]
+    Args:
+        what: how messages call it, such as "stats".
+    """
+
+    _kinds: Collection[str] = KINDS  # of the maps that are looked at
+
+    def __init__(self, what: str) -> None:
+        self._groups: Groups[G] = Groups(what)
+
+    @abstractmethod
+    def _take_in(self, fm: FeatureMap, tensor: Tensor, name: Name, filters: Filters) -> str:
+        """Take the values of a map in; returns why they cannot be, empty if they are."""
 
     @abstractmethod
     def _read(self, name: Name) -> S:
         """What is known of the maps of one name."""
+
+    @abstractmethod
+    def _options(self) -> dict[str, Any]:
+        """The arguments that a state has to agree in, of built-in types."""
+
+    @abstractmethod
+    def _sums(self, entry: Mapping[str, Any]) -> G:
+        """Of what `Sums.state` gave."""
+
+    # -- taking in -----------------------------------------------------------------------------
+
+    def update(self, fm: FeatureMap) -> None:
+        """Take one map in; what cannot be taken in is named in `missed`."""
+        if fm.kind not in self._kinds:
+            return
+        # State made in inference mode could not be used out of it.
+        with torch.inference_mode(False), torch.no_grad():
+            tensor, reason = plain_values(fm)
+            name, filters = self._groups.place(fm)
+            reason = reason or self._groups.clash(name, filters)
+            if tensor is not None and not reason:
+                reason = self._take_in(fm, tensor.detach(), name, filters)
+        if reason and (fm.layer, fm.kind) not in self._groups.missed:
+            self._groups.missed[fm.layer, fm.kind] = reason
+            said = f"the {fm.kind} of layer {fm.layer!r}"
+            warn(f"{type(self).__name__} leaves out {said}: {reason}")
+
+    def reset(self) -> None:
+        """Forget all that was seen."""
+        self._groups = Groups(self._groups.what)
+
+    # -- reading -------------------------------------------------------------------------------
 
     @property
     def layers(self) -> list[str]:
@@ -37,6 +100,43 @@ class ByLayer(ABC, Generic[G, S]):
     def missed(self) -> dict[tuple[str, str], str]:
         """What was left out: the reason by (layer, kind)."""
         return dict(self._groups.missed)
+
+    def __getitem__(self, key: str | tuple[str, ...]) -> S:
+        """What is known of one layer's maps of one kind.
+
+        Args:
+            key: a layer (its activation; of a module of which only outputs were seen, its output),
+                (layer, kind), or (layer, kind, path) for nested outputs.
+
+        Raises:
+            NoPassError: no map has been seen yet.
+            UnknownLayerError: none of such a layer.
+            NoActivationError: no activation of it.
+            KindNotCapturedError: none of that kind.
+            AmbiguousMapError: several answer; choose with `select`.
+        """
+        return self._read(self._groups.find(key))
+
+    def select(
+        self,
+        layer: Any = None,
+        kind: str | None = None,
+        *,
+        nonlinearity: str | None = None,
+        path: str | None = None,
+    ) -> list[S]:
+        """All that fit, in the order in which they were first seen.
+
+        Args:
+            layer: a name, glob or regex, or several.
+            kind: one of the five kinds.
+            nonlinearity: only maps of this σ.
+            path: only this place in a nested output.
+
+        Raises:
+            ArgumentError: an argument is of no allowed form.
+        """
+        return [self._read(n) for n in self._groups.select(layer, kind, nonlinearity, path)]
 
     def __contains__(self, layer: object) -> bool:
         return any(name.layer == layer for name in self._groups.names)
@@ -53,19 +153,55 @@ class ByLayer(ABC, Generic[G, S]):
         """It is there, also when nothing has been seen."""
         return True
 
-    def _check_state(self, state: Any) -> None:
-        """Whether `load_state_dict` can take it.
+    # -- keeping -------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is known, as tensors and built-in types: `torch.save` it with the model.
+
+        Loads with `weights_only=True`. `update` does not change the tensors that are in it.
+        """
+        groups = [
+            {
+                "layer": name.layer,
+                "kind": name.kind,
+                "nonlinearity": name.nonlinearity,
+                "path": name.path,
+                "filters": None if filters is None else list(filters),
+                **group.state(),
+            }
+            for name, filters, group in self._groups
+        ]
+        return {"version": 1, "options": self._options(), "groups": groups}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict()`; what was known before is forgotten.
 
         Raises:
-            ArgumentError: it is of another kind or version.
+            ArgumentError: it is of another kind or version, or was made with other arguments.
         """
         if not isinstance(state, Mapping) or state.get("version") != 1 or "groups" not in state:
             raise ArgumentError(
                 f"load_state_dict takes what {type(self).__name__}.state_dict() gave, of version 1"
             )
+        self._check_options(state["options"], "load_state_dict")
+        self.reset()
+        for name, filters, group in map(self._kept, state["groups"]):
+            self._groups.names.setdefault(name, {})[filters] = group
 
-    def _leave_out(self, fm: FeatureMap, what: str, reason: str) -> None:
-        """Name a map that cannot be taken in, once."""
-        if (fm.layer, fm.kind) not in self._groups.missed:
-            self._groups.note(fm, reason)
-            warn(f"{type(self).__name__} leaves out {what}: {reason}")
+    def _kept(self, entry: Mapping[str, Any]) -> tuple[Name, Filters, G]:
+        name = Name(entry["layer"], entry["kind"], entry["nonlinearity"], entry["path"])
+        filters = None if entry["filters"] is None else tuple(entry["filters"])
+        return name, filters, self._sums(entry)
+
+    def _check_options(self, theirs: Mapping[str, Any], doing: str) -> None:
+        for key, mine in self._options().items():
+            if theirs.get(key) != mine:
+                raise ArgumentError(
+                    f"{doing}: the other one was made with {key}={_short(theirs.get(key))}, this "
+                    f"has {_short(mine)}"
+                )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "…"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -23,7 +24,7 @@ from fmapkit.selectors import selectors
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
 
-__all__ = ["Groups", "Name"]
+__all__ = ["Filters", "Groups", "Name"]
 
 Filters = tuple[int, ...] | None
 
@@ -89,24 +90,17 @@ class Groups(Generic[G]):
                 )
         return ""
 
-    def check(self, name: Name, filters: Filters) -> None:
-        """Whether filters go with those that the name has.
-
-        Raises:
-            ArgumentError: they are partly the same.
-        """
-        why = self.clash(name, filters)
-        if why:
-            raise ArgumentError(why)
-
-    def note(self, fm: FeatureMap, reason: str) -> None:
-        """A map that cannot be taken in."""
-        self.missed.setdefault((fm.layer, fm.kind), reason)
+    def __iter__(self) -> Iterator[tuple[Name, Filters, G]]:
+        """Every name, with each of its sets of filters and what is known of them."""
+        for name, groups in self.names.items():
+            for filters, known in groups.items():
+                yield name, filters, known
 
     # -- look-ups ------------------------------------------------------------------------------
 
     @property
     def layers(self) -> list[str]:
+        """The layers, in the order in which they were first seen."""
         return list(dict.fromkeys(name.layer for name in self.names))
 
     def find(self, key: Any) -> Name:
@@ -161,7 +155,7 @@ class Groups(Generic[G]):
             )
         kind = parts[1] if len(parts) > 1 else None
         if kind is not None and kind not in KINDS:
-            hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
+            hint = did_you_mean(kind, KINDS)
             raise KindNotCapturedError(
                 f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}",
                 layer=parts[0],
@@ -214,7 +208,7 @@ class Groups(Generic[G]):
             ArgumentError: an argument is of no allowed form.
         """
         if kind is not None and kind not in KINDS:
-            hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
+            hint = did_you_mean(kind, KINDS)
             raise ArgumentError(
                 f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}", candidates=KINDS
             )
@@ -228,9 +222,12 @@ class Groups(Generic[G]):
             and path in (None, n.path)
         ]
 
-    def parts(self, name: Name) -> list[tuple[Filters, G]]:
-        """Its sets of filters, the one with the lowest filter first."""
-        return sorted(self.names[name].items(), key=lambda item: item[0] or ())
+    def parts(self, name: Name) -> tuple[Filters, list[G]]:
+        """All filters of a name, and what is known of each set, the lowest filter first."""
+        sets = sorted(self.names[name].items(), key=lambda item: item[0] or ())
+        if sets[0][0] is None:
+            return None, [known for _, known in sets]
+        return tuple(f for of, _ in sets for f in of or ()), [known for _, known in sets]
 
 
 def _said(filters: Filters) -> str:

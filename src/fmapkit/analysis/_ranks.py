@@ -99,12 +99,11 @@ def _unpack(part: Tensor) -> tuple[Any, list[Tensor]]:
     return text, tensors
 
 
-def agree(ranks: list[dict[str, Any]], options: str) -> None:
+def agree(ranks: list[dict[str, Any]]) -> None:
     """Whether what the ranks have goes together; every rank comes to the same verdict.
 
     Args:
         ranks: what each of them said.
-        options: what their options are, for messages.
 
     Raises:
         DistributedError: they do not.
@@ -116,8 +115,10 @@ def agree(ranks: list[dict[str, Any]], options: str) -> None:
                 "group (tensor parallel), so that filters of the same number are different ones"
             )
         if text["options"] != ranks[0]["options"]:
+            *others, last = ranks[0]["options"]
             raise DistributedError(
-                f"reduce(): {options} on rank {rank} of the group are not those on rank 0"
+                f"reduce(): {', '.join(others)} or {last} on rank {rank} of the group are not "
+                "those on rank 0"
             )
     keys = ("layer", "kind", "nonlinearity", "path", "filters")
     seen = [{str([g[k] for k in keys]): g for g in text["groups"]} for text in ranks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,13 @@ from torch import Tensor
 from fmapkit.analysis._bins import placed
 from fmapkit.analysis._blocks import along, at_hand
 from fmapkit.analysis._by_layer import ByLayer
-from fmapkit.analysis._keys import Groups, Name
+from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._moments import by_filter
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
-from fmapkit.analysis._tables import Table, Tabular
+from fmapkit.analysis._tables import Tabular
 from fmapkit.analysis.firings import HEADS, LayerFirings, row
-from fmapkit.errors import ArgumentError
-from fmapkit.readable import plain_values
+from fmapkit.errors import ArgumentError, MapLookupError, NoPassError, check_positive, listed
+from fmapkit.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +54,20 @@ class _FilterFirings:
         names = ("last_input", "last_step", "revivals", "history")
         return {name: getattr(self, name) for name in names}
 
+    def state(self) -> dict[str, Any]:
+        """All of it; the history is a copy, as `see` writes to it."""
+        tensors = {**self.tensors(), "history": self.history.clone()}
+        return {"rule": self.rule, "inputs": self.inputs, "span": self.span, "tensors": tensors}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> _FilterFirings:
+        """Of a state."""
+        found = cls(0, torch.device("cpu"), state["rule"])
+        found.inputs, found.span = state["inputs"], state["span"]
+        for name, tensor in state["tensors"].items():
+            setattr(found, name, tensor.clone())
+        return found
+
     def see(self, fired: Tensor, inputs: int, step: int, after: int) -> None:
         """Take in which filters fired over so many inputs; waits for nothing."""
         if self.history.device != fired.device:
@@ -63,9 +78,7 @@ class _FilterFirings:
         self.last_input = torch.where(fired, self.inputs, self.last_input)
         self.last_step = torch.where(fired, step, self.last_step)
         while (self.inputs - 1) // self.span >= SPANS:
-            pairs = self.history.view(SPANS // 2, 2, -1).any(1)
-            self.history = torch.cat([pairs, torch.zeros_like(pairs)])
-            self.span *= 2
+            self.history, self.span = _halved(self.history), 2 * self.span
         self.history[before // self.span : (self.inputs - 1) // self.span + 1] |= fired
 
 
@@ -108,6 +121,8 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
         ArgumentError: an argument is outside what is allowed.
     """
 
+    _kinds = ("activation",)
+
     def __init__(
         self,
         after: int = 1000,
@@ -115,99 +130,57 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
         threshold: float = 0.0,
         saturation: Mapping[str, Bounds] | None = None,
     ) -> None:
-        if isinstance(after, bool) or not isinstance(after, int) or after < 1:
-            raise ArgumentError(f"after must be a positive number of inputs, not {after!r}")
+        check_positive(after=after)
         number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
         if not number or not threshold >= 0:
             raise ArgumentError(f"threshold must be a number of at least 0, not {threshold!r}")
         self.after = after
         self.threshold = float(threshold)
         self._bounds = {k: b for k, b in checked(saturation).items() if k not in _BY_ZEROS}
-        self._groups: Groups[_FilterFirings] = Groups("dead")
+        super().__init__("dead")
 
     # -- taking in -----------------------------------------------------------------------------
 
-    def update(self, fm: FeatureMap) -> None:
-        """Take one map in; of a layer that has other filters than before, name it in `missed`."""
-        if fm.kind != "activation":
-            return
-        # State made in inference mode could not be used out of it.
-        with torch.inference_mode(False), torch.no_grad():
-            tensor, reason = plain_values(fm)
-            name, filters = self._groups.place(fm)
-            reason = reason or self._groups.clash(name, filters)
-            if tensor is None or reason:
-                self._leave_out(fm, f"layer {fm.layer!r}", reason)
-                return
-            dim = fm.filter_dim if filters is not None else None
-            values = by_filter(tensor.detach(), dim)
-            bounds = bounds_of(fm, self._bounds)
-            groups = self._groups.names.setdefault(name, {})
-            if filters not in groups:
-                rule = "zeros" if bounds is None else "saturation"
-                groups[filters] = _FilterFirings(values.shape[1], values.device, rule)
-            if values.numel():
-                fired = _fired(values, self.threshold, bounds)
-                groups[filters].see(fired, _inputs(tensor, dim), fm.step, self.after)
-
-    def reset(self) -> None:
-        """Forget all that was seen."""
-        self._groups = Groups("dead")
+    def _take_in(self, fm: FeatureMap, tensor: Tensor, name: Name, filters: Filters) -> str:
+        dim = fm.filter_dim if filters is not None else None
+        values = by_filter(tensor, dim)
+        bounds = bounds_of(fm, self._bounds)
+        groups = self._groups.names.setdefault(name, {})
+        if filters not in groups:
+            rule = "zeros" if bounds is None else "saturation"
+            groups[filters] = _FilterFirings(values.shape[1], values.device, rule)
+        if values.numel():
+            fired = _fired(values, self.threshold, bounds)
+            groups[filters].see(fired, _inputs(tensor, dim), fm.step, self.after)
+        return ""
 
     def take(self) -> DeadFilters:
         """What was seen since the last time, as an analysis of its own; this one begins anew.
 
         Steps and inputs are counted from there. That a filter had been silent before is forgotten.
         """
-        taken = DeadFilters(self.after, threshold=self.threshold)
-        taken._bounds, taken._groups = self._bounds, self._groups
-        self._groups = Groups("dead")
+        taken = copy.copy(self)
+        self.reset()
         return taken
 
     # -- reading -------------------------------------------------------------------------------
 
-    def __getitem__(self, key: str | tuple[str, ...]) -> LayerFirings:
-        """When the filters of a layer last fired.
-
-        Args:
-            key: a layer, or (layer, "activation", path) for nested outputs.
-
-        Raises:
-            NoPassError: no activation has been seen yet.
-            UnknownLayerError: none of such a layer.
-            AmbiguousMapError: several σ of it; choose with `select`.
-        """
-        return self._read(self._groups.find(key))
-
-    def select(
-        self, layer: Any = None, *, nonlinearity: str | None = None, path: str | None = None
-    ) -> list[LayerFirings]:
-        """All that fit, in the order in which they were first seen; as `Statistics.select`.
-
-        Raises:
-            ArgumentError: an argument is of no allowed form.
-        """
-        return [self._read(n) for n in self._groups.select(layer, None, nonlinearity, path)]
-
     def _read(self, name: Name) -> LayerFirings:
-        parts = self._groups.parts(name)
-        filters = None
-        if parts[0][0] is not None:
-            filters = tuple(f for part, _ in parts for f in part or ())
+        filters, parts = self._groups.parts(name)
         # Parts of one layer see the same inputs, unless a branch leaves one out.
-        span = max(watch.span for _, watch in parts)
+        span = max(watch.span for watch in parts)
         return LayerFirings(
             layer=name.layer,
             nonlinearity=name.nonlinearity,
             path=name.path,
             filters=filters,
-            rule=parts[0][1].rule,
+            rule=parts[0].rule,
             after=self.after,
-            inputs=torch.cat([torch.full_like(w.last_input, w.inputs) for _, w in parts]),
-            last_input=torch.cat([w.last_input for _, w in parts]),
-            last_step=torch.cat([w.last_step for _, w in parts]),
-            revivals=torch.cat([w.revivals for _, w in parts]),
-            history=torch.cat([_folded(w, span) for _, w in parts], 1),
+            inputs=torch.cat([torch.full_like(w.last_input, w.inputs) for w in parts]),
+            last_input=torch.cat([w.last_input for w in parts]),
+            last_step=torch.cat([w.last_step for w in parts]),
+            revivals=torch.cat([w.revivals for w in parts]),
+            history=torch.cat([_folded(w, span) for w in parts], 1),
             span=span,
         )
 
@@ -222,11 +195,11 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
     def _table(self) -> Table:
         rows = [row(s) for s in self]
         if not rows:
-            return Table(HEADS, [], 3, "DeadFilters: no activation seen yet")
+            return Table(HEADS, [], (), "DeadFilters: no activation seen yet")
         dead, filters = (sum(int(r[i]) for r in rows if r[i] != "–") for i in (5, 4))
         missed = f", {len(self.missed)} missed (see dead.missed)" if self.missed else ""
         last = f"DeadFilters: {dead} of {filters} filters silent over {self.after} inputs{missed}"
-        return Table(HEADS, rows, 3, last)
+        return Table(HEADS, rows, range(3, len(HEADS)), last)
 
     def _page_sections(self) -> list[Section]:
         """What a page draws below the table: when each filter fired."""
@@ -242,13 +215,40 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
         max_layers: int = 16,
         title: str | None = None,
     ) -> Figure:
-        """Draw a strip for each layer, filters × inputs (extra: `plot`).
+        """Draw a strip for each layer: a row for each filter, inputs from left to right.
 
-        Arguments, result and errors are those of `fmapkit.analysis.dead_plot.plot_dead`.
+        Those that have been silent for longest stand on top, so that of a layer with many filters
+        the dead ones are seen.
+
+        Args:
+            layers: which layers: names, globs or regexes; None for all.
+            max_filters: how many rows a strip has at most; its title says how many filters there
+                are.
+            max_layers: how many layers are drawn at most; the figure says if there are more.
+            title: stands above the figure.
+
+        Returns:
+            The figure.
+
+        Raises:
+            ImportError: matplotlib is not installed (extra: `plot`).
+            NoPassError: no activation has been seen yet.
+            MapLookupError: `layers` selects none of those seen.
+            ArgumentError: a number is not positive.
         """
-        from fmapkit.analysis.dead_plot import plot_dead
+        from fmapkit.analysis.dead_plot import plot_firings
 
-        return plot_dead(self, layers, max_filters=max_filters, max_layers=max_layers, title=title)
+        check_positive(max_filters=max_filters, max_layers=max_layers)
+        if not len(self):
+            raise NoPassError("nothing to plot: no activation has been seen yet")
+        found = self.select(layers)
+        if not found:
+            raise MapLookupError(
+                f"nothing to plot: {layers!r} is none of {listed(self.layers)}",
+                candidates=self.layers,
+            )
+        shown = found[:max_layers]
+        return plot_firings(shown, max_filters, title, more=len(found) - len(shown))
 
     # -- keeping -------------------------------------------------------------------------------
 
@@ -256,53 +256,8 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
         bounds = {k: list(v) for k, v in self._bounds.items()}
         return {"after": self.after, "threshold": self.threshold, "saturation": bounds}
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that is known, as copied tensors and built-in types.
-
-        Loads with `weights_only=True`.
-        """
-        groups = []
-        for name, of in self._groups.names.items():
-            for filters, watch in of.items():
-                groups.append(
-                    {
-                        "layer": name.layer,
-                        "nonlinearity": name.nonlinearity,
-                        "path": name.path,
-                        "filters": None if filters is None else list(filters),
-                        "rule": watch.rule,
-                        "inputs": watch.inputs,
-                        "span": watch.span,
-                        "tensors": {k: t.clone() for k, t in watch.tensors().items()},
-                    }
-                )
-        return {"version": 1, "options": self._options(), "groups": groups}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict()`; what was known before is forgotten.
-
-        Raises:
-            ArgumentError: it is of another kind or version, or was made with other arguments.
-        """
-        self._check_state(state)
-        theirs, mine = state["options"], self._options()
-        for key in mine:
-            if theirs.get(key) != mine[key]:
-                raise ArgumentError(
-                    f"load_state_dict: the state was made with {key}={theirs.get(key)!r}, this "
-                    f"has {mine[key]!r}"
-                )
-        self.reset()
-        for entry in state["groups"]:
-            name = Name(entry["layer"], "activation", entry["nonlinearity"], entry["path"])
-            filters = None if entry["filters"] is None else tuple(entry["filters"])
-            tensors = {k: t.clone() for k, t in entry["tensors"].items()}
-            last = tensors["last_input"]
-            watch = _FilterFirings(last.numel(), last.device, entry["rule"])
-            watch.inputs, watch.span = entry["inputs"], entry["span"]
-            for key, tensor in tensors.items():
-                setattr(watch, key, tensor)
-            self._groups.names.setdefault(name, {})[filters] = watch
+    def _sums(self, entry: Mapping[str, Any]) -> _FilterFirings:
+        return _FilterFirings.of(entry)
 
 
 def _fired(values: Tensor, threshold: float, bounds: Bounds | None) -> Tensor:
@@ -351,6 +306,11 @@ def _folded(watch: _FilterFirings, span: int) -> Tensor:
     """The history in longer spans."""
     history, own = watch.history, watch.span
     while own < span:
-        pairs = history.view(SPANS // 2, 2, -1).any(1)
-        history, own = torch.cat([pairs, torch.zeros_like(pairs)]), own * 2
+        history, own = _halved(history), 2 * own
     return history
+
+
+def _halved(history: Tensor) -> Tensor:
+    """A history in spans twice as long, with room for as many again."""
+    pairs = history.view(SPANS // 2, 2, -1).any(1)
+    return torch.cat([pairs, torch.zeros_like(pairs)])

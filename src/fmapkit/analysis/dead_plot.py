@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmapkit.errors import MapLookupError, NoPassError, check_positive, listed
 from fmapkit.plot import entitle, figures
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
     from fmapkit.analysis.firings import LayerFirings
 
-__all__ = ["STATES", "plot_dead", "states"]
+__all__ = ["STATES", "plot_firings", "states"]
 
 _WIDTH = 10.0  # of a figure, in inches
 _FIRED, _SILENT, _DEAD, _UNSEEN = range(4)
@@ -28,58 +27,18 @@ STATES = (
 )
 
 
-class Firings(Protocol):
-    """What has been seen of each layer; `DeadFilters` is one."""
-
-    @property
-    def layers(self) -> list[str]:
-        """Of which there is something."""
-
-    def __len__(self) -> int: ...
-
-    def select(self, layer: Any = None) -> list[LayerFirings]:
-        """Of some layers."""
-
-
-def plot_dead(
-    dead: Firings,
-    layers: Any = None,
-    *,
-    max_filters: int = 64,
-    max_layers: int = 16,
-    title: str | None = None,
+def plot_firings(
+    shown: list[LayerFirings], max_filters: int, title: str | None, more: int
 ) -> Figure:
-    """Draw a strip for each layer: a row for each filter, inputs from left to right.
-
-    Those that have been silent for longest stand on top, so that of a layer with many filters the
-    dead ones are seen.
+    """Draw a strip for each layer, filters × inputs.
 
     Args:
-        dead: what saw the maps.
-        layers: which layers: names, globs or regexes; None for all.
-        max_filters: how many rows a strip has at most; its title says how many filters there are.
-        max_layers: how many layers are drawn at most; the figure says if there are more.
+        shown: the layers, at least one.
+        max_filters: how many rows a strip has at most.
         title: stands above the figure.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        NoPassError: no activation has been seen yet.
-        MapLookupError: `layers` selects none of those seen.
-        ArgumentError: a number is not positive.
+        more: how many layers are left out.
     """
     plt = figures()
-    check_positive(max_filters=max_filters, max_layers=max_layers)
-    if not len(dead):
-        raise NoPassError("nothing to plot: no activation has been seen yet")
-    found = dead.select(layers)
-    if not found:
-        raise MapLookupError(
-            f"nothing to plot: {layers!r} is none of {listed(dead.layers)}", candidates=dead.layers
-        )
-    shown = found[:max_layers]
     heights = [float(np.clip(0.06 * min(len(s), max_filters), 0.5, 2.0)) for s in shown]
     figure: Figure
     figure, rows = plt.subplots(
@@ -95,7 +54,7 @@ def plot_dead(
         _draw(ax, s, max_filters)
     strips[-1].set_xlabel("inputs")
     _legend(below)
-    entitle(figure, title, len(found) - len(shown))
+    entitle(figure, title, more)
     return figure
 
 

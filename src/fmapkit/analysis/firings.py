@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fmapkit.analysis._tables import Table
+from fmapkit.tables import Shown, Table
 
 __all__ = ["LayerFirings"]
 
 _ROWS = 16  # filters that a table shows
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerFirings:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class LayerFirings(Shown):
     """When the filters of one layer last fired: tensors of shape (filters,) on the maps' device.
 
     Attributes:
@@ -39,11 +39,11 @@ class LayerFirings:
     filters: tuple[int, ...] | None
     rule: str
     after: int
-    inputs: Tensor = field(repr=False)
-    last_input: Tensor = field(repr=False)
-    last_step: Tensor = field(repr=False)
-    revivals: Tensor = field(repr=False)
-    history: Tensor = field(repr=False)
+    inputs: Tensor
+    last_input: Tensor
+    last_step: Tensor
+    revivals: Tensor
+    history: Tensor
     span: int = 1
 
     @property
@@ -66,12 +66,6 @@ class LayerFirings:
         """Number of filters; 1 without a filter axis."""
         return self.inputs.numel()
 
-    def __repr__(self) -> str:
-        return self._table().text()
-
-    def _repr_html_(self) -> str:
-        return self._table().html()
-
     def _table(self) -> Table:
         found = [i for i, dead in enumerate(self.dead.tolist()) if dead]
         inputs, steps, revivals = (
@@ -93,7 +87,7 @@ class LayerFirings:
             f"LayerFirings: {self.layer + self.path!r}, {len(found)} of {len(self)} filters dead "
             f"after {int(self.inputs.max())} inputs (by {self.rule}){more}"
         )
-        return Table(heads, rows, 0, last)
+        return Table(heads, rows, range(len(heads)), last)
 
 
 def row(s: LayerFirings) -> tuple[str, ...]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fmapkit.analysis._keys import Name
+from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._moments import NONFINITE, SATURATED, ZERO, Moments
-from fmapkit.analysis._tables import Table
+from fmapkit.tables import Shown, Table
 
 __all__ = ["LayerStatistics"]
 
 _ROWS = 16  # filters that a table shows
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerStatistics:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class LayerStatistics(Shown):
     """Statistics of one layer's maps of one kind: tensors of shape (filters,) on the maps' device.
 
     Of a map without a filter axis: of shape (1,), for all its values.
@@ -47,16 +47,16 @@ class LayerStatistics:
     nonlinearity: str | None
     path: str
     filters: tuple[int, ...] | None
-    count: Tensor = field(repr=False)
-    mean: Tensor = field(repr=False)
-    variance: Tensor = field(repr=False)
-    minimum: Tensor = field(repr=False)
-    maximum: Tensor = field(repr=False)
-    zero_fraction: Tensor = field(repr=False)
-    saturated_fraction: Tensor = field(repr=False)
-    nonfinite: Tensor = field(repr=False)
-    histogram: Tensor | None = field(default=None, repr=False)
-    edges: Tensor | None = field(default=None, repr=False)
+    count: Tensor
+    mean: Tensor
+    variance: Tensor
+    minimum: Tensor
+    maximum: Tensor
+    zero_fraction: Tensor
+    saturated_fraction: Tensor
+    nonfinite: Tensor
+    histogram: Tensor | None = None
+    edges: Tensor | None = None
 
     @property
     def std(self) -> Tensor:
@@ -85,12 +85,6 @@ class LayerStatistics:
         """Number of filters; 1 without a filter axis."""
         return self.count.numel()
 
-    def __repr__(self) -> str:
-        return self._table().text()
-
-    def _repr_html_(self) -> str:
-        return self._table().html()
-
     def _table(self) -> Table:
         names = self.filters if self.filters is not None else ("all",)
         rows = [
@@ -101,7 +95,7 @@ class LayerStatistics:
         more = f", {len(self) - _ROWS} more filters" if len(self) > _ROWS else ""
         sigma = f", σ={self.nonlinearity}" if self.nonlinearity else ""
         last = f"LayerStatistics: {self.layer + self.path!r}, {self.kind}{sigma}{more}"
-        return Table(heads, rows, 0, last)
+        return Table(heads, rows, range(len(heads)), last)
 
 
 _HEADS = ("values", "mean", "std", "min", "max", "zero", "saturated", "non-finite")
@@ -120,58 +114,42 @@ def _columns(s: LayerStatistics, limit: int) -> list[list[str]]:
 
 
 def summarise(
-    name: Name, parts: list[tuple[tuple[int, ...] | None, Moments, bool]], edges: Tensor | None
+    name: Name, filters: Filters, parts: list[tuple[Moments, bool]], edges: Tensor | None
 ) -> LayerStatistics:
     """What is read of one name; nothing here waits for the device.
 
     Args:
         name: of the maps.
-        parts: the filters, their moments, and whether saturation is defined, part by part.
+        filters: of all parts.
+        parts: the moments, and whether saturation is defined, part by part.
         edges: of the histograms, on the CPU.
     """
-    columns: list[dict[str, Tensor]] = []
-    for _, m, saturates in parts:
-        count = m.counts.new_full((m.m2.numel(),), m.count)
-        undefined = torch.full_like(m.m2, torch.nan)
-        known = m.count > 0
-        shares = m.counts.to(m.m2.dtype) / m.count if known else None
-        column = {
-            "count": count,
-            "mean": m.mean if known else undefined,
-            "variance": m.m2 / m.count if known else undefined,
-            "minimum": m.minimum if known else undefined,
-            "maximum": m.maximum if known else undefined,
-            "zero_fraction": shares[ZERO] if shares is not None else undefined,
-            "saturated_fraction": (
-                shares[SATURATED] if shares is not None and saturates else undefined
-            ),
-            "nonfinite": m.counts[NONFINITE],
-        }
-        if m.histogram is not None:
-            column["histogram"] = m.histogram
-        columns.append(column)
-    filters: tuple[int, ...] | None = None
-    if parts[0][0] is not None:
-        filters = tuple(f for part, _, _ in parts for f in part or ())
-
-    def joined(key: str) -> Tensor:
-        return torch.cat([column[key] for column in columns])
-
-    histogram = joined("histogram") if "histogram" in columns[0] else None
+    columns = [_column(m, saturates) for m, saturates in parts]
+    joined = {key: torch.cat([column[key] for column in columns]) for key in columns[0]}
     return LayerStatistics(
         name.layer,
         name.kind,
         name.nonlinearity,
         name.path,
         filters,
-        count=joined("count"),
-        mean=joined("mean"),
-        variance=joined("variance"),
-        minimum=joined("minimum"),
-        maximum=joined("maximum"),
-        zero_fraction=joined("zero_fraction"),
-        saturated_fraction=joined("saturated_fraction"),
-        nonfinite=joined("nonfinite"),
-        histogram=histogram,
-        edges=edges if histogram is not None else None,
+        **joined,
+        edges=edges if "histogram" in joined else None,
     )
+
+
+def _column(m: Moments, saturates: bool) -> dict[str, Tensor]:
+    """One part's values, by the attributes of `LayerStatistics`; of no value, NaN."""
+    undefined = torch.full_like(m.m2, torch.nan)
+    known = m.count > 0
+    shares = m.counts.to(m.m2.dtype) / m.count if known else undefined.expand(m.counts.shape)
+    column = {
+        "count": m.counts.new_full((m.m2.numel(),), m.count),
+        "mean": m.mean if known else undefined,
+        "variance": m.m2 / m.count if known else undefined,
+        "minimum": m.minimum if known else undefined,
+        "maximum": m.maximum if known else undefined,
+        "zero_fraction": shares[ZERO],
+        "saturated_fraction": shares[SATURATED] if saturates else undefined,
+        "nonfinite": m.counts[NONFINITE],
+    }
+    return column if m.histogram is None else {**column, "histogram": m.histogram}

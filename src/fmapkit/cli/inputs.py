@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from fmapkit._lazy import needed
 from fmapkit.errors import ArgumentError, did_you_mean, listed, near
 
 __all__ = ["Data", "Preparation", "open_data", "preparation"]
@@ -172,10 +173,7 @@ def _arrays(paths: list[Path]) -> Data:
 def _hugging_face(
     place: Path, prepare: Callable[[], Preparation], columns: Sequence[str], split: str | None
 ) -> Data:
-    try:
-        datasets: Any = import_module("datasets")
-    except ImportError as error:
-        raise ImportError("a Hugging Face data set needs: pip install datasets") from error
+    datasets = needed("datasets", "a Hugging Face data set needs: pip install datasets")
     found: Any = datasets.load_from_disk(str(place))
     if isinstance(found, datasets.DatasetDict):
         if split not in found:

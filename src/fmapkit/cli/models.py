@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fmapkit._lazy import needed
 from fmapkit.errors import ArgumentError, did_you_mean, listed, near
 
 __all__ = ["load", "options_of"]
@@ -44,7 +45,6 @@ def load(
     pretrained: bool = False,
     weights: Path | None = None,
     options: Mapping[str, Any] | None = None,
-    seed: int = 0,
 ) -> nn.Module:
     """The model of a name, in eval mode.
 
@@ -53,7 +53,6 @@ def load(
         pretrained: have the package load the weights that it knows.
         weights: a file with a `state_dict` to load: of safetensors, or of `torch.save`.
         options: for the function that makes the model.
-        seed: for weights that are drawn, so that they are the same each time.
 
     Raises:
         ArgumentError: there is no such model, or the weights are of another.
@@ -63,7 +62,7 @@ def load(
     if not colon or not rest:
         raise ArgumentError(f"a model is named as {FORMS}, not {name!r}")
     make = _PACKAGES.get(home, _factory)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)  # weights that are drawn are the same each time
     model = make(home, rest, pretrained, dict(options or {}))
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{name!r} gave {type(model).__name__}, and no torch.nn.Module")
@@ -153,13 +152,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     if not path.exists():
         raise ArgumentError(f"--weights {path}: there is no such file")
     if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ImportError(
-                "weights of safetensors need it: pip install fmapkit[safetensors]"
-            ) from error
-        state: Any = load_file(str(path))
+        says = "weights of safetensors need it: pip install fmapkit[safetensors]"
+        state: Any = needed("safetensors.torch", says).load_file(str(path))
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
     for key in ("state_dict", "model", "model_state_dict"):  # as training scripts wrap it

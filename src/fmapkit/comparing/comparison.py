@@ -20,7 +20,7 @@ from fmapkit.errors import (
     listed,
     near,
 )
-from fmapkit.tables import html_table, text_table
+from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ _LEFT = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Comparison:
+class Comparison(Shown):
     """Two captures, map by map, in the execution order of the first.
 
     Iteration gives each `Difference`. `c[layer]` is that of its activation, or of its only map;
@@ -114,10 +114,6 @@ class Comparison:
 
     # -- to look at ----------------------------------------------------------------------------
 
-    def _rows(self) -> list[tuple[str, ...]]:
-        first = self.first
-        return [_row(d, "first" if d is first else "beyond" if d.departs else "") for d in self]
-
     def _summary(self) -> str:
         what = "gradients" if self.gradients else "maps"
         said = [f"Comparison: {len(self)} {what}"]
@@ -138,20 +134,14 @@ class Comparison:
                 said.append(f"only in the {which}: {shown}{more}")
         return "; ".join(said)
 
-    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Heads and rows; the last column is there where something is beyond the tolerance."""
-        if self.first is not None:
-            return HEADS, self._rows()
-        return HEADS[:-1], [row[:-1] for row in self._rows()]
-
-    def __repr__(self) -> str:
-        right = range(_LEFT, len(HEADS))
-        lines = text_table(*self._table(), right=right) if self.differences else []
-        return "\n".join([*lines, self._summary()])
-
-    def _repr_html_(self) -> str:
-        right = range(_LEFT, len(HEADS) - 1)
-        return html_table(*self._table(), right=right, caption=self._summary())
+    def _table(self) -> Table:
+        """The last column is there where something is beyond the tolerance."""
+        first = self.first
+        rows = [_row(d, "first" if d is first else "beyond" if d.departs else "") for d in self]
+        heads: tuple[str, ...] = HEADS
+        if first is None:
+            heads, rows = HEADS[:-1], [row[:-1] for row in rows]
+        return Table(heads, rows, range(_LEFT, len(HEADS)), self._summary())
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Write the table as a page of its own, one file.

@@ -3,8 +3,8 @@
 The graph (torch functions, in the order in which the model calls them, each with the modules it
 runs in) is run once on fake tensors under the same tracer that learns eager passes, so the rules of
 what is a σ and whose map it is are the same. What the tracer would have held becomes an output of
-the graph. In-place nonlinearities are rewritten out of place, or z is cloned in the graph, by the
-same conditions as in eager mode.
+the graph. Where a nonlinearity works in place, z is cloned in the graph; inductor, which turns the
+write into a new tensor, takes the clone out again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fmapkit.compiled.graph_edit import SigmaNode, run_out_of_place
+from fmapkit.compiled.graph_edit import SigmaNode
 from fmapkit.compiled.graph_open import open_call, opens
 from fmapkit.compiled.graph_tracer import GraphTracer, NodeHeld
 from fmapkit.compiled.labels import GraphMap, Labels
@@ -28,7 +28,7 @@ from fmapkit.selection import Selection
 from fmapkit.storage import MapRecord
 from fmapkit.torchlib.fake_inputs import FakeInputs, UnreadableError
 from fmapkit.torchlib.memory import storage_of
-from fmapkit.torchlib.nested import leaves, tensors_in
+from fmapkit.torchlib.nested import leaves
 from fmapkit.torchlib.transforms import undone_transforms
 from fmapkit.tracing import Frame
 
@@ -83,20 +83,19 @@ def trace_graph(
     """Run a graph on fake tensors and say what its maps are.
 
     Args:
-        gm: the graph; its in-place nonlinearities are rewritten.
+        gm: the graph.
         inputs: its real inputs.
         carried: what each carries: `ChannelLabel`, `ParamLabel` or None.
         base: the modules that run around it, outermost first.
         names: of the captured model.
         wants: of the capture.
         miss: to name what cannot be captured.
-        rewrite: whether in-place nonlinearities may be rewritten: not once it is compiled.
+        rewrite: whether calls of it may be opened: not once it is compiled.
         modules: by the id that the graph knows them by.
         arguments: which inputs the innermost of `base` was given, where the graph is all of its
             call, which may be one nonlinearity; else None.
     """
     tracer = GraphTracer(names, wants, miss)
-    grad = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.no_grad(), undone_transforms():
         if rewrite and any(map(opens, gm.graph.nodes)):
             _open_all(gm, FakeInputs(inputs))
@@ -105,9 +104,7 @@ def trace_graph(
         pairs = zip(fakes.values, inputs, strict=True)
         stand_ins = {id(f): (f, real) for f, real in pairs if isinstance(real, Tensor)}
         tracer.layers.stand_ins = stand_ins
-        run = _Labelling(
-            gm, fakes, tracer, carried, base, modules, grad if rewrite else None, arguments
-        )
+        run = _Labelling(gm, fakes, tracer, carried, base, modules, arguments)
         with fakes.mode:
             tracer.noted.now = order[0]
             for module in base[:-1]:
@@ -169,17 +166,14 @@ class _Labelling(_OnFakes):
         carried: Sequence[Any],
         base: Sequence[nn.Module],
         modules: dict[int, nn.Module],
-        rewrite: bool | None,
         arguments: Sequence[int] | None,
     ) -> None:
         super().__init__(gm, fakes)
         self._tracer = tracer
         self._carried = iter(carried)
         self._base = base
-        self._rewrite = rewrite  # None: no; else whether gradients are on
         self._arguments = arguments
         self._stacks = _Stacks(list(gm.graph.nodes), modules, tracer, self.env)
-        self._outside: set[int] = set()  # memory that was there before the graph
         self._innermost: Frame | None = None
 
     def step(self, node: fx.Node) -> None:
@@ -190,8 +184,6 @@ class _Labelling(_OnFakes):
             self._innermost = self._tracer.enter(self._base[-1], given, {})
         if node.op in _CALLS:
             self._stacks.move(node)
-            if self._rewrite is not None:
-                run_out_of_place(node, self.env, self._outside, self._rewrite)
         super().step(node)
         if node.op != "output":
             noted.made(self.env[node], node)
@@ -199,12 +191,6 @@ class _Labelling(_OnFakes):
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().placeholder(target, args, kwargs)
         self._tracer.trace.labels.put(value, next(self._carried))
-        self._outside.update(map(storage_of, tensors_in(value)))
-        return value
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        self._outside.update(map(storage_of, tensors_in(value)))
         return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

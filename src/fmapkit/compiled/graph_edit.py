@@ -1,4 +1,4 @@
-"""Change a graph: in-place nonlinearities out of place, and more outputs."""
+"""Change a graph: more outputs, which read what its sites give."""
 
 from __future__ import annotations
 
@@ -6,20 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
-from fmapkit.provenance import describe, out_of_place
-from fmapkit.torchlib.memory import storage_of
-from fmapkit.torchlib.nested import tensors_in
-
-__all__ = ["SigmaNode", "add_outputs", "run_out_of_place"]
-
-# Nonlinearities whose in-place form has the same derivative formula, bit for bit. That of the ELU
-# and leaky ReLU families is computed from a instead of z (torch, tools/autograd/derivatives.yaml).
-SAME_GRADIENT = {
-    *("relu", "relu6", "hardtanh", "sigmoid", "tanh", "silu", "hardswish", "mish", "hardsigmoid"),
-    "threshold",
-}
+__all__ = ["SigmaNode", "add_outputs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,37 +31,6 @@ class SigmaNode:
         if not self.copied:
             return self.node.name
         return self.node.name, self.at.name, self.before
-
-
-def run_out_of_place(node: fx.Node, env: dict[fx.Node, Any], outside: set[int], grad: bool) -> None:
-    """An in-place σ out of place, where nobody could tell: no other name for its memory lives."""
-    target: Any = node.target
-    if node.op == "call_method":
-        target = getattr(Tensor, str(node.target), None)
-    if target is None:
-        return
-    known = describe(target)
-    args, kwargs = node.args, dict(node.kwargs)
-    if known.sigma is None or not (known.in_place or known.asked_in_place(args, kwargs)):
-        return
-    z = next((a for a in (*args, *kwargs.values()) if isinstance(a, fx.Node)), None)
-    if z is None or not isinstance(env[z], Tensor) or "out" in kwargs:
-        return
-    memory = storage_of(env[z])
-    if memory in outside or (grad and known.sigma not in SAME_GRADIENT):
-        return
-    for other, value in env.items():
-        if other is z or not any(storage_of(t) == memory for t in tensors_in(value)):
-            continue
-        if any(user is node or user not in env for user in other.users):
-            return
-    other_form = out_of_place(target, args, kwargs)
-    if other_form is None:
-        return
-    node.op = "call_function"
-    node.target, node.args, node.kwargs = other_form
-    for user in [u for u in z.users if u is not node and u not in env]:
-        user.replace_input_with(z, node)
 
 
 def add_outputs(gm: fx.GraphModule, sites: Sequence[SigmaNode], detach: bool) -> dict[Any, int]:

@@ -148,7 +148,8 @@ class CompiledGraph:
         tensors = [i for i, v in enumerate(inputs) if isinstance(v, Tensor)]
         self.weights = [i for i in tensors if names.is_parameter(inputs[i])]
         self.data = [i for i in tensors if i not in self.weights]
-        self.local = {i for i, n in enumerate(placeholders(gm)) if not from_module(n)}
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        self.local = {i for i, n in enumerate(placeholders) if not from_module(n)}
         self.own = self.returned = 0
         self.places: dict[Any, int] = {}
         # How the graph knows modules and weights: by what they were when it was traced.
@@ -310,8 +311,3 @@ def _base(names: Names) -> list[nn.Module]:
     if running.root is not None and running.root not in found:
         found.append(running.root)
     return found
-
-
-def placeholders(gm: fx.GraphModule) -> list[fx.Node]:
-    """The nodes of a graph's inputs."""
-    return [n for n in gm.graph.nodes if n.op == "placeholder"]

@@ -15,12 +15,11 @@ __all__ = ["FeatureArray", "Features", "RowLoader", "StoredArray", "extract", "s
 
 # Imported when asked for: each needs what the others do not.
 _HOMES = {
-    "FeatureArray": "_arrays",
-    "Features": "features",
-    "RowLoader": "loader",
-    "StoredArray": "_arrays",
-    "extract": "extraction",
-    "stream": "live",
+    "_arrays": "FeatureArray StoredArray",
+    "extraction": "extract",
+    "features": "Features",
+    "live": "stream",
+    "loader": "RowLoader",
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOMES)

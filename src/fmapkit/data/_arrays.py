@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmapkit._lazy import needed
 from fmapkit.data._manifest import ArraySpec, stored_dtype, torch_dtype
 from fmapkit.data._pieces import Pieces
 from fmapkit.errors import ArgumentError
@@ -204,8 +205,7 @@ class FeatureArray(StoredArray):
     """
 
     def __init__(self, spec: ArraySpec, pieces: Pieces) -> None:
-        name = spec.name.removeprefix("layers/")
-        super().__init__(name, pieces, spec.shape, spec.dtype)
+        super().__init__(spec.name, pieces, spec.shape, spec.dtype)
         self.layer = spec.layer
         self.kind = spec.kind
         self.call = spec.call
@@ -253,11 +253,7 @@ def save_safetensors(
     Raises:
         ImportError: safetensors is not installed.
     """
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ImportError(
-            "to_safetensors needs safetensors: pip install fmapkit[safetensors]"
-        ) from error
-    save_file({n: t.contiguous() for n, t in tensors.items()}, str(path), metadata=dict(tags))
+    says = "to_safetensors needs safetensors: pip install fmapkit[safetensors]"
+    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    needed("safetensors.torch", says).save_file(dense, str(path), metadata=dict(tags))
     return Path(path)

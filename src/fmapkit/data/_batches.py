@@ -70,7 +70,11 @@ class Batches:
                 f"loader must give batches, and is a {type(loader).__name__}: wrap it, such as "
                 "DataLoader(dataset, batch_size=64)"
             )
-        if iter_of_itself(loader):
+        if not any(hasattr(loader, name) for name in ("__next__", "__iter__", "__getitem__")):
+            raise ArgumentError(
+                f"loader must be an iterable of batches, such as a DataLoader, not {loader!r}"
+            )
+        if hasattr(loader, "__next__"):
             raise ArgumentError(
                 f"loader is a {type(loader).__name__}, which can be read once only: give what "
                 "makes it (a DataLoader, a list, an object with __iter__), so that an interrupted "
@@ -229,21 +233,6 @@ class _Some:
         for number, indices in enumerate(self._sampler):
             yield number, start, indices
             start += len(indices)
-
-
-def iter_of_itself(loader: Any) -> bool:
-    """Whether it is an iterator, which is used up by reading.
-
-    Raises:
-        ArgumentError: it cannot be iterated at all.
-    """
-    if hasattr(loader, "__next__"):
-        return True
-    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-        raise ArgumentError(
-            f"loader must be an iterable of batches, such as a DataLoader, not {loader!r}"
-        )
-    return False
 
 
 def tensors_of(data: Any) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import CodeType
 from typing import Any
 
@@ -178,7 +178,7 @@ def _code(code: CodeType) -> str:
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two descriptions, each in a few words."""
     words = []
-    for key in _keys(then, now):
+    for key in {**then, **now}:
         was, is_ = then.get(key), now.get(key)
         if was == is_:
             continue
@@ -187,7 +187,3 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         else:
             words.append(f"{key}: {was!r} then, {is_!r} now")
     return words
-
-
-def _keys(*given: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(key for one in given for key in one))

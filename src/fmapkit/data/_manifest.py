@@ -5,9 +5,10 @@ All of it is plain JSON in the attributes of the store's root; see `docs/data-fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -18,8 +19,10 @@ __all__ = [
     "ArraySpec",
     "FieldSpec",
     "Manifest",
+    "Spec",
     "UnitRecord",
     "as_stored",
+    "from_json",
     "stored_dtype",
     "torch_dtype",
 ]
@@ -60,6 +63,14 @@ def as_stored(values: torch.Tensor) -> np.ndarray[Any, Any]:
     return values.numpy()
 
 
+_T = TypeVar("_T")
+
+
+def from_json(kind: type[_T], given: Mapping[str, Any]) -> _T:
+    """What JSON has kept of one of these, whose lists were tuples."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
 @dataclass(frozen=True, slots=True)
 class ArraySpec:
     """One kind of map of one layer.
@@ -97,7 +108,7 @@ class ArraySpec:
 
     @property
     def name(self) -> str:
-        """Where it lies in the store, below `layers/`."""
+        """What it is called, and where it lies below `layers/`."""
         base = quote(self.layer, safe="[]:") if self.layer else _MODEL
         if base.startswith("__"):  # which Zarr keeps for itself
             base = "%5F" + base[1:]
@@ -105,12 +116,22 @@ class ArraySpec:
         parts += [quote(self.path, safe="[]'")] if self.path else []
         parts += [f"call{self.call}"] if self.call else []
         parts += [f"nth{self.nth}"] if self.nth else []
-        return f"layers/{base}/{'-'.join(parts)}"
+        return f"{base}/{'-'.join(parts)}"
+
+    @property
+    def node(self) -> str:
+        """Where it lies in the store."""
+        return f"layers/{self.name}"
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """The type in which it is stored."""
+        return stored_dtype(self.dtype)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row as it is stored, before compression."""
-        return int(np.prod(self.shape, dtype=np.int64)) * stored_dtype(self.dtype).itemsize
+        return math.prod(self.shape) * self.stored.itemsize
 
     @property
     def dimensions(self) -> tuple[str, ...]:
@@ -132,18 +153,6 @@ class ArraySpec:
             f" ({', '.join(more)})" if more else ""
         )
 
-    @staticmethod
-    def of(given: Mapping[str, Any]) -> ArraySpec:
-        """What JSON has kept."""
-        filters = given["filters"]
-        return ArraySpec(
-            **{
-                **given,
-                "shape": tuple(given["shape"]),
-                "filters": None if filters is None else tuple(filters),
-            }
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class FieldSpec:
@@ -162,21 +171,33 @@ class FieldSpec:
     dtype: str
 
     @property
-    def path(self) -> str:
+    def node(self) -> str:
         """Where it lies in the store."""
         return f"fields/{quote(self.name, safe='')}"
 
     @property
+    def text(self) -> bool:
+        """Whether it is text."""
+        return self.dtype == "string"
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """The type of its values in memory; that of text is `object`."""
+        return np.dtype(object if self.text else self.dtype)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row as it is stored; of text, a guess."""
-        if self.dtype == "string":
-            return 64
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return 64 if self.text else math.prod(self.shape) * self.stored.itemsize
 
-    @staticmethod
-    def of(given: Mapping[str, Any]) -> FieldSpec:
-        """What JSON has kept."""
-        return FieldSpec(**{**given, "shape": tuple(given["shape"])})
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """Names of the axes, as of an array."""
+        rows = "samples" if self.per == "sample" else "tokens"
+        return (rows, *(f"axis{axis}" for axis in range(1, 1 + len(self.shape))))
+
+
+Spec = ArraySpec | FieldSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,15 +223,6 @@ class UnitRecord:
     digest: str
     run: str = ""
     absorbed: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON."""
-        return {**asdict(self), "absorbed": list(self.absorbed)}
-
-    @staticmethod
-    def of(given: Mapping[str, Any]) -> UnitRecord:
-        """What JSON has kept."""
-        return UnitRecord(**{**given, "absorbed": tuple(given.get("absorbed", ()))})
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +252,7 @@ class Manifest:
     complete: bool = False
 
     @property
-    def specs(self) -> list[ArraySpec | FieldSpec]:
+    def specs(self) -> list[Spec]:
         """Of arrays and fields."""
         return [*self.arrays, *self.fields]
 
@@ -269,7 +281,7 @@ class Manifest:
         """What JSON has kept."""
         rest = {k: v for k, v in given.items() if k not in ("format", "layout", "arrays", "fields")}
         return Manifest(
-            arrays=tuple(map(ArraySpec.of, given["arrays"])),
-            fields=tuple(map(FieldSpec.of, given["fields"])),
+            arrays=tuple(from_json(ArraySpec, array) for array in given["arrays"]),
+            fields=tuple(from_json(FieldSpec, field) for field in given["fields"]),
             **rest,
         )

@@ -21,14 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fmapkit.data import _objects
-from fmapkit.data._manifest import (
-    FORMAT,
-    ArraySpec,
-    FieldSpec,
-    Manifest,
-    UnitRecord,
-    stored_dtype,
-)
+from fmapkit.data._manifest import FORMAT, FieldSpec, Manifest, Spec, UnitRecord, from_json
 from fmapkit.data._pieces import chunk_name
 from fmapkit.errors import ArgumentError, StoreError, StoreMismatchError
 
@@ -161,7 +154,7 @@ class Place:
         found = []
         for content in _objects.read(self._store, "commits"):
             with suppress(ValueError):  # after a power cut it may be empty, or zeros
-                found.append(UnitRecord.of(json.loads(content)))
+                found.append(from_json(UnitRecord, json.loads(content)))
         return {record.unit: record for record in sorted(found, key=lambda r: r.unit)}
 
     @staticmethod
@@ -189,37 +182,27 @@ class Place:
                 zarr.create_group(self._store, attributes=begun, zarr_format=3)
             root = zarr.open_group(self._store, mode="r+", zarr_format=3)
             for spec in manifest.specs:
-                path = spec.name if isinstance(spec, ArraySpec) else spec.path
                 if manifest.regular:
                     assert manifest.samples is not None
                     rows = manifest.samples, manifest.rows_per_unit
-                    self._make(spec, path, *rows, compressors)
+                    self._make(spec, spec.node, *rows, compressors)
                 else:
                     zarr.create_group(
-                        self._store, path=path, attributes=_tags(spec), overwrite=True
+                        self._store, path=spec.node, attributes=asdict(spec), overwrite=True
                     )
             zarr.create_group(self._store, path="commits", overwrite=True)
             self.flush("")
             root.attrs.put({_KEY: manifest.to_json()})
             self.flush("zarr.json")
 
-    def _make(
-        self, spec: ArraySpec | FieldSpec, path: str, total: int, shard: int, compressors: Any
-    ) -> Array[Any]:
+    def _make(self, spec: Spec, path: str, total: int, shard: int, compressors: Any) -> Array[Any]:
         shape = tuple(max(1, n) for n in spec.shape)
-        text = isinstance(spec, FieldSpec) and spec.dtype == "string"
+        text = isinstance(spec, FieldSpec) and spec.text
         # In a folder, uncompressed, a unit is a file of rows as they lie in memory: any of them can
         # be read by its place, and Zarr writes it as fast as the disk takes it. Elsewhere it is a
         # shard of chunks, since what is read of an object, or unpacked, is a chunk.
         plain = self.local is not None and compressors is None and not text
         rows = shard if plain else _chunk_rows(shard, spec.row_bytes)
-        if isinstance(spec, ArraySpec):
-            dtype: Any = stored_dtype(spec.dtype)
-            names: tuple[str, ...] = spec.dimensions
-        else:
-            dtype = str if text else np.dtype(spec.dtype)
-            names = ("samples" if spec.per == "sample" else "tokens",)
-            names += tuple(f"axis{axis}" for axis in range(1, 1 + len(shape)))
         return self._zarr.create_array(  # type: ignore[no-any-return]
             self._store,
             name=path,
@@ -227,11 +210,11 @@ class Place:
             chunks=(rows, *shape),
             shards=None if plain else (shard, *shape),
             chunk_key_encoding={"name": "default", "separator": "."},  # no folders for each
-            dtype=dtype,
+            dtype=str if text else spec.stored,
             compressors=compressors,
             fill_value="" if text else 0,
-            dimension_names=names,
-            attributes=_tags(spec),
+            dimension_names=spec.dimensions,
+            attributes=asdict(spec),
             overwrite=True,
             config={"write_empty_chunks": True},
         )
@@ -242,7 +225,7 @@ class Place:
         self,
         manifest: Manifest,
         unit: int,
-        blocks: Mapping[ArraySpec | FieldSpec, np.ndarray[Any, Any]],
+        blocks: Mapping[Spec, np.ndarray[Any, Any]],
         arrays: dict[str, Array[Any]],
         compressors: Any,
     ) -> list[str]:
@@ -257,7 +240,7 @@ class Place:
         """
         written = []
         for spec, block in blocks.items():
-            path = spec.name if isinstance(spec, ArraySpec) else spec.path
+            path = spec.node
             if not manifest.regular and len(block):  # Zarr has no chunk of no rows
                 plain = self.local is not None and compressors is None
                 whole = len(block) if plain else _rounded(len(block), spec.row_bytes)
@@ -315,7 +298,7 @@ class Place:
         The disk need not have it: where a power cut takes it away, the unit is done again.
         """
         path = f"commits/{node_of(record.unit)}"
-        content = json.dumps(record.to_json()).encode()
+        content = json.dumps(asdict(record)).encode()
         _objects.put(self._store, path, content)
         return path
 
@@ -361,10 +344,6 @@ class Place:
             yield
         except OSError as error:
             raise StoreError(f"could not {what} {self}: {error}") from error
-
-
-def _tags(spec: ArraySpec | FieldSpec) -> dict[str, Any]:
-    return asdict(spec)
 
 
 def _chunk_rows(shard: int, row_bytes: int) -> int:

@@ -51,7 +51,7 @@ class Ranks:
             except Exception as error:
                 failed = error
                 box[1] = f"{type(error).__name__}: {error}"
-        dist.broadcast_object_list(box, src=self._global(0), group=self._group)
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
         if failed is not None:
             raise failed
         if box[1] is not None:
@@ -65,9 +65,6 @@ class Ranks:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self._group)
         return found
-
-    def _global(self, rank: int) -> int:
-        return dist.get_global_rank(self._group, rank)
 
 
 @contextmanager

@@ -23,8 +23,6 @@ from fmapkit.errors import ArgumentError, StoreError
 
 __all__ = ["Riding", "live_runs"]
 
-_NUMBERED = "ids" in FeatureMap.__dataclass_fields__  # whether maps know which inputs they are of
-
 
 def live_runs(records: Mapping[int, UnitRecord]) -> list[str]:
     """The runs whose analyses no later run has taken over, in the order of their first unit."""
@@ -147,6 +145,6 @@ def _unpadded(fm: FeatureMap, mask: torch.Tensor | None, numbers: torch.Tensor) 
             tensor, axis = tensor.flatten(0, 1).index_select(0, at.to(fm.device)), axis - 1
             numbers = numbers[at.cpu() // mask.shape[1]]
     changes: dict[str, Any] = {"tensor": tensor, "filter_dim": axis}
-    if _NUMBERED and fm.filter_dim != 0:
+    if fm.filter_dim != 0:
         changes["ids"] = numbers.to(fm.device)
     return replace(fm, **changes)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fmapkit import FeatureMap
 from fmapkit.data._batches import first_size
-from fmapkit.data._manifest import ArraySpec, FieldSpec
+from fmapkit.data._manifest import ArraySpec, FieldSpec, Spec
 from fmapkit.errors import ArgumentError, DistributedError, StoreError, listed
 
 __all__ = ["POOLS", "Keep", "Mask", "Pool", "Rows", "Taken", "check_keep", "check_same"]
@@ -339,7 +339,7 @@ def check_same(taken: Taken, arrays: Iterable[ArraySpec], fields: Iterable[Field
             raise StoreError(_other(f"the field {field.name!r}", field, now))
 
 
-def _other(said: str, then: ArraySpec | FieldSpec, now: ArraySpec | FieldSpec) -> str:
+def _other(said: str, then: Spec, now: Spec) -> str:
     hint = ""
     if then.shape != now.shape:
         hint = "; where inputs differ in size, pool=... makes rows of one shape, and of sequences "

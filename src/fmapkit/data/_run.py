@@ -12,17 +12,18 @@ import torch
 from torch import nn
 
 from fmapkit import CaptureWarning, FeatureMaps, capture
+from fmapkit._lazy import needed
 from fmapkit.data._batches import Batch, Batches, moved
 from fmapkit.data._fingerprint import digest
-from fmapkit.data._host import Arriving
 from fmapkit.data._manifest import Manifest, UnitRecord
 from fmapkit.data._place import Place
+from fmapkit.data._resuming import Share, check_batch
 from fmapkit.data._riding import Riding
 from fmapkit.data._rows import Rows, Taken, check_same
-from fmapkit.data._writer import Unit, Writer
-from fmapkit.errors import ArgumentError, StoreError, StoreMismatchError
+from fmapkit.data._writer import Arriving, Unit, Writer
+from fmapkit.errors import ArgumentError, StoreError
 
-__all__ = ["Run", "Share", "batches_per_unit", "default_call"]
+__all__ = ["Run", "batches_per_unit", "default_call"]
 
 _UNIT_BYTES = 2**24  # of the largest array, about, if that takes no more batches than
 _UNIT_BATCHES = 64  # these: what is lost at most when the process is killed
@@ -39,28 +40,6 @@ def batches_per_unit(manifest: Manifest, first: Taken) -> int:
         batches = -(-manifest.samples // manifest.batch_size)
         number = min(max(number, batches // _UNITS), max(1, batches))
     return number
-
-
-class Share:
-    """Which batches are this rank's: of the units that are not done, each one in turn."""
-
-    def __init__(self, done: set[int], batches: int, rank: int, size: int) -> None:
-        self._done = done
-        self._batches = batches
-        self._rank = rank
-        self._size = size
-        self._unit = -1
-        self._open = -1  # how many units before this one were not done
-        self._mine = False
-
-    def __call__(self, number: int) -> bool:
-        """Whether a batch is; asked for batches in order."""
-        unit = number // self._batches
-        if unit != self._unit:
-            self._unit = unit
-            self._open += unit not in self._done
-            self._mine = unit not in self._done and self._open % self._size == self._rank
-        return self._mine
 
 
 class Run:
@@ -84,6 +63,7 @@ class Run:
         device: torch.device,
         call: Callable[[nn.Module, Any], Any],
     ) -> None:
+        watch()  # has `capture` check its arguments before anything else happens
         self._model = model
         self._watch = watch
         self._rows = rows
@@ -96,10 +76,6 @@ class Run:
         self._maps: FeatureMaps | None = None
         self._keys: list[tuple[Any, ...]] = []  # of the maps of a pass
         self.missed: list[Any] = []
-
-    def check(self) -> None:
-        """Have `capture` check its arguments before anything else happens."""
-        self._watch()
 
     def spread(self) -> bool:
         """Whether the model's parameters lie on several ranks."""
@@ -217,10 +193,10 @@ class Run:
             if not check:
                 return
             if batch.number == 0:
-                _same(batch, manifest.first, place)
+                check_batch(batch, manifest.first, place)
             record = records.get(batch.number // manifest.batches_per_unit)
             if record is not None and batch.number % manifest.batches_per_unit == 0:
-                _same(batch, record.digest, place)
+                check_batch(batch, record.digest, place)
 
         bar = _bar(progress, manifest, records)
         stream = self._stream or batches.read(share, skipped)
@@ -286,15 +262,6 @@ class Run:
         writer.put(unit, self.riding.run, self.riding.absorbed, beside, stale)
 
 
-def _same(batch: Batch, expected: str, place: Place) -> None:
-    if expected and digest(batch.data) != expected:
-        raise StoreMismatchError(
-            f"batch {batch.number} of the loader is not the one that {place} was made of: other "
-            "data, another order, or augmentation by chance. Give the same data in the same "
-            "order, or check=False where they are meant to differ"
-        )
-
-
 def _check_size(batch: Batch, taken: Taken, manifest: Manifest) -> None:
     if not manifest.regular:
         return
@@ -313,12 +280,8 @@ def _bar(ranks: int, manifest: Manifest, records: Mapping[int, UnitRecord]) -> A
     """A bar of all samples; of one of several ranks, of about its share of those to come."""
     if not ranks:
         return _NoBar()
-    try:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ImportError(
-            "progress=True needs tqdm: pip install fmapkit[data], or give progress=False"
-        ) from error
+    says = "progress=True needs tqdm: pip install fmapkit[data], or give progress=False"
+    tqdm = needed("tqdm.auto", says).tqdm
     done, total = sum(record.samples for record in records.values()), manifest.samples
     if ranks > 1:
         done, total = 0, None if total is None else -(-(total - done) // ranks)

@@ -1,5 +1,6 @@
 """Units on their way to the store: filled by the thread that runs the model, written by another.
 
+Rows that a GPU made are copied beside the model's work, one batch behind it (`Arriving`).
 At most three units are in memory: the one that is filled, one that waits, one that is written. So
 memory is flat, and where the store is slower than the model, the model waits. While a unit is
 written, a third thread waits for the disk to have the one before, and commits it then.
@@ -11,26 +12,70 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 
-from fmapkit.data._manifest import (
-    ArraySpec,
-    FieldSpec,
-    Manifest,
-    UnitRecord,
-    as_stored,
-    stored_dtype,
-)
+from fmapkit.data._manifest import Manifest, Spec, UnitRecord, as_stored
 from fmapkit.data._place import Place
 from fmapkit.data._rows import Taken
 from fmapkit.errors import StoreError
 
-__all__ = ["Unit", "Writer"]
+__all__ = ["Arriving", "Unit", "Writer"]
 
-Blocks = dict["ArraySpec | FieldSpec", "np.ndarray[Any, Any]"]
+Blocks = dict[Spec, "np.ndarray[Any, Any]"]
+
+
+class Arriving:
+    """The rows of a batch, which `wait` gives once they are in the host's memory.
+
+    Args:
+        taken: where the model made them. On a CPU they are there already.
+    """
+
+    def __init__(self, taken: Taken) -> None:
+        self._event: Any = None
+        device = next((t.device for _, t in taken.arrays if t.device.type == "cuda"), None)
+        if device is not None:
+            taken = replace(taken, arrays=self._sent(taken, device))
+        self._taken = taken
+
+    def _sent(self, taken: Taken, device: torch.device) -> list[Any]:
+        stream = _stream(device)
+        # What the next pass may overwrite is copied on the device, in the model's own order.
+        own = [(spec, rows.contiguous().clone()) for spec, rows in taken.arrays]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        arrays = []
+        with torch.cuda.stream(stream):
+            for spec, rows in own:
+                host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+                host.copy_(rows, non_blocking=True)
+                rows.record_stream(stream)
+                arrays.append((spec, host))
+            self._event = stream.record_event()
+        return arrays
+
+    @property
+    def here(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self._event is None
+
+    def wait(self) -> Taken:
+        """The rows, in the host's memory."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._taken
+
+
+_streams: dict[torch.device, Any] = {}
+
+
+def _stream(device: torch.device) -> Any:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return _streams[device]
 
 
 class Unit:
@@ -49,25 +94,25 @@ class Unit:
         self.samples = self.rows = self.batches = 0
         self.digest = ""
         self._manifest = manifest
-        self._parts: dict[ArraySpec | FieldSpec, list[np.ndarray[Any, Any]]] = {}
+        self._parts: dict[Spec, list[np.ndarray[Any, Any]]] = {}
         self.buffers: Blocks = {}
         if manifest.regular:
             self.buffers = spare or {
-                spec: np.empty((manifest.rows_per_unit, *spec.shape), _dtype(spec))
+                spec: np.empty((manifest.rows_per_unit, *spec.shape), spec.stored)
                 for spec in manifest.specs
             }
 
     def add(self, taken: Taken) -> None:
         """Copy the rows of a batch in: the model may overwrite them after it."""
-        for spec, rows in taken.arrays:
-            self._put(spec, as_stored(rows.detach().cpu()))
+        for array, rows in taken.arrays:
+            self._put(array, as_stored(rows.detach().cpu()))
         for field, values in taken.fields:
             self._put(field, values)
         self.samples += taken.samples
         self.rows += taken.rows
         self.batches += 1
 
-    def _put(self, spec: ArraySpec | FieldSpec, rows: np.ndarray[Any, Any]) -> None:
+    def _put(self, spec: Spec, rows: np.ndarray[Any, Any]) -> None:
         if self._manifest.regular:
             self.buffers[spec][self.samples : self.samples + len(rows)] = rows
         else:
@@ -78,12 +123,6 @@ class Unit:
         if self._manifest.regular:
             return {spec: buffer[: self.samples] for spec, buffer in self.buffers.items()}
         return {spec: np.concatenate(parts) for spec, parts in self._parts.items()}
-
-
-def _dtype(spec: ArraySpec | FieldSpec) -> Any:
-    if isinstance(spec, ArraySpec):
-        return stored_dtype(spec.dtype)
-    return object if spec.dtype == "string" else np.dtype(spec.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +227,10 @@ class Writer:
     def put(
         self,
         unit: Unit,
-        run: str = "",
-        absorbed: tuple[str, ...] = (),
-        beside: Mapping[str, bytes] | None = None,
-        stale: tuple[str, ...] = (),
+        run: str,
+        absorbed: tuple[str, ...],
+        beside: Mapping[str, bytes],
+        stale: tuple[str, ...],
     ) -> None:
         """Have a unit written, and committed; waits while another one does.
 
@@ -217,7 +256,7 @@ class Writer:
         )
         with self._told():
             self._committing.check()
-            self._writing.put(_Job(unit, record, beside or {}, stale))
+            self._writing.put(_Job(unit, record, beside, stale))
 
     def close(self) -> None:
         """Wait for all that was put.

@@ -17,16 +17,17 @@ from fmapkit.data._fingerprint import describe, differences, digest, of_model
 from fmapkit.data._manifest import Manifest, UnitRecord
 from fmapkit.data._place import Place, zarr_module
 from fmapkit.data._ranks import Ranks, joined
+from fmapkit.data._resuming import Share, begun, check_batch
 from fmapkit.data._riding import Riding
 from fmapkit.data._rows import POOLS, Keep, Mask, Pool, Rows, Taken, check_keep
-from fmapkit.data._run import Run, Share, batches_per_unit, default_call
+from fmapkit.data._run import Run, batches_per_unit, default_call
 from fmapkit.data.features import Features
 from fmapkit.errors import (
     ArgumentError,
     DistributedError,
     NotAModuleError,
     StoreError,
-    StoreMismatchError,
+    check_positive,
 )
 from fmapkit.kinds import Kind
 
@@ -109,7 +110,8 @@ def extract(
         DistributedError: ranks do not agree, or the model is spread over them.
     """
     model = checked_model(model, pool)
-    _check_number(batches_per_commit)
+    if batches_per_commit is not None:
+        check_positive(batches_per_commit=batches_per_commit)
     kinds = kinds if isinstance(kinds, str) else tuple(kinds)
     place = Place(to, storage_options)
     batches = Batches(loader)
@@ -123,7 +125,6 @@ def extract(
         device_of(model, device),
         call or default_call(model, kept),
     )
-    run.check()
     asked = {
         **of_model(model),
         "layers": describe(layers if isinstance(layers, (list, tuple)) else [layers], model),
@@ -164,7 +165,9 @@ class _Call:
     def extract(self, ranks: Ranks, compressors: Any, progress: bool) -> None:
         """All of it: agree, run, wait for each other, finish."""
         self._agree(ranks)
-        found: Manifest | None = ranks.first(self._found)
+        found: Manifest | None = ranks.first(
+            lambda: begun(self.place, self.asked, self.resume, self.batches_per_commit)
+        )
         if found is None and ranks.size == 1:
             manifest = self.run.begin(self.batches, lambda b, t: self._create(b, t, compressors))
         elif found is None:
@@ -219,39 +222,11 @@ class _Call:
                     + "; ".join(words).replace(" then,", f" on rank {rank},")
                 )
 
-    def _found(self) -> Manifest | None:
-        found = self.place.manifest()
-        if found is None:
-            return None
-        if not self.resume:
-            raise StoreMismatchError(
-                f"{self.place} holds features already, and resume=False begins anew: remove it, or "
-                "give another place"
-            )
-        if words := differences(found.asked, self.asked):
-            raise StoreMismatchError(
-                f"{self.place} holds features of another call: {'; '.join(words)}. Give another "
-                "place, or the same model and arguments"
-            )
-        wanted = self.batches_per_commit
-        if wanted is not None and wanted != found.batches_per_unit and not found.complete:
-            raise StoreMismatchError(
-                f"{self.place} was begun with batches_per_commit={found.batches_per_unit}, and "
-                f"goes on with that only, not with {wanted}"
-            )
-        return found
-
     def _compare(self, manifest: Manifest) -> None:
         """Refuse a loader that gives other data than when the store was begun."""
         # A loader without an index is compared while it is iterated.
-        if not self.check or not (self.batches.indexed or manifest.complete):
-            return
-        if digest(self.batches.first().data) != manifest.first:
-            raise StoreMismatchError(
-                f"the loader's first batch is not the one that {self.place} was begun with: other "
-                "data, another order, or augmentation by chance. Give the same data in the same "
-                "order, or check=False where they are meant to differ"
-            )
+        if self.check and (self.batches.indexed or manifest.complete):
+            check_batch(self.batches.first(), manifest.first, self.place)
 
     def _probe(self, compressors: Any) -> Manifest:
         batch = self.batches.first()
@@ -329,13 +304,6 @@ def checked_model(model: Any, pool: Any) -> nn.Module:
     if pool is not None and not callable(pool) and pool not in POOLS:
         raise ArgumentError(f"pool must be one of {POOLS}, or a function of a map, not {pool!r}")
     return plain
-
-
-def _check_number(number: Any) -> None:
-    if number is None:
-        return
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ArgumentError(f"batches_per_commit must be a positive int, not {number!r}")
 
 
 def device_of(model: nn.Module, given: Any) -> torch.device:

@@ -8,12 +8,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fmapkit.data._arrays import FeatureArray, StoredArray, save_safetensors
-from fmapkit.data._manifest import ArraySpec, FieldSpec, Manifest, stored_dtype
+from fmapkit.data._manifest import Manifest, Spec
 from fmapkit.data._pieces import Piece, Pieces
 from fmapkit.data._place import Place, node_of
 from fmapkit.errors import (
@@ -26,6 +25,7 @@ from fmapkit.errors import (
     listed,
     near,
 )
+from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
     from fmapkit.data.loader import RowLoader
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Features"]
 
 
-class Features:
+class Features(Shown):
     """Features of a data set, as `extract` has written them; they are read when asked for.
 
     ```python
@@ -62,7 +62,7 @@ class Features:
             raise StoreError(f"there are no features at {self._place}: extract(...) writes them")
         self._manifest: Manifest = manifest
         self._records = self._place.records()
-        self._arrays = {spec: self._array(spec) for spec in manifest.arrays}
+        self._arrays = {spec: FeatureArray(spec, self._pieces(spec)) for spec in manifest.arrays}
         self.fields: Mapping[str, StoredArray] = {
             spec.name: StoredArray(spec.name, self._pieces(spec), spec.shape, spec.dtype)
             for spec in manifest.fields
@@ -119,7 +119,7 @@ class Features:
         """
         layer, kind = (key, None) if isinstance(key, str) else key
         if layer not in self:
-            hint = did_you_mean(layer, self.layers) if isinstance(layer, str) else ""
+            hint = did_you_mean(layer, self.layers)
             raise UnknownLayerError(
                 f"no features of layer {layer!r} here{hint}; there are {listed(self.layers)}",
                 layer=layer if isinstance(layer, str) else None,
@@ -164,9 +164,9 @@ class Features:
             and path in (None, array.path)
         ]
 
-    def __repr__(self) -> str:
+    def _table(self) -> Table:
         head = ("layer", "kind", "rows", "shape", "dtype", "MB", "σ")
-        lines = [
+        rows = [
             (
                 array.layer or "(model)",
                 array.kind + array.path,
@@ -178,14 +178,11 @@ class Features:
             )
             for array in self
         ]
-        wide = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-        table = [head, tuple("─" * w for w in wide), *lines]
-        text = ["  ".join(c.ljust(w) for c, w in zip(row, wide, strict=True)) for row in table]
         beside = f", beside {listed(self.fields)}" if self.fields else ""
         total = f" of {self._manifest.samples}" if self._manifest.samples is not None else ""
         state = "" if self.complete else f"{total}, incomplete"
-        text.append(f"Features: {len(self)} samples{state}{beside}")
-        return "\n".join(line.rstrip() for line in text)
+        last = f"Features: {len(self)} samples{state}{beside}"
+        return Table(head, rows, (), last)
 
     # -- out --------------------------------------------------------------------------------------
 
@@ -198,8 +195,7 @@ class Features:
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for spec, array in self._arrays.items():
-            name = spec.name.removeprefix("layers/").replace("/", "-")
-            paths.append(array.to_npy(folder / f"{name}.npy"))
+            paths.append(array.to_npy(folder / f"{spec.name.replace('/', '-')}.npy"))
         for name, field in self.fields.items():
             paths.append(field.to_npy(folder / f"{name}.npy"))
         return paths
@@ -209,14 +205,8 @@ class Features:
 
         They are read into memory for it. Fields of text are left out.
         """
-        tensors = {
-            spec.name.removeprefix("layers/"): array.tensor()
-            for spec, array in self._arrays.items()
-        }
-        tags = {
-            spec.name.removeprefix("layers/"): json.dumps(array.tags)
-            for spec, array in self._arrays.items()
-        }
+        tensors = {array.name: array.tensor() for array in self}
+        tags = {array.name: json.dumps(array.tags) for array in self}
         tensors |= {
             f"fields/{name}": field.tensor()
             for name, field in self.fields.items()
@@ -260,13 +250,11 @@ class Features:
         """
         from fmapkit.data.loader import RowLoader, StoredRows
 
-        one = not isinstance(layers, list)
-        keys = [layers] if not isinstance(layers, list) else layers
+        keys = layers if isinstance(layers, list) else [layers]
         names = [fields] if isinstance(fields, str) else list(fields)
-        arrays: dict[str, StoredArray] = {}
-        for key in keys:
-            assert isinstance(key, (str, tuple))
-            arrays[key if isinstance(key, str) else "/".join(key)] = self[key]
+        arrays: dict[str, StoredArray] = {
+            key if isinstance(key, str) else "/".join(key): self[key] for key in keys
+        }
         for name in names:
             if name not in self.fields:
                 raise ArgumentError(
@@ -291,21 +279,13 @@ class Features:
             rank=rank,
             world=world,
             drop_last=drop_last,
-            single=one and not names,
+            single=not isinstance(layers, list) and not names,
         )
 
     # -- pieces -----------------------------------------------------------------------------------
 
-    def _array(self, spec: ArraySpec) -> FeatureArray:
-        return FeatureArray(spec, self._pieces(spec))
-
-    def _pieces(self, spec: ArraySpec | FieldSpec) -> Pieces:
-        if isinstance(spec, ArraySpec):
-            path, dtype = spec.name, stored_dtype(spec.dtype)
-        else:
-            path = spec.path
-            dtype = np.dtype(object if spec.dtype == "string" else spec.dtype)
-        where, axes, pieces = self._place.local, len(spec.shape), []
+    def _pieces(self, spec: Spec) -> Pieces:
+        path, where, axes, pieces = spec.node, self._place.local, len(spec.shape), []
         array = cache(partial(self._place.array, path))
         for record in self._records.values():
             at, shard, rows = path, record.unit, record.samples
@@ -315,4 +295,4 @@ class Features:
                 array = cache(partial(self._place.array, at))
                 size = rows = record.rows if spec.per == "token" else rows
             pieces.append(Piece(array, where and where / at, shard, rows, size, axes))
-        return Pieces(pieces, spec.shape, dtype)
+        return Pieces(pieces, spec.shape, spec.stored)

@@ -102,7 +102,6 @@ def stream(
         device_of(model, device),
         call or default_call(model, kept),
     )
-    run.check()
     single = isinstance(layers, str) and not kept and not any(c in layers for c in "*?[")
     return RowLoader(
         LiveRows(run, batches, of_model(model), single),
@@ -165,7 +164,7 @@ class LiveRows:
             )
         layers = [spec.layer for spec, _ in taken.arrays]
         rows = {
-            spec.layer if layers.count(spec.layer) == 1 else spec.name.removeprefix("layers/"): v
+            spec.layer if layers.count(spec.layer) == 1 else spec.name: v
             for spec, v in taken.arrays
         }
         if self._single and len(rows) > 1:

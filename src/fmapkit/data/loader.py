@@ -21,7 +21,7 @@ from torch import Tensor
 from fmapkit.data._arrays import StoredArray
 from fmapkit.data._fingerprint import differences
 from fmapkit.data._pool import NO_ROWS, Pool, Slots, Views
-from fmapkit.errors import ArgumentError
+from fmapkit.errors import ArgumentError, check_positive
 
 __all__ = ["Block", "RowLoader", "RowSource", "StoredRows"]
 
@@ -134,9 +134,7 @@ class RowLoader:
         drop_last: bool = False,
         single: bool = False,
     ) -> None:
-        for name, value in (("batch", batch), ("buffer", buffer)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ArgumentError(f"{name} must be a positive int, not {value!r}")
+        check_positive(batch=batch, buffer=buffer)
         if shuffle not in ("buffer", None):
             raise ArgumentError(f"shuffle must be 'buffer' or None, not {shuffle!r}")
         if shuffle and buffer < 2 * batch:

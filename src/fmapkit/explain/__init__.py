@@ -18,6 +18,7 @@ field.size, field.stride, field.box(7, 7)
 from typing import TYPE_CHECKING
 
 from fmapkit._lazy import lazy
+from fmapkit.explain._progress import with_bar as with_bar
 
 if TYPE_CHECKING:
     from fmapkit.explain.cam import grad_cam
@@ -44,18 +45,12 @@ __all__ = [
 
 # Imported when asked for.
 _HOMES = {
-    "Box": "receptive",
-    "Occlusion": "occluding",
-    "ReceptiveField": "receptive",
-    "Span": "receptive",
-    "effective_field": "effective",
-    "grad_cam": "cam",
-    "occlusion": "occluding",
-    "plot_field": "pictures",
-    "plot_heat": "pictures",
-    "plot_projection": "pictures",
-    "project": "projection",
-    "receptive_field": "receptive",
+    "cam": "grad_cam",
+    "effective": "effective_field",
+    "occluding": "Occlusion occlusion",
+    "pictures": "plot_field plot_heat plot_projection",
+    "projection": "project",
+    "receptive": "Box ReceptiveField Span receptive_field",
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOMES)

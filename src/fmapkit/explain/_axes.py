@@ -9,8 +9,18 @@ from torch import Tensor
 
 from fmapkit.errors import ArgumentError
 from fmapkit.map import FeatureMap
+from fmapkit.readable import tags
 
-__all__ = ["has_samples", "input_axes", "is_location", "map_axes"]
+__all__ = ["has_samples", "input_axes", "is_location", "map_axes", "no_locations"]
+
+
+def no_locations(fm: FeatureMap) -> ArgumentError:
+    """The error where a map has to have axes of locations, and has none."""
+    return ArgumentError(
+        f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)} and no locations: choose "
+        "a layer before they are pooled or flattened",
+        **tags(fm),
+    )
 
 
 def input_axes(tensor: Tensor, axes: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -41,10 +51,8 @@ def input_axes(tensor: Tensor, axes: int | Sequence[int] | None) -> tuple[int, .
 
 def _usual(tensor: Tensor) -> tuple[int, ...] | None:
     dims = tensor.dim()
-    if not (tensor.is_floating_point() or tensor.is_complex()) and dims in (1, 2):
-        return (dims - 1,)  # tokens
     if dims in (1, 2):
-        return (dims - 1,)  # features, one after the other
+        return (dims - 1,)  # tokens, or features, one after the other
     return tuple(range(2, dims)) if dims in (4, 5) else None
 
 

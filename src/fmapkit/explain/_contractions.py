@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,25 +109,18 @@ def _slid(
 ) -> Tensor:
     """The input's part in a convolution: (R, N, out, *places)."""
     axes = terms.dim() - 2
-    stride, padding, dilation = (
+    options = [
         _each(call.get(name, default=default), axes)
         for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))
-    )
+    ]
+    steps = list(map(_Steps, *options, shape[3:]))
     apart = field.reshape(*field.shape[:2], groups, -1, *field.shape[3:])
     kernel, places, outs = terms.shape[2:], shape[3:], shape[2] // groups
     slide = _spread if transposed else _gathered
     if bool(terms.all()):  # every output channel sees the same
         found = apart.amin(3)
         for axis in range(axes):
-            found = slide(
-                found,
-                3 + axis,
-                range(kernel[axis]),
-                stride[axis],
-                padding[axis],
-                dilation[axis],
-                places[axis],
-            )
+            found = slide(found, 3 + axis, range(kernel[axis]), steps[axis])
         wide = found.unsqueeze(3).expand(-1, -1, -1, outs, *places)
         return wide.reshape(*shape)
     found = field.new_full((*field.shape[:2], groups, outs, *places), NONE)
@@ -140,9 +133,7 @@ def _slid(
             continue
         moved = apart
         for axis, at in enumerate(offset):
-            moved = slide(
-                moved, 4 + axis, [at], stride[axis], padding[axis], dilation[axis], places[axis]
-            )
+            moved = slide(moved, 4 + axis, [at], steps[axis])
         for group in range(groups):
             flat = moved[:, :, group].movedim(2, -1).flatten(1, -2)
             mixed = _mixed(flat, there[group])
@@ -156,17 +147,18 @@ def _each(value: Any, axes: int) -> list[int]:
     return values * axes if len(values) == 1 else values
 
 
-def _gathered(
-    field: Tensor,
-    axis: int,
-    taps: Sequence[int],
-    stride: int,
-    padding: int,
-    dilation: int,
-    places: int,
-) -> Tensor:
+class _Steps(NamedTuple):
+    """How a convolution goes along one axis."""
+
+    stride: int
+    padding: int
+    dilation: int
+    places: int  # of the result
+
+
+def _gathered(field: Tensor, axis: int, taps: Sequence[int], steps: _Steps) -> Tensor:
     """Along one axis, the field of what each place of a convolution reads."""
-    size = field.shape[axis]
+    size, (stride, padding, dilation, places) = field.shape[axis], steps
     needed = (places - 1) * stride + dilation * max(taps) + 1
     after = max(0, needed - padding - size)
     padded = torch.cat([_none(field, axis, padding), field, _none(field, axis, after)], axis)
@@ -179,17 +171,9 @@ def _gathered(
     return found
 
 
-def _spread(
-    field: Tensor,
-    axis: int,
-    taps: Sequence[int],
-    stride: int,
-    padding: int,
-    dilation: int,
-    places: int,
-) -> Tensor:
+def _spread(field: Tensor, axis: int, taps: Sequence[int], steps: _Steps) -> Tensor:
     """Along one axis, the field of what each place of a transposed convolution is written from."""
-    size = field.shape[axis]
+    size, (stride, padding, dilation, places) = field.shape[axis], steps
     whole = max(places + padding, (size - 1) * stride + dilation * max(taps) + 1)
     found = _none(field, axis, whole).clone()
     for tap in taps:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fmapkit.capture import capture
 from fmapkit.errors import (
     AmbiguousMapError,
     ArgumentError,
@@ -25,7 +27,7 @@ from fmapkit.readable import tags
 from fmapkit.torchlib.operators import tree_leaves
 
 __all__ = [
-    "KINDS",
+    "WantedMap",
     "check_filter",
     "eager",
     "exchanged",
@@ -33,11 +35,10 @@ __all__ = [
     "kept_state",
     "run",
     "step_by_step",
-    "the_map",
 ]
 
 # What is captured where no kind is asked for; the best of them is taken.
-KINDS: tuple[Kind, ...] = ("preactivation", "activation")
+_KINDS: tuple[Kind, ...] = ("preactivation", "activation")
 _RANK = {"activation": 0, "preactivation": 1, "response": 2, "output": 3, "input": 4}
 
 
@@ -118,47 +119,62 @@ def step_by_step() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def the_map(
-    maps: FeatureMaps, layer: Any, kind: Kind | None, call: int | None, path: str | None
-) -> FeatureMap:
+@dataclass(frozen=True, slots=True)
+class WantedMap:
     """The one map that is meant.
 
     By default the activation; where no nonlinearity follows, the preactivation; of a module that is
     no layer with filters, its output.
-
-    Raises:
-        MapLookupError: there is none, or there are several.
     """
-    found = maps.select(layer=layer, kind=kind, call=call, path=path)
-    if found and kind is None:
-        best = min(_RANK[fm.kind] for fm in found)
-        found = [fm for fm in found if _RANK[fm.kind] == best]
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        if isinstance(layer, str) and call is None and path is None:
-            return maps[layer] if kind is None else maps[layer, kind]
-        missed = "".join(f"; missed: {m.layer}: {m.reason}" for m in maps.missed)
-        raise MapLookupError(
-            f"no map of layer {layer!r} (kind={kind!r}, call={call!r}, path={path!r}) in this "
-            f"pass; its maps are of {listed(maps.layers)}{missed}",
-            layer=layer if isinstance(layer, str) else None,
+
+    layer: Any
+    kind: Kind | None
+    call: int | None
+    path: str | None
+
+    def capture(self, model: nn.Module, **options: Any) -> capture:
+        """A capture that will have it; options as in `fmapkit.capture`."""
+        kinds = _KINDS if self.kind is None else (self.kind,)
+        return capture(model, self.layer, kinds=kinds, **options)
+
+    def among(self, maps: FeatureMaps) -> FeatureMap:
+        """That map of a pass.
+
+        Raises:
+            MapLookupError: there is none, or there are several.
+        """
+        layer, kind, call, path = self.layer, self.kind, self.call, self.path
+        found = maps.select(layer=layer, kind=kind, call=call, path=path)
+        if found and kind is None:
+            best = min(_RANK[fm.kind] for fm in found)
+            found = [fm for fm in found if _RANK[fm.kind] == best]
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            if isinstance(layer, str) and call is None and path is None:
+                return maps[layer] if kind is None else maps[layer, kind]
+            missed = "".join(f"; missed: {m.layer}: {m.reason}" for m in maps.missed)
+            raise MapLookupError(
+                f"no map of layer {layer!r} (kind={kind!r}, call={call!r}, path={path!r}) in this "
+                f"pass; its maps are of {listed(maps.layers)}{missed}",
+                layer=layer if isinstance(layer, str) else None,
+                kind=kind,
+                call=call,
+                candidates=maps.layers,
+            )
+        choices = ", ".join(
+            f"({fm.layer!r}, {fm.kind!r}, call={fm.call}, path={fm.path!r})" for fm in found
+        )
+        raise AmbiguousMapError(
+            f"{layer!r} could mean {len(found)} maps: {choices}; choose with kind=, call= or path=",
+            layer=found[0].layer,
             kind=kind,
             call=call,
-            candidates=maps.layers,
+            candidates=[
+                {"layers": fm.layer, "kind": fm.kind, "call": fm.call, "path": fm.path}
+                for fm in found
+            ],
         )
-    choices = ", ".join(
-        f"({fm.layer!r}, {fm.kind!r}, call={fm.call}, path={fm.path!r})" for fm in found
-    )
-    raise AmbiguousMapError(
-        f"{layer!r} could mean {len(found)} maps: {choices}; choose with kind=, call= or path=",
-        layer=found[0].layer,
-        kind=kind,
-        call=call,
-        candidates=[
-            {"layers": fm.layer, "kind": fm.kind, "call": fm.call, "path": fm.path} for fm in found
-        ],
-    )
 
 
 def check_filter(fm: FeatureMap, filter: int | None) -> int | None:

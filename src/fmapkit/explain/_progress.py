@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import Any, TypeVar
 
-__all__ = ["progress"]
+__all__ = ["with_bar"]
 
 _T = TypeVar("_T")
 
 
-def progress(steps: Iterable[_T], total: int, what: str, shown: bool) -> Iterator[_T]:
+def with_bar(steps: Sequence[_T], what: str, shown: bool) -> Iterator[_T]:
     """The same steps, with a bar; silent without tqdm, and where the output is no terminal."""
     bar: Any = None
     if shown:
@@ -21,4 +21,4 @@ def progress(steps: Iterable[_T], total: int, what: str, shown: bool) -> Iterato
     if bar is None:
         yield from steps
     else:
-        yield from bar(steps, total=total, desc=what, disable=None, leave=False)
+        yield from bar(steps, desc=what, disable=None, leave=False)

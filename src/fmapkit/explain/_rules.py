@@ -218,17 +218,14 @@ def _group_norm(call: Call) -> list[Tensor | None]:
     groups = call.get("group", "num_groups")
     field = call.of(value)
     wide = [1, -1, *[1] * (value.dim() - 2)]
-    own = [None if f is None else f.reshape(len(f), *wide) for f in _own_fields(call)]
+    own = [call.of(call.get("weight")), call.of(call.get("bias"))]
+    own = [None if f is None else f.reshape(len(f), *wide) for f in own]
     if field is None:
         return [least(own, value.shape) if r.shape == value.shape else None for r in call.results]
     apart = field.reshape(len(field), value.shape[0], groups, -1).amin(3, keepdim=True)
     spread = apart.expand(-1, -1, -1, value[0].numel() // groups).reshape(field.shape)
     whole = least([spread, *own], value.shape)
     return [whole if r.shape == value.shape else _reshaped(apart, r) for r in call.results]
-
-
-def _own_fields(call: Call) -> list[Tensor | None]:
-    return [call.of(call.get(name)) for name in ("weight", "bias")]
 
 
 def _batch_norm(call: Call) -> list[Tensor | None]:

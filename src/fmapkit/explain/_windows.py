@@ -13,27 +13,16 @@ from fmapkit.explain._probe import probe
 
 __all__ = ["RULES"]
 
-_POOLS: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-_ADAPTIVE: dict[int, Any] = {
-    1: F.adaptive_max_pool1d,
-    2: F.adaptive_max_pool2d,
-    3: F.adaptive_max_pool3d,
-}
 
-
-def _axes(call: Call) -> int:
-    return int(next(d for d in call.name if d.isdigit()))
-
-
-def _lowest(call: Call, pool: Any, *arguments: Any, **options: Any) -> list[Tensor | None]:
+def _lowest(call: Call, pool: str, *arguments: Any) -> list[Tensor | None]:
     """The field of windows: the smallest numbers in each are the largest, negated."""
     value = call.get("self", "input")
     field = call.of(value)
     if field is None:
         return [None] * len(call.results)
-    axes = _axes(call)
+    axes = int(next(digit for digit in call.name if digit.isdigit()))
     flat = field.reshape(1, -1, *value.shape[value.dim() - axes :])
-    found = -pool(-flat.float(), *arguments, **options)
+    found = -getattr(F, f"{pool}{axes}d")(-flat.float(), *arguments)
     found = found.to(torch.int32).reshape(len(field), *call.results[0].shape)
     return [found] * len(call.results)
 
@@ -43,7 +32,7 @@ def _pooled(call: Call) -> list[Tensor | None]:
         return probe(call)
     return _lowest(
         call,
-        _POOLS[_axes(call)],
+        "max_pool",
         call.given["kernel_size"],
         call.get("stride") or None,
         call.get("padding", default=0),
@@ -53,7 +42,7 @@ def _pooled(call: Call) -> list[Tensor | None]:
 
 
 def _adaptively(call: Call) -> list[Tensor | None]:
-    return _lowest(call, _ADAPTIVE[_axes(call)], call.given["output_size"])
+    return _lowest(call, "adaptive_max_pool", call.given["output_size"])
 
 
 RULES: dict[str, Rule] = {

@@ -9,20 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmapkit.capture import capture
 from fmapkit.errors import ArgumentError
-from fmapkit.explain._axes import has_samples, input_axes, map_axes
-from fmapkit.explain._passes import (
-    KINDS,
-    eager,
-    exchanged,
-    first_tensor,
-    kept_state,
-    run,
-    the_map,
-)
+from fmapkit.explain._axes import has_samples, input_axes, map_axes, no_locations
+from fmapkit.explain._passes import WantedMap, eager, exchanged, first_tensor, kept_state, run
 from fmapkit.kinds import Kind
-from fmapkit.map import FeatureMap
 from fmapkit.readable import tags
 from fmapkit.torchlib.operators import tree_leaves
 
@@ -77,16 +67,16 @@ def grad_cam(
     model = eager(model, "grad_cam")
     tensor = first_tensor(inputs, "grad_cam")
     along = input_axes(tensor, axes)
-    kinds = KINDS if kind is None else (kind,)
+    wanted = WantedMap(layer, kind, call, path)
     with kept_state(model), torch.inference_mode(False), torch.enable_grad():
         by: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         given = inputs
         if tensor.is_floating_point():
             x = tensor.detach().clone().requires_grad_()
             given, by = exchanged(inputs, tensor, x), [x]
-        with capture(model, layer, kinds=kinds, gradients=True) as maps:
+        with wanted.capture(model, gradients=True) as maps:
             score = _score(run(model, given), target)
-            fm = the_map(maps, layer, kind, call, path)
+            fm = wanted.among(maps)
             if not by or not score.requires_grad:
                 raise ArgumentError(
                     "the model's output depends on nothing that takes a gradient: the model "
@@ -101,7 +91,9 @@ def grad_cam(
             "comes after what was asked for, or the model detaches what it makes",
             **tags(fm),
         )
-    where = _locations(fm, tensor, along)
+    where = map_axes(fm, tensor, along)
+    if not where:
+        raise no_locations(fm)
     many = has_samples(fm, along)
     weights = gradient.mean(where, keepdim=True)
     others = [a for a in range(fm.tensor.dim()) if a not in where and (a or not many)]
@@ -142,17 +134,6 @@ def _score(output: Any, target: Target) -> Tensor:
         )
     index = (index % classes).expand(logits.shape[:-1])
     return logits.gather(-1, index.unsqueeze(-1)).sum()
-
-
-def _locations(fm: FeatureMap, tensor: Tensor, along: tuple[int, ...]) -> tuple[int, ...]:
-    where = map_axes(fm, tensor, along)
-    if not where:
-        raise ArgumentError(
-            f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)} and no locations: "
-            "choose a layer before they are pooled or flattened",
-            **tags(fm),
-        )
-    return where
 
 
 def _upsampled(cam: Tensor, tensor: Tensor, along: tuple[int, ...]) -> Tensor:

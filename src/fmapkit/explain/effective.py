@@ -7,21 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.capture import capture
-from fmapkit.errors import ArgumentError
-from fmapkit.explain._axes import has_samples, input_axes, map_axes
+from fmapkit.explain._axes import has_samples, input_axes, map_axes, no_locations
 from fmapkit.explain._locations import At, chosen
-from fmapkit.explain._passes import (
-    KINDS,
-    eager,
-    exchanged,
-    kept_state,
-    run,
-    the_map,
-)
+from fmapkit.explain._passes import WantedMap, eager, exchanged, kept_state, run
 from fmapkit.explain.projection import differentiable, gradient_of
 from fmapkit.kinds import Kind
-from fmapkit.readable import tags
 
 __all__ = ["effective_field"]
 
@@ -69,20 +59,16 @@ def effective_field(
     model = eager(model, "effective_field")
     tensor = differentiable(inputs, "effective_field")
     along = input_axes(tensor, axes)
-    kinds = KINDS if kind is None else (kind,)
+    wanted = WantedMap(layer, kind, call, path)
     with kept_state(model), torch.inference_mode(False), torch.enable_grad():
         x = tensor.detach().clone().requires_grad_()
-        with capture(model, layer, kinds=kinds, detach=False) as maps:
+        with wanted.capture(model, detach=False) as maps:
             run(model, exchanged(inputs, tensor, x))
-            fm = the_map(maps, layer, kind, call, path)
+            fm = wanted.among(maps)
             if at is None:
                 where = map_axes(fm, tensor, along)
                 if not where:
-                    raise ArgumentError(
-                        f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)} and no "
-                        "locations",
-                        **tags(fm),
-                    )
+                    raise no_locations(fm)
                 at = tuple(fm.shape[a] // 2 for a in where)
             signal = chosen(fm, tensor, along, filter, at).to(fm.dtype)
             found = gradient_of(fm, fm.tensor, x, signal).abs()

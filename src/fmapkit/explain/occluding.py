@@ -11,22 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.capture import capture
 from fmapkit.errors import ArgumentError, CaptureWarning, check_positive
 from fmapkit.explain._axes import has_samples, input_axes
 from fmapkit.explain._locations import At, chosen
-from fmapkit.explain._passes import (
-    KINDS,
-    eager,
-    exchanged,
-    first_tensor,
-    kept_state,
-    run,
-    the_map,
-)
-from fmapkit.explain._progress import progress
+from fmapkit.explain._passes import WantedMap, eager, exchanged, first_tensor, kept_state, run
+from fmapkit.explain._progress import with_bar
 from fmapkit.kinds import Kind
-from fmapkit.map import FeatureMap
+from fmapkit.maps import FeatureMaps
 from fmapkit.readable import tags
 
 if TYPE_CHECKING:
@@ -154,8 +145,10 @@ def occlusion(
     check_positive(batch_size=batch_size)
     starts = tuple(_starts(n, w, s) for n, w, s in zip(sizes, covered, steps, strict=True))
     asked = (str(layer), filter, kind, call, path, sizes, covered, starts)
-    watch = _WatchedMap(model, inputs, tensor, along, layer, filter, at, kind, call, path)
-    with kept_state(model), torch.no_grad(), watch.capture() as maps:
+    watch = _WatchedMap(
+        model, inputs, tensor, along, WantedMap(layer, kind, call, path), filter, at
+    )
+    with kept_state(model), torch.no_grad(), watch.wanted.capture(model, stop=True) as maps:
         usual = watch.total(maps, inputs)
         drops = usual.new_full((len(usual), *map(len, starts)), torch.nan)
         if resume is not None:
@@ -171,7 +164,7 @@ def occlusion(
         groups = [left[i : i + many] for i in range(0, len(left), many)]
         complete = True
         try:
-            for group in progress(groups, len(groups), "occlusion", show_progress):
+            for group in with_bar(groups, "occlusion", show_progress):
                 places = [_place(along, starts, covered, c, tensor.dim()) for c in group]
                 totals = watch.total(maps, watch.covered(places, fill))
                 for cell, total in zip(group, totals.reshape(len(group), -1), strict=True):
@@ -226,23 +219,16 @@ class _WatchedMap:
     inputs: Any
     tensor: Tensor
     axes: tuple[int, ...]
-    layer: Any
+    wanted: WantedMap
     filter: int | None
     at: At
-    kind: Kind | None
-    call: int | None
-    path: str | None
     masks: list[Tensor] = field(default_factory=list)
     alone: list[bool] = field(default_factory=list)  # the input is one sample, without an axis
 
-    def capture(self) -> capture:
-        kinds = KINDS if self.kind is None else (self.kind,)
-        return capture(self.model, self.layer, kinds=kinds, stop=True)
-
-    def total(self, maps: Any, inputs: Any) -> Tensor:
+    def total(self, maps: FeatureMaps, inputs: Any) -> Tensor:
         """The sum of what is watched, sample by sample, after a pass."""
         run(self.model, inputs)
-        fm: FeatureMap = the_map(maps, self.layer, self.kind, self.call, self.path)
+        fm = self.wanted.among(maps)
         if not self.masks:  # where the strongest is, is told by the input as it is
             self.masks.append(chosen(fm, self.tensor, self.axes, self.filter, self.at))
         mask = self.masks[0]

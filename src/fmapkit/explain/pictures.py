@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError
-from fmapkit.plot import figures
+from fmapkit.plot import figures, pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,25 +61,20 @@ def plot_field(
         ImportError: matplotlib is not installed.
         ArgumentError: the input is no image, or there is no such location.
     """
-    plt = figures()
-    from matplotlib.patches import Rectangle
-
     if len(field.input_shape) != 2:
         raise ArgumentError(
             f"a field is drawn on an image, and this input has locations {field.input_shape}"
         )
     location = location or tuple(n // 2 for n in field.shape)
     box = field.box(*location)
-    panels = 1 if effective is None else 2
-    figure: Figure
-    figure, axes = plt.subplots(1, panels, figsize=(4.2 * panels, 4.4), layout="constrained")
-    panes: list[Axes] = list(np.atleast_1d(axes))
-    shown = np.zeros(field.input_shape) if image is None else pixels(image)
+    figure, panes = _panes(1 if effective is None else 2, 4.4)
+    from matplotlib.patches import Rectangle
+
+    shown = np.zeros(field.input_shape) if image is None else _stretched(image)
     for pane in panes:
         pane.imshow(shown, cmap="gray", extent=_extent(field.input_shape), interpolation="nearest")
         corner, size = (box.left, box.top), (box.right - box.left, box.bottom - box.top)
         pane.add_patch(Rectangle(corner, *size, fill=False, edgecolor=_BOX, linewidth=1.8))
-        _bare(pane)
     name = field.layer or "(model)"
     panes[0].set_title(
         f"{name} {location}: rows {box.top}–{box.bottom}, columns {box.left}–{box.right}",
@@ -102,23 +98,17 @@ def plot_heat(heat: Tensor, image: Any = None, *, title: str = "") -> Figure:
         ImportError: matplotlib is not installed.
         ArgumentError: the heat map is not of two axes.
     """
-    plt = figures()
     if heat.dim() != 2:
         raise ArgumentError(f"a heat map has two axes, and this one has shape {tuple(heat.shape)}")
-    panels = 1 if image is None else 2
-    figure: Figure
-    figure, axes = plt.subplots(1, panels, figsize=(4.2 * panels, 4.2), layout="constrained")
-    panes: list[Axes] = list(np.atleast_1d(axes))
+    figure, panes = _panes(1 if image is None else 2, 4.2)
     extent_of = tuple(heat.shape)
     if image is not None:
-        shown = pixels(image)
+        shown = _stretched(image)
         extent_of = shown.shape[:2]
         for pane in panes:
             pane.imshow(shown, cmap="gray", extent=_extent(extent_of), interpolation="nearest")
     drawn = _overlay(panes[-1], heat, extent_of, signed=True, opaque=image is None)
     figure.colorbar(drawn, ax=panes[-1], fraction=0.046, pad=0.02)
-    for pane in panes:
-        _bare(pane)
     figure.suptitle(title, fontsize="medium")
     return figure
 
@@ -135,7 +125,6 @@ def plot_projection(projection: Tensor, image: Any = None, *, title: str = "") -
         ImportError: matplotlib is not installed.
         ArgumentError: the projection is not to an image.
     """
-    plt = figures()
     if projection.dim() != 3 or projection.shape[0] not in (1, 3):
         raise ArgumentError(
             f"a projection to an image has shape (1, H, W) or (3, H, W), not "
@@ -144,41 +133,29 @@ def plot_projection(projection: Tensor, image: Any = None, *, title: str = "") -
     values = projection.detach().double().cpu().numpy()
     reach = float(np.abs(values).max()) or 1.0
     shown = values.transpose(1, 2, 0) / (2 * reach) + 0.5
-    panels = 1 if image is None else 2
-    figure: Figure
-    figure, axes = plt.subplots(1, panels, figsize=(4.2 * panels, 4.2), layout="constrained")
-    panes: list[Axes] = list(np.atleast_1d(axes))
+    figure, panes = _panes(1 if image is None else 2, 4.2)
     if image is not None:
-        panes[0].imshow(pixels(image), cmap="gray", interpolation="nearest")
+        panes[0].imshow(_stretched(image), cmap="gray", interpolation="nearest")
     scale: dict[str, Any] = {"cmap": "gray", "vmin": 0.0, "vmax": 1.0}
     panes[-1].imshow(
         shown[:, :, 0] if shown.shape[2] == 1 else shown, interpolation="nearest", **scale
     )
-    for pane in panes:
-        _bare(pane)
     figure.suptitle(title, fontsize="medium")
     return figure
 
 
-def pixels(image: Any) -> np.ndarray[Any, Any]:
+def _stretched(image: Any) -> np.ndarray[Any, Any]:
     """An image as matplotlib takes it: (H, W) or (H, W, 3), from 0 to 1.
 
     Raises:
         ArgumentError: it has another shape.
     """
-    array = (
-        image.detach().double().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
-    )
-    if array.ndim == 3 and array.shape[0] in (1, 3):
-        array = array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0)
-    elif array.ndim != 2:
-        raise ArgumentError(
-            f"image must have shape (H, W), (1, H, W) or (3, H, W), not {array.shape}"
-        )
-    low, high = float(array.min()), float(array.max())
+    values = image.detach() if isinstance(image, Tensor) else torch.as_tensor(np.asarray(image))
+    values = values.double()
+    low, high = float(values.min()), float(values.max())
     if low < 0 or high > 1:  # normalised, or of 0 to 255
-        array = (array - low) / ((high - low) or 1.0)
-    return array
+        values = (values - low) / ((high - low) or 1.0)
+    return pixels(values)
 
 
 def _overlay(
@@ -198,6 +175,14 @@ def _extent(shape: tuple[int, ...]) -> tuple[float, float, float, float]:
     return 0, shape[1], shape[0], 0
 
 
-def _bare(pane: Axes) -> None:
-    pane.set_xticks([])
-    pane.set_yticks([])
+def _panes(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of some panes in a row, without ticks."""
+    figure: Figure
+    figure, axes = figures().subplots(
+        1, count, figsize=(4.2 * count, height), layout="constrained", squeeze=False
+    )
+    panes: list[Axes] = list(axes[0])
+    for pane in panes:
+        pane.set_xticks([])
+        pane.set_yticks([])
+    return figure, panes

@@ -7,19 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fmapkit.capture import capture
-from fmapkit.errors import ArgumentError, EditError
+from fmapkit.errors import ArgumentError, EditError, check_choice
 from fmapkit.explain._axes import input_axes
 from fmapkit.explain._locations import At, chosen
-from fmapkit.explain._passes import (
-    KINDS,
-    eager,
-    exchanged,
-    first_tensor,
-    kept_state,
-    run,
-    the_map,
-)
+from fmapkit.explain._passes import WantedMap, eager, exchanged, first_tensor, kept_state, run
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.readable import tags
@@ -30,7 +21,6 @@ _UNSEEN = (
     "method={!r} has to see what each nonlinearity receives, and here it cannot: {}; "
     "use method='gradient'"
 )
-_METHODS = ("deconvnet", "guided", "gradient")
 
 
 def project(
@@ -93,23 +83,19 @@ def project(
         FilterRangeError: there is no such filter.
     """
     model = eager(model, "project")
-    if method not in _METHODS:
-        raise ArgumentError(
-            f"method must be one of {', '.join(map(repr, _METHODS))}, not {method!r}"
-        )
-    if start not in ("ones", "map"):
-        raise ArgumentError(f"start must be 'ones' or 'map', not {start!r}")
+    check_choice(("deconvnet", "guided", "gradient"), method=method)
+    check_choice(("ones", "map"), start=start)
     tensor = differentiable(inputs, "project")
     along = input_axes(tensor, axes) if at is not None or axes is not None else ()
     rectifiers = _Rectifiers(method)
-    kinds = KINDS if kind is None else (kind,)
+    wanted = WantedMap(layer, kind, call, path)
     with kept_state(model), torch.inference_mode(False), torch.enable_grad():
         x = tensor.detach().clone().requires_grad_()
         given = exchanged(inputs, tensor, x)
         try:
-            with capture(model, layer, kinds=kinds, detach=False, edit=rectifiers.edits()) as maps:
+            with wanted.capture(model, detach=False, edit=rectifiers.edits()) as maps:
                 run(model, given)
-                fm = the_map(maps, layer, kind, call, path)
+                fm = wanted.among(maps)
                 head = fm.tensor if fm.edited is None else fm.edited
                 mask = chosen(fm, tensor, along, filter, at)
                 signal = mask.to(head.dtype) if start == "ones" else head.detach() * mask
@@ -184,15 +170,16 @@ class _Rectifiers:
         if z is None or z.shape != a.shape:
             # It compares z before it runs, or is a gate: what it did cannot be told.
             about = f"{fm.nonlinearity!r} of layer {fm.layer!r}"
-            gated: Tensor = _apply(_Told, a, self, about) if z is None else a
-            return gated
+            if z is None:
+                a = a.clone()
+                a.register_hook(lambda gradient: self.unknown.append(about))  # type: ignore[no-untyped-call]
+            return a
         if not _rectified(fm, z.detach(), a.detach()):
             return a
-        if self.method == "guided":
-            guided: Tensor = _apply(_Guided, a, self)
-            return guided
-        reversed_: Tensor = _apply(_Reversed, z, a, self)
-        return reversed_
+        # Past the ReLU, or to what it gave, from where its own gradient goes on.
+        to = z if self.method == "deconvnet" else a
+        passed: Tensor = _Rectified.apply(to, a.detach(), self)  # type: ignore[no-untyped-call]
+        return passed
 
     def check(self, fm: FeatureMap) -> None:
         """Raise unless the projection is what was asked for."""
@@ -221,16 +208,11 @@ def _rectified(fm: FeatureMap, z: Tensor, a: Tensor) -> bool:
     return torch.equal(a, positive) or torch.equal(a, positive.clamp(max=6))
 
 
-def _apply(function: Any, *arguments: Any) -> Tensor:
-    result: Tensor = function.apply(*arguments)
-    return result
-
-
-class _Reversed(torch.autograd.Function):
-    """The value of a; backward, past the ReLU, the positive part goes to z."""
+class _Rectified(torch.autograd.Function):
+    """The values of a; backward, the positive part of what comes goes to a tensor."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, a: Tensor, rectifiers: _Rectifiers) -> Tensor:
+    def forward(ctx: Any, to: Tensor, a: Tensor, rectifiers: _Rectifiers) -> Tensor:
         ctx.rectifiers = rectifiers
         return a.clone()
 
@@ -238,31 +220,3 @@ class _Reversed(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         ctx.rectifiers.passed += 1
         return gradients[0].clamp(min=0), None, None
-
-
-class _Guided(torch.autograd.Function):
-    """The value of a; backward, the positive part goes to the ReLU."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, rectifiers: _Rectifiers) -> Tensor:
-        ctx.rectifiers = rectifiers
-        return a.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        ctx.rectifiers.passed += 1
-        return gradients[0].clamp(min=0), None
-
-
-class _Told(torch.autograd.Function):
-    """The value of a; backward, that something went through here is noted."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, rectifiers: _Rectifiers, about: str) -> Tensor:
-        ctx.rectifiers, ctx.about = rectifiers, about
-        return a.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        ctx.rectifiers.unknown.append(ctx.about)
-        return gradients[0], None, None

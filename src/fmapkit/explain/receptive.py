@@ -10,20 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fmapkit.capture import capture
-from fmapkit.errors import ArgumentError, MapLookupError
+from fmapkit.errors import ArgumentError, MapLookupError, check_choice
 from fmapkit.explain._axes import input_axes, is_location, map_axes
 from fmapkit.explain._fields import NONE, Fields
 from fmapkit.explain._follow import Follow, Leaving
 from fmapkit.explain._passes import (
-    KINDS,
+    WantedMap,
     eager,
     exchanged,
     first_tensor,
     kept_state,
     run,
     step_by_step,
-    the_map,
 )
 from fmapkit.explain._regular import Regular, regular
 from fmapkit.kinds import Kind
@@ -230,11 +228,10 @@ def receptive_field(
         MapLookupError: there is no such map, or there are several.
     """
     model = eager(model, "receptive_field")
-    if weights not in ("any", "own"):
-        raise ArgumentError(f"weights must be 'any' or 'own', not {weights!r}")
+    check_choice(("any", "own"), weights=weights)
     tensor = first_tensor(inputs, "receptive_field")
     along = input_axes(tensor, axes)
-    asked = _WantedField(model, layer, kind, call, path, along, weights)
+    asked = _WantedField(model, WantedMap(layer, kind, call, path), along, weights)
     fm, shape, starts, stops, follow = asked.fields(inputs)
     return ReceptiveField(
         fm.layer,
@@ -256,10 +253,7 @@ class _WantedField:
     """Whose fields are wanted."""
 
     model: nn.Module
-    layer: Any
-    kind: Kind | None
-    call: int | None
-    path: str | None
+    map: WantedMap
     axes: tuple[int, ...]
     weights: str
 
@@ -277,13 +271,12 @@ class _WantedField:
         inputs = exchanged(inputs, given, tensor)
         fields = Fields(len(self.axes), self.model.parameters() if self.weights == "any" else ())
         fields.put(tensor, _own(tensor, self.axes))
-        kinds = KINDS if self.kind is None else (self.kind,)
         follow = Follow(fields)
         with (
             kept_state(self.model),
             torch.no_grad(),
             step_by_step(),
-            capture(self.model, self.layer, kinds=kinds) as maps,
+            self.map.capture(self.model) as maps,
             follow,
             Leaving(follow),
         ):
@@ -292,7 +285,7 @@ class _WantedField:
             except Exception:
                 if not partly:
                     raise
-        fm = the_map(maps, self.layer, self.kind, self.call, self.path)
+        fm = self.map.among(maps)
         where = map_axes(fm, tensor, self.axes)
         shape = tuple(fm.shape[a] for a in where)
         found = fields.of(fm.tensor)

@@ -43,16 +43,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FirstNonFinite": "nonfinite",
-    "Histogram": "reading",
-    "LightningCallback": "lightning",
-    "Log": "logs",
-    "NonFiniteMap": "nonfinite",
-    "Readings": "reading",
-    "TensorBoardLog": "logs",
-    "TransformersCallback": "transformers",
-    "WandbLog": "logs",
-    "readings": "reading",
+    "lightning": "LightningCallback",
+    "logs": "Log TensorBoardLog WandbLog",
+    "nonfinite": "FirstNonFinite NonFiniteMap",
+    "reading": "Histogram Readings readings",
+    "transformers": "TransformersCallback",
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOMES)

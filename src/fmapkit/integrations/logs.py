@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
+from fmapkit._lazy import needed
 from fmapkit.integrations.reading import Readings, together
 
 __all__ = ["Log", "TensorBoardLog", "WandbLog"]
@@ -52,7 +53,10 @@ class TensorBoardLog(Log):
 
     def __init__(self, writer: Any, *, prefix: str = "") -> None:
         self._own = isinstance(writer, (str, os.PathLike))
-        self._writer = _summary_writer(writer) if self._own else writer
+        if self._own:
+            says = "TensorBoardLog needs tensorboard: pip install tensorboard"
+            writer = needed("torch.utils.tensorboard", says).SummaryWriter(os.fspath(writer))
+        self._writer = writer
         self._prefix = prefix
 
     def put(self, readings: Readings, step: int) -> None:
@@ -98,7 +102,7 @@ class WandbLog(Log):
     """
 
     def __init__(self, run: Any = None, *, prefix: str = "") -> None:
-        self._wandb = _wandb()
+        self._wandb = needed("wandb", "WandbLog needs wandb: pip install wandb")
         self._run = run
         self._prefix = prefix
         self._defined: tuple[Any, set[str]] = (None, set())  # the run, and the names it knows
@@ -126,19 +130,3 @@ class WandbLog(Log):
             run.define_metric(name, step_metric=key)
             self._defined[1].add(name)
         run.log({**entry, key: step})
-
-
-def _summary_writer(directory: Any) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("TensorBoardLog needs tensorboard: pip install tensorboard") from error
-    return SummaryWriter(os.fspath(directory))
-
-
-def _wandb() -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError("WandbLog needs wandb: pip install wandb") from error
-    return wandb

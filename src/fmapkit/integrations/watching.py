@@ -12,7 +12,15 @@ from torch import nn
 
 from fmapkit.analysis import Analysis, DeadFilters, Statistics
 from fmapkit.capture import capture
-from fmapkit.errors import ArgumentError, CaptureWarning, did_you_mean, listed, near
+from fmapkit.errors import (
+    ArgumentError,
+    CaptureWarning,
+    check_flags,
+    check_positive,
+    did_you_mean,
+    listed,
+    near,
+)
 from fmapkit.integrations.nonfinite import FirstNonFinite
 
 if TYPE_CHECKING:
@@ -54,11 +62,8 @@ class Watching:
         window: bool,
         options: dict[str, Any],
     ) -> None:
-        if isinstance(log_every, bool) or not isinstance(log_every, int) or log_every < 1:
-            raise ArgumentError(f"log_every must be a positive number of steps, not {log_every!r}")
-        for name, value in (("evaluation", evaluation), ("window", window)):
-            if not isinstance(value, bool):
-                raise ArgumentError(f"{name} must be True or False, not {value!r}")
+        check_positive(log_every=log_every)
+        check_flags(evaluation=evaluation, window=window)
         if analyses is None:
             analyses = [Statistics(bins="log2"), DeadFilters(), FirstNonFinite()]
         several = isinstance(analyses, Iterable) and not isinstance(analyses, Analysis)

@@ -3,7 +3,7 @@
 maps[key]      by_key.parse -> by_key.find       the record that is meant, or why there is none
 maps.select    choose.choose -> by_selector      every record that fits; a name that means none
 maps.gather    gather.gather                     the batches of all ranks
-print(maps)    table.maps_as_text
+print(maps)    table.maps_table
                  -> records.latest, records.read records of a `MapSource`, and the map of each
 """
 
@@ -16,5 +16,4 @@ from fmapkit.lookup.gather import gather as gather
 from fmapkit.lookup.records import every as every
 from fmapkit.lookup.records import latest as latest
 from fmapkit.lookup.records import read as read
-from fmapkit.lookup.table import maps_as_html as maps_as_html
-from fmapkit.lookup.table import maps_as_text as maps_as_text
+from fmapkit.lookup.table import maps_table as maps_table

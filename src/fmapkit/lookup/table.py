@@ -1,4 +1,4 @@
-"""The table of maps, as text and as HTML."""
+"""The table of maps."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from fmapkit.errors import MapStateError
 from fmapkit.lookup.records import latest, read
 from fmapkit.map import row, size
 from fmapkit.saving import MapSource
-from fmapkit.tables import html_table, text_table
+from fmapkit.tables import Table
 
-__all__ = ["maps_as_html", "maps_as_text"]
+__all__ = ["maps_table"]
 
 HEADS = ("layer", "kind", "filters", "shape", "dtype", "device", "bytes", "σ")
 _RIGHT = {2, 6}
@@ -39,14 +39,6 @@ def _summary(source: MapSource) -> str:
     )
 
 
-def maps_as_text(source: MapSource) -> str:
+def maps_table(source: MapSource) -> Table:
     """One line for each map of the latest pass."""
-    rows = _rows(source)
-    if not rows:
-        return _summary(source)
-    return "\n".join([*text_table(HEADS, rows, right=_RIGHT), _summary(source)])
-
-
-def maps_as_html(source: MapSource) -> str:
-    """The same table for notebooks."""
-    return html_table(HEADS, _rows(source), right=_RIGHT, caption=_summary(source))
+    return Table(HEADS, _rows(source), _RIGHT, _summary(source))

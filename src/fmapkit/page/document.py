@@ -59,7 +59,32 @@ def write_maps(
     that is pointed at is right to half of a 254th of its map's scale; what the page says of a whole
     filter (highest |value|, mean, zeros) is worked out from all its values, to six digits.
 
-    Arguments, result and errors are those of `FeatureMaps.to_html`.
+    Args:
+        maps: what `capture` gave.
+        path: of the file; what is there is written over.
+        layers: which layers: anything that `maps.select(layers=...)` takes; None for all.
+        image: what the model was given: (H, W), (C, H, W) or a batch (N, C, H, W), of one or
+            three channels. Whole numbers are 0 to 255; others 0 to 1, or they are spread over
+            that range, and the page says so.
+        sample: which sample of the batch.
+        max_filters: how many filters of a map go in; of more, those with the highest |value|.
+        max_side: larger images go in as means of blocks of pixels, in pixels a side.
+        grid: of maps of tokens that are patches of an image: their rows and columns. Tokens
+            before these, such as the class token, are left out.
+        mean: of the image's channels, where it was normalised by it; with `std`.
+        std: of the image's channels.
+        analyses: analyses and Matplotlib figures that go in below the maps.
+        title: of the page.
+
+    Returns:
+        The path.
+
+    Raises:
+        NoPassError: there are no maps yet.
+        MapLookupError: `layers` selects none of the captured ones.
+        MapStateError: a map cannot be read any more.
+        ArgumentError: there is no such sample, a number is not positive, no map has the tokens
+            of `grid`, or the image has another shape.
     """
     check_positive(max_filters=max_filters, max_side=max_side)
     if (mean is None) != (std is None):

@@ -22,16 +22,13 @@ def analysis_sections(analyses: Any) -> list[Section]:
     several = isinstance(analyses, Iterable) and not hasattr(analyses, "update")
     sections: list[Section] = []
     for analysis in analyses if several else [analyses]:
-        sections += _sections(analysis)
+        if hasattr(analysis, "savefig"):
+            sections.append(Section("figure", html=_figure(analysis)))
+            continue
+        sections.append(Section(type(analysis).__name__, html=_table(analysis)))
+        if hasattr(analysis, "_page_sections"):
+            sections += analysis._page_sections()
     return sections
-
-
-def _sections(analysis: Any) -> list[Section]:
-    if hasattr(analysis, "savefig"):
-        return [Section("figure", html=_figure(analysis))]
-    own = getattr(analysis, "_page_sections", None)
-    table = Section(type(analysis).__name__, html=_table(analysis))
-    return [table, *(own() if callable(own) else ())]
 
 
 def _table(analysis: Any) -> str:

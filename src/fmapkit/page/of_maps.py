@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fmapkit.errors import ArgumentError
 from fmapkit.page.panels import Panel, Section, facts_shown, number_panel
 from fmapkit.page.tiles import tiles_of
+from fmapkit.plot import by_call, leading, meaning
 from fmapkit.readable import ReadableMap
 from fmapkit.views import as_grid
 
@@ -29,10 +30,7 @@ def map_sections(
             f"grid={grid} takes maps of shape (samples, tokens, filters) with {grid[0] * grid[1]} "
             "tokens or more, and there is none"
         )
-    groups: dict[tuple[str, int], list[ReadableMap]] = {}
-    for fm in found:
-        groups.setdefault((fm.layer, fm.call), []).append(fm)
-    return [_section(group, sample, max_filters, max_side, grid) for group in groups.values()]
+    return [_section(group, sample, max_filters, max_side, grid) for group in by_call(found)]
 
 
 def _of_tokens(fm: ReadableMap, grid: tuple[int, int]) -> bool:
@@ -91,8 +89,7 @@ def _wanted(
     own = [fm for fm in group if fm.filters is not None and fm.kind != "input"]
     if not any(len(fm) > max_filters for fm in own):
         return None
-    leads = next((fm for fm in reversed(own) if fm.kind == "activation"), own[-1])
-    drawn = tiles_of(leads, sample, max_filters, max_side)
+    drawn = tiles_of(leading(own), sample, max_filters, max_side)
     return None if isinstance(drawn, str) else drawn.labels
 
 
@@ -101,9 +98,4 @@ def _shape(fm: ReadableMap) -> str:
 
 
 def _meaning(fm: ReadableMap) -> str:
-    name = fm.path + " " if fm.path else ""
-    if fm.kind == "preactivation":
-        return name + "z"
-    if fm.kind == "activation":
-        return f"{name}a = {fm.nonlinearity or 'σ'}(z)"
-    return name + fm.kind
+    return (fm.path + " " if fm.path else "") + meaning(fm)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.editing import Where
-from fmapkit.errors import ArgumentError, check_positive
+from fmapkit.errors import ArgumentError, check_choice, check_positive
+from fmapkit.explain import with_bar
 from fmapkit.map import FeatureMap
 from fmapkit.patching._edited_runs import Runs
 from fmapkit.patching._inputs import ModelInputs
@@ -74,7 +75,7 @@ def patch(
             axis. Results then differ in the last bits. A pass without patches is run so first, and
             compared with the plain one: a model that mixes samples is refused.
         filter_axis: as in `edits.Where`, where the data does not tell the axis of filters.
-        progress: show a bar where tqdm is installed.
+        progress: show a bar, where tqdm is installed and the output is a terminal.
 
     Returns:
         The metric of each patched run.
@@ -98,7 +99,7 @@ def patch(
             [metrics[patched]] = run([None])
             if batch_size > 1:
                 _check_copies(metrics[patched], run([None] * batch_size))
-            for start in _bar(range(0, len(grid.pieces), batch_size), progress):
+            for start in with_bar(range(0, len(grid.pieces), batch_size), "patch", progress):
                 found += run(grid.pieces[start : start + batch_size])
     return Patching(
         effect=torch.stack(found).cpu().reshape(*grid.shape, *found[0].shape),
@@ -113,8 +114,7 @@ def patch(
 
 
 def _check(model: nn.Module, metric: Any, into: Any, batch_size: Any) -> None:
-    if into not in _OTHER:
-        raise ArgumentError(f"into must be 'corrupted' or 'clean', not {into!r}")
+    check_choice(tuple(_OTHER), into=into)
     if not callable(metric):
         raise ArgumentError(f"metric must be a function of what the model returns, not {metric!r}")
     check_positive(batch_size=batch_size)
@@ -136,15 +136,3 @@ def _check_copies(plain: Tensor, copies: Sequence[Tensor]) -> None:
                 f"{value.tolist()}, and {plain.tolist()} when it runs alone: the model or the "
                 "metric mixes samples of a batch; batch_size=1 runs each patch alone"
             )
-
-
-def _bar(starts: range, progress: bool) -> Iterable[int]:
-    """The same, with a bar where tqdm is installed."""
-    if not progress:
-        return starts
-    try:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
-    except ImportError:
-        return starts
-    bar: Iterable[int] = tqdm(starts, desc="patch", unit="pass", leave=False)
-    return bar

@@ -38,15 +38,10 @@ __all__ = [
 
 # Imported when asked for: `import fmapkit` needs φ alone.
 _HOMES = {
-    "Kept": "distortion",
-    "LayerKept": "distortion",
-    "Probe": "probing",
-    "gram": "losses",
-    "kept": "distortion",
-    "perceptual_loss": "losses",
-    "probe": "probing",
-    "singular_values": "jacobian",
-    "style_loss": "losses",
+    "distortion": "Kept LayerKept kept",
+    "jacobian": "singular_values",
+    "losses": "gram perceptual_loss style_loss",
+    "probing": "Probe probe",
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOMES)

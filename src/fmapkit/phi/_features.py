@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from fmapkit._lazy import needed
 from fmapkit.errors import ArgumentError
 
-__all__ = ["call", "evaluating", "named", "one", "rows", "sklearn_needed", "taken"]
+__all__ = ["call", "evaluating", "gathered", "one", "rows", "sklearn_needed", "taken"]
 
 
 def call(phi: nn.Module, inputs: Any) -> Any:
@@ -28,6 +30,30 @@ def named(layers: Sequence[str], features: Any) -> dict[str, Tensor]:
         return dict(features)
     several = features if isinstance(features, tuple) else (features,)
     return dict(zip(layers, several, strict=True))
+
+
+def gathered(phi: Any, batches: Iterable[Any]) -> dict[str, Tensor]:
+    """The features of all samples of some batches, by layer, as `rows` has them, on the CPU.
+
+    The model runs in eval mode, without gradients.
+
+    Args:
+        phi: a `FeatureFunction`.
+        batches: inputs as `call` takes them.
+
+    Raises:
+        ArgumentError: some are not finite.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    with evaluating(phi), torch.no_grad():
+        for inputs in batches:
+            for layer, x in named(phi.layers, call(phi, inputs)).items():
+                parts.setdefault(layer, []).append(rows(x).cpu())
+    found = {layer: torch.cat(of) for layer, of in parts.items()}
+    for layer, x in found.items():
+        if not x.isfinite().all():
+            raise ArgumentError(f"features of layer {layer!r} are not all finite", layer=layer)
+    return found
 
 
 def one(features: Any, what: str) -> Tensor:
@@ -83,9 +109,4 @@ def sklearn_needed() -> None:
     Raises:
         ImportError: it is not.
     """
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "probes and transformers need scikit-learn: pip install fmapkit[sklearn]"
-        ) from error
+    needed("sklearn", "probes and transformers need scikit-learn: pip install fmapkit[sklearn]")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError, did_you_mean, listed
+from fmapkit.errors import ArgumentError, check_choice
 
 __all__ = ["KERNELS", "kernel"]
 
@@ -18,11 +18,7 @@ def kernel(x: Tensor, y: Tensor | None, kind: str, centred: bool, gamma: float |
     Raises:
         ArgumentError: an argument is outside what is allowed.
     """
-    if kind not in KERNELS:
-        hint = did_you_mean(kind, KERNELS) if isinstance(kind, str) else ""
-        raise ArgumentError(
-            f"kind must be one of {listed(KERNELS)}, not {kind!r}{hint}", candidates=KERNELS
-        )
+    check_choice(KERNELS, kind=kind)
     if gamma is not None and (kind != "rbf" or not gamma > 0):
         raise ArgumentError(f"gamma must be a positive number, and goes with kind='rbf': {gamma!r}")
     if kind == "linear" and centred:  # at the mean of the features: fewer digits are lost

@@ -27,7 +27,7 @@ def checked(pool: Any) -> Pool:
     """
     if pool is None or pool in POOLS or (callable(pool) and not isinstance(pool, type)):
         return pool  # type: ignore[no-any-return]
-    hint = did_you_mean(pool, POOLS) if isinstance(pool, str) else ""
+    hint = did_you_mean(pool, POOLS)
     raise ArgumentError(
         f"pool must be one of {listed(POOLS)}, a function or None, not {pool!r}{hint}",
         candidates=POOLS,

@@ -49,7 +49,6 @@ class Recurring:
         self._made = made
         self._session: Session = made._session
         self._rest: Rest | None = None
-        self._open = False
         self._before = False
         self.inside = False
         self.maps: FeatureMaps
@@ -96,14 +95,10 @@ class Recurring:
         session = self._session
         # Whoever else is open would hold what lives in a torch.func transform.
         self._before = returned.on
-        if not self._open:
+        if self._rest is None:
             self.maps = self._made.__enter__()
-            self._open = True
-            returned.on = session.alone()
-            self.inside = True
-            return self.maps
-        assert self._rest is not None
-        session.wake(self._rest)
+        else:
+            session.wake(self._rest)
         returned.on = session.alone()
         self.inside = True
         return self.maps

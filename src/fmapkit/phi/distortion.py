@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_positive
-from fmapkit.phi._features import call, evaluating, named, rows, taken
+from fmapkit.phi._features import gathered, taken
 from fmapkit.phi._plots import by_layer, figure_of
-from fmapkit.tables import text_table
+from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,8 +75,8 @@ class LayerKept:
         return self.largest / self.smallest if self.smallest else float("inf")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Kept:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Kept(Shown):
     """What φ keeps, layer by layer.
 
     Attributes:
@@ -87,8 +87,8 @@ class Kept:
 
     samples: int
     duplicates: int
-    distances: Tensor = field(repr=False)
-    _layers: tuple[LayerKept, ...] = ()
+    distances: Tensor
+    _layers: tuple[LayerKept, ...]
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -112,7 +112,7 @@ class Kept:
                 return found
         raise KeyError(layer)
 
-    def __repr__(self) -> str:
+    def _table(self) -> Table:
         heads = (
             "layer",
             "features",
@@ -137,7 +137,7 @@ class Kept:
         same = f", {self.duplicates} pairs of equal inputs left out" if self.duplicates else ""
         count = self.samples * (self.samples - 1) // 2
         last = f"Kept: d(φ(x), φ(y)) / d(x, y) over {count} pairs of {self.samples} inputs{same}"
-        return "\n".join([*text_table(heads, body, right=range(1, len(heads))), last])
+        return Table(heads, body, range(1, len(heads)), last)
 
     def plot(self, ax: Axes | None = None, *, title: str | None = None) -> Figure:
         """Draw the ratios by layer: smallest, median and largest (extra: `plot`).
@@ -256,21 +256,14 @@ def _pairwise(x: Tensor) -> Tensor:
 
 
 def _features(phi: FeatureFunction, inputs: Any, count: int, batch_size: int) -> dict[str, Tensor]:
-    parts: dict[str, list[Tensor]] = {}
-    with evaluating(phi), torch.no_grad():
-        for at in range(0, count, batch_size):
-            some = taken(inputs, slice(at, at + batch_size))
-            for layer, x in named(phi.layers, call(phi, some)).items():
-                parts.setdefault(layer, []).append(rows(x).double().cpu())
-    found = {layer: torch.cat(xs) for layer, xs in parts.items()}
+    starts = range(0, count, batch_size)
+    found = gathered(phi, (taken(inputs, slice(at, at + batch_size)) for at in starts))
     for layer, x in found.items():
         if len(x) != count:
             raise ArgumentError(
                 f"layer {layer!r} has {len(x)} features of {count} samples", layer=layer
             )
-        if not x.isfinite().all():
-            raise ArgumentError(f"features of layer {layer!r} are not all finite", layer=layer)
-    return found
+    return {layer: x.double() for layer, x in found.items()}
 
 
 def _layer(name: str, x: Tensor, given: Tensor, apart: Tensor, tolerance: float) -> LayerKept:

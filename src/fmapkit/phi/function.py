@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from fmapkit.errors import check_module
 from fmapkit.kinds import Kind
-from fmapkit.map import FeatureMap
 from fmapkit.phi._calls import Calls, Found
 from fmapkit.phi._compiled import by_itself, compiling_context, opaque
 from fmapkit.phi._features import call as called
@@ -79,13 +78,11 @@ class FeatureFunction(nn.Module):
         return self._features(self._calls.compiled(self.model, self._asked, context, args, kwargs))
 
     def _features(self, found: Found) -> Features:
-        features = [self._feature(fm) for _, fm in found]
+        filters_of, pool = self._asked.filters_of, self.pool
+        features = [pooled(fm, picked(fm, filters_of(fm.layer)), pool) for _, fm in found]
         if self._asked.form == "dict":
             return dict(zip([key for key, _ in found], features, strict=True))
         return features[0] if self._asked.form == "one" else tuple(features)
-
-    def _feature(self, fm: FeatureMap) -> Tensor:
-        return pooled(fm, picked(fm, self._asked.filters_of(fm.layer)), self.pool)
 
     @property
     def layers(self) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fmapkit.errors import ArgumentError
+from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.phi._features import evaluating, one
 
 if TYPE_CHECKING:
@@ -73,10 +73,7 @@ def _check(x: Any, k: Any, max_steps: Any, tolerance: Any) -> None:
             "points must be a floating-point tensor (P, …): there is no derivative with respect "
             "to anything else"
         )
-    for name, value in (("k", k), ("max_steps", max_steps)):
-        wrong = isinstance(value, bool) or not isinstance(value, int) or value < 1
-        if wrong and not (name == "k" and value is None):
-            raise ArgumentError(f"{name} must be a positive int, not {value!r}")
+    check_positive(k=1 if k is None else k, max_steps=max_steps)
     if not tolerance >= 0:
         raise ArgumentError(f"tolerance must not be below 0: {tolerance!r}")
 

@@ -6,7 +6,7 @@ Alain and Bengio, "Understanding intermediate layers using linear classifier pro
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_positive
-from fmapkit.phi._features import call, evaluating, named, rows, sklearn_needed
+from fmapkit.phi._features import gathered, sklearn_needed
 from fmapkit.phi._plots import by_layer, figure_of
-from fmapkit.tables import text_table
+from fmapkit.tables import Shown, Table
+from fmapkit.torchlib.operators import tree_map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,8 +30,8 @@ __all__ = ["Probe", "probe"]
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Probe:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Probe(Shown):
     """What was read out of each layer.
 
     Attributes:
@@ -43,11 +44,11 @@ class Probe:
     """
 
     layers: tuple[str, ...]
-    scores: Array = field(repr=False)
+    scores: Array
     features: tuple[int, ...]
     scoring: str
     chance: float | None
-    estimators: dict[str, Any] = field(repr=False)
+    estimators: dict[str, Any]
 
     @property
     def mean(self) -> Array:
@@ -78,7 +79,7 @@ class Probe:
             raise KeyError(layer)
         return np.asarray(self.scores[self.layers.index(layer)])
 
-    def __repr__(self) -> str:
+    def _table(self) -> Table:
         heads = ("layer", "features", "mean", "std", "least", "most")
         body = [
             (
@@ -90,7 +91,7 @@ class Probe:
         ]
         chance = f", {self.chance:.3f} by chance" if self.chance is not None else ""
         last = f"Probe: {self.scoring} over {self.scores.shape[1]} folds{chance}"
-        return "\n".join([*text_table(heads, body, right=range(1, len(heads))), last])
+        return Table(heads, body, range(1, len(heads)), last)
 
     def plot(self, ax: Axes | None = None, *, title: str | None = None) -> Figure:
         """Draw the score by layer, the folds as points (extra: `plot`).
@@ -188,17 +189,17 @@ def _collect(
 ) -> tuple[dict[str, Array], Array]:
     """The features of all samples by layer, and their labels."""
     check_positive(batch_size=batch_size)
-    parts: dict[str, list[Tensor]] = {}
     seen: list[Any] = []
     first = next(phi.parameters(), None)
-    device = None if first is None else first.device
-    with evaluating(phi), torch.no_grad():
-        for inputs in _batches(data, labels is None, seen, batch_size):
-            for layer, x in named(phi.layers, call(phi, _moved(inputs, device))).items():
-                parts.setdefault(layer, []).append(rows(x).cpu())
-    if not parts:
+
+    def moved(value: Any) -> Any:
+        return value.to(first.device) if first is not None and isinstance(value, Tensor) else value
+
+    batches = _batches(data, labels is None, seen, batch_size)
+    found = gathered(phi, (tree_map(moved, inputs) for inputs in batches))
+    if not found:
         raise ArgumentError("probe needs data, and there are none")
-    features = {layer: torch.cat(found).numpy() for layer, found in parts.items()}
+    features = {layer: x.numpy() for layer, x in found.items()}
     y = np.concatenate([_array(part) for part in (seen if labels is None else [labels])])
     for layer, matrix in features.items():
         if len(matrix) != len(y):
@@ -206,8 +207,6 @@ def _collect(
                 f"probe has {len(y)} labels, and {len(matrix)} samples of layer {layer!r}",
                 layer=layer,
             )
-        if not np.isfinite(matrix).all():
-            raise ArgumentError(f"features of layer {layer!r} are not all finite", layer=layer)
     return features, y
 
 
@@ -234,16 +233,6 @@ def _batches(data: Any, labelled: bool, labels: list[Any], batch_size: int) -> I
                 f"{type(batch).__name__}"
                 + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
             )
-
-
-def _moved(inputs: Any, device: torch.device | None) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs.to(device) if device is not None else inputs
-    if isinstance(inputs, dict):
-        return {key: _moved(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(_moved(value, device) for value in inputs)
-    return inputs
 
 
 def _array(labels: Any) -> Array:

@@ -17,8 +17,12 @@ A figure that is returned is shown once in a notebook; in a script, `figure.save
 
 from fmapkit.plot._figure import entitle as entitle
 from fmapkit.plot._figure import figures as figures
+from fmapkit.plot._pictures import by_call as by_call
 from fmapkit.plot._pictures import by_filter as by_filter
 from fmapkit.plot._pictures import latest_maps as latest_maps
+from fmapkit.plot._pictures import leading as leading
+from fmapkit.plot._pictures import meaning as meaning
+from fmapkit.plot._pictures import pixels as pixels
 from fmapkit.plot.filters import plot_filters
 from fmapkit.plot.maps import plot_map, plot_maps
 from fmapkit.plot.patches import plot_patches

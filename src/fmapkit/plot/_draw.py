@@ -153,12 +153,11 @@ def _label_tiles(
     ax.tick_params(labelsize="xx-small", length=0)
 
 
-def draw_image(ax: Axes, image: Array, title: str = "what the model was given") -> None:
-    """Draw an image, as `pixels` gives it."""
+def draw_image(ax: Axes, image: Array) -> None:
+    """Draw what the model was given, as `pixels` gives it."""
     ax.imshow(image, cmap="gray")
     ax.set_anchor("W")
-    if title:
-        ax.set_title(title, loc="left", fontsize="medium", fontweight="bold")
+    ax.set_title("what the model was given", loc="left", fontsize="medium", fontweight="bold")
     blank(ax)
 
 

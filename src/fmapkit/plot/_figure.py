@@ -9,6 +9,8 @@ import io
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from fmapkit._lazy import needed
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -75,12 +77,7 @@ def figures() -> Figures:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "drawing feature maps needs matplotlib: pip install fmapkit[plot]"
-        ) from error
+    needed("matplotlib", "drawing feature maps needs matplotlib: pip install fmapkit[plot]")
     return Figures()
 
 

@@ -318,6 +318,28 @@ def pixels(
     return found
 
 
+def meaning(fm: ReadableMap) -> str:
+    """What a map is: z, a, or its kind."""
+    if fm.kind == "preactivation":
+        return "z"
+    if fm.kind == "activation":
+        return f"a = {fm.nonlinearity or 'σ'}(z)"
+    return fm.kind
+
+
+def by_call(found: Iterable[ReadableMap]) -> list[list[ReadableMap]]:
+    """The maps of each call of each layer, in the order of execution."""
+    groups: dict[tuple[str, int], list[ReadableMap]] = {}
+    for fm in found:
+        groups.setdefault((fm.layer, fm.call), []).append(fm)
+    return list(groups.values())
+
+
+def leading(own: Sequence[ReadableMap]) -> ReadableMap:
+    """The map of a layer by which its strongest filters are chosen: the activation, if any."""
+    return next((fm for fm in reversed(own) if fm.kind == "activation"), own[-1])
+
+
 def check_sample(fm: ReadableMap, sample: int, count: int) -> None:
     """Whether there is such a sample.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from fmapkit.errors import (
     ArgumentError,
     UnknownLayerError,
+    check_choice,
     check_positive,
     did_you_mean,
     listed,
@@ -68,8 +69,7 @@ def plot_filters(
     """
     plt = figures()
     check_positive(max_filters=max_filters, **({} if columns is None else {"columns": columns}))
-    if scale not in ("layer", "filter"):
-        raise ArgumentError(f"scale must be 'layer' or 'filter', not {scale!r}")
+    check_choice(("layer", "filter"), scale=scale)
     fm = _whose(maps, layer)
     assert fm.filters is not None
     chosen = pictures.chosen(fm, filters, 0, max_filters) or list(fm.filters[:max_filters])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmapkit.errors import ArgumentError, check_positive
@@ -69,11 +70,11 @@ def plot_map(
     below = None if overlay is None else pictures.pixels(overlay, mean, std, "overlay")
     picture = pictures.of_map(fm, sample, max_filters, filters, grid, below)
     columns = columns_of(len(picture.labels), columns)
-    title = f"{_heading(fm)} · {_meaning(fm)} · {picture.caption}"
+    title = f"{_heading(fm)} · {pictures.meaning(fm)} · {picture.caption}"
     if weights:
         if ax is not None:
             raise ArgumentError("weights=True draws two axes: leave ax out")
-        rows = [_Row(_weights(fm, picture), "w", title), _Row(picture, _meaning(fm), "")]
+        rows = [_Row(_weights(fm, picture), "w", title), _Row(picture, pictures.meaning(fm), "")]
         return _drawn(plt, rows, columns, None)
     return draw_alone(plt, picture, columns, ax, title)
 
@@ -124,10 +125,8 @@ def plot_maps(
     """
     plt = figures()
     check_positive(max_filters=max_filters, max_layers=max_layers)
-    groups: dict[tuple[str, int], list[ReadableMap]] = {}
-    for fm in pictures.latest_maps(maps, layers, "plot"):
-        groups.setdefault((fm.layer, fm.call), []).append(fm)
-    shown = list(groups.values())[:max_layers]
+    groups = pictures.by_call(pictures.latest_maps(maps, layers, "plot"))
+    shown = groups[:max_layers]
     rows: list[_Row] = []
     for group in shown:
         rows += _of_layer(group, sample, filters, max_filters, grid, weights)
@@ -157,8 +156,7 @@ def _of_layer(
     wanted = filters
     own = [fm for fm in group if fm.filters is not None and fm.kind != "input"]
     if isinstance(filters, str) and own:
-        # By the activation, if there is one.
-        leads = next((fm for fm in reversed(own) if fm.kind == "activation"), own[-1])
+        leads = pictures.leading(own)
         thin = max_filters * (1 if leads.tensor.ndim > 3 or grid else pictures.THIN)
         wanted = pictures.chosen(leads, filters, sample, thin)
     rows: list[_Row] = []
@@ -168,16 +166,14 @@ def _of_layer(
         its_grid = grid if grid is not None and fm.filters is not None else None
         picture = pictures.of_map(fm, sample, max_filters, its, its_grid)
         if isinstance(filters, str) and its is not None:
-            picture = Picture(
-                picture.values, picture.labels, picture.signed, f"{picture.caption}, the strongest"
-            )
+            picture = replace(picture, caption=f"{picture.caption}, the strongest")
         title = "" if rows else f"{_heading(fm)} · {picture.caption}"
         if weights and not weighted and fm in own and fm.kind != "output":
             weighted = True
             if fm.weight is not None:
                 rows.append(_Row(_weights(fm, picture), "w", title))
                 title = ""
-        rows.append(_Row(picture, _meaning(fm), title))
+        rows.append(_Row(picture, pictures.meaning(fm), title))
     return rows
 
 
@@ -228,11 +224,3 @@ def _heading(fm: ReadableMap) -> str:
     name = (fm.layer or "(model)") + fm.path
     name += f" · filter {fm.filter}" if fm.filter is not None else ""
     return name + (f" · call {fm.call}" if fm.call else "")
-
-
-def _meaning(fm: ReadableMap) -> str:
-    if fm.kind == "preactivation":
-        return "z"
-    if fm.kind == "activation":
-        return f"a = {fm.nonlinearity or 'σ'}(z)"
-    return fm.kind

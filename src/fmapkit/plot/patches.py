@@ -96,7 +96,9 @@ def plot_patches(
     )
     for ax in axes.flat:
         ax.set_axis_off()
-    size = _largest(shown)
+    boxes = [patch.box for its in shown.values() for patch in its]
+    # The largest, which no border has cut, perhaps.
+    size = max(b[2] - b[0] for b in boxes), max(b[3] - b[1] for b in boxes)
     for place, (filter, its) in enumerate(shown.items()):
         row = place if below is None else 2 * place
         for i, patch in enumerate(its):
@@ -108,12 +110,6 @@ def plot_patches(
         title or f"{layer or 'the model'}: the inputs that excite each filter most{note}"
     )
     return figure
-
-
-def _largest(patches: Mapping[int, Sequence[DrawnPatch]]) -> tuple[int, int]:
-    """Rows and columns of the largest patch, which no border has cut, perhaps."""
-    boxes = [patch.box for its in patches.values() for patch in its]
-    return max(b[2] - b[0] for b in boxes), max(b[3] - b[1] for b in boxes)
 
 
 def _framed(image: Array, patch: DrawnPatch, size: tuple[int, int]) -> Array:
@@ -149,13 +145,9 @@ def _projected(image: Tensor, patch: DrawnPatch) -> Array:
 
 def _show(ax: Any, image: Array, filter: int | None = None, place: int = 0) -> None:
     ax.set_axis_on()
-    ax.imshow(image, cmap="gray", interpolation="nearest", **_range(image))
+    grey = image.ndim == 2 and image.size and image.min() >= 0 and image.max() <= 1
+    scale: dict[str, float] = {"vmin": 0.0, "vmax": 1.0} if grey else {}
+    ax.imshow(image, cmap="gray", interpolation="nearest", **scale)
     blank(ax)
     if filter is not None and place == 0:
         ax.set_ylabel(str(filter), rotation=0, ha="right", va="center")
-
-
-def _range(image: Array) -> dict[str, float]:
-    """Of a grey image within [0, 1], that range."""
-    inside = image.ndim == 2 and image.size and image.min() >= 0 and image.max() <= 1
-    return {"vmin": 0.0, "vmax": 1.0} if inside else {}

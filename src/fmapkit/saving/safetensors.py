@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fmapkit._lazy import needed
 from fmapkit.errors import ArgumentError
 from fmapkit.kinds import KINDS
 from fmapkit.map import FeatureMap, restored
@@ -46,7 +47,7 @@ def save(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
         ImportError: safetensors is not installed.
         ArgumentError: a map is of a form that the format has no name for.
     """
-    save_file = _library("torch").save_file
+    save_file = _library("safetensors.torch").save_file
     writer = _Writer()
     passes = [
         {"step": p.step, "training": p.training, "maps": [writer.map(fm) for fm in p.maps]}
@@ -83,7 +84,7 @@ def load(path: str | os.PathLike[str], device: Any) -> Snapshot:
         FileNotFoundError: there is no such file.
         ArgumentError: it is none that `save` wrote, or of a later version.
     """
-    library, path = _library(), os.fspath(path)
+    library, path = _library("safetensors"), os.fspath(path)
     try:
         where = str(torch.device(device))
         with (
@@ -241,13 +242,9 @@ def _filters(filters: range | tuple[int, ...] | None) -> Any:
     return filters
 
 
-def _library(part: str = "") -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "maps are kept in safetensors files, and safetensors is not installed: "
-            "pip install fmapkit[safetensors]"
-        ) from error
-    return safetensors.torch if part else safetensors
+def _library(module: str) -> Any:
+    return needed(
+        module,
+        "maps are kept in safetensors files, and safetensors is not installed: "
+        "pip install fmapkit[safetensors]",
+    )

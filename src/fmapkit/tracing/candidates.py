@@ -106,7 +106,8 @@ def verdict(frame: Frame, output: Any, events: Sequence[Event], aliases: Aliases
     if not frame.degrees.is_nonlinear(output):
         return None
     inner = [e for e in events[frame.start :] if e.kind == "sigma"]
-    if len(inner) == 1 and not _written_by_hand(inner[0]):
+    # A function that is a nonlinearity in some of its calls has no σ of its own: it is a part.
+    if len(inner) == 1 and (inner[0].function is None or describe(inner[0].function).sigma):
         event = inner[0]
         # A wrapper around one function or module is no nonlinearity of its own.
         same = event.x_held is frame.x_held or event.x is frame.x
@@ -122,11 +123,6 @@ def name_by_hand(module: nn.Module) -> str:
         return kind
     name = getattr(module.forward, "__name__", "forward")
     return kind if name == "forward" else str(name)
-
-
-def _written_by_hand(event: Event) -> bool:
-    """Whether it is a function that is a nonlinearity in some of its calls."""
-    return event.function is not None and describe(event.function).sigma is None
 
 
 def is_norm(frame: Frame, output: Any) -> bool:

@@ -111,7 +111,8 @@ class LabelTable:
             other = ref()
             if other is None or other is target or not isinstance(tag, ChannelLabel):
                 continue
-            if storage_of(other) != memory or not _meet(_reach(other), reach):
+            first, last = _reach(other)
+            if storage_of(other) != memory or first > reach[1] or last < reach[0]:
                 continue
             if now.origin.name == tag.origin.name and now.origin.kind != "none":
                 self.put(other, ChannelLabel(tag.origin, gathered=True))
@@ -149,10 +150,6 @@ def _reach(tensor: Tensor) -> tuple[int, int]:
     first = tensor.storage_offset()
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     return int(first), int(first + sum((size - 1) * stride for size, stride in pairs))
-
-
-def _meet(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    return one[0] <= other[1] and other[0] <= one[1]
 
 
 def _local_axes(axes: ChannelLayout | None, before: Tensor, after: Tensor) -> ChannelLayout | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
@@ -40,10 +40,6 @@ class MapTag:
         """What it is called where nothing is known of other maps."""
         plain = self.kind in ("activation", "output")
         return self.place + ("" if plain else f" {self.kind}") + f" #{self.call}" * bool(self.call)
-
-    def state(self) -> tuple[Any, ...]:
-        """The same, of built-in types."""
-        return astuple(self)
 
 
 def labels(tags: Sequence[MapTag]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ class Pairs:
 
     def state(self) -> dict[str, object]:
         """All that is known."""
-        first, second = ([tag.state() for tag in of] for of in (self.first, self.second))
+        first, second = ([astuple(tag) for tag in of] for of in (self.first, self.second))
         return {"first": first, "second": second, "sums": dict(self._sums)}
 
     def load(self, state: Mapping[str, object]) -> None:

@@ -12,9 +12,18 @@ from torch import Tensor
 from fmapkit.analysis.similarity.hsic import LEAST, Gram
 from fmapkit.analysis.similarity.labels import MapTag, labels
 from fmapkit.analysis.similarity.pairs import Pairs
-from fmapkit.errors import ArgumentError, NoPassError, UnknownLayerError, did_you_mean, listed, near
+from fmapkit.errors import (
+    ArgumentError,
+    NoPassError,
+    UnknownLayerError,
+    check_choice,
+    check_flags,
+    did_you_mean,
+    listed,
+    near,
+)
 from fmapkit.readable import plain_values
-from fmapkit.tables import text_table
+from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,7 +107,7 @@ class _Side:
         return f"the {self._name} model of a Similarity"
 
 
-class Similarity:
+class Similarity(Shown):
     """Linear CKA of all pairs of layers, over all passes; an `Analysis`.
 
     ```python
@@ -138,8 +147,7 @@ class Similarity:
     """
 
     def __init__(self, *, rsa: bool = False) -> None:
-        if not isinstance(rsa, bool):
-            raise ArgumentError(f"rsa must be True or False, not {rsa!r}")
+        check_flags(rsa=rsa)
         self._rsa = rsa
         self.reset()
 
@@ -243,11 +251,11 @@ class Similarity:
             places.append(known.index(name))
         return float(self.cka[places[0], places[1]])
 
-    def __repr__(self) -> str:
+    def _table(self) -> Table:
         try:
             rows, columns = self.layers
         except NoPassError:
-            return "Similarity: no pass seen yet"
+            return Table(("CKA",), [], (), "Similarity: no pass seen yet")
         found = self.cka
         body = [
             (name, *(f"{v:.3f}" for v in found[i, :_SHOWN].tolist())) for i, name in enumerate(rows)
@@ -256,7 +264,7 @@ class Similarity:
         more = f"; {len(columns) - _SHOWN} columns more" if len(columns) > _SHOWN else ""
         missed = f", {len(self.missed)} missed (see .missed)" if self.missed else ""
         last = f"Similarity: {len(rows)} × {len(columns)} layers{more}{missed}"
-        return "\n".join([*text_table(heads, body, right=range(1, len(heads))), last])
+        return Table(heads, body, range(1, len(heads)), last)
 
     def plot(
         self, ax: Axes | None = None, *, measure: str = "cka", title: str | None = None
@@ -275,8 +283,7 @@ class Similarity:
         """
         from fmapkit.analysis.similarity.plot import plot_similarity
 
-        if measure not in ("cka", "rsa"):
-            raise ArgumentError(f"measure must be 'cka' or 'rsa', not {measure!r}")
+        check_choice(("cka", "rsa"), measure=measure)
         values = (self.cka if measure == "cka" else self.rsa).numpy()
         return plot_similarity(values, self.layers, ax, measure=measure, title=title)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fmapkit.analysis.top.inputs import DatasetInputs, InputFields
 from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean
-from fmapkit.tables import text_table
+from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,8 +72,8 @@ class Context(NamedTuple):
         return " ".join(part.strip() for part in parts)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerTops:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class LayerTops(Shown):
     """The k inputs that excite each filter of a layer most; tensors on the maps' device.
 
     Attributes:
@@ -94,9 +94,9 @@ class LayerTops:
     path: str
     filters: tuple[int, ...]
     seen: int
-    scores: Tensor = field(repr=False)
-    inputs: Tensor = field(repr=False)
-    at: Tensor = field(repr=False)
+    scores: Tensor
+    inputs: Tensor
+    at: Tensor
 
     def __len__(self) -> int:
         """Number of filters."""
@@ -133,7 +133,7 @@ class LayerTops:
         order = self.scores[:, 0].argsort(dim=0, descending=True, stable=True)[:count]
         return [self.filters[i] for i in order.tolist()]
 
-    def __repr__(self) -> str:
+    def _table(self) -> Table:
         rows = []
         for filter in self.filters[:_ROWS]:
             hits = self[filter]
@@ -150,7 +150,7 @@ class LayerTops:
         heads = ("filter", "strongest", "input", "at", "then")
         more = f", {len(self) - _ROWS} more filters" if len(self) > _ROWS else ""
         last = f"LayerTops: {self.layer + self.path!r}, {self.kind}, {self.seen} inputs{more}"
-        return "\n".join([*text_table(heads, rows, right=range(len(heads))), last])
+        return Table(heads, rows, range(len(heads)), last)
 
     # -- the parts of the inputs -----------------------------------------------------------------
 

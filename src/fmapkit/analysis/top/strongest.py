@@ -72,7 +72,8 @@ class Strongest:
         inputs = torch.cat([self.inputs, other.inputs], 1)
         scores, inputs, order = _first(scores, inputs, self.k)
         at = torch.cat([self.at, other.at], 1)
-        return Strongest(scores, inputs, _picked(at, order, inputs))
+        at = at.gather(1, order.unsqueeze(2).expand(-1, -1, self.axes))
+        return Strongest(scores, inputs, at.masked_fill((inputs == NONE).unsqueeze(2), NONE))
 
     def after(self, values: Tensor, scores: Tensor, ids: Tensor) -> Strongest:
         """With one more map.
@@ -125,18 +126,14 @@ def _first(scores: Tensor, inputs: Tensor, k: int) -> tuple[Tensor, Tensor, Tens
     return scores, inputs.masked_fill(scores == -torch.inf, NONE), order
 
 
-def _picked(at: Tensor, order: Tensor, inputs: Tensor) -> Tensor:
-    found = at.gather(1, order.unsqueeze(2).expand(-1, -1, at.shape[2]))
-    return found.masked_fill((inputs == NONE).unsqueeze(2), NONE)
-
-
 def _places(values: Tensor, samples: Tensor, wanted: Tensor) -> Tensor:
     """(filters, k, axes): where some samples of each filter are strongest; any, if not wanted."""
     locations = values.shape[2:]
     filters = torch.arange(values.shape[1], device=values.device).unsqueeze(1).expand_as(samples)
     if values.device.type == "cpu":
         flat = torch.zeros_like(samples)
-        flat[wanted] = _argmax(values[samples[wanted], filters[wanted]])
+        rows = values[samples[wanted], filters[wanted]].flatten(1)
+        flat[wanted] = rows.nan_to_num(nan=-torch.inf).argmax(1)
     else:
         whole = values.flatten(2)
         flat = whole.nan_to_num(nan=-torch.inf).argmax(2)[samples, filters]
@@ -145,10 +142,6 @@ def _places(values: Tensor, samples: Tensor, wanted: Tensor) -> Tensor:
         found.append(flat % size)
         flat = flat // size
     return torch.stack(found[::-1], -1)
-
-
-def _argmax(rows: Tensor) -> Tensor:
-    return rows.flatten(1).nan_to_num(nan=-torch.inf).argmax(1)
 
 
 def by_sample(tensor: Tensor, dim: int) -> Tensor:
