@@ -58,12 +58,12 @@ class FusedPathShadow:
         """The model's own code calls one of the forwards, past the module's call or inside it."""
         forward = getattr(function, "__func__", function)
         module, given = getattr(function, "__self__", None), args
-        if module is None:
+        if module is None and args:
             module, given = args[0], args[1:]
         if self._outer is not None:
             function = partial(self._outer, function)
-        mine = self.module is None and not self._edits.running
-        if mine:
+        mine = False
+        if self.module is None and module is not None and not self._edits.running:
             self._begin(forward, module, given, kwargs)
             mine = self.module is not None
         try:

@@ -10,9 +10,9 @@ Whether it would be taken is torch's own decision: its forward is run up to that
 checks for watchers answering no, and the fused call and the ordinary path replaced by signals.
 
 Code of the model's may run these forwards past the module's call, as a subclass's forward does. So
-in code that records its decisions (`paths/rewrite.py`) such a call is a matter of whoever captures;
-and torch's own forwards, which record as well, are told what they would be without our modes, or
-that torch is not to fuse, while they run for their maps.
+where such a call is written, it is a matter of whoever captures (`paths/fusing_calls.py`); and what
+torch's own forwards ask is answered as if our modes were not there, or, while they run for their
+maps, with no.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ from torch import nn
 from fmapkit.torchlib.modes import all_ours, mode_count, without_modes
 
 __all__ = [
-    *("may_fuse", "runners"),
     *("FUSING_CALLS", "beside", "deciding_forwards", "fused_output", "fuses", "instead_of"),
-    "is_deciding",
+    *("is_deciding", "may_fuse", "runners"),
 ]
 
 _TYPES = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
