@@ -162,6 +162,29 @@ class Unproven(nn.Module):
 # -- sizes ------------------------------------------------------------------------------------
 
 
+class _Positions(nn.Module):
+    """Numbers of its own, and one that follows the length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.table = nn.Linear(4, 8), nn.Parameter(torch.randn(16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        return (self.up(x) + self.table[:length].view(1, length, 2 * 4)).relu()
+
+
+@pytest.mark.parametrize("sizes", [[(2, 3), (5, 3), (5, 4)], [(2, 3), (2, 4), (5, 4), (3, 7)]])
+def test_a_size_that_changes_for_the_first_time_costs_no_map(sizes: list[tuple[int, int]]) -> None:
+    model = _Positions()
+    with capture(model) as maps:
+        for batch, length in [*sizes, (7, 9), (2, 2)]:
+            x = torch.randn(batch, length, 4)
+            out = model(x)
+            assert torch.equal(maps["up"].tensor, out)
+    assert not maps.missed
+
+
 def test_the_summand_that_is_as_large_as_the_sum_gives_it_its_layer() -> None:
     class Sum(Unproven):
         def forward(self, x: Tensor) -> Tensor:

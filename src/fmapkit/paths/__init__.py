@@ -4,7 +4,7 @@
         twins.Twins                 functions run twins of their code while the block is open
             twin_source.make_twins  … each made once, from the source of a function
             rewrite.Rewriter        … the same code with a recorder at each decision
-            fusing_calls            … and one at calls by which torch fuses layers
+            torch_calls             … and at calls in torch's own transformer layers
         recorders.DecisionSink      where the decisions of this thread's pass go
         survey.Survey               which functions ran that do not record yet
     known_paths.KnownPaths          the paths of one kind of call, each with its plan

@@ -17,7 +17,7 @@ from fmapkit.paths.fixed_attributes import FixedAttributes
 from fmapkit.paths.known_paths import Expected
 from fmapkit.paths.survey import Survey, is_installed, is_trusted
 from fmapkit.paths.twins import Twins, call_site
-from fmapkit.torchlib.fused_paths import deciding_forwards
+from fmapkit.torchlib.fused_paths import functions_inside
 from fmapkit.torchlib.nested import modules_in
 
 __all__ = ["ControlPaths"]
@@ -88,8 +88,8 @@ class ControlPaths:
         What a survey finds to run in a traced pass records from the next pass on. To guess spares
         that pass; of large libraries, which have hundreds of methods, only the forward is taken.
         """
-        for deciding in deciding_forwards(kind):
-            self.twins.exchange(deciding)
+        for torchs in functions_inside(kind):
+            self.twins.exchange(torchs)
         forward = getattr(kind, "forward", None)
         if type(forward) is not types.FunctionType:
             return

@@ -3,12 +3,14 @@
 A path is a list of items (see `recorders.py`). Two calls on inputs of the same sizes take the same
 path if their items are equal. On inputs of other sizes, numbers in the path may follow the sizes
 (`x.view(batch, length, -1)`): after two calls whose paths differ in such numbers alone, and whose
-plans say the same, a rule is known for each of these numbers, and a third call is held to it.
+plans say the same, a rule is known for each of these numbers, and a third call is held to it. Where
+a size is another one that has never been another before, the call is traced: a number that was the
+same till then may follow it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Generic, TypeVar
 
@@ -78,11 +80,12 @@ class _Path(Generic[_Plan]):
         plan: that holds on it.
         by_sizes: its items.
         rules: of the numbers in it that follow the sizes: those that all calls have kept to.
-        general: holds for any sizes, as far as is known.
+        constant: by axis: the sizes that have been the same in all calls.
+        general: holds for other sizes, as far as is known.
         seen: a call that was not traced took it.
     """
 
-    __slots__ = ("_moments", "by_sizes", "general", "plan", "rules", "seen")
+    __slots__ = ("_moments", "by_sizes", "constant", "general", "plan", "rules", "seen")
 
     def __init__(
         self, items: list[Any], sizes: Sizes, plan: _Plan, moments: list[tuple[int, Any]]
@@ -92,7 +95,20 @@ class _Path(Generic[_Plan]):
         self.seen = False
         self.by_sizes: dict[Sizes, list[Any]] = {sizes: items}
         self.rules: dict[tuple[int, ...], set[_Rule]] = {}
+        self.constant = dict(enumerate(sizes))
         self.general = False
+
+    def holds_for(self, sizes: Sizes) -> bool:
+        """Whether all numbers are known that a call on such inputs would decide by.
+
+        A number that has always been the same may follow a size that has, too.
+        """
+        if not self.general:
+            return False
+        if all(sizes[axis] == size for axis, size in self.constant.items()):
+            return True
+        items = next(iter(self.by_sizes.values()))
+        return all(place in self.rules for place in _numbers(items))
 
     def fits(self, items: list[Any], sizes: Sizes) -> bool:
         """Whether a call took this path, with the numbers that follow its sizes."""
@@ -139,6 +155,7 @@ class _Path(Generic[_Plan]):
         if not all(rules.values()):
             return False
         self.rules = rules
+        self.constant = {a: size for a, size in self.constant.items() if sizes[a] == size}
         self.general = True
         self._keep(items, sizes)
         return True
@@ -197,7 +214,7 @@ class KnownPaths(Generic[_Plan]):
                 return path
         if self._unruly:
             return None
-        return next((p for p in self._paths if p.general), None)
+        return next((p for p in self._paths if p.holds_for(sizes)), None)
 
     def taken(self, items: list[Any], sizes: Sizes) -> bool:
         """Whether a call that was read by a plan took the path of that plan."""
@@ -307,6 +324,15 @@ def _holds(rule: _Rule, value: Any, sizes: Sizes) -> bool:
     if kind == "times":
         return bool(value == sizes[at] * rest[0])
     return bool(value == sizes[at] * sizes[rest[0]] * rest[1])
+
+
+def _numbers(items: Sequence[Any], place: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    """The places of all whole numbers in a path."""
+    for at, item in enumerate(items):
+        if type(item) is int:
+            yield (*place, at)
+        elif type(item) is tuple:
+            yield from _numbers(item, (*place, at))
 
 
 def _differences(

@@ -15,9 +15,9 @@ import builtins
 from typing import Any, TypeVar
 
 from fmapkit.paths.fixed_attributes import OF_TORCHS
-from fmapkit.paths.fusing_calls import may_fuse, recorded
 from fmapkit.paths.recorders import MARK
-from fmapkit.paths.syntax import names_bound, position_of, site_at, torch_name
+from fmapkit.paths.syntax import names_bound, torch_name
+from fmapkit.paths.torch_calls import handed, recorded
 
 __all__ = ["Rewriter"]
 
@@ -290,14 +290,7 @@ class Rewriter(ast.NodeTransformer):
         callee = node.func
         if not fixed and of_torch is None and builtin is None:
             callee = self._callee(callee)
-        if self._tapped:
-            site = site_at(position_of(node))
-            if site in self._tapped:
-                name = ast.Constant(f"{self._place.rpartition(':')[0]}|{site}")
-                callee = recorded("tapped", callee, callee, name)
-        if may_fuse(function):
-            callee = recorded("fusing", callee, callee)
-        node.func = callee
+        node.func = handed(node, callee, self._place.rpartition(":")[0], self._tapped)
         return node
 
     def _callee(self, function: ast.expr) -> ast.expr:

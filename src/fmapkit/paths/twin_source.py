@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fmapkit.paths.fusing_calls import FusingRewriter
 from fmapkit.paths.rewrite import Rewriter
 from fmapkit.paths.syntax import names_bound, position_of, site_at, watched_names
-from fmapkit.torchlib.fused_paths import is_deciding
+from fmapkit.paths.torch_calls import TorchRewriter
+from fmapkit.torchlib.fused_paths import is_torchs
 
 __all__ = ["Code", "Twin", "known_as", "make_twins"]
 
@@ -167,8 +167,8 @@ def _twins_in(
     """The finished code of all twins in an outermost function, in order."""
     place = f"{like.co_filename}:{'.'.join(classes)}"
     rewriter: ast.NodeTransformer = Rewriter(place, names, node, fixed, tapped)
-    if is_deciding(like):  # torch's own code, which need not record
-        rewriter = FusingRewriter()
+    if is_torchs(like):
+        rewriter = TorchRewriter(like.co_filename, tapped)
     rewritten = rewriter.visit(copy.deepcopy(node))
     compiled = _compiled(rewritten, classes, imports, like)
     if compiled is None:

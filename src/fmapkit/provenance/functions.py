@@ -207,10 +207,12 @@ def _opened(function: Any) -> Any:
     if function is not F.multi_head_attention_forward:
         return None
     inside = dict(function.__globals__, has_torch_function=lambda *_: False)
-    opened = types.FunctionType(
-        function.__code__, inside, function.__name__, function.__defaults__, function.__closure__
-    )
-    opened.__kwdefaults__ = function.__kwdefaults__
+
+    def opened(*args: Any, **kwargs: Any) -> Any:
+        code = function.__code__  # of the moment: its twin's tells of its calls
+        whole = types.FunctionType(code, inside, function.__name__, function.__defaults__)
+        return whole(*args, **kwargs)
+
     return opened
 
 

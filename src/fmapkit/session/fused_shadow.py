@@ -76,7 +76,9 @@ class FusedPathShadow:
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is about to run: run its fused path first, if it has one and torch would."""
-        if self.module is None and fuses(module):
+        run = self._live.run
+        wanted = run is None or module in run.plan.fusing
+        if self.module is None and wanted and fuses(module):
             self._begin(type(module).forward, module, args, kwargs)
 
     def _begin(self, forward: Any, module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -10,7 +10,7 @@ Whether it would be taken is torch's own decision: its forward is run up to that
 checks for watchers answering no, and the fused call and the ordinary path replaced by signals.
 
 Code of the model's may run these forwards past the module's call, as a subclass's forward does. So
-where such a call is written, it is a matter of whoever captures (`paths/fusing_calls.py`); and what
+where such a call is written, it is a matter of whoever captures (`paths/torch_calls.py`); and what
 torch's own forwards ask is answered as if our modes were not there, or, while they run for their
 maps, with no.
 """
@@ -24,19 +24,33 @@ from threading import get_ident
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fmapkit.torchlib.modes import all_ours, mode_count, without_modes
 
 __all__ = [
-    *("FUSING_CALLS", "beside", "deciding_forwards", "fused_output", "fuses", "instead_of"),
-    *("is_deciding", "may_fuse", "runners"),
+    *("FUSING_CALLS", "beside", "functions_inside", "fused_output", "fuses", "instead_of"),
+    *("is_torchs", "may_fuse", "runners"),
 ]
 
 _TYPES = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
 # Their own forwards, with the code that these have while nothing is captured.
 _FORWARDS = {kind.forward: kind.forward.__code__ for kind in _TYPES}
-# By their last names: those, and the functions that they call to find out whether to fuse.
+# The functions inside of these layers, and of others, that call layers and nonlinearities.
+_LAYERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_INSIDE = {
+    function: function.__code__
+    for function in (
+        *(getattr(F, name) for name in ("_in_projection", "_in_projection_packed")),
+        *(
+            F.multi_head_attention_forward,
+            nn.TransformerEncoderLayer._ff_block,
+            nn.TransformerDecoderLayer._ff_block,
+        ),
+    )
+}
+# By their last names: those forwards, and the functions that they call to find out whether to fuse.
 FUSING_CALLS = frozenset({"forward", "has_torch_function", "get_fastpath_enabled"})
 # By thread: what runs one of the forwards where the model's own code calls it; and the threads in
 # which a module runs by the ordinary path, beside its fused one.
@@ -76,15 +90,16 @@ def _without_ours(function: Callable[..., bool], *args: Any) -> bool:
         return function(*args)
 
 
-def deciding_forwards(kind: type[nn.Module]) -> list[types.FunctionType]:
-    """The forwards that may fuse, of a class of modules and what it is derived from."""
+def functions_inside(kind: type[nn.Module]) -> list[types.FunctionType]:
+    """Of a class of modules: the forwards that may fuse, and what calls layers inside."""
     found = [vars(base).get("forward") for base in kind.__mro__]
-    return [forward for forward in found if forward in _FORWARDS]
+    forwards = [forward for forward in found if forward in _FORWARDS]
+    return forwards + [f for f in _INSIDE if issubclass(kind, _LAYERS)]
 
 
-def is_deciding(code: types.CodeType) -> bool:
-    """Whether code is that of one of these forwards."""
-    return any(code is own for own in _FORWARDS.values())
+def is_torchs(code: types.CodeType) -> bool:
+    """Whether code is that of one of these."""
+    return any(code is own for own in (*_FORWARDS.values(), *_INSIDE.values()))
 
 
 def fuses(module: nn.Module) -> bool:

@@ -1,0 +1,59 @@
+"""Calls in torch's own code that may be tapped, and those by which it fuses layers.
+
+Its transformer layers call layers and nonlinearities themselves. Their code decides nothing that is
+not known otherwise, so it has twins that record nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Container
+
+from fmapkit.paths.recorders import MARK
+from fmapkit.paths.syntax import position_of, site_at
+from fmapkit.torchlib.fused_paths import FUSING_CALLS
+
+__all__ = ["TorchRewriter", "handed", "recorded"]
+
+
+class TorchRewriter(ast.NodeTransformer):
+    """Puts recorders before these calls of one function.
+
+    Args:
+        file: that it is in.
+        tapped: the places of calls at which a tap may be set.
+    """
+
+    def __init__(self, file: str, tapped: Container[str]) -> None:
+        self._file = file
+        self._tapped = tapped
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """A call, whoever is called."""
+        self.generic_visit(node)
+        node.func = handed(node, node.func, self._file, self._tapped)
+        return node
+
+
+def handed(node: ast.Call, callee: ast.expr, file: str, tapped: Container[str]) -> ast.expr:
+    """What a call goes to, handed to whoever may put something else in its place.
+
+    Args:
+        node: the call.
+        callee: what it goes to, which may have been handed to other recorders.
+        file: that it is in.
+        tapped: the places of calls at which a tap may be set.
+    """
+    called = node.func
+    site = site_at(position_of(node))
+    if site in tapped:
+        callee = recorded("tapped", callee, callee, ast.Constant(f"{file}|{site}"))
+    if isinstance(called, ast.Attribute) and called.attr in FUSING_CALLS:
+        callee = recorded("fusing", callee, callee)
+    return callee
+
+
+def recorded(recorder: str, argument: ast.expr, at: ast.AST, *first: ast.expr) -> ast.expr:
+    """A call of a recorder, which stands where other code did."""
+    call = ast.Call(ast.Name(f"{MARK}{recorder}", ast.Load()), [*first, argument], [])
+    return ast.fix_missing_locations(ast.copy_location(call, at))
