@@ -182,10 +182,14 @@ class ModuleCalls:
         )
         flow = frame.tag if isinstance(frame.tag, ChannelLabel) else STOP
         axes, result = sigma_axes(flow.axes, x, a), a
+        given = frame.a if isinstance(frame.a, Tensor) else a  # what a user's hook may have changed
+        hooked = given is not a
         if frame.site is not None and self._editor is not None:
+            if hooked:
+                self._editor.refuse_hooked(frame)
             a, result = self._editor.leave(frame, a, axes)
-        elif isinstance(frame.a, Tensor):
-            a = frame.a  # what σ gave, where a user's hook changed what the module returned
+        if hooked:
+            a = given
         own = trace.names.of(module)
         trace.record.sigma(event, flow, frame.x_held, x, a, own, frame.site)
         trace.spare(event)
