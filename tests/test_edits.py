@@ -505,9 +505,9 @@ def test_an_activation_that_a_hook_has_seen_already_is_not_edited(inplace: bool)
         "makes of it, the output of '1'"
     )
     model = _hooked(inplace)
-    with capture(model, edit={("0", "activation"): edits.zero()}):
-        with pytest.raises(EditError, match=f"^{re.escape(text)}$"):
-            model(torch.randn(2, 3))
+    refused = pytest.raises(EditError, match=f"^{re.escape(text)}$")
+    with capture(model, edit={("0", "activation"): edits.zero()}), refused:
+        model(torch.randn(2, 3))
 
 
 @pytest.mark.parametrize("inplace", [False, True])
