@@ -64,7 +64,9 @@ def source_of(value: Tensor, tag: Any, owners: Owners, stand_ins: StandIns) -> S
     if not places:
         return Source()
     module, key = places[0]
-    owner, ref = weakref.ref(module), OfModule(module, root)
+    owner = weakref.ref(module)
+    # What is known of a graph outlives blocks, and its weights have weak references anyway.
+    ref: Any = weakref.ref(root) if stand_ins else OfModule(module, root)
     if value is there:
         return Source(owner, key, ref)
     if value.dtype != there.dtype or storage_of(value) != storage_of(there):
