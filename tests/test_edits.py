@@ -485,3 +485,43 @@ def test_an_edit_elsewhere_leaves_the_fused_path(edited: str) -> None:
     [missed] = maps.missed
     assert missed.layer == "fused"
     assert ("nothing can be edited" in missed.reason) == (edited != "head.0")
+
+
+# -- hooks of the user's on a nonlinearity -------------------------------------------------------
+
+
+def _hooked(inplace: bool) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace), nn.Linear(4, 2))
+    model[1].register_forward_hook(lambda module, args, out: out * 2)
+    return model
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_activation_that_a_hook_has_seen_already_is_not_edited(inplace: bool) -> None:
+    text = (
+        "edit[('0', 'activation')] of layer '0': a hook on '1' changes what its nonlinearity has "
+        "given, before another activation could be put in the place of that; edit what the hook "
+        "makes of it, the output of '1'"
+    )
+    model = _hooked(inplace)
+    refused = pytest.raises(EditError, match=f"^{re.escape(text)}$")
+    with capture(model, edit={("0", "activation"): edits.zero()}), refused:
+        model(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("grads", [False, True])
+def test_other_edits_beside_such_a_hook(inplace: bool, grads: bool) -> None:
+    model, bare = _hooked(inplace), _hooked(inplace)
+    change = {("0", "preactivation"): edits.add(1.0), ("1", "output"): edits.scale(3.0)}
+    kinds = ("preactivation", "activation", "output")
+    with torch.set_grad_enabled(grads), capture(model, kinds=kinds, edit=change) as maps:
+        for _ in range(3):
+            x = torch.randn(2, 3)
+            z = bare[0](x)
+            a = (z + 1.0).relu()
+            assert torch.equal(model(x), bare[2](a * 2 * 3.0))
+            assert torch.equal(maps["0", "preactivation"].tensor, z)
+            assert torch.equal(maps["0"].tensor, a)
+            assert torch.equal(maps["1", "output"].tensor, a * 2)

@@ -968,3 +968,78 @@ def _same(mine: Tensor | None, true: Tensor | None) -> bool:
     if mine is None or true is None:
         return mine is None and true is None
     return same_bits(mine, true)
+
+
+# -- maps that are leaves of the graph -----------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """A nonlinearity of a parameter, as a function or a module; and one of what comes in."""
+
+    def __init__(self, act: nn.Module | None) -> None:
+        super().__init__()
+        self.gate, self.act = nn.Parameter(torch.randn(4)), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.gate) if self.act is None else self.act(self.gate)
+        return gate * torch.tanh(x)
+
+
+@pytest.mark.parametrize("act", [None, nn.Sigmoid()])
+@pytest.mark.parametrize("between", [True, False])
+def test_a_leaf_has_the_gradients_of_its_own_pass(act: Any, between: bool) -> None:
+    model, x = Gated(act), torch.randn(3, 4, requires_grad=True)
+    kinds = ("preactivation", "activation")
+    passes = []
+    with capture(model, kinds=kinds, gradients=True, keep="all") as maps:
+        for step in range(4):
+            model.gate.grad = x.grad = None
+            loss = model(x).square().sum() * (step + 1)
+            if between:
+                with torch.no_grad():
+                    model(x)  # whose maps have none
+            loss.backward()
+            if between:
+                loss_of_others = model.gate.sum() + x.sum()
+                loss_of_others.backward()
+                model.gate.grad -= 1  # type: ignore[operator]
+                x.grad -= 1  # type: ignore[operator]
+            passes.append((model.gate.grad.clone(), x.grad.clone()))  # type: ignore[union-attr]
+        ((model(x) + model(x)).sum()).backward()  # each of two passes has all of this backward
+    model(x).sum().backward()  # nobody's
+    found = maps.select(kind="preactivation")
+    steps = range(0, 8, 2) if between else range(4)
+    for step, grads in zip(steps, passes, strict=True):
+        for fm, grad in zip([fm for fm in found if fm.step == step], grads, strict=True):
+            assert fm.grad is not None
+            assert torch.allclose(fm.grad, grad, atol=1e-5)
+            assert between or torch.equal(fm.grad, grad)
+    if between:
+        assert all(fm.grad is None for fm in found if fm.step in range(1, 8, 2))
+    one, other = (fm.grad for fm in found[-4:] if fm.shape == (4,))
+    assert one is not None
+    assert other is not None
+    assert torch.equal(one, other)
+
+
+def test_the_input_of_a_layer_has_the_gradients_of_its_own_pass() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    x = torch.randn(2, 3, requires_grad=True)
+    passes = []
+    with capture(model, layers="0", kinds="input", gradients=True, keep="all") as maps:
+        for step in range(4):
+            x.grad = None
+            loss = model(x).sum() * (step + 1)
+            loss.backward(retain_graph=True)
+            if step == 2:
+                loss.backward()  # once more through the same forward
+            assert x.grad is not None
+            passes.append(x.grad.clone())
+    del loss
+    for fm, grad in zip(maps.select(kind="input"), passes, strict=True):
+        assert fm.grad is not None
+        assert torch.equal(fm.grad, grad)
+    assert x._backward_hooks  # as long as there are maps
+    maps.clear()
+    del fm
+    assert not x._backward_hooks

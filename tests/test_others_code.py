@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmapkit import capture
+from fmapkit.analysis import Statistics
 from tests.checks import tags
 
 EXPECTED = [("a", 0, "relu", range(4)), ("b", 0, "sigmoid", range(4)), ("c", 0, "tanh", range(4))]
@@ -50,25 +52,56 @@ class Noisy(TorchFunctionMode):
         return out
 
 
-@pytest.mark.parametrize("options", [{}, {"detach": False}, {"gradients": True}])
-@pytest.mark.parametrize("grads", [False, True])
-def test_a_mode_sees_what_the_model_runs_and_that_alone(grads: bool, options: Any) -> None:
+class NoisyBelow(TorchDispatchMode):
+    """The same below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.ran.append(func.__name__)
+        if isinstance(out, Tensor) and not func.is_view and func._schema.name[-1] != "_":
+            out = out * 1.1 + torch.randn_like(out) * 0.1
+        return out
+
+
+OPTIONS: list[dict[str, Any]] = [
+    *({}, {"detach": False}, {"gradients": True}, {"dtype": torch.float64}, {"filters": 1}),
+    *({"check": "finite"}, {"weights": True}, {"kinds": ("input", "response", "activation")}),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("noise", [Noisy, NoisyBelow])
+def test_a_mode_sees_what_the_model_runs_and_that_alone(
+    noise: Any, mode: Any, options: Any
+) -> None:
     model = Net()
     bare = copy.deepcopy(model)
-    with torch.set_grad_enabled(grads), capture(model, **options) as maps:
+    shown = Statistics()
+    with mode(), capture(model, analyses=shown, **options) as maps:
         for step in range(4):
             x = torch.randn(2, 3)
             seen = []
             for net in (bare, model):
                 torch.manual_seed(step)
-                with Noisy() as noisy:
+                with noise() as noisy:
                     y = net(x)
                 seen.append((y.detach().clone(), torch.get_rng_state(), noisy.ran))
             assert torch.equal(seen[0][0], seen[1][0])
             assert torch.equal(seen[0][1], seen[1][1])
             assert seen[0][2] == seen[1][2]
-            assert tags(maps) == EXPECTED
+            assert [tag[:3] for tag in tags(maps)] == [tag[:3] for tag in EXPECTED]
+            assert torch.equal(maps["c"].tensor, _as_held(y, options))
     assert list(maps.missed) == []
+
+
+def _as_held(y: Tensor, options: dict[str, Any]) -> Tensor:
+    y = y.detach()
+    return y[:, 1:2] if "filters" in options else y.to(options.get("dtype", y.dtype))
 
 
 class Marked(Tensor):

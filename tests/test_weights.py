@@ -523,3 +523,56 @@ def test_of_any_model(drawn: Model, weights: bool) -> None:
         if x is not None and y is not None and y.weight is not None:
             response = again(modules[layer], x.tensor, y.weight, y.bias)
             assert torch.equal(response, y.tensor)
+
+
+# -- parameters that torch swaps -----------------------------------------------------------------
+
+
+def _to(model: nn.Module) -> None:
+    model.to(torch.float64)
+
+
+def _load(model: nn.Module) -> None:
+    model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()})
+
+
+def _one(model: nn.Module) -> None:
+    linear = model[0]  # type: ignore[index]
+    torch.utils.swap_tensors(linear.weight, nn.Parameter(linear.weight.detach() * 2))
+
+
+@pytest.mark.parametrize("grads", [False, True])
+@pytest.mark.parametrize("how", [_to, _load, _one])
+def test_tensors_are_swapped_as_without_capture(
+    how: Callable[[nn.Module], None], grads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch swaps no tensor that somebody has a weak reference to."""
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    bare = copy.deepcopy(model)
+    with torch.set_grad_enabled(grads), capture(model, kinds=KINDS) as maps:
+        for step in range(4):
+            x = torch.randn(2, 3, dtype=bare[0].weight.dtype)
+            y = model(x)
+            assert torch.equal(y, bare(x))
+            assert torch.equal(maps["0", "response"].tensor, bare[0](x))
+            assert torch.equal(maps["0"].weight, bare[0].weight)  # type: ignore[arg-type]
+            del y
+            if step in (0, 2):
+                how(model)
+                how(bare)
+    how(model)  # while the maps are there
+    how(bare)
+    assert torch.equal(model[0].weight, bare[0].weight)
+
+
+def test_a_map_keeps_no_weights_of_a_model_that_is_gone() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    with capture(model) as maps:
+        model(torch.randn(2, 3))
+    fm, weight = maps["0"], weakref.ref(model[0].weight)
+    del model, maps
+    gc.collect()
+    assert weight() is None
+    with pytest.raises(MapReleasedError):
+        fm.weight  # noqa: B018

@@ -35,6 +35,7 @@ from fmapkit.provenance.labels import ChannelLabel as ChannelLabel
 from fmapkit.provenance.labels import Label as Label
 from fmapkit.provenance.labels import Lookup as Lookup
 from fmapkit.provenance.labels import Made as Made
+from fmapkit.provenance.labels import OfModule as OfModule
 from fmapkit.provenance.labels import Origin as Origin
 from fmapkit.provenance.labels import ParamLabel as ParamLabel
 from fmapkit.provenance.labels import ParamLabelRef as ParamLabelRef

@@ -5,6 +5,7 @@ Data only. `provenance/propagate.py` says what each torch function makes of it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = [
     "Label",
     "Lookup",
     "Made",
+    "OfModule",
     "Origin",
     "ParamLabel",
     "ParamLabelRef",
@@ -30,6 +32,45 @@ __all__ = [
 ]
 
 
+# The tensors that are asked for: by module, and by who asks.
+_kept: weakref.WeakKeyDictionary[nn.Module, dict[int, Tensor]] = weakref.WeakKeyDictionary()
+
+
+class OfModule:
+    """A tensor that a module has or had, for as long as the module is there.
+
+    It takes the place of a weak reference: `torch.utils.swap_tensors`, by which `Module.to` and
+    `load_state_dict` may work, refuses tensors that have one.
+
+    Args:
+        owner: the module.
+        tensor: its parameter or buffer.
+    """
+
+    __slots__ = ("__weakref__", "_owner", "_which")
+
+    def __init__(self, owner: nn.Module, tensor: Tensor) -> None:
+        self._owner = weakref.ref(owner)
+        self._which = id(owner), id(tensor)
+        _kept.setdefault(owner, {})[id(self)] = tensor
+
+    def __call__(self) -> Tensor | None:
+        """The tensor; None once the module is gone."""
+        owner = self._owner()
+        return None if owner is None else _kept[owner][id(self)]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OfModule) and self._which == other._which and self() is other()
+
+    def __hash__(self) -> int:
+        return hash(self._which)
+
+    def __del__(self, kept: Any = _kept) -> None:
+        owner = self._owner()
+        if owner is not None:
+            kept[owner].pop(id(self), None)
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a layer got its weight, or its bias.
@@ -37,7 +78,7 @@ class Source:
     Attributes:
         owner: the module that has the parameter or buffer; None where it was computed in the pass.
         key: what it is called there.
-        ref: which tensor that was. No map keeps a module alive, or a tensor but its own.
+        ref: which tensor that was, while its module is there. No map keeps a module alive.
         view: the part that was used: its shape, strides and offset, then the shape and strides of
             the parameter; None for all of it.
     """

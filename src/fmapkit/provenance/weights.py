@@ -24,7 +24,7 @@ from fmapkit.errors import (
     MapOverwrittenError,
     MapReleasedError,
 )
-from fmapkit.provenance.labels import Made, Origin, ParamLabel, Source
+from fmapkit.provenance.labels import Made, OfModule, Origin, ParamLabel, Source
 from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.sharded import is_dtensor
@@ -63,14 +63,17 @@ def source_of(value: Tensor, tag: Any, owners: Owners, stand_ins: StandIns) -> S
     places = owners(root)
     if not places:
         return Source()
-    owner, key = weakref.ref(places[0][0]), places[0][1]
+    module, key = places[0]
+    owner = weakref.ref(module)
+    # What is known of a graph outlives blocks, and its weights have weak references anyway.
+    ref: Any = weakref.ref(root) if stand_ins else OfModule(module, root)
     if value is there:
-        return Source(owner, key, weakref.ref(root))
+        return Source(owner, key, ref)
     if value.dtype != there.dtype or storage_of(value) != storage_of(there):
         return Source()
     offset = int(value.storage_offset() - there.storage_offset())
     view = (tuple(value.shape), value.stride(), offset, tuple(root.shape), root.stride())
-    return Source(owner, key, weakref.ref(root), view)
+    return Source(owner, key, ref, view)
 
 
 def versions(modules: Iterable[nn.Module]) -> Versions:

@@ -81,6 +81,8 @@ def read_xy_and_gradients(module: nn.Module, args: Any, output: Any, how: int) -
     """z, a, their versions, and where their gradients will arrive."""
     x = args[0]
     grads = watch(output), watch(x)
+    if grads[1] is not None and (how or not output.requires_grad):
+        grads[1].used_by(output)
     if how:
         x, output = x.detach(), output.detach()
     return module, output, version_of(output), x, version_of(x), *grads

@@ -19,7 +19,7 @@ from fmapkit.missed import NotSupportedError, Reason
 from fmapkit.storage.buffers import Buffers
 from fmapkit.storage.offload import Arrival, Cuda, Device, Offload
 from fmapkit.torchlib.sharded import is_wrapped
-from fmapkit.torchlib.side_ops import operators_are_counted, runs, select, unseen
+from fmapkit.torchlib.side_ops import looking, operators_are_counted, runs, select, unseen
 
 __all__ = ["Place", "StorageConversion"]
 
@@ -99,7 +99,7 @@ class StorageConversion:
         dtype, moves = self._dtype_of(tensor), self._moves(tensor)
         device = self.device if moves and self.device is not None else tensor.device
         try:
-            with torch._C.DisableTorchFunction():  # another capture's tracer may be on
+            with looking():
                 return self._stored(tensor, place, dtype, device, detach, doomed)
         except (NotImplementedError, RuntimeError, TypeError) as error:
             raise NotSupportedError(

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmapkit.errors import MapOverwrittenError, MapStateError
+from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.side_ops import select
 
 __all__ = ["Gradient", "NotYet", "Received", "in_function", "watch"]
@@ -26,7 +28,10 @@ _inference: Callable[[], bool] = torch.is_inference_mode_enabled
 class _Post:
     """The hook: passes each gradient on to whoever still waits for it."""
 
-    __slots__ = ("_handle", "listeners", "of_view", "spoiled", "targets")
+    __slots__ = (
+        *("__weakref__", "_handle", "_task", "_used", "listeners", "of_view", "spoiled"),
+        "targets",
+    )
     # torch warns when it pickles a tensor with a hook, unless the hook says that it may be lost.
     __torch_unserializable__ = True
 
@@ -35,6 +40,8 @@ class _Post:
         self.listeners: list[Callable[[Tensor], None]] = []
         self.of_view = tensor._is_view()
         self.spoiled = False
+        self._used = False  # it is known by which calls a leaf is used
+        self._task = -1  # the latest backward that went through one of them
         # A view that was written to through another tensor learns of it only when it is asked:
         # until then a new hook goes to its former node, or crashes torch (2.13).
         node = tensor.grad_fn
@@ -51,6 +58,8 @@ class _Post:
     def __call__(self, grad: Tensor | None) -> None:
         if grad is None:  # a node ran that had nothing to pass on
             return
+        if self._used and self._task != graph_task():
+            return
         for target in self.targets:
             gradient = target()
             if gradient is not None:
@@ -63,6 +72,23 @@ class _Post:
         """Whether the hook is the graph's, and not a leaf's."""
         return self._handle is None
 
+    def used_by(self, result: Any) -> None:
+        """Of a leaf, only a backward counts from here on that goes through what was made of it.
+
+        Any other one that reaches it comes from somewhere else: another pass, or another model.
+        """
+        if self.goes_with_the_graph:
+            return
+        self._used = True
+        node = result.grad_fn if isinstance(result, Tensor) else None
+        if node is not None:
+            post = weakref.ref(self)
+            node.register_prehook(lambda grads: _passed(post))
+
+    def passed(self) -> None:
+        """A backward has gone through what was made of the tensor."""
+        self._task = graph_task()
+
     def serve(self, gradient: Gradient) -> None:
         """From here on the gradient receives what comes."""
         self.targets.append(weakref.ref(gradient, self._gone))
@@ -71,6 +97,12 @@ class _Post:
         self.targets.remove(reference)
         if not self.targets and self._handle is not None:
             self._handle.remove()
+
+
+def _passed(post: weakref.ref[_Post]) -> None:
+    found = post()
+    if found is not None:
+        found.passed()
 
 
 class Gradient:
@@ -93,6 +125,10 @@ class Gradient:
     def picked(self, dim: int, places: tuple[int, ...]) -> Gradient:
         """The same for some filters alone."""
         return Gradient(self._post, (dim, places))
+
+    def used_by(self, result: Any) -> None:
+        """The map's tensor was what a call was given that has returned `result`."""
+        self._post.used_by(result)
 
     def tell(self, listener: Callable[[Tensor], None]) -> None:
         """Hand each gradient on to somebody else, too, for as long as the graph lives.

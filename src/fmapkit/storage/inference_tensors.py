@@ -12,6 +12,7 @@ from collections import Counter
 from fmapkit.storage.held import StoredTensor
 from fmapkit.storage.passes import MapRecord, Pass
 from fmapkit.torchlib.memory import storage_of, storage_users
+from fmapkit.torchlib.side_ops import looking
 
 __all__ = ["has_inference_tensors", "settle"]
 
@@ -35,9 +36,10 @@ def settle(current: Pass) -> None:
     for segment in current.segments:  # their entries are made, and they hold the model's tensors
         if not isinstance(segment, MapRecord):
             segment.release()
-    for one in uncounted:  # tensors of our own, so that they can be told from the model's
-        assert one.tensor is not None
-        one.tensor = one.tensor.detach()
+    with looking():
+        for one in uncounted:  # tensors of our own, so that they can be told from the model's
+            assert one.tensor is not None
+            one.tensor = one.tensor.detach()
     ours = Counter(storage_of(h.tensor) for h in uncounted if h.tensor is not None)
     for one in [h for h in uncounted if _reached(h, ours)]:
         one.snapshot()

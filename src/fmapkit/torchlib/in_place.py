@@ -12,9 +12,8 @@ from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
+import torch.autograd.forward_ad as _tangents
 from torch import Tensor
-
-from fmapkit.torchlib.transforms import forward_derivatives
 
 __all__ = ["is_alone", "may_leave_memory", "someone_sees", "with_new_memory", "write_apart"]
 
@@ -71,7 +70,7 @@ def is_alone(z: Any, ours: int = 0) -> bool:
 
 def someone_sees() -> bool:
     """Whether a mode is on, which would see what runs, or tangents go with the values."""
-    return bool(_function_modes() or _dispatch_modes() or forward_derivatives())
+    return bool(_function_modes() or _dispatch_modes() or _tangents._current_level >= 0)
 
 
 def may_leave_memory(z: Any) -> TypeGuard[Tensor]:
@@ -82,7 +81,9 @@ def may_leave_memory(z: Any) -> TypeGuard[Tensor]:
     """
     if type(z) is not Tensor or z.requires_grad or z.is_inference():
         return False
-    return not someone_sees() and _has_own_memory(z, 0)
+    if _function_modes() or _dispatch_modes() or _tangents._current_level >= 0:
+        return False  # asked at each site: a call of a function more would cost as much again
+    return _has_own_memory(z, 0)
 
 
 def _has_own_memory(z: Tensor, ours: int) -> bool:

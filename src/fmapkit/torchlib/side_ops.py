@@ -1,6 +1,7 @@
-"""Operators of our own, run beside the model's: whoever counts the model's must not count them.
+"""Operators of our own, run beside the model's: nobody is to take them for the model's.
 
-Activation checkpointing does count. It matches the tensors that a region saves for backward with
+Modes of the user's see each function, or operator, and may change what it returns. And activation
+checkpointing counts. It matches the tensors that a region saves for backward with
 those of its recomputation by their order, and selective checkpointing matches every operator so. A
 copy of ours, made in the forward only, would shift all that follow.
 """
@@ -8,7 +9,7 @@ copy of ours, made in the forward only, would shift all that follow.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -19,11 +20,15 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter as unchang
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
+from fmapkit.torchlib.operators import without_torch_function
 from fmapkit.torchlib.transforms import forward_derivatives, transforming
 
-__all__ = ["clone", "goes_on_from", "operators_are_counted", "runs", "select", "unseen"]
+__all__ = [
+    *("clone", "goes_on_from", "looking", "operators_are_counted", "runs", "select", "unseen"),
+]
 
 _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 # Selective checkpointing, while the forward runs.
 _COUNTING: Any = getattr(torch.utils.checkpoint, "_CachingTorchDispatchMode", ())
 
@@ -37,9 +42,10 @@ def operators_are_counted() -> bool:
 
 def clone(tensor: Tensor) -> Tensor:
     """A copy; of a tensor of the graph, one in the graph, even where the model turned that off."""
-    if not _modes() and (torch.is_grad_enabled() or not tensor.requires_grad):
-        return tensor.clone()
-    with torch.set_grad_enabled(tensor.requires_grad or torch.is_grad_enabled()), unseen():
+    if not (_modes() or _function_modes()):
+        if torch.is_grad_enabled() or not tensor.requires_grad:
+            return tensor.clone()
+    with torch.set_grad_enabled(tensor.requires_grad or torch.is_grad_enabled()), looking():
         return tensor.clone()
 
 
@@ -83,9 +89,9 @@ def select(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
     By slices: an index tensor would have to be sent to the device, which waits for it.
     """
     if not tensor.requires_grad:
-        with unseen():
+        with looking():
             return _taken(tensor, dim, places)
-    with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is), unseen():
+    with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is), looking():
         return _taken(tensor, dim, places)
 
 
@@ -111,10 +117,21 @@ def _taken(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
     return taken
 
 
+def looking() -> AbstractContextManager[Any]:
+    """What runs here is ours: no mode of others sees it, and no code that a tensor has itself."""
+    return _apart() if _modes() else without_torch_function()
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    with without_torch_function(), unseen():
+        yield
+
+
 @contextmanager
 def unseen() -> Iterator[None]:
-    """What runs here is not counted as the model's."""
-    if not operators_are_counted():
+    """What runs here is not counted as the model's, and no mode of the user's sees it."""
+    if not operators_are_counted() and all(map(_is_torchs, _get_current_dispatch_mode_stack())):
         yield
         return
     modes = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
@@ -123,6 +140,11 @@ def unseen() -> Iterator[None]:
     finally:
         for mode in reversed(modes):
             _push_mode(mode)
+
+
+def _is_torchs(mode: Any) -> bool:
+    """Whether a mode is one of torch's own: fake tensors are what they are by one."""
+    return type(mode).__module__.startswith("torch.")
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

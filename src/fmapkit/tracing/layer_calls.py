@@ -18,6 +18,7 @@ from fmapkit.provenance import (
     FunctionCall,
     Label,
     Made,
+    OfModule,
     ParamLabel,
     Source,
     StandIns,
@@ -167,7 +168,7 @@ class LayerCalls:
         inner = self._trace.frames[-1].module
         for key, parameter in inner._parameters.items():
             if parameter is tensor:
-                return Source(weakref.ref(inner), key, weakref.ref(tensor))
+                return Source(weakref.ref(inner), key, OfModule(inner, tensor))
         return source_of(tensor, self._trace.labels.of(tensor), self._owners, self.stand_ins)
 
     def _owners(self, tensor: Tensor) -> list[tuple[nn.Module, str]]:

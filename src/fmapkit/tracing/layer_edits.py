@@ -31,6 +31,10 @@ COMPARED = (
     "its preactivation is compared before the nonlinearity ({}) runs that chooses by that, and "
     "another one cannot be put in its place; its activation may be edited"
 )
+HOOKED = (
+    "a hook on {!r} changes what its nonlinearity has given, before another activation could be "
+    "put in the place of that; edit what the hook makes of it, the output of {!r}"
+)
 
 
 class LayerEdits:
@@ -128,6 +132,17 @@ class LayerEdits:
 
     def _follow(self, new: Tensor, old: Tensor) -> None:
         self.trace.labels.put(new, self.trace.labels.of(old))
+
+    def refuse_hooked(self, frame: Frame) -> None:
+        """A hook of the user's has run on what the nonlinearity of a module gave.
+
+        Raises:
+            EditError: an edit is for that.
+        """
+        assert frame.site is not None
+        name, step = self.trace.names.of(frame.module), self.trace.record.current.step
+        site, why = frame.site, HOOKED.format(name, name)
+        self.edits.refuse(site.name, "activation", why, site.call, step)
 
     # -- modules that are one nonlinearity ----------------------------------------------------
 

@@ -5,9 +5,9 @@ A registered layer, one nonlinearity, a norm written out by hand, or the only fu
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fmapkit import layers, nonlinearities
@@ -22,6 +22,8 @@ from fmapkit.provenance import (
     sigma_axes,
 )
 from fmapkit.storage import unheld
+from fmapkit.torchlib.operators import without_torch_function
+from fmapkit.torchlib.side_ops import looking
 from fmapkit.tracing.candidates import is_norm, may_be_sigma, norm_axis, role_of, verdict
 from fmapkit.tracing.events import Event, HookPoint
 from fmapkit.tracing.frames import Frame
@@ -40,12 +42,15 @@ class ModuleCalls:
         self._editor = editor
         self._layers = layers
 
+    def _looking(self) -> AbstractContextManager[Any]:
+        return looking() if self._editor is None else without_torch_function()
+
     # -- a call begins ------------------------------------------------------------------------
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
         """A module's forward begins."""
         trace, editor = self._trace, self._editor
-        with torch._C.DisableTorchFunction():  # what we look at ourselves is not the model's doing
+        with self._looking():  # what we look at ourselves is not the model's doing
             if trace.frames:
                 trace.past_hooks(module)
             replaced = editor.modules.input(module, args, kwargs) if editor else None
@@ -102,7 +107,7 @@ class ModuleCalls:
             What it is to return, if something was edited; None for its own.
         """
         trace, module, replaced = self._trace, frame.module, None
-        with torch._C.DisableTorchFunction():
+        with self._looking():
             if trace.learning:
                 trace.moments.append((trace.record.firings.clock(), None))
             parent = trace.frames[-1].module if trace.frames else None
@@ -177,10 +182,14 @@ class ModuleCalls:
         )
         flow = frame.tag if isinstance(frame.tag, ChannelLabel) else STOP
         axes, result = sigma_axes(flow.axes, x, a), a
+        given = frame.a if isinstance(frame.a, Tensor) else a  # what a user's hook may have changed
+        hooked = given is not a
         if frame.site is not None and self._editor is not None:
+            if hooked:
+                self._editor.refuse_hooked(frame)
             a, result = self._editor.leave(frame, a, axes)
-        elif isinstance(frame.a, Tensor):
-            a = frame.a  # what σ gave, where a user's hook changed what the module returned
+        if hooked:
+            a = given
         own = trace.names.of(module)
         trace.record.sigma(event, flow, frame.x_held, x, a, own, frame.site)
         trace.spare(event)

@@ -110,6 +110,7 @@ class Record:
         event.axes = flow.axes
         event.x_held = z_held
         event.y_held = self.aliases.reference(a)
+        self._used(z_held, a)
         self._add(event, origin, a)
         if self.wants.layer(origin.name):
             a_axes = sigma_axes(flow.axes, z, a)
@@ -148,6 +149,7 @@ class Record:
         origin, axes, kinds = event.origin, event.axes, self.wants.kinds
         if x is not None and "input" in kinds:
             event.x_held = self.aliases.reference(x if was is None else was)
+            self._used(event.x_held, out)
             if self.wants.filters is None:
                 self.hold(event, "x", "input", origin, event.x_held, self._input_axes(x, out, axes))
                 for slot, entry in event.entries if was is not None else ():
@@ -163,6 +165,11 @@ class Record:
             for slot, entry in event.entries:
                 if edited is not None and slot == "y":
                     entry.edited = self._same_filters(entry, edited)
+
+    def _used(self, held: StoredTensor, result: Tensor) -> None:
+        """What is held was given to a call; a map in the graph may be used by others, too."""
+        if held.gradient is not None and self.wants.detach:
+            held.gradient.used_by(result)
 
     def _input_axes(
         self, x: Tensor, out: Tensor, axes: ChannelLayout | None

@@ -61,10 +61,15 @@ class SigmaCalls:
         call.place = next(i for i, t in enumerate(tensors_in(*args, kwargs)) if t is found)
         return call
 
-    def before(self, known: Function, call: SigmaCall) -> None:
+    def before(self, known: Function, call: SigmaCall, watched: bool) -> None:
         """A nonlinearity is about to run: hold its operand, and say what is to run.
 
         In place, z keeps its memory where it can (see `torchlib/in_place.py`); else it is copied.
+
+        Args:
+            known: what it is.
+            call: of it.
+            watched: somebody else sees what runs: that is to be what the model has it.
         """
         trace, aliases = self._trace, self._trace.record.aliases
         frame, z = trace.frames[-1], call.z
@@ -95,7 +100,7 @@ class SigmaCalls:
         elif in_place:
             targets = [z]
             call.in_place = True
-            apart = self._apart(func, args, kwargs, z)
+            apart = None if watched else self._apart(func, args, kwargs, z)
             if apart is not None:
                 call.held = aliases.reference(z)
                 call.function, call.kept = apart, True

@@ -56,10 +56,11 @@ from fmapkit.reasons import Reason
 from fmapkit.selection import EarlyStop, Selection
 from fmapkit.storage import Aliases, Pass
 from fmapkit.torchlib.autograd import graph_task
+from fmapkit.torchlib.in_place import someone_sees
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.modes import ObserverMode
 from fmapkit.torchlib.nested import tensors_in
-from fmapkit.torchlib.operators import without_torch_function
+from fmapkit.torchlib.side_ops import looking
 from fmapkit.torchlib.transforms import is_shapeless, some_shapeless, wrapped
 from fmapkit.tracing import list_calls
 from fmapkit.tracing.attention import AttentionWatch
@@ -196,8 +197,9 @@ class Tracer(ObserverMode):
         if not trace.frames or (types and any(map(_is_lazy, types))):
             return func(*args, **kwargs)
         try:
+            watched = someone_sees()
             with self._looking():
-                sigma = self._before(known, func, args, kwargs)
+                sigma = self._before(known, func, args, kwargs, watched)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fail(error)
             return func(*args, **kwargs)
@@ -226,7 +228,7 @@ class Tracer(ObserverMode):
 
         But edits are: they are part of what the model computes.
         """
-        return without_torch_function() if self.editor is None else nullcontext()
+        return looking() if self.editor is None else nullcontext()
 
     def _decides(self, known: Function, types: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Whether a function has to be seen in every pass: by its result, or by whom it runs."""
@@ -237,14 +239,22 @@ class Tracer(ObserverMode):
         return not self.constants.hold(tensors_in(*args, kwargs))
 
     def _before(
-        self, known: Function, func: Any, args: Any, kwargs: dict[str, Any]
+        self, known: Function, func: Any, args: Any, kwargs: dict[str, Any], watched: bool
     ) -> SigmaCall | None:
-        """A function is about to run: what it is as a nonlinearity; None if it is none."""
+        """A function is about to run: what it is as a nonlinearity; None if it is none.
+
+        Args:
+            known: what it is.
+            func: it.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            watched: somebody else sees what runs.
+        """
         sigma = None
         if known.sigma is not None or known.name in SOMETIMES:
             sigma = self.sigmas.of(known, func, args, kwargs)
         if sigma is not None:
-            self.sigmas.before(known, sigma)
+            self.sigmas.before(known, sigma, watched)
         elif not known.never_writes or "out" in kwargs:
             for target in known.writes(args, kwargs):
                 self.trace.record.aliases.before_write(target)
