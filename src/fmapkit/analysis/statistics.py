@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,15 +29,13 @@ if TYPE_CHECKING:
 __all__ = ["Statistics"]
 
 
+@dataclass(slots=True)
 class _Group:
     """Of one set of filters: its moments, whether saturation has a meaning, who has the rest."""
 
-    __slots__ = ("local", "moments", "saturates")
-
-    def __init__(self, moments: Moments, saturates: bool, local: bool) -> None:
-        self.moments = moments
-        self.saturates = saturates
-        self.local = local  # other ranks have other filters under the same numbers
+    moments: Moments
+    saturates: bool
+    local: bool  # other ranks have other filters under the same numbers
 
     @property
     def device(self) -> torch.device:
