@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fmapkit._warnings import warn
 from fmapkit.analysis._bins import Edges
+from fmapkit.analysis._by_layer import Tabular
 from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._mergeable import Mergeable
 from fmapkit.analysis._moments import Moments, absorb, by_filter, fused, merge, moments
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
-from fmapkit.analysis._tables import Tabular
 from fmapkit.analysis.summary import _HEADS, LayerStatistics, _columns, summarise
 from fmapkit.errors import check_flags
 from fmapkit.tables import Table

@@ -19,6 +19,7 @@ from fmapkit.plot._figure import entitle as entitle
 from fmapkit.plot._figure import figures as figures
 from fmapkit.plot._pictures import by_call as by_call
 from fmapkit.plot._pictures import by_filter as by_filter
+from fmapkit.plot._pictures import check_strongest as check_strongest
 from fmapkit.plot._pictures import latest_maps as latest_maps
 from fmapkit.plot._pictures import leading as leading
 from fmapkit.plot._pictures import meaning as meaning

@@ -11,7 +11,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,15 +56,17 @@ FUSED = words(
 _Made = tuple[Projection | None, Projection | None]
 
 
-@dataclass(slots=True)
 class _Softmax:
     """The result of a softmax, which may turn out to be attention probabilities."""
 
-    held: StoredTensor
-    axes: ChannelLayout | None  # of heads
-    made: _Made  # its queries and keys
-    modules: set[nn.Module] = field(default_factory=set)  # in which it went on
-    done: bool = False
+    __slots__ = ("axes", "done", "held", "made", "modules")
+
+    def __init__(self, held: StoredTensor, axes: ChannelLayout | None, made: _Made) -> None:
+        self.held = held
+        self.axes = axes  # of heads
+        self.made = made  # its queries and keys
+        self.modules: set[nn.Module] = set()  # in which it went on
+        self.done = False
 
 
 class AttentionWatch:

@@ -6,22 +6,20 @@ Data, and the order of the moments. Plans are made of these.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from torch import nn
 
-from fmapkit.provenance import NOWHERE, ChannelLayout, Origin
+from fmapkit.provenance import NOWHERE, ChannelLayout
 from fmapkit.storage import MapRecord, StoredTensor
 
 __all__ = ["Event", "HookPoint", "HookPoints"]
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class Event:
     """Something that ran and has maps: a nonlinearity, a layer, an output, or attention.
 
-    Attributes:
+    Args:
         kind: "sigma", "layer", "output" or "attention".
         scope: the module in whose own forward it ran.
         function: that ran; None for a module's call.
@@ -29,39 +27,55 @@ class Event:
         key: the keyword under which that module got x.
         place: which of a function's tensor arguments x is.
         sigma: of a nonlinearity, its name.
-        x: what the running module was given, where that came in: until its call ends, to see
+        passed: x and y, where x is what the running module was given: until its call ends, to see
             whether that call is this event.
-        y: what it gave, likewise.
         in_place: it has overwritten x.
         kept: it is in place, and z kept its memory.
+
+    Attributes:
         shared: other maps lie in what it has overwritten, too.
         graph: its result is part of an autograd graph.
         joins: its result may become part of one.
-        firing: the moment at which a tap of it would fire.
         entries: the maps: ("x" | "y" | path, what is held).
     """
 
-    kind: str
-    scope: nn.Module
-    function: Any = None
-    _: KW_ONLY
-    module: nn.Module | None = None
-    key: str | None = None
-    place: int = 0
-    sigma: str | None = None
-    x: Any = None
-    y: Any = None
-    in_place: bool = False
-    kept: bool = False
-    origin: Origin = NOWHERE
-    axes: ChannelLayout | None = None
-    x_held: StoredTensor | None = None
-    y_held: StoredTensor | None = None
-    shared: bool = False
-    graph: bool = False
-    joins: bool = False
-    firing: HookPoint | None = None
-    entries: list[tuple[str, MapRecord]] = field(default_factory=list)
+    __slots__ = (
+        *("axes", "entries", "function", "key", "kind", "module", "origin", "place", "scope"),
+        *("sigma", "x", "x_held", "y", "y_held", "in_place", "firing", "graph", "joins"),
+        *("kept", "shared"),
+    )
+
+    def __init__(
+        self,
+        kind: str,
+        scope: nn.Module,
+        function: Any = None,
+        *,
+        module: nn.Module | None = None,
+        key: str | None = None,
+        place: int = 0,
+        sigma: str | None = None,
+        passed: tuple[Any, Any] = (None, None),
+        in_place: bool = False,
+        kept: bool = False,
+    ) -> None:
+        self.kind = kind
+        self.scope = scope
+        self.function = function
+        self.module = module
+        self.key = key
+        self.place = place
+        self.origin = NOWHERE
+        self.sigma = sigma
+        self.axes: ChannelLayout | None = None
+        self.x, self.y = passed
+        self.x_held: StoredTensor | None = None
+        self.y_held: StoredTensor | None = None
+        self.in_place = in_place
+        self.kept = kept
+        self.shared = self.graph = self.joins = False
+        self.firing: HookPoint | None = None
+        self.entries: list[tuple[str, MapRecord]] = []
 
     def is_call(self, module: nn.Module) -> None:
         """It turned out to be a module's call."""
@@ -87,17 +101,25 @@ class Event:
         self.forget()
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class HookPoint:
     """A moment at which a tap would fire: a module's call ends, or a function's."""
 
-    module: nn.Module | None
-    scope: nn.Module
-    function: Any = None
-    parent: nn.Module | None = None  # the module that called the module
-    position: int = 0  # how many decisions of the pass had been taken
-    site: str | None = None  # where in the source the function was called, if that is told
-    events: list[Event] = field(default_factory=list)
+    __slots__ = ("events", "function", "module", "parent", "position", "scope", "site")
+
+    def __init__(
+        self,
+        module: nn.Module | None,
+        scope: nn.Module,
+        function: Any = None,
+        parent: nn.Module | None = None,
+    ) -> None:
+        self.module = module
+        self.scope = scope
+        self.function = function
+        self.parent = parent  # the module that called the module
+        self.position = 0  # how many decisions of the pass had been taken
+        self.site: str | None = None  # where in the source the function was called, if that is told
+        self.events: list[Event] = []
 
 
 class HookPoints(list[HookPoint]):

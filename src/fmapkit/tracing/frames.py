@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,44 +27,53 @@ _METHOD = method_called.__code__
 _NONE: Counter[str] = Counter()
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class Frame:
     """One running call of a module."""
 
-    module: nn.Module
-    args: Any
-    kwargs: Any
-    start: int  # how many events there were
-    firing: int  # how many hook points there were
-    replaced: tuple[Any, Any] | None  # the arguments that it is to get instead
-    kind: str = "plain"  # "sigma", "candidate", "layer" (a registered, opaque one)
-    x: Tensor | None = field(init=False)
-    key: str | None = field(init=False)
-    a: Any = None  # what the σ function inside a registered σ module returned
-    x_held: StoredTensor | None = None
-    degrees: Linearity | None = None  # of a candidate
-    watched: bool = False  # it is in a candidate, or is one
-    in_place: bool = False
-    kept: bool = False  # it left the memory of x as it was
-    tag: Label = None  # what x carries
-    # As it began; of a region that is learned.
-    counts: Counter[str] = field(default_factory=lambda: _NONE)
-    position: int = 0  # how many decisions of the pass had been taken
-    # How often each function was given a weight, by the layer that made that.
-    turns: Counter[tuple[str, str | None]] | None = None
-    site: EditSite | None = None  # something to edit
-    pointwise: Pointwise = field(default_factory=Pointwise)
-    ran: bool = False  # the function inside that a registered σ module is
-    inner: tuple[str, Any] | None = None  # another one that got x, and its result
+    __slots__ = (
+        *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
+        *("in_place", "kept", "tag", "a", "watched", "inner", "pointwise", "ran"),
+        *("counts", "firing", "position", "replaced", "site", "turns"),
+    )
 
-    def __post_init__(self) -> None:
-        self.x, self.key = first_tensor(self.args, self.kwargs)
+    def __init__(
+        self,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        start: int,
+        firing: int,
+        replaced: tuple[Any, Any] | None,
+    ) -> None:
+        self.module = module
+        self.args = args
+        self.kwargs = kwargs
+        self.kind = "plain"  # "sigma", "candidate", "layer" (a registered, opaque one)
+        self.start = start  # how many events there were
+        self.x, self.key = first_tensor(args, kwargs)
+        self.a: Any = None  # what the σ function inside a registered σ module returned
+        self.x_held: StoredTensor | None = None
+        self.degrees: Linearity | None = None  # of a candidate
+        self.watched = False  # it is in a candidate, or is one
+        self.in_place = False
+        self.kept = False  # it left the memory of x as it was
+        self.tag: Label = None  # what x carries
+        self.counts = _NONE  # as it began; of a region that is learned
+        self.firing = firing  # how many hook points there were
+        self.position = 0  # how many decisions of the pass had been taken
+        # How often each function was given a weight, by the layer that made that.
+        self.turns: Counter[tuple[str, str | None]] | None = None
+        self.site: EditSite | None = None  # something to edit
+        self.replaced = replaced  # the arguments that it is to get instead
+        self.pointwise = Pointwise()
+        self.ran = False  # the function inside that a registered σ module is
+        self.inner: tuple[str, Any] | None = None  # another one that got x, and its result
 
     def passed(self, x: Any, y: Any) -> dict[str, Any]:
         """What an event is to know that has run in the call: x and y, where x came in."""
         if x is None or x is not self.x:
             return {}
-        return {"x": x, "y": y, "key": self.key}
+        return {"passed": (x, y), "key": self.key}
 
     def take(self, x: Tensor) -> None:
         """Another tensor came in."""
@@ -74,29 +82,32 @@ class Frame:
         self.x = x
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class SigmaCall:
     """A nonlinearity about to run."""
 
-    function: Any
-    args: Any
-    kwargs: Any
-    sigma: str
-    z: Tensor
-    tag: Label
-    original: Any = field(init=False)
-    place: int = 0  # which of the tensor arguments z is
-    unheld: str | None = None  # why z cannot be held
-    held: StoredTensor | None = None
-    in_place: bool = False
-    kept: bool = False  # σ leaves the memory of z as it was
-    site: EditSite | None = None  # something to edit
+    __slots__ = (
+        *("args", "function", "held", "in_place", "kept", "kwargs", "original", "place", "sigma"),
+        *("site", "tag", "unheld", "z"),
+    )
 
-    def __post_init__(self) -> None:
-        self.original = self.function
+    def __init__(
+        self, function: Any, args: Any, kwargs: Any, sigma: str, z: Tensor, tag: Label
+    ) -> None:
+        self.sigma = sigma
+        self.place = 0  # which of the tensor arguments z is
+        self.unheld: str | None = None  # why z cannot be held
+        self.function = function
+        self.original = function
+        self.args = args
+        self.kwargs = kwargs
+        self.z = z
+        self.tag = tag
+        self.held: StoredTensor | None = None
+        self.in_place = False
+        self.kept = False  # σ leaves the memory of z as it was
+        self.site: EditSite | None = None  # something to edit
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class EditSite:
     """A nonlinearity with something to edit, while it runs.
 
@@ -109,15 +120,20 @@ class EditSite:
         base: memory that the model will read the result from, where that is not the result's own.
     """
 
-    name: str
-    call: int
-    sigma: str
-    axes: ChannelLayout | None
-    z: Tensor
-    z_edited: StoredTensor | None = None
-    a_edited: StoredTensor | None = None
-    base: Tensor | None = None
-    version: int = 0
+    __slots__ = ("a_edited", "axes", "base", "call", "name", "sigma", "version", "z", "z_edited")
+
+    def __init__(
+        self, name: str, call: int, sigma: str, axes: ChannelLayout | None, z: Tensor
+    ) -> None:
+        self.name = name
+        self.call = call
+        self.sigma = sigma
+        self.axes = axes
+        self.z = z
+        self.z_edited: StoredTensor | None = None
+        self.a_edited: StoredTensor | None = None
+        self.base: Tensor | None = None
+        self.version = 0
 
 
 def first_tensor(args: Any, kwargs: Any) -> tuple[Tensor | None, str | None]:

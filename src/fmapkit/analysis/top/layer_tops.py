@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.analysis.top.inputs import DatasetInputs, InputFields
-from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean
+from fmapkit.errors import ArgumentError, FilterRangeError
 from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
@@ -301,15 +301,10 @@ class LayerTops(Shown):
             ArgumentError: as in `patches`, or a number is not positive.
             FilterRangeError: there is no such filter.
         """
-        from fmapkit.plot import plot_patches
+        from fmapkit.plot import check_strongest, plot_patches
 
         if isinstance(filters, str):
-            if filters != "strongest":
-                hint = did_you_mean(filters, ["strongest"])
-                raise ArgumentError(
-                    f"filters must be ints or 'strongest', not {filters!r}{hint}",
-                    candidates=["strongest"],
-                )
+            check_strongest(filters)
             filters = self.strongest(max_filters)
         chosen = self._chosen(filters)[:max_filters]
         found = self.patches(dataset, filters=chosen, model=model, field=field, image=image)
