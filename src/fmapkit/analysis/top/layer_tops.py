@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fmapkit.analysis.top.inputs import DatasetInputs, InputFields
+from fmapkit.analysis.top.inputs import InputFields, image_of, sequence_of
 from fmapkit.errors import ArgumentError, FilterRangeError
 from fmapkit.tables import Shown, Table
 
@@ -194,12 +194,11 @@ class LayerTops(Shown):
                 kind=self.kind,
             )
         fields = InputFields(self.layer, self.kind, self.path, model, field)
-        inputs = DatasetInputs(dataset, image)
         found: dict[int, list[Patch]] = {}
         for filter, its in hits.items():
             found[filter] = []
             for hit in its:
-                whole = inputs.image(hit.input)
+                whole = image_of(dataset, hit.input, image)
                 top, left, bottom, right = fields.of(whole).box(*hit.at)
                 pixels = whole[:, top:bottom, left:right]
                 found[filter].append(Patch(hit, (top, left, bottom, right), pixels, whole))
@@ -245,13 +244,12 @@ class LayerTops(Shown):
                 layer=self.layer,
                 kind=self.kind,
             )
-        inputs = DatasetInputs(dataset, tokens)
         said = decode or (lambda token: token)
         found: dict[int, list[Context]] = {}
         for filter in self._chosen(filters):
             found[filter] = []
             for hit in self[filter]:
-                sequence = inputs.sequence(hit.input)
+                sequence = sequence_of(dataset, hit.input, tokens)
                 place = hit.at[0]
                 if place >= len(sequence):
                     raise ArgumentError(
