@@ -118,7 +118,7 @@ class CompiledGraph:
     """A compiled graph, as its sessions see it; `place` says which of them.
 
     Args:
-        gm: the graph, rewritten but without the outputs that were added.
+        gm: the graph, opened but without the outputs that were added.
         inputs: the real ones it was traced with.
         whole: it is all of what was compiled, so that the same modules run it always.
         volatile: its outputs' memory is reused by its next run.
@@ -221,7 +221,6 @@ class CompiledGraph:
         inputs: Sequence[Any],
         carried: Sequence[Any],
         miss: Callable[[str, str], None],
-        rewrite: bool,
     ) -> Traced:
         """What the graph's maps are; what cannot be captured goes to `miss`."""
         # Stand-ins: what the trace finds out about them is this graph's, not the pass's.
@@ -243,7 +242,6 @@ class CompiledGraph:
             capture.names,
             capture.wants,
             miss,
-            rewrite=rewrite,
             modules=self._translated(inputs, capture.names),
             arguments=sorted(self.local.intersection(self.data)) if self.whole else None,
         )
@@ -256,7 +254,7 @@ class CompiledGraph:
         def miss(layer: str, why: str) -> None:
             missed.append((layer, why))
 
-        traced = self.trace(sink.capture, inputs, carried, miss, rewrite=False)
+        traced = self.trace(sink.capture, inputs, carried, miss)
         for entry, site, _ in traced.found:
             if site.key not in self.places:
                 miss(entry.origin.name, Reason.GRAPH_WITHOUT_MAP.text())
