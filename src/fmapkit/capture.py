@@ -15,7 +15,13 @@ from fmapkit import edits as edits_module
 from fmapkit._warnings import warn
 from fmapkit.checking import COMPILED, Check, FiniteCheck, checked
 from fmapkit.editing import RequestedEdits
-from fmapkit.errors import ArgumentError, CaptureStateError, check_module, check_positive
+from fmapkit.errors import (
+    ArgumentError,
+    CaptureStateError,
+    check_flags,
+    check_module,
+    check_positive,
+)
 from fmapkit.instrumentation import methods_of
 from fmapkit.kinds import Kind
 from fmapkit.maps import FeatureMap, FeatureMaps
@@ -130,7 +136,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             raise ArgumentError("stop=True ends a pass at the last wanted map: say layers=...")
         if edit and every != 1:
             raise ArgumentError("edit changes every pass, so it goes with every=1 only")
-        _check_flags(detach=detach, gradients=gradients, weights=weights)
+        check_flags(detach=detach, gradients=gradients, weights=weights)
         retention = StorageConversion(_dtype(dtype), _device(device))
         if retention and not detach:
             raise ArgumentError(
@@ -220,12 +226,6 @@ def _check_keep(keep: Any, every: Any, looked_at: bool, max_bytes: Any) -> None:
     if keep != "all" and not _positive(keep) and not fleeting:
         raise ArgumentError(f"keep must be a positive int or 'all', not {keep!r}")
     check_positive(every=every)
-
-
-def _check_flags(**flags: Any) -> None:
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ArgumentError(f"{name} must be True or False, not {value!r}")
 
 
 def _budget(max_bytes: Any, when_full: Literal["error", "oldest"]) -> Budget | None:

@@ -16,16 +16,29 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from fmapkit._lazy import LazyMethod
 from fmapkit._warnings import warn
 from fmapkit.analysis._keys import Filters, Groups, Name
 from fmapkit.errors import ArgumentError
 from fmapkit.kinds import KINDS
 from fmapkit.readable import plain_values
+from fmapkit.tables import Shown
 
 if TYPE_CHECKING:
+    from fmapkit import page
     from fmapkit.maps import FeatureMap
 
-__all__ = ["ByLayer", "Sums"]
+__all__ = ["ByLayer", "Sums", "Tabular"]
+
+
+class Tabular(Shown):
+    """Shows itself by a table, and as a page."""
+
+    if TYPE_CHECKING:
+        to_html = page.write_analysis
+        """Write what is known as a page to share, one HTML file: `fmapkit.page.write_analysis`."""
+    else:
+        to_html = LazyMethod("fmapkit.page", "write_analysis")
 
 
 class Sums(Protocol):

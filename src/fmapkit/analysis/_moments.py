@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.analysis._bins import Edges, placed
-from fmapkit.analysis._blocks import at_hand, block_size, blockwise
-from fmapkit.analysis._merging import chan
+from fmapkit.analysis._blocks import at_hand, block_size, blockwise, chan
 from fmapkit.analysis._of_map import of_map
 
 __all__ = ["Moments", "absorb", "accumulator", "by_filter", "fused", "merge", "moments"]

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from fmapkit.analysis._bins import placed
 from fmapkit.analysis._blocks import along, at_hand
-from fmapkit.analysis._by_layer import ByLayer
+from fmapkit.analysis._by_layer import ByLayer, Tabular
 from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._moments import by_filter
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
-from fmapkit.analysis._tables import Tabular
 from fmapkit.analysis.firings import HEADS, LayerFirings, row
 from fmapkit.errors import ArgumentError, MapLookupError, NoPassError, check_positive, listed
 from fmapkit.tables import Table

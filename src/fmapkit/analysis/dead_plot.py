@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmapkit.plot import entitle, figures
+from fmapkit.plot import entitle, subplots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,10 +38,9 @@ def plot_firings(
         title: stands above the figure.
         more: how many layers are left out.
     """
-    plt = figures()
     heights = [float(np.clip(0.06 * min(len(s), max_filters), 0.5, 2.0)) for s in shown]
     figure: Figure
-    figure, rows = plt.subplots(
+    figure, rows = subplots(
         len(shown) + 1,  # the last one for the legend
         1,
         figsize=(_WIDTH, sum(heights) + 0.5 * len(shown) + 0.9),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from fmapkit._warnings import warn
 from fmapkit.analysis._bins import Edges
+from fmapkit.analysis._by_layer import Tabular
 from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._mergeable import Mergeable
 from fmapkit.analysis._moments import Moments, absorb, by_filter, fused, merge, moments
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
-from fmapkit.analysis._tables import Tabular
 from fmapkit.analysis.summary import _HEADS, LayerStatistics, _columns, summarise
 from fmapkit.errors import check_flags
 from fmapkit.tables import Table
@@ -28,15 +29,13 @@ if TYPE_CHECKING:
 __all__ = ["Statistics"]
 
 
+@dataclass(slots=True)
 class _Group:
     """Of one set of filters: its moments, whether saturation has a meaning, who has the rest."""
 
-    __slots__ = ("local", "moments", "saturates")
-
-    def __init__(self, moments: Moments, saturates: bool, local: bool) -> None:
-        self.moments = moments
-        self.saturates = saturates
-        self.local = local  # other ranks have other filters under the same numbers
+    moments: Moments
+    saturates: bool
+    local: bool  # other ranks have other filters under the same numbers
 
     @property
     def device(self) -> torch.device:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fmapkit.errors import ArgumentError
 from fmapkit.kinds import KINDS
-from fmapkit.plot import figures
+from fmapkit.plot import subplots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,11 +41,10 @@ def draw(
     Raises:
         ArgumentError: there are none.
     """
-    plt = figures()
     if not rows:
         raise ArgumentError("nothing to plot: no map was compared")
     if ax is None:
-        _, ax = plt.subplots(figsize=(10, 4.2), layout="constrained")
+        _, ax = subplots(figsize=(10, 4.2), layout="constrained")
     shown = [d.relative for d in rows if 0 < d.relative < math.inf]
     tolerances = [d.tolerance for d in rows if d.tolerance > 0]
     # A map that is equal lies on the floor, one that is not finite on the ceiling.

@@ -32,7 +32,7 @@ from fmapkit.torchlib.nested import leaves
 from fmapkit.torchlib.transforms import undone_transforms
 from fmapkit.tracing import Frame
 
-__all__ = ["Traced", "trace_graph"]
+__all__ = ["Traced", "open_all", "trace_graph"]
 
 _CALLS = ("call_function", "call_method")
 
@@ -76,7 +76,6 @@ def trace_graph(
     wants: Selection,
     miss: Callable[[str, str], None],
     *,
-    rewrite: bool,
     modules: dict[int, nn.Module],
     arguments: Sequence[int] | None,
 ) -> Traced:
@@ -90,15 +89,12 @@ def trace_graph(
         names: of the captured model.
         wants: of the capture.
         miss: to name what cannot be captured.
-        rewrite: whether calls of it may be opened: not once it is compiled.
         modules: by the id that the graph knows them by.
         arguments: which inputs the innermost of `base` was given, where the graph is all of its
             call, which may be one nonlinearity; else None.
     """
     tracer = GraphTracer(names, wants, miss)
     with torch.inference_mode(False), torch.no_grad(), undone_transforms():
-        if rewrite and any(map(opens, gm.graph.nodes)):
-            _open_all(gm, FakeInputs(inputs))
         order = list(gm.graph.nodes)
         fakes = FakeInputs(inputs)
         pairs = zip(fakes.values, inputs, strict=True)
@@ -140,18 +136,26 @@ class _OnFakes(fx.Interpreter):
         self.env[node] = self.run_node(node)
 
 
-def _open_all(gm: fx.GraphModule, fakes: FakeInputs) -> None:
-    """Open what dynamo has kept as one call, where it can be opened."""
-    at = _OnFakes(gm, fakes)
-    with fakes.mode:
-        for node in list(gm.graph.nodes):
-            if node._erased or node.op == "output":
-                continue
-            if opens(node):
-                args, kwargs = at.fetch_args_kwargs_from_env(node)
-                if open_call(node, args, kwargs, at.env):
+def open_all(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Open what dynamo has kept as one call, where it can be opened.
+
+    Args:
+        gm: the graph, not compiled yet.
+        inputs: its real inputs.
+    """
+    if not any(map(opens, gm.graph.nodes)):
+        return
+    with torch.inference_mode(False), torch.no_grad(), undone_transforms():
+        at = _OnFakes(gm, FakeInputs(inputs))
+        with at.fakes.mode:
+            for node in list(gm.graph.nodes):
+                if node._erased or node.op == "output":
                     continue
-            at.step(node)
+                if opens(node):
+                    args, kwargs = at.fetch_args_kwargs_from_env(node)
+                    if open_call(node, args, kwargs, at.env):
+                        continue
+                at.step(node)
     gm.recompile()
 
 

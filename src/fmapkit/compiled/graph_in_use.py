@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -82,50 +83,42 @@ class _Known:
         return capture.names.by_name == self._names
 
 
+@dataclass(frozen=True, slots=True)
 class _Latest:
     """The latest run of a graph that was all of a pass.
 
-    Args:
+    Attributes:
         state: what was known of the model.
         fixed: its weights and buffers.
         arguments: at which places data came in that had no layer yet.
         carried: what all that came in carried.
         labels: of its maps.
+        ids: of the weights and buffers.
     """
 
-    __slots__ = ("_arguments", "_fixed", "_ids", "carried", "labels", "state")
-
-    def __init__(
-        self,
-        state: Any,
-        fixed: list[Any],
-        arguments: list[int],
-        carried: list[Label],
-        labels: Labels,
-    ) -> None:
-        self.state = state
-        self.carried = carried
-        self.labels = labels
-        self._fixed = fixed
-        self._ids = frozenset(map(id, fixed))
-        self._arguments = arguments
+    state: Any
+    fixed: list[Any]
+    arguments: list[int]
+    carried: list[Label]
+    labels: Labels
+    ids: frozenset[int]
 
     def fits(self, tags: LabelTable, fixed: list[int], inputs: Sequence[Any]) -> bool:
         """Whether what comes in carries the same as then."""
-        for i, known in zip(fixed, self._fixed, strict=True):
+        for i, known in zip(fixed, self.fixed, strict=True):
             if inputs[i] is not known:
                 return False
-        for i in self._arguments:
+        for i in self.arguments:
             if tags.of(inputs[i]) is not STOP:
                 return False
-        return tags.none_of(self._ids)
+        return tags.none_of(self.ids)
 
 
 class CompiledGraph:
     """A compiled graph, as its sessions see it; `place` says which of them.
 
     Args:
-        gm: the graph, rewritten but without the outputs that were added.
+        gm: the graph, opened but without the outputs that were added.
         inputs: the real ones it was traced with.
         whole: it is all of what was compiled, so that the same modules run it always.
         volatile: its outputs' memory is reused by its next run.
@@ -185,7 +178,8 @@ class CompiledGraph:
         arguments = [i for i in self.data if i in self.local]
         if alone and all(carried[i] is STOP for i in arguments) and not sink.capture.names.lent:
             fixed = [inputs[i] for i in self._fixed]
-            self._latest[place] = _Latest(state, fixed, arguments, carried, labels)
+            ids = frozenset(map(id, fixed))
+            self._latest[place] = _Latest(state, fixed, arguments, carried, labels, ids)
         return carried, labels
 
     def carried(self, inputs: Sequence[Any], sink: GraphMapSink) -> list[Label]:
@@ -227,7 +221,6 @@ class CompiledGraph:
         inputs: Sequence[Any],
         carried: Sequence[Any],
         miss: Callable[[str, str], None],
-        rewrite: bool,
     ) -> Traced:
         """What the graph's maps are; what cannot be captured goes to `miss`."""
         # Stand-ins: what the trace finds out about them is this graph's, not the pass's.
@@ -249,7 +242,6 @@ class CompiledGraph:
             capture.names,
             capture.wants,
             miss,
-            rewrite=rewrite,
             modules=self._translated(inputs, capture.names),
             arguments=sorted(self.local.intersection(self.data)) if self.whole else None,
         )
@@ -262,7 +254,7 @@ class CompiledGraph:
         def miss(layer: str, why: str) -> None:
             missed.append((layer, why))
 
-        traced = self.trace(sink.capture, inputs, carried, miss, rewrite=False)
+        traced = self.trace(sink.capture, inputs, carried, miss)
         for entry, site, _ in traced.found:
             if site.key not in self.places:
                 miss(entry.origin.name, Reason.GRAPH_WITHOUT_MAP.text())

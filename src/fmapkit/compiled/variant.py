@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fmapkit.compiled.graph import open_all
 from fmapkit.compiled.graph_edit import add_outputs
 from fmapkit.compiled.graph_in_use import CompiledGraph
 from fmapkit.compiled.interface import CompiledCapture
@@ -147,11 +148,12 @@ class _Compiler:
         returned: Any = last.args[0]
         graph.own = len(returned)
         try:
+            open_all(gm, inputs)
             sites = []
             for sink in sinks:
                 sink.settle()
                 carried = graph.carried(inputs, sink)
-                traced = graph.trace(sink.capture, inputs, carried, sink.capture.miss, rewrite=True)
+                traced = graph.trace(sink.capture, inputs, carried, sink.capture.miss)
                 sites += [site for _, site, _ in traced.found]
             graph.gm = copy_of(gm)
             detach = sinks[0].capture.wants.detach and may_need_gradients(gm)

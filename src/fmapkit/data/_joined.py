@@ -16,6 +16,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ _FILES = 2**14  # mapped at once; with what lies between them, half of the maps 
 _ADDRESSES = 2**45  # bytes of them for one array: a quarter of what a process has
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Joined:
     """Rows of files as one array.
 
@@ -39,9 +41,8 @@ class Joined:
         starts: where in `rows` the first row of each file is.
     """
 
-    def __init__(self, rows: NdArray, starts: NdArray) -> None:
-        self.rows = rows
-        self.starts = starts
+    rows: NdArray
+    starts: NdArray
 
 
 def join(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -21,19 +22,19 @@ __all__ = ["Ranks", "joined"]
 _PATIENCE = timedelta(days=30)
 
 
+@dataclass(frozen=True, slots=True)
 class Ranks:
     """This process among those that take part.
 
-    Args:
+    Attributes:
         rank: its number.
         size: how many there are.
         group: of gloo; None where there is one process.
     """
 
-    def __init__(self, rank: int, size: int, group: Any) -> None:
-        self.rank = rank
-        self.size = size
-        self._group = group
+    rank: int
+    size: int
+    group: Any
 
     def first(self, make: Callable[[], Any]) -> Any:
         """What rank 0 makes, on all ranks; where it fails there, all fail.
@@ -51,7 +52,7 @@ class Ranks:
             except Exception as error:
                 failed = error
                 box[1] = f"{type(error).__name__}: {error}"
-        dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group)
         if failed is not None:
             raise failed
         if box[1] is not None:
@@ -63,7 +64,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self._group)
+        dist.all_gather_object(found, value, group=self.group)
         return found
 
 

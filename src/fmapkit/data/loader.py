@@ -166,7 +166,7 @@ class RowLoader:
         Raises:
             TypeError: how many rows come is not known.
         """
-        limit = self._limit(self._epoch)
+        limit = self._limit()
         if limit is None:
             raise TypeError("how many rows a model will give is not known before it has run")
         return limit
@@ -178,10 +178,8 @@ class RowLoader:
         self._going = False
         position = self._at
         pool = position.pool
-        limit = self._limit(self._epoch)
-        blocks = self._source.blocks(
-            self._order(self._epoch), self._rank, self._world, position.blocks
-        )
+        limit = self._limit()
+        blocks = self._source.blocks(self._order(), self._rank, self._world, position.blocks)
         while limit is None or position.batches < limit:
             if not position.left:
                 self._refill(pool, blocks, position)
@@ -222,23 +220,25 @@ class RowLoader:
         number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
         return torch.Generator().manual_seed(number & (2**63 - 1))
 
-    def _blocks_in_order(self, epoch: int) -> list[int] | None:
+    def _blocks_in_order(self) -> list[int] | None:
         sizes = self._source.sizes()
         if sizes is None:
             return None
         if not self._shuffle:
             return list(range(len(sizes)))
-        order: list[int] = torch.randperm(len(sizes), generator=self._generator(epoch)).tolist()
+        order: list[int] = torch.randperm(
+            len(sizes), generator=self._generator(self._epoch)
+        ).tolist()
         return order
 
-    def _order(self, epoch: int) -> list[int] | None:
-        """This rank's blocks, in the order of an epoch."""
-        order = self._blocks_in_order(epoch)
+    def _order(self) -> list[int] | None:
+        """This rank's blocks, in the order of the epoch."""
+        order = self._blocks_in_order()
         return None if order is None else order[self._rank :: self._world]
 
-    def _limit(self, epoch: int) -> int | None:
-        """Batches of an epoch: of the rank that has fewest, so that no rank waits for another."""
-        sizes, order = self._source.sizes(), self._blocks_in_order(epoch)
+    def _limit(self) -> int | None:
+        """Batches of the epoch: of the rank that has fewest, so that no rank waits for another."""
+        sizes, order = self._source.sizes(), self._blocks_in_order()
         if sizes is None or order is None:
             return None
         rows = [sum(sizes[n] for n in order[r :: self._world]) for r in range(self._world)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fmapkit.torchlib.operators import tree_leaves
 
-__all__ = ["Call", "Rule", "named"]
+__all__ = ["Call", "Rule", "named", "tensors_of", "written"]
 
 
 @dataclass
@@ -56,6 +56,21 @@ class Call:
     def operands(self) -> list[Tensor]:
         """All tensors among the arguments."""
         return [t for t in tree_leaves(self.given) if isinstance(t, Tensor)]
+
+
+def written(function: Any, given: dict[str, Any]) -> list[Tensor]:
+    """The operands, by name, that an operator writes to."""
+    if not function._schema.is_mutable:
+        return []
+    arguments = function._schema.arguments
+    names = [a.name for a in arguments if a.alias_info and a.alias_info.is_write]
+    return tensors_of([given.get(name) for name in names])
+
+
+def tensors_of(*values: Any) -> list[Tensor]:
+    """Every tensor in some values, once."""
+    found = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+    return list({id(t): t for t in found}.values())
 
 
 Rule = Callable[[Call], Sequence[Tensor | None]]

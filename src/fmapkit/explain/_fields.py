@@ -10,6 +10,7 @@ rule.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,15 +29,13 @@ _WeakRef: Any = reductions.StorageWeakRef  # its address is not used again while
 _PURGE = 256  # how many new storages there may be before those that are gone are looked for
 
 
+@dataclass(slots=True)
 class _Kept:
     """The fields of one storage, element by element."""
 
-    __slots__ = ("itemsize", "rows", "storage")
-
-    def __init__(self, storage: Any, itemsize: int, rows: Tensor) -> None:
-        self.storage = storage
-        self.itemsize = itemsize
-        self.rows = rows
+    storage: Any
+    itemsize: int
+    rows: Tensor
 
     def resize(self, itemsize: int) -> None:
         """Count elements of another size: of a complex number the two parts, say."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fmapkit.errors import ArgumentError
-from fmapkit.explain._call import Call
+from fmapkit.explain._call import Call, tensors_of, written
 from fmapkit.explain._fields import Fields, reaches
 from fmapkit.explain._rules import rule_for
 from fmapkit.torchlib.operators import (
@@ -62,14 +62,14 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if _DECIDES & set(func.tags) and any(map(reaches, fields.values())):
             self.decided = True
         given = _by_name(func, args, kwargs)
-        written = _written(func, given)
+        overwritten = written(func, given)
         given = {a.name: given[a.name] for a in func._schema.arguments if not a.is_out}
-        if written:
-            given = tree_map(lambda v: _before(v, written, fields), given)
+        if overwritten:
+            given = tree_map(lambda v: _before(v, overwritten, fields), given)
         out = func(*args, **kwargs)
-        results = [*written, *(t for t in tree_leaves(out) if isinstance(t, Tensor))]
-        results = list({id(t): t for t in results}.values())
-        fresh = [t for t in results if written or not any(self.fields.same(t, o) for o in operands)]
+        fresh = tensors_of(overwritten, out)
+        if not overwritten:
+            fresh = [t for t in fresh if not any(self.fields.same(t, o) for o in operands)]
         if not fresh:
             return out  # a view: its memory is known
         name = func._schema.name.partition("::")[2]
@@ -133,14 +133,6 @@ def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
         elif argument.has_default_value():
             given[argument.name] = argument.default_value
     return given
-
-
-def _written(func: Any, given: dict[str, Any]) -> list[Tensor]:
-    """The operands that the operator writes to."""
-    if not func._schema.is_mutable:
-        return []
-    names = [a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-    return [t for n in names for t in tree_leaves(given.get(n)) if isinstance(t, Tensor)]
 
 
 def _before(value: Any, written: list[Tensor], fields: dict[int, Tensor]) -> Any:

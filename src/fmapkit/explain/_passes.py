@@ -78,7 +78,8 @@ def first_tensor(inputs: Any, what: str) -> Tensor:
     Raises:
         ArgumentError: there is none, or it has no samples.
     """
-    found = next((t for t in tree_leaves(_plain(inputs)) if isinstance(t, Tensor)), None)
+    given = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    found = next((t for t in tree_leaves(given) if isinstance(t, Tensor)), None)
     if found is None:
         raise ArgumentError(f"{what} needs a tensor among the model's inputs, not {inputs!r}")
     if found.numel() == 0:
@@ -86,10 +87,6 @@ def first_tensor(inputs: Any, what: str) -> Tensor:
             f"{what} needs an input with values, and this one has shape {tuple(found.shape)}"
         )
     return found
-
-
-def _plain(inputs: Any) -> Any:
-    return dict(inputs) if isinstance(inputs, Mapping) else inputs
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.explain._call import Call
+from fmapkit.explain._call import Call, tensors_of, written
 from fmapkit.explain._fields import NONE, compact, varies
-from fmapkit.torchlib.operators import tree_leaves, tree_map
+from fmapkit.torchlib.operators import tree_map
 
 __all__ = ["probe"]
 
@@ -87,19 +87,10 @@ class _Probing:
             return copied[id(value)]
 
         given = tree_map(exchanged, call.given)
-        arguments = [a for a in call.function._schema.arguments if a.name in given]
         with torch.random.fork_rng():
             torch.manual_seed(_SEED)
             out = call.run(given)
-        written = [
-            t
-            for a in arguments
-            if a.alias_info and a.alias_info.is_write
-            for t in tree_leaves(given[a.name])
-            if isinstance(t, Tensor)
-        ]
-        results = [*written, *(t for t in tree_leaves(out) if isinstance(t, Tensor))]
-        return list({id(t): t for t in results}.values())
+        return tensors_of(written(call.function, given), out)
 
     def _changed(self, row: int, limit: int) -> list[Tensor]:
         """Which results change with the elements whose number in a row is at most a limit."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError
-from fmapkit.plot import figures, pixels
+from fmapkit.plot import pixels, subplots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -178,7 +178,7 @@ def _extent(shape: tuple[int, ...]) -> tuple[float, float, float, float]:
 def _panes(count: int, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of some panes in a row, without ticks."""
     figure: Figure
-    figure, axes = figures().subplots(
+    figure, axes = subplots(
         1, count, figsize=(4.2 * count, height), layout="constrained", squeeze=False
     )
     panes: list[Axes] = list(axes[0])

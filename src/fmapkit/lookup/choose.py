@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NoReturn
 
-from fmapkit.errors import ArgumentError, check_kind
-from fmapkit.lookup.by_selector import check_held, check_only_names
+from fmapkit.errors import (
+    ArgumentError,
+    UnknownLayerError,
+    check_kind,
+    did_you_mean,
+    listed,
+    near,
+)
+from fmapkit.layers import layer_axis
 from fmapkit.lookup.records import every, read
 from fmapkit.map import FeatureMap
+from fmapkit.model import Names
 from fmapkit.saving import KeptSession, MapSource
-from fmapkit.selection import LayerSelection
+from fmapkit.selection import LayerSelection, only_a_pass_can_tell
+from fmapkit.selectors import Selector, by_name
 
 __all__ = ["choose", "pass_number"]
 
@@ -64,9 +74,9 @@ def choose(
 def _chosen(source: MapSource, layers: Any) -> LayerSelection:
     chosen = LayerSelection(source.names, layers)
     if isinstance(source, KeptSession):
-        check_only_names(chosen)
+        _check_only_names(chosen)
     labels: dict[str, None] = dict.fromkeys(e.origin.name for _, e in every(source))
-    check_held(chosen, source.names, list(labels), source.wants.layer)
+    _check_held(chosen, source.names, list(labels), source.wants.layer)
     return chosen
 
 
@@ -76,3 +86,84 @@ def pass_number(source: MapSource, step: int | None) -> int | None:
         return step
     held = [p.step for p in source.store]
     return held[step] if -step <= len(held) else -1
+
+
+# -- the mistakes that would give an empty list ------------------------------------------------
+
+
+def _check_held(
+    chosen: LayerSelection, names: Names, labels: Collection[str], wanted: Callable[[str], bool]
+) -> None:
+    """Whether each name and pattern of a selection means something that has maps.
+
+    A module, a type or a callable may mean nothing; and a layer may be one that did not run.
+
+    Args:
+        chosen: the selection.
+        names: of the model.
+        labels: of the maps that are held.
+        wanted: whether a layer was asked for in the capture.
+
+    Raises:
+        UnknownLayerError: one means no layer, or only modules that have no map of their own.
+    """
+    for selector, matched in chosen.matched.items():
+        if not isinstance(selector.given, (str, re.Pattern)):
+            continue
+        if any(chosen.fits(label, [selector]) for label in labels):
+            continue
+        of_layers = [names.of(m) for m in matched if layer_axis(m) is not None]
+        if any(map(wanted, of_layers)):
+            continue
+        if of_layers:
+            raise UnknownLayerError(
+                f"layers={selector!r} was not selected in capture(layers=...); "
+                f"held: {listed(labels)}",
+                layer=of_layers[0],
+                candidates=labels,
+            )
+        if not matched:
+            _check_known(selector, names, labels)
+        elif labels:
+            _no_filters(selector, labels, [names.of(module) for module in matched])
+
+
+def _check_only_names(chosen: LayerSelection) -> None:
+    """Refuse selectors that look at the modules themselves, where these are gone.
+
+    Raises:
+        ArgumentError: there is one.
+    """
+    for selector in chosen.matched:
+        if not isinstance(selector.given, (str, re.Pattern)) and not by_name(selector.given):
+            raise ArgumentError(
+                f"layers={selector!r}: maps that were loaded or copied have no modules any more; "
+                "select them by name, glob, regex, or a callable of the name alone"
+            )
+
+
+def _check_known(selector: Selector, names: Names, labels: Collection[str]) -> None:
+    given = selector.given
+    if isinstance(given, str) and only_a_pass_can_tell(names, given):
+        return
+    known = list(dict.fromkeys((*labels, *filter(None, names.by_name))))
+    raise UnknownLayerError(
+        f"layers={selector!r} matches no layer{did_you_mean(given, known)} "
+        f"({f'held: {listed(labels)}' if labels else 'no map is held yet'})",
+        layer=given if isinstance(given, str) else None,
+        candidates=near(given, known) or labels,
+    )
+
+
+def _no_filters(selector: Selector, labels: Collection[str], matched: list[str]) -> NoReturn:
+    """The modules that a selector means have no filters, and what they return is not held."""
+    name = matched[0]
+    inside = [label for label in labels if label.startswith(f"{name}.")]
+    more = f"; for the layers in it, layers={name + '.*'!r}" if inside else ""
+    raise UnknownLayerError(
+        f"layers={selector!r} means {listed(matched, 3)}, of which no map is held: what a module "
+        f"returns is captured by capture(model, layers={name!r}, kinds='output'){more} "
+        f"(held: {listed(labels)})",
+        layer=name,
+        candidates=inside,
+    )

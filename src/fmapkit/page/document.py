@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import html
+import base64
+import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +19,6 @@ import torch
 from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.missed import Missed
 from fmapkit.page.encoding import png
-from fmapkit.page.given import analysis_sections
 from fmapkit.page.of_maps import map_sections
 from fmapkit.page.panels import Section
 from fmapkit.plot import latest_maps
@@ -117,6 +118,38 @@ def write_analysis(
     return _write(path, title or sections[0].name, "", sections)
 
 
+def analysis_sections(analyses: Any) -> list[Section]:
+    """The sections of one analysis, or of several; a Matplotlib figure counts as one.
+
+    An analysis is shown by its table: its `_repr_html_`, or its `repr`. Where it has a method
+    `_page_sections`, what that gives comes below.
+    """
+    several = isinstance(analyses, Iterable) and not hasattr(analyses, "update")
+    sections: list[Section] = []
+    for analysis in analyses if several else [analyses]:
+        if hasattr(analysis, "savefig"):
+            sections.append(Section("figure", html=_figure(analysis)))
+            continue
+        sections.append(Section(type(analysis).__name__, html=_shown(analysis)))
+        if hasattr(analysis, "_page_sections"):
+            sections += analysis._page_sections()
+    return sections
+
+
+def _shown(analysis: Any) -> str:
+    shown = getattr(analysis, "_repr_html_", None)
+    if callable(shown):
+        return str(shown())
+    return f"<pre>{escape(repr(analysis))}</pre>"
+
+
+def _figure(figure: Any) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    data = base64.b64encode(file.getvalue()).decode("ascii")
+    return f'<img alt="figure" src="data:image/png;base64,{data}">'
+
+
 def _table(maps: PageMaps) -> Section:
     notes = [f"{missed.layer or '(model)'}: {missed.reason}." for missed in maps.missed]
     note = "Not captured: " + " ".join(notes) if notes else ""
@@ -164,8 +197,8 @@ def _write(
     data = json.dumps({"sections": [s.written() for s in sections]}, separators=(",", ":"))
     # In a script element only "</script" and "<!--" end what is JSON; "<" can be written so.
     parts = {
-        "title": html.escape(title),
-        "subtitle": html.escape(subtitle),
+        "title": escape(title),
+        "subtitle": escape(subtitle),
         "style": text["page.css"],
         "script": text["page.js"],
         "data": data.replace("<", "\\u003c"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -56,23 +56,13 @@ class Panel:
 
     def written(self) -> dict[str, Any]:
         """As JSON takes it."""
-        count, height, width = self.codes.shape
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        del found["codes"]
         return {
-            "heading": self.heading,
-            "note": self.note,
-            "labels": list(self.labels),
-            "shape": [count, height, width],
+            **found,
+            "shape": self.codes.shape,
             "data": packed(self.codes),
-            "form": self.form,
-            "colours": self.colours,
             "facts": [[name, [_number(v) for v in values]] for name, values in self.facts],
-            "step": self.step,
-            "zero": self.zero,
-            "words": [list(word) for word in self.words],
-            "block": list(self.block),
-            "size": list(self.size),
-            "axis": self.axis,
-            "places": list(self.places),
         }
 
 
@@ -96,13 +86,8 @@ class Section:
 
     def written(self) -> dict[str, Any]:
         """As JSON takes it."""
-        return {
-            "name": self.name,
-            "tags": self.tags,
-            "note": self.note,
-            "html": self.html,
-            "panels": [panel.written() for panel in self.panels],
-        }
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**found, "panels": [panel.written() for panel in self.panels]}
 
 
 def number_panel(

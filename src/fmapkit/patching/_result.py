@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError
-from fmapkit.plot import entitle, figures
+from fmapkit.plot import entitle, subplots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +93,6 @@ class Patching:
             ImportError: matplotlib is not installed.
             ArgumentError: the labels do not fit, or both positions and filters were patched.
         """
-        plt = figures()
         values = self.normalized if normalized else self.effect
         table = self.mean(values).float().numpy()
         names = self.positions or self.filters
@@ -107,7 +106,7 @@ class Patching:
             labels = list(positions)
         if ax is None:
             width, height = 3.5 + 0.35 * table.shape[1], 1.8 + 0.22 * table.shape[0]
-            _, ax = plt.subplots(figsize=(min(width, 16), min(height, 14)), layout="constrained")
+            _, ax = subplots(figsize=(min(width, 16), min(height, 14)), layout="constrained")
         largest = float(abs(table).max())
         signed = bool((table < -0.01 * largest).any())  # more than what rounding leaves
         drawn = ax.imshow(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmapkit.plot import figures
+from fmapkit.plot import subplots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,9 +18,8 @@ __all__ = ["by_layer", "figure_of"]
 def figure_of(ax: Axes | None, count: int) -> tuple[Figure, Axes]:
     """The figure of some axes, or a new one for so many layers."""
     if ax is None:
-        plt = figures()
         width = float(np.clip(2 + 0.7 * count, 4, 16))
-        _, ax = plt.subplots(figsize=(width, 3.2), layout="constrained")
+        _, ax = subplots(figsize=(width, 3.2), layout="constrained")
     figure: Figure = ax.figure.figure
     return figure, ax
 

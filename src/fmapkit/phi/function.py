@@ -37,20 +37,9 @@ class FeatureFunction(nn.Module):
         pool: as it was given.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Any,
-        *,
-        kind: Kind | None = None,
-        filters: int | Iterable[int] | Mapping[str, int | Iterable[int]] | None = None,
-        pool: Pool = None,
-        call: int | None = None,
-        path: str | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, asked: Request, pool: Pool) -> None:
         super().__init__()
-        check_module("feature_map", model)
-        self._asked = Request.of(layers, kind, filters, call, path)
+        self._asked = asked
         self._calls = Calls()
         self.pool = checked(pool)
         self._calls.reader(model, self._asked)  # what cannot be meant is said now
@@ -197,6 +186,5 @@ def feature_map(
         UnknownLayerError: a selector matches nothing in the model.
         FilterRangeError: a layer of torch's own has no such filter.
     """
-    return FeatureFunction(
-        model, layers, kind=kind, filters=filters, pool=pool, call=call, path=path
-    )
+    check_module("feature_map", model)
+    return FeatureFunction(model, Request.of(layers, kind, filters, call, path), pool)

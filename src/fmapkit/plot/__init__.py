@@ -16,9 +16,10 @@ A figure that is returned is shown once in a notebook; in a script, `figure.save
 """
 
 from fmapkit.plot._figure import entitle as entitle
-from fmapkit.plot._figure import figures as figures
+from fmapkit.plot._figure import subplots as subplots
 from fmapkit.plot._pictures import by_call as by_call
 from fmapkit.plot._pictures import by_filter as by_filter
+from fmapkit.plot._pictures import check_strongest as check_strongest
 from fmapkit.plot._pictures import latest_maps as latest_maps
 from fmapkit.plot._pictures import leading as leading
 from fmapkit.plot._pictures import meaning as meaning

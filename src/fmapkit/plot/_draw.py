@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fmapkit.plot._figure import subplots
 from fmapkit.plot._pictures import Array, Picture
 
 if TYPE_CHECKING:
@@ -69,11 +70,11 @@ def draw(ax: Axes, picture: Picture, columns: int) -> ScalarMappable | None:
     return ScalarMappable(scale, colours) if values.ndim == 3 else None
 
 
-def draw_alone(plt: Any, picture: Picture, columns: int, ax: Axes | None, title: str) -> Figure:
+def draw_alone(picture: Picture, columns: int, ax: Axes | None, title: str) -> Figure:
     """Draw into axes, or a figure of its own, with a colour bar and a title."""
     if ax is None:
         width, height = size_of(picture, columns)
-        _, ax = plt.subplots(figsize=(width, height + 0.6), layout="constrained")
+        _, ax = subplots(figsize=(width, height + 0.6), layout="constrained")
     drawn = draw(ax, picture, columns)
     ax.set_title(title, fontsize="medium")
     figure: Figure = ax.figure.figure  # of a subfigure: the figure it is part of

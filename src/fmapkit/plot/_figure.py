@@ -14,38 +14,39 @@ from fmapkit._lazy import needed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Figures", "entitle", "figures"]
+__all__ = ["entitle", "new_figure", "subplots"]
 
 
-class Figures:
-    """Makes figures; with the two functions of pyplot's that do.
+def new_figure(**options: Any) -> Figure:
+    """A figure, as `pyplot.figure` makes it.
 
     A figure of pyplot's that a cell returns is shown twice in a notebook: as the cell's result, and
     again by pyplot, which shows whatever is open. So pyplot is left out: the figure shows itself.
     Where windows can be opened, it makes the figure, and `pyplot.show()` shows it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
+    says = "drawing feature maps needs matplotlib: pip install fmapkit[plot]"
+    backend = needed("matplotlib", says).get_backend().lower()
+    if backend in ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template") or "inline" in backend:
+        made: Figure = _figure_type()(**options)
+        return made
+    from matplotlib import pyplot
 
-    def figure(self, **options: Any) -> Figure:
-        """As `pyplot.figure`."""
-        import matplotlib
+    return pyplot.figure(**options)
 
-        backend = matplotlib.get_backend().lower()
-        if (
-            backend in ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template")
-            or "inline" in backend
-        ):
-            made: Figure = _figure_type()(**options)
-            return made
-        from matplotlib import pyplot
 
-        return pyplot.figure(**options)
+def subplots(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure and axes in it, as `pyplot.subplots` makes them.
 
-    def subplots(self, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-        """As `pyplot.subplots`."""
-        among = ("sharex", "sharey", "squeeze", "width_ratios", "height_ratios", "subplot_kw")
-        own = {key: options.pop(key) for key in (*among, "gridspec_kw") if key in options}
-        figure = self.figure(**options)
-        return figure, figure.subplots(rows, columns, **own)
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    among = ("sharex", "sharey", "squeeze", "width_ratios", "height_ratios", "subplot_kw")
+    own = {key: options.pop(key) for key in (*among, "gridspec_kw") if key in options}
+    figure = new_figure(**options)
+    return figure, figure.subplots(rows, columns, **own)
 
 
 @cache
@@ -69,16 +70,6 @@ def __getattr__(name: str) -> Any:
     if name != "ShownFigure":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _figure_type()
-
-
-def figures() -> Figures:
-    """What makes figures.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    needed("matplotlib", "drawing feature maps needs matplotlib: pip install fmapkit[plot]")
-    return Figures()
 
 
 def entitle(figure: Figure, title: str | None, more: int) -> None:

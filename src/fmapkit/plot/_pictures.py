@@ -73,15 +73,24 @@ def chosen(fm: ReadableMap, filters: Choice, sample: int, limit: int) -> list[in
     if filters is None:
         return None
     if isinstance(filters, str):
-        if filters != "strongest":
-            hint = did_you_mean(filters, ["strongest"])
-            raise ArgumentError(
-                f"filters must be ints or 'strongest', not {filters!r}{hint}",
-                candidates=["strongest"],
-            )
+        check_strongest(filters)
         return strongest(fm, limit, sample=_sample(fm, sample))
     wanted = [filters] if isinstance(filters, int) else list(filters)
     return [_number(fm[index]) for index in wanted[:limit]]
+
+
+def check_strongest(filters: str) -> None:
+    """Whether a word that stands for filters is "strongest".
+
+    Raises:
+        ArgumentError: it is another one.
+    """
+    if filters != "strongest":
+        raise ArgumentError(
+            f"filters must be ints or 'strongest', not {filters!r}"
+            f"{did_you_mean(filters, ['strongest'])}",
+            candidates=["strongest"],
+        )
 
 
 def _number(fm: ReadableMap) -> int:

@@ -16,7 +16,6 @@ from fmapkit.errors import (
 )
 from fmapkit.plot import _pictures as pictures
 from fmapkit.plot._draw import columns_of, draw_alone
-from fmapkit.plot._figure import figures
 from fmapkit.readable import ReadableMap, ReadableMaps
 
 if TYPE_CHECKING:
@@ -67,7 +66,6 @@ def plot_filters(
         FilterRangeError: there is no such filter.
         KindNotCapturedError: the weights were computed in the pass, and not held.
     """
-    plt = figures()
     check_positive(max_filters=max_filters, **({} if columns is None else {"columns": columns}))
     check_choice(("layer", "filter"), scale=scale)
     fm = _whose(maps, layer)
@@ -78,7 +76,7 @@ def plot_filters(
     rows = weight[[fm.filters.index(f) for f in chosen]]
     picture = pictures.of_weights(rows, chosen, len(fm.filters), shape, scale)
     title = f"{fm.layer or '(model)'} · {picture.caption}"
-    return draw_alone(plt, picture, columns_of(len(chosen), columns), ax, title)
+    return draw_alone(picture, columns_of(len(chosen), columns), ax, title)
 
 
 def _whose(maps: ReadableMaps, layer: str) -> ReadableMap:

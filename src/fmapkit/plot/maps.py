@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.plot import _pictures as pictures
 from fmapkit.plot._draw import WIDTH, columns_of, draw, draw_alone, draw_image, size_of
-from fmapkit.plot._figure import entitle, figures
+from fmapkit.plot._figure import entitle, new_figure
 from fmapkit.plot._pictures import Array, Choice, Picture
 from fmapkit.readable import ReadableMap, ReadableMaps, tags
 
@@ -65,7 +65,6 @@ def plot_map(
         FilterRangeError: there is no such filter.
         KindNotCapturedError: its weights were computed in the pass, and not held.
     """
-    plt = figures()
     check_positive(max_filters=max_filters, **({} if columns is None else {"columns": columns}))
     below = None if overlay is None else pictures.pixels(overlay, mean, std, "overlay")
     picture = pictures.of_map(fm, sample, max_filters, filters, grid, below)
@@ -75,8 +74,8 @@ def plot_map(
         if ax is not None:
             raise ArgumentError("weights=True draws two axes: leave ax out")
         rows = [_Row(_weights(fm, picture), "w", title), _Row(picture, pictures.meaning(fm), "")]
-        return _drawn(plt, rows, columns, None)
-    return draw_alone(plt, picture, columns, ax, title)
+        return _drawn(rows, columns, None)
+    return draw_alone(picture, columns, ax, title)
 
 
 def plot_maps(
@@ -123,7 +122,6 @@ def plot_maps(
         FilterRangeError: a layer has no such filter.
         KindNotCapturedError: a layer's weights were computed in the pass, and not held.
     """
-    plt = figures()
     check_positive(max_filters=max_filters, max_layers=max_layers)
     groups = pictures.by_call(pictures.latest_maps(maps, layers, "plot"))
     shown = groups[:max_layers]
@@ -131,7 +129,7 @@ def plot_maps(
     for group in shown:
         rows += _of_layer(group, sample, filters, max_filters, grid, weights)
     above = None if image is None else pictures.pixels(image, mean, std)
-    figure = _drawn(plt, rows, min(max_filters, 16), above, len(shown))
+    figure = _drawn(rows, min(max_filters, 16), above, len(shown))
     entitle(figure, title, len(groups) - len(shown))
     return figure
 
@@ -197,15 +195,13 @@ def _weights(fm: ReadableMap, picture: Picture) -> Picture:
     return pictures.of_weights(weight[places], picture.labels, len(fm.filters))
 
 
-def _drawn(
-    plt: Any, rows: list[_Row], columns: int, image: Array | None, layers: int = 1
-) -> Figure:
+def _drawn(rows: list[_Row], columns: int, image: Array | None, layers: int = 1) -> Figure:
     """A figure of rows, with their colour bars, below an image."""
     heights = [size_of(row.picture, columns)[1] for row in rows]
     above = 0 if image is None else 1
     heights = [1.3] * above + heights
     total = sum(heights) + 0.3 * layers + 0.6
-    figure: Figure = plt.figure(figsize=(WIDTH, total), layout="constrained")
+    figure: Figure = new_figure(figsize=(WIDTH, total), layout="constrained")
     grid = figure.add_gridspec(len(heights), 2, width_ratios=(1, 0.012), height_ratios=heights)
     if image is not None:
         draw_image(figure.add_subplot(grid[0, 0]), image)

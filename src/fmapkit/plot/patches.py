@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.plot._draw import blank
-from fmapkit.plot._figure import figures
+from fmapkit.plot._figure import subplots
 from fmapkit.plot._pictures import Array, pixels
 
 if TYPE_CHECKING:
@@ -73,7 +73,6 @@ def plot_patches(
         ArgumentError: there is nothing to draw, what is below does not go with the patches, or a
             number is not positive.
     """
-    plt = figures()
     check_positive(columns=columns)
     shown = {filter: list(its)[:columns] for filter, its in patches.items()}
     if not any(shown.values()):
@@ -87,7 +86,7 @@ def plot_patches(
     wide = max(map(len, shown.values()))
     lines = len(shown) * (1 if below is None else 2)
     figure: Figure
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         lines,
         wide,
         figsize=(_INCH * wide + 0.9, _INCH * lines + 0.5),

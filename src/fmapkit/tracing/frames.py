@@ -27,6 +27,8 @@ _METHOD = method_called.__code__
 _NONE: Counter[str] = Counter()
 
 
+# Written out, and no dataclasses: the `__init__` of one is of no file, and a survey of what code
+# runs in a pass (`paths/survey.py`) would take it for the model's.
 class Frame:
     """One running call of a module."""
 

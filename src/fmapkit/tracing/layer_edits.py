@@ -19,11 +19,10 @@ from fmapkit.provenance import STOP, ChannelLabel, ChannelLayout, Label, flow_of
 from fmapkit.storage import StoredTensor
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
-from fmapkit.tracing.bare_calls import HIDDEN
 from fmapkit.tracing.candidates import name_by_hand
 from fmapkit.tracing.frames import EditSite, Frame, SigmaCall
 from fmapkit.tracing.module_edits import ModuleEdits
-from fmapkit.tracing.pass_trace import PassTrace
+from fmapkit.tracing.pass_trace import HIDDEN, PassTrace
 
 __all__ = ["LayerEdits", "exchanged"]
 

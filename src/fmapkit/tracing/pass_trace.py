@@ -6,19 +6,31 @@ pass is, and writes to its record and its labels. None of them knows the tracer.
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 from torch import nn
 
 from fmapkit import nonlinearities
+from fmapkit.instrumentation import Pair
 from fmapkit.model import HOW, Names
 from fmapkit.provenance import FOLLOWED, FunctionCall
 from fmapkit.reasons import Reason
-from fmapkit.tracing.bare_calls import bare_calls, is_hidden
-from fmapkit.tracing.candidates import is_whole
+from fmapkit.tracing.candidates import is_whole, may_be_sigma, role_of
 from fmapkit.tracing.events import Event
-from fmapkit.tracing.frames import Frame, running_module
+from fmapkit.tracing.frames import Frame, first_tensor, running_module
 from fmapkit.tracing.record import Record
 
-__all__ = ["PassTrace"]
+__all__ = ["HIDDEN", "PassTrace"]
+
+HIDDEN = (
+    "it reached {!r}, which may be one nonlinearity or layer itself: it was called on its own, so "
+    "far only as a part of another module, and is seen as a whole from the next pass on"
+)
+_CALL = nn.Module._call_impl.__code__
+_AROUND = Pair._around.__code__
+
+Call = tuple[nn.Module, Any, Any]
 
 
 class PassTrace:
@@ -88,8 +100,8 @@ class PassTrace:
         if self.learning:
             return None
         found = None
-        for call in bare_calls(self.frames[-1].module):
-            if call[0] in self.names.by_module and is_hidden(call):
+        for call in _bare_calls(self.frames[-1].module):
+            if call[0] in self.names.by_module and _is_hidden(call):
                 found = call[0]
                 self.unhooked.add(found)
         return found
@@ -165,3 +177,40 @@ class PassTrace:
         for frame in self.frames:
             if frame.degrees is not None:
                 frame.degrees.step(call, flow, nonlinear)
+
+
+def _bare_calls(hooked: nn.Module) -> list[Call]:
+    """The calls that are under way inside the innermost one that hooks tell of, innermost first.
+
+    Past a region: a traced module calls what hooks of ours would tell of as its part only. From the
+    next pass on, such modules have hooks. In this one, Python's stack tells that they run, and what
+    they call is seen; but not when they began, nor so what they are as a whole.
+
+    Args:
+        hooked: the module whose call that is.
+
+    Returns:
+        The module of each, and its arguments.
+    """
+    found: list[Call] = []
+    at = sys._getframe(2)
+    while at is not None:
+        if at.f_code is _CALL:
+            if at.f_back is not None and at.f_back.f_code is _AROUND:
+                break
+            here = at.f_locals
+            if here["self"] is hooked:
+                break
+            found.append((here["self"], here["args"], here["kwargs"]))
+        at = at.f_back  # type: ignore[assignment]
+    return found
+
+
+def _is_hidden(call: Call) -> bool:
+    """Whether a call is one whose functions may be a part of one nonlinearity, or of a layer."""
+    module, args, kwargs = call
+    role = role_of(module)
+    if role != "open":
+        return role == "layer"
+    x, _ = first_tensor(args, kwargs)
+    return x is not None and may_be_sigma(module, args, kwargs, x)

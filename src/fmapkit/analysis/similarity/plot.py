@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmapkit.plot import figures
+from fmapkit.plot import subplots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,12 +34,11 @@ def plot_similarity(
         measure: "cka" or "rsa".
         title: stands above; None for the name of the measure.
     """
-    plt = figures()
     rows, columns = layers
     if ax is None:
         width = float(np.clip(2.5 + 0.45 * len(columns), 4, 14))
         height = float(np.clip(1.6 + 0.4 * len(rows), 3, 14))
-        _, ax = plt.subplots(figsize=(width, height), layout="constrained")
+        _, ax = subplots(figsize=(width, height), layout="constrained")
     low = 0.0 if np.nanmin(values, initial=0.0) >= 0 or measure == "cka" else -1.0
     drawn = ax.imshow(values, cmap="magma", vmin=low, vmax=1, interpolation="nearest")
     ax.set_xticks(range(len(columns)), columns, rotation=40, ha="right")

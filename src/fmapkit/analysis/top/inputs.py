@@ -13,7 +13,7 @@ from fmapkit.kinds import Kind
 if TYPE_CHECKING:
     from fmapkit.explain import ReceptiveField
 
-__all__ = ["DatasetInputs", "InputFields"]
+__all__ = ["InputFields", "image_of", "sequence_of"]
 
 
 class InputFields:
@@ -80,63 +80,59 @@ class InputFields:
         return found
 
 
-class DatasetInputs:
-    """What a data set gives, by number.
+def image_of(dataset: Any, number: int, take: Callable[[Any], Any] | None) -> Tensor:
+    """An image of a data set by its number, (channels, rows, columns).
 
     Args:
         dataset: anything with `[number]`.
+        number: which.
         take: what to take of that; None for the first tensor or sequence in it.
+
+    Raises:
+        ArgumentError: there is none of that number, or it is no image.
     """
+    found = _taken(dataset, number, take)
+    if not isinstance(found, Tensor) or found.dim() not in (2, 3):
+        said = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ArgumentError(
+            f"input {number} of the data set is {said}, not an image as a tensor (channels, "
+            "rows, columns); image= takes a function that makes one of it, and of sequences "
+            "there are contexts()"
+        )
+    return found if found.dim() == 3 else found.unsqueeze(0)
 
-    def __init__(self, dataset: Any, take: Callable[[Any], Any] | None) -> None:
-        self._dataset, self._take = dataset, take
 
-    def _of(self, number: int) -> Any:
-        try:
-            sample = self._dataset[number]
-        except (IndexError, KeyError) as error:
-            size = f" (it has {len(self._dataset)})" if hasattr(self._dataset, "__len__") else ""
-            raise ArgumentError(
-                f"the data set has no input {number}{size}: the numbers are those that "
-                "maps.batch(ids) gave, or count the inputs from 0 as they came"
-            ) from error
-        if self._take is not None:
-            return self._take(sample)
-        while isinstance(sample, (tuple, list, Mapping)) and sample:
-            first = next(iter(sample.values() if isinstance(sample, Mapping) else sample))
-            if isinstance(first, (int, float)):
-                break
-            sample = first
-        return sample
+def sequence_of(dataset: Any, number: int, take: Callable[[Any], Any] | None) -> list[Any]:
+    """A sequence of tokens of a data set; the arguments are those of `image_of`.
 
-    def image(self, number: int) -> Tensor:
-        """One, (channels, rows, columns).
+    Raises:
+        ArgumentError: there is none of that number, or it is no sequence.
+    """
+    found = _taken(dataset, number, take)
+    if isinstance(found, Tensor):
+        found = found.flatten().tolist()
+    if not isinstance(found, (list, tuple)):
+        raise ArgumentError(
+            f"input {number} of the data set is {type(found).__name__}, not a sequence of "
+            "tokens; tokens= takes a function that makes one of it"
+        )
+    return list(found)
 
-        Raises:
-            ArgumentError: there is none of that number, or it is no image.
-        """
-        found = self._of(number)
-        if not isinstance(found, Tensor) or found.dim() not in (2, 3):
-            said = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ArgumentError(
-                f"input {number} of the data set is {said}, not an image as a tensor (channels, "
-                "rows, columns); image= takes a function that makes one of it, and of sequences "
-                "there are contexts()"
-            )
-        return found if found.dim() == 3 else found.unsqueeze(0)
 
-    def sequence(self, number: int) -> list[Any]:
-        """One, of tokens.
-
-        Raises:
-            ArgumentError: there is none of that number, or it is no sequence.
-        """
-        found = self._of(number)
-        if isinstance(found, Tensor):
-            found = found.flatten().tolist()
-        if not isinstance(found, (list, tuple)):
-            raise ArgumentError(
-                f"input {number} of the data set is {type(found).__name__}, not a sequence of "
-                "tokens; tokens= takes a function that makes one of it"
-            )
-        return list(found)
+def _taken(dataset: Any, number: int, take: Callable[[Any], Any] | None) -> Any:
+    try:
+        sample = dataset[number]
+    except (IndexError, KeyError) as error:
+        size = f" (it has {len(dataset)})" if hasattr(dataset, "__len__") else ""
+        raise ArgumentError(
+            f"the data set has no input {number}{size}: the numbers are those that "
+            "maps.batch(ids) gave, or count the inputs from 0 as they came"
+        ) from error
+    if take is not None:
+        return take(sample)
+    while isinstance(sample, (tuple, list, Mapping)) and sample:
+        first = next(iter(sample.values() if isinstance(sample, Mapping) else sample))
+        if isinstance(first, (int, float)):
+            break
+        sample = first
+    return sample

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fmapkit.analysis.top.inputs import DatasetInputs, InputFields
-from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean
+from fmapkit.analysis.top.inputs import InputFields, image_of, sequence_of
+from fmapkit.errors import ArgumentError, FilterRangeError
 from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
@@ -194,12 +194,11 @@ class LayerTops(Shown):
                 kind=self.kind,
             )
         fields = InputFields(self.layer, self.kind, self.path, model, field)
-        inputs = DatasetInputs(dataset, image)
         found: dict[int, list[Patch]] = {}
         for filter, its in hits.items():
             found[filter] = []
             for hit in its:
-                whole = inputs.image(hit.input)
+                whole = image_of(dataset, hit.input, image)
                 top, left, bottom, right = fields.of(whole).box(*hit.at)
                 pixels = whole[:, top:bottom, left:right]
                 found[filter].append(Patch(hit, (top, left, bottom, right), pixels, whole))
@@ -245,13 +244,12 @@ class LayerTops(Shown):
                 layer=self.layer,
                 kind=self.kind,
             )
-        inputs = DatasetInputs(dataset, tokens)
         said = decode or (lambda token: token)
         found: dict[int, list[Context]] = {}
         for filter in self._chosen(filters):
             found[filter] = []
             for hit in self[filter]:
-                sequence = inputs.sequence(hit.input)
+                sequence = sequence_of(dataset, hit.input, tokens)
                 place = hit.at[0]
                 if place >= len(sequence):
                     raise ArgumentError(
@@ -301,15 +299,10 @@ class LayerTops(Shown):
             ArgumentError: as in `patches`, or a number is not positive.
             FilterRangeError: there is no such filter.
         """
-        from fmapkit.plot import plot_patches
+        from fmapkit.plot import check_strongest, plot_patches
 
         if isinstance(filters, str):
-            if filters != "strongest":
-                hint = did_you_mean(filters, ["strongest"])
-                raise ArgumentError(
-                    f"filters must be ints or 'strongest', not {filters!r}{hint}",
-                    candidates=["strongest"],
-                )
+            check_strongest(filters)
             filters = self.strongest(max_filters)
         chosen = self._chosen(filters)[:max_filters]
         found = self.patches(dataset, filters=chosen, model=model, field=field, image=image)

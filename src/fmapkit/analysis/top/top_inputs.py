@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,15 +25,13 @@ __all__ = ["TopInputs"]
 _KINDS = ("response", "preactivation", "activation", "output")
 
 
+@dataclass(slots=True)
 class _TopGroup:
     """Of one set of filters: the strongest, of how many inputs, and who has the rest."""
 
-    __slots__ = ("local", "seen", "top")
-
-    def __init__(self, top: Strongest, seen: int, local: bool) -> None:
-        self.top = top
-        self.seen = seen
-        self.local = local  # other ranks have other filters under the same numbers
+    top: Strongest
+    seen: int
+    local: bool  # other ranks have other filters under the same numbers
 
     @property
     def device(self) -> torch.device:
