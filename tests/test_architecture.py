@@ -70,7 +70,6 @@ FOREIGN_STORES = {  # attributes of other objects that are written, by room
     "maps": 1,
     "paths": 34,
     "phi": 11,
-    "provenance": 1,
     "replay": 10,
     "saving": 2,
     "session": 45,
