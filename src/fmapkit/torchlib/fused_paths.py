@@ -39,16 +39,14 @@ _TYPES = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttenti
 _FORWARDS = {kind.forward: kind.forward.__code__ for kind in _TYPES}
 # The functions inside of these layers, and of others, that call layers and nonlinearities.
 _LAYERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-_INSIDE = {
+_INSIDE: dict[types.FunctionType, types.CodeType] = {
     function: function.__code__
     for function in (
-        *(getattr(F, name) for name in ("_in_projection", "_in_projection_packed")),
-        *(
-            F.multi_head_attention_forward,
-            nn.TransformerEncoderLayer._ff_block,
-            nn.TransformerDecoderLayer._ff_block,
-        ),
+        *(getattr(F, name, None) for name in ("_in_projection", "_in_projection_packed")),
+        *(getattr(kind, "_ff_block", None) for kind in _LAYERS[1:]),
+        F.multi_head_attention_forward,
     )
+    if isinstance(function, types.FunctionType)  # private, so another torch may have others
 }
 # By their last names: those forwards, and the functions that they call to find out whether to fuse.
 FUSING_CALLS = frozenset({"forward", "has_torch_function", "get_fastpath_enabled"})
