@@ -145,6 +145,20 @@ def test_a_part_whose_exception_is_handled_loses_one_pass_and_is_named(
     assert (reasons[""], reasons["part"]) == (Reason.BROKEN_OFF.text(), Reason.NEW_PATH.text())
 
 
+def test_a_part_that_has_raised_before_it_was_learned_loses_no_pass() -> None:
+    model = _Lenient(KeyError)
+    shown = []
+    with capture(model) as maps:
+        for raises in (True, True, False, True, False):
+            model.part.options["raises"] = raises
+            model(torch.randn(2, 4))
+            shown.append([tag[:3] for tag in tags(maps)])
+    whole = [("part.fc", 0, "tanh"), ("part.fc", 1, "tanh"), ("part.fc", 2, "relu")]
+    short = [("part.fc", 0, "tanh"), ("part.fc", 1, "relu")]
+    assert shown == [short, short, whole, short, whole]
+    assert not maps.missed
+
+
 def _zero() -> int:
     return 0
 

@@ -48,6 +48,7 @@ class Recorder:
         self._regions = regions
         self._installer = installer
         self._paths = paths
+        self._ended: list[nn.Module] = []  # in this pass, by an exception
 
     def enter(
         self,
@@ -120,6 +121,8 @@ class Recorder:
         complete, hopeless = self._paths.end_lesson(items, module)
         if hopeless:
             self._open(*hopeless)
+        if failed:
+            self._ended.append(module)
         if trace.edited:  # from the next pass on, only the parts below that need it are traced
             self._open(module)
         elif not failed and tracer.failed is None:
@@ -203,6 +206,9 @@ class Recorder:
             failed: by an exception.
         """
         self._live.trace_out()
+        if self._ended and not failed:  # the model handles that: no plan tells what comes then
+            self._open(*self._ended)
+        self._ended.clear()
         if tracer.lost and not failed:
             broken = tracer.broken
             if broken is not None:  # somebody handles its exceptions
@@ -220,6 +226,7 @@ class Recorder:
         """The pass has broken off, perhaps in the middle of a recording."""
         live = self._live
         live.recording = None
+        self._ended.clear()
         live.trace_out()
         if live.tracer is not None:
             live.tracer.end()
