@@ -395,7 +395,7 @@ def _block(
                         known.setdefault(way, []).append(named)
                         # Sites alone do not tell a way: a counter may pick its number, or its
                         # branch, for the first time now.
-                        late = [n for n in known[way][3:] if n > min(known[way])]
+                        late = [lost for lost in known[way][3:] if lost > min(known[way])]
                         if len(late) > 1:
                             raise Failure("lost on a known way", f"{list(maps.missed)}")
                 report.passes += 1

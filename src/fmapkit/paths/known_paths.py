@@ -111,9 +111,7 @@ class _Path(Generic[_Plan]):
         return all(place in self.rules for place in _numbers(items))
 
     def fits(self, items: list[Any], sizes: Sizes) -> bool:
-        """Whether a call took this path, with the numbers that follow its sizes."""
-        if not self.general:
-            return False
+        """Whether a call took this path, which `holds_for` its sizes, with numbers that follow."""
         before = next(iter(self.by_sizes.values()))
         found = _differences(before, items)
         if found is None or any(place not in self.rules for place, _, _ in found):

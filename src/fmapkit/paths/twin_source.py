@@ -166,9 +166,11 @@ def _twins_in(
 ) -> list[types.CodeType] | None:
     """The finished code of all twins in an outermost function, in order."""
     place = f"{like.co_filename}:{'.'.join(classes)}"
-    rewriter: ast.NodeTransformer = Rewriter(place, names, node, fixed, tapped)
-    if is_torchs(like):
-        rewriter = TorchRewriter(like.co_filename, tapped)
+    rewriter = (
+        TorchRewriter(like.co_filename, tapped)
+        if is_torchs(like)
+        else Rewriter(place, names, node, fixed, tapped)
+    )
     rewritten = rewriter.visit(copy.deepcopy(node))
     compiled = _compiled(rewritten, classes, imports, like)
     if compiled is None:

@@ -15,6 +15,7 @@ from fmapkit.replay.effects import Relations
 from fmapkit.replay.plan import MapSpec, Step
 from fmapkit.selection import Selection
 from fmapkit.storage import MapRecord, Place, StorageConversion, StoredTensor
+from fmapkit.torchlib.fused_paths import fuses
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.tracing import Event, HookPoint
 
@@ -51,6 +52,7 @@ class Reading:
         made = _Made(lambda firing: _step(firing, relations, retention, start))
         functions = [f for f in firings if f.module is None and _emits(f)]
         self.tapped = {f.module for f in firings if f.module is not None and _emits(f)}
+        self._calling = {f.scope for f in functions}
         self.direct = _direct([made[f] for f in firings if f.module in self.tapped])
         names: dict[str, set[str]] = {}
         for firing in functions:
@@ -60,7 +62,7 @@ class Reading:
         self.scopes: set[nn.Module] = set()
         if any(f.site is None for f in functions):
             self.sites = {}
-            self.scopes = {f.scope for f in functions}
+            self.scopes = self._calling
         self._called = {name_of(f) for f in firings if f.events and self._in_scope(f)}
         self.order: list[Any] = []
         self.at: list[Step | None] = []
@@ -94,6 +96,13 @@ class Reading:
         called = {f.scope for f in firings if f.function and name_of(f) in tapped}
         inside = {f.module for f in firings if f.module is not None and f.parent in self.scopes}
         return frozenset(m for m in inside if m in called or _opens_on_others(m))
+
+    def fusing(self, firings: Sequence[HookPoint]) -> frozenset[nn.Module]:
+        """Modules with a fused path inside of which something is read."""
+        found = {f.module for f in firings if f.module is not None and fuses(f.module)}
+        read = self.tapped | self._calling
+        inside = {m: set(m.modules()) - {m} for m in found}
+        return frozenset(m for m in found if m in self._calling or inside[m] & read)
 
     def _fires(self, firing: HookPoint) -> bool:
         if firing.module is not None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmapkit.provenance import Label, is_same
 from fmapkit.replay.effects import Relations
 from fmapkit.replay.plan import Plan
 from fmapkit.replay.plan_steps import Reading, mark_shared
-from fmapkit.torchlib.fused_paths import fuses
 from fmapkit.torchlib.nested import leaves
-from fmapkit.tracing import Frame, HookPoint, Tracer
+from fmapkit.tracing import Frame, Tracer
 
 __all__ = ["make_plan"]
 
@@ -53,20 +52,10 @@ def make_plan(
         toggles=read.toggles(firings),
         before=read.before() - keeping,
         keeping=keeping,
-        fusing=_fusing(firings),
+        fusing=read.fusing(firings),
         keeps=any(s.keeps for s in read.steps),
         shares=any(s.shared for s in read.steps),
         effects=relations.effects(record, events, arguments),
         graph=any(e.graph for e in events),
         joins=any(e.joins for e in events),
-    )
-
-
-def _fusing(firings: Sequence[HookPoint]) -> frozenset[nn.Module]:
-    """The modules with a fused path inside of which something is read."""
-    read = {f.module or f.scope for f in firings if any(e.entries for e in f.events)}
-    own = {f.scope for f in firings if f.module is None and any(e.entries for e in f.events)}
-    fusing = {f.module for f in firings if f.module is not None and fuses(f.module)}
-    return frozenset(
-        m for m in fusing if m in own or any(part in read for part in m.modules() if part is not m)
     )

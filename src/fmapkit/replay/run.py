@@ -173,7 +173,8 @@ class ReplayRun(RunLog):
             before = self.before[module].pop()
         elif step.emissions:
             x = args[0] if step.key is None and args else (kwargs or {}).get(step.key)
-            x_grad = self.watched(x, output)
+            x_grad = self.watched(x)
+            self.used(x_grad, output)
         if step.plain and before is None:
             record: tuple[Any, ...] = (module, self.own(output), self.version(output))
             if step.plain == "xy" and x is not None:
@@ -242,8 +243,7 @@ class ReplayRun(RunLog):
             if x is not None and (step.shared or any(e.before for e in step.emissions)):
                 before = self._read_by(self.read_before, step, x)
             out = func(*args, **kwargs)
-        if x_grad is not None and self.wants.detach:
-            x_grad.used_by(out)
+        self.used(x_grad, out)
         read = None if self.lost else self._read_by(self.read, step, x, out, x_grad, before)
         if read is not None:
             self.log.append((site, read))

@@ -196,19 +196,16 @@ class RunLog(PassPiece):
         self.uncounted = self.uncounted or version < 0
         return version
 
-    def watched(self, tensor: Any, result: Any = None) -> Gradient | None:
-        """Where the tensor's gradient will arrive, if that was asked for.
+    def watched(self, tensor: Any) -> Gradient | None:
+        """Where the tensor's gradient will arrive, if that was asked for."""
+        if self.wants.gradients and isinstance(tensor, Tensor):
+            return watch(tensor)
+        return None
 
-        Args:
-            tensor: the tensor.
-            result: what a call has made of it; None if that is not known.
-        """
-        if not self.wants.gradients or not isinstance(tensor, Tensor):
-            return None
-        found = watch(tensor)
-        if found is not None and result is not None and self.wants.detach:
-            found.used_by(result)
-        return found
+    def used(self, gradient: Gradient | None, result: Any) -> None:
+        """A call has made `result` of the tensor whose gradient that is."""
+        if gradient is not None and result is not None and self.wants.detach:
+            gradient.used_by(result)
 
     def own(self, tensor: Tensor) -> Tensor:
         """Outside the graph, unless asked otherwise."""

@@ -5,6 +5,7 @@ Which modules these are, and what the fused path returns, is a matter of `torchl
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -87,31 +88,27 @@ class FusedPathShadow:
             return
         self.module = module  # and of what runs in it, nothing runs twice
         paused = live.trace_off()
-        lit = live.run is not None and live.run.light().pause()
+        mode = live.run.mode if live.run is not None else None
+        lit = mode is not None and mode.pause()
+        fused = False
 
         def bare() -> Any:
             with self._hooks.suspended(module.modules()):
                 return forward(module, *args, **kwargs)
 
         try:
-            fused, output = fused_output(forward, module, args, kwargs, bare)
-        except Exception:  # the user's: as the model runs now, it comes up again
-            self.clear()
-            return
-        except BaseException:
-            self.clear()
-            raise
+            with suppress(Exception):  # the user's: as the model runs now, it comes up again
+                fused, self._output = fused_output(forward, module, args, kwargs, bare)
         finally:
+            if not fused:
+                self.clear()
             if paused:
                 live.trace_on()
-            if lit and live.run is not None:
-                live.run.light().resume()
-        if not fused:
-            self.clear()
-            return
-        self._output = output
-        self._runs = self._edits.runs
-        beside.add(live.thread)
+            if mode is not None and lit:
+                mode.resume()
+        if fused:
+            self._runs = self._edits.runs
+            beside.add(live.thread)
 
     def leave(self, output: Any, failed: bool = False) -> Any:
         """The watched run has ended.

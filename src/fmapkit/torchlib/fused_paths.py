@@ -36,7 +36,7 @@ __all__ = [
 
 _TYPES = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
 # Their own forwards, with the code that these have while nothing is captured.
-_FORWARDS = {kind.forward: kind.forward.__code__ for kind in _TYPES}
+_FORWARDS: dict[Any, types.CodeType] = {k.forward: k.forward.__code__ for k in _TYPES}
 # The functions inside of these layers, and of others, that call layers and nonlinearities.
 _LAYERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _INSIDE: dict[types.FunctionType, types.CodeType] = {
@@ -90,8 +90,8 @@ def _without_ours(function: Callable[..., bool], *args: Any) -> bool:
 
 def functions_inside(kind: type[nn.Module]) -> list[types.FunctionType]:
     """Of a class of modules: the forwards that may fuse, and what calls layers inside."""
-    found = [vars(base).get("forward") for base in kind.__mro__]
-    forwards = [forward for forward in found if forward in _FORWARDS]
+    own = zip(_TYPES, _FORWARDS, strict=True)
+    forwards = [forward for home, forward in own if issubclass(kind, home)]
     return forwards + [f for f in _INSIDE if issubclass(kind, _LAYERS)]
 
 

@@ -15,11 +15,11 @@ import torch
 import torch.autograd.forward_ad as _tangents
 from torch import Tensor
 
+from fmapkit.torchlib.modes import dispatch_mode_count, mode_count
+
 __all__ = ["is_alone", "may_leave_memory", "someone_sees", "with_new_memory", "write_apart"]
 
 _users_of: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
-_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _strided = torch.strided
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
@@ -70,7 +70,7 @@ def is_alone(z: Any, ours: int = 0) -> bool:
 
 def someone_sees() -> bool:
     """Whether a mode is on, which would see what runs, or tangents go with the values."""
-    return bool(_function_modes() or _dispatch_modes() or _tangents._current_level >= 0)
+    return bool(mode_count() or dispatch_mode_count() or _tangents._current_level >= 0)
 
 
 def may_leave_memory(z: Any) -> TypeGuard[Tensor]:
@@ -81,7 +81,7 @@ def may_leave_memory(z: Any) -> TypeGuard[Tensor]:
     """
     if type(z) is not Tensor or z.requires_grad or z.is_inference():
         return False
-    if _function_modes() or _dispatch_modes() or _tangents._current_level >= 0:
+    if mode_count() or dispatch_mode_count() or _tangents._current_level >= 0:
         return False  # asked at each site: a call of a function more would cost as much again
     return _has_own_memory(z, 0)
 

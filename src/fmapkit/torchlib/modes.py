@@ -17,23 +17,16 @@ from torch.overrides import (
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 __all__ = [
-    *(
-        "ObserverMode",
-        "fx_is_tracing",
-        "jit_is_tracing",
-        "leave_mode",
-        "make_fx_is_tracing",
-        "mode_count",
-    ),
-    *("nothing_between", "others_watch", "pop_mode", "push_mode", "recorded_by_cuda"),
-    "without_modes",
+    *("ObserverMode", "all_ours", "dispatch_mode_count", "fx_is_tracing", "is_torchs"),
+    *("jit_is_tracing", "leave_mode", "make_fx_is_tracing", "mode_count", "nothing_between"),
+    *("others_watch", "pop_mode", "push_mode", "recorded_by_cuda", "without_modes"),
 ]
 
 # A mode's `with` does no more than this, several calls deeper.
 push_mode: Callable[[Any], None] = torch._C._push_on_torch_function_stack
 pop_mode: Callable[[], Any] = torch._C._pop_torch_function_stack
 mode_count: Callable[[], int] = torch._C._len_torch_function_stack
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+dispatch_mode_count: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 _trace: Callable[[], Any] = torch._C._get_tracing_state
 _compiler: dict[str, Any] = vars(torch.compiler)
@@ -56,7 +49,7 @@ def nothing_between() -> bool:
     """
     return not (
         mode_count()
-        or _dispatch_modes()
+        or dispatch_mode_count()
         or _transform() is not None
         or _trace() is not None
         or (_compiler[_flag] if _flag in _compiler else torch.compiler.is_compiling())
@@ -98,15 +91,17 @@ def all_ours() -> bool:
     return all(isinstance(mode, ObserverMode) for mode in stack)
 
 
+def is_torchs(mode: Any) -> bool:
+    """Whether a mode is one of torch's own: fake tensors are what they are by one."""
+    return type(mode).__module__.startswith("torch.")
+
+
 def others_watch() -> bool:
     """Whether a mode that is none of ours, nor of torch's, sees every function, or operator."""
-    if not mode_count() and not _dispatch_modes():
+    if not mode_count() and not dispatch_mode_count():
         return False
     modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]  # type: ignore[no-untyped-call]
-    return not all(
-        isinstance(mode, ObserverMode) or type(mode).__module__.startswith("torch.")
-        for mode in modes
-    )
+    return not all(isinstance(mode, ObserverMode) or is_torchs(mode) for mode in modes)
 
 
 def jit_is_tracing() -> bool:

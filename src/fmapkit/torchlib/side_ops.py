@@ -8,7 +8,7 @@ copy of ours, made in the forward only, would shift all that follow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any
@@ -20,6 +20,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter as unchang
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
+from fmapkit.torchlib.modes import dispatch_mode_count, is_torchs, mode_count
 from fmapkit.torchlib.operators import without_torch_function
 from fmapkit.torchlib.transforms import forward_derivatives, transforming
 
@@ -27,22 +28,20 @@ __all__ = [
     *("clone", "goes_on_from", "looking", "operators_are_counted", "runs", "select", "unseen"),
 ]
 
-_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 # Selective checkpointing, while the forward runs.
 _COUNTING: Any = getattr(torch.utils.checkpoint, "_CachingTorchDispatchMode", ())
 
 
 def operators_are_counted() -> bool:
     """Whether the model has to run the very operators that it runs without us."""
-    if not _modes():
+    if not dispatch_mode_count():
         return False
     return any(isinstance(m, _COUNTING) for m in _get_current_dispatch_mode_stack())
 
 
 def clone(tensor: Tensor) -> Tensor:
     """A copy; of a tensor of the graph, one in the graph, even where the model turned that off."""
-    if not (_modes() or _function_modes()):
+    if not (dispatch_mode_count() or mode_count()):
         if torch.is_grad_enabled() or not tensor.requires_grad:
             return tensor.clone()
     with torch.set_grad_enabled(tensor.requires_grad or torch.is_grad_enabled()), looking():
@@ -119,7 +118,7 @@ def _taken(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
 
 def looking() -> AbstractContextManager[Any]:
     """What runs here is ours: no mode of others sees it, and no code that a tensor has itself."""
-    return _apart() if _modes() else without_torch_function()
+    return _apart() if dispatch_mode_count() else without_torch_function()
 
 
 @contextmanager
@@ -131,20 +130,15 @@ def _apart() -> Iterator[None]:
 @contextmanager
 def unseen() -> Iterator[None]:
     """What runs here is not counted as the model's, and no mode of the user's sees it."""
-    if not operators_are_counted() and all(map(_is_torchs, _get_current_dispatch_mode_stack())):
+    if not operators_are_counted() and all(map(is_torchs, _get_current_dispatch_mode_stack())):
         yield
         return
-    modes = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
+    modes = [_pop_mode() for _ in range(dispatch_mode_count())]
     try:
         yield
     finally:
         for mode in reversed(modes):
             _push_mode(mode)
-
-
-def _is_torchs(mode: Any) -> bool:
-    """Whether a mode is one of torch's own: fake tensors are what they are by one."""
-    return type(mode).__module__.startswith("torch.")
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
