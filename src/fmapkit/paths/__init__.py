@@ -16,7 +16,7 @@ model of the same structure, it makes the same calls of torch on the same tensor
 from fmapkit.paths.control import ControlPaths
 from fmapkit.paths.known_paths import Expected, KnownPaths, Sizes
 from fmapkit.paths.recorders import taps, unrecorded
-from fmapkit.paths.survey import runs_own_code
+from fmapkit.paths.trusted import runs_own_code
 from fmapkit.paths.twins import Resting
 
 __all__ = [

@@ -74,7 +74,7 @@ class DecisionSink:
 _appends: dict[int, Callable[[Any], None]] = {}
 _append_of: Any = _appends.get
 sinks: dict[int, DecisionSink] = {}
-twins: set[types.CodeType] = set()  # the code that calls us
+twins: set[int] = set()  # the code that calls us, told by its identity: it is kept
 
 
 def start(place_of: Callable[[Tensor], str | None], modules: Container[nn.Module]) -> DecisionSink:
@@ -215,6 +215,24 @@ def called(append: Callable[[Any], None], function: _T) -> _T:
     return function
 
 
+def recording(append: Callable[[Any], None], function: _T) -> _T:
+    """Code is about to be called that tells itself which it is, and what it decides.
+
+    Where other code has come to its place, no path tells that: none is ever like this one.
+    """
+    if append is not _NOTHING:
+        kind = type(function)
+        inner: Any = function
+        if kind is types.MethodType:
+            inner = inner.__func__
+        elif kind is not _FUNCTION:
+            inner = getattr(kind, "forward", None)
+        code = getattr(inner, "__code__", None)
+        if id(code) not in twins:
+            append(object())
+    return function
+
+
 def _callable(function: Any) -> Any:
     """What tells a callable from others, in every pass alike."""
     kind = type(function)
@@ -313,7 +331,7 @@ def caught(site: str) -> None:
         # has its old places after the new ones. Lines stay, however much of the code is tapped.
         while trace is not None:
             code = trace.tb_frame.f_code
-            if code in twins:
+            if id(code) in twins:
                 place = (code.co_name, code.co_firstlineno, trace.tb_lineno)
                 if places and place[:2] == places[0][:2]:
                     break
@@ -325,7 +343,10 @@ def caught(site: str) -> None:
 # By the names that stand for them in a twin before it is finished.
 RECORDERS: dict[str, Any] = {
     f"{MARK}{f.__name__}": f
-    for f in (enter, current, resumed, value, called, tapped, fusing, caught, type, Tensor)
+    for f in (
+        *(enter, current, resumed, value, called, recording, tapped, fusing, caught),
+        *(type, Tensor),
+    )
 }
 
 
@@ -349,5 +370,6 @@ _traced_as(caught, lambda site: None)
 _traced_as(resumed, lambda site, given: given)
 _traced_as(value, lambda append, given: given)
 _traced_as(called, lambda append, function: function)
+_traced_as(recording, lambda append, function: function)
 _traced_as(tapped, lambda site, function: function)
 _traced_as(fusing, lambda function: function)
