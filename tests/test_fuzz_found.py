@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fmapkit import EditError, capture, edits
 from fmapkit.missed import Reason
+from fmapkit.paths.fixed_attributes import NONE_FIXED, Fixed
 from fmapkit.paths.recorders import MARK
 from fmapkit.paths.twins import Twins, is_twin, twin_of
 from tests.checks import tags
@@ -336,11 +337,12 @@ def _added(x: Tensor, weight: Tensor) -> Tensor:
 def test_a_function_of_two_models_is_tapped_for_each() -> None:
     """Their twins may have equal code, though they take other attributes to be fixed."""
     own, file = _added.__code__, _added.__code__.co_filename
-    first, second = Twins(lambda code: frozenset()), Twins(lambda code: frozenset({"more"}))
+    more = Fixed(frozenset({"more"}), frozenset())
+    first, second = Twins(lambda code: NONE_FIXED), Twins(lambda code: more)
     for twins in (first, second):
         assert twins.exchange(_added)
         twins.clear()
-    twin = twin_of(own, _added.__globals__, lambda code: frozenset())
+    twin = twin_of(own, _added.__globals__, lambda code: NONE_FIXED)
     assert twin is not None
     (place,) = twin.calls
     try:

@@ -56,7 +56,7 @@ class Handing(nn.Module):
         if self.by == "method":
             h = self.method(h, first, second)
         elif self.by == "keywords":
-            h = self.method(h, **{"first": first, "second": second})
+            h = self.method(h, first=first, second=second)
         elif self.by == "child":
             h = self.child(h, first, second=second)
         elif self.by == "generator":
@@ -82,7 +82,9 @@ def test_what_is_handed_on_is_noticed_where_it_decides(by: str) -> None:
     passes = [*turns(*shapes, before=_dims(1, 2)), *turns(*shapes, before=_dims(0, 1))]
     seen = hold(Handing(by), passes + passes, most=2)
     last = [each[-1][4] for each in seen.labels if len(each) == 2]
-    assert last[:3] == [2, 2, 2] and last[-2:] == [0, 0] and len(last) >= 10
+    assert last[:3] == [2, 2, 2]
+    assert last[-2:] == [0, 0]
+    assert len(last) >= 10
 
 
 def _without_source() -> Any:

@@ -12,7 +12,7 @@ assigned to it later in a pass is recorded.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -103,5 +103,6 @@ def records(function: Any) -> bool:
 
 def _call_records(kind: type[nn.Module]) -> bool:
     """The same of the call of a module: torch's own code only hands on what it is given there."""
-    call: Callable[..., Any] = kind.__call__
-    return records(kind.forward) and (call is nn.Module.__call__ or records(call))
+    # Of a scripted module, these are attributes in name only.
+    call, forward = getattr(kind, "__call__", None), getattr(kind, "forward", None)  # noqa: B004
+    return records(forward) and (call is nn.Module.__call__ or records(call))
