@@ -42,7 +42,7 @@ class _Around(nn.Module):
         self.inner, self.last = inner, nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 1e9:
+        if float(x.sum()) > 1e9:
             return x
         return torch.sigmoid(self.last(self.inner(x)))
 
@@ -117,7 +117,7 @@ class _Lenient(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        if x.sum() > 1e9:
+        if float(x.sum()) > 1e9:
             return x
         try:
             x = self.part(x)
@@ -383,7 +383,7 @@ class _Later(nn.Module):
         self.a, self.b, self.decides = nn.Linear(4, 4), nn.Linear(4, 4), False
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.b(x) if self.decides and x.sum() < 1e9 else self.a(x))
+        return torch.relu(self.b(x) if self.decides and float(x.sum()) < 1e9 else self.a(x))
 
 
 class _HooksItsPart(nn.Module):
@@ -392,7 +392,7 @@ class _HooksItsPart(nn.Module):
         self.first, self.part, self.hooks = _Later(), _Part(_HandSwish()), False
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 1e9:
+        if float(x.sum()) > 1e9:
             return x
         x, handle = self.first(x), None
         if self.hooks:
@@ -426,7 +426,7 @@ class _ReachesInto(nn.Module):
         self.part, self.last, self.how = _Part(act), nn.Linear(4, 4), 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 1e9:
+        if float(x.sum()) > 1e9:
             return x
         if self.how == 0:
             x = self.part(x)
@@ -499,7 +499,7 @@ class _SameAfter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.sigmoid(self.fc(x))
-        if x.sum() > 1e9:
+        if float(x.sum()) > 1e9:
             return x
         try:
             x = self.part(x)

@@ -587,7 +587,7 @@ class Mined(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.body(x))
-        if self.branching and x.sum() > 1e9:
+        if self.branching and float(x.sum()) > 1e9:
             x = -x
         return self.head(self.relu(self.bomb(x) * 2))
 

@@ -718,7 +718,7 @@ class _SharedAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (self.a, self.b, self.c):
-            x = self.act(layer(x)) if x.sum() < 1e9 else x
+            x = self.act(layer(x)) if float(x.sum()) < 1e9 else x
         return x
 
 

@@ -757,7 +757,7 @@ class InPlaceOnActivation(Two):
     """An in-place module writes over what another module's σ returned; the road depends on data."""
 
     def forward(self, x: Tensor) -> Tensor:
-        a = self.hard(self.a(x)) if x.sum() > 1e9 else self.hard(self.b(x))
+        a = self.hard(self.a(x)) if float(x.sum()) > 1e9 else self.hard(self.b(x))
         act = self.hard(self.a(a))
         return self.relu(act)
 
@@ -1653,7 +1653,7 @@ class BranchingHardSwish(nn.Module):
         self.relu6 = nn.ReLU6()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 1e9:
+        if float(x.sum()) > 1e9:
             x = x * 1.0
         return x * self.relu6(x + 3) / 6
 

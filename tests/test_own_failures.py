@@ -28,7 +28,7 @@ class Branching(nn.Module):
         self.head = nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 1e9:
+        if float(x.sum()) > 1e9:
             x = -x
         return torch.tanh(self.head(self.body(x)))
 

@@ -6,15 +6,17 @@
             rewrite.Rewriter        … the same code with a recorder at each decision
             torch_calls             … and at calls in torch's own transformer layers
         recorders.DecisionSink      where the decisions of this thread's pass go
-        survey.Survey               which functions ran that do not record yet
+        survey.Survey               which functions ran that do not record yet, and need to
     known_paths.KnownPaths          the paths of one kind of call, each with its plan
+        number_rules                numbers that follow the sizes of the inputs
 
 If a pass takes the decisions of an earlier one, on inputs of the same form, in the same modes, of a
 model of the same structure, it makes the same calls of torch on the same tensors.
 """
 
 from fmapkit.paths.control import ControlPaths
-from fmapkit.paths.known_paths import Expected, KnownPaths, Sizes
+from fmapkit.paths.known_paths import Expected, KnownPaths
+from fmapkit.paths.number_rules import Sizes, by_rule, rules_of
 from fmapkit.paths.recorders import taps, unrecorded
 from fmapkit.paths.trusted import runs_own_code
 from fmapkit.paths.twins import Resting
@@ -25,6 +27,8 @@ __all__ = [
     "KnownPaths",
     "Resting",
     "Sizes",
+    "by_rule",
+    "rules_of",
     "runs_own_code",
     "taps",
     "unrecorded",

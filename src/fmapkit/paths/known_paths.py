@@ -11,13 +11,13 @@ same till then may follow it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 from typing import Any, Generic, TypeVar
+
+from fmapkit.paths.number_rules import Rule, Sizes, holds, rules_of
 
 __all__ = ["Expected", "KnownPaths", "Sizes"]
 
 _Plan = TypeVar("_Plan")
-Sizes = tuple[int, ...]
 
 _MOST_SIZES = 32  # per path: how many sizes its items are kept for
 _MOST_PATHS = 16
@@ -94,7 +94,7 @@ class _Path(Generic[_Plan]):
         self._moments = moments
         self.seen = False
         self.by_sizes: dict[Sizes, list[Any]] = {sizes: items}
-        self.rules: dict[tuple[int, ...], set[_Rule]] = {}
+        self.rules: dict[tuple[int, ...], set[Rule]] = {}
         self.constant = dict(enumerate(sizes))
         self.general = False
 
@@ -117,12 +117,12 @@ class _Path(Generic[_Plan]):
         if found is None or any(place not in self.rules for place, _, _ in found):
             return False
         values = {place: new for place, _, new in found}
-        kept: dict[tuple[int, ...], set[_Rule]] = {}
+        kept: dict[tuple[int, ...], set[Rule]] = {}
         for place, rules in self.rules.items():
             value = values.get(place)
             if value is None:
                 value = _at(items, place)
-            kept[place] = {rule for rule in rules if _holds(rule, value, sizes)}
+            kept[place] = {rule for rule in rules if holds(rule, value, sizes)}
             if not kept[place]:
                 return False
         self.rules = kept
@@ -145,11 +145,11 @@ class _Path(Generic[_Plan]):
             return False
         rules = dict(self.rules)
         for place, old, new in found:
-            both = _rules(old, before) & _rules(new, sizes)
+            both = rules_of(old, before) & rules_of(new, sizes)
             rules[place] = rules[place] & both if place in rules else both
         for place in rules:
             value = _at(items, place)
-            rules[place] = {rule for rule in rules[place] if _holds(rule, value, sizes)}
+            rules[place] = {rule for rule in rules[place] if holds(rule, value, sizes)}
         if not all(rules.values()):
             return False
         self.rules = rules
@@ -297,31 +297,7 @@ class KnownPaths(Generic[_Plan]):
         return plan
 
 
-# -- rules of numbers -------------------------------------------------------------------------
-
-_Rule = tuple[Any, ...]
-
-
-def _rules(value: Any, sizes: Sizes) -> set[_Rule]:
-    """What a number may be of the inputs' sizes: one of them and a bit, a multiple, a product."""
-    found: set[_Rule] = set()
-    for at, size in enumerate(sizes):
-        found.add(("more", at, value - size))
-        if size:
-            found.add(("times", at, Fraction(value, size)))
-        for other in range(at, len(sizes)):
-            if size and sizes[other]:
-                found.add(("product", at, other, Fraction(value, size * sizes[other])))
-    return found
-
-
-def _holds(rule: _Rule, value: Any, sizes: Sizes) -> bool:
-    kind, at, *rest = rule
-    if kind == "more":
-        return bool(value == sizes[at] + rest[0])
-    if kind == "times":
-        return bool(value == sizes[at] * rest[0])
-    return bool(value == sizes[at] * sizes[rest[0]] * rest[1])
+# -- numbers of a path -------------------------------------------------------------------------
 
 
 def _numbers(items: Sequence[Any], place: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:

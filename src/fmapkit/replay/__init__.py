@@ -4,6 +4,7 @@ make_plan             planning.py     from the record of a traced call: a Plan (
   Reading             plan_steps.py   which hook points are tapped, and what is read at each
   Relations, Effects  effects.py      what the call means to the rest of a pass
 ReplayRegions         regions.py      which modules are replayed as a whole; kinds of calls
+InputTruths           input_truths.py  what calls read of their inputs, known before them
 AttributeGuard        attribute_guard.py  plain attributes, compared before each call
 ModelGuard            model_guard.py  is the model the one that was traced?
 ReplayRun             run.py          one call: what it notes is compared with the plan
@@ -16,6 +17,7 @@ ReplayRun             run.py          one call: what it notes is compared with t
 from fmapkit.replay.call_taps import can_stand, tap_of
 from fmapkit.replay.effects import ChannelLabelRef, Effects, PassPiece, Ref, Relations, SiteMap
 from fmapkit.replay.escapes import EscapedTensors
+from fmapkit.replay.input_truths import InputTruths, Truths
 from fmapkit.replay.light_mode import LightMode
 from fmapkit.replay.model_guard import ModelGuard
 from fmapkit.replay.plan import Plan
@@ -30,6 +32,7 @@ __all__ = [
     "CurrentRun",
     "Effects",
     "EscapedTensors",
+    "InputTruths",
     "LightMode",
     "ModelGuard",
     "PassPiece",
@@ -41,6 +44,7 @@ __all__ = [
     "ReplayRegions",
     "ReplayRun",
     "SiteMap",
+    "Truths",
     "can_stand",
     "carried",
     "make_plan",

@@ -230,15 +230,18 @@ class Relations:
         layer = entry.kind == "preactivation" and event.kind == "layer"
         return layer and id(entry.origin) in self._escaping
 
-    def effects(self, record: Record, events: Iterable[Event], arguments: Sequence[Any]) -> Effects:
+    def effects(
+        self, record: Record, events: Iterable[Event], arguments: Sequence[Any], writes: int = 0
+    ) -> Effects:
         """What the piece means to the rest of a pass.
 
         Args:
             record: of the pass it was traced in.
             events: of the piece.
             arguments: the inputs themselves.
+            writes: how many there were before it.
         """
-        base, written = self._base, record.aliases.written
+        base, written = self._base, record.aliases.written_since(writes)
         received = {id(e.origin) for e in events if e.kind == "sigma"}
         counts = record.counts.items()
         return Effects(

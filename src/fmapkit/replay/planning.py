@@ -55,7 +55,7 @@ def make_plan(
         fusing=read.fusing(firings),
         keeps=any(s.keeps for s in read.steps),
         shares=any(s.shared for s in read.steps),
-        effects=relations.effects(record, events, arguments),
+        effects=relations.effects(record, events, arguments, frame.writes),
         graph=any(e.graph for e in events),
         joins=any(e.joins for e in events),
     )

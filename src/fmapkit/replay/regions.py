@@ -8,7 +8,7 @@ modules, dtypes of weights, modes. Each kind has paths of its own, and a plan fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ from fmapkit.instrumentation import hooks_on
 from fmapkit.paths import KnownPaths, Sizes
 from fmapkit.provenance import ChannelLabel, Label, ParamLabel
 from fmapkit.replay.attribute_guard import AttributeGuard
+from fmapkit.replay.input_truths import InputTruths
 from fmapkit.replay.plan import Plan, alike
 from fmapkit.torchlib.compiled_modules import is_compiled
 from fmapkit.torchlib.tensor_spec import form_of, weights_of
 from fmapkit.torchlib.transforms import is_shapeless, under_transform
-from fmapkit.tracing import Tracer
+from fmapkit.tracing import InputRead, Tracer
 
 __all__ = ["ReplayRegion", "ReplayRegions", "carried", "shape_of", "sizes_of"]
 
@@ -40,16 +41,38 @@ class ReplayRegion:
         form: tells dtype and layout of its weights.
     """
 
-    __slots__ = ("_attributes", "_known", "form")
+    __slots__ = ("_attributes", "_known", "_truths", "form")
 
     def __init__(self, module: nn.Module) -> None:
         self._known: dict[tuple[Any, int], KnownPaths[Plan]] = {}
+        self._truths: dict[tuple[Any, int], InputTruths] = {}
         self.form = weights_of(module)
         self._attributes = AttributeGuard(module)
 
     def state(self) -> int:
         """The number of the state that the attributes of its modules are in."""
         return self._attributes.state()
+
+    def truths(self, form: Any, state: int) -> InputTruths | None:
+        """What calls of a form read of their inputs; None if there was none yet."""
+        return self._truths.get((form, state))
+
+    def kind(
+        self, form: Any, state: int, asked: Sequence[tuple[InputRead, bool]], sizes: Sizes
+    ) -> Any:
+        """The kind of a call that was traced.
+
+        Args:
+            form: of the call.
+            state: in which it began.
+            asked: what it has read of its inputs, and what that was.
+            sizes: of these.
+
+        Returns:
+            None if calls of this form read other things, and nothing tells which.
+        """
+        truths = self._truths.setdefault((form, state), InputTruths()).learn(asked, sizes)
+        return None if truths is None else (form, truths)
 
     def known(self, kind: Any, state: int) -> KnownPaths[Plan] | None:
         """The paths of a kind of call; None if there was none yet."""
@@ -60,7 +83,7 @@ class ReplayRegion:
         found = self._known.get((kind, state))
         if found is None:
             if len(self._known) >= _MOST_KINDS:
-                self._known.clear()
+                self._forget()
             found = self._known[kind, state] = KnownPaths(alike)
         return found
 
@@ -84,9 +107,13 @@ class ReplayRegion:
         if len(same) < len(others):
             return state if len(others) < _MOST_STATES else None
         if same:
-            self._known.clear()
+            self._forget()
             return self._attributes.look_less(same[0], state)
         return state
+
+    def _forget(self) -> None:
+        self._known.clear()
+        self._truths.clear()
 
     def differing(self, items: list[Any], kind: Any, sizes: Sizes) -> tuple[Any, ...]:
         """The modules that were deciding where a path differs from others."""

@@ -134,7 +134,7 @@ class HookDispatcher:
             if self._edits:
                 raise self._edits.refused(REPLICAS)
         elif live.recording is not None and _thread() == live.thread:
-            live.recording.key = None  # it runs again in a backward: no tap could tell that apart
+            live.recording.form = None  # it runs again in a backward: no tap could tell that apart
 
     # -- other hooks --------------------------------------------------------------------------
 

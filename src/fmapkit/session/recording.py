@@ -53,7 +53,7 @@ class Recorder:
     def enter(
         self,
         module: nn.Module,
-        key: Any,
+        form: Any,
         state: int,
         sizes: Sizes,
         args: Any,
@@ -64,7 +64,7 @@ class Recorder:
 
         Args:
             module: the region.
-            key: the kind of call; None if it can be replayed never.
+            form: of the call; None if it can be replayed never.
             state: that the region is in.
             sizes: of its inputs.
             args: its positional arguments.
@@ -82,17 +82,14 @@ class Recorder:
             tracer.trace.labels.enter(args, kwargs)
         else:
             seen = tracer.trace.labels.seen()
-        trace, record = tracer.trace, tracer.trace.record
+        record = tracer.trace.record
         self._installer.in_recording(module)
-        trace.learning += 1
-        record.aliases.written.clear()
-        trace.edited = False
+        tracer.trace.begin_region()
         position = record.firings.clock()
-        trace.moments.clear()
         frame = tracer.enter(module, args, kwargs)
         frame.position = position
         frame.counts = Counter(record.counts)
-        self._live.recording = Recording(module, frame, key, state, sizes, inputs, seen)
+        self._live.recording = Recording(module, frame, form, state, sizes, inputs, seen)
         self._paths.begin_lesson(module)
         record.firings.site_of = self._paths.site_of
         self._live.trace_on()
@@ -114,7 +111,7 @@ class Recorder:
         frame, trace, record = recording.frame, tracer.trace, tracer.trace.record
         replaced = tracer.leave(module, None if failed else output)
         paused = self._live.trace_off()  # it would see what we look at
-        trace.learning -= 1
+        trace.end_region()
         record.firings.site_of = None
         self._live.recording = None
         items = self._paths.since(frame.position)
@@ -128,7 +125,7 @@ class Recorder:
         elif not failed and tracer.failed is None:
             events = record.events[frame.start :]
             _check_held(events)
-            useful = complete and recording.key is not None and not hopeless
+            useful = complete and recording.form is not None and not hopeless
             decides = self._decides(module, tracer) or self._remembers(recording, tracer, output)
             decides = decides or self._reaches_out(recording, tracer, output)
             if not decides and useful and not any(map(_sharded, events)):
@@ -186,11 +183,14 @@ class Recorder:
         _copy_what_is_used_again(tracer, frame, [*arguments, *tensors_in(output)])
         plan = make_plan(tracer, frame, output, recording.inputs, arguments)
         region = self._regions.of(module)
-        state = region.state_of(items, recording.key, recording.state, recording.sizes)
+        sizes, asked = recording.sizes, tracer.trace.asked
+        kind = region.kind(recording.form, recording.state, asked, sizes)
+        state = None if kind is None else region.state_of(items, kind, recording.state, sizes)
         if state is None:
-            self._open(module, *region.differing(items, recording.key, recording.sizes))
+            self._open(module, *region.differing(items, kind, sizes))
             return
-        known = region.paths(recording.key, state)
+        known = region.paths(kind, state)
+        region.kind(recording.form, state, asked, sizes)  # where the number of the state changed
         if known.wavers(items, recording.sizes):
             self._open(module, *known.leaves_at(items, recording.sizes)[1])
             return
@@ -250,7 +250,8 @@ def _copy_what_is_used_again(tracer: Tracer, frame: Frame, passed: list[Tensor])
         frame: of the region's call.
         passed: tensors that were given to it, or that it returned: others know of these.
     """
-    written = tracer.trace.record.aliases.written.difference(map(storage_of, passed))
+    written = tracer.trace.record.aliases.written_since(frame.writes)
+    written.difference_update(map(storage_of, passed))
     events = tracer.trace.record.events[frame.start :]
     held = {id(h): h for e in events for h in (e.x_held, e.y_held) if h is not None}.values()
     ours: dict[int, list[StoredTensor]] = {}

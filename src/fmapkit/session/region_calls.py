@@ -17,10 +17,12 @@ from fmapkit.missed import MissedLog, Reason, reason
 from fmapkit.paths import ControlPaths, Expected, KnownPaths, Sizes
 from fmapkit.provenance import ChannelLabel, Label
 from fmapkit.replay import (
+    InputTruths,
     Plan,
     ReplayRegion,
     ReplayRegions,
     ReplayRun,
+    Truths,
     carried,
     shape_of,
     sizes_of,
@@ -58,6 +60,8 @@ class _Taken:
         sizes: of its inputs.
         plan: by which it is read.
         items: of the path that it is taken to take; None if their numbers were not known.
+        reads: what calls of its form read of their inputs.
+        truths: what it has read.
     """
 
     region: ReplayRegion
@@ -68,6 +72,14 @@ class _Taken:
     sizes: Sizes
     plan: Plan
     items: list[Any] | None
+    reads: InputTruths | None
+    truths: Truths | None
+
+    def reads_the_same(self, args: Any, kwargs: Any) -> bool:
+        """Whether another call, which is given the like, will read the same of it."""
+        if self.reads is None or not self.truths:
+            return True
+        return self.reads.of(tensors_in(*args, kwargs), self.sizes) == self.truths
 
 
 class RegionCalls:
@@ -115,7 +127,7 @@ class RegionCalls:
         latest, self._latest = self._latest, None
         if tracer is None and latest is not None and not self._edits and not others_watch():
             if latest.region is region and latest.modes == modes and latest.state == state:
-                if latest.given == plain_spec(args, kwargs):
+                if latest.given == plain_spec(args, kwargs) and latest.reads_the_same(args, kwargs):
                     expected = self._paths.expect(latest.items)
                     self._taking = latest
                     self._start(module, latest.plan, args, kwargs, [], expected)
@@ -130,20 +142,23 @@ class RegionCalls:
         if tracer is not None:
             inputs = [tracer.trace.labels.of(t) for t in tensors]
             origins = carried(inputs, self._wants.of)
-        kind = shape_of(args), shape_of(kwargs), origins, modes
+        form = shape_of(args), shape_of(kwargs), origins, modes
         sizes = sizes_of(tensors, args, kwargs)
-        known = region.known(kind, state)
-        plan = known.plan(sizes) if known is not None else None
         asked = sizes, args, kwargs, inputs
         if others_watch():  # and sees our looks, too, of which there are more in a traced pass
             return self._recorder.enter(module, None, 0, *asked) or given
+        reads = region.truths(form, state)
+        truths = reads.of(tensors, sizes) if reads is not None else None
+        known = region.known((form, truths), state)
+        plan = known.plan(sizes) if known is not None else None
         if known is None or plan is None:
-            return self._recorder.enter(module, kind, state, *asked) or given
+            return self._recorder.enter(module, form, state, *asked) or given
         if self._edits and self._edited_inside(plan, inputs):
             return self._recorder.enter(module, None, 0, *asked) or given
         items = known.items(sizes)
         spec = plain_spec(args, kwargs) if tracer is None else None
-        self._taking = _Taken(region, state, modes, spec, known, sizes, plan, items)
+        told = region, state, modes, spec, known, sizes, plan, items, reads, truths
+        self._taking = _Taken(*told)
         self._start(module, plan, args, kwargs, inputs, self._paths.expect(items))
         return given
 

@@ -31,7 +31,7 @@ class Recording:
     Attributes:
         module: the region.
         frame: of the call.
-        key: which kind of call it is; None if it can be replayed never.
+        form: of the call; None if it can be replayed never.
         state: that the region is in.
         sizes: of its inputs.
         inputs: what its tensors carry.
@@ -40,7 +40,7 @@ class Recording:
 
     module: nn.Module
     frame: Frame
-    key: Any
+    form: Any
     state: int
     sizes: Sizes
     inputs: list[Label]

@@ -17,7 +17,16 @@ __all__ = ["Aliases"]
 class Aliases:
     """Which held tensors share memory with one that is about to be written to."""
 
-    __slots__ = ("_by_id", "_by_storage", "_lent", "_new", "detach", "gradients", "written")
+    __slots__ = (
+        "_by_id",
+        "_by_storage",
+        "_lent",
+        "_new",
+        "detach",
+        "gradients",
+        "writes",
+        "written",
+    )
 
     def __init__(
         self,
@@ -28,7 +37,8 @@ class Aliases:
         self.detach = detach
         self.gradients = gradients
         self._lent = lent  # whether a tensor's memory will be gone when its module has run
-        self.written: set[int] = set()  # storages that were written to
+        self.written: dict[int, int] = {}  # storages, each with how many writes were before it
+        self.writes = 0
         self._new: list[StoredTensor] = []
         self._by_storage: dict[int, list[StoredTensor]] = {}
         self._by_id: dict[int, tuple[weakref.ref[Tensor], StoredTensor]] = {}
@@ -80,6 +90,15 @@ class Aliases:
         found = self._by_storage.get(storage_of(tensor), [])
         return [h for h in found if h.tensor is not None and not h.copied]
 
+    def written_since(self, writes: int) -> set[int]:
+        """The storages that were written to after so many writes."""
+        return {storage for storage, at in self.written.items() if at >= writes}
+
+    def wrote(self, tensor: Tensor) -> None:
+        """A tensor is written to."""
+        self.written[storage_of(tensor)] = self.writes
+        self.writes += 1
+
     def before_write(self, tensor: Tensor, leads_on: bool = False) -> None:
         """Copy what the write would lose.
 
@@ -88,6 +107,6 @@ class Aliases:
             leads_on: σ writes to it, and what is held in the graph is to have its gradient.
         """
         leads_on = leads_on and not self.detach and type(tensor) is Tensor
-        self.written.add(storage_of(tensor))
+        self.wrote(tensor)
         for held in sorted(self.of(tensor), key=lambda one: one.tensor is tensor):
             held.snapshot(leads_on and held.tensor is tensor)

@@ -7,6 +7,7 @@ Tracer                  tracer.py        each function: a σ, a layer, or any ot
   σ as a function       sigma_calls.py   before it runs, and after
   a module's call       module_calls.py  what it turns out to have been, when it ends
     weightless modules  candidates.py    one σ, written out by hand?
+  what data decides     data_reads.py    and what of that the inputs tell beforehand (input_reads.py)
   attention             attention.py     which softmax weighs values
   edits                 layer_edits.py, module_edits.py
   Record                record.py        events, hook points (events.py), map records
@@ -18,6 +19,8 @@ from fmapkit.tracing.frames import Frame as Frame
 from fmapkit.tracing.frames import call_frame as call_frame
 from fmapkit.tracing.frames import on_stack as on_stack
 from fmapkit.tracing.frames import running_modules as running_modules
+from fmapkit.tracing.input_reads import InputRead as InputRead
+from fmapkit.tracing.input_reads import read as read
 from fmapkit.tracing.label_table import LabelTable as LabelTable
 from fmapkit.tracing.pass_trace import PassTrace as PassTrace
 from fmapkit.tracing.record import Record as Record

@@ -35,7 +35,7 @@ class Frame:
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
         *("in_place", "kept", "tag", "a", "watched", "inner", "pointwise", "ran", "unseen"),
-        *("counts", "firing", "position", "replaced", "site", "turns"),
+        *("counts", "firing", "position", "replaced", "site", "turns", "writes"),
     )
 
     def __init__(
@@ -45,6 +45,7 @@ class Frame:
         kwargs: Any,
         start: int,
         firing: int,
+        writes: int,
         replaced: tuple[Any, Any] | None,
     ) -> None:
         self.module = module
@@ -63,6 +64,7 @@ class Frame:
         self.counts = _NONE  # as it began; of a region that is learned
         self.firing = firing  # how many hook points there were
         self.position = 0  # how many decisions of the pass had been taken
+        self.writes = writes  # how many writes to memory there had been
         # How often each function was given a weight, by the layer that made that.
         self.turns: Counter[tuple[str, str | None]] | None = None
         self.site: EditSite | None = None  # something to edit

@@ -58,7 +58,8 @@ class ModuleCalls:
                 args, kwargs = replaced
             parent = trace.frames[-1] if trace.frames else None
             record = trace.record
-            frame = Frame(module, args, kwargs, len(record.events), len(record.firings), replaced)
+            counts = len(record.events), len(record.firings), record.aliases.writes
+            frame = Frame(module, args, kwargs, *counts, replaced)
             if trace.learning:
                 trace.moments.append((record.firings.clock(), module))
             trace.frames.append(frame)

@@ -7,6 +7,7 @@ pass is, and writes to its record and its labels. None of them knows the tracer.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from fmapkit.reasons import Reason
 from fmapkit.tracing.candidates import is_whole, may_be_sigma, role_of
 from fmapkit.tracing.events import Event
 from fmapkit.tracing.frames import Frame, first_tensor, running_module
+from fmapkit.tracing.input_reads import InputRead
 from fmapkit.tracing.record import Record
 
 __all__ = ["HIDDEN", "PassTrace"]
@@ -45,6 +47,7 @@ class PassTrace:
         labels: what the tensors carry.
         frames: the modules that are running, outermost first.
         learning: > 0 while a region is recorded: then every module has hooks.
+        asked: truths that were read of what it was given, in order, and what they were.
         opaque: how many running modules are registered layers.
         paused: nothing is to be seen: a region is replayed, or a module is tried.
         edited: something was, or might have been, edited.
@@ -61,6 +64,8 @@ class PassTrace:
         self.labels = record.labels
         self.frames: list[Frame] = []
         self.learning = self.opaque = 0
+        self.asked: list[tuple[InputRead, bool]] = []
+        self._outside = 0  # how many calls are around the region that is recorded
         self.paused = self.edited = False
         self.deciding: set[nn.Module] = set()
         self.unhooked: set[nn.Module] = set()
@@ -73,6 +78,24 @@ class PassTrace:
         self.labels.end()
 
     # -- where the pass is --------------------------------------------------------------------
+
+    def begin_region(self) -> None:
+        """The next call is that of a region that is to be recorded."""
+        self.learning += 1
+        self._outside = len(self.frames)
+        self.edited = False
+        self.moments.clear()
+        self.asked.clear()
+
+    def end_region(self) -> None:
+        """It has ended."""
+        self.learning -= 1
+
+    @property
+    def region(self) -> Frame | None:
+        """The call of the region that is recorded."""
+        inside = self.learning and len(self.frames) > self._outside
+        return self.frames[self._outside] if inside else None
 
     def scope(self) -> nn.Module:
         """The module in whose forward a function runs.
@@ -139,9 +162,27 @@ class PassTrace:
                 return
         self.record.miss(layer, reason)
 
-    def decides(self) -> None:
-        """What runs here is to be traced in every pass."""
-        self.deciding.update([f.module for f in self.frames])
+    def decides(
+        self, by_inputs: Callable[[Frame], InputRead | None] | None = None
+    ) -> InputRead | None:
+        """What runs here decides by data: the calls around it are to be traced in every pass.
+
+        But not those whose inputs tell what is decided, nor what runs inside of them.
+
+        Args:
+            by_inputs: tells what is decided as a function of the inputs of a call; None if none is.
+
+        Returns:
+            The same of the region that is recorded.
+        """
+        region, inside = self.region, False
+        for frame in self.frames:
+            inside = inside or frame is region
+            read = by_inputs(frame) if inside and by_inputs is not None else None
+            if read is not None:
+                return read if frame is region else None
+            self.deciding.add(frame.module)
+        return None
 
     def past_hooks(self, entered: nn.Module | None = None) -> None:
         """Name the modules that run without their hooks, where that keeps something from us.

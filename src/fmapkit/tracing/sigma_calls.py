@@ -22,7 +22,6 @@ from fmapkit.provenance import (
 from fmapkit.reasons import Reason
 from fmapkit.storage import unheld
 from fmapkit.torchlib.in_place import is_alone, with_new_memory
-from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import wrapped
 from fmapkit.tracing.events import Event
@@ -125,14 +124,14 @@ class SigmaCalls:
         if other is None:
             return None
         function, its_args, its_kwargs = other
-        aliases.written.add(storage_of(z))  # where z cannot be given other memory, it will be
+        aliases.wrote(z)  # where z cannot be given other memory, it will be
 
         def run(*given: Any, **named: Any) -> Any:
             for held in aliases.of(z):
                 held.own_memory()
             if with_new_memory(z, lambda: function(*its_args, **its_kwargs)):
                 aliases.forget(z)
-                aliases.written.add(storage_of(z))
+                aliases.wrote(z)
                 return z
             aliases.before_write(z)
             return func(*args, **kwargs)

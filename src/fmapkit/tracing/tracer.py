@@ -30,7 +30,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from fmapkit.editing import RequestedEdits
 from fmapkit.missed import reason
 from fmapkit.model import Names
-from fmapkit.paths import runs_own_code, unrecorded
+from fmapkit.paths import unrecorded
 from fmapkit.provenance import (
     ADDING_WRITES,
     FOLLOWED,
@@ -42,7 +42,6 @@ from fmapkit.provenance import (
     STOP,
     WRITES,
     ChannelLabel,
-    Constants,
     Function,
     FunctionCall,
     Lookup,
@@ -64,6 +63,7 @@ from fmapkit.torchlib.side_ops import looking
 from fmapkit.torchlib.transforms import is_shapeless, some_shapeless, wrapped
 from fmapkit.tracing import list_calls
 from fmapkit.tracing.attention import AttentionWatch
+from fmapkit.tracing.data_reads import DataReads
 from fmapkit.tracing.events import HookPoint
 from fmapkit.tracing.frames import Frame, SigmaCall
 from fmapkit.tracing.label_table import LabelTable
@@ -102,6 +102,7 @@ class Tracer(ObserverMode):
         trace: of the pass.
         editor: of the pass; None where nothing is to be edited.
         layers: the calls of layers in it.
+        reads: where it lets data decide.
         failed: a fault of our own, after which nothing is captured.
         lost: the pass has left the known paths.
         broken: the region after whose exception no more was captured.
@@ -117,7 +118,7 @@ class Tracer(ObserverMode):
         self.modules = ModuleCalls(trace, self.editor, self.layers)
         self.sigmas = SigmaCalls(trace, self.editor)
         self.attention = AttentionWatch(trace) if trace.wants.kind("attention") else None
-        self.constants = Constants()
+        self.reads = DataReads(trace)
         self.described = described()
         self.failed: BaseException | None = None
         self.lost = False
@@ -187,8 +188,11 @@ class Tracer(ObserverMode):
         known = self.described.get(func) or describe(func)
         if not trace.paused and (known.reads or types):
             with self._looking():
-                if self._decides(known, types, args, kwargs):
-                    trace.decides()
+                read = self.reads.before(known, func, types, args, kwargs)
+            if read is not None:
+                truth = func(*args, **kwargs)
+                trace.asked.append((read, bool(truth)))
+                return truth
         if known.silent or trace.paused or self.failed or graph_task() != -1:
             return func(*args, **kwargs)
         if known.opened is not None:
@@ -230,14 +234,6 @@ class Tracer(ObserverMode):
         """
         return looking() if self.editor is None else nullcontext()
 
-    def _decides(self, known: Function, types: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether a function has to be seen in every pass: by its result, or by whom it runs."""
-        if types and any(map(runs_own_code, types)):
-            return True
-        if not known.reads or not known.reads(args, kwargs):
-            return False
-        return not self.constants.hold(tensors_in(*args, kwargs))
-
     def _before(
         self, known: Function, func: Any, args: Any, kwargs: dict[str, Any], watched: bool
     ) -> SigmaCall | None:
@@ -269,7 +265,7 @@ class Tracer(ObserverMode):
             trace.miss_here(Reason.FUSED_QUANTIZED.text(function=call.function))
         if name in FRESH and isinstance(out, Tensor):
             self.layers.made.add(storage_of(out))
-        self.constants.made(name, operands, out)
+        self.reads.after(known, call)
         if not operands:
             if name in FOLLOWED or trace.frames[-1].watched:
                 trace.follow(call)

@@ -1,0 +1,39 @@
+"""Whole numbers that follow the sizes of the inputs, as in `x.view(batch, length, -1)`."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+__all__ = ["Rule", "Sizes", "by_rule", "holds", "rules_of"]
+
+Sizes = tuple[int, ...]
+Rule = tuple[Any, ...]
+
+
+def rules_of(value: int, sizes: Sizes) -> set[Rule]:
+    """What a number may be of the inputs' sizes: one of them and a bit, a multiple, a product."""
+    found: set[Rule] = set()
+    for at, size in enumerate(sizes):
+        found.add(("more", at, value - size))
+        if size:
+            found.add(("times", at, Fraction(value, size)))
+        for other in range(at, len(sizes)):
+            if size and sizes[other]:
+                found.add(("product", at, other, Fraction(value, size * sizes[other])))
+    return found
+
+
+def by_rule(rule: Rule, sizes: Sizes) -> int | Fraction:
+    """The number that a rule gives: a fraction where it gives no whole one."""
+    kind, at, *rest = rule
+    if kind == "more":
+        return int(sizes[at] + rest[0])
+    if kind == "times":
+        return Fraction(sizes[at] * rest[0])
+    return Fraction(sizes[at] * sizes[rest[0]] * rest[1])
+
+
+def holds(rule: Rule, value: Any, sizes: Sizes) -> bool:
+    """Whether a number keeps to a rule."""
+    return bool(value == by_rule(rule, sizes))

@@ -1,0 +1,51 @@
+"""Where a pass lets data decide: a function that gives Python a number, or a tensor its size.
+
+A module that does so is traced in every pass; but not where what is read is known beforehand, of
+numbers alone (`provenance/constants.py`) or of what a call is given (`input_reads.py`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from fmapkit.paths import runs_own_code
+from fmapkit.provenance import Constants, Function, FunctionCall
+from fmapkit.torchlib.nested import tensors_in
+from fmapkit.tracing.input_reads import InputRead, MadeTensors
+from fmapkit.tracing.pass_trace import PassTrace
+
+__all__ = ["DataReads"]
+
+
+class DataReads:
+    """Those of one pass."""
+
+    def __init__(self, trace: PassTrace) -> None:
+        self._trace = trace
+        self._constants = Constants()
+        self._made = MadeTensors(trace.record.aliases)
+
+    def before(
+        self, known: Function, func: Any, types: Any, args: Any, kwargs: dict[str, Any]
+    ) -> InputRead | None:
+        """Note where a function has to be seen in every pass: by its result, or by whom it runs.
+
+        Returns:
+            What it is of the inputs of the region that is recorded, if these alone tell its result.
+        """
+        trace, by_inputs = self._trace, None
+        if not (types and any(map(runs_own_code, types))):
+            if not known.reads or not known.reads(args, kwargs):
+                return None
+            if self._constants.hold(tensors_in(*args, kwargs)):
+                return None
+            if trace.region is not None:
+                by_inputs = partial(self._made.of_inputs, known, func, args, kwargs)
+        return trace.decides(by_inputs)
+
+    def after(self, known: Function, call: FunctionCall) -> None:
+        """A function has run."""
+        self._constants.made(call.name, call.operands, call.out)
+        if self._trace.region is not None:
+            self._made.add(known, call)

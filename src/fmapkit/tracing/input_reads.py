@@ -1,0 +1,252 @@
+"""Truths that a model reads of what it is given: `if mask.all()`.
+
+Most branches on data, in models that people use, ask whether a mask has padding. Such a truth is
+a few functions away from the inputs of a call. So it can be read before the call, by the same
+functions, and the call's path is known beforehand. Here the functions are noted as they run.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fmapkit.provenance import Function, FunctionCall, words
+from fmapkit.storage import Aliases
+from fmapkit.torchlib.memory import storage_of
+from fmapkit.torchlib.nested import tensors_in
+from fmapkit.tracing.frames import Frame
+
+__all__ = ["InputRead", "MadeTensors", "read"]
+
+# Are the same of the same tensors, write to none, and cost little beside a layer.
+_CHEAP = words(
+    """all any sum mean amax amin max min prod count_nonzero numel argmax argmin norm std var
+    eq ne lt le gt ge equal allclose isclose isnan isinf isfinite logical_not logical_and
+    logical_or logical_xor bitwise_not bitwise_and bitwise_or bitwise_xor invert and or xor
+    abs neg sign add radd sub rsub mul rmul div truediv rtruediv floordiv floor_divide mod
+    remainder pow square sqrt exp log clamp clip floor ceil round minimum maximum diff cumsum
+    to type bool int long float double half bfloat16 type_as detach cpu
+    getitem select narrow squeeze unsqueeze view reshape flatten expand expand_as permute
+    transpose t chunk split unbind diagonal pad tril triu
+    arange ones zeros full ones_like zeros_like full_like new_ones new_zeros new_full"""
+)
+# Give a truth to Python; and the same of a tensor that is one.
+_TRUTHS = {"__bool__", "__contains__", "is_nonzero", "equal", "allclose"}
+_NUMBERS = {"item", "__int__", "__index__", "__float__"}
+_PLAIN = frozenset(
+    {bool, float, str, type(None), type(...), torch.dtype, torch.device, torch.layout}
+) | {torch.memory_format}
+_SEVERAL: dict[type, type] = {tuple: tuple, list: list, torch.Size: tuple}
+_TENSORS = (Tensor, nn.Parameter)
+_MOST_FUNCTIONS = 12
+
+
+class _Input(NamedTuple):
+    """A tensor that the call is given, by its place among all of them."""
+
+    place: int
+
+
+class _FunctionOf(NamedTuple):
+    """A function of torch's, and what it is given."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+
+class _Several(NamedTuple):
+    """A tuple, a list or a slice of such things."""
+
+    kind: Any
+    items: tuple[Any, ...]
+
+
+_NUMBER = object()  # a whole number, which may follow the sizes of the inputs
+
+
+@dataclass(frozen=True, slots=True)
+class InputRead:
+    """A truth, as a function of what a call is given.
+
+    Attributes:
+        form: the functions, without their whole numbers.
+        numbers: these, in order.
+    """
+
+    form: Any
+    numbers: tuple[int, ...]
+
+    def is_like(self, other: InputRead) -> bool:
+        """Whether it is the same but for whole numbers."""
+        return bool(self.form == other.form) and len(self.numbers) == len(other.numbers)
+
+
+def read(form: Any, tensors: Sequence[Tensor], numbers: Iterator[int]) -> Any:
+    """What a form gives.
+
+    Args:
+        form: of an `InputRead`.
+        tensors: all that the call is given.
+        numbers: the whole numbers in the form.
+    """
+    kind = type(form)
+    if kind is _Input:
+        return tensors[form.place]
+    if kind is _FunctionOf:
+        args = [read(value, tensors, numbers) for value in form.args]
+        return form.function(*args, **{k: read(v, tensors, numbers) for k, v in form.kwargs})
+    if kind is _Several:
+        items = [read(value, tensors, numbers) for value in form.items]
+        return slice(*items) if form.kind is slice else form.kind(items)
+    return next(numbers) if form is _NUMBER else form
+
+
+class _MadeTensor(NamedTuple):
+    """How a tensor was made.
+
+    Attributes:
+        tensor: it.
+        function: that made it.
+        args: that it was given.
+        kwargs: by keyword.
+        writes: how many writes there had been.
+    """
+
+    tensor: weakref.ref[Tensor]
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    writes: int
+
+
+class _TensorGiven(NamedTuple):
+    """A tensor that a function was given: none is kept alive, and its memory counts its users.
+
+    Attributes:
+        tensor: it.
+        made: how, if that is known.
+        written: when it had been written to the last time.
+    """
+
+    tensor: weakref.ref[Tensor]
+    made: _MadeTensor | None
+    written: int
+
+
+class _NotOfInputsError(Exception):
+    """A value is no function of the inputs that is known here."""
+
+
+class MadeTensors:
+    """The tensors of a pass that were made by cheap functions.
+
+    Args:
+        aliases: count writes to memory.
+    """
+
+    def __init__(self, aliases: Aliases) -> None:
+        self._aliases = aliases
+        self._made: dict[int, _MadeTensor] = {}
+
+    def add(self, known: Function, call: FunctionCall) -> None:
+        """A function has run."""
+        if known.name.strip("_") not in _CHEAP or not known.never_writes or "out" in call.kwargs:
+            return
+        if type(call.out) is not Tensor:
+            return
+        try:
+            given = self._given(call.args, call.kwargs)
+        except _NotOfInputsError:
+            return
+        out = weakref.ref(call.out)
+        self._made[id(call.out)] = _MadeTensor(out, call.function, *given, self._aliases.writes)
+
+    def of_inputs(
+        self, known: Function, function: Any, args: Any, kwargs: Any, frame: Frame
+    ) -> InputRead | None:
+        """A truth that is about to be read, as a function of what a running call was given.
+
+        Args:
+            known: what the function is that reads it.
+            function: it.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            frame: of the call.
+
+        Returns:
+            None if it is no truth, or comes from elsewhere, too, or from too far away.
+        """
+        if known.name not in _TRUTHS:
+            if known.name not in _NUMBERS or args[0].dtype is not torch.bool:
+                return None
+        writer = _FormWriter(frame)
+        try:
+            form = writer.call(function, *self._given(args, kwargs))
+        except _NotOfInputsError:
+            return None
+        return InputRead(form, tuple(writer.numbers))
+
+    def _given(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+        """What a function is given, without the tensors themselves."""
+        rows = tuple([self._part(value) for value in args])
+        return rows, tuple([(k, self._part(v)) for k, v in kwargs.items()])
+
+    def _part(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is int or kind in _PLAIN:
+            return value
+        if kind in _SEVERAL:
+            return _Several(_SEVERAL[kind], tuple([self._part(v) for v in value]))
+        if kind is slice:
+            parts = value.start, value.stop, value.step
+            return _Several(slice, tuple([self._part(v) for v in parts]))
+        if kind not in _TENSORS:
+            raise _NotOfInputsError
+        writes = self._aliases.written
+        written = writes.get(storage_of(value), -1) if writes else -1
+        made = self._made.get(id(value))
+        if made is not None and (made.tensor() is not value or written >= made.writes):
+            made = None
+        return _TensorGiven(weakref.ref(value), made, written)
+
+
+class _FormWriter:
+    """Writes a value as a function of what a call was given."""
+
+    def __init__(self, frame: Frame) -> None:
+        self._writes = frame.writes
+        given = tensors_in(*frame.args, frame.kwargs)
+        self._places = {id(t): at for at, t in enumerate(given) if type(t) in _TENSORS}
+        self._left = _MOST_FUNCTIONS
+        self.numbers: list[int] = []
+
+    def call(self, function: Any, args: Any, kwargs: Any) -> _FunctionOf:
+        """A function, and what it is given."""
+        self._left -= 1
+        if self._left < 0:
+            raise _NotOfInputsError
+        rows = tuple([self._value(value) for value in args])
+        return _FunctionOf(function, rows, tuple([(k, self._value(v)) for k, v in kwargs]))
+
+    def _value(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is int:
+            self.numbers.append(value)
+            return _NUMBER
+        if kind is _Several:
+            return _Several(value.kind, tuple([self._value(v) for v in value.items]))
+        if kind is not _TensorGiven:
+            return value
+        tensor = value.tensor()
+        place = self._places.get(id(tensor)) if tensor is not None else None
+        if place is not None and value.written < self._writes:
+            return _Input(place)
+        if value.made is None:
+            raise _NotOfInputsError
+        return self.call(value.made.function, value.made.args, value.made.kwargs)
