@@ -174,6 +174,23 @@ class _Positions(nn.Module):
         return (self.up(x) + self.table[:length].view(1, length, 2 * 4)).relu()
 
 
+class _Tokens(_Positions):
+    """A number that follows two sizes at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.shape[0] * x.shape[1]
+        return self.up(x.reshape(tokens, 4)).reshape(tokens, 2, 4).relu()
+
+
+def test_a_number_that_was_the_same_by_chance_may_follow_sizes() -> None:
+    model = _Tokens()
+    with capture(model) as maps:
+        for batch, length in [(3, 8), (2, 12), (3, 5), (4, 6), (1, 7)]:
+            out = model(torch.randn(batch, length, 4))
+            assert torch.equal(maps["up"].tensor, out)
+    assert not maps.missed
+
+
 @pytest.mark.parametrize("sizes", [[(2, 3), (5, 3), (5, 4)], [(2, 3), (2, 4), (5, 4), (3, 7)]])
 def test_a_size_that_changes_for_the_first_time_costs_no_map(sizes: list[tuple[int, int]]) -> None:
     model = _Positions()

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
-from fmapkit.paths.number_rules import Rule, Sizes, holds, rules_of
+from fmapkit.paths.number_rules import Rule, Sizes, coincidences, holds, rules_of
 
 __all__ = ["Expected", "KnownPaths", "Sizes"]
 
@@ -147,6 +147,11 @@ class _Path(Generic[_Plan]):
         for place, old, new in found:
             both = rules_of(old, before) & rules_of(new, sizes)
             rules[place] = rules[place] & both if place in rules else both
+        for place in _numbers(items):
+            if place not in rules:
+                both = coincidences(_at(items, place), [*self.by_sizes, sizes])
+                if both:
+                    rules[place] = both
         for place in rules:
             value = _at(items, place)
             rules[place] = {rule for rule in rules[place] if holds(rule, value, sizes)}

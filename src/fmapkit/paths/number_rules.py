@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["Rule", "Sizes", "by_rule", "holds", "rules_of"]
+__all__ = ["Rule", "Sizes", "by_rule", "coincidences", "holds", "rules_of"]
 
 Sizes = tuple[int, ...]
 Rule = tuple[Any, ...]
@@ -24,9 +25,24 @@ def rules_of(value: int, sizes: Sizes) -> set[Rule]:
     return found
 
 
+def coincidences(value: int, known: Sequence[Sizes]) -> set[Rule]:
+    """What a number may be that was the same for all these sizes, and may follow them all the same.
+
+    Of 3 × 8 and 2 × 12 pixels, there are as many.
+    """
+    if value == 0:
+        return set()
+    changed = {at for at, sizes in enumerate(zip(*known, strict=True)) if len(set(sizes)) > 1}
+    rules = {rule for rule in rules_of(value, known[0]) if changed.intersection(rule[1:-1])}
+    rules = {rule for rule in rules if all(holds(rule, value, sizes) for sizes in known)}
+    return rules | {("same", value)} if rules else set()
+
+
 def by_rule(rule: Rule, sizes: Sizes) -> int | Fraction:
     """The number that a rule gives: a fraction where it gives no whole one."""
     kind, at, *rest = rule
+    if kind == "same":
+        return int(at)
     if kind == "more":
         return int(sizes[at] + rest[0])
     if kind == "times":

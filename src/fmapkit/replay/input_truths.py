@@ -113,7 +113,7 @@ class _Truth:
             return known
         found: list[int] = []
         for rules in self._rules:
-            values = {r[1] if r[0] == "same" else by_rule(r, sizes) for r in rules}
+            values = {by_rule(rule, sizes) for rule in rules}
             if len(values) != 1:
                 return None
             found.append(int(values.pop()))
