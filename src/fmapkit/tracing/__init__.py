@@ -7,7 +7,7 @@ Tracer                  tracer.py        each function: a σ, a layer, or any ot
   σ as a function       sigma_calls.py   before it runs, and after
   a module's call       module_calls.py  what it turns out to have been, when it ends
     weightless modules  candidates.py    one σ, written out by hand?
-  what data decides     data_reads.py    and what of that the inputs tell beforehand (input_reads.py)
+  what data decides     data_reads.py    and what inputs tell beforehand (input_reads.py)
   attention             attention.py     which softmax weighs values
   edits                 layer_edits.py, module_edits.py
   Record                record.py        events, hook points (events.py), map records
