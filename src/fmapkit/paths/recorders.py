@@ -42,6 +42,7 @@ _PLAIN: frozenset[type] = frozenset(
 _NESTED: frozenset[type] = frozenset({tuple, list, dict, set, frozenset, slice, torch.Size})
 _FUNCTION = types.FunctionType
 _BUILTIN = types.BuiltinFunctionType
+_CONTAINERS = frozenset({dict, list, tuple, set, str})
 _SHARED = frozenset({type(None), types.ModuleType})
 _NOTHING: Callable[[Any], None] = deque(maxlen=0).append
 _TRUE, _FALSE = f"{MARK}True", f"{MARK}False"
@@ -173,10 +174,27 @@ def _tensor(given: Any) -> Any:
 
 
 def _row(given: Any) -> Any:
-    """A tuple or a list; mostly a shape."""
-    if _PLAIN.issuperset(map(type, given)):
-        return (type(given), *given)
-    return _flat(given)
+    """A tuple or a list; mostly a shape, or arguments that are passed on."""
+    found: list[Any] = [type(given)]
+    for value in given:
+        kind = type(value)
+        found.append(
+            value if kind in _PLAIN else Tensor if kind is Tensor else _flat(value, depth=1)
+        )
+    return tuple(found)
+
+
+def _dict(given: Any) -> Any:
+    """A dict; mostly keyword arguments that are passed on."""
+    found: list[Any] = [dict]
+    for key, value in given.items():
+        kind = type(value)
+        if type(key) is not str:
+            key = _flat(key, depth=1)
+        found.append(
+            (key, value if kind in _PLAIN else Tensor if kind is Tensor else _flat(value, depth=1))
+        )
+    return tuple(found)
 
 
 def _flat(given: Any, depth: int = 0) -> Any:
@@ -251,6 +269,8 @@ def _function(function: Any) -> Any:
 def _builtin(function: Any) -> Any:
     """A function of C code, or a method of that."""
     owner = type(function.__self__)
+    if owner in _CONTAINERS:
+        return function.__name__
     if owner in _SHARED or issubclass(owner, type):
         return function
     if owner is not Tensor and issubclass(owner, Tensor):
@@ -301,7 +321,9 @@ _ITEM_OF: dict[type, Callable[[Any], Any]] = {
     torch.Size: lambda given: (torch.Size, *given),
     tuple: _row,
     list: _row,
-    **dict.fromkeys((dict, set, frozenset, slice), _flat),
+    dict: _dict,
+    **dict.fromkeys((set, frozenset, slice), _flat),
+    nn.Parameter: _tensor,
 }
 
 
