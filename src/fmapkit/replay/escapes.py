@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from fmapkit.torchlib.nested import modules_in
 
-__all__ = ["EscapedTensors"]
+__all__ = ["EscapedTensors", "inside", "own_attributes"]
 
 _COMMON = frozenset(nn.Module().__dict__)
 _NO_HOLDERS = (
@@ -38,23 +38,22 @@ class EscapedTensors:
         self._is_of_pass = is_of_pass
         self._reads = reads
 
-    def modules(self, region: nn.Module) -> list[nn.Module]:
-        """The modules in a region that keep such tensors, and whose code may read them back."""
+    def attributes(self, region: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Where modules in a region keep such tensors, and their code may read them back."""
         return [
-            module
+            (module, name)
             for module in modules_in(region)
-            if any(
-                name not in _COMMON
-                and not isinstance(value, _NO_HOLDERS)
-                and self.holds(value)
-                and self._reads(name)
-                for name, value in tuple(module.__dict__.items())
-            )
+            for name, value in tuple(module.__dict__.items())
+            if name not in _COMMON
+            and not isinstance(value, _NO_HOLDERS)
+            and self.holds(value)
+            and self._reads(name)
         ]
 
-    def given(self, arguments: Iterable[Any]) -> bool:
-        """Whether what a module is given, containers and objects, keeps such tensors."""
-        return any(not isinstance(a, Tensor) and self.holds(a) for a in arguments)
+    def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int | str]:
+        """The places and names of what a module is given that keeps such tensors."""
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        return [p for p, v in given if not isinstance(v, Tensor) and self.holds(v)]
 
     def functions(self, functions: Iterable[types.FunctionType]) -> bool:
         """Whether functions keep such tensors: in closures, defaults, or globals that they read."""
@@ -80,7 +79,7 @@ class EscapedTensors:
                     return True
             elif depth < _DEEPEST and id(found) not in seen:
                 seen.add(id(found))
-                todo += [(inner, depth + 1) for inner in _inside(found)]
+                todo += [(inner, depth + 1) for inner in inside(found)]
         return False
 
 
@@ -91,7 +90,7 @@ def _filled(cell: types.CellType) -> bool:
         return False
 
 
-def _inside(value: Any) -> Iterator[Any]:
+def inside(value: Any) -> Iterator[Any]:
     """What a container or an object holds; none of its own code runs."""
     kind = type(value)
     if issubclass(kind, _NO_HOLDERS):
@@ -100,9 +99,13 @@ def _inside(value: Any) -> Iterator[Any]:
         yield from tuple(dict.values(value))
     elif issubclass(kind, (list, tuple, set, frozenset, deque)):
         yield from tuple(value) if kind in (list, tuple, set, frozenset, deque) else ()
+    yield from tuple(own_attributes(value).values())
+
+
+def own_attributes(value: Any) -> dict[str, Any]:
+    """The attributes of an object; none of its own code runs."""
     try:
         own = object.__getattribute__(value, "__dict__")
     except AttributeError:
-        return
-    if isinstance(own, dict):
-        yield from tuple(own.values())
+        return {}
+    return own if isinstance(own, dict) else {}

@@ -8,7 +8,7 @@ modules, dtypes of weights, modes. Each kind has paths of its own, and a plan fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from fmapkit.paths import KnownPaths, Sizes
 from fmapkit.provenance import ChannelLabel, Label, ParamLabel
 from fmapkit.replay.attribute_guard import AttributeGuard
 from fmapkit.replay.input_truths import InputTruths
+from fmapkit.replay.kept_state import KeptState
 from fmapkit.replay.plan import Plan, alike
 from fmapkit.torchlib.compiled_modules import is_compiled
 from fmapkit.torchlib.tensor_spec import form_of, weights_of
@@ -30,6 +31,7 @@ __all__ = ["ReplayRegion", "ReplayRegions", "carried", "shape_of", "sizes_of"]
 
 _OURS = __name__.partition(".")[0]
 _MOST_KINDS = 64
+_MOST_FORMS = 8  # of what is kept of earlier calls
 _MOST_STATES = 4  # in which a kind of call is known while it is not clear which attributes decide
 _TOLD = frozenset({bool, str, type(None), torch.dtype, torch.device})
 
@@ -39,19 +41,44 @@ class ReplayRegion:
 
     Attributes:
         form: tells dtype and layout of its weights.
+        kept: where its calls keep tensors that later ones may read.
     """
 
-    __slots__ = ("_attributes", "_known", "_truths", "form")
+    __slots__ = ("_attributes", "_kept_forms", "_known", "_truths", "form", "kept")
 
     def __init__(self, module: nn.Module) -> None:
         self._known: dict[tuple[Any, int], KnownPaths[Plan]] = {}
         self._truths: dict[tuple[Any, int], InputTruths] = {}
         self.form = weights_of(module)
+        self.kept = KeptState()
+        self._kept_forms: set[Any] = set()
         self._attributes = AttributeGuard(module)
 
     def state(self) -> int:
         """The number of the state that the attributes of its modules are in."""
         return self._attributes.state()
+
+    def keeps(
+        self, attributes: Iterable[tuple[nn.Module, str]], arguments: Iterable[int | str]
+    ) -> bool:
+        """Note where a call has kept tensors; whether that was known as it began."""
+        more = self.kept.with_more(attributes, arguments)
+        if more is not None:
+            self.kept = more
+            self._forget()
+        return more is None
+
+    def with_kept(
+        self, form: Any, sizes: Sizes, args: Any, kwargs: Any, given: Sequence[Tensor]
+    ) -> tuple[Any, Sizes]:
+        """The form of a call that is about to begin, and its sizes, with what is kept by then.
+
+        The form is None where what is kept has too many forms: a list that grows in each call.
+        """
+        kept, more = self.kept.form(args, kwargs, given)
+        self._kept_forms.add(kept)
+        known = len(self._kept_forms) <= _MOST_FORMS
+        return (form, kept) if known else None, (*sizes, *more)
 
     def truths(self, form: Any, state: int) -> InputTruths | None:
         """What calls of a form read of their inputs; None if there was none yet."""

@@ -76,7 +76,7 @@ class Recorder:
         """
         self._installer.no_taps()
         tracer = self._live.tracer
-        seen = {}
+        seen, alone = {}, tracer is None
         if tracer is None:
             tracer = self._live.new_tracer()
             tracer.trace.labels.enter(args, kwargs)
@@ -89,7 +89,7 @@ class Recorder:
         frame = tracer.enter(module, args, kwargs)
         frame.position = position
         frame.counts = Counter(record.counts)
-        self._live.recording = Recording(module, frame, form, state, sizes, inputs, seen)
+        self._live.recording = Recording(module, frame, form, state, sizes, inputs, seen, alone)
         self._paths.begin_lesson(module)
         record.firings.site_of = self._paths.site_of
         self._live.trace_on()
@@ -162,11 +162,15 @@ class Recorder:
 
         twins = self._paths.twins
         remembering = EscapedTensors(is_of_pass, twins.reads)
-        found = remembering.modules(region)
-        if remembering.given((*frame.args, *frame.kwargs.values())):
-            found.append(region)
+        kept, given = (
+            remembering.attributes(region),
+            remembering.arguments(frame.args, frame.kwargs),
+        )
+        found = [module for module, _ in kept] + [region] * bool(given)
         if remembering.functions(twins.functions()):
             found += [m for m in modules_in(region) if m._modules or not is_torchs(m)]
+        elif found and recording.alone and recording.form is not None:
+            return not self._regions.of(region).keeps(kept, given)
         if found:
             self._open(*found)
         return bool(found)

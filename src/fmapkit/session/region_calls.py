@@ -144,6 +144,8 @@ class RegionCalls:
             origins = carried(inputs, self._wants.of)
         form = shape_of(args), shape_of(kwargs), origins, modes
         sizes = sizes_of(tensors, args, kwargs)
+        if tracer is None and region.kept:
+            form, sizes = region.with_kept(form, sizes, args, kwargs, tensors)
         asked = sizes, args, kwargs, inputs
         if others_watch():  # and sees our looks, too, of which there are more in a traced pass
             return self._recorder.enter(module, None, 0, *asked) or given
@@ -156,7 +158,8 @@ class RegionCalls:
         if self._edits and self._edited_inside(plan, inputs):
             return self._recorder.enter(module, None, 0, *asked) or given
         items = known.items(sizes)
-        spec = plain_spec(args, kwargs) if tracer is None else None
+        alone = tracer is None and not region.kept
+        spec = plain_spec(args, kwargs) if alone else None
         told = region, state, modes, spec, known, sizes, plan, items, reads, truths
         self._taking = _Taken(*told)
         self._start(module, plan, args, kwargs, inputs, self._paths.expect(items))

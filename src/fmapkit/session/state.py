@@ -36,6 +36,7 @@ class Recording:
         sizes: of its inputs.
         inputs: what its tensors carry.
         seen: what all tensors of the pass carry; empty where nothing around it is traced.
+        alone: nothing around it is traced.
     """
 
     module: nn.Module
@@ -45,6 +46,7 @@ class Recording:
     sizes: Sizes
     inputs: list[Label]
     seen: dict[int, Any]
+    alone: bool
 
 
 class PassState:

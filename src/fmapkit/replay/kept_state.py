@@ -1,0 +1,117 @@
+"""What a model keeps of earlier passes and reads in later ones: a cache of keys and values.
+
+As a pass begins, all tensors in it are of earlier ones. On the same path, code takes the same ones
+out and puts the same ones in, if as many are there, at the same places. So the form of what is kept
+is a part of what kind of call it is, and the sizes of its tensors are sizes of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmapkit.paths import Sizes
+from fmapkit.replay.escapes import inside, own_attributes
+from fmapkit.torchlib.memory import storage_of
+from fmapkit.torchlib.tensor_spec import form_of
+from fmapkit.torchlib.transforms import is_shapeless
+
+__all__ = ["KeptState"]
+
+_DEEPEST = 5
+_PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
+
+
+class KeptState:
+    """Where calls of one module keep tensors: in attributes of modules, and in what they are given.
+
+    Args:
+        attributes: modules, each with the name of one.
+        arguments: places and names of arguments.
+    """
+
+    def __init__(
+        self,
+        attributes: tuple[tuple[nn.Module, str], ...] = (),
+        arguments: tuple[int | str, ...] = (),
+    ) -> None:
+        self._attributes = attributes
+        self._arguments = arguments
+
+    def __bool__(self) -> bool:
+        return bool(self._attributes or self._arguments)
+
+    def with_more(
+        self, attributes: Iterable[tuple[nn.Module, str]], arguments: Iterable[int | str]
+    ) -> KeptState | None:
+        """The same, with these places; None if they are known."""
+        more = dict.fromkeys((*self._attributes, *attributes))
+        others = dict.fromkeys((*self._arguments, *arguments))
+        known = len(more) + len(others) == len(self._attributes) + len(self._arguments)
+        return None if known else KeptState(tuple(more), tuple(others))
+
+    def form(self, args: Any, kwargs: Any, given: Sequence[Tensor]) -> tuple[Any, Sizes]:
+        """What is kept as a call begins.
+
+        Args:
+            args: of the call.
+            kwargs: by keyword.
+            given: all tensors among these.
+
+        Returns:
+            Its form, and the sizes of the tensors in it, each shape once.
+        """
+        form = _Form(given)
+        held = [module.__dict__.get(name) for module, name in self._attributes]
+        for place in self._arguments:
+            if isinstance(place, str):
+                held.append(kwargs.get(place))
+            elif place < len(args):
+                held.append(args[place])
+        return tuple([form.of(value) for value in held]), form.sizes()
+
+
+class _Form:
+    """The form of what is kept, tensors numbered in the order of their first mention."""
+
+    def __init__(self, given: Sequence[Tensor]) -> None:
+        self._tensors: dict[int, int] = {}
+        self._storages: dict[int, int] = {}
+        self._seen: dict[int, int] = {}
+        self._shapes: dict[tuple[int, ...], int] = {}
+        for tensor in given:
+            self._number(tensor)
+
+    def sizes(self) -> Sizes:
+        """Those of all tensors."""
+        return tuple([size for shape in self._shapes for size in shape])
+
+    def _number(self, tensor: Tensor) -> tuple[int, int]:
+        storage = -1 if is_shapeless(tensor) else storage_of(tensor)
+        at = self._tensors.setdefault(id(tensor), len(self._tensors))
+        return at, self._storages.setdefault(storage, len(self._storages))
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        """The form of a container, or of an object."""
+        kind = type(value)
+        if isinstance(value, Tensor):
+            if is_shapeless(value):
+                return kind, self._number(value)
+            shape = self._shapes.setdefault(tuple(value.shape), len(self._shapes))
+            return kind, self._number(value), shape, form_of(value)
+        parts = tuple(inside(value)) if kind not in _PLAIN and depth <= _DEEPEST else ()
+        if not parts:
+            return kind
+        if id(value) in self._seen:
+            return self._seen[id(value)]
+        self._seen[id(value)] = len(self._seen)
+        return kind, _names(value), tuple([self.of(part, depth + 1) for part in parts])
+
+
+def _names(value: Any) -> tuple[Any, ...]:
+    """Keys of a dict, names of attributes; none of its own code runs."""
+    keys = tuple(dict.keys(value)) if isinstance(value, dict) else ()
+    return tuple([k if type(k) in (str, int) else type(k) for k in (*keys, *own_attributes(value))])

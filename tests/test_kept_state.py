@@ -1,0 +1,291 @@
+"""Models that keep tensors of a pass, and read them in later ones: caches, queues, states.
+
+What is kept is of earlier passes as a pass begins, so it carries no label. Which of its tensors a
+pass reads, and whether they are its own, follows from its path and from the form of what is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import random as dice
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fmapkit import capture
+from fmapkit.tracing import Tracer
+from tests.test_paths import Turn, hold, labels, turns
+
+pytestmark = pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
+
+
+class Cache:
+    """Keys and values of all passes so far, as `transformers` has them."""
+
+    def __init__(self) -> None:
+        self.layers: list[dict[str, Tensor]] = []
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values, with some more."""
+        if layer == len(self.layers):
+            self.layers.append({"k": k, "v": v})
+        else:
+            own = self.layers[layer]
+            own["k"], own["v"] = torch.cat([own["k"], k], 1), torch.cat([own["v"], v], 1)
+        return self.layers[layer]["k"], self.layers[layer]["v"]
+
+
+class Attending(nn.Module):
+    """Two layers of attention that keep what they have seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(8, 24) for _ in range(2))
+        self.out = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        for at, (qkv, out) in enumerate(zip(self.qkv, self.out, strict=True)):
+            q, k, v = qkv(x).chunk(3, -1)
+            if cache is not None:
+                k, v = cache.update(at, k, v)
+            length = k.shape[1]
+            weights = (q @ k.transpose(1, 2)).view(x.shape[0], -1, length).softmax(-1)
+            x = x + torch.relu(out(weights @ torch.tanh(v)))
+        return x
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows with each pass that is traced, or a part of it."""
+    found: list[None] = []
+    of_pass = Tracer.of_pass
+    monkeypatch.setattr(Tracer, "of_pass", lambda *a: found.append(None) or of_pass(*a))
+    return found
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_cache_that_grows_is_no_reason_to_trace(by_name: bool, traced: list[None]) -> None:
+    model, n = Attending().eval(), 0
+    bare = copy.deepcopy(model)
+    with capture(model) as maps, torch.no_grad():
+        for text in range(3):
+            cache, other = Cache(), Cache()
+            for step in range(8):
+                x = torch.randn(2, 1 if step else 4, 8)
+                alone, given = copy.deepcopy(bare), copy.deepcopy(other)
+                if (text, step) == (1, 1):
+                    n = len(traced)
+                out = model(x, cache=cache) if by_name else model(x, cache)
+                before = len(traced)
+                assert torch.equal(out, bare(x, other))
+                with capture(alone) as own:
+                    alone(x, given)
+                del traced[before:]
+                assert labels(maps) == labels(own)
+                assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(maps, own, strict=True))
+        assert len(traced) == n
+    assert not maps.missed
+
+
+class Keeping(nn.Module):
+    """Keeps tensors in a way that is given."""
+
+    def __init__(self, how: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.two, self.last = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 4)
+        self.how = how
+        self.kept: Any = None
+        self.queue: deque[Tensor] = deque()
+        self.by_name: dict[str, Tensor] = {}
+        self.pages: list[list[Tensor]] = [[], []]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.how(self, self.one(x), self.two(x))
+        return torch.relu(self.last(torch.tanh(h)))
+
+
+def _state(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    old = b if m.kept is None else m.kept
+    m.kept = torch.sigmoid(a + old)
+    return m.kept
+
+
+def _swapped(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    old, m.kept = m.kept, a
+    return b if old is None else old
+
+
+def _queue(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    m.queue.append(a)
+    m.queue.append(b)
+    return m.queue.popleft() if len(m.queue) > 3 else m.queue[-1]
+
+
+def _first(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    """Of this pass, or of an earlier one: only the number of them tells."""
+    m.queue.append(a)
+    found = m.queue[0]
+    if len(m.queue) > 2:
+        m.queue.rotate(1)
+        m.queue.pop()
+    return found + b
+
+
+def _by_name(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    m.by_name["b"] = b
+    m.by_name["a"] = m.by_name.get("a", b) * 0.5 + a
+    return next(iter(m.by_name.values()))
+
+
+def _pages(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    m.pages[0], m.pages[1] = m.pages[1], [a, b]
+    return m.pages[0][1] if m.pages[0] else b
+
+
+def _written(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    if m.kept is None:
+        m.kept = a.clone()
+    m.kept.mul_(0.5).add_(b)
+    return m.kept.clone()
+
+
+def _same_twice(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    """One tensor under two names, and then two: a write to the one is one to the other."""
+    if m.kept is None:
+        m.kept = a.detach().clone()
+        m.by_name["x"] = m.kept
+    with torch.no_grad():
+        m.by_name["x"].copy_(b)
+    found = m.kept + 0
+    m.kept = m.kept.clone() if found.sum() > 0 else m.kept
+    return found
+
+
+def _history(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    m.pages[0].append(a)
+    return torch.stack(m.pages[0]).sum(0) + b
+
+
+def _of_first_pass(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    if m.kept is None:
+        m.kept = a.detach()
+    return m.kept + b
+
+
+WAYS = [_state, _swapped, _queue, _first, _by_name, _pages, _written, _same_twice, _history]
+WAYS += [_of_first_pass]
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("train", [False, True])
+def test_what_is_kept_is_of_earlier_passes(how: Any, train: bool) -> None:
+    if train and how in (_written, _state, _queue, _swapped, _first, _by_name, _pages, _history):
+        pytest.skip("the second backward would go through the first graph")
+    hold(Keeping(how), turns(*[(2, 3)] * 9), train=train, most=1)
+
+
+@pytest.mark.parametrize("how", [_state, _swapped, _by_name, _pages])
+def test_it_is_replayed_once_its_form_is_known(how: Any, traced: list[None]) -> None:
+    model = Keeping(how).eval()
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(6):
+            model(torch.randn(2, 3))
+        learned = len(traced)
+        for _ in range(6):
+            model(torch.randn(2, 3))
+        assert len(traced) == learned
+    assert not maps.missed
+
+
+def test_a_list_that_grows_is_traced_and_not_learned_again_each_time() -> None:
+    model = Keeping(_history).eval()
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(14):
+            model(torch.randn(2, 3))
+        assert model in maps._session.parts.regions._opened
+    assert not maps.missed
+
+
+def test_a_cache_with_places_that_a_number_tells() -> None:
+    """As the first Llama had it: memory for all positions, and where to begin."""
+
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kv = nn.Linear(4, 8)
+            self.memory = torch.zeros(2, 16, 8)
+
+        def forward(self, x: Tensor, start: int) -> Tensor:
+            self.memory[:, start : start + x.shape[1]] = torch.relu(self.kv(x))
+            return torch.tanh(self.memory[:, : start + x.shape[1]]).sum(1)
+
+    passes = []
+    for text in range(3):
+        start = 0
+        for length in (5, 1, 1, 1, 2, 1):
+            x = torch.randn(2, length, 4, generator=torch.Generator().manual_seed(text))
+            passes.append(Turn((x, start)))
+            start += length
+    hold(Places(), passes)
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.sampled_from(["push", "pop", "first", "last", "swap", "turn", "new"]), max_size=5),
+    st.integers(0, 3),
+)
+def test_any_queue_in_any_pass(steps: list[str], at_first: int) -> None:
+    class Queue(Keeping):
+        def __init__(self) -> None:
+            super().__init__(_state)
+            self.queue.extend(torch.zeros(2, 4) for _ in range(at_first))
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = torch.sigmoid(self.one(x)), self.two(x)
+            found = b
+            for step in self.steps:
+                if step == "push":
+                    self.queue.append(a)
+                elif step == "new":
+                    self.queue.appendleft(b)
+                elif not self.queue:
+                    continue
+                elif step == "pop":
+                    found = self.queue.popleft()
+                elif step == "swap":
+                    self.queue[0], self.queue[-1] = self.queue[-1], self.queue[0]
+                elif step == "turn":
+                    self.queue.rotate(1)
+                else:
+                    found = self.queue[0 if step == "first" else -1]
+            while len(self.queue) > 3:
+                self.queue.pop()
+            return torch.relu(found)
+
+    model = Queue()
+    model.steps = steps  # type: ignore[assignment]
+    hold(model, turns(*[(2, 3)] * 8), most=2)
+
+
+def test_the_passes_of_two_texts_in_turn() -> None:
+    """Two caches, of which one is longer: what is kept is another's in each pass."""
+    model, own = Attending().eval(), Attending().eval()
+    own.load_state_dict(model.state_dict())
+    drawn = dice.Random(0)
+    with capture(model) as maps, torch.no_grad():
+        caches, others = [Cache(), Cache(), Cache()], [Cache(), Cache(), Cache()]
+        for n in range(24):
+            at = drawn.randrange(3)
+            if drawn.random() < 0.15:
+                caches[at], others[at] = Cache(), Cache()
+            x = torch.randn(1, drawn.choice((1, 1, 3)), 8)
+            out = model(x, caches[at])
+            assert torch.equal(out, own(x, others[at])), n
+            assert [m.layer for m in maps if m.kind == "activation" and m.nonlinearity == "relu"]
+    assert not maps.missed
