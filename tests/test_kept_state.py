@@ -206,7 +206,7 @@ def test_it_is_replayed_once_its_form_is_known(how: Any, traced: list[None]) -> 
 def test_a_list_that_grows_is_traced_and_not_learned_again_each_time() -> None:
     model = Keeping(_history).eval()
     with capture(model) as maps, torch.no_grad():
-        for _ in range(14):
+        for _ in range(24):
             model(torch.randn(2, 3))
         assert model in maps._session.parts.regions._opened
     assert not maps.missed

@@ -4,6 +4,7 @@ make_plan             planning.py     from the record of a traced call: a Plan (
   Reading             plan_steps.py   which hook points are tapped, and what is read at each
   Relations, Effects  effects.py      what the call means to the rest of a pass
 ReplayRegions         regions.py      which modules are replayed as a whole; kinds of calls
+KeptState             kept_state.py  the form of what is kept of earlier passes (escapes.py)
 InputTruths           input_truths.py  what calls read of their inputs, known before them
 AttributeGuard        attribute_guard.py  plain attributes, compared before each call
 ModelGuard            model_guard.py  is the model the one that was traced?

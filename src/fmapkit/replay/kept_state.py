@@ -22,6 +22,7 @@ from fmapkit.torchlib.transforms import is_shapeless
 __all__ = ["KeptState"]
 
 _DEEPEST = 5
+_MOST = 1_000  # objects
 _PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
 
 
@@ -62,7 +63,8 @@ class KeptState:
             given: all tensors among these.
 
         Returns:
-            Its form, and the sizes of the tensors in it, each shape once.
+            Its form, and the sizes of the tensors in it, each shape once. The form is None where
+            there is too much to look at before each pass.
         """
         form = _Form(given)
         held = [module.__dict__.get(name) for module, name in self._attributes]
@@ -71,13 +73,15 @@ class KeptState:
                 held.append(kwargs.get(place))
             elif place < len(args):
                 held.append(args[place])
-        return tuple([form.of(value) for value in held]), form.sizes()
+        found = tuple([form.of(value) for value in held])
+        return (found if form.count <= _MOST else None), form.sizes()
 
 
 class _Form:
     """The form of what is kept, tensors numbered in the order of their first mention."""
 
     def __init__(self, given: Sequence[Tensor]) -> None:
+        self.count = 0  # of objects that were looked at
         self._tensors: dict[int, int] = {}
         self._storages: dict[int, int] = {}
         self._seen: dict[int, int] = {}
@@ -97,6 +101,9 @@ class _Form:
     def of(self, value: Any, depth: int = 0) -> Any:
         """The form of a container, or of an object."""
         kind = type(value)
+        self.count += 1
+        if self.count > _MOST:
+            return kind
         if isinstance(value, Tensor):
             if is_shapeless(value):
                 return kind, self._number(value)

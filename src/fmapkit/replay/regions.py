@@ -31,7 +31,7 @@ __all__ = ["ReplayRegion", "ReplayRegions", "carried", "shape_of", "sizes_of"]
 
 _OURS = __name__.partition(".")[0]
 _MOST_KINDS = 64
-_MOST_FORMS = 8  # of what is kept of earlier calls
+_MOST_FORMS = 16  # of what is kept of earlier calls
 _MOST_STATES = 4  # in which a kind of call is known while it is not clear which attributes decide
 _TOLD = frozenset({bool, str, type(None), torch.dtype, torch.device})
 
@@ -77,7 +77,7 @@ class ReplayRegion:
         """
         kept, more = self.kept.form(args, kwargs, given)
         self._kept_forms.add(kept)
-        known = len(self._kept_forms) <= _MOST_FORMS
+        known = kept is not None and len(self._kept_forms) <= _MOST_FORMS
         return (form, kept) if known else None, (*sizes, *more)
 
     def truths(self, form: Any, state: int) -> InputTruths | None:
