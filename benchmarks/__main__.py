@@ -15,6 +15,7 @@ python -m benchmarks editing [--seconds S] [--threads N]
 python -m benchmarks statistics [--device DEVICE] [--seconds S] [--threads N] [--no-compile]
 python -m benchmarks extractor [--seconds S] [--threads N]
 python -m benchmarks keeping [--seconds S] [--threads N]
+python -m benchmarks texts [--seconds S] [--threads N]
 python -m benchmarks checking [--device DEVICE] [--seconds S] [--threads N]
 python -m benchmarks extract [--only PART] [--images N] [--size PX] [--pairs N] [--where FOLDER]
 """
@@ -39,6 +40,7 @@ from benchmarks import (
     statistics,
     suite,
     taps,
+    texts,
     zoo,
 )
 from benchmarks.cases import CASES, chosen
@@ -142,6 +144,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     add("extractor", "feature_map beside torchvision's extractor", 5.0, threads=1)
     add("keeping", "compare and save, beside the same by hand", 5.0, threads=1)
+    add("texts", "texts with padding, and one token at a time", 5.0, threads=1)
     command = add("checking", "check= beside hooks that look for NaN by hand", 5.0, threads=1)
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     command = add("extract", "features of a data set, beside the loop that throws them away")
@@ -217,6 +220,8 @@ def main(arguments: list[str] | None = None) -> None:
         extractor.run(given.seconds, given.threads)
     elif given.command == "keeping":
         keeping.run(given.threads, given.seconds)
+    elif given.command == "texts":
+        texts.run(given.threads, given.seconds)
     elif given.command == "checking":
         checking.run(given.device, given.threads, given.seconds)
     elif given.command == "extract":

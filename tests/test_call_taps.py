@@ -6,6 +6,7 @@ import copy
 import io
 import sys
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -321,3 +322,67 @@ def test_what_ran_before_a_caught_error_and_while_it_is_handled() -> None:
         z = F.linear(x, net.strict.fc.weight, net.strict.fc.bias)
         assert torch.equal(maps["strict.fc"].tensor, F.silu(z))
     assert maps.missed == []
+
+
+def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """One place in the source, for all layers."""
+    return torch.addmm(layer.bias, x, layer.weight.T)
+
+
+class Helped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+        self.act, self.last = nn.GELU(), nn.ReLU(inplace=True)
+        self.made: list[Any] = []
+        self.order = "abcd"
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.order:
+            x = _linear(x, getattr(self, name))
+            if name == "b":
+                self.made.append(weakref.ref(x))
+                x = self.act(x) if self.training else x + 1
+            x = self.last(x) if name == "d" else x
+        return x
+
+
+@pytest.mark.parametrize("layers", [None, ["a"], ["c", "d"], ["b"]])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_one_place_calls_layers_with_maps_and_without(layers: Any, mode: Any) -> None:
+    torch.manual_seed(0)
+    net = Helped()
+    for train in (False, True):
+        net.train(train)
+        bare = copy.deepcopy(net)
+        with mode(), capture(net, layers=layers) as maps:
+            for n in range(4):
+                x = torch.randn(3, 4)
+                alone = copy.deepcopy(bare)
+                with capture(alone, layers=layers) as own:
+                    expected = alone(x)
+                assert torch.equal(net(x), expected)
+                assert maps.layers == own.layers
+                for one, other in zip(maps, own, strict=True):
+                    assert (one.layer, one.kind) == (other.layer, other.kind), n
+                    assert torch.equal(one.tensor, other.tensor), n
+        assert maps.missed == []
+
+
+def test_what_has_no_map_is_not_held() -> None:
+    net = Helped().eval()
+    with torch.no_grad(), capture(net, layers=["a", "d"]) as maps:
+        for _ in range(4):
+            net(torch.randn(3, 4))
+            assert net.made.pop()() is None
+        assert maps.layers == ["a", "d"]
+
+
+def test_the_layers_at_one_place_come_in_another_order() -> None:
+    net = Helped().eval()
+    with torch.no_grad(), capture(net) as maps:
+        for order in ("abcd", "abcd", "abcd", "cabd", "cabd", "abd", "abcd", "abcdd"):
+            net.order = order
+            net(torch.randn(3, 4))
+            got = [m.layer for m in maps if m.kind == "preactivation"]
+            assert got == list(order)

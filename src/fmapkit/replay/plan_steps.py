@@ -233,10 +233,21 @@ def _plain_sites(
     found: dict[str, set[str]] = {}
     for key, step in fired:
         if key in sites and step is not None:
-            usual = step.plain if not step.place and step.key is None else ""
-            found.setdefault(key, set()).add("kept" if usual and step.keeps else usual)
-    plain = {site: how.pop() for site, how in found.items() if len(how) == 1}
+            found.setdefault(key, set()).add(_how(step))
+    mixed = {"y", "nothing"}
+    plain = {s: "y, if asked" for s, how in found.items() if how == mixed}
+    plain |= {s: how.pop() for s, how in found.items() if len(how) == 1}
     return {site: how for site, how in plain.items() if how and len(sites[site]) == 1}
+
+
+def _how(step: Step) -> str:
+    """How a `PlainSite` notes a call; empty where there is more to do than it does."""
+    if not (step.emissions or step.shared or step.keeps):
+        return "nothing"
+    if step.plain == "y" and not step.keeps:
+        return "y"
+    usual = step.plain if not step.place and step.key is None else ""
+    return "kept" if usual and step.keeps else usual
 
 
 def _opens_on_others(module: nn.Module) -> bool:

@@ -282,6 +282,12 @@ class ReplayRun(RunLog):
         z: Tensor = x.data
         return z
 
+    def asks_next(self) -> bool:
+        """Whether the step that comes next has a map; a call past the last one is noted as any."""
+        at, steps = len(self.log), self.plan.at
+        step = steps[at] if at < len(steps) else None
+        return step is None or bool(step.emissions)
+
     def step_at(self, site: str | None) -> Step | None:
         """The step that comes next, if it is a call at this site."""
         return self.plan.at[len(self.log)] if self._next_key() == site else None

@@ -29,7 +29,8 @@ class PlainSite:
     Args:
         site: the place.
         name: of the function.
-        how: what is noted: "xy", "y", or "kept": of an in-place nonlinearity, z as it was, and y.
+        how: what is noted: "xy", "y", "nothing", "y, if asked": by the plan's next step, or "kept":
+            of an in-place nonlinearity, z as it was, and y.
         line: to write to.
     """
 
@@ -51,9 +52,7 @@ class PlainSite:
         plain, name = unbound_and_named(function)
         if name != self._name:
             return None
-        tap = (_KeptTap if self._how == "kept" else _SiteTap)(
-            plain, self._site, self._how, self._line
-        )
+        tap = _TAPS.get(self._how, _SiteTap)(plain, self._site, self._how, self._line)
         if plain is not function:
             return partial(tap, function.__self__)
         self._function, self._tap = function, tap
@@ -77,8 +76,12 @@ class _SiteTap:
         if cell is None:
             return output
         note, how, _, drop, _ = cell
-        x = args[0] if args else None
-        if type(x) is not Tensor or type(output) is not Tensor or output.is_inference():
+        x: Any = args[0] if args else None
+        if (
+            type(output) is not Tensor
+            or (self.of_x and type(x) is not Tensor)
+            or output.is_inference()
+        ):
             run = self.line.run
             run.note_plainly(self.site, run.step_at(self.site), args, kwargs, output)
             return output
@@ -88,6 +91,22 @@ class _SiteTap:
             note((self.site, y, y._version, x, x._version))
         else:
             note((self.site, y, y._version))
+        drop(None)
+        return output
+
+
+class _SeldomTap(_SiteTap):
+    """The same at a place of which some calls have no map: what they return is not held."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cell = self.line.cell
+        if cell is None or self.line.run.asks_next():
+            return super().__call__(*args, **kwargs)
+        output = self.function(*args, **kwargs)
+        note, _, _, drop, _ = cell
+        note((self.site,))
         drop(None)
         return output
 
@@ -121,6 +140,13 @@ class _KeptTap(_SiteTap):
         """The same by the plan, which says what else lies in the memory of x."""
         run = self.line.run
         return run.call(describe(self.function).name, self.function, args, kwargs, self.site)
+
+
+_TAPS: dict[str, type[_SiteTap]] = {
+    "kept": _KeptTap,
+    "nothing": _SeldomTap,
+    "y, if asked": _SeldomTap,
+}
 
 
 def unbound_and_named(function: Any) -> tuple[Any, str]:
