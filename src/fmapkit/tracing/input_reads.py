@@ -8,6 +8,7 @@ functions, and the call's path is known beforehand. Here the functions are noted
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,14 +19,13 @@ from torch import Tensor, nn
 from fmapkit.provenance import Function, FunctionCall, words
 from fmapkit.storage import Aliases
 from fmapkit.torchlib.memory import storage_of
-from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.frames import Frame
 
 __all__ = ["InputRead", "MadeTensors", "read"]
 
-# Are the same of the same tensors, write to none, and cost little beside a layer.
+# Are the same of the same tensors, write to none, never warn, and cost little beside a layer.
 _CHEAP = words(
-    """all any sum mean amax amin max min prod count_nonzero numel argmax argmin norm std var
+    """all any sum mean amax amin max min prod count_nonzero numel argmax argmin norm
     eq ne lt le gt ge equal allclose isclose isnan isinf isfinite logical_not logical_and
     logical_or logical_xor bitwise_not bitwise_and bitwise_or bitwise_xor invert and or xor
     abs neg sign add radd sub rsub mul rmul div truediv rtruediv floordiv floor_divide mod
@@ -221,8 +221,8 @@ class _FormWriter:
 
     def __init__(self, frame: Frame) -> None:
         self._writes = frame.writes
-        given = tensors_in(*frame.args, frame.kwargs)
-        self._places = {id(t): at for at, t in enumerate(given) if type(t) in _TENSORS}
+        self._places = _places_of(frame.given)
+        self._knows_floats = not _has_float((frame.args, frame.kwargs))
         self._left = _MOST_FUNCTIONS
         self.numbers: list[int] = []
 
@@ -242,6 +242,8 @@ class _FormWriter:
         if kind is _Several:
             return _Several(value.kind, tuple([self._value(v) for v in value.items]))
         if kind is not _TensorGiven:
+            if kind is float and not self._knows_floats:  # it may be one that the call is given
+                raise _NotOfInputsError
             return value
         tensor = value.tensor()
         place = self._places.get(id(tensor)) if tensor is not None else None
@@ -250,3 +252,21 @@ class _FormWriter:
         if value.made is None:
             raise _NotOfInputsError
         return self.call(value.made.function, value.made.args, value.made.kwargs)
+
+
+def _places_of(given: list[Tensor]) -> dict[int, int]:
+    """Where each tensor is among those that a call is given, by its id.
+
+    One that is given twice has no place: the next call may be given two.
+    """
+    times = Counter(map(id, given))
+    return {id(t): n for n, t in enumerate(given) if type(t) in _TENSORS and times[id(t)] == 1}
+
+
+def _has_float(value: Any) -> bool:
+    """Whether arguments have a number in them that no form of theirs tells."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        return any(map(_has_float, value))
+    return isinstance(value, float)

@@ -22,6 +22,7 @@ from fmapkit.provenance import (
     sigma_axes,
 )
 from fmapkit.storage import unheld
+from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.operators import without_torch_function
 from fmapkit.torchlib.side_ops import looking
 from fmapkit.tracing.candidates import is_norm, may_be_sigma, norm_axis, role_of, verdict
@@ -59,7 +60,8 @@ class ModuleCalls:
             parent = trace.frames[-1] if trace.frames else None
             record = trace.record
             counts = len(record.events), len(record.firings), record.aliases.writes
-            frame = Frame(module, args, kwargs, *counts, replaced)
+            given = tensors_in(*args, kwargs) if trace.learning else []
+            frame = Frame(module, args, kwargs, *counts, replaced, given)
             if trace.learning:
                 trace.moments.append((record.firings.clock(), module))
             trace.frames.append(frame)
