@@ -391,6 +391,29 @@ def test_what_is_read_before_a_pass_warns_of_nothing() -> None:
             assert maps.layers == ["two"]
 
 
+def test_a_truth_by_which_python_picks_a_tensor() -> None:
+    """`max` asks for it, and no path tells what it gave: a hidden factor decides that, too."""
+
+    class Picks(Masked):
+        def __init__(self) -> None:
+            super().__init__(_all)
+            self.other = nn.Linear(3, 5)
+            self.hidden = {"factor": 1e-6}
+
+        def forward(self, x: Tensor) -> Tensor:
+            maps = [
+                (x[0].abs().mean() * self.hidden["factor"], self.two(x)),
+                (x[1].abs().mean(), self.other(x)),
+            ]
+            return torch.relu(max(maps, key=lambda pair: pair[0])[1])
+
+    def factor(value: float) -> Callable[[Any], None]:
+        return lambda model: model.hidden.update(factor=value)
+
+    values = [1e-6] * 3 + [1e6] * 2 + [1e-6, 1e6]
+    hold(Picks(), [Turn((torch.randn(2, 3),), factor(v)) for v in values])
+
+
 # -- any program ------------------------------------------------------------------------------
 
 _STEPS: dict[str, Callable[[Tensor], Tensor]] = {
