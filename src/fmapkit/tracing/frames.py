@@ -7,6 +7,7 @@ ours tells, Python's own stack does.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -47,7 +48,7 @@ class Frame:
         firing: int,
         writes: int,
         replaced: tuple[Any, Any] | None,
-        given: list[Tensor],
+        given: list[weakref.ref[Tensor]],
     ) -> None:
         self.module = module
         self.args = args

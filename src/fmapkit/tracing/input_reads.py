@@ -254,13 +254,14 @@ class _FormWriter:
         return self.call(value.made.function, value.made.args, value.made.kwargs)
 
 
-def _places_of(given: list[Tensor]) -> dict[int, int]:
+def _places_of(given: list[weakref.ref[Tensor]]) -> dict[int, int]:
     """Where each tensor is among those that a call is given, by its id.
 
     One that is given twice has no place: the next call may be given two.
     """
-    times = Counter(map(id, given))
-    return {id(t): n for n, t in enumerate(given) if type(t) in _TENSORS and times[id(t)] == 1}
+    tensors = [one() for one in given]
+    times = Counter(map(id, tensors))
+    return {id(t): n for n, t in enumerate(tensors) if type(t) in _TENSORS and times[id(t)] == 1}
 
 
 def _has_float(value: Any) -> bool:

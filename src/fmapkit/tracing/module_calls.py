@@ -5,6 +5,7 @@ A registered layer, one nonlinearity, a norm written out by hand, or the only fu
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -60,7 +61,7 @@ class ModuleCalls:
             parent = trace.frames[-1] if trace.frames else None
             record = trace.record
             counts = len(record.events), len(record.firings), record.aliases.writes
-            given = tensors_in(*args, kwargs) if trace.learning else []
+            given = [weakref.ref(t) for t in tensors_in(*args, kwargs)] if trace.learning else []
             frame = Frame(module, args, kwargs, *counts, replaced, given)
             if trace.learning:
                 trace.moments.append((record.firings.clock(), module))
