@@ -334,6 +334,22 @@ def test_a_mask_that_is_given_twice() -> None:
     hold(Twice(_all), passes)
 
 
+def test_a_mask_that_shares_memory_with_one_that_is_written_to() -> None:
+    class Emptied(Masked):
+        def forward(self, x: Tensor, written: Tensor, mask: Tensor) -> Tensor:
+            written.zero_()
+            return super().forward(x, mask)
+
+    model = Emptied(_all).eval()
+    with capture(model) as maps, torch.no_grad():
+        for n in range(8):
+            (x, mask), (_, other) = (_given((2, 4), False, n) for _ in range(2))
+            out = model(x, mask, other if n < 3 else mask[:])
+            assert len(maps) == (4 if n < 3 else 2)
+            assert torch.equal(list(maps)[-1].tensor, out)
+    assert not maps.missed
+
+
 @pytest.mark.parametrize("by", ["argument", "attribute", "annealed"])
 def test_a_threshold_that_is_announced_costs_no_map(by: str) -> None:
     class Threshold(Masked):

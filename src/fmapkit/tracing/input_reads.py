@@ -185,7 +185,7 @@ class MadeTensors:
         if known.name not in _TRUTHS:
             if known.name not in _NUMBERS or args[0].dtype is not torch.bool:
                 return None
-        writer = _FormWriter(frame)
+        writer = _FormWriter(frame, self._aliases.written_since(frame.writes))
         try:
             form = writer.call(function, *self._given(args, kwargs))
         except _NotOfInputsError:
@@ -219,9 +219,9 @@ class MadeTensors:
 class _FormWriter:
     """Writes a value as a function of what a call was given."""
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: Frame, written: set[int]) -> None:
         self._writes = frame.writes
-        self._places = _places_of(frame.given)
+        self._places = _places_of(frame.given, written)
         self._knows_floats = not _has_float((frame.args, frame.kwargs))
         self._left = _MOST_FUNCTIONS
         self.numbers: list[int] = []
@@ -254,14 +254,25 @@ class _FormWriter:
         return self.call(value.made.function, value.made.args, value.made.kwargs)
 
 
-def _places_of(given: list[weakref.ref[Tensor]]) -> dict[int, int]:
+def _places_of(given: list[weakref.ref[Tensor]], written: set[int]) -> dict[int, int]:
     """Where each tensor is among those that a call is given, by its id.
 
-    One that is given twice has no place: the next call may be given two.
+    One that is given twice has no place: the next call may be given two. Nor has one if another of
+    its kind was written to: in the next call, the two may share memory.
+
+    Args:
+        given: those tensors.
+        written: the storages that the call has written to.
     """
     tensors = [one() for one in given]
     times = Counter(map(id, tensors))
-    return {id(t): n for n, t in enumerate(tensors) if type(t) in _TENSORS and times[id(t)] == 1}
+    rewritten = [t for t in tensors if written and t is not None and storage_of(t) in written]
+    found: dict[int, int] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor is not None and type(tensor) in _TENSORS and times[id(tensor)] == 1:
+            if all(t is tensor or t.dtype is not tensor.dtype for t in rewritten):
+                found[id(tensor)] = place
+    return found
 
 
 def _has_float(value: Any) -> bool:
