@@ -127,6 +127,75 @@ def test_code_that_records_nothing_comes_to_its_place(
     assert lost <= 3
 
 
+def _of_zip(self: Any, maps: list[Tensor], n: int, m: int) -> Tensor:
+    return list(zip(maps, range(n), strict=False))[-1][0]
+
+
+def _of_max(self: Any, maps: list[Tensor], n: int, m: int) -> Tensor:
+    return max([(n, maps[1]), (1.5, maps[0])], key=lambda pair: pair[0])[1]
+
+
+def _of_sorted(self: Any, maps: list[Tensor], n: int, m: int) -> Tensor:
+    numbered = list(enumerate(maps))
+    numbered.sort(key=lambda pair: (pair[0] + n) % 2)
+    return numbered[1][1]
+
+
+def _of_keys(self: Any, maps: list[Tensor], n: int, m: int) -> Tensor:
+    return {n: maps[0], 3 - m: maps[1]}[1]
+
+
+def _of_made_keys(self: Any, maps: list[Tensor], n: int, m: int) -> Tensor:
+    return {(at + n) % 2: one for at, one in enumerate(maps)}[1]
+
+
+def _of_count(self: Any, maps: list[Tensor], n: int, m: int) -> Tensor:
+    return dict(enumerate(maps, n - 1))[1]
+
+
+def _of_repeats(self: Any, maps: list[Tensor], n: int, m: int) -> Tensor:
+    return [*([maps[1]] * (n - 1)), maps[0]][0]
+
+
+_picking_lambda = lambda maps, n, m: list(zip(maps, range(n)))[-1][0]  # noqa: B905, E731
+
+
+def _of_lambda(self: Any, maps: list[Tensor], n: int, m: int) -> Tensor:
+    return _picking_lambda(maps, n, m)
+
+
+_PICKING = [_of_zip, _of_max, _of_sorted, _of_keys, _of_made_keys, _of_count, _of_repeats]
+
+
+class Picking(nn.Module):
+    """Python picks a map by what a method was handed; the picking is in a class below it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 4), nn.Linear(3, 4)
+        self.hidden = {"n": 1}
+
+    def pick(self, maps: list[Tensor], n: int, m: int) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.hidden["n"]
+        return torch.relu(self.pick([self.one(x), self.two(x)], n, n))
+
+
+@pytest.mark.parametrize("pick", [*_PICKING, _of_lambda])
+def test_what_python_picks_by_numbers_that_were_handed_on(pick: Callable[..., Tensor]) -> None:
+    """`zip`, `max` and their like are no code that records: who calls them tells what it has."""
+
+    def number(value: int) -> Callable[[Any], None]:
+        return lambda model: model.hidden.update(n=value)
+
+    model = type("Picks", (Picking,), {"pick": pick})()
+    shapes = [(2, 3)] * 3
+    passes = turns(*shapes, before=number(1)) + turns(*shapes, before=number(2))
+    assert len({layer for layer, *_ in of_kept(hold(model, passes, most=1))}) == 2
+
+
 def test_what_is_handed_on_decides_by_itself() -> None:
     """A flag that reaches a σ three calls further down."""
 

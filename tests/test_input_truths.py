@@ -6,6 +6,8 @@ Whatever was read, its maps are those of a pass that was captured alone, bit for
 
 from __future__ import annotations
 
+import ctypes
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmapkit import capture
+from fmapkit.session.recording import Recorder
 from fmapkit.tracing import Tracer
 from tests.checks import strayed
-from tests.test_paths import Turn, hold
+from tests.test_paths import Turn, hold, put
 
 pytestmark = pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
 
@@ -92,6 +95,15 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     found: list[None] = []
     of_pass = Tracer.of_pass
     monkeypatch.setattr(Tracer, "of_pass", lambda *a: found.append(None) or of_pass(*a))
+    return found
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows with each call of a region that is recorded."""
+    found: list[None] = []
+    enter = Recorder.enter
+    monkeypatch.setattr(Recorder, "enter", lambda *a: found.append(None) or enter(*a))
     return found
 
 
@@ -284,6 +296,138 @@ def test_it_is_read_with_the_inputs_that_the_call_is_given() -> None:
                 out.sum().backward()
                 assert x.grad is not None
     assert not maps.missed
+
+
+def test_inputs_that_are_taken_out_of_their_container(traced: list[None]) -> None:
+    """Where a tensor was among the inputs is told before the model changes the list or dict."""
+
+    class Popped(Masked):
+        def forward(self, inputs: dict[str, Tensor], masks: list[Tensor]) -> Tensor:
+            inputs["padding"] = masks[0] == 0
+            x = inputs.pop("x")
+            masks.pop(0)
+            return super().forward(x, masks[0])
+
+    model = Popped(_all).eval()
+    with capture(model) as maps, torch.no_grad():
+        for n in range(8):
+            x, mask = _given((2, 4), n % 2 == 1, n)
+            model({"x": x}, [_given((2, 4), n % 3 == 1, n)[1], mask])
+            assert len(maps) == (2 if n % 2 else 4)
+            if n == 3:
+                traced.clear()
+        assert not traced
+    assert not maps.missed
+
+
+def test_a_mask_that_is_given_twice() -> None:
+    """The next call may be given two: which one is read is not told by the first."""
+
+    class Twice(Masked):
+        def forward(self, x: Tensor, one: Tensor, other: Tensor) -> Tensor:
+            return super().forward(x, one) + other.sum()
+
+    passes = []
+    for n in range(9):
+        x, mask = _given((2, 4), n % 2 == 1, n)
+        passes.append(Turn((x, mask, mask if n < 3 else 1 - mask)))
+    hold(Twice(_all), passes)
+
+
+def test_a_mask_that_shares_memory_with_one_that_is_written_to() -> None:
+    class Emptied(Masked):
+        def forward(self, x: Tensor, written: Tensor, mask: Tensor) -> Tensor:
+            written.zero_()
+            return super().forward(x, mask)
+
+    model = Emptied(_all).eval()
+    with capture(model) as maps, torch.no_grad():
+        for n in range(8):
+            (x, mask), (_, other) = (_given((2, 4), False, n) for _ in range(2))
+            out = model(x, mask, other if n < 3 else mask[:])
+            assert len(maps) == (4 if n < 3 else 2)
+            assert torch.equal(list(maps)[-1].tensor, out)
+    assert not maps.missed
+
+
+@pytest.mark.parametrize("by", ["argument", "attribute", "annealed"])
+def test_a_threshold_that_is_announced_costs_no_map(by: str) -> None:
+    class Threshold(Masked):
+        def __init__(self) -> None:
+            super().__init__(_all)
+            self.least = 0.0
+
+        def forward(self, x: Tensor, least: float = 0.0) -> Tensor:
+            if x.abs().mean() > least + self.least:
+                return torch.relu(self.one(x))
+            return torch.tanh(self.two(x))
+
+    def at(n: int) -> Turn:
+        value = n / 5 if by == "annealed" else [-1.0, -1.0, 1e6, -1.0, 0.7, 0.8][n % 6]
+        x = torch.randn(2, 3, generator=torch.Generator().manual_seed(n))
+        if by == "argument":
+            return Turn((x, value))
+        return Turn((x,), put(least=value))
+
+    hold(Threshold(), [at(n) for n in range(14)])
+
+
+def test_a_truth_that_is_never_what_was_read_before(recorded: list[None]) -> None:
+    """Past torch, the model writes to the mask in each pass: it is not recorded anew each time."""
+
+    class Emptied(Masked):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            ctypes.memset(mask.data_ptr(), 0, mask.nbytes)
+            return super().forward(x, mask)
+
+    model = Emptied(_all).eval()
+    with capture(model) as maps, torch.no_grad():
+        for n in range(6):
+            model(*_given((2, 4), False, n))
+            assert len(maps) == 2
+            if n == 3:
+                recorded.clear()
+        assert not recorded
+
+
+def test_what_is_read_before_a_pass_warns_of_nothing() -> None:
+    """`std` of one number does: the warning is the model's, once."""
+
+    class Spread(Masked):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.one(x)) if x.std(0).mean() < 1e-4 else torch.tanh(self.two(x))
+
+    model = Spread(_all).eval()
+    with capture(model) as maps, torch.no_grad():
+        for n in range(4):
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                model(torch.full((1, 3), float(n)))
+            assert len(found) == 1
+            assert maps.layers == ["two"]
+
+
+def test_a_truth_by_which_python_picks_a_tensor() -> None:
+    """`max` asks for it, and no path tells what it gave: a hidden factor decides that, too."""
+
+    class Picks(Masked):
+        def __init__(self) -> None:
+            super().__init__(_all)
+            self.other = nn.Linear(3, 5)
+            self.hidden = {"factor": 1e-6}
+
+        def forward(self, x: Tensor) -> Tensor:
+            maps = [
+                (x[0].abs().mean() * self.hidden["factor"], self.two(x)),
+                (x[1].abs().mean(), self.other(x)),
+            ]
+            return torch.relu(max(maps, key=lambda pair: pair[0])[1])
+
+    def factor(value: float) -> Callable[[Any], None]:
+        return lambda model: model.hidden.update(factor=value)
+
+    values = [1e-6] * 3 + [1e6] * 2 + [1e-6, 1e6]
+    hold(Picks(), [Turn((torch.randn(2, 3),), factor(v)) for v in values])
 
 
 # -- any program ------------------------------------------------------------------------------

@@ -1738,8 +1738,15 @@ class FunctionalAttention(nn.Module):
         return y * torch.sigmoid(self.gate(x))
 
 
-def test_the_attention_function_in_a_proven_forward() -> None:
+@pytest.mark.parametrize("after", [False, True])
+def test_the_attention_function_in_a_proven_forward(after: bool) -> None:
+    """Also where torch's own code has twins from an earlier block, and runs none here."""
     torch.manual_seed(0)
+    if after:
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        with capture(layer):
+            for _ in range(2):
+                layer(torch.randn(2, 5, 8))
     model = FunctionalAttention()
     check(model, images(3, 2, 4), [("gate", 0, "sigmoid", range(4))])
     with torch.no_grad(), capture(model, kinds="response") as maps:

@@ -97,8 +97,13 @@ def _fixed(module: nn.Module) -> Fixed:
 
 
 def records(function: Any) -> bool:
-    """Whether a function is of the model's code, which records, or else is traced in every pass."""
-    return type(function) is types.FunctionType and not is_trusted(function.__code__)
+    """Whether a function is of the model's code, which records, or else is traced in every pass.
+
+    Not so a lambda: what it was given is recorded by whoever gives it (see `picking.py`).
+    """
+    if type(function) is not types.FunctionType or function.__code__.co_name == "<lambda>":
+        return False
+    return not is_trusted(function.__code__)
 
 
 def _call_records(kind: type[nn.Module]) -> bool:

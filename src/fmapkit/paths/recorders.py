@@ -251,6 +251,17 @@ def recording(append: Callable[[Any], None], function: _T) -> _T:
     return function
 
 
+def handed(append: Callable[[Any], None], given: tuple[Any, ...]) -> None:
+    """A function begins that picks by what it was given (see `picking.py`).
+
+    What the model itself is given, by whoever calls it, is told by the form of its inputs.
+    """
+    sink = sinks.get(_ident()) if append is not _NOTHING else None
+    if sink is not None and len(sink.items) > 1:
+        for one in given:
+            value(append, one)
+
+
 def _callable(function: Any) -> Any:
     """What tells a callable from others, in every pass alike."""
     kind = type(function)
@@ -366,7 +377,7 @@ def caught(site: str) -> None:
 RECORDERS: dict[str, Any] = {
     f"{MARK}{f.__name__}": f
     for f in (
-        *(enter, current, resumed, value, called, recording, tapped, fusing, caught),
+        *(enter, current, resumed, value, called, recording, handed, tapped, fusing, caught),
         *(type, Tensor),
     )
 }
@@ -393,5 +404,6 @@ _traced_as(resumed, lambda site, given: given)
 _traced_as(value, lambda append, given: given)
 _traced_as(called, lambda append, function: function)
 _traced_as(recording, lambda append, function: function)
+_traced_as(handed, lambda append, given: None)
 _traced_as(tapped, lambda site, function: function)
 _traced_as(fusing, lambda function: function)

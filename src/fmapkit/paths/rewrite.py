@@ -15,6 +15,7 @@ import builtins
 from typing import Any, TypeVar
 
 from fmapkit.paths.fixed_attributes import OF_TORCHS, Fixed, records
+from fmapkit.paths.picking import parameters, picks
 from fmapkit.paths.recorders import MARK
 from fmapkit.paths.syntax import names_bound, torch_name
 from fmapkit.paths.torch_calls import handed, recorded
@@ -194,6 +195,7 @@ class Rewriter(ast.NodeTransformer):
         documented = ast.get_docstring(node, clean=False) is not None
         head, rest = node.body[:documented], node.body[documented:]
         before, self._quick = self._quick, _is_quick(node)
+        given = parameters(node) if picks(node) else []
         body = [self.visit(statement) for statement in rest]
         at = rest[0] if rest else head[0]
         if self._quick:
@@ -202,9 +204,15 @@ class Rewriter(ast.NodeTransformer):
             ast.fix_missing_locations(ast.copy_location(begin, at))
         else:
             begin = self._mark(at)
+        handed_on = [self._handed_on(given, at)] if given else []
         self._quick = before
-        node.body = [*head, begin, *body]
+        node.body = [*head, begin, *handed_on, *body]
         return node
+
+    def _handed_on(self, names: list[str], at: ast.AST) -> ast.stmt:
+        """What a function was given, looked at as it begins."""
+        given = ast.Tuple([ast.Name(name, ast.Load()) for name in names], ast.Load())
+        return ast.copy_location(ast.Expr(recorded("handed", given, at, self._append())), at)
 
     def _elsewhere(self, node: _Node) -> _Node:
         """Code with variables of its own."""

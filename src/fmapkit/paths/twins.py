@@ -78,7 +78,9 @@ def call_site(frame: types.FrameType | None, function: Any) -> str | None:
     """
     while frame is not None and frame.f_code is getattr(function, "__code__", None):
         frame = frame.f_back
-    twin = _made.get(known_as(frame.f_code)) if frame is not None else None
+    # A twin without a tap, of torch's own code, is equal to that.
+    is_ours = frame is not None and id(frame.f_code) in _codes
+    twin = _made.get(known_as(frame.f_code)) if frame is not None and is_ours else None
     if frame is None or twin is None or not hasattr(frame.f_code, "co_positions"):
         return None
     position = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))

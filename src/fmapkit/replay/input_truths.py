@@ -29,6 +29,8 @@ class InputTruths:
     def __init__(self) -> None:
         # What is read after some truths; None where nothing is.
         self._next: dict[Truths, _Truth | None] = {}
+        self._read: Truths = ()  # the latest that was read before a call
+        self._unread = False  # some cannot be read before a call
 
     def of(self, tensors: Sequence[Tensor], sizes: Sizes) -> Truths | None:
         """What a call is about to read.
@@ -41,6 +43,7 @@ class InputTruths:
             None if that is not known.
         """
         truths: Truths = ()
+        self._read = truths
         while truths in self._next:
             truth = self._next[truths]
             if truth is None:
@@ -52,7 +55,9 @@ class InputTruths:
                 with looking(), torch.no_grad():
                     truths = *truths, bool(read(truth.form, tensors, iter(numbers)))
             except Exception:  # of the functions: the model may do otherwise with such inputs
+                self._unread = True
                 return None
+            self._read = truths
         return None
 
     def learn(self, asked: Sequence[tuple[InputRead, bool]], sizes: Sizes) -> Truths | None:
@@ -66,6 +71,7 @@ class InputTruths:
             The truths; None if something else decides what is read, or calls differ too much.
         """
         truths: Truths = ()
+        before, self._read = self._read, ()
         for one, found in asked:
             if truths not in self._next:
                 self._next[truths] = _Truth(one, sizes)
@@ -75,7 +81,14 @@ class InputTruths:
             truths = *truths, found
         if self._next.setdefault(truths, None) is not None:
             return None
+        if self._unread or truths[: len(before)] != before:  # what was read is not what it reads
+            return None
         return truths if list(self._next.values()).count(None) <= _MOST_WAYS else None
+
+    def like(self, other: InputTruths) -> bool:
+        """Whether calls of another state read the same, as far as both are known."""
+        common = self._next.keys() & other._next.keys()
+        return all(_alike(self._next[truths], other._next[truths]) for truths in common)
 
 
 class _Truth:
@@ -106,6 +119,11 @@ class _Truth:
         self._by_sizes[sizes] = other.numbers
         return True
 
+    def like(self, other: _Truth) -> bool:
+        """Whether it is the same as another one, as far as both are known."""
+        pairs = zip(self._rules, other._rules, strict=True)
+        return self._first.is_like(other._first) and all(one & two for one, two in pairs)
+
     def numbers(self, sizes: Sizes) -> Sequence[int] | None:
         """The whole numbers in it; None if the rules that they have kept to do not agree."""
         known = self._by_sizes.get(sizes)
@@ -118,3 +136,7 @@ class _Truth:
                 return None
             found.append(int(values.pop()))
         return found
+
+
+def _alike(one: _Truth | None, two: _Truth | None) -> bool:
+    return one is two is None or (one is not None and two is not None and one.like(two))

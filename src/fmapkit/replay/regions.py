@@ -130,13 +130,18 @@ class ReplayRegion:
             takes it is to be traced.
         """
         others = {s: p for (k, s), p in self._known.items() if k == kind and s != state}
-        same = [s for s, paths in others.items() if paths.has(items, sizes)]
+        same = [s for s, p in others.items() if p.has(items, sizes) and self._like(kind, s, state)]
         if len(same) < len(others):
             return state if len(others) < _MOST_STATES else None
         if same:
             self._forget()
             return self._attributes.look_less(same[0], state)
         return state
+
+    def _like(self, kind: Any, one: int, other: int) -> bool:
+        """Whether calls of a kind read the same of their inputs in two states."""
+        before, now = (self._truths.get((kind[0], state)) for state in (one, other))
+        return before is not None and now is not None and before.like(now)
 
     def _forget(self) -> None:
         self._known.clear()

@@ -6,7 +6,11 @@ numbers alone (`provenance/constants.py`) or of what a call is given (`input_rea
 
 from __future__ import annotations
 
-from functools import partial
+import dis
+import inspect
+import sys
+import types
+from functools import lru_cache, partial
 from typing import Any
 
 from fmapkit.paths import runs_own_code
@@ -40,7 +44,7 @@ class DataReads:
                 return None
             if self._constants.hold(tensors_in(*args, kwargs)):
                 return None
-            if trace.region is not None:
+            if trace.region is not None and not _picked_in_c(known.name):
                 by_inputs = partial(self._made.of_inputs, known, func, args, kwargs)
         return trace.decides(by_inputs)
 
@@ -49,3 +53,32 @@ class DataReads:
         self._constants.made(call.name, call.operands, call.out)
         if self._trace.region is not None:
             self._made.add(known, call)
+
+
+def _picked_in_c(name: str) -> bool:
+    """Whether `max` or its like asks, to give one thing or another: no path tells which.
+
+    It asks for the truth of tensors itself, or for keys, by a function made where it is called.
+
+    Args:
+        name: of the function that reads.
+    """
+    asking = sys._getframe(3)
+    if name == "__bool__" and _runs_picking(asking):
+        return True
+    around = asking.f_back if asking.f_code.co_flags & inspect.CO_NESTED else None
+    return around is not None and _runs_picking(around)
+
+
+def _runs_picking(frame: types.FrameType) -> bool:
+    """Whether a call is under way in a function that calls such a builtin."""
+    code = frame.f_code
+    return dis.opname[code.co_code[frame.f_lasti]].startswith("CALL") and _picks(code)
+
+
+@lru_cache(maxsize=1024)
+def _picks(code: types.CodeType) -> bool:
+    return any(
+        one.argval in ("max", "min", "sorted") and one.opname.endswith(("_GLOBAL", "_NAME"))
+        for one in dis.get_instructions(code)
+    )

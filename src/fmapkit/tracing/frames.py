@@ -7,6 +7,7 @@ ours tells, Python's own stack does.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -35,7 +36,7 @@ class Frame:
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
         *("in_place", "kept", "tag", "a", "watched", "inner", "pointwise", "ran", "unseen"),
-        *("counts", "firing", "position", "replaced", "site", "turns", "writes"),
+        *("counts", "firing", "given", "position", "replaced", "site", "turns", "writes"),
     )
 
     def __init__(
@@ -47,6 +48,7 @@ class Frame:
         firing: int,
         writes: int,
         replaced: tuple[Any, Any] | None,
+        given: list[weakref.ref[Tensor]],
     ) -> None:
         self.module = module
         self.args = args
@@ -65,6 +67,7 @@ class Frame:
         self.firing = firing  # how many hook points there were
         self.position = 0  # how many decisions of the pass had been taken
         self.writes = writes  # how many writes to memory there had been
+        self.given = given  # all tensors in its arguments as it began, where a region is learned
         # How often each function was given a weight, by the layer that made that.
         self.turns: Counter[tuple[str, str | None]] | None = None
         self.site: EditSite | None = None  # something to edit

@@ -8,6 +8,7 @@ functions, and the call's path is known beforehand. Here the functions are noted
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,14 +19,13 @@ from torch import Tensor, nn
 from fmapkit.provenance import Function, FunctionCall, words
 from fmapkit.storage import Aliases
 from fmapkit.torchlib.memory import storage_of
-from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.frames import Frame
 
 __all__ = ["InputRead", "MadeTensors", "read"]
 
-# Are the same of the same tensors, write to none, and cost little beside a layer.
+# Are the same of the same tensors, write to none, never warn, and cost little beside a layer.
 _CHEAP = words(
-    """all any sum mean amax amin max min prod count_nonzero numel argmax argmin norm std var
+    """all any sum mean amax amin max min prod count_nonzero numel argmax argmin norm
     eq ne lt le gt ge equal allclose isclose isnan isinf isfinite logical_not logical_and
     logical_or logical_xor bitwise_not bitwise_and bitwise_or bitwise_xor invert and or xor
     abs neg sign add radd sub rsub mul rmul div truediv rtruediv floordiv floor_divide mod
@@ -185,7 +185,7 @@ class MadeTensors:
         if known.name not in _TRUTHS:
             if known.name not in _NUMBERS or args[0].dtype is not torch.bool:
                 return None
-        writer = _FormWriter(frame)
+        writer = _FormWriter(frame, self._aliases.written_since(frame.writes))
         try:
             form = writer.call(function, *self._given(args, kwargs))
         except _NotOfInputsError:
@@ -219,10 +219,10 @@ class MadeTensors:
 class _FormWriter:
     """Writes a value as a function of what a call was given."""
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: Frame, written: set[int]) -> None:
         self._writes = frame.writes
-        given = tensors_in(*frame.args, frame.kwargs)
-        self._places = {id(t): at for at, t in enumerate(given) if type(t) in _TENSORS}
+        self._places = _places_of(frame.given, written)
+        self._knows_floats = not _has_float((frame.args, frame.kwargs))
         self._left = _MOST_FUNCTIONS
         self.numbers: list[int] = []
 
@@ -242,6 +242,8 @@ class _FormWriter:
         if kind is _Several:
             return _Several(value.kind, tuple([self._value(v) for v in value.items]))
         if kind is not _TensorGiven:
+            if kind is float and not self._knows_floats:  # it may be one that the call is given
+                raise _NotOfInputsError
             return value
         tensor = value.tensor()
         place = self._places.get(id(tensor)) if tensor is not None else None
@@ -250,3 +252,33 @@ class _FormWriter:
         if value.made is None:
             raise _NotOfInputsError
         return self.call(value.made.function, value.made.args, value.made.kwargs)
+
+
+def _places_of(given: list[weakref.ref[Tensor]], written: set[int]) -> dict[int, int]:
+    """Where each tensor is among those that a call is given, by its id.
+
+    One that is given twice has no place: the next call may be given two. Nor has one if another of
+    its kind was written to: in the next call, the two may share memory.
+
+    Args:
+        given: those tensors.
+        written: the storages that the call has written to.
+    """
+    tensors = [one() for one in given]
+    times = Counter(map(id, tensors))
+    rewritten = [t for t in tensors if written and t is not None and storage_of(t) in written]
+    found: dict[int, int] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor is not None and type(tensor) in _TENSORS and times[id(tensor)] == 1:
+            if all(t is tensor or t.dtype is not tensor.dtype for t in rewritten):
+                found[id(tensor)] = place
+    return found
+
+
+def _has_float(value: Any) -> bool:
+    """Whether arguments have a number in them that no form of theirs tells."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        return any(map(_has_float, value))
+    return isinstance(value, float)

@@ -5,6 +5,7 @@ A registered layer, one nonlinearity, a norm written out by hand, or the only fu
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,6 +23,7 @@ from fmapkit.provenance import (
     sigma_axes,
 )
 from fmapkit.storage import unheld
+from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.operators import without_torch_function
 from fmapkit.torchlib.side_ops import looking
 from fmapkit.tracing.candidates import is_norm, may_be_sigma, norm_axis, role_of, verdict
@@ -59,7 +61,8 @@ class ModuleCalls:
             parent = trace.frames[-1] if trace.frames else None
             record = trace.record
             counts = len(record.events), len(record.firings), record.aliases.writes
-            frame = Frame(module, args, kwargs, *counts, replaced)
+            given = [weakref.ref(t) for t in tensors_in(*args, kwargs)] if trace.learning else []
+            frame = Frame(module, args, kwargs, *counts, replaced, given)
             if trace.learning:
                 trace.moments.append((record.firings.clock(), module))
             trace.frames.append(frame)
