@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.models import GPT, ResNet
 from fmapkit import capture
-from fmapkit.paths import trusted, unrecorded
+from fmapkit.paths import survey, unrecorded
 
 __all__ = ["CASES", "CONTENDERS", "Case", "Count", "Live", "counted", "peak", "run", "unnoticed"]
 
@@ -50,7 +50,7 @@ def unnoticed(mode: type[_Mode]) -> type[_Mode]:
     codes = [f.__code__ for f in functions if isinstance(f, FunctionType)]
     for code in codes:
         codes += [c for c in code.co_consts if isinstance(c, CodeType)]
-        trusted.trust(code)
+        survey.trust(code)
     return mode
 
 

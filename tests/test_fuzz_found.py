@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fmapkit import EditError, capture, edits
 from fmapkit.missed import Reason
-from fmapkit.paths.fixed_attributes import NONE_FIXED, Fixed
 from fmapkit.paths.recorders import MARK
 from fmapkit.paths.twins import Twins, is_twin, twin_of
 from tests.checks import tags
@@ -337,12 +336,11 @@ def _added(x: Tensor, weight: Tensor) -> Tensor:
 def test_a_function_of_two_models_is_tapped_for_each() -> None:
     """Their twins may have equal code, though they take other attributes to be fixed."""
     own, file = _added.__code__, _added.__code__.co_filename
-    more = Fixed(frozenset({"more"}), frozenset())
-    first, second = Twins(lambda code: NONE_FIXED), Twins(lambda code: more)
+    first, second = Twins(lambda code: frozenset()), Twins(lambda code: frozenset({"more"}))
     for twins in (first, second):
         assert twins.exchange(_added)
         twins.clear()
-    twin = twin_of(own, _added.__globals__, lambda code: NONE_FIXED)
+    twin = twin_of(own, _added.__globals__, lambda code: frozenset())
     assert twin is not None
     (place,) = twin.calls
     try:

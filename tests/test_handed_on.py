@@ -1,7 +1,7 @@
 """Plain values that code of the model's hands to other code of the model's.
 
-They are not recorded at that call: who is given them records what it decides by them. So they have
-to be noticed there, and where other code has come to its place, which records nothing.
+They are noticed where they decide, and where other code has come to the place that they went to.
+They are recorded at that call, too: Python itself may pick by them, and tells nobody.
 """
 
 from __future__ import annotations

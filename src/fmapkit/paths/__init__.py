@@ -6,7 +6,7 @@
             rewrite.Rewriter        … the same code with a recorder at each decision
             torch_calls             … and at calls in torch's own transformer layers
         recorders.DecisionSink      where the decisions of this thread's pass go
-        survey.Survey               which functions ran that do not record yet, and need to
+        survey.Survey               which functions ran that do not record yet
     known_paths.KnownPaths          the paths of one kind of call, each with its plan
         number_rules                numbers that follow the sizes of the inputs
 
@@ -18,7 +18,7 @@ from fmapkit.paths.control import ControlPaths
 from fmapkit.paths.known_paths import Expected, KnownPaths
 from fmapkit.paths.number_rules import Sizes, by_rule, rules_of
 from fmapkit.paths.recorders import taps, unrecorded
-from fmapkit.paths.trusted import runs_own_code
+from fmapkit.paths.survey import runs_own_code
 from fmapkit.paths.twins import Resting
 
 __all__ = [

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from fmapkit.paths import recorders
 from fmapkit.paths.fixed_attributes import FixedAttributes
 from fmapkit.paths.known_paths import Expected
-from fmapkit.paths.survey import Survey
-from fmapkit.paths.trusted import is_installed, is_trusted
+from fmapkit.paths.survey import Survey, is_installed, is_trusted
 from fmapkit.paths.twins import Twins, call_site
 from fmapkit.torchlib.fused_paths import functions_inside
 from fmapkit.torchlib.nested import modules_in

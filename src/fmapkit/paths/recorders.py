@@ -233,35 +233,6 @@ def called(append: Callable[[Any], None], function: _T) -> _T:
     return function
 
 
-def recording(append: Callable[[Any], None], function: _T) -> _T:
-    """Code is about to be called that tells itself which it is, and what it decides.
-
-    Where other code has come to its place, no path tells that: none is ever like this one.
-    """
-    if append is not _NOTHING:
-        kind = type(function)
-        inner: Any = function
-        if kind is types.MethodType:
-            inner = inner.__func__
-        elif kind is not _FUNCTION:
-            inner = getattr(kind, "forward", None)
-        code = getattr(inner, "__code__", None)
-        if id(code) not in twins:
-            append(object())
-    return function
-
-
-def handed(append: Callable[[Any], None], given: tuple[Any, ...]) -> None:
-    """A function begins that picks by what it was given (see `picking.py`).
-
-    What the model itself is given, by whoever calls it, is told by the form of its inputs.
-    """
-    sink = sinks.get(_ident()) if append is not _NOTHING else None
-    if sink is not None and len(sink.items) > 1:
-        for one in given:
-            value(append, one)
-
-
 def _callable(function: Any) -> Any:
     """What tells a callable from others, in every pass alike."""
     kind = type(function)
@@ -376,10 +347,7 @@ def caught(site: str) -> None:
 # By the names that stand for them in a twin before it is finished.
 RECORDERS: dict[str, Any] = {
     f"{MARK}{f.__name__}": f
-    for f in (
-        *(enter, current, resumed, value, called, recording, handed, tapped, fusing, caught),
-        *(type, Tensor),
-    )
+    for f in (enter, current, resumed, value, called, tapped, fusing, caught, type, Tensor)
 }
 
 
@@ -403,7 +371,5 @@ _traced_as(caught, lambda site: None)
 _traced_as(resumed, lambda site, given: given)
 _traced_as(value, lambda append, given: given)
 _traced_as(called, lambda append, function: function)
-_traced_as(recording, lambda append, function: function)
-_traced_as(handed, lambda append, given: None)
 _traced_as(tapped, lambda site, function: function)
 _traced_as(fusing, lambda function: function)

@@ -14,8 +14,7 @@ import ast
 import builtins
 from typing import Any, TypeVar
 
-from fmapkit.paths.fixed_attributes import OF_TORCHS, Fixed, records
-from fmapkit.paths.picking import parameters, picks
+from fmapkit.paths.fixed_attributes import OF_TORCHS
 from fmapkit.paths.recorders import MARK
 from fmapkit.paths.syntax import names_bound, torch_name
 from fmapkit.paths.torch_calls import handed, recorded
@@ -49,7 +48,8 @@ class Rewriter(ast.NodeTransformer):
         place: names the function, for its marks.
         names: its globals.
         node: the function.
-        fixed: attributes of its first argument that are compared before each pass.
+        fixed: attributes of its first argument that are compared before each pass: children, and
+            functions of its class.
         tapped: the places of calls at which a tap may be set.
     """
 
@@ -58,7 +58,7 @@ class Rewriter(ast.NodeTransformer):
         place: str,
         names: dict[str, Any],
         node: ast.AST,
-        fixed: Fixed,
+        fixed: frozenset[str],
         tapped: frozenset[str],
     ) -> None:
         self._place = place
@@ -66,7 +66,7 @@ class Rewriter(ast.NodeTransformer):
         self._local = names_bound(node)
         self._fixed = fixed
         self._tapped = tapped
-        self._self = _first_argument(node) if fixed.names else None
+        self._self = _first_argument(node) if fixed else None
         self._count = 0
         self._quick = False  # the code at hand has a variable that its marks are given to
 
@@ -195,7 +195,6 @@ class Rewriter(ast.NodeTransformer):
         documented = ast.get_docstring(node, clean=False) is not None
         head, rest = node.body[:documented], node.body[documented:]
         before, self._quick = self._quick, _is_quick(node)
-        given = parameters(node) if picks(node) else []
         body = [self.visit(statement) for statement in rest]
         at = rest[0] if rest else head[0]
         if self._quick:
@@ -204,15 +203,9 @@ class Rewriter(ast.NodeTransformer):
             ast.fix_missing_locations(ast.copy_location(begin, at))
         else:
             begin = self._mark(at)
-        handed_on = [self._handed_on(given, at)] if given else []
         self._quick = before
-        node.body = [*head, begin, *handed_on, *body]
+        node.body = [*head, begin, *body]
         return node
-
-    def _handed_on(self, names: list[str], at: ast.AST) -> ast.stmt:
-        """What a function was given, looked at as it begins."""
-        given = ast.Tuple([ast.Name(name, ast.Load()) for name in names], ast.Load())
-        return ast.copy_location(ast.Expr(recorded("handed", given, at, self._append())), at)
 
     def _elsewhere(self, node: _Node) -> _Node:
         """Code with variables of its own."""
@@ -281,26 +274,22 @@ class Rewriter(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         function = node.func
-        fixed = self._is_of_self(function, self._fixed.names)
-        records = self._is_of_self(function, self._fixed.recording) or self._is_own(function)
+        fixed = self._is_fixed(function)
         of_torch = torch_name(function, self._names, self._local)
         self.generic_visit(node)
         builtin = self._builtin(function)
         if builtin in _HARMLESS:
             return node
+        idle = of_torch is not None and of_torch[0][of_torch[1]].__name__
+        if idle not in _PLAIN_ARGUMENTS_ARE_IDLE:
+            # What a module of the model is given first is its input.
+            first = node.args[:1] if fixed and _is_name(node.args) else []
+            node.args = [*first, *map(self._value, node.args[len(first) :])]
+            for keyword in node.keywords:
+                keyword.value = self._value(keyword.value)
         callee = node.func
-        if records and (not fixed or _looks(node) > 1):
-            callee = recorded("recording", function, function, self._append())
-        else:
-            idle = of_torch is not None and of_torch[0][of_torch[1]].__name__
-            if idle not in _PLAIN_ARGUMENTS_ARE_IDLE:
-                # What a module of the model is given first is its input.
-                first = node.args[:1] if fixed and _is_name(node.args) else []
-                node.args = [*first, *map(self._value, node.args[len(first) :])]
-                for keyword in node.keywords:
-                    keyword.value = self._value(keyword.value)
-            if not fixed and of_torch is None and builtin is None:
-                callee = self._callee(callee)
+        if not fixed and of_torch is None and builtin is None:
+            callee = self._callee(callee)
         node.func = handed(node, callee, self._place.rpartition(":")[0], self._tapped)
         return node
 
@@ -313,20 +302,13 @@ class Rewriter(ast.NodeTransformer):
             return self._unless_tensor(owner.id, method, looked_at)
         return looked_at
 
-    def _is_of_self(self, function: ast.expr, names: frozenset[str]) -> bool:
-        """Whether a call goes to one of these attributes of the first argument."""
+    def _is_fixed(self, function: ast.expr) -> bool:
         return (
             isinstance(function, ast.Attribute)
-            and function.attr in names
+            and function.attr in self._fixed
             and isinstance(function.value, ast.Name)
             and function.value.id == self._self
         )
-
-    def _is_own(self, function: ast.expr) -> bool:
-        """Whether a call goes to a function of the model's code, by its name."""
-        if not isinstance(function, ast.Name) or function.id in self._local:
-            return False
-        return records(self._names.get(function.id))
 
     def _builtin(self, function: ast.expr) -> str | None:
         """The name of a builtin, if an expression is that, and nothing else has it here."""
@@ -388,12 +370,6 @@ def _is_quick(node: ast.FunctionDef) -> bool:
         if isinstance(inner, ast.Name) and inner.id in _LOOKS_AT_LOCALS:
             return False
     return True
-
-
-def _looks(call: ast.Call) -> int:
-    """How many looks it may take to record what a module is given: its input takes none."""
-    given = [*call.args, *[keyword.value for keyword in call.keywords]]
-    return sum(not isinstance(value, ast.Constant) for value in given[1:])
 
 
 def _is_name(arguments: list[ast.expr]) -> bool:

@@ -9,19 +9,9 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    *("Code", "known_as", "names_bound", "position_of", "site_at", "torch_name"),
-    "watched_names",
-]
+__all__ = ["names_bound", "position_of", "site_at", "torch_name", "watched_names"]
 
-# Code of two files may be equal: the name of the file tells them apart.
-Code = tuple[types.CodeType, str]
 Position = tuple[int | None, int | None, int | None, int | None]
-
-
-def known_as(code: types.CodeType) -> Code:
-    """What tells a piece of code from all others."""
-    return code, code.co_filename
 
 
 def position_of(node: ast.expr) -> Position:

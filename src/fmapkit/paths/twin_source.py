@@ -15,16 +15,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fmapkit.paths.fixed_attributes import Fixed
 from fmapkit.paths.rewrite import Rewriter
 from fmapkit.paths.syntax import names_bound, position_of, site_at, watched_names
 from fmapkit.paths.torch_calls import TorchRewriter
 from fmapkit.torchlib.fused_paths import is_torchs
 
-__all__ = ["Twin", "make_twins"]
+__all__ = ["Code", "Twin", "known_as", "make_twins"]
 
 _Outermost = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 _FUTURE = 0x1FF0000  # the flags that `from __future__ import …` sets in a code object
+
+
+# Code of two files may be equal: the name of the file tells them apart.
+Code = tuple[types.CodeType, str]
+
+
+def known_as(code: types.CodeType) -> Code:
+    """What tells a piece of code from all others."""
+    return code, code.co_filename
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +51,7 @@ class Twin:
 
     code: types.CodeType
     original: types.CodeType
-    fixed: Fixed
+    fixed: frozenset[str]
     calls: Mapping[str, str]
     watched: tuple[tuple[dict[str, Any], str, Any], ...]
     loads: frozenset[str]
@@ -88,7 +96,7 @@ _files: dict[str, _File] = {}
 
 
 def make_twins(
-    code: types.CodeType, names: dict[str, Any], fixed: Fixed, tapped: frozenset[str]
+    code: types.CodeType, names: dict[str, Any], fixed: frozenset[str], tapped: frozenset[str]
 ) -> dict[types.CodeType, Twin]:
     """Twins of a piece of code, and of all code in the same outermost function."""
     linecache.checkcache(code.co_filename)
@@ -153,7 +161,7 @@ def _twins_in(
     imports: list[ast.alias],
     like: types.CodeType,
     names: dict[str, Any],
-    fixed: Fixed,
+    fixed: frozenset[str],
     tapped: frozenset[str],
 ) -> list[types.CodeType] | None:
     """The finished code of all twins in an outermost function, in order."""

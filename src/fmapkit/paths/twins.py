@@ -20,18 +20,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmapkit.paths.fixed_attributes import NONE_FIXED, Fixed
 from fmapkit.paths.recorders import RECORDERS
 from fmapkit.paths.recorders import twins as _codes
-from fmapkit.paths.syntax import Code, known_as, site_at
-from fmapkit.paths.twin_source import Twin, make_twins
+from fmapkit.paths.syntax import site_at
+from fmapkit.paths.twin_source import Code, Twin, known_as, make_twins
 
 __all__ = ["Twin", "Twins", "is_twin", "twin_of"]
 
 _lock = threading.RLock()
 _code_of = operator.attrgetter("__code__")
 # By the original, and the attributes that are known to be fixed; None where there is no twin.
-_twins: dict[tuple[Code, Fixed, frozenset[str]], Twin | None] = {}
+_twins: dict[tuple[Code, frozenset[str], frozenset[str]], Twin | None] = {}
 _made: dict[Code, Twin] = {}  # by the code of the twin
 # By file: places of calls at which some capture has set a tap. It may do so again.
 _tapped: dict[str, frozenset[str]] = {}
@@ -45,9 +44,7 @@ def is_twin(code: types.CodeType) -> bool:
     return known_as(code) in _made
 
 
-def twin_of(
-    code: types.CodeType, names: dict[str, Any], fixed: Callable[[types.CodeType], Fixed]
-) -> Twin | None:
+def twin_of(code: types.CodeType, names: dict[str, Any], fixed: Fixed) -> Twin | None:
     """The twin of a piece of code; None where its source is not to be had.
 
     Args:
@@ -118,6 +115,9 @@ def _goes_to(function: Any, name: str | None, frame: types.FrameType) -> bool:
 # A function, the code of its twin, and its own.
 Resting = tuple[types.FunctionType, types.CodeType, types.CodeType]
 
+# Tells which attributes of a method's first argument need no look where they are called.
+Fixed = Callable[[types.CodeType], frozenset[str]]
+
 
 class Twins:
     """The twins that one capture has set.
@@ -130,7 +130,7 @@ class Twins:
         watched: functions of torch's that these, and torch's own modules, call by a name, by place.
     """
 
-    def __init__(self, fixed: Callable[[types.CodeType], Fixed] = lambda _: NONE_FIXED) -> None:
+    def __init__(self, fixed: Fixed = lambda code: frozenset()) -> None:
         self._fixed = fixed
         self._mine: dict[types.FunctionType, types.CodeType] = {}  # with what each runs
         self.watched: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
@@ -217,8 +217,7 @@ class Twins:
                 _tapped[file] = _tapped.get(file, frozenset()) | places
             for function, (_, original, fixed) in list(_set.items()):  # other captures' ones, too
                 if original.co_filename in added and is_twin(function.__code__):
-                    names = function.__globals__
-                    twin = twin_of(_own_code(function), names, _always(fixed))
+                    twin = twin_of(_own_code(function), function.__globals__, _always(fixed))
                     if twin is not None:
                         function.__code__ = twin.code
                         if function in self._mine:
@@ -281,7 +280,7 @@ class Twins:
         self._columns = ([], [], [])
 
 
-def _always(fixed: Fixed) -> Callable[[types.CodeType], Fixed]:
+def _always(fixed: frozenset[str]) -> Fixed:
     return lambda code: fixed
 
 
