@@ -66,7 +66,7 @@ class KeptState:
             Its form, and the sizes of the tensors in it, each shape once. The form is None where
             there is too much to look at before each pass.
         """
-        form = _Form(given)
+        form = _KeptForm(given)
         held = [module.__dict__.get(name) for module, name in self._attributes]
         for place in self._arguments:
             if isinstance(place, str):
@@ -77,7 +77,7 @@ class KeptState:
         return (found if form.count <= _MOST else None), form.sizes()
 
 
-class _Form:
+class _KeptForm:
     """The form of what is kept, tensors numbered in the order of their first mention."""
 
     def __init__(self, given: Sequence[Tensor]) -> None:
