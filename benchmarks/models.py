@@ -107,7 +107,7 @@ class ResNet(nn.Module):
 
 
 class BranchingBasicBlock(BasicBlock):
-    """The same, behind a branch that nobody can know beforehand."""
+    """The same, behind a branch on what it is given."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.isnan(x[0, 0, 0, 0]):
@@ -180,7 +180,7 @@ class GPT(nn.Module):
 
 
 class BranchingAttention(Attention):
-    """The same, behind a branch that nobody can know beforehand."""
+    """The same, behind a branch on what it is given."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.isnan(x[0, 0, 0]):
@@ -189,7 +189,7 @@ class BranchingAttention(Attention):
 
 
 class BranchingBlock(Block):
-    """The same, behind a branch that nobody can know beforehand."""
+    """The same, behind a branch on what it is given."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, heads)
