@@ -50,7 +50,7 @@ class ReplayRegion:
         self._known: dict[tuple[Any, int], KnownPaths[Plan]] = {}
         self._truths: dict[tuple[Any, int], InputTruths] = {}
         self.form = weights_of(module)
-        self.kept = KeptState()
+        self.kept = KeptState(module)
         self._kept_forms: set[Any] = set()
         self._attributes = AttributeGuard(module)
 
@@ -129,7 +129,11 @@ class ReplayRegion:
             The state; None if attributes change from call to call, and the path with them: who
             takes it is to be traced.
         """
-        others = {s: p for (k, s), p in self._known.items() if k == kind and s != state}
+        others = {
+            s: paths
+            for (k, s), paths in self._known.items()
+            if k == kind and s != state and self._attributes.knows(s)
+        }
         same = [s for s, p in others.items() if p.has(items, sizes) and self._like(kind, s, state)]
         if len(same) < len(others):
             return state if len(others) < _MOST_STATES else None
