@@ -356,6 +356,51 @@ def test_whatever_holds_a_queue_is_looked_into(kind: Any) -> None:
             assert given == labels(own)
 
 
+class InPlace(nn.Module):
+    """The input itself is kept, once the model has written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(3, 3)
+        self.kept: deque[Tensor] = deque(maxlen=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.one(x)
+        self.kept.append(x)
+        return torch.tanh(self.kept[0])
+
+
+class FarInside(nn.Module):
+    """A queue in dicts of dicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(3, 3)
+        self.kept: Any = {"a": {"b": {"c": {"d": {"e": {"f": deque(maxlen=2)}}}}}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.kept["a"]["b"]["c"]["d"]["e"]["f"]
+        own.append(self.one(x))
+        return torch.tanh(own[0])
+
+
+@pytest.mark.parametrize("kind", [InPlace, FarInside])
+def test_an_input_that_was_written_to_and_a_queue_far_inside(kind: Any) -> None:
+    model, bare = kind(), kind()
+    bare.load_state_dict(model.state_dict())
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(6):
+            x = torch.randn(2, 3)
+            model(x.clone())
+            given, alone = [m.tensor.clone() for m in maps], copy.deepcopy(bare)
+            tags = labels(maps)
+            bare(x.clone())
+            with capture(alone) as own:
+                alone(x.clone())
+            assert tags == labels(own)
+            assert all(torch.equal(a, b.tensor) for a, b in zip(given, own, strict=True))
+
+
 def test_what_has_no_order_is_traced_in_every_pass(traced: list[None]) -> None:
     """Which tensor of a set comes first, their addresses decide."""
     model = Keeping(_set).eval()

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from fmapkit.torchlib.nested import modules_in
 
-__all__ = ["EscapedTensors", "inside", "keys_of", "own_attributes"]
+__all__ = ["EscapedTensors", "keys_of", "members_of", "own_attributes"]
 
 _COMMON = frozenset(nn.Module().__dict__)
 _NO_HOLDERS = (
     *(int, float, complex, str, bytes, type(None), type, nn.Module),
     *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.MethodType),
 )
+_NO_ATTRIBUTES = frozenset({list, tuple, dict, set, frozenset, deque})
 _LISTED: tuple[Any, ...] = (list, tuple, deque, set, frozenset)
-_DEEPEST = 4
+_DEEPEST = 8
 _MOST = 2_000  # objects that are looked at in one place
 
 
@@ -81,7 +82,7 @@ class EscapedTensors:
                     return True
             elif depth < _DEEPEST and id(found) not in seen:
                 seen.add(id(found))
-                todo += [(inner, depth + 1) for inner in inside(found)]
+                todo += [(inner, depth + 1) for inner in _inside(found)]
         return False
 
 
@@ -92,18 +93,17 @@ def _filled(cell: types.CellType) -> bool:
         return False
 
 
-def inside(value: Any) -> Iterator[Any]:
-    """What a container or an object holds; none of its own code runs."""
+def _inside(value: Any) -> Iterator[Any]:
+    yield from members_of(value)
+    yield from own_attributes(value).values()
+
+
+def members_of(value: Any) -> list[Any]:
+    """What a container holds, but for its attributes; none of its own code runs."""
     kind = type(value)
-    if issubclass(kind, _NO_HOLDERS):
-        return
     if issubclass(kind, dict):
-        yield from [dict.__getitem__(value, key) for key in keys_of(value)]
-    else:
-        for base in _LISTED:
-            if issubclass(kind, base):
-                yield from tuple(base.__iter__(value))
-    yield from tuple(own_attributes(value).values())
+        return [dict.__getitem__(value, key) for key in keys_of(value)]
+    return [part for base in _LISTED if issubclass(kind, base) for part in base.__iter__(value)]
 
 
 def keys_of(value: dict[Any, Any]) -> list[Any]:
@@ -114,8 +114,11 @@ def keys_of(value: dict[Any, Any]) -> list[Any]:
 
 def own_attributes(value: Any) -> dict[str, Any]:
     """The attributes of an object, slots among them; none of its own code runs."""
+    kind = type(value)
     found: dict[str, Any] = {}
-    for base in type(value).__mro__:
+    if kind in _NO_ATTRIBUTES or issubclass(kind, _NO_HOLDERS):
+        return found
+    for base in kind.__mro__:
         if "__slots__" in base.__dict__:
             for name, slot in base.__dict__.items():
                 if type(slot) is types.MemberDescriptorType:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.paths import Sizes
-from fmapkit.replay.escapes import inside, keys_of, own_attributes
+from fmapkit.replay.escapes import keys_of, members_of, own_attributes
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import modules_in
 from fmapkit.torchlib.tensor_spec import form_of
@@ -23,7 +23,7 @@ from fmapkit.torchlib.transforms import is_shapeless
 
 __all__ = ["KeptState"]
 
-_DEEPEST = 5
+_DEEPEST = 9
 _MOST = 1_000  # objects
 _NUMBERS = frozenset({int, float})
 _TOLD = frozenset({bool, str, type(None), torch.dtype, torch.device})
@@ -139,18 +139,17 @@ class _Form:
         if kind in _NUMBERS:
             self._numbers.append(value)
             return kind
+        if depth > _DEEPEST:
+            return kind
         if id(value) in self._seen:
             return self._seen[id(value)]
         self._seen[id(value)] = len(self._seen)
-        parts = tuple(inside(value)) if depth <= _DEEPEST else ()
-        if parts and isinstance(value, (set, frozenset)):
+        members, own = members_of(value), own_attributes(value)
+        if members and isinstance(value, (set, frozenset)):
             self.ordered = False
-        return kind, self._names(value), tuple([self.of(part, depth + 1) for part in parts])
-
-    def _names(self, value: Any) -> tuple[Any, ...]:
-        """Keys of a dict, names of attributes; none of its own code runs."""
-        keys = keys_of(value) if isinstance(value, dict) else ()
-        return (*map(self._key, keys), *own_attributes(value))
+        keys = map(self._key, keys_of(value)) if isinstance(value, dict) else ()
+        parts = [self.of(part, depth + 1) for part in (*members, *own.values())]
+        return kind, (*keys, *own), tuple(parts)
 
     def _key(self, key: Any) -> Any:
         kind = type(key)
