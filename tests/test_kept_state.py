@@ -401,6 +401,30 @@ def test_an_input_that_was_written_to_and_a_queue_far_inside(kind: Any) -> None:
             assert all(torch.equal(a, b.tensor) for a, b in zip(given, own, strict=True))
 
 
+class Turning(nn.Module):
+    """Python itself picks by an attribute under which name a tensor is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(3, 4)
+        self.kept = {"x": torch.zeros(2, 4), "y": torch.zeros(2, 4)}
+        self.now, self.then = "x", "y"
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.now, self.then = self.then, self.now
+        self.kept.update({self.now: self.one(x)})
+        return torch.tanh(self.kept["x"])
+
+
+def test_an_attribute_is_compared_where_tensors_are_kept() -> None:
+    model = Turning()
+    with capture(model) as maps, torch.no_grad():
+        for n in range(8):
+            model(torch.randn(2, 3))
+            assert maps["one", "preactivation"].nonlinearity == ("tanh" if n % 2 else None)
+    assert not maps.missed
+
+
 def test_what_has_no_order_is_traced_in_every_pass(traced: list[None]) -> None:
     """Which tensor of a set comes first, their addresses decide."""
     model = Keeping(_set).eval()

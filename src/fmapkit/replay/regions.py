@@ -129,11 +129,10 @@ class ReplayRegion:
             The state; None if attributes change from call to call, and the path with them: who
             takes it is to be traced.
         """
-        others = {
-            s: paths
-            for (k, s), paths in self._known.items()
-            if k == kind and s != state and self._attributes.knows(s)
-        }
+        others = {s: p for (k, s), p in self._known.items() if k == kind and s != state}
+        if self.kept:  # Python itself may pick by them among what is kept
+            return state if len(others) < _MOST_STATES else None
+        others = {s: p for s, p in others.items() if self._attributes.knows(s)}
         same = [s for s, p in others.items() if p.has(items, sizes) and self._like(kind, s, state)]
         if len(same) < len(others):
             return state if len(others) < _MOST_STATES else None
