@@ -7,10 +7,12 @@ pass reads, and whether they are its own, follows from its path and from the for
 from __future__ import annotations
 
 import copy
+import operator
 import random as dice
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -210,6 +212,242 @@ def test_a_list_that_grows_is_traced_and_not_learned_again_each_time() -> None:
             model(torch.randn(2, 3))
         assert model in maps._session.parts.regions._opened
     assert not maps.missed
+
+
+class Held:
+    """An object with slots."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+
+class Named(NamedTuple):
+    """A tuple with names."""
+
+    inner: Any
+
+
+@dataclass(slots=True)
+class Field:
+    """A dataclass with slots."""
+
+    inner: Any
+
+
+class Key:
+    """Equal to no other."""
+
+
+def _first_key(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    m.kept = m.kept or dict.fromkeys(m.keys, b)
+    m.kept[m.keys[0]] = a
+    return next(iter(m.kept.values()))
+
+
+def _other_order(m: Any) -> None:
+    if m.kept is not None:
+        first = next(iter(m.kept))
+        m.kept[first] = m.kept.pop(first)
+
+
+def _oldest(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    m.kept = m.kept or OrderedDict(a=b, b=b)
+    m.kept["a"] = a
+    return next(iter(m.kept.values()))
+
+
+def _sorted(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    m.kept = m.kept or [[0, b], [1, b]]
+    m.kept[0][1] = a
+    m.kept.sort(key=operator.itemgetter(0))
+    return m.kept[0][1] * 1.0
+
+
+def _named(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    m.kept = m.kept or [{"x": b, "y": b}, ["x", "y"]]
+    m.kept[1].reverse()
+    m.kept[0].update(zip(m.kept[1], (a, b), strict=True))
+    return m.kept[0]["x"]
+
+
+def _registered(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    """What is kept is a buffer, too, or it is none."""
+    with torch.no_grad():
+        m.kept = m.kept.copy_(a)
+    return m.buffer * 1.0
+
+
+def _set(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    m.kept = m.kept or {b.detach()}
+    m.kept.add(a)
+    found = next(iter(m.kept)) * 1.0
+    while len(m.kept) > 2:
+        m.kept.pop()
+    return found
+
+
+def _turned(m: Any) -> None:
+    if isinstance(m.kept, OrderedDict) and torch.initial_seed() % 2:
+        m.kept.move_to_end(next(iter(m.kept)))
+    elif isinstance(m.kept, list) and isinstance(m.kept[0], list) and torch.initial_seed() % 2:
+        m.kept[0][0], m.kept[1][0] = m.kept[1][0], m.kept[0][0]
+
+
+KEYS: list[list[Any]] = [["x", "y"], [(0, "k"), (1, "k")], [0.5, 1.5], [True, None], [Key(), Key()]]
+
+
+@pytest.mark.parametrize("keys", KEYS)
+def test_the_keys_of_what_is_kept_are_a_part_of_its_form(keys: list[Any]) -> None:
+    model = Keeping(_first_key)
+    model.keys = keys  # type: ignore[assignment]
+    passes = turns(*[(2, 3)] * 9)
+    for n in (3, 5, 6):
+        passes[n].before = _other_order
+    hold(model, passes)
+
+
+@pytest.mark.parametrize("how", [_oldest, _sorted, _named])
+def test_what_python_itself_picks_by_is_a_part_of_the_form(how: Any) -> None:
+    passes = turns(*[(2, 3)] * 12)
+    for n, turn in enumerate(passes):
+        turn.before = lambda m, n=n: (torch.manual_seed(n // 3), _turned(m))  # type: ignore[misc]
+    hold(Keeping(how), passes, most=1)
+
+
+def test_a_buffer_that_is_kept_under_another_name_and_then_not() -> None:
+    model = Keeping(_registered)
+    model.register_buffer("buffer", torch.zeros(2, 4))
+    passes = turns(*[(2, 3)] * 9)
+    for n, turn in enumerate(passes):
+        turn.before = lambda m, n=n: setattr(  # type: ignore[misc]
+            m, "kept", torch.zeros(2, 4) if n in (3, 4, 7) else m.buffer
+        )
+    hold(model, passes, most=1)
+
+
+@pytest.mark.parametrize("kind", [Held, Named, Field])
+def test_whatever_holds_a_queue_is_looked_into(kind: Any) -> None:
+    class Delayed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept.inner.append(self.one(x))
+            return torch.tanh(self.kept.inner[0])
+
+    model, bare = Delayed(), Delayed()
+    bare.load_state_dict(model.state_dict())
+    queues: list[deque[Tensor]] = [deque(maxlen=2), deque(maxlen=2)]
+    model.kept, bare.kept = map(kind, queues)
+    with capture(model) as maps, torch.no_grad():
+        for n in range(8):
+            x = torch.randn(2, 3)
+            if n in (4, 6):
+                queues[0].clear()
+                queues[1].clear()
+            model(x)
+            given, alone = labels(maps), copy.deepcopy(bare)
+            bare(x)
+            with capture(alone) as own:
+                alone(x)
+            assert given == labels(own)
+
+
+class InPlace(nn.Module):
+    """The input itself is kept, once the model has written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(3, 3)
+        self.kept: deque[Tensor] = deque(maxlen=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.one(x)
+        self.kept.append(x)
+        return torch.tanh(self.kept[0])
+
+
+class FarInside(nn.Module):
+    """A queue in dicts of dicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(3, 3)
+        self.kept: Any = {"a": {"b": {"c": {"d": {"e": {"f": deque(maxlen=2)}}}}}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.kept["a"]["b"]["c"]["d"]["e"]["f"]
+        own.append(self.one(x))
+        return torch.tanh(own[0])
+
+
+@pytest.mark.parametrize("kind", [InPlace, FarInside])
+def test_an_input_that_was_written_to_and_a_queue_far_inside(kind: Any) -> None:
+    model, bare = kind(), kind()
+    bare.load_state_dict(model.state_dict())
+    with capture(model) as maps, torch.no_grad():
+        for _ in range(6):
+            x = torch.randn(2, 3)
+            model(x.clone())
+            given, alone = [m.tensor.clone() for m in maps], copy.deepcopy(bare)
+            tags = labels(maps)
+            bare(x.clone())
+            with capture(alone) as own:
+                alone(x.clone())
+            assert tags == labels(own)
+            assert all(torch.equal(a, b.tensor) for a, b in zip(given, own, strict=True))
+
+
+class Turning(nn.Module):
+    """Python itself picks by an attribute under which name a tensor is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(3, 4)
+        self.kept = {"x": torch.zeros(2, 4), "y": torch.zeros(2, 4)}
+        self.now, self.then = "x", "y"
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.now, self.then = self.then, self.now
+        self.kept.update({self.now: self.one(x)})
+        return torch.tanh(self.kept["x"])
+
+
+def test_an_attribute_is_compared_where_tensors_are_kept() -> None:
+    model = Turning()
+    with capture(model) as maps, torch.no_grad():
+        for n in range(8):
+            model(torch.randn(2, 3))
+            assert maps["one", "preactivation"].nonlinearity == ("tanh" if n % 2 else None)
+    assert not maps.missed
+
+
+def test_what_has_no_order_is_traced_in_every_pass(traced: list[None]) -> None:
+    """Which tensor of a set comes first, their addresses decide."""
+    model = Keeping(_set).eval()
+    with capture(model), torch.no_grad():
+        for n in range(6):
+            model(torch.randn(2, 3))
+            assert len(traced) == n + 1
+
+
+def test_a_state_that_is_deleted_or_emptied_in_between() -> None:
+    def state(m: Any, a: Tensor, b: Tensor) -> Tensor:
+        old = m.kept if hasattr(m, "kept") and m.kept is not None else a
+        m.kept = old * 0.5 + b
+        return torch.tanh(old)
+
+    def empty(m: Any) -> None:
+        m.kept = None
+
+    passes = turns(*[(2, 3)] * 9)
+    passes[3].before = lambda m: delattr(m, "kept")
+    passes[5].before = empty
+    seen = hold(Keeping(state), passes, most=1)
+    assert not any("failed here" in reason for _, reason in seen.missed)
 
 
 def test_a_cache_with_places_that_a_number_tells() -> None:

@@ -88,6 +88,10 @@ class AttributeGuard:
             self._numbers.append(next(self._count))
         return self._numbers[self._states.index(now)]
 
+    def knows(self, number: int) -> bool:
+        """Whether a number stands for a state that is remembered."""
+        return number in self._numbers
+
     def look_less(self, one: int, other: int) -> int:
         """Compare no more what differs in two states in which the same path was taken.
 

@@ -7,22 +7,25 @@ module whose code keeps tensors of the pass under a name that is read, too, is t
 from __future__ import annotations
 
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
 
 from fmapkit.torchlib.nested import modules_in
 
-__all__ = ["EscapedTensors", "inside", "own_attributes"]
+__all__ = ["EscapedTensors", "keys_of", "members_of", "own_attributes"]
 
 _COMMON = frozenset(nn.Module().__dict__)
 _NO_HOLDERS = (
     *(int, float, complex, str, bytes, type(None), type, nn.Module),
     *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.MethodType),
 )
-_DEEPEST = 4
+_NO_ATTRIBUTES = frozenset({list, tuple, dict, set, frozenset, deque})
+_LISTED: tuple[Any, ...] = (list, tuple, deque, set, frozenset)
+_DEEPEST = 8
 _MOST = 2_000  # objects that are looked at in one place
 
 
@@ -79,7 +82,7 @@ class EscapedTensors:
                     return True
             elif depth < _DEEPEST and id(found) not in seen:
                 seen.add(id(found))
-                todo += [(inner, depth + 1) for inner in inside(found)]
+                todo += [(inner, depth + 1) for inner in _inside(found)]
         return False
 
 
@@ -90,22 +93,38 @@ def _filled(cell: types.CellType) -> bool:
         return False
 
 
-def inside(value: Any) -> Iterator[Any]:
-    """What a container or an object holds; none of its own code runs."""
+def _inside(value: Any) -> Iterator[Any]:
+    yield from members_of(value)
+    yield from own_attributes(value).values()
+
+
+def members_of(value: Any) -> list[Any]:
+    """What a container holds, but for its attributes; none of its own code runs."""
     kind = type(value)
-    if issubclass(kind, _NO_HOLDERS):
-        return
     if issubclass(kind, dict):
-        yield from tuple(dict.values(value))
-    elif issubclass(kind, (list, tuple, set, frozenset, deque)):
-        yield from tuple(value) if kind in (list, tuple, set, frozenset, deque) else ()
-    yield from tuple(own_attributes(value).values())
+        return [dict.__getitem__(value, key) for key in keys_of(value)]
+    return [part for base in _LISTED if issubclass(kind, base) for part in base.__iter__(value)]
+
+
+def keys_of(value: dict[Any, Any]) -> list[Any]:
+    """The keys of a dict in their order, which an `OrderedDict` has apart from the dict's own."""
+    base = OrderedDict if isinstance(value, OrderedDict) else dict
+    return list(base.__iter__(value))
 
 
 def own_attributes(value: Any) -> dict[str, Any]:
-    """The attributes of an object; none of its own code runs."""
-    try:
+    """The attributes of an object, slots among them; none of its own code runs."""
+    kind = type(value)
+    found: dict[str, Any] = {}
+    if kind in _NO_ATTRIBUTES or issubclass(kind, _NO_HOLDERS):
+        return found
+    for base in kind.__mro__:
+        if "__slots__" in base.__dict__:
+            for name, slot in base.__dict__.items():
+                if type(slot) is types.MemberDescriptorType:
+                    with suppress(AttributeError):  # it was never filled
+                        found[name] = slot.__get__(value)
+    with suppress(AttributeError):
         own = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return {}
-    return own if isinstance(own, dict) else {}
+        found.update(own if isinstance(own, dict) else {})
+    return found

@@ -8,37 +8,48 @@ is a part of what kind of call it is, and the sizes of its tensors are sizes of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fmapkit.paths import Sizes
-from fmapkit.replay.escapes import inside, own_attributes
+from fmapkit.replay.escapes import keys_of, members_of, own_attributes
 from fmapkit.torchlib.memory import storage_of
+from fmapkit.torchlib.nested import modules_in
 from fmapkit.torchlib.tensor_spec import form_of
 from fmapkit.torchlib.transforms import is_shapeless
 
 __all__ = ["KeptState"]
 
-_DEEPEST = 5
+_DEEPEST = 9
 _MOST = 1_000  # objects
-_PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
+_NUMBERS = frozenset({int, float})
+_TOLD = frozenset({bool, str, type(None), torch.dtype, torch.device})
 
 
 class KeptState:
     """Where calls of one module keep tensors: in attributes of modules, and in what they are given.
 
     Args:
+        region: the module.
         attributes: modules, each with the name of one.
         arguments: places and names of arguments.
     """
 
     def __init__(
         self,
+        region: nn.Module,
         attributes: tuple[tuple[nn.Module, str], ...] = (),
         arguments: tuple[int | str, ...] = (),
     ) -> None:
+        self._region = region
+        self._buffers = [
+            m._buffers
+            for m in (modules_in(region) if attributes or arguments else ())
+            if m._buffers and not isinstance(m, torch.jit.ScriptModule)
+        ]
         self._attributes = attributes
         self._arguments = arguments
 
@@ -52,7 +63,7 @@ class KeptState:
         more = dict.fromkeys((*self._attributes, *attributes))
         others = dict.fromkeys((*self._arguments, *arguments))
         known = len(more) + len(others) == len(self._attributes) + len(self._arguments)
-        return None if known else KeptState(tuple(more), tuple(others))
+        return None if known else KeptState(self._region, tuple(more), tuple(others))
 
     def form(self, args: Any, kwargs: Any, given: Sequence[Tensor]) -> tuple[Any, Sizes]:
         """What is kept as a call begins.
@@ -64,9 +75,10 @@ class KeptState:
 
         Returns:
             Its form, and the sizes of the tensors in it, each shape once. The form is None where
-            there is too much to look at before each pass.
+            there is too much to look at before each pass, or something without an order.
         """
-        form = _KeptForm(given)
+        buffers = [t for held in self._buffers for t in held.values() if t is not None]
+        form = _KeptForm([*given, *buffers])
         held = [module.__dict__.get(name) for module, name in self._attributes]
         for place in self._arguments:
             if isinstance(place, str):
@@ -74,24 +86,37 @@ class KeptState:
             elif place < len(args):
                 held.append(args[place])
         found = tuple([form.of(value) for value in held])
-        return (found if form.count <= _MOST else None), form.sizes()
+        whole = form.ordered and form.count <= _MOST
+        return ((found, form.ranks()) if whole else None), form.sizes()
 
 
 class _KeptForm:
-    """The form of what is kept, tensors numbered in the order of their first mention."""
+    """The form of what is kept, tensors numbered in the order of their first mention.
+
+    Attributes:
+        count: of objects that were looked at.
+        ordered: everything has a place that is the same in each pass: members of a set have none.
+    """
 
     def __init__(self, given: Sequence[Tensor]) -> None:
-        self.count = 0  # of objects that were looked at
+        self.count = 0
+        self.ordered = True
         self._tensors: dict[int, int] = {}
         self._storages: dict[int, int] = {}
         self._seen: dict[int, int] = {}
         self._shapes: dict[tuple[int, ...], int] = {}
+        self._numbers: list[float] = []
         for tensor in given:
             self._number(tensor)
 
     def sizes(self) -> Sizes:
         """Those of all tensors."""
         return tuple([size for shape in self._shapes for size in shape])
+
+    def ranks(self) -> tuple[int, ...]:
+        """Which numbers are greater than which: Python itself sorts by that, and counters grow."""
+        ranks = {number: rank for rank, number in enumerate(sorted(set(self._numbers)))}
+        return tuple([ranks[number] for number in self._numbers])
 
     def _number(self, tensor: Tensor) -> tuple[int, int]:
         storage = -1 if is_shapeless(tensor) else storage_of(tensor)
@@ -109,16 +134,27 @@ class _KeptForm:
                 return kind, self._number(value)
             shape = self._shapes.setdefault(tuple(value.shape), len(self._shapes))
             return kind, self._number(value), shape, form_of(value)
-        parts = tuple(inside(value)) if kind not in _PLAIN and depth <= _DEEPEST else ()
-        if not parts:
+        if kind in _TOLD:
+            return kind, value
+        if kind in _NUMBERS:
+            self._numbers.append(value)
+            return kind
+        if depth > _DEEPEST:
             return kind
         if id(value) in self._seen:
             return self._seen[id(value)]
         self._seen[id(value)] = len(self._seen)
-        return kind, _names(value), tuple([self.of(part, depth + 1) for part in parts])
+        members, own = members_of(value), own_attributes(value)
+        if members and isinstance(value, (set, frozenset)):
+            self.ordered = False
+        keys = map(self._key, keys_of(value)) if isinstance(value, dict) else ()
+        parts = [self.of(part, depth + 1) for part in (*members, *own.values())]
+        return kind, (*keys, *own), tuple(parts)
 
-
-def _names(value: Any) -> tuple[Any, ...]:
-    """Keys of a dict, names of attributes; none of its own code runs."""
-    keys = tuple(dict.keys(value)) if isinstance(value, dict) else ()
-    return tuple([k if type(k) in (str, int) else type(k) for k in (*keys, *own_attributes(value))])
+    def _key(self, key: Any) -> Any:
+        kind = type(key)
+        if kind is tuple:
+            return tuple(map(self._key, key))
+        if kind not in _TOLD and kind not in _NUMBERS and not isinstance(key, Enum):
+            self.ordered = False  # it is not compared: objects may be equal, and others than before
+        return kind, key

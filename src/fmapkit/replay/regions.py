@@ -50,7 +50,7 @@ class ReplayRegion:
         self._known: dict[tuple[Any, int], KnownPaths[Plan]] = {}
         self._truths: dict[tuple[Any, int], InputTruths] = {}
         self.form = weights_of(module)
-        self.kept = KeptState()
+        self.kept = KeptState(module)
         self._kept_forms: set[Any] = set()
         self._attributes = AttributeGuard(module)
 
@@ -130,6 +130,9 @@ class ReplayRegion:
             takes it is to be traced.
         """
         others = {s: p for (k, s), p in self._known.items() if k == kind and s != state}
+        if self.kept:  # Python itself may pick by them among what is kept
+            return state if len(others) < _MOST_STATES else None
+        others = {s: p for s, p in others.items() if self._attributes.knows(s)}
         same = [s for s, p in others.items() if p.has(items, sizes) and self._like(kind, s, state)]
         if len(same) < len(others):
             return state if len(others) < _MOST_STATES else None

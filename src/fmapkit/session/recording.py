@@ -157,15 +157,15 @@ class Recorder:
         passed = {id(t) for t in tensors_in(*frame.args, frame.kwargs)}
 
         def is_of_pass(tensor: Tensor) -> bool:
-            label = tracer.trace.labels.of(tensor)
-            return id(tensor) not in passed and isinstance(label, ChannelLabel)
+            return isinstance(tracer.trace.labels.of(tensor), ChannelLabel)
+
+        def is_new(tensor: Tensor) -> bool:
+            return id(tensor) not in passed and is_of_pass(tensor)
 
         twins = self._paths.twins
         remembering = EscapedTensors(is_of_pass, twins.reads)
-        kept, given = (
-            remembering.attributes(region),
-            remembering.arguments(frame.args, frame.kwargs),
-        )
+        kept = remembering.attributes(region)
+        given = EscapedTensors(is_new, twins.reads).arguments(frame.args, frame.kwargs)
         found = [module for module, _ in kept] + [region] * bool(given)
         if remembering.functions(twins.functions()):
             found += [m for m in modules_in(region) if m._modules or not is_torchs(m)]
