@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fmapkit.missed import MissedLog, Reason
 from fmapkit.nonlinearities import is_torchs
 from fmapkit.paths import ControlPaths, Sizes
-from fmapkit.provenance import ChannelLabel, Label
+from fmapkit.provenance import Label
 from fmapkit.replay import EscapedTensors, ReplayRegions, make_plan
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.hook_installer import HookInstaller
@@ -157,7 +157,7 @@ class Recorder:
         passed = {id(t) for t in tensors_in(*frame.args, frame.kwargs)}
 
         def is_of_pass(tensor: Tensor) -> bool:
-            return isinstance(tracer.trace.labels.of(tensor), ChannelLabel)
+            return tracer.trace.labels.flow(tensor) is not None
 
         def is_new(tensor: Tensor) -> bool:
             return id(tensor) not in passed and is_of_pass(tensor)
