@@ -98,7 +98,7 @@ def run(threads: int = 1, seconds: float = 5.0) -> None:
         jobs: dict[str, Callable[[nn.Module], Any]] = {
             "padded": partial(_padded, ids=ids, mask=mask)
         }
-        if hasattr(bare, "generate") and name != "BERT":
+        if name != "BERT":
             jobs["generation"] = partial(_generated, ids=ids[:1, :8])
         for job, call in jobs.items():
             with ExitStack() as stack, torch.no_grad():

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 from torch import nn
 
 from fmapkit.missed import Missed, MissedLog, Reason
+from fmapkit.tracing import Tracer
 from tests.truth import modes
 
 # One thread: the models are small, and on a machine that others use too, threads that wait for
@@ -98,6 +99,15 @@ def leak_guard() -> Iterator[None]:
     after = _global_state()
     changed = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
     assert not changed, f"left behind (before, after): {changed}"
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows with each pass that is traced, or a part of it."""
+    found: list[None] = []
+    of_pass = Tracer.of_pass
+    monkeypatch.setattr(Tracer, "of_pass", lambda *a: found.append(None) or of_pass(*a))
+    return found
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmapkit import capture
 from fmapkit.session.recording import Recorder
-from fmapkit.tracing import Tracer
 from tests.checks import strayed
 from tests.test_paths import Turn, hold, put
 
@@ -87,15 +86,6 @@ def _given(size: tuple[int, int], padded: bool, n: int) -> tuple[Tensor, Tensor]
         mask[0, : max(1, size[1] // 2)] = 0
         x = x * 100
     return x, mask
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """Grows with each pass that is traced, or a part of it."""
-    found: list[None] = []
-    of_pass = Tracer.of_pass
-    monkeypatch.setattr(Tracer, "of_pass", lambda *a: found.append(None) or of_pass(*a))
-    return found
 
 
 @pytest.fixture

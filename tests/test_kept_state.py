@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fmapkit import capture
-from fmapkit.tracing import Tracer
 from tests.test_paths import Turn, hold, labels, turns
 
 pytestmark = pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
@@ -60,15 +59,6 @@ class Attending(nn.Module):
             weights = (q @ k.transpose(1, 2)).view(x.shape[0], -1, length).softmax(-1)
             x = x + torch.relu(out(weights @ torch.tanh(v)))
         return x
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """Grows with each pass that is traced, or a part of it."""
-    found: list[None] = []
-    of_pass = Tracer.of_pass
-    monkeypatch.setattr(Tracer, "of_pass", lambda *a: found.append(None) or of_pass(*a))
-    return found
 
 
 @pytest.mark.parametrize("by_name", [False, True])

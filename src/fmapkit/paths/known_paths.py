@@ -147,9 +147,10 @@ class _Path(Generic[_Plan]):
         for place, old, new in found:
             both = rules_of(old, before) & rules_of(new, sizes)
             rules[place] = rules[place] & both if place in rules else both
+        seen = [*self.by_sizes, sizes]
         for place in _numbers(items):
             if place not in rules:
-                both = coincidences(_at(items, place), [*self.by_sizes, sizes])
+                both = coincidences(_at(items, place), seen)
                 if both:
                     rules[place] = both
         for place in rules:

@@ -25,14 +25,14 @@ __all__ = ["InputRead", "MadeTensors", "read"]
 
 # Are the same of the same tensors, write to none, never warn, and cost little beside a layer.
 _CHEAP = words(
-    """all any sum mean amax amin max min prod count_nonzero numel argmax argmin norm
-    eq ne lt le gt ge equal allclose isclose isnan isinf isfinite logical_not logical_and
+    """all any sum mean amax amin max min prod count_nonzero argmax argmin norm
+    eq ne lt le gt ge isclose isnan isinf isfinite logical_not logical_and
     logical_or logical_xor bitwise_not bitwise_and bitwise_or bitwise_xor invert and or xor
     abs neg sign add radd sub rsub mul rmul div truediv rtruediv floordiv floor_divide mod
     remainder pow square sqrt exp log clamp clip floor ceil round minimum maximum diff cumsum
     to type bool int long float double half bfloat16 type_as detach cpu
     getitem select narrow squeeze unsqueeze view reshape flatten expand expand_as permute
-    transpose t chunk split unbind diagonal pad tril triu
+    transpose t diagonal pad tril triu
     arange ones zeros full ones_like zeros_like full_like new_ones new_zeros new_full"""
 )
 # Give a truth to Python; and the same of a tensor that is one.
