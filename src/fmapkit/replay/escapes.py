@@ -18,7 +18,7 @@ from fmapkit.torchlib.nested import modules_in
 
 __all__ = ["EscapedTensors", "keys_of", "members_of", "own_attributes"]
 
-_COMMON = frozenset(nn.Module().__dict__)
+_COMMON = frozenset({*nn.Module().__dict__, "_compiled_call_impl"})  # ours may stand in the last
 _NO_HOLDERS = (
     *(int, float, complex, str, bytes, type(None), type, nn.Module),
     *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.MethodType),
