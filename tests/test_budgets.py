@@ -87,7 +87,7 @@ def operators(model: nn.Module, given: Tensor) -> Counter[str]:
 
 
 # What a twin calls at a decision (see `paths/recorders.py`).
-RECORDERS = ("enter", "current", "value", "called", "caught")
+RECORDERS = ("enter", "current", "value", "picked", "keyed", "called", "caught")
 
 by_name = pytest.mark.skipif(sys.version_info < (3, 11), reason="code has no full name yet")
 

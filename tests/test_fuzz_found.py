@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fmapkit import EditError, capture, edits
 from fmapkit.missed import Reason
-from fmapkit.paths.recorders import MARK
+from fmapkit.paths.items import MARK
 from fmapkit.paths.twins import Twins, is_twin, twin_of
 from tests.checks import tags
 

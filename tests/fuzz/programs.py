@@ -7,7 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import tests.fuzz.elsewhere  # noqa: F401  (more constructs)
+import tests.fuzz.elsewhere
+import tests.fuzz.picked  # noqa: F401
 from tests.fuzz.constructs import construct, statements
 from tests.fuzz.header import HEADER
 from tests.fuzz.operations import layer, nonlinearity

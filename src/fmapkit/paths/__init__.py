@@ -5,7 +5,8 @@
             twin_source.make_twins  … each made once, from the source of a function
             rewrite.Rewriter        … the same code with a recorder at each decision
             torch_calls             … and at calls in torch's own transformer layers
-        recorders.DecisionSink      where the decisions of this thread's pass go
+            items                   … of a plain value, or of a callable
+        sinks.DecisionSink          where the decisions of this thread's pass go
         survey.Survey               which functions ran that do not record yet
     known_paths.KnownPaths          the paths of one kind of call, each with its plan
         number_rules                numbers that follow the sizes of the inputs
@@ -17,7 +18,8 @@ model of the same structure, it makes the same calls of torch on the same tensor
 from fmapkit.paths.control import ControlPaths
 from fmapkit.paths.known_paths import Expected, KnownPaths
 from fmapkit.paths.number_rules import Sizes, by_rule, rules_of
-from fmapkit.paths.recorders import taps, unrecorded
+from fmapkit.paths.recorders import taps
+from fmapkit.paths.sinks import unrecorded
 from fmapkit.paths.survey import runs_own_code
 from fmapkit.paths.twins import Resting
 

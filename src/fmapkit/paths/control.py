@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.paths import recorders
+from fmapkit.paths import sinks
 from fmapkit.paths.fixed_attributes import FixedAttributes
 from fmapkit.paths.known_paths import Expected
 from fmapkit.paths.survey import Survey, is_installed, is_trusted
@@ -49,7 +49,7 @@ class ControlPaths:
         self._model = model
         self._place_of = place_of
         self._running = running
-        self._sink: recorders.DecisionSink | None = None
+        self._sink: sinks.DecisionSink | None = None
         self._survey: Survey | None = None
         self._lookers: frozenset[types.CodeType] = frozenset()
         self._tried: dict[int, types.CodeType] = {}
@@ -80,7 +80,7 @@ class ControlPaths:
                 for function in tuple(_helpers.get(kind, ())):
                     self.twins.exchange(function)
         self.twins.set_again()
-        self._sink = recorders.start(self._place_of, self._modules)
+        self._sink = sinks.start(self._place_of, self._modules)
 
     def _set_class(self, kind: type) -> None:
         """Have the forward of a class record, and what it is likely to call.
@@ -115,7 +115,7 @@ class ControlPaths:
         self._end_survey()
         if self._sink is not None:
             self._sink = None
-            recorders.stop()
+            sinks.stop()
 
     # -- a call that is traced ----------------------------------------------------------------
 

@@ -2,8 +2,10 @@
 
 A decision is whatever can make two runs of the same code do different things: a branch taken, a
 turn of a loop, a later operand of `and` or `or`, a handler entered; the callable that a call goes
-to; a plain value that is an argument or an index. Of the two ways a branch may go, one is marked:
-every loop and every function marks its own beginning, so what comes next tells the other.
+to; a plain value that is an argument or an index, or by which Python itself picks: a key of a dict,
+how often a list is repeated, what a function gives back to code in C. Of the two ways a branch may
+go, one is marked: every loop and every function marks its own beginning, so what comes next tells
+the other.
 
 Line numbers, names, closures and defaults stay as they are. Nothing is bound that was not.
 """
@@ -15,8 +17,8 @@ import builtins
 from typing import Any, TypeVar
 
 from fmapkit.paths.fixed_attributes import OF_TORCHS
-from fmapkit.paths.recorders import MARK
-from fmapkit.paths.syntax import names_bound, torch_name
+from fmapkit.paths.inserting import APPEND, Inserting
+from fmapkit.paths.syntax import first_argument, is_plain_function, is_row, names_bound, torch_name
 from fmapkit.paths.torch_calls import handed, recorded
 
 __all__ = ["Rewriter"]
@@ -24,16 +26,20 @@ __all__ = ["Rewriter"]
 _Node = TypeVar("_Node", bound=ast.AST)
 # Builtins whose arguments need no look: what they return is looked at where it is used.
 _HARMLESS = {
-    *("abs", "all", "any", "bool", "callable", "dict", "enumerate", "float", "hasattr", "id"),
-    *("int", "isinstance", "issubclass", "iter", "len", "list", "max", "min", "print", "range"),
-    *("repr", "reversed", "round", "set", "str", "sum", "super", "tuple", "type", "zip"),
+    *("abs", "all", "any", "bool", "callable", "float", "hasattr", "id", "int", "isinstance"),
+    *("issubclass", "iter", "len", "list", "print", "repr", "reversed", "round", "set", "str"),
+    *("sum", "super", "tuple", "type"),
 }
-
-
-# What a function's marks are given to, while it runs. No identifier of a model's can be that.
-_APPEND = f"{MARK}append"
-# A function that may look at its own variables has none of ours.
-_LOOKS_AT_LOCALS = {"locals", "vars", "dir", "eval", "exec"}
+# Those that a loop goes over: its turns are marked, and elements are looked at where they are used.
+_LOOPED_OVER = {"enumerate", "range", "reversed", "zip"}
+# Those that use all elements of what they are given.
+_TAKE_ALL = {"all", "any", "frozenset", "list", "set", "sum", "tuple"}
+# Those that pick one of what they are given; a number that they pick is looked at where it is used.
+_PICK = {"max", "min"}
+# Those that call a function with elements of what they are given.
+_CALLERS = {"filter", "map", "max", "min", "sorted"}
+# Methods that Python calls by itself, and whose results it does not keep to itself or ignore.
+_RESULT_IS_SEEN = {"__call__", "__enter__", "__new__"}
 # Functions of torch's whose plain arguments decide neither what runs nor whose filters come out.
 _PLAIN_ARGUMENTS_ARE_IDLE = {
     *("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"),
@@ -41,7 +47,7 @@ _PLAIN_ARGUMENTS_ARE_IDLE = {
 }
 
 
-class Rewriter(ast.NodeTransformer):
+class Rewriter(Inserting, ast.NodeTransformer):
     """Puts recorders into one function.
 
     Args:
@@ -61,75 +67,14 @@ class Rewriter(ast.NodeTransformer):
         fixed: frozenset[str],
         tapped: frozenset[str],
     ) -> None:
-        self._place = place
+        super().__init__(place, first_argument(node) if fixed else None)
         self._names = names
         self._local = names_bound(node)
         self._fixed = fixed
         self._tapped = tapped
-        self._self = _first_argument(node) if fixed else None
-        self._count = 0
-        self._quick = False  # the code at hand has a variable that its marks are given to
-
-    # -- what is put in -----------------------------------------------------------------------
-
-    def _site(self, node: ast.AST) -> ast.Constant:
-        self._count += 1
-        line = getattr(node, "lineno", 0)
-        return ast.Constant(f"{MARK}{self._place}:{line}:{self._count}")
-
-    def _append(self) -> ast.expr:
-        """What items are given to."""
-        if self._quick:
-            return ast.Name(_APPEND, ast.Load())
-        return ast.Call(ast.Name(f"{MARK}current", ast.Load()), [], [])
-
-    def _marking(self, at: ast.AST) -> ast.expr:
-        call = ast.Call(self._append(), [self._site(at)], [])
-        return ast.fix_missing_locations(ast.copy_location(call, at))
-
-    def _mark(self, at: ast.AST) -> ast.stmt:
-        return ast.copy_location(ast.Expr(self._marking(at)), at)
-
-    def _caught(self, at: ast.AST) -> ast.stmt:
-        return ast.copy_location(ast.Expr(recorded("caught", self._site(at), at)), at)
-
-    def _marked(self, node: ast.expr) -> ast.expr:
-        """`node`, after a mark: marking returns None."""
-        return ast.copy_location(ast.BoolOp(ast.Or(), [self._marking(node), node]), node)
-
-    def _unless_tensor(self, name: str, node: ast.expr, otherwise: ast.expr) -> ast.expr:
-        """`node` where a variable is a plain tensor: asked without a call into Python."""
-        kind = recorded("type", ast.Name(name, ast.Load()), node)
-        test = ast.Compare(kind, [ast.Is()], [ast.Name(f"{MARK}Tensor", ast.Load())])
-        choice = ast.IfExp(test, node, otherwise)
-        return ast.fix_missing_locations(ast.copy_location(choice, node))
-
-    def _value(self, node: ast.expr) -> ast.expr:
-        """An argument or an index, looked at; in a display, each of its elements."""
-        if isinstance(node, ast.Constant | ast.Lambda | ast.GeneratorExp):
-            return node
-        if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):
-            return node
-        if isinstance(node, ast.Tuple | ast.List):
-            node.elts = [self._value(e) for e in node.elts]
-            return node
-        if isinstance(node, ast.Dict):
-            node.values = [self._value(v) for v in node.values]
-            return node
-        if isinstance(node, ast.Slice):
-            for part in ("lower", "upper", "step"):
-                bound = getattr(node, part)
-                if bound is not None:
-                    setattr(node, part, self._value(bound))
-            return node
-        if isinstance(node, ast.Starred):
-            node.value = self._value(node.value)
-            return node
-        looked_at = recorded("value", node, node, self._append())
-        if isinstance(node, ast.Name):
-            same = ast.copy_location(ast.Name(node.id, ast.Load()), node)
-            return self._unless_tensor(node.id, same, looked_at)
-        return looked_at
+        self._depth = 0  # of functions around the code at hand
+        self._from_c = False  # code in C may call the function at hand
+        self._idle: set[ast.AST] = set()  # calls and generators that decide nothing themselves
 
     # -- statements ---------------------------------------------------------------------------
 
@@ -141,12 +86,20 @@ class Rewriter(ast.NodeTransformer):
     visit_If = visit_match_case = _body  # noqa: N815
 
     def _loop(self, node: ast.For | ast.While) -> ast.AST:
+        if isinstance(node, ast.For):
+            self._looped_over(node.iter)
         self._body(node)
         if node.orelse:
             node.orelse.insert(0, self._mark(node.orelse[0]))
         return node
 
     visit_For = visit_While = _loop  # noqa: N815
+
+    def _looped_over(self, node: ast.expr) -> None:
+        if isinstance(node, ast.Call) and self._builtin(node.func) in _LOOPED_OVER:
+            self._idle.add(node)
+            for argument in node.args:
+                self._looped_over(argument)
 
     def visit_ExceptHandler(self, node: ast.ExceptHandler) -> ast.AST:
         self.generic_visit(node)
@@ -194,18 +147,27 @@ class Rewriter(ast.NodeTransformer):
         node.decorator_list = [self.visit(d) for d in node.decorator_list]
         documented = ast.get_docstring(node, clean=False) is not None
         head, rest = node.body[:documented], node.body[documented:]
-        before, self._quick = self._quick, _is_quick(node)
+        before = self._quick, self._from_c
+        self._quick = is_plain_function(node)
+        self._from_c = self._depth > 0 or _is_called_from_c(node.name)
+        self._depth += 1
         body = [self.visit(statement) for statement in rest]
+        self._depth -= 1
         at = rest[0] if rest else head[0]
         if self._quick:
-            target = ast.Name(_APPEND, ast.Store())
+            target = ast.Name(APPEND, ast.Store())
             begin: ast.stmt = ast.Assign([target], recorded("enter", self._site(at), at))
             ast.fix_missing_locations(ast.copy_location(begin, at))
         else:
             begin = self._mark(at)
-        self._quick = before
+        self._quick, self._from_c = before
         node.body = [*head, begin, *body]
         return node
+
+    def visit_Return(self, node: ast.Return) -> ast.AST:
+        """What code in C does with a plain value leaves no mark; other callers' code does."""
+        self.generic_visit(node)
+        return self._looked_at(node, "value") if self._from_c else node
 
     def _elsewhere(self, node: _Node) -> _Node:
         """Code with variables of its own."""
@@ -220,7 +182,7 @@ class Rewriter(ast.NodeTransformer):
     def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
         node.args = self.visit(node.args)
         before, self._quick = self._quick, False
-        node.body = self._marked(self.visit(node.body))
+        node.body = self._marked(self._value(self.visit(node.body)))
         self._quick = before
         return node
 
@@ -250,6 +212,7 @@ class Rewriter(ast.NodeTransformer):
 
     def visit_comprehension(self, node: ast.comprehension) -> ast.AST:
         """What a condition leaves out is marked, and so is each element: that makes each turn."""
+        self._looped_over(node.iter)
         self.generic_visit(node)
         node.ifs = [self._or_marked(test) for test in node.ifs]
         return node
@@ -266,7 +229,10 @@ class Rewriter(ast.NodeTransformer):
             marked = ast.Compare(self._marking(outer.target), [ast.Is()], [none])
             outer.ifs.insert(0, ast.copy_location(marked, outer.target))
         of = "key" if isinstance(node, ast.DictComp) else "elt"
-        setattr(node, of, self._marked(getattr(node, of)))
+        element = getattr(node, of)
+        if of == "key" or (isinstance(node, ast.GeneratorExp) and node not in self._idle):
+            element = self._value(element)
+        setattr(node, of, self._marked(element))
         self._quick = before
         return node
 
@@ -276,9 +242,15 @@ class Rewriter(ast.NodeTransformer):
         function = node.func
         fixed = self._is_fixed(function)
         of_torch = torch_name(function, self._names, self._local)
-        self.generic_visit(node)
         builtin = self._builtin(function)
-        if builtin in _HARMLESS:
+        if builtin in _TAKE_ALL or builtin in _PICK:
+            self._idle.update(a for a in node.args if _is_idle(a, builtin))
+        self.generic_visit(node)
+        self._hand_on(node, builtin)
+        if builtin in _HARMLESS or node in self._idle:
+            return node
+        if builtin in _PICK:
+            node.args = [self._picked(a) for a in node.args]
             return node
         idle = of_torch is not None and of_torch[0][of_torch[1]].__name__
         if idle not in _PLAIN_ARGUMENTS_ARE_IDLE:
@@ -286,12 +258,38 @@ class Rewriter(ast.NodeTransformer):
             first = node.args[:1] if fixed and _is_name(node.args) else []
             node.args = [*first, *map(self._value, node.args[len(first) :])]
             for keyword in node.keywords:
-                keyword.value = self._value(keyword.value)
+                self._looked_at(keyword, "value")
         callee = node.func
         if not fixed and of_torch is None and builtin is None:
             callee = self._callee(callee)
         node.func = handed(node, callee, self._place.rpartition(":")[0], self._tapped)
         return node
+
+    def _hand_on(self, node: ast.Call, builtin: str | None) -> None:
+        """What a function gives back to code in C is looked at; and so is a list that is sorted."""
+        sorts = isinstance(node.func, ast.Attribute) and node.func.attr == "sort"
+        if not sorts and builtin not in _CALLERS:
+            return
+        if sorts:
+            self._looked_at(node.func, "value")
+        for keyword in node.keywords:
+            if keyword.arg == "key":
+                keyword.value = self._keyed(keyword.value)
+        if builtin in ("filter", "map") and node.args:
+            node.args[0] = self._keyed(node.args[0])
+
+    def _keyed(self, function: ast.expr) -> ast.expr:
+        if isinstance(function, ast.Constant | ast.Lambda | ast.Starred):
+            return function
+        return recorded("keyed", function, function, self._append())
+
+    def _picked(self, node: ast.expr) -> ast.expr:
+        """One of several to pick from, looked at unless it is a number."""
+        if isinstance(node, ast.Constant | ast.UnaryOp | ast.BinOp | ast.GeneratorExp):
+            return node
+        if isinstance(node, ast.Starred):
+            return ast.copy_location(ast.Starred(self._picked(node.value), node.ctx), node)
+        return recorded("picked", node, node, self._append())
 
     def _callee(self, function: ast.expr) -> ast.expr:
         """What is called, looked at; a tensor's method is what its name says."""
@@ -320,6 +318,7 @@ class Rewriter(ast.NodeTransformer):
         """Where a generator goes on is a decision of whoever has left it there."""
         site = self._site(node)
         self.generic_visit(node)
+        self._looked_at(node, "value")
         return recorded("resumed", node, node, site)
 
     def visit_YieldFrom(self, node: ast.YieldFrom) -> ast.AST:
@@ -330,46 +329,41 @@ class Rewriter(ast.NodeTransformer):
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         self.generic_visit(node)
-        node.slice = self._value(node.slice)
-        return node
+        return self._looked_at(node, "slice")
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         """Products may be layers, and powers may be nonlinear: it depends on what is given."""
         self.generic_visit(node)
         if isinstance(node.op, ast.MatMult):
-            node.left, node.right = self._value(node.left), self._value(node.right)
+            self._looked_at(node, "left", "right")
         elif isinstance(node.op, ast.Pow):
-            node.right = self._value(node.right)
+            self._looked_at(node, "right")
+        elif isinstance(node.op, ast.Mult):  # how often a list, tuple or string is repeated
+            if is_row(node.left):
+                self._looked_at(node, "right")
+            elif is_row(node.right):
+                self._looked_at(node, "left")
         return node
 
-
-def _first_argument(node: ast.AST) -> str | None:
-    """The name of a method's first argument, if nothing else is ever bound to it there."""
-    arguments = getattr(node, "args", None)
-    if not isinstance(arguments, ast.arguments):
-        return None
-    first = [*arguments.posonlyargs, *arguments.args][:1]
-    if not first:
-        return None
-    name, times = first[0].arg, 0
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.arg):
-            times += inner.arg == name
-        elif isinstance(inner, ast.Name) and inner.id == name:
-            times += not isinstance(inner.ctx, ast.Load)
-        elif isinstance(inner, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)):
-            times += inner.name == name
-    return name if times == 1 else None
+    def visit_Dict(self, node: ast.Dict) -> ast.AST:
+        """By its keys a dict is asked later on; those of another one may be put in."""
+        self.generic_visit(node)
+        each = zip(node.keys, node.values, strict=True)
+        keys = [None if key is None else self._value(key) for key in node.keys]
+        values = [self._value(value) if key is None else value for key, value in each]
+        return ast.copy_location(ast.Dict(keys, values), node)
 
 
-def _is_quick(node: ast.FunctionDef) -> bool:
-    """Whether a function may have a variable of ours: one call runs it, and none looks."""
-    for inner in ast.walk(node):
-        if isinstance(inner, (ast.Yield, ast.YieldFrom, ast.Await)):
-            return False
-        if isinstance(inner, ast.Name) and inner.id in _LOOKS_AT_LOCALS:
-            return False
-    return True
+def _is_called_from_c(name: str) -> bool:
+    """Whether Python itself calls a method of this name, and does something by what it returns."""
+    return name.startswith("__") and name.endswith("__") and name not in _RESULT_IS_SEEN
+
+
+def _is_idle(node: ast.expr, builtin: str) -> bool:
+    """Whether what a builtin is given is a generator whose elements need no look."""
+    if not isinstance(node, ast.GeneratorExp):
+        return False
+    return builtin in _TAKE_ALL or not isinstance(node.elt, ast.Tuple)
 
 
 def _is_name(arguments: list[ast.expr]) -> bool:

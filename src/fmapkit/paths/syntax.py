@@ -9,7 +9,19 @@ from typing import Any
 
 import torch
 
-__all__ = ["names_bound", "position_of", "site_at", "torch_name", "watched_names"]
+__all__ = [
+    "first_argument",
+    "is_plain_function",
+    "is_row",
+    "names_bound",
+    "position_of",
+    "site_at",
+    "torch_name",
+    "watched_names",
+]
+
+# A function that may look at its own variables has none of ours.
+_LOOKS_AT_LOCALS = {"locals", "vars", "dir", "eval", "exec"}
 
 Position = tuple[int | None, int | None, int | None, int | None]
 
@@ -90,3 +102,39 @@ def names_bound(node: ast.AST) -> frozenset[str]:
         elif isinstance(inner, ast.MatchMapping) and inner.rest:
             found.add(inner.rest)
     return frozenset(found)
+
+
+def first_argument(node: ast.AST) -> str | None:
+    """The name of a method's first argument, if nothing else is ever bound to it there."""
+    arguments = getattr(node, "args", None)
+    if not isinstance(arguments, ast.arguments):
+        return None
+    first = [*arguments.posonlyargs, *arguments.args][:1]
+    if not first:
+        return None
+    name, times = first[0].arg, 0
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.arg):
+            times += inner.arg == name
+        elif isinstance(inner, ast.Name) and inner.id == name:
+            times += not isinstance(inner.ctx, ast.Load)
+        elif isinstance(inner, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)):
+            times += inner.name == name
+    return name if times == 1 else None
+
+
+def is_plain_function(node: ast.FunctionDef) -> bool:
+    """Whether a function may have a variable of ours: one call runs it, and none looks."""
+    for inner in ast.walk(node):
+        if isinstance(inner, (ast.Yield, ast.YieldFrom, ast.Await)):
+            return False
+        if isinstance(inner, ast.Name) and inner.id in _LOOKS_AT_LOCALS:
+            return False
+    return True
+
+
+def is_row(node: ast.expr) -> bool:
+    """Whether an expression is surely a list, a tuple or a string."""
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, str | bytes)
+    return isinstance(node, ast.List | ast.Tuple | ast.ListComp | ast.JoinedStr)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Container
 
-from fmapkit.paths.recorders import MARK
+from fmapkit.paths.items import MARK
 from fmapkit.paths.syntax import position_of, site_at
 from fmapkit.torchlib.fused_paths import FUSING_CALLS
 

@@ -6,10 +6,12 @@ module whose code keeps tensors of the pass under a name that is read, too, is t
 
 from __future__ import annotations
 
+import logging
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +24,9 @@ _COMMON = frozenset({*nn.Module().__dict__, "_compiled_call_impl"})  # ours may 
 _NO_HOLDERS = (
     *(int, float, complex, str, bytes, type(None), type, nn.Module),
     *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.MethodType),
+    logging.Logger,  # by one, all of them are reached
 )
+_PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
 _NO_ATTRIBUTES = frozenset({list, tuple, dict, set, frozenset, deque})
 _LISTED: tuple[Any, ...] = (list, tuple, deque, set, frozenset)
 _DEEPEST = 8
@@ -39,7 +43,7 @@ class EscapedTensors:
 
     def __init__(self, is_of_pass: Callable[[Tensor], bool], reads: Callable[[str], bool]) -> None:
         self._is_of_pass = is_of_pass
-        self._reads = reads
+        self._reads = cache(reads)
 
     def attributes(self, region: nn.Module) -> list[tuple[nn.Module, str]]:
         """Where modules in a region keep such tensors, and their code may read them back."""
@@ -49,8 +53,8 @@ class EscapedTensors:
             for name, value in tuple(module.__dict__.items())
             if name not in _COMMON
             and not isinstance(value, _NO_HOLDERS)
-            and self.holds(value)
             and self._reads(name)
+            and self.holds(value)
         ]
 
     def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int | str]:
@@ -82,7 +86,7 @@ class EscapedTensors:
                     return True
             elif depth < _DEEPEST and id(found) not in seen:
                 seen.add(id(found))
-                todo += [(inner, depth + 1) for inner in _inside(found)]
+                todo += [(i, depth + 1) for i in _inside(found) if type(i) not in _PLAIN]
         return False
 
 

@@ -1,0 +1,202 @@
+"""The items of a path: what is recorded of a value, and what of a callable.
+
+An item is a mark (a string that names a place in the source), a plain value, or the callable that a
+call went to. Items are compared by equality, so each is of a kind for which that is cheap and runs
+no code of the model: tensors are never items.
+
+What is here asks for types, and never for `isinstance`: that may run code of the model's.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fmapkit.paths.sinks import ident, sinks
+from fmapkit.torchlib.class_cache import remembered
+
+__all__ = [
+    "CALLABLES",
+    "CONTAINERS",
+    "ITEM_OF",
+    "MARK",
+    "NUMBERS",
+    "PLAIN",
+    "ignore",
+    "item_of_class",
+    "other_callable",
+]
+
+# What marks begin with: no string of a model does.
+MARK = "\0"
+PLAIN: frozenset[type] = frozenset(
+    {
+        *(int, str, bytes, complex, type(None), type(...), range),
+        *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+    }
+)
+_NESTED: frozenset[type] = frozenset({tuple, list, dict, set, frozenset, slice, torch.Size})
+_FUNCTION = types.FunctionType
+_BUILTIN = types.BuiltinFunctionType
+CONTAINERS = frozenset({dict, list, tuple, set, str})
+NUMBERS = frozenset({int, float, bool})
+_SHARED = frozenset({type(None), types.ModuleType})
+_TRUE, _FALSE = f"{MARK}True", f"{MARK}False"
+
+# Past what a metaclass may say.
+_name_of: Callable[[type], Any] = type.__dict__["__qualname__"].__get__
+_bases_of: Callable[[type], Any] = type.__dict__["__bases__"].__get__
+
+
+@remembered
+def item_of_class(kind: type) -> Callable[[Any], Any]:
+    """What makes an item of values of a class that is none of those named here."""
+    if issubclass(kind, Tensor):
+        return _tensor
+    if issubclass(kind, (int, float, str, np.generic)):
+        return lambda given: (kind, str(given))
+    return other_callable if issubclass(kind, nn.Module) else ignore
+
+
+def ignore(_: Any) -> None:
+    """Nothing is recorded: what becomes of it is, where it decides something."""
+
+
+def _tensor(given: Any) -> Any:
+    """Whose parameter a tensor is; its type, if it is none."""
+    sink = sinks.get(ident())
+    place = sink.place_of(given) if sink is not None else None
+    return type(given) if place is None else place
+
+
+def _row(given: Any) -> Any:
+    """A tuple or a list; mostly a shape, or arguments that are passed on."""
+    found: list[Any] = [type(given)]
+    for value in given:
+        kind = type(value)
+        found.append(
+            value if kind in PLAIN else Tensor if kind is Tensor else _flat(value, depth=1)
+        )
+    return tuple(found)
+
+
+def _dict(given: Any) -> Any:
+    """A dict; mostly keyword arguments that are passed on."""
+    found: list[Any] = [dict]
+    for key, value in given.items():
+        kind = type(value)
+        if type(key) is not str:
+            key = _flat(key, depth=1)
+        found.append(
+            (key, value if kind in PLAIN else Tensor if kind is Tensor else _flat(value, depth=1))
+        )
+    return tuple(found)
+
+
+def _flat(given: Any, depth: int = 0) -> Any:
+    """What is plain in a container, with the types of the rest: a copy, which stays as it is."""
+    kind = type(given)
+    if kind in PLAIN:
+        return given
+    if kind is Tensor:
+        return Tensor
+    if kind is bool or kind is float:
+        return kind, given
+    if kind in _NESTED and depth < 8:
+        depth += 1
+        if kind is dict:
+            return (dict, *[(_flat(k, depth), _flat(v, depth)) for k, v in given.items()])
+        if kind is slice:
+            return (slice, *[_flat(v, depth) for v in (given.start, given.stop, given.step)])
+        if kind in (set, frozenset):
+            return (kind, len(given))
+        return (kind, *[_flat(v, depth) for v in given])
+    if issubclass(kind, Tensor):
+        return _tensor(given)
+    if issubclass(kind, np.generic):
+        return kind, str(given)
+    if kind in CALLABLES or issubclass(kind, nn.Module):
+        return _callable(given)
+    return _class(kind)
+
+
+def _callable(function: Any) -> Any:
+    """What tells a callable from others, in every pass alike."""
+    kind = type(function)
+    return (CALLABLES.get(kind) or other_callable)(function)
+
+
+def _function(function: Any) -> Any:
+    """Those of the model's own code may be made anew in each pass: they go by their name.
+
+    By their first mark they tell which they are.
+    """
+    home = function.__module__
+    return function if type(home) is str and home.startswith("torch.") else function.__qualname__
+
+
+def _builtin(function: Any) -> Any:
+    """A function of C code, or a method of that."""
+    owner = type(function.__self__)
+    if owner in CONTAINERS:
+        return function.__name__
+    if owner in _SHARED or issubclass(owner, type):
+        return function
+    if owner is not Tensor and issubclass(owner, Tensor):
+        return _tensor(function.__self__), function.__name__
+    return function.__name__
+
+
+def _method(function: Any) -> Any:
+    """A function with what it is bound to."""
+    inner = function.__func__
+    name = inner.__qualname__ if type(inner) is _FUNCTION else type(inner)
+    return _callable(function.__self__), name
+
+
+def _partial(function: Any) -> Any:
+    """A function with some of its arguments."""
+    arguments = _flat(function.args), _flat(function.keywords)
+    return functools.partial, _callable(function.func), *arguments
+
+
+def other_callable(function: Any) -> Any:
+    """Modules and other objects; one that was made in the pass goes by its class."""
+    kind = type(function)
+    if issubclass(kind, nn.Module):
+        # Those of the model, and others that are kept, are compared by identity.
+        sink = sinks.get(ident())
+        return function if sink is not None and function in sink.modules else _class(kind)
+    return _class(function if issubclass(kind, type) else kind)
+
+
+def _class(given: Any) -> Any:
+    """A class; one that a function makes anew in each pass goes by its name, and by its bases."""
+    name: str = _name_of(given)
+    return given if "<locals>" not in name else (name, *map(_class, _bases_of(given)))
+
+
+CALLABLES: dict[type, Callable[[Any], Any]] = {
+    _FUNCTION: _function,
+    _BUILTIN: _builtin,
+    types.MethodType: _method,
+    functools.partial: _partial,
+}
+# 1, 1.0 and True are equal.
+ITEM_OF: dict[type, Callable[[Any], Any]] = {
+    **CALLABLES,
+    bool: lambda given: _TRUE if given else _FALSE,
+    float: lambda given: (float, given),
+    torch.Size: lambda given: (torch.Size, *given),
+    tuple: _row,
+    list: _row,
+    dict: _dict,
+    **dict.fromkeys((set, frozenset, slice), _flat),
+    nn.Parameter: _tensor,
+}

@@ -1,0 +1,76 @@
+"""Where the decisions of a pass go, while it is recorded in this thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["DecisionSink", "append_of", "ident", "sinks", "start", "stop", "unrecorded"]
+
+ident: Callable[[], int] = threading.get_ident
+
+
+class DecisionSink:
+    """Where one thread's items go while it records.
+
+    Args:
+        place_of: names the place of a parameter in the model; None for any other tensor.
+        modules: those of the model.
+
+    Attributes:
+        items: the decisions taken so far.
+        users: how many captures record.
+    """
+
+    __slots__ = ("items", "modules", "place_of", "users")
+
+    def __init__(
+        self, place_of: Callable[[Tensor], str | None], modules: Container[nn.Module]
+    ) -> None:
+        self.items: list[Any] = []
+        self.place_of = place_of
+        self.modules = modules
+        self.users = 0
+
+
+# By thread: the `append` of its list of items, and what it belongs to.
+_appends: dict[int, Callable[[Any], None]] = {}
+append_of: Any = _appends.get
+sinks: dict[int, DecisionSink] = {}
+
+
+def start(place_of: Callable[[Tensor], str | None], modules: Container[nn.Module]) -> DecisionSink:
+    """Record in this thread; where that is done already, go on with it."""
+    thread = ident()
+    sink = sinks.get(thread)
+    if sink is None:
+        sink = sinks[thread] = DecisionSink(place_of, modules)
+        _appends[thread] = sink.items.append
+    sink.users += 1
+    return sink
+
+
+def stop() -> None:
+    """Record no more in this thread, unless somebody else does."""
+    thread = ident()
+    sink = sinks.get(thread)
+    if sink is not None:
+        sink.users -= 1
+        if not sink.users:
+            del _appends[thread], sinks[thread]
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """What runs here in this thread is no part of the pass that is under way."""
+    thread = ident()
+    sink, append = sinks.pop(thread, None), _appends.pop(thread, None)
+    try:
+        yield
+    finally:
+        if sink is not None and append is not None:
+            sinks[thread], _appends[thread] = sink, append
