@@ -365,3 +365,44 @@ class Scheduled(nn.Module):
 def test_a_schedule_costs_no_pass() -> None:
     passes: list[Turn] = turns(*[(2, 3, 5)] * 5)
     assert not hold(Scheduled(), passes).missed
+
+
+class Identified(nn.Module):
+    """Tensors are told by their identities, which are other numbers in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 4, 1), nn.Conv1d(3, 4, 1)
+        self.kept: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x), self.b(x)
+        found = {id(a): a, hash(b): b}
+        self.kept[id(a)] = a
+        self.kept.pop(id(a))
+        return F.relu(found[id(a)] + found.get(hash(b), a))
+
+
+def test_an_identity_costs_no_pass() -> None:
+    passes: list[Turn] = turns(*[(2, 3, 5)] * 5)
+    assert not hold(Identified(), passes).missed
+
+
+class Registered(nn.Module):
+    """Layers are told by their identities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 4, 1), nn.Conv1d(3, 4, 1)
+        self.order = [self.a, self.b]
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = {id(self.a): self.a(x), id(self.b): self.b(x)}
+        return F.relu(found[id(self.order[0])])
+
+
+def test_the_identity_of_a_layer_picks() -> None:
+    (exchanged,) = turns((2, 3, 5), before=lambda model: model.order.reverse())
+    passes = [*turns(*[(2, 3, 5)] * 3), exchanged, *turns((2, 3, 5)), exchanged]
+    seen = hold(Registered(), passes, most=2)
+    assert {each[-1][0] for each in seen.labels if each} == {"a", "b"}

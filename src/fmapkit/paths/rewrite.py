@@ -76,6 +76,12 @@ class Rewriter(Inserting, ast.NodeTransformer):
         self._from_c = False  # code in C may call the function at hand
         self._idle: set[ast.AST] = set()  # calls and generators that decide nothing themselves
 
+    def _value(self, node: ast.expr) -> ast.expr:
+        """The same; of `id(t)`, which is another number in each pass, t is looked at."""
+        if isinstance(node, ast.Call) and self._builtin(node.func) in ("id", "hash"):
+            return ast.copy_location(ast.Call(node.func, [*map(self._value, node.args)], []), node)
+        return super()._value(node)
+
     # -- statements ---------------------------------------------------------------------------
 
     def _body(self, node: _Node) -> _Node:
