@@ -7,6 +7,7 @@ comes to, derived by hand; whoever exceeds one has made every pass of every user
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from fmapkit import capture
 from fmapkit.analysis import Statistics
 from fmapkit.torchlib.call_override import there
 
+LOGGER = logging.getLogger(__name__)
 HOME = str(Path(fmapkit.__file__).parent)
 
 # Blocks: 8 with one ReLU each, called twice, and the stem's: 9 modules, 17 calls.
@@ -124,6 +126,29 @@ def test_python_calls() -> None:
     assert recorded <= 9 + 4 * 9 + 1 + ALONE
     # Whatever the rest of the pass takes.
     assert calls.total() - sum(taps.values()) <= 96, calls.most_common(20)
+
+
+class _Logging(nn.Module):
+    """Its code reads a logger, by which all loggers of the process are reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.sizes = ResNet(), {n: (n, n) for n in range(1000)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        LOGGER.debug("a pass")
+        return self.body(x)
+
+
+def test_python_calls_of_a_pass_that_is_traced() -> None:
+    """It looks for tensors that outlive it: not in what we have set, nor where none can be."""
+    for model in (ResNet(), _Logging()):
+        with torch.no_grad(), capture(model.eval()):
+            model(image())  # the sources of its classes are read
+        with torch.no_grad(), capture(model):
+            calls = python_calls(lambda model=model: model(image()))  # type: ignore[misc]
+        runs = sum(1 for _ in model.modules()) + SITES  # 69 modules, and functions of torch's
+        assert calls.total() <= 180 * runs, (calls.total(), runs, calls.most_common(20))
 
 
 @by_name

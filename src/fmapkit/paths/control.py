@@ -99,7 +99,7 @@ class ControlPaths:
         self.twins.exchange(forward)
         if is_installed(forward.__code__):
             return
-        todo = [f for base in kind.__mro__ for f in _functions_in(base)]
+        todo = [f for base in kind.__mro__ if base is not nn.Module for f in _functions_in(base)]
         seen: set[types.FunctionType] = set()
         while todo:
             function = todo.pop()

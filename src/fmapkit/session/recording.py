@@ -137,7 +137,9 @@ class Recorder:
 
     def _decides(self, module: nn.Module, tracer: Tracer) -> bool:
         """Whether parts of the region are to be traced in every pass, since they decide by data."""
-        deciding = tracer.trace.deciding.intersection(module.modules())
+        deciding = tracer.trace.deciding
+        if deciding:
+            deciding = deciding.intersection(module.modules())
         if deciding:
             self._open(*deciding)
         return bool(deciding)

@@ -188,6 +188,8 @@ class CallOverride:
 def standing_before(module: nn.Module) -> list[CallOverride]:
     """All of ours that stand before a module's call, outermost first; not those of its original."""
     found: list[CallOverride] = []
+    if _PLACE not in module.__dict__:  # as after a block, of most modules
+        return found
     with lock:
         at = module.__dict__.get(_PLACE)
         while isinstance(at, CallOverride) and at.module is module:
