@@ -25,6 +25,7 @@ from benchmarks.memory import Live, unnoticed
 from benchmarks.models import GPT, ResNet
 from fmapkit import capture
 from fmapkit.analysis import Statistics
+from fmapkit.paths.source_files import qualified_name
 from fmapkit.torchlib.call_override import there
 
 LOGGER = logging.getLogger(__name__)
@@ -67,8 +68,7 @@ def python_calls(run: Callable[[], object]) -> Counter[str]:
 
     def look(frame: Any, event: str, _: Any) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(HOME):
-            code = frame.f_code
-            found[getattr(code, "co_qualname", code.co_name)] += 1
+            found[qualified_name(frame.f_code)] += 1
 
     sys.setprofile(look)
     try:
@@ -91,8 +91,6 @@ def operators(model: nn.Module, given: Tensor) -> Counter[str]:
 # What a twin calls at a decision (see `paths/recorders.py`).
 RECORDERS = ("enter", "current", "value", "picked", "keyed", "called", "caught")
 
-by_name = pytest.mark.skipif(sys.version_info < (3, 11), reason="code has no full name yet")
-
 
 def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
@@ -108,7 +106,6 @@ def test_hooks() -> None:
         assert sum(there(m) is not None for m in model.modules()) == 1 + SIGMAS + ALONE
 
 
-@by_name
 def test_python_calls() -> None:
     model = ResNet().eval()
     with torch.no_grad(), capture(model):
@@ -151,7 +148,6 @@ def test_python_calls_of_a_pass_that_is_traced() -> None:
         assert calls.total() <= 180 * runs, (calls.total(), runs, calls.most_common(20))
 
 
-@by_name
 def test_a_pass_that_is_not_captured() -> None:
     model = ResNet().eval()
     with torch.no_grad(), capture(model, every=100):

@@ -2,6 +2,7 @@
 
     control.ControlPaths            what one capture knows, and what it has set
         twins.Twins                 functions run twins of their code while the block is open
+            source_files            the function that code is in, and its full name
             twin_source.make_twins  … each made once, from the source of a function
             rewrite.Rewriter        … the same code with a recorder at each decision
             torch_calls             … and at calls in torch's own transformer layers

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from fmapkit.paths.source_files import qualified_name
+
 __all__ = ["OF_TORCHS", "FixedAttributes"]
 
 # Attributes that torch's own modules decide by, as they are compiled: `inplace`, `p`, `dim`, …
@@ -47,9 +49,7 @@ class FixedAttributes:
 
     def __call__(self, code: types.CodeType) -> frozenset[str]:
         """Those of the first argument of a method, told by its qualified name."""
-        # Python 3.10 keeps no qualified name.
-        name: str = getattr(code, "co_qualname", "")
-        owner = name.partition(".<locals>")[0].rpartition(".")[0]
+        owner = qualified_name(code).partition(".<locals>")[0].rpartition(".")[0]
         return self._of_class.get(owner, frozenset())
 
 

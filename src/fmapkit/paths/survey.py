@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmapkit.paths.twin_source import known_as
+from fmapkit.paths.source_files import known_as, qualified_name
 from fmapkit.paths.twins import is_twin
 from fmapkit.torchlib.class_cache import remembered
 
@@ -80,7 +80,7 @@ def _is_trusted(code: types.CodeType) -> bool:
     if any(map(file.startswith, _SITE)):
         place = file.replace(_SEPARATOR, "/")
         return any(
-            home in place and place.endswith(end) and _qualified(code).startswith(name)
+            home in place and place.endswith(end) and qualified_name(code).startswith(name)
             for home, end, name in _PLAIN_DATA
         )
     if any(map(file.startswith, _STDLIB)):
@@ -93,12 +93,6 @@ def _is_trusted(code: types.CodeType) -> bool:
     if file.startswith("<") and code.co_name in _GENERATED:
         return not any(i.opcode in _JUMPS for i in dis.get_instructions(code))
     return False
-
-
-def _qualified(code: types.CodeType) -> str:
-    """The qualified name of code; its plain name in Python 3.10, which keeps no other."""
-    found: str = getattr(code, "co_qualname", code.co_name)
-    return found
 
 
 def _is_aside(frame: types.FrameType | None) -> bool:

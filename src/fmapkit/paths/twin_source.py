@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import linecache
 import sys
 import types
 import warnings
@@ -16,23 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fmapkit.paths.rewrite import Rewriter
+from fmapkit.paths.source_files import Outermost, SourceFile
 from fmapkit.paths.syntax import names_bound, position_of, site_at, watched_names
 from fmapkit.paths.torch_calls import TorchRewriter
 from fmapkit.torchlib.fused_paths import is_torchs
 
-__all__ = ["Code", "Twin", "known_as", "make_twins"]
+__all__ = ["Twin", "make_twins"]
 
-_Outermost = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 _FUTURE = 0x1FF0000  # the flags that `from __future__ import …` sets in a code object
-
-
-# Code of two files may be equal: the name of the file tells them apart.
-Code = tuple[types.CodeType, str]
-
-
-def known_as(code: types.CodeType) -> Code:
-    """What tells a piece of code from all others."""
-    return code, code.co_filename
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,56 +47,13 @@ class Twin:
     loads: frozenset[str]
 
 
-class _File:
-    """The functions of one source file that are inside no other, with the classes around them."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        # The compiler treats attributes of what a file imports in a way of its own.
-        self.imports: list[ast.alias] = []
-        self.outermost: list[tuple[int, int, _Outermost, tuple[str, ...]]] = []
-        try:
-            tree = ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError):
-            return
-        self._walk(tree, ())
-
-    def _walk(self, node: ast.AST, classes: tuple[str, ...]) -> None:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-                lines = [n.lineno for n in getattr(child, "decorator_list", ())]
-                first = min([child.lineno, *lines])
-                self.outermost.append((first, child.end_lineno or first, child, classes))
-            elif isinstance(child, ast.ClassDef):
-                self._walk(child, (*classes, child.name))
-            elif isinstance(child, (ast.Import, ast.ImportFrom)):
-                if not classes and not any(a.name == "*" for a in child.names):
-                    self.imports += [
-                        ast.alias((a.asname or a.name).partition(".")[0]) for a in child.names
-                    ]
-            else:
-                self._walk(child, classes)
-
-    def around(self, line: int) -> list[tuple[_Outermost, tuple[str, ...]]]:
-        """The functions that a line is in."""
-        return [(node, classes) for a, b, node, classes in self.outermost if a <= line <= b]
-
-
-_files: dict[str, _File] = {}
-
-
 def make_twins(
     code: types.CodeType, names: dict[str, Any], fixed: frozenset[str], tapped: frozenset[str]
 ) -> dict[types.CodeType, Twin]:
     """Twins of a piece of code, and of all code in the same outermost function."""
-    linecache.checkcache(code.co_filename)
-    lines = linecache.getlines(code.co_filename, names)
-    source = "".join(lines)
-    if not source:
+    file = SourceFile.of(code, names)
+    if file is None:
         return {}
-    file = _files.get(code.co_filename)
-    if file is None or file.source != source:
-        file = _files[code.co_filename] = _File(source)
     for node, classes in file.around(code.co_firstlineno):
         plain = _compiled(node, classes, file.imports, code)
         if plain is None:
@@ -132,7 +79,7 @@ def make_twins(
 
 
 def _looked_up(
-    node: _Outermost, names: dict[str, Any]
+    node: Outermost, names: dict[str, Any]
 ) -> tuple[tuple[tuple[dict[str, Any], str, Any], ...], frozenset[str], dict[str, str]]:
     inner = list(ast.walk(node))
     attributes = {
@@ -156,7 +103,7 @@ def _name_of(function: ast.expr) -> str:
 
 
 def _twins_in(
-    node: _Outermost,
+    node: Outermost,
     classes: tuple[str, ...],
     imports: list[ast.alias],
     like: types.CodeType,
@@ -179,7 +126,7 @@ def _twins_in(
 
 
 def _compiled(
-    node: _Outermost, classes: tuple[str, ...], imports: list[ast.alias], like: types.CodeType
+    node: Outermost, classes: tuple[str, ...], imports: list[ast.alias], like: types.CodeType
 ) -> types.CodeType | None:
     """An outermost function, compiled where it stands: in its classes, on its lines."""
     inner: ast.stmt = node if not isinstance(node, ast.Lambda) else ast.Expr(node)

@@ -22,8 +22,9 @@ from torch import nn
 
 from fmapkit.paths.recorders import RECORDERS
 from fmapkit.paths.recorders import twins as _codes
+from fmapkit.paths.source_files import Code, known_as, qualified_name
 from fmapkit.paths.syntax import site_at
-from fmapkit.paths.twin_source import Code, Twin, known_as, make_twins
+from fmapkit.paths.twin_source import Twin, make_twins
 
 __all__ = ["Twin", "Twins", "is_twin", "twin_of"]
 
@@ -329,7 +330,7 @@ def functions_of(codes: Sequence[types.CodeType]) -> Iterator[types.FunctionType
 
 def _named(code: types.CodeType, names: dict[str, Any]) -> types.FunctionType | None:
     """The function that runs some code, if it is there by its name: `gc.freeze` hides it."""
-    first, *rest = getattr(code, "co_qualname", code.co_name).split(".")
+    first, *rest = qualified_name(code).split(".")
     found: Any = names.get(first)
     for part in rest:
         found = vars(found).get(part) if isinstance(found, type) else None
