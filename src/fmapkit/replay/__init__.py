@@ -4,6 +4,7 @@ make_plan             planning.py     from the record of a traced call: a Plan (
   Reading             plan_steps.py   which hook points are tapped, and what is read at each
   Relations, Effects  effects.py      what the call means to the rest of a pass
 ReplayRegions         regions.py      which modules are replayed as a whole; kinds of calls
+fill_of               caches.py      how much is in the caches that a call may fill
 KeptState             kept_state.py  the form of what is kept of earlier passes (escapes.py)
 InputTruths           input_truths.py  what calls read of their inputs, known before them
 AttributeGuard        attribute_guard.py  plain attributes, compared before each call
@@ -15,6 +16,7 @@ ReplayRun             run.py          one call: what it notes is compared with t
   LightMode           light_mode.py   σ in torch's own code, where no tap can be set
 """
 
+from fmapkit.replay.caches import Fill, fill_of, has_more
 from fmapkit.replay.call_taps import can_stand, tap_of
 from fmapkit.replay.effects import ChannelLabelRef, Effects, PassPiece, Ref, Relations, SiteMap
 from fmapkit.replay.escapes import EscapedTensors
@@ -33,6 +35,7 @@ __all__ = [
     "CurrentRun",
     "Effects",
     "EscapedTensors",
+    "Fill",
     "InputTruths",
     "LightMode",
     "ModelGuard",
@@ -48,6 +51,8 @@ __all__ = [
     "Truths",
     "can_stand",
     "carried",
+    "fill_of",
+    "has_more",
     "make_plan",
     "shape_of",
     "sizes_of",

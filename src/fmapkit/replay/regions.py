@@ -32,6 +32,7 @@ __all__ = ["ReplayRegion", "ReplayRegions", "carried", "shape_of", "sizes_of"]
 _OURS = __name__.partition(".")[0]
 _MOST_KINDS = 64
 _MOST_FORMS = 16  # of what is kept of earlier calls
+_MOST_FILLING = 8  # calls of a form and of sizes that may fill caches, each once
 _MOST_STATES = 4  # in which a kind of call is known while it is not clear which attributes decide
 _TOLD = frozenset({bool, str, type(None), torch.dtype, torch.device})
 
@@ -44,7 +45,7 @@ class ReplayRegion:
         kept: where its calls keep tensors that later ones may read.
     """
 
-    __slots__ = ("_attributes", "_kept_forms", "_known", "_truths", "form", "kept")
+    __slots__ = ("_attributes", "_filling", "_kept_forms", "_known", "_truths", "form", "kept")
 
     def __init__(self, module: nn.Module) -> None:
         self._known: dict[tuple[Any, int], KnownPaths[Plan]] = {}
@@ -52,6 +53,7 @@ class ReplayRegion:
         self.form = weights_of(module)
         self.kept = KeptState(module)
         self._kept_forms: set[Any] = set()
+        self._filling: set[Any] = set()
         self._attributes = AttributeGuard(module)
 
     def state(self) -> int:
@@ -79,6 +81,16 @@ class ReplayRegion:
         self._kept_forms.add(kept)
         known = kept is not None and len(self._kept_forms) <= _MOST_FORMS
         return (form, kept) if known else None, (*sizes, *more)
+
+    def waits(self, form: Any, sizes: Sizes) -> bool:
+        """Whether the plan of a call that has filled a cache is not worth keeping.
+
+        Its like comes next, as a rule, and finds the cache filled. But what grows in each call says
+        nothing, and of what is kept of earlier calls, the form tells.
+        """
+        known = (form, sizes) in self._filling or len(self._filling) >= _MOST_FILLING
+        self._filling.add((form, sizes))
+        return not known and not self.kept
 
     def truths(self, form: Any, state: int) -> InputTruths | None:
         """What calls of a form read of their inputs; None if there was none yet."""

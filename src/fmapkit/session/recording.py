@@ -16,7 +16,7 @@ from fmapkit.missed import MissedLog, Reason
 from fmapkit.nonlinearities import is_torchs
 from fmapkit.paths import ControlPaths, Sizes
 from fmapkit.provenance import Label
-from fmapkit.replay import EscapedTensors, ReplayRegions, make_plan
+from fmapkit.replay import EscapedTensors, ReplayRegions, fill_of, has_more, make_plan
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.hook_installer import HookInstaller
 from fmapkit.session.state import PassState, Recording
@@ -89,7 +89,10 @@ class Recorder:
         frame = tracer.enter(module, args, kwargs)
         frame.position = position
         frame.counts = Counter(record.counts)
-        self._live.recording = Recording(module, frame, form, state, sizes, inputs, seen, alone)
+        fill = fill_of(module, self._paths.twins.functions())
+        self._live.recording = Recording(
+            module, frame, form, state, sizes, inputs, seen, alone, fill
+        )
         self._paths.begin_lesson(module)
         record.firings.site_of = self._paths.site_of
         self._live.trace_on()
@@ -128,7 +131,8 @@ class Recorder:
             useful = complete and recording.form is not None and not hopeless
             decides = self._decides(module, tracer) or self._remembers(recording, tracer, output)
             decides = decides or self._reaches_out(recording, tracer, output)
-            if not decides and useful and not any(map(_sharded, events)):
+            useful = useful and not any(map(_sharded, events))
+            if not decides and useful and not self._has_filled(recording):
                 self._keep(recording, output if replaced is None else replaced, tracer, items)
             record.let_go(events)
         if paused:
@@ -176,6 +180,13 @@ class Recorder:
         if found:
             self._open(*found)
         return bool(found)
+
+    def _has_filled(self, recording: Recording) -> bool:
+        """Whether the region has filled a cache: the next such call is traced, too."""
+        fill = fill_of(recording.module, self._paths.twins.functions())
+        if not has_more(recording.fill, fill):
+            return False
+        return self._regions.of(recording.module).waits(recording.form, recording.sizes)
 
     def _open(self, *modules: nn.Module) -> None:
         """From the next pass on, these are traced in every pass."""

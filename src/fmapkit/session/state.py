@@ -15,7 +15,7 @@ from torch import nn
 from fmapkit.missed import MissedLog
 from fmapkit.paths import ControlPaths, Sizes
 from fmapkit.provenance import Label
-from fmapkit.replay import ReplayRun
+from fmapkit.replay import Fill, ReplayRun
 from fmapkit.session.config import CaptureConfig
 from fmapkit.storage import Pass
 from fmapkit.torchlib.modes import leave_mode, mode_count, pop_mode, push_mode
@@ -37,6 +37,7 @@ class Recording:
         inputs: what its tensors carry.
         seen: what all tensors of the pass carry; empty where nothing around it is traced.
         alone: nothing around it is traced.
+        fill: how much was in what its code may read.
     """
 
     module: nn.Module
@@ -47,6 +48,7 @@ class Recording:
     inputs: list[Label]
     seen: dict[int, Any]
     alone: bool
+    fill: Fill
 
 
 class PassState:

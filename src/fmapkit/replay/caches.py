@@ -1,0 +1,131 @@
+"""Caches that a call fills: the next one finds them filled, and goes another way.
+
+`if n not in self.masks: self.masks[n] = …` runs once, and so does a function behind `lru_cache`, or
+what sets a global that is not there yet. How much is there is looked at as a call that is traced
+begins, and as it ends. After a call that has filled something, the next is traced, too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Hashable, Iterable
+from itertools import chain
+from logging import Logger
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    MappingProxyType,
+    MethodDescriptorType,
+    MethodType,
+    ModuleType,
+)
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmapkit.replay.escapes import members_of, own_attributes
+from fmapkit.torchlib.nested import modules_in
+
+__all__ = ["Fill", "fill_of", "has_more"]
+
+# How much is at a place: the size of a container with those of what is in it, a tensor's shape.
+Fill = dict[Hashable, Any]
+
+_COMMON = frozenset({*nn.Module().__dict__, "_compiled_call_impl"})
+_CONTAINERS = frozenset({dict, list, set, deque, OrderedDict, defaultdict})
+_CACHED: Any = functools._lru_cache_wrapper
+# Nothing is filled in these. Plain attributes of modules are compared before each pass.
+_NEVER = frozenset(
+    {
+        *(int, float, bool, str, bytes, tuple, frozenset, type, property, classmethod),
+        *(staticmethod, FunctionType, BuiltinFunctionType, MethodType, ModuleType, Logger),
+        *(MethodDescriptorType, MappingProxyType, nn.Parameter, torch.dtype, torch.device),
+    }
+)
+_LIBRARIES = frozenset({"builtins", "functools", "torch", "typing", "numpy"})
+_DEEPEST = 3
+_MOST = 64  # members of one container that are looked at
+
+
+def fill_of(region: nn.Module, functions: Iterable[FunctionType]) -> Fill:
+    """How much is in what the code of a region may read; none of that code runs.
+
+    Args:
+        region: the attributes of its modules are looked at, and those of their classes.
+        functions: that run in it: what they read by a global name, their closures and attributes.
+    """
+    found: Fill = {}
+    bases: dict[type, None] = {}
+    shared: set[int] = set()  # as a configuration is
+    for module in modules_in(region):
+        kind = type(module)
+        if kind.__module__.startswith("torch."):
+            continue
+        bases.update(dict.fromkeys(kind.__mro__))
+        own = module.__dict__
+        found[id(module)] = len(own)
+        for name, value in chain(own.items(), module._buffers.items()):
+            if type(value) not in _NEVER and name not in _COMMON and value is not None:
+                if id(value) not in shared:
+                    shared.add(id(value))
+                    _add(found, id(module), name, value)
+    for base in bases:
+        if base is not object and not base.__module__.startswith("torch."):
+            for name, value in tuple(vars(base).items()):
+                if type(value) is bool or type(value) not in _NEVER:
+                    _add(found, id(base), name, value)
+    for function in functions:
+        names = function.__globals__
+        for name in function.__code__.co_names:
+            value = names.get(name, names)
+            kind = type(value)
+            if (kind is bool or kind not in _NEVER) and value is not names:
+                _add(found, id(names), name, value)
+        for name, value in function.__dict__.items():
+            _add(found, id(function), name, value)
+        for place, cell in enumerate(function.__closure__ or ()):
+            _add(found, id(function), place, _content(cell))
+    return found
+
+
+def has_more(before: Fill, after: Fill) -> bool:
+    """Whether something of what was there is there no more as it was."""
+    return any(after.get(place) != fill for place, fill in before.items())
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing is bound to the name yet
+        return None
+
+
+def _add(found: Fill, holder: int, name: Hashable, value: Any) -> None:
+    fill = _fill(value, 0)
+    if fill is not _NOTHING:
+        found[holder, name] = fill
+
+
+_NOTHING = object()
+
+
+def _fill(value: Any, depth: int) -> Any:
+    kind = type(value)
+    if kind is bool or value is None:
+        return value
+    if kind in _NEVER:
+        return _NOTHING
+    if kind in _CONTAINERS:
+        members = members_of(value)
+        fills = [_fill(m, depth + 1) for m in members[:_MOST]] if depth < _DEEPEST else []
+        return len(members), [fill for fill in fills if fill is not _NOTHING]
+    if kind is Tensor:
+        return value.shape
+    if kind is _CACHED:
+        return value.cache_info().currsize
+    if depth or kind.__module__ in _LIBRARIES or issubclass(kind, (nn.Module, Tensor, type)):
+        return _NOTHING
+    own = own_attributes(value)  # those of another object
+    return [len(own), *[_fill(inner, depth + 1) for inner in own.values()]]
