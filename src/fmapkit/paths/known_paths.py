@@ -13,7 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
-from fmapkit.paths.number_rules import Rule, Sizes, coincidences, holds, rules_of
+from fmapkit.paths.number_rules import (
+    Rule,
+    Sizes,
+    are_clear,
+    coincidences,
+    kept,
+    roundings,
+    rules_of,
+)
 
 __all__ = ["Expected", "KnownPaths", "Sizes"]
 
@@ -85,7 +93,7 @@ class _Path(Generic[_Plan]):
         seen: a call that was not traced took it.
     """
 
-    __slots__ = ("_moments", "by_sizes", "constant", "general", "plan", "rules", "seen")
+    __slots__ = ("_moments", "_rounded", "by_sizes", "constant", "general", "plan", "rules", "seen")
 
     def __init__(
         self, items: list[Any], sizes: Sizes, plan: _Plan, moments: list[tuple[int, Any]]
@@ -94,7 +102,7 @@ class _Path(Generic[_Plan]):
         self._moments = moments
         self.seen = False
         self.by_sizes: dict[Sizes, list[Any]] = {sizes: items}
-        self.rules: dict[tuple[int, ...], set[Rule]] = {}
+        self._hold_to({})
         self.constant = dict(enumerate(sizes))
         self.general = False
 
@@ -103,7 +111,7 @@ class _Path(Generic[_Plan]):
 
         A number that has always been the same may follow a size that has, too.
         """
-        if not self.general:
+        if not self.general or not all(are_clear(rules, sizes) for rules in self._rounded):
             return False
         if all(sizes[axis] == size for axis, size in self.constant.items()):
             return True
@@ -117,15 +125,15 @@ class _Path(Generic[_Plan]):
         if found is None or any(place not in self.rules for place, _, _ in found):
             return False
         values = {place: new for place, _, new in found}
-        kept: dict[tuple[int, ...], set[Rule]] = {}
+        still: dict[tuple[int, ...], set[Rule]] = {}
         for place, rules in self.rules.items():
             value = values.get(place)
             if value is None:
                 value = _at(items, place)
-            kept[place] = {rule for rule in rules if holds(rule, value, sizes)}
-            if not kept[place]:
+            still[place] = kept(rules, value, sizes)
+            if not still[place]:
                 return False
-        self.rules = kept
+        self._hold_to(still)
         self._keep(items, sizes)
         return True
 
@@ -145,8 +153,9 @@ class _Path(Generic[_Plan]):
             return False
         rules = dict(self.rules)
         for place, old, new in found:
-            both = rules_of(old, before) & rules_of(new, sizes)
-            rules[place] = rules[place] & both if place in rules else both
+            if place not in rules:
+                both = rules_of(old, before) & rules_of(new, sizes)
+                rules[place] = both or self._roundings(place, new, sizes)
         seen = [*self.by_sizes, sizes]
         for place in _numbers(items):
             if place not in rules:
@@ -155,14 +164,23 @@ class _Path(Generic[_Plan]):
                     rules[place] = both
         for place in rules:
             value = _at(items, place)
-            rules[place] = {rule for rule in rules[place] if holds(rule, value, sizes)}
+            rules[place] = kept(rules[place], value, sizes)
         if not all(rules.values()):
             return False
-        self.rules = rules
+        self._hold_to(rules)
         self.constant = {a: size for a, size in self.constant.items() if sizes[a] == size}
         self.general = True
         self._keep(items, sizes)
         return True
+
+    def _hold_to(self, rules: dict[tuple[int, ...], set[Rule]]) -> None:
+        self.rules = rules
+        self._rounded = [r for r in rules.values() if any(one[0] == "rounded" for one in r)]
+
+    def _roundings(self, place: tuple[int, ...], new: int, sizes: Sizes) -> set[Rule]:
+        """How a number may follow by rounding that no other rule tells."""
+        before = [(_at(items, place), known) for known, items in self.by_sizes.items()]
+        return roundings([*before, (new, sizes)])
 
     def deciding(self, at: int) -> tuple[Any, ...]:
         """The modules whose calls were under way after so many items."""

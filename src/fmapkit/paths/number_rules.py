@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["Rule", "Sizes", "by_rule", "coincidences", "holds", "rules_of"]
+__all__ = ["Rule", "Sizes", "are_clear", "by_rule", "coincidences", "kept", "roundings", "rules_of"]
 
 Sizes = tuple[int, ...]
 Rule = tuple[Any, ...]
+
+# What sizes are divided by: strides, patches and windows, one after the other.
+_DIVISORS = sorted(
+    2**a * 3**b * 5**c * 7**d
+    for a in range(13)
+    for b in range(4)
+    for c in range(3)
+    for d in range(3)
+    if 2 <= 2**a * 3**b * 5**c * 7**d <= 4096
+)
+# Smaller numbers are dimensions and indices, as a rule, and may be decisions.
+_LEAST_ROUNDED = 5
+_MOST_ADDED = 2  # times the divisor: what padding adds to a size, or kernels take
 
 
 def rules_of(value: int, sizes: Sizes) -> set[Rule]:
@@ -34,8 +48,64 @@ def coincidences(value: int, known: Sequence[Sizes]) -> set[Rule]:
         return set()
     changed = {at for at, sizes in enumerate(zip(*known, strict=True)) if len(set(sizes)) > 1}
     rules = {rule for rule in rules_of(value, known[0]) if changed.intersection(rule[1:-1])}
-    rules = {rule for rule in rules if all(holds(rule, value, sizes) for sizes in known)}
+    for sizes in known:
+        rules = kept(rules, value, sizes)
+    rules = rules or roundings([(value, sizes) for sizes in known])
     return rules | {("same", value)} if rules else set()
+
+
+def roundings(seen: Sequence[tuple[int, Sizes]]) -> set[Rule]:
+    """What a number may be of one size by division: (size + a) // c, as (length + 1) // 2.
+
+    A rule tells the size, c, and the least and the greatest a that all calls have kept to.
+
+    Args:
+        seen: the number, each time with the sizes.
+    """
+    found: set[Rule] = set()
+    if min(value for value, _ in seen) < _LEAST_ROUNDED:
+        return found
+    for at in range(len(seen[0][1])):
+        pairs = [(value, sizes[at]) for value, sizes in seen]
+        if len({size for _, size in pairs}) == 1:
+            continue
+        value, size = pairs[0]
+        first = bisect_left(_DIVISORS, size / (value + 1 + _MOST_ADDED))
+        last = bisect_right(_DIVISORS, size / (value - _MOST_ADDED))
+        for c in _DIVISORS[first:last]:
+            least = max(c * value - size for value, size in pairs)
+            most = min(c * value - size for value, size in pairs) + c - 1
+            least, most = max(least, -_MOST_ADDED * c), min(most, _MOST_ADDED * c)
+            if least <= most:
+                found.add(("rounded", at, c, least, most))
+    return found
+
+
+def kept(rules: Iterable[Rule], value: Any, sizes: Sizes) -> set[Rule]:
+    """Those of a number's rules that it has kept to once more."""
+    found: set[Rule] = set()
+    for rule in rules:
+        if rule[0] == "rounded":
+            _, at, c, least, most = rule
+            least = max(least, c * value - sizes[at])
+            most = min(most, c * value - sizes[at] + c - 1)
+            if least <= most:
+                found.add(("rounded", at, c, least, most))
+        elif value == by_rule(rule, sizes):
+            found.add(rule)
+    return found
+
+
+def are_clear(rules: Iterable[Rule], sizes: Sizes) -> bool:
+    """Whether the rules of a number all give the same."""
+    found: set[Any] = set()
+    for rule in rules:
+        if rule[0] == "rounded":
+            _, at, c, least, most = rule
+            found |= {(sizes[at] + least) // c, (sizes[at] + most) // c}
+        else:
+            found.add(by_rule(rule, sizes))
+    return len(found) == 1
 
 
 def by_rule(rule: Rule, sizes: Sizes) -> int | Fraction:
@@ -48,8 +118,3 @@ def by_rule(rule: Rule, sizes: Sizes) -> int | Fraction:
     if kind == "times":
         return Fraction(sizes[at] * rest[0])
     return Fraction(sizes[at] * sizes[rest[0]] * rest[1])
-
-
-def holds(rule: Rule, value: Any, sizes: Sizes) -> bool:
-    """Whether a number keeps to a rule."""
-    return bool(value == by_rule(rule, sizes))
