@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from fmapkit.paths.source_files import qualified_name
+from fmapkit.torchlib.class_cache import remembered
 
 __all__ = ["OF_TORCHS", "FixedAttributes"]
 
@@ -39,11 +40,12 @@ class FixedAttributes:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._of_class: dict[str, frozenset[str]] = {}
         for module in modules:
-            own = _fixed(module)
-            for base in type(module).__mro__:
-                if base is nn.Module:
-                    break
-                name = base.__qualname__
+            names, functions = _of_own_code(type(module))
+            if not names:
+                continue
+            children = {name for name, child in module._modules.items() if child is not None}
+            own = (functions | children).difference(module.__dict__)
+            for name in names:
                 known = self._of_class.get(name)
                 self._of_class[name] = own if known is None else known & own
 
@@ -53,17 +55,12 @@ class FixedAttributes:
         return self._of_class.get(owner, frozenset())
 
 
-_functions: dict[type, frozenset[str]] = {}
-
-
-def _fixed(module: nn.Module) -> frozenset[str]:
-    kind = type(module)
-    functions = _functions.get(kind)
-    if functions is None:
-        found: dict[str, object] = {}
-        for base in reversed(kind.__mro__):
-            found.update(vars(base))
-        functions = frozenset(n for n, v in found.items() if type(v) is types.FunctionType)
-        _functions[kind] = functions
-    children = {name for name, child in module._modules.items() if child is not None}
-    return (functions | children).difference(module.__dict__)
+@remembered
+def _of_own_code(kind: type) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The classes of a module that are not torch's, by name, and the functions of all of them."""
+    found: dict[str, object] = {}
+    for base in reversed(kind.__mro__):
+        found.update(vars(base))
+    functions = frozenset(n for n, v in found.items() if type(v) is types.FunctionType)
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    return tuple(b.__qualname__ for b in bases if not b.__module__.startswith("torch.")), functions
