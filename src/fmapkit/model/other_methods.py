@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from fmapkit.torchlib.class_cache import remembered
+
 __all__ = ["doors"]
 
 
@@ -23,19 +25,21 @@ def doors(region: nn.Module, tapped: Collection[nn.Module]) -> list[nn.Module]:
         region: to look into.
         tapped: have hooks already; a call of what they are in does not go unseen.
     """
-    mentioned: dict[type, set[str]] = {}
     found: dict[nn.Module, None] = {}
     for module in region.modules():
         if not module._modules:
             continue
-        kind = type(module)
-        if kind not in mentioned:
-            mentioned[kind] = {name for code in _methods(kind) for name in _names(code)}
-        for name in mentioned[kind].intersection(module._modules):
+        for name in _mentioned(type(module)).intersection(module._modules):
             child = module._modules[name]
             if child is not None and not any(m in tapped for m in child.modules()):
                 found[child] = None
     return list(found)
+
+
+@remembered
+def _mentioned(kind: type) -> frozenset[str]:
+    """The attributes that methods of a class mention."""
+    return frozenset(name for code in _methods(kind) for name in _names(code))
 
 
 def _methods(kind: type) -> Iterator[CodeType]:
