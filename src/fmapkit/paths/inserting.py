@@ -70,8 +70,13 @@ class Inserting:
                 setattr(node, part, self._value(value))
         return node
 
-    def _value(self, node: ast.expr) -> ast.expr:
-        """An argument or an index, looked at; in a display, each of its elements."""
+    def _value(self, node: ast.expr, how: str = "value") -> ast.expr:
+        """An argument or an index, looked at; in a display, each of its elements.
+
+        Args:
+            node: it.
+            how: by which recorder: "value", or "elements" where Python goes through it.
+        """
         if isinstance(node, ast.Constant | ast.Lambda | ast.GeneratorExp):
             return node
         if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):
@@ -85,8 +90,9 @@ class Inserting:
         if isinstance(node, ast.Slice):
             return self._looked_at(node, "lower", "upper", "step")
         if isinstance(node, ast.Starred):
-            return self._looked_at(node, "value")
-        looked_at = recorded("value", node, node, self._append())
+            node.value = self._value(node.value, "elements")
+            return node
+        looked_at = recorded(how, node, node, self._append())
         if isinstance(node, ast.Name):
             if node.id == self._self:
                 return node  # whose method runs is told by the call

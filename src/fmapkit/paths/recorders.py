@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from fmapkit.paths.elements import contents_of, item_of_elements
 from fmapkit.paths.items import (
     CALLABLES,
-    CONTAINERS,
     ITEM_OF,
     MARK,
     NUMBERS,
@@ -35,6 +35,7 @@ _T = TypeVar("_T")
 _FUNCTION = types.FunctionType
 _BUILTIN = types.BuiltinFunctionType
 twins: set[int] = set()  # the code that calls us, told by its identity: it is kept
+_ROWS = frozenset((list, tuple, str, bytes))
 _NOTHING: Callable[[Any], None] = deque(maxlen=0).append
 
 
@@ -72,15 +73,35 @@ def value(append: Callable[[Any], None], given: _T) -> _T:
     return given
 
 
+def elements(append: Callable[[Any], None], given: _T) -> _T:
+    """A value becomes what Python itself goes through."""
+    kind = type(given)
+    if kind is not Tensor:
+        if kind in PLAIN:
+            append(given)
+        elif append is not _NOTHING:
+            item_of = item_of_elements(kind)
+            if item_of is not ignore:
+                append(item_of(given))
+    return given
+
+
 def picked(append: Callable[[Any], None], given: Any) -> Any:
     """One of several values becomes what Python picks from, by comparing them.
 
     Numbers that follow nothing, as those of a schedule, may be compared in each pass: the one that
     is picked is looked at where it is used.
     """
-    if type(given) in CONTAINERS and not all(type(each) in NUMBERS for each in given):
-        value(append, given)
+    if append is not _NOTHING:
+        contents = contents_of(type(given))
+        if contents is not None and not all(type(each) in NUMBERS for each in contents(given)):
+            elements(append, given)
     return given
+
+
+def repeated(append: Callable[[Any], None], row: Any, given: _T) -> _T:
+    """A number becomes a factor of what may be a list: it says how often that is repeated."""
+    return given if append is _NOTHING or type(row) not in _ROWS else value(append, given)
 
 
 def keyed(append: Callable[[Any], None], function: Any) -> Any:
@@ -144,7 +165,9 @@ RECORDERS: dict[str, Any] = {
         current,
         resumed,
         value,
+        elements,
         picked,
+        repeated,
         keyed,
         called,
         tapped,
@@ -175,7 +198,9 @@ _traced_as(current, lambda: ignore)
 _traced_as(caught, lambda site: None)
 _traced_as(resumed, lambda site, given: given)
 _traced_as(value, lambda append, given: given)
+_traced_as(elements, lambda append, given: given)
 _traced_as(picked, lambda append, given: given)
+_traced_as(repeated, lambda append, row, given: given)
 _traced_as(keyed, lambda append, function: function)
 _traced_as(called, lambda append, function: function)
 _traced_as(tapped, lambda site, function: function)

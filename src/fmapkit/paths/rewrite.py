@@ -18,7 +18,15 @@ from typing import Any, TypeVar
 
 from fmapkit.paths.fixed_attributes import OF_TORCHS
 from fmapkit.paths.inserting import APPEND, Inserting
-from fmapkit.paths.syntax import first_argument, is_plain_function, is_row, names_bound, torch_name
+from fmapkit.paths.library_calls import calls_back, goes_through, object_named
+from fmapkit.paths.syntax import (
+    first_argument,
+    is_plain_function,
+    is_row,
+    names_bound,
+    rows_bound,
+    torch_name,
+)
 from fmapkit.paths.torch_calls import handed, recorded
 
 __all__ = ["Rewriter"]
@@ -36,8 +44,6 @@ _LOOPED_OVER = {"enumerate", "range", "reversed", "zip"}
 _TAKE_ALL = {"all", "any", "frozenset", "list", "set", "sum", "tuple"}
 # Those that pick one of what they are given; a number that they pick is looked at where it is used.
 _PICK = {"max", "min"}
-# Those that call a function with elements of what they are given.
-_CALLERS = {"filter", "map", "max", "min", "sorted"}
 # Methods that Python calls by itself, and whose results it does not keep to itself or ignore.
 _RESULT_IS_SEEN = {"__call__", "__enter__", "__new__"}
 # Functions of torch's whose plain arguments decide neither what runs nor whose filters come out.
@@ -70,17 +76,18 @@ class Rewriter(Inserting, ast.NodeTransformer):
         super().__init__(place, first_argument(node) if fixed else None)
         self._names = names
         self._local = names_bound(node)
+        self._rows = rows_bound(node)
         self._fixed = fixed
         self._tapped = tapped
         self._depth = 0  # of functions around the code at hand
         self._from_c = False  # code in C may call the function at hand
         self._idle: set[ast.AST] = set()  # calls and generators that decide nothing themselves
 
-    def _value(self, node: ast.expr) -> ast.expr:
+    def _value(self, node: ast.expr, how: str = "value") -> ast.expr:
         """The same; of `id(t)`, which is another number in each pass, t is looked at."""
         if isinstance(node, ast.Call) and self._builtin(node.func) in ("id", "hash"):
             return ast.copy_location(ast.Call(node.func, [*map(self._value, node.args)], []), node)
-        return super()._value(node)
+        return super()._value(node, how)
 
     # -- statements ---------------------------------------------------------------------------
 
@@ -133,8 +140,13 @@ class Rewriter(Inserting, ast.NodeTransformer):
         return node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
-        """The same of `+=` and its kin."""
+        """The same of `+=` and its kin; and what they stand for is what it is without `=`."""
         self.generic_visit(node)
+        if isinstance(node.op, ast.MatMult | ast.Pow):
+            self._looked_at(node, "value")
+        elif isinstance(node.op, ast.Mult) and isinstance(node.target, ast.Name):
+            if node.target.id in self._rows:
+                node.value = self._repeated(node.target, node.value)
         if isinstance(node.target, ast.Attribute) and node.target.attr in OF_TORCHS:
             value = self._value(node.value)
             return ast.copy_location(ast.AugAssign(node.target, node.op, value), node)
@@ -252,7 +264,8 @@ class Rewriter(Inserting, ast.NodeTransformer):
         if builtin in _TAKE_ALL or builtin in _PICK:
             self._idle.update(a for a in node.args if _is_idle(a, builtin))
         self.generic_visit(node)
-        self._hand_on(node, builtin)
+        found = object_named(function, self._names, self._local)
+        self._hand_on(node, found)
         if builtin in _HARMLESS or node in self._idle:
             return node
         if builtin in _PICK:
@@ -262,27 +275,26 @@ class Rewriter(Inserting, ast.NodeTransformer):
         if idle not in _PLAIN_ARGUMENTS_ARE_IDLE:
             # What a module of the model is given first is its input.
             first = node.args[:1] if fixed and _is_name(node.args) else []
-            node.args = [*first, *map(self._value, node.args[len(first) :])]
+            how = "elements" if goes_through(function, found) else "value"
+            node.args = [*first, *(self._value(a, how) for a in node.args[len(first) :])]
             for keyword in node.keywords:
-                self._looked_at(keyword, "value")
+                keyword.value = self._value(keyword.value, "value" if keyword.arg else "elements")
         callee = node.func
         if not fixed and of_torch is None and builtin is None:
             callee = self._callee(callee)
         node.func = handed(node, callee, self._place.rpartition(":")[0], self._tapped)
         return node
 
-    def _hand_on(self, node: ast.Call, builtin: str | None) -> None:
+    def _hand_on(self, node: ast.Call, found: Any) -> None:
         """What a function gives back to code in C is looked at; and so is a list that is sorted."""
-        sorts = isinstance(node.func, ast.Attribute) and node.func.attr == "sort"
-        if not sorts and builtin not in _CALLERS:
-            return
-        if sorts:
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "sort":
             self._looked_at(node.func, "value")
+        at, name = calls_back(node, found)
+        if at is not None and at < len(node.args):
+            node.args[at] = self._keyed(node.args[at])
         for keyword in node.keywords:
-            if keyword.arg == "key":
+            if keyword.arg == name is not None:
                 keyword.value = self._keyed(keyword.value)
-        if builtin in ("filter", "map") and node.args:
-            node.args[0] = self._keyed(node.args[0])
 
     def _keyed(self, function: ast.expr) -> ast.expr:
         if isinstance(function, ast.Constant | ast.Lambda | ast.Starred):
@@ -344,19 +356,34 @@ class Rewriter(Inserting, ast.NodeTransformer):
             self._looked_at(node, "left", "right")
         elif isinstance(node.op, ast.Pow):
             self._looked_at(node, "right")
-        elif isinstance(node.op, ast.Mult):  # how often a list, tuple or string is repeated
-            if is_row(node.left):
-                self._looked_at(node, "right")
-            elif is_row(node.right):
-                self._looked_at(node, "left")
+        elif isinstance(node.op, ast.Mult):
+            node.left, node.right = self._times(node.left, node.right)
         return node
+
+    def _times(self, left: ast.expr, right: ast.expr) -> tuple[ast.expr, ast.expr]:
+        """Two factors, with a look at the one by which a list, tuple or string is repeated."""
+        if is_row(left):
+            return left, self._value(right)
+        if is_row(right):
+            return self._value(left), right
+        if isinstance(left, ast.Name) and left.id in self._rows:
+            return left, self._repeated(left, right)
+        if isinstance(right, ast.Name) and right.id in self._rows:
+            return self._repeated(right, left), right
+        return left, right
+
+    def _repeated(self, row: ast.Name, node: ast.expr) -> ast.expr:
+        if isinstance(node, ast.Constant):
+            return node
+        append, same = self._append(), ast.Name(row.id, ast.Load())
+        return recorded("repeated", node, node, append, ast.copy_location(same, row))
 
     def visit_Dict(self, node: ast.Dict) -> ast.AST:
         """By its keys a dict is asked later on; those of another one may be put in."""
         self.generic_visit(node)
         each = zip(node.keys, node.values, strict=True)
         keys = [None if key is None else self._value(key) for key in node.keys]
-        values = [self._value(value) if key is None else value for key, value in each]
+        values = [v if key is not None else self._value(v, "elements") for key, v in each]
         return ast.copy_location(ast.Dict(keys, values), node)
 
 

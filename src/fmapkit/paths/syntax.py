@@ -15,6 +15,7 @@ __all__ = [
     "is_row",
     "names_bound",
     "position_of",
+    "rows_bound",
     "site_at",
     "torch_name",
     "watched_names",
@@ -22,6 +23,9 @@ __all__ = [
 
 # A function that may look at its own variables has none of ours.
 _LOOKS_AT_LOCALS = {"locals", "vars", "dir", "eval", "exec"}
+
+# Builtins that make them.
+_MAKE_ROWS = {"bytes", "list", "sorted", "str", "tuple"}
 
 Position = tuple[int | None, int | None, int | None, int | None]
 
@@ -134,7 +138,22 @@ def is_plain_function(node: ast.FunctionDef) -> bool:
 
 
 def is_row(node: ast.expr) -> bool:
-    """Whether an expression is surely a list, a tuple or a string."""
+    """Whether an expression is, by what it says, a list, a tuple or a string."""
     if isinstance(node, ast.Constant):
         return isinstance(node.value, str | bytes)
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id in _MAKE_ROWS
+    if isinstance(node, ast.BinOp):
+        return isinstance(node.op, ast.Add | ast.Mult) and (is_row(node.left) or is_row(node.right))
     return isinstance(node, ast.List | ast.Tuple | ast.ListComp | ast.JoinedStr)
+
+
+def rows_bound(node: ast.AST) -> frozenset[str]:
+    """Every name that code binds a list, a tuple or a string to; it may bind others to it, too."""
+    found: set[str] = set()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Assign | ast.AnnAssign | ast.NamedExpr | ast.AugAssign):
+            targets = inner.targets if isinstance(inner, ast.Assign) else [inner.target]
+            if inner.value is not None and is_row(inner.value):
+                found.update(t.id for t in targets if isinstance(t, ast.Name))
+    return frozenset(found)
