@@ -11,15 +11,16 @@ from __future__ import annotations
 import array
 import collections
 import operator
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from fmapkit.paths.items import ITEM_OF, flat, ignore, item_of_class
+from fmapkit.paths.items import ITEM_OF, PLAIN, flat, ignore, item_of_class
 from fmapkit.torchlib.class_cache import remembered
 
-__all__ = ["contents_of", "item_of_elements"]
+__all__ = ["contents_of", "item_of_elements", "keys_of"]
 
 _MOST = 1024  # numbers of an array: so many at most go with as many tensors
 _data_of = operator.attrgetter("data")
@@ -52,6 +53,8 @@ def contents_of(kind: type) -> _Contents | None:
 @remembered
 def item_of_elements(kind: type) -> Callable[[Any], Any]:
     """What makes an item of what values of a class hold."""
+    if kind in (tuple, list):  # of columns, as those of `zip(*columns)`
+        return lambda given: (kind, *map(_column, given))
     if kind not in (set, frozenset):
         item_of = ITEM_OF.get(kind) or item_of_class(kind)
         if item_of is not ignore:
@@ -61,6 +64,22 @@ def item_of_elements(kind: type) -> Callable[[Any], Any]:
         return ignore
 
     return lambda given: (kind, *[flat(each, 1) for each in contents(given)])
+
+
+def _column(given: Any) -> Any:
+    kind = type(given)
+    if kind in (tuple, list) or contents_of(kind) is None:
+        return flat(given, 1)
+    return item_of_elements(kind)(given) if kind not in PLAIN else given
+
+
+def keys_of(given: Any) -> Any:
+    """What is recorded of the keys of a mapping, or of a view of its items; None of others."""
+    kind = type(given)
+    if issubclass(kind, dict) or issubclass(kind, _VIEWS[2]):
+        contents: Any = contents_of(kind)
+        return (kind, *[flat(key, 1) for key, _ in contents(given)])
+    return None
 
 
 def _left(iterator: Any) -> list[Any]:
@@ -88,6 +107,7 @@ _CONTENTS: dict[type, _Contents] = {
     set: set.__iter__,
     frozenset: frozenset.__iter__,
     collections.deque: collections.deque.__iter__,
+    types.MappingProxyType: lambda given: list(given.items()),
     collections.UserDict: lambda given: _data_of(given).items(),
     collections.UserList: _data_of,
     bytearray: bytearray.__iter__,

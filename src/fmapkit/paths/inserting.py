@@ -70,12 +70,13 @@ class Inserting:
                 setattr(node, part, self._value(value))
         return node
 
-    def _value(self, node: ast.expr, how: str = "value") -> ast.expr:
+    def _value(self, node: ast.expr, how: str = "value", *first: ast.expr) -> ast.expr:
         """An argument or an index, looked at; in a display, each of its elements.
 
         Args:
             node: it.
             how: by which recorder: "value", or "elements" where Python goes through it.
+            first: what else that is given.
         """
         if isinstance(node, ast.Constant | ast.Lambda | ast.GeneratorExp):
             return node
@@ -92,7 +93,7 @@ class Inserting:
         if isinstance(node, ast.Starred):
             node.value = self._value(node.value, "elements")
             return node
-        looked_at = recorded(how, node, node, self._append())
+        looked_at = recorded(how, node, node, self._append(), *first)
         if isinstance(node, ast.Name):
             if node.id == self._self:
                 return node  # whose method runs is told by the call

@@ -12,9 +12,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 from torch import Tensor
 
-from fmapkit.paths.elements import contents_of, item_of_elements
+from fmapkit.paths.elements import contents_of, item_of_elements, keys_of
 from fmapkit.paths.items import (
     CALLABLES,
     ITEM_OF,
@@ -73,6 +74,13 @@ def value(append: Callable[[Any], None], given: _T) -> _T:
     return given
 
 
+def index(append: Callable[[Any], None], of: Any, given: _T) -> _T:
+    """A value becomes an index of something."""
+    if type(given) is np.ndarray and type(of) is np.ndarray and of.dtype.hasobject:
+        return elements(append, given)
+    return value(append, given)
+
+
 def elements(append: Callable[[Any], None], given: _T) -> _T:
     """A value becomes what Python itself goes through."""
     kind = type(given)
@@ -86,6 +94,17 @@ def elements(append: Callable[[Any], None], given: _T) -> _T:
     return given
 
 
+def keys(append: Callable[[Any], None], given: _T) -> _T:
+    """The same where Python goes by the keys of a mapping, and hands its values on."""
+    if append is not _NOTHING:
+        found = keys_of(given)
+        if found is None:
+            elements(append, given)
+        else:
+            append(found)
+    return given
+
+
 def picked(append: Callable[[Any], None], given: Any) -> Any:
     """One of several values becomes what Python picks from, by comparing them.
 
@@ -95,7 +114,7 @@ def picked(append: Callable[[Any], None], given: Any) -> Any:
     if append is not _NOTHING:
         contents = contents_of(type(given))
         if contents is not None and not all(type(each) in NUMBERS for each in contents(given)):
-            elements(append, given)
+            keys(append, given)
     return given
 
 
@@ -109,6 +128,22 @@ def keyed(append: Callable[[Any], None], function: Any) -> Any:
     if append is _NOTHING or function is None or issubclass(type(function), type):
         return function
     return lambda *given: value(append, function(*given))
+
+
+def ranked(append: Callable[[Any], None], of: Any, given: _T) -> _T:
+    """A value becomes what something is sorted by, or picked by as the greatest.
+
+    A plain value that is picked so is looked at where it is used.
+    """
+    kind = type(of)
+    return given if kind in PLAIN or kind in NUMBERS else value(append, given)
+
+
+def ranking(append: Callable[[Any], None], function: Any) -> Any:
+    """A function becomes what something is sorted by."""
+    if append is _NOTHING or function is None or issubclass(type(function), type):
+        return function
+    return lambda given: ranked(append, given, function(given))
 
 
 def called(append: Callable[[Any], None], function: _T) -> _T:
@@ -165,10 +200,14 @@ RECORDERS: dict[str, Any] = {
         current,
         resumed,
         value,
+        index,
         elements,
+        keys,
         picked,
         repeated,
         keyed,
+        ranked,
+        ranking,
         called,
         tapped,
         fusing,
@@ -198,10 +237,14 @@ _traced_as(current, lambda: ignore)
 _traced_as(caught, lambda site: None)
 _traced_as(resumed, lambda site, given: given)
 _traced_as(value, lambda append, given: given)
+_traced_as(index, lambda append, of, given: given)
 _traced_as(elements, lambda append, given: given)
+_traced_as(keys, lambda append, given: given)
 _traced_as(picked, lambda append, given: given)
 _traced_as(repeated, lambda append, row, given: given)
 _traced_as(keyed, lambda append, function: function)
+_traced_as(ranked, lambda append, of, given: given)
+_traced_as(ranking, lambda append, function: function)
 _traced_as(called, lambda append, function: function)
 _traced_as(tapped, lambda site, function: function)
 _traced_as(fusing, lambda function: function)
