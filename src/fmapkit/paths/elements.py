@@ -73,12 +73,19 @@ def _column(given: Any) -> Any:
     return item_of_elements(kind)(given) if kind not in PLAIN else given
 
 
-def keys_of(given: Any) -> Any:
-    """What is recorded of the keys of a mapping, or of a view of its items; None of others."""
+def keys_of(given: Any, pairs: bool) -> Any:
+    """What is recorded of the keys of a mapping, or of a view of its items; None of others.
+
+    Args:
+        given: it may be a mapping.
+        pairs: a list or tuple of pairs is one, too.
+    """
     kind = type(given)
-    if issubclass(kind, dict) or issubclass(kind, _VIEWS[2]):
+    if issubclass(kind, (dict, _VIEWS[2])):
         contents: Any = contents_of(kind)
         return (kind, *[flat(key, 1) for key, _ in contents(given)])
+    if pairs and kind in (list, tuple) and all(type(p) is tuple and len(p) == 2 for p in given):
+        return (kind, *[flat(key, 1) for key, _ in given])
     return None
 
 

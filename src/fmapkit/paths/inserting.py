@@ -62,12 +62,12 @@ class Inserting:
         choice = ast.IfExp(test, node, otherwise)
         return ast.fix_missing_locations(ast.copy_location(choice, node))
 
-    def _looked_at(self, node: _Node, *parts: str) -> _Node:
+    def _looked_at(self, node: _Node, *parts: str, how: str = "value") -> _Node:
         """`node`, with the values of some parts of it looked at."""
         for part in parts:
             value = getattr(node, part)
             if value is not None:
-                setattr(node, part, self._value(value))
+                setattr(node, part, self._value(value, how))
         return node
 
     def _value(self, node: ast.expr, how: str = "value", *first: ast.expr) -> ast.expr:
@@ -91,8 +91,7 @@ class Inserting:
         if isinstance(node, ast.Slice):
             return self._looked_at(node, "lower", "upper", "step")
         if isinstance(node, ast.Starred):
-            node.value = self._value(node.value, "elements")
-            return node
+            return self._looked_at(node, "value", how="elements")
         looked_at = recorded(how, node, node, self._append(), *first)
         if isinstance(node, ast.Name):
             if node.id == self._self:

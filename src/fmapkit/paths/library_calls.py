@@ -24,7 +24,7 @@ _HOMES = {"collections", "heapq", "itertools"}
 _BUILTINS = {"enumerate", "filter", "map", "zip"}
 _METHODS = {"from_iterable", "fromkeys"}
 # Those that go by the keys of a mapping, and hand on its values.
-_BY_KEYS = {"Counter", "OrderedDict", "defaultdict", "dict", "sorted", "update"}
+_BY_KEYS = {"Counter", "OrderedDict", "defaultdict", "dict", "update"}
 # Those that put all elements where they are looked at later, or into a number or a text.
 _TAKE_ALL = {"extend", "extendleft", "join", "writelines"}
 _MAKE_NUMBERS = {"math", "numpy", "statistics", "torch"}
@@ -95,6 +95,8 @@ def goes_through(node: ast.Call, found: Any) -> str | None:
     if not isinstance(home, str) or name == "deque":
         return None
     home = home.lstrip("_")
+    if found is sorted:
+        return "ordered"
     if name in _BY_KEYS and home in ("builtins", "collections"):
         return "keys"
     return "elements" if home in _HOMES or (home == "builtins" and name in _BUILTINS) else None

@@ -95,9 +95,14 @@ def elements(append: Callable[[Any], None], given: _T) -> _T:
 
 
 def keys(append: Callable[[Any], None], given: _T) -> _T:
-    """The same where Python goes by the keys of a mapping, and hands its values on."""
+    """The same where Python makes a dict: it goes by keys, and hands the values on."""
+    return ordered(append, given, pairs=True)
+
+
+def ordered(append: Callable[[Any], None], given: _T, pairs: bool = False) -> _T:
+    """The same where it sorts: keys of a mapping differ, so no value is compared."""
     if append is not _NOTHING:
-        found = keys_of(given)
+        found = keys_of(given, pairs)
         if found is None:
             elements(append, given)
         else:
@@ -114,7 +119,7 @@ def picked(append: Callable[[Any], None], given: Any) -> Any:
     if append is not _NOTHING:
         contents = contents_of(type(given))
         if contents is not None and not all(type(each) in NUMBERS for each in contents(given)):
-            keys(append, given)
+            ordered(append, given)
     return given
 
 
@@ -203,6 +208,7 @@ RECORDERS: dict[str, Any] = {
         index,
         elements,
         keys,
+        ordered,
         picked,
         repeated,
         keyed,
@@ -240,6 +246,7 @@ _traced_as(value, lambda append, given: given)
 _traced_as(index, lambda append, of, given: given)
 _traced_as(elements, lambda append, given: given)
 _traced_as(keys, lambda append, given: given)
+_traced_as(ordered, lambda append, given: given)
 _traced_as(picked, lambda append, given: given)
 _traced_as(repeated, lambda append, row, given: given)
 _traced_as(keyed, lambda append, function: function)

@@ -195,9 +195,8 @@ class Rewriter(Picking, ast.NodeTransformer):
     def visit_Return(self, node: ast.Return) -> ast.AST:
         """What code in C does with a plain value leaves no mark; other callers' code does."""
         self.generic_visit(node)
-        if self._from_c and node.value is not None:
-            node.value = self._value(node.value, "elements" if self._iterates else "value")
-        return node
+        how = "elements" if self._iterates else "value"
+        return self._looked_at(node, "value", how=how) if self._from_c else node
 
     def _elsewhere(self, node: _Node) -> _Node:
         """Code with variables of its own."""
@@ -299,7 +298,7 @@ class Rewriter(Picking, ast.NodeTransformer):
             rest = node.args[len(first) :]
             node.args = [*first, *(self._value(a, how or "value") for a in rest)]
             for keyword in node.keywords:
-                keyword.value = self._value(keyword.value, "value" if keyword.arg else "elements")
+                self._looked_at(keyword, "value", how="value" if keyword.arg else "elements")
         callee = node.func
         if not fixed and of_torch is None and builtin is None:
             callee = self._callee(callee)
@@ -340,7 +339,7 @@ class Rewriter(Picking, ast.NodeTransformer):
         """The same; what it delegates to tells where that goes on itself."""
         site = self._site(node)
         self.generic_visit(node)
-        node.value = self._value(node.value, "elements")
+        self._looked_at(node, "value", how="elements")
         return recorded("resumed", node, node, site)
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
@@ -360,7 +359,8 @@ class Rewriter(Picking, ast.NodeTransformer):
         elif isinstance(node.op, ast.Pow):
             self._looked_at(node, "right")
         elif isinstance(node.op, ast.Mult):
-            node.left, node.right = self._times(node.left, node.right)
+            left, right = self._times(node.left, node.right)
+            return ast.copy_location(ast.BinOp(left, node.op, right), node)
         return node
 
     def visit_Dict(self, node: ast.Dict) -> ast.AST:
