@@ -353,7 +353,44 @@ def _mixed(h: Tensor) -> Tensor:
     return h[np.random.permutation(len(h))] * sum([random.random()] * 2)
 
 
-_USES = [_lambda, _inner, _logged, _bar, _counted, _noted, _least, _extended, _seen, _mixed]
+def _otherwise(h: Tensor) -> Tensor:
+    """Classes that say otherwise, made anew in each pass."""
+
+    class Mapping(collections.UserDict):  # type: ignore[type-arg]
+        def __init__(self) -> None: ...
+
+        def keys(self) -> Any:
+            return ["a"]
+
+        def __getitem__(self, key: str) -> int:
+            return 7
+
+    class Text(str):
+        def __str__(self) -> str:
+            raise KeyError
+
+        __repr__ = __str__
+
+    class Ordered(collections.OrderedDict[str, int]):
+        def items(self) -> Any:
+            raise KeyError
+
+    return h * dict(Mapping())["a"] * {Text("a"): 1}["a"] * dict(Ordered(a=1))["a"]
+
+
+_USES = [
+    _lambda,
+    _inner,
+    _logged,
+    _bar,
+    _counted,
+    _noted,
+    _least,
+    _extended,
+    _seen,
+    _mixed,
+    _otherwise,
+]
 
 
 class Ordinary(nn.Module):

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import array
 import collections
-import operator
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from fmapkit.paths.items import ITEM_OF, PLAIN, flat, ignore, item_of_class
+from fmapkit.paths.items import ITEM_OF, PLAIN, class_of, flat, ignore, item_of_class
 from fmapkit.torchlib.class_cache import remembered
 
 __all__ = ["contents_of", "item_of_elements", "keys_of"]
 
 _MOST = 1024  # numbers of an array: so many at most go with as many tensors
-_data_of = operator.attrgetter("data")
 _NONE: dict[Any, Any] = {}
 _VIEWS = tuple(map(type, (_NONE.keys(), _NONE.values(), _NONE.items())))
 _ITERATORS = tuple(
@@ -63,7 +61,7 @@ def item_of_elements(kind: type) -> Callable[[Any], Any]:
     if contents is None:
         return ignore
 
-    return lambda given: (kind, *[flat(each, 1) for each in contents(given)])
+    return lambda given: (class_of(kind), *[flat(each, 1) for each in contents(given)])
 
 
 def _column(given: Any) -> Any:
@@ -83,7 +81,7 @@ def keys_of(given: Any, pairs: bool) -> Any:
     kind = type(given)
     if issubclass(kind, (dict, _VIEWS[2])):
         contents: Any = contents_of(kind)
-        return (kind, *[flat(key, 1) for key, _ in contents(given)])
+        return (class_of(kind), *[flat(key, 1) for key, _ in contents(given)])
     if pairs and kind in (list, tuple) and all(type(p) is tuple and len(p) == 2 for p in given):
         return (kind, *[flat(key, 1) for key, _ in given])
     return None
@@ -93,6 +91,12 @@ def _left(iterator: Any) -> list[Any]:
     """What an iterator has yet to give: it stays where it is."""
     _, (given, *_), *at = iterator.__reduce__()
     return [type(given), *at, *(given if type(given) in _ROWS else [given])]
+
+
+def _data_of(given: Any, kind: type) -> Any:
+    """What a container of Python's library holds; nothing where its class makes it otherwise."""
+    data = object.__getattribute__(given, "__dict__").get("data")
+    return data if type(data) is kind else kind()
 
 
 def _array(given: Any) -> list[Any]:
@@ -115,8 +119,8 @@ _CONTENTS: dict[type, _Contents] = {
     frozenset: frozenset.__iter__,
     collections.deque: collections.deque.__iter__,
     types.MappingProxyType: lambda given: list(given.items()),
-    collections.UserDict: lambda given: _data_of(given).items(),
-    collections.UserList: _data_of,
+    collections.UserDict: lambda given: _data_of(given, dict).items(),
+    collections.UserList: lambda given: _data_of(given, list),
     bytearray: bytearray.__iter__,
     array.array: lambda given: array.array.tolist(given[:_MOST]),
     np.ndarray: _array,

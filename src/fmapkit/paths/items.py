@@ -29,6 +29,7 @@ __all__ = [
     "MARK",
     "NUMBERS",
     "PLAIN",
+    "class_of",
     "flat",
     "ignore",
     "item_of_class",
@@ -65,11 +66,11 @@ def item_of_class(kind: type) -> Callable[[Any], Any]:
         return _member
     for plain in (int, float, str, bytes):
         if issubclass(kind, plain):
-            return lambda given: (kind, plain.__repr__(given))
+            return lambda given: (class_of(kind), plain.__repr__(given))
     if issubclass(kind, np.generic):
-        return lambda given: (kind, str(given))
+        return lambda given: (class_of(kind), str(given))
     if issubclass(kind, type):
-        return _class
+        return class_of
     if issubclass(kind, (tuple, list)) or _is_a_key(kind):
         return flat
     return other_callable if issubclass(kind, nn.Module) else ignore
@@ -167,7 +168,7 @@ def flat(given: Any, depth: int = 0) -> Any:
         rest = [] if depth >= 8 else [flat(v, depth + 1) for v in parts_of(given)]
         return (_name_of(kind), *rest)
     item_of = item_of_class(kind)
-    return _class(kind) if item_of is ignore else item_of(given)
+    return class_of(kind) if item_of is ignore else item_of(given)
 
 
 def _callable(function: Any) -> Any:
@@ -216,14 +217,14 @@ def other_callable(function: Any) -> Any:
     if issubclass(kind, nn.Module):
         # Those of the model, and others that are kept, are compared by identity.
         sink = sinks.get(ident())
-        return function if sink is not None and function in sink.modules else _class(kind)
-    return _class(function if issubclass(kind, type) else kind)
+        return function if sink is not None and function in sink.modules else class_of(kind)
+    return class_of(function if issubclass(kind, type) else kind)
 
 
-def _class(given: Any) -> Any:
+def class_of(given: Any) -> Any:
     """A class; one that a function makes anew in each pass goes by its name, and by its bases."""
     name: str = _name_of(given)
-    return given if "<locals>" not in name else (name, *map(_class, _bases_of(given)))
+    return given if "<locals>" not in name else (name, *map(class_of, _bases_of(given)))
 
 
 CALLABLES: dict[type, Callable[[Any], Any]] = {
