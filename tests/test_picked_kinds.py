@@ -15,6 +15,8 @@ import operator
 import random
 import types
 from collections.abc import Callable, Iterator
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -174,6 +176,10 @@ def _classes(value: Any, a: Tensor, b: Tensor) -> Tensor:
     return {int: a, str: b}[value[0]]
 
 
+def _texts(value: Any, a: Tensor, b: Tensor) -> Tensor:
+    return {0: a, 1: b}[value[0]]
+
+
 def _sets(value: Any, a: Tensor, b: Tensor) -> Tensor:
     return {value: a, frozenset((1 - next(iter(value)),)): b}[frozenset((0,))]
 
@@ -247,6 +253,8 @@ _WAYS: list[tuple[_Pick, Callable[[int, int], Any]]] = [
     (_keys, lambda r, s: [Key(r), Key(s)]),
     (_classes, lambda r, s: [(int, str)[r]]),
     (_sets, lambda r, s: frozenset((r,))),
+    (_texts, lambda r, s: [Decimal(r)]),
+    (_texts, lambda r, s: [Fraction(r)]),
     (_objects, lambda r, s: np.array([r, s])),
     (_objects, lambda r, s: np.array([bool(r), bool(s)])),
     (_axes, lambda r, s: Order(0, 1 + r, 1 + s)),

@@ -13,6 +13,10 @@ import enum
 import functools
 import types
 from collections.abc import Callable, Iterable
+from datetime import date
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import PosixPath, WindowsPath
 from typing import Any
 
 import numpy as np
@@ -47,6 +51,8 @@ PLAIN: frozenset[type] = frozenset(
 _NESTED: frozenset[type] = frozenset({tuple, list, dict, set, frozenset, slice, torch.Size})
 _FUNCTION = types.FunctionType
 _BUILTIN = types.BuiltinFunctionType
+# Values of Python's own library that are keys, and whose text tells them from others.
+_AS_TEXT = frozenset({Decimal, Fraction, PosixPath, WindowsPath, date})
 CONTAINERS = frozenset({dict, list, tuple, set, str})
 NUMBERS = frozenset({int, float, bool})
 _SHARED = frozenset({type(None), types.ModuleType})
@@ -67,7 +73,7 @@ def item_of_class(kind: type) -> Callable[[Any], Any]:
     for plain in (int, float, str, bytes):
         if issubclass(kind, plain):
             return lambda given: (class_of(kind), plain.__repr__(given))
-    if issubclass(kind, np.generic):
+    if kind in _AS_TEXT or issubclass(kind, (np.generic, np.dtype)):
         return lambda given: (class_of(kind), str(given))
     if issubclass(kind, type):
         return class_of
