@@ -10,6 +10,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1746,3 +1747,38 @@ def test_of_two_summands_the_one_that_is_not_broadcast_names_the_sum() -> None:
     passes = [(torch.randn(n, 3), torch.randn(m, 3)) for n, m in rows]
     expected = [[("a" if n > m else "b", 0, "relu", range(4))] for n, m in rows]
     check(model, passes, expected, train=False)
+
+
+class Indexed(nn.Module):
+    """Keeps an index of NumPy's, or Python's, and picks places of a layer's output by it."""
+
+    def __init__(self, index: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 4, 1)
+        self.kept = (index,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x)[self.kept[0]])
+
+
+@pytest.mark.parametrize(
+    ("index", "same"),
+    [
+        (np.array([1, 0]), torch.tensor([1, 0])),
+        (np.array([True, False]), torch.tensor([True, False])),
+        (np.array(1), 1),
+        (np.array([[0, 1], [1, 0]]), torch.tensor([[0, 1], [1, 0]])),
+        (range(2), [0, 1]),
+        ((slice(None), np.array([1, 0])), (slice(None), [1, 0])),
+        ((slice(None), slice(None), (1, 2)), (slice(None), slice(None), [1, 2])),
+    ],
+)
+def test_an_index_of_numpys_is_that_of_torch(index: Any, same: Any) -> None:
+    found = []
+    for each in (index, same):
+        model = Indexed(each)
+        with capture(model) as maps:
+            model(torch.ones(2, 3, 5))
+        found.append([(m.layer, m.kind, m.filter_dim, m.filters) for m in maps])
+        assert not [m for m in maps.missed if "failed" in m.reason]
+    assert found[0] == found[1]

@@ -47,6 +47,15 @@ _LINES = (
     "h = functools.reduce(lambda a, b: a if v else b, (p, q))",
     "h = OrderedDict(zip(order, (p, q))).pop(1)",
     "h = ChainMap({v: p}, {1: q})[1]",
+    "h = dict(zip(reversed(order), (q, p)))[1]",
+    "h = dict(zip(iter(order), (p, q)))[1]",
+    "h = dict(zip({v: p, w: q}.keys(), (p, q)))[1]",
+    "h = dict(zip(OrderedDict(zip(order, 'pq')), (p, q)))[1]",
+    "h = sorted(zip(reversed(order), 'qp', (q, p)))[0][2]",
+    "rows = [p]\nrows = rows * (v % 2) + [q]\nh = rows[0]",
+    "rows = [p]\nrows *= v % 2\nh = (rows + [q])[0]",
+    "h = sorted((p, q), key=functools.cmp_to_key(lambda a, b: v - 1))[0]",
+    "turns = iter(order)\nrank = lambda t: next(turns)\nh = min((p, q), key=rank)",
     "h = SimpleNamespace(**dict(zip((f'n{v}', f'n{w}'), (p, q)))).n1",
 )
 

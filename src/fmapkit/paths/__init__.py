@@ -6,7 +6,9 @@
             twin_source.make_twins  … each made once, from the source of a function
             rewrite.Rewriter        … the same code with a recorder at each decision
             torch_calls             … and at calls in torch's own transformer layers
+            picking, library_calls  … and where Python itself picks one of several values
             items                   … of a plain value, or of a callable
+            elements                … of what Python goes through
         sinks.DecisionSink          where the decisions of this thread's pass go
         survey.Survey               which functions ran that do not record yet
     known_paths.KnownPaths          the paths of one kind of call, each with its plan

@@ -62,16 +62,22 @@ class Inserting:
         choice = ast.IfExp(test, node, otherwise)
         return ast.fix_missing_locations(ast.copy_location(choice, node))
 
-    def _looked_at(self, node: _Node, *parts: str) -> _Node:
+    def _looked_at(self, node: _Node, *parts: str, how: str = "value") -> _Node:
         """`node`, with the values of some parts of it looked at."""
         for part in parts:
             value = getattr(node, part)
             if value is not None:
-                setattr(node, part, self._value(value))
+                setattr(node, part, self._value(value, how))
         return node
 
-    def _value(self, node: ast.expr) -> ast.expr:
-        """An argument or an index, looked at; in a display, each of its elements."""
+    def _value(self, node: ast.expr, how: str = "value", *first: ast.expr) -> ast.expr:
+        """An argument or an index, looked at; in a display, each of its elements.
+
+        Args:
+            node: it.
+            how: by which recorder: "value", or "elements" where Python goes through it.
+            first: what else that is given.
+        """
         if isinstance(node, ast.Constant | ast.Lambda | ast.GeneratorExp):
             return node
         if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):
@@ -85,8 +91,8 @@ class Inserting:
         if isinstance(node, ast.Slice):
             return self._looked_at(node, "lower", "upper", "step")
         if isinstance(node, ast.Starred):
-            return self._looked_at(node, "value")
-        looked_at = recorded("value", node, node, self._append())
+            return self._looked_at(node, "value", how="elements")
+        looked_at = recorded(how, node, node, self._append(), *first)
         if isinstance(node, ast.Name):
             if node.id == self._self:
                 return node  # whose method runs is told by the call

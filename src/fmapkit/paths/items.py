@@ -9,9 +9,14 @@ What is here asks for types, and never for `isinstance`: that may run code of th
 
 from __future__ import annotations
 
+import enum
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from datetime import date
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import PosixPath, WindowsPath
 from typing import Any
 
 import numpy as np
@@ -28,6 +33,8 @@ __all__ = [
     "MARK",
     "NUMBERS",
     "PLAIN",
+    "class_of",
+    "flat",
     "ignore",
     "item_of_class",
     "other_callable",
@@ -44,6 +51,8 @@ PLAIN: frozenset[type] = frozenset(
 _NESTED: frozenset[type] = frozenset({tuple, list, dict, set, frozenset, slice, torch.Size})
 _FUNCTION = types.FunctionType
 _BUILTIN = types.BuiltinFunctionType
+# Values of Python's own library that are keys, and whose text tells them from others.
+_AS_TEXT = frozenset({Decimal, Fraction, PosixPath, WindowsPath, date})
 CONTAINERS = frozenset({dict, list, tuple, set, str})
 NUMBERS = frozenset({int, float, bool})
 _SHARED = frozenset({type(None), types.ModuleType})
@@ -59,9 +68,50 @@ def item_of_class(kind: type) -> Callable[[Any], Any]:
     """What makes an item of values of a class that is none of those named here."""
     if issubclass(kind, Tensor):
         return _tensor
-    if issubclass(kind, (int, float, str, np.generic)):
-        return lambda given: (kind, str(given))
+    if issubclass(kind, enum.Enum):
+        return _member
+    for plain in (int, float, str, bytes):
+        if issubclass(kind, plain):
+            return lambda given: (class_of(kind), plain.__repr__(given))
+    if kind in _AS_TEXT or issubclass(kind, (np.generic, np.dtype)):
+        return lambda given: (class_of(kind), str(given))
+    if issubclass(kind, type):
+        return class_of
+    if issubclass(kind, (tuple, list)) or _is_a_key(kind):
+        return flat
     return other_callable if issubclass(kind, nn.Module) else ignore
+
+
+@remembered
+def _parts_of(kind: type) -> Callable[[Any], Iterable[Any]] | None:
+    """What gives the parts of a value by which it is compared, past what its class may say."""
+    for row in (tuple, list):
+        if issubclass(kind, row):
+            return row.__iter__
+    if not _is_a_key(kind):
+        return None
+    fields = kind.__dict__["__dataclass_fields__"].items()
+    names = [name for name, field in fields if field.compare]
+    return lambda given: [_attribute(given, name) for name in names]
+
+
+def _is_a_key(kind: type) -> bool:
+    """Whether values of a dataclass are equal where their fields are, and may be keys of dicts."""
+    how: Any = kind.__dict__.get("__dataclass_params__")
+    return how is not None and bool(how.eq and (how.frozen or how.unsafe_hash))
+
+
+def _attribute(given: Any, name: str) -> Any:
+    try:
+        return object.__getattribute__(given, name)
+    except AttributeError:  # it may have been deleted
+        return None
+
+
+def _member(given: Any) -> Any:
+    """A member of an enumeration; of flags that are set together, the name may be None."""
+    own = object.__getattribute__(given, "__dict__")
+    return _name_of(type(given)), own.get("_name_"), flat(own.get("_value_"), depth=1)
 
 
 def ignore(_: Any) -> None:
@@ -80,9 +130,7 @@ def _row(given: Any) -> Any:
     found: list[Any] = [type(given)]
     for value in given:
         kind = type(value)
-        found.append(
-            value if kind in PLAIN else Tensor if kind is Tensor else _flat(value, depth=1)
-        )
+        found.append(value if kind in PLAIN else Tensor if kind is Tensor else flat(value, depth=1))
     return tuple(found)
 
 
@@ -92,14 +140,14 @@ def _dict(given: Any) -> Any:
     for key, value in given.items():
         kind = type(value)
         if type(key) is not str:
-            key = _flat(key, depth=1)
+            key = flat(key, depth=1)
         found.append(
-            (key, value if kind in PLAIN else Tensor if kind is Tensor else _flat(value, depth=1))
+            (key, value if kind in PLAIN else Tensor if kind is Tensor else flat(value, depth=1))
         )
     return tuple(found)
 
 
-def _flat(given: Any, depth: int = 0) -> Any:
+def flat(given: Any, depth: int = 0) -> Any:
     """What is plain in a container, with the types of the rest: a copy, which stays as it is."""
     kind = type(given)
     if kind in PLAIN:
@@ -111,19 +159,22 @@ def _flat(given: Any, depth: int = 0) -> Any:
     if kind in _NESTED and depth < 8:
         depth += 1
         if kind is dict:
-            return (dict, *[(_flat(k, depth), _flat(v, depth)) for k, v in given.items()])
+            return (dict, *[(flat(k, depth), flat(v, depth)) for k, v in given.items()])
         if kind is slice:
-            return (slice, *[_flat(v, depth) for v in (given.start, given.stop, given.step)])
-        if kind in (set, frozenset):
+            return (slice, *[flat(v, depth) for v in (given.start, given.stop, given.step)])
+        if kind is set:
             return (kind, len(given))
-        return (kind, *[_flat(v, depth) for v in given])
-    if issubclass(kind, Tensor):
-        return _tensor(given)
-    if issubclass(kind, np.generic):
-        return kind, str(given)
-    if kind in CALLABLES or issubclass(kind, nn.Module):
+        if kind is frozenset:
+            return (kind, frozenset(flat(v, depth) for v in given))
+        return (kind, *[flat(v, depth) for v in given])
+    if kind in CALLABLES:
         return _callable(given)
-    return _class(kind)
+    parts_of = _parts_of(kind)
+    if parts_of is not None:  # classes of named tuples may be made anew in each pass
+        rest = [] if depth >= 8 else [flat(v, depth + 1) for v in parts_of(given)]
+        return (_name_of(kind), *rest)
+    item_of = item_of_class(kind)
+    return class_of(kind) if item_of is ignore else item_of(given)
 
 
 def _callable(function: Any) -> Any:
@@ -162,7 +213,7 @@ def _method(function: Any) -> Any:
 
 def _partial(function: Any) -> Any:
     """A function with some of its arguments."""
-    arguments = _flat(function.args), _flat(function.keywords)
+    arguments = flat(function.args), flat(function.keywords)
     return functools.partial, _callable(function.func), *arguments
 
 
@@ -172,14 +223,14 @@ def other_callable(function: Any) -> Any:
     if issubclass(kind, nn.Module):
         # Those of the model, and others that are kept, are compared by identity.
         sink = sinks.get(ident())
-        return function if sink is not None and function in sink.modules else _class(kind)
-    return _class(function if issubclass(kind, type) else kind)
+        return function if sink is not None and function in sink.modules else class_of(kind)
+    return class_of(function if issubclass(kind, type) else kind)
 
 
-def _class(given: Any) -> Any:
+def class_of(given: Any) -> Any:
     """A class; one that a function makes anew in each pass goes by its name, and by its bases."""
     name: str = _name_of(given)
-    return given if "<locals>" not in name else (name, *map(_class, _bases_of(given)))
+    return given if "<locals>" not in name else (name, *map(class_of, _bases_of(given)))
 
 
 CALLABLES: dict[type, Callable[[Any], Any]] = {
@@ -197,6 +248,6 @@ ITEM_OF: dict[type, Callable[[Any], Any]] = {
     tuple: _row,
     list: _row,
     dict: _dict,
-    **dict.fromkeys((set, frozenset, slice), _flat),
+    **dict.fromkeys((set, frozenset, slice), flat),
     nn.Parameter: _tensor,
 }

@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 from torch import Tensor
 
+from fmapkit.paths.elements import contents_of, item_of_elements, keys_of
 from fmapkit.paths.items import (
     CALLABLES,
-    CONTAINERS,
     ITEM_OF,
     MARK,
     NUMBERS,
@@ -35,6 +36,7 @@ _T = TypeVar("_T")
 _FUNCTION = types.FunctionType
 _BUILTIN = types.BuiltinFunctionType
 twins: set[int] = set()  # the code that calls us, told by its identity: it is kept
+_ROWS = frozenset((list, tuple, str, bytes))
 _NOTHING: Callable[[Any], None] = deque(maxlen=0).append
 
 
@@ -72,15 +74,58 @@ def value(append: Callable[[Any], None], given: _T) -> _T:
     return given
 
 
+def index(append: Callable[[Any], None], of: Any, given: _T) -> _T:
+    """A value becomes an index of something."""
+    if type(given) is np.ndarray and type(of) is np.ndarray and of.dtype.hasobject:
+        return elements(append, given)
+    return value(append, given)
+
+
+def elements(append: Callable[[Any], None], given: _T) -> _T:
+    """A value becomes what Python itself goes through."""
+    kind = type(given)
+    if kind is not Tensor:
+        if kind in PLAIN:
+            append(given)
+        elif append is not _NOTHING:
+            item_of = item_of_elements(kind)
+            if item_of is not ignore:
+                append(item_of(given))
+    return given
+
+
+def keys(append: Callable[[Any], None], given: _T) -> _T:
+    """The same where Python makes a dict: it goes by keys, and hands the values on."""
+    return ordered(append, given, pairs=True)
+
+
+def ordered(append: Callable[[Any], None], given: _T, pairs: bool = False) -> _T:
+    """The same where it sorts: keys of a mapping differ, so no value is compared."""
+    if append is not _NOTHING:
+        found = keys_of(given, pairs)
+        if found is None:
+            elements(append, given)
+        else:
+            append(found)
+    return given
+
+
 def picked(append: Callable[[Any], None], given: Any) -> Any:
     """One of several values becomes what Python picks from, by comparing them.
 
     Numbers that follow nothing, as those of a schedule, may be compared in each pass: the one that
     is picked is looked at where it is used.
     """
-    if type(given) in CONTAINERS and not all(type(each) in NUMBERS for each in given):
-        value(append, given)
+    if append is not _NOTHING:
+        contents = contents_of(type(given))
+        if contents is not None and not all(type(each) in NUMBERS for each in contents(given)):
+            ordered(append, given)
     return given
+
+
+def repeated(append: Callable[[Any], None], row: Any, given: _T) -> _T:
+    """A number becomes a factor of what may be a list: it says how often that is repeated."""
+    return given if append is _NOTHING or type(row) not in _ROWS else value(append, given)
 
 
 def keyed(append: Callable[[Any], None], function: Any) -> Any:
@@ -88,6 +133,22 @@ def keyed(append: Callable[[Any], None], function: Any) -> Any:
     if append is _NOTHING or function is None or issubclass(type(function), type):
         return function
     return lambda *given: value(append, function(*given))
+
+
+def ranked(append: Callable[[Any], None], of: Any, given: _T) -> _T:
+    """A value becomes what something is sorted by, or picked by as the greatest.
+
+    A plain value that is picked so is looked at where it is used.
+    """
+    kind = type(of)
+    return given if kind in PLAIN or kind in NUMBERS else value(append, given)
+
+
+def ranking(append: Callable[[Any], None], function: Any) -> Any:
+    """A function becomes what something is sorted by."""
+    if append is _NOTHING or function is None or issubclass(type(function), type):
+        return function
+    return lambda given: ranked(append, given, function(given))
 
 
 def called(append: Callable[[Any], None], function: _T) -> _T:
@@ -144,8 +205,15 @@ RECORDERS: dict[str, Any] = {
         current,
         resumed,
         value,
+        index,
+        elements,
+        keys,
+        ordered,
         picked,
+        repeated,
         keyed,
+        ranked,
+        ranking,
         called,
         tapped,
         fusing,
@@ -175,8 +243,15 @@ _traced_as(current, lambda: ignore)
 _traced_as(caught, lambda site: None)
 _traced_as(resumed, lambda site, given: given)
 _traced_as(value, lambda append, given: given)
+_traced_as(index, lambda append, of, given: given)
+_traced_as(elements, lambda append, given: given)
+_traced_as(keys, lambda append, given: given)
+_traced_as(ordered, lambda append, given: given)
 _traced_as(picked, lambda append, given: given)
+_traced_as(repeated, lambda append, row, given: given)
 _traced_as(keyed, lambda append, function: function)
+_traced_as(ranked, lambda append, of, given: given)
+_traced_as(ranking, lambda append, function: function)
 _traced_as(called, lambda append, function: function)
 _traced_as(tapped, lambda site, function: function)
 _traced_as(fusing, lambda function: function)

@@ -17,8 +17,17 @@ import builtins
 from typing import Any, TypeVar
 
 from fmapkit.paths.fixed_attributes import OF_TORCHS
-from fmapkit.paths.inserting import APPEND, Inserting
-from fmapkit.paths.syntax import first_argument, is_plain_function, is_row, names_bound, torch_name
+from fmapkit.paths.inserting import APPEND
+from fmapkit.paths.library_calls import goes_through, object_named, takes_all
+from fmapkit.paths.picking import Picking
+from fmapkit.paths.syntax import (
+    first_argument,
+    is_plain_function,
+    names_bound,
+    names_loaded,
+    rows_bound,
+    torch_name,
+)
 from fmapkit.paths.torch_calls import handed, recorded
 
 __all__ = ["Rewriter"]
@@ -36,10 +45,12 @@ _LOOPED_OVER = {"enumerate", "range", "reversed", "zip"}
 _TAKE_ALL = {"all", "any", "frozenset", "list", "set", "sum", "tuple"}
 # Those that pick one of what they are given; a number that they pick is looked at where it is used.
 _PICK = {"max", "min"}
-# Those that call a function with elements of what they are given.
-_CALLERS = {"filter", "map", "max", "min", "sorted"}
-# Methods that Python calls by itself, and whose results it does not keep to itself or ignore.
-_RESULT_IS_SEEN = {"__call__", "__enter__", "__new__"}
+# Methods that Python calls by itself, and by whose results it goes: it hands on those of others.
+_PYTHON_GOES_BY = {
+    *("__bool__", "__contains__", "__eq__", "__exit__", "__ge__", "__getitem__", "__gt__"),
+    *("__hash__", "__index__", "__instancecheck__", "__iter__", "__le__", "__length_hint__"),
+    *("__lt__", "__ne__", "__next__", "__reversed__", "__subclasscheck__"),
+}
 # Functions of torch's whose plain arguments decide neither what runs nor whose filters come out.
 _PLAIN_ARGUMENTS_ARE_IDLE = {
     *("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"),
@@ -47,7 +58,7 @@ _PLAIN_ARGUMENTS_ARE_IDLE = {
 }
 
 
-class Rewriter(Inserting, ast.NodeTransformer):
+class Rewriter(Picking, ast.NodeTransformer):
     """Puts recorders into one function.
 
     Args:
@@ -67,20 +78,23 @@ class Rewriter(Inserting, ast.NodeTransformer):
         fixed: frozenset[str],
         tapped: frozenset[str],
     ) -> None:
-        super().__init__(place, first_argument(node) if fixed else None)
+        super().__init__(place, first_argument(node) if fixed else None, rows_bound(node))
         self._names = names
         self._local = names_bound(node)
         self._fixed = fixed
         self._tapped = tapped
         self._depth = 0  # of functions around the code at hand
+        self._loaded = names_loaded(node)
         self._from_c = False  # code in C may call the function at hand
+        self._iterates = False  # what it gives back is gone through
+        self._given: set[ast.AST] = set()  # functions that a call is given
         self._idle: set[ast.AST] = set()  # calls and generators that decide nothing themselves
 
-    def _value(self, node: ast.expr) -> ast.expr:
+    def _value(self, node: ast.expr, how: str = "value", *first: ast.expr) -> ast.expr:
         """The same; of `id(t)`, which is another number in each pass, t is looked at."""
         if isinstance(node, ast.Call) and self._builtin(node.func) in ("id", "hash"):
             return ast.copy_location(ast.Call(node.func, [*map(self._value, node.args)], []), node)
-        return super()._value(node)
+        return super()._value(node, how, *first)
 
     # -- statements ---------------------------------------------------------------------------
 
@@ -133,8 +147,13 @@ class Rewriter(Inserting, ast.NodeTransformer):
         return node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
-        """The same of `+=` and its kin."""
+        """The same of `+=` and its kin; and what they stand for is what it is without `=`."""
         self.generic_visit(node)
+        if isinstance(node.op, ast.MatMult | ast.Pow):
+            self._looked_at(node, "value")
+        elif isinstance(node.op, ast.Mult) and isinstance(node.target, ast.Name):
+            if node.target.id in self._rows:
+                node.value = self._repeated(node.target, node.value)
         if isinstance(node.target, ast.Attribute) and node.target.attr in OF_TORCHS:
             value = self._value(node.value)
             return ast.copy_location(ast.AugAssign(node.target, node.op, value), node)
@@ -155,7 +174,9 @@ class Rewriter(Inserting, ast.NodeTransformer):
         head, rest = node.body[:documented], node.body[documented:]
         before = self._quick, self._from_c
         self._quick = is_plain_function(node)
-        self._from_c = self._depth > 0 or _is_called_from_c(node.name)
+        inner = self._depth > 0 and (node.name in self._loaded or bool(node.decorator_list))
+        self._from_c = inner or node.name in _PYTHON_GOES_BY
+        iterates, self._iterates = self._iterates, node.name in ("__iter__", "__reversed__")
         self._depth += 1
         body = [self.visit(statement) for statement in rest]
         self._depth -= 1
@@ -167,13 +188,15 @@ class Rewriter(Inserting, ast.NodeTransformer):
         else:
             begin = self._mark(at)
         self._quick, self._from_c = before
+        self._iterates = iterates
         node.body = [*head, begin, *body]
         return node
 
     def visit_Return(self, node: ast.Return) -> ast.AST:
         """What code in C does with a plain value leaves no mark; other callers' code does."""
         self.generic_visit(node)
-        return self._looked_at(node, "value") if self._from_c else node
+        how = "elements" if self._iterates else "value"
+        return self._looked_at(node, "value", how=how) if self._from_c else node
 
     def _elsewhere(self, node: _Node) -> _Node:
         """Code with variables of its own."""
@@ -188,7 +211,12 @@ class Rewriter(Inserting, ast.NodeTransformer):
     def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
         node.args = self.visit(node.args)
         before, self._quick = self._quick, False
-        node.body = self._marked(self._value(self.visit(node.body)))
+        body = self.visit(node.body)
+        if node in self._ranks:
+            body = self._ranked(node.args.args[0].arg, body)
+        elif node in self._given:
+            body = self._value(body)
+        node.body = self._marked(body)
         self._quick = before
         return node
 
@@ -249,10 +277,15 @@ class Rewriter(Inserting, ast.NodeTransformer):
         fixed = self._is_fixed(function)
         of_torch = torch_name(function, self._names, self._local)
         builtin = self._builtin(function)
-        if builtin in _TAKE_ALL or builtin in _PICK:
+        found = object_named(function, self._names, self._local)
+        how = goes_through(node, found)
+        if builtin in _TAKE_ALL or builtin in _PICK or (how is None and takes_all(function, found)):
             self._idle.update(a for a in node.args if _is_idle(a, builtin))
+        self._given.update(a for a in node.args if isinstance(a, ast.Lambda))
+        self._given.update(k.value for k in node.keywords if isinstance(k.value, ast.Lambda))
+        self._before_hand_on(node, found)
         self.generic_visit(node)
-        self._hand_on(node, builtin)
+        self._hand_on(node, found)
         if builtin in _HARMLESS or node in self._idle:
             return node
         if builtin in _PICK:
@@ -262,40 +295,15 @@ class Rewriter(Inserting, ast.NodeTransformer):
         if idle not in _PLAIN_ARGUMENTS_ARE_IDLE:
             # What a module of the model is given first is its input.
             first = node.args[:1] if fixed and _is_name(node.args) else []
-            node.args = [*first, *map(self._value, node.args[len(first) :])]
+            rest = node.args[len(first) :]
+            node.args = [*first, *(self._value(a, how or "value") for a in rest)]
             for keyword in node.keywords:
-                self._looked_at(keyword, "value")
+                self._looked_at(keyword, "value", how="value" if keyword.arg else "elements")
         callee = node.func
         if not fixed and of_torch is None and builtin is None:
             callee = self._callee(callee)
         node.func = handed(node, callee, self._place.rpartition(":")[0], self._tapped)
         return node
-
-    def _hand_on(self, node: ast.Call, builtin: str | None) -> None:
-        """What a function gives back to code in C is looked at; and so is a list that is sorted."""
-        sorts = isinstance(node.func, ast.Attribute) and node.func.attr == "sort"
-        if not sorts and builtin not in _CALLERS:
-            return
-        if sorts:
-            self._looked_at(node.func, "value")
-        for keyword in node.keywords:
-            if keyword.arg == "key":
-                keyword.value = self._keyed(keyword.value)
-        if builtin in ("filter", "map") and node.args:
-            node.args[0] = self._keyed(node.args[0])
-
-    def _keyed(self, function: ast.expr) -> ast.expr:
-        if isinstance(function, ast.Constant | ast.Lambda | ast.Starred):
-            return function
-        return recorded("keyed", function, function, self._append())
-
-    def _picked(self, node: ast.expr) -> ast.expr:
-        """One of several to pick from, looked at unless it is a number."""
-        if isinstance(node, ast.Constant | ast.UnaryOp | ast.BinOp | ast.GeneratorExp):
-            return node
-        if isinstance(node, ast.Starred):
-            return ast.copy_location(ast.Starred(self._picked(node.value), node.ctx), node)
-        return recorded("picked", node, node, self._append())
 
     def _callee(self, function: ast.expr) -> ast.expr:
         """What is called, looked at; a tensor's method is what its name says."""
@@ -331,10 +339,16 @@ class Rewriter(Inserting, ast.NodeTransformer):
         """The same; what it delegates to tells where that goes on itself."""
         site = self._site(node)
         self.generic_visit(node)
+        self._looked_at(node, "value", how="elements")
         return recorded("resumed", node, node, site)
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        """An array that is an index decides something where it picks objects."""
         self.generic_visit(node)
+        if isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load):
+            of = ast.copy_location(ast.Name(node.value.id, ast.Load()), node.value)
+            node.slice = self._value(node.slice, "index", of)
+            return node
         return self._looked_at(node, "slice")
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
@@ -344,11 +358,9 @@ class Rewriter(Inserting, ast.NodeTransformer):
             self._looked_at(node, "left", "right")
         elif isinstance(node.op, ast.Pow):
             self._looked_at(node, "right")
-        elif isinstance(node.op, ast.Mult):  # how often a list, tuple or string is repeated
-            if is_row(node.left):
-                self._looked_at(node, "right")
-            elif is_row(node.right):
-                self._looked_at(node, "left")
+        elif isinstance(node.op, ast.Mult):
+            left, right = self._times(node.left, node.right)
+            return ast.copy_location(ast.BinOp(left, node.op, right), node)
         return node
 
     def visit_Dict(self, node: ast.Dict) -> ast.AST:
@@ -356,20 +368,15 @@ class Rewriter(Inserting, ast.NodeTransformer):
         self.generic_visit(node)
         each = zip(node.keys, node.values, strict=True)
         keys = [None if key is None else self._value(key) for key in node.keys]
-        values = [self._value(value) if key is None else value for key, value in each]
+        values = [v if key is not None else self._value(v, "keys") for key, v in each]
         return ast.copy_location(ast.Dict(keys, values), node)
 
 
-def _is_called_from_c(name: str) -> bool:
-    """Whether Python itself calls a method of this name, and does something by what it returns."""
-    return name.startswith("__") and name.endswith("__") and name not in _RESULT_IS_SEEN
-
-
-def _is_idle(node: ast.expr, builtin: str) -> bool:
-    """Whether what a builtin is given is a generator whose elements need no look."""
+def _is_idle(node: ast.expr, builtin: str | None) -> bool:
+    """Whether what a call is given is a generator whose elements need no look."""
     if not isinstance(node, ast.GeneratorExp):
         return False
-    return builtin in _TAKE_ALL or not isinstance(node.elt, ast.Tuple)
+    return builtin not in _PICK or not isinstance(node.elt, ast.Tuple)
 
 
 def _is_name(arguments: list[ast.expr]) -> bool:

@@ -14,7 +14,9 @@ __all__ = [
     "is_plain_function",
     "is_row",
     "names_bound",
+    "names_loaded",
     "position_of",
+    "rows_bound",
     "site_at",
     "torch_name",
     "watched_names",
@@ -22,6 +24,9 @@ __all__ = [
 
 # A function that may look at its own variables has none of ours.
 _LOOKS_AT_LOCALS = {"locals", "vars", "dir", "eval", "exec"}
+
+# Builtins that make them.
+_MAKE_ROWS = {"list", "sorted", "tuple"}
 
 Position = tuple[int | None, int | None, int | None, int | None]
 
@@ -134,7 +139,32 @@ def is_plain_function(node: ast.FunctionDef) -> bool:
 
 
 def is_row(node: ast.expr) -> bool:
-    """Whether an expression is surely a list, a tuple or a string."""
-    if isinstance(node, ast.Constant):
-        return isinstance(node.value, str | bytes)
-    return isinstance(node, ast.List | ast.Tuple | ast.ListComp | ast.JoinedStr)
+    """Whether an expression is, by what it says, a list or a tuple that may hold tensors."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id in _MAKE_ROWS
+    if isinstance(node, ast.BinOp):
+        return isinstance(node.op, ast.Add | ast.Mult) and (is_row(node.left) or is_row(node.right))
+    if isinstance(node, ast.List | ast.Tuple):
+        return not node.elts or not all(isinstance(e, ast.Constant) for e in node.elts)
+    return isinstance(node, ast.ListComp)
+
+
+def names_loaded(node: ast.AST) -> frozenset[str]:
+    """Every name whose value code uses otherwise than by calling it at once."""
+    called = {id(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)}
+    return frozenset(
+        n.id
+        for n in ast.walk(node)
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and id(n) not in called
+    )
+
+
+def rows_bound(node: ast.AST) -> frozenset[str]:
+    """Every name that code binds a list or a tuple to; it may bind others to it, too."""
+    found: set[str] = set()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Assign | ast.AnnAssign | ast.NamedExpr | ast.AugAssign):
+            targets = inner.targets if isinstance(inner, ast.Assign) else [inner.target]
+            if inner.value is not None and is_row(inner.value):
+                found.update(t.id for t in targets if isinstance(t, ast.Name))
+    return frozenset(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +39,7 @@ def _numbered(index: Any, x: Tensor, out: Tensor) -> list[Any]:
 
     Nobody waits for the device: where the result begins in the memory of `x` tells the numbers.
     """
-    items = list(index) if isinstance(index, tuple) else [index]
+    items = [*map(_as_torch_has_it, index if isinstance(index, tuple) else [index])]
     tensors = [i for i in items if isinstance(i, (Tensor, list))]
     if not tensors or not all(map(is_number, tensors)) or not _views(out, x):
         return items
@@ -63,6 +64,13 @@ def _numbered(index: Any, x: Tensor, out: Tensor) -> list[Any]:
         found[numbers[dim]] = min(begins // x.stride(dim), last) if x.stride(dim) else 0
         begins -= found[numbers[dim]] * x.stride(dim)
     return found if not begins else items
+
+
+def _as_torch_has_it(item: Any) -> Any:
+    """An item of an index; an array of NumPy's, or a row of numbers, as what torch makes of it."""
+    if isinstance(item, np.ndarray):
+        return torch.tensor(item.tolist(), dtype=torch.bool if item.dtype == bool else torch.long)
+    return list(item) if isinstance(item, (tuple, range)) else item
 
 
 def _views(out: Any, x: Tensor) -> bool:
@@ -184,7 +192,7 @@ def _put(
     axes: ChannelLayout, source: Tensor, index: Any, shape: Sequence[int]
 ) -> ChannelLayout | None:
     """Where filters lie in a tensor of this shape that they are written into, at an index."""
-    items = list(index) if isinstance(index, (tuple, list)) else [index]
+    items = [*map(_as_torch_has_it, index if isinstance(index, (tuple, list)) else [index])]
     if any(isinstance(i, bool) for i in items):
         return None
     there = {}

@@ -120,7 +120,7 @@ class AttributeGuard:
 def _equal(now: list[Any], known: list[Any]) -> bool:
     try:
         return now == known
-    except (RuntimeError, ValueError):  # a tensor or an array has come into the place of a number
+    except (RuntimeError, TypeError, ValueError):  # of tensors and arrays, in tuples or for numbers
         return False
 
 

@@ -1,0 +1,120 @@
+"""Functions of Python's own library that go by plain values in what they are given.
+
+Their code leaves no mark: what they go through is looked at before, and so is what they are given
+back by a function that they call.
+"""
+
+from __future__ import annotations
+
+import ast
+import bisect
+import builtins
+import collections
+import functools
+import heapq
+import itertools
+import types
+from typing import Any
+
+__all__ = ["calls_back", "goes_through", "object_named", "takes_all"]
+
+# Homes of functions that go through all that they are given.
+_HOMES = {"collections", "heapq", "itertools"}
+# The same of builtins, and of methods of containers.
+_BUILTINS = {"enumerate", "filter", "map", "zip"}
+_METHODS = {"from_iterable", "fromkeys"}
+# Those that go by the keys of a mapping, and hand on its values.
+_BY_KEYS = {"Counter", "OrderedDict", "defaultdict", "dict", "update"}
+# Those that put all elements where they are looked at later, or into a number or a text.
+_TAKE_ALL = {"extend", "extendleft", "join", "writelines"}
+_MAKE_NUMBERS = {"math", "numpy", "statistics", "torch"}
+# A position, a name, and the recorder of what the function that is given so gives back.
+_Given = tuple[int | None, str | None, str]
+# By function: where it is given one that it calls.
+_CALLED: dict[Any, _Given] = {
+    filter: (0, None, "keyed"),
+    map: (0, None, "keyed"),
+    max: (None, "key", "ranking"),
+    min: (None, "key", "ranking"),
+    sorted: (None, "key", "ranking"),
+    bisect.bisect_left: (None, "key", "keyed"),
+    bisect.bisect_right: (None, "key", "keyed"),
+    bisect.insort_left: (None, "key", "keyed"),
+    bisect.insort_right: (None, "key", "keyed"),
+    functools.cmp_to_key: (0, "mycmp", "keyed"),
+    heapq.merge: (None, "key", "ranking"),
+    heapq.nlargest: (2, "key", "ranking"),
+    heapq.nsmallest: (2, "key", "ranking"),
+    itertools.accumulate: (1, "func", "keyed"),
+    itertools.dropwhile: (0, None, "keyed"),
+    itertools.filterfalse: (0, None, "keyed"),
+    itertools.groupby: (1, "key", "keyed"),
+    itertools.starmap: (0, None, "keyed"),
+    itertools.takewhile: (0, None, "keyed"),
+}
+_NONE: _Given = (None, None, "keyed")
+_KINDS = (type, types.FunctionType, types.BuiltinFunctionType)
+
+
+def object_named(function: ast.expr, names: dict[str, Any], local: frozenset[str]) -> Any:
+    """The function or class of a library's that an expression stands for; None if it is none.
+
+    Args:
+        function: the expression.
+        names: globals of the code it is in.
+        local: names that are bound in that code.
+    """
+    path: list[str] = []
+    while isinstance(function, ast.Attribute):
+        path.append(function.attr)
+        function = function.value
+    if not isinstance(function, ast.Name) or function.id in local:
+        return None
+    found = names.get(function.id, vars(builtins).get(function.id))
+    for name in reversed(path):
+        if type(found) is not types.ModuleType:
+            return None
+        found = vars(found).get(name)
+    return found if type(found) in _KINDS else None
+
+
+def goes_through(node: ast.Call, found: Any) -> str | None:
+    """The recorder of what a call goes through, and may pick by; None if it does no such thing.
+
+    Args:
+        node: the call.
+        found: what it goes to (see `object_named`).
+    """
+    function = node.func
+    if found is map and node.args and isinstance(node.args[0], ast.Lambda):  # it tells of each turn
+        return None
+    if found is None:
+        name = function.attr if isinstance(function, ast.Attribute) else ""
+        return "keys" if name in _BY_KEYS else "elements" if name in _METHODS else None
+    home, name = found.__module__, found.__name__
+    if not isinstance(home, str) or name == "deque":
+        return None
+    home = home.lstrip("_")
+    if found is sorted:
+        return "ordered"
+    if name in _BY_KEYS and home in ("builtins", "collections"):
+        return "keys"
+    return "elements" if home in _HOMES or (home == "builtins" and name in _BUILTINS) else None
+
+
+def takes_all(function: ast.expr, found: Any) -> bool:
+    """Whether a call takes all elements of what it is given, and picks none."""
+    if found is None:
+        return isinstance(function, ast.Attribute) and function.attr in _TAKE_ALL
+    home = found.__module__
+    of = home.lstrip("_").partition(".")[0] if isinstance(home, str) else ""
+    return of in _MAKE_NUMBERS or found is collections.deque
+
+
+def calls_back(node: ast.Call, found: Any) -> _Given:
+    """Where a call is given a function that code in C calls."""
+    if isinstance(node.func, ast.Attribute) and node.func.attr == "sort":
+        return None, "key", "ranking"
+    if found is iter and len(node.args) > 1:
+        return 0, None, "keyed"
+    return _CALLED.get(found, _NONE) if found is not None else _NONE

@@ -1,0 +1,85 @@
+"""What is put around the parts of code by which Python itself picks one of several values."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from fmapkit.paths.inserting import Inserting
+from fmapkit.paths.library_calls import calls_back
+from fmapkit.paths.syntax import is_row
+from fmapkit.paths.torch_calls import recorded
+
+__all__ = ["Picking"]
+
+
+class Picking(Inserting):
+    """Makes the nodes that are put in.
+
+    Args:
+        place: names the function, for its marks.
+        own: the variable that is the module which a method runs of; None if there is none.
+        rows: names that may stand for lists and tuples.
+    """
+
+    def __init__(self, place: str, own: str | None, rows: frozenset[str]) -> None:
+        super().__init__(place, own)
+        self._rows = rows
+        self._ranks: set[ast.AST] = set()  # lambdas by which something is sorted
+
+    def _hand_on(self, node: ast.Call, found: Any) -> None:
+        """What a function gives back to code in C is looked at; and so is a list that is sorted."""
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "sort":
+            self._looked_at(node.func, "value")
+        at, name, how = calls_back(node, found)
+        if at is not None and at < len(node.args):
+            node.args[at] = self._keyed(node.args[at], how)
+        for keyword in node.keywords:
+            if keyword.arg == name is not None:
+                keyword.value = self._keyed(keyword.value, how)
+
+    def _before_hand_on(self, node: ast.Call, found: Any) -> None:
+        """Of a lambda that ranks, what it is given tells whether its result needs a look."""
+        at, name, how = calls_back(node, found)
+        keys = [k.value for k in node.keywords if k.arg == name]
+        if at is not None:
+            keys += node.args[at : at + 1]
+        for key in keys:
+            if how == "ranking" and isinstance(key, ast.Lambda) and key.args.args:
+                self._ranks.add(key)
+
+    def _keyed(self, function: ast.expr, how: str) -> ast.expr:
+        if isinstance(function, ast.Constant | ast.Lambda | ast.Starred):
+            return function
+        return recorded(how, function, function, self._append())
+
+    def _ranked(self, name: str, node: ast.expr) -> ast.expr:
+        """A number by which something is sorted, looked at unless that is plain itself."""
+        of = ast.copy_location(ast.Name(name, ast.Load()), node)
+        return recorded("ranked", node, node, self._append(), of)
+
+    def _picked(self, node: ast.expr) -> ast.expr:
+        """One of several to pick from, looked at unless it is a number."""
+        if isinstance(node, ast.Constant | ast.UnaryOp | ast.BinOp | ast.GeneratorExp):
+            return node
+        if isinstance(node, ast.Starred):
+            return ast.copy_location(ast.Starred(self._picked(node.value), node.ctx), node)
+        return recorded("picked", node, node, self._append())
+
+    def _times(self, left: ast.expr, right: ast.expr) -> tuple[ast.expr, ast.expr]:
+        """Two factors, with a look at the one by which a list, tuple or string is repeated."""
+        if is_row(left):
+            return left, self._value(right)
+        if is_row(right):
+            return self._value(left), right
+        if isinstance(left, ast.Name) and left.id in self._rows:
+            return left, self._repeated(left, right)
+        if isinstance(right, ast.Name) and right.id in self._rows:
+            return self._repeated(right, left), right
+        return left, right
+
+    def _repeated(self, row: ast.Name, node: ast.expr) -> ast.expr:
+        if isinstance(node, ast.Constant):
+            return node
+        append, same = self._append(), ast.Name(row.id, ast.Load())
+        return recorded("repeated", node, node, append, ast.copy_location(same, row))
