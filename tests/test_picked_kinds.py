@@ -419,12 +419,12 @@ class Ordinary(nn.Module):
 def test_what_picks_nothing_costs_no_pass(
     use: Callable[[Tensor], Tensor], traced: list[None]
 ) -> None:
-    """The first pass is traced, and the next ones: of helpers in helpers, each tells of others."""
+    """The first passes are traced: of helpers in helpers each tells of others, and lists grow."""
     _state.update(step=0, meter=Meter(), counts=collections.Counter(), all={}, losses={"first": 2})
     model = Ordinary(use)
     with capture(model) as maps, torch.no_grad():
         for _ in range(6):
             model(torch.ones(2, 3, 5))
             assert len(maps)
-    assert len(traced) <= 3
+    assert len(traced) <= 4
     assert not [m for m in maps.missed if "took a way" in m.reason]

@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fmapkit.instrumentation.hook import Hook
 from fmapkit.instrumentation.pair import Outside, Pair
 from fmapkit.torchlib.call_override import CallOverride, free, standing_before
 
-__all__ = ["Hooks", "Off", "hooks_on"]
+__all__ = ["Hooks", "Off", "computes_weights", "hooks_on"]
 
 
 def hooks_on(module: nn.Module) -> tuple[Any, ...]:
@@ -30,6 +33,15 @@ def hooks_on(module: nn.Module) -> tuple[Any, ...]:
         *module._backward_hooks.values(),
         *module._backward_pre_hooks.values(),
     )
+
+
+# Hooks of torch's by which a module computes its weight before it runs, the same in each pass.
+_COMPUTE = {kind.__call__ for kind in (BasePruningMethod, SpectralNorm, WeightNorm)}
+
+
+def computes_weights(hook: Any) -> bool:
+    """Whether a hook is one of these, whatever it computes."""
+    return type(hook).__call__ in _COMPUTE
 
 
 class Off:

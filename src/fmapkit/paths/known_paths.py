@@ -29,6 +29,7 @@ _Plan = TypeVar("_Plan")
 
 _MOST_SIZES = 32  # per path: how many sizes its items are kept for
 _MOST_PATHS = 16
+_MOST_NEW = 8
 
 
 class Expected:
@@ -215,13 +216,14 @@ class KnownPaths(Generic[_Plan]):
         lost: the latest call took a path that nobody has seen: the next one is to be traced.
     """
 
-    __slots__ = ("_alike", "_astray", "_paths", "_strays", "_unruly", "lost")
+    __slots__ = ("_alike", "_astray", "_new", "_paths", "_strays", "_unruly", "lost")
 
     def __init__(self, alike: Callable[[_Plan, _Plan], bool]) -> None:
         self._alike = alike
         self._paths: list[_Path[_Plan]] = []
         self._unruly = False  # numbers have followed no rule: each size is traced
         self._strays = 0
+        self._new = 0  # calls of ever new sizes that were traced, one after the other
         self._astray: tuple[list[Any], Sizes] | None = None  # the latest call that left its path
         self.lost = False
 
@@ -246,6 +248,7 @@ class KnownPaths(Generic[_Plan]):
         known = path.by_sizes.get(sizes)
         if known == items or (known is None and path.fits(items, sizes)):
             path.seen = True
+            self._new = 0
             return True
         self._unruly = self._unruly or known is None
         self.lost = True
@@ -264,6 +267,11 @@ class KnownPaths(Generic[_Plan]):
         """Whether a traced call, after one that left its path, took a third one."""
         astray, self._astray = self._astray, None
         return astray is not None and astray[1] == sizes and astray[0] != items
+
+    @property
+    def never_repeats(self) -> bool:
+        """Whether each call of late was on new sizes, and its numbers followed no rule."""
+        return self._new >= _MOST_NEW
 
     def leaves_at(self, items: list[Any], sizes: Sizes) -> tuple[int, tuple[Any, ...]]:
         """Where a call has left its path: after so many items, and who was deciding there."""
@@ -305,6 +313,7 @@ class KnownPaths(Generic[_Plan]):
             moments: after how many items which module began (and None: some module ended).
         """
         self.lost = False
+        new = not any(sizes in path.by_sizes for path in self._paths)
         for path in list(self._paths):
             if sizes in path.by_sizes:
                 if path.by_sizes[sizes] == items and self._alike(path.plan, plan):
@@ -315,6 +324,7 @@ class KnownPaths(Generic[_Plan]):
         for path in self._paths:
             if path.takes(items, sizes, self._alike(path.plan, plan)):
                 return path.plan
+        self._new = self._new + 1 if new else 0
         if len(self._paths) >= _MOST_PATHS:
             self._paths.pop(0)
         self._paths.append(_Path(items, sizes, plan, moments))

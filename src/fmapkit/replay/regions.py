@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.instrumentation import hooks_on
+from fmapkit.instrumentation import computes_weights, hooks_on
 from fmapkit.paths import KnownPaths, Sizes
 from fmapkit.provenance import ChannelLabel, Label, ParamLabel
 from fmapkit.replay.attribute_guard import AttributeGuard
@@ -34,6 +34,8 @@ _MOST_KINDS = 64
 _MOST_FORMS = 16  # of what is kept of earlier calls
 _MOST_FILLING = 8  # calls of a form and of sizes that may fill caches, each once
 _MOST_STATES = 4  # in which a kind of call is known while it is not clear which attributes decide
+# Of lists of parameters, which nobody calls.
+_CALLS = (nn.Module.__call__, nn.ParameterList.__call__, nn.ParameterDict.__call__)
 _TOLD = frozenset({bool, str, type(None), torch.dtype, torch.device})
 
 
@@ -201,7 +203,7 @@ class ReplayRegions:
         """The same of its own code."""
         if module in self._opened or "forward" in module.__dict__ or is_compiled(module):
             return False
-        if type(module).__call__ is not nn.Module.__call__:
+        if type(module).__call__ not in _CALLS:
             return False
         if type(module).__getattribute__ is not object.__getattribute__:
             return False  # torch's own code runs it, more often where there are hooks
@@ -209,7 +211,7 @@ class ReplayRegions:
             return False
         if type(module).__module__.partition(".")[0] == _OURS:  # φ ends passes early
             return False
-        return all(map(self._is_ours, hooks_on(module)))
+        return all(self._is_ours(hook) or computes_weights(hook) for hook in hooks_on(module))
 
     def stands_alone(self, module: nn.Module, args: Any, tracer: Tracer | None) -> bool:
         """Whether this call is a region: not inside a module that may be one σ or layer itself."""

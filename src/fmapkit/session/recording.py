@@ -213,7 +213,11 @@ class Recorder:
             return
         self._paths.twins.tap(plan.sites)
         moments = [(at - frame.position, m) for at, m in tracer.trace.moments]
-        self._installer.taps(module, known.learn(items, recording.sizes, plan, moments))
+        plan = known.learn(items, recording.sizes, plan, moments)
+        if known.never_repeats:  # to learn costs more than to watch; its parts may be learned
+            self._open(module)
+            return
+        self._installer.taps(module, plan)
 
     def finish(self, tracer: Tracer, failed: bool) -> None:
         """The traced pass has ended.

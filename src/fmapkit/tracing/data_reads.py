@@ -16,6 +16,7 @@ from typing import Any
 from fmapkit.paths import runs_own_code
 from fmapkit.provenance import Constants, Function, FunctionCall
 from fmapkit.torchlib.nested import tensors_in
+from fmapkit.tracing.branches import only_raises
 from fmapkit.tracing.input_reads import InputRead, MadeTensors
 from fmapkit.tracing.pass_trace import PassTrace
 
@@ -42,7 +43,11 @@ class DataReads:
         if not (types and any(map(runs_own_code, types))):
             if not known.reads or not known.reads(args, kwargs):
                 return None
-            if self._constants.hold(tensors_in(*args, kwargs)):
+            # An index decides how much there is of what it picks from.
+            deciding = args[1:] if known.name == "__getitem__" else args
+            if self._constants.hold(tensors_in(*deciding, kwargs)):
+                return None
+            if known.name == "__bool__" and only_raises(sys._getframe(2)):
                 return None
             if trace.region is not None and not _picked_in_c(known.name):
                 by_inputs = partial(self._made.of_inputs, known, func, args, kwargs)

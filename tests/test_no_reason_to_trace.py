@@ -1,0 +1,169 @@
+"""What a module may do, and later passes of it are read by taps all the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from fmapkit import capture
+from tests.raising import Checked
+from tests.test_paths import hold, turns
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::fmapkit.CaptureWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
+)
+
+
+_BY = ["assert", "with words", "if", "if not", "distribution"]
+
+
+@pytest.mark.parametrize("by", _BY)
+def test_a_check_that_only_raises(by: str, traced: list[None]) -> None:
+    assert not hold(Checked(by), turns(*[(2, 3, 5)] * 4)).missed
+    model = Checked(by)
+    with torch.no_grad(), capture(model) as maps:
+        for n in range(6):
+            if n == 3:
+                del traced[:]
+            model(torch.randn(2, 3, 5))
+        assert not traced
+        with pytest.raises((AssertionError, ValueError)):
+            model(torch.full((2, 3, 5), torch.nan))
+        x = torch.randn(2, 3, 5)
+        out = model(x)
+        assert torch.equal(maps["b"].tensor, out)
+        assert len(maps) == 4
+
+
+class Guarded(nn.Module):
+    """It handles what its part raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.other = Checked("if"), nn.Conv1d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.part(x)
+        except ValueError:
+            return torch.relu(self.other(torch.ones_like(x)))
+
+
+def test_a_check_whose_exception_the_model_handles() -> None:
+    passes = turns(*[(2, 3, 5)] * 14)
+    for n in (4, 5, 8, 11, 12):
+        passes[n].args[0][0, 0, 0] = torch.nan
+    hold(Guarded(), passes, most=3)
+
+
+class Listed(nn.Module):
+    """Its weights are in a list, and in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.ParameterList([torch.randn(4, 3), torch.randn(4, 4)])
+        self.named = nn.ParameterDict({"bias": nn.Parameter(torch.randn(4))})
+        self.conv = nn.Conv1d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.conv(x)).transpose(1, 2)
+        h = torch.relu(nn.functional.linear(h, self.rows[0], self.named["bias"]))
+        return torch.relu(nn.functional.linear(h, self.rows[1]))
+
+
+def _normed(how: Callable[..., Any]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.ReLU(), nn.Conv1d(4, 4, 1), nn.ReLU())
+        for place in (0, 2):
+            how(model[place])
+        return model
+
+    return make
+
+
+class Masked(nn.Module):
+    """An index that is the same in each pass picks from its maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        return torch.relu(h[:, :, ~torch.eye(h.shape[-1], dtype=torch.bool)[0]])
+
+
+class Logging(nn.Module):
+    """Numbers of each pass go to a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.seen, self.names = nn.Conv1d(3, 4, 1), [0.0], {"a"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(random.random())
+        self.names.add(f"pass {len(self.seen)}")
+        return torch.relu(self.conv(x))
+
+
+_MODELS: dict[str, Callable[[], nn.Module]] = {
+    "lists of parameters": Listed,
+    "spectral norm": _normed(nn.utils.spectral_norm),
+    "weight norm": _normed(nn.utils.weight_norm),
+    "pruned": _normed(lambda layer: prune.l1_unstructured(layer, "weight", 0.3)),
+    "a constant index": Masked,
+    "a log": Logging,
+}
+
+
+@pytest.mark.parametrize("make", _MODELS.values(), ids=_MODELS)
+@pytest.mark.parametrize("train", [False, True])
+def test_later_passes_are_read_by_taps(
+    make: Callable[[], nn.Module], train: bool, traced: list[None]
+) -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(make().train(train))
+    model, bare = models
+    with capture(model) as maps:
+        for n in range(6):
+            if n == 3:
+                del traced[:]
+            x = torch.randn(2, 3, 5)
+            torch.manual_seed(n)
+            out = model(x)
+            torch.manual_seed(n)
+            assert torch.equal(out, bare(x))
+            assert torch.equal(list(maps)[-1].tensor, out)
+            assert len(maps) == 2 * sum(m.kind == "activation" for m in maps)
+    assert not traced
+    assert not maps.missed
+
+
+class Stepping(nn.Module):
+    """A loop over the length: each length takes a path of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.cell = nn.Conv1d(3, 4, 1), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.relu(self.stem(x)).unbind(-1)
+        h = torch.zeros_like(rows[0])
+        for row in rows:
+            h = torch.tanh(self.cell(h) + row)
+        return h
+
+
+def test_lengths_that_never_repeat_are_learned_no_more() -> None:
+    """The module is traced then, and its parts are read by taps: that is cheaper than a plan."""
+    model = nn.Sequential(Stepping(), nn.Linear(4, 4), nn.ReLU())
+    shapes = [(2, 3, n) for n in (*range(3, 16), 4, 4, 7, 20)]
+    assert not hold(model, turns(*shapes)).missed
