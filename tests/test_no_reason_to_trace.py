@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +17,8 @@ from torch.nn.utils import prune
 from fmapkit import capture
 from tests.raising import Checked
 from tests.test_paths import hold, turns
+
+LOGGER = logging.getLogger(__name__)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::fmapkit.CaptureWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
@@ -110,6 +115,69 @@ class Logging(nn.Module):
         self.seen.append(random.random())
         self.names.add(f"pass {len(self.seen)}")
         return torch.relu(self.conv(x))
+
+
+class Reporting(nn.Module):
+    """A number is read of its maps, and kept or printed."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.a, self.b, self.by = nn.Conv1d(3, 4, 1), nn.Conv1d(4, 4, 1), by
+        self.losses, self.stats, self.mean = [0.0], {"loss": 0.0}, 0.0
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu(self.a(x))
+        if self.by == "attribute":
+            self.mean = 0.9 * self.mean + 0.1 * float(h.mean())
+        elif self.by == "list":
+            self.losses.append(h.mean().item())
+        elif self.by == "dict":
+            self.stats["loss"] = round(h.mean().item(), 3)
+        elif self.by == "logger":
+            LOGGER.debug("mean %f of %s", h.mean().item(), h.shape)
+        elif self.by == "print":
+            print(f"mean {h.mean().item():.3f}", file=io.StringIO())
+        elif self.by == "output":
+            return torch.relu(self.b(h)), {"loss": h.mean().item()}
+        return torch.relu(self.b(h))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="code has no places yet")
+@pytest.mark.parametrize("by", ["attribute", "list", "dict", "logger", "print", "output"])
+def test_a_number_that_is_kept_or_printed(by: str, traced: list[None]) -> None:
+    assert not hold(Reporting(by), turns(*[(2, 3, 5)] * 8)).missed
+    with torch.no_grad(), capture(model := Reporting(by)):
+        for n in range(8):
+            if n == 4:
+                del traced[:]
+            model(torch.randn(2, 3, 5))
+    assert not traced
+
+
+class Deciding(nn.Module):
+    """A number is kept, and decides in the next pass, or in this one."""
+
+    def __init__(self, now: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.now = nn.Conv1d(3, 4, 1), nn.Conv1d(3, 4, 1), now
+        self.seen = {"mean": 0.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.now:
+            self.seen["mean"] = x.mean().item()
+        a, b = self.a(x), self.b(x)
+        h = {self.seen["mean"] > 0: a, self.seen["mean"] <= 0: b}[True]
+        if not self.now:
+            self.seen["mean"] = x.mean().item()
+        return torch.relu(h)
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_a_number_that_is_kept_decides(now: bool) -> None:
+    passes = turns(*[(2, 3, 5)] * 16)
+    assert {float(turn.args[0].mean()) > 0 for turn in passes[3:9]} == {True, False}
+    seen = hold(Deciding(now), passes, most=2)
+    assert {each[-1][0] for each in seen.labels if each} == {"a", "b"}
 
 
 _MODELS: dict[str, Callable[[], nn.Module]] = {

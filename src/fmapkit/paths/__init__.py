@@ -7,6 +7,7 @@
             rewrite.Rewriter        … the same code with a recorder at each decision
             torch_calls             … and at calls in torch's own transformer layers
             picking, library_calls  … and where Python itself picks one of several values
+            kept_numbers            … but not what is only kept or printed
             items                   … of a plain value, or of a callable
             elements                … of what Python goes through
         sinks.DecisionSink          where the decisions of this thread's pass go
@@ -24,7 +25,7 @@ from fmapkit.paths.number_rules import Sizes, by_rule, rules_of
 from fmapkit.paths.recorders import taps
 from fmapkit.paths.sinks import unrecorded
 from fmapkit.paths.survey import runs_own_code
-from fmapkit.paths.twins import Resting
+from fmapkit.paths.twins import Resting, keeps_number
 
 __all__ = [
     "ControlPaths",
@@ -33,6 +34,7 @@ __all__ = [
     "Resting",
     "Sizes",
     "by_rule",
+    "keeps_number",
     "rules_of",
     "runs_own_code",
     "taps",

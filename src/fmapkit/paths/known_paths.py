@@ -282,7 +282,7 @@ class KnownPaths(Generic[_Plan]):
         numbers = sizes not in path.by_sizes
         at = 0
         for a, b in zip(known, items, strict=False):
-            if a != b and not (numbers and type(a) is int and type(b) is int):
+            if a != b and not (numbers and _differences((a,), (b,)) is not None):
                 break
             at += 1
         return at, path.deciding(at)

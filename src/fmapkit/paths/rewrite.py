@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from fmapkit.paths.fixed_attributes import OF_TORCHS
 from fmapkit.paths.inserting import APPEND
+from fmapkit.paths.kept_numbers import PUT, writes_out
 from fmapkit.paths.library_calls import goes_through, object_named, takes_all
 from fmapkit.paths.picking import Picking
 from fmapkit.paths.syntax import (
@@ -51,8 +52,6 @@ _PYTHON_GOES_BY = {
     *("__hash__", "__index__", "__instancecheck__", "__iter__", "__le__", "__length_hint__"),
     *("__lt__", "__ne__", "__next__", "__reversed__", "__subclasscheck__"),
 }
-# Methods that put what they are given into a container: it is looked at where it is used.
-_PUT = {"append", "appendleft", "add"}
 # Functions of torch's whose plain arguments decide neither what runs nor whose filters come out.
 _PLAIN_ARGUMENTS_ARE_IDLE = {
     *("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"),
@@ -294,8 +293,9 @@ class Rewriter(Picking, ast.NodeTransformer):
             node.args = [self._picked(a) for a in node.args]
             return node
         idle = of_torch is not None and of_torch[0][of_torch[1]].__name__
-        puts = isinstance(function, ast.Attribute) and function.attr in _PUT and of_torch is None
-        if idle not in _PLAIN_ARGUMENTS_ARE_IDLE and not puts:
+        puts = isinstance(function, ast.Attribute) and function.attr in PUT and of_torch is None
+        kept = puts or writes_out(function, self._names, self._local)
+        if idle not in _PLAIN_ARGUMENTS_ARE_IDLE and not kept:
             # What a module of the model is given first is its input.
             first = node.args[:1] if fixed and _is_name(node.args) else []
             rest = node.args[len(first) :]

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fmapkit.paths.kept_numbers import kept_numbers
 from fmapkit.paths.rewrite import Rewriter
 from fmapkit.paths.source_files import Outermost, SourceFile
 from fmapkit.paths.syntax import names_bound, position_of, site_at, watched_names
@@ -37,6 +38,7 @@ class Twin:
         original: what it is the twin of.
         fixed: attributes that it takes to be compared by other means (see `Twins`).
         calls: the places of the calls in it, each with the name of what is called.
+        kept: those whose numbers are kept or printed, and decide nothing.
     """
 
     code: types.CodeType
@@ -45,6 +47,7 @@ class Twin:
     calls: Mapping[str, str]
     watched: tuple[tuple[dict[str, Any], str, Any], ...]
     loads: frozenset[str]
+    kept: frozenset[str]
 
 
 def make_twins(
@@ -66,30 +69,34 @@ def make_twins(
         twins = _twins_in(node, classes, file.imports, code, names, fixed, tapped)
         if twins is None or len(twins) != len(originals):
             return {}
-        watched, loads, calls = _looked_up(node, names)
+        watched, loads, calls, kept = _looked_up(node, names)
         found: dict[types.CodeType, Twin] = {}
         for original, twin in zip(originals, twins, strict=True):
             if (original.co_name, original.co_firstlineno) != (twin.co_name, twin.co_firstlineno):
                 return {}
             # What stands in a function's constants is compared by value: this is its equal.
             real = code if _same_as(code)(original) else original
-            found[real] = Twin(twin, real, fixed, calls, watched, loads)
+            found[real] = Twin(twin, real, fixed, calls, watched, loads, kept)
         return found
     return {}
 
 
 def _looked_up(
     node: Outermost, names: dict[str, Any]
-) -> tuple[tuple[tuple[dict[str, Any], str, Any], ...], frozenset[str], dict[str, str]]:
+) -> tuple[
+    tuple[tuple[dict[str, Any], str, Any], ...], frozenset[str], dict[str, str], frozenset[str]
+]:
     inner = list(ast.walk(node))
     attributes = {
         n.attr for n in inner if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
     }
     strings = {n.value for n in inner if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     globals_ = {n.id for n in inner if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    watched = watched_names(inner, names, names_bound(node))
+    bound = names_bound(node)
+    watched = watched_names(inner, names, bound)
+    kept = kept_numbers(inner, names, bound)
     calls = {site_at(position_of(n)): _name_of(n.func) for n in inner if isinstance(n, ast.Call)}
-    return tuple(watched), frozenset(attributes | strings | globals_), calls
+    return tuple(watched), frozenset(attributes | strings | globals_), calls, kept
 
 
 def _name_of(function: ast.expr) -> str:

@@ -76,16 +76,37 @@ def call_site(frame: types.FrameType | None, function: Any) -> str | None:
     """
     while frame is not None and frame.f_code is getattr(function, "__code__", None):
         frame = frame.f_back
-    # A twin without a tap, of torch's own code, is equal to that.
-    is_ours = frame is not None and id(frame.f_code) in _codes
-    twin = _made.get(known_as(frame.f_code)) if frame is not None and is_ours else None
-    if frame is None or twin is None or not hasattr(frame.f_code, "co_positions"):
+    twin = _twin_in(frame)
+    if frame is None or twin is None:
         return None
-    position = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
-    site = site_at(position)
+    site = _site_in(frame)
     if not _goes_to(function, twin.calls.get(site), frame):
         return None
     return f"{frame.f_code.co_filename}|{site}"
+
+
+def keeps_number(frame: types.FrameType) -> bool:
+    """Whether a number that code is about to get is kept or printed, and decides nothing.
+
+    Args:
+        frame: that runs the code.
+    """
+    twin = _twin_in(frame)
+    return twin is not None and bool(twin.kept) and _site_in(frame) in twin.kept
+
+
+def _twin_in(frame: types.FrameType | None) -> Twin | None:
+    """The twin that a frame runs; None where that is no twin, or its places are not known."""
+    if frame is None or not hasattr(frame.f_code, "co_positions"):
+        return None
+    # A twin without a tap, of torch's own code, is equal to that.
+    return _made.get(known_as(frame.f_code)) if id(frame.f_code) in _codes else None
+
+
+def _site_in(frame: types.FrameType) -> str:
+    """The place of what is under way in a frame that runs a twin."""
+    code: Any = frame.f_code
+    return site_at(next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None)))
 
 
 def _goes_to(function: Any, name: str | None, frame: types.FrameType) -> bool:

@@ -13,7 +13,7 @@ import types
 from functools import lru_cache, partial
 from typing import Any
 
-from fmapkit.paths import runs_own_code
+from fmapkit.paths import keeps_number, runs_own_code
 from fmapkit.provenance import Constants, Function, FunctionCall
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.branches import only_raises
@@ -47,7 +47,8 @@ class DataReads:
             deciding = args[1:] if known.name == "__getitem__" else args
             if self._constants.hold(tensors_in(*deciding, kwargs)):
                 return None
-            if known.name == "__bool__" and only_raises(sys._getframe(2)):
+            asking = sys._getframe(2)
+            if only_raises(asking) if known.name == "__bool__" else keeps_number(asking):
                 return None
             if trace.region is not None and not _picked_in_c(known.name):
                 by_inputs = partial(self._made.of_inputs, known, func, args, kwargs)
