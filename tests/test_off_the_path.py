@@ -376,3 +376,45 @@ def test_a_function_of_torchs_that_stands_for_another_between_passes(
             monkeypatch.undo()
             tags = {fm.nonlinearity for fm in maps.select(step=step)}
             assert tags == {other if step == 4 else name}
+
+
+class _Swish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x + 3).clamp(0, 6) / 6
+
+
+class _Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.act = nn.Linear(4, 4), _Swish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.fc(x))
+
+
+class _PastAPart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.part = nn.Linear(4, 4, bias=False), _Part()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.stem(x)
+        h = F.leaky_relu(z)
+        if z.sum() > 0:
+            return self.part(h)
+        return self.part.act(self.part.fc(h))
+
+
+def test_hooks_of_another_capture_tell_that_one_alone() -> None:
+    """A σ that runs past the part it is in, for the first time, is none of its functions' pairs."""
+    model = _PastAPart().eval()
+    x = torch.randn(3, 4)
+    up = x if model.stem(x).sum() > 0 else -x
+    with torch.no_grad(), capture(model, every=2):
+        model(up)
+        with capture(model) as maps:
+            for given in (up, -up):
+                model(given)
+                assert "clamp" not in {m.nonlinearity for m in maps}
+            model(-up)
+            assert maps["part.fc"].nonlinearity == "_Swish"

@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from fmapkit import nonlinearities
-from fmapkit.instrumentation import Pair
 from fmapkit.model import HOW, Names
 from fmapkit.provenance import FOLLOWED, FunctionCall
 from fmapkit.reasons import Reason
@@ -30,7 +29,6 @@ HIDDEN = (
     "far only as a part of another module, and is seen as a whole from the next pass on"
 )
 _CALL = nn.Module._call_impl.__code__
-_AROUND = Pair._around.__code__
 
 Call = tuple[nn.Module, Any, Any]
 
@@ -123,7 +121,7 @@ class PassTrace:
         if self.learning:
             return None
         found = None
-        for call in _bare_calls(self.frames[-1].module):
+        for call in _bare_calls({frame.module for frame in self.frames}):
             if call[0] in self.names.by_module and _is_hidden(call):
                 found = call[0]
                 self.unhooked.add(found)
@@ -220,7 +218,7 @@ class PassTrace:
                 frame.degrees.step(call, flow, nonlinear)
 
 
-def _bare_calls(hooked: nn.Module) -> list[Call]:
+def _bare_calls(hooked: set[nn.Module]) -> list[Call]:
     """The calls that are under way inside the innermost one that hooks tell of, innermost first.
 
     Past a region: a traced module calls what hooks of ours would tell of as its part only. From the
@@ -228,7 +226,7 @@ def _bare_calls(hooked: nn.Module) -> list[Call]:
     they call is seen; but not when they began, nor so what they are as a whole.
 
     Args:
-        hooked: the module whose call that is.
+        hooked: the modules whose calls hooks have told of. Those of another capture tell it alone.
 
     Returns:
         The module of each, and its arguments.
@@ -237,10 +235,8 @@ def _bare_calls(hooked: nn.Module) -> list[Call]:
     at = sys._getframe(2)
     while at is not None:
         if at.f_code is _CALL:
-            if at.f_back is not None and at.f_back.f_code is _AROUND:
-                break
             here = at.f_locals
-            if here["self"] is hooked:
+            if here["self"] in hooked:
                 break
             found.append((here["self"], here["args"], here["kwargs"]))
         at = at.f_back  # type: ignore[assignment]
