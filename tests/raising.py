@@ -30,5 +30,5 @@ class Checked(nn.Module):
                 message = "not finite"
                 raise ValueError(message)
         elif self.by == "distribution":
-            h = h + 0 * Normal(h, torch.ones_like(h)).log_prob(h)
+            h = h + 0 * Normal(h, torch.ones_like(h), validate_args=True).log_prob(h)
         return torch.relu(self.b(h))

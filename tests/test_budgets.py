@@ -145,7 +145,7 @@ def test_python_calls_of_a_pass_that_is_traced() -> None:
         with torch.no_grad(), capture(model):
             calls = python_calls(lambda model=model: model(image()))  # type: ignore[misc]
         runs = sum(1 for _ in model.modules()) + SITES  # 69 modules, and functions of torch's
-        assert calls.total() <= 180 * runs, (calls.total(), runs, calls.most_common(20))
+        assert calls.total() <= 220 * runs, (calls.total(), runs, calls.most_common(20))
 
 
 def test_a_pass_that_is_not_captured() -> None:

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 _BY = ["assert", "with words", "if", "if not", "distribution"]
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="bytecode does not tell what is handled")
 @pytest.mark.parametrize("by", _BY)
 def test_a_check_that_only_raises(by: str, traced: list[None]) -> None:
     assert not hold(Checked(by), turns(*[(2, 3, 5)] * 4)).missed
@@ -64,7 +65,7 @@ def test_a_check_whose_exception_the_model_handles() -> None:
     passes = turns(*[(2, 3, 5)] * 14)
     for n in (4, 5, 8, 11, 12):
         passes[n].args[0][0, 0, 0] = torch.nan
-    hold(Guarded(), passes, most=3)
+    assert not [m for m in hold(Guarded(), passes).missed if "took a way" in m[1]]
 
 
 class Listed(nn.Module):

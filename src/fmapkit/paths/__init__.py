@@ -25,7 +25,7 @@ from fmapkit.paths.number_rules import Sizes, by_rule, rules_of
 from fmapkit.paths.recorders import taps
 from fmapkit.paths.sinks import unrecorded
 from fmapkit.paths.survey import runs_own_code
-from fmapkit.paths.twins import Resting, keeps_number
+from fmapkit.paths.twins import Resting, keeps_number, may_be_handled
 
 __all__ = [
     "ControlPaths",
@@ -35,6 +35,7 @@ __all__ = [
     "Sizes",
     "by_rule",
     "keeps_number",
+    "may_be_handled",
     "rules_of",
     "runs_own_code",
     "taps",

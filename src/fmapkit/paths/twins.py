@@ -7,6 +7,7 @@ run it, too: it does the same, and records nothing there.
 
 from __future__ import annotations
 
+import dis
 import functools
 import gc
 import itertools
@@ -93,6 +94,21 @@ def keeps_number(frame: types.FrameType) -> bool:
     """
     twin = _twin_in(frame)
     return twin is not None and bool(twin.kept) and _site_in(frame) in twin.kept
+
+
+def may_be_handled(frame: types.FrameType | None) -> bool:
+    """Whether code of the model's that is under way may handle an exception; a `with` may, too.
+
+    Args:
+        frame: where it would be raised.
+    """
+    while frame is not None:
+        if id(frame.f_code) in _codes:
+            steps: Any = dis.Bytecode(frame.f_code)
+            if any(e.start <= frame.f_lasti < e.end for e in steps.exception_entries):
+                return True
+        frame = frame.f_back
+    return False
 
 
 def _twin_in(frame: types.FrameType | None) -> Twin | None:

@@ -35,6 +35,7 @@ Fill = dict[Hashable, Any]
 
 _COMMON = frozenset({*nn.Module().__dict__, "_compiled_call_impl"})
 _CONTAINERS = frozenset({dict, list, set, deque, OrderedDict, defaultdict})
+_LISTS = frozenset({list, deque})
 _CACHED: Any = functools._lru_cache_wrapper
 # Nothing is filled in these. Plain attributes of modules are compared before each pass.
 _NEVER = frozenset(
@@ -120,7 +121,9 @@ def _fill(value: Any, depth: int) -> Any:
     if kind in _CONTAINERS:
         members = members_of(value)
         fills = [_fill(m, depth + 1) for m in members[:_MOST]] if depth < _DEEPEST else []
-        return len(members), [fill for fill in fills if fill is not _NOTHING]
+        # A list that numbers are appended to is a log.
+        size = 0 if kind in _LISTS else len(members)
+        return size, [fill for fill in fills if fill is not _NOTHING]
     if kind is Tensor:
         return value.shape
     if kind is _CACHED:

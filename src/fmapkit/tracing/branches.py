@@ -16,7 +16,7 @@ def only_raises(frame: types.FrameType) -> bool:
     """Whether a truth that is asked for decides whether an exception is raised, and nothing else.
 
     So it is of `assert t.all()` and of `if t.any(): raise …`. As long as nothing is raised the code
-    goes one way; and what is raised leaves a mark where it is caught.
+    goes one way.
 
     Args:
         frame: that asks, by an instruction that is under way.

@@ -13,7 +13,7 @@ import types
 from functools import lru_cache, partial
 from typing import Any
 
-from fmapkit.paths import keeps_number, runs_own_code
+from fmapkit.paths import keeps_number, may_be_handled, runs_own_code
 from fmapkit.provenance import Constants, Function, FunctionCall
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.branches import only_raises
@@ -47,8 +47,7 @@ class DataReads:
             deciding = args[1:] if known.name == "__getitem__" else args
             if self._constants.hold(tensors_in(*deciding, kwargs)):
                 return None
-            asking = sys._getframe(2)
-            if only_raises(asking) if known.name == "__bool__" else keeps_number(asking):
+            if _decides_nothing(known.name, sys._getframe(2)):
                 return None
             if trace.region is not None and not _picked_in_c(known.name):
                 by_inputs = partial(self._made.of_inputs, known, func, args, kwargs)
@@ -59,6 +58,20 @@ class DataReads:
         self._constants.made(call.name, call.operands, call.out)
         if self._trace.region is not None:
             self._made.add(known, call)
+
+
+def _decides_nothing(name: str, asking: types.FrameType) -> bool:
+    """Whether what a function reads is only kept, or decides no more than whether to raise.
+
+    Args:
+        name: of the function that reads.
+        asking: the frame that calls it.
+    """
+    if sys.version_info < (3, 11):  # bytecode does not tell what is handled, nor where it stands
+        return False
+    if name == "__bool__":
+        return only_raises(asking) and not may_be_handled(asking)
+    return keeps_number(asking)
 
 
 def _picked_in_c(name: str) -> bool:
