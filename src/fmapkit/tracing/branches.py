@@ -8,7 +8,8 @@ import types
 __all__ = ["only_raises"]
 
 # Between the function whose result is asked for and the jump.
-_BEFORE_A_JUMP = {"UNARY_NOT", "TO_BOOL", "NOP", "CACHE", "EXTENDED_ARG"}
+_BEFORE_A_JUMP = {"UNARY_NOT", "TO_BOOL", "EXTENDED_ARG"}
+_MOST = 400  # instructions that are looked at
 _known: dict[tuple[int, int], tuple[types.CodeType, bool]] = {}
 
 
@@ -31,19 +32,37 @@ def only_raises(frame: types.FrameType) -> bool:
 
 
 def _raises(code: types.CodeType, at: int) -> bool:
-    """Whether the way on from an instruction, if it jumps, jumps over what ends in a `raise`."""
-    steps = list(dis.get_instructions(code))
-    now = next((n for n, step in enumerate(steps) if step.offset == at), len(steps))
+    """Whether one of the two ways on from an instruction, if it jumps, does nothing but raise."""
+    steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "NOP")]
+    places = {step.offset: n for n, step in enumerate(steps)}
+    now = places.get(at, len(steps))
     if now < len(steps) and not steps[now].opname.startswith("POP_JUMP"):
         now += 1
         while now < len(steps) and steps[now].opname in _BEFORE_A_JUMP:
             now += 1
     if now >= len(steps) or not steps[now].opname.startswith("POP_JUMP"):
         return False
-    end = steps[now].argval
-    inside = [s for s in steps[now + 1 :] if s.offset < end and s.opname not in ("CACHE", "NOP")]
-    if end <= at or not inside or inside[-1].opname != "RAISE_VARARGS":
-        return False
-    jumps = [s for s in inside if "JUMP" in s.opname or s.opname == "FOR_ITER"]
-    stays = all(at < s.argval < end for s in jumps)
-    return stays and not any(s.opname.startswith(("RETURN", "YIELD")) for s in inside)
+    ways = now + 1, places.get(steps[now].argval, len(steps))
+    return any(_only_ends_in_raise(steps, places, way) for way in ways)
+
+
+def _only_ends_in_raise(steps: list[dis.Instruction], places: dict[int, int], start: int) -> bool:
+    """Whether all ways from an instruction on end in a `raise`, and in no return."""
+    todo, seen = [start], set[int]()
+    while todo:
+        now = todo.pop()
+        if now in seen:
+            continue
+        if now >= len(steps) or len(seen) > _MOST:
+            return False
+        seen.add(now)
+        name = steps[now].opname
+        if name.startswith(("RETURN", "YIELD")):
+            return False
+        if name in ("RAISE_VARARGS", "RERAISE"):
+            continue
+        if "JUMP" in name or name == "FOR_ITER":
+            todo.append(places.get(steps[now].argval, len(steps)))
+        if not name.startswith("JUMP"):
+            todo.append(now + 1)
+    return True
