@@ -28,7 +28,6 @@ from fmapkit.torchlib.class_cache import remembered
 
 __all__ = [
     "CALLABLES",
-    "CONTAINERS",
     "ITEM_OF",
     "MARK",
     "NUMBERS",
@@ -53,7 +52,7 @@ _FUNCTION = types.FunctionType
 _BUILTIN = types.BuiltinFunctionType
 # Values of Python's own library that are keys, and whose text tells them from others.
 _AS_TEXT = frozenset({Decimal, Fraction, PosixPath, WindowsPath, date})
-CONTAINERS = frozenset({dict, list, tuple, set, str})
+_CONTAINERS = frozenset({dict, list, tuple, set, str})
 NUMBERS = frozenset({int, float, bool})
 _SHARED = frozenset({type(None), types.ModuleType})
 _TRUE, _FALSE = f"{MARK}True", f"{MARK}False"
@@ -195,7 +194,7 @@ def _function(function: Any) -> Any:
 def _builtin(function: Any) -> Any:
     """A function of C code, or a method of that."""
     owner = type(function.__self__)
-    if owner in CONTAINERS:
+    if owner in _CONTAINERS:
         return function.__name__
     if owner in _SHARED or issubclass(owner, type):
         return function

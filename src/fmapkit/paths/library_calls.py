@@ -16,6 +16,8 @@ import itertools
 import types
 from typing import Any
 
+from fmapkit.paths.syntax import dotted
+
 __all__ = ["calls_back", "goes_through", "object_named", "takes_all"]
 
 # Homes of functions that go through all that they are given.
@@ -64,14 +66,11 @@ def object_named(function: ast.expr, names: dict[str, Any], local: frozenset[str
         names: globals of the code it is in.
         local: names that are bound in that code.
     """
-    path: list[str] = []
-    while isinstance(function, ast.Attribute):
-        path.append(function.attr)
-        function = function.value
-    if not isinstance(function, ast.Name) or function.id in local:
+    path = dotted(function, local)
+    if path is None:
         return None
-    found = names.get(function.id, vars(builtins).get(function.id))
-    for name in reversed(path):
+    found = names.get(path[0], vars(builtins).get(path[0]))
+    for name in path[1:]:
         if type(found) is not types.ModuleType:
             return None
         found = vars(found).get(name)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "dotted",
     "first_argument",
     "is_plain_function",
     "is_row",
@@ -41,6 +42,17 @@ def site_at(position: Position) -> str:
     return "{}-{}:{}-{}".format(*position)
 
 
+def dotted(expression: ast.expr, local: frozenset[str]) -> list[str] | None:
+    """The names of `a.b.c`, where `a` is not bound in the code; None of anything else."""
+    path: list[str] = []
+    while isinstance(expression, ast.Attribute):
+        path.insert(0, expression.attr)
+        expression = expression.value
+    if not isinstance(expression, ast.Name) or expression.id in local:
+        return None
+    return [expression.id, *path]
+
+
 def torch_name(
     function: ast.expr, names: dict[str, Any], local: frozenset[str]
 ) -> tuple[dict[str, Any], str] | None:
@@ -51,24 +63,21 @@ def torch_name(
         names: globals of the code it is in.
         local: names that are bound in that code.
     """
-    path: list[str] = []
-    while isinstance(function, ast.Attribute):
-        path.append(function.attr)
-        function = function.value
-    if not isinstance(function, ast.Name) or function.id in local:
+    path = dotted(function, local)
+    if path is None:
         return None
-    home = names.get(function.id)
-    if not path:  # by a name of its own, which other code may bind anew while a pass runs
-        return (names, function.id) if home is torch._assert else None
-    for name in reversed(path[1:]):
+    home = names.get(path[0])
+    if len(path) == 1:  # by a name of its own, which other code may bind anew while a pass runs
+        return (names, path[0]) if home is torch._assert else None
+    for name in path[1:-1]:
         if not isinstance(home, types.ModuleType):
             return None
         home = vars(home).get(name)
     if not isinstance(home, types.ModuleType) or home.__name__.partition(".")[0] != "torch":
         return None
-    found = vars(home).get(path[0])
+    found = vars(home).get(path[-1])
     if isinstance(found, (types.FunctionType, types.BuiltinFunctionType)):
-        return vars(home), path[0]
+        return vars(home), path[-1]
     return None
 
 

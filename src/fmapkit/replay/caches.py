@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.replay.escapes import members_of, own_attributes
+from fmapkit.replay.escapes import COMMON, closed_over, members_of, own_attributes
 from fmapkit.torchlib.nested import modules_in
 
 __all__ = ["Fill", "fill_of", "has_more"]
@@ -33,7 +33,6 @@ __all__ = ["Fill", "fill_of", "has_more"]
 # How much is at a place: the size of a container with those of what is in it, a tensor's shape.
 Fill = dict[Hashable, Any]
 
-_COMMON = frozenset({*nn.Module().__dict__, "_compiled_call_impl"})
 _CONTAINERS = frozenset({dict, list, set, deque, OrderedDict, defaultdict})
 _LISTS = frozenset({list, deque})
 _CACHED: Any = functools._lru_cache_wrapper
@@ -68,7 +67,7 @@ def fill_of(region: nn.Module, functions: Iterable[FunctionType]) -> Fill:
         own = module.__dict__
         found[id(module)] = len(own)
         for name, value in chain(own.items(), module._buffers.items()):
-            if type(value) not in _NEVER and name not in _COMMON and value is not None:
+            if type(value) not in _NEVER and name not in COMMON and value is not None:
                 if id(value) not in shared:
                     shared.add(id(value))
                     _add(found, id(module), name, value)
@@ -86,21 +85,14 @@ def fill_of(region: nn.Module, functions: Iterable[FunctionType]) -> Fill:
                 _add(found, id(names), name, value)
         for name, value in function.__dict__.items():
             _add(found, id(function), name, value)
-        for place, cell in enumerate(function.__closure__ or ()):
-            _add(found, id(function), place, _content(cell))
+        for place, value in enumerate(closed_over(function)):
+            _add(found, id(function), place, value)
     return found
 
 
 def has_more(before: Fill, after: Fill) -> bool:
     """Whether something of what was there is there no more as it was."""
     return any(after.get(place) != fill for place, fill in before.items())
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # nothing is bound to the name yet
-        return None
 
 
 def _add(found: Fill, holder: int, name: Hashable, value: Any) -> None:

@@ -18,9 +18,17 @@ from torch import Tensor, nn
 
 from fmapkit.torchlib.nested import modules_in
 
-__all__ = ["EscapedTensors", "keys_of", "members_of", "own_attributes"]
+__all__ = [
+    "COMMON",
+    "EscapedTensors",
+    "closed_over",
+    "keys_of",
+    "members_of",
+    "own_attributes",
+]
 
-_COMMON = frozenset({*nn.Module().__dict__, "_compiled_call_impl"})  # ours may stand in the last
+
+COMMON = frozenset({*nn.Module().__dict__, "_compiled_call_impl"})  # ours may stand in the last
 _NO_HOLDERS = (
     *(int, float, complex, str, bytes, type(None), type, nn.Module),
     *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.MethodType),
@@ -51,7 +59,7 @@ class EscapedTensors:
             (module, name)
             for module in modules_in(region)
             for name, value in tuple(module.__dict__.items())
-            if name not in _COMMON
+            if name not in COMMON
             and not isinstance(value, _NO_HOLDERS)
             and self._reads(name)
             and self.holds(value)
@@ -67,8 +75,7 @@ class EscapedTensors:
         for function in functions:
             names = function.__globals__
             read = (names.get(n) for n in function.__code__.co_names)
-            cells = (c.cell_contents for c in function.__closure__ or () if _filled(c))
-            for value in (*read, *cells, *(function.__defaults__ or ())):
+            for value in (*read, *closed_over(function), *(function.__defaults__ or ())):
                 if not isinstance(value, _NO_HOLDERS) and self.holds(value):
                     return True
         return False
@@ -90,11 +97,15 @@ class EscapedTensors:
         return False
 
 
-def _filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # nothing is bound to the name yet
-        return False
+def closed_over(function: types.FunctionType) -> list[Any]:
+    """What is in the closure of a function; None where nothing is bound to a name yet."""
+    found: list[Any] = []
+    for cell in function.__closure__ or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:
+            found.append(None)
+    return found
 
 
 def _inside(value: Any) -> Iterator[Any]:
