@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import torch
 
 from fmapkit.paths.items import ITEM_OF, PLAIN, class_of, flat, ignore, item_of_class
 from fmapkit.torchlib.class_cache import remembered
 
-__all__ = ["contents_of", "item_of_elements", "keys_of"]
+__all__ = ["contents_of", "item_of_elements", "keys_of", "picks_by_index"]
 
 _MOST = 1024  # numbers of an array: so many at most go with as many tensors
 _NONE: dict[Any, Any] = {}
@@ -46,6 +47,12 @@ def contents_of(kind: type) -> _Contents | None:
         if issubclass(kind, of):
             return contents
     return None
+
+
+@remembered
+def picks_by_index(kind: type) -> bool:
+    """Whether Python itself picks an element of values of a class, by an index or a key."""
+    return kind is not torch.Size and contents_of(kind) is not None
 
 
 @remembered

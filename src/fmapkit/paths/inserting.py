@@ -75,23 +75,29 @@ class Inserting:
 
         Args:
             node: it.
-            how: by which recorder: "value", or "elements" where Python goes through it.
+            how: by which recorder: "value", or another where Python goes through it or picks.
             first: what else that is given.
         """
+        hands_on = how in ("value", "unpacked")
+        each = "value" if hands_on else "index" if how == "index" else "exact"
         if isinstance(node, ast.Constant | ast.Lambda | ast.GeneratorExp):
             return node
         if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):
             return node
         if isinstance(node, ast.Tuple | ast.List):
-            node.elts = [self._value(e) for e in node.elts]
+            node.elts = [self._value(e, each, *first) for e in node.elts]
             return node
         if isinstance(node, ast.Dict):
-            node.values = [self._value(v) for v in node.values]
+            node.values = [self._value(v, each, *first) for v in node.values]
             return node
         if isinstance(node, ast.Slice):
-            return self._looked_at(node, "lower", "upper", "step")
+            for part in ("lower", "upper", "step"):
+                value = getattr(node, part)
+                if value is not None:
+                    setattr(node, part, self._value(value, how, *first))
+            return node
         if isinstance(node, ast.Starred):
-            return self._looked_at(node, "value", how="elements")
+            return self._looked_at(node, "value", how="unpacked" if hands_on else "elements")
         looked_at = recorded(how, node, node, self._append(), *first)
         if isinstance(node, ast.Name):
             if node.id == self._self:

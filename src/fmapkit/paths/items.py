@@ -32,6 +32,7 @@ __all__ = [
     "MARK",
     "NUMBERS",
     "PLAIN",
+    "Fixed",
     "class_of",
     "flat",
     "ignore",
@@ -60,6 +61,12 @@ _TRUE, _FALSE = f"{MARK}True", f"{MARK}False"
 # Past what a metaclass may say.
 _name_of: Callable[[type], Any] = type.__dict__["__qualname__"].__get__
 _bases_of: Callable[[type], Any] = type.__dict__["__bases__"].__get__
+
+
+class Fixed(tuple[Any, ...]):
+    """An item of which no number may follow the sizes of the inputs: Python itself picks by it."""
+
+    __slots__ = ()
 
 
 @remembered

@@ -18,12 +18,12 @@ from typing import Any
 
 from fmapkit.paths.syntax import dotted
 
-__all__ = ["calls_back", "goes_through", "object_named", "takes_all"]
+__all__ = ["calls_back", "gives_all", "goes_through", "object_named", "takes_all"]
 
 # Homes of functions that go through all that they are given.
-_HOMES = {"collections", "heapq", "itertools"}
+_HOMES = {"collections", "heapq", "itertools", "operator"}
 # The same of builtins, and of methods of containers.
-_BUILTINS = {"enumerate", "filter", "map", "zip"}
+_BUILTINS = {"enumerate", "filter", "zip"}
 _METHODS = {"from_iterable", "fromkeys"}
 # Those that go by the keys of a mapping, and hand on its values.
 _BY_KEYS = {"Counter", "OrderedDict", "defaultdict", "dict", "update"}
@@ -35,7 +35,7 @@ _Given = tuple[int | None, str | None, str]
 # By function: where it is given one that it calls.
 _CALLED: dict[Any, _Given] = {
     filter: (0, None, "keyed"),
-    map: (0, None, "keyed"),
+    map: (0, None, "mapped"),
     max: (None, "key", "ranking"),
     min: (None, "key", "ranking"),
     sorted: (None, "key", "ranking"),
@@ -53,6 +53,12 @@ _CALLED: dict[Any, _Given] = {
     itertools.groupby: (1, "key", "keyed"),
     itertools.starmap: (0, None, "keyed"),
     itertools.takewhile: (0, None, "keyed"),
+}
+# Of these a loop gets all elements, in order, or positions: its turns are marked.
+_GIVE_ALL = {
+    *(enumerate, range, reversed, zip, itertools.chain, itertools.combinations),
+    *(itertools.permutations, itertools.product, itertools.zip_longest),
+    itertools.pairwise,
 }
 _NONE: _Given = (None, None, "keyed")
 _KINDS = (type, types.FunctionType, types.BuiltinFunctionType)
@@ -85,8 +91,8 @@ def goes_through(node: ast.Call, found: Any) -> str | None:
         found: what it goes to (see `object_named`).
     """
     function = node.func
-    if found is map and node.args and isinstance(node.args[0], ast.Lambda):  # it tells of each turn
-        return None
+    if found is map:  # it hands on all; a lambda tells of each turn itself
+        return None if node.args and isinstance(node.args[0], ast.Lambda) else "unpacked"
     if found is None:
         name = function.attr if isinstance(function, ast.Attribute) else ""
         return "keys" if name in _BY_KEYS else "elements" if name in _METHODS else None
@@ -99,6 +105,17 @@ def goes_through(node: ast.Call, found: Any) -> str | None:
     if name in _BY_KEYS and home in ("builtins", "collections"):
         return "keys"
     return "elements" if home in _HOMES or (home == "builtins" and name in _BUILTINS) else None
+
+
+def gives_all(found: Any) -> bool:
+    """Whether a loop over a call is given all elements that it goes through.
+
+    The elements are looked at where they are used.
+
+    Args:
+        found: what it goes to (see `object_named`).
+    """
+    return found is not None and found in _GIVE_ALL
 
 
 def takes_all(function: ast.expr, found: Any) -> bool:

@@ -6,11 +6,19 @@ import ast
 from typing import Any
 
 from fmapkit.paths.inserting import Inserting
-from fmapkit.paths.library_calls import calls_back
+from fmapkit.paths.library_calls import calls_back, goes_through
 from fmapkit.paths.syntax import is_row
 from fmapkit.paths.torch_calls import recorded
 
-__all__ = ["Picking"]
+__all__ = ["PYTHON_GOES_BY", "Picking", "returned_by"]
+
+# Methods that Python calls by itself, and by whose results it goes: it hands on those of others.
+PYTHON_GOES_BY = {
+    *("__bool__", "__contains__", "__eq__", "__exit__", "__ge__", "__getitem__", "__gt__"),
+    *("__hash__", "__index__", "__instancecheck__", "__iter__", "__le__", "__length_hint__"),
+    *("__lt__", "__ne__", "__next__", "__reversed__", "__subclasscheck__"),
+}
+_HANDS_ON = {"__getitem__", "__iter__", "__next__", "__reversed__"}
 
 
 class Picking(Inserting):
@@ -26,27 +34,43 @@ class Picking(Inserting):
         super().__init__(place, own)
         self._rows = rows
         self._ranks: set[ast.AST] = set()  # lambdas by which something is sorted
+        self._keys: set[ast.AST] = set()  # lambdas by which something is picked otherwise
+        self._picked_from: set[ast.AST] = set()  # calls of `map` whose results Python picks from
 
     def _hand_on(self, node: ast.Call, found: Any) -> None:
         """What a function gives back to code in C is looked at; and so is a list that is sorted."""
         if isinstance(node.func, ast.Attribute) and node.func.attr == "sort":
-            self._looked_at(node.func, "value")
-        at, name, how = calls_back(node, found)
+            self._looked_at(node.func, "value", how="elements")
+        at, name, how = self._calls_back(node, found)
         if at is not None and at < len(node.args):
             node.args[at] = self._keyed(node.args[at], how)
         for keyword in node.keywords:
             if keyword.arg == name is not None:
                 keyword.value = self._keyed(keyword.value, how)
 
+    def _calls_back(self, node: ast.Call, found: Any) -> tuple[int | None, str | None, str]:
+        at, name, how = calls_back(node, found)
+        return at, name, "keyed" if how == "mapped" and node in self._picked_from else how
+
+    def _goes_through(self, node: ast.Call, found: Any) -> str | None:
+        """The recorder of what a call goes through (see `goes_through`)."""
+        how = goes_through(node, found)
+        if how in ("elements", "keys", "ordered") or found in (max, min):
+            self._picked_from.update(a for a in node.args if isinstance(a, ast.Call))
+        return "elements" if how == "unpacked" and node in self._picked_from else how
+
     def _before_hand_on(self, node: ast.Call, found: Any) -> None:
         """Of a lambda that ranks, what it is given tells whether its result needs a look."""
-        at, name, how = calls_back(node, found)
+        at, name, how = self._calls_back(node, found)
         keys = [k.value for k in node.keywords if k.arg == name]
         if at is not None:
             keys += node.args[at : at + 1]
         for key in keys:
-            if how == "ranking" and isinstance(key, ast.Lambda) and key.args.args:
-                self._ranks.add(key)
+            if isinstance(key, ast.Lambda):
+                if how == "ranking" and key.args.args:
+                    self._ranks.add(key)
+                elif how != "mapped":
+                    self._keys.add(key)
 
     def _keyed(self, function: ast.expr, how: str) -> ast.expr:
         if isinstance(function, ast.Constant | ast.Lambda | ast.Starred):
@@ -69,9 +93,9 @@ class Picking(Inserting):
     def _times(self, left: ast.expr, right: ast.expr) -> tuple[ast.expr, ast.expr]:
         """Two factors, with a look at the one by which a list, tuple or string is repeated."""
         if is_row(left):
-            return left, self._value(right)
+            return left, self._value(right, _repeats(left))
         if is_row(right):
-            return self._value(left), right
+            return self._value(left, _repeats(right)), right
         if isinstance(left, ast.Name) and left.id in self._rows:
             return left, self._repeated(left, right)
         if isinstance(right, ast.Name) and right.id in self._rows:
@@ -83,3 +107,16 @@ class Picking(Inserting):
             return node
         append, same = self._append(), ast.Name(row.id, ast.Load())
         return recorded("repeated", node, node, append, ast.copy_location(same, row))
+
+
+def _repeats(row: ast.expr) -> str:
+    """The recorder of how often a display is repeated: of numbers, shapes are made."""
+    elements = row.elts if isinstance(row, ast.List | ast.Tuple) else []
+    return "value" if all(isinstance(e, ast.Constant) for e in elements) else "exact"
+
+
+def returned_by(name: str) -> str:
+    """The recorder of what a function gives back to code in C."""
+    if name in ("__iter__", "__reversed__"):
+        return "unpacked"
+    return "exact" if name in PYTHON_GOES_BY - _HANDS_ON else "value"

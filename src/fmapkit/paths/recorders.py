@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
-from fmapkit.paths.elements import contents_of, item_of_elements, keys_of
+from fmapkit.paths.elements import contents_of, item_of_elements, keys_of, picks_by_index
 from fmapkit.paths.items import (
     CALLABLES,
     ITEM_OF,
     MARK,
     NUMBERS,
     PLAIN,
+    Fixed,
     ignore,
     item_of_class,
     other_callable,
@@ -38,6 +39,13 @@ _BUILTIN = types.BuiltinFunctionType
 twins: set[int] = set()  # the code that calls us, told by its identity: it is kept
 _ROWS = frozenset((list, tuple, str, bytes))
 _NOTHING: Callable[[Any], None] = deque(maxlen=0).append
+# Methods of containers that are given a place in them, or a key.
+_BY_PLACE = frozenset(
+    {
+        *("__delitem__", "__getitem__", "__setitem__", "get", "insert", "move_to_end", "pop"),
+        *("rotate", "setdefault"),
+    }
+)
 
 
 def enter(site: str) -> Callable[[Any], None]:
@@ -74,23 +82,76 @@ def value(append: Callable[[Any], None], given: _T) -> _T:
     return given
 
 
+def exact(append: Callable[[Any], None], given: _T) -> _T:
+    """A value becomes what Python itself picks by: no number of it may follow the sizes."""
+    kind = type(given)
+    if kind is not Tensor and append is not _NOTHING:
+        item_of = None if kind in PLAIN else ITEM_OF.get(kind) or item_of_class(kind)
+        _append_fixed(append, given, item_of)
+    return given
+
+
+def _append_fixed(append: Callable[[Any], None], given: Any, item_of: Any) -> None:
+    if item_of is None:
+        append(given if type(given) is str else Fixed((given,)))
+    elif item_of is not ignore:
+        append(Fixed((item_of(given),)))
+
+
 def index(append: Callable[[Any], None], of: Any, given: _T) -> _T:
     """A value becomes an index of something."""
-    if type(given) is np.ndarray and type(of) is np.ndarray and of.dtype.hasobject:
-        return elements(append, given)
-    return value(append, given)
+    kind = type(of)
+    if kind is Tensor or not picks_by_index(kind):
+        return value(append, given)
+    if kind is np.ndarray:
+        if not of.dtype.hasobject:
+            return value(append, given)
+        return elements(append, given) if type(given) is np.ndarray else exact(append, given)
+    return exact(append, given)
+
+
+class _Indexed:
+    """A container, of which one element is asked for, or put in: by which index is looked at."""
+
+    __slots__ = ("_append", "_of")
+
+    def __init__(self, append: Callable[[Any], None], of: Any) -> None:
+        self._append = append
+        self._of = of
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._of[exact(self._append, at)]
+
+    def __setitem__(self, at: Any, given: Any) -> None:
+        self._of[exact(self._append, at)] = given
+
+    def __delitem__(self, at: Any) -> None:
+        del self._of[exact(self._append, at)]
+
+
+def indexed(append: Callable[[Any], None], of: Any) -> Any:
+    """A value has an index; the index is looked at by `value`, too."""
+    kind = type(of)
+    if kind is Tensor or append is _NOTHING or not picks_by_index(kind) or kind is np.ndarray:
+        return of
+    return _Indexed(append, of)
 
 
 def elements(append: Callable[[Any], None], given: _T) -> _T:
-    """A value becomes what Python itself goes through."""
+    """A value becomes what Python itself goes through, and may pick by."""
     kind = type(given)
-    if kind is not Tensor:
-        if kind in PLAIN:
-            append(given)
-        elif append is not _NOTHING:
-            item_of = item_of_elements(kind)
-            if item_of is not ignore:
-                append(item_of(given))
+    if kind is not Tensor and append is not _NOTHING:
+        _append_fixed(append, given, None if kind in PLAIN else item_of_elements(kind))
+    return given
+
+
+def unpacked(append: Callable[[Any], None], given: _T) -> _T:
+    """The same where it hands on all: as arguments, say."""
+    kind = type(given)
+    if kind is not Tensor and append is not _NOTHING:
+        item_of = item_of_elements(kind)
+        if item_of is not ignore:
+            append(item_of(given))
     return given
 
 
@@ -106,7 +167,7 @@ def ordered(append: Callable[[Any], None], given: _T, pairs: bool = False) -> _T
         if found is None:
             elements(append, given)
         else:
-            append(found)
+            append(Fixed(found))
     return given
 
 
@@ -125,11 +186,22 @@ def picked(append: Callable[[Any], None], given: Any) -> Any:
 
 def repeated(append: Callable[[Any], None], row: Any, given: _T) -> _T:
     """A number becomes a factor of what may be a list: it says how often that is repeated."""
-    return given if append is _NOTHING or type(row) not in _ROWS else value(append, given)
+    if append is _NOTHING or type(row) not in _ROWS:
+        return given
+    if all(type(each) in PLAIN or type(each) in NUMBERS for each in row):
+        return value(append, given)
+    return exact(append, given)
 
 
 def keyed(append: Callable[[Any], None], function: Any) -> Any:
     """A function becomes what code in C calls, and goes by."""
+    if append is _NOTHING or function is None or issubclass(type(function), type):
+        return function
+    return lambda *given: exact(append, function(*given))
+
+
+def mapped(append: Callable[[Any], None], function: Any) -> Any:
+    """The same where it hands on what the function gives back."""
     if append is _NOTHING or function is None or issubclass(type(function), type):
         return function
     return lambda *given: value(append, function(*given))
@@ -141,7 +213,7 @@ def ranked(append: Callable[[Any], None], of: Any, given: _T) -> _T:
     A plain value that is picked so is looked at where it is used.
     """
     kind = type(of)
-    return given if kind in PLAIN or kind in NUMBERS else value(append, given)
+    return given if kind in PLAIN or kind in NUMBERS else exact(append, given)
 
 
 def ranking(append: Callable[[Any], None], function: Any) -> Any:
@@ -160,6 +232,22 @@ def called(append: Callable[[Any], None], function: _T) -> _T:
         else:
             append((CALLABLES.get(kind) or other_callable)(function))
     return function
+
+
+def chosen(append: Callable[[Any], None], function: Any) -> Any:
+    """The same, with arguments by which a container of Python's may pick."""
+    called(append, function)
+    if append is _NOTHING or type(function) is not _BUILTIN:
+        return function
+    if function.__name__ not in _BY_PLACE or contents_of(type(function.__self__)) is None:
+        return function
+
+    def looked_at(*given: Any, **named: Any) -> Any:
+        if given:
+            exact(append, given[0])
+        return function(*given, **named)
+
+    return looked_at
 
 
 # By thread: what is told of calls of tapped functions, and gives what is called in their place.
@@ -205,16 +293,21 @@ RECORDERS: dict[str, Any] = {
         current,
         resumed,
         value,
+        exact,
         index,
+        indexed,
         elements,
+        unpacked,
         keys,
         ordered,
         picked,
         repeated,
         keyed,
+        mapped,
         ranked,
         ranking,
         called,
+        chosen,
         tapped,
         fusing,
         caught,
@@ -244,14 +337,19 @@ _traced_as(caught, lambda site: None)
 _traced_as(resumed, lambda site, given: given)
 _traced_as(value, lambda append, given: given)
 _traced_as(index, lambda append, of, given: given)
+_traced_as(exact, lambda append, given: given)
+_traced_as(indexed, lambda append, of: of)
 _traced_as(elements, lambda append, given: given)
+_traced_as(unpacked, lambda append, given: given)
 _traced_as(keys, lambda append, given: given)
 _traced_as(ordered, lambda append, given: given)
 _traced_as(picked, lambda append, given: given)
 _traced_as(repeated, lambda append, row, given: given)
 _traced_as(keyed, lambda append, function: function)
+_traced_as(mapped, lambda append, function: function)
 _traced_as(ranked, lambda append, of, given: given)
 _traced_as(ranking, lambda append, function: function)
 _traced_as(called, lambda append, function: function)
+_traced_as(chosen, lambda append, function: function)
 _traced_as(tapped, lambda site, function: function)
 _traced_as(fusing, lambda function: function)

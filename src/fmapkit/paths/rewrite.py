@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import ast
 import builtins
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from fmapkit.paths.fixed_attributes import OF_TORCHS
 from fmapkit.paths.inserting import APPEND
 from fmapkit.paths.kept_numbers import PUT, writes_out
-from fmapkit.paths.library_calls import goes_through, object_named, takes_all
-from fmapkit.paths.picking import Picking
+from fmapkit.paths.library_calls import gives_all, object_named, takes_all
+from fmapkit.paths.picking import PYTHON_GOES_BY, Picking, returned_by
 from fmapkit.paths.syntax import (
     first_argument,
     is_plain_function,
@@ -40,18 +40,10 @@ _HARMLESS = {
     *("issubclass", "iter", "len", "list", "print", "repr", "reversed", "round", "set", "str"),
     *("sum", "super", "tuple", "type"),
 }
-# Those that a loop goes over: its turns are marked, and elements are looked at where they are used.
-_LOOPED_OVER = {"enumerate", "range", "reversed", "zip"}
 # Those that use all elements of what they are given.
 _TAKE_ALL = {"all", "any", "frozenset", "list", "set", "sum", "tuple"}
 # Those that pick one of what they are given; a number that they pick is looked at where it is used.
 _PICK = {"max", "min"}
-# Methods that Python calls by itself, and by whose results it goes: it hands on those of others.
-_PYTHON_GOES_BY = {
-    *("__bool__", "__contains__", "__eq__", "__exit__", "__ge__", "__getitem__", "__gt__"),
-    *("__hash__", "__index__", "__instancecheck__", "__iter__", "__le__", "__length_hint__"),
-    *("__lt__", "__ne__", "__next__", "__reversed__", "__subclasscheck__"),
-}
 # Functions of torch's whose plain arguments decide neither what runs nor whose filters come out.
 _PLAIN_ARGUMENTS_ARE_IDLE = {
     *("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"),
@@ -87,15 +79,26 @@ class Rewriter(Picking, ast.NodeTransformer):
         self._depth = 0  # of functions around the code at hand
         self._loaded = names_loaded(node)
         self._from_c = False  # code in C may call the function at hand
-        self._iterates = False  # what it gives back is gone through
+        self._returned = "value"  # the recorder of what it gives back
         self._given: set[ast.AST] = set()  # functions that a call is given
         self._idle: set[ast.AST] = set()  # calls and generators that decide nothing themselves
 
     def _value(self, node: ast.expr, how: str = "value", *first: ast.expr) -> ast.expr:
         """The same; of `id(t)`, which is another number in each pass, t is looked at."""
-        if isinstance(node, ast.Call) and self._builtin(node.func) in ("id", "hash"):
+        if self._identifies(node):
             return ast.copy_location(ast.Call(node.func, [*map(self._value, node.args)], []), node)
         return super()._value(node, how, *first)
+
+    def _identifies(self, node: ast.expr) -> TypeGuard[ast.Call]:
+        return isinstance(node, ast.Call) and self._builtin(node.func) in ("id", "hash")
+
+    def _is_plain(self, node: ast.expr) -> bool:
+        """Whether a value is the same in each pass, or tells itself what has to be looked at."""
+        if isinstance(node, ast.Tuple | ast.Slice | ast.UnaryOp):
+            return all(map(self._is_plain, ast.iter_child_nodes(node)))  # type: ignore[arg-type]
+        return isinstance(node, ast.Constant | ast.expr_context | ast.unaryop) or self._identifies(
+            node
+        )
 
     # -- statements ---------------------------------------------------------------------------
 
@@ -117,7 +120,7 @@ class Rewriter(Picking, ast.NodeTransformer):
     visit_For = visit_While = _loop  # noqa: N815
 
     def _looped_over(self, node: ast.expr) -> None:
-        if isinstance(node, ast.Call) and self._builtin(node.func) in _LOOPED_OVER:
+        if isinstance(node, ast.Call) and gives_all(self._object_named(node.func)):
             self._idle.add(node)
             for argument in node.args:
                 self._looped_over(argument)
@@ -176,8 +179,8 @@ class Rewriter(Picking, ast.NodeTransformer):
         before = self._quick, self._from_c
         self._quick = is_plain_function(node)
         inner = self._depth > 0 and (node.name in self._loaded or bool(node.decorator_list))
-        self._from_c = inner or node.name in _PYTHON_GOES_BY
-        iterates, self._iterates = self._iterates, node.name in ("__iter__", "__reversed__")
+        self._from_c = inner or node.name in PYTHON_GOES_BY
+        returned, self._returned = self._returned, returned_by(node.name)
         self._depth += 1
         body = [self.visit(statement) for statement in rest]
         self._depth -= 1
@@ -189,15 +192,14 @@ class Rewriter(Picking, ast.NodeTransformer):
         else:
             begin = self._mark(at)
         self._quick, self._from_c = before
-        self._iterates = iterates
+        self._returned = returned
         node.body = [*head, begin, *body]
         return node
 
     def visit_Return(self, node: ast.Return) -> ast.AST:
         """What code in C does with a plain value leaves no mark; other callers' code does."""
         self.generic_visit(node)
-        how = "elements" if self._iterates else "value"
-        return self._looked_at(node, "value", how=how) if self._from_c else node
+        return self._looked_at(node, "value", how=self._returned) if self._from_c else node
 
     def _elsewhere(self, node: _Node) -> _Node:
         """Code with variables of its own."""
@@ -215,6 +217,8 @@ class Rewriter(Picking, ast.NodeTransformer):
         body = self.visit(node.body)
         if node in self._ranks:
             body = self._ranked(node.args.args[0].arg, body)
+        elif node in self._keys:
+            body = self._value(body, "exact")
         elif node in self._given:
             body = self._value(body)
         node.body = self._marked(body)
@@ -266,7 +270,8 @@ class Rewriter(Picking, ast.NodeTransformer):
         of = "key" if isinstance(node, ast.DictComp) else "elt"
         element = getattr(node, of)
         if of == "key" or (isinstance(node, ast.GeneratorExp) and node not in self._idle):
-            element = self._value(element)
+            exact = of == "key" or isinstance(element, ast.Tuple)
+            element = self._value(element, "exact" if exact else "value")
         setattr(node, of, self._marked(element))
         self._quick = before
         return node
@@ -278,13 +283,14 @@ class Rewriter(Picking, ast.NodeTransformer):
         fixed = self._is_fixed(function)
         of_torch = torch_name(function, self._names, self._local)
         builtin = self._builtin(function)
-        found = object_named(function, self._names, self._local)
-        how = goes_through(node, found)
+        found = self._object_named(function)
+        how = self._goes_through(node, found)
         if builtin in _TAKE_ALL or builtin in _PICK or (how is None and takes_all(function, found)):
             self._idle.update(a for a in node.args if _is_idle(a, builtin))
         self._given.update(a for a in node.args if isinstance(a, ast.Lambda))
         self._given.update(k.value for k in node.keywords if isinstance(k.value, ast.Lambda))
         self._before_hand_on(node, found)
+        plain = all(map(self._is_plain, node.args[:1]))
         self.generic_visit(node)
         self._hand_on(node, found)
         if builtin in _HARMLESS or node in self._idle:
@@ -301,16 +307,16 @@ class Rewriter(Picking, ast.NodeTransformer):
             rest = node.args[len(first) :]
             node.args = [*first, *(self._value(a, how or "value") for a in rest)]
             for keyword in node.keywords:
-                self._looked_at(keyword, "value", how="value" if keyword.arg else "elements")
+                self._looked_at(keyword, "value", how="value" if keyword.arg else "unpacked")
         callee = node.func
         if not fixed and of_torch is None and builtin is None:
-            callee = self._callee(callee)
+            callee = self._callee(callee, "called" if plain else "chosen")
         node.func = handed(node, callee, self._place.rpartition(":")[0], self._tapped)
         return node
 
-    def _callee(self, function: ast.expr) -> ast.expr:
+    def _callee(self, function: ast.expr, how: str) -> ast.expr:
         """What is called, looked at; a tensor's method is what its name says."""
-        looked_at = recorded("called", function, function, self._append())
+        looked_at = recorded(how, function, function, self._append())
         if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
             owner = ast.Name(function.value.id, ast.Load())
             method = ast.copy_location(ast.Attribute(owner, function.attr, ast.Load()), function)
@@ -324,6 +330,9 @@ class Rewriter(Picking, ast.NodeTransformer):
             and isinstance(function.value, ast.Name)
             and function.value.id == self._self
         )
+
+    def _object_named(self, function: ast.expr) -> Any:
+        return object_named(function, self._names, self._local)
 
     def _builtin(self, function: ast.expr) -> str | None:
         """The name of a builtin, if an expression is that, and nothing else has it here."""
@@ -342,16 +351,19 @@ class Rewriter(Picking, ast.NodeTransformer):
         """The same; what it delegates to tells where that goes on itself."""
         site = self._site(node)
         self.generic_visit(node)
-        self._looked_at(node, "value", how="elements")
+        self._looked_at(node, "value", how="unpacked")
         return recorded("resumed", node, node, site)
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
-        """An array that is an index decides something where it picks objects."""
+        """An index decides something where Python picks by it."""
+        plain = self._is_plain(node.slice)
         self.generic_visit(node)
-        if isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load):
+        if isinstance(node.value, ast.Name):
             of = ast.copy_location(ast.Name(node.value.id, ast.Load()), node.value)
             node.slice = self._value(node.slice, "index", of)
             return node
+        if not plain:
+            node.value = recorded("indexed", node.value, node.value, self._append())
         return self._looked_at(node, "slice")
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
@@ -370,7 +382,7 @@ class Rewriter(Picking, ast.NodeTransformer):
         """By its keys a dict is asked later on; those of another one may be put in."""
         self.generic_visit(node)
         each = zip(node.keys, node.values, strict=True)
-        keys = [None if key is None else self._value(key) for key in node.keys]
+        keys = [None if key is None else self._value(key, "exact") for key in node.keys]
         values = [v if key is not None else self._value(v, "keys") for key, v in each]
         return ast.copy_location(ast.Dict(keys, values), node)
 

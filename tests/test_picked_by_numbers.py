@@ -1,0 +1,223 @@
+"""Python picks by a whole number that follows what a call is given: a size, or a number.
+
+The first passes pick tensors of one kind, so that a rule for the number fits; a later one does not.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import gc
+import heapq
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmapkit import capture
+from tests.test_paths import Turn, hold, random
+
+pytestmark = pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_found(settled: None) -> Iterator[None]:
+    """Functions without a name are found by the garbage collector alone, unless it is frozen."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+class Place:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __index__(self) -> int:
+        return self.number
+
+
+class Ranked:
+    def __init__(self, number: int, tensor: Tensor) -> None:
+        self.number, self.tensor = number, tensor
+
+    def __lt__(self, other: Ranked) -> bool:
+        return self.number < other.number
+
+
+class Several:
+    def __init__(self, outs: list[Tensor]) -> None:
+        self.outs = outs
+
+
+def stored(outs: list[Tensor], k: int) -> Tensor:
+    row = list(outs)
+    row[k] = outs[3]
+    return row[3] + row[k]
+
+
+def stored_in(outs: list[Tensor], k: int) -> Tensor:
+    several = Several([outs[0]] * 4)
+    several.outs[k] = outs[3 - k]
+    return several.outs[k]
+
+
+def deleted(outs: list[Tensor], k: int) -> Tensor:
+    several = Several(list(reversed(outs)))
+    del several.outs[k + 1 :]
+    return several.outs[-1] if k == 0 else several.outs[0] + 0 * outs[k]
+
+
+def inserted(outs: list[Tensor], k: int) -> Tensor:
+    row = [outs[0], outs[1], outs[2], outs[0]]
+    row.insert(k + 1, outs[3])
+    return row[4]
+
+
+def rotated(outs: list[Tensor], k: int) -> Tensor:
+    row = collections.deque(outs)
+    row.rotate(-k)
+    return row[0]
+
+
+def heap(outs: list[Tensor], k: int) -> Tensor:
+    row: list[Any] = []
+    for n, out in enumerate(outs):
+        heapq.heappush(row, ((n - k) % 4, n, out))
+    return row[0][2]
+
+
+def joined(outs: list[Tensor], k: int) -> Tensor:
+    row = [out for n, out in enumerate(outs) for _ in range(1)]
+    return (row[:1] * k + row[3:] + row[:3])[3 if k < 3 else 0] if k else outs[0]
+
+
+def _called(function: Callable[[int], Tensor], k: int) -> Tensor:
+    return function(k)
+
+
+# What picks the k-th of four; the last one alone is the output of a layer.
+WAYS: dict[str, Callable[[list[Tensor], int], Tensor]] = {
+    "list": lambda outs, k: outs[k],
+    "tuple": lambda outs, k: tuple(outs)[k],
+    "from the end": lambda outs, k: outs[-4 + k],
+    "display": lambda outs, k: [*outs][k],
+    "slice": lambda outs, k: outs[k:][0],
+    "slice of an attribute": lambda outs, k: Several(outs).outs[k : k + 1][0],
+    "attribute": lambda outs, k: Several(outs).outs[k],
+    "dict": lambda outs, k: dict(enumerate(outs))[k],
+    "keys of a display": lambda outs, k: {k: outs[3], 3: outs[0], k + 9: outs[1]}.get(3, outs[0]),
+    "keys of a comprehension": lambda outs, k: {n + k: o for n, o in enumerate(outs)}[2 * k],
+    "keys of zip": lambda outs, k: dict(zip(range(4), outs, strict=True))[k],
+    "keys that move": lambda outs, k: dict(zip([3 - k, 9], [outs[k], outs[0]], strict=True))[3 - k],
+    "mapped pairs": lambda outs, k: dict(map(lambda n: ((n + k) % 4, outs[n]), range(4)))[3],  # noqa: C417
+    "pairs": lambda outs, k: dict([(k, outs[k]), (9, outs[0])])[k],  # noqa: C406
+    "tuple as a key": lambda outs, k: {(n, 0): o for n, o in enumerate(outs)}[k, 0],
+    "__getitem__": lambda outs, k: outs.__getitem__(k),
+    "pop": lambda outs, k: list(outs).pop(k),
+    "a method by name": lambda outs, k: _called(list(outs).pop, k),
+    "get": lambda outs, k: dict(enumerate(outs)).get(k, outs[0]),
+    "setdefault": lambda outs, k: {3: outs[3]}.setdefault(k, outs[0]),
+    "insert": inserted,
+    "rotate": rotated,
+    "stored": stored,
+    "stored in an attribute": stored_in,
+    "deleted": deleted,
+    "islice": lambda outs, k: next(itertools.islice(outs, k, None)),
+    "itemgetter": lambda outs, k: operator.itemgetter(k)(outs),
+    "operator.getitem": lambda outs, k: operator.getitem(outs, k),
+    "cycle": lambda outs, k: list(itertools.islice(itertools.cycle(outs), k + 1))[-1],
+    "greatest": lambda outs, k: max(zip([k, 2.5, 0], [outs[3], *outs[:2]], strict=True))[1],
+    "greatest of pairs": lambda outs, k: max([(k, 0, outs[3]), (2, 1, outs[0])])[2],
+    "key": lambda outs, k: max(enumerate(outs), key=lambda pair: (pair[0] - k - 1) % 4)[1],
+    "sorted": lambda outs, k: sorted(enumerate(outs), key=lambda pair: (pair[0] - k) % 4)[0][1],
+    "sorted pairs": lambda outs, k: sorted(((n - k) % 4, n, o) for n, o in enumerate(outs))[0][2],
+    "sort": lambda outs, k: heap(outs, k),
+    "smallest": lambda outs, k: heapq.nsmallest(k + 1, enumerate(outs))[-1][1],
+    "bisected": lambda outs, k: outs[bisect.bisect_left([0, 1, 2, 3], k)],
+    "__index__": lambda outs, k: outs[Place(k)],
+    "__lt__": lambda outs, k: min(Ranked((n - k) % 4, o) for n, o in enumerate(outs)).tensor,
+    "filtered": lambda outs, k: next(filter(lambda pair: pair[0] == k, enumerate(outs)))[1],
+    "dropped": lambda outs, k: next(itertools.dropwhile(lambda p: p[0] < k, enumerate(outs)))[1],
+    "repeated": lambda outs, k: ([outs[0]] * (3 - k) + [outs[3]] + [outs[0]] * 3)[0],
+    "repeated by name": joined,
+    "chained": lambda outs, k: next(iter(itertools.chain(outs[k:], outs[:k]))),
+    "unpacked": lambda outs, k: (lambda first, *rest: first)(*outs[k:]),
+    "range": lambda outs, k: outs[range(4)[k]],
+}
+
+
+# A lambda that is new gets its twin in the first two.
+PASSES = 0, 0, 0, 1, 2, 3, 2, 3
+
+
+class Picks(nn.Module):
+    """A σ after one of four tensors."""
+
+    def __init__(self, way: Callable[[list[Tensor], int], Tensor]) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 3, 1)
+        self.way = way
+
+    def forward(self, x: Tensor, k: int) -> Tensor:
+        outs = [x * 1, x * 2, x * 3, self.conv(x)]
+        return F.relu(self.way(outs, k))
+
+
+class PicksBySize(Picks):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x.shape[0] - 1)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_what_is_picked_by_a_number_that_is_given(name: str) -> None:
+    passes = [Turn((random(2, 3, 5, n=k), k)) for k in PASSES]
+    hold(Picks(WAYS[name]), passes, most=2)
+
+
+@pytest.mark.parametrize("name", ["list", "attribute", "dict", "slice", "pop", "itemgetter", "key"])
+def test_what_is_picked_by_a_size(name: str) -> None:
+    passes = [Turn((random(1 + k, 3, 5, n=k),)) for k in PASSES]
+    hold(PicksBySize(WAYS[name]), passes, most=2)
+
+
+class Follows(nn.Module):
+    """Numbers that follow a size, where nothing is picked by them."""
+
+    def __init__(self, way: Callable[[Tensor, Any], Tensor]) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 3, 1)
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.way(self.conv(x), x.shape))
+
+
+FOLLOWING: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "unpacked": lambda y, shape: y.reshape(*[shape[0] * shape[1], shape[2]]).view(*shape),
+    "shape": lambda y, shape: y.new_ones([*shape[:-1], shape[2]]) * y,
+    "by name": lambda y, shape: y[: shape[0]] + y.new_zeros(size=(shape[0], 1, shape[2])),
+    "map": lambda y, shape: y.view(*map(int, shape)),
+    "zip": lambda y, shape: y * sum(n + m for n, m in itertools.pairwise(shape)),
+    "generator": lambda y, shape: y.view(*(n for n in shape)),
+    "split": lambda y, shape: torch.cat(y.split([1, shape[2] - 1], dim=2), 2),
+    "kept": lambda y, shape: Several([y]).outs[0].narrow(2, 0, shape[2]),
+    "greatest": lambda y, shape: F.pad(y, (0, max(shape[2], 4) - shape[2])),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_numbers_by_which_nothing_is_picked_follow_sizes(name: str, traced: list[None]) -> None:
+    model = Follows(FOLLOWING[name])
+    sizes: Sequence[tuple[int, int]] = [(2, 7), (3, 9), (4, 11), (5, 13), (6, 15), (7, 17), (8, 19)]
+    with capture(model) as maps, torch.no_grad():
+        for n, (batch, length) in enumerate(sizes):
+            if n == 4:
+                del traced[:]
+            model(random(batch, 3, length, n=length))
+        assert not maps.missed
+    assert not traced
