@@ -339,6 +339,7 @@ DECISIONS: dict[str, Decision] = {
     "bytes": _D("x.detach().to(torch.uint8).cpu().numpy().tobytes()[0] % 3"),
     "iteration of tensor": _D("int(next(iter(x.detach().flatten())) > 0)"),
     "batch size": _D("x.shape[0] % 3"),
+    "batch size less one": _D("(x.shape[0] - 1) % 3"),
     "length": _D("len(x) % 2"),
     "last size": _D("x.size(-2) % 3"),
     "numel": _D("x.numel() // 6 % 2"),

@@ -56,6 +56,14 @@ _LINES = (
     "rows = [p]\nrows *= v % 2\nh = (rows + [q])[0]",
     "h = sorted((p, q), key=functools.cmp_to_key(lambda a, b: v - 1))[0]",
     "turns = iter(order)\nrank = lambda t: next(turns)\nh = min((p, q), key=rank)",
+    "h = (u, T.keep(lambda t: t + 0, u), p)[v]",
+    "h = [u, T.keep(lambda t: t + 0, u), q][v:][0]",
+    "h = {0: u, 1: T.keep(lambda t: t + 0, u)}.get(v, p)",
+    "h = next(itertools.islice((u, T.keep(lambda t: t + 0, u), p), v, None))",
+    "h = SimpleNamespace(rows=[u, T.keep(lambda t: t + 0, u), p]).rows[v]",
+    "h = operator.itemgetter(v)([u, T.keep(lambda t: t + 0, u), p])",
+    "h = max(zip((v, 1.5), (p, u)))[1]",
+    "h = [u, u, p].pop(v)",
     "h = SimpleNamespace(**dict(zip((f'n{v}', f'n{w}'), (p, q)))).n1",
 )
 
@@ -68,7 +76,7 @@ def picked_by_python(c: ClassWriter, depth: int) -> Code:
         *lines_of(c, [], "v = NUMBER"),
         "w = int(v != 1)",
         "order = [v, w]",
-        f"p, q = T.call({a}, x), T.call({b}, x)",
+        f"p, q, u = T.call({a}, x), T.call({b}, x), T.keep(lambda t: t + 0, x)",
         *c.program.pick(_LINES).split("\n"),
         f"x = {nonlinearity(c, 'h')}",
     ]
