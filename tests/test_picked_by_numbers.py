@@ -221,3 +221,34 @@ def test_numbers_by_which_nothing_is_picked_follow_sizes(name: str, traced: list
             model(random(batch, 3, length, n=length))
         assert not maps.missed
     assert not traced
+
+
+# With 0, 1 or −1, these do something else than with other numbers.
+SPECIAL: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "pad": lambda y, k: F.pad(y, (0, 0, 0, k)),
+    "pad before": lambda y, k: F.pad(y, (0, 0, k, 0)),
+    "repeat": lambda y, k: y.repeat(1, k, 1),
+    "expand": lambda y, k: y.unsqueeze(1).expand(2, k, 3, 5).reshape(2, -1, 5),
+    "repeat_interleave": lambda y, k: y.repeat_interleave(k, 1),
+    "roll": lambda y, k: y.roll(k, 1),
+    "slice": lambda y, k: y[:, k:],
+}
+
+
+class Special(nn.Module):
+    def __init__(self, way: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 3, 1)
+        self.way = way
+
+    def forward(self, x: Tensor, k: int) -> Tensor:
+        return F.relu(self.way(self.conv(x), k))
+
+
+@pytest.mark.parametrize("numbers", [(1, 2, 0), (0, 2, 1), (2, 3, 1), (1, 0, 2), (2, 1, 3)])
+@pytest.mark.parametrize("name", SPECIAL)
+def test_numbers_with_which_functions_do_something_else(
+    name: str, numbers: tuple[int, ...]
+) -> None:
+    passes = [Turn((random(2, 3, 5, n=n), k)) for n, k in enumerate(numbers[:1] * 2 + numbers)]
+    hold(Special(SPECIAL[name]), passes, most=1)

@@ -17,10 +17,12 @@ from fmapkit.paths.number_rules import (
     Rule,
     Sizes,
     are_clear,
+    by_rule,
     coincidences,
     kept,
     roundings,
     rules_of,
+    sort_of,
 )
 
 __all__ = ["Expected", "KnownPaths", "Sizes"]
@@ -94,7 +96,17 @@ class _Path(Generic[_Plan]):
         seen: a call that was not traced took it.
     """
 
-    __slots__ = ("_moments", "_rounded", "by_sizes", "constant", "general", "plan", "rules", "seen")
+    __slots__ = (
+        "_moments",
+        "_rounded",
+        "_sorts",
+        "by_sizes",
+        "constant",
+        "general",
+        "plan",
+        "rules",
+        "seen",
+    )
 
     def __init__(
         self, items: list[Any], sizes: Sizes, plan: _Plan, moments: list[tuple[int, Any]]
@@ -114,6 +126,8 @@ class _Path(Generic[_Plan]):
         """
         if not self.general or not all(are_clear(rules, sizes) for rules in self._rounded):
             return False
+        if any(sort_of(by_rule(rule, sizes)) != sort for rule, sort in self._sorts):
+            return False
         if all(sizes[axis] == size for axis, size in self.constant.items()):
             return True
         items = next(iter(self.by_sizes.values()))
@@ -124,6 +138,8 @@ class _Path(Generic[_Plan]):
         before = next(iter(self.by_sizes.values()))
         found = _differences(before, items)
         if found is None or any(place not in self.rules for place, _, _ in found):
+            return False
+        if any(sort_of(old) != sort_of(new) for _, old, new in found):
             return False
         values = {place: new for place, _, new in found}
         still: dict[tuple[int, ...], set[Rule]] = {}
@@ -150,7 +166,7 @@ class _Path(Generic[_Plan]):
             return False
         before, known = next((s, i) for s, i in self.by_sizes.items())
         found = _differences(known, items)
-        if found is None:
+        if found is None or any(sort_of(old) != sort_of(new) for _, old, new in found):
             return False
         rules = dict(self.rules)
         for place, old, new in found:
@@ -177,6 +193,10 @@ class _Path(Generic[_Plan]):
     def _hold_to(self, rules: dict[tuple[int, ...], set[Rule]]) -> None:
         self.rules = rules
         self._rounded = [r for r in rules.values() if any(one[0] == "rounded" for one in r)]
+        # All rules of a number give the same: one tells of which sort that is.
+        items = next(iter(self.by_sizes.values()))
+        exact = {p: [one for one in r if one[0] != "rounded"] for p, r in rules.items()}
+        self._sorts = [(min(r), sort_of(_at(items, p))) for p, r in exact.items() if r]
 
     def _roundings(self, place: tuple[int, ...], new: int, sizes: Sizes) -> set[Rule]:
         """How a number may follow by rounding that no other rule tells."""

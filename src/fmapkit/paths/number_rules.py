@@ -7,7 +7,10 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["Rule", "Sizes", "are_clear", "by_rule", "coincidences", "kept", "roundings", "rules_of"]
+__all__ = [
+    *("Rule", "Sizes", "are_clear", "by_rule", "coincidences", "kept", "roundings", "rules_of"),
+    "sort_of",
+]
 
 Sizes = tuple[int, ...]
 Rule = tuple[Any, ...]
@@ -24,6 +27,14 @@ _DIVISORS = sorted(
 # Smaller numbers are dimensions and indices, as a rule, and may be decisions.
 _LEAST_ROUNDED = 5
 _MOST_ADDED = 2  # times the divisor: what padding adds to a size, or kernels take
+
+
+def sort_of(value: int | Fraction) -> int:
+    """Tells numbers apart at which functions do something else: none, once, the last one, −2.
+
+    To pad by 0 is to pad nothing, to repeat once is to repeat nothing, so the filters stay.
+    """
+    return int(value) if -1 <= value <= 1 else 2 if value > 0 else -2
 
 
 def rules_of(value: int, sizes: Sizes) -> set[Rule]:
