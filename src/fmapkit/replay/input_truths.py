@@ -1,13 +1,15 @@
-"""What a call will read of its inputs, known before it: each truth, by those that come before it.
+"""What a call will read of its inputs, known before it: each value, by those that come before it.
 
-A call whose branches are decided by its inputs alone (`if mask.all()`) need not be traced in every
-pass. What it decides is read before it, and is a part of its kind (see `regions.py`). Whatever is
-read here, the path that the call takes is compared as any other.
+A call whose branches are decided by its inputs alone, or by tensors that its modules have
+(`if mask.all()`, `if self.ready`), need not be traced in every pass. What it decides is read before
+it: a truth is a part of its kind (see `regions.py`), and a whole number counts as one of its sizes.
+Whatever is read here, the path that the call takes is compared as any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +20,10 @@ from fmapkit.tracing import InputRead, read
 
 __all__ = ["InputTruths", "Truths"]
 
-Truths = tuple[bool, ...]
+# Of each truth that was read, it; of whole numbers, how many there were.
+Truths = tuple[Any, ...]
 _MOST_SIZES = 32
+_MOST_NUMBERS = 64
 _MOST_WAYS = 8  # to trace each of them once would cost more than to trace parts of every pass
 
 
@@ -28,39 +32,47 @@ class InputTruths:
 
     def __init__(self) -> None:
         # What is read after some truths; None where nothing is.
-        self._next: dict[Truths, _Truth | None] = {}
+        self._next: dict[Truths, _ValueRead | None] = {}
         self._read: Truths = ()  # the latest that was read before a call
         self._unread = False  # some cannot be read before a call
 
-    def of(self, tensors: Sequence[Tensor], sizes: Sizes) -> Truths | None:
+    @property
+    def nothing(self) -> bool:
+        """Whether no call has read anything."""
+        return self._next.get((), self) is None
+
+    def of(self, tensors: Sequence[Tensor], sizes: Sizes) -> tuple[Truths, Sizes] | None:
         """What a call is about to read.
 
         Args:
-            tensors: all that it is given.
-            sizes: of these.
+            tensors: all that it is given, and all that its modules have.
+            sizes: of what it is given.
 
         Returns:
-            None if that is not known.
+            The truths, and the sizes with the numbers after them; None if that is not known.
         """
         truths: Truths = ()
         self._read = truths
         while truths in self._next:
-            truth = self._next[truths]
-            if truth is None:
-                return truths
-            numbers = truth.numbers(sizes)
+            one = self._next[truths]
+            if one is None:
+                return truths, sizes
+            numbers = one.numbers(sizes)
             if numbers is None:
                 return None
             try:
                 with looking(), torch.no_grad():
-                    truths = *truths, bool(read(truth.form, tensors, iter(numbers)))
+                    said, more = one.first.told(read(one.first.form, tensors, iter(numbers)))
             except Exception:  # of the functions: the model may do otherwise with such inputs
                 self._unread = True
                 return None
+            truths, sizes = (*truths, said), (*sizes, *more)
             self._read = truths
         return None
 
-    def learn(self, asked: Sequence[tuple[InputRead, bool]], sizes: Sizes) -> Truths | None:
+    def learn(
+        self, asked: Sequence[tuple[InputRead, Any]], sizes: Sizes
+    ) -> tuple[Truths, Sizes] | None:
         """A call was traced.
 
         Args:
@@ -68,22 +80,25 @@ class InputTruths:
             sizes: of its inputs.
 
         Returns:
-            The truths; None if something else decides what is read, or calls differ too much.
+            The same; None if something else decides what is read, or calls differ too much.
         """
         truths: Truths = ()
         before, self._read = self._read, ()
-        for one, found in asked:
+        most = len(sizes) + _MOST_NUMBERS
+        for one, value in asked:
             if truths not in self._next:
-                self._next[truths] = _Truth(one, sizes)
-            truth = self._next[truths]
-            if truth is None or not truth.takes(one, sizes):
+                self._next[truths] = _ValueRead(one, sizes)
+            known = self._next[truths]
+            if known is None or not known.takes(one, sizes):
                 return None
-            truths = *truths, found
-        if self._next.setdefault(truths, None) is not None:
+            said, more = one.told(value)
+            truths, sizes = (*truths, said), (*sizes, *more)
+        if self._next.setdefault(truths, None) is not None or len(sizes) > most:
             return None
         if self._unread or truths[: len(before)] != before:  # what was read is not what it reads
             return None
-        return truths if list(self._next.values()).count(None) <= _MOST_WAYS else None
+        few = list(self._next.values()).count(None) <= _MOST_WAYS
+        return (truths, sizes) if few else None
 
     def like(self, other: InputTruths) -> bool:
         """Whether calls of another state read the same, as far as both are known."""
@@ -91,22 +106,21 @@ class InputTruths:
         return all(_alike(self._next[truths], other._next[truths]) for truths in common)
 
 
-class _Truth:
-    """One truth, for inputs of any sizes.
+class _ValueRead:
+    """One truth, or whole numbers, for inputs of any sizes.
 
     Attributes:
-        form: the functions that give it.
+        first: how the first call read it.
     """
 
     def __init__(self, first: InputRead, sizes: Sizes) -> None:
-        self.form = first.form
-        self._first = first
+        self.first = first
         self._by_sizes = {sizes: first.numbers}
         self._rules = [rules_of(n, sizes) | {("same", n)} for n in first.numbers]
 
     def takes(self, other: InputRead, sizes: Sizes) -> bool:
         """Whether another call has read the same, with whole numbers that may follow its sizes."""
-        if not self._first.is_like(other):
+        if not self.first.is_like(other):
             return False
         if sizes in self._by_sizes:
             return self._by_sizes[sizes] == other.numbers
@@ -119,10 +133,10 @@ class _Truth:
         self._by_sizes[sizes] = other.numbers
         return True
 
-    def like(self, other: _Truth) -> bool:
+    def like(self, other: _ValueRead) -> bool:
         """Whether it is the same as another one, as far as both are known."""
         pairs = zip(self._rules, other._rules, strict=True)
-        return self._first.is_like(other._first) and all(one & two for one, two in pairs)
+        return self.first.is_like(other.first) and all(one & two for one, two in pairs)
 
     def numbers(self, sizes: Sizes) -> Sequence[int] | None:
         """The whole numbers in it; None if the rules that they have kept to do not agree."""
@@ -138,5 +152,5 @@ class _Truth:
         return found
 
 
-def _alike(one: _Truth | None, two: _Truth | None) -> bool:
+def _alike(one: _ValueRead | None, two: _ValueRead | None) -> bool:
     return one is two is None or (one is not None and two is not None and one.like(two))

@@ -18,8 +18,9 @@ from fmapkit.instrumentation import computes_weights, hooks_on
 from fmapkit.paths import KnownPaths, Sizes
 from fmapkit.provenance import ChannelLabel, Label, ParamLabel
 from fmapkit.replay.attribute_guard import AttributeGuard
-from fmapkit.replay.input_truths import InputTruths
+from fmapkit.replay.input_truths import InputTruths, Truths
 from fmapkit.replay.kept_state import KeptState
+from fmapkit.replay.own_tensors import OwnTensors
 from fmapkit.replay.plan import Plan, alike
 from fmapkit.torchlib.compiled_modules import is_compiled
 from fmapkit.torchlib.tensor_spec import form_of, weights_of
@@ -45,15 +46,19 @@ class ReplayRegion:
     Attributes:
         form: tells dtype and layout of its weights.
         kept: where its calls keep tensors that later ones may read.
+        own: the tensors that its modules have.
     """
 
-    __slots__ = ("_attributes", "_filling", "_kept_forms", "_known", "_truths", "form", "kept")
+    __slots__ = (
+        *("_attributes", "_filling", "_kept_forms", "_known", "_truths", "form", "kept", "own"),
+    )
 
     def __init__(self, module: nn.Module) -> None:
         self._known: dict[tuple[Any, int], KnownPaths[Plan]] = {}
         self._truths: dict[tuple[Any, int], InputTruths] = {}
         self.form = weights_of(module)
         self.kept = KeptState(module)
+        self.own = OwnTensors(module)
         self._kept_forms: set[Any] = set()
         self._filling: set[Any] = set()
         self._attributes = AttributeGuard(module)
@@ -98,10 +103,23 @@ class ReplayRegion:
         """What calls of a form read of their inputs; None if there was none yet."""
         return self._truths.get((form, state))
 
+    def read(
+        self, reads: InputTruths | None, tensors: list[Tensor], sizes: Sizes
+    ) -> tuple[Truths | None, Sizes]:
+        """What a call is about to read, and the sizes with the numbers that it will.
+
+        The truths are None where nobody knows what it reads.
+        """
+        if reads is None:
+            return None, sizes
+        if reads.nothing:
+            return (), sizes
+        return reads.of(self.own.after(tensors), sizes) or (None, sizes)
+
     def kind(
-        self, form: Any, state: int, asked: Sequence[tuple[InputRead, bool]], sizes: Sizes
-    ) -> Any:
-        """The kind of a call that was traced.
+        self, form: Any, state: int, asked: Sequence[tuple[InputRead, Any]], sizes: Sizes
+    ) -> tuple[Any, Sizes]:
+        """The kind of a call that was traced, and the sizes with the numbers that it has read.
 
         Args:
             form: of the call.
@@ -110,10 +128,10 @@ class ReplayRegion:
             sizes: of these.
 
         Returns:
-            None if calls of this form read other things, and nothing tells which.
+            No kind if calls of this form read other things, and nothing tells which.
         """
-        truths = self._truths.setdefault((form, state), InputTruths()).learn(asked, sizes)
-        return None if truths is None else (form, truths)
+        known = self._truths.setdefault((form, state), InputTruths()).learn(asked, sizes)
+        return (None, sizes) if known is None else ((form, known[0]), known[1])
 
     def known(self, kind: Any, state: int) -> KnownPaths[Plan] | None:
         """The paths of a kind of call; None if there was none yet."""

@@ -89,6 +89,7 @@ class Recorder:
         frame = tracer.enter(module, args, kwargs)
         frame.position = position
         frame.counts = Counter(record.counts)
+        frame.own = self._regions.of(module).own.noted()
         fill = fill_of(module, self._paths.twins.functions())
         self._live.recording = Recording(
             module, frame, form, state, sizes, inputs, seen, alone, fill
@@ -200,20 +201,21 @@ class Recorder:
         _copy_what_is_used_again(tracer, frame, [*arguments, *tensors_in(output)])
         plan = make_plan(tracer, frame, output, recording.inputs, arguments)
         region = self._regions.of(module)
-        sizes, asked = recording.sizes, tracer.trace.asked
-        kind = region.kind(recording.form, recording.state, asked, sizes)
+        asked = tracer.trace.asked
+        kind, sizes = region.kind(recording.form, recording.state, asked, recording.sizes)
         state = None if kind is None else region.state_of(items, kind, recording.state, sizes)
         if state is None:
             self._open(module, *region.differing(items, kind, sizes))
             return
         known = region.paths(kind, state)
-        region.kind(recording.form, state, asked, sizes)  # where the number of the state changed
-        if known.wavers(items, recording.sizes):
-            self._open(module, *known.leaves_at(items, recording.sizes)[1])
+        # Where the number of the state has changed.
+        region.kind(recording.form, state, asked, recording.sizes)
+        if known.wavers(items, sizes):
+            self._open(module, *known.leaves_at(items, sizes)[1])
             return
         self._paths.twins.tap(plan.sites)
         moments = [(at - frame.position, m) for at, m in tracer.trace.moments]
-        plan = known.learn(items, recording.sizes, plan, moments)
+        plan = known.learn(items, sizes, plan, moments)
         if known.never_repeats:  # to learn costs more than to watch; its parts may be learned
             self._open(module)
             return

@@ -57,7 +57,8 @@ class _Taken:
         modes: that it ran in.
         given: see `plain_spec`.
         known: the paths of its kind.
-        sizes: of its inputs.
+        given_sizes: of its inputs.
+        sizes: the same, with the numbers that it has read.
         plan: by which it is read.
         items: of the path that it is taken to take; None if their numbers were not known.
         reads: what calls of its form read of their inputs.
@@ -69,6 +70,7 @@ class _Taken:
     modes: Any
     given: Any
     known: KnownPaths[Plan]
+    given_sizes: Sizes
     sizes: Sizes
     plan: Plan
     items: list[Any] | None
@@ -77,9 +79,10 @@ class _Taken:
 
     def reads_the_same(self, args: Any, kwargs: Any) -> bool:
         """Whether another call, which is given the like, will read the same of it."""
-        if self.reads is None or not self.truths:
+        if not self.truths:
             return True
-        return self.reads.of(tensors_in(*args, kwargs), self.sizes) == self.truths
+        read = self.region.read(self.reads, tensors_in(*args, kwargs), self.given_sizes)
+        return read == (self.truths, self.sizes)
 
 
 class RegionCalls:
@@ -150,7 +153,8 @@ class RegionCalls:
         if others_watch():  # and sees our looks, too, of which there are more in a traced pass
             return self._recorder.enter(module, None, 0, *asked) or given
         reads = region.truths(form, state)
-        truths = reads.of(tensors, sizes) if reads is not None else None
+        given_sizes = sizes
+        truths, sizes = region.read(reads, tensors, sizes)
         known = region.known((form, truths), state)
         plan = known.plan(sizes) if known is not None else None
         if known is None or plan is None:
@@ -160,7 +164,7 @@ class RegionCalls:
         items = known.items(sizes)
         alone = tracer is None and not region.kept
         spec = plain_spec(args, kwargs) if alone else None
-        told = region, state, modes, spec, known, sizes, plan, items, reads, truths
+        told = region, state, modes, spec, known, given_sizes, sizes, plan, items, reads, truths
         self._taking = _Taken(*told)
         self._start(module, plan, args, kwargs, inputs, self._paths.expect(items))
         return given

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class Frame:
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
         *("in_place", "kept", "tag", "a", "watched", "inner", "pointwise", "ran", "unseen"),
-        *("counts", "firing", "given", "position", "replaced", "site", "turns", "writes"),
+        *("counts", "firing", "given", "own", "position", "replaced", "site", "turns", "writes"),
     )
 
     def __init__(
@@ -68,6 +69,7 @@ class Frame:
         self.position = 0  # how many decisions of the pass had been taken
         self.writes = writes  # how many writes to memory there had been
         self.given = given  # all tensors in its arguments as it began, where a region is learned
+        self.own: list[Callable[[], Any]] = []  # the same of tensors that its modules have
         # How often each function was given a weight, by the layer that made that.
         self.turns: Counter[tuple[str, str | None]] | None = None
         self.site: EditSite | None = None  # something to edit

@@ -1,7 +1,8 @@
-"""Truths that a model reads of what it is given: `if mask.all()`.
+"""Truths and whole numbers that a model reads of what it is given, or has: `if mask.all()`.
 
-Most branches on data, in models that people use, ask whether a mask has padding. Such a truth is
-a few functions away from the inputs of a call. So it can be read before the call, by the same
+Most branches on data, in models that people use, ask whether a mask has padding, whether a buffer
+was initialized, or how long the longest text is. Such a value is a few functions away from the
+inputs of a call and from the model's own tensors. So it can be read before the call, by the same
 functions, and the call's path is known beforehand. Here the functions are noted as they run.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,6 +39,9 @@ _CHEAP = words(
 # Give a truth to Python; and the same of a tensor that is one.
 _TRUTHS = {"__bool__", "__contains__", "is_nonzero", "equal", "allclose"}
 _NUMBERS = {"item", "__int__", "__index__", "__float__"}
+# Give whole numbers to Python, of tensors of these dtypes.
+_WHOLE = {"item", "tolist", "__int__", "__index__"}
+_WHOLE_DTYPES = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _PLAIN = frozenset(
     {bool, float, str, type(None), type(...), torch.dtype, torch.device, torch.layout}
 ) | {torch.memory_format}
@@ -47,7 +51,7 @@ _MOST_FUNCTIONS = 12
 
 
 class _Input(NamedTuple):
-    """A tensor that the call is given, by its place among all of them."""
+    """A tensor that the call is given, or that its module has, by its place among all of them."""
 
     place: int
 
@@ -72,19 +76,28 @@ _NUMBER = object()  # a whole number, which may follow the sizes of the inputs
 
 @dataclass(frozen=True, slots=True)
 class InputRead:
-    """A truth, as a function of what a call is given.
+    """A truth, or whole numbers, as a function of what a call is given, and of what it has.
 
     Attributes:
         form: the functions, without their whole numbers.
         numbers: these, in order.
+        whole: it gives whole numbers.
     """
 
     form: Any
     numbers: tuple[int, ...]
+    whole: bool
 
     def is_like(self, other: InputRead) -> bool:
         """Whether it is the same but for whole numbers."""
-        return bool(self.form == other.form) and len(self.numbers) == len(other.numbers)
+        alike = len(self.numbers) == len(other.numbers) and self.whole is other.whole
+        return alike and bool(self.form == other.form)
+
+    def told(self, value: Any) -> tuple[Any, tuple[int, ...]]:
+        """What a value that was read says: a truth, or of what form it is; and its numbers."""
+        if not self.whole:
+            return bool(value), ()
+        return (_form_of(value), tuple(_flat(value))) if type(value) is list else (None, (value,))
 
 
 def read(form: Any, tensors: Sequence[Tensor], numbers: Iterator[int]) -> Any:
@@ -105,6 +118,19 @@ def read(form: Any, tensors: Sequence[Tensor], numbers: Iterator[int]) -> Any:
         items = [read(value, tensors, numbers) for value in form.items]
         return slice(*items) if form.kind is slice else form.kind(items)
     return next(numbers) if form is _NUMBER else form
+
+
+def _form_of(value: Any) -> Any:
+    """How many numbers there are, in a list, or in lists in it."""
+    return (list, *map(_form_of, value)) if type(value) is list else None
+
+
+def _flat(value: Any) -> Iterator[int]:
+    if type(value) is list:
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value
 
 
 class _MadeTensor(NamedTuple):
@@ -170,7 +196,7 @@ class MadeTensors:
     def of_inputs(
         self, known: Function, function: Any, args: Any, kwargs: Any, frame: Frame
     ) -> InputRead | None:
-        """A truth that is about to be read, as a function of what a running call was given.
+        """What is about to be read, as a function of what a running call was given, and has.
 
         Args:
             known: what the function is that reads it.
@@ -180,17 +206,20 @@ class MadeTensors:
             frame: of the call.
 
         Returns:
-            None if it is no truth, or comes from elsewhere, too, or from too far away.
+            None if it is neither truth nor whole, or comes from elsewhere, too, or from far away.
         """
+        whole = False
         if known.name not in _TRUTHS:
-            if known.name not in _NUMBERS or args[0].dtype is not torch.bool:
+            dtype = args[0].dtype
+            whole = known.name in _WHOLE and dtype in _WHOLE_DTYPES
+            if not whole and (known.name not in _NUMBERS or dtype is not torch.bool):
                 return None
         writer = _FormWriter(frame, self._aliases.written_since(frame.writes))
         try:
             form = writer.call(function, *self._given(args, kwargs))
         except _NotOfInputsError:
             return None
-        return InputRead(form, tuple(writer.numbers))
+        return InputRead(form, tuple(writer.numbers), whole)
 
     def _given(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
         """What a function is given, without the tensors themselves."""
@@ -221,7 +250,7 @@ class _FormWriter:
 
     def __init__(self, frame: Frame, written: set[int]) -> None:
         self._writes = frame.writes
-        self._places = _places_of(frame.given, written)
+        self._places = _places_of(frame.given, frame.own, written)
         self._knows_floats = not _has_float((frame.args, frame.kwargs))
         self._left = _MOST_FUNCTIONS
         self.numbers: list[int] = []
@@ -254,19 +283,23 @@ class _FormWriter:
         return self.call(value.made.function, value.made.args, value.made.kwargs)
 
 
-def _places_of(given: list[weakref.ref[Tensor]], written: set[int]) -> dict[int, int]:
-    """Where each tensor is among those that a call is given, by its id.
+def _places_of(
+    given: list[weakref.ref[Tensor]], own: list[Callable[[], Any]], written: set[int]
+) -> dict[int, int]:
+    """Where each tensor is among those that a call is given, or has, by its id.
 
     One that is given twice has no place: the next call may be given two. Nor has one if another of
-    its kind was written to: in the next call, the two may share memory.
+    its kind, that is given, was written to: in the next call, the two may share memory.
 
     Args:
         given: those tensors.
+        own: those of the module that is called.
         written: the storages that the call has written to.
     """
     tensors = [one() for one in given]
-    times = Counter(map(id, tensors))
     rewritten = [t for t in tensors if written and t is not None and storage_of(t) in written]
+    tensors += [one() for one in own]
+    times = Counter(map(id, tensors))
     found: dict[int, int] = {}
     for place, tensor in enumerate(tensors):
         if tensor is not None and type(tensor) in _TENSORS and times[id(tensor)] == 1:

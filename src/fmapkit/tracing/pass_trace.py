@@ -62,7 +62,7 @@ class PassTrace:
         self.labels = record.labels
         self.frames: list[Frame] = []
         self.learning = self.opaque = 0
-        self.asked: list[tuple[InputRead, bool]] = []
+        self.asked: list[tuple[InputRead, Any]] = []
         self._outside = 0  # how many calls are around the region that is recorded
         self.paused = self.edited = False
         self.deciding: set[nn.Module] = set()

@@ -190,9 +190,9 @@ class Tracer(ObserverMode):
             with self._looking():
                 read = self.reads.before(known, func, types, args, kwargs)
             if read is not None:
-                truth = func(*args, **kwargs)
-                trace.asked.append((read, bool(truth)))
-                return truth
+                value = func(*args, **kwargs)
+                trace.asked.append((read, value))
+                return value
         if known.silent or trace.paused or self.failed or graph_task() != -1:
             return func(*args, **kwargs)
         if known.opened is not None:
