@@ -150,7 +150,8 @@ class ReplayRegion:
             return state if len(others) < _MOST_STATES else None
         others = {s: p for s, p in others.items() if self._attributes.knows(s)}
         same = [s for s, p in others.items() if p.has(items, sizes) and self._like(kind, s, state)]
-        if len(same) < len(others):
+        annealed = bool(same) and self._attributes.differ_in_floats(same[0], state)
+        if len(same) < len(others) and not annealed:
             return state if len(others) < _MOST_STATES else None
         if same:
             self._forget()
