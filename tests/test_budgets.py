@@ -89,7 +89,7 @@ def operators(model: nn.Module, given: Tensor) -> Counter[str]:
 
 
 # What a twin calls at a decision (see `paths/recorders.py`).
-RECORDERS = ("enter", "current", "value", "picked", "keyed", "called", "caught")
+RECORDERS = ("enter", "current", "value", "handed", "picked", "keyed", "called", "caught")
 
 
 def hooks(model: nn.Module) -> int:

@@ -78,17 +78,18 @@ class Inserting:
             how: by which recorder: "value", or another where Python goes through it or picks.
             first: what else that is given.
         """
-        hands_on = how in ("value", "unpacked")
+        hands_on = how in ("value", "unpacked", "handed")
         each = "value" if hands_on else "index" if how == "index" else "exact"
+        of = first if each == "index" else ()
         if isinstance(node, ast.Constant | ast.Lambda | ast.GeneratorExp):
             return node
         if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):
             return node
         if isinstance(node, ast.Tuple | ast.List):
-            node.elts = [self._value(e, each, *first) for e in node.elts]
+            node.elts = [self._value(e, each, *of) for e in node.elts]
             return node
         if isinstance(node, ast.Dict):
-            node.values = [self._value(v, each, *first) for v in node.values]
+            node.values = [self._value(v, each, *of) for v in node.values]
             return node
         if isinstance(node, ast.Slice):
             for part in ("lower", "upper", "step"):

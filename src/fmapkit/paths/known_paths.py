@@ -25,7 +25,7 @@ from fmapkit.paths.number_rules import (
     sort_of,
 )
 
-__all__ = ["Expected", "KnownPaths", "Sizes"]
+__all__ = ["Expected", "KnownPaths", "Sizes", "same_but_for_numbers"]
 
 _Plan = TypeVar("_Plan")
 
@@ -361,6 +361,11 @@ def _numbers(items: Sequence[Any], place: tuple[int, ...] = ()) -> Iterator[tupl
             yield (*place, at)
         elif type(item) is tuple:
             yield from _numbers(item, (*place, at))
+
+
+def same_but_for_numbers(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two paths differ in whole numbers alone, if at all."""
+    return _differences(one, other) is not None
 
 
 def _differences(

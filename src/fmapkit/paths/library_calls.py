@@ -18,7 +18,21 @@ from typing import Any
 
 from fmapkit.paths.syntax import dotted
 
-__all__ = ["calls_back", "gives_all", "goes_through", "object_named", "takes_all"]
+__all__ = [
+    *("HARMLESS", "PICK", "TAKE_ALL"),
+    *("calls_back", "gives_all", "goes_through", "object_named", "takes_all"),
+]
+
+# Builtins whose arguments need no look: what they return is looked at where it is used.
+HARMLESS = {
+    *("abs", "all", "any", "bool", "callable", "float", "hasattr", "id", "int", "isinstance"),
+    *("issubclass", "iter", "len", "list", "print", "repr", "reversed", "round", "set", "str"),
+    *("sum", "super", "tuple", "type"),
+}
+# Those that use all elements of what they are given.
+TAKE_ALL = {"all", "any", "frozenset", "list", "set", "sum", "tuple"}
+# Those that pick one of what they are given; a number that they pick is looked at where it is used.
+PICK = {"max", "min"}
 
 # Homes of functions that go through all that they are given.
 _HOMES = {"collections", "heapq", "itertools", "operator"}

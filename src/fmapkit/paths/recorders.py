@@ -6,6 +6,7 @@ Recorders run in whatever thread runs a twin. They write only where that thread 
 from __future__ import annotations
 
 import builtins
+import math
 import sys
 import types
 from collections import deque
@@ -13,7 +14,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import Function
 
 from fmapkit.paths.elements import contents_of, item_of_elements, keys_of, picks_by_index
 from fmapkit.paths.items import (
@@ -28,6 +30,7 @@ from fmapkit.paths.items import (
     other_callable,
 )
 from fmapkit.paths.sinks import append_of, ident
+from fmapkit.paths.torch_calls import FLOATS_ARE_IDLE, ONLY_ZERO_DECIDES
 from fmapkit.torchlib.fused_paths import instead_of
 
 __all__ = ["RECORDERS", "taps", "twins"]
@@ -38,6 +41,12 @@ _FUNCTION = types.FunctionType
 _BUILTIN = types.BuiltinFunctionType
 twins: set[int] = set()  # the code that calls us, told by its identity: it is kept
 _ROWS = frozenset((list, tuple, str, bytes))
+_WRAPPED = (staticmethod, classmethod)
+_FLOATS = frozenset((float, np.float64, np.float32, np.float16))
+_BEGIN = frozenset((f"{MARK}enter", f"{MARK}current"))
+_CALL = nn.Module.__call__
+_APPLY = Function.__dict__["apply"].__func__
+_bases_of: Callable[[type], Any] = type.__dict__["__mro__"].__get__
 _NOTHING: Callable[[Any], None] = deque(maxlen=0).append
 # Methods of containers that are given a place in them, or a key.
 _BY_PLACE = frozenset(
@@ -135,6 +144,80 @@ def indexed(append: Callable[[Any], None], of: Any) -> Any:
     if kind is Tensor or append is _NOTHING or not picks_by_index(kind) or kind is np.ndarray:
         return of
     return _Indexed(append, of)
+
+
+def handed(append: Callable[[Any], None], to: Any, name: str | None, given: _T) -> _T:
+    """A value becomes an argument of what may record itself what it decides by that.
+
+    So it is with floats that are annealed: they are another one in each pass, and decide nothing.
+
+    Args:
+        append: what items are given to.
+        to: what is called, or what has that as an attribute; None for a function of torch's.
+        name: of this, or of the attribute; None if `to` is called itself.
+        given: the argument.
+    """
+    kind = type(given)
+    if kind in PLAIN:
+        append(given)
+    elif kind not in _FLOATS:
+        return given if kind is Tensor else value(append, given)
+    elif append is not _NOTHING:
+        if to is None or type(to) is Tensor:
+            idle = name in FLOATS_ARE_IDLE or (name in ONLY_ZERO_DECIDES and given != 0)
+        else:
+            idle = _records(_function_at(to, name))
+        append(kind if idle else (ITEM_OF.get(kind) or item_of_class(kind))(given))
+    return given
+
+
+def put(append: Callable[[Any], None], to: Any, given: _T) -> _T:
+    """A value becomes an attribute of a name that torch's own modules decide by."""
+    return value(append, given) if issubclass(type(to), nn.Module) else given
+
+
+def _records(function: Any) -> bool:
+    """Whether a function runs a twin that looks at what it decides by, or makes numbers alone."""
+    if type(function) is _BUILTIN:
+        return function.__self__ is math
+    code = function.__code__ if type(function) is _FUNCTION else None
+    return code is not None and id(code) in twins and not _BEGIN.isdisjoint(code.co_names)
+
+
+def _function_at(to: Any, name: str | None) -> Any:
+    """The function of Python's that a call runs, if no code has to run to find it."""
+    kind = type(to)
+    if issubclass(kind, nn.Module):
+        if kind.__getattribute__ is not object.__getattribute__:
+            return None
+        own = object.__getattribute__(to, "__dict__")
+        if name is None:
+            return _forward_of(to)
+        child = own["_modules"].get(name)
+        return _forward_of(child) if child is not None else own.get(name) or _in_class(kind, name)
+    if name is None:
+        return to
+    if kind is types.ModuleType:
+        return vars(to).get(name)
+    if kind is type(Function) and name == "apply":
+        return _in_class(to, "forward") if _in_class(to, name) is _APPLY else None
+    return _in_class(to, name) if kind is type else None
+
+
+def _forward_of(module: nn.Module) -> Any:
+    """The forward that a call of a module runs, if that is its class's own."""
+    kind = type(module)
+    if kind.__getattribute__ is not object.__getattribute__ or kind.__call__ is not _CALL:
+        return None
+    return None if "forward" in module.__dict__ else _in_class(kind, "forward")
+
+
+def _in_class(kind: type, name: str) -> Any:
+    for base in _bases_of(kind):
+        if name in base.__dict__:
+            found = base.__dict__[name]
+            return found.__func__ if type(found) in _WRAPPED else found
+    return None
 
 
 def elements(append: Callable[[Any], None], given: _T) -> _T:
@@ -296,6 +379,8 @@ RECORDERS: dict[str, Any] = {
         exact,
         index,
         indexed,
+        handed,
+        put,
         elements,
         unpacked,
         keys,
@@ -339,6 +424,8 @@ _traced_as(value, lambda append, given: given)
 _traced_as(index, lambda append, of, given: given)
 _traced_as(exact, lambda append, given: given)
 _traced_as(indexed, lambda append, of: of)
+_traced_as(handed, lambda append, to, name, given: given)
+_traced_as(put, lambda append, to, given: given)
 _traced_as(elements, lambda append, given: given)
 _traced_as(unpacked, lambda append, given: given)
 _traced_as(keys, lambda append, given: given)

@@ -19,7 +19,14 @@ from typing import Any, TypeGuard, TypeVar
 from fmapkit.paths.fixed_attributes import OF_TORCHS
 from fmapkit.paths.inserting import APPEND
 from fmapkit.paths.kept_numbers import PUT, writes_out
-from fmapkit.paths.library_calls import gives_all, object_named, takes_all
+from fmapkit.paths.library_calls import (
+    HARMLESS,
+    PICK,
+    TAKE_ALL,
+    gives_all,
+    object_named,
+    takes_all,
+)
 from fmapkit.paths.picking import PYTHON_GOES_BY, Picking, returned_by
 from fmapkit.paths.syntax import (
     first_argument,
@@ -29,21 +36,11 @@ from fmapkit.paths.syntax import (
     rows_bound,
     torch_name,
 )
-from fmapkit.paths.torch_calls import handed, recorded
+from fmapkit.paths.torch_calls import FLOATS_ARE_IDLE, ONLY_ZERO_DECIDES, handed, recorded
 
 __all__ = ["Rewriter"]
 
 _Node = TypeVar("_Node", bound=ast.AST)
-# Builtins whose arguments need no look: what they return is looked at where it is used.
-_HARMLESS = {
-    *("abs", "all", "any", "bool", "callable", "float", "hasattr", "id", "int", "isinstance"),
-    *("issubclass", "iter", "len", "list", "print", "repr", "reversed", "round", "set", "str"),
-    *("sum", "super", "tuple", "type"),
-}
-# Those that use all elements of what they are given.
-_TAKE_ALL = {"all", "any", "frozenset", "list", "set", "sum", "tuple"}
-# Those that pick one of what they are given; a number that they pick is looked at where it is used.
-_PICK = {"max", "min"}
 # Functions of torch's whose plain arguments decide neither what runs nor whose filters come out.
 _PLAIN_ARGUMENTS_ARE_IDLE = {
     *("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"),
@@ -146,9 +143,13 @@ class Rewriter(Picking, ast.NodeTransformer):
         """An attribute that torch's own code decides by may get another value in a pass."""
         self.generic_visit(node)
         targets = [t for target in node.targets for t in ast.walk(target)]
-        if any(isinstance(t, ast.Attribute) and t.attr in OF_TORCHS for t in targets):
-            return ast.copy_location(ast.Assign(node.targets, self._value(node.value)), node)
-        return node
+        put = [t for t in targets if isinstance(t, ast.Attribute) and t.attr in OF_TORCHS]
+        if put == node.targets and isinstance(put[0].value, ast.Name):
+            owner = ast.Name(put[0].value.id, ast.Load())
+            value = self._value(node.value, "put", owner)
+        else:
+            value = self._value(node.value) if put else node.value
+        return ast.copy_location(ast.Assign(node.targets, value), node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
         """The same of `+=` and its kin; and what they stand for is what it is without `=`."""
@@ -285,7 +286,7 @@ class Rewriter(Picking, ast.NodeTransformer):
         builtin = self._builtin(function)
         found = self._object_named(function)
         how = self._goes_through(node, found)
-        if builtin in _TAKE_ALL or builtin in _PICK or (how is None and takes_all(function, found)):
+        if builtin in TAKE_ALL or builtin in PICK or (how is None and takes_all(function, found)):
             self._idle.update(a for a in node.args if _is_idle(a, builtin))
         self._given.update(a for a in node.args if isinstance(a, ast.Lambda))
         self._given.update(k.value for k in node.keywords if isinstance(k.value, ast.Lambda))
@@ -293,9 +294,9 @@ class Rewriter(Picking, ast.NodeTransformer):
         plain = all(map(self._is_plain, node.args[:1]))
         self.generic_visit(node)
         self._hand_on(node, found)
-        if builtin in _HARMLESS or node in self._idle:
+        if builtin in HARMLESS or node in self._idle:
             return node
-        if builtin in _PICK:
+        if builtin in PICK:
             node.args = [self._picked(a) for a in node.args]
             return node
         idle = of_torch is not None and of_torch[0][of_torch[1]].__name__
@@ -303,16 +304,29 @@ class Rewriter(Picking, ast.NodeTransformer):
         kept = puts or writes_out(function, self._names, self._local)
         if idle not in _PLAIN_ARGUMENTS_ARE_IDLE and not kept:
             # What a module of the model is given first is its input.
-            first = node.args[:1] if fixed and _is_name(node.args) else []
+            first = node.args[: fixed and _is_name(node.args)]
             rest = node.args[len(first) :]
-            node.args = [*first, *(self._value(a, how or "value") for a in rest)]
-            for keyword in node.keywords:
-                self._looked_at(keyword, "value", how="value" if keyword.arg else "unpacked")
+            node.args = [*first, *(self._argument(a, how, function, builtin, idle) for a in rest)]
+            for key in node.keywords:
+                to = None if key.arg else "unpacked"
+                key.value = self._argument(key.value, to, function, builtin, idle)
         callee = node.func
         if not fixed and of_torch is None and builtin is None:
             callee = self._callee(callee, "called" if plain else "chosen")
         node.func = handed(node, callee, self._place.rpartition(":")[0], self._tapped)
         return node
+
+    def _argument(
+        self, node: ast.expr, how: str | None, to: ast.expr, builtin: str | None, torchs: Any
+    ) -> ast.expr:
+        """An argument of a call, looked at; a float by what is called, if that is easily told."""
+        owner = to.value if isinstance(to, ast.Attribute) else to
+        if how is None and (torchs in FLOATS_ARE_IDLE or torchs in ONLY_ZERO_DECIDES):
+            return self._value(node, "handed", ast.Constant(None), ast.Constant(torchs))
+        if not (how or builtin or torchs) and isinstance(owner, ast.Name):
+            at = ast.Name(owner.id, ast.Load()), ast.Constant(getattr(to, "attr", None))
+            return self._value(node, "handed", *at)
+        return self._value(node, how or "value")
 
     def _callee(self, function: ast.expr, how: str) -> ast.expr:
         """What is called, looked at; a tensor's method is what its name says."""
@@ -391,7 +405,7 @@ def _is_idle(node: ast.expr, builtin: str | None) -> bool:
     """Whether what a call is given is a generator whose elements need no look."""
     if not isinstance(node, ast.GeneratorExp):
         return False
-    return builtin not in _PICK or not isinstance(node.elt, ast.Tuple)
+    return builtin not in PICK or not isinstance(node.elt, ast.Tuple)
 
 
 def _is_name(arguments: list[ast.expr]) -> bool:

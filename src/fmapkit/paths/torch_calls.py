@@ -13,7 +13,24 @@ from fmapkit.paths.items import MARK
 from fmapkit.paths.syntax import position_of, site_at
 from fmapkit.torchlib.fused_paths import FUSING_CALLS
 
-__all__ = ["TorchRewriter", "handed", "recorded"]
+__all__ = ["FLOATS_ARE_IDLE", "ONLY_ZERO_DECIDES", "TorchRewriter", "handed", "recorded"]
+
+# Functions of torch's of which floats decide neither what runs, nor whose filters come out, nor how
+# large anything is.
+FLOATS_ARE_IDLE = {
+    *("add", "add_", "sub", "sub_", "mul", "mul_", "multiply", "div", "div_", "true_divide"),
+    *("lerp", "lerp_", "addcmul", "addcmul_", "addcdiv", "addcdiv_", "gumbel_softmax"),
+    *("leaky_relu", "leaky_relu_", "elu", "elu_", "celu", "celu_", "rrelu", "rrelu_", "softplus"),
+    *("hardtanh", "hardtanh_", "threshold", "threshold_", "softshrink", "hardshrink"),
+    *("normal_", "uniform_", "cross_entropy", "smooth_l1_loss", "huber_loss"),
+}
+# The same, but for zero: `clamp` is a nonlinearity there, and `dropout` gives its input back.
+ONLY_ZERO_DECIDES = {
+    *("clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "clip", "clip_"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"),
+    *("feature_alpha_dropout", "scaled_dot_product_attention", "masked_fill", "masked_fill_"),
+    *("gt", "lt", "ge", "le", "eq", "ne", "where"),
+}
 
 
 class TorchRewriter(ast.NodeTransformer):

@@ -7,6 +7,7 @@ ReplayRegions         regions.py      which modules are replayed as a whole; kin
 fill_of               caches.py      how much is in the caches that a call may fill
 KeptState             kept_state.py  the form of what is kept of earlier passes (escapes.py)
 InputTruths           input_truths.py  what calls read of their inputs, known before them
+Probation             probation.py   modules that left their path, until they take one for long
 AttributeGuard        attribute_guard.py  plain attributes, compared before each call
 ModelGuard            model_guard.py  is the model the one that was traced?
 ReplayRun             run.py          one call: what it notes is compared with the plan

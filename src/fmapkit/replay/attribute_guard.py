@@ -11,6 +11,7 @@ import functools
 import itertools
 import operator
 import types
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -92,6 +93,26 @@ class AttributeGuard:
         """Whether a number stands for a state that is remembered."""
         return number in self._numbers
 
+    def differ_in_floats(self, one: int, other: int) -> bool:
+        """Whether nothing but floats differs in two states, as where some are annealed.
+
+        Args:
+            one: the number of a state.
+            other: that of another.
+        """
+        before, now = self._two(one, other)
+        for (module, keys), old, new in zip(self._looked_at, before, now, strict=True):
+            if old != new:
+                pairs = zip(old, new, strict=True) if len(keys) > 1 else [(old, new)]
+                if _is_torchs(module) or {type(v) for p in pairs if p[0] != p[1] for v in p} != {
+                    float
+                }:
+                    return False
+        return True
+
+    def _two(self, one: int, other: int) -> Iterator[list[Any]]:
+        return (self._states[self._numbers.index(number)] for number in (one, other))
+
     def look_less(self, one: int, other: int) -> int:
         """Compare no more what differs in two states in which the same path was taken.
 
@@ -106,7 +127,7 @@ class AttributeGuard:
         """
         names: dict[int, list[str]] = {id(m): [] for m in self._modules}
         values: dict[int, Any] = {}
-        before, now = (self._states[self._numbers.index(number)] for number in (one, other))
+        before, now = self._two(one, other)
         for (module, keys), old, new in zip(self._looked_at, before, now, strict=True):
             pairs = zip(keys, old, new, strict=True) if len(keys) > 1 else [(keys[0], old, new)]
             kept = {k: b for k, a, b in pairs if a == b or _is_torchs(module)}

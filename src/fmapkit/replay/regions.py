@@ -22,7 +22,9 @@ from fmapkit.replay.input_truths import InputTruths, Truths
 from fmapkit.replay.kept_state import KeptState
 from fmapkit.replay.own_tensors import OwnTensors
 from fmapkit.replay.plan import Plan, alike
+from fmapkit.replay.probation import Probation
 from fmapkit.torchlib.compiled_modules import is_compiled
+from fmapkit.torchlib.nested import modules_in
 from fmapkit.torchlib.tensor_spec import form_of, weights_of
 from fmapkit.torchlib.transforms import is_shapeless, under_transform
 from fmapkit.tracing import InputRead, Tracer
@@ -166,7 +168,8 @@ class ReplayRegion:
             return state if len(others) < _MOST_STATES else None
         others = {s: p for s, p in others.items() if self._attributes.knows(s)}
         same = [s for s, p in others.items() if p.has(items, sizes) and self._like(kind, s, state)]
-        if len(same) < len(others):
+        annealed = bool(same) and self._attributes.differ_in_floats(same[0], state)
+        if len(same) < len(others) and not annealed:
             return state if len(others) < _MOST_STATES else None
         if same:
             self._forget()
@@ -198,11 +201,13 @@ class ReplayRegions:
         is_ours: tells hooks of this capture from others.
 
     Attributes:
-        direct: modules that a scope has called itself.
+        direct: modules that a scope has called itself, with the scopes; None for one not known.
+        probation: of modules that are traced since they have left their path.
     """
 
     def __init__(self, is_ours: Callable[[Any], bool]) -> None:
-        self.direct: set[nn.Module] = set()
+        self.direct: dict[nn.Module, set[nn.Module | None]] = {}
+        self.probation = Probation()
         self._is_ours = is_ours
         self._opened: set[nn.Module] = set()
         self._static: dict[nn.Module, bool] = {}
@@ -244,17 +249,59 @@ class ReplayRegions:
             found = self._known[module] = ReplayRegion(module)
         return found
 
+    def called(self, module: nn.Module, caller: nn.Module | None) -> None:
+        """A scope calls a module itself."""
+        self.direct.setdefault(module, set()).add(caller)
+
     def open(self, *modules: nn.Module) -> None:
         """From the next pass on, these are traced in every pass; the parts of them are regions."""
+        self.probation.drop(modules)
+        self._open(modules)
+
+    def _open(self, modules: Iterable[nn.Module]) -> None:
         self._opened.update(modules)
         self._static.clear()
         for module in modules:
             self._known.pop(module, None)
-            self.direct.discard(module)
+
+    def strayed(self, region: nn.Module, deciding: Iterable[nn.Module]) -> None:
+        """A region takes several ways: it is traced until it has taken one for long.
+
+        Args:
+            region: it.
+            deciding: the modules in it that decide which.
+        """
+        if self.probation.trusts(modules_in(region)):
+            self._open(self.probation.withdraw())
+        new = {region, *deciding}.difference(self._opened)
+        self.probation.watch(new)
+        self._open(new)
+
+    def end_pass(self, whole: bool) -> bool:
+        """A traced pass has ended.
+
+        Args:
+            whole: all of it was seen.
+
+        Returns:
+            Whether modules that were traced may be replayed from now on.
+        """
+        settled = self.probation.end_pass(whole)
+        if not settled:
+            return False
+        self._opened.difference_update(settled)
+        self._static.clear()
+        for module in filter(self.static, settled):
+            inside = set(modules_in(module))
+            for part in inside.intersection(self.direct).difference([module]):
+                if inside.issuperset(self.direct[part]):  # whom nobody else calls
+                    del self.direct[part]
+        return True
 
     def clear(self) -> None:
         """The model has other modules than it had, or the block has ended."""
         self.direct.clear()
+        self.probation.clear()
         self._opened.clear()
         self._static.clear()
         self._known.clear()

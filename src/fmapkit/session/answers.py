@@ -16,7 +16,10 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from fmapkit.replay import sizes_of
 from fmapkit.session.parts import SessionParts
+from fmapkit.torchlib.nested import tensors_in
+from fmapkit.tracing import Frame, Tracer
 
 __all__ = ["Answer", "AnswerOutside", "AnswerRecording", "AnswerReplaying", "AnswerTracing"]
 
@@ -104,7 +107,8 @@ class AnswerTracing:
         """A call begins: of a region, or of a module whose own code is seen."""
         tracer, regions = self._live.tracer, self._regions
         if (tracer is None or not tracer.lost) and regions.stands_alone(module, args, tracer):
-            regions.direct.add(module)
+            frames = tracer.trace.frames if tracer is not None else None
+            regions.called(module, frames[-1].module if frames else None)
             return self._region_calls.enter(module, args, kwargs)
         return self._traced(module, args, kwargs)
 
@@ -119,6 +123,7 @@ class AnswerTracing:
         parts.installer.on_scopes()  # regions may have become dynamic modules in this very pass
         parts.redistribution.made(module, (args, kwargs))
         frame = tracer.enter(module, args, kwargs)
+        frame.position = parts.paths.position
         live.trace_on()
         return frame.replaced
 
@@ -128,7 +133,23 @@ class AnswerTracing:
         if tracer is None:
             return None
         parts.redistribution.made(module, output)
+        if not failed and self._regions.probation.watches(module):
+            self._ended(module, tracer)
         return tracer.leave(module, None if failed else output)
+
+    def _ended(self, module: nn.Module, tracer: Tracer) -> None:
+        """Note which path a module took that is traced until it has taken one for long."""
+        around: nn.Module | None = None
+        frame: Frame | None = None
+        for one in tracer.trace.frames:
+            if one.module is module:
+                caller, frame = around, one
+            around = one.module
+        if frame is not None:
+            self._regions.called(module, caller)
+            sizes = sizes_of(tensors_in(*frame.args, frame.kwargs), frame.args, frame.kwargs)
+            items = self._parts.paths.since(frame.position)
+            self._regions.probation.called(module, sizes, items)
 
 
 class AnswerRecording(AnswerTracing):

@@ -83,7 +83,8 @@ class HookDispatcher:
                     return None
                 elif live.tracer is None:  # it is a region, and `begin` has looked at the arguments
                     self._shadow.enter(module, args, kwargs)
-                    self._parts.regions.direct.add(module)
+                    if module not in self._parts.regions.direct:
+                        self._parts.regions.called(module, None)
                     return self._parts.region_calls.enter(module, args, kwargs)
             answer = self._answer()
             if answer is not self._outside:

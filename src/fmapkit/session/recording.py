@@ -7,6 +7,7 @@ end of a pass that was traced, or a part of it, is here, too.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -194,6 +195,11 @@ class Recorder:
         self._regions.open(*modules)
         self._installer.scopes_changed()
 
+    def _strayed(self, module: nn.Module, deciding: Iterable[nn.Module]) -> None:
+        """A region takes several ways: these are traced until they have taken one for long."""
+        self._regions.strayed(module, deciding)
+        self._installer.scopes_changed()
+
     def _keep(self, recording: Recording, output: Any, tracer: Tracer, items: list[Any]) -> None:
         """Keep the plan of a call, for others that take its path."""
         module, frame = recording.module, recording.frame
@@ -203,15 +209,18 @@ class Recorder:
         region = self._regions.of(module)
         asked = tracer.trace.asked
         kind, sizes = region.kind(recording.form, recording.state, asked, recording.sizes)
-        state = None if kind is None else region.state_of(items, kind, recording.state, sizes)
+        if kind is None:  # it decides by data
+            self._open(module)
+            return
+        state = region.state_of(items, kind, recording.state, sizes)
         if state is None:
-            self._open(module, *region.differing(items, kind, sizes))
+            self._strayed(module, region.differing(items, kind, sizes))
             return
         known = region.paths(kind, state)
         # Where the number of the state has changed.
         region.kind(recording.form, state, asked, recording.sizes)
         if known.wavers(items, sizes):
-            self._open(module, *known.leaves_at(items, sizes)[1])
+            self._strayed(module, known.leaves_at(items, sizes)[1])
             return
         self._paths.twins.tap(plan.sites)
         moments = [(at - frame.position, m) for at, m in tracer.trace.moments]
@@ -241,7 +250,10 @@ class Recorder:
         _check_held(tracer.trace.record.events)
         for module in tracer.trace.unhooked:
             self._misses.add(self._names.of(module), Reason.CALLED_ON_ITS_OWN.text())
-            self._regions.direct.update(self._model.modules())
+            for called in self._model.modules():
+                self._regions.called(called, None)
+            self._installer.scopes_changed()
+        if self._regions.end_pass(not failed and not tracer.lost and tracer.failed is None):
             self._installer.scopes_changed()
         tracer.end()
 
@@ -250,6 +262,7 @@ class Recorder:
         live = self._live
         live.recording = None
         self._ended.clear()
+        self._regions.end_pass(whole=False)
         live.trace_out()
         if live.tracer is not None:
             live.tracer.end()

@@ -34,7 +34,7 @@ from fmapkit.session.recording import Recorder
 from fmapkit.session.state import PassState
 from fmapkit.storage import in_function
 from fmapkit.torchlib.modes import others_watch
-from fmapkit.torchlib.nested import tensors_in
+from fmapkit.torchlib.nested import modules_in, tensors_in
 from fmapkit.torchlib.side_ops import operators_are_counted
 from fmapkit.torchlib.tensor_spec import casts, plain_spec
 
@@ -315,7 +315,8 @@ class RegionCalls:
                 self._live.current.discard()
             run.release()
         _, deciding = known.leaves_at(items, sizes)
-        if known.strayed(items, sizes):  # what decides here is traced from now on
-            self._regions.open(run.module, *deciding)
+        again = self._regions.probation.trusts(modules_in(run.module))
+        if known.strayed(items, sizes) or again:  # what decides here is traced from now on
+            self._regions.strayed(run.module, deciding)
             self._installer.scopes_changed()
         self._misses.add(self._names.of(run.module), Reason.NEW_PATH.text())
