@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -182,13 +183,14 @@ class PassTrace:
             self.deciding.add(frame.module)
         return None
 
-    def past_hooks(self, entered: nn.Module | None = None) -> None:
+    def past_hooks(self, at: FrameType | None, entered: nn.Module | None = None) -> None:
         """Name the modules that run without their hooks, where that keeps something from us.
 
         Args:
+            at: the innermost frame of Python's that may be theirs.
             entered: a module whose call has just begun.
         """
-        for module, method in self.names.past_hooks.running(entered):
+        for module, method in self.names.past_hooks.running(at, entered):
             name = self.names.by_module.get(module)
             if name is None:
                 continue
