@@ -19,7 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from fmapkit.instrumentation.hook import Hook
 from fmapkit.instrumentation.pair import Outside, Pair
-from fmapkit.torchlib.call_override import CallOverride, free, standing_before
+from fmapkit.torchlib.call_override import CallOverride, free, standing_before, there
 
 __all__ = ["Hooks", "Off", "computes_weights", "hooks_on"]
 
@@ -89,6 +89,23 @@ class Hooks:
     def is_ours(self, hook: Any) -> bool:
         """Whether this session has set it."""
         return isinstance(hook, (Hook, CallOverride)) and hook.owner is self.owner
+
+    def others_on(self, module: nn.Module) -> bool:
+        """Whether others have hooks on a module, or stand before its call.
+
+        Hooks by which a module computes its weights do not count.
+        """
+        if not (module._forward_hooks or module._forward_pre_hooks):
+            if not (module._backward_hooks or module._backward_pre_hooks) and self._stands(module):
+                return False
+        return not all(self.is_ours(hook) or computes_weights(hook) for hook in hooks_on(module))
+
+    def _stands(self, module: nn.Module) -> bool:
+        """Whether nobody stands before a module's call, or this session alone, and that once."""
+        first = there(module)
+        if not isinstance(first, CallOverride):
+            return first is None
+        return first.owner is self.owner and not isinstance(first.inner, CallOverride)
 
     def around(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
         """A pair, which serves for whatever else of ours was there."""

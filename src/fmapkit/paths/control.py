@@ -142,7 +142,7 @@ class ControlPaths:
             Whether every function that ran has recorded; and the modules in which code ran that
             cannot record, which are to be traced in every pass.
         """
-        told = hash(tuple(map(_lasting, items)))
+        told = hash(tuple([i if type(i) in _PLAIN else _lasting(i) for i in items]))
         survey = self._end_survey()
         if survey is None:
             return told in _complete, set()
@@ -213,6 +213,7 @@ def _form(module: nn.Module) -> Any:
     return tuple(map(type, modules_in(module))), tuple(own)
 
 
+_PLAIN = frozenset({int, float, bool, str, type(None)})
 # Methods that run outside of passes, or tell of no way.
 _ASIDE = {
     "__getattribute__",

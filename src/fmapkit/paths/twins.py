@@ -310,13 +310,10 @@ class Twins:
         spaces, names, what = self._columns  # asked in each pass: in C
         return any(map(operator.is_not, map(dict.get, spaces, names), what))
 
-    def reads(self, name: str) -> bool:
-        """Whether some of the code reads a name, as an attribute, a global or a string."""
-        for function in self._mine:
-            twin = _made.get(known_as(function.__code__))
-            if twin is not None and name in twin.loads:
-                return True
-        return False
+    def names_read(self) -> frozenset[str]:
+        """What the code reads, as an attribute, a global or a string."""
+        twins = [_made.get(known_as(function.__code__)) for function in self._mine]
+        return frozenset().union(*[twin.loads for twin in twins if twin is not None])
 
     def functions(self) -> list[types.FunctionType]:
         """Those that run twins for this capture."""

@@ -17,10 +17,18 @@ from fmapkit.provenance.conditional_sigma import FOLLOWED, SOMETIMES
 from fmapkit.provenance.layer_ops import weighs
 from fmapkit.provenance.lists import on_lists
 from fmapkit.provenance.quantized import is_fused, is_weighted
-from fmapkit.provenance.vocabulary import DATA_TO_PYTHON, DATA_TO_SIZES, FRESH, METADATA, words
+from fmapkit.provenance.vocabulary import (
+    ADDING_WRITES,
+    DATA_TO_PYTHON,
+    DATA_TO_SIZES,
+    FRESH,
+    METADATA,
+    WRITES,
+    words,
+)
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["Function", "beside_numbers", "describe", "described"]
+__all__ = ["Function", "beside_numbers", "describe", "described", "target_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +252,20 @@ _SOMETIMES_READS: dict[str, Callable[[Any, Any], bool]] = {
     "repeat_interleave": _has_tensor,
     **dict.fromkeys(_NUMBERED, _has_tensor),
 }
+
+
+# They write elements of one tensor into another, and add none.
+_COPIES = WRITES - ADDING_WRITES | {"copy"}
+
+
+def target_of(name: str, args: Any, kwargs: Any) -> Tensor | None:
+    """What a function, told by its name, writes elements of another tensor to, if it does."""
+    out = kwargs.get("out")
+    if isinstance(out, Tensor):
+        return out
+    if name not in _COPIES or not args:
+        return None
+    return args[0] if isinstance(args[0], Tensor) else None
 
 
 def _opened(function: Any) -> Any:

@@ -99,6 +99,7 @@ class AnswerTracing:
         self._regions = parts.regions
         self._region_calls = parts.region_calls
         self._parts = parts
+        self._moves = parts.redistribution
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A call begins: of a region, or of a module whose own code is seen."""
@@ -106,28 +107,32 @@ class AnswerTracing:
         if (tracer is None or not tracer.lost) and regions.stands_alone(module, args, tracer):
             regions.direct.add(module)
             return self._region_calls.enter(module, args, kwargs)
+        # Regions may have become dynamic modules in this very pass.
+        if tracer is not None and not tracer.lost:
+            self._parts.installer.on_scopes()
         return self._traced(module, args, kwargs)
 
     def _traced(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """The tracer sees what the module runs."""
-        live, parts = self._live, self._parts
+        live = self._live
         tracer = live.tracer
         if tracer is None:
             return None
         if tracer.lost:
             return tracer.editor.modules.enter_lost(module, args, kwargs) if tracer.editor else None
-        parts.installer.on_scopes()  # regions may have become dynamic modules in this very pass
-        parts.redistribution.made(module, (args, kwargs))
-        frame = tracer.enter(module, args, kwargs)
+        if self._moves.given:
+            self._moves.made(module, (args, kwargs))
+        frame = tracer.modules.enter(module, args, kwargs)
         live.trace_on()
         return frame.replaced
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool) -> Any:
         """It has ended."""
-        tracer, parts = self._live.tracer, self._parts
+        tracer = self._live.tracer
         if tracer is None:
             return None
-        parts.redistribution.made(module, output)
+        if self._moves.given:
+            self._moves.made(module, output)
         return tracer.leave(module, None if failed else output)
 
 

@@ -161,6 +161,10 @@ class CallOverride:
     def leave(self) -> None:
         """Give the place back; the others stay. A call that is under way goes on."""
         with lock:
+            attributes = self.module.__dict__
+            if attributes.get(_PLACE) is self and not isinstance(self.inner, CallOverride):
+                del attributes[_PLACE]
+                return
             there = standing_before(self.module)
             if self not in there:
                 return

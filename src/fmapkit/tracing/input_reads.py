@@ -116,8 +116,8 @@ def read(form: Any, tensors: Sequence[Tensor], numbers: Iterator[int]) -> Any:
     return next(numbers) if form is _NUMBER else form
 
 
-# How a tensor was made: it, the function, what that was given, by place and by keyword, and how many
-# writes there had been.
+# How a tensor was made: it, the function, what that was given by place and by keyword, and how
+# many writes there had been.
 _MadeTensor = tuple[weakref.ref[Tensor], Any, tuple[Any, ...], tuple[tuple[str, Any], ...], int]
 # A tensor that a function was given: it, how that was made, if that is known, and when it had been
 # written to the last time. None is kept alive by that, and its memory counts its users. (Plain

@@ -52,7 +52,6 @@ class ModuleCalls:
             looking if editor is None else without_torch_function
         )
 
-
     # -- a call begins ------------------------------------------------------------------------
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Frame:
@@ -69,7 +68,7 @@ class ModuleCalls:
             nested = None
             if trace.learning:
                 trace.moments.append((record.firings.clock(), module))
-                if not (_FLAT.issuperset(map(type, args)) and _FLAT.issuperset(map(type, kwargs.values()))):
+                if not _FLAT.issuperset({*map(type, args), *map(type, kwargs.values())}):
                     nested = list(map(weakref.ref, tensors_in(*args, kwargs)))
             frame = Frame(module, args, kwargs, *counts, replaced, nested)
             frame.watched = bool(frames) and frames[-1].watched

@@ -33,12 +33,10 @@ from fmapkit.missed import reason
 from fmapkit.model import Names
 from fmapkit.paths import unrecorded
 from fmapkit.provenance import (
-    ADDING_WRITES,
     NORM_AXIS,
     OPAQUE,
     RESHAPED_IN_PLACE,
     STOP,
-    WRITES,
     ChannelLabel,
     Function,
     FunctionCall,
@@ -47,6 +45,7 @@ from fmapkit.provenance import (
     carried,
     describe,
     described,
+    target_of,
     weight_operand,
 )
 from fmapkit.reasons import Reason
@@ -76,18 +75,8 @@ from fmapkit.tracing.sigma_calls import SigmaCalls
 __all__ = ["Tracer"]
 
 
-# They write elements of one tensor into another, and add none.
-_COPIES = WRITES - ADDING_WRITES | {"copy"}
-
-
-def _target(name: str, args: Any, kwargs: Any) -> Tensor | None:
-    """What a function writes elements of another tensor to, if it does."""
-    out = kwargs.get("out")
-    if isinstance(out, Tensor):
-        return out
-    if name not in _COPIES or not args:
-        return None
-    return args[0] if isinstance(args[0], Tensor) else None
+# Classes of tensors that have no `__torch_function__` of their own.
+_TORCHS = frozenset({Tensor, nn.Parameter})
 
 
 class Tracer(ObserverMode):
@@ -190,8 +179,9 @@ class Tracer(ObserverMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         trace, kwargs = self.trace, kwargs or {}
         known = self.described.get(func) or describe(func)
-        if (known.reads or types) and not trace.paused:
-            read = self._read(known, func, types, args, kwargs)
+        others = types and not _TORCHS.issuperset(types)
+        if (known.reads or others) and not trace.paused:
+            read = self._read(known, func, types if others else (), args, kwargs)
             if read is not None:
                 truth = func(*args, **kwargs)
                 trace.asked.append((read, bool(truth)))
@@ -201,7 +191,7 @@ class Tracer(ObserverMode):
         if known.opened is not None:
             with self, self.attention.inside(args, kwargs) if self.attention else nullcontext():
                 return known.opened(*args, **kwargs)
-        if not trace.frames or (types and any(map(_is_lazy, types))):
+        if not trace.frames or (others and any(map(_is_lazy, types))):
             return func(*args, **kwargs)
         sigma = None
         if not known.passive or "out" in kwargs:
@@ -336,7 +326,7 @@ class Tracer(ObserverMode):
             own = names.place(trace.running()) or names.of(trace.frames[-1].module)
             label = trace.record.norm(label, out, NORM_AXIS[name], own)
         if label is not None:
-            target = _target(name, call.args, call.kwargs)
+            target = target_of(name, call.args, call.kwargs)
             before = trace.labels.of(target) if target is not None else None
             if name == "__setitem__":
                 trace.labels.put(call.args[0], label)
