@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fmapkit.torchlib.class_cache import remembered
+
 __all__ = ["AttributeGuard"]
 
 _MOST_STATES = 64
@@ -26,6 +28,7 @@ _PLAIN = frozenset(
         *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
     }
 )
+_SIMPLE = _PLAIN - {tuple}
 
 
 class AttributeGuard:
@@ -128,12 +131,15 @@ def _comparable(value: Any) -> Any:
     """The same, with the type of whatever is not to be compared, or kept alive, in its place."""
     kind = type(value)
     if kind is tuple:
-        return tuple(map(_comparable, value))
+        return value if _SIMPLE.issuperset(map(type, value)) else tuple(map(_comparable, value))
     return value if kind in _PLAIN else kind
 
 
 def _is_torchs(module: nn.Module) -> bool:
-    forward = type(module).forward
+    return _runs_torchs(type(module).forward)
+
+
+def _runs_torchs(forward: Any) -> bool:
     return type(forward) is types.FunctionType and forward.__module__.startswith("torch.")
 
 
@@ -150,8 +156,15 @@ _STEADY = (
 )
 
 
+@remembered
+def _is_steady(kind: type[nn.Module], forward: Any) -> bool:
+    """Whether a class, with the forward that it has now, is one of these."""
+    return issubclass(kind, _STEADY) and _runs_torchs(forward)
+
+
 def _plain_attributes(module: nn.Module) -> list[str]:
     """What code may decide by, of a kind that can be compared."""
-    if isinstance(module, _STEADY) and _is_torchs(module):
+    kind: Any = type(module)
+    if type(kind.forward) is types.FunctionType and _is_steady(kind, kind.forward):
         return ["padding_mode"] if "padding_mode" in module.__dict__ else []
     return [k for k, v in module.__dict__.items() if k not in _COMMON and type(v) in _PLAIN]

@@ -150,8 +150,12 @@ class CallOverride:
         global changes
         with lock:
             changes += 1
-            there = standing_before(module)
             self.module = module
+            if module.__dict__.get(_PLACE) is None:
+                self.inner = module._call_impl
+                module.__dict__[_PLACE] = self
+                return
+            there = standing_before(module)
             self.inner = there[0] if first and there else module._call_impl
             if first or not there:
                 module.__dict__[_PLACE] = self
