@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable
@@ -188,9 +187,14 @@ class ControlPaths:
         """The decisions from a position on."""
         return self._sink.items[position:] if self._sink is not None else []
 
-    def site_of(self, function: Any) -> str | None:
-        """Where in the model's source a torch function was called that is under way."""
-        frame: types.FrameType | None = sys._getframe(1)
+    def site_of(self, asking: types.FrameType, function: Any) -> str | None:
+        """Where in the model's source a torch function was called that is under way.
+
+        Args:
+            asking: the innermost frame that may have called it.
+            function: it.
+        """
+        frame: types.FrameType | None = asking
         while frame is not None and frame.f_code.co_filename.startswith(_OURS):
             frame = frame.f_back
         while frame is not None and frame.f_code is _HANDLER:

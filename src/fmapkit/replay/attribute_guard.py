@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fmapkit.replay.escapes import own_names
 from fmapkit.torchlib.class_cache import remembered
+from fmapkit.torchlib.nested import modules_in
 
 __all__ = ["AttributeGuard"]
 
@@ -29,6 +31,7 @@ _PLAIN = frozenset(
     }
 )
 _SIMPLE = _PLAIN - {tuple}
+_NONE = object()
 
 
 class AttributeGuard:
@@ -44,7 +47,7 @@ class AttributeGuard:
     )
 
     def __init__(self, module: nn.Module) -> None:
-        self._modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._modules = [m for m in modules_in(module) if not isinstance(m, torch.jit.ScriptModule)]
         self._count = itertools.count()
         self._look_at({id(m): _plain_attributes(m) for m in self._modules})
 
@@ -143,10 +146,6 @@ def _runs_torchs(forward: Any) -> bool:
     return type(forward) is types.FunctionType and forward.__module__.startswith("torch.")
 
 
-# What every module has, whatever its class.
-_COMMON = frozenset(nn.Module().__dict__) - {"training"}
-
-
 # Modules of torch's that make the same calls whatever their attributes are, but for the mode.
 _STEADY = (
     *(nn.Linear, nn.Identity, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.Flatten),
@@ -167,4 +166,6 @@ def _plain_attributes(module: nn.Module) -> list[str]:
     kind: Any = type(module)
     if type(kind.forward) is types.FunctionType and _is_steady(kind, kind.forward):
         return ["padding_mode"] if "padding_mode" in module.__dict__ else []
-    return [k for k, v in module.__dict__.items() if k not in _COMMON and type(v) in _PLAIN]
+    own = module.__dict__
+    names = [k for k in own_names(tuple(own)) if type(own[k]) in _PLAIN]
+    return ["training", *names] if type(own.get("training", _NONE)) in _PLAIN else names

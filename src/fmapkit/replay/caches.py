@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.replay.escapes import COMMON, closed_over, contents, members_of, own_attributes
+from fmapkit.replay.escapes import closed_over, contents, members_of, own_attributes, own_names
 from fmapkit.torchlib.nested import modules_in
 
 __all__ = ["Fill", "fill_of", "has_more"]
@@ -67,12 +67,12 @@ def fill_of(region: nn.Module, functions: Iterable[FunctionType]) -> Fill:
         bases.update(dict.fromkeys(kind.__mro__))
         own = module.__dict__
         found[id(own), _SIZE] = own, len(own)
-        for space in (own, module._buffers) if module._buffers else (own,):
-            for name, value in space.items():
-                if type(value) not in _NEVER and name not in COMMON and value is not None:
-                    if id(value) not in shared:
-                        shared.add(id(value))
-                        _add(found, space, name, value)
+        for space, names in ((own, own_names(tuple(own))), (module._buffers, module._buffers)):
+            for name in names:
+                value = space[name]
+                if type(value) not in _NEVER and value is not None and id(value) not in shared:
+                    shared.add(id(value))
+                    _add(found, space, name, value)
     for base in bases:
         if base is not object and not base.__module__.startswith("torch."):
             _add_all(found, vars(base), tuple(vars(base)))

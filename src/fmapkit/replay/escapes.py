@@ -11,6 +11,7 @@ import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "keys_of",
     "members_of",
     "own_attributes",
+    "own_names",
 ]
 
 
@@ -112,6 +114,12 @@ class EscapedTensors:
                 seen.add(id(found))
                 todo += [(i, depth + 1) for i in _inside(found) if type(i) not in _PLAIN]
         return False
+
+
+@lru_cache(maxsize=4096)
+def own_names(attributes: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the names of a module's attributes, those that not every module has."""
+    return tuple([name for name in attributes if name not in COMMON])
 
 
 def closed_over(function: types.FunctionType) -> list[Any]:

@@ -231,7 +231,6 @@ class ReplayRegions:
         self._opened.update(modules)
         self._static.clear()
         self._usual.clear()
-        self._usual.clear()
         for module in modules:
             self._known.pop(module, None)
             self.direct.discard(module)
@@ -242,19 +241,7 @@ class ReplayRegions:
         self._opened.clear()
         self._static.clear()
         self._usual.clear()
-        self._usual.clear()
         self._known.clear()
-
-
-def _is_usual(kind: type[nn.Module]) -> bool:
-    """Whether modules of a class may be parts of a region, as far as the class tells."""
-    if kind.__call__ not in _CALLS:
-        return False
-    if kind.__getattribute__ is not object.__getattribute__:
-        return False  # torch's own code runs it, more often where there are hooks
-    if issubclass(kind, torch.jit.ScriptModule):
-        return False
-    return kind.__module__.partition(".")[0] != _OURS  # φ ends passes early
 
 
 def _is_usual(kind: type[nn.Module]) -> bool:

@@ -17,7 +17,7 @@ from fmapkit.storage.gradients import Gradient, watch
 from fmapkit.torchlib.memory import version_of, versions_of
 from fmapkit.torchlib.sharded import alias_of, ends_of, settled
 from fmapkit.torchlib.side_ops import clone, goes_on_from
-from fmapkit.torchlib.transforms import is_shapeless, wrapped
+from fmapkit.torchlib.transforms import is_shapeless, unholdable
 
 __all__ = ["StoredTensor", "check_all", "unheld"]
 
@@ -160,6 +160,8 @@ def check_all(held: list[StoredTensor]) -> None:
 
 def unheld(tensor: Tensor) -> str | None:
     """Why a tensor is not held; None if it may be."""
+    if not unholdable(tensor):
+        return None
     if is_shapeless(tensor):
         return Reason.NESTED_STRIDED.text()
-    return Reason.TRANSFORMED.text() if wrapped(tensor) else None
+    return Reason.TRANSFORMED.text()

@@ -205,9 +205,11 @@ class Tracer(ObserverMode):
             if sigma is not None:
                 func, args, kwargs = sigma.function, sigma.args, sigma.kwargs
         out = func(*args, **kwargs)
+        asking = trace.record.firings.asking
+        asking.append(sys._getframe(1))
         try:
             with self._looking():
-                trace.past_hooks(sys._getframe(1))
+                trace.past_hooks(asking[-1])
                 if not trace.learning and known.followed:
                     trace.hidden()
                 if sigma is not None:
@@ -217,6 +219,8 @@ class Tracer(ObserverMode):
                     out = self._after(known, FunctionCall(*given, tensors_in(*args, kwargs)))
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fail(error)
+        finally:
+            asking.pop()
         stop = trace.record.stop
         if stop is not None and not trace.learning:
             stop.check()
@@ -271,7 +275,7 @@ class Tracer(ObserverMode):
         if self.attention is not None and not trace.opaque:
             self.attention.step(call)
         weight = weight_operand(call, trace.labels.of) if known.weighs else None
-        if some_shapeless(operands) or (one and is_shapeless(out)):
+        if some_shapeless(operands) or (one and out.is_nested and is_shapeless(out)):
             self.layers.shapeless(name, weight, out)
             return out
         if known.on_lists:
