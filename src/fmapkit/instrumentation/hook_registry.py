@@ -111,14 +111,15 @@ class Hooks:
 
     def around(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
         """A pair, which serves for whatever else of ours was there."""
+        there, model = self._set["around"], self._model()
         for module in modules:
-            if self.is_around(module) or not self._may_stand(module):
+            if module in there or module is model or not self._may_stand(module):
                 continue
             self._remove("after", module)
             self._remove("before", module)
             pair = Pair(self.owner, pre, post, self._broken_off)
             pair.stand(module)
-            self._set["around"][module] = pair, pair
+            there[module] = pair, pair
 
     def watched_around(
         self, module: nn.Module, pre: Any, post: Any, overwritten: Callable[[], None]
@@ -215,16 +216,23 @@ class Hooks:
         role: str | None = None,
         keep: Iterable[nn.Module] = (),
         only: Iterable[nn.Module] | None = None,
-    ) -> None:
-        """Remove what has a role: of all modules but some, or of some only; or all there is."""
+    ) -> bool:
+        """Remove what has a role: of all modules but some, or of some only; or all there is.
+
+        Returns:
+            Whether there was any.
+        """
         pair = self._watched() if self._watched is not None else None
         if role is None and pair is not None:
             self._watched = None
             pair.disarm()
             pair.leave()
-        kept = set(keep)
+        kept, some = set(keep), None if only is None else set(only)
+        removed = False
         for one in _ROLES if role is None else (role,):
             there = self._set[one]
-            for module in tuple(there) if only is None else only:
-                if module in there and module not in kept:
+            for module in [*there] if some is None else some.intersection(there):
+                if module not in kept:
                     self._remove(one, module)
+                    removed = True
+        return removed

@@ -110,21 +110,21 @@ class AnswerTracing:
         # Regions may have become dynamic modules in this very pass.
         if tracer is not None and not tracer.lost:
             self._parts.installer.on_scopes()
-        return self._traced(module, args, kwargs)
+        replaced = self._traced(module, args, kwargs)
+        if tracer is not None and not tracer.lost:
+            self._live.trace_on()
+        return replaced
 
     def _traced(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """The tracer sees what the module runs."""
-        live = self._live
-        tracer = live.tracer
+        """The tracer sees what the module runs, once it is on."""
+        tracer = self._live.tracer
         if tracer is None:
             return None
         if tracer.lost:
             return tracer.editor.modules.enter_lost(module, args, kwargs) if tracer.editor else None
         if self._moves.given:
             self._moves.made(module, (args, kwargs))
-        frame = tracer.modules.enter(module, args, kwargs)
-        live.trace_on()
-        return frame.replaced
+        return tracer.modules.enter(module, args, kwargs).replaced
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool) -> Any:
         """It has ended."""

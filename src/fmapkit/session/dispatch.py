@@ -87,7 +87,8 @@ class HookDispatcher:
                         self._shadow.enter(module, args, kwargs)
                     self._parts.regions.direct.add(module)
                     return self._parts.region_calls.enter(module, args, kwargs)
-            answer = self._answer()
+            live_recording = live.recording is not None and live.run is None
+            answer = self._recording if live_recording else self._answer()
             if fuses(module) and answer is not self._outside:
                 self._shadow.enter(module, args, kwargs)
             return answer.enter(module, args, kwargs)

@@ -157,11 +157,9 @@ class HookInstaller:
         """The taps of a plan, each of the cheapest kind that will do."""
         hooks, calls = self._hooks, self._callbacks()
         around = plan.toggles | plan.scopes | plan.before | plan.fusing | _keyed(plan)
-        left = [m for m in modules_in(region) if hooks.is_around(m) and m not in around]
-        left = [m for m in left if m not in self._regions.direct]
-        if left:  # by another plan, or by a recording that left none
-            hooks.drop("around", only=left)
-            self.tapped.clear()
+        kept = around | self._regions.direct
+        if hooks.drop("around", keep=kept, only=modules_in(region)):
+            self.tapped.clear()  # by another plan, or by a recording that left none
         keeping = set()
         if not self._stops and not self._shown:
             keeping = {m for m in plan.keeping if can_stand(m)}

@@ -56,7 +56,10 @@ class Frame:
         self.kwargs = kwargs
         self.kind = "plain"  # "sigma", "candidate", "layer" (a registered, opaque one)
         self.start = start  # how many events there were
-        self.x, self.key = first_tensor(args, kwargs)
+        self.x: Tensor | None
+        self.key: str | None
+        plain = bool(args) and type(args[0]) is Tensor
+        self.x, self.key = (args[0], None) if plain else first_tensor(args, kwargs)
         self.a: Any = None  # what the σ function inside a registered σ module returned
         self.x_held: StoredTensor | None = None
         self.degrees: Linearity | None = None  # of a candidate

@@ -28,6 +28,7 @@ from fmapkit.storage import unheld
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.operators import without_torch_function
 from fmapkit.torchlib.side_ops import looking
+from fmapkit.torchlib.transforms import unholdable
 from fmapkit.tracing.candidates import is_norm, may_be_sigma, norm_axis, role_of, verdict
 from fmapkit.tracing.events import Event, HookPoint
 from fmapkit.tracing.frames import Frame
@@ -74,7 +75,7 @@ class ModuleCalls:
             frame.watched = bool(frames) and frames[-1].watched
             frames.append(frame)
             x, role = frame.x, role_of(module)
-            why = unheld(x) if x is not None else None
+            why = unheld(x) if x is not None and unholdable(x) else None
             if why is not None:
                 trace.miss_here(why)
             elif role != "plain":

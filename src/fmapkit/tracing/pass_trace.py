@@ -211,7 +211,8 @@ class PassTrace:
     def follow(self, call: FunctionCall, nonlinear: bool = False) -> None:
         """Follow what is computed point by point, in a weightless module from its input alone."""
         frame, flow = self.frames[-1], self.labels.flow
-        if nonlinear or call.name in FOLLOWED:
+        # Inside a registered nonlinearity, nobody asks for what is computed from what.
+        if frame.kind != "sigma" and (nonlinear or call.name in FOLLOWED):
             frame.pointwise.step(call, flow, nonlinear)
         if not frame.watched:
             return
