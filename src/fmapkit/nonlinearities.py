@@ -219,7 +219,11 @@ def class_sigma(kind: type[nn.Module], as_torch_has_it: bool) -> str | None:
 
 def runs_torchs_forward(module: nn.Module) -> bool:
     """Whether nobody has put another forward in the place of torch's, in a subclass or by hand."""
-    forward: Any = module.__dict__.get("forward", type(module).forward)
+    return is_torchs_forward(module.__dict__.get("forward", type(module).forward))
+
+
+def is_torchs_forward(forward: Any) -> bool:
+    """Whether a forward is one that torch has written."""
     return str(getattr(forward, "__module__", "")).startswith("torch.nn.modules.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Container
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -119,7 +120,7 @@ class GraphRecord(Record):
 class GraphTrace(PassTrace):
     """Where a graph is: Python runs it, and not the model."""
 
-    def past_hooks(self, entered: nn.Module | None = None) -> None:
+    def past_hooks(self, at: FrameType | None, entered: nn.Module | None = None) -> None:
         pass  # its functions are not called by the model
 
     def running(self) -> nn.Module:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from fmapkit.instrumentation.hook import Hook
 from fmapkit.instrumentation.pair import Outside, Pair
-from fmapkit.torchlib.call_override import CallOverride, free, standing_before
+from fmapkit.torchlib.call_override import CallOverride, free, standing_before, there
 
 __all__ = ["Hooks", "Off", "computes_weights", "hooks_on"]
 
@@ -35,6 +36,7 @@ def hooks_on(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
+_ROLES = ("around", "outside", "after", "before")
 # Hooks of torch's by which a module computes its weight before it runs, the same in each pass.
 _COMPUTE = {kind.__call__ for kind in (BasePruningMethod, SpectralNorm, WeightNorm)}
 
@@ -82,7 +84,7 @@ class Hooks:
     def __init__(self, owner: object, broken_off: Callable[..., Any]) -> None:
         self.owner = owner
         self._broken_off = broken_off
-        self._set: dict[tuple[str, nn.Module], tuple[Any, CallOverride]] = {}
+        self._set: dict[str, dict[nn.Module, tuple[Any, CallOverride]]] = {r: {} for r in _ROLES}
         self._watched: weakref.ref[Pair] | None = None
         self.excluded: set[nn.Module] = set()
 
@@ -90,16 +92,34 @@ class Hooks:
         """Whether this session has set it."""
         return isinstance(hook, (Hook, CallOverride)) and hook.owner is self.owner
 
+    def others_on(self, module: nn.Module) -> bool:
+        """Whether others have hooks on a module, or stand before its call.
+
+        Hooks by which a module computes its weights do not count.
+        """
+        if not (module._forward_hooks or module._forward_pre_hooks):
+            if not (module._backward_hooks or module._backward_pre_hooks) and self._stands(module):
+                return False
+        return not all(self.is_ours(hook) or computes_weights(hook) for hook in hooks_on(module))
+
+    def _stands(self, module: nn.Module) -> bool:
+        """Whether nobody stands before a module's call, or this session alone, and that once."""
+        first = there(module)
+        if not isinstance(first, CallOverride):
+            return first is None
+        return first.owner is self.owner and not isinstance(first.inner, CallOverride)
+
     def around(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
         """A pair, which serves for whatever else of ours was there."""
+        there, model = self._set["around"], self._model()
         for module in modules:
-            if self.is_around(module) or not self._may_stand(module):
+            if module in there or module is model or not self._may_stand(module):
                 continue
-            self._remove(("after", module))
-            self._remove(("before", module))
+            self._remove("after", module)
+            self._remove("before", module)
             pair = Pair(self.owner, pre, post, self._broken_off)
             pair.stand(module)
-            self._set["around", module] = pair, pair
+            there[module] = pair, pair
 
     def watched_around(
         self, module: nn.Module, pre: Any, post: Any, overwritten: Callable[[], None]
@@ -127,10 +147,10 @@ class Hooks:
     def outside(self, modules: Iterable[nn.Module], pre: Any, post: Any) -> None:
         """Be told what the pre and the post hooks of others on a module are given."""
         for module in modules:
-            if ("outside", module) not in self._set and self._may_stand(module):
+            if module not in self._set["outside"] and self._may_stand(module):
                 made = Outside(self.owner, pre, post)
                 made.stand(module, first=True)
-                self._set["outside", module] = made, made
+                self._set["outside"][module] = made, made
 
     def after(self, module: nn.Module, hook: Hook) -> bool:
         """Have a hook called after a module's calls, unless a pair of ours serves.
@@ -147,22 +167,22 @@ class Hooks:
     def _single(self, role: str, module: nn.Module, hook: Hook) -> bool:
         if self.is_around(module) or not self._may_stand(module):
             return False
-        before = self._set.get((role, module))
+        before = self._set[role].get(module)
         if before is not None and before[0].is_like(hook):
             return False
-        self._remove((role, module))
+        self._remove(role, module)
         standing = hook.after(module) if role == "after" else hook.before(module)
-        self._set[role, module] = hook, standing
+        self._set[role][module] = hook, standing
         return before is not None
 
     def modules(self) -> set[nn.Module]:
         """The modules with anything of ours."""
         model = self._model()
-        return {module for _, module in self._set} | ({model} if model is not None else set())
+        return {*({model} if model is not None else ()), *chain.from_iterable(self._set.values())}
 
     def is_around(self, module: nn.Module) -> bool:
         """Whether a module has a pair of ours."""
-        return ("around", module) in self._set or self._model() is module
+        return module in self._set["around"] or self._model() is module
 
     def _model(self) -> nn.Module | None:
         pair = self._watched() if self._watched is not None else None
@@ -171,8 +191,8 @@ class Hooks:
     def _may_stand(self, module: nn.Module) -> bool:
         return module not in self.excluded and free(module)
 
-    def _remove(self, key: tuple[str, nn.Module]) -> None:
-        found = self._set.pop(key, None)
+    def _remove(self, role: str, module: nn.Module) -> None:
+        found = self._set[role].pop(module, None)
         if found is not None:
             found[0].disarm()
             found[1].leave()
@@ -196,18 +216,23 @@ class Hooks:
         role: str | None = None,
         keep: Iterable[nn.Module] = (),
         only: Iterable[nn.Module] | None = None,
-    ) -> None:
-        """Remove what has a role: of all modules but some, or of some only; or all there is."""
+    ) -> bool:
+        """Remove what has a role: of all modules but some, or of some only; or all there is.
+
+        Returns:
+            Whether there was any.
+        """
         pair = self._watched() if self._watched is not None else None
         if role is None and pair is not None:
             self._watched = None
             pair.disarm()
             pair.leave()
-        kept = set(keep)
-        if only is not None:
-            keys = [(role, m) for m in only if role is not None and (role, m) in self._set]
-        else:
-            keys = [k for k in self._set if role is None or k[0] == role]
-        for key in keys:
-            if key[1] not in kept:
-                self._remove(key)
+        kept, some = set(keep), None if only is None else set(only)
+        removed = False
+        for one in _ROLES if role is None else (role,):
+            there = self._set[one]
+            for module in [*there] if some is None else some.intersection(there):
+                if module not in kept:
+                    self._remove(one, module)
+                    removed = True
+        return removed

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fmapkit.instrumentation.hook import Around, Given, Hook, nothing
-from fmapkit.torchlib.call_override import CallOverride
+from fmapkit.torchlib.call_override import CallOverride, all_pre_hooks
 
 __all__ = ["FAILED", "Outside", "Pair"]
 
@@ -38,7 +38,22 @@ class Pair(Around):
         self.broken_off = broken_off
 
     def around(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return self._around(module, self.inner, args, kwargs)
+        if module._forward_pre_hooks or all_pre_hooks:
+            return self._around(module, self.inner, args, kwargs)
+        try:
+            given = self.pre(module, args, kwargs)
+            if given is not None:
+                args, kwargs = given
+            output = self.inner(*args, **kwargs)
+        except Exception:
+            self.post(module, args, kwargs, FAILED)
+            raise
+        except BaseException as error:
+            if not self._returns(module, args, kwargs, error, begun=True):
+                raise
+            output = None
+        replaced = self.post(module, args, kwargs, output)
+        return output if replaced is None else replaced
 
     def of_copy(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A copy is called: a module that is not in the model, or a replica."""
@@ -63,14 +78,20 @@ class Pair(Around):
             raise
         except BaseException as error:
             given.over()
-            returns = self.broken_off(module, error)
-            if returns is None and given.begun:
-                self.post(module, given.args, given.kwargs, FAILED)
-            if not returns:
+            if not self._returns(module, given.args, given.kwargs, error, given.begun):
                 raise
             output = None
         replaced = self.post(module, given.args, given.kwargs, output)
         return output if replaced is None else replaced
+
+    def _returns(
+        self, module: nn.Module, args: Any, kwargs: Any, error: BaseException, begun: bool
+    ) -> bool:
+        """What is no `Exception` has ended a call: whether it returns None, and does not raise."""
+        returns = self.broken_off(module, error)
+        if returns is None and begun:
+            self.post(module, args, kwargs, FAILED)
+        return bool(returns)
 
     def disarm(self) -> None:
         """Let go of the session; a call may be under way just then."""

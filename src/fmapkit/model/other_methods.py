@@ -7,18 +7,19 @@ only; so whatever a method other than `forward` mentions gets one, unless there 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Set
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
 from fmapkit.torchlib.class_cache import remembered
+from fmapkit.torchlib.nested import modules_in
 
 __all__ = ["doors"]
 
 
-def doors(region: nn.Module, tapped: Collection[nn.Module]) -> list[nn.Module]:
+def doors(region: nn.Module, tapped: Set[nn.Module]) -> list[nn.Module]:
     """The modules in a region that its methods, or those of modules in it, may call directly.
 
     Args:
@@ -26,12 +27,12 @@ def doors(region: nn.Module, tapped: Collection[nn.Module]) -> list[nn.Module]:
         tapped: have hooks already; a call of what they are in does not go unseen.
     """
     found: dict[nn.Module, None] = {}
-    for module in region.modules():
+    for module in modules_in(region):
         if not module._modules:
             continue
         for name in _mentioned(type(module)).intersection(module._modules):
             child = module._modules[name]
-            if child is not None and not any(m in tapped for m in child.modules()):
+            if child is not None and not tapped & {*modules_in(child)}:
                 found[child] = None
     return list(found)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from types import CodeType, FrameType
 from typing import Any
 
@@ -40,7 +40,7 @@ class PastHooks:
     def __init__(self, modules: Collection[nn.Module]) -> None:
         self._modules = modules
         self._known: dict[_Place, str] | None = None
-        self._names: set[str] = set()
+        self._methods: dict[int, tuple[CodeType, str | None]] = {}  # by code: the same
         self._lent = False  # some module may run the forward of another one
 
     def _places(self) -> dict[_Place, str]:
@@ -50,36 +50,38 @@ class PastHooks:
             for kind in {type(module) for module in self._modules}:
                 if not issubclass(kind, torch.jit.ScriptModule):
                     self._known.update(_places(kind))
-            self._names = {name for _, _, name in self._known}
             self._lent = any("forward" in module.__dict__ for module in self._modules)
         return self._known
 
-    def running(self, entered: nn.Module | None = None) -> list[tuple[nn.Module, str]]:
+    def running(
+        self, at: FrameType | None, entered: nn.Module | None = None
+    ) -> Sequence[tuple[nn.Module, str]]:
         """Those inside the innermost call that torch knows of, each with the method.
 
         Args:
+            at: where to begin, and to go outwards: a frame of Python's.
             entered: a module whose call has just begun: what is meant is what called it.
         """
-        places = self._known if self._known is not None else self._places()
-        names = self._names
-        at: Any = sys._getframe(1)
         if entered is not None:
             while at is not None and at.f_code is not _WRAPPED:
                 at = at.f_back
             at = at.f_back if at is not None else None
-        found: list[FrameType] = []
+        methods = self._methods
+        found: list[tuple[FrameType, str]] = []
         while at is not None and at.f_code is not _CALL:
-            if at.f_code.co_name in names and _place(at.f_code) in places:
+            code = at.f_code
+            known = methods.get(id(code))
+            if known is None or known[0] is not code:
+                known = methods[id(code)] = code, self._places().get(_place(code))
+            if known[1] is not None:
                 if not found and not self._lent and _is_called_by_torch(at):
-                    return []
-                found.append(at)
+                    return ()
+                found.append((at, known[1]))
             at = at.f_back
         if not found:
-            return []
+            return ()
         around = at.f_locals.get("self") if at is not None else None
-        modules = [
-            (f.f_locals.get(f.f_code.co_varnames[0]), places[_place(f.f_code)]) for f in found
-        ]
+        modules = [(f.f_locals.get(f.f_code.co_varnames[0]), method) for f, method in found]
         return [
             (module, method)
             for module, method in modules

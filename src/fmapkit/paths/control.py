@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable
@@ -142,7 +141,7 @@ class ControlPaths:
             Whether every function that ran has recorded; and the modules in which code ran that
             cannot record, which are to be traced in every pass.
         """
-        told = hash(tuple(map(_lasting, items)))
+        told = hash(tuple([i if type(i) in _PLAIN else _lasting(i) for i in items]))
         survey = self._end_survey()
         if survey is None:
             return told in _complete, set()
@@ -180,13 +179,22 @@ class ControlPaths:
         """How many decisions were recorded so far."""
         return len(self._sink.items) if self._sink is not None else 0
 
+    def clock(self) -> Callable[[], int]:
+        """The same, for whoever asks often in this pass."""
+        return self._sink.items.__len__ if self._sink is not None else int
+
     def since(self, position: int) -> list[Any]:
         """The decisions from a position on."""
         return self._sink.items[position:] if self._sink is not None else []
 
-    def site_of(self, function: Any) -> str | None:
-        """Where in the model's source a torch function was called that is under way."""
-        frame: types.FrameType | None = sys._getframe(1)
+    def site_of(self, asking: types.FrameType, function: Any) -> str | None:
+        """Where in the model's source a torch function was called that is under way.
+
+        Args:
+            asking: the innermost frame that may have called it.
+            function: it.
+        """
+        frame: types.FrameType | None = asking
         while frame is not None and frame.f_code.co_filename.startswith(_OURS):
             frame = frame.f_back
         while frame is not None and frame.f_code is _HANDLER:
@@ -209,6 +217,7 @@ def _form(module: nn.Module) -> Any:
     return tuple(map(type, modules_in(module))), tuple(own)
 
 
+_PLAIN = frozenset({int, float, bool, str, type(None)})
 # Methods that run outside of passes, or tell of no way.
 _ASIDE = {
     "__getattribute__",

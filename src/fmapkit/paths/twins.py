@@ -34,6 +34,9 @@ _code_of = operator.attrgetter("__code__")
 # By the original, and the attributes that are known to be fixed; None where there is no twin.
 _twins: dict[tuple[Code, frozenset[str], frozenset[str]], Twin | None] = {}
 _made: dict[Code, Twin] = {}  # by the code of the twin
+# The same by its identity, as far as it was seen to run, with the places of calls in it.
+_Run = tuple[types.CodeType, "Twin | None", dict[int, str]]
+_run: dict[int, _Run] = {}
 # By file: places of calls at which some capture has set a tap. It may do so again.
 _tapped: dict[str, frozenset[str]] = {}
 # By function: how many captures want its twin, its own code, and the twin's fixed attributes. (What
@@ -64,6 +67,7 @@ def twin_of(code: types.CodeType, names: dict[str, Any], fixed: Fixed) -> Twin |
                 _twins[known_as(inner), attributes, tapped] = twin
             _twins.setdefault(key, None)
             _made.update({known_as(t.code): t for t in found.values()})
+            _run.clear()
             _codes.update(id(t.code) for t in found.values())
         return _twins[key]
 
@@ -75,13 +79,14 @@ def call_site(frame: types.FrameType | None, function: Any) -> str | None:
         frame: the one that the function was called from, or the function's own.
         function: it.
     """
-    while frame is not None and frame.f_code is getattr(function, "__code__", None):
+    own = getattr(function, "__code__", None)
+    while frame is not None and frame.f_code is own:
         frame = frame.f_back
-    twin = _twin_in(frame)
-    if frame is None or twin is None:
+    run = _run_in(frame)
+    if frame is None or run is None or run[1] is None:
         return None
-    site = _site_in(frame)
-    if not _goes_to(function, twin.calls.get(site), frame):
+    site = _site_in(frame, run[2])
+    if not _goes_to(function, run[1].calls.get(site), frame):
         return None
     return f"{frame.f_code.co_filename}|{site}"
 
@@ -92,8 +97,10 @@ def keeps_number(frame: types.FrameType) -> bool:
     Args:
         frame: that runs the code.
     """
-    twin = _twin_in(frame)
-    return twin is not None and bool(twin.kept) and _site_in(frame) in twin.kept
+    run = _run_in(frame)
+    if run is None or run[1] is None or not run[1].kept:
+        return False
+    return _site_in(frame, run[2]) in run[1].kept
 
 
 def may_be_handled(frame: types.FrameType | None) -> bool:
@@ -111,18 +118,32 @@ def may_be_handled(frame: types.FrameType | None) -> bool:
     return False
 
 
-def _twin_in(frame: types.FrameType | None) -> Twin | None:
-    """The twin that a frame runs; None where that is no twin, or its places are not known."""
-    if frame is None or not hasattr(frame.f_code, "co_positions"):
+def _run_in(frame: types.FrameType | None) -> _Run | None:
+    """What is known of the twin that a frame runs; None where that is no twin."""
+    if frame is None or id(frame.f_code) not in _codes:
         return None
-    # A twin without a tap, of torch's own code, is equal to that.
-    return _made.get(known_as(frame.f_code)) if id(frame.f_code) in _codes else None
+    code = frame.f_code
+    found = _run.get(id(code))
+    if found is None or found[0] is not code:
+        # A twin without a tap, of torch's own code, is equal to that.
+        twin = _made.get(known_as(code)) if hasattr(code, "co_positions") else None
+        found = _run[id(code)] = code, twin, {}
+    return found
 
 
-def _site_in(frame: types.FrameType) -> str:
-    """The place of what is under way in a frame that runs a twin."""
-    code: Any = frame.f_code
-    return site_at(next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None)))
+def _site_in(frame: types.FrameType, sites: dict[int, str]) -> str:
+    """The place of what is under way in a frame that runs a twin.
+
+    Args:
+        frame: it.
+        sites: the places in its code that are known, by instruction.
+    """
+    site = sites.get(frame.f_lasti)
+    if site is None:
+        code: Any = frame.f_code
+        place = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
+        site = sites[frame.f_lasti] = site_at(place)
+    return site
 
 
 def _goes_to(function: Any, name: str | None, frame: types.FrameType) -> bool:
@@ -289,13 +310,10 @@ class Twins:
         spaces, names, what = self._columns  # asked in each pass: in C
         return any(map(operator.is_not, map(dict.get, spaces, names), what))
 
-    def reads(self, name: str) -> bool:
-        """Whether some of the code reads a name, as an attribute, a global or a string."""
-        for function in self._mine:
-            twin = _made.get(known_as(function.__code__))
-            if twin is not None and name in twin.loads:
-                return True
-        return False
+    def names_read(self) -> frozenset[str]:
+        """What the code reads, as an attribute, a global or a string."""
+        twins = [_made.get(known_as(function.__code__)) for function in self._mine]
+        return frozenset().union(*[twin.loads for twin in twins if twin is not None])
 
     def functions(self) -> list[types.FunctionType]:
         """Those that run twins for this capture."""

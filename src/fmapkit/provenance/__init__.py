@@ -22,9 +22,11 @@ from fmapkit.provenance.constants import Constants as Constants
 from fmapkit.provenance.function_call import FunctionCall as FunctionCall
 from fmapkit.provenance.functions import RESHAPED_IN_PLACE as RESHAPED_IN_PLACE
 from fmapkit.provenance.functions import Function as Function
+from fmapkit.provenance.functions import beside_numbers as beside_numbers
 from fmapkit.provenance.functions import describe as describe
 from fmapkit.provenance.functions import described as described
 from fmapkit.provenance.functions import out_of_place as out_of_place
+from fmapkit.provenance.functions import target_of as target_of
 from fmapkit.provenance.heads import Heads as Heads
 from fmapkit.provenance.heads import Projection as Projection
 from fmapkit.provenance.heads import projection as projection
@@ -62,12 +64,9 @@ from fmapkit.provenance.propagate import sigma_axes as sigma_axes
 from fmapkit.provenance.quantized import packed_axes as packed_axes
 from fmapkit.provenance.quantized import packed_key as packed_key
 from fmapkit.provenance.rule_basics import argument as argument
-from fmapkit.provenance.vocabulary import ADDING_WRITES as ADDING_WRITES
-from fmapkit.provenance.vocabulary import FRESH as FRESH
 from fmapkit.provenance.vocabulary import MATMULS as MATMULS
 from fmapkit.provenance.vocabulary import NORM_AXIS as NORM_AXIS
 from fmapkit.provenance.vocabulary import OPAQUE as OPAQUE
-from fmapkit.provenance.vocabulary import WRITES as WRITES
 from fmapkit.provenance.vocabulary import words as words
 from fmapkit.provenance.weights import PACKED as PACKED
 from fmapkit.provenance.weights import REGISTERED as REGISTERED

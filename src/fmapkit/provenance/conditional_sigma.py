@@ -113,16 +113,15 @@ class Pointwise:
     def step(self, call: FunctionCall, tag: Lookup, sigma: bool) -> None:
         """A function has run in the module itself; the arguments are those of `Linearity.step`."""
         name, args, out, operands = call.name, call.args, call.out, call.operands
-        zeros = name in _ZEROS or (name == "tensor" and bool(args) and self.is_zero(args[0]))
-        if zeros and isinstance(out, Tensor):
-            self._put(out, _Value(zero=True))
-        if not isinstance(out, Tensor) or not (name in _POINTWISE or sigma):
+        if not isinstance(out, Tensor):
+            return
+        if not (sigma or name in _POINTWISE):
+            if name in _ZEROS or (name == "tensor" and bool(args) and self.is_zero(args[0])):
+                self._put(out, _Value(zero=True))
             return
         if name in _LIKE:
             operands = operands[:1]
-        values = tuple(
-            [self.value(t, written=t is out) for t in operands if isinstance(tag(t), ChannelLabel)]
-        )
+        values = tuple([self.value(t, written=t is out) for t in operands if tag(t) is not None])
         if not values:
             return
         compared = name in _COMPARISONS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmapkit import nonlinearities
+from fmapkit.provenance.conditional_sigma import FOLLOWED, SOMETIMES
+from fmapkit.provenance.layer_ops import weighs
+from fmapkit.provenance.lists import on_lists
 from fmapkit.provenance.quantized import is_fused, is_weighted
-from fmapkit.provenance.vocabulary import DATA_TO_PYTHON, DATA_TO_SIZES, METADATA, words
+from fmapkit.provenance.vocabulary import (
+    ADDING_WRITES,
+    DATA_TO_PYTHON,
+    DATA_TO_SIZES,
+    FRESH,
+    METADATA,
+    WRITES,
+    words,
+)
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["Function", "describe", "described"]
+__all__ = ["Function", "beside_numbers", "describe", "described", "target_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +47,13 @@ class Function:
         packed: it is a quantised layer.
         fused: it is a quantised function with a nonlinearity inside.
         opened: the same function with its inside visible, for functions made of others.
+        indexed: such a call lets data decide only by a tensor beside its first argument.
+        sometimes: it is a nonlinearity in some of its calls.
+        passive: nothing has to be done before it runs, unless it is given `out`.
+        weighs: in which form it takes its weight; empty where no call of it is a layer.
+        followed: what it computes point by point is followed inside a module.
+        fresh: it makes a tensor from nothing.
+        on_lists: it stands for as many calls as there are tensors in a list.
     """
 
     name: str
@@ -48,6 +66,13 @@ class Function:
     fused: bool
     opened: Any = None
     reads: Callable[[Any, Any], bool] | None = None
+    indexed: bool = False
+    sometimes: bool = False
+    passive: bool = False
+    weighs: str = ""
+    followed: bool = False
+    fresh: bool = False
+    on_lists: bool = False
 
     def writes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
         """The tensors that a call writes to."""
@@ -135,17 +160,26 @@ def _describe(function: Any) -> Function:
             or (name.startswith("__set__") and name not in _MOVES)
         )
     writes = in_place and name not in _HARMLESS
+    never_writes = not writes and place is None and name not in _ESCAPES | _MOVES
+    sigma, reads = nonlinearities.function_sigma(function), _reads(name)
     return Function(
         name=name,
-        sigma=nonlinearities.function_sigma(function),
+        sigma=sigma,
         in_place=writes,
         inplace_at=place,
         silent=silent,
-        never_writes=not writes and place is None and name not in _ESCAPES | _MOVES,
+        never_writes=never_writes,
         packed=is_weighted(function),
         fused=is_fused(function),
         opened=_opened(function),
-        reads=_reads(name),
+        reads=reads,
+        indexed=reads is _has_tensor or reads is _picks_by_data,
+        sometimes=name in SOMETIMES,
+        passive=sigma is None and name not in SOMETIMES and never_writes,
+        weighs=weighs(name),
+        followed=name in FOLLOWED,
+        fresh=name in FRESH,
+        on_lists=on_lists(name),
     )
 
 
@@ -182,6 +216,28 @@ def _has_tensor(args: Any, kwargs: Any) -> bool:
     return False
 
 
+_NUMBERS = frozenset({int, bool, float, str, type(None), type(...), torch.Size, torch.dtype})
+
+
+def beside_numbers(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function is given nothing beside its first argument but numbers and their like.
+
+    None of it is a tensor then; to see that takes no look at one.
+    """
+    if kwargs:
+        return False
+    for given in args[1:]:
+        if type(given) in _NUMBERS:
+            continue
+        for part in given if type(given) in (tuple, list) else (given,):
+            if type(part) is slice:
+                if not _NUMBERS.issuperset((type(part.start), type(part.stop), type(part.step))):
+                    return False
+            elif type(part) not in _NUMBERS:
+                return False
+    return True
+
+
 # torch takes a tensor of one number for a number, and reads it then.
 _NUMBERED = words(
     """narrow select split split_with_sizes chunk tensor_split hsplit vsplit dsplit unsafe_split
@@ -196,6 +252,20 @@ _SOMETIMES_READS: dict[str, Callable[[Any, Any], bool]] = {
     "repeat_interleave": _has_tensor,
     **dict.fromkeys(_NUMBERED, _has_tensor),
 }
+
+
+# They write elements of one tensor into another, and add none.
+_COPIES = WRITES - ADDING_WRITES | {"copy"}
+
+
+def target_of(name: str, args: Any, kwargs: Any) -> Tensor | None:
+    """What a function, told by its name, writes elements of another tensor to, if it does."""
+    out = kwargs.get("out")
+    if isinstance(out, Tensor):
+        return out
+    if name not in _COPIES or not args:
+        return None
+    return args[0] if isinstance(args[0], Tensor) else None
 
 
 def _opened(function: Any) -> Any:

@@ -16,25 +16,28 @@ from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.labels import STOP, ChannelLabel, Label, Lookup
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["each_call", "seen_by_each"]
+__all__ = ["each_call", "on_lists", "seen_by_each"]
 
 _PREFIX = "_foreach_"
 # Of one tensor and a number, these go by other names.
 _WITH_NUMBER = {"maximum": "clamp_min", "minimum": "clamp_max"}
 
 
+def on_lists(name: str) -> bool:
+    """Whether a function, told by its name, is one on lists."""
+    return name.startswith(_PREFIX)
+
+
 def each_call(call: FunctionCall) -> list[FunctionCall]:
     """The calls that a call on lists stands for: the i-th has what lies at i in each list.
 
     Args:
-        call: of a function that has run.
+        call: of such a function (see `on_lists`), which has run.
 
     Returns:
-        None of them if the function is on no lists. What is no list goes to each of them, and what
-        such a function has written to in place is what it has returned.
+        What is no list goes to each of them, and what such a function has written to in place is
+        what it has returned.
     """
-    if not call.name.startswith(_PREFIX):
-        return []
     given = (*call.args, *call.kwargs.values())
     lists = [value for value in given if _is_list(value)]
     out = call.out

@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fmapkit.replay.escapes import own_names
+from fmapkit.torchlib.class_cache import remembered
+from fmapkit.torchlib.nested import modules_in
+
 __all__ = ["AttributeGuard"]
 
 _MOST_STATES = 64
@@ -27,6 +31,8 @@ _PLAIN = frozenset(
         *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
     }
 )
+_SIMPLE = _PLAIN - {tuple}
+_NONE = object()
 
 
 class AttributeGuard:
@@ -42,7 +48,7 @@ class AttributeGuard:
     )
 
     def __init__(self, module: nn.Module) -> None:
-        self._modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._modules = [m for m in modules_in(module) if not isinstance(m, torch.jit.ScriptModule)]
         self._count = itertools.count()
         self._look_at({id(m): _plain_attributes(m) for m in self._modules})
 
@@ -149,17 +155,16 @@ def _comparable(value: Any) -> Any:
     """The same, with the type of whatever is not to be compared, or kept alive, in its place."""
     kind = type(value)
     if kind is tuple:
-        return tuple(map(_comparable, value))
+        return value if _SIMPLE.issuperset(map(type, value)) else tuple(map(_comparable, value))
     return value if kind in _PLAIN else kind
 
 
 def _is_torchs(module: nn.Module) -> bool:
-    forward = type(module).forward
+    return _runs_torchs(type(module).forward)
+
+
+def _runs_torchs(forward: Any) -> bool:
     return type(forward) is types.FunctionType and forward.__module__.startswith("torch.")
-
-
-# What every module has, whatever its class.
-_COMMON = frozenset(nn.Module().__dict__) - {"training"}
 
 
 # Modules of torch's that make the same calls whatever their attributes are, but for the mode.
@@ -171,8 +176,17 @@ _STEADY = (
 )
 
 
+@remembered
+def _is_steady(kind: type[nn.Module], forward: Any) -> bool:
+    """Whether a class, with the forward that it has now, is one of these."""
+    return issubclass(kind, _STEADY) and _runs_torchs(forward)
+
+
 def _plain_attributes(module: nn.Module) -> list[str]:
     """What code may decide by, of a kind that can be compared."""
-    if isinstance(module, _STEADY) and _is_torchs(module):
+    kind: Any = type(module)
+    if type(kind.forward) is types.FunctionType and _is_steady(kind, kind.forward):
         return ["padding_mode"] if "padding_mode" in module.__dict__ else []
-    return [k for k, v in module.__dict__.items() if k not in _COMMON and type(v) in _PLAIN]
+    own = module.__dict__
+    names = [k for k in own_names(tuple(own)) if type(own[k]) in _PLAIN]
+    return ["training", *names] if type(own.get("training", _NONE)) in _PLAIN else names

@@ -2,18 +2,18 @@
 
 `if n not in self.masks: self.masks[n] = …` runs once, and so does a function behind `lru_cache`, or
 what sets a global that is not there yet. How much is there is looked at as a call that is traced
-begins, and as it ends. After a call that has filled something, the next is traced, too.
+begins, and once more as it ends. After a call that has filled something, the next is traced, too.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Hashable, Iterable
-from itertools import chain
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from logging import Logger
 from types import (
     BuiltinFunctionType,
+    CellType,
     FunctionType,
     MappingProxyType,
     MethodDescriptorType,
@@ -25,13 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.replay.escapes import COMMON, closed_over, members_of, own_attributes
+from fmapkit.replay.escapes import closed_over, contents, members_of, own_attributes, own_names
 from fmapkit.torchlib.nested import modules_in
 
 __all__ = ["Fill", "fill_of", "has_more"]
 
-# How much is at a place: the size of a container with those of what is in it, a tensor's shape.
-Fill = dict[Hashable, Any]
+# By place: what it is in (the attributes of an object, globals, a cell), and how much is there: the
+# size of a container with those of what is in it, a tensor's shape.
+Fill = dict[tuple[int, Hashable], tuple[Any, Any]]
 
 _CONTAINERS = frozenset({dict, list, set, deque, OrderedDict, defaultdict})
 _LISTS = frozenset({list, deque})
@@ -41,7 +42,7 @@ _NEVER = frozenset(
     {
         *(int, float, bool, str, bytes, tuple, frozenset, type, property, classmethod),
         *(staticmethod, FunctionType, BuiltinFunctionType, MethodType, ModuleType, Logger),
-        *(MethodDescriptorType, MappingProxyType, nn.Parameter, torch.dtype, torch.device),
+        *(MethodDescriptorType, MappingProxyType, nn.Parameter, torch.dtype, torch.device, object),
     }
 )
 _LIBRARIES = frozenset({"builtins", "functools", "torch", "typing", "numpy"})
@@ -65,43 +66,51 @@ def fill_of(region: nn.Module, functions: Iterable[FunctionType]) -> Fill:
             continue
         bases.update(dict.fromkeys(kind.__mro__))
         own = module.__dict__
-        found[id(module)] = len(own)
-        for name, value in chain(own.items(), module._buffers.items()):
-            if type(value) not in _NEVER and name not in COMMON and value is not None:
-                if id(value) not in shared:
+        found[id(own), _SIZE] = own, len(own)
+        for space, names in ((own, own_names(tuple(own))), (module._buffers, module._buffers)):
+            for name in names:
+                value = space[name]
+                if type(value) not in _NEVER and value is not None and id(value) not in shared:
                     shared.add(id(value))
-                    _add(found, id(module), name, value)
+                    _add(found, space, name, value)
     for base in bases:
         if base is not object and not base.__module__.startswith("torch."):
-            for name, value in tuple(vars(base).items()):
-                if type(value) is bool or type(value) not in _NEVER:
-                    _add(found, id(base), name, value)
+            _add_all(found, vars(base), tuple(vars(base)))
     for function in functions:
-        names = function.__globals__
-        for name in function.__code__.co_names:
-            value = names.get(name, names)
-            kind = type(value)
-            if (kind is bool or kind not in _NEVER) and value is not names:
-                _add(found, id(names), name, value)
+        _add_all(found, function.__globals__, function.__code__.co_names)
         for name, value in function.__dict__.items():
-            _add(found, id(function), name, value)
-        for place, value in enumerate(closed_over(function)):
-            _add(found, id(function), place, value)
+            _add(found, function.__dict__, name, value)
+        for cell, value in zip(function.__closure__ or (), closed_over(function), strict=True):
+            _add(found, cell, _SIZE, value)
     return found
 
 
-def has_more(before: Fill, after: Fill) -> bool:
+def has_more(before: Fill) -> bool:
     """Whether something of what was there is there no more as it was."""
-    return any(after.get(place) != fill for place, fill in before.items())
+    return any(_now(space, name) != fill for (_, name), (space, fill) in before.items())
 
 
-def _add(found: Fill, holder: int, name: Hashable, value: Any) -> None:
+def _now(space: Any, name: Hashable) -> Any:
+    if type(space) is CellType:
+        return _fill(contents(space), 0)
+    return len(space) if name is _SIZE else _fill(space.get(name, _NOTHING), 0)
+
+
+def _add_all(found: Fill, space: Mapping[str, Any], names: Sequence[str]) -> None:
+    """What a class or a file calls by some names, as far as it is there."""
+    for name in names:
+        value = space.get(name, _NOTHING)
+        if type(value) is bool or type(value) not in _NEVER:
+            _add(found, space, name, value)
+
+
+def _add(found: Fill, space: Any, name: Hashable, value: Any) -> None:
     fill = _fill(value, 0)
     if fill is not _NOTHING:
-        found[holder, name] = fill
+        found[id(space), name] = space, fill
 
 
-_NOTHING = object()
+_NOTHING, _SIZE = object(), object()
 
 
 def _fill(value: Any, depth: int) -> Any:

@@ -11,9 +11,10 @@ import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fmapkit.torchlib.nested import modules_in
@@ -22,19 +23,24 @@ __all__ = [
     "COMMON",
     "EscapedTensors",
     "closed_over",
+    "contents",
     "keys_of",
     "members_of",
     "own_attributes",
+    "own_names",
 ]
 
 
 COMMON = frozenset({*nn.Module().__dict__, "_compiled_call_impl"})  # ours may stand in the last
+_CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.MethodType)
 _NO_HOLDERS = (
     *(int, float, complex, str, bytes, type(None), type, nn.Module),
-    *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.MethodType),
+    *_CODE,
     logging.Logger,  # by one, all of them are reached
 )
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
+# Most values are of one of these: to ask that is less than `isinstance`.
+_NONE_IN = _PLAIN | {type, torch.dtype, torch.device, *_CODE}
 _NO_ATTRIBUTES = frozenset({list, tuple, dict, set, frozenset, deque})
 _LISTED: tuple[Any, ...] = (list, tuple, deque, set, frozenset)
 _DEEPEST = 8
@@ -42,28 +48,29 @@ _MOST = 2_000  # objects that are looked at in one place
 
 
 class EscapedTensors:
-    """Looks for tensors of a pass in what outlives it.
+    """Looks for tensors of a pass in what outlives it, while nothing else runs.
 
     Args:
         is_of_pass: whether a tensor was made in the pass, from its input.
-        reads: whether code that ran reads a name.
+        read: the names that code which ran reads.
     """
 
-    def __init__(self, is_of_pass: Callable[[Tensor], bool], reads: Callable[[str], bool]) -> None:
+    def __init__(self, is_of_pass: Callable[[Tensor], bool], read: frozenset[str]) -> None:
         self._is_of_pass = is_of_pass
-        self._reads = cache(reads)
+        self._read = read
+        self._without: set[int] = set()  # values that hold none, by their ids: a configuration
 
     def attributes(self, region: nn.Module) -> list[tuple[nn.Module, str]]:
         """Where modules in a region keep such tensors, and their code may read them back."""
-        return [
-            (module, name)
-            for module in modules_in(region)
-            for name, value in tuple(module.__dict__.items())
-            if name not in COMMON
-            and not isinstance(value, _NO_HOLDERS)
-            and self._reads(name)
-            and self.holds(value)
-        ]
+        read = self._read - COMMON
+        found: list[tuple[nn.Module, str]] = []
+        for module in modules_in(region):
+            if read.isdisjoint(module.__dict__):
+                continue
+            for name, value in tuple(module.__dict__.items()):
+                if name in read and type(value) not in _NONE_IN and self.holds(value):
+                    found.append((module, name))
+        return found
 
     def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int | str]:
         """The places and names of what a module is given that keeps such tensors."""
@@ -74,14 +81,26 @@ class EscapedTensors:
         """Whether functions keep such tensors: in closures, defaults, or globals that they read."""
         for function in functions:
             names = function.__globals__
-            read = (names.get(n) for n in function.__code__.co_names)
+            read = map(names.get, function.__code__.co_names)
             for value in (*read, *closed_over(function), *(function.__defaults__ or ())):
-                if not isinstance(value, _NO_HOLDERS) and self.holds(value):
+                if type(value) not in _NONE_IN and self.holds(value):
                     return True
         return False
 
     def holds(self, value: Any) -> bool:
         """Whether a value is, or holds, a tensor of the pass."""
+        if isinstance(value, Tensor):
+            return self._is_of_pass(value)
+        if type(value) is tuple and _PLAIN.issuperset(map(type, value)):
+            return False
+        if id(value) in self._without or isinstance(value, _NO_HOLDERS):
+            return False
+        found = self._search(value)
+        if not found:
+            self._without.add(id(value))
+        return found
+
+    def _search(self, value: Any) -> bool:
         left = _MOST
         todo: deque[tuple[Any, int]] = deque([(value, 0)])
         seen: set[int] = set()
@@ -97,15 +116,23 @@ class EscapedTensors:
         return False
 
 
+@lru_cache(maxsize=4096)
+def own_names(attributes: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the names of a module's attributes, those that not every module has."""
+    return tuple([name for name in attributes if name not in COMMON])
+
+
 def closed_over(function: types.FunctionType) -> list[Any]:
     """What is in the closure of a function; None where nothing is bound to a name yet."""
-    found: list[Any] = []
-    for cell in function.__closure__ or ():
-        try:
-            found.append(cell.cell_contents)
-        except ValueError:
-            found.append(None)
-    return found
+    return list(map(contents, function.__closure__ or ()))
+
+
+def contents(cell: types.CellType) -> Any:
+    """What is in a cell of a closure; None if nothing is."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def _inside(value: Any) -> Iterator[Any]:

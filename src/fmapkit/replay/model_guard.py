@@ -73,13 +73,14 @@ class ModelGuard:
         sessions: set[int] = set()
         found = [len(_global_forward_pre_hooks) + len(_global_forward_hooks)]
         for module in self._watched:
-            for standing in standing_before(module):
-                if not self._hooks.is_ours(standing):
-                    sessions.add(id(standing.owner))
+            if call_override.there(module) is not None:
+                for standing in standing_before(module):
+                    if not self._hooks.is_ours(standing):
+                        sessions.add(id(standing.owner))
             count = 0
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for hook in hooks.values():
-                    count += not isinstance(hook, Hook)
+            if module._forward_pre_hooks or module._forward_hooks:
+                for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                    count += sum(not isinstance(hook, Hook) for hook in hooks.values())
             found.append(count)
         return sessions, found
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -49,11 +48,10 @@ class Reading:
         retention: StorageConversion,
         start: int,
     ) -> None:
-        made = _Made(lambda firing: _step(firing, relations, retention, start))
-        functions = [f for f in firings if f.module is None and _emits(f)]
-        self.tapped = {f.module for f in firings if f.module is not None and _emits(f)}
+        emitting = [firing for firing in firings if firing.events and _emits(firing)]
+        functions = [f for f in emitting if f.module is None]
+        self.tapped = {f.module for f in emitting if f.module is not None}
         self._calling = {f.scope for f in functions}
-        self.direct = _direct([made[f] for f in firings if f.module in self.tapped])
         names: dict[str, set[str]] = {}
         for firing in functions:
             if firing.site is not None:
@@ -64,13 +62,13 @@ class Reading:
             self.sites = {}
             self.scopes = self._calling
         self._called = {name_of(f) for f in firings if f.events and self._in_scope(f)}
-        self.order: list[Any] = []
-        self.at: list[Step | None] = []
-        for firing in firings:
-            if self._fires(firing):
-                self.at.append(replace(made[firing], at=len(self.order)))
-                self.order.append(firing.site if self._at_site(firing) else firing.module)
+        fired = [firing for firing in firings if self._fires(firing)]
+        self.order: list[Any] = [f.site if self._at_site(f) else f.module for f in fired]
+        self.at: list[Step | None] = [
+            _step(firing, relations, retention, start, at) for at, firing in enumerate(fired)
+        ]
         self.steps = [step for step in self.at if step is not None]
+        self.direct = _direct(self.steps)
         self.plain_sites = _plain_sites(self.sites, zip(self.order, self.at, strict=True))
 
     def keeping(self) -> frozenset[nn.Module]:
@@ -92,6 +90,8 @@ class Reading:
         A leaf calls one function or two: letting them through costs less than two more hooks, but
         where a function that a scope is tapped for is called by others, too.
         """
+        if not self.scopes:
+            return frozenset()
         tapped = {s.function for s in self.at if s is not None and s.module is None}
         called = {f.scope for f in firings if f.function and name_of(f) in tapped}
         inside = {f.module for f in firings if f.module is not None and f.parent in self.scopes}
@@ -121,24 +121,8 @@ class Reading:
         return firing.module is None and firing.scope in self.scopes
 
 
-class _Made(dict[HookPoint, Step]):
-    """The steps of firings, each made when it is asked for: most modules are not tapped.
-
-    Args:
-        make: a firing's step.
-    """
-
-    def __init__(self, make: Callable[[HookPoint], Step]) -> None:
-        super().__init__()
-        self._make = make
-
-    def __missing__(self, firing: HookPoint) -> Step:
-        step = self[firing] = self._make(firing)
-        return step
-
-
 def _step(
-    firing: HookPoint, relations: Relations, retention: StorageConversion, start: int
+    firing: HookPoint, relations: Relations, retention: StorageConversion, start: int, at: int
 ) -> Step:
     emissions = tuple(
         _spec(event, slot, entry, relations, retention)
@@ -157,6 +141,7 @@ def _step(
         keeps=keeps,
         shared=_is_shared(firing),
         position=firing.position - start,
+        at=at,
     )
 
 
@@ -256,11 +241,17 @@ def _opens_on_others(module: nn.Module) -> bool:
 
 
 def _emits(firing: HookPoint) -> bool:
-    return any(e.entries for e in firing.events) or _is_shared(firing)
+    for event in firing.events:  # noqa: SIM110  (a generator costs more than the question)
+        if event.entries or event.shared:
+            return True
+    return False
 
 
 def _is_shared(firing: HookPoint) -> bool:
-    return any(e.shared for e in firing.events)
+    for event in firing.events:  # noqa: SIM110
+        if event.shared:
+            return True
+    return False
 
 
 def name_of(firing: HookPoint) -> str:
@@ -273,6 +264,8 @@ def mark_shared(events: Sequence[Event], stored: bool) -> None:
 
     What is stored in another form may still be read from there by then.
     """
+    if not any(event.kept for event in events):
+        return
     holders: dict[int, dict[int, list[StoredTensor]]] = {}
     for number, event in enumerate(events):
         for _, entry in event.entries:

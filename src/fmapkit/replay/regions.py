@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.instrumentation import computes_weights, hooks_on
 from fmapkit.paths import KnownPaths, Sizes
 from fmapkit.provenance import ChannelLabel, Label, ParamLabel
 from fmapkit.replay.attribute_guard import AttributeGuard
@@ -198,19 +197,20 @@ class ReplayRegions:
     """The regions of one model.
 
     Args:
-        is_ours: tells hooks of this capture from others.
+        has_others: whether a module has hooks of others than this capture (see `Hooks`).
 
     Attributes:
         direct: modules that a scope has called itself, with the scopes; None for one not known.
         probation: of modules that are traced since they have left their path.
     """
 
-    def __init__(self, is_ours: Callable[[Any], bool]) -> None:
+    def __init__(self, has_others: Callable[[nn.Module], bool]) -> None:
         self.direct: dict[nn.Module, set[nn.Module | None]] = {}
         self.probation = Probation()
-        self._is_ours = is_ours
+        self._has_others = has_others
         self._opened: set[nn.Module] = set()
         self._static: dict[nn.Module, bool] = {}
+        self._usual: dict[type[nn.Module], bool] = {}
         self._known: dict[nn.Module, ReplayRegion] = {}
 
     def static(self, module: nn.Module) -> bool:
@@ -218,23 +218,23 @@ class ReplayRegions:
         found = self._static.get(module)
         if found is None:
             self._static[module] = False  # a module inside itself
-            found = self._own(module) and all(map(self.static, module.children()))
+            found = self._own(module)
+            for child in module._modules.values() if found else ():
+                if child is not None and not self.static(child):
+                    found = False
+                    break
             self._static[module] = found
         return found
 
     def _own(self, module: nn.Module) -> bool:
         """The same of its own code."""
-        if module in self._opened or "forward" in module.__dict__ or is_compiled(module):
+        kind = type(module)
+        usual = self._usual.get(kind)
+        if usual is None:
+            usual = self._usual[kind] = _is_usual(kind)
+        if not usual or module in self._opened or "forward" in module.__dict__:
             return False
-        if type(module).__call__ not in _CALLS:
-            return False
-        if type(module).__getattribute__ is not object.__getattribute__:
-            return False  # torch's own code runs it, more often where there are hooks
-        if isinstance(module, torch.jit.ScriptModule):
-            return False
-        if type(module).__module__.partition(".")[0] == _OURS:  # φ ends passes early
-            return False
-        return all(self._is_ours(hook) or computes_weights(hook) for hook in hooks_on(module))
+        return not (is_compiled(module) or self._has_others(module))
 
     def stands_alone(self, module: nn.Module, args: Any, tracer: Tracer | None) -> bool:
         """Whether this call is a region: not inside a module that may be one σ or layer itself."""
@@ -261,6 +261,7 @@ class ReplayRegions:
     def _open(self, modules: Iterable[nn.Module]) -> None:
         self._opened.update(modules)
         self._static.clear()
+        self._usual.clear()
         for module in modules:
             self._known.pop(module, None)
 
@@ -304,7 +305,19 @@ class ReplayRegions:
         self.probation.clear()
         self._opened.clear()
         self._static.clear()
+        self._usual.clear()
         self._known.clear()
+
+
+def _is_usual(kind: type[nn.Module]) -> bool:
+    """Whether modules of a class may be parts of a region, as far as the class tells."""
+    if kind.__call__ not in _CALLS:
+        return False
+    if kind.__getattribute__ is not object.__getattribute__:
+        return False  # torch's own code runs it, more often where there are hooks
+    if issubclass(kind, torch.jit.ScriptModule):
+        return False
+    return kind.__module__.partition(".")[0] != _OURS  # φ ends passes early
 
 
 def shape_of(value: Any) -> Any:

@@ -102,6 +102,7 @@ class AnswerTracing:
         self._regions = parts.regions
         self._region_calls = parts.region_calls
         self._parts = parts
+        self._moves = parts.redistribution
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A call begins: of a region, or of a module whose own code is seen."""
@@ -110,29 +111,35 @@ class AnswerTracing:
             frames = tracer.trace.frames if tracer is not None else None
             regions.called(module, frames[-1].module if frames else None)
             return self._region_calls.enter(module, args, kwargs)
-        return self._traced(module, args, kwargs)
+        # Regions may have become dynamic modules in this very pass.
+        if tracer is not None and not tracer.lost:
+            self._parts.installer.on_scopes()
+        replaced = self._traced(module, args, kwargs)
+        if tracer is not None and not tracer.lost:
+            self._live.trace_on()
+        return replaced
 
     def _traced(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """The tracer sees what the module runs."""
-        live, parts = self._live, self._parts
-        tracer = live.tracer
+        """The tracer sees what the module runs, once it is on."""
+        tracer = self._live.tracer
         if tracer is None:
             return None
         if tracer.lost:
             return tracer.editor.modules.enter_lost(module, args, kwargs) if tracer.editor else None
-        parts.installer.on_scopes()  # regions may have become dynamic modules in this very pass
-        parts.redistribution.made(module, (args, kwargs))
-        frame = tracer.enter(module, args, kwargs)
-        frame.position = parts.paths.position
-        live.trace_on()
+        if self._moves.given:
+            self._moves.made(module, (args, kwargs))
+        frame = tracer.modules.enter(module, args, kwargs)
+        if self._live.recording is None:
+            frame.position = self._parts.paths.position
         return frame.replaced
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool) -> Any:
         """It has ended."""
-        tracer, parts = self._live.tracer, self._parts
+        tracer = self._live.tracer
         if tracer is None:
             return None
-        parts.redistribution.made(module, output)
+        if self._moves.given:
+            self._moves.made(module, output)
         if not failed and self._regions.probation.watches(module):
             self._ended(module, tracer)
         return tracer.leave(module, None if failed else output)

@@ -28,6 +28,7 @@ from fmapkit.session.answers import (
 from fmapkit.session.parts import SessionParts
 from fmapkit.session.passes import Passes
 from fmapkit.torchlib.autograd import graph_task
+from fmapkit.torchlib.fused_paths import fuses
 
 __all__ = ["HookDispatcher"]
 
@@ -82,12 +83,14 @@ class HookDispatcher:
                 elif not self._passes.begin(args, kwargs):
                     return None
                 elif live.tracer is None:  # it is a region, and `begin` has looked at the arguments
-                    self._shadow.enter(module, args, kwargs)
+                    if fuses(module):
+                        self._shadow.enter(module, args, kwargs)
                     if module not in self._parts.regions.direct:
                         self._parts.regions.called(module, None)
                     return self._parts.region_calls.enter(module, args, kwargs)
-            answer = self._answer()
-            if answer is not self._outside:
+            live_recording = live.recording is not None and live.run is None
+            answer = self._recording if live_recording else self._answer()
+            if fuses(module) and answer is not self._outside:
                 self._shadow.enter(module, args, kwargs)
             return answer.enter(module, args, kwargs)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised

@@ -15,7 +15,7 @@ from fmapkit.instrumentation import Hooks
 from fmapkit.missed import MissedLog, Reason
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.state import PassState
-from fmapkit.torchlib.fused_paths import beside, fused_output, fuses, may_fuse, runners
+from fmapkit.torchlib.fused_paths import beside, fused_output, may_fuse, runners
 from fmapkit.torchlib.nested import leaves
 
 __all__ = ["FusedPathShadow"]
@@ -76,10 +76,10 @@ class FusedPathShadow:
         return self.leave(output) if mine else output
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """A module is about to run: run its fused path first, if it has one and torch would."""
+        """A module that has a fused path is about to run: run that first, if torch would."""
         run = self._live.run
         wanted = run is None or module in run.plan.fusing
-        if self.module is None and wanted and fuses(module):
+        if self.module is None and wanted:
             self._begin(type(module).forward, module, args, kwargs)
 
     def _begin(self, forward: Any, module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -87,7 +87,7 @@ class HookInstaller:
         self._shown = bool(asked.analyses)
         self._gradients = asked.wants.gradients
         self._scopes = False  # there are hooks on all scopes
-        self._early = False  # hooks on all modules, before the first pass
+        self._beyond = False  # there are some that neither scopes nor plans ask for
 
     def on_model(self) -> None:
         """Those that every pass goes through."""
@@ -97,7 +97,7 @@ class HookInstaller:
     def early(self) -> None:
         """Those on all modules."""
         self._around(modules_in(self._model))
-        self._early = True
+        self._beyond = True
 
     def _around(self, modules: Iterable[nn.Module]) -> None:
         calls = self._callbacks()
@@ -105,8 +105,8 @@ class HookInstaller:
 
     def only_on_model(self) -> None:
         """Remove all but those that every pass goes through."""
-        if self.tapped or self._scopes or self._early:
-            self._early = False
+        if self.tapped or self._scopes or self._beyond:
+            self._beyond = False
             self._hooks.drop("after")
             self._hooks.drop("outside")
             self._hooks.drop("before")
@@ -151,16 +151,15 @@ class HookInstaller:
     def in_recording(self, region: nn.Module) -> None:
         """On every module in a region, while it is recorded, and until there is a plan for it."""
         self._around(modules_in(region))
+        self._beyond = True
 
     def taps(self, region: nn.Module, plan: Plan) -> None:
         """The taps of a plan, each of the cheapest kind that will do."""
         hooks, calls = self._hooks, self._callbacks()
         around = plan.toggles | plan.scopes | plan.before | plan.fusing | _keyed(plan)
-        left = [m for m in modules_in(region) if hooks.is_around(m) and m not in around]
-        left = [m for m in left if m not in self._regions.direct]
-        if left:  # by another plan, or by a recording that left none
-            hooks.drop("around", only=left)
-            self.tapped.clear()
+        kept = around.union(self._regions.direct)
+        if hooks.drop("around", keep=kept, only=modules_in(region)):
+            self.tapped.clear()  # by another plan, or by a recording that left none
         keeping = set()
         if not self._stops and not self._shown:
             keeping = {m for m in plan.keeping if can_stand(m)}

@@ -21,7 +21,7 @@ from fmapkit.replay import EscapedTensors, ReplayRegions, fill_of, has_more, mak
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.hook_installer import HookInstaller
 from fmapkit.session.state import PassState, Recording
-from fmapkit.storage import StoredTensor
+from fmapkit.storage import StoredTensor, check_all
 from fmapkit.torchlib.memory import storage_of, storage_users
 from fmapkit.torchlib.nested import modules_in, tensors_in
 from fmapkit.torchlib.sharded import is_wrapped
@@ -171,9 +171,10 @@ class Recorder:
             return id(tensor) not in passed and is_of_pass(tensor)
 
         twins = self._paths.twins
-        remembering = EscapedTensors(is_of_pass, twins.reads)
+        read = twins.names_read()
+        remembering = EscapedTensors(is_of_pass, read)
         kept = remembering.attributes(region)
-        given = EscapedTensors(is_new, twins.reads).arguments(frame.args, frame.kwargs)
+        given = EscapedTensors(is_new, read).arguments(frame.args, frame.kwargs)
         found = [module for module, _ in kept] + [region] * bool(given)
         if remembering.functions(twins.functions()):
             found += [m for m in modules_in(region) if m._modules or not is_torchs(m)]
@@ -185,8 +186,7 @@ class Recorder:
 
     def _has_filled(self, recording: Recording) -> bool:
         """Whether the region has filled a cache: the next such call is traced, too."""
-        fill = fill_of(recording.module, self._paths.twins.functions())
-        if not has_more(recording.fill, fill):
+        if not has_more(recording.fill):
             return False
         return self._regions.of(recording.module).waits(recording.form, recording.sizes)
 
@@ -270,10 +270,7 @@ class Recorder:
 
 def _check_held(events: list[Event]) -> None:
     """Notice writes, to what is held of what ran, that nobody announced."""
-    for event in events:
-        for held in (event.x_held, event.y_held):
-            if held is not None:
-                held.check()
+    check_all([h for e in events for h in (e.x_held, e.y_held) if h is not None])
 
 
 def _copy_what_is_used_again(tracer: Tracer, frame: Frame, passed: list[Tensor]) -> None:
@@ -288,12 +285,15 @@ def _copy_what_is_used_again(tracer: Tracer, frame: Frame, passed: list[Tensor])
     """
     written = tracer.trace.record.aliases.written_since(frame.writes)
     written.difference_update(map(storage_of, passed))
+    if not written:
+        return
     events = tracer.trace.record.events[frame.start :]
     held = {id(h): h for e in events for h in (e.x_held, e.y_held) if h is not None}.values()
     ours: dict[int, list[StoredTensor]] = {}
     for one in held:
-        if one.tensor is not None and not one.copied and storage_of(one.tensor) in written:
-            ours.setdefault(storage_of(one.tensor), []).append(one)
+        if one.tensor is not None and not one.copied:
+            if (memory := storage_of(one.tensor)) in written:
+                ours.setdefault(memory, []).append(one)
     for alike in ours.values():
         tensor = alike[0].tensor
         if tensor is not None and not _saved(alike) and storage_users(tensor) > len(alike):
@@ -310,4 +310,7 @@ def _saved(held: list[StoredTensor]) -> bool:
 
 def _sharded(event: Event) -> bool:
     """Whether a map of it is a wrapper, of whose writes a tap would see one half."""
-    return any(e.held is not None and is_wrapped(e.held.tensor) for _, e in event.entries)
+    for _, entry in event.entries:
+        if entry.held is not None and is_wrapped(entry.held.tensor):
+            return True
+    return False

@@ -17,29 +17,33 @@ __all__ = ["RedistributionTracker"]
 
 
 class RedistributionTracker:
-    """What such hooks were given, and is not come back yet."""
+    """Of the hooks of one capture's modules.
+
+    Attributes:
+        given: what such hooks were given, and is not come back yet.
+    """
 
     def __init__(self, live: PassState) -> None:
         self._live = live
-        self._given: list[tuple[nn.Module, Any]] = []
+        self.given: list[tuple[nn.Module, Any]] = []
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Such hooks come next, on what a module is given: a hook of ours."""
         if self._live.tracer is not None and threading.get_ident() == self._live.thread:
-            self._given.append((module, (args, kwargs)))
+            self.given.append((module, (args, kwargs)))
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """The same for those on what it returns."""
         if self._live.tracer is not None and threading.get_ident() == self._live.thread:
-            self._given.append((module, output))
+            self.given.append((module, output))
 
     def made(self, module: nn.Module, values: Any) -> None:
         """They have run, if there are any, and this is what they have made of it."""
-        if self._given:
-            owner, given = self._given.pop()
+        if self.given:
+            owner, given = self.given.pop()
             if owner is module and self._live.tracer is not None:
                 self._live.tracer.trace.labels.moved(given, values)
 
     def clear(self) -> None:
         """The pass has ended."""
-        self._given.clear()
+        self.given.clear()

@@ -118,6 +118,8 @@ class Session:
         self.parts.live.thread = threading.get_ident()
         entered(self.passes)
         self.passes.open_always()
+        watch = self.passes.watch
+        quiet = watch.settled()
         tell(self.calls.scripted)
         self.parts.installer.on_model()
         self._methods.stand()
@@ -126,6 +128,8 @@ class Session:
         self.parts.unseen.scripted(bool(self.compiled))
         if not self.compiled:  # dynamo compares what stands before a call
             self.parts.installer.early()
+            if quiet:
+                watch.count_from_here()
 
     def close(self, failed: bool = False) -> None:
         """Remove everything, however the block ended; a warning never replaces its exception."""

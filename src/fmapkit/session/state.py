@@ -117,7 +117,7 @@ class PassState:
         self.tracer = Tracer.of_pass(
             asked.names, asked.wants, asked.edits, asked.stop, self.current, self._misses.add, tags
         )
-        self.tracer.trace.record.firings.clock = lambda: paths.position
+        self.tracer.trace.record.firings.clock = paths.clock()
         return self.tracer
 
     def enter_compiled(self, args: Any, kwargs: Any) -> None:

@@ -18,6 +18,7 @@ from fmapkit.storage.gradients import Received as Received
 from fmapkit.storage.gradients import in_function as in_function
 from fmapkit.storage.gradients import watch as watch
 from fmapkit.storage.held import StoredTensor as StoredTensor
+from fmapkit.storage.held import check_all as check_all
 from fmapkit.storage.held import unheld as unheld
 from fmapkit.storage.inference_tensors import has_inference_tensors as has_inference_tensors
 from fmapkit.storage.inference_tensors import settle as settle

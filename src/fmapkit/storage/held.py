@@ -14,12 +14,12 @@ from torch import Tensor
 from fmapkit.errors import MapOverwrittenError, MapReleasedError
 from fmapkit.reasons import Reason
 from fmapkit.storage.gradients import Gradient, watch
-from fmapkit.torchlib.memory import version_of
+from fmapkit.torchlib.memory import version_of, versions_of
 from fmapkit.torchlib.sharded import alias_of, ends_of, settled
 from fmapkit.torchlib.side_ops import clone, goes_on_from
-from fmapkit.torchlib.transforms import is_shapeless, wrapped
+from fmapkit.torchlib.transforms import is_shapeless, unholdable
 
-__all__ = ["StoredTensor", "unheld"]
+__all__ = ["StoredTensor", "check_all", "unheld"]
 
 
 class StoredTensor:
@@ -149,8 +149,19 @@ class StoredTensor:
         return settled(self.tensor)
 
 
+def check_all(held: list[StoredTensor]) -> None:
+    """Notice writes that nobody announced, of many at once."""
+    there = [one for one in held if one.tensor is not None]
+    versions = versions_of([one.tensor for one in there if one.tensor is not None])
+    for one, version in zip(there, versions, strict=True):
+        if version != one.version:
+            one.check()
+
+
 def unheld(tensor: Tensor) -> str | None:
     """Why a tensor is not held; None if it may be."""
+    if not unholdable(tensor):
+        return None
     if is_shapeless(tensor):
         return Reason.NESTED_STRIDED.text()
-    return Reason.TRANSFORMED.text() if wrapped(tensor) else None
+    return Reason.TRANSFORMED.text()

@@ -150,8 +150,12 @@ class CallOverride:
         global changes
         with lock:
             changes += 1
-            there = standing_before(module)
             self.module = module
+            if module.__dict__.get(_PLACE) is None:
+                self.inner = module._call_impl
+                module.__dict__[_PLACE] = self
+                return
+            there = standing_before(module)
             self.inner = there[0] if first and there else module._call_impl
             if first or not there:
                 module.__dict__[_PLACE] = self
@@ -161,6 +165,10 @@ class CallOverride:
     def leave(self) -> None:
         """Give the place back; the others stay. A call that is under way goes on."""
         with lock:
+            attributes = self.module.__dict__
+            if attributes.get(_PLACE) is self and not isinstance(self.inner, CallOverride):
+                del attributes[_PLACE]
+                return
             there = standing_before(self.module)
             if self not in there:
                 return

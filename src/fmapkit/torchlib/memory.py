@@ -39,10 +39,11 @@ def storage_of(tensor: Tensor) -> int:
     """What tells one block of memory from another."""
     if transforming() is not None:
         tensor = inner(tensor)
-    if is_wrapped(tensor):
-        tensor = ends_of(tensor)[-1]
-    if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
-        return storage_of(parts_of(tensor)[0])
+    if type(tensor) is not Tensor:
+        if is_wrapped(tensor):
+            tensor = ends_of(tensor)[-1]
+        if is_traceable_wrapper_subclass(tensor):
+            return storage_of(parts_of(tensor)[0])
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse, and other tensors without one storage

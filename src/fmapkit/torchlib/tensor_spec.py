@@ -91,7 +91,8 @@ def weights_of(module: nn.Module) -> Callable[[], Any]:
         for name, weight in held.items():
             if weight is not None and weight.is_floating_point():
                 places.append((held, name))
-                if not is_lazy(weight) and weight.dim() > 3:
+                plain = type(weight) is nn.Parameter or not is_lazy(weight)
+                if plain and weight.dim() > 3:
                     images.append((held, name))
     chosen = {id(held): (held, name) for held, name in (*places[:1], *places[-1:])}
     chosen |= {id(held): (held, name) for held, name in (*images[:1], *images[-1:])}

@@ -98,4 +98,6 @@ def undone_transforms() -> Iterator[None]:
 
 def unholdable(tensor: Tensor) -> bool:
     """Whether a tensor cannot be held: it has no shape, or lives inside a transform only."""
-    return is_shapeless(tensor) or wrapped(tensor)
+    if tensor.is_nested and is_shapeless(tensor):
+        return True
+    return _is_wrapped(tensor) and not returned.on

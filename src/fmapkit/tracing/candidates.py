@@ -6,6 +6,7 @@ Pure: asked when a module's call begins, and answered when it ends.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from fmapkit import layers, nonlinearities
 from fmapkit.nonlinearities import (
     class_sigma,
     is_torchs,
+    is_torchs_forward,
     module_sigma,
     patched_name,
     runs_torchs_forward,
@@ -41,8 +43,17 @@ def role_of(module: nn.Module) -> str:
         "layer" if it is registered as one; "sigma"; "plain": neither, as torch's own modules and
         mere containers are; "open": that depends on the call, see `may_be_sigma`.
     """
+    kind: Any = type(module)
     registered = layers.version + nonlinearities.version
-    return _role(type(module), runs_torchs_forward(module), registered)
+    if "forward" in module.__dict__ or type(kind.forward) is not FunctionType:
+        return _role(kind, runs_torchs_forward(module), registered)
+    return _role_with(kind, kind.forward, registered)
+
+
+@remembered
+def _role_with(kind: type[nn.Module], forward: Any, registered: int) -> str:
+    """The same of a class, with the forward that it has now."""
+    return _role(kind, is_torchs_forward(forward), registered)
 
 
 @remembered

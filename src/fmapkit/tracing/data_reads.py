@@ -17,7 +17,7 @@ from fmapkit.paths import keeps_number, may_be_handled, runs_own_code
 from fmapkit.provenance import Constants, Function, FunctionCall
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.branches import only_raises
-from fmapkit.tracing.input_reads import InputRead, MadeTensors
+from fmapkit.tracing.input_reads import InputRead, MadeTensors, is_cheap
 from fmapkit.tracing.pass_trace import PassTrace
 
 __all__ = ["DataReads"]
@@ -32,9 +32,23 @@ class DataReads:
         self._made = MadeTensors(trace.record.aliases)
 
     def before(
-        self, known: Function, func: Any, types: Any, args: Any, kwargs: dict[str, Any]
+        self,
+        known: Function,
+        func: Any,
+        types: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        asking: types.FrameType,
     ) -> InputRead | None:
         """Note where a function has to be seen in every pass: by its result, or by whom it runs.
+
+        Args:
+            known: what it is.
+            func: it.
+            types: classes of its arguments that have a `__torch_function__` of their own.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            asking: the frame that calls it.
 
         Returns:
             What it is of the inputs of the region that is recorded, if these alone tell its result.
@@ -47,16 +61,16 @@ class DataReads:
             deciding = args[1:] if known.name == "__getitem__" else args
             if self._constants.hold(tensors_in(*deciding, kwargs)):
                 return None
-            if _decides_nothing(known.name, sys._getframe(2)):
+            if _decides_nothing(known.name, asking):
                 return None
-            if trace.region is not None and not _picked_in_c(known.name):
+            if trace.region is not None and not _picked_in_c(known.name, asking):
                 by_inputs = partial(self._made.of_inputs, known, func, args, kwargs)
         return trace.decides(by_inputs)
 
     def after(self, known: Function, call: FunctionCall) -> None:
         """A function has run."""
         self._constants.made(call.name, call.operands, call.out)
-        if self._trace.region is not None:
+        if self._trace.learning and is_cheap(known.name) and self._trace.region is not None:
             self._made.add(known, call)
 
 
@@ -74,15 +88,15 @@ def _decides_nothing(name: str, asking: types.FrameType) -> bool:
     return keeps_number(asking)
 
 
-def _picked_in_c(name: str) -> bool:
+def _picked_in_c(name: str, asking: types.FrameType) -> bool:
     """Whether `max` or its like asks, to give one thing or another: no path tells which.
 
     It asks for the truth of tensors itself, or for keys, by a function made where it is called.
 
     Args:
         name: of the function that reads.
+        asking: the frame that calls it.
     """
-    asking = sys._getframe(3)
     if name == "__bool__" and _runs_picking(asking):
         return True
     around = asking.f_back if asking.f_code.co_flags & inspect.CO_NESTED else None

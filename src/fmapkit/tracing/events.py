@@ -6,6 +6,7 @@ Data, and the order of the moments. Plans are made of these.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -128,20 +129,22 @@ class HookPoints(list[HookPoint]):
     Attributes:
         clock: how many decisions have been taken.
         site_of: where a function was called that is under way; None while nobody is to know.
+        asking: who has called it.
     """
 
-    __slots__ = ("clock", "site_of")
+    __slots__ = ("asking", "clock", "site_of")
 
     def __init__(self) -> None:
         super().__init__()
         self.clock: Callable[[], int] = int
-        self.site_of: Callable[[Any], str | None] | None = None
+        self.site_of: Callable[[FrameType, Any], str | None] | None = None
+        self.asking: list[FrameType] = []
 
     def append(self, firing: HookPoint) -> None:
         """One more moment, now."""
         firing.position = self.clock()
-        if firing.module is None and self.site_of is not None:
-            firing.site = self.site_of(firing.function)
+        if firing.module is None and self.site_of is not None and self.asking:
+            firing.site = self.site_of(self.asking[-1], firing.function)
         super().append(firing)
 
     def fire(self, event: Event) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fmapkit.instrumentation import method_called
 from fmapkit.provenance import ChannelLayout, Label, Linearity, Pointwise
 from fmapkit.storage import StoredTensor
+from fmapkit.torchlib.nested import tensors_in
 
 __all__ = [
     *("Frame", "SigmaCall", "EditSite", "call_frame", "first_tensor", "on_stack", "running_module"),
@@ -36,8 +37,8 @@ class Frame:
 
     __slots__ = (
         *("module", "args", "kwargs", "kind", "start", "x", "key", "x_held", "degrees"),
-        *("in_place", "kept", "tag", "a", "watched", "inner", "pointwise", "ran", "unseen"),
-        *("counts", "firing", "given", "own", "position", "replaced", "site", "turns", "writes"),
+        *("in_place", "kept", "tag", "a", "watched", "inner", "_pointwise", "ran", "unseen"),
+        *("counts", "firing", "nested", "own", "position", "replaced", "site", "turns", "writes"),
     )
 
     def __init__(
@@ -48,15 +49,18 @@ class Frame:
         start: int,
         firing: int,
         writes: int,
-        replaced: tuple[Any, Any] | None,
-        given: list[weakref.ref[Tensor]],
+        replaced: tuple[Any, Any] | None = None,
+        nested: list[weakref.ref[Tensor]] | None = None,
     ) -> None:
         self.module = module
         self.args = args
         self.kwargs = kwargs
         self.kind = "plain"  # "sigma", "candidate", "layer" (a registered, opaque one)
         self.start = start  # how many events there were
-        self.x, self.key = first_tensor(args, kwargs)
+        self.x: Tensor | None
+        self.key: str | None
+        plain = bool(args) and type(args[0]) is Tensor
+        self.x, self.key = (args[0], None) if plain else first_tensor(args, kwargs)
         self.a: Any = None  # what the σ function inside a registered σ module returned
         self.x_held: StoredTensor | None = None
         self.degrees: Linearity | None = None  # of a candidate
@@ -68,17 +72,31 @@ class Frame:
         self.firing = firing  # how many hook points there were
         self.position = 0  # how many decisions of the pass had been taken
         self.writes = writes  # how many writes to memory there had been
-        self.given = given  # all tensors in its arguments as it began, where a region is learned
-        self.own: list[Callable[[], Any]] = []  # the same of tensors that its modules have
+        self.nested = nested  # the tensors in its arguments as it began, if it might change them
+        self.own: list[Callable[[], Any]] = []  # those that its modules have, of a region
         # How often each function was given a weight, by the layer that made that.
         self.turns: Counter[tuple[str, str | None]] | None = None
         self.site: EditSite | None = None  # something to edit
         self.replaced = replaced  # the arguments that it is to get instead
-        self.pointwise = Pointwise()
+        self._pointwise: Pointwise | None = None
         self.ran = False  # the function inside that a registered σ module is
         self.inner: tuple[str, Any] | None = None  # another one that got x, and its result
         # Of a candidate: (layer, reason) of what is missed in it, unless it is one σ as a whole.
         self.unseen: list[tuple[str, str]] = []
+
+    @property
+    def pointwise(self) -> Pointwise:
+        """What is computed in it point by point."""
+        found = self._pointwise
+        if found is None:
+            found = self._pointwise = Pointwise()
+        return found
+
+    def given(self) -> list[Tensor | None]:
+        """The tensors in its arguments as it began; None for one that is gone."""
+        if self.nested is not None:
+            return [one() for one in self.nested]
+        return [*tensors_in(*self.args, self.kwargs)]
 
     def passed(self, x: Any, y: Any) -> dict[str, Any]:
         """What an event is to know that has run in the call: x and y, where x came in."""

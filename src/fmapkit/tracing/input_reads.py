@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from fmapkit.storage import Aliases
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.tracing.frames import Frame
 
-__all__ = ["InputRead", "MadeTensors", "read"]
+__all__ = ["InputRead", "MadeTensors", "is_cheap", "read"]
 
 # Are the same of the same tensors, write to none, never warn, and cost little beside a layer.
 _CHEAP = words(
@@ -36,6 +37,14 @@ _CHEAP = words(
     transpose t diagonal pad tril triu
     arange ones zeros full ones_like zeros_like full_like new_ones new_zeros new_full"""
 )
+
+
+@cache
+def is_cheap(name: str) -> bool:
+    """Whether a function, told by its name, may be run once more to know what it gives."""
+    return name.strip("_") in _CHEAP
+
+
 # Give a truth to Python; and the same of a tensor that is one.
 _TRUTHS = {"__bool__", "__contains__", "is_nonzero", "equal", "allclose"}
 _NUMBERS = {"item", "__int__", "__index__", "__float__"}
@@ -46,7 +55,7 @@ _PLAIN = frozenset(
     {bool, float, str, type(None), type(...), torch.dtype, torch.device, torch.layout}
 ) | {torch.memory_format}
 _SEVERAL: dict[type, type] = {tuple: tuple, list: list, torch.Size: tuple}
-_TENSORS = (Tensor, nn.Parameter)
+_TENSORS = frozenset({Tensor, nn.Parameter})
 _MOST_FUNCTIONS = 12
 
 
@@ -133,36 +142,13 @@ def _flat(value: Any) -> Iterator[int]:
         yield value
 
 
-class _MadeTensor(NamedTuple):
-    """How a tensor was made.
-
-    Attributes:
-        tensor: it.
-        function: that made it.
-        args: that it was given.
-        kwargs: by keyword.
-        writes: how many writes there had been.
-    """
-
-    tensor: weakref.ref[Tensor]
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: tuple[tuple[str, Any], ...]
-    writes: int
-
-
-class _TensorGiven(NamedTuple):
-    """A tensor that a function was given: none is kept alive, and its memory counts its users.
-
-    Attributes:
-        tensor: it.
-        made: how, if that is known.
-        written: when it had been written to the last time.
-    """
-
-    tensor: weakref.ref[Tensor]
-    made: _MadeTensor | None
-    written: int
+# How a tensor was made: it, the function, what that was given by place and by keyword, and how
+# many writes there had been.
+_MadeTensor = tuple[weakref.ref[Tensor], Any, tuple[Any, ...], tuple[tuple[str, Any], ...], int]
+# A tensor that a function was given: it, how that was made, if that is known, and when it had been
+# written to the last time. None is kept alive by that, and its memory counts its users. (Plain
+# tuples: they are made for each function of a pass, and nearly all of them for nothing.)
+_TensorGiven = tuple[weakref.ref[Tensor], "_MadeTensor | None", int]
 
 
 class _NotOfInputsError(Exception):
@@ -181,17 +167,15 @@ class MadeTensors:
         self._made: dict[int, _MadeTensor] = {}
 
     def add(self, known: Function, call: FunctionCall) -> None:
-        """A function has run."""
-        if known.name.strip("_") not in _CHEAP or not known.never_writes or "out" in call.kwargs:
-            return
-        if type(call.out) is not Tensor:
+        """A function has run that `is_cheap`."""
+        if type(call.out) is not Tensor or not known.never_writes or "out" in call.kwargs:
             return
         try:
-            given = self._given(call.args, call.kwargs)
+            rows, named = self._given(call.args, call.kwargs)
         except _NotOfInputsError:
             return
         out = weakref.ref(call.out)
-        self._made[id(call.out)] = _MadeTensor(out, call.function, *given, self._aliases.writes)
+        self._made[id(call.out)] = out, call.function, rows, named, self._aliases.writes
 
     def of_inputs(
         self, known: Function, function: Any, args: Any, kwargs: Any, frame: Frame
@@ -223,26 +207,25 @@ class MadeTensors:
 
     def _given(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
         """What a function is given, without the tensors themselves."""
-        rows = tuple([self._part(value) for value in args])
-        return rows, tuple([(k, self._part(v)) for k, v in kwargs.items()])
+        rows = tuple(map(self._part, args))
+        return rows, tuple([(k, self._part(v)) for k, v in kwargs.items()]) if kwargs else ()
 
     def _part(self, value: Any) -> Any:
         kind = type(value)
+        if kind in _TENSORS:
+            writes = self._aliases.written
+            written = writes.get(storage_of(value), -1) if writes else -1
+            made = self._made.get(id(value))
+            if made is not None and (made[0]() is not value or written >= made[-1]):
+                made = None
+            return weakref.ref(value), made, written
         if kind is int or kind in _PLAIN:
             return value
         if kind in _SEVERAL:
-            return _Several(_SEVERAL[kind], tuple([self._part(v) for v in value]))
+            return _Several(_SEVERAL[kind], tuple(map(self._part, value)))
         if kind is slice:
-            parts = value.start, value.stop, value.step
-            return _Several(slice, tuple([self._part(v) for v in parts]))
-        if kind not in _TENSORS:
-            raise _NotOfInputsError
-        writes = self._aliases.written
-        written = writes.get(storage_of(value), -1) if writes else -1
-        made = self._made.get(id(value))
-        if made is not None and (made.tensor() is not value or written >= made.writes):
-            made = None
-        return _TensorGiven(weakref.ref(value), made, written)
+            return _Several(slice, tuple(map(self._part, (value.start, value.stop, value.step))))
+        raise _NotOfInputsError
 
 
 class _FormWriter:
@@ -250,7 +233,7 @@ class _FormWriter:
 
     def __init__(self, frame: Frame, written: set[int]) -> None:
         self._writes = frame.writes
-        self._places = _places_of(frame.given, frame.own, written)
+        self._places = _places_of(frame.given(), [one() for one in frame.own], written)
         self._knows_floats = not _has_float((frame.args, frame.kwargs))
         self._left = _MOST_FUNCTIONS
         self.numbers: list[int] = []
@@ -270,22 +253,22 @@ class _FormWriter:
             return _NUMBER
         if kind is _Several:
             return _Several(value.kind, tuple([self._value(v) for v in value.items]))
-        if kind is not _TensorGiven:
+        if kind is not tuple:
             if kind is float and not self._knows_floats:  # it may be one that the call is given
                 raise _NotOfInputsError
             return value
-        tensor = value.tensor()
+        ref, made, written = value
+        tensor = ref()
         place = self._places.get(id(tensor)) if tensor is not None else None
-        if place is not None and value.written < self._writes:
+        if place is not None and written < self._writes:
             return _Input(place)
-        if value.made is None:
+        if made is None:
             raise _NotOfInputsError
-        return self.call(value.made.function, value.made.args, value.made.kwargs)
+        _, function, args, kwargs, _ = made
+        return self.call(function, args, kwargs)
 
 
-def _places_of(
-    given: list[weakref.ref[Tensor]], own: list[Callable[[], Any]], written: set[int]
-) -> dict[int, int]:
+def _places_of(given: list[Tensor | None], own: list[Any], written: set[int]) -> dict[int, int]:
     """Where each tensor is among those that a call is given, or has, by its id.
 
     One that is given twice has no place: the next call may be given two. Nor has one if another of
@@ -296,9 +279,8 @@ def _places_of(
         own: those of the module that is called.
         written: the storages that the call has written to.
     """
-    tensors = [one() for one in given]
-    rewritten = [t for t in tensors if written and t is not None and storage_of(t) in written]
-    tensors += [one() for one in own]
+    tensors = [*given, *own]
+    rewritten = [t for t in given if written and t is not None and storage_of(t) in written]
     times = Counter(map(id, tensors))
     found: dict[int, int] = {}
     for place, tensor in enumerate(tensors):

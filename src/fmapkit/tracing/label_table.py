@@ -33,10 +33,11 @@ __all__ = ["LabelTable"]
 class LabelTable:
     """The tags of one pass; they keep no tensor alive."""
 
-    __slots__ = ("_known", "_names")
+    __slots__ = ("_known", "_names", "_whole")
 
     def __init__(self, names: Names) -> None:
         self._names = names
+        self._whole: dict[int, ParamLabel] = {}  # of parameters, as they are
         self._known: dict[int, tuple[weakref.ref[Tensor], Label]] = {}
 
     def of(self, value: Any) -> Label:
@@ -47,8 +48,12 @@ class LabelTable:
             tag = found[1]
             if not (isinstance(tag, ParamLabel) and self._names.in_flat(value)):
                 return tag
+        whole = self._whole.get(id(value))
+        if whole is not None and whole.parameter is value:
+            return whole
         if isinstance(value, Tensor) and self._names.is_parameter(value):
-            return ParamLabel.whole(value)
+            whole = self._whole[id(value)] = ParamLabel.whole(value)
+            return whole
         return None
 
     def flow(self, value: Any) -> ChannelLabel | None:
@@ -141,6 +146,7 @@ class LabelTable:
     def end(self) -> None:
         """Forget them."""
         self._known.clear()
+        self._whole.clear()
 
 
 def _reach(tensor: Tensor) -> tuple[int, int]:

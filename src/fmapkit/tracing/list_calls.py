@@ -31,20 +31,15 @@ __all__ = ["step"]
 
 def step(
     trace: PassTrace, whole: FunctionCall, goes_on: Callable[[FunctionCall, Lookup], None]
-) -> bool:
-    """A function has run, maybe one on lists of tensors.
+) -> None:
+    """A function on lists of tensors has run.
 
     Args:
         trace: of the pass.
         whole: its call.
         goes_on: labels what a call that makes no map has returned.
-
-    Returns:
-        Whether it is one.
     """
     calls = each_call(whole)
-    if not calls:
-        return False
     tag = seen_by_each(whole, trace.labels.of)
     for call in calls:
         z = _operand(trace, call, tag)
@@ -62,7 +57,6 @@ def step(
             if _reduces(call):  # to one number, whatever the rule of its name takes the rest for
                 trace.labels.put(call.out, STOP)
             trace.follow(call)
-    return True
 
 
 def _operand(trace: PassTrace, call: FunctionCall, tag: Lookup) -> Tensor | None:

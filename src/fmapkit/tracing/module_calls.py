@@ -5,7 +5,9 @@ A registered layer, one nonlinearity, a norm written out by hand, or the only fu
 
 from __future__ import annotations
 
+import sys
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,6 +28,7 @@ from fmapkit.storage import unheld
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.operators import without_torch_function
 from fmapkit.torchlib.side_ops import looking
+from fmapkit.torchlib.transforms import unholdable
 from fmapkit.tracing.candidates import is_norm, may_be_sigma, norm_axis, role_of, verdict
 from fmapkit.tracing.events import Event, HookPoint
 from fmapkit.tracing.frames import Frame
@@ -35,6 +38,9 @@ from fmapkit.tracing.pass_trace import PassTrace
 
 __all__ = ["ModuleCalls"]
 
+# Arguments of these classes alone are the same tensors as long as the call is under way.
+_FLAT = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str})
+
 
 class ModuleCalls:
     """The modules of one pass."""
@@ -43,9 +49,9 @@ class ModuleCalls:
         self._trace = trace
         self._editor = editor
         self._layers = layers
-
-    def _looking(self) -> AbstractContextManager[Any]:
-        return looking() if self._editor is None else without_torch_function()
+        self._looking: Callable[[], AbstractContextManager[Any]] = (
+            looking if editor is None else without_torch_function
+        )
 
     # -- a call begins ------------------------------------------------------------------------
 
@@ -53,27 +59,27 @@ class ModuleCalls:
         """A module's forward begins."""
         trace, editor = self._trace, self._editor
         with self._looking():  # what we look at ourselves is not the model's doing
-            if trace.frames:
-                trace.past_hooks(module)
+            frames, record = trace.frames, trace.record
+            if frames:
+                trace.past_hooks(sys._getframe(1), module)
             replaced = editor.modules.input(module, args, kwargs) if editor else None
             if replaced is not None:
                 args, kwargs = replaced
-            parent = trace.frames[-1] if trace.frames else None
-            record = trace.record
             counts = len(record.events), len(record.firings), record.aliases.writes
-            given = [weakref.ref(t) for t in tensors_in(*args, kwargs)] if trace.learning else []
-            frame = Frame(module, args, kwargs, *counts, replaced, given)
+            nested = None
             if trace.learning:
                 trace.moments.append((record.firings.clock(), module))
-            trace.frames.append(frame)
-            role = role_of(module)
-            why = unheld(frame.x) if frame.x is not None else None
+                if not _FLAT.issuperset({*map(type, args), *map(type, kwargs.values())}):
+                    nested = list(map(weakref.ref, tensors_in(*args, kwargs)))
+            frame = Frame(module, args, kwargs, *counts, replaced, nested)
+            frame.watched = bool(frames) and frames[-1].watched
+            frames.append(frame)
+            x, role = frame.x, role_of(module)
+            why = unheld(x) if x is not None and unholdable(x) else None
             if why is not None:
                 trace.miss_here(why)
             elif role != "plain":
                 self._sort(frame, role, args, kwargs)
-            if parent is not None and parent.watched:
-                frame.watched = True
             return frame
 
     def _sort(self, frame: Frame, role: str, args: Any, kwargs: Any) -> None:
@@ -112,10 +118,11 @@ class ModuleCalls:
         """
         trace, module, replaced = self._trace, frame.module, None
         with self._looking():
-            if trace.learning:
-                trace.moments.append((trace.record.firings.clock(), None))
             parent = trace.frames[-1].module if trace.frames else None
-            trace.record.firings.append(HookPoint(module, module, None, parent))
+            firing = HookPoint(module, module, None, parent)
+            trace.record.firings.append(firing)
+            if trace.learning:
+                trace.moments.append((firing.position, None))
             edited = self.close(frame, output)
             if edited is not None and edited is not output:
                 replaced = output = edited
@@ -151,7 +158,8 @@ class ModuleCalls:
             if flow is not None and flow.origin.kind != "layer":  # no layer stands behind it
                 axis, own = norm_axis(frame.module, output), self._trace.names.of(frame.module)
                 labels.put(output, record.norm(flow, output, axis, own))
-        for event in record.events[frame.start :]:
+        events = record.events
+        for event in events[frame.start :] if len(events) > frame.start else ():
             if event.scope is not frame.module:
                 continue
             # In place, it has to be seen as the function that it is, to run out of place.

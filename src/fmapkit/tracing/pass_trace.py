@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -182,13 +183,14 @@ class PassTrace:
             self.deciding.add(frame.module)
         return None
 
-    def past_hooks(self, entered: nn.Module | None = None) -> None:
+    def past_hooks(self, at: FrameType | None, entered: nn.Module | None = None) -> None:
         """Name the modules that run without their hooks, where that keeps something from us.
 
         Args:
+            at: the innermost frame of Python's that may be theirs.
             entered: a module whose call has just begun.
         """
-        for module, method in self.names.past_hooks.running(entered):
+        for module, method in self.names.past_hooks.running(at, entered):
             name = self.names.by_module.get(module)
             if name is None:
                 continue
@@ -209,7 +211,8 @@ class PassTrace:
     def follow(self, call: FunctionCall, nonlinear: bool = False) -> None:
         """Follow what is computed point by point, in a weightless module from its input alone."""
         frame, flow = self.frames[-1], self.labels.flow
-        if nonlinear or call.name in FOLLOWED:
+        # Inside a registered nonlinearity, nobody asks for what is computed from what.
+        if frame.kind != "sigma" and (nonlinear or call.name in FOLLOWED):
             frame.pointwise.step(call, flow, nonlinear)
         if not frame.watched:
             return

@@ -17,8 +17,9 @@ Each of these writes to one `PassTrace`: the frames, the labels, and the `Record
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,23 +33,19 @@ from fmapkit.missed import reason
 from fmapkit.model import Names
 from fmapkit.paths import unrecorded
 from fmapkit.provenance import (
-    ADDING_WRITES,
-    FOLLOWED,
-    FRESH,
     NORM_AXIS,
     OPAQUE,
     RESHAPED_IN_PLACE,
-    SOMETIMES,
     STOP,
-    WRITES,
     ChannelLabel,
     Function,
     FunctionCall,
     Lookup,
+    beside_numbers,
     carried,
     describe,
     described,
-    weighs,
+    target_of,
     weight_operand,
 )
 from fmapkit.reasons import Reason
@@ -66,6 +63,7 @@ from fmapkit.tracing.attention import AttentionWatch
 from fmapkit.tracing.data_reads import DataReads
 from fmapkit.tracing.events import HookPoint
 from fmapkit.tracing.frames import Frame, SigmaCall
+from fmapkit.tracing.input_reads import InputRead
 from fmapkit.tracing.label_table import LabelTable
 from fmapkit.tracing.layer_calls import LayerCalls
 from fmapkit.tracing.layer_edits import LayerEdits, exchanged
@@ -77,18 +75,8 @@ from fmapkit.tracing.sigma_calls import SigmaCalls
 __all__ = ["Tracer"]
 
 
-# They write elements of one tensor into another, and add none.
-_COPIES = WRITES - ADDING_WRITES | {"copy"}
-
-
-def _target(name: str, args: Any, kwargs: Any) -> Tensor | None:
-    """What a function writes elements of another tensor to, if it does."""
-    out = kwargs.get("out")
-    if isinstance(out, Tensor):
-        return out
-    if name not in _COPIES or not args:
-        return None
-    return args[0] if isinstance(args[0], Tensor) else None
+# Classes of tensors that have no `__torch_function__` of their own.
+_TORCHS = frozenset({Tensor, nn.Parameter})
 
 
 class Tracer(ObserverMode):
@@ -117,6 +105,11 @@ class Tracer(ObserverMode):
         self.layers = LayerCalls(trace, self.editor)
         self.modules = ModuleCalls(trace, self.editor, self.layers)
         self.sigmas = SigmaCalls(trace, self.editor)
+        # What we do ourselves is seen by no mode of others, and by no tensor's own code. But edits
+        # are: they are part of what the model computes.
+        self._looking: Callable[[], AbstractContextManager[Any]] = (
+            looking if self.editor is None else nullcontext
+        )
         self.attention = AttentionWatch(trace) if trace.wants.kind("attention") else None
         self.reads = DataReads(trace)
         self.described = described()
@@ -186,9 +179,9 @@ class Tracer(ObserverMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         trace, kwargs = self.trace, kwargs or {}
         known = self.described.get(func) or describe(func)
-        if not trace.paused and (known.reads or types):
-            with self._looking():
-                read = self.reads.before(known, func, types, args, kwargs)
+        others = types and not _TORCHS.issuperset(types)
+        if (known.reads or others) and not trace.paused:
+            read = self._read(known, func, types if others else (), args, kwargs)
             if read is not None:
                 value = func(*args, **kwargs)
                 trace.asked.append((read, value))
@@ -198,22 +191,26 @@ class Tracer(ObserverMode):
         if known.opened is not None:
             with self, self.attention.inside(args, kwargs) if self.attention else nullcontext():
                 return known.opened(*args, **kwargs)
-        if not trace.frames or (types and any(map(_is_lazy, types))):
+        if not trace.frames or (others and any(map(_is_lazy, types))):
             return func(*args, **kwargs)
-        try:
-            watched = someone_sees()
-            with self._looking():
-                sigma = self._before(known, func, args, kwargs, watched)
-        except Exception as error:  # ours, not the user's: named in `missed`, never raised
-            self.fail(error)
-            return func(*args, **kwargs)
-        if sigma is not None:
-            func, args, kwargs = sigma.function, sigma.args, sigma.kwargs
+        sigma = None
+        if not known.passive or "out" in kwargs:
+            try:
+                watched = someone_sees()
+                with self._looking():
+                    sigma = self._before(known, func, args, kwargs, watched)
+            except Exception as error:  # ours, not the user's: named in `missed`, never raised
+                self.fail(error)
+                return func(*args, **kwargs)
+            if sigma is not None:
+                func, args, kwargs = sigma.function, sigma.args, sigma.kwargs
         out = func(*args, **kwargs)
+        asking = trace.record.firings.asking
+        asking.append(sys._getframe(1))
         try:
             with self._looking():
-                trace.past_hooks()
-                if not trace.learning and known.name in FOLLOWED:
+                trace.past_hooks(asking[-1])
+                if not trace.learning and known.followed:
                     trace.hidden()
                 if sigma is not None:
                     out = self.sigmas.after(known, sigma, out)
@@ -222,17 +219,21 @@ class Tracer(ObserverMode):
                     out = self._after(known, FunctionCall(*given, tensors_in(*args, kwargs)))
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fail(error)
+        finally:
+            asking.pop()
         stop = trace.record.stop
         if stop is not None and not trace.learning:
             stop.check()
         return out
 
-    def _looking(self) -> Any:
-        """What we do in it ourselves is seen by no mode of others, and by no tensor's own code.
-
-        But edits are: they are part of what the model computes.
-        """
-        return looking() if self.editor is None else nullcontext()
+    def _read(
+        self, known: Function, func: Any, types: Any, args: Any, kwargs: Any
+    ) -> InputRead | None:
+        """Note where a function has to be seen in every pass: see `DataReads.before`."""
+        if known.indexed and not types and beside_numbers(args, kwargs):
+            return None
+        with self._looking():
+            return self.reads.before(known, func, types, args, kwargs, sys._getframe(2))
 
     def _before(
         self, known: Function, func: Any, args: Any, kwargs: dict[str, Any], watched: bool
@@ -247,7 +248,7 @@ class Tracer(ObserverMode):
             watched: somebody else sees what runs.
         """
         sigma = None
-        if known.sigma is not None or known.name in SOMETIMES:
+        if known.sigma is not None or known.sometimes:
             sigma = self.sigmas.of(known, func, args, kwargs)
         if sigma is not None:
             self.sigmas.before(known, sigma, watched)
@@ -263,39 +264,46 @@ class Tracer(ObserverMode):
             trace.miss_here(OPAQUE[name])
         if known.fused and not trace.opaque:
             trace.miss_here(Reason.FUSED_QUANTIZED.text(function=call.function))
-        if name in FRESH and isinstance(out, Tensor):
+        one = isinstance(out, Tensor)
+        if known.fresh and one:
             self.layers.made.add(storage_of(out))
         self.reads.after(known, call)
         if not operands:
-            if name in FOLLOWED or trace.frames[-1].watched:
+            if known.followed or trace.frames[-1].watched:
                 trace.follow(call)
             return out
         if self.attention is not None and not trace.opaque:
             self.attention.step(call)
-        weight = None
-        if weighs(name):
-            weight = weight_operand(call, trace.labels.of)
-        one = isinstance(out, Tensor)
-        if some_shapeless(operands) or (one and is_shapeless(out)):
+        weight = weight_operand(call, trace.labels.of) if known.weighs else None
+        if some_shapeless(operands) or (one and out.is_nested and is_shapeless(out)):
             self.layers.shapeless(name, weight, out)
             return out
-        if list_calls.step(trace, call, self._carry):
+        if known.on_lists:
+            list_calls.step(trace, call, self._carry)
             return out
-        seen = one and not trace.opaque and not wrapped(out)
-        if seen and isinstance(weight, Tensor) and trace.hidden() is None:
-            out = self.layers.weighed(call, weight)
-        elif seen and known.packed:
-            out = self.layers.packed(call.function, call.args, out)
-        else:
+        if weight is None and not known.packed:
             self._goes_on(known, call)
-        if name in FOLLOWED or trace.frames[-1].watched:
+        else:
+            out = self._weighed(known, call, weight)
+        if known.followed or trace.frames[-1].watched:
             trace.follow(call if out is call.out else replace(call, out=out))
+        return out
+
+    def _weighed(self, known: Function, call: FunctionCall, weight: Any) -> Any:
+        """A function has run that may be a layer; what it is to return."""
+        trace, out = self.trace, call.out
+        seen = isinstance(out, Tensor) and not trace.opaque and not wrapped(out)
+        if seen and isinstance(weight, Tensor) and trace.hidden() is None:
+            return self.layers.weighed(call, weight)
+        if seen and known.packed:
+            return self.layers.packed(call.function, call.args, out)
+        self._goes_on(known, call)
         return out
 
     def _goes_on(self, known: Function, call: FunctionCall) -> None:
         """A function has run that makes no map."""
         name, trace = call.name, self.trace
-        if trace.learning and not trace.opaque and (weighs(name) or name in SOMETIMES):
+        if trace.learning and not trace.opaque and (known.weighs or known.sometimes):
             # Nothing this time; but who waits for what goes by this name will see it, too.
             trace.record.firings.append(HookPoint(None, trace.scope(), call.function))
         self._carry(call, trace.labels.of, known.in_place and name in RESHAPED_IN_PLACE)
@@ -322,7 +330,7 @@ class Tracer(ObserverMode):
             own = names.place(trace.running()) or names.of(trace.frames[-1].module)
             label = trace.record.norm(label, out, NORM_AXIS[name], own)
         if label is not None:
-            target = _target(name, call.args, call.kwargs)
+            target = target_of(name, call.args, call.kwargs)
             before = trace.labels.of(target) if target is not None else None
             if name == "__setitem__":
                 trace.labels.put(call.args[0], label)
@@ -350,8 +358,8 @@ class Tracer(ObserverMode):
         if self.editor and all(f.module is not module for f in trace.frames):
             # An edit of its input has failed, and it has not begun; or nothing is told any more.
             return self.editor.modules.leave_lost(module, output) if self.lost else None
-        frame = None
-        while trace.frames and (frame is None or frame.module is not module):
+        frames, frame = trace.frames, None
+        while frames and (frame is None or frame.module is not module):
             frame = trace.pop()  # several, where a forward caught an exception of a child
         if frame is None or frame.module is not module or self.failed:
             return None
