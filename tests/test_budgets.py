@@ -25,7 +25,7 @@ from benchmarks.memory import Live, unnoticed
 from benchmarks.models import GPT, ResNet
 from fmapkit import capture
 from fmapkit.analysis import Statistics
-from fmapkit.paths.source_files import qualified_name
+from fmapkit.paths.rewriting.source_files import qualified_name
 from fmapkit.torchlib.call_override import there
 
 LOGGER = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fmapkit import capture
 from fmapkit.paths.fixed_attributes import FixedAttributes
-from fmapkit.paths.source_files import name_in_source, qualified_name
+from fmapkit.paths.rewriting.source_files import name_in_source, qualified_name
 from fmapkit.paths.survey import is_trusted
 
 

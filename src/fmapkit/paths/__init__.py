@@ -2,14 +2,11 @@
 
     control.ControlPaths            what one capture knows, and what it has set
         twins.Twins                 functions run twins of their code while the block is open
-            source_files            the function that code is in, and its full name
-            twin_source.make_twins  … each made once, from the source of a function
-            rewrite.Rewriter        … the same code with a recorder at each decision
-            torch_calls             … and at calls in torch's own transformer layers
-            picking, library_calls  … and where Python itself picks one of several values
-            kept_numbers            … but not what is only kept or printed
-            items                   … of a plain value, or of a callable
+            rewriting/              … which are made here
+        recorders                   what a twin calls at each decision
+            items                   … an item of a plain value, or of a callable
             elements                … of what Python goes through
+            called_functions        … which function a call runs
         sinks.DecisionSink          where the decisions of this thread's pass go
         survey.Survey               which functions ran that do not record yet
     known_paths.KnownPaths          the paths of one kind of call, each with its plan

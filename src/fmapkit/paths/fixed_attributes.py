@@ -15,19 +15,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from fmapkit.paths.source_files import qualified_name
+from fmapkit.paths.rewriting import qualified_name
 from fmapkit.torchlib.class_cache import remembered
 
-__all__ = ["OF_TORCHS", "FixedAttributes"]
-
-# Attributes that torch's own modules decide by, as they are compiled: `inplace`, `p`, `dim`, …
-OF_TORCHS = frozenset({"training"}).union(
-    *(
-        getattr(kind, "__constants__", ())
-        for kind in vars(nn).values()
-        if isinstance(kind, type) and issubclass(kind, nn.Module)
-    )
-)
+__all__ = ["FixedAttributes"]
 
 
 class FixedAttributes:

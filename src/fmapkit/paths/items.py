@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fmapkit.paths.rewriting import MARK
 from fmapkit.paths.sinks import ident, sinks
 from fmapkit.torchlib.class_cache import remembered
 
 __all__ = [
     "CALLABLES",
     "ITEM_OF",
-    "MARK",
     "NUMBERS",
     "PLAIN",
     "Fixed",
@@ -40,8 +40,6 @@ __all__ = [
     "other_callable",
 ]
 
-# What marks begin with: no string of a model does.
-MARK = "\0"
 PLAIN: frozenset[type] = frozenset(
     {
         *(int, str, bytes, complex, type(None), type(...), range),

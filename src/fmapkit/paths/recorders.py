@@ -15,13 +15,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
-from torch.autograd import Function
 
+from fmapkit.paths.called_functions import function_at
 from fmapkit.paths.elements import contents_of, item_of_elements, keys_of, picks_by_index
 from fmapkit.paths.items import (
     CALLABLES,
     ITEM_OF,
-    MARK,
     NUMBERS,
     PLAIN,
     Fixed,
@@ -29,8 +28,8 @@ from fmapkit.paths.items import (
     item_of_class,
     other_callable,
 )
+from fmapkit.paths.rewriting import FLOATS_ARE_IDLE, MARK, ONLY_ZERO_DECIDES
 from fmapkit.paths.sinks import append_of, ident
-from fmapkit.paths.torch_calls import FLOATS_ARE_IDLE, ONLY_ZERO_DECIDES
 from fmapkit.torchlib.fused_paths import instead_of
 
 __all__ = ["RECORDERS", "taps", "twins"]
@@ -41,12 +40,8 @@ _FUNCTION = types.FunctionType
 _BUILTIN = types.BuiltinFunctionType
 twins: set[int] = set()  # the code that calls us, told by its identity: it is kept
 _ROWS = frozenset((list, tuple, str, bytes))
-_WRAPPED = (staticmethod, classmethod)
 _FLOATS = frozenset((float, np.float64, np.float32, np.float16))
 _BEGIN = frozenset((f"{MARK}enter", f"{MARK}current"))
-_CALL = nn.Module.__call__
-_APPLY = Function.__dict__["apply"].__func__
-_bases_of: Callable[[type], Any] = type.__dict__["__mro__"].__get__
 _NOTHING: Callable[[Any], None] = deque(maxlen=0).append
 # Methods of containers that are given a place in them, or a key.
 _BY_PLACE = frozenset(
@@ -166,7 +161,7 @@ def handed(append: Callable[[Any], None], to: Any, name: str | None, given: _T) 
         if to is None or type(to) is Tensor:
             idle = name in FLOATS_ARE_IDLE or (name in ONLY_ZERO_DECIDES and given != 0)
         else:
-            idle = _records(_function_at(to, name))
+            idle = _records(function_at(to, name))
         append(kind if idle else (ITEM_OF.get(kind) or item_of_class(kind))(given))
     return given
 
@@ -182,42 +177,6 @@ def _records(function: Any) -> bool:
         return function.__self__ is math
     code = function.__code__ if type(function) is _FUNCTION else None
     return code is not None and id(code) in twins and not _BEGIN.isdisjoint(code.co_names)
-
-
-def _function_at(to: Any, name: str | None) -> Any:
-    """The function of Python's that a call runs, if no code has to run to find it."""
-    kind = type(to)
-    if issubclass(kind, nn.Module):
-        if kind.__getattribute__ is not object.__getattribute__:
-            return None
-        own = object.__getattribute__(to, "__dict__")
-        if name is None:
-            return _forward_of(to)
-        child = own["_modules"].get(name)
-        return _forward_of(child) if child is not None else own.get(name) or _in_class(kind, name)
-    if name is None:
-        return to
-    if kind is types.ModuleType:
-        return vars(to).get(name)
-    if kind is type(Function) and name == "apply":
-        return _in_class(to, "forward") if _in_class(to, name) is _APPLY else None
-    return _in_class(to, name) if kind is type else None
-
-
-def _forward_of(module: nn.Module) -> Any:
-    """The forward that a call of a module runs, if that is its class's own."""
-    kind = type(module)
-    if kind.__getattribute__ is not object.__getattribute__ or kind.__call__ is not _CALL:
-        return None
-    return None if "forward" in module.__dict__ else _in_class(kind, "forward")
-
-
-def _in_class(kind: type, name: str) -> Any:
-    for base in _bases_of(kind):
-        if name in base.__dict__:
-            found = base.__dict__[name]
-            return found.__func__ if type(found) in _WRAPPED else found
-    return None
 
 
 def elements(append: Callable[[Any], None], given: _T) -> _T:
@@ -416,27 +375,19 @@ def _traced_as(recorder: Callable[..., Any], instead: Callable[..., Any]) -> Non
     recorder._torchdynamo_inline = instead  # type: ignore[attr-defined]
 
 
+for _recorder in (value, exact, elements, unpacked, keys, ordered, picked):
+    _traced_as(_recorder, lambda append, given: given)
+for _recorder in (keyed, mapped, ranking, called, chosen):
+    _traced_as(_recorder, lambda append, function: function)
 _traced_as(enter, lambda site: ignore)
 _traced_as(current, lambda: ignore)
 _traced_as(caught, lambda site: None)
 _traced_as(resumed, lambda site, given: given)
-_traced_as(value, lambda append, given: given)
 _traced_as(index, lambda append, of, given: given)
-_traced_as(exact, lambda append, given: given)
 _traced_as(indexed, lambda append, of: of)
 _traced_as(handed, lambda append, to, name, given: given)
 _traced_as(put, lambda append, to, given: given)
-_traced_as(elements, lambda append, given: given)
-_traced_as(unpacked, lambda append, given: given)
-_traced_as(keys, lambda append, given: given)
-_traced_as(ordered, lambda append, given: given)
-_traced_as(picked, lambda append, given: given)
 _traced_as(repeated, lambda append, row, given: given)
-_traced_as(keyed, lambda append, function: function)
-_traced_as(mapped, lambda append, function: function)
 _traced_as(ranked, lambda append, of, given: given)
-_traced_as(ranking, lambda append, function: function)
-_traced_as(called, lambda append, function: function)
-_traced_as(chosen, lambda append, function: function)
 _traced_as(tapped, lambda site, function: function)
 _traced_as(fusing, lambda function: function)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmapkit.paths.source_files import known_as, qualified_name
+from fmapkit.paths.rewriting import known_as, qualified_name
 from fmapkit.paths.twins import is_twin
 from fmapkit.torchlib.class_cache import remembered
 

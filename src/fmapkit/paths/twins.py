@@ -23,9 +23,7 @@ from torch import nn
 
 from fmapkit.paths.recorders import RECORDERS
 from fmapkit.paths.recorders import twins as _codes
-from fmapkit.paths.source_files import Code, known_as, qualified_name
-from fmapkit.paths.syntax import site_at
-from fmapkit.paths.twin_source import Twin, make_twins
+from fmapkit.paths.rewriting import Code, Twin, known_as, make_twins, qualified_name, site_at
 
 __all__ = ["Twin", "Twins", "is_twin", "twin_of"]
 

@@ -10,9 +10,9 @@ Whether it would be taken is torch's own decision: its forward is run up to that
 checks for watchers answering no, and the fused call and the ordinary path replaced by signals.
 
 Code of the model's may run these forwards past the module's call, as a subclass's forward does. So
-where such a call is written, it is a matter of whoever captures (`paths/torch_calls.py`); and what
-torch's own forwards ask is answered as if our modes were not there, or, while they run for their
-maps, with no.
+where such a call is written, it is a matter of whoever captures (`paths/rewriting/torch_calls.py`);
+and what torch's own forwards ask is answered as if our modes were not there, or, while they run for
+their maps, with no.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fmapkit.paths.syntax import position_of, site_at
+from fmapkit.paths.rewriting.syntax import position_of, site_at
 
 __all__ = ["PUT", "kept_numbers", "writes_out"]
 

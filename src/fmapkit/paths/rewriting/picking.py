@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-from fmapkit.paths.inserting import Inserting
-from fmapkit.paths.library_calls import calls_back, goes_through
-from fmapkit.paths.syntax import is_row
-from fmapkit.paths.torch_calls import recorded
+from fmapkit.paths.rewriting.inserting import Inserting
+from fmapkit.paths.rewriting.library_calls import calls_back, goes_through
+from fmapkit.paths.rewriting.syntax import is_row
+from fmapkit.paths.rewriting.torch_calls import recorded
 
 __all__ = ["PYTHON_GOES_BY", "Picking", "returned_by"]
 

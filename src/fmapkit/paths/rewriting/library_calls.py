@@ -16,7 +16,7 @@ import itertools
 import types
 from typing import Any
 
-from fmapkit.paths.syntax import dotted
+from fmapkit.paths.rewriting.syntax import dotted
 
 __all__ = [
     *("HARMLESS", "PICK", "TAKE_ALL"),

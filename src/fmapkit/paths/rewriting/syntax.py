@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 __all__ = [
+    "MARK",
+    "OF_TORCHS",
     "dotted",
     "first_argument",
     "is_plain_function",
@@ -22,6 +25,18 @@ __all__ = [
     "torch_name",
     "watched_names",
 ]
+
+# What marks begin with: no string of a model does.
+MARK = "\0"
+
+# Attributes that torch's own modules decide by, as they are compiled: `inplace`, `p`, `dim`, …
+OF_TORCHS = frozenset({"training"}).union(
+    *(
+        getattr(kind, "__constants__", ())
+        for kind in vars(nn).values()
+        if isinstance(kind, type) and issubclass(kind, nn.Module)
+    )
+)
 
 # A function that may look at its own variables has none of ours.
 _LOOKS_AT_LOCALS = {"locals", "vars", "dir", "eval", "exec"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 from typing import TypeVar
 
-from fmapkit.paths.items import MARK
-from fmapkit.paths.torch_calls import recorded
+from fmapkit.paths.rewriting.syntax import MARK
+from fmapkit.paths.rewriting.torch_calls import recorded
 
 __all__ = ["APPEND", "Inserting"]
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Container
 
-from fmapkit.paths.items import MARK
-from fmapkit.paths.syntax import position_of, site_at
+from fmapkit.paths.rewriting.syntax import MARK, position_of, site_at
 from fmapkit.torchlib.fused_paths import FUSING_CALLS
 
 __all__ = ["FLOATS_ARE_IDLE", "ONLY_ZERO_DECIDES", "TorchRewriter", "handed", "recorded"]

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fmapkit.paths.kept_numbers import kept_numbers
-from fmapkit.paths.rewrite import Rewriter
-from fmapkit.paths.source_files import Outermost, SourceFile
-from fmapkit.paths.syntax import names_bound, position_of, site_at, watched_names
-from fmapkit.paths.torch_calls import TorchRewriter
+from fmapkit.paths.rewriting.kept_numbers import kept_numbers
+from fmapkit.paths.rewriting.rewrite import Rewriter
+from fmapkit.paths.rewriting.source_files import Outermost, SourceFile
+from fmapkit.paths.rewriting.syntax import names_bound, position_of, site_at, watched_names
+from fmapkit.paths.rewriting.torch_calls import TorchRewriter
 from fmapkit.torchlib.fused_paths import is_torchs
 
 __all__ = ["Twin", "make_twins"]

@@ -1,0 +1,33 @@
+"""Rewriting: what the code of a twin is, made from the source of a function.
+
+    twin_source.make_twins      the twins of functions, each made once
+        source_files            the file, and the function in it, that code is of
+        rewrite.Rewriter        the same code with a recorder at each decision
+            calls.CallRewriting         … what is called, and what that is given
+            picking.Picking     … where Python itself picks one of several values
+            inserting           … marks, and looks at a value on its way
+            library_calls       … what functions of Python's own library go by
+            kept_numbers        … but not what is only kept or printed
+        torch_calls             calls in torch's own transformer layers
+        syntax                  questions to a syntax tree
+
+No recorder is known here but by its name: what they do is in `paths/recorders.py`.
+"""
+
+from fmapkit.paths.rewriting.source_files import Code, known_as, qualified_name
+from fmapkit.paths.rewriting.syntax import MARK, OF_TORCHS, site_at
+from fmapkit.paths.rewriting.torch_calls import FLOATS_ARE_IDLE, ONLY_ZERO_DECIDES
+from fmapkit.paths.rewriting.twin_source import Twin, make_twins
+
+__all__ = [
+    "FLOATS_ARE_IDLE",
+    "MARK",
+    "OF_TORCHS",
+    "ONLY_ZERO_DECIDES",
+    "Code",
+    "Twin",
+    "known_as",
+    "make_twins",
+    "qualified_name",
+    "site_at",
+]
