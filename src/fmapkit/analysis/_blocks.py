@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["along", "at_hand", "block_size", "blocks", "blockwise", "chan"]
-
 # Values that are worked on at a time: on a CPU what stays in its cache; elsewhere it bounds the
 # memory that copies take, and a sum of so many ones is still exact in float32.
 _BLOCK = {"cpu": 2**18}

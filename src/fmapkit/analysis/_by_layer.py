@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from fmapkit import page
     from fmapkit.maps import FeatureMap
 
-__all__ = ["ByLayer", "Sums", "Tabular"]
-
 
 class Tabular(Shown):
     """Shows itself by a table, and as a page."""

@@ -24,8 +24,6 @@ from fmapkit.selectors import selectors
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
 
-__all__ = ["Filters", "Groups", "Name"]
-
 Filters = tuple[int, ...] | None
 
 

@@ -19,8 +19,6 @@ from fmapkit.analysis._bins import Edges, placed
 from fmapkit.analysis._blocks import at_hand, block_size, blockwise, chan
 from fmapkit.analysis._of_map import of_map
 
-__all__ = ["Moments", "absorb", "accumulator", "by_filter", "fused", "merge", "moments"]
-
 ZERO, NONFINITE, SATURATED = range(3)  # rows of `Moments.counts`
 _FAR = (
     100.0  # times the variance: sums around 0 lose two digits of the variance to the mean's square

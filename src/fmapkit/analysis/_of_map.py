@@ -28,8 +28,6 @@ from fmapkit.analysis import _on_cpu
 from fmapkit.analysis._on_cpu import HIGH, LOW, S1, S2, SATURATED, ZEROS, Array
 from fmapkit.analysis._saturation import Bounds
 
-__all__ = ["of_map"]
-
 _DIGITS_LOST = 1e3  # of 15, three at most
 _TINY = 1e-280  # below it, squares lose digits to underflow
 _NO_BETTER = 2.0**-48  # a pilot this near to the mean, beside itself, is as good as there is

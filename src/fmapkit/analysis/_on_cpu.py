@@ -16,8 +16,6 @@ from torch import Tensor
 from fmapkit.analysis._blocks import along, block_size, blocks
 from fmapkit.analysis._saturation import Bounds
 
-__all__ = ["HIGH", "LOW", "S1", "S2", "SATURATED", "ZEROS", "Array", "nonfinite", "nothing", "sums"]
-
 Array = np.ndarray[Any, Any]
 
 # The rows of what is found of each filter: Σ(x - p) and Σ(x - p)² of a pilot p, how many are 0, how

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from fmapkit.analysis.firings import LayerFirings
 
-__all__ = ["STATES", "plot_firings", "states"]
-
 _WIDTH = 10.0  # of a figure, in inches
 _FIRED, _SILENT, _DEAD, _UNSEEN = range(4)
 # What a filter may have done in a span of inputs, and in which colour that is drawn.

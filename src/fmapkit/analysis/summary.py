@@ -11,8 +11,6 @@ from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._moments import NONFINITE, SATURATED, ZERO, Moments
 from fmapkit.tables import Shown, Table
 
-__all__ = ["LayerStatistics"]
-
 _ROWS = 16  # filters that a table shows
 
 

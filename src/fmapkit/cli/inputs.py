@@ -17,8 +17,6 @@ from torch.utils.data import Dataset
 from fmapkit._lazy import needed
 from fmapkit.errors import ArgumentError, did_you_mean, listed, near
 
-__all__ = ["Data", "Preparation", "open_data", "preparation"]
-
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 Preparation = Callable[[Any], Tensor]
 

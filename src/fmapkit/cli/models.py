@@ -16,8 +16,6 @@ from torch import nn
 from fmapkit._lazy import needed
 from fmapkit.errors import ArgumentError, did_you_mean, listed, near
 
-__all__ = ["load", "options_of"]
-
 FORMS = "timm:NAME, torchvision:NAME, transformers:NAME_OR_FOLDER or package.module:factory"
 
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from fmapkit.comparing.difference import Difference
 
-__all__ = ["draw"]
-
 _MARKS = dict(zip(KINDS, ("v", "s", "o", "^", "D", "P"), strict=True))
 _NAMES = 40  # of layers that are written below the axis
 

@@ -12,8 +12,6 @@ from fmapkit.errors import ArgumentError, did_you_mean, listed, near
 if TYPE_CHECKING:
     from fmapkit.map import FeatureMap
 
-__all__ = ["Match", "Matched", "matched"]
-
 Match = Literal["name", "order"] | Mapping[str, str] | Callable[[str], str]
 _Key = tuple[str, str, int, str, int]
 

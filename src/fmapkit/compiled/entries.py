@@ -32,8 +32,6 @@ from fmapkit.torchlib.dynamo import UnknownError
 if TYPE_CHECKING:
     from fmapkit.compiled.variant import InstrumentedCompile
 
-__all__ = ["CompiledEntries", "CompiledHandler"]
-
 # Where the user's compiled function keeps the variants made of it.
 _KEPT = "_fmapkit_variants"
 

@@ -32,8 +32,6 @@ from fmapkit.torchlib.nested import leaves
 from fmapkit.torchlib.transforms import undone_transforms
 from fmapkit.tracing import Frame
 
-__all__ = ["Traced", "open_all", "trace_graph"]
-
 _CALLS = ("call_function", "call_method")
 
 

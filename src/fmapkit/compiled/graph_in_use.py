@@ -26,8 +26,6 @@ from fmapkit.replay import carried as carried_by
 from fmapkit.torchlib.dynamo import from_module
 from fmapkit.tracing import LabelTable, running_modules
 
-__all__ = ["CompiledGraph"]
-
 
 class _Labelled:
     """The labels of a graph's maps, and what was not captured, of one kind of run.

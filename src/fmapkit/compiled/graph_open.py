@@ -16,8 +16,6 @@ from torch.overrides import TorchFunctionMode
 from fmapkit.provenance import describe
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["open_call", "opens"]
-
 
 class _ClosedError(Exception):
     """It cannot be opened here."""

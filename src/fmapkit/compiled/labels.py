@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 
 from fmapkit.replay import Effects, SiteMap
 
-__all__ = ["GraphMap", "Labels"]
-
 
 @dataclass(frozen=True, slots=True)
 class GraphMap(SiteMap):

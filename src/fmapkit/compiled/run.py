@@ -22,8 +22,6 @@ from fmapkit.torchlib.memory import versions_of
 from fmapkit.torchlib.nested import leaves
 from fmapkit.tracing import LabelTable, Tracer, running_modules
 
-__all__ = ["GraphMapSink", "GraphRun", "running"]
-
 
 class Running(threading.local):
     """The sinks that the compiled code of this thread brings its maps to, by place."""

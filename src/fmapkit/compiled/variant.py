@@ -34,8 +34,6 @@ from fmapkit.torchlib.dynamo import (
 )
 from fmapkit.torchlib.inductor import free_layouts, is_volatile
 
-__all__ = ["InstrumentedCompile"]
-
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)

@@ -28,8 +28,6 @@ from torch.utils.data.distributed import DistributedSampler
 
 from fmapkit.errors import ArgumentError
 
-__all__ = ["Batch", "Batches", "first_size", "moved"]
-
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 

@@ -23,8 +23,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Joined", "join"]
-
 NdArray = np.ndarray[Any, Any]
 
 _FIXED = 0x10  # MAP_FIXED on Linux and macOS; Python does not name it

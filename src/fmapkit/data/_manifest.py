@@ -14,19 +14,6 @@ from urllib.parse import quote
 import numpy as np
 import torch
 
-__all__ = [
-    "FORMAT",
-    "ArraySpec",
-    "FieldSpec",
-    "Manifest",
-    "Spec",
-    "UnitRecord",
-    "as_stored",
-    "from_json",
-    "stored_dtype",
-    "torch_dtype",
-]
-
 FORMAT = 2
 _MODEL = "%model"  # the name of the model itself, which is empty; `quote` never gives this
 # Types that NumPy and Zarr lack are stored as the bits that they are.

@@ -13,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-__all__ = ["flush", "put", "read"]
-
 _READ = 64  # objects at once
 _FLUSHED = 8  # files at once: it takes the disk one wait for several
 # Of a file system that does not know how to; anything else is a failure of the disk.

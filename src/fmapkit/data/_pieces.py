@@ -17,8 +17,6 @@ import numpy as np
 
 from fmapkit.data._joined import Joined, join
 
-__all__ = ["Piece", "Pieces", "chunk_name"]
-
 NdArray = np.ndarray[Any, Any]
 File = tuple[Path, int]  # and how many rows it has
 _OPEN = 128  # files that are mapped at once, each by itself

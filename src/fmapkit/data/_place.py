@@ -28,8 +28,6 @@ from fmapkit.errors import ArgumentError, StoreError, StoreMismatchError
 if TYPE_CHECKING:
     from zarr import Array, Group
 
-__all__ = ["Place", "node_of", "zarr_module"]
-
 _CHUNK = 2**20  # bytes of a chunk of a shard, about
 _KEY = "fmapkit"
 _ZARR_TAKES = (3, 11)  # of Python's versions; see the extra `data` in pyproject.toml

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from fmapkit.data._manifest import as_stored
 
-__all__ = ["NO_ROWS", "Pool", "Slots", "Views"]
-
 NO_ROWS = torch.empty(0, 2, dtype=torch.int64)
 _Array = np.ndarray[Any, Any]
 

@@ -16,8 +16,6 @@ import torch.distributed as dist
 
 from fmapkit.errors import DistributedError
 
-__all__ = ["Ranks", "joined"]
-
 # Ranks end at different times. One that dies closes its connection, which all others notice.
 _PATIENCE = timedelta(days=30)
 

@@ -21,8 +21,6 @@ from fmapkit.data._manifest import UnitRecord
 from fmapkit.data._place import Place, node_of
 from fmapkit.errors import ArgumentError, StoreError
 
-__all__ = ["Riding", "live_runs"]
-
 
 def live_runs(records: Mapping[int, UnitRecord]) -> list[str]:
     """The runs whose analyses no later run has taken over, in the order of their first unit."""

@@ -16,8 +16,6 @@ from fmapkit.data._batches import first_size
 from fmapkit.data._manifest import ArraySpec, FieldSpec, Spec
 from fmapkit.errors import ArgumentError, DistributedError, StoreError, listed
 
-__all__ = ["POOLS", "Keep", "Mask", "Pool", "Rows", "Taken", "check_keep", "check_same"]
-
 Pool = Literal["mean", "max"] | Callable[[FeatureMap], Tensor]
 Mask = str | Callable[[Any], Tensor]
 Keep = str | Iterable[str] | Mapping[str, Any]

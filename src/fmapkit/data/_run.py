@@ -23,8 +23,6 @@ from fmapkit.data._rows import Rows, Taken, check_same
 from fmapkit.data._writer import Arriving, Unit, Writer
 from fmapkit.errors import ArgumentError, StoreError
 
-__all__ = ["Run", "batches_per_unit", "default_call"]
-
 _UNIT_BYTES = 2**24  # of the largest array, about, if that takes no more batches than
 _UNIT_BATCHES = 64  # these: what is lost at most when the process is killed
 _UNITS = 20_000  # more of them take long to list

@@ -23,8 +23,6 @@ from fmapkit.data._place import Place
 from fmapkit.data._rows import Taken
 from fmapkit.errors import StoreError
 
-__all__ = ["Arriving", "Unit", "Writer"]
-
 Blocks = dict[Spec, "np.ndarray[Any, Any]"]
 
 

@@ -34,8 +34,6 @@ from fmapkit.kinds import Kind
 if TYPE_CHECKING:
     from fmapkit import Analysis
 
-__all__ = ["extract"]
-
 
 def extract(
     model: nn.Module,

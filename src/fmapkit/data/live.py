@@ -21,8 +21,6 @@ from fmapkit.data.loader import Block, RowLoader
 from fmapkit.errors import ArgumentError, StoreError, listed
 from fmapkit.kinds import Kind
 
-__all__ = ["stream"]
-
 
 def stream(
     model: nn.Module,

@@ -23,8 +23,6 @@ from fmapkit.data._fingerprint import differences
 from fmapkit.data._pool import NO_ROWS, Pool, Slots, Views
 from fmapkit.errors import ArgumentError, check_positive
 
-__all__ = ["Block", "RowLoader", "RowSource", "StoredRows"]
-
 Block = tuple[int, dict[str, Tensor]]  # its number, and the same rows of each array
 
 

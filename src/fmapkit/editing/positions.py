@@ -21,8 +21,6 @@ from fmapkit.errors import EditError
 from fmapkit.map import FeatureMap
 from fmapkit.readable import tags
 
-__all__ = ["part_of"]
-
 Put = Callable[[Tensor], Tensor]
 
 

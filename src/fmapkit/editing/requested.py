@@ -26,8 +26,6 @@ from fmapkit.selection import LayerSelection
 from fmapkit.storage import Pass, in_function
 from fmapkit.torchlib.autograd import in_checkpoint
 
-__all__ = ["RequestedEdits"]
-
 _OF_MODULES = ("input", "output")
 BROKEN_OFF = (
     "a call inside the model was broken off (KeyboardInterrupt, say), the model caught that and "

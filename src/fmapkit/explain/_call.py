@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fmapkit.torchlib.operators import tree_leaves
 
-__all__ = ["Call", "Rule", "named", "tensors_of", "written"]
-
 
 @dataclass
 class Call:

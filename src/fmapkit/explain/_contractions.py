@@ -16,8 +16,6 @@ from torch import Tensor
 from fmapkit.explain._call import Call, Rule, named
 from fmapkit.explain._fields import NONE, least, lowest, varies
 
-__all__ = ["RULES"]
-
 
 def _terms(call: Call, value: Tensor) -> Tensor:
     """Where a factor is no constant 0."""

@@ -20,8 +20,6 @@ from fmapkit.torchlib.operators import (
     without_torch_function,
 )
 
-__all__ = ["Follow", "Leaving"]
-
 _LEAVES = {"numpy", "__array__", "__dlpack__", "tolist", "data_ptr"}
 _DECIDES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 

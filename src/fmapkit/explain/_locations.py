@@ -14,8 +14,6 @@ from fmapkit.explain._passes import check_filter
 from fmapkit.map import FeatureMap
 from fmapkit.readable import tags
 
-__all__ = ["At", "chosen", "strongest"]
-
 # Everywhere; one location for all samples; one for each; or where the map is largest.
 At = Sequence[int] | Sequence[Sequence[int]] | int | str | None
 

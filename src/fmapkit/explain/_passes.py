@@ -26,17 +26,6 @@ from fmapkit.maps import FeatureMaps
 from fmapkit.readable import tags
 from fmapkit.torchlib.operators import tree_leaves
 
-__all__ = [
-    "WantedMap",
-    "check_filter",
-    "eager",
-    "exchanged",
-    "first_tensor",
-    "kept_state",
-    "run",
-    "step_by_step",
-]
-
 # What is captured where no kind is asked for; the best of them is taken.
 _KINDS: tuple[Kind, ...] = ("preactivation", "activation")
 _RANK = {"activation": 0, "preactivation": 1, "response": 2, "output": 3, "input": 4}

@@ -24,8 +24,6 @@ from fmapkit.explain._call import Call, Rule, named
 from fmapkit.explain._fields import NONE, broadcast, least, lowest, varies
 from fmapkit.explain._probe import probe
 
-__all__ = ["rule_for"]
-
 # A score that is this far below the largest is masked: the -10000 of models in half precision, say.
 # (What is masked with -inf or the lowest number of a dtype is a constant, and needs no such rule.)
 MASKED = 1000.0

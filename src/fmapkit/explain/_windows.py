@@ -11,8 +11,6 @@ from torch import Tensor
 from fmapkit.explain._call import Call, Rule, named
 from fmapkit.explain._probe import probe
 
-__all__ = ["RULES"]
-
 
 def _lowest(call: Call, pool: str, *arguments: Any) -> list[Tensor | None]:
     """The field of windows: the smallest numbers in each are the largest, negated."""

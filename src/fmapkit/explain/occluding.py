@@ -23,8 +23,6 @@ from fmapkit.readable import tags
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Occlusion", "occlusion"]
-
 
 @dataclass(frozen=True, eq=False)
 class Occlusion:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_field", "plot_heat", "plot_projection"]
-
 _BOX = "#e4572e"
 
 

@@ -15,8 +15,6 @@ from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.readable import tags
 
-__all__ = ["project"]
-
 _UNSEEN = (
     "method={!r} has to see what each nonlinearity receives, and here it cannot: {}; "
     "use method='gradient'"

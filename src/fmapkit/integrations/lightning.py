@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from fmapkit.analysis import Analysis
     from fmapkit.maps import FeatureMaps
 
-__all__ = ["LightningCallback"]
-
 
 class LightningCallback(Callback):  # type: ignore[misc]
     """Captures a module while Lightning trains it, and logs what the analyses know.

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from fmapkit.integrations.logs import Log
     from fmapkit.maps import FeatureMaps
 
-__all__ = ["TransformersCallback"]
-
 
 class TransformersCallback(TrainerCallback):  # type: ignore[misc]
     """Captures a model while the `Trainer` trains it, and logs what the analyses know.

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from fmapkit.integrations.logs import Log
     from fmapkit.maps import FeatureMap, FeatureMaps
 
-__all__ = ["Watching"]
-
 
 class _Shown:
     """Shows an analysis the passes it is for, and notes that there was one at all."""

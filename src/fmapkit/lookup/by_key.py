@@ -33,8 +33,6 @@ from fmapkit.selection import LayerSelection
 from fmapkit.selectors import is_glob
 from fmapkit.storage import MapRecord
 
-__all__ = ["find", "parse"]
-
 
 def parse(key: Any) -> tuple[str, Kind | None, int | None]:
     """The layer, the kind and the filter that a key means.

@@ -22,8 +22,6 @@ from fmapkit.saving import KeptSession, MapSource
 from fmapkit.selection import LayerSelection, only_a_pass_can_tell
 from fmapkit.selectors import Selector, by_name
 
-__all__ = ["choose", "pass_number"]
-
 
 def choose(
     source: MapSource,

@@ -21,8 +21,6 @@ from fmapkit.torchlib.sharded import is_dtensor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["gather"]
-
 
 @dataclass(frozen=True)
 class _RankPart:

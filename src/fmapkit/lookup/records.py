@@ -11,8 +11,6 @@ from fmapkit.saving import KeptEntry, MapSource
 from fmapkit.storage import MapRecord, Pass
 from fmapkit.torchlib.sharded import Parts, is_dtensor, splits
 
-__all__ = ["Found", "every", "latest", "read"]
-
 Found = tuple[Pass, MapRecord]
 
 

@@ -28,8 +28,6 @@ from fmapkit.model.wrappers import (
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.sharded import is_dtensor
 
-__all__ = ["Names", "Use", "never_called"]
-
 _PARAMETRIZED = "parametrizations."
 
 

@@ -15,8 +15,6 @@ from torch import nn
 
 from fmapkit.torchlib.class_cache import remembered
 
-__all__ = ["doors"]
-
 
 def doors(region: nn.Module, tapped: Collection[nn.Module]) -> list[nn.Module]:
     """The modules in a region that its methods, or those of modules in it, may call directly.

@@ -16,8 +16,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Found", "Unnamed", "UnregisteredLayers"]
-
 _MOST = 100_000  # objects that are looked at
 _LONGEST = 10_000  # items of a container: a data set has no layers
 # What every module has for itself: what it has registered, hooks, flags; and what a capture sets.

@@ -12,8 +12,6 @@ import numpy as np
 from fmapkit.page.encoding import packed, quantised
 from fmapkit.page.tiles import Facts, Form
 
-__all__ = ["Fact", "Panel", "Section", "facts_shown", "number_panel", "state_panel"]
-
 Colours = Literal["signed", "positive", "states"]
 # A fact: its name, and its number for each tile.
 Fact = tuple[str, Sequence[float]]

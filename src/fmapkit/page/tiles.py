@@ -15,8 +15,6 @@ from fmapkit.plot import by_filter
 from fmapkit.readable import ReadableMap
 from fmapkit.torchlib.sharded import is_dtensor
 
-__all__ = ["Facts", "Form", "Tiles", "tiles_of"]
-
 Form = Literal["image", "row", "cell"]
 _ROW = 4  # a row may be so many times longer than an image is wide
 

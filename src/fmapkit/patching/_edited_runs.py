@@ -19,8 +19,6 @@ from fmapkit.patching._inputs import ModelInputs, rows
 from fmapkit.patching._pieces import Key, PatchPiece, key_of, named
 from fmapkit.readable import tags
 
-__all__ = ["Runs"]
-
 Edits = Mapping[Any, Callable[[FeatureMap], Tensor]]
 
 

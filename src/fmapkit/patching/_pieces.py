@@ -10,8 +10,6 @@ from fmapkit.editing import Where
 from fmapkit.errors import ArgumentError
 from fmapkit.map import FeatureMap
 
-__all__ = ["Grid", "Key", "PatchPiece", "key_of", "named"]
-
 Key = tuple[str, int, str]  # the layer, the call, the path
 
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Patching"]
-
 _MANY = 40  # labels along an axis: more are drawn as numbers, thinned out by matplotlib
 
 

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from fmapkit.torchlib.call_override import not_compiled
 from fmapkit.torchlib.compiled_modules import compiled_by, ever_compiled
 
-__all__ = ["CompiledOutputs", "by_itself", "compiling_context", "opaque"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from fmapkit._lazy import needed
 from fmapkit.errors import ArgumentError
 
-__all__ = ["call", "evaluating", "gathered", "one", "rows", "sklearn_needed", "taken"]
-
 
 def call(phi: nn.Module, inputs: Any) -> Any:
     """φ of one argument, of several in a tuple or list, or of a dict of keywords."""

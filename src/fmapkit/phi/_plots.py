@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["by_layer", "figure_of"]
-
 
 def figure_of(ax: Axes | None, count: int) -> tuple[Figure, Axes]:
     """The figure of some axes, or a new one for so many layers."""

@@ -12,8 +12,6 @@ from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean, listed
 from fmapkit.map import FeatureMap
 from fmapkit.readable import tags
 
-__all__ = ["POOLS", "Pool", "checked", "picked", "pooled"]
-
 Pool = str | Callable[[Tensor], Tensor] | None
 
 POOLS = ("mean", "max", "flatten", "token")

@@ -34,8 +34,6 @@ from fmapkit.reasons import Reason
 from fmapkit.selection import LayerSelection
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["Found", "Reader"]
-
 Found = list[tuple[str, FeatureMap]]
 
 

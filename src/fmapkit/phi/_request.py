@@ -21,8 +21,6 @@ from fmapkit.kinds import Kind
 from fmapkit.selection import given_filters
 from fmapkit.selectors import Selector
 
-__all__ = ["Item", "Request"]
-
 
 @dataclass(frozen=True, slots=True)
 class Item:

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from fmapkit.errors import ArgumentError
 
-__all__ = ["gram", "perceptual_loss", "style_loss"]
-
 
 def perceptual_loss(
     features: Any, target: Any, *, weights: Sequence[float] | Mapping[str, float] | None = None

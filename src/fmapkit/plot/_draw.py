@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-__all__ = ["WIDTH", "blank", "columns_of", "draw", "draw_alone", "draw_image", "size_of"]
-
 WIDTH = 10.0  # of a figure, in inches
 _STRIP = 8.0  # what labels and the colour bar leave of it
 _GAP = 0.08  # between tiles, in tile widths

@@ -14,8 +14,6 @@ from fmapkit._lazy import needed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["entitle", "new_figure", "subplots"]
-
 
 def new_figure(**options: Any) -> Figure:
     """A figure, as `pyplot.figure` makes it.

@@ -21,8 +21,6 @@ from fmapkit.errors import (
 from fmapkit.readable import ReadableMap, ReadableMaps, tags
 from fmapkit.views import as_grid, strongest, unnormalised, upsampled
 
-__all__ = ["Choice", "Picture", "chosen", "of_map", "of_weights", "pixels"]
-
 Array = np.ndarray[Any, Any]
 # Which filters to draw: the first ones, these, or the strongest.
 Choice = int | Iterable[int] | Literal["strongest"] | None

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-__all__ = ["plot_filters"]
-
-
 def plot_filters(
     maps: ReadableMaps,
     layer: str,

@@ -31,15 +31,6 @@ from fmapkit.storage import (
 )
 from fmapkit.torchlib.memory import version_of
 
-__all__ = [
-    "KeptEntry",
-    "KeptModule",
-    "KeptPass",
-    "KeptSession",
-    "Snapshot",
-    "snapshot_of",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class KeptModule:

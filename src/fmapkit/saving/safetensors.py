@@ -24,8 +24,6 @@ from fmapkit.saving.kept import KeptModule, KeptPass, Snapshot
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["load", "save"]
-
 _KEY, _FORMAT = "fmapkit", 1
 # Of these the format has a name in every version that is allowed.
 _NAMED = {

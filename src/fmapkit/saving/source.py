@@ -9,8 +9,6 @@ from fmapkit.missed import Missed
 from fmapkit.model import Names
 from fmapkit.storage import PassStore, StorageConversion
 
-__all__ = ["MapSource"]
-
 
 class AskedFor(Protocol):
     """What `capture` was asked for."""

@@ -11,8 +11,6 @@ from typing import Any
 
 from fmapkit.storage import MapRecord, Pass
 
-__all__ = ["EarlyStop", "StoppedError"]
-
 
 class StoppedError(BaseException):
     """All wanted maps are there. Not an `Exception`: a forward that catches those lets it pass."""

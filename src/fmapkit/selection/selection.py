@@ -25,8 +25,6 @@ from fmapkit.selection.arguments import given_filters, given_kinds
 from fmapkit.selectors import Selector, name_longer_numbers, selectors
 from fmapkit.storage import Place, StorageConversion, StoredTensor
 
-__all__ = ["LayerSelection", "Selection", "only_a_pass_can_tell"]
-
 
 class LayerSelection:
     """Some layers of a model, by selectors.

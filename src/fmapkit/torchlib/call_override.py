@@ -20,22 +20,6 @@ from torch import nn
 from torch.jit import _recursive as _scripting
 from torch.nn.modules.module import _global_forward_pre_hooks
 
-__all__ = [
-    "all_pre_hooks",
-    *("CallOverride", "called", "compiled_as_bare", "free", "hide_from_scripting"),
-    *(
-        "dynamo",
-        "lock",
-        "not_compiled",
-        "note",
-        "passed_over",
-        "show_to_scripting",
-        "standing_before",
-        "there",
-    ),
-    "when_traced",
-]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 _PLACE = "_compiled_call_impl"

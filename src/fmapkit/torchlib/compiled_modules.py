@@ -13,21 +13,6 @@ from torch import nn
 from fmapkit.torchlib.call_override import CallOverride
 from fmapkit.torchlib.class_cache import remembered
 
-__all__ = [
-    "around",
-    "compiled_by",
-    "compiled_call",
-    "compiled_roots",
-    "dynamo_has_run",
-    "ever_compiled",
-    "holds",
-    "in_compiled_code",
-    "is_compiled",
-    "is_optimized",
-    "is_optimized_type",
-    "plain",
-]
-
 
 def is_optimized(module: Any) -> bool:
     """Whether it is what `torch.compile(module)` returns: a module around the plain one."""

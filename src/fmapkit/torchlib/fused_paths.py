@@ -29,11 +29,6 @@ from torch import nn
 
 from fmapkit.torchlib.modes import all_ours, mode_count, without_modes
 
-__all__ = [
-    *("FUSING_CALLS", "beside", "functions_inside", "fused_output", "fuses", "instead_of"),
-    *("is_torchs", "may_fuse", "runners"),
-]
-
 _TYPES = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
 # Their own forwards, with the code that these have while nothing is captured.
 _FORWARDS: dict[Any, types.CodeType] = {k.forward: k.forward.__code__ for k in _TYPES}

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["attributes", "closed_parts", "leaves", "modules_in", "parts", "tensors_in"]
-
 # What most arguments are: `isinstance(value, Tensor)` asks a metaclass of all that is not a Tensor.
 _TENSORS = frozenset({Tensor, nn.Parameter})
 _OTHERS = frozenset(

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from fmapkit.torchlib.nested import attributes, parts
 
-__all__ = ["rebuilt"]
-
 
 def rebuilt(value: Any, path: str, tensor: Tensor) -> Any:
     """The value with the tensor at a path of it.

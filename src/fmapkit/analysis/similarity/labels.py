@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
 
-__all__ = ["MapTag", "labels"]
-
 
 @dataclass(frozen=True, slots=True)
 class MapTag:

@@ -11,8 +11,6 @@ from torch import Tensor
 from fmapkit.analysis.similarity.hsic import Gram, hsic, own_hsic
 from fmapkit.analysis.similarity.labels import MapTag
 
-__all__ = ["Pairs"]
-
 # Each is (first, second): HSIC₁ of the two, of the first, of the second, and their weight; then of
 # dissimilarities x and y: how many, and the sums of x, y, x², y² and x·y.
 _HSIC = ("both", "first", "second", "weight")

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_similarity"]
-
 _NUMBERED = 12  # rows up to which each cell has its figure
 
 

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from fmapkit.maps import FeatureMap
 
-__all__ = ["Similarity"]
-
 _AHEAD = 64  # passes that one of two models may be ahead of the other
 _SHOWN = 8  # columns of a table
 

@@ -13,8 +13,6 @@ from fmapkit.kinds import Kind
 if TYPE_CHECKING:
     from fmapkit.explain import ReceptiveField
 
-__all__ = ["InputFields", "image_of", "sequence_of"]
-
 
 class InputFields:
     """The receptive fields of a layer's map, for inputs of each size.

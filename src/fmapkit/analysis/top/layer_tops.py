@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from fmapkit.explain import ReceptiveField
 
-__all__ = ["Context", "Hit", "LayerTops", "Patch"]
-
 _ROWS = 16  # filters that a table shows
 
 

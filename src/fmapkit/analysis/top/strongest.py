@@ -16,8 +16,6 @@ from fmapkit.analysis._bins import placed
 from fmapkit.analysis._moments import accumulator
 from fmapkit.errors import ArgumentError
 
-__all__ = ["Scores", "Strongest", "by_sample", "scores_of"]
-
 NONE = -1  # in the place of an input that has not come
 
 # (samples, filters, *locations) -> (samples, filters)

@@ -20,8 +20,6 @@ from fmapkit.tables import Shown, Table
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
 
-__all__ = ["TopInputs"]
-
 _KINDS = ("response", "preactivation", "activation", "output")
 
 
