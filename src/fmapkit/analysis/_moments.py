@@ -141,7 +141,6 @@ def moments(
 
     Args:
         values: (outer, filters, inner), real, integer or bool.
-        bounds: at or below the first and at or above the second a value is saturated.
         edges: of the histogram; NaN falls in none of its columns.
         before: of maps that came before: what to expect of this one.
     """
@@ -213,8 +212,6 @@ def absorb(
     """`merge(state, moments(values))` as one expression for a compiler to fuse, histogram apart.
 
     Args:
-        values: as in `moments`, at least one of each filter.
-        bounds: as there.
         seen: values of each filter that the state knows.
         state: shift, offset, m2, minimum, maximum, counts.
 

@@ -39,7 +39,6 @@ def of_map(values: Tensor, bounds: Bounds | None, pilot: Array | None) -> tuple[
 
     Args:
         values: (outer, filters, inner), real, integer or bool, at least one of each filter.
-        bounds: at or below the first and at or above the second a value is saturated.
         pilot: (filters,) what the means may be near; 0 or None for no guess.
     """
     outer, filters, inner = values.shape

@@ -36,7 +36,6 @@ def sums(values: Tensor, pilot: Array, bounds: Bounds | None) -> Array:
     Args:
         values: (outer, filters, inner), real, integer or bool, at least one of each filter.
         pilot: (filters,) what to take off before values are summed up.
-        bounds: of saturation, or None.
 
     Returns:
         (6, filters) float64, of which the rows are named above. Where a value is NaN, the sum of

@@ -117,10 +117,7 @@ def summarise(
     """What is read of one name; nothing here waits for the device.
 
     Args:
-        name: of the maps.
-        filters: of all parts.
         parts: the moments, and whether saturation is defined, part by part.
-        edges: of the histograms, on the CPU.
     """
     columns = [_column(m, saturates) for m, saturates in parts]
     joined = {key: torch.cat([column[key] for column in columns]) for key in columns[0]}

@@ -95,13 +95,7 @@ def call_columns(model: nn.Module, batch: Any, *, columns: tuple[str, ...]) -> A
 
 
 class ImageFolder(Dataset[dict[str, Any]]):
-    """Images below a folder, in the order of their paths; their first folder is the label.
-
-    Args:
-        root: the folder.
-        paths: of the images.
-        prepare: turns one into a tensor.
-    """
+    """Images below a folder, in the order of their paths; their first folder is the label."""
 
     def __init__(self, root: Path, paths: list[Path], prepare: Preparation) -> None:
         self._root = root

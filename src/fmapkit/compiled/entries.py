@@ -225,11 +225,7 @@ class CompiledEntries:
         return bool(self._entries)
 
     def open(self, handler: CompiledHandler) -> None:
-        """Set an entry at each compiled module in the model, or around it.
-
-        Args:
-            handler: answers their calls.
-        """
+        """Set an entry at each compiled module in the model, or around it."""
         self._handler, model = handler, self._model
         roots = [*compiled_roots(self._given), *around(model)]
         if self._given is not model:

@@ -80,7 +80,6 @@ class GraphRecord(Record):
     """Holds where a map is to be read.
 
     Args:
-        names: of the model's modules.
         noted: which node each tensor comes from.
     """
 

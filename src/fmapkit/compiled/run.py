@@ -38,7 +38,6 @@ class GraphRun(PassPiece):
     """The maps of one run of a compiled graph.
 
     Args:
-        labels: of the maps.
         tensors: what is held, by slot.
         copied: which of them are copies; None for none.
         carried: what the graph's inputs carried.
@@ -92,8 +91,6 @@ class GraphMapSink:
     """Where the compiled graphs of one pass bring their maps.
 
     Args:
-        capture: whose pass it is.
-        live: the pass.
         alone: compiled code is all that the pass runs.
     """
 
@@ -122,11 +119,7 @@ class GraphMapSink:
         return live.tags if live.tags is not None else self.tracer.trace.labels
 
     def expect(self, whole: bool) -> None:
-        """A graph is about to run.
-
-        Args:
-            whole: it is all of what was compiled.
-        """
+        """A graph is about to run."""
         self.settle()
         self.broken = self.broken or not whole
 
@@ -148,8 +141,6 @@ class GraphMapSink:
 
         Args:
             ready: what its inputs carried, and the labels that fit.
-            inputs: of the graph.
-            outputs: of the graph.
             own: how many of these are the model's.
             volatile: its next run overwrites them.
         """

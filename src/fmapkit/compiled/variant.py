@@ -43,7 +43,6 @@ class InstrumentedCompile:
     """A compiled module compiled once more, with graphs that return their maps.
 
     Args:
-        root: the compiled module.
         original: what runs its compiled code.
 
     Raises:

@@ -52,8 +52,6 @@ def join(
 
     Args:
         files: path, and how many rows it has.
-        shape: of a row.
-        dtype: of the values.
     """
     libc = _libc()
     row = math.prod(shape) * dtype.itemsize
@@ -78,12 +76,6 @@ def join(
 
 class _Memory:
     """A range of addresses, given back once no array uses it.
-
-    Args:
-        libc: of the system.
-        size: bytes.
-        shape: of the array that it is.
-        dtype: of its values.
 
     Raises:
         OSError: there are not so many.

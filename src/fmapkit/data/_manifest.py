@@ -146,7 +146,6 @@ class FieldSpec:
     """Something of a batch that is kept beside the features.
 
     Attributes:
-        name: of the field.
         per: whether a row is of one sample, or of one token.
         shape: of a row.
         dtype: NumPy's name of the type; "string" for text.

@@ -52,9 +52,6 @@ def flush(paths: Iterable[Path]) -> None:
     The folders that name them are not flushed by themselves: ext4, XFS and Btrfs write a new name
     with the file that has it, and each folder would cost a wait of its own.
 
-    Args:
-        paths: files and folders.
-
     Raises:
         OSError: it cannot be written after all: the disk is full, or broken.
     """

@@ -177,12 +177,7 @@ class Pieces:
 
 
 def chunk_name(shard: int, axes: int) -> str:
-    """The name of an object of an array: which one along the rows, the only one along their axes.
-
-    Args:
-        shard: its number.
-        axes: of a row.
-    """
+    """The name of an object of an array: which one along the rows, the only one along others."""
     return ".".join(("c", str(shard), *["0"] * axes))
 
 
@@ -203,8 +198,6 @@ def mapped(array: Any, path: Path, rows: int) -> Callable[[], NdArray] | None:
 
     Args:
         array: of Zarr, of which the unit is one chunk.
-        path: of the file.
-        rows: how many it holds.
     """
     if not is_plain(array):
         return None

@@ -25,8 +25,6 @@ class Ranks:
     """This process among those that take part.
 
     Attributes:
-        rank: its number.
-        size: how many there are.
         group: of gloo; None where there is one process.
     """
 

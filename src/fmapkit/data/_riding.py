@@ -33,7 +33,6 @@ class Riding:
     """Some analyses, in one run.
 
     Args:
-        analyses: as `capture` takes them.
         resumable: whether their state has to be kept.
 
     Raises:
@@ -111,10 +110,8 @@ class Riding:
         """Show the maps of a pass; those of sequences without their padding: rows are tokens.
 
         Args:
-            maps: of the pass.
             mask: which positions are no padding.
             start: number of the batch's first sample in the data set: inputs go by these numbers.
-            samples: how many it has.
         """
         maps = list(maps) if self.analyses else []
         if not maps:

@@ -113,11 +113,6 @@ class Rows:
     def take(self, maps: Iterable[FeatureMap], data: Any, start: int) -> Taken:
         """The rows of one batch.
 
-        Args:
-            maps: of the pass.
-            data: the batch.
-            start: number of its first sample.
-
         Raises:
             ArgumentError: a map has no rows that go with the batch's samples.
         """

@@ -41,16 +41,7 @@ def batches_per_unit(manifest: Manifest, first: Taken) -> int:
 
 
 class Run:
-    """A model that is run over batches, with what is taken of its maps.
-
-    Args:
-        model: in eval mode.
-        watch: makes a capture.
-        rows: makes rows of maps.
-        riding: the analyses.
-        device: where batches go.
-        call: runs the model on a batch.
-    """
+    """A model that is run over batches, with what is taken of its maps."""
 
     def __init__(
         self,

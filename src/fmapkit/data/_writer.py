@@ -80,9 +80,7 @@ class Unit:
     """The rows of some batches in a row, while they come in.
 
     Args:
-        number: of the unit.
         start: number of its first sample.
-        manifest: of the store.
         spare: buffers of a unit that has been written, to be used again.
     """
 
@@ -149,7 +147,6 @@ class _Stage(Generic[T]):
     """A thread that does some work on what it is given, in order; one more waits at most.
 
     Args:
-        name: of the thread.
         work: is called with each job. After it has failed, nothing is done any more.
     """
 
@@ -197,13 +194,7 @@ class _Stage(Generic[T]):
 
 
 class Writer:
-    """The threads that write units, and commit them, in order.
-
-    Args:
-        place: the store.
-        manifest: of it.
-        compressors: of its arrays.
-    """
+    """The threads that write units, and commit them, in order."""
 
     def __init__(self, place: Place, manifest: Manifest, compressors: Any) -> None:
         self._place = place
@@ -233,9 +224,6 @@ class Writer:
         """Have a unit written, and committed; waits while another one does.
 
         Args:
-            unit: all of it.
-            run: as in `UnitRecord`.
-            absorbed: as in `UnitRecord`.
             beside: objects that are written before the commit, by path.
             stale: paths that are removed after it.
 

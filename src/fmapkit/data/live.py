@@ -118,9 +118,6 @@ class LiveRows:
     """Rows of a model's maps; a block is a batch of the loader.
 
     Args:
-        run: the model.
-        batches: of the loader.
-        fingerprint: of the model.
         single: whether there has to be one array only.
     """
 

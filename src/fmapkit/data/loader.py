@@ -54,9 +54,6 @@ class RowSource(Protocol):
 class StoredRows:
     """Rows of arrays of a store, which have the same number of them.
 
-    Args:
-        arrays: by the name under which they are given.
-
     Raises:
         ArgumentError: one is text.
     """

@@ -27,10 +27,6 @@ Put = Callable[[Tensor], Tensor]
 def part_of(fm: FeatureMap, where: Where) -> tuple[FeatureMap, Put]:
     """The part of a map that is meant, and what puts something in its place.
 
-    Args:
-        fm: the whole map.
-        where: what is meant of it.
-
     Returns:
         The part, and a function of a tensor of its shape that returns a new whole: a copy of the
         map with that tensor in place of the part.

@@ -125,7 +125,6 @@ class RequestedEdits:
     """All edits of one capture.
 
     Args:
-        names: of the model.
         given: a `Where`, or (layer, kind, filters) as far as it is to be said -> a function.
 
     Attributes:
@@ -219,7 +218,6 @@ class RequestedEdits:
         """A pass has ended as a whole.
 
         Args:
-            step: which one.
             lost: what its tensors carried was not known to the end.
 
         Raises:
@@ -277,14 +275,9 @@ class RequestedEdits:
         """What goes on in the tensor's place; None if nothing changes it.
 
         Args:
-            kind: of the map.
-            tensor: its values.
             axes: where its filters lie.
-            layer: the label of its layer.
-            at: the pass.
             usual: it is what an edit without a path means.
             others: paths of all tensors that the module has there.
-            tags: the other tags of the map.
 
         Raises:
             EditError: a function returned something that cannot stand there.

@@ -17,7 +17,6 @@ class Call:
 
     Attributes:
         name: of the operator, without namespace, overload and the mark of its in-place form.
-        function: the operator.
         given: its arguments by name, with the values from before the call.
         fields: of those arguments that are tensors and no constants, by `id`.
         results: the tensors that it returned or wrote to.

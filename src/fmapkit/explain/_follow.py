@@ -27,9 +27,6 @@ _DECIDES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Knows the fields of all tensors that are computed while it is entered.
 
-    Args:
-        fields: what it starts from, and where it writes.
-
     Attributes:
         decided: Python, or the shape of a tensor, has depended on a value of the input.
         assumed: operators of which every result is taken to depend on all of some operand.
@@ -82,11 +79,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Leaving(TorchFunctionMode):
-    """Sees values leave torch, where nobody can follow them.
-
-    Args:
-        follow: what knows which tensors the input has reached.
-    """
+    """Sees values leave torch, where nobody can follow them."""
 
     def __init__(self, follow: Follow) -> None:
         super().__init__()

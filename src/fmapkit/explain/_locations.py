@@ -24,11 +24,9 @@ def chosen(
     """Which elements of a map are meant: a mask of its shape.
 
     Args:
-        fm: the map.
         tensor: the model's input.
         axes: which of its axes are locations.
         filter: the filter; None for all.
-        at: the location.
 
     Raises:
         FilterRangeError: there is no such filter.

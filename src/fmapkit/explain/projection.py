@@ -138,11 +138,7 @@ def gradient_of(fm: FeatureMap, head: Tensor, x: Tensor, signal: Tensor) -> Tens
 
 
 class _Rectifiers:
-    """What becomes of gradients at each ReLU, by edits that change no value.
-
-    Args:
-        method: as in `project`.
-    """
+    """What becomes of gradients at each ReLU, by edits that change no value."""
 
     def __init__(self, method: str) -> None:
         self.method = method

@@ -261,7 +261,6 @@ class _WantedField:
         """Run the model, and read the fields of the map.
 
         Args:
-            inputs: for the model.
             partly: it may fail once the map is there.
         """
         given = first_tensor(inputs, "receptive_field")

@@ -82,7 +82,6 @@ class Watching:
         """Open the capture; one that is open still, as after an error, is closed first.
 
         Args:
-            model: what is captured.
             step: how many optimiser steps there have been.
         """
         self.end()

@@ -97,9 +97,6 @@ def _check_held(
     A module, a type or a callable may mean nothing; and a layer may be one that did not run.
 
     Args:
-        chosen: the selection.
-        names: of the model.
-        labels: of the maps that are held.
         wanted: whether a layer was asked for in the capture.
 
     Raises:

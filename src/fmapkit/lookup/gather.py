@@ -44,7 +44,6 @@ def gather(
         find: looks this rank's map up.
         dim: the batch axis.
         dst: the rank that gets the result; None for all.
-        group: process group; None for the default one.
         asked: the look-up, for messages.
     """
     import torch.distributed as dist

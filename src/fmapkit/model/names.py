@@ -41,7 +41,6 @@ class Use:
         stack: the running modules, outermost first.
         is_module: the innermost is a layer.
         scope: the innermost that is registered.
-        function: what uses it.
         made: it was made from nothing in this pass.
         source: of a weight that data made, the layer that did; else None.
         turn: how many such weights the function was given before in this call of the module.
@@ -216,7 +215,6 @@ class Names:
         """The label where a layer module uses a weight of its own, which is what nearly all do.
 
         Args:
-            weight: the weight.
             inner: the innermost module that runs.
         """
         if inner._parameters.get("weight") is not weight or layers.layer_axis(inner) is None:
@@ -282,7 +280,6 @@ class Names:
         """A module's name, or how Python gets at it; None if nothing leads there.
 
         Args:
-            module: registered or not.
             again: look once more, if it was not there when last looked.
         """
         name = self.by_module.get(module)

@@ -20,7 +20,6 @@ def doors(region: nn.Module, tapped: Collection[nn.Module]) -> list[nn.Module]:
     """The modules in a region that its methods, or those of modules in it, may call directly.
 
     Args:
-        region: to look into.
         tapped: have hooks already; a call of what they are in does not go unseen.
     """
     found: dict[nn.Module, None] = {}

@@ -29,11 +29,7 @@ HOW = {
 
 
 class PastHooks:
-    """Finds such modules.
-
-    Args:
-        modules: of a model.
-    """
+    """Finds such modules."""
 
     def __init__(self, modules: Collection[nn.Module]) -> None:
         self._modules = modules

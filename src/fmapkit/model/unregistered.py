@@ -53,7 +53,6 @@ class UnregisteredLayers:
         """Where it is; None if nothing leads there.
 
         Args:
-            value: a tensor or a module.
             again: look once more, if it was not there when last looked.
         """
         found = self._at(value)

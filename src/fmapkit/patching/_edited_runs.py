@@ -26,7 +26,6 @@ class Runs:
     """Runs a model, with and without patches, and measures it.
 
     Args:
-        model: the model.
         metric: gets what the model returned, or the map that it is of.
         where: which maps are taken and put in.
         of: a layer, or (layer, kind), whose map the metric gets; None for the model's output.
@@ -84,7 +83,6 @@ class Runs:
         """One capture around all patched runs, so that the model is traced once.
 
         Args:
-            inputs: of the run.
             edit: what changes it beside the patches.
             samples: in a batch; 0 where each forward runs one copy of the inputs.
         """

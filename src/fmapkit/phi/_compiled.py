@@ -85,8 +85,6 @@ class CompiledOutputs:
     Calls from several threads take turns.
 
     Args:
-        model: to run.
-        context: of torch's, which compiles it.
         wanted: the modules, each with the call whose output is wanted.
     """
 

@@ -36,7 +36,6 @@ def gathered(phi: Any, batches: Iterable[Any]) -> dict[str, Tensor]:
     The model runs in eval mode, without gradients.
 
     Args:
-        phi: a `FeatureFunction`.
         batches: inputs as `call` takes them.
 
     Raises:

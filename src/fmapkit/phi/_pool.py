@@ -68,11 +68,6 @@ def picked(fm: FeatureMap, filters: tuple[int, ...] | None) -> Tensor:
 def pooled(fm: FeatureMap, tensor: Tensor, pool: Pool) -> Tensor:
     """One vector for each sample.
 
-    Args:
-        fm: the map, for its tags.
-        tensor: its values.
-        pool: how.
-
     Raises:
         ArgumentError: the map has no axes of the kind that this takes.
     """

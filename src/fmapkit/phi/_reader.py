@@ -41,8 +41,6 @@ class Reader:
     """Runs a model, and reads some of its maps.
 
     Args:
-        model: to run.
-        asked: which maps.
         stop: the pass ends with the last of them, where it can.
 
     Attributes:
@@ -302,12 +300,7 @@ class Reader:
 class _Wanted:
     """One item of what was asked, by the names of the model.
 
-    Args:
-        item: as asked.
-        recurring: the capture, which knows the names.
-
     Attributes:
-        item: as asked.
         label: of the layer, as its maps have it; of several, empty.
         key: under which it is returned.
         kinds: the map is of the first of these that is there.

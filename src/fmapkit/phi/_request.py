@@ -28,7 +28,6 @@ class Item:
 
     Attributes:
         key: under which it is returned; None where the layer's name is the key.
-        layer: as given.
         kind: of the map; None for the activation, or the output of a module that is no layer.
         exact: it is one map.
     """

@@ -100,10 +100,7 @@ def _draw_tiles(ax: Axes, tiles: Array, labels: Sequence[int], columns: int, rat
     """One image of all tiles, each 1 wide, with gaps between them.
 
     Args:
-        ax: axes to draw into.
         tiles: (F, H, W, 3) within [0, 1].
-        labels: the number of each.
-        columns: how many stand side by side.
         ratio: the height of a tile, whose width is 1.
     """
     count, height, width = tiles.shape[:3]

@@ -74,11 +74,8 @@ class Snapshot:
 
     Attributes:
         passes: those that were readable.
-        steps: how many passes there were.
-        kinds: that were asked for.
         fleeting: it was a capture with `keep=0`.
         missed: what was not captured, as (layer, reason).
-        modules: of the model.
     """
 
     passes: tuple[KeptPass, ...]
@@ -123,16 +120,7 @@ class _KeptSelection:
 
 
 class KeptSession:
-    """Stands in for the session of maps that were kept.
-
-    Attributes:
-        names: of the model's modules.
-        wants: what was asked for.
-        store: the passes.
-        steps: how many passes there were.
-        missed: what was not captured.
-        snapshot: all of it, as data.
-    """
+    """Stands in for the session of maps that were kept."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
@@ -166,10 +154,6 @@ def snapshot_of(
     source: MapSource, read: Callable[[MapSource, Pass, MapRecord], FeatureMap]
 ) -> Snapshot:
     """All that is kept of a capture, in memory of its own.
-
-    Args:
-        source: of the maps.
-        read: makes a map of an entry of a pass.
 
     Raises:
         MapStateError: a map cannot be read any more.

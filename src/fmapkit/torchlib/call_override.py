@@ -115,7 +115,6 @@ class CallOverride:
     """Whoever of ours stands before a module's call.
 
     Attributes:
-        module: the module.
         owner: the session.
         inner: what to call in its turn: the next that stands here, or the module's own call.
     """
@@ -204,7 +203,6 @@ def called(module: nn.Module, depth: int = 2) -> nn.Module:
     Whoever copies a module's `__dict__` (DataParallel does) has us for a module that is not ours.
 
     Args:
-        module: ours.
         depth: how many frames up the call came from.
     """
     caller = sys._getframe(depth)

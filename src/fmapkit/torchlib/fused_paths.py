@@ -118,8 +118,6 @@ def fused_output(
     Args:
         forward: one of torch's forwards that may fuse.
         module: that it is called for, and which `may_fuse`.
-        args: positional arguments.
-        kwargs: keyword arguments.
         bare: runs the forward unwatched, for the path that calls other modules.
 
     Returns:

@@ -33,7 +33,6 @@ def write_apart(tensor: Tensor, values: Tensor, counted: bool = True) -> bool:
     """Give a tensor other values, in memory of their own; its version counter counts that.
 
     Args:
-        tensor: the one to be written to.
         values: in memory that nobody else has.
         counted: the tensor has a version counter: inference tensors have none.
 

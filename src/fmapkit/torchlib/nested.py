@@ -102,8 +102,6 @@ def _ends(value: Any, path: str, entered: dict[int, Any]) -> Iterator[tuple[str,
     """Whatever has no parts of its own.
 
     Args:
-        value: to look into.
-        path: of it.
         entered: by id, what is being looked into, and the objects that were.
     """
     if isinstance(value, Tensor) or id(value) in entered:

@@ -23,7 +23,6 @@ def rebuilt(value: Any, path: str, tensor: Tensor) -> Any:
     Args:
         value: nested tuples, lists, dicts, dataclasses, or objects with attributes.
         path: one that `leaves` tells of it; empty where the value is a tensor itself.
-        tensor: what is to be there.
 
     Raises:
         KeyError: the value has no such path.

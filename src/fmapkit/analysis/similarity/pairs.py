@@ -20,9 +20,6 @@ _RSA = ("pairs", "x", "y", "xx", "yy", "xy")
 class Pairs:
     """The sums.
 
-    Args:
-        rsa: keep those of dissimilarities, too.
-
     Attributes:
         first: the maps of the first model, in the order in which they were seen.
         second: those of the second one.

@@ -28,9 +28,6 @@ def plot_similarity(
     Args:
         values: (rows, columns).
         layers: the names of the rows, and of the columns.
-        ax: axes to draw into; None makes a figure.
-        measure: "cka" or "rsa".
-        title: stands above; None for the name of the measure.
     """
     rows, columns = layers
     if ax is None:

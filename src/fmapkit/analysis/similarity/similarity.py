@@ -39,7 +39,6 @@ class _Side:
     """What one model has shown; an analysis. It holds matrices of passes that nobody has used yet.
 
     Args:
-        owner: whose side it is.
         name: "first", "second" or "only".
     """
 

@@ -18,9 +18,6 @@ class InputFields:
     """The receptive fields of a layer's map, for inputs of each size.
 
     Args:
-        layer: its name.
-        kind: of the map.
-        path: place in a nested output; else "".
         model: to find the fields of; or
         field: what is given, of inputs of one size.
 
@@ -82,8 +79,6 @@ def image_of(dataset: Any, number: int, take: Callable[[Any], Any] | None) -> Te
     """An image of a data set by its number, (channels, rows, columns).
 
     Args:
-        dataset: anything with `[number]`.
-        number: which.
         take: what to take of that; None for the first tensor or sequence in it.
 
     Raises:
