@@ -254,6 +254,10 @@ class Manifest:
         assert self.batch_size is not None
         return self.batches_per_unit * self.batch_size
 
+    def ends_unit(self, batch: int) -> bool:
+        """Whether the batch of that number is the last one of a unit."""
+        return (batch + 1) % self.batches_per_unit == 0
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
         return {

@@ -196,11 +196,9 @@ class _Stage(Generic[T]):
 class Writer:
     """The threads that write units, and commit them, in order."""
 
-    def __init__(self, place: Place, manifest: Manifest, compressors: Any) -> None:
+    def __init__(self, place: Place, manifest: Manifest) -> None:
         self._place = place
         self._manifest = manifest
-        self._compressors = compressors
-        self._arrays: dict[str, Any] = {}
         self._spare: queue.SimpleQueue[Blocks] = queue.SimpleQueue()
         self._committing: _Stage[_Commit] = _Stage("fmapkit-committer", self._commit)
         self._writing: _Stage[_Job] = _Stage("fmapkit-writer", self._write)
@@ -265,9 +263,8 @@ class Writer:
             ) from error
 
     def _write(self, job: _Job) -> None:
-        place, rows = self._place, job.unit.blocks()
-        number = job.unit.number
-        written = place.write(self._manifest, number, rows, self._arrays, self._compressors)
+        place = self._place
+        written = place.write(self._manifest, job.unit.number, job.unit.blocks())
         if job.unit.buffers:
             self._spare.put(job.unit.buffers)
         for path, content in job.beside.items():

@@ -20,7 +20,7 @@ from fmapkit.map import FeatureMap, restored
 from fmapkit.missed import Missed
 from fmapkit.model import Names, never_called
 from fmapkit.provenance import Origin
-from fmapkit.saving.source import MapSource
+from fmapkit.session import Session
 from fmapkit.storage import (
     MapRecord,
     Pass,
@@ -134,6 +134,10 @@ class KeptSession:
             at.segments = list(map(KeptEntry, kept.maps))
             at.closed = True
             self.store.passes.append(at)
+
+
+# Where maps come from, as look-ups, tables and copies see it.
+MapSource = Session | KeptSession
 
 
 class _Shell(nn.Module):
