@@ -68,7 +68,7 @@ class Request:
         Raises:
             ArgumentError: something of it is of no allowed form.
         """
-        kind = None if kind is None else _kind(kind)
+        kind = None if kind is None else check_kind(kind)
         items, form = _items(layers, kind)
         if call is not None and (isinstance(call, bool) or not isinstance(call, int) or call < 0):
             raise ArgumentError(f"call must be a call's number, from 0, or None, not {call!r}")
@@ -123,15 +123,9 @@ def _item(key: str | None, given: Any, kind: Kind | None) -> Item:
     if isinstance(given, tuple):
         if len(given) != 2:
             raise ArgumentError(f"in a list or dict, a layer is one, or (layer, kind), not {given}")
-        given, kind = given[0], _kind(given[1])
+        given, kind = given[0], check_kind(given[1])
     if given is None:
         raise ArgumentError(
             "a layer is given by a name, glob, regex, module, module type or callable, not None"
         )
     return Item(key, given, kind, Selector(given).exact)
-
-
-def _kind(kind: Any) -> Kind:
-    check_kind(kind)
-    found: Kind = kind
-    return found
