@@ -125,6 +125,22 @@ class Watching:
                 )
 
 
+class Watcher:
+    """What is read of a callback that watches a training."""
+
+    _watching: Watching
+
+    @property
+    def analyses(self) -> list[Analysis]:
+        """What sees the maps."""
+        return self._watching.analyses
+
+    @property
+    def maps(self) -> FeatureMaps | None:
+        """What `capture` gave; None before training has begun."""
+        return self._watching.maps
+
+
 # What of capture's arguments can be judged without the model.
 _GENERAL = frozenset({"kinds", "keep", "every", "analyses", "dtype", "device", "max_bytes"})
 

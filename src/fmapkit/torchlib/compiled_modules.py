@@ -145,13 +145,4 @@ def compiled_by() -> Any:
 
 def in_compiled_code() -> bool:
     """Whether a function compiled by torch.compile is what called us, and dynamo looks on."""
-    compiled, disabled = _wrappers()
-    at = sys._getframe(1)
-    while at is not None:
-        code = id(at.f_code)
-        if code in disabled:
-            return False
-        if code in compiled:
-            return True
-        at = at.f_back  # type: ignore[assignment]
-    return False
+    return compiled_by() is not None
