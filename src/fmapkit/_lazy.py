@@ -8,8 +8,6 @@ from importlib import import_module
 from types import MethodType
 from typing import Any
 
-__all__ = ["LazyMethod", "lazy", "needed"]
-
 
 def lazy(
     package: str, homes: Mapping[str, str]

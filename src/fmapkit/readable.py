@@ -15,8 +15,6 @@ from typing_extensions import Self
 from fmapkit.kinds import Kind
 from fmapkit.torchlib.sharded import ends_of, is_dtensor
 
-__all__ = ["AnyMap", "ReadableMap", "ReadableMaps", "plain_values", "tags"]
-
 
 class ReadableMap(Protocol):
     """A tensor and its tags; `FeatureMap` says what each of them means."""

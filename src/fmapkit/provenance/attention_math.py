@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["given", "probabilities"]
-
 # A query that sees no key gets nothing; before torch 2.5, the NaN that softmax gives.
 _SAFE = torch.__version__ >= "2.5"
 _ORDER = (*("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),)

@@ -15,8 +15,6 @@ from torch import Tensor
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["Constants"]
-
 # Give a tensor that has nothing of another one but its shape.
 _FACTORIES = frozenset(
     {

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fmapkit.provenance.rule_basics import argument
 
-__all__ = ["FunctionCall"]
-
 
 @dataclass(slots=True)
 class FunctionCall:

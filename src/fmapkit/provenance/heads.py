@@ -9,8 +9,6 @@ from functools import lru_cache
 from fmapkit.provenance.labels import ChannelLabel, Label
 from fmapkit.provenance.layout import ChannelAxis, ChannelLayout
 
-__all__ = ["Heads", "Projection", "projection"]
-
 
 @dataclass(frozen=True, slots=True)
 class Projection:

@@ -16,11 +16,6 @@ from fmapkit.provenance.layout import ChannelAxis, ChannelLayout
 from fmapkit.provenance.product_rules import einsum_terms
 from fmapkit.provenance.vocabulary import BIAS_FIRST, CONV, GROUPED, MATMULS
 
-__all__ = [
-    *("bias_operand", "filter_places", "input_place", "layer_axes", "pads_first", "picked"),
-    *("weighs", "weight_operand"),
-]
-
 _PRODUCTS = MATMULS | {"einsum", "tensordot"}
 
 

@@ -16,8 +16,6 @@ from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.labels import ChannelLabel, Lookup
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["Linearity"]
-
 # A tensor that does not depend on the input has 0. The last is not pointwise, or random.
 _LINEAR, _NONLINEAR, _OTHER = 1, 2, 3
 

@@ -16,8 +16,6 @@ from fmapkit.provenance.rule_basics import Rule, kept_beside
 from fmapkit.provenance.vocabulary import BIAS_FIRST
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["einsum", "einsum_terms", "product", "segments"]
-
 
 def product(name: str) -> Rule:
     """The matrix product of this name."""

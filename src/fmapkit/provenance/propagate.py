@@ -42,8 +42,6 @@ from fmapkit.provenance.vocabulary import (
 )
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["carried", "past_sigma", "sigma_axes"]
-
 # Their results are numbers, or as good as new.
 _NO_CHANGE = METADATA | FRESH
 # The rules of these say themselves which operand's filters go on.

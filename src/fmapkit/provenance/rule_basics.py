@@ -12,20 +12,6 @@ from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Label, Lookup
 from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = [
-    "Rule",
-    "aligned",
-    "argument",
-    "choice",
-    "each",
-    "kept_beside",
-    "lost_if_none",
-    "of_one_layer",
-    "pointwise",
-    "same_filters",
-    "where",
-]
-
 # Given the flow of the first operand that has one, that operand, the call's arguments, its result
 # and what any tensor carries.
 Rule = Callable[[ChannelLabel, Tensor, Any, Any, Any, Lookup], Any]
