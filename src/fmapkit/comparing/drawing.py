@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fmapkit.errors import ArgumentError
 from fmapkit.kinds import KINDS
-from fmapkit.plot import subplots
+from fmapkit.plot import axes_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,8 +41,7 @@ def draw(
     """
     if not rows:
         raise ArgumentError("nothing to plot: no map was compared")
-    if ax is None:
-        _, ax = subplots(figsize=(10, 4.2), layout="constrained")
+    figure, ax = axes_of(ax, 10, 4.2)
     shown = [d.relative for d in rows if 0 < d.relative < math.inf]
     tolerances = [d.tolerance for d in rows if d.tolerance > 0]
     # A map that is equal lies on the floor, one that is not finite on the ceiling.
@@ -80,7 +79,6 @@ def draw(
     ax.spines[["top", "right"]].set_visible(False)
     if title:
         ax.set_title(title)
-    figure: Figure = ax.figure.figure  # of a subfigure: the figure it is part of
     return figure
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmapkit.plot._figure import subplots
+from fmapkit.plot._figure import axes_of
 from fmapkit.plot._pictures import Array, Picture
 
 if TYPE_CHECKING:
@@ -70,12 +70,10 @@ def draw(ax: Axes, picture: Picture, columns: int) -> ScalarMappable | None:
 
 def draw_alone(picture: Picture, columns: int, ax: Axes | None, title: str) -> Figure:
     """Draw into axes, or a figure of its own, with a colour bar and a title."""
-    if ax is None:
-        width, height = size_of(picture, columns)
-        _, ax = subplots(figsize=(width, height + 0.6), layout="constrained")
+    width, height = size_of(picture, columns)
+    figure, ax = axes_of(ax, width, height + 0.6)
     drawn = draw(ax, picture, columns)
     ax.set_title(title, fontsize="medium")
-    figure: Figure = ax.figure.figure  # of a subfigure: the figure it is part of
     if drawn is not None:
         figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.01)
     return figure
