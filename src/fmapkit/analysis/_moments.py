@@ -94,7 +94,6 @@ def by_filter(tensor: Tensor, dim: int | None) -> Tensor:
     """The values as (outer, filters, inner), in the order of memory: a view wherever there is one.
 
     Args:
-        tensor: any shape, any strides.
         dim: the filter axis; None: all values belong to one.
     """
     if dim is None:

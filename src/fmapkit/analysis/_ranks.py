@@ -14,9 +14,7 @@ def exchange(what: str, mine: Any, group: Any) -> list[Any]:
     """What every rank has, in the order of ranks; tensors are on the CPU.
 
     Args:
-        what: was called, for messages.
         mine: tensors and values of built-in types; ranks may have others than each other.
-        group: process group; None for the default one.
 
     Raises:
         DistributedError: torch.distributed is not initialised, or this rank is not in the group.
@@ -39,9 +37,6 @@ def exchange(what: str, mine: Any, group: Any) -> list[Any]:
 
 def agree(ranks: list[dict[str, Any]]) -> None:
     """Whether what the ranks have goes together; every rank comes to the same verdict.
-
-    Args:
-        ranks: what each of them said.
 
     Raises:
         DistributedError: they do not.

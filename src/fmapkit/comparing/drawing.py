@@ -29,13 +29,6 @@ def draw(
 ) -> Figure:
     """Draw the differences.
 
-    Args:
-        rows: in execution order.
-        first: the first beyond its tolerance.
-        ax: axes to draw into; None makes a figure.
-        gradients: they are of gradients.
-        title: stands above.
-
     Raises:
         ArgumentError: there are none.
     """

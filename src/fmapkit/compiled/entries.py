@@ -206,7 +206,6 @@ class CompiledEntries:
     """The entries at the compiled modules of one capture.
 
     Args:
-        model: the captured one.
         given: the model as it was given; what `torch.compile` returned, or a plain one.
     """
 

@@ -17,7 +17,6 @@ class GraphMap(SiteMap):
 
     Attributes:
         place: of its tensor among the graph's outputs; from -1 downwards, among its inputs.
-        copied: in the graph.
     """
 
     place: int

@@ -193,9 +193,7 @@ class UnitRecord:
     Attributes:
         unit: its number; unit u is of the batches u * n to (u + 1) * n - 1.
         start: number of its first sample in the data set.
-        samples: how many samples it has.
         rows: how many rows arrays of tokens have of it; else the same as `samples`.
-        batches: how many batches it has.
         digest: of what the loader gave as its first batch.
         run: which run wrote it, where running analyses ride along.
         absorbed: runs before that one, whose analyses it went on with.

@@ -31,7 +31,6 @@ class Piece:
         shard: which object of it.
         rows: how many there are: the first of that object.
         size: how many an object has.
-        axes: of a row.
     """
 
     def __init__(
@@ -80,13 +79,7 @@ class Piece:
 
 
 class Pieces:
-    """An array of rows.
-
-    Args:
-        pieces: in the order of the rows.
-        shape: of a row.
-        dtype: of the values as they are stored.
-    """
+    """An array of rows."""
 
     def __init__(
         self,

@@ -31,7 +31,6 @@ class Taken:
     Attributes:
         arrays: each with its rows, still where the model made them.
         fields: each with its values, one row for each sample or token.
-        samples: how many samples the batch had.
         rows: how many rows arrays of tokens got.
     """
 

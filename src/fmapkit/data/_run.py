@@ -166,9 +166,6 @@ class Run:
         """Run all batches of this rank, and have their rows written.
 
         Args:
-            batches: of the loader.
-            place: the store.
-            manifest: of it.
             share: which batches are this rank's.
             records: of units that are there.
             check: whether to compare what the loader gives of these with what it gave before.

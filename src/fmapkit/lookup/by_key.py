@@ -67,12 +67,6 @@ def parse(key: Any) -> tuple[str, Kind | None, int | None]:
 def find(session: MapSource, layer: str, kind: str | None, entries: Sequence[Found]) -> Found:
     """The one entry that is meant.
 
-    Args:
-        session: whose entries they are.
-        layer: as in `maps[layer]`.
-        kind: None for the activation, or of a module that is no filter layer, its output.
-        entries: to choose from.
-
     Raises:
         MapLookupError: none answers, or several do.
         MapReleasedError: no map is kept.

@@ -34,9 +34,6 @@ def read(source: MapSource, at: Pass, entry: MapRecord, made: bool = False) -> F
     """The map of a record, and whether its tensor is one rank's part.
 
     Args:
-        source: whose record it is.
-        at: its pass.
-        entry: the record.
         made: it has just been made, and is shown to an analysis.
 
     Raises:

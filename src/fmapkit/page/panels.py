@@ -24,10 +24,7 @@ class Panel:
     Attributes:
         heading: what the values are: "z", "a = relu(z)", "mean".
         note: what the tiles are, of how many.
-        labels: the filters' numbers.
         codes: uint8 (filters, height, width); what a code means, `step` and `zero` say, or `words`.
-        form: how tiles are laid out.
-        colours: of the codes.
         facts: further numbers of each tile; the first is the one to sort by.
         step: between two codes; 0 with `words`.
         zero: the code of the value 0.
@@ -71,7 +68,6 @@ class Section:
     Attributes:
         name: what it is found by: the layer's name.
         tags: what stands beside the name: shape, dtype, σ.
-        panels: what is drawn.
         note: a sentence in place of panels, or above them.
         html: more of it, escaped already.
     """

@@ -42,10 +42,8 @@ class Grid:
         filters: several of what `Where(filter=...)` takes, or None.
 
     Attributes:
-        pieces: them.
         positions: as a tuple; empty for whole maps.
         filters: as a tuple; empty for all of them.
-        shape: of the grid.
 
     Raises:
         ArgumentError: the positions or filters are of no allowed form.

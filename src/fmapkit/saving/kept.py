@@ -37,7 +37,6 @@ class KeptModule:
     """What is known of a module of the model.
 
     Attributes:
-        name: its place.
         first: the first place of the same module.
         container: its type, if it has no forward (`ModuleList`); else empty.
         layer: it is a layer with filters.
