@@ -163,52 +163,14 @@ def _far(before: Moments) -> np.ndarray[Any, Any] | None:
     return np.where(far, mean, 0) if far.any() else None
 
 
-def _pilot(values: Tensor, kind: torch.dtype) -> Tensor:
-    """(C,): a value of each filter, to shift by; in float32, where digits are few, the mean.
-
-    As it is one of the n values, (p - mean)² <= M2, and so S1²/n <= n·M2: S2 - S1²/n loses a factor
-    of n at worst, 1e-10 of M2 for 10^6 values in float64, whatever the scale and the offset.
-    """
-    pilot = values[0, :, 0].to(kind)
-    if kind == torch.float32:
-        pilot = pilot + (values.to(kind) - pilot[:, None]).mean((0, 2))
-    return torch.nan_to_num(pilot, 0.0, 0.0, 0.0)
-
-
-def _sums(values: Tensor, pilot: Tensor, bounds: tuple[float, float] | None) -> tuple[Tensor, ...]:
-    """S1, S2, minimum, maximum, and the counts, the last if there are bounds; to be fused."""
-    wide = values.to(pilot.dtype)
-    shifted = wide - pilot[:, None]
-    over = (0, 2)
-    found = (
-        shifted.sum(over),
-        (shifted * shifted).sum(over),
-        wide.amin(over),
-        wide.amax(over),
-        (values == 0).sum(over),
-        (~wide.isfinite()).sum(over),
-    )
-    if bounds is None:
-        return found
-    return *found, ((wide <= bounds[0]) | (wide >= bounds[1])).sum(over)
-
-
-def _finished(
-    count: int, s1: Tensor, s2: Tensor, low: Tensor, high: Tensor, *counted: Tensor
-) -> tuple[Tensor, ...]:
-    """Offset, m2, minimum, maximum and counts of the sums."""
-    offset = s1 / count
-    counts = [c.to(torch.int64) for c in counted]
-    if len(counts) == SATURATED:  # no bounds
-        counts.append(torch.zeros_like(counts[0]))
-    m2 = (s2 - s1 * offset).clamp_min(0)
-    return offset, m2, low.to(s1.dtype), high.to(s1.dtype), torch.stack(counts)
-
-
 def absorb(
     values: Tensor, bounds: tuple[float, float] | None, seen: int, *state: Tensor
 ) -> tuple[Tensor, ...]:
     """`merge(state, moments(values))` as one expression for a compiler to fuse, histogram apart.
+
+    Values are summed up shifted by one of them; in float32, where digits are few, by the mean. As
+    the pilot p is one of n values, (p - mean)² <= M2, and so S1²/n <= n·M2: S2 - S1²/n loses a
+    factor of n at worst, 1e-10 of M2 for 10^6 values in float64, whatever scale and offset.
 
     Args:
         seen: values of each filter that the state knows.
@@ -217,10 +179,23 @@ def absorb(
     Returns:
         The state after it.
     """
-    outer, _, inner = values.shape
-    pilot = _pilot(values, state[0].dtype)
-    found = _finished(outer * inner, *_sums(values, pilot, bounds))
-    return chan(torch, seen, state, outer * inner, (pilot, *found))
+    count, over, kind = values.shape[0] * values.shape[2], (0, 2), state[0].dtype
+    wide = values.to(kind)
+    pilot = wide[0, :, 0]
+    if kind == torch.float32:
+        pilot = pilot + (wide - pilot[:, None]).mean(over)
+    pilot = torch.nan_to_num(pilot, 0.0, 0.0, 0.0)
+    shifted = wide - pilot[:, None]
+    s1, s2 = shifted.sum(over), (shifted * shifted).sum(over)
+    offset = s1 / count
+    m2 = (s2 - s1 * offset).clamp_min(0)
+    zeros, bad = (values == 0).sum(over), (~wide.isfinite()).sum(over)
+    saturated = torch.zeros_like(zeros)
+    if bounds is not None:
+        saturated = ((wide <= bounds[0]) | (wide >= bounds[1])).sum(over)
+    counts = torch.stack([zeros, bad, saturated])
+    found = (pilot, offset, m2, wide.amin(over), wide.amax(over), counts)
+    return chan(torch, seen, state, count, found)
 
 
 def fused(

@@ -12,8 +12,9 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,43 +122,19 @@ class Unit:
         return {spec: np.concatenate(parts) for spec, parts in self._parts.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class _Commit:
-    """A unit whose rows are written, and where."""
+class _Stage:
+    """A thread that does what it is given, in order; one more waits at most.
 
-    record: UnitRecord
-    written: list[str]
-    stale: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A unit whose rows are to be written."""
-
-    unit: Unit
-    record: UnitRecord
-    beside: Mapping[str, bytes]
-    stale: tuple[str, ...]
-
-
-T = TypeVar("T")
-
-
-class _Stage(Generic[T]):
-    """A thread that does some work on what it is given, in order; one more waits at most.
-
-    Args:
-        work: is called with each job. After it has failed, nothing is done any more.
+    After one has failed, nothing is done any more.
     """
 
-    def __init__(self, name: str, work: Callable[[T], None]) -> None:
-        self._work = work
-        self._jobs: queue.Queue[T | None] = queue.Queue(maxsize=1)
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=1)
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, job: T | None) -> None:
+    def put(self, job: Callable[[], None] | None) -> None:
         """Have it done; waits while there is no room.
 
         Raises:
@@ -188,7 +165,7 @@ class _Stage(Generic[T]):
     def _run(self) -> None:
         try:
             while (job := self._jobs.get()) is not None:
-                self._work(job)
+                job()
         except BaseException as error:
             self._failed = error
 
@@ -200,8 +177,8 @@ class Writer:
         self._place = place
         self._manifest = manifest
         self._spare: queue.SimpleQueue[Blocks] = queue.SimpleQueue()
-        self._committing: _Stage[_Commit] = _Stage("fmapkit-committer", self._commit)
-        self._writing: _Stage[_Job] = _Stage("fmapkit-writer", self._write)
+        self._committing = _Stage("fmapkit-committer")
+        self._writing = _Stage("fmapkit-writer")
 
     def unit(self, number: int, start: int) -> Unit:
         """An empty unit, in buffers that are used again."""
@@ -240,7 +217,7 @@ class Writer:
         )
         with self._told():
             self._committing.check()
-            self._writing.put(_Job(unit, record, beside, stale))
+            self._writing.put(partial(self._write, unit, record, beside, stale))
 
     def close(self) -> None:
         """Wait for all that was put.
@@ -262,19 +239,24 @@ class Writer:
                 "and the same call goes on from there"
             ) from error
 
-    def _write(self, job: _Job) -> None:
-        place = self._place
-        written = place.write(self._manifest, job.unit.number, job.unit.blocks())
-        if job.unit.buffers:
-            self._spare.put(job.unit.buffers)
-        for path, content in job.beside.items():
-            written += place.write_bytes(path, content)
-        self._committing.put(_Commit(job.record, written, job.stale))
+    def _write(
+        self,
+        unit: Unit,
+        record: UnitRecord,
+        beside: Mapping[str, bytes],
+        stale: tuple[str, ...],
+    ) -> None:
+        written = self._place.write(self._manifest, unit.number, unit.blocks())
+        if unit.buffers:
+            self._spare.put(unit.buffers)
+        for path, content in beside.items():
+            written += self._place.write_bytes(path, content)
+        self._committing.put(partial(self._commit, record, written, stale))
 
-    def _commit(self, unit: _Commit) -> None:
-        self._place.flush(*unit.written)
-        record = self._place.commit(unit.record)
-        if unit.stale:
-            self._place.flush(record)
-        for path in unit.stale:
+    def _commit(self, record: UnitRecord, written: list[str], stale: tuple[str, ...]) -> None:
+        self._place.flush(*written)
+        committed = self._place.commit(record)
+        if stale:
+            self._place.flush(committed)
+        for path in stale:
             self._place.remove(path)
