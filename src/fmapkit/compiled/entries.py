@@ -85,7 +85,6 @@ class _CompiledEntry:
         self.place = _place(root)
         self.original = root.__dict__[self.place]
         self.handlers: list[CompiledHandler] = []
-        self._latest: tuple[Any, InstrumentedCompile] | None = None  # and what it was chosen by
         root.__dict__[self.place] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +105,6 @@ class _CompiledEntry:
     def close(self, handler: CompiledHandler) -> None:
         """A capture ends; with the last one goes the entry."""
         self.handlers.remove(handler)
-        self._latest = None
         for _, variant in getattr(self.original, "__dict__", {}).get(_KEPT, ()):
             if handler in variant.captures:
                 variant.rest()
@@ -119,11 +117,6 @@ class _CompiledEntry:
         Raises:
             UnknownError: torch.compile has made it in a way that is not known.
         """
-        # A capture's names change with its structure.
-        state = [(c, c.structure, layers.version, nonlinearities.version) for c in captures]
-        latest = self._latest
-        if latest is not None and latest[0] == state:
-            return latest[1]
         variant = self._known(captures)
         if variant is None:
             # Here, for torch's tracing tools take a quarter of a second to import.
@@ -133,7 +126,6 @@ class _CompiledEntry:
             asked = self._asked(captures)
             self.original.__dict__.setdefault(_KEPT, []).append((asked, variant))
         variant.captures = list(captures)
-        self._latest = (state, variant)
         return variant
 
     def _known(self, captures: Sequence[CompiledCapture]) -> InstrumentedCompile | None:
