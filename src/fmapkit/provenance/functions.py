@@ -17,6 +17,8 @@ from fmapkit.provenance.quantized import is_fused, is_weighted
 from fmapkit.provenance.vocabulary import DATA_TO_PYTHON, DATA_TO_SIZES, METADATA, words
 from fmapkit.torchlib.nested import tensors_in
 
+__all__ = ["Function", "describe", "described"]
+
 
 @dataclass(frozen=True, slots=True)
 class Function:
