@@ -18,8 +18,6 @@ from torch import nn
 from fmapkit.paths.source_files import qualified_name
 from fmapkit.torchlib.class_cache import remembered
 
-__all__ = ["OF_TORCHS", "FixedAttributes"]
-
 # Attributes that torch's own modules decide by, as they are compiled: `inplace`, `p`, `dim`, …
 OF_TORCHS = frozenset({"training"}).union(
     *(

@@ -9,20 +9,6 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "dotted",
-    "first_argument",
-    "is_plain_function",
-    "is_row",
-    "names_bound",
-    "names_loaded",
-    "position_of",
-    "rows_bound",
-    "site_at",
-    "torch_name",
-    "watched_names",
-]
-
 # A function that may look at its own variables has none of ours.
 _LOOKS_AT_LOCALS = {"locals", "vars", "dir", "eval", "exec"}
 
