@@ -69,7 +69,6 @@ class Edges:
 
     @property
     def columns(self) -> int:
-        """How many."""
         return len(self.edges) + 1
 
     def column_of(self, values: Tensor) -> Tensor:

@@ -69,17 +69,14 @@ class Moments:
 
     @property
     def device(self) -> torch.device:
-        """Of all tensors."""
         return self.m2.device
 
     def on(self, device: torch.device) -> Moments:
-        """The same on a device."""
         if self.device == device:
             return self
         return Moments(self.count, **{k: placed(t, device) for k, t in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its name."""
         names = ("shift", "offset", "m2", "minimum", "maximum", "counts", "histogram")
         found = {name: getattr(self, name) for name in names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}

@@ -58,7 +58,6 @@ class _FilterFirings:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> _FilterFirings:
-        """Of a state."""
         found = cls(0, torch.device("cpu"), state["rule"])
         found.inputs, found.span = state["inputs"], state["span"]
         for name, tensor in state["tensors"].items():

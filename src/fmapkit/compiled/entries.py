@@ -188,7 +188,6 @@ class _DeferredEntry:
         return self._root(*args, **kwargs)
 
     def close(self) -> None:
-        """Leave nothing."""
         self._entries = None
         if self._root.__dict__.get("_compiled_call_impl") is self:
             del self._root.__dict__["_compiled_call_impl"]

@@ -120,7 +120,6 @@ class _OnFakes(fx.Interpreter):
         raise UnreadableError("its graph has a node of another kind (call_module)")
 
     def step(self, node: fx.Node) -> None:
-        """Run the next node."""
         self.env[node] = self.run_node(node)
 
 

@@ -62,7 +62,6 @@ class GraphRun(PassPiece):
         return bool(self._tensors) and min(self._versions, default=0) < 0
 
     def entries(self) -> list[MapRecord]:
-        """Every map, in execution order."""
         if not self._tensors:
             return []
         copied = self._copied or [False] * len(self._tensors)
@@ -107,7 +106,6 @@ class GraphMapSink:
 
     @property
     def tracer(self) -> Tracer:
-        """Of the pass."""
         found = self._live.traced()
         assert found is not None
         return found

@@ -158,12 +158,10 @@ class FieldSpec:
 
     @property
     def node(self) -> str:
-        """Where it lies in the store."""
         return f"fields/{quote(self.name, safe='')}"
 
     @property
     def text(self) -> bool:
-        """Whether it is text."""
         return self.dtype == "string"
 
     @property
@@ -237,7 +235,6 @@ class Manifest:
 
     @property
     def specs(self) -> list[Spec]:
-        """Of arrays and fields."""
         return [*self.arrays, *self.fields]
 
     @property
@@ -257,7 +254,6 @@ class Manifest:
         return (batch + 1) % self.batches_per_unit == 0
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON."""
         return {
             "format": FORMAT,
             "layout": "regular" if self.regular else "ragged",

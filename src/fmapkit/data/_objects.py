@@ -20,7 +20,6 @@ _UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def put(store: Any, path: str, content: bytes) -> None:
-    """Write an object."""
     from zarr.buffer.cpu import Buffer
     from zarr.core.sync import sync
 

@@ -67,7 +67,6 @@ class Piece:
         return np.asarray(source[key])
 
     def take(self, rows: NdArray, rest: tuple[Any, ...]) -> NdArray:
-        """Some rows, in any order."""
         source, start = self._opened()
         cut = (slice(None), *rest)
         if isinstance(source, np.ndarray):

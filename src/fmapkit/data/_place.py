@@ -264,7 +264,6 @@ class Place:
         return [path, *(f"{group}/zarr.json" for group in PurePosixPath(path).parents[:-1])]
 
     def read_bytes(self, path: str) -> bytes:
-        """Read one object of bytes."""
         return bytes(np.asarray(self.array(path)[:]))
 
     def remove(self, path: str) -> None:

@@ -79,15 +79,12 @@ class Slots:
 
     @property
     def ids(self) -> Tensor:
-        """Of all rows, in order."""
         return torch.from_numpy(self._ids[self._order])
 
     def reorder(self, order: Tensor) -> None:
-        """Put the rows into another order."""
         self._order = self._order[order.numpy()]
 
     def pop(self, count: int) -> dict[str, Tensor]:
-        """The next rows."""
         slots, self._order = self._order[:count], self._order[count:]
         self._free = np.concatenate([self._free, slots])
         return {name: _gathered(rows, slots) for name, rows in self._rows.items()}

@@ -196,5 +196,4 @@ class LiveRows:
         return out
 
     def describe(self) -> dict[str, Any]:
-        """The model and the loader."""
         return {**self._fingerprint, "loader": self._batches.describe()}

@@ -66,13 +66,11 @@ class StoredRows:
         self._bounds = next(iter(arrays.values())).bounds
 
     def sizes(self) -> list[int] | None:
-        """Rows of each unit."""
         return [last - first for first, last in self._bounds]
 
     def blocks(
         self, numbers: Sequence[int] | None, rank: int, world: int, skip: int
     ) -> Iterator[Block]:
-        """Units."""
         assert numbers is not None
         for number in numbers[skip:]:
             yield number, self._block(number)
@@ -93,7 +91,6 @@ class StoredRows:
         return {name: array.gather(rows) for name, array in self._arrays.items()}
 
     def describe(self) -> dict[str, Any]:
-        """Names, shapes and types."""
         arrays = {n: [list(a.shape), str(a.dtype)] for n, a in self._arrays.items()}
         return {"rows of": arrays, "units": len(self._bounds)}
 

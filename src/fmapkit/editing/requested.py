@@ -84,7 +84,6 @@ class _Edit:
         return frozenset(found)
 
     def begin(self) -> None:
-        """A pass begins."""
         self.done = False  # something was edited
         self.calls: set[int] = set()  # that there were of what it is for
         self.paths: dict[str, None] = {}  # of the tensors that there were

@@ -31,7 +31,6 @@ class Call:
     assumed: Callable[[str], None]
 
     def of(self, value: Any) -> Tensor | None:
-        """The field of an argument."""
         return self.fields.get(id(value)) if isinstance(value, Tensor) else None
 
     def get(self, *names: str, default: Any = None) -> Any:
@@ -51,7 +50,6 @@ class Call:
 
     @property
     def operands(self) -> list[Tensor]:
-        """All tensors among the arguments."""
         return [t for t in tree_leaves(self.given) if isinstance(t, Tensor)]
 
 

@@ -157,17 +157,18 @@ class Names:
 
     def owned_by(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
         """The modules that have it, and as what."""
-        found = self._owners.get(id(parameter))
-        if found is not None and found[0] is parameter:
-            return found[1]
         # FSDP puts other tensors in their place while a module runs.
-        return self.in_flat(parameter) or [
-            (module, key)
-            for module in self.by_module
-            for registered in (module._parameters, module._buffers)
-            for key, value in registered.items()
-            if value is parameter
-        ]
+        return (
+            self.owners(parameter)
+            or self.in_flat(parameter)
+            or [
+                (module, key)
+                for module in self.by_module
+                for registered in (module._parameters, module._buffers)
+                for key, value in registered.items()
+                if value is parameter
+            ]
+        )
 
     def in_flat(self, value: Tensor) -> list[tuple[nn.Module, str]]:
         """Whose parameter, and which, a view into the flat one of old FSDP is."""
@@ -200,11 +201,8 @@ class Names:
 
     def place_of(self, parameter: Tensor) -> str | None:
         """The first place of a parameter in the model; None if it has none."""
-        found = self._owners.get(id(parameter))
-        if found is None or found[0] is not parameter:
-            return None
-        module, key = found[1][0]
-        return f"{self.by_module[module]}.{key}"
+        owners = self.owners(parameter)
+        return f"{self.by_module[owners[0][0]]}.{owners[0][1]}" if owners else None
 
     def owners(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
         """The modules that have a parameter, each with its key there."""

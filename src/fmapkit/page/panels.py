@@ -50,7 +50,6 @@ class Panel:
     places: tuple[str, ...] = ()  # a name for each place along the last axis, where it has names
 
     def written(self) -> dict[str, Any]:
-        """As JSON takes it."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         del found["codes"]
         return {
@@ -79,7 +78,6 @@ class Section:
     html: str = ""
 
     def written(self) -> dict[str, Any]:
-        """As JSON takes it."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**found, "panels": [panel.written() for panel in self.panels]}
 

@@ -331,9 +331,7 @@ class _Wanted:
         return ("activation",) if is_layer else ("activation", "output")
 
     def is_of(self, layer: str) -> bool:
-        """Whether a layer is asked for."""
         return self._selection.layer(layer)
 
     def takes(self, fm: FeatureMap) -> bool:
-        """Whether a map is asked for."""
         return fm.kind in self.kinds and self._selection.layer(fm.layer)

@@ -54,7 +54,6 @@ class Recurring:
 
     @property
     def names(self) -> Names:
-        """Of the model's modules."""
         return self._session.names
 
     @property

@@ -78,12 +78,10 @@ class Request:
 
     @property
     def layers(self) -> list[Any]:
-        """All layers, as `capture` takes them."""
         return [item.layer for item in self.items]
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """All kinds, as `capture` takes them."""
         return tuple(dict.fromkeys(item.kinds[0] for item in self.items))
 
     def filters_of(self, layer: str) -> tuple[int, ...] | None:

@@ -156,7 +156,6 @@ def draw_image(ax: Axes, image: Array) -> None:
 
 
 def blank(ax: Axes) -> None:
-    """No ticks."""
     ax.set_xticks([])
     ax.set_yticks([])
 

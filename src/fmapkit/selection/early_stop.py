@@ -38,7 +38,6 @@ class EarlyStop:
         self._ended = False
 
     def begin(self) -> None:
-        """A pass begins."""
         self._missing = set(self._wanted or ())
         self._ended = False
 
@@ -48,7 +47,6 @@ class EarlyStop:
 
     @property
     def ended(self) -> bool:
-        """Whether this pass was ended."""
         return self._ended
 
     @property

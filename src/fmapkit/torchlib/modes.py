@@ -99,7 +99,6 @@ def others_watch() -> bool:
 
 
 def jit_is_tracing() -> bool:
-    """Whether torch.jit.trace traces."""
     return bool(torch._C._get_tracing_state())
 
 

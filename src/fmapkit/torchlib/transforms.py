@@ -65,7 +65,6 @@ def is_shapeless(tensor: Tensor) -> bool:
 
 
 def some_shapeless(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of them is."""
     return any(map(_is_nested, tensors)) and any(map(is_shapeless, tensors))
 
 

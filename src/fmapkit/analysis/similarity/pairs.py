@@ -32,7 +32,6 @@ class Pairs:
         self._keys = (*_HSIC, *_RSA) if rsa else _HSIC
 
     def add(self, first: Mapping[MapTag, Gram], second: Mapping[MapTag, Gram]) -> None:
-        """Take in one pass of both."""
         self._grow(first, second)
         device = self._sums["both"].device
         rows = torch.tensor([self.first.index(tag) for tag in first], device=device)
@@ -91,12 +90,10 @@ class Pairs:
         return (xy - x * y / n) / spread
 
     def state(self) -> dict[str, object]:
-        """All that is known."""
         first, second = ([astuple(tag) for tag in of] for of in (self.first, self.second))
         return {"first": first, "second": second, "sums": dict(self._sums)}
 
     def load(self, state: Mapping[str, object]) -> None:
-        """Go on from a `state`."""
         first, second, sums = state["first"], state["second"], state["sums"]
         assert isinstance(first, list) and isinstance(second, list) and isinstance(sums, dict)
         self.first, self.second = ([MapTag(*tag) for tag in of] for of in (first, second))
