@@ -270,14 +270,7 @@ def check_kind(
 def no_layer(
     layer: str, known: Collection[str], there: str = "captured", more: str = ""
 ) -> UnknownLayerError:
-    """What to raise where there is no such layer among those known.
-
-    Args:
-        layer: what was asked for.
-        known: what there is.
-        there: how that is called.
-        more: stands at the end.
-    """
+    """What to raise where there is no such layer among those known."""
     return UnknownLayerError(
         f"no layer {layer!r}{did_you_mean(layer, known)} ({there}: {listed(known)}){more}",
         layer=layer,

@@ -17,8 +17,6 @@ def read_map(at: Pass, entry: MapRecord, made: bool = False) -> FeatureMap:
     """The map that an entry of a pass holds.
 
     Args:
-        at: the pass.
-        entry: of it.
         made: it has just been made, and is shown to an analysis.
 
     Raises:

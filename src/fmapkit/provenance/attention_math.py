@@ -30,7 +30,6 @@ def probabilities(call: dict[str, Any], graph: bool) -> Tensor:
     drawn.
 
     Args:
-        call: the arguments of `scaled_dot_product_attention`, by name.
         graph: make them a part of the autograd graph.
     """
     query, key = call["query"], call["key"]

@@ -55,13 +55,7 @@ class Constants:
         return bool(tensors)
 
     def made(self, function: str, operands: Sequence[Tensor], out: Any) -> None:
-        """A function has run.
-
-        Args:
-            function: its name.
-            operands: the tensors that it was given.
-            out: what it returned.
-        """
+        """A function has run."""
         known = self._known
         if function in _FACTORIES:
             # What these make of a tensor's values is no constant; of its shape, it is one.

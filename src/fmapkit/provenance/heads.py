@@ -46,7 +46,6 @@ def projection(tag: Label, shape: Sequence[int]) -> Projection | None:
     """Whose filters a tensor of queries, keys or values has, head by head.
 
     Args:
-        tag: what it carries.
         shape: its own. The last two axes are positions and what is in a head, in any order; the one
             before them counts heads.
     """

@@ -23,10 +23,6 @@ class OfModule:
 
     It takes the place of a weak reference: `torch.utils.swap_tensors`, by which `Module.to` and
     `load_state_dict` may work, refuses tensors that have one.
-
-    Args:
-        owner: the module.
-        tensor: its parameter or buffer.
     """
 
     __slots__ = ("__weakref__", "_owner", "_which")

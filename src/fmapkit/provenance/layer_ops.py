@@ -82,8 +82,6 @@ def layer_axes(call: FunctionCall, weight: Tensor, tag: Label) -> ChannelLayout 
     """Where the filters lie in what a weighted function returns, by the parameter's numbering.
 
     Args:
-        call: of the function.
-        weight: which of its operands is its weight.
         tag: what the weight carries. Of a slice of a parameter, the filters are that slice's; they
             cannot be told where it is not known which slice it is, or where rows of several layers
             lie together.
@@ -102,9 +100,6 @@ def _of_parameter(
     """The filters of a layer whose weight is made of a parameter.
 
     Args:
-        tag: what the weight carries.
-        weight: it.
-        out: what the layer returned.
         places: axes of the result that count filters, and which axes of the weight they are.
     """
     shape = tuple(tag.parameter.shape)

@@ -23,9 +23,6 @@ _LINEAR, _NONLINEAR, _OTHER = 1, 2, 3
 class Linearity:
     """Of one call of a module.
 
-    Args:
-        x: its input.
-
     Attributes:
         reduces: some function inside took a mean, a sum or the like.
     """
@@ -54,13 +51,7 @@ class Linearity:
         return _OTHER if isinstance(tag(tensor), ChannelLabel) else 0
 
     def step(self, call: FunctionCall, tag: Lookup, nonlinear: bool) -> None:
-        """One function has run inside the module.
-
-        Args:
-            call: of it.
-            tag: what a tensor carries.
-            nonlinear: it is a nonlinearity.
-        """
+        """One function has run inside the module."""
         name, operands = call.name, call.operands
         degrees = [self._of(t, tag) for t in operands]
         highest = max(degrees, default=0)

@@ -55,10 +55,6 @@ _CHOOSE_OPERAND = (
 def carried(call: FunctionCall, tag: Lookup) -> Any:
     """What the results of an unweighted function carry.
 
-    Args:
-        call: of it.
-        tag: what a tensor carries.
-
     Returns:
         For a tensor, its tag; for a tuple or list of them, a list of tags; None for no change.
     """

@@ -71,8 +71,6 @@ def of_one_layer(
 
     Args:
         joined: what the first piece would make of it.
-        pieces: all of them.
-        tag: what a tensor carries.
         same_axes: whether filters have to lie in all of them as in the first.
     """
     found = [other for piece in pieces if (other := flow_of(tag, piece)) is not None]

@@ -46,8 +46,6 @@ def source_of(value: Tensor, tag: Any, owners: Owners, stand_ins: StandIns) -> S
     """Where a tensor that a layer uses is to be found again.
 
     Args:
-        value: the tensor.
-        tag: what it carries.
         owners: the modules that have a parameter or buffer, each with its key there.
         stand_ins: where a graph is traced: the tensors that stand for its inputs, and these.
     """
@@ -113,10 +111,6 @@ class WeightRows:
 
     def read(self, name: str, filter: int | None = None) -> Tensor | None:
         """The rows of the weight or bias that belong to the map, or to one of its filters.
-
-        Args:
-            name: "weight" or "bias".
-            filter: by the layer's numbering; None for all of the map's.
 
         Raises:
             KindNotCapturedError: the layer's is no tensor that is still there.
