@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from fmapkit.data._manifest import Manifest, Spec, UnitRecord, as_stored
 from fmapkit.data._place import Place
 from fmapkit.data._rows import Taken
 from fmapkit.errors import StoreError
+from fmapkit.storage import Cuda
 
 Blocks = dict[Spec, "np.ndarray[Any, Any]"]
 
@@ -35,46 +36,32 @@ class Arriving:
     """
 
     def __init__(self, taken: Taken) -> None:
-        self._event: Any = None
-        device = next((t.device for _, t in taken.arrays if t.device.type == "cuda"), None)
-        if device is not None:
-            taken = replace(taken, arrays=self._sent(taken, device))
-        self._taken = taken
-
-    def _sent(self, taken: Taken, device: torch.device) -> list[Any]:
-        stream = _stream(device)
-        # What the next pass may overwrite is copied on the device, in the model's own order.
-        own = [(spec, rows.contiguous().clone()) for spec, rows in taken.arrays]
-        stream.wait_stream(torch.cuda.current_stream(device))
+        self._copies: list[Any] = []
         arrays = []
-        with torch.cuda.stream(stream):
-            for spec, rows in own:
+        for spec, rows in taken.arrays:
+            if rows.device.type == "cuda":
                 host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-                host.copy_(rows, non_blocking=True)
-                rows.record_stream(stream)
-                arrays.append((spec, host))
-            self._event = stream.record_event()
-        return arrays
+                # What the next pass may overwrite is copied there, in the model's own order.
+                self._copies.append(_copies(rows.device).copy(rows.contiguous().clone(), host))
+                rows = host
+            arrays.append((spec, rows))
+        self._taken = replace(taken, arrays=arrays)
 
     @property
     def here(self) -> bool:
         """Whether there is nothing to wait for."""
-        return self._event is None
+        return not self._copies
 
     def wait(self) -> Taken:
         """The rows, in the host's memory."""
-        if self._event is not None:
-            self._event.synchronize()
+        for copy in self._copies:
+            copy.synchronize()
         return self._taken
 
 
-_streams: dict[torch.device, Any] = {}
-
-
-def _stream(device: torch.device) -> Any:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return _streams[device]
+@cache
+def _copies(device: torch.device) -> Cuda:
+    return Cuda(device)
 
 
 class Unit:
