@@ -8,8 +8,6 @@ from importlib import import_module
 from types import MethodType
 from typing import Any
 
-__all__ = ["LazyMethod", "lazy", "needed"]
-
 
 def lazy(
     package: str, homes: Mapping[str, str]
@@ -17,7 +15,6 @@ def lazy(
     """The `__getattr__` and the `__dir__` of a package.
 
     Args:
-        package: its `__name__`.
         homes: by module of the package, the names that it has.
     """
     home_of = {name: module for module, names in homes.items() for name in names.split()}
@@ -37,7 +34,6 @@ def needed(module: str, says: str) -> Any:
     """A module of an extra.
 
     Args:
-        module: its name.
         says: what needs it, and how it is installed.
 
     Raises:
@@ -51,12 +47,7 @@ def needed(module: str, says: str) -> Any:
 
 
 class LazyMethod:
-    """A function that is imported when it is asked for, as a method: its first argument is `self`.
-
-    Args:
-        module: where it is.
-        name: of it there.
-    """
+    """A function that is imported when it is asked for, as a method."""
 
     def __init__(self, module: str, name: str) -> None:
         self._module = module

@@ -11,8 +11,6 @@ import torch
 
 from fmapkit.errors import CaptureWarning
 
-__all__ = ["warn"]
-
 # What runs between a user's line and ours: a module's call, a decorator, a context manager's exit.
 _INSIDE = tuple(
     os.path.dirname(os.path.abspath(file)) + os.sep for file in (__file__, torch.__file__)

@@ -158,13 +158,7 @@ def first_nonfinite(maps: Iterable[FeatureMap]) -> NonFinite | None:
 class FiniteCheck:
     """Looks at each pass, and at each backward, as it ends.
 
-    Args:
-        backward: look at gradients, too.
-        compiled: the model runs compiled code, whose gradients nobody sees.
-
     Attributes:
-        backward: whether gradients are looked at.
-        compiled: whether the model runs compiled code.
         gradients_unseen: whether gradients were asked for, and are nobody's to see.
     """
 
@@ -207,9 +201,6 @@ class FiniteCheck:
 
     def raise_found(self, cause: Exception | None = None) -> None:
         """Raise what was found, once.
-
-        Args:
-            cause: an error of the model's, which may have failed of it.
 
         Raises:
             NonFiniteError: something was found.

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from fmapkit import page
     from fmapkit import plot as drawing
 
-__all__ = ["DrawableMap", "DrawableMaps"]
-
 
 class DrawableMap:
     """Draws one map."""

@@ -31,13 +31,13 @@ and `candidates`, None or empty where it is not about one.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 from typing_extensions import Self
 
-from fmapkit.kinds import KINDS
+from fmapkit.kinds import KINDS, Kind
 from fmapkit.nonfinite import NonFinite
 
 __all__ = [
@@ -248,18 +248,34 @@ def check_module(what: str, model: Any) -> None:
         raise NotAModuleError(f"{what} takes a torch.nn.Module, not {type(model).__name__}{hint}")
 
 
-def check_kind(kind: Any) -> None:
-    """Whether there is such a kind of map.
+def check_kind(
+    kind: Any, error: type[FmapkitError] = ArgumentError, layer: str | None = None
+) -> Kind:
+    """The kind of map, if there is such a one.
 
     Raises:
-        ArgumentError: there is not.
+        FmapkitError: there is not; of the type given.
     """
     if kind not in KINDS:
-        raise ArgumentError(
+        raise error(
             f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; the kinds are {listed(KINDS)}",
+            layer=layer,
             kind=kind if isinstance(kind, str) else None,
             candidates=near(kind, KINDS) or KINDS,
         )
+    found: Kind = kind
+    return found
+
+
+def no_layer(
+    layer: str, known: Collection[str], there: str = "captured", more: str = ""
+) -> UnknownLayerError:
+    """What to raise where there is no such layer among those known."""
+    return UnknownLayerError(
+        f"no layer {layer!r}{did_you_mean(layer, known)} ({there}: {listed(known)}){more}",
+        layer=layer,
+        candidates=near(layer, known) or known,
+    )
 
 
 def near(given: object, known: Iterable[str]) -> tuple[str, ...]:

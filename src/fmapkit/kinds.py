@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-__all__ = ["KINDS", "Kind"]
-
 # A literal type, so that type checkers find `kinds="activaton"`.
 Kind = Literal["input", "response", "preactivation", "activation", "output", "attention"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

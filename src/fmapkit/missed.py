@@ -48,9 +48,6 @@ class Missed:
 class MissedLog:
     """What one capture has missed so far.
 
-    Args:
-        model: which it captures.
-
     Attributes:
         entries: each once, in the order in which they were noticed.
         warned: the user was told, and nothing has come since.

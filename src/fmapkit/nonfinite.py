@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from fmapkit.kinds import Kind
 from fmapkit.readable import ReadableMap
 
-__all__ = ["NonFinite", "named"]
-
 
 @dataclass(frozen=True, slots=True)
 class NonFinite:

@@ -208,7 +208,6 @@ def class_sigma(kind: type[nn.Module], as_torch_has_it: bool) -> str | None:
     """The same of all modules of a class.
 
     Args:
-        kind: the class.
         as_torch_has_it: torch's own forward runs (see `runs_torchs_forward`).
     """
     base = next((base for base in kind.__mro__ if base in MODULES), None)

@@ -15,80 +15,60 @@ from typing_extensions import Self
 from fmapkit.kinds import Kind
 from fmapkit.torchlib.sharded import ends_of, is_dtensor
 
-__all__ = ["AnyMap", "ReadableMap", "ReadableMaps", "plain_values", "tags"]
-
 
 class ReadableMap(Protocol):
     """A tensor and its tags; `FeatureMap` says what each of them means."""
 
     @property
-    def tensor(self) -> Tensor:
-        """The values."""
+    def tensor(self) -> Tensor: ...
 
     @property
-    def kind(self) -> Kind:
-        """What the map is."""
+    def kind(self) -> Kind: ...
 
     @property
-    def layer(self) -> str:
-        """Whose filters made it."""
+    def layer(self) -> str: ...
 
     @property
-    def filter(self) -> int | None:
-        """Of which filter alone it is."""
+    def filter(self) -> int | None: ...
 
     @property
-    def call(self) -> int:
-        """Which call of the layer."""
+    def call(self) -> int: ...
 
     @property
-    def step(self) -> int:
-        """Which pass."""
+    def step(self) -> int: ...
 
     @property
-    def nonlinearity(self) -> str | None:
-        """The name of σ."""
+    def nonlinearity(self) -> str | None: ...
 
     @property
-    def path(self) -> str:
-        """Place in a nested output."""
+    def path(self) -> str: ...
 
     @property
-    def filter_dim(self) -> int | None:
-        """Axis of the filters."""
+    def filter_dim(self) -> int | None: ...
 
     @property
-    def filters(self) -> range | tuple[int, ...] | None:
-        """The filters along it."""
+    def filters(self) -> range | tuple[int, ...] | None: ...
 
     @property
-    def shape(self) -> torch.Size:
-        """Shape of the tensor."""
+    def shape(self) -> torch.Size: ...
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Type of the values."""
+    def dtype(self) -> torch.dtype: ...
 
     @property
-    def device(self) -> torch.device:
-        """Where the values are."""
+    def device(self) -> torch.device: ...
 
     @property
-    def nbytes(self) -> int:
-        """Size of the values in bytes."""
+    def nbytes(self) -> int: ...
 
     @property
-    def weight(self) -> Tensor | None:
-        """The weights of the filters."""
+    def weight(self) -> Tensor | None: ...
 
-    def __len__(self) -> int:
-        """Number of filters held."""
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Self:
-        """The map of one filter."""
+    def __getitem__(self, index: int) -> Self: ...
 
-    def with_values(self, values: Tensor, filter_dim: int) -> Self:
-        """The same tags with other values."""
+    def with_values(self, values: Tensor, filter_dim: int) -> Self: ...
 
 
 AnyMap = TypeVar("AnyMap", bound=ReadableMap)

@@ -79,13 +79,7 @@ def _longer_numbers(given: Any) -> Callable[[str], bool] | None:
 
 
 def name_longer_numbers(selector: Selector, argument: str, names: Mapping[str, nn.Module]) -> None:
-    """Warn of modules that `?`, one character, leaves out for the length of their number.
-
-    Args:
-        selector: that was given.
-        argument: as what.
-        names: the model's modules by name.
-    """
+    """Warn of modules that `?`, one character, leaves out for the length of their number."""
     longer = _longer_numbers(selector.given)
     if longer is None:
         return

@@ -7,8 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Shown", "Table"]
-
 
 @dataclass(frozen=True, slots=True)
 class Table:

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from fmapkit.errors import ArgumentError
 
-__all__ = ["Edges", "placed"]
-
 # Powers of two on both sides of 0, over the normal range of float16.
 _LEAST, _MOST = -14, 15
 _POWERS = [2.0**k for k in range(_LEAST, _MOST + 1)]
@@ -71,7 +69,6 @@ class Edges:
 
     @property
     def columns(self) -> int:
-        """How many."""
         return len(self.edges) + 1
 
     def column_of(self, values: Tensor) -> Tensor:

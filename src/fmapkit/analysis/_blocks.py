@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["along", "at_hand", "block_size", "blocks", "blockwise", "chan"]
-
 # Values that are worked on at a time: on a CPU what stays in its cache; elsewhere it bounds the
 # memory that copies take, and a sum of so many ones is still exact in float32.
 _BLOCK = {"cpu": 2**18}
@@ -44,7 +42,6 @@ def blockwise(
     Args:
         values: (outer, filters, inner), real, integer or bool, at least one of each filter.
         kind: the type to work in.
-        bounds: at or below the first and at or above the second a value is saturated.
     """
     parts: dict[int, tuple[int, tuple[Tensor, ...]]] = {}
     for first, block in blocks(values, block_size(values.device)):
@@ -131,9 +128,7 @@ def chan(library: Any, n: int, a: Sequence[Any], m: int, b: Sequence[Any]) -> tu
     Args:
         library: whose arrays they are, `torch` or `numpy`.
         n: values of each filter of one side.
-        a: its state.
         m: values of the other.
-        b: its state.
     """
     shift, offset, m2, low, high, counts = a
     its_shift, its_offset, its_m2, its_low, its_high, its_counts = b

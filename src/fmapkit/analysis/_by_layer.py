@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
@@ -27,8 +28,6 @@ from fmapkit.tables import Shown
 if TYPE_CHECKING:
     from fmapkit import page
     from fmapkit.maps import FeatureMap
-
-__all__ = ["ByLayer", "Sums", "Tabular"]
 
 
 class Tabular(Shown):
@@ -175,10 +174,7 @@ class ByLayer(ABC, Generic[G, S]):
         """
         groups = [
             {
-                "layer": name.layer,
-                "kind": name.kind,
-                "nonlinearity": name.nonlinearity,
-                "path": name.path,
+                **asdict(name),
                 "filters": None if filters is None else list(filters),
                 **group.state(),
             }
@@ -202,7 +198,7 @@ class ByLayer(ABC, Generic[G, S]):
             self._groups.names.setdefault(name, {})[filters] = group
 
     def _kept(self, entry: Mapping[str, Any]) -> tuple[Name, Filters, G]:
-        name = Name(entry["layer"], entry["kind"], entry["nonlinearity"], entry["path"])
+        name = Name(*(entry[field.name] for field in fields(Name)))
         filters = None if entry["filters"] is None else tuple(entry["filters"])
         return name, filters, self._sums(entry)
 

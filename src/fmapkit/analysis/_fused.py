@@ -26,8 +26,6 @@ from torch import Tensor
 from fmapkit.analysis._on_cpu import Array, nothing
 from fmapkit.analysis._saturation import Bounds
 
-__all__ = ["nonfinite", "sums"]
-
 # The rows of what is found, as in `_on_cpu.py`. They stand here again, since numba keeps machine
 # code until this file changes, whatever happens to others.
 S1, S2, ZEROS, SATURATED, LOW, HIGH = range(6)

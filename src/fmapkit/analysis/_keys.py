@@ -8,23 +8,19 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fmapkit.errors import (
     AmbiguousMapError,
-    ArgumentError,
     KindNotCapturedError,
     MapLookupError,
     NoActivationError,
     NoPassError,
     UnknownLayerError,
-    did_you_mean,
+    check_kind,
     listed,
-    near,
+    no_layer,
 )
-from fmapkit.kinds import KINDS
 from fmapkit.selectors import selectors
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
-
-__all__ = ["Filters", "Groups", "Name"]
 
 Filters = tuple[int, ...] | None
 
@@ -154,13 +150,8 @@ class Groups(Generic[G]):
                 "(layer, kind, path)"
             )
         kind = parts[1] if len(parts) > 1 else None
-        if kind is not None and kind not in KINDS:
-            hint = did_you_mean(kind, KINDS)
-            raise KindNotCapturedError(
-                f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}",
-                layer=parts[0],
-                candidates=near(kind, KINDS) or KINDS,
-            )
+        if kind is not None:
+            check_kind(kind, KindNotCapturedError, parts[0])
         return parts[0], kind, parts[2] if len(parts) > 2 else None
 
     def _unknown(self, layer: str, kind: str | None) -> None:
@@ -175,12 +166,7 @@ class Groups(Generic[G]):
                 f"`with capture(model, analyses=[{self.what}])` first",
                 layer=layer,
             )
-        known = self.layers
-        raise UnknownLayerError(
-            f"no layer {layer!r}{did_you_mean(layer, known)} (seen: {listed(known)})",
-            layer=layer,
-            candidates=near(layer, known) or known,
-        )
+        raise no_layer(layer, self.layers, "seen")
 
     def _missing(self, layer: str, kind: str | None, there: list[Name]) -> None:
         kinds = list(dict.fromkeys(n.kind for n in there))
@@ -207,11 +193,8 @@ class Groups(Generic[G]):
         Raises:
             ArgumentError: an argument is of no allowed form.
         """
-        if kind is not None and kind not in KINDS:
-            hint = did_you_mean(kind, KINDS)
-            raise ArgumentError(
-                f"unknown kind {kind!r}{hint}; the kinds are {listed(KINDS)}", candidates=KINDS
-            )
+        if kind is not None:
+            check_kind(kind)
         chosen = None if layer is None else selectors(layer)
         return [
             n

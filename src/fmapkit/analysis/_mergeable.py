@@ -13,8 +13,6 @@ from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._ranks import agree, exchange
 from fmapkit.errors import ArgumentError
 
-__all__ = ["Mergeable", "MergeableSums"]
-
 
 class MergeableSums(Sums, Protocol):
     """Sums to which others can be put."""
@@ -72,8 +70,7 @@ class Mergeable(ByLayer[M, S]):
     def reduce(self, group: Any = None) -> Self:
         """What all ranks have seen, put together: the same bits on every rank.
 
-        A collective that every rank of the group has to call: one `all_gather`, and a second one
-        if a rank has more than a MiB, which is the statistics of some 16,000 filters. This one
+        A collective that every rank of the group has to call: one `all_gather_object`. This one
         stays as it is.
 
         Args:
@@ -84,23 +81,14 @@ class Mergeable(ByLayer[M, S]):
                 layers or have other arguments, or a map was one rank's part (tensor parallel).
                 Every rank raises.
         """
-        state = self.state_dict()
-        tensors = [t for entry in state["groups"] for t in entry["tensors"].values()]
-        said = {
-            **state,
-            "groups": [{**entry, "tensors": list(entry["tensors"])} for entry in state["groups"]],
-            "local": list(dict.fromkeys(str(name) for name, _, g in self._groups if g.local)),
-        }
-        ranks = exchange("reduce()", said, tensors, group)
-        self._check_ranks([text for text, _ in ranks])
+        local = list(dict.fromkeys(str(name) for name, _, g in self._groups if g.local))
+        ranks = exchange("reduce()", {**self.state_dict(), "local": local}, group)
+        self._check_ranks(ranks)
         result = copy.copy(self)
         result.reset()
         result._groups.missed.update(self._groups.missed)
-        for text, received in ranks:
-            left = iter(received)
-            for entry in text["groups"]:
-                its = {key: next(left) for key in entry["tensors"]}
-                result._add(*result._kept({**entry, "tensors": its}))
+        for entry in [entry for state in ranks for entry in state["groups"]]:
+            result._add(*result._kept(entry))
         for name, filters, one in result._groups:
             one.move(self._groups.names[name][filters].device)
         return result

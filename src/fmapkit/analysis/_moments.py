@@ -19,8 +19,6 @@ from fmapkit.analysis._bins import Edges, placed
 from fmapkit.analysis._blocks import at_hand, block_size, blockwise, chan
 from fmapkit.analysis._of_map import of_map
 
-__all__ = ["Moments", "absorb", "accumulator", "by_filter", "fused", "merge", "moments"]
-
 ZERO, NONFINITE, SATURATED = range(3)  # rows of `Moments.counts`
 _FAR = (
     100.0  # times the variance: sums around 0 lose two digits of the variance to the mean's square
@@ -71,17 +69,14 @@ class Moments:
 
     @property
     def device(self) -> torch.device:
-        """Of all tensors."""
         return self.m2.device
 
     def on(self, device: torch.device) -> Moments:
-        """The same on a device."""
         if self.device == device:
             return self
         return Moments(self.count, **{k: placed(t, device) for k, t in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its name."""
         names = ("shift", "offset", "m2", "minimum", "maximum", "counts", "histogram")
         found = {name: getattr(self, name) for name in names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
@@ -96,7 +91,6 @@ def by_filter(tensor: Tensor, dim: int | None) -> Tensor:
     """The values as (outer, filters, inner), in the order of memory: a view wherever there is one.
 
     Args:
-        tensor: any shape, any strides.
         dim: the filter axis; None: all values belong to one.
     """
     if dim is None:
@@ -143,7 +137,6 @@ def moments(
 
     Args:
         values: (outer, filters, inner), real, integer or bool.
-        bounds: at or below the first and at or above the second a value is saturated.
         edges: of the histogram; NaN falls in none of its columns.
         before: of maps that came before: what to expect of this one.
     """
@@ -167,66 +160,39 @@ def _far(before: Moments) -> np.ndarray[Any, Any] | None:
     return np.where(far, mean, 0) if far.any() else None
 
 
-def _pilot(values: Tensor, kind: torch.dtype) -> Tensor:
-    """(C,): a value of each filter, to shift by; in float32, where digits are few, the mean.
-
-    As it is one of the n values, (p - mean)² <= M2, and so S1²/n <= n·M2: S2 - S1²/n loses a factor
-    of n at worst, 1e-10 of M2 for 10^6 values in float64, whatever the scale and the offset.
-    """
-    pilot = values[0, :, 0].to(kind)
-    if kind == torch.float32:
-        pilot = pilot + (values.to(kind) - pilot[:, None]).mean((0, 2))
-    return torch.nan_to_num(pilot, 0.0, 0.0, 0.0)
-
-
-def _sums(values: Tensor, pilot: Tensor, bounds: tuple[float, float] | None) -> tuple[Tensor, ...]:
-    """S1, S2, minimum, maximum, and the counts, the last if there are bounds; to be fused."""
-    wide = values.to(pilot.dtype)
-    shifted = wide - pilot[:, None]
-    over = (0, 2)
-    found = (
-        shifted.sum(over),
-        (shifted * shifted).sum(over),
-        wide.amin(over),
-        wide.amax(over),
-        (values == 0).sum(over),
-        (~wide.isfinite()).sum(over),
-    )
-    if bounds is None:
-        return found
-    return *found, ((wide <= bounds[0]) | (wide >= bounds[1])).sum(over)
-
-
-def _finished(
-    count: int, s1: Tensor, s2: Tensor, low: Tensor, high: Tensor, *counted: Tensor
-) -> tuple[Tensor, ...]:
-    """Offset, m2, minimum, maximum and counts of the sums."""
-    offset = s1 / count
-    counts = [c.to(torch.int64) for c in counted]
-    if len(counts) == SATURATED:  # no bounds
-        counts.append(torch.zeros_like(counts[0]))
-    m2 = (s2 - s1 * offset).clamp_min(0)
-    return offset, m2, low.to(s1.dtype), high.to(s1.dtype), torch.stack(counts)
-
-
 def absorb(
     values: Tensor, bounds: tuple[float, float] | None, seen: int, *state: Tensor
 ) -> tuple[Tensor, ...]:
     """`merge(state, moments(values))` as one expression for a compiler to fuse, histogram apart.
 
+    Values are summed up shifted by one of them; in float32, where digits are few, by the mean. As
+    the pilot p is one of n values, (p - mean)² <= M2, and so S1²/n <= n·M2: S2 - S1²/n loses a
+    factor of n at worst, 1e-10 of M2 for 10^6 values in float64, whatever scale and offset.
+
     Args:
-        values: as in `moments`, at least one of each filter.
-        bounds: as there.
         seen: values of each filter that the state knows.
         state: shift, offset, m2, minimum, maximum, counts.
 
     Returns:
         The state after it.
     """
-    outer, _, inner = values.shape
-    pilot = _pilot(values, state[0].dtype)
-    found = _finished(outer * inner, *_sums(values, pilot, bounds))
-    return chan(torch, seen, state, outer * inner, (pilot, *found))
+    count, over, kind = values.shape[0] * values.shape[2], (0, 2), state[0].dtype
+    wide = values.to(kind)
+    pilot = wide[0, :, 0]
+    if kind == torch.float32:
+        pilot = pilot + (wide - pilot[:, None]).mean(over)
+    pilot = torch.nan_to_num(pilot, 0.0, 0.0, 0.0)
+    shifted = wide - pilot[:, None]
+    s1, s2 = shifted.sum(over), (shifted * shifted).sum(over)
+    offset = s1 / count
+    m2 = (s2 - s1 * offset).clamp_min(0)
+    zeros, bad = (values == 0).sum(over), (~wide.isfinite()).sum(over)
+    saturated = torch.zeros_like(zeros)
+    if bounds is not None:
+        saturated = ((wide <= bounds[0]) | (wide >= bounds[1])).sum(over)
+    counts = torch.stack([zeros, bad, saturated])
+    found = (pilot, offset, m2, wide.amin(over), wide.amax(over), counts)
+    return chan(torch, seen, state, count, found)
 
 
 def fused(

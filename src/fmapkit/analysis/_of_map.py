@@ -28,8 +28,6 @@ from fmapkit.analysis import _on_cpu
 from fmapkit.analysis._on_cpu import HIGH, LOW, S1, S2, SATURATED, ZEROS, Array
 from fmapkit.analysis._saturation import Bounds
 
-__all__ = ["of_map"]
-
 _DIGITS_LOST = 1e3  # of 15, three at most
 _TINY = 1e-280  # below it, squares lose digits to underflow
 _NO_BETTER = 2.0**-48  # a pilot this near to the mean, beside itself, is as good as there is
@@ -41,7 +39,6 @@ def of_map(values: Tensor, bounds: Bounds | None, pilot: Array | None) -> tuple[
 
     Args:
         values: (outer, filters, inner), real, integer or bool, at least one of each filter.
-        bounds: at or below the first and at or above the second a value is saturated.
         pilot: (filters,) what the means may be near; 0 or None for no guess.
     """
     outer, filters, inner = values.shape

@@ -16,8 +16,6 @@ from torch import Tensor
 from fmapkit.analysis._blocks import along, block_size, blocks
 from fmapkit.analysis._saturation import Bounds
 
-__all__ = ["HIGH", "LOW", "S1", "S2", "SATURATED", "ZEROS", "Array", "nonfinite", "nothing", "sums"]
-
 Array = np.ndarray[Any, Any]
 
 # The rows of what is found of each filter: Σ(x - p) and Σ(x - p)² of a pilot p, how many are 0, how
@@ -38,7 +36,6 @@ def sums(values: Tensor, pilot: Array, bounds: Bounds | None) -> Array:
     Args:
         values: (outer, filters, inner), real, integer or bool, at least one of each filter.
         pilot: (filters,) what to take off before values are summed up.
-        bounds: of saturation, or None.
 
     Returns:
         (6, filters) float64, of which the rows are named above. Where a value is NaN, the sum of

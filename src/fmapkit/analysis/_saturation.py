@@ -19,8 +19,6 @@ from fmapkit.errors import ArgumentError
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
 
-__all__ = ["Bounds", "bounds_of", "checked"]
-
 # At or below the first, at or above the second.
 Bounds = tuple[float, float]
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
     from fmapkit.page import Section
 
-__all__ = ["DeadFilters"]
-
 SPANS = 128  # of the history; when they are full, every two become one
 # Of those with bounds, what is zero at one of them as a ReLU is.
 _BY_ZEROS = {"relu6"}
@@ -60,7 +58,6 @@ class _FilterFirings:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> _FilterFirings:
-        """Of a state."""
         found = cls(0, torch.device("cpu"), state["rule"])
         found.inputs, found.span = state["inputs"], state["span"]
         for name, tensor in state["tensors"].items():

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from fmapkit.analysis.firings import LayerFirings
 
-__all__ = ["STATES", "plot_firings", "states"]
-
 _WIDTH = 10.0  # of a figure, in inches
 _FIRED, _SILENT, _DEAD, _UNSEEN = range(4)
 # What a filter may have done in a span of inputs, and in which colour that is drawn.
@@ -30,14 +28,7 @@ STATES = (
 def plot_firings(
     shown: list[LayerFirings], max_filters: int, title: str | None, more: int
 ) -> Figure:
-    """Draw a strip for each layer, filters × inputs.
-
-    Args:
-        shown: the layers, at least one.
-        max_filters: how many rows a strip has at most.
-        title: stands above the figure.
-        more: how many layers are left out.
-    """
+    """Draw a strip for each layer, filters × inputs."""
     heights = [float(np.clip(0.06 * min(len(s), max_filters), 0.5, 2.0)) for s in shown]
     figure: Figure
     figure, rows = subplots(

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from fmapkit.tables import Shown, Table
 
-__all__ = ["LayerFirings"]
-
 _ROWS = 16  # filters that a table shows
 
 

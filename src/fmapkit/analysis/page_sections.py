@@ -12,8 +12,6 @@ from fmapkit.analysis.firings import LayerFirings
 from fmapkit.analysis.summary import LayerStatistics
 from fmapkit.page import Fact, Panel, Section, number_panel, state_panel
 
-__all__ = ["firings_section", "statistics_section"]
-
 
 def _labels(s: LayerStatistics | LayerFirings) -> tuple[int, ...]:
     return s.filters if s.filters is not None else tuple(range(len(s)))

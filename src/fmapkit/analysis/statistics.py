@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
     from fmapkit.page import Section
 
-__all__ = ["Statistics"]
-
 
 @dataclass(slots=True)
 class _Group:

@@ -11,8 +11,6 @@ from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._moments import NONFINITE, SATURATED, ZERO, Moments
 from fmapkit.tables import Shown, Table
 
-__all__ = ["LayerStatistics"]
-
 _ROWS = 16  # filters that a table shows
 
 
@@ -119,10 +117,7 @@ def summarise(
     """What is read of one name; nothing here waits for the device.
 
     Args:
-        name: of the maps.
-        filters: of all parts.
         parts: the moments, and whether saturation is defined, part by part.
-        edges: of the histograms, on the CPU.
     """
     columns = [_column(m, saturates) for m, saturates in parts]
     joined = {key: torch.cat([column[key] for column in columns]) for key in columns[0]}

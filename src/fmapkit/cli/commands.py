@@ -18,8 +18,6 @@ from fmapkit.cli.inputs import open_data, preparation
 from fmapkit.cli.models import load, options_of
 from fmapkit.errors import ArgumentError
 
-__all__ = ["main", "parser"]
-
 _NAMES = """\
 how a model is named:
   timm:resnet18               a model of timm

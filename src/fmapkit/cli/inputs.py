@@ -17,8 +17,6 @@ from torch.utils.data import Dataset
 from fmapkit._lazy import needed
 from fmapkit.errors import ArgumentError, did_you_mean, listed, near
 
-__all__ = ["Data", "Preparation", "open_data", "preparation"]
-
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 Preparation = Callable[[Any], Tensor]
 
@@ -97,13 +95,7 @@ def call_columns(model: nn.Module, batch: Any, *, columns: tuple[str, ...]) -> A
 
 
 class ImageFolder(Dataset[dict[str, Any]]):
-    """Images below a folder, in the order of their paths; their first folder is the label.
-
-    Args:
-        root: the folder.
-        paths: of the images.
-        prepare: turns one into a tensor.
-    """
+    """Images below a folder, in the order of their paths; their first folder is the label."""
 
     def __init__(self, root: Path, paths: list[Path], prepare: Preparation) -> None:
         self._root = root

@@ -16,8 +16,6 @@ from torch import nn
 from fmapkit._lazy import needed
 from fmapkit.errors import ArgumentError, did_you_mean, listed, near
 
-__all__ = ["load", "options_of"]
-
 FORMS = "timm:NAME, torchvision:NAME, transformers:NAME_OR_FOLDER or package.module:factory"
 
 
@@ -78,23 +76,22 @@ def _package(name: str) -> Any:
         raise ImportError(f"{name} is not installed: pip install {name} ({error})") from error
 
 
+def _no_model(package: str, name: str, known: Sequence[str]) -> ArgumentError:
+    said = f"{package} has no model {name!r}{did_you_mean(name, known)}"
+    return ArgumentError(said, candidates=near(name, known))
+
+
 def _timm(home: str, name: str, pretrained: bool, options: dict[str, Any]) -> Any:
     timm = _package("timm")
     if not timm.is_model(name.split(".")[0]):
-        raise ArgumentError(
-            f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}",
-            candidates=near(name, timm.list_models()),
-        )
+        raise _no_model(home, name, timm.list_models())
     return timm.create_model(name, pretrained=pretrained, **options)
 
 
 def _torchvision(home: str, name: str, pretrained: bool, options: dict[str, Any]) -> Any:
     models = _package("torchvision.models")
     if name not in models.list_models():
-        raise ArgumentError(
-            f"torchvision has no model {name!r}{did_you_mean(name, models.list_models())}",
-            candidates=near(name, models.list_models()),
-        )
+        raise _no_model(home, name, models.list_models())
     return models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
 
 

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from fmapkit.map import FeatureMap
     from fmapkit.maps import FeatureMaps
 
-__all__ = ["Comparison", "compare"]
-
 HEADS = ("layer", "kind", "shape", "dtype", "absolute", "relative", "cosine", "filter", "")
 _LEFT = 4
 

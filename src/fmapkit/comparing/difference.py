@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from fmapkit.kinds import Kind
     from fmapkit.map import FeatureMap
 
-__all__ = ["Difference", "difference"]
-
 # How many roundings of the coarser type, of half a unit in the last place each, are no difference.
 ROUNDINGS = 16
 

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 
 from fmapkit.errors import ArgumentError
 from fmapkit.kinds import KINDS
-from fmapkit.plot import subplots
+from fmapkit.plot import axes_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from fmapkit.comparing.difference import Difference
-
-__all__ = ["draw"]
 
 _MARKS = dict(zip(KINDS, ("v", "s", "o", "^", "D", "P"), strict=True))
 _NAMES = 40  # of layers that are written below the axis
@@ -31,20 +29,12 @@ def draw(
 ) -> Figure:
     """Draw the differences.
 
-    Args:
-        rows: in execution order.
-        first: the first beyond its tolerance.
-        ax: axes to draw into; None makes a figure.
-        gradients: they are of gradients.
-        title: stands above.
-
     Raises:
         ArgumentError: there are none.
     """
     if not rows:
         raise ArgumentError("nothing to plot: no map was compared")
-    if ax is None:
-        _, ax = subplots(figsize=(10, 4.2), layout="constrained")
+    figure, ax = axes_of(ax, 10, 4.2)
     shown = [d.relative for d in rows if 0 < d.relative < math.inf]
     tolerances = [d.tolerance for d in rows if d.tolerance > 0]
     # A map that is equal lies on the floor, one that is not finite on the ceiling.
@@ -82,7 +72,6 @@ def draw(
     ax.spines[["top", "right"]].set_visible(False)
     if title:
         ax.set_title(title)
-    figure: Figure = ax.figure.figure  # of a subfigure: the figure it is part of
     return figure
 
 

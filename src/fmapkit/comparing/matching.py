@@ -12,8 +12,6 @@ from fmapkit.errors import ArgumentError, did_you_mean, listed, near
 if TYPE_CHECKING:
     from fmapkit.map import FeatureMap
 
-__all__ = ["Match", "Matched", "matched"]
-
 Match = Literal["name", "order"] | Mapping[str, str] | Callable[[str], str]
 _Key = tuple[str, str, int, str, int]
 
@@ -24,8 +22,6 @@ class Matched:
 
     Attributes:
         pairs: in the execution order of the first capture.
-        only_a: of the first capture alone.
-        only_b: of the second one alone.
     """
 
     pairs: list[tuple[FeatureMap, FeatureMap]]
@@ -37,8 +33,6 @@ def matched(a: Sequence[FeatureMap], b: Sequence[FeatureMap], match: Match) -> M
     """Bring the maps of two captures together.
 
     Args:
-        a: the maps of one, in execution order.
-        b: those of the other.
         match: "name" by layer, kind, call and path; "order" by their order, where kinds and shapes
             have to agree; a mapping of names or of a module's name to the other's, or a function.
 
@@ -123,8 +117,6 @@ class _Renamed:
 
     Args:
         names: the first's names -> the second's.
-        a: the maps of the first.
-        b: those of the second.
 
     Raises:
         ArgumentError: a key means no layer of the first, a value none of the second.

@@ -32,8 +32,6 @@ from fmapkit.torchlib.dynamo import UnknownError
 if TYPE_CHECKING:
     from fmapkit.compiled.variant import InstrumentedCompile
 
-__all__ = ["CompiledEntries", "CompiledHandler"]
-
 # Where the user's compiled function keeps the variants made of it.
 _KEPT = "_fmapkit_variants"
 
@@ -87,7 +85,6 @@ class _CompiledEntry:
         self.place = _place(root)
         self.original = root.__dict__[self.place]
         self.handlers: list[CompiledHandler] = []
-        self._latest: tuple[Any, InstrumentedCompile] | None = None  # and what it was chosen by
         root.__dict__[self.place] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,7 +105,6 @@ class _CompiledEntry:
     def close(self, handler: CompiledHandler) -> None:
         """A capture ends; with the last one goes the entry."""
         self.handlers.remove(handler)
-        self._latest = None
         for _, variant in getattr(self.original, "__dict__", {}).get(_KEPT, ()):
             if handler in variant.captures:
                 variant.rest()
@@ -121,11 +117,6 @@ class _CompiledEntry:
         Raises:
             UnknownError: torch.compile has made it in a way that is not known.
         """
-        # A capture's names change with its structure.
-        state = [(c, c.structure, layers.version, nonlinearities.version) for c in captures]
-        latest = self._latest
-        if latest is not None and latest[0] == state:
-            return latest[1]
         variant = self._known(captures)
         if variant is None:
             # Here, for torch's tracing tools take a quarter of a second to import.
@@ -135,7 +126,6 @@ class _CompiledEntry:
             asked = self._asked(captures)
             self.original.__dict__.setdefault(_KEPT, []).append((asked, variant))
         variant.captures = list(captures)
-        self._latest = (state, variant)
         return variant
 
     def _known(self, captures: Sequence[CompiledCapture]) -> InstrumentedCompile | None:
@@ -198,7 +188,6 @@ class _DeferredEntry:
         return self._root(*args, **kwargs)
 
     def close(self) -> None:
-        """Leave nothing."""
         self._entries = None
         if self._root.__dict__.get("_compiled_call_impl") is self:
             del self._root.__dict__["_compiled_call_impl"]
@@ -208,7 +197,6 @@ class CompiledEntries:
     """The entries at the compiled modules of one capture.
 
     Args:
-        model: the captured one.
         given: the model as it was given; what `torch.compile` returned, or a plain one.
     """
 
@@ -227,11 +215,7 @@ class CompiledEntries:
         return bool(self._entries)
 
     def open(self, handler: CompiledHandler) -> None:
-        """Set an entry at each compiled module in the model, or around it.
-
-        Args:
-            handler: answers their calls.
-        """
+        """Set an entry at each compiled module in the model, or around it."""
         self._handler, model = handler, self._model
         roots = [*compiled_roots(self._given), *around(model)]
         if self._given is not model:

@@ -32,8 +32,6 @@ from fmapkit.torchlib.nested import leaves
 from fmapkit.torchlib.transforms import undone_transforms
 from fmapkit.tracing import Frame
 
-__all__ = ["Traced", "open_all", "trace_graph"]
-
 _CALLS = ("call_function", "call_method")
 
 
@@ -82,13 +80,8 @@ def trace_graph(
     """Run a graph on fake tensors and say what its maps are.
 
     Args:
-        gm: the graph.
-        inputs: its real inputs.
         carried: what each carries: `ChannelLabel`, `ParamLabel` or None.
         base: the modules that run around it, outermost first.
-        names: of the captured model.
-        wants: of the capture.
-        miss: to name what cannot be captured.
         modules: by the id that the graph knows them by.
         arguments: which inputs the innermost of `base` was given, where the graph is all of its
             call, which may be one nonlinearity; else None.
@@ -113,12 +106,7 @@ def trace_graph(
 
 
 class _OnFakes(fx.Interpreter):
-    """Runs a graph on fake tensors, node by node: each may be replaced just before.
-
-    Args:
-        gm: the graph.
-        fakes: its inputs.
-    """
+    """Runs a graph on fake tensors, node by node: each may be replaced just before."""
 
     def __init__(self, gm: fx.GraphModule, fakes: FakeInputs) -> None:
         super().__init__(gm, garbage_collect_values=False)
@@ -132,17 +120,11 @@ class _OnFakes(fx.Interpreter):
         raise UnreadableError("its graph has a node of another kind (call_module)")
 
     def step(self, node: fx.Node) -> None:
-        """Run the next node."""
         self.env[node] = self.run_node(node)
 
 
 def open_all(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Open what dynamo has kept as one call, where it can be opened.
-
-    Args:
-        gm: the graph, not compiled yet.
-        inputs: its real inputs.
-    """
+    """Open what dynamo has kept as one call, where it can be opened."""
     if not any(map(opens, gm.graph.nodes)):
         return
     with torch.inference_mode(False), torch.no_grad(), undone_transforms():

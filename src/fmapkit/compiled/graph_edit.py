@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import fx
 
-__all__ = ["SigmaNode", "add_outputs"]
-
 
 @dataclass(frozen=True, slots=True)
 class SigmaNode:

@@ -26,14 +26,11 @@ from fmapkit.replay import carried as carried_by
 from fmapkit.torchlib.dynamo import from_module
 from fmapkit.tracing import LabelTable, running_modules
 
-__all__ = ["CompiledGraph"]
-
 
 class _Labelled:
     """The labels of a graph's maps, and what was not captured, of one kind of run.
 
     Args:
-        labels: of the maps.
         weights: that came in. Their ids tell the kind of run, as long as it is still they.
         missed: the layer and the reason of each entry.
     """
@@ -92,7 +89,6 @@ class _Latest:
         fixed: its weights and buffers.
         arguments: at which places data came in that had no layer yet.
         carried: what all that came in carried.
-        labels: of its maps.
         ids: of the weights and buffers.
     """
 
@@ -122,7 +118,6 @@ class CompiledGraph:
         inputs: the real ones it was traced with.
         whole: it is all of what was compiled, so that the same modules run it always.
         volatile: its outputs' memory is reused by its next run.
-        names: of the captured model.
 
     Attributes:
         data: which inputs are tensors that are no parameters.

@@ -16,8 +16,6 @@ from torch.overrides import TorchFunctionMode
 from fmapkit.provenance import describe
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["open_call", "opens"]
-
 
 class _ClosedError(Exception):
     """It cannot be opened here."""
@@ -95,9 +93,7 @@ def open_call(node: fx.Node, args: Any, kwargs: Any, env: dict[fx.Node, Any]) ->
     """Put what runs inside a call in its place.
 
     Args:
-        node: of the call.
         args: its arguments, as fake tensors.
-        kwargs: the same by name.
         env: what the nodes before it gave; the new ones are added.
 
     Returns:

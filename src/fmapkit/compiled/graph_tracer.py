@@ -19,8 +19,6 @@ from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing import LabelTable, PassTrace, Record, Tracer
 
-__all__ = ["GraphTracer", "NodeHeld"]
-
 
 class NodeHeld(StoredTensor):
     """Stands for a tensor of the graph: where it is to be read."""
@@ -83,7 +81,6 @@ class GraphRecord(Record):
     """Holds where a map is to be read.
 
     Args:
-        names: of the model's modules.
         noted: which node each tensor comes from.
     """
 

@@ -11,8 +11,6 @@ from fmapkit.selection import Selection
 from fmapkit.storage import Pass
 from fmapkit.tracing import LabelTable, Tracer
 
-__all__ = ["CompiledCapture", "TracedPass"]
-
 
 class CompiledCapture(Protocol):
     """A capture, as its compiled code knows it."""

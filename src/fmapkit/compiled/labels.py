@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 
 from fmapkit.replay import Effects, SiteMap
 
-__all__ = ["GraphMap", "Labels"]
-
 
 @dataclass(frozen=True, slots=True)
 class GraphMap(SiteMap):
@@ -19,7 +17,6 @@ class GraphMap(SiteMap):
 
     Attributes:
         place: of its tensor among the graph's outputs; from -1 downwards, among its inputs.
-        copied: in the graph.
     """
 
     place: int

@@ -22,8 +22,6 @@ from fmapkit.torchlib.memory import versions_of
 from fmapkit.torchlib.nested import leaves
 from fmapkit.tracing import LabelTable, Tracer, running_modules
 
-__all__ = ["GraphMapSink", "GraphRun", "running"]
-
 
 class Running(threading.local):
     """The sinks that the compiled code of this thread brings its maps to, by place."""
@@ -40,7 +38,6 @@ class GraphRun(PassPiece):
     """The maps of one run of a compiled graph.
 
     Args:
-        labels: of the maps.
         tensors: what is held, by slot.
         copied: which of them are copies; None for none.
         carried: what the graph's inputs carried.
@@ -65,7 +62,6 @@ class GraphRun(PassPiece):
         return bool(self._tensors) and min(self._versions, default=0) < 0
 
     def entries(self) -> list[MapRecord]:
-        """Every map, in execution order."""
         if not self._tensors:
             return []
         copied = self._copied or [False] * len(self._tensors)
@@ -94,8 +90,6 @@ class GraphMapSink:
     """Where the compiled graphs of one pass bring their maps.
 
     Args:
-        capture: whose pass it is.
-        live: the pass.
         alone: compiled code is all that the pass runs.
     """
 
@@ -112,7 +106,6 @@ class GraphMapSink:
 
     @property
     def tracer(self) -> Tracer:
-        """Of the pass."""
         found = self._live.traced()
         assert found is not None
         return found
@@ -124,11 +117,7 @@ class GraphMapSink:
         return live.tags if live.tags is not None else self.tracer.trace.labels
 
     def expect(self, whole: bool) -> None:
-        """A graph is about to run.
-
-        Args:
-            whole: it is all of what was compiled.
-        """
+        """A graph is about to run."""
         self.settle()
         self.broken = self.broken or not whole
 
@@ -150,8 +139,6 @@ class GraphMapSink:
 
         Args:
             ready: what its inputs carried, and the labels that fit.
-            inputs: of the graph.
-            outputs: of the graph.
             own: how many of these are the model's.
             volatile: its next run overwrites them.
         """

@@ -34,8 +34,6 @@ from fmapkit.torchlib.dynamo import (
 )
 from fmapkit.torchlib.inductor import free_layouts, is_volatile
 
-__all__ = ["InstrumentedCompile"]
-
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)
@@ -45,7 +43,6 @@ class InstrumentedCompile:
     """A compiled module compiled once more, with graphs that return their maps.
 
     Args:
-        root: the compiled module.
         original: what runs its compiled code.
 
     Raises:

@@ -18,8 +18,6 @@ from fmapkit.data._manifest import ArraySpec, stored_dtype, torch_dtype
 from fmapkit.data._pieces import Pieces
 from fmapkit.errors import ArgumentError
 
-__all__ = ["FeatureArray", "StoredArray", "save_safetensors"]
-
 _BLOCK = 2**24  # bytes that are read at once where all are wanted
 
 

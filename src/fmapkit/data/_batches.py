@@ -19,7 +19,6 @@ from torch.utils.data import (
     DataLoader,
     IterableDataset,
     RandomSampler,
-    SequentialSampler,
     Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
@@ -27,8 +26,6 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from fmapkit.errors import ArgumentError
-
-__all__ = ["Batch", "Batches", "first_size", "moved"]
 
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
@@ -165,19 +162,14 @@ class Batches:
         self.total = total
 
     def _indexed(self, wanted: Callable[[int], bool]) -> Iterator[Batch]:
-        asked: list[tuple[int, int]] = []  # number and first sample; workers are some ahead
-        loader = self._of(wanted, asked=asked)
+        loader = self._of(wanted)
+        sampler: Any = loader.batch_sampler
         for data in loader:
-            number, start = asked.pop(0)
+            number, start = sampler.asked.pop(0)
             yield Batch(number, start, data)
-        self.total = loader.batch_sampler.total  # type: ignore[union-attr]
+        self.total = sampler.total
 
-    def _of(
-        self,
-        wanted: Callable[[int], bool],
-        asked: list[tuple[int, int]] | None = None,
-        workers: bool = True,
-    ) -> DataLoader[Any]:
+    def _of(self, wanted: Callable[[int], bool], workers: bool = True) -> DataLoader[Any]:
         """A loader like the one given, of some of its batches."""
         given = self._loader
         options: dict[str, Any] = {
@@ -193,45 +185,26 @@ class Batches:
                 "prefetch_factor": given.prefetch_factor,
                 "multiprocessing_context": given.multiprocessing_context,
             }
-        sampler = _Some(given.batch_sampler, self.batch_size, wanted, asked)
-        return DataLoader(given.dataset, batch_sampler=sampler, **options)
+        some = _Some(given.batch_sampler, wanted)
+        return DataLoader(given.dataset, batch_sampler=some, **options)
 
 
 class _Some:
     """The wanted ones of a sampler's batches; notes which they are."""
 
-    def __init__(
-        self,
-        sampler: Any,
-        size: int | None,
-        wanted: Callable[[int], bool],
-        asked: list[tuple[int, int]] | None,
-    ) -> None:
+    def __init__(self, sampler: Iterable[list[int]], wanted: Callable[[int], bool]) -> None:
         self._sampler = sampler
-        self._size = size
         self._wanted = wanted
-        self._asked = asked
+        self.asked: list[tuple[int, int]] = []  # number and first sample; workers are some ahead
         self.total = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        for number, start, indices in self._all():
-            self.total = number + 1
-            if self._wanted(number):
-                if self._asked is not None:
-                    self._asked.append((number, start))
-                yield list(indices)
-
-    def _all(self) -> Iterator[tuple[int, int, Iterable[int]]]:
-        size = self._size
-        if size is not None and type(self._sampler.sampler) is SequentialSampler:
-            total = len(self._sampler.sampler)
-            ends = total // size * size if self._sampler.drop_last else total
-            for number, start in enumerate(range(0, ends, size)):
-                yield number, start, range(start, min(start + size, ends))
-            return
         start = 0
         for number, indices in enumerate(self._sampler):
-            yield number, start, indices
+            self.total = number + 1
+            if self._wanted(number):
+                self.asked.append((number, start))
+                yield list(indices)
             start += len(indices)
 
 

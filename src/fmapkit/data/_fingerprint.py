@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from fmapkit.errors import ArgumentError
 
-__all__ = ["describe", "differences", "digest", "of_model"]
-
 _PIECE = 2**20  # words of a tensor that are summed at once
 _SAMPLED = 1024  # numbers of a batch's tensor that its digest looks at
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")

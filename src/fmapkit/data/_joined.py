@@ -23,8 +23,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Joined", "join"]
-
 NdArray = np.ndarray[Any, Any]
 
 _FIXED = 0x10  # MAP_FIXED on Linux and macOS; Python does not name it
@@ -54,8 +52,6 @@ def join(
 
     Args:
         files: path, and how many rows it has.
-        shape: of a row.
-        dtype: of the values.
     """
     libc = _libc()
     row = math.prod(shape) * dtype.itemsize
@@ -80,12 +76,6 @@ def join(
 
 class _Memory:
     """A range of addresses, given back once no array uses it.
-
-    Args:
-        libc: of the system.
-        size: bytes.
-        shape: of the array that it is.
-        dtype: of its values.
 
     Raises:
         OSError: there are not so many.

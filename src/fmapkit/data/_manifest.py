@@ -14,19 +14,6 @@ from urllib.parse import quote
 import numpy as np
 import torch
 
-__all__ = [
-    "FORMAT",
-    "ArraySpec",
-    "FieldSpec",
-    "Manifest",
-    "Spec",
-    "UnitRecord",
-    "as_stored",
-    "from_json",
-    "stored_dtype",
-    "torch_dtype",
-]
-
 FORMAT = 2
 _MODEL = "%model"  # the name of the model itself, which is empty; `quote` never gives this
 # Types that NumPy and Zarr lack are stored as the bits that they are.
@@ -159,7 +146,6 @@ class FieldSpec:
     """Something of a batch that is kept beside the features.
 
     Attributes:
-        name: of the field.
         per: whether a row is of one sample, or of one token.
         shape: of a row.
         dtype: NumPy's name of the type; "string" for text.
@@ -172,12 +158,10 @@ class FieldSpec:
 
     @property
     def node(self) -> str:
-        """Where it lies in the store."""
         return f"fields/{quote(self.name, safe='')}"
 
     @property
     def text(self) -> bool:
-        """Whether it is text."""
         return self.dtype == "string"
 
     @property
@@ -207,9 +191,7 @@ class UnitRecord:
     Attributes:
         unit: its number; unit u is of the batches u * n to (u + 1) * n - 1.
         start: number of its first sample in the data set.
-        samples: how many samples it has.
         rows: how many rows arrays of tokens have of it; else the same as `samples`.
-        batches: how many batches it has.
         digest: of what the loader gave as its first batch.
         run: which run wrote it, where running analyses ride along.
         absorbed: runs before that one, whose analyses it went on with.
@@ -253,7 +235,6 @@ class Manifest:
 
     @property
     def specs(self) -> list[Spec]:
-        """Of arrays and fields."""
         return [*self.arrays, *self.fields]
 
     @property
@@ -268,8 +249,11 @@ class Manifest:
         assert self.batch_size is not None
         return self.batches_per_unit * self.batch_size
 
+    def ends_unit(self, batch: int) -> bool:
+        """Whether the batch of that number is the last one of a unit."""
+        return (batch + 1) % self.batches_per_unit == 0
+
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON."""
         return {
             "format": FORMAT,
             "layout": "regular" if self.regular else "ragged",

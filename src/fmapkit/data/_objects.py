@@ -13,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-__all__ = ["flush", "put", "read"]
-
 _READ = 64  # objects at once
 _FLUSHED = 8  # files at once: it takes the disk one wait for several
 # Of a file system that does not know how to; anything else is a failure of the disk.
@@ -22,7 +20,6 @@ _UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def put(store: Any, path: str, content: bytes) -> None:
-    """Write an object."""
     from zarr.buffer.cpu import Buffer
     from zarr.core.sync import sync
 
@@ -53,9 +50,6 @@ def flush(paths: Iterable[Path]) -> None:
 
     The folders that name them are not flushed by themselves: ext4, XFS and Btrfs write a new name
     with the file that has it, and each folder would cost a wait of its own.
-
-    Args:
-        paths: files and folders.
 
     Raises:
         OSError: it cannot be written after all: the disk is full, or broken.

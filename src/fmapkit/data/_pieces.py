@@ -17,8 +17,6 @@ import numpy as np
 
 from fmapkit.data._joined import Joined, join
 
-__all__ = ["Piece", "Pieces", "chunk_name"]
-
 NdArray = np.ndarray[Any, Any]
 File = tuple[Path, int]  # and how many rows it has
 _OPEN = 128  # files that are mapped at once, each by itself
@@ -33,7 +31,6 @@ class Piece:
         shard: which object of it.
         rows: how many there are: the first of that object.
         size: how many an object has.
-        axes: of a row.
     """
 
     def __init__(
@@ -70,7 +67,6 @@ class Piece:
         return np.asarray(source[key])
 
     def take(self, rows: NdArray, rest: tuple[Any, ...]) -> NdArray:
-        """Some rows, in any order."""
         source, start = self._opened()
         cut = (slice(None), *rest)
         if isinstance(source, np.ndarray):
@@ -82,13 +78,7 @@ class Piece:
 
 
 class Pieces:
-    """An array of rows.
-
-    Args:
-        pieces: in the order of the rows.
-        shape: of a row.
-        dtype: of the values as they are stored.
-    """
+    """An array of rows."""
 
     def __init__(
         self,
@@ -179,12 +169,7 @@ class Pieces:
 
 
 def chunk_name(shard: int, axes: int) -> str:
-    """The name of an object of an array: which one along the rows, the only one along their axes.
-
-    Args:
-        shard: its number.
-        axes: of a row.
-    """
+    """The name of an object of an array: which one along the rows, the only one along others."""
     return ".".join(("c", str(shard), *["0"] * axes))
 
 
@@ -205,8 +190,6 @@ def mapped(array: Any, path: Path, rows: int) -> Callable[[], NdArray] | None:
 
     Args:
         array: of Zarr, of which the unit is one chunk.
-        path: of the file.
-        rows: how many it holds.
     """
     if not is_plain(array):
         return None

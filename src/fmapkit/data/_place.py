@@ -28,8 +28,6 @@ from fmapkit.errors import ArgumentError, StoreError, StoreMismatchError
 if TYPE_CHECKING:
     from zarr import Array, Group
 
-__all__ = ["Place", "node_of", "zarr_module"]
-
 _CHUNK = 2**20  # bytes of a chunk of a shard, about
 _KEY = "fmapkit"
 _ZARR_TAKES = (3, 11)  # of Python's versions; see the extra `data` in pyproject.toml
@@ -69,14 +67,22 @@ class Place:
     Args:
         to: a path, a URL that fsspec knows (`s3://...`), or a Zarr store.
         storage_options: for fsspec, of a URL.
+        compressors: of the arrays that are made here; None for none.
 
     Attributes:
         local: the folder, where it is one of this machine; else None.
     """
 
-    def __init__(self, to: Any, storage_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        to: Any,
+        storage_options: Mapping[str, Any] | None = None,
+        compressors: Any = None,
+    ) -> None:
         zarr = zarr_module()
         self._zarr = zarr
+        self._compressors = compressors
+        self._opened: dict[str, Array[Any]] = {}  # to be written to
         self.local: Path | None = None
         if isinstance(to, Path) or (isinstance(to, str) and "://" not in to):
             if storage_options:
@@ -173,7 +179,7 @@ class Place:
 
     # -- making -----------------------------------------------------------------------------------
 
-    def create(self, manifest: Manifest, compressors: Any) -> None:
+    def create(self, manifest: Manifest) -> None:
         """Make an empty store; what says so is written last, so that it is whole by then."""
         zarr = self._zarr
         with self._complained("begin"):
@@ -184,8 +190,7 @@ class Place:
             for spec in manifest.specs:
                 if manifest.regular:
                     assert manifest.samples is not None
-                    rows = manifest.samples, manifest.rows_per_unit
-                    self._make(spec, spec.node, *rows, compressors)
+                    self._make(spec, spec.node, manifest.samples, manifest.rows_per_unit)
                 else:
                     zarr.create_group(
                         self._store, path=spec.node, attributes=asdict(spec), overwrite=True
@@ -195,13 +200,13 @@ class Place:
             root.attrs.put({_KEY: manifest.to_json()})
             self.flush("zarr.json")
 
-    def _make(self, spec: Spec, path: str, total: int, shard: int, compressors: Any) -> Array[Any]:
+    def _make(self, spec: Spec, path: str, total: int, shard: int) -> Array[Any]:
         shape = tuple(max(1, n) for n in spec.shape)
         text = isinstance(spec, FieldSpec) and spec.text
         # In a folder, uncompressed, a unit is a file of rows as they lie in memory: any of them can
         # be read by its place, and Zarr writes it as fast as the disk takes it. Elsewhere it is a
         # shard of chunks, since what is read of an object, or unpacked, is a chunk.
-        plain = self.local is not None and compressors is None and not text
+        plain = self._plain and not text
         rows = shard if plain else _chunk_rows(shard, spec.row_bytes)
         return self._zarr.create_array(  # type: ignore[no-any-return]
             self._store,
@@ -211,7 +216,7 @@ class Place:
             shards=None if plain else (shard, *shape),
             chunk_key_encoding={"name": "default", "separator": "."},  # no folders for each
             dtype=str if text else spec.stored,
-            compressors=compressors,
+            compressors=self._compressors,
             fill_value="" if text else 0,
             dimension_names=spec.dimensions,
             attributes=asdict(spec),
@@ -221,36 +226,27 @@ class Place:
 
     # -- writing ----------------------------------------------------------------------------------
 
-    def write(
-        self,
-        manifest: Manifest,
-        unit: int,
-        blocks: Mapping[Spec, np.ndarray[Any, Any]],
-        arrays: dict[str, Array[Any]],
-        compressors: Any,
-    ) -> list[str]:
-        """Write the rows of a unit; returns what has to be flushed.
+    @property
+    def _plain(self) -> bool:
+        """Whether files hold rows as they lie in memory."""
+        return self.local is not None and self._compressors is None
 
-        Args:
-            manifest: of the store.
-            unit: its number.
-            blocks: all rows of it, of each array and field.
-            arrays: opened ones, to be used again.
-            compressors: as in `create`.
-        """
+    def write(
+        self, manifest: Manifest, unit: int, blocks: Mapping[Spec, np.ndarray[Any, Any]]
+    ) -> list[str]:
+        """Write all rows of a unit; returns what has to be flushed."""
         written = []
         for spec, block in blocks.items():
             path = spec.node
             if not manifest.regular and len(block):  # Zarr has no chunk of no rows
-                plain = self.local is not None and compressors is None
-                whole = len(block) if plain else _rounded(len(block), spec.row_bytes)
+                whole = len(block) if self._plain else _rounded(len(block), spec.row_bytes)
                 written.append(f"{path}/{node_of(unit)}")
-                self._make(spec, written[-1], len(block), whole, compressors)[:] = block
+                self._make(spec, written[-1], len(block), whole)[:] = block
             elif manifest.regular and block.size:
-                if path not in arrays:
-                    arrays[path] = self.array(path)
+                if path not in self._opened:
+                    self._opened[path] = self.array(path)
                 start = unit * manifest.rows_per_unit
-                arrays[path][start : start + len(block)] = block
+                self._opened[path][start : start + len(block)] = block
                 written.append(f"{path}/{chunk_name(unit, block.ndim - 1)}")
         return written
 
@@ -268,7 +264,6 @@ class Place:
         return [path, *(f"{group}/zarr.json" for group in PurePosixPath(path).parents[:-1])]
 
     def read_bytes(self, path: str) -> bytes:
-        """Read one object of bytes."""
         return bytes(np.asarray(self.array(path)[:]))
 
     def remove(self, path: str) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,29 +14,8 @@ from torch import Tensor
 
 from fmapkit.data._manifest import as_stored
 
-__all__ = ["NO_ROWS", "Pool", "Slots", "Views"]
-
 NO_ROWS = torch.empty(0, 2, dtype=torch.int64)
 _Array = np.ndarray[Any, Any]
-
-
-class Pool(Protocol):
-    """Rows in an order."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def ids(self) -> Tensor:
-        """Number of block, and row in it, of all rows in order: (rows, 2)."""
-
-    def reorder(self, order: Tensor) -> None:
-        """Put the rows into another order."""
-
-    def pop(self, count: int) -> dict[str, Tensor]:
-        """The next rows."""
-
-    def add(self, number: int, rows: dict[str, Tensor], capacity: int) -> None:
-        """Take a block in; the first time, room for so many rows and one block is made."""
 
 
 class Views:
@@ -100,15 +79,12 @@ class Slots:
 
     @property
     def ids(self) -> Tensor:
-        """Of all rows, in order."""
         return torch.from_numpy(self._ids[self._order])
 
     def reorder(self, order: Tensor) -> None:
-        """Put the rows into another order."""
         self._order = self._order[order.numpy()]
 
     def pop(self, count: int) -> dict[str, Tensor]:
-        """The next rows."""
         slots, self._order = self._order[:count], self._order[count:]
         self._free = np.concatenate([self._free, slots])
         return {name: _gathered(rows, slots) for name, rows in self._rows.items()}
@@ -138,6 +114,9 @@ class Slots:
         ids[: self._size] = self._ids
         self._free = np.concatenate([self._free, np.arange(self._size, size)])
         self._ids, self._size = ids, size
+
+
+Pool = Slots | Views
 
 
 def _gathered(rows: Tensor, slots: np.ndarray[Any, Any]) -> Tensor:

@@ -16,8 +16,6 @@ import torch.distributed as dist
 
 from fmapkit.errors import DistributedError
 
-__all__ = ["Ranks", "joined"]
-
 # Ranks end at different times. One that dies closes its connection, which all others notice.
 _PATIENCE = timedelta(days=30)
 
@@ -27,8 +25,6 @@ class Ranks:
     """This process among those that take part.
 
     Attributes:
-        rank: its number.
-        size: how many there are.
         group: of gloo; None where there is one process.
     """
 
@@ -75,20 +71,15 @@ def joined() -> Iterator[Ranks]:
     A process group is made for the time being where torchrun has started several processes, and
     nobody has made one yet.
     """
-    if not dist.is_available():
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+    if not dist.is_available() or not (dist.is_initialized() or launched):
         yield Ranks(0, 1, None)
         return
     own = not dist.is_initialized()
     if own:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
-            yield Ranks(0, 1, None)
-            return
         dist.init_process_group("gloo", timeout=_PATIENCE)
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:
         yield Ranks(dist.get_rank(group), dist.get_world_size(group), group)
     finally:
-        if own:
-            dist.destroy_process_group()
-        else:
-            dist.destroy_process_group(group)
+        dist.destroy_process_group(None if own else group)

@@ -14,8 +14,6 @@ from fmapkit.data._manifest import Manifest
 from fmapkit.data._place import Place
 from fmapkit.errors import StoreMismatchError
 
-__all__ = ["Share", "begun", "check_batch"]
-
 
 def begun(
     place: Place, asked: Mapping[str, Any], resume: bool, batches_per_commit: int | None

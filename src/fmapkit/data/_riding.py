@@ -21,8 +21,6 @@ from fmapkit.data._manifest import UnitRecord
 from fmapkit.data._place import Place, node_of
 from fmapkit.errors import ArgumentError, StoreError
 
-__all__ = ["Riding", "live_runs"]
-
 
 def live_runs(records: Mapping[int, UnitRecord]) -> list[str]:
     """The runs whose analyses no later run has taken over, in the order of their first unit."""
@@ -35,7 +33,6 @@ class Riding:
     """Some analyses, in one run.
 
     Args:
-        analyses: as `capture` takes them.
         resumable: whether their state has to be kept.
 
     Raises:
@@ -113,10 +110,8 @@ class Riding:
         """Show the maps of a pass; those of sequences without their padding: rows are tokens.
 
         Args:
-            maps: of the pass.
             mask: which positions are no padding.
             start: number of the batch's first sample in the data set: inputs go by these numbers.
-            samples: how many it has.
         """
         maps = list(maps) if self.analyses else []
         if not maps:

@@ -16,8 +16,6 @@ from fmapkit.data._batches import first_size
 from fmapkit.data._manifest import ArraySpec, FieldSpec, Spec
 from fmapkit.errors import ArgumentError, DistributedError, StoreError, listed
 
-__all__ = ["POOLS", "Keep", "Mask", "Pool", "Rows", "Taken", "check_keep", "check_same"]
-
 Pool = Literal["mean", "max"] | Callable[[FeatureMap], Tensor]
 Mask = str | Callable[[Any], Tensor]
 Keep = str | Iterable[str] | Mapping[str, Any]
@@ -33,7 +31,6 @@ class Taken:
     Attributes:
         arrays: each with its rows, still where the model made them.
         fields: each with its values, one row for each sample or token.
-        samples: how many samples the batch had.
         rows: how many rows arrays of tokens got.
     """
 
@@ -114,11 +111,6 @@ class Rows:
 
     def take(self, maps: Iterable[FeatureMap], data: Any, start: int) -> Taken:
         """The rows of one batch.
-
-        Args:
-            maps: of the pass.
-            data: the batch.
-            start: number of its first sample.
 
         Raises:
             ArgumentError: a map has no rows that go with the batch's samples.

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,8 +23,6 @@ from fmapkit.data._riding import Riding
 from fmapkit.data._rows import Rows, Taken, check_same
 from fmapkit.data._writer import Arriving, Unit, Writer
 from fmapkit.errors import ArgumentError, StoreError
-
-__all__ = ["Run", "batches_per_unit", "default_call"]
 
 _UNIT_BYTES = 2**24  # of the largest array, about, if that takes no more batches than
 _UNIT_BATCHES = 64  # these: what is lost at most when the process is killed
@@ -43,16 +42,7 @@ def batches_per_unit(manifest: Manifest, first: Taken) -> int:
 
 
 class Run:
-    """A model that is run over batches, with what is taken of its maps.
-
-    Args:
-        model: in eval mode.
-        watch: makes a capture.
-        rows: makes rows of maps.
-        riding: the analyses.
-        device: where batches go.
-        call: runs the model on a batch.
-    """
+    """A model that is run over batches, with what is taken of its maps."""
 
     def __init__(
         self,
@@ -70,8 +60,7 @@ class Run:
         self.riding = riding
         self._device = device
         self._call = call
-        self._pending: tuple[Batch, Taken] | None = None
-        self._stream: Iterator[Batch] | None = None
+        self._begun: Iterator[tuple[Batch, Taken]] | None = None
         self._capture: Any = None
         self._maps: FeatureMaps | None = None
         self._keys: list[tuple[Any, ...]] = []  # of the maps of a pass
@@ -150,17 +139,16 @@ class Run:
 
     def begin(self, batches: Batches, create: Callable[[Batch, Taken], Manifest]) -> Manifest:
         """Run the first batch, which says what the store is made of; `units` goes on with it."""
-        self._stream = batches.read(lambda number: True)
-        batch = next(self._stream, None)
-        if batch is None:
+        stream = self.over(batches.read(lambda number: True))
+        first = next(stream, None)
+        if first is None:
             raise ArgumentError("the loader is empty: there is no batch to take features of")
         try:
-            taken = self._taken(self._open(), batch)
-            manifest = create(batch, taken)
+            manifest = create(*first)
         except BaseException:
             self.close()
             raise
-        self._pending = (batch, taken)
+        self._begun = chain([first], stream)
         return manifest
 
     # -- units ------------------------------------------------------------------------------------
@@ -170,7 +158,6 @@ class Run:
         batches: Batches,
         place: Place,
         manifest: Manifest,
-        compressors: Any,
         share: Share,
         records: Mapping[int, UnitRecord],
         check: bool,
@@ -179,10 +166,6 @@ class Run:
         """Run all batches of this rank, and have their rows written.
 
         Args:
-            batches: of the loader.
-            place: the store.
-            manifest: of it.
-            compressors: of its arrays.
             share: which batches are this rank's.
             records: of units that are there.
             check: whether to compare what the loader gives of these with what it gave before.
@@ -199,11 +182,11 @@ class Run:
                 check_batch(batch, record.digest, place)
 
         bar = _bar(progress, manifest, records)
-        stream = self._stream or batches.read(share, skipped)
+        passes = self._begun or self.over(batches.read(share, skipped))
         try:
-            writer = Writer(place, manifest, compressors)
+            writer = Writer(place, manifest)
             try:
-                self._fill(stream, writer, manifest, bar)
+                self._fill(passes, writer, manifest, bar)
             except BaseException:
                 # Whole units are still written; what went wrong is what counts.
                 with suppress(StoreError):
@@ -212,54 +195,50 @@ class Run:
             writer.close()
         finally:
             self.close()
-            bar.close()
+            if bar is not None:
+                bar.close()
 
-    def _fill(self, stream: Iterator[Batch], writer: Writer, manifest: Manifest, bar: Any) -> None:
+    def _fill(
+        self, passes: Iterator[tuple[Batch, Taken]], writer: Writer, manifest: Manifest, bar: Any
+    ) -> None:
         unit: Unit | None = None
-        behind: tuple[Unit, Batch, Arriving] | None = None
-
-        def arrive() -> None:
-            nonlocal behind
-            if behind is None:
-                return
-            into, batch, arriving = behind
-            behind = None
-            if not into.batches:
-                into.digest = digest(batch.data)
-            taken = arriving.wait()
-            into.add(taken)
-            bar.update(taken.samples)
-
-        for batch, taken in self._passes(stream):
-            number = batch.number // manifest.batches_per_unit
-            arrive()
-            if unit is not None and unit.number != number:
+        for batch, taken in _on_host(passes, manifest):
+            if unit is None:
+                unit = writer.unit(batch.number // manifest.batches_per_unit, batch.start)
+                unit.digest = digest(batch.data)
+            unit.add(taken)
+            if bar is not None:
+                bar.update(taken.samples)
+            if manifest.ends_unit(batch.number):
                 self._put(unit, writer)
                 unit = None
-            check_same(taken, manifest.arrays, manifest.fields)
-            _check_size(batch, taken, manifest)
-            unit = unit or writer.unit(number, batch.start)
-            behind = (unit, batch, Arriving(taken))
-            last = (batch.number + 1) % manifest.batches_per_unit == 0
-            # A unit ends before the next pass, so that its analyses have seen what is in it.
-            if last or behind[2].here:
-                arrive()
-            if last:
-                self._put(unit, writer)
-                unit = None
-        arrive()
         if unit is not None:
             self._put(unit, writer)
-
-    def _passes(self, stream: Iterator[Batch]) -> Iterator[tuple[Batch, Taken]]:
-        if self._pending is not None:
-            yield self._pending
-            self._pending = None
-        yield from self.over(stream)
 
     def _put(self, unit: Unit, writer: Writer) -> None:
         beside, stale = self.riding.beside(unit.number)
         writer.put(unit, self.riding.run, self.riding.absorbed, beside, stale)
+
+
+def _on_host(
+    passes: Iterator[tuple[Batch, Taken]], manifest: Manifest
+) -> Iterator[tuple[Batch, Taken]]:
+    """The same in the host's memory, where a batch arrives while the next one runs.
+
+    The last one of a unit is waited for, so that its analyses have seen what is in it, and no more.
+    """
+    behind: tuple[Batch, Arriving] | None = None
+    for batch, taken in passes:
+        if behind is not None:
+            yield behind[0], behind[1].wait()
+        check_same(taken, manifest.arrays, manifest.fields)
+        _check_size(batch, taken, manifest)
+        behind = batch, Arriving(taken)
+        if behind[1].here or manifest.ends_unit(batch.number):
+            yield batch, behind[1].wait()
+            behind = None
+    if behind is not None:
+        yield behind[0], behind[1].wait()
 
 
 def _check_size(batch: Batch, taken: Taken, manifest: Manifest) -> None:
@@ -279,7 +258,7 @@ def _check_size(batch: Batch, taken: Taken, manifest: Manifest) -> None:
 def _bar(ranks: int, manifest: Manifest, records: Mapping[int, UnitRecord]) -> Any:
     """A bar of all samples; of one of several ranks, of about its share of those to come."""
     if not ranks:
-        return _NoBar()
+        return None
     says = "progress=True needs tqdm: pip install fmapkit[data], or give progress=False"
     tqdm = needed("tqdm.auto", says).tqdm
     done, total = sum(record.samples for record in records.values()), manifest.samples
@@ -287,14 +266,6 @@ def _bar(ranks: int, manifest: Manifest, records: Mapping[int, UnitRecord]) -> A
         done, total = 0, None if total is None else -(-(total - done) // ranks)
     what = "extract" if ranks == 1 else "extract, rank 0"
     return tqdm(total=total, initial=done, unit="samples", desc=what)
-
-
-class _NoBar:
-    def update(self, count: int) -> None:
-        """Nothing to show."""
-
-    def close(self) -> None:
-        """Nothing to end."""
 
 
 def default_call(model: nn.Module, kept: Mapping[str, Any]) -> Callable[[nn.Module, Any], Any]:

@@ -12,8 +12,9 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +23,7 @@ from fmapkit.data._manifest import Manifest, Spec, UnitRecord, as_stored
 from fmapkit.data._place import Place
 from fmapkit.data._rows import Taken
 from fmapkit.errors import StoreError
-
-__all__ = ["Arriving", "Unit", "Writer"]
+from fmapkit.storage import Cuda
 
 Blocks = dict[Spec, "np.ndarray[Any, Any]"]
 
@@ -36,55 +36,39 @@ class Arriving:
     """
 
     def __init__(self, taken: Taken) -> None:
-        self._event: Any = None
-        device = next((t.device for _, t in taken.arrays if t.device.type == "cuda"), None)
-        if device is not None:
-            taken = replace(taken, arrays=self._sent(taken, device))
-        self._taken = taken
-
-    def _sent(self, taken: Taken, device: torch.device) -> list[Any]:
-        stream = _stream(device)
-        # What the next pass may overwrite is copied on the device, in the model's own order.
-        own = [(spec, rows.contiguous().clone()) for spec, rows in taken.arrays]
-        stream.wait_stream(torch.cuda.current_stream(device))
+        self._copies: list[Any] = []
         arrays = []
-        with torch.cuda.stream(stream):
-            for spec, rows in own:
+        for spec, rows in taken.arrays:
+            if rows.device.type == "cuda":
                 host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-                host.copy_(rows, non_blocking=True)
-                rows.record_stream(stream)
-                arrays.append((spec, host))
-            self._event = stream.record_event()
-        return arrays
+                # What the next pass may overwrite is copied there, in the model's own order.
+                self._copies.append(_copies(rows.device).copy(rows.contiguous().clone(), host))
+                rows = host
+            arrays.append((spec, rows))
+        self._taken = replace(taken, arrays=arrays)
 
     @property
     def here(self) -> bool:
         """Whether there is nothing to wait for."""
-        return self._event is None
+        return not self._copies
 
     def wait(self) -> Taken:
         """The rows, in the host's memory."""
-        if self._event is not None:
-            self._event.synchronize()
+        for copy in self._copies:
+            copy.synchronize()
         return self._taken
 
 
-_streams: dict[torch.device, Any] = {}
-
-
-def _stream(device: torch.device) -> Any:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return _streams[device]
+@cache
+def _copies(device: torch.device) -> Cuda:
+    return Cuda(device)
 
 
 class Unit:
     """The rows of some batches in a row, while they come in.
 
     Args:
-        number: of the unit.
         start: number of its first sample.
-        manifest: of the store.
         spare: buffers of a unit that has been written, to be used again.
     """
 
@@ -125,44 +109,19 @@ class Unit:
         return {spec: np.concatenate(parts) for spec, parts in self._parts.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class _Commit:
-    """A unit whose rows are written, and where."""
+class _Stage:
+    """A thread that does what it is given, in order; one more waits at most.
 
-    record: UnitRecord
-    written: list[str]
-    stale: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A unit whose rows are to be written."""
-
-    unit: Unit
-    record: UnitRecord
-    beside: Mapping[str, bytes]
-    stale: tuple[str, ...]
-
-
-T = TypeVar("T")
-
-
-class _Stage(Generic[T]):
-    """A thread that does some work on what it is given, in order; one more waits at most.
-
-    Args:
-        name: of the thread.
-        work: is called with each job. After it has failed, nothing is done any more.
+    After one has failed, nothing is done any more.
     """
 
-    def __init__(self, name: str, work: Callable[[T], None]) -> None:
-        self._work = work
-        self._jobs: queue.Queue[T | None] = queue.Queue(maxsize=1)
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=1)
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, job: T | None) -> None:
+    def put(self, job: Callable[[], None] | None) -> None:
         """Have it done; waits while there is no room.
 
         Raises:
@@ -193,28 +152,20 @@ class _Stage(Generic[T]):
     def _run(self) -> None:
         try:
             while (job := self._jobs.get()) is not None:
-                self._work(job)
+                job()
         except BaseException as error:
             self._failed = error
 
 
 class Writer:
-    """The threads that write units, and commit them, in order.
+    """The threads that write units, and commit them, in order."""
 
-    Args:
-        place: the store.
-        manifest: of it.
-        compressors: of its arrays.
-    """
-
-    def __init__(self, place: Place, manifest: Manifest, compressors: Any) -> None:
+    def __init__(self, place: Place, manifest: Manifest) -> None:
         self._place = place
         self._manifest = manifest
-        self._compressors = compressors
-        self._arrays: dict[str, Any] = {}
         self._spare: queue.SimpleQueue[Blocks] = queue.SimpleQueue()
-        self._committing: _Stage[_Commit] = _Stage("fmapkit-committer", self._commit)
-        self._writing: _Stage[_Job] = _Stage("fmapkit-writer", self._write)
+        self._committing = _Stage("fmapkit-committer")
+        self._writing = _Stage("fmapkit-writer")
 
     def unit(self, number: int, start: int) -> Unit:
         """An empty unit, in buffers that are used again."""
@@ -235,9 +186,6 @@ class Writer:
         """Have a unit written, and committed; waits while another one does.
 
         Args:
-            unit: all of it.
-            run: as in `UnitRecord`.
-            absorbed: as in `UnitRecord`.
             beside: objects that are written before the commit, by path.
             stale: paths that are removed after it.
 
@@ -256,7 +204,7 @@ class Writer:
         )
         with self._told():
             self._committing.check()
-            self._writing.put(_Job(unit, record, beside, stale))
+            self._writing.put(partial(self._write, unit, record, beside, stale))
 
     def close(self) -> None:
         """Wait for all that was put.
@@ -278,20 +226,24 @@ class Writer:
                 "and the same call goes on from there"
             ) from error
 
-    def _write(self, job: _Job) -> None:
-        place, rows = self._place, job.unit.blocks()
-        number = job.unit.number
-        written = place.write(self._manifest, number, rows, self._arrays, self._compressors)
-        if job.unit.buffers:
-            self._spare.put(job.unit.buffers)
-        for path, content in job.beside.items():
-            written += place.write_bytes(path, content)
-        self._committing.put(_Commit(job.record, written, job.stale))
+    def _write(
+        self,
+        unit: Unit,
+        record: UnitRecord,
+        beside: Mapping[str, bytes],
+        stale: tuple[str, ...],
+    ) -> None:
+        written = self._place.write(self._manifest, unit.number, unit.blocks())
+        if unit.buffers:
+            self._spare.put(unit.buffers)
+        for path, content in beside.items():
+            written += self._place.write_bytes(path, content)
+        self._committing.put(partial(self._commit, record, written, stale))
 
-    def _commit(self, unit: _Commit) -> None:
-        self._place.flush(*unit.written)
-        record = self._place.commit(unit.record)
-        if unit.stale:
-            self._place.flush(record)
-        for path in unit.stale:
+    def _commit(self, record: UnitRecord, written: list[str], stale: tuple[str, ...]) -> None:
+        self._place.flush(*written)
+        committed = self._place.commit(record)
+        if stale:
+            self._place.flush(committed)
+        for path in stale:
             self._place.remove(path)

@@ -34,8 +34,6 @@ from fmapkit.kinds import Kind
 if TYPE_CHECKING:
     from fmapkit import Analysis
 
-__all__ = ["extract"]
-
 
 def extract(
     model: nn.Module,
@@ -113,7 +111,7 @@ def extract(
     if batches_per_commit is not None:
         check_positive(batches_per_commit=batches_per_commit)
     kinds = kinds if isinstance(kinds, str) else tuple(kinds)
-    place = Place(to, storage_options)
+    place = Place(to, storage_options, _codecs(compress))
     batches = Batches(loader)
     riding = Riding(analyses, resume)
     kept = check_keep(keep)
@@ -142,7 +140,7 @@ def extract(
     made = _Call(run, place, batches, asked, layers, kinds, batches_per_commit, resume, check)
     try:
         with joined() as ranks:
-            made.extract(ranks, _codecs(compress), progress)
+            made.extract(ranks, progress)
     finally:
         run.close()
     return Features(to, storage_options=storage_options)
@@ -162,16 +160,16 @@ class _Call:
     resume: bool
     check: bool
 
-    def extract(self, ranks: Ranks, compressors: Any, progress: bool) -> None:
+    def extract(self, ranks: Ranks, progress: bool) -> None:
         """All of it: agree, run, wait for each other, finish."""
         self._agree(ranks)
         found: Manifest | None = ranks.first(
             lambda: begun(self.place, self.asked, self.resume, self.batches_per_commit)
         )
         if found is None and ranks.size == 1:
-            manifest = self.run.begin(self.batches, lambda b, t: self._create(b, t, compressors))
+            manifest = self.run.begin(self.batches, self._create)
         elif found is None:
-            manifest = ranks.first(lambda: self._probe(compressors))
+            manifest = ranks.first(self._probe)
             self._compare(manifest)
         else:
             self._compare(found)
@@ -186,7 +184,6 @@ class _Call:
                 self.batches,
                 self.place,
                 manifest,
-                compressors,
                 share,
                 records,
                 self.check,
@@ -228,11 +225,11 @@ class _Call:
         if self.check and (self.batches.indexed or manifest.complete):
             check_batch(self.batches.first(), manifest.first, self.place)
 
-    def _probe(self, compressors: Any) -> Manifest:
+    def _probe(self) -> Manifest:
         batch = self.batches.first()
-        return self._create(batch, self.run.probe(batch), compressors)
+        return self._create(batch, self.run.probe(batch))
 
-    def _create(self, batch: Batch, taken: Taken, compressors: Any) -> Manifest:
+    def _create(self, batch: Batch, taken: Taken) -> Manifest:
         """Begin the store, once the first batch has shown what there is."""
         self._check_layers(taken)
         zarr = zarr_module()
@@ -253,7 +250,7 @@ class _Call:
         )
         number = self.batches_per_commit or batches_per_unit(manifest, taken)
         manifest = replace(manifest, batches_per_unit=number)
-        self.place.create(manifest, compressors)
+        self.place.create(manifest)
         return manifest
 
     def _check_layers(self, taken: Taken) -> None:

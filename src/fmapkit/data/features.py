@@ -30,8 +30,6 @@ from fmapkit.tables import Shown, Table
 if TYPE_CHECKING:
     from fmapkit.data.loader import RowLoader
 
-__all__ = ["Features"]
-
 
 class Features(Shown):
     """Features of a data set, as `extract` has written them; they are read when asked for.

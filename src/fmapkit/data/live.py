@@ -21,8 +21,6 @@ from fmapkit.data.loader import Block, RowLoader
 from fmapkit.errors import ArgumentError, StoreError, listed
 from fmapkit.kinds import Kind
 
-__all__ = ["stream"]
-
 
 def stream(
     model: nn.Module,
@@ -120,9 +118,6 @@ class LiveRows:
     """Rows of a model's maps; a block is a batch of the loader.
 
     Args:
-        run: the model.
-        batches: of the loader.
-        fingerprint: of the model.
         single: whether there has to be one array only.
     """
 
@@ -201,5 +196,4 @@ class LiveRows:
         return out
 
     def describe(self) -> dict[str, Any]:
-        """The model and the loader."""
         return {**self._fingerprint, "loader": self._batches.describe()}

@@ -23,8 +23,6 @@ from fmapkit.data._fingerprint import differences
 from fmapkit.data._pool import NO_ROWS, Pool, Slots, Views
 from fmapkit.errors import ArgumentError, check_positive
 
-__all__ = ["Block", "RowLoader", "RowSource", "StoredRows"]
-
 Block = tuple[int, dict[str, Tensor]]  # its number, and the same rows of each array
 
 
@@ -56,9 +54,6 @@ class RowSource(Protocol):
 class StoredRows:
     """Rows of arrays of a store, which have the same number of them.
 
-    Args:
-        arrays: by the name under which they are given.
-
     Raises:
         ArgumentError: one is text.
     """
@@ -71,13 +66,11 @@ class StoredRows:
         self._bounds = next(iter(arrays.values())).bounds
 
     def sizes(self) -> list[int] | None:
-        """Rows of each unit."""
         return [last - first for first, last in self._bounds]
 
     def blocks(
         self, numbers: Sequence[int] | None, rank: int, world: int, skip: int
     ) -> Iterator[Block]:
-        """Units."""
         assert numbers is not None
         for number in numbers[skip:]:
             yield number, self._block(number)
@@ -98,7 +91,6 @@ class StoredRows:
         return {name: array.gather(rows) for name, array in self._arrays.items()}
 
     def describe(self) -> dict[str, Any]:
-        """Names, shapes and types."""
         arrays = {n: [list(a.shape), str(a.dtype)] for n, a in self._arrays.items()}
         return {"rows of": arrays, "units": len(self._bounds)}
 
@@ -166,7 +158,7 @@ class RowLoader:
         Raises:
             TypeError: how many rows come is not known.
         """
-        limit = self._limit()
+        _, limit = self._plan()
         if limit is None:
             raise TypeError("how many rows a model will give is not known before it has run")
         return limit
@@ -178,8 +170,8 @@ class RowLoader:
         self._going = False
         position = self._at
         pool = position.pool
-        limit = self._limit()
-        blocks = self._source.blocks(self._order(), self._rank, self._world, position.blocks)
+        order, limit = self._plan()
+        blocks = self._source.blocks(order, self._rank, self._world, position.blocks)
         while limit is None or position.batches < limit:
             if not position.left:
                 self._refill(pool, blocks, position)
@@ -220,29 +212,21 @@ class RowLoader:
         number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
         return torch.Generator().manual_seed(number & (2**63 - 1))
 
-    def _blocks_in_order(self) -> list[int] | None:
+    def _plan(self) -> tuple[list[int] | None, int | None]:
+        """This rank's blocks in the order of the epoch, and how many batches that is.
+
+        As many as of the rank that has fewest, so that no rank waits for another.
+        """
         sizes = self._source.sizes()
         if sizes is None:
-            return None
-        if not self._shuffle:
-            return list(range(len(sizes)))
-        order: list[int] = torch.randperm(
-            len(sizes), generator=self._generator(self._epoch)
-        ).tolist()
-        return order
-
-    def _order(self) -> list[int] | None:
-        """This rank's blocks, in the order of the epoch."""
-        order = self._blocks_in_order()
-        return None if order is None else order[self._rank :: self._world]
-
-    def _limit(self) -> int | None:
-        """Batches of the epoch: of the rank that has fewest, so that no rank waits for another."""
-        sizes, order = self._source.sizes(), self._blocks_in_order()
-        if sizes is None or order is None:
-            return None
-        rows = [sum(sizes[n] for n in order[r :: self._world]) for r in range(self._world)]
-        return min(n // self._batch if self._drop_last else -(-n // self._batch) for n in rows)
+            return None, None
+        order = list(range(len(sizes)))
+        if self._shuffle:
+            order = torch.randperm(len(sizes), generator=self._generator(self._epoch)).tolist()
+        of_ranks = [order[rank :: self._world] for rank in range(self._world)]
+        rows = [sum(sizes[n] for n in mine) for mine in of_ranks]
+        counts = [n // self._batch if self._drop_last else -(-n // self._batch) for n in rows]
+        return of_ranks[self._rank], min(counts)
 
     # -- states -----------------------------------------------------------------------------------
 

@@ -21,17 +21,11 @@ from fmapkit.errors import EditError
 from fmapkit.map import FeatureMap
 from fmapkit.readable import tags
 
-__all__ = ["part_of"]
-
 Put = Callable[[Tensor], Tensor]
 
 
 def part_of(fm: FeatureMap, where: Where) -> tuple[FeatureMap, Put]:
     """The part of a map that is meant, and what puts something in its place.
-
-    Args:
-        fm: the whole map.
-        where: what is meant of it.
 
     Returns:
         The part, and a function of a tensor of its shape that returns a new whole: a copy of the

@@ -26,8 +26,6 @@ from fmapkit.selection import LayerSelection
 from fmapkit.storage import Pass, in_function
 from fmapkit.torchlib.autograd import in_checkpoint
 
-__all__ = ["RequestedEdits"]
-
 _OF_MODULES = ("input", "output")
 BROKEN_OFF = (
     "a call inside the model was broken off (KeyboardInterrupt, say), the model caught that and "
@@ -86,7 +84,6 @@ class _Edit:
         return frozenset(found)
 
     def begin(self) -> None:
-        """A pass begins."""
         self.done = False  # something was edited
         self.calls: set[int] = set()  # that there were of what it is for
         self.paths: dict[str, None] = {}  # of the tensors that there were
@@ -127,7 +124,6 @@ class RequestedEdits:
     """All edits of one capture.
 
     Args:
-        names: of the model.
         given: a `Where`, or (layer, kind, filters) as far as it is to be said -> a function.
 
     Attributes:
@@ -221,7 +217,6 @@ class RequestedEdits:
         """A pass has ended as a whole.
 
         Args:
-            step: which one.
             lost: what its tensors carried was not known to the end.
 
         Raises:
@@ -279,14 +274,9 @@ class RequestedEdits:
         """What goes on in the tensor's place; None if nothing changes it.
 
         Args:
-            kind: of the map.
-            tensor: its values.
             axes: where its filters lie.
-            layer: the label of its layer.
-            at: the pass.
             usual: it is what an edit without a path means.
             others: paths of all tensors that the module has there.
-            tags: the other tags of the map.
 
         Raises:
             EditError: a function returned something that cannot stand there.

@@ -12,8 +12,6 @@ from torch import Tensor
 from fmapkit.errors import ArgumentError, did_you_mean, listed
 from fmapkit.selection import indices
 
-__all__ = ["EDITABLE", "Where"]
-
 EDITABLE = ("input", "response", "preactivation", "activation", "output")
 
 Numbers = int | Collection[int] | Callable[[int], bool]

@@ -11,8 +11,6 @@ from fmapkit.errors import ArgumentError
 from fmapkit.map import FeatureMap
 from fmapkit.readable import tags
 
-__all__ = ["has_samples", "input_axes", "is_location", "map_axes", "no_locations"]
-
 
 def no_locations(fm: FeatureMap) -> ArgumentError:
     """The error where a map has to have axes of locations, and has none."""

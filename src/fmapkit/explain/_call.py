@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fmapkit.torchlib.operators import tree_leaves
 
-__all__ = ["Call", "Rule", "named", "tensors_of", "written"]
-
 
 @dataclass
 class Call:
@@ -19,7 +17,6 @@ class Call:
 
     Attributes:
         name: of the operator, without namespace, overload and the mark of its in-place form.
-        function: the operator.
         given: its arguments by name, with the values from before the call.
         fields: of those arguments that are tensors and no constants, by `id`.
         results: the tensors that it returned or wrote to.
@@ -34,7 +31,6 @@ class Call:
     assumed: Callable[[str], None]
 
     def of(self, value: Any) -> Tensor | None:
-        """The field of an argument."""
         return self.fields.get(id(value)) if isinstance(value, Tensor) else None
 
     def get(self, *names: str, default: Any = None) -> Any:
@@ -54,7 +50,6 @@ class Call:
 
     @property
     def operands(self) -> list[Tensor]:
-        """All tensors among the arguments."""
         return [t for t in tree_leaves(self.given) if isinstance(t, Tensor)]
 
 

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fmapkit.explain._call import Call, Rule, named
 from fmapkit.explain._fields import NONE, least, lowest, varies
-
-__all__ = ["RULES"]
 
 
 def _terms(call: Call, value: Tensor) -> Tensor:
@@ -158,39 +157,24 @@ class _Steps(NamedTuple):
 
 def _gathered(field: Tensor, axis: int, taps: Sequence[int], steps: _Steps) -> Tensor:
     """Along one axis, the field of what each place of a convolution reads."""
-    size, (stride, padding, dilation, places) = field.shape[axis], steps
-    needed = (places - 1) * stride + dilation * max(taps) + 1
-    after = max(0, needed - padding - size)
-    padded = torch.cat([_none(field, axis, padding), field, _none(field, axis, after)], axis)
-    found: Tensor | None = None
-    for tap in taps:
-        first = tap * dilation
-        read = padded[_at(axis, slice(first, first + (places - 1) * stride + 1, stride))]
-        found = read if found is None else torch.minimum(found, read)
-    assert found is not None
-    return found
+    stride, padding, dilation, places = steps
+    reach = dilation * max(taps) + 1
+    after = max(0, (places - 1) * stride + reach - padding - field.shape[axis])
+    padded = F.pad(field.movedim(axis, -1), (padding, after), value=NONE)
+    read = padded.unfold(-1, reach, stride)[..., :places, [tap * dilation for tap in taps]]
+    return read.amin(-1).movedim(-1, axis)
 
 
 def _spread(field: Tensor, axis: int, taps: Sequence[int], steps: _Steps) -> Tensor:
     """Along one axis, the field of what each place of a transposed convolution is written from."""
-    size, (stride, padding, dilation, places) = field.shape[axis], steps
-    whole = max(places + padding, (size - 1) * stride + dilation * max(taps) + 1)
-    found = _none(field, axis, whole).clone()
+    field, (stride, padding, dilation, places) = field.movedim(axis, -1), steps
+    reach = (field.shape[-1] - 1) * stride + 1
+    whole = max(places + padding, reach + dilation * max(taps))
+    found = field.new_full((*field.shape[:-1], whole), NONE)
     for tap in taps:
-        first = tap * dilation
-        part = found[_at(axis, slice(first, first + (size - 1) * stride + 1, stride))]
+        part = found[..., tap * dilation : tap * dilation + reach : stride]
         torch.minimum(part, field, out=part)
-    return found[_at(axis, slice(padding, padding + places))]
-
-
-def _none(field: Tensor, axis: int, count: int) -> Tensor:
-    shape = list(field.shape)
-    shape[axis] = count
-    return field.new_full(shape, NONE)
-
-
-def _at(axis: int, part: slice) -> tuple[slice, ...]:
-    return (*[slice(None)] * axis, part)
+    return found[..., padding : padding + places].movedim(-1, axis)
 
 
 RULES: dict[str, Rule] = {

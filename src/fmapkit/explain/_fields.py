@@ -20,8 +20,6 @@ from torch.multiprocessing import reductions
 from fmapkit.errors import ArgumentError
 from fmapkit.torchlib.operators import is_traceable_wrapper_subclass
 
-__all__ = ["NONE", "Fields", "broadcast", "compact", "least", "lowest", "reaches", "varies"]
-
 NONE = 1 << 24  # farther than any location; exact as a float32, for pooling kernels
 
 _WeakRef: Any = reductions.StorageWeakRef  # its address is not used again while it lives

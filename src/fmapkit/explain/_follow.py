@@ -20,17 +20,12 @@ from fmapkit.torchlib.operators import (
     without_torch_function,
 )
 
-__all__ = ["Follow", "Leaving"]
-
 _LEAVES = {"numpy", "__array__", "__dlpack__", "tolist", "data_ptr"}
 _DECIDES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Knows the fields of all tensors that are computed while it is entered.
-
-    Args:
-        fields: what it starts from, and where it writes.
 
     Attributes:
         decided: Python, or the shape of a tensor, has depended on a value of the input.
@@ -84,11 +79,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Leaving(TorchFunctionMode):
-    """Sees values leave torch, where nobody can follow them.
-
-    Args:
-        follow: what knows which tensors the input has reached.
-    """
+    """Sees values leave torch, where nobody can follow them."""
 
     def __init__(self, follow: Follow) -> None:
         super().__init__()

@@ -14,8 +14,6 @@ from fmapkit.explain._passes import check_filter
 from fmapkit.map import FeatureMap
 from fmapkit.readable import tags
 
-__all__ = ["At", "chosen", "strongest"]
-
 # Everywhere; one location for all samples; one for each; or where the map is largest.
 At = Sequence[int] | Sequence[Sequence[int]] | int | str | None
 
@@ -26,11 +24,9 @@ def chosen(
     """Which elements of a map are meant: a mask of its shape.
 
     Args:
-        fm: the map.
         tensor: the model's input.
         axes: which of its axes are locations.
         filter: the filter; None for all.
-        at: the location.
 
     Raises:
         FilterRangeError: there is no such filter.

@@ -15,8 +15,6 @@ from fmapkit.explain._fields import NONE, least, lowest
 from fmapkit.explain._probe import probe
 from fmapkit.torchlib.operators import tree_map
 
-__all__ = ["RULES"]
-
 # Arguments that say where elements go; those of all others are what moves.
 _PLACES = ("index", "indices", "mask", "repeats")
 

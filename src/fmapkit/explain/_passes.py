@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,18 +24,7 @@ from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.maps import FeatureMaps
 from fmapkit.readable import tags
-from fmapkit.torchlib.operators import tree_leaves
-
-__all__ = [
-    "WantedMap",
-    "check_filter",
-    "eager",
-    "exchanged",
-    "first_tensor",
-    "kept_state",
-    "run",
-    "step_by_step",
-]
+from fmapkit.torchlib.operators import tree_leaves, tree_map
 
 # What is captured where no kind is asked for; the best of them is taken.
 _KINDS: tuple[Kind, ...] = ("preactivation", "activation")
@@ -196,10 +185,9 @@ def check_filter(fm: FeatureMap, filter: int | None) -> int | None:
 
 def exchanged(inputs: Any, old: Tensor, new: Tensor) -> Any:
     """The same inputs with one tensor in another's place."""
-    if inputs is old:
-        return new
-    if isinstance(inputs, Mapping):
-        return {k: exchanged(v, old, new) for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(exchanged(v, old, new) for v in inputs)
-    return inputs
+    return changed(inputs, lambda value: new if value is old else value)
+
+
+def changed(inputs: Any, change: Callable[[Any], Any]) -> Any:
+    """The same inputs with each tensor, or constant, made into another one."""
+    return tree_map(change, dict(inputs) if isinstance(inputs, Mapping) else inputs)

@@ -19,8 +19,6 @@ from fmapkit.explain._call import Call, tensors_of, written
 from fmapkit.explain._fields import NONE, compact, varies
 from fmapkit.torchlib.operators import tree_map
 
-__all__ = ["probe"]
-
 _DRAWS = 2
 _SHIFTS = (0.0, 8.0, -8.0)  # in units of the usual size
 _SEED = 20140905

@@ -7,8 +7,6 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any, TypeVar
 
-__all__ = ["with_bar"]
-
 _T = TypeVar("_T")
 
 

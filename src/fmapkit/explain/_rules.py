@@ -15,16 +15,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fmapkit.explain import _contractions as contractions
 from fmapkit.explain import _moves as moves
-from fmapkit.explain import _windows as windows
 from fmapkit.explain._call import Call, Rule, named
 from fmapkit.explain._fields import NONE, broadcast, least, lowest, varies
 from fmapkit.explain._probe import probe
-
-__all__ = ["rule_for"]
 
 # A score that is this far below the largest is masked: the -10000 of models in half precision, say.
 # (What is masked with -inf or the lowest number of a dtype is a constant, and needs no such rule.)
@@ -246,6 +244,40 @@ def _batch_norm(call: Call) -> list[Tensor | None]:
     ]
 
 
+# -- pooling: each result from a window, whichever of its elements is the largest -----------
+
+
+def _windowed(call: Call, pool: str, *arguments: Any) -> list[Tensor | None]:
+    """The field of windows: the smallest numbers in each are the largest, negated."""
+    value = call.get("self", "input")
+    field = call.of(value)
+    if field is None:
+        return [None] * len(call.results)
+    axes = int(next(digit for digit in call.name if digit.isdigit()))
+    flat = field.reshape(1, -1, *value.shape[value.dim() - axes :])
+    found = -getattr(F, f"{pool}{axes}d")(-flat.float(), *arguments)
+    found = found.to(torch.int32).reshape(len(field), *call.results[0].shape)
+    return [found] * len(call.results)
+
+
+def _pooled(call: Call) -> list[Tensor | None]:
+    if call.results[0].numel() == 0:
+        return probe(call)
+    return _windowed(
+        call,
+        "max_pool",
+        call.given["kernel_size"],
+        call.get("stride") or None,
+        call.get("padding", default=0),
+        call.get("dilation", default=1),
+        call.get("ceil_mode", default=False),
+    )
+
+
+def _adaptively(call: Call) -> list[Tensor | None]:
+    return _windowed(call, "adaptive_max_pool", call.given["output_size"])
+
+
 _RULES: dict[str, Rule] = {
     **named(_mul, "mul multiply logical_and bitwise_and __and__"),
     **named(_div, "div true_divide divide"),
@@ -283,5 +315,14 @@ _RULES: dict[str, Rule] = {
     ),
     **contractions.RULES,
     **moves.RULES,
-    **windows.RULES,
+    **named(
+        _pooled,
+        """max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices
+        max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d mkldnn_max_pool2d""",
+    ),
+    **named(
+        _adaptively,
+        """adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
+        _adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
+    ),
 }

@@ -16,8 +16,6 @@ from fmapkit.kinds import Kind
 from fmapkit.readable import tags
 from fmapkit.torchlib.operators import tree_leaves
 
-__all__ = ["grad_cam"]
-
 Target = int | Tensor | Callable[[Any], Tensor]
 
 

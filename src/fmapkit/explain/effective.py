@@ -13,8 +13,6 @@ from fmapkit.explain._passes import WantedMap, eager, exchanged, kept_state, run
 from fmapkit.explain.projection import differentiable, gradient_of
 from fmapkit.kinds import Kind
 
-__all__ = ["effective_field"]
-
 
 def effective_field(
     model: nn.Module,

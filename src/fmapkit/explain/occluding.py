@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fmapkit.errors import ArgumentError, CaptureWarning, check_positive
 from fmapkit.explain._axes import has_samples, input_axes
 from fmapkit.explain._locations import At, chosen
-from fmapkit.explain._passes import WantedMap, eager, exchanged, first_tensor, kept_state, run
+from fmapkit.explain._passes import WantedMap, changed, eager, first_tensor, kept_state, run
 from fmapkit.explain._progress import with_bar
 from fmapkit.kinds import Kind
 from fmapkit.maps import FeatureMaps
@@ -22,8 +22,6 @@ from fmapkit.readable import tags
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["Occlusion", "occlusion"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,17 +255,12 @@ class _WatchedMap:
                 piece[place] = fill
             pieces.append(piece)
         many = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        return exchanged(self._repeated(self.inputs, len(places)), self.tensor, many)
 
-    def _repeated(self, value: Any, times: int) -> Any:
-        """All other tensors that have as many samples, as many times."""
-        if value is self.tensor or times == 1:
+        def alike(value: Any) -> Any:
+            if value is self.tensor:
+                return many
+            if isinstance(value, Tensor) and value.dim() and len(value) == len(self.tensor):
+                return value.repeat(len(places), *[1] * (value.dim() - 1))
             return value
-        if isinstance(value, Tensor):
-            alike = value.dim() > 0 and len(value) == len(self.tensor)
-            return value.repeat(times, *[1] * (value.dim() - 1)) if alike else value
-        if isinstance(value, Mapping):
-            return {k: self._repeated(v, times) for k, v in value.items()}
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._repeated(v, times) for v in value)
-        return value
+
+        return changed(self.inputs, alike)

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_field", "plot_heat", "plot_projection"]
-
 _BOX = "#e4572e"
 
 
@@ -24,19 +22,15 @@ class DrawnField(Protocol):
     """What each location of a map sees; `ReceptiveField` is one."""
 
     @property
-    def layer(self) -> str:
-        """Whose map it is."""
+    def layer(self) -> str: ...
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Locations of the map."""
+    def shape(self) -> tuple[int, ...]: ...
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Locations of the input."""
+    def input_shape(self) -> tuple[int, ...]: ...
 
-    def box(self, *location: int) -> Any:
-        """Of an image (top, left, bottom, right), by name."""
+    def box(self, *location: int) -> Any: ...
 
 
 def plot_field(

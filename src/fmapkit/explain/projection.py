@@ -15,8 +15,6 @@ from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.readable import tags
 
-__all__ = ["project"]
-
 _UNSEEN = (
     "method={!r} has to see what each nonlinearity receives, and here it cannot: {}; "
     "use method='gradient'"
@@ -140,11 +138,7 @@ def gradient_of(fm: FeatureMap, head: Tensor, x: Tensor, signal: Tensor) -> Tens
 
 
 class _Rectifiers:
-    """What becomes of gradients at each ReLU, by edits that change no value.
-
-    Args:
-        method: as in `project`.
-    """
+    """What becomes of gradients at each ReLU, by edits that change no value."""
 
     def __init__(self, method: str) -> None:
         self.method = method

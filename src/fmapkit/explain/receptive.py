@@ -30,8 +30,6 @@ from fmapkit.map import FeatureMap
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Box", "ReceptiveField", "Span", "receptive_field"]
-
 Step = int | Fraction
 
 # How long an axis of the input is made, where the fields are larger than the example; of tokens,
@@ -263,7 +261,6 @@ class _WantedField:
         """Run the model, and read the fields of the map.
 
         Args:
-            inputs: for the model.
             partly: it may fail once the map is there.
         """
         given = first_tensor(inputs, "receptive_field")

@@ -18,8 +18,6 @@ from fmapkit.torchlib.call_override import (
     note,
 )
 
-__all__ = ["Around", "Given", "Hook", "nothing"]
-
 
 class Hook:
     """A callable that belongs to one session."""

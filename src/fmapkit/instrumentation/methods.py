@@ -18,8 +18,6 @@ from fmapkit.errors import ArgumentError, did_you_mean, listed, near
 from fmapkit.instrumentation.pair import FAILED
 from fmapkit.torchlib.call_override import lock
 
-__all__ = ["Methods", "method_called", "methods_of"]
-
 _NOTHING = object()
 
 

@@ -11,8 +11,6 @@ from fmapkit.paths import unrecorded
 from fmapkit.torchlib.side_ops import unseen
 from fmapkit.torchlib.tensor_spec import autocasting
 
-__all__ = ["without_the_models"]
-
 
 @contextmanager
 def without_the_models() -> Iterator[None]:

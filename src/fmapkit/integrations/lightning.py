@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fmapkit.errors import ArgumentError, CaptureWarning, did_you_mean, listed, near
 from fmapkit.integrations.logs import Log, TensorBoardLog, WandbLog
 from fmapkit.integrations.reading import Readings
-from fmapkit.integrations.watching import Watching
+from fmapkit.integrations.watching import Watcher, Watching
 
 try:
     from lightning.pytorch import Callback
@@ -25,12 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fmapkit.analysis import Analysis
-    from fmapkit.maps import FeatureMaps
-
-__all__ = ["LightningCallback"]
 
 
-class LightningCallback(Callback):  # type: ignore[misc]
+class LightningCallback(Watcher, Callback):  # type: ignore[misc]
     """Captures a module while Lightning trains it, and logs what the analyses know.
 
     ```python
@@ -82,16 +79,6 @@ class LightningCallback(Callback):  # type: ignore[misc]
         self._log = log
         self._to: Log | None = None
         self._checked = False
-
-    @property
-    def analyses(self) -> list[Analysis]:
-        """What sees the maps."""
-        return self._watching.analyses
-
-    @property
-    def maps(self) -> FeatureMaps | None:
-        """What `capture` gave; None before training has begun."""
-        return self._watching.maps
 
     # -- Lightning's hooks ---------------------------------------------------------------------
 

@@ -10,8 +10,6 @@ from typing import Any
 from fmapkit._lazy import needed
 from fmapkit.integrations.reading import Readings, together
 
-__all__ = ["Log", "TensorBoardLog", "WandbLog"]
-
 
 class Log(ABC):
     """A place to write what analyses know, step by step."""

@@ -13,8 +13,6 @@ from fmapkit.readable import plain_values
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
 
-__all__ = ["FirstNonFinite", "NonFiniteMap"]
-
 
 @dataclass(frozen=True, slots=True, order=True)
 class NonFiniteMap:

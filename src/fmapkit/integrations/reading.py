@@ -14,8 +14,6 @@ from fmapkit.analysis import DeadFilters, LayerStatistics, Statistics
 from fmapkit.errors import ArgumentError
 from fmapkit.integrations.nonfinite import FirstNonFinite
 
-__all__ = ["Histogram", "Readings", "readings", "together"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Histogram:

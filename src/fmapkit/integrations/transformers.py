@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fmapkit.integrations.watching import Watching
+from fmapkit.integrations.watching import Watcher, Watching
 
 try:
     from transformers import TrainerCallback
@@ -18,12 +18,9 @@ except ImportError as error:
 if TYPE_CHECKING:
     from fmapkit.analysis import Analysis
     from fmapkit.integrations.logs import Log
-    from fmapkit.maps import FeatureMaps
-
-__all__ = ["TransformersCallback"]
 
 
-class TransformersCallback(TrainerCallback):  # type: ignore[misc]
+class TransformersCallback(Watcher, TrainerCallback):  # type: ignore[misc]
     """Captures a model while the `Trainer` trains it, and logs what the analyses know.
 
     ```python
@@ -66,16 +63,6 @@ class TransformersCallback(TrainerCallback):  # type: ignore[misc]
         super().__init__()
         self._watching = Watching(analyses, log_every, evaluation, window, capture)
         self._log = log
-
-    @property
-    def analyses(self) -> list[Analysis]:
-        """What sees the maps."""
-        return self._watching.analyses
-
-    @property
-    def maps(self) -> FeatureMaps | None:
-        """What `capture` gave; None before training has begun."""
-        return self._watching.maps
 
     def close(self) -> None:
         """Close the capture, if it is open."""

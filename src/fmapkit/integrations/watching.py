@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from fmapkit.integrations.logs import Log
     from fmapkit.maps import FeatureMap, FeatureMaps
 
-__all__ = ["Watching"]
-
 
 class _Shown:
     """Shows an analysis the passes it is for, and notes that there was one at all."""
@@ -84,7 +82,6 @@ class Watching:
         """Open the capture; one that is open still, as after an error, is closed first.
 
         Args:
-            model: what is captured.
             step: how many optimiser steps there have been.
         """
         self.end()
@@ -126,6 +123,22 @@ class Watching:
                     CaptureWarning,
                     stacklevel=4,
                 )
+
+
+class Watcher:
+    """What is read of a callback that watches a training."""
+
+    _watching: Watching
+
+    @property
+    def analyses(self) -> list[Analysis]:
+        """What sees the maps."""
+        return self._watching.analyses
+
+    @property
+    def maps(self) -> FeatureMaps | None:
+        """What `capture` gave; None before training has begun."""
+        return self._watching.maps
 
 
 # What of capture's arguments can be judged without the model.

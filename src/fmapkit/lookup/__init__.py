@@ -11,7 +11,6 @@ from fmapkit.lookup.by_key import find as find
 from fmapkit.lookup.by_key import parse as parse
 from fmapkit.lookup.choose import choose as choose
 from fmapkit.lookup.choose import pass_number as pass_number
-from fmapkit.lookup.gather import _device as _device
 from fmapkit.lookup.gather import gather as gather
 from fmapkit.lookup.records import every as every
 from fmapkit.lookup.records import latest as latest

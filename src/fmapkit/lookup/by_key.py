@@ -19,11 +19,13 @@ from fmapkit.errors import (
     NoActivationError,
     NoPassError,
     UnknownLayerError,
+    check_kind,
     did_you_mean,
     listed,
     near,
+    no_layer,
 )
-from fmapkit.kinds import KINDS, Kind
+from fmapkit.kinds import Kind
 from fmapkit.layers import layer_axis
 from fmapkit.lookup.records import Found
 from fmapkit.model import never_called
@@ -32,8 +34,6 @@ from fmapkit.saving import MapSource
 from fmapkit.selection import LayerSelection
 from fmapkit.selectors import is_glob
 from fmapkit.storage import MapRecord
-
-__all__ = ["find", "parse"]
 
 
 def parse(key: Any) -> tuple[str, Kind | None, int | None]:
@@ -60,24 +60,12 @@ def parse(key: Any) -> tuple[str, Kind | None, int | None]:
             layer=layer,
             filter=kind,
         )
-    if kind is not None and kind not in KINDS:
-        raise KindNotCapturedError(
-            f"unknown kind {kind!r}{did_you_mean(kind, KINDS)}; the kinds are {listed(KINDS)}",
-            layer=layer,
-            kind=kind if isinstance(kind, str) else None,
-            candidates=near(kind, KINDS) or KINDS,
-        )
-    return layer, kind, parts[2] if len(parts) > 2 else None
+    known = None if kind is None else check_kind(kind, KindNotCapturedError, layer)
+    return layer, known, parts[2] if len(parts) > 2 else None
 
 
 def find(session: MapSource, layer: str, kind: str | None, entries: Sequence[Found]) -> Found:
     """The one entry that is meant.
-
-    Args:
-        session: whose entries they are.
-        layer: as in `maps[layer]`.
-        kind: None for the activation, or of a module that is no filter layer, its output.
-        entries: to choose from.
 
     Raises:
         MapLookupError: none answers, or several do.
@@ -139,11 +127,7 @@ def _no_such_layer(session: MapSource, layer: str, known: list[str]) -> NoReturn
     if module is None and is_glob(layer):
         _no_globs(session, layer, known)
     if module is None:
-        raise UnknownLayerError(
-            f"no layer {layer!r}{hint} (captured: {listed(known)})",
-            layer=layer,
-            candidates=near(layer, known) or known,
-        )
+        raise no_layer(layer, known)
     if never_called(module):
         held = [session.names.by_module[m] for m in session.names.children(module)]
         raise UnknownLayerError(

@@ -22,8 +22,6 @@ from fmapkit.saving import KeptSession, MapSource
 from fmapkit.selection import LayerSelection, only_a_pass_can_tell
 from fmapkit.selectors import Selector, by_name
 
-__all__ = ["choose", "pass_number"]
-
 
 def choose(
     source: MapSource,
@@ -47,22 +45,12 @@ def choose(
     if training is not None and not isinstance(training, bool):
         raise ArgumentError(f"training must be True, False or None, not {training!r}")
     chosen = None if layers is None else _chosen(source, layers)
-    step = pass_number(source, step)
+    asked = (kind, pass_number(source, step), training, call, nonlinearity, path)
     for at, entry in every(source):
-        origin = entry.origin
-        if kind is not None and entry.kind != kind:
+        its = (entry.kind, at.step, at.training, entry.origin.call, entry.sigma, entry.path)
+        if any(a is not None and a != b for a, b in zip(asked, its, strict=True)):
             continue
-        if step is not None and at.step != step:
-            continue
-        if training is not None and at.training != training:
-            continue
-        if call is not None and origin.call != call:
-            continue
-        if nonlinearity is not None and entry.sigma != nonlinearity:
-            continue
-        if path is not None and entry.path != path:
-            continue
-        if chosen is not None and not chosen.layer(origin.name):
+        if chosen is not None and not chosen.layer(entry.origin.name):
             continue
         found = read(source, at, entry)
         if filter is None:
@@ -99,9 +87,6 @@ def _check_held(
     A module, a type or a callable may mean nothing; and a layer may be one that did not run.
 
     Args:
-        chosen: the selection.
-        names: of the model.
-        labels: of the maps that are held.
         wanted: whether a layer was asked for in the capture.
 
     Raises:

@@ -7,7 +7,7 @@ collective that every rank reaches whatever it found, and then all go on or all 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +19,7 @@ from fmapkit.readable import tags
 from fmapkit.torchlib.sharded import is_dtensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-__all__ = ["gather"]
+    from collections.abc import Callable, Mapping
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,8 @@ class _RankPart:
 
     rank: int
     error: str = ""
-    tags: tuple[Any, ...] = ()
-    step: int = 0
-    dtype: torch.dtype = torch.float32
     shape: tuple[int, ...] = ()
-    request: tuple[Any, ...] = ()
+    agreed: Mapping[str, Any] = field(default_factory=dict)  # what has to be the same on all ranks
 
 
 def gather(
@@ -46,7 +41,6 @@ def gather(
         find: looks this rank's map up.
         dim: the batch axis.
         dst: the rank that gets the result; None for all.
-        group: process group; None for the default one.
         asked: the look-up, for messages.
     """
     import torch.distributed as dist
@@ -105,14 +99,15 @@ def _check(found: FeatureMap, dim: int, dst: int | None, group: Any) -> None:
 
 def _part(rank: int, found: FeatureMap, dim: int, dst: int | None) -> _RankPart:
     filters = None if found.filters is None else tuple(found.filters)
-    return _RankPart(
-        rank,
-        tags=(found.layer, found.kind, found.filter, found.call, found.path, filters),
-        step=found.step,
-        dtype=found.dtype,
-        shape=tuple(found.shape),
-        request=(dim % found.tensor.dim(), dst),
-    )
+    shape, dim = tuple(found.shape), dim % found.tensor.dim()
+    agreed = {
+        "which map": (found.layer, found.kind, found.filter, found.call, found.path, filters),
+        "the pass (choose one with step=)": found.step,
+        "dim and dst": (dim, dst),
+        "the dtype": found.dtype,
+        "the shape beside the batch": (*shape[:dim], *shape[dim + 1 :]),
+    }
+    return _RankPart(rank, shape=shape, agreed=agreed)
 
 
 def _agree(parts: list[_RankPart], asked: str) -> None:
@@ -124,25 +119,13 @@ def _agree(parts: list[_RankPart], asked: str) -> None:
             "on every rank of the group"
         )
     first = parts[0]
-    questions: dict[str, Callable[[_RankPart], Any]] = {
-        "which map": lambda p: p.tags,
-        "the pass (choose one with step=)": lambda p: p.step,
-        "dim and dst": lambda p: p.request,
-        "the dtype": lambda p: p.dtype,
-        "the shape beside the batch": lambda p: _rest(p),
-    }
-    for what, of in questions.items():
+    for what, said in first.agreed.items():
         for part in parts[1:]:
-            if of(part) != of(first):
+            if part.agreed[what] != said:
                 raise DistributedError(
-                    f"gather({asked}): the ranks do not agree on {what}: {of(first)} on rank "
-                    f"{first.rank}, {of(part)} on rank {part.rank}"
+                    f"gather({asked}): the ranks do not agree on {what}: {said} on rank "
+                    f"{first.rank}, {part.agreed[what]} on rank {part.rank}"
                 )
-
-
-def _rest(part: _RankPart) -> tuple[int, ...]:
-    dim = part.request[0]
-    return (*part.shape[:dim], *part.shape[dim + 1 :])
 
 
 def _exchange(

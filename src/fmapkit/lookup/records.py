@@ -11,8 +11,6 @@ from fmapkit.saving import KeptEntry, MapSource
 from fmapkit.storage import MapRecord, Pass
 from fmapkit.torchlib.sharded import Parts, is_dtensor, splits
 
-__all__ = ["Found", "every", "latest", "read"]
-
 Found = tuple[Pass, MapRecord]
 
 
@@ -36,9 +34,6 @@ def read(source: MapSource, at: Pass, entry: MapRecord, made: bool = False) -> F
     """The map of a record, and whether its tensor is one rank's part.
 
     Args:
-        source: whose record it is.
-        at: its pass.
-        entry: the record.
         made: it has just been made, and is shown to an analysis.
 
     Raises:

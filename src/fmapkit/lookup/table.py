@@ -8,8 +8,6 @@ from fmapkit.map import row, size
 from fmapkit.saving import MapSource
 from fmapkit.tables import Table
 
-__all__ = ["maps_table"]
-
 HEADS = ("layer", "kind", "filters", "shape", "dtype", "device", "bytes", "σ")
 _RIGHT = {2, 6}
 

@@ -20,8 +20,6 @@ from fmapkit.storage import Gradient, NotYet, Received, ValueCopies
 from fmapkit.torchlib.memory import parts_of
 from fmapkit.torchlib.sharded import Parts, is_dtensor, whole
 
-__all__ = ["FeatureMap", "nbytes_of", "restored"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureMap(DrawableMap):

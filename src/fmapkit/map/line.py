@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from fmapkit.readable import ReadableMap
 
-__all__ = ["map_line", "row", "size"]
-
 
 def size(nbytes: int) -> str:
     """A number of bytes, as people write it."""

@@ -12,15 +12,11 @@ from fmapkit.map.feature_map import FeatureMap
 from fmapkit.provenance import WeightRows
 from fmapkit.storage import MapRecord, NotYet, Pass
 
-__all__ = ["read_map"]
-
 
 def read_map(at: Pass, entry: MapRecord, made: bool = False) -> FeatureMap:
     """The map that an entry of a pass holds.
 
     Args:
-        at: the pass.
-        entry: of it.
         made: it has just been made, and is shown to an analysis.
 
     Raises:

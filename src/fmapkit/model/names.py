@@ -28,8 +28,6 @@ from fmapkit.model.wrappers import (
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.sharded import is_dtensor
 
-__all__ = ["Names", "Use", "never_called"]
-
 _PARAMETRIZED = "parametrizations."
 
 
@@ -43,7 +41,6 @@ class Use:
         stack: the running modules, outermost first.
         is_module: the innermost is a layer.
         scope: the innermost that is registered.
-        function: what uses it.
         made: it was made from nothing in this pass.
         source: of a weight that data made, the layer that did; else None.
         turn: how many such weights the function was given before in this call of the module.
@@ -160,17 +157,18 @@ class Names:
 
     def owned_by(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
         """The modules that have it, and as what."""
-        found = self._owners.get(id(parameter))
-        if found is not None and found[0] is parameter:
-            return found[1]
         # FSDP puts other tensors in their place while a module runs.
-        return self.in_flat(parameter) or [
-            (module, key)
-            for module in self.by_module
-            for registered in (module._parameters, module._buffers)
-            for key, value in registered.items()
-            if value is parameter
-        ]
+        return (
+            self.owners(parameter)
+            or self.in_flat(parameter)
+            or [
+                (module, key)
+                for module in self.by_module
+                for registered in (module._parameters, module._buffers)
+                for key, value in registered.items()
+                if value is parameter
+            ]
+        )
 
     def in_flat(self, value: Tensor) -> list[tuple[nn.Module, str]]:
         """Whose parameter, and which, a view into the flat one of old FSDP is."""
@@ -203,11 +201,8 @@ class Names:
 
     def place_of(self, parameter: Tensor) -> str | None:
         """The first place of a parameter in the model; None if it has none."""
-        found = self._owners.get(id(parameter))
-        if found is None or found[0] is not parameter:
-            return None
-        module, key = found[1][0]
-        return f"{self.by_module[module]}.{key}"
+        owners = self.owners(parameter)
+        return f"{self.by_module[owners[0][0]]}.{owners[0][1]}" if owners else None
 
     def owners(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
         """The modules that have a parameter, each with its key there."""
@@ -218,7 +213,6 @@ class Names:
         """The label where a layer module uses a weight of its own, which is what nearly all do.
 
         Args:
-            weight: the weight.
             inner: the innermost module that runs.
         """
         if inner._parameters.get("weight") is not weight or layers.layer_axis(inner) is None:
@@ -284,7 +278,6 @@ class Names:
         """A module's name, or how Python gets at it; None if nothing leads there.
 
         Args:
-            module: registered or not.
             again: look once more, if it was not there when last looked.
         """
         name = self.by_module.get(module)

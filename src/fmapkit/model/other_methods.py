@@ -16,14 +16,11 @@ from torch import nn
 from fmapkit.torchlib.class_cache import remembered
 from fmapkit.torchlib.nested import modules_in
 
-__all__ = ["doors"]
-
 
 def doors(region: nn.Module, tapped: Set[nn.Module]) -> list[nn.Module]:
     """The modules in a region that its methods, or those of modules in it, may call directly.
 
     Args:
-        region: to look into.
         tapped: have hooks already; a call of what they are in does not go unseen.
     """
     found: dict[nn.Module, None] = {}

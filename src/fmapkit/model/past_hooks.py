@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["HOW", "PastHooks", "has_own_call"]
-
 _WRAPPED = nn.Module._wrapped_call_impl.__code__
 _CALL = nn.Module._call_impl.__code__
 # What calls the forward where a module has hooks.
@@ -31,11 +29,7 @@ HOW = {
 
 
 class PastHooks:
-    """Finds such modules.
-
-    Args:
-        modules: of a model.
-    """
+    """Finds such modules."""
 
     def __init__(self, modules: Collection[nn.Module]) -> None:
         self._modules = modules

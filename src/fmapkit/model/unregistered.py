@@ -16,8 +16,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Found", "Unnamed", "UnregisteredLayers"]
-
 _MOST = 100_000  # objects that are looked at
 _LONGEST = 10_000  # items of a container: a data set has no layers
 # What every module has for itself: what it has registered, hooks, flags; and what a capture sets.
@@ -55,7 +53,6 @@ class UnregisteredLayers:
         """Where it is; None if nothing leads there.
 
         Args:
-            value: a tensor or a module.
             again: look once more, if it was not there when last looked.
         """
         found = self._at(value)

@@ -15,11 +15,6 @@ from fmapkit.reasons import Reason
 from fmapkit.torchlib.class_cache import remembered
 from fmapkit.torchlib.compiled_modules import is_optimized_type
 
-__all__ = [
-    *("REPLICAS", "flat_parameters", "inner_key", "is_flat", "is_special", "lends_parameters"),
-    *("places_in", "unwrap"),
-]
-
 REPLICAS = Reason.DATA_PARALLEL.text()
 # Those that come with torch, and those that have to be imported first: where nobody has imported
 # them, no module can be one, and importing them here would take long.

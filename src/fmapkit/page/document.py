@@ -25,8 +25,6 @@ from fmapkit.plot import latest_maps
 from fmapkit.readable import ReadableMaps
 from fmapkit.views import unnormalised
 
-__all__ = ["write_analysis", "write_maps"]
-
 
 class PageMaps(ReadableMaps, Protocol):
     """The maps that a page shows, with their table and what was missed."""

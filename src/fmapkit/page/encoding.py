@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LEVELS", "Quantised", "packed", "png", "quantised"]
-
 LEVELS = 254  # steps between the lowest and the highest value; code 0 is kept for "not finite"
 
 

@@ -11,9 +11,6 @@ from fmapkit.plot import by_call, leading, meaning
 from fmapkit.readable import ReadableMap
 from fmapkit.views import as_grid
 
-__all__ = ["map_sections"]
-
-
 Grid = tuple[int, int] | None
 
 

@@ -12,8 +12,6 @@ import numpy as np
 from fmapkit.page.encoding import packed, quantised
 from fmapkit.page.tiles import Facts, Form
 
-__all__ = ["Fact", "Panel", "Section", "facts_shown", "number_panel", "state_panel"]
-
 Colours = Literal["signed", "positive", "states"]
 # A fact: its name, and its number for each tile.
 Fact = tuple[str, Sequence[float]]
@@ -26,10 +24,7 @@ class Panel:
     Attributes:
         heading: what the values are: "z", "a = relu(z)", "mean".
         note: what the tiles are, of how many.
-        labels: the filters' numbers.
         codes: uint8 (filters, height, width); what a code means, `step` and `zero` say, or `words`.
-        form: how tiles are laid out.
-        colours: of the codes.
         facts: further numbers of each tile; the first is the one to sort by.
         step: between two codes; 0 with `words`.
         zero: the code of the value 0.
@@ -55,7 +50,6 @@ class Panel:
     places: tuple[str, ...] = ()  # a name for each place along the last axis, where it has names
 
     def written(self) -> dict[str, Any]:
-        """As JSON takes it."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         del found["codes"]
         return {
@@ -73,7 +67,6 @@ class Section:
     Attributes:
         name: what it is found by: the layer's name.
         tags: what stands beside the name: shape, dtype, σ.
-        panels: what is drawn.
         note: a sentence in place of panels, or above them.
         html: more of it, escaped already.
     """
@@ -85,7 +78,6 @@ class Section:
     html: str = ""
 
     def written(self) -> dict[str, Any]:
-        """As JSON takes it."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**found, "panels": [panel.written() for panel in self.panels]}
 

@@ -15,8 +15,6 @@ from fmapkit.plot import by_filter
 from fmapkit.readable import ReadableMap
 from fmapkit.torchlib.sharded import is_dtensor
 
-__all__ = ["Facts", "Form", "Tiles", "tiles_of"]
-
 Form = Literal["image", "row", "cell"]
 _ROW = 4  # a row may be so many times longer than an image is wide
 
@@ -46,7 +44,6 @@ class Tiles:
     Attributes:
         values: float64 (filters, height, width): all of them, or means of blocks.
         form: an image for each filter, a row, or a single value.
-        labels: the number of each.
         facts: of each, from the values before they were averaged.
         block: (height, width) of the blocks.
         size: (height, width) of a map before it was averaged.
@@ -72,8 +69,6 @@ def tiles_of(
     """The tiles of one map; or the reason why it cannot be drawn.
 
     Args:
-        fm: the map.
-        sample: which sample of the batch.
         max_filters: of more, those with the highest |value| are kept.
         max_side: larger images are averaged over blocks until no side is longer.
         wanted: keep these filters in place of its own strongest.

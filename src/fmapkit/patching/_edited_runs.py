@@ -19,8 +19,6 @@ from fmapkit.patching._inputs import ModelInputs, rows
 from fmapkit.patching._pieces import Key, PatchPiece, key_of, named
 from fmapkit.readable import tags
 
-__all__ = ["Runs"]
-
 Edits = Mapping[Any, Callable[[FeatureMap], Tensor]]
 
 
@@ -28,7 +26,6 @@ class Runs:
     """Runs a model, with and without patches, and measures it.
 
     Args:
-        model: the model.
         metric: gets what the model returned, or the map that it is of.
         where: which maps are taken and put in.
         of: a layer, or (layer, kind), whose map the metric gets; None for the model's output.
@@ -86,7 +83,6 @@ class Runs:
         """One capture around all patched runs, so that the model is traced once.
 
         Args:
-            inputs: of the run.
             edit: what changes it beside the patches.
             samples: in a batch; 0 where each forward runs one copy of the inputs.
         """

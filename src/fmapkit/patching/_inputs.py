@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from fmapkit.errors import ArgumentError
 from fmapkit.torchlib.operators import tree_leaves, tree_map
 
-__all__ = ["ModelInputs", "rows"]
-
 _CONSTANT = (type(None), bool, int, float, complex, str, bytes)
 
 

@@ -10,8 +10,6 @@ from fmapkit.editing import Where
 from fmapkit.errors import ArgumentError
 from fmapkit.map import FeatureMap
 
-__all__ = ["Grid", "Key", "PatchPiece", "key_of", "named"]
-
 Key = tuple[str, int, str]  # the layer, the call, the path
 
 
@@ -44,10 +42,8 @@ class Grid:
         filters: several of what `Where(filter=...)` takes, or None.
 
     Attributes:
-        pieces: them.
         positions: as a tuple; empty for whole maps.
         filters: as a tuple; empty for all of them.
-        shape: of the grid.
 
     Raises:
         ArgumentError: the positions or filters are of no allowed form.

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError
-from fmapkit.plot import entitle, subplots
+from fmapkit.plot import axes_of, entitle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-__all__ = ["Patching"]
 
 _MANY = 40  # labels along an axis: more are drawn as numbers, thinned out by matplotlib
 
@@ -104,9 +102,8 @@ class Patching:
                     "were patched"
                 )
             labels = list(positions)
-        if ax is None:
-            width, height = 3.5 + 0.35 * table.shape[1], 1.8 + 0.22 * table.shape[0]
-            _, ax = subplots(figsize=(min(width, 16), min(height, 14)), layout="constrained")
+        width, height = 3.5 + 0.35 * table.shape[1], 1.8 + 0.22 * table.shape[0]
+        figure, ax = axes_of(ax, min(width, 16), min(height, 14))
         largest = float(abs(table).max())
         signed = bool((table < -0.01 * largest).any())  # more than what rounding leaves
         drawn = ax.imshow(
@@ -133,7 +130,6 @@ class Patching:
         ax.set_xlabel("position" if self.positions else "filters" if self.filters else "")
         other = "clean" if self.into == "corrupted" else "corrupted"
         ax.set_title(f"{other} {self.kind} into the {self.into} run", fontsize="medium")
-        figure: Figure = ax.figure.figure
         what = "0: corrupted, 1: clean" if normalized else "metric"
         figure.colorbar(drawn, ax=ax, fraction=0.05, pad=0.02, label=what)
         entitle(figure, title, 0)

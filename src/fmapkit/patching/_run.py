@@ -17,8 +17,6 @@ from fmapkit.patching._inputs import ModelInputs
 from fmapkit.patching._pieces import Grid, named
 from fmapkit.patching._result import Patching
 
-__all__ = ["patch"]
-
 _OTHER = {"corrupted": "clean", "clean": "corrupted"}
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 from torch.autograd import Function
 
-__all__ = ["function_at"]
 
 _WRAPPED = (staticmethod, classmethod)
 _CALL = nn.Module.__call__

@@ -18,8 +18,6 @@ from torch import nn
 from fmapkit.paths.rewriting import qualified_name
 from fmapkit.torchlib.class_cache import remembered
 
-__all__ = ["FixedAttributes"]
-
 
 class FixedAttributes:
     """Tells them, for the methods of one model's modules.

@@ -27,18 +27,6 @@ from fmapkit.paths.rewriting import MARK
 from fmapkit.paths.sinks import ident, sinks
 from fmapkit.torchlib.class_cache import remembered
 
-__all__ = [
-    "CALLABLES",
-    "ITEM_OF",
-    "NUMBERS",
-    "PLAIN",
-    "Fixed",
-    "class_of",
-    "flat",
-    "ignore",
-    "item_of_class",
-    "other_callable",
-]
 
 PLAIN: frozenset[type] = frozenset(
     {

@@ -25,7 +25,6 @@ from fmapkit.paths.number_rules import (
     sort_of,
 )
 
-__all__ = ["Expected", "KnownPaths", "Sizes", "same_but_for_numbers"]
 
 _Plan = TypeVar("_Plan")
 

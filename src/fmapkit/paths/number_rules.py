@@ -7,10 +7,6 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
-__all__ = [
-    *("Rule", "Sizes", "are_clear", "by_rule", "coincidences", "kept", "roundings", "rules_of"),
-    "sort_of",
-]
 
 Sizes = tuple[int, ...]
 Rule = tuple[Any, ...]

@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["DecisionSink", "append_of", "ident", "sinks", "start", "stop", "unrecorded"]
-
 ident: Callable[[], int] = threading.get_ident
 
 

@@ -22,8 +22,6 @@ from fmapkit.paths.rewriting import known_as, qualified_name
 from fmapkit.paths.twins import is_twin
 from fmapkit.torchlib.class_cache import remembered
 
-__all__ = ["Survey", "is_installed", "is_trusted", "runs_own_code"]
-
 _SEPARATOR = os.sep
 _STDLIB = {sysconfig.get_paths()[k] + _SEPARATOR for k in ("stdlib", "platstdlib")}
 _SITE = {sysconfig.get_paths()[k] + _SEPARATOR for k in ("purelib", "platlib")}

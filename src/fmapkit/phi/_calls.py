@@ -15,8 +15,6 @@ from fmapkit.phi._request import Request
 from fmapkit.torchlib.autograd import in_backward
 from fmapkit.torchlib.compiled_modules import compiled_roots
 
-__all__ = ["Calls", "Found"]
-
 _MOST = 8  # readers of one thread
 
 

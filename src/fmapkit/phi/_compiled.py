@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from fmapkit.torchlib.call_override import not_compiled
 from fmapkit.torchlib.compiled_modules import compiled_by, ever_compiled
 
-__all__ = ["CompiledOutputs", "by_itself", "compiling_context", "opaque"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -87,8 +85,6 @@ class CompiledOutputs:
     Calls from several threads take turns.
 
     Args:
-        model: to run.
-        context: of torch's, which compiles it.
         wanted: the modules, each with the call whose output is wanted.
     """
 

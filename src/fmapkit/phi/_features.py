@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from fmapkit._lazy import needed
 from fmapkit.errors import ArgumentError
 
-__all__ = ["call", "evaluating", "gathered", "one", "rows", "sklearn_needed", "taken"]
-
 
 def call(phi: nn.Module, inputs: Any) -> Any:
     """φ of one argument, of several in a tuple or list, or of a dict of keywords."""
@@ -38,7 +36,6 @@ def gathered(phi: Any, batches: Iterable[Any]) -> dict[str, Tensor]:
     The model runs in eval mode, without gradients.
 
     Args:
-        phi: a `FeatureFunction`.
         batches: inputs as `call` takes them.
 
     Raises:

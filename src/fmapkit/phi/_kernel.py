@@ -7,8 +7,6 @@ from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_choice
 
-__all__ = ["KERNELS", "kernel"]
-
 KERNELS = ("linear", "cosine", "rbf")
 
 

@@ -6,22 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmapkit.plot import subplots
+from fmapkit.plot import axes_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["by_layer", "figure_of"]
-
 
 def figure_of(ax: Axes | None, count: int) -> tuple[Figure, Axes]:
     """The figure of some axes, or a new one for so many layers."""
-    if ax is None:
-        width = float(np.clip(2 + 0.7 * count, 4, 16))
-        _, ax = subplots(figsize=(width, 3.2), layout="constrained")
-    figure: Figure = ax.figure.figure
-    return figure, ax
+    return axes_of(ax, float(np.clip(2 + 0.7 * count, 4, 16)), 3.2)
 
 
 def by_layer(ax: Axes, layers: Any) -> None:

@@ -12,8 +12,6 @@ from fmapkit.errors import ArgumentError, FilterRangeError, did_you_mean, listed
 from fmapkit.map import FeatureMap
 from fmapkit.readable import tags
 
-__all__ = ["POOLS", "Pool", "checked", "picked", "pooled"]
-
 Pool = str | Callable[[Tensor], Tensor] | None
 
 POOLS = ("mean", "max", "flatten", "token")
@@ -69,11 +67,6 @@ def picked(fm: FeatureMap, filters: tuple[int, ...] | None) -> Tensor:
 
 def pooled(fm: FeatureMap, tensor: Tensor, pool: Pool) -> Tensor:
     """One vector for each sample.
-
-    Args:
-        fm: the map, for its tags.
-        tensor: its values.
-        pool: how.
 
     Raises:
         ArgumentError: the map has no axes of the kind that this takes.

@@ -34,8 +34,6 @@ from fmapkit.reasons import Reason
 from fmapkit.selection import LayerSelection
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["Found", "Reader"]
-
 Found = list[tuple[str, FeatureMap]]
 
 
@@ -43,8 +41,6 @@ class Reader:
     """Runs a model, and reads some of its maps.
 
     Args:
-        model: to run.
-        asked: which maps.
         stop: the pass ends with the last of them, where it can.
 
     Attributes:
@@ -304,12 +300,7 @@ class Reader:
 class _Wanted:
     """One item of what was asked, by the names of the model.
 
-    Args:
-        item: as asked.
-        recurring: the capture, which knows the names.
-
     Attributes:
-        item: as asked.
         label: of the layer, as its maps have it; of several, empty.
         key: under which it is returned.
         kinds: the map is of the first of these that is there.
@@ -340,9 +331,7 @@ class _Wanted:
         return ("activation",) if is_layer else ("activation", "output")
 
     def is_of(self, layer: str) -> bool:
-        """Whether a layer is asked for."""
         return self._selection.layer(layer)
 
     def takes(self, fm: FeatureMap) -> bool:
-        """Whether a map is asked for."""
         return fm.kind in self.kinds and self._selection.layer(fm.layer)

@@ -22,8 +22,6 @@ from fmapkit.session import Rest, Session
 from fmapkit.torchlib.compiled_modules import compiled_roots, plain
 from fmapkit.torchlib.transforms import returned
 
-__all__ = ["Recurring", "can_stop"]
-
 
 def can_stop(model: nn.Module) -> bool:
     """Whether a pass of it can be ended where the maps are there.
@@ -56,7 +54,6 @@ class Recurring:
 
     @property
     def names(self) -> Names:
-        """Of the model's modules."""
         return self._session.names
 
     @property

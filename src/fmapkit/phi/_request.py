@@ -21,8 +21,6 @@ from fmapkit.kinds import Kind
 from fmapkit.selection import given_filters
 from fmapkit.selectors import Selector
 
-__all__ = ["Item", "Request"]
-
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -30,7 +28,6 @@ class Item:
 
     Attributes:
         key: under which it is returned; None where the layer's name is the key.
-        layer: as given.
         kind: of the map; None for the activation, or the output of a module that is no layer.
         exact: it is one map.
     """
@@ -71,7 +68,7 @@ class Request:
         Raises:
             ArgumentError: something of it is of no allowed form.
         """
-        kind = None if kind is None else _kind(kind)
+        kind = None if kind is None else check_kind(kind)
         items, form = _items(layers, kind)
         if call is not None and (isinstance(call, bool) or not isinstance(call, int) or call < 0):
             raise ArgumentError(f"call must be a call's number, from 0, or None, not {call!r}")
@@ -81,12 +78,10 @@ class Request:
 
     @property
     def layers(self) -> list[Any]:
-        """All layers, as `capture` takes them."""
         return [item.layer for item in self.items]
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """All kinds, as `capture` takes them."""
         return tuple(dict.fromkeys(item.kinds[0] for item in self.items))
 
     def filters_of(self, layer: str) -> tuple[int, ...] | None:
@@ -126,15 +121,9 @@ def _item(key: str | None, given: Any, kind: Kind | None) -> Item:
     if isinstance(given, tuple):
         if len(given) != 2:
             raise ArgumentError(f"in a list or dict, a layer is one, or (layer, kind), not {given}")
-        given, kind = given[0], _kind(given[1])
+        given, kind = given[0], check_kind(given[1])
     if given is None:
         raise ArgumentError(
             "a layer is given by a name, glob, regex, module, module type or callable, not None"
         )
     return Item(key, given, kind, Selector(given).exact)
-
-
-def _kind(kind: Any) -> Kind:
-    check_kind(kind)
-    found: Kind = kind
-    return found

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from fmapkit.phi.function import FeatureFunction
 
-__all__ = ["Kept", "LayerKept", "kept"]
-
 Metric = Callable[[Tensor, Tensor], Tensor]
 Pair = tuple[int, int]
 

@@ -9,18 +9,17 @@ from torch import Tensor, nn
 
 from fmapkit.errors import check_module
 from fmapkit.kinds import Kind
-from fmapkit.phi._calls import Calls, Found
+from fmapkit.phi._calls import Calls
 from fmapkit.phi._compiled import by_itself, compiling_context, opaque
 from fmapkit.phi._features import call as called
 from fmapkit.phi._features import one, rows, sklearn_needed
 from fmapkit.phi._kernel import kernel
 from fmapkit.phi._pool import Pool, checked, picked, pooled
+from fmapkit.phi._reader import Found
 from fmapkit.phi._request import Request
 
 if TYPE_CHECKING:
     from fmapkit.phi.transformer import FeatureTransformer
-
-__all__ = ["FeatureFunction", "feature_map"]
 
 Features = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 

@@ -20,8 +20,6 @@ from fmapkit.phi._features import evaluating, one
 if TYPE_CHECKING:
     from fmapkit.phi.function import FeatureFunction
 
-__all__ = ["singular_values"]
-
 _EXTRA = 4  # columns of the block beyond those asked for
 
 

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from fmapkit.errors import ArgumentError
 
-__all__ = ["gram", "perceptual_loss", "style_loss"]
-
 
 def perceptual_loss(
     features: Any, target: Any, *, weights: Sequence[float] | Mapping[str, float] | None = None
@@ -40,7 +38,7 @@ def perceptual_loss(
         ArgumentError: the two are not of the same layers and shapes, or the weights not of these.
     """
     pairs = _pairs(features, target, weights)
-    return _sum(w * F.mse_loss(x, y.detach()) for w, x, y in pairs)
+    return torch.stack([w * F.mse_loss(x, y.detach()) for w, x, y in pairs]).sum()
 
 
 def style_loss(
@@ -64,7 +62,8 @@ def style_loss(
         ArgumentError: the two are not of the same layers and filters.
     """
     pairs = _pairs(features, target, weights, sizes=False)
-    return _sum(w * (gram(x) - gram(y.detach())).square().sum((1, 2)).mean() for w, x, y in pairs)
+    apart = [w * (gram(x) - gram(y.detach())).square().sum((1, 2)).mean() for w, x, y in pairs]
+    return torch.stack(apart).sum()
 
 
 def gram(features: Tensor) -> Tensor:
@@ -112,7 +111,3 @@ def _named(features: Any) -> dict[Any, Tensor]:
         return dict(features)
     several = features if isinstance(features, (tuple, list)) else (features,)
     return dict(enumerate(several))
-
-
-def _sum(terms: Any) -> Tensor:
-    return torch.stack(list(terms)).sum()

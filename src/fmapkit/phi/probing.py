@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from fmapkit.phi.function import FeatureFunction
 
-__all__ = ["Probe", "probe"]
-
 Array = np.ndarray[Any, Any]
 
 

@@ -13,8 +13,6 @@ from torch import nn
 from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.phi._features import evaluating, one, rows
 
-__all__ = ["FeatureTransformer"]
-
 
 class FeatureTransformer(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """φ in a pipeline: from an array of inputs to one of features. Made by `phi.transformer()`.

@@ -15,6 +15,7 @@ of a map share one colour scale: diverging and centred at 0 for everything signe
 A figure that is returned is shown once in a notebook; in a script, `figure.savefig(...)` keeps it.
 """
 
+from fmapkit.plot._figure import axes_of as axes_of
 from fmapkit.plot._figure import entitle as entitle
 from fmapkit.plot._figure import subplots as subplots
 from fmapkit.plot._pictures import by_call as by_call

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmapkit.plot._figure import subplots
+from fmapkit.plot._figure import axes_of
 from fmapkit.plot._pictures import Array, Picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
-
-__all__ = ["WIDTH", "blank", "columns_of", "draw", "draw_alone", "draw_image", "size_of"]
 
 WIDTH = 10.0  # of a figure, in inches
 _STRIP = 8.0  # what labels and the colour bar leave of it
@@ -72,12 +70,10 @@ def draw(ax: Axes, picture: Picture, columns: int) -> ScalarMappable | None:
 
 def draw_alone(picture: Picture, columns: int, ax: Axes | None, title: str) -> Figure:
     """Draw into axes, or a figure of its own, with a colour bar and a title."""
-    if ax is None:
-        width, height = size_of(picture, columns)
-        _, ax = subplots(figsize=(width, height + 0.6), layout="constrained")
+    width, height = size_of(picture, columns)
+    figure, ax = axes_of(ax, width, height + 0.6)
     drawn = draw(ax, picture, columns)
     ax.set_title(title, fontsize="medium")
-    figure: Figure = ax.figure.figure  # of a subfigure: the figure it is part of
     if drawn is not None:
         figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.01)
     return figure
@@ -102,10 +98,7 @@ def _draw_tiles(ax: Axes, tiles: Array, labels: Sequence[int], columns: int, rat
     """One image of all tiles, each 1 wide, with gaps between them.
 
     Args:
-        ax: axes to draw into.
         tiles: (F, H, W, 3) within [0, 1].
-        labels: the number of each.
-        columns: how many stand side by side.
         ratio: the height of a tile, whose width is 1.
     """
     count, height, width = tiles.shape[:3]
@@ -163,7 +156,6 @@ def draw_image(ax: Axes, image: Array) -> None:
 
 
 def blank(ax: Axes) -> None:
-    """No ticks."""
     ax.set_xticks([])
     ax.set_yticks([])
 

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from fmapkit._lazy import needed
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-__all__ = ["entitle", "new_figure", "subplots"]
 
 
 def new_figure(**options: Any) -> Figure:
@@ -47,6 +46,13 @@ def subplots(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, A
     own = {key: options.pop(key) for key in (*among, "gridspec_kw") if key in options}
     figure = new_figure(**options)
     return figure, figure.subplots(rows, columns, **own)
+
+
+def axes_of(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
+    """The figure of some axes, and these; of None new ones, of that size in inches."""
+    if ax is None:
+        _, ax = subplots(figsize=(width, height), layout="constrained")
+    return ax.figure.figure, ax  # of a subfigure: the figure that it is part of
 
 
 @cache

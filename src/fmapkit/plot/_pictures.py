@@ -21,8 +21,6 @@ from fmapkit.errors import (
 from fmapkit.readable import ReadableMap, ReadableMaps, tags
 from fmapkit.views import as_grid, strongest, unnormalised, upsampled
 
-__all__ = ["Choice", "Picture", "chosen", "of_map", "of_weights", "pixels"]
-
 Array = np.ndarray[Any, Any]
 # Which filters to draw: the first ones, these, or the strongest.
 Choice = int | Iterable[int] | Literal["strongest"] | None
@@ -110,8 +108,6 @@ def latest_maps(maps: ReadableMaps, layers: Any, to: str) -> Sequence[ReadableMa
     """The maps of the latest pass that are to be looked at.
 
     Args:
-        maps: of a capture.
-        layers: which layers; None for all.
         to: what is done with them, "plot" or "show".
 
     Raises:
@@ -140,9 +136,7 @@ def of_map(
     """What is drawn of a map.
 
     Args:
-        fm: the map.
         sample: which sample of the batch; of one filter's map the first one drawn.
-        max_filters: how many filters at most.
         filters: which; None for the first ones.
         grid: rows and columns of the patches that its tokens are.
         below: the image to lay it over.
@@ -174,8 +168,6 @@ def by_filter(fm: ReadableMap, tensor: Tensor, sample: int | None) -> tuple[Tens
     """What is drawn along axis 0, with at most two axes after it; and what was left out.
 
     Args:
-        fm: the map.
-        tensor: its values.
         sample: whose filters lie along axis 0; None where it counts samples, of one filter.
 
     Raises:
@@ -254,8 +246,6 @@ def of_weights(
 
     Args:
         weight: (filters, ...) of those to be drawn.
-        labels: their numbers.
-        total: how many there are.
         shape: of what a row of weights is for: (channels, rows, columns) or (rows, columns).
         scale: "layer": one for all; "filter": each has its own.
 

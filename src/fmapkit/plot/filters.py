@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from fmapkit.errors import (
-    ArgumentError,
-    UnknownLayerError,
-    check_choice,
-    check_positive,
-    did_you_mean,
-    listed,
-    near,
-)
+from fmapkit.errors import ArgumentError, check_choice, check_positive, no_layer
 from fmapkit.plot import _pictures as pictures
 from fmapkit.plot._draw import columns_of, draw_alone
 from fmapkit.readable import ReadableMap, ReadableMaps
@@ -21,9 +13,6 @@ from fmapkit.readable import ReadableMap, ReadableMaps
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-__all__ = ["plot_filters"]
 
 
 def plot_filters(
@@ -85,12 +74,7 @@ def _whose(maps: ReadableMaps, layer: str) -> ReadableMap:
         raise ArgumentError(f"plot_filters takes the name of one layer, not {layer!r}", layer=None)
     found = [fm for fm in maps.select(layer, step=-1) if fm.kind not in ("input", "output")]
     if not found:
-        known = maps.layers
-        raise UnknownLayerError(
-            f"no map of layer {layer!r}{did_you_mean(layer, known)} (captured: {listed(known)})",
-            layer=layer,
-            candidates=near(layer, known) or known,
-        )
+        raise no_layer(layer, maps.layers)
     made = [fm for fm in found if fm.filters is not None and fm.weight is not None]
     if not made:
         raise ArgumentError(f"no layer with weights made the maps of {layer!r}", layer=layer)

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-__all__ = ["plot_map", "plot_maps"]
-
 Numbers = float | Sequence[float] | None
 
 

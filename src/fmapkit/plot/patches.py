@@ -16,8 +16,6 @@ from fmapkit.plot._pictures import Array, pixels
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_patches"]
-
 _INCH = 1.0  # a patch
 
 

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["given", "probabilities"]
-
 # A query that sees no key gets nothing; before torch 2.5, the NaN that softmax gives.
 _SAFE = torch.__version__ >= "2.5"
 _ORDER = (*("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),)
@@ -32,7 +30,6 @@ def probabilities(call: dict[str, Any], graph: bool) -> Tensor:
     drawn.
 
     Args:
-        call: the arguments of `scaled_dot_product_attention`, by name.
         graph: make them a part of the autograd graph.
     """
     query, key = call["query"], call["key"]

@@ -24,8 +24,6 @@ from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import unholdable
 
-__all__ = ["FOLLOWED", "SOMETIMES", "Pointwise", "chooses_unseen", "operand_of_sigma"]
-
 _BOUNDED = words.words("clamp clip clamp_min clamp_max")
 _EXTREMES = words.words("maximum minimum fmax fmin max min")
 _CHOICES = words.words("where masked_fill mul multiply")

@@ -15,8 +15,6 @@ from torch import Tensor
 from fmapkit.torchlib.memory import version_of
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["Constants"]
-
 # Give a tensor that has nothing of another one but its shape.
 _FACTORIES = frozenset(
     {
@@ -57,13 +55,7 @@ class Constants:
         return bool(tensors)
 
     def made(self, function: str, operands: Sequence[Tensor], out: Any) -> None:
-        """A function has run.
-
-        Args:
-            function: its name.
-            operands: the tensors that it was given.
-            out: what it returned.
-        """
+        """A function has run."""
         known = self._known
         if function in _FACTORIES:
             # What these make of a tensor's values is no constant; of its shape, it is one.

@@ -10,23 +10,12 @@ from torch import Tensor
 
 from fmapkit.provenance.rule_basics import argument
 
-__all__ = ["FunctionCall"]
-
 
 @dataclass(slots=True)
 class FunctionCall:
-    """A call of a torch function.
+    """A call of a torch function."""
 
-    Attributes:
-        name: of the function, as `Function.name` has it.
-        function: it.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        out: what it returned.
-        operands: all tensors among its arguments.
-    """
-
-    name: str
+    name: str  # as `Function.name` has it
     function: Any
     args: Sequence[Any]
     kwargs: dict[str, Any]

@@ -9,8 +9,6 @@ from functools import lru_cache
 from fmapkit.provenance.labels import ChannelLabel, Label
 from fmapkit.provenance.layout import ChannelAxis, ChannelLayout
 
-__all__ = ["Heads", "Projection", "projection"]
-
 
 @dataclass(frozen=True, slots=True)
 class Projection:
@@ -48,7 +46,6 @@ def projection(tag: Label, shape: Sequence[int]) -> Projection | None:
     """Whose filters a tensor of queries, keys or values has, head by head.
 
     Args:
-        tag: what it carries.
         shape: its own. The last two axes are positions and what is in a head, in any order; the one
             before them counts heads.
     """

@@ -15,8 +15,6 @@ from fmapkit.provenance.rule_basics import Rule, aligned, argument, lost_if_none
 from fmapkit.provenance.vocabulary import ADDING_WRITES
 from fmapkit.torchlib.memory import storage_of
 
-__all__ = ["getitem", "is_number", "write"]
-
 
 def getitem(flow: ChannelLabel, x: Tensor, args: Any, kwargs: Any, out: Any, tag: Lookup) -> Any:
     """Some places of a tensor, by an index."""

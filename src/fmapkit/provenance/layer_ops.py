@@ -16,11 +16,6 @@ from fmapkit.provenance.layout import ChannelAxis, ChannelLayout
 from fmapkit.provenance.product_rules import einsum_terms
 from fmapkit.provenance.vocabulary import BIAS_FIRST, CONV, GROUPED, MATMULS
 
-__all__ = [
-    *("bias_operand", "filter_places", "input_place", "layer_axes", "pads_first", "picked"),
-    *("weighs", "weight_operand"),
-]
-
 _PRODUCTS = MATMULS | {"einsum", "tensordot"}
 
 
@@ -87,8 +82,6 @@ def layer_axes(call: FunctionCall, weight: Tensor, tag: Label) -> ChannelLayout 
     """Where the filters lie in what a weighted function returns, by the parameter's numbering.
 
     Args:
-        call: of the function.
-        weight: which of its operands is its weight.
         tag: what the weight carries. Of a slice of a parameter, the filters are that slice's; they
             cannot be told where it is not known which slice it is, or where rows of several layers
             lie together.
@@ -107,9 +100,6 @@ def _of_parameter(
     """The filters of a layer whose weight is made of a parameter.
 
     Args:
-        tag: what the weight carries.
-        weight: it.
-        out: what the layer returned.
         places: axes of the result that count filters, and which axes of the weight they are.
     """
     shape = tuple(tag.parameter.shape)

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["ChannelAxis", "ChannelLayout"]
-
 
 class ChannelAxis(NamedTuple):
     """One axis of the tensor that counts filters: index i stands for filter i * stride."""

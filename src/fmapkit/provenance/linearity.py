@@ -16,17 +16,12 @@ from fmapkit.provenance.function_call import FunctionCall
 from fmapkit.provenance.labels import ChannelLabel, Lookup
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["Linearity"]
-
 # A tensor that does not depend on the input has 0. The last is not pointwise, or random.
 _LINEAR, _NONLINEAR, _OTHER = 1, 2, 3
 
 
 class Linearity:
     """Of one call of a module.
-
-    Args:
-        x: its input.
 
     Attributes:
         reduces: some function inside took a mean, a sum or the like.
@@ -56,13 +51,7 @@ class Linearity:
         return _OTHER if isinstance(tag(tensor), ChannelLabel) else 0
 
     def step(self, call: FunctionCall, tag: Lookup, nonlinear: bool) -> None:
-        """One function has run inside the module.
-
-        Args:
-            call: of it.
-            tag: what a tensor carries.
-            nonlinear: it is a nonlinearity.
-        """
+        """One function has run inside the module."""
         name, operands = call.name, call.operands
         degrees = [self._of(t, tag) for t in operands]
         highest = max(degrees, default=0)

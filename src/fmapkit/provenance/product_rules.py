@@ -16,8 +16,6 @@ from fmapkit.provenance.rule_basics import Rule, kept_beside
 from fmapkit.provenance.vocabulary import BIAS_FIRST
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["einsum", "einsum_terms", "product", "segments"]
-
 
 def product(name: str) -> Rule:
     """The matrix product of this name."""
@@ -43,11 +41,8 @@ def _unsummed(
     """What is left of a factor's filters.
 
     Args:
-        flow: what the factor carries.
-        x: the factor.
         summed: the axis that is summed, counted from the end.
         vector: the other factor is one, so the result has no axis for it.
-        out: the result.
     """
     if flow is None or flow.axes is None or not flow.axes.parts or x.dim() + summed < 0:
         return None

@@ -42,8 +42,6 @@ from fmapkit.provenance.vocabulary import (
 )
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["carried", "past_sigma", "sigma_axes"]
-
 # Their results are numbers, or as good as new.
 _NO_CHANGE = METADATA | FRESH
 # The rules of these say themselves which operand's filters go on.
@@ -56,10 +54,6 @@ _CHOOSE_OPERAND = (
 
 def carried(call: FunctionCall, tag: Lookup) -> Any:
     """What the results of an unweighted function carry.
-
-    Args:
-        call: of it.
-        tag: what a tensor carries.
 
     Returns:
         For a tensor, its tag; for a tuple or list of them, a list of tags; None for no change.

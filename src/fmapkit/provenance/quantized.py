@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from fmapkit.layers import layer_axis
 from fmapkit.provenance.layout import ChannelLayout
 
-__all__ = ["is_fused", "is_weighted", "packed_axes", "packed_key"]
-
 _SPACES = ("quantized", "_quantized", "onednn", "sparse")
 _WEIGHTED = re.compile(r"(q?linear|conv(_transpose)?(?P<axes>[123])d)(_dynamic)?(_fp16)?")
 _WITH_SIGMA = re.compile(r".*_(relu|leaky_relu|tanh)(_dynamic)?(_fp16)?(_out|_output_fp32)?")

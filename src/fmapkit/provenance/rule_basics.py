@@ -12,20 +12,6 @@ from fmapkit.provenance.labels import NOWHERE, STOP, ChannelLabel, Label, Lookup
 from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = [
-    "Rule",
-    "aligned",
-    "argument",
-    "choice",
-    "each",
-    "kept_beside",
-    "lost_if_none",
-    "of_one_layer",
-    "pointwise",
-    "same_filters",
-    "where",
-]
-
 # Given the flow of the first operand that has one, that operand, the call's arguments, its result
 # and what any tensor carries.
 Rule = Callable[[ChannelLabel, Tensor, Any, Any, Any, Lookup], Any]
@@ -85,8 +71,6 @@ def of_one_layer(
 
     Args:
         joined: what the first piece would make of it.
-        pieces: all of them.
-        tag: what a tensor carries.
         same_axes: whether filters have to lie in all of them as in the first.
     """
     found = [other for piece in pieces if (other := flow_of(tag, piece)) is not None]

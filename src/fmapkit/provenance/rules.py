@@ -45,8 +45,6 @@ from fmapkit.provenance.vocabulary import (
 )
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["RULES", "spatial"]
-
 
 def spatial(axes: str | None, pads: bool) -> Rule:
     """The same, but filters that lie along an axis which is pooled, padded or resized mix."""

@@ -41,8 +41,6 @@ from fmapkit.torchlib.call_override import (
 from fmapkit.torchlib.in_place import may_leave_memory, with_new_memory, write_apart
 from fmapkit.torchlib.memory import version_of
 
-__all__ = ["CallTap", "KeepingCallTap", "OutputCallTap", "can_stand", "tap_of"]
-
 # What every module has, and what we set.
 _OF_EACH = nn.Module().__dict__.keys() | {"inplace", "_compiled_call_impl"}
 _getframe: Callable[[int], FrameType] = sys._getframe

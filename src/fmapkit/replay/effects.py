@@ -29,8 +29,6 @@ from fmapkit.storage import MapRecord
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.tracing import Event, Record
 
-__all__ = ["ChannelLabelRef", "Effects", "PassPiece", "Ref", "Relations", "SiteMap"]
-
 
 @dataclass(frozen=True, slots=True)
 class Ref:

@@ -11,8 +11,6 @@ from fmapkit.provenance import describe
 from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.modes import ObserverMode, leave_mode
 
-__all__ = ["LightMode"]
-
 
 class LightMode(ObserverMode):
     """Sees the nonlinearities that a module of torch calls itself, and lets the rest pass.

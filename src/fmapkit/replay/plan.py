@@ -15,8 +15,6 @@ from torch import nn
 from fmapkit.replay.effects import Effects, SiteMap
 from fmapkit.storage import Place
 
-__all__ = ["MapSpec", "Plan", "Step", "alike"]
-
 
 @dataclass(frozen=True, slots=True)
 class MapSpec(SiteMap):

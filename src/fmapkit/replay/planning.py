@@ -14,8 +14,6 @@ from fmapkit.replay.plan_steps import Reading, mark_shared
 from fmapkit.torchlib.nested import leaves
 from fmapkit.tracing import Frame, Tracer
 
-__all__ = ["make_plan"]
-
 
 def make_plan(
     tracer: Tracer, frame: Frame, output: Any, inputs: Sequence[Label], arguments: Sequence[Tensor]

@@ -28,8 +28,6 @@ from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.in_place import is_alone, someone_sees, with_new_memory
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = ["ReplayRun"]
-
 _Read = TypeVar("_Read")
 _module = itemgetter(0)
 

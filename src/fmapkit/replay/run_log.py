@@ -24,8 +24,6 @@ from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.nested import leaves
 from fmapkit.torchlib.side_ops import clone, goes_on_from
 
-__all__ = ["Item", "RunLog", "Slots"]
-
 _grads: Callable[[], bool] = torch.is_grad_enabled
 _inference: Callable[[], bool] = torch.is_inference_mode_enabled
 

@@ -18,8 +18,6 @@ from fmapkit.provenance import describe, out_of_place
 from fmapkit.replay.taps import CurrentRun
 from fmapkit.torchlib.in_place import may_leave_memory, write_apart
 
-__all__ = ["PlainSite", "unbound_and_named"]
-
 _FUNCTIONS = frozenset({FunctionType, BuiltinMethodType, MethodDescriptorType})
 
 

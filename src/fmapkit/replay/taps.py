@@ -18,11 +18,6 @@ from fmapkit.storage import watch
 from fmapkit.torchlib.call_override import CallOverride, not_compiled
 from fmapkit.torchlib.memory import version_of
 
-__all__ = [
-    *("Cell", "CurrentRun", "HookTap", "Read", "read_xy", "read_xy_and_gradients", "read_y"),
-    *("read_overwritten", "read_y_and_gradient"),
-]
-
 # The `append` of a run's log; how tensors are to be read; the modules whose end the run's plan
 # wants to see; what lets go of an older map (see `Pass.drop`); whether an in-place nonlinearity may
 # write to fresh memory, and nothing else that is held lies in the old one.

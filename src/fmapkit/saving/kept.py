@@ -20,7 +20,7 @@ from fmapkit.map import FeatureMap, restored
 from fmapkit.missed import Missed
 from fmapkit.model import Names, never_called
 from fmapkit.provenance import Origin
-from fmapkit.saving.source import MapSource
+from fmapkit.session import Session
 from fmapkit.storage import (
     MapRecord,
     Pass,
@@ -31,22 +31,12 @@ from fmapkit.storage import (
 )
 from fmapkit.torchlib.memory import version_of
 
-__all__ = [
-    "KeptEntry",
-    "KeptModule",
-    "KeptPass",
-    "KeptSession",
-    "Snapshot",
-    "snapshot_of",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class KeptModule:
     """What is known of a module of the model.
 
     Attributes:
-        name: its place.
         first: the first place of the same module.
         container: its type, if it has no forward (`ModuleList`); else empty.
         layer: it is a layer with filters.
@@ -83,11 +73,8 @@ class Snapshot:
 
     Attributes:
         passes: those that were readable.
-        steps: how many passes there were.
-        kinds: that were asked for.
         fleeting: it was a capture with `keep=0`.
         missed: what was not captured, as (layer, reason).
-        modules: of the model.
     """
 
     passes: tuple[KeptPass, ...]
@@ -132,16 +119,7 @@ class _KeptSelection:
 
 
 class KeptSession:
-    """Stands in for the session of maps that were kept.
-
-    Attributes:
-        names: of the model's modules.
-        wants: what was asked for.
-        store: the passes.
-        steps: how many passes there were.
-        missed: what was not captured.
-        snapshot: all of it, as data.
-    """
+    """Stands in for the session of maps that were kept."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
@@ -155,6 +133,10 @@ class KeptSession:
             at.segments = list(map(KeptEntry, kept.maps))
             at.closed = True
             self.store.passes.append(at)
+
+
+# Where maps come from, as look-ups, tables and copies see it.
+MapSource = Session | KeptSession
 
 
 class _Shell(nn.Module):
@@ -175,10 +157,6 @@ def snapshot_of(
     source: MapSource, read: Callable[[MapSource, Pass, MapRecord], FeatureMap]
 ) -> Snapshot:
     """All that is kept of a capture, in memory of its own.
-
-    Args:
-        source: of the maps.
-        read: makes a map of an entry of a pass.
 
     Raises:
         MapStateError: a map cannot be read any more.

@@ -24,8 +24,6 @@ from fmapkit.saving.kept import KeptModule, KeptPass, Snapshot
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["load", "save"]
-
 _KEY, _FORMAT = "fmapkit", 1
 # Of these the format has a name in every version that is allowed.
 _NAMED = {
@@ -40,7 +38,6 @@ def save(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
     """Write maps to a file; it is there as a whole, or not at all.
 
     Args:
-        snapshot: the maps.
         path: of the file; one that is there is replaced.
 
     Raises:
@@ -74,10 +71,6 @@ def save(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
 
 def load(path: str | os.PathLike[str], device: Any) -> Snapshot:
     """Read maps from a file.
-
-    Args:
-        path: of the file.
-        device: where the values go.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -124,11 +117,7 @@ def _about(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 class _Writer:
-    """Gives each tensor a name in the file.
-
-    Attributes:
-        tensors: by name.
-    """
+    """Gives each tensor a name in the file."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}

@@ -8,8 +8,6 @@ from typing import Any
 from fmapkit.errors import ArgumentError, check_kind, listed
 from fmapkit.kinds import KINDS
 
-__all__ = ["given_filters", "given_kinds", "indices"]
-
 
 def given_kinds(kinds: Any) -> frozenset[str]:
     """`kinds=` as it is kept.

@@ -11,8 +11,6 @@ from typing import Any
 
 from fmapkit.storage import MapRecord, Pass
 
-__all__ = ["EarlyStop", "StoppedError"]
-
 
 class StoppedError(BaseException):
     """All wanted maps are there. Not an `Exception`: a forward that catches those lets it pass."""
@@ -40,7 +38,6 @@ class EarlyStop:
         self._ended = False
 
     def begin(self) -> None:
-        """A pass begins."""
         self._missing = set(self._wanted or ())
         self._ended = False
 
@@ -50,7 +47,6 @@ class EarlyStop:
 
     @property
     def ended(self) -> bool:
-        """Whether this pass was ended."""
         return self._ended
 
     @property

@@ -25,8 +25,6 @@ from fmapkit.selection.arguments import given_filters, given_kinds
 from fmapkit.selectors import Selector, name_longer_numbers, selectors
 from fmapkit.storage import Place, StorageConversion, StoredTensor
 
-__all__ = ["LayerSelection", "Selection", "only_a_pass_can_tell"]
-
 
 class LayerSelection:
     """Some layers of a model, by selectors.
@@ -36,7 +34,6 @@ class LayerSelection:
     been named, and for the layers whose weights it holds itself.
 
     Args:
-        names: of the model.
         given: one selector or several.
         argument: what to call them in an error; empty where what is not there is no error.
 
@@ -263,11 +260,7 @@ class Selection:
                     )
 
     def without_attention(self, seen: set[str]) -> list[str]:
-        """The modules, of those selected, that no attention was seen in; all, as "", by default.
-
-        Args:
-            seen: the modules that had some.
-        """
+        """The modules, of those selected, that no attention was seen in; all, as "", by default."""
         if self._selection is None:
             return [] if seen else [""]
         groups = [[self._names.of(module) for module in g] for g in self._selection.groups]
@@ -278,11 +271,7 @@ class Selection:
         ]
 
     def without_maps(self, layers_seen: set[str]) -> list[str]:
-        """The layers that filters were given for in vain; asked for after a complete pass, once.
-
-        Args:
-            layers_seen: those that had maps in it.
-        """
+        """The layers that filters were given for in vain; asked for after a complete pass, once."""
         found = sorted(self._to_be_picked - layers_seen)
         self._to_be_picked.clear()
         return found

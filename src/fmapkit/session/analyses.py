@@ -14,8 +14,6 @@ from fmapkit.torchlib.modes import without_modes
 if TYPE_CHECKING:
     from fmapkit.map import FeatureMap
 
-__all__ = ["Analyses", "Analysis"]
-
 
 @runtime_checkable
 class Analysis(Protocol):

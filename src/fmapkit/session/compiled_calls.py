@@ -13,8 +13,6 @@ from fmapkit.session.parts import SessionParts
 from fmapkit.session.passes import Passes
 from fmapkit.torchlib.compiled_modules import holds, plain
 
-__all__ = ["CompiledCalls"]
-
 
 class CompiledCalls:
     """Answers calls of compiled code."""

@@ -17,8 +17,6 @@ from torch import nn
 from fmapkit.errors import CaptureStateError
 from fmapkit.session.config import CaptureConfig
 
-__all__ = ["OpenCapture", "entered", "left", "others"]
-
 
 class OpenCapture(Protocol):
     """A session in its block."""

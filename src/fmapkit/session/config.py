@@ -12,8 +12,6 @@ from fmapkit.model import Names
 from fmapkit.selection import EarlyStop, Selection
 from fmapkit.session.analyses import Analyses
 
-__all__ = ["CaptureConfig"]
-
 
 @dataclass(frozen=True, slots=True)
 class CaptureConfig:

@@ -18,8 +18,6 @@ from fmapkit.storage import (
 )
 from fmapkit.torchlib.modes import without_modes
 
-__all__ = ["KeptMaps"]
-
 
 class KeptMaps:
     """Keeps the maps of the passes that have ended."""

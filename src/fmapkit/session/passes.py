@@ -23,8 +23,6 @@ from fmapkit.torchlib.modes import nothing_between
 from fmapkit.torchlib.transforms import transforming, under_transform
 from fmapkit.tracing import call_frame, on_stack
 
-__all__ = ["Passes"]
-
 
 def _goes_gradually(model: nn.Module, wants: Selection) -> bool:
     """Whether the oldest pass goes map by map, as the new ones come.

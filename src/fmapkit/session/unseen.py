@@ -26,8 +26,6 @@ from fmapkit.torchlib.modes import (
 )
 from fmapkit.tracing import running_modules
 
-__all__ = ["UnseenCalls", "recorded"]
-
 
 def recorded() -> str:
     """Why a call is not captured that somebody records, to run it again without Python.

@@ -11,8 +11,6 @@ from fmapkit.storage.gradients import watch
 from fmapkit.storage.held import StoredTensor
 from fmapkit.torchlib.memory import storage_of, version_of
 
-__all__ = ["Aliases"]
-
 
 class Aliases:
     """Which held tensors share memory with one that is about to be written to."""

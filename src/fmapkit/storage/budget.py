@@ -7,8 +7,6 @@ from typing import Any, Literal
 from fmapkit.errors import ArgumentError, BudgetError
 from fmapkit.storage.passes import PassStore
 
-__all__ = ["Budget"]
-
 Policy = Literal["error", "oldest"]
 
 

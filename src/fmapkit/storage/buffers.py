@@ -15,8 +15,6 @@ from torch import Tensor
 
 from fmapkit.torchlib.memory import storage_users
 
-__all__ = ["Buffers"]
-
 # For so many passes after its last one, a form that comes back is waited for.
 _FEW = 4
 

@@ -21,8 +21,6 @@ from fmapkit.storage.offload import Arrival, Cuda, Device, Offload
 from fmapkit.torchlib.sharded import is_wrapped
 from fmapkit.torchlib.side_ops import looking, operators_are_counted, runs, select, unseen
 
-__all__ = ["Place", "StorageConversion"]
-
 _MANY = 10_000
 
 # An axis, and where on it the picked filters lie.

@@ -19,8 +19,6 @@ from fmapkit.errors import MapOverwrittenError, MapStateError
 from fmapkit.torchlib.autograd import graph_task
 from fmapkit.torchlib.side_ops import select
 
-__all__ = ["Gradient", "NotYet", "Received", "in_function", "watch"]
-
 _forward_grads: Callable[[], bool] = torch._C._is_fwd_grad_enabled
 _inference: Callable[[], bool] = torch.is_inference_mode_enabled
 

@@ -14,8 +14,6 @@ from fmapkit.storage.passes import MapRecord, Pass
 from fmapkit.torchlib.memory import storage_of, storage_users
 from fmapkit.torchlib.side_ops import looking
 
-__all__ = ["has_inference_tensors", "settle"]
-
 
 def has_inference_tensors(current: Pass) -> bool:
     """Whether a map of the pass may have no version counter."""

@@ -18,8 +18,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Arrival", "Cuda", "Device", "Offload"]
-
 
 class Arrival(Protocol):
     """The end of a copy."""

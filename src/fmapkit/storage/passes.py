@@ -14,9 +14,6 @@ from fmapkit.storage.gradients import in_function
 from fmapkit.storage.held import StoredTensor
 from fmapkit.torchlib.memory import block_of, parts_of
 
-__all__ = ["MapRecord", "Pass", "PassStore"]
-
-
 _grads: Callable[[], bool] = torch.is_grad_enabled
 
 

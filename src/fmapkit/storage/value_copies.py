@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ValueCopies"]
-
 
 class ValueCopies:
     """Copies values out of the model's memory; what several maps share, they share again."""

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 
-__all__ = ["graph_task", "in_backward", "in_checkpoint"]
-
 _REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
 _CHECKPOINT = torch.utils.checkpoint.__file__
 

@@ -20,22 +20,6 @@ from torch import nn
 from torch.jit import _recursive as _scripting
 from torch.nn.modules.module import _global_forward_pre_hooks
 
-__all__ = [
-    "all_pre_hooks",
-    *("CallOverride", "called", "compiled_as_bare", "free", "hide_from_scripting"),
-    *(
-        "dynamo",
-        "lock",
-        "not_compiled",
-        "note",
-        "passed_over",
-        "show_to_scripting",
-        "standing_before",
-        "there",
-    ),
-    "when_traced",
-]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 _PLACE = "_compiled_call_impl"
@@ -131,7 +115,6 @@ class CallOverride:
     """Whoever of ours stands before a module's call.
 
     Attributes:
-        module: the module.
         owner: the session.
         inner: what to call in its turn: the next that stands here, or the module's own call.
     """
@@ -228,7 +211,6 @@ def called(module: nn.Module, depth: int = 2) -> nn.Module:
     Whoever copies a module's `__dict__` (DataParallel does) has us for a module that is not ours.
 
     Args:
-        module: ours.
         depth: how many frames up the call came from.
     """
     caller = sys._getframe(depth)

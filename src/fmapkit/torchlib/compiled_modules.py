@@ -13,21 +13,6 @@ from torch import nn
 from fmapkit.torchlib.call_override import CallOverride
 from fmapkit.torchlib.class_cache import remembered
 
-__all__ = [
-    "around",
-    "compiled_by",
-    "compiled_call",
-    "compiled_roots",
-    "dynamo_has_run",
-    "ever_compiled",
-    "holds",
-    "in_compiled_code",
-    "is_compiled",
-    "is_optimized",
-    "is_optimized_type",
-    "plain",
-]
-
 
 def is_optimized(module: Any) -> bool:
     """Whether it is what `torch.compile(module)` returns: a module around the plain one."""
@@ -160,13 +145,4 @@ def compiled_by() -> Any:
 
 def in_compiled_code() -> bool:
     """Whether a function compiled by torch.compile is what called us, and dynamo looks on."""
-    compiled, disabled = _wrappers()
-    at = sys._getframe(1)
-    while at is not None:
-        code = id(at.f_code)
-        if code in disabled:
-            return False
-        if code in compiled:
-            return True
-        at = at.f_back  # type: ignore[assignment]
-    return False
+    return compiled_by() is not None

@@ -13,11 +13,6 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = [
-    *("UnknownError", "backend_of", "compile_as", "context_of", "copy_of", "fresh", "from_module"),
-    *("is_whole", "may_need_gradients"),
-]
-
 # Before, a compiled function does not tell the backend that it was compiled with.
 COMPILED_FROM = "2.11"
 

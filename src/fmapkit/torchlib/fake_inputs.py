@@ -13,8 +13,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-__all__ = ["FakeInputs", "UnreadableError"]
-
 
 class UnreadableError(Exception):
     """The graph has something that cannot be read; the message says what."""

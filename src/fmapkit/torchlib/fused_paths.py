@@ -29,11 +29,6 @@ from torch import nn
 
 from fmapkit.torchlib.modes import all_ours, mode_count, without_modes
 
-__all__ = [
-    *("FUSING_CALLS", "beside", "functions_inside", "fused_output", "fuses", "instead_of"),
-    *("is_torchs", "may_fuse", "runners"),
-]
-
 _TYPES = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
 # Their own forwards, with the code that these have while nothing is captured.
 _FORWARDS: dict[Any, types.CodeType] = {k.forward: k.forward.__code__ for k in _TYPES}
@@ -123,8 +118,6 @@ def fused_output(
     Args:
         forward: one of torch's forwards that may fuse.
         module: that it is called for, and which `may_fuse`.
-        args: positional arguments.
-        kwargs: keyword arguments.
         bare: runs the forward unwatched, for the path that calls other modules.
 
     Returns:

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from fmapkit.torchlib.modes import dispatch_mode_count, mode_count
 
-__all__ = ["is_alone", "may_leave_memory", "someone_sees", "with_new_memory", "write_apart"]
-
 _users_of: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 _strided = torch.strided
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -35,7 +33,6 @@ def write_apart(tensor: Tensor, values: Tensor, counted: bool = True) -> bool:
     """Give a tensor other values, in memory of their own; its version counter counts that.
 
     Args:
-        tensor: the one to be written to.
         values: in memory that nobody else has.
         counted: the tensor has a version counter: inference tensors have none.
 

@@ -25,8 +25,6 @@ else:
     except ImportError:  # an old torch, which would not cache a graph that went through a pass
         CustomGraphPass = None
 
-__all__ = ["free_layouts", "is_volatile"]
-
 _VISIBLE = "user_visible_output_idxs"
 
 

@@ -15,8 +15,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fmapkit.torchlib.sharded import ends_of, is_wrapped
 from fmapkit.torchlib.transforms import inner, transforming
 
-__all__ = ["block_of", "parts_of", "storage_of", "storage_users", "version_of", "versions_of"]
-
 
 def version_of(tensor: Tensor) -> int:
     """The version counter; -1 for inference tensors, which have none."""

@@ -16,12 +16,6 @@ from torch.overrides import (
 )
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = [
-    *("ObserverMode", "all_ours", "dispatch_mode_count", "fx_is_tracing", "is_torchs"),
-    *("jit_is_tracing", "leave_mode", "make_fx_is_tracing", "mode_count", "nothing_between"),
-    *("others_watch", "pop_mode", "push_mode", "recorded_by_cuda", "without_modes"),
-]
-
 # A mode's `with` does no more than this, several calls deeper.
 push_mode: Callable[[Any], None] = torch._C._push_on_torch_function_stack
 pop_mode: Callable[[], Any] = torch._C._pop_torch_function_stack
@@ -105,7 +99,6 @@ def others_watch() -> bool:
 
 
 def jit_is_tracing() -> bool:
-    """Whether torch.jit.trace traces."""
     return bool(torch._C._get_tracing_state())
 
 

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["attributes", "closed_parts", "leaves", "modules_in", "parts", "tensors_in"]
-
 # What most arguments are: `isinstance(value, Tensor)` asks a metaclass of all that is not a Tensor.
 _TENSORS = frozenset({Tensor, nn.Parameter})
 _OTHERS = frozenset(
@@ -104,8 +102,6 @@ def _ends(value: Any, path: str, entered: dict[int, Any]) -> Iterator[tuple[str,
     """Whatever has no parts of its own.
 
     Args:
-        value: to look into.
-        path: of it.
         entered: by id, what is being looked into, and the objects that were.
     """
     if isinstance(value, Tensor) or id(value) in entered:
@@ -119,11 +115,11 @@ def _ends(value: Any, path: str, entered: dict[int, Any]) -> Iterator[tuple[str,
         return
     entered[id(value)] = value
     told: set[int] = set()
-    for place, part in found:
+    for _, place, part in found:
         for end in _ends(part, place, entered):
             told.add(id(end[1]))
             yield end
-    for place, part in own:
+    for _, place, part in own:
         for end in _ends(part, place, entered):
             if id(end[1]) not in told or not isinstance(end[1], Tensor):
                 told.add(id(end[1]))
@@ -132,26 +128,32 @@ def _ends(value: Any, path: str, entered: dict[int, Any]) -> Iterator[tuple[str,
         del entered[id(value)]
 
 
-def parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """What a container has in its places."""
+class Attribute(str):
+    """The name of an attribute, where the keys of a container are told beside it."""
+
+    __slots__ = ()
+
+
+def parts(value: Any, path: str) -> Iterator[tuple[Any, str, Any]]:
+    """What a container has in its places: the key, the place, the part."""
     if isinstance(value, (UserDict, UserList)):
         value = value.data
     fields = getattr(type(value), "__dataclass_fields__", None)
     if fields is not None:
         for name in fields:
-            yield f"{path}.{name}", getattr(value, name, None)
+            yield Attribute(name), f"{path}.{name}", getattr(value, name, None)
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         for name in value._fields:
-            yield f"{path}.{name}", getattr(value, name)
+            yield Attribute(name), f"{path}.{name}", getattr(value, name)
     elif isinstance(value, (tuple, list, deque)):
         for index, item in enumerate(value):
-            yield f"{path}[{index}]", item
+            yield index, f"{path}[{index}]", item
     elif isinstance(value, (dict, types.MappingProxyType)):
         for key, item in value.items():
-            yield f"{path}[{key!r}]", item
+            yield key, f"{path}[{key!r}]", item
 
 
-def attributes(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def attributes(value: Any, path: str) -> Iterator[tuple[Attribute, str, Any]]:
     """The attributes that an object has itself, public ones first, but for fields and contents."""
     if isinstance(value, _NOT_ENTERED):
         return
@@ -171,4 +173,4 @@ def attributes(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, (UserDict, UserList)):
         found.pop("data", None)
     for name in sorted(found, key=lambda name: name.startswith("_")):
-        yield f"{path}.{name}", found[name]
+        yield Attribute(name), f"{path}.{name}", found[name]

@@ -5,19 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves, tree_map
-
-__all__ = [
-    "NATIVE",
-    "TorchDispatchMode",
-    "is_composite",
-    "is_traceable_wrapper_subclass",
-    "native",
-    "tree_leaves",
-    "tree_map",
-    "without_torch_function",
-]
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import (
+    is_traceable_wrapper_subclass as is_traceable_wrapper_subclass,
+)
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
 
 # Where functions written in C are found, beside `torch` and `torch.nn.functional`.
 NATIVE = (torch._C._nn, torch._C._VariableFunctions)

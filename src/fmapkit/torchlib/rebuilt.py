@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import copy
 import types
-from collections import UserDict, UserList, deque
 from typing import Any
 
 from torch import Tensor
 
-from fmapkit.torchlib.nested import attributes, parts
-
-__all__ = ["rebuilt"]
+from fmapkit.torchlib.nested import Attribute, attributes, parts
 
 
 def rebuilt(value: Any, path: str, tensor: Tensor) -> Any:
@@ -25,7 +22,6 @@ def rebuilt(value: Any, path: str, tensor: Tensor) -> Any:
     Args:
         value: nested tuples, lists, dicts, dataclasses, or objects with attributes.
         path: one that `leaves` tells of it; empty where the value is a tensor itself.
-        tensor: what is to be there.
 
     Raises:
         KeyError: the value has no such path.
@@ -36,40 +32,17 @@ def rebuilt(value: Any, path: str, tensor: Tensor) -> Any:
 def _rebuilt(value: Any, here: str, path: str, tensor: Tensor) -> Any:
     if here == path:
         return tensor
-    keys = _keys(value)
-    found = [*zip(keys, parts(value, here), strict=True)]
-    found += [(_Attribute(p[len(here) + 1 :]), (p, v)) for p, v in attributes(value, here)]
-    for key, (place, part) in found:
+    for key, place, part in (*parts(value, here), *attributes(value, here)):
         if place == path or (path.startswith(place) and path[len(place)] in "[."):
             return _with(value, key, _rebuilt(part, place, path, tensor))
     raise KeyError(path)
-
-
-class _Attribute(str):
-    """The name of an attribute, not a key."""
-
-    __slots__ = ()
-
-
-def _keys(value: Any) -> list[Any]:
-    """The keys of a container, in the order of its `parts`."""
-    fields = getattr(type(value), "__dataclass_fields__", None)
-    if fields is not None:
-        return [_Attribute(name) for name in fields]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return [_Attribute(name) for name in value._fields]
-    if isinstance(value, (tuple, list, deque, UserList)):
-        return list(range(len(value)))
-    if isinstance(value, (dict, types.MappingProxyType, UserDict)):
-        return list(value.keys())
-    return []
 
 
 def _with(value: Any, key: Any, part: Any) -> Any:
     """A copy of a container with another part."""
     if isinstance(value, tuple):
         named: Any = getattr(value, "_replace", None)
-        if isinstance(key, _Attribute) and named is not None:
+        if isinstance(key, Attribute) and named is not None:
             return named(**{str(key): part})
         items = [part if i == key else item for i, item in enumerate(value)]
         kind: Any = type(value)  # torch's own named ones (`torch.return_types`) take a list, too
@@ -77,7 +50,7 @@ def _with(value: Any, key: Any, part: Any) -> Any:
     if isinstance(value, types.MappingProxyType):
         return types.MappingProxyType({**value, key: part})
     made = copy.copy(value)
-    if isinstance(key, _Attribute):
+    if isinstance(key, Attribute):
         try:
             setattr(made, key, part)
         except AttributeError:  # of a frozen dataclass

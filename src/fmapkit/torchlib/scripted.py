@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["tell", "tell_no_more"]
-
 _Told = Callable[[str], None]
 
 # A function, and a method of a scripted module.

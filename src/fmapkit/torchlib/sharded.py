@@ -18,11 +18,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = [
-    *("Parts", "alias_of", "ends_of", "is_dtensor", "is_wrapped", "moves_data"),
-    *("settled", "splits", "whole"),
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Parts:

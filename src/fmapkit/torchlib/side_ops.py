@@ -24,10 +24,6 @@ from fmapkit.torchlib.modes import dispatch_mode_count, is_torchs, mode_count
 from fmapkit.torchlib.operators import without_torch_function
 from fmapkit.torchlib.transforms import forward_derivatives, transforming
 
-__all__ = [
-    *("clone", "goes_on_from", "looking", "operators_are_counted", "runs", "select", "unseen"),
-]
-
 # Selective checkpointing, while the forward runs.
 _COUNTING: Any = getattr(torch.utils.checkpoint, "_CachingTorchDispatchMode", ())
 

@@ -16,8 +16,6 @@ from torch.nn.parameter import is_lazy
 
 from fmapkit.torchlib.nested import modules_in
 
-__all__ = ["autocasting", "casts", "form_of", "ones", "plain_spec", "weights_of"]
-
 _DEVICES = ("cpu", "cuda")
 _strided = torch.strided
 _TOLD = frozenset({type(None), bool, int, str})

@@ -14,11 +14,6 @@ from torch import Tensor, nn
 
 from fmapkit.torchlib.nested import tensors_in
 
-__all__ = [
-    *("forward_derivatives", "inner", "is_shapeless", "returned", "transformed", "transforming"),
-    *("some_shapeless", "under_transform", "undone_transforms", "unholdable", "wrapped"),
-]
-
 _is_nested: Callable[[Tensor], bool] = operator.attrgetter("is_nested")
 _is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 _unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
@@ -70,7 +65,6 @@ def is_shapeless(tensor: Tensor) -> bool:
 
 
 def some_shapeless(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of them is."""
     return any(map(_is_nested, tensors)) and any(map(is_shapeless, tensors))
 
 

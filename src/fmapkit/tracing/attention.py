@@ -42,8 +42,6 @@ from fmapkit.torchlib.transforms import is_shapeless, wrapped
 from fmapkit.tracing.events import Event
 from fmapkit.tracing.pass_trace import PassTrace
 
-__all__ = ["AttentionWatch"]
-
 FUSED = words(
     """_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention
     _scaled_dot_product_cudnn_attention _scaled_dot_product_flash_attention_for_cpu

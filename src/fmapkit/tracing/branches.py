@@ -5,8 +5,6 @@ from __future__ import annotations
 import dis
 import types
 
-__all__ = ["only_raises"]
-
 # Between the function whose result is asked for and the jump.
 _BEFORE_A_JUMP = {"UNARY_NOT", "TO_BOOL", "EXTENDED_ARG"}
 _MOST = 400  # instructions that are looked at

@@ -40,8 +40,6 @@ from fmapkit.tracing.events import Event
 from fmapkit.tracing.layer_edits import LayerEdits
 from fmapkit.tracing.pass_trace import PassTrace
 
-__all__ = ["LayerCalls"]
-
 
 class LayerCalls:
     """The layers of one pass.

@@ -24,8 +24,6 @@ from fmapkit.tracing.frames import EditSite, Frame, SigmaCall
 from fmapkit.tracing.module_edits import ModuleEdits
 from fmapkit.tracing.pass_trace import HIDDEN, PassTrace
 
-__all__ = ["LayerEdits", "exchanged"]
-
 COMPARED = (
     "its preactivation is compared before the nonlinearity ({}) runs that chooses by that, and "
     "another one cannot be put in its place; its activation may be edited"

@@ -20,8 +20,6 @@ from fmapkit.torchlib.rebuilt import rebuilt
 from fmapkit.tracing.frames import first_tensor
 from fmapkit.tracing.pass_trace import PassTrace
 
-__all__ = ["ModuleEdits"]
-
 
 class ModuleEdits:
     """Carries out the edits of inputs and outputs of one pass."""

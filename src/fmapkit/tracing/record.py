@@ -21,8 +21,6 @@ from fmapkit.tracing.events import Event, HookPoints
 from fmapkit.tracing.frames import EditSite
 from fmapkit.tracing.label_table import LabelTable
 
-__all__ = ["Record"]
-
 
 class Record:
     """The events of one pass.

@@ -29,8 +29,6 @@ from fmapkit.tracing.frames import SigmaCall
 from fmapkit.tracing.layer_edits import LayerEdits
 from fmapkit.tracing.pass_trace import PassTrace
 
-__all__ = ["SigmaCalls"]
-
 
 class SigmaCalls:
     """The nonlinearities of one pass that are called as functions."""

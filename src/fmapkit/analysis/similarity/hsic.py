@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LEAST", "Gram", "dissimilarities", "hsic", "own_hsic"]
-
 LEAST = 4  # samples: below that, HSIC₁ is not defined
 _CHUNK = 2**22  # values of a map that are converted to float64 at once
 

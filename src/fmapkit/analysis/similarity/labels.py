@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
 
-__all__ = ["MapTag", "labels"]
-
 
 @dataclass(frozen=True, slots=True)
 class MapTag:
@@ -25,7 +23,6 @@ class MapTag:
 
     @classmethod
     def of(cls, fm: FeatureMap) -> MapTag:
-        """That of a map."""
         there = fm.filters
         filters = (there[0], there[-1], len(there)) if there else ()
         return cls(fm.layer, fm.path, fm.kind, fm.call, fm.nonlinearity or "", filters)

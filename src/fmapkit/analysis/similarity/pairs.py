@@ -11,8 +11,6 @@ from torch import Tensor
 from fmapkit.analysis.similarity.hsic import Gram, hsic, own_hsic
 from fmapkit.analysis.similarity.labels import MapTag
 
-__all__ = ["Pairs"]
-
 # Each is (first, second): HSIC₁ of the two, of the first, of the second, and their weight; then of
 # dissimilarities x and y: how many, and the sums of x, y, x², y² and x·y.
 _HSIC = ("both", "first", "second", "weight")
@@ -21,9 +19,6 @@ _RSA = ("pairs", "x", "y", "xx", "yy", "xy")
 
 class Pairs:
     """The sums.
-
-    Args:
-        rsa: keep those of dissimilarities, too.
 
     Attributes:
         first: the maps of the first model, in the order in which they were seen.
@@ -37,7 +32,6 @@ class Pairs:
         self._keys = (*_HSIC, *_RSA) if rsa else _HSIC
 
     def add(self, first: Mapping[MapTag, Gram], second: Mapping[MapTag, Gram]) -> None:
-        """Take in one pass of both."""
         self._grow(first, second)
         device = self._sums["both"].device
         rows = torch.tensor([self.first.index(tag) for tag in first], device=device)
@@ -96,12 +90,10 @@ class Pairs:
         return (xy - x * y / n) / spread
 
     def state(self) -> dict[str, object]:
-        """All that is known."""
         first, second = ([astuple(tag) for tag in of] for of in (self.first, self.second))
         return {"first": first, "second": second, "sums": dict(self._sums)}
 
     def load(self, state: Mapping[str, object]) -> None:
-        """Go on from a `state`."""
         first, second, sums = state["first"], state["second"], state["sums"]
         assert isinstance(first, list) and isinstance(second, list) and isinstance(sums, dict)
         self.first, self.second = ([MapTag(*tag) for tag in of] for of in (first, second))

@@ -6,13 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmapkit.plot import subplots
+from fmapkit.plot import axes_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-__all__ = ["plot_similarity"]
 
 _NUMBERED = 12  # rows up to which each cell has its figure
 
@@ -30,15 +28,10 @@ def plot_similarity(
     Args:
         values: (rows, columns).
         layers: the names of the rows, and of the columns.
-        ax: axes to draw into; None makes a figure.
-        measure: "cka" or "rsa".
-        title: stands above; None for the name of the measure.
     """
     rows, columns = layers
-    if ax is None:
-        width = float(np.clip(2.5 + 0.45 * len(columns), 4, 14))
-        height = float(np.clip(1.6 + 0.4 * len(rows), 3, 14))
-        _, ax = subplots(figsize=(width, height), layout="constrained")
+    width, height = np.clip([2.5 + 0.45 * len(columns), 1.6 + 0.4 * len(rows)], [4, 3], 14)
+    figure, ax = axes_of(ax, float(width), float(height))
     low = 0.0 if np.nanmin(values, initial=0.0) >= 0 or measure == "cka" else -1.0
     drawn = ax.imshow(values, cmap="magma", vmin=low, vmax=1, interpolation="nearest")
     ax.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
@@ -49,6 +42,5 @@ def plot_similarity(
             colour = "black" if value > (1 + low) / 2 else "white"
             ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize="small", color=colour)
     ax.set_title(title or ("linear CKA" if measure == "cka" else "RSA"), fontsize="medium")
-    figure: Figure = ax.figure.figure
     figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.02)
     return figure

@@ -18,9 +18,8 @@ from fmapkit.errors import (
     UnknownLayerError,
     check_choice,
     check_flags,
-    did_you_mean,
     listed,
-    near,
+    no_layer,
 )
 from fmapkit.readable import plain_values
 from fmapkit.tables import Shown, Table
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
     from fmapkit.maps import FeatureMap
 
-__all__ = ["Similarity"]
-
 _AHEAD = 64  # passes that one of two models may be ahead of the other
 _SHOWN = 8  # columns of a table
 
@@ -41,7 +38,6 @@ class _Side:
     """What one model has shown; an analysis. It holds matrices of passes that nobody has used yet.
 
     Args:
-        owner: whose side it is.
         name: "first", "second" or "only".
     """
 
@@ -243,11 +239,7 @@ class Similarity(Shown):
         for name, known in zip(key, self.layers, strict=True):
             if name not in known:
                 why = f": {self.missed[name]}" if name in self.missed else ""
-                raise UnknownLayerError(
-                    f"no layer {name!r}{did_you_mean(name, known)} (seen: {listed(known)}){why}",
-                    layer=name,
-                    candidates=near(name, known) or known,
-                )
+                raise no_layer(name, known, "seen", why)
             places.append(known.index(name))
         return float(self.cka[places[0], places[1]])
 

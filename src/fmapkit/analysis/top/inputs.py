@@ -13,79 +13,55 @@ from fmapkit.kinds import Kind
 if TYPE_CHECKING:
     from fmapkit.explain import ReceptiveField
 
-__all__ = ["InputFields", "image_of", "sequence_of"]
 
-
-class InputFields:
-    """The receptive fields of a layer's map, for inputs of each size.
+def fields_for(
+    layer: str, kind: str, path: str, model: nn.Module | None, given: ReceptiveField | None
+) -> Callable[[Tensor], ReceptiveField]:
+    """What tells the receptive fields of a layer's map for an image (channels, rows, columns).
 
     Args:
-        layer: its name.
-        kind: of the map.
-        path: place in a nested output; else "".
-        model: to find the fields of; or
-        field: what is given, of inputs of one size.
+        model: to find the fields of, for images of each size; or
+        given: the fields, of images of one size.
 
     Raises:
-        ArgumentError: neither is given, or both.
+        ArgumentError: neither is given, or both. So does the function, where the given ones are of
+            images of another size.
     """
+    if (model is None) == (given is None):
+        raise ArgumentError(
+            "which pixels a location sees is told by model=, the one that was captured, or by "
+            "field=, what fmapkit.explain.receptive_field gave: give one of them"
+        )
+    known: dict[tuple[int, ...], ReceptiveField] = {}
 
-    def __init__(
-        self,
-        layer: str,
-        kind: str,
-        path: str,
-        model: nn.Module | None,
-        field: ReceptiveField | None,
-    ) -> None:
-        if (model is None) == (field is None):
-            raise ArgumentError(
-                "which pixels a location sees is told by model=, the one that was captured, or by "
-                "field=, what fmapkit.explain.receptive_field gave: give one of them"
-            )
-        self._layer, self._kind, self._path = layer, kind, path
-        self._model, self._given = model, field
-        self._known: dict[tuple[int, ...], ReceptiveField] = {}
-
-    def of(self, image: Tensor) -> ReceptiveField:
-        """The one for an image (channels, rows, columns).
-
-        Raises:
-            ArgumentError: the given one is of images of another size.
-        """
-        if self._given is not None:
-            if tuple(self._given.input_shape) != tuple(image.shape[1:]):
+    def fields(image: Tensor) -> ReceptiveField:
+        if given is not None:
+            if tuple(given.input_shape) != tuple(image.shape[1:]):
                 raise ArgumentError(
-                    f"field= is of images of {tuple(self._given.input_shape)} pixels, and the data "
-                    f"set has one of {tuple(image.shape[1:])}; model= finds the field of each size"
+                    f"field= is of images of {tuple(given.input_shape)} pixels, and the data set "
+                    f"has one of {tuple(image.shape[1:])}; model= finds the field of each size"
                 )
-            return self._given
-        found = self._known.get(tuple(image.shape))
-        if found is None:
+            return given
+        size = tuple(image.shape)
+        if size not in known:
             from fmapkit.explain import receptive_field
 
-            assert self._model is not None
-            first = next(self._model.parameters(), image)
+            assert model is not None
+            first = next(model.parameters(), image)
             example = image.unsqueeze(0).to(first.device)
             if example.is_floating_point() and first.is_floating_point():
                 example = example.to(first.dtype)
-            found = receptive_field(
-                self._model,
-                self._layer,
-                example,
-                kind=cast("Kind", self._kind),
-                path=self._path or None,
-            )
-            self._known[tuple(image.shape)] = found
-        return found
+            its = cast("Kind", kind)
+            known[size] = receptive_field(model, layer, example, kind=its, path=path or None)
+        return known[size]
+
+    return fields
 
 
 def image_of(dataset: Any, number: int, take: Callable[[Any], Any] | None) -> Tensor:
     """An image of a data set by its number, (channels, rows, columns).
 
     Args:
-        dataset: anything with `[number]`.
-        number: which.
         take: what to take of that; None for the first tensor or sequence in it.
 
     Raises:

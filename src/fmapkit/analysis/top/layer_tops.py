@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fmapkit.analysis.top.inputs import InputFields, image_of, sequence_of
+from fmapkit.analysis.top.inputs import fields_for, image_of, sequence_of
 from fmapkit.errors import ArgumentError, FilterRangeError
 from fmapkit.tables import Shown, Table
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fmapkit.explain import ReceptiveField
-
-__all__ = ["Context", "Hit", "LayerTops", "Patch"]
 
 _ROWS = 16  # filters that a table shows
 
@@ -193,13 +191,13 @@ class LayerTops(Shown):
                 layer=self.layer,
                 kind=self.kind,
             )
-        fields = InputFields(self.layer, self.kind, self.path, model, field)
+        fields = fields_for(self.layer, self.kind, self.path, model, field)
         found: dict[int, list[Patch]] = {}
         for filter, its in hits.items():
             found[filter] = []
             for hit in its:
                 whole = image_of(dataset, hit.input, image)
-                top, left, bottom, right = fields.of(whole).box(*hit.at)
+                top, left, bottom, right = fields(whole).box(*hit.at)
                 pixels = whole[:, top:bottom, left:right]
                 found[filter].append(Patch(hit, (top, left, bottom, right), pixels, whole))
         return found

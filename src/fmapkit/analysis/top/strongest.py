@@ -16,8 +16,6 @@ from fmapkit.analysis._bins import placed
 from fmapkit.analysis._moments import accumulator
 from fmapkit.errors import ArgumentError
 
-__all__ = ["Scores", "Strongest", "by_sample", "scores_of"]
-
 NONE = -1  # in the place of an input that has not come
 
 # (samples, filters, *locations) -> (samples, filters)
@@ -57,11 +55,9 @@ class Strongest:
         return self.at.shape[2]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its name."""
         return {"scores": self.scores, "inputs": self.inputs, "at": self.at}
 
     def on(self, device: torch.device) -> Strongest:
-        """The same on a device."""
         if self.scores.device == device:
             return self
         return Strongest(*(placed(t, device) for t in self.tensors().values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,8 +19,6 @@ from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
     from fmapkit.maps import FeatureMap
-
-__all__ = ["TopInputs"]
 
 _KINDS = ("response", "preactivation", "activation", "output")
 
@@ -191,10 +189,7 @@ class TopInputs(Shown, Mergeable[_TopGroup, LayerTops]):
         filters, groups = self._groups.parts(name)
         tops = [group.top.on(groups[0].device) for group in groups]
         return LayerTops(
-            layer=name.layer,
-            kind=name.kind,
-            nonlinearity=name.nonlinearity,
-            path=name.path,
+            **asdict(name),
             filters=filters or (),
             seen=max(group.seen for group in groups),
             scores=torch.cat([t.scores for t in tops]),

@@ -8,7 +8,6 @@ from typing import TypeVar
 from fmapkit.paths.rewriting.syntax import MARK
 from fmapkit.paths.rewriting.torch_calls import recorded
 
-__all__ = ["APPEND", "Inserting"]
 
 _Node = TypeVar("_Node", bound=ast.AST)
 

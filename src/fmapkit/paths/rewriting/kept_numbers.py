@@ -13,8 +13,6 @@ from typing import Any
 
 from fmapkit.paths.rewriting.syntax import position_of, site_at
 
-__all__ = ["PUT", "kept_numbers", "writes_out"]
-
 # Methods that put what they are given into a container: it is looked at where it is used.
 PUT = frozenset({"append", "appendleft", "add"})
 # Calls that give a number, or some, of a tensor; or one of numbers.

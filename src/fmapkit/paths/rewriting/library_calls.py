@@ -18,10 +18,6 @@ from typing import Any
 
 from fmapkit.paths.rewriting.syntax import dotted
 
-__all__ = [
-    *("HARMLESS", "PICK", "TAKE_ALL"),
-    *("calls_back", "gives_all", "goes_through", "object_named", "takes_all"),
-]
 
 # Builtins whose arguments need no look: what they return is looked at where it is used.
 HARMLESS = {

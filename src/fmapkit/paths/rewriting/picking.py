@@ -10,7 +10,6 @@ from fmapkit.paths.rewriting.library_calls import calls_back, goes_through
 from fmapkit.paths.rewriting.syntax import is_row
 from fmapkit.paths.rewriting.torch_calls import recorded
 
-__all__ = ["PYTHON_GOES_BY", "Picking", "returned_by"]
 
 # Methods that Python calls by itself, and by whose results it goes: it hands on those of others.
 PYTHON_GOES_BY = {

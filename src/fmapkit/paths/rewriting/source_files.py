@@ -7,8 +7,6 @@ import linecache
 import types
 from typing import Any
 
-__all__ = ["Code", "Outermost", "SourceFile", "known_as", "name_in_source", "qualified_name"]
-
 Outermost = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 # Code of two files may be equal: the name of the file tells them apart.

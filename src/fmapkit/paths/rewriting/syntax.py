@@ -10,22 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = [
-    "MARK",
-    "OF_TORCHS",
-    "dotted",
-    "first_argument",
-    "is_plain_function",
-    "is_row",
-    "names_bound",
-    "names_loaded",
-    "position_of",
-    "rows_bound",
-    "site_at",
-    "torch_name",
-    "watched_names",
-]
-
 # What marks begin with: no string of a model does.
 MARK = "\0"
 

@@ -21,8 +21,6 @@ from fmapkit.paths.rewriting.syntax import names_bound, position_of, site_at, wa
 from fmapkit.paths.rewriting.torch_calls import TorchRewriter
 from fmapkit.torchlib.fused_paths import is_torchs
 
-__all__ = ["Twin", "make_twins"]
-
 _FUTURE = 0x1FF0000  # the flags that `from __future__ import …` sets in a code object
 
 
