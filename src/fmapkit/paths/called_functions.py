@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 from torch.autograd import Function
 
-
 _WRAPPED = (staticmethod, classmethod)
 _CALL = nn.Module.__call__
 _APPLY = Function.__dict__["apply"].__func__

@@ -19,7 +19,6 @@ from fmapkit.paths.twins import Twins, call_site
 from fmapkit.torchlib.fused_paths import functions_inside
 from fmapkit.torchlib.nested import modules_in
 
-
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _HANDLER = torch.overrides.handle_torch_function.__code__
 # Paths, told by the hash of their items, in which every function that ran has recorded.

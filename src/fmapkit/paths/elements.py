@@ -20,7 +20,6 @@ import torch
 from fmapkit.paths.items import ITEM_OF, PLAIN, class_of, flat, ignore, item_of_class
 from fmapkit.torchlib.class_cache import remembered
 
-
 _MOST = 1024  # numbers of an array: so many at most go with as many tensors
 _NONE: dict[Any, Any] = {}
 _VIEWS = tuple(map(type, (_NONE.keys(), _NONE.values(), _NONE.items())))

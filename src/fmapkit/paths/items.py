@@ -27,7 +27,6 @@ from fmapkit.paths.rewriting import MARK
 from fmapkit.paths.sinks import ident, sinks
 from fmapkit.torchlib.class_cache import remembered
 
-
 PLAIN: frozenset[type] = frozenset(
     {
         *(int, str, bytes, complex, type(None), type(...), range),

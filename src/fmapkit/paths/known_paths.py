@@ -25,7 +25,6 @@ from fmapkit.paths.number_rules import (
     sort_of,
 )
 
-
 _Plan = TypeVar("_Plan")
 
 _MOST_SIZES = 32  # per path: how many sizes its items are kept for

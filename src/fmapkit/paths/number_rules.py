@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
-
 Sizes = tuple[int, ...]
 Rule = tuple[Any, ...]
 

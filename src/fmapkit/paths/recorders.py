@@ -32,7 +32,6 @@ from fmapkit.paths.rewriting import FLOATS_ARE_IDLE, MARK, ONLY_ZERO_DECIDES
 from fmapkit.paths.sinks import append_of, ident
 from fmapkit.torchlib.fused_paths import instead_of
 
-
 _T = TypeVar("_T")
 
 _FUNCTION = types.FunctionType

@@ -25,7 +25,6 @@ from fmapkit.paths.recorders import RECORDERS
 from fmapkit.paths.recorders import twins as _codes
 from fmapkit.paths.rewriting import Code, Twin, known_as, make_twins, qualified_name, site_at
 
-
 _lock = threading.RLock()
 _code_of = operator.attrgetter("__code__")
 # By the original, and the attributes that are known to be fixed; None where there is no twin.

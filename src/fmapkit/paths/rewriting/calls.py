@@ -28,7 +28,6 @@ from fmapkit.paths.rewriting.torch_calls import (
     recorded,
 )
 
-
 # Functions of torch's whose plain arguments decide neither what runs nor whose filters come out.
 _PLAIN_ARGUMENTS_ARE_IDLE = {
     *("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"),

@@ -8,7 +8,6 @@ from typing import TypeVar
 from fmapkit.paths.rewriting.syntax import MARK
 from fmapkit.paths.rewriting.torch_calls import recorded
 
-
 _Node = TypeVar("_Node", bound=ast.AST)
 
 # What a function's marks are given to, while it runs. No identifier of a model's can be that.

@@ -18,7 +18,6 @@ from typing import Any
 
 from fmapkit.paths.rewriting.syntax import dotted
 
-
 # Builtins whose arguments need no look: what they return is looked at where it is used.
 HARMLESS = {
     *("abs", "all", "any", "bool", "callable", "float", "hasattr", "id", "int", "isinstance"),

@@ -10,7 +10,6 @@ from fmapkit.paths.rewriting.library_calls import calls_back, goes_through
 from fmapkit.paths.rewriting.syntax import is_row
 from fmapkit.paths.rewriting.torch_calls import recorded
 
-
 # Methods that Python calls by itself, and by whose results it goes: it hands on those of others.
 PYTHON_GOES_BY = {
     *("__bool__", "__contains__", "__eq__", "__exit__", "__ge__", "__getitem__", "__gt__"),

@@ -26,7 +26,6 @@ from fmapkit.paths.rewriting.syntax import (
 )
 from fmapkit.paths.rewriting.torch_calls import recorded
 
-
 _Node = TypeVar("_Node", bound=ast.AST)
 
 
