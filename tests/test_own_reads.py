@@ -271,3 +271,32 @@ def test_they_are_no_reason_to_trace(name: str, traced: list[None]) -> None:
             model(*turn)
         assert not maps.missed
     assert not traced
+
+
+# -- with an attribute that counts ---------------------------------------------------------------
+
+
+class Counted(Queue):
+    """The same, while an attribute is another one in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("sizes", ["same", "growing"])
+def test_a_counter_beside_numbers_that_change(sizes: str, traced: list[None]) -> None:
+    model = Counted()
+    shapes = [(2, 3, 5 + n * (sizes == "growing")) for n in range(14)]
+    hold(Counted(), steps(*shapes), most=2)
+    with torch.no_grad(), capture(model) as maps:
+        for n, shape in enumerate(shapes):
+            if n == 8:
+                del traced[:]
+            model(random(*shape, n=n))
+        assert not maps.missed
+    assert len(traced) <= 1  # where the place begins anew

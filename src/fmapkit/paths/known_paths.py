@@ -278,8 +278,12 @@ class KnownPaths(Generic[_Plan]):
         return path.by_sizes.get(sizes) if path is not None else None
 
     def has(self, items: list[Any], sizes: Sizes) -> bool:
-        """Whether a call on such inputs took this very path."""
-        return any(path.by_sizes.get(sizes) == items for path in self._paths)
+        """Whether a call on such inputs took this very path; on others, one but for its numbers."""
+        exact = [path.by_sizes[sizes] for path in self._paths if sizes in path.by_sizes]
+        if exact:
+            return items in exact
+        firsts = (next(iter(path.by_sizes.values())) for path in self._paths)
+        return any(same_but_for_numbers(first, items) for first in firsts)
 
     def wavers(self, items: list[Any], sizes: Sizes) -> bool:
         """Whether a traced call, after one that left its path, took a third one."""
