@@ -6,7 +6,8 @@ are those of a pass that was captured alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,14 @@ from fmapkit import capture
 from tests.test_paths import Turn, hold, random
 
 pytestmark = pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_found(settled: None) -> Iterator[None]:
+    """Functions without a name are found by the garbage collector alone, unless it is frozen."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
 
 
 class Scaled(nn.Module):
@@ -300,3 +309,85 @@ def test_a_counter_beside_numbers_that_change(sizes: str, traced: list[None]) ->
             model(random(*shape, n=n))
         assert not maps.missed
     assert len(traced) <= 1  # where the place begins anew
+
+
+# -- sizes that are data -------------------------------------------------------------------------
+
+
+class Sized(nn.Module):
+    """As many rows go on as what it is given, or has, says."""
+
+    def __init__(self, way: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("rows", torch.tensor([True, False, True, True, False, True]))
+        self.way = way
+
+    def forward(self, x: Tensor, told: Tensor) -> Tensor:
+        return torch.tanh(self.two(self.way(self, F.relu(self.one(x)), told)))
+
+
+def _unpadded(model: Any, h: Tensor, told: Tensor) -> Tensor:
+    at = torch.nonzero(told != 0, as_tuple=False).flatten()
+    return F.relu(model.two(h[at]))[: at.shape[0]]
+
+
+def _by_two(model: Any, h: Tensor, told: Tensor) -> Tensor:
+    return h[told > 0, 1:][:, :3].new_ones(int((told > 0).sum()), 4) * h[told > 0]
+
+
+def _by_filters(model: Any, h: Tensor, told: Tensor) -> Tensor:
+    kept = h[:, told[:4] > 0]  # the layer's filters: which of them, no label tells
+    return torch.cat([F.relu(kept), h], 1)[:, :4]
+
+
+def _between(model: Any, h: Tensor, told: Tensor) -> Tensor:
+    start = told.clamp(min=0)[0]
+    return F.pad(F.relu(h[:, start : start + 2]), (0, 2))
+
+
+def _by_results(model: Any, h: Tensor, told: Tensor) -> Tensor:
+    return h[h.sum(1) > 0.5]
+
+
+SIZED: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "mask": lambda model, h, told: h[told > 0],
+    "mask of all": lambda model, h, told: h[(told > 0).unsqueeze(1).expand(6, 4)].view(-1, 4),
+    "mask and None": lambda model, h, told: h[None, told > 0][0],
+    "masked_select": lambda model, h, told: torch.masked_select(h, told[:, None] > 0).view(-1, 4),
+    "buffer": lambda model, h, told: h[model.rows],
+    "nonzero": _unpadded,
+    "where": lambda model, h, told: h[torch.where(told > 0)[0]],
+    "unique": lambda model, h, told: h[: told.unique().shape[0]],
+    "bincount": lambda model, h, told: h[: torch.bincount(told.abs()).shape[0]],
+    "repeat_interleave": lambda model, h, told: h.repeat_interleave(told.abs(), dim=0),
+    "two masks": _by_two,
+    "filters": _by_filters,
+    "bounds": _between,
+    "results": _by_results,
+}
+REPLAYED = [n for n in SIZED if n not in ("bounds", "results", "filters")]
+
+
+def _told(n: int) -> tuple[Tensor, Tensor]:
+    told = torch.randint(-1, 3, (6,), generator=torch.Generator().manual_seed(n))
+    told[0] = 1
+    return random(6, 4, n=n), told
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", SIZED)
+def test_sizes_that_are_data_are_known_before_the_pass(name: str, train: bool) -> None:
+    hold(Sized(SIZED[name]), [Turn(_told(n)) for n in range(10)], train=train, most=3)
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_sizes_that_are_data_are_no_reason_to_trace(name: str, traced: list[None]) -> None:
+    model = Sized(SIZED[name])
+    with torch.no_grad(), capture(model) as maps:
+        for n in range(40):
+            if n == 30:
+                del traced[:]
+            model(*_told(n))
+        assert not maps.missed
+    assert len(traced) < 4

@@ -17,7 +17,13 @@ from fmapkit.paths import keeps_number, may_be_handled, runs_own_code
 from fmapkit.provenance import Constants, Function, FunctionCall
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.branches import only_raises
-from fmapkit.tracing.input_reads import InputRead, MadeTensors, is_cheap
+from fmapkit.tracing.input_reads import (
+    InputRead,
+    MadeTensors,
+    is_cheap,
+    sizes_are_data,
+    sizes_given,
+)
 from fmapkit.tracing.pass_trace import PassTrace
 
 __all__ = ["DataReads"]
@@ -65,7 +71,11 @@ class DataReads:
                 return None
             if trace.region is not None and not _picked_in_c(known.name, asking):
                 by_inputs = partial(self._made.of_inputs, known, func, args, kwargs)
-        return trace.decides(by_inputs)
+        read = trace.decides(by_inputs)
+        if read is not None and sizes_are_data(known.name):  # it makes tensors, which are followed
+            trace.asked.append((read, sizes_given(known.name, func, args, kwargs)))
+            return None
+        return read
 
     def after(self, known: Function, call: FunctionCall) -> None:
         """A function has run."""

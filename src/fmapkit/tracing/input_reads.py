@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from fmapkit.provenance import Function, FunctionCall, words
 from fmapkit.storage import Aliases
 from fmapkit.torchlib.memory import storage_of
+from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.frames import Frame
 
-__all__ = ["InputRead", "MadeTensors", "is_cheap", "read"]
+__all__ = ["InputRead", "MadeTensors", "is_cheap", "read", "sizes_are_data", "sizes_given"]
 
 # Are the same of the same tensors, write to none, never warn, and cost little beside a layer.
 _CHEAP = words(
@@ -51,12 +52,19 @@ _NUMBERS = {"item", "__int__", "__index__", "__float__"}
 # Give whole numbers to Python, of tensors of these dtypes.
 _WHOLE = {"item", "tolist", "__int__", "__index__"}
 _WHOLE_DTYPES = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+# Give tensors whose sizes are data: of all their arguments, of masks, of how often to repeat what.
+_SIZES = {"nonzero", "argwhere", "where", "unique", "unique_consecutive", "bincount"}
+_BY_MASKS = {"__getitem__", "masked_select"}
+_BY_TIMES = {"repeat_interleave"}
+_MASKS = {torch.bool, torch.uint8}
 _PLAIN = frozenset(
     {bool, float, str, type(None), type(...), torch.dtype, torch.device, torch.layout}
 ) | {torch.memory_format}
 _SEVERAL: dict[type, type] = {tuple: tuple, list: list, torch.Size: tuple}
 _TENSORS = frozenset({Tensor, nn.Parameter})
 _MOST_FUNCTIONS = 12
+_INDICES = {int, type(None), type(...)}
+_BOUNDS = {int, type(None)}
 
 
 class _Input(NamedTuple):
@@ -192,8 +200,15 @@ class MadeTensors:
         Returns:
             None if it is neither truth nor whole, or comes from elsewhere, too, or from far away.
         """
-        whole = False
-        if known.name not in _TRUTHS:
+        whole = True
+        if sizes_are_data(known.name):
+            counting = _sizes_by(known.name, function, args, kwargs)
+            if counting is None:
+                return None
+            function, args, kwargs = counting
+        elif known.name in _TRUTHS:
+            whole = False
+        else:
             dtype = args[0].dtype
             whole = known.name in _WHOLE and dtype in _WHOLE_DTYPES
             if not whole and (known.name not in _NUMBERS or dtype is not torch.bool):
@@ -226,6 +241,58 @@ class MadeTensors:
         if kind is slice:
             return _Several(slice, tuple(map(self._part, (value.start, value.stop, value.step))))
         raise _NotOfInputsError
+
+
+def sizes_are_data(name: str) -> bool:
+    """Whether a function, told by its name, gives tensors whose sizes are data."""
+    return name in _SIZES or name in _BY_MASKS or name in _BY_TIMES
+
+
+def sizes_given(name: str, function: Any, args: Any, kwargs: Any) -> list[int]:
+    """The whole numbers that the sizes follow of what such a function gives."""
+    counting = _sizes_by(name, function, args, kwargs)
+    assert counting is not None
+    function, args, kwargs = counting
+    found: list[int] = function(*args, **kwargs)
+    return found
+
+
+def _sizes_by(name: str, function: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any] | None:
+    """A function that gives these numbers, with its arguments; None if more than they is data."""
+    if name in _SIZES:
+        return _sizes_of(function), args, kwargs
+    if name in _BY_TIMES:
+        times = kwargs.get("repeats", args[1] if len(args) > 1 else None)
+        return (_total, (times,), {}) if isinstance(times, Tensor) else None
+    if kwargs or len(args) < 2:
+        return None
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    if not all(isinstance(part, Tensor) or _is_plain_index(part) for part in index):
+        return None
+    return _counts, tuple([p for p in index if isinstance(p, Tensor) and p.dtype in _MASKS]), {}
+
+
+def _is_plain_index(part: Any) -> bool:
+    kinds = (type(part.start), type(part.stop), type(part.step)) if type(part) is slice else ()
+    return type(part) in _INDICES or (bool(kinds) and _BOUNDS.issuperset(kinds))
+
+
+def _counts(*masks: Tensor) -> list[int]:
+    return [int(torch.count_nonzero(mask)) for mask in masks]
+
+
+def _total(times: Tensor) -> list[int]:
+    return [int(times.sum())]
+
+
+@cache
+def _sizes_of(function: Any) -> Callable[..., list[int]]:
+    """What gives the sizes of all tensors that a function gives."""
+
+    def sizes(*args: Any, **kwargs: Any) -> list[int]:
+        return [size for out in tensors_in(function(*args, **kwargs)) for size in out.shape]
+
+    return sizes
 
 
 class _FormWriter:
