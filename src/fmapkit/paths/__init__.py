@@ -17,8 +17,8 @@ model of the same structure, it makes the same calls of torch on the same tensor
 """
 
 from fmapkit.paths.control import ControlPaths
-from fmapkit.paths.known_paths import Expected, KnownPaths, same_but_for_numbers
-from fmapkit.paths.number_rules import Sizes, by_rule, rules_of
+from fmapkit.paths.known_paths import Expected, KnownPaths
+from fmapkit.paths.number_rules import Sizes, by_rule, rules_of, same_but_for_numbers
 from fmapkit.paths.recorders import taps
 from fmapkit.paths.sinks import unrecorded
 from fmapkit.paths.survey import runs_own_code

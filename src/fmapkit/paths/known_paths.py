@@ -10,7 +10,7 @@ same till then may follow it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from fmapkit.paths.number_rules import (
@@ -19,9 +19,13 @@ from fmapkit.paths.number_rules import (
     are_clear,
     by_rule,
     coincidences,
+    differences,
+    item_at,
     kept,
+    number_places,
     roundings,
     rules_of,
+    same_but_for_numbers,
     sort_of,
 )
 
@@ -129,12 +133,12 @@ class _Path(Generic[_Plan]):
         if all(sizes[axis] == size for axis, size in self.constant.items()):
             return True
         items = next(iter(self.by_sizes.values()))
-        return all(place in self.rules for place in _numbers(items))
+        return all(place in self.rules for place in number_places(items))
 
     def fits(self, items: list[Any], sizes: Sizes) -> bool:
         """Whether a call took this path, which `holds_for` its sizes, with numbers that follow."""
         before = next(iter(self.by_sizes.values()))
-        found = _differences(before, items)
+        found = differences(before, items)
         if found is None or any(place not in self.rules for place, _, _ in found):
             return False
         if any(sort_of(old) != sort_of(new) for _, old, new in found):
@@ -144,7 +148,7 @@ class _Path(Generic[_Plan]):
         for place, rules in self.rules.items():
             value = values.get(place)
             if value is None:
-                value = _at(items, place)
+                value = item_at(items, place)
             still[place] = kept(rules, value, sizes)
             if not still[place]:
                 return False
@@ -163,7 +167,7 @@ class _Path(Generic[_Plan]):
         if not alike:
             return False
         before, known = next((s, i) for s, i in self.by_sizes.items())
-        found = _differences(known, items)
+        found = differences(known, items)
         if found is None or any(sort_of(old) != sort_of(new) for _, old, new in found):
             return False
         rules = dict(self.rules)
@@ -172,13 +176,13 @@ class _Path(Generic[_Plan]):
                 both = rules_of(old, before) & rules_of(new, sizes)
                 rules[place] = both or self._roundings(place, new, sizes)
         seen = [*self.by_sizes, sizes]
-        for place in _numbers(items):
+        for place in number_places(items):
             if place not in rules:
-                both = coincidences(_at(items, place), seen)
+                both = coincidences(item_at(items, place), seen)
                 if both:
                     rules[place] = both
         for place in rules:
-            value = _at(items, place)
+            value = item_at(items, place)
             rules[place] = kept(rules[place], value, sizes)
         if not all(rules.values()):
             return False
@@ -194,11 +198,11 @@ class _Path(Generic[_Plan]):
         # All rules of a number give the same: one tells of which sort that is.
         items = next(iter(self.by_sizes.values()))
         exact = {p: [one for one in r if one[0] != "rounded"] for p, r in rules.items()}
-        self._sorts = [(min(r), sort_of(_at(items, p))) for p, r in exact.items() if r]
+        self._sorts = [(min(r), sort_of(item_at(items, p))) for p, r in exact.items() if r]
 
     def _roundings(self, place: tuple[int, ...], new: int, sizes: Sizes) -> set[Rule]:
         """How a number may follow by rounding that no other rule tells."""
-        before = [(_at(items, place), known) for known, items in self.by_sizes.items()]
+        before = [(item_at(items, place), known) for known, items in self.by_sizes.items()]
         return roundings([*before, (new, sizes)])
 
     def deciding(self, at: int) -> tuple[Any, ...]:
@@ -304,7 +308,7 @@ class KnownPaths(Generic[_Plan]):
         numbers = sizes not in path.by_sizes
         at = 0
         for a, b in zip(known, items, strict=False):
-            if a != b and not (numbers and _differences((a,), (b,)) is not None):
+            if a != b and not (numbers and differences((a,), (b,)) is not None):
                 break
             at += 1
         return at, path.deciding(at)
@@ -351,51 +355,3 @@ class KnownPaths(Generic[_Plan]):
             self._paths.pop(0)
         self._paths.append(_Path(items, sizes, plan, moments))
         return plan
-
-
-# -- numbers of a path -------------------------------------------------------------------------
-
-
-def _numbers(items: Sequence[Any], place: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
-    """The places of all whole numbers in a path."""
-    for at, item in enumerate(items):
-        if type(item) is int:
-            yield (*place, at)
-        elif type(item) is tuple:
-            yield from _numbers(item, (*place, at))
-
-
-def same_but_for_numbers(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Whether two paths differ in whole numbers alone, if at all."""
-    return _differences(one, other) is not None
-
-
-def _differences(
-    known: Sequence[Any], items: Sequence[Any], place: tuple[int, ...] = ()
-) -> list[tuple[tuple[int, ...], int, int]] | None:
-    """Where two paths differ, in whole numbers alone; None if they differ otherwise."""
-    if len(known) != len(items):
-        return None
-    found: list[tuple[tuple[int, ...], int, int]] = []
-    for at, (a, b) in enumerate(zip(known, items, strict=True)):
-        if a is b or a == b:
-            continue
-        if type(a) is not type(b):
-            return None
-        if type(a) is int:
-            found.append(((*place, at), a, b))
-        elif type(a) is tuple:
-            inner = _differences(a, b, (*place, at))
-            if inner is None:
-                return None
-            found += inner
-        else:
-            return None
-    return found
-
-
-def _at(items: Sequence[Any], place: tuple[int, ...]) -> Any:
-    found: Any = items
-    for at in place:
-        found = found[at]
-    return found

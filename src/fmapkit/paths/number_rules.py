@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -124,3 +124,48 @@ def by_rule(rule: Rule, sizes: Sizes) -> int | Fraction:
     if kind == "times":
         return Fraction(sizes[at] * rest[0])
     return Fraction(sizes[at] * sizes[rest[0]] * rest[1])
+
+
+def number_places(items: Sequence[Any], place: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    """The places of all whole numbers in a path."""
+    for at, item in enumerate(items):
+        if type(item) is int:
+            yield (*place, at)
+        elif type(item) is tuple:
+            yield from number_places(item, (*place, at))
+
+
+def same_but_for_numbers(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two paths differ in whole numbers alone, if at all."""
+    return differences(one, other) is not None
+
+
+def differences(
+    known: Sequence[Any], items: Sequence[Any], place: tuple[int, ...] = ()
+) -> list[tuple[tuple[int, ...], int, int]] | None:
+    """Where two paths differ, in whole numbers alone; None if they differ otherwise."""
+    if len(known) != len(items):
+        return None
+    found: list[tuple[tuple[int, ...], int, int]] = []
+    for at, (a, b) in enumerate(zip(known, items, strict=True)):
+        if a is b or a == b:
+            continue
+        if type(a) is not type(b):
+            return None
+        if type(a) is int:
+            found.append(((*place, at), a, b))
+        elif type(a) is tuple:
+            inner = differences(a, b, (*place, at))
+            if inner is None:
+                return None
+            found += inner
+        else:
+            return None
+    return found
+
+
+def item_at(items: Sequence[Any], place: tuple[int, ...]) -> Any:
+    found: Any = items
+    for at in place:
+        found = found[at]
+    return found
