@@ -70,15 +70,15 @@ def _collect(module: nn.Module, found: dict[nn.Module, None]) -> None:
                 found[child] = None
 
 
-def leaves(value: Any) -> list[tuple[str, Tensor]]:
+def leaves(value: Any, path: str = "") -> list[tuple[str, Tensor]]:
     """Each tensor of a nested output with its path: `[0]`, `['w']`, `.logits`, `[1].box.corners`.
 
     Objects of any class are looked into, by the attributes that they have themselves: nothing of
     theirs is called. What an attribute repeats of the same object is not told twice.
     """
     if isinstance(value, Tensor):
-        return [("", value)]
-    return [(p, v) for p, v in _ends(value, "", {}) if isinstance(v, Tensor)]
+        return [(path, value)]
+    return [(p, v) for p, v in _ends(value, path, {}) if isinstance(v, Tensor)]
 
 
 def closed_parts(value: Any) -> list[tuple[str, str]]:
