@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from typing_extensions import Self
 
-from fmapkit.analysis._by_layer import ByLayer, S, Sums
+from fmapkit.analysis._by_layer import ByLayer, S
 from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._ranks import agree, exchange
 from fmapkit.errors import ArgumentError
 
 
-class MergeableSums(Sums, Protocol):
-    """Sums to which others can be put."""
+@dataclass(slots=True)
+class Held:
+    """What is known of one set of filters, to which others can be put."""
 
+    sums: Any  # they have a device, `on` another one, `merge`, and `tensors` by name
     local: bool  # other ranks have other filters under the same numbers
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-
-    def move(self, device: torch.device) -> None:
-        """Have them on a device."""
 
     def clash(self, name: Name, other: Self) -> str:
         """Why others, of the same name, do not go with them; empty where they do."""
+        return ""
 
     def merge(self, other: Self) -> None:
         """Put others to them."""
+        self.sums = self.sums.merge(other.sums.on(self.sums.device))
+        self.local |= other.local
+
+    def state(self) -> dict[str, Any]:
+        """As `Sums` has it."""
+        return {"local": self.local, "tensors": self.sums.tensors()}
 
 
-M = TypeVar("M", bound=MergeableSums)
+M = TypeVar("M", bound=Held)
 
 
 class Mergeable(ByLayer[M, S]):
@@ -90,7 +93,7 @@ class Mergeable(ByLayer[M, S]):
         for entry in [entry for state in ranks for entry in state["groups"]]:
             result._add(*result._kept(entry))
         for name, filters, one in result._groups:
-            one.move(self._groups.names[name][filters].device)
+            one.sums = one.sums.on(self._groups.names[name][filters].sums.device)
         return result
 
     def _check_ranks(self, said: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from fmapkit.analysis.dead_plot import STATES, states
 from fmapkit.analysis.firings import LayerFirings
 from fmapkit.analysis.summary import LayerStatistics
-from fmapkit.page import Fact, Panel, Section, number_panel, state_panel
+from fmapkit.page import Fact, Panel, Section, number_panel
 
 
 def _labels(s: LayerStatistics | LayerFirings) -> tuple[int, ...]:
@@ -73,13 +73,16 @@ def firings_section(s: LayerFirings) -> Section:
         ("revivals", s.revivals.tolist()),
     )
     spans = picture.shape[1]
-    panel = state_panel(
+    panel = Panel(
         "fired",
         f"{int(s.dead.sum())} of {len(s)} filters dead, by {s.rule}",
         _labels(s),
-        picture,
-        STATES,
-        facts=facts,
+        picture[:, None, :].astype(np.uint8),
+        "row",
+        "states",
+        facts,
+        words=STATES,
+        size=(1, spans),
         axis="inputs",
         places=tuple(f"{i * s.span} to {(i + 1) * s.span - 1}" for i in range(spans)),
     )

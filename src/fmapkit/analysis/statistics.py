@@ -15,8 +15,8 @@ from fmapkit._warnings import warn
 from fmapkit.analysis._bins import Edges
 from fmapkit.analysis._by_layer import Tabular
 from fmapkit.analysis._keys import Filters, Name
-from fmapkit.analysis._mergeable import Mergeable
-from fmapkit.analysis._moments import Moments, absorb, by_filter, fused, merge, moments
+from fmapkit.analysis._mergeable import Held, Mergeable
+from fmapkit.analysis._moments import Moments, absorb, by_filter, fused, moments
 from fmapkit.analysis._saturation import Bounds, bounds_of, checked
 from fmapkit.analysis.summary import _HEADS, LayerStatistics, _columns, summarise
 from fmapkit.errors import check_flags
@@ -28,34 +28,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class _Group:
-    """Of one set of filters: its moments, whether saturation has a meaning, who has the rest."""
-
-    moments: Moments
-    saturates: bool
-    local: bool  # other ranks have other filters under the same numbers
-
-    @property
-    def device(self) -> torch.device:
-        return self.moments.device
-
-    def move(self, device: torch.device) -> None:
-        self.moments = self.moments.on(device)
-
-    def clash(self, name: Name, other: _Group) -> str:
-        return ""
-
-    def merge(self, other: _Group) -> None:
-        self.moments = merge(self.moments, other.moments.on(self.device))
-        self.local |= other.local
+class _Group(Held):
+    sums: Moments
+    saturates: bool  # saturation has a meaning
 
     def state(self) -> dict[str, Any]:
-        return {
-            "count": self.moments.count,
-            "saturates": self.saturates,
-            "local": self.local,
-            "tensors": self.moments.tensors(),
-        }
+        return {"count": self.sums.count, "saturates": self.saturates, **Held.state(self)}
 
 
 class Statistics(Tabular, Mergeable[_Group, LayerStatistics]):
@@ -131,9 +109,9 @@ class Statistics(Tabular, Mergeable[_Group, LayerStatistics]):
         group = groups.get(filters)
         if group is None:
             first = moments(values, bounds, self._edges)
-            groups[filters] = _Group(first, bounds is not None, fm.parts is not None)
+            groups[filters] = _Group(first, fm.parts is not None, bounds is not None)
             return ""
-        group.moments = self._after(group.moments.on(tensor.device), values, bounds)
+        group.sums = self._after(group.sums.on(tensor.device), values, bounds)
         group.local |= fm.parts is not None
         return ""
 
@@ -147,7 +125,7 @@ class Statistics(Tabular, Mergeable[_Group, LayerStatistics]):
                     "Statistics(compile=True): torch.compile failed, so statistics go on without "
                     f"it ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
                 )
-        return merge(before, moments(values, bounds, self._edges, before))
+        return before.merge(moments(values, bounds, self._edges, before))
 
     def take(self) -> Statistics:
         """What was seen since the last time, as statistics of its own; this one begins anew.
@@ -163,7 +141,7 @@ class Statistics(Tabular, Mergeable[_Group, LayerStatistics]):
 
     def _read(self, name: Name) -> LayerStatistics:
         filters, groups = self._groups.parts(name)
-        parts = [(group.moments, group.saturates) for group in groups]
+        parts = [(group.sums, group.saturates) for group in groups]
         edges = None if self._edges is None else self._edges.tensor
         return summarise(name, filters, parts, edges)
 
@@ -194,7 +172,7 @@ class Statistics(Tabular, Mergeable[_Group, LayerStatistics]):
 
     def _sums(self, entry: Mapping[str, Any]) -> _Group:
         found = Moments(entry["count"], **entry["tensors"])
-        return _Group(found, entry["saturates"], entry["local"])
+        return _Group(found, entry["local"], entry["saturates"])
 
 
 @cache

@@ -25,8 +25,8 @@ from fmapkit.data.features import Features
 from fmapkit.errors import (
     ArgumentError,
     DistributedError,
-    NotAModuleError,
     StoreError,
+    check_module,
     check_positive,
 )
 from fmapkit.kinds import Kind
@@ -289,8 +289,7 @@ def checked_model(model: Any, pool: Any) -> nn.Module:
     Raises:
         ArgumentError: it is none, or is in training mode; `pool` is nothing that pools.
     """
-    if not isinstance(model, nn.Module):
-        raise NotAModuleError(f"extract takes a torch.nn.Module, not {type(model).__name__}")
+    check_module("extract", model)
     # The forward of DistributedDataParallel talks to other ranks.
     plain: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
     if plain.training:

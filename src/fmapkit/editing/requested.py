@@ -100,11 +100,11 @@ class _Edit:
 
     def modules(self, names: Names) -> list[nn.Module]:
         """The modules whose inputs or outputs are meant."""
-        return [m for m, n in names.by_module.items() if self.is_of_module(n)]
-
-    def is_of_module(self, name: str) -> bool:
-        """Whether it is for what the module of this name is given, or returns."""
-        return self.selection.layer(name) and self.kind(name) in _OF_MODULES
+        return [
+            module
+            for module, name in names.by_module.items()
+            if self.selection.layer(name) and self.kind(name) in _OF_MODULES
+        ]
 
     def why_not(self, kinds: str) -> str:
         """Why a pass that has ended had no place for it."""

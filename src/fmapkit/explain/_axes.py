@@ -29,14 +29,16 @@ def input_axes(tensor: Tensor, axes: int | Sequence[int] | None) -> tuple[int, .
     """
     shape = tuple(tensor.shape)
     if axes is None:
-        found = _usual(tensor)
-        if found is None:
+        dims = len(shape)
+        if dims in (1, 2):
+            return (dims - 1,)  # tokens, or features, one after the other
+        if dims not in (4, 5):
             raise ArgumentError(
                 f"an input of shape {shape} may be (samples, channels, positions), (samples, "
                 "positions, features) or one image: say which of its axes are locations, with "
                 "axes=2, axes=1 or axes=(1, 2)"
             )
-        return found
+        return tuple(range(2, dims))
     given = (axes,) if isinstance(axes, int) else tuple(axes)
     ints = all(isinstance(a, int) and not isinstance(a, bool) for a in given)
     if not given or not ints or not all(-len(shape) <= a < len(shape) for a in given):
@@ -45,13 +47,6 @@ def input_axes(tensor: Tensor, axes: int | Sequence[int] | None) -> tuple[int, .
     if len(set(found)) < len(found):
         raise ArgumentError(f"axes={axes!r} names an axis of the input twice")
     return found
-
-
-def _usual(tensor: Tensor) -> tuple[int, ...] | None:
-    dims = tensor.dim()
-    if dims in (1, 2):
-        return (dims - 1,)  # tokens, or features, one after the other
-    return tuple(range(2, dims)) if dims in (4, 5) else None
 
 
 def is_location(given: Sequence[Any], shape: Sequence[int]) -> bool:

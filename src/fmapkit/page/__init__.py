@@ -20,4 +20,3 @@ from fmapkit.page.panels import Fact as Fact
 from fmapkit.page.panels import Panel as Panel
 from fmapkit.page.panels import Section as Section
 from fmapkit.page.panels import number_panel as number_panel
-from fmapkit.page.panels import state_panel as state_panel

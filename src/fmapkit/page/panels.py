@@ -109,28 +109,6 @@ def number_panel(
     )
 
 
-def state_panel(
-    heading: str,
-    note: str,
-    labels: tuple[int, ...],
-    states: np.ndarray[Any, Any],
-    words: tuple[tuple[str, str], ...],
-    *,
-    facts: tuple[Fact, ...] = (),
-    axis: str = "",
-    places: tuple[str, ...] = (),
-) -> Panel:
-    """A panel of states, (filters, places): whole numbers that `words` names, with colours."""
-    codes = states[:, None, :].astype(np.uint8)
-    return Panel(
-        *(heading, note, labels, codes, "row", "states", facts),
-        words=words,
-        size=(1, states.shape[1]),
-        axis=axis,
-        places=places,
-    )
-
-
 def facts_shown(facts: Facts) -> tuple[Fact, ...]:
     """What the page says of each filter; the first is its strength."""
     shown: list[Fact] = [

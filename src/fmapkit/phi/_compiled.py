@@ -12,11 +12,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from fmapkit.torchlib.call_override import not_compiled
-from fmapkit.torchlib.compiled_modules import compiled_by, ever_compiled
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,20 +26,6 @@ def opaque(function: F) -> F:
     """
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return not_compiled(function)
-
-
-def compiling_context() -> Any:
-    """What compiled the code that called us; None if nothing did.
-
-    It is torch's context of backend, mode and options: called with a module, it compiles that.
-    """
-    return compiled_by() if ever_compiled() else None
-
-
-def by_itself(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function outside of what dynamo compiles around it."""
-    alone: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-    return alone(*args)
 
 
 class _AllThereError(BaseException):

@@ -16,7 +16,6 @@ from fmapkit.errors import (
     AmbiguousMapError,
     ArgumentError,
     CaptureWarning,
-    FilterRangeError,
     FmapkitError,
     KindNotCapturedError,
     MapStateError,
@@ -31,7 +30,7 @@ from fmapkit.phi._recurring import Recurring, can_stop
 from fmapkit.phi._request import Item, Request
 from fmapkit.readable import tags
 from fmapkit.reasons import Reason
-from fmapkit.selection import LayerSelection
+from fmapkit.selection import LayerSelection, check_in_range
 from fmapkit.torchlib.nested import tensors_in
 
 Found = list[tuple[str, FeatureMap]]
@@ -93,15 +92,9 @@ class Reader:
                     candidates=[w.label for w in self._wanted],
                 )
         for wanted in self._wanted:
-            for index in self._asked.filters_of(wanted.label) or ():
-                if wanted.count is not None and not -wanted.count <= index < wanted.count:
-                    raise FilterRangeError(
-                        f"filters={index} is out of range for layer {wanted.label!r}, which has "
-                        f"{wanted.count} filters (0 to {wanted.count - 1})",
-                        layer=wanted.label,
-                        filter=index,
-                        candidates=range(wanted.count),
-                    )
+            if wanted.count is not None:
+                filters = self._asked.filters_of(wanted.label) or ()
+                check_in_range(filters, wanted.count, wanted.label)
 
     @property
     def busy(self) -> bool:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from fmapkit.errors import check_module
 from fmapkit.kinds import Kind
 from fmapkit.phi._calls import Calls
-from fmapkit.phi._compiled import by_itself, compiling_context, opaque
+from fmapkit.phi._compiled import opaque
 from fmapkit.phi._features import call as called
 from fmapkit.phi._features import one, rows, sklearn_needed
 from fmapkit.phi._kernel import kernel
 from fmapkit.phi._pool import Pool, checked, picked, pooled
 from fmapkit.phi._reader import Found
 from fmapkit.phi._request import Request
+from fmapkit.torchlib.compiled_modules import compiled_by, ever_compiled
 
 if TYPE_CHECKING:
     from fmapkit.phi.transformer import FeatureTransformer
@@ -55,10 +57,12 @@ class FeatureFunction(nn.Module):
             MapStateError: the pass could not be captured.
             CaptureStateError: a backward pass runs, or a capture with an edit is open.
         """
-        context = compiling_context()
+        # Torch's context of backend, mode and options, if it compiled the code that called us.
+        context = compiled_by() if ever_compiled() else None
         if context is None:
             return self._features(self._calls(self.model, self._asked, args, kwargs))
-        return by_itself(self._compiled, context, args, kwargs)
+        alone: Any = torch.compiler.disable(self._compiled)  # type: ignore[no-untyped-call]
+        return alone(context, args, kwargs)
 
     opaque(forward)
 

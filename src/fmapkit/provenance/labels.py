@@ -14,6 +14,24 @@ from torch import Tensor, nn
 
 from fmapkit.provenance.layout import ChannelLayout
 
+__all__ = [
+    "NOWHERE",
+    "STOP",
+    "Carried",
+    "ChannelLabel",
+    "Label",
+    "Lookup",
+    "Made",
+    "OfModule",
+    "Origin",
+    "ParamLabel",
+    "ParamLabelRef",
+    "Source",
+    "flow_of",
+    "is_same",
+]
+
+
 # The tensors that are asked for: by module, and by who asks.
 _kept: weakref.WeakKeyDictionary[nn.Module, dict[int, Tensor]] = weakref.WeakKeyDictionary()
 
@@ -23,6 +41,10 @@ class OfModule:
 
     It takes the place of a weak reference: `torch.utils.swap_tensors`, by which `Module.to` and
     `load_state_dict` may work, refuses tensors that have one.
+
+    Args:
+        owner: the module.
+        tensor: its parameter or buffer.
     """
 
     __slots__ = ("__weakref__", "_owner", "_which")

@@ -29,6 +29,8 @@ from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.sharded import is_dtensor
 
+__all__ = ["PACKED", "REGISTERED", "StandIns", "WeightRows", "source_of", "versions"]
+
 PACKED = "it is quantised, and its weight is packed with its bias, which is no tensor"
 REGISTERED = "it is a layer by register_layer, and which weights it uses is not known"
 
@@ -46,6 +48,8 @@ def source_of(value: Tensor, tag: Any, owners: Owners, stand_ins: StandIns) -> S
     """Where a tensor that a layer uses is to be found again.
 
     Args:
+        value: the tensor.
+        tag: what it carries.
         owners: the modules that have a parameter or buffer, each with its key there.
         stand_ins: where a graph is traced: the tensors that stand for its inputs, and these.
     """
@@ -111,6 +115,10 @@ class WeightRows:
 
     def read(self, name: str, filter: int | None = None) -> Tensor | None:
         """The rows of the weight or bias that belong to the map, or to one of its filters.
+
+        Args:
+            name: "weight" or "bias".
+            filter: by the layer's numbering; None for all of the map's.
 
         Raises:
             KindNotCapturedError: the layer's is no tensor that is still there.

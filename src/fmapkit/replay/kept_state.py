@@ -21,6 +21,8 @@ from fmapkit.torchlib.nested import modules_in
 from fmapkit.torchlib.tensor_spec import form_of
 from fmapkit.torchlib.transforms import is_shapeless
 
+__all__ = ["KeptState"]
+
 _DEEPEST = 9
 _MOST = 1_000  # objects
 _NUMBERS = frozenset({int, float})

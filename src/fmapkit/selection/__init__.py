@@ -1,5 +1,6 @@
 """What a capture was asked for: layers, kinds, filters; and when a pass may end early."""
 
+from fmapkit.selection.arguments import check_in_range as check_in_range
 from fmapkit.selection.arguments import given_filters as given_filters
 from fmapkit.selection.arguments import indices as indices
 from fmapkit.selection.early_stop import EarlyStop as EarlyStop

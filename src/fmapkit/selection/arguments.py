@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fmapkit.errors import ArgumentError, check_kind, listed
+from fmapkit.errors import ArgumentError, FilterRangeError, check_kind, listed
 from fmapkit.kinds import KINDS
 
 
@@ -40,6 +40,23 @@ def given_filters(filters: Any) -> Any:
             raise ArgumentError("filters={} picks nothing; None, the default, means all")
         return {str(k): indices(v) for k, v in filters.items()}
     return indices(filters)
+
+
+def check_in_range(filters: Iterable[int], count: int, layer: str) -> None:
+    """Whether a layer has these filters.
+
+    Raises:
+        FilterRangeError: it does not have one.
+    """
+    for index in filters:
+        if not -count <= index < count:
+            raise FilterRangeError(
+                f"filters={index} is out of range for layer {layer!r}, which has {count} filters "
+                f"(0 to {count - 1})",
+                layer=layer,
+                filter=index,
+                candidates=range(count),
+            )
 
 
 def indices(value: Any, argument: str = "filters") -> tuple[int, ...]:

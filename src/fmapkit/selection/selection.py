@@ -11,7 +11,6 @@ from fmapkit import layers
 from fmapkit.checking import FiniteCheck
 from fmapkit.errors import (
     ArgumentError,
-    FilterRangeError,
     UnknownLayerError,
     did_you_mean,
     listed,
@@ -21,7 +20,7 @@ from fmapkit.kinds import KINDS
 from fmapkit.model import Names, never_called
 from fmapkit.provenance import ChannelLayout
 from fmapkit.reasons import Reason
-from fmapkit.selection.arguments import given_filters, given_kinds
+from fmapkit.selection.arguments import check_in_range, given_filters, given_kinds
 from fmapkit.selectors import Selector, name_longer_numbers, selectors
 from fmapkit.storage import Place, StorageConversion, StoredTensor
 
@@ -227,21 +226,11 @@ class Selection:
                 "filters= picks from the maps of a layer, and what a module returns is held whole: "
                 "kinds='output' leaves nothing to pick from"
             )
-        for name, module in names.by_name.items():
+        explicit = self._selection is not None or isinstance(self.filters, Mapping)
+        for name, module in names.by_name.items() if explicit else ():
             count = layers.filter_count(module)
-            if layers.layer_axis(module) is None or count is None or not self.layer(name):
-                continue
-            chosen = self._chosen(name)
-            wrong = [f for f in chosen or () if not -count <= f < count]
-            explicit = self._selection is not None or isinstance(self.filters, Mapping)
-            if wrong and explicit:
-                raise FilterRangeError(
-                    f"filters={wrong[0]} is out of range for layer {name!r}, which has {count} "
-                    f"filters (0 to {count - 1})",
-                    layer=name,
-                    filter=wrong[0],
-                    candidates=range(count),
-                )
+            if layers.layer_axis(module) is not None and count is not None and self.layer(name):
+                check_in_range(self._chosen(name) or (), count, name)
         if isinstance(self.filters, Mapping):
             for name in self.filters:
                 there = name in names.by_name or only_a_pass_can_tell(names, name)

@@ -70,19 +70,7 @@ def dissimilarities(covariances: Tensor) -> Tensor:
 def hsic(first: Tensor, second: Tensor) -> Tensor:
     """(first, second): HSIC₁ of each of some Gram matrices (…, n, n) with each of others."""
     count = first.shape[1]
-    traces = first.flatten(1) @ second.flatten(1).T
     rows_a, rows_b = first.sum(2), second.sum(2)
-    return _estimate(count, traces, torch.outer(rows_a.sum(1), rows_b.sum(1)), rows_a @ rows_b.T)
-
-
-def own_hsic(grams: Tensor) -> Tensor:
-    """(grams,): HSIC₁ of each with itself."""
-    rows = grams.sum(2)
-    totals = rows.sum(1)
-    traces = grams.square().sum((1, 2))
-    return _estimate(grams.shape[1], traces, totals.square(), rows.square().sum(1))
-
-
-def _estimate(count: int, traces: Tensor, totals: Tensor, products: Tensor) -> Tensor:
-    found = traces + totals / ((count - 1) * (count - 2)) - 2 / (count - 2) * products
-    return found / (count * (count - 3))
+    totals = torch.outer(rows_a.sum(1), rows_b.sum(1)) / ((count - 1) * (count - 2))
+    found = first.flatten(1) @ second.flatten(1).T + totals
+    return (found - 2 / (count - 2) * (rows_a @ rows_b.T)) / (count * (count - 3))

@@ -50,6 +50,10 @@ class Strongest:
         return self.scores.shape[1]
 
     @property
+    def device(self) -> torch.device:
+        return self.scores.device
+
+    @property
     def axes(self) -> int:
         """How many axes of locations the maps have."""
         return self.at.shape[2]
@@ -58,7 +62,7 @@ class Strongest:
         return {"scores": self.scores, "inputs": self.inputs, "at": self.at}
 
     def on(self, device: torch.device) -> Strongest:
-        if self.scores.device == device:
+        if self.device == device:
             return self
         return Strongest(*(placed(t, device) for t in self.tensors().values()))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmapkit.analysis._bins import placed
 from fmapkit.analysis._keys import Filters, Name
-from fmapkit.analysis._mergeable import Mergeable
+from fmapkit.analysis._mergeable import Held, Mergeable
 from fmapkit.analysis.top.layer_tops import HEADS, LayerTops, row
 from fmapkit.analysis.top.strongest import Scores, Strongest, by_sample, scores_of
 from fmapkit.errors import ArgumentError, DistributedError, check_positive, did_you_mean, listed
@@ -24,33 +24,22 @@ _KINDS = ("response", "preactivation", "activation", "output")
 
 
 @dataclass(slots=True)
-class _TopGroup:
-    """Of one set of filters: the strongest, of how many inputs, and who has the rest."""
-
-    top: Strongest
-    seen: int
-    local: bool  # other ranks have other filters under the same numbers
-
-    @property
-    def device(self) -> torch.device:
-        return self.top.scores.device
-
-    def move(self, device: torch.device) -> None:
-        self.top = self.top.on(device)
+class _TopGroup(Held):
+    sums: Strongest
+    seen: int  # inputs
 
     def clash(self, name: Name, other: _TopGroup) -> str:
-        here, there = self.top.axes, other.top.axes
+        here, there = self.sums.axes, other.sums.axes
         if here == there:
             return ""
         return f"merge: {name} has {here} axes of locations here, and {there} there"
 
     def merge(self, other: _TopGroup) -> None:
-        self.top = self.top.merge(other.top.on(self.device))
+        Held.merge(self, other)
         self.seen += other.seen
-        self.local |= other.local
 
     def state(self) -> dict[str, Any]:
-        return {"seen": self.seen, "local": self.local, "tensors": self.top.tensors()}
+        return {"seen": self.seen, **Held.state(self)}
 
 
 class _Counter:
@@ -166,15 +155,15 @@ class TopInputs(Shown, Mergeable[_TopGroup, LayerTops]):
         groups = self._groups.names.setdefault(name, {})
         if filters not in groups:
             top = Strongest.none(count, self.k, axes, values.device)
-            groups[filters] = _TopGroup(top, 0, fm.parts is not None)
+            groups[filters] = _TopGroup(top, fm.parts is not None, 0)
         group = groups[filters]
         group.local |= fm.parts is not None
-        if group.top.axes != axes:
-            return f"it had {group.top.axes} axes of locations before, and has {axes} now"
+        if group.sums.axes != axes:
+            return f"it had {group.sums.axes} axes of locations before, and has {axes} now"
         if values.numel():
             scores = scores_of(values, self.by)
-            top = group.top.on(values.device)
-            group.top = top.after(values, scores, placed(ids, values.device))
+            top = group.sums.on(values.device)
+            group.sums = top.after(values, scores, placed(ids, values.device))
             group.seen += samples
         return ""
 
@@ -187,7 +176,7 @@ class TopInputs(Shown, Mergeable[_TopGroup, LayerTops]):
 
     def _read(self, name: Name) -> LayerTops:
         filters, groups = self._groups.parts(name)
-        tops = [group.top.on(groups[0].device) for group in groups]
+        tops = [group.sums.on(groups[0].sums.device) for group in groups]
         return LayerTops(
             **asdict(name),
             filters=filters or (),
@@ -242,4 +231,4 @@ class TopInputs(Shown, Mergeable[_TopGroup, LayerTops]):
         self._counter.counted = state["counts"]["counted"]
 
     def _sums(self, entry: Mapping[str, Any]) -> _TopGroup:
-        return _TopGroup(Strongest(**entry["tensors"]), entry["seen"], entry["local"])
+        return _TopGroup(Strongest(**entry["tensors"]), entry["local"], entry["seen"])
