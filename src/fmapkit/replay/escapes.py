@@ -62,13 +62,15 @@ class EscapedTensors:
 
     def attributes(self, region: nn.Module) -> list[tuple[nn.Module, str]]:
         """Where modules in a region keep such tensors, and their code may read them back."""
-        read = self._read - COMMON
         found: list[tuple[nn.Module, str]] = []
+        known: dict[tuple[str, ...], list[str]] = {}  # modules of a class have the same names
         for module in modules_in(region):
-            if read.isdisjoint(module.__dict__):
-                continue
-            for name, value in tuple(module.__dict__.items()):
-                if name in read and type(value) not in _NONE_IN and self.holds(value):
+            own = module.__dict__
+            names = known.get(there := tuple(own))
+            if names is None:
+                names = known[there] = [n for n in own_names(there) if n in self._read]
+            for name in names:
+                if type(own[name]) not in _NONE_IN and self.holds(own[name]):
                     found.append((module, name))
         return found
 
