@@ -13,6 +13,8 @@ import types
 from functools import lru_cache, partial
 from typing import Any
 
+from torch import Tensor
+
 from fmapkit.paths import keeps_number, may_be_handled, runs_own_code
 from fmapkit.provenance import Constants, Function, FunctionCall
 from fmapkit.torchlib.nested import tensors_in
@@ -66,6 +68,14 @@ class DataReads:
             if trace.region is not None and not _picked_in_c(known.name, asking):
                 by_inputs = partial(self._made.of_inputs, known, func, args, kwargs)
         return trace.decides(by_inputs)
+
+    def enter(self, given: list[Tensor]) -> None:
+        """A module's call begins, in a region that is recorded.
+
+        Args:
+            given: all tensors in its arguments.
+        """
+        self._made.enter(given)
 
     def after(self, known: Function, call: FunctionCall) -> None:
         """A function has run."""
