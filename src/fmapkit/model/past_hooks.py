@@ -68,8 +68,10 @@ class PastHooks:
             if known is None or known[0] is not code:
                 known = methods[id(code)] = code, self._places().get(_place(code))
             if known[1] is not None:
-                if not found and not self._lent and _is_called_by_torch(at):
-                    return ()
+                caller = at.f_back
+                torchs = caller is not None and (caller.f_code is _CALL or caller.f_code is _INNER)
+                if torchs and not found and not self._lent:
+                    return ()  # it is the forward of the module whose call torch is in
                 found.append((at, known[1]))
             at = at.f_back
         if not found:
@@ -106,12 +108,6 @@ def has_own_call(module: nn.Module) -> bool:
 def _place(code: CodeType) -> _Place:
     """Where code begins, and its name: while it records, other code of that place runs for it."""
     return code.co_filename, code.co_firstlineno, code.co_name
-
-
-def _is_called_by_torch(frame: FrameType) -> bool:
-    """Whether it is the forward of the module whose call torch is in."""
-    caller = frame.f_back
-    return caller is not None and (caller.f_code is _CALL or caller.f_code is _INNER)
 
 
 def _places(kind: type[nn.Module]) -> dict[_Place, str]:

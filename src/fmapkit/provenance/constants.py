@@ -61,7 +61,11 @@ class Constants:
             # What these make of a tensor's values is no constant; of its shape, it is one.
             if operands and function in ("tensor", "scalar_tensor", "as_tensor"):
                 return
-        elif not known or function in _RANDOM or not self.hold(operands):
+        elif (
+            (not known or not operands or id(operands[0]) not in known)  # as nearly always
+            or function in _RANDOM
+            or not self.hold(operands)
+        ):
             return
         for tensor in tensors_in(out):
             known[id(tensor)] = weakref.ref(tensor), version_of(tensor)

@@ -25,7 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.replay.escapes import closed_over, contents, members_of, own_attributes, own_names
+from fmapkit.replay.escapes import (
+    closed_over,
+    contents,
+    globals_of,
+    members_of,
+    own_attributes,
+    own_names,
+)
 from fmapkit.torchlib.nested import modules_in
 
 __all__ = ["Fill", "fill_of", "has_more"]
@@ -50,7 +57,7 @@ _DEEPEST = 3
 _MOST = 64  # members of one container that are looked at
 
 
-def fill_of(region: nn.Module, functions: Iterable[FunctionType]) -> Fill:
+def fill_of(region: nn.Module, functions: Sequence[FunctionType]) -> Fill:
     """How much is in what the code of a region may read; none of that code runs.
 
     Args:
@@ -76,8 +83,9 @@ def fill_of(region: nn.Module, functions: Iterable[FunctionType]) -> Fill:
     for base in bases:
         if base is not object and not base.__module__.startswith("torch."):
             _add_all(found, vars(base), tuple(vars(base)))
+    for space, read in globals_of(functions):
+        _add_all(found, space, read)
     for function in functions:
-        _add_all(found, function.__globals__, function.__code__.co_names)
         for name, value in function.__dict__.items():
             _add(found, function.__dict__, name, value)
         for cell, value in zip(function.__closure__ or (), closed_over(function), strict=True):
@@ -96,7 +104,7 @@ def _now(space: Any, name: Hashable) -> Any:
     return len(space) if name is _SIZE else _fill(space.get(name, _NOTHING), 0)
 
 
-def _add_all(found: Fill, space: Mapping[str, Any], names: Sequence[str]) -> None:
+def _add_all(found: Fill, space: Mapping[str, Any], names: Iterable[str]) -> None:
     """What a class or a file calls by some names, as far as it is there."""
     for name in names:
         value = space.get(name, _NOTHING)

@@ -24,6 +24,7 @@ __all__ = [
     "EscapedTensors",
     "closed_over",
     "contents",
+    "globals_of",
     "keys_of",
     "members_of",
     "own_attributes",
@@ -62,13 +63,15 @@ class EscapedTensors:
 
     def attributes(self, region: nn.Module) -> list[tuple[nn.Module, str]]:
         """Where modules in a region keep such tensors, and their code may read them back."""
-        read = self._read - COMMON
         found: list[tuple[nn.Module, str]] = []
+        known: dict[tuple[str, ...], list[str]] = {}  # modules of a class have the same names
         for module in modules_in(region):
-            if read.isdisjoint(module.__dict__):
-                continue
-            for name, value in tuple(module.__dict__.items()):
-                if name in read and type(value) not in _NONE_IN and self.holds(value):
+            own = module.__dict__
+            names = known.get(there := tuple(own))
+            if names is None:
+                names = known[there] = [n for n in own_names(there) if n in self._read]
+            for name in names:
+                if type(own[name]) not in _NONE_IN and self.holds(own[name]):
                     found.append((module, name))
         return found
 
@@ -79,23 +82,22 @@ class EscapedTensors:
 
     def functions(self, functions: Iterable[types.FunctionType]) -> bool:
         """Whether functions keep such tensors: in closures, defaults, or globals that they read."""
-        for function in functions:
-            names = function.__globals__
-            read = map(names.get, function.__code__.co_names)
-            for value in (*read, *closed_over(function), *(function.__defaults__ or ())):
-                if type(value) not in _NONE_IN and self.holds(value):
-                    return True
-        return False
+        seen = tuple(functions)
+        values = [space.get(name) for space, names in globals_of(seen) for name in names]
+        for function in seen:
+            values += (*closed_over(function), *(function.__defaults__ or ()))
+        return any(self.holds(v) for v in values if type(v) not in _NONE_IN)
 
     def holds(self, value: Any) -> bool:
         """Whether a value is, or holds, a tensor of the pass."""
-        if isinstance(value, Tensor):
-            return self._is_of_pass(value)
         if type(value) is tuple and _PLAIN.issuperset(map(type, value)):
             return False
-        if id(value) in self._without or isinstance(value, _NO_HOLDERS):
+        if id(value) in self._without:
             return False
-        found = self._search(value)
+        if isinstance(value, Tensor):
+            found = self._is_of_pass(value)
+        else:
+            found = not isinstance(value, _NO_HOLDERS) and self._search(value)
         if not found:
             self._without.add(id(value))
         return found
@@ -120,6 +122,17 @@ class EscapedTensors:
 def own_names(attributes: tuple[str, ...]) -> tuple[str, ...]:
     """Of the names of a module's attributes, those that not every module has."""
     return tuple([name for name in attributes if name not in COMMON])
+
+
+def globals_of(
+    functions: Iterable[types.FunctionType],
+) -> list[tuple[dict[str, Any], set[str]]]:
+    """The globals of functions, each once, with the names that their code mentions."""
+    found: dict[int, tuple[dict[str, Any], set[str]]] = {}
+    for function in functions:
+        space = function.__globals__
+        found.setdefault(id(space), (space, set()))[1].update(function.__code__.co_names)
+    return list(found.values())
 
 
 def closed_over(function: types.FunctionType) -> list[Any]:

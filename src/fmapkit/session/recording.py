@@ -50,6 +50,7 @@ class Recorder:
         self._installer = installer
         self._paths = paths
         self._ended: list[nn.Module] = []  # in this pass, by an exception
+        self._checked = False  # the latest region was all there was of the pass
 
     def enter(
         self,
@@ -91,6 +92,7 @@ class Recorder:
         frame.position = position
         frame.counts = Counter(record.counts)
         frame.own = self._regions.of(module).own.noted()
+        tracer.reads.enter([tensor for one in frame.own if (tensor := one()) is not None])
         fill = fill_of(module, self._paths.twins.functions())
         self._live.recording = Recording(
             module, frame, form, state, sizes, inputs, seen, alone, fill
@@ -130,6 +132,7 @@ class Recorder:
         elif not failed and tracer.failed is None:
             events = record.events[frame.start :]
             _check_held(events)
+            self._checked = module is self._model
             useful = complete and recording.form is not None and not hopeless
             decides = self._decides(module, tracer) or self._remembers(recording, tracer, output)
             decides = decides or self._reaches_out(recording, tracer, output)
@@ -247,7 +250,9 @@ class Recorder:
                 self._open(broken)
             reason = Reason.NEW_PATH_INSIDE if broken is None else Reason.BROKEN_OFF
             self._misses.add(self._names.of(self._model), reason.text())
-        _check_held(tracer.trace.record.events)
+        if not self._checked:
+            _check_held(tracer.trace.record.events)
+        self._checked = False
         for module in tracer.trace.unhooked:
             self._misses.add(self._names.of(module), Reason.CALLED_ON_ITS_OWN.text())
             for called in self._model.modules():
@@ -263,6 +268,7 @@ class Recorder:
         live.recording = None
         self._ended.clear()
         self._regions.end_pass(whole=False)
+        self._checked = False
         live.trace_out()
         if live.tracer is not None:
             live.tracer.end()
@@ -283,19 +289,16 @@ def _copy_what_is_used_again(tracer: Tracer, frame: Frame, passed: list[Tensor])
         frame: of the region's call.
         passed: tensors that were given to it, or that it returned: others know of these.
     """
-    written = tracer.trace.record.aliases.written_since(frame.writes)
+    record = tracer.trace.record
+    written = record.aliases.written_since(frame.writes)
     written.difference_update(map(storage_of, passed))
     if not written:
         return
-    events = tracer.trace.record.events[frame.start :]
-    held = {id(h): h for e in events for h in (e.x_held, e.y_held) if h is not None}.values()
-    ours: dict[int, list[StoredTensor]] = {}
-    for one in held:
-        if one.tensor is not None and not one.copied:
-            if (memory := storage_of(one.tensor)) in written:
-                ours.setdefault(memory, []).append(one)
+    events = record.events[frame.start :]
+    held = {id(h) for e in events for h in (e.x_held, e.y_held) if h is not None}
+    ours = {at: [h for h in record.aliases.at(at) if id(h) in held] for at in written}
     for alike in ours.values():
-        tensor = alike[0].tensor
+        tensor = alike[0].tensor if alike else None
         if tensor is not None and not _saved(alike) and storage_users(tensor) > len(alike):
             for one in alike:
                 one.snapshot()

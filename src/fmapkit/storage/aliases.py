@@ -81,11 +81,15 @@ class Aliases:
 
     def of(self, tensor: Tensor) -> list[StoredTensor]:
         """Held references into the same memory."""
+        return self.at(storage_of(tensor))
+
+    def at(self, storage: int) -> list[StoredTensor]:
+        """The same of a block of memory."""
         for held in self._new:
             if held.tensor is not None and not held.copied:
                 self._by_storage.setdefault(storage_of(held.tensor), []).append(held)
         self._new.clear()
-        found = self._by_storage.get(storage_of(tensor), [])
+        found = self._by_storage.get(storage, [])
         return [h for h in found if h.tensor is not None and not h.copied]
 
     def written_since(self, writes: int) -> set[int]:

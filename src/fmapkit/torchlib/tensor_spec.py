@@ -7,7 +7,7 @@ another kind, and are learned apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -75,25 +75,44 @@ def autocasting() -> list[str]:
     return [d for d in _DEVICES if torch.is_autocast_enabled(d)] if _any_autocast() else []
 
 
+def _first_weights(
+    places: Iterable[tuple[dict[str, Any], str]], images: bool = True
+) -> list[tuple[dict[str, Any], str]]:
+    """The first of some parameters that is a weight, and the first of a convolution.
+
+    Args:
+        places: of the parameters.
+        images: there may be convolutions.
+    """
+    found: list[tuple[dict[str, Any], str]] = []
+    for there, name in places:
+        weight = there[name]
+        if weight is None or not weight.is_floating_point():
+            continue
+        if not found:
+            found.append((there, name))
+        if not images:
+            return found
+        if (type(weight) is nn.Parameter or not is_lazy(weight)) and weight.dim() > 3:
+            return [*found, (there, name)]
+    return found
+
+
 def weights_of(module: nn.Module) -> Callable[[], Any]:
     """Tells dtype and layout of the module's weights, by a few that stand for all.
 
     Those are the first and the last, and the first and the last of a convolution's. A lazy module
     has none before its first call.
     """
-    places, images = [], []
-    for owner in modules_in(module):
-        held = owner._parameters
-        if not held or isinstance(owner, torch.jit.ScriptModule):  # what it runs nobody sees
-            continue
-        for name, weight in held.items():
-            if weight is not None and weight.is_floating_point():
-                places.append((held, name))
-                plain = type(weight) is nn.Parameter or not is_lazy(weight)
-                if plain and weight.dim() > 3:
-                    images.append((held, name))
-    chosen = {id(held): (held, name) for held, name in (*places[:1], *places[-1:])}
-    chosen |= {id(held): (held, name) for held, name in (*images[:1], *images[-1:])}
+    # What a scripted module runs nobody sees.
+    owners = [m for m in modules_in(module) if not isinstance(m, torch.jit.ScriptModule)]
+    held = [m._parameters for m in owners if m._parameters]
+    forward = ((there, name) for there in held for name in there)
+    backward = ((there, name) for there in reversed(held) for name in reversed(there))
+    first = _first_weights(forward)
+    last = _first_weights(backward, images=len(first) > 1)
+    chosen = {id(there): (there, name) for there, name in (*first[:1], *last[:1])}
+    chosen |= {id(there): (there, name) for there, name in (*first[1:], *last[1:])}
     looked_at = list(chosen.values())
 
     def form() -> Any:

@@ -13,6 +13,8 @@ import types
 from functools import lru_cache, partial
 from typing import Any
 
+from torch import Tensor
+
 from fmapkit.paths import keeps_number, may_be_handled, runs_own_code
 from fmapkit.provenance import Constants, Function, FunctionCall
 from fmapkit.torchlib.nested import tensors_in
@@ -76,6 +78,14 @@ class DataReads:
             trace.asked.append((read, sizes_given(known.name, func, args, kwargs)))
             return None
         return read
+
+    def enter(self, given: list[Tensor]) -> None:
+        """A module's call begins, in a region that is recorded.
+
+        Args:
+            given: all tensors in its arguments.
+        """
+        self._made.enter(given)
 
     def after(self, known: Function, call: FunctionCall) -> None:
         """A function has run."""

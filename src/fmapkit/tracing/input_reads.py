@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -173,13 +173,21 @@ class MadeTensors:
     def __init__(self, aliases: Aliases) -> None:
         self._aliases = aliases
         self._made: dict[int, _MadeTensor] = {}
+        self._given: set[int] = set()  # the tensors that calls were given so far, by their ids
+
+    def enter(self, given: Iterable[Tensor]) -> None:
+        """A module's call begins, which is given some tensors."""
+        self._given.update(map(id, given))
 
     def add(self, known: Function, call: FunctionCall) -> None:
         """A function has run that `is_cheap`."""
         if type(call.out) is not Tensor or not known.never_writes or "out" in call.kwargs:
             return
+        operands = set(map(id, call.operands))
+        if operands and operands.isdisjoint(self._given) and operands.isdisjoint(self._made):
+            return  # it is a function of nothing that any call was given
         try:
-            rows, named = self._given(call.args, call.kwargs)
+            rows, named = self._arguments(call.args, call.kwargs)
         except _NotOfInputsError:
             return
         out = weakref.ref(call.out)
@@ -215,12 +223,14 @@ class MadeTensors:
                 return None
         writer = _FormWriter(frame, self._aliases.written_since(frame.writes))
         try:
-            form = writer.call(function, *self._given(args, kwargs))
+            form = writer.call(function, *self._arguments(args, kwargs))
         except _NotOfInputsError:
             return None
         return InputRead(form, tuple(writer.numbers), whole)
 
-    def _given(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+    def _arguments(
+        self, args: Any, kwargs: Any
+    ) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
         """What a function is given, without the tensors themselves."""
         rows = tuple(map(self._part, args))
         return rows, tuple([(k, self._part(v)) for k, v in kwargs.items()]) if kwargs else ()

@@ -43,7 +43,7 @@ class LabelTable:
     def of(self, value: Any) -> Label:
         """Flow, weight, or None for a constant."""
         found = self._known.get(id(value))
-        if found is not None and found[0]() is value and isinstance(value, Tensor):
+        if found is not None and found[0]() is value is not None:
             # A piece of a flat parameter is the parameter that it was before.
             tag = found[1]
             if not (isinstance(tag, ParamLabel) and self._names.in_flat(value)):

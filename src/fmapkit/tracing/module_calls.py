@@ -30,6 +30,7 @@ from fmapkit.torchlib.operators import without_torch_function
 from fmapkit.torchlib.side_ops import looking
 from fmapkit.torchlib.transforms import unholdable
 from fmapkit.tracing.candidates import is_norm, may_be_sigma, norm_axis, role_of, verdict
+from fmapkit.tracing.data_reads import DataReads
 from fmapkit.tracing.events import Event, HookPoint
 from fmapkit.tracing.frames import Frame
 from fmapkit.tracing.layer_calls import LayerCalls
@@ -45,9 +46,12 @@ _FLAT = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str})
 class ModuleCalls:
     """The modules of one pass."""
 
-    def __init__(self, trace: PassTrace, editor: LayerEdits | None, layers: LayerCalls) -> None:
+    def __init__(
+        self, trace: PassTrace, editor: LayerEdits | None, layers: LayerCalls, reads: DataReads
+    ) -> None:
         self._trace = trace
         self._editor = editor
+        self._reads = reads
         self._layers = layers
         self._looking: Callable[[], AbstractContextManager[Any]] = (
             looking if editor is None else without_torch_function
@@ -69,8 +73,10 @@ class ModuleCalls:
             nested = None
             if trace.learning:
                 trace.moments.append((record.firings.clock(), module))
+                given = tensors_in(*args, kwargs)
+                self._reads.enter(given)
                 if not _FLAT.issuperset({*map(type, args), *map(type, kwargs.values())}):
-                    nested = list(map(weakref.ref, tensors_in(*args, kwargs)))
+                    nested = list(map(weakref.ref, given))
             frame = Frame(module, args, kwargs, *counts, replaced, nested)
             frame.watched = bool(frames) and frames[-1].watched
             frames.append(frame)

@@ -103,7 +103,8 @@ class Tracer(ObserverMode):
         if edits:
             self.editor = LayerEdits(trace, edits, partial(_tried, trace.names, trace.wants))
         self.layers = LayerCalls(trace, self.editor)
-        self.modules = ModuleCalls(trace, self.editor, self.layers)
+        self.reads = DataReads(trace)
+        self.modules = ModuleCalls(trace, self.editor, self.layers, self.reads)
         self.sigmas = SigmaCalls(trace, self.editor)
         # What we do ourselves is seen by no mode of others, and by no tensor's own code. But edits
         # are: they are part of what the model computes.
@@ -111,7 +112,6 @@ class Tracer(ObserverMode):
             looking if self.editor is None else nullcontext
         )
         self.attention = AttentionWatch(trace) if trace.wants.kind("attention") else None
-        self.reads = DataReads(trace)
         self.described = described()
         self.failed: BaseException | None = None
         self.lost = False
