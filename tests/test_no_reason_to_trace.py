@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import prune, rnn
 
 from fmapkit import capture
 from tests.raising import Checked
-from tests.test_paths import hold, turns
+from tests.test_paths import Turn, hold, turns
 
 LOGGER = logging.getLogger(__name__)
 
@@ -26,6 +26,47 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 _BY = ["assert", "with words", "if", "if not", "distribution"]
+
+
+class Packed(nn.Module):
+    """torch's own code reads how large the batch is, to compare it with that of the state."""
+
+    def __init__(self, kind: type[nn.RNNBase], given: bool) -> None:
+        super().__init__()
+        self.fc, self.given = nn.Linear(4, 4), given
+        self.rnn: Any = kind(4, 5, batch_first=True)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        x = torch.relu(self.fc(x))
+        h: Any = x.new_zeros(1, x.shape[0], 5) if self.given else None
+        h = (h, h) if self.given and isinstance(self.rnn, nn.LSTM) else h
+        packed = rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        y, _ = rnn.pad_packed_sequence(self.rnn(packed, h)[0], batch_first=True)
+        return torch.tanh(self.head(y))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="bytecode does not tell what is handled")
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_packed_sequences(kind: type[nn.RNNBase], given: bool, traced: list[None]) -> None:
+    def passes() -> list[Turn]:
+        given = turns(*[(2 + n % 3, 6, 4) for n in range(9)])
+        for n, turn in enumerate(given):
+            lengths = [6, *[1 + (n + i) % 6 for i in range(1 + n % 3)]]
+            turn.args = (*turn.args, torch.tensor(lengths))
+        return given
+
+    seen = hold(Packed(kind, given), passes(), train=True)
+    assert {layer for layer, _ in seen.missed} == {"rnn"}
+    model = Packed(kind, given)
+    with torch.no_grad(), capture(model) as maps:
+        for n, turn in enumerate(passes()):
+            if n == 3:
+                del traced[:]
+            model(*turn.args)
+            assert maps.layers == ["fc", "head"]
+    assert not traced
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="bytecode does not tell what is handled")
