@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fmapkit.provenance import Label, is_same
+from fmapkit.provenance import Label, buffers_of, is_same
 from fmapkit.replay.effects import Relations
 from fmapkit.replay.plan import Plan
 from fmapkit.replay.plan_steps import Reading, mark_shared
@@ -57,5 +57,6 @@ def make_plan(
         shares=any(s.shared for s in read.steps),
         effects=relations.effects(record, events, arguments, frame.writes),
         graph=any(e.graph for e in events),
+        buffers=buffers_of(relations.made()),
         joins=any(e.joins for e in events),
     )

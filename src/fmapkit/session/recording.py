@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fmapkit.missed import MissedLog, Reason
 from fmapkit.nonlinearities import is_torchs
 from fmapkit.paths import ControlPaths, Sizes
-from fmapkit.provenance import Label
+from fmapkit.provenance import Label, note_exchanged
 from fmapkit.replay import EscapedTensors, ReplayRegions, fill_of, has_more, make_plan
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.hook_installer import HookInstaller
@@ -246,6 +246,7 @@ class Recorder:
             reason = Reason.NEW_PATH_INSIDE if broken is None else Reason.BROKEN_OFF
             self._misses.add(self._names.of(self._model), reason.text())
         _check_held(tracer.trace.record.events)
+        note_exchanged(tracer.trace.sources)
         for module in tracer.trace.unhooked:
             self._misses.add(self._names.of(module), Reason.CALLED_ON_ITS_OWN.text())
             for called in self._model.modules():

@@ -15,7 +15,7 @@ from torch import nn
 
 from fmapkit.missed import MissedLog, Reason, reason
 from fmapkit.paths import ControlPaths, Expected, KnownPaths, Sizes
-from fmapkit.provenance import ChannelLabel, Label
+from fmapkit.provenance import ChannelLabel, Label, buffers_at
 from fmapkit.replay import (
     InputTruths,
     Plan,
@@ -252,6 +252,8 @@ class RegionCalls:
             self._check_path(run)
         if run.lost and not failed and self._edits and self._edits.by_label(current.step):
             raise self._edits.refused(UNEDITED)
+        if run.plan.buffers:
+            current.buffers.update(buffers_at(run.plan.buffers))
         if tracer is None:
             current.segments.append(run)
             return
