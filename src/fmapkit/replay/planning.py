@@ -18,7 +18,12 @@ __all__ = ["make_plan"]
 
 
 def make_plan(
-    tracer: Tracer, frame: Frame, output: Any, inputs: Sequence[Label], arguments: Sequence[Tensor]
+    tracer: Tracer,
+    frame: Frame,
+    output: Any,
+    inputs: Sequence[Label],
+    arguments: Sequence[Tensor],
+    kept: Sequence[tuple[str, Tensor]] = (),
 ) -> Plan:
     """Boil down what the tracer saw of one call.
 
@@ -28,10 +33,11 @@ def make_plan(
         output: what it returned.
         inputs: what its tensor arguments carried.
         arguments: its tensor arguments.
+        kept: what it has left in attributes of modules, where the rest of the pass may read it.
     """
     trace, record = tracer.trace, tracer.trace.record
     events = record.events[frame.start :]
-    returned = [(path, trace.labels.of(t)) for path, t in leaves(output)]
+    returned = [(path, trace.labels.of(t)) for path, t in (*leaves(output), *kept)]
     after = [trace.labels.of(argument) for argument in arguments[: len(inputs)]]
     rewritten = [(n, t) for n, t in enumerate(after) if not is_same(t, inputs[n])]
     relations = Relations(trace.names, inputs, returned, frame.counts, rewritten)

@@ -176,7 +176,7 @@ class Recorder:
         found = [module for module, _ in kept] + [region] * bool(given)
         if remembering.functions(twins.functions()):
             found += [m for m in modules_in(region) if m._modules or not is_torchs(m)]
-        elif found and recording.alone and recording.form is not None:
+        elif found and recording.form is not None and (recording.alone or not given):
             return not self._regions.of(region).keeps(kept, given)
         if found:
             self._open(*found)
@@ -204,8 +204,9 @@ class Recorder:
         module, frame = recording.module, recording.frame
         arguments = tensors_in(*frame.args, frame.kwargs)
         _copy_what_is_used_again(tracer, frame, [*arguments, *tensors_in(output)])
-        plan = make_plan(tracer, frame, output, recording.inputs, arguments)
         region = self._regions.of(module)
+        kept = () if recording.alone else region.kept.leaves()
+        plan = make_plan(tracer, frame, output, recording.inputs, arguments, kept)
         sizes, asked = recording.sizes, tracer.trace.asked
         kind = region.kind(recording.form, recording.state, asked, sizes)
         if kind is None:  # it decides by data
