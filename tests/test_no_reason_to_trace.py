@@ -277,3 +277,42 @@ def test_lengths_that_never_repeat_are_learned_no_more() -> None:
     model = nn.Sequential(Stepping(), nn.Linear(4, 4), nn.ReLU())
     shapes = [(2, 3, n) for n in (*range(3, 16), 4, 4, 7, 20)]
     assert not hold(model, turns(*shapes)).missed
+
+
+# -- a counter, and ever other sizes ------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """It counts its passes; each has other sizes than the one before."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.passes, self.most, self.first = 0, 3, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        batch, length, _ = x.shape
+        x = torch.relu(self.a(x).reshape(batch * length, -1)).view(batch, length, -1)
+        return torch.tanh(self.b(x[:, : self.most] if self.first else x))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_counter_where_each_pass_has_other_sizes(first: bool, traced: list[None]) -> None:
+    sizes = [(2 + n % 3, 5 + n % 7, 4) for n in range(20)]
+    assert not hold(Counting(first), turns(*sizes)).missed
+    model = Counting(first)
+    with torch.no_grad(), capture(model):
+        for n, size in enumerate(sizes):
+            traced.clear()
+            model(torch.randn(*size))
+            assert not traced or n < 5, n
+
+
+def test_a_number_that_is_an_attribute_and_changes_with_the_sizes(traced: list[None]) -> None:
+    """It is no counter: it is compared before each pass, and no map is lost."""
+    model = Counting(True)
+    passes = turns(*[(2 + n % 3, 5 + n % 7, 4) for n in range(30)])
+    for n, turn in enumerate(passes):
+        turn.before = lambda m, n=n: setattr(m, "most", 2 + n % 3 if n < 9 else 2 + (n // 2) % 3)
+    assert not hold(model, passes).missed
