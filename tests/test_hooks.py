@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fmapkit import capture
 from fmapkit.instrumentation.hook_registry import Hooks
@@ -83,3 +85,34 @@ def test_what_others_took_away_is_not_missed() -> None:
         for module in model:
             module.__dict__.pop("_compiled_call_impl", None)
     assert all(map(_is_bare, model.modules()))
+
+
+def _one_pass(model: nn.Module, x: Tensor) -> None:
+    handle = model[0].register_forward_hook(lambda *_: None)  # type: ignore[index]
+    model(x)
+    handle.remove()
+
+
+def _inner_capture(model: nn.Module, x: Tensor) -> None:
+    with capture(model) as inner:
+        model(x)
+    assert len(inner) == 4
+
+
+@pytest.mark.parametrize("meanwhile", [_one_pass, _inner_capture])
+def test_what_was_hooked_for_a_while_is_replayed_again(
+    meanwhile: Callable[[nn.Module, Tensor], None], traced: list[None]
+) -> None:
+    model, x = (
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh()),
+        torch.ones(2, 4),
+    )
+    with torch.no_grad(), capture(model) as maps:
+        for n in range(12):
+            if n == 4:
+                meanwhile(model, x)
+            traced.clear()
+            model(x)
+            assert len(maps) == 4
+            assert not traced or n < 8
+        assert not maps.missed

@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fmapkit import capture
+from fmapkit.instrumentation.pair import Pair
+from fmapkit.torchlib.call_override import standing_before
 from tests.test_paths import Turn, hold, labels, turns
 
 pytestmark = pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
@@ -193,6 +195,65 @@ def test_it_is_replayed_once_its_form_is_known(how: Any, traced: list[None]) -> 
             model(torch.randn(2, 3))
         assert len(traced) == learned
     assert not maps.missed
+
+
+class Inside(nn.Module):
+    """What keeps tensors is a part of a model that is traced, which may look at what it keeps."""
+
+    def __init__(self, how: Callable[[Any, Tensor, Tensor], Tensor], then: str) -> None:
+        super().__init__()
+        self.first, self.part, self.other = nn.Linear(3, 3), Keeping(how), nn.Linear(4, 3)
+        self.then = then
+        self.part.kept = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        if float(x.sum()) > 1e9:
+            return x
+        if self.then == "before":
+            x = x + self._seen(x)
+        y = self.part(x)
+        if self.then == "after":
+            y = y + torch.sigmoid(self._seen(y))
+        elif self.then == "writes" and isinstance(self.part.kept, Tensor):
+            self.part.kept = self.part.kept.detach()
+            self.part.kept.clamp_(-1, 1)
+        elif self.then == "twice":
+            y = y + self.part(torch.tanh(self.other(y)))
+        elif self.then == "puts":
+            self.part.kept = torch.tanh(y)
+        return torch.relu(self.other(y))
+
+    def _seen(self, like: Tensor) -> Tensor:
+        kept = [self.part.kept, *self.part.queue, *self.part.by_name.values(), *self.part.pages[0]]
+        found = [t for t in kept if isinstance(t, Tensor)]
+        whole = torch.tanh(sum(found)[:, : like.shape[1]]) if found else like  # type: ignore[index]
+        return torch.nn.functional.silu(whole)
+
+
+def _seen_only(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    m.kept = torch.softmax(a, -1)
+    return m.kept @ m.kept.T @ b
+
+
+@pytest.mark.parametrize("then", ["nothing", "before", "after", "writes", "twice", "puts"])
+@pytest.mark.parametrize("how", [*WAYS, _seen_only])
+def test_what_a_part_of_a_traced_model_keeps(how: Any, then: str) -> None:
+    more = 2 + (how is _seen_only and then != "before")  # of the others, all have to fit
+    hold(Inside(how, then), turns(*[(2, 3), (2, 3), (more, 3), (2, 3)] * 4), most=0)
+
+
+@pytest.mark.parametrize("then", ["nothing", "after"])
+@pytest.mark.parametrize("how", [_seen_only, _state, _by_name])
+def test_a_part_is_replayed_all_the_same(how: Any, then: str) -> None:
+    model = Inside(how, then).eval()
+    with capture(model), torch.no_grad():
+        for _ in range(8):
+            model(torch.randn(2, 3))
+        around = {
+            m for m in model.modules() if any(isinstance(h, Pair) for h in standing_before(m))
+        }
+    assert around == {model, model.first, model.part, model.other}
 
 
 def test_a_list_that_grows_is_traced_and_not_learned_again_each_time() -> None:

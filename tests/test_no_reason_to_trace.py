@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import prune, rnn
 
 from fmapkit import capture
 from tests.raising import Checked
-from tests.test_paths import hold, turns
+from tests.test_paths import Turn, hold, turns
 
 LOGGER = logging.getLogger(__name__)
 
@@ -26,6 +26,47 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 _BY = ["assert", "with words", "if", "if not", "distribution"]
+
+
+class Packed(nn.Module):
+    """torch's own code reads how large the batch is, to compare it with that of the state."""
+
+    def __init__(self, kind: type[nn.RNNBase], given: bool) -> None:
+        super().__init__()
+        self.fc, self.given = nn.Linear(4, 4), given
+        self.rnn: Any = kind(4, 5, batch_first=True)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        x = torch.relu(self.fc(x))
+        h: Any = x.new_zeros(1, x.shape[0], 5) if self.given else None
+        h = (h, h) if self.given and isinstance(self.rnn, nn.LSTM) else h
+        packed = rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        y, _ = rnn.pad_packed_sequence(self.rnn(packed, h)[0], batch_first=True)
+        return torch.tanh(self.head(y))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="bytecode does not tell what is handled")
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_packed_sequences(kind: type[nn.RNNBase], given: bool, traced: list[None]) -> None:
+    def passes() -> list[Turn]:
+        given = turns(*[(2 + n % 3, 6, 4) for n in range(9)])
+        for n, turn in enumerate(given):
+            lengths = [6, *[1 + (n + i) % 6 for i in range(1 + n % 3)]]
+            turn.args = (*turn.args, torch.tensor(lengths))
+        return given
+
+    seen = hold(Packed(kind, given), passes(), train=True)
+    assert {layer for layer, _ in seen.missed} == {"rnn"}
+    model = Packed(kind, given)
+    with torch.no_grad(), capture(model) as maps:
+        for n, turn in enumerate(passes()):
+            if n == 3:
+                del traced[:]
+            model(*turn.args)
+            assert maps.layers == ["fc", "head"]
+    assert not traced
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="bytecode does not tell what is handled")
@@ -236,3 +277,42 @@ def test_lengths_that_never_repeat_are_learned_no_more() -> None:
     model = nn.Sequential(Stepping(), nn.Linear(4, 4), nn.ReLU())
     shapes = [(2, 3, n) for n in (*range(3, 16), 4, 4, 7, 20)]
     assert not hold(model, turns(*shapes)).missed
+
+
+# -- a counter, and ever other sizes ------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """It counts its passes; each has other sizes than the one before."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.passes, self.most, self.first = 0, 3, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        batch, length, _ = x.shape
+        x = torch.relu(self.a(x).reshape(batch * length, -1)).view(batch, length, -1)
+        return torch.tanh(self.b(x[:, : self.most] if self.first else x))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_counter_where_each_pass_has_other_sizes(first: bool, traced: list[None]) -> None:
+    sizes = [(2 + n % 3, 5 + n % 7, 4) for n in range(20)]
+    assert not hold(Counting(first), turns(*sizes)).missed
+    model = Counting(first)
+    with torch.no_grad(), capture(model):
+        for n, size in enumerate(sizes):
+            traced.clear()
+            model(torch.randn(*size))
+            assert not traced or n < 5, n
+
+
+def test_a_number_that_is_an_attribute_and_changes_with_the_sizes(traced: list[None]) -> None:
+    """It is no counter: it is compared before each pass, and no map is lost."""
+    model = Counting(True)
+    passes = turns(*[(2 + n % 3, 5 + n % 7, 4) for n in range(30)])
+    for n, turn in enumerate(passes):
+        turn.before = lambda m, n=n: setattr(m, "most", 2 + n % 3 if n < 9 else 2 + (n // 2) % 3)
+    assert not hold(model, passes).missed

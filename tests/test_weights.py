@@ -576,3 +576,68 @@ def test_a_map_keeps_no_weights_of_a_model_that_is_gone() -> None:
     assert weight() is None
     with pytest.raises(MapReleasedError):
         fm.weight  # noqa: B018
+
+
+# -- exchanged in the pass ---------------------------------------------------------------------
+
+
+class Exchanging(nn.Module):
+    """Its forward puts another buffer in the place of one that is the weight of a layer."""
+
+    def __init__(self, how: str, by_data: bool) -> None:
+        super().__init__()
+        self.how, self.by_data = how, by_data
+        self.fc, self.inner = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.used: list[Tensor] = []
+        self.register_buffer("W", torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        if self.by_data and float(x.sum()) > 1e9:
+            return x
+        if self.how == "functional":
+            weight = self.W = 0.9 * self.W + 0.1
+            x = functional_call(self.inner, {"weight": weight}, (x,))
+        elif self.how == "before":
+            self.W = 0.9 * self.W + 0.1
+            x = F.linear(x, self.W)
+        else:
+            x = F.linear(x, self.W)
+            self.W = 0.9 * self.W + 0.1
+        return torch.relu(x)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("by_data", [True, False])
+def test_a_buffer_that_the_forward_exchanges(weights: bool, by_data: bool) -> None:
+    """In each pass, its weight is the one of that pass, as in a capture of it alone."""
+    model = Exchanging("before", by_data)
+    with torch.no_grad(), capture(model, weights=weights) as maps:
+        for n in range(6):
+            model(torch.randn(2, 4))
+            fm = maps.select(kind="activation")[-1]
+            assert fm.weight is not None
+            assert torch.equal(fm.weight, model.W)
+            if n == 2:  # not the one of the pass in which the layer was learned
+                first, model.W = model.W, torch.zeros(4, 4)
+                if not weights:
+                    with pytest.raises(MapOverwrittenError, match="is another tensor now"):
+                        _ = maps.select(kind="activation")[-1].weight
+                model.W = first
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("how", ["after", "functional"])
+def test_a_weight_that_is_exchanged_once_it_was_used(how: str, weights: bool) -> None:
+    """What is in its place when the pass has ended was not the weight."""
+    model = Exchanging(how, by_data=False)
+    with torch.no_grad(), capture(model, weights=weights) as maps:
+        for _ in range(4):
+            model(torch.randn(2, 4))
+            fm = maps.select(kind="activation")[-1]
+            if how == "functional" and fm.layer == "W":  # the buffer itself
+                assert fm.weight is not None
+                assert torch.equal(fm.weight, model.W)
+                continue
+            with pytest.raises(MapOverwrittenError, match="in the pass, after the layer had used"):
+                _ = fm.weight

@@ -41,7 +41,7 @@ def read_map(at: Pass, entry: MapRecord, made: bool = False) -> FeatureMap:
         filters = entry.picked
     rows = None
     if origin.made is not None and entry.kind not in ("input", "output"):
-        rows = WeightRows(what, origin, axes, entry.picked, at.weights)
+        rows = WeightRows(what, origin, axes, entry.picked, at.weights, at.buffers)
     return FeatureMap(
         tensor=tensor,
         kind=cast("Kind", entry.kind),

@@ -25,7 +25,6 @@ from fmapkit.paths.number_rules import (
     number_places,
     roundings,
     rules_of,
-    same_but_for_numbers,
     sort_of,
 )
 
@@ -205,6 +204,14 @@ class _Path(Generic[_Plan]):
         before = [(item_at(items, place), known) for known, items in self.by_sizes.items()]
         return roundings([*before, (new, sizes)])
 
+    def numbers(self, items: list[Any], sizes: Sizes) -> set[tuple[int, int]] | None:
+        """The whole numbers in which a call on other sizes differs; None if not in such alone."""
+        before, known = next(iter(self.by_sizes.items()))
+        found = differences(known, items)
+        if found is None or not all(rules_of(a, before) & rules_of(b, sizes) for _, a, b in found):
+            return None
+        return {(old, new) for _, old, new in found}
+
     def deciding(self, at: int) -> tuple[Any, ...]:
         """The modules whose calls were under way after so many items."""
         running: list[Any] = []
@@ -282,12 +289,18 @@ class KnownPaths(Generic[_Plan]):
         return path.by_sizes.get(sizes) if path is not None else None
 
     def has(self, items: list[Any], sizes: Sizes) -> bool:
-        """Whether a call on such inputs took this very path; on others, one but for its numbers."""
-        exact = [path.by_sizes[sizes] for path in self._paths if sizes in path.by_sizes]
-        if exact:
-            return items in exact
-        firsts = (next(iter(path.by_sizes.values())) for path in self._paths)
-        return any(same_but_for_numbers(first, items) for first in firsts)
+        """Whether a call on such inputs took this very path."""
+        return any(path.by_sizes.get(sizes) == items for path in self._paths)
+
+    def numbers(self, items: list[Any], sizes: Sizes) -> set[tuple[int, int]] | None:
+        """Where a call took a known path but for whole numbers that may follow its sizes: those.
+
+        Each with what it was before. None where nothing is known of that.
+        """
+        if any(sizes in path.by_sizes for path in self._paths):
+            return set() if self.has(items, sizes) else None
+        found = (path.numbers(items, sizes) for path in self._paths)
+        return next((numbers for numbers in found if numbers is not None), None)
 
     def wavers(self, items: list[Any], sizes: Sizes) -> bool:
         """Whether a traced call, after one that left its path, took a third one."""

@@ -70,8 +70,13 @@ from fmapkit.provenance.vocabulary import OPAQUE as OPAQUE
 from fmapkit.provenance.vocabulary import words as words
 from fmapkit.provenance.weights import PACKED as PACKED
 from fmapkit.provenance.weights import REGISTERED as REGISTERED
+from fmapkit.provenance.weights import BufferPlace as BufferPlace
+from fmapkit.provenance.weights import Buffers as Buffers
 from fmapkit.provenance.weights import Lost as Lost
 from fmapkit.provenance.weights import StandIns as StandIns
 from fmapkit.provenance.weights import WeightRows as WeightRows
+from fmapkit.provenance.weights import buffers_at as buffers_at
+from fmapkit.provenance.weights import buffers_of as buffers_of
+from fmapkit.provenance.weights import note_exchanged as note_exchanged
 from fmapkit.provenance.weights import source_of as source_of
 from fmapkit.provenance.weights import versions as versions

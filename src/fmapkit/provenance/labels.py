@@ -45,19 +45,34 @@ class OfModule:
     Args:
         owner: the module.
         tensor: its parameter or buffer.
+
+    Attributes:
+        exchanged: another one had taken its place when the pass ended.
     """
 
-    __slots__ = ("__weakref__", "_owner", "_which")
+    __slots__ = ("__weakref__", "_owner", "_which", "exchanged")
 
     def __init__(self, owner: nn.Module, tensor: Tensor) -> None:
         self._owner = weakref.ref(owner)
         self._which = id(owner), id(tensor)
+        self.exchanged = False
         _kept.setdefault(owner, {})[id(self)] = tensor
 
     def __call__(self) -> Tensor | None:
         """The tensor; None once the module is gone."""
         owner = self._owner()
         return None if owner is None else _kept[owner][id(self)]
+
+    def compare(self, key: str) -> None:
+        """A pass has ended in which it was used: note whether it is still what its module has.
+
+        Args:
+            key: what it was called there.
+        """
+        owner = self._owner()
+        if owner is not None:
+            there = owner._parameters.get(key)
+            self.exchanged = (owner._buffers.get(key) if there is None else there) is not self()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, OfModule) and self._which == other._which and self() is other()

@@ -29,13 +29,19 @@ from fmapkit.provenance.layout import ChannelLayout
 from fmapkit.torchlib.memory import storage_of, version_of
 from fmapkit.torchlib.sharded import is_dtensor
 
-__all__ = ["PACKED", "REGISTERED", "StandIns", "WeightRows", "source_of", "versions"]
+__all__ = [
+    *("PACKED", "REGISTERED", "Buffers", "BufferPlace", "StandIns", "WeightRows", "buffers_at"),
+    *("buffers_of", "note_exchanged", "source_of", "versions"),
+]
 
 PACKED = "it is quantised, and its weight is packed with its bias, which is no tensor"
 REGISTERED = "it is a layer by register_layer, and which weights it uses is not known"
 
 # Of each parameter and buffer, by its module's id and its key: itself, and its version.
 Versions = dict[tuple[int, str], tuple[Tensor, int]]
+# A module, and the key of a buffer of it; and which tensor that was in a pass.
+BufferPlace = tuple[Callable[[], nn.Module | None], str]
+Buffers = dict[tuple[int, str], "weakref.ref[Tensor]"]
 # By the id of the first of each pair.
 StandIns = dict[int, tuple[Tensor, Tensor]]
 Owners = Callable[[Tensor], Sequence[tuple[nn.Module, str]]]
@@ -87,6 +93,33 @@ def versions(modules: Iterable[nn.Module]) -> Versions:
     }
 
 
+def note_exchanged(sources: Iterable[Source]) -> None:
+    """A pass has ended: which of the weights that were used are not where they were.
+
+    So it is in every pass on the same path.
+    """
+    for source in sources:
+        if isinstance(source.ref, OfModule):
+            source.ref.compare(source.key)
+
+
+def buffers_of(made: Iterable[Made | None]) -> tuple[BufferPlace, ...]:
+    """Where layers have found a weight, or a bias, that a forward may exchange for another one."""
+    found: dict[tuple[int, str], BufferPlace] = {}
+    for source in (s for m in made if m is not None for s in (m.weight, m.bias) if s is not None):
+        owner = source.owner() if source.owner is not None else None
+        if owner is not None and source.owner is not None and source.key in owner._buffers:
+            found[id(owner), source.key] = source.owner, source.key
+    return tuple(found.values())
+
+
+def buffers_at(places: Iterable[BufferPlace]) -> Buffers:
+    """The tensors that are at some places, by their module's id and their key there."""
+    owners = ((owner(), key) for owner, key in places)
+    found = {(id(m), key): m._buffers.get(key) for m, key in owners if m is not None}
+    return {place: weakref.ref(tensor) for place, tensor in found.items() if tensor is not None}
+
+
 # -- when it is read -----------------------------------------------------------------------------
 
 
@@ -101,6 +134,7 @@ class WeightRows:
         picked: those that are held, where not all are.
         versions: of the pass's parameters, as `versions` gives them; empty while it is under way,
             None where they were not asked for.
+        buffers: as they were when a call ended that was read by a plan.
     """
 
     what: str
@@ -108,6 +142,7 @@ class WeightRows:
     axes: ChannelLayout | None
     picked: tuple[int, ...] | None
     versions: Versions | None
+    buffers: Buffers
 
     def __reduce__(self) -> Any:
         """A copy of a map, or a pickle, has its values and tags alone."""
@@ -192,6 +227,13 @@ class WeightRows:
             raise MapReleasedError(f"the {name} behind {self.what} went with its module")
         now: Tensor | None = owner._parameters.get(key)
         now = owner._buffers.get(key) if now is None else now
+        used = self.buffers.get((id(owner), key), source.ref)
+        exchanged = isinstance(source.ref, OfModule) and source.ref.exchanged
+        if exchanged and not (now is not None and is_dtensor(now)):
+            raise MapOverwrittenError(
+                f"the {name} behind {self.what} was exchanged for another tensor in the pass, "
+                "after the layer had used it; clone it in the forward, where it is used"
+            )
         if self.versions:
             then, version = self.versions.get((id(owner), key), (None, -1))
             if then is None or version_of(then) != version:
@@ -200,7 +242,7 @@ class WeightRows:
                     "it before the optimiser's step"
                 )
             found = then
-        elif now is None or now is not source.ref():
+        elif now is None or now is not used():
             raise MapOverwrittenError(
                 f"the {name} behind {self.what} is another tensor now than when the layer was "
                 "learned (functional_call, load_state_dict(assign=True) and the like swap "

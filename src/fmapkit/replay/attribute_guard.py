@@ -106,15 +106,28 @@ class AttributeGuard:
             one: the number of a state.
             other: that of another.
         """
+        changed = list(self._changes(one, other))
+        return all(type(v) is float for _, pair in changed for v in pair) and not any(
+            _is_torchs(module) for module, _ in changed
+        )
+
+    def tell(self, numbers: set[Any], one: int, other: int) -> bool:
+        """Whether an attribute is a number that differs in two states.
+
+        Args:
+            numbers: pairs of what each of them is in the one, and in the other.
+            one: the number of a state.
+            other: that of another.
+        """
+        return bool(numbers) and any(pair in numbers for _, pair in self._changes(one, other))
+
+    def _changes(self, one: int, other: int) -> Iterator[tuple[nn.Module, tuple[Any, Any]]]:
+        """The attributes that differ in two states: their modules, and what they are in each."""
         before, now = self._two(one, other)
         for (module, keys), old, new in zip(self._looked_at, before, now, strict=True):
             if old != new:
                 pairs = zip(old, new, strict=True) if len(keys) > 1 else [(old, new)]
-                if _is_torchs(module) or {type(v) for p in pairs if p[0] != p[1] for v in p} != {
-                    float
-                }:
-                    return False
-        return True
+                yield from ((module, pair) for pair in pairs if pair[0] != pair[1])
 
     def _two(self, one: int, other: int) -> Iterator[list[Any]]:
         return (self._states[self._numbers.index(number)] for number in (one, other))

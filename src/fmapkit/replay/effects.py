@@ -223,6 +223,10 @@ class Relations:
             self._known[id(origin)] = found
         return found
 
+    def made(self) -> list[Made | None]:
+        """What the layers of the piece made their filters of."""
+        return [ref.made for ref in self._known.values()]
+
     def pending(self, entry: MapRecord, event: Event) -> bool:
         """Whether a map is a preactivation only if no nonlinearity outside claims it."""
         layer = entry.kind == "preactivation" and event.kind == "layer"

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from fmapkit.paths import Sizes
 from fmapkit.replay.escapes import keys_of, members_of, own_attributes
 from fmapkit.torchlib.memory import storage_of
-from fmapkit.torchlib.nested import modules_in
+from fmapkit.torchlib.nested import leaves, modules_in
 from fmapkit.torchlib.tensor_spec import form_of
 from fmapkit.torchlib.transforms import is_shapeless
 
 __all__ = ["KeptState"]
 
+_MARK = "\0"  # before their places: no path into an output begins so
 _DEEPEST = 9
 _MOST = 1_000  # objects
 _NUMBERS = frozenset({int, float})
@@ -64,6 +65,11 @@ class KeptState:
         others = dict.fromkeys((*self._arguments, *arguments))
         known = len(more) + len(others) == len(self._attributes) + len(self._arguments)
         return None if known else KeptState(self._region, tuple(more), tuple(others))
+
+    def leaves(self) -> list[tuple[str, Tensor]]:
+        """The tensors in attributes, each by its place."""
+        held = [module.__dict__.get(name) for module, name in self._attributes]
+        return [found for n, value in enumerate(held) for found in leaves(value, f"{_MARK}{n}")]
 
     def form(self, args: Any, kwargs: Any, given: Sequence[Tensor]) -> tuple[Any, Sizes]:
         """What is kept as a call begins.

@@ -126,6 +126,11 @@ class ModelGuard:
             or (self.counted() != self._last and self._hooked())
         )
 
+    def rid(self) -> bool:
+        """Whether hooks of others are gone: nothing counts that, so traced passes alone ask."""
+        sessions, counts = self._theirs
+        return (bool(sessions) or any(counts)) and self._foreign() != self._theirs
+
     def _hooked(self) -> bool:
         """Whether it is others who have set any, another session included."""
         self._last = self.counted()

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from fmapkit.provenance import BufferPlace
 from fmapkit.replay.effects import Effects, SiteMap
 from fmapkit.storage import Place
 
@@ -69,10 +70,11 @@ class Plan:
     keeps: bool  # some in-place nonlinearity does so
     shares: bool  # some z is held as another map, too
     graph: bool  # some map was part of a graph, even if gradients are off around the module
+    buffers: tuple[BufferPlace, ...] = field(compare=False)  # that are weights of layers
     joins: bool  # or may become part of one: it is made in an `autograd.Function`'s forward
 
 
-_COMPARED = [f.name for f in fields(Plan)]
+_COMPARED = [f.name for f in fields(Plan) if f.compare]
 
 
 def alike(a: Plan, b: Plan) -> bool:

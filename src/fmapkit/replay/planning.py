@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fmapkit.provenance import Label, is_same
+from fmapkit.provenance import Label, buffers_of, is_same
 from fmapkit.replay.effects import Relations
 from fmapkit.replay.plan import Plan
 from fmapkit.replay.plan_steps import Reading, mark_shared
@@ -16,7 +16,12 @@ from fmapkit.tracing import Frame, Tracer
 
 
 def make_plan(
-    tracer: Tracer, frame: Frame, output: Any, inputs: Sequence[Label], arguments: Sequence[Tensor]
+    tracer: Tracer,
+    frame: Frame,
+    output: Any,
+    inputs: Sequence[Label],
+    arguments: Sequence[Tensor],
+    kept: Sequence[tuple[str, Tensor]] = (),
 ) -> Plan:
     """Boil down what the tracer saw of one call.
 
@@ -26,10 +31,11 @@ def make_plan(
         output: what it returned.
         inputs: what its tensor arguments carried.
         arguments: its tensor arguments.
+        kept: what it has left in attributes of modules, where the rest of the pass may read it.
     """
     trace, record = tracer.trace, tracer.trace.record
     events = record.events[frame.start :]
-    returned = [(path, trace.labels.of(t)) for path, t in leaves(output)]
+    returned = [(path, trace.labels.of(t)) for path, t in (*leaves(output), *kept)]
     after = [trace.labels.of(argument) for argument in arguments[: len(inputs)]]
     rewritten = [(n, t) for n, t in enumerate(after) if not is_same(t, inputs[n])]
     relations = Relations(trace.names, inputs, returned, frame.counts, rewritten)
@@ -55,5 +61,6 @@ def make_plan(
         shares=any(s.shared for s in read.steps),
         effects=relations.effects(record, events, arguments, frame.writes),
         graph=any(e.graph for e in events),
+        buffers=buffers_of(relations.made()),
         joins=any(e.joins for e in events),
     )

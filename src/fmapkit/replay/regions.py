@@ -166,7 +166,9 @@ class ReplayRegion:
         if self.kept:  # Python itself may pick by them among what is kept
             return state if len(others) < _MOST_STATES else None
         others = {s: p for s, p in others.items() if self._attributes.knows(s)}
-        same = [s for s, p in others.items() if p.has(items, sizes) and self._like(kind, s, state)]
+        same = [
+            s for s, p in others.items() if self._alike(p.numbers(items, sizes), kind, s, state)
+        ]
         annealed = bool(same) and self._attributes.differ_in_floats(same[0], state)
         if len(same) < len(others) and not annealed:
             return state if len(others) < _MOST_STATES else None
@@ -175,8 +177,17 @@ class ReplayRegion:
             return self._attributes.look_less(same[0], state)
         return state
 
-    def _like(self, kind: Any, one: int, other: int) -> bool:
-        """Whether calls of a kind read the same of their inputs in two states."""
+    def _alike(self, numbers: set[Any] | None, kind: Any, one: int, other: int) -> bool:
+        """Whether calls of a kind are the same in two states, and none of these tells a number.
+
+        Args:
+            numbers: in which their paths differ, on other sizes; None if they differ otherwise.
+            kind: of the calls.
+            one: the number of a state.
+            other: that of another.
+        """
+        if numbers is None or self._attributes.tell(numbers, one, other):
+            return False
         before, now = (self._truths.get((kind[0], state)) for state in (one, other))
         return before is not None and now is not None and before.like(now)
 

@@ -7,7 +7,7 @@ ReplayRun   follows a call by its plan, and notes              (`replay/run.py`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -212,12 +212,17 @@ class RunLog(PassPiece):
 
     # -- when it is read ----------------------------------------------------------------------
 
-    def tag_outputs(self, output: Any, set_tag: Callable[[Tensor, Label], None]) -> None:
-        """Label what it has returned; a tensor at a new place keeps its own label."""
+    def tag_outputs(
+        self,
+        output: Any,
+        kept: Iterable[tuple[str, Tensor]],
+        set_tag: Callable[[Tensor, Label], None],
+    ) -> None:
+        """Label what it has returned, or kept; a tensor at a new place keeps its own label."""
         labels: dict[str, Label] = {}
         for path, tag in self.plan.effects.outputs:
             labels[path] = self.label(tag)
-        for path, tensor in leaves(output):
+        for path, tensor in (*leaves(output), *kept):
             if labels.get(path) is not None:
                 set_tag(tensor, labels[path])
 

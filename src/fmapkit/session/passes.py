@@ -90,7 +90,8 @@ class Passes:
                 live.frame = call_frame()
             return False
         live.frame = call_frame()  # on Python's stack as long as the pass runs
-        if self.watch.changed():
+        traced = not parts.regions.static(self.asked.model)
+        if self.watch.changed() or (traced and self.watch.rid()):
             self._restart()
         self._open(step, ids, compiled)
         if compiled:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fmapkit.missed import MissedLog, Reason
 from fmapkit.nonlinearities import is_torchs
 from fmapkit.paths import ControlPaths, Sizes
-from fmapkit.provenance import Label
+from fmapkit.provenance import Label, note_exchanged
 from fmapkit.replay import EscapedTensors, ReplayRegions, fill_of, has_more, make_plan
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.hook_installer import HookInstaller
@@ -181,7 +181,7 @@ class Recorder:
         found = [module for module, _ in kept] + [region] * bool(given)
         if remembering.functions(twins.functions()):
             found += [m for m in modules_in(region) if m._modules or not is_torchs(m)]
-        elif found and recording.alone and recording.form is not None:
+        elif found and recording.form is not None and (recording.alone or not given):
             return not self._regions.of(region).keeps(kept, given)
         if found:
             self._open(*found)
@@ -208,8 +208,9 @@ class Recorder:
         module, frame = recording.module, recording.frame
         arguments = tensors_in(*frame.args, frame.kwargs)
         _copy_what_is_used_again(tracer, frame, [*arguments, *tensors_in(output)])
-        plan = make_plan(tracer, frame, output, recording.inputs, arguments)
         region = self._regions.of(module)
+        kept = () if recording.alone else region.kept.leaves()
+        plan = make_plan(tracer, frame, output, recording.inputs, arguments, kept)
         asked = tracer.trace.asked
         kind, sizes = region.kind(recording.form, recording.state, asked, recording.sizes)
         if kind is None:  # it decides by data
@@ -253,6 +254,7 @@ class Recorder:
         if not self._checked:
             _check_held(tracer.trace.record.events)
         self._checked = False
+        note_exchanged(tracer.trace.sources)
         for module in tracer.trace.unhooked:
             self._misses.add(self._names.of(module), Reason.CALLED_ON_ITS_OWN.text())
             for called in self._model.modules():

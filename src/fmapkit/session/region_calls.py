@@ -15,7 +15,7 @@ from torch import nn
 
 from fmapkit.missed import MissedLog, Reason, reason
 from fmapkit.paths import ControlPaths, Expected, KnownPaths, Sizes
-from fmapkit.provenance import ChannelLabel, Label
+from fmapkit.provenance import ChannelLabel, Label, buffers_at
 from fmapkit.replay import (
     InputTruths,
     Plan,
@@ -145,10 +145,13 @@ class RegionCalls:
         if tracer is not None:
             inputs = [tracer.trace.labels.of(t) for t in tensors]
             origins = carried(inputs, self._wants.of)
-        form = shape_of(args), shape_of(kwargs), origins, modes
+        form: Any = (shape_of(args), shape_of(kwargs), origins, modes)
         sizes = sizes_of(tensors, args, kwargs)
-        if tracer is None and region.kept:
+        if region.kept:
             form, sizes = region.with_kept(form, sizes, args, kwargs, tensors)
+            flow = tracer.trace.labels.flow if tracer is not None else None
+            if flow is not None and any(flow(t) is not None for _, t in region.kept.leaves()):
+                form = None  # it is of this pass
         asked = sizes, args, kwargs, inputs
         if others_watch():  # and sees our looks, too, of which there are more in a traced pass
             return self._recorder.enter(module, None, 0, *asked) or given
@@ -256,6 +259,8 @@ class RegionCalls:
             self._check_path(run)
         if run.lost and not failed and self._edits and self._edits.by_label(current.step):
             raise self._edits.refused(UNEDITED)
+        if run.plan.buffers:
+            current.buffers.update(buffers_at(run.plan.buffers))
         if tracer is None:
             current.segments.append(run)
             return
@@ -269,7 +274,8 @@ class RegionCalls:
             arguments = tensors_in(*args, kwargs)
             for index, tag in run.plan.effects.rewritten:
                 tracer.trace.labels.put(arguments[index], run.label(tag))
-        run.tag_outputs(output, tracer.trace.labels.put)
+        kept = self._regions.of(run.module).kept.leaves()
+        run.tag_outputs(output, kept, tracer.trace.labels.put)
         live.trace_on()
 
     def _check_beginning(self, run: ReplayRun) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.provenance import ChannelLayout, Heads, Origin
+from fmapkit.provenance import Buffers, ChannelLayout, Heads, Origin
 from fmapkit.storage.gradients import in_function
 from fmapkit.storage.held import StoredTensor
 from fmapkit.torchlib.memory import block_of, parts_of
@@ -65,7 +65,7 @@ class Pass:
 
     __slots__ = (
         *("_entries", "closed", "drop", "grads", "memory", "segments", "step", "training"),
-        *("ids", "weights"),
+        *("buffers", "ids", "weights"),
     )
 
     def __init__(self, step: int, training: bool = False) -> None:
@@ -80,6 +80,8 @@ class Pass:
         self.ids: Tensor | None = None  # of its inputs, as the user numbers them
         # By its module's id and its key: each parameter, and its version, where that is asked for.
         self.weights: dict[tuple[int, str], tuple[Tensor, int]] | None = None
+        # The same of buffers that are weights, where a plan has told whose they are.
+        self.buffers: Buffers = {}
         self._entries: list[MapRecord] | None = None
 
     def entries(self) -> list[MapRecord]:

@@ -13,7 +13,7 @@ import types
 from functools import lru_cache, partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmapkit.paths import keeps_number, may_be_handled, runs_own_code
 from fmapkit.provenance import Constants, Function, FunctionCall
@@ -29,6 +29,12 @@ from fmapkit.tracing.input_reads import (
 from fmapkit.tracing.pass_trace import PassTrace
 
 __all__ = ["DataReads"]
+
+# torch's own code that reads a number to compare it with a size, and raises if they differ.
+_CHECKS_OF_SIZES = {
+    id(nn.RNNBase.get_expected_hidden_size.__code__),
+    id(nn.LSTM.get_expected_cell_size.__code__),
+}
 
 
 class DataReads:
@@ -103,6 +109,8 @@ def _decides_nothing(name: str, asking: types.FrameType) -> bool:
     """
     if sys.version_info < (3, 11):  # bytecode does not tell what is handled, nor where it stands
         return False
+    if id(asking.f_code) in _CHECKS_OF_SIZES:
+        return not may_be_handled(asking)
     if name == "__bool__":
         return only_raises(asking) and not may_be_handled(asking)
     return keeps_number(asking)

@@ -157,6 +157,7 @@ class LayerCalls:
         bias = bias_operand(call)
         used = {"weight": weight, **({"bias": bias} if isinstance(bias, Tensor) else {})}
         found = {what: self._source(tensor) for what, tensor in used.items()}
+        self._trace.sources.extend(found.values())
         places = filter_places(call, weight)
         made = Made(found["weight"], found.get("bias"), tuple(places), axes)
         return made, {what: used[what] for what, s in found.items() if s.owner is None}

@@ -15,7 +15,7 @@ from torch import nn
 
 from fmapkit import nonlinearities
 from fmapkit.model import HOW, Names
-from fmapkit.provenance import FOLLOWED, FunctionCall
+from fmapkit.provenance import FOLLOWED, FunctionCall, Source
 from fmapkit.reasons import Reason
 from fmapkit.tracing.candidates import is_whole, may_be_sigma, role_of
 from fmapkit.tracing.events import Event
@@ -54,6 +54,7 @@ class PassTrace:
             what runs, or whose weight is used.
         unhooked: modules that ran without hooks.
         moments: after how many decisions modules began; None where one ended.
+        sources: where layers have got their weights.
     """
 
     def __init__(self, names: Names, record: Record) -> None:
@@ -69,6 +70,7 @@ class PassTrace:
         self.deciding: set[nn.Module] = set()
         self.unhooked: set[nn.Module] = set()
         self.moments: list[tuple[int, nn.Module | None]] = []
+        self.sources: list[Source] = []
 
     def end(self) -> None:
         """Let go of all that could keep a tensor or a graph alive."""
