@@ -90,9 +90,11 @@ class Passes:
                 live.frame = call_frame()
             return False
         live.frame = call_frame()  # on Python's stack as long as the pass runs
-        traced = not parts.regions.static(self.asked.model)
-        if self.watch.changed() or (traced and self.watch.rid()):
+        if self.watch.changed():
             self._restart()
+        elif self._stop is None and not parts.regions.static(self.asked.model):
+            if self.watch.rid():  # a pass that is learned does not end early
+                self._learn_anew()
         self._open(step, ids, compiled)
         if compiled:
             parts.installer.only_on_model()
@@ -143,14 +145,19 @@ class Passes:
         parts = self._parts
         self.asked.names.refresh()
         parts.paths.refresh()
-        parts.regions.clear()
-        parts.installer.only_on_model()
         self._compiled.refresh()
         if self._stop is not None:
             self._stop.forget()
+        self._learn_anew()
+        parts.unseen.scripted(bool(self._compiled))
+
+    def _learn_anew(self) -> None:
+        """What may be replayed is another thing than it was."""
+        parts = self._parts
+        parts.regions.clear()
+        parts.installer.only_on_model()
         self.watch = ModelGuard(self.asked.model, parts.hooks)
         self.open_always()
-        parts.unseen.scripted(bool(self._compiled))
 
     def open_always(self) -> None:
         """Trace in every pass where inputs or outputs are edited, and methods are called."""
