@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import bisect
 import copy
+import gc
 import math
 import random as python_random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -302,3 +303,59 @@ def test_another_function_by_the_same_name(monkeypatch: pytest.MonkeyPatch) -> N
         for n in range(36)
     ]
     _alone(Annealed("local_name"), passes, most=5)
+
+
+# -- masks ---------------------------------------------------------------------------------------
+
+MASKS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "product": lambda y, k: y * (y > k),
+    "where": lambda y, k: torch.where(y > k, y, 0.0),
+    "masked_fill": lambda y, k: y.masked_fill(y < k, 0.0),
+    "by name": lambda y, k: y * y.gt(k),
+    "the other way round": lambda y, k: y * (k < y),
+}
+
+
+class Masked(nn.Module):
+    """A mask is of a threshold that it is given: at zero, the product with it is a nonlinearity."""
+
+    def __init__(self, way: Callable[[Tensor, float], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.way = nn.Linear(3, 4), way
+
+    def forward(self, x: Tensor, k: float) -> Tensor:
+        return torch.tanh(self.way(self.fc(x), k))
+
+
+class MaskedByAttribute(Masked):
+    def forward(self, x: Tensor, k: float) -> Tensor:
+        self.k = k
+        return torch.tanh(self.way(self.fc(x), self.k))
+
+
+@pytest.fixture
+def all_found() -> Iterator[None]:
+    """Functions without a name are found by the garbage collector alone, unless it is frozen."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.mark.parametrize("kind", [Masked, MaskedByAttribute])
+@pytest.mark.parametrize("numbers", [(0.0, 0.5, 0.25, 0.0), (0.5, 0.25, 0.0), (0, 2, 3, 0)])
+@pytest.mark.parametrize("name", MASKS)
+def test_a_threshold_that_comes_to_zero(
+    name: str, numbers: tuple[float, ...], kind: Callable[..., nn.Module], all_found: None
+) -> None:
+    model = kind(MASKS[name])
+    alone = copy.deepcopy(model)
+    with torch.no_grad(), capture(model) as maps:
+        for n, k in enumerate((*numbers[:1] * 2, *numbers)):
+            x = random(2, 3, n=n)
+            model(x, k)
+            with capture(alone) as own:
+                alone(x, k)
+            if len(maps):
+                assert labels(maps) == labels(own), n
+            else:
+                assert maps.missed

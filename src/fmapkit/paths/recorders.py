@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import math
+import operator
 import sys
 import types
 from collections import deque
@@ -105,11 +106,9 @@ def index(append: Callable[[Any], None], of: Any, given: _T) -> _T:
     kind = type(of)
     if kind is Tensor or not picks_by_index(kind):
         return value(append, given)
-    if kind is np.ndarray:
-        if not of.dtype.hasobject:
-            return value(append, given)
-        return elements(append, given) if type(given) is np.ndarray else exact(append, given)
-    return exact(append, given)
+    if kind is np.ndarray and not of.dtype.hasobject:
+        return value(append, given)
+    return elements(append, given) if type(given) is np.ndarray else exact(append, given)
 
 
 class _Indexed:
@@ -177,6 +176,15 @@ def _records(function: Any) -> bool:
     return code is not None and id(code) in twins and not _BEGIN.isdisjoint(code.co_names)
 
 
+def compared(append: Callable[[Any], None], name: str, left: Any, right: Any) -> Any:
+    """Two values are compared; a number that a tensor is compared with says what the mask is of."""
+    if type(left) is Tensor:
+        value(append, right)
+    elif type(right) is Tensor:
+        value(append, left)
+    return getattr(operator, name)(left, right)
+
+
 def elements(append: Callable[[Any], None], given: _T) -> _T:
     """A value becomes what Python itself goes through, and may pick by."""
     kind = type(given)
@@ -228,9 +236,8 @@ def repeated(append: Callable[[Any], None], row: Any, given: _T) -> _T:
     """A number becomes a factor of what may be a list: it says how often that is repeated."""
     if append is _NOTHING or type(row) not in _ROWS:
         return given
-    if all(type(each) in PLAIN or type(each) in NUMBERS for each in row):
-        return value(append, given)
-    return exact(append, given)
+    numbers = all(type(each) in PLAIN or type(each) in NUMBERS for each in row)
+    return value(append, given) if numbers else exact(append, given)
 
 
 def keyed(append: Callable[[Any], None], function: Any) -> Any:
@@ -337,6 +344,7 @@ RECORDERS: dict[str, Any] = {
         index,
         indexed,
         handed,
+        compared,
         put,
         elements,
         unpacked,
@@ -384,6 +392,7 @@ _traced_as(resumed, lambda site, given: given)
 _traced_as(index, lambda append, of, given: given)
 _traced_as(indexed, lambda append, of: of)
 _traced_as(handed, lambda append, to, name, given: given)
+_traced_as(compared, lambda append, name, left, right: getattr(operator, name)(left, right))
 _traced_as(put, lambda append, to, given: given)
 _traced_as(repeated, lambda append, row, given: given)
 _traced_as(ranked, lambda append, of, given: given)

@@ -20,9 +20,11 @@ from fmapkit.paths.rewriting.inserting import APPEND
 from fmapkit.paths.rewriting.library_calls import gives_all
 from fmapkit.paths.rewriting.picking import PYTHON_GOES_BY, returned_by
 from fmapkit.paths.rewriting.syntax import (
+    COMPARED,
     OF_TORCHS,
     is_plain_function,
     names_loaded,
+    tests_in,
 )
 from fmapkit.paths.rewriting.torch_calls import recorded
 
@@ -54,6 +56,7 @@ class Rewriter(CallRewriting, ast.NodeTransformer):
         self._loaded = names_loaded(node)
         self._from_c = False  # code in C may call the function at hand
         self._returned = "value"  # the recorder of what it gives back
+        self._tests = tests_in(node)
 
     # -- statements ---------------------------------------------------------------------------
 
@@ -203,10 +206,15 @@ class Rewriter(CallRewriting, ast.NodeTransformer):
         return node
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
-        """`a < b < c` looks at c only where a < b."""
+        """`a < b < c` looks at c only where a < b; what a tensor is compared with makes a mask."""
+        masks = node not in self._tests and type(node.ops[0]) in COMPARED
         self.generic_visit(node)
         node.comparators[1:] = map(self._marked, node.comparators[1:])
-        return node
+        both = node.left, *node.comparators
+        if not masks or len(both) > 2 or any(isinstance(b, ast.Constant) for b in both):
+            return node
+        name = ast.copy_location(ast.Constant(COMPARED[type(node.ops[0])]), node)
+        return recorded("compared", node.comparators[0], node, self._append(), name, node.left)
 
     def visit_comprehension(self, node: ast.comprehension) -> ast.AST:
         """What a condition leaves out is marked, and so is each element: that makes each turn."""

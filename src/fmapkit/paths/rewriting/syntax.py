@@ -22,6 +22,15 @@ OF_TORCHS = frozenset({"training"}).union(
     )
 )
 
+# The functions that comparisons are, by the nodes that stand for them.
+COMPARED: dict[type[ast.cmpop], str] = {
+    ast.Lt: "lt",
+    ast.LtE: "le",
+    ast.Gt: "gt",
+    ast.GtE: "ge",
+    ast.Eq: "eq",
+    ast.NotEq: "ne",
+}
 # A function that may look at its own variables has none of ours.
 _LOOKS_AT_LOCALS = {"locals", "vars", "dir", "eval", "exec"}
 
@@ -144,6 +153,24 @@ def is_plain_function(node: ast.FunctionDef) -> bool:
         if isinstance(inner, ast.Name) and inner.id in _LOOKS_AT_LOCALS:
             return False
     return True
+
+
+def tests_in(node: ast.AST) -> set[ast.AST]:
+    """The expressions in code of which nothing but the truth is asked."""
+    found: set[ast.AST] = set()
+    for each in ast.walk(node):
+        if isinstance(each, ast.If | ast.While | ast.IfExp | ast.Assert):
+            found.add(each.test)
+        elif isinstance(each, ast.comprehension):
+            found.update(each.ifs)
+        elif isinstance(each, ast.UnaryOp) and isinstance(each.op, ast.Not):
+            found.add(each.operand)
+    todo = [each for each in found if isinstance(each, ast.BoolOp)]
+    while todo:
+        values = todo.pop().values
+        found.update(values)
+        todo += [each for each in values if isinstance(each, ast.BoolOp)]
+    return found
 
 
 def is_row(node: ast.expr) -> bool:
