@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import bisect
 import copy
-import gc
 import math
 import random as python_random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -307,13 +306,15 @@ def test_another_function_by_the_same_name(monkeypatch: pytest.MonkeyPatch) -> N
 
 # -- masks ---------------------------------------------------------------------------------------
 
-MASKS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "product": lambda y, k: y * (y > k),
-    "where": lambda y, k: torch.where(y > k, y, 0.0),
-    "masked_fill": lambda y, k: y.masked_fill(y < k, 0.0),
-    "by name": lambda y, k: y * y.gt(k),
-    "the other way round": lambda y, k: y * (k < y),
-}
+
+def masks() -> dict[str, Callable[[Tensor, float], Tensor]]:
+    return {
+        "product": lambda y, k: y * (y > k),
+        "where": lambda y, k: torch.where(y > k, y, 0.0),
+        "masked_fill": lambda y, k: y.masked_fill(y < k, 0.0),
+        "by name": lambda y, k: y * y.gt(k),
+        "the other way round": lambda y, k: y * (k < y),
+    }
 
 
 class Masked(nn.Module):
@@ -333,21 +334,13 @@ class MaskedByAttribute(Masked):
         return torch.tanh(self.way(self.fc(x), self.k))
 
 
-@pytest.fixture
-def all_found() -> Iterator[None]:
-    """Functions without a name are found by the garbage collector alone, unless it is frozen."""
-    gc.unfreeze()
-    yield
-    gc.freeze()
-
-
 @pytest.mark.parametrize("kind", [Masked, MaskedByAttribute])
 @pytest.mark.parametrize("numbers", [(0.0, 0.5, 0.25, 0.0), (0.5, 0.25, 0.0), (0, 2, 3, 0)])
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", masks())
 def test_a_threshold_that_comes_to_zero(
-    name: str, numbers: tuple[float, ...], kind: Callable[..., nn.Module], all_found: None
+    name: str, numbers: tuple[float, ...], kind: Callable[..., nn.Module]
 ) -> None:
-    model = kind(MASKS[name])
+    model = kind(masks()[name])
     alone = copy.deepcopy(model)
     with torch.no_grad(), capture(model) as maps:
         for n, k in enumerate((*numbers[:1] * 2, *numbers)):

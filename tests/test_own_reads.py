@@ -6,8 +6,7 @@ are those of a pass that was captured alone.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,14 +18,6 @@ from fmapkit import capture
 from tests.test_paths import Turn, hold, random
 
 pytestmark = pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def all_found(settled: None) -> Iterator[None]:
-    """Functions without a name are found by the garbage collector alone, unless it is frozen."""
-    gc.unfreeze()
-    yield
-    gc.freeze()
 
 
 class Scaled(nn.Module):
@@ -350,23 +341,28 @@ def _by_results(model: Any, h: Tensor, told: Tensor) -> Tensor:
     return h[h.sum(1) > 0.5]
 
 
-SIZED: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
-    "mask": lambda model, h, told: h[told > 0],
-    "mask of all": lambda model, h, told: h[(told > 0).unsqueeze(1).expand(6, 4)].view(-1, 4),
-    "mask and None": lambda model, h, told: h[None, told > 0][0],
-    "masked_select": lambda model, h, told: torch.masked_select(h, told[:, None] > 0).view(-1, 4),
-    "buffer": lambda model, h, told: h[model.rows],
-    "nonzero": _unpadded,
-    "where": lambda model, h, told: h[torch.where(told > 0)[0]],
-    "unique": lambda model, h, told: h[: told.unique().shape[0]],
-    "bincount": lambda model, h, told: h[: torch.bincount(told.abs()).shape[0]],
-    "repeat_interleave": lambda model, h, told: h.repeat_interleave(told.abs(), dim=0),
-    "two masks": _by_two,
-    "filters": _by_filters,
-    "bounds": _between,
-    "results": _by_results,
-}
-REPLAYED = [n for n in SIZED if n not in ("bounds", "results", "filters")]
+def sized() -> dict[str, Callable[[Any, Tensor, Tensor], Tensor]]:
+    return {
+        "mask": lambda model, h, told: h[told > 0],
+        "mask of all": lambda model, h, told: h[(told > 0).unsqueeze(1).expand(6, 4)].view(-1, 4),
+        "mask and None": lambda model, h, told: h[None, told > 0][0],
+        "masked_select": lambda model, h, told: torch.masked_select(h, told[:, None] > 0).view(
+            -1, 4
+        ),
+        "buffer": lambda model, h, told: h[model.rows],
+        "nonzero": _unpadded,
+        "where": lambda model, h, told: h[torch.where(told > 0)[0]],
+        "unique": lambda model, h, told: h[: told.unique().shape[0]],
+        "bincount": lambda model, h, told: h[: torch.bincount(told.abs()).shape[0]],
+        "repeat_interleave": lambda model, h, told: h.repeat_interleave(told.abs(), dim=0),
+        "two masks": _by_two,
+        "filters": _by_filters,
+        "bounds": _between,
+        "results": _by_results,
+    }
+
+
+REPLAYED = [n for n in sized() if n not in ("bounds", "results", "filters")]
 
 
 def _told(n: int) -> tuple[Tensor, Tensor]:
@@ -376,14 +372,14 @@ def _told(n: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("name", SIZED)
+@pytest.mark.parametrize("name", sized())
 def test_sizes_that_are_data_are_known_before_the_pass(name: str, train: bool) -> None:
-    hold(Sized(SIZED[name]), [Turn(_told(n)) for n in range(10)], train=train, most=3)
+    hold(Sized(sized()[name]), [Turn(_told(n)) for n in range(10)], train=train, most=3)
 
 
 @pytest.mark.parametrize("name", REPLAYED)
 def test_sizes_that_are_data_are_no_reason_to_trace(name: str, traced: list[None]) -> None:
-    model = Sized(SIZED[name])
+    model = Sized(sized()[name])
     with torch.no_grad(), capture(model) as maps:
         for n in range(40):
             if n == 30:

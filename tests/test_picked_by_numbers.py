@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import bisect
 import collections
-import gc
 import heapq
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -23,14 +22,6 @@ from fmapkit import capture
 from tests.test_paths import Turn, hold, random
 
 pytestmark = pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def all_found(settled: None) -> Iterator[None]:
-    """Functions without a name are found by the garbage collector alone, unless it is frozen."""
-    gc.unfreeze()
-    yield
-    gc.freeze()
 
 
 class Place:
@@ -101,54 +92,63 @@ def _called(function: Callable[[int], Tensor], k: int) -> Tensor:
 
 
 # What picks the k-th of four; the last one alone is the output of a layer.
-WAYS: dict[str, Callable[[list[Tensor], int], Tensor]] = {
-    "list": lambda outs, k: outs[k],
-    "tuple": lambda outs, k: tuple(outs)[k],
-    "from the end": lambda outs, k: outs[-4 + k],
-    "display": lambda outs, k: [*outs][k],
-    "slice": lambda outs, k: outs[k:][0],
-    "slice of an attribute": lambda outs, k: Several(outs).outs[k : k + 1][0],
-    "attribute": lambda outs, k: Several(outs).outs[k],
-    "dict": lambda outs, k: dict(enumerate(outs))[k],
-    "keys of a display": lambda outs, k: {k: outs[3], 3: outs[0], k + 9: outs[1]}.get(3, outs[0]),
-    "keys of a comprehension": lambda outs, k: {n + k: o for n, o in enumerate(outs)}[2 * k],
-    "keys of zip": lambda outs, k: dict(zip(range(4), outs, strict=True))[k],
-    "keys that move": lambda outs, k: dict(zip([3 - k, 9], [outs[k], outs[0]], strict=True))[3 - k],
-    "mapped pairs": lambda outs, k: dict(map(lambda n: ((n + k) % 4, outs[n]), range(4)))[3],  # noqa: C417
-    "pairs": lambda outs, k: dict([(k, outs[k]), (9, outs[0])])[k],  # noqa: C406
-    "tuple as a key": lambda outs, k: {(n, 0): o for n, o in enumerate(outs)}[k, 0],
-    "__getitem__": lambda outs, k: outs.__getitem__(k),
-    "pop": lambda outs, k: list(outs).pop(k),
-    "a method by name": lambda outs, k: _called(list(outs).pop, k),
-    "get": lambda outs, k: dict(enumerate(outs)).get(k, outs[0]),
-    "setdefault": lambda outs, k: {3: outs[3]}.setdefault(k, outs[0]),
-    "insert": inserted,
-    "rotate": rotated,
-    "stored": stored,
-    "stored in an attribute": stored_in,
-    "deleted": deleted,
-    "islice": lambda outs, k: next(itertools.islice(outs, k, None)),
-    "itemgetter": lambda outs, k: operator.itemgetter(k)(outs),
-    "operator.getitem": lambda outs, k: operator.getitem(outs, k),
-    "cycle": lambda outs, k: list(itertools.islice(itertools.cycle(outs), k + 1))[-1],
-    "greatest": lambda outs, k: max(zip([k, 2.5, 0], [outs[3], *outs[:2]], strict=True))[1],
-    "greatest of pairs": lambda outs, k: max([(k, 0, outs[3]), (2, 1, outs[0])])[2],
-    "key": lambda outs, k: max(enumerate(outs), key=lambda pair: (pair[0] - k - 1) % 4)[1],
-    "sorted": lambda outs, k: sorted(enumerate(outs), key=lambda pair: (pair[0] - k) % 4)[0][1],
-    "sorted pairs": lambda outs, k: sorted(((n - k) % 4, n, o) for n, o in enumerate(outs))[0][2],
-    "sort": lambda outs, k: heap(outs, k),
-    "smallest": lambda outs, k: heapq.nsmallest(k + 1, enumerate(outs))[-1][1],
-    "bisected": lambda outs, k: outs[bisect.bisect_left([0, 1, 2, 3], k)],
-    "__index__": lambda outs, k: outs[Place(k)],
-    "__lt__": lambda outs, k: min(Ranked((n - k) % 4, o) for n, o in enumerate(outs)).tensor,
-    "filtered": lambda outs, k: next(filter(lambda pair: pair[0] == k, enumerate(outs)))[1],
-    "dropped": lambda outs, k: next(itertools.dropwhile(lambda p: p[0] < k, enumerate(outs)))[1],
-    "repeated": lambda outs, k: ([outs[0]] * (3 - k) + [outs[3]] + [outs[0]] * 3)[0],
-    "repeated by name": joined,
-    "chained": lambda outs, k: next(iter(itertools.chain(outs[k:], outs[:k]))),
-    "unpacked": lambda outs, k: (lambda first, *rest: first)(*outs[k:]),
-    "range": lambda outs, k: outs[range(4)[k]],
-}
+def ways() -> dict[str, Callable[[list[Tensor], int], Tensor]]:
+    return {
+        "list": lambda outs, k: outs[k],
+        "tuple": lambda outs, k: tuple(outs)[k],
+        "from the end": lambda outs, k: outs[-4 + k],
+        "display": lambda outs, k: [*outs][k],
+        "slice": lambda outs, k: outs[k:][0],
+        "slice of an attribute": lambda outs, k: Several(outs).outs[k : k + 1][0],
+        "attribute": lambda outs, k: Several(outs).outs[k],
+        "dict": lambda outs, k: dict(enumerate(outs))[k],
+        "keys of a display": lambda outs, k: {k: outs[3], 3: outs[0], k + 9: outs[1]}.get(
+            3, outs[0]
+        ),
+        "keys of a comprehension": lambda outs, k: {n + k: o for n, o in enumerate(outs)}[2 * k],
+        "keys of zip": lambda outs, k: dict(zip(range(4), outs, strict=True))[k],
+        "keys that move": lambda outs, k: dict(zip([3 - k, 9], [outs[k], outs[0]], strict=True))[
+            3 - k
+        ],
+        "mapped pairs": lambda outs, k: dict(map(lambda n: ((n + k) % 4, outs[n]), range(4)))[3],  # noqa: C417
+        "pairs": lambda outs, k: dict([(k, outs[k]), (9, outs[0])])[k],  # noqa: C406
+        "tuple as a key": lambda outs, k: {(n, 0): o for n, o in enumerate(outs)}[k, 0],
+        "__getitem__": lambda outs, k: outs.__getitem__(k),
+        "pop": lambda outs, k: list(outs).pop(k),
+        "a method by name": lambda outs, k: _called(list(outs).pop, k),
+        "get": lambda outs, k: dict(enumerate(outs)).get(k, outs[0]),
+        "setdefault": lambda outs, k: {3: outs[3]}.setdefault(k, outs[0]),
+        "insert": inserted,
+        "rotate": rotated,
+        "stored": stored,
+        "stored in an attribute": stored_in,
+        "deleted": deleted,
+        "islice": lambda outs, k: next(itertools.islice(outs, k, None)),
+        "itemgetter": lambda outs, k: operator.itemgetter(k)(outs),
+        "operator.getitem": lambda outs, k: operator.getitem(outs, k),
+        "cycle": lambda outs, k: list(itertools.islice(itertools.cycle(outs), k + 1))[-1],
+        "greatest": lambda outs, k: max(zip([k, 2.5, 0], [outs[3], *outs[:2]], strict=True))[1],
+        "greatest of pairs": lambda outs, k: max([(k, 0, outs[3]), (2, 1, outs[0])])[2],
+        "key": lambda outs, k: max(enumerate(outs), key=lambda pair: (pair[0] - k - 1) % 4)[1],
+        "sorted": lambda outs, k: sorted(enumerate(outs), key=lambda pair: (pair[0] - k) % 4)[0][1],
+        "sorted pairs": lambda outs, k: sorted(((n - k) % 4, n, o) for n, o in enumerate(outs))[0][
+            2
+        ],
+        "sort": lambda outs, k: heap(outs, k),
+        "smallest": lambda outs, k: heapq.nsmallest(k + 1, enumerate(outs))[-1][1],
+        "bisected": lambda outs, k: outs[bisect.bisect_left([0, 1, 2, 3], k)],
+        "__index__": lambda outs, k: outs[Place(k)],
+        "__lt__": lambda outs, k: min(Ranked((n - k) % 4, o) for n, o in enumerate(outs)).tensor,
+        "filtered": lambda outs, k: next(filter(lambda pair: pair[0] == k, enumerate(outs)))[1],
+        "dropped": lambda outs, k: next(itertools.dropwhile(lambda p: p[0] < k, enumerate(outs)))[
+            1
+        ],
+        "repeated": lambda outs, k: ([outs[0]] * (3 - k) + [outs[3]] + [outs[0]] * 3)[0],
+        "repeated by name": joined,
+        "chained": lambda outs, k: next(iter(itertools.chain(outs[k:], outs[:k]))),
+        "unpacked": lambda outs, k: (lambda first, *rest: first)(*outs[k:]),
+        "range": lambda outs, k: outs[range(4)[k]],
+    }
 
 
 # A lambda that is new gets its twin in the first two.
@@ -173,16 +173,16 @@ class PicksBySize(Picks):
         return super().forward(x, x.shape[0] - 1)
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", ways())
 def test_what_is_picked_by_a_number_that_is_given(name: str) -> None:
     passes = [Turn((random(2, 3, 5, n=k), k)) for k in PASSES]
-    hold(Picks(WAYS[name]), passes, most=2)
+    hold(Picks(ways()[name]), passes, most=2)
 
 
 @pytest.mark.parametrize("name", ["list", "attribute", "dict", "slice", "pop", "itemgetter", "key"])
 def test_what_is_picked_by_a_size(name: str) -> None:
     passes = [Turn((random(1 + k, 3, 5, n=k),)) for k in PASSES]
-    hold(PicksBySize(WAYS[name]), passes, most=2)
+    hold(PicksBySize(ways()[name]), passes, most=2)
 
 
 class Follows(nn.Module):
@@ -197,22 +197,23 @@ class Follows(nn.Module):
         return F.relu(self.way(self.conv(x), x.shape))
 
 
-FOLLOWING: dict[str, Callable[[Tensor, Any], Tensor]] = {
-    "unpacked": lambda y, shape: y.reshape(*[shape[0] * shape[1], shape[2]]).view(*shape),
-    "shape": lambda y, shape: y.new_ones([*shape[:-1], shape[2]]) * y,
-    "by name": lambda y, shape: y[: shape[0]] + y.new_zeros(size=(shape[0], 1, shape[2])),
-    "map": lambda y, shape: y.view(*map(int, shape)),
-    "zip": lambda y, shape: y * sum(n + m for n, m in itertools.pairwise(shape)),
-    "generator": lambda y, shape: y.view(*(n for n in shape)),
-    "split": lambda y, shape: torch.cat(y.split([1, shape[2] - 1], dim=2), 2),
-    "kept": lambda y, shape: Several([y]).outs[0].narrow(2, 0, shape[2]),
-    "greatest": lambda y, shape: F.pad(y, (0, max(shape[2], 4) - shape[2])),
-}
+def following() -> dict[str, Callable[[Tensor, Any], Tensor]]:
+    return {
+        "unpacked": lambda y, shape: y.reshape(*[shape[0] * shape[1], shape[2]]).view(*shape),
+        "shape": lambda y, shape: y.new_ones([*shape[:-1], shape[2]]) * y,
+        "by name": lambda y, shape: y[: shape[0]] + y.new_zeros(size=(shape[0], 1, shape[2])),
+        "map": lambda y, shape: y.view(*map(int, shape)),
+        "zip": lambda y, shape: y * sum(n + m for n, m in itertools.pairwise(shape)),
+        "generator": lambda y, shape: y.view(*(n for n in shape)),
+        "split": lambda y, shape: torch.cat(y.split([1, shape[2] - 1], dim=2), 2),
+        "kept": lambda y, shape: Several([y]).outs[0].narrow(2, 0, shape[2]),
+        "greatest": lambda y, shape: F.pad(y, (0, max(shape[2], 4) - shape[2])),
+    }
 
 
-@pytest.mark.parametrize("name", FOLLOWING)
+@pytest.mark.parametrize("name", following())
 def test_numbers_by_which_nothing_is_picked_follow_sizes(name: str, traced: list[None]) -> None:
-    model = Follows(FOLLOWING[name])
+    model = Follows(following()[name])
     sizes: Sequence[tuple[int, int]] = [(2, 7), (3, 9), (4, 11), (5, 13), (6, 15), (7, 17), (8, 19)]
     with capture(model) as maps, torch.no_grad():
         for n, (batch, length) in enumerate(sizes):
@@ -224,15 +225,16 @@ def test_numbers_by_which_nothing_is_picked_follow_sizes(name: str, traced: list
 
 
 # With 0, 1 or −1, these do something else than with other numbers.
-SPECIAL: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "pad": lambda y, k: F.pad(y, (0, 0, 0, k)),
-    "pad before": lambda y, k: F.pad(y, (0, 0, k, 0)),
-    "repeat": lambda y, k: y.repeat(1, k, 1),
-    "expand": lambda y, k: y.unsqueeze(1).expand(2, k, 3, 5).reshape(2, -1, 5),
-    "repeat_interleave": lambda y, k: y.repeat_interleave(k, 1),
-    "roll": lambda y, k: y.roll(k, 1),
-    "slice": lambda y, k: y[:, k:],
-}
+def special() -> dict[str, Callable[[Tensor, int], Tensor]]:
+    return {
+        "pad": lambda y, k: F.pad(y, (0, 0, 0, k)),
+        "pad before": lambda y, k: F.pad(y, (0, 0, k, 0)),
+        "repeat": lambda y, k: y.repeat(1, k, 1),
+        "expand": lambda y, k: y.unsqueeze(1).expand(2, k, 3, 5).reshape(2, -1, 5),
+        "repeat_interleave": lambda y, k: y.repeat_interleave(k, 1),
+        "roll": lambda y, k: y.roll(k, 1),
+        "slice": lambda y, k: y[:, k:],
+    }
 
 
 class Special(nn.Module):
@@ -246,9 +248,9 @@ class Special(nn.Module):
 
 
 @pytest.mark.parametrize("numbers", [(1, 2, 0), (0, 2, 1), (2, 3, 1), (1, 0, 2), (2, 1, 3)])
-@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("name", special())
 def test_numbers_with_which_functions_do_something_else(
     name: str, numbers: tuple[int, ...]
 ) -> None:
     passes = [Turn((random(2, 3, 5, n=n), k)) for n, k in enumerate(numbers[:1] * 2 + numbers)]
-    hold(Special(SPECIAL[name]), passes, most=1)
+    hold(Special(special()[name]), passes, most=1)
