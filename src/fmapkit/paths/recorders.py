@@ -5,7 +5,6 @@ Recorders run in whatever thread runs a twin. They write only where that thread 
 
 from __future__ import annotations
 
-import builtins
 import math
 import operator
 import sys
@@ -121,13 +120,18 @@ class _Indexed:
         self._of = of
 
     def __getitem__(self, at: Any) -> Any:
-        return self._of[exact(self._append, at)]
+        return self._of[_place(self._append, at)]
 
     def __setitem__(self, at: Any, given: Any) -> None:
-        self._of[exact(self._append, at)] = given
+        self._of[_place(self._append, at)] = given
 
     def __delitem__(self, at: Any) -> None:
-        del self._of[exact(self._append, at)]
+        del self._of[_place(self._append, at)]
+
+
+def _place(append: Callable[[Any], None], at: _T) -> _T:
+    """Where an element is, in code that has looked at it by `value` as well."""
+    return at if type(at) is str else exact(append, at)
 
 
 def indexed(append: Callable[[Any], None], of: Any) -> Any:
@@ -152,9 +156,13 @@ def handed(append: Callable[[Any], None], to: Any, name: str | None, given: _T) 
     kind = type(given)
     if kind in PLAIN:
         append(given)
+    elif kind is Tensor or append is _NOTHING:
+        pass
     elif kind not in _FLOATS:
-        return given if kind is Tensor else value(append, given)
-    elif append is not _NOTHING:
+        item_of = ITEM_OF.get(kind) or item_of_class(kind)
+        if item_of is not ignore:
+            append(item_of(given))
+    else:
         if to is None or type(to) is Tensor:
             idle = name in FLOATS_ARE_IDLE or (name in ONLY_ZERO_DECIDES and given != 0)
         else:
@@ -283,15 +291,19 @@ def called(append: Callable[[Any], None], function: _T) -> _T:
 
 def chosen(append: Callable[[Any], None], function: Any) -> Any:
     """The same, with arguments by which a container of Python's may pick."""
-    called(append, function)
-    if append is _NOTHING or type(function) is not _BUILTIN:
+    if append is _NOTHING:
         return function
+    kind = type(function)
+    if kind is not _BUILTIN:
+        append((CALLABLES.get(kind) or other_callable)(function))
+        return function
+    called(append, function)
     if function.__name__ not in _BY_PLACE or contents_of(type(function.__self__)) is None:
         return function
 
     def looked_at(*given: Any, **named: Any) -> Any:
         if given:
-            exact(append, given[0])
+            _place(append, given[0])
         return function(*given, **named)
 
     return looked_at
@@ -330,71 +342,3 @@ def caught(site: str) -> None:
                 places.append(place)
             trace = trace.tb_next
         append((site, *places))
-
-
-# By the names that stand for them in a twin before it is finished.
-RECORDERS: dict[str, Any] = {
-    f"{MARK}{f.__name__}": f
-    for f in (
-        enter,
-        current,
-        resumed,
-        value,
-        exact,
-        index,
-        indexed,
-        handed,
-        compared,
-        put,
-        elements,
-        unpacked,
-        keys,
-        ordered,
-        picked,
-        repeated,
-        keyed,
-        mapped,
-        ranked,
-        ranking,
-        called,
-        chosen,
-        tapped,
-        fusing,
-        caught,
-        type,
-        Tensor,
-    )
-}
-
-
-# Where a twin runs on after its block has ended (a generator's, say), it finds copies of them
-# there: torch.compile takes what is among the builtins for a builtin. No name of a model's is one
-# of these.
-for _name, _recorder in RECORDERS.items():
-    if type(_recorder) is _FUNCTION:
-        _recorder = _FUNCTION(_recorder.__code__, _recorder.__globals__, _recorder.__name__)
-    setattr(builtins, _name, _recorder)
-
-
-def _traced_as(recorder: Callable[..., Any], instead: Callable[..., Any]) -> None:
-    """Have torch.compile see something else where it traces a twin."""
-    recorder._torchdynamo_inline = instead  # type: ignore[attr-defined]
-
-
-for _recorder in (value, exact, elements, unpacked, keys, ordered, picked):
-    _traced_as(_recorder, lambda append, given: given)
-for _recorder in (keyed, mapped, ranking, called, chosen):
-    _traced_as(_recorder, lambda append, function: function)
-_traced_as(enter, lambda site: ignore)
-_traced_as(current, lambda: ignore)
-_traced_as(caught, lambda site: None)
-_traced_as(resumed, lambda site, given: given)
-_traced_as(index, lambda append, of, given: given)
-_traced_as(indexed, lambda append, of: of)
-_traced_as(handed, lambda append, to, name, given: given)
-_traced_as(compared, lambda append, name, left, right: getattr(operator, name)(left, right))
-_traced_as(put, lambda append, to, given: given)
-_traced_as(repeated, lambda append, row, given: given)
-_traced_as(ranked, lambda append, of, given: given)
-_traced_as(tapped, lambda site, function: function)
-_traced_as(fusing, lambda function: function)

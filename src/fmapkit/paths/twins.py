@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmapkit.paths.recorders import RECORDERS
+from fmapkit.paths.recorder_names import RECORDERS
 from fmapkit.paths.recorders import twins as _codes
 from fmapkit.paths.rewriting import Code, Twin, known_as, make_twins, qualified_name, site_at
 
