@@ -11,7 +11,6 @@ from torch.autograd import Function
 
 _WRAPPED = (staticmethod, classmethod)
 _CALL = nn.Module.__call__
-_APPLY = Function.__dict__["apply"].__func__
 _bases_of: Callable[[type], Any] = type.__dict__["__mro__"].__get__
 
 
@@ -49,3 +48,6 @@ def _in_class(kind: type, name: str) -> Any:
             found = base.__dict__[name]
             return found.__func__ if type(found) in _WRAPPED else found
     return None
+
+
+_APPLY = _in_class(Function, "apply")
