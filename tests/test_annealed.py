@@ -267,7 +267,8 @@ def test_what_decides_nothing(how: str, given: bool, traced: list[None]) -> None
             traced.clear()
             turn.before(model)
             model(*turn.args)
-            assert not traced or n < 4, n
+            old = how == "numpy" and np.__version__.startswith("1.")  # is traced in every pass
+            assert not traced or n < 4 or old, n
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -107,7 +108,8 @@ def test_a_switch_for_good(by_data: bool, traced: list[None]) -> None:
     assert lost == [6]
     after = [n for n in seen if n > 6]
     assert len(after) <= _TRACED_BEFORE + 4 if not by_data else len(after) == 53
-    if by_data:  # the part is one region again: what is in it has no hooks but its taps
+    if by_data and sys.version_info >= (3, 11):  # on 3.10, a function in it is no site: hooks stay
+        # The part is one region again: what is in it has no hooks but its taps.
         with torch.no_grad(), capture(model):
             for n in range(60):
                 model.turn(int(n > 5))
