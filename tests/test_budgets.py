@@ -89,7 +89,10 @@ def operators(model: nn.Module, given: Tensor) -> Counter[str]:
 
 
 # What a twin calls at a decision (see `paths/recorders.py`).
-RECORDERS = ("enter", "current", "value", "handed", "picked", "keyed", "called", "caught")
+RECORDERS = (
+    *("enter", "current", "value", "handed", "picked", "keyed", "called", "chosen", "caught"),
+    *("exact", "index", "indexed", "unpacked", "compared"),
+)
 
 
 def hooks(model: nn.Module) -> int:
