@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 _WRAPPED = (staticmethod, classmethod)
 _CALL = nn.Module.__call__
-_bases_of: Callable[[type], Any] = type.__dict__["__mro__"].__get__
+_order_of: Callable[[type], Any] = type.__dict__["__mro__"].__get__
 
 
 def function_at(to: Any, name: str | None) -> Any:
@@ -43,7 +43,7 @@ def _forward_of(module: nn.Module) -> Any:
 
 
 def _in_class(kind: type, name: str) -> Any:
-    for base in _bases_of(kind):
+    for base in _order_of(kind):
         if name in base.__dict__:
             found = base.__dict__[name]
             return found.__func__ if type(found) in _WRAPPED else found

@@ -98,14 +98,7 @@ class _Path(Generic[_Plan]):
     """
 
     __slots__ = (
-        "_moments",
-        "_rounded",
-        "_sorts",
-        "by_sizes",
-        "constant",
-        "general",
-        "plan",
-        "rules",
+        *("_moments", "_rounded", "_sorts", "by_sizes", "constant", "general", "plan", "rules"),
         "seen",
     )
 
@@ -194,7 +187,7 @@ class _Path(Generic[_Plan]):
     def _hold_to(self, rules: dict[tuple[int, ...], set[Rule]]) -> None:
         self.rules = rules
         self._rounded = [r for r in rules.values() if any(one[0] == "rounded" for one in r)]
-        # All rules of a number give the same: one tells of which sort that is.
+        # One rule of a number tells of which sort it will be; where they disagree, the path tells.
         items = next(iter(self.by_sizes.values()))
         exact = {p: [one for one in r if one[0] != "rounded"] for p, r in rules.items()}
         self._sorts = [(min(r), sort_of(item_at(items, p))) for p, r in exact.items() if r]

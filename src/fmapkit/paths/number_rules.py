@@ -165,6 +165,7 @@ def differences(
 
 
 def item_at(items: Sequence[Any], place: tuple[int, ...]) -> Any:
+    """What is at a place in a path, in a part of an item perhaps."""
     found: Any = items
     for at in place:
         found = found[at]

@@ -10,34 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fmapkit.paths import recorders
 from fmapkit.paths.items import ignore
-from fmapkit.paths.recorders import (
-    called,
-    caught,
-    chosen,
-    compared,
-    current,
-    elements,
-    enter,
-    exact,
-    fusing,
-    handed,
-    index,
-    indexed,
-    keyed,
-    keys,
-    mapped,
-    ordered,
-    picked,
-    put,
-    ranked,
-    ranking,
-    repeated,
-    resumed,
-    tapped,
-    unpacked,
-    value,
-)
 from fmapkit.paths.rewriting import MARK
 
 _FUNCTION = types.FunctionType
@@ -46,31 +20,31 @@ _FUNCTION = types.FunctionType
 RECORDERS: dict[str, Any] = {
     f"{MARK}{f.__name__}": f
     for f in (
-        enter,
-        current,
-        resumed,
-        value,
-        exact,
-        index,
-        indexed,
-        handed,
-        compared,
-        put,
-        elements,
-        unpacked,
-        keys,
-        ordered,
-        picked,
-        repeated,
-        keyed,
-        mapped,
-        ranked,
-        ranking,
-        called,
-        chosen,
-        tapped,
-        fusing,
-        caught,
+        recorders.enter,
+        recorders.current,
+        recorders.resumed,
+        recorders.value,
+        recorders.exact,
+        recorders.index,
+        recorders.indexed,
+        recorders.handed,
+        recorders.compared,
+        recorders.put,
+        recorders.elements,
+        recorders.unpacked,
+        recorders.keys,
+        recorders.ordered,
+        recorders.picked,
+        recorders.repeated,
+        recorders.keyed,
+        recorders.mapped,
+        recorders.ranked,
+        recorders.ranking,
+        recorders.called,
+        recorders.chosen,
+        recorders.tapped,
+        recorders.fusing,
+        recorders.caught,
         type,
         Tensor,
     )
@@ -86,25 +60,25 @@ for _name, _recorder in RECORDERS.items():
     setattr(builtins, _name, _recorder)
 
 
-def _traced_as(recorder: Callable[..., Any], instead: Callable[..., Any]) -> None:
-    """Have torch.compile see something else where it traces a twin."""
-    recorder._torchdynamo_inline = instead  # type: ignore[attr-defined]
+def _traced_as(name: str, instead: Callable[..., Any]) -> None:
+    """Have torch.compile see something else where a twin that it traces calls a recorder."""
+    RECORDERS[f"{MARK}{name}"]._torchdynamo_inline = instead
 
 
-for _recorder in (value, exact, elements, unpacked, keys, ordered, picked):
-    _traced_as(_recorder, lambda append, given: given)
-for _recorder in (keyed, mapped, ranking, called, chosen):
-    _traced_as(_recorder, lambda append, function: function)
-_traced_as(enter, lambda site: ignore)
-_traced_as(current, lambda: ignore)
-_traced_as(caught, lambda site: None)
-_traced_as(resumed, lambda site, given: given)
-_traced_as(index, lambda append, of, given: given)
-_traced_as(indexed, lambda append, of: of)
-_traced_as(handed, lambda append, to, name, given: given)
-_traced_as(compared, lambda append, name, left, right: getattr(operator, name)(left, right))
-_traced_as(put, lambda append, to, given: given)
-_traced_as(repeated, lambda append, row, given: given)
-_traced_as(ranked, lambda append, of, given: given)
-_traced_as(tapped, lambda site, function: function)
-_traced_as(fusing, lambda function: function)
+for _name in ("value", "exact", "elements", "unpacked", "keys", "ordered", "picked"):
+    _traced_as(_name, lambda append, given: given)
+for _name in ("keyed", "mapped", "ranking", "called", "chosen"):
+    _traced_as(_name, lambda append, function: function)
+_traced_as("enter", lambda site: ignore)
+_traced_as("current", lambda: ignore)
+_traced_as("caught", lambda site: None)
+_traced_as("resumed", lambda site, given: given)
+_traced_as("index", lambda append, of, given: given)
+_traced_as("indexed", lambda append, of: of)
+_traced_as("handed", lambda append, to, name, given: given)
+_traced_as("compared", lambda append, name, left, right: getattr(operator, name)(left, right))
+_traced_as("put", lambda append, to, given: given)
+_traced_as("repeated", lambda append, row, given: given)
+_traced_as("ranked", lambda append, of, given: given)
+_traced_as("tapped", lambda site, function: function)
+_traced_as("fusing", lambda function: function)

@@ -248,16 +248,21 @@ def repeated(append: Callable[[Any], None], row: Any, given: _T) -> _T:
     return value(append, given) if numbers else exact(append, given)
 
 
+def _says_nothing(append: Callable[[Any], None], function: Any) -> bool:
+    """Whether what a function gives back needs no look: it is a class, or nobody records."""
+    return append is _NOTHING or function is None or issubclass(type(function), type)
+
+
 def keyed(append: Callable[[Any], None], function: Any) -> Any:
     """A function becomes what code in C calls, and goes by."""
-    if append is _NOTHING or function is None or issubclass(type(function), type):
+    if _says_nothing(append, function):
         return function
     return lambda *given: exact(append, function(*given))
 
 
 def mapped(append: Callable[[Any], None], function: Any) -> Any:
     """The same where it hands on what the function gives back."""
-    if append is _NOTHING or function is None or issubclass(type(function), type):
+    if _says_nothing(append, function):
         return function
     return lambda *given: value(append, function(*given))
 
@@ -273,7 +278,7 @@ def ranked(append: Callable[[Any], None], of: Any, given: _T) -> _T:
 
 def ranking(append: Callable[[Any], None], function: Any) -> Any:
     """A function becomes what something is sorted by."""
-    if append is _NOTHING or function is None or issubclass(type(function), type):
+    if _says_nothing(append, function):
         return function
     return lambda given: ranked(append, given, function(given))
 

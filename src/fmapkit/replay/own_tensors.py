@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fmapkit.replay.escapes import COMMON
+from fmapkit.replay.escapes import own_names
 from fmapkit.torchlib.class_cache import remembered
 from fmapkit.torchlib.nested import modules_in
 
@@ -31,9 +31,8 @@ class OwnTensors:
                 own = each.__dict__
                 for holder in (each._buffers, each._parameters):
                     self._places += [(holder, name) for name in holder]
-                for name, value in own.items():
-                    if name not in COMMON and isinstance(value, Tensor):
-                        self._places.append((own, name))
+                names = own_names(tuple(own))
+                self._places += [(own, n) for n in names if isinstance(own[n], Tensor)]
 
     def noted(self) -> list[Callable[[], Any]]:
         """Those that there are now, None in the place of any other value, and none kept alive."""

@@ -18,14 +18,16 @@ from fmapkit.paths.rewriting.picking import Picking
 from fmapkit.paths.rewriting.syntax import (
     first_argument,
     names_bound,
+    names_loaded,
     rows_bound,
+    tests_in,
     torch_name,
 )
 from fmapkit.paths.rewriting.torch_calls import (
     FLOATS_ARE_IDLE,
     ONLY_ZERO_DECIDES,
-    handed,
     recorded,
+    replaceable,
 )
 
 # Functions of torch's whose plain arguments decide neither what runs nor whose filters come out.
@@ -58,6 +60,8 @@ class CallRewriting(Picking, ast.NodeTransformer):
         super().__init__(place, first_argument(node) if fixed else None, rows_bound(node))
         self._names = names
         self._local = names_bound(node)
+        self._loaded = names_loaded(node)
+        self._tests = tests_in(node)
         self._fixed = fixed
         self._tapped = tapped
         self._given: set[ast.AST] = set()  # functions that a call is given
@@ -76,9 +80,8 @@ class CallRewriting(Picking, ast.NodeTransformer):
         """Whether a value is the same in each pass, or tells itself what has to be looked at."""
         if isinstance(node, ast.Tuple | ast.Slice | ast.UnaryOp):
             return all(map(self._is_plain, ast.iter_child_nodes(node)))  # type: ignore[arg-type]
-        return isinstance(node, ast.Constant | ast.expr_context | ast.unaryop) or self._identifies(
-            node
-        )
+        same = isinstance(node, ast.Constant | ast.expr_context | ast.unaryop)
+        return same or self._identifies(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         function = node.func
@@ -114,7 +117,7 @@ class CallRewriting(Picking, ast.NodeTransformer):
         callee = node.func
         if not fixed and of_torch is None and builtin is None:
             callee = self._callee(callee, "called" if plain else "chosen")
-        node.func = handed(node, callee, self._place.rpartition(":")[0], self._tapped)
+        node.func = replaceable(node, callee, self._place.rpartition(":")[0], self._tapped)
         return node
 
     def _argument(

@@ -16,7 +16,7 @@ import itertools
 import types
 from typing import Any
 
-from fmapkit.paths.rewriting.syntax import dotted
+from fmapkit.paths.rewriting.syntax import dotted, in_modules
 
 # Builtins whose arguments need no look: what they return is looked at where it is used.
 HARMLESS = {
@@ -84,11 +84,7 @@ def object_named(function: ast.expr, names: dict[str, Any], local: frozenset[str
     path = dotted(function, local)
     if path is None:
         return None
-    found = names.get(path[0], vars(builtins).get(path[0]))
-    for name in path[1:]:
-        if type(found) is not types.ModuleType:
-            return None
-        found = vars(found).get(name)
+    found = in_modules(names.get(path[0], vars(builtins).get(path[0])), path[1:])
     return found if type(found) in _KINDS else None
 
 

@@ -23,8 +23,6 @@ from fmapkit.paths.rewriting.syntax import (
     COMPARED,
     OF_TORCHS,
     is_plain_function,
-    names_loaded,
-    tests_in,
 )
 from fmapkit.paths.rewriting.torch_calls import recorded
 
@@ -32,31 +30,11 @@ _Node = TypeVar("_Node", bound=ast.AST)
 
 
 class Rewriter(CallRewriting, ast.NodeTransformer):
-    """Puts recorders into one function.
+    """Puts recorders into one function, which is given as `CallRewriting` says."""
 
-    Args:
-        place: names the function, for its marks.
-        names: its globals.
-        node: the function.
-        fixed: attributes of its first argument that are compared before each pass: children, and
-            functions of its class.
-        tapped: the places of calls at which a tap may be set.
-    """
-
-    def __init__(
-        self,
-        place: str,
-        names: dict[str, Any],
-        node: ast.AST,
-        fixed: frozenset[str],
-        tapped: frozenset[str],
-    ) -> None:
-        super().__init__(place, names, node, fixed, tapped)
-        self._depth = 0  # of functions around the code at hand
-        self._loaded = names_loaded(node)
-        self._from_c = False  # code in C may call the function at hand
-        self._returned = "value"  # the recorder of what it gives back
-        self._tests = tests_in(node)
+    _depth = 0  # of functions around the code at hand
+    _from_c = False  # code in C may call the function at hand
+    _returned = "value"  # the recorder of what it gives back
 
     # -- statements ---------------------------------------------------------------------------
 

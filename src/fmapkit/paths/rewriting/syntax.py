@@ -61,6 +61,15 @@ def dotted(expression: ast.expr, local: frozenset[str]) -> list[str] | None:
     return [expression.id, *path]
 
 
+def in_modules(found: Any, names: Iterable[str]) -> Any:
+    """What `found.a.b` is, if `found` and all before the last are modules; else None."""
+    for name in names:
+        if not issubclass(type(found), types.ModuleType):
+            return None
+        found = vars(found).get(name)
+    return found
+
+
 def torch_name(
     function: ast.expr, names: dict[str, Any], local: frozenset[str]
 ) -> tuple[dict[str, Any], str] | None:
@@ -74,13 +83,9 @@ def torch_name(
     path = dotted(function, local)
     if path is None:
         return None
-    home = names.get(path[0])
+    home = in_modules(names.get(path[0]), path[1:-1])
     if len(path) == 1:  # by a name of its own, which other code may bind anew while a pass runs
         return (names, path[0]) if home is torch._assert else None
-    for name in path[1:-1]:
-        if not isinstance(home, types.ModuleType):
-            return None
-        home = vars(home).get(name)
     if not isinstance(home, types.ModuleType) or home.__name__.partition(".")[0] != "torch":
         return None
     found = vars(home).get(path[-1])

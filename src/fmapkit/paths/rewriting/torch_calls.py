@@ -45,11 +45,11 @@ class TorchRewriter(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """A call, whoever is called."""
         self.generic_visit(node)
-        node.func = handed(node, node.func, self._file, self._tapped)
+        node.func = replaceable(node, node.func, self._file, self._tapped)
         return node
 
 
-def handed(node: ast.Call, callee: ast.expr, file: str, tapped: Container[str]) -> ast.expr:
+def replaceable(node: ast.Call, callee: ast.expr, file: str, tapped: Container[str]) -> ast.expr:
     """What a call goes to, handed to whoever may put something else in its place.
 
     Args:
