@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import Figures, Timed, environment, interleave
+from benchmarks.measure import Figures, Timed, environment, interleave, resting
 from benchmarks.models import GPT, ResNet
 from fmapkit import capture
 
@@ -100,13 +100,14 @@ def measured(case: Case, seconds: float, device: str) -> dict[str, Figures]:
         for name, around in CONTENDERS.items():
             model = copy.deepcopy(bare)
             run_pass = _pass(case, model, inputs)
+            awake: Callable[[], AbstractContextManager[Any]] = nullcontext
             if around is not CONTENDERS["detect_anomaly, backward"]:
-                blocks.enter_context(around(model))
+                awake = resting(blocks.enter_context(around(model)))
             elif case.train:
                 run_pass = _within(around, model, run_pass)  # a switch for the whole process
             else:
                 continue
-            timed[name] = Timed(run_pass, bare_pass)
+            timed[name] = Timed(run_pass, bare_pass, awake=awake)
         pairs, failed = interleave(timed, seconds, device)
     for name, why in failed.items():
         print(f"  {name}: {why}")

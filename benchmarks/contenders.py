@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks import peers
 from benchmarks.cases import Bench, Call, Case
+from benchmarks.measure import resting
 from benchmarks.verdict import Handed, Piece
 from fmapkit import CaptureWarning, FeatureMaps, capture
 from fmapkit.analysis import Statistics
@@ -40,6 +41,7 @@ class Opened:
         before: comes before each pass, not timed.
         after: comes after each pass, not timed.
         around: entered and left in each pass, timed.
+        awake: entered around whatever it does, not timed.
     """
 
     call: Call
@@ -47,6 +49,7 @@ class Opened:
     before: Callable[[], object] | None = None
     after: Callable[[], object] | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    awake: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 Open = Callable[[Bench], AbstractContextManager[Opened]]
@@ -114,7 +117,7 @@ def mode(**options: Any) -> Open:
     def opened(bench: Bench) -> Iterator[Opened]:
         model = bench.ready(bench.copy())
         with capture(model, **options) as maps:
-            yield Opened(model, lambda: handed(maps))
+            yield Opened(model, lambda: handed(maps), awake=resting(maps))
 
     return opened
 
@@ -125,8 +128,8 @@ def unjudged(options: Callable[[], dict[str, Any]]) -> Open:
     @contextmanager
     def opened(bench: Bench) -> Iterator[Opened]:
         model = bench.ready(bench.copy())
-        with capture(model, **options()):
-            yield Opened(model)
+        with capture(model, **options()) as maps:
+            yield Opened(model, awake=resting(maps))
 
     return opened
 
@@ -145,8 +148,8 @@ def handed(maps: FeatureMaps) -> Handed:
 def idle(bench: Bench) -> Iterator[Opened]:
     """The passes of `every=n` that are not captured; the first, which is, is the warm-up's."""
     model = bench.ready(bench.copy())
-    with capture(model, every=NEVER):
-        yield Opened(model)
+    with capture(model, every=NEVER) as maps:
+        yield Opened(model, awake=resting(maps))
 
 
 @contextmanager
@@ -155,7 +158,7 @@ def stopped(bench: Bench) -> Iterator[Opened]:
     model = bench.copy()
     layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     with capture(model, layers[: max(1, len(layers) // 4)], stop=True) as maps:
-        yield Opened(model, lambda: handed(maps))
+        yield Opened(model, lambda: handed(maps), awake=resting(maps))
 
 
 @contextmanager
@@ -163,7 +166,7 @@ def compiled(bench: Bench) -> Iterator[Opened]:
     """A graph of the model's own operations, called in their order, that returns its maps."""
     model: Any = torch.compile(bench.copy(), backend="eager")
     with capture(model) as maps:
-        yield Opened(model, lambda: handed(maps))
+        yield Opened(model, lambda: handed(maps), awake=resting(maps))
 
 
 def first(*, whole: bool) -> Open:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import Figures, Timed, environment, interleave
+from benchmarks.measure import Figures, Timed, environment, interleave, resting
 from benchmarks.models import GPT, ResNet
 from fmapkit import capture, edits, patch
 from fmapkit.edits import Where
@@ -156,8 +156,8 @@ def measured(case: Case, budget: float) -> dict[str, Figures]:
         timed = {}
         for name, contender in case.contenders.items():
             model = copy.deepcopy(bare)
-            blocks.enter_context(contender(model))
-            timed[name] = Timed(partial(model, given), partial(bare, given))
+            awake = resting(blocks.enter_context(contender(model)))
+            timed[name] = Timed(partial(model, given), partial(bare, given), awake=awake)
         pairs, failed = interleave(timed, budget)
     if failed:
         raise RuntimeError(str(failed))

@@ -3,7 +3,8 @@
 Nothing here compares a time with one taken later. Some passes of a contender and some of the bare
 model run back to back, in alternating order: a pair. The first pass of each half finds the caches
 full of what ran before, and does not count if there is time for more, 20 ms; of these the mean
-counts. So a contender's figure is that of its passes in a row, and so is the bare model's. All
+counts. So a contender's figure is that of its passes in a row, and so is the bare model's, beside
+which nothing of any contender is set: a block that is open rests then (see `resting`). All
 contenders of a case take turns in one run: next is one of those that have had least time so far,
 drawn by lot, so that a slow one has few pairs, spread over the whole run, and none follows the same
 neighbour each time. Of the pairs' ratios the median is told, with its quartiles: of wall-clock
@@ -21,18 +22,20 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fmapkit
+from fmapkit import FeatureMaps
 
 __all__ = [
     *("LEAST_PAIRS", "Figures", "Pair", "Taken", "Timed", "environment", "interleave", "load"),
-    *("package", "reason", "seconds", "taken"),
+    *("package", "reason", "resting", "seconds", "taken"),
 ]
 
 WARM_UP = 2  # pairs that do not count
@@ -44,12 +47,44 @@ _GARBAGE = 10_000  # young objects between two pairs that are worth a collection
 
 @dataclass(frozen=True)
 class Timed:
-    """What takes turns: `run` is timed, `bare` beside it; `before` and `after` `run` is not."""
+    """What takes turns.
+
+    Attributes:
+        run: is timed.
+        bare: is timed beside it.
+        before: comes before each `run`, not timed.
+        after: comes after each, not timed.
+        awake: entered around some of `run` in a row, not timed.
+    """
 
     run: Callable[[], object]
     bare: Callable[[], object]
     before: Callable[[], object] | None = None
     after: Callable[[], object] | None = None
+    awake: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def resting(opened: object) -> Callable[[], AbstractContextManager[Any]]:
+    """Have the open block of a capture set nothing, but within what is returned.
+
+    The bare model shares its classes with the captured one. Their functions run other code as long
+    as that is captured, which is a few percent slower, for the bare model, too.
+    """
+    if not isinstance(opened, FeatureMaps):
+        return nullcontext
+    session: Any = opened._session
+    rest = session.rest()
+
+    @contextmanager
+    def awake() -> Iterator[None]:
+        nonlocal rest
+        session.wake(rest)
+        try:
+            yield
+        finally:
+            rest = session.rest()
+
+    return awake
 
 
 @dataclass(frozen=True)
@@ -183,12 +218,16 @@ def interleave(
         wall, cpu = (statistics.fmean(times) for times in zip(*map(astuple, those), strict=True))
         return Taken(wall, cpu)
 
+    def awake(one: Timed) -> Taken:
+        with one.awake():
+            return several(lambda: once(one))
+
     def pair(one: Timed, first: bool) -> Pair:
         if first:
-            with_ = several(lambda: once(one))
+            with_ = awake(one)
             return with_, several(lambda: taken(one.bare, device))
         bare = several(lambda: taken(one.bare, device))
-        return several(lambda: once(one)), bare
+        return awake(one), bare
 
     def attempt(name: str, first: bool) -> Pair | None:
         start = time.perf_counter()

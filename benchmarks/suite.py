@@ -164,8 +164,9 @@ def _timed(bench: Bench, contender: Contender, opened: Opened, bare: Any) -> Tim
         return several
 
     if contender.passes == 1:
-        return Timed(run, plain, opened.before, opened.after)
-    return Timed(repeated(run), repeated(plain), opened.before, opened.after)
+        return Timed(run, plain, opened.before, opened.after, opened.awake)
+    several, bare_several = repeated(run), repeated(plain)
+    return Timed(several, bare_several, opened.before, opened.after, opened.awake)
 
 
 def _attempt(bench: Bench, contender: Contender, truth: Sequence[Site], count: bool) -> Row:
@@ -180,7 +181,7 @@ def _attempt(bench: Bench, contender: Contender, truth: Sequence[Site], count: b
 
 def _alone(bench: Bench, contender: Contender, truth: Sequence[Site], count: bool) -> Row:
     row: Row = {}
-    with contender.open(bench) as opened:
+    with contender.open(bench) as opened, opened.awake():
 
         def once(run: Callable[[Any], None]) -> None:
             if opened.before is not None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Figures, Timed, environment, interleave
+from benchmarks.measure import Figures, Timed, environment, interleave, resting
 from fmapkit import capture
 
 __all__ = ["run"]
@@ -105,10 +105,11 @@ def run(threads: int = 1, seconds: float = 5.0) -> None:
                 timed: dict[str, Timed] = {}
                 for row, opened in _WITH.items():
                     model = copy.deepcopy(bare)
-                    stack.enter_context(opened(model))
-                    for _ in range(3):  # the first passes are traced
-                        call(model)
-                    timed[row] = Timed(partial(call, model), partial(call, bare))
+                    awake = resting(stack.enter_context(opened(model)))
+                    with awake():
+                        for _ in range(3):  # the first passes are traced
+                            call(model)
+                    timed[row] = Timed(partial(call, model), partial(call, bare), awake=awake)
                 pairs, _ = interleave(timed, seconds * len(timed))
             for row, those in pairs.items():
                 f = Figures.of(those)

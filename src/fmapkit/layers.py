@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from fmapkit.errors import ArgumentError
-from fmapkit.torchlib.class_cache import remembered
+from fmapkit.torchlib.caching import remembered
 
 __all__ = ["register_layer"]
 

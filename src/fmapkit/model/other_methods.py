@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fmapkit.torchlib.class_cache import remembered
+from fmapkit.torchlib.caching import remembered
 from fmapkit.torchlib.nested import modules_in
 
 

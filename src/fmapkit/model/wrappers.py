@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from fmapkit.reasons import Reason
-from fmapkit.torchlib.class_cache import remembered
+from fmapkit.torchlib.caching import remembered
 from fmapkit.torchlib.compiled_modules import is_optimized_type
 
 REPLICAS = Reason.DATA_PARALLEL.text()

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fmapkit.paths.items import ITEM_OF, PLAIN, class_of, flat, ignore, item_of_class
-from fmapkit.torchlib.class_cache import remembered
+from fmapkit.torchlib.caching import remembered
 
 _MOST = 1024  # numbers of an array: so many at most go with as many tensors
 _NONE: dict[Any, Any] = {}
@@ -57,7 +58,7 @@ def picks_by_index(kind: type) -> bool:
 def item_of_elements(kind: type) -> Callable[[Any], Any]:
     """What makes an item of what values of a class hold."""
     if kind in (tuple, list):  # of columns, as those of `zip(*columns)`
-        return lambda given: (kind, *map(_column, given))
+        return lambda given: (kind, *[v if type(v) in PLAIN else _column(v) for v in given])
     if kind not in (set, frozenset):
         item_of = ITEM_OF.get(kind) or item_of_class(kind)
         if item_of is not ignore:
@@ -71,9 +72,11 @@ def item_of_elements(kind: type) -> Callable[[Any], Any]:
 
 def _column(given: Any) -> Any:
     kind = type(given)
+    if kind is Tensor or kind in PLAIN:
+        return Tensor if kind is Tensor else given
     if kind in (tuple, list) or contents_of(kind) is None:
         return flat(given, 1)
-    return item_of_elements(kind)(given) if kind not in PLAIN else given
+    return item_of_elements(kind)(given)
 
 
 def keys_of(given: Any, pairs: bool) -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from fmapkit.paths.rewriting import qualified_name
-from fmapkit.torchlib.class_cache import remembered
+from fmapkit.torchlib.caching import remembered
 
 
 class FixedAttributes:

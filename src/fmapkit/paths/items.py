@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fmapkit.paths.rewriting import MARK
 from fmapkit.paths.sinks import ident, sinks
-from fmapkit.torchlib.class_cache import remembered
+from fmapkit.torchlib.caching import remembered
 
 PLAIN: frozenset[type] = frozenset(
     {
@@ -41,11 +41,23 @@ _AS_TEXT = frozenset({Decimal, Fraction, PosixPath, WindowsPath, date})
 _CONTAINERS = frozenset({dict, list, tuple, set, str})
 NUMBERS = frozenset({int, float, bool})
 _SHARED = frozenset({type(None), types.ModuleType})
-_TRUE, _FALSE = f"{MARK}True", f"{MARK}False"
+TRUE, FALSE = f"{MARK}True", f"{MARK}False"
+_NO_KEYS = (dict,)
 
 # Past what a metaclass may say.
 _name_of: Callable[[type], Any] = type.__dict__["__qualname__"].__get__
 _bases_of: Callable[[type], Any] = type.__dict__["__bases__"].__get__
+
+
+class _InTorch(dict[str, bool]):
+    """By the name of a module: whether it is a part of torch."""
+
+    def __missing__(self, name: str) -> bool:
+        found = self[name] = name.startswith("torch.")
+        return found
+
+
+IN_TORCH = _InTorch()
 
 
 class Fixed(tuple[Any, ...]):
@@ -127,13 +139,14 @@ def _row(given: Any) -> Any:
 
 def _dict(given: Any) -> Any:
     """A dict; mostly keyword arguments that are passed on."""
+    if not given:
+        return _NO_KEYS
     found: list[Any] = [dict]
     for key, value in given.items():
         kind = type(value)
-        if type(key) is not str:
-            key = flat(key, depth=1)
-        found.append(
-            (key, value if kind in PLAIN else Tensor if kind is Tensor else flat(value, depth=1))
+        found += (
+            key if type(key) is str else flat(key, depth=1),
+            value if kind in PLAIN else Tensor if kind is Tensor else flat(value, depth=1),
         )
     return tuple(found)
 
@@ -174,23 +187,23 @@ def _callable(function: Any) -> Any:
     return (CALLABLES.get(kind) or other_callable)(function)
 
 
-def _function(function: Any) -> Any:
+def item_of_function(function: Any) -> Any:
     """Those of the model's own code may be made anew in each pass: they go by their name.
 
     By their first mark they tell which they are.
     """
     home = function.__module__
-    return function if type(home) is str and home.startswith("torch.") else function.__qualname__
+    return function if type(home) is str and IN_TORCH[home] else function.__qualname__
 
 
-def _builtin(function: Any) -> Any:
+def item_of_builtin(function: Any) -> Any:
     """A function of C code, or a method of that."""
     owner = type(function.__self__)
-    if owner in _CONTAINERS:
+    if owner is Tensor or owner in _CONTAINERS:
         return function.__name__
     if owner in _SHARED or issubclass(owner, type):
         return function
-    if owner is not Tensor and issubclass(owner, Tensor):
+    if issubclass(owner, Tensor):
         return _tensor(function.__self__), function.__name__
     return function.__name__
 
@@ -225,15 +238,15 @@ def class_of(given: Any) -> Any:
 
 
 CALLABLES: dict[type, Callable[[Any], Any]] = {
-    _FUNCTION: _function,
-    _BUILTIN: _builtin,
+    _FUNCTION: item_of_function,
+    _BUILTIN: item_of_builtin,
     types.MethodType: _method,
     functools.partial: _partial,
 }
 # 1, 1.0 and True are equal.
 ITEM_OF: dict[type, Callable[[Any], Any]] = {
     **CALLABLES,
-    bool: lambda given: _TRUE if given else _FALSE,
+    bool: lambda given: TRUE if given else FALSE,
     float: lambda given: (float, given),
     torch.Size: lambda given: (torch.Size, *given),
     tuple: _row,

@@ -20,11 +20,15 @@ from fmapkit.paths.called_functions import function_at
 from fmapkit.paths.elements import contents_of, item_of_elements, keys_of, picks_by_index
 from fmapkit.paths.items import (
     CALLABLES,
+    FALSE,
+    IN_TORCH,
     ITEM_OF,
     NUMBERS,
     PLAIN,
+    TRUE,
     Fixed,
     ignore,
+    item_of_builtin,
     item_of_class,
     other_callable,
 )
@@ -77,6 +81,8 @@ def value(append: Callable[[Any], None], given: _T) -> _T:
     if kind is not Tensor:
         if kind in PLAIN:
             append(given)
+        elif kind is bool:
+            append(TRUE if given else FALSE)
         elif append is not _NOTHING:
             item_of = ITEM_OF.get(kind) or item_of_class(kind)
             if item_of is not ignore:
@@ -156,6 +162,8 @@ def handed(append: Callable[[Any], None], to: Any, name: str | None, given: _T) 
     kind = type(given)
     if kind in PLAIN:
         append(given)
+    elif kind is bool:
+        append(TRUE if given else FALSE)
     elif kind is Tensor or append is _NOTHING:
         pass
     elif kind not in _FLOATS:
@@ -204,6 +212,11 @@ def elements(append: Callable[[Any], None], given: _T) -> _T:
 def unpacked(append: Callable[[Any], None], given: _T) -> _T:
     """The same where it hands on all: as arguments, say."""
     kind = type(given)
+    if kind is tuple and append is not _NOTHING:
+        kinds = list(map(type, given))  # type: ignore[call-overload]
+        if kinds.count(Tensor) == len(kinds):  # the item that follows below, in C
+            append((tuple, *kinds))
+            return given
     if kind is not Tensor and append is not _NOTHING:
         item_of = item_of_elements(kind)
         if item_of is not ignore:
@@ -287,8 +300,10 @@ def called(append: Callable[[Any], None], function: _T) -> _T:
     """A callable is about to be called."""
     if append is not _NOTHING:
         kind = type(function)
-        if kind is _BUILTIN and type(function.__self__) is Tensor:  # type: ignore[attr-defined]
-            append(function.__name__)  # type: ignore[attr-defined]
+        if kind is _FUNCTION:  # as `item_of_function`, in this very call: most are that
+            home = function.__module__
+            torchs = type(home) is str and IN_TORCH[home]
+            append(function if torchs else function.__qualname__)  # type: ignore[attr-defined]
         else:
             append((CALLABLES.get(kind) or other_callable)(function))
     return function
@@ -298,11 +313,9 @@ def chosen(append: Callable[[Any], None], function: Any) -> Any:
     """The same, with arguments by which a container of Python's may pick."""
     if append is _NOTHING:
         return function
-    kind = type(function)
-    if kind is not _BUILTIN:
-        append((CALLABLES.get(kind) or other_callable)(function))
-        return function
-    called(append, function)
+    if type(function) is not _BUILTIN:
+        return called(append, function)
+    append(item_of_builtin(function))
     if function.__name__ not in _BY_PLACE or contents_of(type(function.__self__)) is None:
         return function
 

@@ -20,7 +20,7 @@ import torch
 
 from fmapkit.paths.rewriting import known_as, qualified_name
 from fmapkit.paths.twins import is_twin
-from fmapkit.torchlib.class_cache import remembered
+from fmapkit.torchlib.caching import remembered
 
 _SEPARATOR = os.sep
 _STDLIB = {sysconfig.get_paths()[k] + _SEPARATOR for k in ("stdlib", "platstdlib")}

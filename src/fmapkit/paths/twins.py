@@ -24,6 +24,7 @@ from torch import nn
 from fmapkit.paths.recorder_names import RECORDERS
 from fmapkit.paths.recorders import twins as _codes
 from fmapkit.paths.rewriting import Code, Twin, known_as, make_twins, qualified_name, site_at
+from fmapkit.torchlib.caching import DictWatch
 
 _lock = threading.RLock()
 _code_of = operator.attrgetter("__code__")
@@ -189,7 +190,8 @@ class Twins:
         self._fixed = fixed
         self._mine: dict[types.FunctionType, types.CodeType] = {}  # with what each runs
         self.watched: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
-        self._columns: tuple[list[Any], ...] = ([], [], [])  # the same, one below the other
+        self._spaces = DictWatch(())  # where these are
+        self._renamed = False
 
     def exchange(self, function: types.FunctionType) -> bool:
         """Have a function run its twin; False if it has none."""
@@ -211,17 +213,20 @@ class Twins:
                 known[0] += 1
                 _lend(function.__globals__)
         self._mine[function] = function.__code__
-        for space, name, what in twin.watched:
-            self.watched.setdefault((id(space), name), (space, name, what))
+        self._watch(twin.watched)
         return True
 
     def watch(self, function: types.FunctionType) -> None:
         """Watch what a function of torch's own calls by a name: it has no twin."""
-        for space in (vars(torch), vars(nn.functional)):
-            for name in function.__code__.co_names:
-                what = space.get(name)
-                if isinstance(what, (types.FunctionType, types.BuiltinFunctionType)):
-                    self.watched.setdefault((id(space), name), (space, name, what))
+        spaces, names = (vars(torch), vars(nn.functional)), function.__code__.co_names
+        found = ((space, name, space.get(name)) for space in spaces for name in names)
+        kinds = types.FunctionType, types.BuiltinFunctionType
+        self._watch((s, name, what) for s, name, what in found if isinstance(what, kinds))
+
+    def _watch(self, found: Iterable[tuple[dict[str, Any], str, Any]]) -> None:
+        for space, name, what in found:
+            self.watched.setdefault((id(space), name), (space, name, what))
+        self._spaces = DictWatch(space for space, _, _ in self.watched.values())
 
     def rest(self) -> list[Resting]:
         """Give every function its own code back until `wake`; what to wake.
@@ -301,10 +306,10 @@ class Twins:
 
     def renamed(self) -> bool:
         """Whether a name in one of torch's modules stands for something else than it did."""
-        if len(self._columns[0]) != len(self.watched):
-            self._columns = tuple(map(list, zip(*self.watched.values(), strict=True)))
-        spaces, names, what = self._columns  # asked in each pass: in C
-        return any(map(operator.is_not, map(dict.get, spaces, names), what))
+        if self._spaces.written():
+            watched = self.watched.values()
+            self._renamed = any(space.get(name) is not what for space, name, what in watched)
+        return self._renamed
 
     def names_read(self) -> frozenset[str]:
         """What the code reads, as an attribute, a global or a string."""
@@ -329,7 +334,7 @@ class Twins:
                     del _set[function]
         self._mine.clear()
         self.watched.clear()
-        self._columns = ([], [], [])
+        self._spaces = DictWatch(())
 
 
 def _always(fixed: frozenset[str]) -> Fixed:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fmapkit.replay.escapes import own_names
-from fmapkit.torchlib.class_cache import remembered
+from fmapkit.torchlib.caching import DictWatch, remembered
 from fmapkit.torchlib.nested import modules_in
 
 __all__ = ["AttributeGuard"]
@@ -43,8 +43,8 @@ class AttributeGuard:
     """
 
     __slots__ = (
-        *("_count", "_getters", "_looked_at", "_modules", "_numbers", "_places", "_states"),
-        "_values",
+        *("_count", "_dicts", "_getters", "_latest", "_looked_at", "_modules", "_numbers"),
+        *("_places", "_states", "_values"),
     )
 
     def __init__(self, module: nn.Module) -> None:
@@ -67,12 +67,14 @@ class AttributeGuard:
         self._looked_at = [(m, keys) for keys, modules in groups.items() for m in modules]
         self._getters = [operator.itemgetter(*keys) for keys in groups]
         self._places = [[m.__dict__ for m in modules] for modules in groups.values()]
+        self._dicts = DictWatch(chain.from_iterable(self._places))
         if values is None:
             self._values = list(map(_comparable, self._now()))
         else:
             self._values = [values[id(module)] for module, _ in self._looked_at]
         self._states: list[list[Any]] = [self._values]
-        self._numbers = [next(self._count)]
+        self._latest = next(self._count)
+        self._numbers = [self._latest]
 
     def _now(self) -> list[Any]:
         """What the attributes are, module by module."""
@@ -80,6 +82,12 @@ class AttributeGuard:
 
     def state(self) -> int:
         """The number of the state that they are in. No number ever stands for another state."""
+        if self._dicts.written():
+            self._latest = self._state()
+        return self._latest
+
+    def _state(self) -> int:
+        """The same, told by what the attributes are."""
         try:
             now = self._now()
         except KeyError:  # one was deleted

@@ -1,14 +1,15 @@
 """Whether the model is still the one that was learned: asked before every pass, so cheaply.
 
 What it costs is memory: after a pass, nothing of the modules is in the processor's caches. So it
-looks at as little of each as will do, and makes nothing on its way.
+looks at as little of each as will do: at its class, and whether its dicts were written to. Only if
+they were does it look what is in them.
 """
 
 from __future__ import annotations
 
 import weakref
 from itertools import chain, repeat
-from operator import methodcaller
+from operator import is_not, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -19,14 +20,15 @@ from torch.utils.hooks import RemovableHandle
 from fmapkit import layers, nonlinearities
 from fmapkit.instrumentation import Hook, Hooks
 from fmapkit.torchlib import call_override
+from fmapkit.torchlib.caching import DictWatch, remembered
 from fmapkit.torchlib.call_override import standing_before
-from fmapkit.torchlib.class_cache import remembered
 from fmapkit.torchlib.compiled_modules import compiled_call, ever_compiled
 from fmapkit.torchlib.nested import modules_in
 
 __all__ = ["ModelGuard"]
 
 _FORWARD = repeat("forward")
+_MODULES = itemgetter("_modules")
 
 
 class ModelGuard:
@@ -40,7 +42,9 @@ class ModelGuard:
         modules = [m for m in modules_in(model) if not isinstance(m, torch.jit.ScriptModule)]
         self._hooks = hooks
         self._registered = (layers.version, nonlinearities.version)
-        self._parents = [m._modules for m in modules if m._modules or not _leaf(type(m))]
+        parents = [m for m in modules if m._modules or not _leaf(type(m))]
+        self._homes = [m.__dict__ for m in parents]
+        self._parents = [m._modules for m in parents]
         self._counts = list(map(len, self._parents))
         self._keys = list(chain.from_iterable(self._parents))
         plain = set(map(type, self._parents)) == {dict}  # some are an OrderedDict
@@ -49,6 +53,7 @@ class ModelGuard:
         self._watched = [m for m in modules if "forward" not in m.__dict__]
         self._types = list(map(type, self._watched))
         self._attributes = [m.__dict__ for m in self._watched]
+        self._dicts = DictWatch([*self._parents, *self._attributes])
         # What stood before each module's call, when last looked; none is to be kept alive by that.
         self._there: list[weakref.ref[Any] | None] = []
         self._calls: list[object] = []  # and what of that is torch.compile's
@@ -109,21 +114,23 @@ class ModelGuard:
     def changed(self) -> bool:
         """Whether anything is not as it was."""
         # In C as far as can be: there are hundreds of modules to look at.
-        parents = self._parents
-        if list(map(len, parents)) != self._counts:
-            return True
-        if list(chain.from_iterable(parents)) != self._keys:
-            return True
-        if list(chain.from_iterable(map(self._values, parents))) != self._children:
-            return True
-        if list(map(type, self._watched)) != self._types:
-            return True
-        if any(map(dict.__contains__, self._attributes, _FORWARD)):
-            return True
         return (
-            self._registered != (layers.version, nonlinearities.version)
+            list(map(type, self._watched)) != self._types
+            or (self._dicts.written() and self._rearranged())
+            or self._registered != (layers.version, nonlinearities.version)
             or (ever_compiled() and self._compiled != self._compiled_calls())
             or (self.counted() != self._last and self._hooked())
+        )
+
+    def _rearranged(self) -> bool:
+        """Whether modules came, went, or got a forward of their own."""
+        parents = self._parents
+        return (
+            any(map(is_not, map(_MODULES, self._homes), parents))
+            or list(map(len, parents)) != self._counts
+            or list(chain.from_iterable(parents)) != self._keys
+            or list(chain.from_iterable(map(self._values, parents))) != self._children
+            or any(map(dict.__contains__, self._attributes, _FORWARD))
         )
 
     def rid(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit.replay.escapes import own_names
-from fmapkit.torchlib.class_cache import remembered
+from fmapkit.torchlib.caching import remembered
 from fmapkit.torchlib.nested import modules_in
 
 __all__ = ["OwnTensors"]

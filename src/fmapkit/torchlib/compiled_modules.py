@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from fmapkit.torchlib.caching import remembered
 from fmapkit.torchlib.call_override import CallOverride
-from fmapkit.torchlib.class_cache import remembered
 
 
 def is_optimized(module: Any) -> bool:

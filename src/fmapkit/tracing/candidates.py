@@ -22,7 +22,7 @@ from fmapkit.nonlinearities import (
 )
 from fmapkit.provenance import describe
 from fmapkit.storage import Aliases
-from fmapkit.torchlib.class_cache import remembered
+from fmapkit.torchlib.caching import remembered
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.events import Event
 from fmapkit.tracing.frames import Frame

@@ -60,6 +60,12 @@ class Inserting:
         choice = ast.IfExp(test, node, otherwise)
         return ast.fix_missing_locations(ast.copy_location(choice, node))
 
+    def _unless_none(self, name: str, otherwise: ast.expr) -> ast.expr:
+        """The item None where a variable is that: what records it returns None, too."""
+        test = ast.Compare(ast.Name(name, ast.Load()), [ast.Is()], [ast.Constant(None)])
+        item = ast.Call(self._append(), [ast.Name(name, ast.Load())], [])
+        return ast.copy_location(ast.IfExp(test, item, otherwise), otherwise)
+
     def _looked_at(self, node: _Node, *parts: str, how: str = "value") -> _Node:
         """`node`, with the values of some parts of it looked at."""
         for part in parts:
@@ -101,6 +107,8 @@ class Inserting:
         if isinstance(node, ast.Name):
             if node.id == self._self:
                 return node  # whose method runs is told by the call
+            if how in ("value", "handed") and self._quick:
+                looked_at = self._unless_none(node.id, looked_at)
             same = ast.copy_location(ast.Name(node.id, ast.Load()), node)
             return self._unless_tensor(node.id, same, looked_at)
         return looked_at
