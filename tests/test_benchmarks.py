@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,30 @@ def test_a_pass_counts_that_follows_one_of_its_own_kind(monkeypatch: pytest.Monk
     figures = Figures.of([(Taken(2.0, 1.5), Taken(1.0, 0.5))] * 4)
     assert (figures.ratio, figures.cpu, figures.extra) == (2.0, 3.0, 1.0)
     assert (figures.bare, figures.bare_cpu) == (1.0, 0.5)
+
+
+def test_a_block_rests_while_the_bare_model_runs() -> None:
+    """The two share a class, whose functions are to run their own code for the bare model."""
+    model, bare, x = Tiny(), Tiny(), torch.randn(2, 3, 8, 8)
+    own, codes = Tiny.forward.__code__, []
+    with torch.no_grad(), capture(model) as maps:
+        for _ in range(3):
+            model(x)
+        awake = measure.resting(maps)
+
+        def watched(run: Any) -> Any:
+            return lambda: (codes.append((run, Tiny.forward.__code__)), run(x))
+
+        timed = {"a": Timed(watched(model), watched(bare), awake=awake)}
+        _, failed = interleave(timed, 0.0, warm_up=1, least=4)
+        with awake():
+            y = model(x)
+            assert torch.equal(maps[("fc", "activation")].tensor, y)
+    assert not failed
+    assert {code for run, code in codes if run is bare} == {own}
+    assert own not in {code for run, code in codes if run is model}
+    assert Tiny.forward.__code__ is own
+    assert measure.resting(None) is nullcontext
 
 
 def test_every_judged_pass_draws_the_same() -> None:

@@ -42,6 +42,8 @@ RECORDERS: dict[str, Any] = {
         recorders.ranking,
         recorders.called,
         recorders.chosen,
+        recorders.method,
+        recorders.chosen_method,
         recorders.tapped,
         recorders.fusing,
         recorders.caught,
@@ -67,7 +69,7 @@ def _traced_as(name: str, instead: Callable[..., Any]) -> None:
 
 for _name in ("value", "exact", "elements", "unpacked", "keys", "ordered", "picked"):
     _traced_as(_name, lambda append, given: given)
-for _name in ("keyed", "mapped", "ranking", "called", "chosen"):
+for _name in ("keyed", "mapped", "ranking", "called", "chosen", "method", "chosen_method"):
     _traced_as(_name, lambda append, function: function)
 _traced_as("enter", lambda site: ignore)
 _traced_as("current", lambda: ignore)

@@ -309,8 +309,22 @@ def called(append: Callable[[Any], None], function: _T) -> _T:
     return function
 
 
-def chosen(append: Callable[[Any], None], function: Any) -> Any:
+def method(append: Callable[[Any], None], function: Any) -> Any:
+    """The same of an attribute: a tensor's method is what its name says."""
+    if type(function) is _BUILTIN and type(function.__self__) is Tensor:
+        return function
+    return called(append, function)
+
+
+def chosen_method(append: Callable[[Any], None], function: Any) -> Any:
     """The same, with arguments by which a container of Python's may pick."""
+    if type(function) is _BUILTIN and type(function.__self__) is Tensor:
+        return function
+    return chosen(append, function)
+
+
+def chosen(append: Callable[[Any], None], function: Any) -> Any:
+    """`called`, with arguments by which a container of Python's may pick."""
     if append is _NOTHING:
         return function
     if type(function) is not _BUILTIN:

@@ -134,12 +134,15 @@ class CallRewriting(Picking, ast.NodeTransformer):
 
     def _callee(self, function: ast.expr, how: str) -> ast.expr:
         """What is called, looked at; a tensor's method is what its name says."""
-        looked_at = recorded(how, function, function, self._append())
-        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
+        if not isinstance(function, ast.Attribute):
+            return recorded(how, function, function, self._append())
+        if isinstance(function.value, ast.Name):
             owner = ast.Name(function.value.id, ast.Load())
             method = ast.copy_location(ast.Attribute(owner, function.attr, ast.Load()), function)
+            looked_at = recorded(how, function, function, self._append())
             return self._unless_tensor(owner.id, method, looked_at)
-        return looked_at
+        how = "method" if how == "called" else "chosen_method"
+        return recorded(how, function, function, self._append())
 
     def _is_fixed(self, function: ast.expr) -> bool:
         return (
