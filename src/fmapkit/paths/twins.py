@@ -306,9 +306,9 @@ class Twins:
 
     def renamed(self) -> bool:
         """Whether a name in one of torch's modules stands for something else than it did."""
-        if self._spaces.written():
-            watched = self.watched.values()
-            self._renamed = any(space.get(name) is not what for space, name, what in watched)
+        if self.watched and self._spaces.written():
+            spaces, names, what = zip(*self.watched.values(), strict=True)  # in C
+            self._renamed = any(map(operator.is_not, map(dict.get, spaces, names), what))
         return self._renamed
 
     def names_read(self) -> frozenset[str]:
@@ -334,7 +334,7 @@ class Twins:
                     del _set[function]
         self._mine.clear()
         self.watched.clear()
-        self._spaces = DictWatch(())
+        self._spaces, self._renamed = DictWatch(()), False
 
 
 def _always(fixed: frozenset[str]) -> Fixed:

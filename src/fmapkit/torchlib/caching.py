@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-_guards: Any = getattr(torch._C._dynamo, "guards", None)
+# Since Python 3.12 torch is told of writes, but of no attribute's that lies in the object itself.
+_guards: Any = getattr(torch._C._dynamo, "guards", None) if sys.version_info < (3, 12) else None
 _version: Callable[[Any], int] | None = getattr(_guards, "dict_version", None)
 
 P = ParamSpec("P")
@@ -25,13 +27,14 @@ def remembered(ask: Callable[P, T]) -> Callable[P, T]:
 class DictWatch:
     """Looks for writes to some dicts since it last looked; the first look finds that there were.
 
-    CPython counts the writes, and torch's own guards (of `torch.compile`) go by that. To ask
-    touches the head of a dict alone, and neither its keys nor what is in it: after a pass of a
-    model, these are in none of the processor's caches.
+    Python up to 3.11 counts the writes, and torch's own guards (of `torch.compile`) go by that. To
+    ask touches the head of a dict alone, and neither its keys nor what is in it: after a pass of a
+    model, these are in none of the processor's caches. Where they are not counted, each look finds
+    that something may have been written.
 
     Args:
-        dicts: to look at. Where one is of another class, an `OrderedDict` say, whose order may
-            change without a write, any look finds that something may have been written.
+        dicts: to look at. Of those of other classes, as `OrderedDict`, nothing is counted: their
+            order may change without one.
     """
 
     __slots__ = ("_dicts", "_versions")
