@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fmapkit.torchlib.caching import remembered
 from fmapkit.torchlib.nested import modules_in
 
 __all__ = [
@@ -158,7 +159,14 @@ def members_of(value: Any) -> list[Any]:
     kind = type(value)
     if issubclass(kind, dict):
         return [dict.__getitem__(value, key) for key in keys_of(value)]
-    return [part for base in _LISTED if issubclass(kind, base) for part in base.__iter__(value)]
+    base = _listed(kind)
+    return [] if base is None else list(base.__iter__(value))
+
+
+@remembered
+def _listed(kind: type) -> Any:
+    """Which of the rows and sets a class is made of; None if it is none."""
+    return next((base for base in _LISTED if issubclass(kind, base)), None)
 
 
 def keys_of(value: dict[Any, Any]) -> list[Any]:
@@ -169,17 +177,29 @@ def keys_of(value: dict[Any, Any]) -> list[Any]:
 
 def own_attributes(value: Any) -> dict[str, Any]:
     """The attributes of an object, slots among them; none of its own code runs."""
-    kind = type(value)
+    slots = _slots_of(type(value))
     found: dict[str, Any] = {}
-    if kind in _NO_ATTRIBUTES or issubclass(kind, _NO_HOLDERS):
+    if slots is None:
         return found
-    for base in kind.__mro__:
-        if "__slots__" in base.__dict__:
-            for name, slot in base.__dict__.items():
-                if type(slot) is types.MemberDescriptorType:
-                    with suppress(AttributeError):  # it was never filled
-                        found[name] = slot.__get__(value)
-    with suppress(AttributeError):
+    for name, slot in slots:
+        with suppress(AttributeError):  # it was never filled
+            found[name] = slot.__get__(value)
+    try:
         own = object.__getattribute__(value, "__dict__")
-        found.update(own if isinstance(own, dict) else {})
-    return found
+    except AttributeError:
+        return found
+    return {**found, **own} if isinstance(own, dict) else found
+
+
+@remembered
+def _slots_of(kind: type) -> list[tuple[str, Any]] | None:
+    """The slots of a class's objects; None where these have no attributes that are looked at."""
+    if kind in _NO_ATTRIBUTES or issubclass(kind, _NO_HOLDERS):
+        return None
+    return [
+        (name, slot)
+        for base in kind.__mro__
+        if "__slots__" in base.__dict__
+        for name, slot in base.__dict__.items()
+        if type(slot) is types.MemberDescriptorType
+    ]

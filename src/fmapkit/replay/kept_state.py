@@ -132,19 +132,16 @@ class _KeptForm:
     def of(self, value: Any, depth: int = 0) -> Any:
         """The form of a container, or of an object."""
         kind = type(value)
-        self.count += 1
-        if self.count > _MOST:
+        if kind in _TOLD:
+            return kind, value
+        if kind in _NUMBERS:
+            self._numbers.append(value)
             return kind
         if isinstance(value, Tensor):
             if is_shapeless(value):
                 return kind, self._number(value)
             shape = self._shapes.setdefault(tuple(value.shape), len(self._shapes))
             return kind, self._number(value), shape, form_of(value)
-        if kind in _TOLD:
-            return kind, value
-        if kind in _NUMBERS:
-            self._numbers.append(value)
-            return kind
         if depth > _DEEPEST:
             return kind
         if id(value) in self._seen:
@@ -154,8 +151,13 @@ class _KeptForm:
         if members and isinstance(value, (set, frozenset)):
             self.ordered = False
         keys = map(self._key, keys_of(value)) if isinstance(value, dict) else ()
-        parts = [self.of(part, depth + 1) for part in (*members, *own.values())]
-        return kind, (*keys, *own), tuple(parts)
+        parts = [*members, *own.values()]
+        self.count += len(parts)
+        if self.count > _MOST:
+            return kind
+        depth += 1
+        told = [(type(p), p) if type(p) in _TOLD else self.of(p, depth) for p in parts]
+        return kind, (*keys, *own), tuple(told)
 
     def _key(self, key: Any) -> Any:
         kind = type(key)
