@@ -163,10 +163,13 @@ def stopped(bench: Bench) -> Iterator[Opened]:
 
 @contextmanager
 def compiled(bench: Bench) -> Iterator[Opened]:
-    """A graph of the model's own operations, called in their order, that returns its maps."""
+    """A graph of the model's own operations, called in their order, that returns its maps.
+
+    It need not rest: no function runs other code for it.
+    """
     model: Any = torch.compile(bench.copy(), backend="eager")
     with capture(model) as maps:
-        yield Opened(model, lambda: handed(maps), awake=resting(maps))
+        yield Opened(model, lambda: handed(maps))
 
 
 def first(*, whole: bool) -> Open:

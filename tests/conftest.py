@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 
 # Before torch is imported: also for the processes that tests start, and for other libraries.
@@ -58,6 +59,13 @@ _GLOBAL_HOOKS = (
 )
 
 
+def _are_made_by_torch(home: object) -> bool:
+    """Whether modules that torch.compile makes are made by its own function, if it is there."""
+    return not hasattr(
+        getattr(getattr(home, "OptimizedModule", None), "__init__", 0), "__wrapped__"
+    )
+
+
 def _global_state() -> dict[str, object]:
     hooks = {name: len(getattr(nn.modules.module, name, ())) for name in _GLOBAL_HOOKS}
     return {
@@ -68,6 +76,7 @@ def _global_state() -> dict[str, object]:
         "grad enabled": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
         "default dtype": torch.get_default_dtype(),
+        "torch.compile's modules": _are_made_by_torch(sys.modules.get("torch._dynamo.eval_frame")),
         "fast path": torch.backends.mha.get_fastpath_enabled(),
         "saved tensor hooks": torch._C._autograd._saved_tensors_hooks_is_enabled(),  # type: ignore
     }

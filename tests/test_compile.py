@@ -877,3 +877,66 @@ def test_what_runs_eagerly_by_request(given: str) -> None:
             assert torch.equal(maps["0", "preactivation"].tensor, z)
             assert torch.equal(maps["0"].tensor, z.clamp(min=0))
         assert maps.missed == []
+
+
+class Sliced(nn.Module):
+    """Registers modules as it runs: `layers[:2]` makes a list of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:2]:
+            x = torch.relu(layer(x))
+        return x
+
+
+def test_a_block_has_nothing_compiled_anew_that_registers_modules() -> None:
+    """dynamo compares the global hooks for that; Llama, Mistral and Qwen register some."""
+    model, other, x = Sliced().eval(), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        y = compiled(x)
+        with capture(compiled) as maps:
+            compiled(x)
+        made = graphs()
+        for _ in range(3):
+            with capture(other):
+                assert torch.equal(compiled(x), y)
+            with capture(compiled) as maps:
+                assert torch.equal(compiled(x), y)
+                assert torch.equal(maps["layers.1"].tensor, y)
+            assert torch.equal(compiled(x), y)
+    assert graphs() == made
+    assert not maps.missed
+
+
+FIRST = """
+import sys, torch
+from torch import nn
+{imported}
+from fmapkit import capture
+assert {there} == ("torch._dynamo.eval_frame" in sys.modules)
+model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU()).eval(), torch.ones(1, 3)
+with torch.no_grad(), capture(model) as outer, capture(model) as maps:
+    for _ in range(2):
+        y = model(x)
+        assert torch.equal(maps["0"].tensor, y)
+    for _ in range(2):
+        compiled = torch.compile(model, backend="eager")
+        for _ in range(3):
+            assert torch.equal(compiled(x), y)
+            assert torch.equal(maps["0"].tensor, y), maps.missed
+            assert torch.equal(outer["0"].tensor, y)
+    assert not maps.missed, maps.missed
+assert not hasattr(torch._dynamo.eval_frame.OptimizedModule.__init__, "__wrapped__")
+assert not nn.modules.module._global_module_registration_hooks
+"""
+
+
+@pytest.mark.parametrize("imported", ["", "import torch._dynamo"])
+def test_a_model_that_is_compiled_in_the_block_for_the_first_time(imported: str) -> None:
+    code = FIRST.format(imported=imported, there=bool(imported))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

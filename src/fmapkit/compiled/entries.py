@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from fmapkit import layers, nonlinearities
 from fmapkit.compiled.interface import CompiledCapture
@@ -26,7 +25,15 @@ from fmapkit.instrumentation import Off
 from fmapkit.reasons import Reason
 from fmapkit.torchlib.autograd import in_backward
 from fmapkit.torchlib.call_override import when_traced
-from fmapkit.torchlib.compiled_modules import around, compiled_roots, holds, is_optimized, plain
+from fmapkit.torchlib.compiled_modules import (
+    around,
+    compiled_roots,
+    holds,
+    is_optimized,
+    plain,
+    tell_no_more,
+    tell_of_new,
+)
 from fmapkit.torchlib.dynamo import UnknownError
 
 if TYPE_CHECKING:
@@ -208,7 +215,7 @@ class CompiledEntries:
         self._entries: list[_CompiledEntry] = []
         self._deferred: list[_DeferredEntry] = []
         self._resting: list[nn.Module] = []
-        self._watching: Any = None
+        self._watching = False
 
     def __bool__(self) -> bool:
         """Whether anything compiled is known that runs the model or is a part of it."""
@@ -254,7 +261,7 @@ class CompiledEntries:
 
     def rest(self) -> None:
         """Between two calls of a capture that goes on, nothing is set."""
-        if self._watching is not None:
+        if self._watching:
             self._resting = [entry.root for entry in self._entries]
             self.close()
 
@@ -268,10 +275,10 @@ class CompiledEntries:
 
     def close(self) -> None:
         """Remove what `open` set; the variants stay with the user's compiled functions."""
-        if self._watching is None:
+        if not self._watching:
             return
-        self._watching.remove()
-        self._watching = None
+        self._watching = False
+        tell_no_more(self._made)
         when_traced.remove(self._traced)
         for deferred in self._deferred:
             deferred.close()
@@ -281,15 +288,13 @@ class CompiledEntries:
         self._entries.clear()
 
     def _watch(self) -> None:
-        # torch.compile(module) makes a module around it, which is when torch calls this.
-        self._watching = register_module_module_registration_hook(self._registered)
+        self._watching = True
+        tell_of_new(self._made)
         when_traced.append(self._traced)
 
-    def _registered(self, module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-        if name != "_orig_mod" or not is_optimized(module) or submodule is None:
-            return
+    def _made(self, module: nn.Module, inner: nn.Module) -> None:
         handler = self._handler
-        if threading.get_ident() == handler.thread and holds(submodule, self._model):
+        if threading.get_ident() == handler.thread and holds(inner, self._model):
             self._deferred.append(_DeferredEntry(module, self))
 
     def _traced(self) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import types
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from fmapkit.torchlib.caching import remembered
 from fmapkit.torchlib.call_override import CallOverride
@@ -41,6 +44,57 @@ def compiled_call(attributes: dict[str, Any]) -> Any:
     """What `module.compile()` has put among a module's attributes; None if it did not."""
     call = attributes.get("_compiled_call_impl")
     return None if isinstance(call, CallOverride) else call
+
+
+# Each is told of the modules that `torch.compile(module)` makes, and what is in them.
+_told_of_new: list[Callable[[nn.Module, nn.Module], None]] = []
+_undo: list[Callable[[], None]] = []  # takes away what tells them
+_lock = threading.RLock()
+
+
+def tell_of_new(tell: Callable[[nn.Module, nn.Module], None]) -> None:
+    """Have somebody told of each module that `torch.compile(module)` makes, before its first call.
+
+    Its class tells. Before torch.compile was ever imported, torch's hook for the registration of
+    modules does: at any other time, compiled code that registers some, as `layers[:4]` does, would
+    be compiled anew, since dynamo compares which hooks there are.
+    """
+    with _lock:
+        _told_of_new.append(tell)
+        if len(_told_of_new) == 1:
+            home = sys.modules.get("torch._dynamo.eval_frame")
+            if home is None:
+                _undo.append(register_module_module_registration_hook(_registered).remove)
+            else:
+                _have_told(home.OptimizedModule)
+
+
+def tell_no_more(tell: Callable[[nn.Module, nn.Module], None]) -> None:
+    """Undo `tell_of_new`."""
+    with _lock:
+        _told_of_new.remove(tell)
+        while _undo and not _told_of_new:
+            _undo.pop()()
+
+
+def _have_told(kind: Any) -> None:
+    made, become = kind.__init__, partial(setattr, kind, "__init__")
+
+    @wraps(made)
+    def made_and_told(module: nn.Module, inner: nn.Module, *args: Any, **kwargs: Any) -> None:
+        made(module, inner, *args, **kwargs)
+        for tell in tuple(_told_of_new):
+            tell(module, inner)
+
+    become(made_and_told)
+    _undo.append(partial(become, made))
+
+
+def _registered(module: nn.Module, name: str, inner: nn.Module | None) -> None:
+    """A module is registered in another one, perhaps in the first that torch.compile makes."""
+    if name == "_orig_mod" and inner is not None and is_optimized(module):
+        for tell in tuple(_told_of_new):
+            tell(module, inner)
 
 
 def plain(module: nn.Module) -> nn.Module:
