@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
 
 from fmapkit.paths.recorder_names import RECORDERS
 from fmapkit.paths.recorders import twins as _codes
@@ -190,8 +190,8 @@ class Twins:
         self._fixed = fixed
         self._mine: dict[types.FunctionType, types.CodeType] = {}  # with what each runs
         self.watched: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
-        self._spaces = DictWatch(())  # where these are
-        self._renamed = False
+        # Where these are, of how many that is known, and whether any is another one.
+        self._spaces, self._spaces_of, self._renamed = DictWatch(()), 0, False
 
     def exchange(self, function: types.FunctionType) -> bool:
         """Have a function run its twin; False if it has none."""
@@ -218,15 +218,13 @@ class Twins:
 
     def watch(self, function: types.FunctionType) -> None:
         """Watch what a function of torch's own calls by a name: it has no twin."""
-        spaces, names = (vars(torch), vars(nn.functional)), function.__code__.co_names
-        found = ((space, name, space.get(name)) for space in spaces for name in names)
-        kinds = types.FunctionType, types.BuiltinFunctionType
+        kinds, names = (types.FunctionType, types.BuiltinFunctionType), function.__code__.co_names
+        found = ((s, name, s.get(name)) for s in (vars(torch), vars(F)) for name in names)
         self._watch((s, name, what) for s, name, what in found if isinstance(what, kinds))
 
     def _watch(self, found: Iterable[tuple[dict[str, Any], str, Any]]) -> None:
         for space, name, what in found:
             self.watched.setdefault((id(space), name), (space, name, what))
-        self._spaces = DictWatch(space for space, _, _ in self.watched.values())
 
     def rest(self) -> list[Resting]:
         """Give every function its own code back until `wake`; what to wake.
@@ -306,6 +304,9 @@ class Twins:
 
     def renamed(self) -> bool:
         """Whether a name in one of torch's modules stands for something else than it did."""
+        if len(self.watched) != self._spaces_of:
+            self._spaces = DictWatch(space for space, _, _ in self.watched.values())
+            self._spaces_of = len(self.watched)
         if self.watched and self._spaces.written():
             spaces, names, what = zip(*self.watched.values(), strict=True)  # in C
             self._renamed = any(map(operator.is_not, map(dict.get, spaces, names), what))
@@ -334,7 +335,7 @@ class Twins:
                     del _set[function]
         self._mine.clear()
         self.watched.clear()
-        self._spaces, self._renamed = DictWatch(()), False
+        self._spaces_of, self._renamed = 0, False
 
 
 def _always(fixed: frozenset[str]) -> Fixed:

@@ -81,10 +81,10 @@ def _have_told(kind: Any) -> None:
     made, become = kind.__init__, partial(setattr, kind, "__init__")
 
     @wraps(made)
-    def made_and_told(module: nn.Module, inner: nn.Module, *args: Any, **kwargs: Any) -> None:
-        made(module, inner, *args, **kwargs)
+    def made_and_told(module: Any, *args: Any, **kwargs: Any) -> None:
+        made(module, *args, **kwargs)
         for tell in tuple(_told_of_new):
-            tell(module, inner)
+            tell(module, module._orig_mod)
 
     become(made_and_told)
     _undo.append(partial(become, made))
