@@ -26,6 +26,10 @@ class State:
         self.value = value
 
 
+def _become(value: Any) -> Callable[[Any], None]:
+    return lambda model: setattr(model.hidden, "value", value)
+
+
 def _chosen(y: Tensor, value: Any) -> Tensor:
     for name in ("relu", "tanh"):
         if name == value:
@@ -133,7 +137,7 @@ class Inner(nn.Module):
 
 
 class Child(nn.Module):
-    """Hands it to a module of a class of its own; in a dict, which Python unpacks."""
+    """Hands it to a module of a class of its own, by a keyword that is none of its parameters."""
 
     def __init__(self, use: Callable[[Tensor, Any], Tensor], value: Any) -> None:
         super().__init__()
@@ -149,12 +153,8 @@ class Child(nn.Module):
 def test_what_decides_by_what_it_is_handed_tells(name: str, kind: Any) -> None:
     use, one, other = uses()[name]
     model = kind(use, one)
-
-    def become(value: Any) -> Callable[[Any], None]:
-        return lambda m: setattr(m.hidden, "value", value)
-
     values = [one, one, one, other, other, one, other, one, one]
-    hold(model, [Turn((random(3, 3, 5, n=n),), become(v)) for n, v in enumerate(values)], most=2)
+    hold(model, [Turn((random(3, 3, 5, n=n),), _become(v)) for n, v in enumerate(values)], most=2)
 
 
 class Bound(nn.Module):
@@ -178,7 +178,4 @@ class Bound(nn.Module):
 def test_keywords_that_python_binds() -> None:
     given = [{"relu": True}] * 3 + [{"twice": True}, {"other": 1}, {"relu": True}, {"a": 1, "b": 2}]
 
-    def become(value: Any) -> Callable[[Any], None]:
-        return lambda m: setattr(m.hidden, "value", value)
-
-    hold(Bound(), [Turn((random(2, 3, 5, n=n),), become(v)) for n, v in enumerate(given)], most=2)
+    hold(Bound(), [Turn((random(2, 3, 5, n=n),), _become(v)) for n, v in enumerate(given)], most=2)

@@ -71,10 +71,9 @@ def item_of_elements(kind: type) -> Callable[[Any], Any]:
 
 
 def _column(given: Any) -> Any:
+    """The same of one that is no plain value."""
     kind = type(given)
-    if kind is Tensor or kind in PLAIN:
-        return Tensor if kind is Tensor else given
-    if kind in (tuple, list) or contents_of(kind) is None:
+    if kind is Tensor or kind in (tuple, list) or contents_of(kind) is None:
         return flat(given, 1)
     return item_of_elements(kind)(given)
 

@@ -187,7 +187,7 @@ def _callable(function: Any) -> Any:
     return (CALLABLES.get(kind) or other_callable)(function)
 
 
-def item_of_function(function: Any) -> Any:
+def _function(function: Any) -> Any:
     """Those of the model's own code may be made anew in each pass: they go by their name.
 
     By their first mark they tell which they are.
@@ -238,7 +238,7 @@ def class_of(given: Any) -> Any:
 
 
 CALLABLES: dict[type, Callable[[Any], Any]] = {
-    _FUNCTION: item_of_function,
+    _FUNCTION: _function,
     _BUILTIN: item_of_builtin,
     types.MethodType: _method,
     functools.partial: _partial,

@@ -300,7 +300,7 @@ def called(append: Callable[[Any], None], function: _T) -> _T:
     """A callable is about to be called."""
     if append is not _NOTHING:
         kind = type(function)
-        if kind is _FUNCTION:  # as `item_of_function`, in this very call: most are that
+        if kind is _FUNCTION:  # as `items._function`, in this very call: most are that
             home = function.__module__
             torchs = type(home) is str and IN_TORCH[home]
             append(function if torchs else function.__qualname__)  # type: ignore[attr-defined]

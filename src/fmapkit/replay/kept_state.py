@@ -91,7 +91,7 @@ class KeptState:
                 held.append(kwargs.get(place))
             elif place < len(args):
                 held.append(args[place])
-        found = tuple([form.of(value) for value in held])
+        found = form.of_all(held)
         whole = form.ordered and form.count <= _MOST
         return ((found, form.ranks()) if whole else None), form.sizes()
 
@@ -129,11 +129,16 @@ class _KeptForm:
         at = self._tensors.setdefault(id(tensor), len(self._tensors))
         return at, self._storages.setdefault(storage, len(self._storages))
 
-    def of(self, value: Any, depth: int = 0) -> Any:
-        """The form of a container, or of an object."""
+    def of_all(self, values: Sequence[Any], depth: int = 0) -> tuple[Any, ...]:
+        """The forms of values; nothing more is told once there are too many."""
+        self.count += len(values)
+        if self.count > _MOST:
+            return ()
+        return tuple([(type(v), v) if type(v) in _TOLD else self._of(v, depth) for v in values])
+
+    def _of(self, value: Any, depth: int) -> Any:
+        """The form of a container, of an object, or of a number."""
         kind = type(value)
-        if kind in _TOLD:
-            return kind, value
         if kind in _NUMBERS:
             self._numbers.append(value)
             return kind
@@ -151,13 +156,7 @@ class _KeptForm:
         if members and isinstance(value, (set, frozenset)):
             self.ordered = False
         keys = map(self._key, keys_of(value)) if isinstance(value, dict) else ()
-        parts = [*members, *own.values()]
-        self.count += len(parts)
-        if self.count > _MOST:
-            return kind
-        depth += 1
-        told = [(type(p), p) if type(p) in _TOLD else self.of(p, depth) for p in parts]
-        return kind, (*keys, *own), tuple(told)
+        return kind, (*keys, *own), self.of_all([*members, *own.values()], depth + 1)
 
     def _key(self, key: Any) -> Any:
         kind = type(key)

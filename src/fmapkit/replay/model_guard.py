@@ -53,7 +53,7 @@ class ModelGuard:
         self._watched = [m for m in modules if "forward" not in m.__dict__]
         self._types = list(map(type, self._watched))
         self._attributes = [m.__dict__ for m in self._watched]
-        self._dicts = DictWatch([*self._parents, *self._attributes])
+        self._dicts = DictWatch([*self._homes, *self._parents, *self._attributes])
         # What stood before each module's call, when last looked; none is to be kept alive by that.
         self._there: list[weakref.ref[Any] | None] = []
         self._calls: list[object] = []  # and what of that is torch.compile's

@@ -83,8 +83,7 @@ def _have_told(kind: Any) -> None:
     @wraps(made)
     def made_and_told(module: Any, *args: Any, **kwargs: Any) -> None:
         made(module, *args, **kwargs)
-        for tell in tuple(_told_of_new):
-            tell(module, module._orig_mod)
+        _tell(module, module._orig_mod)
 
     become(made_and_told)
     _undo.append(partial(become, made))
@@ -93,8 +92,12 @@ def _have_told(kind: Any) -> None:
 def _registered(module: nn.Module, name: str, inner: nn.Module | None) -> None:
     """A module is registered in another one, perhaps in the first that torch.compile makes."""
     if name == "_orig_mod" and inner is not None and is_optimized(module):
-        for tell in tuple(_told_of_new):
-            tell(module, inner)
+        _tell(module, inner)
+
+
+def _tell(module: nn.Module, inner: nn.Module) -> None:
+    for tell in tuple(_told_of_new):
+        tell(module, inner)
 
 
 def plain(module: nn.Module) -> nn.Module:
