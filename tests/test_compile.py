@@ -27,6 +27,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from fmapkit import CaptureWarning, capture
+from fmapkit.torchlib import caching
 from tests import truth
 from tests.checks import needs_compiled
 
@@ -940,3 +941,67 @@ def test_a_model_that_is_compiled_in_the_block_for_the_first_time(imported: str)
     code = FIRST.format(imported=imported, there=bool(imported))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+class _Own(Two):
+    """Has another forward by and by: its own, or its class's."""
+
+
+@pytest.mark.parametrize("place", ["instance", "class"])
+def test_a_compiled_model_runs_the_forward_that_it_has(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = _Own().eval(), torch.randn(2, 4)
+    compiled = torch.compile(model, backend="eager")
+
+    def other(self: Any, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.a(x))
+
+    with torch.no_grad(), capture(compiled) as maps:
+        for _ in range(2):
+            assert torch.equal(compiled(x), model(x))
+            there = maps.layers
+            with monkeypatch.context() as patch:
+                if place == "class":
+                    patch.setattr(_Own, "forward", other, raising=False)
+                else:
+                    patch.setattr(model, "forward", other.__get__(model), raising=False)
+                assert torch.equal(compiled(x), torch.sigmoid(model.a(x)))
+                assert maps.layers == ["a"]
+                assert maps["a"].nonlinearity == "sigmoid"
+        assert torch.equal(compiled(x), model(x))
+        assert maps.layers == there
+    assert not maps.missed
+
+
+@pytest.mark.skipif(caching._version is None, reason="torch has no count of writes")
+def test_a_captured_pass_of_compiled_code_writes_nothing_to_the_model() -> None:
+    """dynamo's guards ask about that first, and else look at all of the model."""
+    model, x = Net().eval(), images(2)[0]
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), capture(compiled) as maps:
+        for _ in range(3):
+            compiled(x)
+        watch = caching.DictWatch([m.__dict__ for m in model.modules()])
+        assert watch.written()
+        compiled(x)
+        assert not watch.written()
+        assert len(list(maps)) > 2
+
+
+def test_hooks_of_others_on_a_compiled_model_run_as_they_come_and_go() -> None:
+    model, x = Two().eval(), torch.randn(2, 4)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), capture(compiled) as maps:
+        y = compiled(x)
+        for _ in range(2):
+            pairs = [(fm.layer, fm.kind, fm.tensor) for fm in maps]
+            hook = model.register_forward_hook(lambda module, args, output: output + 1)
+            assert torch.equal(compiled(x), y + 1)
+            for layer, kind, tensor in pairs:
+                assert torch.equal(maps[layer, kind].tensor, tensor)
+            hook.remove()
+            assert torch.equal(compiled(x), y)
+            for layer, kind, tensor in pairs:
+                assert torch.equal(maps[layer, kind].tensor, tensor)
+    assert not maps.missed

@@ -101,13 +101,7 @@ class _CompiledEntry:
         here = [h for h in self.handlers if h.thread == thread]
         if not here or running.sinks:
             return self.original(*args, **kwargs)
-        # torch.compile(module) runs the module's own hooks, and ours are for its eager calls.
-        off = [handler.without_hooks(self.module) for handler in here]
-        try:
-            return self._capture(here, args, kwargs)
-        finally:
-            for hooks in reversed(off):
-                hooks.put_back()
+        return self._capture(here, args, kwargs)
 
     def close(self, handler: CompiledHandler) -> None:
         """A capture ends; with the last one goes the entry."""
@@ -143,7 +137,10 @@ class _CompiledEntry:
     def _asked(self, captures: Sequence[CompiledCapture]) -> list[Any]:
         """What the graphs' outputs depend on; a selection by name on the root's own name, too."""
         registered = (layers.version, nonlinearities.version)
-        return [(c.wants.signature, c.names.of(self.module), registered) for c in captures]
+        # The code that is compiled once more is that of its class, but where it has its own.
+        forward = self.module.__dict__.get("forward", type(self.module).forward)
+        asked = (registered, forward)
+        return [(c.wants.signature, c.names.of(self.module), asked) for c in captures]
 
     def _capture(self, handlers: Sequence[CompiledHandler], args: Any, kwargs: Any) -> Any:
         """One call: a pass of its own, or a part of one."""
@@ -151,23 +148,24 @@ class _CompiledEntry:
             # Activation checkpointing runs it once more, and expects what the forward saved.
             again = self._known(handlers)
             if again is None or any(h.idle for h in handlers):
-                return self.original(*args, **kwargs)
-            return again((), args, kwargs)
+                return self._bare(handlers, self.original, *args, **kwargs)
+            return self._variants(handlers, again, (), args, kwargs)
         begun = [(h, h.begin_call(self.root, self.module, args, kwargs)) for h in handlers]
         calls = [(h, sink) for h, sink in begun if sink is not None]
         if not calls:
             for handler in handlers:
                 handler.skip(self.root)
-            return self.original(*args, **kwargs)
+            return self._bare(handlers, self.original, *args, **kwargs)
         try:
             variant = self._variant([handler for handler, _ in calls])
         except UnknownError as error:
             for handler, _ in calls:
                 handler.unread(self.root, str(error))
-            output = self.original(*args, **kwargs)
+            output = self._bare(handlers, self.original, *args, **kwargs)
         else:
             try:
-                output = variant([sink for _, sink in calls], args, kwargs)
+                sinks = [sink for _, sink in calls]
+                output = self._variants(handlers, variant, sinks, args, kwargs)
             except BaseException:
                 for handler, sink in calls:
                     handler.fail(sink)
@@ -177,6 +175,30 @@ class _CompiledEntry:
         for handler, sink in calls:
             handler.end_call(sink, output)
         return output
+
+    def _variants(
+        self,
+        handlers: Sequence[CompiledHandler],
+        variant: InstrumentedCompile,
+        sinks: Sequence[GraphMapSink],
+        args: Any,
+        kwargs: Any,
+    ) -> Any:
+        """What a variant gives."""
+        if variant.runs_hooks:
+            return self._bare(handlers, variant, sinks, args, kwargs)
+        return variant(sinks, args, kwargs)
+
+    def _bare(
+        self, handlers: Sequence[CompiledHandler], call: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """What a call gives that runs the module's own hooks: ours are for its eager calls."""
+        off = [handler.without_hooks(self.module) for handler in handlers]
+        try:
+            return call(*args, **kwargs)
+        finally:
+            for hooks in reversed(off):
+                hooks.put_back()
 
 
 class _DeferredEntry:

@@ -24,7 +24,7 @@ from fmapkit.provenance import NOWHERE, STOP, ChannelLabel, Label, Origin, Param
 from fmapkit.reasons import Reason
 from fmapkit.replay import carried as carried_by
 from fmapkit.torchlib.dynamo import from_module
-from fmapkit.tracing import LabelTable, running_modules
+from fmapkit.tracing import LabelTable
 
 
 class _Labelled:
@@ -202,7 +202,7 @@ class CompiledGraph:
         key = (
             tuple(map(id, weights)),
             tuple([t is None for t in tags]) if plain else carried_by(tags, capture.wants.of),
-            None if self.whole else tuple(map(id, running_modules(running.stop))),
+            None if self.whole else tuple(map(id, running.modules())),
         )
         found = state.labels.get(key)
         if found is None or not found.of(weights):
@@ -294,7 +294,4 @@ class CompiledGraph:
 
 def _base(names: Names) -> list[nn.Module]:
     """The modules of the model that run around compiled code, outermost first."""
-    found = [m for m in running_modules(running.stop) if m in names.by_module]
-    if running.root is not None and running.root not in found:
-        found.append(running.root)
-    return found
+    return [m for m in running.modules() if m in names.by_module]

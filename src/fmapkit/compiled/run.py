@@ -30,6 +30,12 @@ class Running(threading.local):
     stop: Any = None  # the code of the function below which compiled code runs
     root: nn.Module | None = None  # the compiled module
 
+    def modules(self) -> list[nn.Module]:
+        """Those whose calls are under way in compiled code, outermost first."""
+        found = running_modules(self.stop)
+        # Of the compiled one itself, it may be the forward that runs.
+        return found if self.root is None or self.root in found else [self.root, *found]
+
 
 running = Running()
 
@@ -209,7 +215,6 @@ class GraphMapSink:
 
     def outside(self) -> None:
         """Something was computed where nobody looked."""
-        modules = running_modules(running.stop)
         names = self.capture.names
-        inside = [m for m in modules if m in names.by_module]
+        inside = [m for m in running.modules() if m in names.by_module]
         self.capture.miss(names.of(inside[-1]) if inside else "", Reason.GRAPH_BREAK.text())

@@ -22,6 +22,7 @@ from fmapkit.compiled.run import GraphMapSink, running
 from fmapkit.missed import reason
 from fmapkit.provenance import Label
 from fmapkit.reasons import Reason
+from fmapkit.torchlib.call_override import is_bare
 from fmapkit.torchlib.compiled_modules import plain
 from fmapkit.torchlib.dynamo import (
     backend_of,
@@ -61,6 +62,7 @@ class InstrumentedCompile:
         # torch.compile(module) runs the module's own hooks outside of compiled code, and compiles
         # its forward, but where the forward is torch's own. module.compile() compiles it all.
         self._bound: Any = None
+        self._forward: Any = None
         if (
             isinstance(inner, types.MethodType)
             and inner.__name__ == "_wrapped_call_impl"
@@ -69,11 +71,21 @@ class InstrumentedCompile:
         ):
             self._bound = types.MethodType(fresh(forward), self._module)
             self.code = self._bound.__code__
+            self._forward = compile_again(self._bound)
             self._run = compile_again(self._module._wrapped_call_impl)
         else:
             function = fresh(_forward)
             self.code = function.__code__
             self._run = compile_again(function)
+
+    @property
+    def runs_hooks(self) -> bool:
+        """Whether it calls the module itself, as the hooks on that are to run.
+
+        Else nothing is written to the module: dynamo, whose guards ask about that first, would have
+        to look at all of it, which takes longer than all that we do.
+        """
+        return self._bound is not None and not is_bare(self._module)
 
     def rest(self) -> None:
         """The block has ended; what it compiled is kept."""
@@ -89,6 +101,8 @@ class InstrumentedCompile:
         try:
             if self._bound is None:
                 return self._run(self._module, *args, **kwargs)
+            if not self.runs_hooks:
+                return self._forward(*args, **kwargs)
             own = self._module.__dict__
             was = own.get("forward")
             own["forward"] = self._bound

@@ -25,6 +25,7 @@ from fmapkit.model.wrappers import (
     lends_parameters,
     places_in,
 )
+from fmapkit.torchlib.caching import DictWatch
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.sharded import is_dtensor
 
@@ -79,6 +80,7 @@ class Names:
         self._full: list[Any] = []  # where the others do
         self._counts: list[int] = []  # how many there are each time
         self._parameters: list[Any] = []  # and what they are, one after the other
+        self._registered = DictWatch(())  # all these dicts
         self._places: dict[nn.Module, list[str]] = {}  # all names of each module
         self.elsewhere = UnregisteredLayers(lambda: _places(self.model))
         self.unnamed = Unnamed()
@@ -116,6 +118,8 @@ class Names:
 
     def _swapped(self) -> bool:
         """Nothing is made on the way: after a pass, what it costs is memory to look at."""
+        if not self._registered.written():
+            return False
         for there in self._empty:
             if there:
                 return True
@@ -135,6 +139,7 @@ class Names:
         self._full = [m._parameters for m in self.by_module if m._parameters]
         self._counts = list(map(len, self._full))
         self._parameters = [p for there in self._full for p in there.values()]
+        self._registered = DictWatch([*self._empty, *self._full])
         for module in self.by_module:
             for key, parameter in module._parameters.items():
                 if parameter is not None:

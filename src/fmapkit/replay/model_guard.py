@@ -114,11 +114,16 @@ class ModelGuard:
     def changed(self) -> bool:
         """Whether anything is not as it was."""
         # In C as far as can be: there are hundreds of modules to look at.
+        written = self._dicts.written()
         return (
             list(map(type, self._watched)) != self._types
-            or (self._dicts.written() and self._rearranged())
+            or (written and self._rearranged())
             or self._registered != (layers.version, nonlinearities.version)
-            or (ever_compiled() and self._compiled != self._compiled_calls())
+            or (
+                ever_compiled()
+                and (written or not self._there)
+                and self._compiled != self._compiled_calls()
+            )
             or (self.counted() != self._last and self._hooked())
         )
 

@@ -18,7 +18,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.jit import _recursive as _scripting
-from torch.nn.modules.module import _global_forward_pre_hooks
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -202,6 +207,20 @@ def free(module: nn.Module) -> bool:
         and type(module)._wrapped_call_impl is nn.Module._wrapped_call_impl
         and not isinstance(module, torch.jit.ScriptModule)
     )
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a module's call is its forward and no more, but for those of ours who stand there."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if module._backward_hooks or module._backward_pre_hooks:
+        return False
+    if _global_forward_hooks or all_pre_hooks:
+        return False
+    if _global_backward_hooks or _global_backward_pre_hooks:
+        return False
+    first = there(module)
+    return first is None or isinstance(first, CallOverride)
 
 
 @not_compiled
