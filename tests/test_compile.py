@@ -249,6 +249,48 @@ def test_memory_with_other_names(backend: str) -> None:
     check(Views, lambda m: whole(m, backend=backend, fullgraph=True), inputs, False, True)
 
 
+IN_PLACE = {
+    "function": (0, lambda m, x: m.b(F.relu(m.a(x), inplace=True))),
+    "method": (0, lambda m, x: m.b(m.a(x).relu_())),
+    "two": (0, lambda m, x: F.silu(m.b(F.silu(m.a(x), True)), True)),
+    "returned": (0, lambda m, x: F.leaky_relu_(m.a(x), 0.2)),
+    "view before": (1, lambda m, x: _with_view(m, m.a(x))),
+    "read later": (1, lambda m, x: (lambda y: m.b(F.relu(y, True)) + y)(m.a(x))),
+    "of a part": (1, lambda m, x: (lambda y: m.b(torch.cat([y[:, :2].relu_(), y], 1)))(m.c(x))),
+    "of a view": (1, lambda m, x: F.relu_(m.a(x).t())),
+    "after a write": (1, lambda m, x: F.relu_(m.a(x).add_(x))),
+}
+
+
+def _with_view(m: Any, y: Tensor) -> Tensor:
+    view = y.view(-1, 4)
+    result: Tensor = m.b(y.relu_()) + view
+    return result
+
+
+class InPlace(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Any:
+        return IN_PLACE[self.how][1](self, x)
+
+
+@pytest.mark.parametrize("how", IN_PLACE)
+def test_z_is_copied_in_a_graph_only_where_its_memory_is_not_its_own(how: str) -> None:
+    clones = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        clones.append(sum(node.target == "clone" for node in gm.graph.nodes))
+        return gm.forward
+
+    inputs = [torch.randn(4, 4, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    check(lambda: InPlace(how), lambda m: whole(m, backend=backend), inputs, False, False)
+    assert clones[-1] == IN_PLACE[how][0]
+
+
 def test_an_input_written_to_in_place() -> None:
     model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
     compiled = torch.compile(model, backend="aot_eager")

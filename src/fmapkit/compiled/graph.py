@@ -28,7 +28,7 @@ from fmapkit.selection import Selection
 from fmapkit.storage import MapRecord
 from fmapkit.torchlib.fake_inputs import FakeInputs, UnreadableError
 from fmapkit.torchlib.memory import storage_of
-from fmapkit.torchlib.nested import leaves
+from fmapkit.torchlib.nested import leaves, tensors_in
 from fmapkit.torchlib.transforms import undone_transforms
 from fmapkit.tracing import Frame
 
@@ -277,13 +277,14 @@ def _traced(
     relations = Relations(names, carried, labels, {})
     event_of = {id(e): event for event in record.events for _, e in event.entries}
     own = {storage_of(t) for _, t in leaves(returned)}
+    makers = _makers(order, env)
     found = []
     for entry in record.current.segments:
         held = entry.held
         if held is None:
             continue
         assert isinstance(held, NodeHeld)
-        site = held.site(own)
+        site = held.site(own, makers)
         value = env.get(site.node)
         if value is not held.tensor:
             name = str(site.node.target).rpartition(".")[2]
@@ -300,3 +301,12 @@ def _traced(
         relations.ref,
         relations.effects(record, record.events, given),
     )
+
+
+def _makers(order: list[fx.Node], env: dict[fx.Node, Any]) -> dict[int, fx.Node]:
+    """Of all memory that a graph makes: the node that made it."""
+    found: dict[int, fx.Node] = {}
+    for node in order:
+        for tensor in tensors_in(env[node]):
+            found.setdefault(storage_of(tensor), node)
+    return {memory: node for memory, node in found.items() if node.op in _CALLS}

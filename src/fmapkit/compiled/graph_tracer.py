@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from types import FrameType
 from typing import Any
 
@@ -34,15 +34,22 @@ class NodeHeld(StoredTensor):
         """It is about to be overwritten: the graph has to copy it."""
         self.copied = True
 
-    def site(self, own: Container[int]) -> SigmaNode:
+    def site(self, own: Container[int], makers: Mapping[int, fx.Node]) -> SigmaNode:
         """Where to read it.
 
         Args:
             own: the memory that the model's own outputs lie in.
+            makers: of all memory that the graph makes: the node that made it.
         """
-        made = self.node if self.node is not None else self.at
-        shared = self.tensor is not None and storage_of(self.tensor) in own
-        return SigmaNode(made, self.at, self.node is not None, self.copied, shared)
+        node, tensor = self.node if self.node is not None else self.at, self.tensor
+        shared = alone = False
+        if tensor is not None:
+            memory = storage_of(tensor)
+            shared = memory in own
+            # Of a part of something, the strides reach the rest.
+            whole = makers.get(memory) is node
+            alone = whole and tensor.untyped_storage().nbytes() == tensor.nbytes
+        return SigmaNode(node, self.at, self.node is not None, self.copied, shared, alone)
 
 
 class NodeAliases(Aliases):

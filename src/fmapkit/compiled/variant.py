@@ -167,8 +167,8 @@ class _Compiler:
                 traced = graph.trace(sink.capture, inputs, carried, sink.capture.miss)
                 sites += [site for _, site, _ in traced.found]
             graph.gm = copy_of(gm)
-            detach = sinks[0].capture.wants.detach and may_need_gradients(gm)
-            graph.places = add_outputs(gm, sites, detach)
+            gradients, detach = may_need_gradients(gm), sinks[0].capture.wants.detach
+            graph.places = add_outputs(gm, sites, gradients, detach)
             graph.returned = len(last.args[0])
         except Exception:
             gm.graph = untouched.graph
