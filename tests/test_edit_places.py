@@ -423,7 +423,7 @@ def test_a_part_is_laid_out_as_the_map() -> None:
 
 
 BAD_PLACES = [
-    ({"at": 9}, "at=9 is outside of the output of layer 'x', of shape (2, 5, 3),: index 9 is out"),
+    ({"at": 9}, "at=9 is outside of the output of layer 'x', of shape (2, 5, 3): index 9 is out"),
     ({"at": (1, 2)}, "at= says a place along 2 axes, and the output of layer 'x', of shape"),
     ({"at": torch.tensor([1, 2, 3])}, "positions that all share are a list"),
     ({"at": torch.ones(4, dtype=torch.bool)}, "at= is a mask of shape (4,), and the output"),
@@ -441,6 +441,31 @@ def test_places_that_are_not_there(given: dict[str, Any], text: str) -> None:
         pytest.raises(EditError, match=re.escape(text)),
     ):
         model(x)
+
+
+NOWHERE = [
+    slice(7, 9),
+    slice(2, 2),
+    torch.zeros(5, dtype=torch.bool),
+    torch.zeros(2, 0, dtype=torch.long),
+    lambda fm: fm.tensor[..., 0] > 1e6,
+]
+
+
+@pytest.mark.parametrize("at", NOWHERE)
+def test_no_position_is_no_place(at: Any) -> None:
+    model, x = nn.Sequential(OrderedDict(x=nn.Linear(4, 3))), torch.randn(2, 5, 4)
+    y = model(x)
+    with (
+        capture(model, edit={Where("x", "output", at=at): edits.zero()}),
+        pytest.raises(EditError, match="at= is no position of any map that there was. Where that"),
+    ):
+        model(x)
+    with capture(model, edit={Where("x", "output", at=at, optional=True): edits.zero()}) as maps:
+        assert torch.equal(model(x), y)
+        assert all(fm.edited is None for fm in maps)
+    with capture(model, edit={Where("x", "output", at=slice(0, 2)): edits.zero()}):
+        assert model(x[:0]).shape == (0, 5, 3)  # a map without values has no place to be missed
 
 
 def test_a_map_without_known_filters_says_what_to_do() -> None:

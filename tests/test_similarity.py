@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fmapkit import ArgumentError, NoPassError, UnknownLayerError, capture
+from fmapkit import ArgumentError, CaptureWarning, NoPassError, UnknownLayerError, capture
 from fmapkit.analysis import Similarity
 
 
@@ -354,3 +355,53 @@ def test_the_table_and_the_picture() -> None:
     with pytest.raises(ArgumentError, match="measure must be 'cka' or 'rsa', not 'cca'"):
         found.plot(measure="cca")
     pyplot.close("all")
+
+
+def test_a_pass_of_one_model_alone_is_warned_of() -> None:
+    """It shifts all pairs after it."""
+    torch.manual_seed(0)
+    a, b, alike = Net(), Net(), Similarity()
+    with (
+        torch.no_grad(),
+        capture(a, NAMES, kinds="activation", analyses=alike.first, keep=0),
+        capture(b, NAMES, kinds="activation", analyses=alike.second, keep=0),
+    ):
+        a(torch.randn(8, 1, 8, 8))  # to warm up
+        for _ in range(3):
+            x = torch.randn(8, 1, 8, 8)
+            a(x)
+            b(x)
+    with pytest.warns(CaptureWarning, match="the first model was given 1 passes more"):
+        table = str(alike)
+    assert "paired in their order" in table
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _ = alike.cka  # once is enough
+
+
+@pytest.mark.parametrize("by", ["reset", "load_state_dict"])
+def test_captures_that_are_open_go_on_after_a_reset(by: str) -> None:
+    torch.manual_seed(0)
+    a, b, alike, whole = Net(), Net(), Similarity(), Similarity()
+    empty = Similarity().state_dict()
+    batches = [torch.randn(8, 1, 8, 8) for _ in range(3)]
+
+    def see(found: Similarity, some: list[Tensor], forget: bool) -> None:
+        with (
+            torch.no_grad(),
+            capture(a, NAMES, kinds="activation", analyses=found.first, keep=0),
+            capture(b, NAMES, kinds="activation", analyses=found.second, keep=0),
+        ):
+            if forget:
+                a(batches[0])
+                if by == "reset":
+                    found.reset()
+                else:
+                    found.load_state_dict(empty)
+            for x in some:
+                a(x)
+                b(x)
+
+    see(alike, batches, forget=True)
+    see(whole, batches, forget=False)
+    assert torch.equal(alike.cka, whole.cka)

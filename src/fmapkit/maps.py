@@ -68,9 +68,12 @@ class FeatureMaps(DrawableMaps):
         """The layers that have maps in the latest pass, in execution order."""
         return list(dict.fromkeys(e.origin.name for _, e in latest(self._session)))
 
-    def __contains__(self, layer: object) -> bool:
+    def __contains__(self, key: object) -> bool:
+        """Whether the latest pass has a map of a layer, or of a (layer, kind)."""
+        layer, *kind = key if isinstance(key, tuple) and len(key) == 2 else (key,)
         name = self._session.names.canonical(layer) if isinstance(layer, str) else layer
-        return any(e.origin.name == name for _, e in latest(self._session))
+        there = (e for _, e in latest(self._session) if e.origin.name == name)
+        return any(not kind or e.kind == kind[0] for e in there)
 
     def keys(self) -> list[tuple[str, Kind]]:
         """What can be looked up in the latest pass: each (layer, kind) once, in execution order.

@@ -45,8 +45,8 @@ class _Edit:
     """One entry of `edit={...}`, and what a pass has had for it so far."""
 
     __slots__ = (
-        *("_outputs", "_some_are_layers", "by_label", "calls", "done", "function", "given"),
-        *("paths", "selection", "where"),
+        *("_outputs", "_some_are_layers", "by_label", "calls", "done", "empty", "function"),
+        *("given", "paths", "selection", "where"),
     )
 
     def __init__(self, key: Any, function: Any, names: Names) -> None:
@@ -85,6 +85,7 @@ class _Edit:
 
     def begin(self) -> None:
         self.done = False  # something was edited
+        self.empty = False  # of some map, it was for no value
         self.calls: set[int] = set()  # that there were of what it is for
         self.paths: dict[str, None] = {}  # of the tensors that there were
 
@@ -117,6 +118,8 @@ class _Edit:
         if not any(map(where.has_call, self.calls)):
             there = ", ".join(map(str, sorted(self.calls)))
             return f"call={where.call!r} is none of those that there were ({there})"
+        if self.empty:
+            return "at= is no position of any map that there was"
         return f"path={where.path!r} is none of the tensors that there were ({listed(self.paths)})"
 
 
@@ -293,8 +296,6 @@ class RequestedEdits:
                     continue
                 if not (usual if where.path is None else where.path == tags.get("path")):
                     continue
-                edit.done = True
-                self.runs += 1
                 if self._grads and in_checkpoint(in_function()):
                     it = f"the {kind} of layer {layer!r}"
                     raise EditError(AGAIN.format(where=it), layer=layer, kind=kind)
@@ -311,6 +312,11 @@ class RequestedEdits:
                     **tags,
                 )
                 part, put = part_of(fm, where)
+                if not part.tensor.numel() and result.numel():
+                    edit.empty = True
+                    continue
+                edit.done = True
+                self.runs += 1
                 self.running = True
                 try:
                     new = _run(edit, part)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fmapkit._warnings import warn
 from fmapkit.analysis.similarity.hsic import LEAST, Gram
 from fmapkit.analysis.similarity.labels import MapTag, labels
 from fmapkit.analysis.similarity.pairs import Pairs
@@ -44,6 +45,10 @@ class _Side:
     def __init__(self, owner: Similarity, name: str) -> None:
         self._owner = owner
         self._name = name
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
         self._step: int | None = None
         self._count: int | None = None  # samples of the pass under way
         self._current: dict[MapTag, Gram] = {}
@@ -118,6 +123,7 @@ class Similarity(Shown):
 
     Of two models that are given the same batches, or two trainings of one, `alike.first` and
     `alike.second` are the analyses; rows are then layers of the first one, columns of the second.
+    Passes are paired in their order; what one model was given more often is warned of.
 
     CKA (Kornblith et al. 2019) is HSIC(K, L) / √(HSIC(K, K)·HSIC(L, L)) of the Gram matrices of two
     layers: 1 where they are the same up to rotation and scale. Each HSIC is the mean over passes of
@@ -145,15 +151,18 @@ class Similarity(Shown):
     def __init__(self, *, rsa: bool = False) -> None:
         check_flags(rsa=rsa)
         self._rsa = rsa
+        self.first, self.second = _Side(self, "first"), _Side(self, "second")
+        self._only = _Side(self, "only")
         self.reset()
 
     def reset(self) -> None:
-        """Forget every pass; captures that are open have to be given the new `first`, `second`."""
-        self.first, self.second = _Side(self, "first"), _Side(self, "second")
+        """Forget every pass, and go on with the captures that are open."""
+        for side in (self.first, self.second, self._only):
+            side.forget()
         self.missed: dict[str, str] = {}
-        self._only = _Side(self, "only")
         self._pairs = Pairs(self._rsa)
         self._two: bool | None = None  # whether there are two models
+        self._warned = 0  # of how many passes without their like
 
     # -- taking in -----------------------------------------------------------------------------
 
@@ -191,7 +200,22 @@ class Similarity(Shown):
         if not self._pairs.first:
             why = f"; left out: {listed(f'{k}: {v}' for k, v in self.missed.items())}"
             raise NoPassError("Similarity: no pass has been seen" + (why if self.missed else ""))
+        if self._ahead() not in (0, self._warned):
+            self._warned = self._ahead()
+            warn(f"Similarity: {self._unpaired()}")
         return self._pairs
+
+    def _ahead(self) -> int:
+        """How many passes of one model wait for the like of the other one."""
+        return max(len(self.first.passes), len(self.second.passes))
+
+    def _unpaired(self) -> str:
+        one, other = ("first", "second") if self.first.passes else ("second", "first")
+        return (
+            f"the {one} model was given {self._ahead()} passes more than the {other} one. Passes "
+            "are paired in their order: if one of them came before others (to warm up, say), all "
+            "pairs since then are of different batches"
+        )
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -255,7 +279,8 @@ class Similarity(Shown):
         heads = ("CKA", *columns[:_SHOWN])
         more = f"; {len(columns) - _SHOWN} columns more" if len(columns) > _SHOWN else ""
         missed = f", {len(self.missed)} missed (see .missed)" if self.missed else ""
-        last = f"Similarity: {len(rows)} × {len(columns)} layers{more}{missed}"
+        wait = f"; {self._unpaired()}" if self._ahead() else ""
+        last = f"Similarity: {len(rows)} × {len(columns)} layers{more}{missed}{wait}"
         return Table(heads, body, range(1, len(heads)), last)
 
     def plot(
