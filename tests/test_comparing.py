@@ -476,6 +476,9 @@ def test_sparse_and_quantized_and_channels_last(net: Net, x: Tensor) -> None:
     assert of_values(torch.eye(3).to_sparse(), torch.eye(3)).equal
     quantized = torch.quantize_per_tensor(torch.tensor([0.0, 0.26]), 0.25, 0, torch.qint8)
     assert of_values(torch.tensor([0.0, 0.25]), quantized).equal
+    near = of_values(torch.tensor([0.0, 0.26]), quantized)
+    assert near.tolerance == 0.0625  # its rounding is that of 8 bits, and not of float32
+    assert not near.departs
     last = copy.deepcopy(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     c = compare(run(net, x), run(last, x.to(memory_format=torch.channels_last)))
     assert c.first is None

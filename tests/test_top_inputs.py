@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fmapkit import ArgumentError, CaptureWarning, FeatureMap, FilterRangeError, capture
 from fmapkit.analysis import Analysis, Context, LayerTops, TopInputs
 from fmapkit.explain import receptive_field
+from fmapkit.reasons import Reason
 
 
 def fmap(tensor: Tensor, dim: int = 1, **tags: Any) -> FeatureMap:
@@ -195,6 +197,20 @@ def test_numbers_are_for_one_pass() -> None:
         for wrong in ([1.5], "ab", torch.zeros(2, 2, dtype=torch.int64), 3, torch.ones(2)):
             with pytest.raises(ArgumentError, match="batch takes a whole number for each input"):
                 maps.batch(wrong)  # type: ignore[arg-type]
+
+
+def test_as_many_numbers_as_inputs() -> None:
+    model = Net()
+    with capture(model) as maps, torch.no_grad():
+        for count in (97, 2, 97):
+            maps.batch(range(count))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", CaptureWarning)
+                model(IMAGES[:2])
+            ids = maps["conv1"].ids
+            assert (ids.tolist() if ids is not None else None) == ([0, 1] if count == 2 else None)
+    assert [m.why for m in maps.missed] == [Reason.NUMBERS_OF_OTHERS]
+    assert "batch() gave 97 numbers" in maps.missed[0].reason
 
 
 def test_memory_is_bounded_and_a_shared_layer_counts_an_input_once() -> None:

@@ -149,7 +149,7 @@ def test_unnormalised() -> None:
         (lambda fm: fm.plot(grid=(2, 2)), "has no positions"),
         (lambda fm: fm.plot(filters="strong"), "not 'strong'; did you mean 'strongest'?"),
         (
-            lambda fm: fm.plot(overlay=torch.zeros(2, 3, 4, 4)),
+            lambda fm: fm.plot(overlay=torch.zeros(2, 4, 4)),
             "overlay must have shape (H, W), ",
         ),
         (lambda fm: fm.plot(overlay=torch.zeros(4, 4), mean=0.5), "mean= and std= go together"),
@@ -297,3 +297,20 @@ def test_a_notebook_shows_a_figure_once(tmp_path: Path, monkeypatch: pytest.Monk
     client.NotebookClient(book, timeout=120, kernel_name="python3").execute(cwd=str(tmp_path))
     shown = [sum("image/png" in o.get("data", {}) for o in cell.outputs) for cell in book.cells]
     assert shown == [0, 1, 1, 0]
+
+
+def test_pixels_of_whole_numbers_and_of_a_batch() -> None:
+    pixels = pytest.importorskip("fmapkit.plot").pixels
+    draw = torch.Generator().manual_seed(0)
+    whole = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8, generator=draw)
+    expected = (whole[1].double() / 255).permute(1, 2, 0).numpy()
+    for image in (whole, whole.numpy(), whole.long(), whole.float() / 255):
+        assert np.allclose(pixels(image, sample=1), expected)
+    assert np.allclose(pixels(whole[1, :1]), expected[..., 0])
+    assert pixels(torch.tensor([[True, False]])).tolist() == [[1.0, 0.0]]
+    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    shape = (3, 1, 1)
+    given = (whole / 255 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    assert np.allclose(pixels(given, mean, std, sample=1), expected, atol=1e-6)
+    with pytest.raises(ArgumentError, match="sample 2 is out of range: image has shape"):
+        pixels(whole, sample=2)

@@ -245,7 +245,8 @@ class FeatureMaps(DrawableMaps):
         Its maps have the numbers as `fm.ids`, and analyses that keep inputs apart go by them.
 
         Args:
-            ids: one whole number for each entry of the first axis.
+            ids: one whole number for each entry of the first axis. Where no input of the pass has
+                an axis of so many, its maps have no ids, and `missed` says so.
 
         Raises:
             ArgumentError: they are no whole numbers in a row.

@@ -67,6 +67,10 @@ class Reason(Enum):
         "another capture, with stop=True, ended the pass at the last map that it wants: what comes "
         "after that does not run, so it is not captured here either"
     )
+    NUMBERS_OF_OTHERS = (
+        "batch() gave {count} numbers, and no input of the pass that followed has an axis of so "
+        "many entries: the maps of that pass have no ids"
+    )
     CALLED_ON_ITS_OWN = (
         "it was called on its own, so far only as a part of another module: in this pass it was "
         "seen by the functions it called, not as a whole; later on as a module"

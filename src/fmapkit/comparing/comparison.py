@@ -212,7 +212,8 @@ def compare(
         kind: compare maps of this kind alone.
         step: which pass of each; -1 is the latest.
         tolerance: of the relative error ‖a - b‖ / ‖a‖. None takes 16 roundings of the coarser of
-            the two types: 9.5e-07 for float32, 0.0078 for float16, 0.0625 for bfloat16.
+            the two types: 9.5e-07 for float32, 0.0078 for float16, 0.0625 for bfloat16 and for
+            quantized maps of 8 bits.
         gradients: compare the gradients of the maps (`capture(gradients=True)`).
 
     Returns:

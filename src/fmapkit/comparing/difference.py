@@ -183,7 +183,12 @@ def _double(tensor: Tensor, home: torch.device) -> Tensor:
     return tensor.to(torch.complex128) if tensor.is_complex() else tensor.double()
 
 
+_QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32})
+
+
 def _eps(dtype: torch.dtype) -> float:
+    if dtype in _QUANTIZED:  # as many bits, of which one is the sign's
+        return float(2.0 ** (1 - torch.iinfo(dtype).bits))
     return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
 
 

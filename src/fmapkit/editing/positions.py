@@ -151,8 +151,8 @@ def _at_positions(fm: FeatureMap, where: Where) -> tuple[FeatureMap, Put]:
     try:
         piece = moved[index]
     except IndexError as error:
-        place = _name(fm).removesuffix(",")
-        raise EditError(f"at={where.at!r} is outside of {place}: {error}", **tags(fm)) from None
+        what = _name(fm).removesuffix(",")
+        raise EditError(f"at={where.at!r} is outside of {what}: {error}", **tags(fm)) from None
     if point:
         piece = piece.squeeze(1)
     kept = _kept(index, batch, axes, point)

@@ -89,6 +89,13 @@ class _Edit:
         self.calls: set[int] = set()  # that there were of what it is for
         self.paths: dict[str, None] = {}  # of the tensors that there were
 
+    def finds(self, part: FeatureMap, whole: Tensor) -> bool:
+        """Note whether there is anything of a map that it is for."""
+        there = bool(part.tensor.numel()) or not whole.numel()
+        self.done = self.done or there
+        self.empty = self.empty or not there
+        return there
+
     def kind(self, name: str) -> str:
         """Which kind of map of a layer is meant."""
         if self.where.kind is not None:
@@ -312,10 +319,8 @@ class RequestedEdits:
                     **tags,
                 )
                 part, put = part_of(fm, where)
-                if not part.tensor.numel() and result.numel():
-                    edit.empty = True
+                if not edit.finds(part, result):
                     continue
-                edit.done = True
                 self.runs += 1
                 self.running = True
                 try:

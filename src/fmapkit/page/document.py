@@ -21,7 +21,7 @@ from fmapkit.missed import Missed
 from fmapkit.page.encoding import png
 from fmapkit.page.of_maps import map_sections
 from fmapkit.page.panels import Section
-from fmapkit.plot import latest_maps
+from fmapkit.plot import latest_maps, one_image
 from fmapkit.readable import ReadableMaps
 from fmapkit.views import unnormalised
 
@@ -158,21 +158,9 @@ def _image(image: Any, sample: int) -> list[Section]:
     """What the model was given, as a section; none where nothing was given."""
     if image is None:
         return []
-    pixels = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
-    if pixels.ndim == 4:
-        if not -len(pixels) <= sample < len(pixels):
-            raise ArgumentError(
-                f"sample {sample} is out of range: image has shape {pixels.shape}, so "
-                f"{len(pixels)} samples"
-            )
-        pixels = pixels[sample]
-    if pixels.ndim == 3 and pixels.shape[0] in (1, 3):
+    pixels = one_image(image, sample).detach().cpu().numpy()
+    if pixels.ndim == 3:
         pixels = pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
-    elif pixels.ndim != 2:
-        raise ArgumentError(
-            "image must have shape (H, W), (1, H, W) or (3, H, W), or be a batch of these, not "
-            f"{pixels.shape}"
-        )
     note = ""
     if np.issubdtype(pixels.dtype, np.integer):
         pixels = np.clip(pixels, 0, 255).astype(np.uint8)

@@ -24,6 +24,7 @@ from fmapkit.plot._pictures import check_strongest as check_strongest
 from fmapkit.plot._pictures import latest_maps as latest_maps
 from fmapkit.plot._pictures import leading as leading
 from fmapkit.plot._pictures import meaning as meaning
+from fmapkit.plot._pictures import one_image as one_image
 from fmapkit.plot._pictures import pixels as pixels
 from fmapkit.plot.filters import plot_filters
 from fmapkit.plot.maps import plot_map, plot_maps

@@ -286,27 +286,25 @@ def pixels(
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
     what: str = "image",
+    sample: int = 0,
 ) -> Array:
     """An image as matplotlib takes it: (H, W), or (H, W, 3) within [0, 1].
 
     Args:
-        image: a tensor or array (H, W), (1, H, W) or (3, H, W).
+        image: a tensor or array, as `one_image` takes it.
         mean: of its channels, where it was normalised by it.
         std: of its channels.
         what: to call it in an error.
+        sample: which one of a batch.
 
     Raises:
         ArgumentError: it is no image, or one of mean and std is missing.
     """
     if (mean is None) != (std is None):
         raise ArgumentError("mean= and std= go together: the image was (x - mean) / std")
-    tensor = torch.as_tensor(np.asarray(image)) if not isinstance(image, Tensor) else image
-    shape = tuple(tensor.shape)
-    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] not in (1, 3)):
-        raise ArgumentError(
-            f"{what} must have shape (H, W), (1, H, W) or (3, H, W), not {shape}"
-            + ("; one of the batch: image=images[0]" if len(shape) == 4 else "")
-        )
+    tensor = one_image(image, sample, what)
+    if not (tensor.is_floating_point() or tensor.dtype is torch.bool):
+        tensor = tensor.clamp(0, 255) / 255
     if mean is not None and std is not None:
         tensor = unnormalised(tensor, mean, std)
     values = _array(tensor)
@@ -315,6 +313,35 @@ def pixels(
     grey = len(values) == 1
     found: Array = values[0] if grey else np.clip(values.transpose(1, 2, 0), 0, 1)
     return found
+
+
+def one_image(image: Any, sample: int, what: str = "image") -> Tensor:
+    """What a model was given, of one sample: (H, W), (1, H, W) or (3, H, W).
+
+    Args:
+        image: a tensor or array of such a shape, or a batch of these. Whole numbers are from 0 to
+            255, others from 0 to 1.
+        sample: which one of a batch.
+        what: to call it in an error.
+
+    Raises:
+        ArgumentError: it is no image, or the batch has no such sample.
+    """
+    tensor = torch.as_tensor(np.asarray(image)) if not isinstance(image, Tensor) else image
+    shape = tuple(tensor.shape)
+    if len(shape) == 4:
+        if not -len(tensor) <= sample < len(tensor):
+            raise ArgumentError(
+                f"sample {sample} is out of range: {what} has shape {shape}, so {len(tensor)} "
+                "samples"
+            )
+        tensor = tensor[sample]
+    if tensor.dim() not in (2, 3) or (tensor.dim() == 3 and tensor.shape[0] not in (1, 3)):
+        raise ArgumentError(
+            f"{what} must have shape (H, W), (1, H, W) or (3, H, W), or be a batch of these, not "
+            f"{shape}"
+        )
+    return tensor
 
 
 def meaning(fm: ReadableMap) -> str:

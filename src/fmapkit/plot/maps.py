@@ -64,7 +64,7 @@ def plot_map(
         KindNotCapturedError: its weights were computed in the pass, and not held.
     """
     check_positive(max_filters=max_filters, **({} if columns is None else {"columns": columns}))
-    below = None if overlay is None else pictures.pixels(overlay, mean, std, "overlay")
+    below = None if overlay is None else pictures.pixels(overlay, mean, std, "overlay", sample)
     picture = pictures.of_map(fm, sample, max_filters, filters, grid, below)
     columns = columns_of(len(picture.labels), columns)
     title = f"{_heading(fm)} · {pictures.meaning(fm)} · {picture.caption}"
@@ -104,7 +104,7 @@ def plot_maps(
         grid: of maps of tokens that are patches of an image: their rows and columns.
         weights: draw the weights of each layer's filters above their maps.
         image: what the model was given, drawn above: a tensor or array (H, W), (1, H, W) or
-            (3, H, W), the last with values in [0, 1].
+            (3, H, W), or the batch of these, with values in [0, 1], or whole numbers to 255.
         mean: of the image's channels, where it was normalised by it; with `std`.
         std: of the image's channels.
         title: stands above the figure.
@@ -126,7 +126,7 @@ def plot_maps(
     rows: list[_Row] = []
     for group in shown:
         rows += _of_layer(group, sample, filters, max_filters, grid, weights)
-    above = None if image is None else pictures.pixels(image, mean, std)
+    above = None if image is None else pictures.pixels(image, mean, std, sample=sample)
     figure = _drawn(rows, min(max_filters, 16), above, len(shown))
     entitle(figure, title, len(groups) - len(shown))
     return figure

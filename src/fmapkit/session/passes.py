@@ -20,6 +20,7 @@ from fmapkit.storage import Pass
 from fmapkit.torchlib.autograd import in_backward
 from fmapkit.torchlib.compiled_modules import ever_compiled, in_compiled_code
 from fmapkit.torchlib.modes import nothing_between
+from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import transforming, under_transform
 from fmapkit.tracing import call_frame, on_stack
 
@@ -89,6 +90,11 @@ class Passes:
             if self.asked.methods:  # which may call the model, as a part of this pass
                 live.frame = call_frame()
             return False
+        if ids is not None:
+            inputs = tensors_in(*args, *kwargs.values())
+            if inputs and not any(len(ids) in t.shape for t in inputs):
+                parts.misses.add("", Reason.NUMBERS_OF_OTHERS.text(count=len(ids)))
+                ids = None
         live.frame = call_frame()  # on Python's stack as long as the pass runs
         if self.watch.changed():
             self._restart()
