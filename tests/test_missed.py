@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fmapkit import FeatureMaps, capture
+from fmapkit import CaptureWarning, FeatureMaps, capture
 from fmapkit.missed import Missed, Reason
 
 PAGE = Path(__file__).parents[1] / "docs" / "missed.md"
@@ -95,3 +96,34 @@ def test_a_failure_of_our_own_is_one_reason(monkeypatch: pytest.MonkeyPatch) -> 
     [missed] = maps.missed
     assert missed.reason == "fmapkit failed here: KeyError: 'a fault of our own'"
     assert missed.why is Reason.FAILED
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.lstm(x)[0].tanh())
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({}, ["lstm", "head"]),
+        ({"kinds": "output"}, ["head"]),
+        ({"kinds": ("activation", "output")}, ["lstm", "head"]),
+        ({"layers": "lstm"}, []),  # what it returns
+        ({"layers": "lstm", "kinds": "activation"}, []),
+        ({"layers": "lstm", "kinds": ("activation", "output")}, ["lstm"]),
+        ({"layers": "head"}, ["head"]),
+    ],
+)
+def test_what_nobody_asked_for_is_not_named(asked: dict[str, Any], named: list[str]) -> None:
+    model, x = Recurrent(), torch.randn(3, 2, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CaptureWarning)
+        with capture(model, **asked) as maps, torch.no_grad():
+            model(x)
+            model.head(torch.zeros(2, 5))  # outside of a pass
+    assert [m.layer for m in maps.missed] == named

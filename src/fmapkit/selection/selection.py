@@ -184,6 +184,24 @@ class Selection:
         """Whether maps of the layer of this label were asked for."""
         return self._selection is None or self._selection.layer(name)
 
+    def any_in(self, module: nn.Module) -> bool:
+        """Whether anything in a module was asked for, itself included."""
+        return bool(self._among(module))
+
+    def any_inside(self, module: nn.Module) -> bool:
+        """Whether maps of layers in a module were: not only what it is given and returns."""
+        if self.kinds <= {"input", "output"}:
+            return False
+        returned = self.outputs if "output" not in self.kinds else ()
+        return any(part not in returned for part in self._among(module))
+
+    def _among(self, module: nn.Module) -> set[nn.Module]:
+        """The modules of those in a module that were selected; all, where only a pass can tell."""
+        parts, chosen = set(module.modules()), self._selection
+        if chosen is None or not all(chosen.matched.values()):
+            return parts
+        return parts.intersection(m for group in chosen.groups for m in group)
+
     def of(self, name: str) -> Any:
         """What was asked for of a layer: None, or its filters (empty for all of them)."""
         return (self._chosen(name) or ()) if self.layer(name) else None

@@ -50,13 +50,16 @@ class UnseenCalls:
     def __init__(self, asked: CaptureConfig, misses: MissedLog) -> None:
         self._model = asked.model
         self._names = asked.names
+        self._wants = asked.wants
         self._misses = misses
 
     def stray(self, module: nn.Module) -> bool:
         """A module runs outside of a pass: name the outermost one of the model that is running.
 
+        It is not named where nothing in it was asked for.
+
         Returns:
-            Whether it was named: it runs, and is no part of a pass that is not captured.
+            Whether it runs, and is no part of a pass that is not captured.
         """
         if in_backward() or recorded() or fx_is_tracing():
             return False
@@ -73,6 +76,8 @@ class UnseenCalls:
         method = self._names.past_hooks.method_of(self._model)
         if method is not None:
             self._misses.add("", Reason.PAST_HOOKS_PASS.text(how=HOW[method]))
+            return True
+        if not self._wants.any_in(module):
             return True
         name = self._names.of(module)
         hint = f": capture(model.{name})" if name else ""

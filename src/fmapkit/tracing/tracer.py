@@ -260,7 +260,7 @@ class Tracer(ObserverMode):
     def _after(self, known: Function, call: FunctionCall) -> Any:
         """A function has run that is no nonlinearity; what it is to return."""
         name, operands, out, trace = call.name, call.operands, call.out, self.trace
-        if name in OPAQUE:
+        if name in OPAQUE and trace.wants.any_inside(trace.frames[-1].module):
             trace.miss_here(OPAQUE[name])
         if known.fused and not trace.opaque:
             trace.miss_here(Reason.FUSED_QUANTIZED.text(function=call.function))
