@@ -178,6 +178,27 @@ class RequestedEdits:
                 found.add(module)
         return found
 
+    def placed(self, wants_inputs: bool, outputs: set[nn.Module]) -> bool:
+        """Whether all are of what modules are given and return.
+
+        A plan tells of such modules all that an edit asks for, where these are no layers.
+
+        Args:
+            wants_inputs: inputs of layers are held.
+            outputs: modules whose outputs are to be traced.
+        """
+        found = [m for edit in self._all for m in edit.modules(self._names)]
+        if wants_inputs or any(edit.by_label for edit in self._all):
+            return False
+        return not any(
+            m is self._names.model or m in outputs or layers.layer_axis(m) is not None
+            for m in found
+        )
+
+    def active(self, step: int) -> tuple[bool, ...]:
+        """Which of them are for a pass."""
+        return tuple([edit.where.has_step(step) for edit in self._all])
+
     def begin(self, grads: bool) -> None:
         """A pass begins, of which gradients are recorded or not."""
         self.raised = None

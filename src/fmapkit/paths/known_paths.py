@@ -148,6 +148,15 @@ class _Path(Generic[_Plan]):
         self._keep(items, sizes)
         return True
 
+    def begins(self, items: list[Any], sizes: Sizes) -> bool:
+        """Whether a call that is under way has taken this path so far."""
+        count = len(items)
+        found = differences(next(iter(self.by_sizes.values()))[:count], items)
+        if found is None or any(place not in self.rules for place, _, _ in found):
+            return False
+        so_far = ((p, rules) for p, rules in self.rules.items() if p[0] < count)
+        return all(kept(rules, item_at(items, place), sizes) for place, rules in so_far)
+
     def takes(self, items: list[Any], sizes: Sizes, alike: bool) -> bool:
         """A call on other sizes was traced: whether it took this path, too.
 
@@ -275,6 +284,14 @@ class KnownPaths(Generic[_Plan]):
         self._unruly = self._unruly or known is None
         self.lost = True
         return False
+
+    def begun(self, items: list[Any], sizes: Sizes) -> bool:
+        """Whether a call that is read by a plan, and under way, has taken its path so far."""
+        path = self._path(sizes)
+        known = path.by_sizes.get(sizes) if path is not None else None
+        if path is None or known is not None:
+            return known is not None and known[: len(items)] == items
+        return path.begins(items, sizes)
 
     def items(self, sizes: Sizes) -> list[Any] | None:
         """Those that a call on such inputs is taken to decide; None if they are not known yet."""

@@ -14,7 +14,8 @@ from torch import nn
 
 from fmapkit.provenance import BufferPlace
 from fmapkit.replay.effects import Effects, SiteMap
-from fmapkit.storage import Place
+from fmapkit.storage import Place as FilterPlace
+from fmapkit.tracing import Place, Placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class MapSpec(SiteMap):
     copy: bool
     before: bool  # copied before the call, since the call itself overwrites it
     on_the_way: bool  # the model's tensor goes on from the copy
-    place: Place | None  # of the picked filters: their axis, and where they lie along it
+    place: FilterPlace | None  # of the picked filters: their axis, and where they lie along it
     stored: bool  # in another form than the model's own tensor
 
 
@@ -67,6 +68,8 @@ class Plan:
         nn.Module
     ]  # in-place nonlinearities that leave z's memory to us, if they can
     fusing: frozenset[nn.Module]  # may run by torch's fused paths: seen from their calls on
+    edited: frozenset[nn.Module]  # whose inputs or outputs are edited
+    placed: Mapping[Place, Placed]  # what is known of these
     keeps: bool  # some in-place nonlinearity does so
     shares: bool  # some z is held as another map, too
     graph: bool  # some map was part of a graph, even if gradients are off around the module

@@ -57,6 +57,11 @@ def make_plan(
         before=read.before() - keeping,
         keeping=keeping,
         fusing=read.fusing(firings),
+        edited=frozenset(trace.names.by_name[name] for name, *_ in trace.placed),
+        placed={
+            place: (axes, changed, position - frame.position)
+            for place, (axes, changed, position) in trace.placed.items()
+        },
         keeps=any(s.keeps for s in read.steps),
         shares=any(s.shared for s in read.steps),
         effects=relations.effects(record, events, arguments, frame.writes),

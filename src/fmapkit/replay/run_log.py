@@ -48,10 +48,11 @@ class RunLog(PassPiece):
         until: of a call that has broken off: what was read before so many decisions is kept.
         how: tensors are to be read, see `CurrentRun`.
         uncounted: some tensor may have no version counter.
+        edited: what went on in the place of outputs, by path, for each entry of the log.
     """
 
     __slots__ = (
-        *("_let_go", "_origins", "_seen", "base", "how", "inputs", "log", "lost", "plan"),
+        *("_let_go", "_origins", "_seen", "base", "edited", "how", "inputs", "log", "lost", "plan"),
         *("uncounted", "until", "wants"),
     )
 
@@ -63,6 +64,7 @@ class RunLog(PassPiece):
         self.inputs = inputs
         self.base = base
         self.log: list[Any] = []
+        self.edited: dict[int, dict[str, StoredTensor]] = {}
         self.lost = ""
         self.until: int | None = None
         self.how = int(wants.detach and (plan.graph or _grads()))
@@ -112,6 +114,10 @@ class RunLog(PassPiece):
                 self.log[index] = (record[0], read)
             else:
                 self.log[index] = exchanged(record)
+
+    def held(self, tensor: Tensor) -> StoredTensor:
+        """What is held of a tensor that an edit has made."""
+        return StoredTensor.reference(tensor, self.wants.detach, self.wants.gradients)
 
     def kept(self, step: Step, z: Tensor) -> Slots:
         """What is stored of z, whose memory nobody else has any more."""
@@ -283,6 +289,8 @@ class RunLog(PassPiece):
                 emission.path,
                 emission.picked,
             )
+            if self.edited and emission.kind == "output":
+                entry.edited = self.edited.get(step.at, {}).get(emission.path)
             found.append((entry, emission))
         return found
 
@@ -304,7 +312,7 @@ class RunLog(PassPiece):
 
     def release(self) -> list[Any]:
         """Let go of every tensor; what holds them still."""
-        log, self.log = self.log, []
+        log, self.log, self.edited = self.log, [], {}
         return log
 
 

@@ -77,8 +77,7 @@ class AnswerReplaying:
         assert run is not None
         if module is run.module:
             self._live.enter_region()
-        self._region_calls.before(run, module, args, kwargs)
-        return None
+        return self._region_calls.before(run, module, args, kwargs)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool) -> Any:
         """It has ended; with the region's own call, the run ends."""
@@ -90,8 +89,7 @@ class AnswerReplaying:
             if tracer is not None and tracer.editor:
                 return tracer.editor.modules.leave_unit(module, output, failed)
             return None
-        self._region_calls.after(run, module, args, kwargs, output, failed)
-        return None
+        return self._region_calls.after(run, module, args, kwargs, output, failed)
 
 
 class AnswerTracing:

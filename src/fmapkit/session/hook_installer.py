@@ -156,7 +156,7 @@ class HookInstaller:
     def taps(self, region: nn.Module, plan: Plan) -> None:
         """The taps of a plan, each of the cheapest kind that will do."""
         hooks, calls = self._hooks, self._callbacks()
-        around = plan.toggles | plan.scopes | plan.before | plan.fusing | _keyed(plan)
+        around = plan.toggles | plan.scopes | plan.before | plan.fusing | plan.edited | _keyed(plan)
         kept = around.union(self._regions.direct)
         if hooks.drop("around", keep=kept, only=modules_in(region)):
             self.tapped.clear()  # by another plan, or by a recording that left none

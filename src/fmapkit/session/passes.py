@@ -19,6 +19,7 @@ from fmapkit.session.unseen import recorded
 from fmapkit.storage import Pass
 from fmapkit.torchlib.autograd import in_backward
 from fmapkit.torchlib.compiled_modules import ever_compiled, in_compiled_code
+from fmapkit.torchlib.fused_paths import fuses
 from fmapkit.torchlib.modes import nothing_between
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import transforming, under_transform
@@ -167,10 +168,20 @@ class Passes:
 
     def open_always(self) -> None:
         """Trace in every pass where inputs or outputs are edited, and methods are called."""
-        if self._edits:
+        if self._edits and not self._edits_are_placed():
             self._parts.regions.open(*self._edits.modules())
         if self.asked.methods:
             self._parts.regions.open(self.asked.model)
+
+    def _edits_are_placed(self) -> bool:
+        """Whether a plan may tell of all edits; what it cannot tell of shows as it is made."""
+        asked = self.asked
+        if asked.stop is not None or any(map(fuses, asked.names.by_module)):
+            return False
+        wants = asked.wants
+        # Whoever is shown maps as they come, or stores them otherwise, has what went on, too.
+        shown = wants.outputs if asked.analyses or wants.retention else set()
+        return asked.edits.placed(wants.kind("input"), shown)
 
     # -- under way ----------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ end of a pass that was traced, or a part of it, is here, too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,14 @@ from fmapkit.missed import MissedLog, Reason
 from fmapkit.nonlinearities import is_torchs
 from fmapkit.paths import ControlPaths, Sizes
 from fmapkit.provenance import Label, note_exchanged
-from fmapkit.replay import EscapedTensors, ReplayRegions, fill_of, has_more, make_plan
+from fmapkit.replay import (
+    EscapedTensors,
+    Plan,
+    ReplayRegions,
+    fill_of,
+    has_more,
+    make_plan,
+)
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.hook_installer import HookInstaller
 from fmapkit.session.state import PassState, Recording
@@ -44,6 +51,7 @@ class Recorder:
     ) -> None:
         self._model = asked.model
         self._names = asked.names
+        self._edits = asked.edits
         self._live = live
         self._misses = misses
         self._regions = regions
@@ -127,8 +135,9 @@ class Recorder:
             self._open(*hopeless)
         if failed:
             self._ended.append(module)
-        if trace.edited:  # from the next pass on, only the parts below that need it are traced
-            self._open(module)
+        if trace.edited or (trace.placed and not recording.alone):
+            # From the next pass on, only the parts below that need it are traced.
+            self._open(module, *self._edits.modules())
         elif not failed and tracer.failed is None:
             events = record.events[frame.start :]
             _check_held(events)
@@ -216,6 +225,9 @@ class Recorder:
         if kind is None:  # it decides by data
             self._open(module)
             return
+        if plan.edited and not _told(plan, tracer.trace.record.events[frame.start :]):
+            self._open(module, *self._edits.modules())
+            return
         state = region.state_of(items, kind, recording.state, sizes)
         if state is None:
             self._strayed(module, region.differing(items, kind, sizes))
@@ -279,6 +291,15 @@ class Recorder:
 def _check_held(events: list[Event]) -> None:
     """Notice writes, to what is held of what ran, that nobody announced."""
     check_all([h for e in events for h in (e.x_held, e.y_held) if h is not None])
+
+
+def _told(plan: Plan, events: Sequence[Event]) -> bool:
+    """Whether a plan tells of all edits: of maps, there are only outputs, that stay as they are."""
+    maps = (m for s in plan.steps if s.module in plan.edited for m in s.emissions)
+    if plan.edited & plan.scopes or any(one.kind != "output" for one in maps):
+        return False
+    held = (entry.edited for event in events for _, entry in event.entries)
+    return not any(one is not None and one.needs_copy for one in held)
 
 
 def _copy_what_is_used_again(tracer: Tracer, frame: Frame, passed: list[Tensor]) -> None:

@@ -30,6 +30,7 @@ from fmapkit.replay import (
 from fmapkit.session.config import CaptureConfig
 from fmapkit.session.hook_installer import HookInstaller
 from fmapkit.session.kept_maps import KeptMaps
+from fmapkit.session.placed_edits import ReplayedEdits
 from fmapkit.session.recording import Recorder
 from fmapkit.session.state import PassState
 from fmapkit.storage import in_function
@@ -113,6 +114,7 @@ class RegionCalls:
         self._kept_maps = kept_maps
         self._paths = paths
         self._taking: _Taken | None = None  # the run that is under way
+        self._placed: ReplayedEdits | None = None  # its edits
         self._latest: _Taken | None = None  # the one before, where it took its path
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -175,7 +177,9 @@ class RegionCalls:
     def _modes(self, region: ReplayRegion) -> Any:
         """What calls differ by that no argument tells."""
         modes = torch.is_grad_enabled(), operators_are_counted(), casts(), *region.form()
-        return modes, self._paths.renamed()
+        current = self._live.current
+        edits = self._edits.active(current.step) if self._edits and current is not None else ()
+        return modes, self._paths.renamed(), edits
 
     def _start(
         self,
@@ -205,20 +209,38 @@ class RegionCalls:
             module, plan, wants, line, expected, stop, inputs, base, drop, sites, analyses
         )
         live.run = run
+        if plan.placed:
+            told = self._names, self._edits, live.current, run, self._on_path
+            self._placed = ReplayedEdits(*told)
         if wants.graph and live.current.grads and in_function():
             self._misses.add(self._names.of(module), Reason.NO_GRAPH.text())
         if module in plan.before or module in plan.keeping:  # its own call is under way already
             run.pre(module, args, kwargs)
         run.start()
 
+    def _on_path(self, position: int) -> bool:
+        """Whether the run has taken so many decisions, and those of its plan's path."""
+        run, taking = self._live.run, self._taking
+        if run is None or taking is None:
+            return False
+        items = run.expected.taken()
+        return len(items) == position and taking.known.begun(items, taking.sizes)
+
     def _edited_inside(self, plan: Plan, inputs: list[Label]) -> bool:
         """Whether filters that an edit is for reach a nonlinearity inside."""
         tags = (inputs[index] for index in plan.effects.claims if index < len(inputs))
         return any(isinstance(t, ChannelLabel) and self._edits.of(t.origin.name) for t in tags)
 
-    def before(self, run: ReplayRun, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """A module inside the region is about to run."""
-        plan = run.plan
+    def before(self, run: ReplayRun, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A module inside the region is about to run.
+
+        Returns:
+            The arguments that it is to get instead; None for its own.
+        """
+        plan, given = run.plan, None
+        if module in plan.edited and self._placed is not None:
+            given = self._placed.input(module, args, kwargs)
+            args, kwargs = (args, kwargs) if given is None else given
         if module in plan.before or module in plan.keeping:  # no tap stands before this call
             run.pre(module, args, kwargs)
         if plan.scopes:
@@ -226,11 +248,16 @@ class RegionCalls:
                 run.marks.append(run.light().pause())
             if module in plan.scopes:
                 run.light().resume()
+        return given
 
     def after(
         self, run: ReplayRun, module: nn.Module, args: Any, kwargs: Any, output: Any, failed: bool
-    ) -> None:
-        """A module inside the region has run."""
+    ) -> Any:
+        """A module inside the region has run.
+
+        Returns:
+            The output that is to be returned instead; None for its own.
+        """
         plan = run.plan
         if plan.scopes:
             if module in plan.scopes:
@@ -238,15 +265,22 @@ class RegionCalls:
             if module in plan.toggles:
                 if run.marks and run.marks.pop():
                     run.light().resume()
+        noted = len(run.log)
         if not failed and module in plan.taps:
             run.tap(module, args, kwargs, output)
+        if failed or module not in plan.edited or self._placed is None:
+            return None
+        new, changed = self._placed.output(module, output)
+        if changed and len(run.log) > noted:
+            run.edited[noted] = {path: run.held(tensor) for path, tensor in changed.items()}
+        return new if changed else None
 
     def leave(self, args: Any, kwargs: Any, output: Any) -> None:
         """The call has ended: its maps become a part of the pass."""
         live = self._live
         run, current, tracer = live.run, live.current, live.tracer
         assert run is not None and current is not None
-        live.run = None
+        live.run = self._placed = None
         failed = output is None and sys.exc_info()[0] is not None
         if run.module in run.plan.taps and not failed:
             run.tap(run.module, args, kwargs, output)

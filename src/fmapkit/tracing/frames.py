@@ -24,6 +24,12 @@ __all__ = [
     "running_modules",
 ]
 
+# Of a tensor that edits are asked for: the module's name, "input" or "output", which call of it,
+# and the path; and where its filters lie, whether another tensor went on in its place, and how many
+# decisions had been taken by then.
+Place = tuple[str, str, int, str]
+Placed = tuple[ChannelLayout | None, bool, int]
+
 _CALL = nn.Module._call_impl.__code__
 _ABOUT = nn.Module._wrapped_call_impl.__code__
 _METHOD = method_called.__code__

@@ -136,7 +136,7 @@ class ModuleCalls:
             if module in trace.wants.outputs:
                 event = trace.record.output(module, trace.names.of(module), output)
             if self._editor:
-                new, held = self._editor.modules.output(module, output)
+                new, held = self._editor.modules.held_output(module, output)
                 replaced = new if held else replaced
                 for path, entry in event.entries if event is not None else ():
                     entry.edited = held.get(path)

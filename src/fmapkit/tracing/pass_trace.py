@@ -19,7 +19,7 @@ from fmapkit.provenance import FOLLOWED, FunctionCall, Source
 from fmapkit.reasons import Reason
 from fmapkit.tracing.candidates import is_whole, may_be_sigma, role_of
 from fmapkit.tracing.events import Event
-from fmapkit.tracing.frames import Frame, first_tensor, running_module
+from fmapkit.tracing.frames import Frame, Place, Placed, first_tensor, running_module
 from fmapkit.tracing.input_reads import InputRead
 from fmapkit.tracing.record import Record
 
@@ -49,7 +49,8 @@ class PassTrace:
         asked: truths that were read of what it was given, in order, and what they were.
         opaque: how many running modules are registered layers.
         paused: nothing is to be seen: a region is replayed, or a module is tried.
-        edited: something was, or might have been, edited.
+        edited: something was, or might have been, edited, as only a traced pass can be.
+        placed: inputs and outputs of modules that edits were asked for, as a plan may tell of them.
         deciding: modules that were seen to turn data into numbers of Python's, or to let it decide
             what runs, or whose weight is used.
         unhooked: modules that ran without hooks.
@@ -67,6 +68,7 @@ class PassTrace:
         self.asked: list[tuple[InputRead, Any]] = []
         self._outside = 0  # how many calls are around the region that is recorded
         self.paused = self.edited = False
+        self.placed: dict[Place, Placed] = {}
         self.deciding: set[nn.Module] = set()
         self.unhooked: set[nn.Module] = set()
         self.moments: list[tuple[int, nn.Module | None]] = []
@@ -85,6 +87,7 @@ class PassTrace:
         self.learning += 1
         self._outside = len(self.frames)
         self.edited = False
+        self.placed.clear()
         self.moments.clear()
         self.asked.clear()
 
