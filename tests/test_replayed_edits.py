@@ -359,3 +359,70 @@ def test_generation_is_steered_without_a_trace_of_each_token(traced: list[None])
         assert torch.equal(generate(), steered)
     assert len(traced) == count  # none of the last twelve passes
     assert not maps.missed
+
+
+def _parts(model: Net) -> dict[str, Callable[[Any], Tensor]]:
+    return {
+        "a σ of the model": lambda fm: model.blocks[0].act(fm.tensor - 1),  # type: ignore[operator]
+        "a layer of the model": lambda fm: model.blocks[1].fc(fm.tensor),  # type: ignore[operator]
+        "functions": lambda fm: torch.relu(fm.tensor) * torch.sigmoid(fm.tensor) + fm.tensor.exp(),
+        "decisions": lambda fm: fm.tensor + 1 if fm.tensor.sum() > 0 else fm.tensor * 2,
+        "the model": lambda fm: fm.tensor + model(torch.ones(2, 6)).sum(),
+    }
+
+
+class Functions(nn.Module):
+    """σ as functions, in code of the model's own and in torch's."""
+
+    def __init__(self, inner: Net) -> None:
+        super().__init__()
+        self.inner = inner
+        self.outer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.inner(torch.tanh(x)))
+        return torch.sigmoid(self.outer(y))
+
+
+@pytest.mark.parametrize("what", list(_parts(Net([""]))))
+@pytest.mark.parametrize("at", ["blocks.0", "blocks.1"])
+def test_what_an_edit_runs_is_none_of_the_pass(what: str, at: str) -> None:
+    torch.manual_seed(0)
+    inner = Net(["", "act_"])
+    model = Functions(inner)
+    edit = _parts(inner)[what]
+    bare, outer = copy.deepcopy(inner), copy.deepcopy(model.outer)
+    theirs = _parts(bare)[what]
+
+    class Given:
+        tensor: Tensor
+
+    def change(t: Tensor) -> Tensor:
+        fm = Given()
+        fm.tensor = t
+        hooks = dict(bare.get_submodule(at)._forward_hooks)
+        for module in bare.modules():  # the edit's own calls are none of the pass
+            hooks[module] = dict(module._forward_hooks), dict(module._forward_pre_hooks)
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        try:
+            return theirs(fm)
+        finally:
+            for module in bare.modules():
+                after, before = hooks[module]
+                module._forward_hooks.update(after)
+                module._forward_pre_hooks.update(before)
+
+    with torch.no_grad(), capture(model, edit={("inner." + at, "output"): edit}) as maps:
+        for _ in range(5):
+            x = torch.randn(2, 6)
+            with hooked(bare, at, "output", change) as pairs:
+                y = torch.relu(bare(torch.tanh(x)))
+            assert torch.equal(model(x), torch.sigmoid(outer(y)))
+            z = [fm for fm in maps if fm.kind == "activation" and fm.layer.startswith("inner.")]
+            known = [a for _, _, a in pairs]
+            assert len(z) >= len(known)
+            for true in known:
+                assert any(torch.equal(fm.tensor, true) for fm in z)
+            assert torch.equal(maps["outer"].tensor, torch.sigmoid(outer(y)))
+    assert not maps.missed

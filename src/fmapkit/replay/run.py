@@ -7,7 +7,8 @@ run ends; tags are made when somebody reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter
 from threading import get_ident
@@ -89,7 +90,7 @@ class ReplayRun(RunLog):
         outer = self._outer
         if outer is not None:  # of another capture
             function = outer(site, function)
-        if self.lost or graph_task() != -1:
+        if self.line.cell is None or graph_task() != -1:
             return function
         if site in self.sites:
             tap = self.sites[site].instead_of(function)
@@ -115,6 +116,19 @@ class ReplayRun(RunLog):
         if plain is not function:
             args = (function.__self__, *args)
         return self.call(name, plain, args, kwargs, site)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs here is none of the call: no tap notes it."""
+        cell, self.line.cell = self.line.cell, None
+        seen = self.mode is not None and self.mode.pause()
+        try:
+            yield
+        finally:
+            if not self.lost:
+                self.line.cell = cell
+            if seen:
+                self.light().resume()
 
     def finish(self) -> None:
         """Put back what `start` changed."""

@@ -146,6 +146,8 @@ class HookDispatcher:
         """A module that carries a site has run."""
         live = self._live
         run = live.run
+        if self._edits and self._edits.running and _thread() == live.thread:
+            return
         if run is None or _thread() != live.thread:
             if _thread() == live.thread and live.current is None and not live.idle:
                 self._parts.unseen.stray(module)

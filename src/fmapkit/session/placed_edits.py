@@ -11,8 +11,9 @@ plan's path; and whether another tensor went on, on which it rests what is overw
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmapkit.editing import RequestedEdits
 from fmapkit.model import Names
@@ -47,6 +48,14 @@ class ReplayedEdits(PlacedEdits):
         super().__init__(names, edits, current)
         self._run = run
         self._on_path = on_path
+
+    def input(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        with self._run.paused():
+            return super().input(module, args, kwargs)
+
+    def output(self, module: nn.Module, output: Any) -> tuple[Any, dict[str, Tensor]]:
+        with self._run.paused():
+            return super().output(module, output)
 
     def _axes(self, place: Place, tensor: Tensor) -> ChannelLayout | None:
         axes, _, position = self._run.plan.placed.get(place, (None, False, 0))
