@@ -48,6 +48,15 @@ class CurrentRun(threading.local):
     cell: Cell | None = None
     run: Any = None
 
+    def pause(self) -> Cell | None:
+        """Taps write nowhere, until what this gives is given to `go_on`."""
+        cell, self.cell = self.cell, None
+        return cell
+
+    def go_on(self, cell: Cell | None) -> None:
+        """Undo `pause`."""
+        self.cell = cell
+
 
 # -- what is read -----------------------------------------------------------------------------
 
