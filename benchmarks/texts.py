@@ -2,7 +2,8 @@
 
 Of four texts one is padded, so that the model makes a mask and asks it whether it masks anything.
 A generation begins with eight tokens and goes on by 24, each in a pass of its own with a cache of
-keys and values. Beside fmapkit, hooks on every leaf module that keep references. Ratios are of CPU
+keys and values. Beside fmapkit, hooks on every leaf module that keep references; of generations,
+also such that add a vector to what a block returns, by an edit and by a hook. Ratios are of CPU
 time.
 """
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Figures, Timed, environment, interleave, resting
-from fmapkit import capture
+from fmapkit import capture, edits
+from fmapkit.edits import Where
 
 __all__ = ["run"]
 
@@ -77,7 +79,30 @@ def _hooked(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-_WITH: dict[str, Callable[[nn.Module], Any]] = {"fmapkit": capture, "references": _hooked}
+def _edited(model: nn.Module) -> Any:
+    return capture(model, edit={Where(_block(model), "output", filter_axis=-1): edits.add(_VECTOR)})
+
+
+@contextmanager
+def _changed(model: nn.Module) -> Iterator[None]:
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        return (output[0] + _VECTOR, *output[1:]) if isinstance(output, tuple) else output + _VECTOR
+
+    handle = model.get_submodule(_block(model)).register_forward_hook(add)
+    yield
+    handle.remove()
+
+
+def _block(model: nn.Module) -> str:
+    """The third of a decoder's blocks."""
+    there = dict(model.named_modules())
+    return next(name for name in ("transformer.h.2", "model.layers.2") if name in there)
+
+
+_VECTOR = torch.ones(_WIDE["hidden_size"])
+_With = dict[str, Callable[[nn.Module], Any]]
+_WITH: _With = {"fmapkit": capture, "references": _hooked}
+_STEERED: _With = {"fmapkit, edit": _edited, "hook, edit": _changed}
 
 
 def run(threads: int = 1, seconds: float = 5.0) -> None:
@@ -103,7 +128,8 @@ def run(threads: int = 1, seconds: float = 5.0) -> None:
         for job, call in jobs.items():
             with ExitStack() as stack, torch.no_grad():
                 timed: dict[str, Timed] = {}
-                for row, opened in _WITH.items():
+                contenders = _WITH | (_STEERED if job == "generation" else {})
+                for row, opened in contenders.items():
                     model = copy.deepcopy(bare)
                     awake = resting(stack.enter_context(opened(model)))
                     with awake():
@@ -114,6 +140,6 @@ def run(threads: int = 1, seconds: float = 5.0) -> None:
             for row, those in pairs.items():
                 f = Figures.of(those)
                 print(
-                    f"  {name:8s} {job:12s} {row:12s} {f.cpu:5.2f} (quartiles {f.cpu_low:.2f} to "
+                    f"  {name:8s} {job:12s} {row:14s} {f.cpu:5.2f} (quartiles {f.cpu_low:.2f} to "
                     f"{f.cpu_high:.2f}; bare {f.bare * 1e3:.1f} ms), {f.pairs} pairs"
                 )
