@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fmapkit.maps
-from fmapkit import FeatureMap, FilterRangeError, MapReleasedError, capture
+from fmapkit import AmbiguousMapError, FeatureMap, FilterRangeError, MapReleasedError, capture
 from tests import truth
 from tests.checks import images, tags
 
@@ -560,12 +560,13 @@ def test_model_outputs_of_transformers() -> None:
 
 def test_an_lstm_has_outputs() -> None:
     model = nn.Sequential(nn.LSTM(4, 3))
-    with pytest.warns(UserWarning, match="lstm"), capture(model, "0") as maps:  # noqa: PT031
+    with capture(model, "0") as maps:
         for _ in range(3):
             out, (h, c) = model(torch.randn(5, 2, 4))
             assert [fm.path for fm in maps] == ["[0]", "[1][0]", "[1][1]"]
             for fm, value in zip(maps, (out, h, c), strict=True):
                 assert torch.equal(fm.tensor, value)
+    assert not maps.missed  # what it returns was asked for, and not its gates
 
 
 def test_a_blocks_output_is_not_held_twice() -> None:
@@ -766,3 +767,24 @@ def test_plans_of_one_module_take_turns(gradients: bool) -> None:
                 z, a = maps[name, "preactivation"].tensor, maps[name].tensor
                 assert torch.equal(z.sigmoid() if name == "a" else z.tanh(), a)
             assert maps.missed == []
+
+
+def test_an_ambiguous_look_up_says_what_tells_the_maps_apart() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.lstm(x)[0]
+            return out
+
+    model = Recurrent()
+    with capture(model, "lstm", kinds="output") as maps:
+        model(torch.randn(3, 2, 4))
+    with pytest.raises(AmbiguousMapError, match=r"select\(layers='lstm', path=…\)$"):
+        maps["lstm"]
+    (key,) = dict(maps.items())
+    assert key in maps
+    assert ("lstm", "activation") not in maps
+    assert ("lstm", "output", 1) not in maps

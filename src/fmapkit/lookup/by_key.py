@@ -251,10 +251,16 @@ def _ambiguous(layer: str, kind: str | None, found: Sequence[Found]) -> Ambiguou
             }
         )
     asked = f"maps[{layer!r}]" if kind is None else f"maps[{layer!r}, {kind!r}]"
+    tells = (k for k in ("call", "path", "nonlinearity", "kind") if _differ(candidates, k))
+    by = next(tells, "call")
     return AmbiguousMapError(
         f"{asked} could mean {len(found)} maps: {', '.join(choices[:8])}"
-        f"{', …' if len(choices) > 8 else ''}; choose with maps.select(layers={layer!r}, call=…)",
+        f"{', …' if len(choices) > 8 else ''}; choose with maps.select(layers={layer!r}, {by}=…)",
         layer=layer,
         kind=kind,
         candidates=candidates,
     )
+
+
+def _differ(candidates: Sequence[dict[str, Any]], key: str) -> bool:
+    return len({candidate.get(key) for candidate in candidates}) > 1
