@@ -195,6 +195,11 @@ class RequestedEdits:
             for m in found
         )
 
+    def refresh(self) -> None:
+        """The model has other modules than it had."""
+        for edit in self._all:
+            edit.selection.refresh()
+
     def active(self, step: int) -> tuple[bool, ...]:
         """Which of them are for a pass."""
         return tuple([edit.where.has_step(step) for edit in self._all])

@@ -247,7 +247,7 @@ class KnownPaths(Generic[_Plan]):
         lost: the latest call took a path that nobody has seen: the next one is to be traced.
     """
 
-    __slots__ = ("_alike", "_astray", "_new", "_paths", "_strays", "_unruly", "lost")
+    __slots__ = ("_alike", "_astray", "_doubted", "_new", "_paths", "_strays", "_unruly", "lost")
 
     def __init__(self, alike: Callable[[_Plan, _Plan], bool]) -> None:
         self._alike = alike
@@ -256,7 +256,18 @@ class KnownPaths(Generic[_Plan]):
         self._strays = 0
         self._new = 0  # calls of ever new sizes that were traced, one after the other
         self._astray: tuple[list[Any], Sizes] | None = None  # the latest call that left its path
+        self._doubted = False
         self.lost = False
+
+    def doubt(self) -> None:
+        """Another module has left its path: the next call is to be traced."""
+        self.lost = self._doubted = True
+
+    def turned(self, items: list[Any], sizes: Sizes) -> bool:
+        """Whether a call that was traced on a doubt took another path than replayed ones had."""
+        doubted, self._doubted = self._doubted, False
+        path = next((p for p in self._paths if sizes in p.by_sizes), None) if doubted else None
+        return path is not None and path.seen and path.by_sizes[sizes] != items
 
     def plan(self, sizes: Sizes) -> _Plan | None:
         """The plan by which a call may be read; None if it is to be traced."""

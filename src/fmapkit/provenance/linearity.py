@@ -87,4 +87,6 @@ def _is_linear(call: FunctionCall) -> bool:
     if name == "stack":  # along a new last axis, which `view_as_complex` alone takes away again
         dim = call.argument(1, "dim") or 0
         return isinstance(out, Tensor) and dim in (-1, out.dim() - 1)
+    if name in words.RESHAPES:  # to the shape that it has
+        return isinstance(out, Tensor) and out.shape == call.operands[0].shape
     return name in words.LINEAR_BINARY or name in words.LINEAR_KEEPERS or name == "copy"

@@ -43,14 +43,15 @@ class AttributeGuard:
     """
 
     __slots__ = (
-        *("_count", "_dicts", "_getters", "_latest", "_looked_at", "_modules", "_numbers"),
-        *("_places", "_states", "_values"),
+        *("_count", "_dicts", "_getters", "_latest", "_lengths", "_looked_at", "_modules"),
+        *("_names", "_numbers", "_places", "_states", "_values"),
     )
 
     def __init__(self, module: nn.Module) -> None:
         self._modules = [m for m in modules_in(module) if not isinstance(m, torch.jit.ScriptModule)]
         self._count = itertools.count()
-        self._look_at({id(m): _plain_attributes(m) for m in self._modules})
+        self._names = {id(m): _plain_attributes(m) for m in self._modules}
+        self._look_at(self._names)
 
     def _look_at(self, names: dict[int, list[str]], values: dict[int, Any] | None = None) -> None:
         """Compare these attributes of each module, told by its id, before each call.
@@ -68,6 +69,7 @@ class AttributeGuard:
         self._getters = [operator.itemgetter(*keys) for keys in groups]
         self._places = [[m.__dict__ for m in modules] for modules in groups.values()]
         self._dicts = DictWatch(chain.from_iterable(self._places))
+        self._lengths = list(map(len, chain.from_iterable(self._places)))
         if values is None:
             self._values = list(map(_comparable, self._now()))
         else:
@@ -91,8 +93,14 @@ class AttributeGuard:
         try:
             now = self._now()
         except KeyError:  # one was deleted
-            self._look_at({id(m): _plain_attributes(m) for m in self._modules})
+            self._names = {id(m): _plain_attributes(m) for m in self._modules}
+            self._look_at(self._names)
             return self._numbers[0]
+        lengths = list(map(len, chain.from_iterable(self._places)))
+        if lengths != self._lengths:
+            self._lengths = lengths
+            if self._more():
+                return self._numbers[0]
         if _equal(now, self._values):
             return self._numbers[0]
         now = list(map(_comparable, now))
@@ -102,6 +110,17 @@ class AttributeGuard:
             self._states.append(now)
             self._numbers.append(next(self._count))
         return self._numbers[self._states.index(now)]
+
+    def _more(self) -> bool:
+        """Look at attributes that came, as where one takes the place of its class's, too."""
+        now = {id(m): _plain_attributes(m) for m in self._modules}
+        new = {at: [n for n in names if n not in self._names[at]] for at, names in now.items()}
+        self._names = now
+        if not any(new.values()):
+            return False
+        looked_at = {id(m): list(keys) for m, keys in self._looked_at}
+        self._look_at({at: [*looked_at.get(at, ()), *names] for at, names in new.items()})
+        return True
 
     def knows(self, number: int) -> bool:
         """Whether a number stands for a state that is remembered."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from itertools import chain, repeat
-from operator import is_not, itemgetter, methodcaller
+from operator import attrgetter, is_not, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -29,13 +29,15 @@ __all__ = ["ModelGuard"]
 
 _FORWARD = repeat("forward")
 _MODULES = itemgetter("_modules")
+_forward = attrgetter("forward")
 
 
 class ModelGuard:
     """What every plan rests on, as it was when the watch was set.
 
-    That is: which modules there are, under which names, in which order; their classes; that their
-    forward is their class's; that no hooks of others were added; and what is registered.
+    That is: which modules there are, under which names, in which order; their classes, and the
+    forward of each; that theirs is their class's; that no hooks of others were added; and what is
+    registered.
     """
 
     def __init__(self, model: nn.Module, hooks: Hooks) -> None:
@@ -52,6 +54,8 @@ class ModelGuard:
         self._children = list(chain.from_iterable(map(self._values, self._parents)))
         self._watched = [m for m in modules if "forward" not in m.__dict__]
         self._types = list(map(type, self._watched))
+        self._classes = list(set(self._types))
+        self._forwards = list(map(_forward, self._classes))
         self._attributes = [m.__dict__ for m in self._watched]
         self._dicts = DictWatch([*self._homes, *self._parents, *self._attributes])
         # What stood before each module's call, when last looked; none is to be kept alive by that.
@@ -117,6 +121,7 @@ class ModelGuard:
         written = self._dicts.written()
         return (
             list(map(type, self._watched)) != self._types
+            or any(map(is_not, map(_forward, self._classes), self._forwards))
             or (written and self._rearranged())
             or self._registered != (layers.version, nonlinearities.version)
             or (

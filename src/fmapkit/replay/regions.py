@@ -191,6 +191,11 @@ class ReplayRegion:
         before, now = (self._truths.get((kind[0], state)) for state in (one, other))
         return before is not None and now is not None and before.like(now)
 
+    def doubt(self) -> None:
+        """Have the next call of each kind traced."""
+        for paths in self._known.values():
+            paths.doubt()
+
     def _forget(self) -> None:
         self._known.clear()
         self._truths.clear()
@@ -288,6 +293,11 @@ class ReplayRegions:
         new = {region, *deciding}.difference(self._opened)
         self.probation.watch(new)
         self._open(new)
+
+    def doubt(self) -> None:
+        """Have the next call of each region traced, of whatever kind: one pass tells of all."""
+        for region in self._known.values():
+            region.doubt()
 
     def end_pass(self, whole: bool) -> bool:
         """A traced pass has ended.

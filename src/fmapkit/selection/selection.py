@@ -53,14 +53,21 @@ class LayerSelection:
         self.groups: list[list[nn.Module]] = []
         if not self._selectors and argument:
             raise ArgumentError(f"{argument}=[] selects nothing; None, the default, means all")
-        for selector in self._selectors:
-            matched = [m for n, m in names.by_name.items() if selector.matches(n, m)]
-            held = [m for one in matched if never_called(one) for m in self._open(one)]
-            called = [m for m in matched if not never_called(m)]
-            self.groups += [[*called, *held]] if called else [[m] for m in held]
+        self.refresh()
+        for selector, matched in self.matched.items():
             if not matched and argument:
                 self._only_in_a_pass(selector, argument)
             name_longer_numbers(selector, argument or "layers", names.by_name)
+
+    def refresh(self) -> None:
+        """Match the modules that the model has by now."""
+        for known in (self._cache, self._containers, self._held, self.matched, self.groups):
+            known.clear()
+        for selector in self._selectors:
+            matched = [m for n, m in self._names.by_name.items() if selector.matches(n, m)]
+            held = [m for one in matched if never_called(one) for m in self._open(one)]
+            called = [m for m in matched if not never_called(m)]
+            self.groups += [[*called, *held]] if called else [[m] for m in held]
             self.matched[selector] = matched
 
     def __str__(self) -> str:
@@ -151,16 +158,13 @@ class Selection:
         self.asked_kinds = given_kinds(kinds)
         chosen = None if layers_given is None else LayerSelection(names, layers_given, "layers")
         self._selection = chosen
-        self.asked_outputs = self._outputs(names, self.asked_kinds)
         # What is held while a pass runs: more than was asked for, where all of it is looked at.
-        self.kinds, self.outputs = self.asked_kinds, self.asked_outputs
-        self.checks = check is not None
+        self.kinds, self.checks, self._check = self.asked_kinds, check is not None, check
         if check is not None and not check.compiled:
             self.kinds = frozenset(KINDS) - {"attention"} | self.asked_kinds
-            self.outputs = self._outputs(names, self.kinds)
         elif check is not None:  # what modules return does not exist outside of the graph
             self.kinds = frozenset(KINDS) - {"output", "attention"}
-            self.outputs = self.asked_outputs | ({names.model} if chosen is None else set())
+        self._choose_outputs()
         self.filters = given_filters(filters)
         if isinstance(self.filters, Mapping):
             self.filters = {names.canonical(name): of for name, of in self.filters.items()}
@@ -170,6 +174,21 @@ class Selection:
         # The same for two captures that ask for the same; a selector object is like no other.
         given = layers_given if isinstance(layers_given, (str, type(None))) else id(self)
         self.signature = (given, self.kinds, repr(self.filters), detach)
+
+    def _choose_outputs(self) -> None:
+        """Of which modules to hold what they return, of those that the model has by now."""
+        self.asked_outputs = self.outputs = self._outputs(self._names, self.asked_kinds)
+        if self._check is not None and not self._check.compiled:
+            self.outputs = self._outputs(self._names, self.kinds)
+        elif self._check is not None:
+            whole = {self._names.model} if self._selection is None else set()
+            self.outputs = self.asked_outputs | whole
+
+    def refresh(self) -> None:
+        """The model has other modules than it had."""
+        if self._selection is not None:
+            self._selection.refresh()
+        self._choose_outputs()
 
     @property
     def some(self) -> bool:

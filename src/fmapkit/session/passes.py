@@ -151,6 +151,8 @@ class Passes:
         """The model has other modules than it had: learn it anew."""
         parts = self._parts
         self.asked.names.refresh()
+        self.asked.wants.refresh()
+        self.asked.edits.refresh()
         parts.paths.refresh()
         self._compiled.refresh()
         if self._stop is not None:

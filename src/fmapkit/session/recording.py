@@ -235,7 +235,7 @@ class Recorder:
         known = region.paths(kind, state)
         # Where the number of the state has changed.
         region.kind(recording.form, state, asked, recording.sizes)
-        if known.wavers(items, sizes):
+        if known.wavers(items, sizes) or known.turned(items, sizes):
             self._strayed(module, known.leaves_at(items, sizes)[1])
             return
         self._paths.twins.tap(plan.sites)

@@ -350,6 +350,8 @@ class RegionCalls:
         items = run.expected.taken()
         run.stray(run.lost or "it decided otherwise")
         known.lost = True
+        if self._live.tracer is not None:  # what has changed, other parts may decide by, too
+            self._regions.doubt()
         if not keeps:
             if self._live.current is not None:
                 self._live.current.discard()

@@ -363,6 +363,8 @@ class Tracer(ObserverMode):
             frame = trace.pop()  # several, where a forward caught an exception of a child
         if frame is None or frame.module is not module or self.failed:
             return None
+        if self.lost and self.broken is None:  # nothing of the pass is kept, no output either
+            return self.editor.modules.leave_lost(module, output) if self.editor else None
         return self.modules.leave(frame, output)
 
 
