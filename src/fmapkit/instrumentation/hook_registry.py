@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -39,6 +40,12 @@ def hooks_on(module: nn.Module) -> tuple[Any, ...]:
 _ROLES = ("around", "outside", "after", "before")
 # Hooks of torch's by which a module computes its weight before it runs, the same in each pass.
 _COMPUTE = {kind.__call__ for kind in (BasePruningMethod, SpectralNorm, WeightNorm)}
+
+
+def _is_plain(hook: Any) -> bool:
+    """Whether a hook is code in Python, that is no part of torch."""
+    inner = hook.__func__ if type(hook) is MethodType else hook
+    return type(inner) is FunctionType and not str(inner.__module__).startswith("torch.")
 
 
 def computes_weights(hook: Any) -> bool:
@@ -101,6 +108,20 @@ class Hooks:
             if not (module._backward_hooks or module._backward_pre_hooks) and self._stands(module):
                 return False
         return not all(self.is_ours(hook) or computes_weights(hook) for hook in hooks_on(module))
+
+    def unrecorded_on(self, module: nn.Module) -> bool:
+        """Whether others have hooks on a module that a path would not tell of.
+
+        What forward hooks in Python decide is recorded, as what the module's own code does.
+        """
+        if not self.others_on(module):
+            return False
+        if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return True
+        hooks = module._forward_hooks.values()
+        return not self._stands(module) or not all(
+            self.is_ours(hook) or computes_weights(hook) or _is_plain(hook) for hook in hooks
+        )
 
     def _stands(self, module: nn.Module) -> bool:
         """Whether nobody stands before a module's call, or this session alone, and that once."""

@@ -123,6 +123,8 @@ class ControlPaths:
         items tell in the end whether that was right: to look at each function costs time.
         """
         known = _form(module) in _surveyed and module not in self._doubted
+        # Hooks are an object's own, and torch calls them: no item tells of one that has no twin.
+        known = known and not any(m._forward_hooks for m in modules_in(module))
         self._doubted.add(module)
         if not known:
             self._survey = Survey(lambda: tuple(self._running()), self._lookers)

@@ -77,20 +77,20 @@ class ModelGuard:
         """What was set since it last looked is known to be what was there then."""
         self._last = self.counted()
 
-    def _foreign(self) -> tuple[set[int], list[int]]:
-        """Which other sessions there are, and how many hooks of others each module has."""
+    def _foreign(self) -> tuple[set[int], list[tuple[int, ...]]]:
+        """Which other sessions there are, and which hooks of others each module has."""
         sessions: set[int] = set()
-        found = [len(_global_forward_pre_hooks) + len(_global_forward_hooks)]
+        found: list[tuple[int, ...]] = [(*_global_forward_pre_hooks, *_global_forward_hooks)]
         for module in self._watched:
             if call_override.there(module) is not None:
                 for standing in standing_before(module):
                     if not self._hooks.is_ours(standing):
                         sessions.add(id(standing.owner))
-            count = 0
+            theirs: tuple[int, ...] = ()
             if module._forward_pre_hooks or module._forward_hooks:
                 for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                    count += sum(not isinstance(hook, Hook) for hook in hooks.values())
-            found.append(count)
+                    theirs += tuple([n for n, h in hooks.items() if not isinstance(h, Hook)])
+            found.append(theirs)
         return sessions, found
 
     def _compiled_calls(self) -> list[object]:
@@ -144,9 +144,9 @@ class ModelGuard:
         )
 
     def rid(self) -> bool:
-        """Whether hooks of others are gone: nothing counts that, so traced passes alone ask."""
-        sessions, counts = self._theirs
-        return (bool(sessions) or any(counts)) and self._foreign() != self._theirs
+        """Whether hooks of others are gone: nothing counts that."""
+        sessions, hooks = self._theirs
+        return (bool(sessions) or any(hooks)) and self._foreign() != self._theirs
 
     def _hooked(self) -> bool:
         """Whether it is others who have set any, another session included."""

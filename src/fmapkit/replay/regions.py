@@ -214,16 +214,22 @@ class ReplayRegions:
 
     Args:
         has_others: whether a module has hooks of others than this capture (see `Hooks`).
+        has_unrecorded: whether it has such that a path does not tell of.
 
     Attributes:
         direct: modules that a scope has called itself, with the scopes; None for one not known.
         probation: of modules that are traced since they have left their path.
     """
 
-    def __init__(self, has_others: Callable[[nn.Module], bool]) -> None:
+    def __init__(
+        self,
+        has_others: Callable[[nn.Module], bool],
+        has_unrecorded: Callable[[nn.Module], bool],
+    ) -> None:
         self.direct: dict[nn.Module, set[nn.Module | None]] = {}
         self.probation = Probation()
-        self._has_others = has_others
+        self.has_others = has_others
+        self._has_unrecorded = has_unrecorded
         self._opened: set[nn.Module] = set()
         self._static: dict[nn.Module, bool] = {}
         self._usual: dict[type[nn.Module], bool] = {}
@@ -250,7 +256,7 @@ class ReplayRegions:
             usual = self._usual[kind] = _is_usual(kind)
         if not usual or module in self._opened or "forward" in module.__dict__:
             return False
-        return not (is_compiled(module) or self._has_others(module))
+        return not (is_compiled(module) or self._has_unrecorded(module))
 
     def stands_alone(self, module: nn.Module, args: Any, tracer: Tracer | None) -> bool:
         """Whether this call is a region: not inside a module that may be one σ or layer itself."""

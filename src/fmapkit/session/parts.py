@@ -90,7 +90,7 @@ class SessionParts:
         store = PassStore(keep)
         paths = ControlPaths(asked.model, asked.names.place_of, running)
         live = PassState(asked, misses, paths)
-        regions = ReplayRegions(hooks.others_on)
+        regions = ReplayRegions(hooks.others_on, hooks.unrecorded_on)
         redistribution = RedistributionTracker(live)
         installer = HookInstaller(asked, hooks, regions, redistribution, callbacks)
         recorder = Recorder(asked, live, misses, regions, installer, paths)

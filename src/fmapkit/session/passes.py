@@ -99,9 +99,8 @@ class Passes:
         live.frame = call_frame()  # on Python's stack as long as the pass runs
         if self.watch.changed():
             self._restart()
-        elif self._stop is None and not parts.regions.static(self.asked.model):
-            if self.watch.rid():  # a pass that is learned does not end early
-                self._learn_anew()
+        elif self._stop is None and self.watch.rid():  # a pass that is traced does not end early
+            self._learn_anew()
         self._open(step, ids, compiled)
         if compiled:
             parts.installer.only_on_model()

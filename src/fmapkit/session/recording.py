@@ -225,6 +225,10 @@ class Recorder:
         if kind is None:  # it decides by data
             self._open(module)
             return
+        hooked = [m for m in plan.taps if self._regions.has_others(m)]
+        if hooked:  # whose maps are those before, or after, what the hooks make of them
+            self._open(*hooked)
+            return
         if plan.edited and not _told(plan, tracer.trace.record.events[frame.start :]):
             self._open(module, *self._edits.modules())
             return
