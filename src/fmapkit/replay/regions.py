@@ -365,9 +365,7 @@ def shape_of(value: Any) -> Any:
 def sizes_of(tensors: list[Tensor], args: Any, kwargs: Any) -> Sizes:
     """The sizes of tensors, one after the other, and the whole numbers that a module is given."""
     sizes = [size for t in tensors if not is_shapeless(t) for size in t.shape]
-    _numbers_in(sizes, args)
-    if kwargs:
-        _numbers_in(sizes, kwargs)
+    _numbers_in(sizes, (args, kwargs))
     return tuple(sizes)
 
 
