@@ -48,6 +48,10 @@ def hooks(state: State) -> dict[str, Callable[..., Any]]:
         def method(self, module: nn.Module, args: Any, output: Tensor) -> Any:
             return output * 0.5 if state["k"] > 1 else None
 
+    class Object:
+        def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Any:
+            return output - 1 if state["k"] == 1 else None
+
     def keep(module: nn.Module, args: Any, output: Tensor) -> None:
         state["kept"] = output
 
@@ -69,6 +73,7 @@ def hooks(state: State) -> dict[str, Callable[..., Any]]:
         "sigma, perhaps": lambda m, args, y: torch.relu(y) if state["k"] else y,
         "another module": lambda module, args, y: state["model"].last(y) if state["k"] else None,
         "method": Owner().method,
+        "object": Object(),
         "keep": keep,
         "mix": mix,
         "overwrite": overwrite,
@@ -139,7 +144,9 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     return found
 
 
-@pytest.mark.parametrize("what", ["nothing", "scale", "switch", "sigma, perhaps", "method"])
+@pytest.mark.parametrize(
+    "what", ["nothing", "scale", "switch", "sigma, perhaps", "method", "object"]
+)
 @pytest.mark.parametrize("place", ["", "blocks", "blocks.1"])
 def test_hooks_are_no_reason_to_trace(what: str, place: str, traced: list[None]) -> None:
     state: State = {"k": 1}

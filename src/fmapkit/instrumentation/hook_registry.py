@@ -37,15 +37,20 @@ def hooks_on(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
+_NOT_THEIRS = ("torch.", f"{__name__.partition('.')[0]}.")
 _ROLES = ("around", "outside", "after", "before")
 # Hooks of torch's by which a module computes its weight before it runs, the same in each pass.
 _COMPUTE = {kind.__call__ for kind in (BasePruningMethod, SpectralNorm, WeightNorm)}
 
 
 def _is_plain(hook: Any) -> bool:
-    """Whether a hook is code in Python, that is no part of torch."""
-    inner = hook.__func__ if type(hook) is MethodType else hook
-    return type(inner) is FunctionType and not str(inner.__module__).startswith("torch.")
+    """Whether a hook is code in Python, and no part of torch, or of ours."""
+    kind = type(hook)
+    if kind is MethodType:
+        hook = hook.__func__
+    elif kind is not FunctionType:
+        hook = getattr(kind, "__call__", None)  # noqa: B004  (what it is, and not whether it is)
+    return type(hook) is FunctionType and not str(hook.__module__).startswith(_NOT_THEIRS)
 
 
 def computes_weights(hook: Any) -> bool:
