@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils.hooks import RemovableHandle
 
 from fmapkit.instrumentation.hook import Hook
 from fmapkit.instrumentation.pair import Outside, Pair
@@ -98,7 +99,12 @@ class Hooks:
         self._broken_off = broken_off
         self._set: dict[str, dict[nn.Module, tuple[Any, CallOverride]]] = {r: {} for r in _ROLES}
         self._watched: weakref.ref[Pair] | None = None
+        self.begin_pass()
         self.excluded: set[nn.Module] = set()
+
+    def begin_pass(self) -> None:
+        """A pass begins: what others have set so far was there before it."""
+        self._newest = RemovableHandle.next_id
 
     def is_ours(self, hook: Any) -> bool:
         """Whether this session has set it."""
@@ -123,6 +129,8 @@ class Hooks:
             return False
         if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
+        if any(number >= self._newest for number in module._forward_hooks):
+            return True  # it has come in this very pass
         hooks = module._forward_hooks.values()
         return not self._stands(module) or not all(
             self.is_ours(hook) or computes_weights(hook) or _is_plain(hook) for hook in hooks

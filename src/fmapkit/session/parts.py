@@ -90,7 +90,9 @@ class SessionParts:
         store = PassStore(keep)
         paths = ControlPaths(asked.model, asked.names.place_of, running)
         live = PassState(asked, misses, paths)
-        regions = ReplayRegions(hooks.others_on, hooks.unrecorded_on)
+        # Code that has not recorded yet takes a pass more, which stop= would have ended early.
+        barring = hooks.others_on if asked.stop is not None else hooks.unrecorded_on
+        regions = ReplayRegions(hooks.others_on, barring)
         redistribution = RedistributionTracker(live)
         installer = HookInstaller(asked, hooks, regions, redistribution, callbacks)
         recorder = Recorder(asked, live, misses, regions, installer, paths)

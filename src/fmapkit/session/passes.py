@@ -97,6 +97,7 @@ class Passes:
                 parts.misses.add("", Reason.NUMBERS_OF_OTHERS.text(count=len(ids)))
                 ids = None
         live.frame = call_frame()  # on Python's stack as long as the pass runs
+        parts.hooks.begin_pass()
         if self.watch.changed():
             self._restart()
         elif self._stop is None and self.watch.rid():  # a pass that is traced does not end early

@@ -225,7 +225,7 @@ class Recorder:
         if kind is None:  # it decides by data
             self._open(module)
             return
-        hooked = [m for m in plan.taps if self._regions.has_others(m)]
+        hooked = [m for m in plan.taps if m._forward_hooks and self._regions.has_others(m)]
         if hooked:  # whose maps are those before, or after, what the hooks make of them
             self._open(*hooked)
             return
