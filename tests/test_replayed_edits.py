@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -326,6 +327,7 @@ def test_an_edit_that_finds_no_place_in_a_replayed_pass() -> None:
 
 def test_generation_is_steered_without_a_trace_of_each_token(traced: list[None]) -> None:
     transformers = pytest.importorskip("transformers")
+    gc.unfreeze()  # what conftest.py has frozen: functions that decorators made are hidden by it
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=50,
