@@ -25,6 +25,7 @@ from benchmarks.memory import Live, unnoticed
 from benchmarks.models import GPT, ResNet
 from fmapkit import capture
 from fmapkit.analysis import Statistics
+from fmapkit.paths import control
 from fmapkit.paths.rewriting.source_files import qualified_name
 from fmapkit.torchlib.call_override import there
 
@@ -140,8 +141,9 @@ class _Logging(nn.Module):
         return self.body(x)
 
 
-def test_python_calls_of_a_pass_that_is_traced() -> None:
+def test_python_calls_of_a_pass_that_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """It looks for tensors that outlive it: not in what we have set, nor where none can be."""
+    monkeypatch.setattr(control, "_helpers", {})  # what other tests' `nn.Sequential`s have called
     for model in (ResNet(), _Logging()):
         with torch.no_grad(), capture(model.eval()):
             model(image())  # the sources of its classes are read
