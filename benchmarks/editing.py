@@ -23,13 +23,13 @@ from benchmarks.models import GPT, ResNet
 from fmapkit import capture, edits, patch
 from fmapkit.edits import Where
 
-__all__ = ["CASES", "Case", "measured", "patching", "run", "silencing", "steering"]
+__all__ = ["CASES", "Case", "hooked", "measured", "patching", "run", "silencing", "steering"]
 
 Contender = Callable[[nn.Module], AbstractContextManager[Any]]
 
 
 @contextmanager
-def _hook(name: str, change: Callable[[Tensor], Tensor], model: nn.Module) -> Iterator[None]:
+def hooked(name: str, change: Callable[[Tensor], Tensor], model: nn.Module) -> Iterator[None]:
     """A forward hook by hand."""
     handle = model.get_submodule(name).register_forward_hook(lambda m, a, out: change(out))
     try:
@@ -93,9 +93,9 @@ def steering(layer: str, width: int, last: str) -> dict[str, Contender]:
     held: Any = {"layers": last, "kinds": "response"}
     at = Where(layer, "output", at=-1, filter_axis=-1)
     return {
-        "hook by hand: add": partial(_hook, layer, lambda out: out + v),
+        "hook by hand: add": partial(hooked, layer, lambda out: out + v),
         "edit: add": lambda m: capture(m, **held, edit={(layer, "output"): edits.add(v)}),
-        "hook by hand: the last token": partial(_hook, layer, partial(_last, v)),
+        "hook by hand: the last token": partial(hooked, layer, partial(_last, v)),
         "edit: the last token": lambda m: capture(m, **held, edit={at: edits.add(v)}),
         "capture without an edit": lambda m: capture(m, **held),
         "attention by hand": _scores_by_hand,
@@ -113,7 +113,7 @@ def silencing(layer: str) -> dict[str, Contender]:
 
     held: Any = {"layers": "fc", "kinds": "response"}
     return {
-        "hook by hand: one filter": partial(_hook, layer, one),
+        "hook by hand: one filter": partial(hooked, layer, one),
         "edit: one filter": lambda m: capture(m, **held, edit={(layer, "output", 5): edits.zero()}),
         "edit: an activation": lambda m: capture(
             m, **held, edit={("layer2.0.conv1", "activation", 5): edits.zero()}

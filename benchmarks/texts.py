@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.editing import hooked
 from benchmarks.measure import Figures, Timed, environment, interleave, resting
 from fmapkit import capture, edits
 from fmapkit.edits import Where
@@ -83,14 +84,12 @@ def _edited(model: nn.Module) -> Any:
     return capture(model, edit={Where(_block(model), "output", filter_axis=-1): edits.add(_VECTOR)})
 
 
-@contextmanager
-def _changed(model: nn.Module) -> Iterator[None]:
-    def add(module: nn.Module, args: Any, output: Any) -> Any:
-        return (output[0] + _VECTOR, *output[1:]) if isinstance(output, tuple) else output + _VECTOR
+def _changed(model: nn.Module) -> Any:
+    return hooked(_block(model), _moved, model)
 
-    handle = model.get_submodule(_block(model)).register_forward_hook(add)
-    yield
-    handle.remove()
+
+def _moved(output: Any) -> Any:
+    return (output[0] + _VECTOR, *output[1:]) if isinstance(output, tuple) else output + _VECTOR
 
 
 def _block(model: nn.Module) -> str:

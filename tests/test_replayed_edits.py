@@ -17,23 +17,8 @@ from torch import Tensor, nn
 
 from fmapkit import EditError, capture, edits
 from fmapkit.edits import Where
-from fmapkit.tracing import Tracer
 
 pytestmark = pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """One entry for each pass that was traced."""
-    found: list[None] = []
-    of_pass = Tracer.of_pass
-
-    def counted(*args: Any) -> Tracer:
-        found.append(None)
-        return of_pass(*args)
-
-    monkeypatch.setattr(Tracer, "of_pass", counted)
-    return found
 
 
 class Block(nn.Module):

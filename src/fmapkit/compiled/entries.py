@@ -185,9 +185,10 @@ class _CompiledEntry:
         kwargs: Any,
     ) -> Any:
         """What a variant gives."""
-        if variant.runs_hooks:
-            return self._bare(handlers, variant, sinks, args, kwargs)
-        return variant(sinks, args, kwargs)
+        hooked = variant.runs_hooks
+        if hooked:
+            return self._bare(handlers, variant, sinks, args, kwargs, hooked=hooked)
+        return variant(sinks, args, kwargs, hooked)
 
     def _bare(
         self, handlers: Sequence[CompiledHandler], call: Any, *args: Any, **kwargs: Any

@@ -93,15 +93,22 @@ class InstrumentedCompile:
         for graph in self.graphs:
             graph.forget()
 
-    def __call__(self, sinks: Sequence[GraphMapSink], args: Any, kwargs: Any) -> Any:
-        """Run it; its graphs bring their maps to the sinks."""
+    def __call__(self, sinks: Sequence[GraphMapSink], args: Any, kwargs: Any, hooked: bool) -> Any:
+        """Run it; its graphs bring their maps to the sinks.
+
+        Args:
+            sinks: those.
+            args: of the call.
+            kwargs: by keyword.
+            hooked: what `runs_hooks` has told of it.
+        """
         before = running.sinks, running.stop, running.root
         running.sinks, running.stop = sinks, InstrumentedCompile.__call__.__code__
         running.root = self._module
         try:
             if self._bound is None:
                 return self._run(self._module, *args, **kwargs)
-            if not self.runs_hooks:
+            if not hooked:
                 return self._forward(*args, **kwargs)
             own = self._module.__dict__
             was = own.get("forward")

@@ -129,33 +129,38 @@ class _Path(Generic[_Plan]):
 
     def fits(self, items: list[Any], sizes: Sizes) -> bool:
         """Whether a call took this path, which `holds_for` its sizes, with numbers that follow."""
-        before = next(iter(self.by_sizes.values()))
-        found = differences(before, items)
-        if found is None or any(place not in self.rules for place, _, _ in found):
+        whole = len(items) == len(next(iter(self.by_sizes.values())))
+        still = self._kept(items, sizes) if whole else None
+        if still is None:
             return False
-        if any(sort_of(old) != sort_of(new) for _, old, new in found):
-            return False
-        values = {place: new for place, _, new in found}
-        still: dict[tuple[int, ...], set[Rule]] = {}
-        for place, rules in self.rules.items():
-            value = values.get(place)
-            if value is None:
-                value = item_at(items, place)
-            still[place] = kept(rules, value, sizes)
-            if not still[place]:
-                return False
         self._hold_to(still)
         self._keep(items, sizes)
         return True
 
     def begins(self, items: list[Any], sizes: Sizes) -> bool:
         """Whether a call that is under way has taken this path so far."""
+        return self._kept(items, sizes) is not None
+
+    def _kept(self, items: list[Any], sizes: Sizes) -> dict[tuple[int, ...], set[Rule]] | None:
+        """The rules that numbers have kept to, up to where a call is; None if it has left."""
         count = len(items)
         found = differences(next(iter(self.by_sizes.values()))[:count], items)
         if found is None or any(place not in self.rules for place, _, _ in found):
-            return False
-        so_far = ((p, rules) for p, rules in self.rules.items() if p[0] < count)
-        return all(kept(rules, item_at(items, place), sizes) for place, rules in so_far)
+            return None
+        if any(sort_of(old) != sort_of(new) for _, old, new in found):
+            return None
+        values = {place: new for place, _, new in found}
+        still: dict[tuple[int, ...], set[Rule]] = {}
+        for place, rules in self.rules.items():
+            if place[0] >= count:
+                continue
+            value = values.get(place)
+            if value is None:
+                value = item_at(items, place)
+            still[place] = kept(rules, value, sizes)
+            if not still[place]:
+                return None
+        return still
 
     def takes(self, items: list[Any], sizes: Sizes, alike: bool) -> bool:
         """A call on other sizes was traced: whether it took this path, too.
@@ -297,12 +302,9 @@ class KnownPaths(Generic[_Plan]):
         return False
 
     def begun(self, items: list[Any], sizes: Sizes) -> bool:
-        """Whether a call that is read by a plan, and under way, has taken its path so far."""
+        """Whether a call under way has taken its plan's path so far, if `items` does not tell."""
         path = self._path(sizes)
-        known = path.by_sizes.get(sizes) if path is not None else None
-        if path is None or known is not None:
-            return known is not None and known[: len(items)] == items
-        return path.begins(items, sizes)
+        return path is not None and path.begins(items, sizes)
 
     def items(self, sizes: Sizes) -> list[Any] | None:
         """Those that a call on such inputs is taken to decide; None if they are not known yet."""

@@ -50,8 +50,16 @@ class AttributeGuard:
     def __init__(self, module: nn.Module) -> None:
         self._modules = [m for m in modules_in(module) if not isinstance(m, torch.jit.ScriptModule)]
         self._count = itertools.count()
-        self._names = {id(m): _plain_attributes(m) for m in self._modules}
+        self._look_at_all()
+
+    def _look_at_all(self) -> None:
+        """Compare all attributes that there are now."""
+        self._names = self._there()
         self._look_at(self._names)
+
+    def _there(self) -> dict[int, list[str]]:
+        """What each module, told by its id, has that can be compared."""
+        return {id(m): _plain_attributes(m) for m in self._modules}
 
     def _look_at(self, names: dict[int, list[str]], values: dict[int, Any] | None = None) -> None:
         """Compare these attributes of each module, told by its id, before each call.
@@ -93,8 +101,7 @@ class AttributeGuard:
         try:
             now = self._now()
         except KeyError:  # one was deleted
-            self._names = {id(m): _plain_attributes(m) for m in self._modules}
-            self._look_at(self._names)
+            self._look_at_all()
             return self._numbers[0]
         lengths = list(map(len, chain.from_iterable(self._places)))
         if lengths != self._lengths:
@@ -113,7 +120,7 @@ class AttributeGuard:
 
     def _more(self) -> bool:
         """Look at attributes that came, as where one takes the place of its class's, too."""
-        now = {id(m): _plain_attributes(m) for m in self._modules}
+        now = self._there()
         new = {at: [n for n in names if n not in self._names[at]] for at, names in now.items()}
         self._names = now
         if not any(new.values()):

@@ -61,7 +61,9 @@ class ReplayedEdits(PlacedEdits):
         axes, _, position = self._run.plan.placed.get(place, (None, False, 0))
         return axes if axes is not None and self._on_path(position) else None
 
-    def _goes_on(self, place: Place, tensor: Tensor, new: Tensor | None) -> None:
+    def _goes_on(
+        self, place: Place, axes: ChannelLayout | None, tensor: Tensor, new: Tensor | None
+    ) -> None:
         run = self._run
         known = run.plan.placed.get(place)
         if known is None or goes_on_in(tensor, new):

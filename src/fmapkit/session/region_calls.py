@@ -223,6 +223,8 @@ class RegionCalls:
         run, taking = self._live.run, self._taking
         if run is None or taking is None:
             return False
+        if taking.items is not None:
+            return run.expected.at(position)
         items = run.expected.taken()
         return len(items) == position and taking.known.begun(items, taking.sizes)
 

@@ -46,8 +46,17 @@ class PlacedEdits:
         """Where the filters of a tensor lie."""
         raise NotImplementedError
 
-    def _goes_on(self, place: Place, tensor: Tensor, new: Tensor | None) -> None:
-        """What went on in the place of a tensor; None if it did itself."""
+    def _goes_on(
+        self, place: Place, axes: ChannelLayout | None, tensor: Tensor, new: Tensor | None
+    ) -> None:
+        """Note what went on in the place of a tensor: None if it did itself.
+
+        Args:
+            place: of it.
+            axes: as `_axes` has told.
+            tensor: it.
+            new: what went on.
+        """
         raise NotImplementedError
 
     def name_of(self, module: nn.Module) -> str | None:
@@ -113,7 +122,7 @@ class PlacedEdits:
             self._edits.check_one(name, kind, shown, call, step)
         for path, tensor in found.items():
             place = name, kind, call, path
-            axes = self._axes(place, tensor)
+            axes = told = self._axes(place, tensor)
             if axes is None and axis is not None and tensor.dim():
                 axes = ChannelLayout.single(axis % tensor.dim(), tensor.shape[axis])
             new = self._edits.apply(
@@ -127,7 +136,7 @@ class PlacedEdits:
                 call=call,
                 path=_shown(path),
             )
-            self._goes_on(place, tensor, new)
+            self._goes_on(place, told, tensor, new)
             if new is not None:
                 changed[path] = new
         return changed
@@ -222,12 +231,13 @@ class ModuleEdits(PlacedEdits):
         flow = flow_of(self._trace.labels.of, tensor)
         return flow.axes if flow is not None else None
 
-    def _goes_on(self, place: Place, tensor: Tensor, new: Tensor | None) -> None:
+    def _goes_on(
+        self, place: Place, axes: ChannelLayout | None, tensor: Tensor, new: Tensor | None
+    ) -> None:
         trace = self._trace
         # A later pass is told of neither: what its module is as a whole, and a view of itself.
         if any(f.kind != "plain" for f in trace.frames) or goes_on_in(tensor, new):
             trace.edited = True
-        axes = self._axes(place, tensor)
         trace.placed[place] = axes, new is not None, trace.record.firings.clock()
         if new is None:
             return
