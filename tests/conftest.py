@@ -124,13 +124,19 @@ def reasons_are_members(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail a test in which something is missed for a reason that `Reason` does not have."""
     # At the end: code of ours that runs in a pass would be recorded as the model's.
     logs: list[list[Missed]] = []
-    init = MissedLog.__init__
+    init, take = MissedLog.__init__, MissedLog.take
 
     def noted(self: MissedLog, model: nn.Module) -> None:
         init(self, model)
         logs.append(self.entries)
 
+    def taken(self: MissedLog) -> list[Missed]:
+        before = take(self)
+        logs.append(self.entries)
+        return before
+
     monkeypatch.setattr(MissedLog, "__init__", noted)
+    monkeypatch.setattr(MissedLog, "take", taken)
     yield
     unknown = [m for log in logs for m in log if m.why is Reason.OF_ANOTHER_VERSION]
     assert not unknown, f"no member of Reason: {unknown}"

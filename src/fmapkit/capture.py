@@ -27,11 +27,14 @@ from fmapkit.kinds import Kind
 from fmapkit.maps import FeatureMap, FeatureMaps
 from fmapkit.model import Names, unwrap
 from fmapkit.selection import EarlyStop, Selection
-from fmapkit.session import Analyses, Analysis, CaptureConfig, Session
+from fmapkit.session import Analyses, Analysis, CaptureConfig, Session, leave, request_of, take
 from fmapkit.storage import Budget, StorageConversion, policy
 from fmapkit.torchlib.compiled_modules import compiled_roots, plain
 
 __all__ = ["capture"]
+
+# An edit, analyses, a check, an early stop, …: what blocks are opened anew for.
+_NOTHING_SPECIAL = request_of((None, (), None, False, 1, "forward", None, None, None, "error"))
 
 ENDED = (
     "with stop=True the model's call returns None once the wanted maps are there, which code that "
@@ -130,6 +133,15 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         check: Check | None = None,
     ) -> None:
         check_module("capture", model)
+        # Made, entered, left: a capture goes through these once, in this order.
+        self._state: Literal["made", "entered", "left"] = "made"
+        special = edit, analyses, check, stop, every, method, dtype, device, max_bytes, when_full
+        usual = layers, kinds, filters, keep, detach, gradients, weights
+        self._request = request_of(usual) if request_of(special) == _NOTHING_SPECIAL else None
+        self._resting = take(model, self._request)
+        if self._resting is not None:
+            self._session = self._resting.session
+            return
         seen_by = Analyses(analyses)
         _check_keep(keep, every, bool(seen_by) or check is not None, max_bytes)
         if stop and layers is None:
@@ -168,8 +180,6 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         ending = EarlyStop() if stop else None
         wanted = CaptureConfig(model, names, wants, edits, seen_by, ending, methods, finite)
         self._session = Session(wanted, given, passes, every, budget)
-        # Made, entered, left: a capture goes through these once, in this order.
-        self._state: Literal["made", "entered", "left"] = "made"
 
     def __enter__(self) -> FeatureMaps:
         if self._state != "made":
@@ -177,11 +187,14 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             raise CaptureStateError(
                 f"this capture {state}; call capture(model) again for another block"
             )
-        self._session.open()
+        if self._resting is None:
+            self._session.open()
+        else:
+            self._session.go_on(self._resting)
         self._state = "entered"
-        maps = FeatureMaps(self._session)
-        self._session.asked.analyses.view = maps._shown
-        return maps
+        self._maps = FeatureMaps(self._session)
+        self._session.asked.analyses.view = self._maps._shown
+        return self._maps
 
     def __exit__(
         self,
@@ -195,7 +208,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             check.close()
             if check.gradients_unseen:
                 self._session.miss("", COMPILED)
-        self._session.close(failed=kind is not None)
+        failed = kind is not None
+        self._maps._session = leave(self._session, self._request, self._resting, failed)
         if check is not None and isinstance(error, Exception):
             check.raise_found(cause=error)
         if stop is not None and stop.ended and isinstance(error, (AttributeError, TypeError)):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from fmapkit.checking import NonFinite
     from fmapkit.missed import Missed
-    from fmapkit.session import Session
+    from fmapkit.session import EndedBlock, Session
 
 __all__ = ["FeatureMap", "FeatureMaps"]
 
@@ -49,7 +49,7 @@ class FeatureMaps(DrawableMaps):
     pass that is kept, and nothing of the model.
     """
 
-    def __init__(self, session: Session | KeptSession) -> None:
+    def __init__(self, session: Session | EndedBlock | KeptSession) -> None:
         self._session = session
 
     # -- the latest pass ----------------------------------------------------------------------

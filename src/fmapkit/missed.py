@@ -66,6 +66,11 @@ class MissedLog:
             self.entries.append(entry)
             self.warned = False
 
+    def take(self) -> list[Missed]:
+        """What was missed so far; what comes is another block's."""
+        taken, self.entries, self.warned = self.entries, [], False
+        return taken
+
     def quiet(self) -> None:
         """Warn of nothing: whoever reads the maps says what is not there."""
         self._quiet = True

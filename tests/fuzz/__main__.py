@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("fuzz-failing"))
     parser.add_argument("--shrink", type=float, default=20.0, help="seconds for each failure")
     parser.add_argument("--per-kind", type=int, default=10, help="failures kept of each kind")
+    parser.add_argument("--blocks", action="store_true", help="each pass in a block of its own")
     parser.add_argument("--show", type=int, help="print the program of this seed, and stop")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -36,7 +37,7 @@ def main() -> int:
     for number in range(first, first + asked.programs):
         if asked.seconds is not None and time.monotonic() - begun > asked.seconds:
             break
-        program = write(number)
+        program = write(number).in_blocks() if asked.blocks else write(number)
         report = check(program)
         totals.add(program, report)
         if report.failure is not None:

@@ -335,7 +335,8 @@ def _block(
     known: dict[Any, list[int]] = {}
     # Numbers that it draws are a part of its way.
     chance = re.search(r"random\.|initial_seed", program.texts()[1]) is not None
-    with contextlib.ExitStack() as inner_stack, capture(model, **asked) as maps:
+    with contextlib.ExitStack() as block, contextlib.ExitStack() as inner_stack:
+        maps = block.enter_context(capture(model, **asked))
         inner: Any = None
         raised, every = False, program.options.get("every", 1)
         for n, plan in enumerate(plans, first):
@@ -347,6 +348,11 @@ def _block(
                 elif not plan.inner and inner is not None:
                     inner_stack.close()
                     inner = None
+                if program.blocks and n > first:
+                    inner_stack.close()
+                    inner = None
+                    block.close()
+                    maps = block.enter_context(capture(model, **asked))
                 try:
                     got = _pass(plain_space, model, plan, input_of(program.family, plan), None)
                 except Exception as error:
@@ -408,6 +414,8 @@ def _block(
         if edit is not None:
             return None
         kept = 1 if raised or every > 1 else program.options.get("keep", 1)
+        if program.blocks:
+            return None
         for step in range(0 if kept == "all" else max(0, len(plans) - kept), len(plans) - 1):
             try:
                 _compare_maps(maps, *truths[step], step=step)

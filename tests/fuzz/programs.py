@@ -45,7 +45,11 @@ class PassPlan:
 
 @dataclass
 class Program:
-    """A program, and how it is to be captured."""
+    """A program, and how it is to be captured.
+
+    Attributes:
+        blocks: each pass has a block of its own.
+    """
 
     seed: int
     family: str
@@ -54,6 +58,12 @@ class Program:
     options: dict[str, Any]
     drawn: Counter[str] = field(default_factory=Counter)
     dropped: set[int] = field(default_factory=set)
+    blocks: bool = False
+
+    def in_blocks(self) -> Program:
+        """The same twice over, each pass in a block; as it is if several are kept, or edited."""
+        several = {"edit", "every", "keep"}.intersection(self.options)
+        return self if several else replace(self, blocks=True, passes=self.passes * 2)
 
     def texts(self) -> tuple[str, str]:
         """The told text and the plain one."""

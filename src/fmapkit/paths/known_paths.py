@@ -250,13 +250,14 @@ class KnownPaths(Generic[_Plan]):
 
     Attributes:
         lost: the latest call took a path that nobody has seen: the next one is to be traced.
+        paths: those that are known.
     """
 
-    __slots__ = ("_alike", "_astray", "_doubted", "_new", "_paths", "_strays", "_unruly", "lost")
+    __slots__ = ("_alike", "_astray", "_doubted", "_new", "_strays", "_unruly", "lost", "paths")
 
     def __init__(self, alike: Callable[[_Plan, _Plan], bool]) -> None:
         self._alike = alike
-        self._paths: list[_Path[_Plan]] = []
+        self.paths: list[_Path[_Plan]] = []
         self._unruly = False  # numbers have followed no rule: each size is traced
         self._strays = 0
         self._new = 0  # calls of ever new sizes that were traced, one after the other
@@ -271,7 +272,7 @@ class KnownPaths(Generic[_Plan]):
     def turned(self, items: list[Any], sizes: Sizes) -> bool:
         """Whether a call that was traced on a doubt took another path than replayed ones had."""
         doubted, self._doubted = self._doubted, False
-        path = next((p for p in self._paths if sizes in p.by_sizes), None) if doubted else None
+        path = next((p for p in self.paths if sizes in p.by_sizes), None) if doubted else None
         return path is not None and path.seen and path.by_sizes[sizes] != items
 
     def plan(self, sizes: Sizes) -> _Plan | None:
@@ -280,12 +281,12 @@ class KnownPaths(Generic[_Plan]):
         return path.plan if path is not None else None
 
     def _path(self, sizes: Sizes) -> _Path[_Plan] | None:
-        for path in self._paths:
+        for path in self.paths:
             if sizes in path.by_sizes:
                 return path
         if self._unruly:
             return None
-        return next((p for p in self._paths if p.holds_for(sizes)), None)
+        return next((p for p in self.paths if p.holds_for(sizes)), None)
 
     def taken(self, items: list[Any], sizes: Sizes) -> bool:
         """Whether a call that was read by a plan took the path of that plan."""
@@ -313,16 +314,16 @@ class KnownPaths(Generic[_Plan]):
 
     def has(self, items: list[Any], sizes: Sizes) -> bool:
         """Whether a call on such inputs took this very path."""
-        return any(path.by_sizes.get(sizes) == items for path in self._paths)
+        return any(path.by_sizes.get(sizes) == items for path in self.paths)
 
     def numbers(self, items: list[Any], sizes: Sizes) -> set[tuple[int, int]] | None:
         """Where a call took a known path but for whole numbers that may follow its sizes: those.
 
         Each with what it was before. None where nothing is known of that.
         """
-        if any(sizes in path.by_sizes for path in self._paths):
+        if any(sizes in path.by_sizes for path in self.paths):
             return set() if self.has(items, sizes) else None
-        found = (path.numbers(items, sizes) for path in self._paths)
+        found = (path.numbers(items, sizes) for path in self.paths)
         return next((numbers for numbers in found if numbers is not None), None)
 
     def wavers(self, items: list[Any], sizes: Sizes) -> bool:
@@ -350,8 +351,8 @@ class KnownPaths(Generic[_Plan]):
         return at, path.deciding(at)
 
     def _path_before(self, sizes: Sizes) -> _Path[_Plan] | None:
-        exact = (p for p in self._paths if sizes in p.by_sizes)
-        return next(exact, None) or next((p for p in self._paths if p.general), None)
+        exact = (p for p in self.paths if sizes in p.by_sizes)
+        return next(exact, None) or next((p for p in self.paths if p.general), None)
 
     def strayed(self, items: list[Any], sizes: Sizes) -> bool:
         """A call has left its path: whether it is in the module's nature to do so.
@@ -375,19 +376,19 @@ class KnownPaths(Generic[_Plan]):
             moments: after how many items which module began (and None: some module ended).
         """
         self.lost = False
-        new = not any(sizes in path.by_sizes for path in self._paths)
-        for path in list(self._paths):
+        new = not any(sizes in path.by_sizes for path in self.paths)
+        for path in list(self.paths):
             if sizes in path.by_sizes:
                 if path.by_sizes[sizes] == items and self._alike(path.plan, plan):
                     return path.plan
                 del path.by_sizes[sizes]
                 if not path.by_sizes:
-                    self._paths.remove(path)
-        for path in self._paths:
+                    self.paths.remove(path)
+        for path in self.paths:
             if path.takes(items, sizes, self._alike(path.plan, plan)):
                 return path.plan
         self._new = self._new + 1 if new else 0
-        if len(self._paths) >= _MOST_PATHS:
-            self._paths.pop(0)
-        self._paths.append(_Path(items, sizes, plan, moments))
+        if len(self.paths) >= _MOST_PATHS:
+            self.paths.pop(0)
+        self.paths.append(_Path(items, sizes, plan, moments))
         return plan

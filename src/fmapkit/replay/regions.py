@@ -8,7 +8,8 @@ modules, dtypes of weights, modes. Each kind has paths of its own, and a plan fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -196,6 +197,10 @@ class ReplayRegion:
         for paths in self._known.values():
             paths.doubt()
 
+    def every_path(self) -> Iterator[Any]:
+        """What is known of the paths of all kinds."""
+        return chain.from_iterable(known.paths for known in self._known.values())
+
     def _forget(self) -> None:
         self._known.clear()
         self._truths.clear()
@@ -304,6 +309,10 @@ class ReplayRegions:
         """Have the next call of each region traced, of whatever kind: one pass tells of all."""
         for region in self._known.values():
             region.doubt()
+
+    def paths(self) -> list[Any]:
+        """What is known of the paths of all regions: each is another object once it is learned."""
+        return list(chain.from_iterable(r.every_path() for r in self._known.values()))
 
     def end_pass(self, whole: bool) -> bool:
         """A traced pass has ended.

@@ -20,7 +20,7 @@ from fmapkit.map import FeatureMap, restored
 from fmapkit.missed import Missed
 from fmapkit.model import Names, never_called
 from fmapkit.provenance import Origin
-from fmapkit.session import Session
+from fmapkit.session import EndedBlock, Session
 from fmapkit.storage import (
     MapRecord,
     Pass,
@@ -136,7 +136,7 @@ class KeptSession:
 
 
 # Where maps come from, as look-ups, tables and copies see it.
-MapSource = Session | KeptSession
+MapSource = Session | EndedBlock | KeptSession
 
 
 class _Shell(nn.Module):

@@ -11,11 +11,17 @@ Session           session.py         open, close; its parts: parts.py
   analyses        analyses.py        who is shown them
   hooks           hook_installer.py  which of ours stand where
   other captures  concurrent.py
+  other blocks    resting.py         the next block goes on with what was learned
   out of sight    unseen.py          code that no hook of a pass sees
 """
 
 from fmapkit.session.analyses import Analyses as Analyses
 from fmapkit.session.analyses import Analysis as Analysis
 from fmapkit.session.config import CaptureConfig as CaptureConfig
+from fmapkit.session.resting import EndedBlock as EndedBlock
+from fmapkit.session.resting import RestingSession as RestingSession
+from fmapkit.session.resting import leave as leave
+from fmapkit.session.resting import request_of as request_of
+from fmapkit.session.resting import take as take
 from fmapkit.session.session import Rest as Rest
 from fmapkit.session.session import Session as Session

@@ -174,6 +174,10 @@ class RegionCalls:
         self._start(module, plan, args, kwargs, inputs, self._paths.expect(items))
         return given
 
+    def forget_latest(self) -> None:
+        """The next call is looked up, however alike it is to the latest."""
+        self._latest = None
+
     def _modes(self, region: ReplayRegion) -> Any:
         """What calls differ by that no argument tells."""
         modes = torch.is_grad_enabled(), operators_are_counted(), casts(), *region.form()

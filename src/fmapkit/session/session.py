@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fmapkit.compiled import CompiledEntries
 from fmapkit.instrumentation import Hooks, Methods, Off
+from fmapkit.missed import Missed
 from fmapkit.paths import Resting
 from fmapkit.session.compiled_calls import CompiledCalls
 from fmapkit.session.concurrent import entered, left, others
@@ -34,6 +35,7 @@ from fmapkit.session.dispatch import HookDispatcher
 from fmapkit.session.hook_installer import HookCallbacks
 from fmapkit.session.parts import SessionParts
 from fmapkit.session.passes import Passes
+from fmapkit.session.resting import EndedBlock, RestingSession
 from fmapkit.storage import Budget
 from fmapkit.torchlib.call_override import hide_from_scripting, show_to_scripting
 from fmapkit.torchlib.scripted import tell, tell_no_more
@@ -71,7 +73,6 @@ class Session:
         names: of the model's modules.
         wants: which maps to hold, and how.
         parts: of the capture.
-        missed: what ran and was not captured.
         passes: begins and ends them.
         compiled: the entries at compiled modules.
         hooks: what is set on modules.
@@ -92,7 +93,6 @@ class Session:
         self.hooks = Hooks(self, lambda *call: self.passes.broken_off(*call))
         self.parts = SessionParts.of(asked, self.hooks, keep, budget, lambda: self._callbacks)
         self.store = self.parts.store
-        self.missed = self.parts.misses.entries
         self.compiled = CompiledEntries(asked.model, given)
         self.passes = Passes(self.parts, every, self.compiled)
         self.calls = calls = HookDispatcher(self.parts, self.passes, self.compiled)
@@ -149,8 +149,28 @@ class Session:
         if not failed:
             self.parts.misses.warn()
 
-    def rest(self) -> Rest:
+    def ended(self) -> EndedBlock:
+        """What the block has captured; what comes is another block's."""
+        store, missed, steps = self.store.take(), self.parts.misses.take(), self.steps
+        self.passes.steps, self.passes.ids = 0, None
+        return EndedBlock(self.names, self.wants, store, missed, steps)
+
+    def go_on(self, resting: RestingSession) -> None:
+        """Another block begins, which asks for the same.
+
+        Raises:
+            CaptureStateError: another capture with an edit is open.
+        """
+        self.wake(resting.rest)
+        if not resting.reliable:
+            self.parts.regions.doubt()
+            self.parts.region_calls.forget_latest()
+
+    def rest(self, doors: bool = False) -> Rest:
         """Between two calls of a capture that goes on, nothing is set.
+
+        Args:
+            doors: once it goes on, calls outside of passes are named.
 
         Returns:
             What is to be given back to `wake`.
@@ -163,7 +183,8 @@ class Session:
         functions = self.parts.paths.twins.rest()
         watch = self.passes.watch
         settled = watch.counted() if watch.settled() else None
-        self.parts.installer.no_doors()  # nothing is set while nobody calls
+        if not doors:
+            self.parts.installer.no_doors()  # nothing is set while nobody calls
         off = [self.hooks.take_off(module) for module in self.hooks.modules()]
         return Rest(off, functions, settled)
 
@@ -192,6 +213,11 @@ class Session:
         return not any(others(self.passes))
 
     # -- what others ask ----------------------------------------------------------------------
+
+    @property
+    def missed(self) -> list[Missed]:
+        """What ran and was not captured."""
+        return self.parts.misses.entries
 
     @property
     def steps(self) -> int:

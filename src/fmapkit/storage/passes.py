@@ -156,6 +156,15 @@ class PassStore:
         self._total = 0
         self._going: deque[Any] = _NOTHING
 
+    def take(self) -> PassStore:
+        """Another store, with all passes that this one has had."""
+        taken = PassStore(0 if self.fleeting else self.keep)
+        for name in ("passes", "_users", "_total"):
+            mine, theirs = getattr(self, name), getattr(taken, name)
+            setattr(self, name, theirs)
+            setattr(taken, name, mine)
+        return taken
+
     def begin(self, step: int, training: bool, gradually: bool = False) -> Pass:
         """Room for a new pass: the oldest is let go before the model allocates again.
 
