@@ -138,7 +138,8 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         special = edit, analyses, check, stop, every, method, dtype, device, max_bytes, when_full
         usual = layers, kinds, filters, keep, detach, gradients, weights
         self._request = request_of(usual) if request_of(special) == _NOTHING_SPECIAL else None
-        self._resting = take(model, self._request)
+        named = layers is not None or filters is not None
+        self._resting = take(model, self._request, named)
         if self._resting is not None:
             self._session = self._resting.session
             return

@@ -26,7 +26,7 @@ from fmapkit.missed import Missed
 from fmapkit.model import Names, unwrap
 from fmapkit.selection import Selection
 from fmapkit.storage import PassStore
-from fmapkit.torchlib.compiled_modules import compiled_roots, ever_compiled, plain
+from fmapkit.torchlib.compiled_modules import compiled_roots, ever_compiled
 
 if TYPE_CHECKING:
     from fmapkit.session.session import Rest, Session
@@ -87,12 +87,13 @@ class EndedBlock:
     ids: Tensor | None = None
 
 
-# By model and request. The maps of the block alone keep a session.
-_resting: weakref.WeakKeyDictionary[
-    nn.Module, weakref.WeakValueDictionary[Hashable, RestingSession]
-] = weakref.WeakKeyDictionary()
-# Models that have left a path that was relied on in a block's first pass.
-_wayward: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# By a model's id and what was asked for: the maps of a block alone keep its session, and that its
+# model. What a class takes for equal is not the same model.
+_resting: weakref.WeakValueDictionary[tuple[int, Hashable], RestingSession] = (
+    weakref.WeakValueDictionary()
+)
+# By id: models that have left a path that was relied on in a block's first pass.
+_wayward: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
 
@@ -107,16 +108,23 @@ def request_of(asked: Any) -> Hashable | None:
     return (type(asked), asked) if told else None
 
 
-def take(model: nn.Module, request: Hashable | None) -> RestingSession | None:
-    """The session that has captured a model for the same, if it rests and nobody has taken it."""
-    if request is None or model not in _resting or plain(model) is not model:
-        return None
-    if unwrap(model) is not model or (ever_compiled() and compiled_roots(model)):
+def take(model: nn.Module, request: Hashable | None, named: bool) -> RestingSession | None:
+    """The session that has captured a model for the same, if it rests and nobody has taken it.
+
+    Args:
+        model: to be captured.
+        request: what is asked for; None if no session may go on with it.
+        named: layers or filters are asked for: whether they are there is told of a new session.
+    """
+    if request is None or unwrap(model) is not model:
         return None
     with _lock:
-        found = _resting[model].pop(request, None)
-    # Whether the layers that are asked for are there is told as a block is made.
-    return None if found is None or found.session.passes.watch.changed() else found
+        found = _resting.pop((id(model), request), None)
+    if found is None or (ever_compiled() and compiled_roots(model)):
+        return None
+    if named and found.session.passes.watch.changed():
+        return None
+    return found
 
 
 def leave(
@@ -136,10 +144,10 @@ def leave(
     model = session.asked.model
     relied = before is not None and before.reliable
     if relied and session.missed:
-        _wayward.add(model)
+        _wayward[id(model)] = model
     paths = session.parts.regions.paths()
     seen = session.steps and paths and session.parts.live.current is None
-    usual = not (failed or session.missed or session.compiled or model in _wayward)
+    usual = not (failed or session.missed or session.compiled or id(model) in _wayward)
     if request is None or not seen or not usual:
         session.close(failed)
         return session.ended()
@@ -150,5 +158,5 @@ def leave(
     ended = session.ended()
     ended.resting = RestingSession(session, rest, request, paths, alike)
     with _lock:
-        _resting.setdefault(model, weakref.WeakValueDictionary())[request] = ended.resting
+        _resting[id(model), request] = ended.resting
     return ended
