@@ -122,6 +122,22 @@ def mode(**options: Any) -> Open:
     return opened
 
 
+@contextmanager
+def a_block_each(bench: Bench) -> Iterator[Opened]:
+    """A block for each pass, entered and left in the time that counts; the first ones learn."""
+    model = bench.ready(bench.copy())
+    maps: FeatureMaps | None = None  # the next block goes on with what these have
+
+    def call(*inputs: Tensor) -> Any:
+        nonlocal maps
+        with capture(model) as maps:
+            return model(*inputs)
+
+    for _ in range(4):
+        bench.run(call)
+    yield Opened(call, lambda: Handed() if maps is None else handed(maps))
+
+
 def unjudged(options: Callable[[], dict[str, Any]]) -> Open:
     """The same, where what is handed out is not z and a to the last bit, or nothing."""
 
@@ -380,6 +396,7 @@ CONTENDERS = [
     Contender(
         "learning", "the first pass on a new model", first(whole=False), _eager, counted=False
     ),
+    Contender("a block each", "a block for each pass, from the fifth on", a_block_each, _eager),
     Contender("one-shot", "that pass, with entering and leaving", first(whole=True), _eager),
     Contender("hooks, references", f"detach(): {_LEAVES}", hooks(_detached)),
     Contender("hooks, clones", f"detach().clone(): {_LEAVES}", hooks(_cloned)),

@@ -27,8 +27,8 @@ from benchmarks.real_models import BRANCHING, COMPUTE, MODELS, PACKAGES, RealMod
 __all__ = ["KINDS", "MODES", "Mode", "Summary", "cases", "cast", "run", "summary"]
 
 CAST = (
-    *(CONTROL, "fmapkit", "fmapkit, compiled", "learning", "hooks, references", "hooks, clones"),
-    *("hooks on σ, clones", "closures, least", "captum", "nnsight"),
+    *(CONTROL, "fmapkit", "a block each", "fmapkit, compiled", "learning", "hooks, references"),
+    *("hooks, clones", "hooks on σ, clones", "closures, least", "captum", "nnsight"),
 )
 
 
