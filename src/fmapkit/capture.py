@@ -27,7 +27,15 @@ from fmapkit.kinds import Kind
 from fmapkit.maps import FeatureMap, FeatureMaps
 from fmapkit.model import Names, unwrap
 from fmapkit.selection import EarlyStop, Selection
-from fmapkit.session import Analyses, Analysis, CaptureConfig, Session, leave, request_of, take
+from fmapkit.session import (
+    Analyses,
+    Analysis,
+    CaptureConfig,
+    Session,
+    end_block,
+    request_of,
+    resting_session,
+)
 from fmapkit.storage import Budget, StorageConversion, policy
 from fmapkit.torchlib.compiled_modules import compiled_roots, plain
 
@@ -139,7 +147,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         usual = layers, kinds, filters, keep, detach, gradients, weights
         self._request = request_of(usual) if request_of(special) == _NOTHING_SPECIAL else None
         named = layers is not None or filters is not None
-        self._resting = take(model, self._request, named)
+        self._resting = resting_session(model, self._request, named)
         if self._resting is not None:
             self._session = self._resting.session
             return
@@ -210,7 +218,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             if check.gradients_unseen:
                 self._session.miss("", COMPILED)
         failed = kind is not None
-        self._maps._session = leave(self._session, self._request, self._resting, failed)
+        self._maps._session = end_block(self._session, self._request, self._resting, failed)
         if check is not None and isinstance(error, Exception):
             check.raise_found(cause=error)
         if stop is not None and stop.ended and isinstance(error, (AttributeError, TypeError)):

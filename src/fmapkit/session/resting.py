@@ -31,9 +31,10 @@ from fmapkit.torchlib.compiled_modules import compiled_roots, ever_compiled
 if TYPE_CHECKING:
     from fmapkit.session.session import Rest, Session
 
-__all__ = ["EndedBlock", "RestingSession", "request_of", "take"]
+__all__ = ["EndedBlock", "RestingSession", "end_block", "request_of", "resting_session"]
 
 _ALIKE = 2  # blocks after the first
+_PLAIN = (type(None), bool, int, str)
 
 
 class RestingSession:
@@ -104,11 +105,15 @@ def request_of(asked: Any) -> Hashable | None:
         return None if None in parts else parts
     if type(asked) is dict:
         return request_of([*asked.items()])
-    told = asked is None or isinstance(asked, (bool, int, str, type, re.Pattern, nn.Module))
+    if isinstance(asked, nn.Module):
+        return nn.Module, id(asked)  # it is a part of the model, which is compared
+    told = type(asked) in _PLAIN or isinstance(asked, (type, re.Pattern))
     return (type(asked), asked) if told else None
 
 
-def take(model: nn.Module, request: Hashable | None, named: bool) -> RestingSession | None:
+def resting_session(
+    model: nn.Module, request: Hashable | None, named: bool
+) -> RestingSession | None:
     """The session that has captured a model for the same, if it rests and nobody has taken it.
 
     Args:
@@ -127,7 +132,7 @@ def take(model: nn.Module, request: Hashable | None, named: bool) -> RestingSess
     return found
 
 
-def leave(
+def end_block(
     session: Session, request: Hashable | None, before: RestingSession | None, failed: bool
 ) -> EndedBlock:
     """A block has ended: its session rests, if the next may go on with it, or else is closed.
