@@ -33,12 +33,16 @@ def environment() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("environment")
-def test_fresh_programs(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("blocks", [False, True], ids=["one block", "a block each"])
+def test_fresh_programs(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], blocks: bool
+) -> None:
     totals, failing = Totals(), []
+    programs = PROGRAMS // 3 if blocks else PROGRAMS
     with capsys.disabled():
-        print(f"\nFMAPKIT_FUZZ_SEED={SEED} ({PROGRAMS} programs)")
-    for seed in range(SEED, SEED + PROGRAMS):
-        program = write(seed)
+        print(f"\nFMAPKIT_FUZZ_SEED={SEED} ({programs} programs)")
+    for seed in range(SEED, SEED + programs):
+        program = write(seed).in_blocks() if blocks else write(seed)
         report = check(program)
         totals.add(program, report)
         if report.failure is not None:
@@ -51,6 +55,6 @@ def test_fresh_programs(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[st
     if failing:
         pytest.fail(f"FMAPKIT_FUZZ_SEED={SEED}\n" + "\n\n".join(failing), pytrace=False)
     # Most programs run, and what they do is known.
-    assert sum(totals.invalid.values()) < 0.1 * PROGRAMS + 3
-    assert totals.sites > 10 * PROGRAMS
+    assert sum(totals.invalid.values()) < 0.1 * programs + 3
+    assert totals.sites > 10 * programs
     assert totals.vague < 0.1 * totals.sites

@@ -188,11 +188,6 @@ class HookInstaller:
                 (name,) = plan.sites[site]
                 self.sites[region][site] = PlainSite(site, name, how, self.line)
 
-    def no_doors(self) -> None:
-        """Remove what is there only to name calls outside of passes."""
-        tapped = {m for plan in self.tapped.values() for m in plan.taps}
-        self._hooks.drop("after", only=self._hooks.modules() - tapped)
-
     def _slow(self, call: Callable[..., Any]) -> Hook:
         """A tap that does all there is to do at once: the pass may end with it, or be shown."""
         return Hook(call, self._hooks.owner)

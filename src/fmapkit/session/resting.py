@@ -159,7 +159,7 @@ def end_block(
     alike = 0
     if before is not None and list(map(id, paths)) == list(map(id, before.paths)):
         alike = before.alike + 1
-    rest = session.rest(doors=True)
+    rest = session.rest()
     ended = session.ended()
     ended.resting = RestingSession(session, rest, request, paths, alike)
     with _lock:

@@ -166,11 +166,8 @@ class Session:
             self.parts.regions.doubt()
             self.parts.region_calls.forget_latest()
 
-    def rest(self, doors: bool = False) -> Rest:
-        """Between two calls of a capture that goes on, nothing is set.
-
-        Args:
-            doors: once it goes on, calls outside of passes are named.
+    def rest(self) -> Rest:
+        """Between two blocks, or two calls of a capture that goes on, nothing is set.
 
         Returns:
             What is to be given back to `wake`.
@@ -183,8 +180,6 @@ class Session:
         functions = self.parts.paths.twins.rest()
         watch = self.passes.watch
         settled = watch.counted() if watch.settled() else None
-        if not doors:
-            self.parts.installer.no_doors()  # nothing is set while nobody calls
         off = [self.hooks.take_off(module) for module in self.hooks.modules()]
         return Rest(off, functions, settled)
 
