@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from fmapkit import CaptureWarning, capture
 from fmapkit.errors import UnknownLayerError
 from fmapkit.missed import Reason
 from tests import truth
+from tests.checks import needs_compiled
 
 
 class Net(nn.Module):
@@ -216,7 +218,39 @@ def _normed(model: Any) -> None:
     nn.utils.parametrizations.weight_norm(model.conv)
 
 
-CHANGES = [_trains, _adds, _gelu, _forward, _double, _hook, _weights, _normed]
+def _swapped(model: Any) -> None:
+    model.conv.weight = nn.Parameter(model.conv.weight.detach() * 3)
+
+
+def _renamed(model: Any) -> None:
+    conv = model.conv
+    del model.conv
+    model.conv2 = conv
+    model.forward = lambda x: model.head(model.relu(model.conv2(model.stem(x))).mean((2, 3)))
+
+
+def _channels_last(model: nn.Module) -> None:
+    model.to(memory_format=torch.channels_last)
+
+
+def _frozen(model: nn.Module) -> None:
+    model.requires_grad_(False)
+
+
+def _pruned(model: Any) -> None:
+    nn.utils.prune.l1_unstructured(model.conv, "weight", 0.5)
+
+
+def _copied(model: Any) -> None:
+    model.conv = copy.deepcopy(model.conv)
+
+
+def _out_of_place(model: Any) -> None:
+    model.relu.inplace = False
+
+
+CHANGES = [_trains, _adds, _gelu, _forward, _double, _hook, _weights, _normed, _swapped, _renamed]
+CHANGES += [_channels_last, _frozen, _pruned, _copied, _out_of_place]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -256,6 +290,23 @@ def test_hidden_state_of_a_helper_that_was_exchanged() -> None:
                 space["helper"] = torch.tanh
             maps, runs = _pass(model, bare, n)
             _whole(maps, runs)
+
+
+@needs_compiled
+def test_compiled_between_blocks() -> None:
+    model, kept = _net(), []
+    for n in range(8):
+        if n == 5:
+            model.compile(backend="eager")
+        with torch.no_grad(), capture(model) as maps:
+            model(_input(n))
+        kept.append(maps)
+        assert maps.missed == []
+        with torch.no_grad():
+            assert torch.equal(maps["stem"].tensor, torch.relu(model.stem(_input(n))))
+    with torch.no_grad(), capture(torch.compile(model, backend="eager")) as maps:
+        model(_input())
+    assert len(maps) == len(kept[0])
 
 
 # -- which blocks go on ----------------------------------------------------------------------------

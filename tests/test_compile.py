@@ -1047,3 +1047,34 @@ def test_hooks_of_others_on_a_compiled_model_run_as_they_come_and_go() -> None:
             for layer, kind, tensor in pairs:
                 assert torch.equal(maps[layer, kind].tensor, tensor)
     assert not maps.missed
+
+
+def test_other_threads_can_make_tuples_meanwhile() -> None:
+    """Whoever has a tuple that is yet to be filled, as `gc.get_objects` has, breaks that."""
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    torch.compile(model, backend="eager")(torch.ones(1, 2))
+    stop, wrong = threading.Event(), []
+
+    def make() -> None:
+        while not stop.is_set():
+            try:
+                tuple(n for n in range(50))
+            except SystemError as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=make) for _ in range(2)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(10):
+            with capture(model) as maps:
+                model(torch.ones(1, 2))
+            assert len(maps) == 2
+    finally:
+        sys.setswitchinterval(before)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []

@@ -135,8 +135,13 @@ def around(model: nn.Module) -> list[nn.Module]:
     """
     if not ever_compiled():  # to look through all objects takes a while
         return []
-    found = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]
-    return [o for o in found if _is_whole(o) and is_compiled(o) and holds(o, model)]
+    kind = sys.modules["torch._dynamo.eval_frame"].OptimizedModule
+    # What `module.compile()` has made keeps the module's bound method. Not `gc.get_objects`: that
+    # has the tuples, too, which other threads have yet to fill, and cannot while we have them.
+    holders = gc.get_referrers(kind, *kind.__subclasses__(), nn.Module._call_impl)
+    bound = (h.__self__ for h in holders if type(h) is types.MethodType)
+    found = {id(o): o for o in (*holders, *bound) if issubclass(type(o), nn.Module)}
+    return [o for o in found.values() if _is_whole(o) and is_compiled(o) and holds(o, model)]
 
 
 def _is_whole(module: nn.Module) -> bool:
