@@ -124,7 +124,7 @@ def mode(**options: Any) -> Open:
 
 @contextmanager
 def a_block_each(bench: Bench) -> Iterator[Opened]:
-    """A block for each pass, entered and left in the time that counts; the first ones learn."""
+    """A block for each pass, entered and left in the time that counts; the first twenty learn."""
     model = bench.ready(bench.copy())
     maps: FeatureMaps | None = None  # the next block goes on with what these have
 
@@ -133,7 +133,7 @@ def a_block_each(bench: Bench) -> Iterator[Opened]:
         with capture(model) as maps:
             return model(*inputs)
 
-    for _ in range(4):
+    for _ in range(20):
         bench.run(call)
     yield Opened(call, lambda: Handed() if maps is None else handed(maps))
 
@@ -396,7 +396,7 @@ CONTENDERS = [
     Contender(
         "learning", "the first pass on a new model", first(whole=False), _eager, counted=False
     ),
-    Contender("a block each", "a block for each pass, from the fifth on", a_block_each, _eager),
+    Contender("a block each", "a block for each pass, from the twenty-first on", a_block_each, _eager),
     Contender("one-shot", "that pass, with entering and leaving", first(whole=True), _eager),
     Contender("hooks, references", f"detach(): {_LEAVES}", hooks(_detached)),
     Contender("hooks, clones", f"detach().clone(): {_LEAVES}", hooks(_cloned)),

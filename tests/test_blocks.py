@@ -22,8 +22,17 @@ import fmapkit
 from fmapkit import CaptureWarning, capture
 from fmapkit.errors import UnknownLayerError
 from fmapkit.missed import Reason
+from fmapkit.session import resting
 from tests import truth
 from tests.checks import needs_compiled
+
+_ALIKE = resting._ALIKE
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path is relied on from the fourth block on."""
+    monkeypatch.setattr(resting, "_ALIKE", 2)
 
 
 class Net(nn.Module):
@@ -84,6 +93,16 @@ def test_a_fourth_block_traces_nothing(traced: list[None]) -> None:
         _whole(maps, runs)
         counts.append(len(traced) - before)
     assert counts == [1, 1, 1, 0, 0, 0]
+
+
+def test_many_blocks_are_traced_before(traced: list[None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resting, "_ALIKE", _ALIKE)
+    model = _net()
+    for n in range(20):
+        with torch.no_grad(), capture(model) as maps:
+            model(_input(n))
+        assert len(maps) == 5
+    assert len(traced) == 17
 
 
 @pytest.mark.parametrize("asked", [{"detach": False}, {"gradients": True}, {"keep": "all"}])
@@ -466,6 +485,23 @@ def test_the_model_goes_with_its_maps() -> None:
     del model, maps
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.usefixtures("collected")
+def test_maps_go_at_once() -> None:
+    gc.disable()
+    try:
+        for _ in range(6):
+            model = _net()
+            with torch.no_grad(), capture(model) as maps:
+                model(_input())
+            tensor = weakref.ref(maps["stem"].tensor)
+            resting_ = weakref.ref(maps._session.resting)
+            del maps
+            assert tensor() is None
+            assert resting_() is None
+    finally:
+        gc.enable()
 
 
 def test_maps_that_are_kept_do_not_keep_plans() -> None:

@@ -97,6 +97,7 @@ def _run(
             for map_, truth in zip(maps, own, strict=True):
                 assert (map_.layer, map_.nonlinearity) == (truth.layer, truth.nonlinearity)
                 assert torch.equal(map_.tensor, truth.tensor)
+            del own, map_, truth  # the next block begins anew
     return lost, seen
 
 

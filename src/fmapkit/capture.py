@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
@@ -31,8 +31,8 @@ from fmapkit.session import (
     Analyses,
     Analysis,
     CaptureConfig,
+    RestingSession,
     Session,
-    end_block,
     request_of,
     resting_session,
 )
@@ -147,7 +147,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         usual = layers, kinds, filters, keep, detach, gradients, weights
         self._request = request_of(usual) if request_of(special) == _NOTHING_SPECIAL else None
         named = layers is not None or filters is not None
-        self._resting = resting_session(model, self._request, named)
+        self._resting = _resting(model, self._request, named)
         if self._resting is not None:
             self._session = self._resting.session
             return
@@ -217,13 +217,26 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             check.close()
             if check.gradients_unseen:
                 self._session.miss("", COMPILED)
-        failed = kind is not None
-        self._maps._session = end_block(self._session, self._request, self._resting, failed)
+        self._maps._end(self._session.end_block(self._request, failed=kind is not None))
         if check is not None and isinstance(error, Exception):
             check.raise_found(cause=error)
         if stop is not None and stop.ended and isinstance(error, (AttributeError, TypeError)):
             if "NoneType" in str(error):
                 _note(error, ENDED)
+
+
+def _resting(
+    model: nn.Module, request: Hashable | None, named: bool
+) -> RestingSession[Session] | None:
+    """The session of an earlier block that the new one can go on with.
+
+    Args:
+        model: to be captured.
+        request: what is asked for; None if no session may go on with it.
+        named: layers or filters are: whether they are there is told as a session is made.
+    """
+    found = resting_session(model, request)
+    return None if found is None or (named and not found.session.same()) else found
 
 
 def _check_keep(keep: Any, every: Any, looked_at: bool, max_bytes: Any) -> None:

@@ -52,6 +52,10 @@ class FeatureMaps(DrawableMaps):
     def __init__(self, session: Session | EndedBlock | KeptSession) -> None:
         self._session = session
 
+    def _end(self, block: EndedBlock) -> None:
+        """The block has ended, and the session may be another one's."""
+        self._session = block
+
     # -- the latest pass ----------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[FeatureMap]:

@@ -4,6 +4,7 @@ make_plan             planning.py     from the record of a traced call: a Plan (
   Reading             plan_steps.py   which hook points are tapped, and what is read at each
   Relations, Effects  effects.py      what the call means to the rest of a pass
 ReplayRegions         regions.py      which modules are replayed as a whole; kinds of calls
+  shape_of, sizes_of  call_form.py    what tells calls apart that are given other arguments
 fill_of               caches.py      how much is in the caches that a call may fill
 KeptState             kept_state.py  the form of what is kept of earlier passes (escapes.py)
 InputTruths           input_truths.py  what calls read of their inputs, known before them
@@ -18,6 +19,7 @@ ReplayRun             run.py          one call: what it notes is compared with t
 """
 
 from fmapkit.replay.caches import Fill, fill_of, has_more
+from fmapkit.replay.call_form import carried, shape_of, sizes_of
 from fmapkit.replay.call_taps import can_stand, tap_of
 from fmapkit.replay.effects import ChannelLabelRef, Effects, PassPiece, Ref, Relations, SiteMap
 from fmapkit.replay.escapes import EscapedTensors
@@ -26,7 +28,7 @@ from fmapkit.replay.light_mode import LightMode
 from fmapkit.replay.model_guard import ModelGuard
 from fmapkit.replay.plan import Plan
 from fmapkit.replay.planning import make_plan
-from fmapkit.replay.regions import ReplayRegion, ReplayRegions, carried, shape_of, sizes_of
+from fmapkit.replay.regions import ReplayRegion, ReplayRegions
 from fmapkit.replay.run import ReplayRun
 from fmapkit.replay.site_taps import PlainSite
 from fmapkit.replay.taps import CurrentRun

@@ -8,29 +8,25 @@ modules, dtypes of weights, modes. Each kind has paths of its own, and a plan fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fmapkit.paths import KnownPaths, Sizes
-from fmapkit.provenance import ChannelLabel, Label, ParamLabel
 from fmapkit.replay.attribute_guard import AttributeGuard
-from fmapkit.replay.input_truths import InputTruths, Truths
+from fmapkit.replay.input_truths import InputTruths, OwnTensors, Truths
 from fmapkit.replay.kept_state import KeptState
-from fmapkit.replay.own_tensors import OwnTensors
 from fmapkit.replay.plan import Plan, alike
 from fmapkit.replay.probation import Probation
 from fmapkit.torchlib.compiled_modules import is_compiled
 from fmapkit.torchlib.nested import modules_in
-from fmapkit.torchlib.tensor_spec import form_of, weights_of
-from fmapkit.torchlib.transforms import is_shapeless, under_transform
+from fmapkit.torchlib.tensor_spec import weights_of
+from fmapkit.torchlib.transforms import under_transform
 from fmapkit.tracing import InputRead, Tracer
 
-__all__ = ["ReplayRegion", "ReplayRegions", "carried", "shape_of", "sizes_of"]
-
+__all__ = ["ReplayRegion", "ReplayRegions"]
 
 _OURS = __name__.partition(".")[0]
 _MOST_KINDS = 64
@@ -39,7 +35,6 @@ _MOST_FILLING = 8  # calls of a form and of sizes that may fill caches, each onc
 _MOST_STATES = 4  # in which a kind of call is known while it is not clear which attributes decide
 # Of lists of parameters, which nobody calls.
 _CALLS = (nn.Module.__call__, nn.ParameterList.__call__, nn.ParameterDict.__call__)
-_TOLD = frozenset({bool, str, type(None), torch.dtype, torch.device})
 
 
 class ReplayRegion:
@@ -197,9 +192,9 @@ class ReplayRegion:
         for paths in self._known.values():
             paths.doubt()
 
-    def every_path(self) -> Iterator[Any]:
-        """What is known of the paths of all kinds."""
-        return chain.from_iterable(known.paths for known in self._known.values())
+    def paths_known(self) -> list[Any]:
+        """What is known of the paths of all kinds: each is another object once it is learned."""
+        return [path for known in self._known.values() for path in known.paths]
 
     def _forget(self) -> None:
         self._known.clear()
@@ -311,8 +306,8 @@ class ReplayRegions:
             region.doubt()
 
     def paths(self) -> list[Any]:
-        """What is known of the paths of all regions: each is another object once it is learned."""
-        return list(chain.from_iterable(r.every_path() for r in self._known.values()))
+        """What is known of the paths of all regions."""
+        return [path for region in self._known.values() for path in region.paths_known()]
 
     def end_pass(self, whole: bool) -> bool:
         """A traced pass has ended.
@@ -354,56 +349,3 @@ def _is_usual(kind: type[nn.Module]) -> bool:
     if issubclass(kind, torch.jit.ScriptModule):
         return False
     return kind.__module__.partition(".")[0] != _OURS  # φ ends passes early
-
-
-def shape_of(value: Any) -> Any:
-    """What kind of arguments these are: form of tensors, types of the rest, by place."""
-    if type(value) is Tensor:
-        return form_of(value)
-    if isinstance(value, nn.Parameter):  # whose it is says whose the maps are
-        return form_of(value), type(value), id(value)
-    if isinstance(value, Tensor):
-        return form_of(value), type(value)
-    if isinstance(value, (tuple, list)):
-        return tuple([shape_of(v) for v in value])
-    if isinstance(value, dict):
-        return tuple([(k, shape_of(v)) for k, v in value.items()]) if value else ()
-    return value if type(value) in _TOLD else type(value)
-
-
-def sizes_of(tensors: list[Tensor], args: Any, kwargs: Any) -> Sizes:
-    """The sizes of tensors, one after the other, and the whole numbers that a module is given."""
-    sizes = [size for t in tensors if not is_shapeless(t) for size in t.shape]
-    _numbers_in(sizes, (args, kwargs))
-    return tuple(sizes)
-
-
-def _numbers_in(found: list[int], value: Any) -> None:
-    if isinstance(value, int):
-        found.append(value)
-    elif isinstance(value, (tuple, list)):
-        for inner in value:
-            _numbers_in(found, inner)
-    elif isinstance(value, dict):
-        for inner in value.values():
-            _numbers_in(found, inner)
-
-
-def carried(inputs: list[Label], asked: Callable[[str], Any]) -> Any:
-    """What the inputs carry, origins numbered in order of their first mention.
-
-    Args:
-        inputs: the tags of all tensors that come in.
-        asked: what was asked for of a layer: which of its maps are held may differ from another's.
-    """
-    origins: list[int] = []
-    found: list[Any] = []
-    for tag in inputs:
-        if isinstance(tag, ChannelLabel):
-            if id(tag.origin) not in origins:
-                origins.append(id(tag.origin))
-            place = origins.index(id(tag.origin))
-            found.append((tag.origin.kind, tag.axes, place, asked(tag.origin.name)))
-        else:
-            found.append("weight" if isinstance(tag, ParamLabel) else None)
-    return tuple(found)

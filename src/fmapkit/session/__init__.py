@@ -20,7 +20,6 @@ from fmapkit.session.analyses import Analysis as Analysis
 from fmapkit.session.config import CaptureConfig as CaptureConfig
 from fmapkit.session.resting import EndedBlock as EndedBlock
 from fmapkit.session.resting import RestingSession as RestingSession
-from fmapkit.session.resting import end_block as end_block
 from fmapkit.session.resting import request_of as request_of
 from fmapkit.session.resting import resting_session as resting_session
 from fmapkit.session.session import Rest as Rest

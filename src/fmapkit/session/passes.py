@@ -185,6 +185,11 @@ class Passes:
         shown = wants.outputs if asked.analyses or wants.retention else set()
         return asked.edits.placed(wants.kind("input"), shown)
 
+    def restart(self) -> int:
+        """What comes is another block's; how many passes there were in this one."""
+        steps, self.steps, self.ids = self.steps, 0, None
+        return steps
+
     # -- under way ----------------------------------------------------------------------------
 
     @property

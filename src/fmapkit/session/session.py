@@ -20,6 +20,7 @@ What a capture consists of is told in `session/parts.py`, what is under way, in 
 from __future__ import annotations
 
 import threading
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from fmapkit.session.dispatch import HookDispatcher
 from fmapkit.session.hook_installer import HookCallbacks
 from fmapkit.session.parts import SessionParts
 from fmapkit.session.passes import Passes
-from fmapkit.session.resting import EndedBlock, RestingSession
+from fmapkit.session.resting import EndedBlock, RestingSession, is_wayward
 from fmapkit.storage import Budget
 from fmapkit.torchlib.call_override import hide_from_scripting, show_to_scripting
 from fmapkit.torchlib.scripted import tell, tell_no_more
@@ -91,6 +92,8 @@ class Session:
         self.names = asked.names
         self.wants = asked.wants
         self.hooks = Hooks(self, lambda *call: self.passes.broken_off(*call))
+        self._rest: Rest | None = None  # what `go_on` puts back
+        self._before: RestingSession[Session] | None = None  # as it rested before this block
         self.parts = SessionParts.of(asked, self.hooks, keep, budget, lambda: self._callbacks)
         self.store = self.parts.store
         self.compiled = CompiledEntries(asked.model, given)
@@ -149,19 +152,41 @@ class Session:
         if not failed:
             self.parts.misses.warn()
 
-    def ended(self) -> EndedBlock:
-        """What the block has captured; what comes is another block's."""
-        store, missed, steps = self.store.take(), self.parts.misses.take(), self.steps
-        self.passes.steps, self.passes.ids = 0, None
-        return EndedBlock(self.names, self.wants, store, missed, steps)
+    def end_block(self, request: Hashable | None, failed: bool = False) -> EndedBlock:
+        """The block has ended: rest, if the next one may go on with what was learned, or close.
 
-    def go_on(self, resting: RestingSession) -> None:
+        Args:
+            request: what was asked for; None if no other block may go on with it.
+            failed: an exception has ended the block.
+
+        Returns:
+            What was captured.
+        """
+        before, parts, model = self._before, self.parts, self.asked.model
+        strayed = before is not None and before.reliable and bool(self.missed)
+        paths = parts.regions.paths()
+        fit = self.steps and paths and parts.live.current is None and not self.compiled
+        if is_wayward(model, strayed) or request is None or failed or self.missed or not fit:
+            self.close(failed)
+            return self._ended()
+        self.asked.analyses.view = None
+        self._rest = self.rest()
+        return self._ended(RestingSession(self, model, request, paths, before))
+
+    def _ended(self, resting: RestingSession[Session] | None = None) -> EndedBlock:
+        """What the block has captured; what comes is another block's."""
+        store, missed, steps = self.store.take(), self.parts.misses.take(), self.passes.restart()
+        return EndedBlock(self.names, self.wants, store, missed, steps, resting)
+
+    def go_on(self, resting: RestingSession[Session]) -> None:
         """Another block begins, which asks for the same.
 
         Raises:
             CaptureStateError: another capture with an edit is open.
         """
-        self.wake(resting.rest)
+        assert self._rest is not None
+        self._before = resting
+        self.wake(self._rest)
         if not resting.reliable:
             self.parts.regions.doubt()
             self.parts.region_calls.forget_latest()
@@ -201,6 +226,10 @@ class Session:
         self.compiled.wake()
         if quiet:
             watch.count_from_here()
+
+    def same(self) -> bool:
+        """Whether the model has the modules that it had, under the same names."""
+        return not self.passes.watch.changed()
 
     def alone(self) -> bool:
         """Whether no other capture is open in this thread that would see its passes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator
+from copy import copy
 from typing import Any
 
 import torch
@@ -158,11 +159,8 @@ class PassStore:
 
     def take(self) -> PassStore:
         """Another store, with all passes that this one has had."""
-        taken = PassStore(0 if self.fleeting else self.keep)
-        for name in ("passes", "_users", "_total"):
-            mine, theirs = getattr(self, name), getattr(taken, name)
-            setattr(self, name, theirs)
-            setattr(taken, name, mine)
+        taken = copy(self)
+        self.passes, self._users, self._total = deque(), Counter(), 0
         return taken
 
     def begin(self, step: int, training: bool, gradually: bool = False) -> Pass:

@@ -1,0 +1,71 @@
+"""The form of a call: what its plan may rest on, and what may change from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmapkit.paths import Sizes
+from fmapkit.provenance import ChannelLabel, Label, ParamLabel
+from fmapkit.torchlib.tensor_spec import form_of
+from fmapkit.torchlib.transforms import is_shapeless
+
+__all__ = ["carried", "shape_of", "sizes_of"]
+
+_TOLD = frozenset({bool, str, type(None), torch.dtype, torch.device})
+
+
+def shape_of(value: Any) -> Any:
+    """What kind of arguments these are: form of tensors, types of the rest, by place."""
+    if type(value) is Tensor:
+        return form_of(value)
+    if isinstance(value, nn.Parameter):  # whose it is says whose the maps are
+        return form_of(value), type(value), id(value)
+    if isinstance(value, Tensor):
+        return form_of(value), type(value)
+    if isinstance(value, (tuple, list)):
+        return tuple([shape_of(v) for v in value])
+    if isinstance(value, dict):
+        return tuple([(k, shape_of(v)) for k, v in value.items()]) if value else ()
+    return value if type(value) in _TOLD else type(value)
+
+
+def sizes_of(tensors: list[Tensor], args: Any, kwargs: Any) -> Sizes:
+    """The sizes of tensors, one after the other, and the whole numbers that a module is given."""
+    sizes = [size for t in tensors if not is_shapeless(t) for size in t.shape]
+    _numbers_in(sizes, (args, kwargs))
+    return tuple(sizes)
+
+
+def _numbers_in(found: list[int], value: Any) -> None:
+    if isinstance(value, int):
+        found.append(value)
+    elif isinstance(value, (tuple, list)):
+        for inner in value:
+            _numbers_in(found, inner)
+    elif isinstance(value, dict):
+        for inner in value.values():
+            _numbers_in(found, inner)
+
+
+def carried(inputs: list[Label], asked: Callable[[str], Any]) -> Any:
+    """What the inputs carry, origins numbered in order of their first mention.
+
+    Args:
+        inputs: the tags of all tensors that come in.
+        asked: what was asked for of a layer: which of its maps are held may differ from another's.
+    """
+    origins: list[int] = []
+    found: list[Any] = []
+    for tag in inputs:
+        if isinstance(tag, ChannelLabel):
+            if id(tag.origin) not in origins:
+                origins.append(id(tag.origin))
+            place = origins.index(id(tag.origin))
+            found.append((tag.origin.kind, tag.axes, place, asked(tag.origin.name)))
+        else:
+            found.append("weight" if isinstance(tag, ParamLabel) else None)
+    return tuple(found)
