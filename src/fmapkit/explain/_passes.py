@@ -94,6 +94,18 @@ def kept_state(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def differentiating(model: nn.Module, inputs: Any, tensor: Tensor) -> Iterator[tuple[Tensor, Any]]:
+    """A pass with gradients, of which nothing is left.
+
+    Yields:
+        A copy of the input, which takes a gradient unless it is of integers; the inputs with it.
+    """
+    with kept_state(model), torch.inference_mode(False), torch.enable_grad():
+        x = tensor.detach().clone().requires_grad_(tensor.is_floating_point())
+        yield x, exchanged(inputs, tensor, x)
+
+
+@contextmanager
 def step_by_step() -> Iterator[None]:
     """Have torch run attention in steps, and not as one fused kernel that cannot be looked into."""
     fast = torch.backends.mha.get_fastpath_enabled()

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmapkit.errors import ArgumentError
-from fmapkit.explain._axes import has_samples, input_axes, map_axes, no_locations
-from fmapkit.explain._passes import WantedMap, eager, exchanged, first_tensor, kept_state, run
+from fmapkit.explain._locations import has_samples, input_axes, map_axes, no_locations
+from fmapkit.explain._passes import WantedMap, differentiating, eager, first_tensor, run
 from fmapkit.kinds import Kind
 from fmapkit.readable import tags
 from fmapkit.torchlib.operators import tree_leaves
@@ -66,12 +66,8 @@ def grad_cam(
     tensor = first_tensor(inputs, "grad_cam")
     along = input_axes(tensor, axes)
     wanted = WantedMap(layer, kind, call, path)
-    with kept_state(model), torch.inference_mode(False), torch.enable_grad():
-        by: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-        given = inputs
-        if tensor.is_floating_point():
-            x = tensor.detach().clone().requires_grad_()
-            given, by = exchanged(inputs, tensor, x), [x]
+    with differentiating(model, inputs, tensor) as (x, given):
+        by = [x] if x.requires_grad else [p for p in model.parameters() if p.requires_grad]
         with wanted.capture(model, gradients=True) as maps:
             score = _score(run(model, given), target)
             fm = wanted.among(maps)

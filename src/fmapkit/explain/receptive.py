@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.errors import ArgumentError, MapLookupError, check_choice
-from fmapkit.explain._axes import input_axes, is_location, map_axes
 from fmapkit.explain._fields import NONE, Fields
 from fmapkit.explain._follow import Follow, Leaving
+from fmapkit.explain._locations import input_axes, is_location, map_axes
 from fmapkit.explain._passes import (
     WantedMap,
     eager,
