@@ -16,17 +16,11 @@ field.size, field.stride, field.box(7, 7)
     plot_...           pictures.py
 """
 
-from typing import TYPE_CHECKING
-
-from fmapkit._lazy import lazy
-from fmapkit.explain._progress import with_bar as with_bar
-
-if TYPE_CHECKING:
-    from fmapkit.explain.cam import grad_cam
-    from fmapkit.explain.occluding import Occlusion, occlusion
-    from fmapkit.explain.pictures import plot_field, plot_heat, plot_projection
-    from fmapkit.explain.projection import effective_field, project
-    from fmapkit.explain.receptive import Box, ReceptiveField, Span, receptive_field
+from fmapkit.explain.cam import grad_cam
+from fmapkit.explain.occluding import Occlusion, occlusion
+from fmapkit.explain.pictures import plot_field, plot_heat, plot_projection
+from fmapkit.explain.projection import effective_field, project
+from fmapkit.explain.receptive import Box, ReceptiveField, Span, receptive_field
 
 __all__ = [
     "Box",
@@ -42,14 +36,3 @@ __all__ = [
     "project",
     "receptive_field",
 ]
-
-# Imported when asked for.
-_HOMES = {
-    "cam": "grad_cam",
-    "occluding": "Occlusion occlusion",
-    "pictures": "plot_field plot_heat plot_projection",
-    "projection": "effective_field project",
-    "receptive": "Box ReceptiveField Span receptive_field",
-}
-
-__getattr__, __dir__ = lazy(__name__, _HOMES)

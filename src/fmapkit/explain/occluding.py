@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fmapkit._lazy import with_bar
 from fmapkit.errors import ArgumentError, CaptureWarning, check_positive
 from fmapkit.explain._locations import At, chosen, has_samples, input_axes
 from fmapkit.explain._passes import WantedMap, changed, eager, first_tensor, kept_state, run
-from fmapkit.explain._progress import with_bar
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.readable import tags

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fmapkit._lazy import with_bar
 from fmapkit.editing import Where
 from fmapkit.errors import ArgumentError, check_choice, check_positive
-from fmapkit.explain import with_bar
 from fmapkit.map import FeatureMap
 from fmapkit.patching._edited_runs import Runs
 from fmapkit.patching._inputs import ModelInputs
