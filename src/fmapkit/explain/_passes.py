@@ -24,6 +24,7 @@ from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.maps import FeatureMaps
 from fmapkit.readable import tags
+from fmapkit.torchlib.compiled_modules import compiled_roots, plain
 from fmapkit.torchlib.operators import tree_leaves, tree_map
 
 # What is captured where no kind is asked for; the best of them is taken.
@@ -31,7 +32,7 @@ _KINDS: tuple[Kind, ...] = ("preactivation", "activation")
 _RANK = {"activation": 0, "preactivation": 1, "response": 2, "output": 3, "input": 4}
 
 
-def eager(model: Any, what: str) -> nn.Module:
+def eager(model: nn.Module, what: str) -> nn.Module:
     """The model to run: what `torch.compile` was given, if it is wrapped.
 
     Raises:
@@ -39,17 +40,14 @@ def eager(model: Any, what: str) -> nn.Module:
         ArgumentError: a part of it is compiled: what that computes in between is not to be had.
     """
     check_module(what, model)
-    plain: nn.Module = model
-    while (inner := plain._modules.get("_orig_mod")) is not None:
-        plain = inner
-    for name, module in plain.named_modules():
-        call = module.__dict__.get("_compiled_call_impl")
-        if "_orig_mod" in module._modules or hasattr(call, "_torchdynamo_orig_callable"):
-            raise ArgumentError(
-                f"{what} needs a model that runs eagerly, and {name or type(module).__name__!r} is "
-                "compiled: give the model as it was before"
-            )
-    return plain
+    model = plain(model)
+    for module in compiled_roots(model):
+        name = next(name for name, m in model.named_modules() if m is module)
+        raise ArgumentError(
+            f"{what} needs a model that runs eagerly, and {name or type(module).__name__!r} is "
+            "compiled: give the model as it was before"
+        )
+    return model
 
 
 def run(model: nn.Module, inputs: Any) -> Any:
