@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,15 +9,13 @@ from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.plot import _pictures as pictures
 from fmapkit.plot._draw import WIDTH, columns_of, draw, draw_alone, draw_image, size_of
 from fmapkit.plot._figure import entitle, new_figure
-from fmapkit.plot._pictures import Array, Choice, Picture
+from fmapkit.plot._images import Array, Numbers, pixels
+from fmapkit.plot._pictures import Choice, Picture
 from fmapkit.readable import ReadableMap, ReadableMaps, tags
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-Numbers = float | Sequence[float] | None
 
 
 def plot_map(
@@ -64,7 +61,7 @@ def plot_map(
         KindNotCapturedError: its weights were computed in the pass, and not held.
     """
     check_positive(max_filters=max_filters, **({} if columns is None else {"columns": columns}))
-    below = None if overlay is None else pictures.pixels(overlay, mean, std, "overlay", sample)
+    below = None if overlay is None else pixels(overlay, mean, std, "overlay", sample)
     picture = pictures.of_map(fm, sample, max_filters, filters, grid, below)
     columns = columns_of(len(picture.labels), columns)
     title = f"{_heading(fm)} · {pictures.meaning(fm)} · {picture.caption}"
@@ -126,7 +123,7 @@ def plot_maps(
     rows: list[_Row] = []
     for group in shown:
         rows += _of_layer(group, sample, filters, max_filters, grid, weights)
-    above = None if image is None else pictures.pixels(image, mean, std, sample=sample)
+    above = None if image is None else pixels(image, mean, std, sample=sample)
     figure = _drawn(rows, min(max_filters, 16), above, len(shown))
     entitle(figure, title, len(groups) - len(shown))
     return figure

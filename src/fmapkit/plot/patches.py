@@ -11,7 +11,7 @@ from torch import Tensor
 from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.plot._draw import blank
 from fmapkit.plot._figure import subplots
-from fmapkit.plot._pictures import Array, pixels
+from fmapkit.plot._images import Array, Numbers, pixels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,8 +40,8 @@ def plot_patches(
     layer: str = "",
     *,
     columns: int = 9,
-    mean: float | Sequence[float] | None = None,
-    std: float | Sequence[float] | None = None,
+    mean: Numbers = None,
+    std: Numbers = None,
     below: Mapping[int, Sequence[Tensor]] | None = None,
     title: str | None = None,
     more: int = 0,
