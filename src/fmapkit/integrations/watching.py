@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fmapkit._warnings import warn
 from fmapkit.analysis import Analysis, DeadFilters, Statistics
 from fmapkit.capture import capture
 from fmapkit.errors import (
     ArgumentError,
-    CaptureWarning,
     check_flags,
     check_positive,
     did_you_mean,
@@ -37,19 +36,18 @@ class _Shown:
         self._evaluation = evaluation
 
     def update(self, fm: FeatureMap) -> None:
-        self._watching.seen = True
+        self._watching._seen = True
         if fm.training or self._evaluation:
             self._analysis.update(fm)
 
 
 class Watching:
-    """What the callbacks have in common.
+    """What the callbacks have in common; each is one, and calls these as its trainer tells it to.
 
     Attributes:
         analyses: what sees the maps.
         maps: what `capture` gave; None before training has begun. With `keep=0`, the default, it
             holds none, and tells what was missed.
-        seen: whether a map has come since the capture was opened.
     """
 
     def __init__(
@@ -67,7 +65,7 @@ class Watching:
         several = isinstance(analyses, Iterable) and not isinstance(analyses, Analysis)
         self.analyses: list[Analysis] = list(analyses) if several else [analyses]  # type: ignore
         self.maps: FeatureMaps | None = None
-        self.seen = False
+        self._seen = False
         self._log_every = log_every
         self._window = window
         shown = [_Shown(self, analysis, evaluation) for analysis in self.analyses]
@@ -78,21 +76,21 @@ class Watching:
         self._written = 0
         self._told = False
 
-    def begin(self, model: nn.Module, step: int) -> None:
+    def _begin(self, model: nn.Module, step: int) -> None:
         """Open the capture; one that is open still, as after an error, is closed first.
 
         Args:
             step: how many optimiser steps there have been.
         """
-        self.end()
-        self.seen, self._written, self._told = False, step, False
+        self._end()
+        self._seen, self._written, self._told = False, step, False
         self.maps = self._open.enter_context(capture(model, **self._options))
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Close the capture, if it is open."""
         self._open.close()
 
-    def write(self, log: Log | None, step: int, *, last: bool = False) -> None:
+    def _write(self, log: Log | None, step: int, *, last: bool = False) -> None:
         """Write what the analyses know, if it is time to, and begin the next window.
 
         Args:
@@ -118,27 +116,7 @@ class Watching:
                 self._told = True
                 found = analysis.found
                 more = f", and in {len(found) - 1} maps after it" if len(found) > 1 else ""
-                warnings.warn(
-                    f"a NaN or an infinity, seen at step {step}: first in {found[0]}{more}",
-                    CaptureWarning,
-                    stacklevel=4,
-                )
-
-
-class Watcher:
-    """What is read of a callback that watches a training."""
-
-    _watching: Watching
-
-    @property
-    def analyses(self) -> list[Analysis]:
-        """What sees the maps."""
-        return self._watching.analyses
-
-    @property
-    def maps(self) -> FeatureMaps | None:
-        """What `capture` gave; None before training has begun."""
-        return self._watching.maps
+                warn(f"a NaN or an infinity, seen at step {step}: first in {found[0]}{more}")
 
 
 # What of capture's arguments can be judged without the model.
