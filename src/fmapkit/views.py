@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError, FilterRangeError, check_choice, check_positive
+from fmapkit.errors import ArgumentError, check_choice, check_positive
 from fmapkit.readable import AnyMap, ReadableMap, tags
 
 __all__ = [
@@ -235,13 +235,8 @@ def _by_filter(fm: ReadableMap, locations: int | None = None) -> Tensor:
         FilterRangeError: the map has no filter axis.
         ArgumentError: it has another number of axes of locations.
     """
-    if fm.filter_dim is None or fm.filters is None:
-        raise FilterRangeError(
-            f"the {fm.kind} of layer {fm.layer!r} has no single filter axis"
-            + (f"; it is filter {fm.filter} already" if fm.filter is not None else ""),
-            filter=fm.filter,
-            **tags(fm),
-        )
+    len(fm)  # which refuses a map without that axis
+    assert fm.filter_dim is not None
     tensor = fm.tensor
     dim = fm.filter_dim % tensor.dim()
     found = tensor.unsqueeze(0) if dim == 0 else tensor.movedim(dim, 1)
