@@ -143,7 +143,11 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 "dtype= and device= store copies outside of the graph, and detach=False keeps maps "
                 "in it; convert them in the loss instead"
             )
-        budget = _budget(max_bytes, policy(when_full))
+        if policy(when_full) != "error" and max_bytes is None:
+            raise ArgumentError(
+                f"when_full={when_full!r} says what goes when max_bytes= is reached: give both"
+            )
+        budget = None if max_bytes is None else Budget(max_bytes, when_full)
         given, model = model, plain(model)
         names = Names(model)
         if edit or stop or gradients:
@@ -226,14 +230,6 @@ def _check_keep(keep: Any, every: Any, looked_at: bool, max_bytes: Any) -> None:
     if keep != "all" and not _positive(keep) and not fleeting:
         raise ArgumentError(f"keep must be a positive int or 'all', not {keep!r}")
     check_positive(every=every)
-
-
-def _budget(max_bytes: Any, when_full: Literal["error", "oldest"]) -> Budget | None:
-    if when_full != "error" and max_bytes is None:
-        raise ArgumentError(
-            f"when_full={when_full!r} says what goes when max_bytes= is reached: give both"
-        )
-    return None if max_bytes is None else Budget(max_bytes, when_full)
 
 
 def _finite(
