@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +23,9 @@ from fmapkit.errors import (
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.maps import FeatureMaps
+from fmapkit.model import changed, tensors_in
 from fmapkit.readable import tags
 from fmapkit.torchlib.compiled_modules import compiled_roots, plain
-from fmapkit.torchlib.operators import tree_leaves, tree_map
 
 # What is captured where no kind is asked for; the best of them is taken.
 _KINDS: tuple[Kind, ...] = ("preactivation", "activation")
@@ -50,25 +50,16 @@ def eager(model: nn.Module, what: str) -> nn.Module:
     return model
 
 
-def run(model: nn.Module, inputs: Any) -> Any:
-    """Call the model with a tensor, a tuple or list of arguments, or a dict of those by name."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
-
-
 def first_tensor(inputs: Any, what: str) -> Tensor:
     """The first tensor of what the model is given: its input.
 
     Raises:
         ArgumentError: there is none, or it has no samples.
     """
-    given = dict(inputs) if isinstance(inputs, Mapping) else inputs
-    found = next((t for t in tree_leaves(given) if isinstance(t, Tensor)), None)
-    if found is None:
+    tensors = tensors_in(inputs)
+    if not tensors:
         raise ArgumentError(f"{what} needs a tensor among the model's inputs, not {inputs!r}")
+    found = tensors[0]
     if found.numel() == 0:
         raise ArgumentError(
             f"{what} needs an input with values, and this one has shape {tuple(found.shape)}"
@@ -196,8 +187,3 @@ def check_filter(fm: FeatureMap, filter: int | None) -> int | None:
 def exchanged(inputs: Any, old: Tensor, new: Tensor) -> Any:
     """The same inputs with one tensor in another's place."""
     return changed(inputs, lambda value: new if value is old else value)
-
-
-def changed(inputs: Any, change: Callable[[Any], Any]) -> Any:
-    """The same inputs with each tensor, or constant, made into another one."""
-    return tree_map(change, dict(inputs) if isinstance(inputs, Mapping) else inputs)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fmapkit.errors import ArgumentError
 from fmapkit.explain._locations import has_samples, input_axes, map_axes, no_locations
-from fmapkit.explain._passes import WantedMap, differentiating, eager, first_tensor, run
+from fmapkit.explain._passes import WantedMap, differentiating, eager, first_tensor
 from fmapkit.kinds import Kind
+from fmapkit.model import run
 from fmapkit.readable import tags
 from fmapkit.torchlib.operators import tree_leaves
 

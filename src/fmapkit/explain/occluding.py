@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from fmapkit._lazy import with_bar
 from fmapkit.errors import ArgumentError, CaptureWarning, check_positive
 from fmapkit.explain._locations import At, chosen, has_samples, input_axes
-from fmapkit.explain._passes import WantedMap, changed, eager, first_tensor, kept_state, run
+from fmapkit.explain._passes import WantedMap, eager, first_tensor, kept_state
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
+from fmapkit.model import changed, run
 from fmapkit.readable import tags
 
 if TYPE_CHECKING:

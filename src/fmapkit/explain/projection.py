@@ -17,9 +17,10 @@ from fmapkit.explain._locations import (
     map_axes,
     no_locations,
 )
-from fmapkit.explain._passes import WantedMap, differentiating, eager, first_tensor, run
+from fmapkit.explain._passes import WantedMap, differentiating, eager, first_tensor
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
+from fmapkit.model import run
 from fmapkit.readable import tags
 
 _UNSEEN = (

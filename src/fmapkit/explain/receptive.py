@@ -20,12 +20,12 @@ from fmapkit.explain._passes import (
     exchanged,
     first_tensor,
     kept_state,
-    run,
     step_by_step,
 )
 from fmapkit.explain._regular import Regular, regular
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
+from fmapkit.model import run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
