@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError
-from fmapkit.plot import spread_pixels, subplots
+from fmapkit.plot import new_figure, spread_pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -156,11 +156,8 @@ def _extent(shape: tuple[int, ...]) -> tuple[float, float, float, float]:
 
 def _panes(count: int, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of some panes in a row, without ticks."""
-    figure: Figure
-    figure, axes = subplots(
-        1, count, figsize=(4.2 * count, height), layout="constrained", squeeze=False
-    )
-    panes: list[Axes] = list(axes[0])
+    figure = new_figure(4.2 * count, height)
+    panes: list[Axes] = list(figure.subplots(1, count, squeeze=False)[0])
     for pane in panes:
         pane.set_xticks([])
         pane.set_yticks([])

@@ -18,7 +18,7 @@ A figure that is returned is shown once in a notebook; in a script, `figure.save
 
 from fmapkit.plot._figure import axes_of as axes_of
 from fmapkit.plot._figure import entitle as entitle
-from fmapkit.plot._figure import subplots as subplots
+from fmapkit.plot._figure import new_figure as new_figure
 from fmapkit.plot._images import pixels as pixels
 from fmapkit.plot._images import spread_pixels as spread_pixels
 from fmapkit.plot._pictures import by_call as by_call

@@ -196,7 +196,7 @@ def _drawn(rows: list[_Row], columns: int, image: Array | None, layers: int = 1)
     above = 0 if image is None else 1
     heights = [1.3] * above + heights
     total = sum(heights) + 0.3 * layers + 0.6
-    figure: Figure = new_figure(figsize=(WIDTH, total), layout="constrained")
+    figure = new_figure(WIDTH, total)
     grid = figure.add_gridspec(len(heights), 2, width_ratios=(1, 0.012), height_ratios=heights)
     if image is not None:
         draw_image(figure.add_subplot(grid[0, 0]), image)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.plot._draw import blank
-from fmapkit.plot._figure import subplots
+from fmapkit.plot._figure import new_figure
 from fmapkit.plot._images import Array, Numbers, pixels
 
 if TYPE_CHECKING:
@@ -83,14 +83,8 @@ def plot_patches(
             )
     wide = max(map(len, shown.values()))
     lines = len(shown) * (1 if below is None else 2)
-    figure: Figure
-    figure, axes = subplots(
-        lines,
-        wide,
-        figsize=(_INCH * wide + 0.9, _INCH * lines + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = new_figure(_INCH * wide + 0.9, _INCH * lines + 0.5)
+    axes: Any = figure.subplots(lines, wide, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     boxes = [patch.box for its in shown.values() for patch in its]
