@@ -194,11 +194,7 @@ def test_an_analysis_of_ones_own_is_logged_once_it_is_registered() -> None:
 
 
 def _watching(analyses: Any = None, **options: Any) -> Watching:
-    given = {"log_every": 2, "evaluation": False, "window": True}
-    for name in list(options):
-        if name in given:
-            given[name] = options.pop(name)
-    return Watching(analyses, given["log_every"], given["evaluation"], given["window"], options)
+    return Watching(analyses, **{"log_every": 2, **options})
 
 
 def test_what_is_written_is_of_the_window() -> None:

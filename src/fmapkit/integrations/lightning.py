@@ -73,9 +73,15 @@ class LightningCallback(Watching, Callback):  # type: ignore[misc]
         window: bool = True,
         **capture: Any,
     ) -> None:
-        super().__init__(analyses, log_every, evaluation, window, capture)
+        super().__init__(
+            analyses,
+            log=log,
+            log_every=log_every,
+            evaluation=evaluation,
+            window=window,
+            **capture,
+        )
         self._module = module
-        self._log = log
         self._to: Log | None = None
         self._checked = False
 

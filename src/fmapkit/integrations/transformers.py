@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fmapkit.integrations.watching import Watching
 
@@ -14,10 +13,6 @@ except ImportError as error:
     raise ImportError(
         "TransformersCallback needs transformers and accelerate: pip install transformers[torch]"
     ) from error
-
-if TYPE_CHECKING:
-    from fmapkit.analysis import Analysis
-    from fmapkit.integrations.logs import Log
 
 
 class TransformersCallback(Watching, TrainerCallback):  # type: ignore[misc]
@@ -49,19 +44,6 @@ class TransformersCallback(Watching, TrainerCallback):  # type: ignore[misc]
         analyses: what sees the maps.
         maps: what `capture` gave; None before training has begun.
     """
-
-    def __init__(
-        self,
-        analyses: Analysis | Iterable[Analysis] | None = None,
-        *,
-        log: Log | None = None,
-        log_every: int = 50,
-        evaluation: bool = False,
-        window: bool = True,
-        **capture: Any,
-    ) -> None:
-        super().__init__(analyses, log_every, evaluation, window, capture)
-        self._log = log
 
     def close(self) -> None:
         """Close the capture, if it is open."""

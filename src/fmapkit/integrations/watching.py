@@ -11,7 +11,7 @@ from torch import nn
 
 from fmapkit._warnings import warn
 from fmapkit.analysis import Analysis, DeadFilters, Statistics
-from fmapkit.capture import capture
+from fmapkit.capture import capture as open_capture
 from fmapkit.errors import (
     ArgumentError,
     check_flags,
@@ -52,11 +52,13 @@ class Watching:
 
     def __init__(
         self,
-        analyses: Analysis | Iterable[Analysis] | None,
-        log_every: int,
-        evaluation: bool,
-        window: bool,
-        options: dict[str, Any],
+        analyses: Analysis | Iterable[Analysis] | None = None,
+        *,
+        log: Log | None = None,
+        log_every: int = 50,
+        evaluation: bool = False,
+        window: bool = True,
+        **capture: Any,
     ) -> None:
         check_positive(log_every=log_every)
         check_flags(evaluation=evaluation, window=window)
@@ -66,12 +68,13 @@ class Watching:
         self.analyses: list[Analysis] = list(analyses) if several else [analyses]  # type: ignore
         self.maps: FeatureMaps | None = None
         self._seen = False
+        self._log = log
         self._log_every = log_every
         self._window = window
         shown = [_Shown(self, analysis, evaluation) for analysis in self.analyses]
-        self._options = {"keep": 0, **_checked(options), "analyses": shown}
+        self._options = {"keep": 0, **_checked(capture), "analyses": shown}
         # Wrong values fail here, and not when the training begins.
-        capture(nn.Identity(), **{k: v for k, v in self._options.items() if k in _GENERAL})
+        open_capture(nn.Identity(), **{k: v for k, v in self._options.items() if k in _GENERAL})
         self._open = ExitStack()
         self._written = 0
         self._told = False
@@ -84,7 +87,7 @@ class Watching:
         """
         self._end()
         self._seen, self._written, self._told = False, step, False
-        self.maps = self._open.enter_context(capture(model, **self._options))
+        self.maps = self._open.enter_context(open_capture(model, **self._options))
 
     def _end(self) -> None:
         """Close the capture, if it is open."""
@@ -124,7 +127,7 @@ _GENERAL = frozenset({"kinds", "keep", "every", "analyses", "dtype", "device", "
 
 
 def _checked(options: dict[str, Any]) -> dict[str, Any]:
-    known = [name for name in inspect.signature(capture).parameters if name != "model"]
+    known = [name for name in inspect.signature(open_capture).parameters if name != "model"]
     for name in options:
         if name not in known or name == "analyses":
             raise ArgumentError(
