@@ -93,7 +93,7 @@ def project(
     check_choice(("ones", "map"), start=start)
     tensor = _differentiable(inputs, "project")
     along = input_axes(tensor, axes) if at is not None or axes is not None else ()
-    rectifiers = _Rectifiers(method)
+    rectifiers = None if method == "gradient" else _Rectifiers(method)
 
     def signal(fm: FeatureMap, head: Tensor) -> Tensor:
         mask = chosen(fm, tensor, along, filter, at)
@@ -101,10 +101,12 @@ def project(
 
     wanted = WantedMap(layer, kind, call, path)
     try:
-        fm, found = _sent_back(model, inputs, tensor, wanted, signal, rectifiers.edits())
+        edits = None if rectifiers is None else rectifiers.edits()
+        fm, found = _sent_back(model, inputs, tensor, wanted, signal, edits)
     except EditError as error:
         raise ArgumentError(_UNSEEN.format(method, error)) from error
-    rectifiers.check(fm)
+    if rectifiers is not None:
+        rectifiers.check(fm)
     return found
 
 
@@ -228,10 +230,8 @@ class _Rectifiers:
         self.unknown: list[str] = []
         self._received: dict[tuple[str, int], Tensor] = {}
 
-    def edits(self) -> dict[Any, Any] | None:
+    def edits(self) -> dict[Any, Any]:
         """For `capture(edit=...)`."""
-        if self.method == "gradient":
-            return None
         return {("*", "preactivation"): self._before, ("*", "activation"): self._after}
 
     def _before(self, fm: FeatureMap) -> Tensor:
@@ -259,8 +259,6 @@ class _Rectifiers:
 
     def check(self, fm: FeatureMap) -> None:
         """Raise unless the projection is what was asked for."""
-        if self.method == "gradient":
-            return
         if self.unknown:
             raise ArgumentError(
                 _UNSEEN.format(

@@ -73,7 +73,8 @@ def chosen(fm: ReadableMap, filters: Choice, sample: int, limit: int) -> list[in
         check_strongest(filters)
         return strongest(fm, limit, sample=_sample(fm, sample))
     wanted = [filters] if isinstance(filters, int) else list(filters)
-    return [_number(fm[index]) for index in wanted[:limit]]
+    found = [fm[index].filter for index in wanted[:limit]]
+    return [number for number in found if number is not None]
 
 
 def check_strongest(filters: str) -> None:
@@ -88,11 +89,6 @@ def check_strongest(filters: str) -> None:
             f"{did_you_mean(filters, ['strongest'])}",
             candidates=["strongest"],
         )
-
-
-def _number(fm: ReadableMap) -> int:
-    assert fm.filter is not None
-    return fm.filter
 
 
 def _sample(fm: ReadableMap, sample: int) -> int:
@@ -196,30 +192,25 @@ def _cut(
     fm: ReadableMap, tensor: Tensor, sample: int, max_filters: int, filters: Choice
 ) -> Picture:
     """The filters that are drawn, moved to the CPU: the rest of a large map need not travel."""
-    total = tensor.shape[0]
+    total, samples = tensor.shape[0], fm.filter is not None
+    what = "samples" if samples else "entries" if fm.filters is None else "filters"
+    every = range(total) if samples or fm.filters is None else fm.filters
     limit = max_filters if tensor.ndim == 3 else max_filters * THIN
-    wanted = None if filters is None else chosen(fm, filters, sample, limit)
-    first = 0
-    if fm.filter is not None and total:
-        check_sample(fm, sample, total)
-        first = sample % total
-    if wanted is not None:
-        assert fm.filters is not None
-        tensor = tensor[[fm.filters.index(f) for f in wanted]]
-        labels = wanted
-    else:
-        tensor = tensor[first : first + limit]
-        held = None if fm.filter is not None else fm.filters
-        count = tensor.shape[0]
-        labels = list(held[:count]) if held is not None else list(range(first, first + count))
-    values = array_of(tensor)
-    what = (
-        "samples" if fm.filter is not None else "filters" if fm.filters is not None else "entries"
-    )
-    count = len(values)
-    caption = f"{total} {what}" if count == total else f"{count} of {total} {what}"
+    labels = chosen(fm, filters, sample, limit)
+    if labels is None:
+        first = 0
+        if samples and total:
+            check_sample(fm, sample, total)
+            first = sample % total
+        labels = list(every[first : first + limit])
+    values = array_of(tensor[[every.index(label) for label in labels]])
+    caption = _counted(len(values), total, what)
     caption += ", the strongest" if isinstance(filters, str) else ""
     return Picture(values, labels, is_signed(fm, values), caption)
+
+
+def _counted(count: int, total: int, what: str) -> str:
+    return f"{total} {what}" if count == total else f"{count} of {total} {what}"
 
 
 def is_signed(fm: ReadableMap, values: Array) -> bool:
@@ -263,8 +254,7 @@ def of_weights(
     while weight.ndim > 4:  # a volume is shown by its middle slice
         weight = weight.select(2, weight.shape[2] // 2)
     values = array_of(weight)
-    what = "filters' weights"
-    caption = f"{total} {what}" if len(values) == total else f"{len(values)} of {total} {what}"
+    caption = _counted(len(values), total, "filters' weights")
     if scale == "filter" and values.size:
         reach = np.abs(values).reshape(len(values), -1).max(1)
         values = values / np.where(reach > 0, reach, 1).reshape(-1, *[1] * (values.ndim - 1))
