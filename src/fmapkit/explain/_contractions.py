@@ -62,17 +62,11 @@ def _product(call: Call, one: Tensor, other: Tensor) -> Tensor | None:
 
 
 def _mm(call: Call) -> list[Tensor | None]:
-    return [_product(call, call.given["self"], call.get("mat2", "other"))]
-
-
-def _added(one: str, other: str) -> Rule:
-    def rule(call: Call) -> list[Tensor | None]:
-        shape = call.results[0].shape
-        found = _product(call, call.given[one], call.given[other])
-        added = call.of(call.given["self"]) if call.get("beta", default=1) != 0 else None
-        return [least([found if call.get("alpha", default=1) != 0 else None, added], shape)]
-
-    return rule
+    """A matrix product, or many; `addmm` and `baddbmm` add it to something."""
+    one, other = call.get("mat1", "batch1", "self"), call.get("mat2", "batch2")
+    found = _product(call, one, other) if call.get("alpha", default=1) != 0 else None
+    added = call.of(call.given["self"]) if call.get("beta", default=0) != 0 else None
+    return [least([found, added], call.results[0].shape)]
 
 
 # -- convolutions ---------------------------------------------------------------------------
@@ -176,8 +170,6 @@ def _set_apart(field: Tensor, axis: int, stride: int) -> Tensor:
 
 
 RULES: dict[str, Rule] = {
-    **named(_mm, "mm bmm"),
-    "addmm": _added("mat1", "mat2"),
-    "baddbmm": _added("batch1", "batch2"),
+    **named(_mm, "mm bmm addmm baddbmm"),
     **named(_convolution, "convolution _convolution cudnn_convolution"),
 }
