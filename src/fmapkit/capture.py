@@ -208,15 +208,9 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
 
 
 def _check_keep(keep: Any, every: Any, looked_at: bool, max_bytes: Any) -> None:
-    """Whether these go together.
-
-    Args:
-        keep: as it was given.
-        every: as it was given.
-        looked_at: somebody sees each map before it is let go.
-        max_bytes: as it was given.
-    """
-    fleeting = isinstance(keep, int) and not isinstance(keep, bool) and keep == 0
+    """Whether these go together; `looked_at`: somebody sees each map before it is let go."""
+    number = isinstance(keep, int) and not isinstance(keep, bool)
+    fleeting = number and keep == 0
     if fleeting and not looked_at:
         raise ArgumentError(
             "keep=0 lets go of each map at once, which takes analyses=... to see it before; "
@@ -227,7 +221,7 @@ def _check_keep(keep: Any, every: Any, looked_at: bool, max_bytes: Any) -> None:
             "keep=0 lets go of each map at once, so there is nothing for max_bytes= to limit: "
             "give one of them"
         )
-    if keep != "all" and not _positive(keep) and not fleeting:
+    if keep != "all" and not (number and keep >= 0):
         raise ArgumentError(f"keep must be a positive int or 'all', not {keep!r}")
     check_positive(every=every)
 
@@ -306,7 +300,3 @@ def _device(value: Any) -> torch.device | None:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(f"device={value!r}: torch sees no CUDA device here")
     return found
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
