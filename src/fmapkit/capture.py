@@ -21,6 +21,7 @@ from fmapkit.errors import (
     check_flags,
     check_module,
     check_positive,
+    is_int,
 )
 from fmapkit.instrumentation import methods_of
 from fmapkit.kinds import Kind
@@ -209,8 +210,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
 
 def _check_keep(keep: Any, every: Any, looked_at: bool, max_bytes: Any) -> None:
     """Whether these go together; `looked_at`: somebody sees each map before it is let go."""
-    number = isinstance(keep, int) and not isinstance(keep, bool)
-    fleeting = number and keep == 0
+    fleeting = is_int(keep) and keep == 0
     if fleeting and not looked_at:
         raise ArgumentError(
             "keep=0 lets go of each map at once, which takes analyses=... to see it before; "
@@ -221,7 +221,7 @@ def _check_keep(keep: Any, every: Any, looked_at: bool, max_bytes: Any) -> None:
             "keep=0 lets go of each map at once, so there is nothing for max_bytes= to limit: "
             "give one of them"
         )
-    if keep != "all" and not (number and keep >= 0):
+    if keep != "all" and not (is_int(keep) and keep >= 0):
         raise ArgumentError(f"keep must be a positive int or 'all', not {keep!r}")
     check_positive(every=every)
 

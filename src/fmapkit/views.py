@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError, check_choice, check_positive
+from fmapkit.errors import ArgumentError, check_choice, check_positive, is_int
 from fmapkit.readable import AnyMap, ReadableMap, tags
 
 __all__ = [
@@ -49,7 +49,7 @@ def contrast_normalised(fm: AnyMap, size: int = 9, sigma: float | None = None) -
         ArgumentError: the window is of no odd size, or the map has no rows and columns.
         FilterRangeError: its filters do not lie along one axis.
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
+    if not is_int(size) or size < 1 or size % 2 == 0:
         raise ArgumentError(f"size must be a positive odd number of locations, not {size!r}")
     width = size / 4 if sigma is None else float(sigma)
     if not width > 0:

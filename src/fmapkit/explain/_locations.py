@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError
+from fmapkit.errors import ArgumentError, is_int
 from fmapkit.explain._passes import check_filter
 from fmapkit.map import FeatureMap
 from fmapkit.readable import tags
@@ -32,9 +32,8 @@ def input_axes(tensor: Tensor, axes: int | Sequence[int] | None) -> tuple[int, .
     Raises:
         ArgumentError: they cannot be meant, or have to be said.
     """
-    shape = tuple(tensor.shape)
+    shape, dims = tuple(tensor.shape), tensor.dim()
     if axes is None:
-        dims = len(shape)
         if dims in (1, 2):
             return (dims - 1,)  # tokens, or features, one after the other
         if dims not in (4, 5):
@@ -45,10 +44,9 @@ def input_axes(tensor: Tensor, axes: int | Sequence[int] | None) -> tuple[int, .
             )
         return tuple(range(2, dims))
     given = (axes,) if isinstance(axes, int) else tuple(axes)
-    ints = all(isinstance(a, int) and not isinstance(a, bool) for a in given)
-    if not given or not ints or not all(-len(shape) <= a < len(shape) for a in given):
+    if not given or not all(is_int(a) and -dims <= a < dims for a in given):
         raise ArgumentError(f"axes must be axes of the input, of shape {shape}, not {axes!r}")
-    found = tuple(a % len(shape) for a in given)
+    found = tuple(a % dims for a in given)
     if len(set(found)) < len(found):
         raise ArgumentError(f"axes={axes!r} names an axis of the input twice")
     return found

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit._lazy import with_bar
-from fmapkit.errors import ArgumentError, CaptureWarning, check_positive
+from fmapkit.errors import ArgumentError, CaptureWarning, check_positive, is_int
 from fmapkit.explain._locations import At, chosen, has_samples, input_axes
 from fmapkit.explain._passes import WantedMap, eager, first_tensor, kept_state
 from fmapkit.kinds import Kind
@@ -173,8 +173,7 @@ def occlusion(
 
 def _each(value: int | Sequence[int], sizes: tuple[int, ...], what: str) -> tuple[int, ...]:
     values = (value,) * len(sizes) if isinstance(value, int) else tuple(value)
-    ints = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
-    if not ints or len(values) != len(sizes) or not all(v > 0 for v in values):
+    if len(values) != len(sizes) or not all(is_int(v) and v > 0 for v in values):
         raise ArgumentError(
             f"{what} must be a positive int, or one for each of the {len(sizes)} axes of "
             f"locations, not {value!r}"

@@ -21,6 +21,7 @@ from fmapkit.errors import (
     UnknownLayerError,
     check_kind,
     did_you_mean,
+    is_int,
     listed,
     near,
     no_layer,
@@ -53,7 +54,7 @@ def parse(key: Any) -> tuple[str, Kind | None, int | None]:
             f"{what}"
         )
     layer, kind = parts[0], parts[1] if len(parts) > 1 else None
-    if isinstance(kind, int) and not isinstance(kind, bool):
+    if is_int(kind):
         raise MapLookupError(
             f"maps[{layer!r}, {kind}]: a filter is the third item, after the kind: "
             f"maps[{layer!r}, 'activation', {kind}], or maps[{layer!r}][{kind}]",
