@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, did_you_mean, is_int, listed
+from fmapkit.kinds import KINDS
 from fmapkit.selection import indices
 
-EDITABLE = ("input", "response", "preactivation", "activation", "output")
+EDITABLE = tuple(kind for kind in KINDS if kind != "attention")
 
 Numbers = int | Collection[int] | Callable[[int], bool]
 

@@ -69,8 +69,7 @@ class FirstNonFinite:
             before = self._steps.get(key)
             if before is None:
                 before = torch.full((), -1, dtype=torch.int64, device=tensor.device)
-            elif before.device != tensor.device:
-                before = before.to(tensor.device)
+            before = before.to(tensor.device)
             bad = ~torch.isfinite(tensor).all()
             self._steps[key] = torch.where(bad & (before < 0), fm.step, before)
 

@@ -68,7 +68,7 @@ def plot_map(
     if weights:
         if ax is not None:
             raise ArgumentError("weights=True draws two axes: leave ax out")
-        rows = [_Row(_weights(fm, picture), "w", title), _Row(picture, pictures.meaning(fm), "")]
+        rows = [_Row(_weights(fm, picture), "w", title), _Row(picture, pictures.meaning(fm))]
         return _drawn(rows, columns, None)
     return draw_alone(picture, columns, ax, title)
 
@@ -134,7 +134,7 @@ class _Row(NamedTuple):
 
     picture: Picture
     says: str
-    title: str
+    title: str = ""
 
 
 def _of_layer(
@@ -153,21 +153,21 @@ def _of_layer(
         thin = max_filters * (1 if leads.tensor.ndim > 3 or grid else pictures.THIN)
         wanted = pictures.chosen(leads, filters, sample, thin)
     rows: list[_Row] = []
-    weighted = False
+    title = ""
     for fm in group:
         its = wanted if any(fm is one for one in own) else None  # an input's are other filters
-        its_grid = grid if grid is not None and fm.filters is not None else None
-        picture = pictures.of_map(fm, sample, max_filters, its, its_grid)
+        picture = pictures.of_map(
+            fm, sample, max_filters, its, None if fm.filters is None else grid
+        )
         if isinstance(filters, str) and its is not None:
             picture = replace(picture, caption=f"{picture.caption}, the strongest")
-        title = "" if rows else f"{_heading(fm)} · {picture.caption}"
-        if weights and not weighted and fm in own and fm.kind != "output":
-            weighted = True
+        title = title or f"{_heading(fm)} · {picture.caption}"
+        if weights and fm in own and fm.kind != "output":
+            weights = False  # once
             if fm.weight is not None:
-                rows.append(_Row(_weights(fm, picture), "w", title))
-                title = ""
-        rows.append(_Row(picture, pictures.meaning(fm), title))
-    return rows
+                rows.append(_Row(_weights(fm, picture), "w"))
+        rows.append(_Row(picture, pictures.meaning(fm)))
+    return [rows[0]._replace(title=title), *rows[1:]]
 
 
 def _weights(fm: ReadableMap, picture: Picture) -> Picture:
