@@ -123,7 +123,7 @@ RULES: dict[str, Rule] = {
         im2col tril triu slice_scatter select_scatter diagonal_scatter as_strided_scatter
         upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
         _upsample_nearest_exact2d _upsample_nearest_exact3d unfold_copy pixel_shuffle
-        pixel_unshuffle channel_shuffle native_channel_shuffle _unsafe_index take masked_select
+        pixel_unshuffle channel_shuffle _unsafe_index take masked_select
         masked_scatter diag_embed index_copy _reshape_copy""",
     ),
     "embedding": _embedded,

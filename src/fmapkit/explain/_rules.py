@@ -250,11 +250,11 @@ def _pooled(call: Call) -> list[Tensor | None]:
 
 
 _RULES: dict[str, Rule] = {
-    **named(_mul, "mul multiply logical_and bitwise_and __and__"),
-    **named(_div, "div true_divide divide"),
+    **named(_mul, "mul logical_and bitwise_and"),
+    **named(_div, "div"),
     **named(_add, "add sub"),
     **named(_where, "where masked_fill"),
-    **named(_copied, "copy _to_copy clone fill fill_ copy_ lift_fresh_copy"),
+    **named(_copied, "copy _to_copy clone fill lift_fresh_copy"),
     **named(
         _constant,
         """zero zeros_like ones_like full_like empty_like new_zeros new_ones
@@ -269,12 +269,12 @@ _RULES: dict[str, Rule] = {
     **named(
         _along,
         """sum mean amax amin max min argmax argmin any all prod var std var_mean std_mean logsumexp
-        norm linalg_vector_norm median nanmedian nansum nanmean count_nonzero mode aminmax
+        norm linalg_vector_norm median nanmedian nansum count_nonzero mode aminmax
         kthvalue sort topk argsort""",
     ),
     **named(_running, "cumsum cumprod cummax cummin logcumsumexp"),
     **named(_softmax, "_softmax _log_softmax _safe_softmax"),
-    **named(_layer_norm, "native_layer_norm _fused_rms_norm"),
+    **named(_layer_norm, "native_layer_norm"),
     **named(_group_norm, "native_group_norm"),
     **named(
         _batch_norm,
@@ -286,9 +286,8 @@ _RULES: dict[str, Rule] = {
     **moves.RULES,
     **named(
         _pooled,
-        """max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices
-        max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d mkldnn_max_pool2d
-        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
-        _adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
+        """max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d avg_pool1d avg_pool2d
+        avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
+        _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d""",
     ),
 }
