@@ -92,7 +92,8 @@ def grad_cam(
     many = has_samples(fm, along)
     weights = gradient.mean(where, keepdim=True)
     others = [a for a in range(fm.tensor.dim()) if a not in where and (a or not many)]
-    cam = (weights * fm.tensor.detach()).sum(others) if others else weights * fm.tensor.detach()
+    cam = weights * fm.tensor.detach()
+    cam = cam.sum(others) if others else cam
     cam = F.relu(cam) if relu else cam
     return _upsampled(cam, tensor, along) if upsample else cam
 
@@ -102,13 +103,11 @@ def _score(output: Any, target: Target) -> Tensor:
     if callable(target) and not isinstance(target, Tensor):
         score = target(output)
         if not isinstance(score, Tensor) or score.dim() > 1:
+            found = (
+                f"one of shape {tuple(score.shape)}" if isinstance(score, Tensor) else repr(score)
+            )
             raise ArgumentError(
-                "target= must give a number, or one for each sample, as a tensor, not "
-                + (
-                    f"one of shape {tuple(score.shape)}"
-                    if isinstance(score, Tensor)
-                    else repr(score)
-                )
+                f"target= must give a number, or one for each sample, as a tensor, not {found}"
             )
         return score.sum()
     leaves = tree_leaves(dict(output) if isinstance(output, dict) else output)
