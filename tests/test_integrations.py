@@ -194,27 +194,23 @@ def test_an_analysis_of_ones_own_is_logged_once_it_is_registered() -> None:
 
 
 def _watching(analyses: Any = None, **options: Any) -> Watching:
-    given = {"log_every": 2, "evaluation": False, "window": True}
-    for name in list(options):
-        if name in given:
-            given[name] = options.pop(name)
-    return Watching(analyses, given["log_every"], given["evaluation"], given["window"], options)
+    return Watching(analyses, **{"log_every": 2, **options})
 
 
 def test_what_is_written_is_of_the_window() -> None:
     model, stats, log = nn.Sequential(nn.Linear(1, 1, bias=False)), Statistics(), Kept()
     nn.init.ones_(model[0].weight)
     watching = _watching([stats])
-    watching.begin(model, 0)
+    watching._begin(model, 0)
     for step in range(1, 6):
         model(torch.tensor([[float(step)]]))
         with torch.no_grad():
             model.eval()(torch.tensor([[100.0]]))  # not seen
             model.train()
-        watching.write(log, step)
-    watching.write(log, 5, last=True)
-    watching.write(log, 5, last=True)
-    watching.end()
+        watching._write(log, step)
+    watching._write(log, 5, last=True)
+    watching._write(log, 5, last=True)
+    watching._end()
     means = [(s, r.scalars["preactivation.mean/0"]) for s, r in log.put_at]
     assert means == [(2, 1.5), (4, 3.5), (5, 5.0)]
     assert _hooks(model) == 0
@@ -223,21 +219,21 @@ def test_what_is_written_is_of_the_window() -> None:
 def test_evaluation_is_seen_where_asked_for() -> None:
     model, stats = nn.Sequential(nn.Linear(1, 1)), Statistics()
     watching = _watching(stats, evaluation=True, window=False)
-    watching.begin(model.eval(), 0)
+    watching._begin(model.eval(), 0)
     model(torch.zeros(3, 1))
-    watching.end()
+    watching._end()
     assert int(stats["0", "preactivation"].count) == 3
 
 
 def test_the_first_nan_is_told_once() -> None:
     model = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
     watching = _watching(log_every=1)
-    watching.begin(model, 0)
+    watching._begin(model, 0)
     with torch.no_grad():
         model[0].bias.fill_(math.nan)
     model(torch.zeros(1, 1))
     with pytest.warns(CaptureWarning) as told:
-        watching.write(None, 1)
+        watching._write(None, 1)
     assert [str(w.message) for w in told] == [
         "a NaN or an infinity, seen at step 1: first in the preactivation of layer '0', pass 0, "
         "and in 1 maps after it"
@@ -245,8 +241,8 @@ def test_the_first_nan_is_told_once() -> None:
     model(torch.zeros(1, 1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        watching.write(None, 2)
-    watching.end()
+        watching._write(None, 2)
+    watching._end()
 
 
 @pytest.mark.parametrize(

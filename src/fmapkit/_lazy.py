@@ -1,12 +1,15 @@
-"""Names of a package, and methods, that are imported when somebody asks for them."""
+"""What is imported when somebody asks for it: names of a package, methods, extras."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
 def lazy(
@@ -44,6 +47,16 @@ def needed(module: str, says: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ImportError(says) from error
+
+
+def with_bar(steps: Sequence[_T], what: str, shown: bool) -> Iterator[_T]:
+    """The same steps, with a bar; silent without tqdm, and where the output is no terminal."""
+    found: Any = steps
+    if shown:
+        with suppress(ImportError):
+            tqdm = import_module("tqdm.auto").tqdm
+            found = tqdm(steps, desc=what, disable=None, leave=False)
+    yield from found
 
 
 class LazyMethod:

@@ -21,6 +21,7 @@ from fmapkit.errors import (
     check_flags,
     check_module,
     check_positive,
+    is_int,
 )
 from fmapkit.instrumentation import methods_of
 from fmapkit.kinds import Kind
@@ -164,7 +165,11 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 "dtype= and device= store copies outside of the graph, and detach=False keeps maps "
                 "in it; convert them in the loss instead"
             )
-        budget = _budget(max_bytes, policy(when_full))
+        if policy(when_full) != "error" and max_bytes is None:
+            raise ArgumentError(
+                f"when_full={when_full!r} says what goes when max_bytes= is reached: give both"
+            )
+        budget = None if max_bytes is None else Budget(max_bytes, when_full)
         given, model = model, plain(model)
         names = Names(model)
         if edit or stop or gradients:
@@ -240,15 +245,8 @@ def _resting(
 
 
 def _check_keep(keep: Any, every: Any, looked_at: bool, max_bytes: Any) -> None:
-    """Whether these go together.
-
-    Args:
-        keep: as it was given.
-        every: as it was given.
-        looked_at: somebody sees each map before it is let go.
-        max_bytes: as it was given.
-    """
-    fleeting = isinstance(keep, int) and not isinstance(keep, bool) and keep == 0
+    """Whether these go together; `looked_at`: somebody sees each map before it is let go."""
+    fleeting = is_int(keep) and keep == 0
     if fleeting and not looked_at:
         raise ArgumentError(
             "keep=0 lets go of each map at once, which takes analyses=... to see it before; "
@@ -259,17 +257,9 @@ def _check_keep(keep: Any, every: Any, looked_at: bool, max_bytes: Any) -> None:
             "keep=0 lets go of each map at once, so there is nothing for max_bytes= to limit: "
             "give one of them"
         )
-    if keep != "all" and not _positive(keep) and not fleeting:
+    if keep != "all" and not (is_int(keep) and keep >= 0):
         raise ArgumentError(f"keep must be a positive int or 'all', not {keep!r}")
     check_positive(every=every)
-
-
-def _budget(max_bytes: Any, when_full: Literal["error", "oldest"]) -> Budget | None:
-    if when_full != "error" and max_bytes is None:
-        raise ArgumentError(
-            f"when_full={when_full!r} says what goes when max_bytes= is reached: give both"
-        )
-    return None if max_bytes is None else Budget(max_bytes, when_full)
 
 
 def _finite(
@@ -346,7 +336,3 @@ def _device(value: Any) -> torch.device | None:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(f"device={value!r}: torch sees no CUDA device here")
     return found
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -13,9 +13,8 @@ itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +31,6 @@ from fmapkit.torchlib.sharded import ends_of
 from fmapkit.torchlib.side_ops import unseen
 
 if TYPE_CHECKING:
-    from fmapkit.kinds import Kind
     from fmapkit.storage import Pass, StoredTensor
 
 __all__ = ["CHECKS", "COMPILED", "Check", "FiniteCheck", "NonFinite", "checked", "first_nonfinite"]
@@ -42,22 +40,13 @@ COMPILED = Reason.CHECK_OF_COMPILED.text()
 CHECKS: tuple[Check, ...] = ("finite", "finite-forward")
 
 
-@dataclass(slots=True)
-class _Extremes:
-    """The least and the greatest value of each filter of a map, and which map it is."""
+class _Extremes(NamedTuple):
+    """The least and the greatest value of each filter of a map, or of its gradient."""
 
-    layer: str
-    kind: Kind
-    call: int
-    step: int
-    path: str
+    fm: FeatureMap  # its tags
     filters: range | tuple[int, ...] | None
     low: Tensor
     high: Tensor
-    map: FeatureMap | None = None
-
-    def __str__(self) -> str:
-        return named(self.layer, self.kind, self.path)
 
 
 def _reduced(tensor: Tensor, dim: int | None) -> tuple[Tensor, Tensor, bool] | None:
@@ -89,18 +78,13 @@ def _reduced(tensor: Tensor, dim: int | None) -> tuple[Tensor, Tensor, bool] | N
     return (tensor.amin(others), tensor.amax(others), True) if others else (tensor, tensor, True)
 
 
-def _extremes(fm: FeatureMap, tensor: Tensor, keep: bool = False) -> _Extremes | None:
+def _extremes(fm: FeatureMap, tensor: Tensor) -> _Extremes | None:
     """Of a map, or of its gradient."""
     found = _reduced(tensor, fm.filter_dim if fm.filters is not None else None)
     if found is None:
         return None
     low, high, by_filter = found
-    return _Extremes(
-        *(fm.layer, fm.kind, fm.call, fm.step, fm.path, fm.filters if by_filter else None),
-        low,
-        high,
-        fm if keep else None,
-    )
+    return _Extremes(fm, fm.filters if by_filter else None, low, high)
 
 
 def _all_finite(found: Iterable[_Extremes]) -> bool:
@@ -112,34 +96,38 @@ def _all_finite(found: Iterable[_Extremes]) -> bool:
     return all(bool(flag) for flag in flags)
 
 
-def _first(found: list[_Extremes], gradient: bool) -> NonFinite | None:
-    """The first that has a value which is not finite; waits for the device."""
+def _first(found: list[_Extremes], gradient: bool, keep: bool = False) -> NonFinite | None:
+    """The first that has a value which is not finite; waits for the device.
+
+    Args:
+        keep: what is told of it has the map itself.
+    """
     if not found or _all_finite(found):
         return None
     largest, largest_in, finite = None, None, set()
-    for one in found:
-        bounds = torch.stack((one.low, one.high)).double().cpu()
+    for fm, there, low, high in found:
+        bounds = torch.stack((low, high)).double().cpu()
         wrong = ~bounds.isfinite()
         if not wrong.any():
             magnitude = float(bounds.abs().max())
             if largest is None or magnitude > largest:
-                largest, largest_in = magnitude, f"{'the gradient of ' * gradient}{one}"
-            finite.add((one.layer, one.call, one.kind))
+                name = named(fm.layer, fm.kind, fm.path)
+                largest, largest_in = magnitude, f"{'the gradient of ' * gradient}{name}"
+            finite.add((fm.layer, fm.call, fm.kind))
             continue
         places = wrong.any(0).nonzero().flatten().tolist()
         values = bounds[:, places[0]][wrong[:, places[0]]]
-        filters = () if one.filters is None else tuple(one.filters[place] for place in places)
+        filters = () if there is None else tuple(there[place] for place in places)
+        before = (fm.layer, fm.call, "response")
         return NonFinite(
-            *(one.layer, one.kind, filters[0] if filters else None, one.call, one.step, one.path),
+            *(fm.layer, fm.kind, filters[0] if filters else None, fm.call, fm.step, fm.path),
             float(values[0]),
             filters,
             gradient,
             largest,
             largest_in,
-            not gradient
-            and one.kind == "preactivation"
-            and (one.layer, one.call, "response") in finite,
-            one.map,
+            not gradient and fm.kind == "preactivation" and before in finite,
+            fm if keep else None,
         )
     return None
 
@@ -151,8 +139,8 @@ def first_nonfinite(maps: Iterable[FeatureMap]) -> NonFinite | None:
         maps: in the order in which they were made.
     """
     with torch.inference_mode(False), torch.no_grad():
-        found = [_extremes(fm, fm.tensor, keep=True) for fm in maps]
-        return _first([one for one in found if one is not None], gradient=False)
+        found = [_extremes(fm, fm.tensor) for fm in maps]
+        return _first([one for one in found if one is not None], gradient=False, keep=True)
 
 
 class FiniteCheck:
@@ -206,8 +194,11 @@ class FiniteCheck:
             NonFiniteError: something was found.
         """
         found, self._found = self._found, None
-        if found is not None:
-            raise _error(found) from cause
+        if found is None:
+            return
+        names = ("layer", "kind", "filter", "call", "step")
+        data = {name: getattr(found, name) for name in names}
+        raise NonFiniteError(str(found), found=found, candidates=found.filters, **data) from cause
 
     def close(self) -> None:
         """The block has ended: gradients that come later are not looked at."""
@@ -244,19 +235,6 @@ def _place(held: StoredTensor | None) -> Any:
         return None
     place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor._version)
     return (*place, tuple(tensor.shape), tensor.stride())
-
-
-def _error(found: NonFinite) -> NonFiniteError:
-    return NonFiniteError(
-        str(found),
-        found=found,
-        layer=found.layer,
-        kind=found.kind,
-        filter=found.filter,
-        call=found.call,
-        step=found.step,
-        candidates=found.filters,
-    )
 
 
 def checked(check: Any) -> Check | None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.editing import Where, part_of
-from fmapkit.errors import ArgumentError, EditError
+from fmapkit.errors import ArgumentError, EditError, is_int
 from fmapkit.map import FeatureMap
 from fmapkit.readable import tags
 
@@ -110,7 +110,7 @@ def noise(std: float, *, seed: int | None = None) -> Edit:
     """
     if isinstance(std, bool) or not isinstance(std, (int, float)) or not std > 0:
         raise ArgumentError(f"std must be a positive number, not {std!r}")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+    if seed is not None and not is_int(seed):
         raise ArgumentError(f"seed must be an int or None, not {seed!r}")
 
     def edit(fm: FeatureMap) -> Tensor:

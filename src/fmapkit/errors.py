@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 from typing_extensions import Self
@@ -199,6 +199,11 @@ class CaptureWarning(UserWarning):
     """Something that ran could not be captured; `maps.missed` names it."""
 
 
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether something is a whole number, and no truth."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_positive(**numbers: Any) -> None:
     """Whether arguments are positive whole numbers.
 
@@ -206,7 +211,7 @@ def check_positive(**numbers: Any) -> None:
         ArgumentError: one is not.
     """
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_int(value) or value < 1:
             raise ArgumentError(f"{name} must be a positive int, not {value!r}")
 
 

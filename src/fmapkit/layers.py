@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fmapkit.errors import ArgumentError
+from fmapkit.errors import ArgumentError, is_int
 from fmapkit.torchlib.caching import remembered
 
 __all__ = ["register_layer"]
@@ -56,7 +56,7 @@ def register_layer(module_type: type[nn.Module], filter_axis: int) -> None:
     global version
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise ArgumentError(f"register_layer takes an nn.Module subclass, not {module_type!r}")
-    if isinstance(filter_axis, bool) or not isinstance(filter_axis, int):
+    if not is_int(filter_axis):
         raise ArgumentError(f"filter_axis must be an int, not {filter_axis!r}")
     REGISTERED[module_type] = filter_axis
     version += 1

@@ -66,36 +66,27 @@ def by_name(given: Any) -> bool:
     return _arity(given) == 1
 
 
-_ONE = "\ue000"  # in the place of a glob's `?`; fnmatch leaves it as it is
-
-
-def _longer_numbers(given: Any) -> Callable[[str], bool] | None:
-    """What a glob would match if each `?` stood for a number of any length; None without one."""
-    if not isinstance(given, str) or "?" not in given:
-        return None
-    marked = fnmatch.translate(given.replace("?", _ONE))
-    pattern = re.compile(marked.replace(_ONE, r"\d+"))
-    return lambda name: pattern.match(name) is not None
-
-
 def name_longer_numbers(selector: Selector, argument: str, names: Mapping[str, nn.Module]) -> None:
     """Warn of modules that `?`, one character, leaves out for the length of their number."""
-    longer = _longer_numbers(selector.given)
-    if longer is None:
+    glob = selector.given
+    if not isinstance(glob, str) or "?" not in glob:
         return
-    left_out = [n for n, m in names.items() if longer(n) and not selector.matches(n, m)]
+    regex = _numbered(glob)
+    longer = [(name, module) for name, module in names.items() if re.match(regex, name)]
+    left_out = [name for name, module in longer if not selector.matches(name, module)]
     if left_out:
         warn(
             f"{argument}={selector!r} leaves out {listed(left_out, 3)}: ? stands for one "
-            f"character; re.compile(r'{_numbered(selector.given)}') takes numbers of any length"
+            f"character; re.compile(r'{regex}') takes numbers of any length"
         )
 
 
 def _numbered(glob: str) -> str:
-    """A regex for the same names, of numbers of any length."""
-    marked = fnmatch.translate(glob.replace("?", _ONE))
-    inner = marked.removeprefix("(?s:").removesuffix(r"\z").removesuffix(r"\Z")
-    return f"^{inner.removesuffix(')')}$".replace(_ONE, r"\d+")
+    """A regex for what a glob would match if each `?` stood for a number of any length."""
+    one = "\ue000"  # in the place of `?`; fnmatch leaves it as it is
+    inner = fnmatch.translate(glob.replace("?", one))
+    inner = inner.removeprefix("(?s:").removesuffix(r"\z").removesuffix(r"\Z").removesuffix(")")
+    return f"^{inner}$".replace(one, r"\d+")
 
 
 def is_glob(text: str) -> bool:

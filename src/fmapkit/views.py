@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError, FilterRangeError, check_choice, check_positive
+from fmapkit.errors import ArgumentError, check_choice, check_positive, is_int
 from fmapkit.readable import AnyMap, ReadableMap, tags
 
 __all__ = [
@@ -49,7 +49,7 @@ def contrast_normalised(fm: AnyMap, size: int = 9, sigma: float | None = None) -
         ArgumentError: the window is of no odd size, or the map has no rows and columns.
         FilterRangeError: its filters do not lie along one axis.
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
+    if not is_int(size) or size < 1 or size % 2 == 0:
         raise ArgumentError(f"size must be a positive odd number of locations, not {size!r}")
     width = size / 4 if sigma is None else float(sigma)
     if not width > 0:
@@ -235,13 +235,8 @@ def _by_filter(fm: ReadableMap, locations: int | None = None) -> Tensor:
         FilterRangeError: the map has no filter axis.
         ArgumentError: it has another number of axes of locations.
     """
-    if fm.filter_dim is None or fm.filters is None:
-        raise FilterRangeError(
-            f"the {fm.kind} of layer {fm.layer!r} has no single filter axis"
-            + (f"; it is filter {fm.filter} already" if fm.filter is not None else ""),
-            filter=fm.filter,
-            **tags(fm),
-        )
+    len(fm)  # which refuses a map without that axis
+    assert fm.filter_dim is not None
     tensor = fm.tensor
     dim = fm.filter_dim % tensor.dim()
     found = tensor.unsqueeze(0) if dim == 0 else tensor.movedim(dim, 1)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmapkit.plot import entitle, subplots
+from fmapkit.plot import entitle, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,14 +30,9 @@ def plot_firings(
 ) -> Figure:
     """Draw a strip for each layer, filters × inputs."""
     heights = [float(np.clip(0.06 * min(len(s), max_filters), 0.5, 2.0)) for s in shown]
-    figure: Figure
-    figure, rows = subplots(
-        len(shown) + 1,  # the last one for the legend
-        1,
-        figsize=(_WIDTH, sum(heights) + 0.5 * len(shown) + 0.9),
-        height_ratios=[*heights, 0.25],
-        squeeze=False,
-        layout="constrained",
+    figure = new_figure(_WIDTH, sum(heights) + 0.5 * len(shown) + 0.9)
+    rows: Any = figure.subplots(  # the last one for the legend
+        len(shown) + 1, 1, height_ratios=[*heights, 0.25], squeeze=False
     )
     *strips, below = rows[:, 0]
     for ax, s in zip(strips, shown, strict=True):

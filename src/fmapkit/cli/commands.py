@@ -241,10 +241,9 @@ def _extract(given: argparse.Namespace) -> None:
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
         print(f"{given.data}: {data.said}", file=sys.stderr)
-        if not (given.pretrained or given.weights) and ":" in given.name:
-            home = given.name.partition(":")[0]
-            if home in ("timm", "torchvision"):
-                print("weights are drawn: --pretrained or --weights FILE", file=sys.stderr)
+        drawn = not (given.pretrained or given.weights)
+        if drawn and given.name.startswith(("timm:", "torchvision:")):
+            print("weights are drawn: --pretrained or --weights FILE", file=sys.stderr)
     loader: DataLoader[Any] = DataLoader(
         data.samples,
         batch_size=given.batch,

@@ -73,7 +73,8 @@ def _package(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise ImportError(f"{name} is not installed: pip install {name} ({error})") from error
+        home = name.partition(".")[0]
+        raise ImportError(f"{home} is not installed: pip install {home} ({error})") from error
 
 
 def _no_model(package: str, name: str, known: Sequence[str]) -> ArgumentError:

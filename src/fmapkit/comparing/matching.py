@@ -44,7 +44,7 @@ def matched(a: Sequence[FeatureMap], b: Sequence[FeatureMap], match: Match) -> M
     if isinstance(match, str) and match == "name":
         return _by_name(a, b, lambda name: name)
     if isinstance(match, Mapping):
-        return _by_name(a, b, _Renamed(match, a, b))
+        return _by_name(a, b, _renamed(dict(match), a, b))
     if callable(match):
         return _by_name(a, b, match)
     raise ArgumentError(
@@ -112,7 +112,9 @@ def _keys(maps: Sequence[FeatureMap], name: Callable[[str], str]) -> list[_Key]:
     return keys
 
 
-class _Renamed:
+def _renamed(
+    names: dict[str, str], a: Sequence[FeatureMap], b: Sequence[FeatureMap]
+) -> Callable[[str], str]:
     """The second's name for a layer of the first: by the longest key that names it, or its module.
 
     Args:
@@ -121,47 +123,48 @@ class _Renamed:
     Raises:
         ArgumentError: a key means no layer of the first, a value none of the second.
     """
-
-    def __init__(
-        self, names: Mapping[str, str], a: Sequence[FeatureMap], b: Sequence[FeatureMap]
-    ) -> None:
-        self._names = dict(names)
-        ours, theirs = ({fm.layer: None for fm in maps} for maps in (a, b))
-        for key, value in self._names.items():
-            for side, there, given in (("first", ours, key), ("second", theirs, value)):
-                if any(_rest(name, given) is not None for name in there):
-                    continue
-                raise ArgumentError(
-                    f"match={{{key!r}: {value!r}}}: the {side} has no map of {given!r}"
-                    f"{did_you_mean(given, there)} (its layers: {listed(there)})",
-                    layer=given,
-                    candidates=near(given, there) or there,
-                )
-        mapped = [name for name in ours if self._fitting(name)]
-        made = Counter(map(self, mapped))
-        self._taken = set(made)
-        twice = [name for name, count in made.items() if count > 1]
-        if twice:
-            both = [name for name in mapped if self(name) == twice[0]]
+    ours, theirs = ({fm.layer: None for fm in maps} for maps in (a, b))
+    for key, value in names.items():
+        for side, there, given in (("first", ours, key), ("second", theirs, value)):
+            if any(_rest(name, given) is not None for name in there):
+                continue
             raise ArgumentError(
-                f"match gives {twice[0]!r} for {' and for '.join(map(repr, both))}",
-                layer=twice[0],
+                f"match={{{key!r}: {value!r}}}: the {side} has no map of {given!r}"
+                f"{did_you_mean(given, there)} (its layers: {listed(there)})",
+                layer=given,
+                candidates=near(given, there) or there,
+            )
+    made: dict[str, list[str]] = {}  # the second's names -> the first's
+    for name in ours:
+        if (other := _translated(name, names)) is not None:
+            made.setdefault(other, []).append(name)
+    for other, both in made.items():
+        if len(both) > 1:
+            raise ArgumentError(
+                f"match gives {other!r} for {' and for '.join(map(repr, both))}",
+                layer=other,
                 candidates=both,
             )
 
-    def _fitting(self, name: str) -> list[str]:
-        return [key for key in self._names if _rest(name, key) is not None]
+    def rename(name: str) -> str:
+        other = _translated(name, names)
+        if other is not None:
+            return other
+        return f"\0{name}" if name in made else name  # it stays, unless it is a counterpart
 
-    def __call__(self, name: str) -> str:
-        fitting = self._fitting(name)
-        if not fitting:
-            return name if name not in self._taken else f"\0{name}"  # another one's counterpart
-        key = max(fitting, key=len)
-        rest, other = _rest(name, key), self._names[key]
-        assert rest is not None
-        if not key and name and other:
-            return f"{other}.{rest}"
-        return rest.removeprefix(".") if not other else other + rest
+    return rename
+
+
+def _translated(name: str, names: Mapping[str, str]) -> str | None:
+    """What a layer is called by the longest key that fits; None if none does."""
+    fitting = [(key, rest) for key in names if (rest := _rest(name, key)) is not None]
+    if not fitting:
+        return None
+    key, rest = max(fitting, key=lambda found: len(found[0]))
+    other = names[key]
+    if not key and name and other:
+        return f"{other}.{rest}"
+    return other + rest if other else rest.removeprefix(".")
 
 
 def _rest(name: str, key: str) -> str | None:

@@ -8,7 +8,7 @@ each sample's own, lie along one axis in the place of the first of the axes they
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -82,30 +82,23 @@ def _of_filters(fm: FeatureMap, wanted: Any) -> tuple[FeatureMap, Put]:
             "edits.Where(..., filter_axis=-1)",
             **tags(fm),
         )
+    index: tuple[Any, ...]
     if isinstance(wanted, int):
         piece = fm[wanted]
         assert fm.filters is not None and piece.filter is not None
-        place = fm.filters.index(piece.filter)
+        index = (*[slice(None)] * dim, fm.filters.index(piece.filter))
+    else:
+        numbers = tuple(number for k in wanted if (number := fm[k].filter) is not None)
+        assert fm.filters is not None
+        index = (*[slice(None)] * dim, _as_slice([fm.filters.index(number) for number in numbers]))
+        piece = replace(fm, tensor=whole[index], filters=numbers)
 
-        def put_one(tensor: Tensor) -> Tensor:
-            made = whole.clone()
-            made.select(dim, place).copy_(tensor)
-            return made
-
-        return piece, put_one
-    pieces = [fm[k] for k in wanted]
-    assert fm.filters is not None
-    numbers = [p.filter for p in pieces if p.filter is not None]
-    places = [fm.filters.index(number) for number in numbers]
-    index = (*[slice(None)] * dim, _as_slice(places))
-    picked = replace(fm, tensor=whole[index], filters=tuple(numbers))
-
-    def put_several(tensor: Tensor) -> Tensor:
+    def put(tensor: Tensor) -> Tensor:
         made = whole.clone()
         made[index] = tensor
         return made
 
-    return picked, put_several
+    return piece, put
 
 
 def _as_slice(places: list[int]) -> Any:
@@ -147,7 +140,8 @@ def _at_positions(fm: FeatureMap, where: Where) -> tuple[FeatureMap, Put]:
         )
     order = [*([] if batch is None else [batch]), *axes, filters]
     moved = whole.permute(order)
-    index, point = _index(where.at(fm) if callable(where.at) else where.at, moved, batch, axes, fm)
+    at = where.at(fm) if callable(where.at) else where.at
+    index, kept, point = _index(at, moved, batch, axes, fm)
     try:
         piece = moved[index]
     except IndexError as error:
@@ -155,7 +149,6 @@ def _at_positions(fm: FeatureMap, where: Where) -> tuple[FeatureMap, Put]:
         raise EditError(f"at={where.at!r} is outside of {what}: {error}", **tags(fm)) from None
     if point:
         piece = piece.squeeze(1)
-    kept = _kept(index, batch, axes, point)
     place = sum(d < filters for d in kept)
     piece = piece.movedim(-1, place)
     picked = replace(fm, tensor=piece, filter_dim=place)
@@ -169,43 +162,26 @@ def _at_positions(fm: FeatureMap, where: Where) -> tuple[FeatureMap, Put]:
     return picked, put
 
 
-def _kept(index: tuple[Any, ...], batch: int | None, axes: Sequence[int], point: bool) -> list[int]:
-    """The axes of the map, but for that of filters, that what an index picks still has."""
-    first = index[0]
-    if isinstance(first, Tensor) and first.dtype is torch.bool and batch is not None:
-        if first.dim() == len(axes) + 1:
-            return [batch]  # the points of all samples, one after the other
-    kept = [] if batch is None else [batch]
-    parts = index if batch is None else index[1:]
-    lists = False
-    for axis, part in zip(axes, parts, strict=False):
-        if isinstance(part, slice):
-            kept.append(axis)
-        elif isinstance(part, Tensor) and not lists:
-            lists = True
-            if not point:
-                kept.append(axis)
-    return kept
-
-
 def _index(
     at: Any, moved: Tensor, batch: int | None, axes: list[int], fm: FeatureMap
-) -> tuple[tuple[Any, ...], bool]:
+) -> tuple[tuple[Any, ...], list[int], bool]:
     """What picks the positions from samples × positions × filters.
 
     Returns:
-        The index, and whether it picks one position of each sample, along an axis of length 1.
+        The index; the axes of the map, but for that of filters, that what it picks still has; and
+        whether it picks one position of each sample, along an axis of length 1.
     """
     samples = moved.shape[0] if batch is not None else None
     extents = tuple(moved.shape[:-1] if batch is None else moved.shape[1:-1])
-    every = () if batch is None else (slice(None),)
+    every: tuple[Any, ...] = () if batch is None else (slice(None),)
+    kept = [] if batch is None else [batch]
     given = [_plain(part, moved) for part in (at if isinstance(at, tuple) else (at,))]
     if len(given) == 1 and isinstance(given[0], Tensor) and given[0].dtype is torch.bool:
         mask = given[0]
         if tuple(mask.shape) == extents:
-            return (*every, mask), False
+            return (*every, mask), [*kept, axes[0]], False
         if samples is not None and tuple(mask.shape) == (samples, *extents):
-            return (mask,), False
+            return (mask,), kept, False  # the points of all samples, one after the other
         raise EditError(
             f"at= is a mask of shape {tuple(mask.shape)}, and {_name(fm)} has positions "
             f"{extents}" + (f" of {samples} samples" if samples is not None else ""),
@@ -218,7 +194,9 @@ def _index(
             **tags(fm),
         )
     if any(isinstance(part, Tensor) for part in given):
-        return _of_each_sample(given, moved, samples, fm)
+        index, point = _of_each_sample(given, moved, samples, fm)
+        return index, kept if point else [*kept, axes[0]], point
+    kept += [axis for axis, part in zip(axes, given, strict=True) if isinstance(part, slice)]
     if any(isinstance(part, list) for part in given):
         places = [i for i, part in enumerate(given) if not isinstance(part, slice)]
         if places[-1] - places[0] + 1 != len(places):
@@ -227,8 +205,8 @@ def _index(
             )
         device = moved.device
         given = [p if isinstance(p, slice) else torch.as_tensor(p, device=device) for p in given]
-        return (*every, *given), False
-    return (*every, *given), False
+        kept.append(axes[places[0]])
+    return (*every, *given), kept, False
 
 
 def _of_each_sample(

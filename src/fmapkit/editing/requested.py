@@ -45,7 +45,7 @@ class _Edit:
     """One entry of `edit={...}`, and what a pass has had for it so far."""
 
     __slots__ = (
-        *("_outputs", "_some_are_layers", "by_label", "calls", "done", "empty", "function"),
+        *("_outputs", "by_label", "calls", "done", "empty", "function"),
         *("given", "paths", "selection", "where"),
     )
 
@@ -59,19 +59,19 @@ class _Edit:
         self.where = Where.of(key)
         self.selection = LayerSelection(names, self.where.layer, "edit")
         self.function = function
-        self._outputs = self._meant_as_outputs(names) if self.where.kind is None else frozenset()
-        meant = bool(self._outputs) or self.where.kind in _OF_MODULES
         # Whether it is for maps that go by what the pass tells of its tensors.
-        self.by_label = not meant or (self.where.kind is None and self._some_are_layers)
+        self.by_label = self.where.kind not in (None, *_OF_MODULES)
+        self._outputs: set[str] = set()
+        if self.where.kind is None:
+            self._outputs = self._meant_as_outputs(names)
         self.begin()
 
-    def _meant_as_outputs(self, names: Names) -> frozenset[str]:
+    def _meant_as_outputs(self, names: Names) -> set[str]:
         """Of a key without a kind, the modules that are no filter layers: what they return."""
         found: set[str] = set()
-        self._some_are_layers = False
         for group in self.selection.groups:
             if any(layers.layer_axis(module) is not None for module in group):
-                self._some_are_layers = True
+                self.by_label = True
                 continue
             for module in group:
                 if module._parameters and not is_torchs(module):
@@ -81,7 +81,8 @@ class _Edit:
                         "'activation' or 'output'"
                     )
                 found.add(names.of(module))
-        return frozenset(found)
+        self.by_label = self.by_label or not found
+        return found
 
     def begin(self) -> None:
         self.done = False  # something was edited

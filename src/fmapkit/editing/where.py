@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError, did_you_mean, listed
+from fmapkit.errors import ArgumentError, did_you_mean, is_int, listed
+from fmapkit.kinds import KINDS
 from fmapkit.selection import indices
 
-EDITABLE = ("input", "response", "preactivation", "activation", "output")
+EDITABLE = tuple(kind for kind in KINDS if kind != "attention")
 
 Numbers = int | Collection[int] | Callable[[int], bool]
 
@@ -84,7 +85,7 @@ class Where:
             _check_numbers(self, name)
         for name in ("filter_axis", "batch_axis"):
             axis = getattr(self, name)
-            if axis is not None and (not isinstance(axis, int) or isinstance(axis, bool)):
+            if axis is not None and not is_int(axis):
                 raise ArgumentError(f"{self!r}: {name} must be an int, or None")
         if not isinstance(self.optional, bool):
             raise ArgumentError(f"{self!r}: optional must be True or False")
@@ -146,7 +147,7 @@ def _check_numbers(where: Where, name: str) -> None:
         return
     several = isinstance(value, Collection) and not isinstance(value, (str, bytes, Tensor))
     numbers = list(value) if several else [value]
-    if not numbers or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
+    if not numbers or any(not is_int(n) or n < 0 for n in numbers):
         raise ArgumentError(
             f"{where!r}: {name} must be a number from 0, several, or a function of the number"
         )
@@ -157,15 +158,14 @@ def _check_positions(where: Where, at: Any) -> None:
     if at is None or (callable(at) and not isinstance(at, (type, Tensor))):
         return
     for part in at if isinstance(at, tuple) else (at,):
+        known = is_int(part) or isinstance(part, slice)
         if isinstance(part, Tensor):
             whole = not part.is_floating_point() and not part.is_complex()
-            if whole and part.dtype is not torch.uint8:
-                continue
-        elif isinstance(part, slice) or (isinstance(part, int) and not isinstance(part, bool)):
+            known = whole and part.dtype is not torch.uint8
+        elif isinstance(part, (list, range)):
+            known = len(part) > 0 and all(map(is_int, part))
+        if known:
             continue
-        elif isinstance(part, (list, range)) and len(part):
-            if all(isinstance(p, int) and not isinstance(p, bool) for p in part):
-                continue
         raise ArgumentError(
             f"{where!r}: at must be an int, a slice, a list of ints, a tensor of ints (one for "
             "each sample) or of bools (a mask), or a tuple of these, one for each axis of positions"

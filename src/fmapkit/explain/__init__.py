@@ -9,24 +9,18 @@ field.size, field.stride, field.box(7, 7)
 
     receptive_field    receptive.py -> _follow.py     a pass on fields, operator by operator
                          -> _rules.py, else _probe.py   what a result depends on
-    effective_field    effective.py                   the gradient of a location
-    grad_cam, project  cam.py, projection.py
+    grad_cam           cam.py
+    project            projection.py                  gradients of a map at the input
+    effective_field      -> of one location, in the mean
     occlusion          occluding.py
     plot_...           pictures.py
 """
 
-from typing import TYPE_CHECKING
-
-from fmapkit._lazy import lazy
-from fmapkit.explain._progress import with_bar as with_bar
-
-if TYPE_CHECKING:
-    from fmapkit.explain.cam import grad_cam
-    from fmapkit.explain.effective import effective_field
-    from fmapkit.explain.occluding import Occlusion, occlusion
-    from fmapkit.explain.pictures import plot_field, plot_heat, plot_projection
-    from fmapkit.explain.projection import project
-    from fmapkit.explain.receptive import Box, ReceptiveField, Span, receptive_field
+from fmapkit.explain.cam import grad_cam
+from fmapkit.explain.occluding import Occlusion, occlusion
+from fmapkit.explain.pictures import plot_field, plot_heat, plot_projection
+from fmapkit.explain.projection import effective_field, project
+from fmapkit.explain.receptive import Box, ReceptiveField, Span, receptive_field
 
 __all__ = [
     "Box",
@@ -42,15 +36,3 @@ __all__ = [
     "project",
     "receptive_field",
 ]
-
-# Imported when asked for.
-_HOMES = {
-    "cam": "grad_cam",
-    "effective": "effective_field",
-    "occluding": "Occlusion occlusion",
-    "pictures": "plot_field plot_heat plot_projection",
-    "projection": "project",
-    "receptive": "Box ReceptiveField Span receptive_field",
-}
-
-__getattr__, __dir__ = lazy(__name__, _HOMES)

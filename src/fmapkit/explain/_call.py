@@ -33,6 +33,13 @@ class Call:
     def of(self, value: Any) -> Tensor | None:
         return self.fields.get(id(value)) if isinstance(value, Tensor) else None
 
+    @property
+    def field(self) -> Tensor:
+        """Of `self`, the one operand of the operator."""
+        found = self.of(self.given["self"])
+        assert found is not None
+        return found
+
     def get(self, *names: str, default: Any = None) -> Any:
         """An argument, by the first of these names that the operator has."""
         for name in names:

@@ -62,17 +62,11 @@ def _product(call: Call, one: Tensor, other: Tensor) -> Tensor | None:
 
 
 def _mm(call: Call) -> list[Tensor | None]:
-    return [_product(call, call.given["self"], call.get("mat2", "other"))]
-
-
-def _added(one: str, other: str) -> Rule:
-    def rule(call: Call) -> list[Tensor | None]:
-        shape = call.results[0].shape
-        found = _product(call, call.given[one], call.given[other])
-        added = call.of(call.given["self"]) if call.get("beta", default=1) != 0 else None
-        return [least([found if call.get("alpha", default=1) != 0 else None, added], shape)]
-
-    return rule
+    """A matrix product, or many; `addmm` and `baddbmm` add it to something."""
+    one, other = call.get("mat1", "batch1", "self"), call.get("mat2", "batch2")
+    found = _product(call, one, other) if call.get("alpha", default=1) != 0 else None
+    added = call.of(call.given["self"]) if call.get("beta", default=0) != 0 else None
+    return [least([found, added], call.results[0].shape)]
 
 
 # -- convolutions ---------------------------------------------------------------------------
@@ -107,32 +101,36 @@ def _slid(
     call: Call, field: Tensor, terms: Tensor, groups: int, transposed: bool, shape: Sequence[int]
 ) -> Tensor:
     """The input's part in a convolution: (R, N, out, *places)."""
-    axes = terms.dim() - 2
-    options = [
-        _each(call.get(name, default=default), axes)
-        for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))
-    ]
-    steps = list(map(_Steps, *options, shape[3:]))
-    apart = field.reshape(*field.shape[:2], groups, -1, *field.shape[3:])
     kernel, places, outs = terms.shape[2:], shape[3:], shape[2] // groups
-    slide = _spread if transposed else _gathered
+    strides, paddings, dilations = (
+        _each(call.get(name, default=default), len(kernel))
+        for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))
+    )
+    apart = field.reshape(*field.shape[:2], groups, -1, *field.shape[3:])
+    by_group = terms.reshape(groups, -1, *terms.shape[1:])  # (groups, out, in, *kernel)
+    if transposed:  # a convolution, of an input that is set apart, with the kernel reversed
+        by_group = by_group.transpose(1, 2).flip([3 + axis for axis in range(len(kernel))])
+        for axis, stride in enumerate(strides):
+            apart = _set_apart(apart, 4 + axis, stride)
+        ends = zip(dilations, kernel, paddings, strict=True)
+        paddings = [dilation * (size - 1) - padding for dilation, size, padding in ends]
+        strides = [1] * len(kernel)
+    steps = list(map(_Steps, strides, paddings, dilations, places))
     if bool(terms.all()):  # every output channel sees the same
         found = apart.amin(3)
-        for axis in range(axes):
-            found = slide(found, 3 + axis, range(kernel[axis]), steps[axis])
+        for axis, size in enumerate(kernel):
+            found = _gathered(found, 3 + axis, range(size), steps[axis])
         wide = found.unsqueeze(3).expand(-1, -1, -1, outs, *places)
         return wide.reshape(*shape)
     found = field.new_full((*field.shape[:2], groups, outs, *places), NONE)
-    by_group = terms.reshape(groups, -1, *terms.shape[1:])
     for offset in itertools.product(*map(range, kernel)):
         tap: Any = (..., *offset)
-        there = by_group[tap]  # (groups, out, in), or (groups, in, out)
-        there = there.transpose(1, 2) if transposed else there
+        there = by_group[tap]
         if not bool(there.any()):
             continue
         moved = apart
         for axis, at in enumerate(offset):
-            moved = slide(moved, 4 + axis, [at], steps[axis])
+            moved = _gathered(moved, 4 + axis, [at], steps[axis])
         for group in range(groups):
             flat = moved[:, :, group].movedim(2, -1).flatten(1, -2)
             mixed = _mixed(flat, there[group])
@@ -165,21 +163,13 @@ def _gathered(field: Tensor, axis: int, taps: Sequence[int], steps: _Steps) -> T
     return read.amin(-1).movedim(-1, axis)
 
 
-def _spread(field: Tensor, axis: int, taps: Sequence[int], steps: _Steps) -> Tensor:
-    """Along one axis, the field of what each place of a transposed convolution is written from."""
-    field, (stride, padding, dilation, places) = field.movedim(axis, -1), steps
-    reach = (field.shape[-1] - 1) * stride + 1
-    whole = max(places + padding, reach + dilation * max(taps))
-    found = field.new_full((*field.shape[:-1], whole), NONE)
-    for tap in taps:
-        part = found[..., tap * dilation : tap * dilation + reach : stride]
-        torch.minimum(part, field, out=part)
-    return found[..., padding : padding + places].movedim(-1, axis)
+def _set_apart(field: Tensor, axis: int, stride: int) -> Tensor:
+    """Along one axis, each element followed by `stride - 1` that nothing reaches."""
+    apart = F.pad(field.movedim(axis, -1).unsqueeze(-1), (0, stride - 1), value=NONE)
+    return apart.flatten(-2).movedim(-1, axis)
 
 
 RULES: dict[str, Rule] = {
-    **named(_mm, "mm bmm"),
-    "addmm": _added("mat1", "mat2"),
-    "baddbmm": _added("batch1", "batch2"),
+    **named(_mm, "mm bmm addmm baddbmm"),
     **named(_convolution, "convolution _convolution cudnn_convolution"),
 }

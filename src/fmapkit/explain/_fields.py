@@ -24,8 +24,6 @@ NONE = 1 << 24  # farther than any location; exact as a float32, for pooling ker
 
 _WeakRef: Any = reductions.StorageWeakRef  # its address is not used again while it lives
 
-_PURGE = 256  # how many new storages there may be before those that are gone are looked for
-
 
 @dataclass(slots=True)
 class _Kept:
@@ -57,7 +55,6 @@ class Fields:
     def __init__(self, axes: int, parameters: Iterable[Tensor] = ()) -> None:
         self.rows = 2 * axes + 1
         self._kept: dict[int, _Kept] = {}
-        self._new = 0
         # Weak references keep the addresses of the storages from being used again.
         self._parameters = {ref.cdata: ref for ref in map(_reference, parameters)}
 
@@ -78,10 +75,9 @@ class Fields:
         reference = _reference(tensor)
         kept = self._kept.get(reference.cdata)
         if kept is None:
-            before = self.of(tensor)  # of a parameter that is written to
-            if field is None and before is None:
+            if field is None and reference.cdata not in self._parameters:
                 return
-            kept = self._make(reference, tensor, None if before is None else before)
+            kept = self._make(reference, tensor)
         view = self._view(kept, tensor)
         if field is None:
             view.fill_(NONE)
@@ -92,15 +88,12 @@ class Fields:
         """Whether two tensors share their memory."""
         return bool(_reference(one).cdata == _reference(other).cdata)
 
-    def _make(self, reference: Any, tensor: Tensor, fill: Tensor | None) -> _Kept:
-        self._new += 1
-        if self._new >= _PURGE:
-            self._new = 0
-            for key in [k for k, kept in self._kept.items() if kept.storage.expired()]:
-                del self._kept[key]
+    def _make(self, reference: Any, tensor: Tensor) -> _Kept:
+        for key in [k for k, kept in self._kept.items() if kept.storage.expired()]:
+            del self._kept[key]
         count = tensor.untyped_storage().nbytes() // tensor.element_size()
         rows = torch.full((self.rows, count), NONE, dtype=torch.int32, device=tensor.device)
-        if fill is not None:
+        if reference.cdata in self._parameters:  # that is written to
             rows[-1] = 0
         kept = self._kept[reference.cdata] = _Kept(reference, tensor.element_size(), rows)
         return kept

@@ -85,34 +85,30 @@ def _gathered(call: Call) -> list[Tensor | None]:
     picked, field = call.of(index), call.of(value)
     if picked is None:
         return _moved(call)
-    if field is not None:
+    if field is not None:  # it may be any place along the axis
         field = field.amin(axis % max(value.dim(), 1) + 1, keepdim=True)
-        cut = tuple(slice(0, n) for n in index.shape)
-        within: Any = (slice(None), *cut)
-        field = field[within] if field.dim() == index.dim() + 1 else field
+        field = _within(field, index)
     return [least([picked, field], call.results[0].shape)]
 
 
 def _scattered(call: Call) -> list[Tensor | None]:
     """Along one axis, each value to a place of its own; the others are summed or overwritten."""
-    value, index, axis = call.given["self"], call.given["index"], call.given["dim"]
-    placed = call.of(index)
-    if placed is None:
-        return probe(call) if call.name != "scatter" or call.get("reduce") else _moved(call)
-    axis %= max(value.dim(), 1)
-    shape = list(value.shape)
-    shape[axis] = 1
-    cut = tuple(slice(0, n) for n in index.shape)
-    whole = list(index.shape)
-    whole[axis] = 1
-    if whole != shape:  # it leaves some rows as they are
-        return _moved(call) if call.name == "scatter" else probe(call)
+    value, index = call.given["self"], call.given["index"]
+    placed, axis = call.of(index), call.given["dim"] % max(value.dim(), 1)
+    sizes = [[n for a, n in enumerate(t.shape) if a != axis] for t in (value, index)]
+    if placed is None or sizes[0] != sizes[1]:  # its places are known, or it leaves some rows alone
+        return _moved(call) if call.name == "scatter" and not call.get("reduce") else probe(call)
     fields = [call.of(value), lowest(placed, [axis])]
-    source = call.get("src")
-    if (sent := call.of(source)) is not None:
-        every: Any = (slice(None), *cut)
-        fields.append(lowest(sent[every], [axis]))
+    if (sent := call.of(call.get("src"))) is not None:
+        fields.append(lowest(_within(sent, index), [axis]))
     return [least(fields, call.results[0].shape)]
+
+
+def _within(field: Tensor, index: Tensor) -> Tensor:
+    """The part of a field that an index of as many axes has places for."""
+    for axis, size in enumerate(index.shape[: field.dim() - 1], 1):
+        field = field.narrow(axis, 0, min(size, field.shape[axis]))
+    return field
 
 
 def _put_at(call: Call) -> list[Tensor | None]:
@@ -127,7 +123,7 @@ RULES: dict[str, Rule] = {
         im2col tril triu slice_scatter select_scatter diagonal_scatter as_strided_scatter
         upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
         _upsample_nearest_exact2d _upsample_nearest_exact3d unfold_copy pixel_shuffle
-        pixel_unshuffle channel_shuffle native_channel_shuffle _unsafe_index take masked_select
+        pixel_unshuffle channel_shuffle _unsafe_index take masked_select
         masked_scatter diag_embed index_copy _reshape_copy""",
     ),
     "embedding": _embedded,

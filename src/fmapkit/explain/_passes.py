@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,15 +23,16 @@ from fmapkit.errors import (
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.maps import FeatureMaps
+from fmapkit.model import changed, tensors_in
 from fmapkit.readable import tags
-from fmapkit.torchlib.operators import tree_leaves, tree_map
+from fmapkit.torchlib.compiled_modules import compiled_roots, plain
 
 # What is captured where no kind is asked for; the best of them is taken.
 _KINDS: tuple[Kind, ...] = ("preactivation", "activation")
 _RANK = {"activation": 0, "preactivation": 1, "response": 2, "output": 3, "input": 4}
 
 
-def eager(model: Any, what: str) -> nn.Module:
+def eager(model: nn.Module, what: str) -> nn.Module:
     """The model to run: what `torch.compile` was given, if it is wrapped.
 
     Raises:
@@ -39,26 +40,14 @@ def eager(model: Any, what: str) -> nn.Module:
         ArgumentError: a part of it is compiled: what that computes in between is not to be had.
     """
     check_module(what, model)
-    plain: nn.Module = model
-    while (inner := plain._modules.get("_orig_mod")) is not None:
-        plain = inner
-    for name, module in plain.named_modules():
-        call = module.__dict__.get("_compiled_call_impl")
-        if "_orig_mod" in module._modules or hasattr(call, "_torchdynamo_orig_callable"):
-            raise ArgumentError(
-                f"{what} needs a model that runs eagerly, and {name or type(module).__name__!r} is "
-                "compiled: give the model as it was before"
-            )
-    return plain
-
-
-def run(model: nn.Module, inputs: Any) -> Any:
-    """Call the model with a tensor, a tuple or list of arguments, or a dict of those by name."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+    model = plain(model)
+    for module in compiled_roots(model):
+        name = next(name for name, m in model.named_modules() if m is module)
+        raise ArgumentError(
+            f"{what} needs a model that runs eagerly, and {name or type(module).__name__!r} is "
+            "compiled: give the model as it was before"
+        )
+    return model
 
 
 def first_tensor(inputs: Any, what: str) -> Tensor:
@@ -67,10 +56,10 @@ def first_tensor(inputs: Any, what: str) -> Tensor:
     Raises:
         ArgumentError: there is none, or it has no samples.
     """
-    given = dict(inputs) if isinstance(inputs, Mapping) else inputs
-    found = next((t for t in tree_leaves(given) if isinstance(t, Tensor)), None)
-    if found is None:
+    tensors = tensors_in(inputs)
+    if not tensors:
         raise ArgumentError(f"{what} needs a tensor among the model's inputs, not {inputs!r}")
+    found = tensors[0]
     if found.numel() == 0:
         raise ArgumentError(
             f"{what} needs an input with values, and this one has shape {tuple(found.shape)}"
@@ -91,6 +80,18 @@ def kept_state(model: nn.Module) -> Iterator[None]:
                 for buffer, values in before:
                     if not torch.equal(buffer, values):  # norms do not count what they write
                         buffer.copy_(values)
+
+
+@contextmanager
+def differentiating(model: nn.Module, inputs: Any, tensor: Tensor) -> Iterator[tuple[Tensor, Any]]:
+    """A pass with gradients, of which nothing is left.
+
+    Yields:
+        A copy of the input, which takes a gradient unless it is of integers; the inputs with it.
+    """
+    with kept_state(model), torch.inference_mode(False), torch.enable_grad():
+        x = tensor.detach().clone().requires_grad_(tensor.is_floating_point())
+        yield x, exchanged(inputs, tensor, x)
 
 
 @contextmanager
@@ -186,8 +187,3 @@ def check_filter(fm: FeatureMap, filter: int | None) -> int | None:
 def exchanged(inputs: Any, old: Tensor, new: Tensor) -> Any:
     """The same inputs with one tensor in another's place."""
     return changed(inputs, lambda value: new if value is old else value)
-
-
-def changed(inputs: Any, change: Callable[[Any], Any]) -> Any:
-    """The same inputs with each tensor, or constant, made into another one."""
-    return tree_map(change, dict(inputs) if isinstance(inputs, Mapping) else inputs)

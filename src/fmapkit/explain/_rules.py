@@ -108,16 +108,14 @@ def _absorbs(call: Call, large: Any, small: Any) -> Tensor:
 
 
 def _where(call: Call) -> list[Tensor | None]:
-    chosen, one, other = (call.given[n] for n in ("condition", "self", "other"))
+    """One of two, as a mask says."""
+    given = call.given
+    if "mask" in given:
+        chosen, one, other = given["mask"], given["value"], given["self"]
+    else:
+        chosen, one, other = given["condition"], given["self"], given["other"]
     either = varies(call.of(chosen), chosen)
     return _kept(call, [(chosen, True), (one, chosen | either), (other, ~chosen | either)])
-
-
-def _masked_fill(call: Call) -> list[Tensor | None]:
-    mask = call.given["mask"]
-    either = varies(call.of(mask), mask)
-    parts = [(mask, True), (call.given["self"], ~mask | either)]
-    return _kept(call, [*parts, (call.given["value"], mask | either)])
 
 
 def _copied(call: Call) -> list[Tensor | None]:
@@ -128,12 +126,8 @@ def _copied(call: Call) -> list[Tensor | None]:
 def _random(call: Call) -> list[Tensor | None]:
     """Random numbers, of a distribution that may be given by a tensor."""
     written = call.function._schema.is_mutable
-    by = [t for n, v in call.given.items() if not (written and n == "self") for t in _tensors(v)]
-    return [least([call.of(t) for t in by], r.shape) for r in call.results]
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else []
+    by = [call.of(value) for n, value in call.given.items() if not (written and n == "self")]
+    return [least(by, r.shape) for r in call.results]
 
 
 def _constant(call: Call) -> list[Tensor | None]:
@@ -150,36 +144,31 @@ def axes_of(value: Any, dims: int) -> list[int]:
     return [d % max(dims, 1) for d in (value if isinstance(value, (list, tuple)) else [value])]
 
 
-def _reduced(call: Call) -> list[Tensor | None]:
-    value = call.given["self"]
-    field = call.of(value)
-    if field is None:
-        return probe(call)
-    found = lowest(field, axes_of(call.get("dim", "axis"), value.dim()))
-    return [_reshaped(found, r) for r in call.results]
+def _along(call: Call) -> list[Tensor | None]:
+    """Each result from all elements along some axes, which it may lack."""
+    axes = axes_of(call.get("dim", "axis"), call.given["self"].dim())
+    found = lowest(call.field, axes)
+    return [_fitted(found, r) for r in call.results]
 
 
-def _reshaped(found: Tensor, result: Tensor) -> Tensor:
+def _fitted(found: Tensor | None, result: Tensor) -> Tensor | None:
     """A field with axes of one element, as that of a result which may lack them."""
+    if found is None or not result.numel():
+        return None
     if found[0].numel() == result.numel():
         return found.reshape(-1, *result.shape)
     return broadcast(found, result.shape)
 
 
 def _running(call: Call) -> list[Tensor | None]:
-    value = call.given["self"]
-    field = call.of(value)
-    if field is None or value.dim() == 0:
-        return [field] * len(call.results)
-    found = field.cummin(call.given["dim"] % value.dim() + 1).values
+    found, dims = call.field, call.given["self"].dim()
+    if dims:
+        found = found.cummin(call.given["dim"] % dims + 1).values
     return [found] * len(call.results)
 
 
 def _softmax(call: Call) -> list[Tensor | None]:
-    value = call.given["self"]
-    field = call.of(value)
-    if field is None:
-        return [None]
+    value, field = call.given["self"], call.field
     low = value < value.amax(call.given["dim"], keepdim=True) - MASKED if value.numel() else False
     zero = call.results[0] == (-math.inf if "log" in call.name else 0)
     masked = zero & (~varies(field, value) | low)
@@ -188,103 +177,84 @@ def _softmax(call: Call) -> list[Tensor | None]:
     return [torch.where(masked, NONE, found)]
 
 
-def _ordered(call: Call) -> list[Tensor | None]:
-    value = call.given["self"]
-    field = call.of(value)
-    if field is None:
-        return probe(call)
-    found = lowest(field, axes_of(call.get("dim", default=-1), value.dim()))
-    return [broadcast(found, r.shape) for r in call.results]
-
-
 # -- norms ----------------------------------------------------------------------------------
 
 
 def _layer_norm(call: Call) -> list[Tensor | None]:
-    value, shape = call.given["input"], call.given["normalized_shape"]
-    field = call.of(value)
-    own = [call.of(call.get("weight")), call.of(call.get("bias"))]
-    if field is None:
-        return [least(own, value.shape) if r.shape == value.shape else None for r in call.results]
-    found = lowest(field, range(value.dim() - len(shape), value.dim()))
-    whole = least([found, *own], value.shape)
-    return [whole if r.shape == value.shape else _reshaped(found, r) for r in call.results]
+    value = call.given["input"]
+    field, first = call.of(value), value.dim() - len(call.given["normalized_shape"])
+    found = None if field is None else lowest(field, range(first, value.dim()))
+    return _normed(call, found, found, [call.of(call.get(n)) for n in ("weight", "bias")])
 
 
 def _group_norm(call: Call) -> list[Tensor | None]:
     value = call.given["input"]
-    groups = call.get("group", "num_groups")
-    field = call.of(value)
-    wide = [1, -1, *[1] * (value.dim() - 2)]
-    own = [call.of(call.get("weight")), call.of(call.get("bias"))]
-    own = [None if f is None else f.reshape(len(f), *wide) for f in own]
-    if field is None:
-        return [least(own, value.shape) if r.shape == value.shape else None for r in call.results]
-    apart = field.reshape(len(field), value.shape[0], groups, -1).amin(3, keepdim=True)
-    spread = apart.expand(-1, -1, -1, value[0].numel() // groups).reshape(field.shape)
-    whole = least([spread, *own], value.shape)
-    return [whole if r.shape == value.shape else _reshaped(apart, r) for r in call.results]
+    field, spread, stats = call.of(value), None, None
+    if field is not None:
+        shape = (len(value), call.given["group"])
+        stats = field.reshape(len(field), *shape, -1).amin(3, keepdim=True)
+        spread = stats.expand(-1, -1, -1, value[0].numel() // shape[1]).reshape(field.shape)
+    return _normed(call, spread, stats, _by_channel(call, "weight", "bias"))
 
 
 def _batch_norm(call: Call) -> list[Tensor | None]:
     value = call.given["input"]
-    field = call.of(value)
-    wide = [1, -1, *[1] * (value.dim() - 2)]
-    fixed = "no_training" in call.name or not call.get("training", "train", default=True)
-    names = ("weight", "bias", *(("running_mean", "running_var") if fixed else ()))
-    own = [f.reshape(len(f), *wide) for n in names if (f := call.of(call.get(n))) is not None]
-    others = [a for a in range(value.dim()) if a != 1]
-    if field is not None and not fixed:
-        field = lowest(field, others)
-    whole = least([field, *own], value.shape)
-    stats = None if field is None else lowest(field, others)[:, 0].flatten(1)
-    return [
-        whole if r.shape == value.shape else stats if r.dim() == 1 and r.numel() else None
-        for r in call.results
-    ]
+    field, stats = call.of(value), None
+    if field is not None:
+        stats = lowest(field, [a for a in range(value.dim()) if a != 1])
+    own = _by_channel(call, "weight", "bias")
+    if "no_training" in call.name or not call.get("training", "train", default=True):
+        return _normed(call, field, stats, own + _by_channel(call, "running_mean", "running_var"))
+    return _normed(call, stats, stats, own)
+
+
+def _by_channel(call: Call, *names: str) -> list[Tensor | None]:
+    """The fields of vectors that have a number for each channel."""
+    wide = [1, -1, *[1] * (call.given["input"].dim() - 2)]
+    fields = [call.of(call.get(name)) for name in names]
+    return [None if f is None else f.reshape(len(f), *wide) for f in fields]
+
+
+def _normed(
+    call: Call, found: Tensor | None, stats: Tensor | None, own: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Normalised values, from `found` and the norm's own weights; beside them its statistics."""
+    shape = call.given["input"].shape
+    whole = least([found, *own], shape)
+    return [whole if r.shape == shape else _fitted(stats, r) for r in call.results]
 
 
 # -- pooling: each result from a window, whichever of its elements is the largest -----------
 
 
-def _windowed(call: Call, pool: str, *arguments: Any) -> list[Tensor | None]:
+def _pooled(call: Call) -> list[Tensor | None]:
     """The field of windows: the smallest numbers in each are the largest, negated."""
-    value = call.get("self", "input")
-    field = call.of(value)
-    if field is None:
+    field, result = call.field, call.results[0]
+    if result.numel() == 0:
         return [None] * len(call.results)
     axes = int(next(digit for digit in call.name if digit.isdigit()))
-    flat = field.reshape(1, -1, *value.shape[value.dim() - axes :])
-    found = -getattr(F, f"{pool}{axes}d")(-flat.float(), *arguments)
-    found = found.to(torch.int32).reshape(len(field), *call.results[0].shape)
+    flat = -field.reshape(1, -1, *field.shape[field.dim() - axes :]).float()
+    if "output_size" in call.given:
+        found = getattr(F, f"adaptive_max_pool{axes}d")(flat, call.given["output_size"])
+    else:
+        found = getattr(F, f"max_pool{axes}d")(
+            flat,
+            call.given["kernel_size"],
+            call.get("stride") or None,
+            call.get("padding", default=0),
+            call.get("dilation", default=1),
+            call.get("ceil_mode", default=False),
+        )
+    found = -found.to(torch.int32).reshape(len(field), *result.shape)
     return [found] * len(call.results)
 
 
-def _pooled(call: Call) -> list[Tensor | None]:
-    if call.results[0].numel() == 0:
-        return probe(call)
-    return _windowed(
-        call,
-        "max_pool",
-        call.given["kernel_size"],
-        call.get("stride") or None,
-        call.get("padding", default=0),
-        call.get("dilation", default=1),
-        call.get("ceil_mode", default=False),
-    )
-
-
-def _adaptively(call: Call) -> list[Tensor | None]:
-    return _windowed(call, "adaptive_max_pool", call.given["output_size"])
-
-
 _RULES: dict[str, Rule] = {
-    **named(_mul, "mul multiply logical_and bitwise_and __and__"),
-    **named(_div, "div true_divide divide"),
+    **named(_mul, "mul logical_and bitwise_and"),
+    **named(_div, "div"),
     **named(_add, "add sub"),
-    **named(_where, "where"),
-    **named(_masked_fill, "masked_fill"),
-    **named(_copied, "copy _to_copy clone fill fill_ copy_ lift_fresh_copy"),
+    **named(_where, "where masked_fill"),
+    **named(_copied, "copy _to_copy clone fill lift_fresh_copy"),
     **named(
         _constant,
         """zero zeros_like ones_like full_like empty_like new_zeros new_ones
@@ -297,15 +267,14 @@ _RULES: dict[str, Rule] = {
         _fused_dropout floor_divide polar complex hardshrink softshrink""",
     ),
     **named(
-        _reduced,
+        _along,
         """sum mean amax amin max min argmax argmin any all prod var std var_mean std_mean logsumexp
-        norm linalg_vector_norm median nanmedian nansum nanmean count_nonzero mode aminmax
-        kthvalue""",
+        norm linalg_vector_norm median nanmedian nansum count_nonzero mode aminmax
+        kthvalue sort topk argsort""",
     ),
     **named(_running, "cumsum cumprod cummax cummin logcumsumexp"),
     **named(_softmax, "_softmax _log_softmax _safe_softmax"),
-    **named(_ordered, "sort topk argsort"),
-    **named(_layer_norm, "native_layer_norm _fused_rms_norm"),
+    **named(_layer_norm, "native_layer_norm"),
     **named(_group_norm, "native_group_norm"),
     **named(
         _batch_norm,
@@ -317,12 +286,8 @@ _RULES: dict[str, Rule] = {
     **moves.RULES,
     **named(
         _pooled,
-        """max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices
-        max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d mkldnn_max_pool2d""",
-    ),
-    **named(
-        _adaptively,
-        """adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
-        _adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
+        """max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d avg_pool1d avg_pool2d
+        avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
+        _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d""",
     ),
 }

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmapkit.errors import ArgumentError
-from fmapkit.explain._axes import has_samples, input_axes, map_axes, no_locations
-from fmapkit.explain._passes import WantedMap, eager, exchanged, first_tensor, kept_state, run
+from fmapkit.explain._locations import has_samples, input_axes, map_axes, no_locations
+from fmapkit.explain._passes import WantedMap, differentiating, eager, first_tensor
 from fmapkit.kinds import Kind
+from fmapkit.model import run
 from fmapkit.readable import tags
 from fmapkit.torchlib.operators import tree_leaves
 
@@ -66,12 +67,8 @@ def grad_cam(
     tensor = first_tensor(inputs, "grad_cam")
     along = input_axes(tensor, axes)
     wanted = WantedMap(layer, kind, call, path)
-    with kept_state(model), torch.inference_mode(False), torch.enable_grad():
-        by: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-        given = inputs
-        if tensor.is_floating_point():
-            x = tensor.detach().clone().requires_grad_()
-            given, by = exchanged(inputs, tensor, x), [x]
+    with differentiating(model, inputs, tensor) as (x, given):
+        by = [x] if x.requires_grad else [p for p in model.parameters() if p.requires_grad]
         with wanted.capture(model, gradients=True) as maps:
             score = _score(run(model, given), target)
             fm = wanted.among(maps)
@@ -95,7 +92,8 @@ def grad_cam(
     many = has_samples(fm, along)
     weights = gradient.mean(where, keepdim=True)
     others = [a for a in range(fm.tensor.dim()) if a not in where and (a or not many)]
-    cam = (weights * fm.tensor.detach()).sum(others) if others else weights * fm.tensor.detach()
+    cam = weights * fm.tensor.detach()
+    cam = cam.sum(others) if others else cam
     cam = F.relu(cam) if relu else cam
     return _upsampled(cam, tensor, along) if upsample else cam
 
@@ -105,13 +103,11 @@ def _score(output: Any, target: Target) -> Tensor:
     if callable(target) and not isinstance(target, Tensor):
         score = target(output)
         if not isinstance(score, Tensor) or score.dim() > 1:
+            found = (
+                f"one of shape {tuple(score.shape)}" if isinstance(score, Tensor) else repr(score)
+            )
             raise ArgumentError(
-                "target= must give a number, or one for each sample, as a tensor, not "
-                + (
-                    f"one of shape {tuple(score.shape)}"
-                    if isinstance(score, Tensor)
-                    else repr(score)
-                )
+                f"target= must give a number, or one for each sample, as a tensor, not {found}"
             )
         return score.sum()
     leaves = tree_leaves(dict(output) if isinstance(output, dict) else output)

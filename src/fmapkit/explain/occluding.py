@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fmapkit.errors import ArgumentError, CaptureWarning, check_positive
-from fmapkit.explain._axes import has_samples, input_axes
-from fmapkit.explain._locations import At, chosen
-from fmapkit.explain._passes import WantedMap, changed, eager, first_tensor, kept_state, run
-from fmapkit.explain._progress import with_bar
+from fmapkit._lazy import with_bar
+from fmapkit.errors import ArgumentError, CaptureWarning, check_positive, is_int
+from fmapkit.explain._locations import At, chosen, has_samples, input_axes
+from fmapkit.explain._passes import WantedMap, eager, first_tensor, kept_state
 from fmapkit.kinds import Kind
-from fmapkit.maps import FeatureMaps
+from fmapkit.map import FeatureMap
+from fmapkit.model import changed, run
 from fmapkit.readable import tags
 
 if TYPE_CHECKING:
@@ -52,23 +52,15 @@ class Occlusion:
 
         Windows that were not tried do not count; a location that none covers is 0.
         """
-        total = self.drops.new_zeros(len(self.drops), *self.input_shape)
-        count = self.drops.new_zeros(self.input_shape)
-        for cell in itertools.product(*(range(len(s)) for s in self.starts)):
-            every: Any = (slice(None), *cell)
-            drop = self.drops[every]
-            if bool(drop.isnan().any()) and not self.complete:
-                continue
-            where = self._where(cell)
-            each: Any = (slice(None), *where)
-            total[each] += drop.reshape(-1, *[1] * len(cell))
-            count[where] += 1
-        return total / count.clamp(min=1)
-
-    def _where(self, cell: Sequence[int]) -> tuple[slice, ...]:
-        return tuple(
-            slice(s[i], s[i] + n) for s, i, n in zip(self.starts, cell, self.window, strict=True)
-        )
+        drops = self.drops.movedim(0, -1)
+        total = drops.new_zeros(*self.input_shape, drops.shape[-1])
+        count = drops.new_zeros(*self.input_shape, 1)
+        for cell in itertools.product(*map(range, drops.shape[:-1])):
+            if self.complete or not bool(drops[cell].isnan().any()):
+                where = _window(self.starts, self.window, cell)
+                total[where] += drops[cell]
+                count[where] += 1
+        return (total / count.clamp(min=1)).movedim(-1, 0)
 
     def plot(self, image: Any = None, *, sample: int = 0) -> Figure:
         """Draw the heat map beside or on the image (extra: `plot`)."""
@@ -143,11 +135,13 @@ def occlusion(
     check_positive(batch_size=batch_size)
     starts = tuple(_starts(n, w, s) for n, w, s in zip(sizes, covered, steps, strict=True))
     asked = (str(layer), filter, kind, call, path, sizes, covered, starts)
-    watch = _WatchedMap(
-        model, inputs, tensor, along, WantedMap(layer, kind, call, path), filter, at
-    )
-    with kept_state(model), torch.no_grad(), watch.wanted.capture(model, stop=True) as maps:
-        usual = watch.total(maps, inputs)
+    wanted = WantedMap(layer, kind, call, path)
+    with kept_state(model), torch.no_grad(), wanted.capture(model, stop=True) as maps:
+        run(model, inputs)
+        fm = wanted.among(maps)
+        mask = chosen(fm, tensor, along, filter, at)  # where the strongest is of the input as it is
+        samples = len(tensor) if has_samples(fm, along) else None
+        usual = _totals(fm, mask, samples)
         drops = usual.new_full((len(usual), *map(len, starts)), torch.nan)
         if resume is not None:
             if resume._asked != asked or resume.drops.shape != drops.shape:
@@ -157,17 +151,16 @@ def occlusion(
             drops.copy_(resume.drops)
         done = ~drops.isnan().any(0)
         left = [c for c in itertools.product(*map(range, drops.shape[1:])) if not done[c]]
-        one = model.training or bool(watch.alone)
-        many = 1 if one else max(1, batch_size // len(tensor))
+        many = 1 if model.training or samples is None else max(1, batch_size // samples)
         groups = [left[i : i + many] for i in range(0, len(left), many)]
         complete = True
         try:
             for group in with_bar(groups, "occlusion", show_progress):
-                places = [_place(along, starts, covered, c, tensor.dim()) for c in group]
-                totals = watch.total(maps, watch.covered(places, fill))
+                windows = [_window(starts, covered, cell) for cell in group]
+                run(model, _covered(inputs, tensor, along, windows, fill))
+                totals = _totals(wanted.among(maps), mask, samples)
                 for cell, total in zip(group, totals.reshape(len(group), -1), strict=True):
-                    every: Any = (slice(None), *cell)
-                    drops[every] = usual - total
+                    drops.movedim(0, -1)[cell] = usual - total
         except KeyboardInterrupt:
             complete = False
             warnings.warn(
@@ -180,8 +173,7 @@ def occlusion(
 
 def _each(value: int | Sequence[int], sizes: tuple[int, ...], what: str) -> tuple[int, ...]:
     values = (value,) * len(sizes) if isinstance(value, int) else tuple(value)
-    ints = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
-    if not ints or len(values) != len(sizes) or not all(v > 0 for v in values):
+    if len(values) != len(sizes) or not all(is_int(v) and v > 0 for v in values):
         raise ArgumentError(
             f"{what} must be a positive int, or one for each of the {len(sizes)} axes of "
             f"locations, not {value!r}"
@@ -196,71 +188,57 @@ def _starts(size: int, window: int, stride: int) -> tuple[int, ...]:
     return tuple(range(0, -(-(size - window) // stride) * stride + 1, stride))
 
 
-def _place(
-    axes: tuple[int, ...],
-    starts: tuple[tuple[int, ...], ...],
-    window: tuple[int, ...],
-    cell: Sequence[int],
-    dims: int,
+def _window(
+    starts: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], cell: Sequence[int]
 ) -> tuple[slice, ...]:
-    place = [slice(None)] * dims
-    for axis, begins, size, i in zip(axes, starts, window, cell, strict=True):
-        place[axis] = slice(begins[i], begins[i] + size)
-    return tuple(place)
+    """The locations of the input in a window, by its number along each axis."""
+    return tuple(slice(s[i], s[i] + n) for s, i, n in zip(starts, cell, sizes, strict=True))
 
 
-@dataclass(frozen=True)
-class _WatchedMap:
-    """What is watched of which map, and of which model."""
+def _totals(fm: FeatureMap, mask: Tensor, samples: int | None) -> Tensor:
+    """The sum of what is watched, sample by sample.
 
-    model: nn.Module
-    inputs: Any
-    tensor: Tensor
-    axes: tuple[int, ...]
-    wanted: WantedMap
-    filter: int | None
-    at: At
-    masks: list[Tensor] = field(default_factory=list)
-    alone: list[bool] = field(default_factory=list)  # the input is one sample, without an axis
+    Args:
+        mask: of the map of the input as it is, what is watched.
+        samples: of the input; None of one without an axis of samples.
+    """
+    values = fm.tensor.double() if fm.tensor.is_floating_point() else fm.tensor
+    if samples is None:
+        return (values * mask).sum().reshape(1)
+    if values.shape[0] % samples or mask.shape[0] != samples:
+        raise ArgumentError(
+            f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)}: its first axis "
+            "is not that of the samples",
+            **tags(fm),
+        )
+    apart = values.reshape(-1, *mask.shape)
+    return (apart * mask).flatten(2).sum(2).flatten()
 
-    def total(self, maps: FeatureMaps, inputs: Any) -> Tensor:
-        """The sum of what is watched, sample by sample, after a pass."""
-        run(self.model, inputs)
-        fm = self.wanted.among(maps)
-        if not self.masks:  # where the strongest is, is told by the input as it is
-            self.masks.append(chosen(fm, self.tensor, self.axes, self.filter, self.at))
-        mask = self.masks[0]
-        values = fm.tensor.double() if fm.tensor.is_floating_point() else fm.tensor
-        if not has_samples(fm, self.axes):
-            self.alone.append(True)
-            return (values * mask).sum().reshape(1)
-        samples = len(self.tensor)
-        if values.shape[0] % samples or mask.shape[0] != samples:
-            raise ArgumentError(
-                f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)}: its first axis "
-                "is not that of the samples",
-                **tags(fm),
-            )
-        apart = values.reshape(-1, *mask.shape)
-        return (apart * mask).flatten(2).sum(2).flatten()
 
-    def covered(self, places: Sequence[tuple[slice, ...]], fill: float | Tensor) -> Any:
-        """The inputs with each of some parts covered, one after the other."""
-        pieces = []
-        for place in places:
-            piece = self.tensor.clone()
-            if isinstance(fill, Tensor):
-                piece[place] = fill.to(piece).broadcast_to(piece.shape)[place]
-            else:
-                piece[place] = fill
-            pieces.append(piece)
-        many = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+def _covered(
+    inputs: Any,
+    tensor: Tensor,
+    axes: tuple[int, ...],
+    windows: Sequence[tuple[slice, ...]],
+    fill: float | Tensor,
+) -> Any:
+    """The inputs with each of some windows covered, one after the other."""
+    pieces = []
+    for window in windows:
+        place = [slice(None)] * tensor.dim()
+        for axis, part in zip(axes, window, strict=True):
+            place[axis] = part
+        piece = tensor.clone()
+        value = torch.as_tensor(fill, dtype=piece.dtype, device=piece.device)
+        piece[tuple(place)] = value.broadcast_to(piece.shape)[tuple(place)]
+        pieces.append(piece)
+    many = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
-        def alike(value: Any) -> Any:
-            if value is self.tensor:
-                return many
-            if isinstance(value, Tensor) and value.dim() and len(value) == len(self.tensor):
-                return value.repeat(len(places), *[1] * (value.dim() - 1))
-            return value
+    def alike(value: Any) -> Any:
+        if value is tensor:
+            return many
+        if isinstance(value, Tensor) and value.dim() and len(value) == len(tensor):
+            return value.repeat(len(windows), *[1] * (value.dim() - 1))
+        return value
 
-        return changed(self.inputs, alike)
+    return changed(inputs, alike)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError
-from fmapkit.plot import pixels, subplots
+from fmapkit.plot import new_figure, spread_pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +63,7 @@ def plot_field(
     figure, panes = _panes(1 if effective is None else 2, 4.4)
     from matplotlib.patches import Rectangle
 
-    shown = np.zeros(field.input_shape) if image is None else _stretched(image)
+    shown = np.zeros(field.input_shape) if image is None else spread_pixels(image)[0]
     for pane in panes:
         pane.imshow(shown, cmap="gray", extent=_extent(field.input_shape), interpolation="nearest")
         corner, size = (box.left, box.top), (box.right - box.left, box.bottom - box.top)
@@ -97,7 +96,7 @@ def plot_heat(heat: Tensor, image: Any = None, *, title: str = "") -> Figure:
     figure, panes = _panes(1 if image is None else 2, 4.2)
     extent_of = tuple(heat.shape)
     if image is not None:
-        shown = _stretched(image)
+        shown = spread_pixels(image)[0]
         extent_of = shown.shape[:2]
         for pane in panes:
             pane.imshow(shown, cmap="gray", extent=_extent(extent_of), interpolation="nearest")
@@ -129,27 +128,13 @@ def plot_projection(projection: Tensor, image: Any = None, *, title: str = "") -
     shown = values.transpose(1, 2, 0) / (2 * reach) + 0.5
     figure, panes = _panes(1 if image is None else 2, 4.2)
     if image is not None:
-        panes[0].imshow(_stretched(image), cmap="gray", interpolation="nearest")
+        panes[0].imshow(spread_pixels(image)[0], cmap="gray", interpolation="nearest")
     scale: dict[str, Any] = {"cmap": "gray", "vmin": 0.0, "vmax": 1.0}
     panes[-1].imshow(
         shown[:, :, 0] if shown.shape[2] == 1 else shown, interpolation="nearest", **scale
     )
     figure.suptitle(title, fontsize="medium")
     return figure
-
-
-def _stretched(image: Any) -> np.ndarray[Any, Any]:
-    """An image as matplotlib takes it: (H, W) or (H, W, 3), from 0 to 1.
-
-    Raises:
-        ArgumentError: it has another shape.
-    """
-    values = image.detach() if isinstance(image, Tensor) else torch.as_tensor(np.asarray(image))
-    values = values.double()
-    low, high = float(values.min()), float(values.max())
-    if low < 0 or high > 1:  # normalised, or of 0 to 255
-        values = (values - low) / ((high - low) or 1.0)
-    return pixels(values)
 
 
 def _overlay(
@@ -171,11 +156,8 @@ def _extent(shape: tuple[int, ...]) -> tuple[float, float, float, float]:
 
 def _panes(count: int, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of some panes in a row, without ticks."""
-    figure: Figure
-    figure, axes = subplots(
-        1, count, figsize=(4.2 * count, height), layout="constrained", squeeze=False
-    )
-    panes: list[Axes] = list(axes[0])
+    figure = new_figure(4.2 * count, height)
+    panes: list[Axes] = list(figure.subplots(1, count, squeeze=False)[0])
     for pane in panes:
         pane.set_xticks([])
         pane.set_yticks([])

@@ -1,18 +1,26 @@
-"""A map projected down to the input: what of the input did it."""
+"""Gradients of a map at the input: a projection, and the effective receptive field."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fmapkit.errors import ArgumentError, EditError, check_choice
-from fmapkit.explain._axes import input_axes
-from fmapkit.explain._locations import At, chosen
-from fmapkit.explain._passes import WantedMap, eager, exchanged, first_tensor, kept_state, run
+from fmapkit.explain._locations import (
+    At,
+    chosen,
+    has_samples,
+    input_axes,
+    map_axes,
+    no_locations,
+)
+from fmapkit.explain._passes import WantedMap, differentiating, eager, first_tensor
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
+from fmapkit.model import run
 from fmapkit.readable import tags
 
 _UNSEEN = (
@@ -83,28 +91,87 @@ def project(
     model = eager(model, "project")
     check_choice(("deconvnet", "guided", "gradient"), method=method)
     check_choice(("ones", "map"), start=start)
-    tensor = differentiable(inputs, "project")
+    tensor = _differentiable(inputs, "project")
     along = input_axes(tensor, axes) if at is not None or axes is not None else ()
-    rectifiers = _Rectifiers(method)
+    rectifiers = None if method == "gradient" else _Rectifiers(method)
+
+    def signal(fm: FeatureMap, head: Tensor) -> Tensor:
+        mask = chosen(fm, tensor, along, filter, at)
+        return mask.to(head.dtype) if start == "ones" else head.detach() * mask
+
     wanted = WantedMap(layer, kind, call, path)
-    with kept_state(model), torch.inference_mode(False), torch.enable_grad():
-        x = tensor.detach().clone().requires_grad_()
-        given = exchanged(inputs, tensor, x)
-        try:
-            with wanted.capture(model, detach=False, edit=rectifiers.edits()) as maps:
-                run(model, given)
-                fm = wanted.among(maps)
-                head = fm.tensor if fm.edited is None else fm.edited
-                mask = chosen(fm, tensor, along, filter, at)
-                signal = mask.to(head.dtype) if start == "ones" else head.detach() * mask
-                found = gradient_of(fm, head, x, signal)
-        except EditError as error:
-            raise ArgumentError(_UNSEEN.format(method, error)) from error
-    rectifiers.check(fm)
+    try:
+        edits = None if rectifiers is None else rectifiers.edits()
+        fm, found = _sent_back(model, inputs, tensor, wanted, signal, edits)
+    except EditError as error:
+        raise ArgumentError(_UNSEEN.format(method, error)) from error
+    if rectifiers is not None:
+        rectifiers.check(fm)
     return found
 
 
-def differentiable(inputs: Any, what: str) -> Tensor:
+def effective_field(
+    model: nn.Module,
+    layer: Any,
+    inputs: Any,
+    *,
+    at: At = None,
+    filter: int | None = None,
+    kind: Kind | None = None,
+    call: int | None = None,
+    path: str | None = None,
+    axes: int | tuple[int, ...] | None = None,
+) -> Tensor:
+    """How much each location of the input matters to a location of a map, in the mean over inputs.
+
+    Luo, Li, Urtasun & Zemel, "Understanding the Effective Receptive Field in Deep Convolutional
+    Neural Networks" (2016): the gradient of the location, its absolute value, in the mean over
+    samples, summed over the channels of the input. The theoretical field (`receptive_field`) says
+    where it can be other than zero.
+
+    Args:
+        model: any `nn.Module`, run as it is. Nothing is left on it.
+        layer: whose map: a name, module, or whatever else `maps.select(layer=)` takes that means
+            one.
+        inputs: what the model is given, as in `receptive_field`: many samples, drawn from data or
+            at random, since the gradient of one is noise.
+        at: the location; by default the middle of the map.
+        filter: one filter; by default the sum of all.
+        kind: of the map, as in `receptive_field`.
+        call: which call of the layer, where it has several.
+        path: place in a nested output.
+        axes: which axes of the input are its locations.
+
+    Returns:
+        (H, W), or along whatever axes of locations the input has.
+
+    Raises:
+        NotAModuleError: `model` is no module.
+        ArgumentError: the input is not differentiable (tokens), or an argument cannot be meant.
+        MapLookupError: there is no such map, or there are several.
+    """
+    model = eager(model, "effective_field")
+    tensor = _differentiable(inputs, "effective_field")
+    along = input_axes(tensor, axes)
+
+    def signal(fm: FeatureMap, head: Tensor) -> Tensor:
+        place = at
+        if place is None:
+            where = map_axes(fm, tensor, along)
+            if not where:
+                raise no_locations(fm)
+            place = tuple(fm.shape[a] // 2 for a in where)
+        return chosen(fm, tensor, along, filter, place).to(head.dtype)
+
+    fm, found = _sent_back(model, inputs, tensor, WantedMap(layer, kind, call, path), signal)
+    found = found.abs()
+    if has_samples(fm, along):
+        found = found.mean(0, keepdim=True)
+    others = [a for a in range(found.dim()) if a not in along]
+    return found.sum(others) if others else found
+
+
+def _differentiable(inputs: Any, what: str) -> Tensor:
     """The input, if gradients can get to it.
 
     Raises:
@@ -119,22 +186,39 @@ def differentiable(inputs: Any, what: str) -> Tensor:
     return tensor
 
 
-def gradient_of(fm: FeatureMap, head: Tensor, x: Tensor, signal: Tensor) -> Tensor:
-    """What comes back at the input.
+def _sent_back(
+    model: nn.Module,
+    inputs: Any,
+    tensor: Tensor,
+    wanted: WantedMap,
+    signal: Callable[[FeatureMap, Tensor], Tensor],
+    edit: dict[Any, Any] | None = None,
+) -> tuple[FeatureMap, Tensor]:
+    """Run the model, and send something from a map back to its input: the map, and what arrives.
+
+    Args:
+        signal: of the map, and of what went on in its place, what is sent back.
 
     Raises:
         ArgumentError: no differentiable path leads from the input to the map.
     """
-    found = None
-    if head.requires_grad:
-        (found,) = torch.autograd.grad(head, x, signal, allow_unused=True)
+    with (
+        differentiating(model, inputs, tensor) as (x, given),
+        wanted.capture(model, detach=False, edit=edit) as maps,
+    ):
+        run(model, given)
+        fm = wanted.among(maps)
+        head = fm.tensor if fm.edited is None else fm.edited
+        found, back = None, signal(fm, head)
+        if head.requires_grad:
+            (found,) = torch.autograd.grad(head, x, back, allow_unused=True)
     if found is None:
         raise ArgumentError(
             f"no differentiable path leads from the input to the {fm.kind} of layer {fm.layer!r}: "
             "the model detaches it, or runs there without gradients",
             **tags(fm),
         )
-    return found
+    return fm, found
 
 
 class _Rectifiers:
@@ -146,10 +230,8 @@ class _Rectifiers:
         self.unknown: list[str] = []
         self._received: dict[tuple[str, int], Tensor] = {}
 
-    def edits(self) -> dict[Any, Any] | None:
+    def edits(self) -> dict[Any, Any]:
         """For `capture(edit=...)`."""
-        if self.method == "gradient":
-            return None
         return {("*", "preactivation"): self._before, ("*", "activation"): self._after}
 
     def _before(self, fm: FeatureMap) -> Tensor:
@@ -177,8 +259,6 @@ class _Rectifiers:
 
     def check(self, fm: FeatureMap) -> None:
         """Raise unless the projection is what was asked for."""
-        if self.method == "gradient":
-            return
         if self.unknown:
             raise ArgumentError(
                 _UNSEEN.format(

@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fmapkit.errors import ArgumentError, MapLookupError, check_choice
-from fmapkit.explain._axes import input_axes, is_location, map_axes
 from fmapkit.explain._fields import NONE, Fields
 from fmapkit.explain._follow import Follow, Leaving
+from fmapkit.explain._locations import input_axes, is_location, map_axes
 from fmapkit.explain._passes import (
     WantedMap,
     eager,
     exchanged,
     first_tensor,
     kept_state,
-    run,
     step_by_step,
 )
 from fmapkit.explain._regular import Regular, regular
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
+from fmapkit.model import run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,7 +87,6 @@ class ReceptiveField:
         default=None, repr=False
     )
     _lengths: tuple[int, ...] = field(default=(), repr=False)
-    _regular: dict[int, Regular | None] = field(default_factory=dict, repr=False)
 
     def box(self, *location: int) -> Any:
         """The smallest box that holds all that a location sees, cut at the border of the input.
@@ -130,30 +130,26 @@ class ReceptiveField:
         where there is no such number: the map sees the whole input whatever its size, the fields do
         not lie regularly, or the model takes no other size.
         """
-        return tuple(r.size if (r := self._along(i)) else None for i in self._axes())
+        return tuple(None if r is None else r.size for r in self._regular)
 
     @property
     def stride(self) -> tuple[Step | None, ...]:
         """Locations of the input from one field to the next; a fraction after upsampling."""
-        return tuple(_plain(r.stride) if (r := self._along(i)) else None for i in self._axes())
+        return tuple(None if r is None else _plain(r.stride) for r in self._regular)
 
     @property
     def offset(self) -> tuple[int | None, ...]:
         """Where the field of location 0 begins: negative in the padding."""
-        return tuple(r.offset if (r := self._along(i)) else None for i in self._axes())
+        return tuple(None if r is None else r.offset for r in self._regular)
 
     @property
     def padding(self) -> tuple[int | None, ...]:
         """How much of the field of location 0 is padding (Araujo et al. 2019): -offset."""
         return tuple(None if o is None else -o for o in self.offset)
 
-    def _axes(self) -> range:
-        return range(len(self.input_shape))
-
-    def _along(self, axis: int) -> Regular | None:
-        if axis not in self._regular:
-            self._regular[axis] = self._find(axis)
-        return self._regular[axis]
+    @cached_property
+    def _regular(self) -> list[Regular | None]:
+        return [self._find(axis) for axis in range(len(self.input_shape))]
 
     def _find(self, axis: int) -> Regular | None:
         if len(self.shape) != len(self.input_shape):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fmapkit.errors import ArgumentError, CaptureWarning, did_you_mean, listed, near
 from fmapkit.integrations.logs import Log, TensorBoardLog, WandbLog
 from fmapkit.integrations.reading import Readings
-from fmapkit.integrations.watching import Watcher, Watching
+from fmapkit.integrations.watching import Watching
 
 try:
     from lightning.pytorch import Callback
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fmapkit.analysis import Analysis
 
 
-class LightningCallback(Watcher, Callback):  # type: ignore[misc]
+class LightningCallback(Watching, Callback):  # type: ignore[misc]
     """Captures a module while Lightning trains it, and logs what the analyses know.
 
     ```python
@@ -73,10 +73,15 @@ class LightningCallback(Watcher, Callback):  # type: ignore[misc]
         window: bool = True,
         **capture: Any,
     ) -> None:
-        super().__init__()
-        self._watching = Watching(analyses, log_every, evaluation, window, capture)
+        super().__init__(
+            analyses,
+            log=log,
+            log_every=log_every,
+            evaluation=evaluation,
+            window=window,
+            **capture,
+        )
         self._module = module
-        self._log = log
         self._to: Log | None = None
         self._checked = False
 
@@ -88,7 +93,8 @@ class LightningCallback(Watcher, Callback):  # type: ignore[misc]
         self._to = self._log
         if self._to is None and trainer.loggers:
             self._to = _Loggers(trainer.loggers)
-        self._watching.begin(_submodule(pl_module, self._module), trainer.global_step)
+        self._to = self._to if trainer.is_global_zero else None
+        self._begin(_submodule(pl_module, self._module), trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -97,20 +103,20 @@ class LightningCallback(Watcher, Callback):  # type: ignore[misc]
         if not self._checked:
             self._checked = True
             self._check_that_a_pass_came(pl_module)
-        self._write(trainer, last=False)
+        self._write(self._to, trainer.global_step)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write what has not been written, and close the capture."""
-        self._write(trainer, last=True)
-        self._watching.end()
+        self._write(self._to, trainer.global_step, last=True)
+        self._end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Close the capture."""
-        self._watching.end()
+        self._end()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Close the capture, if nobody has."""
-        self._watching.end()
+        self._end()
 
     # ------------------------------------------------------------------------------------------
 
@@ -134,15 +140,11 @@ class LightningCallback(Watcher, Callback):  # type: ignore[misc]
             if state is not None:
                 analysis.load_state_dict(state)  # type: ignore[attr-defined]
 
-    def _write(self, trainer: Any, *, last: bool) -> None:
-        log = self._to if trainer.is_global_zero else None
-        self._watching.write(log, trainer.global_step, last=last)
-
     def _check_that_a_pass_came(self, pl_module: Any) -> None:
         """Warn where the steps call something else than what is captured."""
         maps = self.maps
         assert maps is not None
-        if self._watching.seen:
+        if self._seen:
             return
         named = f"module={self._module!r}" if self._module else "the LightningModule itself"
         called = listed(dict.fromkeys(m.layer for m in maps.missed))

@@ -60,19 +60,16 @@ class FirstNonFinite:
     def update(self, fm: FeatureMap) -> None:
         """Take one map in; one without values to look at is named in `missed`."""
         with torch.inference_mode(False), torch.no_grad():
-            tensor: Tensor | None = fm.tensor
-            if not fm.tensor.is_complex():
-                tensor, reason = plain_values(fm)
-                if tensor is None:
-                    self._missed.setdefault((fm.layer, fm.kind), reason)
-                    return
-            assert tensor is not None
+            # Complex numbers have no order, which is all that is wrong with their values.
+            tensor, reason = (fm.tensor, "") if fm.tensor.is_complex() else plain_values(fm)
+            if tensor is None:
+                self._missed.setdefault((fm.layer, fm.kind), reason)
+                return
             key = (fm.layer, fm.kind, fm.call, fm.path)
             before = self._steps.get(key)
             if before is None:
                 before = torch.full((), -1, dtype=torch.int64, device=tensor.device)
-            elif before.device != tensor.device:
-                before = before.to(tensor.device)
+            before = before.to(tensor.device)
             bad = ~torch.isfinite(tensor).all()
             self._steps[key] = torch.where(bad & (before < 0), fm.step, before)
 
@@ -88,14 +85,9 @@ class FirstNonFinite:
         Within a pass, in the order in which maps were first seen, which is that of execution as
         long as the model takes one path.
         """
-        steps = [int(step) for step in self._steps.values()]
-        return sorted(
-            NonFiniteMap(step, order, layer, kind, call, path)
-            for order, ((layer, kind, call, path), step) in enumerate(
-                zip(self._steps, steps, strict=True)
-            )
-            if step >= 0
-        )
+        steps = {key: int(step) for key, step in self._steps.items()}
+        every = enumerate(steps.items())
+        return sorted(NonFiniteMap(step, order, *key) for order, (key, step) in every if step >= 0)
 
     def reset(self) -> None:
         """Forget all that was seen."""

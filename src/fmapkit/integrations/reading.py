@@ -76,13 +76,16 @@ def together(analyses: Iterable[Any]) -> Readings:
     return all_of
 
 
+def _name(s: Any, count: int) -> str:
+    """A layer's, with σ where there are several of it."""
+    return (s.layer + s.path or "(model)") + (f" {s.nonlinearity}" if count > 1 else "")
+
+
 @readings.register
 def _(analysis: Statistics) -> Readings:
     result = Readings()
     for s in analysis:
-        name = s.layer + s.path or "(model)"
-        if len(analysis.select(s.layer, s.kind, path=s.path)) > 1:
-            name += f" {s.nonlinearity}"  # two σ of one layer
+        name = _name(s, len(analysis.select(s.layer, s.kind, path=s.path)))
         whole = s.overall()
         values = {
             "mean": whole.mean,
@@ -132,9 +135,7 @@ def _(analysis: DeadFilters) -> Readings:
     result = Readings()
     dead, filters = 0, 0
     for s in analysis:
-        name = s.layer + s.path or "(model)"
-        if len(analysis.select(s.layer, path=s.path)) > 1:
-            name += f" {s.nonlinearity}"
+        name = _name(s, len(analysis.select(s.layer, path=s.path)))
         count = int(s.dead.sum())
         result.scalars[f"dead.count/{name}"] = float(count)
         result.scalars[f"dead.share/{name}"] = count / len(s)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fmapkit.integrations.watching import Watcher, Watching
+from fmapkit.integrations.watching import Watching
 
 try:
     from transformers import TrainerCallback
@@ -15,12 +14,8 @@ except ImportError as error:
         "TransformersCallback needs transformers and accelerate: pip install transformers[torch]"
     ) from error
 
-if TYPE_CHECKING:
-    from fmapkit.analysis import Analysis
-    from fmapkit.integrations.logs import Log
 
-
-class TransformersCallback(Watcher, TrainerCallback):  # type: ignore[misc]
+class TransformersCallback(Watching, TrainerCallback):  # type: ignore[misc]
     """Captures a model while the `Trainer` trains it, and logs what the analyses know.
 
     ```python
@@ -50,23 +45,9 @@ class TransformersCallback(Watcher, TrainerCallback):  # type: ignore[misc]
         maps: what `capture` gave; None before training has begun.
     """
 
-    def __init__(
-        self,
-        analyses: Analysis | Iterable[Analysis] | None = None,
-        *,
-        log: Log | None = None,
-        log_every: int = 50,
-        evaluation: bool = False,
-        window: bool = True,
-        **capture: Any,
-    ) -> None:
-        super().__init__()
-        self._watching = Watching(analyses, log_every, evaluation, window, capture)
-        self._log = log
-
     def close(self) -> None:
         """Close the capture, if it is open."""
-        self._watching.end()
+        self._end()
 
     def __enter__(self) -> TransformersCallback:
         return self
@@ -83,17 +64,14 @@ class TransformersCallback(Watcher, TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the capture."""
-        self._watching.begin(kwargs["model"], state.global_step)
+        self._begin(kwargs["model"], state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write readings, each `log_every` optimiser steps."""
-        self._write(state, last=False)
+        self._write(self._log if state.is_world_process_zero else None, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write what has not been written, and close the capture."""
-        self._write(state, last=True)
-        self._watching.end()
-
-    def _write(self, state: Any, *, last: bool) -> None:
         log = self._log if state.is_world_process_zero else None
-        self._watching.write(log, state.global_step, last=last)
+        self._write(log, state.global_step, last=True)
+        self._end()

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fmapkit._warnings import warn
 from fmapkit.analysis import Analysis, DeadFilters, Statistics
-from fmapkit.capture import capture
+from fmapkit.capture import capture as open_capture
 from fmapkit.errors import (
     ArgumentError,
-    CaptureWarning,
     check_flags,
     check_positive,
     did_you_mean,
@@ -37,28 +36,29 @@ class _Shown:
         self._evaluation = evaluation
 
     def update(self, fm: FeatureMap) -> None:
-        self._watching.seen = True
+        self._watching._seen = True
         if fm.training or self._evaluation:
             self._analysis.update(fm)
 
 
 class Watching:
-    """What the callbacks have in common.
+    """What the callbacks have in common; each is one, and calls these as its trainer tells it to.
 
     Attributes:
         analyses: what sees the maps.
         maps: what `capture` gave; None before training has begun. With `keep=0`, the default, it
             holds none, and tells what was missed.
-        seen: whether a map has come since the capture was opened.
     """
 
     def __init__(
         self,
-        analyses: Analysis | Iterable[Analysis] | None,
-        log_every: int,
-        evaluation: bool,
-        window: bool,
-        options: dict[str, Any],
+        analyses: Analysis | Iterable[Analysis] | None = None,
+        *,
+        log: Log | None = None,
+        log_every: int = 50,
+        evaluation: bool = False,
+        window: bool = True,
+        **capture: Any,
     ) -> None:
         check_positive(log_every=log_every)
         check_flags(evaluation=evaluation, window=window)
@@ -67,32 +67,33 @@ class Watching:
         several = isinstance(analyses, Iterable) and not isinstance(analyses, Analysis)
         self.analyses: list[Analysis] = list(analyses) if several else [analyses]  # type: ignore
         self.maps: FeatureMaps | None = None
-        self.seen = False
+        self._seen = False
+        self._log = log
         self._log_every = log_every
         self._window = window
         shown = [_Shown(self, analysis, evaluation) for analysis in self.analyses]
-        self._options = {"keep": 0, **_checked(options), "analyses": shown}
+        self._options = {"keep": 0, **_checked(capture), "analyses": shown}
         # Wrong values fail here, and not when the training begins.
-        capture(nn.Identity(), **{k: v for k, v in self._options.items() if k in _GENERAL})
+        open_capture(nn.Identity(), **{k: v for k, v in self._options.items() if k in _GENERAL})
         self._open = ExitStack()
         self._written = 0
         self._told = False
 
-    def begin(self, model: nn.Module, step: int) -> None:
+    def _begin(self, model: nn.Module, step: int) -> None:
         """Open the capture; one that is open still, as after an error, is closed first.
 
         Args:
             step: how many optimiser steps there have been.
         """
-        self.end()
-        self.seen, self._written, self._told = False, step, False
-        self.maps = self._open.enter_context(capture(model, **self._options))
+        self._end()
+        self._seen, self._written, self._told = False, step, False
+        self.maps = self._open.enter_context(open_capture(model, **self._options))
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Close the capture, if it is open."""
         self._open.close()
 
-    def write(self, log: Log | None, step: int, *, last: bool = False) -> None:
+    def _write(self, log: Log | None, step: int, *, last: bool = False) -> None:
         """Write what the analyses know, if it is time to, and begin the next window.
 
         Args:
@@ -118,27 +119,7 @@ class Watching:
                 self._told = True
                 found = analysis.found
                 more = f", and in {len(found) - 1} maps after it" if len(found) > 1 else ""
-                warnings.warn(
-                    f"a NaN or an infinity, seen at step {step}: first in {found[0]}{more}",
-                    CaptureWarning,
-                    stacklevel=4,
-                )
-
-
-class Watcher:
-    """What is read of a callback that watches a training."""
-
-    _watching: Watching
-
-    @property
-    def analyses(self) -> list[Analysis]:
-        """What sees the maps."""
-        return self._watching.analyses
-
-    @property
-    def maps(self) -> FeatureMaps | None:
-        """What `capture` gave; None before training has begun."""
-        return self._watching.maps
+                warn(f"a NaN or an infinity, seen at step {step}: first in {found[0]}{more}")
 
 
 # What of capture's arguments can be judged without the model.
@@ -146,7 +127,7 @@ _GENERAL = frozenset({"kinds", "keep", "every", "analyses", "dtype", "device", "
 
 
 def _checked(options: dict[str, Any]) -> dict[str, Any]:
-    known = [name for name in inspect.signature(capture).parameters if name != "model"]
+    known = [name for name in inspect.signature(open_capture).parameters if name != "model"]
     for name in options:
         if name not in known or name == "analyses":
             raise ArgumentError(

@@ -3,8 +3,8 @@
 maps[key]      by_key.parse -> by_key.find       the record that is meant, or why there is none
 maps.select    choose.choose                    every record that fits; a name that means none
 maps.gather    gather.gather                     the batches of all ranks
-print(maps)    table.maps_table
-                 -> records.latest, records.read records of a `MapSource`, and the map of each
+print(maps)    records.maps_table
+                 -> latest, read                 records of a `MapSource`, and the map of each
 """
 
 from fmapkit.lookup.by_key import find as find
@@ -14,5 +14,5 @@ from fmapkit.lookup.choose import pass_number as pass_number
 from fmapkit.lookup.gather import gather as gather
 from fmapkit.lookup.records import every as every
 from fmapkit.lookup.records import latest as latest
+from fmapkit.lookup.records import maps_table as maps_table
 from fmapkit.lookup.records import read as read
-from fmapkit.lookup.table import maps_table as maps_table

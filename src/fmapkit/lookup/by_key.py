@@ -21,6 +21,7 @@ from fmapkit.errors import (
     UnknownLayerError,
     check_kind,
     did_you_mean,
+    is_int,
     listed,
     near,
     no_layer,
@@ -53,7 +54,7 @@ def parse(key: Any) -> tuple[str, Kind | None, int | None]:
             f"{what}"
         )
     layer, kind = parts[0], parts[1] if len(parts) > 1 else None
-    if isinstance(kind, int) and not isinstance(kind, bool):
+    if is_int(kind):
         raise MapLookupError(
             f"maps[{layer!r}, {kind}]: a filter is the third item, after the kind: "
             f"maps[{layer!r}, 'activation', {kind}], or maps[{layer!r}][{kind}]",
@@ -211,45 +212,24 @@ def _no_such_kind(
             f"ask for maps[{layer!r}, {kinds[0]!r}]",
             **data,
         )
+    why = f"layer {layer!r} has no {kind} in the latest pass; held of it"
     if kind is None:
-        raise KindNotCapturedError(
-            f"the activation of {layer!r} was not asked for in capture(kinds=...); "
-            f"held of it: {listed(kinds)}",
-            **data,
-        )
-    if kind not in asked and kind != "output":
-        raise KindNotCapturedError(
-            f"kind {kind!r} was not asked for in capture(kinds=...); "
-            f"held of {layer!r}: {listed(kinds)}",
-            **data,
-        )
-    raise KindNotCapturedError(
-        f"layer {layer!r} has no {kind} in the latest pass; held of it: {listed(kinds)}", **data
-    )
+        why = f"the activation of {layer!r} was not asked for in capture(kinds=...); held of it"
+    elif kind not in asked and kind != "output":
+        why = f"kind {kind!r} was not asked for in capture(kinds=...); held of {layer!r}"
+    raise KindNotCapturedError(f"{why}: {listed(kinds)}", **data)
 
 
 def _ambiguous(layer: str, kind: str | None, found: Sequence[Found]) -> AmbiguousMapError:
     """Several maps answer; `candidates` are what `maps.select` takes to mean each of them."""
     choices, candidates = [], []
     for at, e in found:
-        says = [f"kind={e.kind!r}", f"call={e.origin.call}"]
-        if e.sigma is not None:
-            says.append(f"nonlinearity={e.sigma!r}")
-        if e.path:
-            says.append(f"path={e.path!r}")
-        if e.origin.name != layer:
-            says.append(f"layer={e.origin.name!r}")
-        choices.append("(" + ", ".join(says) + ")")
-        candidates.append(
-            {
-                "layers": e.origin.name,
-                "kind": e.kind,
-                "call": e.origin.call,
-                "step": at.step,
-                "path": e.path,
-                **({} if e.sigma is None else {"nonlinearity": e.sigma}),
-            }
-        )
+        means = {"kind": e.kind, "call": e.origin.call}
+        means |= {} if e.sigma is None else {"nonlinearity": e.sigma}
+        other = {} if e.origin.name == layer else {"layer": e.origin.name}
+        says = means | ({"path": e.path} if e.path else {}) | other
+        choices.append("(" + ", ".join(f"{name}={value!r}" for name, value in says.items()) + ")")
+        candidates.append({"layers": e.origin.name, "step": at.step, "path": e.path, **means})
     asked = f"maps[{layer!r}]" if kind is None else f"maps[{layer!r}, {kind!r}]"
     tells = (k for k in ("call", "path", "nonlinearity", "kind") if _differ(candidates, k))
     by = next(tells, "call")

@@ -1,14 +1,16 @@
-"""The records that a source of maps holds, and the map of each."""
+"""The records that a source of maps holds, the map of each, and the table of them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from fmapkit.map import FeatureMap, read_map
+from fmapkit.errors import MapStateError
+from fmapkit.map import FeatureMap, read_map, row, size
 from fmapkit.model import Names
 from fmapkit.saving import KeptEntry, MapSource
 from fmapkit.storage import MapRecord, Pass
+from fmapkit.tables import Table
 from fmapkit.torchlib.sharded import Parts, is_dtensor, splits
 
 Found = tuple[Pass, MapRecord]
@@ -63,3 +65,37 @@ def _parts(names: Names, entry: MapRecord, found: FeatureMap) -> Parts | None:
     if mesh is None or not cut or entry.picked is not None:
         return Parts(unknown=True)
     return Parts(mesh, total)
+
+
+_HEADS = ("layer", "kind", "filters", "shape", "dtype", "device", "bytes", "σ")
+_RIGHT = {2, 6}
+
+
+def _rows(source: MapSource) -> list[tuple[str, ...]]:
+    rows = []
+    for at, entry in latest(source):
+        try:
+            rows.append(row(read(source, at, entry)))
+        except MapStateError as error:
+            state = type(error).__name__.removeprefix("Map").removesuffix("Error").lower()
+            rows.append((entry.origin.name, entry.kind, "–", state, "", "", "", entry.sigma or ""))
+    return rows
+
+
+def _summary(source: MapSource) -> str:
+    store = source.store
+    at = store.latest()
+    if at is None:
+        return "FeatureMaps: no pass captured yet"
+    kept, found = len(store.passes), latest(source)
+    missed = f", {len(source.missed)} missed (see maps.missed)" if source.missed else ""
+    passes = f"step {at.step}" + (f", {kept} passes kept" if kept > 1 else "")
+    return (
+        f"FeatureMaps: {len(found)} maps of {len({e.origin.name for _, e in found})} layers, "
+        f"{size(store.nbytes)} held, {passes}{missed}"
+    )
+
+
+def maps_table(source: MapSource) -> Table:
+    """One line for each map of the latest pass."""
+    return Table(_HEADS, _rows(source), _RIGHT, _summary(source))

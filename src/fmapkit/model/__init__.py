@@ -1,5 +1,11 @@
-"""Who is who in a model: names of modules and parameters, wrappers, calls that no hook sees."""
+"""Who is who in a model: names of modules and parameters, wrappers, calls that no hook sees.
 
+`inputs.py` says what it is given.
+"""
+
+from fmapkit.model.inputs import changed as changed
+from fmapkit.model.inputs import run as run
+from fmapkit.model.inputs import tensors_in as tensors_in
 from fmapkit.model.names import Names, Use, never_called
 from fmapkit.model.other_methods import doors
 from fmapkit.model.past_hooks import HOW, has_own_call

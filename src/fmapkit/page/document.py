@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.missed import Missed
 from fmapkit.page.encoding import png
 from fmapkit.page.of_maps import map_sections
 from fmapkit.page.panels import Section
-from fmapkit.plot import latest_maps, one_image
+from fmapkit.plot import latest_maps, spread_pixels
 from fmapkit.readable import ReadableMaps
-from fmapkit.views import unnormalised
 
 
 class PageMaps(ReadableMaps, Protocol):
@@ -89,9 +87,8 @@ def write_maps(
     if (mean is None) != (std is None):
         raise ArgumentError("mean= and std= go together: the image is (x - mean) / std")
     found = latest_maps(maps, layers, "show")
-    if image is not None and mean is not None and std is not None:
-        image = unnormalised(torch.as_tensor(image), mean, std)
-    sections = [*_image(image, sample), _table(maps)]
+    sections = [] if image is None else [_image(*spread_pixels(image, mean, std, sample))]
+    sections.append(_table(maps))
     sections += map_sections(found, sample, max_filters, max_side, grid)
     sections += analysis_sections(analyses)
     step = found[0].step
@@ -154,25 +151,10 @@ def _table(maps: PageMaps) -> Section:
     return Section("All maps", note=note, html=maps._repr_html_())
 
 
-def _image(image: Any, sample: int) -> list[Section]:
-    """What the model was given, as a section; none where nothing was given."""
-    if image is None:
-        return []
-    pixels = one_image(image, sample).detach().cpu().numpy()
-    if pixels.ndim == 3:
-        pixels = pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
-    note = ""
-    if np.issubdtype(pixels.dtype, np.integer):
-        pixels = np.clip(pixels, 0, 255).astype(np.uint8)
-    else:
-        pixels = np.nan_to_num(pixels.astype(np.float64))
-        low, high = (float(pixels.min()), float(pixels.max())) if pixels.size else (0.0, 0.0)
-        if low < 0 or high > 1:
-            note = f"Values from {low:.3g} to {high:.3g} were spread over black to white."
-            pixels = (pixels - low) / ((high - low) or 1.0)
-        pixels = np.rint(pixels * 255).astype(np.uint8)
-    picture = f'<img class="given" alt="what the model was given" src="{png(pixels)}">'
-    return [Section("What the model was given", note=note, html=picture)]
+def _image(shades: np.ndarray[Any, Any], note: str) -> Section:
+    shown = png(np.rint(shades * 255).astype(np.uint8))
+    picture = f'<img class="given" alt="what the model was given" src="{shown}">'
+    return Section("What the model was given", note=note, html=picture)
 
 
 def _write(

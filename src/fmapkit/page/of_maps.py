@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fmapkit.errors import ArgumentError
-from fmapkit.page.panels import Panel, Section, facts_shown, number_panel
-from fmapkit.page.tiles import tiles_of
-from fmapkit.plot import by_call, leading, meaning
+from fmapkit.page.panels import Panel, Section
+from fmapkit.page.tiles import map_panel, said_of
+from fmapkit.plot import by_call, leading
 from fmapkit.readable import ReadableMap
 from fmapkit.views import as_grid
 
@@ -45,34 +46,21 @@ def _section(
     panels: list[Panel] = []
     notes: list[str] = []
     for fm in group:
-        as_image = grid is not None and _of_tokens(fm, grid)
-        shown = as_grid(fm, *grid) if grid is not None and as_image else fm
-        own = wanted is not None and fm.kind != "input"  # an input's are other filters
-        drawn = tiles_of(shown, sample, max_filters, max_side, wanted if own else None)
-        if isinstance(drawn, str):
-            notes.append(f"{_meaning(fm)}: {drawn}.")
+        patches = grid if grid is not None and _of_tokens(fm, grid) else None
+        shown = fm if patches is None else as_grid(fm, *patches)
+        own = fm.kind != "input"  # an input's are other filters
+        panel = map_panel(shown, sample, max_filters, max_side, wanted if own else None)
+        if isinstance(panel, str):
+            notes.append(f"{said_of(fm)}: {panel}.")
             continue
-        note = drawn.note
-        if grid is not None and as_image:
-            before = fm.shape[1] - grid[0] * grid[1]
-            note += f", tokens as {grid[0]}×{grid[1]}" + f" without the first {before}" * (
-                before > 0
-            )
+        note = panel.note
+        if patches is not None:
+            before = fm.shape[1] - patches[0] * patches[1]
+            note += f", tokens as {patches[0]}×{patches[1]}"
+            note += f" without the first {before}" * (before > 0)
         if fm.shape != first.shape:
             note = f"{_shape(fm)}, {note}"
-        panels.append(
-            number_panel(
-                _meaning(fm),
-                note,
-                drawn.labels,
-                drawn.values,
-                drawn.form,
-                signed=fm.kind != "activation" or drawn.facts.both_signs,
-                facts=facts_shown(drawn.facts),
-                block=drawn.block,
-                size=drawn.size,
-            )
-        )
+        panels.append(replace(panel, note=note))
     tags = [_shape(first), str(first.dtype).removeprefix("torch."), str(first.device)]
     if first.call:
         tags.insert(0, f"call {first.call}")
@@ -86,13 +74,9 @@ def _wanted(
     own = [fm for fm in group if fm.filters is not None and fm.kind != "input"]
     if not any(len(fm) > max_filters for fm in own):
         return None
-    drawn = tiles_of(leading(own), sample, max_filters, max_side)
-    return None if isinstance(drawn, str) else drawn.labels
+    strongest = map_panel(leading(own), sample, max_filters, max_side)
+    return None if isinstance(strongest, str) else strongest.labels
 
 
 def _shape(fm: ReadableMap) -> str:
     return "×".join(map(str, fm.shape)) or "scalar"
-
-
-def _meaning(fm: ReadableMap) -> str:
-    return (fm.path + " " if fm.path else "") + meaning(fm)

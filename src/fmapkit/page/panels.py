@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fmapkit.page.encoding import packed, quantised
-from fmapkit.page.tiles import Facts, Form
 
+Form = Literal["image", "row", "cell"]  # of each filter an image, a row, or a single value
 Colours = Literal["signed", "positive", "states"]
 # A fact: its name, and its number for each tile.
 Fact = tuple[str, Sequence[float]]
@@ -107,20 +107,6 @@ def number_panel(
         found.zero,
         **more,
     )
-
-
-def facts_shown(facts: Facts) -> tuple[Fact, ...]:
-    """What the page says of each filter; the first is its strength."""
-    shown: list[Fact] = [
-        ("highest |value|", facts.peak.tolist()),
-        ("mean", facts.mean.tolist()),
-        ("min", facts.low.tolist()),
-        ("max", facts.high.tolist()),
-        ("share of zeros", facts.zeros.tolist()),
-    ]
-    if facts.bad.any():
-        shown.append(("NaN or infinite", facts.bad.tolist()))
-    return tuple(shown)
 
 
 def _number(value: float) -> float | str:

@@ -1,7 +1,7 @@
 """Activation patching: maps of one run put into another, one at a time, and what that changes.
 
 patch(model, clean, corrupted)   _run.py       checks, and goes through the pieces
-  Grid                           _pieces.py    layers by positions by filters
+  pieces_of                      _pieces.py    layers by positions by filters
   Runs                           _edited_runs.py one run for each piece, by edits
 Patching                         _result.py    the metric of each run; its picture
 """

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.errors import ArgumentError
-from fmapkit.torchlib.operators import tree_leaves, tree_map
+from fmapkit.model import changed, run, tensors_in
+from fmapkit.torchlib.operators import tree_map
 
 _CONSTANT = (type(None), bool, int, float, complex, str, bytes)
 
@@ -24,19 +25,13 @@ class ModelInputs:
 
     def __init__(self, given: Any, name: str) -> None:
         self._name = name
-        if isinstance(given, Mapping):
-            self.args, self.kwargs = (), {str(k): v for k, v in given.items()}
-        else:
-            self.args, self.kwargs = (given if isinstance(given, tuple) else (given,)), {}
-        if not self._tensors():
+        self._given = given if isinstance(given, (tuple, Mapping)) else (given,)
+        self._tensors = tensors_in(self._given)
+        if not self._tensors:
             raise ArgumentError(
                 f"{name} must be a tensor, a tuple of arguments or a dict of keyword arguments "
                 f"with tensors in it, not {type(given).__name__}"
             )
-
-    def _tensors(self) -> list[Tensor]:
-        found = tree_leaves((self.args, self.kwargs))
-        return [value for value in found if isinstance(value, Tensor)]
 
     def samples(self) -> int:
         """How many samples there are.
@@ -44,9 +39,9 @@ class ModelInputs:
         Raises:
             ArgumentError: its tensors do not agree.
         """
-        counts = {tuple(t.shape[:1]) for t in self._tensors()}
+        shapes = [tuple(t.shape) for t in self._tensors]
+        counts = {shape[:1] for shape in shapes}
         if len(counts) != 1 or counts == {()}:
-            shapes = [tuple(t.shape) for t in self._tensors()]
             raise ArgumentError(
                 f"batch_size > 1 puts copies of {self._name} into one batch, along the first axis, "
                 f"and its tensors have shapes {shapes}: give all of them that axis, or batch_size=1"
@@ -55,14 +50,11 @@ class ModelInputs:
 
     def run(self, model: nn.Module, copies: int = 1) -> Any:
         """Call the model on so many copies."""
-        args, kwargs = self.args, self.kwargs
-        if copies > 1:
-            args, kwargs = tree_map(lambda v: _repeated(v, copies), (args, kwargs))
-        return model(*args, **kwargs)
 
+        def repeated(value: Any) -> Any:
+            return torch.cat([value] * copies) if isinstance(value, Tensor) else value
 
-def _repeated(value: Any, copies: int) -> Any:
-    return torch.cat([value] * copies) if isinstance(value, Tensor) else value
+        return run(model, changed(self._given, repeated) if copies > 1 else self._given)
 
 
 def rows(output: Any, copy: int, copies: int, samples: int) -> Any:

@@ -32,8 +32,10 @@ def named(key: Key, keys: Iterable[Key]) -> str:
     return f"{layer}{path}" + (f" (call {call})" if several else "")
 
 
-class Grid:
-    """All pieces, in the order of the result.
+def pieces_of(
+    maps: Mapping[Key, FeatureMap], where: Where, positions: Any, filters: Any
+) -> tuple[list[PatchPiece], tuple[Any, ...], tuple[Any, ...]]:
+    """All pieces, in the order of the result: of each map each position, and of that each group.
 
     Args:
         maps: what is to be put in, by layer, call and path.
@@ -41,30 +43,22 @@ class Grid:
         positions: "each", several of what `Where(at=...)` takes, or None.
         filters: several of what `Where(filter=...)` takes, or None.
 
-    Attributes:
-        positions: as a tuple; empty for whole maps.
-        filters: as a tuple; empty for all of them.
+    Returns:
+        The pieces; the positions, none for whole maps; the filters, none for all of them.
 
     Raises:
         ArgumentError: the positions or filters are of no allowed form.
     """
-
-    def __init__(
-        self, maps: Mapping[Key, FeatureMap], where: Where, positions: Any, filters: Any
-    ) -> None:
-        self.positions = _several(positions, "positions")
-        if positions == "each":
-            self.positions = tuple(range(_count(maps, where)))
-        self.filters = tuple(
-            k if isinstance(k, int) else tuple(k) for k in _several(filters, "filters")
-        )
-        self.shape = [len(maps), *(len(a) for a in (self.positions, self.filters) if a)]
-        axis, kind = where.filter_axis, where.kind
-        parts = [
-            Where("", kind, group, at=at, filter_axis=axis)
-            for at, group in itertools.product(self.positions or (None,), self.filters or (None,))
-        ]
-        self.pieces = [PatchPiece(key, part) for key in maps for part in parts]
+    places = _several(positions, "positions")
+    if positions == "each":
+        places = tuple(range(_count(maps, where)))
+    groups = tuple(k if isinstance(k, int) else tuple(k) for k in _several(filters, "filters"))
+    axis, kind = where.filter_axis, where.kind
+    parts = [
+        Where("", kind, group, at=at, filter_axis=axis)
+        for at, group in itertools.product(places or (None,), groups or (None,))
+    ]
+    return [PatchPiece(key, part) for key in maps for part in parts], places, groups
 
 
 def _several(given: Any, name: str) -> tuple[Any, ...]:

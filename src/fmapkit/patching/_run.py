@@ -8,13 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fmapkit._lazy import with_bar
 from fmapkit.editing import Where
 from fmapkit.errors import ArgumentError, check_choice, check_positive
-from fmapkit.explain import with_bar
 from fmapkit.map import FeatureMap
 from fmapkit.patching._edited_runs import Runs
 from fmapkit.patching._inputs import ModelInputs
-from fmapkit.patching._pieces import Grid, named
+from fmapkit.patching._pieces import named, pieces_of
 from fmapkit.patching._result import Patching
 
 _OTHER = {"corrupted": "clean", "clean": "corrupted"}
@@ -91,21 +91,22 @@ def patch(
     runs = Runs(model, metric, where, of)
     with torch.no_grad():
         metrics = {source: runs.take(given[source], edits[source])}
-        grid = Grid(runs.maps, where, positions, filters)
+        pieces, places, groups = pieces_of(runs.maps, where, positions, filters)
         found: list[Tensor] = []
         with runs.patched(given[patched], edits[patched], samples) as run:
             [metrics[patched]] = run([None])
             if batch_size > 1:
                 _check_copies(metrics[patched], run([None] * batch_size))
-            for start in with_bar(range(0, len(grid.pieces), batch_size), "patch", progress):
-                found += run(grid.pieces[start : start + batch_size])
+            for start in with_bar(range(0, len(pieces), batch_size), "patch", progress):
+                found += run(pieces[start : start + batch_size])
+    shape = [len(axis) for axis in (runs.maps, places, groups) if axis]
     return Patching(
-        effect=torch.stack(found).cpu().reshape(*grid.shape, *found[0].shape),
+        effect=torch.stack(found).cpu().reshape(*shape, *found[0].shape),
         clean=metrics["clean"].cpu(),
         corrupted=metrics["corrupted"].cpu(),
         layers=tuple(named(key, runs.maps) for key in runs.maps),
-        positions=grid.positions,
-        filters=grid.filters,
+        positions=places,
+        filters=groups,
         kind=kind,
         into=into,
     )

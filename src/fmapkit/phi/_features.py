@@ -11,15 +11,7 @@ from torch import Tensor, nn
 
 from fmapkit._lazy import needed
 from fmapkit.errors import ArgumentError
-
-
-def call(phi: nn.Module, inputs: Any) -> Any:
-    """φ of one argument, of several in a tuple or list, or of a dict of keywords."""
-    if isinstance(inputs, Mapping):
-        return phi(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return phi(*inputs)
-    return phi(inputs)
+from fmapkit.model import run
 
 
 def named(layers: Sequence[str], features: Any) -> dict[str, Tensor]:
@@ -36,7 +28,7 @@ def gathered(phi: Any, batches: Iterable[Any]) -> dict[str, Tensor]:
     The model runs in eval mode, without gradients.
 
     Args:
-        batches: inputs as `call` takes them.
+        batches: inputs as `run` takes them.
 
     Raises:
         ArgumentError: some are not finite.
@@ -44,7 +36,7 @@ def gathered(phi: Any, batches: Iterable[Any]) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     with evaluating(phi), torch.no_grad():
         for inputs in batches:
-            for layer, x in named(phi.layers, call(phi, inputs)).items():
+            for layer, x in named(phi.layers, run(phi, inputs)).items():
                 parts.setdefault(layer, []).append(rows(x).cpu())
     found = {layer: torch.cat(of) for layer, of in parts.items()}
     for layer, x in found.items():
@@ -80,7 +72,7 @@ def rows(features: Tensor) -> Tensor:
 
 
 def taken(inputs: Any, places: Any) -> Any:
-    """Some samples of inputs as `call` takes them: of each tensor along its first axis."""
+    """Some samples of inputs as `run` takes them: of each tensor along its first axis."""
     if isinstance(inputs, Mapping):
         return {key: taken(value, places) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):

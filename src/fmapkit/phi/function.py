@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fmapkit.errors import check_module
 from fmapkit.kinds import Kind
+from fmapkit.model import run
 from fmapkit.phi._calls import Calls
 from fmapkit.phi._compiled import opaque
-from fmapkit.phi._features import call as called
 from fmapkit.phi._features import one, rows, sklearn_needed
 from fmapkit.phi._kernel import kernel
 from fmapkit.phi._pool import Pool, checked, picked, pooled
@@ -109,8 +109,8 @@ class FeatureFunction(nn.Module):
         Raises:
             ArgumentError: φ is of several layers, or an argument is outside what is allowed.
         """
-        a = rows(one(called(self, x), "kernel"))
-        b = None if y is None else rows(one(called(self, y), "kernel"))
+        a = rows(one(run(self, x), "kernel"))
+        b = None if y is None else rows(one(run(self, y), "kernel"))
         return kernel(a, b, kind, centred, gamma)
 
     def transformer(

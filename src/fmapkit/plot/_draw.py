@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fmapkit.plot._figure import axes_of
-from fmapkit.plot._pictures import Array, Picture
+from fmapkit.plot._images import Array, stretched
+from fmapkit.plot._pictures import Picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,17 +82,10 @@ def draw_alone(picture: Picture, columns: int, ax: Axes | None, title: str) -> F
 
 def _over(tiles: Array, strength: Array, below: Array) -> Array:
     """Colours over an image, the stronger the more of them."""
-    image = below if below.ndim == 3 else np.repeat(_stretched(below)[..., None], 3, 2)
+    image = below if below.ndim == 3 else np.repeat(stretched(below)[..., None], 3, 2)
     cover = 0.75 * np.nan_to_num(np.clip(strength, 0, 1))[..., None]
     blended: Array = image[None] * (1 - cover) + tiles * cover
     return blended
-
-
-def _stretched(image: Array) -> Array:
-    finite = image[np.isfinite(image)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-    stretched: Array = (image - low) / (high - low if high > low else 1)
-    return stretched
 
 
 def _draw_tiles(ax: Axes, tiles: Array, labels: Sequence[int], columns: int, ratio: float) -> None:

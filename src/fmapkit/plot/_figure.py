@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def new_figure(**options: Any) -> Figure:
-    """A figure, as `pyplot.figure` makes it.
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of some size in inches.
 
     A figure of pyplot's that a cell returns is shown twice in a notebook: as the cell's result, and
     again by pyplot, which shows whatever is open. So pyplot is left out: the figure shows itself.
@@ -28,30 +28,19 @@ def new_figure(**options: Any) -> Figure:
     """
     says = "drawing feature maps needs matplotlib: pip install fmapkit[plot]"
     backend = needed("matplotlib", says).get_backend().lower()
-    if backend in ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template") or "inline" in backend:
-        made: Figure = _figure_type()(**options)
-        return made
-    from matplotlib import pyplot
+    make = _figure_type()
+    silent = backend in ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template")
+    if not silent and "inline" not in backend:
+        from matplotlib import pyplot
 
-    return pyplot.figure(**options)
-
-
-def subplots(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """A figure and axes in it, as `pyplot.subplots` makes them.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    among = ("sharex", "sharey", "squeeze", "width_ratios", "height_ratios", "subplot_kw")
-    own = {key: options.pop(key) for key in (*among, "gridspec_kw") if key in options}
-    figure = new_figure(**options)
-    return figure, figure.subplots(rows, columns, **own)
+        make = pyplot.figure
+    made: Figure = make(figsize=(width, height), layout="constrained")
+    return made
 
 
 def axes_of(ax: Axes | None, width: float, height: float) -> tuple[Figure, Axes]:
     """The figure of some axes, and these; of None new ones, of that size in inches."""
-    if ax is None:
-        _, ax = subplots(figsize=(width, height), layout="constrained")
+    ax = new_figure(width, height).subplots() if ax is None else ax
     return ax.figure.figure, ax  # of a subfigure: the figure that it is part of
 
 

@@ -1,4 +1,4 @@
-"""What is drawn of a map, of weights, and of an image: arrays, and nothing of matplotlib."""
+"""What is drawn of a map, and of weights: arrays, and nothing of matplotlib."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from fmapkit.errors import (
     did_you_mean,
     listed,
 )
+from fmapkit.plot._images import Array, array_of
 from fmapkit.readable import ReadableMap, ReadableMaps, tags
-from fmapkit.views import as_grid, strongest, unnormalised, upsampled
+from fmapkit.views import as_grid, strongest, upsampled
 
-Array = np.ndarray[Any, Any]
 # Which filters to draw: the first ones, these, or the strongest.
 Choice = int | Iterable[int] | Literal["strongest"] | None
-
 # Bars and heat rows are thin: so many of them are drawn where one tile would be.
 THIN = 8
 
@@ -74,7 +73,8 @@ def chosen(fm: ReadableMap, filters: Choice, sample: int, limit: int) -> list[in
         check_strongest(filters)
         return strongest(fm, limit, sample=_sample(fm, sample))
     wanted = [filters] if isinstance(filters, int) else list(filters)
-    return [_number(fm[index]) for index in wanted[:limit]]
+    found = [fm[index].filter for index in wanted[:limit]]
+    return [number for number in found if number is not None]
 
 
 def check_strongest(filters: str) -> None:
@@ -89,11 +89,6 @@ def check_strongest(filters: str) -> None:
             f"{did_you_mean(filters, ['strongest'])}",
             candidates=["strongest"],
         )
-
-
-def _number(fm: ReadableMap) -> int:
-    assert fm.filter is not None
-    return fm.filter
 
 
 def _sample(fm: ReadableMap, sample: int) -> int:
@@ -197,33 +192,28 @@ def _cut(
     fm: ReadableMap, tensor: Tensor, sample: int, max_filters: int, filters: Choice
 ) -> Picture:
     """The filters that are drawn, moved to the CPU: the rest of a large map need not travel."""
-    total = tensor.shape[0]
+    total, samples = tensor.shape[0], fm.filter is not None
+    what = "samples" if samples else "entries" if fm.filters is None else "filters"
+    every = range(total) if samples or fm.filters is None else fm.filters
     limit = max_filters if tensor.ndim == 3 else max_filters * THIN
-    wanted = None if filters is None else chosen(fm, filters, sample, limit)
-    first = 0
-    if fm.filter is not None and total:
-        check_sample(fm, sample, total)
-        first = sample % total
-    if wanted is not None:
-        assert fm.filters is not None
-        tensor = tensor[[fm.filters.index(f) for f in wanted]]
-        labels = wanted
-    else:
-        tensor = tensor[first : first + limit]
-        held = None if fm.filter is not None else fm.filters
-        count = tensor.shape[0]
-        labels = list(held[:count]) if held is not None else list(range(first, first + count))
-    values = _array(tensor)
-    what = (
-        "samples" if fm.filter is not None else "filters" if fm.filters is not None else "entries"
-    )
-    count = len(values)
-    caption = f"{total} {what}" if count == total else f"{count} of {total} {what}"
+    labels = chosen(fm, filters, sample, limit)
+    if labels is None:
+        first = 0
+        if samples and total:
+            check_sample(fm, sample, total)
+            first = sample % total
+        labels = list(every[first : first + limit])
+    values = array_of(tensor[[every.index(label) for label in labels]])
+    caption = _counted(len(values), total, what)
     caption += ", the strongest" if isinstance(filters, str) else ""
-    return Picture(values, labels, _signed(fm, values), caption)
+    return Picture(values, labels, is_signed(fm, values), caption)
 
 
-def _signed(fm: ReadableMap, values: Array) -> bool:
+def _counted(count: int, total: int, what: str) -> str:
+    return f"{total} {what}" if count == total else f"{count} of {total} {what}"
+
+
+def is_signed(fm: ReadableMap, values: Array) -> bool:
     """Whether both signs count alike: not in what a GELU leaves below 0."""
     if fm.kind != "activation":
         return True
@@ -263,9 +253,8 @@ def of_weights(
         weight = weight.unsqueeze(1) if len(size) == 2 else weight
     while weight.ndim > 4:  # a volume is shown by its middle slice
         weight = weight.select(2, weight.shape[2] // 2)
-    values = _array(weight)
-    what = "filters' weights"
-    caption = f"{total} {what}" if len(values) == total else f"{len(values)} of {total} {what}"
+    values = array_of(weight)
+    caption = _counted(len(values), total, "filters' weights")
     if scale == "filter" and values.size:
         reach = np.abs(values).reshape(len(values), -1).max(1)
         values = values / np.where(reach > 0, reach, 1).reshape(-1, *[1] * (values.ndim - 1))
@@ -279,69 +268,6 @@ def of_weights(
         size_of = np.sqrt(np.square(values).sum(1))
         return Picture(size_of, labels, False, f"{caption}, √Σw² over {values.shape[1]} inputs")
     return Picture(values, labels, True, caption)
-
-
-def pixels(
-    image: Any,
-    mean: float | Sequence[float] | None = None,
-    std: float | Sequence[float] | None = None,
-    what: str = "image",
-    sample: int = 0,
-) -> Array:
-    """An image as matplotlib takes it: (H, W), or (H, W, 3) within [0, 1].
-
-    Args:
-        image: a tensor or array, as `one_image` takes it.
-        mean: of its channels, where it was normalised by it.
-        std: of its channels.
-        what: to call it in an error.
-        sample: which one of a batch.
-
-    Raises:
-        ArgumentError: it is no image, or one of mean and std is missing.
-    """
-    if (mean is None) != (std is None):
-        raise ArgumentError("mean= and std= go together: the image was (x - mean) / std")
-    tensor = one_image(image, sample, what)
-    if not (tensor.is_floating_point() or tensor.dtype is torch.bool):
-        tensor = tensor.clamp(0, 255) / 255
-    if mean is not None and std is not None:
-        tensor = unnormalised(tensor, mean, std)
-    values = _array(tensor)
-    if values.ndim == 2:
-        return values
-    grey = len(values) == 1
-    found: Array = values[0] if grey else np.clip(values.transpose(1, 2, 0), 0, 1)
-    return found
-
-
-def one_image(image: Any, sample: int, what: str = "image") -> Tensor:
-    """What a model was given, of one sample: (H, W), (1, H, W) or (3, H, W).
-
-    Args:
-        image: a tensor or array of such a shape, or a batch of these. Whole numbers are from 0 to
-            255, others from 0 to 1.
-        sample: which one of a batch.
-        what: to call it in an error.
-
-    Raises:
-        ArgumentError: it is no image, or the batch has no such sample.
-    """
-    tensor = torch.as_tensor(np.asarray(image)) if not isinstance(image, Tensor) else image
-    shape = tuple(tensor.shape)
-    if len(shape) == 4:
-        if not -len(tensor) <= sample < len(tensor):
-            raise ArgumentError(
-                f"sample {sample} is out of range: {what} has shape {shape}, so {len(tensor)} "
-                "samples"
-            )
-        tensor = tensor[sample]
-    if tensor.dim() not in (2, 3) or (tensor.dim() == 3 and tensor.shape[0] not in (1, 3)):
-        raise ArgumentError(
-            f"{what} must have shape (H, W), (1, H, W) or (3, H, W), or be a batch of these, not "
-            f"{shape}"
-        )
-    return tensor
 
 
 def meaning(fm: ReadableMap) -> str:
@@ -378,9 +304,3 @@ def check_sample(fm: ReadableMap, sample: int, count: int) -> None:
             f"{tuple(fm.tensor.shape)}, so {count} samples",
             **tags(fm),
         )
-
-
-def _array(tensor: Tensor) -> Array:
-    tensor = tensor.detach()
-    found: Array = (tensor.abs() if tensor.is_complex() else tensor).double().cpu().numpy()
-    return found

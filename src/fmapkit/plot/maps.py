@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,15 +9,13 @@ from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.plot import _pictures as pictures
 from fmapkit.plot._draw import WIDTH, columns_of, draw, draw_alone, draw_image, size_of
 from fmapkit.plot._figure import entitle, new_figure
-from fmapkit.plot._pictures import Array, Choice, Picture
+from fmapkit.plot._images import Array, Numbers, pixels
+from fmapkit.plot._pictures import Choice, Picture
 from fmapkit.readable import ReadableMap, ReadableMaps, tags
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-Numbers = float | Sequence[float] | None
 
 
 def plot_map(
@@ -64,14 +61,14 @@ def plot_map(
         KindNotCapturedError: its weights were computed in the pass, and not held.
     """
     check_positive(max_filters=max_filters, **({} if columns is None else {"columns": columns}))
-    below = None if overlay is None else pictures.pixels(overlay, mean, std, "overlay", sample)
+    below = None if overlay is None else pixels(overlay, mean, std, "overlay", sample)
     picture = pictures.of_map(fm, sample, max_filters, filters, grid, below)
     columns = columns_of(len(picture.labels), columns)
     title = f"{_heading(fm)} · {pictures.meaning(fm)} · {picture.caption}"
     if weights:
         if ax is not None:
             raise ArgumentError("weights=True draws two axes: leave ax out")
-        rows = [_Row(_weights(fm, picture), "w", title), _Row(picture, pictures.meaning(fm), "")]
+        rows = [_Row(_weights(fm, picture), "w", title), _Row(picture, pictures.meaning(fm))]
         return _drawn(rows, columns, None)
     return draw_alone(picture, columns, ax, title)
 
@@ -126,7 +123,7 @@ def plot_maps(
     rows: list[_Row] = []
     for group in shown:
         rows += _of_layer(group, sample, filters, max_filters, grid, weights)
-    above = None if image is None else pictures.pixels(image, mean, std, sample=sample)
+    above = None if image is None else pixels(image, mean, std, sample=sample)
     figure = _drawn(rows, min(max_filters, 16), above, len(shown))
     entitle(figure, title, len(groups) - len(shown))
     return figure
@@ -137,7 +134,7 @@ class _Row(NamedTuple):
 
     picture: Picture
     says: str
-    title: str
+    title: str = ""
 
 
 def _of_layer(
@@ -156,21 +153,21 @@ def _of_layer(
         thin = max_filters * (1 if leads.tensor.ndim > 3 or grid else pictures.THIN)
         wanted = pictures.chosen(leads, filters, sample, thin)
     rows: list[_Row] = []
-    weighted = False
+    title = ""
     for fm in group:
         its = wanted if any(fm is one for one in own) else None  # an input's are other filters
-        its_grid = grid if grid is not None and fm.filters is not None else None
-        picture = pictures.of_map(fm, sample, max_filters, its, its_grid)
+        picture = pictures.of_map(
+            fm, sample, max_filters, its, None if fm.filters is None else grid
+        )
         if isinstance(filters, str) and its is not None:
             picture = replace(picture, caption=f"{picture.caption}, the strongest")
-        title = "" if rows else f"{_heading(fm)} · {picture.caption}"
-        if weights and not weighted and fm in own and fm.kind != "output":
-            weighted = True
+        title = title or f"{_heading(fm)} · {picture.caption}"
+        if weights and fm in own and fm.kind != "output":
+            weights = False  # once
             if fm.weight is not None:
-                rows.append(_Row(_weights(fm, picture), "w", title))
-                title = ""
-        rows.append(_Row(picture, pictures.meaning(fm), title))
-    return rows
+                rows.append(_Row(_weights(fm, picture), "w"))
+        rows.append(_Row(picture, pictures.meaning(fm)))
+    return [rows[0]._replace(title=title), *rows[1:]]
 
 
 def _weights(fm: ReadableMap, picture: Picture) -> Picture:
@@ -199,7 +196,7 @@ def _drawn(rows: list[_Row], columns: int, image: Array | None, layers: int = 1)
     above = 0 if image is None else 1
     heights = [1.3] * above + heights
     total = sum(heights) + 0.3 * layers + 0.6
-    figure: Figure = new_figure(figsize=(WIDTH, total), layout="constrained")
+    figure = new_figure(WIDTH, total)
     grid = figure.add_gridspec(len(heights), 2, width_ratios=(1, 0.012), height_ratios=heights)
     if image is not None:
         draw_image(figure.add_subplot(grid[0, 0]), image)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.plot._draw import blank
-from fmapkit.plot._figure import subplots
-from fmapkit.plot._pictures import Array, pixels
+from fmapkit.plot._figure import new_figure
+from fmapkit.plot._images import Array, Numbers, pixels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,8 +40,8 @@ def plot_patches(
     layer: str = "",
     *,
     columns: int = 9,
-    mean: float | Sequence[float] | None = None,
-    std: float | Sequence[float] | None = None,
+    mean: Numbers = None,
+    std: Numbers = None,
     below: Mapping[int, Sequence[Tensor]] | None = None,
     title: str | None = None,
     more: int = 0,
@@ -83,14 +83,8 @@ def plot_patches(
             )
     wide = max(map(len, shown.values()))
     lines = len(shown) * (1 if below is None else 2)
-    figure: Figure
-    figure, axes = subplots(
-        lines,
-        wide,
-        figsize=(_INCH * wide + 0.9, _INCH * lines + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = new_figure(_INCH * wide + 0.9, _INCH * lines + 0.5)
+    axes: Any = figure.subplots(lines, wide, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     boxes = [patch.box for its in shown.values() for patch in its]
