@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -206,13 +206,16 @@ class Writer:
             self._committing.check()
             self._writing.put(partial(self._write, unit, record, beside, stale))
 
-    def close(self) -> None:
-        """Wait for all that was put.
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for all that was put, be it that something went wrong elsewhere: that counts.
 
         Raises:
             StoreError: something could not be written.
         """
-        with self._told(), ExitStack() as stack:
+        with suppress(StoreError) if kind else nullcontext(), self._told(), ExitStack() as stack:
             stack.callback(self._committing.close)
             stack.callback(self._writing.close)  # before that
 
