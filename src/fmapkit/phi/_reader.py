@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 from torch import nn
 
 from fmapkit import layers
+from fmapkit._warnings import warn
 from fmapkit.capture import capture
 from fmapkit.errors import (
     AmbiguousMapError,
     ArgumentError,
-    CaptureWarning,
     FmapkitError,
     KindNotCapturedError,
     MapStateError,
@@ -281,12 +280,10 @@ class Reader:
             if not m.layer or any(w.is_of(m.layer) for w in self._wanted)
         ]
         if missed:
-            warnings.warn(
+            more = f" (and {len(missed) - 1} more)" if len(missed) > 1 else ""
+            warn(
                 f"feature_map({self._asked}): not captured: {missed[0].layer or 'the model'}: "
-                f"{missed[0].reason}"
-                + (f" (and {len(missed) - 1} more)" if len(missed) > 1 else ""),
-                CaptureWarning,
-                stacklevel=2,
+                f"{missed[0].reason}{more}"
             )
 
 
