@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from fmapkit.data._rows import Keep, Mask, Rows, Taken, check_keep
 from fmapkit.data._rows import Pool as Pooling
 from fmapkit.data._run import Run, default_call
 from fmapkit.data.extraction import checked_model, device_of
-from fmapkit.data.loader import Block, RowLoader
+from fmapkit.data.loader import Block, RowLoader, Wanted
 from fmapkit.errors import ArgumentError, StoreError, listed
 from fmapkit.kinds import Kind
 
@@ -133,13 +133,8 @@ class LiveRows:
         """Not known before the model has run."""
         return None
 
-    def blocks(
-        self, numbers: Sequence[int] | None, rank: int, world: int, skip: int
-    ) -> Iterator[Block]:
-        """Every `world`-th batch from `rank` on, but for the first `skip` of these."""
-        return self._of(lambda n: n % world == rank and n // world >= skip)
-
-    def _of(self, wanted: Callable[[int], bool]) -> Iterator[Block]:
+    def blocks(self, wanted: Wanted) -> Iterator[Block]:
+        assert callable(wanted)
         for batch, taken in self._run.over(self._batches.read(wanted)):
             yield batch.number, self._rows(batch, taken)
 
@@ -181,7 +176,7 @@ class LiveRows:
     def _take(self, ids: Tensor) -> dict[str, Tensor]:
         needed = set(ids[:, 0].tolist())
         out: dict[str, Tensor] = {}
-        for number, rows in self._of(lambda n: n in needed):
+        for number, rows in self.blocks(lambda n: n in needed):
             here = (ids[:, 0] == number).nonzero().squeeze(1)
             for name, values in rows.items():
                 if name not in out:
