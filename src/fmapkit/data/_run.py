@@ -6,44 +6,50 @@ import inspect
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fmapkit import CaptureWarning, FeatureMaps, capture
 from fmapkit.data._batches import Batch, moved
 from fmapkit.data._riding import Riding
 from fmapkit.data._rows import Rows, Taken
-from fmapkit.errors import ArgumentError
+from fmapkit.errors import ArgumentError, check_module
 
 _TRIALS = 3  # of a batch whose pass could not be kept
 _RUN_AGAIN = ".*a way through its code that no earlier pass had taken"
 
 
 class Run:
-    """A model that is run over batches, with what is taken of its maps.
+    """A model that is run over batches, with what is taken of its maps; arguments as in `extract`.
 
     Attributes:
+        model: without what `DistributedDataParallel` has around it.
         missed: what was not captured, as of the latest pass.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        watch: Callable[[], capture],
+        layers: Any,
+        kinds: Any,
+        filters: Any,
+        stop: bool,
         rows: Rows,
         riding: Riding,
-        device: torch.device,
-        call: Callable[[nn.Module, Any], Any],
+        device: Any,
+        call: Callable[[nn.Module, Any], Any] | None,
     ) -> None:
-        watch()  # has `capture` check its arguments before anything else happens
-        self.model = model
-        self._watch = watch
+        self.model = _checked(model)
+        self._watch = partial(capture, self.model, layers, kinds=kinds, filters=filters, stop=stop)
+        self._watch()  # has `capture` check its arguments before anything else happens
         self._rows = rows
         self.riding = riding
-        self._device = device
-        self._call = call
+        self._device = _device_of(self.model, device)
+        self._call = call or _default_call(self.model, rows.keep)
         self._keys: list[tuple[Any, ...]] = []  # of the maps of a pass
         self.missed: list[Any] = []
 
@@ -89,7 +95,45 @@ class Run:
                 yield batch, self._taken(maps, batch)
 
 
-def default_call(model: nn.Module, kept: Mapping[str, Any]) -> Callable[[nn.Module, Any], Any]:
+def _checked(model: Any) -> nn.Module:
+    """The model that runs.
+
+    Raises:
+        ArgumentError: it is none, or is in training mode.
+    """
+    check_module("extract", model)
+    # The forward of DistributedDataParallel talks to other ranks.
+    plain: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    if plain.training:
+        raise ArgumentError(
+            "the model is in training mode: dropout would draw, and batch norms would learn from "
+            "the data; call model.eval() first"
+        )
+    return plain
+
+
+def _device_of(model: nn.Module, given: Any) -> torch.device:
+    """Where batches go.
+
+    Raises:
+        ArgumentError: the model is elsewhere.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    there = tensors[0].device if tensors else torch.device("cpu")
+    if given is None:
+        return there
+    try:
+        device = torch.device(given)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"device must name a torch device, not {given!r}: {error}") from None
+    if tensors and device.type != there.type:
+        raise ArgumentError(
+            f"device={given!r}, and the model is on {there}: move it, model.to({given!r})"
+        )
+    return device
+
+
+def _default_call(model: nn.Module, kept: Mapping[str, Any]) -> Callable[[nn.Module, Any], Any]:
     """How a batch goes into the model, where nobody has said it.
 
     Args:

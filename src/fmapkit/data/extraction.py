@@ -7,19 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-import fmapkit
 from fmapkit.data._batches import Batches
 from fmapkit.data._fingerprint import describe, of_model
 from fmapkit.data._job import Job
 from fmapkit.data._place import Place, zarr_module
 from fmapkit.data._ranks import joined
 from fmapkit.data._riding import Riding
-from fmapkit.data._rows import POOLS, Keep, Mask, Pool, Rows, check_keep
-from fmapkit.data._run import Run, default_call
+from fmapkit.data._rows import Keep, Mask, Pool, Rows
+from fmapkit.data._run import Run
 from fmapkit.data.features import Features
-from fmapkit.errors import ArgumentError, check_module, check_positive
+from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.kinds import Kind
 
 if TYPE_CHECKING:
@@ -98,31 +96,23 @@ def extract(
         StoreError: the store cannot be written; all that was committed before stays.
         DistributedError: ranks do not agree, or the model is spread over them.
     """
-    model = checked_model(model, pool)
     if batches_per_commit is not None:
         check_positive(batches_per_commit=batches_per_commit)
     kinds = kinds if isinstance(kinds, str) else tuple(kinds)
+    riding = Riding(analyses, resume)
+    rows = Rows(pool, mask, dtype, keep)
+    run = Run(model, layers, kinds, filters, stop, rows, riding, device, call)
     place = Place(to, storage_options, _codecs(compress))
     batches = Batches(loader)
-    riding = Riding(analyses, resume)
-    kept = check_keep(keep)
-    run = Run(
-        model,
-        lambda: fmapkit.capture(model, layers, kinds=kinds, filters=filters, stop=stop),
-        Rows(pool, mask, dtype, kept),
-        riding,
-        device_of(model, device),
-        call or default_call(model, kept),
-    )
     asked = {
-        **of_model(model),
-        "layers": describe(layers if isinstance(layers, (list, tuple)) else [layers], model),
+        **of_model(run.model),
+        "layers": describe(layers if isinstance(layers, (list, tuple)) else [layers], run.model),
         "kinds": describe([kinds] if isinstance(kinds, str) else sorted(kinds)),
         "filters": describe(filters),
         "pool": describe(pool),
         "mask": describe(mask),
         "dtype": describe(dtype),
-        "keep": describe(kept),
+        "keep": describe(rows.keep),
         "call": describe(call),
         "compress": describe(compress if compress is None or isinstance(compress, str) else "own"),
         "analyses": riding.names,
@@ -134,46 +124,6 @@ def extract(
     with joined() as ranks:
         job.extract(ranks)
     return Features(to, storage_options=storage_options)
-
-
-def checked_model(model: Any, pool: Any) -> nn.Module:
-    """The model that runs.
-
-    Raises:
-        ArgumentError: it is none, or is in training mode; `pool` is nothing that pools.
-    """
-    check_module("extract", model)
-    # The forward of DistributedDataParallel talks to other ranks.
-    plain: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
-    if plain.training:
-        raise ArgumentError(
-            "the model is in training mode: dropout would draw, and batch norms would learn from "
-            "the data; call model.eval() first"
-        )
-    if pool is not None and not callable(pool) and pool not in POOLS:
-        raise ArgumentError(f"pool must be one of {POOLS}, or a function of a map, not {pool!r}")
-    return plain
-
-
-def device_of(model: nn.Module, given: Any) -> torch.device:
-    """Where batches go.
-
-    Raises:
-        ArgumentError: the model is elsewhere.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    there = tensors[0].device if tensors else torch.device("cpu")
-    if given is None:
-        return there
-    try:
-        device = torch.device(given)
-    except (RuntimeError, TypeError) as error:
-        raise ArgumentError(f"device must name a torch device, not {given!r}: {error}") from None
-    if tensors and device.type != there.type:
-        raise ArgumentError(
-            f"device={given!r}, and the model is on {there}: move it, model.to({given!r})"
-        )
-    return device
 
 
 def _codecs(compress: Any) -> Any:
