@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.phi._features import gathered, taken
-from fmapkit.phi._plots import by_layer, figure_of
+from fmapkit.phi._plots import axes_by_layer
 from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Kept(Shown):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        figure, ax = figure_of(ax, len(self))
+        figure, ax = axes_by_layer(ax, self.layers)
         for at, layer in enumerate(self):
             low, high = layer.smallest, layer.largest
             if high > 0:
@@ -156,7 +156,6 @@ class Kept(Shown):
                 where = ("data", "axes fraction")
                 ax.annotate(note, (at, 0.02), xycoords=where, ha="center", fontsize="small")
         ax.set_yscale("log")
-        by_layer(ax, self.layers)
         ax.set_ylabel("d(φ(x), φ(y)) / d(x, y)")
         what = "what φ keeps of distances: smallest, median, largest"
         ax.set_title(title or what, loc="left", fontsize="medium")
