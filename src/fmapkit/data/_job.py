@@ -25,7 +25,7 @@ from fmapkit.data._place import Place, zarr_module
 from fmapkit.data._ranks import Ranks
 from fmapkit.data._rows import Taken, check_same
 from fmapkit.data._run import Run
-from fmapkit.data._writer import Arriving, Unit, Writer
+from fmapkit.data._writer import Unit, Writer, sent
 from fmapkit.errors import ArgumentError, DistributedError, StoreError, StoreMismatchError
 
 _UNIT_BYTES = 2**24  # of the largest array, about, if that takes no more batches than
@@ -285,18 +285,26 @@ def _on_host(passes: Passes, manifest: Manifest) -> Iterator[tuple[Batch, Taken]
 
     The last one of a unit is waited for, so that its analyses have seen what is in it, and no more.
     """
-    behind: tuple[Batch, Arriving] | None = None
+    behind: tuple[Batch, Taken, list[Any]] | None = None
     for batch, taken in passes:
         if behind is not None:
-            yield behind[0], behind[1].wait()
+            yield _arrived(*behind)
+            behind = None
         check_same(taken, manifest.arrays, manifest.fields)
         _check_size(batch, taken, manifest)
-        behind = batch, Arriving(taken)
-        if behind[1].here or manifest.ends_unit(batch.number):
-            yield batch, behind[1].wait()
-            behind = None
+        rows, copies = sent(taken)
+        if copies and not manifest.ends_unit(batch.number):
+            behind = batch, rows, copies
+        else:
+            yield _arrived(batch, rows, copies)
     if behind is not None:
-        yield behind[0], behind[1].wait()
+        yield _arrived(*behind)
+
+
+def _arrived(batch: Batch, taken: Taken, copies: list[Any]) -> tuple[Batch, Taken]:
+    for copy in copies:
+        copy.synchronize()
+    return batch, taken
 
 
 def _check_size(batch: Batch, taken: Taken, manifest: Manifest) -> None:

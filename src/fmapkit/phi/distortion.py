@@ -227,7 +227,7 @@ def _given(inputs: Any, metric: Any, count: int) -> Tensor:
             "distances as a tensor (N, N)"
         )
     elif metric is None:
-        found = _pairwise(inputs.detach().double().reshape(count, -1))
+        found = torch.pdist(inputs.detach().double().reshape(count, -1).cpu())
     else:
         blocks = [
             torch.as_tensor(metric(inputs[at : at + _ROWS], inputs)).detach().double().cpu()
@@ -247,11 +247,6 @@ def _above(count: int) -> tuple[Tensor, Tensor]:
     return rows_, columns
 
 
-def _pairwise(x: Tensor) -> Tensor:
-    """Euclidean distances in float64, by differences: |x|² + |y|² - 2xy would lose what is near."""
-    return torch.pdist(x.cpu())
-
-
 def _features(phi: FeatureFunction, inputs: Any, count: int, batch_size: int) -> dict[str, Tensor]:
     starts = range(0, count, batch_size)
     found = gathered(phi, (taken(inputs, slice(at, at + batch_size)) for at in starts))
@@ -264,7 +259,8 @@ def _features(phi: FeatureFunction, inputs: Any, count: int, batch_size: int) ->
 
 
 def _layer(name: str, x: Tensor, given: Tensor, apart: Tensor, tolerance: float) -> LayerKept:
-    distances = _pairwise(x)
+    # By differences: |x|² + |y|² - 2xy would lose what is near.
+    distances = torch.pdist(x)
     ratios = distances[apart] / given[apart]
     where = torch.stack(_above(len(x)))[:, apart]
     low, high = int(ratios.argmin()), int(ratios.argmax())
