@@ -92,15 +92,10 @@ class StoredRows:
 class RowLoader:
     """Batches of rows; iterated anew it goes on to the next epoch, in another order.
 
+    Made by `Features.loader` and by `stream`, which say what the other arguments mean.
+
     Args:
         source: of the rows.
-        batch: rows of each batch.
-        shuffle: "buffer", or None for the order of the source.
-        buffer: rows of the buffer.
-        seed: of the order.
-        rank: the part of this rank; None for torch.distributed's.
-        world: of how many; None for torch.distributed's.
-        drop_last: leave out a last batch that is not full.
         single: give tensors in the place of dicts.
 
     Raises:
