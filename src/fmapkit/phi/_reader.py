@@ -304,20 +304,20 @@ class _Wanted:
         self.label = recurring.label_of(item.layer) if item.exact else ""
         self.key = item.key if item.key is not None else self.label
         self._names = names
-        self.kinds = self.kinds_of(self.label) if item.exact else item.kinds
         module = names.by_name.get(self.label) if item.exact else None
+        self.kinds = self._kinds(module)
         is_layer = module is not None and layers.layer_axis(module) is not None
         self.count = layers.filter_count(module) if is_layer and module is not None else None
 
     def kinds_of(self, layer: str) -> tuple[str, ...]:
         """The kinds that the map of a layer may be of, the first one that is there."""
+        return self._kinds(self._names.by_name.get(layer))
+
+    def _kinds(self, module: nn.Module | None) -> tuple[str, ...]:
         if self.item.kind is not None:
             return (self.item.kind,)
-        module = self._names.by_name.get(layer)
-        if module is None:
-            return ("activation", "output")
         # As in `maps[layer]`: filters of a module of another type may be found in a pass, too.
-        is_layer = layers.layer_axis(module) is not None
+        is_layer = module is not None and layers.layer_axis(module) is not None
         return ("activation",) if is_layer else ("activation", "output")
 
     def is_of(self, layer: str) -> bool:
