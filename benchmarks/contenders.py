@@ -396,7 +396,7 @@ CONTENDERS = [
     Contender(
         "learning", "the first pass on a new model", first(whole=False), _eager, counted=False
     ),
-    Contender("a block each", "a block for each pass, from the twenty-first on", a_block_each, _eager),
+    Contender("a block each", "a block for each pass, after twenty", a_block_each, _eager),
     Contender("one-shot", "that pass, with entering and leaving", first(whole=True), _eager),
     Contender("hooks, references", f"detach(): {_LEAVES}", hooks(_detached)),
     Contender("hooks, clones", f"detach().clone(): {_LEAVES}", hooks(_cloned)),

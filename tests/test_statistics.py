@@ -223,16 +223,16 @@ def test_filters_of_every_sort_beside_each_other(
 def test_a_map_is_gone_through_once() -> None:
     """Far from 0 it is the maps before that tell what to take off; constant filters too."""
     seen = []
-    by_way = _of_map._by_way
+    sums = _of_map._sums
 
-    def counted(name: str, values: Tensor, *others: Any) -> Any:
+    def counted(values: Tensor, *others: Any) -> Any:
         seen.append(values.numel())
-        return by_way(name, values, *others)
+        return sums(values, *others)
 
     x = torch.randn(16, 3, 700) * torch.tensor([1.0, 0, 1])[:, None]
     x += torch.tensor([0.0, 0.1, 1000])[:, None]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_of_map, "_by_way", counted)
+        patch.setattr(_of_map, "_sums", counted)
         stats = fed(x)
         assert seen == [x.numel()] * 2
         seen.clear()

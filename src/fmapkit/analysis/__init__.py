@@ -2,7 +2,7 @@
 
     analysis.update(fm)          dead.py, statistics.py, top/, similarity/   one map, as it is made
       -> ByLayer, Groups           _by_layer.py, _keys.py    whose sums the map goes to
-      -> Mergeable                 _mergeable.py, _ranks.py  of several runs, of all ranks
+      -> Mergeable                 _mergeable.py             of several runs, of all ranks
       -> sums                      _moments.py, top/strongest.py, similarity/pairs.py
     analysis["conv1"], a table   summary.py, firings.py, top/layer_tops.py
     analysis.plot(), a page      dead_plot.py, similarity/plot.py, page_sections.py

@@ -41,8 +41,6 @@ _FEWEST, _MOST = 256, 1024  # rows of a block, whose sums are taken apart
 _BLOCK = 2**18  # values of a block, within these limits
 _NARROW = 128  # rows that are shorter are taken together, several as one
 
-_NOT_FINITE = 0  # in place of bounds: to count what is NaN or infinite
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -124,15 +122,13 @@ def _of_key_of(key: Any) -> Any:
 
 
 def _outside(x: Any, bounds: Any) -> Any:
-    """Whether a value is at one of the bounds or beyond, if there are any; or is not finite."""
+    """Whether a value is at one of the bounds or beyond, if there are any."""
 
 
 @_typed(_outside)
 def _outside_of(x: Any, bounds: Any) -> Any:
     if isinstance(bounds, types.NoneType):
         return lambda x, bounds: False
-    if isinstance(bounds, types.Integer):
-        return lambda x, bounds: not abs(x) < np.inf
     return lambda x, bounds: (x <= bounds[0]) | (x >= bounds[1])
 
 
@@ -265,16 +261,6 @@ def _fold(kept: Any, at: int, width: int, inner: int, filters: int, found: Any) 
 
 def sums(values: Tensor, pilot: Array, bounds: Bounds | None) -> Array:
     """What is found of each filter, as `_on_cpu.sums` tells it; by one thread."""
-    return _found(values, pilot, bounds)
-
-
-def nonfinite(values: Tensor) -> Array:
-    """(filters,): how many are NaN or infinite."""
-    counts: Array = _found(values, np.zeros(values.shape[1]), _NOT_FINITE)[SATURATED]
-    return counts
-
-
-def _found(values: Tensor, pilot: Array, bounds: Bounds | int | None) -> Array:
     found = nothing(len(pilot))
     for some in _readable(values):
         outer, filters, inner = some.shape

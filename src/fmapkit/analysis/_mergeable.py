@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from typing_extensions import Self
 
 from fmapkit.analysis._by_layer import ByLayer, S
 from fmapkit.analysis._keys import Filters, Name
-from fmapkit.analysis._ranks import agree, exchange
-from fmapkit.errors import ArgumentError
+from fmapkit.errors import ArgumentError, DistributedError, listed
+from fmapkit.torchlib.operators import tree_map
 
 
 @dataclass(slots=True)
@@ -85,7 +86,7 @@ class Mergeable(ByLayer[M, S]):
                 Every rank raises.
         """
         local = list(dict.fromkeys(str(name) for name, _, g in self._groups if g.local))
-        ranks = exchange("reduce()", {**self.state_dict(), "local": local}, group)
+        ranks = _exchange({**self.state_dict(), "local": local}, group)
         self._check_ranks(ranks)
         result = copy.copy(self)
         result.reset()
@@ -102,4 +103,51 @@ class Mergeable(ByLayer[M, S]):
         Raises:
             DistributedError: it does not.
         """
-        agree(said)
+        for rank, text in enumerate(said):
+            if text["local"]:
+                raise DistributedError(
+                    f"reduce(): {text['local'][0]} is one rank's part of it on rank {rank} of the "
+                    "group (tensor parallel), so that filters of the same number are different ones"
+                )
+            if text["options"] != said[0]["options"]:
+                *others, last = said[0]["options"]
+                raise DistributedError(
+                    f"reduce(): {', '.join(others)} or {last} on rank {rank} of the group are not "
+                    "those on rank 0"
+                )
+        keys = ("layer", "kind", "nonlinearity", "path", "filters")
+        seen = [{str([g[k] for k in keys]): g for g in text["groups"]} for text in said]
+        for rank, groups in enumerate(seen):
+            for other, theirs in enumerate(seen):
+                lacking = [g for key, g in theirs.items() if key not in groups]
+                if lacking:
+                    names = listed(f"{g['layer']}{g['path']} {g['kind']}" for g in lacking)
+                    raise DistributedError(
+                        f"reduce(): ranks have seen different maps: {names} on rank {other} of the "
+                        f"group, and not, or of other filters, on rank {rank}"
+                    )
+
+
+def _exchange(mine: Any, group: Any) -> list[Any]:
+    """What every rank has, in the order of ranks; tensors are on the CPU.
+
+    Args:
+        mine: tensors and values of built-in types; ranks may have others than each other.
+
+    Raises:
+        DistributedError: torch.distributed is not initialised, or this rank is not in the group.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        raise DistributedError(
+            "reduce() puts together what several ranks have seen, and torch.distributed is not "
+            "initialised: call torch.distributed.init_process_group first"
+        )
+    if dist.get_rank(group) < 0:
+        raise DistributedError(f"reduce(): rank {dist.get_rank()} is not in the group it was given")
+    # A view would be sent with all of the memory that it lies in.
+    sent = tree_map(lambda v: v.detach().cpu().clone() if isinstance(v, Tensor) else v, mine)
+    parts = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, sent, group=group)
+    return parts

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,60 +42,43 @@ def of_map(values: Tensor, bounds: Bounds | None, pilot: Array | None) -> tuple[
     outer, filters, inner = values.shape
     shift = np.zeros(filters) if pilot is None else pilot
     with np.errstate(all="ignore"):  # NaN, infinities and overflow are told in the result
-        found = _by_way("sums", values, shift, bounds)
+        found = _sums(values, shift, bounds)
         low, high, s2 = found[LOW], found[HIGH], found[S2]
         counts = np.zeros((3, filters), np.int64)
         counts[0], counts[2] = found[ZEROS], found[SATURATED]
-        if not np.isfinite(s2).all():
-            counts[1] = _nonfinite(values, s2)
+        odd = np.flatnonzero(~np.isfinite(s2))
+        if len(odd):
+            counts[1, odd] = _on_cpu.nonfinite(values[:, torch.from_numpy(odd)])
             low[np.isnan(s2)] = high[np.isnan(s2)] = np.nan
         for attempt in range(_TRIES):
             offset = found[S1] / (outer * inner)
             m2 = np.maximum(found[S2] - found[S1] * offset, 0)
-            if attempt == _TRIES - 1 or _well(found[S2], m2):
-                break
-            lost = ~_settled(found[S2], m2, offset, shift)
+            lost = _lost(found[S2], m2, offset, shift)
             lost &= (counts[1] == 0) & ((low != 0) | (high != 0))
-            if not lost.any():
+            if attempt == _TRIES - 1 or not lost.any():
                 break
             shift = np.where(lost, np.nan_to_num(shift + offset), shift)
-            found = _by_way("sums", values, shift, None)
+            found = _sums(values, shift, None)
     return tuple(map(torch.from_numpy, (shift, offset, m2, low, high, counts)))
 
 
-def _well(s2: Array, m2: Array) -> bool:
-    """Whether all sums have digits enough: in the usual case, by few operations."""
-    return bool(s2.min() >= _TINY and s2.max() < np.inf and (s2 <= m2 * _DIGITS_LOST).all())
-
-
-def _settled(s2: Array, m2: Array, offset: Array, shift: Array) -> Array:
-    """Of which filters the sums have digits enough, or none to gain."""
+def _lost(s2: Array, m2: Array, offset: Array, shift: Array) -> Array:
+    """Of which filters the sums have lost digits, and another pilot would gain some."""
     exact = (s2 <= m2 * _DIGITS_LOST) & (s2 < np.inf) & ((s2 >= _TINY) | (shift != 0))
-    settled: Array = exact | (np.abs(offset) <= _NO_BETTER * np.abs(shift))
-    return settled
+    lost: Array = ~(exact | (np.abs(offset) <= _NO_BETTER * np.abs(shift)))
+    return lost
 
 
-def _nonfinite(values: Tensor, s2: Array) -> Array:
-    """(filters,): how many are NaN or infinite; looked for where a sum of squares is."""
-    count = np.zeros(len(s2))
-    some = np.flatnonzero(~np.isfinite(s2))
-    if len(some):
-        few = values if len(some) == len(s2) else values[:, torch.from_numpy(some)]
-        count[some] = _by_way("nonfinite", few)
-    return count
-
-
-def _by_way(name: str, *args: Any) -> Array:
-    """A function of `_fused.py`, where numba is and works, else of `_on_cpu.py`."""
+def _sums(values: Tensor, pilot: Array, bounds: Bounds | None) -> Array:
+    """By `_fused.py`, where numba is and works, else by `_on_cpu.py`."""
     fused = _fused()
     if fused is not None:
-        compiled: Callable[..., Array] = getattr(fused, name)
         try:
-            return compiled(*args)
+            found: Array = fused.sums(values, pilot, bounds)
+            return found
         except Exception as error:  # of whatever compiler there is
             _give_up(error)
-    plain: Callable[..., Array] = getattr(_on_cpu, name)
-    return plain(*args)
+    return _on_cpu.sums(values, pilot, bounds)
 
 
 _given_up: list[str] = []

@@ -6,7 +6,6 @@ finds the same in one pass, where numba is installed.
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -53,9 +52,9 @@ def sums(values: Tensor, pilot: Array, bounds: Bounds | None) -> Array:
 def _take(block: Tensor, shift: Tensor | None, bounds: Bounds | None, found: Array) -> None:
     """Puts a block to what is found. It is smaller than 2^24, up to where float32 counts."""
     if block.element_size() == 2:  # in half precision, each call takes longer than a copy
-        block = _room("half", block, torch.float32).copy_(block)
-    wide = _room("wide", block, torch.float64).copy_(block)
-    flags = _room("flags", block, torch.float32)  # of all types, these are added up the fastest
+        block = block.float()
+    wide = block.to(torch.float64, copy=True)
+    flags = torch.empty_like(block, dtype=torch.float32)  # of all types, the fastest to add up
     raw = block if block.is_floating_point() else wide
     np.minimum(found[LOW], along(torch.amin, raw).numpy(), out=found[LOW])
     np.maximum(found[HIGH], along(torch.amax, raw).numpy(), out=found[HIGH])
@@ -69,23 +68,10 @@ def _take(block: Tensor, shift: Tensor | None, bounds: Bounds | None, found: Arr
     found[S2] += along(torch.sum, wide.square_()).numpy()
 
 
-_rooms = threading.local()
-
-
-def _room(use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for a block, kept for the next: what the system gives anew costs more than its use."""
-    kept: Tensor | None = getattr(_rooms, use, None)
-    if kept is None or len(kept) < like.numel():
-        kept = torch.empty(like.numel(), dtype=dtype, device="cpu")
-        setattr(_rooms, use, kept)
-    return kept[: like.numel()].view(like.shape)
-
-
 def nonfinite(values: Tensor) -> Array:
     """(filters,): how many are NaN or infinite."""
     found = np.zeros(values.shape[1])
     for first, block in blocks(values, block_size(values.device)):
-        flags = _room("flags", block, torch.float32)
-        torch.ne(block - block, 0, out=flags)  # infinity less itself is no number
+        flags = torch.ne(block - block, 0)  # infinity less itself is no number
         found[first : first + block.shape[1]] += along(torch.sum, flags).numpy()
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,19 +34,24 @@ _BY_ZEROS = {"relu6"}
 _FIRST, _BLOCK = 2**15, 2**20
 
 
+@dataclass(slots=True)
 class _FilterFirings:
     """Of one set of filters: when each last fired."""
 
-    __slots__ = ("history", "inputs", "last_input", "last_step", "revivals", "rule", "span")
+    rule: str
+    last_input: Tensor
+    last_step: Tensor
+    revivals: Tensor
+    history: Tensor
+    inputs: int = 0
+    span: int = 1
 
-    def __init__(self, filters: int, device: torch.device, rule: str) -> None:
-        self.rule = rule
-        self.inputs = 0
-        self.span = 1
-        self.last_input = torch.zeros(filters, dtype=torch.int64, device=device)
-        self.last_step = self.last_input - 1
-        self.revivals = self.last_input.clone()
-        self.history = torch.zeros(SPANS, filters, dtype=torch.bool, device=device)
+    @staticmethod
+    def none(filters: int, device: torch.device, rule: str) -> _FilterFirings:
+        """Of no input."""
+        zeros = torch.zeros(filters, dtype=torch.int64, device=device)
+        history = torch.zeros(SPANS, filters, dtype=torch.bool, device=device)
+        return _FilterFirings(rule, zeros, zeros - 1, zeros, history)
 
     def tensors(self) -> dict[str, Tensor]:
         names = ("last_input", "last_step", "revivals", "history")
@@ -55,14 +61,6 @@ class _FilterFirings:
         """All of it; the history is a copy, as `see` writes to it."""
         tensors = {**self.tensors(), "history": self.history.clone()}
         return {"rule": self.rule, "inputs": self.inputs, "span": self.span, "tensors": tensors}
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> _FilterFirings:
-        found = cls(0, torch.device("cpu"), state["rule"])
-        found.inputs, found.span = state["inputs"], state["span"]
-        for name, tensor in state["tensors"].items():
-            setattr(found, name, tensor.clone())
-        return found
 
     def see(self, fired: Tensor, inputs: int, step: int, after: int) -> None:
         """Take in which filters fired over so many inputs; waits for nothing."""
@@ -144,7 +142,7 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
         groups = self._groups.names.setdefault(name, {})
         if filters not in groups:
             rule = "zeros" if bounds is None else "saturation"
-            groups[filters] = _FilterFirings(values.shape[1], values.device, rule)
+            groups[filters] = _FilterFirings.none(values.shape[1], values.device, rule)
         if values.numel():
             fired = _fired(values, self.threshold, bounds)
             groups[filters].see(fired, _inputs(tensor, dim), fm.step, self.after)
@@ -253,7 +251,8 @@ class DeadFilters(Tabular, ByLayer[_FilterFirings, LayerFirings]):
         return {"after": self.after, "threshold": self.threshold, "saturation": bounds}
 
     def _sums(self, entry: Mapping[str, Any]) -> _FilterFirings:
-        return _FilterFirings.of(entry)
+        tensors = {name: tensor.clone() for name, tensor in entry["tensors"].items()}
+        return _FilterFirings(entry["rule"], **tensors, inputs=entry["inputs"], span=entry["span"])
 
 
 def _fired(values: Tensor, threshold: float, bounds: Bounds | None) -> Tensor:

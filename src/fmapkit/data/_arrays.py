@@ -90,16 +90,15 @@ class StoredArray:
             )
         picked = picked.astype(np.int64, copy=False)
         if picked.size:
-            least = self._inside(int(picked.min()), wrap=False)
-            self._inside(int(picked.max()))
-            if least < 0:
-                picked = np.where(picked < 0, picked + len(self), picked)
+            for end in (picked.min(), picked.max()):
+                self._inside(int(end))
+            picked = picked % len(self)
         return self._given(self._pieces.take(picked, rest))
 
-    def _inside(self, row: int, wrap: bool = True) -> int:
+    def _inside(self, row: int) -> int:
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} is out of range: {self!r} has {len(self)}")
-        return row % len(self) if wrap else row
+        return row % len(self)
 
     def gather(self, rows: np.ndarray[Any, Any]) -> Tensor:
         """The same as `array[rows]`, without a look at the numbers: int64, from 0."""

@@ -136,7 +136,7 @@ class Batches:
         )
         for data in found:
             return Batch(0, 0, data)
-        raise ArgumentError("the loader is empty: there is no batch to take features of")
+        raise none_there()
 
     def read(
         self, wanted: Callable[[int], bool], skipped: Callable[[Batch], None] | None = None
@@ -206,6 +206,11 @@ class _Some:
                 self.asked.append((number, start))
                 yield list(indices)
             start += len(indices)
+
+
+def none_there() -> ArgumentError:
+    """What to raise where there is no first batch."""
+    return ArgumentError("the loader is empty: there is no batch to take features of")
 
 
 def tensors_of(data: Any) -> Iterator[Tensor]:

@@ -80,21 +80,13 @@ def digest(batch: Any) -> str:
 
 def _digest(value: Any, seen: Any) -> None:
     if isinstance(value, Tensor):
-        flat = value.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLED)
-        picked = flat[::step].contiguous().cpu()
         seen.update(f"{tuple(value.shape)} {value.dtype}".encode())
-        seen.update(picked.view(torch.uint8).numpy().tobytes() if picked.numel() else b"")
+        picked = _sampled(value.detach().reshape(-1)).contiguous().cpu()
+        seen.update(picked.view(torch.uint8).numpy().tobytes())
     elif isinstance(value, np.ndarray):
-        flat_array = value.reshape(-1)
-        step = max(1, flat_array.size // _SAMPLED)
         seen.update(f"{value.shape} {value.dtype}".encode())
-        picked_array = flat_array[::step]
-        seen.update(
-            repr(picked_array.tolist()).encode()
-            if value.dtype.hasobject
-            else np.ascontiguousarray(picked_array).tobytes()
-        )
+        some = _sampled(value.reshape(-1))
+        seen.update(repr(some.tolist()).encode() if value.dtype.hasobject else some.tobytes())
     elif isinstance(value, Mapping):
         for key in value:
             seen.update(repr(key).encode())
@@ -107,6 +99,10 @@ def _digest(value: Any, seen: Any) -> None:
         seen.update(repr(value).encode())
     else:  # an object of somebody's: what it says of itself may be an address
         seen.update(type(value).__qualname__.encode())
+
+
+def _sampled(flat: Any) -> Any:
+    return flat[:: max(1, len(flat) // _SAMPLED)]
 
 
 def describe(value: Any, model: nn.Module | None = None) -> Any:

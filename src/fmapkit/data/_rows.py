@@ -20,7 +20,7 @@ Pool = Literal["mean", "max"] | Callable[[FeatureMap], Tensor]
 Mask = str | Callable[[Any], Tensor]
 Keep = str | Iterable[str] | Mapping[str, Any]
 
-POOLS = ("mean", "max")
+_POOLS = ("mean", "max")
 _TOKEN_FIELDS = ("sample", "position")
 
 
@@ -40,26 +40,6 @@ class Taken:
     rows: int
 
 
-def check_keep(keep: Keep) -> dict[str, Any]:
-    """What is kept beside the features: name -> key, index or function of the batch.
-
-    Raises:
-        ArgumentError: it is none of these.
-    """
-    if isinstance(keep, str):
-        keep = (keep,)
-    named: dict[str, Any] = dict(keep) if isinstance(keep, Mapping) else {n: n for n in keep}
-    for name, where in named.items():
-        if not isinstance(name, str) or not name:
-            raise ArgumentError(f"keep= names fields by strings, not {name!r}")
-        if isinstance(where, bool) or not (isinstance(where, (str, int)) or callable(where)):
-            raise ArgumentError(
-                f"keep={{{name!r}: ...}} must be a key of the batch, an index into it, or a "
-                f"function of it, not {where!r}"
-            )
-    return named
-
-
 class Rows:
     """Makes rows of maps, the same way for every batch.
 
@@ -67,7 +47,13 @@ class Rows:
         pool: how positions are put together; None keeps them.
         mask: which positions are no padding: the batch's field, or a function of the batch.
         dtype: of floating-point features; None for the model's own.
-        keep: fields of the batch, as `check_keep` gives them.
+        keep: fields of the batch.
+
+    Attributes:
+        keep: these: name -> key, index or function of the batch.
+
+    Raises:
+        ArgumentError: an argument is of no allowed form.
     """
 
     def __init__(
@@ -75,13 +61,17 @@ class Rows:
         pool: Pool | None,
         mask: Mask | None,
         dtype: torch.dtype | None,
-        keep: Mapping[str, Any],
+        keep: Keep,
     ) -> None:
+        if pool is not None and not callable(pool) and pool not in _POOLS:
+            raise ArgumentError(
+                f"pool must be one of {_POOLS}, or a function of a map, not {pool!r}"
+            )
         self._pool = pool
         self._mask = mask
         self._dtype = dtype
-        self._keep = keep
-        if self.tokens and (taken := [name for name in _TOKEN_FIELDS if name in keep]):
+        self.keep = _named(keep)
+        if self.tokens and (taken := [name for name in _TOKEN_FIELDS if name in self.keep]):
             raise ArgumentError(
                 f"keep= names a field {taken[0]!r}, which is what mask= calls the sample and the "
                 "position of each token; give yours another name: keep={'my_name': key}"
@@ -149,7 +139,7 @@ class Rows:
             tensor, axis = _pooled(tensor, axis, self._pool, mask if sequence else None, said)
         elif sequence:
             assert mask is not None
-            tensor, per = _unpadded(tensor, mask), "token"
+            tensor, per = unpadded(tensor, mask), "token"
             axis = None if axis is None else axis - 1
         if per == "sample" and (not tensor.dim() or tensor.shape[0] != samples):
             raise ArgumentError(
@@ -198,13 +188,13 @@ class Rows:
             at = mask.nonzero().cpu()
             for name, values in zip(_TOKEN_FIELDS, (at[:, 0] + start, at[:, 1]), strict=True):
                 found.append((FieldSpec(name, "token", (), "int64"), values.numpy()))
-        for name, where in self._keep.items():
+        for name, where in self.keep.items():
             value = where(data) if callable(where) else _field(data, where, f"keep={name!r}")
             per: Literal["sample", "token"] = "sample"
             if isinstance(value, Tensor):
                 value = value.detach()
                 if mask is not None and self.tokens and value.shape[:2] == mask.shape:
-                    value, per = _unpadded(value, mask), "token"
+                    value, per = unpadded(value, mask), "token"
                 value = value.cpu()
                 value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
             array = np.asarray(value)
@@ -226,11 +216,27 @@ class Rows:
         return found
 
 
+def _named(keep: Keep) -> dict[str, Any]:
+    """What is kept beside the features: name -> key, index or function of the batch."""
+    if isinstance(keep, str):
+        keep = (keep,)
+    named: dict[str, Any] = dict(keep) if isinstance(keep, Mapping) else {n: n for n in keep}
+    for name, where in named.items():
+        if not isinstance(name, str) or not name:
+            raise ArgumentError(f"keep= names fields by strings, not {name!r}")
+        if isinstance(where, bool) or not (isinstance(where, (str, int)) or callable(where)):
+            raise ArgumentError(
+                f"keep={{{name!r}: ...}} must be a key of the batch, an index into it, or a "
+                f"function of it, not {where!r}"
+            )
+    return named
+
+
 def _axis(fm: FeatureMap) -> int | None:
     return None if fm.filter_dim is None else fm.filter_dim % fm.tensor.dim()
 
 
-def _unpadded(values: Tensor, mask: Tensor) -> Tensor:
+def unpadded(values: Tensor, mask: Tensor) -> Tensor:
     """The rows that the mask keeps; where it is on the host, no device has to be waited for."""
     at = mask.reshape(-1).nonzero().squeeze(1)
     return values.flatten(0, 1).index_select(0, at.to(values.device, non_blocking=True))

@@ -1,6 +1,6 @@
 """Units on their way to the store: filled by the thread that runs the model, written by another.
 
-Rows that a GPU made are copied beside the model's work, one batch behind it (`Arriving`).
+Rows that a GPU made are copied beside the model's work, one batch behind it (`sent`).
 At most three units are in memory: the one that is filled, one that waits, one that is written. So
 memory is flat, and where the store is slower than the model, the model waits. While a unit is
 written, a third thread waits for the disk to have the one before, and commits it then.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -28,35 +28,22 @@ from fmapkit.storage import Cuda
 Blocks = dict[Spec, "np.ndarray[Any, Any]"]
 
 
-class Arriving:
-    """The rows of a batch, which `wait` gives once they are in the host's memory.
+def sent(taken: Taken) -> tuple[Taken, list[Any]]:
+    """The rows of a batch in the host's memory, and the copies to wait for before they are there.
 
     Args:
-        taken: where the model made them. On a CPU they are there already.
+        taken: where the model made them. On a CPU they are there already, and nothing is copied.
     """
-
-    def __init__(self, taken: Taken) -> None:
-        self._copies: list[Any] = []
-        arrays = []
-        for spec, rows in taken.arrays:
-            if rows.device.type == "cuda":
-                host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-                # What the next pass may overwrite is copied there, in the model's own order.
-                self._copies.append(_copies(rows.device).copy(rows.contiguous().clone(), host))
-                rows = host
-            arrays.append((spec, rows))
-        self._taken = replace(taken, arrays=arrays)
-
-    @property
-    def here(self) -> bool:
-        """Whether there is nothing to wait for."""
-        return not self._copies
-
-    def wait(self) -> Taken:
-        """The rows, in the host's memory."""
-        for copy in self._copies:
-            copy.synchronize()
-        return self._taken
+    copies: list[Any] = []
+    arrays = []
+    for spec, rows in taken.arrays:
+        if rows.device.type == "cuda":
+            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            # What the next pass may overwrite is copied there, in the model's own order.
+            copies.append(_copies(rows.device).copy(rows.contiguous().clone(), host))
+            rows = host
+        arrays.append((spec, rows))
+    return replace(taken, arrays=arrays), copies
 
 
 @cache
@@ -206,13 +193,16 @@ class Writer:
             self._committing.check()
             self._writing.put(partial(self._write, unit, record, beside, stale))
 
-    def close(self) -> None:
-        """Wait for all that was put.
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for all that was put, be it that something went wrong elsewhere: that counts.
 
         Raises:
             StoreError: something could not be written.
         """
-        with self._told(), ExitStack() as stack:
+        with suppress(StoreError) if kind else nullcontext(), self._told(), ExitStack() as stack:
             stack.callback(self._committing.close)
             stack.callback(self._writing.close)  # before that
 

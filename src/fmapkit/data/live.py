@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import fmapkit
 from fmapkit.data._batches import Batch, Batches
 from fmapkit.data._fingerprint import of_model
 from fmapkit.data._pool import Pool, Slots
 from fmapkit.data._riding import Riding
-from fmapkit.data._rows import Keep, Mask, Rows, Taken, check_keep
+from fmapkit.data._rows import Keep, Mask, Rows, Taken
 from fmapkit.data._rows import Pool as Pooling
-from fmapkit.data._run import Run, default_call
-from fmapkit.data.extraction import checked_model, device_of
-from fmapkit.data.loader import Block, RowLoader
+from fmapkit.data._run import Run
+from fmapkit.data.loader import Block, RowLoader, Wanted
 from fmapkit.errors import ArgumentError, StoreError, listed
 from fmapkit.kinds import Kind
 
@@ -84,25 +82,17 @@ def stream(
     Raises:
         ArgumentError: an argument cannot be meant, or rows do not go together.
     """
-    model = checked_model(model, pool)
-    kept = check_keep(keep)
+    rows = Rows(pool, mask, dtype, keep)
+    run = Run(model, layers, kinds, filters, stop, rows, Riding((), False), device, call)
     batches = Batches(loader)
     if name := batches.shuffled:
         raise ArgumentError(
             f"the loader shuffles ({name}): which rows are in the buffer could not be told; make "
             "it with shuffle=False, the buffer shuffles"
         )
-    run = Run(
-        model,
-        lambda: fmapkit.capture(model, layers, kinds=kinds, filters=filters, stop=stop),
-        Rows(pool, mask, dtype, kept),
-        Riding((), False),
-        device_of(model, device),
-        call or default_call(model, kept),
-    )
-    single = isinstance(layers, str) and not kept and not any(c in layers for c in "*?[")
+    single = isinstance(layers, str) and not rows.keep and not any(c in layers for c in "*?[")
     return RowLoader(
-        LiveRows(run, batches, of_model(model), single),
+        LiveRows(run, batches, of_model(run.model), single),
         batch,
         shuffle=shuffle,
         buffer=buffer,
@@ -133,13 +123,8 @@ class LiveRows:
         """Not known before the model has run."""
         return None
 
-    def blocks(
-        self, numbers: Sequence[int] | None, rank: int, world: int, skip: int
-    ) -> Iterator[Block]:
-        """Every `world`-th batch from `rank` on, but for the first `skip` of these."""
-        return self._of(lambda n: n % world == rank and n // world >= skip)
-
-    def _of(self, wanted: Callable[[int], bool]) -> Iterator[Block]:
+    def blocks(self, wanted: Wanted) -> Iterator[Block]:
+        assert callable(wanted)
         for batch, taken in self._run.over(self._batches.read(wanted)):
             yield batch.number, self._rows(batch, taken)
 
@@ -181,7 +166,7 @@ class LiveRows:
     def _take(self, ids: Tensor) -> dict[str, Tensor]:
         needed = set(ids[:, 0].tolist())
         out: dict[str, Tensor] = {}
-        for number, rows in self._of(lambda n: n in needed):
+        for number, rows in self.blocks(lambda n: n in needed):
             here = (ids[:, 0] == number).nonzero().squeeze(1)
             for name, values in rows.items():
                 if name not in out:

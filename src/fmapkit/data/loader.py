@@ -9,7 +9,7 @@ identity of the rows in the buffer: they are read (or worked out) again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from fmapkit.data._fingerprint import differences
 from fmapkit.data._pool import NO_ROWS, Pool, Slots, Views
 from fmapkit.errors import ArgumentError, check_positive
 
+Wanted = Sequence[int] | Callable[[int], bool]
 Block = tuple[int, dict[str, Tensor]]  # its number, and the same rows of each array
 
 
@@ -32,16 +33,11 @@ class RowSource(Protocol):
     def sizes(self) -> list[int] | None:
         """Rows of each block; None where that is not known before."""
 
-    def blocks(
-        self, numbers: Sequence[int] | None, rank: int, world: int, skip: int
-    ) -> Iterator[Block]:
-        """Blocks: those of these numbers, in that order; of None, every `world`-th from `rank` on.
+    def blocks(self, wanted: Wanted) -> Iterator[Block]:
+        """Blocks: those of these numbers, in that order, where the sizes are known; else in turn.
 
         Args:
-            numbers: which, where the sizes are known.
-            rank: the first, where they are not.
-            world: the step.
-            skip: how many of these are left out at the beginning.
+            wanted: the numbers, or where the sizes are not known, whether that one is.
         """
 
     def pool(self, ids: Tensor) -> Pool:
@@ -68,11 +64,9 @@ class StoredRows:
     def sizes(self) -> list[int] | None:
         return [last - first for first, last in self._bounds]
 
-    def blocks(
-        self, numbers: Sequence[int] | None, rank: int, world: int, skip: int
-    ) -> Iterator[Block]:
-        assert numbers is not None
-        for number in numbers[skip:]:
+    def blocks(self, wanted: Wanted) -> Iterator[Block]:
+        assert not callable(wanted)
+        for number in wanted:
             yield number, self._block(number)
 
     def _block(self, number: int) -> dict[str, Tensor]:
@@ -98,15 +92,10 @@ class StoredRows:
 class RowLoader:
     """Batches of rows; iterated anew it goes on to the next epoch, in another order.
 
+    Made by `Features.loader` and by `stream`, which say what the other arguments mean.
+
     Args:
         source: of the rows.
-        batch: rows of each batch.
-        shuffle: "buffer", or None for the order of the source.
-        buffer: rows of the buffer.
-        seed: of the order.
-        rank: the part of this rank; None for torch.distributed's.
-        world: of how many; None for torch.distributed's.
-        drop_last: leave out a last batch that is not full.
         single: give tensors in the place of dicts.
 
     Raises:
@@ -171,7 +160,12 @@ class RowLoader:
         position = self._at
         pool = position.pool
         order, limit = self._plan()
-        blocks = self._source.blocks(order, self._rank, self._world, position.blocks)
+        skip, rank, world = position.blocks, self._rank, self._world
+        blocks = self._source.blocks(
+            order[skip:]
+            if order is not None
+            else lambda number: number % world == rank and number // world >= skip
+        )
         while limit is None or position.batches < limit:
             if not position.left:
                 self._refill(pool, blocks, position)

@@ -23,9 +23,9 @@ class Calls:
 
     def __init__(self) -> None:
         self._local = threading.local()
-        # By torch's context, told by its id: it, the model, and what it has compiled.
-        self._wholes: dict[int, tuple[Any, nn.Module, nn.Module]] = {}
-        self._compiled: dict[int, tuple[Any, nn.Module, CompiledOutputs | None, Found]] = {}
+        # What is compiled, by torch's context and the model.
+        self._wholes: dict[tuple[Any, nn.Module], nn.Module] = {}
+        self._outputs: dict[tuple[Any, nn.Module], tuple[CompiledOutputs | None, Found]] = {}
 
     def __deepcopy__(self, memo: Any) -> Calls:
         return Calls()
@@ -62,34 +62,29 @@ class Calls:
         Where outputs of modules are asked for, a first call has to run eagerly, which shows what
         there is. With `fullgraph=True` torch wants compiled code to run all the same: both run.
         """
-        reader = self.reader(model, asked)
-        if compiled_roots(model) or not reader.may_be_outputs:
-            whole = model if compiled_roots(model) else self._whole(model, context)
-            return self(whole, asked, args, kwargs)
-        known = self._compiled.get(id(context))
-        if known is None or known[0] is not context or known[1] is not model:
+        reader, key = self.reader(model, asked), (context, model)
+        if compiled_roots(model):
+            return self(model, asked, args, kwargs)
+        if not reader.may_be_outputs:  # `capture` reads the model as it is compiled
+            if key not in self._wholes:
+                self._wholes[key] = context(model)
+            return self(self._wholes[key], asked, args, kwargs)
+        if key not in self._outputs:
             first = None if reader.tags else self(model, asked, args, kwargs)
             if first is not None and not reader.tags:  # another capture saw it, too
                 return first
             outputs = reader.outputs(context)
-            known = self._compiled[id(context)] = (context, model, outputs, reader.tags)
+            self._outputs[key] = outputs, reader.tags
             if first is not None and not (outputs and getattr(context, "fullgraph", False)):
                 return first
-        _, _, outputs, tags = known
+        outputs, tags = self._outputs[key]
         tensors = outputs(args, kwargs) if outputs is not None else None
         if tensors is None:  # it is none that compiled code tells, or did not run this time
             return self(model, asked, args, kwargs)
         pairs = list(zip(tags, tensors, strict=True))
         if any(fm.tensor.dim() != tensor.dim() for (_, fm), tensor in pairs):
             return self(model, asked, args, kwargs)  # its filters lie elsewhere
-        return [(key, replace(fm, tensor=tensor)) for (key, fm), tensor in pairs]
-
-    def _whole(self, model: nn.Module, context: Any) -> nn.Module:
-        """The model, compiled; `capture` reads it."""
-        known = self._wholes.get(id(context))
-        if known is None or known[0] is not context or known[1] is not model:
-            known = self._wholes[id(context)] = (context, model, context(model))
-        return known[2]
+        return [(name, replace(fm, tensor=tensor)) for (name, fm), tensor in pairs]
 
     def reader(self, model: nn.Module, asked: Request) -> Reader:
         """What reads the next call.

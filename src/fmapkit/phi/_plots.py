@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,14 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def figure_of(ax: Axes | None, count: int) -> tuple[Figure, Axes]:
-    """The figure of some axes, or a new one for so many layers."""
-    return axes_of(ax, float(np.clip(2 + 0.7 * count, 4, 16)), 3.2)
-
-
-def by_layer(ax: Axes, layers: Any) -> None:
-    """Write the names of layers below the axis."""
-    ax.set_xticks(
-        range(len(layers)), [layer or "(model)" for layer in layers], rotation=30, ha="right"
-    )
+def axes_by_layer(ax: Axes | None, layers: Sequence[str]) -> tuple[Figure, Axes]:
+    """The figure of some axes, or a new one; the names of the layers stand below the axis."""
+    count = len(layers)
+    figure, ax = axes_of(ax, float(np.clip(2 + 0.7 * count, 4, 16)), 3.2)
+    names = [layer or "(model)" for layer in layers]
+    ax.set_xticks(range(count), names, rotation=30, ha="right")
     ax.spines[["top", "right"]].set_visible(False)
+    return figure, ax

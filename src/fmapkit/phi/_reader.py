@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 from torch import nn
 
 from fmapkit import layers
+from fmapkit._warnings import warn
 from fmapkit.capture import capture
 from fmapkit.errors import (
     AmbiguousMapError,
     ArgumentError,
-    CaptureWarning,
     FmapkitError,
     KindNotCapturedError,
     MapStateError,
@@ -281,12 +280,10 @@ class Reader:
             if not m.layer or any(w.is_of(m.layer) for w in self._wanted)
         ]
         if missed:
-            warnings.warn(
+            more = f" (and {len(missed) - 1} more)" if len(missed) > 1 else ""
+            warn(
                 f"feature_map({self._asked}): not captured: {missed[0].layer or 'the model'}: "
-                f"{missed[0].reason}"
-                + (f" (and {len(missed) - 1} more)" if len(missed) > 1 else ""),
-                CaptureWarning,
-                stacklevel=2,
+                f"{missed[0].reason}{more}"
             )
 
 
@@ -307,20 +304,20 @@ class _Wanted:
         self.label = recurring.label_of(item.layer) if item.exact else ""
         self.key = item.key if item.key is not None else self.label
         self._names = names
-        self.kinds = self.kinds_of(self.label) if item.exact else item.kinds
         module = names.by_name.get(self.label) if item.exact else None
+        self.kinds = self._kinds(module)
         is_layer = module is not None and layers.layer_axis(module) is not None
         self.count = layers.filter_count(module) if is_layer and module is not None else None
 
     def kinds_of(self, layer: str) -> tuple[str, ...]:
         """The kinds that the map of a layer may be of, the first one that is there."""
+        return self._kinds(self._names.by_name.get(layer))
+
+    def _kinds(self, module: nn.Module | None) -> tuple[str, ...]:
         if self.item.kind is not None:
             return (self.item.kind,)
-        module = self._names.by_name.get(layer)
-        if module is None:
-            return ("activation", "output")
         # As in `maps[layer]`: filters of a module of another type may be found in a pass, too.
-        is_layer = layers.layer_axis(module) is not None
+        is_layer = module is not None and layers.layer_axis(module) is not None
         return ("activation",) if is_layer else ("activation", "output")
 
     def is_of(self, layer: str) -> bool:

@@ -37,11 +37,6 @@ class Item:
     kind: Kind | None
     exact: bool
 
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds that it may be of, the first one that is there."""
-        return (self.kind,) if self.kind is not None else ("activation", "output")
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -82,7 +77,7 @@ class Request:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        return tuple(dict.fromkeys(item.kinds[0] for item in self.items))
+        return tuple(dict.fromkeys(item.kind or "activation" for item in self.items))
 
     def filters_of(self, layer: str) -> tuple[int, ...] | None:
         """The filters to pick from a layer's map; None for all of them."""

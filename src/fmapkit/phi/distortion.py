@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.phi._features import gathered, taken
-from fmapkit.phi._plots import by_layer, figure_of
+from fmapkit.phi._plots import axes_by_layer
 from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Kept(Shown):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        figure, ax = figure_of(ax, len(self))
+        figure, ax = axes_by_layer(ax, self.layers)
         for at, layer in enumerate(self):
             low, high = layer.smallest, layer.largest
             if high > 0:
@@ -156,7 +156,6 @@ class Kept(Shown):
                 where = ("data", "axes fraction")
                 ax.annotate(note, (at, 0.02), xycoords=where, ha="center", fontsize="small")
         ax.set_yscale("log")
-        by_layer(ax, self.layers)
         ax.set_ylabel("d(φ(x), φ(y)) / d(x, y)")
         what = "what φ keeps of distances: smallest, median, largest"
         ax.set_title(title or what, loc="left", fontsize="medium")
@@ -228,7 +227,7 @@ def _given(inputs: Any, metric: Any, count: int) -> Tensor:
             "distances as a tensor (N, N)"
         )
     elif metric is None:
-        found = _pairwise(inputs.detach().double().reshape(count, -1))
+        found = torch.pdist(inputs.detach().double().reshape(count, -1).cpu())
     else:
         blocks = [
             torch.as_tensor(metric(inputs[at : at + _ROWS], inputs)).detach().double().cpu()
@@ -248,11 +247,6 @@ def _above(count: int) -> tuple[Tensor, Tensor]:
     return rows_, columns
 
 
-def _pairwise(x: Tensor) -> Tensor:
-    """Euclidean distances in float64, by differences: |x|² + |y|² - 2xy would lose what is near."""
-    return torch.pdist(x.cpu())
-
-
 def _features(phi: FeatureFunction, inputs: Any, count: int, batch_size: int) -> dict[str, Tensor]:
     starts = range(0, count, batch_size)
     found = gathered(phi, (taken(inputs, slice(at, at + batch_size)) for at in starts))
@@ -265,7 +259,8 @@ def _features(phi: FeatureFunction, inputs: Any, count: int, batch_size: int) ->
 
 
 def _layer(name: str, x: Tensor, given: Tensor, apart: Tensor, tolerance: float) -> LayerKept:
-    distances = _pairwise(x)
+    # By differences: |x|² + |y|² - 2xy would lose what is near.
+    distances = torch.pdist(x)
     ratios = distances[apart] / given[apart]
     where = torch.stack(_above(len(x)))[:, apart]
     low, high = int(ratios.argmin()), int(ratios.argmax())

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fmapkit.errors import check_module
+from fmapkit.errors import ArgumentError, check_choice, check_module
 from fmapkit.kinds import Kind
 from fmapkit.model import run
 from fmapkit.phi._calls import Calls
 from fmapkit.phi._compiled import opaque
 from fmapkit.phi._features import one, rows, sklearn_needed
-from fmapkit.phi._kernel import kernel
 from fmapkit.phi._pool import Pool, checked, picked, pooled
 from fmapkit.phi._reader import Found
 from fmapkit.phi._request import Request
@@ -111,7 +110,7 @@ class FeatureFunction(nn.Module):
         """
         a = rows(one(run(self, x), "kernel"))
         b = None if y is None else rows(one(run(self, y), "kernel"))
-        return kernel(a, b, kind, centred, gamma)
+        return _kernel(a, b, kind, centred, gamma)
 
     def transformer(
         self, *, shape: Sequence[int] | None = None, batch_size: int = 64
@@ -191,3 +190,28 @@ def feature_map(
     """
     check_module("feature_map", model)
     return FeatureFunction(model, Request.of(layers, kind, filters, call, path), pool)
+
+
+def _kernel(x: Tensor, y: Tensor | None, kind: str, centred: bool, gamma: float | None) -> Tensor:
+    """The kernel of two feature matrices, as `FeatureFunction.kernel` says."""
+    check_choice(("linear", "cosine", "rbf"), kind=kind)
+    if gamma is not None and (kind != "rbf" or not gamma > 0):
+        raise ArgumentError(f"gamma must be a positive number, and goes with kind='rbf': {gamma!r}")
+    if kind == "linear" and centred:  # at the mean of the features: fewer digits are lost
+        mean = x.mean(0)
+        return (x - mean) @ (x - mean if y is None else y - mean).T
+    gram = _gram(x, x if y is None else y, kind, gamma)
+    if not centred:
+        return gram
+    own = gram if y is None else _gram(x, x, kind, gamma)
+    return gram - gram.mean(0) - own.mean(1, keepdim=True) + own.mean()
+
+
+def _gram(x: Tensor, y: Tensor, kind: str, gamma: float | None) -> Tensor:
+    if kind == "rbf":
+        # By differences: |x|² + |y|² - 2xy would lose what is near.
+        distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+        return (-(1 / x.shape[1] if gamma is None else gamma) * distances.square()).exp()
+    if kind == "cosine":
+        x, y = torch.nn.functional.normalize(x), torch.nn.functional.normalize(y)
+    return x @ y.T

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.phi._features import gathered, sklearn_needed
-from fmapkit.phi._plots import by_layer, figure_of
+from fmapkit.phi._plots import axes_by_layer
 from fmapkit.tables import Shown, Table
 from fmapkit.torchlib.operators import tree_map
 
@@ -97,7 +97,7 @@ class Probe(Shown):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        figure, ax = figure_of(ax, len(self))
+        figure, ax = axes_by_layer(ax, self.layers)
         at = np.arange(len(self))
         for fold in self.scores.T:
             ax.plot(at, fold, "o", color="0.6", markersize=3, zorder=1)
@@ -106,7 +106,6 @@ class Probe(Shown):
             ax.axhline(self.chance, color="0.5", linestyle=":", linewidth=1)
             right: dict[str, Any] = {"ha": "right", "va": "bottom", "fontsize": "small"}
             ax.text(len(self) - 0.6, self.chance, "chance", **right)
-        by_layer(ax, self.layers)
         ax.set_ylabel(self.scoring)
         folds = f"read out by a probe, {self.scores.shape[1]} folds"
         ax.set_title(title or folds, loc="left", fontsize="medium")

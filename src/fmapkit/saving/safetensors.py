@@ -19,6 +19,7 @@ from fmapkit.errors import ArgumentError
 from fmapkit.kinds import KINDS
 from fmapkit.map import FeatureMap, restored
 from fmapkit.provenance import Heads, Projection
+from fmapkit.readable import tags as map_tags
 from fmapkit.saving.kept import KeptModule, KeptPass, Snapshot
 
 if TYPE_CHECKING:
@@ -31,6 +32,14 @@ _NAMED = {
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.float8_e4m3fn, torch.float8_e5m2),
 }
+# Of a map, beside its values: what a message calls each.
+_TENSORS = {
+    "tensor": "",
+    "ids": "the numbers of ",
+    "edited": "the edit of ",
+    "grad": "the gradient of ",
+}
+_OF_PASS = ("step", "training")
 _COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
 
 
@@ -127,27 +136,14 @@ class _Writer:
         """The tags of a map, as JSON has them; its values become tensors of the file."""
         name = f"step{fm.step}/{fm.layer}{fm.path}/{fm.kind}" + f"/call{fm.call}" * (fm.call > 0)
         what = f"the {fm.kind} of layer {fm.layer!r} (step {fm.step}, call {fm.call})"
-        tags = {
-            "tensor": self._add(name, fm.tensor, fm, what),
-            "kind": fm.kind,
-            "layer": fm.layer,
-            "filter": fm.filter,
-            "call": fm.call,
-            "nonlinearity": fm.nonlinearity,
-            "path": fm.path,
-            "filter_dim": fm.filter_dim,
-            "filters": _filters(fm.filters),
-            "parts": fm.parts is not None,
-            "made_by": fm._rows.what if fm._rows is not None else None,
-        }
-        if fm.ids is not None:
-            tags["ids"] = self._add(f"{name}/ids", fm.ids, fm, f"the numbers of {what}")
+        tags = {k: v for k, v in fm._data().items() if k not in _OF_PASS and v is not None}
+        for key, of in _TENSORS.items():
+            if key in tags:
+                place = name if key == "tensor" else f"{name}/{key}"
+                tags[key] = self._add(place, tags[key], fm, of + what)
+        tags["filters"] = _filters(fm.filters)
         if fm.heads is not None:
             tags["heads"] = _of_heads(fm.heads)
-        if fm.edited is not None:
-            tags["edited"] = self._add(f"{name}/edited", fm.edited, fm, f"the edit of {what}")
-        if fm.grad is not None:
-            tags["grad"] = self._add(f"{name}/grad", fm.grad, fm, f"the gradient of {what}")
         return tags
 
     def _add(self, name: str, tensor: Tensor, fm: FeatureMap, what: str) -> dict[str, Any]:
@@ -162,10 +158,7 @@ class _Writer:
                 f"{what} cannot be saved: a safetensors file holds dense tensors with values, of "
                 f"the usual types, and it is {kind} on {tensor.device}; choose with "
                 "capture(layers=...), or keep it by torch.save(maps, ...)",
-                layer=fm.layer,
-                kind=fm.kind,
-                call=fm.call,
-                step=fm.step,
+                **map_tags(fm),
             )
         stored = torch.view_as_real(tensor.resolve_conj()) if complex_ else tensor
         unique, number = name, 1
@@ -180,30 +173,18 @@ class _Writer:
 def _map(
     tags: Mapping[str, Any], tensors: Mapping[str, Tensor], at: Mapping[str, Any]
 ) -> FeatureMap:
-    def read(place: Mapping[str, Any] | None) -> Tensor | None:
-        if place is None:
-            return None
-        tensor = tensors[place["name"]]
-        return torch.view_as_complex(tensor) if place["complex"] else tensor
-
     if tags["kind"] not in KINDS:
         raise ArgumentError(f"a map of the file is of an unknown kind {tags['kind']!r}")
+    found = {"grad": None, "made_by": None, **tags, **{key: at[key] for key in _OF_PASS}}
+    for key in _TENSORS.keys() & tags.keys():
+        tensor = tensors[tags[key]["name"]]
+        found[key] = torch.view_as_complex(tensor) if tags[key]["complex"] else tensor
     filters = tags["filters"]
-    if isinstance(filters, dict):
-        filters = range(*filters["range"])
-    return restored(
-        {
-            **tags,
-            "tensor": read(tags["tensor"]),
-            "edited": read(tags.get("edited")),
-            "grad": read(tags.get("grad")),
-            "ids": read(tags.get("ids")),
-            "heads": _heads(tags.get("heads")),
-            "filters": tuple(filters) if isinstance(filters, list) else filters,
-            "step": at["step"],
-            "training": at["training"],
-        }
-    )
+    if filters is not None:
+        is_range = isinstance(filters, dict)
+        found["filters"] = range(*filters["range"]) if is_range else tuple(filters)
+    found["heads"] = _heads(tags.get("heads"))
+    return restored(found)
 
 
 def _of_heads(heads: Heads) -> dict[str, Any]:

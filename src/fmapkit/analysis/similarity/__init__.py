@@ -1,6 +1,6 @@
 """How alike the maps of layers are, over all inputs: linear CKA and RSA.
 
-Similarity.update(fm)     similarity.py -> hsic.Gram     a batch as its Gram matrix
+Similarity.update(fm)     similarity.py -> pairs.Gram    a batch as its Gram matrix
 the pass has ended        pairs.Pairs                    sums for each pair of layers
 Similarity.plot()         plot.py
 """

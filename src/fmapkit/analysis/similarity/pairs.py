@@ -1,20 +1,65 @@
-"""Sums over passes of what is known of each pair of layers."""
+"""Gram matrices of a batch, and sums over passes of what they say of each pair of layers.
+
+Song et al., "Feature Selection via Dependence Maximization" (2012), equation 5: of Gram matrices K
+and L of n samples, with their diagonals set to 0,
+
+    HSIC₁ = [tr(KL) + 1ᵀK1·1ᵀL1 / ((n-1)(n-2)) - 2/(n-2)·1ᵀKL1] / (n(n-3))
+
+The mean of it over minibatches is an unbiased estimate, too (Nguyen, Raghu and Kornblith, "Do Wide
+and Deep Networks Learn the Same Things?", 2021).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
-from fmapkit.analysis.similarity.hsic import Gram, hsic
+from fmapkit.analysis._moments import accumulator
 from fmapkit.analysis.similarity.labels import MapTag
+
+LEAST = 4  # samples: below that, HSIC₁ is not defined
+_CHUNK = 2**22  # values of a map that are converted to float64 at once
 
 # Each is (first, second): HSIC₁ of the two, of the first, of the second, and their weight; then of
 # dissimilarities x and y: how many, and the sums of x, y, x², y² and x·y.
 _HSIC = ("both", "first", "second", "weight")
 _RSA = ("pairs", "x", "y", "xx", "yy", "xy")
+
+
+@dataclass(frozen=True, slots=True)
+class Gram:
+    """What is held of one map of a batch.
+
+    Attributes:
+        linear: (n, n) inner products of the samples, the diagonal 0.
+        apart: (pairs,) 1 - the correlation of two samples' values; None where not asked for.
+    """
+
+    linear: Tensor
+    apart: Tensor | None
+
+    @classmethod
+    def of(cls, values: Tensor, rsa: bool) -> Gram:
+        """That of (n, d) values; in float64, where the device has it."""
+        count = len(values)
+        kind = accumulator(values.device)
+        linear = torch.zeros(count, count, dtype=kind, device=values.device)
+        plain = torch.zeros_like(linear)
+        parts = torch.split(values, max(1, _CHUNK // max(count, 1)), 1)
+        if rsa:
+            means = torch.stack([part.to(kind).sum(1) for part in parts]).sum(0) / values.shape[1]
+        for part in parts:
+            wide = part.to(kind)
+            # A shift of all samples changes nothing, and what is near 0 has more digits.
+            centred = wide - wide.mean(0)
+            linear += centred @ centred.T
+            if rsa:
+                wide = wide - means[:, None]
+                plain += wide @ wide.T
+        return cls(linear.fill_diagonal_(0), _dissimilarities(plain) if rsa else None)
 
 
 class Pairs:
@@ -39,9 +84,9 @@ class Pairs:
         a, b = (torch.stack([g.linear.to(device) for g in of.values()]) for of in (first, second))
         weight = a.shape[1]
         new = {
-            "both": hsic(a, b) * weight,
-            "first": hsic(a, a).diagonal()[:, None] * weight,
-            "second": hsic(b, b).diagonal()[None] * weight,
+            "both": _hsic(a, b) * weight,
+            "first": _hsic(a, a).diagonal()[:, None] * weight,
+            "second": _hsic(b, b).diagonal()[None] * weight,
             "weight": torch.full((1, 1), float(weight), dtype=a.dtype, device=device),
         }
         if "xy" in self._keys:
@@ -98,3 +143,20 @@ class Pairs:
         assert isinstance(first, list) and isinstance(second, list) and isinstance(sums, dict)
         self.first, self.second = ([MapTag(*tag) for tag in of] for of in (first, second))
         self._sums = {key: sums[key].clone() for key in self._keys if key in sums}
+
+
+def _dissimilarities(covariances: Tensor) -> Tensor:
+    """1 - correlation, above the diagonal, of samples with these (unnormalised) covariances."""
+    scale = covariances.diagonal().sqrt()
+    count = len(covariances)
+    rows, columns = torch.triu_indices(count, count, 1, device=covariances.device)
+    return 1 - covariances[rows, columns] / (scale[rows] * scale[columns])
+
+
+def _hsic(first: Tensor, second: Tensor) -> Tensor:
+    """(first, second): HSIC₁ of each of some Gram matrices (…, n, n) with each of others."""
+    count = first.shape[1]
+    rows_a, rows_b = first.sum(2), second.sum(2)
+    totals = torch.outer(rows_a.sum(1), rows_b.sum(1)) / ((count - 1) * (count - 2))
+    found = first.flatten(1) @ second.flatten(1).T + totals
+    return (found - 2 / (count - 2) * (rows_a @ rows_b.T)) / (count * (count - 3))

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from fmapkit._warnings import warn
-from fmapkit.analysis.similarity.hsic import LEAST, Gram
 from fmapkit.analysis.similarity.labels import MapTag, labels
-from fmapkit.analysis.similarity.pairs import Pairs
+from fmapkit.analysis.similarity.pairs import LEAST, Gram, Pairs
 from fmapkit.errors import (
     ArgumentError,
     NoPassError,

@@ -85,32 +85,31 @@ class Strongest:
         """
         scores = torch.nan_to_num(scores.T, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         if values.device.type != "cpu":
-            return self._with(values, scores, ids)
+            return self.merge(_of_map(values, scores, ids, self.k))
         last = self.scores[:, -1:]
         enters = (scores > last) | ((scores == last) & (ids < self.inputs[:, -1:]))
         enters &= scores > -torch.inf
         chosen = enters.any(1).nonzero().squeeze(1)
         if not len(chosen):
             return self
-        if len(chosen) == len(last):
-            return self._with(values, scores, ids)
         some = Strongest(*(t[chosen] for t in self.tensors().values()))
-        some = some._with(values[:, chosen], scores[chosen], ids)
+        some = some.merge(_of_map(values[:, chosen], scores[chosen], ids, self.k))
         pairs = zip(self.tensors().values(), some.tensors().values(), strict=True)
         return Strongest(*(old.index_copy(0, chosen, new) for old, new in pairs))
 
-    def _with(self, values: Tensor, scores: Tensor, ids: Tensor) -> Strongest:
-        known = self.k
-        every = torch.cat([self.scores, scores], 1)
-        inputs = torch.cat([self.inputs, ids.expand(len(scores), -1)], 1)
-        every, inputs, order = _first(every, inputs, known)
-        before = order.clamp_max(known - 1)
-        at = self.at.gather(1, before.unsqueeze(2).expand(-1, -1, self.axes))
-        if self.axes:
-            new = _places(values, (order - known).clamp_min(0), order >= known)
-            at = torch.where((order < known).unsqueeze(2), at, new)
-        at = torch.where((inputs == NONE).unsqueeze(2), NONE, at)
-        return Strongest(every, inputs, at)
+
+def _of_map(values: Tensor, scores: Tensor, ids: Tensor, k: int) -> Strongest:
+    """The k strongest of one map, or all; scores are (filters, samples)."""
+    scores, inputs, samples = _first(scores, ids.expand(len(scores), -1), k)
+    filters = torch.arange(len(scores), device=values.device).unsqueeze(1).expand_as(samples)
+    rows = values.unsqueeze(-1)[samples, filters].flatten(2)  # one location where there is none
+    flat = rows.nan_to_num(nan=-torch.inf).argmax(2)
+    found: list[Tensor] = []
+    for size in reversed(values.shape[2:]):  # torch.unravel_index would send the sizes along
+        found.append(flat % size)
+        flat = flat // size
+    at = torch.stack(found[::-1], -1) if found else inputs.new_empty(*inputs.shape, 0)
+    return Strongest(scores, inputs, at)
 
 
 def _first(scores: Tensor, inputs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,24 +123,6 @@ def _first(scores: Tensor, inputs: Tensor, k: int) -> tuple[Tensor, Tensor, Tens
     first = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
     scores, inputs, order = (t.gather(1, first) for t in (scores, inputs, order))
     return scores, inputs.masked_fill(scores == -torch.inf, NONE), order
-
-
-def _places(values: Tensor, samples: Tensor, wanted: Tensor) -> Tensor:
-    """(filters, k, axes): where some samples of each filter are strongest; any, if not wanted."""
-    locations = values.shape[2:]
-    filters = torch.arange(values.shape[1], device=values.device).unsqueeze(1).expand_as(samples)
-    if values.device.type == "cpu":
-        flat = torch.zeros_like(samples)
-        rows = values[samples[wanted], filters[wanted]].flatten(1)
-        flat[wanted] = rows.nan_to_num(nan=-torch.inf).argmax(1)
-    else:
-        whole = values.flatten(2)
-        flat = whole.nan_to_num(nan=-torch.inf).argmax(2)[samples, filters]
-    found: list[Tensor] = []
-    for size in reversed(locations):  # torch.unravel_index would send the sizes to the device
-        found.append(flat % size)
-        flat = flat // size
-    return torch.stack(found[::-1], -1)
 
 
 def by_sample(tensor: Tensor, dim: int) -> Tensor:
