@@ -1,17 +1,15 @@
 """Reading rows of an array that lies in pieces: one a unit, or one for many.
 
-Where the store is a folder and nothing is compressed, rows are read as from a `.npy` file that is
-mapped, without a detour through Zarr: all files are mapped as one array, or where that cannot be,
-each while it is read. Else Zarr reads.
+Where the store is a folder and nothing is compressed, a unit's file is mapped into memory: rows are
+read as from a `.npy` file that is mapped, without a detour through Zarr. Rows in any order are
+gathered from all files at once. Else Zarr reads.
 """
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +18,74 @@ import numpy as np
 from fmapkit.data._joined import Joined, join
 
 NdArray = np.ndarray[Any, Any]
+File = tuple[Path, int]  # and how many rows it has
+_OPEN = 128  # files that are mapped at once, each by itself
 
 
-@dataclass(frozen=True, slots=True)
 class Piece:
-    """The rows of a unit.
+    """The rows of a unit: read from a map of its file, where that can be, else through Zarr.
 
-    Attributes:
+    Args:
         array: opens the Zarr array; is asked several times.
-        first: number of the unit's first row in that array.
-        rows: how many there are.
-        file: the object with them, and how many rows it has room for, if it is a file of this
-            machine; else None.
+        folder: of it, on this machine; else None.
+        shard: which object of it.
+        rows: how many there are: the first of that object.
+        size: how many an object has.
     """
 
-    array: Callable[[], Any]
-    first: int
-    rows: int
-    file: tuple[Path, int] | None
+    def __init__(
+        self,
+        array: Callable[[], Any],
+        folder: Path | None,
+        shard: int,
+        rows: int,
+        size: int,
+        axes: int,
+    ) -> None:
+        self.rows = rows
+        #: Its file, if that is on this machine.
+        self.file: File | None = (folder / chunk_name(shard, axes), size) if folder else None
+        self._array = array
+        self._first = shard * size
+
+    def is_plain(self) -> bool:
+        """Whether its file holds nothing but rows."""
+        return self.file is not None and is_plain(self._array())
+
+    @cached_property
+    def _mapped(self) -> Callable[[], NdArray] | None:
+        return self.file and mapped(self._array(), self.file[0], self.rows)
+
+    def _opened(self) -> tuple[Any, int]:
+        """What the rows lie in, which slices as NumPy does, and the number of the first one."""
+        return (self._mapped(), 0) if self._mapped is not None else (self._array(), self._first)
+
+    def read(self, first: int, last: int, rest: tuple[Any, ...]) -> NdArray:
+        """The rows from `first` to before `last`, cut by `rest` along the other axes."""
+        source, start = self._opened()
+        key = (slice(start + first, start + last), *rest)
+        return np.asarray(source[key])
+
+    def take(self, rows: NdArray, rest: tuple[Any, ...]) -> NdArray:
+        source, start = self._opened()
+        cut = (slice(None), *rest)
+        if isinstance(source, np.ndarray):
+            return np.asarray(source[rows][cut])
+        # Zarr reads each chunk once where the rows are in order.
+        unique, back = np.unique(rows, return_inverse=True)
+        key = (unique + start, *[slice(None)] * (source.ndim - 1))
+        return np.asarray(source.oindex[key][back][cut])
 
 
 class Pieces:
     """An array of rows."""
 
-    def __init__(self, pieces: Sequence[Piece], shape: tuple[int, ...], dtype: Any) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        shape: tuple[int, ...],
+        dtype: Any,
+    ) -> None:
         self._pieces = [piece for piece in pieces if piece.rows]
         ends = np.cumsum([0] + [piece.rows for piece in self._pieces])
         self._ends: list[int] = ends.tolist()
@@ -54,29 +96,12 @@ class Pieces:
         return self._ends[-1]
 
     @cached_property
-    def _plain(self) -> bool:
-        """Whether each piece is a file of nothing but rows, on this machine."""
-        there = all(piece.file for piece in self._pieces)
-        return bool(self._pieces) and there and is_plain(self._pieces[0].array())
-
-    @cached_property
     def joined(self) -> Joined | None:
         """The files of all pieces, mapped as one array; None where that cannot be."""
-        files = [piece.file for piece in self._pieces if piece.file]
-        return join(files, self._shape, np.dtype(self._dtype)) if self._plain else None
-
-    def _source(self, at: int) -> tuple[Any, int]:
-        """What a piece's rows lie in, which slices as NumPy does, and the number of the first."""
-        if self.joined is not None:
-            return self.joined.rows, int(self.joined.starts[at])
-        piece = self._pieces[at]
-        if self._plain and piece.file:
-            path, room = piece.file
-            shape, dtype = (room, *self._shape), np.dtype(self._dtype).newbyteorder("<")
-            if path.stat().st_size == math.prod(shape) * dtype.itemsize:
-                # Copied on write: what torch may make of it never gets to the file.
-                return np.memmap(path, dtype, "c", shape=shape).view(np.ndarray), 0
-        return piece.array(), piece.first
+        files = [piece.file for piece in self._pieces if piece.file is not None]
+        if not files or len(files) < len(self._pieces) or not self._pieces[0].is_plain():
+            return None
+        return join(files, self._shape, np.dtype(self._dtype))
 
     @cached_property
     def _gaps(self) -> NdArray | None:
@@ -97,9 +122,7 @@ class Pieces:
         row = first
         while row < last:
             start, end = self._ends[at], min(last, self._ends[at + 1])
-            source, zero = self._source(at)
-            key = (slice(zero + row - start, zero + end - start), *rest)
-            piece = np.asarray(source[key])
+            piece = self._pieces[at].read(row - start, end - start, rest)
             if end - row == len(out) and piece.base is None and piece.flags.owndata:
                 return piece  # all of it, and nobody else's
             out[row - first : end - first] = piece
@@ -111,9 +134,11 @@ class Pieces:
         at = bisect_right(self._ends, first) - 1
         if first == last or last > self._ends[at + 1]:
             return self.read(first, last)
-        source, zero = self._source(at)
+        if self.joined is not None:
+            gap = 0 if self._gaps is None else self._gaps[at]
+            return self.joined.rows[first + gap : last + gap]
         start = self._ends[at]
-        return np.asarray(source[zero + first - start : zero + last - start])
+        return self._pieces[at].read(first - start, last - start, ())
 
     def take(self, rows: NdArray, rest: tuple[Any, ...] = ()) -> NdArray:
         """Some rows, in any order, each as often as it is given; a copy.
@@ -135,14 +160,7 @@ class Pieces:
         cuts = np.flatnonzero(np.diff(which[order])) + 1
         for group in np.split(order, cuts) if len(rows) else ():
             at = which[group[0]]
-            source, zero = self._source(at)
-            here, cut = rows[group] - self._ends[at] + zero, (slice(None), *rest)
-            if isinstance(source, np.ndarray):
-                out[group] = source[here][cut]
-            else:  # Zarr reads each chunk once where the rows are in order
-                unique, back = np.unique(here, return_inverse=True)
-                key = (unique, *[slice(None)] * len(self._shape))
-                out[group] = source.oindex[key][back][cut]
+            out[group] = self._pieces[at].take(rows[group] - self._ends[at], rest)
         return out
 
     def _empty(self, rows: int, rest: tuple[Any, ...]) -> NdArray:
@@ -165,3 +183,25 @@ def is_plain(array: Any) -> bool:
     endian = codecs[0].endian  # a member of an enum before zarr 3.4, then its text
     little = getattr(endian, "value", endian) == "little" or dtype.itemsize == 1
     return little and tuple(array.chunks[1:]) == tuple(array.shape[1:])
+
+
+def mapped(array: Any, path: Path, rows: int) -> Callable[[], NdArray] | None:
+    """What maps the file of a unit, where its rows lie in it as in memory; else None.
+
+    Args:
+        array: of Zarr, of which the unit is one chunk.
+    """
+    if not is_plain(array):
+        return None
+    shape, dtype = tuple(array.chunks), np.dtype(array.dtype)
+    there = path.stat()
+    if there.st_size != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+        return None
+    which = (there.st_ino, there.st_mtime_ns)
+    return lambda: _map(str(path), dtype.newbyteorder("<").str, shape, which)[:rows]
+
+
+@lru_cache(maxsize=_OPEN)
+def _map(path: str, dtype: str, shape: tuple[int, ...], which: tuple[int, int]) -> NdArray:
+    # Copied on write: what torch may make of it never gets to the file.
+    return np.memmap(path, dtype, "c", shape=shape).view(np.ndarray)

@@ -19,7 +19,6 @@ import torch
 from fmapkit import Analysis, FeatureMap
 from fmapkit.data._manifest import UnitRecord
 from fmapkit.data._place import Place, node_of
-from fmapkit.data._rows import unpadded
 from fmapkit.errors import ArgumentError, StoreError
 
 
@@ -120,7 +119,7 @@ class Riding:
         numbers = torch.arange(start, start + samples)
         with torch.autocast(maps[0].device.type, enabled=False):
             for fm in maps:
-                shown = _shown(fm, mask, numbers)
+                shown = _unpadded(fm, mask, numbers)
                 for analysis in self.analyses:
                     analysis.update(shown)
 
@@ -132,13 +131,14 @@ class Riding:
                 place.remove(f"analyses/{run}")
 
 
-def _shown(fm: FeatureMap, mask: torch.Tensor | None, numbers: torch.Tensor) -> FeatureMap:
+def _unpadded(fm: FeatureMap, mask: torch.Tensor | None, numbers: torch.Tensor) -> FeatureMap:
     tensor, axis = fm.tensor, fm.filter_dim
     if mask is not None and axis is not None and tensor.shape[:2] == mask.shape:
         axis %= tensor.dim()
         if axis != 1:  # else it is of samples, without positions
-            tensor, axis = unpadded(tensor, mask), axis - 1
-            numbers = numbers[mask.nonzero()[:, 0].cpu()]
+            at = mask.reshape(-1).nonzero().squeeze(1)
+            tensor, axis = tensor.flatten(0, 1).index_select(0, at.to(fm.device)), axis - 1
+            numbers = numbers[at.cpu() // mask.shape[1]]
     changes: dict[str, Any] = {"tensor": tensor, "filter_dim": axis}
     if fm.filter_dim != 0:
         changes["ids"] = numbers.to(fm.device)

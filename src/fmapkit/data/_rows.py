@@ -139,7 +139,7 @@ class Rows:
             tensor, axis = _pooled(tensor, axis, self._pool, mask if sequence else None, said)
         elif sequence:
             assert mask is not None
-            tensor, per = unpadded(tensor, mask), "token"
+            tensor, per = _unpadded(tensor, mask), "token"
             axis = None if axis is None else axis - 1
         if per == "sample" and (not tensor.dim() or tensor.shape[0] != samples):
             raise ArgumentError(
@@ -194,7 +194,7 @@ class Rows:
             if isinstance(value, Tensor):
                 value = value.detach()
                 if mask is not None and self.tokens and value.shape[:2] == mask.shape:
-                    value, per = unpadded(value, mask), "token"
+                    value, per = _unpadded(value, mask), "token"
                 value = value.cpu()
                 value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
             array = np.asarray(value)
@@ -236,7 +236,7 @@ def _axis(fm: FeatureMap) -> int | None:
     return None if fm.filter_dim is None else fm.filter_dim % fm.tensor.dim()
 
 
-def unpadded(values: Tensor, mask: Tensor) -> Tensor:
+def _unpadded(values: Tensor, mask: Tensor) -> Tensor:
     """The rows that the mask keeps; where it is on the host, no device has to be waited for."""
     at = mask.reshape(-1).nonzero().squeeze(1)
     return values.flatten(0, 1).index_select(0, at.to(values.device, non_blocking=True))

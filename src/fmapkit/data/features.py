@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fmapkit.data._arrays import FeatureArray, StoredArray, save_safetensors
 from fmapkit.data._manifest import Manifest, Spec
-from fmapkit.data._pieces import Piece, Pieces, chunk_name
+from fmapkit.data._pieces import Piece, Pieces
 from fmapkit.data._place import Place, node_of
 from fmapkit.errors import (
     AmbiguousMapError,
@@ -283,16 +283,14 @@ class Features(Shown):
     # -- pieces -----------------------------------------------------------------------------------
 
     def _pieces(self, spec: Spec) -> Pieces:
-        where, pieces = self._place.local, []
-        array = cache(partial(self._place.array, spec.node))
+        path, where, axes, pieces = spec.node, self._place.local, len(spec.shape), []
+        array = cache(partial(self._place.array, path))
         for record in self._records.values():
-            at, shard = spec.node, record.unit
-            rows = record.rows if spec.per == "token" else record.samples
-            size = self._manifest.rows_per_unit if self._manifest.regular else rows
+            at, shard, rows = path, record.unit, record.samples
+            size = self._manifest.rows_per_unit if self._manifest.regular else 0
             if not self._manifest.regular:  # an array for itself
-                at, shard = f"{spec.node}/{node_of(record.unit)}", 0
+                at, shard = f"{path}/{node_of(record.unit)}", 0
                 array = cache(partial(self._place.array, at))
-            name = chunk_name(shard, len(spec.shape))
-            file = None if where is None else (where / at / name, size)
-            pieces.append(Piece(array, shard * size, rows, file))
+                size = rows = record.rows if spec.per == "token" else rows
+            pieces.append(Piece(array, where and where / at, shard, rows, size, axes))
         return Pieces(pieces, spec.shape, spec.stored)
