@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmapkit import capture
+from fmapkit.replay import LightMode
+from tests.checks import check
 
 pytestmark = pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
 
@@ -201,4 +206,428 @@ def test_an_attribute_that_is_set_for_the_first_time_announces_itself(value: Any
             del part.flag
         model(x)
         assert len(maps) == 6
+    assert not maps.missed
+
+
+# -- indices and sizes that are data, or constants ------------------------------------------------
+
+
+class Window(nn.Module):
+    """An index of a constant and of a slice whose bound is data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        start = x.argmax(-1)[0]
+        return torch.relu(h[torch.arange(2), start : start + 3])
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_bound_of_a_slice_is_data_beside_a_constant(inference: bool) -> None:
+    model = Window()
+    with torch.inference_mode(inference), torch.no_grad(), capture(model) as maps:
+        for at in (0, 0, 0, 2, 1, 3, 0):
+            x = torch.zeros(3, 4)
+            x[0, at] = 1
+            out = model(x)
+            assert torch.equal(maps["layer"].tensor, out)
+            assert list(maps["layer"].filters or ()) == [at, at + 1, at + 2]
+    assert not maps.missed
+
+
+class Rows(nn.Module):
+    """Sizes and bounds that are tensors, made of plain numbers."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(x))
+        if self.how == "divided":
+            half: Any = torch.div(h.size(1), 2, rounding_mode="trunc")
+            h = h.view(h.size(0), half, 2, h.size(2))
+        elif self.how == "made":
+            h = h.view(h.size(0), torch.tensor(2), 2, h.size(2))
+        elif self.how == "bounds":
+            h = h[:, : torch.tensor(2)]
+        else:
+            ones = torch.ones(3)
+            ones[0] = torch.zeros(())  # a constant, into a constant
+            h = h[:, : int(ones.sum())]
+        return torch.tanh(self.second(h))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("how", ["divided", "made", "bounds", "written"])
+def test_tensors_made_of_numbers_are_no_data(how: str, inference: bool, traced: list[None]) -> None:
+    if how == "written" and inference:
+        pytest.skip("nobody counts writes to inference tensors")
+    model, bare = Rows(how), Rows(how)
+    bare.load_state_dict(model.state_dict())
+    with torch.inference_mode(inference), torch.no_grad(), capture(model) as maps:
+        for n in range(5):
+            x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(n))
+            assert torch.equal(model(x), bare(x))
+            assert len(maps) == 4
+    assert len(traced) == 1
+    assert not maps.missed
+
+
+class WrittenTo(nn.Module):
+    """A tensor that was made of numbers, and then written to by data."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.one(x))
+        flag = torch.zeros(1)
+        if self.how == "add_":
+            flag.add_(x.sum())
+        elif self.how == "out":
+            torch.sum(x, 0, out=flag.view(1).expand(4).clone())
+            flag.copy_(x.sum())
+        elif self.how == "view":
+            flag.view(-1)[0] = x.sum()
+        else:
+            flag.fill_(1).mul_(x.sum())
+        return torch.tanh(self.two(h)) if flag > 0 else torch.sigmoid(self.three(h))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("how", ["add_", "out", "view", "filled"])
+def test_a_constant_that_data_is_written_to(how: str, inference: bool) -> None:
+    model = WrittenTo(how)
+    with torch.inference_mode(inference), torch.no_grad(), capture(model) as maps:
+        for sign in (1, 1, 1, -1, 1, -1, -1, 1):
+            model(sign * torch.ones(2, 4))
+            assert maps.layers == (["one", "two"] if sign > 0 else ["one", "three"])
+    assert not maps.missed
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_chance_is_no_constant(inference: bool) -> None:
+    class Chance(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.normal(0.0, 1.0, (1,)) > 0:
+                return torch.tanh(self.one(x))
+            return torch.relu(self.two(x))
+
+    torch.manual_seed(0)
+    model, seen = Chance(), set()
+    with torch.inference_mode(inference), torch.no_grad(), capture(model) as maps:
+        for _ in range(12):
+            model(torch.ones(2, 4))
+            assert len(maps) == 2
+            seen.update(maps.layers)
+    assert seen == {"one", "two"}
+    assert not maps.missed
+
+
+# -- in place -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reshape",
+    [
+        lambda z: z.unsqueeze_(1),
+        lambda z: z.unsqueeze_(0),
+        lambda z: z.t_(),
+        lambda z: z.transpose_(0, 1),
+        lambda z: z.resize_(4, 3),
+        lambda z: z.unsqueeze_(1).squeeze_(1),
+        lambda z: z.swapaxes_(0, 1),
+    ],
+)
+def test_another_shape_in_place(reshape: Any) -> None:
+    class Reshaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.LazyLinear(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.one(x)
+            reshape(z)
+            return torch.relu(self.two(torch.sigmoid(z)))
+
+    model = Reshaped()
+    with torch.no_grad():
+        model(torch.randn(3, 4))
+        with capture(model) as maps:
+            for _ in range(3):
+                model(torch.randn(3, 4))
+                assert [fm.layer for fm in maps if fm.nonlinearity == "relu"] == ["two", "two"]
+                assert sum(fm.nonlinearity == "sigmoid" for fm in maps) == 2
+    assert not maps.missed
+
+
+# -- checks that only raise, within `finally` -----------------------------------------------------
+
+
+class Checked(nn.Module):
+    """Decides by data whether to raise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.on = nn.Linear(4, 4), nn.Linear(4, 4), False
+
+    def body(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.one(x))
+        if not torch.isfinite(h).all():
+            raise AssertionError
+        return torch.tanh(self.two(h))
+
+
+class Finally(Checked):
+    def forward(self, x: Tensor) -> Tensor:
+        self.on = True
+        try:
+            return self.body(x)
+        finally:
+            self.on = False
+
+
+class FinallyWithin(Checked):
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            for _ in range(2):
+                try:
+                    y = self.body(x)
+                finally:
+                    self.on = not self.on
+        finally:
+            if self.on:
+                self.on = False
+        return y
+
+
+class Handled(Checked):
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.body(x)
+        except AssertionError:
+            return torch.sigmoid(self.two(x))
+        finally:
+            self.on = False
+
+
+class Swallowed(Checked):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        try:
+            y = self.body(x)
+        finally:
+            return torch.sigmoid(self.two(y))  # noqa: B012
+
+
+class Suppressed(Checked):
+    def forward(self, x: Tensor) -> Tensor:
+        with contextlib.suppress(AssertionError):
+            return self.body(x)
+        return torch.sigmoid(self.two(x))
+
+
+class FinallyHandled(Checked):
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            try:
+                return self.body(x)
+            finally:
+                self.on = False
+        except AssertionError:
+            return torch.sigmoid(self.two(x))
+
+
+class RaisedOtherwiseAndHandled(Checked):
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            try:
+                return self.body(x)
+            except AssertionError as error:
+                raise ValueError("no") from error
+        except ValueError:
+            return torch.sigmoid(self.two(x))
+
+
+class RaisedOtherwise(Checked):
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.body(x)
+        except AssertionError as error:
+            raise ValueError("no") from error
+
+
+HANDLING = [Handled, Swallowed, Suppressed, FinallyHandled, RaisedOtherwiseAndHandled]
+
+
+@pytest.mark.parametrize("kind", [Finally, FinallyWithin, *HANDLING])
+def test_who_handles_an_exception(kind: type[Checked], traced: list[None]) -> None:
+    model, counts = kind(), []
+    with torch.no_grad(), capture(model) as maps:
+        for n in range(8):
+            before = len(traced)
+            x = torch.randn(2, 4)
+            model(x)
+            counts.append(len(traced) - before)
+            assert "one" in maps.layers
+            if kind in HANDLING and n == 5:
+                model(torch.full((2, 4), float("nan")))
+                assert [fm.nonlinearity for fm in maps if fm.layer == "two"][:1] == ["sigmoid"]
+    assert bool(counts[-1]) is (kind in HANDLING)
+    assert not maps.missed
+
+
+def test_an_exception_that_becomes_another_one(traced: list[None]) -> None:
+    model = RaisedOtherwise()
+    with torch.no_grad(), capture(model) as maps:
+        for _ in range(4):
+            model(torch.randn(2, 4))
+            assert len(maps) == 4
+        with pytest.raises(ValueError, match="no"):
+            model(torch.full((2, 4), float("nan")))
+        model(torch.randn(2, 4))
+        assert len(maps) == 4
+
+
+# -- a class's own call ---------------------------------------------------------------------------
+
+
+class Aggregation(nn.Module):
+    """Its call checks, and does something of its own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer, self.kind, self.hidden = nn.Linear(4, 4), kind, [False]
+
+    def __call__(self, x: Tensor, dim: int = -1) -> Tensor:
+        if dim >= x.dim():
+            raise ValueError(dim)
+        if self.kind == "past":
+            return self.forward(x)
+        out: Tensor = super().__call__(x)
+        if self.kind == "hidden" and self.hidden[0]:
+            return torch.tanh(out)
+        return torch.sigmoid(out) if self.kind != "only" else out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.layer(x))
+
+
+class Aggregating(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.one, self.agg, self.two = nn.Linear(4, 4), Aggregation(kind), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.two(self.agg(torch.relu(self.one(x)))))
+
+
+@pytest.mark.parametrize("kind", ["only", "more", "past"])
+def test_a_call_of_its_own(kind: str, traced: list[None]) -> None:
+    torch.manual_seed(0)
+    check(Aggregating(kind), [(torch.randn(2, 4),) for _ in range(6)], missed=kind == "past")
+    assert len(traced) <= 3
+
+
+def test_a_call_of_its_own_that_decides() -> None:
+    torch.manual_seed(0)
+    model = Aggregating("hidden")
+    with torch.no_grad(), capture(model) as maps:
+        for n in range(12):
+            model.agg.hidden[0] = n in (4, 5, 9)
+            model(torch.randn(2, 4))
+            if len(maps):
+                own = [fm.nonlinearity for fm in maps if fm.layer.startswith((":", "agg:"))]
+                assert own[:1] == ["tanh" if model.agg.hidden[0] else "sigmoid"] or maps.missed
+    assert {m.reason.split(";")[0] for m in maps.missed} <= {
+        "in a pass, it took a way through its code that no earlier pass had taken"
+    }
+
+
+# -- torch's own functions that hand on -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [F.sigmoid, F.tanh])
+@pytest.mark.parametrize("by", ["name", "attribute", "partial", "local"])
+def test_functions_that_hand_on_are_tapped(
+    function: Any, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.gate = function if by != "partial" else functools.partial(function)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.one(x))
+            if by == "name":
+                x = F.sigmoid(self.two(x)) if function is F.sigmoid else F.tanh(self.two(x))
+            elif by == "local":
+                gate = self.gate
+                x = gate(self.two(x))
+            else:
+                x = self.gate(self.two(x))
+            return x
+
+    made: list[None] = []
+    init = LightMode.__init__
+    monkeypatch.setattr(LightMode, "__init__", lambda *a: made.append(None) or init(*a))
+    check(Gate(), [(torch.randn(2, 4),) for _ in range(5)])
+    if sys.version_info >= (3, 11):  # before it, no code tells where a call is
+        assert not made
+
+
+# -- parameters that are lent for a call ----------------------------------------------------------
+
+
+class Weighted(nn.Module):
+    """A parameter is an argument of a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.layer = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(F.linear(torch.relu(self.layer(x)), self.weight))
+
+
+class Deciding(nn.Module):
+    """Is traced in each pass; its parts are replayed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([Weighted() for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x) if x.sum() < 1e9 else x
+        return x
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("kind", [Weighted, Deciding])
+def test_functional_call_now_and_then(kind: type[nn.Module], first: bool) -> None:
+    torch.manual_seed(0)
+    model = kind()
+    lent = {name: p.detach() * 1.01 for name, p in model.named_parameters()}
+    x, counts = torch.randn(2, 4), set()
+    with torch.no_grad(), capture(model) as maps:
+        for functional in [first] * 3 + [not first] * 6 + [first, not first, first]:
+            if functional:
+                torch.func.functional_call(model, lent, (x,))
+            else:
+                model(x)
+            counts.add(len(maps))
+    assert len(counts) == 1
     assert not maps.missed

@@ -154,10 +154,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
             return
         seen_by = Analyses(analyses)
         _check_keep(keep, every, bool(seen_by) or check is not None, max_bytes)
-        if stop and layers is None:
-            raise ArgumentError("stop=True ends a pass at the last wanted map: say layers=...")
-        if edit and every != 1:
-            raise ArgumentError("edit changes every pass, so it goes with every=1 only")
+        _check_passes(layers, edit, stop, every)
         check_flags(detach=detach, gradients=gradients, weights=weights)
         retention = StorageConversion(_dtype(dtype), _device(device))
         if retention and not detach:
@@ -260,6 +257,14 @@ def _check_keep(keep: Any, every: Any, looked_at: bool, max_bytes: Any) -> None:
     if keep != "all" and not (is_int(keep) and keep >= 0):
         raise ArgumentError(f"keep must be a positive int or 'all', not {keep!r}")
     check_positive(every=every)
+
+
+def _check_passes(layers: Any, edit: Any, stop: bool, every: int) -> None:
+    """Whether what is to become of passes goes together."""
+    if stop and layers is None:
+        raise ArgumentError("stop=True ends a pass at the last wanted map: say layers=...")
+    if edit and every != 1:
+        raise ArgumentError("edit changes every pass, so it goes with every=1 only")
 
 
 def _finite(

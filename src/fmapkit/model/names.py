@@ -207,6 +207,9 @@ class Names:
     def place_of(self, parameter: Tensor) -> str | None:
         """The first place of a parameter in the model; None if it has none."""
         owners = self.owners(parameter)
+        if not owners and isinstance(parameter, nn.Parameter):  # back from a `functional_call`
+            self.update()
+            owners = self.owners(parameter)
         return f"{self.by_module[owners[0][0]]}.{owners[0][1]}" if owners else None
 
     def owners(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:

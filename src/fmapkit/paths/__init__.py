@@ -8,6 +8,7 @@
             elements                … of what Python goes through
             called_functions        … which function a call runs
         sinks.DecisionSink          where the decisions of this thread's pass go
+        branches                    what bytecode says of a branch, and of an exception
         survey.Survey               which functions ran that do not record yet
     known_paths.KnownPaths          the paths of one kind of call, each with its plan
         number_rules                numbers that follow the sizes of the inputs
@@ -16,6 +17,7 @@ If a pass takes the decisions of an earlier one, on inputs of the same form, in 
 model of the same structure, it makes the same calls of torch on the same tensors.
 """
 
+from fmapkit.paths.branches import only_raises
 from fmapkit.paths.control import ControlPaths
 from fmapkit.paths.known_paths import Expected, KnownPaths
 from fmapkit.paths.number_rules import Sizes, by_rule, rules_of, same_but_for_numbers
@@ -33,6 +35,7 @@ __all__ = [
     "by_rule",
     "keeps_number",
     "may_be_handled",
+    "only_raises",
     "rules_of",
     "runs_own_code",
     "same_but_for_numbers",

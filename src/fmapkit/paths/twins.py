@@ -7,7 +7,6 @@ run it, too: it does the same, and records nothing there.
 
 from __future__ import annotations
 
-import dis
 import functools
 import gc
 import itertools
@@ -21,12 +20,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fmapkit.paths.branches import handles
 from fmapkit.paths.recorder_names import RECORDERS
 from fmapkit.paths.recorders import twins as _codes
 from fmapkit.paths.rewriting import Code, Twin, known_as, make_twins, qualified_name, site_at
 from fmapkit.torchlib.caching import DictWatch
 
 _lock = threading.RLock()
+# The code of torch's functions that call a tensor's method of the same name, and do nothing else.
+_HANDING_ON = {id(f.__code__) for f in (F.sigmoid, F.tanh)}
 _code_of = operator.attrgetter("__code__")
 # By the original, and the attributes that are known to be fixed; None where there is no twin.
 _twins: dict[tuple[Code, frozenset[str], frozenset[str]], Twin | None] = {}
@@ -77,7 +79,7 @@ def call_site(frame: types.FrameType | None, function: Any) -> str | None:
         function: it.
     """
     own = getattr(function, "__code__", None)
-    while frame is not None and frame.f_code is own:
+    while frame is not None and (frame.f_code is own or id(frame.f_code) in _HANDING_ON):
         frame = frame.f_back
     run = _run_in(frame)
     if frame is None or run is None or run[1] is None:
@@ -107,10 +109,8 @@ def may_be_handled(frame: types.FrameType | None) -> bool:
         frame: where it would be raised.
     """
     while frame is not None:
-        if id(frame.f_code) in _codes:
-            steps: Any = dis.Bytecode(frame.f_code)
-            if any(e.start <= frame.f_lasti < e.end for e in steps.exception_entries):
-                return True
+        if id(frame.f_code) in _codes and handles(frame):
+            return True
         frame = frame.f_back
     return False
 
@@ -165,7 +165,8 @@ def _goes_to(function: Any, name: str | None, frame: types.FrameType) -> bool:
         found = getattr(frame.f_locals.get(owner[0]), "__dict__", {}).get(last)
     while isinstance(found, functools.partial):
         found = found.func
-    return found is function
+    hands_on = id(getattr(found, "__code__", None)) in _HANDING_ON
+    return own == getattr(found, "__name__", None) if hands_on else found is function
 
 
 # A function, the code of its twin, and its own.
@@ -275,7 +276,8 @@ class Twins:
                 _tapped[file] = _tapped.get(file, frozenset()) | places
             for function, (_, original, fixed) in list(_set.items()):  # other captures' ones, too
                 if original.co_filename in added and is_twin(function.__code__):
-                    twin = twin_of(_own_code(function), function.__globals__, _always(fixed))
+                    code, names = _own_code(function), function.__globals__
+                    twin = twin_of(code, names, dict.fromkeys([code], fixed).__getitem__)
                     if twin is not None:
                         function.__code__ = twin.code
                         if function in self._mine:
@@ -336,10 +338,6 @@ class Twins:
         self._mine.clear()
         self.watched.clear()
         self._spaces_of, self._renamed = 0, False
-
-
-def _always(fixed: frozenset[str]) -> Fixed:
-    return lambda code: fixed
 
 
 def _own_code(function: types.FunctionType) -> types.CodeType:

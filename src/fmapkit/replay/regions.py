@@ -9,6 +9,7 @@ modules, dtypes of weights, modes. Each kind has paths of its own, and a plan fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -33,8 +34,6 @@ _MOST_KINDS = 64
 _MOST_FORMS = 16  # of what is kept of earlier calls
 _MOST_FILLING = 8  # calls of a form and of sizes that may fill caches, each once
 _MOST_STATES = 4  # in which a kind of call is known while it is not clear which attributes decide
-# Of lists of parameters, which nobody calls.
-_CALLS = (nn.Module.__call__, nn.ParameterList.__call__, nn.ParameterDict.__call__)
 
 
 class ReplayRegion:
@@ -342,7 +341,7 @@ class ReplayRegions:
 
 def _is_usual(kind: type[nn.Module]) -> bool:
     """Whether modules of a class may be parts of a region, as far as the class tells."""
-    if kind.__call__ not in _CALLS:
+    if type(kind.__call__) is not FunctionType:  # the model's own are recorded as its methods are
         return False
     if kind.__getattribute__ is not object.__getattribute__:
         return False  # torch's own code runs it, more often where there are hooks

@@ -99,7 +99,7 @@ def _first_weights(
 
 
 def weights_of(module: nn.Module) -> Callable[[], Any]:
-    """Tells dtype and layout of the module's weights, by a few that stand for all.
+    """Tells dtype, layout and class of the module's weights, by a few that stand for all.
 
     Those are the first and the last, and the first and the last of a convolution's. A lazy module
     has none before its first call.
@@ -120,7 +120,7 @@ def weights_of(module: nn.Module) -> Callable[[], Any]:
         for held, name in looked_at:
             weight = held.get(name)
             if type(weight) is nn.Parameter or (weight is not None and not is_lazy(weight)):
-                found.append((weight.dtype, weight.stride()))
+                found.append((weight.dtype, weight.stride(), type(weight)))
         return found
 
     return form

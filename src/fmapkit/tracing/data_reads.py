@@ -15,10 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fmapkit.paths import keeps_number, may_be_handled, runs_own_code
+from fmapkit.paths import keeps_number, may_be_handled, only_raises, runs_own_code
 from fmapkit.provenance import Constants, Function, FunctionCall
 from fmapkit.torchlib.nested import tensors_in
-from fmapkit.tracing.branches import only_raises
 from fmapkit.tracing.input_reads import (
     InputRead,
     MadeTensors,
@@ -42,7 +41,7 @@ class DataReads:
 
     def __init__(self, trace: PassTrace) -> None:
         self._trace = trace
-        self._constants = Constants()
+        self._constants = Constants(trace.record.aliases.written)
         self._made = MadeTensors(trace.record.aliases)
 
     def before(
@@ -71,9 +70,9 @@ class DataReads:
         if not (types and any(map(runs_own_code, types))):
             if not known.reads or not known.reads(args, kwargs):
                 return None
-            # An index decides how much there is of what it picks from.
-            deciding = args[1:] if known.name == "__getitem__" else args
-            if self._constants.hold(tensors_in(*deciding, kwargs)):
+            # An index, or a size, decides how much there is of what it is asked of.
+            deciding = args[1:] if known.indexed else args
+            if self._constants.hold(_all_in(deciding, kwargs)):
                 return None
             if _decides_nothing(known.name, asking):
                 return None
@@ -95,9 +94,19 @@ class DataReads:
 
     def after(self, known: Function, call: FunctionCall) -> None:
         """A function has run."""
-        self._constants.made(call.name, call.operands, call.out)
+        self._constants.made(call, known.in_place)
         if self._trace.learning and is_cheap(known.name) and self._trace.region is not None:
             self._made.add(known, call)
+
+
+def _all_in(args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors in arguments, those in the bounds of slices included."""
+    found = tensors_in(*args, kwargs)
+    for given in args:
+        for part in given if isinstance(given, tuple) else (given,):
+            if type(part) is slice:
+                found += tensors_in(part.start, part.stop, part.step)
+    return found
 
 
 def _decides_nothing(name: str, asking: types.FrameType) -> bool:

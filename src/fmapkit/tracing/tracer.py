@@ -317,9 +317,10 @@ class Tracer(ObserverMode):
             reshaped: it has given its operand another shape, in place.
         """
         name, out, trace = call.name, call.out, self.trace
-        label = carried(call, tag)
-        if reshaped and label is not None:
-            label = STOP
+        if reshaped:  # no rule is told what shape it had
+            label = STOP if any(tag(x) is not None for x in call.operands) else None
+        else:
+            label = carried(call, tag)
         if (
             name in NORM_AXIS
             and isinstance(label, ChannelLabel)
