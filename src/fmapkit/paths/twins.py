@@ -48,16 +48,15 @@ def is_twin(code: types.CodeType) -> bool:
     return known_as(code) in _made
 
 
-def twin_of(code: types.CodeType, names: dict[str, Any], fixed: Fixed) -> Twin | None:
+def twin_of(code: types.CodeType, names: dict[str, Any], attributes: frozenset[str]) -> Twin | None:
     """The twin of a piece of code; None where its source is not to be had.
 
     Args:
         code: the original.
         names: globals of the function that runs it.
-        fixed: see `Twins`.
+        attributes: that are known to be fixed (see `Twins`).
     """
     with _lock:
-        attributes = fixed(code)
         tapped = _tapped.get(code.co_filename, frozenset())
         key = (known_as(code), attributes, tapped)
         if key not in _twins:
@@ -201,7 +200,7 @@ class Twins:
         with _lock:
             known = _set.get(function)
             original = _own_code(function)
-            twin = twin_of(original, function.__globals__, self._fixed)
+            twin = twin_of(original, function.__globals__, self._fixed(original))
             if twin is None or twin.code.co_freevars != original.co_freevars:
                 return False
             ours = is_twin(function.__code__)
@@ -277,7 +276,7 @@ class Twins:
             for function, (_, original, fixed) in list(_set.items()):  # other captures' ones, too
                 if original.co_filename in added and is_twin(function.__code__):
                     code, names = _own_code(function), function.__globals__
-                    twin = twin_of(code, names, dict.fromkeys([code], fixed).__getitem__)
+                    twin = twin_of(code, names, fixed)
                     if twin is not None:
                         function.__code__ = twin.code
                         if function in self._mine:
