@@ -101,8 +101,8 @@ def extract(
     kinds = kinds if isinstance(kinds, str) else tuple(kinds)
     riding = Riding(analyses, resume)
     rows = Rows(pool, mask, dtype, keep)
-    run = Run(model, layers, kinds, filters, stop, rows, riding, device, call)
     place = Place(to, storage_options, _codecs(compress))
+    run = Run(model, layers, kinds, filters, stop, rows, riding, device, call)
     batches = Batches(loader)
     asked = {
         **of_model(run.model),
