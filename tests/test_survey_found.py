@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import sys
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fmapkit import capture
 from fmapkit.replay import LightMode
+from tests import truth
 from tests.checks import check
 
 pytestmark = pytest.mark.filterwarnings("ignore::fmapkit.CaptureWarning")
@@ -292,8 +294,8 @@ class WrittenTo(nn.Module):
         if self.how == "add_":
             flag.add_(x.sum())
         elif self.how == "out":
-            torch.sum(x, 0, out=flag.view(1).expand(4).clone())
-            flag.copy_(x.sum())
+            flag = torch.zeros(())
+            torch.sum(x, (0, 1), out=flag)
         elif self.how == "view":
             flag.view(-1)[0] = x.sum()
         else:
@@ -631,3 +633,59 @@ def test_functional_call_now_and_then(kind: type[nn.Module], first: bool) -> Non
             counts.add(len(maps))
     assert len(counts) == 1
     assert not maps.missed
+
+
+# -- what decides by data in one mode alone -------------------------------------------------------
+
+
+class Dropping(nn.Module):
+    """Leaves layers out by chance: in training, in eval mode, or in both."""
+
+    def __init__(self, modes: tuple[bool, ...]) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.modes = modes
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            if self.training in self.modes and torch.rand([]) < 0.4:
+                continue
+            x = F.gelu(layer(x))
+        return x
+
+
+_ORDERS = {
+    "by epochs": [True] * 4 + [False] * 4 + [True] * 3 + [False] * 5,
+    "eval first": [False] * 4 + [True] * 4 + [False] * 5 + [True] * 2,
+    "in turn": [True, False] * 8,
+}
+
+
+@pytest.mark.parametrize("order", _ORDERS)
+@pytest.mark.parametrize("modes", [(True,), (False,), (True, False), ()])
+@pytest.mark.parametrize("within", [False, True])
+def test_chance_in_one_mode(
+    order: str, modes: tuple[bool, ...], within: bool, traced: list[None]
+) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = Dropping(modes)
+    if within:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), model, nn.Linear(4, 4), nn.Sigmoid())
+    bare = copy.deepcopy(model)
+    counts: dict[bool, list[int]] = {True: [], False: []}
+    with torch.no_grad(), capture(model) as maps:
+        for n, training in enumerate(_ORDERS[order]):
+            model.train(training)
+            bare.train(training)
+            before = len(traced)
+            x = torch.randn(2, 4, generator=torch.Generator().manual_seed(n))
+            true = truth.run_pass(bare, (x,), train=False, seed_=n, witness=True)
+            seen = truth.run_pass(model, (x,), train=False, seed_=n)
+            truth.assert_same_pass(true, seen)
+            truth.assert_captured_exactly_once(maps, true.truth)
+            counts[training].append(len(traced) - before)
+    assert not maps.missed
+    for mode, each in counts.items():
+        assert all(each) if mode in modes else sum(each) <= 2

@@ -167,7 +167,7 @@ class ReplayRegion:
         annealed = bool(same) and self._attributes.differ_in_floats(same[0], state)
         if len(same) < len(others) and not annealed:
             return state if len(others) < _MOST_STATES else None
-        if same:
+        if same and self._attributes.may_look_less(same[0], state):
             self._forget()
             return self._attributes.look_less(same[0], state)
         return state
@@ -208,6 +208,9 @@ class ReplayRegion:
         return tuple(found)
 
 
+_Calls = dict[nn.Module, set[nn.Module | None]]
+
+
 class ReplayRegions:
     """The regions of one model.
 
@@ -225,14 +228,33 @@ class ReplayRegions:
         has_others: Callable[[nn.Module], bool],
         has_unrecorded: Callable[[nn.Module], bool],
     ) -> None:
-        self.direct: dict[nn.Module, set[nn.Module | None]] = {}
+        self.direct: _Calls = {}
         self.probation = Probation()
         self.has_others = has_others
+        # What decides by data may do so in training alone, and is told, as `direct`, by mode.
+        self._training = False
+        self._by_data: dict[bool, set[nn.Module]] = {False: set(), True: set()}
+        self._other_direct = self.direct  # of the other mode: another one where these differ
         self._has_unrecorded = has_unrecorded
         self._opened: set[nn.Module] = set()
         self._static: dict[nn.Module, bool] = {}
         self._usual: dict[type[nn.Module], bool] = {}
         self._known: dict[nn.Module, ReplayRegion] = {}
+
+    def turn(self, training: bool) -> bool:
+        """A pass begins in training mode, or in eval mode.
+
+        Returns:
+            Whether other modules are to be traced than in the pass before.
+        """
+        if training is self._training:
+            return False
+        self._training = training
+        self.direct, self._other_direct = self._other_direct, self.direct
+        differ = self._by_data[False] != self._by_data[True]
+        if differ:
+            self._static.clear()
+        return differ
 
     def static(self, module: nn.Module) -> bool:
         """Whether a module may be replayed as a whole: nothing in it has to be traced each time."""
@@ -253,7 +275,9 @@ class ReplayRegions:
         usual = self._usual.get(kind)
         if usual is None:
             usual = self._usual[kind] = _is_usual(kind)
-        if not usual or module in self._opened or "forward" in module.__dict__:
+        if not usual or "forward" in module.__dict__:
+            return False
+        if module in self._opened or module in self._by_data[self._training]:
             return False
         return not (is_compiled(module) or self._has_unrecorded(module))
 
@@ -279,8 +303,18 @@ class ReplayRegions:
         self.probation.drop(modules)
         self._open(modules)
 
+    def open_by_data(self, modules: Iterable[nn.Module]) -> None:
+        """The same as long as the model is in this mode: these decide by data in it."""
+        if self._other_direct is self.direct:
+            self._other_direct = {module: set(callers) for module, callers in self.direct.items()}
+        self._by_data[self._training].update(modules)
+        self._forget(modules)
+
     def _open(self, modules: Iterable[nn.Module]) -> None:
         self._opened.update(modules)
+        self._forget(modules)
+
+    def _forget(self, modules: Iterable[nn.Module]) -> None:
         self._static.clear()
         self._usual.clear()
         for module in modules:
@@ -332,6 +366,8 @@ class ReplayRegions:
     def clear(self) -> None:
         """The model has other modules than it had, or the block has ended."""
         self.direct.clear()
+        self._other_direct = self.direct
+        self._by_data = {False: set(), True: set()}
         self.probation.clear()
         self._opened.clear()
         self._static.clear()

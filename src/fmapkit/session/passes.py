@@ -103,6 +103,8 @@ class Passes:
         elif self._stop is None and self.watch.rid():  # a pass that is traced does not end early
             self._learn_anew()
         self._open(step, ids, compiled)
+        if parts.regions.turn(self.asked.model.training):
+            parts.installer.only_on_model()
         if compiled:
             parts.installer.only_on_model()
             live.enter_compiled(args, kwargs)

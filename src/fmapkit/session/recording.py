@@ -159,7 +159,7 @@ class Recorder:
         if deciding:
             deciding = deciding.intersection(module.modules())
         if deciding:
-            self._open(*deciding)
+            self._open_by_data(*deciding)
         return bool(deciding)
 
     def _reaches_out(self, recording: Recording, tracer: Tracer, output: Any) -> bool:
@@ -207,6 +207,11 @@ class Recorder:
         self._regions.open(*modules)
         self._installer.scopes_changed()
 
+    def _open_by_data(self, *modules: nn.Module) -> None:
+        """The same of what decides by data, in the mode that the model is in."""
+        self._regions.open_by_data(modules)
+        self._installer.scopes_changed()
+
     def _strayed(self, module: nn.Module, deciding: Iterable[nn.Module]) -> None:
         """A region takes several ways: these are traced until they have taken one for long."""
         self._regions.strayed(module, deciding)
@@ -222,8 +227,8 @@ class Recorder:
         plan = make_plan(tracer, frame, output, recording.inputs, arguments, kept)
         asked = tracer.trace.asked
         kind, sizes = region.kind(recording.form, recording.state, asked, recording.sizes)
-        if kind is None:  # it decides by data
-            self._open(module)
+        if kind is None:
+            self._open_by_data(module)
             return
         hooked = [m for m in plan.taps if m._forward_hooks and self._regions.has_others(m)]
         if hooked:  # whose maps are those before, or after, what the hooks make of them
