@@ -126,6 +126,7 @@ def hold(
                 assert given[n] == labels(own), f"pass {n}"
                 assert all(same), f"pass {n}"
                 truth.assert_captured_exactly_once(maps, true.truth, order=order)
+            del own  # the next block begins anew
         missed = {(m.layer, m.reason) for m in maps.missed}
     truth.assert_nothing_left(truth.fingerprint(bare), model)
     assert truth.modes() == truth.NO_MODES
