@@ -340,7 +340,7 @@ def test_a_function_of_two_models_is_tapped_for_each() -> None:
     for twins in (first, second):
         assert twins.exchange(_added)
         twins.clear()
-    twin = twin_of(own, _added.__globals__, lambda code: frozenset())
+    twin = twin_of(own, _added.__globals__, frozenset())
     assert twin is not None
     (place,) = twin.calls
     try:
