@@ -251,10 +251,10 @@ class ReplayRegions:
             return False
         self._training = training
         self.direct, self._other_direct = self._other_direct, self.direct
-        differ = self._by_data[False] != self._by_data[True]
-        if differ:
-            self._static.clear()
-        return differ
+        if self._by_data[False] == self._by_data[True] and self.direct == self._other_direct:
+            return False
+        self._static.clear()
+        return True
 
     def static(self, module: nn.Module) -> bool:
         """Whether a module may be replayed as a whole: nothing in it has to be traced each time."""
