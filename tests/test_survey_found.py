@@ -486,7 +486,8 @@ def test_who_handles_an_exception(kind: type[Checked], traced: list[None]) -> No
             if kind in HANDLING and n == 5:
                 model(torch.full((2, 4), float("nan")))
                 assert [fm.nonlinearity for fm in maps if fm.layer == "two"][:1] == ["sigmoid"]
-    assert bool(counts[-1]) is (kind in HANDLING)
+    known = sys.version_info >= (3, 11)  # before it, bytecode does not tell what is handled
+    assert bool(counts[-1]) is (kind in HANDLING or not known)
     assert not maps.missed
 
 
