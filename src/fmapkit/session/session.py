@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fmapkit.compiled import CompiledEntries
 from fmapkit.instrumentation import Hooks, Methods, Off
-from fmapkit.missed import Missed
+from fmapkit.missed import Missed, Reason
 from fmapkit.paths import Resting
 from fmapkit.session.compiled_calls import CompiledCalls
 from fmapkit.session.concurrent import entered, left, others
@@ -163,10 +163,12 @@ class Session:
             What was captured.
         """
         before, parts, model = self._before, self.parts, self.asked.model
-        strayed = before is not None and before.reliable and bool(self.missed)
+        # That a path is fused, each pass names anew.
+        lost = any(missed.why is not Reason.FUSED_PATH for missed in self.missed)
+        strayed = before is not None and before.reliable and lost
         paths = parts.regions.paths()
         fit = self.steps and paths and parts.live.current is None and not self.compiled
-        if is_wayward(model, strayed) or request is None or failed or self.missed or not fit:
+        if is_wayward(model, strayed) or request is None or failed or lost or not fit:
             self.close(failed)
             return self._ended()
         self.asked.analyses.view = None
