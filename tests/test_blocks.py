@@ -387,6 +387,36 @@ def test_arguments_are_checked_in_each_block() -> None:
     assert maps.missed == []
 
 
+def test_maps_of_an_ended_block_have_the_names_of_then() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.b(torch.relu(self.a(x))))
+
+    model, x = Two(), torch.randn(2, 4)
+    for within in (False, True):
+        with capture(model) as old:
+            model(x)
+        first = model.a
+        if within:
+            with capture(model) as maps:
+                model(x)
+                model.a, model.b = model.b, model.a
+                model(x)
+        else:
+            model.a, model.b = model.b, model.a
+            with capture(model) as maps:
+                model(x)
+        (found,) = old.select(first, kind="preactivation")
+        assert (found.layer, found.nonlinearity) == ("a", "relu")
+        assert torch.equal(found.tensor, first(x))
+        (now,) = maps.select(first, kind="preactivation")
+        assert (now.layer, now.nonlinearity) == ("b", "tanh")
+
+
 def test_nobody_has_the_maps(traced: list[None]) -> None:
     model = _net()
     for n in range(4):

@@ -690,3 +690,61 @@ def test_chance_in_one_mode(
     assert not maps.missed
     for mode, each in counts.items():
         assert all(each) if mode in modes else sum(each) <= 2
+
+
+# -- attributes by which a forward of torch's decides, which code of the model's calls ------------
+
+
+class Derived(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class ByName(nn.Module):
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.ReLU.forward(self, x)  # type: ignore[arg-type]
+
+
+def _helped(module: Any, x: Tensor) -> Tensor:
+    return nn.ELU.forward(module, x)
+
+
+class Helped(nn.Module):
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.inplace, self.alpha = inplace, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _helped(self, x)
+
+
+@pytest.mark.parametrize("by_data", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("kind", [Derived, ByName, Helped])
+def test_in_place_now_and_then(kind: Any, first: bool, by_data: bool) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.act, self.two = nn.Linear(4, 4), kind(first), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.act(self.one(x))
+            if by_data and float(y.sum()) > 1e9:
+                return y
+            return self.two(y)
+
+    torch.manual_seed(0)
+    model = Around()
+    with torch.no_grad(), capture(model) as maps:
+        for n, other in enumerate((0, 1, 0, 0, 1, 1, 0, 1, 0)):
+            model.act.inplace = first is not bool(other)
+            model.train(n % 4 > 1)
+            x = torch.randn(3, 4, generator=torch.Generator().manual_seed(n))
+            model(x)
+            z = F.linear(x, model.one.weight, model.one.bias)
+            assert torch.equal(maps["one", "preactivation"].tensor, z)
+    assert not maps.missed

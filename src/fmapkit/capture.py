@@ -147,8 +147,7 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
         special = edit, analyses, check, stop, every, method, dtype, device, max_bytes, when_full
         usual = layers, kinds, filters, keep, detach, gradients, weights
         self._request = request_of(usual) if request_of(special) == _NOTHING_SPECIAL else None
-        named = layers is not None or filters is not None
-        self._resting = _resting(model, self._request, named)
+        self._resting = _resting(model, self._request)
         if self._resting is not None:
             self._session = self._resting.session
             return
@@ -227,18 +226,10 @@ class capture:  # noqa: N801  (read as a verb: `with capture(model) as maps`)
                 _note(error, ENDED)
 
 
-def _resting(
-    model: nn.Module, request: Hashable | None, named: bool
-) -> RestingSession[Session] | None:
-    """The session of an earlier block that the new one can go on with.
-
-    Args:
-        model: to be captured.
-        request: what is asked for; None if no session may go on with it.
-        named: layers or filters are: whether they are there is told as a session is made.
-    """
+def _resting(model: nn.Module, request: Hashable | None) -> RestingSession[Session] | None:
+    """The session of an earlier block that the new one goes on with, if the model is as it was."""
     found = resting_session(model, request)
-    return None if found is None or (named and not found.session.same()) else found
+    return found if found is not None and found.session.same() else None
 
 
 def _check_keep(keep: Any, every: Any, looked_at: bool, max_bytes: Any) -> None:

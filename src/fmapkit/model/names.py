@@ -69,32 +69,26 @@ class Names:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.by_module: dict[nn.Module, str] = {}
-        self.by_name: dict[str, nn.Module] = {}
-        self.wrappers: set[nn.Module] = set()
-        self.lent = False  # parameters that have memory only while their module runs (FSDP)
         self.lends = False
         self._owners: dict[int, tuple[Tensor, list[tuple[nn.Module, str]]]] = {}
-        self._flat: list[Any] = []  # flat parameters of old FSDP
         self._empty: list[Any] = []  # where modules without parameters would have them
         self._full: list[Any] = []  # where the others do
         self._counts: list[int] = []  # how many there are each time
         self._parameters: list[Any] = []  # and what they are, one after the other
         self._registered = DictWatch(())  # all these dicts
-        self._places: dict[nn.Module, list[str]] = {}  # all names of each module
         self.elsewhere = UnregisteredLayers(lambda: _places(self.model))
         self.unnamed = Unnamed()
         self.version = 0
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the model anew."""
-        self.by_module.clear()
-        self.by_name.clear()
-        self.wrappers.clear()
-        self._places.clear()
-        self._flat.clear()
-        self.lent = False
+        """Read the model anew; a copy that somebody made before has the names that it had."""
+        self.by_module: dict[nn.Module, str] = {}
+        self.by_name: dict[str, nn.Module] = {}
+        self.wrappers: set[nn.Module] = set()
+        self._places: dict[nn.Module, list[str]] = {}  # all names of each module
+        self._flat: list[Any] = []  # flat parameters of old FSDP
+        self.lent = False  # parameters that have memory only while their module runs (FSDP)
         for name, module in _places(self.model):
             self.by_name[name] = module  # of a wrapper, what it carries: that comes after it
             self._places.setdefault(module, []).append(name)

@@ -211,7 +211,12 @@ def _comparable(value: Any) -> Any:
 
 
 def _is_torchs(module: nn.Module) -> bool:
-    return _runs_torchs(type(module).forward)
+    """Whether torch's own code may decide by a module's attributes.
+
+    So it is of classes derived of torch's, too: their forward may call the one that they replace.
+    """
+    bases = (base for base in type(module).__mro__ if base is not nn.Module)
+    return any(_runs_torchs(vars(base).get("forward")) for base in bases)
 
 
 def _runs_torchs(forward: Any) -> bool:

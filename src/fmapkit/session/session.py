@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable
+from copy import copy
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -178,7 +179,7 @@ class Session:
     def _ended(self, resting: RestingSession[Session] | None = None) -> EndedBlock:
         """What the block has captured; what comes is another block's."""
         store, missed, steps = self.store.take(), self.parts.misses.take(), self.passes.restart()
-        return EndedBlock(self.names, self.wants, store, missed, steps, resting)
+        return EndedBlock(copy(self.names), self.wants, store, missed, steps, resting)
 
     def go_on(self, resting: RestingSession[Session]) -> None:
         """Another block begins, which asks for the same.
@@ -230,7 +231,7 @@ class Session:
             watch.count_from_here()
 
     def same(self) -> bool:
-        """Whether the model has the modules that it had, under the same names."""
+        """Whether the model has the modules that it had, under the same names, and their hooks."""
         return not self.passes.watch.changed()
 
     def alone(self) -> bool:
