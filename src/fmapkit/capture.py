@@ -18,6 +18,7 @@ from fmapkit.editing import RequestedEdits
 from fmapkit.errors import (
     ArgumentError,
     CaptureStateError,
+    check_device,
     check_flags,
     check_module,
     check_positive,
@@ -323,10 +324,7 @@ def _dtype(value: Any) -> torch.dtype | None:
 def _device(value: Any) -> torch.device | None:
     if value is None:
         return None
-    try:
-        found = torch.device(value)
-    except (RuntimeError, TypeError) as error:
-        raise ArgumentError(f"device must name a torch device, not {value!r}: {error}") from None
+    found = check_device(value)
     if found.type == "meta":
         raise ArgumentError("device='meta' has no memory: nothing would be held of any map")
     if found.type == "cuda" and not torch.cuda.is_available():

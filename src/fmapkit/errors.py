@@ -34,6 +34,7 @@ import difflib
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TypeGuard
 
+import torch
 from torch import nn
 from typing_extensions import Self
 
@@ -240,6 +241,18 @@ def check_flags(**flags: Any) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ArgumentError(f"{name} must be True or False, not {value!r}")
+
+
+def check_device(given: Any) -> torch.device:
+    """The device that an argument `device=` names.
+
+    Raises:
+        ArgumentError: it names none.
+    """
+    try:
+        return torch.device(given)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"device must name a torch device, not {given!r}: {error}") from None
 
 
 def check_module(what: str, model: Any) -> None:

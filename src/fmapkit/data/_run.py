@@ -17,7 +17,7 @@ from fmapkit import CaptureWarning, FeatureMaps, capture
 from fmapkit.data._batches import Batch, moved
 from fmapkit.data._riding import Riding
 from fmapkit.data._rows import Rows, Taken
-from fmapkit.errors import ArgumentError, check_module
+from fmapkit.errors import ArgumentError, check_device, check_module
 
 _TRIALS = 3  # of a batch whose pass could not be kept
 _RUN_AGAIN = ".*a way through its code that no earlier pass had taken"
@@ -122,10 +122,7 @@ def _device_of(model: nn.Module, given: Any) -> torch.device:
     there = tensors[0].device if tensors else torch.device("cpu")
     if given is None:
         return there
-    try:
-        device = torch.device(given)
-    except (RuntimeError, TypeError) as error:
-        raise ArgumentError(f"device must name a torch device, not {given!r}: {error}") from None
+    device = check_device(given)
     if tensors and device.type != there.type:
         raise ArgumentError(
             f"device={given!r}, and the model is on {there}: move it, model.to({given!r})"

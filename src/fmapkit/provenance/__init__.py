@@ -23,6 +23,7 @@ from fmapkit.provenance.function_call import FunctionCall as FunctionCall
 from fmapkit.provenance.functions import RESHAPED_IN_PLACE as RESHAPED_IN_PLACE
 from fmapkit.provenance.functions import Function as Function
 from fmapkit.provenance.functions import beside_numbers as beside_numbers
+from fmapkit.provenance.functions import bounds_in as bounds_in
 from fmapkit.provenance.functions import describe as describe
 from fmapkit.provenance.functions import described as described
 from fmapkit.provenance.functions import out_of_place as out_of_place

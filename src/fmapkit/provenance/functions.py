@@ -198,13 +198,18 @@ def _picks_by_data(args: Any, kwargs: Any) -> bool:
     if _has_mask(args, kwargs):
         return True
     index = args[1] if len(args) > 1 else None
-    parts = index if isinstance(index, tuple) else (index,)
-    for part in parts:
-        if isinstance(part, slice):
-            part = (part.start, part.stop, part.step)
-        if isinstance(part, (tuple, list)) and any(isinstance(p, Tensor) for p in part):
-            return True
-    return False
+    rows = [part for part in _parts(index) if isinstance(part, (tuple, list))]
+    return any(isinstance(p, Tensor) for part in (*rows, bounds_in(index)) for p in part)
+
+
+def bounds_in(index: Any) -> list[Any]:
+    """The bounds and steps of the slices in an index."""
+    slices = [part for part in _parts(index) if isinstance(part, slice)]
+    return [bound for s in slices for bound in (s.start, s.stop, s.step)]
+
+
+def _parts(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
 
 
 def _has_tensor(args: Any, kwargs: Any) -> bool:

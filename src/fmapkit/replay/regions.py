@@ -167,10 +167,7 @@ class ReplayRegion:
         annealed = bool(same) and self._attributes.differ_in_floats(same[0], state)
         if len(same) < len(others) and not annealed:
             return state if len(others) < _MOST_STATES else None
-        # Of torch's own functions alone, a path has the function itself: a forward that code of the
-        # model's calls past the module, and which decides by that one's attributes.
-        past = any(type(item) is FunctionType and item.__name__ == "forward" for item in items)
-        if same and not past and self._attributes.may_look_less(same[0], state):
+        if same and self._attributes.may_look_less(same[0], state) and not _calls_torchs(items):
             self._forget()
             return self._attributes.look_less(same[0], state)
         return state
@@ -376,6 +373,14 @@ class ReplayRegions:
         self._static.clear()
         self._usual.clear()
         self._known.clear()
+
+
+def _calls_torchs(items: list[Any]) -> bool:
+    """Whether code of the model's calls a forward of torch's itself, past the module.
+
+    That decides by the module's attributes. Of torch's functions alone, a path has them themselves.
+    """
+    return any(type(item) is FunctionType and item.__name__ == "forward" for item in items)
 
 
 def _is_usual(kind: type[nn.Module]) -> bool:

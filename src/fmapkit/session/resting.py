@@ -48,7 +48,7 @@ class RestingSession(Generic[_Session]):
         before: the session as it rested before that block; None if it was new.
     """
 
-    __slots__ = ("__weakref__", "alike", "model", "paths", "session")
+    __slots__ = ("__weakref__", "alike", "paths", "session")
 
     def __init__(
         self,
@@ -59,7 +59,6 @@ class RestingSession(Generic[_Session]):
         before: RestingSession[Any] | None,
     ) -> None:
         self.session = session
-        self.model = model
         self.paths = paths
         # So many blocks in a row, up to that one, have found no path that was new.
         self.alike: int = 0

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmapkit.paths import keeps_number, may_be_handled, only_raises, runs_own_code
-from fmapkit.provenance import Constants, Function, FunctionCall
+from fmapkit.provenance import Constants, Function, FunctionCall, bounds_in
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.input_reads import (
     InputRead,
@@ -72,7 +72,7 @@ class DataReads:
                 return None
             # An index, or a size, decides how much there is of what it is asked of.
             deciding = args[1:] if known.indexed else args
-            if self._constants.hold(_all_in(deciding, kwargs)):
+            if self._constants.hold(tensors_in(*deciding, kwargs, *map(bounds_in, deciding))):
                 return None
             if _decides_nothing(known.name, asking):
                 return None
@@ -97,16 +97,6 @@ class DataReads:
         self._constants.made(call, known.in_place)
         if self._trace.learning and is_cheap(known.name) and self._trace.region is not None:
             self._made.add(known, call)
-
-
-def _all_in(args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors in arguments, those in the bounds of slices included."""
-    found = tensors_in(*args, kwargs)
-    for given in args:
-        for part in given if isinstance(given, tuple) else (given,):
-            if type(part) is slice:
-                found += tensors_in(part.start, part.stop, part.step)
-    return found
 
 
 def _decides_nothing(name: str, asking: types.FrameType) -> bool:
