@@ -22,7 +22,7 @@ from fmapkit.replay.escapes import own_names
 from fmapkit.torchlib.caching import DictWatch, remembered
 from fmapkit.torchlib.nested import modules_in
 
-__all__ = ["AttributeGuard"]
+__all__ = ["AttributeGuard", "calls_torchs"]
 
 _MOST_STATES = 64
 _PLAIN = frozenset(
@@ -92,7 +92,7 @@ class AttributeGuard:
 
     def state(self) -> int:
         """The number of the state that they are in. No number ever stands for another state."""
-        if self._dicts.written():
+        if self._places and self._dicts.written():
             self._latest = self._state()
         return self._latest
 
@@ -193,6 +193,14 @@ class AttributeGuard:
                 values[id(module)] = tuple(kept.values()) if len(kept) > 1 else kept.popitem()[1]
         self._look_at(names, values)
         return self._numbers[0]
+
+
+def calls_torchs(items: list[Any]) -> bool:
+    """Whether code of the model's calls a forward of torch's itself, past the module.
+
+    That decides by the module's attributes. Of torch's functions alone, a path has them themselves.
+    """
+    return any(type(item) is types.FunctionType and item.__name__ == "forward" for item in items)
 
 
 def _equal(now: list[Any], known: list[Any]) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fmapkit.paths import KnownPaths, Sizes
-from fmapkit.replay.attribute_guard import AttributeGuard
+from fmapkit.replay.attribute_guard import AttributeGuard, calls_torchs
 from fmapkit.replay.input_truths import InputTruths, OwnTensors, Truths
 from fmapkit.replay.kept_state import KeptState
 from fmapkit.replay.plan import Plan, alike
@@ -46,12 +46,14 @@ class ReplayRegion:
     """
 
     __slots__ = (
-        *("_attributes", "_filling", "_kept_forms", "_known", "_truths", "form", "kept", "own"),
+        *("_attributes", "_filling", "_kept_forms", "_known", "_latest", "_truths"),
+        *("form", "kept", "own"),
     )
 
     def __init__(self, module: nn.Module) -> None:
         self._known: dict[tuple[Any, int], KnownPaths[Plan]] = {}
         self._truths: dict[tuple[Any, int], InputTruths] = {}
+        self._latest: Any = None
         self.form = weights_of(module)
         self.kept = KeptState(module)
         self.own = OwnTensors(module)
@@ -167,7 +169,7 @@ class ReplayRegion:
         annealed = bool(same) and self._attributes.differ_in_floats(same[0], state)
         if len(same) < len(others) and not annealed:
             return state if len(others) < _MOST_STATES else None
-        if same and self._attributes.may_look_less(same[0], state) and not _calls_torchs(items):
+        if same and self._attributes.may_look_less(same[0], state) and not calls_torchs(items):
             self._forget()
             return self._attributes.look_less(same[0], state)
         return state
@@ -186,8 +188,18 @@ class ReplayRegion:
         before, now = (self._truths.get((kind[0], state)) for state in (one, other))
         return before is not None and now is not None and before.like(now)
 
+    def took(self, call: Any) -> None:
+        """A call has taken the path that it was taken to take; the next one may be its twin."""
+        self._latest = call
+
+    def take_latest(self) -> Any:
+        """The latest call that did, if no other one has begun since; it counts as that no more."""
+        latest, self._latest = self._latest, None
+        return latest
+
     def doubt(self) -> None:
         """Have the next call of each kind traced."""
+        self._latest = None
         for paths in self._known.values():
             paths.doubt()
 
@@ -196,6 +208,7 @@ class ReplayRegion:
         return [path for known in self._known.values() for path in known.paths]
 
     def _forget(self) -> None:
+        self._latest = None
         self._known.clear()
         self._truths.clear()
 
@@ -373,14 +386,6 @@ class ReplayRegions:
         self._static.clear()
         self._usual.clear()
         self._known.clear()
-
-
-def _calls_torchs(items: list[Any]) -> bool:
-    """Whether code of the model's calls a forward of torch's itself, past the module.
-
-    That decides by the module's attributes. Of torch's functions alone, a path has them themselves.
-    """
-    return any(type(item) is FunctionType and item.__name__ == "forward" for item in items)
 
 
 def _is_usual(kind: type[nn.Module]) -> bool:

@@ -53,8 +53,8 @@ class _Taken:
     """A call of a region that is read by a plan: if the next one is given the same, it is its twin.
 
     Attributes:
-        region: that was called.
-        state: which it was in.
+        origins: what its inputs carried (see `carried`); None where nothing around it is known.
+        state: which the region was in.
         modes: that it ran in.
         given: see `plain_spec`.
         known: the paths of its kind.
@@ -66,7 +66,7 @@ class _Taken:
         truths: what it has read.
     """
 
-    region: ReplayRegion
+    origins: Any
     state: int
     modes: Any
     given: Any
@@ -78,11 +78,11 @@ class _Taken:
     reads: InputTruths | None
     truths: Truths | None
 
-    def reads_the_same(self, args: Any, kwargs: Any) -> bool:
-        """Whether another call, which is given the like, will read the same of it."""
+    def reads_the_same(self, region: ReplayRegion, args: Any, kwargs: Any) -> bool:
+        """Whether another call of the region, given the like, will read the same of it."""
         if not self.truths:
             return True
-        read = self.region.read(self.reads, tensors_in(*args, kwargs), self.given_sizes)
+        read = region.read(self.reads, tensors_in(*args, kwargs), self.given_sizes)
         return read == (self.truths, self.sizes)
 
 
@@ -115,7 +115,6 @@ class RegionCalls:
         self._paths = paths
         self._taking: _Taken | None = None  # the run that is under way
         self._placed: ReplayedEdits | None = None  # its edits
-        self._latest: _Taken | None = None  # the one before, where it took its path
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A call of a region begins.
@@ -129,15 +128,15 @@ class RegionCalls:
         region = self._regions.of(module)
         modes = self._modes(region)
         state = region.state()
-        latest, self._latest = self._latest, None
-        if tracer is None and latest is not None and not self._edits and not others_watch():
-            if latest.region is region and latest.modes == modes and latest.state == state:
-                if latest.given == plain_spec(args, kwargs) and latest.reads_the_same(args, kwargs):
-                    expected = self._paths.expect(latest.items)
-                    self._taking = latest
-                    self._start(module, latest.plan, args, kwargs, [], expected)
-                    return None
-        inputs: list[Label] = []
+        latest: _Taken | None = region.take_latest()
+        if latest is not None and latest.modes == modes and latest.state == state:
+            inputs = self._same(region, latest, args, kwargs)
+            if inputs is not None:
+                expected = self._paths.expect(latest.items)
+                self._taking = latest
+                self._start(module, latest.plan, args, kwargs, inputs, expected)
+                return None
+        inputs = []
         origins = given = None
         if tracer is not None:
             if tracer.editor:
@@ -167,16 +166,27 @@ class RegionCalls:
         if self._edits and self._edited_inside(plan, inputs):
             return self._recorder.enter(module, None, 0, *asked) or given
         items = known.items(sizes)
-        alone = tracer is None and not region.kept
-        spec = plain_spec(args, kwargs) if alone else None
-        told = region, state, modes, spec, known, given_sizes, sizes, plan, items, reads, truths
+        spec = None if region.kept else plain_spec(args, kwargs)
+        told = origins, state, modes, spec, known, given_sizes, sizes, plan, items, reads, truths
         self._taking = _Taken(*told)
         self._start(module, plan, args, kwargs, inputs, self._paths.expect(items))
         return given
 
-    def forget_latest(self) -> None:
-        """The next call is looked up, however alike it is to the latest."""
-        self._latest = None
+    def _same(
+        self, region: ReplayRegion, latest: _Taken, args: Any, kwargs: Any
+    ) -> list[Label] | None:
+        """What the inputs of a call carry, if it is the twin of the latest one; else None."""
+        if latest.given != plain_spec(args, kwargs) or self._edits or others_watch():
+            return None
+        inputs: list[Label] = []
+        tracer = self._live.tracer
+        if tracer is not None:
+            of = tracer.trace.labels.of
+            inputs = [of(t) for t in tensors_in(*args, kwargs)]
+        origins = None if tracer is None else carried(inputs, self._wants.of)
+        if latest.origins != origins or not latest.reads_the_same(region, args, kwargs):
+            return None
+        return inputs
 
     def _modes(self, region: ReplayRegion) -> Any:
         """What calls differ by that no argument tells."""
@@ -336,7 +346,7 @@ class RegionCalls:
         taken = known.taken(items, sizes)
         if taken and not run.lost:
             if self._taking.given is not None and self._taking.items is not None:
-                self._latest = self._taking
+                self._regions.of(run.module).took(self._taking)
             return
         if taken and run.failure is not None:
             module, error = run.failure

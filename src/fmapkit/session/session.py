@@ -192,7 +192,6 @@ class Session:
         self.wake(self._rest)
         if not resting.reliable:
             self.parts.regions.doubt()
-            self.parts.region_calls.forget_latest()
 
     def rest(self) -> Rest:
         """Between two blocks, or two calls of a capture that goes on, nothing is set.
