@@ -591,6 +591,36 @@ def test_functions_that_hand_on_are_tapped(
         assert not made
 
 
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch has it from 2.10 on")
+@pytest.mark.parametrize("by", ["name", "attribute", "local"])
+def test_grouped_products_are_tapped(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As mixtures of experts call it in transformers. The light mode sees all functions there are.
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(2, 8, 16))
+            self.down = nn.Parameter(torch.randn(2, 16, 8))
+            self.product: Any = F.grouped_mm
+
+        def forward(self, x: Tensor) -> Tensor:
+            ends = torch.tensor([4, 8], dtype=torch.int32)
+            if by == "name":
+                x = F.relu(F.grouped_mm(x, self.up, offs=ends))
+                return F.grouped_mm(x, self.down, offs=ends)
+            if by == "attribute":
+                x = F.relu(self.product(x, self.up, offs=ends))
+                return self.product(x, self.down, offs=ends)
+            product = self.product
+            return product(F.relu(product(x, self.up, offs=ends)), self.down, offs=ends)
+
+    torch.manual_seed(0)
+    made: list[None] = []
+    init = LightMode.__init__
+    monkeypatch.setattr(LightMode, "__init__", lambda *a: made.append(None) or init(*a))
+    check(Experts(), [(torch.randn(8, 8),) for _ in range(5)])
+    assert not made
+
+
 # -- parameters that are lent for a call ----------------------------------------------------------
 
 

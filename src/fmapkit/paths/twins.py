@@ -27,8 +27,8 @@ from fmapkit.paths.rewriting import Code, Twin, known_as, make_twins, qualified_
 from fmapkit.torchlib.caching import DictWatch
 
 _lock = threading.RLock()
-# The code of torch's functions that call a tensor's method of the same name, and do nothing else.
-_HANDING_ON = {id(f.__code__) for f in (F.sigmoid, F.tanh)}
+# The code of torch's functions that call another one of the same name, and do nothing else.
+_HANDING_ON = {id(f.__code__) for f in (F.sigmoid, F.tanh, getattr(F, "grouped_mm", F.tanh))}
 _code_of = operator.attrgetter("__code__")
 # By the original, and the attributes that are known to be fixed; None where there is no twin.
 _twins: dict[tuple[Code, frozenset[str], frozenset[str]], Twin | None] = {}
@@ -165,7 +165,8 @@ def _goes_to(function: Any, name: str | None, frame: types.FrameType) -> bool:
     while isinstance(found, functools.partial):
         found = found.func
     hands_on = id(getattr(found, "__code__", None)) in _HANDING_ON
-    return own == getattr(found, "__name__", None) if hands_on else found is function
+    name = getattr(found, "__name__", "")
+    return own.strip("_") == name if hands_on else found is function
 
 
 # A function, the code of its twin, and its own.

@@ -22,6 +22,7 @@ from fmapkit.provenance.vocabulary import (
     DATA_TO_PYTHON,
     DATA_TO_SIZES,
     FRESH,
+    GROUPED,
     METADATA,
     WRITES,
     words,
@@ -131,7 +132,8 @@ def _raw_name(function: Any) -> str:
     if name in ("__get__", "__set__"):
         owner = getattr(function, "__self__", None)
         return f"{name}.{getattr(owner, '__name__', '')}"
-    return name.split(".")[0].removeprefix("special_")
+    name = name.split(".")[0].removeprefix("special_")
+    return GROUPED if name == f"_{GROUPED}" else name
 
 
 def _describe(function: Any) -> Function:

@@ -55,7 +55,7 @@ def bias_operand(call: FunctionCall) -> Any:
 
 
 def _factors(call: FunctionCall) -> Sequence[Tensor]:
-    if call.name in GROUPED:
+    if call.name == GROUPED:
         return call.operands[:2]
     return call.operands[1:] if call.name in BIAS_FIRST else call.operands
 
@@ -174,7 +174,7 @@ def filter_places(call: FunctionCall, weight: Tensor) -> list[tuple[int, int]]:
     factors = _factors(call)[:2]
     if name == "tensordot":
         return _tensordot_places(call, weight) if factors[-1] is weight else []
-    if m < 2 or (name in GROUPED and weight.shape[0] > 1):
+    if m < 2 or (name == GROUPED and weight.shape[0] > 1):
         return []  # a vector; rows of several layers one after the other
     right = (factors[-1] is weight) != (name == "__rmatmul__")
     other = factors[0] if factors[-1] is weight else factors[-1]
@@ -184,7 +184,7 @@ def filter_places(call: FunctionCall, weight: Tensor) -> list[tuple[int, int]]:
         return []
     stack = [(n - 2 + vector - i, m - 2 - i) for i in range(1, m - 1)]
     stack = [(o, w) for o, w in stack if o >= 0 and weight.shape[w] > 1]
-    return [*stack, (at, m - 1 if right else m - 2)] if name not in GROUPED else [(at, m - 1)]
+    return [*stack, (at, m - 1 if right else m - 2)] if name != GROUPED else [(at, m - 1)]
 
 
 def _tensordot_places(call: FunctionCall, weight: Tensor) -> list[tuple[int, int]]:

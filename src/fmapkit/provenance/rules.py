@@ -277,7 +277,7 @@ RULES: dict[str, Rule] = {
     "cumprod": _along("cumprod"),
     **{name: write(name) for name in WRITES},
     "copy": _copy,
-    **{name: product(name) for name in MATMULS - {*GROUPED, "addbmm"}},
+    **{name: product(name) for name in MATMULS - {GROUPED, "addbmm"}},
     "einsum": einsum,
     "segment_reduce": segments,
     "where": where,

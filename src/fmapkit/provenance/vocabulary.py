@@ -107,10 +107,10 @@ BIAS_FIRST = (
 )  # products that take the bias first
 # Where a product may have its weight; the first operand that is one decides.
 MATMULS = words(
-    """matmul mm bmm __matmul__ __rmatmul__ mv addmm addbmm baddbmm addmv grouped_mm _grouped_mm
-    _sparse_mm _sparse_addmm smm"""
+    """matmul mm bmm __matmul__ __rmatmul__ mv addmm addbmm baddbmm addmv grouped_mm _sparse_mm
+    _sparse_addmm smm"""
 )
-GROUPED = ("grouped_mm", "_grouped_mm")  # whose other arguments are no factors
+GROUPED = "grouped_mm"  # whose other arguments are no factors
 
 # What runs several nonlinearities in one call that nobody can look into.
 OPAQUE = {
