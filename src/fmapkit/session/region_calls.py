@@ -114,6 +114,7 @@ class RegionCalls:
         self._kept_maps = kept_maps
         self._paths = paths
         self._taking: _Taken | None = None  # the run that is under way
+        self._region: ReplayRegion | None = None  # whose run it is
         self._placed: ReplayedEdits | None = None  # its edits
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -125,7 +126,7 @@ class RegionCalls:
         tracer = self._live.tracer
         if tracer is not None:
             self._live.trace_off()  # first of all: it would see what we look at
-        region = self._regions.of(module)
+        region = self._region = self._regions.of(module)
         modes = self._modes(region)
         state = region.state()
         latest: _Taken | None = region.take_latest()
@@ -337,7 +338,7 @@ class RegionCalls:
 
     def _check_path(self, run: ReplayRun) -> None:
         """Compare the path that a region's call took with that of its plan."""
-        assert self._taking is not None
+        assert self._taking is not None and self._region is not None
         known, sizes = self._taking.known, self._taking.sizes
         items = run.expected.taken()
         cut = self._stop is not None and self._stop.ended
@@ -346,7 +347,7 @@ class RegionCalls:
         taken = known.taken(items, sizes)
         if taken and not run.lost:
             if self._taking.given is not None and self._taking.items is not None:
-                self._regions.of(run.module).took(self._taking)
+                self._region.took(self._taking)
             return
         if taken and run.failure is not None:
             module, error = run.failure
