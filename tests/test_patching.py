@@ -292,6 +292,21 @@ def test_noise_that_corrupts_and_the_same_in_each_run(batch_size: int) -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize("step", [0, range(2), lambda n: n < 3])
+def test_an_edit_of_step_0_is_in_every_run(step: Any) -> None:
+    model, clean, _ = tokens()
+    asked: dict[str, Any] = {"layers": "h.?", "positions": "each", "filter_axis": -1}
+    corrupt = {Where("embed", "output", at=1, filter_axis=-1): edits.noise(2.0, seed=4)}
+    at_step = {Where("embed", "output", at=1, filter_axis=-1, step=step): edits.noise(2.0, seed=4)}
+    plain = patch(model, clean, clean, difference, edit=corrupt, **asked)
+    found = patch(model, clean, clean, difference, edit=at_step, **asked)
+    assert torch.equal(found.effect, plain.effect)
+    assert not torch.equal(found.effect[0], found.clean.expand_as(found.effect[0]))
+    later = {Where("embed", "output", step=1): edits.zero()}
+    with pytest.raises(ArgumentError, match="each run of patching is one pass, step 0"):
+        patch(model, clean, clean, difference, edit=later, **asked)
+
+
 def test_a_metric_of_a_layer_ends_each_pass_there() -> None:
     model, clean, corrupted = tokens()
     ran: list[int] = []

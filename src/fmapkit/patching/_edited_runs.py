@@ -50,7 +50,7 @@ class Runs:
     ) -> Iterator[FeatureMaps]:
         """Passes in which a function is given each map that is meant, after other edits."""
         edits: dict[Any, Any] = {
-            dataclasses.replace(where, at=None, filter=None): self._by_copy(function, where)
+            _in_each_run(where): self._by_copy(function, where)
             for where, function in ((Where.of(key), f) for key, f in (edit or {}).items())
         }
         edits[dataclasses.replace(self._where, optional=True)] = at_map
@@ -168,3 +168,16 @@ class Runs:
                 f"{tuple(found.shape)}"
             )
         return found if found.is_floating_point() else found.float()
+
+
+def _in_each_run(where: Where) -> Where:
+    """The whole maps of an edit, in every run: each is one pass, whose number is 0.
+
+    Raises:
+        ArgumentError: `step=` leaves that pass out.
+    """
+    if not where.has_step(0):
+        raise ArgumentError(
+            f"edit[{where!r}]: each run of patching is one pass, step 0, and step= leaves it out"
+        )
+    return dataclasses.replace(where, at=None, filter=None, step=None)

@@ -66,7 +66,7 @@ def patch(
         into: "corrupted" puts clean maps into the corrupted run, and asks what is enough to restore
             it; "clean" the other way, and asks what is needed.
         edit: edits that make the corrupted run corrupted, as in `capture(edit=...)`: noise on the
-            embeddings, say, with the clean input given twice.
+            embeddings, say, with the clean input given twice. Each run is one pass, of step 0.
         of: what the metric is of: a layer, or (layer, kind). The metric then gets that tensor, and
             the forward ends once it is there. None for what the model returns.
         batch_size: how many patched runs go into one forward, one after the other along the first
