@@ -178,6 +178,18 @@ def test_probe_of_numbers_is_a_regression_and_any_scoring_goes() -> None:
     assert named.chance is None
 
 
+def test_several_kinds_of_one_layer_are_each_read() -> None:
+    net, x = Net().eval(), torch.randn(20, 1, 6, 6)
+    asked = [("conv", "preactivation"), "conv", ("conv", "response")]
+    several = feature_map(net, asked)
+    by_name = feature_map(net, {"z": asked[0], "a": asked[1], "r": asked[2]})
+    rows, named = kept(several, x), kept(by_name, x)
+    assert rows.layers == ("conv preactivation", "conv", "conv response")
+    assert several.layers == list(rows.layers)
+    assert [k.smallest for k in rows] == [k.smallest for k in named]
+    assert len(probe(several, x, torch.arange(20) % 2)) == 3
+
+
 def test_the_probes_table_and_picture() -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib").use("Agg")

@@ -59,6 +59,8 @@ class Reader:
         )
         self._recurring = Recurring(made)
         self._wanted = [_Wanted(item, self._recurring) for item in asked.items]
+        if asked.form == "tuple":
+            _tell_apart(self._wanted)
         self._warned = all(item.exact for item in asked.items)
         self._captured = False  # the latest call was a pass that could be captured
         self._check_filters()
@@ -325,3 +327,11 @@ class _Wanted:
 
     def takes(self, fm: FeatureMap) -> bool:
         return fm.kind in self.kinds and self._selection.layer(fm.layer)
+
+
+def _tell_apart(wanted: Sequence[_Wanted]) -> None:
+    """The kind beside the name of a layer that is asked for more than once."""
+    labels = [w.label for w in wanted]
+    for w in wanted:
+        if labels.count(w.label) > 1 and w.item.kind not in (None, "activation"):
+            w.key = f"{w.label} {w.item.kind}"

@@ -79,7 +79,7 @@ class FeatureFunction(nn.Module):
     def layers(self) -> list[str]:
         """The names of what φ returns, in order; empty before the first call where it picks them.
 
-        Keys of a dict; else the layers' names.
+        Keys of a dict; else the layers' names, with the kind of one that is there several times.
         """
         return self._calls.reader(self.model, self._asked).keys
 
