@@ -524,6 +524,29 @@ def test_errors_of_singular_values(x: Tensor, options: Any, text: str) -> None:
     assert str(caught.value) == text
 
 
+def test_a_jacobian_that_is_not_finite_is_refused() -> None:
+    points = torch.randn(2, 1, 6, 6)
+    points[1, 0, 2, 2] = torch.nan
+    root = nn.Sequential(nn.Linear(3, 2), Root())
+    for phi, x, number in (
+        (feature_map(Net(), "conv"), points, 1),
+        (feature_map(root, "1", kind="output"), torch.zeros(1, 3), 0),
+    ):
+        with pytest.raises(ArgumentError) as error:
+            singular_values(phi, x)
+        assert str(error.value) == (
+            f"the Jacobian at point {number} has a NaN or an infinite value: it has no singular "
+            "values"
+        )
+
+
+class Root(nn.Module):
+    """A function whose derivative at 0 is infinite."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.detach()).abs().sqrt()
+
+
 def test_readings_of_one_layer_refuse_several() -> None:
     net, x = _net()
     phi = feature_map(net, ["conv", "down"])

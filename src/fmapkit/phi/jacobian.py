@@ -54,13 +54,14 @@ def singular_values(
         its rounding (1e-7 of the largest in float32) are noise.
 
     Raises:
-        ArgumentError: φ is of several layers, the points are no floating-point tensor, or a number
-            is not positive.
+        ArgumentError: φ is of several layers, the points are no floating-point tensor, a number is
+            not positive, or the Jacobian at a point has a NaN or an infinite value.
     """
     _check(x, k, max_steps, tolerance)
     with evaluating(phi), sdpa_kernel(SDPBackend.MATH):
         found = [
-            _at(phi, point, k, tolerance, max_steps, seed) for point in torch.split(x.detach(), 1)
+            _at(_Jacobian(phi, point, number), k, tolerance, max_steps, seed)
+            for number, point in enumerate(torch.split(x.detach(), 1))
         ]
     return torch.stack(found).detach()
 
@@ -77,16 +78,21 @@ def _check(x: Any, k: Any, max_steps: Any, tolerance: Any) -> None:
 
 
 class _Jacobian:
-    """Products with the Jacobian of φ at one point, (features, values of the input)."""
+    """Products with the Jacobian of φ at one point, (features, values of the input).
 
-    def __init__(self, phi: FeatureFunction, point: Tensor) -> None:
+    Args:
+        number: of the point, for an error.
+    """
+
+    def __init__(self, phi: FeatureFunction, point: Tensor, number: int) -> None:
         def flat(values: Tensor) -> Tensor:
             return one(phi(values.reshape(point.shape)), "a Jacobian").reshape(-1)
 
-        self._function, self._point = flat, point.reshape(-1)
+        self._function, self._point, self._number = flat, point.reshape(-1), number
         made: Any = torch.func.vjp(flat, self._point)
         output, self._back = made
         self.shape = (output.numel(), point.numel())
+        self.device = point.device
         self._dtype = output.dtype
 
     def times(self, block: Tensor) -> Tensor:
@@ -95,27 +101,32 @@ class _Jacobian:
             torch.func.jvp(self._function, (self._point,), (v.to(self._point.dtype),))[1]
             for v in block.T
         ]
-        return torch.stack(columns, 1).double()
+        return self._finite(columns)
 
     def transposed_times(self, block: Tensor) -> Tensor:
         """Jᵀ·U for the columns of U, in float64."""
-        columns = [self._back(u.to(self._dtype))[0] for u in block.T]
-        return torch.stack(columns, 1).double()
+        return self._finite([self._back(u.to(self._dtype))[0] for u in block.T])
+
+    def _finite(self, columns: list[Tensor]) -> Tensor:
+        block = torch.stack(columns, 1).double()
+        if not block.isfinite().all():
+            raise ArgumentError(
+                f"the Jacobian at point {self._number} has a NaN or an infinite value: it has no "
+                "singular values"
+            )
+        return block
 
 
-def _at(
-    phi: FeatureFunction, point: Tensor, k: int | None, tolerance: float, max_steps: int, seed: int
-) -> Tensor:
-    jacobian = _Jacobian(phi, point)
+def _at(jacobian: _Jacobian, k: int | None, tolerance: float, max_steps: int, seed: int) -> Tensor:
     rank = min(jacobian.shape)
     count = rank if k is None else min(k, rank)
     width = min(count + _EXTRA, rank)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(jacobian.shape[1], width, generator=generator, dtype=torch.float64)
-    block = jacobian.times(start.to(point.device))
-    basis = torch.empty(len(block), 0, dtype=torch.float64, device=point.device)
-    across = torch.empty(jacobian.shape[1], 0, dtype=torch.float64, device=point.device)
-    values = torch.zeros(count, dtype=torch.float64, device=point.device)
+    block = jacobian.times(start.to(jacobian.device))
+    basis = torch.empty(len(block), 0, dtype=torch.float64, device=jacobian.device)
+    across = torch.empty(jacobian.shape[1], 0, dtype=torch.float64, device=jacobian.device)
+    values = torch.zeros(count, dtype=torch.float64, device=jacobian.device)
     for _ in range(max_steps if k is not None else rank):
         new = _beyond(basis, block)
         if not new.shape[1]:  # the space is closed under J·Jᵀ: it has all that is not 0
