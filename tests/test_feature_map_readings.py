@@ -331,6 +331,7 @@ def test_ratios_pairs_and_collisions_are_those_of_all_pairs_by_hand(seed: int, c
         one = found[layer]
         assert one.smallest == pytest.approx(min(ratios.values()), rel=1e-12)
         assert one.largest == pytest.approx(max(ratios.values()), rel=1e-12)
+        assert one.median == pytest.approx(np.median(list(ratios.values())), rel=1e-12)
         assert ratios[one.closest] == pytest.approx(one.smallest, rel=1e-12)
         assert ratios[one.farthest] == pytest.approx(one.largest, rel=1e-12)
         assert one.collisions == sum(r == 0 for r in ratios.values())

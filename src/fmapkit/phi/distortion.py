@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -275,7 +276,7 @@ def _layer(name: str, x: Tensor, given: Tensor, apart: Tensor, tolerance: float)
         layer=name,
         smallest=float(ratios[low]),
         closest=pair(low),
-        median=float(ratios.median()),
+        median=float(np.median(ratios.numpy())),  # torch's is the lower of two in the middle
         largest=float(ratios[high]),
         farthest=pair(high),
         collisions=int(met.sum()),
