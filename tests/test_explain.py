@@ -368,6 +368,11 @@ def test_ctrl_c_loses_nothing(images: Tensor) -> None:
     with pytest.raises(ArgumentError) as error:
         occlusion(model, images, "c3", 1, 4, 3, resume=part)
     assert str(error.value) == "resume= is of another occlusion: give the same arguments again"
+    for other in ({"fill": 1.0}, {"at": (2, 2)}):
+        with pytest.raises(ArgumentError, match="give the same arguments again"):
+            occlusion(model, images, "c3", 2, 4, 3, resume=part, **other)
+    with pytest.raises(ArgumentError, match="give the same model and inputs again"):
+        occlusion(model, images + 1, "c3", 2, 4, 3, resume=part)
 
 
 def test_without_tqdm(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,7 +134,8 @@ def occlusion(
     steps = covered if stride is None else _each(stride, sizes, "stride")
     check_positive(batch_size=batch_size)
     starts = tuple(_starts(n, w, s) for n, w, s in zip(sizes, covered, steps, strict=True))
-    asked = (str(layer), filter, kind, call, path, sizes, covered, starts)
+    put = fill.tolist() if isinstance(fill, Tensor) else fill
+    asked = (str(layer), filter, kind, call, path, sizes, covered, starts, repr(at), put)
     wanted = WantedMap(layer, kind, call, path)
     with kept_state(model), torch.no_grad(), wanted.capture(model, stop=True) as maps:
         run(model, inputs)
@@ -144,10 +145,7 @@ def occlusion(
         usual = _totals(fm, mask, samples)
         drops = usual.new_full((len(usual), *map(len, starts)), torch.nan)
         if resume is not None:
-            if resume._asked != asked or resume.drops.shape != drops.shape:
-                raise ArgumentError(
-                    "resume= is of another occlusion: give the same arguments again"
-                )
+            _check_resumed(resume, asked, usual)
             drops.copy_(resume.drops)
         done = ~drops.isnan().any(0)
         left = [c for c in itertools.product(*map(range, drops.shape[1:])) if not done[c]]
@@ -169,6 +167,20 @@ def occlusion(
                 stacklevel=2,
             )
     return Occlusion(usual, drops, starts, covered, sizes, complete, asked)
+
+
+def _check_resumed(resume: Occlusion, asked: tuple[Any, ...], usual: Tensor) -> None:
+    """Whether it is of the same arguments, and of inputs that make the same of the map.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    same = resume.usual.shape == usual.shape and bool(
+        torch.isclose(resume.usual.to(usual), usual, rtol=1e-3, equal_nan=True).all()
+    )
+    if resume._asked != asked or not same:
+        what = "arguments" if resume._asked != asked else "model and inputs"
+        raise ArgumentError(f"resume= is of another occlusion: give the same {what} again")
 
 
 def _each(value: int | Sequence[int], sizes: tuple[int, ...], what: str) -> tuple[int, ...]:
