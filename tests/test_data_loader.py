@@ -74,6 +74,18 @@ def test_each_row_once_an_epoch_in_an_order_of_the_seed(make: Make) -> None:
     assert rows_of(list(make(32, buffer=96, seed=4))) != rows_of(first)
 
 
+@pytest.mark.parametrize("batches", [1, None])
+def test_an_epoch_that_is_broken_off_is_followed_by_another(
+    make: Make, batches: int | None
+) -> None:
+    whole, broken = make(32, buffer=96), make(32, buffer=96)
+    first, second = list(whole), list(whole)
+    count = batches or len(first)
+    part = [rows for _, rows in zip(range(count), broken, strict=False)]
+    assert all(torch.equal(a, b) for a, b in zip(part, first, strict=False))
+    assert all(torch.equal(a, b) for a, b in zip(broken, second, strict=True))
+
+
 def test_in_order_without_a_shuffle(make: Make) -> None:
     assert rows_of(list(make(7, shuffle=None))) == list(range(ROWS))
 

@@ -92,6 +92,8 @@ class StoredRows:
 class RowLoader:
     """Batches of rows; iterated anew it goes on to the next epoch, in another order.
 
+    So it does where an epoch was broken off.
+
     Made by `Features.loader` and by `stream`, which say what the other arguments mean.
 
     Args:
@@ -155,6 +157,7 @@ class RowLoader:
     def __iter__(self) -> Iterator[Any]:
         """The rest of the epoch where a state was loaded, else an epoch from its beginning."""
         if not self._going:
+            self._epoch += self._at.batches > 0  # one that was broken off
             self._at = _Position(self._source.pool(NO_ROWS))
         self._going = False
         position = self._at
