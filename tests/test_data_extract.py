@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -320,6 +321,38 @@ def test_analyses_ride_along_and_see_no_padding(tmp_path: Path) -> None:
     assert stats["mlp.0"].count.tolist() == [len(rows)] * 12
     torch.testing.assert_close(stats["mlp.0"].mean, rows.mean(0))
     torch.testing.assert_close(stats["mlp.0"].maximum.double(), rows.amax(0))
+
+
+class ConvEncoder(Encoder):
+    """Its tokens lie (samples, filters, positions)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(8, 12, 3, padding=1)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return F.gelu(self.conv(self.embed(ids).transpose(1, 2))).mean(2)
+
+
+@pytest.mark.parametrize("pool", [None, "mean", "max"])
+def test_tokens_of_a_convolution_are_those_of_the_mask(tmp_path: Path, pool: str | None) -> None:
+    torch.manual_seed(0)
+    model, data, stats = ConvEncoder().eval(), sequences(), Statistics()
+    for batch in data:
+        batch["mask"][:, 0] = 1
+    asked = {"mask": "mask", "pool": pool, "analyses": stats}
+    features = quiet(model, data, "conv", tmp_path / "f", **asked)
+    tokens, pooled = [], []
+    with torch.no_grad():
+        for batch in data:
+            h = F.gelu(model.conv(model.embed(batch["ids"]).transpose(1, 2))).transpose(1, 2)
+            for one, mask in zip(h, batch["mask"], strict=True):
+                tokens.append(one[mask.bool()])
+                pooled.append(tokens[-1].mean(0) if pool == "mean" else tokens[-1].amax(0))
+    expected = torch.cat(tokens) if pool is None else torch.stack(pooled)
+    torch.testing.assert_close(features["conv"].tensor(), expected)
+    assert features["conv"].filter_axis == 1
+    torch.testing.assert_close(stats["conv"].mean, torch.cat(tokens).double().mean(0))
 
 
 def test_sequences_of_different_lengths_need_a_mask(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from fmapkit import Analysis, FeatureMap
 from fmapkit.data._manifest import UnitRecord
 from fmapkit.data._place import Place, node_of
+from fmapkit.data._rows import positions_first
 from fmapkit.errors import ArgumentError, StoreError
 
 
@@ -132,7 +133,7 @@ class Riding:
 
 
 def _unpadded(fm: FeatureMap, mask: torch.Tensor | None, numbers: torch.Tensor) -> FeatureMap:
-    tensor, axis = fm.tensor, fm.filter_dim
+    tensor, axis = positions_first(fm.tensor, fm.filter_dim, mask)
     if mask is not None and axis is not None and tensor.shape[:2] == mask.shape:
         axis %= tensor.dim()
         if axis != 1:  # else it is of samples, without positions

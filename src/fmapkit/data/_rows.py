@@ -132,6 +132,7 @@ class Rows:
                 f"{said} is one rank's part of a map, or a DTensor; extract takes features of "
                 "models that are whole on each rank"
             )
+        tensor, axis = positions_first(tensor, axis, mask)
         sequence = mask is not None and self._of_tokens(tensor, axis, mask, said)
         if callable(self._pool):
             tensor, axis = _called(self._pool, fm, said), None
@@ -214,6 +215,14 @@ class Rows:
             dtype = "string" if text else str(array.dtype)
             found.append((FieldSpec(name, per, array.shape[1:], dtype), array))
         return found
+
+
+def positions_first(
+    tensor: Tensor, axis: int | None, mask: Tensor | None
+) -> tuple[Tensor, int | None]:
+    """A map and its filter axis, (samples, positions, filters) where it lies as Conv1d has it."""
+    lies = mask is not None and axis == 1 and tensor.dim() == 3 and tensor.shape[::2] == mask.shape
+    return (tensor.transpose(1, 2), 2) if lies else (tensor, axis)
 
 
 def _named(keep: Keep) -> dict[str, Any]:
