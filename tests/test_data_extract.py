@@ -313,6 +313,16 @@ def test_pools_leave_padding_out(tmp_path: Path, pool: str) -> None:
     torch.testing.assert_close(features["mlp.0"].tensor(), torch.stack(rows))
 
 
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_a_sample_of_padding_alone_has_no_pool(tmp_path: Path, pool: str) -> None:
+    data = sequences()
+    for batch in data:
+        batch["mask"][:, 0] = 1
+    data[1]["mask"][2] = 0
+    with pytest.raises(ArgumentError, match=f"no position of sample 2 of a batch.* no {pool};"):
+        quiet(Encoder().eval(), data, "mlp.0", tmp_path / "f", mask="mask", pool=pool)
+
+
 def test_analyses_ride_along_and_see_no_padding(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, stats = Encoder().eval(), Statistics()

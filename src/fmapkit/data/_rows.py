@@ -283,6 +283,12 @@ def _pooled(
     if mask is None:
         found = tensor.mean(over) if pool == "mean" else tensor.amax(over)
     else:
+        if not bool(mask.any(1).all()):
+            raise ArgumentError(
+                f"mask= keeps no position of sample {int(mask.any(1).int().argmin())} of a batch, "
+                f"of which {said} has no {pool}; leave such samples out of the data, or pool with "
+                "a function"
+            )
         keep = mask.to(tensor.device).reshape(*mask.shape, *[1] * (tensor.dim() - 2))
         if pool == "mean":
             wide = torch.promote_types(tensor.dtype, torch.float32)
