@@ -401,6 +401,17 @@ def test_grad_cam_is_captums(target: Any, layer: str, module: str, images: Tenso
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_grad_cam_of_a_class_of_maps_takes_a_function() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 1))
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(ArgumentError, match=r"\(2, 5, 8, 8\), of which classes may lie along"):
+        grad_cam(model, x, "0", target=2)
+    found = grad_cam(model, x, "0", target=lambda output: output[:, 2].sum((1, 2)), relu=False)
+    weight = model[2].weight.detach()[2]
+    a = model[1](model[0](x)).detach()
+    torch.testing.assert_close(found, (weight * a).sum(1))
+
+
 def test_grad_cam_has_the_formula_for_any_output(images: Tensor) -> None:
     model = _net("in place")
     found = grad_cam(

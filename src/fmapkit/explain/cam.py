@@ -45,8 +45,9 @@ def grad_cam(
         layer: whose maps: a name, module, or whatever else `maps.select(layer=)` takes that means
             one.
         target: which output: the index of a class, along the last axis of the first tensor that the
-            model returns; a tensor with an index for each sample; or a function of what the model
-            returns that gives a number, or one for each sample.
+            model returns, (…, classes) with three axes at most; a tensor with an index for each
+            sample; or a function of what the model returns that gives a number, or one for each
+            sample.
         relu: keep what speaks for the output only, as in the paper.
         upsample: bilinear, to the locations of the input, for an image.
         kind: of the map; by default the activation, or the preactivation where no nonlinearity
@@ -116,6 +117,12 @@ def _score(output: Any, target: Target) -> Tensor:
         raise ArgumentError(
             f"the model returned {type(output).__name__}, in which no class can be chosen: give "
             "target= a function of it"
+        )
+    if logits.dim() > 3:
+        raise ArgumentError(
+            f"the model returned a tensor of shape {tuple(logits.shape)}, of which classes may lie "
+            "along another axis than the last one: give target= a function of it, such as "
+            "lambda output: output[:, 3].sum((1, 2))"
         )
     classes = logits.shape[-1]
     index = torch.as_tensor(target, device=logits.device)
