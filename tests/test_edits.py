@@ -525,3 +525,19 @@ def test_other_edits_beside_such_a_hook(inplace: bool, grads: bool) -> None:
             assert torch.equal(maps["0", "preactivation"].tensor, z)
             assert torch.equal(maps["0"].tensor, a)
             assert torch.equal(maps["1", "output"].tensor, a * 2)
+
+
+@pytest.mark.parametrize("edit", [edits.add(0.5), edits.set(torch.tensor(2.7))])
+def test_fractions_are_not_cut_to_the_whole_numbers_of_a_map(edit: Any) -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
+    ids = torch.tensor([[1, 2, 3]])
+    with (
+        pytest.raises(
+            EditError, match=r"would be cut to the torch.int64 of the input of layer '0'"
+        ),
+        capture(model, edit={("0", "input"): edit}),
+    ):
+        model(ids)
+    with capture(model, edit={("0", "input"): edits.add(1)}), torch.no_grad():
+        moved = model(ids)
+    assert torch.equal(moved, model[1](model[0](ids + 1)))

@@ -225,6 +225,12 @@ def _name(fm: FeatureMap) -> str:
 
 def _fitted(value: Tensor | float, fm: FeatureMap) -> Tensor:
     """The value in the map's dtype and on its device, so that torch broadcasts it as is meant."""
+    fraction = value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, float)
+    if fraction and not (fm.dtype.is_floating_point or fm.dtype.is_complex):
+        raise EditError(
+            f"a value that is no whole number would be cut to the {fm.dtype} of {_name(fm)[:-1]}",
+            **tags(fm),
+        )
     other = torch.as_tensor(value, dtype=fm.dtype, device=fm.device)
     if other.dim() == 1 and fm.tensor.dim() > 1:
         axis = _axis(fm, len(other), "a vector")
