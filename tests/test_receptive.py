@@ -401,6 +401,25 @@ def test_a_model_that_takes_one_size_only() -> None:
     assert field.whole
 
 
+@pytest.mark.parametrize("size", [7, 9])
+def test_a_map_of_a_fixed_size_has_no_stride_but_its_own(size: int) -> None:
+    class Resized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(2, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.conv(F.interpolate(x, size)))
+
+    field = receptive_field(Resized(), "conv", torch.randn(1, 2, 13), axes=2)
+    assert [tuple(field.box(i)) for i in range(3)] == [
+        (i * 13 // size, i * 13 // size + 1) for i in range(3)
+    ]
+    assert (field.size, field.stride, field.offset) == ((None,), (None,), (None,))
+    twice = receptive_field(Resized(), "conv", torch.randn(1, 2, 2 * size), axes=2)
+    assert (twice.size, twice.stride, twice.offset) == ((1,), (2,), (0,))
+
+
 # -- what cannot be followed -----------------------------------------------------------------------
 
 

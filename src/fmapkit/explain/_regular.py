@@ -12,14 +12,48 @@ class Regular:
     """How the fields of a map lie along one axis of the input.
 
     Attributes:
-        size: locations that the largest of them has, where no border cuts it.
-        stride: how far one is from the next.
-        offset: where the first begins: negative in the padding.
+        begins: where each field of the first period begins: negative in the padding.
+        ends: the location after its last.
+        step: how far a period is from the next.
     """
 
-    size: int
-    stride: Fraction
-    offset: int
+    begins: tuple[int, ...]
+    ends: tuple[int, ...]
+    step: int
+
+    @property
+    def size(self) -> int:
+        """Locations that the largest of them has, where no border cuts it."""
+        return max(b - a for a, b in zip(self.begins, self.ends, strict=True))
+
+    @property
+    def stride(self) -> Fraction:
+        """How far one is from the next."""
+        return Fraction(self.step, len(self.begins))
+
+    @property
+    def offset(self) -> int:
+        """Where the first begins."""
+        return self.begins[0]
+
+    def fields(self, count: int) -> list[tuple[int, int]]:
+        """Where each of so many begins and ends, borders or not."""
+        turns = [divmod(i, len(self.begins)) for i in range(count)]
+        return [(self.begins[i] + n * self.step, self.ends[i] + n * self.step) for n, i in turns]
+
+    def holds(self, starts: Sequence[int], stops: Sequence[int], length: int) -> bool:
+        """Whether fields, as in `regular`, are so wherever no border cuts them, or a part of it."""
+        found = self.fields(len(starts))
+        begin, end = _uncut(found, starts, stops, length)
+        return (
+            all(starts[i] == found[i][0] for i in begin)
+            and all(stops[i] == found[i][1] for i in end)
+            and all(
+                first <= starts[i] and stops[i] <= last
+                for i, (first, last) in enumerate(found)
+                if stops[i] > starts[i]
+            )
+        )
 
 
 def regular(starts: Sequence[int], stops: Sequence[int], length: int) -> Regular | None:
@@ -43,13 +77,10 @@ def regular(starts: Sequence[int], stops: Sequence[int], length: int) -> Regular
             continue
         begins = _extended(starts, range(last - period + 1, last + 1), period, step)
         ends = _extended(stops, range(first, first + period), period, step)
-        found = [
-            (begins[i % period] + i // period * step, ends[i % period] + i // period * step)
-            for i in range(len(starts))
-        ]
-        if _agree(found, starts, stops, length, period):
-            sizes = [b - a for a, b in found[:period]]
-            return Regular(max(sizes), Fraction(step, period), begins[0])
+        found = Regular(tuple(begins), tuple(ends), step)
+        known = _uncut(found.fields(len(starts)), starts, stops, length)
+        if min(map(len, known)) > period + 1 and found.holds(starts, stops, length):
+            return found
     return None
 
 
@@ -59,19 +90,11 @@ def _extended(values: Sequence[int], known: range, period: int, step: int) -> li
     return [found[phase] for phase in range(period)]
 
 
-def _agree(
-    found: Sequence[tuple[int, int]],
-    starts: Sequence[int],
-    stops: Sequence[int],
-    length: int,
-    period: int,
-) -> bool:
-    """Whether fields are so wherever no border cuts them, and that is known of enough of them."""
-    filled = [i for i in range(len(found)) if stops[i] > starts[i]]  # not of padding alone
+def _uncut(
+    found: Sequence[tuple[int, int]], starts: Sequence[int], stops: Sequence[int], length: int
+) -> tuple[list[int], list[int]]:
+    """Of which fields the border cuts no beginning, and no end; of none that are padding alone."""
+    filled = [i for i in range(len(found)) if stops[i] > starts[i]]
     begin = [i for i in filled if 0 <= found[i][0] < length]
     end = [i for i in filled if 0 < found[i][1] <= length]
-    return (
-        min(len(begin), len(end)) > period + 1
-        and all(starts[i] == found[i][0] for i in begin)
-        and all(stops[i] == found[i][1] for i in end)
-    )
+    return begin, end

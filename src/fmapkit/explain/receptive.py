@@ -128,7 +128,7 @@ class ReceptiveField:
 
         Where the example is too small to tell, the model is run on a longer one, axis by axis. None
         where there is no such number: the map sees the whole input whatever its size, the fields do
-        not lie regularly, or the model takes no other size.
+        not lie regularly (as those of a map of a fixed size), or the model takes no other size.
         """
         return tuple(None if r is None else r.size for r in self._regular)
 
@@ -154,7 +154,8 @@ class ReceptiveField:
     def _find(self, axis: int) -> Regular | None:
         if len(self.shape) != len(self.input_shape):
             return None  # no axis of the map is that axis of the input
-        found = _regular_along(self.starts, self.stops, axis, self.input_shape[axis])
+        own = _ends_along(self.starts, self.stops, axis, self.input_shape[axis])
+        found = regular(*own)
         if found is not None or self._longer is None:
             return found
         for length in self._lengths:
@@ -163,9 +164,9 @@ class ReceptiveField:
             larger = self._longer(axis, length)
             if larger is None:
                 return None
-            found = _regular_along(*larger, axis, length)
-            if found is not None:
-                return found
+            found = regular(*_ends_along(*larger, axis, length))
+            if found is not None:  # a map of a fixed size has another stride there
+                return found if found.holds(*own) else None
         return None
 
     def plot(self, *location: int, image: Any = None, effective: Tensor | None = None) -> Figure:
@@ -327,14 +328,17 @@ def _read(
     return starts.masked_fill(nothing, 0), stops.masked_fill(nothing, 0)
 
 
-def _regular_along(starts: Tensor, stops: Tensor, axis: int, length: int) -> Regular | None:
+def _ends_along(
+    starts: Tensor, stops: Tensor, axis: int, length: int
+) -> tuple[list[int], list[int], int]:
+    """Where fields begin and end along an axis, and the length of that."""
     others = [a for a in range(starts.dim() - 1) if a != axis]
     first, last = starts[..., axis], stops[..., axis]
     if others:  # together, but for those that see nothing
         first = first.masked_fill(last == first, length).amin(others)
         last = last.amax(others)
         first = torch.minimum(first, last)
-    return regular(first.tolist(), last.tolist(), length)
+    return first.tolist(), last.tolist(), length
 
 
 def _tiled(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
