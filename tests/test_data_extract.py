@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 from fmapkit import (
     AmbiguousMapError,
     ArgumentError,
+    CaptureWarning,
     FeatureMap,
     KindNotCapturedError,
     NotAModuleError,
@@ -232,6 +234,25 @@ def test_call(model: Net, tmp_path: Path) -> None:
         model, data, "conv2", tmp_path / "f", call=lambda m, batch: m(batch["nested"]["image"])
     )
     assert torch.equal(features["conv2"].tensor(), truth(model)["a2"])
+
+
+def test_values_beyond_the_range_of_the_dtype_are_warned_of(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU()).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1e5]]))
+    data = list(torch.ones(12, 2).split(4))
+    with pytest.warns(CaptureWarning) as warned:
+        features = quiet(model, data, "0", tmp_path / "f", dtype=torch.float16)
+    assert [str(w.message) for w in warned] == [
+        "the activation of layer '0' has a NaN or an infinite value in float16, which holds values "
+        "up to 65504: dtype=torch.bfloat16 has the range of float32"
+    ]
+    assert features["0"].tensor().isinf().sum() == 12
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quiet(model, data, "0", tmp_path / "g", dtype=torch.bfloat16)
+        quiet(model, [x / 10 for x in data], "0", tmp_path / "h", dtype=torch.float16)
+        quiet(model, [x / 0 for x in data], "0", tmp_path / "i")
 
 
 # -- sequences ----------------------------------------------------------------------------------

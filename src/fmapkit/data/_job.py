@@ -213,6 +213,7 @@ class Job:
                 if unit is None:
                     unit = writer.unit(batch.number // manifest.batches_per_unit, batch.start)
                     unit.digest = digest(batch.data)
+                self.run.rows.warn_of_overflow(taken)
                 unit.add(taken)
                 if bar is not None:
                     bar.update(taken.samples)

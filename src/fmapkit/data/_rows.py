@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fmapkit import FeatureMap
+from fmapkit._warnings import warn
 from fmapkit.data._batches import first_size
 from fmapkit.data._manifest import ArraySpec, FieldSpec, Spec
 from fmapkit.errors import ArgumentError, DistributedError, StoreError, listed
@@ -70,6 +71,7 @@ class Rows:
         self._pool = pool
         self._mask = mask
         self._dtype = dtype
+        self._narrowed: dict[ArraySpec, str] = {}  # what is stored in a type of less range
         self.keep = _named(keep)
         if self.tokens and (taken := [name for name in _TOKEN_FIELDS if name in self.keep]):
             raise ArgumentError(
@@ -148,6 +150,7 @@ class Rows:
                 "first axis does not count them; say with pool=function(fm) what the row of each "
                 "sample is"
             )
+        given = tensor.dtype
         if self._dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(self._dtype)
         filters = None if axis is None or fm.filters is None else tuple(fm.filters)
@@ -166,7 +169,23 @@ class Rows:
             filter_axis=axis,
             filters=filters,
         )
+        if tensor.is_floating_point() and _largest(tensor.dtype) < _largest(given):
+            self._narrowed.setdefault(spec, said)
         return spec, tensor
+
+    def warn_of_overflow(self, taken: Taken) -> None:
+        """Warn, once of each array, of values that its type may not hold; of rows on the host."""
+        for spec, rows in taken.arrays:
+            if not (said := self._narrowed.get(spec, "")) or not rows.numel():
+                continue
+            wide = rows if rows.element_size() > 1 else rows.float()
+            if torch.stack((wide.amin(), wide.amax())).isfinite().all():
+                continue
+            self._narrowed[spec] = ""
+            warn(
+                f"{said} has a NaN or an infinite value in {spec.dtype}, which holds values up to "
+                f"{_largest(rows.dtype):g}: dtype=torch.bfloat16 has the range of float32"
+            )
 
     def _of_tokens(self, tensor: Tensor, axis: int | None, mask: Tensor, said: str) -> bool:
         """Whether axes 0 and 1 of a map are the samples and positions of the mask."""
@@ -239,6 +258,10 @@ def _named(keep: Keep) -> dict[str, Any]:
                 f"function of it, not {where!r}"
             )
     return named
+
+
+def _largest(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).max if dtype.is_floating_point else 0.0
 
 
 def _axis(fm: FeatureMap) -> int | None:

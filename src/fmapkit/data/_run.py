@@ -28,6 +28,7 @@ class Run:
 
     Attributes:
         model: without what `DistributedDataParallel` has around it.
+        rows: what makes rows of maps.
         missed: what was not captured, as of the latest pass.
     """
 
@@ -46,7 +47,7 @@ class Run:
         self.model = _checked(model)
         self._watch = partial(capture, self.model, layers, kinds=kinds, filters=filters, stop=stop)
         self._watch()  # has `capture` check its arguments before anything else happens
-        self._rows = rows
+        self.rows = rows
         self.riding = riding
         self._device = _device_of(self.model, device)
         self._call = call or _default_call(self.model, rows.keep)
@@ -71,9 +72,9 @@ class Run:
                 if keys == self._keys:
                     break
             self.missed = maps.missed
-            taken = self._rows.take(found, batch.data, batch.start)
+            taken = self.rows.take(found, batch.data, batch.start)
             if ride:
-                mask = self._rows.mask_of(batch.data)
+                mask = self.rows.mask_of(batch.data)
                 self.riding.show(found, mask, batch.start, taken.samples)
         return taken
 
