@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -554,6 +556,63 @@ def test_analyses_go_on_where_they_were(model: Net, tmp_path: Path) -> None:
 
 
 # -- what is refused ----------------------------------------------------------------------------
+
+
+class AtPlace:
+    """A pool that has an attribute."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+    def __call__(self, fm: FeatureMap) -> Tensor:
+        return fm.tensor[:, :, self.place, 0]
+
+
+def _pools(place: int) -> dict[str, Any]:
+    """Functions that differ in nothing but what they hold."""
+
+    def of(fm: FeatureMap) -> Tensor:
+        return fm.tensor[:, :, place, 0]
+
+    def around(fm: FeatureMap) -> Tensor:
+        return of(fm)
+
+    weights = torch.zeros(5).index_fill(0, torch.tensor(place), 1.0)
+    return {
+        "closure": of,
+        "nested": around,
+        "default": lambda fm, place=place: fm.tensor[:, :, place, 0],
+        "object": AtPlace(place),
+        "tensor": lambda fm: (fm.tensor[..., 0] * weights).sum(2),
+    }
+
+
+@pytest.mark.parametrize("how", _pools(0))
+def test_a_function_that_holds_another_value_is_another_one(
+    model: Net, tmp_path: Path, how: str
+) -> None:
+    first = quiet(model, loader(), "conv2", tmp_path, pool=_pools(0)[how])
+    again = quiet(model, loader(), "conv2", tmp_path, pool=_pools(0)[how])
+    assert torch.equal(first["conv2"].tensor(), again["conv2"].tensor())
+    with pytest.raises(StoreMismatchError, match=r"pool: .* then, .* now"):
+        quiet(model, loader(), "conv2", tmp_path, pool=_pools(1)[how])
+
+
+def test_a_function_is_the_same_one_in_every_process() -> None:
+    code = (
+        "from fmapkit.data._fingerprint import describe\n"
+        "print(describe(lambda batch: batch in {'a', 'b', 'c', 'd', 'e'}))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(said) == 1
 
 
 def test_another_call_at_the_same_place_is_refused_by_name(model: Net, tmp_path: Path) -> None:

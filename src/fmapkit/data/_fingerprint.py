@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from types import CodeType
 from typing import Any
 
@@ -105,12 +106,13 @@ def _sampled(flat: Any) -> Any:
     return flat[:: max(1, len(flat) // _SAMPLED)]
 
 
-def describe(value: Any, model: nn.Module | None = None) -> Any:
+def describe(value: Any, model: nn.Module | None = None, *, pure: bool = True) -> Any:
     """An argument as JSON that is the same for equal arguments, in other processes too.
 
     Args:
         value: a plain value, a module, type, regex or function, or several of these.
         model: whose modules go by their names.
+        pure: what a function holds says what it gives; else it may as well count or log.
 
     Raises:
         ArgumentError: it is none of these.
@@ -133,15 +135,22 @@ def describe(value: Any, model: nn.Module | None = None) -> Any:
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
     if callable(value):
-        return _function(value)
+        return _function(value, 4 if pure else 0)
     raise ArgumentError(f"{value!r} cannot be described, so it could not be told from another")
 
 
-def _function(function: Any) -> str:
-    """Name of a function and a hash of its code; what it reads from elsewhere is not in it."""
+def _function(function: Any, depth: int) -> str:
+    """Name of a function, what it holds, and a hash of its code; what it reads elsewhere is not in.
+
+    Args:
+        depth: functions in functions up to which what they hold is looked at; a partial's
+            arguments always are.
+    """
     inner = getattr(function, "func", function)  # of a functools.partial
-    bound = [describe(a) for a in getattr(function, "args", ())]
-    bound += [describe(v) for v in (getattr(function, "keywords", None) or {}).values()]
+    bound = list(getattr(function, "args", ())) if function is not inner else []
+    bound += (getattr(function, "keywords", None) or {}).values() if function is not inner else ()
+    bound += _holdings(inner) if depth else ()
+    bound = [_held(value, depth - 1) for value in bound]
     owner = getattr(inner, "__self__", None)
     home = inner if hasattr(inner, "__qualname__") else type(inner)
     code = getattr(inner, "__code__", None)
@@ -153,6 +162,36 @@ def _function(function: Any) -> str:
     return f"{name} ({_code(code)})" if isinstance(code, CodeType) else name
 
 
+def _holdings(inner: Any) -> Iterator[Any]:
+    """What a function holds: defaults, variables around it, and attributes of an object."""
+    yield from getattr(inner, "__defaults__", None) or ()
+    yield from (getattr(inner, "__kwdefaults__", None) or {}).values()
+    for cell in getattr(inner, "__closure__", None) or ():
+        with suppress(ValueError):  # it is empty yet
+            yield cell.cell_contents
+    if not hasattr(inner, "__qualname__") and not isinstance(inner, nn.Module):
+        yield from getattr(inner, "__dict__", {}).values()
+
+
+def _held(value: Any, depth: int) -> Any:
+    """A value as far as it is told from others in any process: else its type."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"{type(value).__name__} {digest(value)}"
+    if isinstance(value, (list, tuple, Mapping, set, frozenset)):
+        if depth <= 0:
+            return len(value)
+        if isinstance(value, Mapping):
+            return {str(key): _held(item, depth - 1) for key, item in value.items()}
+        found = [_held(item, depth - 1) for item in value]
+        return found if isinstance(value, (list, tuple)) else sorted(found, key=repr)
+    if isinstance(value, type) or not callable(value) or isinstance(value, nn.Module):
+        try:
+            return describe(value)
+        except ArgumentError:
+            return type(value).__qualname__
+    return _function(value, max(depth, 0))
+
+
 def _code(code: CodeType) -> str:
     seen = hashlib.blake2b(digest_size=4)
 
@@ -162,6 +201,8 @@ def _code(code: CodeType) -> str:
         for constant in one.co_consts:
             if isinstance(constant, CodeType):
                 take(constant)
+            elif isinstance(constant, frozenset):  # whose order is another in each process
+                seen.update(repr(sorted(constant, key=repr)).encode())
             else:
                 seen.update(repr(constant).encode())
 

@@ -113,7 +113,7 @@ def extract(
         "mask": describe(mask),
         "dtype": describe(dtype),
         "keep": describe(rows.keep),
-        "call": describe(call),
+        "call": describe(call, pure=False),
         "compress": describe(compress if compress is None or isinstance(compress, str) else "own"),
         "analyses": riding.names,
         "loader": batches.describe(),
