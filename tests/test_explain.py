@@ -380,6 +380,23 @@ def test_without_tqdm(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     assert occlusion(_net(), images, "c3", 2, 12).complete
 
 
+def test_windows_do_not_depend_on_how_many_are_run_at_once() -> None:
+    class Tabled(nn.Module):
+        """One input has as many rows as there are samples, and is no sample's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor, table: Tensor) -> Tensor:
+            return F.relu(self.c(x) + table.sum() + x.mean())
+
+    model, x, table = Tabled().eval(), torch.randn(2, 3, 8, 8), torch.rand(2)
+    alone = occlusion(model, (x, table), "c", 1, 4, batch_size=1)
+    together = occlusion(model, (x, table), "c", 1, 4, batch_size=8)
+    assert torch.equal(alone.drops, together.drops)
+
+
 # -- Grad-CAM --------------------------------------------------------------------------------------
 
 

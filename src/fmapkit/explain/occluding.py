@@ -113,7 +113,8 @@ def occlusion(
         call: which call of the layer, where it has several.
         path: place in a nested output.
         axes: which axes of the input are its locations (see `receptive_field`).
-        batch_size: how many covered inputs are run at once.
+        batch_size: how many covered inputs are run at once. A pass with nothing covered comes
+            first: where samples take part in each other's maps, windows are tried one by one.
         resume: what an interrupted run has given; its windows are not tried again.
         show_progress: with tqdm, where that is installed and the output is a terminal.
 
@@ -150,6 +151,11 @@ def occlusion(
         done = ~drops.isnan().any(0)
         left = [c for c in itertools.product(*map(range, drops.shape[1:])) if not done[c]]
         many = 1 if model.training or samples is None else max(1, batch_size // samples)
+        if many > 1 and left:  # each has to be what it is alone
+            nothing = tuple(slice(0, 0) for _ in along)
+            run(model, _covered(inputs, tensor, along, [nothing] * many, fill))
+            among = wanted.among(maps)
+            many = many if _alike(_totals(among, mask, samples), usual, among.dtype) else 1
         groups = [left[i : i + many] for i in range(0, len(left), many)]
         complete = True
         try:
@@ -225,6 +231,14 @@ def _totals(fm: FeatureMap, mask: Tensor, samples: int | None) -> Tensor:
         )
     apart = values.reshape(-1, *mask.shape)
     return (apart * mask).flatten(2).sum(2).flatten()
+
+
+def _alike(totals: Tensor, usual: Tensor, dtype: torch.dtype) -> bool:
+    """Whether copies of the inputs in one batch make of the map what one does."""
+    close = torch.finfo(dtype).eps ** 0.5 if dtype.is_floating_point else 0.0
+    least = close * float(usual.abs().max())
+    copies = totals.reshape(-1, *usual.shape)
+    return all(torch.allclose(c, usual, rtol=close, atol=least, equal_nan=True) for c in copies)
 
 
 def _covered(
