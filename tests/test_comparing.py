@@ -497,6 +497,22 @@ def test_another_batch(net: Net, x: Tensor) -> None:
     assert (caught.value.layer, caught.value.kind) == ("conv1", "preactivation")
 
 
+def test_inputs_of_other_numbers(net: Net, x: Tensor) -> None:
+    maps = []
+    for numbers in ([3, 4], [4, 3], [3, 4]):
+        with capture(net) as one, torch.no_grad():
+            one.batch(numbers)
+            net(x)
+        maps.append(one)
+    assert compare(maps[0], maps[2]).equal
+    with pytest.raises(ArgumentError) as caught:
+        compare(maps[0], maps[1])
+    assert str(caught.value) == (
+        "the preactivation of 'conv1' is of other inputs in the second, by the numbers that "
+        "maps.batch gave: give both models the same input; step= says which pass of each"
+    )
+
+
 def test_other_filters(net: Net, x: Tensor) -> None:
     maps = [run(net, x, filters={"conv1": f}) for f in ([0, 1], [0, 2])]
     with pytest.raises(

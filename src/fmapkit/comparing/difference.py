@@ -80,7 +80,8 @@ def difference(
         gradients: compare `grad` in place of the values.
 
     Raises:
-        ArgumentError: they have other shapes or filters, or no gradient.
+        ArgumentError: they have other shapes or filters, are of inputs of other numbers, or have no
+            gradient.
         DistributedError: one is a `DTensor`.
     """
     _check_alike(a, b)
@@ -206,6 +207,14 @@ def _check_alike(a: FeatureMap, b: FeatureMap) -> None:
                 kind=a.kind,
                 call=a.call,
             )
+    if a.ids is not None and b.ids is not None and not torch.equal(a.ids.cpu(), b.ids.cpu()):
+        raise ArgumentError(
+            f"the {a.kind} of {name!r} is of other inputs in the second, by the numbers that "
+            "maps.batch gave: give both models the same input; step= says which pass of each",
+            layer=a.layer,
+            kind=a.kind,
+            call=a.call,
+        )
 
 
 def _filters(fm: FeatureMap) -> tuple[int, ...] | None:
