@@ -199,6 +199,31 @@ def test_numbers_are_for_one_pass() -> None:
                 maps.batch(wrong)  # type: ignore[arg-type]
 
 
+def test_inputs_that_nobody_counted_are_warned_of() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(12, 3)
+
+    def run(top: TopInputs, numbered: bool = False, **options: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as given, torch.no_grad():
+            warnings.simplefilter("always")
+            with capture(model, analyses=top, keep=0, **options) as maps:
+                for ids in torch.arange(12).split(2):
+                    if numbered:
+                        maps.batch(ids)
+                    model(x[ids])
+                    if ids[0] == 4:
+                        top.reset()
+        return [str(w.message) for w in given]
+
+    assert run(TopInputs(k=2)) == []  # reset in the middle of a block: it begins anew there
+    assert run(TopInputs(k=2), numbered=True, every=3) == []
+    top = TopInputs(k=2)
+    assert run(top, every=2) == [
+        "TopInputs has seen no map of step 1, so the numbers of inputs from step 2 on are not "
+        "their places in a data set: every= leaves passes out, a layer may not run in each, or "
+        "maps.missed says why; number inputs with maps.batch(ids)"
+    ]
+
+
 def test_as_many_numbers_as_inputs() -> None:
     model = Net()
     with capture(model) as maps, torch.no_grad():

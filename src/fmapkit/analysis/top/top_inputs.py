@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from fmapkit._warnings import warn
 from fmapkit.analysis._bins import placed
 from fmapkit.analysis._keys import Filters, Name
 from fmapkit.analysis._mergeable import Held, Mergeable
@@ -43,11 +44,17 @@ class _TopGroup(Held):
 
 
 class _Counter:
-    """Numbers the inputs of each pass, as they come."""
+    """Numbers the inputs of each pass, as they come.
 
-    def __init__(self) -> None:
+    Args:
+        begun: its first pass may be any of a block, and not the first one of it.
+    """
+
+    def __init__(self, begun: bool = False) -> None:
         self.next = 0
         self.step = -1
+        self._begun = begun
+        self._gap = False  # was warned of
         self.first = self.size = 0
         self.counted = False  # some had no numbers of the user's
         self.maps: set[Any] = set()  # of the pass
@@ -63,6 +70,7 @@ class _Counter:
         self.counted = True
         tags = (fm.layer, fm.kind, fm.nonlinearity, fm.path, fm.call, fm.filters)
         if fm.step != self.step or tags in self.maps:  # another pass; of another block, perhaps
+            self._look_for_gap(fm)
             self.step, self.first, self.size = fm.step, self.next, samples
             self.next += samples
             self.maps.clear()
@@ -73,6 +81,19 @@ class _Counter:
                 f"{self.size}: inputs are counted along it; maps.batch(ids) says how many there are"
             )
         return torch.arange(self.first, self.first + samples, device=fm.tensor.device)
+
+    def _look_for_gap(self, fm: FeatureMap) -> None:
+        """Warn, once, where inputs have gone by that nobody could count."""
+        after = self.step if fm.step > self.step else -1  # of another block
+        begun, self._begun = self._begun, False
+        if begun or self._gap or fm.step == after + 1:
+            return
+        self._gap = True
+        warn(
+            f"TopInputs has seen no map of step {after + 1}, so the numbers of inputs from step "
+            f"{fm.step} on are not their places in a data set: every= leaves passes out, a layer "
+            "may not run in each, or maps.missed says why; number inputs with maps.batch(ids)"
+        )
 
 
 class TopInputs(Shown, Mergeable[_TopGroup, LayerTops]):
@@ -93,9 +114,10 @@ class TopInputs(Shown, Mergeable[_TopGroup, LayerTops]):
     An input is one entry of the map's first axis, or one map where that is the filter axis. It goes
     by the number that `maps.batch(ids)` gave it before the pass. Without, inputs are numbered in
     the order in which they come, from 0: that is their place in the data set if it is gone through
-    once, in order. An input that comes again under the same number, or several times in a pass (a
-    layer that is called twice), counts once, at its strongest. Of two that are equally strong the
-    lower number comes first. NaN never is among them.
+    once, in order. Where a pass was left out, it no longer is, and a warning says so. An input that
+    comes again under the same number, or several times in a pass (a layer that is called twice),
+    counts once, at its strongest. Of two that are equally strong the lower number comes first. NaN
+    never is among them.
 
     Memory is bounded: three numbers, and one for each axis of locations, for each of k inputs of
     each filter. `update` never waits for a GPU; reading does.
@@ -170,7 +192,7 @@ class TopInputs(Shown, Mergeable[_TopGroup, LayerTops]):
     def reset(self) -> None:
         """Forget all that was seen; inputs are counted from 0 again."""
         super().reset()
-        self._counter = _Counter()
+        self._counter = _Counter(begun=True)
 
     # -- reading -------------------------------------------------------------------------------
 
