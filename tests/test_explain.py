@@ -648,3 +648,13 @@ def test_pictures(images: Tensor) -> None:
     assert shown.shape == (12, 12, 3)
     assert 0.0 <= shown.min() <= shown.max() <= 1.0
     pyplot.close("all")
+
+
+@pytest.mark.parametrize("method", ["deconvnet", "guided"])
+def test_a_nan_in_one_sample_leaves_the_others_their_projection(method: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU()).eval()
+    x = torch.randn(2, 3, 9, 9)
+    expected = project(model, x[:1], "2", 1, method=method)
+    x[1, 0, 4, 4] = torch.nan
+    found = project(model, x, "2", 1, method=method)
+    torch.testing.assert_close(found[:1], expected)
