@@ -379,6 +379,30 @@ def test_a_pass_of_one_model_alone_is_warned_of() -> None:
         _ = alike.cka  # once is enough
 
 
+def test_numbered_batches_of_other_inputs_are_refused() -> None:
+    nets, x = (Net(), Net()), torch.randn(24, 1, 8, 8)
+
+    def seen(*orders: Tensor) -> Similarity:
+        alike = Similarity()
+        for net, side, order in zip(nets, (alike.first, alike.second), orders, strict=True):
+            with capture(net, kinds="activation", analyses=side, keep=0) as maps, torch.no_grad():
+                for ids in order.split(8):
+                    maps.batch(ids)
+                    net(x[ids])
+        return alike
+
+    order = torch.randperm(24)
+    assert seen(order, order)["fc", "fc"] > 0
+    other = order.clone()
+    other[[9, 10]] = order[[10, 9]]
+    with pytest.raises(ArgumentError) as error:
+        seen(order, other)
+    assert str(error.value) == (
+        f"Similarity: the first model was given input {order[9]} as number 1 of a pass, and the "
+        f"second one input {order[10]}: give both the same batches"
+    )
+
+
 @pytest.mark.parametrize("by", ["reset", "load_state_dict"])
 def test_captures_that_are_open_go_on_after_a_reset(by: str) -> None:
     torch.manual_seed(0)

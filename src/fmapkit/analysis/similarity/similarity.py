@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,30 @@ _AHEAD = 64  # passes that one of two models may be ahead of the other
 _SHOWN = 8  # columns of a table
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What one model has made of a batch.
+
+    Attributes:
+        count: samples.
+        ids: their numbers, where the user gave them and to read them waits for nothing; else None.
+    """
+
+    count: int
+    ids: Tensor | None
+    grams: dict[MapTag, Gram]
+
+    def of_others(self, other: _Batch) -> str:
+        """Why it is no batch of the same samples; empty where nothing says so."""
+        if self.count != other.count:
+            return f"{self.count} samples in a pass, and the second one {other.count}"
+        if self.ids is None or other.ids is None or torch.equal(self.ids, other.ids):
+            return ""
+        place = int((self.ids != other.ids).nonzero()[0])
+        ours, theirs = int(self.ids[place]), int(other.ids[place])
+        return f"input {ours} as number {place} of a pass, and the second one input {theirs}"
+
+
 class _Side:
     """What one model has shown; an analysis. It holds matrices of passes that nobody has used yet.
 
@@ -50,8 +75,9 @@ class _Side:
         """Begin anew."""
         self._step: int | None = None
         self._count: int | None = None  # samples of the pass under way
+        self._ids: Tensor | None = None
         self._current: dict[MapTag, Gram] = {}
-        self.passes: deque[tuple[int, dict[MapTag, Gram]]] = deque()
+        self.passes: deque[_Batch] = deque()
 
     def update(self, fm: FeatureMap) -> None:
         """Take one map in.
@@ -76,6 +102,8 @@ class _Side:
             if tensor is None or reason:
                 self._owner.missed.setdefault(tag.label, reason)
                 return
+            if fm.ids is not None and len(fm.ids) == len(tensor) and fm.ids.device.type == "cpu":
+                self._ids = fm.ids
             values = tensor.detach().reshape(len(tensor), -1)
             self._current[tag] = Gram.of(values, self._owner._rsa)
 
@@ -94,8 +122,8 @@ class _Side:
     def close(self) -> None:
         """The pass has ended, as far as is known."""
         if self._current and self._count is not None:
-            self.passes.append((self._count, self._current))
-        self._step, self._current, self._count = None, {}, None
+            self.passes.append(_Batch(self._count, self._ids, self._current))
+        self._step, self._current, self._count, self._ids = None, {}, None, None
         self._owner._take_in()
         if len(self.passes) > _AHEAD:
             raise ArgumentError(
@@ -122,7 +150,8 @@ class Similarity(Shown):
 
     Of two models that are given the same batches, or two trainings of one, `alike.first` and
     `alike.second` are the analyses; rows are then layers of the first one, columns of the second.
-    Passes are paired in their order; what one model was given more often is warned of.
+    Passes are paired in their order; what one model was given more often is warned of. Whether they
+    are of the same inputs is told by their numbers, where `maps.batch(ids)` gave them to both.
 
     CKA (Kornblith et al. 2019) is HSIC(K, L) / √(HSIC(K, K)·HSIC(L, L)) of the Gram matrices of two
     layers: 1 where they are the same up to rotation and scale. Each HSIC is the mean over passes of
@@ -182,16 +211,16 @@ class Similarity(Shown):
         """Use all passes that can be used."""
         with torch.inference_mode(False), torch.no_grad():
             while self._only.passes:
-                _, grams = self._only.passes.popleft()
+                grams = self._only.passes.popleft().grams
                 self._pairs.add(grams, grams)
             while self.first.passes and self.second.passes:
-                (count, a), (other, b) = self.first.passes.popleft(), self.second.passes.popleft()
-                if count != other:
+                a, b = self.first.passes.popleft(), self.second.passes.popleft()
+                if differs := a.of_others(b):
                     raise ArgumentError(
-                        f"Similarity: the first model was given {count} samples in a pass, and the "
-                        f"second one {other}: give both the same batches"
+                        f"Similarity: the first model was given {differs}: give both the same "
+                        "batches"
                     )
-                self._pairs.add(a, b)
+                self._pairs.add(a.grams, b.grams)
 
     def _read(self) -> Pairs:
         for side in (self._only, self.first, self.second):
