@@ -251,6 +251,27 @@ def test_a_dead_layer_is_nan_and_spoils_no_other() -> None:
         assert table[1].isnan().all()
 
 
+def test_samples_without_a_correlation_are_left_out_of_rsa() -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.Tanh())
+    x = torch.randn(30, 4)
+    x[0] = 0.0  # of which the first layer is 0
+    with torch.no_grad():
+        net[0].bias.fill_(-1e-3)
+        a = net[1](net[0](x)).double().numpy()
+        b = torch.tanh(net[2](net[1](net[0](x)))).double().numpy()
+    silent = (a == 0).all(1)
+    assert 0 < silent.sum() < 20
+    alike = Similarity(rsa=True)
+    with capture(net, kinds="activation", analyses=alike, keep=0), torch.no_grad():
+        net(x)
+    rows, columns = np.triu_indices(30, 1)
+    both = ~(silent[rows] | silent[columns])
+    with np.errstate(invalid="ignore"):
+        p, q = ((1 - np.corrcoef(t))[rows, columns] for t in (a, b))
+    assert alike.rsa[0, 1] == pytest.approx(np.corrcoef(p[both], q[both])[0, 1], abs=1e-9)
+    assert alike.rsa.diagonal().tolist() == pytest.approx([1, 1])
+
+
 def test_a_layer_that_runs_in_some_passes_only() -> None:
     class Either(nn.Module):
         def __init__(self) -> None:

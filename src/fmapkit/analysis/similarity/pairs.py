@@ -35,7 +35,8 @@ class Gram:
 
     Attributes:
         linear: (n, n) inner products of the samples, the diagonal 0.
-        apart: (pairs,) 1 - the correlation of two samples' values; None where not asked for.
+        apart: (2, pairs): 1 - the correlation of two samples' values, and 1; both 0 where a sample
+            has the same value throughout, and so no correlation. None where not asked for.
     """
 
     linear: Tensor
@@ -90,16 +91,16 @@ class Pairs:
             "weight": torch.full((1, 1), float(weight), dtype=a.dtype, device=device),
         }
         if "xy" in self._keys:
-            x, y = (
-                torch.stack([g.apart.to(device) for g in of.values() if g.apart is not None])
+            (x, of_x), (y, of_y) = (
+                torch.stack([g.apart.to(device) for g in of.values() if g.apart is not None], 1)
                 for of in (first, second)
             )
-            new |= {
-                "pairs": torch.full((1, 1), float(x.shape[1]), dtype=a.dtype, device=device),
-                "x": x.sum(1)[:, None],
-                "y": y.sum(1)[None],
-                "xx": x.square().sum(1)[:, None],
-                "yy": y.square().sum(1)[None],
+            new |= {  # over the pairs of samples that have a correlation in both layers
+                "pairs": of_x @ of_y.T,
+                "x": x @ of_y.T,
+                "y": of_x @ y.T,
+                "xx": x.square() @ of_y.T,
+                "yy": of_x @ y.square().T,
                 "xy": x @ y.T,
             }
         for key, value in new.items():
@@ -146,11 +147,18 @@ class Pairs:
 
 
 def _dissimilarities(covariances: Tensor) -> Tensor:
-    """1 - correlation, above the diagonal, of samples with these (unnormalised) covariances."""
+    """1 - correlation, above the diagonal, of samples with these (unnormalised) covariances.
+
+    Returns:
+        (2, pairs), as `Gram.apart`.
+    """
     scale = covariances.diagonal().sqrt()
     count = len(covariances)
     rows, columns = torch.triu_indices(count, count, 1, device=covariances.device)
-    return 1 - covariances[rows, columns] / (scale[rows] * scale[columns])
+    scales = scale[rows] * scale[columns]
+    there = scales != 0  # a NaN stays one
+    apart = torch.where(there, 1 - covariances[rows, columns] / scales, 0)
+    return torch.stack([apart, there.to(apart.dtype)])
 
 
 def _hsic(first: Tensor, second: Tensor) -> Tensor:

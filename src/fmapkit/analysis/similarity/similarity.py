@@ -158,7 +158,8 @@ class Similarity(Shown):
     its unbiased estimate within a pass (Nguyen, Raghu and Kornblith 2021), weighted by the number
     of samples, so that batches may be small. An estimate may lie a little outside of [0, 1]. RSA
     (Kriegeskorte et al. 2008) is the correlation, over all pairs of samples within a pass, of how
-    dissimilar they are in two layers: by 1 - the correlation of their values.
+    dissimilar they are in two layers: by 1 - the correlation of their values. A sample that has the
+    same value throughout in one of the two (0, of a ReLU) has no correlation, and is left out.
 
     Axis 0 of a map counts samples, and all its other values are features. Sums are in float64
     (float32 on MPS). What is held is (samples, samples) by layer of the pass under way, and
@@ -259,7 +260,9 @@ class Similarity(Shown):
 
     @property
     def cka(self) -> Tensor:
-        """Linear CKA, (rows, columns), float64 on the CPU; NaN where a layer has no variance.
+        """Linear CKA, (rows, columns), float64 on the CPU.
+
+        NaN where a layer has no variance, or has had a NaN or an infinite value.
 
         Raises:
             NoPassError: no pass has been seen yet.
@@ -269,6 +272,8 @@ class Similarity(Shown):
     @property
     def rsa(self) -> Tensor:
         """Correlation of dissimilarities, (rows, columns), float64 on the CPU.
+
+        NaN where no two of them differ, or a layer has had a NaN or an infinite value.
 
         Raises:
             NoPassError: no pass has been seen yet.
