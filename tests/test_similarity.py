@@ -400,6 +400,25 @@ def test_a_pass_of_one_model_alone_is_warned_of() -> None:
         _ = alike.cka  # once is enough
 
 
+@pytest.mark.parametrize("skipped", [((3,), (5,)), ((4,), ()), ((), (2, 3)), ((1, 2, 4), (6, 7))])
+def test_a_pass_that_one_model_lost_is_left_out_of_both(skipped: Any) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU()), torch.randn(64, 4)
+    alike, whole = Similarity(), Similarity()
+    both = [n for n in range(8) if n not in skipped[0] + skipped[1]]
+    with capture(model, kinds="activation") as maps, torch.no_grad():
+        for step, batch in enumerate(x.split(8)):
+            model(batch)
+            fm = maps["0"]
+            for side, without in zip((alike.first, alike.second), skipped, strict=True):
+                if step not in without:
+                    side.update(fm)
+            if step in both:
+                whole.update(fm)
+    assert alike["0", "0"] == pytest.approx(1, abs=1e-12)
+    assert torch.equal(alike.cka, whole.cka)
+
+
 def test_numbered_batches_of_other_inputs_are_refused() -> None:
     nets, x = (Net(), Net()), torch.randn(24, 1, 8, 8)
 

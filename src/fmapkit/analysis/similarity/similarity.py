@@ -40,10 +40,12 @@ class _Batch:
     """What one model has made of a batch.
 
     Attributes:
+        place: in the order of the model's passes, with those that were not seen.
         count: samples.
         ids: their numbers, where the user gave them and to read them waits for nothing; else None.
     """
 
+    place: int
     count: int
     ids: Tensor | None
     grams: dict[MapTag, Gram]
@@ -73,6 +75,8 @@ class _Side:
 
     def forget(self) -> None:
         """Begin anew."""
+        self._place = -1  # of the pass under way, or the last one
+        self._last: int | None = None  # step of it; None before the first one, which may be any
         self._step: int | None = None
         self._count: int | None = None  # samples of the pass under way
         self._ids: Tensor | None = None
@@ -91,6 +95,8 @@ class _Side:
         # A block for each pass begins at step 0 each time, and with the same map.
         if fm.step != self._step or tag == next(iter(self._current), None):
             self.close()
+        if self._step is None:
+            self._begin(fm.step)
         self._step = fm.step
         # State made in inference mode could not be used out of it.
         with torch.inference_mode(False), torch.no_grad():
@@ -107,6 +113,12 @@ class _Side:
             values = tensor.detach().reshape(len(tensor), -1)
             self._current[tag] = Gram.of(values, self._owner._rsa)
 
+    def _begin(self, step: int) -> None:
+        """A pass has begun; steps in between were of passes that were not seen."""
+        before = step - 1 if self._last is None else self._last if step > self._last else -1
+        self._place += step - before
+        self._last = step
+
     def _why_not(self, fm: FeatureMap, tensor: Tensor) -> str:
         if tensor.dim() < 2 or fm.filter_dim == 0:
             return "it has no axis of samples"
@@ -122,7 +134,7 @@ class _Side:
     def close(self) -> None:
         """The pass has ended, as far as is known."""
         if self._current and self._count is not None:
-            self.passes.append(_Batch(self._count, self._ids, self._current))
+            self.passes.append(_Batch(self._place, self._count, self._ids, self._current))
         self._step, self._current, self._count, self._ids = None, {}, None, None
         self._owner._take_in()
         if len(self.passes) > _AHEAD:
@@ -150,8 +162,9 @@ class Similarity(Shown):
 
     Of two models that are given the same batches, or two trainings of one, `alike.first` and
     `alike.second` are the analyses; rows are then layers of the first one, columns of the second.
-    Passes are paired in their order; what one model was given more often is warned of. Whether they
-    are of the same inputs is told by their numbers, where `maps.batch(ids)` gave them to both.
+    Passes are paired in their order. One that was not captured of one model is left out of both;
+    what one model was given more often is warned of. Whether passes are of the same inputs is told
+    by their numbers, where `maps.batch(ids)` gave them to both.
 
     CKA (Kornblith et al. 2019) is HSIC(K, L) / √(HSIC(K, K)·HSIC(L, L)) of the Gram matrices of two
     layers: 1 where they are the same up to rotation and scale. Each HSIC is the mean over passes of
@@ -215,7 +228,13 @@ class Similarity(Shown):
                 grams = self._only.passes.popleft().grams
                 self._pairs.add(grams, grams)
             while self.first.passes and self.second.passes:
-                a, b = self.first.passes.popleft(), self.second.passes.popleft()
+                a, b = self.first.passes[0], self.second.passes[0]
+                if a.place <= b.place:
+                    self.first.passes.popleft()
+                if b.place <= a.place:
+                    self.second.passes.popleft()
+                if a.place != b.place:  # the other model has lost that pass, or left it out
+                    continue
                 if differs := a.of_others(b):
                     raise ArgumentError(
                         f"Similarity: the first model was given {differs}: give both the same "
