@@ -225,10 +225,13 @@ def _name(fm: FeatureMap) -> str:
 
 def _fitted(value: Tensor | float, fm: FeatureMap) -> Tensor:
     """The value in the map's dtype and on its device, so that torch broadcasts it as is meant."""
-    fraction = value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, float)
+    if isinstance(value, Tensor):
+        fraction = value.is_floating_point()
+    else:
+        fraction = isinstance(value, float) and not value.is_integer()
     if fraction and not (fm.dtype.is_floating_point or fm.dtype.is_complex):
         raise EditError(
-            f"a value that is no whole number would be cut to the {fm.dtype} of {_name(fm)[:-1]}",
+            f"a value with a fraction would be cut to the {fm.dtype} of {_name(fm)[:-1]}",
             **tags(fm),
         )
     other = torch.as_tensor(value, dtype=fm.dtype, device=fm.device)
