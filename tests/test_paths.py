@@ -815,6 +815,51 @@ def test_whatever_decides(pick: Any, inside: bool) -> None:
     truth.assert_nothing_left(truth.fingerprint(bare), model)
 
 
+class _Swallows(nn.Module):
+    """A key that is not there says which layer is the last; nobody handles that but `finally`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.table = {"two": 1}
+
+
+class _Returns(_Swallows):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x)
+        try:
+            self.table["two"]
+            h = self.two(x)
+        finally:
+            return torch.relu(h)  # noqa: B012
+
+
+class _Breaks(_Swallows):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x)
+        for _ in range(2):
+            try:
+                try:
+                    self.table["two"]
+                    h = self.two(x)
+                except IndexError:
+                    h = x
+            finally:
+                break  # noqa: B012
+        return torch.relu(h)
+
+
+@pytest.mark.parametrize("kind", [_Returns, _Breaks])
+def test_a_finally_that_swallows_an_exception(kind: type[nn.Module]) -> None:
+    def change(model: Any) -> None:
+        model.table.clear()
+
+    shapes = [(2, 3)] * 3
+    seen = hold(kind(), turns(*shapes) + turns(*shapes, before=change), most=1)
+    layers = [{t[0] for t in each if t[3] == "relu"} for each in seen.labels]
+    assert layers == [{"two"}] * 3 + [set()] + [{"one"}] * 2
+
+
 # -- functions run twins while the block is open --------------------------------------------------
 
 

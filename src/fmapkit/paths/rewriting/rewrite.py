@@ -23,6 +23,7 @@ from fmapkit.paths.rewriting.syntax import (
     COMPARED,
     OF_TORCHS,
     is_plain_function,
+    jumps_out,
 )
 from fmapkit.paths.rewriting.torch_calls import recorded
 
@@ -69,14 +70,30 @@ class Rewriter(CallRewriting, ast.NodeTransformer):
     def visit_With(self, node: ast.With) -> ast.AST:
         """A context manager may swallow an exception: where that came from is told first."""
         self.generic_visit(node)
-        at = node.body[0]
+        node.body = self._telling(node.body)
+        return node
+
+    def _finally(self, node: Any) -> Any:
+        """So may a `finally` that has a `return`, a `break` or a `continue`."""
+        self.generic_visit(node)
+        if jumps_out(node.finalbody):
+            within = type(node)(node.body, node.handlers, node.orelse, [])
+            inner = [ast.copy_location(within, node)] if node.handlers else node.body
+            whole = ast.Try(self._telling(inner), [], [], node.finalbody)
+            return ast.copy_location(whole, node)
+        return node
+
+    visit_Try = visit_TryStar = _finally  # noqa: N815
+
+    def _telling(self, body: list[ast.stmt]) -> list[ast.stmt]:
+        """The same statements; they tell where an exception came from, and raise it once more."""
+        at = body[0]
         again = ast.copy_location(ast.Raise(), at)
         every = ast.copy_location(ast.Name("BaseException", ast.Load()), at)
         handler = ast.copy_location(ast.ExceptHandler(every, None, [self._caught(at), again]), at)
         if "BaseException" in self._local or "BaseException" in self._names:
             handler.type = None
-        node.body = [ast.copy_location(ast.Try(node.body, [handler], [], []), at)]
-        return node
+        return [ast.copy_location(ast.Try(body, [handler], [], []), at)]
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         """An attribute that torch's own code decides by may get another value in a pass."""

@@ -160,6 +160,18 @@ def is_plain_function(node: ast.FunctionDef) -> bool:
     return True
 
 
+def jumps_out(body: Iterable[ast.stmt]) -> bool:
+    """Whether a `return`, `break` or `continue` may leave statements, or a loop in them."""
+    todo: list[ast.AST] = [*body]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Return | ast.Break | ast.Continue):
+            return True
+        if not isinstance(node, ast.expr | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            todo += ast.iter_child_nodes(node)
+    return False
+
+
 def tests_in(node: ast.AST) -> set[ast.AST]:
     """The expressions in code of which nothing but the truth is asked."""
     found: set[ast.AST] = set()
