@@ -447,6 +447,29 @@ def test_a_list_of_numbers_is_changed_in_place() -> None:
     assert [filters for *_, filters in of(seen, "tanh")] == [range(1, 4)] * 3 + [range(3, 4)] * 3
 
 
+class _WritesToItsSecond(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = torch.relu(x)
+        y.add_(1)
+        return h + y
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("also", [lambda x: x, lambda x: x.view(2, 3), lambda x: x.T.T])
+def test_two_inputs_lie_in_one_memory_in_some_passes(mode: Any, also: Any) -> None:
+    """So a write to the one is a write to the other."""
+    model = _WritesToItsSecond()
+    with mode(), capture(model) as maps:
+        for n, other in enumerate([Tensor.clone, Tensor.clone, also, also, Tensor.clone, also]):
+            x = random(2, 3, n=n)
+            z = x.clone()
+            model(x, other(x))
+            pair = [m.tensor for m in maps]
+            assert torch.equal(pair[0], z), n
+            assert torch.equal(pair[1], torch.relu(z)), n
+    assert not maps.missed
+
+
 # -- weights ----------------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ from fmapkit.storage import in_function
 from fmapkit.torchlib.modes import others_watch
 from fmapkit.torchlib.nested import modules_in, tensors_in
 from fmapkit.torchlib.side_ops import operators_are_counted
-from fmapkit.torchlib.tensor_spec import casts, plain_spec
+from fmapkit.torchlib.tensor_spec import casts, plain_spec, sharing
 
 __all__ = ["RegionCalls"]
 
@@ -147,7 +147,7 @@ class RegionCalls:
         if tracer is not None:
             inputs = [tracer.trace.labels.of(t) for t in tensors]
             origins = carried(inputs, self._wants.of)
-        form: Any = (shape_of(args), shape_of(kwargs), origins, modes)
+        form: Any = (shape_of(args), shape_of(kwargs), sharing(tensors), origins, modes)
         sizes = sizes_of(tensors, args, kwargs)
         if region.kept:
             form, sizes = region.with_kept(form, sizes, args, kwargs, tensors)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.nested import modules_in
+from fmapkit.torchlib.transforms import is_shapeless
 
 _DEVICES = ("cpu", "cuda")
 _strided = torch.strided
@@ -49,18 +51,34 @@ def form_of(tensor: Tensor) -> Any:
     return short, tensor.dtype, order, 0 in strides, spans + 1 == tensor.numel()
 
 
+def sharing(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """Which of some tensors lie in one memory: a write to one is a write to all of them.
+
+    Returns:
+        By tensor, the first that lies where it does; None if each has a memory of its own.
+    """
+    if len(tensors) < 2:
+        return None
+    storages = [-1 if is_shapeless(t) else storage_of(t) for t in tensors]
+    if len(set(storages)) == len(storages):
+        return None
+    return tuple(map(storages.index, storages))
+
+
 def plain_spec(args: Any, kwargs: Any) -> Any:
     """All that a call may differ by which is given plain tensors; None if there is more to it."""
     found: list[Any] = [*kwargs]
+    tensors = []
     for value in (*args, *kwargs.values()):
         kind = type(value)
         if kind is Tensor and value.layout is _strided and not value.is_nested:
             found += value.shape, value.stride(), value.dtype
+            tensors.append(value)
         elif kind in _TOLD:
             found += kind, value
         else:
             return None
-    return found
+    return found, sharing(tensors)
 
 
 def casts() -> Any:
