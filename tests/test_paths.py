@@ -468,6 +468,23 @@ def test_two_inputs_lie_in_one_memory_in_some_passes(mode: Any, also: Any) -> No
             assert torch.equal(pair[0], z), n
             assert torch.equal(pair[1], torch.relu(z)), n
     assert not maps.missed
+def test_what_decides_in_modules_of_torchs_between_passes() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool, self.flat = nn.Conv1d(3, 4, 1), nn.MaxPool1d(2), nn.Flatten(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.pool(self.conv(x))
+            return torch.relu(self.flat(self.conv(x))).sum() + torch.tanh(h[0]).sum()
+
+    def change(model: Any) -> None:
+        model.pool.return_indices, model.flat.start_dim = True, 1
+
+    shapes = [(2, 3, 4)] * 3
+    seen = hold(Model(), turns(*shapes) + turns(*shapes, before=change))
+    assert [at for _, at, _ in of(seen, "tanh")] == [0] * 3 + [1] * 3
+    assert [layer for layer, *_ in of(seen, "relu")] == ["conv"] * 3 + [":relu"] * 3
 
 
 # -- weights ----------------------------------------------------------------------------------

@@ -231,12 +231,12 @@ def _runs_torchs(forward: Any) -> bool:
     return type(forward) is types.FunctionType and forward.__module__.startswith("torch.")
 
 
-# Modules of torch's that make the same calls whatever their attributes are, but for the mode.
+# Modules of torch's that make the same calls whatever their attributes are, but for the mode, and
+# whose results are as many, with the filters where they were.
 _STEADY = (
-    *(nn.Linear, nn.Identity, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.Flatten),
+    *(nn.Linear, nn.Identity, nn.Embedding, nn.LayerNorm, nn.GroupNorm),
     *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase),
-    *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd),
-    *(nn.modules.pooling._AdaptiveAvgPoolNd,),
+    *(nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd),
 )
 
 
