@@ -485,6 +485,41 @@ def test_what_decides_in_modules_of_torchs_between_passes() -> None:
     seen = hold(Model(), turns(*shapes) + turns(*shapes, before=change))
     assert [at for _, at, _ in of(seen, "tanh")] == [0] * 3 + [1] * 3
     assert [layer for layer, *_ in of(seen, "relu")] == ["conv"] * 3 + [":relu"] * 3
+class _Bound(nn.Module):
+    """What is a nonlinearity if a number of its own is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(3, 4)
+        self.register_buffer("least", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.clamp(self.one(x), min=self.least)
+        z = self.one(x)
+        return h + torch.maximum(self.one(x), self.least) + torch.where(z > self.least, z, 0.1 * z)
+
+
+def test_a_buffer_is_zero_in_some_passes() -> None:
+    def change(model: Any) -> None:
+        model.least += 1
+
+    def change_back(model: Any) -> None:
+        model.least.zero_()
+
+    model, same = _Bound(), [(2, 3)] * 3
+    passes = turns(*same) + turns((2, 3), before=change) + turns(*same)
+    passes += turns((2, 3), before=change_back) + turns(*same)
+    bare = copy.deepcopy(model)
+    with torch.no_grad(), capture(model) as maps:
+        for n, turn in enumerate(passes):
+            turn.before(model), turn.before(bare)
+            model(*turn.args)
+            with capture(bare) as own:
+                bare(*turn.args)
+            assert labels(maps) == labels(own), n
+            assert all(map(truth.same_bits, [m.tensor for m in maps], [m.tensor for m in own]))
+            del own
+    assert not maps.missed
 
 
 # -- weights ----------------------------------------------------------------------------------

@@ -84,12 +84,17 @@ class _Value:
 
 
 class Pointwise:
-    """The values of one running module that are computed from one another point by point."""
+    """The values of one running module that are computed from one another point by point.
 
-    __slots__ = ("_known",)
+    Attributes:
+        asked: tensors of one number that were asked whether they are zero, since somebody looked.
+    """
+
+    __slots__ = ("_known", "asked")
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], int, _Value]] = {}
+        self.asked: list[Tensor] = []
 
     def value(self, tensor: Tensor, written: int = 0) -> _Value:
         """What is known of a tensor.
@@ -146,6 +151,7 @@ class Pointwise:
             return False
         if type(value) not in (Tensor, nn.Parameter) or value.device.type != "cpu":
             return else_
+        self.asked.append(value)
         with torch._C.DisableTorchFunction():
             return bool(value == 0)
 

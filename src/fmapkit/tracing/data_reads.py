@@ -13,10 +13,11 @@ import types
 from functools import lru_cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fmapkit.paths import keeps_number, may_be_handled, only_raises, runs_own_code
-from fmapkit.provenance import Constants, Function, FunctionCall, bounds_in
+from fmapkit.provenance import Constants, Function, FunctionCall, bounds_in, describe
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.input_reads import (
     InputRead,
@@ -83,6 +84,24 @@ class DataReads:
             trace.asked.append((read, sizes_given(known.name, func, args, kwargs)))
             return None
         return read
+
+    def whether_zero(self, asked: list[Tensor]) -> None:
+        """Note that some numbers, if they are zero, make a function a nonlinearity.
+
+        Args:
+            asked: tensors of one number; none is left in the list.
+        """
+        trace = self._trace
+        for number in asked:
+            if not self._constants.hold((number,)):
+                by_inputs = None
+                if trace.region is not None:
+                    told: Any = describe(torch.is_nonzero), torch.is_nonzero, (number,), {}
+                    by_inputs = partial(self._made.of_inputs, *told)
+                read = trace.decides(by_inputs)
+                if read is not None:
+                    trace.asked.append((read, bool(number)))
+        asked.clear()
 
     def enter(self, given: list[Tensor]) -> None:
         """A module's call begins, in a region that is recorded.

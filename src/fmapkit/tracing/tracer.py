@@ -250,6 +250,7 @@ class Tracer(ObserverMode):
         sigma = None
         if known.sigma is not None or known.sometimes:
             sigma = self.sigmas.of(known, func, args, kwargs)
+            self.reads.whether_zero(self.trace.frames[-1].pointwise.asked)
         if sigma is not None:
             self.sigmas.before(known, sigma, watched)
         elif not known.never_writes or "out" in kwargs:
