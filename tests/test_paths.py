@@ -520,6 +520,27 @@ def test_a_buffer_is_zero_in_some_passes() -> None:
             assert all(map(truth.same_bits, [m.tensor for m in maps], [m.tensor for m in own]))
             del own
     assert not maps.missed
+def test_two_modules_exchange_all_that_they_have() -> None:
+    class Part(nn.Module):
+        def __init__(self, act: nn.Module) -> None:
+            super().__init__()
+            self.fc, self.act = nn.Linear(3, 3), act
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.fc(x))
+
+    def change(model: Any) -> None:
+        one, two = model[0], model[1]
+        one.__dict__, two.__dict__ = two.__dict__, one.__dict__
+
+    same = [(2, 3)] * 3
+    model = nn.Sequential(Part(nn.ReLU()), Part(nn.Tanh()))
+    seen = hold(model, turns(*same) + turns((2, 3), before=change) + turns(*same))
+    found = [[t[:1] + t[3:4] for t in each if t[1] == "activation"] for each in seen.labels]
+    assert (
+        found
+        == [[("0.fc", "relu"), ("1.fc", "tanh")]] * 3 + [[("0.fc", "tanh"), ("1.fc", "relu")]] * 4
+    )
 
 
 # -- weights ----------------------------------------------------------------------------------

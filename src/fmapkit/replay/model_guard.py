@@ -30,6 +30,7 @@ __all__ = ["ModelGuard"]
 _FORWARD = repeat("forward")
 _MODULES = itemgetter("_modules")
 _forward = attrgetter("forward")
+_attributes = attrgetter("__dict__")
 
 
 class ModelGuard:
@@ -121,6 +122,7 @@ class ModelGuard:
         written = self._dicts.written()
         return (
             list(map(type, self._watched)) != self._types
+            or any(map(is_not, map(_attributes, self._watched), self._attributes))
             or any(map(is_not, map(_forward, self._classes), self._forwards))
             or (written and self._rearranged())
             or self._registered != (layers.version, nonlinearities.version)
