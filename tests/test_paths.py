@@ -572,6 +572,25 @@ def test_a_weight_that_comes_in_as_an_argument() -> None:
             assert maps.layers == [name]
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_weight_that_is_no_parameter_is_exchanged(traced: bool) -> None:
+    """It goes by the attribute in which it is, in each pass that is traced."""
+
+    class Model(Unproven):
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(F.linear(self.one(x), self.way))
+            return self.look(h) if traced else h
+
+    model = Model()
+    with capture(model) as maps:
+        for n in range(12):
+            model.way = random(4, 4, n=n)
+            with torch.set_grad_enabled(n % 2 == 1):
+                model(random(2, 3, n=n))
+            assert maps.layers == ["one", "way"]
+    assert not maps.missed
+
+
 def test_a_script_keeps_no_weights_alive() -> None:
     class Functional(Unproven):
         def forward(self, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _MOST = 100_000  # objects that are looked at
+_MOST_FUTILE = 8
 _LONGEST = 10_000  # items of a container: a data set has no layers
 # What every module has for itself: what it has registered, hooks, flags; and what a capture sets.
 _OWN = frozenset(nn.Module().__dict__) | {"_compiled_call_impl", "forward"}
@@ -48,18 +49,26 @@ class UnregisteredLayers:
         self._walk = walk
         self._known: dict[int, tuple[weakref.ref[Any], Found]] = {}
         self._modules: dict[str, weakref.ref[nn.Module]] = {}
+        self._tensors: list[weakref.ref[Any]] = []  # those that no module has registered
+        self._futile = 0  # looks for one that nothing led to
 
     def find(self, value: Tensor | nn.Module, again: bool = True) -> Found | None:
         """Where it is; None if nothing leads there.
 
         Args:
-            again: look once more, if it was not there when last looked.
+            again: look once more, if it was not there when last looked. Else it may be made anew in
+                each pass, and only where another one may be in the place of one that was found.
         """
         found = self._at(value)
-        if found is None and (again or not self._known):
+        if found is None and (again or self._futile < _MOST_FUTILE or self._exchanged()):
             self._look()
             found = self._at(value)
+            self._futile += found is None and not again
         return found
+
+    def _exchanged(self) -> bool:
+        """Whether a tensor is gone that was found."""
+        return any(ref() is None for ref in self._tensors)
 
     def module_at(self, path: str) -> nn.Module | None:
         """The module of a path that was found."""
@@ -87,6 +96,7 @@ class UnregisteredLayers:
         self._known = {k: v for k, v in self._known.items() if v[0]() is not None}
         ways: deque[tuple[str, Any]] = deque()
         seen: dict[int, Any] = {}  # by id, and kept alive meanwhile
+        self._tensors.clear()
         for name, module in self._walk():
             if id(module) not in seen:
                 seen[id(module)] = module
@@ -102,6 +112,7 @@ class UnregisteredLayers:
             seen[id(value)] = value
             if issubclass(kind, Tensor):
                 self._put(value, Found(path))
+                self._tensors.append(weakref.ref(value))
             elif issubclass(kind, nn.Module):
                 for key, child in list(value._modules.items()):
                     if child is not None:
