@@ -15,6 +15,7 @@ import pickle
 import sys
 import threading
 import traceback
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -541,6 +542,58 @@ def test_two_modules_exchange_all_that_they_have() -> None:
         found
         == [[("0.fc", "relu"), ("1.fc", "tanh")]] * 3 + [[("0.fc", "tanh"), ("1.fc", "relu")]] * 4
     )
+@torch.library.custom_op("fmapkit_tests::swapped", mutates_args=("x",))
+def _swapped(x: Tensor) -> None:
+    x.copy_(x.flip(1))
+
+
+@torch.library.custom_op("fmapkit_tests::into", mutates_args=("out",))
+def _into(out: Tensor, x: Tensor) -> None:
+    out.copy_(x.flip(1))
+
+
+@torch.library.custom_op("fmapkit_tests::add", mutates_args=())
+def _add(x: Tensor, y: Tensor) -> Tensor:
+    return (x + y).flip(1).clone()
+
+
+class _Operators(nn.Module):
+    """Calls operators of its own, which write to what they say they write to."""
+
+    def __init__(self, operators: Any) -> None:
+        super().__init__()
+        self.one, self.operators = nn.Linear(3, 4), operators
+
+    def forward(self, x: Tensor) -> Tensor:
+        ours, h, g = self.operators, self.one(x), self.one(x)
+        ours.into(h, ours.add(torch.relu(h), g))
+        y = torch.tanh(h)
+        ours.swapped(y)
+        return torch.sigmoid(g) + F.silu(ours.add(g, g)) + y
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("overload", [False, True])
+def test_operators_of_others_that_write(overload: bool, mode: Any) -> None:
+    """What they write to is copied before, and nobody knows what filters it has after that."""
+    ours: Any = torch.ops.fmapkit_tests
+    if overload:
+        ours = types.SimpleNamespace(
+            **{name: getattr(ours, name).default for name in ("swapped", "into", "add")}
+        )
+    model = _Operators(ours)
+    with mode(), capture(model) as maps:
+        for n in range(4):
+            x = random(2, 3, n=n)
+            h = F.linear(x, model.one.weight, model.one.bias)
+            model(x)
+            pairs = {p.sigma: p for p in truth.captured_pairs(maps)}
+            assert torch.equal(pairs["relu"].z, h)
+            assert pairs["relu"].layer == pairs["sigmoid"].layer == "one"
+            assert torch.equal(pairs["tanh"].a, torch.tanh(torch.relu(h) + h))
+            assert pairs["tanh"].layer == ":tanh"
+            assert pairs["silu"].layer == ":silu"
+    assert not maps.missed
 
 
 # -- weights ----------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from fmapkit.provenance.vocabulary import (
     words,
 )
 from fmapkit.torchlib.nested import tensors_in
+from fmapkit.torchlib.operators import mutated, namespace_of, operators_of
 
 __all__ = ["Function", "beside_numbers", "describe", "described", "target_of"]
 
@@ -55,6 +56,7 @@ class Function:
         followed: what it computes point by point is followed inside a module.
         fresh: it makes a tensor from nothing.
         on_lists: it stands for as many calls as there are tensors in a list.
+        mutates: arguments that an operator writes to by what it says itself, of no such name.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Function:
     followed: bool = False
     fresh: bool = False
     on_lists: bool = False
+    mutates: tuple[tuple[int, str], ...] = ()
 
     def writes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
         """The tensors that a call writes to."""
@@ -84,6 +87,8 @@ class Function:
             yield from tensors_in(args[0] if args else kwargs.get("self", first))
         if "out" in kwargs:
             yield from tensors_in(kwargs["out"])
+        for at, name in self.mutates:
+            yield from tensors_in(args[at] if at < len(args) else kwargs.get(name))
 
     def asked_in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the call passes `inplace=True`."""
@@ -145,13 +150,11 @@ def _describe(function: Any) -> Function:
     name = raw[:-1] if raw.endswith("_") and not raw.endswith("__") else raw
     if raw.startswith("__i") and in_place:
         name = raw[3:-2]
-    place = None
-    if isinstance(function, types.FunctionType):
-        try:
-            parameters = list(inspect.signature(function).parameters)
-        except ValueError:  # a wrapped builtin, as Tensor.__pow__ is: it takes no `inplace`
-            parameters = []
-        place = parameters.index("inplace") if "inplace" in parameters else None
+    operators = operators_of(function)
+    others = namespace_of(operators)
+    if others:
+        name = f"{others}::{name}"
+    place = _inplace_at(function)
     if name.startswith("__get__"):
         tensors = ("T", "mT", "H", "mH", "data", "real", "imag", "grad")
         silent = name.partition(".")[2] not in tensors
@@ -162,7 +165,8 @@ def _describe(function: Any) -> Function:
             or (name.startswith("__set__") and name not in _MOVES)
         )
     writes = in_place and name not in _HARMLESS
-    never_writes = not writes and place is None and name not in _ESCAPES | _MOVES
+    mutates = mutated(operators) if others or not writes else ()
+    never_writes = not (writes or mutates) and place is None and name not in _ESCAPES | _MOVES
     sigma, reads = nonlinearities.function_sigma(function), _reads(name)
     return Function(
         name=name,
@@ -182,7 +186,18 @@ def _describe(function: Any) -> Function:
         followed=name in FOLLOWED,
         fresh=name in FRESH,
         on_lists=on_lists(name),
+        mutates=mutates,
     )
+
+
+def _inplace_at(function: Any) -> int | None:
+    if not isinstance(function, types.FunctionType):
+        return None
+    try:
+        parameters = list(inspect.signature(function).parameters)
+    except ValueError:  # a wrapped builtin, as Tensor.__pow__ is: it takes no `inplace`
+        return None
+    return parameters.index("inplace") if "inplace" in parameters else None
 
 
 def _reads(name: str) -> Callable[[Any, Any], bool] | None:

@@ -28,3 +28,40 @@ def is_composite(func: Any) -> bool:
     return bool(
         torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
     )
+
+
+# Whose operators do what their names say: those of others may have any name.
+_NAMED_AS_TORCHS = frozenset(
+    {
+        *("aten", "prim", "prims", "mkldnn", "onednn", "sparse", "c10d", "symm_mem", "_dtensor"),
+        *("quantized", "_quantized", "quantized_decomposed"),
+        *("_c10d_functional", "_c10d_functional_autograd"),
+    }
+)
+
+
+def operators_of(function: Any) -> list[Any]:
+    """The operators that one of `torch.ops` stands for; none of any other function."""
+    if isinstance(function, torch._ops.OpOverload):
+        return [function]
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        packet: Any = function
+        return [getattr(packet, name) for name in packet.overloads()]
+    return []
+
+
+def namespace_of(operators: list[Any]) -> str:
+    """The namespace of operators that are not torch's; empty of those that are."""
+    found: str = operators[0].namespace if operators else ""
+    return "" if found in _NAMED_AS_TORCHS else found
+
+
+def mutated(operators: list[Any]) -> tuple[tuple[int, str], ...]:
+    """The arguments that operators write to, but for torch's `out`: each by place and by name."""
+    arguments = [pair for one in operators for pair in enumerate(one._schema.arguments)]
+    return tuple(
+        sorted(
+            {(at, a.name) for at, a in arguments if a.is_write}
+            - {(at, "out") for at, a in arguments if a.kwarg_only}
+        )
+    )

@@ -15,8 +15,9 @@ from torch import nn
 
 from fmapkit import nonlinearities
 from fmapkit.model import HOW, Names
-from fmapkit.provenance import FOLLOWED, FunctionCall, Source
+from fmapkit.provenance import FOLLOWED, STOP, Function, FunctionCall, Source
 from fmapkit.reasons import Reason
+from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.candidates import is_whole, may_be_sigma, role_of
 from fmapkit.tracing.events import Event
 from fmapkit.tracing.frames import Frame, Place, Placed, first_tensor, running_module
@@ -203,6 +204,21 @@ class PassTrace:
                 self.record.miss(name, Reason.PAST_HOOKS_OUTPUT.text(how=HOW[method]))
             elif is_whole(module):
                 self.record.miss(name, Reason.PAST_HOOKS_WHOLE.text(how=HOW[method]))
+
+    def before_writes(self, known: Function, args: Any, kwargs: Any) -> None:
+        """A function that is no nonlinearity is about to write to what it is given.
+
+        Of an operator with a name of its own, nobody knows which filters are there then.
+        """
+        labels, stops = self.labels, False
+        if known.mutates:
+            stops = any(labels.flow(t) is not None for t in tensors_in(*args, kwargs))
+        for target in known.writes(args, kwargs):
+            self.record.aliases.before_write(target)
+            if stops:
+                before = labels.of(target)
+                labels.put(target, STOP)
+                labels.written(target, before)
 
     def spare(self, event: Event) -> None:
         """Outside of regions, what no map holds is let go at once: it may be a lot in the end."""

@@ -254,8 +254,7 @@ class Tracer(ObserverMode):
         if sigma is not None:
             self.sigmas.before(known, sigma, watched)
         elif not known.never_writes or "out" in kwargs:
-            for target in known.writes(args, kwargs):
-                self.trace.record.aliases.before_write(target)
+            self.trace.before_writes(known, args, kwargs)
         return sigma
 
     def _after(self, known: Function, call: FunctionCall) -> Any:
