@@ -593,6 +593,28 @@ def test_operators_of_others_that_write(overload: bool, mode: Any) -> None:
             assert torch.equal(pairs["tanh"].a, torch.tanh(torch.relu(h) + h))
             assert pairs["tanh"].layer == ":tanh"
             assert pairs["silu"].layer == ":silu"
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_write_through_the_storage(mode: Any) -> None:
+    """torch counts none, so the map is copied where the forward asks for the storage."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.one(x)
+            y = torch.relu(h)
+            h.untyped_storage().fill_(0)
+            return y + h
+
+    model = Model()
+    with mode(), capture(model) as maps:
+        for n in range(4):
+            model(random(2, 3, n=n))
+            z, a = (maps["one", kind].tensor for kind in ("preactivation", "activation"))
+            assert torch.equal(torch.relu(z), a)
+            assert z.count_nonzero()
     assert not maps.missed
 
 

@@ -100,7 +100,7 @@ class Function:
 
 
 # Hand the memory to code that torch does not see: it may be written to from there.
-_ESCAPES = {"numpy", "__array__", "__dlpack__"}
+_ESCAPES = {"numpy", "__array__", "__dlpack__", "untyped_storage"}
 # Gives a tensor other memory: what was held of it as the same tensor is no longer that.
 _MOVES = {"__set__.data"}
 # In-place forms that change no data.
