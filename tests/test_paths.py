@@ -469,6 +469,8 @@ def test_two_inputs_lie_in_one_memory_in_some_passes(mode: Any, also: Any) -> No
             assert torch.equal(pair[0], z), n
             assert torch.equal(pair[1], torch.relu(z)), n
     assert not maps.missed
+
+
 def test_what_decides_in_modules_of_torchs_between_passes() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -486,6 +488,8 @@ def test_what_decides_in_modules_of_torchs_between_passes() -> None:
     seen = hold(Model(), turns(*shapes) + turns(*shapes, before=change))
     assert [at for _, at, _ in of(seen, "tanh")] == [0] * 3 + [1] * 3
     assert [layer for layer, *_ in of(seen, "relu")] == ["conv"] * 3 + [":relu"] * 3
+
+
 class _Bound(nn.Module):
     """What is a nonlinearity if a number of its own is zero."""
 
@@ -521,6 +525,8 @@ def test_a_buffer_is_zero_in_some_passes() -> None:
             assert all(map(truth.same_bits, [m.tensor for m in maps], [m.tensor for m in own]))
             del own
     assert not maps.missed
+
+
 def test_two_modules_exchange_all_that_they_have() -> None:
     class Part(nn.Module):
         def __init__(self, act: nn.Module) -> None:
@@ -542,6 +548,8 @@ def test_two_modules_exchange_all_that_they_have() -> None:
         found
         == [[("0.fc", "relu"), ("1.fc", "tanh")]] * 3 + [[("0.fc", "tanh"), ("1.fc", "relu")]] * 4
     )
+
+
 @torch.library.custom_op("fmapkit_tests::swapped", mutates_args=("x",))
 def _swapped(x: Tensor) -> None:
     x.copy_(x.flip(1))
@@ -593,6 +601,8 @@ def test_operators_of_others_that_write(overload: bool, mode: Any) -> None:
             assert torch.equal(pairs["tanh"].a, torch.tanh(torch.relu(h) + h))
             assert pairs["tanh"].layer == ":tanh"
             assert pairs["silu"].layer == ":silu"
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_write_through_the_storage(mode: Any) -> None:
     """torch counts none, so the map is copied where the forward asks for the storage."""
