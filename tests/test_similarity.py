@@ -251,6 +251,35 @@ def test_a_dead_layer_is_nan_and_spoils_no_other() -> None:
         assert table[1].isnan().all()
 
 
+class Beside(nn.Module):
+    """Two layers beside one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 6), nn.Linear(4, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.one(x)).sum() + torch.relu(self.two(x)).sum()
+
+
+@pytest.mark.parametrize("count", [4, 9, 14])
+@pytest.mark.parametrize("same", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_that_is_the_same_throughout_is_nan(
+    count: int, same: float, dtype: torch.dtype
+) -> None:
+    # Nine times 0.1, by nine, is not 0.1.
+    torch.manual_seed(0)
+    model, found = Beside().to(dtype), Similarity(rsa=True)
+    with torch.no_grad(), capture(model, kinds="activation", analyses=found, keep=0):
+        model.two.weight.zero_()
+        model.two.bias.fill_(same)
+        model(torch.randn(count, 4, dtype=dtype))
+    for table in (found.cka, found.rsa):
+        assert table[0, 0].item() == pytest.approx(1)
+        assert table[1].isnan().all()
+
+
 def test_samples_without_a_correlation_are_left_out_of_rsa() -> None:
     net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.Tanh())
     x = torch.randn(30, 4)

@@ -52,13 +52,15 @@ class Gram:
         parts = torch.split(values, max(1, _CHUNK // max(count, 1)), 1)
         if rsa:
             means = torch.stack([part.to(kind).sum(1) for part in parts]).sum(0) / values.shape[1]
+            differ = torch.stack([(part != values[:, :1]).any(1) for part in parts]).any(0)
         for part in parts:
             wide = part.to(kind)
-            # A shift of all samples changes nothing, and what is near 0 has more digits.
-            centred = wide - wide.mean(0)
+            # A shift of all samples changes nothing, and what is near 0 has more digits. Of what is
+            # the same throughout, nothing is left: a mean is not exact.
+            centred = torch.where((part != part[:1]).any(0), wide - wide.mean(0), 0)
             linear += centred @ centred.T
             if rsa:
-                wide = wide - means[:, None]
+                wide = torch.where(differ[:, None], wide - means[:, None], 0)
                 plain += wide @ wide.T
         return cls(linear.fill_diagonal_(0), _dissimilarities(plain) if rsa else None)
 
