@@ -1060,6 +1060,60 @@ def test_a_finally_that_swallows_an_exception(kind: type[nn.Module]) -> None:
     assert layers == [{"two"}] * 3 + [set()] + [{"one"}] * 2
 
 
+class _Asks(nn.Module):
+    """`hasattr` swallows what a property raises that has begun."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.table = types.SimpleNamespace(two=1)
+        self.h: Any = None
+
+    @property
+    def refined(self) -> bool:
+        self.table.two  # noqa: B018
+        self.h = self.two(self.h)
+        return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.h = self.one(x)
+        self.ask()
+        h, self.h = self.h, None
+        return torch.relu(h)
+
+    def ask(self) -> Any:
+        return hasattr(self, "refined")
+
+
+class _AsksOrElse(_Asks):
+    def ask(self) -> Any:
+        return getattr(self, "refined", None)
+
+
+class _AsksForMore(_Asks):
+    def __getattr__(self, name: str) -> Any:
+        if name == "more":
+            self.table.two  # noqa: B018
+            self.h = self.two(self.h)
+            return True
+        return super().__getattr__(name)
+
+    def ask(self) -> Any:
+        return hasattr(self, "more")
+
+
+@pytest.mark.parametrize("kind", [_Asks, _AsksOrElse, _AsksForMore])
+def test_an_attribute_that_is_made_half_way(kind: type[Any]) -> None:
+    model = kind()
+    with capture(model) as maps, torch.no_grad():
+        for n in range(8):
+            if n == 4:
+                del model.table.two
+            model(random(2, 3, n=n))
+            found = [m.layer for m in maps if m.kind == "activation"]
+            assert found == ["two" if n < 4 else "one"] or (n == 4 and not found and maps.missed)
+
+
 # -- functions run twins while the block is open --------------------------------------------------
 
 

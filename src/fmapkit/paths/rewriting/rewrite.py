@@ -24,6 +24,7 @@ from fmapkit.paths.rewriting.syntax import (
     OF_TORCHS,
     is_plain_function,
     jumps_out,
+    may_be_asked_for,
 )
 from fmapkit.paths.rewriting.torch_calls import recorded
 
@@ -135,11 +136,13 @@ class Rewriter(CallRewriting, ast.NodeTransformer):
         head, rest = node.body[:documented], node.body[documented:]
         before = self._quick, self._from_c
         self._quick = is_plain_function(node)
+        telling = self._quick and may_be_asked_for(node)
         inner = self._depth > 0 and (node.name in self._loaded or bool(node.decorator_list))
         self._from_c = inner or node.name in PYTHON_GOES_BY
         returned, self._returned = self._returned, returned_by(node.name)
         self._depth += 1
         body = [self.visit(statement) for statement in rest]
+        body = self._telling(body) if telling and body else body
         self._depth -= 1
         at = rest[0] if rest else head[0]
         if self._quick:

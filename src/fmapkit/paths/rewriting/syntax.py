@@ -160,6 +160,14 @@ def is_plain_function(node: ast.FunctionDef) -> bool:
     return True
 
 
+def may_be_asked_for(node: ast.FunctionDef) -> bool:
+    """Whether a function may be what makes an attribute: `hasattr` swallows what it raises."""
+    given = node.args
+    alone = len(given.posonlyargs) + len(given.args) == 1
+    alone = alone and not (given.vararg or given.kwonlyargs or given.kwarg)
+    return node.name == "__getattr__" or (alone and bool(node.decorator_list))
+
+
 def jumps_out(body: Iterable[ast.stmt]) -> bool:
     """Whether a `return`, `break` or `continue` may leave statements, or a loop in them."""
     todo: list[ast.AST] = [*body]
