@@ -78,7 +78,7 @@ def plain_spec(args: Any, kwargs: Any) -> Any:
             found += kind, value
         else:
             return None
-    return found, sharing(tensors)
+    return found, sharing(tensors) if len(tensors) > 1 else None
 
 
 def casts() -> Any:
