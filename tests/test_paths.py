@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import itertools
 import pickle
 import sys
 import threading
@@ -446,6 +447,31 @@ def test_a_list_of_numbers_is_changed_in_place() -> None:
     seen = hold(Order(), turns(*shapes) + turns(*shapes, before=change))
     assert [dim for _, dim, _ in of(seen, "relu")] == [1] * 3 + [2] * 3
     assert [filters for *_, filters in of(seen, "tanh")] == [range(1, 4)] * 3 + [range(3, 4)] * 3
+
+
+def test_one_switch_loses_one_pass_of_calls_of_many_kinds() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.table = nn.Linear(3, 3), nn.Linear(3, 3), {"more": False}
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.one(x))
+            return torch.tanh(self.two(h)) if self.table["more"] else h
+
+    model, lost = Model(), []
+    modes = [torch.enable_grad, torch.no_grad, torch.inference_mode]
+    kinds = list(itertools.product(modes, (True, False), (True, False)))
+    with capture(model) as maps:
+        for n in range(4 * len(kinds)):
+            mode, trains, casts = kinds[n % len(kinds)]
+            model.table["more"] = n >= len(kinds)  # of each kind, there was one call before
+            model.train(trains)
+            with mode(), torch.autocast("cpu", torch.bfloat16, enabled=casts):
+                model(random(2, 3, n=n))
+            lost += [] if len(maps) else [n]
+            assert not len(maps) or len(maps.layers) == 1 + model.table["more"]
+    assert len(lost) <= 1
 
 
 class _WritesToItsSecond(nn.Module):

@@ -265,9 +265,10 @@ class KnownPaths(Generic[_Plan]):
         self._doubted = False
         self.lost = False
 
-    def doubt(self) -> None:
-        """Another module has left its path: the next call is to be traced."""
-        self.lost = self._doubted = True
+    def doubt(self, of_others: bool) -> None:
+        """A call of another module (or of another kind) has left its path: the next is traced."""
+        self.lost = True
+        self._doubted = self._doubted or of_others
 
     def turned(self, items: list[Any], sizes: Sizes) -> bool:
         """Whether a call that was traced on a doubt took another path than replayed ones had."""

@@ -197,11 +197,11 @@ class ReplayRegion:
         latest, self._latest = self._latest, None
         return latest
 
-    def doubt(self) -> None:
-        """Have the next call of each kind traced."""
+    def doubt(self, of_others: bool = True) -> None:
+        """Have the next call of each kind traced: one `of_others`, or its own, left its path."""
         self._latest = None
         for paths in self._known.values():
-            paths.doubt()
+            paths.doubt(of_others)
 
     def paths_known(self) -> list[Any]:
         """What is known of the paths of all kinds: each is another object once it is learned."""

@@ -362,11 +362,11 @@ class RegionCalls:
             run: of the call.
             keeps: what was read before stays.
         """
-        assert self._taking is not None
+        assert self._taking is not None and self._region is not None
         known, sizes = self._taking.known, self._taking.sizes
         items = run.expected.taken()
         run.stray(run.lost or "it decided otherwise")
-        known.lost = True
+        self._region.doubt(of_others=False)
         if self._live.tracer is not None:  # what has changed, other parts may decide by, too
             self._regions.doubt()
         if not keeps:
