@@ -424,6 +424,10 @@ def test_a_part_is_laid_out_as_the_map() -> None:
 
 BAD_PLACES = [
     ({"at": 9}, "at=9 is outside of the output of layer 'x', of shape (2, 5, 3): index 9 is out"),
+    (
+        {"at": slice(None, None, -1)},
+        "at=slice(None, None, -1) is no part of a tensor: step must be",
+    ),
     ({"at": (1, 2)}, "at= says a place along 2 axes, and the output of layer 'x', of shape"),
     ({"at": torch.tensor([1, 2, 3])}, "positions that all share are a list"),
     ({"at": torch.ones(4, dtype=torch.bool)}, "at= is a mask of shape (4,), and the output"),

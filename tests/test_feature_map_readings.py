@@ -173,6 +173,8 @@ def test_probe_of_numbers_is_a_regression_and_any_scoring_goes() -> None:
     assert found.scoring == "R²"
     assert found.chance is None
     assert found.mean[0] > 0.5
+    halves = probe(feature_map(net, "conv", pool="mean"), x, x.mean((1, 2, 3)).bfloat16())
+    assert halves.mean[0] == pytest.approx(found.mean[0], abs=0.05)
     named = probe(feature_map(net, "conv", pool="mean"), x, y, scoring="balanced_accuracy")
     assert named.scoring == "balanced_accuracy"
     assert named.chance is None

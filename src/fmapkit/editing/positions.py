@@ -147,6 +147,8 @@ def _at_positions(fm: FeatureMap, where: Where) -> tuple[FeatureMap, Put]:
     except IndexError as error:
         what = _name(fm).removesuffix(",")
         raise EditError(f"at={where.at!r} is outside of {what}: {error}", **tags(fm)) from None
+    except ValueError as error:  # of a slice that goes backwards
+        raise EditError(f"at={where.at!r} is no part of a tensor: {error}", **tags(fm)) from None
     if point:
         piece = piece.squeeze(1)
     place = sum(d < filters for d in kept)

@@ -233,7 +233,11 @@ def _batches(data: Any, labelled: bool, labels: list[Any], batch_size: int) -> I
 
 
 def _array(labels: Any) -> Array:
-    found = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if isinstance(labels, Tensor):
+        labels = labels.detach().cpu()
+        if labels.dtype is torch.bfloat16:  # NumPy has no such type
+            labels = labels.float()
+    found = np.asarray(labels)
     if found.ndim != 1:
         raise ArgumentError(f"labels must be one for each sample, not of shape {found.shape}")
     return found
