@@ -17,7 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 
 _MOST = 100_000  # objects that are looked at
-_MOST_FUTILE = 8
+# Looks in a row that led to none of the tensors that are made anew in each pass: at whatever there
+# is, and where one is gone that was found.
+_MOST_FUTILE, _MOST_EXCHANGED = 8, 64
 _LONGEST = 10_000  # items of a container: a data set has no layers
 # What every module has for itself: what it has registered, hooks, flags; and what a capture sets.
 _OWN = frozenset(nn.Module().__dict__) | {"_compiled_call_impl", "forward"}
@@ -50,7 +52,7 @@ class UnregisteredLayers:
         self._known: dict[int, tuple[weakref.ref[Any], Found]] = {}
         self._modules: dict[str, weakref.ref[nn.Module]] = {}
         self._tensors: list[weakref.ref[Any]] = []  # those that no module has registered
-        self._futile = 0  # looks for one that nothing led to
+        self._futile = 0  # looks of late for one that nothing led to
 
     def find(self, value: Tensor | nn.Module, again: bool = True) -> Found | None:
         """Where it is; None if nothing leads there.
@@ -60,15 +62,20 @@ class UnregisteredLayers:
                 each pass, and only where another one may be in the place of one that was found.
         """
         found = self._at(value)
-        if found is None and (again or self._futile < _MOST_FUTILE or self._exchanged()):
+        if found is None and (again or self._may_be_there()):
             self._look()
             found = self._at(value)
-            self._futile += found is None and not again
+            if found is not None:
+                self._futile = 0
+            elif not again:
+                self._futile += 1
         return found
 
-    def _exchanged(self) -> bool:
-        """Whether a tensor is gone that was found."""
-        return any(ref() is None for ref in self._tensors)
+    def _may_be_there(self) -> bool:
+        """Whether a look may lead to a tensor that was not there when last looked."""
+        if self._futile < _MOST_FUTILE:
+            return True
+        return self._futile < _MOST_EXCHANGED and any(ref() is None for ref in self._tensors)
 
     def module_at(self, path: str) -> nn.Module | None:
         """The module of a path that was found."""
