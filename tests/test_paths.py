@@ -576,17 +576,23 @@ def test_two_modules_exchange_all_that_they_have() -> None:
     )
 
 
-@torch.library.custom_op("fmapkit_tests::swapped", mutates_args=("x",))
+@torch.library.custom_op(
+    "fmapkit_tests::swapped", mutates_args=("x",), schema="(Tensor(a!) x) -> ()"
+)
 def _swapped(x: Tensor) -> None:
     x.copy_(x.flip(1))
 
 
-@torch.library.custom_op("fmapkit_tests::into", mutates_args=("out",))
+@torch.library.custom_op(
+    "fmapkit_tests::into", mutates_args=("out",), schema="(Tensor(a!) out, Tensor x) -> ()"
+)
 def _into(out: Tensor, x: Tensor) -> None:
     out.copy_(x.flip(1))
 
 
-@torch.library.custom_op("fmapkit_tests::add", mutates_args=())
+@torch.library.custom_op(
+    "fmapkit_tests::add", mutates_args=(), schema="(Tensor x, Tensor y) -> Tensor"
+)
 def _add(x: Tensor, y: Tensor) -> Tensor:
     return (x + y).flip(1).clone()
 

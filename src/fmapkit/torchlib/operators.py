@@ -61,7 +61,7 @@ def mutated(operators: list[Any]) -> tuple[tuple[int, str], ...]:
     arguments = [pair for one in operators for pair in enumerate(one._schema.arguments)]
     return tuple(
         sorted(
-            {(at, a.name) for at, a in arguments if a.is_write}
+            {(at, a.name) for at, a in arguments if a.alias_info and a.alias_info.is_write}
             - {(at, "out") for at, a in arguments if a.kwarg_only}
         )
     )
