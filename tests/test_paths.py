@@ -636,8 +636,9 @@ def test_operators_of_others_that_write(overload: bool, mode: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_write_through_the_storage(mode: Any) -> None:
-    """torch counts none, so the map is copied where the forward asks for the storage."""
+@pytest.mark.parametrize("way", ["storage", "norm", "norm by place"])
+def test_a_write_by_another_name(mode: Any, way: str) -> None:
+    """Through the storage torch counts none, and in inference mode none at all."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -647,7 +648,12 @@ def test_a_write_through_the_storage(mode: Any) -> None:
         def forward(self, x: Tensor) -> Tensor:
             h = self.one(x)
             y = torch.relu(h)
-            h.untyped_storage().fill_(0)
+            if way == "storage":
+                h.untyped_storage().fill_(0)
+            elif way == "norm":
+                F.embedding(torch.tensor([0, 1]), h, max_norm=0.1)
+            else:
+                F.embedding(torch.tensor([0, 1]), h, None, 0.1)
             return y + h
 
     model = Model()

@@ -82,6 +82,8 @@ class Function:
         """The tensors that a call writes to."""
         if self.name in _ESCAPES or self.name in _MOVES:
             yield from tensors_in(args[:1])
+        if self.name in _RENORMING and (args[3:4] or (kwargs.get("max_norm"),)) != (None,):
+            yield from tensors_in(args[1] if len(args) > 1 else kwargs.get("weight"))
         if self.in_place or self.asked_in_place(args, kwargs):
             first = next(iter(kwargs.values()), None)
             yield from tensors_in(args[0] if args else kwargs.get("self", first))
@@ -103,6 +105,8 @@ class Function:
 _ESCAPES = {"numpy", "__array__", "__dlpack__", "untyped_storage"}
 # Gives a tensor other memory: what was held of it as the same tensor is no longer that.
 _MOVES = {"__set__.data"}
+# Give the rows of a weight, their second argument, another norm if they are asked to.
+_RENORMING = {"embedding", "embedding_bag"}
 # In-place forms that change no data.
 _HARMLESS = {"requires_grad", "detach", "retain_grad", "rename", "share_memory", "pin_memory"}
 # In-place forms that change the shape: what the tensor carried before cannot be followed.
@@ -166,7 +170,8 @@ def _describe(function: Any) -> Function:
         )
     writes = in_place and name not in _HARMLESS
     mutates = mutated(operators) if others or not writes else ()
-    never_writes = not (writes or mutates) and place is None and name not in _ESCAPES | _MOVES
+    otherwise = name in _ESCAPES | _MOVES | _RENORMING
+    never_writes = not (writes or mutates or otherwise) and place is None
     sigma, reads = nonlinearities.function_sigma(function), _reads(name)
     return Function(
         name=name,
