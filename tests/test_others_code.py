@@ -99,6 +99,25 @@ def test_a_mode_sees_what_the_model_runs_and_that_alone(
     assert list(maps.missed) == []
 
 
+@pytest.mark.parametrize("noise", [Noisy])
+def test_a_mode_does_not_see_whether_inputs_share_memory(noise: Any) -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return torch.relu(x) + y
+
+    model = Two()
+    bare = copy.deepcopy(model)
+    with torch.no_grad(), capture(model):
+        for _ in range(4):
+            x, y = torch.randn(2, 2, 3)
+            ran = []
+            for net in (bare, model):
+                with noise() as noisy:
+                    net(x, y)
+                ran.append(noisy.ran)
+            assert ran[0] == ran[1]
+
+
 def _as_held(y: Tensor, options: dict[str, Any]) -> Tensor:
     y = y.detach()
     return y[:, 1:2] if "filters" in options else y.to(options.get("dtype", y.dtype))

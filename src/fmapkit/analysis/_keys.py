@@ -25,6 +25,16 @@ if TYPE_CHECKING:
 Filters = tuple[int, ...] | None
 
 
+def steps_since(last: int, step: int) -> int:
+    """How many passes have begun since one, up to another; of a new block, all in that.
+
+    Args:
+        last: the step of the one.
+        step: that of the other.
+    """
+    return step - (last if step > last else -1)
+
+
 @dataclass(frozen=True, slots=True)
 class Name:
     """What maps have in common that are taken together, whatever their pass and call."""

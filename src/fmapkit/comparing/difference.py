@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -195,6 +195,7 @@ def _eps(dtype: torch.dtype) -> float:
 
 def _check_alike(a: FeatureMap, b: FeatureMap) -> None:
     name = a.layer if a.layer == b.layer else f"{a.layer}' and '{b.layer}"
+    which: dict[str, Any] = {"layer": a.layer, "kind": a.kind, "call": a.call}
     for what, was, now in (
         ("shape", tuple(a.shape), tuple(b.shape)),
         ("filters", _filters(a), _filters(b)),
@@ -203,17 +204,13 @@ def _check_alike(a: FeatureMap, b: FeatureMap) -> None:
             raise ArgumentError(
                 f"the {a.kind} of {name!r} has {what} {was} in the first and {now} in the second: "
                 "give both models the same input, and hold the same filters",
-                layer=a.layer,
-                kind=a.kind,
-                call=a.call,
+                **which,
             )
     if a.ids is not None and b.ids is not None and not torch.equal(a.ids.cpu(), b.ids.cpu()):
         raise ArgumentError(
             f"the {a.kind} of {name!r} is of other inputs in the second, by the numbers that "
             "maps.batch gave: give both models the same input; step= says which pass of each",
-            layer=a.layer,
-            kind=a.kind,
-            call=a.call,
+            **which,
         )
 
 

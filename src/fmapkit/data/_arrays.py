@@ -17,6 +17,7 @@ from fmapkit._lazy import needed
 from fmapkit.data._manifest import ArraySpec, stored_dtype, torch_dtype
 from fmapkit.data._pieces import Pieces
 from fmapkit.errors import ArgumentError
+from fmapkit.torchlib.memory import as_numpy
 
 _BLOCK = 2**24  # bytes that are read at once where all are wanted
 
@@ -234,12 +235,7 @@ class FeatureArray(StoredArray):
 
 
 def _numpy(values: Any) -> np.ndarray[Any, Any]:
-    if not isinstance(values, Tensor):
-        return np.asarray(values)
-    lacking = values.dtype == torch.bfloat16 or (
-        values.is_floating_point() and values.element_size() == 1
-    )
-    return (values.float() if lacking else values).numpy()
+    return as_numpy(values) if isinstance(values, Tensor) else np.asarray(values)
 
 
 def save_safetensors(

@@ -147,10 +147,12 @@ def _function(function: Any, depth: int) -> str:
             arguments always are.
     """
     inner = getattr(function, "func", function)  # of a functools.partial
-    bound = list(getattr(function, "args", ())) if function is not inner else []
-    bound += (getattr(function, "keywords", None) or {}).values() if function is not inner else ()
-    bound += _holdings(inner) if depth else ()
-    bound = [_held(value, depth - 1) for value in bound]
+    given: list[Any] = []
+    if inner is not function:
+        given += getattr(function, "args", ())
+        given += (getattr(function, "keywords", None) or {}).values()
+    given += _holdings(inner) if depth else ()
+    bound = [_held(value, depth - 1) for value in given]
     owner = getattr(inner, "__self__", None)
     home = inner if hasattr(inner, "__qualname__") else type(inner)
     code = getattr(inner, "__code__", None)

@@ -17,7 +17,7 @@ from fmapkit.map.line import map_line
 from fmapkit.provenance import Heads, Lost, WeightRows
 from fmapkit.readable import tags
 from fmapkit.storage import Gradient, NotYet, Received, ValueCopies
-from fmapkit.torchlib.memory import parts_of
+from fmapkit.torchlib.memory import as_numpy, parts_of
 from fmapkit.torchlib.sharded import Parts, is_dtensor, whole
 
 
@@ -167,9 +167,7 @@ class FeatureMap(DrawableMap):
         """
         if is_dtensor(self.tensor):
             raise _of_several_ranks(self, "has no values of its own")
-        tensor = self.tensor.detach().cpu()
-        lacking = tensor.dtype == torch.bfloat16 or tensor.element_size() == 1
-        return (tensor.float() if tensor.is_floating_point() and lacking else tensor).numpy()
+        return as_numpy(self.tensor)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         array = self.numpy()

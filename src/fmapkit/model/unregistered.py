@@ -51,7 +51,6 @@ class UnregisteredLayers:
         self._walk = walk
         self._known: dict[int, tuple[weakref.ref[Any], Found]] = {}
         self._modules: dict[str, weakref.ref[nn.Module]] = {}
-        self._tensors: list[weakref.ref[Any]] = []  # those that no module has registered
         self._futile = 0  # looks of late for one that nothing led to
 
     def find(self, value: Tensor | nn.Module, again: bool = True) -> Found | None:
@@ -75,7 +74,8 @@ class UnregisteredLayers:
         """Whether a look may lead to a tensor that was not there when last looked."""
         if self._futile < _MOST_FUTILE:
             return True
-        return self._futile < _MOST_EXCHANGED and any(ref() is None for ref in self._tensors)
+        gone = any(ref() is None for ref, place in self._known.values() if place.module is None)
+        return gone and self._futile < _MOST_EXCHANGED
 
     def module_at(self, path: str) -> nn.Module | None:
         """The module of a path that was found."""
@@ -103,7 +103,6 @@ class UnregisteredLayers:
         self._known = {k: v for k, v in self._known.items() if v[0]() is not None}
         ways: deque[tuple[str, Any]] = deque()
         seen: dict[int, Any] = {}  # by id, and kept alive meanwhile
-        self._tensors.clear()
         for name, module in self._walk():
             if id(module) not in seen:
                 seen[id(module)] = module
@@ -119,7 +118,6 @@ class UnregisteredLayers:
             seen[id(value)] = value
             if issubclass(kind, Tensor):
                 self._put(value, Found(path))
-                self._tensors.append(weakref.ref(value))
             elif issubclass(kind, nn.Module):
                 for key, child in list(value._modules.items()):
                     if child is not None:

@@ -28,7 +28,9 @@ from fmapkit.torchlib.caching import DictWatch
 
 _lock = threading.RLock()
 # The code of torch's functions that call another one of the same name, and do nothing else.
-_HANDING_ON = {id(f.__code__) for f in (F.sigmoid, F.tanh, getattr(F, "grouped_mm", F.tanh))}
+_HANDING_ON = {
+    id(getattr(F, name).__code__) for name in ("sigmoid", "tanh", "grouped_mm") if hasattr(F, name)
+}
 _code_of = operator.attrgetter("__code__")
 # By the original, and the attributes that are known to be fixed; None where there is no twin.
 _twins: dict[tuple[Code, frozenset[str], frozenset[str]], Twin | None] = {}

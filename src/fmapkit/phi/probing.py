@@ -17,6 +17,7 @@ from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.phi._features import gathered, sklearn_needed
 from fmapkit.phi._plots import axes_by_layer
 from fmapkit.tables import Shown, Table
+from fmapkit.torchlib.memory import as_numpy
 from fmapkit.torchlib.operators import tree_map
 
 if TYPE_CHECKING:
@@ -233,11 +234,7 @@ def _batches(data: Any, labelled: bool, labels: list[Any], batch_size: int) -> I
 
 
 def _array(labels: Any) -> Array:
-    if isinstance(labels, Tensor):
-        labels = labels.detach().cpu()
-        if labels.dtype is torch.bfloat16:  # NumPy has no such type
-            labels = labels.float()
-    found = np.asarray(labels)
+    found = as_numpy(labels) if isinstance(labels, Tensor) else np.asarray(labels)
     if found.ndim != 1:
         raise ArgumentError(f"labels must be one for each sample, not of shape {found.shape}")
     return found

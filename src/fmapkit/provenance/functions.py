@@ -17,6 +17,7 @@ from fmapkit.provenance.conditional_sigma import FOLLOWED, SOMETIMES
 from fmapkit.provenance.layer_ops import weighs
 from fmapkit.provenance.lists import on_lists
 from fmapkit.provenance.quantized import is_fused, is_weighted
+from fmapkit.provenance.rule_basics import argument
 from fmapkit.provenance.vocabulary import (
     ADDING_WRITES,
     DATA_TO_PYTHON,
@@ -82,15 +83,15 @@ class Function:
         """The tensors that a call writes to."""
         if self.name in _ESCAPES or self.name in _MOVES:
             yield from tensors_in(args[:1])
-        if self.name in _RENORMING and (args[3:4] or (kwargs.get("max_norm"),)) != (None,):
-            yield from tensors_in(args[1] if len(args) > 1 else kwargs.get("weight"))
+        if self.name in _RENORMING and argument(args, kwargs, 3, "max_norm") is not None:
+            yield from tensors_in(argument(args, kwargs, 1, "weight"))
         if self.in_place or self.asked_in_place(args, kwargs):
             first = next(iter(kwargs.values()), None)
             yield from tensors_in(args[0] if args else kwargs.get("self", first))
         if "out" in kwargs:
             yield from tensors_in(kwargs["out"])
         for at, name in self.mutates:
-            yield from tensors_in(args[at] if at < len(args) else kwargs.get(name))
+            yield from tensors_in(argument(args, kwargs, at, name))
 
     def asked_in_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the call passes `inplace=True`."""

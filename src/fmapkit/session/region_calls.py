@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fmapkit.missed import MissedLog, Reason, reason
 from fmapkit.paths import ControlPaths, Expected, KnownPaths, Sizes
@@ -78,11 +78,11 @@ class _Taken:
     reads: InputTruths | None
     truths: Truths | None
 
-    def reads_the_same(self, region: ReplayRegion, args: Any, kwargs: Any) -> bool:
+    def reads_the_same(self, region: ReplayRegion, tensors: list[Tensor]) -> bool:
         """Whether another call of the region, given the like, will read the same of it."""
         if not self.truths:
             return True
-        read = region.read(self.reads, tensors_in(*args, kwargs), self.given_sizes)
+        read = region.read(self.reads, tensors, self.given_sizes)
         return read == (self.truths, self.sizes)
 
 
@@ -147,7 +147,8 @@ class RegionCalls:
         if tracer is not None:
             inputs = [tracer.trace.labels.of(t) for t in tensors]
             origins = carried(inputs, self._wants.of)
-        form: Any = (shape_of(args), shape_of(kwargs), sharing(tensors), origins, modes)
+        quiet = not others_watch()  # who see our looks, of which a traced pass has more
+        form: Any = (shape_of(args), shape_of(kwargs), quiet and sharing(tensors), origins, modes)
         sizes = sizes_of(tensors, args, kwargs)
         if region.kept:
             form, sizes = region.with_kept(form, sizes, args, kwargs, tensors)
@@ -155,7 +156,7 @@ class RegionCalls:
             if flow is not None and any(flow(t) is not None for _, t in region.kept.leaves()):
                 form = None  # it is of this pass
         asked = sizes, args, kwargs, inputs
-        if others_watch():  # and sees our looks, too, of which there are more in a traced pass
+        if not quiet:
             return self._recorder.enter(module, None, 0, *asked) or given
         reads = region.truths(form, state)
         given_sizes = sizes
@@ -177,15 +178,17 @@ class RegionCalls:
         self, region: ReplayRegion, latest: _Taken, args: Any, kwargs: Any
     ) -> list[Label] | None:
         """What the inputs of a call carry, if it is the twin of the latest one; else None."""
-        if latest.given != plain_spec(args, kwargs) or self._edits or others_watch():
+        # Others, who would see our looks, are asked for first.
+        if self._edits or others_watch() or latest.given != plain_spec(args, kwargs):
             return None
-        inputs: list[Label] = []
         tracer = self._live.tracer
+        tensors = tensors_in(*args, kwargs) if tracer is not None or latest.truths else []
+        inputs: list[Label] = []
+        origins = None
         if tracer is not None:
-            of = tracer.trace.labels.of
-            inputs = [of(t) for t in tensors_in(*args, kwargs)]
-        origins = None if tracer is None else carried(inputs, self._wants.of)
-        if latest.origins != origins or not latest.reads_the_same(region, args, kwargs):
+            inputs = [tracer.trace.labels.of(t) for t in tensors]
+            origins = carried(inputs, self._wants.of)
+        if latest.origins != origins or not latest.reads_the_same(region, tensors):
             return None
         return inputs
 
@@ -296,7 +299,7 @@ class RegionCalls:
         """The call has ended: its maps become a part of the pass."""
         live = self._live
         run, current, tracer = live.run, live.current, live.tracer
-        assert run is not None and current is not None
+        assert run is not None and current is not None and self._region is not None
         live.run = self._placed = None
         failed = output is None and sys.exc_info()[0] is not None
         if run.module in run.plan.taps and not failed:
@@ -325,7 +328,7 @@ class RegionCalls:
             arguments = tensors_in(*args, kwargs)
             for index, tag in run.plan.effects.rewritten:
                 tracer.trace.labels.put(arguments[index], run.label(tag))
-        kept = self._regions.of(run.module).kept.leaves()
+        kept = self._region.kept.leaves()
         run.tag_outputs(output, kept, tracer.trace.labels.put)
         live.trace_on()
 

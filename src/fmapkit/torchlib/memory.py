@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -23,6 +24,13 @@ def version_of(tensor: Tensor) -> int:
     if type(tensor) is not Tensor and is_wrapped(tensor):
         return sum(0 if t.is_inference() else t._version for t in ends_of(tensor))
     return tensor._version
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A tensor's values on the host; bfloat16 and float8, which NumPy lacks, as float32."""
+    tensor = tensor.detach().cpu()
+    lacking = tensor.dtype is torch.bfloat16 or tensor.element_size() == 1
+    return (tensor.float() if tensor.is_floating_point() and lacking else tensor).numpy()
 
 
 def versions_of(tensors: list[Tensor]) -> list[int]:

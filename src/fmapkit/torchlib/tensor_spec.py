@@ -57,8 +57,6 @@ def sharing(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
     Returns:
         By tensor, the first that lies where it does; None if each has a memory of its own.
     """
-    if len(tensors) < 2:
-        return None
     storages = [-1 if is_shapeless(t) else storage_of(t) for t in tensors]
     if len(set(storages)) == len(storages):
         return None

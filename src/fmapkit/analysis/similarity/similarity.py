@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fmapkit._warnings import warn
+from fmapkit.analysis._keys import steps_since
 from fmapkit.analysis.similarity.labels import MapTag, labels
 from fmapkit.analysis.similarity.pairs import LEAST, Gram, Pairs
 from fmapkit.errors import (
@@ -115,8 +116,7 @@ class _Side:
 
     def _begin(self, step: int) -> None:
         """A pass has begun; steps in between were of passes that were not seen."""
-        before = step - 1 if self._last is None else self._last if step > self._last else -1
-        self._place += step - before
+        self._place += 1 if self._last is None else steps_since(self._last, step)
         self._last = step
 
     def _why_not(self, fm: FeatureMap, tensor: Tensor) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmapkit._warnings import warn
 from fmapkit.analysis._bins import placed
-from fmapkit.analysis._keys import Filters, Name
+from fmapkit.analysis._keys import Filters, Name, steps_since
 from fmapkit.analysis._mergeable import Held, Mergeable
 from fmapkit.analysis.top.layer_tops import HEADS, LayerTops, row
 from fmapkit.analysis.top.strongest import Scores, Strongest, by_sample, scores_of
@@ -47,13 +47,12 @@ class _Counter:
     """Numbers the inputs of each pass, as they come.
 
     Args:
-        begun: its first pass may be any of a block, and not the first one of it.
+        step: of the latest pass; None if the first one may be any of its block.
     """
 
-    def __init__(self, begun: bool = False) -> None:
+    def __init__(self, step: int | None = -1) -> None:
         self.next = 0
-        self.step = -1
-        self._begun = begun
+        self.step = step
         self._gap = False  # was warned of
         self.first = self.size = 0
         self.counted = False  # some had no numbers of the user's
@@ -70,7 +69,7 @@ class _Counter:
         self.counted = True
         tags = (fm.layer, fm.kind, fm.nonlinearity, fm.path, fm.call, fm.filters)
         if fm.step != self.step or tags in self.maps:  # another pass; of another block, perhaps
-            self._look_for_gap(fm)
+            self._look_for_gap(fm.step)
             self.step, self.first, self.size = fm.step, self.next, samples
             self.next += samples
             self.maps.clear()
@@ -82,16 +81,14 @@ class _Counter:
             )
         return torch.arange(self.first, self.first + samples, device=fm.tensor.device)
 
-    def _look_for_gap(self, fm: FeatureMap) -> None:
+    def _look_for_gap(self, step: int) -> None:
         """Warn, once, where inputs have gone by that nobody could count."""
-        after = self.step if fm.step > self.step else -1  # of another block
-        begun, self._begun = self._begun, False
-        if begun or self._gap or fm.step == after + 1:
+        if self.step is None or self._gap or (since := steps_since(self.step, step)) == 1:
             return
         self._gap = True
         warn(
-            f"TopInputs has seen no map of step {after + 1}, so the numbers of inputs from step "
-            f"{fm.step} on are not their places in a data set: every= leaves passes out, a layer "
+            f"TopInputs has seen no map of step {step - since + 1}, so the numbers of inputs from "
+            f"step {step} on are not their places in a data set: every= leaves passes out, a layer "
             "may not run in each, or maps.missed says why; number inputs with maps.batch(ids)"
         )
 
@@ -192,7 +189,7 @@ class TopInputs(Shown, Mergeable[_TopGroup, LayerTops]):
     def reset(self) -> None:
         """Forget all that was seen; inputs are counted from 0 again."""
         super().reset()
-        self._counter = _Counter(begun=True)
+        self._counter = _Counter(step=None)
 
     # -- reading -------------------------------------------------------------------------------
 
