@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fmapkit import FeatureMaps, capture
-from fmapkit.session import fused_shadow
+from fmapkit.session import fused_paths
 from tests.truth import assert_nothing_left, fingerprint
 
 WIDTH = 16
@@ -278,17 +278,23 @@ def test_the_maps_beside_a_fused_layer_are_those_of_its_parts() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{"kinds": "activation"}, {"layers": ["up", "down"]}, {}])
-def test_a_fused_module_runs_twice_only_for_maps_inside(
+def test_the_ordinary_path_runs_in_a_traced_pass_alone(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, twice = Attentions().eval(), []
-    both = fused_shadow.fused_output
-    monkeypatch.setattr(fused_shadow, "fused_output", lambda *a: twice.append(0) or both(*a))
-    with capture(model, **options):
+    model, ordinary, fused = Attentions().eval(), [], []
+    path, kernel = fused_paths.OrdinaryPath, fused_paths.fused_kernel
+    monkeypatch.setattr(fused_paths, "OrdinaryPath", lambda *a: ordinary.append(0) or path(*a))
+    monkeypatch.setattr(fused_paths, "fused_kernel", lambda *a: fused.append(0) or kernel(*a))
+    with capture(model, **options) as maps:
+        model(torch.randn(2, 4, WIDTH))
+        assert len(ordinary) == 2
         for _ in range(4):
-            twice.clear()
+            ordinary.clear()
+            fused.clear()
             model(torch.randn(2, 4, WIDTH))
-    assert len(twice) == (0 if options else 2)
+    assert not ordinary
+    assert len(fused) == (0 if options else 2)
+    assert not maps.missed
 
 
 @torch.no_grad()
@@ -304,6 +310,188 @@ def test_the_output_is_the_fused_one() -> None:
             assert torch.equal(maps["0", "output"].tensor, first)
             second = bare[1].attention(first, first, first, need_weights=False)[0]
             assert torch.equal(maps.select("1.attention", kind="output")[0].tensor, second)
+
+
+def _attention_by_hand(attention: nn.MultiheadAttention, x: Tensor) -> dict[str, Tensor]:
+    """The operators that the kernel runs on the CPU, one by one."""
+    heads, width = attention.num_heads, attention.embed_dim
+    samples, tokens = x.shape[:2]
+    bias: Any = attention.in_proj_bias
+    weight: Any = attention.in_proj_weight
+    product = torch.mm(x.reshape(-1, width), weight.t()).view(samples, tokens, -1)
+    parts = torch._transform_bias_rescale_qkv(product, bias, heads)
+    q, k, v = (t.view(samples * heads, tokens, -1) for t in parts)
+    shares = torch.bmm(q, k.transpose(2, 1)).softmax(-1)
+    mixed = torch.bmm(shares, v).view(samples, heads, tokens, -1).permute(0, 2, 1, 3)
+    own = attention.out_proj
+    out = torch.addmm(own.bias, mixed.reshape(-1, width), own.weight.t())
+    return {"in_proj": product + bias, "out_proj": out.view(samples, tokens, width)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_maps_are_what_the_kernel_computes_to_the_bit(activation: str, samples: int) -> None:
+    """By hand, which is seen to be what the kernel does by what it returns."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(
+        64, 4, 96, batch_first=True, dropout=0.0, activation=activation
+    ).eval()
+    bare = copy.deepcopy(layer)
+    with capture(layer) as maps:
+        for number in range(3):
+            x = torch.randn(samples, 7, 64, generator=torch.Generator().manual_seed(number))
+            out = layer(x)
+            by_hand = _attention_by_hand(bare.self_attn, x)
+            y = bare.norm1(by_hand["out_proj"] + x)
+            z = torch.addmm(bare.linear1.bias, y.view(-1, 64), bare.linear1.weight.t())
+            a = z.relu() if activation == "relu" else F.gelu(z)
+            z2 = torch.addmm(bare.linear2.bias, a, bare.linear2.weight.t()).view_as(x)
+            assert torch.equal(out, bare.norm2(z2 + y))
+            found = {(m.layer, m.kind): m.tensor for m in maps}
+            of = ("self_attn.in_proj", "preactivation")
+            assert torch.equal(found[of].transpose(0, 1), by_hand["in_proj"])
+            turned = by_hand["out_proj"].transpose(0, 1).reshape(-1, 64)
+            assert torch.equal(found["self_attn.out_proj", "preactivation"], turned)
+            assert torch.equal(found["linear1", "preactivation"].view(z.shape), z)
+            assert torch.equal(found["linear1", "activation"].view(z.shape), a)
+            assert torch.equal(found["linear2", "preactivation"], z2)
+            assert len(found) == 5
+    assert not maps.missed
+
+
+def _one_by_one(options: dict[str, Any]) -> None:
+    """A replayed pass gives what a first one on a copy gives, and no pass is lost."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        _layer(), nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, WIDTH), Attentions()
+    )
+    model.eval()
+    with torch.no_grad(), capture(model, keep=1, **options) as maps:
+        for number in range(4):
+            x = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(number))
+            model(x)
+            fresh = copy.deepcopy(model)
+            with capture(fresh, **options) as learned:
+                fresh(x)
+            assert _told(maps) == _told(learned)
+            for ours, theirs in zip(maps, learned, strict=True):
+                assert torch.equal(ours.tensor, theirs.tensor), (number, ours.layer, ours.kind)
+    assert {m.reason for m in maps.missed} == {m.reason for m in learned.missed}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": "0.linear1"},
+        {"layers": "0.self_attn.in_proj", "kinds": "preactivation"},
+        {"filters": {"0.linear1": [3, 5], "0.self_attn.out_proj": [0, 2]}},
+        {"dtype": torch.float64},
+        {"kinds": "response"},
+        {"kinds": "activation"},
+        {"kinds": ["output", "activation"]},
+        {"detach": False},
+        {"layers": "0.linear1", "stop": True},
+    ],
+    ids=str,
+)
+def test_whatever_is_asked_for(options: dict[str, Any]) -> None:
+    _one_by_one(options)
+
+
+@torch.no_grad()
+def test_inputs_of_other_sizes(traced: list[None]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(_layer(), _layer()).eval()
+    with capture(model) as maps:
+        for samples, tokens in [(2, 4), (3, 5), (1, 7), (4, 2), (2, 9), (5, 3)]:
+            x = torch.randn(samples, tokens, WIDTH)
+            model(x)
+            z = model[0].linear1(
+                model[0].norm1(x + _attention_by_hand(model[0].self_attn, x)["out_proj"])
+            )
+            assert maps["0.linear1", "preactivation"].shape == (samples, tokens, 32)
+            torch.testing.assert_close(maps["0.linear1", "preactivation"].tensor, z)
+    assert len(traced) <= 3
+    assert not maps.missed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["layer", "inside", "everywhere", "before"])
+def test_hooks_of_others_are_called(where: str) -> None:
+    """Torch asks for those inside a layer; attention, and the layer's own, it calls in any case."""
+    torch.manual_seed(0)
+    model = Attentions().eval()
+    bare, seen, expected = copy.deepcopy(model), [], []
+    handles = []
+
+    def hook(into: list[Any]) -> Callable[..., None]:
+        return lambda module, *_: into.append(type(module).__name__)
+
+    with capture(model) as maps:
+        for number in range(6):
+            x = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(number))
+            if number == 3:
+                for one, into in (model, seen), (bare, expected):
+                    if where == "before":
+                        handles.append(one.first.register_forward_pre_hook(hook(into)))
+                    elif where != "everywhere":
+                        of = one.first if where == "layer" else one.first.out_proj
+                        handles.append(of.register_forward_hook(hook(into)))
+            if where == "everywhere" and number > 2:
+                for one, into in (model, seen), (bare, expected):
+                    handle = nn.modules.module.register_module_forward_hook(hook(into))
+                    one(x)
+                    handle.remove()
+            else:
+                assert torch.equal(model(x), bare(x))
+            first = maps["first.out_proj", "preactivation"].tensor
+            truth = _attention_by_hand(bare.first, x)["out_proj"]
+            torch.testing.assert_close(first, truth.transpose(0, 1).reshape(-1, WIDTH))
+    assert seen == expected
+    assert seen if where != "inside" else not seen
+
+
+@torch.no_grad()
+def test_another_capture_of_a_part_sees_it_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(_layer(), nn.ReLU()).eval()
+    bare = copy.deepcopy(model)
+    with capture(model) as maps:
+        for number in range(8):
+            x = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(number))
+            if number in (3, 4, 5):
+                with capture(model[0]) as inner:
+                    assert torch.equal(model(x), bare(x))
+                assert inner["linear1"].shape == (2, 4, 32)
+            else:
+                assert torch.equal(model(x), bare(x))
+            alone = copy.deepcopy(bare)
+            with capture(alone) as fresh:
+                alone(x)
+            ours = {(m.layer, m.kind): m.tensor for m in maps}
+            for theirs in fresh:
+                if (theirs.layer, theirs.kind) in ours:
+                    found = ours[theirs.layer, theirs.kind]
+                    torch.testing.assert_close(found, theirs.tensor)
+
+
+@torch.no_grad()
+def test_weights_that_two_layers_share() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, WIDTH, batch_first=True, dropout=0.0).eval()
+    layer.linear2.weight = layer.linear1.weight
+    model = nn.Sequential(layer, nn.ReLU())
+    bare = copy.deepcopy(model)
+    with capture(model) as maps:
+        for number in range(3):
+            x = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(number))
+            assert torch.equal(model(x), bare(x))
+            y = bare[0].norm1(x + bare[0].self_attn(x, x, x)[0])
+            z = bare[0].linear1(y)
+            of_weight = [m for m in maps if m.shape[-1] == WIDTH and m.kind == "preactivation"]
+            torch.testing.assert_close(maps["0.linear1"].tensor, z.relu())
+            assert of_weight
 
 
 class Attentions64(nn.Module):

@@ -12,3 +12,4 @@ from fmapkit.instrumentation.methods import methods_of as methods_of
 from fmapkit.instrumentation.own_work import without_the_models as without_the_models
 from fmapkit.instrumentation.pair import FAILED as FAILED
 from fmapkit.instrumentation.pair import Pair as Pair
+from fmapkit.instrumentation.pair import Returned as Returned

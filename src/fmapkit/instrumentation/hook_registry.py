@@ -22,7 +22,14 @@ from torch.utils.hooks import RemovableHandle
 
 from fmapkit.instrumentation.hook import Hook
 from fmapkit.instrumentation.pair import Outside, Pair
-from fmapkit.torchlib.call_override import CallOverride, free, standing_before, there
+from fmapkit.torchlib.call_override import (
+    CallOverride,
+    all_hooks,
+    all_pre_hooks,
+    free,
+    standing_before,
+    there,
+)
 
 __all__ = ["Hooks", "Off", "computes_weights", "hooks_on"]
 
@@ -109,6 +116,11 @@ class Hooks:
     def is_ours(self, hook: Any) -> bool:
         """Whether this session has set it."""
         return isinstance(hook, (Hook, CallOverride)) and hook.owner is self.owner
+
+    def any_on(self, module: nn.Module) -> bool:
+        """Whether hooks of torch's run as a module is called, whoever has set them."""
+        own = module._forward_hooks or module._forward_pre_hooks
+        return bool(own or all_hooks or all_pre_hooks)
 
     def others_on(self, module: nn.Module) -> bool:
         """Whether others have hooks on a module, or stand before its call.

@@ -10,10 +10,23 @@ from torch import nn
 from fmapkit.instrumentation.hook import Around, Given, Hook, nothing
 from fmapkit.torchlib.call_override import CallOverride, all_pre_hooks
 
-__all__ = ["FAILED", "Outside", "Pair"]
+__all__ = ["FAILED", "Outside", "Pair", "Returned"]
 
 # What a pair is told that a call returned which an `Exception` has ended.
 FAILED = object()
+
+
+class Returned:
+    """What a call returns that has been made already, where no hook of torch's is to see it.
+
+    Args:
+        output: it.
+    """
+
+    __slots__ = ("output",)
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
 
 
 class Pair(Around):
@@ -21,7 +34,7 @@ class Pair(Around):
 
     Args:
         owner: the session.
-        pre: (module, args, kwargs) -> what to give it instead, or None.
+        pre: (module, args, kwargs) -> what to give it instead, or what it has `Returned`, or None.
         post: (module, args, kwargs, output) -> what to return instead, or None. The output is
             `FAILED` after an `Exception`.
         broken_off: (module, error) -> whether the call returns None then. Called in place of
@@ -42,9 +55,12 @@ class Pair(Around):
             return self._around(module, self.inner, args, kwargs)
         try:
             given = self.pre(module, args, kwargs)
-            if given is not None:
-                args, kwargs = given
-            output = self.inner(*args, **kwargs)
+            if type(given) is Returned:
+                output = given.output
+            else:
+                if given is not None:
+                    args, kwargs = given
+                output = self.inner(*args, **kwargs)
         except Exception:
             self.post(module, args, kwargs, FAILED)
             raise

@@ -16,7 +16,7 @@ from fmapkit.paths.fixed_attributes import FixedAttributes
 from fmapkit.paths.known_paths import Expected
 from fmapkit.paths.survey import Survey, is_installed, is_trusted
 from fmapkit.paths.twins import Twins, call_site
-from fmapkit.torchlib.fused_paths import functions_inside
+from fmapkit.torchlib.fused.paths import functions_inside
 from fmapkit.torchlib.nested import modules_in
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep

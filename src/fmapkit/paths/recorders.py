@@ -34,7 +34,7 @@ from fmapkit.paths.items import (
 )
 from fmapkit.paths.rewriting import FLOATS_ARE_IDLE, MARK, ONLY_ZERO_DECIDES
 from fmapkit.paths.sinks import append_of, ident
-from fmapkit.torchlib.fused_paths import instead_of
+from fmapkit.torchlib.fused.paths import instead_of
 
 _T = TypeVar("_T")
 

@@ -26,7 +26,7 @@ from fmapkit.replay.escapes import EscapedTensors
 from fmapkit.replay.input_truths import InputTruths, Truths
 from fmapkit.replay.light_mode import LightMode
 from fmapkit.replay.model_guard import ModelGuard
-from fmapkit.replay.plan import Plan
+from fmapkit.replay.plan import KernelSteps, Plan
 from fmapkit.replay.planning import make_plan
 from fmapkit.replay.regions import ReplayRegion, ReplayRegions
 from fmapkit.replay.run import ReplayRun
@@ -40,6 +40,7 @@ __all__ = [
     "EscapedTensors",
     "Fill",
     "InputTruths",
+    "KernelSteps",
     "LightMode",
     "ModelGuard",
     "PassPiece",

@@ -47,6 +47,21 @@ class Step:
     at: int = 0  # which entry of the log it reads
 
 
+@dataclass(frozen=True, slots=True)
+class KernelSteps:
+    """The steps of a module's call whose maps its fused kernel shows: its forward does not run.
+
+    Attributes:
+        module: of torch's.
+        names: of the kernel's maps, for each step, in the order of its emissions.
+        wanted: all of these.
+    """
+
+    module: nn.Module
+    names: tuple[tuple[str, ...], ...]
+    wanted: frozenset[str]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """How to read a region's later calls."""
@@ -68,6 +83,7 @@ class Plan:
         nn.Module
     ]  # in-place nonlinearities that leave z's memory to us, if they can
     fusing: frozenset[nn.Module]  # may run by torch's fused paths: seen from their calls on
+    kernels: Mapping[int, KernelSteps]  # of these, by the entry of the log that is its first
     edited: frozenset[nn.Module]  # whose inputs or outputs are edited
     placed: Mapping[Place, Placed]  # what is known of these
     keeps: bool  # some in-place nonlinearity does so

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,14 +12,17 @@ from fmapkit import layers
 from fmapkit.nonlinearities import module_sigma
 from fmapkit.provenance import describe
 from fmapkit.replay.effects import Relations
-from fmapkit.replay.plan import MapSpec, Step
+from fmapkit.replay.plan import KernelSteps, MapSpec, Step
 from fmapkit.selection import Selection
 from fmapkit.storage import MapRecord, Place, StorageConversion, StoredTensor
-from fmapkit.torchlib.fused_paths import fuses
+from fmapkit.torchlib.fused.paths import fuses
 from fmapkit.torchlib.memory import storage_of
-from fmapkit.tracing import Event, HookPoint
+from fmapkit.tracing import Event, FusedCall, HookPoint
 
-__all__ = ["Reading", "mark_shared", "name_of"]
+# What stands in the order of what fires for each map of a fused kernel.
+IN_KERNEL = "in a fused kernel"
+
+__all__ = ["IN_KERNEL", "Reading", "mark_shared", "name_of"]
 
 
 class Reading:
@@ -29,6 +33,8 @@ class Reading:
         relations: of the call to the pass around it.
         retention: the form in which maps are stored.
         start: how many decisions had been taken when the call began.
+        fused: the calls in it whose maps are their fused kernels'.
+        first: which hook point of the pass is the first of these.
 
     Attributes:
         tapped: modules whose end is tapped.
@@ -39,6 +45,7 @@ class Reading:
         order: what fires, in order.
         at: the step of each.
         steps: all steps, in order of execution.
+        kernels: those of each fused kernel, by the first of them.
     """
 
     def __init__(
@@ -47,8 +54,11 @@ class Reading:
         relations: Relations,
         retention: StorageConversion,
         start: int,
+        fused: Sequence[FusedCall] = (),
+        first: int = 0,
     ) -> None:
-        emitting = [firing for firing in firings if firing.events and _emits(firing)]
+        inside = {id(f): c for c in fused for f in firings[c.start - first : c.end - first]}
+        emitting = [f for f in firings if f.events and _emits(f) and id(f) not in inside]
         functions = [f for f in emitting if f.module is None]
         self.tapped = {f.module for f in emitting if f.module is not None}
         self._calling = {f.scope for f in functions}
@@ -61,12 +71,18 @@ class Reading:
         if any(f.site is None for f in functions):
             self.sites = {}
             self.scopes = self._calling
-        self._called = {name_of(f) for f in firings if f.events and self._in_scope(f)}
-        fired = [firing for firing in firings if self._fires(firing)]
+        others = [f for f in firings if id(f) not in inside]
+        self._called = {name_of(f) for f in others if f.events and self._in_scope(f)}
+        fired = [f for f in firings if (_emits(f) if id(f) in inside else self._fires(f))]
         self.order: list[Any] = [f.site if self._at_site(f) else f.module for f in fired]
         self.at: list[Step | None] = [
             _step(firing, relations, retention, start, at) for at, firing in enumerate(fired)
         ]
+        self.kernels: dict[int, KernelSteps] = {}
+        for call in fused:
+            own = [at for at, f in enumerate(fired) if inside.get(id(f)) is call]
+            if own:
+                self.kernels[own[0]] = self._kernel(call, [fired[at] for at in own], own)
         self.steps = [step for step in self.at if step is not None]
         self.direct = _direct(self.steps)
         self.plain_sites = _plain_sites(self.sites, zip(self.order, self.at, strict=True))
@@ -102,7 +118,30 @@ class Reading:
         found = {f.module for f in firings if f.module is not None and fuses(f.module)}
         read = self.tapped | self._calling
         inside = {m: set(m.modules()) - {m} for m in found}
-        return frozenset(m for m in found if m in self._calling or inside[m] & read)
+        shown = {kernel.module for kernel in self.kernels.values()}
+        return frozenset(m for m in found if m in self._calling or inside[m] & read) | shown
+
+    def _kernel(
+        self, call: FusedCall, firings: Sequence[HookPoint], places: Sequence[int]
+    ) -> KernelSteps:
+        """Have what fires in a module be handed over by its kernel; which of its maps that are."""
+        names = []
+        for at, firing in zip(places, firings, strict=True):
+            held = [
+                event.x_held if slot == "x" else event.y_held
+                for event in firing.events
+                for slot, _ in event.entries
+            ]
+            names.append(tuple(call.names[id(one)] for one in held))
+            self.order[at] = IN_KERNEL
+            step = self.at[at]
+            assert step is not None
+            # Nobody else has what the kernel shows, so nobody writes to it.
+            alone = [replace(e, copy=False, before=False, on_the_way=False) for e in step.emissions]
+            self.at[at] = replace(
+                step, module=None, function="", plain="", emissions=tuple(alone), shared=False
+            )
+        return KernelSteps(call.module, tuple(names), frozenset(n for each in names for n in each))
 
     def _fires(self, firing: HookPoint) -> bool:
         if firing.module is not None:

@@ -41,7 +41,8 @@ def make_plan(
     relations = Relations(trace.names, inputs, returned, frame.counts, rewritten)
     firings, retention = record.firings[frame.firing :], trace.wants.retention
     mark_shared(events, bool(retention))
-    read = Reading(firings, relations, retention, frame.position)
+    fused = [call for call in trace.fused if call.start >= frame.firing]
+    read = Reading(firings, relations, retention, frame.position, fused, frame.firing)
     keeping = read.keeping()
     return Plan(
         steps=tuple(read.steps),
@@ -57,6 +58,7 @@ def make_plan(
         before=read.before() - keeping,
         keeping=keeping,
         fusing=read.fusing(firings),
+        kernels=read.kernels,
         edited=frozenset(trace.names.by_name[name] for name, *_ in trace.placed),
         placed={
             place: (axes, changed, position - frame.position)

@@ -22,6 +22,7 @@ from fmapkit.replay.kept_state import KeptState
 from fmapkit.replay.plan import Plan, alike
 from fmapkit.replay.probation import Probation
 from fmapkit.torchlib.compiled_modules import is_compiled
+from fmapkit.torchlib.fused.paths import fusing_of
 from fmapkit.torchlib.nested import modules_in
 from fmapkit.torchlib.tensor_spec import weights_of
 from fmapkit.torchlib.transforms import under_transform
@@ -41,22 +42,22 @@ class ReplayRegion:
 
     Attributes:
         form: tells dtype and layout of its weights.
+        fusing: tells, of tensors that it is given, what torch fuses by.
         kept: where its calls keep tensors that later ones may read.
         own: the tensors that its modules have.
     """
 
     __slots__ = (
         *("_attributes", "_filling", "_kept_forms", "_known", "_latest", "_truths"),
-        *("form", "kept", "own"),
+        *("form", "fusing", "kept", "own"),
     )
 
     def __init__(self, module: nn.Module) -> None:
         self._known: dict[tuple[Any, int], KnownPaths[Plan]] = {}
         self._truths: dict[tuple[Any, int], InputTruths] = {}
         self._latest: Any = None
-        self.form = weights_of(module)
-        self.kept = KeptState(module)
-        self.own = OwnTensors(module)
+        self.form, self.fusing = weights_of(module), fusing_of(module)
+        self.kept, self.own = KeptState(module), OwnTensors(module)
         self._kept_forms: set[Any] = set()
         self._filling: set[Any] = set()
         self._attributes = AttributeGuard(module)

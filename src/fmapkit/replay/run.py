@@ -20,7 +20,8 @@ from fmapkit.missed import RAISED
 from fmapkit.paths import Expected, taps
 from fmapkit.provenance import Label, out_of_place
 from fmapkit.replay.light_mode import LightMode
-from fmapkit.replay.plan import Plan, Step
+from fmapkit.replay.plan import KernelSteps, Plan, Step
+from fmapkit.replay.plan_steps import IN_KERNEL
 from fmapkit.replay.run_log import RunLog, Slots
 from fmapkit.replay.site_taps import PlainSite, unbound_and_named
 from fmapkit.replay.taps import CurrentRun
@@ -197,6 +198,19 @@ class ReplayRun(RunLog):
         else:
             self.log.append((module, self.read(step, x, output, x_grad, before)))
         self._noted()
+
+    def next_kernel(self, module: nn.Module) -> KernelSteps | None:
+        """The steps that come next, if a module's fused kernel shows them."""
+        steps = self.plan.kernels.get(len(self.log)) if self.follows() else None
+        return steps if steps is not None and steps.module is module else None
+
+    def shown(self, steps: KernelSteps, maps: Mapping[str, Tensor]) -> None:
+        """A fused kernel has run: these are its maps, by name."""
+        for names in steps.names:
+            step = self.plan.at[len(self.log)]
+            assert step is not None
+            self.log.append((IN_KERNEL, self.read_each(step, [maps[name] for name in names])))
+            self._noted()
 
     def _noted(self) -> None:
         """One more entry of the log is there."""

@@ -167,6 +167,13 @@ class RunLog(PassPiece):
             read.append(shared[slot])
         return read
 
+    def read_each(self, step: Step, values: Iterable[Tensor]) -> list[Item | None]:
+        """The same where each map of a step is a tensor of its own, which nobody writes to."""
+        read: list[Item | None] = []
+        for emission, value in zip(step.emissions, values, strict=True):
+            read.append(self._stored(emission, value, None))
+        return read
+
     def read_plainly(self, step: Step, x: Any, output: Any) -> list[Item | None]:
         """What is held of a function that returned something else than a plain tensor."""
         slots: dict[str, Item | None] = {"x": None, "y": None}

@@ -7,7 +7,7 @@ Session           session.py         open, close; its parts: parts.py
   recording       recording.py       a call under the tracer, which leaves a plan
   region_calls    region_calls.py    guards; taps; the path compared as the call ends
   kept_maps       kept_maps.py       what becomes of the maps
-  fused paths     fused_shadow.py    both of a module's paths run
+  fused paths     fused_paths.py     a module runs by its fused path
   analyses        analyses.py        who is shown them
   hooks           hook_installer.py  which of ours stand where
   other captures  concurrent.py

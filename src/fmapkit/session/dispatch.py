@@ -28,7 +28,7 @@ from fmapkit.session.answers import (
 from fmapkit.session.parts import SessionParts
 from fmapkit.session.passes import Passes
 from fmapkit.torchlib.autograd import graph_task
-from fmapkit.torchlib.fused_paths import fuses
+from fmapkit.torchlib.fused.paths import fuses
 
 __all__ = ["HookDispatcher"]
 
@@ -47,7 +47,7 @@ class HookDispatcher:
         self._live = parts.live
         self._model = parts.asked.model
         self._edits, self._stop = parts.asked.edits or None, parts.asked.stop
-        self._shadow = parts.shadow
+        self._fused = parts.fused
         self._outside = AnswerOutside(parts)
         self._replaying = AnswerReplaying(parts)
         self._recording = AnswerRecording(parts)
@@ -83,19 +83,27 @@ class HookDispatcher:
                 elif not self._passes.begin(args, kwargs):
                     return None
                 elif live.tracer is None:  # it is a region, and `begin` has looked at the arguments
-                    if fuses(module):
-                        self._shadow.enter(module, args, kwargs)
                     if module not in self._parts.regions.direct:
                         self._parts.regions.called(module, None)
-                    return self._parts.region_calls.enter(module, args, kwargs)
+                    return self._entered(self._parts.region_calls.enter, module, args, kwargs)
             live_recording = live.recording is not None and live.run is None
             answer = self._recording if live_recording else self._answer()
-            if fuses(module) and answer is not self._outside:
-                self._shadow.enter(module, args, kwargs)
-            return answer.enter(module, args, kwargs)
+            if answer is self._outside:
+                return answer.enter(module, args, kwargs)
+            return self._entered(answer.enter, module, args, kwargs)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fault(module, error)
         return None
+
+    def _entered(self, enter: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A module's call begins inside a pass: it may run by its fused path."""
+        if not fuses(module):
+            return enter(module, args, kwargs)
+        if self._edits:  # what they change as it begins, its fused path is not given
+            self._fused.enter(module, args, kwargs)
+            return enter(module, args, kwargs)
+        enter(module, args, kwargs)
+        return self._fused.enter(module, args, kwargs)
 
     def post(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """A module's call has ended; the output is `FAILED` after an `Exception`.
@@ -113,8 +121,8 @@ class HookDispatcher:
         # Most calls that end are those of regions that are replayed.
         answer = self._replaying if live.run is not None else self._answer()
         try:
-            if module is self._shadow.module:
-                replaced = output = self._shadow.leave(output, failed)
+            if module is self._fused.module:
+                replaced = output = self._fused.leave(output, failed)
             new = answer.leave(module, args, kwargs, None if failed else output, failed)
             if answer is self._outside:
                 return None

@@ -15,7 +15,7 @@ from fmapkit.missed import MissedLog
 from fmapkit.paths import ControlPaths
 from fmapkit.replay import ReplayRegions
 from fmapkit.session.config import CaptureConfig
-from fmapkit.session.fused_shadow import FusedPathShadow
+from fmapkit.session.fused_paths import FusedPaths
 from fmapkit.session.hook_installer import HookCallbacks, HookInstaller
 from fmapkit.session.kept_maps import KeptMaps
 from fmapkit.session.recording import Recorder
@@ -45,7 +45,7 @@ class SessionParts:
         region_calls: reads regions by their plans.
         kept_maps: what becomes of the maps of a pass.
         redistribution: follows tensors through hooks of others that only move data.
-        shadow: runs a module with a fused path once more, watched.
+        fused: runs modules by their fused paths.
         unseen: names what runs outside of passes.
     """
 
@@ -61,7 +61,7 @@ class SessionParts:
     region_calls: RegionCalls
     kept_maps: KeptMaps
     redistribution: RedistributionTracker
-    shadow: FusedPathShadow
+    fused: FusedPaths
     unseen: UnseenCalls
 
     @staticmethod
@@ -100,9 +100,9 @@ class SessionParts:
         region_calls = RegionCalls(
             asked, live, misses, regions, installer, recorder, kept_maps, paths
         )
-        shadow = FusedPathShadow(asked, live, hooks, misses)
+        fused = FusedPaths(asked, live, hooks, misses, paths)
         unseen = UnseenCalls(asked, misses)
         return SessionParts(
             *(asked, live, misses, store, hooks, paths, regions, installer, recorder, region_calls),
-            *(kept_maps, redistribution, shadow, unseen),
+            *(kept_maps, redistribution, fused, unseen),
         )

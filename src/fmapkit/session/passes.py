@@ -19,7 +19,7 @@ from fmapkit.session.unseen import recorded
 from fmapkit.storage import Pass
 from fmapkit.torchlib.autograd import in_backward
 from fmapkit.torchlib.compiled_modules import ever_compiled, in_compiled_code
-from fmapkit.torchlib.fused_paths import fuses
+from fmapkit.torchlib.fused.paths import fuses
 from fmapkit.torchlib.modes import nothing_between
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.torchlib.transforms import transforming, under_transform
@@ -122,7 +122,7 @@ class Passes:
         gradually = self._gradually and not compiled
         current = self._live.current = self._parts.store.begin(step, model.training, gradually)
         current.ids = ids
-        self._parts.shadow.begin()
+        self._parts.fused.begin()
         if self.asked.wants.weights:
             current.weights = {}
         if self._edits:
@@ -245,7 +245,7 @@ class Passes:
             if stop is not None:
                 stop.learn(current)
         live.clear()
-        parts.shadow.end()
+        parts.fused.end()
         parts.store.end()
         if current is not None:
             if wants.gradients:
@@ -293,7 +293,7 @@ class Passes:
         parts.store.end()
         if current is not None:
             self._close(current, failed=True)
-        parts.shadow.end()
+        parts.fused.end()
         live.idle = False
 
     # -- broken off ---------------------------------------------------------------------------

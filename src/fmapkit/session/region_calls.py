@@ -127,7 +127,7 @@ class RegionCalls:
         if tracer is not None:
             self._live.trace_off()  # first of all: it would see what we look at
         region = self._region = self._regions.of(module)
-        modes = self._modes(region)
+        modes = self._modes(region, args, kwargs)
         state = region.state()
         latest: _Taken | None = region.take_latest()
         if latest is not None and latest.modes == modes and latest.state == state:
@@ -192,12 +192,13 @@ class RegionCalls:
             return None
         return inputs
 
-    def _modes(self, region: ReplayRegion) -> Any:
-        """What calls differ by that no argument tells."""
+    def _modes(self, region: ReplayRegion, args: Any, kwargs: Any) -> Any:
+        """What calls differ by that no argument's form tells."""
+        fusing = region.fusing and region.fusing(tensors_in(*args, kwargs))
         modes = torch.is_grad_enabled(), operators_are_counted(), casts(), *region.form()
         current = self._live.current
         edits = self._edits.active(current.step) if self._edits and current is not None else ()
-        return modes, self._paths.renamed(), edits
+        return modes, fusing, self._paths.renamed(), edits
 
     def _start(
         self,

@@ -34,8 +34,9 @@ _CALL = nn.Module._wrapped_call_impl.__code__
 _frames: Any = torch._C._dynamo.eval_frame
 _TOLD = hasattr(_frames, "_FrameExecStrategy") and hasattr(_frames, "set_code_exec_strategy")
 
-# Pre hooks that somebody has set for every module.
+# Hooks that somebody has set for every module: before its forward, and after.
 all_pre_hooks = _global_forward_pre_hooks
+all_hooks = _global_forward_hooks
 
 # To be held around whoever looks at the place and then acts on it.
 lock = threading.RLock()

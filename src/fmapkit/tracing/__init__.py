@@ -14,6 +14,7 @@ Tracer                  tracer.py        each function: a σ, a layer, or any ot
 """
 
 from fmapkit.tracing.events import Event as Event
+from fmapkit.tracing.events import FusedCall as FusedCall
 from fmapkit.tracing.events import HookPoint as HookPoint
 from fmapkit.tracing.frames import Frame as Frame
 from fmapkit.tracing.frames import Place as Place

@@ -5,7 +5,8 @@ Data, and the order of the moments. Plans are made of these.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from fmapkit.provenance import NOWHERE, ChannelLayout
 from fmapkit.storage import MapRecord, StoredTensor
 
-__all__ = ["Event", "HookPoint", "HookPoints"]
+__all__ = ["Event", "FusedCall", "HookPoint", "HookPoints"]
 
 
 class Event:
@@ -121,6 +122,23 @@ class HookPoint:
         self.position = 0  # how many decisions of the pass had been taken
         self.site: str | None = None  # where in the source the function was called, if that is told
         self.events: list[Event] = []
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FusedCall:
+    """A call of a module whose fused kernel has shown all of its maps.
+
+    Attributes:
+        module: of torch's.
+        start: the first of its hook points.
+        end: the last one, and one more.
+        names: which of the kernel's maps is held, by the `id` of what is held.
+    """
+
+    module: nn.Module
+    start: int
+    end: int
+    names: Mapping[int, str]
 
 
 class HookPoints(list[HookPoint]):

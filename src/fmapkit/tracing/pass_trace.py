@@ -19,7 +19,7 @@ from fmapkit.provenance import FOLLOWED, STOP, Function, FunctionCall, Source
 from fmapkit.reasons import Reason
 from fmapkit.torchlib.nested import tensors_in
 from fmapkit.tracing.candidates import is_whole, may_be_sigma, role_of
-from fmapkit.tracing.events import Event
+from fmapkit.tracing.events import Event, FusedCall
 from fmapkit.tracing.frames import Frame, Place, Placed, first_tensor, running_module
 from fmapkit.tracing.input_reads import InputRead
 from fmapkit.tracing.record import Record
@@ -57,6 +57,7 @@ class PassTrace:
         unhooked: modules that ran without hooks.
         moments: after how many decisions modules began; None where one ended.
         sources: where layers have got their weights.
+        fused: calls whose maps are their fused kernels'.
     """
 
     def __init__(self, names: Names, record: Record) -> None:
@@ -74,6 +75,7 @@ class PassTrace:
         self.unhooked: set[nn.Module] = set()
         self.moments: list[tuple[int, nn.Module | None]] = []
         self.sources: list[Source] = []
+        self.fused: list[FusedCall] = []
 
     def end(self) -> None:
         """Let go of all that could keep a tensor or a graph alive."""

@@ -10,7 +10,7 @@ import ast
 from collections.abc import Container
 
 from fmapkit.paths.rewriting.syntax import MARK, position_of, site_at
-from fmapkit.torchlib.fused_paths import FUSING_CALLS
+from fmapkit.torchlib.fused.paths import FUSING_CALLS
 
 # Functions of torch's of which floats decide neither what runs, nor whose filters come out, nor how
 # large anything is.

@@ -19,7 +19,7 @@ from fmapkit.paths.rewriting.rewrite import Rewriter
 from fmapkit.paths.rewriting.source_files import Outermost, SourceFile
 from fmapkit.paths.rewriting.syntax import names_bound, position_of, site_at, watched_names
 from fmapkit.paths.rewriting.torch_calls import TorchRewriter
-from fmapkit.torchlib.fused_paths import is_torchs
+from fmapkit.torchlib.fused.paths import is_torchs
 
 _FUTURE = 0x1FF0000  # the flags that `from __future__ import …` sets in a code object
 

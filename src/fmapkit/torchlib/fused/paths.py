@@ -8,6 +8,7 @@ come from the ordinary path, which has a nonlinearity to see, and the output is 
 
 Whether it would be taken is torch's own decision: its forward is run up to that point, with the
 checks for watchers answering no, and the fused call and the ordinary path replaced by signals.
+What the fused kernel computes inside is told in `torchlib/fused/kernels.py`.
 
 Code of the model's may run these forwards past the module's call, as a subclass's forward does. So
 where such a call is written, it is a matter of whoever captures (`paths/rewriting/torch_calls.py`);
@@ -18,16 +19,19 @@ their maps, with no.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
+from itertools import chain
 from threading import get_ident
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from fmapkit.torchlib.fused.kernels import FusedKernel
 from fmapkit.torchlib.modes import all_ours, mode_count, without_modes
+from fmapkit.torchlib.nested import modules_in
 
 _TYPES = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.MultiheadAttention)
 # Their own forwards, with the code that these have while nothing is captured.
@@ -52,11 +56,11 @@ beside: set[int] = set()
 
 
 class _FusedSignal(Exception):  # noqa: N818  (a signal, not an error)
-    """The fused path would be taken; `call` takes it."""
+    """The fused path would be taken, by this call."""
 
-    def __init__(self, call: Callable[[], Any]) -> None:
+    def __init__(self, function: Any, args: Any, kwargs: Any) -> None:
         super().__init__()
-        self.call = call
+        self.call = function, args, kwargs
 
 
 class _OrdinarySignal(Exception):  # noqa: N818
@@ -100,6 +104,24 @@ def fuses(module: nn.Module) -> bool:
     return isinstance(module, _TYPES) and type(module).forward in _FORWARDS
 
 
+def fusing_of(module: nn.Module) -> Callable[[Iterable[Tensor]], Any] | None:
+    """What tells by what torch decides whether to fuse that no argument's form tells.
+
+    Returns:
+        It is given the tensors that a call of the module is given. None if nothing in it may fuse.
+    """
+    fusing = [m for m in modules_in(module) if isinstance(m, _TYPES)]
+
+    def told(tensors: Iterable[Tensor]) -> Any:
+        graph = torch.is_grad_enabled()
+        if graph:
+            used = chain(tensors, *(m.parameters() for m in fusing))
+            graph = any(t.requires_grad for t in used)
+        return torch.backends.mha.get_fastpath_enabled(), graph
+
+    return told if fusing else None
+
+
 def may_fuse(module: nn.Module) -> bool:
     """Whether torch asks at all, as one of the forwards runs, whether to fuse.
 
@@ -110,28 +132,24 @@ def may_fuse(module: nn.Module) -> bool:
     return bool(torch.backends.mha.get_fastpath_enabled())
 
 
-def fused_output(
-    forward: Any, module: nn.Module, args: Any, kwargs: Any, bare: Callable[[], Any]
-) -> tuple[bool, Any]:
-    """Run the fused path, if torch would.
+def fused_kernel(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> FusedKernel | None:
+    """The call of a fused kernel that torch would make; None where it would not.
+
+    An encoder's own one makes a nested tensor; it goes on to call its layers, which fuse in turn.
 
     Args:
         forward: one of torch's forwards that may fuse.
         module: that it is called for, and which `may_fuse`.
-        bare: runs the forward unwatched, for the path that calls other modules.
-
-    Returns:
-        Whether it would, and what it returns.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
     """
     try:
         _probe(forward)(_Probe(module), *args, **kwargs)
-    except _OrdinarySignal:
-        return False, None
     except _FusedSignal as signal:
-        if isinstance(module, nn.TransformerEncoder):
-            return True, bare()
-        return True, signal.call()
-    return False, None
+        return FusedKernel(module, *signal.call)
+    except _OrdinarySignal:
+        pass
+    return None
 
 
 class _Probe:
@@ -177,7 +195,7 @@ def _probe(forward: Any) -> Any:
 
     def fused(function: Any) -> Any:
         def signal(*args: Any, **kwargs: Any) -> Any:
-            raise _FusedSignal(lambda: function(*args, **kwargs))
+            raise _FusedSignal(function, args, kwargs)
 
         return signal
 

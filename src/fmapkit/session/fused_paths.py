@@ -1,0 +1,251 @@
+"""A module with a fused path: the path is taken, and its kernel shows the maps inside of it.
+
+Which modules these are, and when torch fuses, is a matter of `torchlib/fused/paths.py`; what a
+kernel shows, of `torchlib/fused/kernels.py`. In a pass that is traced the ordinary path runs as
+well: its code tells whose maps these are. Its layers give what the kernel has computed.
+
+Where a kernel does not show all that is asked for, the ordinary path runs in every pass, beside the
+fused one, and its maps are what there is. `missed` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from fmapkit.instrumentation import Hooks, Returned
+from fmapkit.missed import MissedLog, Reason
+from fmapkit.paths import ControlPaths
+from fmapkit.provenance import describe
+from fmapkit.replay import KernelSteps
+from fmapkit.session.config import CaptureConfig
+from fmapkit.session.state import PassState
+from fmapkit.torchlib.fused.kernels import FusedKernel, OrdinaryPath
+from fmapkit.torchlib.fused.paths import beside, fused_kernel, may_fuse, runners
+from fmapkit.torchlib.modes import leave_mode, push_mode
+from fmapkit.torchlib.nested import leaves
+from fmapkit.tracing import FusedCall, PassTrace
+
+__all__ = ["FusedPaths"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call that torch fuses.
+
+    Attributes:
+        module: it; nothing in it runs twice.
+        output: of the fused path.
+        edits: how many there had been.
+        steps: those whose maps the kernel has shown, where the ordinary path does not run.
+        maps: these.
+        ordinary: gives the layers of that path what the kernel has computed.
+        before: how many hook points there had been, and decisions; whether nobody else has to see
+            the ordinary path.
+    """
+
+    module: nn.Module
+    output: Any
+    edits: int
+    steps: KernelSteps | None = None
+    maps: Mapping[str, Tensor] | None = None
+    ordinary: OrdinaryPath | None = None
+    before: tuple[int, int, bool] = (0, 0, False)
+
+
+def _opened(function: Any) -> Any:
+    return describe(function).opened
+
+
+class FusedPaths:
+    """The modules of a capture that run by their fused paths."""
+
+    def __init__(
+        self,
+        asked: CaptureConfig,
+        live: PassState,
+        hooks: Hooks,
+        misses: MissedLog,
+        paths: ControlPaths,
+    ) -> None:
+        self._call: _Call | None = None
+        self._running = False  # a fused path is: what it calls does not run twice
+        self._outer: Any = None
+        self._edits = asked.edits
+        self._names = asked.names
+        self._attention = asked.wants.kind("attention")
+        self._live = live
+        self._hooks = hooks
+        self._misses = misses
+        self._paths = paths
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module whose call is under way; None while there is none."""
+        return self._call.module if self._call is not None else None
+
+    def begin(self) -> None:
+        """A pass begins: where the model's own code calls a forward that may fuse, `run` does."""
+        self._outer = runners.get(self._live.thread)  # another capture's
+        runners[self._live.thread] = self.run
+
+    def end(self) -> None:
+        """The pass has ended, by whatever way."""
+        self._clear()
+        if runners.get(self._live.thread) == self.run:
+            del runners[self._live.thread]
+            if self._outer is not None:
+                runners[self._live.thread] = self._outer
+        self._outer = None
+
+    def run(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's own code calls one of the forwards, past the module's call or inside it."""
+        forward = getattr(function, "__func__", function)
+        module, given = getattr(function, "__self__", None), args
+        if module is None and args:
+            module, given = args[0], args[1:]
+        if self._outer is not None:
+            function = partial(self._outer, function)
+        if module is None or self._edits.running:
+            return function(*args, **kwargs)
+        call = self._begin(forward, module, given, kwargs, self._outer is None)
+        if call is None:
+            return function(*args, **kwargs)
+        output = call.output
+        if call.steps is None:
+            try:
+                output = function(*args, **kwargs)
+            except BaseException:
+                self._clear()
+                raise
+        return self.leave(output)
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Returned | None:
+        """A module that has a fused path is about to run: run that first, if torch would.
+
+        Returns:
+            What the call returns, where nothing more is to run.
+        """
+        run = self._live.run
+        if run is not None and module not in run.plan.fusing:
+            return None
+        alone = not (self._hooks.any_on(module) or self._hooks.others_on(module))
+        call = self._begin(type(module).forward, module, args, kwargs, alone)
+        return Returned(call.output) if call is not None and call.steps is not None else None
+
+    def _begin(
+        self, forward: Any, module: nn.Module, args: Any, kwargs: Any, may_skip: bool
+    ) -> _Call | None:
+        """Run the fused path, if torch would."""
+        live, run = self._live, self._live.run
+        if self._call is not None or self._running or not may_fuse(module):
+            return None
+        if live.tracer is not None and live.tracer.lost:
+            return None
+        self._running = True
+        paused = live.trace_off()
+        lit = run is not None and run.mode is not None and run.mode.pause()
+        call = None
+        try:
+            with suppress(Exception):  # the user's: as the model runs now, it comes up again
+                kernel = fused_kernel(forward, module, args, kwargs)
+                if kernel is not None:
+                    call = self._fused(kernel, partial(forward, module, *args, **kwargs), may_skip)
+            self._call = call
+            if call is not None and call.ordinary is not None:
+                push_mode(call.ordinary)  # the tracer goes on top of it
+            elif call is not None and call.steps and call.maps and run is not None:
+                run.shown(call.steps, call.maps)
+        finally:
+            self._running = False
+            if paused:
+                live.trace_on()
+            if run is not None and lit:
+                run.light().resume()
+        if call is not None:
+            beside.add(live.thread)
+        return call
+
+    def _fused(self, kernel: FusedKernel, whole: Callable[[], Any], may_skip: bool) -> _Call:
+        """Run the fused path.
+
+        Args:
+            kernel: that it calls.
+            whole: the forward, where the path goes on to call other modules.
+            may_skip: nobody else has to see the ordinary path.
+        """
+        live, module, edits = self._live, kernel.module, self._edits
+        if isinstance(module, nn.TransformerEncoder):
+            with self._hooks.suspended(module.modules()):
+                return _Call(module, whole(), edits.runs)
+        if edits or self._attention:
+            return _Call(module, kernel(), edits.runs)
+        steps = live.run.next_kernel(module) if live.run is not None and may_skip else None
+        output, maps = kernel.run(None if steps is None else steps.wanted)
+        if steps is not None and steps.wanted.issubset(maps):
+            return _Call(module, output, edits.runs, steps, maps)
+        ordinary = None
+        if maps and live.thread not in beside:  # else another capture's lies on the stack
+            ordinary = OrdinaryPath(module, maps, _opened)
+        firings = live.tracer.trace.record.firings if live.tracer is not None else ()
+        told = len(firings), self._paths.position, may_skip
+        return _Call(module, output, edits.runs, ordinary=ordinary, before=told)
+
+    def leave(self, output: Any, failed: bool = False) -> Any:
+        """The module's call has ended, or what ran in place of its forward.
+
+        Args:
+            output: what it returned.
+            failed: by an exception, and returned nothing.
+
+        Returns:
+            What goes on in its place: the fused output, which carries what the ordinary path's
+            does; that one's own, where something was edited in it.
+        """
+        call = self._call
+        assert call is not None
+        self._clear()
+        if call.steps is not None:
+            return call.output
+        edited = self._edits.runs != call.edits
+        trace = self._live.tracer.trace if self._live.tracer and not self._live.run else None
+        if trace is not None and not edited and not failed:
+            for (_, ours), (_, theirs) in zip(leaves(output), leaves(call.output), strict=False):
+                trace.labels.put(theirs, trace.labels.of(ours))
+            if self._is_shown(call, trace):
+                return call.output
+        reason = Reason.FUSED_PATH_EDITED if edited else Reason.FUSED_PATH
+        self._misses.add(self._names.of(call.module), reason.text())
+        return output if edited or failed else call.output
+
+    def _is_shown(self, call: _Call, trace: PassTrace) -> bool:
+        """Whether the kernel has shown all maps of a call; later ones can do without the rest."""
+        if call.ordinary is None:
+            return False
+        reference = trace.record.aliases.reference
+        names = {id(reference(tensor)): name for name, tensor in call.ordinary.given.items()}
+        firings, (first, position, may_skip) = trace.record.firings, call.before
+        held = [
+            event.x_held if slot == "x" else event.y_held
+            for firing in firings[first:]
+            for event in firing.events
+            for slot, _ in event.entries
+        ]
+        if not all(id(one) in names for one in held):
+            return False
+        alone = may_skip and not any(map(self._hooks.others_on, call.module.modules()))
+        if alone and position == self._paths.position:
+            trace.fused.append(FusedCall(call.module, first, len(firings), names))
+        return True
+
+    def _clear(self) -> None:
+        """Nothing runs by a fused path any more."""
+        beside.discard(self._live.thread)
+        if self._call is not None and self._call.ordinary is not None:
+            leave_mode(self._call.ordinary)
+        self._call = None

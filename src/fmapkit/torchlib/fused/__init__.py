@@ -1,0 +1,1 @@
+"""torch's fused inference paths, and what runs inside of their kernels."""

@@ -1,0 +1,301 @@
+"""What torch's fused kernels compute inside, seen while they compute it.
+
+To whoever looks at operators, such a kernel is one. Its own code calls others in its turn. Called
+by its device's entry of the dispatcher, with a mode on the stack, it runs as it always does, to the
+bit, and the mode sees each operator inside: the products with the weights of layers, and σ.
+
+The ordinary path of the same module gives these maps other shapes here and there. What is told is
+in its shapes, since that path runs where torch does not fuse: while a model is trained, for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fmapkit.torchlib.memory import storage_of
+from fmapkit.torchlib.modes import ObserverMode, dispatch_mode_count
+from fmapkit.torchlib.nested import tensors_in
+
+__all__ = ["FusedKernel", "KernelMaps", "OrdinaryPath"]
+
+_aten = torch.ops.aten
+# Where a kernel's own entry is in the dispatcher, by the type of device.
+_ENTRIES = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}
+_KERNELS = frozenset(
+    {
+        _aten._transformer_encoder_layer_fwd.default,
+        _aten._native_multi_head_attention.default,
+        _aten._addmm_activation.default,
+    }
+)
+# Products with a layer's weight: which argument that is, and which one the bias, if there is any.
+_PRODUCTS = {
+    _aten.mm.default: (1, None),
+    _aten.addmm.default: (2, 0),
+    _aten.linear.default: (1, 2),
+}
+_SIGMAS = frozenset({_aten.relu_.default, _aten.gelu_.default})
+_SIGMA_NAMES = frozenset({"relu", "gelu"})
+# The maps of a kernel: of attention, its two projections; of an encoder layer, these and its own.
+_ATTENTION = ("in_proj", "out_proj")
+_LAYERS = ("linear1", "linear2")
+
+# Kernels that were seen to return the same to the bit, by their device and dtype.
+_proven: set[Any] = set()
+
+
+class FusedKernel:
+    """A call of a fused kernel, which torch would make for a module.
+
+    Args:
+        module: of torch's.
+        function: that calls the kernel.
+        args: its positional arguments; the first is what the module was given.
+        kwargs: its keyword arguments.
+    """
+
+    def __init__(self, module: nn.Module, function: Any, args: Any, kwargs: Any) -> None:
+        self.module = module
+        self._function = function
+        self._args = args
+        self._kwargs = kwargs
+
+    def __call__(self) -> Any:
+        """Run it; what it returns."""
+        return self._function(*self._args, **self._kwargs)
+
+    def run(self, wanted: Collection[str] | None = None) -> tuple[Any, Mapping[str, Tensor]]:
+        """Run it, and see what it computes inside.
+
+        Args:
+            wanted: the names of the maps; None for all.
+
+        Returns:
+            What it returns; and the maps, none where they cannot be seen.
+        """
+        given = self._args[0]
+        plain = (type(a) in (Tensor, nn.Parameter) and not a.is_nested for a in self._tensors())
+        entry = _ENTRIES.get(given.device.type)
+        weights = _weights(self.module)
+        if entry is None or given.dim() != 3 or dispatch_mode_count() or not all(plain):
+            return self(), {}
+        places = {_place(weight): name for name, (weight, _) in weights.items()}
+        if len(places) < len(weights):  # two layers have one weight
+            return self(), {}
+        with _Inside(entry, places, wanted) as inside:
+            output = self()
+        tried = self._function, given.device.type, given.dtype
+        if tried not in _proven:
+            bare = self()
+            if not _same(bare, output):
+                return bare, {}
+            _proven.add(tried)
+        biases = {name: bias for name, (_, bias) in weights.items()}
+        return output, KernelMaps(inside.found, biases, given.shape[:2])
+
+    def _tensors(self) -> list[Tensor]:
+        return [a for a in (*self._args, *self._kwargs.values()) if isinstance(a, Tensor)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """What a product with a layer's weight gave, or σ of it."""
+
+    tensor: Tensor
+    biased: bool
+
+
+class KernelMaps(Mapping[str, Tensor]):
+    """The maps of one call of a kernel, in the shapes of the ordinary path.
+
+    Args:
+        found: what was seen of each.
+        biases: of the layers.
+        size: samples, and tokens of each.
+    """
+
+    def __init__(
+        self,
+        found: dict[str, _Product],
+        biases: dict[str, Tensor | None],
+        size: tuple[int, ...],
+    ) -> None:
+        self._found = found
+        self._biases = biases
+        self._size = size
+        self._made: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One of them, the same object each time."""
+        made = self._made.get(name)
+        if made is None:
+            made = self._made[name] = self._in_shape(name)
+        return made
+
+    def _in_shape(self, name: str) -> Tensor:
+        product = self._found[name]
+        tensor, bias = product.tensor, self._biases.get(name)
+        if not product.biased and bias is not None:  # which the kernel adds as it goes on
+            tensor = tensor + bias
+        tensor = tensor.view(*self._size, -1)
+        if name not in _ATTENTION:
+            return tensor
+        turned = tensor.transpose(0, 1)  # attention has its tokens first
+        return turned if name == "in_proj" else turned.reshape(-1, tensor.shape[-1])
+
+
+class _Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees the operators inside of a kernel.
+
+    Args:
+        entry: by which the kernel is called.
+        places: the names of layers, by where their weights lie.
+        wanted: the names of the maps that are asked for; None for all.
+
+    Attributes:
+        found: the maps.
+    """
+
+    def __init__(
+        self, entry: Any, places: dict[tuple[int, int], str], wanted: Collection[str] | None
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: dict[str, _Product] = {}
+        self._entry = entry
+        self._places = places
+        self._wanted = wanted
+        self._product: str | None = None  # whose σ comes next, in the same call
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _KERNELS:
+            if func is _aten._addmm_activation.default:
+                self._product = self._places.get(_place(args[2]))
+            with self:
+                return func._op_dk(self._entry, *args, **kwargs)
+        if func in _SIGMAS and self._product is not None:
+            return self._activation(func, args, kwargs)
+        if func._schema.is_mutable:
+            self._before_write(func, args, kwargs)
+        output = func(*args, **kwargs)
+        product = _PRODUCTS.get(func)
+        if product is not None:
+            weight, bias = product
+            name = self._places.get(_place(args[weight]))
+            if name is not None and self._asks(name):
+                biased = bias is not None and len(args) > bias and args[bias] is not None
+                self.found[name] = _Product(output, biased)
+        return output
+
+    def _activation(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """σ runs in place of a layer's z."""
+        name, self._product = self._product, None
+        assert name is not None
+        if self._asks(name):
+            self.found[name] = _Product(args[0].clone(), True)
+        output = func(*args, **kwargs)
+        self.found["activation"] = _Product(args[0], True)
+        return output
+
+    def _asks(self, name: str) -> bool:
+        return self._wanted is None or name in self._wanted
+
+    def _before_write(self, func: Any, args: Any, kwargs: Any) -> None:
+        """An operator is about to write: a map that lies there is copied."""
+        for at, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            target = args[at] if at < len(args) else kwargs.get(argument.name)
+            if not isinstance(target, Tensor):
+                continue
+            memory = storage_of(target)
+            for name, product in self.found.items():
+                if storage_of(product.tensor) == memory:
+                    self.found[name] = _Product(product.tensor.clone(), product.biased)
+
+
+class OrdinaryPath(ObserverMode):
+    """The ordinary path of a module runs, whose layers give what they gave in the fused kernel.
+
+    It lies below the tracer on torch's stack, which so sees what the kernel computed.
+
+    Args:
+        module: of torch's.
+        maps: of its kernel's call.
+        opened: a function of torch's that hides from modes what it calls, as they see it; or None.
+
+    Attributes:
+        given: those that were given so far, by name.
+    """
+
+    def __init__(
+        self, module: nn.Module, maps: Mapping[str, Tensor], opened: Callable[[Any], Any]
+    ) -> None:
+        super().__init__()
+        self.given: dict[str, Tensor] = {}
+        self._maps = maps
+        self._opened = opened
+        self._names = {id(weight): name for name, (weight, _) in _weights(module).items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        opened = self._opened(func)
+        if opened is not None:
+            with self:
+                return opened(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        name = None
+        if func is F.linear:
+            name = self._names.get(id(args[1])) if len(args) > 1 else None
+        elif getattr(func, "__name__", "") in _SIGMA_NAMES and args:
+            name = "activation" if args[0] is self.given.get("linear1") else None
+        if name is None or name in self.given or output is args[0]:
+            return output
+        found = self._maps.get(name)
+        if found is None or not _alike(found, output):
+            return output
+        self.given[name] = found
+        return found
+
+
+def _weights(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """The weights and biases that a module's kernel is given, by the names of its maps."""
+    if isinstance(module, nn.MultiheadAttention):
+        return {
+            "in_proj": (module.in_proj_weight, module.in_proj_bias),
+            "out_proj": (module.out_proj.weight, module.out_proj.bias),
+        }
+    layers = {name: getattr(module, name) for name in _LAYERS}
+    own = {name: (layer.weight, layer.bias) for name, layer in layers.items()}
+    attention: Any = module.self_attn
+    return _weights(attention) | own
+
+
+def _place(weight: Tensor) -> tuple[int, int]:
+    """Tells a weight from others, turned over or not."""
+    return weight.data_ptr(), weight.numel()
+
+
+def _same(one: Any, other: Any) -> bool:
+    pairs = zip(tensors_in(one), tensors_in(other), strict=True)
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
+def _alike(found: Tensor, ordinary: Tensor) -> bool:
+    """Whether two tensors are the same map, computed in two ways."""
+    if found.shape != ordinary.shape or found.dtype is not ordinary.dtype:
+        return False
+    bound = 0.1 * float(ordinary.abs().amax().nan_to_num(0.0, 0.0)) if ordinary.numel() else 0.0
+    return torch.allclose(found, ordinary, rtol=0.1, atol=bound, equal_nan=True)
