@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fmapkit import FeatureMaps, capture
 from fmapkit.session import fused_paths
+from fmapkit.torchlib.fused import kernels
 from tests.truth import assert_nothing_left, fingerprint
 
 WIDTH = 16
@@ -492,6 +493,34 @@ def test_weights_that_two_layers_share() -> None:
             of_weight = [m for m in maps if m.shape[-1] == WIDTH and m.kind == "preactivation"]
             torch.testing.assert_close(maps["0.linear1"].tensor, z.relu())
             assert of_weight
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [PastTheCall, Attentions, _layer])
+def test_a_fault_of_ours_is_named_and_changes_nothing(
+    kind: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = kind().eval()
+    bare = copy.deepcopy(model)
+
+    def broken(*args: Any) -> Any:
+        raise TypeError("ours")
+
+    kept = []
+    with capture(model) as maps:
+        for number in range(5):
+            if number == 3:
+                monkeypatch.setattr(kernels, "in_steps", broken)
+            x = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(number))
+            assert torch.equal(model(x), bare(x))
+            if number == 3:
+                monkeypatch.undo()
+            else:
+                kept.append(len(maps))
+    assert any("TypeError: ours" in m.reason for m in maps.missed)
+    assert kept[0]
+    assert len(set(kept)) == 1
 
 
 class Attentions64(nn.Module):

@@ -63,7 +63,16 @@ def _opened(function: Any) -> Any:
 
 
 class FusedPaths:
-    """The modules of a capture that run by their fused paths."""
+    """The modules of a capture that run by their fused paths.
+
+    Args:
+        asked: by the capture.
+        live: what is under way.
+        hooks: what is set on modules.
+        misses: what ran and was not captured.
+        paths: which decisions passes take.
+        fault: is told of an error in a look of ours, and raises what is not.
+    """
 
     def __init__(
         self,
@@ -72,6 +81,7 @@ class FusedPaths:
         hooks: Hooks,
         misses: MissedLog,
         paths: ControlPaths,
+        fault: Callable[[nn.Module, Exception], None],
     ) -> None:
         self._call: _Call | None = None
         self._running = False  # a fused path is: what it calls does not run twice
@@ -83,6 +93,7 @@ class FusedPaths:
         self._hooks = hooks
         self._misses = misses
         self._paths = paths
+        self._fault = fault
 
     @property
     def module(self) -> nn.Module | None:
@@ -160,7 +171,10 @@ class FusedPaths:
             if call is not None and call.ordinary is not None:
                 push_mode(call.ordinary)  # the tracer goes on top of it
             elif call is not None and call.steps and call.maps and run is not None:
-                run.shown(call.steps, call.maps)
+                try:
+                    run.shown(call.steps, call.maps)
+                except Exception as error:
+                    self._fault(module, error)
         finally:
             self._running = False
             if paused:
@@ -186,7 +200,11 @@ class FusedPaths:
         if edits or self._attention:
             return _Call(module, kernel(), edits.runs)
         steps = live.run.next_kernel(module) if live.run is not None and may_skip else None
-        output, maps = kernel.run(None if steps is None else steps.wanted)
+        try:
+            output, maps = kernel.run(None if steps is None else steps.wanted)
+        except Exception as error:
+            output, maps = kernel(), {}  # raises it again, if it is the user's
+            self._fault(module, error)
         if steps is not None and steps.wanted.issubset(maps):
             return _Call(module, output, edits.runs, steps, maps)
         ordinary = None

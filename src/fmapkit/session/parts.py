@@ -100,7 +100,11 @@ class SessionParts:
         region_calls = RegionCalls(
             asked, live, misses, regions, installer, recorder, kept_maps, paths
         )
-        fused = FusedPaths(asked, live, hooks, misses, paths)
+
+        def fault(module: nn.Module, error: Exception) -> None:
+            callbacks().fault(module, error)
+
+        fused = FusedPaths(asked, live, hooks, misses, paths, fault)
         unseen = UnseenCalls(asked, misses)
         return SessionParts(
             *(asked, live, misses, store, hooks, paths, regions, installer, recorder, region_calls),

@@ -11,7 +11,6 @@ in its shapes, since that path runs where torch does not fuse: while a model is 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fmapkit.torchlib.fused.steps import Shown, in_steps, same
 from fmapkit.torchlib.memory import storage_of
 from fmapkit.torchlib.modes import ObserverMode, dispatch_mode_count
-from fmapkit.torchlib.nested import tensors_in
 
 __all__ = ["FusedKernel", "KernelMaps", "OrdinaryPath"]
 
@@ -83,60 +82,46 @@ class FusedKernel:
         given = self._args[0]
         plain = (type(a) in (Tensor, nn.Parameter) and not a.is_nested for a in self._tensors())
         entry = _ENTRIES.get(given.device.type)
-        weights = _weights(self.module)
         if entry is None or given.dim() != 3 or dispatch_mode_count() or not all(plain):
             return self(), {}
-        places = {_place(weight): name for name, (weight, _) in weights.items()}
-        if len(places) < len(weights):  # two layers have one weight
-            return self(), {}
-        with _Inside(entry, places, wanted) as inside:
+        found = in_steps(self._function, self._args) if not self._kwargs else None
+        output, shown = self._watched(entry, wanted) if found is None else found
+        return output, KernelMaps(shown, given.shape[:2])
+
+    def _watched(self, entry: Any, wanted: Collection[str] | None) -> tuple[Any, Shown]:
+        """Run it with a mode on the stack."""
+        with _Inside(entry, _weights(self.module), wanted) as inside:
             output = self()
-        tried = self._function, given.device.type, given.dtype
+        tried = self._function, self._args[0].device.type, self._args[0].dtype
         if tried not in _proven:
             bare = self()
-            if not _same(bare, output):
+            if not same(bare, output):
                 return bare, {}
             _proven.add(tried)
-        biases = {name: bias for name, (_, bias) in weights.items()}
-        return output, KernelMaps(inside.found, biases, given.shape[:2])
+        return output, inside.found
 
     def _tensors(self) -> list[Tensor]:
         return [a for a in (*self._args, *self._kwargs.values()) if isinstance(a, Tensor)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """What a product with a layer's weight gave, or σ of it."""
-
-    tensor: Tensor
-    biased: bool
 
 
 class KernelMaps(Mapping[str, Tensor]):
     """The maps of one call of a kernel, in the shapes of the ordinary path.
 
     Args:
-        found: what was seen of each.
-        biases: of the layers.
+        shown: what was seen of each.
         size: samples, and tokens of each.
     """
 
-    def __init__(
-        self,
-        found: dict[str, _Product],
-        biases: dict[str, Tensor | None],
-        size: tuple[int, ...],
-    ) -> None:
-        self._found = found
-        self._biases = biases
+    def __init__(self, shown: Shown, size: tuple[int, ...]) -> None:
+        self._shown = shown
         self._size = size
         self._made: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._shown)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
+        return iter(self._shown)
 
     def __getitem__(self, name: str) -> Tensor:
         """One of them, the same object each time."""
@@ -146,9 +131,8 @@ class KernelMaps(Mapping[str, Tensor]):
         return made
 
     def _in_shape(self, name: str) -> Tensor:
-        product = self._found[name]
-        tensor, bias = product.tensor, self._biases.get(name)
-        if not product.biased and bias is not None:  # which the kernel adds as it goes on
+        tensor, bias = self._shown[name]
+        if bias is not None:  # which the kernel adds as it goes on
             tensor = tensor + bias
         tensor = tensor.view(*self._size, -1)
         if name not in _ATTENTION:
@@ -162,7 +146,7 @@ class _Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         entry: by which the kernel is called.
-        places: the names of layers, by where their weights lie.
+        weights: of the layers, with their biases, by name.
         wanted: the names of the maps that are asked for; None for all.
 
     Attributes:
@@ -170,12 +154,13 @@ class _Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(
-        self, entry: Any, places: dict[tuple[int, int], str], wanted: Collection[str] | None
+        self, entry: Any, weights: Mapping[str, Any], wanted: Collection[str] | None
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: dict[str, _Product] = {}
+        self.found: Shown = {}
         self._entry = entry
-        self._places = places
+        self._weights = weights
+        self._places = {_place(weight): name for name, (weight, _) in weights.items()}
         self._wanted = wanted
         self._product: str | None = None  # whose σ comes next, in the same call
 
@@ -197,7 +182,7 @@ class _Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name = self._places.get(_place(args[weight]))
             if name is not None and self._asks(name):
                 biased = bias is not None and len(args) > bias and args[bias] is not None
-                self.found[name] = _Product(output, biased)
+                self.found[name] = output, None if biased else self._weights[name][1]
         return output
 
     def _activation(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -205,9 +190,9 @@ class _Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name, self._product = self._product, None
         assert name is not None
         if self._asks(name):
-            self.found[name] = _Product(args[0].clone(), True)
+            self.found[name] = args[0].clone(), None
         output = func(*args, **kwargs)
-        self.found["activation"] = _Product(args[0], True)
+        self.found["activation"] = args[0], None
         return output
 
     def _asks(self, name: str) -> bool:
@@ -222,9 +207,9 @@ class _Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not isinstance(target, Tensor):
                 continue
             memory = storage_of(target)
-            for name, product in self.found.items():
-                if storage_of(product.tensor) == memory:
-                    self.found[name] = _Product(product.tensor.clone(), product.biased)
+            for name, (tensor, bias) in self.found.items():
+                if storage_of(tensor) == memory:
+                    self.found[name] = tensor.clone(), bias
 
 
 class OrdinaryPath(ObserverMode):
@@ -248,7 +233,9 @@ class OrdinaryPath(ObserverMode):
         self.given: dict[str, Tensor] = {}
         self._maps = maps
         self._opened = opened
-        self._names = {id(weight): name for name, (weight, _) in _weights(module).items()}
+        weights = _weights(module)
+        names = {id(weight): name for name, (weight, _) in weights.items()}
+        self._names = names if len(names) == len(weights) else {}  # two layers may have one weight
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         opened = self._opened(func)
@@ -286,11 +273,6 @@ def _weights(module: nn.Module) -> dict[str, tuple[Any, Any]]:
 def _place(weight: Tensor) -> tuple[int, int]:
     """Tells a weight from others, turned over or not."""
     return weight.data_ptr(), weight.numel()
-
-
-def _same(one: Any, other: Any) -> bool:
-    pairs = zip(tensors_in(one), tensors_in(other), strict=True)
-    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
 
 
 def _alike(found: Tensor, ordinary: Tensor) -> bool:

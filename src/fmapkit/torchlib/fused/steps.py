@@ -1,0 +1,151 @@
+"""What torch's fused kernels do on a CPU, operator by operator.
+
+With a mode on the stack (see `torchlib/fused/kernels.py`), each operator inside of a kernel goes
+through Python, which takes small models longer than the kernel itself. Called one by one they give
+the same, and the maps. Whether to the bit is tried beside the kernel, once for each form of what it
+is given: shapes, strides and dtypes, its numbers, and how many threads there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmapkit.torchlib.nested import tensors_in
+
+__all__ = ["Shown", "in_steps", "same"]
+
+# Maps by name, each with the bias that is still to be added, if there is any.
+Shown = dict[str, tuple[Tensor, Tensor | None]]
+
+# By the form of what a kernel is given: whether its steps give the same.
+_tried: dict[Any, bool] = {}
+_MOST = 4096
+
+
+def in_steps(kernel: Callable[..., Any], args: Any) -> tuple[Any, Shown] | None:
+    """Run a kernel step by step.
+
+    Args:
+        kernel: the function that calls it.
+        args: its positional arguments.
+
+    Returns:
+        What it returns, and its maps.
+        None where its steps are not known, or give something else.
+    """
+    steps = _STEPS.get(kernel)
+    if steps is None or not args[0].is_cpu:
+        return None
+    form = kernel, torch.get_num_threads(), *map(_form, args)
+    if _tried.get(form) is False:
+        return None
+    with torch._C.DisableTorchFunction():  # a mode of another capture's is to see the kernel alone
+        try:
+            found = steps(*args)
+        except RuntimeError:  # torch has them otherwise here: the kernel itself tells
+            _tried[form] = False
+            return None
+        if form not in _tried:
+            if len(_tried) >= _MOST:
+                _tried.clear()
+            _tried[form] = same(found[0], kernel(*args))
+    return found if _tried[form] else None
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether what two calls return is the same, to the bit."""
+    pairs = zip(tensors_in(one), tensors_in(other), strict=True)
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
+def _form(argument: Any) -> Any:
+    if not isinstance(argument, Tensor):
+        return argument
+    return argument.shape, argument.stride(), argument.dtype
+
+
+def _attention(
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    width: int,
+    heads: int,
+    weight: Tensor,
+    bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    mask: Tensor | None = None,
+    need_weights: bool = True,
+    average: bool = True,
+    mask_type: int | None = None,
+) -> tuple[Any, Shown]:
+    """`torch._native_multi_head_attention`."""
+    samples, tokens = x.shape[:2]
+    product = F.linear(x, weight)
+    parts = torch._transform_bias_rescale_qkv(product, bias, heads)
+    q, k, v = (part.view(samples * heads, tokens, -1) for part in parts)
+    scores = torch.bmm(q, k.transpose(2, 1)).view(samples, heads, tokens, -1)
+    if mask is None:
+        shares = torch.softmax(scores, 3)
+    else:
+        shares = torch._masked_softmax(scores, mask.to(torch.bool), 3, mask_type)
+    mixed = torch.bmm(shares.view(samples * heads, tokens, -1), v)
+    mixed = mixed.view(samples, heads, tokens, -1).permute(0, 2, 1, 3).contiguous()
+    out = F.linear(mixed.view(samples, tokens, width), out_weight, out_bias)
+    maps: Shown = {"in_proj": (product, bias), "out_proj": (out, None)}
+    if not need_weights:
+        return (out, None), maps
+    return (out, shares.sum(1) / heads if average else shares), maps
+
+
+def _layer(
+    x: Tensor,
+    width: int,
+    heads: int,
+    weight: Tensor,
+    bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm1: Tensor,
+    norm1_bias: Tensor,
+    norm2: Tensor,
+    norm2_bias: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    mask: Tensor | None = None,
+    mask_type: int | None = None,
+) -> tuple[Any, Shown]:
+    """`torch._transformer_encoder_layer_fwd`."""
+
+    def normed(t: Tensor, by: Tensor, bias: Tensor) -> Tensor:
+        return torch.layer_norm(t, (width,), by, bias, eps)
+
+    y = normed(x, norm1, norm1_bias) if norm_first else x
+    own = y, y, y, width, heads, weight, bias, out_weight, out_bias, mask, False, True, mask_type
+    _, maps = _attention(*own)
+    y = maps["out_proj"][0] + x
+    if not norm_first:
+        y = normed(y, norm1, norm1_bias)
+    inner = normed(y, norm2, norm2_bias) if norm_first else y
+    z = torch.addmm(bias1, inner.view(-1, width), weight1.t())
+    a = F.gelu(z) if gelu else torch.relu(z)
+    z2 = F.linear(a.view(*x.shape[:2], -1), weight2, bias2)
+    maps |= {"linear1": (z, None), "activation": (a, None), "linear2": (z2, None)}
+    y = z2 + y
+    return (y if norm_first else normed(y, norm2, norm2_bias)), maps
+
+
+_STEPS: dict[Any, Callable[..., tuple[Any, Shown]]] = {
+    torch._native_multi_head_attention: _attention,
+    torch._transformer_encoder_layer_fwd: _layer,
+}
