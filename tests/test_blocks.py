@@ -503,11 +503,22 @@ def test_calls_outside_of_a_pass_are_named_in_a_block_that_goes_on() -> None:
     assert kept.missed == []
 
 
+class Padded(nn.Module):
+    """An encoder with padding, which goes by nested tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.body, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        padding = torch.arange(x.shape[1]).expand(x.shape[:2]) > 1
+        return self.head(self.body(x, src_key_padding_mask=padding)).relu()
+
+
 def test_a_fused_path_is_named_in_each_block(traced: list[None]) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), nn.Linear(4, 2), nn.ReLU()
-    ).eval()
+    model: nn.Module = Padded().eval()
     found = []
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", CaptureWarning)

@@ -85,20 +85,23 @@ class HookDispatcher:
                 elif live.tracer is None:  # it is a region, and `begin` has looked at the arguments
                     if module not in self._parts.regions.direct:
                         self._parts.regions.called(module, None)
-                    return self._entered(self._parts.region_calls.enter, module, args, kwargs)
+                    enter = self._parts.region_calls.enter
+                    if fuses(module):
+                        return self._enter_fusing(enter, module, args, kwargs)
+                    return enter(module, args, kwargs)
             live_recording = live.recording is not None and live.run is None
             answer = self._recording if live_recording else self._answer()
-            if answer is self._outside:
-                return answer.enter(module, args, kwargs)
-            return self._entered(answer.enter, module, args, kwargs)
+            if fuses(module) and answer is not self._outside:
+                return self._enter_fusing(answer.enter, module, args, kwargs)
+            return answer.enter(module, args, kwargs)
         except Exception as error:  # ours, not the user's: named in `missed`, never raised
             self.fault(module, error)
         return None
 
-    def _entered(self, enter: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A module's call begins inside a pass: it may run by its fused path."""
-        if not fuses(module):
-            return enter(module, args, kwargs)
+    def _enter_fusing(
+        self, enter: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any
+    ) -> Any:
+        """A call begins, in a pass, of a module that may run by its fused path."""
         if self._edits:  # what they change as it begins, its fused path is not given
             self._fused.enter(module, args, kwargs)
             return enter(module, args, kwargs)
