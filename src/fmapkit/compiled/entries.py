@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from fmapkit import layers, nonlinearities
-from fmapkit.compiled.interface import CompiledCapture
-from fmapkit.compiled.run import GraphMapSink, running
+from fmapkit.compiled.run import CompiledCapture, GraphMapSink, running
 from fmapkit.instrumentation import Off
 from fmapkit.reasons import Reason
 from fmapkit.torchlib.autograd import in_backward
@@ -113,11 +112,7 @@ class _CompiledEntry:
             self.root.__dict__[self.place] = self.original
 
     def _variant(self, captures: Sequence[CompiledCapture]) -> InstrumentedCompile:
-        """The variant for what these captures ask; compiled in an earlier block, if there was one.
-
-        Raises:
-            UnknownError: torch.compile has made it in a way that is not known.
-        """
+        """The variant for what these captures ask, perhaps compiled in an earlier block."""
         variant = self._known(captures)
         if variant is None:
             # Here, for torch's tracing tools take a quarter of a second to import.
@@ -136,10 +131,9 @@ class _CompiledEntry:
 
     def _asked(self, captures: Sequence[CompiledCapture]) -> list[Any]:
         """What the graphs' outputs depend on; a selection by name on the root's own name, too."""
-        registered = (layers.version, nonlinearities.version)
         # The code that is compiled once more is that of its class, but where it has its own.
         forward = self.module.__dict__.get("forward", type(self.module).forward)
-        asked = (registered, forward)
+        asked = (layers.version, nonlinearities.version, forward)
         return [(c.wants.signature, c.names.of(self.module), asked) for c in captures]
 
     def _capture(self, handlers: Sequence[CompiledHandler], args: Any, kwargs: Any) -> Any:
@@ -271,11 +265,7 @@ class CompiledEntries:
                 self.add(root)
 
     def add_new(self) -> list[nn.Module]:
-        """Set entries at what has been compiled since.
-
-        Returns:
-            The compiled modules that had none.
-        """
+        """Set entries at the compiled modules that have none yet; returns these."""
         known = {entry.root for entry in self._entries}
         new = [root for root in compiled_roots(self._model) if root not in known]
         for root in new:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -19,12 +20,11 @@ from torch import Tensor, fx, nn
 from fmapkit.compiled.graph_edit import SigmaNode
 from fmapkit.compiled.graph_open import open_call, opens
 from fmapkit.compiled.graph_tracer import GraphTracer, NodeHeld
-from fmapkit.compiled.labels import GraphMap, Labels
+from fmapkit.compiled.run import CompiledCapture, GraphMap, Labels
 from fmapkit.model import Names
 from fmapkit.provenance import ChannelLabel, Origin
 from fmapkit.reasons import Reason
 from fmapkit.replay import Effects, Ref, Relations
-from fmapkit.selection import Selection
 from fmapkit.storage import MapRecord
 from fmapkit.torchlib.fake_inputs import FakeInputs, UnreadableError
 from fmapkit.torchlib.memory import storage_of
@@ -46,23 +46,14 @@ class Traced:
 
     def labels(self, places: Mapping[Any, int]) -> Labels:
         """The labels, once it is known where the graph returns each site."""
-        return Labels(
-            tuple(
-                GraphMap(
-                    entry.kind,
-                    self.refs(entry.origin),
-                    entry.axes,
-                    entry.sigma,
-                    "",
-                    entry.picked,
-                    pending,
-                    places[site.key],
-                    site.copied,
-                )
-                for entry, site, pending in self.found
-            ),
-            self.effects,
-        )
+        maps = [
+            GraphMap(
+                *(e.kind, self.refs(e.origin), e.axes, e.sigma, "", e.picked),
+                *(pending, places[site.key], site.copied),
+            )
+            for e, site, pending in self.found
+        ]
+        return Labels(tuple(maps), self.effects)
 
 
 def trace_graph(
@@ -70,8 +61,7 @@ def trace_graph(
     inputs: Sequence[Any],
     carried: Sequence[Any],
     base: Sequence[nn.Module],
-    names: Names,
-    wants: Selection,
+    capture: CompiledCapture,
     miss: Callable[[str, str], None],
     *,
     modules: dict[int, nn.Module],
@@ -86,15 +76,11 @@ def trace_graph(
         arguments: which inputs the innermost of `base` was given, where the graph is all of its
             call, which may be one nonlinearity; else None.
     """
-    tracer = GraphTracer(names, wants, miss)
+    tracer = GraphTracer(capture.names, capture.wants, miss)
+    order = list(gm.graph.nodes)
     with torch.inference_mode(False), torch.no_grad(), undone_transforms():
-        order = list(gm.graph.nodes)
-        fakes = FakeInputs(inputs)
-        pairs = zip(fakes.values, inputs, strict=True)
-        stand_ins = {id(f): (f, real) for f, real in pairs if isinstance(real, Tensor)}
-        tracer.layers.stand_ins = stand_ins
-        run = _Labelling(gm, fakes, tracer, carried, base, modules, arguments)
-        with fakes.mode:
+        run = _Labelling(gm, inputs, tracer, carried, base, modules, arguments)
+        with run.fakes.mode:
             tracer.noted.now = order[0]
             for module in base[:-1]:
                 tracer.enter(module, (), {})
@@ -102,16 +88,16 @@ def trace_graph(
                 run.step(node)
     if tracer.failed is not None:
         raise tracer.failed
-    return _traced(tracer, order, run.env, carried, names)
+    return _traced(tracer, order, run.env, carried, capture.names)
 
 
 class _OnFakes(fx.Interpreter):
     """Runs a graph on fake tensors, node by node: each may be replaced just before."""
 
-    def __init__(self, gm: fx.GraphModule, fakes: FakeInputs) -> None:
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         super().__init__(gm, garbage_collect_values=False)
-        self.fakes = fakes
-        self.args_iter = iter(fakes.values)
+        self.fakes = FakeInputs(inputs)
+        self.args_iter = iter(self.fakes.values)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.fakes.of(super().get_attr(target, args, kwargs))
@@ -128,7 +114,7 @@ def open_all(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     if not any(map(opens, gm.graph.nodes)):
         return
     with torch.inference_mode(False), torch.no_grad(), undone_transforms():
-        at = _OnFakes(gm, FakeInputs(inputs))
+        at = _OnFakes(gm, inputs)
         with at.fakes.mode:
             for node in list(gm.graph.nodes):
                 if node._erased or node.op == "output":
@@ -142,24 +128,33 @@ def open_all(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
 
 
 class _Labelling(_OnFakes):
-    """Runs a graph under the tracer; see `trace_graph` for what it is given."""
+    """Runs a graph under the tracer, whose frames are entered and left as the nodes say.
+
+    What it is given is said at `trace_graph`.
+    """
 
     def __init__(
         self,
         gm: fx.GraphModule,
-        fakes: FakeInputs,
+        inputs: Sequence[Any],
         tracer: GraphTracer,
         carried: Sequence[Any],
         base: Sequence[nn.Module],
         modules: dict[int, nn.Module],
         arguments: Sequence[int] | None,
     ) -> None:
-        super().__init__(gm, fakes)
+        super().__init__(gm, inputs)
+        pairs = zip(self.fakes.values, inputs, strict=True)
+        stand_ins = {id(f): (f, real) for f, real in pairs if isinstance(real, Tensor)}
+        tracer.layers.stand_ins = stand_ins
         self._tracer = tracer
         self._carried = iter(carried)
         self._base = base
+        self._modules = modules
         self._arguments = arguments
-        self._stacks = _Stacks(list(gm.graph.nodes), modules, tracer, self.env)
+        self._order = [n for n in gm.graph.nodes if n.op in _CALLS]
+        self._keys = {n: _keys(n, modules) for n in self._order}
+        self._entered: list[tuple[str, list[fx.Node]]] = []  # calls of modules, with their nodes
         self._innermost: Frame | None = None
 
     def step(self, node: fx.Node) -> None:
@@ -169,7 +164,12 @@ class _Labelling(_OnFakes):
             given = tuple(self.fakes.values[i] for i in self._arguments or ())
             self._innermost = self._tracer.enter(self._base[-1], given, {})
         if node.op in _CALLS:
-            self._stacks.move(node)
+            keys = self._keys[node]
+            pairs = zip(keys, self._entered, strict=False)
+            same = len(list(takewhile(lambda pair: pair[0] == pair[1][0], pairs)))
+            self._leave(same)
+            for depth in range(same, len(keys)):
+                self._enter(node, keys[: depth + 1])
         super().step(node)
         if node.op != "output":
             noted.made(self.env[node], node)
@@ -188,72 +188,35 @@ class _Labelling(_OnFakes):
             return getattr(type(args[0]), target)(*args, **kwargs)
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        self._stacks.leave()
+        self._leave(0)
         frame, results = self._innermost, args[0]
         if frame is not None and frame.kind != "plain" and self._arguments is not None:
             self._tracer.leave(frame.module, results[0] if len(results) == 1 else results)
         return results
 
-
-class _Stacks:
-    """Keeps the tracer's frames at what runs: modules are entered and left as the nodes say."""
-
-    def __init__(
-        self,
-        order: list[fx.Node],
-        modules: dict[int, nn.Module],
-        tracer: GraphTracer,
-        env: dict[fx.Node, Any],
-    ) -> None:
-        self._order = [n for n in order if n.op in _CALLS]
-        self._keys = {n: _keys(n, modules) for n in self._order}
-        self._place = {n: i for i, n in enumerate(self._order)}
-        self._modules = modules
-        self._tracer = tracer
-        self._env = env
-        self._running: list[tuple[str, list[fx.Node]]] = []
-
-    def move(self, node: fx.Node) -> None:
-        """Leave what does not run any more, enter what does."""
-        keys = self._keys[node]
-        same = 0
-        while same < min(len(keys), len(self._running)) and self._running[same][0] == keys[same]:
-            same += 1
-        while len(self._running) > same:
-            self._leave()
-        for at in range(same, len(keys)):
-            self._enter(node, keys[: at + 1])
-
-    def leave(self) -> None:
-        """The graph ends."""
-        while self._running:
-            self._leave()
-
     def _enter(self, node: fx.Node, keys: list[str]) -> None:
-        nodes = []
-        for other in self._order[self._place[node] :]:
-            if self._keys[other][: len(keys)] != keys:
-                break
-            nodes.append(other)
+        after = self._order[self._order.index(node) :]
+        nodes = list(takewhile(lambda n: self._keys[n][: len(keys)] == keys, after))
         inside = set(nodes)
-        given: dict[fx.Node, None] = {}
-        for n in nodes:
-            for operand in n.all_input_nodes:
-                data = isinstance(self._env.get(operand), Tensor)
-                if operand not in inside and data:
-                    if isinstance(self._tracer.trace.labels.of(self._env[operand]), ChannelLabel):
-                        given[operand] = None
-        self._running.append((keys[-1], nodes))
-        module = self._modules[int(keys[-1].partition("@")[0])]
-        self._tracer.enter(module, tuple(self._env[g] for g in given), {})
+        operands = [o for n in nodes for o in n.all_input_nodes if o not in inside]
+        given = [self.env.get(o) for o in dict.fromkeys(operands)]
+        tag = self._tracer.trace.labels.of
+        labelled = [t for t in given if isinstance(t, Tensor) and isinstance(tag(t), ChannelLabel)]
+        self._entered.append((keys[-1], nodes))
+        self._tracer.enter(self._module(keys[-1]), tuple(labelled), {})
 
-    def _leave(self) -> None:
-        key, nodes = self._running.pop()
-        inside = set(nodes)
-        results = [n for n in nodes if any(u not in inside for u in n.users)]
-        values = [self._env[n] for n in results if isinstance(self._env[n], Tensor)]
-        output: Any = values[0] if len(values) == 1 else tuple(values)
-        self._tracer.leave(self._modules[int(key.partition("@")[0])], output)
+    def _leave(self, depth: int) -> None:
+        """Leave the modules that are entered below so many."""
+        while len(self._entered) > depth:
+            key, nodes = self._entered.pop()
+            inside = set(nodes)
+            results = [n for n in nodes if any(u not in inside for u in n.users)]
+            values = [self.env[n] for n in results if isinstance(self.env[n], Tensor)]
+            output: Any = values[0] if len(values) == 1 else tuple(values)
+            self._tracer.leave(self._module(key), output)
+
+    def _module(self, key: str) -> nn.Module:
+        return self._modules[int(key.partition("@")[0])]
 
 
 def _keys(node: fx.Node, modules: dict[int, nn.Module]) -> list[str]:
@@ -288,19 +251,12 @@ def _traced(
         value = env.get(site.node)
         if value is not held.tensor:
             name = str(site.node.target).rpartition(".")[2]
-            record.miss(
-                entry.origin.name,
-                Reason.ONE_CALL_IN_GRAPH.text(function=name),
-            )
+            record.miss(entry.origin.name, Reason.ONE_CALL_IN_GRAPH.text(function=name))
             continue
         event = event_of.get(id(entry))
         found.append((entry, site, event is not None and relations.pending(entry, event)))
     given = [env[n] for n in order if n.op == "placeholder"]
-    return Traced(
-        found,
-        relations.ref,
-        relations.effects(record, record.events, given),
-    )
+    return Traced(found, relations.ref, relations.effects(record, record.events, given))
 
 
 def _makers(order: list[fx.Node], env: dict[fx.Node, Any]) -> dict[int, fx.Node]:

@@ -16,9 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fmapkit.compiled.graph import Traced, trace_graph
-from fmapkit.compiled.interface import CompiledCapture
-from fmapkit.compiled.labels import Labels
-from fmapkit.compiled.run import GraphMapSink, running
+from fmapkit.compiled.run import CompiledCapture, GraphMapSink, Labels, running
 from fmapkit.model import Names
 from fmapkit.provenance import NOWHERE, STOP, ChannelLabel, Label, Origin, ParamLabel
 from fmapkit.reasons import Reason
@@ -230,13 +228,7 @@ class CompiledGraph:
         for i in self.weights:
             full[i] = ParamLabel.whole(inputs[i])
         return trace_graph(
-            self.gm,
-            inputs,
-            full,
-            _base(capture.names),
-            capture.names,
-            capture.wants,
-            miss,
+            *(self.gm, inputs, full, _base(capture.names), capture, miss),
             modules=self._translated(inputs, capture.names),
             arguments=sorted(self.local.intersection(self.data)) if self.whole else None,
         )
@@ -245,14 +237,12 @@ class CompiledGraph:
         self, sink: GraphMapSink, inputs: Sequence[Any], carried: list[Label], weights: list[Tensor]
     ) -> _Labelled:
         missed: list[tuple[str, str]] = []
-
-        def miss(layer: str, why: str) -> None:
-            missed.append((layer, why))
-
-        traced = self.trace(sink.capture, inputs, carried, miss)
+        traced = self.trace(
+            sink.capture, inputs, carried, lambda layer, why: missed.append((layer, why))
+        )
         for entry, site, _ in traced.found:
             if site.key not in self.places:
-                miss(entry.origin.name, Reason.GRAPH_WITHOUT_MAP.text())
+                missed.append((entry.origin.name, Reason.GRAPH_WITHOUT_MAP.text()))
         traced.found = [f for f in traced.found if f[1].key in self.places]
         return _Labelled(traced.labels(self.places), weights, missed)
 

@@ -42,8 +42,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        found = list(tensors_in(out))
-        if found:
+        if tensors_in(out):
             self._record(func, args, kwargs, out)
         elif describe(func).in_place or not describe(func).silent:
             raise _ClosedError
@@ -61,11 +60,7 @@ class _Recorder(TorchFunctionMode):
             self.known[id(item)] = (item, part)
 
     def node_of(self, value: Any) -> fx.Node:
-        """The node that made a tensor.
-
-        Raises:
-            _ClosedError: none did.
-        """
+        """The node that made a tensor."""
         if id(value) not in self.known:
             raise _ClosedError
         node: fx.Node = self.known[id(value)][1]

@@ -8,19 +8,50 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from fmapkit.compiled.interface import CompiledCapture, TracedPass
-from fmapkit.compiled.labels import Labels
+from fmapkit.model import Names
 from fmapkit.provenance import STOP, ChannelLabel, Origin
 from fmapkit.reasons import Reason
-from fmapkit.replay import ChannelLabelRef, PassPiece, Ref
-from fmapkit.storage import MapRecord, StoredTensor
+from fmapkit.replay import ChannelLabelRef, Effects, PassPiece, Ref, SiteMap
+from fmapkit.selection import Selection
+from fmapkit.storage import MapRecord, Pass, StoredTensor
 from fmapkit.torchlib.memory import versions_of
 from fmapkit.torchlib.nested import leaves
 from fmapkit.tracing import LabelTable, Tracer, running_modules
+
+
+class CompiledCapture(Protocol):
+    """A capture, as its compiled code knows it."""
+
+    @property
+    def names(self) -> Names:
+        """Of the model's modules."""
+
+    @property
+    def wants(self) -> Selection:
+        """Which maps to hold, and how."""
+
+    @property
+    def structure(self) -> object:
+        """Another object once the model has other modules than it had."""
+
+    def miss(self, layer: str, why: str) -> None:
+        """Name what ran and was not captured."""
+
+
+class TracedPass(Protocol):
+    """What is under way in a capture, of which compiled code is a part."""
+
+    current: Pass | None
+    tracer: Tracer | None
+    tags: LabelTable | None
+
+    def traced(self) -> Tracer | None:
+        """The tracer, made now if there is none yet; None where nothing is traced."""
 
 
 class Running(threading.local):
@@ -38,6 +69,47 @@ class Running(threading.local):
 
 
 running = Running()
+
+
+@dataclass(frozen=True, slots=True)
+class GraphMap(SiteMap):
+    """One map of a compiled graph.
+
+    Attributes:
+        place: of its tensor among the graph's outputs; from -1 downwards, among its inputs.
+    """
+
+    place: int
+    copied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What a graph's maps are, given what its inputs carry.
+
+    Attributes:
+        sources: the map that tells of each tensor to be held; maps may share one.
+        places: of these tensors, as in `GraphMap`.
+        slots: of each map, which tensor it is.
+        picking: of some map, only some filters are held.
+    """
+
+    maps: tuple[GraphMap, ...]
+    effects: Effects
+    sources: tuple[GraphMap, ...] = field(init=False)
+    places: tuple[int, ...] = field(init=False)
+    slots: tuple[int, ...] = field(init=False)
+    picking: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        keys = [(m.place, m.picked) for m in self.maps]
+        first = dict(zip(reversed(keys), reversed(self.maps), strict=True))
+        order = list(dict.fromkeys(keys))
+        put = object.__setattr__  # as frozen dataclasses do
+        put(self, "sources", tuple([first[key] for key in order]))
+        put(self, "places", tuple([place for place, _ in order]))
+        put(self, "slots", tuple(map(order.index, keys)))
+        put(self, "picking", any(picked is not None for _, picked in order))
 
 
 class GraphRun(PassPiece):

@@ -16,9 +16,7 @@ from torch import fx, nn
 from fmapkit.compiled.graph import open_all
 from fmapkit.compiled.graph_edit import add_outputs
 from fmapkit.compiled.graph_in_use import CompiledGraph
-from fmapkit.compiled.interface import CompiledCapture
-from fmapkit.compiled.labels import Labels
-from fmapkit.compiled.run import GraphMapSink, running
+from fmapkit.compiled.run import CompiledCapture, GraphMapSink, Labels, running
 from fmapkit.missed import reason
 from fmapkit.provenance import Label
 from fmapkit.reasons import Reason
