@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from fmapkit._lazy import needed
 from fmapkit.errors import ArgumentError
 from fmapkit.model import run
+from fmapkit.plot import axes_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def named(layers: Sequence[str], features: Any) -> dict[str, Tensor]:
@@ -29,9 +34,6 @@ def gathered(phi: Any, batches: Iterable[Any]) -> dict[str, Tensor]:
 
     Args:
         batches: inputs as `run` takes them.
-
-    Raises:
-        ArgumentError: some are not finite.
     """
     parts: dict[str, list[Tensor]] = {}
     with evaluating(phi), torch.no_grad():
@@ -46,22 +48,14 @@ def gathered(phi: Any, batches: Iterable[Any]) -> dict[str, Tensor]:
 
 
 def one(features: Any, what: str) -> Tensor:
-    """What φ returned, if it is of one layer.
-
-    Raises:
-        ArgumentError: it is of several.
-    """
+    """What φ returned, if it is of one layer."""
     if not isinstance(features, Tensor):
         raise ArgumentError(f"{what} is of one layer, and this feature_map returns several")
     return features
 
 
 def rows(features: Tensor) -> Tensor:
-    """(samples, features): in float32 at least, since sums of halves lose most of their digits.
-
-    Raises:
-        ArgumentError: they are complex, or there is no axis of samples.
-    """
+    """(samples, features): in float32 at least, since sums of halves lose most of their digits."""
     if features.is_complex():
         raise ArgumentError("features are complex: pool=torch.view_as_real makes them real")
     if not features.dim():
@@ -93,9 +87,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def sklearn_needed() -> None:
-    """Whether scikit-learn is there.
-
-    Raises:
-        ImportError: it is not.
-    """
+    """Raise an `ImportError` unless scikit-learn is there."""
     needed("sklearn", "probes and transformers need scikit-learn: pip install fmapkit[sklearn]")
+
+
+def axes_by_layer(ax: Axes | None, layers: Sequence[str]) -> tuple[Figure, Axes]:
+    """The figure of some axes, or a new one; the names of the layers stand below the axis."""
+    figure, ax = axes_of(ax, min(max(2 + 0.7 * len(layers), 4.0), 16.0), 3.2)
+    names = [layer or "(model)" for layer in layers]
+    ax.set_xticks(range(len(layers)), names, rotation=30, ha="right")
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure, ax

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_positive
-from fmapkit.phi._features import gathered, taken
-from fmapkit.phi._plots import axes_by_layer
+from fmapkit.phi._features import axes_by_layer, gathered, taken
 from fmapkit.tables import Shown, Table
 
 if TYPE_CHECKING:

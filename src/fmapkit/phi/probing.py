@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, check_positive
-from fmapkit.phi._features import gathered, sklearn_needed
-from fmapkit.phi._plots import axes_by_layer
+from fmapkit.phi._features import axes_by_layer, gathered, sklearn_needed
 from fmapkit.tables import Shown, Table
 from fmapkit.torchlib.memory import as_numpy
 from fmapkit.torchlib.operators import tree_map
