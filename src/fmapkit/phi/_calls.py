@@ -36,10 +36,7 @@ class Calls:
     def __call__(self, model: nn.Module, asked: Request, args: Any, kwargs: Any) -> Found:
         """Run the model, and read what was asked for: each map with its key.
 
-        Raises:
-            CaptureStateError: a backward pass runs, or a capture with an edit is open.
-            MapStateError: the pass could not be captured.
-            MapLookupError: what was asked for is not in the pass, or not there once.
+        The errors are those of `FeatureFunction.forward`.
         """
         if in_backward():
             raise CaptureStateError(
@@ -87,21 +84,16 @@ class Calls:
         return [(name, replace(fm, tensor=tensor)) for (name, fm), tensor in pairs]
 
     def reader(self, model: nn.Module, asked: Request) -> Reader:
-        """What reads the next call.
-
-        Raises:
-            NotAModuleError: `model` is no `nn.Module`.
-            UnknownLayerError: a selector matches nothing in it.
-        """
+        """What reads the next call."""
         found = self._known(model, asked, stop=True)
         # Another capture sees this pass, too, and would lose what comes after the last map.
-        return found if found.alone else self._known(model, asked, stop=False)
+        return found if found.recurring.alone else self._known(model, asked, stop=False)
 
     def _known(self, model: nn.Module, asked: Request, stop: bool) -> Reader:
         readers: list[Reader] = self._local.__dict__.setdefault("readers", [])
         for reader in readers:
             # A hook of the model's may call φ again, in the middle of a call.
-            if reader.model is model and reader.stop == stop and not reader.busy:
+            if reader.model is model and reader.stop == stop and not reader.recurring.inside:
                 return reader
         if len(readers) >= _MOST:  # of models that were exchanged for others
             readers.clear()

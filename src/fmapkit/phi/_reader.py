@@ -42,6 +42,7 @@ class Reader:
         stop: the pass ends with the last of them, where it can.
 
     Attributes:
+        recurring: the capture of its calls.
         keys: of the maps, in order; empty before a first pass where that shows which there are.
         tags: what the first pass has found, with empty tensors of as many axes.
     """
@@ -57,8 +58,8 @@ class Reader:
             stop=stop and can_stop(model),
             detach=False,
         )
-        self._recurring = Recurring(made)
-        self._wanted = [_Wanted(item, self._recurring) for item in asked.items]
+        self.recurring = Recurring(made)
+        self._wanted = [_Wanted(item, self.recurring) for item in asked.items]
         if asked.form == "tuple":
             _tell_apart(self._wanted)
         self._warned = all(item.exact for item in asked.items)
@@ -74,7 +75,7 @@ class Reader:
 
     def outputs(self, context: Any) -> CompiledOutputs | None:
         """What reads the same maps by compiled code; None where they are not all whole outputs."""
-        names, found = self._recurring.names, self.tags
+        names, found = self.recurring.names, self.tags
         modules = [names.by_name.get(fm.layer) for _, fm in found]
         plain = all(fm.kind == "output" and not fm.path for _, fm in found)
         wanted = [(m, fm.call) for m, (_, fm) in zip(modules, found, strict=True) if m is not None]
@@ -97,24 +98,14 @@ class Reader:
                 filters = self._asked.filters_of(wanted.label) or ()
                 check_in_range(filters, wanted.count, wanted.label)
 
-    @property
-    def busy(self) -> bool:
-        """Whether a call is under way."""
-        return self._recurring.inside
-
-    @property
-    def alone(self) -> bool:
-        """Whether no other capture is open that would see this pass."""
-        return self._recurring.alone
-
     def __call__(self, args: Any, kwargs: Any) -> Found | None:
         """Run the model, and read its maps; None if nothing is held of the pass."""
-        with self._recurring as maps:
+        with self.recurring as maps:
             try:
                 self.model(*args, **kwargs)
-                every = self._recurring.found()
+                every = self.recurring.found()
             finally:
-                self._captured = self._recurring.captured
+                self._captured = self.recurring.captured
                 maps.clear()
         if not every:
             return None
@@ -157,12 +148,8 @@ class Reader:
         return list(by_key.items())
 
     def _check_graph(self, found: Found, args: Any, kwargs: Any) -> None:
-        """Whether each map is in the graph, where it could be.
-
-        Raises:
-            MapStateError: it was made where torch records no graph (reentrant checkpointing).
-        """
-        if not any(missed.why is Reason.NO_GRAPH for missed in self._recurring.missed):
+        """Whether each map is in the graph: not if it was made in reentrant checkpointing, say."""
+        if not any(missed.why is Reason.NO_GRAPH for missed in self.recurring.missed):
             return
         given = (*self.model.parameters(), *tensors_in(*args, kwargs))
         for _, fm in found:
@@ -188,13 +175,13 @@ class Reader:
     def _several(self, wanted: _Wanted, fitting: Sequence[FeatureMap]) -> Found:
         by_layer: dict[str, list[FeatureMap]] = {}
         for fm in fitting:
-            if wanted.takes(fm):
+            if fm.kind in wanted.kinds and wanted.is_of(fm.layer):
                 by_layer.setdefault(fm.layer, []).append(fm)
         return [(layer, self._first(wanted, layer, of)) for layer, of in by_layer.items()]
 
     def _first(self, wanted: _Wanted, layer: str, there: Sequence[FeatureMap]) -> FeatureMap:
         """The one map of a layer that is meant, if there is one alone of its kind."""
-        for kind in wanted.kinds_of(layer):
+        for kind in wanted.kinds_of(self.recurring.names.by_name.get(layer)):
             found = [fm for fm in there if fm.kind == kind]
             if len(found) > 1:
                 self._ambiguous(found)
@@ -219,7 +206,7 @@ class Reader:
 
     def why(self, label: str) -> str:
         """What is known of what was not captured of a layer; empty if nothing is."""
-        reasons = [m.reason for m in self._recurring.missed if m.layer in ("", label)]
+        reasons = [m.reason for m in self.recurring.missed if m.layer in ("", label)]
         return f": {reasons[-1]}" if reasons else ""
 
     def _absent(self, wanted: _Wanted, there: Sequence[FeatureMap]) -> FmapkitError:
@@ -233,7 +220,7 @@ class Reader:
         self, wanted: _Wanted, there: Sequence[FeatureMap], kinds: Sequence[str]
     ) -> FmapkitError:
         label = wanted.label
-        module = self._recurring.names.by_name.get(label)
+        module = self.recurring.names.by_name.get(label)
         if module is not None and never_called(module):
             return UnknownLayerError(
                 f"feature_map: {label!r} is a {type(module).__name__}, which is never called; ask "
@@ -278,7 +265,7 @@ class Reader:
         self._warned = True
         missed = [
             m
-            for m in self._recurring.missed
+            for m in self.recurring.missed
             if not m.layer or any(w.is_of(m.layer) for w in self._wanted)
         ]
         if missed:
@@ -302,31 +289,21 @@ class _Wanted:
     def __init__(self, item: Item, recurring: Recurring) -> None:
         self.item = item
         names = recurring.names
-        self._selection = LayerSelection(names, item.layer, "layers")
+        self.is_of = LayerSelection(names, item.layer, "layers").layer
         self.label = recurring.label_of(item.layer) if item.exact else ""
         self.key = item.key if item.key is not None else self.label
-        self._names = names
         module = names.by_name.get(self.label) if item.exact else None
-        self.kinds = self._kinds(module)
+        self.kinds = self.kinds_of(module)
         is_layer = module is not None and layers.layer_axis(module) is not None
         self.count = layers.filter_count(module) if is_layer and module is not None else None
 
-    def kinds_of(self, layer: str) -> tuple[str, ...]:
+    def kinds_of(self, module: nn.Module | None) -> tuple[str, ...]:
         """The kinds that the map of a layer may be of, the first one that is there."""
-        return self._kinds(self._names.by_name.get(layer))
-
-    def _kinds(self, module: nn.Module | None) -> tuple[str, ...]:
         if self.item.kind is not None:
             return (self.item.kind,)
         # As in `maps[layer]`: filters of a module of another type may be found in a pass, too.
         is_layer = module is not None and layers.layer_axis(module) is not None
         return ("activation",) if is_layer else ("activation", "output")
-
-    def is_of(self, layer: str) -> bool:
-        return self._selection.layer(layer)
-
-    def takes(self, fm: FeatureMap) -> bool:
-        return fm.kind in self.kinds and self._selection.layer(fm.layer)
 
 
 def _tell_apart(wanted: Sequence[_Wanted]) -> None:

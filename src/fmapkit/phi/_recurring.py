@@ -8,7 +8,6 @@ What was recorded is checked as before any other pass.
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 from torch import nn
@@ -47,14 +46,11 @@ class Recurring:
         self._made = made
         self._session: Session = made._session
         self._rest: Rest | None = None
+        self.names: Names = self._session.names
         self._before = False
         self.inside = False
         self.maps: FeatureMaps
         self._session.quiet()
-
-    @property
-    def names(self) -> Names:
-        return self._session.names
 
     @property
     def missed(self) -> list[Missed]:
@@ -78,17 +74,12 @@ class Recurring:
 
     def label_of(self, layer: Any) -> str:
         """The name that the maps of a layer have, which is given by a name or as a module."""
-        names = self._session.names
         if isinstance(layer, nn.Module):
-            return names.of(unwrap(layer))
-        return names.canonical(layer)
+            return self.names.of(unwrap(layer))
+        return self.names.canonical(layer)
 
     def __enter__(self) -> FeatureMaps:
-        """Set again what was set when the latest call ended.
-
-        Raises:
-            CaptureStateError: another capture with an edit is open.
-        """
+        """Set again what was set when the latest call ended."""
         session = self._session
         # Whoever else is open would hold what lives in a torch.func transform.
         self._before = returned.on
@@ -100,13 +91,7 @@ class Recurring:
         self.inside = True
         return self.maps
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        session = self._session
+    def __exit__(self, *error: object) -> None:
         self.inside = False
         returned.on = self._before
-        self._rest = session.rest()
+        self._rest = self._session.rest()
