@@ -18,11 +18,7 @@ POOLS = ("mean", "max", "flatten", "token")
 
 
 def checked(pool: Any) -> Pool:
-    """A way to pool.
-
-    Raises:
-        ArgumentError: it is of no allowed form.
-    """
+    """A way to pool, if it is of an allowed form."""
     if pool is None or pool in POOLS or (callable(pool) and not isinstance(pool, type)):
         return pool  # type: ignore[no-any-return]
     hint = did_you_mean(pool, POOLS)
@@ -33,12 +29,7 @@ def checked(pool: Any) -> Pool:
 
 
 def picked(fm: FeatureMap, filters: tuple[int, ...] | None) -> Tensor:
-    """The map's tensor, or some filters of it, along the axis where they lie.
-
-    Raises:
-        ArgumentError: it has no single axis of filters.
-        FilterRangeError: it has no such filter.
-    """
+    """The map's tensor, or some filters of it, along the axis where they lie."""
     if filters is None:
         return fm.tensor
     if fm.filters is None or fm.filter_dim is None:
@@ -66,11 +57,7 @@ def picked(fm: FeatureMap, filters: tuple[int, ...] | None) -> Tensor:
 
 
 def pooled(fm: FeatureMap, tensor: Tensor, pool: Pool) -> Tensor:
-    """One vector for each sample.
-
-    Raises:
-        ArgumentError: the map has no axes of the kind that this takes.
-    """
+    """One vector for each sample, if the map has axes for that."""
     if pool is None:
         return tensor
     if callable(pool):

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fmapkit.errors import ArgumentError, check_kind
+from fmapkit.errors import ArgumentError, check_kind, is_int
 from fmapkit.kinds import Kind
 from fmapkit.selection import given_filters
 from fmapkit.selectors import Selector
@@ -58,14 +58,10 @@ class Request:
 
     @classmethod
     def of(cls, layers: Any, kind: Any, filters: Any, call: Any, path: Any) -> Request:
-        """Check what was given.
-
-        Raises:
-            ArgumentError: something of it is of no allowed form.
-        """
+        """What was given, if all of it is of an allowed form."""
         kind = None if kind is None else check_kind(kind)
         items, form = _items(layers, kind)
-        if call is not None and (isinstance(call, bool) or not isinstance(call, int) or call < 0):
+        if call is not None and (not is_int(call) or call < 0):
             raise ArgumentError(f"call must be a call's number, from 0, or None, not {call!r}")
         if path is not None and not isinstance(path, str):
             raise ArgumentError(f"path must be a place such as '[0]' or '.logits', not {path!r}")

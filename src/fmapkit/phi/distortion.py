@@ -195,7 +195,13 @@ def kept(
     apart = given > 0
     if not apart.any():
         raise ArgumentError("all inputs are at distance 0: there is no pair to compare")
-    features = _features(phi, inputs, count, batch_size)
+    starts = range(0, count, batch_size)
+    features = gathered(phi, (taken(inputs, slice(at, at + batch_size)) for at in starts))
+    for name, x in features.items():
+        if len(x) != count:
+            raise ArgumentError(
+                f"layer {name!r} has {len(x)} features of {count} samples", layer=name
+            )
     layers = tuple(_layer(name, x, given, apart, tolerance) for name, x in features.items())
     return Kept(count, int((~apart).sum()), given, layers)
 
@@ -220,7 +226,7 @@ def _given(inputs: Any, metric: Any, count: int) -> Tensor:
                 f"metric has shape {tuple(metric.shape)}, and the {count} inputs have "
                 f"{(count, count)} distances"
             )
-        found = metric.detach().double().cpu()[_above(count)]
+        found = metric.detach().double().cpu()[tuple(_above(count))]
     elif not isinstance(inputs, Tensor):
         raise ArgumentError(
             "of several tensors, metric= has to say how far two inputs are apart: give all "
@@ -235,34 +241,23 @@ def _given(inputs: Any, metric: Any, count: int) -> Tensor:
         ]
         if any(b.dim() != 2 or b.shape[1] != count for b in blocks):
             raise ArgumentError("metric must give (n, m) distances for (n, …) and (m, …) inputs")
-        found = torch.cat(blocks)[_above(count)]
+        found = torch.cat(blocks)[tuple(_above(count))]
     if not found.isfinite().all() or (found < 0).any():
         raise ArgumentError("distances of inputs must be finite, and none below 0")
     return found
 
 
-def _above(count: int) -> tuple[Tensor, Tensor]:
-    """Where the pairs lie in a matrix, in the order of `torch.pdist`."""
-    rows_, columns = torch.triu_indices(count, count, 1)
-    return rows_, columns
-
-
-def _features(phi: FeatureFunction, inputs: Any, count: int, batch_size: int) -> dict[str, Tensor]:
-    starts = range(0, count, batch_size)
-    found = gathered(phi, (taken(inputs, slice(at, at + batch_size)) for at in starts))
-    for layer, x in found.items():
-        if len(x) != count:
-            raise ArgumentError(
-                f"layer {layer!r} has {len(x)} features of {count} samples", layer=layer
-            )
-    return {layer: x.double() for layer, x in found.items()}
+def _above(count: int) -> Tensor:
+    """Where the pairs lie in a matrix, (2, pairs), in the order of `torch.pdist`."""
+    return torch.triu_indices(count, count, 1)
 
 
 def _layer(name: str, x: Tensor, given: Tensor, apart: Tensor, tolerance: float) -> LayerKept:
+    x = x.double()
     # By differences: |x|² + |y|² - 2xy would lose what is near.
     distances = torch.pdist(x)
     ratios = distances[apart] / given[apart]
-    where = torch.stack(_above(len(x)))[:, apart]
+    where = _above(len(x))[:, apart]
     low, high = int(ratios.argmin()), int(ratios.argmax())
     met = (distances <= tolerance * distances.max())[apart]
     first = met.nonzero()[:_SHOWN, 0].tolist()

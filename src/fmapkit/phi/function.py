@@ -110,7 +110,19 @@ class FeatureFunction(nn.Module):
         """
         a = rows(one(run(self, x), "kernel"))
         b = None if y is None else rows(one(run(self, y), "kernel"))
-        return _kernel(a, b, kind, centred, gamma)
+        check_choice(("linear", "cosine", "rbf"), kind=kind)
+        if gamma is not None and (kind != "rbf" or not gamma > 0):
+            raise ArgumentError(
+                f"gamma must be a positive number, and goes with kind='rbf': {gamma!r}"
+            )
+        if kind == "linear" and centred:  # at the mean of the features: fewer digits are lost
+            mean = a.mean(0)
+            return (a - mean) @ (a - mean if b is None else b - mean).T
+        gram = _gram(a, a if b is None else b, kind, gamma)
+        if not centred:
+            return gram
+        own = gram if b is None else _gram(a, a, kind, gamma)
+        return gram - gram.mean(0) - own.mean(1, keepdim=True) + own.mean()
 
     def transformer(
         self, *, shape: Sequence[int] | None = None, batch_size: int = 64
@@ -190,21 +202,6 @@ def feature_map(
     """
     check_module("feature_map", model)
     return FeatureFunction(model, Request.of(layers, kind, filters, call, path), pool)
-
-
-def _kernel(x: Tensor, y: Tensor | None, kind: str, centred: bool, gamma: float | None) -> Tensor:
-    """The kernel of two feature matrices, as `FeatureFunction.kernel` says."""
-    check_choice(("linear", "cosine", "rbf"), kind=kind)
-    if gamma is not None and (kind != "rbf" or not gamma > 0):
-        raise ArgumentError(f"gamma must be a positive number, and goes with kind='rbf': {gamma!r}")
-    if kind == "linear" and centred:  # at the mean of the features: fewer digits are lost
-        mean = x.mean(0)
-        return (x - mean) @ (x - mean if y is None else y - mean).T
-    gram = _gram(x, x if y is None else y, kind, gamma)
-    if not centred:
-        return gram
-    own = gram if y is None else _gram(x, x, kind, gamma)
-    return gram - gram.mean(0) - own.mean(1, keepdim=True) + own.mean()
 
 
 def _gram(x: Tensor, y: Tensor, kind: str, gamma: float | None) -> Tensor:

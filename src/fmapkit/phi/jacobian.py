@@ -57,16 +57,6 @@ def singular_values(
         ArgumentError: φ is of several layers, the points are no floating-point tensor, a number is
             not positive, or the Jacobian at a point has a NaN or an infinite value.
     """
-    _check(x, k, max_steps, tolerance)
-    with evaluating(phi), sdpa_kernel(SDPBackend.MATH):
-        found = [
-            _at(_Jacobian(phi, point, number), k, tolerance, max_steps, seed)
-            for number, point in enumerate(torch.split(x.detach(), 1))
-        ]
-    return torch.stack(found).detach()
-
-
-def _check(x: Any, k: Any, max_steps: Any, tolerance: Any) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or not len(x):
         raise ArgumentError(
             "points must be a floating-point tensor (P, …): there is no derivative with respect "
@@ -75,14 +65,16 @@ def _check(x: Any, k: Any, max_steps: Any, tolerance: Any) -> None:
     check_positive(k=1 if k is None else k, max_steps=max_steps)
     if not tolerance >= 0:
         raise ArgumentError(f"tolerance must not be below 0: {tolerance!r}")
+    with evaluating(phi), sdpa_kernel(SDPBackend.MATH):
+        found = [
+            _at(_Jacobian(phi, point, number), k, tolerance, max_steps, seed)
+            for number, point in enumerate(torch.split(x.detach(), 1))
+        ]
+    return torch.stack(found).detach()
 
 
 class _Jacobian:
-    """Products with the Jacobian of φ at one point, (features, values of the input).
-
-    Args:
-        number: of the point, for an error.
-    """
+    """Products with the Jacobian of φ at one point, (features, values of the input)."""
 
     def __init__(self, phi: FeatureFunction, point: Tensor, number: int) -> None:
         def flat(values: Tensor) -> Tensor:
