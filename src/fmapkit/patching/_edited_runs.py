@@ -15,11 +15,47 @@ from fmapkit.editing import Where, part_of
 from fmapkit.errors import ArgumentError
 from fmapkit.map import FeatureMap
 from fmapkit.maps import FeatureMaps
-from fmapkit.patching._inputs import ModelInputs, rows
+from fmapkit.model import changed, run, tensors_in
 from fmapkit.patching._pieces import Key, PatchPiece, key_of, named
 from fmapkit.readable import tags
+from fmapkit.torchlib.operators import tree_map
 
 Edits = Mapping[Any, Callable[[FeatureMap], Tensor]]
+
+_CONSTANT = (type(None), bool, int, float, complex, str, bytes)
+
+
+class ModelInputs:
+    """What a model is given, and what to call it in an error."""
+
+    def __init__(self, given: Any, name: str) -> None:
+        self._name = name
+        self._given = given if isinstance(given, (tuple, Mapping)) else (given,)
+        self._tensors = tensors_in(self._given)
+        if not self._tensors:
+            raise ArgumentError(
+                f"{name} must be a tensor, a tuple of arguments or a dict of keyword arguments "
+                f"with tensors in it, not {type(given).__name__}"
+            )
+
+    def samples(self) -> int:
+        """How many samples there are, if its tensors agree."""
+        shapes = [tuple(t.shape) for t in self._tensors]
+        counts = {shape[:1] for shape in shapes}
+        if len(counts) != 1 or counts == {()}:
+            raise ArgumentError(
+                f"batch_size > 1 puts copies of {self._name} into one batch, along the first axis, "
+                f"and its tensors have shapes {shapes}: give all of them that axis, or batch_size=1"
+            )
+        return int(counts.pop()[0])
+
+    def run(self, model: nn.Module, copies: int = 1) -> Any:
+        """Call the model on so many copies."""
+
+        def repeated(value: Any) -> Any:
+            return torch.cat([value] * copies) if isinstance(value, Tensor) else value
+
+        return run(model, changed(self._given, repeated) if copies > 1 else self._given)
 
 
 class Runs:
@@ -89,14 +125,14 @@ class Runs:
         self._samples = samples
         with self._capture(edit, self._patch, stop=self._of is not None) as maps:
 
-            def run(pieces: Sequence[PatchPiece | None]) -> list[Tensor]:
+            def run_pieces(pieces: Sequence[PatchPiece | None]) -> list[Tensor]:
                 self._pieces = pieces
                 self._done.clear()
                 output = inputs.run(self._model, len(pieces))
                 self._check_done()
                 return [self._measured(output, maps, copy) for copy in range(len(pieces))]
 
-            yield run
+            yield run_pieces
 
     def _check_done(self) -> None:
         for place, piece in enumerate(self._pieces):
@@ -159,7 +195,7 @@ class Runs:
         if self._of is not None:
             fm = maps[self._of]
             output = fm.tensor if fm.edited is None else fm.edited
-        value = self._metric(rows(output, copy, len(self._pieces), self._samples))
+        value = self._metric(_rows(output, copy, len(self._pieces), self._samples))
         found = value if isinstance(value, Tensor) else torch.as_tensor(value)
         found = found.detach()
         if found.dim() > 1 or found.is_complex():
@@ -170,12 +206,28 @@ class Runs:
         return found if found.is_floating_point() else found.float()
 
 
-def _in_each_run(where: Where) -> Where:
-    """The whole maps of an edit, in every run: each is one pass, whose number is 0.
+def _rows(output: Any, copy: int, copies: int, samples: int) -> Any:
+    """What the model returned for one of several copies, if they can be told apart."""
+    if copies == 1:
+        return output
 
-    Raises:
-        ArgumentError: `step=` leaves that pass out.
-    """
+    def part(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == copies * samples:
+            return value[copy * samples : (copy + 1) * samples]
+        if isinstance(value, _CONSTANT):
+            return value
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise ArgumentError(
+            f"batch_size > 1 runs {copies} copies of {samples} samples at once, and the model "
+            f"returned {what or f'a {type(value).__name__}'}, which has no row for each: make it "
+            "return tensors of the batch alone (use_cache=False, no labels), or batch_size=1"
+        )
+
+    return tree_map(part, output)
+
+
+def _in_each_run(where: Where) -> Where:
+    """The whole maps of an edit, in every run: each is one pass, whose number is 0."""
     if not where.has_step(0):
         raise ArgumentError(
             f"edit[{where!r}]: each run of patching is one pass, step 0, and step= leaves it out"

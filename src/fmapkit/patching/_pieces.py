@@ -45,9 +45,6 @@ def pieces_of(
 
     Returns:
         The pieces; the positions, none for whole maps; the filters, none for all of them.
-
-    Raises:
-        ArgumentError: the positions or filters are of no allowed form.
     """
     places = _several(positions, "positions")
     if positions == "each":
@@ -74,11 +71,7 @@ def _several(given: Any, name: str) -> tuple[Any, ...]:
 
 
 def _count(maps: Mapping[Key, FeatureMap], where: Where) -> int:
-    """How many positions each map has.
-
-    Raises:
-        ArgumentError: they have several axes of positions, or not the same number.
-    """
+    """How many positions each map has, if these lie along one axis and are as many in each."""
     counts: dict[int, Key] = {}
     for key, fm in maps.items():
         rank, filters = fm.tensor.dim(), fm.filter_dim

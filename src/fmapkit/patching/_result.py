@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+OTHER = {"corrupted": "clean", "clean": "corrupted"}
 _MANY = 40  # labels along an axis: more are drawn as numbers, thinned out by matplotlib
 
 
@@ -58,10 +59,9 @@ class Patching:
         grid = [f"{len(self.layers)} layers"]
         grid += [f"{len(self.positions)} positions"] if self.positions else []
         grid += [f"{len(self.filters)} groups of filters"] if self.filters else []
-        other = "clean" if self.into == "corrupted" else "corrupted"
         clean, corrupted = float(self.clean.mean()), float(self.corrupted.mean())
         return (
-            f"Patching({' × '.join(grid)}, {self.kind}, {other} into {self.into}; "
+            f"Patching({' × '.join(grid)}, {self.kind}, {OTHER[self.into]} into {self.into}; "
             f"metric: clean {clean:.4g}, corrupted {corrupted:.4g})"
         )
 
@@ -128,8 +128,8 @@ class Patching:
         elif not labels:
             ax.set_xticks([])
         ax.set_xlabel("position" if self.positions else "filters" if self.filters else "")
-        other = "clean" if self.into == "corrupted" else "corrupted"
-        ax.set_title(f"{other} {self.kind} into the {self.into} run", fontsize="medium")
+        said = f"{OTHER[self.into]} {self.kind} into the {self.into} run"
+        ax.set_title(said, fontsize="medium")
         what = "0: corrupted, 1: clean" if normalized else "metric"
         figure.colorbar(drawn, ax=ax, fraction=0.05, pad=0.02, label=what)
         entitle(figure, title, 0)

@@ -12,12 +12,9 @@ from fmapkit._lazy import with_bar
 from fmapkit.editing import Where
 from fmapkit.errors import ArgumentError, check_choice, check_positive
 from fmapkit.map import FeatureMap
-from fmapkit.patching._edited_runs import Runs
-from fmapkit.patching._inputs import ModelInputs
+from fmapkit.patching._edited_runs import ModelInputs, Runs
 from fmapkit.patching._pieces import named, pieces_of
-from fmapkit.patching._result import Patching
-
-_OTHER = {"corrupted": "clean", "clean": "corrupted"}
+from fmapkit.patching._result import OTHER, Patching
 
 
 def patch(
@@ -84,7 +81,7 @@ def patch(
     """
     _check(model, metric, into, batch_size)
     given = {"clean": ModelInputs(clean, "clean"), "corrupted": ModelInputs(corrupted, "corrupted")}
-    patched, source = into, _OTHER[into]
+    patched, source = into, OTHER[into]
     samples = given[patched].samples() if batch_size > 1 else 0
     edits = {"clean": None, "corrupted": edit}
     where = Where(layers, kind, path=path, filter_axis=filter_axis)
@@ -113,7 +110,7 @@ def patch(
 
 
 def _check(model: nn.Module, metric: Any, into: Any, batch_size: Any) -> None:
-    check_choice(tuple(_OTHER), into=into)
+    check_choice(tuple(OTHER), into=into)
     if not callable(metric):
         raise ArgumentError(f"metric must be a function of what the model returns, not {metric!r}")
     check_positive(batch_size=batch_size)
