@@ -224,7 +224,9 @@ def compare(
         ArgumentError: they do not fit together, and what would.
         MapStateError: a map cannot be read any more.
     """
-    _check_tolerance(tolerance)
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (number and tolerance >= 0):
+        raise ArgumentError(f"tolerance must be a number of at least 0, or None, not {tolerance!r}")
     ours = _of_step(a, "first", step, kind, layers)
     theirs = _of_step(b, "second", step, kind, layers if match == "order" else None)
     found = matched(ours, theirs, match)
@@ -234,14 +236,6 @@ def compare(
         tuple((fm.layer, fm.kind) for fm in found.only_b) if layers is None else (),
         gradients,
     )
-
-
-def _check_tolerance(tolerance: Any) -> None:
-    if tolerance is None:
-        return
-    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
-    if not number or not tolerance >= 0:
-        raise ArgumentError(f"tolerance must be a number of at least 0, or None, not {tolerance!r}")
 
 
 def _of_step(

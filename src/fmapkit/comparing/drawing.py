@@ -27,11 +27,7 @@ def draw(
     gradients: bool,
     title: str | None,
 ) -> Figure:
-    """Draw the differences.
-
-    Raises:
-        ArgumentError: there are none.
-    """
+    """Draw the differences, if there are any."""
     if not rows:
         raise ArgumentError("nothing to plot: no map was compared")
     figure, ax = axes_of(ax, 10, 4.2)

@@ -35,9 +35,6 @@ def matched(a: Sequence[FeatureMap], b: Sequence[FeatureMap], match: Match) -> M
     Args:
         match: "name" by layer, kind, call and path; "order" by their order, where kinds and shapes
             have to agree; a mapping of names or of a module's name to the other's, or a function.
-
-    Raises:
-        ArgumentError: `match` is none of these, names nothing, or leaves nothing to compare.
     """
     if isinstance(match, str) and match == "order":
         return _by_order(a, b)
@@ -115,14 +112,7 @@ def _keys(maps: Sequence[FeatureMap], name: Callable[[str], str]) -> list[_Key]:
 def _renamed(
     names: dict[str, str], a: Sequence[FeatureMap], b: Sequence[FeatureMap]
 ) -> Callable[[str], str]:
-    """The second's name for a layer of the first: by the longest key that names it, or its module.
-
-    Args:
-        names: the first's names -> the second's.
-
-    Raises:
-        ArgumentError: a key means no layer of the first, a value none of the second.
-    """
+    """The second's name for a layer of the first: by the longest key that fits."""
     ours, theirs = ({fm.layer: None for fm in maps} for maps in (a, b))
     for key, value in names.items():
         for side, there, given in (("first", ours, key), ("second", theirs, value)):
