@@ -71,8 +71,7 @@ def draw(ax: Axes, picture: Picture, columns: int) -> ScalarMappable | None:
 
 def draw_alone(picture: Picture, columns: int, ax: Axes | None, title: str) -> Figure:
     """Draw into axes, or a figure of its own, with a colour bar and a title."""
-    width, height = size_of(picture, columns)
-    figure, ax = axes_of(ax, width, height + 0.6)
+    figure, ax = axes_of(ax, WIDTH, height_of(picture, columns) + 0.6)
     drawn = draw(ax, picture, columns)
     ax.set_title(title, fontsize="medium")
     if drawn is not None:
@@ -160,14 +159,14 @@ def _ratio(picture: Picture) -> float:
     return float(np.clip(height / max(width, 1), 0.25, 2.0))
 
 
-def size_of(picture: Picture, columns: int) -> tuple[float, float]:
-    """Width and height of a picture, in inches."""
+def height_of(picture: Picture, columns: int) -> float:
+    """The height of a picture that is `WIDTH` wide, in inches."""
     if picture.values.ndim == 1:
-        return WIDTH, 0.8
+        return 0.8
     if picture.values.ndim == 2:
-        return WIDTH, float(np.clip(0.08 * len(picture.values), 0.8, 3.0))
+        return float(np.clip(0.08 * len(picture.values), 0.8, 3.0))
     rows = -(-len(picture.values) // columns)
-    return WIDTH, max(rows, 1) * _STRIP / columns * (_ratio(picture) + _GAP)
+    return max(rows, 1) * _STRIP / columns * (_ratio(picture) + _GAP)
 
 
 def _number(set_ticks: Any, labels: Sequence[int]) -> None:

@@ -22,9 +22,6 @@ def new_figure(width: float, height: float) -> Figure:
     A figure of pyplot's that a cell returns is shown twice in a notebook: as the cell's result, and
     again by pyplot, which shows whatever is open. So pyplot is left out: the figure shows itself.
     Where windows can be opened, it makes the figure, and `pyplot.show()` shows it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     says = "drawing feature maps needs matplotlib: pip install fmapkit[plot]"
     backend = needed("matplotlib", says).get_backend().lower()

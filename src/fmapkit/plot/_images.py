@@ -33,9 +33,6 @@ def pixels(
         std: of its channels.
         what: to call it in an error.
         sample: which one of a batch.
-
-    Raises:
-        ArgumentError: it is no image, or one of mean and std is missing.
     """
     values = _shades(image, mean, std, what, sample)
     return values if values.ndim == 2 else np.clip(values, 0, 1)
@@ -44,18 +41,14 @@ def pixels(
 def spread_pixels(
     image: Any, mean: Numbers = None, std: Numbers = None, sample: int = 0
 ) -> tuple[Array, str]:
-    """An image in any range, within [0, 1]; and what to say if it was spread over that range.
-
-    Args and errors are those of `pixels`.
-    """
+    """An image in any range, within [0, 1]; and what to say if it was spread over that range."""
     values = _shades(image, mean, std, "image", sample)
     finite = np.nan_to_num(values)
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     if low >= 0 and high <= 1:
         return finite, ""
-    return stretched(
-        finite
-    ), f"Values from {low:.3g} to {high:.3g} were spread over black to white."
+    said = f"Values from {low:.3g} to {high:.3g} were spread over black to white."
+    return stretched(finite), said
 
 
 def stretched(values: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -61,28 +61,23 @@ class Picture:
 
 
 def chosen(fm: ReadableMap, filters: Choice, sample: int, limit: int) -> list[int] | None:
-    """The filters to draw, in order; None for the first ones.
-
-    Raises:
-        ArgumentError: `filters` cannot be meant.
-        FilterRangeError: the map has no such filter.
-    """
+    """The filters to draw, in order; None for the first ones."""
     if filters is None:
         return None
     if isinstance(filters, str):
         check_strongest(filters)
-        return strongest(fm, limit, sample=_sample(fm, sample))
+        if fm.filter_dim is None or fm.filter_dim % fm.tensor.dim() == 0:
+            sample = 0  # there is but one: the filters lie along the first axis
+        else:
+            check_sample(fm, sample, fm.tensor.shape[0])
+        return strongest(fm, limit, sample=sample)
     wanted = [filters] if isinstance(filters, int) else list(filters)
     found = [fm[index].filter for index in wanted[:limit]]
     return [number for number in found if number is not None]
 
 
 def check_strongest(filters: str) -> None:
-    """Whether a word that stands for filters is "strongest".
-
-    Raises:
-        ArgumentError: it is another one.
-    """
+    """Raise an `ArgumentError` unless a word that stands for filters is "strongest"."""
     if filters != "strongest":
         raise ArgumentError(
             f"filters must be ints or 'strongest', not {filters!r}"
@@ -91,23 +86,11 @@ def check_strongest(filters: str) -> None:
         )
 
 
-def _sample(fm: ReadableMap, sample: int) -> int:
-    """The same sample, or 0 where there is but one: the filters lie along the first axis."""
-    if fm.filter_dim is None or fm.filter_dim % fm.tensor.dim() == 0:
-        return 0
-    check_sample(fm, sample, fm.tensor.shape[0])
-    return sample
-
-
 def latest_maps(maps: ReadableMaps, layers: Any, to: str) -> Sequence[ReadableMap]:
     """The maps of the latest pass that are to be looked at.
 
     Args:
         to: what is done with them, "plot" or "show".
-
-    Raises:
-        NoPassError: there are no maps yet.
-        MapLookupError: `layers` selects none of those captured.
     """
     found = maps.select(layers, step=-1)
     if not found and not maps.layers:
@@ -135,10 +118,6 @@ def of_map(
         filters: which; None for the first ones.
         grid: rows and columns of the patches that its tokens are.
         below: the image to lay it over.
-
-    Raises:
-        ArgumentError: there is no such sample, or an argument does not go with the map.
-        FilterRangeError: there is no such filter.
     """
     if grid is not None:
         if fm.filter is not None:
@@ -155,8 +134,22 @@ def of_map(
             **tags(fm),
         )
     tensor, _ = by_filter(fm, tensor, None if one_filter and tensor.ndim else sample)
-    picture = _cut(fm, tensor, sample, max_filters, filters)
-    return picture if below is None else replace(picture, below=below)
+    total, known = tensor.shape[0], None if one_filter else fm.filters
+    what = "samples" if one_filter else "entries" if known is None else "filters"
+    every = range(total) if known is None else known
+    limit = max_filters if tensor.ndim == 3 else max_filters * THIN
+    labels = chosen(fm, filters, sample, limit)
+    if labels is None:
+        first = 0
+        if one_filter and total:
+            check_sample(fm, sample, total)
+            first = sample % total
+        labels = list(every[first : first + limit])
+    # On the CPU, and no more than is drawn: the rest of a large map need not travel.
+    values = array_of(tensor[[every.index(label) for label in labels]])
+    caption = _counted(len(values), total, what)
+    caption += ", the strongest" if isinstance(filters, str) else ""
+    return Picture(values, labels, is_signed(fm, values), caption, below)
 
 
 def by_filter(fm: ReadableMap, tensor: Tensor, sample: int | None) -> tuple[Tensor, str]:
@@ -164,9 +157,6 @@ def by_filter(fm: ReadableMap, tensor: Tensor, sample: int | None) -> tuple[Tens
 
     Args:
         sample: whose filters lie along axis 0; None where it counts samples, of one filter.
-
-    Raises:
-        ArgumentError: there is no such sample.
     """
     axis = 0 if sample is None else fm.filter_dim
     axis = None if axis is None else axis % tensor.ndim
@@ -186,27 +176,6 @@ def by_filter(fm: ReadableMap, tensor: Tensor, sample: int | None) -> tuple[Tens
         note += f", slice {middle} of {tensor.shape[1]}"
         tensor = tensor.select(1, middle)
     return tensor, note
-
-
-def _cut(
-    fm: ReadableMap, tensor: Tensor, sample: int, max_filters: int, filters: Choice
-) -> Picture:
-    """The filters that are drawn, moved to the CPU: the rest of a large map need not travel."""
-    total, samples = tensor.shape[0], fm.filter is not None
-    what = "samples" if samples else "entries" if fm.filters is None else "filters"
-    every = range(total) if samples or fm.filters is None else fm.filters
-    limit = max_filters if tensor.ndim == 3 else max_filters * THIN
-    labels = chosen(fm, filters, sample, limit)
-    if labels is None:
-        first = 0
-        if samples and total:
-            check_sample(fm, sample, total)
-            first = sample % total
-        labels = list(every[first : first + limit])
-    values = array_of(tensor[[every.index(label) for label in labels]])
-    caption = _counted(len(values), total, what)
-    caption += ", the strongest" if isinstance(filters, str) else ""
-    return Picture(values, labels, is_signed(fm, values), caption)
 
 
 def _counted(count: int, total: int, what: str) -> str:
@@ -238,9 +207,6 @@ def of_weights(
         weight: (filters, ...) of those to be drawn.
         shape: of what a row of weights is for: (channels, rows, columns) or (rows, columns).
         scale: "layer": one for all; "filter": each has its own.
-
-    Raises:
-        ArgumentError: the weights cannot have that shape.
     """
     if shape is not None:
         size = tuple(int(n) for n in shape)
@@ -293,11 +259,7 @@ def leading(own: Sequence[ReadableMap]) -> ReadableMap:
 
 
 def check_sample(fm: ReadableMap, sample: int, count: int) -> None:
-    """Whether there is such a sample.
-
-    Raises:
-        ArgumentError: there is not.
-    """
+    """Raise an `ArgumentError` unless there is such a sample."""
     if not -count <= sample < count:
         raise ArgumentError(
             f"sample {sample} is out of range: the {fm.kind} of layer {fm.layer!r} has shape "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmapkit.errors import ArgumentError, check_positive
 from fmapkit.plot import _pictures as pictures
-from fmapkit.plot._draw import WIDTH, columns_of, draw, draw_alone, draw_image, size_of
+from fmapkit.plot._draw import WIDTH, columns_of, draw, draw_alone, draw_image, height_of
 from fmapkit.plot._figure import entitle, new_figure
 from fmapkit.plot._images import Array, Numbers, pixels
 from fmapkit.plot._pictures import Choice, Picture
@@ -192,9 +192,8 @@ def _weights(fm: ReadableMap, picture: Picture) -> Picture:
 
 def _drawn(rows: list[_Row], columns: int, image: Array | None, layers: int = 1) -> Figure:
     """A figure of rows, with their colour bars, below an image."""
-    heights = [size_of(row.picture, columns)[1] for row in rows]
     above = 0 if image is None else 1
-    heights = [1.3] * above + heights
+    heights = [1.3] * above + [height_of(row.picture, columns) for row in rows]
     total = sum(heights) + 0.3 * layers + 0.6
     figure = new_figure(WIDTH, total)
     grid = figure.add_gridspec(len(heights), 2, width_ratios=(1, 0.012), height_ratios=heights)
