@@ -188,12 +188,12 @@ class RequestedEdits:
             wants_inputs: inputs of layers are held.
             outputs: modules whose outputs are to be traced.
         """
-        found = [m for edit in self._all for m in edit.modules(self._names)]
         if wants_inputs or any(edit.by_label for edit in self._all):
             return False
         return not any(
             m is self._names.model or m in outputs or layers.layer_axis(m) is not None
-            for m in found
+            for edit in self._all
+            for m in edit.modules(self._names)
         )
 
     def refresh(self) -> None:

@@ -71,10 +71,8 @@ class Where:
             raise ArgumentError(
                 f"{self!r}: the kind must be one of {listed(EDITABLE)}{hint}", candidates=EDITABLE
             )
-        if self.filter is not None and not isinstance(self.filter, int):
+        if self.filter is not None and not is_int(self.filter):
             object.__setattr__(self, "filter", indices(self.filter, f"the filters of {self!r}"))
-        elif isinstance(self.filter, bool):
-            indices(self.filter, f"the filters of {self!r}")
         if self.path is not None and not isinstance(self.path, str):
             raise ArgumentError(f"{self!r}: a path is text such as '[0]' or '.logits'")
         if self.path is not None and self.kind not in ("input", "output"):
@@ -92,7 +90,10 @@ class Where:
         _check_positions(self, self.at)
 
     def __repr__(self) -> str:
-        said = [repr(self.layer) if isinstance(self.layer, (str, list, tuple)) else _named(self)]
+        layer = self.layer
+        plain = isinstance(layer, (str, list, tuple))
+        name = getattr(layer, "__qualname__", None) or type(layer).__name__
+        said = [repr(layer) if plain else name]
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             if value is not field.default and value != field.default:
@@ -126,11 +127,6 @@ class Where:
     def has_step(self, step: int) -> bool:
         """Whether that pass is meant."""
         return _has(self.step, step)
-
-
-def _named(where: Where) -> str:
-    layer = where.layer
-    return getattr(layer, "__qualname__", None) or type(layer).__name__
 
 
 def _has(wanted: Numbers | None, number: int) -> bool:
