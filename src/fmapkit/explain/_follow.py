@@ -56,9 +56,11 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return parts
         if _DECIDES & set(func.tags) and any(map(reaches, fields.values())):
             self.decided = True
-        given = _by_name(func, args, kwargs)
+        arguments = func._schema.arguments
+        given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+        given |= dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
         overwritten = written(func, given)
-        given = {a.name: given[a.name] for a in func._schema.arguments if not a.is_out}
+        given = {a.name: given[a.name] for a in arguments if not a.is_out}
         if overwritten:
             given = tree_map(lambda v: _before(v, overwritten, fields), given)
         out = func(*args, **kwargs)
@@ -111,19 +113,6 @@ def _functional(func: Any) -> Any:
         return func
     forms = (getattr(func._overloadpacket, name) for name in func._overloadpacket.overloads())
     return next(f for f in forms if [a.name for a in f._schema.arguments] == wanted)
-
-
-def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by the names of the schema, defaults included."""
-    given = {}
-    for place, argument in enumerate(func._schema.arguments):
-        if place < len(args):
-            given[argument.name] = args[place]
-        elif argument.name in kwargs:
-            given[argument.name] = kwargs[argument.name]
-        elif argument.has_default_value():
-            given[argument.name] = argument.default_value
-    return given
 
 
 def _before(value: Any, written: list[Tensor], fields: dict[int, Tensor]) -> Any:

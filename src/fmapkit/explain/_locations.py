@@ -27,11 +27,7 @@ def no_locations(fm: FeatureMap) -> ArgumentError:
 
 
 def input_axes(tensor: Tensor, axes: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The axes of locations of an input: rows and columns, or positions.
-
-    Raises:
-        ArgumentError: they cannot be meant, or have to be said.
-    """
+    """The axes of locations of an input: rows and columns, or positions."""
     shape, dims = tuple(tensor.shape), tensor.dim()
     if axes is None:
         if dims in (1, 2):
@@ -84,10 +80,6 @@ def chosen(
         tensor: the model's input.
         axes: which of its axes are locations.
         filter: the filter; None for all.
-
-    Raises:
-        FilterRangeError: there is no such filter.
-        ArgumentError: there is no such location.
     """
     place = check_filter(fm, filter)
     mask = torch.zeros(fm.shape, dtype=torch.bool, device=fm.device)

@@ -33,11 +33,9 @@ _RANK = {"activation": 0, "preactivation": 1, "response": 2, "output": 3, "input
 
 
 def eager(model: nn.Module, what: str) -> nn.Module:
-    """The model to run: what `torch.compile` was given, if it is wrapped.
+    """The model to run: what `torch.compile` was given, if it is wrapped; no part may be compiled.
 
-    Raises:
-        NotAModuleError: it is no module.
-        ArgumentError: a part of it is compiled: what that computes in between is not to be had.
+    What a compiled part computes in between is not to be had.
     """
     check_module(what, model)
     model = plain(model)
@@ -51,11 +49,7 @@ def eager(model: nn.Module, what: str) -> nn.Module:
 
 
 def first_tensor(inputs: Any, what: str) -> Tensor:
-    """The first tensor of what the model is given: its input.
-
-    Raises:
-        ArgumentError: there is none, or it has no samples.
-    """
+    """The first tensor of what the model is given: its input."""
     tensors = tensors_in(inputs)
     if not tensors:
         raise ArgumentError(f"{what} needs a tensor among the model's inputs, not {inputs!r}")
@@ -125,11 +119,7 @@ class WantedMap:
         return capture(model, self.layer, kinds=kinds, **options)
 
     def among(self, maps: FeatureMaps) -> FeatureMap:
-        """That map of a pass.
-
-        Raises:
-            MapLookupError: there is none, or there are several.
-        """
+        """That map of a pass, if there is one alone."""
         layer, kind, call, path = self.layer, self.kind, self.call, self.path
         found = maps.select(layer=layer, kind=kind, call=call, path=path)
         if found and kind is None:
@@ -165,11 +155,7 @@ class WantedMap:
 
 
 def check_filter(fm: FeatureMap, filter: int | None) -> int | None:
-    """Where a filter lies along the filter axis of a map.
-
-    Raises:
-        FilterRangeError: there is no such filter.
-    """
+    """Where a filter lies along the filter axis of a map; None for all."""
     if filter is None:
         return None
     if fm.filters is None:

@@ -43,9 +43,8 @@ def rule_for(call: Call) -> Rule:
 
 def _pointwise(call: Call) -> list[Tensor | None]:
     """Each element from those at its place."""
-    shape = call.results[0].shape
-    found = least([call.of(t) for t in call.operands], shape)
-    return [found if r.shape == shape else least([found], r.shape) for r in call.results]
+    found = least([call.of(t) for t in call.operands], call.results[0].shape)
+    return [least([found], r.shape) for r in call.results]
 
 
 def _kept(call: Call, parts: Sequence[tuple[Any, Tensor | bool]]) -> list[Tensor | None]:

@@ -176,11 +176,7 @@ def occlusion(
 
 
 def _check_resumed(resume: Occlusion, asked: tuple[Any, ...], usual: Tensor) -> None:
-    """Whether it is of the same arguments, and of inputs that make the same of the map.
-
-    Raises:
-        ArgumentError: it is not.
-    """
+    """Raise unless it is of the same arguments, and of inputs that make the same of the map."""
     same = resume.usual.shape == usual.shape and bool(
         torch.isclose(resume.usual.to(usual), usual, rtol=1e-3, equal_nan=True).all()
     )

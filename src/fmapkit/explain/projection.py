@@ -172,11 +172,7 @@ def effective_field(
 
 
 def _differentiable(inputs: Any, what: str) -> Tensor:
-    """The input, if gradients can get to it.
-
-    Raises:
-        ArgumentError: there is none, or it is of integers.
-    """
+    """The input, if gradients can get to it."""
     tensor = first_tensor(inputs, what)
     if not tensor.is_floating_point():
         raise ArgumentError(
@@ -198,9 +194,6 @@ def _sent_back(
 
     Args:
         signal: of the map, and of what went on in its place, what is sent back.
-
-    Raises:
-        ArgumentError: no differentiable path leads from the input to the map.
     """
     with (
         differentiating(model, inputs, tensor) as (x, given),
