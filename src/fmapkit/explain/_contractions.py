@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmapkit.explain._call import Call, Rule, named
-from fmapkit.explain._fields import NONE, least, lowest, varies
+from fmapkit.explain._fields import NONE, Call, Rule, least, lowest, named, varies
 
 
 def _terms(call: Call, value: Tensor) -> Tensor:

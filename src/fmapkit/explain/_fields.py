@@ -4,12 +4,12 @@ A *field* is stored beside its tensor as int32 rows (R, *shape): for each axis o
 first location and the negated last one, so that the field of a combination is the minimum of the
 fields, row by row; and a last row that is 0 where a parameter takes part, else `NONE`. `NONE` in
 all rows means: a constant. Fields are kept by storage, so that views and writes in place need no
-rule.
+rule; a rule is given an operator that has run as a `Call`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from fmapkit.errors import ArgumentError
-from fmapkit.torchlib.operators import is_traceable_wrapper_subclass
+from fmapkit.torchlib.operators import is_traceable_wrapper_subclass, tree_leaves
 
 NONE = 1 << 24  # farther than any location; exact as a float32, for pooling kernels
 
@@ -165,3 +165,78 @@ def broadcast(field: Tensor, shape: Sequence[int]) -> Tensor:
     missing = len(shape) - (field.dim() - 1)
     sizes = field.shape[1:]
     return field.reshape(len(field), *[1] * missing, *sizes).expand(-1, *shape)
+
+
+# -- operators ------------------------------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """One operator that has run, for the rule of it.
+
+    Attributes:
+        name: of the operator, without namespace, overload and the mark of its in-place form.
+        given: its arguments by name, with the values from before the call.
+        fields: of those arguments that are tensors and no constants, by `id`.
+        results: the tensors that it returned or wrote to.
+        assumed: is told where all of an operand is taken to matter.
+    """
+
+    name: str
+    function: Any
+    given: dict[str, Any]
+    fields: dict[int, Tensor]
+    results: list[Tensor]
+    assumed: Callable[[str], None]
+
+    def of(self, value: Any) -> Tensor | None:
+        return self.fields.get(id(value)) if isinstance(value, Tensor) else None
+
+    @property
+    def field(self) -> Tensor:
+        """Of `self`, the one operand of the operator."""
+        found = self.of(self.given["self"])
+        assert found is not None
+        return found
+
+    def get(self, *names: str, default: Any = None) -> Any:
+        """An argument, by the first of these names that the operator has."""
+        for name in names:
+            if name in self.given:
+                return self.given[name]
+        return default
+
+    def run(self, given: dict[str, Any]) -> Any:
+        """What the operator gives for some arguments by name."""
+        there = [a for a in self.function._schema.arguments if a.name in given]
+        return self.function(
+            *[given[a.name] for a in there if not a.kwarg_only],
+            **{a.name: given[a.name] for a in there if a.kwarg_only},
+        )
+
+    @property
+    def operands(self) -> list[Tensor]:
+        return [t for t in tree_leaves(self.given) if isinstance(t, Tensor)]
+
+
+def written(function: Any, given: dict[str, Any]) -> list[Tensor]:
+    """The operands, by name, that an operator writes to."""
+    if not function._schema.is_mutable:
+        return []
+    arguments = function._schema.arguments
+    names = [a.name for a in arguments if a.alias_info and a.alias_info.is_write]
+    return tensors_of([given.get(name) for name in names])
+
+
+def tensors_of(*values: Any) -> list[Tensor]:
+    """Every tensor in some values, once."""
+    found = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+    return list({id(t): t for t in found}.values())
+
+
+Rule = Callable[[Call], Sequence[Tensor | None]]
+
+
+def named(rule: Rule, names: str) -> dict[str, Rule]:
+    """The rule of some operators, by their names."""
+    return dict.fromkeys(names.split(), rule)

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fmapkit.errors import ArgumentError
-from fmapkit.explain._call import Call, tensors_of, written
-from fmapkit.explain._fields import Fields, reaches
+from fmapkit.explain._fields import Call, Fields, reaches, tensors_of, written
 from fmapkit.explain._rules import rule_for
 from fmapkit.torchlib.operators import (
     TorchDispatchMode,

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.explain._call import Call, Rule, named
-from fmapkit.explain._fields import NONE, least, lowest
+from fmapkit.explain._fields import NONE, Call, Rule, least, lowest, named
 from fmapkit.explain._probe import probe
 from fmapkit.torchlib.operators import tree_map
 

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.explain._call import Call, tensors_of, written
-from fmapkit.explain._fields import NONE, compact, varies
+from fmapkit.explain._fields import NONE, Call, compact, tensors_of, varies, written
 from fmapkit.torchlib.operators import tree_map
 
 _DRAWS = 2

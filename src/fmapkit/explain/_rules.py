@@ -20,8 +20,7 @@ from torch import Tensor
 
 from fmapkit.explain import _contractions as contractions
 from fmapkit.explain import _moves as moves
-from fmapkit.explain._call import Call, Rule, named
-from fmapkit.explain._fields import NONE, broadcast, least, lowest, varies
+from fmapkit.explain._fields import NONE, Call, Rule, broadcast, least, lowest, named, varies
 from fmapkit.explain._probe import probe
 
 # A score that is this far below the largest is masked: the -10000 of models in half precision, say.
@@ -33,12 +32,7 @@ def rule_for(call: Call) -> Rule:
     """The rule of an operator; the probe, if there is none."""
     if call.function.namespace != "aten" or call.name.startswith("_foreach"):
         return probe
-    found = _RULES.get(call.name)
-    if found is not None:
-        return found
-    if torch.Tag.pointwise in call.function.tags:
-        return _pointwise
-    return probe
+    return _RULES.get(call.name, _pointwise if torch.Tag.pointwise in call.function.tags else probe)
 
 
 def _pointwise(call: Call) -> list[Tensor | None]:
