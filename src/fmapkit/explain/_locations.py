@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.errors import ArgumentError, is_int
-from fmapkit.explain._passes import check_filter
+from fmapkit.errors import ArgumentError, FilterRangeError, is_int
 from fmapkit.map import FeatureMap
 from fmapkit.readable import tags
 
@@ -48,12 +47,25 @@ def input_axes(tensor: Tensor, axes: int | Sequence[int] | None) -> tuple[int, .
     return found
 
 
-def is_location(given: Sequence[Any], shape: Sequence[int]) -> bool:
-    """Whether some integers, of Python or of any library, are a location within a shape."""
-    return len(given) == len(shape) and all(
+def checked_location(
+    given: Sequence[Any], shape: tuple[int, ...], said: str, **of: Any
+) -> tuple[int, ...]:
+    """A location within a shape, given by integers of Python or of any library.
+
+    Args:
+        said: how it was given, for an error.
+        of: the layer and the kind of the map, and what else is known of that.
+    """
+    if len(given) != len(shape) or not all(
         hasattr(i, "__index__") and not isinstance(i, bool) and -n <= i < n
         for i, n in zip(given, shape, strict=True)
-    )
+    ):
+        raise ArgumentError(
+            f"{said}: a location of the {of['kind']} of layer {of['layer']!r} is {len(shape)} "
+            f"ints, within {shape}",
+            **of,
+        )
+    return tuple(map(int, given))
 
 
 def has_samples(fm: FeatureMap, axes: tuple[int, ...]) -> bool:
@@ -81,9 +93,8 @@ def chosen(
         axes: which of its axes are locations.
         filter: the filter; None for all.
     """
-    place = check_filter(fm, filter)
     mask = torch.zeros(fm.shape, dtype=torch.bool, device=fm.device)
-    within = mask if place is None else mask.select(fm.filter_dim or 0, place)
+    within = _of_filter(fm, filter, mask)
     if at is None:
         within.fill_(True)
         return mask
@@ -93,27 +104,38 @@ def chosen(
             raise ArgumentError(
                 f"at must be a location, one for each sample, or 'strongest', not {at!r}"
             )
-        at = strongest(fm, where, place)
+        at = _strongest(fm, where, _of_filter(fm, filter, fm.tensor.detach()))
     shape = tuple(fm.shape[a] for a in where)
     many = has_samples(fm, axes)
     samples = fm.shape[0] if many else 1
     for sample, location in enumerate(_each(fm, at, shape, samples)):
-        index: list[Any] = [slice(None)] * mask.dim()
+        index: list[Any] = [slice(None)] * within.dim()
         if many:
             index[0] = sample
         for axis, i in zip(where, location, strict=True):
             index[axis] = i
-        if place is not None:
-            index[fm.filter_dim or 0] = place
-        mask[tuple(index)] = True
+        within[tuple(index)] = True
     return mask
 
 
-def strongest(fm: FeatureMap, where: tuple[int, ...], place: int | None) -> list[tuple[int, ...]]:
-    """Of each sample, the location where the filter (or any of them) is largest."""
-    values = fm.tensor.detach()
-    if place is not None:
-        values = values.narrow(fm.filter_dim or 0, place, 1)
+def _of_filter(fm: FeatureMap, filter: int | None, values: Tensor) -> Tensor:
+    """The part of values, laid out as a map, that is of one filter; of None all."""
+    if filter is None:
+        return values
+    if fm.filters is None:
+        raise FilterRangeError(
+            f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)} and no single filter "
+            "axis: leave filter= out",
+            filter=filter,
+            **tags(fm),
+        )
+    found = fm[filter].filter
+    assert found is not None
+    return values.narrow(fm.filter_dim or 0, fm.filters.index(found), 1)
+
+
+def _strongest(fm: FeatureMap, where: tuple[int, ...], values: Tensor) -> list[tuple[int, ...]]:
+    """Of each sample, the location where its values are largest."""
     others = [a for a in range(values.dim()) if a not in where and (a or fm.filter_dim == 0)]
     best = values.amax(others) if others else values
     shape = best.shape[best.dim() - len(where) :]
@@ -130,11 +152,4 @@ def _each(fm: FeatureMap, at: Any, shape: tuple[int, ...], samples: int) -> list
         raise ArgumentError(
             f"at has {len(given)} locations for {samples} samples: give one for each"
         )
-    for location in given:
-        if not is_location(location, shape):
-            raise ArgumentError(
-                f"at={location!r}: a location of the {fm.kind} of layer {fm.layer!r} is "
-                f"{len(shape)} ints, within {shape}",
-                **tags(fm),
-            )
-    return [tuple(map(int, location)) for location in given]
+    return [checked_location(at, shape, f"at={at!r}", **tags(fm)) for at in given]

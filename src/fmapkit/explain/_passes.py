@@ -12,19 +12,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fmapkit.capture import capture
-from fmapkit.errors import (
-    AmbiguousMapError,
-    ArgumentError,
-    FilterRangeError,
-    MapLookupError,
-    check_module,
-    listed,
-)
+from fmapkit.errors import AmbiguousMapError, ArgumentError, MapLookupError, check_module, listed
 from fmapkit.kinds import Kind
 from fmapkit.map import FeatureMap
 from fmapkit.maps import FeatureMaps
 from fmapkit.model import changed, tensors_in
-from fmapkit.readable import tags
 from fmapkit.torchlib.compiled_modules import compiled_roots, plain
 
 # What is captured where no kind is asked for; the best of them is taken.
@@ -152,22 +144,6 @@ class WantedMap:
                 for fm in found
             ],
         )
-
-
-def check_filter(fm: FeatureMap, filter: int | None) -> int | None:
-    """Where a filter lies along the filter axis of a map; None for all."""
-    if filter is None:
-        return None
-    if fm.filters is None:
-        raise FilterRangeError(
-            f"the {fm.kind} of layer {fm.layer!r} has shape {tuple(fm.shape)} and no single filter "
-            "axis: leave filter= out",
-            filter=filter,
-            **tags(fm),
-        )
-    found = fm[filter].filter
-    assert found is not None
-    return fm.filters.index(found)
 
 
 def exchanged(inputs: Any, old: Tensor, new: Tensor) -> Any:

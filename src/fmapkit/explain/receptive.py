@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fmapkit.errors import ArgumentError, MapLookupError, check_choice
+from fmapkit.errors import MapLookupError, check_choice
 from fmapkit.explain._fields import NONE, Fields
 from fmapkit.explain._follow import Follow, Leaving
-from fmapkit.explain._locations import input_axes, is_location, map_axes
+from fmapkit.explain._locations import checked_location, input_axes, map_axes
 from fmapkit.explain._passes import (
     WantedMap,
     eager,
@@ -102,14 +102,8 @@ class ReceptiveField:
         Raises:
             ArgumentError: the map has no such location.
         """
-        if not is_location(location, self.shape):
-            raise ArgumentError(
-                f"box{location!r}: a location of the {self.kind} of layer {self.layer!r} is "
-                f"{len(self.shape)} ints, within {self.shape}",
-                layer=self.layer,
-                kind=self.kind,
-            )
-        at = tuple(map(int, location))
+        said = f"box{location!r}"
+        at = checked_location(location, self.shape, said, layer=self.layer, kind=self.kind)
         start, stop = self.starts[at].tolist(), self.stops[at].tolist()
         if len(start) == 2:
             return Box(start[0], start[1], stop[0], stop[1])
