@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fmapkit.compiled.graph_edit import SigmaNode
-from fmapkit.compiled.graph_open import open_call, opens
+from fmapkit.compiled.graph_edit import SigmaNode, open_call, opens
 from fmapkit.compiled.graph_tracer import GraphTracer, NodeHeld
 from fmapkit.compiled.run import CompiledCapture, GraphMap, Labels
 from fmapkit.model import Names
