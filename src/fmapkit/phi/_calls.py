@@ -27,9 +27,6 @@ class Calls:
         self._wholes: dict[tuple[Any, nn.Module], nn.Module] = {}
         self._outputs: dict[tuple[Any, nn.Module], tuple[CompiledOutputs | None, Found]] = {}
 
-    def __deepcopy__(self, memo: Any) -> Calls:
-        return Calls()
-
     def __reduce__(self) -> Any:
         return Calls, ()
 

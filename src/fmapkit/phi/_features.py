@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def named(layers: Sequence[str], features: Any) -> dict[str, Tensor]:
+def named(layers: Iterable[Any], features: Any) -> dict[Any, Tensor]:
     """What φ returned, by the name of each layer."""
     if isinstance(features, Mapping):
         return dict(features)
-    several = features if isinstance(features, tuple) else (features,)
-    return dict(zip(layers, several, strict=True))
+    several = features if isinstance(features, (tuple, list)) else (features,)
+    return dict(zip(layers, several, strict=False))
 
 
 def gathered(phi: Any, batches: Iterable[Any]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ Super-Resolution" (2016), section 3; the style loss is that of Gatys, Ecker and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError
+from fmapkit.phi._features import named
 
 
 def perceptual_loss(
@@ -85,7 +87,7 @@ def _pairs(
     features: Any, target: Any, weights: Any, sizes: bool = True
 ) -> list[tuple[float, Tensor, Tensor]]:
     """(weight, features, target) of each layer."""
-    mine, theirs = _named(features), _named(target)
+    mine, theirs = named(count(), features), named(count(), target)
     if mine.keys() != theirs.keys():
         raise ArgumentError(
             f"features are of the layers {list(mine)}, and the target's of {list(theirs)}"
@@ -104,10 +106,3 @@ def _pairs(
     if by_key.keys() != mine.keys() or len(given) != len(mine):
         raise ArgumentError(f"weights must be one for each of {list(mine)}, not {weights!r}")
     return [(by_key[key], x, theirs[key]) for key, x in mine.items()]
-
-
-def _named(features: Any) -> dict[Any, Tensor]:
-    if isinstance(features, Mapping):
-        return dict(features)
-    several = features if isinstance(features, (tuple, list)) else (features,)
-    return dict(enumerate(several))
