@@ -325,10 +325,6 @@ def _by_loops(t: Tensor, points: list[tuple[int, tuple[int, ...]]], fdim: int) -
     return moved.movedim(-1, fdim)
 
 
-def _wrapped(place: int, size: int) -> int:
-    return place % size
-
-
 @st.composite
 def _picks(draw: st.DrawFn) -> tuple[tuple[int, ...], int, Any, list[tuple[int, tuple[int, ...]]]]:
     """A shape, its axis of filters, an `at`, and the points that it means."""
@@ -343,7 +339,7 @@ def _picks(draw: st.DrawFn) -> tuple[tuple[int, ...], int, Any, list[tuple[int, 
     ints = [draw(st.integers(-e, e - 1)) for e in extents]
     if form == "int":
         at: Any = tuple(ints)
-        places = [[tuple(_wrapped(i, e) for i, e in zip(ints, extents, strict=True))]] * n
+        places = [[tuple(i % e for i, e in zip(ints, extents, strict=True))]] * n
     elif form == "slice":
         parts = [
             slice(draw(st.integers(0, e - 1)), draw(st.sampled_from([None, e]))) for e in extents
@@ -372,11 +368,6 @@ def _picks(draw: st.DrawFn) -> tuple[tuple[int, ...], int, Any, list[tuple[int, 
         at = at[0]
     points = [(sample, place) for sample, of in enumerate(places) for place in of]
     return tuple(shape), fdim, at, points
-
-
-class _Same(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * 1
 
 
 @settings(max_examples=150, deadline=None)
