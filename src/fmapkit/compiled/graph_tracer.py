@@ -115,10 +115,7 @@ class GraphRecord(Record):
 
     def output(self, module: nn.Module, name: str, output: Any) -> None:
         if module is not self.names.model:  # that is held when it has returned
-            self.miss(
-                name,
-                Reason.OUTPUT_INSIDE_GRAPH.text(),
-            )
+            self.miss(name, Reason.OUTPUT_INSIDE_GRAPH.text())
 
 
 class GraphTrace(PassTrace):
