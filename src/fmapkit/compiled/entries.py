@@ -4,23 +4,22 @@ An entry lies where the compiled code of a module is called. It lets calls of th
 capture pass to the user's own code. Variants are kept with the user's compiled function, so that
 the next capture that asks for the same compiles nothing.
 
-    a compiled module's call -> _CompiledEntry -> CompiledHandler.begin_call   is it captured?
+    a compiled module's call -> _CompiledEntry -> CompiledCapture.begin_call   is it captured?
                                                -> InstrumentedCompile          it runs
-                                               -> CompiledHandler.end_call
+                                               -> CompiledCapture.end_call
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fmapkit import layers, nonlinearities
 from fmapkit.compiled.run import CompiledCapture, GraphMapSink, running
-from fmapkit.instrumentation import Off
 from fmapkit.reasons import Reason
 from fmapkit.torchlib.autograd import in_backward
 from fmapkit.torchlib.call_override import when_traced
@@ -47,41 +46,6 @@ def _place(root: nn.Module) -> str:
     return "forward" if is_optimized(root) else "_compiled_call_impl"
 
 
-class CompiledHandler(CompiledCapture, Protocol):
-    """A capture that answers the calls of compiled modules."""
-
-    @property
-    def thread(self) -> int:
-        """The one whose passes are captured."""
-
-    @property
-    def idle(self) -> bool:
-        """Whether the model runs a pass that is not captured."""
-
-    def leave_alone(self, root: nn.Module) -> None:
-        """An entry is set at a compiled module: no hook of ours may be inside."""
-
-    def without_hooks(self, module: nn.Module) -> Off:
-        """Take the capture's hooks off a module until they are put back."""
-
-    def begin_call(
-        self, root: nn.Module, module: nn.Module, args: Any, kwargs: Any
-    ) -> GraphMapSink | None:
-        """A call of compiled code begins, of a plain module; None if it is not captured."""
-
-    def skip(self, root: nn.Module) -> None:
-        """The call is captured by nobody."""
-
-    def unread(self, root: nn.Module, why: str) -> None:
-        """The call runs as the user compiled it, and nobody can look into it."""
-
-    def fail(self, sink: GraphMapSink) -> None:
-        """It raised; the model around it may catch that and go on."""
-
-    def end_call(self, sink: GraphMapSink, output: Any) -> None:
-        """A call of compiled code has ended."""
-
-
 class _CompiledEntry:
     """Lies where the compiled code of a module is called, for the captures of its thread."""
 
@@ -90,7 +54,7 @@ class _CompiledEntry:
         self.module = plain(root)
         self.place = _place(root)
         self.original = root.__dict__[self.place]
-        self.handlers: list[CompiledHandler] = []
+        self.handlers: list[CompiledCapture] = []
         root.__dict__[self.place] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +66,7 @@ class _CompiledEntry:
             return self.original(*args, **kwargs)
         return self._capture(here, args, kwargs)
 
-    def close(self, handler: CompiledHandler) -> None:
+    def close(self, handler: CompiledCapture) -> None:
         """A capture ends; with the last one goes the entry."""
         self.handlers.remove(handler)
         for _, variant in getattr(self.original, "__dict__", {}).get(_KEPT, ()):
@@ -136,7 +100,7 @@ class _CompiledEntry:
         asked = (layers.version, nonlinearities.version, forward)
         return [(c.wants.signature, c.names.of(self.module), asked) for c in captures]
 
-    def _capture(self, handlers: Sequence[CompiledHandler], args: Any, kwargs: Any) -> Any:
+    def _capture(self, handlers: Sequence[CompiledCapture], args: Any, kwargs: Any) -> Any:
         """One call: a pass of its own, or a part of one."""
         if in_backward():
             # Activation checkpointing runs it once more, and expects what the forward saved.
@@ -172,7 +136,7 @@ class _CompiledEntry:
 
     def _variants(
         self,
-        handlers: Sequence[CompiledHandler],
+        handlers: Sequence[CompiledCapture],
         variant: InstrumentedCompile,
         sinks: Sequence[GraphMapSink],
         args: Any,
@@ -185,7 +149,7 @@ class _CompiledEntry:
         return variant(sinks, args, kwargs, hooked)
 
     def _bare(
-        self, handlers: Sequence[CompiledHandler], call: Any, *args: Any, **kwargs: Any
+        self, handlers: Sequence[CompiledCapture], call: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """What a call gives that runs the module's own hooks: ours are for its eager calls."""
         off = [handler.without_hooks(self.module) for handler in handlers]
@@ -224,7 +188,7 @@ class CompiledEntries:
         given: the model as it was given; what `torch.compile` returned, or a plain one.
     """
 
-    _handler: CompiledHandler  # while the block is open
+    _handler: CompiledCapture  # while the block is open
 
     def __init__(self, model: nn.Module, given: nn.Module) -> None:
         self._model = model
@@ -238,7 +202,7 @@ class CompiledEntries:
         """Whether anything compiled is known that runs the model or is a part of it."""
         return bool(self._entries)
 
-    def open(self, handler: CompiledHandler) -> None:
+    def open(self, handler: CompiledCapture) -> None:
         """Set an entry at each compiled module in the model, or around it."""
         self._handler, model = handler, self._model
         roots = [*compiled_roots(self._given), *around(model)]

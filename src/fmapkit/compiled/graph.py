@@ -52,7 +52,7 @@ class Traced:
             )
             for e, site, pending in self.found
         ]
-        return Labels(tuple(maps), self.effects)
+        return Labels(maps, self.effects)
 
 
 def trace_graph(

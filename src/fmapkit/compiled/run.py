@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from fmapkit.instrumentation import Off
 from fmapkit.model import Names
 from fmapkit.provenance import STOP, ChannelLabel, Origin
 from fmapkit.reasons import Reason
@@ -25,7 +26,7 @@ from fmapkit.tracing import LabelTable, Tracer, running_modules
 
 
 class CompiledCapture(Protocol):
-    """A capture, as its compiled code knows it."""
+    """A capture that answers the calls of compiled modules, as their code knows it."""
 
     @property
     def names(self) -> Names:
@@ -41,6 +42,37 @@ class CompiledCapture(Protocol):
 
     def miss(self, layer: str, why: str) -> None:
         """Name what ran and was not captured."""
+
+    @property
+    def thread(self) -> int:
+        """The one whose passes are captured."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether the model runs a pass that is not captured."""
+
+    def leave_alone(self, root: nn.Module) -> None:
+        """An entry is set at a compiled module: no hook of ours may be inside."""
+
+    def without_hooks(self, module: nn.Module) -> Off:
+        """Take the capture's hooks off a module until they are put back."""
+
+    def begin_call(
+        self, root: nn.Module, module: nn.Module, args: Any, kwargs: Any
+    ) -> GraphMapSink | None:
+        """A call of compiled code begins, of a plain module; None if it is not captured."""
+
+    def skip(self, root: nn.Module) -> None:
+        """The call is captured by nobody."""
+
+    def unread(self, root: nn.Module, why: str) -> None:
+        """The call runs as the user compiled it, and nobody can look into it."""
+
+    def fail(self, sink: GraphMapSink) -> None:
+        """It raised; the model around it may catch that and go on."""
+
+    def end_call(self, sink: GraphMapSink, output: Any) -> None:
+        """A call of compiled code has ended."""
 
 
 class TracedPass(Protocol):
@@ -83,7 +115,6 @@ class GraphMap(SiteMap):
     copied: bool
 
 
-@dataclass(frozen=True, slots=True)
 class Labels:
     """What a graph's maps are, given what its inputs carry.
 
@@ -94,22 +125,17 @@ class Labels:
         picking: of some map, only some filters are held.
     """
 
-    maps: tuple[GraphMap, ...]
-    effects: Effects
-    sources: tuple[GraphMap, ...] = field(init=False)
-    places: tuple[int, ...] = field(init=False)
-    slots: tuple[int, ...] = field(init=False)
-    picking: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        keys = [(m.place, m.picked) for m in self.maps]
-        first = dict(zip(reversed(keys), reversed(self.maps), strict=True))
-        order = list(dict.fromkeys(keys))
-        put = object.__setattr__  # as frozen dataclasses do
-        put(self, "sources", tuple([first[key] for key in order]))
-        put(self, "places", tuple([place for place, _ in order]))
-        put(self, "slots", tuple(map(order.index, keys)))
-        put(self, "picking", any(picked is not None for _, picked in order))
+    def __init__(self, maps: Sequence[GraphMap], effects: Effects) -> None:
+        self.maps = maps
+        self.effects = effects
+        keys = [(m.place, m.picked) for m in maps]
+        first: dict[Any, GraphMap] = {}
+        for key, m in zip(keys, maps, strict=True):
+            first.setdefault(key, m)
+        self.sources = list(first.values())
+        self.places = [m.place for m in self.sources]
+        self.slots = list(map(list(first).index, keys))
+        self.picking = any(m.picked is not None for m in self.sources)
 
 
 class GraphRun(PassPiece):
