@@ -75,11 +75,13 @@ class Reader:
 
     def outputs(self, context: Any) -> CompiledOutputs | None:
         """What reads the same maps by compiled code; None where they are not all whole outputs."""
-        names, found = self.recurring.names, self.tags
-        modules = [names.by_name.get(fm.layer) for _, fm in found]
-        plain = all(fm.kind == "output" and not fm.path for _, fm in found)
-        wanted = [(m, fm.call) for m, (_, fm) in zip(modules, found, strict=True) if m is not None]
-        if not plain or len(wanted) < len(found) or not can_stop(self.model):
+        by_name = self.recurring.names.by_name
+        wanted = [
+            (by_name[fm.layer], fm.call)
+            for _, fm in self.tags
+            if fm.kind == "output" and not fm.path and fm.layer in by_name
+        ]
+        if len(wanted) < len(self.tags) or not can_stop(self.model):
             return None
         return CompiledOutputs(self.model, context, wanted)
 
