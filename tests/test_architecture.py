@@ -61,10 +61,10 @@ PRIVATE_TORCH = {  # names of torch's own, by room: they belong into torchlib
 FOREIGN_STORES = {  # attributes of other objects that are written, by room
     "analysis": 26,
     "capture": 1,
-    "compiled": 26,
+    "compiled": 25,
     "data": 12,
-    "editing": 3,
-    "explain": 7,
+    "editing": 2,
+    "explain": 3,
     "instrumentation": 2,
     "integrations": 1,
     "maps": 1,

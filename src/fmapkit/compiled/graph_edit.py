@@ -161,10 +161,9 @@ def add_outputs(
         Where each is, by its key: its place among the outputs, or -1 - that among the inputs.
     """
     graph = gm.graph
-    last = next(n for n in reversed(graph.nodes) if n.op == "output")
-    returned: Any = last.args[0]
-    outputs = list(returned)
-    inputs = {n: i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    last: Any = graph.output_node()
+    outputs = list(last.args[0])
+    inputs = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
     places: dict[Any, int] = {}
     kept = set() if gradients else {s.node for s in sites if s.copied and _write_apart(s)}
     for site in sites:

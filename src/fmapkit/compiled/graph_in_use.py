@@ -134,9 +134,10 @@ class CompiledGraph:
         tensors = [i for i, v in enumerate(inputs) if isinstance(v, Tensor)]
         self.weights = [i for i in tensors if names.is_parameter(inputs[i])]
         self.data = [i for i in tensors if i not in self.weights]
-        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        placeholders = gm.graph.find_nodes(op="placeholder")
         self.local = {i for i, n in enumerate(placeholders) if not from_module(n)}
-        self.own = self.returned = 0
+        last: Any = gm.graph.output_node()
+        self.own = self.returned = len(last.args[0])
         self.places: dict[Any, int] = {}
         # How the graph knows modules and weights: by what they were when it was traced.
         self._modules = {id(m): m for m in names.by_module}

@@ -160,9 +160,7 @@ class _Compiler:
         graph = CompiledGraph(
             gm, inputs, is_whole(self._variant.code), is_volatile(self._backend), names
         )
-        last = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
-        returned: Any = last.args[0]
-        graph.own = len(returned)
+        last: Any = gm.graph.output_node()
         try:
             open_all(gm, inputs)
             sites = []
