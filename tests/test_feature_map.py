@@ -345,27 +345,29 @@ def _interrupt(*_: Any) -> None:
 # -- what else is going on ----------------------------------------------------------------------
 
 
-def test_threads_do_not_disturb_each_other() -> None:
-    net = Net().eval()
-    phi = feature_map(net, "block")
-    inputs = [torch.randn(n, 2, 8, 8) for n in (1, 2, 3)]
-    expected = [stages(net, x)["block", "output"] for x in inputs]
+def in_threads(jobs: list[tuple[Callable[[Tensor], Tensor], Tensor, Tensor]]) -> None:
+    """Call each function with its input ten times, all at once: it gives what is expected."""
     failures: list[BaseException] = []
 
-    def work(x: Tensor, y: Tensor) -> None:
+    def work(function: Callable[[Tensor], Tensor], x: Tensor, expected: Tensor) -> None:
         try:
-            assert all(torch.equal(phi(x), y) for _ in range(10))
+            assert all(torch.equal(function(x), expected) for _ in range(10))
         except BaseException as error:
             failures.append(error)
 
-    threads = [
-        threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)
-    ]
+    threads = [threading.Thread(target=work, args=job) for job in jobs]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    net = Net().eval()
+    phi = feature_map(net, "block")
+    inputs = [torch.randn(n, 2, 8, 8) for n in (1, 2, 3)]
+    in_threads([(phi, x, stages(net, x)["block", "output"]) for x in inputs])
 
 
 def test_inside_of_a_capture_both_see_everything() -> None:
@@ -565,7 +567,7 @@ def test_compiled_outputs_of_modules_end_the_graph_and_leave_nothing() -> None:
         compiled = torch.compile(phi, backend=backend, fullgraph=True)
         for _ in range(4):
             found = compiled(x)
-            several = found if isinstance(found, tuple) else (found,)
+            several = _tuple(found)
             assert all(map(torch.equal, several, expected))
             loss, by_hand = (sum(f.square().sum() for f in fs) for fs in (several, expected))
             ours = torch.autograd.grad(loss, x)[0]
@@ -593,24 +595,9 @@ def test_compiled_in_several_threads_and_beside_a_bare_call() -> None:
     net = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.GELU()), nn.Linear(4, 2)).eval()
     compiled = torch.compile(feature_map(net, "0"), backend="eager")
     x = torch.randn(3, 4)
-    expected, whole = net[0](x), net(x)
-    failures: list[BaseException] = []
-
-    def work(function: Any, result: Tensor) -> None:
-        try:
-            assert all(torch.equal(function(x), result) for _ in range(8))
-        except BaseException as error:
-            failures.append(error)
-
     for _ in range(3):
         compiled(x)
-    jobs = [(compiled, expected), (compiled, expected), (net, whole)]
-    threads = [threading.Thread(target=work, args=job) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    in_threads([(compiled, x, net[0](x)), (compiled, x, net[0](x)), (net, x, net(x))])
 
 
 # -- control flow -----------------------------------------------------------------------------
