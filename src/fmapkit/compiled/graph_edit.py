@@ -152,8 +152,6 @@ def add_outputs(
     and autograd would take the model's output out of its graph, too.
 
     Args:
-        gm: the graph.
-        sites: what is to be read.
         gradients: it may be a part of an autograd graph.
         detach: the maps are to be none.
 

@@ -92,14 +92,7 @@ class InstrumentedCompile:
             graph.forget()
 
     def __call__(self, sinks: Sequence[GraphMapSink], args: Any, kwargs: Any, hooked: bool) -> Any:
-        """Run it; its graphs bring their maps to the sinks.
-
-        Args:
-            sinks: those.
-            args: of the call.
-            kwargs: by keyword.
-            hooked: what `runs_hooks` has told of it.
-        """
+        """Run it; its graphs bring their maps to the sinks. `hooked` is what `runs_hooks` told."""
         before = running.sinks, running.stop, running.root
         running.sinks, running.stop = sinks, InstrumentedCompile.__call__.__code__
         running.root = self._module
