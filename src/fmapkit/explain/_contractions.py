@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmapkit.explain._fields import NONE, Call, Rule, least, lowest, named, varies
+from fmapkit.explain._fields import NONE, Call, Rule, least, lowest, varies
 
 
 def _terms(call: Call, value: Tensor) -> Tensor:
@@ -168,7 +168,8 @@ def _set_apart(field: Tensor, axis: int, stride: int) -> Tensor:
     return apart.flatten(-2).movedim(-1, axis)
 
 
-RULES: dict[str, Rule] = {
-    **named(_mm, "mm bmm addmm baddbmm"),
-    **named(_convolution, "convolution _convolution cudnn_convolution"),
+# The operators of each rule.
+RULES: dict[Rule, str] = {
+    _mm: "mm bmm addmm baddbmm",
+    _convolution: "convolution _convolution cudnn_convolution",
 }

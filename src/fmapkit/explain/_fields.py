@@ -235,8 +235,3 @@ def tensors_of(*values: Any) -> list[Tensor]:
 
 
 Rule = Callable[[Call], Sequence[Tensor | None]]
-
-
-def named(rule: Rule, names: str) -> dict[str, Rule]:
-    """The rule of some operators, by their names."""
-    return dict.fromkeys(names.split(), rule)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmapkit.explain._fields import NONE, Call, Rule, least, lowest, named
+from fmapkit.explain._fields import NONE, Call, Rule, least, lowest
 from fmapkit.explain._probe import probe
 from fmapkit.torchlib.operators import tree_map
 
@@ -114,19 +114,19 @@ def _put_at(call: Call) -> list[Tensor | None]:
     return probe(call) if call.get("accumulate") or call.get("reduce") else _moved(call)
 
 
-RULES: dict[str, Rule] = {
-    **named(
-        _moved,
-        """cat stack index index_select constant_pad_nd reflection_pad1d reflection_pad2d
+# The operators of each rule.
+RULES: dict[Rule, str] = {
+    _moved: """
+        cat stack index index_select constant_pad_nd reflection_pad1d reflection_pad2d
         reflection_pad3d replication_pad1d replication_pad2d replication_pad3d roll flip repeat
         im2col tril triu slice_scatter select_scatter diagonal_scatter as_strided_scatter
         upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
         _upsample_nearest_exact2d _upsample_nearest_exact3d unfold_copy pixel_shuffle
-        pixel_unshuffle channel_shuffle _unsafe_index take masked_select
-        masked_scatter diag_embed index_copy _reshape_copy""",
-    ),
-    "embedding": _embedded,
-    "gather": _gathered,
-    **named(_put_at, "index_put _index_put_impl _unsafe_index_put"),
-    **named(_scattered, "scatter scatter_add scatter_reduce"),
+        pixel_unshuffle channel_shuffle _unsafe_index take masked_select masked_scatter
+        diag_embed index_copy _reshape_copy
+    """,
+    _embedded: "embedding",
+    _gathered: "gather",
+    _put_at: "index_put _index_put_impl _unsafe_index_put",
+    _scattered: "scatter scatter_add scatter_reduce",
 }

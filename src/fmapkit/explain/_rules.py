@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fmapkit.explain import _contractions as contractions
 from fmapkit.explain import _moves as moves
-from fmapkit.explain._fields import NONE, Call, Rule, broadcast, least, lowest, named, varies
+from fmapkit.explain._fields import NONE, Call, Rule, broadcast, least, lowest, varies
 from fmapkit.explain._probe import probe
 
 # A score that is this far below the largest is masked: the -10000 of models in half precision, say.
@@ -242,45 +242,41 @@ def _pooled(call: Call) -> list[Tensor | None]:
     return [found] * len(call.results)
 
 
-_RULES: dict[str, Rule] = {
-    **named(_mul, "mul logical_and bitwise_and"),
-    **named(_div, "div"),
-    **named(_add, "add sub"),
-    **named(_where, "where masked_fill"),
-    **named(_copied, "copy _to_copy clone fill lift_fresh_copy"),
-    **named(
-        _constant,
-        """zero zeros_like ones_like full_like empty_like new_zeros new_ones
-        new_empty new_full new_empty_strided empty_strided rand_like randn_like randint_like""",
-    ),
-    **named(_random, "bernoulli normal uniform exponential random cauchy geometric log_normal"),
-    **named(
-        _pointwise,
-        """_prelu_kernel hardswish hardsigmoid log_sigmoid_forward rrelu_with_noise native_dropout
-        _fused_dropout floor_divide polar complex hardshrink softshrink""",
-    ),
-    **named(
-        _along,
-        """sum mean amax amin max min argmax argmin any all prod var std var_mean std_mean logsumexp
-        norm linalg_vector_norm median nanmedian nansum count_nonzero mode aminmax
-        kthvalue sort topk argsort""",
-    ),
-    **named(_running, "cumsum cumprod cummax cummin logcumsumexp"),
-    **named(_softmax, "_softmax _log_softmax _safe_softmax"),
-    **named(_layer_norm, "native_layer_norm"),
-    **named(_group_norm, "native_group_norm"),
-    **named(
-        _batch_norm,
-        """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
-        _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm
-        _batch_norm_with_update _batch_norm_no_update""",
-    ),
+_OPERATORS: dict[Rule, str] = {
     **contractions.RULES,
     **moves.RULES,
-    **named(
-        _pooled,
-        """max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d avg_pool1d avg_pool2d
-        avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
-        _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d""",
-    ),
+    _mul: "mul logical_and bitwise_and",
+    _div: "div",
+    _add: "add sub",
+    _where: "where masked_fill",
+    _copied: "copy _to_copy clone fill lift_fresh_copy",
+    _constant: """
+        zero zeros_like ones_like full_like empty_like new_zeros new_ones new_empty new_full
+        new_empty_strided empty_strided rand_like randn_like randint_like
+    """,
+    _random: "bernoulli normal uniform exponential random cauchy geometric log_normal",
+    _pointwise: """
+        _prelu_kernel hardswish hardsigmoid log_sigmoid_forward rrelu_with_noise native_dropout
+        _fused_dropout floor_divide polar complex hardshrink softshrink
+    """,
+    _along: """
+        sum mean amax amin max min argmax argmin any all prod var std var_mean std_mean
+        logsumexp norm linalg_vector_norm median nanmedian nansum count_nonzero mode aminmax
+        kthvalue sort topk argsort
+    """,
+    _running: "cumsum cumprod cummax cummin logcumsumexp",
+    _softmax: "_softmax _log_softmax _safe_softmax",
+    _layer_norm: "native_layer_norm",
+    _group_norm: "native_group_norm",
+    _batch_norm: """
+        native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
+        _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm
+        _batch_norm_with_update _batch_norm_no_update
+    """,
+    _pooled: """
+        max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d avg_pool1d avg_pool2d
+        avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+        _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d
+    """,
 }
+_RULES = {name: rule for rule, names in _OPERATORS.items() for name in names.split()}
