@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +114,7 @@ def _slid(
         ends = zip(dilations, kernel, paddings, strict=True)
         paddings = [dilation * (size - 1) - padding for dilation, size, padding in ends]
         strides = [1] * len(kernel)
-    steps = list(map(_Steps, strides, paddings, dilations, places))
+    steps = list(zip(strides, paddings, dilations, places, strict=True))
     if bool(terms.all()):  # every output channel sees the same
         found = apart.amin(3)
         for axis, size in enumerate(kernel):
@@ -143,18 +143,11 @@ def _each(value: Any, axes: int) -> list[int]:
     return values * axes if len(values) == 1 else values
 
 
-class _Steps(NamedTuple):
-    """How a convolution goes along one axis."""
-
-    stride: int
-    padding: int
-    dilation: int
-    places: int  # of the result
-
-
-def _gathered(field: Tensor, axis: int, taps: Sequence[int], steps: _Steps) -> Tensor:
+def _gathered(
+    field: Tensor, axis: int, taps: Sequence[int], steps: tuple[int, int, int, int]
+) -> Tensor:
     """Along one axis, the field of what each place of a convolution reads."""
-    stride, padding, dilation, places = steps
+    stride, padding, dilation, places = steps  # places are those of the result
     reach = dilation * max(taps) + 1
     after = max(0, (places - 1) * stride + reach - padding - field.shape[axis])
     padded = F.pad(field.movedim(axis, -1), (padding, after), value=NONE)
