@@ -60,8 +60,10 @@ class Reader:
         )
         self.recurring = Recurring(made)
         self._wanted = [_Wanted(item, self.recurring) for item in asked.items]
-        if asked.form == "tuple":
-            _tell_apart(self._wanted)
+        labels = [w.label for w in self._wanted] if asked.form == "tuple" else []
+        for wanted in self._wanted:  # the kind beside a name that is asked for more than once
+            if labels.count(wanted.label) > 1 and wanted.item.kind not in (None, "activation"):
+                wanted.key = f"{wanted.label} {wanted.item.kind}"
         self._warned = all(item.exact for item in asked.items)
         self._captured = False  # the latest call was a pass that could be captured
         self._check_filters()
@@ -306,11 +308,3 @@ class _Wanted:
         # As in `maps[layer]`: filters of a module of another type may be found in a pass, too.
         is_layer = module is not None and layers.layer_axis(module) is not None
         return ("activation",) if is_layer else ("activation", "output")
-
-
-def _tell_apart(wanted: Sequence[_Wanted]) -> None:
-    """The kind beside the name of a layer that is asked for more than once."""
-    labels = [w.label for w in wanted]
-    for w in wanted:
-        if labels.count(w.label) > 1 and w.item.kind not in (None, "activation"):
-            w.key = f"{w.label} {w.item.kind}"

@@ -63,19 +63,6 @@ def _shades(image: Any, mean: Numbers, std: Numbers, what: str, sample: int) -> 
     """(H, W) or (H, W, 3), from 0 to 1 as far as the image is: whole numbers are up to 255."""
     if (mean is None) != (std is None):
         raise ArgumentError("mean= and std= go together: the image was (x - mean) / std")
-    tensor = _one_image(image, sample, what)
-    if not (tensor.is_floating_point() or tensor.dtype is torch.bool):
-        tensor = tensor.clamp(0, 255) / 255
-    if mean is not None and std is not None:
-        tensor = unnormalised(tensor, mean, std)
-    values = array_of(tensor)
-    if values.ndim == 3:
-        values = values[0] if len(values) == 1 else values.transpose(1, 2, 0)
-    return values
-
-
-def _one_image(image: Any, sample: int, what: str) -> Tensor:
-    """What a model was given, of one sample: (H, W), (1, H, W) or (3, H, W)."""
     tensor = torch.as_tensor(np.asarray(image)) if not isinstance(image, Tensor) else image
     shape = tuple(tensor.shape)
     if len(shape) == 4:
@@ -90,7 +77,14 @@ def _one_image(image: Any, sample: int, what: str) -> Tensor:
             f"{what} must have shape (H, W), (1, H, W) or (3, H, W), or be a batch of these, not "
             f"{shape}"
         )
-    return tensor
+    if not (tensor.is_floating_point() or tensor.dtype is torch.bool):
+        tensor = tensor.clamp(0, 255) / 255
+    if mean is not None and std is not None:
+        tensor = unnormalised(tensor, mean, std)
+    values = array_of(tensor)
+    if values.ndim == 3:
+        values = values[0] if len(values) == 1 else values.transpose(1, 2, 0)
+    return values
 
 
 def array_of(tensor: Tensor) -> Array:
