@@ -46,9 +46,10 @@ def pieces_of(
     Returns:
         The pieces; the positions, none for whole maps; the filters, none for all of them.
     """
-    places = _several(positions, "positions")
-    if positions == "each":
+    if isinstance(positions, str) and positions == "each":
         places = tuple(range(_count(maps, where)))
+    else:
+        places = _several(positions, "positions", "'each', ")
     groups = tuple(k if isinstance(k, int) else tuple(k) for k in _several(filters, "filters"))
     axis, kind = where.filter_axis, where.kind
     parts = [
@@ -58,12 +59,11 @@ def pieces_of(
     return [PatchPiece(key, part) for key in maps for part in parts], places, groups
 
 
-def _several(given: Any, name: str) -> tuple[Any, ...]:
-    if given is None or (name == "positions" and isinstance(given, str) and given == "each"):
+def _several(given: Any, name: str, also: str = "") -> tuple[Any, ...]:
+    if given is None:
         return ()
     if isinstance(given, (str, int)) or not isinstance(given, Iterable):
-        word = "'each', " if name == "positions" else ""
-        raise ArgumentError(f"{name} must be {word}several of these in a list, or None")
+        raise ArgumentError(f"{name} must be {also}several of these in a list, or None")
     found = tuple(given)
     if not found:
         raise ArgumentError(f"{name}=[] leaves nothing to patch; None, the default, means all")
