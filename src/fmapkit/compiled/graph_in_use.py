@@ -33,8 +33,6 @@ class _Labelled:
         missed: the layer and the reason of each entry.
     """
 
-    __slots__ = ("_missed", "_told", "_weights", "labels")
-
     def __init__(
         self, labels: Labels, weights: list[Tensor], missed: list[tuple[str, str]]
     ) -> None:
@@ -62,8 +60,6 @@ class _Labelled:
 
 class _Known:
     """The labels of a graph's maps for a capture, and for later ones with the same names."""
-
-    __slots__ = ("_names", "_watch", "labels")
 
     def __init__(self, capture: CompiledCapture) -> None:
         self._watch: Any = weakref.ref(capture.structure)

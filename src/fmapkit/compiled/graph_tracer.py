@@ -23,8 +23,6 @@ from fmapkit.tracing import LabelTable, PassTrace, Record, Tracer
 class NodeHeld(StoredTensor):
     """Stands for a tensor of the graph: where it is to be read."""
 
-    __slots__ = ("at", "node")
-
     def __init__(self, tensor: Tensor, node: fx.Node | None, at: fx.Node) -> None:
         super().__init__(tensor, version_of(tensor))
         self.node = node  # None: the node at which it was noted makes it

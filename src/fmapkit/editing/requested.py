@@ -44,11 +44,6 @@ AGAIN = (
 class _Edit:
     """One entry of `edit={...}`, and what a pass has had for it so far."""
 
-    __slots__ = (
-        *("_outputs", "by_label", "calls", "done", "empty", "function"),
-        *("given", "paths", "selection", "where"),
-    )
-
     def __init__(self, key: Any, function: Any, names: Names) -> None:
         if not callable(function) or isinstance(function, (type, Tensor)):
             raise ArgumentError(
