@@ -159,7 +159,7 @@ def add_outputs(
         Where each is, by its key: its place among the outputs, or -1 - that among the inputs.
     """
     graph = gm.graph
-    last: Any = graph.output_node()
+    (last,) = graph.find_nodes(op="output")
     outputs = list(last.args[0])
     inputs = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
     places: dict[Any, int] = {}

@@ -132,7 +132,7 @@ class CompiledGraph:
         self.data = [i for i in tensors if i not in self.weights]
         placeholders = gm.graph.find_nodes(op="placeholder")
         self.local = {i for i, n in enumerate(placeholders) if not from_module(n)}
-        last: Any = gm.graph.output_node()
+        (last,) = gm.graph.find_nodes(op="output")
         self.own = self.returned = len(last.args[0])
         self.places: dict[Any, int] = {}
         # How the graph knows modules and weights: by what they were when it was traced.
