@@ -67,7 +67,6 @@ FOREIGN_STORES = {  # attributes of other objects that are written, by room
     "explain": 3,
     "instrumentation": 2,
     "integrations": 1,
-    "maps": 1,
     "paths": 34,
     "phi": 11,
     "replay": 10,

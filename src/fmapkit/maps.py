@@ -22,7 +22,7 @@ from fmapkit.lookup import (
     pass_number,
     read,
 )
-from fmapkit.map import FeatureMap, nbytes_of
+from fmapkit.map import FeatureMap, nbytes_of, unpadded
 from fmapkit.saving import KeptSession, Snapshot, load, save, snapshot_of
 from fmapkit.storage import MapRecord, Pass
 
@@ -213,7 +213,8 @@ class FeatureMaps(DrawableMaps):
 
     def _shown(self, at: Pass, entry: MapRecord) -> FeatureMap:
         """As an analysis sees it."""
-        return read(self._session, at, entry, made=True)
+        fm = read(self._session, at, entry, made=True)
+        return fm if at.mask is None else unpadded(fm, at.mask)
 
     @property
     def nbytes(self) -> int:
@@ -243,33 +244,37 @@ class FeatureMaps(DrawableMaps):
         self._session.store.clear()
         self._session.wants.retention.buffers.drop()
 
-    def batch(self, ids: Tensor | Iterable[int]) -> None:
-        """Number the inputs of the next pass: their places in the data set, say.
+    def batch(
+        self, ids: Tensor | Iterable[int] | None = None, *, mask: Tensor | None = None
+    ) -> None:
+        """Tell of the inputs of the next pass: their numbers, and which positions are padding.
 
-        Its maps have the numbers as `fm.ids`, and analyses that keep inputs apart go by them.
+        Its maps have the numbers as `fm.ids`, and analyses that keep inputs apart go by them. With
+        a mask, analyses are shown what is no padding: of a map (samples, positions, ..., filters),
+        or (samples, filters, positions) as Conv1d has it, the positions that are kept, one after
+        the other, each under its sample's number. Maps of other shapes are shown whole, and held
+        maps stay whole.
 
         Args:
-            ids: one whole number for each entry of the first axis. Where no input of the pass has
-                an axis of so many, its maps have no ids, and `missed` says so.
+            ids: their places in the data set, say: one whole number for each entry of the first
+                axis. Where no input of the pass has an axis of so many, its maps have no ids, and
+                `missed` says so.
+            mask: (samples, positions), booleans or 0 and 1, as tokenizers give it: 0 is padding.
 
         Raises:
-            ArgumentError: they are no whole numbers in a row.
+            ArgumentError: the numbers are no whole numbers in a row, or the mask is none.
             CaptureStateError: the maps were loaded, or copied: no pass will come.
         """
         if isinstance(self._session, KeptSession):
             raise CaptureStateError("batch() numbers the next pass; no pass of these will come")
-        try:
-            numbers = ids if isinstance(ids, Tensor) else list(ids)
-            found = torch.as_tensor(numbers if len(numbers) else torch.empty(0, dtype=torch.int64))
-        except (TypeError, ValueError, RuntimeError):
-            found = None
-        whole = found is not None and not found.is_floating_point() and not found.is_complex()
-        if found is None or not whole or found.dim() != 1 or found.dtype == torch.bool:
-            raise ArgumentError(
-                f"batch takes a whole number for each input of the next pass, in one row, not "
-                f"{ids!r}"
-            )
-        self._session.ids = found.detach().to(torch.int64)
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
+                said = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+                raise ArgumentError(
+                    f"batch takes a mask (samples, positions) of booleans or of 0 and 1, not {said}"
+                )
+            mask = mask.detach() != 0
+        self._session.tell(None if ids is None else _numbers(ids), mask)
 
     def first_nonfinite(self) -> NonFinite | None:
         """The first map held that has a NaN or an infinite value, over all passes that are kept.
@@ -343,3 +348,18 @@ class FeatureMaps(DrawableMaps):
 
 def _of_snapshot(snapshot: Snapshot) -> FeatureMaps:
     return FeatureMaps(KeptSession(snapshot))
+
+
+def _numbers(ids: Tensor | Iterable[int]) -> Tensor:
+    """Whole numbers in a row."""
+    try:
+        numbers = ids if isinstance(ids, Tensor) else list(ids)
+        found = torch.as_tensor(numbers if len(numbers) else torch.empty(0, dtype=torch.int64))
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    whole = found is not None and not found.is_floating_point() and not found.is_complex()
+    if found is None or not whole or found.dim() != 1 or found.dtype == torch.bool:
+        raise ArgumentError(
+            f"batch takes a whole number for each input of the next pass, in one row, not {ids!r}"
+        )
+    return found.detach().to(torch.int64)

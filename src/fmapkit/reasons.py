@@ -71,6 +71,10 @@ class Reason(Enum):
         "batch() gave {count} numbers, and no input of the pass that followed has an axis of so "
         "many entries: the maps of that pass have no ids"
     )
+    MASK_OF_OTHERS = (
+        "batch() gave a mask of {count} samples, and no input of the pass that followed has an "
+        "axis of so many entries: analyses were shown its padding, too"
+    )
     CALLED_ON_ITS_OWN = (
         "it was called on its own, so far only as a part of another module: in this pass it was "
         "seen by the functions it called, not as a whole; later on as a module"

@@ -19,8 +19,8 @@ import torch
 from fmapkit import Analysis, FeatureMap
 from fmapkit.data._manifest import UnitRecord
 from fmapkit.data._place import Place, node_of
-from fmapkit.data._rows import positions_first
 from fmapkit.errors import ArgumentError, StoreError
+from fmapkit.map import unpadded
 
 
 def live_runs(records: Mapping[int, UnitRecord]) -> list[str]:
@@ -120,7 +120,7 @@ class Riding:
         numbers = torch.arange(start, start + samples)
         with torch.autocast(maps[0].device.type, enabled=False):
             for fm in maps:
-                shown = _unpadded(fm, mask, numbers)
+                shown = _shown(fm, mask, numbers)
                 for analysis in self.analyses:
                     analysis.update(shown)
 
@@ -132,15 +132,7 @@ class Riding:
                 place.remove(f"analyses/{run}")
 
 
-def _unpadded(fm: FeatureMap, mask: torch.Tensor | None, numbers: torch.Tensor) -> FeatureMap:
-    tensor, axis = positions_first(fm.tensor, fm.filter_dim, mask)
-    if mask is not None and axis is not None and tensor.shape[:2] == mask.shape:
-        axis %= tensor.dim()
-        if axis != 1:  # else it is of samples, without positions
-            at = mask.reshape(-1).nonzero().squeeze(1)
-            tensor, axis = tensor.flatten(0, 1).index_select(0, at.to(fm.device)), axis - 1
-            numbers = numbers[at.cpu() // mask.shape[1]]
-    changes: dict[str, Any] = {"tensor": tensor, "filter_dim": axis}
+def _shown(fm: FeatureMap, mask: torch.Tensor | None, numbers: torch.Tensor) -> FeatureMap:
     if fm.filter_dim != 0:
-        changes["ids"] = numbers.to(fm.device)
-    return replace(fm, **changes)
+        fm = replace(fm, ids=numbers.to(fm.device))
+    return fm if mask is None else unpadded(fm, mask)

@@ -16,6 +16,7 @@ from fmapkit._warnings import warn
 from fmapkit.data._batches import first_size
 from fmapkit.data._manifest import ArraySpec, FieldSpec, Spec
 from fmapkit.errors import ArgumentError, DistributedError, StoreError, listed
+from fmapkit.map import positions_first
 
 Pool = Literal["mean", "max"] | Callable[[FeatureMap], Tensor]
 Mask = str | Callable[[Any], Tensor]
@@ -234,14 +235,6 @@ class Rows:
             dtype = "string" if text else str(array.dtype)
             found.append((FieldSpec(name, per, array.shape[1:], dtype), array))
         return found
-
-
-def positions_first(
-    tensor: Tensor, axis: int | None, mask: Tensor | None
-) -> tuple[Tensor, int | None]:
-    """A map and its filter axis, (samples, positions, filters) where it lies as Conv1d has it."""
-    lies = mask is not None and axis == 1 and tensor.dim() == 3 and tensor.shape[::2] == mask.shape
-    return (tensor.transpose(1, 2), 2) if lies else (tensor, axis)
 
 
 def _named(keep: Keep) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 read_map(pass, record)   reading.py       the tensor as it is held, or the error that it is gone
   -> FeatureMap          feature_map.py   what one map can do; pictures are `fmapkit.drawable`'s
        repr              line.py
+unpadded(fm, mask)       unpadded.py      without the padding of sequences
 """
 
 from fmapkit.map.feature_map import FeatureMap as FeatureMap
@@ -11,3 +12,5 @@ from fmapkit.map.feature_map import restored as restored
 from fmapkit.map.line import row as row
 from fmapkit.map.line import size as size
 from fmapkit.map.reading import read_map as read_map
+from fmapkit.map.unpadded import positions_first as positions_first
+from fmapkit.map.unpadded import unpadded as unpadded

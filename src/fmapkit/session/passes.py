@@ -38,6 +38,11 @@ def _goes_gradually(model: nn.Module, wants: Selection) -> bool:
     return first is None or first.is_cpu
 
 
+def _is_of_others(given: Tensor, inputs: list[Tensor]) -> bool:
+    """Whether something that was given for each sample is of another batch than the inputs."""
+    return bool(inputs) and not any(len(given) in t.shape for t in inputs)
+
+
 class Passes:
     """Begins and ends the passes of one capture.
 
@@ -49,14 +54,15 @@ class Passes:
     Attributes:
         asked: by the capture.
         steps: how many passes have begun, captured or not.
-        ids: of the inputs of the next pass, where the user has numbered them.
+        told: by the user, of the inputs of the next pass: their numbers, and which positions are
+            no padding; None where that is not said.
         watch: whether the model is still the one that was learned.
     """
 
     def __init__(self, parts: SessionParts, every: int, compiled: CompiledEntries) -> None:
         self.asked = asked = parts.asked
         self.steps = 0
-        self.ids: Tensor | None = None
+        self.told: tuple[Tensor | None, Tensor | None] = None, None
         self.watch = ModelGuard(asked.model, parts.hooks)  # since `names` were read
         self._parts = parts
         self._live = parts.live
@@ -81,7 +87,7 @@ class Passes:
             Whether it is a pass to be captured.
         """
         live, parts, step = self._live, self._parts, self.steps
-        ids, self.ids = self.ids, None
+        (ids, mask), self.told = self.told, (None, None)
         self.steps += 1
         live.idle = bool(step % self._every) or self._refused(args, kwargs, compiled)
         if live.idle:
@@ -91,18 +97,21 @@ class Passes:
             if self.asked.methods:  # which may call the model, as a part of this pass
                 live.frame = call_frame()
             return False
-        if ids is not None:
+        if ids is not None or mask is not None:
             inputs = tensors_in(*args, *kwargs.values())
-            if inputs and not any(len(ids) in t.shape for t in inputs):
+            if ids is not None and _is_of_others(ids, inputs):
                 parts.misses.add("", Reason.NUMBERS_OF_OTHERS.text(count=len(ids)))
                 ids = None
+            if mask is not None and _is_of_others(mask, inputs):
+                parts.misses.add("", Reason.MASK_OF_OTHERS.text(count=len(mask)))
+                mask = None
         live.frame = call_frame()  # on Python's stack as long as the pass runs
         parts.hooks.begin_pass()
         if self.watch.changed():
             self._restart()
         elif self._stop is None and self.watch.rid():  # a pass that is traced does not end early
             self._learn_anew()
-        self._open(step, ids, compiled)
+        self._open(step, ids, mask, compiled)
         if parts.regions.turn(self.asked.model.training):
             parts.installer.only_on_model()
         if compiled:
@@ -116,12 +125,12 @@ class Passes:
             live.trace_on()
         return True
 
-    def _open(self, step: int, ids: Tensor | None, compiled: bool) -> None:
+    def _open(self, step: int, ids: Tensor | None, mask: Tensor | None, compiled: bool) -> None:
         """A pass is under way from here on."""
         model = self.asked.model
         gradually = self._gradually and not compiled
         current = self._live.current = self._parts.store.begin(step, model.training, gradually)
-        current.ids = ids
+        current.ids, current.mask = ids, mask
         self._parts.fused.begin()
         if self.asked.wants.weights:
             current.weights = {}
@@ -189,7 +198,7 @@ class Passes:
 
     def restart(self) -> int:
         """What comes is another block's; how many passes there were in this one."""
-        steps, self.steps, self.ids = self.steps, 0, None
+        steps, self.steps, self.told = self.steps, 0, (None, None)
         return steps
 
     # -- under way ----------------------------------------------------------------------------

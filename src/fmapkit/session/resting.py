@@ -84,7 +84,6 @@ class EndedBlock:
         missed: what ran and was not captured.
         steps: how many passes there were.
         resting: the block's session, for the next block.
-        ids: of no pass any more.
     """
 
     names: Names
@@ -93,7 +92,9 @@ class EndedBlock:
     missed: list[Missed]
     steps: int
     resting: RestingSession[Any] | None = field(default=None, repr=False)
-    ids: Tensor | None = None
+
+    def tell(self, ids: Tensor | None, mask: Tensor | None) -> None:
+        """No pass comes any more that these could be of."""
 
 
 # By a model's id and what was asked for: the maps of a block alone keep its session, and that its

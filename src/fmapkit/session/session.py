@@ -250,14 +250,9 @@ class Session:
         """How many passes have begun, captured or not."""
         return self.passes.steps
 
-    @property
-    def ids(self) -> Tensor | None:
-        """Of the inputs of the next pass, where the user has numbered them."""
-        return self.passes.ids
-
-    @ids.setter
-    def ids(self, ids: Tensor) -> None:
-        self.passes.ids = ids
+    def tell(self, ids: Tensor | None, mask: Tensor | None) -> None:
+        """Note the numbers of the next pass's inputs, and which positions are no padding."""
+        self.passes.told = ids, mask
 
     def miss(self, layer: str, why: str) -> None:
         """Name what was not captured."""

@@ -66,7 +66,7 @@ class Pass:
 
     __slots__ = (
         *("_entries", "closed", "drop", "grads", "memory", "segments", "step", "training"),
-        *("buffers", "ids", "weights"),
+        *("buffers", "ids", "mask", "weights"),
     )
 
     def __init__(self, step: int, training: bool = False) -> None:
@@ -79,6 +79,7 @@ class Pass:
         self.drop: Callable[[Any], None] = _NOTHING.append
         self.memory: dict[int, int] | None = None  # as the store has counted it, in bytes
         self.ids: Tensor | None = None  # of its inputs, as the user numbers them
+        self.mask: Tensor | None = None  # which of their positions are no padding, as the user says
         # By its module's id and its key: each parameter, and its version, where that is asked for.
         self.weights: dict[tuple[int, str], tuple[Tensor, int]] | None = None
         # The same of buffers that are weights, where a plan has told whose they are.

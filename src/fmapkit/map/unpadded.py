@@ -1,0 +1,42 @@
+"""A map of sequences without their padding, as analyses are to see it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from fmapkit.map.feature_map import FeatureMap
+
+
+def unpadded(fm: FeatureMap, mask: Tensor) -> FeatureMap:
+    """The positions of a map that are no padding, one after the other.
+
+    Args:
+        fm: a map (samples, positions, ..., filters), or (samples, filters, positions) as Conv1d has
+            it; any other is returned as it is.
+        mask: (samples, positions), true where there is no padding.
+
+    Returns:
+        A map (positions that are kept, ..., filters), of which each entry has its sample's number.
+    """
+    tensor, axis = positions_first(fm.tensor, fm.filter_dim, mask)
+    if axis is None or tensor.shape[:2] != mask.shape:
+        return fm
+    axis %= tensor.dim()
+    if axis < 2:  # it is of samples or positions alone
+        return fm
+    at = mask.reshape(-1).nonzero().squeeze(1)
+    ids = fm.ids
+    if ids is not None:
+        ids = ids.to(at.device)[at // mask.shape[1]]
+    kept = tensor.flatten(0, 1).index_select(0, at.to(tensor.device))
+    return replace(fm, tensor=kept, filter_dim=axis - 1, ids=ids)
+
+
+def positions_first(
+    tensor: Tensor, axis: int | None, mask: Tensor | None
+) -> tuple[Tensor, int | None]:
+    """A map and its filter axis, (samples, positions, filters) where it lies as Conv1d has it."""
+    lies = mask is not None and axis == 1 and tensor.dim() == 3 and tensor.shape[::2] == mask.shape
+    return (tensor.transpose(1, 2), 2) if lies else (tensor, axis)
