@@ -18,15 +18,11 @@ FORMAT = 2
 _MODEL = "%model"  # the name of the model itself, which is empty; `quote` never gives this
 # Types that NumPy and Zarr lack are stored as the bits that they are.
 _AS_BITS = {
-    name: bits
-    for name, bits in (
-        ("bfloat16", "uint16"),
-        ("float8_e4m3fn", "uint8"),
-        ("float8_e5m2", "uint8"),
-        ("float8_e4m3fnuz", "uint8"),
-        ("float8_e5m2fnuz", "uint8"),
-    )
-    if hasattr(torch, name)
+    "bfloat16": "uint16",
+    "float8_e4m3fn": "uint8",
+    "float8_e5m2": "uint8",
+    "float8_e4m3fnuz": "uint8",
+    "float8_e5m2fnuz": "uint8",
 }
 
 
