@@ -49,12 +49,31 @@ class Piece:
         self._first = shard * size
 
     def is_plain(self) -> bool:
-        """Whether its file holds nothing but rows."""
-        return self.file is not None and is_plain(self._array())
+        """Whether its file holds nothing but rows, as they lie in memory."""
+        if self.file is None:
+            return False
+        from zarr.codecs import BytesCodec
+
+        array = self._array()
+        codecs, dtype = array.metadata.codecs, np.dtype(array.dtype)
+        if len(codecs) != 1 or not isinstance(codecs[0], BytesCodec) or dtype.hasobject:
+            return False
+        endian = codecs[0].endian  # a member of an enum before zarr 3.4, then its text
+        little = getattr(endian, "value", endian) == "little" or dtype.itemsize == 1
+        return little and tuple(array.chunks[1:]) == tuple(array.shape[1:])
 
     @cached_property
     def _mapped(self) -> Callable[[], NdArray] | None:
-        return self.file and mapped(self._array(), self.file[0], self.rows)
+        """What maps its file, where rows lie in it as in memory; else None."""
+        if self.file is None or not self.is_plain():
+            return None
+        path, rows, array = self.file[0], self.rows, self._array()
+        shape, dtype = tuple(array.chunks), np.dtype(array.dtype)
+        there = path.stat()
+        if there.st_size != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+            return None
+        which = (there.st_ino, there.st_mtime_ns)
+        return lambda: _map(str(path), dtype.newbyteorder("<").str, shape, which)[:rows]
 
     def _opened(self) -> tuple[Any, int]:
         """What the rows lie in, which slices as NumPy does, and the number of the first one."""
@@ -81,10 +100,7 @@ class Pieces:
     """An array of rows."""
 
     def __init__(
-        self,
-        pieces: Sequence[Piece],
-        shape: tuple[int, ...],
-        dtype: Any,
+        self, pieces: Sequence[Piece], shape: tuple[int, ...], dtype: np.dtype[Any]
     ) -> None:
         self._pieces = [piece for piece in pieces if piece.rows]
         ends = np.cumsum([0] + [piece.rows for piece in self._pieces])
@@ -98,10 +114,10 @@ class Pieces:
     @cached_property
     def joined(self) -> Joined | None:
         """The files of all pieces, mapped as one array; None where that cannot be."""
-        files = [piece.file for piece in self._pieces if piece.file is not None]
+        files = [piece.file for piece in self._pieces if piece.file]
         if not files or len(files) < len(self._pieces) or not self._pieces[0].is_plain():
             return None
-        return join(files, self._shape, np.dtype(self._dtype))
+        return join(files, self._shape, self._dtype)
 
     @cached_property
     def _gaps(self) -> NdArray | None:
@@ -171,34 +187,6 @@ class Pieces:
 def chunk_name(shard: int, axes: int) -> str:
     """The name of an object of an array: which one along the rows, the only one along others."""
     return ".".join(("c", str(shard), *["0"] * axes))
-
-
-def is_plain(array: Any) -> bool:
-    """Whether a chunk of a Zarr array is a file of nothing but rows, as they lie in memory."""
-    from zarr.codecs import BytesCodec
-
-    codecs, dtype = array.metadata.codecs, np.dtype(array.dtype)
-    if len(codecs) != 1 or not isinstance(codecs[0], BytesCodec) or dtype.hasobject:
-        return False
-    endian = codecs[0].endian  # a member of an enum before zarr 3.4, then its text
-    little = getattr(endian, "value", endian) == "little" or dtype.itemsize == 1
-    return little and tuple(array.chunks[1:]) == tuple(array.shape[1:])
-
-
-def mapped(array: Any, path: Path, rows: int) -> Callable[[], NdArray] | None:
-    """What maps the file of a unit, where its rows lie in it as in memory; else None.
-
-    Args:
-        array: of Zarr, of which the unit is one chunk.
-    """
-    if not is_plain(array):
-        return None
-    shape, dtype = tuple(array.chunks), np.dtype(array.dtype)
-    there = path.stat()
-    if there.st_size != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
-        return None
-    which = (there.st_ino, there.st_mtime_ns)
-    return lambda: _map(str(path), dtype.newbyteorder("<").str, shape, which)[:rows]
 
 
 @lru_cache(maxsize=_OPEN)
