@@ -6,8 +6,8 @@ is iterated from its start, and what is not wanted is dropped.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,10 +98,8 @@ class Batches:
     @property
     def shuffled(self) -> str | None:
         """The sampler's name, where another iteration would give another order."""
-        for sampler in self._samplers():
-            if isinstance(sampler, _RANDOM):
-                return type(sampler).__name__
-        return None
+        random = (s for s in self._samplers() if isinstance(s, _RANDOM))
+        return next((type(s).__name__ for s in random), None)
 
     @property
     def divided(self) -> bool:
@@ -129,12 +127,8 @@ class Batches:
         Raises:
             ArgumentError: there is none.
         """
-        found: Iterator[Any] = (
-            iter(self._of(lambda number: number == 0, workers=False))
-            if self.indexed
-            else iter(self._loader)
-        )
-        for data in found:
+        loader = self._of(lambda n: n == 0, workers=False) if self.indexed else self._loader
+        for data in loader:
             return Batch(0, 0, data)
         raise none_there()
 
@@ -231,9 +225,9 @@ def first_size(data: Any) -> int:
     Raises:
         ArgumentError: it has neither.
     """
-    for tensor in itertools.islice(tensors_of(data), 1):
-        if tensor.dim():
-            return tensor.shape[0]
+    first = next(tensors_of(data), None)
+    if first is not None and first.dim():
+        return first.shape[0]
     for column in data.values() if isinstance(data, Mapping) else (data,):
         if isinstance(column, (list, tuple, np.ndarray)):
             return len(column)
@@ -249,8 +243,9 @@ def moved(data: Any, device: torch.device) -> Any:
         return data.to(device, non_blocking=True)
     if isinstance(data, Mapping):
         items = {key: moved(value, device) for key, value in data.items()}
-        # Hugging Face's BatchEncoding takes a dict, as does a plain one.
-        return items if type(data) is dict else _like(data, items)
+        with suppress(TypeError):  # Hugging Face's BatchEncoding takes a dict, as does a plain one
+            return type(data)(items)  # type: ignore[call-arg]
+        return items
     if isinstance(data, tuple) and hasattr(data, "_fields"):
         return type(data)(*(moved(value, device) for value in data))
     if isinstance(data, (list, tuple)):
@@ -258,10 +253,3 @@ def moved(data: Any, device: torch.device) -> Any:
     if hasattr(data, "to") and callable(data.to):  # a batch object, e.g. of a graph
         return data.to(device)
     return data
-
-
-def _like(data: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    try:
-        return type(data)(items)  # type: ignore[call-arg]
-    except TypeError:
-        return items
