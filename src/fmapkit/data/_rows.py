@@ -129,7 +129,9 @@ class Rows:
         self, fm: FeatureMap, nth: int, mask: Tensor | None, samples: int
     ) -> tuple[ArraySpec, Tensor]:
         said = f"the {fm.kind} of layer {fm.layer!r}"
-        tensor, axis, per = fm.tensor, _axis(fm), "sample"
+        per: Literal["sample", "token"] = "sample"
+        tensor = fm.tensor
+        axis = None if fm.filter_dim is None else fm.filter_dim % tensor.dim()
         if fm.parts is not None or hasattr(tensor, "to_local"):
             raise DistributedError(
                 f"{said} is one rank's part of a map, or a DTensor; extract takes features of "
@@ -154,9 +156,9 @@ class Rows:
         given = tensor.dtype
         if self._dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(self._dtype)
-        filters = None if axis is None or fm.filters is None else tuple(fm.filters)
-        if isinstance(fm.filters, range) and fm.filters == range(len(fm.filters)):
-            filters = None
+        filters = None
+        if axis is not None and fm.filters is not None and fm.filters != range(len(fm.filters)):
+            filters = tuple(fm.filters)
         spec = ArraySpec(
             layer=fm.layer,
             kind=fm.kind,
@@ -164,7 +166,7 @@ class Rows:
             path=fm.path,
             nonlinearity=fm.nonlinearity,
             nth=nth,
-            per="token" if per == "token" else "sample",
+            per=per,
             shape=tuple(tensor.shape[1:]),
             dtype=str(tensor.dtype).removeprefix("torch."),
             filter_axis=axis,
@@ -255,10 +257,6 @@ def _named(keep: Keep) -> dict[str, Any]:
 
 def _largest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max if dtype.is_floating_point else 0.0
-
-
-def _axis(fm: FeatureMap) -> int | None:
-    return None if fm.filter_dim is None else fm.filter_dim % fm.tensor.dim()
 
 
 def _unpadded(values: Tensor, mask: Tensor) -> Tensor:

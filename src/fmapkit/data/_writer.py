@@ -46,9 +46,7 @@ def sent(taken: Taken) -> tuple[Taken, list[Any]]:
     return replace(taken, arrays=arrays), copies
 
 
-@cache
-def _copies(device: torch.device) -> Cuda:
-    return Cuda(device)
+_copies = cache(Cuda)  # by device
 
 
 class Unit:
