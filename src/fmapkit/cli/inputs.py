@@ -189,24 +189,24 @@ def _hugging_face(
     if images:
         return Data(_Rows(found, images[0], prepare()), call_input, (), said, _stacked)
     call = partial(call_columns, columns=tuple(columns)) if columns else None
-    return Data(_Rows(found, None, None), call, (), said, _padded)
+    return Data(_Rows(found), call, (), said, _padded)
 
 
+@dataclass(frozen=True)
 class _Rows(Dataset[dict[str, Any]]):
     """Rows of a Hugging Face data set; an image is prepared, and named "input"."""
 
-    def __init__(self, rows: Any, image: str | None, prepare: Preparation | None) -> None:
-        self._rows = rows
-        self._image = image
-        self._prepare = prepare
+    rows: Any
+    image: str | None = None
+    prepare: Preparation | None = None
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row: dict[str, Any] = dict(self._rows[index])
-        if self._image is not None and self._prepare is not None:
-            row["input"] = self._prepare(row.pop(self._image).convert("RGB"))
+        row: dict[str, Any] = dict(self.rows[index])
+        if self.image is not None and self.prepare is not None:
+            row["input"] = self.prepare(row.pop(self.image).convert("RGB"))
         return row
 
 
@@ -295,29 +295,25 @@ def preparation(
         raise ArgumentError("--mean and --std go with --image-size")
     if (mean is None) != (std is None):
         raise ArgumentError("--mean and --std go together")
-    return _Resized(size, mean, std)
+    return partial(_resized, side=size, mean=mean, std=std)
 
 
-class _Resized:
-    """Scaled and cut to a square, values in [0, 1], normalised."""
+def _resized(
+    image: Any, side: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Tensor:
+    """An image scaled and cut to a square, values in [0, 1], normalised."""
+    from PIL import Image
 
-    def __init__(
-        self, size: int, mean: Sequence[float] | None, std: Sequence[float] | None
-    ) -> None:
-        self._size = size
-        self._mean = None if mean is None else torch.tensor(mean).view(-1, 1, 1)
-        self._std = None if std is None else torch.tensor(std).view(-1, 1, 1)
+    scale = side / min(image.size)
+    wide, high = (max(side, round(n * scale)) for n in image.size)
+    image = image.resize((wide, high), Image.Resampling.BICUBIC)
+    left, top = (wide - side) // 2, (high - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    if mean is not None and std is not None:
+        pixels = (pixels - _channels(mean)) / _channels(std)
+    return pixels
 
-    def __call__(self, image: Any) -> Tensor:
-        from PIL import Image
 
-        side = self._size
-        scale = side / min(image.size)
-        wide, high = (max(side, round(n * scale)) for n in image.size)
-        image = image.resize((wide, high), Image.Resampling.BICUBIC)
-        left, top = (wide - side) // 2, (high - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        if self._mean is not None and self._std is not None:
-            pixels = (pixels - self._mean) / self._std
-        return pixels
+def _channels(numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers).view(-1, 1, 1)

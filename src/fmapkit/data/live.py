@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -104,20 +105,18 @@ def stream(
     )
 
 
+@dataclass(frozen=True)
 class LiveRows:
     """Rows of a model's maps; a block is a batch of the loader.
 
-    Args:
+    Attributes:
         single: whether there has to be one array only.
     """
 
-    def __init__(
-        self, run: Run, batches: Batches, fingerprint: dict[str, str], single: bool
-    ) -> None:
-        self._single = single
-        self._run = run
-        self._batches = batches
-        self._fingerprint = fingerprint
+    run: Run
+    batches: Batches
+    fingerprint: dict[str, str]
+    single: bool
 
     def sizes(self) -> list[int] | None:
         """Not known before the model has run."""
@@ -125,7 +124,7 @@ class LiveRows:
 
     def blocks(self, wanted: Wanted) -> Iterator[Block]:
         assert callable(wanted)
-        for batch, taken in self._run.over(self._batches.read(wanted)):
+        for batch, taken in self.run.over(self.batches.read(wanted)):
             yield batch.number, self._rows(batch, taken)
 
     def _rows(self, batch: Batch, taken: Taken) -> dict[str, Tensor]:
@@ -134,7 +133,7 @@ class LiveRows:
                 "no map came of the layers asked for; where no nonlinearity follows a layer it has "
                 "no activation: kinds='output' takes what each layer returns"
             )
-        fields = [] if self._single else taken.fields
+        fields = [] if self.single else taken.fields
         every = [(spec.name, spec.per) for spec, _ in taken.arrays]
         every += [(spec.name, spec.per) for spec, _ in fields]
         if len({per for _, per in every}) > 1:
@@ -147,7 +146,7 @@ class LiveRows:
             spec.layer if layers.count(spec.layer) == 1 else spec.name: v
             for spec, v in taken.arrays
         }
-        if self._single and len(rows) > 1:
+        if self.single and len(rows) > 1:
             raise ArgumentError(
                 f"one layer was asked for, and gives {len(rows)} arrays: {listed(rows)}; choose "
                 "with kinds=, or give a list of layers for dicts of rows",
@@ -181,4 +180,4 @@ class LiveRows:
         return out
 
     def describe(self) -> dict[str, Any]:
-        return {**self._fingerprint, "loader": self._batches.describe()}
+        return {**self.fingerprint, "loader": self.batches.describe()}

@@ -67,11 +67,8 @@ class StoredRows:
     def blocks(self, wanted: Wanted) -> Iterator[Block]:
         assert not callable(wanted)
         for number in wanted:
-            yield number, self._block(number)
-
-    def _block(self, number: int) -> dict[str, Tensor]:
-        first, last = self._bounds[number]
-        return {name: array.view(first, last) for name, array in self._arrays.items()}
+            bounds = self._bounds[number]
+            yield number, {name: array.view(*bounds) for name, array in self._arrays.items()}
 
     def pool(self, ids: Tensor) -> Pool:
         """In the store's own memory, where it can be."""
