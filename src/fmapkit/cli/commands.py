@@ -204,8 +204,7 @@ def _inputs(given: list[str], model: nn.Module) -> tuple[list[Any], dict[str, An
 
 def _tensor(text: str) -> Tensor:
     shape, _, name = text.partition(":")
-    dtype = _dtype(name) if name else torch.float32
-    assert dtype is not None
+    dtype = _dtype(name or "float32")
     try:
         sizes = [int(n) for n in shape.split("x")]
     except ValueError:
@@ -217,9 +216,7 @@ def _tensor(text: str) -> Tensor:
     return torch.randint(0, 2, sizes).to(dtype)  # token ids and masks of any model
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
+def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
         raise ArgumentError(f"{name!r} is no torch dtype, such as float32 or int64")
@@ -259,7 +256,7 @@ def _extract(given: argparse.Namespace) -> None:
         kinds=given.kinds,
         pool=given.pool,
         mask=given.mask,
-        dtype=_dtype(given.dtype),
+        dtype=None if given.dtype is None else _dtype(given.dtype),
         keep=data.keep if given.keep is None else given.keep,
         call=data.call,
         stop=given.stop,
