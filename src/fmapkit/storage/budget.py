@@ -40,7 +40,7 @@ class Budget:
             held = store.count()
         if held <= self._max:
             return
-        newest = store.let_go(newest=True)
+        newest = store.let_go(newest=True)[0]
         older = f", with {len(store.passes)} older ones" if store.passes else ""
         raise BudgetError(
             f"the maps of step {newest.step}{older} take {held:,} bytes, more than "

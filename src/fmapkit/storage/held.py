@@ -19,8 +19,6 @@ from fmapkit.torchlib.sharded import alias_of, ends_of, settled
 from fmapkit.torchlib.side_ops import clone, goes_on_from
 from fmapkit.torchlib.transforms import is_shapeless, unholdable
 
-__all__ = ["StoredTensor", "check_all", "unheld"]
-
 
 class StoredTensor:
     """One tensor in memory; several maps may share it."""

@@ -174,7 +174,7 @@ class PassStore:
         """
         new = Pass(step, training)
         while self.keep is not None and len(self.passes) >= self.keep:
-            _, held = self._let_go()
+            _, held = self.let_go()
             if gradually:
                 self._going = deque(held, maxlen=len(held))
                 new.drop = self._going.append
@@ -206,12 +206,8 @@ class PassStore:
                 self._users[storage] += 1
         return self._total
 
-    def let_go(self, newest: bool = False) -> Pass:
-        """Let the oldest pass go, or the newest one."""
-        return self._let_go(newest)[0]
-
-    def _let_go(self, newest: bool = False) -> tuple[Pass, list[Any]]:
-        """And what holds its tensors still."""
+    def let_go(self, newest: bool = False) -> tuple[Pass, list[Any]]:
+        """Let the oldest pass go, or the newest one; and what holds its tensors still."""
         gone = self.passes.pop() if newest else self.passes.popleft()
         for storage, size in (gone.memory or {}).items():
             self._users[storage] -= 1
