@@ -176,9 +176,7 @@ def _no_globs(session: MapSource, layer: str, known: Sequence[str]) -> NoReturn:
 
 
 def _nothing_held(session: MapSource, layer: str) -> NoReturn:
-    known = [
-        m for m in session.missed if m.why is not Reason.NO_CALL_SEEN
-    ]  # which is said here, too
+    known = (m for m in session.missed if m.why is not Reason.NO_CALL_SEEN)  # said here, too
     missed = [f"{m.layer or 'the model'}: {m.reason}" for m in known]
     why = f"; missed: {listed(missed)}" if missed else ""
     if not session.steps:
@@ -231,8 +229,8 @@ def _ambiguous(layer: str, kind: str | None, found: Sequence[Found]) -> Ambiguou
         choices.append("(" + ", ".join(f"{name}={value!r}" for name, value in says.items()) + ")")
         candidates.append({"layers": e.origin.name, "step": at.step, "path": e.path, **means})
     asked = f"maps[{layer!r}]" if kind is None else f"maps[{layer!r}, {kind!r}]"
-    tells = (k for k in ("call", "path", "nonlinearity", "kind") if _differ(candidates, k))
-    by = next(tells, "call")
+    tags = ("call", "path", "nonlinearity", "kind")
+    by = next((k for k in tags if len({c.get(k) for c in candidates}) > 1), "call")
     return AmbiguousMapError(
         f"{asked} could mean {len(found)} maps: {', '.join(choices[:8])}"
         f"{', …' if len(choices) > 8 else ''}; choose with maps.select(layers={layer!r}, {by}=…)",
@@ -240,7 +238,3 @@ def _ambiguous(layer: str, kind: str | None, found: Sequence[Found]) -> Ambiguou
         kind=kind,
         candidates=candidates,
     )
-
-
-def _differ(candidates: Sequence[dict[str, Any]], key: str) -> bool:
-    return len({candidate.get(key) for candidate in candidates}) > 1

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fmapkit.errors import ArgumentError, DistributedError
@@ -43,8 +44,6 @@ def gather(
         dst: the rank that gets the result; None for all.
         asked: the look-up, for messages.
     """
-    import torch.distributed as dist
-
     if not (dist.is_available() and dist.is_initialized()):
         raise DistributedError(
             f"gather({asked}) puts the maps of several ranks together, and torch.distributed is "
@@ -77,8 +76,6 @@ def gather(
 
 def _check(found: FeatureMap, dim: int, dst: int | None, group: Any) -> None:
     """What can be wrong with the question, or with this rank's map."""
-    import torch.distributed as dist
-
     members = dist.get_process_group_ranks(group or dist.group.WORLD)
     if dst is not None and (isinstance(dst, bool) or dst not in members):
         raise ArgumentError(f"dst must be a rank of the group ({members}), or None, not {dst!r}")
@@ -136,8 +133,6 @@ def _exchange(
     Bytes travel, so that it works for every dtype, padded to the longest part: not every backend
     gathers tensors of different sizes.
     """
-    import torch.distributed as dist
-
     sizes = [torch.Size(p.shape).numel() * tensor.element_size() for p in parts]
     if not max(sizes):
         return [tensor.new_empty(p.shape) for p in parts]
@@ -162,8 +157,6 @@ def _exchange(
 
 def _device(tensor: Tensor, group: Any) -> torch.device:
     """Where the group's backend can take it from."""
-    import torch.distributed as dist
-
     backends = dist.get_backend_config(group)  # "cpu:gloo,cuda:nccl"
     able = [pair.partition(":")[0] for pair in backends.split(",")]
     if tensor.device.type in able or "cuda" not in able:
