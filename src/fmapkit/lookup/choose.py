@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NoReturn
 
 from fmapkit.errors import (
@@ -44,7 +44,9 @@ def choose(
         check_kind(kind)
     if training is not None and not isinstance(training, bool):
         raise ArgumentError(f"training must be True, False or None, not {training!r}")
-    chosen = None if layers is None else _chosen(source, layers)
+    chosen = None if layers is None else LayerSelection(source.names, layers)
+    if chosen is not None:
+        _check_held(chosen, source)
     asked = (kind, pass_number(source, step), training, call, nonlinearity, path)
     for at, entry in every(source):
         its = (entry.kind, at.step, at.training, entry.origin.call, entry.sigma, entry.path)
@@ -59,15 +61,6 @@ def choose(
             yield found[filter]
 
 
-def _chosen(source: MapSource, layers: Any) -> LayerSelection:
-    chosen = LayerSelection(source.names, layers)
-    if isinstance(source, KeptSession):
-        _check_only_names(chosen)
-    labels: dict[str, None] = dict.fromkeys(e.origin.name for _, e in every(source))
-    _check_held(chosen, source.names, list(labels), source.wants.layer)
-    return chosen
-
-
 def pass_number(source: MapSource, step: int | None) -> int | None:
     """A pass by its number; -1 is the latest of those kept."""
     if step is None or step >= 0:
@@ -79,26 +72,26 @@ def pass_number(source: MapSource, step: int | None) -> int | None:
 # -- the mistakes that would give an empty list ------------------------------------------------
 
 
-def _check_held(
-    chosen: LayerSelection, names: Names, labels: Collection[str], wanted: Callable[[str], bool]
-) -> None:
+def _check_held(chosen: LayerSelection, source: MapSource) -> None:
     """Whether each name and pattern of a selection means something that has maps.
 
     A module, a type or a callable may mean nothing; and a layer may be one that did not run.
-
-    Args:
-        wanted: whether a layer was asked for in the capture.
-
-    Raises:
-        UnknownLayerError: one means no layer, or only modules that have no map of their own.
     """
+    for selector in chosen.matched if isinstance(source, KeptSession) else ():
+        if not isinstance(selector.given, (str, re.Pattern)) and not by_name(selector.given):
+            raise ArgumentError(
+                f"layers={selector!r}: maps that were loaded or copied have no modules any more; "
+                "select them by name, glob, regex, or a callable of the name alone"
+            )
+    names = source.names
+    labels = list(dict.fromkeys(e.origin.name for _, e in every(source)))
     for selector, matched in chosen.matched.items():
         if not isinstance(selector.given, (str, re.Pattern)):
             continue
         if any(chosen.fits(label, [selector]) for label in labels):
             continue
         of_layers = [names.of(m) for m in matched if layer_axis(m) is not None]
-        if any(map(wanted, of_layers)):
+        if any(map(source.wants.layer, of_layers)):
             continue
         if of_layers:
             raise UnknownLayerError(
@@ -111,20 +104,6 @@ def _check_held(
             _check_known(selector, names, labels)
         elif labels:
             _no_filters(selector, labels, [names.of(module) for module in matched])
-
-
-def _check_only_names(chosen: LayerSelection) -> None:
-    """Refuse selectors that look at the modules themselves, where these are gone.
-
-    Raises:
-        ArgumentError: there is one.
-    """
-    for selector in chosen.matched:
-        if not isinstance(selector.given, (str, re.Pattern)) and not by_name(selector.given):
-            raise ArgumentError(
-                f"layers={selector!r}: maps that were loaded or copied have no modules any more; "
-                "select them by name, glob, regex, or a callable of the name alone"
-            )
 
 
 def _check_known(selector: Selector, names: Names, labels: Collection[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fmapkit.errors import ArgumentError, FilterRangeError, check_kind, listed
+from fmapkit.errors import ArgumentError, FilterRangeError, check_kind, is_int, listed
 from fmapkit.kinds import KINDS
 
 
@@ -65,11 +65,11 @@ def indices(value: Any, argument: str = "filters") -> tuple[int, ...]:
     Raises:
         ArgumentError: it is neither.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
+    if is_int(value):
         return (value,)
-    if isinstance(value, (Sequence, range, set)) and not isinstance(value, str):
+    if isinstance(value, (Sequence, set)) and not isinstance(value, str):
         found = tuple(value)
-        if found and all(isinstance(v, int) and not isinstance(v, bool) for v in found):
+        if found and all(map(is_int, found)):
             return found
     raise ArgumentError(
         f"{argument} must be an int, several ints, a range, or a dict of layer -> these, "
