@@ -87,12 +87,12 @@ def _codes(panel: dict[str, Any]) -> np.ndarray[Any, Any]:
 def test_codes_are_within_half_a_step_and_zero_is_exact(
     values: np.ndarray[Any, Any], signed: bool
 ) -> None:
-    found = quantised(values, signed=signed)
+    codes, zero, step = quantised(values, signed=signed)
     finite = np.isfinite(values)
-    assert ((found.codes > 0) == finite).all()
+    assert ((codes > 0) == finite).all()
     # In units of the largest, so that the check itself does not overflow.
     unit = max(np.abs(values[finite]).max(initial=0.0), 1e-300)
-    back = (found.codes.astype(float) - found.zero) * (found.step / unit)
+    back = (codes.astype(float) - zero) * (step / unit)
     off = np.abs(back - np.where(finite, values, 0.0) / unit)[finite]
     spread = (max(values[finite].max(initial=0), 0) / unit) - (
         min(values[finite].min(initial=0), 0) / unit
@@ -101,7 +101,7 @@ def test_codes_are_within_half_a_step_and_zero_is_exact(
         spread = 2.0
     assert (off <= spread / (LEVELS - 1) / 2 + 1e-9).all()
     assert (back[finite & (values == 0)] == 0).all()
-    assert 1 <= found.zero <= 255
+    assert 1 <= zero <= 255
 
 
 def test_a_png_is_read_back_by_somebody_else() -> None:

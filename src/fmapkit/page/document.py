@@ -91,8 +91,7 @@ def write_maps(
     sections.append(_table(maps))
     sections += map_sections(found, sample, max_filters, max_side, grid)
     sections += analysis_sections(analyses)
-    step = found[0].step
-    subtitle = f"sample {sample} of step {step}"
+    subtitle = f"sample {sample} of step {found[0].step}"
     return _write(path, title or "Feature maps", subtitle, sections)
 
 

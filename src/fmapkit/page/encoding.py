@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,28 +12,20 @@ import numpy as np
 LEVELS = 254  # steps between the lowest and the highest value; code 0 is kept for "not finite"
 
 
-@dataclass(frozen=True, slots=True)
-class Quantised:
-    """Values in eight bits: of a code c > 0, the value is (c - zero) * step; code 0 is no number.
-
-    Attributes:
-        codes: uint8, of the shape of the values.
-        zero: the code of the value 0, which is met exactly.
-        step: between two codes; no value is further than half of it from what its code says.
-    """
-
-    codes: np.ndarray[Any, Any]
-    zero: int
-    step: float
-
-
-def quantised(values: np.ndarray[Any, Any], *, signed: bool) -> Quantised:
-    """Floating-point values on one scale, in which 0 is exactly a code.
+def quantised(
+    values: np.ndarray[Any, Any], *, signed: bool
+) -> tuple[np.ndarray[Any, Any], int, float]:
+    """Floating-point values in eight bits: of a code c > 0, the value is (c - zero) * step.
 
     Args:
         values: of any shape, float64.
         signed: the scale is symmetric, with 0 in its middle; else it goes from the lowest value (or
             0) to the highest (or 0).
+
+    Returns:
+        The codes, uint8, of the shape of the values, 0 where one is no number; `zero`, the code of
+        the value 0, which is met exactly; and `step`, half of which no value is further from what
+        its code says.
     """
     finite = np.isfinite(values)
     some = values[finite]
@@ -46,13 +37,13 @@ def quantised(values: np.ndarray[Any, Any], *, signed: bool) -> Quantised:
     # A difference of the largest floats would overflow.
     step = high / LEVELS - low / LEVELS
     if step == 0.0:
-        return Quantised(np.where(finite, 1, 0).astype(np.uint8), 1, 0.0)
+        return np.where(finite, 1, 0).astype(np.uint8), 1, 0.0
     if 0 < -low / step < LEVELS and not signed:
         # 0 falls between two codes: one more step takes it to one of them.
         step = high / (LEVELS - 1) - low / (LEVELS - 1)
     zero = 1 + int(np.ceil(-low / step - 1e-9))
     codes = np.rint(np.where(finite, values, 0.0) / step) + zero
-    return Quantised(np.where(finite, codes, 0).astype(np.uint8), zero, step)
+    return np.where(finite, codes, 0).astype(np.uint8), zero, step
 
 
 def packed(values: np.ndarray[Any, Any]) -> str:

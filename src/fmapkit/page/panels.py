@@ -90,23 +90,12 @@ def number_panel(
     form: Form,
     *,
     signed: bool,
-    facts: tuple[Fact, ...] = (),
     **more: Any,
 ) -> Panel:
     """A panel of numbers, (filters, height, width), on one scale."""
-    found = quantised(values, signed=signed)
-    return Panel(
-        heading,
-        note,
-        labels,
-        found.codes,
-        form,
-        "signed" if signed else "positive",
-        facts,
-        found.step,
-        found.zero,
-        **more,
-    )
+    codes, zero, step = quantised(values, signed=signed)
+    colours: Colours = "signed" if signed else "positive"
+    return Panel(heading, note, labels, codes, form, colours, step=step, zero=zero, **more)
 
 
 def _number(value: float) -> float | str:
