@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fmapkit._lazy import needed
-from fmapkit.integrations.reading import Readings, together
+from fmapkit.integrations.reading import Readings, readings
 
 
 class Log(ABC):
@@ -26,7 +26,13 @@ class Log(ABC):
             ArgumentError: nothing is known of what there is to log of one of them.
         """
         several = isinstance(analyses, Iterable) and not hasattr(analyses, "update")
-        self.put(together(analyses if several else [analyses]), step)
+        known = Readings()
+        for analysis in analyses if several else [analyses]:
+            one = readings(analysis)
+            known.scalars.update(one.scalars)
+            known.histograms.update(one.histograms)
+            known.texts.update(one.texts)
+        self.put(known, step)
 
     @abstractmethod
     def put(self, readings: Readings, step: int) -> None:
@@ -62,8 +68,7 @@ class TensorBoardLog(Log):
         for name, value in readings.scalars.items():
             self._writer.add_scalar(self._prefix + name, value, step)
         for name, found in readings.histograms.items():
-            count = int(found.counts.sum())
-            mean, std = found.mean, found.std
+            count, mean, std = int(found.counts.sum()), found.mean, found.std
             self._writer.add_histogram_raw(
                 self._prefix + name,
                 min=float(found.edges[0]),
@@ -116,9 +121,8 @@ class WandbLog(Log):
             raise RuntimeError("WandbLog: no run is open; call wandb.init() first, or give a run")
         entry: dict[str, Any] = {self._prefix + n: v for n, v in readings.scalars.items()}
         for name, found in readings.histograms.items():
-            counts, edges = found.counts.tolist(), found.edges.tolist()
-            drawn = self._wandb.Histogram(np_histogram=(counts, edges))
-            entry[self._prefix + name] = drawn
+            drawn = (found.counts.tolist(), found.edges.tolist())
+            entry[self._prefix + name] = self._wandb.Histogram(np_histogram=drawn)
         entry.update({self._prefix + n: t for n, t in readings.texts.items()})
         key = f"{self._prefix}step"
         if self._defined[0] is not run:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import Any
@@ -65,17 +64,6 @@ def readings(analysis: Any) -> Readings:
     )
 
 
-def together(analyses: Iterable[Any]) -> Readings:
-    """Those of several analyses."""
-    all_of = Readings()
-    for analysis in analyses:
-        one = readings(analysis)
-        all_of.scalars.update(one.scalars)
-        all_of.histograms.update(one.histograms)
-        all_of.texts.update(one.texts)
-    return all_of
-
-
 def _name(s: Any, count: int) -> str:
     """A layer's, with σ where there are several of it."""
     return (s.layer + s.path or "(model)") + (f" {s.nonlinearity}" if count > 1 else "")
@@ -133,7 +121,7 @@ def _end(extreme: float, edge: float, side: int) -> float:
 @readings.register
 def _(analysis: DeadFilters) -> Readings:
     result = Readings()
-    dead, filters = 0, 0
+    dead = filters = 0
     for s in analysis:
         name = _name(s, len(analysis.select(s.layer, path=s.path)))
         count = int(s.dead.sum())

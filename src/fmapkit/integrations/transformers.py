@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 from fmapkit.integrations.watching import Watching
@@ -52,12 +51,7 @@ class TransformersCallback(Watching, TrainerCallback):  # type: ignore[misc]
     def __enter__(self) -> TransformersCallback:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -- the Trainer's hooks -------------------------------------------------------------------
