@@ -154,10 +154,7 @@ class Writer:
 
     def unit(self, number: int, start: int) -> Unit:
         """An empty unit, in buffers that are used again."""
-        try:
-            spare = self._spare.get_nowait()
-        except queue.Empty:
-            spare = None
+        spare = None if self._spare.empty() else self._spare.get()
         return Unit(number, start, self._manifest, spare)
 
     def put(

@@ -21,7 +21,7 @@ from torch import Tensor
 from fmapkit.data._arrays import StoredArray
 from fmapkit.data._fingerprint import differences
 from fmapkit.data._pool import NO_ROWS, Pool, Slots, Views
-from fmapkit.errors import ArgumentError, check_positive
+from fmapkit.errors import ArgumentError, check_positive, is_int
 
 Wanted = Sequence[int] | Callable[[int], bool]
 Block = tuple[int, dict[str, Tensor]]  # its number, and the same rows of each array
@@ -122,7 +122,7 @@ class RowLoader:
                 f"buffer={buffer} is less than two batches of {batch} rows: half of it is drawn "
                 "before it is filled again"
             )
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if not is_int(seed):
             raise ArgumentError(f"seed must be an int, not {seed!r}")
         joined = dist.is_available() and dist.is_initialized()
         self._rank = rank if rank is not None else dist.get_rank() if joined else 0

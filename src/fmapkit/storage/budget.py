@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
-from fmapkit.errors import ArgumentError, BudgetError
+from fmapkit.errors import ArgumentError, BudgetError, is_int
 from fmapkit.storage.passes import PassStore
 
 Policy = Literal["error", "oldest"]
@@ -22,7 +22,7 @@ class Budget:
     """
 
     def __init__(self, max_bytes: Any, when_full: Policy = "error") -> None:
-        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
+        if not is_int(max_bytes) or max_bytes < 1:
             raise ArgumentError(f"max_bytes must be a positive int (bytes), not {max_bytes!r}")
         self._max = max_bytes
         self._policy = when_full
@@ -52,13 +52,7 @@ class Budget:
 
 
 def policy(when_full: Any) -> Policy:
-    """A policy as it was given.
-
-    Raises:
-        ArgumentError: it is neither.
-    """
-    if when_full == "error":
-        return "error"
-    if when_full == "oldest":
-        return "oldest"
+    """A policy as it was given; an error where it is neither."""
+    if when_full in get_args(Policy):
+        return cast("Policy", when_full)
     raise ArgumentError(f"when_full must be 'error' or 'oldest', not {when_full!r}")
