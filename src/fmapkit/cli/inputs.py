@@ -70,11 +70,9 @@ def open_data(
         if found:
             samples = ImageFolder(place, found, prepare())
             keep = ("path", "label") if samples.labels else ("path",)
-            said = f"{len(found):,} images" + (
-                f" of {len(samples.labels)} labels: {listed(samples.labels)}"
-                if samples.labels
-                else ""
-            )
+            said = f"{len(found):,} images"
+            if samples.labels:
+                said += f" of {len(samples.labels)} labels: {listed(samples.labels)}"
             return Data(samples, call_input, keep, said, _stacked)
         if arrays := sorted(place.glob("*.npy")):
             return _arrays(arrays)

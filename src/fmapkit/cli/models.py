@@ -20,11 +20,7 @@ FORMS = "timm:NAME, torchvision:NAME, transformers:NAME_OR_FOLDER or package.mod
 
 
 def options_of(given: Sequence[str]) -> dict[str, Any]:
-    """`key=value` pairs, with values as Python literals, else as text.
-
-    Raises:
-        ArgumentError: one has no `=`.
-    """
+    """`key=value` pairs, with values as Python literals, else as text."""
     options = {}
     for pair in given:
         key, equals, value = pair.partition("=")

@@ -241,11 +241,7 @@ def _numpy(values: Any) -> np.ndarray[Any, Any]:
 def save_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], tags: Mapping[str, str]
 ) -> Path:
-    """Write tensors to a file.
-
-    Raises:
-        ImportError: safetensors is not installed.
-    """
+    """Write tensors to a file."""
     says = "to_safetensors needs safetensors: pip install fmapkit[safetensors]"
     dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
     needed("safetensors.torch", says).save_file(dense, str(path), metadata=dict(tags))

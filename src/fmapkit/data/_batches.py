@@ -122,11 +122,7 @@ class Batches:
         }
 
     def first(self) -> Batch:
-        """The first batch, without workers.
-
-        Raises:
-            ArgumentError: there is none.
-        """
+        """The first batch, without workers; an error where there is none."""
         loader = self._of(lambda n: n == 0, workers=False) if self.indexed else self._loader
         for data in loader:
             return Batch(0, 0, data)
@@ -220,11 +216,7 @@ def tensors_of(data: Any) -> Iterator[Tensor]:
 
 
 def first_size(data: Any) -> int:
-    """How many samples a batch has: the length of its first tensor, else of its first list.
-
-    Raises:
-        ArgumentError: it has neither.
-    """
+    """How many samples a batch has: the length of its first tensor, else of its first list."""
     first = next(tensors_of(data), None)
     if first is not None and first.dim():
         return first.shape[0]

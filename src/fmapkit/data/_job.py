@@ -91,11 +91,7 @@ class Job:
     # -- beginning, and going on -------------------------------------------------------------------
 
     def _begun(self) -> Manifest | None:
-        """What an earlier run of the same call has begun; None where nothing is there.
-
-        Raises:
-            StoreMismatchError: something else is there, or nothing may be.
-        """
+        """What an earlier run of the same call has begun; None where nothing is there."""
         found = self.place.manifest()
         if found is None:
             return None

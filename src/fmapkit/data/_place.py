@@ -34,11 +34,7 @@ _ZARR_TAKES = (3, 11)  # of Python's versions; see the extra `data` in pyproject
 
 
 def zarr_module() -> Any:
-    """Zarr.
-
-    Raises:
-        ImportError: it is not installed, or too old, or this Python is.
-    """
+    """Zarr, unless it is not installed or too old, or this Python is."""
     try:
         import zarr
     except ImportError as error:

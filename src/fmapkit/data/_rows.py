@@ -86,11 +86,7 @@ class Rows:
         return self._mask is not None and self._pool is None
 
     def mask_of(self, data: Any) -> Tensor | None:
-        """The mask of a batch, (samples, positions), boolean.
-
-        Raises:
-            ArgumentError: the batch has none, or it is no mask.
-        """
+        """The mask of a batch, (samples, positions), boolean."""
         if self._mask is None:
             return None
         mask = self._mask(data) if callable(self._mask) else _field(data, self._mask, "mask=")
@@ -103,11 +99,7 @@ class Rows:
         return mask != 0
 
     def take(self, maps: Iterable[FeatureMap], data: Any, start: int) -> Taken:
-        """The rows of one batch.
-
-        Raises:
-            ArgumentError: a map has no rows that go with the batch's samples.
-        """
+        """The rows of one batch; an error where a map has none that go with its samples."""
         mask = self.mask_of(data)
         samples = first_size(data)
         if mask is not None and len(mask) != samples:
@@ -315,11 +307,7 @@ def _pooled(
 
 
 def _field(data: Any, key: Any, asked: str) -> Any:
-    """An entry of a batch, by key, index or attribute.
-
-    Raises:
-        ArgumentError: it has no such entry.
-    """
+    """An entry of a batch, by key, index or attribute."""
     if isinstance(data, Mapping):
         if key in data:
             return data[key]
@@ -340,11 +328,7 @@ def _field(data: Any, key: Any, asked: str) -> Any:
 
 
 def check_same(taken: Taken, arrays: Iterable[ArraySpec], fields: Iterable[FieldSpec]) -> None:
-    """Refuse a batch that gave other maps than the first one.
-
-    Raises:
-        StoreError: it did.
-    """
+    """Refuse a batch that gave other maps than the first one."""
     known = {spec.key: spec for spec in arrays}
     given = {spec.key: spec for spec, _ in taken.arrays}
     for key, spec in known.items():

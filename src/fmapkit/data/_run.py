@@ -97,11 +97,7 @@ class Run:
 
 
 def _checked(model: Any) -> nn.Module:
-    """The model that runs.
-
-    Raises:
-        ArgumentError: it is none, or is in training mode.
-    """
+    """The model that runs, in eval mode."""
     check_module("extract", model)
     # The forward of DistributedDataParallel talks to other ranks.
     plain: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
@@ -114,11 +110,7 @@ def _checked(model: Any) -> nn.Module:
 
 
 def _device_of(model: nn.Module, given: Any) -> torch.device:
-    """Where batches go.
-
-    Raises:
-        ArgumentError: the model is elsewhere.
-    """
+    """Where batches go: to the model."""
     tensors = [*model.parameters(), *model.buffers()]
     there = tensors[0].device if tensors else torch.device("cpu")
     if given is None:
@@ -134,9 +126,8 @@ def _device_of(model: nn.Module, given: Any) -> torch.device:
 def _default_call(model: nn.Module, kept: Mapping[str, Any]) -> Callable[[nn.Module, Any], Any]:
     """How a batch goes into the model, where nobody has said it.
 
-    Args:
-        model: whose `forward` says which entries of a dict it takes.
-        kept: fields that are kept beside, which a `forward` with `**kwargs` is not given.
+    Its `forward` says which entries of a dict it takes; one with `**kwargs` is not given those that
+    are kept beside.
     """
     parameters = inspect.signature(model.forward).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

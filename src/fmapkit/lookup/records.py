@@ -33,14 +33,7 @@ def _of(source: MapSource, at: Pass) -> list[Found]:
 
 
 def read(source: MapSource, at: Pass, entry: MapRecord, made: bool = False) -> FeatureMap:
-    """The map of a record, and whether its tensor is one rank's part.
-
-    Args:
-        made: it has just been made, and is shown to an analysis.
-
-    Raises:
-        MapStateError: its memory was written to, or let go.
-    """
+    """The map of a record (see `read_map`), and whether its tensor is one rank's part."""
     if isinstance(entry, KeptEntry):
         return entry.map
     result = read_map(at, entry, made)

@@ -18,11 +18,7 @@ Grid = tuple[int, int] | None
 def map_sections(
     found: Sequence[ReadableMap], sample: int, max_filters: int, max_side: int, grid: Grid
 ) -> list[Section]:
-    """A section for each call of each layer, in the order of execution.
-
-    Raises:
-        ArgumentError: there is no such sample, or no map has the tokens of that grid.
-    """
+    """A section for each call of each layer, in the order of execution."""
     if grid is not None and not any(_of_tokens(fm, grid) for fm in found):
         raise ArgumentError(
             f"grid={grid} takes maps of shape (samples, tokens, filters) with {grid[0] * grid[1]} "

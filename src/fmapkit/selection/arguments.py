@@ -10,11 +10,7 @@ from fmapkit.kinds import KINDS
 
 
 def given_kinds(kinds: Any) -> frozenset[str]:
-    """`kinds=` as it is kept.
-
-    Raises:
-        ArgumentError: there is no such kind.
-    """
+    """`kinds=` as it is kept; an error where there is no such kind."""
     given = (
         [kinds] if isinstance(kinds, str) else list(kinds) if isinstance(kinds, Iterable) else None
     )
@@ -28,11 +24,7 @@ def given_kinds(kinds: Any) -> frozenset[str]:
 
 
 def given_filters(filters: Any) -> Any:
-    """`filters=` as it is kept: None, indices, or a dict of layer -> indices.
-
-    Raises:
-        ArgumentError: it is none of these.
-    """
+    """`filters=` as it is kept: None, indices, or a dict of layer -> indices; else an error."""
     if filters is None:
         return None
     if isinstance(filters, Mapping):
@@ -43,11 +35,7 @@ def given_filters(filters: Any) -> Any:
 
 
 def check_in_range(filters: Iterable[int], count: int, layer: str) -> None:
-    """Whether a layer has these filters.
-
-    Raises:
-        FilterRangeError: it does not have one.
-    """
+    """Refuse filters that a layer does not have."""
     for index in filters:
         if not -count <= index < count:
             raise FilterRangeError(
@@ -60,11 +48,7 @@ def check_in_range(filters: Iterable[int], count: int, layer: str) -> None:
 
 
 def indices(value: Any, argument: str = "filters") -> tuple[int, ...]:
-    """One index or several, as a tuple.
-
-    Raises:
-        ArgumentError: it is neither.
-    """
+    """One index or several, as a tuple; an error where it is neither."""
     if is_int(value):
         return (value,)
     if isinstance(value, (Sequence, set)) and not isinstance(value, str):
