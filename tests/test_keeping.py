@@ -257,6 +257,8 @@ def test_a_copied_map_is_the_same_memory_and_a_deep_copy_is_not() -> None:
     assert copy.deepcopy(fm).tensor.data_ptr() != fm.tensor.data_ptr()
     assert copy.deepcopy(fm[2]).tensor.is_contiguous()
     assert_same(fm[2], copy.deepcopy(fm[2]))
+    for one in (fm, fm[2]):
+        assert_same(one, pickled(one))
 
 
 def test_maps_of_the_graph_are_kept_without_it() -> None:
