@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,40 +19,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fmapkit.data._arrays import StoredArray
+from fmapkit.data._batches import Batch, Batches
 from fmapkit.data._fingerprint import differences
 from fmapkit.data._pool import NO_ROWS, Pool, Slots, Views
-from fmapkit.errors import ArgumentError, check_positive, is_int
+from fmapkit.data._rows import Taken
+from fmapkit.data._run import Run
+from fmapkit.errors import ArgumentError, StoreError, check_positive, is_int, listed
 
+# Of blocks whose sizes are known the numbers, in order; else whether that one is.
 Wanted = Sequence[int] | Callable[[int], bool]
 Block = tuple[int, dict[str, Tensor]]  # its number, and the same rows of each array
 
 
-class RowSource(Protocol):
-    """Where rows come from."""
-
-    def sizes(self) -> list[int] | None:
-        """Rows of each block; None where that is not known before."""
-
-    def blocks(self, wanted: Wanted) -> Iterator[Block]:
-        """Blocks: those of these numbers, in that order, where the sizes are known; else in turn.
-
-        Args:
-            wanted: the numbers, or where the sizes are not known, whether that one is.
-        """
-
-    def pool(self, ids: Tensor) -> Pool:
-        """A buffer that begins with these rows: number of block and row in it, (rows, 2)."""
-
-    def describe(self) -> dict[str, Any]:
-        """What a state has to agree with."""
-
-
 class StoredRows:
-    """Rows of arrays of a store, which have the same number of them.
-
-    Raises:
-        ArgumentError: one is text.
-    """
+    """Rows of arrays of a store, which have the same number of them; a block is a unit."""
 
     def __init__(self, arrays: Mapping[str, StoredArray]) -> None:
         for name, array in arrays.items():
@@ -61,7 +41,8 @@ class StoredRows:
         self._arrays = dict(arrays)
         self._bounds = next(iter(arrays.values())).bounds
 
-    def sizes(self) -> list[int] | None:
+    def sizes(self) -> list[int]:
+        """Rows of each block."""
         return [last - first for first, last in self._bounds]
 
     def blocks(self, wanted: Wanted) -> Iterator[Block]:
@@ -71,7 +52,10 @@ class StoredRows:
             yield number, {name: array.view(*bounds) for name, array in self._arrays.items()}
 
     def pool(self, ids: Tensor) -> Pool:
-        """In the store's own memory, where it can be."""
+        """A buffer that begins with these rows: number of block and row in it, (rows, 2).
+
+        In the store's own memory, where it can be.
+        """
         starts = np.asarray([first for first, _ in self._bounds], np.int64)
         if all(array.mapped for array in self._arrays.values()):
             return Views(ids, starts, self._gather)
@@ -82,8 +66,89 @@ class StoredRows:
         return {name: array.gather(rows) for name, array in self._arrays.items()}
 
     def describe(self) -> dict[str, Any]:
+        """What a state has to agree with."""
         arrays = {n: [list(a.shape), str(a.dtype)] for n, a in self._arrays.items()}
         return {"rows of": arrays, "units": len(self._bounds)}
+
+
+@dataclass(frozen=True)
+class LiveRows:
+    """Rows of a model's maps; a block is a batch of the loader.
+
+    Attributes:
+        single: whether there has to be one array only.
+    """
+
+    run: Run
+    batches: Batches
+    fingerprint: dict[str, str]
+    single: bool
+
+    def sizes(self) -> None:
+        """Not known before the model has run."""
+
+    def blocks(self, wanted: Wanted) -> Iterator[Block]:
+        assert callable(wanted)
+        for batch, taken in self.run.over(self.batches.read(wanted)):
+            yield batch.number, self._rows(batch, taken)
+
+    def _rows(self, batch: Batch, taken: Taken) -> dict[str, Tensor]:
+        if not taken.arrays:
+            raise ArgumentError(
+                "no map came of the layers asked for; where no nonlinearity follows a layer it has "
+                "no activation: kinds='output' takes what each layer returns"
+            )
+        fields = [] if self.single else taken.fields
+        every = [(spec.name, spec.per) for spec, _ in taken.arrays]
+        every += [(spec.name, spec.per) for spec, _ in fields]
+        if len({per for _, per in every}) > 1:
+            raise ArgumentError(
+                "some of these have rows of tokens and some of samples, which do not go together: "
+                + ", ".join(f"{name} ({per})" for name, per in every)
+            )
+        layers = [spec.layer for spec, _ in taken.arrays]
+        rows = {
+            spec.layer if layers.count(spec.layer) == 1 else spec.name: v
+            for spec, v in taken.arrays
+        }
+        if self.single and len(rows) > 1:
+            raise ArgumentError(
+                f"one layer was asked for, and gives {len(rows)} arrays: {listed(rows)}; choose "
+                "with kinds=, or give a list of layers for dicts of rows",
+                candidates=rows,
+            )
+        for spec, values in fields:
+            if spec.dtype == "string":
+                raise ArgumentError(f"keep={spec.name!r} is text, which no batch of rows can hold")
+            rows[spec.name] = torch.from_numpy(values)
+        return rows
+
+    def pool(self, ids: Tensor) -> Pool:
+        """As above, in memory of its own; the model runs again on the batches of these rows."""
+        return Slots(self._take(ids) if len(ids) else {}, ids)
+
+    def _take(self, ids: Tensor) -> dict[str, Tensor]:
+        needed = set(ids[:, 0].tolist())
+        out: dict[str, Tensor] = {}
+        for number, rows in self.blocks(lambda n: n in needed):
+            here = (ids[:, 0] == number).nonzero().squeeze(1)
+            for name, values in rows.items():
+                if name not in out:
+                    out[name] = values.new_empty((len(ids), *values.shape[1:]))
+                picked = values[ids[here, 1].to(values.device)]
+                out[name][here.to(values.device)] = picked
+            needed.discard(number)
+        if needed:
+            raise StoreError(
+                f"the loader does not give batch {min(needed)} any more, which the state needs"
+            )
+        return out
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.fingerprint, "loader": self.batches.describe()}
+
+
+RowSource = StoredRows | LiveRows
 
 
 class RowLoader:
