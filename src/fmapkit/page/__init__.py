@@ -5,10 +5,9 @@ nothing, and runs in any browser of the last years (Chrome 80, Firefox 113, Safa
 
 | file | what it does |
 | --- | --- |
-| `tiles.py` | one sample of a map, set apart by filter and made small enough to draw |
 | `encoding.py` | values as bytes: eight bits each, deflated, base64; pixels as PNG |
 | `panels.py` | what the page draws: sections, panels, tables; and how each is written down |
-| `of_maps.py` | the sections of maps |
+| `of_maps.py` | the sections of maps: one sample, by filter, small enough to draw |
 | `document.py` | the sections of analyses and figures, and the page around all sections |
 | `assets/` | its style and its script |
 """
