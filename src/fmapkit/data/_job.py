@@ -203,7 +203,10 @@ class Job:
             passes: over the batches that are this rank's.
         """
         shown = ranks.size if self.progress and ranks.rank == 0 else 0
-        with _bar(shown, manifest, records) as bar, Writer(self.place, manifest) as writer:
+        with (
+            _bar(shown, manifest, records) as bar,
+            Writer(self.place, manifest, self.run.riding) as writer,
+        ):
             unit: Unit | None = None
             for batch, taken in _on_host(passes, manifest):
                 if unit is None:
@@ -214,17 +217,12 @@ class Job:
                 if bar is not None:
                     bar.update(taken.samples)
                 if manifest.ends_unit(batch.number):
-                    self._put(unit, writer)
+                    writer.put(unit)
                     unit = None
             if unit is not None:
-                self._put(unit, writer)
+                writer.put(unit)
         totals = ranks.gather(self.batches.total)
         ranks.first(lambda: self._finish(manifest, totals))
-
-    def _put(self, unit: Unit, writer: Writer) -> None:
-        riding = self.run.riding
-        beside, stale = riding.beside(unit.number)
-        writer.put(unit, riding.run, riding.absorbed, beside, stale)
 
     def _finish(self, manifest: Manifest, totals: list[int | None]) -> None:
         records = self.place.records()

@@ -21,6 +21,7 @@ import torch
 
 from fmapkit.data._manifest import Manifest, Spec, UnitRecord, as_stored
 from fmapkit.data._place import Place
+from fmapkit.data._riding import Riding
 from fmapkit.data._rows import Taken
 from fmapkit.errors import StoreError
 from fmapkit.storage import Cuda
@@ -145,9 +146,10 @@ class _Stage:
 class Writer:
     """The threads that write units, and commit them, in order."""
 
-    def __init__(self, place: Place, manifest: Manifest) -> None:
+    def __init__(self, place: Place, manifest: Manifest, riding: Riding) -> None:
         self._place = place
         self._manifest = manifest
+        self._riding = riding
         self._spare: queue.SimpleQueue[Blocks] = queue.SimpleQueue()
         self._committing = _Stage("fmapkit-committer")
         self._writing = _Stage("fmapkit-writer")
@@ -157,23 +159,15 @@ class Writer:
         spare = None if self._spare.empty() else self._spare.get()
         return Unit(number, start, self._manifest, spare)
 
-    def put(
-        self,
-        unit: Unit,
-        run: str,
-        absorbed: tuple[str, ...],
-        beside: Mapping[str, bytes],
-        stale: tuple[str, ...],
-    ) -> None:
+    def put(self, unit: Unit) -> None:
         """Have a unit written, and committed; waits while another one does.
 
-        Args:
-            beside: objects that are written before the commit, by path.
-            stale: paths that are removed after it.
+        What the analyses know by now is written before the commit.
 
         Raises:
             StoreError: a unit before could not be written.
         """
+        beside, stale = self._riding.beside(unit.number)
         record = UnitRecord(
             unit.number,
             unit.start,
@@ -181,8 +175,8 @@ class Writer:
             unit.rows,
             unit.batches,
             unit.digest,
-            run,
-            absorbed,
+            self._riding.run,
+            self._riding.absorbed,
         )
         with self._told():
             self._committing.check()
