@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fmapkit._lazy import needed
-from fmapkit.data._manifest import ArraySpec, stored_dtype, torch_dtype
+from fmapkit.data._manifest import ArraySpec, torch_dtype
 from fmapkit.data._pieces import Pieces
 from fmapkit.errors import ArgumentError
 from fmapkit.torchlib.memory import as_numpy
@@ -39,7 +39,6 @@ class StoredArray:
         self.name = name
         self._pieces = pieces
         self._row = shape
-        self._stored = None if dtype == "string" else stored_dtype(dtype)
         #: The values' torch type; None for text.
         self.dtype: torch.dtype | None = None if dtype == "string" else torch_dtype(dtype)
 
@@ -56,7 +55,7 @@ class StoredArray:
     @property
     def nbytes(self) -> int:
         """Bytes of all values, before compression; of text 0."""
-        return 0 if self._stored is None else prod(self.shape) * self._stored.itemsize
+        return 0 if self.dtype is None else prod(self.shape) * self.dtype.itemsize
 
     def __len__(self) -> int:
         return len(self._pieces)

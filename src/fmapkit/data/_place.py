@@ -94,10 +94,10 @@ class Place:
                 self.local = Path(to.root)
         else:
             raise ArgumentError(f"to= must be a path, a URL or a Zarr store, not {to!r}")
-        self.said = str(to)
+        self._said = str(to)
 
     def __repr__(self) -> str:
-        return self.said
+        return self._said
 
     # -- what is there ----------------------------------------------------------------------------
 

@@ -29,25 +29,22 @@ class EarlyStop:
 
     Attributes:
         awaited: whether another capture that ends passes still wants something of this one.
+        ended: whether the pass was.
     """
 
     def __init__(self) -> None:
         self.awaited: Callable[[], bool] = bool
         self._wanted: frozenset[Any] | None = None  # by the first complete pass
         self._missing: set[Any] = set()
-        self._ended = False
+        self.ended = False
 
     def begin(self) -> None:
         self._missing = set(self._wanted or ())
-        self._ended = False
+        self.ended = False
 
     def saw(self, entry: MapRecord) -> None:
         """A map is there."""
         self._missing.discard(_tag(entry))
-
-    @property
-    def ended(self) -> bool:
-        return self._ended
 
     @property
     def complete(self) -> bool:
@@ -82,5 +79,5 @@ class EarlyStop:
         """
         if self.awaited():
             return
-        self._ended = True
+        self.ended = True
         raise StoppedError(self)

@@ -177,9 +177,9 @@ class Selection:
 
     def _choose_outputs(self) -> None:
         """Of which modules to hold what they return, of those that the model has by now."""
-        self.asked_outputs = self.outputs = self._outputs(self._names, self.asked_kinds)
+        self.asked_outputs = self.outputs = self._outputs(self.asked_kinds)
         if self._check is not None and not self._check.compiled:
-            self.outputs = self._outputs(self._names, self.kinds)
+            self.outputs = self._outputs(self.kinds)
         elif self._check is not None:
             whole = {self._names.model} if self._selection is None else set()
             self.outputs = self.asked_outputs | whole
@@ -237,14 +237,14 @@ class Selection:
             return self._names.by_name.get(layer) in self.asked_outputs
         return kind in self.asked_kinds
 
-    def _outputs(self, names: Names, kinds: frozenset[str]) -> set[nn.Module]:
+    def _outputs(self, kinds: frozenset[str]) -> set[nn.Module]:
         """The modules whose output is wanted.
 
         Where a selector matches no filter layer, what is meant is what the modules return.
         """
         asked = "output" in kinds
         if self._selection is None:
-            return set(names.by_module) - names.wrappers if asked else set()
+            return set(self._names.by_module) - self._names.wrappers if asked else set()
         named = "attention" not in kinds  # else the modules are named for that
         return {
             module
