@@ -7,8 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,7 @@ from tests.data.kills import (
     Job,
     check,
     expected,
+    fork,
     forked,
     model,
 )
@@ -50,22 +51,15 @@ def _port() -> int:
 
 def ranks(size: int, work: Callable[[int], object]) -> list[int]:
     """Run work as so many ranks, with what torchrun would set; returns how each ended."""
-    port, pids = _port(), []
-    for rank in range(size):
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                setting = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank}
-                os.environ.update({key: str(value) for key, value in setting.items()})
-                os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-                work(rank)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        pids.append(pid)
+    port = _port()
+
+    def one(rank: int) -> None:
+        setting = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in setting.items()})
+        os.environ["MASTER_ADDR"] = "localhost"
+        work(rank)
+
+    pids = [fork(partial(one, rank)) for rank in range(size)]
     return [os.waitpid(pid, 0)[1] for pid in pids]
 
 

@@ -231,58 +231,48 @@ def test_before_any_pass(net: nn.Module) -> None:
         maps["conv1"]
 
 
-def test_unknown_layer(net: nn.Module, x: Tensor) -> None:
+@pytest.mark.parametrize(
+    ("options", "key", "error", "match"),
+    [
+        ({}, "conv9", UnknownLayerError, says("conv9", "did you mean", "'conv1'")),
+        ({}, ("conv9", "preactivation"), KeyError, "conv9"),
+        ({"layers": "conv1"}, "conv2", UnknownLayerError, says("conv2", "not selected", "'conv1'")),
+        ({}, "relu", MapLookupError, says("relu", "output")),  # no layer
+        ({}, "fc", NoActivationError, says("fc", "no nonlinearity", "preactivation")),
+        ({}, ("fc", "activation"), NoActivationError, "fc"),
+        (
+            {"kinds": "activation"},
+            ("conv1", "preactivation"),
+            KindNotCapturedError,
+            says("preactivation", "kinds", "conv1", "'activation'"),
+        ),
+        (
+            {"kinds": "preactivation"},
+            ("conv1", "activation"),
+            KindNotCapturedError,
+            says("activation", "kinds"),
+        ),
+        ({}, ("conv1", "activaton"), FmapkitError, says("activaton", "'activation'")),
+        *(
+            ({}, key, MapLookupError, "layer")
+            for key in (3, None, (), ("conv1", "activation", 1, 2), (1, "activation"))
+        ),
+    ],
+)
+def test_look_ups(
+    net: nn.Module, x: Tensor, options: Any, key: Any, error: type[Exception], match: str
+) -> None:
+    with capture(net, **options) as maps:
+        net(x)
+        with pytest.raises(error, match=match):
+            maps[key]
+
+
+def test_what_is_there_and_what_is_selected(net: nn.Module, x: Tensor) -> None:
     with capture(net) as maps:
         net(x)
-        with pytest.raises(UnknownLayerError, match=says("conv9", "did you mean", "'conv1'")):
-            maps["conv9"]
-        with pytest.raises(KeyError, match="conv9"):
-            maps["conv9", "preactivation"]
         assert "conv9" not in maps
         assert "conv1" in maps
-
-
-def test_layer_that_was_not_selected(net: nn.Module, x: Tensor) -> None:
-    with capture(net, layers="conv1") as maps:
-        net(x)
-        with pytest.raises(UnknownLayerError, match=says("conv2", "not selected", "'conv1'")):
-            maps["conv2"]
-
-
-def test_a_module_that_is_no_layer(net: nn.Module, x: Tensor) -> None:
-    with capture(net) as maps:
-        net(x)
-        with pytest.raises(MapLookupError, match=says("relu", "output")):
-            maps["relu"]
-
-
-def test_no_activation(net: nn.Module, x: Tensor) -> None:
-    with capture(net) as maps:
-        net(x)
-        with pytest.raises(NoActivationError, match=says("fc", "no nonlinearity", "preactivation")):
-            maps["fc"]
-        with pytest.raises(NoActivationError):
-            maps["fc", "activation"]
-
-
-def test_kind_that_was_not_asked_for(net: nn.Module, x: Tensor) -> None:
-    with capture(net, kinds="activation") as maps:
-        net(x)
-        with pytest.raises(
-            KindNotCapturedError, match=says("preactivation", "kinds", "conv1", "'activation'")
-        ):
-            maps["conv1", "preactivation"]
-    with capture(net, kinds="preactivation") as maps:
-        net(x)
-        with pytest.raises(KindNotCapturedError, match=says("activation", "kinds")):
-            maps["conv1", "activation"]
-
-
-def test_unknown_kind_in_a_lookup(net: nn.Module, x: Tensor) -> None:
-    with capture(net) as maps:
-        net(x)
-        with pytest.raises(FmapkitError, match=says("activaton", "'activation'")):
-            maps["conv1", "activaton"]
         with pytest.raises(ArgumentError, match=says("activaton", "'activation'")):
             maps.select(kind="activaton")
 
@@ -339,14 +329,6 @@ def test_a_filter_of_a_filter(net: nn.Module, x: Tensor) -> None:
         net(x)
         with pytest.raises(FilterRangeError, match=says("filter 2")):
             maps["conv1"][2][0]
-
-
-@pytest.mark.parametrize("key", [3, None, (), ("conv1", "activation", 1, 2), (1, "activation")])
-def test_keys_of_no_allowed_form(net: nn.Module, x: Tensor, key: Any) -> None:
-    with capture(net) as maps:
-        net(x)
-        with pytest.raises(MapLookupError, match="layer"):
-            maps[key]
 
 
 # -- maps that are no longer what they were -------------------------------------------------------

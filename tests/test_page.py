@@ -73,6 +73,12 @@ def _codes(panel: dict[str, Any]) -> np.ndarray[Any, Any]:
     return np.frombuffer(raw, np.uint8).reshape(panel["shape"])
 
 
+def _assert_shows(panel: dict[str, Any], truth: np.ndarray[Any, Any]) -> None:
+    """Each value, to half a step."""
+    back = (_codes(panel).astype(float) - panel["zero"]) * panel["step"]
+    assert np.abs(back - truth).max() <= panel["step"] / 2 * (1 + 1e-9)
+
+
 # -- values ------------------------------------------------------------------------------------
 
 
@@ -136,8 +142,7 @@ def test_the_page_holds_each_map_in_order(
             if section["name"] == "tokens":
                 sample = sample.T  # filters lie along the last axis
             truth = sample.double().numpy().reshape(panel["shape"])
-            back = (_codes(panel).astype(float) - panel["zero"]) * panel["step"]
-            assert np.abs(back - truth).max() <= panel["step"] / 2 * (1 + 1e-9)
+            _assert_shows(panel, truth)
             facts = dict(panel["facts"])
             flat = truth.reshape(len(truth), -1)
             assert facts["max"] == [float(f"{v:.6g}") for v in flat.max(1)]
@@ -163,8 +168,7 @@ def test_large_images_are_means_and_weak_filters_are_left_out_and_said(tmp_path:
     # Rows 0–2, 3–5, 6–8, 9–10; columns in pairs.
     truth = torch.stack([whole[:, r : r + 3].mean(1) for r in (0, 3, 6, 9)], 1)
     truth = truth.view(3, 4, 4, 2).mean(-1)
-    back = (_codes(a).astype(float) - a["zero"]) * a["step"]
-    assert np.abs(back - truth.numpy()).max() <= a["step"] / 2 * (1 + 1e-9)
+    _assert_shows(a, truth.numpy())
     assert dict(a["facts"])["max"] == [float(f"{v:.6g}") for v in whole.flatten(1).amax(1)]
 
 
@@ -233,8 +237,7 @@ def test_other_shapes_and_unbatched_maps(
     assert a["note"] == "2 filters" + (", slice 2 of 4" if len(spatial) == 3 else "")
     whole = maps["0"].tensor[(0,) if batch else ...].double()
     middle = whole[:, 2] if len(spatial) == 3 else whole
-    back = (_codes(a).astype(float) - a["zero"]) * a["step"]
-    assert np.abs(back - middle.numpy().reshape(a["shape"])).max() <= a["step"] / 2 * (1 + 1e-9)
+    _assert_shows(a, middle.numpy().reshape(a["shape"]))
 
 
 def test_sparse_and_complex_maps(tmp_path: Path) -> None:
@@ -265,8 +268,7 @@ def test_tokens_as_the_image_that_they_were_cut_from(tmp_path: Path) -> None:
     assert a["note"] == "5 filters, tokens as 4×3 without the first 1"
     assert (a["form"], a["shape"]) == ("image", [5, 4, 3])
     truth = maps["0"].tensor[1, 1:].T.reshape(5, 4, 3).double().numpy()
-    back = (_codes(a).astype(float) - a["zero"]) * a["step"]
-    assert np.abs(back - truth).max() <= a["step"] / 2 * (1 + 1e-9)
+    _assert_shows(a, truth)
     assert _said(maps, tmp_path / "n.html", grid=(4, 4)) == (
         "grid=(4, 4) takes maps of shape (samples, tokens, filters) with 16 tokens or more, and "
         "there is none"

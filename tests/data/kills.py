@@ -162,8 +162,8 @@ def check(job: Job, to: Path, whole: dict[str, list[Tensor]], complete: bool) ->
     return len(units)
 
 
-def forked(work: Callable[[], object], kill_after: float | None = None) -> int:
-    """Do work in a fork of this process, and maybe kill it; returns how it ended."""
+def fork(work: Callable[[], object]) -> int:
+    """Do work in a fork of this process; returns its id."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -174,6 +174,12 @@ def forked(work: Callable[[], object], kill_after: float | None = None) -> int:
             traceback.print_exc()
         finally:
             os._exit(status)
+    return pid
+
+
+def forked(work: Callable[[], object], kill_after: float | None = None) -> int:
+    """The same, and maybe kill it; returns how it ended."""
+    pid = fork(work)
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(pid, signal.SIGKILL)
