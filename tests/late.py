@@ -34,7 +34,7 @@ class Arrival:
 
 
 class Late:
-    """`fmapkit.storage.offload.Device`, with a pause of up to `delay` seconds before each copy."""
+    """`fmapkit.storage.Cuda`, with a pause of up to `delay` seconds before each copy."""
 
     def __init__(self, delay: float, seed: int = 0) -> None:
         self.delay = delay

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fmapkit.missed import NotSupportedError, Reason
 from fmapkit.storage.buffers import Buffers
-from fmapkit.storage.offload import Arrival, Cuda, Device, Offload
+from fmapkit.storage.offload import Arrival, Cuda, Offload
 from fmapkit.torchlib.sharded import is_wrapped
 from fmapkit.torchlib.side_ops import looking, operators_are_counted, runs, select, unseen
 
@@ -154,7 +154,7 @@ class StorageConversion:
         return tensor.is_cuda and device.type == "cpu"
 
     @staticmethod
-    def _carrier(home: torch.device) -> Device:
+    def _carrier(home: torch.device) -> Cuda:
         return Cuda(home)
 
     def _copied(

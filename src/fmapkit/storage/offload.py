@@ -29,18 +29,11 @@ class Arrival(Protocol):
         """Whether it is there, without waiting."""
 
 
-class Device(Protocol):
-    """What is asked of a device; tests put one in its place that is late on purpose."""
-
-    def copy(self, source: Tensor, target: Tensor) -> Arrival:
-        """Copy beside the model's work, after what it has started so far."""
-
-    def wait(self, arrival: Arrival) -> None:
-        """Let what the model starts from here on wait for a copy; Python goes on."""
-
-
 class Cuda:
-    """One CUDA device, with a stream for copies."""
+    """One CUDA device, with a stream for copies.
+
+    Tests put another one in its place, which is late on purpose.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -68,7 +61,7 @@ class Offload:
         limit: how many bytes may be on their way, before the model's work waits for some.
     """
 
-    def __init__(self, device: Device, limit: int = 1 << 28) -> None:
+    def __init__(self, device: Cuda, limit: int = 1 << 28) -> None:
         self._device = device
         self._limit = limit
         self._under_way: deque[tuple[Arrival, int]] = deque()
