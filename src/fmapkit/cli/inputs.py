@@ -23,21 +23,14 @@ Preparation = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class Data:
-    """A data set, and how it goes into a model.
+    """A data set, and how it goes into a model."""
 
-    Attributes:
-        samples: by number; each a dict.
-        call: `call(model, batch)`; None where entries go by the names of the model's arguments.
-        keep: what is kept beside, unless something else is asked for.
-        said: what was found, for people.
-        collate: puts samples into a batch.
-    """
-
-    samples: Dataset[dict[str, Any]]
+    samples: Dataset[dict[str, Any]]  # by number; each a dict
+    # `call(model, batch)`; None where entries go by the names of the model's arguments
     call: Callable[[nn.Module, Any], Any] | None
-    keep: tuple[str, ...]
-    said: str
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    keep: tuple[str, ...]  # what is kept beside, unless something else is asked for
+    said: str  # what was found, for people
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]  # puts samples into a batch
 
 
 def open_data(

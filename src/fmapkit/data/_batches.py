@@ -32,17 +32,11 @@ _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One of a loader's batches.
+    """One of a loader's batches."""
 
-    Attributes:
-        number: in the order of the loader, from 0.
-        start: number of its first sample.
-        data: what the loader gave.
-    """
-
-    number: int
-    start: int
-    data: Any
+    number: int  # in the order of the loader, from 0
+    start: int  # number of its first sample
+    data: Any  # what the loader gave
 
 
 class Batches:
@@ -50,15 +44,6 @@ class Batches:
 
     Args:
         loader: any iterable of batches that can be iterated again.
-
-    Attributes:
-        indexed: whether single batches can be asked for.
-        total: how many batches there are, after `read` has come to the end.
-        batch_size: samples of each batch but the last; None where that is not certain.
-        samples: of the data set; None where that is not certain.
-
-    Raises:
-        ArgumentError: `loader` is no iterable of batches.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -78,16 +63,17 @@ class Batches:
                 "run can go on"
             )
         self._loader = loader
-        self.total: int | None = None  # how many batches there are, once they have been counted
+        self.total: int | None = None  # batches, after `read` has come to the end
         dataset = getattr(loader, "dataset", None)
         sampler: Any = getattr(loader, "batch_sampler", None)
-        # A subclass may do anything in __iter__, so it is taken as it is.
+        # Whether single batches can be asked for: a subclass may do anything in __iter__.
         self.indexed = (
             type(loader) is DataLoader
             and not isinstance(dataset, IterableDataset)
             and sampler is not None
         )
         plain = self.indexed and type(sampler) is BatchSampler
+        # Of each batch but the last, and of the data set; None where that is not certain.
         self.batch_size: int | None = sampler.batch_size if plain else None
         self.samples: int | None = None
         if plain and hasattr(sampler.sampler, "__len__"):

@@ -37,23 +37,17 @@ Passes = Iterable[tuple[Batch, Taken]]
 
 @dataclass(frozen=True)
 class Job:
-    """One call of `extract`, its arguments checked.
-
-    Attributes:
-        asked: the call, described: the store has to be of the same one.
-        resume: whether to go on with what is there.
-        check: whether to compare what the loader gives with what it gave before.
-    """
+    """One call of `extract`, its arguments checked."""
 
     run: Run
     place: Place
     batches: Batches
-    asked: Mapping[str, Any]
+    asked: Mapping[str, Any]  # the call, described: the store has to be of the same one
     layers: Any
     kinds: Any
     batches_per_commit: int | None
-    resume: bool
-    check: bool
+    resume: bool  # whether to go on with what is there
+    check: bool  # whether to compare what the loader gives with what it gave before
     progress: bool
 
     def extract(self, ranks: Ranks) -> None:

@@ -32,15 +32,10 @@ _ADDRESSES = 2**45  # bytes of them for one array: a quarter of what a process h
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Joined:
-    """Rows of files as one array.
+    """Rows of files as one array."""
 
-    Attributes:
-        rows: all of them, and what lies between the files, which nobody must read.
-        starts: where in `rows` the first row of each file is.
-    """
-
-    rows: NdArray
-    starts: NdArray
+    rows: NdArray  # all of them, and what lies between the files, which nobody must read
+    starts: NdArray  # where in `rows` the first row of each file is
 
 
 def join(

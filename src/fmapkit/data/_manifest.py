@@ -56,33 +56,19 @@ def from_json(kind: type[_T], given: Mapping[str, Any]) -> _T:
 
 @dataclass(frozen=True, slots=True)
 class ArraySpec:
-    """One kind of map of one layer.
+    """One kind of map of one layer."""
 
-    Attributes:
-        layer: name of the layer; "" is the model itself.
-        kind: one of the five kinds.
-        call: which call of the layer.
-        path: place in a nested output.
-        nonlinearity: σ, or None.
-        nth: which map of that layer, kind, call and path in a pass: two σ on one layer give two.
-        per: whether a row is of one sample, or of one token.
-        shape: of a row.
-        dtype: torch's name of the values' type.
-        filter_axis: axis of the array that counts filters; the rows are axis 0. None if none does.
-        filters: the filters that lie along it; None for all of them.
-    """
-
-    layer: str
-    kind: str
-    call: int
-    path: str
-    nonlinearity: str | None
-    nth: int
-    per: Literal["sample", "token"]
-    shape: tuple[int, ...]
-    dtype: str
-    filter_axis: int | None
-    filters: tuple[int, ...] | None
+    layer: str  # name of the layer; "" is the model itself
+    kind: str  # one of the five kinds
+    call: int  # which call of the layer
+    path: str  # place in a nested output
+    nonlinearity: str | None  # σ, or None
+    nth: int  # which map of that layer, kind, call and path in a pass: two σ on one layer give two
+    per: Literal["sample", "token"]  # whether a row is of one sample, or of one token
+    shape: tuple[int, ...]  # of a row
+    dtype: str  # torch's name of the values' type
+    filter_axis: int | None  # axis of the array that counts filters, where the rows are axis 0
+    filters: tuple[int, ...] | None  # the filters that lie along it; None for all of them
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -139,18 +125,12 @@ class ArraySpec:
 
 @dataclass(frozen=True, slots=True)
 class FieldSpec:
-    """Something of a batch that is kept beside the features.
-
-    Attributes:
-        per: whether a row is of one sample, or of one token.
-        shape: of a row.
-        dtype: NumPy's name of the type; "string" for text.
-    """
+    """Something of a batch that is kept beside the features."""
 
     name: str
-    per: Literal["sample", "token"]
-    shape: tuple[int, ...]
-    dtype: str
+    per: Literal["sample", "token"]  # whether a row is of one sample, or of one token
+    shape: tuple[int, ...]  # of a row
+    dtype: str  # NumPy's name of the type; "string" for text
 
     @property
     def node(self) -> str:
@@ -182,52 +162,31 @@ Spec = ArraySpec | FieldSpec
 
 @dataclass(frozen=True, slots=True)
 class UnitRecord:
-    """What is known of a unit once it is in the store: some batches in a row.
+    """What is known of a unit once it is in the store: some batches in a row."""
 
-    Attributes:
-        unit: its number; unit u is of the batches u * n to (u + 1) * n - 1.
-        start: number of its first sample in the data set.
-        rows: how many rows arrays of tokens have of it; else the same as `samples`.
-        digest: of what the loader gave as its first batch.
-        run: which run wrote it, where running analyses ride along.
-        absorbed: runs before that one, whose analyses it went on with.
-    """
-
-    unit: int
-    start: int
+    unit: int  # its number; unit u is of the batches u * n to (u + 1) * n - 1
+    start: int  # number of its first sample in the data set
     samples: int
-    rows: int
+    rows: int  # how many rows arrays of tokens have of it; else the same as `samples`
     batches: int
-    digest: str
-    run: str = ""
-    absorbed: tuple[str, ...] = ()
+    digest: str  # of what the loader gave as its first batch
+    run: str = ""  # which run wrote it, where running analyses ride along
+    absorbed: tuple[str, ...] = ()  # runs before that one, whose analyses it went on with
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What the root of a store says.
+    """What the root of a store says."""
 
-    Attributes:
-        arrays: in the order of execution.
-        fields: what is kept beside.
-        batches_per_unit: how many batches are written and committed together.
-        batch_size: samples of each batch but the last, where the loader says so.
-        samples: of the data set, where the loader says so.
-        asked: the call, described; another one is refused.
-        first: digest of the first batch.
-        versions: of what made it.
-        complete: whether the data set is all there.
-    """
-
-    arrays: tuple[ArraySpec, ...]
-    fields: tuple[FieldSpec, ...]
-    batches_per_unit: int
-    batch_size: int | None
-    samples: int | None
-    asked: Mapping[str, Any]
-    first: str
-    versions: Mapping[str, str] = field(default_factory=dict)
-    complete: bool = False
+    arrays: tuple[ArraySpec, ...]  # in the order of execution
+    fields: tuple[FieldSpec, ...]  # what is kept beside
+    batches_per_unit: int  # how many batches are written and committed together
+    batch_size: int | None  # samples of each batch but the last, where the loader says so
+    samples: int | None  # of the data set, where the loader says so
+    asked: Mapping[str, Any]  # the call, described; another one is refused
+    first: str  # digest of the first batch
+    versions: Mapping[str, str] = field(default_factory=dict)  # of what made it
+    complete: bool = False  # whether the data set is all there
 
     @property
     def specs(self) -> list[Spec]:

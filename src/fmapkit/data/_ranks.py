@@ -22,15 +22,11 @@ _PATIENCE = timedelta(days=30)
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among those that take part.
-
-    Attributes:
-        group: of gloo; None where there is one process.
-    """
+    """This process among those that take part."""
 
     rank: int
     size: int
-    group: Any
+    group: Any  # of gloo; None where there is one process
 
     def first(self, make: Callable[[], Any]) -> Any:
         """What rank 0 makes, on all ranks; where it fails there, all fail.

@@ -34,10 +34,7 @@ class Riding:
     """Some analyses, in one run.
 
     Args:
-        resumable: whether their state has to be kept.
-
-    Raises:
-        ArgumentError: one is no analysis, or has no state to keep.
+        resumable: whether their state has to be kept: each must have one.
     """
 
     def __init__(self, analyses: Any, resumable: bool) -> None:
@@ -64,11 +61,7 @@ class Riding:
         return [type(analysis).__qualname__ for analysis in self.analyses]
 
     def resume(self, place: Place, records: Mapping[int, UnitRecord], rank: int, size: int) -> None:
-        """Take over what earlier runs have seen; of several ranks, each takes its share of runs.
-
-        Raises:
-            StoreError: several runs would have to be put together, and an analysis cannot.
-        """
+        """Take over what earlier runs have seen; of several ranks, each takes its share of runs."""
         if not self._keeps:
             return
         mine = live_runs(records)[rank::size]

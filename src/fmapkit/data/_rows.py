@@ -28,18 +28,12 @@ _TOKEN_FIELDS = ("sample", "position")
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What one batch gives to the store.
+    """What one batch gives to the store."""
 
-    Attributes:
-        arrays: each with its rows, still where the model made them.
-        fields: each with its values, one row for each sample or token.
-        rows: how many rows arrays of tokens got.
-    """
-
-    arrays: list[tuple[ArraySpec, Tensor]]
-    fields: list[tuple[FieldSpec, Any]]
+    arrays: list[tuple[ArraySpec, Tensor]]  # each with its rows, still where the model made them
+    fields: list[tuple[FieldSpec, Any]]  # each with its values, one row for each sample or token
     samples: int
-    rows: int
+    rows: int  # how many rows arrays of tokens got
 
 
 class Rows:
@@ -50,12 +44,6 @@ class Rows:
         mask: which positions are no padding: the batch's field, or a function of the batch.
         dtype: of floating-point features; None for the model's own.
         keep: fields of the batch.
-
-    Attributes:
-        keep: these: name -> key, index or function of the batch.
-
-    Raises:
-        ArgumentError: an argument is of no allowed form.
     """
 
     def __init__(
@@ -73,7 +61,7 @@ class Rows:
         self._mask = mask
         self._dtype = dtype
         self._narrowed: dict[ArraySpec, str] = {}  # what is stored in a type of less range
-        self.keep = _named(keep)
+        self.keep = _named(keep)  # name -> key, index or function of the batch
         if self.tokens and (taken := [name for name in _TOKEN_FIELDS if name in self.keep]):
             raise ArgumentError(
                 f"keep= names a field {taken[0]!r}, which is what mask= calls the sample and the "

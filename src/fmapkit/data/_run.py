@@ -24,13 +24,7 @@ _RUN_AGAIN = ".*a way through its code that no earlier pass had taken"
 
 
 class Run:
-    """A model that is run over batches, with what is taken of its maps; arguments as in `extract`.
-
-    Attributes:
-        model: without what `DistributedDataParallel` has around it.
-        rows: what makes rows of maps.
-        missed: what was not captured, as of the latest pass.
-    """
+    """A model that runs over batches, and what is taken of its maps; arguments as in `extract`."""
 
     def __init__(
         self,
@@ -44,7 +38,7 @@ class Run:
         device: Any,
         call: Callable[[nn.Module, Any], Any] | None,
     ) -> None:
-        self.model = _checked(model)
+        self.model = _checked(model)  # without what `DistributedDataParallel` has around it
         self._watch = partial(capture, self.model, layers, kinds=kinds, filters=filters, stop=stop)
         self._watch()  # has `capture` check its arguments before anything else happens
         self.rows = rows
@@ -52,7 +46,7 @@ class Run:
         self._device = _device_of(self.model, device)
         self._call = call or _default_call(self.model, rows.keep)
         self._keys: list[tuple[Any, ...]] = []  # of the maps of a pass
-        self.missed: list[Any] = []
+        self.missed: list[Any] = []  # as of the latest pass
 
     def _taken(self, maps: FeatureMaps, batch: Batch, ride: bool = True) -> Taken:
         """Run a batch; where `capture` could not keep its pass, run it again.

@@ -73,16 +73,12 @@ class StoredRows:
 
 @dataclass(frozen=True)
 class LiveRows:
-    """Rows of a model's maps; a block is a batch of the loader.
-
-    Attributes:
-        single: whether there has to be one array only.
-    """
+    """Rows of a model's maps; a block is a batch of the loader."""
 
     run: Run
     batches: Batches
     fingerprint: dict[str, str]
-    single: bool
+    single: bool  # whether there has to be one array only
 
     def sizes(self) -> None:
         """Not known before the model has run."""
@@ -334,18 +330,10 @@ class RowLoader:
 
 @dataclass
 class _Position:
-    """How far an epoch is.
+    """How far an epoch is."""
 
-    Attributes:
-        pool: the rows in the buffer, in the order in which they will be given.
-        left: how many of these are given before it is filled again.
-        blocks: how many blocks have gone into it.
-        refills: how often it was filled.
-        batches: how many batches were given.
-    """
-
-    pool: Pool
-    left: int = 0
-    blocks: int = 0
-    refills: int = 0
-    batches: int = 0
+    pool: Pool  # the rows in the buffer, in the order in which they will be given
+    left: int = 0  # how many of these are given before it is filled again
+    blocks: int = 0  # how many blocks have gone into it
+    refills: int = 0  # how often it was filled
+    batches: int = 0  # how many batches were given

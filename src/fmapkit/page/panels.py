@@ -19,34 +19,22 @@ Fact = tuple[str, Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Tiles on one scale, one for each filter.
+    """Tiles on one scale, one for each filter."""
 
-    Attributes:
-        heading: what the values are: "z", "a = relu(z)", "mean".
-        note: what the tiles are, of how many.
-        codes: uint8 (filters, height, width); what a code means, `step` and `zero` say, or `words`.
-        facts: further numbers of each tile; the first is the one to sort by.
-        step: between two codes; 0 with `words`.
-        zero: the code of the value 0.
-        words: what each code is called, and its colour; for "states".
-        block: how many values, down and across, one pixel is the mean of.
-        size: of a tile before it was averaged.
-        axis: what a place along the last axis is called, such as "inputs"; of images "".
-    """
-
-    heading: str
-    note: str
+    heading: str  # what the values are: "z", "a = relu(z)", "mean"
+    note: str  # what the tiles are, of how many
     labels: tuple[int, ...]
+    # uint8 (filters, height, width); what a code means, `step` and `zero` say, or `words`.
     codes: np.ndarray[Any, Any]
     form: Form
     colours: Colours
-    facts: tuple[Fact, ...] = ()
-    step: float = 0.0
-    zero: int = 0
-    words: tuple[tuple[str, str], ...] = ()
-    block: tuple[int, int] = (1, 1)
-    size: tuple[int, int] = (1, 1)
-    axis: str = ""
+    facts: tuple[Fact, ...] = ()  # further numbers of each tile; the first is the one to sort by
+    step: float = 0.0  # between two codes; 0 with `words`
+    zero: int = 0  # the code of the value 0
+    words: tuple[tuple[str, str], ...] = ()  # what each code is called, its colour; for "states"
+    block: tuple[int, int] = (1, 1)  # how many values, down and across, one pixel is the mean of
+    size: tuple[int, int] = (1, 1)  # of a tile before it was averaged
+    axis: str = ""  # what a place along the last axis is called, such as "inputs"; of images ""
     places: tuple[str, ...] = ()  # a name for each place along the last axis, where it has names
 
     def written(self) -> dict[str, Any]:
@@ -62,20 +50,13 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One layer of the page, or one table.
+    """One layer of the page, or one table."""
 
-    Attributes:
-        name: what it is found by: the layer's name.
-        tags: what stands beside the name: shape, dtype, σ.
-        note: a sentence in place of panels, or above them.
-        html: more of it, escaped already.
-    """
-
-    name: str
-    tags: str = ""
+    name: str  # what it is found by: the layer's name
+    tags: str = ""  # what stands beside the name: shape, dtype, σ
     panels: tuple[Panel, ...] = ()
-    note: str = ""
-    html: str = ""
+    note: str = ""  # a sentence in place of panels, or above them
+    html: str = ""  # more of it, escaped already
 
     def written(self) -> dict[str, Any]:
         found = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -34,20 +34,13 @@ from fmapkit.torchlib.memory import version_of
 
 @dataclass(frozen=True, slots=True)
 class KeptModule:
-    """What is known of a module of the model.
-
-    Attributes:
-        first: the first place of the same module.
-        container: its type, if it has no forward (`ModuleList`); else empty.
-        layer: it is a layer with filters.
-        weights: its parameters that are layers of their own, by name.
-    """
+    """What is known of a module of the model."""
 
     name: str
-    first: str
-    container: str = ""
-    layer: bool = False
-    weights: tuple[str, ...] = ()
+    first: str  # the first place of the same module
+    container: str = ""  # its type, if it has no forward (`ModuleList`); else empty
+    layer: bool = False  # it is a layer with filters
+    weights: tuple[str, ...] = ()  # its parameters that are layers of their own, by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +62,13 @@ def _pass_of(step: int, training: bool, maps: Iterable[dict[str, Any]]) -> KeptP
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that is kept of a capture.
+    """All that is kept of a capture."""
 
-    Attributes:
-        passes: those that were readable.
-        fleeting: it was a capture with `keep=0`.
-        missed: what was not captured, as (layer, reason).
-    """
-
-    passes: tuple[KeptPass, ...]
+    passes: tuple[KeptPass, ...]  # those that were readable
     steps: int
     kinds: tuple[str, ...]
-    fleeting: bool
-    missed: tuple[tuple[str, str], ...]
+    fleeting: bool  # it was a capture with `keep=0`
+    missed: tuple[tuple[str, str], ...]  # what was not captured, as (layer, reason)
     modules: tuple[KeptModule, ...] = field(repr=False)
 
 
@@ -91,11 +78,9 @@ class KeptEntry(MapRecord):
     __slots__ = ("map",)
 
     def __init__(self, fm: FeatureMap) -> None:
-        held = StoredTensor(fm.tensor, version_of(fm.tensor), copied=True)
-        edited = (
-            None
-            if fm.edited is None
-            else StoredTensor(fm.edited, version_of(fm.edited), copied=True)
+        held, edited = (
+            None if t is None else StoredTensor(t, version_of(t), copied=True)
+            for t in (fm.tensor, fm.edited)
         )
         origin = Origin("layer", fm.layer, fm.call)
         super().__init__(fm.kind, origin, held, sigma=fm.nonlinearity, path=fm.path, edited=edited)

@@ -25,14 +25,10 @@ def _tag(entry: MapRecord) -> Any:
 
 
 class EarlyStop:
-    """Knows what is still wanted in a pass.
-
-    Attributes:
-        awaited: whether another capture that ends passes still wants something of this one.
-        ended: whether the pass was.
-    """
+    """Knows what is still wanted in a pass."""
 
     def __init__(self) -> None:
+        # Whether another capture that ends passes still wants something of this one.
         self.awaited: Callable[[], bool] = bool
         self._wanted: frozenset[Any] | None = None  # by the first complete pass
         self._missing: set[Any] = set()

@@ -29,22 +29,15 @@ class _Lent(weakref.ref[Tensor]):
 
 
 class _Form:
-    """Buffers of one form that are with nobody, and who asked for such.
-
-    Attributes:
-        back: the buffers.
-        latest: the last pass that asked for any.
-        asked: how many it asked for.
-        comes_back: some pass asked for it again after one that had not.
-    """
+    """Buffers of one form that are with nobody, and who asked for such."""
 
     __slots__ = ("asked", "back", "comes_back", "latest")
 
     def __init__(self, now: int) -> None:
         self.back: list[Tensor] = []
-        self.latest = now
-        self.asked = 0
-        self.comes_back = False
+        self.latest = now  # the last pass that asked for any
+        self.asked = 0  # how many it asked for
+        self.comes_back = False  # some pass asked for it again after one that had not
 
     def ask(self, now: int) -> None:
         """A pass needs one."""
@@ -60,16 +53,13 @@ class Buffers:
     What an older pass had serves the next one. What that one has not needed is let go when it ends:
     shapes may change from pass to pass, and maps are held and not a byte more. Only a form that has
     come back already is waited for once more, for a few passes: shapes may alternate, too.
-
-    Attributes:
-        made: bytes allocated so far.
     """
 
     def __init__(self) -> None:
         self._forms: dict[Any, _Form] = {}  # of the last few passes
         self._lent: dict[int, _Lent] = {}
         self._now = 0
-        self.made = 0
+        self.made = 0  # bytes allocated so far
 
     def like(
         self, tensor: Tensor, dtype: torch.dtype, device: torch.device, pin: bool = False
