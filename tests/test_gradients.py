@@ -221,8 +221,7 @@ def compare(
                 _compare_map(fm, true[key], key, step, detached=options.get("detach", True))
             assert bool(maps.missed) == missed, maps.missed
             for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-                assert (p.grad is None) == (q.grad is None), name
-                assert p.grad is None or same_bits(p.grad, q.grad), name
+                assert _same(p.grad, q.grad), name
 
 
 def _find(maps: Any, key: Key) -> Any:
@@ -257,13 +256,18 @@ def _index(picked: list[int]) -> Tensor:
 EVERY = (X, R, Z, A)
 
 
-@pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("kinds", [(Z, A), EVERY])
-def test_proven_modules(kinds: tuple[str, ...], detach: bool) -> None:
-    def hand(model: Plain, x: Tensor) -> Any:
+def _of_kinds(kinds: tuple[str, ...]) -> Hand:
+    def hand(model: Any, x: Tensor) -> Any:
         out, maps = model.by_hand(x)
         return out, {key: t for key, t in maps.items() if key[1] in kinds}
 
+    return hand
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("kinds", [(Z, A), EVERY])
+def test_proven_modules(kinds: tuple[str, ...], detach: bool) -> None:
+    hand = _of_kinds(kinds)
     compare(Plain(), image, hand=hand, kinds=kinds, detach=detach)
     compare(Plain().double(), lambda n: image(n).double().requires_grad_(), hand=hand, kinds=kinds)
 
@@ -387,12 +391,7 @@ def test_frozen_layers_have_none_and_others_keep_theirs() -> None:
     model = Plain()
     model.conv1.requires_grad_(False)
     model.bn1.requires_grad_(False)
-
-    def hand(net: Plain, x: Tensor) -> Any:
-        out, maps = net.by_hand(x)
-        return out, {key: t for key, t in maps.items() if key[1] in (Z, A)}
-
-    compare(model, image, hand=hand)
+    compare(model, image, hand=_of_kinds((Z, A)))
 
 
 def test_layers_that_the_loss_does_not_reach_have_none() -> None:
@@ -682,14 +681,6 @@ def test_wrong_arguments() -> None:
 # -- maps in the graph: losses on them -------------------------------------------------------------
 
 
-def _of_kinds(kinds: tuple[str, ...]) -> Hand:
-    def hand(model: Any, x: Tensor) -> Any:
-        out, maps = model.by_hand(x)
-        return out, {key: t for key, t in maps.items() if key[1] in kinds}
-
-    return hand
-
-
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("with_output", [True, False])
 @pytest.mark.parametrize(
@@ -721,8 +712,7 @@ def test_a_loss_on_each_map_trains_as_by_hand(
             loss.backward()
             other.backward()
             for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-                assert (p.grad is None) == (q.grad is None), (key, name)
-                assert p.grad is None or same_bits(p.grad, q.grad), (key, name)
+                assert _same(p.grad, q.grad), (key, name)
 
 
 def test_distillation_from_a_teacher() -> None:
@@ -938,8 +928,7 @@ def test_gradients_of_any_model(drawn: Model, detach: bool, every_kind: bool) ->
                 model(x.clone()).float().square().mean().backward()
                 compared += _compare_sites(maps, listening.sites)
                 for p, q in zip(model.parameters(), bare.parameters(), strict=True):
-                    assert (p.grad is None) == (q.grad is None)
-                    assert p.grad is None or same_bits(p.grad, q.grad)
+                    assert _same(p.grad, q.grad)
     event("sites compared" if compared else "none")
 
 
