@@ -210,7 +210,9 @@ def _padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
     lengths: list[int] | None = None
     for name in rows[0]:
         values = [row[name] for row in rows]
-        if isinstance(values[0], (list, tuple)) and _flat_numbers(values):
+        if isinstance(values[0], (list, tuple)) and all(
+            isinstance(number, (int, float)) for value in values for number in value
+        ):
             tensors = [torch.as_tensor(value) for value in values]
             lengths = lengths or [len(t) for t in tensors]
             batch[name] = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
@@ -220,10 +222,6 @@ def _padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
         longest = torch.arange(max(lengths))
         batch["attention_mask"] = (longest < torch.tensor(lengths)[:, None]).long()
     return batch
-
-
-def _flat_numbers(values: Sequence[Any]) -> bool:
-    return all(isinstance(v, (int, float)) for value in values for v in value)
 
 
 def _stacked(rows: list[dict[str, Any]]) -> dict[str, Any]:

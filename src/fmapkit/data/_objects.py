@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from asyncio import gather
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,9 @@ def flush(paths: Iterable[Path]) -> None:
     Raises:
         OSError: it cannot be written after all: the disk is full, or broken.
     """
-    files = [file for path in paths for file in _below(path)]
+    files: list[Path] = []
+    for path in paths:
+        files += [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
     if len(files) == 1:
         _flush(files[0])
     elif files:
@@ -72,10 +74,3 @@ def _flush(file: Path) -> None:
             raise
     finally:
         os.close(handle)
-
-
-def _below(path: Path) -> Iterator[Path]:
-    if path.is_dir():
-        yield from (inner for inner in path.rglob("*") if inner.is_file())
-    else:
-        yield path

@@ -100,8 +100,9 @@ class StorageConversion:
             with looking():
                 return self._stored(tensor, place, dtype, device, detach, doomed)
         except (NotImplementedError, RuntimeError, TypeError) as error:
+            sentence = str(error).partition("\n")[0].partition(". ")[0]
             raise NotSupportedError(
-                Reason.CANNOT_BE_STORED.text(kind=_kind(tensor), error=_first_sentence(error))
+                Reason.CANNOT_BE_STORED.text(kind=_kind(tensor), error=sentence)
             ) from error
 
     def changes(self, tensor: Tensor) -> bool:
@@ -192,10 +193,6 @@ class StorageConversion:
         stored = self.buffers.like(made, made.dtype, torch.device("cpu"), pin=True)
         self._arrivals[stored.untyped_storage()._cdata] = self._offloads[home].send(made, stored)
         return stored
-
-
-def _first_sentence(error: BaseException) -> str:
-    return str(error).partition("\n")[0].partition(". ")[0]
 
 
 def _kind(tensor: Tensor) -> str:
