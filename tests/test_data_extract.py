@@ -166,13 +166,6 @@ def test_filters(model: Net, tmp_path: Path) -> None:
     assert torch.equal(features["conv2"].tensor(), truth(model)["a2"][:, [1, 4]])
 
 
-def test_compressed_is_the_same(model: Net, tmp_path: Path) -> None:
-    features = quiet(model, loader(), "conv2", tmp_path / "f", compress="zstd")
-    assert torch.equal(features["conv2"].tensor(), truth(model)["a2"])
-    rows = [3, 49, 3, 17]
-    assert torch.equal(features["conv2"][rows], truth(model)["a2"][rows])
-
-
 def test_elsewhere_than_in_a_folder(model: Net) -> None:
     pytest.importorskip("fsspec")
     for to in ("memory://fmapkit-test/f.zarr", zarr.storage.MemoryStore()):

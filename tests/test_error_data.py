@@ -54,6 +54,12 @@ def overwritten() -> FeatureMaps:
     return maps
 
 
+def cleared() -> FeatureMaps:
+    maps = run()
+    maps.clear()
+    return maps
+
+
 def edited(where: Any, function: Any) -> Any:
     with capture(NET, edit={where: function}):
         NET(X)
@@ -76,7 +82,13 @@ TABLE: list[tuple[str, Callable[[], Any], dict[str, Any]]] = [
     # look-ups
     ("a name", lambda: run()["convl"], {"layer": "convl", "candidates": ("conv2", "conv1")}),
     ("no pass", lambda: run(0)["conv1"], {"layer": "conv1"}),
+    ("cleared", lambda: cleared()["conv1"], {"layer": "conv1"}),
     ("let go", lambda: run(keep=0, analyses=Statistics())["conv1"], {"layer": "conv1"}),
+    (
+        "of a kind, let go",
+        lambda: run(keep=0, analyses=Statistics())["conv1", "activation"],
+        {"layer": "conv1", "kind": "activation"},
+    ),
     (
         "a kind",
         lambda: run()["conv1", "input"],

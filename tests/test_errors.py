@@ -334,21 +334,6 @@ def test_a_filter_of_a_filter(net: nn.Module, x: Tensor) -> None:
 # -- maps that are no longer what they were -------------------------------------------------------
 
 
-def test_after_clear(net: nn.Module, x: Tensor) -> None:
-    with capture(net) as maps:
-        net(x)
-        read = maps["conv1"]
-        held = read.tensor.clone()
-        maps.clear()
-        assert len(maps) == 0
-        assert maps.nbytes == 0
-        with pytest.raises((NoPassError, MapReleasedError), match="clear"):
-            maps["conv1"]
-        assert same_bits(read.tensor, held)  # what was read is the reader's
-        net(x)
-        assert same_bits(maps["conv1"].tensor, held)
-
-
 def test_a_map_written_to_by_the_user_raises_when_read_again() -> None:
     seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval()
