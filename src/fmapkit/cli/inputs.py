@@ -48,9 +48,6 @@ def open_data(
         prepare: makes what turns an image into a tensor.
         columns: of a Hugging Face data set: which go into the model; () for all of numbers.
         split: of several in a Hugging Face data set.
-
-    Raises:
-        ArgumentError: nothing of these is there.
     """
     if not place.exists():
         raise ArgumentError(f"there is nothing at {place}")
@@ -261,9 +258,6 @@ def preparation(
         size: pixels of a side: the shorter side is scaled to it, and the middle cut out.
         mean: of each channel, is taken away.
         std: of each channel, is divided by.
-
-    Raises:
-        ArgumentError: it is not known.
     """
     home, _, rest = name.partition(":")
     if size is None and mean is None and std is None:

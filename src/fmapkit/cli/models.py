@@ -47,10 +47,6 @@ def load(
         pretrained: have the package load the weights that it knows.
         weights: a file with a `state_dict` to load: of safetensors, or of `torch.save`.
         options: for the function that makes the model.
-
-    Raises:
-        ArgumentError: there is no such model, or the weights are of another.
-        ImportError: the package is not installed.
     """
     home, colon, rest = name.partition(":")
     if not colon or not rest:

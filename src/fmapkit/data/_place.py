@@ -108,11 +108,7 @@ class Place:
             return None
 
     def manifest(self) -> Manifest | None:
-        """What is said of the features here; None where there are none.
-
-        Raises:
-            StoreMismatchError: something else is here.
-        """
+        """What is said of the features here; None where there are none. Refuses anything else."""
         try:
             root = self._root()
         except Exception as error:

@@ -38,12 +38,7 @@ from fmapkit.storage import MapRecord
 
 
 def parse(key: Any) -> tuple[str, Kind | None, int | None]:
-    """The layer, the kind and the filter that a key means.
-
-    Raises:
-        MapLookupError: the key is of no allowed form.
-        KindNotCapturedError: there is no such kind.
-    """
+    """The layer, the kind and the filter that a key means, if it is of an allowed form."""
     parts = key if isinstance(key, tuple) else (key,)
     if not 1 <= len(parts) <= 3 or not isinstance(parts[0], str):
         what = ""
@@ -66,12 +61,7 @@ def parse(key: Any) -> tuple[str, Kind | None, int | None]:
 
 
 def find(session: MapSource, layer: str, kind: str | None, entries: Sequence[Found]) -> Found:
-    """The one entry that is meant.
-
-    Raises:
-        MapLookupError: none answers, or several do.
-        MapReleasedError: no map is kept.
-    """
+    """The one entry that is meant, or the error that says why there is none."""
     if not entries and session.store.latest() is None:
         _nothing_held(session, layer)
     if session.store.fleeting:

@@ -34,12 +34,7 @@ def choose(
     path: str | None,
     training: bool | None,
 ) -> Iterator[FeatureMap]:
-    """The maps that fit, in execution order; the arguments are those of `FeatureMaps.select`.
-
-    Raises:
-        ArgumentError: an argument is of no allowed form.
-        UnknownLayerError: a name or a pattern in `layers` means no layer that has maps.
-    """
+    """The maps that fit, in execution order; arguments and errors are `FeatureMaps.select`'s."""
     if kind is not None:
         check_kind(kind)
     if training is not None and not isinstance(training, bool):

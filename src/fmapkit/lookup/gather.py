@@ -36,14 +36,7 @@ class _RankPart:
 def gather(
     find: Callable[[], FeatureMap], dim: int, dst: int | None, group: Any, asked: str
 ) -> FeatureMap | None:
-    """See `FeatureMaps.gather`.
-
-    Args:
-        find: looks this rank's map up.
-        dim: the batch axis.
-        dst: the rank that gets the result; None for all.
-        asked: the look-up, for messages.
-    """
+    """See `FeatureMaps.gather`; `find` looks this rank's map up, `asked` says it in messages."""
     if not (dist.is_available() and dist.is_initialized()):
         raise DistributedError(
             f"gather({asked}) puts the maps of several ranks together, and torch.distributed is "

@@ -103,9 +103,6 @@ def _panel(
         max_filters: of more, those with the highest |value| are kept.
         max_side: larger images are averaged over blocks until no side is longer.
         wanted: keep these filters in place of its own strongest.
-
-    Raises:
-        ArgumentError: there is no such sample.
     """
     tensor = _dense(fm)
     if isinstance(tensor, str):

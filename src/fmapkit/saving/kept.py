@@ -141,12 +141,7 @@ layers.MODULES[_LayerShell] = 1
 def snapshot_of(
     source: MapSource, read: Callable[[MapSource, Pass, MapRecord], FeatureMap]
 ) -> Snapshot:
-    """All that is kept of a capture, in memory of its own.
-
-    Raises:
-        MapStateError: a map cannot be read any more.
-        DistributedError: a map is a `DTensor`.
-    """
+    """All that is kept of a capture, in memory of its own; an error where a map cannot be read."""
     values, asked = ValueCopies(), source.wants.asked
     entries = [(p, [e for e in p.entries() if asked(e.kind, e.origin.name)]) for p in source.store]
     passes = tuple(

@@ -44,15 +44,7 @@ _COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
 
 
 def save(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
-    """Write maps to a file; it is there as a whole, or not at all.
-
-    Args:
-        path: of the file; one that is there is replaced.
-
-    Raises:
-        ImportError: safetensors is not installed.
-        ArgumentError: a map is of a form that the format has no name for.
-    """
+    """Write maps to a file; it is there as a whole, or not at all (see `FeatureMaps.save`)."""
     save_file = _library("safetensors.torch").save_file
     writer = _Writer()
     passes = [
@@ -79,13 +71,7 @@ def save(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], device: Any) -> Snapshot:
-    """Read maps from a file.
-
-    Raises:
-        ImportError: safetensors is not installed.
-        FileNotFoundError: there is no such file.
-        ArgumentError: it is none that `save` wrote, or of a later version.
-    """
+    """Read maps from a file that `save` wrote (see `FeatureMaps.load`)."""
     library, path = _library("safetensors"), os.fspath(path)
     try:
         where = str(torch.device(device))

@@ -128,13 +128,7 @@ class LayerSelection:
 
 
 class Selection:
-    """The selection of one capture.
-
-    Raises:
-        ArgumentError: a kind, layer or filter is of no allowed form.
-        UnknownLayerError: a selector matches no module of the model.
-        FilterRangeError: a filter that a selected layer does not have.
-    """
+    """The selection of one capture; arguments and errors are those of `capture`."""
 
     def __init__(
         self,

@@ -16,9 +16,6 @@ class Budget:
     Args:
         max_bytes: how many.
         when_full: "error" to refuse the pass that went over it, "oldest" to let the oldest go.
-
-    Raises:
-        ArgumentError: `max_bytes` is outside what is allowed.
     """
 
     def __init__(self, max_bytes: Any, when_full: Policy = "error") -> None:
